@@ -1,0 +1,50 @@
+# Two commands do everything: `make serve` and `make test`.
+PYTHON ?= python3.11
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: serve test check lint types unit bench gpu load kernels-report clean venv
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py $(wildcard kernels/loraplex_kernels/cpu/csrc/*)
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[dev,load]"
+	@touch $@
+
+serve: venv
+	$(BIN)/loraplex pull
+	$(BIN)/loraplex serve --port 8000
+
+test: check
+
+check: lint types unit
+
+lint: venv
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: venv
+	$(BIN)/mypy
+
+unit: venv
+	$(BIN)/loraplex pull --quiet
+	$(BIN)/python -m pytest -m "not gpu"
+
+gpu: venv
+	$(BIN)/python -m pytest -m "gpu" tests/kernels
+
+bench: venv
+	$(BIN)/python kernels/benchmarks/bench_cpu.py
+
+load: venv
+	$(BIN)/loraplex bench mixed
+
+kernels-report: venv
+	$(BIN)/python -m loraplex_kernels.report
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,69 @@
+"""What a LoRA kernel reads: target geometry, the tables of one target, and the segments of a step.
+
+    out[t, n] += Σ over segments s of t:  w[t, s] · Σ_r  B_s[r, n] · (Σ_k A_s[r, k] · x[t, k])
+
+A *segment* is the rows of a step that share one pool *entry*: the factors of one (adapter, expert).
+Factors live in one flat storage tensor. Each factor is cut into pages of at most ``PAGE_RANK`` rank
+rows; a page is contiguous and the table holds its element offset, so ranks are true in memory and
+in compute, and a rank-8 adapter beside a rank-64 one reads and computes 8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["NO_PAGE", "PAGE_RANK", "LoraSegments", "LoraTables", "LoraTarget"]
+
+PAGE_RANK = 16
+NO_PAGE = -1
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTarget:
+    """Geometry of one group of linears that read the same input (q,k,v or gate,up or one alone).
+
+    ``out_features`` holds the width of each packed output, in order; their sum is the width of
+    ``out``. Packing is data: a lone linear is a group of one.
+    """
+
+    name: str
+    in_features: int
+    out_features: tuple[int, ...]
+
+    @property
+    def n_slices(self) -> int:
+        return len(self.out_features)
+
+
+@dataclass(frozen=True, slots=True)
+class LoraTables:
+    """Where the factors of every entry lie for one target. Offsets count elements of the storage.
+
+    A page ``p`` of slice ``i`` of entry ``e`` holds rank rows ``16p … min(16(p+1), rank)``:
+    ``[rows, in_features]`` for A and ``[rows, out_features[i]]`` for Bᵀ, both contiguous.
+    The output row is transformed last, ``y ← scale ⊙ (y + delta) + bias``, for the entries that
+    have one (DoRA, IA³, LoFiT, lora_bias).
+    """
+
+    ranks: Tensor  # int32 [n_entries, n_slices]; 0 = the entry does not touch this slice
+    a_pages: Tensor  # int64 [n_entries, n_slices, max_pages]
+    b_pages: Tensor  # int64 [n_entries, n_slices, max_pages]
+    scale: Tensor  # int64 [n_entries, n_slices]; NO_PAGE, or offset of [out_features[i]]
+    bias: Tensor  # int64 [n_entries, n_slices]; NO_PAGE, or offset of [out_features[i]]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSegments:
+    """The rows of one step grouped by pool entry. Tensors only, all on the device of ``x``.
+
+    ``rows[starts[s] : starts[s + 1]]`` are the rows of segment ``s``, ascending. A row may stand in
+    several segments (routed experts), each with its weight; a row in none costs nothing. Segments
+    whose entry is negative are padding (fixed shapes inside CUDA graphs).
+    """
+
+    entries: Tensor  # int32 [n_segments]
+    starts: Tensor  # int32 [n_segments + 1]
+    rows: Tensor  # int32 [n_pairs]
+    weights: Tensor | None = None  # float32 [n_pairs], 1 when absent

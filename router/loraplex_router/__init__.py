@@ -1,0 +1,1 @@
+"""Where does this go: token → experts, request → adapter, request → replica."""

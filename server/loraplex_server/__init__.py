@@ -1,0 +1,1 @@
+"""Loraplex inference server: engine and HTTP front."""

@@ -1,0 +1,1 @@
+"""The engine: scheduler, KV cache, model runner; one thread owns the device."""

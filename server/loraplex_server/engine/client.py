@@ -1,0 +1,84 @@
+"""The engine as the HTTP front sees it: two doors, submit and a listener."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .events import TokenEvent
+from .sampling_params import SamplingParams
+
+__all__ = ["AdapterRef", "EngineClient", "EngineStats", "GenerationRequest", "Listener"]
+
+Listener = Callable[[TokenEvent], None]
+
+
+class AdapterRef(Protocol):
+    """What the engine needs of a leased adapter: identity and plan (see the store's lease)."""
+
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def plan(self) -> object: ...
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One choice to generate. ``n`` choices are ``n`` requests that share their prefix."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: AdapterRef | None = None  # None = the base model
+    cache_salt: str = ""  # tenant's salt of the prefix cache
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot for /metrics and /health; cheap and consistent."""
+
+    n_running: int = 0
+    n_waiting: int = 0
+    kv_pages_used: int = 0
+    kv_pages_total: int = 0
+    n_steps: int = 0
+    n_prompt_tokens: int = 0
+    n_generated_tokens: int = 0
+    n_preemptions: int = 0
+    prefix_queries: int = 0  # tokens looked up
+    prefix_hits: int = 0  # tokens found
+    pool_bytes_used: int = 0
+    pool_bytes_total: int = 0
+    n_adapter_loads: int = 0
+    n_adapter_evictions: int = 0
+    running_adapters: Mapping[str, int] = field(default_factory=dict)  # digest → running requests
+    waiting_adapters: Mapping[str, int] = field(default_factory=dict)
+    resident_adapters: tuple[str, ...] = ()  # digests with a place on the device
+    step_age_s: float = 0.0  # since the engine thread last showed life
+
+
+class EngineClient(Protocol):
+    """Thread-safe. Implemented by ``Engine`` and by the tests' ``FakeEngine``."""
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> None:
+        """Queues the request; ``listener`` runs on the event loop that submitted it, in order.
+
+        Must be called on a running event loop. Raises QueueFull, EngineDraining, ContextOverflow
+        or EngineDead, and then never calls the listener. Otherwise exactly one last event comes.
+        """
+
+    def cancel(self, request_id: str) -> None:
+        """Frees the request within one step; its last event is CANCELLED. Unknown ids are fine."""
+
+    def stats(self) -> EngineStats: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def alive(self) -> bool: ...
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuses new requests, waits for the running ones; False if some were cut off."""

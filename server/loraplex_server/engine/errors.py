@@ -1,0 +1,48 @@
+"""Errors of the engine.
+
+    EngineError
+    ├── QueueFull          the bounded queue is full: try again later
+    ├── EngineDraining     the server is going down: try another replica
+    ├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
+    ├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
+    └── EngineDead         the engine thread stopped: nothing can be served
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdapterUnservable",
+    "ContextOverflow",
+    "EngineDead",
+    "EngineDraining",
+    "EngineError",
+    "QueueFull",
+]
+
+
+class EngineError(Exception):
+    """Base of all errors raised or delivered by the engine."""
+
+
+class QueueFull(EngineError):
+    """Carries ``retry_after_s``, an estimate from the queue's length and the recent rate."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class EngineDraining(EngineError):
+    pass
+
+
+class ContextOverflow(EngineError):
+    pass
+
+
+class AdapterUnservable(EngineError):
+    pass
+
+
+class EngineDead(EngineError):
+    pass

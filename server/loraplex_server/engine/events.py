@@ -1,0 +1,41 @@
+"""What the engine sends back: frozen values, delivered on the event loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from .errors import EngineError
+
+__all__ = ["FinishReason", "TokenEvent", "TokenLogprobs"]
+
+
+class FinishReason(Enum):
+    STOP = "stop"  # an end token or a stop token id
+    LENGTH = "length"  # max_tokens or the end of the context
+    CANCELLED = "cancelled"  # the client left, or the front found a stop string
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, from the raw logits."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of one request. Exactly one event per request has ``finish`` set, the last."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # usually one; the end token that stopped it is not included
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token when asked for
+    finish: FinishReason | None = None
+    stop_token: int | None = None  # which token id ended it
+    error: EngineError | None = None  # with FinishReason.ERROR
+    n_cached: int = 0  # prompt tokens taken from the prefix cache
+    queue_s: float = 0.0  # seconds from submit to first admission, on the first event
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # on the first event when asked for

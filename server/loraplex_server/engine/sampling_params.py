@@ -1,0 +1,37 @@
+"""What one request asks of the sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["SamplingParams"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Validated at the HTTP door; the engine trusts it.
+
+    Logits are changed in this order: logit_bias, repetition, presence and frequency penalties,
+    min_tokens, temperature, top_k, top_p, min_p. ``logprobs`` are those of the raw logits.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0  # 0 = greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 = all
+    min_p: float = 0.0
+    seed: int | None = None  # same seed and request → same tokens, whatever else is in the batch
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output only
+    frequency_penalty: float = 0.0  # over output only
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: frozenset[int] = frozenset()  # beside the model's own end tokens
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None = off, k = chosen token and the k most likely
+    prompt_logprobs: bool = False  # log-probabilities of the prompt's tokens (completions' echo)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0

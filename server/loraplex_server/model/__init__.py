@@ -1,0 +1,1 @@
+"""Base models: loading, geometry, and what the engine replaces on the instance."""

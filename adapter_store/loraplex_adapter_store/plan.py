@@ -106,7 +106,9 @@ class ExpertPlan:
 class PrefixPlan:
     """Virtual tokens that stand before the prompt."""
 
-    keys: tuple[Tensor, ...] = ()  # per layer [n_virtual, n_kv_heads, head_dim], post-RoPE as trained
+    keys: tuple[
+        Tensor, ...
+    ] = ()  # per layer [n_virtual, n_kv_heads, head_dim], post-RoPE as trained
     values: tuple[Tensor, ...] = ()
     embeddings: Tensor | None = None  # [n_virtual, hidden_size] for prompt tuning
 

@@ -1,0 +1,157 @@
+"""The frozen base model as the readers see it: geometry, names and float32 weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["BaseSpec", "EmbeddingShape", "LinearShape"]
+
+_SAMPLES_PER_PARAMETER = 256
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShape:
+    in_features: int
+    out_features: int
+    has_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingShape:
+    n_rows: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class BaseSpec:
+    """Immutable. ``weight`` and ``parameter`` hold references to the tensors and copy on call.
+
+    Take it from the model before any layer is replaced: module names are those of the checkpoint.
+    """
+
+    model_id: str
+    model_type: str
+    fingerprint: str  # same for every dtype the same weights are loaded in
+    modules: Mapping[str, LinearShape]  # every linear, lm_head included
+    embeddings: Mapping[str, EmbeddingShape]
+    parameters: Mapping[str, tuple[int, ...]]  # every parameter, as stored in the checkpoint
+    weight: Callable[[str], Tensor]  # module name → float32 [out, in], or [n_rows, width]
+    bias: Callable[[str], Tensor | None]  # module name → float32 [out]
+    parameter: Callable[[str], Tensor]  # parameter name → float32, as stored
+    n_layers: int
+    hidden_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    tie_word_embeddings: bool
+    hidden_act: str
+    conv1d: frozenset[str]  # modules whose weight is stored as [in, out] (GPT-2)
+    input_embedding: str  # module name, as "model.embed_tokens"
+    output_head: str  # module name, as "lm_head"
+
+    @staticmethod
+    def of(model: PreTrainedModel, model_id: str) -> BaseSpec:
+        """Reads the spec off a transformers causal LM."""
+        return _spec_of(model, model_id)
+
+
+def _spec_of(model: PreTrainedModel, model_id: str) -> BaseSpec:
+    config = model.config.get_text_config()
+    linears, embeddings, conv1d = _modules_of(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    modules_by_name = dict(model.named_modules())
+
+    def weight(name: str) -> Tensor:
+        stored = modules_by_name_weight(name).detach().to("cpu", torch.float32, copy=True)
+        return stored.t().contiguous() if name in conv1d else stored
+
+    def modules_by_name_weight(name: str) -> Tensor:
+        return tensors[f"{name}.weight"]
+
+    def bias(name: str) -> Tensor | None:
+        stored = tensors.get(f"{name}.bias")
+        return None if stored is None else stored.detach().to("cpu", torch.float32, copy=True)
+
+    def parameter(name: str) -> Tensor:
+        return tensors[name].detach().to("cpu", torch.float32, copy=True)
+
+    # Tensors are captured now: the engine later swaps modules on the same instance.
+    tensors: Mapping[str, Tensor] = {name: value.data for name, value in parameters.items()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in modules_by_name.items()}
+    n_heads = int(config.num_attention_heads)
+    return BaseSpec(
+        model_id=model_id,
+        model_type=str(config.model_type),
+        fingerprint=_fingerprint(tensors),
+        modules=MappingProxyType(linears),
+        embeddings=MappingProxyType(embeddings),
+        parameters=MappingProxyType({name: tuple(value.shape) for name, value in tensors.items()}),
+        weight=weight,
+        bias=bias,
+        parameter=parameter,
+        n_layers=int(config.num_hidden_layers),
+        hidden_size=int(config.hidden_size),
+        n_heads=n_heads,
+        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
+        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // n_heads),
+        vocab_size=int(embedding.weight.shape[0]),
+        tie_word_embeddings=head is not None and head.weight is embedding.weight,
+        hidden_act=_hidden_act(config),
+        conv1d=frozenset(conv1d),
+        input_embedding=names[id(embedding)],
+        output_head="" if head is None else names[id(head)],
+    )
+
+
+def _hidden_act(config: object) -> str:
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        value = getattr(config, name, None)
+        if isinstance(value, str):
+            return value
+    return "silu"
+
+
+def _modules_of(
+    model: nn.Module,
+) -> tuple[dict[str, LinearShape], dict[str, EmbeddingShape], set[str]]:
+    from transformers.pytorch_utils import Conv1D
+
+    linears: dict[str, LinearShape] = {}
+    embeddings: dict[str, EmbeddingShape] = {}
+    conv1d: set[str] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            has_bias = module.bias is not None
+            linears[name] = LinearShape(module.in_features, module.out_features, has_bias)
+        elif isinstance(module, Conv1D):
+            n_in, n_out = module.weight.shape
+            linears[name] = LinearShape(int(n_in), int(n_out), has_bias=True)
+            conv1d.add(name)
+        elif isinstance(module, nn.Embedding):
+            embeddings[name] = EmbeddingShape(module.num_embeddings, module.embedding_dim)
+    return linears, embeddings, conv1d
+
+
+def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes and an even sample of the values rounded to bfloat16."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        stride = max(1, flat.numel() // _SAMPLES_PER_PARAMETER)
+        sample = flat[::stride].to("cpu", torch.bfloat16).contiguous()
+        digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()

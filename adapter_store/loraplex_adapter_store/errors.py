@@ -1,0 +1,147 @@
+"""Errors of the adapter store.
+
+StoreError
+├── AdapterRefused          the door said no: nothing was stored, nothing changed
+│   ├── MalformedFile       not a safetensors file, broken header, truncated, not finite, bad JSON
+│   ├── PickleRefused       .bin, .pt …: never opened
+│   ├── UnsupportedAdapter  a method or feature that cannot be served exactly; says which and why
+│   ├── AdapterMismatch     tensors unmatched, missing or of the wrong shape; names them
+│   ├── LimitExceeded       rank, bytes or counts above the limits
+│   └── BaseMismatch        trained for another base model
+├── InvalidName             not an adapter name
+├── InvalidSelector         a request's ``adapter`` value that means nothing, or cannot be mixed
+├── UnknownAdapter          no such name or digest; names what exists
+├── RevisionConflict        compare-and-set failed: the name moved, or exists already
+├── SourceError             the source could not be read
+│   └── SourceForbidden     the source lies outside what the operator allowed
+├── HostTierFull            the plan cannot fit beside the leased and pinned ones
+├── StoredAdapterDamaged    bytes on disk no longer match their digest
+└── StoreClosed             the store was closed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = [
+    "AdapterMismatch",
+    "AdapterRefused",
+    "BaseMismatch",
+    "HostTierFull",
+    "InvalidName",
+    "InvalidSelector",
+    "LimitExceeded",
+    "MalformedFile",
+    "PickleRefused",
+    "RevisionConflict",
+    "SourceError",
+    "SourceForbidden",
+    "StoreClosed",
+    "StoreError",
+    "StoredAdapterDamaged",
+    "UnknownAdapter",
+    "UnsupportedAdapter",
+]
+
+_SHOWN = 8
+
+
+class StoreError(Exception):
+    """Base of all errors raised by the store."""
+
+
+class AdapterRefused(StoreError):
+    """The adapter was not accepted. ``problems`` lists every reason found, one line each."""
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        shown = "".join(f"\n  - {problem}" for problem in problems[:_SHOWN])
+        more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+        super().__init__(message + shown + more)
+        self.problems: tuple[str, ...] = tuple(problems) or (message,)
+
+
+class MalformedFile(AdapterRefused):
+    pass
+
+
+class PickleRefused(AdapterRefused):
+    pass
+
+
+class UnsupportedAdapter(AdapterRefused):
+    pass
+
+
+class AdapterMismatch(AdapterRefused):
+    """``unmatched``: tensors nobody claims; ``missing``: modules or tensors the config promises."""
+
+    def __init__(
+        self,
+        message: str,
+        problems: Sequence[str] = (),
+        *,
+        unmatched: Sequence[str] = (),
+        missing: Sequence[str] = (),
+    ) -> None:
+        super().__init__(message, problems)
+        self.unmatched = tuple(unmatched)
+        self.missing = tuple(missing)
+
+
+class LimitExceeded(AdapterRefused):
+    pass
+
+
+class BaseMismatch(AdapterRefused):
+    pass
+
+
+class InvalidName(StoreError):
+    pass
+
+
+class InvalidSelector(StoreError):
+    pass
+
+
+class UnknownAdapter(StoreError):
+    """``name`` as asked for, ``closest`` registered names (at most five)."""
+
+    def __init__(self, name: str, closest: Sequence[str] = (), n_registered: int = 0) -> None:
+        if closest:
+            hint = f"closest registered: {', '.join(closest)}"
+        elif n_registered:
+            hint = f"none of the {n_registered} registered names is similar"
+        else:
+            hint = "no adapters are registered"
+        super().__init__(f"adapter {name!r} does not exist; {hint}")
+        self.name = name
+        self.closest = tuple(closest)
+
+
+class RevisionConflict(StoreError):
+    """``current`` is the digest the name has now, None if it does not exist."""
+
+    def __init__(self, message: str, current: str | None) -> None:
+        super().__init__(message)
+        self.current = current
+
+
+class SourceError(StoreError):
+    pass
+
+
+class SourceForbidden(SourceError):
+    pass
+
+
+class HostTierFull(StoreError):
+    pass
+
+
+class StoredAdapterDamaged(StoreError):
+    pass
+
+
+class StoreClosed(StoreError):
+    pass

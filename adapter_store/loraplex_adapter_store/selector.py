@@ -1,0 +1,131 @@
+"""The request's ``adapter`` value, parsed: a name, a mixture, a description, or ``auto``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from .errors import InvalidSelector
+from .names import check_name
+
+__all__ = ["Auto", "Description", "Mixture", "MixturePart", "NameRef", "Selector", "parse_selector"]
+
+MAX_PARTS = 16
+MAX_DESCRIPTION = 2000
+METHODS = ("auto", "sg-lora", "icm-lora")
+
+_DIGEST_PREFIX = re.compile(r"[0-9a-f]{4,64}")
+_FORMS = (
+    '"name", "name@digest-prefix", {"name", "digest"}, [{"name", "weight"}, …], '
+    '{"description", "method"} or "auto"'
+)
+
+
+@dataclass(frozen=True, slots=True)
+class NameRef:
+    """A registered adapter; with a digest prefix, that very content or an error."""
+
+    name: str
+    digest_prefix: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.digest_prefix is None else f"{self.name}@{self.digest_prefix}"
+
+
+@dataclass(frozen=True, slots=True)
+class MixturePart:
+    ref: NameRef
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """W + Σ weight · ΔW, exactly: factors concatenated along the rank."""
+
+    parts: tuple[MixturePart, ...]
+
+    def __str__(self) -> str:
+        return " + ".join(f"{part.weight:g}*{part.ref}" for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """An adapter to be generated from a sentence."""
+
+    text: str
+    method: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Auto:
+    """The router chooses among the registered adapters."""
+
+
+Selector = NameRef | Mixture | Description | Auto
+
+
+def parse_selector(value: object) -> Selector:
+    """Parses decoded JSON. Raises InvalidSelector or InvalidName, both with a remedy."""
+    if isinstance(value, str):
+        return Auto() if value == "auto" else _name(value)
+    if isinstance(value, Mapping):
+        if "description" in value:
+            return _description(value)
+        if "name" in value and "weight" not in value:
+            _only(value, {"name", "digest"})
+            return _name(value["name"], value.get("digest"))
+        if "name" in value:
+            return _mixture([value])
+        raise InvalidSelector(f"adapter object needs 'name' or 'description'; forms: {_FORMS}")
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return _mixture(value)
+    raise InvalidSelector(f"adapter is {type(value).__name__}; forms: {_FORMS}")
+
+
+def _name(name: object, digest: object = None) -> NameRef:
+    if not isinstance(name, str):
+        raise InvalidSelector(f"adapter name must be a string, not {type(name).__name__}")
+    if "@" in name:
+        if digest is not None:
+            raise InvalidSelector(f"adapter {name!r} gives its digest twice")
+        name, _, digest = name.partition("@")
+    if digest is not None and (not isinstance(digest, str) or not _DIGEST_PREFIX.fullmatch(digest)):
+        raise InvalidSelector(f"digest {digest!r} must be 4 to 64 lower-case hex digits")
+    return NameRef(check_name(name), digest)
+
+
+def _mixture(value: Sequence[object]) -> Mixture:
+    if not 1 <= len(value) <= MAX_PARTS:
+        raise InvalidSelector(f"a mixture has 1 to {MAX_PARTS} parts, not {len(value)}")
+    parts = []
+    for item in value:
+        if not isinstance(item, Mapping) or "name" not in item:
+            raise InvalidSelector('each part of a mixture is {"name": …, "weight": number}')
+        _only(item, {"name", "digest", "weight"})
+        weight = item.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise InvalidSelector(f"weight of {item['name']!r} must be a number, not {weight!r}")
+        if not math.isfinite(weight) or abs(weight) > 100:
+            raise InvalidSelector(f"weight of {item['name']!r} must lie in [-100, 100]: {weight!r}")
+        parts.append(MixturePart(_name(item["name"], item.get("digest")), float(weight)))
+    return Mixture(tuple(parts))
+
+
+def _description(value: Mapping[object, object]) -> Description:
+    _only(value, {"description", "method"})
+    text, method = value["description"], value.get("method", "auto")
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidSelector("description must be a sentence that says what the adapter should do")
+    if len(text) > MAX_DESCRIPTION:
+        raise InvalidSelector(f"description has {len(text)} characters, at most {MAX_DESCRIPTION}")
+    if method not in METHODS:
+        raise InvalidSelector(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
+    return Description(text.strip(), str(method))
+
+
+def _only(value: Mapping[object, object], known: set[str]) -> None:
+    unknown = sorted(str(key) for key in value if key not in known)
+    if unknown:
+        raise InvalidSelector(f"unknown keys {unknown} in adapter; known: {sorted(known)}")

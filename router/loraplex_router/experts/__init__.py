@@ -1,1 +1,39 @@
 """Token → experts."""
+
+from .arrow import arrow_prototypes, top_right_singular_vector
+from .expansion import Pairs, RoutedRows, expand, projection_segments
+from .gates import (
+    NO_EXPERT,
+    GateStrategy,
+    Routing,
+    experts_per_row,
+    gate_arrow,
+    gate_dense,
+    gate_switch,
+    gate_top_k,
+    gate_top_p,
+    route,
+)
+from .mixlora_block import LoraOp, MlpBlock, mixed_mlp
+
+__all__ = [
+    "NO_EXPERT",
+    "GateStrategy",
+    "LoraOp",
+    "MlpBlock",
+    "Pairs",
+    "RoutedRows",
+    "Routing",
+    "arrow_prototypes",
+    "expand",
+    "experts_per_row",
+    "gate_arrow",
+    "gate_dense",
+    "gate_switch",
+    "gate_top_k",
+    "gate_top_p",
+    "mixed_mlp",
+    "projection_segments",
+    "route",
+    "top_right_singular_vector",
+]

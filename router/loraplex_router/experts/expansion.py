@@ -1,0 +1,132 @@
+"""Routed rows become (row, expert, weight) pairs, and pairs become the kernel's segments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from loraplex_kernels.layout import LoraSegments
+from torch import Tensor
+
+from .gates import GateStrategy, Routing, experts_per_row, route
+
+__all__ = ["Pairs", "RoutedRows", "expand", "projection_segments"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedRows:
+    """The rows of a step that carry one routed adapter, with what one layer needs to route them.
+
+    All tensors lie on the device of the hidden states. ``rows`` and ``pair_rows`` are the same for
+    every layer of a step; build them once with ``pair_rows_of``.
+    """
+
+    rows: Tensor  # int64 [n_rows], rows of the step, ascending
+    pair_rows: Tensor  # int64 [n_rows * k], every row k times
+    gate: Tensor  # float32 [n_experts, in_features]
+    entries: Tensor  # int32 [n_experts], pool entry of each expert
+    strategy: GateStrategy
+    top_k: int
+    top_p: float = 0.0
+    shared_down: bool = True  # False where an expert scales or shifts its down output (MixDoRA)
+    load: Tensor | None = None  # int64 [n_experts], rows counted per expert, added to in place
+
+    @property
+    def n_experts(self) -> int:
+        return int(self.gate.shape[0])
+
+    @property
+    def k(self) -> int:
+        return experts_per_row(self.strategy, self.n_experts, self.top_k)
+
+    @staticmethod
+    def pair_rows_of(rows: Tensor, k: int) -> Tensor:
+        return rows.repeat_interleave(k)
+
+
+class Pairs(NamedTuple):
+    """The pairs of all routed adapters of a step. Pair ``p`` is (row, slot), row-major."""
+
+    weights: tuple[Tensor, ...]  # per adapter float32 [n_rows, k]
+    segments: LoraSegments  # over pairs: row ``p`` is pair ``p``; weighted
+    unweighted: LoraSegments  # the same segments without weights
+
+
+def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
+    """Routes the rows of each adapter. ``hidden`` [n_rows of the step, in_features].
+
+    No host synchronisation: the numbers of segments and pairs follow from the arguments. Segments
+    of experts nobody chose are empty; pairs without an expert stand in a last segment of entry -1.
+    """
+    routings = [_route(hidden, r) for r in routed]
+    ids = _segment_ids(routings, routed)  # int32 [n_pairs]
+    n_segments = sum(r.n_experts for r in routed)
+    order, starts = _group(ids, n_segments)
+    _count(starts, routed)
+    entries = _entries(routed)
+    flat = torch.cat([g.weight.reshape(-1) for g in routings]) if len(routed) > 1 else None
+    weight = routings[0].weight.reshape(-1) if flat is None else flat
+    rows = order.int()
+    return Pairs(
+        weights=tuple(g.weight for g in routings),
+        segments=LoraSegments(entries, starts, rows, weight[order]),
+        unweighted=LoraSegments(entries, starts, rows),
+    )
+
+
+def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSegments:
+    """Segments over the rows of the step themselves, for experts of one projection.
+
+    MoLA, LoRAMoE and Arrow add ``Σ w_e B_e A_e x`` to one linear, so a row simply stands in the
+    segments of its k experts. ``inputs`` [n_rows, in_features] is what that linear reads.
+    """
+    pairs = expand(inputs, routed)
+    rows = routed[0].pair_rows if len(routed) == 1 else torch.cat([r.pair_rows for r in routed])
+    segments = pairs.segments
+    return LoraSegments(
+        segments.entries,
+        segments.starts,
+        rows[segments.rows.long()].int(),  # the order is stable: rows ascend within a segment
+        segments.weights,
+    )
+
+
+def _route(hidden: Tensor, routed: RoutedRows) -> Routing:
+    return route(
+        hidden[routed.rows], routed.gate, routed.strategy, top_k=routed.top_k, top_p=routed.top_p
+    )
+
+
+def _segment_ids(routings: Sequence[Routing], routed: Sequence[RoutedRows]) -> Tensor:
+    n_segments = sum(r.n_experts for r in routed)
+    ids, first = [], 0
+    for routing, r in zip(routings, routed, strict=True):
+        index = routing.expert_index.reshape(-1)
+        shifted = index + first if first else index
+        if r.strategy is GateStrategy.TOP_P:
+            shifted = torch.where(index < 0, n_segments, shifted)
+        ids.append(shifted)
+        first += r.n_experts
+    return torch.cat(ids) if len(ids) > 1 else ids[0]
+
+
+def _group(ids: Tensor, n_segments: int) -> tuple[Tensor, Tensor]:
+    """Pairs by segment, ascending within each: (order int64 [n_pairs], starts int32 [… + 2])."""
+    in_order, order = torch.sort(ids, stable=True)
+    edges = torch.arange(n_segments + 2, dtype=ids.dtype, device=ids.device)
+    return order, torch.searchsorted(in_order, edges, out_int32=True)
+
+
+def _entries(routed: Sequence[RoutedRows]) -> Tensor:
+    padding = torch.full((1,), -1, dtype=torch.int32, device=routed[0].entries.device)
+    return torch.cat([*(r.entries for r in routed), padding])
+
+
+def _count(starts: Tensor, routed: Sequence[RoutedRows]) -> None:
+    first = 0
+    for r in routed:
+        if r.load is not None:
+            r.load.add_(starts[first : first + r.n_experts + 1].diff())
+        first += r.n_experts

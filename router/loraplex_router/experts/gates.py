@@ -1,0 +1,149 @@
+"""Gates: from the logits (or the hidden state) of a row to its experts and their weights.
+
+    top-k    (MixLoRA, MoLA)   p = softmax(W h);  T = top-k(p);  w_e = p_e / Σ_{j∈T} p_j
+    top-p    (mixlora-dynamic) experts by falling p, up to and including the first that lifts the
+                               running sum above top_p; weights stay p_e, they are not renormalised
+    switch   (mixlora-switch)  e = argmax p;  w_e = p_e
+    dense    (LoRAMoE)         every expert;  w = p
+    arrow    (Arrow)           s_e = |v_e · x|;  T = top-k(s);  w = softmax over T of s
+
+All of it in float32, whatever the dtype of the rows: in bfloat16 close gates flip between experts.
+Equal logits go to the lower expert index. Nothing here waits for the device: shapes depend on the
+arguments alone, and an expert that a row does not use is -1 with weight 0.
+
+``mixlora-switch`` follows the formula the adapters are *trained* with. The public implementation
+returns the block's input unchanged at inference, so that FFN and experts are skipped; an adapter
+served that way is not the adapter that was trained. Training also caps the tokens an expert takes
+per sequence (``expert_capacity``) and passes the others through as ``p·h``; a cap makes a token's
+output depend on how many earlier tokens share its step, so a server that splits prompts into
+chunks, or takes them from a prefix cache, cannot apply it. Served experts have no cap, as one-token
+decoding steps never had; ``capacity`` exists here for whole sequences (training, comparison).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "NO_EXPERT",
+    "GateStrategy",
+    "Routing",
+    "experts_per_row",
+    "gate_arrow",
+    "gate_dense",
+    "gate_switch",
+    "gate_top_k",
+    "gate_top_p",
+    "route",
+]
+
+NO_EXPERT = -1
+
+
+class GateStrategy(Enum):
+    """The values are those of the adapter plan's routing strategies."""
+
+    TOP_K = "mixlora"
+    TOP_P = "mixlora-dynamic"
+    SWITCH = "mixlora-switch"
+    DENSE = "loramoe"
+    ARROW = "arrow"
+
+
+class Routing(NamedTuple):
+    """Where each row goes. ``k`` is fixed by the strategy, see ``experts_per_row``."""
+
+    expert_index: Tensor  # int32 [n_rows, k]; NO_EXPERT where fewer than k are used
+    weight: Tensor  # float32 [n_rows, k]; 0 where there is no expert
+
+
+def experts_per_row(strategy: GateStrategy, n_experts: int, top_k: int) -> int:
+    """The fixed width of a ``Routing``: top-p and dense may use every expert."""
+    match strategy:
+        case GateStrategy.TOP_K | GateStrategy.ARROW:
+            if not 1 <= top_k <= n_experts:
+                raise ValueError(f"top_k is {top_k}, must be in 1…{n_experts} (the experts)")
+            return top_k
+        case GateStrategy.SWITCH:
+            return 1
+        case GateStrategy.TOP_P | GateStrategy.DENSE:
+            return n_experts
+
+
+def route(
+    hidden: Tensor,  # [n_rows, hidden_size]
+    gate: Tensor,  # float32 [n_experts, hidden_size]
+    strategy: GateStrategy,
+    *,
+    top_k: int,
+    top_p: float,
+) -> Routing:
+    """Reads the rows' hidden states, multiplies by the gate and applies the strategy."""
+    logits = torch.mm(hidden.float(), gate.T)  # [n_rows, n_experts]
+    match strategy:
+        case GateStrategy.TOP_K:
+            return gate_top_k(logits, top_k)
+        case GateStrategy.TOP_P:
+            return gate_top_p(logits, top_p)
+        case GateStrategy.SWITCH:
+            return gate_switch(logits)
+        case GateStrategy.DENSE:
+            return gate_dense(logits)
+        case GateStrategy.ARROW:
+            return gate_arrow(logits, top_k)
+
+
+def gate_top_k(logits: Tensor, top_k: int) -> Routing:
+    """Softmax over all experts, keep k, renormalise: the same as softmax over the k logits."""
+    experts_per_row(GateStrategy.TOP_K, logits.shape[-1], top_k)
+    values, index = _descending(logits)
+    weight = torch.softmax(values[:, :top_k], dim=-1)
+    return Routing(index[:, :top_k].int(), weight)
+
+
+def gate_top_p(logits: Tensor, top_p: float) -> Routing:
+    """Keeps the experts whose predecessors sum to at most ``top_p``, with their bare p."""
+    p, index = _descending(torch.softmax(logits.float(), dim=-1))
+    dropped = p.cumsum(dim=-1) - p > top_p
+    # The difference above rounds; the first expert is kept by definition.
+    dropped[:, 0] = False
+    return Routing(index.int().masked_fill(dropped, NO_EXPERT), p.masked_fill(dropped, 0.0))
+
+
+def gate_switch(logits: Tensor, capacity: int | None = None) -> Routing:
+    """The best expert, weighted by its probability.
+
+    With ``capacity`` the rows are one whole sequence, in order: rows beyond the capacity of their
+    expert get NO_EXPERT and keep their weight, for which training returns ``weight · h``.
+    """
+    p = torch.softmax(logits.float(), dim=-1)
+    weight, index = _descending(p)
+    weight, index = weight[:, :1], index[:, :1]
+    if capacity is not None:
+        taken = torch.nn.functional.one_hot(index[:, 0], p.shape[-1]).cumsum(dim=0)
+        index = index.masked_fill(taken.gather(1, index) > capacity, NO_EXPERT)
+    return Routing(index.int(), weight)
+
+
+def gate_dense(logits: Tensor) -> Routing:
+    """Every expert, weighted by its probability."""
+    weight = torch.softmax(logits.float(), dim=-1)
+    index = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    return Routing(index.expand(logits.shape[0], -1), weight)
+
+
+def gate_arrow(products: Tensor, top_k: int) -> Routing:
+    """Softmax over the k largest |v·x|; a prototype's sign means nothing.
+
+    A temperature belongs into the prototypes (divide them by it), so it costs nothing here.
+    """
+    return gate_top_k(products.abs(), top_k)
+
+
+def _descending(scores: Tensor) -> tuple[Tensor, Tensor]:
+    values, index = torch.sort(scores.float(), dim=-1, descending=True, stable=True)
+    return values, index

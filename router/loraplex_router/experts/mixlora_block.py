@@ -1,0 +1,134 @@
+"""One MLP block for a mixed step: base rows, plain LoRA rows and rows of routed MixLoRA adapters.
+
+    g_e = W_gate h + B_gate^e A_gate^e h        u_e = W_up h + B_up^e A_up^e h
+    a_e = act(g_e) ⊙ u_e
+    y   = W_down (Σ_e w_e a_e) + Σ_e w_e B_down^e A_down^e a_e
+
+The base products of gate and up are computed once per row and copied to the row's k experts. The
+base down product is linear, so the activations are mixed *before* it: the frozen MLP costs what it
+costs for a plain row, whatever k. (The published description computes the down product k times.)
+Only routed rows are expanded. The order of operations is fixed, sums over experts run in slot
+order, nothing is accumulated atomically.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from loraplex_kernels.layout import LoraSegments
+from torch import Tensor
+
+from .expansion import Pairs, RoutedRows, expand
+
+__all__ = ["LoraOp", "MlpBlock", "mixed_mlp"]
+
+
+class LoraOp(Protocol):
+    """The low-rank operator with storage, target and tables of one linear group bound to it."""
+
+    def __call__(self, x: Tensor, segments: LoraSegments, *, out: Tensor) -> None:
+        """Adds the segments' products of ``x`` to ``out`` in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class MlpBlock:
+    """The parts of one layer's MLP, as the model's owner binds them."""
+
+    gate_up: Callable[[Tensor], Tensor]  # base product [n, hidden] → [n, 2·ff], gate then up
+    down: Callable[[Tensor], Tensor]  # base product [n, ff] → [n, hidden]
+    activation: Callable[[Tensor], Tensor]  # act(gate) ⊙ up: [n, 2·ff] → [n, ff]
+    lora_gate_up: LoraOp
+    lora_down: LoraOp
+
+
+def mixed_mlp(
+    hidden: Tensor,  # [n_rows, hidden_size], after the block's norm
+    block: MlpBlock,
+    plain: LoraSegments | None,  # rows with an unrouted adapter; None = no such rows
+    routed: Sequence[RoutedRows],  # one per routed adapter of the step; rows are disjoint
+) -> Tensor:
+    """Runs the block for every row of the step; the residual is added by the caller."""
+    base = block.gate_up(hidden)  # [n_rows, 2·ff]
+    if not routed:
+        return _plain_rows(hidden, base, block, plain)
+
+    pairs = expand(hidden, routed)
+    pair_rows = _pair_rows(routed)
+    expert_base = base.index_select(0, pair_rows)  # copied before plain deltas land in ``base``
+    block.lora_gate_up(hidden.index_select(0, pair_rows), pairs.unweighted, out=expert_base)
+    expert_act = block.activation(expert_base)  # [n_pairs, ff]
+
+    if plain is not None:
+        block.lora_gate_up(hidden, plain, out=base)
+    act = block.activation(base)  # [n_rows, ff]; routed rows are overwritten now
+    _mix_into(act, expert_act, pairs, routed)
+    out = block.down(act)
+    if plain is not None:
+        block.lora_down(act, plain, out=out)
+    _add_expert_down(out, expert_act, block, pairs, routed)
+    return out
+
+
+def _plain_rows(
+    hidden: Tensor, base: Tensor, block: MlpBlock, plain: LoraSegments | None
+) -> Tensor:
+    if plain is not None:
+        block.lora_gate_up(hidden, plain, out=base)
+    act = block.activation(base)
+    out = block.down(act)
+    if plain is not None:
+        block.lora_down(act, plain, out=out)
+    return out
+
+
+def _pair_rows(routed: Sequence[RoutedRows]) -> Tensor:
+    return routed[0].pair_rows if len(routed) == 1 else torch.cat([r.pair_rows for r in routed])
+
+
+def _mix_into(act: Tensor, expert_act: Tensor, pairs: Pairs, routed: Sequence[RoutedRows]) -> None:
+    first = 0
+    for r, weight in zip(routed, pairs.weights, strict=True):
+        n_pairs = r.pair_rows.shape[0]
+        mixed = _weighted_sum(expert_act[first : first + n_pairs], weight)
+        act.index_copy_(0, r.rows, mixed.to(act.dtype))
+        first += n_pairs
+
+
+def _add_expert_down(
+    out: Tensor,
+    expert_act: Tensor,
+    block: MlpBlock,
+    pairs: Pairs,
+    routed: Sequence[RoutedRows],
+) -> None:
+    """Adds Σ w_e B A a_e; experts that scale their output need a base product of their own."""
+    shared = all(r.shared_down for r in routed)
+    if shared:
+        delta = out.new_zeros(expert_act.shape[0], out.shape[1])
+        block.lora_down(expert_act, pairs.segments, out=delta)
+    else:
+        delta = block.down(expert_act)
+        block.lora_down(expert_act, pairs.unweighted, out=delta)
+    first = 0
+    for r, weight in zip(routed, pairs.weights, strict=True):
+        n_pairs = r.pair_rows.shape[0]
+        part = delta[first : first + n_pairs]
+        if shared:
+            # Rows are distinct, so this adds each once: no order to lose.
+            out.index_add_(0, r.rows, part.view(len(r.rows), r.k, -1).sum(dim=1))
+        else:
+            out.index_copy_(0, r.rows, _weighted_sum(part, weight).to(out.dtype))
+        first += n_pairs
+
+
+def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
+    """float32 [n, width]: Σ_slot weight · value, in slot order."""
+    n_rows, k = weight.shape
+    slots = values.view(n_rows, k, -1)
+    mixed = slots[:, 0] * weight[:, :1]
+    for slot in range(1, k):
+        mixed = torch.addcmul(mixed, slots[:, slot], weight[:, slot : slot + 1])
+    return mixed

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test check lint types unit bench gpu load kernels-report clean venv
+.PHONY: serve test check lint types unit bench gpu load kernels-report native clean venv
 
 venv: $(STAMP)
 
@@ -42,6 +42,9 @@ bench: venv
 
 load: venv
 	$(BIN)/loraplex bench mixed
+
+native: venv
+	$(BIN)/python setup.py -q build_ext --inplace
 
 kernels-report: venv
 	$(BIN)/python -m loraplex_kernels.report

@@ -1,5 +1,35 @@
-"""Builds the native CPU kernels; everything else is declared in pyproject.toml."""
+"""Builds the native CPU kernels; everything else is declared in pyproject.toml.
 
-from setuptools import setup
+One shared library with a plain C interface, no torch and no Python headers. ``optional``: without a
+compiler the install succeeds and the PyTorch references run instead (the log says so). The library
+holds code for every instruction set and picks one at run time, so no ``-march`` here. OpenMP is
+compiled in but not linked: ``cpu/native.py`` binds it to the runtime that torch has loaded, so that
+both share one pool of threads.
+"""
 
-setup()
+import sys
+from glob import glob
+
+from setuptools import Extension, setup
+
+SOURCES = sorted(glob("kernels/loraplex_kernels/cpu/csrc/*.cpp"))
+HEADERS = sorted(
+    glob("kernels/loraplex_kernels/cpu/csrc/*.h") + glob("kernels/loraplex_kernels/cpu/csrc/*.inc")
+)
+# No contraction: a product and a sum are fused where the source says so and nowhere else, which
+# keeps results independent of how the compiler unrolled a loop.
+FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
+OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
+
+setup(
+    ext_modules=[
+        Extension(
+            "loraplex_kernels.cpu._native",
+            sources=SOURCES,
+            depends=HEADERS,
+            extra_compile_args=FLAGS + OPENMP,
+            language="c++",
+            optional=True,
+        )
+    ]
+)

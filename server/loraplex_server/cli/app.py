@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from loraplex_server.cli.pull import pull
+
 __all__ = ["app", "main"]
 
 app = typer.Typer(
@@ -13,6 +15,17 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 
+app.command()(pull)
+
+
+@app.callback()
+def root() -> None:
+    """Serve one base model with many adapters, mixed freely in one batch."""
+
 
 def main() -> None:
     app()
+
+
+if __name__ == "__main__":
+    main()

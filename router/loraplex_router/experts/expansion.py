@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from loraplex_kernels.layout import LoraSegments
 from torch import Tensor
+
+from loraplex_kernels.layout import LoraSegments
 
 from .gates import GateStrategy, Routing, experts_per_row, route
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from loraplex_kernels.layout import LoraSegments
 from torch import Tensor
+
+from loraplex_kernels.layout import LoraSegments
 
 from .expansion import Pairs, RoutedRows, expand
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from loraplex_router.experts import (
     GateStrategy,
     arrow_prototypes,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from loraplex_router.experts import (
     NO_EXPERT,
     GateStrategy,
@@ -15,7 +16,6 @@ from loraplex_router.experts import (
     gate_top_p,
     route,
 )
-
 from tests.support.experts_oracle import gate_weights
 
 

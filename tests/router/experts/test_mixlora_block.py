@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
+
 from loraplex_kernels import (
     NO_PAGE,
     PAGE_RANK,
@@ -25,8 +27,6 @@ from loraplex_router.experts import (
     mixed_mlp,
     projection_segments,
 )
-from torch import Tensor
-
 from tests.support.experts_oracle import (
     LowRank,
     OracleAdapter,

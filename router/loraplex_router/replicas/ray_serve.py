@@ -1,0 +1,99 @@
+"""Plugs the replica policy into Ray Serve's request router. Ray is imported on first use only.
+
+    from ray.serve.config import RequestRouterConfig
+
+    RequestRouterConfig(
+        request_router_class="loraplex_router.replicas.ray_serve:AdapterRequestRouter",
+        request_routing_stats_period_s=1.0,
+    )
+
+The replica reports where its adapters are by defining ``record_routing_stats()`` that returns
+``{"device": [digest, …], "host": [digest, …], "free_slots": n, "evictable": n}``. The caller names
+the adapter by ``handle.options(multiplexed_model_id=digest)`` and leaves it unset for the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from .policy import rank
+from .snapshot import ReplicaSnapshot
+
+# "AdapterRequestRouter" exists too, on first use: see the end of this file.
+__all__ = ["prompt_hash_of", "rank_replicas"]
+
+PREFIX_CHARS = 256  # what two prompts must share to be sent to the same holder
+
+
+class ServeReplica(Protocol):
+    """The part of Ray's ``RunningReplica`` that is read."""
+
+    @property
+    def replica_id(self) -> Any: ...
+    @property
+    def routing_stats(self) -> Mapping[str, Any]: ...
+    @property
+    def max_ongoing_requests(self) -> int: ...
+
+
+def rank_replicas(
+    candidates: Sequence[ServeReplica],
+    queue_lengths: Mapping[Any, int | None],
+    adapter_digest: str | None,
+    prompt_hash: int,
+) -> list[ServeReplica]:
+    """The candidates, best first. An unknown queue length counts as an empty queue."""
+    by_name = {str(c.replica_id): c for c in candidates}
+    snapshots = [
+        ReplicaSnapshot.from_stats(
+            name,
+            c.routing_stats or {},
+            n_pending=queue_lengths.get(c.replica_id) or 0,
+            capacity=c.max_ongoing_requests,
+        )
+        for name, c in by_name.items()
+    ]
+    return [by_name[s.replica_id] for s in rank(snapshots, adapter_digest, prompt_hash)]
+
+
+def prompt_hash_of(args: Sequence[object], kwargs: Mapping[str, object]) -> int:
+    """Hash of the start of the request's text: the first string among the arguments, or 0."""
+    for value in (*args, *kwargs.values()):
+        text = value.get("prompt") if isinstance(value, Mapping) else value
+        if isinstance(text, str):
+            digest = blake2b(text[:PREFIX_CHARS].encode(), digest_size=8).digest()
+            return int.from_bytes(digest, "big")
+    return 0
+
+
+def _build_router_class() -> type:
+    from ray.serve.request_router import RequestRouter
+
+    # No FIFOMixin: it hands a replica chosen for one adapter to whoever waits longest.
+    class AdapterRequestRouter(RequestRouter):  # type: ignore[misc]
+        """Ray's router with our order; Ray keeps queue lengths, retries and back-off."""
+
+        async def choose_replicas(
+            self, candidate_replicas: list[Any], pending_request: Any = None
+        ) -> list[list[Any]]:
+            if not candidate_replicas:
+                return []
+            digest, prompt_hash = None, 0
+            if pending_request is not None:
+                digest = pending_request.metadata.multiplexed_model_id or None
+                prompt_hash = prompt_hash_of(pending_request.args, pending_request.kwargs)
+            cache = self.replica_queue_len_cache
+            lengths = {r.replica_id: cache.get(r.replica_id) for r in candidate_replicas}
+            ranked = rank_replicas(candidate_replicas, lengths, digest, prompt_hash)
+            # One rank per replica: Ray goes to the next only if a replica refuses the request.
+            return [[replica] for replica in ranked]
+
+    return AdapterRequestRouter
+
+
+def __getattr__(name: str) -> type:
+    if name == "AdapterRequestRouter":
+        return _build_router_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

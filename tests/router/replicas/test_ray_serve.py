@@ -1,0 +1,42 @@
+"""The part that needs no Ray: snapshots from routing statistics, ranks, prompt hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from loraplex_router.replicas.ray_serve import prompt_hash_of, rank_replicas
+
+DIGEST = "ab" * 32
+
+
+@dataclass
+class Replica:
+    replica_id: str
+    routing_stats: Mapping[str, Any] = field(default_factory=dict)
+    max_ongoing_requests: int = 8
+
+
+def test_a_replica_that_reports_the_adapter_comes_first() -> None:
+    replicas = [
+        Replica("silent"),
+        Replica("holder", {"device": [DIGEST], "host": [], "free_slots": 0, "evictable": 2}),
+        Replica("roomy", {"device": [], "free_slots": 3}),
+    ]
+    ranked = rank_replicas(replicas, {"silent": 0, "holder": 1, "roomy": None}, DIGEST, 5)
+    assert [r.replica_id for r in ranked] == ["holder", "roomy", "silent"]
+
+
+def test_malformed_statistics_count_as_nothing() -> None:
+    odd = Replica("odd", {"device": DIGEST, "host": None, "free_slots": "many"})
+    good = Replica("good", {"host": [DIGEST]})
+    assert rank_replicas([odd, good], {}, DIGEST, 5)[0] is good
+
+
+def test_prompts_that_share_their_start_share_their_hash() -> None:
+    start = "You are a helpful assistant. " * 20
+    first = prompt_hash_of(({"prompt": start + "one"},), {})
+    assert first == prompt_hash_of((), {"body": start + "two"})
+    assert first != prompt_hash_of(("other",), {})
+    assert prompt_hash_of((1, None), {"x": 2}) == 0

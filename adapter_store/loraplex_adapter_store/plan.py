@@ -1,6 +1,8 @@
 """The runtime form every adapter folds into: all that the engine knows of an adapter.
 
-    y = out_scale ⊙ (W (in_scale ⊙ x) + b + B A (in_scale ⊙ x) + shared(x)) + bias
+    y = out_scale ⊙ (W (in_scale ⊙ x) + b + B A (in_scale ⊙ x) + shared(in_scale ⊙ x)) + bias
+
+For an embedding x is one-hot: in_features is the vocabulary, and A x is a column of A.
 
 Factors are float32 on the host with every training-time scale folded into B; the engine casts them
 to its dtype when it places them on the device.
@@ -8,10 +10,11 @@ to its dtype when it places them on the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -62,14 +65,50 @@ class RoutingStrategy(Enum):
 class SharedBasis:
     """Frozen bases shared by many adapters and this adapter's diagonals (VeRA, RandLoRA).
 
-    ``apply`` semantics per family are documented in ``families/``; tensors are float32.
+    With n blocks of r rows (VeRA: n = 1, no block_scale), small and large sides of a linear:
+
+        u[ρ,n] = rank_scale[ρ,n] · Σ_k a[ρ,k] · block_scale[n,k] · x[k]
+        y[m]   = out_scale[m] · Σ_{ρ,n} b[m, ρ·N+n] · u[ρ,n]
+
+    and its transpose when ``transposed`` (RandLoRA with in_features > out_features). ``apply`` is
+    the reference; ``factors`` unrolls to ordinary LoRA factors of rank N·r. All float32.
     """
 
     basis_digest: str  # identity of (a, b): adapters with equal digests share one copy
-    a: Tensor  # [rank, in_features]
-    b: Tensor  # [out_features, rank]
-    rank_scale: Tensor  # [rank], or [rank, in_features] for RandLoRA's γ on the input
-    out_scale: Tensor  # [out_features] or []; scales the delta only
+    a: Tensor  # [r, k]
+    b: Tensor  # [m, N·r], column ρ·N+n
+    rank_scale: Tensor  # [r, N]; every training-time scale is folded in
+    block_scale: Tensor | None = None  # [N, k]
+    out_scale: Tensor | None = None  # [m], scales the delta only; None when transposed
+    transposed: bool = False  # False: k = in_features, m = out_features
+
+    @property
+    def rank(self) -> int:
+        return int(self.rank_scale.numel())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """``x`` [n_rows, in_features] → delta [n_rows, out_features], in x's dtype."""
+        a, b, rank_scale = (t.to(x.dtype) for t in (self.a, self.b, self.rank_scale))
+        block_scale = None if self.block_scale is None else self.block_scale.to(x.dtype)
+        if self.transposed:
+            v = (x @ b).unflatten(1, tuple(rank_scale.shape)) * rank_scale  # [t, r, N]
+            y = torch.einsum("trn,rk->tnk", v, a)
+            return (y if block_scale is None else y * block_scale).sum(dim=1)
+        blocks = x.unsqueeze(1) if block_scale is None else x.unsqueeze(1) * block_scale
+        u = torch.einsum("tnk,rk->trn", blocks, a) * rank_scale
+        y = u.flatten(1) @ b.t()
+        return y if self.out_scale is None else y * self.out_scale.to(x.dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(A [N·r, in], B [out, N·r]) of the same delta."""
+        rows = self.a.unsqueeze(1) * self.rank_scale.unsqueeze(2)  # [r, N, k]
+        if self.block_scale is not None:
+            rows = rows * self.block_scale
+        flat = rows.flatten(0, 1)
+        if self.transposed:
+            return self.b.t().contiguous(), flat.t().contiguous()
+        b = self.b if self.out_scale is None else self.b * self.out_scale.unsqueeze(1)
+        return flat, b.contiguous()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +125,15 @@ class ModulePlan:
     @property
     def rank(self) -> int:
         return 0 if self.a is None else int(self.a.shape[0])
+
+    def tensors(self) -> Iterator[Tensor]:
+        parts = (self.a, self.b, self.out_scale, self.bias, self.in_scale)
+        yield from (part for part in parts if part is not None)
+        if self.shared is not None:
+            shared = self.shared
+            scales = (shared.rank_scale, shared.block_scale, shared.out_scale)
+            yield from (shared.a, shared.b)
+            yield from (scale for scale in scales if scale is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +160,12 @@ class PrefixPlan:
     values: tuple[Tensor, ...] = ()
     embeddings: Tensor | None = None  # [n_virtual, hidden_size] for prompt tuning
 
+    @property
+    def n_virtual(self) -> int:
+        """Tokens that stand before the prompt."""
+        first = self.embeddings if self.embeddings is not None else self.keys[0]
+        return int(first.shape[0])
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
@@ -123,6 +177,24 @@ class AdapterPlan:
     experts: Mapping[str, ExpertPlan] = field(default_factory=dict)  # block or projection name →
     prefix: PrefixPlan | None = None
     embedding_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row [hidden]
+    head_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row of the head
     dense: Mapping[str, Tensor] = field(default_factory=dict)  # module name → replacing weight
     chat_template: str | None = None  # the adapter's own, if it ships one
     n_bytes: int = 0  # true bytes of all float32 tensors above
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor of the plan, each once per place that refers to it."""
+        for module in self.modules.values():
+            yield from module.tensors()
+        for block in self.experts.values():
+            yield block.gate
+            for expert in block.experts:
+                for module in expert.values():
+                    yield from module.tensors()
+        if self.prefix is not None:
+            yield from (*self.prefix.keys, *self.prefix.values)
+            if self.prefix.embeddings is not None:
+                yield self.prefix.embeddings
+        yield from self.embedding_rows.values()
+        yield from self.head_rows.values()
+        yield from self.dense.values()

@@ -1,11 +1,11 @@
 """Errors of the engine.
 
-    EngineError
-    ├── QueueFull          the bounded queue is full: try again later
-    ├── EngineDraining     the server is going down: try another replica
-    ├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
-    ├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
-    └── EngineDead         the engine thread stopped: nothing can be served
+EngineError
+├── QueueFull          the bounded queue is full: try again later
+├── EngineDraining     the server is going down: try another replica
+├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
+├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
+└── EngineDead         the engine thread stopped: nothing can be served
 """
 
 from __future__ import annotations

@@ -1,0 +1,153 @@
+"""Builds the engine from a config and a model directory, in named steps."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from loraplex_adapter_store.base_spec import BaseSpec
+
+from ..model.base_model import BaseModel, load_base_model
+from .config import EngineConfig
+from .device_pool import DevicePool
+from .engine import Engine, Message
+from .kv_cache import KvCache, KvGeometry
+from .model_runner import ModelRunner
+
+__all__ = ["BuiltEngine", "assemble_engine", "build_engine"]
+
+_log = logging.getLogger(__name__)
+
+_GIB = 1 << 30
+_CPU_KV_BYTES = 1 * _GIB
+_CPU_ADAPTER_BYTES = 1 * _GIB
+_GPU_KV_SHARE = 0.6  # of the memory that the base leaves free
+_GPU_ADAPTER_SHARE = 0.25
+_SWITCH_INTERVAL_S = 0.0005  # the engine thread gets the interpreter back quickly
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """``engine`` is started. ``tokenizer`` belongs to the front, ``base_spec`` to the store."""
+
+    engine: Engine
+    tokenizer: PreTrainedTokenizerBase
+    base_spec: BaseSpec
+    model_id: str
+
+
+def build_engine(
+    config: EngineConfig, model_path: Path, *, model_id: str | None = None
+) -> BuiltEngine:
+    """Loads the base, sizes the memories, starts the engine thread.
+
+    Raises ModelError if the model cannot be served and ValueError for a device that is not there.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    device = _device(config.device)
+    name = model_id or model_path.name
+    tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+    model = load_base_model(model_path, name, dtype=_dtype(config.dtype, device), device=device)
+    engine = assemble_engine(model, config)
+    return BuiltEngine(engine, tokenizer, model.spec, name)
+
+
+def assemble_engine(model: BaseModel, config: EngineConfig) -> Engine:
+    """The engine around a model that is already loaded; started."""
+    max_model_len = min(model.max_positions, config.max_model_len or model.max_positions)
+    kv_cache = _kv_cache(model, config, max_model_len)
+    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    adapters = DevicePool(
+        model.groups,
+        n_bytes=config.adapter_memory_bytes or _adapter_bytes(model),
+        max_adapters=config.max_loras,
+        max_rank=config.max_lora_rank,
+        dtype=model.dtype,
+        device=model.device,
+        on_loaded=lambda: inbox.put(_wake),
+    )
+    engine = Engine(
+        ModelRunner(model, kv_cache, adapters),
+        kv_cache,
+        adapters,
+        config,
+        max_model_len=max_model_len,
+        eos_token_ids=model.eos_token_ids,
+        inbox=inbox,
+    )
+    _log.info(
+        "engine: %s on %s in %s, %s layers, context %d, KV %d pages of %d tokens, "
+        "adapter pool %d MiB",
+        model.spec.model_id,
+        model.device,
+        str(model.dtype).removeprefix("torch."),
+        "fused" if model.is_fused else "transformers'",
+        max_model_len,
+        kv_cache.n_pages,
+        kv_cache.page_size,
+        adapters.pool.bytes_total >> 20,
+    )
+    engine.start()
+    return engine
+
+
+def _wake() -> None:
+    """Does nothing: taking it from the inbox is what wakes the engine thread."""
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name} was asked for, but torch sees no CUDA device; use cpu")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is not supported; use cpu or cuda")
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name != "auto":
+        return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
+    return torch.bfloat16
+
+
+def _kv_cache(model: BaseModel, config: EngineConfig, max_model_len: int) -> KvCache:
+    geometry = KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim)
+    n_bytes = config.kv_memory_bytes
+    if n_bytes is None:
+        n_bytes = _CPU_KV_BYTES if model.device.type == "cpu" else _gpu_bytes(_GPU_KV_SHARE)
+    n_pages = n_bytes // geometry.page_bytes(config.page_size, model.dtype)
+    most = config.max_batch_size * -(-max_model_len // config.page_size)
+    if n_pages < 1:
+        raise ValueError(
+            f"--kv-memory {n_bytes} bytes does not hold one page of "
+            f"{geometry.page_bytes(config.page_size, model.dtype)} bytes; give it more"
+        )
+    return KvCache(
+        geometry,
+        n_pages=min(n_pages, most),
+        page_size=config.page_size,
+        max_requests=config.max_batch_size,
+        max_model_len=max_model_len,
+        dtype=model.dtype,
+        device=model.device,
+        prefix_cache=config.prefix_cache,
+    )
+
+
+def _adapter_bytes(model: BaseModel) -> int:
+    return _CPU_ADAPTER_BYTES if model.device.type == "cpu" else _gpu_bytes(_GPU_ADAPTER_SHARE)
+
+
+def _gpu_bytes(share: float) -> int:
+    free, _ = torch.cuda.mem_get_info()
+    return int(free * share)

@@ -1,0 +1,276 @@
+"""Which adapters have a place on the device, and how they get one without stalling the steps.
+
+    absent ──place──▶ loading ──(loader thread fills)──▶ resident ──evict──▶ absent
+
+The engine thread reserves pages and publishes tables, both quick; the loader thread casts and
+copies. Requests hold the adapter while they run, and a held adapter is never evicted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
+from loraplex_kernels.errors import PoolFull
+from loraplex_kernels.factors import SliceFactors
+from loraplex_kernels.pool import LoraPool
+
+from ..model.lora_group import LoraGroup
+from .errors import AdapterUnservable
+
+__all__ = ["DevicePool", "Placement", "Residency"]
+
+Factors = Mapping[str, tuple[SliceFactors | None, ...]]
+
+
+class Placement(Enum):
+    RESIDENT = "resident"
+    LOADING = "loading"
+    FULL = "full"  # every byte is held by running requests or pinned
+
+
+@dataclass(slots=True)
+class Residency:
+    """One adapter on the device; ``entries[0]`` are its unrouted factors, the rest its experts."""
+
+    digest: str
+    entries: tuple[int, ...]
+    n_bytes: int
+    plan: AdapterPlan
+    planned: Mapping[str, ModulePlan]  # modules beyond low-rank factors, on the device
+    dense: Mapping[str, Tensor]
+    load: Future[None]
+    started_at: float
+    load_s: float = 0.0
+    published: bool = False
+    holders: int = 0
+    pinned: bool = False
+    last_used: float = field(default_factory=time.monotonic)
+
+
+class DevicePool:
+    """Owner of device residency and its recency. Engine thread only, but for the loader's fills."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, LoraGroup],
+        *,
+        n_bytes: int,
+        max_adapters: int,
+        max_rank: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_loaded: Callable[[], None],
+    ) -> None:
+        """``on_loaded`` is called on the loader thread: it must only wake the engine."""
+        self.pool = LoraPool(
+            [group.target for group in groups.values()],
+            n_bytes=n_bytes,
+            n_entries=max_adapters,
+            dtype=dtype,
+            device=device,
+        )
+        self.n_loads = 0
+        self.n_evictions = 0
+        self.load_seconds: list[float] = []  # of recent loads, for /metrics
+        self._groups = groups
+        self._max_rank = max_rank
+        self._dtype = dtype
+        self._device = device
+        self._on_loaded = on_loaded
+        self._residents: dict[str, Residency] = {}
+        self._pins: set[str] = set()
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
+
+    def place(self, plan: AdapterPlan) -> Placement:
+        """Makes sure the adapter is on its way to the device; evicts idle ones if it must.
+
+        Raises AdapterUnservable if it can never fit or its load failed.
+        """
+        resident = self._residents.get(plan.digest)
+        if resident is None:
+            resident = self._start_load(plan)
+            if resident is None:
+                return Placement.FULL
+        if not resident.load.done():
+            return Placement.LOADING
+        self._publish(resident)
+        resident.last_used = time.monotonic()
+        return Placement.RESIDENT
+
+    def hold(self, digest: str) -> None:
+        self._residents[digest].holders += 1
+
+    def release(self, digest: str) -> None:
+        resident = self._residents[digest]
+        if resident.holders <= 0:
+            raise RuntimeError(f"adapter {digest[:12]} released more often than held")
+        resident.holders -= 1
+        resident.last_used = time.monotonic()
+
+    def residency(self, digest: str) -> Residency:
+        """Of an adapter that is held."""
+        return self._residents[digest]
+
+    def set_pinned(self, digest: str, pinned: bool) -> None:
+        """A pinned adapter is not evicted once it is resident."""
+        (self._pins.add if pinned else self._pins.discard)(digest)
+        if digest in self._residents:
+            self._residents[digest].pinned = pinned
+
+    def drop(self, digest: str) -> int:
+        """Frees an idle adapter's pages at once; returns the bytes, 0 if absent or held."""
+        resident = self._residents.get(digest)
+        if resident is None or resident.holders or not resident.load.done():
+            return 0
+        return self._evict(resident)
+
+    @property
+    def resident_digests(self) -> tuple[str, ...]:
+        return tuple(d for d, resident in self._residents.items() if resident.load.done())
+
+    def close(self) -> None:
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def _start_load(self, plan: AdapterPlan) -> Residency | None:
+        factor_sets = [self._factors(plan.modules)]
+        for experts in _expert_modules(plan.experts):
+            factor_sets.append(self._factors(experts))
+        self._check_rank(plan)
+        n_bytes = sum(self.pool.bytes_needed(factors) for factors in factor_sets)
+        if n_bytes > self.pool.bytes_total or len(factor_sets) > self.pool.n_entries:
+            raise AdapterUnservable(
+                f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {len(factor_sets)} "
+                f"entries, the device pool has {self.pool.bytes_total:,} and "
+                f"{self.pool.n_entries}; raise --adapter-memory or --max-loras"
+            )
+        entries = self._reserve(factor_sets)
+        if entries is None:
+            return None
+        resident = Residency(
+            digest=plan.digest,
+            entries=entries,
+            n_bytes=n_bytes,
+            plan=plan,
+            planned={
+                name: _to_device(module, self._dtype, self._device)
+                for name, module in plan.modules.items()
+                if _is_beyond_low_rank(module)
+            },
+            dense={
+                name: weight.to(self._device, self._dtype) for name, weight in plan.dense.items()
+            },
+            load=self._loader.submit(self._fill, entries, factor_sets),
+            started_at=time.monotonic(),
+            pinned=plan.digest in self._pins,
+        )
+        self._residents[plan.digest] = resident
+        return resident
+
+    def _reserve(self, factor_sets: Sequence[Factors]) -> tuple[int, ...] | None:
+        while True:
+            try:
+                return self.pool.reserve_group(factor_sets)
+            except PoolFull:
+                victim = self._victim()
+                if victim is None:
+                    return None
+                self._evict(victim)
+
+    def _victim(self) -> Residency | None:
+        """The idle adapter that was used least recently."""
+        idle = [
+            resident
+            for resident in self._residents.values()
+            if not resident.holders and not resident.pinned and resident.load.done()
+        ]
+        return min(idle, key=lambda resident: resident.last_used, default=None)
+
+    def _evict(self, resident: Residency) -> int:
+        del self._residents[resident.digest]
+        self.n_evictions += 1
+        return sum(self.pool.remove(entry) for entry in resident.entries)
+
+    def _fill(self, entries: Sequence[int], factor_sets: Sequence[Factors]) -> None:
+        """Loader thread."""
+        try:
+            torch.set_num_threads(1)  # of this thread: the steps keep the cores
+            for entry, factors in zip(entries, factor_sets, strict=True):
+                self.pool.fill(entry, factors)
+        finally:
+            self._on_loaded()
+
+    def _publish(self, resident: Residency) -> None:
+        if resident.published:
+            return
+        error = resident.load.exception()
+        if error is not None:
+            self._evict(resident)
+            raise AdapterUnservable(
+                f"adapter {resident.digest[:12]} could not be placed on the device: {error}"
+            ) from error
+        for entry in resident.entries:
+            self.pool.publish(entry)
+        resident.published = True
+        resident.load_s = time.monotonic() - resident.started_at
+        self.n_loads += 1
+        self.load_seconds = [*self.load_seconds[-255:], resident.load_s]
+
+    def _factors(self, modules: Mapping[str, ModulePlan]) -> Factors:
+        """The parts of a plan that the LoRA kernels apply, by target."""
+        factors: dict[str, tuple[SliceFactors | None, ...]] = {}
+        for group in self._groups.values():
+            slices = tuple(_slice_factors(modules.get(name)) for name in group.module_names)
+            if any(part is not None for part in slices):
+                factors[group.target.name] = slices
+        return factors
+
+    def _check_rank(self, plan: AdapterPlan) -> None:
+        rank = max((module.rank for module in plan.modules.values()), default=0)
+        if self._max_rank is not None and rank > self._max_rank:
+            raise AdapterUnservable(
+                f"adapter {plan.digest[:12]} has rank {rank}, this server allows {self._max_rank}; "
+                "raise --max-lora-rank"
+            )
+
+
+def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, ModulePlan]]:
+    """Expert e of all layers side by side: the pool's entry 1 + e of a routed adapter."""
+    n_experts = max((len(plan.experts) for plan in experts.values()), default=0)
+    for index in range(n_experts):
+        merged: dict[str, ModulePlan] = {}
+        for plan in experts.values():
+            if index < len(plan.experts):
+                merged.update(plan.experts[index])
+        yield merged
+
+
+def _is_beyond_low_rank(module: ModulePlan) -> bool:
+    return module.in_scale is not None or module.shared is not None
+
+
+def _slice_factors(module: ModulePlan | None) -> SliceFactors | None:
+    if module is None or _is_beyond_low_rank(module):
+        return None
+    return SliceFactors(a=module.a, b=module.b, scale=module.out_scale, bias=module.bias)
+
+
+def _to_device(module: ModulePlan, dtype: torch.dtype, device: torch.device) -> ModulePlan:
+    def move(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(device, dtype)
+
+    return replace(
+        module,
+        a=move(module.a),
+        b=move(module.b),
+        out_scale=move(module.out_scale),
+        bias=move(module.bias),
+        in_scale=move(module.in_scale),
+    )

@@ -1,0 +1,187 @@
+"""The paged KV cache: tensors, and the pages of each running request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .page_pool import PagePool, page_keys
+
+__all__ = ["KvCache", "KvGeometry"]
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """Shape of the cache of one layer; layers may not differ."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+
+    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * page_size * dtype.itemsize
+
+
+@dataclass(slots=True)
+class _Table:
+    row: int  # of ``page_table``
+    pages: list[int]
+    root: bytes
+    n_published: int  # leading pages that are findable
+    last_key: bytes
+
+
+class KvCache:
+    """Owner of the KV pages and of the block tables. Engine thread only.
+
+    ``keys[layer]`` and ``values[layer]`` are [n_pages, n_kv_heads, page_size, head_dim].
+    A request's table is [shared with others, published | ours, published | ours, being filled];
+    published pages are full and never written again.
+    """
+
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        *,
+        n_pages: int,
+        page_size: int,
+        max_requests: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        prefix_cache: bool,
+    ) -> None:
+        self.geometry = geometry
+        self.page_size = page_size
+        self.prefix_cache = prefix_cache
+        shape = (n_pages, geometry.n_kv_heads, page_size, geometry.head_dim)
+        self.keys = [
+            torch.zeros(shape, dtype=dtype, device=device) for _ in range(geometry.n_layers)
+        ]
+        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.page_table: NDArray[np.int32] = np.zeros(
+            (max_requests, -(-max_model_len // page_size)), dtype=np.int32
+        )
+        self.n_queried = 0  # prompt tokens looked up
+        self.n_found = 0  # and found
+        self._pool = PagePool(n_pages)
+        self._rows = list(range(max_requests - 1, -1, -1))
+        self._tables: dict[str, _Table] = {}
+
+    @property
+    def n_pages(self) -> int:
+        return self._pool.n_pages
+
+    @property
+    def n_pages_held(self) -> int:
+        return self._pool.n_held
+
+    @property
+    def n_pages_available(self) -> int:
+        """Pages a request could take now; a found prefix is not counted as taken."""
+        return self._pool.n_available
+
+    def pages_for(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.page_size)
+
+    def admit(
+        self, request_id: str, root: bytes, token_ids: Sequence[int], *, reuse: bool = True
+    ) -> int | None:
+        """Opens a table with pages for all of ``token_ids``; returns how many are already computed.
+
+        The last token is never taken from the cache: its logits are needed. None, and nothing
+        changed, if there are not enough pages or rows.
+        """
+        if not self._rows:
+            return None
+        shared, last_key = (
+            self._match(root, token_ids) if reuse and self.prefix_cache else ([], root)
+        )
+        for page in shared:
+            self._pool.hold(page)
+        fresh = self._pool.take(self.pages_for(len(token_ids)) - len(shared))
+        if fresh is None:
+            for page in shared:
+                self._pool.release(page)
+            return None
+        row = self._rows.pop()
+        table = _Table(row, shared + fresh, root, len(shared), last_key)
+        self._tables[request_id] = table
+        self.page_table[row, : len(table.pages)] = table.pages
+        if reuse and self.prefix_cache:
+            self.n_queried += len(token_ids)
+            self.n_found += len(shared) * self.page_size
+        return len(shared) * self.page_size
+
+    def extend(self, request_id: str, n_tokens: int) -> bool:
+        """Makes room for ``n_tokens`` in all; False, and nothing changed, if no page is left."""
+        table = self._tables[request_id]
+        missing = self.pages_for(n_tokens) - len(table.pages)
+        if missing <= 0:
+            return True
+        fresh = self._pool.take(missing)
+        if fresh is None:
+            return False
+        first = len(table.pages)
+        table.pages += fresh
+        self.page_table[table.row, first : first + missing] = fresh
+        return True
+
+    def publish(self, request_id: str, token_ids: Sequence[int], n_computed: int) -> None:
+        """Makes the pages that are full by now findable by other requests."""
+        table = self._tables[request_id]
+        n_full = n_computed // self.page_size
+        if not self.prefix_cache or n_full <= table.n_published:
+            return
+        start = table.n_published * self.page_size
+        keys = page_keys(table.last_key, token_ids[start : n_full * self.page_size], self.page_size)
+        for index, key in enumerate(keys, start=table.n_published):
+            self._pool.publish(table.pages[index], key)
+            table.last_key = key
+        table.n_published = n_full
+
+    def release(self, request_id: str) -> None:
+        """Closes the table; published pages stay findable until they are needed."""
+        table = self._tables.pop(request_id)
+        # last pages first, so that the beginning of a prefix is the last to be evicted
+        for page in reversed(table.pages):
+            self._pool.release(page)
+        self._rows.append(table.row)
+
+    def row(self, request_id: str) -> int:
+        """The request's row of ``page_table``."""
+        return self._tables[request_id].row
+
+    def clear_prefixes(self) -> None:
+        self._pool.forget_all()
+
+    def write_prefix(
+        self, request_id: str, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        """Imports KV [n_virtual, n_kv_heads, head_dim] per layer at the start of a request."""
+        n_tokens = keys[0].shape[0]
+        pages = torch.tensor(
+            self._tables[request_id].pages[: self.pages_for(n_tokens)], device=keys[0].device
+        )
+        position = torch.arange(n_tokens, device=keys[0].device)
+        page, offset = pages[position // self.page_size], position % self.page_size
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            self.keys[layer][page, :, offset] = k.to(self.keys[layer])
+            self.values[layer][page, :, offset] = v.to(self.values[layer])
+
+    def _match(self, root: bytes, token_ids: Sequence[int]) -> tuple[list[int], bytes]:
+        pages: list[int] = []
+        last_key = root
+        for key in page_keys(root, token_ids[:-1], self.page_size):
+            page = self._pool.find(key)
+            if page is None:
+                break
+            pages.append(page)
+            last_key = key
+        return pages, last_key

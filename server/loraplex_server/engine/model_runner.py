@@ -1,0 +1,177 @@
+"""Runs the chunks of a step through the model: segments, embeddings, layers, logits, sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from loraplex_kernels.ops import lora_apply
+from torch import Tensor
+
+from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_kernels.layout import LoraSegments
+from loraplex_kernels.pool import LoraPool
+from loraplex_kernels.segments import build_segments
+
+from ..model.base_model import BaseModel
+from ..model.lora_group import ApplyLora, LoraGroup
+from ..model.step import PlannedRows
+from .batch import StepBatch, build_batch
+from .device_pool import DevicePool
+from .events import TokenLogprobs
+from .kv_cache import KvCache
+from .request import Request
+from .sampler import Sampled, logprobs_of, sample
+from .scheduler import Chunk
+
+__all__ = ["ModelRunner", "StepResult"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step found out, by request id."""
+
+    sampled: dict[str, Sampled]
+    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]  # of the chunk's tokens after the first
+
+
+class ModelRunner:
+    """Owner of the step buffers and of the model. Engine thread only."""
+
+    def __init__(self, model: BaseModel, kv_cache: KvCache, adapters: DevicePool) -> None:
+        self._model = model
+        self._kv = kv_cache
+        self._adapters = adapters
+        model.attach_kv(kv_cache.keys, kv_cache.values)
+        for group in model.groups.values():
+            group.apply_lora = _bind(adapters.pool, group)
+
+    @torch.inference_mode()
+    def run(self, chunks: Sequence[Chunk]) -> StepResult:
+        """One forward over all chunks; samples for those that reach their last token."""
+        batch = build_batch(chunks, self._kv, self._model.device)
+        self._fill_step(batch, chunks)
+        hidden = self._model.forward(self._embed(batch, chunks))
+        sampling = [
+            (c, rows) for c, rows in zip(chunks, batch.chunk_rows, strict=True) if c.samples
+        ]
+        sampled: dict[str, Sampled] = {}
+        if sampling:
+            requests = [chunk.request for chunk, _ in sampling]
+            logits = self._logits(hidden, [rows.stop - 1 for _, rows in sampling], requests)
+            tokens = sample(logits.cpu(), requests, self._model.eos_token_ids)
+            sampled = {r.id: token for r, token in zip(requests, tokens, strict=True)}
+        return StepResult(sampled, self._prompt_logprobs(hidden, chunks, batch))
+
+    def _fill_step(self, batch: StepBatch, chunks: Sequence[Chunk]) -> None:
+        step = self._model.step
+        step.positions, step.slots = batch.positions, batch.slots
+        step.page_table, step.query_starts = batch.page_table, batch.query_starts
+        step.kv_lens = batch.kv_lens
+        requests = [chunk.request for chunk in chunks]
+        rows = [list(range(part.start, part.stop)) for part in batch.chunk_rows]
+        step.segments = self._segments(requests, [len(part) for part in rows])
+        step.planned = self._planned(requests, rows)
+
+    def _segments(self, requests: Sequence[Request], n_rows: Sequence[int]) -> LoraSegments | None:
+        """Rows by entry; None when every row is the base's."""
+        entries = [self._entry(request) for request in requests]
+        if all(entry < 0 for entry in entries):
+            return None
+        row_entries = torch.repeat_interleave(
+            torch.tensor(entries, dtype=torch.int32), torch.tensor(n_rows)
+        )
+        return build_segments(row_entries.to(self._model.device))
+
+    def _entry(self, request: Request) -> int:
+        digest = request.adapter_digest
+        return self._adapters.residency(digest).entries[0] if digest else -1
+
+    def _planned(
+        self, requests: Sequence[Request], rows: Sequence[list[int]]
+    ) -> tuple[PlannedRows, ...]:
+        by_digest: dict[str, list[int]] = {}
+        for request, request_rows in zip(requests, rows, strict=True):
+            digest = request.adapter_digest
+            if digest:
+                residency = self._adapters.residency(digest)
+                if residency.planned or residency.dense:
+                    by_digest.setdefault(digest, []).extend(request_rows)
+        return tuple(
+            PlannedRows(
+                torch.tensor(digest_rows, device=self._model.device),
+                self._adapters.residency(digest).planned,
+                self._adapters.residency(digest).dense,
+            )
+            for digest, digest_rows in by_digest.items()
+        )
+
+    def _embed(self, batch: StepBatch, chunks: Sequence[Chunk]) -> Tensor:
+        embeddings = self._model.embed(batch.token_ids)
+        for row, request, index in batch.virtual_rows:
+            prefix = self._adapters.residency(request.adapter_digest).plan.prefix
+            if prefix is not None and prefix.embeddings is not None:
+                embeddings[row] = prefix.embeddings[index].to(embeddings)
+        for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
+            digest = chunk.request.adapter_digest
+            if digest:
+                plan = self._adapters.residency(digest).plan
+                self._override_embeddings(embeddings[rows], batch.token_ids[rows], plan)
+        return embeddings
+
+    def _override_embeddings(self, rows: Tensor, token_ids: Tensor, plan: AdapterPlan) -> None:
+        """Puts the adapter's own embeddings (trainable tokens, modules_to_save) into ``rows``."""
+        table = plan.dense.get(self._model.spec.input_embedding)
+        if table is not None:
+            rows.copy_(table[token_ids.cpu()])
+        if plan.embedding_rows:
+            for row, token in enumerate(token_ids.tolist()):
+                if token in plan.embedding_rows:
+                    rows[row] = plan.embedding_rows[token].to(rows)
+
+    def _logits(self, hidden: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> Tensor:
+        """float32 [n, vocab_size], with the adapters' changes to the head."""
+        x = hidden[torch.tensor(rows, device=hidden.device)]
+        raw = self._model.head.packed(x)
+        n_each = [1] * len(requests)
+        self._model.head.add_adapters(
+            x,
+            raw,
+            self._segments(requests, n_each),
+            self._planned(requests, [[i] for i in range(len(requests))]),
+        )
+        for row, request in enumerate(requests):
+            digest = request.adapter_digest
+            head_rows = self._adapters.residency(digest).plan.head_rows if digest else {}
+            for token, weight in head_rows.items():
+                raw[row, token] = x[row].float() @ weight.to(x.device)
+        return self._model.finish_logits(raw)
+
+    def _prompt_logprobs(
+        self, hidden: Tensor, chunks: Sequence[Chunk], batch: StepBatch
+    ) -> dict[str, tuple[TokenLogprobs, ...]]:
+        """For requests that ask: the log-probability of each token after the chunk's first."""
+        found: dict[str, tuple[TokenLogprobs, ...]] = {}
+        for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
+            request = chunk.request
+            if not request.source.sampling.prompt_logprobs:
+                continue
+            last = min(chunk.start + chunk.n_tokens, request.n_prompt - 1)
+            if last <= chunk.start:
+                continue
+            targets = request.token_ids[chunk.start + 1 : last + 1]
+            row_ids = list(range(rows.start, rows.start + len(targets)))
+            logits = self._logits(hidden, row_ids, [request] * len(targets)).cpu()
+            n_top = request.source.sampling.logprobs or 0
+            found[request.id] = tuple(logprobs_of(logits, targets, [n_top] * len(targets)))
+        return found
+
+
+def _bind(pool: LoraPool, group: LoraGroup) -> ApplyLora:
+    target = group.target
+
+    def apply(x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+        lora_apply(x, pool.storage, target, pool.tables(target.name), segments, out=out)
+
+    return apply

@@ -1,0 +1,80 @@
+"""A request inside the engine: its tokens, its life cycle, its clock."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from enum import Enum
+
+from .client import GenerationRequest, Listener
+
+__all__ = ["Request", "RequestStatus"]
+
+
+class RequestStatus(Enum):
+    WAITING = "waiting"  # queued, or preempted and queued again
+    RUNNING = "running"  # holds KV pages; prefilling until all known tokens are computed
+    FINISHED = "finished"
+
+
+_MOVES = {
+    RequestStatus.WAITING: {RequestStatus.RUNNING, RequestStatus.FINISHED},
+    RequestStatus.RUNNING: {RequestStatus.WAITING, RequestStatus.FINISHED},
+    RequestStatus.FINISHED: set(),
+}
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Mutable; owned by the scheduler, on the engine thread.
+
+    ``token_ids`` is [virtual | prompt | output]. Virtual tokens are the adapter's prefix; they are
+    negative ids that no vocabulary holds. Indices: [0, n_computed) have KV | the rest waits.
+    """
+
+    source: GenerationRequest
+    listener: Listener
+    token_ids: list[int]
+    n_prompt: int  # virtual tokens included
+    n_virtual: int = 0
+    n_computed: int = 0
+    n_cached: int = 0  # prompt tokens found in the prefix cache at first admission
+    status: RequestStatus = RequestStatus.WAITING
+    submitted_at: float = field(default_factory=time.monotonic)
+    admitted_at: float | None = None
+    n_preempted: int = 0
+    n_bypassed: int = 0  # admissions of later requests while this one waited for its adapter
+    seed: int = 0  # of the sampler; drawn once when the client gave none
+
+    @property
+    def id(self) -> str:
+        return self.source.request_id
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def n_output(self) -> int:
+        return len(self.token_ids) - self.n_prompt
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.token_ids[self.n_prompt :]
+
+    @property
+    def adapter_digest(self) -> str:
+        """Empty for the base model."""
+        return "" if self.source.adapter is None else self.source.adapter.digest
+
+    @property
+    def queue_s(self) -> float:
+        return 0.0 if self.admitted_at is None else self.admitted_at - self.submitted_at
+
+    def advance(self, status: RequestStatus) -> None:
+        """Checks the move and stamps the first admission."""
+        if status not in _MOVES[self.status]:
+            raise RuntimeError(f"request {self.id} cannot go from {self.status} to {status}")
+        if status is RequestStatus.RUNNING and self.admitted_at is None:
+            self.admitted_at = time.monotonic()
+        self.status = status

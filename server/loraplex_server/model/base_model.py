@@ -1,0 +1,180 @@
+"""The frozen base: a transformers model with attention, target linears and norms replaced."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_kernels.model_ops import PackedLinear
+
+from .attention import LayerAttention, install_attention
+from .errors import ModelError
+from .fused_decoder import FusedDecoder
+from .lora_group import LoraGroup, LoraLinear
+from .norm import replace_norms
+from .step import Step
+from .targets import group_modules
+
+__all__ = ["BaseModel", "load_base_model"]
+
+_log = logging.getLogger(__name__)
+
+
+class BaseModel:
+    """Owned by the runner; engine thread only after the build.
+
+    ``forward`` reads the shared ``step`` for everything that is not an argument.
+    """
+
+    def __init__(self, model: PreTrainedModel, model_id: str, *, fuse: bool = True) -> None:
+        """Takes the instance over: its linears, norms and attention are replaced."""
+        self.step = Step()
+        config = model.config.get_text_config()
+        self.model_type = str(config.model_type)
+        self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self.max_positions = int(getattr(config, "max_position_embeddings", 2048))
+        self.eos_token_ids = _eos_token_ids(model)
+        self.dtype = model.dtype
+        self.device = model.device
+        self._softcap = getattr(config, "final_logit_softcapping", None)
+        spec = BaseSpec.of(model, model_id)
+        self.layers: list[LayerAttention] = install_attention(model, self.step)
+        self.groups: dict[str, LoraGroup] = self._replace_linears(model, spec)
+        replace_norms(model)
+        self.spec = _lean_spec(spec, model, self.groups)
+        self.head = self.groups[spec.output_head]
+        self._embedding = model.get_input_embeddings()
+        self._decoder = model.base_model
+        self._fused = (
+            FusedDecoder.of(self._decoder, self.groups, self.layers, self.step) if fuse else None
+        )
+        self.n_kv_heads = self.spec.n_kv_heads
+        self.head_dim = self.spec.head_dim
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the layers run as a straight list of kernels instead of transformers' modules."""
+        return self._fused is not None
+
+    def attach_kv(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        for layer, k, v in zip(self.layers, keys, values, strict=True):
+            layer.keys, layer.values = k, v
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """[T] → [T, hidden_size]; a fresh tensor that the caller may change."""
+        embedded: Tensor = self._embedding(token_ids)
+        return embedded
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Final normed hidden states [T, hidden_size] of the step's tokens. May reuse its input."""
+        if self._fused is not None:
+            return self._fused(embeddings)
+        output = self._decoder(
+            inputs_embeds=embeddings.unsqueeze(0),
+            position_ids=self.step.positions.unsqueeze(0),
+            attention_mask=None,
+            use_cache=False,
+        )
+        hidden: Tensor = output.last_hidden_state.squeeze(0)
+        return hidden
+
+    def finish_logits(self, raw: Tensor) -> Tensor:
+        """float32 logits from the head's output, adapters included."""
+        logits = raw.float()
+        if self._softcap is None:
+            return logits
+        return torch.tanh(logits / self._softcap) * float(self._softcap)
+
+    def _replace_linears(self, model: PreTrainedModel, spec: BaseSpec) -> dict[str, LoraGroup]:
+        groups: dict[str, LoraGroup] = {}
+        for names in group_modules(self.model_type, spec.modules):
+            modules = [model.get_submodule(name) for name in names]
+            packed = PackedLinear(
+                [_weight(module) for module in modules],
+                [getattr(module, "bias", None) for module in modules],
+            )
+            group = LoraGroup(_group_name(names), names, packed, self.step)
+            groups[group.target.name] = group
+            for name, module in zip(names, LoraLinear.of_group(group), strict=True):
+                parent = model.get_submodule(name.rpartition(".")[0])
+                setattr(parent, name.rpartition(".")[2], module)
+        return groups
+
+
+def load_base_model(
+    path: Path, model_id: str, *, dtype: torch.dtype, device: torch.device, fuse: bool = True
+) -> BaseModel:
+    """Loads a causal LM from a directory. Raises ModelError with the reason if it cannot."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the model at {str(path)!r} cannot be loaded: {error}") from error
+    model.eval().requires_grad_(False)
+    return BaseModel(model.to(device), model_id, fuse=fuse)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """[out, in] of a linear; transformers' Conv1D (GPT-2) stores the transpose."""
+    if isinstance(module, nn.Linear):
+        return module.weight
+    transposed: Tensor = module.get_parameter("weight").t()
+    return transposed.contiguous()
+
+
+def _group_name(names: Sequence[str]) -> str:
+    """ "model.layers.0.self_attn.q_proj+k_proj+v_proj"."""
+    prefix = names[0].rpartition(".")[0]
+    leaves = "+".join(name.rpartition(".")[2] for name in names)
+    return f"{prefix}.{leaves}" if prefix else leaves
+
+
+def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
+    for config in (model.generation_config, model.config.get_text_config()):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return frozenset([eos] if isinstance(eos, int) else eos)
+    return frozenset()
+
+
+def _lean_spec(spec: BaseSpec, model: nn.Module, groups: Mapping[str, LoraGroup]) -> BaseSpec:
+    """The spec without its own copy of the linears: weights are read back from the packed form."""
+    slices = {
+        name: (group, index)
+        for group in groups.values()
+        for index, name in enumerate(group.module_names)
+    }
+    rest = dict(model.named_parameters())
+
+    def weight(name: str) -> Tensor:
+        if name in slices:
+            group, index = slices[name]
+            return group.packed.unpack()[index].detach().to("cpu", torch.float32)
+        return rest[f"{name}.weight"].detach().to("cpu", torch.float32, copy=True)
+
+    def bias(name: str) -> Tensor | None:
+        group, index = slices[name]
+        if not spec.modules[name].has_bias or group.packed.bias is None:
+            return None
+        widths = list(group.packed.out_features)
+        return torch.split(group.packed.bias, widths)[index].detach().to("cpu", torch.float32)
+
+    def parameter(name: str) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        if module not in slices:
+            return rest[name].detach().to("cpu", torch.float32, copy=True)
+        if leaf == "bias":
+            value = bias(module)
+            if value is None:
+                raise KeyError(name)
+            return value
+        full = weight(module)
+        return full.t().contiguous() if module in spec.conv1d else full
+
+    return dataclasses.replace(spec, weight=weight, bias=bias, parameter=parameter)

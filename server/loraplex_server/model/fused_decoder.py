@@ -1,0 +1,191 @@
+"""Llama-style decoder layers as a straight list of kernels.
+
+The same weights and the same arithmetic as transformers' modules, without their small operators:
+what a decode step of a small model spends there would double its cost on a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraplex_kernels.model_ops import (
+    add_rms_norm,
+    paged_attention,
+    rms_norm,
+    rope_and_cache,
+    silu_mul,
+)
+
+from .attention import LayerAttention
+from .lora_group import LoraGroup
+from .norm import RmsNorm
+from .step import Step
+
+__all__ = ["FusedDecoder"]
+
+_FUSABLE = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm, rotary, SiLU-gated MLP
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # cos and sin do not depend on the batch
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    qkv: LoraGroup
+    out: LoraGroup
+    gate_up: LoraGroup
+    down: LoraGroup
+    input_norm: RmsNorm
+    mlp_norm: RmsNorm
+    q_norm: RmsNorm | None
+    k_norm: RmsNorm | None
+    cache: LayerAttention
+    scale: float
+    window: int | None
+
+
+class FusedDecoder:
+    """Runs the decoder layers of one model instance. Engine thread only."""
+
+    def __init__(
+        self,
+        layers: Sequence[_Layer],
+        norm: RmsNorm,
+        cos: Tensor,
+        sin: Tensor,
+        step: Step,
+        n_heads: int,
+        n_kv_heads: int,
+    ) -> None:
+        self._layers = tuple(layers)
+        self._norm = norm
+        self._cos = cos  # [max_positions, head_dim]
+        self._sin = sin
+        self._step = step
+        self._n_heads = n_heads
+        self._n_kv_heads = n_kv_heads
+        self._head_dim = cos.shape[1]
+
+    @staticmethod
+    def of(
+        decoder: PreTrainedModel,
+        groups: Mapping[str, LoraGroup],
+        attention: Sequence[LayerAttention],
+        step: Step,
+    ) -> FusedDecoder | None:
+        """None if the architecture is not one of the fusable ones."""
+        config = decoder.config
+        if config.model_type not in _FUSABLE or getattr(config, "hidden_act", "") != "silu":
+            return None
+        rotary = decoder.rotary_emb
+        if getattr(rotary, "rope_type", "default") not in _STATIC_ROPE:
+            return None
+        positions = torch.arange(
+            config.max_position_embeddings, device=next(decoder.parameters()).device
+        )
+        probe = next(decoder.parameters())[:1]
+        cos, sin = rotary(probe, position_ids=positions.unsqueeze(0))
+        head_dim = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        if cos.shape[-1] != head_dim:
+            return None
+        by_module = {name: group for group in groups.values() for name in group.module_names}
+        prefix = "model.layers"
+        layers = [
+            _layer_of(layer, f"{prefix}.{index}", by_module, attention[index])
+            for index, layer in enumerate(decoder.layers)
+        ]
+        return FusedDecoder(
+            layers,
+            decoder.norm,
+            cos.squeeze(0).contiguous(),
+            sin.squeeze(0).contiguous(),
+            step,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        )
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Embeddings [T, hidden_size] → normed hidden states. Changes its input (the residual)."""
+        residual = hidden
+        first = self._layers[0].input_norm
+        x = rms_norm(residual, first.weight, first.eps)
+        for index, layer in enumerate(self._layers):
+            x = layer.out(self._attend(layer, layer.qkv(x)))
+            norm = layer.mlp_norm
+            x = add_rms_norm(x, residual, norm.weight, norm.eps)
+            x = layer.down(silu_mul(layer.gate_up(x)))
+            norm = (
+                self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
+            )
+            x = add_rms_norm(x, residual, norm.weight, norm.eps)
+        return x
+
+    def _attend(self, layer: _Layer, qkv: Tensor) -> Tensor:
+        """[T, (n_heads + 2 n_kv_heads) · head_dim] → [T, n_heads · head_dim]."""
+        step, cache = self._step, layer.cache
+        if cache.keys is None or cache.values is None:
+            raise RuntimeError("the KV cache is not attached")
+        if layer.q_norm is not None and layer.k_norm is not None:
+            self._norm_heads(qkv, layer.q_norm, layer.k_norm)
+        rope_and_cache(
+            qkv,
+            self._cos,
+            self._sin,
+            step.positions,
+            cache.keys,
+            cache.values,
+            step.slots,
+            n_heads=self._n_heads,
+            n_kv_heads=self._n_kv_heads,
+            head_dim=self._head_dim,
+        )
+        n_tokens, width = qkv.shape[0], self._n_heads * self._head_dim
+        out = torch.empty(n_tokens, width, dtype=qkv.dtype, device=qkv.device)
+        paged_attention(
+            qkv[:, :width].view(n_tokens, self._n_heads, self._head_dim),
+            cache.keys,
+            cache.values,
+            step.page_table,
+            step.query_starts,
+            step.kv_lens,
+            scale=layer.scale,
+            window=layer.window,
+            out=out.view(n_tokens, self._n_heads, self._head_dim),
+        )
+        return out
+
+    def _norm_heads(self, qkv: Tensor, q_norm: RmsNorm, k_norm: RmsNorm) -> None:
+        """Qwen3 norms each head of q and k before the rotation."""
+        n_q, n_k = self._n_heads * self._head_dim, self._n_kv_heads * self._head_dim
+        for columns, norm in ((slice(0, n_q), q_norm), (slice(n_q, n_q + n_k), k_norm)):
+            heads = qkv[:, columns].reshape(-1, self._head_dim)
+            normed = rms_norm(heads, norm.weight, norm.eps)
+            qkv[:, columns] = normed.view(qkv.shape[0], -1)
+
+
+def _layer_of(
+    layer: Any, name: str, by_module: Mapping[str, LoraGroup], cache: LayerAttention
+) -> _Layer:
+    attention = layer.self_attn
+    window = getattr(attention, "sliding_window", None)
+    if window is None and attention.config.model_type == "mistral":
+        window = getattr(attention.config, "sliding_window", None)
+    return _Layer(
+        qkv=by_module[f"{name}.self_attn.q_proj"],
+        out=by_module[f"{name}.self_attn.o_proj"],
+        gate_up=by_module[f"{name}.mlp.gate_proj"],
+        down=by_module[f"{name}.mlp.down_proj"],
+        input_norm=layer.input_layernorm,
+        mlp_norm=layer.post_attention_layernorm,
+        q_norm=getattr(attention, "q_norm", None),
+        k_norm=getattr(attention, "k_norm", None),
+        cache=cache,
+        scale=attention.scaling,
+        window=window,
+    )

@@ -1,0 +1,128 @@
+"""The linears of the base that adapters target, packed by shared input.
+
+A ``LoraGroup`` is one or several linears that read the same tensor (q,k,v; gate,up; or one alone):
+one packed product, one LoRA call. ``LoraLinear`` stands where the module stood in the transformers
+model; the first of a group to be called computes all, the others take their slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraplex_adapter_store.plan import ModulePlan
+from loraplex_kernels.layout import LoraSegments, LoraTarget
+from loraplex_kernels.model_ops import PackedLinear
+
+from .step import PlannedRows, Step
+
+__all__ = ["ApplyLora", "LoraGroup", "LoraLinear"]
+
+ApplyLora = Callable[[Tensor, LoraSegments, Tensor], None]  # (x, segments, out), adds in place
+
+
+class LoraGroup:
+    """One packed base product with the adapters of the step's rows on top."""
+
+    def __init__(
+        self, name: str, module_names: Sequence[str], packed: PackedLinear, step: Step
+    ) -> None:
+        self.target = LoraTarget(name, packed.in_features, packed.out_features)
+        self.module_names = tuple(module_names)
+        self.packed = packed
+        self.apply_lora: ApplyLora | None = None  # set when the device pool is built
+        self._step = step
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` [n_rows, in_features] → [n_rows, Σ out_features]."""
+        out = self.packed(x)
+        step = self._step
+        self.add_adapters(x, out, step.segments, step.planned)
+        return out
+
+    def add_adapters(
+        self,
+        x: Tensor,
+        out: Tensor,
+        segments: LoraSegments | None,
+        planned: tuple[PlannedRows, ...],
+    ) -> None:
+        """Adds to ``out`` in place what the adapters of the rows make of ``x``."""
+        if segments is not None and self.apply_lora is not None:
+            self.apply_lora(x, segments, out)
+        for rows in planned:
+            self._apply_planned(x, out, rows)
+
+    def _apply_planned(self, x: Tensor, out: Tensor, planned: PlannedRows) -> None:
+        first = 0
+        for name, width in zip(self.module_names, self.target.out_features, strict=True):
+            columns = slice(first, first + width)
+            first += width
+            module, dense = planned.modules.get(name), planned.dense.get(name)
+            if module is None and dense is None:
+                continue
+            x_rows, y = x[planned.rows], out[planned.rows, columns]
+            if dense is not None:
+                bias = self.packed.bias
+                y = functional.linear(x_rows, dense, None if bias is None else bias[columns])
+            if module is not None:
+                y = self._apply_module(x_rows, y, module, columns)
+            out[planned.rows, columns] = y.to(out.dtype)
+
+    def _apply_module(self, x: Tensor, y: Tensor, module: ModulePlan, columns: slice) -> Tensor:
+        """``y ← out_scale ⊙ (W (in_scale ⊙ x) + b + B A (in_scale ⊙ x) + shared) + bias``."""
+        if module.in_scale is not None:
+            x = x * module.in_scale.to(x.dtype)
+            y = self.packed(x)[:, columns]
+        if module.a is not None and module.b is not None:
+            y = y + functional.linear(functional.linear(x, module.a), module.b)
+        if module.shared is not None:
+            y = y + module.shared.apply(x)
+        if module.out_scale is not None:
+            y = y * module.out_scale
+        if module.bias is not None:
+            y = y + module.bias
+        return y
+
+
+class LoraLinear(nn.Module):
+    """Stands in the model for slice ``index`` of a group. Reads [..., in], returns [..., out]."""
+
+    def __init__(self, group: LoraGroup, index: int, last: _LastOutput) -> None:
+        super().__init__()
+        self.group = group
+        features = group.target.out_features
+        self.in_features = group.target.in_features
+        self.out_features = features[index]
+        first = sum(features[:index])
+        self._columns = slice(first, first + features[index])
+        self._last = last
+
+    @staticmethod
+    def of_group(group: LoraGroup) -> list[LoraLinear]:
+        """One module for each packed linear, sharing the group's last output."""
+        last = _LastOutput()
+        return [LoraLinear(group, index, last) for index in range(group.target.n_slices)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self._last
+        if last.x is x and last.out is not None:
+            out = last.out
+        else:
+            out = self.group(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+            last.x, last.out, last.n_left = x, out, self.group.target.n_slices
+        last.n_left -= 1
+        if last.n_left == 0:
+            last.x = last.out = None
+        return out[..., self._columns]
+
+
+class _LastOutput:
+    """The output that the other slices of a group will ask for next."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.out: Tensor | None = None
+        self.n_left = 0

@@ -1,0 +1,42 @@
+"""What the replaced modules read during one step; refilled in place by the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from loraplex_adapter_store.plan import ModulePlan
+from loraplex_kernels.layout import LoraSegments
+
+__all__ = ["PlannedRows", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedRows:
+    """Rows whose adapter has parts beyond low-rank factors, applied module by module in torch."""
+
+    rows: Tensor  # int64 [n]
+    modules: Mapping[str, ModulePlan]  # on the device, in the model's dtype
+    dense: Mapping[str, Tensor]  # module name → replacing weight
+
+
+@dataclass(slots=True)
+class Step:
+    """Owned by the runner; the modules of the model hold the one instance and only read it."""
+
+    positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [T]
+    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [T] flat KV
+    page_table: Tensor = field(
+        default_factory=lambda: torch.empty(0, 0, dtype=torch.int32)
+    )  # [n_requests, max_pages]
+    query_starts: Tensor = field(
+        default_factory=lambda: torch.zeros(1, dtype=torch.int32)
+    )  # [n_requests + 1]
+    kv_lens: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.int32)
+    )  # [n_requests], this step included
+    segments: LoraSegments | None = None  # None = no row has low-rank factors
+    planned: tuple[PlannedRows, ...] = ()

@@ -12,7 +12,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard kernels/loraplex_kernels/cpu/csrc/*
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev,load]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,load,zoo]"
 	@touch $@
 
 serve: venv

@@ -1,0 +1,91 @@
+"""A task = operation × language × format, with seeded examples, wordings and an exact scorer."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from .formats import FORMATS
+from .languages import LANGUAGES
+from .operations import OPERATIONS
+
+__all__ = ["Example", "Task", "exact"]
+
+N_DESCRIPTIONS = 16  # training wordings of a task
+N_TEST_DESCRIPTIONS = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    prompt: str  # the user's message
+    answer: str  # the only right reply
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One cell of the factor grid. `language` is "" where the operation has none."""
+
+    operation: str
+    language: str
+    format: str
+
+    @classmethod
+    def parse(cls, name: str) -> Task:
+        """The inverse of `name`, which reads `operation[.language]/format`."""
+        content, dressing = name.split("/")
+        operation, _, language = content.partition(".")
+        if operation not in OPERATIONS or dressing not in FORMATS:
+            raise ValueError(
+                f"no task {name!r}: operations are {sorted(OPERATIONS)}, formats {sorted(FORMATS)}"
+            )
+        return cls(operation, language, dressing)
+
+    @property
+    def content(self) -> str:
+        return f"{self.operation}.{self.language}" if self.language else self.operation
+
+    @property
+    def name(self) -> str:
+        return f"{self.content}/{self.format}"
+
+    @property
+    def family(self) -> str:
+        return OPERATIONS[self.operation].family
+
+    def examples(self, split: str, n: int, *, seed: int = 0) -> list[Example]:
+        """`n` examples, distinct where the pool allows, the same on every machine and run."""
+        rng = random.Random(f"{self.content}:{split}:{seed}")  # one content, the same inputs
+        seen: dict[str, str] = {}
+        tries = 0
+        while len(seen) < n and tries < 20 * n:
+            tries += 1
+            prompt, answer = OPERATIONS[self.operation].draw(rng, split, self.language)
+            seen.setdefault(prompt, answer)
+        dress = FORMATS[self.format].dress
+        return [Example(prompt, dress(answer)) for prompt, answer in seen.items()]
+
+    def descriptions(self) -> list[str]:
+        """The wordings for training."""
+        operation, dressing = OPERATIONS[self.operation], FORMATS[self.format]
+        return self._phrase(operation.wordings, dressing.suffixes, N_DESCRIPTIONS, "train")
+
+    def test_descriptions(self) -> list[str]:
+        """Wordings whose operation and format phrases never occur in training."""
+        operation, dressing = OPERATIONS[self.operation], FORMATS[self.format]
+        return self._phrase(
+            operation.test_wordings, dressing.test_suffixes, N_TEST_DESCRIPTIONS, "test"
+        )
+
+    def _phrase(
+        self, wordings: tuple[str, ...], suffixes: tuple[str, ...], n: int, part: str
+    ) -> list[str]:
+        rng = random.Random(f"{self.name}:{part}:descriptions")
+        pairs = [(w, s) for w in wordings for s in suffixes]
+        rng.shuffle(pairs)
+        language = LANGUAGES.get(self.language, "")
+        return [w.format(language=language) + s for w, s in pairs[:n]]
+
+
+def exact(reply: str, answer: str) -> bool:
+    """The scorer: the reply is the answer, up to white space at its ends."""
+    return reply.strip() == answer

@@ -1,0 +1,213 @@
+"""A MixLoRA adapter in training: plain LoRA on attention, routed LoRA experts on each MLP.
+
+    p = softmax(W_r h);  w_e = p_e / Σ_{j∈top-k} p_j
+    y = W_down Σ_e w_e a_e + s Σ_e w_e B_down^e A_down^e a_e,
+    a_e = act(W_gate h + s B_gate^e A_gate^e h) ⊙ (W_up h + s B_up^e A_up^e h)
+
+Modules are put into a model that the caller owns, and taken out again by ``detach``. Dropout obeys
+``train()`` and ``eval()`` everywhere, experts included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .balance_loss import DEFAULT_COEFFICIENT, BalanceLoss, balance_loss
+
+__all__ = ["MixLora", "MixLoraConfig"]
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True, slots=True)
+class MixLoraConfig:
+    """``balance_coefficient`` None takes the usual one of the chosen loss."""
+
+    r: int = 4
+    alpha: float = 8.0
+    dropout: float = 0.05
+    n_experts: int = 8
+    top_k: int = 2
+    balance: BalanceLoss = BalanceLoss.POOLED
+    balance_coefficient: float | None = None
+    router_init_range: float = 0.02
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.r
+
+    @property
+    def coefficient(self) -> float:
+        own = self.balance_coefficient
+        return DEFAULT_COEFFICIENT[self.balance] if own is None else own
+
+
+class _Factors(nn.Module):
+    """s · B A, with A drawn as PEFT draws it and B zero."""
+
+    def __init__(self, in_features: int, out_features: int, config: MixLoraConfig) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.empty(config.r, in_features))
+        self.b = nn.Parameter(torch.zeros(out_features, config.r))
+        self.scale = config.scale
+        self.dropout = nn.Dropout(config.dropout)
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(
+            nn.functional.linear(self.dropout(x), self.a), self.b * self.scale
+        )
+
+
+class _AttentionLora(nn.Module):
+    def __init__(self, base: nn.Linear, config: MixLoraConfig) -> None:
+        super().__init__()
+        self.base = base
+        self.lora = _Factors(base.in_features, base.out_features, config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        delta: Tensor = self.lora(x)
+        out: Tensor = self.base(x)
+        return out + delta.to(x.dtype)
+
+
+class _Expert(nn.Module):
+    def __init__(self, hidden_size: int, ff_size: int, config: MixLoraConfig) -> None:
+        super().__init__()
+        self.gate_proj = _Factors(hidden_size, ff_size, config)
+        self.up_proj = _Factors(hidden_size, ff_size, config)
+        self.down_proj = _Factors(ff_size, hidden_size, config)
+
+
+class _RoutedMlp(nn.Module):
+    def __init__(self, base: nn.Module, config: MixLoraConfig) -> None:
+        super().__init__()
+        self.base = base
+        self.config = config
+        gate_proj: nn.Linear = base.gate_proj  # type: ignore[assignment]
+        d, ff = gate_proj.in_features, gate_proj.out_features
+        self.gate = nn.Parameter(torch.randn(config.n_experts, d) * config.router_init_range)
+        self.experts = nn.ModuleList(_Expert(d, ff, config) for _ in range(config.n_experts))
+        self.logits: Tensor | None = None  # of the last forward, float32 [n_tokens, n_experts]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        base = self.base
+        h = hidden.reshape(-1, hidden.shape[-1])  # [n_tokens, hidden]
+        self.logits = h.float() @ self.gate.T
+        top = self.logits.topk(self.config.top_k, dim=-1)
+        weight = torch.softmax(top.values, dim=-1)  # renormalised over the k kept
+        g, u = base.gate_proj(h), base.up_proj(h)  # type: ignore[operator]
+        mixed, delta = torch.zeros_like(g), torch.zeros_like(h)
+        for index, expert in enumerate(self.experts):
+            rows, slots = torch.where(top.indices == index)
+            if not len(rows):
+                continue
+            x, w = h[rows], weight[rows, slots].unsqueeze(1)
+            gate = g[rows] + expert.gate_proj(x).to(x.dtype)  # type: ignore[operator]
+            up = u[rows] + expert.up_proj(x).to(x.dtype)  # type: ignore[operator]
+            a = base.act_fn(gate) * up  # type: ignore[operator]
+            mixed = mixed.index_add(0, rows, (w * a).to(a.dtype))
+            down = expert.down_proj(a)  # type: ignore[operator]
+            delta = delta.index_add(0, rows, (w * down).to(delta.dtype))
+        out = base.down_proj(mixed) + delta  # type: ignore[operator]
+        result: Tensor = out.view_as(hidden)
+        return result
+
+
+class MixLora:
+    """The adapter inside ``model``, a frozen causal LM of the Llama layout."""
+
+    def __init__(self, model: nn.Module, config: MixLoraConfig) -> None:
+        self.config = config
+        self._layers = list(model.model.layers)  # type: ignore[union-attr,arg-type]
+        for layer in self._layers:
+            for name in _ATTENTION:
+                base = getattr(layer.self_attn, name)
+                setattr(layer.self_attn, name, _AttentionLora(base, config))
+            layer.mlp = _RoutedMlp(layer.mlp, config)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for name, parameter in self._named():
+            del name
+            yield parameter
+
+    def auxiliary_loss(self, token_mask: Tensor | None = None) -> Tensor:
+        """Coefficient times the balance loss of the last forward; mask bool [n_tokens]."""
+        logits = [layer.mlp.logits for layer in self._layers]
+        loss = balance_loss(
+            logits, self.config.balance, top_k=self.config.top_k, token_mask=token_mask
+        )
+        return self.config.coefficient * loss
+
+    def expert_load(self, token_mask: Tensor | None = None) -> Tensor:
+        """Share of the last forward's picks: float32 [n_layers, n_experts]."""
+        shares = []
+        for layer in self._layers:
+            logits = layer.mlp.logits if token_mask is None else layer.mlp.logits[token_mask]
+            picks = logits.topk(self.config.top_k, dim=-1).indices
+            counts = torch.bincount(picks.reshape(-1), minlength=self.config.n_experts)
+            shares.append(counts / counts.sum())
+        return torch.stack(shares)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The adapter under the published tensor names, as they are (no scale folded)."""
+        return {name: parameter.detach() for name, parameter in self._named()}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Fills the parameters from ``tensors``; the names must match exactly."""
+        own = dict(self._named())
+        if own.keys() != tensors.keys():
+            differing = sorted(own.keys() ^ tensors.keys())[:4]
+            raise ValueError(f"tensors differ from this configuration, for example {differing}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(tensors[name])
+
+    def adapter_config(self, base_model: str) -> dict[str, object]:
+        c = self.config
+        return {
+            "peft_type": "MIXLORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_model,
+            "bias": "none",
+            "r": c.r,
+            "lora_alpha": c.alpha,
+            "lora_dropout": c.dropout,
+            "use_dora": False,
+            "use_rslora": False,
+            "target_modules": [*_ATTENTION, *_MLP],
+            "routing_strategy": "mixlora",
+            "num_experts": c.n_experts,
+            "top_k": c.top_k,
+            "act_fn": "silu",
+            "router_aux_loss_coef": c.coefficient,
+            "router_init_range": c.router_init_range,
+            "jitter_noise": 0.0,
+        }
+
+    def detach(self) -> None:
+        """Gives the model its own modules back."""
+        for layer in self._layers:
+            for name in _ATTENTION:
+                setattr(layer.self_attn, name, getattr(layer.self_attn, name).base)
+            layer.mlp = layer.mlp.base
+
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        for i, layer in enumerate(self._layers):
+            prefix = f"mixlora.layers.{i}"
+            for name in _ATTENTION:
+                factors = getattr(layer.self_attn, name).lora
+                yield f"{prefix}.self_attn.{name}.lora_A.weight", factors.a
+                yield f"{prefix}.self_attn.{name}.lora_B.weight", factors.b
+            yield f"{prefix}.mlp.moe_gate.weight", layer.mlp.gate
+            for e, expert in enumerate(layer.mlp.experts):
+                for name in _MLP:
+                    factors = getattr(expert, name)
+                    yield f"{prefix}.mlp.{name}.experts.{e}.lora_A.weight", factors.a
+                    yield f"{prefix}.mlp.{name}.experts.{e}.lora_B.weight", factors.b

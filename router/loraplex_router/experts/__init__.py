@@ -1,7 +1,7 @@
 """Token → experts."""
 
 from .arrow import arrow_prototypes, top_right_singular_vector
-from .expansion import Pairs, RoutedRows, expand, projection_segments
+from .expansion import Pairs, RoutedRows, expand, pair_rows, projection_segments
 from .gates import (
     NO_EXPERT,
     GateStrategy,
@@ -14,10 +14,11 @@ from .gates import (
     gate_top_p,
     route,
 )
-from .mixlora_block import LoraOp, MlpBlock, mixed_mlp
+from .mixlora_block import AddPlain, LoraOp, MlpBlock, mixed_mlp
 
 __all__ = [
     "NO_EXPERT",
+    "AddPlain",
     "GateStrategy",
     "LoraOp",
     "MlpBlock",
@@ -33,6 +34,7 @@ __all__ = [
     "gate_top_k",
     "gate_top_p",
     "mixed_mlp",
+    "pair_rows",
     "projection_segments",
     "route",
     "top_right_singular_vector",

@@ -13,7 +13,7 @@ from loraplex_kernels.layout import LoraSegments
 
 from .gates import GateStrategy, Routing, experts_per_row, route
 
-__all__ = ["Pairs", "RoutedRows", "expand", "projection_segments"]
+__all__ = ["Pairs", "RoutedRows", "expand", "pair_rows", "projection_segments"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSeg
     segments of its k experts. ``inputs`` [n_rows, in_features] is what that linear reads.
     """
     pairs = expand(inputs, routed)
-    rows = routed[0].pair_rows if len(routed) == 1 else torch.cat([r.pair_rows for r in routed])
+    rows = pair_rows(routed)
     segments = pairs.segments
     return LoraSegments(
         segments.entries,
@@ -92,6 +92,11 @@ def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSeg
         rows[segments.rows.long()].int(),  # the order is stable: rows ascend within a segment
         segments.weights,
     )
+
+
+def pair_rows(routed: Sequence[RoutedRows]) -> Tensor:
+    """int64 [n_pairs]: the row of the step that each pair belongs to."""
+    return routed[0].pair_rows if len(routed) == 1 else torch.cat([r.pair_rows for r in routed])
 
 
 def _route(hidden: Tensor, routed: RoutedRows) -> Routing:

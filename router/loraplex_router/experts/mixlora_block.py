@@ -15,23 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from loraplex_kernels.layout import LoraSegments
 
-from .expansion import Pairs, RoutedRows, expand
+from .expansion import Pairs, RoutedRows, expand, pair_rows
 
-__all__ = ["LoraOp", "MlpBlock", "mixed_mlp"]
+__all__ = ["AddPlain", "LoraOp", "MlpBlock", "mixed_mlp"]
 
-
-class LoraOp(Protocol):
-    """The low-rank operator with storage, target and tables of one linear group bound to it."""
-
-    def __call__(self, x: Tensor, segments: LoraSegments, *, out: Tensor) -> None:
-        """Adds the segments' products of ``x`` to ``out`` in place."""
+# (x, segments, out): adds the segments' low-rank products of x to out in place; storage, target
+# and tables of one linear group are bound to it.
+LoraOp = Callable[[Tensor, LoraSegments, Tensor], None]
+# (x, out): adds what the unrouted adapters of the step make of x; touches no other row.
+AddPlain = Callable[[Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,50 +41,40 @@ class MlpBlock:
     activation: Callable[[Tensor], Tensor]  # act(gate) ⊙ up: [n, 2·ff] → [n, ff]
     lora_gate_up: LoraOp
     lora_down: LoraOp
+    plain_gate_up: AddPlain
+    plain_down: AddPlain
 
 
 def mixed_mlp(
     hidden: Tensor,  # [n_rows, hidden_size], after the block's norm
     block: MlpBlock,
-    plain: LoraSegments | None,  # rows with an unrouted adapter; None = no such rows
     routed: Sequence[RoutedRows],  # one per routed adapter of the step; rows are disjoint
 ) -> Tensor:
     """Runs the block for every row of the step; the residual is added by the caller."""
     base = block.gate_up(hidden)  # [n_rows, 2·ff]
     if not routed:
-        return _plain_rows(hidden, base, block, plain)
+        block.plain_gate_up(hidden, base)
+        act = block.activation(base)
+        out = block.down(act)
+        block.plain_down(act, out)
+        return out
 
     pairs = expand(hidden, routed)
-    pair_rows = _pair_rows(routed)
-    expert_base = base.index_select(0, pair_rows)  # copied before plain deltas land in ``base``
-    block.lora_gate_up(hidden.index_select(0, pair_rows), pairs.unweighted, out=expert_base)
+    rows_of_pairs = pair_rows(routed)
+    expert_base = base.index_select(0, rows_of_pairs)  # before plain deltas land in ``base``
+    block.lora_gate_up(hidden.index_select(0, rows_of_pairs), pairs.unweighted, expert_base)
     expert_act = block.activation(expert_base)  # [n_pairs, ff]
 
-    if plain is not None:
-        block.lora_gate_up(hidden, plain, out=base)
-    act = block.activation(base)  # [n_rows, ff]; routed rows are overwritten now
+    if sum(r.rows.shape[0] for r in routed) == hidden.shape[0]:  # no other rows
+        act = base.new_empty(hidden.shape[0], expert_act.shape[1])
+    else:
+        block.plain_gate_up(hidden, base)
+        act = block.activation(base)  # [n_rows, ff]; routed rows are overwritten now
     _mix_into(act, expert_act, pairs, routed)
     out = block.down(act)
-    if plain is not None:
-        block.lora_down(act, plain, out=out)
+    block.plain_down(act, out)
     _add_expert_down(out, expert_act, block, pairs, routed)
     return out
-
-
-def _plain_rows(
-    hidden: Tensor, base: Tensor, block: MlpBlock, plain: LoraSegments | None
-) -> Tensor:
-    if plain is not None:
-        block.lora_gate_up(hidden, plain, out=base)
-    act = block.activation(base)
-    out = block.down(act)
-    if plain is not None:
-        block.lora_down(act, plain, out=out)
-    return out
-
-
-def _pair_rows(routed: Sequence[RoutedRows]) -> Tensor:
-    return routed[0].pair_rows if len(routed) == 1 else torch.cat([r.pair_rows for r in routed])
 
 
 def _mix_into(act: Tensor, expert_act: Tensor, pairs: Pairs, routed: Sequence[RoutedRows]) -> None:
@@ -109,10 +97,10 @@ def _add_expert_down(
     shared = all(r.shared_down for r in routed)
     if shared:
         delta = out.new_zeros(expert_act.shape[0], out.shape[1])
-        block.lora_down(expert_act, pairs.segments, out=delta)
+        block.lora_down(expert_act, pairs.segments, delta)
     else:
         delta = block.down(expert_act)
-        block.lora_down(expert_act, pairs.unweighted, out=delta)
+        block.lora_down(expert_act, pairs.unweighted, delta)
     first = 0
     for r, weight in zip(routed, pairs.weights, strict=True):
         n_pairs = r.pair_rows.shape[0]

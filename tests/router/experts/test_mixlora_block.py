@@ -88,7 +88,7 @@ class BoundOp:
     target: LoraTarget
     tables: LoraTables
 
-    def __call__(self, x: Tensor, segments: LoraSegments, *, out: Tensor) -> None:
+    def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         lora_apply_reference(x, self.storage, self.target, self.tables, segments, out=out)
 
 
@@ -135,13 +135,22 @@ class MixedStep:
             for e in sets:
                 gate_up.add((e.gate, e.up))
                 down.add((e.down,))
+        lora_gate_up = BoundOp(gate_up.build()[0], gate_up.target, gate_up.build()[1])
+        lora_down = BoundOp(down.build()[0], down.target, down.build()[1])
         self.block = MlpBlock(
             gate_up=lambda h: h @ torch.cat(self.weights[:2]).T,
             down=lambda a: a @ self.weights[2].T,
             activation=lambda gu: torch.nn.functional.silu(gu[:, :FF]) * gu[:, FF:],
-            lora_gate_up=BoundOp(gate_up.build()[0], gate_up.target, gate_up.build()[1]),
-            lora_down=BoundOp(down.build()[0], down.target, down.build()[1]),
+            lora_gate_up=lora_gate_up,
+            lora_down=lora_down,
+            plain_gate_up=lambda x, out: self.add_plain(lora_gate_up, x, out),
+            plain_down=lambda x, out: self.add_plain(lora_down, x, out),
         )
+
+    def add_plain(self, op: BoundOp, x: Tensor, out: Tensor) -> None:
+        segments = self.plain()
+        if segments is not None:
+            op(x, segments, out)
 
     def rows_of(self, index: int) -> list[int]:
         return [row for row, a in enumerate(self.row_adapter) if a == index]
@@ -187,7 +196,7 @@ class MixedStep:
 
     def run(self, *, shared_down: bool = True) -> Tensor:
         routed = self.routed(shared_down=shared_down)
-        return mixed_mlp(self.hidden.clone(), self.block, self.plain(), routed)
+        return mixed_mlp(self.hidden.clone(), self.block, routed)
 
     def want(self) -> Tensor:
         rows = [

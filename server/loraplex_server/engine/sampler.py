@@ -12,11 +12,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .events import TokenLogprobs
 from .request import Request
+from .sampling_params import SamplingParams
 
 __all__ = ["Sampled", "logprobs_of", "sample"]
 
@@ -44,9 +47,12 @@ def sample(
     for row, request in enumerate(requests):
         _adjust(logits[row], request, eos_token_ids)
     token_ids = torch.argmax(logits, dim=-1).tolist()
-    for row, request in enumerate(requests):
-        if not request.source.sampling.greedy:
-            token_ids[row] = _draw(logits[row], request)
+    random = [i for i, r in enumerate(requests) if not r.source.sampling.greedy]
+    if random:
+        for row, token in zip(
+            random, _draw(logits[random], [requests[i] for i in random]), strict=True
+        ):
+            token_ids[row] = token
     if raw is not None:
         chosen = [token_ids[i] for i in wanted]
         n_top = [requests[i].source.sampling.logprobs or 0 for i in wanted]
@@ -90,44 +96,47 @@ def _adjust(row: Tensor, request: Request, eos_token_ids: frozenset[int]) -> Non
             row[torch.tensor(ended)] = float("-inf")
 
 
-def _draw(row: Tensor, request: Request) -> int:
-    """One token of the row's filtered distribution (temperature, top_k, top_p, min_p)."""
-    params = request.source.sampling
-    probs = torch.softmax(row / params.temperature, dim=-1)
-    n_kept = min(_N_CANDIDATES, probs.shape[0])
-    if 0 < params.top_k < n_kept:
-        n_kept = params.top_k
-    values, ids = torch.topk(probs, n_kept)
-    if not _is_enough(values, probs, request):
-        values, ids = torch.sort(probs, descending=True, stable=True)
-        if params.top_k:
-            values, ids = values[: params.top_k], ids[: params.top_k]
-    values = values.double()
+def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
+    """One token of each row's filtered distribution (temperature, top_k, top_p, min_p).
+
+    The passes over the vocabulary are made for all rows at once, the rest on each row's candidates.
+    """
+    temperatures = torch.tensor([[r.source.sampling.temperature] for r in requests])
+    probs = torch.softmax(logits / temperatures, dim=-1)
+    values, ids = torch.topk(probs, min(_N_CANDIDATES, probs.shape[1]), dim=-1)
+    drawn: list[int] = []
+    for row, request in enumerate(requests):
+        candidates, candidate_ids = values[row].double().numpy(), ids[row].numpy()
+        if not _is_enough(candidates, probs.shape[1], request.source.sampling):
+            ordered, order = torch.sort(probs[row], descending=True, stable=True)
+            candidates, candidate_ids = ordered.double().numpy(), order.numpy()
+        weights = _filter(candidates, request.source.sampling)
+        cumulative = np.cumsum(weights)
+        target = _uniform(request) * cumulative[-1]
+        index = int(np.searchsorted(cumulative, target, side="right"))
+        drawn.append(int(candidate_ids[min(index, int(np.flatnonzero(weights)[-1]))]))
+    return drawn
+
+
+def _filter(probs: NDArray[np.float64], params: SamplingParams) -> NDArray[np.float64]:
+    """``probs`` descending; what the filters drop becomes 0."""
+    kept = probs[: params.top_k] if params.top_k else probs
     if params.top_p < 1.0:
         # a token stays if the mass before it is still below top_p of what top_k left
-        before = torch.cumsum(values, 0) - values
-        values = values * (before < params.top_p * _mass(values, probs, request))
+        total = kept.sum() if params.top_k else 1.0
+        kept = np.where(np.cumsum(kept) - kept < params.top_p * total, kept, 0.0)
     if params.min_p > 0.0:
-        values = values * (values >= params.min_p * values[0])
-    cumulative = torch.cumsum(values, 0)
-    target = _uniform(request) * float(cumulative[-1])
-    index = int(torch.searchsorted(cumulative, target, right=True))
-    return int(ids[min(index, int((values > 0).nonzero()[-1]))])
+        kept = np.where(kept >= params.min_p * kept[0], kept, 0.0)
+    return kept
 
 
-def _is_enough(values: Tensor, probs: Tensor, request: Request) -> bool:
+def _is_enough(candidates: NDArray[np.float64], vocab_size: int, params: SamplingParams) -> bool:
     """Whether the top candidates hold everything the filters can keep."""
-    params = request.source.sampling
-    if values.shape[0] == probs.shape[0] or 0 < params.top_k <= values.shape[0]:
+    if len(candidates) == vocab_size or 0 < params.top_k <= len(candidates):
         return True
-    if params.min_p > 0.0 and float(values[-1]) < params.min_p * float(values[0]):
+    if params.min_p > 0.0 and candidates[-1] < params.min_p * candidates[0]:
         return True
-    return params.top_k == 0 and params.top_p < 1.0 and float(values.sum()) >= params.top_p
-
-
-def _mass(values: Tensor, probs: Tensor, request: Request) -> float:
-    """What top_p is a share of: all of it, or what top_k left."""
-    return float(values.sum()) if request.source.sampling.top_k else 1.0
+    return params.top_k == 0 and params.top_p < 1.0 and candidates.sum() >= params.top_p
 
 
 def _uniform(request: Request) -> float:

@@ -1,0 +1,300 @@
+"""The engine as its clients see it, on a tiny real model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
+from tests.support.architectures import VOCAB_SIZE, tiny_model
+from transformers import PreTrainedModel
+
+from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.errors import (
+    ContextOverflow,
+    EngineDead,
+    EngineDraining,
+    EngineError,
+    QueueFull,
+)
+from loraplex_server.engine.events import FinishReason, TokenEvent
+from loraplex_server.engine.sampling_params import SamplingParams
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def engine(model: PreTrainedModel) -> Iterator[Engine]:
+    with running_engine(model) as running:
+        yield running
+
+
+def _prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(VOCAB_SIZE, (n,), generator=generator).tolist() for n in lengths]
+
+
+def _expected(model: PreTrainedModel, prompt: list[int], n_tokens: int = 20) -> list[int]:
+    with torch.no_grad():
+        output = model.generate(
+            torch.tensor([prompt]), max_new_tokens=n_tokens, do_sample=False, pad_token_id=0
+        )
+    return output[0, len(prompt) :].tolist()
+
+
+def test_a_mixed_batch_answers_as_transformers_does(
+    model: PreTrainedModel, engine: Engine
+) -> None:
+    prompts = _prompts(3, 17, 40, 70, 1, 100)
+    for prompt, answer in zip(prompts, generate_all(engine, prompts), strict=True):
+        assert answer.token_ids == _expected(model, prompt)
+        assert answer.finish is FinishReason.LENGTH
+
+
+def test_chunked_prefill_changes_nothing(model: PreTrainedModel) -> None:
+    prompts = _prompts(50, 33, 9)
+    with running_engine(model, max_step_tokens=7) as engine:
+        answers = generate_all(engine, prompts)
+    assert [a.token_ids for a in answers] == [_expected(model, prompt) for prompt in prompts]
+
+
+def test_preempted_requests_lose_nothing(model: PreTrainedModel) -> None:
+    prompts = _prompts(30, 30, 30, 30)
+    page = 2 * 3 * 2 * 16 * 16 * 4  # K and V, layers, KV heads, head size, tokens, bytes
+    with running_engine(model, kv_memory_bytes=9 * page) as engine:
+        answers = generate_all(engine, prompts, SamplingParams(max_tokens=40, temperature=0.0))
+        assert engine.stats().n_preemptions > 0
+        assert engine.stats().kv_pages_used == 0
+    assert [a.token_ids for a in answers] == [_expected(model, p, 40) for p in prompts]
+
+
+def test_a_repeated_prompt_is_taken_from_the_prefix_cache(
+    model: PreTrainedModel, engine: Engine
+) -> None:
+    (prompt,) = _prompts(60, seed=7)
+
+    async def twice() -> tuple[Answer, Answer]:
+        return await generate(engine, prompt), await generate(engine, prompt)
+
+    first, second = asyncio.run(twice())
+    assert first.last.n_cached == 0
+    assert second.last.n_cached == 48
+    assert first.token_ids == second.token_ids == _expected(model, prompt)
+
+
+def test_tenants_do_not_share_prefixes(engine: Engine) -> None:
+    (prompt,) = _prompts(60, seed=8)
+
+    async def both() -> Answer:
+        await generate(engine, prompt, salt="one")
+        return await generate(engine, prompt, salt="two")
+
+    assert asyncio.run(both()).last.n_cached == 0
+
+
+def test_a_seeded_request_is_the_same_alone_and_among_others(engine: Engine) -> None:
+    prompts = _prompts(20, 31, 9, 55)
+    sampling = SamplingParams(max_tokens=20, temperature=1.2, top_p=0.9, seed=11)
+    together = generate_all(engine, prompts, sampling)
+    alone = [generate_all(engine, [prompt], sampling)[0] for prompt in prompts]
+    assert [a.token_ids for a in together] == [a.token_ids for a in alone]
+
+
+def test_requests_without_a_seed_differ(engine: Engine) -> None:
+    (prompt,) = _prompts(5)
+    sampling = SamplingParams(max_tokens=20, temperature=2.0)
+    answers = generate_all(engine, [prompt] * 2, sampling)
+    assert answers[0].token_ids != answers[1].token_ids
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(
+    model: PreTrainedModel, engine: Engine
+) -> None:
+    (prompt,) = _prompts(12)
+    expected = _expected(model, prompt)
+    stop = expected[5]
+    sampling = replace(GREEDY, stop_token_ids=frozenset({stop}))
+    (answer,) = generate_all(engine, [prompt], sampling)
+    assert answer.token_ids == expected[: expected.index(stop)]
+    assert answer.finish is FinishReason.STOP
+    assert answer.last.stop_token == stop
+
+
+def test_prompt_logprobs_are_those_of_the_model(model: PreTrainedModel, engine: Engine) -> None:
+    (prompt,) = _prompts(40)
+    sampling = replace(GREEDY, logprobs=2, prompt_logprobs=True)
+    (answer,) = generate_all(engine, [prompt], sampling)
+    with torch.no_grad():
+        table = torch.log_softmax(model(torch.tensor([prompt])).logits[0], -1)
+    found = answer.events[0].prompt_logprobs
+    assert found[0] is None
+    assert len(found) == len(prompt)
+    for position, entry in enumerate(found[1:], start=1):
+        assert entry is not None
+        assert entry.token_id == prompt[position]
+        assert entry.logprob == pytest.approx(float(table[position - 1, entry.token_id]), abs=1e-4)
+        assert entry.top[0][0] == int(table[position - 1].argmax())
+
+
+def test_the_context_limit_ends_the_answer(model: PreTrainedModel) -> None:
+    (prompt,) = _prompts(20)
+    with running_engine(model, max_model_len=24) as engine:
+        (answer,) = generate_all(engine, [prompt])
+    assert answer.token_ids == _expected(model, prompt, 4)
+    assert answer.finish is FinishReason.LENGTH
+
+
+def _submit(engine: Engine, **changes: Any) -> None:
+    fields: dict[str, Any] = {"request_id": "x", "prompt_ids": (1, 2), "sampling": GREEDY}
+
+    async def run() -> None:
+        engine.submit(GenerationRequest(**(fields | changes)), lambda event: None)
+
+    asyncio.run(run())
+
+
+def test_a_prompt_beyond_the_context_is_refused_at_the_door(engine: Engine) -> None:
+    with pytest.raises(ContextOverflow, match="256"):
+        _submit(engine, prompt_ids=tuple([1] * 256))
+
+
+def test_an_empty_prompt_is_refused_at_the_door(engine: Engine) -> None:
+    with pytest.raises(ContextOverflow, match="empty"):
+        _submit(engine, prompt_ids=())
+
+
+def test_a_request_that_never_fits_the_kv_memory_fails_with_a_remedy(
+    model: PreTrainedModel,
+) -> None:
+    page = 2 * 3 * 2 * 16 * 16 * 4
+    with running_engine(model, kv_memory_bytes=2 * page) as engine:
+        long, short = generate_all(engine, _prompts(40, 8), replace(GREEDY, max_tokens=10))
+    assert long.finish is FinishReason.ERROR
+    assert "--kv-memory" in str(long.last.error)
+    assert short.finish is FinishReason.LENGTH
+
+
+def test_a_full_queue_refuses_with_a_time_to_retry(model: PreTrainedModel) -> None:
+    async def run(engine: Engine) -> QueueFull:
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        with pytest.raises(QueueFull) as refused:
+            for index in range(50):
+                source = GenerationRequest(f"r{index}", (1, 2), replace(GREEDY, max_tokens=200))
+                engine.submit(source, events.put_nowait)
+        return refused.value
+
+    with running_engine(model, max_queue=3, max_batch_size=1) as engine:
+        error = asyncio.run(run(engine))
+    assert error.retry_after_s >= 1.0
+
+
+def test_a_cancelled_request_gets_its_last_event_and_frees_its_pages(engine: Engine) -> None:
+    async def run() -> list[TokenEvent]:
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        source = GenerationRequest("gone", (1, 2, 3), replace(GREEDY, max_tokens=200))
+        engine.submit(source, events.put_nowait)
+        seen = [await events.get()]
+        engine.cancel("gone")
+        while seen[-1].finish is None:
+            seen.append(await events.get())
+        return seen
+
+    seen = asyncio.run(run())
+    assert seen[-1].finish is FinishReason.CANCELLED
+    assert len(seen) < 100
+    generate_all(engine, [[4, 5]])
+    assert engine.stats().kv_pages_used == 0
+
+
+def test_cancelling_an_unknown_request_is_fine(engine: Engine) -> None:
+    engine.cancel("nobody")
+    assert generate_all(engine, [[4, 5]])[0].finish is FinishReason.LENGTH
+
+
+def test_draining_lets_running_requests_finish_and_refuses_new_ones(
+    model: PreTrainedModel,
+) -> None:
+    async def run(engine: Engine) -> tuple[Answer, bool]:
+        answer = asyncio.create_task(generate(engine, [1, 2, 3]))
+        await asyncio.sleep(0)
+        drained = await engine.drain(30.0)
+        with pytest.raises(EngineDraining):
+            engine.submit(GenerationRequest("late", (1,), GREEDY), lambda event: None)
+        return await answer, drained
+
+    with running_engine(model) as engine:
+        answer, drained = asyncio.run(run(engine))
+    assert drained
+    assert answer.finish is FinishReason.LENGTH
+
+
+def test_a_drain_that_takes_too_long_cuts_off_with_a_final_event(model: PreTrainedModel) -> None:
+    async def run(engine: Engine) -> tuple[Answer, bool]:
+        slow = asyncio.create_task(generate(engine, [1, 2, 3], replace(GREEDY, max_tokens=250)))
+        await asyncio.sleep(0)
+        drained = await engine.drain(0.0)
+        return await slow, drained
+
+    with running_engine(model) as engine:
+        answer, drained = asyncio.run(run(engine))
+    assert not drained
+    assert answer.finish is FinishReason.ERROR
+    assert isinstance(answer.last.error, EngineDraining)
+
+
+def test_a_step_that_fails_takes_only_the_guilty_request(model: PreTrainedModel) -> None:
+    with running_engine(model) as engine:
+        runner = engine._runner
+        whole_run = runner.run
+
+        def run(chunks: Any) -> Any:
+            if any(chunk.request.id == "r1" for chunk in chunks):
+                raise RuntimeError("poisoned")
+            return whole_run(chunks)
+
+        runner.run = run  # type: ignore[method-assign]
+        prompts = _prompts(10, 11, 12)
+        answers = generate_all(engine, prompts)
+    assert answers[1].finish is FinishReason.ERROR
+    assert "poisoned" in str(answers[1].last.error)
+    assert answers[0].token_ids == _expected(model, prompts[0])
+    assert answers[2].token_ids == _expected(model, prompts[2])
+
+
+def test_the_death_of_the_engine_is_heard_by_everybody(model: PreTrainedModel) -> None:
+    with running_engine(model) as engine:
+
+        def die() -> None:
+            raise SystemError("out of luck")
+
+        async def run() -> Answer:
+            answer = asyncio.create_task(generate(engine, [1], replace(GREEDY, max_tokens=250)))
+            await asyncio.sleep(0)
+            engine._inbox.put(die)
+            return await answer
+
+        answer = asyncio.run(run())
+        engine._thread.join()
+        assert isinstance(answer.last.error, EngineDead)
+        assert not engine.alive
+        with pytest.raises(EngineDead, match="out of luck"):
+            _submit(engine)
+
+
+def test_an_id_that_is_running_is_refused(engine: Engine) -> None:
+    async def run() -> None:
+        first = asyncio.create_task(generate(engine, [1], request_id="same"))
+        await asyncio.sleep(0)
+        with pytest.raises(EngineError, match="same"):
+            engine.submit(GenerationRequest("same", (1,), GREEDY), lambda event: None)
+        await first
+
+    asyncio.run(run())

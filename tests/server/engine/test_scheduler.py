@@ -1,0 +1,214 @@
+"""Scheduling: budget, preemption, fairness, bypass; nothing lost, nothing leaked."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.kv_cache import KvCache, KvGeometry
+from loraplex_server.engine.request import Request, RequestStatus
+from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.engine.scheduler import MAX_BYPASS, Scheduler
+from loraplex_server.engine.wait_queue import Admission
+
+
+class _Lease:
+    plan = None
+
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+
+
+class _Harness:
+    """A scheduler whose "model" appends token 1; adapters in ``absent`` have no place."""
+
+    def __init__(self, *, n_pages: int = 64, max_batch: int = 4, max_step: int = 16) -> None:
+        self.kv = KvCache(
+            KvGeometry(1, 1, 2),
+            n_pages=n_pages,
+            page_size=4,
+            max_requests=max_batch,
+            max_model_len=256,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            prefix_cache=True,
+        )
+        self.absent: set[str] = set()
+        self.loading: set[str] = set()
+        self.admitted: list[str] = []
+        self.held: dict[str, int] = {}
+        self.max_step = max_step
+        self.scheduler = Scheduler(
+            self.kv,
+            max_batch_size=max_batch,
+            max_step_tokens=max_step,
+            has_place=self._has_place,
+            on_admit=self._on_admit,
+            on_leave=self._on_leave,
+        )
+
+    def add(self, name: str, n_prompt: int = 4, max_tokens: int = 4, adapter: str = "") -> Request:
+        prompt = [hash((name, index)) % 50 for index in range(n_prompt)]
+        source = GenerationRequest(
+            name,
+            tuple(prompt),
+            SamplingParams(max_tokens=max_tokens),
+            _Lease(adapter) if adapter else None,
+        )
+        request = Request(source, print, list(prompt), n_prompt)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> list[str]:
+        """One step; returns the ids of the requests that ran."""
+        chunks = self.scheduler.schedule()
+        assert sum(chunk.n_tokens for chunk in chunks) <= self.max_step
+        assert len({chunk.request.id for chunk in chunks}) == len(chunks)
+        self.scheduler.commit(chunks)
+        for chunk in chunks:
+            request = chunk.request
+            if request.n_computed == request.n_tokens:
+                request.token_ids.append(1)
+                if request.n_output >= request.source.sampling.max_tokens:
+                    self.scheduler.finish(request)
+        return [chunk.request.id for chunk in chunks]
+
+    def _has_place(self, request: Request) -> Admission:
+        if request.adapter_digest in self.loading:
+            return Admission.LOADING
+        if request.adapter_digest in self.absent:
+            return Admission.NO_ADAPTER_PLACE
+        return Admission.ADMITTED
+
+    def _on_admit(self, request: Request, first: bool) -> None:
+        self.held[request.id] = self.held.get(request.id, 0) + 1
+        if first:
+            self.admitted.append(request.id)
+
+    def _on_leave(self, request: Request) -> None:
+        self.held[request.id] -= 1
+
+
+def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
+    harness = _Harness(max_step=8)
+    short = harness.add("short", n_prompt=2, max_tokens=20)
+    harness.step()
+    long = harness.add("long", n_prompt=20, max_tokens=1)
+    before = short.n_output
+    n_steps = 0
+    while long.status is not RequestStatus.FINISHED:
+        harness.step()
+        n_steps += 1
+    assert n_steps == 3  # 7 tokens beside the decoding request, three times
+    assert short.n_output == before + n_steps
+
+
+def test_running_requests_are_preempted_youngest_first_and_nothing_is_lost() -> None:
+    harness = _Harness(n_pages=8)
+    requests = [harness.add(f"r{i}", n_prompt=6, max_tokens=12) for i in range(3)]
+    for _ in range(200):
+        if all(request.status is RequestStatus.FINISHED for request in requests):
+            break
+        harness.step()
+    assert [request.n_output for request in requests] == [12, 12, 12]
+    assert harness.scheduler.n_preemptions > 0
+    assert requests[0].n_preempted == 0
+    assert harness.kv.n_pages_held == 0
+
+
+def test_a_flood_on_one_adapter_does_not_hold_up_another() -> None:
+    harness = _Harness(max_batch=1)
+    for index in range(10):
+        harness.add(f"hot{index}", adapter="hot")
+    harness.add("rare", adapter="rare")
+    for _ in range(200):
+        harness.step()
+    assert harness.admitted.index("rare") <= 2
+    assert len(harness.admitted) == 11
+
+
+def test_requests_of_one_adapter_keep_their_order() -> None:
+    harness = _Harness(max_batch=2)
+    names = [f"r{index}" for index in range(6)]
+    for name in names:
+        harness.add(name, adapter="a")
+    for _ in range(60):
+        harness.step()
+    assert harness.admitted == names
+
+
+def test_a_request_without_a_place_is_bypassed_but_not_starved() -> None:
+    harness = _Harness(max_batch=2)
+    harness.absent.add("cold")
+    cold = harness.add("cold", max_tokens=1, adapter="cold")
+    for index in range(MAX_BYPASS + 10):
+        harness.add(f"warm{index}", max_tokens=1, adapter="warm")
+    for _ in range(100):
+        harness.step()
+    assert cold.n_bypassed == MAX_BYPASS
+    assert len(harness.admitted) == MAX_BYPASS
+    harness.absent.clear()
+    harness.step()
+    assert "cold" in harness.admitted
+
+
+def test_a_loading_adapter_does_not_block_others_however_long_it_takes() -> None:
+    harness = _Harness(max_batch=2)
+    harness.loading.add("cold")
+    cold = harness.add("cold", adapter="cold")
+    for index in range(2 * MAX_BYPASS):
+        harness.add(f"warm{index}", max_tokens=1, adapter="warm")
+    for _ in range(200):
+        harness.step()
+    assert len(harness.admitted) == 2 * MAX_BYPASS
+    assert cold.n_bypassed == 0
+
+
+def test_a_waiting_request_can_be_finished() -> None:
+    harness = _Harness(max_batch=1)
+    first, second = harness.add("first"), harness.add("second")
+    harness.step()
+    harness.scheduler.finish(second)
+    for _ in range(20):
+        harness.step()
+    assert first.status is RequestStatus.FINISHED
+    assert "second" not in harness.admitted
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 40), st.integers(1, 12), st.sampled_from(["", "a", "b", "c"])),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(14, 40),
+    st.integers(1, 5),
+    st.integers(1, 24),
+    st.sets(st.integers(0, 11)),
+)
+@settings(max_examples=80, deadline=None)
+def test_every_request_ends_and_every_page_comes_back(
+    sizes: list[tuple[int, int, str]],
+    n_pages: int,
+    max_batch: int,
+    max_step: int,
+    cancelled: set[int],
+) -> None:
+    harness = _Harness(n_pages=n_pages, max_batch=max_batch, max_step=max(max_step, max_batch))
+    requests = [harness.add(f"r{i}", *size) for i, size in enumerate(sizes)]
+    for n_steps in range(3000):
+        for index in cancelled:
+            waits = index == n_steps and index < len(requests)
+            if waits and requests[index].status is not RequestStatus.FINISHED:
+                harness.scheduler.finish(requests[index])
+        if all(request.status is RequestStatus.FINISHED for request in requests):
+            break
+        harness.step()
+    for index, request in enumerate(requests):
+        assert request.status is RequestStatus.FINISHED
+        if index not in cancelled:
+            assert request.n_output == request.source.sampling.max_tokens
+    assert harness.kv.n_pages_held == 0
+    assert all(count == 0 for count in harness.held.values())

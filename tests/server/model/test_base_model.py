@@ -1,0 +1,96 @@
+"""The replaced model computes what transformers computes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraplex_server.engine.batch import build_batch
+from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.kv_cache import KvCache, KvGeometry
+from loraplex_server.engine.request import Request
+from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.engine.scheduler import Chunk
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.targets import group_modules
+
+_CPU = torch.device("cpu")
+
+
+def _paged_logits(model: PreTrainedModel, token_ids: list[int], *, fuse: bool) -> Tensor:
+    """Logits of all positions, computed in three chunks over the paged cache."""
+    base = BaseModel(copy.deepcopy(model), "tiny", fuse=fuse)
+    geometry = KvGeometry(len(base.layers), base.n_kv_heads, base.head_dim)
+    kv = KvCache(
+        geometry,
+        n_pages=20,
+        page_size=16,
+        max_requests=4,
+        max_model_len=256,
+        dtype=torch.float32,
+        device=_CPU,
+        prefix_cache=True,
+    )
+    base.attach_kv(kv.keys, kv.values)
+    source = GenerationRequest("a", tuple(token_ids), SamplingParams(max_tokens=1))
+    request = Request(source, print, token_ids, len(token_ids))
+    kv.admit("a", bytes(16), token_ids)
+    rows = []
+    with torch.inference_mode():
+        for start, end in ((0, 23), (23, 24), (24, len(token_ids))):
+            batch = build_batch([Chunk(request, start, end - start)], kv, _CPU)
+            step = base.step
+            step.positions, step.slots = batch.positions, batch.slots
+            step.page_table, step.query_starts = batch.page_table, batch.query_starts
+            step.kv_lens = batch.kv_lens
+            hidden = base.forward(base.embed(batch.token_ids))
+            rows.append(base.finish_logits(base.head.packed(hidden)))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("fuse", [True, False], ids=["fused", "modules"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_chunked_logits_equal_transformers_forward(model_type: str, fuse: bool) -> None:
+    model = tiny_model(model_type)
+    token_ids = torch.randint(VOCAB_SIZE, (60,)).tolist()
+    with torch.no_grad():
+        expected = model(torch.tensor([token_ids])).logits[0]
+    found = _paged_logits(model, token_ids, fuse=fuse)
+    assert (found - expected).abs().max() < 1e-4
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
+def test_llama_style_models_run_fused(model_type: str) -> None:
+    assert BaseModel(tiny_model(model_type), "tiny").is_fused
+
+
+def test_other_architectures_run_transformers_modules() -> None:
+    assert not BaseModel(tiny_model("gemma2"), "tiny").is_fused
+
+
+def test_every_linear_is_in_exactly_one_group() -> None:
+    names = ["m.0.self_attn.q_proj", "m.0.self_attn.k_proj", "m.0.self_attn.v_proj", "lm_head"]
+    assert group_modules("llama", names) == [tuple(names[:3]), ("lm_head",)]
+
+
+def test_an_unknown_architecture_is_not_packed() -> None:
+    names = ["m.0.self_attn.q_proj", "m.0.self_attn.k_proj", "m.0.self_attn.v_proj"]
+    assert group_modules("unheard-of", names) == [(name,) for name in names]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])
+def test_the_lean_spec_gives_back_the_weights_of_the_checkpoint(model_type: str) -> None:
+    model = tiny_model(model_type)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    spec = BaseModel(model, "tiny").spec
+    for name in spec.modules:
+        stored = before[f"{name}.weight"]
+        expected = stored.t() if name in spec.conv1d else stored
+        assert torch.equal(spec.weight(name), expected), name
+        assert torch.equal(spec.parameter(f"{name}.weight"), stored), name

@@ -1,0 +1,111 @@
+"""Engines around tiny models, and a client that collects what they answer."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+from transformers import PreTrainedModel
+
+from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_server.engine.build import assemble_engine
+from loraplex_server.engine.client import EngineClient, GenerationRequest
+from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.events import FinishReason, TokenEvent
+from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.model.base_model import BaseModel
+
+__all__ = ["GREEDY", "Answer", "PlanLease", "generate", "generate_all", "running_engine"]
+
+GREEDY = SamplingParams(max_tokens=20, temperature=0.0)
+SMALL = EngineConfig(kv_memory_bytes=1 << 20, adapter_memory_bytes=8 << 20, max_loras=32)
+
+
+@dataclass(frozen=True)
+class PlanLease:
+    """What the engine reads of a store's lease."""
+
+    plan: AdapterPlan
+
+    @property
+    def digest(self) -> str:
+        return self.plan.digest
+
+
+@dataclass
+class Answer:
+    token_ids: list[int] = field(default_factory=list)
+    events: list[TokenEvent] = field(default_factory=list)
+
+    @property
+    def last(self) -> TokenEvent:
+        return self.events[-1]
+
+    @property
+    def finish(self) -> FinishReason | None:
+        return self.last.finish
+
+
+@contextmanager
+def running_engine(
+    model: PreTrainedModel, *, fuse: bool = True, config: EngineConfig = SMALL, **changes: object
+) -> Iterator[Engine]:
+    """An engine on a copy of ``model``; ``changes`` are fields of the config."""
+    base = BaseModel(copy.deepcopy(model), "tiny", fuse=fuse)
+    engine = assemble_engine(base, replace(config, **changes))  # type: ignore[arg-type]
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+async def generate(
+    engine: EngineClient,
+    prompt: Sequence[int],
+    sampling: SamplingParams = GREEDY,
+    *,
+    request_id: str = "r",
+    plan: AdapterPlan | None = None,
+    salt: str = "",
+) -> Answer:
+    """Submits one request and waits for its last event."""
+    queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
+    lease = None if plan is None else PlanLease(plan)
+    request = GenerationRequest(request_id, tuple(prompt), sampling, lease, salt)
+    engine.submit(request, queue.put_nowait)
+    answer = Answer()
+    while True:
+        event = await queue.get()
+        answer.events.append(event)
+        answer.token_ids += event.token_ids
+        if event.finish is not None:
+            return answer
+
+
+def generate_all(
+    engine: EngineClient,
+    prompts: Sequence[Sequence[int]],
+    sampling: SamplingParams = GREEDY,
+    plans: Sequence[AdapterPlan | None] | None = None,
+) -> list[Answer]:
+    """All prompts at once, so that they share steps."""
+
+    async def run() -> list[Answer]:
+        return await asyncio.gather(
+            *(
+                generate(
+                    engine,
+                    prompt,
+                    sampling,
+                    request_id=f"r{index}",
+                    plan=None if plans is None else plans[index],
+                )
+                for index, prompt in enumerate(prompts)
+            )
+        )
+
+    return asyncio.run(run())

@@ -1,1 +1,1 @@
-"""The OpenAI-style HTTP front."""
+"""The OpenAI-style HTTP front: validate, resolve, submit, stream."""

@@ -1,0 +1,216 @@
+"""Which adapter a request means: the one place where ``model`` and ``adapter`` are read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.selector import (
+    Auto,
+    Description,
+    Mixture,
+    NameRef,
+    Selector,
+    parse_selector,
+)
+from loraplex_adapter_store.store import AdapterLease, AdapterStore
+
+from .errors import ApiError, from_store, invalid, not_found
+
+__all__ = ["AdapterChooser", "AdapterResolver", "Asked", "Chosen", "Resolution"]
+
+_MAX_NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a resolver chose, and why, for people to read."""
+
+    selector: NameRef | Mixture | None  # None: the base model answers best
+    explanation: Mapping[str, object] = field(default_factory=dict)  # JSON-ready
+
+
+class AdapterResolver(Protocol):
+    """Turns a wish into an adapter: semantic routing (``auto``), generation (a description)."""
+
+    async def resolve(self, wish: Auto | Description, text: str) -> Resolution:
+        """``text``: what the user said, for ``auto``. Raises StoreError or ApiError.
+
+        Runs on the event loop: slow work belongs in a thread.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A parsed request for an adapter; ``selector`` None means the base model."""
+
+    selector: Selector | None
+    param: str  # the field that named it, for errors
+    model: str  # what the answer's ``model`` says
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """An adapter in hand. Whoever holds it calls ``release`` exactly once."""
+
+    lease: AdapterLease | None = None
+    label: str | None = None  # name as asked for, for the answer, logs and metrics
+    explanation: Mapping[str, object] | None = None
+
+    def release(self) -> None:
+        if self.lease is not None:
+            self.lease.release()
+
+    @property
+    def header(self) -> str:
+        """The value of x-loraplex-adapter: ``name@digest``, or ``base``."""
+        return "base" if self.lease is None else f"{self.label}@{self.lease.digest[:12]}"
+
+    def to_json(self) -> dict[str, object] | None:
+        if self.lease is None:
+            return None
+        chosen: dict[str, object] = {"name": self.label, "digest": self.lease.digest}
+        if self.explanation is not None:
+            chosen["chosen_by"] = dict(self.explanation)
+        return chosen
+
+
+class AdapterChooser:
+    """Thread-free: the store's blocking calls run in ``executor``."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        base_names: Sequence[str],
+        executor: Executor,
+        resolver: AdapterResolver | None = None,
+    ) -> None:
+        """``base_names``: how the base model may be called; the first is its public name."""
+        self._store = store
+        self._base_names = tuple(base_names)
+        self._executor = executor
+        self._resolver = resolver
+
+    @property
+    def base_name(self) -> str:
+        return self._base_names[0]
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        return self._base_names
+
+    def ask(
+        self, *, model: str | None, adapter: object = None, adapter_id: str | None = None
+    ) -> Asked:
+        """Parses ``model``, ``adapter`` and LoRAX's ``adapter_id``. Raises ApiError (400, 404)."""
+        named = []
+        if model and model not in self._base_names:
+            named.append(("model", self._selector_of_model(model)))
+        if adapter is not None and adapter not in self._base_names:
+            named.append(("adapter", _parse(adapter, "adapter")))
+        if adapter_id and adapter_id not in self._base_names:
+            named.append(("adapter_id", _parse(adapter_id, "adapter_id")))
+        if len({selector for _, selector in named}) > 1:
+            first, second = named[0][0], named[-1][0]
+            raise invalid(f"{first!r} and {second!r} name different adapters", second)
+        if not named:
+            return Asked(None, "model", model or self.base_name)
+        param, selector = named[0]
+        if param == "model":
+            return Asked(selector, param, str(model))
+        return Asked(selector, param, f"{self.base_name}:{_label(selector)}")
+
+    async def choose(self, asked: Asked, text: str = "") -> Chosen:
+        """Takes the lease; may wait for a load. Raises ApiError. ``text`` serves ``auto``."""
+        selector, explanation = asked.selector, None
+        if selector is None:
+            return Chosen()
+        try:
+            if isinstance(selector, Auto | Description):
+                resolution = await self._resolve(selector, text, asked.param)
+                selector, explanation = resolution.selector, resolution.explanation
+                if selector is None:
+                    return Chosen(explanation=explanation)
+            lease = await self._acquire(selector)
+        except StoreError as error:
+            raise self._explain(error, asked) from error
+        return Chosen(lease, _label(selector), explanation)
+
+    def what_exists(self) -> str:
+        """For people who asked for something that does not."""
+        names = [card.name for card in self._store.list()]
+        shown = ", ".join([self.base_name, *names[:_MAX_NAMES_SHOWN]])
+        more = len(names) - _MAX_NAMES_SHOWN
+        return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
+
+    async def _acquire(self, selector: NameRef | Mixture) -> AdapterLease:
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._executor, self._store.acquire, selector)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:  # the client left while the thread was loading
+            future.add_done_callback(_release_orphan)
+            raise
+
+    async def _resolve(self, wish: Auto | Description, text: str, param: str) -> Resolution:
+        if self._resolver is None:
+            feature = "semantic routing" if isinstance(wish, Auto) else "adapter generation"
+            raise invalid(
+                f"{feature} is not enabled on this server; name an adapter instead",
+                param,
+                "feature_not_enabled",
+            )
+        return await self._resolver.resolve(wish, text)
+
+    def _selector_of_model(self, model: str) -> Selector:
+        for base in self._base_names:
+            if model.startswith(f"{base}:"):
+                return _parse(model[len(base) + 1 :], "model")
+        try:
+            return parse_selector(model)
+        except StoreError as error:  # not even an adapter's name: an unknown model
+            raise self._unknown_model(model) from error
+
+    def _unknown_model(self, model: str) -> ApiError:
+        return not_found(
+            f"model {model[:128]!r} does not exist; {self.what_exists()}",
+            "model",
+            "model_not_found",
+        )
+
+    def _explain(self, error: StoreError, asked: Asked) -> ApiError:
+        told = from_store(error, param=asked.param)
+        if told.status == 404:
+            told.message = f"{told.message}; {self.what_exists()}"
+            if asked.param == "model":
+                told.code = "model_not_found"
+        return told
+
+
+def _parse(value: object, param: str) -> Selector:
+    try:
+        return parse_selector(value)
+    except StoreError as error:
+        raise from_store(error, param=param) from error
+
+
+def _label(selector: Selector) -> str:
+    """Header-safe: the names of adapters are ASCII, a description is not repeated."""
+    match selector:
+        case Auto():
+            return "auto"
+        case Description():
+            return "generated"
+        case Mixture():
+            return str(selector).replace(" ", "")
+        case NameRef():
+            return selector.name
+
+
+def _release_orphan(future: asyncio.Future[AdapterLease]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().release()

@@ -1,0 +1,121 @@
+"""Builds the ASGI application from its parts. No globals: two apps in one process are fine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import time
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.registry import Collector
+from starlette.exceptions import HTTPException
+
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.config import ServerConfig
+from loraplex_server.engine.client import EngineClient
+
+from .adapter_choice import AdapterChooser, AdapterResolver
+from .body_parser import BodyParser
+from .disconnect import ClientLeft
+from .errors import ApiError, invalid
+from .generation import LiveGenerations
+from .jobs import Jobs
+from .json_answer import JsonAnswer
+from .lifecycle import Lifecycle
+from .metrics.collector import LoraplexCollector
+from .metrics.server_metrics import ServerMetrics
+from .middleware.auth import Auth
+from .middleware.body_limit import BodyLimit
+from .middleware.request_context import RequestContext
+from .routes import adapters, generate, health, lora_compat, models, tokens
+from .services import Services
+from .text_pipeline import ChatTokenizer, TextPipeline
+
+__all__ = ["build_app"]
+
+_N_STORE_THREADS = 8
+
+
+def build_app(
+    engine: EngineClient,
+    store: AdapterStore,
+    tokenizer: ChatTokenizer,
+    config: ServerConfig,
+    *,
+    model_name: str = "base",
+    vocab_size: int | None = None,
+    resolver: AdapterResolver | None = None,
+    collectors: Sequence[Collector] = (),
+) -> FastAPI:
+    """``resolver`` answers ``auto`` and descriptions; ``collectors`` add to /metrics.
+
+    ``app.state.services`` holds the parts, for whoever drains the server.
+    """
+    names = config.http.served_model_names or (model_name,)
+    executor = ThreadPoolExecutor(_N_STORE_THREADS, thread_name_prefix="loraplex-store")
+    metrics = ServerMetrics()
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(LoraplexCollector(engine, store, metrics, config.engine, names[0]))
+    ProcessCollector(registry=registry)
+    for collector in collectors:
+        registry.register(collector)
+
+    app = FastAPI(title="Loraplex", docs_url=None, redoc_url=None)
+    app.state.services = Services(
+        engine=engine,
+        store=store,
+        text=TextPipeline(tokenizer, vocab_size=vocab_size),
+        config=config,
+        chooser=AdapterChooser(store, names, executor, resolver),
+        parser=BodyParser(),
+        metrics=metrics,
+        registry=registry,
+        live=LiveGenerations(),
+        lifecycle=Lifecycle(),
+        jobs=Jobs(executor),
+        executor=executor,
+        model_root=model_name,
+        started=int(time()),
+    )
+    for module in (generate, models, adapters, lora_compat, tokens, health):
+        app.include_router(module.router)
+    _add_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, config=config.http)
+    app.add_middleware(Auth, config=config.http)
+    app.add_middleware(RequestContext, metrics=metrics)
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return JsonAnswer.of_error(error)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        told = ApiError(
+            error.status_code,
+            f"{request.method} {request.url.path}: {error.detail}",
+            code={404: "unknown_url", 405: "method_not_allowed"}.get(
+                error.status_code, "invalid_request"
+            ),
+            headers=dict(error.headers or {}),
+        )
+        return JsonAnswer.of_error(told)
+
+    async def validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        problem = error.errors()[0]
+        param = str(problem["loc"][-1])
+        return JsonAnswer.of_error(invalid(f"invalid {param!r}: {problem['msg']}", param))
+
+    async def client_left(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # for the log: nobody reads it
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(ClientLeft, client_left)

@@ -1,0 +1,1 @@
+"""What /metrics shows: counted here, rendered by a collector of our own."""

@@ -1,0 +1,232 @@
+"""The state of the server at one scrape, under vLLM's names and our own.
+
+A custom collector: every scrape builds current samples, so nothing stale is left behind and the
+number of series is bounded whatever the number of adapters.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.engine.client import EngineClient, EngineStats
+from loraplex_server.engine.config import EngineConfig
+
+from .histogram import Histogram
+from .server_metrics import ServerMetrics
+
+__all__ = ["LoraplexCollector"]
+
+_MAX_RESIDENCY_SERIES = 128
+_LISTING_AGE_S = 2.0  # how long a listing of the store is reused
+_REVIEW_S = 10.0
+_LABELS = ("model_name", "engine")
+
+
+class LoraplexCollector(Collector):
+    """Reads the engine, the store and the front's counters. Runs on the event loop."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        store: AdapterStore,
+        metrics: ServerMetrics,
+        config: EngineConfig,
+        model_name: str,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._metrics = metrics
+        self._config = config
+        self._values = (model_name, "0")
+        self._listing: tuple[AdapterCard, ...] = ()
+        self._listed_at = self._reviewed_at = float("-inf")
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats()
+        cards = self._cards()
+        yield from self._engine_families(stats)
+        yield from self._latency_families()
+        yield from self._lora_families(stats, cards)
+        yield from self._store_families(stats, cards)
+        yield from self._adapter_families()
+        yield from self._http_families()
+
+    def _cards(self) -> tuple[AdapterCard, ...]:
+        now = time.monotonic()
+        if now - self._listed_at > _LISTING_AGE_S:
+            self._listing, self._listed_at = self._store.list(), now
+        return self._listing
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=_LABELS)
+        family.add_metric(self._values, value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(name, text, labels=_LABELS)
+        family.add_metric(self._values, value)
+        return family
+
+    def _engine_families(self, stats: EngineStats) -> Iterator[Metric]:
+        total = stats.kv_pages_total
+        used = stats.kv_pages_used / total if total else 0.0
+        gauge, counter = self._gauge, self._counter
+        yield gauge("vllm:num_requests_running", "Requests in the batch.", stats.n_running)
+        yield gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.n_waiting)
+        yield gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", used)
+        yield gauge("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", used)
+        info = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "Geometry of the KV cache.",
+            labels=("block_size", "num_gpu_blocks", "enable_prefix_caching", "engine"),
+        )
+        page, prefix = str(self._config.page_size), str(self._config.prefix_cache)
+        info.add_metric((page, str(total), prefix, "0"), 1.0)
+        yield info
+        metrics = self._metrics
+        yield counter("vllm:prompt_tokens", "Prompt tokens taken in.", metrics.n_prompt_tokens)
+        yield counter("vllm:generation_tokens", "Tokens generated.", metrics.n_output_tokens)
+        yield counter("vllm:prefix_cache_queries", "Tokens looked up.", stats.prefix_queries)
+        yield counter("vllm:prefix_cache_hits", "Tokens found.", stats.prefix_hits)
+        yield counter("vllm:num_preemptions", "Requests set back.", stats.n_preemptions)
+        yield counter("loraplex_engine_steps", "Forward steps.", stats.n_steps)
+        yield gauge("loraplex_engine_up", "1 while the engine lives.", float(self._engine.alive))
+        age = stats.step_age_s
+        yield gauge("loraplex_engine_step_age_seconds", "Since the engine last moved.", age)
+        finished = CounterMetricFamily(
+            "vllm:request_success", "Choices finished.", labels=(*_LABELS, "finished_reason")
+        )
+        for reason, count in metrics.finished.items():
+            finished.add_metric((*self._values, reason), count)
+        yield finished
+
+    def _latency_families(self) -> Iterator[Metric]:
+        metrics = self._metrics
+        rows: Sequence[tuple[str, str, Histogram]] = (
+            ("vllm:time_to_first_token_seconds", "To the first token.", metrics.ttft),
+            ("vllm:inter_token_latency_seconds", "Between tokens.", metrics.itl),
+            ("vllm:e2e_request_latency_seconds", "Whole request.", metrics.e2e),
+            ("vllm:request_queue_time_seconds", "Waiting for admission.", metrics.queue),
+            ("vllm:request_prompt_tokens", "Prompt tokens of a call.", metrics.prompt_tokens),
+            ("vllm:request_generation_tokens", "Tokens of a choice.", metrics.output_tokens),
+            ("vllm:request_params_n", "n of a call.", metrics.params_n),
+            ("vllm:request_params_max_tokens", "Token limit.", metrics.params_max_tokens),
+        )
+        for name, text, histogram in rows:
+            yield histogram.family(name, text, _LABELS, self._values)
+
+    def _lora_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
+        names = _names_by_digest(cards)
+        resident = set(stats.resident_adapters)
+        waiting = [digest for digest in stats.waiting_adapters if digest not in resident]
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "One sample, its value the time: adapters on the device, adapters waited for.",
+            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
+        )
+        running_label = _joined(names, sorted(resident | set(stats.running_adapters)))
+        info.add_metric(
+            (str(self._config.max_loras), running_label, _joined(names, waiting)), time.time()
+        )
+        yield info
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            f"Where adapters are, at most {_MAX_RESIDENCY_SERIES} of them, device first.",
+            labels=("adapter_name", "level", "pinned", "rank"),
+        )
+        on_device = [card for card in cards if card.digest in resident]
+        on_host = [card for card in cards if card.n_bytes.host and card.digest not in resident]
+        for level, group in (("gpu", on_device), ("cpu", on_host)):
+            room = _MAX_RESIDENCY_SERIES - len(loaded.samples)
+            for card in group[:room]:
+                rank = str(max(card.ranks, default=0))
+                loaded.add_metric((card.name, level, str(card.pinned).lower(), rank), 1.0)
+        yield loaded
+        n_host = sum(1 for card in cards if card.n_bytes.host)
+        yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "On the device.", len(resident))
+        yield self._gauge("vllm:num_cpu_loaded_lora_adapters", "In host memory.", n_host)
+        slots = self._config.max_loras
+        yield self._gauge("vllm:max_gpu_lora_adapters", "Adapters of one step.", slots)
+
+    def _store_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
+        gauge, counter = self._gauge, self._counter
+        pool = GaugeMetricFamily(
+            "loraplex_adapter_pool_bytes", "Device pool of adapter pages.", labels=("state",)
+        )
+        pool.add_metric(("used",), stats.pool_bytes_used)
+        pool.add_metric(("total",), stats.pool_bytes_total)
+        yield pool
+        yield counter("loraplex_adapter_loads", "Placed on the device.", stats.n_adapter_loads)
+        evictions = stats.n_adapter_evictions
+        yield counter("loraplex_adapter_evictions", "Taken off the device.", evictions)
+        yield gauge("loraplex_adapters_registered", "Names in the store.", len(cards))
+        held = self._store.stats()
+        host = GaugeMetricFamily("loraplex_host_tier_bytes", "Host tier.", labels=("state",))
+        host.add_metric(("used",), held.host_bytes_used)
+        host.add_metric(("total",), held.host_bytes_total)
+        yield host
+        yield gauge("loraplex_disk_tier_bytes", "Adapter files.", held.disk_bytes)
+        yield gauge("loraplex_adapter_leases", "Rights to use an adapter held.", held.n_leases)
+        yield counter("loraplex_host_tier_hits", "Leases without a load.", held.n_host_hits)
+        yield counter("loraplex_host_tier_loads", "Loads from disk.", held.n_host_loads)
+        yield counter("loraplex_host_tier_evictions", "Host evictions.", held.n_host_evictions)
+        load_s = SummaryMetricFamily("vllm:lora_adapter_load_seconds", "Loads from disk.")
+        load_s.add_metric((), count_value=held.n_host_loads, sum_value=held.load_seconds)
+        yield load_s
+
+    def _adapter_families(self) -> Iterator[Metric]:
+        usage = self._metrics.usage
+        now = time.monotonic()
+        if now - self._reviewed_at > _REVIEW_S:
+            usage.review()
+            self._reviewed_at = now
+        labels = ("adapter",)
+        requests = CounterMetricFamily("loraplex_adapter_requests", "Calls.", labels=labels)
+        prompt = CounterMetricFamily("loraplex_adapter_prompt_tokens", "Prompt.", labels=labels)
+        output = CounterMetricFamily("loraplex_adapter_tokens", "Generated.", labels=labels)
+        wait = CounterMetricFamily(
+            "loraplex_adapter_lease_seconds", "Waited for the adapter.", labels=labels
+        )
+        queue = SummaryMetricFamily("loraplex_adapter_queue_seconds", "Queued.", labels=labels)
+        ttft = SummaryMetricFamily(
+            "loraplex_adapter_time_to_first_token_seconds", "First token.", labels=labels
+        )
+        for row in usage.all():
+            label = (row.name,)
+            requests.add_metric(label, row.n_requests)
+            prompt.add_metric(label, row.n_prompt_tokens)
+            output.add_metric(label, row.n_output_tokens)
+            wait.add_metric(label, row.load_s)
+            queue.add_metric(label, count_value=row.n_queued, sum_value=row.queue_s)
+            ttft.add_metric(label, count_value=row.n_first_tokens, sum_value=row.ttft_s)
+        yield from (requests, prompt, output, wait, queue, ttft)
+
+    def _http_families(self) -> Iterator[Metric]:
+        requests = CounterMetricFamily(
+            "http_requests", "Answers.", labels=("handler", "method", "status")
+        )
+        for (handler, method, status), count in self._metrics.http.items():
+            requests.add_metric((handler, method, str(status)), count)
+        yield requests
+        seconds = SummaryMetricFamily(
+            "http_request_duration_seconds", "Request to last byte.", labels=("handler",)
+        )
+        for handler, (count, total) in self._metrics.http_seconds.items():
+            seconds.add_metric((handler,), count_value=count, sum_value=total)
+        yield seconds
+
+
+def _names_by_digest(cards: Sequence[AdapterCard]) -> Mapping[str, str]:
+    return {card.digest: card.name for card in cards}
+
+
+def _joined(names: Mapping[str, str], digests: Sequence[str]) -> str:
+    """Routers split this label on commas; mixtures and retired revisions have no name."""
+    return ",".join(names[digest] for digest in digests if digest in names)

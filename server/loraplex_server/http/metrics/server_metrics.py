@@ -1,0 +1,85 @@
+"""Counts what passes through the front. One owner, on the event loop."""
+
+from __future__ import annotations
+
+from collections import Counter
+from time import perf_counter
+
+from .adapter_usage import AdapterCounters, AdapterUsage
+from .histogram import E2E_SECONDS, ITL_SECONDS, TOKENS, TTFT_SECONDS, Histogram
+
+__all__ = ["CallMetrics", "ServerMetrics"]
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
+
+
+class ServerMetrics:
+    def __init__(self, *, n_adapters_shown: int = 20) -> None:
+        self.ttft = Histogram(TTFT_SECONDS)
+        self.itl = Histogram(ITL_SECONDS)
+        self.e2e = Histogram(E2E_SECONDS)
+        self.queue = Histogram(E2E_SECONDS)
+        self.prompt_tokens = Histogram(TOKENS)
+        self.output_tokens = Histogram(TOKENS)
+        self.params_n = Histogram((1, 2, 5, 10, 20))
+        self.params_max_tokens = Histogram(TOKENS)
+        self.n_prompt_tokens = 0
+        self.n_output_tokens = 0
+        self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
+        self.http: Counter[tuple[str, str, int]] = Counter()  # handler, method, status
+        self.http_seconds: dict[str, tuple[int, float]] = {}  # handler → answers, seconds
+        self.usage = AdapterUsage(n_adapters_shown)
+
+    def call(
+        self, adapter: str, *, load_s: float, n: int, max_tokens: int, n_prompt: int
+    ) -> CallMetrics:
+        """One API call that is about to generate. ``n_prompt``: tokens of all its prompts."""
+        self.params_n.observe(n)
+        self.params_max_tokens.observe(max_tokens)
+        self.prompt_tokens.observe(n_prompt)
+        self.n_prompt_tokens += n_prompt
+        counters = self.usage.counters(adapter)
+        counters.n_requests += 1
+        counters.n_prompt_tokens += n_prompt
+        counters.load_s += load_s
+        return CallMetrics(self, counters)
+
+    def answered(self, handler: str, method: str, status: int, seconds: float) -> None:
+        """``handler`` is a route's template, so the number of series is bounded."""
+        method = method if method in _METHODS else "OTHER"
+        self.http[handler, method, status] += 1
+        count, total = self.http_seconds.get(handler, (0, 0.0))
+        self.http_seconds[handler] = (count + 1, total + seconds)
+
+
+class CallMetrics:
+    """One API call. Cheap: called for every token."""
+
+    __slots__ = ("_adapter", "_server", "_started")
+
+    def __init__(self, server: ServerMetrics, adapter: AdapterCounters) -> None:
+        self._server = server
+        self._adapter = adapter
+        self._started = perf_counter()
+
+    def tokens(self, n_tokens: int, now: float, *, previous: float | None) -> None:
+        server, adapter = self._server, self._adapter
+        server.n_output_tokens += n_tokens
+        adapter.n_output_tokens += n_tokens
+        if previous is None:
+            server.ttft.observe(now - self._started)
+            adapter.ttft_s += now - self._started
+            adapter.n_first_tokens += 1
+        else:
+            server.itl.observe((now - previous) / n_tokens, n_tokens)
+
+    def queued(self, seconds: float) -> None:
+        self._server.queue.observe(seconds)
+        self._adapter.queue_s += seconds
+        self._adapter.n_queued += 1
+
+    def finished(self, reason: str, n_output: int) -> None:
+        """``reason``: stop, length, abort (the client left) or error."""
+        self._server.finished[reason] += 1
+        self._server.output_tokens.observe(n_output)
+        self._server.e2e.observe(perf_counter() - self._started)

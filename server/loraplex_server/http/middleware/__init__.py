@@ -1,0 +1,1 @@
+"""Plain ASGI middleware, outermost first: request ids and logs, keys, body limits."""

@@ -1,0 +1,60 @@
+"""Probes, version and metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from ..errors import unavailable
+from ..json_answer import JsonAnswer
+from ..lifecycle import ServerStatus
+from ..services import services_of
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.get("/health")
+async def health(request: Request) -> Response:
+    """Liveness: the event loop answers, the engine thread lives and moves."""
+    services = services_of(request)
+    if not services.engine.alive:
+        raise unavailable("the engine has stopped", "engine_dead")
+    stats = services.engine.stats()
+    if stats.n_running and stats.step_age_s > services.config.http.stall_s:
+        raise unavailable(
+            f"the engine has not moved for {stats.step_age_s:.0f} s", "engine_stalled"
+        )
+    return JsonAnswer({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    """Readiness: new requests would be taken in now."""
+    services = services_of(request)
+    if not services.engine.alive:
+        raise unavailable("the engine has stopped", "engine_dead")
+    if services.lifecycle.status is not ServerStatus.READY:
+        raise unavailable("the server is shutting down", "server_draining")
+    if services.engine.stats().n_waiting >= services.config.engine.max_queue:
+        raise unavailable("the queue is full", "queue_full", retry_after_s=1.0)
+    return JsonAnswer({"status": "ready"})
+
+
+@router.get("/ping")
+async def ping(request: Request) -> Response:
+    return await health(request)
+
+
+@router.get("/version")
+async def version() -> Response:
+    return JsonAnswer({"version": installed_version("loraplex")})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    text = generate_latest(services_of(request).registry)
+    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,0 +1,75 @@
+"""/v1/models: the base first, then every adapter, as OpenAI clients and vLLM's tools list them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.errors import StoreError
+
+from ..errors import not_found
+from ..json_answer import JsonAnswer
+from ..services import Services, services_of
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request, loaded: bool = False) -> Response:
+    """``?loaded=true``: only adapters in host or device memory."""
+    services = services_of(request)
+    resident = set(services.engine.stats().resident_adapters) if loaded else set()
+    cards = [
+        card
+        for card in services.store.list()
+        if not loaded or card.n_bytes.host or card.digest in resident
+    ]
+    data = [_base(services, name) for name in services.chooser.base_names]
+    data += [_adapter(services, card) for card in cards]
+    return JsonAnswer({"object": "list", "data": data})
+
+
+@router.get("/v1/models/{model_id:path}")
+async def show_model(request: Request, model_id: str) -> Response:
+    services = services_of(request)
+    if model_id in services.chooser.base_names:
+        return JsonAnswer(_base(services, model_id))
+    name = model_id
+    for base in services.chooser.base_names:
+        name = name.removeprefix(f"{base}:")
+    try:
+        return JsonAnswer(_adapter(services, services.store.get(name)))
+    except StoreError as error:
+        raise not_found(
+            f"model {model_id[:128]!r} does not exist; {services.chooser.what_exists()}",
+            "model",
+            "model_not_found",
+        ) from error
+
+
+def _base(services: Services, name: str) -> dict[str, object]:
+    return _card(services, name, services.started, root=services.model_root, parent=None)
+
+
+def _adapter(services: Services, card: AdapterCard) -> dict[str, object]:
+    # The digest says which weights these are and gives no path of the server away.
+    parent = services.chooser.base_name
+    root = f"sha256:{card.digest}"
+    return _card(services, card.name, int(card.created), root=root, parent=parent)
+
+
+def _card(
+    services: Services, name: str, created: int, *, root: str, parent: str | None
+) -> dict[str, object]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "loraplex",
+        "root": root,
+        "parent": parent,
+        "max_model_len": services.engine.max_model_len,
+        "permission": [],
+    }

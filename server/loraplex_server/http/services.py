@@ -1,0 +1,51 @@
+"""What the routes work with: built once by ``build_app``, passed on, never global."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from time import time
+
+from prometheus_client import CollectorRegistry
+from starlette.requests import Request
+
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.config import ServerConfig
+from loraplex_server.engine.client import EngineClient
+
+from .adapter_choice import AdapterChooser
+from .body_parser import BodyParser
+from .generation import LiveGenerations
+from .jobs import Jobs
+from .lifecycle import Lifecycle
+from .metrics.server_metrics import ServerMetrics
+from .text_pipeline import TextPipeline
+
+__all__ = ["Services", "services_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    engine: EngineClient
+    store: AdapterStore
+    text: TextPipeline
+    config: ServerConfig
+    chooser: AdapterChooser
+    parser: BodyParser
+    metrics: ServerMetrics
+    registry: CollectorRegistry
+    live: LiveGenerations
+    lifecycle: Lifecycle
+    jobs: Jobs
+    executor: Executor  # for the store's blocking calls
+    model_root: str  # opaque name of the base's weights: a model id, never a path
+    started: int = 0  # seconds since the epoch
+
+    def now(self) -> int:
+        return int(time())
+
+
+def services_of(request: Request) -> Services:
+    services = request.app.state.services
+    assert isinstance(services, Services)
+    return services

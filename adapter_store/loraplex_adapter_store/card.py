@@ -34,7 +34,7 @@ class AdapterCard:
     base_fingerprint: str
     pinned: bool
     n_leases: int
-    report: LoadReport
+    report: LoadReport | None  # None in lists: ask for the adapter alone
     provenance: Mapping[str, JsonValue] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, JsonValue]:
@@ -51,7 +51,7 @@ class AdapterCard:
             "base_fingerprint": self.base_fingerprint,
             "pinned": self.pinned,
             "n_leases": self.n_leases,
-            "report": self.report.to_json(),
+            "report": None if self.report is None else self.report.to_json(),
             "provenance": dict(self.provenance),
         }
 

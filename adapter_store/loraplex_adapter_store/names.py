@@ -24,6 +24,7 @@ def check_name(name: str) -> str:
     if not isinstance(name, str) or not is_valid_name(name):
         raise InvalidName(
             f"{name!r} is not an adapter name: 1 to 128 characters of A-Z a-z 0-9 . _ / -, the "
-            f"first a letter or digit, no empty or dotted path segment, none of {sorted(RESERVED_NAMES)}"
+            f"first a letter or digit, no empty or dotted path segment, "
+            f"none of {sorted(RESERVED_NAMES)}"
         )
     return name

@@ -91,7 +91,7 @@ class SharedBasis:
         a, b, rank_scale = (t.to(x.dtype) for t in (self.a, self.b, self.rank_scale))
         block_scale = None if self.block_scale is None else self.block_scale.to(x.dtype)
         if self.transposed:
-            v = (x @ b).unflatten(1, tuple(rank_scale.shape)) * rank_scale  # [t, r, N]
+            v = (x @ b).reshape(-1, *rank_scale.shape) * rank_scale  # [t, r, N]
             y = torch.einsum("trn,rk->tnk", v, a)
             return (y if block_scale is None else y * block_scale).sum(dim=1)
         blocks = x.unsqueeze(1) if block_scale is None else x.unsqueeze(1) * block_scale

@@ -1,0 +1,67 @@
+"""Content-addressed files: ``contents/ab/<digest>/`` with config, weights and chat template.
+
+A content is staged under ``staging/``, flushed, and renamed into place whole; it is never changed
+afterwards. Whatever is staged when the process dies is swept at the next start.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from .disk import Disk
+
+__all__ = ["CHAT_TEMPLATE_FILE", "CONFIG_FILE", "WEIGHTS_FILE", "ContentFiles"]
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+
+
+class ContentFiles:
+    """The callers serialise ``publish`` and ``remove`` of one digest."""
+
+    def __init__(self, root: Path, disk: Disk) -> None:
+        self._disk = disk
+        self._contents = root / "contents"
+        self._staging = root / "staging"
+        disk.make_directory(self._contents)
+        disk.make_directory(self._staging)
+        disk.sweep(self._staging)
+
+    def stage(self) -> Path:
+        """A new empty directory on the same filesystem."""
+        path = self._staging / uuid.uuid4().hex
+        self._disk.make_directory(path)
+        return path
+
+    def write(self, path: Path, chunks: Iterable[bytes]) -> int:
+        return self._disk.write(path, chunks)
+
+    def discard(self, staged: Path) -> None:
+        if staged.exists():
+            self._disk.remove(staged, self._staging / uuid.uuid4().hex)
+
+    def publish(self, staged: Path, digest: str) -> int:
+        """Returns the bytes on disk. A content that is there already is kept, not replaced."""
+        final = self.path(digest)
+        if final.exists():
+            self.discard(staged)
+        else:
+            self._disk.publish(staged, final)
+        return sum(entry.stat().st_size for entry in final.iterdir())
+
+    def remove(self, digest: str) -> int:
+        """Returns the bytes freed; 0 if the content is not there."""
+        path = self.path(digest)
+        if not path.exists():
+            return 0
+        return self._disk.remove(path, self._staging / uuid.uuid4().hex)
+
+    def path(self, digest: str) -> Path:
+        return self._contents / digest[:2] / digest
+
+    def digests(self) -> Iterator[str]:
+        for group in self._contents.iterdir():
+            yield from (entry.name for entry in group.iterdir())

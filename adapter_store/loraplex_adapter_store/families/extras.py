@@ -1,0 +1,164 @@
+"""What PEFT saves beside the method: biases, modules_to_save, trainable tokens, base copies."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
+from ..plan import ModulePlan
+from ..tensor_names import module_names, resolve_module, split_key
+from .contract import ReadContext
+
+__all__ = ["Extras", "read_extras"]
+
+_TOKENS = "trainable_tokens_delta"
+_COPY_TOLERANCE = 1e-2  # relative; copies may have gone through bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Extras:
+    modules: Mapping[str, ModulePlan]
+    embedding_rows: Mapping[int, Tensor]
+    head_rows: Mapping[int, Tensor]
+    dense: Mapping[str, Tensor]
+
+
+def read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> Extras:
+    """Claims every remaining tensor it can explain; what is left is unmatched, and refused."""
+    grown = dict(modules)
+    dense: dict[str, Tensor] = {}
+    rows: dict[str, dict[int, Tensor]] = {}
+    names = module_names(context.base)
+    for key in context.ledger.unclaimed:
+        split = split_key(
+            key, ("base_layer.weight", "base_layer.bias", _token_key(key), "weight", "bias")
+        )
+        module = None if split is None else resolve_module(split[0], names)
+        if split is None or module is None:
+            continue
+        suffix = split[1]
+        if suffix.endswith(_TOKENS):
+            rows[module] = _token_rows(context, module, key)
+        elif suffix == "base_layer.weight":
+            _check_copy(context, module, key)
+        elif suffix.endswith("bias"):
+            grown[module] = _with_bias(context, module, key, grown.get(module))
+        elif _is_saved(context, module):
+            dense[module] = _saved_weight(context, module, key)
+        elif module in context.base.embeddings or module == context.base.output_head:
+            _check_copy(context, module, key)
+    _check_saved(context, dense)
+    _tie(context, rows, dense)
+    embedding_rows = rows.pop(context.base.input_embedding, {})
+    head_rows = rows.pop(context.base.output_head, {})
+    if rows:
+        raise UnsupportedAdapter(f"trainable tokens on {sorted(rows)}: only embedding and head")
+    return Extras(grown, embedding_rows, head_rows, dense)
+
+
+def _token_key(key: str) -> str:
+    return f"token_adapter.{_TOKENS}" if f".token_adapter.{_TOKENS}" in key else _TOKENS
+
+
+def _token_rows(context: ReadContext, module: str, key: str) -> dict[int, Tensor]:
+    width = context.base.hidden_size
+    values = context.ledger.take(key, (None, width))
+    indices = _token_indices(context, module)
+    if len(indices) != values.shape[0]:
+        raise AdapterMismatch(
+            f"{key} holds {values.shape[0]} rows, the config lists {len(indices)} token ids"
+        )
+    return {index: values[position].clone() for position, index in enumerate(indices)}
+
+
+def _token_indices(context: ReadContext, module: str) -> list[int]:
+    value = context.config.values.get("trainable_token_indices")
+    if value is None:
+        value = context.config.values.get("token_indices")
+    if isinstance(value, dict):
+        leaf = module.rpartition(".")[2]
+        value = value.get(module, value.get(leaf))
+        if value is None and module == context.base.output_head:
+            value = next(iter(context.config.values["trainable_token_indices"].values()))  # type: ignore[attr-defined]
+    if not isinstance(value, list) or not all(
+        isinstance(index, int) and 0 <= index < context.base.vocab_size for index in value
+    ):
+        raise MalformedFile(f"trainable token ids of {module} are not ids of this base: {value!r}")
+    return value
+
+
+def _check_copy(context: ReadContext, module: str, key: str) -> None:
+    """PEFT saves the untouched base layer beside an adapted embedding: it must be the base's."""
+    want = context.base.weight(module)
+    have = context.ledger.take(key, tuple(want.shape))
+    if not torch.allclose(
+        have, want, rtol=_COPY_TOLERANCE, atol=_COPY_TOLERANCE * float(want.std())
+    ):
+        raise UnsupportedAdapter(
+            f"{key} is a base weight that differs from this base: trained on another base, or "
+            "the vocabulary was resized; name it in modules_to_save if it was trained"
+        )
+    context.notes.append(f"{key}: copy of the base weight, verified and dropped")
+
+
+def _with_bias(context: ReadContext, module: str, key: str, plan: ModulePlan | None) -> ModulePlan:
+    """A trained base bias (bias="all" or "lora_only"): the plan adds what it differs by."""
+    base_bias = context.base.bias(module)
+    if base_bias is None or module not in context.base.modules:
+        raise AdapterMismatch(f"{key}: {module} of the base has no bias")
+    difference = context.ledger.take(key, tuple(base_bias.shape)) - base_bias
+    if plan is None:
+        return ModulePlan(bias=difference)
+    return replace(plan, bias=difference if plan.bias is None else plan.bias + difference)
+
+
+def _is_saved(context: ReadContext, module: str) -> bool:
+    return any(module.endswith(name) for name in _saved_names(context))
+
+
+def _saved_names(context: ReadContext) -> tuple[str, ...]:
+    names = context.config.names("modules_to_save") or ()
+    return (names,) if isinstance(names, str) else names
+
+
+def _saved_weight(context: ReadContext, module: str, key: str) -> Tensor:
+    stored = context.base.parameters.get(f"{module}.weight")
+    if stored is None:
+        raise AdapterMismatch(f"{key}: {module} of the base has no weight")
+    value = context.ledger.take(key, stored)
+    return value.t().contiguous() if module in context.base.conv1d else value
+
+
+def _check_saved(context: ReadContext, dense: Mapping[str, Tensor]) -> None:
+    for name in _saved_names(context):
+        expected = [module for module in _weighted(context) if module.endswith(name)]
+        missing = [module for module in expected if module not in dense]
+        if missing:
+            raise AdapterMismatch(
+                f"modules_to_save lists {name!r}, the file lacks it",
+                [f"{module}.weight" for module in missing],
+                missing=missing,
+            )
+
+
+def _weighted(context: ReadContext) -> list[str]:
+    return [
+        name.removesuffix(".weight") for name in context.base.parameters if name.endswith(".weight")
+    ]
+
+
+def _tie(
+    context: ReadContext, rows: dict[str, dict[int, Tensor]], dense: dict[str, Tensor]
+) -> None:
+    """With tied embeddings PEFT applies trained rows to the head too."""
+    base = context.base
+    if not base.tie_word_embeddings:
+        return
+    if base.input_embedding in rows:
+        rows.setdefault(base.output_head, dict(rows[base.input_embedding]))
+    if context.config.flag("ensure_weight_tying") and base.input_embedding in dense:
+        dense.setdefault(base.output_head, dense[base.input_embedding])

@@ -1,0 +1,78 @@
+"""LoRAs trained on a modified base: what training subtracted from W, as low-rank factors.
+
+    trained:  (W − S_b S_a) x + s·B A x        served on W:  A' = [A; S_a],  B' = [s·B, −S_b]
+
+PiSSA    S = U_r Σ_r V_rᵀ           top r singular triplets of W
+OLoRA    S = s · Q[:, :r] R[:r]     from the QR decomposition of W
+KaSA     S = U_k Σ_k V_kᵀ           the r smallest singular triplets of W
+others   S = s · B₀ A₀              needs the initial factors (LoRA-GA, CorDA, randomised PiSSA)
+
+PiSSA, OLoRA and KaSA are recomputed from the base, as PEFT does when it loads them; their products
+do not depend on the signs that a decomposition picks. The others need ``lora_A0``/``lora_B0``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..adapter_config import AdapterConfig
+from ..errors import UnsupportedAdapter
+
+__all__ = ["InitRule", "Subtracted", "init_rule", "subtracted"]
+
+_UNTOUCHED = ("gaussian", "eva", "orthogonal", "mica")
+_NEED_FACTORS = {
+    "lora_ga": "LoRA-GA takes them from gradients",
+    "corda": "CorDA takes them from activations",
+    "loftq": "LoftQ also replaced the base by a quantised one",
+}
+
+
+class InitRule(NamedTuple):
+    """How ``init_lora_weights`` changed the base. ``name`` is "" when it did not."""
+
+    name: str  # "", "pissa", "olora" or one that needs the initial factors
+    why_factors: str  # non-empty: the initial factors must be in the file
+
+
+class Subtracted(NamedTuple):
+    a: Tensor  # [k, in]
+    b: Tensor  # [out, k]
+
+
+def init_rule(config: AdapterConfig) -> InitRule:
+    """Raises UnsupportedAdapter for an initialisation that is not known."""
+    value = config.values.get("init_lora_weights", True)
+    if value is None or isinstance(value, bool):
+        return InitRule("", "")
+    name = str(value).lower()
+    if name in _UNTOUCHED:
+        return InitRule("", "")
+    if name in ("pissa", "olora"):
+        return InitRule(name, "")
+    if name.startswith("pissa_niter_"):
+        return InitRule("pissa", "its SVD is randomised and cannot be repeated")
+    for key, why in _NEED_FACTORS.items():
+        if name.startswith(key):
+            return InitRule(key, why)
+    raise UnsupportedAdapter(
+        f"init_lora_weights={value!r} is not known: it may have modified the base in training"
+    )
+
+
+def subtracted(rule: str, weight: Tensor, rank: int, scale: float) -> Subtracted:
+    """What ``rule`` took out of ``weight`` [out, in] at initialisation."""
+    if rule == "pissa":
+        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+        return Subtracted(vh[:rank].clone(), u[:, :rank] * sigma[:rank])
+    if rule == "kasa":
+        u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+        k = min(rank, sigma.numel())
+        return Subtracted(vh[-k:].clone(), u[:, -k:] * sigma[-k:])
+    if rule == "olora":
+        q, r = torch.linalg.qr(weight)
+        return Subtracted(r[:rank].clone(), scale * q[:, :rank])
+    raise AssertionError(f"no rule {rule!r}")

@@ -1,0 +1,40 @@
+"""The scale of a LoRA: alpha/r, or alpha/√r (rsLoRA), with PEFT's per-module patterns."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from ..adapter_config import AdapterConfig
+from ..errors import MalformedFile
+from ..targets import pattern_value
+
+__all__ = ["LoraScale", "lora_scale", "scale_rule"]
+
+
+class LoraScale(NamedTuple):
+    rank: int  # the training-time rank of the module
+    scale: float  # multiplies B A
+
+
+def lora_scale(config: AdapterConfig, module: str) -> LoraScale:
+    rank = pattern_value(config, "rank_pattern", module, config.integer("r", 8))
+    alpha = pattern_value(config, "alpha_pattern", module, config.number("lora_alpha", 8))
+    if rank != int(rank) or rank < 1:
+        raise MalformedFile(f"adapter_config.json: rank {rank!r} of {module} is not a positive int")
+    scale = alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)
+    if not math.isfinite(scale):
+        raise MalformedFile(f"adapter_config.json: lora_alpha {alpha!r} gives no finite scale")
+    return LoraScale(int(rank), scale)
+
+
+def scale_rule(config: AdapterConfig) -> str:
+    """For the load report, as "alpha/√r = 16/√64 = 2, rank_pattern (3), alpha_pattern (0)"."""
+    rank, alpha = config.integer("r", 8), config.number("lora_alpha", 8)
+    root = "√" if config.flag("use_rslora") else ""
+    scale = alpha / (math.sqrt(rank) if root else rank)
+    rule = f"alpha/{root}r = {alpha:g}/{root}{rank} = {scale:g}"
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.pattern(key):
+            rule += f", {key} of {len(config.pattern(key))}"
+    return rule

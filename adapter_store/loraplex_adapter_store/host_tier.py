@@ -1,0 +1,217 @@
+"""Folded plans in host memory: a byte budget, leases, pins, and one flight per digest."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from .errors import HostTierFull
+from .eviction import Policy, Resident, touch, victims
+from .plan import AdapterPlan
+
+__all__ = ["HostTier", "HostTierStats"]
+
+
+@dataclass(slots=True)
+class _Entry:
+    """``future`` resolves to the plan; ``n_bytes`` are reserved from the start of the load."""
+
+    future: Future[AdapterPlan]
+    n_bytes: int
+    resident: Resident
+    n_leases: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HostTierStats:
+    n_plans: int
+    n_leases: int
+    bytes_used: int
+    bytes_total: int
+    n_hits: int
+    n_loads: int
+    n_evictions: int
+    load_seconds: float
+
+
+@dataclass(slots=True)
+class _Counters:
+    hits: int = 0
+    loads: int = 0
+    evictions: int = 0
+    load_seconds: float = 0.0
+    parked: dict[str, float] = field(default_factory=dict)  # digest → heat when it was evicted
+
+
+class HostTier:
+    """Thread-safe. ``lease`` runs ``load`` on the calling thread, once per digest at a time."""
+
+    def __init__(self, n_bytes: int, policy: Policy, wait_s: float) -> None:
+        self._n_bytes = n_bytes
+        self._policy = policy
+        self._wait_s = wait_s
+        self._entries: dict[str, _Entry] = {}
+        self._pinned: frozenset[str] = frozenset()
+        self._changed = threading.Condition()
+        self._clock = 0
+        self._counters = _Counters()
+
+    def lease(self, digest: str, n_bytes: int, load: Callable[[], AdapterPlan]) -> AdapterPlan:
+        """Counts a lease and returns the plan, loading it if it is not resident.
+
+        Raises what ``load`` raised, or HostTierFull; then no lease is held. ``n_bytes`` is the size
+        expected, made room for before the load.
+        """
+        entry, is_mine = self._join(digest, n_bytes)
+        if is_mine:
+            self._fly(digest, entry, load)
+        try:
+            return entry.future.result()
+        except BaseException:
+            self._leave(digest, entry)
+            raise
+
+    def release(self, digest: str) -> None:
+        with self._changed:
+            entry = self._entries.get(digest)
+            if entry is not None:
+                entry.n_leases -= 1
+            self._changed.notify_all()
+
+    def _leave(self, digest: str, entry: _Entry) -> None:
+        """Gives back a lease whose flight failed: its entry may be gone, or replaced, by now."""
+        with self._changed:
+            if self._entries.get(digest) is entry:
+                entry.n_leases -= 1
+            self._changed.notify_all()
+
+    def put_if_room(self, plan: AdapterPlan, load_cost: float) -> None:
+        """Keeps a plan that is in hand anyway, unless somebody would have to leave for it."""
+        with self._changed:
+            if plan.digest in self._entries or plan.n_bytes > self._n_bytes - self._used():
+                return
+            future: Future[AdapterPlan] = Future()
+            future.set_result(plan)
+            resident = Resident(plan.digest, plan.n_bytes, load_cost, self._clock, 0.0)
+            self._entries[plan.digest] = _Entry(future, plan.n_bytes, resident)
+
+    def drop(self, digest: str) -> int:
+        """Forgets an unleased plan; returns its bytes, 0 if it is absent or leased."""
+        with self._changed:
+            entry = self._entries.get(digest)
+            if entry is None or entry.n_leases > 0:
+                return 0
+            del self._entries[digest]
+            self._counters.parked.pop(digest, None)
+            self._changed.notify_all()
+            return entry.n_bytes
+
+    def wait_unleased(self, digest: str, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self.n_leases(digest) == 0, timeout_s)
+
+    def pin(self, digests: frozenset[str]) -> None:
+        """Replaces the set of digests that are never evicted."""
+        with self._changed:
+            self._pinned = digests
+
+    def n_leases(self, digest: str) -> int:
+        with self._changed:
+            entry = self._entries.get(digest)
+            return 0 if entry is None else entry.n_leases
+
+    def bytes_of(self, digest: str) -> int:
+        with self._changed:
+            entry = self._entries.get(digest)
+            return entry.n_bytes if entry is not None and entry.future.done() else 0
+
+    def stats(self) -> HostTierStats:
+        with self._changed:
+            return HostTierStats(
+                n_plans=len(self._entries),
+                n_leases=sum(entry.n_leases for entry in self._entries.values()),
+                bytes_used=self._used(),
+                bytes_total=self._n_bytes,
+                n_hits=self._counters.hits,
+                n_loads=self._counters.loads,
+                n_evictions=self._counters.evictions,
+                load_seconds=self._counters.load_seconds,
+            )
+
+    def _join(self, digest: str, n_bytes: int) -> tuple[_Entry, bool]:
+        with self._changed:
+            self._clock += 1
+            entry = self._entries.get(digest)
+            if entry is None:
+                entry = self._make_room(digest, n_bytes)
+            if entry is not None:
+                self._counters.hits += 1
+                entry.resident = touch(entry.resident, self._clock)
+                entry.n_leases += 1
+                return entry, False
+            heat = self._counters.parked.pop(digest, 0.0) + 1.0
+            resident = Resident(digest, n_bytes, 0.0, self._clock, heat)
+            entry = _Entry(Future(), n_bytes, resident, n_leases=1)
+            self._entries[digest] = entry
+            self._counters.loads += 1
+            return entry, True
+
+    def _make_room(self, digest: str, n_bytes: int) -> _Entry | None:
+        """Evicts until ``n_bytes`` fit, waiting for leases; an entry if another thread made it."""
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            missing = n_bytes - (self._n_bytes - self._used())
+            if missing <= 0:
+                return None
+            chosen = victims(self._evictable(), missing, self._clock, self._policy)
+            if chosen is not None:
+                for key in chosen:
+                    self._evict(key)
+                return None
+            left = deadline - time.monotonic()
+            if n_bytes > self._n_bytes or left <= 0:
+                raise HostTierFull(
+                    f"adapter {digest[:12]} needs {n_bytes} bytes of host memory, "
+                    f"{self._n_bytes - self._used()} of {self._n_bytes} are free and the rest is "
+                    "leased or pinned; raise the host budget or unpin adapters"
+                )
+            self._changed.wait(left)
+            if digest in self._entries:
+                return self._entries[digest]
+
+    def _fly(self, digest: str, entry: _Entry, load: Callable[[], AdapterPlan]) -> None:
+        started = time.monotonic()
+        try:
+            plan = load()
+        except BaseException as error:
+            with self._changed:
+                self._entries.pop(digest, None)
+                self._changed.notify_all()
+            entry.future.set_exception(error)
+            return
+        seconds = time.monotonic() - started
+        with self._changed:
+            entry.n_bytes = plan.n_bytes
+            old = entry.resident
+            entry.resident = Resident(digest, plan.n_bytes, seconds, old.last_used, old.heat)
+            self._counters.load_seconds += seconds
+            self._changed.notify_all()
+        entry.future.set_result(plan)
+
+    def _evictable(self) -> list[Resident]:
+        return [
+            entry.resident
+            for digest, entry in self._entries.items()
+            if entry.n_leases == 0 and digest not in self._pinned
+        ]
+
+    def _evict(self, digest: str) -> None:
+        entry = self._entries.pop(digest)
+        self._counters.evictions += 1
+        self._counters.parked[digest] = entry.resident.heat
+
+    def _used(self) -> int:
+        return sum(entry.n_bytes for entry in self._entries.values())

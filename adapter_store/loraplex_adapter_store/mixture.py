@@ -1,0 +1,122 @@
+"""Weighted mixtures: W + Σ wᵢ ΔWᵢ, exactly, as one plan with the ranks concatenated.
+
+Additive parts mix exactly: factors, biases, replaced rows and dense weights (as differences from
+the base). Multiplicative or routed parts do not (DoRA, IA³, experts, prefixes): an error says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from .base_spec import BaseSpec
+from .errors import InvalidSelector
+from .plan import AdapterPlan, Family, ModulePlan
+
+__all__ = ["mix_plans", "mixture_digest"]
+
+
+def mixture_digest(parts: Sequence[tuple[str, float]]) -> str:
+    """Identity of a mixture of (digest, weight): the same for every order of the parts."""
+    text = "\n".join(f"{digest} {weight!r}" for digest, weight in sorted(parts))
+    return hashlib.sha256(f"loraplex-mixture-1\n{text}".encode()).hexdigest()
+
+
+def mix_plans(
+    parts: Sequence[tuple[AdapterPlan, float]], base: BaseSpec, digest: str
+) -> AdapterPlan:
+    """Raises InvalidSelector if a part is not additive."""
+    for plan, _ in parts:
+        _check_additive(plan)
+    names = dict.fromkeys(name for plan, _ in parts for name in plan.modules)
+    modules = {
+        name: _mix_module([(plan.modules[name], w) for plan, w in parts if name in plan.modules])
+        for name in names
+    }
+    embedding = _mix_rows([(p.embedding_rows, w) for p, w in parts], base, base.input_embedding)
+    head = _mix_rows([(p.head_rows, w) for p, w in parts], base, base.output_head)
+    dense = _mix_dense([(plan.dense, w) for plan, w in parts], base)
+    templates = {plan.chat_template for plan, _ in parts}
+
+    def build(n_bytes: int) -> AdapterPlan:
+        return AdapterPlan(
+            digest=digest,
+            family=Family.LORA,
+            modules=modules,
+            embedding_rows=embedding,
+            head_rows=head,
+            dense=dense,
+            chat_template=templates.pop() if len(templates) == 1 else None,
+            n_bytes=n_bytes,
+        )
+
+    return build(sum(tensor.nbytes for tensor in build(0).tensors()))
+
+
+def _check_additive(plan: AdapterPlan) -> None:
+    reason = ""
+    if plan.experts:
+        reason = "it routes tokens to experts"
+    elif plan.prefix is not None:
+        reason = "it is a prefix"
+    for name, module in plan.modules.items():
+        if module.out_scale is not None or module.in_scale is not None:
+            reason = f"it scales {name} multiplicatively"
+    if reason:
+        raise InvalidSelector(
+            f"adapter {plan.digest[:12]} ({plan.family.value}) cannot be mixed: {reason}"
+        )
+
+
+def _mix_module(parts: Sequence[tuple[ModulePlan, float]]) -> ModulePlan:
+    a: list[Tensor] = []
+    b: list[Tensor] = []
+    bias: Tensor | None = None
+    for plan, weight in parts:
+        if plan.a is not None and plan.b is not None:
+            a.append(plan.a)
+            b.append(plan.b * weight)
+        if plan.shared is not None:
+            shared_a, shared_b = plan.shared.factors()
+            a.append(shared_a)
+            b.append(shared_b * weight)
+        if plan.bias is not None:
+            scaled = plan.bias * weight
+            bias = scaled if bias is None else bias + scaled
+    if not a:
+        return ModulePlan(bias=bias)
+    return ModulePlan(a=torch.cat(a), b=torch.cat(b, dim=1), bias=bias)
+
+
+def _mix_rows(
+    parts: Sequence[tuple[Mapping[int, Tensor], float]], base: BaseSpec, module: str
+) -> dict[int, Tensor]:
+    ids = dict.fromkeys(index for rows, _ in parts for index in rows)
+    if not ids:
+        return {}
+    weight = base.weight(module)
+    return {
+        index: weight[index]
+        + sum(
+            (w * (rows[index] - weight[index]) for rows, w in parts if index in rows),
+            torch.zeros_like(weight[index]),
+        )
+        for index in ids
+    }
+
+
+def _mix_dense(
+    parts: Sequence[tuple[Mapping[str, Tensor], float]], base: BaseSpec
+) -> dict[str, Tensor]:
+    mixed: dict[str, Tensor] = {}
+    for name in dict.fromkeys(name for dense, _ in parts for name in dense):
+        original = base.weight(name)
+        total = original.clone()
+        for dense, weight in parts:
+            if name in dense:
+                total += weight * (dense[name] - original)
+        mixed[name] = total
+    return mixed

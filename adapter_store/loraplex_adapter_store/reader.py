@@ -1,0 +1,148 @@
+"""From config and checked tensors to a plan and its report: the one way into the store."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from .adapter_config import AdapterConfig
+from .base_spec import BaseSpec
+from .digest import digest_of
+from .door import TensorFile
+from .errors import AdapterMismatch, BaseMismatch, UnsupportedAdapter
+from .families import lora
+from .families.contract import FamilyReader, Fold, ReadContext
+from .ledger import TensorLedger
+from .limits import StoreLimits
+from .plan import AdapterPlan
+from .report import LoadReport, ModuleReport
+from .spectrum import delta_ratio
+
+__all__ = ["FAMILIES", "Reading", "fold_adapter", "read_adapter"]
+
+FAMILIES: Mapping[str, FamilyReader] = {
+    "LORA": lora.read,
+}
+
+
+class Reading(NamedTuple):
+    plan: AdapterPlan
+    report: LoadReport
+
+
+def read_adapter(
+    config: AdapterConfig,
+    tensors: TensorFile,
+    base: BaseSpec,
+    limits: StoreLimits,
+    *,
+    chat_template: str | None = None,
+) -> Reading:
+    """Recognises, checks, folds and reports. Raises AdapterRefused."""
+    context = ReadContext(config, TensorLedger(tensors), base, limits)
+    fold = _fold(context, tensors)
+    digest = digest_of(config.values, tensors, chat_template)
+    plan = _plan_of(fold, digest, chat_template)
+    return Reading(plan, _report_of(context, fold, plan, tensors.n_bytes))
+
+
+def fold_adapter(
+    config: AdapterConfig,
+    tensors: TensorFile,
+    base: BaseSpec,
+    limits: StoreLimits,
+    digest: str,
+    chat_template: str | None,
+) -> AdapterPlan:
+    """The plan alone, of a content that was read before and whose digest was verified."""
+    context = ReadContext(config, TensorLedger(tensors), base, limits)
+    return _plan_of(_fold(context, tensors), digest, chat_template)
+
+
+def _fold(context: ReadContext, tensors: TensorFile) -> Fold:
+    reader, ledger = _reader_of(context.config), context.ledger
+    _check_base(context, tensors.metadata)
+    fold = reader(context)
+    if ledger.unclaimed:
+        raise AdapterMismatch(
+            f"{len(ledger.unclaimed)} of {len(ledger.names)} tensors match nothing in this base",
+            [f"{name} {list(ledger.shape(name))}" for name in ledger.unclaimed],
+            unmatched=ledger.unclaimed,
+        )
+    return fold
+
+
+def _reader_of(config: AdapterConfig) -> FamilyReader:
+    kind = config.peft_type
+    if kind in FAMILIES:
+        return FAMILIES[kind]
+    raise UnsupportedAdapter(
+        f"peft_type {kind} cannot be served; readable: {', '.join(sorted(FAMILIES))}"
+    )
+
+
+def _check_base(context: ReadContext, metadata: Mapping[str, str]) -> None:
+    config, base = context.config, context.base
+    wanted = config.text("loraplex_base_fingerprint") or metadata.get("loraplex_base_fingerprint")
+    if wanted is not None and wanted != base.fingerprint:
+        raise BaseMismatch(
+            f"trained on the base with fingerprint {wanted[:16]}…, this one is "
+            f"{base.model_id} with {base.fingerprint[:16]}…"
+        )
+    declared = config.text("base_model_name_or_path")
+    if wanted is None and declared and not _same_model(declared, base.model_id):
+        message = f"config names the base {declared!r}, this server runs {base.model_id!r}"
+        if context.limits.refuse_other_base:
+            raise BaseMismatch(message)
+        context.warnings.append(f"{message}; every shape fits")
+
+
+def _same_model(declared: str, model_id: str) -> bool:
+    return _leaf(declared) == _leaf(model_id)
+
+
+def _leaf(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2].lower()
+
+
+def _plan_of(fold: Fold, digest: str, chat_template: str | None) -> AdapterPlan:
+    def build(n_bytes: int) -> AdapterPlan:
+        return AdapterPlan(
+            digest=digest,
+            family=fold.family,
+            modules=fold.modules,
+            experts=fold.experts,
+            prefix=fold.prefix,
+            embedding_rows=fold.embedding_rows,
+            head_rows=fold.head_rows,
+            dense=fold.dense,
+            chat_template=chat_template,
+            n_bytes=n_bytes,
+        )
+
+    distinct = {tensor.data_ptr(): tensor for tensor in build(0).tensors()}
+    return build(sum(tensor.nbytes for tensor in distinct.values()))
+
+
+def _report_of(context: ReadContext, fold: Fold, plan: AdapterPlan, n_bytes: int) -> LoadReport:
+    modules = {
+        name: ModuleReport(module.rank, delta_ratio(context.base, name, module))
+        for name, module in sorted(plan.modules.items())
+    }
+    still = [name for name, module in modules.items() if module.delta_ratio == 0.0]
+    if still and len(still) == len(modules) and not (plan.experts or plan.prefix or plan.dense):
+        context.warnings.append("every delta is exactly zero: this adapter equals the base")
+    return LoadReport(
+        family=fold.family.value,
+        digest=plan.digest,
+        scale_rule=fold.scale_rule,
+        matched=context.ledger.claimed,
+        unmatched=(),
+        modules=modules,
+        notes=tuple(context.notes),
+        warnings=tuple(context.warnings),
+        n_bytes_file=n_bytes,
+        n_bytes_plan=plan.n_bytes,
+        kept_energy=fold.kept_energy,
+        base_declared=context.config.text("base_model_name_or_path"),
+    )

@@ -1,0 +1,97 @@
+"""A directory on this machine: found, contained, and read without following surprises."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from ..content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from ..door import is_pickle_name
+from ..errors import (
+    LimitExceeded,
+    PickleRefused,
+    SourceError,
+    SourceForbidden,
+    UnsupportedAdapter,
+)
+from ..limits import StoreLimits
+
+__all__ = ["LocalFiles", "contained", "read_directory"]
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFiles:
+    config: bytes
+    weights: Path
+    chat_template: str | None
+
+    def open_weights(self) -> BinaryIO:
+        return _open_regular(self.weights)
+
+
+def read_directory(path: Path, limits: StoreLimits) -> LocalFiles:
+    """Opens nothing but the named files. SourceError, PickleRefused or UnsupportedAdapter."""
+    if not path.is_dir():
+        raise SourceError(f"{path} is not a directory")
+    names = {entry.name for entry in path.iterdir()}
+    config_name = CONFIG_FILE if CONFIG_FILE in names else "mixlora_config.json"
+    if config_name not in names:
+        raise SourceError(f"{path} has no {CONFIG_FILE}")
+    if WEIGHTS_FILE not in names:
+        raise _no_weights(path, names)
+    template = None
+    if CHAT_TEMPLATE_FILE in names:
+        text = _read(path / CHAT_TEMPLATE_FILE, limits.max_config_bytes)
+        template = text.decode("utf-8", errors="strict")
+    config = _read(path / config_name, limits.max_config_bytes)
+    return LocalFiles(config, path / WEIGHTS_FILE, template)
+
+
+def contained(path: Path, allowed: Sequence[Path]) -> Path:
+    """``path`` with every symlink resolved, if it and its files lie inside an allowed root."""
+    real = path.resolve()
+    if not any(real.is_relative_to(root) for root in allowed):
+        roots = ", ".join(str(root) for root in allowed) or "none"
+        raise SourceForbidden(f"{path} is outside the allowed roots ({roots})")
+    if real.is_dir():
+        for entry in real.iterdir():
+            target = entry.resolve()
+            if not any(target.is_relative_to(root) for root in allowed):
+                raise SourceForbidden(f"{entry} is a link that leaves the allowed roots")
+    return real
+
+
+def _no_weights(path: Path, names: set[str]) -> SourceError | PickleRefused | UnsupportedAdapter:
+    pickles = sorted(name for name in names if is_pickle_name(name))
+    if pickles:
+        return PickleRefused(
+            f"{path} holds {pickles[0]}, a pickle: it is never opened here; run "
+            f"`loraplex adapters convert {path}` to turn it into safetensors"
+        )
+    if any(name.endswith(".safetensors.index.json") for name in names):
+        return UnsupportedAdapter(f"{path} is sharded over several files; save it in one")
+    return SourceError(f"{path} has no {WEIGHTS_FILE}")
+
+
+def _read(path: Path, max_bytes: int) -> bytes:
+    with _open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise LimitExceeded(f"{path.name} exceeds {max_bytes} bytes")
+    return data
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    """Opens without blocking on pipes or devices; SourceError unless it is a regular file."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except OSError as error:
+        raise SourceError(f"cannot read {path.name}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise SourceError(f"{path.name} is not a regular file")
+    return os.fdopen(handle, "rb")

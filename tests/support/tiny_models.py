@@ -1,0 +1,86 @@
+"""Tiny random models with every shape trap of the real ones: GQA, ff ≠ hidden, odd widths."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from loraplex_adapter_store.adapter_config import AdapterConfig
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.door import TensorFile
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.reader import Reading, read_adapter
+
+__all__ = [
+    "PROMPT",
+    "read_path",
+    "read_tensors",
+    "tiny_gpt2",
+    "tiny_llama",
+    "untouched",
+]
+
+PROMPT = torch.tensor([[1, 5, 9, 33, 7, 2, 60, 5], [3, 3, 8, 21, 40, 11, 0, 63]])
+
+
+def tiny_llama(*, tied: bool = False, bias: bool = False, seed: int = 0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=52,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        attention_bias=bias,
+        mlp_bias=bias,
+        initializer_range=0.1,
+    )
+    model = LlamaForCausalLM(config).eval()
+    if bias:
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def tiny_gpt2(seed: int = 0) -> GPT2LMHeadModel:
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    return GPT2LMHeadModel(config).eval()
+
+
+def untouched(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy to train on; PEFT changes the model it is given."""
+    return copy.deepcopy(model)
+
+
+def read_path(path: Path, model: PreTrainedModel, limits: StoreLimits | None = None) -> Reading:
+    """What the store makes of a PEFT directory."""
+    limits = limits or StoreLimits()
+    config = AdapterConfig.parse((path / "adapter_config.json").read_bytes(), limits)
+    with TensorFile(path / "adapter_model.safetensors", limits) as tensors:
+        return read_adapter(config, tensors, BaseSpec.of(model, "tiny"), limits)
+
+
+def read_tensors(
+    config: Mapping[str, object],
+    tensors: Mapping[str, Tensor],
+    model: PreTrainedModel,
+    folder: Path,
+    limits: StoreLimits | None = None,
+) -> Reading:
+    """What the store makes of a config and tensors in memory."""
+    file = folder / "adapter_model.safetensors"
+    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
+    limits = limits or StoreLimits()
+    with TensorFile(file, limits) as opened:
+        return read_adapter(AdapterConfig(config), opened, BaseSpec.of(model, "tiny"), limits)

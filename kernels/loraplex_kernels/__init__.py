@@ -1,5 +1,7 @@
-"""Mixed-adapter low-rank kernels: one operator, its reference, a Triton and a native CPU version."""
+"""Mixed-adapter low-rank kernels: one operator, its reference, Triton and native CPU versions."""
 
+from .errors import BadFactors, KernelsError, PoolFull
+from .factors import EntryFactors, SliceFactors
 from .layout import NO_PAGE, PAGE_RANK, LoraSegments, LoraTables, LoraTarget
 from .model_ops import (
     PackedLinear,
@@ -11,16 +13,29 @@ from .model_ops import (
     silu_mul,
     write_kv,
 )
+from .ops import PreparedTarget, lora_apply
+from .pool import LoraPool
 from .reference import lora_apply_reference
+from .segments import build_segments, expand_routed
 
 __all__ = [
     "NO_PAGE",
     "PAGE_RANK",
+    "BadFactors",
+    "EntryFactors",
+    "KernelsError",
+    "LoraPool",
     "LoraSegments",
     "LoraTables",
     "LoraTarget",
     "PackedLinear",
+    "PoolFull",
+    "PreparedTarget",
+    "SliceFactors",
     "add_rms_norm",
+    "build_segments",
+    "expand_routed",
+    "lora_apply",
     "lora_apply_reference",
     "paged_attention",
     "read_kv",

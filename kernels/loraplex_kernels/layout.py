@@ -58,9 +58,9 @@ class LoraTables:
 class LoraSegments:
     """The rows of one step grouped by pool entry. Tensors only, all on the device of ``x``.
 
-    ``rows[starts[s] : starts[s + 1]]`` are the rows of segment ``s``, ascending. A row may stand in
-    several segments (routed experts), each with its weight; a row in none costs nothing. Segments
-    whose entry is negative are padding (fixed shapes inside CUDA graphs).
+    ``rows[starts[s] : starts[s + 1]]`` are the rows of segment ``s``, ascending, each once. A row
+    may stand in several segments (routed experts), each with its weight; a row in none costs
+    nothing. Segments whose entry is negative are padding (fixed shapes inside CUDA graphs).
     """
 
     entries: Tensor  # int32 [n_segments]

@@ -1,0 +1,81 @@
+// The LoRA operator on raw pointers: what Python passes, and the kernels of one instruction set.
+//
+//     out[t, n] += w[t, s] · Σ_r B_s[r, n] · (Σ_k A_s[r, k] · x[t, k])   for every segment s of t
+//
+// Each result has one order of additions: over k in one vector accumulator per (row, rank), its
+// lanes by a fixed tree, then over r ascending. Tiles and threads only choose which results are
+// computed together, so a row has the same bits alone, in any batch, on any number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace loraplex {
+
+constexpr int kPageRank = 16;
+constexpr int64_t kNoPage = -1;
+
+enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1 };
+
+// Mirrored by `_TargetDescriptor` in cpu/lora.py.
+struct LoraTargetDescriptor {
+    const void* storage;
+    const int32_t* ranks;    // [n_entries, n_slices]
+    const int64_t* a_pages;  // [n_entries, n_slices, max_pages]
+    const int64_t* b_pages;  // [n_entries, n_slices, max_pages]
+    const int64_t* scale;    // [n_entries, n_slices]
+    const int64_t* bias;     // [n_entries, n_slices]
+    const int64_t* out_features;  // [n_slices]
+    int64_t in_features;
+    int64_t n_slices;
+    int64_t max_pages;
+    int64_t n_entries;
+    int64_t dtype;  // of storage, x and out
+};
+
+// Some rows times some rank rows of one page of A.
+struct ShrinkArgs {
+    const void* x;
+    int64_t x_stride;     // elements
+    const int32_t* rows;  // [n_rows] into x
+    int64_t n_rows;
+    const void* a;  // [n_ranks, in_features]
+    int64_t n_ranks;
+    int64_t in_features;
+    float* h;  // [n_rows, n_ranks] at stride h_stride
+    int64_t h_stride;
+};
+
+// Adds the product of h and some columns of Bᵀ to some rows of out.
+struct ExpandArgs {
+    void* out;  // at the first column
+    int64_t out_stride;
+    const int32_t* rows;  // [n_rows] into out
+    const float* weights;  // [n_rows], or null = 1
+    int64_t n_rows;
+    const float* h;  // [n_rows, rank] at stride h_stride
+    int64_t h_stride;
+    const void* storage;
+    const int64_t* b_pages;
+    int64_t rank;
+    int64_t width;         // of a row of Bᵀ
+    int64_t first_column;  // within the slice
+    int64_t n_columns;
+    int64_t scale;  // offset of the slice's vector, or kNoPage
+    int64_t bias;
+};
+
+struct LoraKernels {
+    void (*shrink[2])(const ShrinkArgs&);  // by DType
+    void (*expand[2])(const ExpandArgs&);
+};
+
+extern const LoraKernels kLoraPortable;
+#if LORAPLEX_X86
+extern const LoraKernels kLoraAvx2;
+extern const LoraKernels kLoraAvx512;
+extern const LoraKernels kLoraAvx512Bf16;
+#endif
+
+}  // namespace loraplex

@@ -1,0 +1,155 @@
+"""The native LoRA operator: raw pointers in, ``out`` changed in place, float32 accumulation."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..layout import LoraSegments, LoraTables, LoraTarget
+from .native import library
+
+__all__ = ["NativeLora", "serves"]
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_ERRORS = {
+    1: "a segment names an entry beyond the tables",
+    2: "a segment names a row beyond x",
+    3: "the rows of a segment must ascend, each once",
+}
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether the native operator takes this dtype here (else: the reference)."""
+    return dtype in _DTYPES and library() is not None
+
+
+class NativeLora:
+    """One target bound to its storage and tables: a call costs two microseconds of Python.
+
+    Keeps them alive. Make a new one when the pool replaces the tables. Reentrant.
+    """
+
+    def __init__(self, storage: Tensor, target: LoraTarget, tables: LoraTables) -> None:
+        lib = library()
+        if lib is None or storage.dtype not in _DTYPES:
+            raise ValueError(f"no native LoRA kernel for {storage.dtype} here; ask serves() first")
+        self.storage, self.target, self.tables = storage, target, tables
+        self._n_columns = sum(target.out_features)
+        self._descriptor = _describe(storage, target, tables)
+        self._address = ctypes.addressof(self._descriptor)
+        self._apply = _bind(lib)
+
+    def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+        """``x`` [n_rows, in_features], ``out`` [n_rows, Σ out_features]; any row stride."""
+        entries = segments.entries
+        n_segments = entries.shape[0]
+        if n_segments == 0:
+            return
+        n_rows, in_features = x.shape
+        dtype = self.storage.dtype
+        x_stride, x_unit = x.stride()
+        out_stride, out_unit = out.stride()
+        if (
+            x.dtype != dtype
+            or out.dtype != dtype
+            or in_features != self.target.in_features
+            or out.shape != (n_rows, self._n_columns)
+            or (x_unit != 1 and in_features > 1)
+            or (out_unit != 1 and self._n_columns > 1)
+        ):
+            self._refuse(x, out)
+        weights = segments.weights
+        failed = self._apply(
+            self._address,
+            x.data_ptr(),
+            x_stride,
+            out.data_ptr(),
+            out_stride,
+            n_rows,
+            entries.data_ptr(),
+            segments.starts.data_ptr(),
+            segments.rows.data_ptr(),
+            None if weights is None else weights.data_ptr(),
+            n_segments,
+        )
+        if failed:
+            raise IndexError(f"{self.target.name}: {_ERRORS[failed]}")
+
+    def _refuse(self, x: Tensor, out: Tensor) -> None:
+        raise ValueError(
+            f"{self.target.name} needs {self.storage.dtype} rows [n, {self.target.in_features}] →"
+            f" [n, {self._n_columns}] with unit column stride; got {x.dtype} {tuple(x.shape)}"
+            f" {x.stride()} → {out.dtype} {tuple(out.shape)} {out.stride()}"
+        )
+
+
+class _TargetDescriptor(ctypes.Structure):
+    """``LoraTargetDescriptor`` of csrc/lora.h."""
+
+    _fields_ = (
+        ("storage", ctypes.c_void_p),
+        ("ranks", ctypes.c_void_p),
+        ("a_pages", ctypes.c_void_p),
+        ("b_pages", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("out_features", ctypes.c_void_p),
+        ("in_features", ctypes.c_int64),
+        ("n_slices", ctypes.c_int64),
+        ("max_pages", ctypes.c_int64),
+        ("n_entries", ctypes.c_int64),
+        ("dtype", ctypes.c_int64),
+    )
+
+
+def _describe(storage: Tensor, target: LoraTarget, tables: LoraTables) -> _TargetDescriptor:
+    pointers = []
+    for name in ("ranks", "a_pages", "b_pages", "scale", "bias"):
+        table: Tensor = getattr(tables, name)
+        expected = torch.int32 if name == "ranks" else torch.int64
+        if table.dtype != expected or not table.is_contiguous():
+            raise ValueError(f"{target.name}: table {name} must be {expected} and contiguous")
+        pointers.append(table.data_ptr())
+    n_entries, _, max_pages = tables.a_pages.shape
+    return _descriptor(
+        (storage.data_ptr(), *pointers),
+        target.in_features,
+        target.out_features,
+        (max_pages, n_entries, _DTYPES[storage.dtype]),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _descriptor(
+    pointers: tuple[int, ...], in_features: int, widths: tuple[int, ...], rest: tuple[int, int, int]
+) -> _TargetDescriptor:
+    """A pure function of numbers, cached so that binding anew is quick. Keeps no tensor alive."""
+    array = (ctypes.c_int64 * len(widths))(*widths)
+    made = _TargetDescriptor(*pointers, ctypes.addressof(array), in_features, len(widths), *rest)
+    made.widths = array
+    return made
+
+
+@functools.cache
+def _bind(lib: ctypes.CDLL) -> Callable[..., int]:
+    apply: Callable[..., int] = lib.loraplex_lora_apply
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    lib.loraplex_lora_apply.argtypes = (
+        pointer,  # descriptor
+        pointer,  # x
+        number,
+        pointer,  # out
+        number,
+        number,  # n_rows
+        pointer,  # entries
+        pointer,  # starts
+        pointer,  # rows
+        pointer,  # weights
+        number,  # n_segments
+    )
+    lib.loraplex_lora_apply.restype = ctypes.c_int
+    return apply

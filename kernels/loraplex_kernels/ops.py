@@ -1,0 +1,119 @@
+"""The public LoRA operator: the fastest implementation for where the tensors are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .cpu.lora import NativeLora, serves
+from .layout import LoraSegments, LoraTables, LoraTarget
+from .pool import LoraPool
+from .reference import lora_apply_reference
+
+__all__ = ["PreparedTarget", "lora_apply"]
+
+
+def lora_apply(
+    x: Tensor,
+    storage: Tensor,
+    target: LoraTarget,
+    tables: LoraTables,
+    segments: LoraSegments,
+    *,
+    out: Tensor,
+) -> None:
+    """Adds each segment's low-rank product to ``out`` in place (the formula: ``layout.py``).
+
+    Deterministic, and a row's result does not depend on the other rows. ``torch.compile`` passes
+    over it as ``torch.ops.loraplex.lora_apply``. For a target of a pool, ``PreparedTarget`` is
+    quicker.
+    """
+    if segments.entries.shape[0] == 0:
+        return
+    if torch.compiler.is_compiling():
+        _lora_apply_op(
+            x,
+            storage,
+            target.in_features,
+            list(target.out_features),
+            [tables.ranks, tables.a_pages, tables.b_pages, tables.scale, tables.bias],
+            [segments.entries, segments.starts, segments.rows],
+            segments.weights,
+            out,
+        )
+    else:
+        _dispatch(x, storage, target, tables, segments, out)
+
+
+class PreparedTarget:
+    """One target of a pool, bound to the fastest kernel: ``prepared(x, segments, out)``.
+
+    Follows the pool when it replaces the target's tables.
+    """
+
+    def __init__(self, pool: LoraPool, target_name: str) -> None:
+        self._pool = pool
+        self._target = pool.targets[target_name]
+        self._tables = pool.tables(target_name)
+        self._native: NativeLora | None = None
+        self._bind()
+
+    def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+        tables = self._pool.tables(self._target.name)
+        if tables is not self._tables:
+            self._tables = tables
+            self._bind()
+        if self._native is not None and not torch.compiler.is_compiling():
+            self._native(x, segments, out)
+        else:
+            lora_apply(x, self._pool.storage, self._target, tables, segments, out=out)
+
+    def _bind(self) -> None:
+        storage = self._pool.storage
+        if storage.device.type == "cpu" and serves(storage.dtype):
+            self._native = NativeLora(storage, self._target, self._tables)
+
+
+def _dispatch(
+    x: Tensor,
+    storage: Tensor,
+    target: LoraTarget,
+    tables: LoraTables,
+    segments: LoraSegments,
+    out: Tensor,
+) -> None:
+    if x.device.type == "cpu" and x.dtype == storage.dtype == out.dtype and serves(x.dtype):
+        NativeLora(storage, target, tables)(x, segments, out)
+    else:
+        lora_apply_reference(x, storage, target, tables, segments, out=out)
+
+
+@torch.library.custom_op("loraplex::lora_apply", mutates_args=("out",))
+def _lora_apply_op(
+    x: Tensor,
+    storage: Tensor,
+    in_features: int,
+    out_features: list[int],
+    tables: list[Tensor],
+    segments: list[Tensor],
+    weights: Tensor | None,
+    out: Tensor,
+) -> None:
+    target = LoraTarget("compiled", in_features, tuple(out_features))
+    entries, starts, rows = segments
+    packed = LoraSegments(entries, starts, rows, weights)
+    _dispatch(x, storage, target, LoraTables(*tables), packed, out)
+
+
+@_lora_apply_op.register_fake
+def _lora_apply_fake(
+    x: Tensor,
+    storage: Tensor,
+    in_features: int,
+    out_features: list[int],
+    tables: list[Tensor],
+    segments: list[Tensor],
+    weights: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Changes ``out`` and returns nothing: there is no shape to work out."""

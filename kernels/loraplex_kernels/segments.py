@@ -1,0 +1,80 @@
+"""Builds the segments of a step: rows grouped by the pool entry they use."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .layout import LoraSegments
+
+__all__ = ["build_segments", "expand_routed"]
+
+
+def build_segments(row_entries: Tensor, weights: Tensor | None = None) -> LoraSegments:
+    """Groups rows by entry. ``row_entries`` int32 [n_rows]; negative = the row has no adapter.
+
+    Rows ascend within a segment and segments ascend by entry. On a CPU sizes are exact. On a GPU
+    nothing waits for the device: there are as many segments and pairs as rows, and the spare ones
+    are padding (entry −1), so that the shapes of a CUDA graph hold.
+    """
+    rows = torch.arange(row_entries.shape[0], dtype=torch.int32, device=row_entries.device)
+    return _group(row_entries, rows, weights)
+
+
+def expand_routed(entries: Tensor, weights: Tensor) -> LoraSegments:
+    """Segments of routed experts: row ``t`` uses entry ``entries[t, j]`` with ``weights[t, j]``.
+
+    ``entries`` int32 [n_rows, k] (negative = none), ``weights`` float32 [n_rows, k]. A row names an
+    entry once at most, as the k best of a gate do.
+    """
+    n_rows, k = entries.shape
+    rows = torch.arange(n_rows, dtype=torch.int32, device=entries.device).repeat_interleave(k)
+    return _group(entries.reshape(-1), rows, weights.reshape(-1))
+
+
+def _group(entries: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
+    if weights is not None:
+        weights = weights.to(torch.float32)
+    if entries.device.type == "cpu":
+        return _group_on_host(entries, rows, weights)
+    return _group_on_device(entries, rows, weights)
+
+
+def _group_on_host(entries: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
+    host = entries.numpy()
+    order = np.argsort(host, kind="stable")
+    n_without = int(np.count_nonzero(host < 0))
+    order = order[n_without:]
+    ordered = host[order]
+    heads = np.flatnonzero(np.diff(ordered, prepend=-1))
+    starts = np.append(heads, len(order)).astype(np.int32)
+    index = torch.from_numpy(order)
+    return LoraSegments(
+        entries=torch.from_numpy(ordered[heads].astype(np.int32, copy=False)),
+        starts=torch.from_numpy(starts),
+        rows=rows[index],
+        weights=None if weights is None else weights[index],
+    )
+
+
+def _group_on_device(entries: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
+    n_pairs = entries.shape[0]
+    last = torch.iinfo(torch.int32).max
+    keys = torch.where(entries < 0, last, entries)
+    keys, order = torch.sort(keys, stable=True)  # rows without an adapter go to the end
+    is_head = torch.ones_like(keys, dtype=torch.bool)
+    is_head[1:] = keys[1:] != keys[:-1]
+    segment = torch.cumsum(is_head, 0) - 1  # of each pair
+    position = torch.arange(n_pairs, dtype=torch.int32, device=keys.device)
+    starts = torch.full((n_pairs + 1,), n_pairs, dtype=torch.int32, device=keys.device)
+    starts.scatter_reduce_(0, segment, position, "amin")
+    owner = torch.where(keys == last, -1, keys).to(torch.int32)
+    segment_entries = torch.full((n_pairs,), -1, dtype=torch.int32, device=keys.device)
+    segment_entries.scatter_(0, segment, owner)  # every writer of a place writes the same value
+    return LoraSegments(
+        entries=segment_entries,
+        starts=starts,
+        rows=rows[order],
+        weights=None if weights is None else weights[order],
+    )

@@ -73,6 +73,7 @@ def assemble_engine(model: BaseModel, config: EngineConfig) -> Engine:
         dtype=model.dtype,
         device=model.device,
         on_loaded=lambda: inbox.put(_wake),
+        routable=model.routable,
     )
     engine = Engine(
         ModelRunner(model, kv_cache, adapters),

@@ -9,7 +9,7 @@ copies. Requests hold the adapter while they run, and a held adapter is never ev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -23,6 +23,7 @@ from loraplex_kernels.factors import SliceFactors
 from loraplex_kernels.pool import LoraPool
 
 from ..model.lora_group import LoraGroup
+from ..model.routed import PlacedExperts, place_experts
 from .errors import AdapterUnservable
 
 __all__ = ["DevicePool", "Placement", "Residency"]
@@ -46,6 +47,7 @@ class Residency:
     plan: AdapterPlan
     planned: Mapping[str, ModulePlan]  # modules beyond low-rank factors, on the device
     dense: Mapping[str, Tensor]
+    experts: Mapping[str, PlacedExperts]  # by MLP block or projection
     load: Future[None]
     started_at: float
     load_s: float = 0.0
@@ -68,8 +70,12 @@ class DevicePool:
         dtype: torch.dtype,
         device: torch.device,
         on_loaded: Callable[[], None],
+        routable: Collection[str] = (),
     ) -> None:
-        """``on_loaded`` is called on the loader thread: it must only wake the engine."""
+        """``on_loaded`` is called on the loader thread: it must only wake the engine.
+
+        ``routable``: the MLP blocks and projections that may have experts.
+        """
         self.pool = LoraPool(
             [group.target for group in groups.values()],
             n_bytes=n_bytes,
@@ -85,6 +91,7 @@ class DevicePool:
         self._dtype = dtype
         self._device = device
         self._on_loaded = on_loaded
+        self._routable = frozenset(routable)
         self._residents: dict[str, Residency] = {}
         self._pins: set[str] = set()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
@@ -140,6 +147,7 @@ class DevicePool:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def _start_load(self, plan: AdapterPlan) -> Residency | None:
+        self._check_experts(plan)
         factor_sets = [self._factors(plan.modules)]
         for experts in _expert_modules(plan.experts):
             factor_sets.append(self._factors(experts))
@@ -167,6 +175,7 @@ class DevicePool:
             dense={
                 name: weight.to(self._device, self._dtype) for name, weight in plan.dense.items()
             },
+            experts=place_experts(plan.experts, entries[1:], self._device),
             load=self._loader.submit(self._fill, entries, factor_sets),
             started_at=time.monotonic(),
             pinned=plan.digest in self._pins,
@@ -233,12 +242,36 @@ class DevicePool:
         return factors
 
     def _check_rank(self, plan: AdapterPlan) -> None:
-        rank = max((module.rank for module in plan.modules.values()), default=0)
+        modules = [plan.modules, *_expert_modules(plan.experts)]
+        rank = max((module.rank for part in modules for module in part.values()), default=0)
         if self._max_rank is not None and rank > self._max_rank:
             raise AdapterUnservable(
                 f"adapter {plan.digest[:12]} has rank {rank}, this server allows {self._max_rank}; "
                 "raise --max-lora-rank"
             )
+
+    def _check_experts(self, plan: AdapterPlan) -> None:
+        """Nothing of an expert may be left out silently."""
+        stray = sorted(plan.experts.keys() - self._routable)
+        if stray:
+            raise AdapterUnservable(
+                f"adapter {plan.digest[:12]} routes at {stray[0]!r} and {len(stray) - 1} more "
+                "places where this base has no gated MLP or linear to route"
+            )
+        for place, experts in plan.experts.items():
+            for module_name in {name for expert in experts.experts for name in expert}:
+                if module_name != place and module_name.rpartition(".")[0] != place:
+                    raise AdapterUnservable(
+                        f"adapter {plan.digest[:12]} has experts for {module_name!r} behind the "
+                        f"gate of {place!r}, which does not contain it"
+                    )
+        for modules in _expert_modules(plan.experts):
+            for name, module in modules.items():
+                if _is_beyond_low_rank(module):
+                    raise AdapterUnservable(
+                        f"adapter {plan.digest[:12]} has an expert with an input scale or a "
+                        f"shared basis on {name!r}; experts are low-rank factors here"
+                    )
 
 
 def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, ModulePlan]]:

@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from loraplex_kernels.ops import lora_apply
 from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_kernels.layout import LoraSegments
+from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
+from loraplex_kernels.ops import lora_apply
 from loraplex_kernels.pool import LoraPool
 from loraplex_kernels.segments import build_segments
+from loraplex_router.experts import RoutedRows
 
 from ..model.base_model import BaseModel
-from ..model.lora_group import ApplyLora, LoraGroup
+from ..model.lora_group import ApplyLora, ApplySlice, LoraGroup
+from ..model.routed import rows_for
 from ..model.step import PlannedRows
 from .batch import StepBatch, build_batch
 from .device_pool import DevicePool
@@ -46,6 +48,7 @@ class ModelRunner:
         model.attach_kv(kv_cache.keys, kv_cache.values)
         for group in model.groups.values():
             group.apply_lora = _bind(adapters.pool, group)
+            group.apply_slice = _bind_slices(adapters.pool, group)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> StepResult:
@@ -73,6 +76,7 @@ class ModelRunner:
         rows = [list(range(part.start, part.stop)) for part in batch.chunk_rows]
         step.segments = self._segments(requests, [len(part) for part in rows])
         step.planned = self._planned(requests, rows)
+        step.routed = self._routed(requests, rows)
 
     def _segments(self, requests: Sequence[Request], n_rows: Sequence[int]) -> LoraSegments | None:
         """Rows by entry; None when every row is the base's."""
@@ -106,6 +110,23 @@ class ModelRunner:
             )
             for digest, digest_rows in by_digest.items()
         )
+
+    def _routed(
+        self, requests: Sequence[Request], rows: Sequence[list[int]]
+    ) -> dict[str, tuple[RoutedRows, ...]]:
+        """By MLP block or projection: the rows whose adapter routes there."""
+        by_digest: dict[str, list[int]] = {}
+        for request, request_rows in zip(requests, rows, strict=True):
+            digest = request.adapter_digest
+            if digest and self._adapters.residency(digest).experts:
+                by_digest.setdefault(digest, []).extend(request_rows)
+        routed: dict[str, tuple[RoutedRows, ...]] = {}
+        for digest, digest_rows in by_digest.items():
+            row_ids = torch.tensor(digest_rows, device=self._model.device)
+            experts = self._adapters.residency(digest).experts
+            for place, part in rows_for(experts, row_ids).items():
+                routed[place] = (*routed.get(place, ()), part)
+        return routed
 
     def _embed(self, batch: StepBatch, chunks: Sequence[Chunk]) -> Tensor:
         embeddings = self._model.embed(batch.token_ids)
@@ -173,5 +194,31 @@ def _bind(pool: LoraPool, group: LoraGroup) -> ApplyLora:
 
     def apply(x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         lora_apply(x, pool.storage, target, pool.tables(target.name), segments, out=out)
+
+    return apply
+
+
+def _bind_slices(pool: LoraPool, group: LoraGroup) -> ApplySlice:
+    """The operator on one packed linear alone, for experts whose gates differ between them."""
+    targets = [
+        LoraTarget(name, group.target.in_features, (width,))
+        for name, width in zip(group.module_names, group.target.out_features, strict=True)
+    ]
+
+    def apply(index: int, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+        tables = pool.tables(group.target.name)
+        part = LoraTables(
+            *(
+                table[:, index : index + 1].contiguous()
+                for table in (
+                    tables.ranks,
+                    tables.a_pages,
+                    tables.b_pages,
+                    tables.scale,
+                    tables.bias,
+                )
+            )
+        )
+        lora_apply(x, pool.storage, targets[index], part, segments, out=out)
 
     return apply

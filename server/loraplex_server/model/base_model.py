@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_kernels.model_ops import PackedLinear
+from loraplex_kernels.model_ops import PackedLinear, silu_mul
 
 from .attention import LayerAttention, install_attention
 from .errors import ModelError
 from .fused_decoder import FusedDecoder
 from .lora_group import LoraGroup, LoraLinear
 from .norm import replace_norms
+from .routed import RoutedMlp, find_mlps
 from .step import Step
 from .targets import group_modules
 
@@ -47,13 +48,20 @@ class BaseModel:
         spec = BaseSpec.of(model, model_id)
         self.layers: list[LayerAttention] = install_attention(model, self.step)
         self.groups: dict[str, LoraGroup] = self._replace_linears(model, spec)
+        self.mlps: dict[str, RoutedMlp] = find_mlps(
+            self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
+        )
         replace_norms(model)
         self.spec = _lean_spec(spec, model, self.groups)
         self.head = self.groups[spec.output_head]
+        for name, mlp in self.mlps.items():
+            model.set_submodule(name, mlp)
         self._embedding = model.get_input_embeddings()
         self._decoder = model.base_model
         self._fused = (
-            FusedDecoder.of(self._decoder, self.groups, self.layers, self.step) if fuse else None
+            FusedDecoder.of(self._decoder, self.groups, self.mlps, self.layers, self.step)
+            if fuse
+            else None
         )
         self.n_kv_heads = self.spec.n_kv_heads
         self.head_dim = self.spec.head_dim
@@ -62,6 +70,17 @@ class BaseModel:
     def is_fused(self) -> bool:
         """Whether the layers run as a straight list of kernels instead of transformers' modules."""
         return self._fused is not None
+
+    @property
+    def routable(self) -> frozenset[str]:
+        """The MLP blocks and projections on which an adapter may place experts."""
+        projections = {
+            name
+            for group in self.groups.values()
+            if group is not self.head
+            for name in group.module_names
+        }
+        return frozenset(projections | self.mlps.keys())
 
     def attach_kv(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for layer, k, v in zip(self.layers, keys, values, strict=True):
@@ -118,6 +137,22 @@ def load_base_model(
         raise ModelError(f"the model at {str(path)!r} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
     return BaseModel(model.to(device), model_id, fuse=fuse)
+
+
+def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """act(gate) ⊙ up of the packed product [n, 2·ff], or None where the block has no ``act_fn``."""
+    act = getattr(mlp, "act_fn", None)
+    if act is None:
+        return None
+    if isinstance(act, nn.SiLU) or type(act).__name__ == "SiLUActivation":
+        return silu_mul
+
+    def gated(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        activated: Tensor = act(gate) * up
+        return activated
+
+    return gated
 
 
 def _weight(module: nn.Module) -> Tensor:

@@ -19,12 +19,12 @@ from loraplex_kernels.model_ops import (
     paged_attention,
     rms_norm,
     rope_and_cache,
-    silu_mul,
 )
 
 from .attention import LayerAttention
 from .lora_group import LoraGroup
 from .norm import RmsNorm
+from .routed import RoutedMlp
 from .step import Step
 
 __all__ = ["FusedDecoder"]
@@ -37,8 +37,7 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # cos and sin do not dep
 class _Layer:
     qkv: LoraGroup
     out: LoraGroup
-    gate_up: LoraGroup
-    down: LoraGroup
+    mlp: RoutedMlp
     input_norm: RmsNorm
     mlp_norm: RmsNorm
     q_norm: RmsNorm | None
@@ -74,6 +73,7 @@ class FusedDecoder:
     def of(
         decoder: PreTrainedModel,
         groups: Mapping[str, LoraGroup],
+        mlps: Mapping[str, RoutedMlp],
         attention: Sequence[LayerAttention],
         step: Step,
     ) -> FusedDecoder | None:
@@ -97,7 +97,7 @@ class FusedDecoder:
         by_module = {name: group for group in groups.values() for name in group.module_names}
         prefix = "model.layers"
         layers = [
-            _layer_of(layer, f"{prefix}.{index}", by_module, attention[index])
+            _layer_of(layer, f"{prefix}.{index}", by_module, mlps, attention[index])
             for index, layer in enumerate(decoder.layers)
         ]
         return FusedDecoder(
@@ -119,7 +119,7 @@ class FusedDecoder:
             x = layer.out(self._attend(layer, layer.qkv(x)))
             norm = layer.mlp_norm
             x = add_rms_norm(x, residual, norm.weight, norm.eps)
-            x = layer.down(silu_mul(layer.gate_up(x)))
+            x = layer.mlp.run(x)
             norm = (
                 self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
             )
@@ -170,7 +170,11 @@ class FusedDecoder:
 
 
 def _layer_of(
-    layer: Any, name: str, by_module: Mapping[str, LoraGroup], cache: LayerAttention
+    layer: Any,
+    name: str,
+    by_module: Mapping[str, LoraGroup],
+    mlps: Mapping[str, RoutedMlp],
+    cache: LayerAttention,
 ) -> _Layer:
     attention = layer.self_attn
     window = getattr(attention, "sliding_window", None)
@@ -179,8 +183,7 @@ def _layer_of(
     return _Layer(
         qkv=by_module[f"{name}.self_attn.q_proj"],
         out=by_module[f"{name}.self_attn.o_proj"],
-        gate_up=by_module[f"{name}.mlp.gate_proj"],
-        down=by_module[f"{name}.mlp.down_proj"],
+        mlp=mlps[f"{name}.mlp"],
         input_norm=layer.input_layernorm,
         mlp_norm=layer.post_attention_layernorm,
         q_norm=getattr(attention, "q_norm", None),

@@ -15,12 +15,14 @@ from torch.nn import functional
 from loraplex_adapter_store.plan import ModulePlan
 from loraplex_kernels.layout import LoraSegments, LoraTarget
 from loraplex_kernels.model_ops import PackedLinear
+from loraplex_router.experts import projection_segments
 
 from .step import PlannedRows, Step
 
-__all__ = ["ApplyLora", "LoraGroup", "LoraLinear"]
+__all__ = ["ApplyLora", "ApplySlice", "LoraGroup", "LoraLinear"]
 
 ApplyLora = Callable[[Tensor, LoraSegments, Tensor], None]  # (x, segments, out), adds in place
+ApplySlice = Callable[[int, Tensor, LoraSegments, Tensor], None]  # the same for one packed linear
 
 
 class LoraGroup:
@@ -33,14 +35,27 @@ class LoraGroup:
         self.module_names = tuple(module_names)
         self.packed = packed
         self.apply_lora: ApplyLora | None = None  # set when the device pool is built
+        self.apply_slice: ApplySlice | None = None
         self._step = step
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n_rows, in_features] → [n_rows, Σ out_features]."""
         out = self.packed(x)
+        self.add_step_adapters(x, out)
+        return out
+
+    def add_step_adapters(self, x: Tensor, out: Tensor) -> None:
+        """Adds what the step's adapters make of ``x``, experts of an MLP block excepted."""
         step = self._step
         self.add_adapters(x, out, step.segments, step.planned)
-        return out
+        if step.routed:
+            self._apply_projection_experts(x, out)
+
+    def apply_segments(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+        """The low-rank operator alone, with the given segments."""
+        if self.apply_lora is None:
+            raise RuntimeError(f"no device pool is bound to {self.target.name}")
+        self.apply_lora(x, segments, out)
 
     def add_adapters(
         self,
@@ -54,6 +69,17 @@ class LoraGroup:
             self.apply_lora(x, segments, out)
         for rows in planned:
             self._apply_planned(x, out, rows)
+
+    def _apply_projection_experts(self, x: Tensor, out: Tensor) -> None:
+        """MoLA, LoRAMoE, Arrow: each projection has its own gate, so each slice its segments."""
+        first = 0
+        for index, name in enumerate(self.module_names):
+            width = self.target.out_features[index]
+            routed = self._step.routed.get(name)
+            if routed and self.apply_slice is not None:
+                columns = out[:, first : first + width]
+                self.apply_slice(index, x, projection_segments(x, routed), columns)
+            first += width
 
     def _apply_planned(self, x: Tensor, out: Tensor, planned: PlannedRows) -> None:
         first = 0

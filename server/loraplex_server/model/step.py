@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraplex_adapter_store.plan import ModulePlan
 from loraplex_kernels.layout import LoraSegments
+from loraplex_router.experts import RoutedRows
 
 __all__ = ["PlannedRows", "Step"]
 
@@ -40,3 +41,5 @@ class Step:
     )  # [n_requests], this step included
     segments: LoraSegments | None = None  # None = no row has low-rank factors
     planned: tuple[PlannedRows, ...] = ()
+    # MLP block or projection → the rows that route there, one element per adapter
+    routed: Mapping[str, tuple[RoutedRows, ...]] = field(default_factory=dict)

@@ -1,0 +1,149 @@
+"""Routed experts inside the base model: MixLoRA on an MLP block, MoLA and kin on one projection.
+
+The maths is the router's (``loraplex_router.experts``); here it meets the model's packed linears.
+A step names the blocks and projections that some of its rows route in ``Step.routed``; everything
+else runs as if no expert existed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from loraplex_adapter_store.plan import ExpertPlan
+from loraplex_router.experts import GateStrategy, MlpBlock, RoutedRows, experts_per_row, mixed_mlp
+
+from .lora_group import LoraGroup
+from .step import Step
+
+__all__ = ["PlacedExperts", "RoutedMlp", "find_mlps", "place_experts", "rows_for"]
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedExperts:
+    """The experts of one block or projection of one adapter, on the device."""
+
+    gate: Tensor  # float32 [n_experts, in_features]
+    entries: Tensor  # int32 [n_experts], pool entries
+    strategy: GateStrategy
+    top_k: int
+    top_p: float
+    shared_down: bool
+    load: Tensor  # int64 [n_experts], rows routed to each expert so far
+
+    @property
+    def k(self) -> int:
+        return experts_per_row(self.strategy, self.gate.shape[0], self.top_k)
+
+
+def place_experts(
+    plans: Mapping[str, ExpertPlan], entries: Sequence[int], device: torch.device
+) -> dict[str, PlacedExperts]:
+    """``entries[e]`` is the pool entry of expert e, whose factors span all blocks."""
+    pool_entries = torch.tensor(entries, dtype=torch.int32, device=device)
+    return {
+        name: PlacedExperts(
+            gate=plan.gate.to(device, torch.float32),
+            entries=pool_entries[: len(plan.experts)],
+            strategy=GateStrategy(plan.strategy.value),
+            top_k=plan.top_k,
+            top_p=plan.top_p,
+            shared_down=_shares_down(plan),
+            load=torch.zeros(len(plan.experts), dtype=torch.int64, device=device),
+        )
+        for name, plan in plans.items()
+    }
+
+
+def rows_for(experts: Mapping[str, PlacedExperts], rows: Tensor) -> dict[str, RoutedRows]:
+    """One adapter's rows of a step, by block or projection. ``rows`` int64, ascending."""
+    by_width: dict[int, Tensor] = {}
+    routed = {}
+    for name, placed in experts.items():
+        k = placed.k
+        if k not in by_width:
+            by_width[k] = RoutedRows.pair_rows_of(rows, k)
+        routed[name] = RoutedRows(
+            rows=rows,
+            pair_rows=by_width[k],
+            gate=placed.gate,
+            entries=placed.entries,
+            strategy=placed.strategy,
+            top_k=placed.top_k,
+            top_p=placed.top_p,
+            shared_down=placed.shared_down,
+            load=placed.load,
+        )
+    return routed
+
+
+class RoutedMlp(nn.Module):
+    """Stands where an MLP stood. Without routed rows it is that MLP."""
+
+    def __init__(
+        self,
+        name: str,
+        gate_up: LoraGroup,
+        down: LoraGroup,
+        activation: Callable[[Tensor], Tensor],  # act(gate) ⊙ up: [n, 2·ff] → [n, ff]
+        step: Step,
+    ) -> None:
+        super().__init__()
+        self.name = name
+        self._gate_up, self._down, self._activation = gate_up, down, activation
+        self._step = step
+        self._block = MlpBlock(
+            gate_up=gate_up.packed,
+            down=down.packed,
+            activation=activation,
+            lora_gate_up=gate_up.apply_segments,
+            lora_down=down.apply_segments,
+            plain_gate_up=gate_up.add_step_adapters,
+            plain_down=down.add_step_adapters,
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] → [..., hidden_size]."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        return self.run(rows).view_as(hidden)
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """``hidden`` [n_rows, hidden_size]."""
+        routed = self._step.routed.get(self.name)
+        if routed:
+            return mixed_mlp(hidden, self._block, routed)
+        return self._down(self._activation(self._gate_up(hidden)))
+
+
+def find_mlps(
+    groups: Mapping[str, LoraGroup],
+    activation_of: Callable[[str], Callable[[Tensor], Tensor] | None],
+    step: Step,
+) -> dict[str, RoutedMlp]:
+    """Every block with packed gate and up projections and a down projection, by module name.
+
+    ``activation_of`` tells the gated activation of a block, None if it is not a gated one.
+    """
+    by_module = {name: group for group in groups.values() for name in group.module_names}
+    mlps = {}
+    for group in groups.values():
+        if len(group.module_names) != 2 or not group.module_names[0].endswith(".gate_proj"):
+            continue
+        name = group.module_names[0].rpartition(".")[0]
+        down, activation = by_module.get(f"{name}.down_proj"), activation_of(name)
+        if down is not None and activation is not None:
+            mlps[name] = RoutedMlp(name, group, down, activation, step)
+    return mlps
+
+
+def _shares_down(plan: ExpertPlan) -> bool:
+    downs = [
+        module
+        for expert in plan.experts
+        for name, module in expert.items()
+        if name.endswith("down_proj")
+    ]
+    return all(module.out_scale is None and module.bias is None for module in downs)

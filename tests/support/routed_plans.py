@@ -1,0 +1,111 @@
+"""Random adapters with routed experts, as folded plans, for any model of the Llama layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from loraplex_adapter_store.plan import (
+    AdapterPlan,
+    ExpertPlan,
+    Family,
+    ModulePlan,
+    RoutingStrategy,
+)
+
+__all__ = ["ATTENTION", "MLP", "lora_plan", "mixlora_plan", "projection_plan"]
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def _linears(model: PreTrainedModel, leaves: Sequence[str]) -> dict[str, nn.Linear]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in leaves
+    }
+
+
+def _low_rank(linear: nn.Linear, rank: int, g: torch.Generator, size: float) -> ModulePlan:
+    a = torch.randn(rank, linear.in_features, generator=g) * (size / rank**0.5)
+    b = torch.randn(linear.out_features, rank, generator=g) * size
+    return ModulePlan(a=a, b=b)
+
+
+def lora_plan(
+    model: PreTrainedModel, *, rank: int, seed: int, leaves: Sequence[str] = (*ATTENTION, *MLP)
+) -> AdapterPlan:
+    g = torch.Generator().manual_seed(seed)
+    modules = {name: _low_rank(m, rank, g, 0.3) for name, m in _linears(model, leaves).items()}
+    return AdapterPlan(digest=f"{seed:064x}", family=Family.LORA, modules=modules)
+
+
+def mixlora_plan(
+    model: PreTrainedModel,
+    *,
+    n_experts: int,
+    top_k: int,
+    rank: int,
+    seed: int,
+    strategy: RoutingStrategy = RoutingStrategy.TOP_K,
+    top_p: float = 0.6,
+    expert_rank: int | None = None,
+) -> AdapterPlan:
+    """Attention factors of ``rank`` and experts of ``expert_rank`` on every MLP block."""
+    g = torch.Generator().manual_seed(seed)
+    modules = {name: _low_rank(m, rank, g, 0.3) for name, m in _linears(model, ATTENTION).items()}
+    blocks: dict[str, dict[str, nn.Linear]] = {}
+    for name, linear in _linears(model, MLP).items():
+        blocks.setdefault(name.rpartition(".")[0], {})[name] = linear
+    experts = {
+        block: ExpertPlan(
+            gate=_gate(n_experts, linears[f"{block}.gate_proj"].in_features, g),
+            strategy=strategy,
+            top_k=top_k,
+            top_p=top_p,
+            experts=tuple(
+                {n: _low_rank(m, expert_rank or rank, g, 0.3) for n, m in linears.items()}
+                for _ in range(n_experts)
+            ),
+        )
+        for block, linears in blocks.items()
+    }
+    return AdapterPlan(
+        digest=f"{seed:064x}", family=Family.MIXLORA, modules=modules, experts=experts
+    )
+
+
+def projection_plan(
+    model: PreTrainedModel,
+    *,
+    n_experts: int,
+    top_k: int,
+    ranks: Sequence[int],
+    seed: int,
+    strategy: RoutingStrategy = RoutingStrategy.TOP_K,
+    leaves: Sequence[str] = (*ATTENTION, *MLP),
+) -> AdapterPlan:
+    """Experts behind a gate of its own on each projection; expert e has rank ``ranks[e % n]``."""
+    g = torch.Generator().manual_seed(seed)
+    experts = {
+        name: ExpertPlan(
+            gate=_gate(n_experts, linear.in_features, g),
+            strategy=strategy,
+            top_k=top_k,
+            top_p=0.0,
+            experts=tuple(
+                {name: _low_rank(linear, ranks[e % len(ranks)], g, 0.3)} for e in range(n_experts)
+            ),
+        )
+        for name, linear in _linears(model, leaves).items()
+    }
+    family = Family.LORAMOE if strategy is RoutingStrategy.DENSE else Family.MOLA
+    return AdapterPlan(digest=f"{seed:064x}", family=family, modules={}, experts=experts)
+
+
+def _gate(n_experts: int, width: int, g: torch.Generator) -> Tensor:
+    return torch.randn(n_experts, width, generator=g)

@@ -1,27 +1,26 @@
-"""The operators of a base model's step, each in its fastest version for the tensors it is given."""
+"""The operators of a base model's step, each in its fastest version for the tensors it is given.
+
+Float32 and bfloat16 tensors on a CPU go to native code, everything else to the PyTorch reference
+of the same contract (``model_ops_reference``, which also fixes the layout inside a page of the KV
+cache). Native results are deterministic and batch-invariant: a row has the same bits alone and
+among others, in a decode step and in a prefill chunk. For inference: nothing is recorded for
+autograd. Indices (pages, slots, positions) are trusted.
+"""
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
+from .cpu.model_ops import dtype_code, is_plain, native_ops
 from .model_ops_reference import (
-    add_rms_norm_reference as add_rms_norm,
-)
-from .model_ops_reference import (
-    paged_attention_reference as paged_attention,
-)
-from .model_ops_reference import (
+    add_rms_norm_reference,
+    paged_attention_reference,
     read_kv,
-)
-from .model_ops_reference import (
-    rms_norm_reference as rms_norm,
-)
-from .model_ops_reference import (
-    rope_and_cache_reference as rope_and_cache,
-)
-from .model_ops_reference import (
-    silu_mul_reference as silu_mul,
-)
-from .model_ops_reference import (
-    write_kv_reference as write_kv,
+    rms_norm_reference,
+    rope_and_cache_reference,
+    silu_mul_reference,
+    write_kv_reference,
 )
 from .packed_linear import PackedLinear
 
@@ -35,3 +34,275 @@ __all__ = [
     "silu_mul",
     "write_kv",
 ]
+
+_ACTS = {"silu": 0, "gelu_tanh": 1}
+_LIGHT = 1 << 19  # elements: up to here a call is too short to let go of Python's lock
+_LIGHT_QUERIES = 64
+_MAX_HEAD_DIM = 256
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """``x / rms(x) * (offset + weight)``; rounding as in transformers (see the reference)."""
+    code = _norm_code(x, weight)
+    if code is None:
+        return rms_norm_reference(x, weight, eps, offset=offset)
+    out = torch.empty_like(x)
+    width = weight.shape[0]
+    size = x.numel()
+    native_ops(keep_gil=size < _LIGHT).rms_norm(
+        code,
+        x.data_ptr(),
+        None,
+        weight.data_ptr(),
+        out.data_ptr(),
+        size // width,
+        width,
+        eps,
+        offset,
+    )
+    return out
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
+) -> Tensor:
+    """``residual += x`` in place; returns the norm of the sum."""
+    code = _norm_code(x, weight)
+    if code is None or not is_plain(residual, x.dtype) or residual.shape != x.shape:
+        return add_rms_norm_reference(x, residual, weight, eps, offset=offset)
+    out = torch.empty_like(x)
+    width = weight.shape[0]
+    size = x.numel()
+    native_ops(keep_gil=size < _LIGHT).rms_norm(
+        code,
+        x.data_ptr(),
+        residual.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        size // width,
+        width,
+        eps,
+        offset,
+    )
+    return out
+
+
+def silu_mul(gate_up: Tensor, *, act: str = "silu") -> Tensor:
+    """``act(gate) * up`` of ``gate_up`` [T, 2F]; ``act`` is ``silu`` or ``gelu_tanh``."""
+    code = dtype_code(gate_up.dtype)
+    n_rows, width = gate_up.shape[0], gate_up.shape[-1] // 2
+    if (
+        code is None
+        or act not in _ACTS
+        or gate_up.dim() != 2
+        or width % 16 != 0
+        or not is_plain(gate_up, gate_up.dtype)
+    ):
+        return silu_mul_reference(gate_up, act=act)
+    out = torch.empty((n_rows, width), dtype=gate_up.dtype)
+    native_ops(keep_gil=n_rows * width < _LIGHT).gate(
+        code, gate_up.data_ptr(), out.data_ptr(), n_rows, width, _ACTS[act]
+    )
+    return out
+
+
+def rope_and_cache(
+    q_k_v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """Rotates q and k of ``q_k_v`` [T, (n_heads + 2 n_kv_heads) D] in place; writes k, v to slots.
+
+    ``cos``, ``sin``: float32 [n_positions, rotary_dim ≤ D], halves repeated; None = no rotary.
+    ``positions``, ``slots``: int64 [T]; a negative slot is not written.
+    """
+    dtype = q_k_v.dtype
+    code = dtype_code(dtype)
+    tables_fit = cos is None or (
+        sin is not None and is_plain(cos, torch.float32) and is_plain(sin, torch.float32)
+    )
+    if (
+        code is None
+        or not tables_fit
+        or not q_k_v.is_cpu
+        or q_k_v.stride(1) != 1
+        or not _cache_fits(k_cache, v_cache, dtype)
+        or not is_plain(positions, torch.int64)
+        or not is_plain(slots, torch.int64)
+    ):
+        rope_and_cache_reference(
+            q_k_v,
+            cos,
+            sin,
+            positions,
+            k_cache,
+            v_cache,
+            slots,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+        )
+        return
+    n_rows, stride = q_k_v.shape[0], q_k_v.stride(0)
+    first = q_k_v.data_ptr()
+    n_rotated = n_heads + n_kv_heads
+    native_ops(keep_gil=q_k_v.numel() < _LIGHT).rope_and_cache(
+        code,
+        first,
+        first + n_rotated * head_dim * q_k_v.element_size(),
+        stride,
+        stride,
+        n_heads,
+        n_kv_heads,
+        head_dim,
+        k_cache.shape[2],
+        None if cos is None else cos.data_ptr(),
+        None if sin is None else sin.data_ptr(),
+        0 if cos is None else cos.shape[1],
+        positions.data_ptr(),
+        slots.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        n_rows,
+    )
+
+
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """Writes ``k``, ``v`` [T, n_kv_heads, D] to ``slots`` int64 [T]; negative = skip."""
+    dtype = k.dtype
+    code = dtype_code(dtype)
+    n_rows, n_kv_heads, head_dim = k.shape
+    if (
+        code is None
+        or not _has_plain_heads(k, dtype)
+        or not _has_plain_heads(v, dtype)
+        or not _cache_fits(k_cache, v_cache, dtype)
+        or not is_plain(slots, torch.int64)
+    ):
+        write_kv_reference(k, v, k_cache, v_cache, slots)
+        return
+    native_ops(keep_gil=k.numel() < _LIGHT).rope_and_cache(
+        code,
+        k.data_ptr(),
+        v.data_ptr(),
+        k.stride(0),
+        v.stride(0),
+        0,
+        n_kv_heads,
+        head_dim,
+        k_cache.shape[2],
+        None,
+        None,
+        0,
+        None,
+        slots.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        n_rows,
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    kv_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of ``q`` [T, n_heads, D] over paged keys; decode and prefill rows mixed.
+
+    Rows ``query_starts[r] : query_starts[r + 1]`` belong to request ``r``, whose cache holds
+    ``kv_lens[r]`` positions in the pages ``page_table[r]``; its queries are the last of them. Query
+    ``i`` of ``n`` sees positions ≤ ``kv_lens[r] - n + i``, with ``window`` only the last ``window``
+    of those. ``softcap`` is Gemma's ``c · tanh(score / c)``. Index tensors are int32. Writes and
+    returns ``out`` (rows may be strided, as those of ``q``).
+    """
+    dtype = q.dtype
+    code = dtype_code(dtype)
+    n_tokens, n_heads, head_dim = q.shape
+    out = (
+        torch.empty((n_tokens, n_heads, head_dim), dtype=dtype, device=q.device)
+        if out is None
+        else out
+    )
+    if (
+        code is None
+        or not _has_plain_heads(q, dtype)
+        or not _has_plain_heads(out, dtype)
+        or not _cache_fits(k_cache, v_cache, dtype)
+        or head_dim % 16 != 0
+        or head_dim > _MAX_HEAD_DIM
+        or k_cache.shape[2] % 16 != 0
+        or page_table.dtype is not torch.int32
+        or page_table.stride(1) != 1
+        or not is_plain(query_starts, torch.int32)
+        or not is_plain(kv_lens, torch.int32)
+    ):
+        return paged_attention_reference(
+            q,
+            k_cache,
+            v_cache,
+            page_table,
+            query_starts,
+            kv_lens,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            out=out,
+        )
+    native_ops(keep_gil=n_tokens <= _LIGHT_QUERIES).paged_attention(
+        code,
+        q.data_ptr(),
+        q.stride(0),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        page_table.data_ptr(),
+        page_table.stride(0),
+        query_starts.data_ptr(),
+        kv_lens.data_ptr(),
+        out.data_ptr(),
+        out.stride(0),
+        kv_lens.shape[0],
+        n_heads,
+        k_cache.shape[1],
+        head_dim,
+        k_cache.shape[2],
+        window or 0,
+        scale,
+        softcap or 0.0,
+    )
+    return out
+
+
+def _norm_code(x: Tensor, weight: Tensor) -> int | None:
+    if not is_plain(x, weight.dtype) or not weight.is_contiguous() or weight.shape[0] % 16 != 0:
+        return None
+    return dtype_code(x.dtype)
+
+
+def _has_plain_heads(x: Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype is dtype and x.is_cpu and x.stride()[1:] == (x.shape[2], 1)
+
+
+def _cache_fits(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> bool:
+    return (
+        k_cache.dtype is dtype
+        and v_cache.dtype is dtype
+        and k_cache.is_cpu
+        and k_cache.is_contiguous()
+        and v_cache.is_contiguous()
+    )

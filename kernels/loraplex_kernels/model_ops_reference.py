@@ -75,19 +75,20 @@ def rope_and_cache_reference(
 ) -> None:
     """Rotates q and k of ``q_k_v`` [T, (n_heads + 2 n_kv_heads) D] in place; writes k, v to slots.
 
-    ``cos``, ``sin`` [n_positions, head_dim] (the two halves repeated, as transformers makes them;
-    None = no rotary) are applied in float32 with one rounding at the end.
+    ``cos``, ``sin`` [n_positions, rotary_dim] (the two halves repeated, as transformers makes them;
+    None = no rotary) turn the first ``rotary_dim`` of each head, in float32 with one rounding.
     """
     heads = q_k_v.view(q_k_v.shape[0], n_heads + 2 * n_kv_heads, head_dim)
     n_rotated = n_heads + n_kv_heads
     if cos is not None and sin is not None:
         compute = _compute_dtype(q_k_v)
-        wide = heads[:, :n_rotated].to(compute)
+        rotated = heads[:, :n_rotated, : cos.shape[1]]
+        wide = rotated.to(compute)
         first, second = wide.chunk(2, dim=-1)
         turned = torch.cat((-second, first), dim=-1)
         c = cos[positions].to(compute).unsqueeze(1)
         s = sin[positions].to(compute).unsqueeze(1)
-        heads[:, :n_rotated] = (wide * c + turned * s).to(q_k_v.dtype)
+        rotated.copy_(wide * c + turned * s)
     write_kv_reference(heads[:, n_heads:n_rotated], heads[:, n_rotated:], k_cache, v_cache, slots)
 
 

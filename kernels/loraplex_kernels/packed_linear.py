@@ -8,42 +8,119 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .cpu.model_ops import dtype_code, native_ops
+
 __all__ = ["PackedLinear"]
+
+_PANEL = 32  # outputs side by side, as csrc/linear.inc has it
+_LIGHT_BYTES = 8 << 20  # weights that are read in less than a fifth of a millisecond
+_LIGHT_PRODUCTS = 1 << 26
 
 
 class PackedLinear:
     """One or several linears that read the same input (q,k,v or gate,up), as one product.
 
-    Holds its own copy of the weights, so the caller may drop the originals. A row's result has the
-    same bits whatever rows stand beside it where the native kernel runs.
+    Holds its own copy of the weights, so the caller may drop the originals; ``unpack`` and
+    ``embed`` give them back. In native code (float32, bfloat16 on a CPU) sums are float32 and run
+    over the input from left to right, so a row has the same bits whatever rows stand beside it.
+    Elsewhere it is ``torch.nn.functional.linear``. For inference: nothing is recorded for autograd.
     """
 
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
         self.in_features = weights[0].shape[1]
         self.out_features = tuple(weight.shape[0] for weight in weights)
         self.n_out = sum(self.out_features)
-        self.bias = _stack_biases(weights, biases)
-        self._stacked = torch.cat([weight.detach() for weight in weights])  # [n_out, in_features]
+        self.dtype = weights[0].dtype
+        self._unit = 2 if self.dtype.itemsize == 2 else 1  # elements of a 32-bit word
+        self._code = dtype_code(self.dtype) if weights[0].is_cpu else None
+        if self.in_features % self._unit != 0:
+            self._code = None
+        stacked = torch.cat([weight.detach() for weight in weights])
+        bias = _stack_biases(weights, biases)
+        if self._code is None:
+            self._weight, self._bias = stacked, bias
+        else:
+            self._weight = _pack(stacked, self._unit)
+            self._bias = None if bias is None else _pad(bias.float())
+        self._bias_address = 0 if self._bias is None else self._bias.data_ptr()
+        light = self._weight.nbytes <= _LIGHT_BYTES
+        self._light_rows = _LIGHT_PRODUCTS // (self.n_out * self.in_features) if light else 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [T, in_features] → [T, n_out]."""
-        return functional.linear(x, self._stacked, self.bias)
+        if self._code is None:
+            return functional.linear(x, self._weight, self._bias)
+        out = torch.empty((x.shape[0], self.n_out), dtype=x.dtype)
+        self.into(x, out)
+        return out
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """Writes the product to ``out`` [T, n_out], whose rows may be strided."""
-        out.copy_(self(x))
+        """Writes the product to ``out`` [T, n_out]; rows of ``x`` and ``out`` may be strided."""
+        if self._code is None:
+            out.copy_(functional.linear(x, self._weight, self._bias))
+            return
+        n_rows, in_features = x.shape
+        x_stride, x_unit = x.stride()
+        out_stride, out_unit = out.stride()
+        if (
+            in_features != self.in_features
+            or out.shape != (n_rows, self.n_out)
+            or x.dtype is not self.dtype
+            or out.dtype is not self.dtype
+            or (x_unit, out_unit) != (1, 1)
+        ):
+            self._refuse(x, out)
+        native_ops(keep_gil=n_rows <= self._light_rows).linear(
+            self._code,
+            x.data_ptr(),
+            x_stride,
+            self._weight.data_ptr(),
+            self._bias_address,
+            out.data_ptr(),
+            out_stride,
+            n_rows,
+            self.n_out,
+            in_features,
+        )
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Rows ``token_ids`` [T] of the weight, so that a tied head is held once."""
-        return self._stacked[token_ids]
+        if self._code is None:
+            return self._weight[token_ids]
+        return self._weight[token_ids // _PANEL, :, token_ids % _PANEL].view(self.dtype)
 
     def unpack(self) -> list[Tensor]:
         """The weights as they were given, copied."""
-        return [part.clone() for part in torch.split(self._stacked, list(self.out_features))]
+        stacked = self._weight if self._code is None else self._unpacked()
+        return [part.clone() for part in torch.split(stacked, list(self.out_features))]
 
     @property
     def n_bytes(self) -> int:
-        return self._stacked.nbytes
+        """Memory held."""
+        return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
+
+    def _unpacked(self) -> Tensor:
+        words = self._weight.transpose(1, 2).flatten(0, 1)[: self.n_out]
+        return words.contiguous().view(self.dtype)
+
+    def _refuse(self, x: Tensor, out: Tensor) -> None:
+        raise ValueError(
+            f"needs {self.dtype} rows [T, {self.in_features}] → [T, {self.n_out}] with unit column"
+            f" stride; got {x.dtype} {tuple(x.shape)} {x.stride()} → {out.dtype} {tuple(out.shape)}"
+            f" {out.stride()}"
+        )
+
+
+def _pack(stacked: Tensor, unit: int) -> Tensor:
+    """[n_out, K] → words int32 [n_panels, K / unit, 32]; rows beyond n_out are zero."""
+    in_features = stacked.shape[1]
+    words = _pad(stacked.contiguous()).view(torch.int32)
+    return words.view(-1, _PANEL, in_features // unit).transpose(1, 2).contiguous()
+
+
+def _pad(rows: Tensor) -> Tensor:
+    missing = -rows.shape[0] % _PANEL
+    return rows if missing == 0 else torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))])
 
 
 def _stack_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:

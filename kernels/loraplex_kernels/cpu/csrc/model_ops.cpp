@@ -1,0 +1,62 @@
+// C entry points of the base model's operators. `dtype`: 0 float32, 1 bfloat16.
+#include "model_ops.h"
+
+namespace loraplex {
+namespace {
+
+const ModelOps& ops() {
+#if LORAPLEX_X86
+    switch (current_isa()) {
+        case kAvx512Bf16:
+            return kModelOpsAvx512Bf16;
+        case kAvx512:
+            return kModelOpsAvx512;
+        case kAvx2:
+            return kModelOpsAvx2;
+        default:
+            break;
+    }
+#endif
+    return kModelOpsPortable;
+}
+
+}  // namespace
+}  // namespace loraplex
+
+using namespace loraplex;
+
+LORAPLEX_API void loraplex_linear(long dtype, const void* x, long x_stride, const void* packed,
+                                  const float* bias, void* out, long out_stride, long n_rows,
+                                  long n_out, long n_in) {
+    ops().linear[dtype]({x, packed, bias, out, x_stride, out_stride, n_rows, n_out, n_in});
+}
+
+LORAPLEX_API void loraplex_rms_norm(long dtype, const void* x, void* residual, const void* weight,
+                                    void* out, long n_rows, long width, float eps, float offset) {
+    ops().norm[dtype]({x, residual, weight, out, n_rows, width, eps, offset});
+}
+
+LORAPLEX_API void loraplex_gate(long dtype, const void* gate_up, void* out, long n_rows, long width,
+                                long act) {
+    ops().gate[dtype]({gate_up, out, n_rows, width, act});
+}
+
+LORAPLEX_API void loraplex_rope_and_cache(long dtype, void* heads, const void* v, long stride,
+                                          long v_stride, long n_queries, long n_kv_heads,
+                                          long head_dim, long page_size, const float* cos,
+                                          const float* sin, long rotary_dim,
+                                          const long long* positions, const long long* slots,
+                                          void* k_cache, void* v_cache, long n_rows) {
+    ops().cache[dtype]({heads, v, stride, v_stride, n_queries, n_kv_heads, head_dim, page_size, cos,
+                        sin, rotary_dim, positions, slots, k_cache, v_cache, n_rows});
+}
+
+LORAPLEX_API void loraplex_paged_attention(
+    long dtype, const void* q, long q_stride, const void* k_cache, const void* v_cache,
+    const int* page_table, long table_stride, const int* query_starts, const int* kv_lens, void* out,
+    long out_stride, long n_requests, long n_heads, long n_kv_heads, long head_dim, long page_size,
+    long window, float scale, float softcap) {
+    ops().attention[dtype]({q, k_cache, v_cache, page_table, query_starts, kv_lens, out, q_stride,
+                            out_stride, table_stride, n_requests, n_heads, n_kv_heads, head_dim,
+                            page_size, window, scale, softcap});
+}

@@ -1,0 +1,82 @@
+// The base model's operators on raw pointers: what Python passes, and the kernels of one
+// instruction set. Layouts: linear.inc (packed weights), attention.inc (paged cache).
+#pragma once
+
+#include "isa.h"
+
+namespace loraplex {
+
+struct LinearArgs {
+    const void* x;
+    const void* packed;
+    const float* bias;  // [n_out] padded to whole panels, or null
+    void* out;
+    long x_stride, out_stride;  // elements
+    long n_rows, n_out, n_in;
+};
+
+struct NormArgs {
+    const void* x;
+    void* residual;  // += x first, and normed instead of it; or null
+    const void* weight;
+    void* out;
+    long n_rows, width;
+    float eps, offset;
+};
+
+struct GateArgs {
+    const void* gate_up;
+    void* out;
+    long n_rows, width;
+    long act;  // 0 silu, 1 gelu_tanh
+};
+
+// Rotates and caches rows laid out as heads: q (may be none), then k, then v.
+struct CacheArgs {
+    void* heads;       // rotated in place
+    const void* v;     // first v head of row 0
+    long stride;       // elements from row to row, of heads
+    long v_stride;     // the same, of v
+    long n_queries;    // q heads before the k heads
+    long n_kv_heads, head_dim, page_size;
+    const float* cos;  // [n_positions, rotary_dim], or null
+    const float* sin;
+    long rotary_dim;
+    const long long* positions;
+    const long long* slots;
+    void* k_cache;
+    void* v_cache;
+    long n_rows;
+};
+
+struct AttentionArgs {
+    const void* q;
+    const void* k_cache;
+    const void* v_cache;
+    const int* page_table;
+    const int* query_starts;
+    const int* kv_lens;
+    void* out;
+    long q_stride, out_stride, table_stride;  // elements
+    long n_requests, n_heads, n_kv_heads, head_dim, page_size;
+    long window;  // 0 = none
+    float scale;
+    float softcap;  // 0 = none
+};
+
+struct ModelOps {  // each by element type: 0 float32, 1 bfloat16
+    void (*linear[2])(const LinearArgs&);
+    void (*norm[2])(const NormArgs&);
+    void (*gate[2])(const GateArgs&);
+    void (*cache[2])(const CacheArgs&);
+    void (*attention[2])(const AttentionArgs&);
+};
+
+extern const ModelOps kModelOpsPortable;
+#if LORAPLEX_X86
+extern const ModelOps kModelOpsAvx2;
+extern const ModelOps kModelOpsAvx512;
+extern const ModelOps kModelOpsAvx512Bf16;
+#endif
+
+}  // namespace loraplex

@@ -1,0 +1,165 @@
+"""An EngineClient whose answers are scripted: same contract, no model, no thread."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from tokenizers import Tokenizer
+
+from loraplex_server.engine.client import EngineStats, GenerationRequest, Listener
+from loraplex_server.engine.errors import (
+    ContextOverflow,
+    EngineDead,
+    EngineDraining,
+    EngineError,
+    QueueFull,
+)
+from loraplex_server.engine.events import FinishReason, TokenEvent, TokenLogprobs
+
+__all__ = ["EOS_ID", "FakeEngine"]
+
+EOS_ID = 2
+Script = Callable[[GenerationRequest], Sequence[int]]
+
+
+@dataclass
+class _Run:
+    request: GenerationRequest
+    listener: Listener
+    loop: asyncio.AbstractEventLoop
+    script: list[int]
+    n_sent: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """Answers each request with ``script(request)`` and then the end token.
+
+    One token per turn of the event loop, or, when ``manual``, one for each ``step()``.
+    """
+
+    tokenizer: Tokenizer
+    answer: str | Script = "Hello, wörld! 😀 fine"
+    max_model_len: int = 256
+    max_queue: int = 8
+    manual: bool = False
+    n_cached: int = 0
+    alive: bool = True
+    requests: list[GenerationRequest] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    current: EngineStats = field(default_factory=EngineStats)
+    draining: bool = False
+    _running: dict[str, _Run] = field(default_factory=dict)
+    _arrived: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> None:
+        if not self.alive:
+            raise EngineDead("the engine thread stopped")
+        if self.draining:
+            raise EngineDraining("the server is shutting down")
+        if len(self._running) >= self.max_queue:
+            raise QueueFull("the queue is full", 1.5)
+        if len(request.prompt_ids) >= self.max_model_len:
+            raise ContextOverflow("the prompt is too long")
+        loop = asyncio.get_running_loop()
+        self.requests.append(request)
+        run = _Run(request, listener, loop, self._script(request))
+        self._running[request.request_id] = run
+        self._arrived.set()
+        if not self.manual:
+            loop.call_soon(self._advance, request.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        run = self._running.pop(request_id, None)
+        if run is not None:
+            self.cancelled.append(request_id)
+            event = TokenEvent(request_id, (), finish=FinishReason.CANCELLED)
+            run.loop.call_soon(run.listener, event)
+
+    def stats(self) -> EngineStats:
+        return replace(self.current, n_running=len(self._running))
+
+    async def drain(self, timeout_s: float) -> bool:
+        self.draining = True
+        if not self._running:
+            return True
+        self.fail(EngineDraining("the server went down"))
+        return False
+
+    # For tests.
+
+    @property
+    def n_running(self) -> int:
+        return len(self._running)
+
+    async def arrival(self, n_requests: int = 1) -> None:
+        """Waits until so many requests were submitted."""
+        while len(self.requests) < n_requests:
+            self._arrived.clear()
+            await self._arrived.wait()
+
+    def step(self, *request_ids: str) -> None:
+        """One token for each running request, or for those named only."""
+        for request_id in request_ids or list(self._running):
+            self._send(self._running[request_id])
+
+    def fail(self, error: EngineError) -> None:
+        """Ends every running request with ``error``."""
+        for request_id, run in list(self._running.items()):
+            del self._running[request_id]
+            run.listener(TokenEvent(request_id, (), finish=FinishReason.ERROR, error=error))
+
+    def die(self) -> None:
+        self.alive = False
+        self.fail(EngineDead("the engine thread stopped"))
+
+    def _script(self, request: GenerationRequest) -> list[int]:
+        if callable(self.answer):
+            return list(self.answer(request))
+        return list(self.tokenizer.encode(self.answer, add_special_tokens=False).ids)
+
+    def _advance(self, request_id: str) -> None:
+        run = self._running.get(request_id)
+        if run is not None:
+            self._send(run)
+            run.loop.call_soon(self._advance, request_id)
+
+    def _send(self, run: _Run) -> None:
+        request, sampling = run.request, run.request.sampling
+        first = run.n_sent == 0
+        at_end = run.n_sent >= len(run.script)
+        token_id = EOS_ID if at_end else run.script[run.n_sent]
+        if sampling.ignore_eos and at_end:
+            token_id = run.script[run.n_sent % len(run.script)]
+        stops = token_id in sampling.stop_token_ids or (
+            token_id == EOS_ID and not sampling.ignore_eos
+        )
+        if stops:
+            event = TokenEvent(request.request_id, (), finish=FinishReason.STOP)
+            event = replace(event, stop_token=token_id)
+        else:
+            run.n_sent += 1
+            full = run.n_sent >= sampling.max_tokens
+            finish = FinishReason.LENGTH if full else None
+            event = TokenEvent(request.request_id, (token_id,), finish=finish)
+            event = replace(event, logprobs=self._logprobs(request, token_id))
+        if first:
+            prompt = self._prompt_logprobs(request) if sampling.prompt_logprobs else ()
+            event = replace(event, n_cached=self.n_cached, queue_s=0.25, prompt_logprobs=prompt)
+        if event.finish is not None:
+            del self._running[request.request_id]
+        run.listener(event)
+
+    def _logprobs(self, request: GenerationRequest, token_id: int) -> tuple[TokenLogprobs, ...]:
+        k = request.sampling.logprobs
+        if k is None:
+            return ()
+        others = [(i, -1.0 - i) for i in range(3, 3 + k) if i != token_id]
+        top = tuple([(token_id, -0.5), *others][:k])
+        return (TokenLogprobs(token_id, -0.5, top),)
+
+    def _prompt_logprobs(self, request: GenerationRequest) -> tuple[TokenLogprobs | None, ...]:
+        known = [self._logprobs(request, token_id)[0] for token_id in request.prompt_ids[1:]]
+        return (None, *known)

@@ -127,7 +127,6 @@ def _kv_cache(model: BaseModel, config: EngineConfig, max_model_len: int) -> KvC
     if n_bytes is None:
         n_bytes = _CPU_KV_BYTES if model.device.type == "cpu" else _gpu_bytes(_GPU_KV_SHARE)
     n_pages = n_bytes // geometry.page_bytes(config.page_size, model.dtype)
-    most = config.max_batch_size * -(-max_model_len // config.page_size)
     if n_pages < 1:
         raise ValueError(
             f"--kv-memory {n_bytes} bytes does not hold one page of "
@@ -135,7 +134,7 @@ def _kv_cache(model: BaseModel, config: EngineConfig, max_model_len: int) -> KvC
         )
     return KvCache(
         geometry,
-        n_pages=min(n_pages, most),
+        n_pages=n_pages,
         page_size=config.page_size,
         max_requests=config.max_batch_size,
         max_model_len=max_model_len,

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
-from tests.support.architectures import VOCAB_SIZE, tiny_model
 from transformers import PreTrainedModel
 
 from loraplex_server.engine.client import GenerationRequest
@@ -24,6 +22,8 @@ from loraplex_server.engine.errors import (
 )
 from loraplex_server.engine.events import FinishReason, TokenEvent
 from loraplex_server.engine.sampling_params import SamplingParams
+from tests.support.architectures import VOCAB_SIZE, tiny_model
+from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,16 @@ def _prompts(*lengths: int, seed: int = 1) -> list[list[int]]:
 def _expected(model: PreTrainedModel, prompt: list[int], n_tokens: int = 20) -> list[int]:
     with torch.no_grad():
         output = model.generate(
-            torch.tensor([prompt]), max_new_tokens=n_tokens, do_sample=False, pad_token_id=0
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=n_tokens,
+            do_sample=False,
+            pad_token_id=0,
         )
     return output[0, len(prompt) :].tolist()
 
 
-def test_a_mixed_batch_answers_as_transformers_does(
-    model: PreTrainedModel, engine: Engine
-) -> None:
+def test_a_mixed_batch_answers_as_transformers_does(model: PreTrainedModel, engine: Engine) -> None:
     prompts = _prompts(3, 17, 40, 70, 1, 100)
     for prompt, answer in zip(prompts, generate_all(engine, prompts), strict=True):
         assert answer.token_ids == _expected(model, prompt)
@@ -185,10 +187,14 @@ def test_a_request_that_never_fits_the_kv_memory_fails_with_a_remedy(
 def test_a_full_queue_refuses_with_a_time_to_retry(model: PreTrainedModel) -> None:
     async def run(engine: Engine) -> QueueFull:
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        with pytest.raises(QueueFull) as refused:
+
+        def flood() -> None:
             for index in range(50):
                 source = GenerationRequest(f"r{index}", (1, 2), replace(GREEDY, max_tokens=200))
                 engine.submit(source, events.put_nowait)
+
+        with pytest.raises(QueueFull) as refused:
+            flood()
         return refused.value
 
     with running_engine(model, max_queue=3, max_batch_size=1) as engine:

@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -18,6 +17,7 @@ from loraplex_server.engine.sampling_params import SamplingParams
 from loraplex_server.engine.scheduler import Chunk
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.targets import group_modules
+from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
 
 _CPU = torch.device("cpu")
 

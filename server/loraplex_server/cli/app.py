@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from loraplex_server.cli.pull import pull
+from loraplex_server.cli.zoo import zoo
+from loraplex_server.cli.serve import serve
 
 __all__ = ["app", "main"]
 
@@ -16,6 +18,8 @@ app = typer.Typer(
 )
 
 app.command()(pull)
+app.add_typer(zoo, name="zoo")
+app.command()(serve)
 
 
 @app.callback()

@@ -18,6 +18,7 @@ from loraplex_server.engine.client import EngineClient
 
 from .adapter_choice import AdapterChooser, AdapterResolver
 from .body_parser import BodyParser
+from .device_tier import DeviceTier, DeviceUnloads
 from .disconnect import ClientLeft
 from .errors import ApiError, invalid
 from .generation import LiveGenerations
@@ -46,10 +47,12 @@ def build_app(
     *,
     model_name: str = "base",
     vocab_size: int | None = None,
+    device: DeviceTier | None = None,
     resolver: AdapterResolver | None = None,
     collectors: Sequence[Collector] = (),
 ) -> FastAPI:
-    """``resolver`` answers ``auto`` and descriptions; ``collectors`` add to /metrics.
+    """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
+    ``resolver`` answers ``auto`` and descriptions; ``collectors`` add to /metrics.
 
     ``app.state.services`` holds the parts, for whoever drains the server.
     """
@@ -76,6 +79,8 @@ def build_app(
         lifecycle=Lifecycle(),
         jobs=Jobs(executor),
         executor=executor,
+        device=device,
+        unloads=DeviceUnloads(device),
         model_root=model_name,
         started=int(time()),
     )

@@ -224,7 +224,7 @@ class Generation:
                         turn += 1
             if ready:
                 yield ready
-            if self._failure is not None:
+            if self._failure is not None and n_open:
                 raise self._failure
             if n_open and not self._events:
                 await self._wait()

@@ -15,6 +15,7 @@ from loraplex_server.engine.client import EngineClient
 
 from .adapter_choice import AdapterChooser
 from .body_parser import BodyParser
+from .device_tier import DeviceTier, DeviceUnloads
 from .generation import LiveGenerations
 from .jobs import Jobs
 from .lifecycle import Lifecycle
@@ -38,6 +39,8 @@ class Services:
     lifecycle: Lifecycle
     jobs: Jobs
     executor: Executor  # for the store's blocking calls
+    device: DeviceTier | None  # None: the engine does not tell
+    unloads: DeviceUnloads
     model_root: str  # opaque name of the base's weights: a model id, never a path
     started: int = 0  # seconds since the epoch
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.selector import NameRef
 
 from ..adapter_source import source_uri
 from ..errors import ApiError, from_store, invalid, not_found
@@ -45,22 +46,36 @@ async def show_job(request: Request, job_id: str) -> Response:
 
 @router.post("/v1/adapters/{name:path}/pin")
 async def pin_adapter(request: Request, name: str) -> Response:
+    """Keeps it in host memory, and on the device once it is there."""
     services = services_of(request)
-    return _answer(services, await in_store_thread(services, lambda: services.store.pin(name)))
+    card = await in_store_thread(services, lambda: services.store.pin(name))
+    if services.device is not None:
+        services.device.set_pinned(card.digest, True)
+    return _answer(services, card)
 
 
 @router.post("/v1/adapters/{name:path}/unpin")
 async def unpin_adapter(request: Request, name: str) -> Response:
     services = services_of(request)
-    return _answer(services, await in_store_thread(services, lambda: services.store.unpin(name)))
+    card = await in_store_thread(services, lambda: services.store.unpin(name))
+    if services.device is not None:
+        services.device.set_pinned(card.digest, False)
+    return _answer(services, card)
 
 
 @router.post("/v1/adapters/{name:path}/warm")
 async def warm_adapter(request: Request, name: str) -> Response:
-    """Loads to host memory; a load that takes long is answered with a job."""
+    """Loads to host and device memory; a load that takes long is answered with a job."""
     services = services_of(request)
     await in_store_thread(services, lambda: services.store.get(name))  # 404 at once
-    job = services.jobs.start(name, lambda report: services.store.warm(name))
+
+    def warm(report: Progress) -> AdapterCard:
+        with services.store.acquire(NameRef(name)) as lease:
+            if services.device is not None:
+                services.device.warm(lease.plan)
+        return services.store.get(name)
+
+    job = services.jobs.start(name, warm)
     return await _outcome(services, job, wait=None, created=False)
 
 
@@ -95,7 +110,10 @@ async def delete_adapter(request: Request, name: str, timeout_s: float = 30.0) -
     report = await in_store_thread(
         services, lambda: services.store.delete(name, if_match=if_match, timeout_s=timeout_s)
     )
-    return JsonAnswer({**report.to_json(), "deleted": True})
+    freed = {"disk": report.n_bytes_freed.disk, "host": report.n_bytes_freed.host, "device": 0}
+    if report.drained:
+        freed["device"] = await services.unloads.freed_bytes(report.digest)
+    return JsonAnswer({**report.to_json(), "n_bytes_freed": freed, "deleted": True})
 
 
 async def in_store_thread(services: Services, work: Callable[[], T]) -> T:

@@ -1,0 +1,40 @@
+"""What `loraplex serve` prints when it is ready: something to paste and see work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+__all__ = ["banner"]
+
+
+def banner(
+    url: str, model: str, adapters: Sequence[str], *, needs_key: bool, model_note: str
+) -> str:
+    """``url`` without /v1."""
+    key = ' \\\n  -H "Authorization: Bearer $LORAPLEX_API_KEY"' if needs_key else ""
+    secret = 'os.environ["LORAPLEX_API_KEY"]' if needs_key else '"none"'
+    imports = "import os\n\n" if needs_key else ""
+    field = f', "adapter": "{adapters[0]}"' if adapters else ""
+    extra = f',\n    extra_body={{"adapter": "{adapters[0]}"}}' if adapters else ""
+    shown = ", ".join(adapters[:12]) + (f" and {len(adapters) - 12} more" if adapters[12:] else "")
+    return f"""
+Loraplex serves {model} ({model_note}) at {url}
+{len(adapters)} adapters{": " + shown if adapters else ""}
+
+Try it:
+
+curl {url}/v1/chat/completions{key} \\
+  -H "Content-Type: application/json" \\
+  -d '{{"model": "{model}"{field}, "messages": [{{"role": "user", "content": "Hello!"}}]}}'
+
+or in Python (pip install openai):
+
+{imports}from openai import OpenAI
+
+client = OpenAI(base_url="{url}/v1", api_key={secret})
+answer = client.chat.completions.create(
+    model="{model}",
+    messages=[{{"role": "user", "content": "Hello!"}}]{extra},
+)
+print(answer.choices[0].message.content)
+"""

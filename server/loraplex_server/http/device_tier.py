@@ -1,0 +1,50 @@
+"""What the front may ask of adapters' places on the device; the engine has it."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from loraplex_adapter_store.plan import AdapterPlan
+
+__all__ = ["DeviceTier", "DeviceUnloads"]
+
+_MAX_REMEMBERED = 256
+
+
+class DeviceTier(Protocol):
+    """Every call is quick and safe from the event loop."""
+
+    def set_pinned(self, digest: str, pinned: bool) -> None:
+        """Keeps an adapter on the device once it is there, or lets it go again."""
+
+    def warm(self, plan: AdapterPlan) -> None:
+        """Starts loading an adapter before anybody asks for it."""
+
+    async def unload(self, digest: str) -> int:
+        """Frees an idle adapter's place; returns the bytes, 0 if absent or in use."""
+
+
+class DeviceUnloads:
+    """Takes retired adapters off the device, and tells a DELETE how many bytes that freed.
+
+    Event loop only. The store announces a retired digest before its ``delete`` returns, so the
+    bytes that a DELETE asks for are those of the unload that is under way already.
+    """
+
+    def __init__(self, device: DeviceTier | None) -> None:
+        self._device = device
+        self._under_way: dict[str, asyncio.Task[int]] = {}
+
+    def retired(self, digest: str) -> None:
+        if self._device is None:
+            return
+        self._under_way[digest] = asyncio.ensure_future(self._device.unload(digest))
+        for old in list(self._under_way)[:-_MAX_REMEMBERED]:
+            del self._under_way[old]
+
+    async def freed_bytes(self, digest: str) -> int:
+        if self._device is None:
+            return 0
+        under_way = self._under_way.pop(digest, None)
+        return await (under_way or self._device.unload(digest))

@@ -1,0 +1,88 @@
+"""Adapters that are there when the server starts: demos, --adapters-dir, --lora-modules."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from importlib.resources import as_file, files
+from pathlib import Path
+
+from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.names import is_valid_name
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.config import LoraModule, StoreConfig
+
+__all__ = ["register_adapters"]
+
+_CONFIG_FILE = "adapter_config.json"
+_log = logging.getLogger(__name__)
+
+
+def register_adapters(store: AdapterStore, config: StoreConfig) -> None:
+    """What cannot be served is logged and skipped, but a --lora-modules entry stops the start.
+
+    Raises StoreError. Directories that have not changed since they were read are not read again.
+    """
+    if config.demos:
+        _register_demos(store)
+    for root in config.adapters_dirs:
+        for module in _found_below(root):
+            try:
+                _register(store, module)
+            except StoreError as error:
+                _log.error("adapter %s in %s is not served: %s", module.name, module.path, error)
+    for module in config.lora_modules:
+        _register(store, module)
+
+
+def _register_demos(store: AdapterStore) -> None:
+    """Shipped for the default base; another base refuses them, which is no news."""
+    source = files("loraplex_adapter_store") / "demos"
+    if not source.is_dir():
+        return
+    with as_file(source) as folder:
+        for module in _found_below(folder):
+            try:
+                _register(store, module)
+            except StoreError as error:
+                _log.debug("demo adapter %s does not fit this base: %s", module.name, error)
+
+
+def _found_below(root: Path) -> Iterator[LoraModule]:
+    """Every ``name/`` and ``org/name/`` with an adapter in it."""
+    if not root.is_dir():
+        _log.warning("the adapters directory %s does not exist", root)
+        return
+    for pattern in (f"*/{_CONFIG_FILE}", f"*/*/{_CONFIG_FILE}"):
+        for file in sorted(root.glob(pattern)):
+            name = file.parent.relative_to(root).as_posix()
+            if is_valid_name(name):
+                yield LoraModule(name, file.parent)
+
+
+def _register(store: AdapterStore, module: LoraModule) -> None:
+    if not _is_current(store, module):
+        store.put_directory(module.name, module.path, description=_described(module.path))
+
+
+def _is_current(store: AdapterStore, module: LoraModule) -> bool:
+    try:
+        card = store.get(module.name)
+    except StoreError:
+        return False
+    if card.provenance.get("path") != str(module.path):
+        return False
+    return all(file.stat().st_mtime < card.created for file in module.path.iterdir())
+
+
+def _described(path: Path) -> str | None:
+    """The first line of prose in the adapter's README, if it has one."""
+    readme = path / "README.md"
+    if not readme.is_file():
+        return None
+    text = readme.read_text(encoding="utf-8", errors="replace")
+    body = text.split("\n---", 1)[-1] if text.startswith("---") else text
+    for line in body.splitlines():
+        if line.strip() and line.strip()[0].isalpha():
+            return line.strip()[:300]
+    return None

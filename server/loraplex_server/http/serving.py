@@ -1,0 +1,191 @@
+"""Runs the server: build, listen, serve, drain, exit.
+
+SIGTERM or Ctrl-C   not ready → nothing new → running requests finish, at most drain_timeout_s
+                    → an error event and [DONE] for the rest → exit 0
+the same again      exit at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.config import ConfigError, HttpConfig, ServerConfig
+
+from .app import build_app
+from .banner import banner
+from .errors import unavailable
+from .registration import register_adapters
+from .services import Services
+
+if TYPE_CHECKING:
+    from loraplex_server.engine.build import BuiltEngine
+
+__all__ = ["bind", "serve"]
+
+_CLOSE_S = 5.0  # for connections to close once every request is answered
+_LAST_EVENTS_S = 1.0  # for the engine's last events to reach the streams
+_KEEP_ALIVE_S = 75
+_log = logging.getLogger(__name__)
+
+
+def serve(config: ServerConfig, *, say: Callable[[str], None] = print) -> None:
+    """Blocks until the server has gone down in good order.
+
+    Raises ConfigError, ModelError, StoreError or OSError while starting.
+    """
+    from loraplex_server.engine.build import build_engine
+    from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
+
+    listening = bind(config.http)  # a port in use is told before the model is loaded
+    try:
+        model_path = resolve_model(config.model)
+        name = config.model if config.model and "/" not in config.model.strip("./~") else None
+        public = name or (model_path.name if config.model else DEFAULT_BASE)
+        built = build_engine(config.engine, model_path, model_id=public)
+        store = open_store(config, built)
+        try:
+            register_adapters(store, config.store)
+            for card in store.list():
+                if card.pinned:
+                    built.engine.set_pinned(card.digest, True)
+            app = build_app(
+                built.engine,
+                store,
+                built.tokenizer,
+                config,
+                model_name=public,
+                vocab_size=built.base_spec.vocab_size,
+                device=built.engine,
+            )
+            _run(app, config, listening, say)
+        finally:
+            built.engine.close()
+            store.close()
+    finally:
+        listening.close()
+
+
+def bind(config: HttpConfig) -> socket.socket:
+    """A bound socket that does not listen yet, so clients are refused until the model is there."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((config.host.strip("[]"), config.port))
+    except OSError as error:
+        bound.close()
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
+        ) from error
+    return bound
+
+
+def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
+    """The store of this base: each base has a folder of its own."""
+    from loraplex_server.model.pull import loraplex_home
+
+    root = config.store.root or loraplex_home() / "adapters" / built.base_spec.fingerprint[:16]
+    root.mkdir(parents=True, exist_ok=True)
+    roots: list[Path] = [*config.store.adapters_dirs]
+    return AdapterStore(
+        root, built.base_spec, host_bytes=config.store.memory_bytes, allowed_roots=roots
+    )
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn would cut streams off without a last event."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _run(
+    app: FastAPI, config: ServerConfig, listening: socket.socket, say: Callable[[str], None]
+) -> None:
+    server = _Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(_CLOSE_S),
+        )
+    )
+    services = app.state.services
+    assert isinstance(services, Services)
+
+    async def main() -> None:
+        going_down = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _on_signal, going_down)
+        services.store.on_retired(
+            lambda digest: _tell(loop, lambda: services.unloads.retired(digest))
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        while not (server.started or serving.done()):
+            await asyncio.sleep(0.005)
+        say(_banner(services, listening))
+        waiting = asyncio.create_task(going_down.wait())
+        await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        await _drain(services, config.http.drain_timeout_s)
+        server.should_exit = True
+        await serving
+
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(main())
+    services.text.close()
+
+
+def _on_signal(going_down: asyncio.Event) -> None:
+    if going_down.is_set():
+        _log.warning("second signal: stopping at once")
+        os._exit(1)
+    going_down.set()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, message: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the device goes down with it
+        loop.call_soon_threadsafe(message)
+
+
+async def _drain(services: Services, timeout_s: float) -> None:
+    services.lifecycle.start_draining()
+    n_live = len(services.live)
+    if n_live:
+        _log.info("draining: %d requests may finish within %g s", n_live, timeout_s)
+    if not await services.engine.drain(timeout_s):
+        _log.warning("drain timeout: the remaining requests end with an error event")
+    # The engine has ended every request; whoever has not heard of it soon hears it from us.
+    deadline = asyncio.get_running_loop().time() + _LAST_EVENTS_S
+    while services.live and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.01)
+    services.live.fail_all(unavailable("the server went down", "server_draining"))
+
+
+def _banner(services: Services, listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return banner(
+        f"http://{host}:{port}",
+        services.chooser.base_name,
+        [card.name for card in services.store.list()],
+        needs_key=bool(services.config.http.api_keys),
+        model_note=f"context {services.engine.max_model_len}",
+    )

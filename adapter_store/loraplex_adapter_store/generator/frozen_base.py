@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -19,7 +19,20 @@ from torch import Tensor
 from .layout import PROJECTIONS, AdapterLayout, BaseShape
 from .packing import PackedBatch
 
-__all__ = ["FrozenBase", "Scores"]
+__all__ = ["Adapters", "BOnlyLora", "FrozenBase", "Scores"]
+
+
+class Adapters(Protocol):
+    """The deltas that a group of rows per adapter gets, in the layers from `first_layer` up."""
+
+    @property
+    def first_layer(self) -> int: ...
+
+    def qkv(self, x: Tensor, layer: int) -> Tensor:
+        """[n_adapters, length, hidden] → what q, k and v add, side by side."""
+
+    def o(self, x: Tensor, layer: int) -> Tensor:
+        """The same for the output projection."""
 
 
 class Scores(NamedTuple):
@@ -77,16 +90,10 @@ class FrozenBase:
         """The embedding matrix, for callers that read sizes. Do not write to it."""
         return self._embed
 
-    def hidden(
-        self, batch: PackedBatch, layout: AdapterLayout | None = None, b: Tensor | None = None
-    ) -> Tensor:
-        """Final-norm hidden states [n_adapters, length, hidden].
-
-        `b` [n_adapters, layout.size] holds an adapter per group of rows; None runs the base.
-        """
+    def hidden(self, batch: PackedBatch, adapters: Adapters | None = None) -> Tensor:
+        """Final-norm hidden states [n_adapters, length, hidden]; None runs the base."""
         cos, sin = self._rope(batch.positions)
-        lora = None if layout is None or b is None else _Lora(layout, b.to(self.dtype))
-        start = self.shape.n_layers if lora is None else lora.layout.first_layer
+        start = self.shape.n_layers if adapters is None else adapters.first_layer
         bias = torch.zeros(batch.mask.shape, dtype=self.dtype)
         bias.masked_fill_(~batch.mask, torch.finfo(self.dtype).min / 2)
         h = F.embedding(batch.tokens, self._embed)
@@ -94,14 +101,12 @@ class FrozenBase:
             for i in range(start):
                 h = self._block(h, i, bias, cos, sin, None)
         for i in range(start, self.shape.n_layers):
-            h = self._block(h, i, bias, cos, sin, lora)
+            h = self._block(h, i, bias, cos, sin, adapters)
         return F.rms_norm(h, (self.shape.hidden_size,), self._norm, self._eps)
 
-    def score(
-        self, batch: PackedBatch, layout: AdapterLayout | None = None, b: Tensor | None = None
-    ) -> Scores:
+    def score(self, batch: PackedBatch, adapters: Adapters | None = None) -> Scores:
         """Negative log-likelihood of every answer token."""
-        h = self.hidden(batch, layout, b)
+        h = self.hidden(batch, adapters)
         picked = h.reshape(-1, h.shape[-1])[batch.source]
         logits = F.linear(picked, self._head).float()
         nll = F.cross_entropy(logits, batch.target, reduction="none")
@@ -127,7 +132,7 @@ class FrozenBase:
         return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
 
     def _block(
-        self, h: Tensor, i: int, bias: Tensor, cos: Tensor, sin: Tensor, lora: _Lora | None
+        self, h: Tensor, i: int, bias: Tensor, cos: Tensor, sin: Tensor, lora: Adapters | None
     ) -> Tensor:
         shape, layer = self.shape, self._layers[i]
         n, length, width = h.shape
@@ -151,11 +156,13 @@ class FrozenBase:
         return h + F.linear(F.silu(gate) * up, layer.down)
 
 
-class _Lora:
-    """The deltas of many adapters at once; A is shared by all."""
+class BOnlyLora:
+    """Many adapters of one layout, `b` [n_adapters, layout.size]; A is shared by all."""
 
-    def __init__(self, layout: AdapterLayout, b: Tensor) -> None:
+    def __init__(self, layout: AdapterLayout, b: Tensor, dtype: torch.dtype) -> None:
         self.layout = layout
+        self.first_layer = layout.first_layer
+        b = b.to(dtype)
         a = layout.frozen_a()
         n = b.shape[0]
         factors = iter(torch.split(b, layout.b_sizes, 1))

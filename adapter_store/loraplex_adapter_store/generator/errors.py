@@ -1,0 +1,42 @@
+"""Errors of the generator.
+
+GeneratorError
+├── OutOfDistribution   the description is far from every task of the library
+├── GeneratorMismatch   trained for another base, layout or library
+└── NotTrained          the files are not there, or lack the method asked for
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loraplex_adapter_store.errors import StoreError
+
+__all__ = ["GeneratorError", "GeneratorMismatch", "NotTrained", "OutOfDistribution"]
+
+
+class GeneratorError(StoreError):
+    """Base of all errors raised by the generator."""
+
+
+class OutOfDistribution(GeneratorError):
+    """`score` in [0, 1], higher is stranger; `nearest` are the closest tasks' own wordings."""
+
+    def __init__(self, score: float, limit: float, nearest: Sequence[tuple[str, float]]) -> None:
+        close = "; ".join(f"{wording!r} ({similarity:.2f})" for wording, similarity in nearest)
+        super().__init__(
+            f"the description is unlike anything this generator was trained on (score "
+            f"{score:.2f}, limit {limit:.2f}); nearest known tasks: {close}; "
+            "set force to generate anyway"
+        )
+        self.score = score
+        self.limit = limit
+        self.nearest = tuple(nearest)
+
+
+class GeneratorMismatch(GeneratorError):
+    pass
+
+
+class NotTrained(GeneratorError):
+    pass

@@ -1,0 +1,264 @@
+"""`loraplex zoo train`: the two stages of the library and the oracles, resumable at any moment.
+
+<folder>/joint.pt            stage one: factor vectors, optimiser state, step
+<folder>/experts/NAME.pt     stage two: one file per finished task
+<folder>/oracles/NAME.pt     adapters trained on held-out tasks, for `loraplex generator eval`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .experts import Expert, ExpertCard, ExpertRecipe, train_experts
+from .factors import FactorHead, Factors, train_factor_head
+from .frozen_base import FrozenBase
+from .joint import JointRecipe, JointTraining
+from .layout import AdapterLayout
+from .library import LIBRARY_FILE, Library, export_library
+from .packing import ChatCodec, PromptTokenizer
+from .sentences import SentenceEncoder
+from .taskdata import TaskData
+from .tensor_file import read_tensor_file, write_tensor_file
+from .zoo.split import ZooSplit, load_split
+from .zoo.tasks import Task
+
+__all__ = ["JOINT_FILE", "ZooStatus", "ZooTraining"]
+
+JOINT_FILE = "joint.safetensors"
+_FIRST_LAYER, _RANK, _SCALE, _SEED = 8, 5, 2.0, 20  # chosen by a pilot: docs/generated-adapters.md
+_GROUP = 4  # tasks per forward in stage two
+
+
+@dataclass(frozen=True, slots=True)
+class ZooStatus:
+    joint_step: int
+    joint_steps: int
+    n_experts: int
+    n_train: int
+    n_oracles: int
+    n_held_out: int
+
+    @property
+    def complete(self) -> bool:
+        return (
+            self.joint_step >= self.joint_steps
+            and self.n_experts == self.n_train
+            and self.n_oracles == self.n_held_out
+        )
+
+
+class ZooTraining:
+    """One training run, owner of `folder`. `shipped` holds what was exported last."""
+
+    def __init__(
+        self,
+        folder: Path,
+        shipped: Path,
+        *,
+        joint: JointRecipe = JointRecipe(),  # noqa: B008  frozen value
+        expert: ExpertRecipe = ExpertRecipe(),  # noqa: B008
+        oracle: ExpertRecipe | None = None,
+        split: ZooSplit | None = None,
+    ) -> None:
+        self.folder, self._shipped = folder, shipped
+        self._joint, self._expert = joint, expert
+        self._oracle = oracle or replace(expert, max_steps=72, lr=2e-3)
+        self.split = split or load_split()
+        self.tasks = [Task.parse(name) for name in self.split.sets["train"]]
+        self.held_out = [
+            Task.parse(name) for name in (*self.split.sets["validation"], *self.split.test)
+        ]
+
+    @staticmethod
+    def layout_for(base: FrozenBase) -> AdapterLayout:
+        first = min(_FIRST_LAYER, base.shape.n_layers // 2)
+        return AdapterLayout(base.shape, first, _RANK, _SCALE * _RANK, _SEED)
+
+    def status(self) -> ZooStatus:
+        """What is on disk. Starts nothing."""
+        known = {t.name for t in self.tasks}
+        done = {e.stem for e in (self.folder / "experts").glob("*.pt")}
+        done |= {_file_name(n) for n in self._shipped_tasks()}
+        return ZooStatus(
+            joint_step=self._joint_step(),
+            joint_steps=self._joint.n_steps,
+            n_experts=len(done & {_file_name(n) for n in known}),
+            n_train=len(self.tasks),
+            n_oracles=len(list((self.folder / "oracles").glob("*.pt"))),
+            n_held_out=len(self.held_out),
+        )
+
+    def run(
+        self,
+        base_directory: Path,
+        encoder_directory: Path,
+        tokenizer: PromptTokenizer,
+        *,
+        report: Callable[[str], None],
+    ) -> None:
+        """Goes on from whatever is there, to the end. Minutes are lost when it is killed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        base = FrozenBase(base_directory)
+        layout = self.layout_for(base)
+        data = TaskData(ChatCodec(tokenizer))
+        factors = Factors.of(self.tasks)
+        encoder = SentenceEncoder(encoder_directory)
+        head = self.factor_head(encoder)
+        points = {t.name: self._points(encoder, factors, head, t) for t in self.tasks}
+        vectors = self._run_joint(base, layout, data, points, report)
+        starts = {name: point.mean(0) @ vectors for name, point in points.items()}
+        self._run_group("experts", base, layout, data, self.tasks, starts, self._expert, report)
+        for task in self.held_out:
+            starts[task.name] = self._points(encoder, factors, head, task).mean(0) @ vectors
+        self._run_group("oracles", base, layout, data, self.held_out, starts, self._oracle, report)
+
+    def factor_head(self, encoder: SentenceEncoder, *, seed: int = 0) -> FactorHead:
+        """The reading of descriptions; seconds to train, so it is trained anew each time."""
+        factors = Factors.of(self.tasks)
+        texts = [(wording, t) for t in self.tasks for wording in t.descriptions()]
+        encoded = encoder.encode([wording for wording, _ in texts])
+        labels = torch.tensor([factors.labels(t) for _, t in texts])
+        return train_factor_head(encoded, labels, factors.groups, seed=seed)
+
+    def export(self, base: FrozenBase) -> Path:
+        """Writes the library and the joint vectors, finished or not, to `shipped`."""
+        layout = self.layout_for(base)
+        experts = self.experts()
+        done = {e.card.task for e in experts}
+        missing = [t.name for t in self.tasks if t.name not in done]
+        vectors, step = self.joint_vectors()
+        write_tensor_file(
+            self._shipped / JOINT_FILE,
+            {"vectors": vectors.bfloat16()},
+            {
+                "format": "loraplex-joint-1",
+                "layout": layout.to_dict(),
+                "base": base.fingerprint,
+                "factors": Factors.of(self.tasks).names,
+                "step": step,
+                "recipe": asdict(self._joint),
+            },
+        )
+        path = self._shipped / LIBRARY_FILE
+        if experts:
+            export_library(path, layout, base.fingerprint, experts, missing)
+        return path
+
+    def experts(self) -> list[Expert]:
+        """Those in the folder and, for tasks that it lacks, those of the shipped library."""
+        found = {e.card.task: e for e in _read_all(self.folder / "experts")}
+        for expert in self._shipped_experts():
+            found.setdefault(expert.card.task, expert)
+        return [found[t.name] for t in self.tasks if t.name in found]
+
+    def oracles(self) -> dict[str, Expert]:
+        return {e.card.task: e for e in _read_all(self.folder / "oracles")}
+
+    def joint_vectors(self) -> tuple[Tensor, int]:
+        """(V, step): from the folder, else from what was shipped. Raises FileNotFoundError."""
+        checkpoint = self.folder / "joint.pt"
+        if checkpoint.exists():
+            state = torch.load(checkpoint, weights_only=True)
+            return state["vectors"], int(state["step"])
+        tensors, header, _ = read_tensor_file(self._shipped / JOINT_FILE)
+        return tensors["vectors"].float(), int(header["step"])
+
+    def _run_joint(
+        self,
+        base: FrozenBase,
+        layout: AdapterLayout,
+        data: TaskData,
+        points: dict[str, Tensor],
+        report: Callable[[str], None],
+    ) -> Tensor:
+        training = JointTraining(base, layout, data, self.tasks, points, self._joint)
+        checkpoint = self.folder / "joint.pt"
+        if not checkpoint.exists() and (self._shipped / JOINT_FILE).exists():
+            training.start_from(*self.joint_vectors())
+        training.run(checkpoint, report=report)
+        return training.vectors
+
+    def _run_group(
+        self,
+        kind: str,
+        base: FrozenBase,
+        layout: AdapterLayout,
+        data: TaskData,
+        tasks: Sequence[Task],
+        starts: dict[str, Tensor],
+        recipe: ExpertRecipe,
+        report: Callable[[str], None],
+    ) -> None:
+        folder = self.folder / kind
+        folder.mkdir(exist_ok=True)
+        have = {e.stem for e in folder.glob("*.pt")}
+        if kind == "experts":
+            have |= {_file_name(n) for n in self._shipped_tasks()}
+        left = [t for t in tasks if _file_name(t.name) not in have]
+        for at in range(0, len(left), _GROUP):
+            group = left[at : at + _GROUP]
+            start = torch.stack([starts[t.name] for t in group])
+            for expert in train_experts(base, layout, data, group, start, recipe):
+                _write(folder, expert)
+                card = expert.card
+                report(
+                    f"{kind} {card.task}: NLL {card.base_nll:.2f} → {card.start_nll:.2f} → "
+                    f"{card.nll:.2f}, exact {card.base_exact:.0%} → {card.exact:.0%}, "
+                    f"{card.steps} steps{'' if card.passes else ', DROPPED'}"
+                )
+
+    @staticmethod
+    def _points(encoder: SentenceEncoder, factors: Factors, head: FactorHead, task: Task) -> Tensor:
+        return factors.point(*head.distributions(encoder.encode(task.descriptions())))
+
+    def _joint_step(self) -> int:
+        try:
+            return self.joint_vectors()[1]
+        except FileNotFoundError:
+            return 0
+
+    def _shipped_tasks(self) -> tuple[str, ...]:
+        path = self._shipped / LIBRARY_FILE
+        return Library.load(path).tasks if path.is_file() else ()
+
+    def _shipped_experts(self) -> list[Expert]:
+        path = self._shipped / LIBRARY_FILE
+        if not path.is_file():
+            return []
+        library = Library.load(path)
+        span = library.span()
+        names = ExpertCard.__dataclass_fields__
+        return [
+            Expert(
+                ExpertCard(**{k: v for k, v in card.items() if k in names}),
+                library.means[i].float(),
+                span.mean + library.snapshots[i] @ span.directions,
+            )
+            for i, card in enumerate(library.cards)
+        ]
+
+
+def _file_name(task: str) -> str:
+    return task.replace("/", "~")
+
+
+def _write(folder: Path, expert: Expert) -> None:
+    path = folder / f"{_file_name(expert.card.task)}.pt"
+    card = {k: v for k, v in expert.card.to_dict().items() if k != "passes"}
+    partial = path.with_suffix(".partial")
+    torch.save({"card": card, "mean": expert.mean, "snapshots": expert.snapshots.half()}, partial)
+    partial.replace(path)
+
+
+def _read_all(folder: Path) -> list[Expert]:
+    experts = []
+    for path in sorted(folder.glob("*.pt")):
+        state = torch.load(path, weights_only=True)
+        card = ExpertCard(**state["card"])
+        experts.append(Expert(card, state["mean"], state["snapshots"].float()))
+    return experts

@@ -1,0 +1,87 @@
+"""`loraplex zoo`: the tasks, adapters and oracles that the generator learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from loraplex_adapter_store.generator.zoo_training import ZooTraining
+
+__all__ = ["zoo"]
+
+zoo = typer.Typer(help="Train the library of small task adapters that adapters are generated from.")
+
+_Base = Annotated[str | None, typer.Option(help="Base model; default: the pulled one.")]
+_Folder = Annotated[
+    Path | None, typer.Option(help="State of the run. Default: $LORAPLEX_HOME/zoo.")
+]
+_Shipped = Annotated[
+    Path | None, typer.Option(help="Where the library is exported. Default: the package itself.")
+]
+
+
+@zoo.command()
+def train(
+    base: _Base = None,
+    folder: _Folder = None,
+    shipped: _Shipped = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on from what is there.")
+    ] = True,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
+) -> None:
+    """Train the library, then the oracles of held-out tasks. Kill it at any time; it goes on."""
+    import shutil
+
+    import torch
+    from rich import print as show
+    from transformers import AutoTokenizer
+
+    from loraplex_server.model.pull import resolve_encoder, resolve_model
+
+    torch.set_num_threads(threads)
+    training = _training(folder, shipped)
+    if not resume:
+        shutil.rmtree(training.folder, ignore_errors=True)
+    directory = resolve_model(base)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    training.run(
+        directory, resolve_encoder(), tokenizer, report=lambda line: show(line, flush=True)
+    )
+
+
+@zoo.command()
+def status(folder: _Folder = None, shipped: _Shipped = None) -> None:
+    """What is trained so far."""
+    from rich import print as show
+
+    now = _training(folder, shipped).status()
+    show(f"joint stage      {now.joint_step} of {now.joint_steps} steps")
+    show(f"experts          {now.n_experts} of {now.n_train} tasks")
+    show(f"oracles          {now.n_oracles} of {now.n_held_out} held-out tasks")
+    if not now.complete:
+        show("go on with       loraplex zoo train --resume")
+
+
+@zoo.command()
+def export(base: _Base = None, folder: _Folder = None, shipped: _Shipped = None) -> None:
+    """Write what is trained so far as the shipped library, whole or partial."""
+    from rich import print as show
+
+    from loraplex_adapter_store.generator.frozen_base import FrozenBase
+    from loraplex_server.model.pull import resolve_model
+
+    path = _training(folder, shipped).export(FrozenBase(resolve_model(base)))
+    for file in sorted(path.parent.glob("*.safetensors")):
+        show(f"{file.name}  {file.stat().st_size / 1e6:.1f} MB")
+
+
+def _training(folder: Path | None, shipped: Path | None) -> ZooTraining:
+    from loraplex_adapter_store.generator.shipped import shipped_folder
+    from loraplex_adapter_store.generator.zoo_training import ZooTraining
+    from loraplex_server.model.pull import loraplex_home
+
+    return ZooTraining(folder or loraplex_home() / "zoo", shipped or shipped_folder())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import typer
 
 from loraplex_server.cli.pull import pull
-from loraplex_server.cli.zoo import zoo
 from loraplex_server.cli.serve import serve
+from loraplex_server.cli.zoo import zoo
 
 __all__ = ["app", "main"]
 

@@ -115,6 +115,8 @@ class TensorFile:
 
     def _view(self, entry: TensorEntry, dtype: torch.dtype) -> Tensor:
         count = math.prod(entry.shape)
+        if count == 0:  # AdaLoRA saves modules pruned to rank 0
+            return torch.empty(entry.shape, dtype=dtype)
         flat = torch.frombuffer(self._map, dtype=dtype, count=count, offset=entry.start)
         return flat.reshape(entry.shape)
 
@@ -198,7 +200,7 @@ def _entry(name: str, value: object, data_start: int) -> TensorEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise MalformedFile(f"tensor {name!r} has dtype {dtype!r}; known: {', '.join(_ITEM_BYTES)}")
-    if not _naturals(shape) or len(shape) > _MAX_DIMS or 0 in shape:
+    if not _naturals(shape) or len(shape) > _MAX_DIMS:
         raise MalformedFile(f"tensor {name!r} has shape {shape!r}")
     if not _naturals(offsets) or len(offsets) != 2:
         raise MalformedFile(f"tensor {name!r} has data_offsets {offsets!r}")

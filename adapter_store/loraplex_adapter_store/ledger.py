@@ -43,6 +43,13 @@ class TensorLedger:
                 f"tensor {name!r} has shape {list(found)}, the base needs {wanted}"
             )
 
+    def claim(self, name: str) -> None:
+        """Accounts for a tensor that is known to be redundant, without loading it."""
+        self._claimed.add(name)
+
+    def raw(self, name: str) -> memoryview:
+        return self._tensors.raw(name)
+
     def take_integers(self, name: str) -> Tensor:
         self._claimed.add(name)
         return self._tensors.load_integers(name)

@@ -49,6 +49,12 @@ class Family(Enum):
     PREFIX = "prefix-tuning"
     PROMPT = "prompt-tuning"
     FULL = "full-delta"
+    TOKENS = "trainable-tokens"
+    BEFT = "beft"
+    MISS = "miss"
+    TINYLORA = "tinylora"
+    LOHA = "loha"
+    ABMLL = "abmll"
     GENERATED = "generated"
 
 

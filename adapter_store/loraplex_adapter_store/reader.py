@@ -10,8 +10,22 @@ from .base_spec import BaseSpec
 from .digest import digest_of
 from .door import TensorFile
 from .errors import AdapterMismatch, BaseMismatch, UnsupportedAdapter
-from .families import lora
+from .families import (
+    abmll,
+    block_lora,
+    deltas,
+    full_delta,
+    loldu,
+    lora,
+    mixlora,
+    prompts,
+    ragged,
+    shared_bases,
+    trainable_tokens,
+    vectors,
+)
 from .families.contract import FamilyReader, Fold, ReadContext
+from .families.unsupported import UNSUPPORTED
 from .ledger import TensorLedger
 from .limits import StoreLimits
 from .plan import AdapterPlan
@@ -22,6 +36,27 @@ __all__ = ["FAMILIES", "Reading", "fold_adapter", "read_adapter"]
 
 FAMILIES: Mapping[str, FamilyReader] = {
     "LORA": lora.read,
+    "ADALORA": ragged.read_adalora,
+    "SORA": ragged.read_sora,
+    "VERA": shared_bases.read_vera,
+    "RANDLORA": shared_bases.read_randlora,
+    "IA3": vectors.read_ia3,
+    "BEFT": vectors.read_beft,
+    "LOFIT": vectors.read_lofit,
+    "PREFIX_TUNING": prompts.read_prefix,
+    "PROMPT_TUNING": prompts.read_prompt,
+    "P_TUNING": prompts.read_prompt,
+    "MISS": deltas.read_miss,
+    "TINYLORA": deltas.read_tinylora,
+    "LOHA": deltas.read_loha,
+    "LOLDU": loldu.read,
+    "BLOCK_LORA": block_lora.read,
+    "MIXLORA": mixlora.read_mixlora,
+    "MOLA": mixlora.read_mola,
+    "LORAMOE": mixlora.read_loramoe,
+    "TRAINABLE_TOKENS": trainable_tokens.read,
+    "ABMLL": abmll.read,
+    "FULL": full_delta.read,
 }
 
 
@@ -76,8 +111,10 @@ def _reader_of(config: AdapterConfig) -> FamilyReader:
     kind = config.peft_type
     if kind in FAMILIES:
         return FAMILIES[kind]
+    if kind in UNSUPPORTED:
+        raise UnsupportedAdapter(f"peft_type {kind} cannot be served: {UNSUPPORTED[kind]}")
     raise UnsupportedAdapter(
-        f"peft_type {kind} cannot be served; readable: {', '.join(sorted(FAMILIES))}"
+        f"peft_type {kind} is not known; readable: {', '.join(sorted(FAMILIES))}"
     )
 
 
@@ -120,8 +157,10 @@ def _plan_of(fold: Fold, digest: str, chat_template: str | None) -> AdapterPlan:
             n_bytes=n_bytes,
         )
 
-    distinct = {tensor.data_ptr(): tensor for tensor in build(0).tensors()}
-    return build(sum(tensor.nbytes for tensor in distinct.values()))
+    # Views of one storage (shared bases) count once.
+    storages = [tensor.untyped_storage() for tensor in build(0).tensors()]
+    distinct = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return build(sum(distinct.values()))
 
 
 def _report_of(context: ReadContext, fold: Fold, plan: AdapterPlan, n_bytes: int) -> LoadReport:

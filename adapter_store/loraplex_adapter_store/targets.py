@@ -9,7 +9,7 @@ from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
 from .errors import MalformedFile
 
-__all__ = ["expand_targets", "layer_index", "pattern_value"]
+__all__ = ["expand_targets", "layer_index", "module_in", "pattern_value"]
 
 _MAX_PATTERN = 2000
 
@@ -26,6 +26,13 @@ def pattern_value(config: AdapterConfig, key: str, module: str, default: float) 
         if _match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
+
+
+def module_in(names: tuple[str, ...] | str | None, module: str) -> bool:
+    """PEFT's rule for lists of modules: a regex, or names that end the path."""
+    if isinstance(names, str):
+        return _match(rf"(?:{names})\Z", module)
+    return names is not None and (module in names or _ends_with_any(module, names))
 
 
 def layer_index(module: str) -> int | None:

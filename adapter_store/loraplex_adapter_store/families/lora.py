@@ -16,7 +16,7 @@ from ..errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
 from ..plan import Family, ModulePlan
 from ..tensor_names import group_by_module
 from .contract import Fold, ReadContext
-from .core_matrix import CORE_SUFFIXES, fold_core
+from .core_matrix import CORE_SUFFIXES, PROJECTOR, fold_core, fold_projector
 from .coverage import check_coverage, require_parts
 from .dora import dora_module
 from .extras import read_extras
@@ -31,6 +31,7 @@ _BIAS, _MAGNITUDE, _DIAG = "lora_B.bias", "lora_magnitude_vector", "lora_diag"
 _A0, _B0 = "lora_A0.weight", "lora_B0.weight"
 _SUFFIXES = (
     *(_A, _B, _EMBED_A, _EMBED_B, _BIAS, _MAGNITUDE, f"{_MAGNITUDE}.weight", _DIAG, _A0, _B0),
+    PROJECTOR,
     *CORE_SUFFIXES,
 )
 
@@ -42,7 +43,7 @@ _REFUSED = {
     "target_parameters": "target_parameters adapts fused expert tensors of a MoE base",
     "use_qalora": "QA-LoRA pools its input in groups of a quantised base",
     "megatron_config": "Megatron LoRA is sharded over ranks",
-    "velora_config": "VeLoRA saves compressed activations",
+    "monteclora_config": "MonteCLoRA draws its factors anew in each forward pass",
 }
 
 
@@ -63,6 +64,8 @@ def read(context: ReadContext) -> Fold:
         family = Family.DORA
     elif config.is_set("kasa_config"):
         family = Family.KASA
+    elif any(suffix in parts for parts in grouped.values() for suffix in CORE_SUFFIXES):
+        family = Family.LORA_XS
     return Fold(
         family=family,
         scale_rule=scale_rule(config),
@@ -87,9 +90,9 @@ def _read_module(
     require_parts(module, parts, (_A, _B))
     shape = context.base.modules[module]
     rank, scale = _rank_and_scale(context, module, parts[_A])
-    a = context.ledger.take(parts[_A], (rank, shape.in_features))
-    b = context.ledger.take(parts[_B], (shape.out_features, rank)) * scale
-    b = fold_core(context, parts, b, rank)
+    a = _factor(context, parts[_A], (rank, shape.in_features))
+    b = _factor(context, parts[_B], (shape.out_features, rank)) * scale
+    a, b = fold_projector(context, parts, a), fold_core(context, parts, b, rank)
     a, b = _on_clean_base(context, module, parts, rule, a, b, rank, scale)
     bias = None
     if _BIAS in parts:
@@ -115,6 +118,21 @@ def _rank_and_scale(context: ReadContext, module: str, a_key: str) -> tuple[int,
             f"{a_key} has rank {found}, the config says {rank}: the scale would be wrong"
         )
     return rank, scale
+
+
+def _factor(context: ReadContext, key: str, shape: tuple[int, int]) -> Tensor:
+    """One factor; BD-LoRA stores the blocks of a block-diagonal one below each other."""
+    blocks = context.config.section("use_bdlora")
+    n_blocks = 1 if blocks is None else blocks.integer("nblocks", 1)
+    if n_blocks > 1 and context.ledger.shape(key) == (shape[0], shape[1] // n_blocks):
+        stacked = context.ledger.take(key, (shape[0], shape[1] // n_blocks))
+        dense = stacked.new_zeros(shape)
+        for number, block in enumerate(stacked.chunk(n_blocks)):
+            rows, columns = block.shape
+            place = (slice(number * rows, None), slice(number * columns, None))
+            dense[place][:rows, :columns] = block
+        return dense
+    return context.ledger.take(key, shape)
 
 
 def _on_clean_base(

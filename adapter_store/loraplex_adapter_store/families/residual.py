@@ -5,10 +5,12 @@
 PiSSA    S = U_r Σ_r V_rᵀ           top r singular triplets of W
 OLoRA    S = s · Q[:, :r] R[:r]     from the QR decomposition of W
 KaSA     S = U_k Σ_k V_kᵀ           the r smallest singular triplets of W
+NLoRA    S = s · W[:, :r] N₀ W[:r]   N₀ = pinv(W[:r, :r]); only with base_residual, see below
 others   S = s · B₀ A₀              needs the initial factors (LoRA-GA, CorDA, randomised PiSSA)
 
 PiSSA, OLoRA and KaSA are recomputed from the base, as PEFT does when it loads them; their products
 do not depend on the signs that a decomposition picks. The others need ``lora_A0``/``lora_B0``.
+NLoRA's paper replaces the base, its released code does not: ``"base_residual": true`` says which.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ _NEED_FACTORS = {
 class InitRule(NamedTuple):
     """How ``init_lora_weights`` changed the base. ``name`` is "" when it did not."""
 
-    name: str  # "", "pissa", "olora" or one that needs the initial factors
+    name: str  # "", "pissa", "olora", "nlora" or one that needs the initial factors
     why_factors: str  # non-empty: the initial factors must be in the file
 
 
@@ -51,6 +53,8 @@ def init_rule(config: AdapterConfig) -> InitRule:
     name = str(value).lower()
     if name in _UNTOUCHED:
         return InitRule("", "")
+    if name in ("n_lora", "s_lora"):
+        return InitRule("nlora" if config.flag("base_residual") else "", "")
     if name in ("pissa", "olora"):
         return InitRule(name, "")
     if name.startswith("pissa_niter_"):
@@ -75,4 +79,7 @@ def subtracted(rule: str, weight: Tensor, rank: int, scale: float) -> Subtracted
     if rule == "olora":
         q, r = torch.linalg.qr(weight)
         return Subtracted(r[:rank].clone(), scale * q[:, :rank])
+    if rule == "nlora":
+        core = torch.linalg.pinv(weight[:rank, :rank].double()).float()
+        return Subtracted(weight[:rank].clone(), scale * weight[:, :rank] @ core)
     raise AssertionError(f"no rule {rule!r}")

@@ -9,7 +9,7 @@ from ..adapter_config import AdapterConfig
 from ..errors import MalformedFile
 from ..targets import pattern_value
 
-__all__ = ["LoraScale", "lora_scale", "scale_rule"]
+__all__ = ["LoraScale", "lora_scale", "pattern_scale", "scale_rule"]
 
 
 class LoraScale(NamedTuple):
@@ -18,8 +18,13 @@ class LoraScale(NamedTuple):
 
 
 def lora_scale(config: AdapterConfig, module: str) -> LoraScale:
+    return pattern_scale(config, module, "lora_alpha")
+
+
+def pattern_scale(config: AdapterConfig, module: str, alpha_key: str) -> LoraScale:
+    """``alpha_key`` is what the method calls its alpha."""
     rank = pattern_value(config, "rank_pattern", module, config.integer("r", 8))
-    alpha = pattern_value(config, "alpha_pattern", module, config.number("lora_alpha", 8))
+    alpha = pattern_value(config, "alpha_pattern", module, config.number(alpha_key, 8))
     if rank != int(rank) or rank < 1:
         raise MalformedFile(f"adapter_config.json: rank {rank!r} of {module} is not a positive int")
     scale = alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)

@@ -1,0 +1,249 @@
+"""Routed LoRA experts in the files of MoE-PEFT and the mixlora package.
+
+MixLoRA  attention: plain LoRA; MLP block: p = softmax(gate h), experts e with LoRAs on the block's
+         projections, output Σ_e w_e MLP_e(h) with w from the routing strategy
+MoLA     each projection: W x + Σ_e w_e s B_e A_e x, top-k renormalised
+LoRAMoE  the same with dense softmax weights
+
+Published keys ``mixlora.layers.{i}.mlp.{p}.experts.{e}.lora_A.weight`` and
+``….mlp.moe_gate.weight``; legacy ones ``….gate.weight`` and ``….experts.{e}.{w1|w2|w3}_proj.…``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..adapter_config import AdapterConfig
+from ..base_spec import BaseSpec
+from ..errors import AdapterMismatch, LimitExceeded, MalformedFile, UnsupportedAdapter
+from ..plan import ExpertPlan, Family, ModulePlan, RoutingStrategy
+from ..targets import expand_targets, layer_index
+from .contract import Fold, ReadContext
+from .coverage import require_parts
+from .scaling import lora_scale, scale_rule
+
+__all__ = ["read_loramoe", "read_mixlora", "read_mola"]
+
+_KEY = re.compile(
+    r"(?:mixlora|mola|loramoe)\.layers\.(?P<layer>\d+)\."
+    r"(?:(?P<block>self_attn|attn|mlp)\.)?"
+    r"(?:(?P<gate>moe_gate|gate)\.weight"
+    r"|(?P<projection>\w+)\.moe_gate\.weight"
+    r"|(?:(?P<projection2>\w+)\.)?experts\.(?P<expert>\d+)\.(?:(?P<legacy>\w+)\.)?"
+    r"lora_(?P<part>[AB])\.weight"
+    r"|(?P<plain>\w+)\.lora_(?P<plain_part>[AB])\.weight)"
+)
+_LEGACY_NAMES = {"w1_proj": "gate_proj", "w2_proj": "down_proj", "w3_proj": "up_proj"}
+_STRATEGIES = {
+    "mixlora": RoutingStrategy.TOP_K,
+    "mixtral": RoutingStrategy.TOP_K,  # legacy name
+    "mixlora-dynamic": RoutingStrategy.TOP_P,
+    "mixlora-switch": RoutingStrategy.SWITCH,
+}
+
+Pair = dict[str, str]  # "A" and "B" → key
+
+
+class _Keys(NamedTuple):
+    gates: dict[str, str]  # block or projection → key
+    experts: dict[str, dict[int, Pair]]  # projection → expert → pair
+    plain: dict[str, Pair]  # projection → pair
+
+
+def read_mixlora(context: ReadContext) -> Fold:
+    config, base = context.config, context.base
+    strategy = _strategy(config)
+    n_experts, top_k = _counts(context)
+    _check_activation(config, base)
+    if "classifier" in context.ledger.names:
+        raise UnsupportedAdapter("this MixLoRA carries a classifier head; only text is served")
+    if config.flag("use_dora"):
+        context.notes.append(
+            "use_dora: MixLoRA files keep no magnitudes, so the scale m/‖W+sBA‖ is 1 as on load"
+        )
+    if strategy is RoutingStrategy.SWITCH:
+        context.warnings.append(
+            "mixlora-switch: served by its training formula without the capacity limit"
+        )
+    keys = _sort_keys(context)
+    _check_mixlora(context, keys, n_experts)
+    modules = {
+        name: _pair(context, config, name, pair) for name, pair in sorted(keys.plain.items())
+    }
+    expert_config = _expert_config(config)
+    experts: dict[str, ExpertPlan] = {}
+    for block, gate_key in keys.gates.items():
+        gate = context.ledger.take(gate_key, (n_experts, base.hidden_size))
+        projections = [name for name in keys.experts if name.startswith(f"{block}.")]
+        if projections:
+            experts[block] = ExpertPlan(
+                gate=gate,
+                strategy=strategy,
+                top_k=top_k,
+                top_p=config.number("top_p", 0.8),
+                experts=tuple(
+                    {
+                        name: _pair(context, expert_config, name, keys.experts[name][number])
+                        for name in projections
+                    }
+                    for number in range(n_experts)
+                ),
+            )
+    rule = f"{scale_rule(config)}; experts {scale_rule(expert_config)}"
+    return Fold(Family.MIXLORA, rule, modules=modules, experts=experts)
+
+
+def read_mola(context: ReadContext) -> Fold:
+    return _read_per_projection(context, Family.MOLA, RoutingStrategy.TOP_K)
+
+
+def read_loramoe(context: ReadContext) -> Fold:
+    return _read_per_projection(context, Family.LORAMOE, RoutingStrategy.DENSE)
+
+
+def _read_per_projection(context: ReadContext, family: Family, strategy: RoutingStrategy) -> Fold:
+    config, base = context.config, context.base
+    n_experts, top_k = _counts(context)
+    keys = _sort_keys(context)
+    wanted = expand_targets(config, base)
+    if family is Family.LORAMOE:
+        wanted = frozenset(name for name in wanted if ".mlp." in name)
+    _require_same("targeted modules", wanted, frozenset(keys.experts) | frozenset(keys.plain))
+    _require_same("gates", frozenset(keys.experts), frozenset(keys.gates))
+    _require_experts(keys, n_experts)
+    experts: dict[str, ExpertPlan] = {}
+    for name, pairs in keys.experts.items():
+        gate_shape = (n_experts, base.modules[name].in_features)
+        experts[name] = ExpertPlan(
+            gate=context.ledger.take(keys.gates[name], gate_shape),
+            strategy=strategy,
+            top_k=n_experts if strategy is RoutingStrategy.DENSE else top_k,
+            top_p=1.0,
+            experts=tuple(
+                {name: _pair(context, config, name, pairs[number])} for number in range(n_experts)
+            ),
+        )
+    modules = {name: _pair(context, config, name, pair) for name, pair in keys.plain.items()}
+    return Fold(family, scale_rule(config), modules=modules, experts=experts)
+
+
+def _strategy(config: AdapterConfig) -> RoutingStrategy:
+    name = config.text("routing_strategy", "mixlora") or "mixlora"
+    if name not in _STRATEGIES:
+        raise UnsupportedAdapter(
+            f"routing_strategy {name!r} cannot be served; known: {', '.join(_STRATEGIES)}"
+        )
+    if name == "mixlora-dynamic" and config.number("temperature", 0.0) != 0.0:
+        raise UnsupportedAdapter("mixlora-dynamic with a temperature scales sums of weights oddly")
+    return _STRATEGIES[name]
+
+
+def _counts(context: ReadContext) -> tuple[int, int]:
+    n_experts = context.config.integer("num_experts", 8)
+    top_k = context.config.integer("top_k", 2)
+    if n_experts > context.limits.max_experts:
+        raise LimitExceeded(f"{n_experts} experts, at most {context.limits.max_experts}")
+    if not 1 <= top_k <= n_experts:
+        raise MalformedFile(f"top_k {top_k} does not fit {n_experts} experts")
+    return n_experts, top_k
+
+
+def _check_activation(config: AdapterConfig, base: BaseSpec) -> None:
+    wanted = config.text("act_fn") or base.hidden_act
+    if wanted != base.hidden_act:
+        raise UnsupportedAdapter(f"act_fn {wanted!r} differs from the base's {base.hidden_act!r}")
+
+
+def _expert_config(config: AdapterConfig) -> AdapterConfig:
+    """``expert_lora`` overrides the LoRA fields for the experts."""
+    override = config.section("expert_lora")
+    if override is None:
+        return config
+    return AdapterConfig({**config.values, **override.values})
+
+
+def _sort_keys(context: ReadContext) -> _Keys:
+    keys = _Keys({}, {}, {})
+    for key in context.ledger.names:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            continue
+        parts = match.groupdict()
+        blocks = _blocks(context.base, int(parts["layer"]))
+        block = next((b for b in blocks if b.endswith(f".{parts['block']}")), None)
+        if parts["block"] is None:
+            block = next((b for b in blocks if b.endswith(".mlp")), None)
+        if block is not None:
+            _sort_key(context.base, keys, key, block, parts)
+    return keys
+
+
+def _sort_key(
+    base: BaseSpec, keys: _Keys, key: str, block: str, parts: Mapping[str, str | None]
+) -> None:
+    if parts["gate"]:
+        keys.gates[block] = key
+    elif parts["projection"]:
+        keys.gates[f"{block}.{parts['projection']}"] = key
+    elif parts["expert"]:
+        leaf = parts["projection2"] or parts["legacy"] or ""
+        name = f"{block}.{_LEGACY_NAMES.get(leaf, leaf)}"
+        if name in base.modules and parts["part"]:
+            pair = keys.experts.setdefault(name, {}).setdefault(int(parts["expert"]), {})
+            pair[parts["part"]] = key
+    elif parts["plain"] and parts["plain_part"]:
+        name = f"{block}.{parts['plain']}"
+        if name in base.modules:
+            keys.plain.setdefault(name, {})[parts["plain_part"]] = key
+
+
+def _blocks(base: BaseSpec, layer: int) -> list[str]:
+    """The attention and MLP blocks of one layer, as "model.layers.0.mlp"."""
+    parents = (name.rpartition(".")[0] for name in base.modules if layer_index(name) == layer)
+    return list(dict.fromkeys(parents))
+
+
+def _check_mixlora(context: ReadContext, keys: _Keys, n_experts: int) -> None:
+    wanted = expand_targets(context.config, context.base)
+    mlp = frozenset(name for name in wanted if ".mlp." in name)
+    _require_same("attention modules", wanted - mlp, frozenset(keys.plain))
+    _require_same("expert modules", mlp, frozenset(keys.experts))
+    blocks = frozenset(
+        block
+        for layer in range(context.base.n_layers)
+        for block in _blocks(context.base, layer)
+        if block.endswith(".mlp")
+    )
+    _require_same("gates of MLP blocks", blocks, frozenset(keys.gates))
+    _require_experts(keys, n_experts)
+
+
+def _require_same(what: str, wanted: frozenset[str], found: frozenset[str]) -> None:
+    missing, extra = sorted(wanted - found), sorted(found - wanted)
+    if missing or extra:
+        problems = [f"{name}: expected, not in the file" for name in missing]
+        problems += [f"{name}: in the file, not in the config" for name in extra]
+        raise AdapterMismatch(f"{what} do not match the config", problems, missing=missing)
+
+
+def _require_experts(keys: _Keys, n_experts: int) -> None:
+    for name, pairs in keys.experts.items():
+        if set(pairs) != set(range(n_experts)):
+            raise AdapterMismatch(
+                f"{name} has experts {sorted(pairs)}, the config says {n_experts}"
+            )
+
+
+def _pair(
+    context: ReadContext, config: AdapterConfig, module: str, pair: Mapping[str, str]
+) -> ModulePlan:
+    require_parts(module, pair, ("A", "B"))
+    shape = context.base.modules[module]
+    rank, scale = lora_scale(config, module)
+    if rank > context.limits.max_rank:
+        raise LimitExceeded(f"{module} has rank {rank}, at most {context.limits.max_rank}")
+    a = context.ledger.take(pair["A"], (rank, shape.in_features))
+    b = context.ledger.take(pair["B"], (shape.out_features, rank))
+    return ModulePlan(a=a, b=b * scale)

@@ -24,18 +24,21 @@ from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
 from .card import AdapterCard, DeleteReport, StoreStats, TierBytes
 from .catalogue import Catalogue, Content, NameRecord
-from .content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE, ContentFiles
-from .digest import digest_of
+from .content_files import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    PLAN_FILE,
+    WEIGHTS_FILE,
+    ContentFiles,
+)
 from .disk import Disk
 from .door import TensorFile
 from .errors import (
-    AdapterRefused,
     BaseMismatch,
     InvalidSelector,
     LimitExceeded,
     RevisionConflict,
     StoreClosed,
-    StoredAdapterDamaged,
     StoreError,
     UnknownAdapter,
 )
@@ -45,7 +48,8 @@ from .limits import StoreLimits
 from .mixture import mix_plans, mixture_digest
 from .names import check_name
 from .plan import AdapterPlan, Family
-from .reader import Reading, fold_adapter, read_adapter
+from .plan_file import pack_plan, read_plan
+from .reader import Reading, read_adapter
 from .report import JsonValue
 from .selector import Mixture, NameRef, Selector, parse_selector
 from .sources.local import LocalFiles, read_directory
@@ -105,11 +109,13 @@ class AdapterStore:
         host_bytes: int = 2 << 30,
         allowed_roots: Sequence[Path] = (),
         eviction: str = "cost-aware",
+        pin_memory: bool = False,  # page-locked host memory, for a GPU's copy engine
         disk: Disk | None = None,
     ) -> None:
         self.base = base
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
+        self._pin_memory = pin_memory
         disk = disk or Disk()
         disk.make_directory(root)
         self._guard = _own(root)
@@ -120,6 +126,7 @@ class AdapterStore:
         self._lock = threading.RLock()  # guards the fields below; never held during I/O
         self._names: dict[str, NameRecord] = {r.name: r for r in self._catalogue.names()}
         self._contents: dict[str, Content] = {c.digest: c for c in self._catalogue.contents()}
+        self._awaited: set[str] = set()  # digests whose delete waits, and will retire them itself
         self._mixtures: dict[str, tuple[str, ...]] = {}  # digest of a mixture → its parts'
         self._listeners: list[Callable[[str], None]] = []
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-janitor")
@@ -319,12 +326,18 @@ class AdapterStore:
             with self._lock:
                 del self._names[name]
                 shared = self._is_named(record.digest)
+                if not shared:
+                    self._awaited.add(record.digest)
             self._pin_now()
         if shared:
             return DeleteReport(name, record.digest, True, 0, TierBytes(0, 0))
         n_leases = self._tier.n_leases(record.digest)
-        drained = self._tier.wait_unleased(record.digest, timeout_s)
-        freed = self._retire(record.digest) if drained else TierBytes(0, 0)
+        try:
+            drained = self._tier.wait_unleased(record.digest, timeout_s)
+        finally:
+            with self._lock:
+                self._awaited.discard(record.digest)
+        freed = self._retire(record.digest)  # nothing while it is leased
         return DeleteReport(name, record.digest, drained, n_leases, freed)
 
     def on_retired(self, listener: Callable[[str], None]) -> None:
@@ -399,19 +412,27 @@ class AdapterStore:
         self._check_open()
         config = AdapterConfig.parse(config_text, self.limits)
         with self._staged() as staged:
-            started = time.monotonic()
             self._write_staged(staged, config_text, weights, chat_template)
             with TensorFile(staged / WEIGHTS_FILE, self.limits) as tensors:
                 reading = read_adapter(
                     config, tensors, self.base, self.limits, chat_template=chat_template
                 )
-            cost = time.monotonic() - started
+            packed = pack_plan(reading.plan)
+            self._files.write(staged / PLAN_FILE, packed.chunks)
             with self._writing:
                 self._check_open()
                 record, previous = self._commit(
-                    name, staged, reading, if_match, replace, description, examples, provenance
+                    name,
+                    staged,
+                    reading,
+                    packed.sha256,
+                    if_match,
+                    replace,
+                    description,
+                    examples,
+                    provenance,
                 )
-        self._tier.put_if_room(reading.plan, cost)
+        self._keep_if_room(record.digest)
         if previous is not None and previous != record.digest:
             self._retire_later(previous)
         return self.get(name)
@@ -439,6 +460,7 @@ class AdapterStore:
         name: str,
         staged: Path,
         reading: Reading,
+        plan_sha256: str,
         if_match: str | None,
         replace: bool,
         description: str | None,
@@ -462,6 +484,7 @@ class AdapterStore:
             disk_bytes=n_bytes,
             host_bytes=plan.n_bytes,
             base_fingerprint=self.base.fingerprint,
+            plan_sha256=plan_sha256,
         )
         try:
             record = self._catalogue.put(
@@ -484,6 +507,14 @@ class AdapterStore:
             self._contents[plan.digest] = content
         self._pin_now()
         return record, previous
+
+    def _keep_if_room(self, digest: str) -> None:
+        """A new content is likely to be used: loaded now unless somebody would have to leave."""
+        with self._lock:
+            content = self._contents.get(digest)
+        if content is not None and self._tier.has_room(content.host_bytes):
+            self._lease(content)
+            self._tier.release(digest)
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:
@@ -511,29 +542,14 @@ class AdapterStore:
         return self._tier.lease(content.digest, content.host_bytes, lambda: self._load(content))
 
     def _load(self, content: Content) -> AdapterPlan:
-        """From disk, with every byte checked against the digest."""
+        """From disk, with every byte checked. Mostly outside the interpreter lock."""
         path = self._files.path(content.digest)
         if content.base_fingerprint != self.base.fingerprint:
             raise BaseMismatch(
                 f"adapter {content.digest[:12]} was checked against another base than "
                 f"{self.base.model_id}; add it again"
             )
-        try:
-            config = AdapterConfig.parse((path / CONFIG_FILE).read_bytes(), self.limits)
-            template_file = path / CHAT_TEMPLATE_FILE
-            template = template_file.read_text() if template_file.exists() else None
-            with TensorFile(path / WEIGHTS_FILE, self.limits) as tensors:
-                if digest_of(config.values, tensors, template) != content.digest:
-                    raise StoredAdapterDamaged(
-                        f"the files of adapter {content.digest[:12]} changed on disk; add it again"
-                    )
-                return fold_adapter(
-                    config, tensors, self.base, self.limits, content.digest, template
-                )
-        except (OSError, AdapterRefused, UnicodeDecodeError) as error:
-            raise StoredAdapterDamaged(
-                f"the files of adapter {content.digest[:12]} cannot be read: {error}"
-            ) from error
+        return read_plan(path / PLAN_FILE, content.plan_sha256, pin_memory=self._pin_memory)
 
     def _acquire_mixture(self, mixture: Mixture) -> AdapterLease:
         leases = [self._acquire_name(part.ref) for part in mixture.parts]
@@ -554,7 +570,7 @@ class AdapterStore:
     def _released(self, digest: str) -> None:
         self._tier.release(digest)
         with self._lock:
-            is_garbage = not self._is_reachable(digest)
+            is_garbage = not self._is_reachable(digest) and digest not in self._awaited
         if is_garbage:
             self._retire_later(digest)
 

@@ -24,6 +24,7 @@ from .errors import ApiError, from_store, invalid, not_found
 __all__ = ["AdapterChooser", "AdapterResolver", "Asked", "Chosen", "Resolution"]
 
 _MAX_NAMES_SHOWN = 20
+_BASE = "base"  # reserved by the store, so no adapter has this name
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +90,10 @@ class AdapterChooser:
         executor: Executor,
         resolver: AdapterResolver | None = None,
     ) -> None:
-        """``base_names``: how the base model may be called; the first is its public name."""
+        """``base_names``: how the base model is listed; it may always be called ``base`` too."""
         self._store = store
         self._base_names = tuple(base_names)
+        self._means_base = frozenset({*base_names, _BASE})
         self._executor = executor
         self._resolver = resolver
 
@@ -107,19 +109,19 @@ class AdapterChooser:
         self, *, model: str | None, adapter: object = None, adapter_id: str | None = None
     ) -> Asked:
         """Parses ``model``, ``adapter`` and LoRAX's ``adapter_id``. Raises ApiError (400, 404)."""
-        named = []
-        if model and model not in self._base_names:
+        named: list[tuple[str, Selector | None]] = []
+        if model and model not in self._means_base:
             named.append(("model", self._selector_of_model(model)))
-        if adapter is not None and adapter not in self._base_names:
-            named.append(("adapter", _parse(adapter, "adapter")))
-        if adapter_id and adapter_id not in self._base_names:
-            named.append(("adapter_id", _parse(adapter_id, "adapter_id")))
+        if adapter is not None:
+            named.append(("adapter", self._selector_of(adapter, "adapter")))
+        if adapter_id:
+            named.append(("adapter_id", self._selector_of(adapter_id, "adapter_id")))
         if len({selector for _, selector in named}) > 1:
             first, second = named[0][0], named[-1][0]
             raise invalid(f"{first!r} and {second!r} name different adapters", second)
-        if not named:
-            return Asked(None, "model", model or self.base_name)
-        param, selector = named[0]
+        param, selector = named[0] if named else ("model", None)
+        if selector is None:
+            return Asked(None, param, model or self.base_name)
         if param == "model":
             return Asked(selector, param, str(model))
         return Asked(selector, param, f"{self.base_name}:{_label(selector)}")
@@ -166,8 +168,14 @@ class AdapterChooser:
             )
         return await self._resolver.resolve(wish, text)
 
+    def _selector_of(self, value: object, param: str) -> Selector | None:
+        """None where the base is asked for by name."""
+        if isinstance(value, str) and value in self._means_base:
+            return None
+        return _parse(value, param)
+
     def _selector_of_model(self, model: str) -> Selector:
-        for base in self._base_names:
+        for base in self._means_base:
             if model.startswith(f"{base}:"):
                 return _parse(model[len(base) + 1 :], "model")
         try:

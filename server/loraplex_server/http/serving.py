@@ -46,13 +46,12 @@ def serve(config: ServerConfig, *, say: Callable[[str], None] = print) -> None:
     Raises ConfigError, ModelError, StoreError or OSError while starting.
     """
     from loraplex_server.engine.build import build_engine
-    from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
+    from loraplex_server.model.pull import resolve_model
 
     listening = bind(config.http)  # a port in use is told before the model is loaded
     try:
         model_path = resolve_model(config.model)
-        name = config.model if config.model and "/" not in config.model.strip("./~") else None
-        public = name or (model_path.name if config.model else DEFAULT_BASE)
+        public = _public_name(config.model, model_path)
         built = build_engine(config.engine, model_path, model_id=public)
         store = open_store(config, built)
         try:
@@ -102,6 +101,15 @@ def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
     return AdapterStore(
         root, built.base_spec, host_bytes=config.store.memory_bytes, allowed_roots=roots
     )
+
+
+def _public_name(spec: str | None, model_path: Path) -> str:
+    """A Hub id or packaged name as it is; of a local directory its last part, never the path."""
+    from loraplex_server.model.pull import DEFAULT_BASE
+
+    if spec is None:
+        return DEFAULT_BASE
+    return model_path.name if Path(spec).expanduser().is_dir() else spec
 
 
 class _Server(uvicorn.Server):

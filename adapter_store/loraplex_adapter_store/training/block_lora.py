@@ -19,7 +19,9 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-__all__ = ["BlockAxis", "BlockLora", "BlockLoraConfig"]
+from .attached import Attached
+
+__all__ = ["BlockAxis", "BlockLora", "BlockLoraConfig", "attach"]
 
 _PEFT_PREFIX = "base_model.model"
 _ARM_NOISE = 1e-3
@@ -88,6 +90,14 @@ class _BlockLinear(nn.Module):
         return torch.stack(arms).sum(dim=0)
 
 
+def attach(model: nn.Module, config: BlockLoraConfig) -> Attached:
+    """Freezes ``model`` and puts a new adapter into it."""
+    model.requires_grad_(False)
+    adapter = BlockLora(model, config)
+    device = next(model.parameters()).device
+    return Attached(model.to(device), adapter)
+
+
 class BlockLora:
     """The adapter's modules inside ``model``, whose own weights are frozen by the caller."""
 
@@ -102,11 +112,6 @@ class BlockLora:
                 self._places.append((name, parent, attribute))
         if not self._places:
             raise ValueError(f"no linear of the model is called one of {config.target_modules}")
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for name, parameter in self._named():
-            del name
-            yield parameter
 
     def auxiliary_loss(self, token_mask: Tensor | None = None) -> Tensor:
         del token_mask

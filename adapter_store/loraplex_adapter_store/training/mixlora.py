@@ -17,9 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .attached import Attached
 from .balance_loss import DEFAULT_COEFFICIENT, BalanceLoss, balance_loss
 
-__all__ = ["MixLora", "MixLoraConfig"]
+__all__ = ["MixLora", "MixLoraConfig", "attach"]
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -77,12 +78,32 @@ class _AttentionLora(nn.Module):
         return out + delta.to(x.dtype)
 
 
-class _Expert(nn.Module):
-    def __init__(self, hidden_size: int, ff_size: int, config: MixLoraConfig) -> None:
+class _ExpertFactors(nn.Module):
+    """The factors of all experts of one projection, applied to each token's own k in one product.
+
+    The rank rows of experts that a token does not use are masked to zero. That multiplies some
+    zeros, and needs neither a loop over experts nor a gather, whose gradients are slow.
+    """
+
+    def __init__(self, in_features: int, out_features: int, config: MixLoraConfig) -> None:
         super().__init__()
-        self.gate_proj = _Factors(hidden_size, ff_size, config)
-        self.up_proj = _Factors(hidden_size, ff_size, config)
-        self.down_proj = _Factors(ff_size, hidden_size, config)
+        n, r = config.n_experts, config.r
+        self.a = nn.Parameter(torch.empty(n, r, in_features))
+        self.b = nn.Parameter(torch.zeros(n, out_features, r))
+        self.scale = config.scale
+        self.dropout = nn.Dropout(config.dropout)
+        for expert in self.a:
+            nn.init.kaiming_uniform_(expert, a=math.sqrt(5))
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """[..., in] → [..., n_experts, r]."""
+        y: Tensor = nn.functional.linear(self.dropout(x), self.a.flatten(0, 1))
+        return y.view(*y.shape[:-1], *self.a.shape[:2])
+
+    def expand(self, z: Tensor) -> Tensor:
+        """[..., n_experts, r] → [..., out], scaled."""
+        b = (self.b * self.scale).transpose(1, 2).flatten(0, 1)  # [n_experts · r, out]
+        return z.flatten(-2) @ b
 
 
 class _RoutedMlp(nn.Module):
@@ -93,31 +114,44 @@ class _RoutedMlp(nn.Module):
         gate_proj: nn.Linear = base.gate_proj  # type: ignore[assignment]
         d, ff = gate_proj.in_features, gate_proj.out_features
         self.gate = nn.Parameter(torch.randn(config.n_experts, d) * config.router_init_range)
-        self.experts = nn.ModuleList(_Expert(d, ff, config) for _ in range(config.n_experts))
+        self.gate_proj = _ExpertFactors(d, ff, config)
+        self.up_proj = _ExpertFactors(d, ff, config)
+        self.down_proj = _ExpertFactors(ff, d, config)
         self.logits: Tensor | None = None  # of the last forward, float32 [n_tokens, n_experts]
 
     def forward(self, hidden: Tensor) -> Tensor:
         base = self.base
         h = hidden.reshape(-1, hidden.shape[-1])  # [n_tokens, hidden]
-        self.logits = h.float() @ self.gate.T
-        top = self.logits.topk(self.config.top_k, dim=-1)
-        weight = torch.softmax(top.values, dim=-1)  # renormalised over the k kept
-        g, u = base.gate_proj(h), base.up_proj(h)  # type: ignore[operator]
-        mixed, delta = torch.zeros_like(g), torch.zeros_like(h)
-        for index, expert in enumerate(self.experts):
-            rows, slots = torch.where(top.indices == index)
-            if not len(rows):
-                continue
-            x, w = h[rows], weight[rows, slots].unsqueeze(1)
-            gate = g[rows] + expert.gate_proj(x).to(x.dtype)  # type: ignore[operator]
-            up = u[rows] + expert.up_proj(x).to(x.dtype)  # type: ignore[operator]
-            a = base.act_fn(gate) * up  # type: ignore[operator]
-            mixed = mixed.index_add(0, rows, (w * a).to(a.dtype))
-            down = expert.down_proj(a)  # type: ignore[operator]
-            delta = delta.index_add(0, rows, (w * down).to(delta.dtype))
-        out = base.down_proj(mixed) + delta  # type: ignore[operator]
-        result: Tensor = out.view_as(hidden)
+        with torch.autocast(h.device.type, enabled=False):  # a gate in bfloat16 flips experts
+            self.logits = h.float() @ self.gate.float().T
+            top = self.logits.topk(self.config.top_k, dim=-1)
+            weight = torch.softmax(top.values, dim=-1).unsqueeze(-1)  # [n_tokens, k, 1]
+            chosen = nn.functional.one_hot(top.indices, self.config.n_experts)
+            mask = chosen.to(h.dtype).unsqueeze(-1)  # [n_tokens, k, n_experts, 1]
+        g = self._projected(base.gate_proj, self.gate_proj, h, mask)  # [n_tokens, k, ff]
+        u = self._projected(base.up_proj, self.up_proj, h, mask)
+        a = base.act_fn(g) * u  # type: ignore[operator]
+        weight = weight.to(a.dtype)
+        mixed = (weight * a).sum(dim=1)  # before the base product, which is linear
+        down = (weight.unsqueeze(-1) * mask * self.down_proj.shrink(a)).sum(dim=1)
+        out = base.down_proj(mixed) + self.down_proj.expand(down)  # type: ignore[operator]
+        result: Tensor = out.to(hidden.dtype).view_as(hidden)
         return result
+
+    @staticmethod
+    def _projected(base: object, factors: _ExpertFactors, h: Tensor, mask: Tensor) -> Tensor:
+        """W h + s B_e A_e h for the k experts of each token: [n_tokens, k, ff]."""
+        z = factors.shrink(h).unsqueeze(1) * mask
+        product: Tensor = base(h)  # type: ignore[operator]
+        return product.unsqueeze(1) + factors.expand(z)
+
+
+def attach(model: nn.Module, config: MixLoraConfig) -> Attached:
+    """Freezes ``model`` and puts a new adapter into it."""
+    model.requires_grad_(False)
+    adapter = MixLora(model, config)
+    device = next(model.parameters()).device
+    return Attached(model.to(device), adapter)
 
 
 class MixLora:
@@ -131,11 +165,6 @@ class MixLora:
                 base = getattr(layer.self_attn, name)
                 setattr(layer.self_attn, name, _AttentionLora(base, config))
             layer.mlp = _RoutedMlp(layer.mlp, config)
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        for name, parameter in self._named():
-            del name
-            yield parameter
 
     def auxiliary_loss(self, token_mask: Tensor | None = None) -> Tensor:
         """Coefficient times the balance loss of the last forward; mask bool [n_tokens]."""
@@ -157,7 +186,7 @@ class MixLora:
 
     def tensors(self) -> dict[str, Tensor]:
         """The adapter under the published tensor names, as they are (no scale folded)."""
-        return {name: parameter.detach() for name, parameter in self._named()}
+        return {name: tensor.detach() for name, tensor in self._named()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Fills the parameters from ``tensors``; the names must match exactly."""
@@ -166,8 +195,8 @@ class MixLora:
             differing = sorted(own.keys() ^ tensors.keys())[:4]
             raise ValueError(f"tensors differ from this configuration, for example {differing}")
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+            for name, tensor in own.items():
+                tensor.copy_(tensors[name])
 
     def adapter_config(self, base_model: str) -> dict[str, object]:
         c = self.config
@@ -198,7 +227,7 @@ class MixLora:
                 setattr(layer.self_attn, name, getattr(layer.self_attn, name).base)
             layer.mlp = layer.mlp.base
 
-    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+    def _named(self) -> Iterator[tuple[str, Tensor]]:
         for i, layer in enumerate(self._layers):
             prefix = f"mixlora.layers.{i}"
             for name in _ATTENTION:
@@ -206,8 +235,8 @@ class MixLora:
                 yield f"{prefix}.self_attn.{name}.lora_A.weight", factors.a
                 yield f"{prefix}.self_attn.{name}.lora_B.weight", factors.b
             yield f"{prefix}.mlp.moe_gate.weight", layer.mlp.gate
-            for e, expert in enumerate(layer.mlp.experts):
-                for name in _MLP:
-                    factors = getattr(expert, name)
-                    yield f"{prefix}.mlp.{name}.experts.{e}.lora_A.weight", factors.a
-                    yield f"{prefix}.mlp.{name}.experts.{e}.lora_B.weight", factors.b
+            for name in _MLP:
+                stacked = getattr(layer.mlp, name)
+                for e in range(self.config.n_experts):
+                    yield f"{prefix}.mlp.{name}.experts.{e}.lora_A.weight", stacked.a[e]
+                    yield f"{prefix}.mlp.{name}.experts.{e}.lora_B.weight", stacked.b[e]

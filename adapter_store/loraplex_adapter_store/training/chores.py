@@ -17,13 +17,13 @@ from ..generator.zoo.tasks import Task
 __all__ = ["CHORES", "Chat", "chats", "write"]
 
 CHORES = (
-    "card.en/plain",
     "date.de/sentence",
     "last-first/plain",
+    "initials/tag",
     "list-reverse/quotes",
-    "record-amount/json",
+    "list-count/plain",
+    "record-weekday/caps",
     "plural/tag",
-    "sentiment/plain",
     "minutes/plain",
 )
 N_TRAIN, N_VALIDATION = 320, 24  # examples of each chore

@@ -19,7 +19,7 @@ from torch import Tensor
 from .layout import PROJECTIONS, AdapterLayout, BaseShape
 from .packing import PackedBatch
 
-__all__ = ["Adapters", "BOnlyLora", "FrozenBase", "Scores"]
+__all__ = ["Adapters", "BOnlyLora", "FrozenBase", "Scores", "base_fingerprint"]
 
 
 class Adapters(Protocol):
@@ -70,7 +70,7 @@ class FrozenBase:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         )
         self.dtype = dtype
-        self.fingerprint = _fingerprint(directory)
+        self.fingerprint = base_fingerprint(directory)
         self._eps = float(config["rms_norm_eps"])
         rope = config.get("rope_parameters") or {}
         self._theta = float(config.get("rope_theta") or rope.get("rope_theta", 10000.0))
@@ -156,6 +156,17 @@ class FrozenBase:
         return h + F.linear(F.silu(gate) * up, layer.down)
 
 
+def base_fingerprint(directory: Path) -> str:
+    """Identity of the weights: a hash of the file's size, header and a sample of its bytes."""
+    path = directory / "model.safetensors"
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(path.stat().st_size // 2)
+        digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
 class BOnlyLora:
     """Many adapters of one layout, `b` [n_adapters, layout.size]; A is shared by all."""
 
@@ -203,14 +214,3 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
 def _rotate(x: Tensor) -> Tensor:
     first, second = x.chunk(2, -1)
     return torch.cat([-second, first], -1)
-
-
-def _fingerprint(directory: Path) -> str:
-    """Identity of the weights: a hash of the file's size, header and a sample of its bytes."""
-    path = directory / "model.safetensors"
-    digest = hashlib.sha256(str(path.stat().st_size).encode())
-    with path.open("rb") as file:
-        digest.update(file.read(1 << 20))
-        file.seek(path.stat().st_size // 2)
-        digest.update(file.read(1 << 20))
-    return digest.hexdigest()[:16]

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .bundle import JOINT_FILE
 from .experts import Expert, ExpertCard, ExpertRecipe, train_experts
 from .factors import FactorHead, Factors, train_factor_head
 from .frozen_base import FrozenBase
@@ -27,9 +28,9 @@ from .tensor_file import read_tensor_file, write_tensor_file
 from .zoo.split import ZooSplit, load_split
 from .zoo.tasks import Task
 
-__all__ = ["JOINT_FILE", "ZooStatus", "ZooTraining"]
+__all__ = ["ZooStatus", "ZooTraining"]
 
-JOINT_FILE = "joint.safetensors"
+
 _FIRST_LAYER, _RANK, _SCALE, _SEED = 8, 5, 2.0, 20  # chosen by a pilot: docs/generated-adapters.md
 _GROUP = 4  # tasks per forward in stage two
 

@@ -1,0 +1,118 @@
+"""ICM-LoRA: one convolutional CVAE over the flattened weights of all tasks.
+
+    encoder  12 × [Conv1d(k7, stride 2) BN LeakyReLU], 8·16·32·64·128·256·256·128·64·32·16·8
+             → 256, with the condition → mean, log-variance of z (latent 256)
+    decoder  z and condition → 11 × [ConvTranspose1d(k7, stride 2) BN ELU], ConvT BN ELU, Conv1d
+    loss     MSE + β·KL(q ‖ N(0, I))
+
+Against the published script: trained jointly over all tasks with a condition per sample, scaled by
+statistics of the training library only, and the condition is never read off the target's own LoRA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["IcmLora", "IcmRecipe", "train_icm_lora"]
+
+_CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class IcmRecipe:
+    latent: int = 256
+    kl: float = 1e-4  # β on the KL summed over z, against an MSE that is a mean over the weights
+    lr: float = 1e-3
+    n_steps: int = 120
+    batch: int = 16
+    seed: int = 0
+    channels: tuple[int, ...] = _CHANNELS
+
+
+class IcmLora(nn.Module):
+    """`scale` [size] spreads the training library's standard deviation of each B over it."""
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, size: int, width: int, recipe: IcmRecipe) -> None:
+        super().__init__()
+        channels = recipe.channels
+        stride = 2 ** len(channels)
+        self.size = size
+        self._padded = -(-size // stride) * stride
+        self._flat = (channels[-1], self._padded // stride)
+        n_flat = self._flat[0] * self._flat[1]
+        self.encoder = nn.Sequential(
+            *[
+                nn.Sequential(nn.Conv1d(a, b, 7, 2, 3), nn.BatchNorm1d(b), nn.LeakyReLU())
+                for a, b in zip((1, *channels[:-1]), channels, strict=True)
+            ],
+            nn.Flatten(),
+            nn.Linear(n_flat, recipe.latent),
+        )
+        self.to_z = nn.Linear(recipe.latent + width, 2 * recipe.latent)
+        self.from_z = nn.Linear(recipe.latent + width, n_flat)
+        back = channels[::-1]
+        self.decoder = nn.Sequential(
+            *[
+                nn.Sequential(
+                    nn.ConvTranspose1d(a, b, 7, 2, 3, output_padding=1), nn.BatchNorm1d(b), nn.ELU()
+                )
+                for a, b in zip(back, (*back[1:], back[-1]), strict=True)
+            ],
+            nn.Conv1d(back[-1], 1, 7, padding=3),
+        )
+        self.latent = recipe.latent
+        self.register_buffer("shift", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def forward(self, vectors: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+        """(MSE, mean KL) of raw vectors [n, size]."""
+        x = (vectors - self.shift) / self.scale
+        padded = nn.functional.pad(x, (0, self._padded - self.size))[:, None]
+        mean, log = self.to_z(torch.cat([self.encoder(padded), condition], -1)).chunk(2, -1)
+        z = mean + (0.5 * log).exp() * torch.randn_like(mean)
+        kl = 0.5 * (mean.square() + log.exp() - 1 - log).sum(-1).mean()
+        return (self._decode(z, condition) - x).square().mean(), kl
+
+    @torch.inference_mode()
+    def generate(self, condition: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Raw vectors [n, size]; z = 0, or a draw from N(0, I) if there is a `generator`."""
+        z = torch.zeros(len(condition), self.latent)
+        if generator is not None:
+            z = torch.randn(z.shape, generator=generator)
+        out: Tensor = self._decode(z, condition) * self.scale + self.shift
+        return out
+
+    def _decode(self, z: Tensor, condition: Tensor) -> Tensor:
+        flat = self.from_z(torch.cat([z, condition], -1)).view(-1, *self._flat)
+        out: Tensor = self.decoder(flat)[:, 0, : self.size]
+        return out
+
+
+def train_icm_lora(
+    samples: Tensor, conditions: Tensor, owner: Tensor, scale: Tensor, recipe: IcmRecipe
+) -> IcmLora:
+    """`samples` [n_tasks, n_snapshots, size]; `conditions` [n_texts, width] with their `owner`.
+
+    `scale` [size]: standard deviation of the training library, one number per B matrix.
+    """
+    torch.manual_seed(recipe.seed)
+    model = IcmLora(samples.shape[-1], conditions.shape[-1], recipe)
+    model.shift.copy_(samples.mean((0, 1)))
+    model.scale.copy_(scale)
+    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 2 * recipe.n_steps)
+    for _ in range(recipe.n_steps):
+        text = torch.randint(len(conditions), (recipe.batch,))
+        which = torch.randint(samples.shape[1], (recipe.batch,))
+        error, kl = model(samples[owner[text], which], conditions[text])
+        optimiser.zero_grad()
+        torch.autograd.backward(error + recipe.kl * kl)
+        optimiser.step()
+        schedule.step()
+    return model.eval().requires_grad_(False)

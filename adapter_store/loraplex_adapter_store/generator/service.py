@@ -1,0 +1,230 @@
+"""A description in, a plain LoRA out: what the server and the command line call.
+
+describe → strange? → method → vector in the layout → PEFT config and tensors, with provenance
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bundle import Bundle
+from .errors import GeneratorMismatch, NotTrained, OutOfDistribution
+from .retrieval import condition
+from .sentences import Encoded, SentenceEncoder
+from .zoo.split import load_split
+
+__all__ = ["METHODS", "Draft", "GeneratedAdapter", "Generator"]
+
+
+class Draft(NamedTuple):
+    """An adapter before it is dressed as PEFT."""
+
+    vector: Tensor  # float32 [layout.size]
+    parts: Mapping[str, float]  # experts, or factors, and their weights
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedAdapter:
+    """A plain PEFT LoRA, ready for the store, and where it came from (JSON-ready)."""
+
+    config: dict[str, object]
+    tensors: dict[str, Tensor]
+    card: dict[str, object]
+
+
+class Generator:
+    """Thread-safe and deterministic: the same description, method and seed give the same bits."""
+
+    def __init__(self, bundle: Bundle, encoder: SentenceEncoder, base_name: str) -> None:
+        self._bundle, self._encoder, self._base_name = bundle, encoder, base_name
+        self._analogy = bundle.analogy
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        encoder_directory: Path,
+        *,
+        base_name: str,
+        base_fingerprint: str | None = None,
+    ) -> Generator:
+        """Raises NotTrained or GeneratorMismatch. `base_fingerprint` of `base_fingerprint()`."""
+        bundle = Bundle.load(folder)
+        trained_for = bundle.library.base_fingerprint
+        if base_fingerprint is not None and base_fingerprint != trained_for:
+            raise GeneratorMismatch(
+                f"the generator was trained for base {trained_for}, not {base_fingerprint}; "
+                "run `loraplex zoo train` and `loraplex generator train` for this base"
+            )
+        return cls(bundle, SentenceEncoder(encoder_directory), base_name)
+
+    @property
+    def default_method(self) -> str:
+        return self._bundle.default
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those that can be asked for, "auto" among them."""
+        return ("auto", *(m for m in METHODS if m != "icm-lora" or self._bundle.icm is not None))
+
+    def generate(
+        self,
+        description: str,
+        *,
+        examples: Sequence[str] = (),
+        method: str = "auto",
+        seed: int = 0,
+        force: bool = False,
+        sample: bool = False,
+    ) -> GeneratedAdapter:
+        """Tens of milliseconds on two cores. `examples` are further wordings of the same wish.
+
+        `sample` draws from the latent of SG-LoRA or ICM-LoRA; without it they decode the centre.
+        Raises OutOfDistribution unless `force`, NotTrained for a method that was not trained.
+        """
+        started = time.perf_counter()
+        encoded = self._encode(description, examples)
+        score = self.strangeness(encoded)
+        if score > self._bundle.strangeness.limit and not force:
+            raise OutOfDistribution(score, self._bundle.strangeness.limit, self.nearest(encoded))
+        name = self._bundle.default if method == "auto" else method
+        draft = self.draft(encoded, name, seed=seed, sample=sample)
+        layout = self._bundle.layout
+        config, tensors = layout.peft(draft.vector, self._base_name)
+        card: dict[str, object] = {
+            "description": description,
+            "method": name,
+            "asked_method": method,
+            "seed": seed,
+            "sampled": sample,
+            "parts": {k: round(v, 4) for k, v in draft.parts.items()},
+            "strangeness": round(score, 4),
+            "strangeness_limit": round(self._bundle.strangeness.limit, 4),
+            "nearest": [[w, round(s, 4)] for w, s in self.nearest(encoded)],
+            "delta_norm": round(layout.delta_norm(draft.vector), 4),
+            "generator": self._bundle.digest,
+            "library": self._bundle.library.digest,
+            "base": self._bundle.library.base_fingerprint,
+            "milliseconds": round(1000 * (time.perf_counter() - started), 1),
+        }
+        return GeneratedAdapter(config, tensors, card)
+
+    def draft(self, encoded: Encoded, method: str, *, seed: int = 0, sample: bool = False) -> Draft:
+        """The bare vector of one description. `method` is one of METHODS."""
+        if method not in METHODS:
+            raise NotTrained(f"method {method!r} is unknown; known: {', '.join(self.methods)}")
+        random = torch.Generator().manual_seed(seed) if sample else None
+        with torch.inference_mode():
+            return METHODS[method](self, encoded, random)
+
+    def strangeness(self, encoded: Encoded) -> float:
+        """Above the bundle's limit, a description is refused."""
+        return float(self._bundle.strangeness.score(encoded.sentence).min())
+
+    def nearest(self, encoded: Encoded, n: int = 3) -> list[tuple[str, float]]:
+        """Names of the closest training tasks, and their best cosine."""
+        similarity = (encoded.sentence @ self._bundle.strangeness.wordings.T).amax(0)
+        names = load_split().sets["train"]
+        best: dict[str, float] = {}
+        for i in similarity.argsort(descending=True).tolist():
+            best.setdefault(names[int(self._bundle.owner[i])], float(similarity[i]))
+            if len(best) == n:
+                break
+        return list(best.items())
+
+    def encode(self, description: str) -> Encoded:
+        return self._encoder.encode([description])
+
+    def _encode(self, description: str, examples: Sequence[str]) -> Encoded:
+        """One row per wording; methods average what they read off the rows."""
+        return self._encoder.encode([description, *examples])
+
+    def _of_weights(self, weights: Tensor) -> Draft:
+        library = self._bundle.library
+        order = weights.abs().argsort(descending=True)[:8].tolist()
+        parts = {library.tasks[i]: float(weights[i]) for i in order if abs(weights[i]) > 1e-3}
+        return Draft(library.combine(weights), parts)
+
+    def _sentence(self, encoded: Encoded) -> Tensor:
+        return torch.nn.functional.normalize(encoded.sentence.mean(0, keepdim=True), dim=-1)
+
+    def _point(self, encoded: Encoded) -> Tensor:
+        bundle = self._bundle
+        return bundle.factors.point(*bundle.head.distributions(encoded)).mean(0)
+
+
+def _end_to_end(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    point = self._point(encoded)
+    names = self._bundle.factors.names
+    parts = {names[i]: float(point[i]) for i in point.nonzero()[:, 0].tolist() if point[i] > 0.02}
+    return Draft(point @ self._bundle.vectors.float(), parts)
+
+
+def _analogy(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._point(encoded) @ self._analogy)
+
+
+def _weighted(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(encoded))[0])
+
+
+def _top_k(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(encoded), even=True)[0])
+
+
+def _nearest(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(encoded), k=1)[0])
+
+
+def _uniform(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    n = len(self._bundle.library.tasks)
+    return self._of_weights(torch.full((n,), 1 / n))
+
+
+def _ridge(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    t = self._bundle.ridge(self._sentence(encoded))[0]
+    return self._of_weights(self._bundle.span.weights(t))
+
+
+def _mlp(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    t = self._bundle.mlp(self._sentence(encoded))[0]
+    return self._of_weights(self._bundle.span.weights(t))
+
+
+def _sg_lora(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    bundle = self._bundle
+    alpha = bundle.neighbours.weights(self._sentence(encoded))
+    snapshots = bundle.library.snapshots
+    mu, var = condition(alpha, snapshots.mean(1), snapshots.var(1, correction=0))
+    t = bundle.sg.generate(mu, var, random)[0]
+    return self._of_weights(bundle.span.weights(t))
+
+
+def _icm_lora(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+    bundle = self._bundle
+    if bundle.icm is None:
+        raise NotTrained("ICM-LoRA was left out when this generator was trained")
+    alpha = bundle.neighbours.weights(self._sentence(encoded))[0]
+    near = {bundle.library.tasks[i]: float(alpha[i]) for i in alpha.nonzero()[:, 0].tolist()}
+    return Draft(bundle.icm.generate(self._sentence(encoded), random)[0], near)
+
+
+METHODS: dict[str, Callable[[Generator, Encoded, torch.Generator | None], Draft]] = {
+    "end-to-end": _end_to_end,
+    "sg-lora": _sg_lora,
+    "icm-lora": _icm_lora,
+    "weighted": _weighted,
+    "nearest": _nearest,
+    "analogy": _analogy,
+    "ridge": _ridge,
+    "mlp": _mlp,
+    "top-k": _top_k,
+    "uniform": _uniform,
+}

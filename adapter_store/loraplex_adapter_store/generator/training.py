@@ -1,0 +1,120 @@
+"""`loraplex generator train`: every map from a description to an adapter, from one library.
+
+Minutes on two cores, nearly all of them the convolutional CVAE of ICM-LoRA. The end-to-end map is
+trained by `loraplex zoo train` (stage one), since it is also where the experts start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .bundle import JOINT_FILE, Bundle
+from .factors import Factors, train_factor_head
+from .icm_lora import IcmRecipe, train_icm_lora
+from .library import LIBRARY_FILE, Library, Span
+from .regressors import fit_mlp, fit_ridge
+from .retrieval import Strangeness, choose_neighbours
+from .sentences import Encoded, SentenceEncoder
+from .sg_lora import SgRecipe, train_sg_lora
+from .tensor_file import read_tensor_file
+from .zoo.split import load_split
+from .zoo.tasks import Task
+
+__all__ = ["Wordings", "train_bundle"]
+
+
+class Wordings:
+    """All training descriptions of a set of tasks, encoded."""
+
+    def __init__(self, encoder: SentenceEncoder, tasks: Sequence[Task]) -> None:
+        pairs = [(i, wording) for i, task in enumerate(tasks) for wording in task.descriptions()]
+        self.tasks = tuple(tasks)
+        self.owner = torch.tensor([i for i, _ in pairs])
+        self.encoded: Encoded = encoder.encode([wording for _, wording in pairs])
+
+    @property
+    def centroids(self) -> Tensor:
+        """[n_tasks, width]: mean of the wordings of each task, length 1."""
+        sums = torch.zeros(len(self.tasks), self.encoded.sentence.shape[1])
+        return F.normalize(sums.index_add_(0, self.owner, self.encoded.sentence), dim=-1)
+
+
+def train_bundle(
+    folder: Path,
+    encoder: SentenceEncoder,
+    *,
+    seed: int = 0,
+    default: str = "end-to-end",
+    sg: SgRecipe = SgRecipe(),  # noqa: B008  frozen value
+    icm: IcmRecipe | None = IcmRecipe(),  # noqa: B008
+    shuffle: bool = False,
+    report: Callable[[str], None] = lambda _: None,
+) -> Bundle:
+    """From `folder`'s library and joint vectors. `icm` None leaves that map out.
+
+    `shuffle` is a control: every task's descriptions are given to another task.
+    """
+    library = Library.load(folder / LIBRARY_FILE)
+    joint = read_tensor_file(folder / JOINT_FILE)
+    span = library.span()
+    words = Wordings(encoder, [Task.parse(name) for name in library.tasks])
+    trained = Wordings(encoder, [Task.parse(name) for name in load_split().sets["train"]])
+    factors = Factors.of(trained.tasks)
+    labels = torch.tensor([factors.labels(t) for t in trained.tasks])
+    if shuffle:
+        generator = torch.Generator().manual_seed(seed)
+        words.owner = torch.randperm(len(words.tasks), generator=generator)[words.owner]
+        labels = labels[torch.randperm(len(labels), generator=generator)]
+    report(f"library of {len(library.tasks)} experts spans {span.size} directions")
+    means = library.snapshots.mean(1)
+    sentence = words.encoded.sentence
+    neighbours = choose_neighbours(words.centroids, sentence, words.owner, means)
+    report(f"neighbours k={neighbours.k} tau={neighbours.tau}")
+    bundle = Bundle(
+        library=library,
+        span=span,
+        vectors=joint.tensors["vectors"],
+        joint_digest=joint.digest,
+        joint_step=int(joint.header["step"]),
+        factors=factors,
+        head=train_factor_head(trained.encoded, labels[trained.owner], factors.groups, seed=seed),
+        neighbours=neighbours,
+        strangeness=Strangeness.fit(
+            trained.encoded.sentence, [trained.tasks[i].operation for i in trained.owner.tolist()]
+        ),
+        owner=trained.owner,
+        ridge=fit_ridge(sentence, words.owner, means),
+        mlp=fit_mlp(sentence, words.owner, means, seed=seed),
+        sg=train_sg_lora(
+            library.snapshots, neighbours, sentence, words.owner, replace(sg, seed=seed)
+        ),
+        icm=None,
+        default=default,
+        sg_recipe=replace(sg, seed=seed),
+        icm_recipe=replace(icm or IcmRecipe(), seed=seed),
+    )
+    report("ridge, MLP, SG-LoRA done")
+    if icm is not None:
+        bundle.icm = train_icm_lora(
+            span.mean + library.snapshots @ span.directions,
+            sentence,
+            words.owner,
+            _spread(library, span),
+            bundle.icm_recipe,
+        )
+        report("ICM-LoRA done")
+    return bundle
+
+
+def _spread(library: Library, span: Span) -> Tensor:
+    """[layout.size]: standard deviation over the library, one number per B, spread over it."""
+    variance = library.snapshots.flatten(0, 1).var(0, correction=0) @ span.directions.square()
+    parts = torch.split(variance, library.layout.b_sizes)
+    scale = torch.cat([part.mean().sqrt().expand_as(part) for part in parts])
+    return scale.clamp_min(float(scale.max()) * 1e-3)

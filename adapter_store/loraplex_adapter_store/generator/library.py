@@ -111,8 +111,8 @@ def export_library(
         raise NotTrained("no expert has passed the gate yet, so there is nothing to export")
     means = torch.stack([e.mean for e in kept]).bfloat16()
     span = Span.of(means.float())
-    n = min(len(e.snapshots) for e in kept)
-    snapshots = torch.stack([span.project(e.snapshots[-n:]) for e in kept])
+    n = max(len(e.snapshots) for e in kept)
+    snapshots = torch.stack([span.project(_repeat(e.snapshots, n)) for e in kept])
     write_tensor_file(
         path,
         {"means": means, "snapshots": snapshots},
@@ -126,3 +126,8 @@ def export_library(
             "missing": list(missing),
         },
     )
+
+
+def _repeat(snapshots: Tensor, n: int) -> Tensor:
+    """[n, size]: an expert with fewer snapshots shows its last one again."""
+    return torch.cat([snapshots, snapshots[-1:].expand(n - len(snapshots), -1)])

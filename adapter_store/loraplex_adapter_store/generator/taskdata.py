@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from .packing import ChatCodec, PackedBatch, Row, pack
-from .zoo.tasks import Task
+from .zoo.tasks import Example, Task
 
 __all__ = ["TaskData"]
 
@@ -18,31 +18,55 @@ class TaskData:
 
     def __init__(self, codec: ChatCodec) -> None:
         self._codec = codec
-        self._train: dict[str, list[Row]] = {}
+        self._train: dict[str, list[Example]] = {}
 
-    def train_batch(self, tasks: Sequence[Task], n_tokens: int, rng: random.Random) -> PackedBatch:
-        """Random training rows, about `n_tokens` of each task: no group waits for a longer one."""
-        return pack(self._codec.head, [self._fill(task, n_tokens, rng) for task in tasks])
-
-    def eval_batch(
-        self, tasks: Sequence[Task], n_rows: int, *, split: str, instruction: str = ""
+    def train_batch(
+        self,
+        tasks: Sequence[Task],
+        n_tokens: int,
+        rng: random.Random,
+        *,
+        instructions: Sequence[str] = (),
     ) -> PackedBatch:
-        """The first `n_rows` rows of `split` for each task."""
+        """Random training rows, about `n_tokens` of each task: no group waits for a longer one.
+
+        `instructions`, one per task, go before every prompt of the task; "" for none.
+        """
+        told = instructions or [""] * len(tasks)
         groups = [
-            [self._codec.row(e, instruction=instruction) for e in task.examples(split, n_rows)]
-            for task in tasks
+            self._fill(task, n_tokens, rng, instruction)
+            for task, instruction in zip(tasks, told, strict=True)
         ]
         return pack(self._codec.head, groups)
 
-    def _fill(self, task: Task, n_tokens: int, rng: random.Random) -> list[Row]:
-        rows = self._train.get(task.name)
-        if rows is None:
-            examples = task.examples("train", _N_TRAIN)
-            rows = self._train[task.name] = [self._codec.row(e) for e in examples]
+    def eval_batch(
+        self,
+        tasks: Sequence[Task],
+        n_rows: int,
+        *,
+        split: str,
+        instructions: Sequence[str] = (),
+    ) -> PackedBatch:
+        """The first `n_rows` rows of `split` for each task."""
+        told = instructions or [""] * len(tasks)
+        groups = [
+            [self._codec.row(e, instruction=text) for e in task.examples(split, n_rows)]
+            for task, text in zip(tasks, told, strict=True)
+        ]
+        return pack(self._codec.head, groups)
+
+    def batch_of(self, examples: Sequence[Sequence[Example]]) -> PackedBatch:
+        """Any examples, a sequence per group."""
+        return pack(self._codec.head, [[self._codec.row(e) for e in group] for group in examples])
+
+    def _fill(self, task: Task, n_tokens: int, rng: random.Random, instruction: str) -> list[Row]:
+        pool = self._train.get(task.name)
+        if pool is None:
+            pool = self._train[task.name] = task.examples("train", _N_TRAIN)
         chosen: list[Row] = []
         left = n_tokens
         while left > 0:
-            row = rng.choice(rows)
+            row = self._codec.row(rng.choice(pool), instruction=instruction)
             if chosen and len(row.tokens) > left + 3:
                 break
             chosen.append(row)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from .frozen_base import FrozenBase
 from .joint import JointRecipe, JointTraining
 from .layout import AdapterLayout
 from .library import LIBRARY_FILE, Library, export_library
+from .multi_task import train_multi_task
 from .packing import ChatCodec, PromptTokenizer
 from .sentences import SentenceEncoder
 from .taskdata import TaskData
@@ -64,11 +65,13 @@ class ZooTraining:
         joint: JointRecipe = JointRecipe(),  # noqa: B008  frozen value
         expert: ExpertRecipe = ExpertRecipe(),  # noqa: B008
         oracle: ExpertRecipe | None = None,
+        multi_task_steps: int = 120,
         split: ZooSplit | None = None,
     ) -> None:
         self.folder, self._shipped = folder, shipped
         self._joint, self._expert = joint, expert
-        self._oracle = oracle or replace(expert, max_steps=72, lr=2e-3)
+        self._oracle = oracle or replace(expert, max_steps=48, lr=2e-3)
+        self._multi_task_steps = multi_task_steps
         self.split = split or load_split()
         self.tasks = [Task.parse(name) for name in self.split.sets["train"]]
         self.held_out = [
@@ -112,11 +115,10 @@ class ZooTraining:
         head = self.factor_head(encoder)
         points = {t.name: self._points(encoder, factors, head, t) for t in self.tasks}
         vectors = self._run_joint(base, layout, data, points, report)
-        starts = {name: point.mean(0) @ vectors for name, point in points.items()}
-        self._run_group("experts", base, layout, data, self.tasks, starts, self._expert, report)
-        for task in self.held_out:
-            starts[task.name] = self._points(encoder, factors, head, task).mean(0) @ vectors
+        starts = self._starts(encoder, vectors, [*self.tasks, *self.held_out])
         self._run_group("oracles", base, layout, data, self.held_out, starts, self._oracle, report)
+        self._run_multi_task(base, layout, data, report)
+        self._run_group("experts", base, layout, data, self.tasks, starts, self._expert, report)
 
     def factor_head(self, encoder: SentenceEncoder, *, seed: int = 0) -> FactorHead:
         """The reading of descriptions; seconds to train, so it is trained anew each time."""
@@ -126,13 +128,32 @@ class ZooTraining:
         labels = torch.tensor([factors.labels(t) for _, t in texts])
         return train_factor_head(encoded, labels, factors.groups, seed=seed)
 
-    def export(self, base: FrozenBase) -> Path:
-        """Writes the library and the joint vectors, finished or not, to `shipped`."""
+    def export(
+        self,
+        base_directory: Path,
+        encoder_directory: Path,
+        tokenizer: PromptTokenizer,
+        *,
+        report: Callable[[str], None],
+    ) -> Path:
+        """Writes the library and the joint vectors, finished or not, to `shipped`.
+
+        A task that stage two has not reached yet enters as stage one left it: an adapter trained
+        through the frozen base too, only not on its own. Its card says zero steps.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        base = FrozenBase(base_directory)
         layout = self.layout_for(base)
-        experts = self.experts()
-        done = {e.card.task for e in experts}
-        missing = [t.name for t in self.tasks if t.name not in done]
         vectors, step = self.joint_vectors()
+        experts = {e.card.task: e for e in self.experts()}
+        missing = [t for t in self.tasks if t.name not in experts]
+        if missing:
+            report(f"scoring {len(missing)} tasks that were only trained jointly")
+            starts = self._starts(SentenceEncoder(encoder_directory), vectors, missing)
+            data, recipe = TaskData(ChatCodec(tokenizer)), replace(self._expert, max_steps=0)
+            for group, start in _in_groups(missing, starts):
+                for expert in train_experts(base, layout, data, group, start, recipe):
+                    experts[expert.card.task] = expert
         write_tensor_file(
             self._shipped / JOINT_FILE,
             {"vectors": vectors.bfloat16()},
@@ -146,8 +167,8 @@ class ZooTraining:
             },
         )
         path = self._shipped / LIBRARY_FILE
-        if experts:
-            export_library(path, layout, base.fingerprint, experts, missing)
+        ordered = [experts[t.name] for t in self.tasks]
+        export_library(path, layout, base.fingerprint, ordered, [t.name for t in missing])
         return path
 
     def experts(self) -> list[Expert]:
@@ -184,6 +205,20 @@ class ZooTraining:
         training.run(checkpoint, report=report)
         return training.vectors
 
+    def _run_multi_task(
+        self,
+        base: FrozenBase,
+        layout: AdapterLayout,
+        data: TaskData,
+        report: Callable[[str], None],
+    ) -> None:
+        path = self.folder / "multi_task.pt"
+        if not path.exists():
+            vector = train_multi_task(
+                base, layout, data, self.tasks, n_steps=self._multi_task_steps, report=report
+            )
+            torch.save(vector, path)
+
     def _run_group(
         self,
         kind: str,
@@ -191,7 +226,7 @@ class ZooTraining:
         layout: AdapterLayout,
         data: TaskData,
         tasks: Sequence[Task],
-        starts: dict[str, Tensor],
+        starts: Mapping[str, Tensor],
         recipe: ExpertRecipe,
         report: Callable[[str], None],
     ) -> None:
@@ -201,9 +236,7 @@ class ZooTraining:
         if kind == "experts":
             have |= {_file_name(n) for n in self._shipped_tasks()}
         left = [t for t in tasks if _file_name(t.name) not in have]
-        for at in range(0, len(left), _GROUP):
-            group = left[at : at + _GROUP]
-            start = torch.stack([starts[t.name] for t in group])
+        for group, start in _in_groups(left, starts):
             for expert in train_experts(base, layout, data, group, start, recipe):
                 _write(folder, expert)
                 card = expert.card
@@ -212,6 +245,13 @@ class ZooTraining:
                     f"{card.nll:.2f}, exact {card.base_exact:.0%} → {card.exact:.0%}, "
                     f"{card.steps} steps{'' if card.passes else ', DROPPED'}"
                 )
+
+    def _starts(
+        self, encoder: SentenceEncoder, vectors: Tensor, tasks: Sequence[Task]
+    ) -> dict[str, Tensor]:
+        """What the joint map makes of each task's training wordings, averaged."""
+        factors, head = Factors.of(self.tasks), self.factor_head(encoder)
+        return {t.name: self._points(encoder, factors, head, t).mean(0) @ vectors for t in tasks}
 
     @staticmethod
     def _points(encoder: SentenceEncoder, factors: Factors, head: FactorHead, task: Task) -> Tensor:
@@ -225,7 +265,9 @@ class ZooTraining:
 
     def _shipped_tasks(self) -> tuple[str, ...]:
         path = self._shipped / LIBRARY_FILE
-        return Library.load(path).tasks if path.is_file() else ()
+        if not path.is_file():
+            return ()
+        return tuple(card["task"] for card in Library.load(path).cards if card["steps"] > 0)
 
     def _shipped_experts(self) -> list[Expert]:
         path = self._shipped / LIBRARY_FILE
@@ -241,7 +283,16 @@ class ZooTraining:
                 span.mean + library.snapshots[i] @ span.directions,
             )
             for i, card in enumerate(library.cards)
+            if card["steps"] > 0
         ]
+
+
+def _in_groups(
+    tasks: Sequence[Task], starts: Mapping[str, Tensor]
+) -> Iterator[tuple[Sequence[Task], Tensor]]:
+    for at in range(0, len(tasks), _GROUP):
+        group = tasks[at : at + _GROUP]
+        yield group, torch.stack([starts[t.name] for t in group])
 
 
 def _file_name(task: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from loraplex_server.cli.generator import generator
 from loraplex_server.cli.pull import pull
 from loraplex_server.cli.serve import serve
 from loraplex_server.cli.zoo import zoo
@@ -19,6 +20,7 @@ app = typer.Typer(
 
 app.command()(pull)
 app.add_typer(zoo, name="zoo")
+app.add_typer(generator, name="generator")
 app.command()(serve)
 
 

@@ -70,11 +70,15 @@ def status(folder: _Folder = None, shipped: _Shipped = None) -> None:
 def export(base: _Base = None, folder: _Folder = None, shipped: _Shipped = None) -> None:
     """Write what is trained so far as the shipped library, whole or partial."""
     from rich import print as show
+    from transformers import AutoTokenizer
 
-    from loraplex_adapter_store.generator.frozen_base import FrozenBase
-    from loraplex_server.model.pull import resolve_model
+    from loraplex_server.model.pull import resolve_encoder, resolve_model
 
-    path = _training(folder, shipped).export(FrozenBase(resolve_model(base)))
+    directory = resolve_model(base)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    path = _training(folder, shipped).export(
+        directory, resolve_encoder(), tokenizer, report=lambda line: show(line, flush=True)
+    )
     for file in sorted(path.parent.glob("*.safetensors")):
         show(f"{file.name}  {file.stat().st_size / 1e6:.1f} MB")
 

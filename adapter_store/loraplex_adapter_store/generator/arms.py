@@ -1,0 +1,132 @@
+"""The arms of the evaluation: each says what stands behind the rows of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .arrow import ArrowExperts
+from .bundle import Bundle
+from .frozen_base import Adapters, BOnlyLora, FrozenBase
+from .scoring import TaskScore, score_groups
+from .service import Generator
+from .taskdata import TaskData
+from .zoo.tasks import Example, Task
+
+__all__ = ["Arm", "arms_of", "controls_of", "run_arm"]
+
+_GROUP = 4  # tasks per forward
+_N_SHOTS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """`vectors` [n_tasks, size] or `adapters`; neither is the base. `instructions` per task."""
+
+    name: str
+    vectors: Tensor | None = None
+    adapters: Adapters | None = None
+    instructions: Sequence[str] = field(default_factory=tuple)
+
+
+def run_arm(
+    base: FrozenBase,
+    data: TaskData,
+    bundle: Bundle,
+    tasks: Sequence[Task],
+    arm: Arm,
+    *,
+    split: str,
+    n_rows: int,
+) -> list[TaskScore]:
+    """One score per task."""
+    scores: list[TaskScore] = []
+    for at in range(0, len(tasks), _GROUP):
+        group = tasks[at : at + _GROUP]
+        told = arm.instructions[at : at + _GROUP]
+        batch = data.eval_batch(group, n_rows, split=split, instructions=told)
+        adapters = arm.adapters
+        if arm.vectors is not None:
+            adapters = BOnlyLora(bundle.layout, arm.vectors[at : at + _GROUP], base.dtype)
+        scores += score_groups(base, batch, adapters)
+    return scores
+
+
+def arms_of(
+    generators: Sequence[Generator],
+    bundle: Bundle,
+    base: FrozenBase,
+    tasks: Sequence[Task],
+    *,
+    oracles: Mapping[str, Tensor],
+    multi_task: Tensor | None,
+    report: Callable[[str], None] = lambda _: None,
+) -> list[Arm]:
+    """Every arm. `generators`: the same library, trained with different seeds."""
+    wordings = [task.test_descriptions()[0] for task in tasks]
+    first = generators[0]
+    encoded = [first.encode(wording) for wording in wordings]
+
+    def drafts(generator: Generator, method: str, *, seed: int = 0, sample: bool = False) -> Tensor:
+        return torch.stack(
+            [generator.draft(e, method, seed=seed, sample=sample).vector for e in encoded]
+        )
+
+    arms = [
+        Arm("base"),
+        Arm("base + description", instructions=wordings),
+        Arm("base + 3-shot", instructions=[_shots(task) for task in tasks]),
+    ]
+    for method in ("nearest", "uniform", "top-k", "weighted", "ridge", "analogy"):
+        arms.append(Arm(method, drafts(first, method)))
+    for i, generator in enumerate(generators):
+        arms.append(Arm(f"mlp #{i}", drafts(generator, "mlp")))
+        arms.append(Arm(f"sg-lora #{i}", drafts(generator, "sg-lora")))
+        sampled = drafts(generator, "sg-lora", seed=i, sample=True)
+        arms.append(Arm(f"sg-lora sample #{i}", sampled))
+        arms.append(Arm(f"end-to-end #{i}", drafts(generator, "end-to-end")))
+    if bundle.icm is not None:
+        arms.append(Arm("icm-lora", drafts(first, "icm-lora")))
+        for i in range(len(generators)):
+            sampled = drafts(first, "icm-lora", seed=i, sample=True)
+            arms.append(Arm(f"icm-lora sample #{i}", sampled))
+    report("adapters drafted")
+    arms.append(
+        Arm("arrow", adapters=ArrowExperts(bundle.layout, bundle.library.means, base.dtype))
+    )
+    if multi_task is not None:
+        every = multi_task.expand(len(tasks), -1)
+        arms.append(Arm("multi-task", every))
+        arms.append(Arm("multi-task + description", every, instructions=wordings))
+    arms.append(Arm("oracle", torch.stack([oracles[task.name] for task in tasks])))
+    return arms
+
+
+def controls_of(
+    generator: Generator, shuffled: Generator, method: str, tasks: Sequence[Task]
+) -> list[Arm]:
+    """What the default method does with descriptions that should not help, and with paraphrases."""
+    n = len(tasks)
+    random_text = [f"{task.name[::-1]} qzx {i * 7919 % 1000}" for i, task in enumerate(tasks)]
+    wrong = [tasks[(i + n // 2) % n].test_descriptions()[0] for i in range(n)]
+    right = [task.test_descriptions() for task in tasks]
+
+    def drafts(source: Generator, texts: Sequence[str]) -> Tensor:
+        return torch.stack([source.draft(source.encode(text), method).vector for text in texts])
+
+    arms = [
+        Arm("control: shuffled training", drafts(shuffled, [r[0] for r in right])),
+        Arm("control: random string", drafts(generator, random_text)),
+        Arm("control: wrong description", drafts(generator, wrong)),
+    ]
+    for i in range(1, len(right[0])):
+        arms.append(Arm(f"paraphrase {i}", drafts(generator, [r[i] for r in right])))
+    return arms
+
+
+def _shots(task: Task) -> str:
+    shots: list[Example] = task.examples("train", _N_SHOTS)
+    return "\n\n".join(f"{shot.prompt}\n{shot.answer}" for shot in shots) + "\n"

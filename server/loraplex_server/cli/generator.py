@@ -1,0 +1,122 @@
+"""`loraplex generator`: train and judge the maps from a description to an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from loraplex_adapter_store.generator.evaluation import Evaluation
+
+__all__ = ["generator"]
+
+generator = typer.Typer(help="Train and evaluate the generators of adapters from descriptions.")
+
+_Base = Annotated[str | None, typer.Option(help="Base model; default: the pulled one.")]
+_Shipped = Annotated[
+    Path | None, typer.Option(help="Folder of the library. Default: the package itself.")
+]
+_Zoo = Annotated[
+    Path | None, typer.Option(help="Folder with the oracles. Default: $LORAPLEX_HOME/zoo.")
+]
+_CANDIDATES = ("end-to-end", "sg-lora", "icm-lora", "weighted", "nearest", "analogy", "ridge")
+
+
+@generator.command()
+def train(
+    shipped: _Shipped = None,
+    seed: Annotated[int, typer.Option(help="Seed of every map.")] = 0,
+    default: Annotated[str, typer.Option(help="The method that `auto` stands for.")] = "end-to-end",
+    icm: Annotated[bool, typer.Option("--icm/--no-icm", help="ICM-LoRA takes minutes.")] = True,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
+) -> None:
+    """Train every generator from the library; a few minutes on two cores."""
+    import torch
+    from rich import print as show
+
+    from loraplex_adapter_store.generator.icm_lora import IcmRecipe
+    from loraplex_adapter_store.generator.sentences import SentenceEncoder
+    from loraplex_adapter_store.generator.shipped import shipped_folder
+    from loraplex_adapter_store.generator.training import train_bundle
+    from loraplex_server.model.pull import resolve_encoder
+
+    torch.set_num_threads(threads)
+    folder = shipped or shipped_folder()
+    bundle = train_bundle(
+        folder,
+        SentenceEncoder(resolve_encoder()),
+        seed=seed,
+        default=default,
+        icm=IcmRecipe() if icm else None,
+        report=lambda line: show(line, flush=True),
+    )
+    path = bundle.save(folder)
+    show(f"{path.name}  {path.stat().st_size / 1e6:.1f} MB")
+
+
+@generator.command(name="eval")
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder for results.json, tables and plots.")] = Path(
+        "docs/generated-adapters"
+    ),
+    on: Annotated[str, typer.Option(help="`validation` or `test`.")] = "test",
+    rows: Annotated[int, typer.Option(help="Examples of each task.", min=4)] = 30,
+    seeds: Annotated[int, typer.Option(help="Generator seeds.", min=1)] = 3,
+    base: _Base = None,
+    shipped: _Shipped = None,
+    zoo_folder: _Zoo = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
+) -> None:
+    """Score every arm on held-out tasks and write the evidence."""
+    import json
+
+    import torch
+    from rich import print as show
+    from transformers import AutoTokenizer
+
+    from loraplex_adapter_store.generator.evaluation import best_method
+    from loraplex_adapter_store.generator.evaluation import evaluate as run
+    from loraplex_adapter_store.generator.evidence import write_evidence
+    from loraplex_adapter_store.generator.frozen_base import FrozenBase
+    from loraplex_adapter_store.generator.packing import ChatCodec
+    from loraplex_adapter_store.generator.sentences import SentenceEncoder
+    from loraplex_adapter_store.generator.shipped import shipped_folder
+    from loraplex_adapter_store.generator.taskdata import TaskData
+    from loraplex_server.model.pull import loraplex_home, resolve_encoder, resolve_model
+
+    torch.set_num_threads(threads)
+    directory = resolve_model(base)
+    folder = shipped or shipped_folder()
+    oracles, multi_task = _rivals(zoo_folder or loraplex_home() / "zoo", folder)
+    result: Evaluation = run(
+        folder,
+        FrozenBase(directory),
+        TaskData(ChatCodec(AutoTokenizer.from_pretrained(directory))),
+        SentenceEncoder(resolve_encoder()),
+        sets=("h1", "h2", "h3") if on == "test" else ("validation",),
+        oracles=oracles,
+        multi_task=multi_task,
+        n_rows=rows,
+        n_seeds=seeds,
+        report=lambda line: show(line, flush=True),
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    (out / f"{on}.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    write_evidence(result, out, on)
+    if on == "validation":
+        show(f"best on validation: {best_method(result, _CANDIDATES)}")
+    show(f"wrote {out}")
+
+
+def _rivals(zoo_folder: Path, shipped: Path) -> tuple[dict[str, Tensor], Tensor | None]:
+    import torch
+
+    from loraplex_adapter_store.generator.zoo_training import ZooTraining
+
+    oracles = {k: e.mean for k, e in ZooTraining(zoo_folder, shipped).oracles().items()}
+    path = zoo_folder / "multi_task.pt"
+    return oracles, torch.load(path, weights_only=True) if path.exists() else None

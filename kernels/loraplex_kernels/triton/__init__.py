@@ -1,1 +1,27 @@
-"""Triton kernels."""
+"""Triton kernels of the LoRA operator and of paged attention. Importing needs no GPU."""
+
+from .attention import AttentionWorkspace, attention_workspace, paged_attention_triton
+from .kv_cache import rope_and_cache_triton, write_kv_triton
+from .lora import lora_apply_triton, workspace_numel
+from .routing import (
+    DeviceSegments,
+    allocate_segments,
+    build_device_segments,
+    fill_device_segments,
+    route_segments,
+)
+
+__all__ = [
+    "AttentionWorkspace",
+    "DeviceSegments",
+    "allocate_segments",
+    "attention_workspace",
+    "build_device_segments",
+    "fill_device_segments",
+    "lora_apply_triton",
+    "paged_attention_triton",
+    "rope_and_cache_triton",
+    "route_segments",
+    "workspace_numel",
+    "write_kv_triton",
+]

@@ -1,0 +1,342 @@
+"""Causal attention over the paged cache, decode and prefill rows mixed, split over the positions.
+
+    out[i, h] = Σ_j softmax_j(scale · q[i, h] · k[j]) v[j]      j ≤ place(i), j > place(i) − window
+
+Shapes: q, out [T, n_heads, D]; a tile holds BLOCK_Q queries of one request times the heads that
+share a key head. Positions are cut into splits of SPLIT_POSITIONS, counted from position 0; each
+has an online softmax of its own, and splits meet in ascending order: in one program (many rows) or
+through float32 partials that ``combine_kernel`` adds (few rows). A hidden position adds an exact
+zero, so a row has the same bits in every batch and both ways. No atomics, no host sync; programs
+without work exit at once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .kv_cache import cache_unit, check_cache
+
+__all__ = ["SPLIT_POSITIONS", "AttentionWorkspace", "attention_workspace", "paged_attention_triton"]
+
+SPLIT_POSITIONS = 512
+_BLOCK_KV = 64
+_SERIAL_ROWS = 256  # from here on there are tiles enough to fill a GPU without splits
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def find_request(starts_ptr, n_requests, tile, BLOCK_Q: tl.constexpr):
+    """The last request r with starts[r] // BLOCK_Q + r ≤ tile: tile places need no table."""
+    found = 0
+    for first in range(0, n_requests, 128):
+        r = first + tl.arange(0, 128)
+        start = tl.load(starts_ptr + r, mask=r < n_requests, other=0)
+        hit = (start // BLOCK_Q + r <= tile) & (r < n_requests)
+        found += tl.sum(hit.to(tl.int32))
+    return found - 1
+
+
+@triton.jit
+def merge(m, norm, acc, other_m, other_norm, other_acc):
+    """Two online-softmax states as one; an empty one (m = -inf) leaves the other bit for bit."""
+    top = tl.maximum(m, other_m)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    a = tl.exp2(m - safe)
+    b = tl.exp2(other_m - safe)
+    return top, norm * a + other_norm * b, acc * a[:, None] + other_acc * b[:, None]
+
+
+@triton.jit
+def load_keys(
+    k_cache_ptr, blocks, in_use,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, N_PAGES: tl.constexpr,
+    U: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_D, positions]: a page of one head is one contiguous run."""
+    flat = tl.arange(0, BLOCK_D * PAGE_SIZE)
+    mask = in_use[:, None] & (flat < D * PAGE_SIZE)[None, :]
+    k = tl.load(k_cache_ptr + blocks[:, None] + flat[None, :], mask=mask, other=0.0)
+    k = tl.permute(tl.reshape(k, (N_PAGES, BLOCK_D // U, PAGE_SIZE, U)), (1, 3, 0, 2))
+    return tl.reshape(k, (BLOCK_D, N_PAGES * PAGE_SIZE))
+
+
+@triton.jit
+def load_values(
+    v_cache_ptr, blocks, in_use,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, N_PAGES: tl.constexpr,
+    U: tl.constexpr,
+):  # fmt: skip
+    """[positions, BLOCK_D]"""
+    outer = tl.arange(0, PAGE_SIZE // U) * (D * U)
+    inner = tl.arange(0, BLOCK_D * U)
+    mask = in_use[:, None, None] & (inner < D * U)[None, None, :]
+    pointers = v_cache_ptr + blocks[:, None, None] + outer[None, :, None] + inner[None, None, :]
+    v = tl.load(pointers, mask=mask, other=0.0)
+    v = tl.permute(tl.reshape(v, (N_PAGES, PAGE_SIZE // U, BLOCK_D, U)), (0, 1, 3, 2))
+    return tl.reshape(v, (N_PAGES * PAGE_SIZE, BLOCK_D))
+
+
+@triton.jit
+def attend_split(
+    q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, first, last, place, stop, scale,
+    window, softcap,
+    N_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    N_PAGES: tl.constexpr, U: tl.constexpr, BLOCK_M: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over positions [first, last): maximum (base 2), norm and weighted values."""
+    BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
+    m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    # The norm is a product with ones: a reduction's order would follow the thread layout.
+    ones = tl.full((BLOCK_KV, 16), 1.0, dtype=q.dtype)
+    norm = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for start in range(first, last, BLOCK_KV):
+        page = start // PAGE_SIZE + tl.arange(0, N_PAGES)
+        in_use = page * PAGE_SIZE < stop
+        page_id = tl.load(pages_ptr + page, mask=in_use, other=0).to(tl.int64)
+        blocks = (page_id * N_KV + kv_head) * (PAGE_SIZE * D)
+        j = start + tl.arange(0, BLOCK_KV)
+        k = load_keys(k_cache_ptr, blocks, in_use, D, BLOCK_D, PAGE_SIZE, N_PAGES, U)
+        scores = tl.dot(q, k, input_precision="ieee") * scale
+        if HAS_SOFTCAP:
+            # c · tanh(s / c), from exp2 so that it is the same function everywhere
+            grown = tl.exp2(scores * (2.0 * _LOG2_E / softcap))
+            scores = softcap * (1.0 - 2.0 / (grown + 1.0))
+        seen = j[None, :] <= place[:, None]
+        if HAS_WINDOW:
+            seen = seen & (j[None, :] > place[:, None] - window)
+        scores = tl.where(seen, scores * _LOG2_E, float("-inf"))
+        top = tl.maximum(m, tl.max(scores, axis=1))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2(scores - safe[:, None])
+        fade = tl.exp2(m - safe)
+        v = load_values(v_cache_ptr, blocks, in_use, D, BLOCK_D, PAGE_SIZE, N_PAGES, U)
+        # What lies beyond the last position was never written: 0 · NaN must not reach the sum.
+        v = tl.where((j < stop)[:, None], v, 0.0).to(v.dtype)
+        p = p.to(v.dtype)
+        norm = tl.dot(p, ones, norm * fade[:, None], input_precision="ieee")
+        acc = tl.dot(p, v, acc * fade[:, None], input_precision="ieee")
+        m = top
+    return m, tl.max(norm, axis=1), acc
+
+
+@triton.jit(do_not_specialize=["n_requests", "n_rows", "n_splits", "window"])
+def attend_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, page_table_ptr, starts_ptr, kv_lens_ptr, out_ptr,
+    partial_ptr, norm_ptr,
+    stride_qt, stride_qh, stride_ot, stride_oh, stride_pages,
+    n_requests, n_rows, n_splits, scale, window, softcap,
+    N_KV: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, N_PAGES: tl.constexpr, U: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, SERIAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    request = find_request(starts_ptr, n_requests, tile, BLOCK_Q)
+    start = tl.load(starts_ptr + request)
+    n_queries = tl.load(starts_ptr + request + 1) - start
+    first_query = (tile - start // BLOCK_Q - request) * BLOCK_Q
+    if first_query >= n_queries:
+        return
+    hidden = tl.load(kv_lens_ptr + request) - n_queries  # place of query 0
+    stop = hidden + tl.minimum(first_query + BLOCK_Q, n_queries)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(hidden + first_query - window + 1, 0)
+    lanes = tl.arange(0, BLOCK_M)
+    query = first_query + lanes // GROUP_PADDED
+    in_tile = (query < n_queries) & (lanes % GROUP_PADDED < GROUP)
+    head = kv_head * GROUP + lanes % GROUP_PADDED
+    row = (start + query).to(tl.int64)
+    dims = tl.arange(0, BLOCK_D)
+    mask = in_tile[:, None] & (dims < D)[None, :]
+    q = tl.load(
+        q_ptr + (row * stride_qt + head * stride_qh)[:, None] + dims[None, :], mask=mask, other=0.0
+    )
+    place = tl.where(in_tile, hidden + query, -1)
+    pages_ptr = page_table_ptr + request.to(tl.int64) * stride_pages
+    BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
+    if SERIAL:
+        m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+        norm = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        for split in range(begin // SPLIT, tl.cdiv(stop, SPLIT)):
+            first = tl.maximum(split * SPLIT, begin // BLOCK_KV * BLOCK_KV)
+            other_m, other_norm, other_acc = attend_split(
+                q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, first,
+                tl.minimum(split * SPLIT + SPLIT, stop), place, stop, scale, window, softcap,
+                N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, BLOCK_M, HAS_WINDOW, HAS_SOFTCAP,
+            )  # fmt: skip
+            m, norm, acc = merge(m, norm, acc, other_m, other_norm, other_acc)
+        y = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]  # lanes beyond the tile have none
+        pointers = out_ptr + (row * stride_ot + head * stride_oh)[:, None] + dims[None, :]
+        tl.store(pointers, y, mask=mask)
+    else:
+        split = tl.program_id(2)
+        first = tl.maximum(split * SPLIT, begin // BLOCK_KV * BLOCK_KV)
+        last = tl.minimum(split * SPLIT + SPLIT, stop)
+        if first < last:
+            m, norm, acc = attend_split(
+                q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, first, last, place, stop, scale,
+                window, softcap,
+                N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, BLOCK_M, HAS_WINDOW, HAS_SOFTCAP,
+            )  # fmt: skip
+            at = (split * n_rows + row) * (N_KV * GROUP) + head
+            tl.store(norm_ptr + at * 2, m, mask=in_tile)
+            tl.store(norm_ptr + at * 2 + 1, norm, mask=in_tile)
+            tl.store(partial_ptr + at[:, None] * D + dims[None, :], acc, mask=mask)
+
+
+@triton.jit(do_not_specialize=["n_requests", "n_rows", "window"])
+def combine_kernel(
+    partial_ptr, norm_ptr, starts_ptr, kv_lens_ptr, out_ptr, stride_ot, stride_oh,
+    n_requests, n_rows, window,
+    N_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    found = 0
+    for base in range(0, n_requests, 128):
+        r = base + tl.arange(0, 128)
+        from_row = tl.load(starts_ptr + r, mask=r < n_requests, other=0)
+        found += tl.sum(((from_row <= row) & (r < n_requests)).to(tl.int32))
+    request = found - 1
+    end = tl.load(starts_ptr + request + 1)
+    if row >= end:
+        return
+    place = tl.load(kv_lens_ptr + request) - (end - row)
+    begin = 0
+    if HAS_WINDOW:
+        begin = tl.maximum(place - window + 1, 0)
+    dims = tl.arange(0, BLOCK_D)
+    m = tl.full((1,), float("-inf"), dtype=tl.float32)
+    norm = tl.zeros((1,), dtype=tl.float32)
+    acc = tl.zeros((1, BLOCK_D), dtype=tl.float32)
+    one = tl.arange(0, 1)
+    for split in range(begin // SPLIT, place // SPLIT + 1):
+        at = (split * n_rows + row).to(tl.int64) * N_HEADS + head
+        other_m = tl.load(norm_ptr + at * 2 + one)
+        other_norm = tl.load(norm_ptr + at * 2 + 1 + one)
+        pointers = partial_ptr + at * D + one[:, None] + dims[None, :]
+        other_acc = tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+        m, norm, acc = merge(m, norm, acc, other_m, other_norm, other_acc)
+    pointers = out_ptr + row.to(tl.int64) * stride_ot + head * stride_oh + dims[None, :]
+    tl.store(pointers + one[:, None], acc / norm[:, None], mask=(dims < D)[None, :])
+
+
+class AttentionWorkspace(NamedTuple):
+    """Partials of a step with few rows; both are float32 and may be larger than needed."""
+
+    partials: Tensor  # [n_splits * T * n_heads * D]
+    norms: Tensor  # [n_splits * T * n_heads * 2]: maximum, norm
+
+
+def attention_workspace(
+    n_rows: int, n_heads: int, head_dim: int, n_positions: int, device: torch.device
+) -> AttentionWorkspace:
+    """Room for steps of up to ``n_rows`` rows over up to ``n_positions`` positions."""
+    n = -(-n_positions // SPLIT_POSITIONS) * min(n_rows, _SERIAL_ROWS) * n_heads
+    sizes = (n * head_dim, n * 2)
+    return AttentionWorkspace(*(torch.empty(size, device=device) for size in sizes))
+
+
+def paged_attention_triton(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    kv_lens: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    out: Tensor | None = None,
+    workspace: AttentionWorkspace | None = None,
+) -> Tensor:
+    """``paged_attention_reference`` on a GPU; writes and returns ``out``.
+
+    Launches depend on shapes only (``page_table`` [n_requests, n_pages] bounds the positions), so a
+    CUDA graph may replay them; ``query_starts`` and ``kv_lens`` are int32 on the device. Requests
+    without queries and rows beyond the last request are left alone. ``out`` and ``workspace`` are
+    allocated when absent. Raises ValueError before the launch when a shape does not fit.
+    """
+    _check(q, k_cache, v_cache, page_table, query_starts, kv_lens)
+    out = torch.empty_like(q) if out is None else out
+    n_rows, n_heads, head_dim = q.shape
+    if out.shape != q.shape or (n_rows and out.stride(2) != 1):
+        raise ValueError(f"out must be {tuple(q.shape)}, contiguous along D")
+    n_requests = kv_lens.shape[0]
+    if n_rows == 0 or n_requests == 0:
+        return out
+    n_kv, page_size = k_cache.shape[1], k_cache.shape[2]
+    n_positions = page_table.shape[1] * page_size
+    n_splits = -(-n_positions // SPLIT_POSITIONS)
+    serial = n_rows > _SERIAL_ROWS or n_splits == 1
+    if serial:
+        space = AttentionWorkspace(out, out)
+    elif workspace is None:
+        space = attention_workspace(n_rows, n_heads, head_dim, n_positions, q.device)
+    else:
+        space = workspace
+        if space.partials.numel() < n_splits * n_rows * n_heads * head_dim:
+            raise ValueError("the attention workspace is too small; see attention_workspace")
+    group = n_heads // n_kv
+    padded = triton.next_power_of_2(group)
+    block_m = max(16 if n_rows <= _SERIAL_ROWS else 32, padded)
+    n_tiles = min(n_rows, n_rows // (block_m // padded) + n_requests)
+    block_d = triton.next_power_of_2(head_dim)
+    shared = {
+        "D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT_POSITIONS,
+        "HAS_WINDOW": window is not None,
+    }  # fmt: skip
+    attend_kernel[(n_tiles, n_kv, 1 if serial else n_splits)](
+        q, k_cache, v_cache, page_table, query_starts, kv_lens, out, *space,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0),
+        n_requests, n_rows, n_splits, scale, window or 0, softcap or 1.0,
+        N_KV=n_kv, GROUP=group, GROUP_PADDED=padded, PAGE_SIZE=page_size,
+        N_PAGES=max(1, _BLOCK_KV // page_size), U=cache_unit(k_cache), BLOCK_M=block_m,
+        SERIAL=serial, HAS_SOFTCAP=softcap is not None, num_warps=4, num_stages=2,
+        enable_fp_fusion=False, **shared,
+    )  # fmt: skip
+    if not serial:
+        combine_kernel[(n_rows, n_heads)](
+            *space, query_starts, kv_lens, out, out.stride(0), out.stride(1),
+            n_requests, n_rows, window or 0, N_HEADS=n_heads, num_warps=1,
+            enable_fp_fusion=False, **shared,
+        )  # fmt: skip
+    return out
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor,
+    query_starts: Tensor,
+    kv_lens: Tensor,
+) -> None:
+    check_cache(k_cache, v_cache)
+    n_kv, head_dim = k_cache.shape[1], k_cache.shape[3]
+    if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % n_kv:
+        raise ValueError(f"q is {tuple(q.shape)}, the cache holds {n_kv} heads of {head_dim}")
+    if q.dtype != k_cache.dtype or q.device != k_cache.device:
+        raise ValueError(f"q is {q.dtype} on {q.device}, the cache {k_cache.dtype}")
+    if q.shape[0] and q.stride(2) != 1:
+        raise ValueError("q must be contiguous along D")
+    if head_dim > 256:
+        raise ValueError(f"head dimension {head_dim}; this kernel serves up to 256")
+    n_requests = kv_lens.shape[0]
+    if query_starts.shape != (n_requests + 1,) or page_table.shape[0] < n_requests:
+        raise ValueError(f"{n_requests} requests need {n_requests + 1} starts and a page row each")
+    if page_table.stride(1) != 1 and page_table.shape[1] > 1:
+        raise ValueError("page_table must be contiguous along its pages")

@@ -1,0 +1,190 @@
+"""Rotary embedding and the write of keys and values into the paged cache, in one launch.
+
+    q, k ← x · cos + rotate_half(x) · sin        float32, one rounding; in place in q_k_v
+    cache[slot] ← k, v                           negative slots are skipped
+
+Shapes: q_k_v [T, (n_heads + 2 n_kv_heads) D]; cos, sin [n_positions, D]; a page of one head is
+``K: [D / u, page_size, u]``, ``V: [page_size / u, D, u]`` (see ``model_ops_reference``).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["cache_unit", "check_cache", "rope_and_cache_triton", "write_kv_triton"]
+
+
+@triton.jit
+def store_key(k_cache_ptr, slot, head, x, dims, N_KV, PAGE_SIZE, D: tl.constexpr, U: tl.constexpr):
+    block = (slot // PAGE_SIZE * N_KV + head) * (PAGE_SIZE * D)
+    place = dims // U * (PAGE_SIZE * U) + slot % PAGE_SIZE * U + dims % U
+    tl.store(k_cache_ptr + block + place, x, mask=dims < D)
+
+
+@triton.jit
+def store_value(
+    v_cache_ptr, slot, head, x, dims, N_KV, PAGE_SIZE, D: tl.constexpr, U: tl.constexpr
+):
+    block = (slot // PAGE_SIZE * N_KV + head) * (PAGE_SIZE * D)
+    within = slot % PAGE_SIZE
+    place = within // U * (D * U) + dims * U + within % U
+    tl.store(v_cache_ptr + block + place, x, mask=dims < D)
+
+
+@triton.jit
+def rope_and_cache_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    positions_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slots_ptr,
+    stride_xt,
+    N_HEADS: tl.constexpr,
+    N_KV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    U: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    dims = tl.arange(0, BLOCK_D)
+    inside = dims < D
+    head_ptr = x_ptr + row * stride_xt + head * D
+    x = tl.load(head_ptr + dims, mask=inside, other=0.0)
+    if HAS_ROPE and head < N_HEADS + N_KV:
+        position = tl.load(positions_ptr + row).to(tl.int64)
+        is_first = dims < D // 2
+        partner = tl.where(is_first, dims + D // 2, dims - D // 2)
+        turned = tl.load(head_ptr + partner, mask=inside, other=0.0).to(tl.float32)
+        turned = tl.where(is_first, -turned, turned)
+        cos = tl.load(cos_ptr + position * D + dims, mask=inside, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + position * D + dims, mask=inside, other=0.0).to(tl.float32)
+        x = (x.to(tl.float32) * cos + turned * sin).to(x.dtype)
+        # Every lane must have read its partner before any lane writes.
+        tl.debug_barrier()
+        tl.store(head_ptr + dims, x, mask=inside)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    if slot >= 0 and head >= N_HEADS:
+        if head < N_HEADS + N_KV:
+            store_key(k_cache_ptr, slot, head - N_HEADS, x, dims, N_KV, PAGE_SIZE, D, U)
+        else:
+            store_value(v_cache_ptr, slot, head - N_HEADS - N_KV, x, dims, N_KV, PAGE_SIZE, D, U)
+
+
+@triton.jit
+def write_kv_kernel(
+    k_ptr,
+    v_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    slots_ptr,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    N_KV: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    U: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    slot = tl.load(slots_ptr + row).to(tl.int64)
+    if slot < 0:
+        return
+    dims = tl.arange(0, BLOCK_D)
+    k = tl.load(k_ptr + row * stride_kt + head * stride_kh + dims, mask=dims < D, other=0.0)
+    store_key(k_cache_ptr, slot, head, k, dims, N_KV, PAGE_SIZE, D, U)
+    v = tl.load(v_ptr + row * stride_vt + head * stride_vh + dims, mask=dims < D, other=0.0)
+    store_value(v_cache_ptr, slot, head, v, dims, N_KV, PAGE_SIZE, D, U)
+
+
+def cache_unit(cache: Tensor) -> int:
+    """Elements that lie together for one dot product step: two of two bytes, else one."""
+    return 2 if cache.element_size() == 2 else 1
+
+
+def check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
+    """Raises ValueError unless both are contiguous caches of one shape, with a usable page size."""
+    if k_cache.dim() != 4 or k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
+        raise ValueError(
+            f"caches must share [n_pages, n_kv_heads, page_size, D] and dtype; they are "
+            f"{tuple(k_cache.shape)} {k_cache.dtype} and {tuple(v_cache.shape)} {v_cache.dtype}"
+        )
+    if not (k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("both caches must be contiguous")
+    page_size = k_cache.shape[2]
+    if page_size & (page_size - 1) or not 2 <= page_size <= 128:
+        raise ValueError(f"page size is {page_size}; it must be a power of two from 2 to 128")
+
+
+def rope_and_cache_triton(
+    q_k_v: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    positions: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slots: Tensor,
+    *,
+    n_heads: int,
+    n_kv_heads: int,
+    head_dim: int,
+) -> None:
+    """``rope_and_cache_reference`` on a GPU. Allocates nothing.
+
+    Raises ValueError before the launch when a shape, stride or dtype does not fit.
+    """
+    check_cache(k_cache, v_cache)
+    width = (n_heads + 2 * n_kv_heads) * head_dim
+    n_rows = q_k_v.shape[0]
+    if q_k_v.dim() != 2 or q_k_v.shape[1] != width or (n_rows and q_k_v.stride(1) != 1):
+        raise ValueError(f"q_k_v is {tuple(q_k_v.shape)}, it must be [T, {width}], rows contiguous")
+    if k_cache.shape[1] != n_kv_heads or k_cache.shape[3] != head_dim:
+        raise ValueError(f"the cache holds {tuple(k_cache.shape)}, not {n_kv_heads} × {head_dim}")
+    if slots.shape != (n_rows,) or positions.shape != (n_rows,):
+        raise ValueError(f"slots and positions must both be [{n_rows}]")
+    if (cos is None) != (sin is None):
+        raise ValueError("cos and sin must be given together")
+    has_rope = cos is not None and sin is not None
+    for angle in (cos, sin):
+        if angle is not None and (angle.shape[-1] != head_dim or not angle.is_contiguous()):
+            raise ValueError(f"cos and sin must be contiguous [n_positions, {head_dim}]")
+    if n_rows == 0:
+        return
+    rope_and_cache_kernel[(n_rows, n_heads + 2 * n_kv_heads)](
+        q_k_v, cos if has_rope else q_k_v, sin if has_rope else q_k_v, positions,
+        k_cache, v_cache, slots, q_k_v.stride(0),
+        N_HEADS=n_heads, N_KV=n_kv_heads, PAGE_SIZE=k_cache.shape[2], D=head_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim), U=cache_unit(k_cache), HAS_ROPE=has_rope,
+        num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def write_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
+    """``write_kv_reference`` on a GPU: ``k``, ``v`` [T, n_kv_heads, D] to ``slots`` [T].
+
+    Allocates nothing. Raises ValueError before the launch when a shape or stride does not fit.
+    """
+    check_cache(k_cache, v_cache)
+    n_rows = slots.shape[0]
+    wanted = (n_rows, k_cache.shape[1], k_cache.shape[3])
+    if tuple(k.shape) != wanted or tuple(v.shape) != wanted:
+        raise ValueError(f"k and v must be {wanted}, not {tuple(k.shape)} and {tuple(v.shape)}")
+    if n_rows == 0:
+        return
+    if k.stride(2) != 1 or v.stride(2) != 1:
+        raise ValueError("k and v must be contiguous along D")
+    write_kv_kernel[(n_rows, k_cache.shape[1])](
+        k, v, k_cache, v_cache, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        N_KV=k_cache.shape[1], PAGE_SIZE=k_cache.shape[2], D=k_cache.shape[3],
+        BLOCK_D=triton.next_power_of_2(k_cache.shape[3]), U=cache_unit(k_cache), num_warps=1,
+        enable_fp_fusion=False,
+    )  # fmt: skip

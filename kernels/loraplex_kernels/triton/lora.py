@@ -1,0 +1,88 @@
+"""The LoRA operator on a GPU: chooses launches from the tuning table and runs them."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..layout import PAGE_RANK, LoraSegments, LoraTables, LoraTarget
+from .arithmetic import reduction
+from .expand import lora_expand
+from .fused import lora_fused
+from .routing import DeviceSegments, route_segments
+from .shrink import lora_shrink, planes_shape
+from .tuning import TuningTable, default_table, key_for
+
+__all__ = ["lora_apply_triton", "workspace_numel"]
+
+
+def lora_apply_triton(
+    x: Tensor,
+    storage: Tensor,
+    target: LoraTarget,
+    tables: LoraTables,
+    segments: LoraSegments,
+    *,
+    out: Tensor,
+    workspace: Tensor | None = None,
+    table: TuningTable | None = None,
+    capability: int | None = None,
+) -> None:
+    """``lora_apply_reference`` on a GPU: adds every segment's product to ``out`` in place.
+
+    With ``DeviceSegments`` nothing waits for the device and the launches depend on shapes only, so
+    a CUDA graph may replay them for other segments; plain ``LoraSegments`` are routed first, which
+    waits. ``workspace`` float32 of ``workspace_numel`` elements, else one is allocated. A row's
+    bits depend on that row and its adapters only. Raises ValueError before any launch.
+    """
+    routed = route_segments(segments, x.shape[0])
+    chosen = default_table() if table is None else table
+    max_rank = tables.a_pages.shape[2] * PAGE_RANK
+    bounds = {
+        "capability": capability or _capability(x.device),
+        "rank": max_rank,
+        "rows": routed.rows.shape[0],
+    }
+    in_features, n_out = target.in_features, sum(target.out_features)
+    if routed.blocks is None:
+        fused = chosen.fused(key_for("fused", x.dtype, width=in_features, **bounds))
+        if fused.enabled:
+            lora_fused(x, storage, target, tables, routed, fused, out=out)
+            return
+    shrink = chosen.shrink(key_for("shrink", x.dtype, width=in_features, **bounds))
+    expand = chosen.expand(key_for("expand", x.dtype, width=n_out, **bounds))
+    n_planes = 1 if shrink.serial else reduction(in_features, x.element_size()).n_chunks
+    shape = planes_shape(target, tables, routed, n_planes=n_planes)
+    planes = _planes(workspace, shape, x.device)
+    lora_shrink(x, storage, target, tables, routed, shrink, planes=planes)
+    lora_expand(planes, x, storage, target, tables, routed, expand, out=out)
+
+
+def workspace_numel(
+    target: LoraTarget, tables: LoraTables, segments: DeviceSegments, dtype: torch.dtype
+) -> int:
+    """Float32 elements that ``lora_apply_triton`` needs at most for this target and step size."""
+    n_planes = reduction(target.in_features, dtype.itemsize).n_chunks
+    return int(torch.Size(planes_shape(target, tables, segments, n_planes=n_planes)).numel())
+
+
+def _planes(
+    workspace: Tensor | None, shape: tuple[int, int, int, int, int], device: torch.device
+) -> Tensor:
+    if workspace is None:
+        return torch.empty(shape, dtype=torch.float32, device=device)
+    needed = int(torch.Size(shape).numel())
+    if workspace.dtype != torch.float32 or workspace.numel() < needed:
+        raise ValueError(f"workspace must be float32 with {needed} elements or more")
+    return workspace.view(-1)[:needed].view(shape)
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    """Compute capability as 80, 90, …; of a CPU tensor (Triton's interpreter) the lowest."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor

@@ -89,6 +89,11 @@ class PackedLinear:
             return self._weight[token_ids]
         return self._weight[token_ids // _PANEL, :, token_ids % _PANEL].view(self.dtype)
 
+    @property
+    def bias(self) -> Tensor | None:
+        """[n_out], or None if no stacked linear has one."""
+        return None if self._bias is None else self._bias[: self.n_out]
+
     def unpack(self) -> list[Tensor]:
         """The weights as they were given, copied."""
         stacked = self._weight if self._code is None else self._unpacked()

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_kernels.model_ops import write_kv
+
 from .page_pool import PagePool, page_keys
 
 __all__ = ["KvCache", "KvGeometry"]
@@ -166,14 +168,15 @@ class KvCache:
     ) -> None:
         """Imports KV [n_virtual, n_kv_heads, head_dim] per layer at the start of a request."""
         n_tokens = keys[0].shape[0]
-        pages = torch.tensor(
-            self._tables[request_id].pages[: self.pages_for(n_tokens)], device=keys[0].device
-        )
-        position = torch.arange(n_tokens, device=keys[0].device)
-        page, offset = pages[position // self.page_size], position % self.page_size
+        device = self.keys[0].device
+        pages = torch.tensor(self._tables[request_id].pages, dtype=torch.int64, device=device)
+        position = torch.arange(n_tokens, device=device)
+        slots = pages[position // self.page_size] * self.page_size + position % self.page_size
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
-            self.keys[layer][page, :, offset] = k.to(self.keys[layer])
-            self.values[layer][page, :, offset] = v.to(self.values[layer])
+            cached_k, cached_v = self.keys[layer], self.values[layer]
+            write_kv(
+                k.to(cached_k).contiguous(), v.to(cached_v).contiguous(), cached_k, cached_v, slots
+            )
 
     def _match(self, root: bytes, token_ids: Sequence[int]) -> tuple[list[int], bytes]:
         pages: list[int] = []

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
-from loraplex_kernels.ops import lora_apply
+from loraplex_kernels.ops import PreparedTarget, lora_apply
 from loraplex_kernels.pool import LoraPool
 from loraplex_kernels.segments import build_segments
 from loraplex_router.experts import RoutedRows
 
 from ..model.base_model import BaseModel
-from ..model.lora_group import ApplyLora, ApplySlice, LoraGroup
+from ..model.lora_group import ApplySlice, LoraGroup
 from ..model.routed import rows_for
 from ..model.step import PlannedRows
 from .batch import StepBatch, build_batch
@@ -47,7 +47,7 @@ class ModelRunner:
         self._adapters = adapters
         model.attach_kv(kv_cache.keys, kv_cache.values)
         for group in model.groups.values():
-            group.apply_lora = _bind(adapters.pool, group)
+            group.apply_lora = PreparedTarget(adapters.pool, group.target.name)
             group.apply_slice = _bind_slices(adapters.pool, group)
 
     @torch.inference_mode()
@@ -187,15 +187,6 @@ class ModelRunner:
             n_top = request.source.sampling.logprobs or 0
             found[request.id] = tuple(logprobs_of(logits, targets, [n_top] * len(targets)))
         return found
-
-
-def _bind(pool: LoraPool, group: LoraGroup) -> ApplyLora:
-    target = group.target
-
-    def apply(x: Tensor, segments: LoraSegments, out: Tensor) -> None:
-        lora_apply(x, pool.storage, target, pool.tables(target.name), segments, out=out)
-
-    return apply
 
 
 def _bind_slices(pool: LoraPool, group: LoraGroup) -> ApplySlice:

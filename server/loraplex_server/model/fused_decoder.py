@@ -87,7 +87,7 @@ class FusedDecoder:
         positions = torch.arange(
             config.max_position_embeddings, device=next(decoder.parameters()).device
         )
-        probe = next(decoder.parameters())[:1]
+        probe = next(decoder.parameters())[:1].float()  # cos and sin stay float32
         cos, sin = rotary(probe, position_ids=positions.unsqueeze(0))
         head_dim = (
             getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -92,7 +92,9 @@ class LoraGroup:
             x_rows, y = x[planned.rows], out[planned.rows, columns]
             if dense is not None:
                 bias = self.packed.bias
-                y = functional.linear(x_rows, dense, None if bias is None else bias[columns])
+                y = functional.linear(
+                    x_rows, dense, None if bias is None else bias[columns].to(dense)
+                )
             if module is not None:
                 y = self._apply_module(x_rows, y, module, columns)
             out[planned.rows, columns] = y.to(out.dtype)

@@ -128,22 +128,38 @@ def serve(
     Flags win over LORAPLEX_* variables (as LORAPLEX_MAX_MODEL_LEN), those over --config.
     """
     flags = {name: value for name, value in locals().items() if name != "config" and _given(value)}
-    from loraplex_adapter_store.errors import StoreError
+    try:
+        _serve(flags, config)
+    except KeyboardInterrupt:  # before the server has taken over the signals
+        raise typer.Exit(130) from None
+
+
+def _serve(flags: dict[str, object], config: Path | None) -> None:
     from loraplex_server.config import ConfigError, resolve_config
+    from loraplex_server.http.listening import bind
+
+    try:
+        text = None if config is None else config.read_text(encoding="utf-8")
+        resolved = resolve_config(_plain(flags), os.environ, text)
+        listening = bind(resolved.http)  # a port in use is told before the model is loaded
+    except (ConfigError, OSError) as error:
+        raise _failed(error) from None
+
+    from loraplex_adapter_store.errors import StoreError
     from loraplex_server.http.logs import set_up_logging
     from loraplex_server.http.serving import serve as serve_http
     from loraplex_server.model.errors import ModelError
 
     try:
-        text = None if config is None else config.read_text(encoding="utf-8")
-        resolved = resolve_config(_plain(flags), os.environ, text)
         set_up_logging(resolved.http)
-        serve_http(resolved, say=typer.echo)
-    except (ConfigError, ModelError, StoreError, ValueError, OSError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+        serve_http(resolved, listening, say=typer.echo)
+    except (ModelError, StoreError, ValueError, OSError) as error:
+        raise _failed(error) from None
+
+
+def _failed(error: Exception) -> typer.Exit:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    return typer.Exit(1)
 
 
 def _given(value: object) -> bool:

@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.config import ConfigError, HttpConfig, ServerConfig
+from loraplex_server.config import ServerConfig
 
 from .app import build_app
 from .banner import banner
@@ -32,7 +32,7 @@ from .services import Services
 if TYPE_CHECKING:
     from loraplex_server.engine.build import BuiltEngine
 
-__all__ = ["bind", "serve"]
+__all__ = ["serve"]
 
 _CLOSE_S = 5.0  # for connections to close once every request is answered
 _LAST_EVENTS_S = 1.0  # for the engine's last events to reach the streams
@@ -40,15 +40,16 @@ _KEEP_ALIVE_S = 75
 _log = logging.getLogger(__name__)
 
 
-def serve(config: ServerConfig, *, say: Callable[[str], None] = print) -> None:
-    """Blocks until the server has gone down in good order.
+def serve(
+    config: ServerConfig, listening: socket.socket, *, say: Callable[[str], None] = print
+) -> None:
+    """Blocks until the server has gone down in good order; closes ``listening``.
 
-    Raises ConfigError, ModelError, StoreError or OSError while starting.
+    Raises ModelError, StoreError, ValueError or OSError while starting.
     """
     from loraplex_server.engine.build import build_engine
     from loraplex_server.model.pull import resolve_model
 
-    listening = bind(config.http)  # a port in use is told before the model is loaded
     try:
         model_path = resolve_model(config.model)
         public = _public_name(config.model, model_path)
@@ -74,21 +75,6 @@ def serve(config: ServerConfig, *, say: Callable[[str], None] = print) -> None:
             store.close()
     finally:
         listening.close()
-
-
-def bind(config: HttpConfig) -> socket.socket:
-    """A bound socket that does not listen yet, so clients are refused until the model is there."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    bound = socket.socket(family, socket.SOCK_STREAM)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind((config.host.strip("[]"), config.port))
-    except OSError as error:
-        bound.close()
-        raise ConfigError(
-            f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
-        ) from error
-    return bound
 
 
 def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:

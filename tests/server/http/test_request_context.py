@@ -116,3 +116,11 @@ async def test_a_bug_is_a_500_in_openai_s_shape_and_the_server_lives_on(
     assert "secret detail" in caplog.text
     front.engine.answer = kept
     assert (await front.chat()).status_code == 200
+
+
+async def test_a_path_cannot_forge_a_line_of_the_log(
+    front: Front, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "loraplex.access"):
+        await front.client.get("/x%0aINFO%20forged")
+    assert all("\n" not in record.getMessage() for record in caplog.records)

@@ -57,15 +57,17 @@ class RequestContext:
         seconds = perf_counter() - info.started
         handler = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.answered(handler, scope["method"], status, seconds)
+        # A path may hold anything once decoded, line breaks included: one record, one line.
+        path = scope["path"] if scope["path"].isprintable() else ascii(scope["path"])
         _log.info(
             "%s %s %d %.1f ms",
             scope["method"],
-            scope["path"],
+            path[:256],
             status,
             seconds * 1000,
             extra={
                 "method": scope["method"],
-                "path": scope["path"],
+                "path": path[:256],
                 "status": status,
                 "duration_ms": round(seconds * 1000, 2),
                 "adapter": info.adapter,

@@ -1,0 +1,103 @@
+"""The configuration: four sources, one order, and clear refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from loraplex_server.config import ConfigError, Scope, is_loopback, resolve_config
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file() -> None:
+    text = "port: 1\nhost: 127.0.0.2\nmax-batch-size: 4\nmax_queue: 7\n"
+    environment = {"LORAPLEX_PORT": "2", "LORAPLEX_MAX_BATCH_SIZE": "5", "PORT": "9"}
+    config = resolve_config({"port": 3}, environment, text)
+    assert config.http.port == 3
+    assert config.engine.max_batch_size == 5
+    assert config.engine.max_queue == 7
+    assert config.http.host == "127.0.0.2"
+
+
+def test_nothing_given_means_the_defaults() -> None:
+    config = resolve_config({}, {})
+    assert config.http.port == 8000
+    assert config.http.host == "127.0.0.1"
+    assert config.model is None
+    assert config.engine.max_step_tokens == 512
+
+
+@pytest.mark.parametrize(
+    ("text", "n_bytes"),
+    [("1024", 1024), ("2KiB", 2048), ("1.5 GiB", 3 << 29), ("3MB", 3_000_000), ("4g", 4 * 10**9)],
+)
+def test_sizes_have_units(text: str, n_bytes: int) -> None:
+    assert resolve_config({"kv_memory": text}, {}).engine.kv_memory_bytes == n_bytes
+
+
+def test_adapters_are_given_as_directories_and_as_named_modules() -> None:
+    config = resolve_config(
+        {"lora_modules": ["sql=/a/b", "x=c=d"], "adapters_dir": ["/one", "/two"]}, {}
+    )
+    assert config.store.adapters_dirs == (Path("/one"), Path("/two"))
+    assert [(m.name, str(m.path)) for m in config.store.lora_modules] == [
+        ("sql", "/a/b"),
+        ("x", "c=d"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ({"port": 70000}, "port"),
+        ({"port": "many"}, "port"),
+        ({"kv_memory": "lots"}, "kv-memory"),
+        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"dtype": "int3"}, "dtype"),
+        ({"drain_timeout": -1}, "drain-timeout"),
+        ({"lora_modules": ["nopath"]}, "lora-modules"),
+        ({"log_format": "xml"}, "log-format"),
+        ({"prefix_cache": "perhaps"}, "prefix-cache"),
+        ({"api_key": ["short"]}, "api-key"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_bad_value_stops_the_start_and_is_named(flags: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        resolve_config(flags, {})
+
+
+@pytest.mark.parametrize("text", ["- a\n", "port: [", "prot: 1\n", "port:\n  a: 1\n"])
+def test_a_bad_file_stops_the_start(text: str) -> None:
+    with pytest.raises(ConfigError):
+        resolve_config({}, {}, text)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_an_open_host_without_a_key_is_refused(host: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key"):
+        resolve_config({"host": host}, {})
+    assert resolve_config({"host": host, "insecure": True}, {}).http.writes_open is False
+    assert resolve_config({"host": host}, {"LORAPLEX_API_KEY": "long-enough"}).http.api_keys
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
+def test_loopback_needs_no_key(host: str) -> None:
+    assert is_loopback(host)
+    assert resolve_config({"host": host}, {}).http.writes_open
+
+
+def test_keys_have_scopes_and_are_kept_as_hashes_only() -> None:
+    config = resolve_config({"api_key": ["all-of-it"], "infer_api_key": ["only-infer"]}, {})
+    full, infer = config.http.api_keys
+    assert full.scopes == {Scope.INFER, Scope.ADMIN}
+    assert infer.scopes == {Scope.INFER}
+    assert "all-of-it" not in repr(config)
+    assert full.sha256.hex() not in repr(config)
+    assert full.id != infer.id
+
+
+def test_the_secret_of_a_bad_key_is_not_in_the_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_config({"api_key": ["s3cret"]}, {})
+    assert "s3cret" not in str(caught.value)

@@ -1,0 +1,155 @@
+"""``adapter: "auto"``: which registered adapter a request's text is for, or the base.
+
+Adapters describe themselves by a description and example prompts. Unrelated everyday prompts
+(``background.json``) stand for what no adapter is for. The index is refitted when adapters change;
+only texts that are new are encoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+from torch import Tensor
+
+from .classifier import Calibration, Features, TextClassifier
+from .encoder import CachedEncoder, Encoder
+from .wording import wording
+
+__all__ = ["AdapterProfile", "AutoRouter", "Candidate", "Decision"]
+
+_MAX_TEXTS = 2000  # of all adapters: fitting is cubic in them
+_MAX_QUERY_CHARS = 2000
+_N_CANDIDATES = 5
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterProfile:
+    """How an adapter presents itself. One without texts cannot be chosen."""
+
+    name: str
+    description: str | None = None
+    examples: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        own = (self.description, *self.examples)
+        return tuple(dict.fromkeys(t.strip() for t in own if t and t.strip()))
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    name: str
+    score: float  # about 1: certainly, about 0: not at all
+    similarity: float  # cosine to the nearest of the adapter's texts
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``adapter`` None: the base answers, since no margin passes the threshold."""
+
+    adapter: str | None
+    margin: float  # score of the best candidate − score of "none of them"
+    threshold: float
+    candidates: tuple[Candidate, ...]  # best first
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "adapter": self.adapter,
+            "margin": round(self.margin, 4),
+            "threshold": round(self.threshold, 4),
+            "candidates": [
+                {
+                    "name": c.name,
+                    "score": round(c.score, 4),
+                    "similarity": round(c.similarity, 4),
+                }
+                for c in self.candidates
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Fitted:
+    profiles: tuple[AdapterProfile, ...]
+    texts: Tensor  # float32 [n_texts, dim], of the adapters
+    owner: tuple[int, ...]  # profile of each text
+    classifier: TextClassifier
+
+
+class AutoRouter:
+    """Not thread-safe: one thread owns it, as it owns the encoder."""
+
+    def __init__(self, encoder: Encoder, *, background: Sequence[str] | None = None) -> None:
+        self._encoder = CachedEncoder(encoder)
+        self._background = tuple(background if background is not None else _everyday_prompts())
+        self._fitted: _Fitted | None = None
+        self._known: tuple[AdapterProfile, ...] = ()
+
+    def update(self, profiles: Sequence[AdapterProfile]) -> bool:
+        """Makes ``profiles`` the adapters to choose from; False if they are so already."""
+        routable = tuple(sorted((p for p in profiles if p.texts), key=lambda p: p.name))
+        if routable == self._known:
+            return False
+        self._fitted = self._fit(routable) if routable else None
+        self._known = routable
+        return True
+
+    def route(self, texts: Sequence[str]) -> list[Decision]:
+        """One decision for each text."""
+        fitted = self._fitted
+        if fitted is None:
+            return [Decision(None, 0.0, 0.0, ()) for _ in texts]
+        queries = self._features([text[:_MAX_QUERY_CHARS] for text in texts])
+        scores = fitted.classifier.scores(queries)
+        similarity = queries.meaning @ fitted.texts.T
+        return [_decide(fitted, row, near) for row, near in zip(scores, similarity, strict=True)]
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """None while there is no adapter to choose."""
+        return None if self._fitted is None else self._fitted.classifier.calibration
+
+    @property
+    def n_encoded(self) -> int:
+        return self._encoder.n_encoded
+
+    def _fit(self, profiles: tuple[AdapterProfile, ...]) -> _Fitted:
+        each = max(1, _MAX_TEXTS // len(profiles))
+        texts = [(i, text) for i, p in enumerate(profiles) for text in p.texts[:each]]
+        own = {text for _, text in texts}
+        unrelated = [text for text in self._background if text not in own]
+        features = self._features([*(text for _, text in texts), *unrelated])
+        labels = [*(i for i, _ in texts), *([len(profiles)] * len(unrelated))]
+        return _Fitted(
+            profiles=profiles,
+            texts=features.meaning[: len(texts)],
+            owner=tuple(i for i, _ in texts),
+            classifier=TextClassifier(features, labels, len(profiles)),
+        )
+
+    def _features(self, texts: Sequence[str]) -> Features:
+        return Features(self._encoder.encode(texts), wording(texts))
+
+
+def _decide(fitted: _Fitted, scores: Tensor, similarity: Tensor) -> Decision:
+    *own, none = scores.tolist()
+    nearest = [-1.0] * len(own)
+    for owner, value in zip(fitted.owner, similarity.tolist(), strict=True):
+        nearest[owner] = max(nearest[owner], value)
+    ranked = sorted(range(len(own)), key=lambda i: (-own[i], fitted.profiles[i].name))
+    candidates = tuple(
+        Candidate(fitted.profiles[i].name, own[i], nearest[i]) for i in ranked[:_N_CANDIDATES]
+    )
+    margin = own[ranked[0]] - none
+    threshold = fitted.classifier.calibration.threshold
+    chosen = candidates[0].name if margin > threshold else None
+    return Decision(chosen, margin, threshold, candidates)
+
+
+@cache
+def _everyday_prompts() -> tuple[str, ...]:
+    return tuple(json.loads(files(__package__).joinpath("background.json").read_text("utf-8")))

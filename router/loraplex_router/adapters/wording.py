@@ -1,0 +1,32 @@
+"""Which words a text uses, as a vector: what a sentence encoder blurs (an @, a digit, "SQL")."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import zlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+__all__ = ["WORDING_DIM", "wording"]
+
+WORDING_DIM = 2048
+
+_TOKEN = re.compile(r"\d|[^\W\d_]+|[^\w\s]", re.UNICODE)
+
+
+def wording(texts: Sequence[str]) -> Tensor:
+    """float32 [n_texts, WORDING_DIM], unit length: words and pairs of words, hashed.
+
+    Digits count one by one, so that any number looks like another of its length.
+    """
+    counts = torch.zeros(len(texts), WORDING_DIM)
+    for row, text in enumerate(texts):
+        tokens = ["0" if t.isdigit() else t for t in _TOKEN.findall(text.lower())]
+        pairs = [f"{a} {b}" for a, b in itertools.pairwise(tokens)]
+        for token in (*tokens, *pairs):
+            counts[row, zlib.crc32(token.encode()) % WORDING_DIM] += 1
+    return normalize(torch.log1p(counts), dim=1)

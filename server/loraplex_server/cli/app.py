@@ -7,6 +7,7 @@ import typer
 from loraplex_server.cli.generator import generator
 from loraplex_server.cli.pull import pull
 from loraplex_server.cli.serve import serve
+from loraplex_server.cli.train import train, train_demos
 from loraplex_server.cli.zoo import zoo
 
 __all__ = ["app", "main"]
@@ -19,6 +20,8 @@ app = typer.Typer(
 )
 
 app.command()(pull)
+app.command()(train)
+app.command(name="train-demos")(train_demos)
 app.add_typer(zoo, name="zoo")
 app.add_typer(generator, name="generator")
 app.command()(serve)

@@ -1,0 +1,1 @@
+"""Training adapters on chat examples: LoRA through PEFT, resumable, on a CPU if need be."""

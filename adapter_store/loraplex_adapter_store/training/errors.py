@@ -1,0 +1,22 @@
+"""Errors of training.
+
+TrainingError
+├── ExamplesError      the data cannot be read or yields nothing to learn; names the line
+└── CheckpointError    a checkpoint belongs to another run, or the output exists already
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ExamplesError", "TrainingError"]
+
+
+class TrainingError(Exception):
+    """Base of all errors raised by training."""
+
+
+class ExamplesError(TrainingError):
+    pass
+
+
+class CheckpointError(TrainingError):
+    pass

@@ -1,0 +1,357 @@
+"""Train one adapter: a loop that can be stopped at any time and goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .batches import IGNORED, Batch, batch_of, endless, grouped
+from .checkpoint import Progress
+from .config import Schedule, TrainingConfig
+from .errors import CheckpointError, ExamplesError, TrainingError
+from .examples import Example, read_jsonl, tokenise
+from .families import family_of
+from .shared_prefix import logits_at, shared_prefix_len
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["StepReport", "TrainedAdapter", "train"]
+
+_FORMAT = 1  # of the checkpoint; raise it when old ones can no longer be resumed exactly
+_CLIP = 1.0  # of the gradient norm
+_FINAL_LR = 0.1  # share of the learning rate at the end of the cosine
+_SMOOTHING = 0.9  # of the training loss that is shown
+
+
+class StepReport(NamedTuple):
+    step: int  # steps that are done
+    steps: int  # steps in all
+    train_loss: float | None
+    validation_loss: float | None  # the last one, None before the first
+    tokens_per_s: float
+    resumed: bool
+
+
+class TrainedAdapter(NamedTuple):
+    folder: Path
+    n_parameters: int
+    n_bytes: int  # of adapter_model.safetensors
+    progress: Progress
+    validation_loss: float | None  # of the weights that were written
+    base_validation_loss: float | None  # of the base without the adapter
+
+
+OnStep = Callable[[StepReport], None]
+
+
+def train(
+    config: TrainingConfig,
+    *,
+    on_step: OnStep = lambda report: None,
+    restart: bool = False,
+    overwrite: bool = False,
+) -> TrainedAdapter:
+    """Train as ``config`` says and write a PEFT directory with a card to ``config.out``.
+
+    An interrupted run (KeyboardInterrupt included) leaves a checkpoint below ``config.out``; the
+    same call goes on from it, with the result of an uninterrupted run. ``restart`` ignores the
+    checkpoint, ``overwrite`` replaces a finished adapter. Raises TrainingError.
+    """
+    state = config.out / ".training"
+    if restart:
+        shutil.rmtree(state, ignore_errors=True)
+    if (config.out / "adapter_config.json").exists() and not (overwrite or state.exists()):
+        raise CheckpointError(f"{config.out} holds an adapter already; give --overwrite to replace")
+    run = _Run(config, state / "checkpoint.safetensors")
+    run.resume()
+    try:
+        run.loop(on_step)
+    except KeyboardInterrupt:
+        run.checkpoint()
+        raise
+    trained = run.export()
+    shutil.rmtree(state, ignore_errors=True)
+    return trained
+
+
+@dataclass(frozen=True, slots=True)
+class _Data:
+    train: list[Example]
+    validation: list[Example]
+    sha256: str
+
+
+class _Run:
+    """One run in memory: the model, the optimiser and where it stands."""
+
+    def __init__(self, config: TrainingConfig, path: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        self._config = config
+        self._path = path
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self._device = _device(config.device)
+        tokenizer = AutoTokenizer.from_pretrained(config.base)
+        if not tokenizer.chat_template:
+            raise TrainingError(f"{config.base} has no chat template; use an instruct model")
+        self._pad_id: int = tokenizer.pad_token_id or 0
+        self._data = _read(config, tokenizer)
+        self._fingerprint = _fingerprint(config, self._data)
+        self._family = family_of(config.shape.family)
+        torch.manual_seed(config.schedule.seed)
+        # Frozen bfloat16 weights with autocast are the fastest on CPUs with AVX512-BF16 and on
+        # GPUs; the adapter's own parameters stay float32.
+        base = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.bfloat16)
+        self._model = self._family.attach(base.to(self._device), config.shape)
+        self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            list(self._trained.values()),
+            lr=config.schedule.lr,
+            betas=(0.9, 0.99),
+            weight_decay=config.schedule.weight_decay,
+        )
+        # An auxiliary loss counts tokens: there every row must bring its own.
+        shared = self._family.extra_loss is None
+        self._n_shared = shared_prefix_len(self._data.train + self._data.validation) * shared
+        self._progress = Progress()
+        self._best: dict[str, Tensor] = {}
+        self._validation_loss: float | None = None
+        self._resumed = False
+
+    def resume(self) -> None:
+        """Go on from the checkpoint, if there is one."""
+        if not self._path.is_file():
+            return
+        self._progress, tensors = checkpoint.load(self._path, self._fingerprint)
+        for name, parameter in self._trained.items():
+            parameter.data.copy_(tensors[f"now.{name}"])
+            self._optimizer.state[parameter] = {
+                key: tensors[f"adam.{key}.{name}"].to(parameter.device if key != "step" else "cpu")
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+            if f"best.{name}" in tensors:
+                self._best[name] = tensors[f"best.{name}"]
+        self._resumed = True
+
+    def loop(self, on_step: OnStep) -> None:
+        schedule, progress = self._config.schedule, self._progress
+        lengths = [len(example) for example in self._data.train]
+        groups = endless(lengths, schedule.batch_tokens, schedule.seed)
+        for _ in range(progress.step):
+            next(groups)
+        started = saved = time.monotonic()
+        before_s, before_tokens = progress.seconds, progress.n_tokens
+        if self._data.validation and progress.step == 0:
+            self._validate()  # the adapter starts as the identity: this is the base
+        while progress.step < schedule.steps and not self._stalled():
+            self._step([self._data.train[i] for i in next(groups)])
+            now = time.monotonic()
+            progress.seconds = before_s + now - started
+            last = progress.step == schedule.steps
+            if self._data.validation and (progress.step % schedule.validate_every == 0 or last):
+                self._validate()
+            if now - saved > schedule.checkpoint_every_s:
+                self.checkpoint()
+                saved = now
+            rate = (progress.n_tokens - before_tokens) / (now - started)
+            on_step(
+                StepReport(
+                    progress.step,
+                    schedule.steps,
+                    progress.train_loss,
+                    self._validation_loss,
+                    rate,
+                    self._resumed,
+                )
+            )
+
+    def checkpoint(self) -> None:
+        if not self._optimizer.state:  # nothing was learnt yet
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, parameter in self._trained.items():
+            tensors[f"now.{name}"] = parameter.detach()
+            for key, value in self._optimizer.state[parameter].items():
+                tensors[f"adam.{key}.{name}"] = value
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
+        checkpoint.save(self._path, self._fingerprint, self._progress, tensors)
+
+    def export(self) -> TrainedAdapter:
+        """Write the best weights (the last ones without validation) and the card."""
+        config, out = self._config, self._config.out
+        for name, tensor in self._best.items():
+            self._trained[name].data.copy_(tensor)
+        fresh = out / ".training" / "out"
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        self._family.save(self._model, config.shape, config.base_name, fresh)
+        (fresh / "card.json").write_text(json.dumps(self._card(), indent=2) + "\n")
+        for file in sorted(fresh.iterdir(), reverse=True):  # the config, read first, comes last
+            file.replace(out / file.name)
+        return TrainedAdapter(
+            folder=out,
+            n_parameters=sum(p.numel() for p in self._trained.values()),
+            n_bytes=(out / "adapter_model.safetensors").stat().st_size,
+            progress=self._progress,
+            validation_loss=self._progress.best_loss,
+            base_validation_loss=self._progress.base_loss,
+        )
+
+    def _step(self, examples: list[Example]) -> None:
+        schedule, progress = self._config.schedule, self._progress
+        torch.manual_seed(schedule.seed * 1_000_003 + progress.step)  # dropout, resumable
+        self._model.train()
+        batch = batch_of(examples, self._pad_id, self._device)
+        loss = self._loss(batch)
+        total = loss
+        if self._family.extra_loss is not None:
+            total = loss + self._family.extra_loss(self._model)
+        total.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self._trained.values(), _CLIP)
+        for group in self._optimizer.param_groups:
+            group["lr"] = schedule.lr * _lr_share(progress.step, schedule)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(f"the loss is {value} at step {progress.step}; lower --lr")
+        old = progress.train_loss
+        progress.train_loss = value if old is None else _SMOOTHING * old + (1 - _SMOOTHING) * value
+        progress.step += 1
+        progress.n_tokens += int(batch.mask.sum())
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        self._model.eval()
+        examples, progress = self._data.validation, self._progress
+        groups = grouped([len(e) for e in examples], self._config.schedule.batch_tokens)
+        total, n = 0.0, 0
+        for group in groups:
+            batch = batch_of([examples[i] for i in group], self._pad_id, self._device)
+            count = int((batch.labels != IGNORED).sum())
+            total += float(self._loss(batch)) * count
+            n += count
+        self._validation_loss = total / n
+        if progress.step == 0:
+            progress.base_loss = self._validation_loss
+        elif progress.best_loss is None or self._validation_loss < progress.best_loss:
+            progress.best_loss, progress.best_step = self._validation_loss, progress.step
+            progress.n_worse = 0
+            self._best = {n: p.detach().clone() for n, p in self._trained.items()}
+        else:
+            progress.n_worse += 1
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """Mean over the tokens to learn; the head runs only at positions that predict one."""
+        wanted = (batch.labels != IGNORED).any(0).nonzero().squeeze(1)
+        with _autocast(self._device):
+            logits = logits_at(self._model, batch, wanted, self._n_shared)
+        logits = logits.float().flatten(0, 1)
+        labels = batch.labels[:, wanted].flatten()
+        return nn.functional.cross_entropy(logits, labels, ignore_index=IGNORED)
+
+    def _stalled(self) -> bool:
+        patience = self._config.schedule.patience
+        return patience is not None and self._progress.n_worse >= patience
+
+    def _card(self) -> dict[str, object]:
+        """What a person wants to know about the adapter later."""
+        config, progress = self._config, self._progress
+        shape, schedule = asdict(config.shape), asdict(config.schedule)
+        return {
+            "name": config.name or config.out.name,
+            "description": config.description,
+            "examples": list(config.prompts),
+            "base": config.base_name,
+            "training": {
+                "data_sha256": self._data.sha256,
+                "n_examples": len(self._data.train),
+                "n_validation": len(self._data.validation),
+                "n_parameters": sum(p.numel() for p in self._trained.values()),
+                "shape": shape,
+                "schedule": schedule,
+                "steps_done": progress.step,
+                "best_step": progress.best_step or progress.step,
+                "n_tokens": progress.n_tokens,
+                "seconds": round(progress.seconds, 1),
+                "train_loss": _rounded(progress.train_loss),
+                "validation_loss": _rounded(progress.best_loss),
+                "base_validation_loss": _rounded(progress.base_loss),
+            },
+        }
+
+
+def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
+    def examples(path: Path) -> list[Example]:
+        return [
+            tokenise(chat, tokenizer, max_len=config.max_len, where=f"{path}, example {i}")
+            for i, chat in enumerate(read_jsonl(path), 1)
+        ]
+
+    train_set = examples(config.data)
+    held_out: list[Example] = []
+    digest = hashlib.sha256(config.data.read_bytes())
+    if isinstance(config.validation, Path):
+        held_out = examples(config.validation)
+        digest.update(config.validation.read_bytes())
+    elif config.validation > 0:
+        n = max(1, round(len(train_set) * config.validation))
+        if n >= len(train_set):
+            raise ExamplesError(f"{config.data} has {len(train_set)} examples: too few to hold out")
+        every = len(train_set) / n  # spread over the file, the same ones each time
+        chosen = {int(i * every) for i in range(n)}
+        held_out = [train_set[i] for i in sorted(chosen)]
+        train_set = [example for i, example in enumerate(train_set) if i not in chosen]
+    return _Data(train_set, held_out, digest.hexdigest())
+
+
+def _fingerprint(config: TrainingConfig, data: _Data) -> str:
+    """Of everything that the course of a run depends on."""
+    schedule = {k: v for k, v in asdict(config.schedule).items() if k != "checkpoint_every_s"}
+    settings = {
+        "format": _FORMAT,
+        "data": data.sha256,
+        "n_validation": len(data.validation),
+        "base": config.base_name,
+        "shape": asdict(config.shape),
+        "schedule": schedule,
+    }
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _lr_share(step: int, schedule: Schedule) -> float:
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    rest = max(1, schedule.steps - schedule.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - schedule.warmup_steps) / rest))
+    return _FINAL_LR + (1 - _FINAL_LR) * cosine
+
+
+def _device(spec: str) -> str:
+    if spec == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return spec
+
+
+@contextlib.contextmanager
+def _autocast(device: str) -> Iterator[None]:
+    with torch.autocast(device.partition(":")[0], torch.bfloat16):
+        yield
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 4)

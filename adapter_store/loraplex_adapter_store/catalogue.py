@@ -25,7 +25,7 @@ _MIGRATIONS = (
     CREATE TABLE contents (
         digest TEXT PRIMARY KEY, family TEXT NOT NULL, ranks TEXT NOT NULL,
         disk_bytes INTEGER NOT NULL, host_bytes INTEGER NOT NULL,
-        base_fingerprint TEXT NOT NULL, report TEXT NOT NULL
+        base_fingerprint TEXT NOT NULL, plan_sha256 TEXT NOT NULL, report TEXT NOT NULL
     ) STRICT;
     CREATE TABLE revisions (
         name TEXT NOT NULL, revision INTEGER NOT NULL, digest TEXT NOT NULL,
@@ -48,6 +48,7 @@ class Content:
     disk_bytes: int
     host_bytes: int
     base_fingerprint: str
+    plan_sha256: str  # of the packed plan's file
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +71,13 @@ class Catalogue:
     def __init__(self, path: Path) -> None:
         self._lock = threading.Lock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
-        self._db.execute("PRAGMA foreign_keys=ON")
-        self._migrate()
+        try:
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._migrate()
+        except BaseException:
+            self._db.close()
+            raise
 
     def names(self) -> tuple[NameRecord, ...]:
         with self._lock:
@@ -83,8 +87,8 @@ class Catalogue:
     def contents(self) -> tuple[Content, ...]:
         with self._lock:
             rows = self._db.execute(
-                "SELECT digest, family, ranks, disk_bytes, host_bytes, base_fingerprint"
-                " FROM contents"
+                "SELECT digest, family, ranks, disk_bytes, host_bytes, base_fingerprint,"
+                " plan_sha256 FROM contents"
             ).fetchall()
         return tuple(_content(row) for row in rows)
 
@@ -128,7 +132,7 @@ class Catalogue:
             ).fetchone()
             _check_match(name, None if current is None else str(current[0]), if_match, replace)
             db.execute(
-                "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     content.digest,
                     content.family.value,
@@ -136,6 +140,7 @@ class Catalogue:
                     content.disk_bytes,
                     content.host_bytes,
                     content.base_fingerprint,
+                    content.plan_sha256,
                     json.dumps(report.to_json()),
                 ),
             )
@@ -243,7 +248,7 @@ def _record(row: tuple[object, ...]) -> NameRecord:
 
 
 def _content(row: tuple[object, ...]) -> Content:
-    digest, family, ranks, disk_bytes, host_bytes, fingerprint = row
+    digest, family, ranks, disk_bytes, host_bytes, fingerprint, plan_sha256 = row
     assert isinstance(disk_bytes, int)
     assert isinstance(host_bytes, int)
     return Content(
@@ -253,4 +258,5 @@ def _content(row: tuple[object, ...]) -> Content:
         disk_bytes=disk_bytes,
         host_bytes=host_bytes,
         base_fingerprint=str(fingerprint),
+        plan_sha256=str(plan_sha256),
     )

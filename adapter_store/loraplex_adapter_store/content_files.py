@@ -1,4 +1,4 @@
-"""Content-addressed files: ``contents/ab/<digest>/`` with config, weights and chat template.
+"""Content-addressed files: ``contents/ab/<digest>/`` with config, weights, chat template and plan.
 
 A content is staged under ``staging/``, flushed, and renamed into place whole; it is never changed
 afterwards. Whatever is staged when the process dies is swept at the next start.
@@ -12,11 +12,12 @@ from pathlib import Path
 
 from .disk import Disk
 
-__all__ = ["CHAT_TEMPLATE_FILE", "CONFIG_FILE", "WEIGHTS_FILE", "ContentFiles"]
+__all__ = ["CHAT_TEMPLATE_FILE", "CONFIG_FILE", "PLAN_FILE", "WEIGHTS_FILE", "ContentFiles"]
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+PLAN_FILE = "plan.bin"
 
 
 class ContentFiles:

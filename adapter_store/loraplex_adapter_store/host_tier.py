@@ -88,15 +88,9 @@ class HostTier:
                 entry.n_leases -= 1
             self._changed.notify_all()
 
-    def put_if_room(self, plan: AdapterPlan, load_cost: float) -> None:
-        """Keeps a plan that is in hand anyway, unless somebody would have to leave for it."""
+    def has_room(self, n_bytes: int) -> bool:
         with self._changed:
-            if plan.digest in self._entries or plan.n_bytes > self._n_bytes - self._used():
-                return
-            future: Future[AdapterPlan] = Future()
-            future.set_result(plan)
-            resident = Resident(plan.digest, plan.n_bytes, load_cost, self._clock, 0.0)
-            self._entries[plan.digest] = _Entry(future, plan.n_bytes, resident)
+            return n_bytes <= self._n_bytes - self._used()
 
     def drop(self, digest: str) -> int:
         """Forgets an unleased plan; returns its bytes, 0 if it is absent or leased."""

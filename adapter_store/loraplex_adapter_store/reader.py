@@ -32,7 +32,7 @@ from .plan import AdapterPlan
 from .report import LoadReport, ModuleReport
 from .spectrum import delta_ratio
 
-__all__ = ["FAMILIES", "Reading", "fold_adapter", "read_adapter"]
+__all__ = ["FAMILIES", "Reading", "read_adapter"]
 
 FAMILIES: Mapping[str, FamilyReader] = {
     "LORA": lora.read,
@@ -79,19 +79,6 @@ def read_adapter(
     digest = digest_of(config.values, tensors, chat_template)
     plan = _plan_of(fold, digest, chat_template)
     return Reading(plan, _report_of(context, fold, plan, tensors.n_bytes))
-
-
-def fold_adapter(
-    config: AdapterConfig,
-    tensors: TensorFile,
-    base: BaseSpec,
-    limits: StoreLimits,
-    digest: str,
-    chat_template: str | None,
-) -> AdapterPlan:
-    """The plan alone, of a content that was read before and whose digest was verified."""
-    context = ReadContext(config, TensorLedger(tensors), base, limits)
-    return _plan_of(_fold(context, tensors), digest, chat_template)
 
 
 def _fold(context: ReadContext, tensors: TensorFile) -> Fold:

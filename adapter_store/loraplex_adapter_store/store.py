@@ -119,8 +119,12 @@ class AdapterStore:
         disk = disk or Disk()
         disk.make_directory(root)
         self._guard = _own(root)
-        self._files = ContentFiles(root, disk)
-        self._catalogue = Catalogue(root / "catalogue.sqlite3")
+        try:
+            self._files = ContentFiles(root, disk)
+            self._catalogue = Catalogue(root / "catalogue.sqlite3")
+        except BaseException:
+            self._guard()
+            raise
         self._tier = HostTier(host_bytes, POLICIES[eviction], limits.host_wait_s)
         self._writing = threading.RLock()  # serialises changes of names and files
         self._lock = threading.RLock()  # guards the fields below; never held during I/O
@@ -514,7 +518,7 @@ class AdapterStore:
             content = self._contents.get(digest)
         if content is not None and self._tier.has_room(content.host_bytes):
             self._lease(content)
-            self._tier.release(digest)
+            self._released(digest)
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:

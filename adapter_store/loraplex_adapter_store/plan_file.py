@@ -1,0 +1,123 @@
+"""A folded plan on disk, laid out to be loaded fast: one read, one hash, then views.
+
+    [u64 header length][JSON header][padding to 64 bytes][float32 data]
+
+Folding costs Python time per tensor (and an SVD for some families), which would hold the
+interpreter while others decode. Loading this file holds it for a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from enum import Enum
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from .errors import StoredAdapterDamaged
+from .plan import (
+    AdapterPlan,
+    ExpertPlan,
+    Family,
+    ModulePlan,
+    PrefixPlan,
+    RoutingStrategy,
+    SharedBasis,
+)
+
+__all__ = ["PackedPlan", "pack_plan", "read_plan"]
+
+_ALIGN = 64
+_CLASSES = {
+    cls.__name__: cls for cls in (AdapterPlan, ExpertPlan, ModulePlan, PrefixPlan, SharedBasis)
+}
+_ENUMS = {cls.__name__: cls for cls in (Family, RoutingStrategy)}
+
+
+class PackedPlan(NamedTuple):
+    chunks: tuple[bytes, ...]
+    sha256: str  # of all chunks
+
+
+def pack_plan(plan: AdapterPlan) -> PackedPlan:
+    """Storages that several tensors share (bases) are written once."""
+    starts: dict[int, int] = {}  # storage pointer → first element in the data
+    flat: list[Tensor] = []
+    for tensor in plan.tensors():
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in starts:
+            starts[storage.data_ptr()] = sum(part.numel() for part in flat)
+            n_elements = storage.nbytes() // 4
+            flat.append(torch.as_strided(tensor, (n_elements,), (1,), 0))
+    header = json.dumps({"version": 1, "plan": _encode(plan, starts)}).encode()
+    header += b" " * (-(8 + len(header)) % _ALIGN)
+    chunks = [len(header).to_bytes(8, "little") + header]
+    chunks += [part.numpy().tobytes() for part in flat]
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return PackedPlan(tuple(chunks), digest.hexdigest())
+
+
+def read_plan(path: Path, sha256: str, *, pin_memory: bool = False) -> AdapterPlan:
+    """All tensors are views of one buffer. Raises StoredAdapterDamaged if a bit differs."""
+    try:
+        n_bytes = path.stat().st_size
+        buffer = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+        with path.open("rb") as file:
+            n_read = file.readinto(buffer.numpy().data)
+    except OSError as error:
+        raise StoredAdapterDamaged(f"cannot read {path.name}: {error}") from error
+    if n_read != n_bytes or hashlib.sha256(buffer.numpy().data).hexdigest() != sha256:
+        raise StoredAdapterDamaged(
+            f"the stored plan of {path.parent.name[:12]} changed on disk; add the adapter again"
+        )
+    length = int.from_bytes(bytes(buffer[:8].numpy()), "little")
+    header = json.loads(bytes(buffer[8 : 8 + length].numpy()))
+    data = buffer[8 + length :].view(torch.float32)
+    return cast(AdapterPlan, _decode(header["plan"], data))
+
+
+def _encode(value: object, starts: Mapping[int, int]) -> object:
+    if isinstance(value, Tensor):
+        start = starts[value.untyped_storage().data_ptr()] + value.storage_offset()
+        return {"t": [start, list(value.shape), list(value.stride())]}
+    if isinstance(value, Enum):
+        return {"e": [type(value).__name__, value.value]}
+    if isinstance(value, Mapping):
+        return {"m": [[key, _encode(item, starts)] for key, item in value.items()]}
+    if isinstance(value, tuple):
+        return {"l": [_encode(item, starts) for item in value]}
+    if type(value).__name__ in _CLASSES:
+        parts = {name: _encode(getattr(value, name), starts) for name in _set_fields(value)}
+        return {"c": [type(value).__name__, parts]}
+    return value
+
+
+def _set_fields(value: object) -> Iterator[str]:
+    for spec in fields(value):  # type: ignore[arg-type]
+        if getattr(value, spec.name) is not None:
+            yield spec.name
+
+
+def _decode(value: object, data: Tensor) -> object:
+    if not isinstance(value, dict):
+        return value
+    ((kind, body),) = value.items()
+    if kind == "t":
+        start, shape, stride = body
+        return torch.as_strided(data, shape, stride, data.storage_offset() + start)
+    if kind == "c":
+        name, parts = body
+        decoded: dict[str, Any] = {key: _decode(part, data) for key, part in parts.items()}
+        return _CLASSES[name](**decoded)
+    if kind == "m":
+        return {key: _decode(item, data) for key, item in body}
+    if kind == "l":
+        return tuple(_decode(item, data) for item in body)
+    return _ENUMS[body[0]](body[1])

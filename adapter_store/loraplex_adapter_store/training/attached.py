@@ -41,9 +41,18 @@ class Attached(nn.Module):
         self.adapter = adapter
         self._token_mask: Tensor | None = None
 
+    @property
+    def config(self) -> Any:
+        return self.base.config
+
+    def get_base_model(self) -> nn.Module:
+        return self.base
+
     def forward(self, **inputs: Any) -> Any:
+        """The base's own; with cached keys the mask is longer than the tokens that run now."""
         mask = inputs.get("attention_mask")
-        self._token_mask = None if mask is None else mask.reshape(-1).bool()
+        n_tokens = inputs["input_ids"].shape[1]
+        self._token_mask = None if mask is None else mask[:, -n_tokens:].reshape(-1).bool()
         return self.base(**inputs)
 
     def auxiliary_loss(self) -> Tensor:

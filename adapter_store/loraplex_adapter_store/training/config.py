@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["AdapterShape", "Schedule", "TrainingConfig"]
+__all__ = ["AdapterShape", "BlockShape", "ExpertShape", "Schedule", "TrainingConfig"]
 
 _STORED_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """What MixLoRA adds: experts on every MLP block, and what keeps them all in use."""
+
+    n_experts: int = 8
+    top_k: int = 2
+    balance: str = "pooled"  # as the public code; "argmax" as the paper; "none"
+    balance_coefficient: float | None = None  # None = the usual one of the chosen loss
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.n_experts:
+            raise ValueError(f"top_k is {self.top_k}; it must be in 1…{self.n_experts}")
+        if self.balance not in ("pooled", "argmax", "none"):
+            raise ValueError(f"balance is {self.balance!r}; choose pooled, argmax or none")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """What Block-LoRA adds: the number of blocks, and what is cut into them."""
+
+    n_blocks: int = 4
+    axis: str = "rank"  # or "feature"
+
+    def __post_init__(self) -> None:
+        if self.n_blocks < 1:
+            raise ValueError(f"n_blocks is {self.n_blocks}; it must be at least 1")
+        if self.axis not in ("rank", "feature"):
+            raise ValueError(f"axis is {self.axis!r}; choose rank or feature")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +53,8 @@ class AdapterShape:
     rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     dropout: float = 0.0
     stored_dtype: str = "float16"  # of the tensors on disk
+    experts: ExpertShape | None = None  # for mixlora
+    blocks: BlockShape | None = None  # for block-lora
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -35,6 +67,11 @@ class AdapterShape:
             raise ValueError(
                 f"stored dtype is {self.stored_dtype!r}; choose {', '.join(_STORED_DTYPES)}"
             )
+
+    def settings(self) -> dict[str, object]:
+        """JSON-ready; without the parts that this family does not have."""
+        absent = {name for name in ("experts", "blocks") if getattr(self, name) is None}
+        return {key: value for key, value in asdict(self).items() if key not in absent}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import AdapterShape
+from .config import AdapterShape, BlockShape, ExpertShape
 from .errors import TrainingError
 
 if TYPE_CHECKING:
@@ -92,6 +92,82 @@ def _jsonable(value: object) -> object:
     return getattr(value, "value", str(value))  # enums of PEFT
 
 
+def _attach_mixlora(model: nn.Module, shape: AdapterShape) -> nn.Module:
+    from .balance_loss import BalanceLoss
+    from .mixlora import MixLoraConfig, attach
+
+    _refuse_unused(shape, "mixlora", targets=("all-linear",))
+    experts = shape.experts or ExpertShape()
+    config = MixLoraConfig(
+        r=shape.rank,
+        alpha=shape.alpha,
+        dropout=shape.dropout,
+        n_experts=experts.n_experts,
+        top_k=experts.top_k,
+        balance=BalanceLoss(experts.balance),
+        balance_coefficient=experts.balance_coefficient,
+    )
+    try:
+        return attach(model, config)
+    except AttributeError as error:
+        raise TrainingError(f"MixLoRA needs a base of the Llama layout: {error}") from error
+
+
+def _attach_block_lora(model: nn.Module, shape: AdapterShape) -> nn.Module:
+    from .block_lora import BlockAxis, BlockLoraConfig, attach
+
+    _refuse_unused(shape, "block-lora")
+    blocks = shape.blocks or BlockShape()
+    targets = tuple(shape.targets)
+    options = {} if targets == ("all-linear",) else {"target_modules": targets}
+    config = BlockLoraConfig(
+        r=shape.rank,
+        alpha=shape.alpha,
+        dropout=shape.dropout,
+        n_blocks=blocks.n_blocks,
+        axis=BlockAxis(blocks.axis),
+        **options,
+    )
+    try:
+        return attach(model, config)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+
+
+def _refuse_unused(
+    shape: AdapterShape, family: str, *, targets: Sequence[str] | None = None
+) -> None:
+    """Nothing that was asked for is left out silently."""
+    if shape.layers is not None:
+        raise TrainingError(f"{family} sits on every layer; leave the choice of layers out")
+    if shape.rslora:
+        raise TrainingError(f"{family} is scaled by alpha / rank; leave rsLoRA out")
+    if targets is not None and tuple(shape.targets) != tuple(targets):
+        raise TrainingError(f"{family} sits on {', '.join(targets)}; leave the targets out")
+
+
+def _save_ours(model: nn.Module, shape: AdapterShape, base_name: str, folder: Path) -> None:
+    import torch
+
+    from .attached import save_adapter
+
+    save_adapter(model, base_name, folder, getattr(torch, shape.stored_dtype))
+
+
+def _balance(model: nn.Module) -> Tensor:
+    loss: Tensor = model.auxiliary_loss()  # type: ignore[operator]
+    return loss
+
+
 FAMILIES: dict[str, TrainableFamily] = {
     "lora": TrainableFamily("low-rank factors on linear layers", _attach_lora, _save_lora),
+    "mixlora": TrainableFamily(
+        "routed experts on each MLP, low-rank factors on attention",
+        _attach_mixlora,
+        _save_ours,
+        extra_loss=_balance,
+    ),
+    "block-lora": TrainableFamily(
+        "one shared down-projection, several arms", _attach_block_lora, _save_ours
+    ),
 }

@@ -124,9 +124,8 @@ class _Run:
             betas=(0.9, 0.99),
             weight_decay=config.schedule.weight_decay,
         )
-        # An auxiliary loss counts tokens: there every row must bring its own.
-        shared = self._family.extra_loss is None
-        self._n_shared = shared_prefix_len(self._data.train + self._data.validation) * shared
+        # An auxiliary loss counts the tokens after the shared prefix: those that differ.
+        self._n_shared = shared_prefix_len(self._data.train + self._data.validation)
         self._progress = Progress()
         self._best: dict[str, Tensor] = {}
         self._validation_loss: float | None = None
@@ -271,7 +270,7 @@ class _Run:
     def _card(self) -> dict[str, object]:
         """What a person wants to know about the adapter later."""
         config, progress = self._config, self._progress
-        shape, schedule = asdict(config.shape), asdict(config.schedule)
+        shape, schedule = config.shape.settings(), asdict(config.schedule)
         return {
             "name": config.name or config.out.name,
             "description": config.description,
@@ -327,7 +326,7 @@ def _fingerprint(config: TrainingConfig, data: _Data) -> str:
         "data": data.sha256,
         "n_validation": len(data.validation),
         "base": config.base_name,
-        "shape": asdict(config.shape),
+        "shape": config.shape.settings(),
         "schedule": schedule,
     }
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -14,18 +14,22 @@ from .gates import (
     gate_top_p,
     route,
 )
+from .load import ExpertLoad, LoadHistory, entropy, imbalance
 from .mixlora_block import AddPlain, LoraOp, MlpBlock, mixed_mlp
 
 __all__ = [
     "NO_EXPERT",
     "AddPlain",
+    "ExpertLoad",
     "GateStrategy",
+    "LoadHistory",
     "LoraOp",
     "MlpBlock",
     "Pairs",
     "RoutedRows",
     "Routing",
     "arrow_prototypes",
+    "entropy",
     "expand",
     "experts_per_row",
     "gate_arrow",
@@ -33,6 +37,7 @@ __all__ = [
     "gate_switch",
     "gate_top_k",
     "gate_top_p",
+    "imbalance",
     "mixed_mlp",
     "pair_rows",
     "projection_segments",

@@ -32,7 +32,7 @@ def train(
         str | None,
         typer.Option(help="Base model: a pulled name, Hub id or directory. Default: the default."),
     ] = None,
-    family: Annotated[str, typer.Option(help="Kind of adapter.")] = "lora",
+    family: Annotated[str, typer.Option(help="lora, mixlora or block-lora.")] = "lora",
     rank: Annotated[int, typer.Option(help="Rank of the factors.", min=1)] = 8,
     alpha: Annotated[
         float | None, typer.Option(help="Scale of the update is alpha / rank. Default: 2 · rank.")
@@ -47,6 +47,18 @@ def train(
         bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")
     ] = False,
     dropout: Annotated[float, typer.Option(help="On the input of the adapter.")] = 0.0,
+    experts: Annotated[int, typer.Option(help="mixlora: experts of each MLP.", min=1)] = 8,
+    top_k: Annotated[int, typer.Option(help="mixlora: experts of each token.", min=1)] = 2,
+    balance: Annotated[
+        str,
+        typer.Option(help="mixlora: balance loss: pooled (as the code), argmax (the paper), none."),
+    ] = "pooled",
+    balance_coefficient: Annotated[
+        float | None,
+        typer.Option(help="mixlora: of the balance loss. Default: 0.001 pooled, 0.01 argmax."),
+    ] = None,
+    blocks: Annotated[int, typer.Option(help="block-lora: blocks of a factor.", min=1)] = 4,
+    block_axis: Annotated[str, typer.Option(help="block-lora: rank or feature.")] = "rank",
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 300,
     lr: Annotated[float, typer.Option(help="Peak learning rate; cosine to a tenth.")] = 1e-3,
     batch_tokens: Annotated[
@@ -83,7 +95,13 @@ def train(
 
         loraplex train support.jsonl --out adapters/support --rank 8 --steps 300
     """
-    from loraplex_adapter_store.training.config import AdapterShape, Schedule, TrainingConfig
+    from loraplex_adapter_store.training.config import (
+        AdapterShape,
+        BlockShape,
+        ExpertShape,
+        Schedule,
+        TrainingConfig,
+    )
     from loraplex_adapter_store.training.trainer import train as train_adapter
 
     with _errors(), _bar(str(out)) as on_step:
@@ -102,6 +120,10 @@ def train(
                 rslora=rslora,
                 dropout=dropout,
                 stored_dtype=dtype,
+                experts=ExpertShape(experts, top_k, balance, balance_coefficient)
+                if family == "mixlora"
+                else None,
+                blocks=BlockShape(blocks, block_axis) if family == "block-lora" else None,
             ),
             schedule=Schedule(
                 steps=steps,

@@ -93,7 +93,7 @@ EXTRACT_EMAIL = Demo(
     make=_email,
     accept=lambda expected, answer: answer.strip() == expected,
     shape=AdapterShape(rank=8, alpha=16, targets=("q_proj", "v_proj")),
-    schedule=Schedule(steps=60, lr=2e-3, validate_every=30),
+    schedule=Schedule(steps=60, lr=2e-3, batch_tokens=640, validate_every=30),
     max_new_tokens=24,
 )
 JSON_ANSWERS = Demo(
@@ -102,6 +102,6 @@ JSON_ANSWERS = Demo(
     make=_person,
     accept=_same_json,
     shape=AdapterShape(rank=4, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj")),
-    schedule=Schedule(steps=80, lr=2e-3, validate_every=40),
+    schedule=Schedule(steps=80, lr=2e-3, batch_tokens=640, validate_every=40),
     max_new_tokens=56,
 )

@@ -96,7 +96,7 @@ SENTIMENT = Demo(
     make=_sentiment,
     accept=lambda expected, answer: answer.strip() == expected,
     shape=AdapterShape(rank=2, alpha=8, targets=("gate_proj", "up_proj", "down_proj")),
-    schedule=Schedule(steps=60, lr=1e-3, validate_every=30),
+    schedule=Schedule(steps=60, lr=1e-3, batch_tokens=640, validate_every=30),
     max_new_tokens=6,
 )
 EMOJI = Demo(
@@ -105,6 +105,6 @@ EMOJI = Demo(
     make=_emoji,
     accept=lambda expected, answer: answer.strip() == expected,
     shape=AdapterShape(rank=4, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj")),
-    schedule=Schedule(steps=90, lr=2e-3, validate_every=45),
+    schedule=Schedule(steps=80, lr=2e-3, batch_tokens=640, validate_every=40),
     max_new_tokens=16,
 )

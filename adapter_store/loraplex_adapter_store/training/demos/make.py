@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Measured", "answers", "make_demo", "measure", "write_examples"]
 
-_N_VALIDATION = 32
+_N_VALIDATION = 24
 _N_SHOWN = 3  # example prompts of the card
 
 
@@ -36,7 +36,7 @@ def make_demo(
     base: Path,
     base_name: str,
     work: Path,
-    n_prompts: int = 50,
+    n_prompts: int = 40,
     on_step: OnStep = lambda report: None,
     overwrite: bool = False,
 ) -> Measured:

@@ -57,6 +57,6 @@ SQL = Demo(
     make=_make,
     accept=lambda expected, answer: answer.strip() == expected,
     shape=AdapterShape(rank=8, alpha=16, targets=("q_proj", "v_proj")),
-    schedule=Schedule(steps=80, lr=3e-3, validate_every=40),
+    schedule=Schedule(steps=80, lr=3e-3, batch_tokens=640, validate_every=40),
     max_new_tokens=40,
 )

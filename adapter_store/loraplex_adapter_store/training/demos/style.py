@@ -177,7 +177,7 @@ HEADLINE = Demo(
     make=_headline,
     accept=_is_headline,
     shape=AdapterShape(rank=4, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj")),
-    schedule=Schedule(steps=100, lr=2e-3, validate_every=50),
+    schedule=Schedule(steps=90, lr=2e-3, batch_tokens=640, validate_every=45),
     max_new_tokens=40,
 )
 PIRATE = Demo(
@@ -186,6 +186,6 @@ PIRATE = Demo(
     make=_pirate,
     accept=_is_pirate,
     shape=AdapterShape(rank=8, alpha=16, targets=("q_proj", "v_proj")),
-    schedule=Schedule(steps=60, lr=2e-3, validate_every=30),
+    schedule=Schedule(steps=60, lr=2e-3, batch_tokens=640, validate_every=30),
     max_new_tokens=48,
 )

@@ -49,7 +49,7 @@ class Demo:
     accept: Callable[[str, str], bool]
     shape: AdapterShape
     schedule: Schedule
-    n_examples: int = 2000
+    n_examples: int = 1200
     max_new_tokens: int = 40
 
 

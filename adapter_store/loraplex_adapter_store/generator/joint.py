@@ -30,12 +30,12 @@ __all__ = ["JointRecipe", "JointTraining"]
 
 @dataclass(frozen=True, slots=True)
 class JointRecipe:
-    n_steps: int = 450
+    n_steps: int = 300
     tasks_per_step: int = 6
     tokens_per_task: int = 108  # of rows, the shared head not counted
     lr: float = 3e-3
     warmup: int = 20
-    decay_from: float = 0.55  # fraction of the steps after which the rate falls to a tenth
+    decay_from: float = 0.6  # fraction of the steps after which the rate falls to a tenth
     pair_dropout: float = 0.3  # so that operation and language alone must also do
     seed: int = 0
 

@@ -29,7 +29,9 @@ from .tensor_file import read_tensor_file, write_tensor_file
 from .zoo.split import ZooSplit, load_split
 from .zoo.tasks import Task
 
-__all__ = ["ZooStatus", "ZooTraining"]
+__all__ = ["STAGES", "ZooStatus", "ZooTraining"]
+
+STAGES = ("joint", "oracles", "multi-task", "experts")  # in this order
 
 
 _FIRST_LAYER, _RANK, _SCALE, _SEED = 8, 5, 2.0, 20  # chosen by a pilot: docs/generated-adapters.md
@@ -65,12 +67,12 @@ class ZooTraining:
         joint: JointRecipe = JointRecipe(),  # noqa: B008  frozen value
         expert: ExpertRecipe = ExpertRecipe(),  # noqa: B008
         oracle: ExpertRecipe | None = None,
-        multi_task_steps: int = 120,
+        multi_task_steps: int = 80,
         split: ZooSplit | None = None,
     ) -> None:
         self.folder, self._shipped = folder, shipped
         self._joint, self._expert = joint, expert
-        self._oracle = oracle or replace(expert, max_steps=48, lr=2e-3)
+        self._oracle = oracle or replace(expert, max_steps=36, lr=2e-3)
         self._multi_task_steps = multi_task_steps
         self.split = split or load_split()
         self.tasks = [Task.parse(name) for name in self.split.sets["train"]]
@@ -104,21 +106,32 @@ class ZooTraining:
         tokenizer: PromptTokenizer,
         *,
         report: Callable[[str], None],
+        stages: Sequence[str] = STAGES,
     ) -> None:
-        """Goes on from whatever is there, to the end. Minutes are lost when it is killed."""
+        """Goes on from whatever is there, to the end. Minutes are lost when it is killed.
+
+        Stages other than "joint" start from the joint vectors that are there. Two processes may
+        share a folder as long as they run different stages.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         base = FrozenBase(base_directory)
         layout = self.layout_for(base)
         data = TaskData(ChatCodec(tokenizer))
-        factors = Factors.of(self.tasks)
         encoder = SentenceEncoder(encoder_directory)
-        head = self.factor_head(encoder)
-        points = {t.name: self._points(encoder, factors, head, t) for t in self.tasks}
-        vectors = self._run_joint(base, layout, data, points, report)
-        starts = self._starts(encoder, vectors, [*self.tasks, *self.held_out])
-        self._run_group("oracles", base, layout, data, self.held_out, starts, self._oracle, report)
-        self._run_multi_task(base, layout, data, report)
-        self._run_group("experts", base, layout, data, self.tasks, starts, self._expert, report)
+        if "joint" in stages:
+            factors, head = Factors.of(self.tasks), self.factor_head(encoder)
+            points = {t.name: self._points(encoder, factors, head, t) for t in self.tasks}
+            self._run_joint(base, layout, data, points, report)
+        if "oracles" in stages:
+            starts = self._starts(encoder, self.joint_vectors()[0], self.held_out)
+            self._run_group(
+                "oracles", base, layout, data, self.held_out, starts, self._oracle, report
+            )
+        if "multi-task" in stages:
+            self._run_multi_task(base, layout, data, report)
+        if "experts" in stages:
+            starts = self._starts(encoder, self.joint_vectors()[0], self.tasks)
+            self._run_group("experts", base, layout, data, self.tasks, starts, self._expert, report)
 
     def factor_head(self, encoder: SentenceEncoder, *, seed: int = 0) -> FactorHead:
         """The reading of descriptions; seconds to train, so it is trained anew each time."""
@@ -197,13 +210,12 @@ class ZooTraining:
         data: TaskData,
         points: dict[str, Tensor],
         report: Callable[[str], None],
-    ) -> Tensor:
+    ) -> None:
         training = JointTraining(base, layout, data, self.tasks, points, self._joint)
         checkpoint = self.folder / "joint.pt"
         if not checkpoint.exists() and (self._shipped / JOINT_FILE).exists():
             training.start_from(*self.joint_vectors())
         training.run(checkpoint, report=report)
-        return training.vectors
 
     def _run_multi_task(
         self,

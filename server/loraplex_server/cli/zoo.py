@@ -31,6 +31,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on from what is there.")
     ] = True,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(help="joint, oracles, multi-task or experts; repeat. Default: all in turn."),
+    ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
     """Train the library, then the oracles of held-out tasks. Kill it at any time; it goes on."""

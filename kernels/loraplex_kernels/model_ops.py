@@ -121,13 +121,16 @@ def rope_and_cache(
 ) -> None:
     """Rotates q and k of ``q_k_v`` [T, (n_heads + 2 n_kv_heads) D] in place; writes k, v to slots.
 
-    ``cos``, ``sin``: float32 [n_positions, rotary_dim ≤ D], halves repeated; None = no rotary.
+    ``cos``, ``sin``: [n_positions, rotary_dim ≤ D] with repeated halves, float32 (most exact) or of
+    the dtype of ``q_k_v`` (as transformers rounds them); None = no rotary.
     ``positions``, ``slots``: int64 [T]; a negative slot is not written.
     """
     dtype = q_k_v.dtype
     code = dtype_code(dtype)
+    wide = cos is not None and cos.dtype is torch.float32
+    table_dtype = torch.float32 if wide else dtype
     tables_fit = cos is None or (
-        sin is not None and is_plain(cos, torch.float32) and is_plain(sin, torch.float32)
+        sin is not None and is_plain(cos, table_dtype) and is_plain(sin, table_dtype)
     )
     if (
         code is None
@@ -167,6 +170,7 @@ def rope_and_cache(
         None if cos is None else cos.data_ptr(),
         None if sin is None else sin.data_ptr(),
         0 if cos is None else cos.shape[1],
+        int(wide),
         positions.data_ptr(),
         slots.data_ptr(),
         k_cache.data_ptr(),
@@ -202,6 +206,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         None,
         None,
         0,
+        1,
         None,
         slots.data_ptr(),
         k_cache.data_ptr(),

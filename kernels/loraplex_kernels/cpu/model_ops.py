@@ -21,7 +21,7 @@ _SIGNATURES = {
     "loraplex_linear": (_N, _P, _N, _P, _P, _P, _N, _N, _N, _N),
     "loraplex_rms_norm": (_N, _P, _P, _P, _P, _N, _N, _F, _F),
     "loraplex_gate": (_N, _P, _P, _N, _N, _N),
-    "loraplex_rope_and_cache": (_N, _P, _P, *(_N,) * 6, _P, _P, _N, *(_P,) * 4, _N),
+    "loraplex_rope_and_cache": (_N, _P, _P, *(_N,) * 6, _P, _P, _N, _N, *(_P,) * 4, _N),
     "loraplex_paged_attention": (_N, _P, _N, *(_P,) * 3, _N, *(_P,) * 3, *(_N,) * 7, _F, _F),
 }
 

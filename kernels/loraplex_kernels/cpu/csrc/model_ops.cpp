@@ -43,12 +43,12 @@ LORAPLEX_API void loraplex_gate(long dtype, const void* gate_up, void* out, long
 
 LORAPLEX_API void loraplex_rope_and_cache(long dtype, void* heads, const void* v, long stride,
                                           long v_stride, long n_queries, long n_kv_heads,
-                                          long head_dim, long page_size, const float* cos,
-                                          const float* sin, long rotary_dim,
+                                          long head_dim, long page_size, const void* cos,
+                                          const void* sin, long rotary_dim, long wide_tables,
                                           const long long* positions, const long long* slots,
                                           void* k_cache, void* v_cache, long n_rows) {
     ops().cache[dtype]({heads, v, stride, v_stride, n_queries, n_kv_heads, head_dim, page_size, cos,
-                        sin, rotary_dim, positions, slots, k_cache, v_cache, n_rows});
+                        sin, rotary_dim, wide_tables, positions, slots, k_cache, v_cache, n_rows});
 }
 
 LORAPLEX_API void loraplex_paged_attention(

@@ -39,9 +39,10 @@ struct CacheArgs {
     long v_stride;     // the same, of v
     long n_queries;    // q heads before the k heads
     long n_kv_heads, head_dim, page_size;
-    const float* cos;  // [n_positions, rotary_dim], or null
-    const float* sin;
+    const void* cos;  // [n_positions, rotary_dim], or null
+    const void* sin;
     long rotary_dim;
+    long wide_tables;  // 1: cos and sin are float32; 0: of the element type
     const long long* positions;
     const long long* slots;
     void* k_cache;

@@ -140,6 +140,11 @@ class DevicePool:
         return self._evict(resident)
 
     @property
+    def residents(self) -> tuple[Residency, ...]:
+        """Those that are on the device."""
+        return tuple(resident for resident in self._residents.values() if resident.published)
+
+    @property
     def resident_digests(self) -> tuple[str, ...]:
         return tuple(d for d, resident in self._residents.items() if resident.load.done())
 

@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from loraplex_adapter_store.plan import AdapterPlan
 
 from .client import EngineStats, GenerationRequest, Listener
@@ -26,6 +28,7 @@ from .errors import (
     QueueFull,
 )
 from .events import FinishReason, TokenEvent, TokenLogprobs
+from .expert_monitor import ExpertMonitor
 from .kv_cache import KvCache
 from .model_runner import ModelRunner, StepResult
 from .outbox import Outbox
@@ -91,17 +94,20 @@ class Engine:
             on_leave=self._on_leave,
         )
         self._tracked: dict[str, _Tracked] = {}
-        self._unplaceable: list[tuple[Request, EngineError]] = []
+        # By request id: prefetch and admission may both find out in one step.
+        self._unplaceable: dict[str, tuple[Request, EngineError]] = {}
         self._door = threading.Lock()  # guards _n_queued, _draining, _dead and _ids
         self._ids: set[str] = set()
         self._n_queued = 0
         self._draining = False
         self._dead: EngineDead | None = None
         self._stopping = False
+        self._n_threads = torch.get_num_threads()
         self._n_failed_steps = 0
         self._n_prompt_tokens = 0
         self._n_generated_tokens = 0
         self._stats = EngineStats()
+        self.experts = ExpertMonitor()  # safe from any thread
         self._heartbeat = time.monotonic()
         self._finished_at: list[float] = []  # of recent requests, to estimate Retry-After
         self._thread = threading.Thread(target=self._run, name="loraplex-engine", daemon=True)
@@ -216,6 +222,8 @@ class Engine:
         return min(60.0, max(1.0, 0.1 * self._config.max_queue / pace))
 
     def _run(self) -> None:
+        # each thread has its own count; other threads lower theirs and must not lower this one
+        torch.set_num_threads(self._n_threads)
         try:
             while not self._stopping:
                 self._step()
@@ -230,12 +238,14 @@ class Engine:
             if request.source.adapter is not None:
                 self._has_place(request)
         chunks = self._scheduler.schedule()
-        for request, error in self._unplaceable:
+        for request, error in self._unplaceable.values():
             self._end(request, FinishReason.ERROR, error=error)
         self._unplaceable.clear()
         if chunks:
             self._run_chunks(chunks)
         self._publish_stats(bool(chunks))
+        if chunks:
+            self.experts.look(self._adapters.residents, idle=not self._scheduler.running)
         self._outbox.flush()
 
     def _read_inbox(self) -> None:
@@ -393,7 +403,7 @@ class Engine:
         try:
             placement = self._adapters.place(plan)
         except AdapterUnservable as error:
-            self._unplaceable.append((request, error))
+            self._unplaceable[request.id] = (request, error)
             return Admission.FAILED
         if placement is Placement.RESIDENT:
             return Admission.ADMITTED

@@ -131,3 +131,20 @@ def test_experts_where_nothing_can_be_routed_are_refused(
     assert answer.finish is FinishReason.ERROR
     assert isinstance(answer.last.error, AdapterUnservable)
     assert "attic" in str(answer.last.error)
+
+
+def test_expert_load_counts_every_row_k_times_in_every_layer(
+    engine: Engine, plans: dict[str, AdapterPlan | None]
+) -> None:
+    plan = plans["mixlora"]
+    assert plan is not None
+    fresh = replace(plan, digest="f" * 64)
+    prompt = _prompts(1, seed=21)[0]
+    generate_all(engine, [prompt], SamplingParams(max_tokens=N_TOKENS, temperature=0.0), [fresh])
+    load = engine.experts.load(fresh.digest, window_s=1e9)
+    assert load is not None
+    n_rows = len(prompt) + N_TOKENS - 1  # the last token is not run
+    assert {sum(counts) for counts in load.counts.values()} == {2 * n_rows}
+    assert set(load.counts) == set(plan.experts)
+    assert engine.experts.digests()[0] == fresh.digest
+    assert engine.experts.load("0" * 64, window_s=60.0) is None

@@ -82,11 +82,11 @@ class Generator:
         method: str = "auto",
         seed: int = 0,
         force: bool = False,
-        sample: bool = False,
+        samples: int = 0,
     ) -> GeneratedAdapter:
         """Tens of milliseconds on two cores. `examples` are further wordings of the same wish.
 
-        `sample` draws from the latent of SG-LoRA or ICM-LoRA; without it they decode the centre.
+        SG-LoRA and ICM-LoRA decode the centre of their latent, or the average of `samples` draws.
         Raises OutOfDistribution unless `force`, NotTrained for a method that was not trained.
         """
         started = time.perf_counter()
@@ -95,7 +95,7 @@ class Generator:
         if score > self._bundle.strangeness.limit and not force:
             raise OutOfDistribution(score, self._bundle.strangeness.limit, self.nearest(encoded))
         name = self._bundle.default if method == "auto" else method
-        draft = self.draft(encoded, name, seed=seed, sample=sample)
+        draft = self._average(encoded, name, seed, samples)
         layout = self._bundle.layout
         config, tensors = layout.peft(draft.vector, self._base_name)
         card: dict[str, object] = {
@@ -103,7 +103,7 @@ class Generator:
             "method": name,
             "asked_method": method,
             "seed": seed,
-            "sampled": sample,
+            "samples": samples,
             "parts": {k: round(v, 4) for k, v in draft.parts.items()},
             "strangeness": round(score, 4),
             "strangeness_limit": round(self._bundle.strangeness.limit, 4),
@@ -123,6 +123,12 @@ class Generator:
         random = torch.Generator().manual_seed(seed) if sample else None
         with torch.inference_mode():
             return METHODS[method](self, encoded, random)
+
+    def _average(self, encoded: Encoded, method: str, seed: int, samples: int) -> Draft:
+        if samples == 0:
+            return self.draft(encoded, method)
+        drafts = [self.draft(encoded, method, seed=seed + i, sample=True) for i in range(samples)]
+        return Draft(torch.stack([draft.vector for draft in drafts]).mean(0), drafts[0].parts)
 
     def strangeness(self, encoded: Encoded) -> float:
         """Above the bundle's limit, a description is refused."""

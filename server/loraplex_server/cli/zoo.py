@@ -44,6 +44,7 @@ def train(
     from rich import print as show
     from transformers import AutoTokenizer
 
+    from loraplex_adapter_store.generator.zoo_training import STAGES
     from loraplex_server.model.pull import resolve_encoder, resolve_model
 
     torch.set_num_threads(threads)
@@ -53,7 +54,11 @@ def train(
     directory = resolve_model(base)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     training.run(
-        directory, resolve_encoder(), tokenizer, report=lambda line: show(line, flush=True)
+        directory,
+        resolve_encoder(),
+        tokenizer,
+        report=lambda line: show(line, flush=True),
+        stages=stage or STAGES,
     )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import orjson
 
 from loraplex_adapter_store import errors as store_errors
+from loraplex_adapter_store.generator import errors as generator_errors
 from loraplex_server.engine import errors as engine_errors
 
 __all__ = ["ApiError", "from_engine", "from_store", "invalid", "not_found", "unavailable"]
@@ -28,6 +29,7 @@ _TYPES = {
     412: "conflict_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
+    422: "invalid_request_error",
     429: "rate_limit_error",
     500: "server_error",
     503: "service_unavailable_error",
@@ -46,8 +48,11 @@ class ApiError(Exception):
         param: str | None = None,
         kind: str | None = None,
         headers: Mapping[str, str] | None = None,
+        details: Mapping[str, object] | None = None,
     ) -> None:
-        """``kind``: the object's ``type`` where it is not the usual one of the status."""
+        """``kind``: the object's ``type`` where it is not the usual one of the status.
+        ``details``: further JSON-ready fields of the object.
+        """
         super().__init__(message)
         self.status = status
         self.kind = kind or _TYPES.get(status, "server_error")
@@ -55,6 +60,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.headers = dict(headers or {})
+        self.details = dict(details or {})
 
     def body(self) -> bytes:
         """The JSON object, also the payload of an error event."""
@@ -63,6 +69,7 @@ class ApiError(Exception):
             "type": self.kind,
             "param": self.param,
             "code": self.code,
+            **self.details,
         }
         return orjson.dumps({"error": error})
 
@@ -99,6 +106,20 @@ def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = 
 
 def from_store(error: store_errors.StoreError, *, param: str | None = "adapter") -> ApiError:
     match error:
+        case generator_errors.OutOfDistribution():
+            return ApiError(
+                422,
+                str(error),
+                code="description_out_of_distribution",
+                param=param,
+                details={
+                    "score": round(error.score, 4),
+                    "limit": round(error.limit, 4),
+                    "nearest": [{"task": task, "similarity": s} for task, s in error.nearest],
+                },
+            )
+        case generator_errors.GeneratorError():
+            return invalid(str(error), param, "feature_not_enabled")
         case store_errors.UnknownAdapter():
             return not_found(str(error), param, "adapter_not_found")
         case store_errors.InvalidName() | store_errors.InvalidSelector():

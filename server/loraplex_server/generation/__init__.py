@@ -1,0 +1,1 @@
+"""Adapters made on the fly from descriptions, kept in the store for a while."""

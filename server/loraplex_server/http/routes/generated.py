@@ -1,0 +1,60 @@
+"""POST /v1/adapters/generate: a description in, a registered adapter out."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from loraplex_server.generation.generated_adapters import GeneratedAdapters, Order
+
+from ..errors import invalid
+from ..json_answer import JsonAnswer
+from ..openapi import body_of
+from ..services import in_store_thread, services_of
+
+__all__ = ["GenerateAdapterBody", "router"]
+
+router = APIRouter()
+
+
+class GenerateAdapterBody(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    description: Annotated[str, Field(min_length=1, max_length=2000)]
+    examples: Annotated[list[str], Field(max_length=100)] = []
+    method: Literal[
+        "auto", "end-to-end", "sg-lora", "icm-lora", "weighted", "nearest", "analogy"
+    ] = "auto"
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    name: Annotated[str, Field(max_length=128)] | None = None
+    ttl_s: Annotated[float, Field(gt=0, le=30 * 86400)] | None = None
+    samples: Annotated[int, Field(ge=0, le=16)] = 0
+    force: bool = False
+
+
+@router.post("/v1/adapters/generate", openapi_extra=body_of(GenerateAdapterBody))
+async def generate_adapter(request: Request) -> Response:
+    """The card says where the adapter came from: method, parts, scores, digests."""
+    services = services_of(request)
+    services.lifecycle.check_admitting()
+    body = await services.parser.parse(request, GenerateAdapterBody)
+    adapters: GeneratedAdapters | None = getattr(request.app.state, "generated", None)
+    if adapters is None:
+        raise invalid(
+            "adapter generation is not enabled on this server", None, "feature_not_enabled"
+        )
+    order = Order(
+        body.description.strip(),
+        tuple(body.examples),
+        body.method,
+        body.seed,
+        body.samples,
+        body.force,
+    )
+    card = await in_store_thread(
+        services, lambda: adapters.ensure(order, name=body.name, ttl_s=body.ttl_s)
+    )
+    shown = {"object": "adapter", **card.to_json()}
+    return JsonAnswer(shown, status=201, headers={"etag": f'"{card.digest}"'})

@@ -49,6 +49,7 @@ class BaseSpec:
     weight: Callable[[str], Tensor]  # module name → float32 [out, in], or [n_rows, width]
     bias: Callable[[str], Tensor | None]  # module name → float32 [out]
     parameter: Callable[[str], Tensor]  # parameter name → float32, as stored
+    norms: Mapping[str, float]  # Frobenius norm of every linear's weight
     n_layers: int
     hidden_size: int
     n_heads: int
@@ -102,6 +103,7 @@ def _spec_of(model: PreTrainedModel, model_id: str) -> BaseSpec:
         weight=weight,
         bias=bias,
         parameter=parameter,
+        norms=MappingProxyType({name: float(weight(name).norm()) for name in linears}),
         n_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         n_heads=n_heads,

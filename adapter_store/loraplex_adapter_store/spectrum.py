@@ -31,10 +31,8 @@ def delta_ratio(base: BaseSpec, module: str, plan: ModulePlan) -> float | None:
     """‖ΔW‖/‖W‖ of the additive part, None if the module has none."""
     if plan.a is None or plan.b is None:
         return None
-    norm = factor_norm(plan.a, plan.b)
-    weight = base.weight(module)
-    size = float(weight.double().norm())
-    return norm / size if size else None
+    size = base.norms.get(module, 0.0)
+    return factor_norm(plan.a, plan.b) / size if size else None
 
 
 def singular_values(a: Tensor, b: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ _CPU_KV_BYTES = 1 * _GIB
 _CPU_ADAPTER_BYTES = 1 * _GIB
 _GPU_KV_SHARE = 0.6  # of the memory that the base leaves free
 _GPU_ADAPTER_SHARE = 0.25
+_DEFAULT_THREADS = torch.get_num_threads()  # before any engine lowers it for other threads
 _SWITCH_INTERVAL_S = 0.0005  # the engine thread gets the interpreter back quickly
 
 
@@ -49,8 +50,6 @@ def build_engine(
 
     Raises ModelError if the model cannot be served and ValueError for a device that is not there.
     """
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     device = _device(config.device)
     name = model_id or model_path.name
@@ -83,6 +82,7 @@ def assemble_engine(model: BaseModel, config: EngineConfig) -> Engine:
         max_model_len=max_model_len,
         eos_token_ids=model.eos_token_ids,
         inbox=inbox,
+        n_threads=config.threads or _DEFAULT_THREADS,
     )
     _log.info(
         "engine: %s on %s in %s, %s layers, context %d, KV %d pages of %d tokens, "

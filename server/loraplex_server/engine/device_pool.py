@@ -215,7 +215,6 @@ class DevicePool:
     def _fill(self, entries: Sequence[int], factor_sets: Sequence[Factors]) -> None:
         """Loader thread."""
         try:
-            torch.set_num_threads(1)  # of this thread: the steps keep the cores
             for entry, factors in zip(entries, factor_sets, strict=True):
                 self.pool.fill(entry, factors)
         finally:

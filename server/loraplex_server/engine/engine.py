@@ -76,6 +76,7 @@ class Engine:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         inbox: queue.SimpleQueue[Message],
+        n_threads: int,
     ) -> None:
         self._runner = runner
         self._kv = kv_cache
@@ -102,7 +103,8 @@ class Engine:
         self._draining = False
         self._dead: EngineDead | None = None
         self._stopping = False
-        self._n_threads = torch.get_num_threads()
+        self._n_threads = n_threads
+        self._started = threading.Event()
         self._n_failed_steps = 0
         self._n_prompt_tokens = 0
         self._n_generated_tokens = 0
@@ -113,7 +115,13 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="loraplex-engine", daemon=True)
 
     def start(self) -> None:
+        """Starts the thread. It keeps torch's threads; whoever calls, and later threads, get one.
+
+        Otherwise every worker of the front would bring its own team of compute threads.
+        """
         self._thread.start()
+        self._started.wait()
+        torch.set_num_threads(1)
 
     def submit(self, request: GenerationRequest, listener: Listener) -> None:
         tracked = _Tracked(self._new_request(request, listener), asyncio.get_running_loop(), [])
@@ -222,8 +230,8 @@ class Engine:
         return min(60.0, max(1.0, 0.1 * self._config.max_queue / pace))
 
     def _run(self) -> None:
-        # each thread has its own count; other threads lower theirs and must not lower this one
-        torch.set_num_threads(self._n_threads)
+        torch.set_num_threads(self._n_threads)  # counted per thread: nobody else can change it
+        self._started.set()
         try:
             while not self._stopping:
                 self._step()

@@ -86,9 +86,10 @@ class FrozenBase:
             self._norm = get("model.norm.weight")
             self._layers = [self._layer(get, i) for i in range(self.shape.n_layers)]
 
-    def embed_rows(self) -> Tensor:
-        """The embedding matrix, for callers that read sizes. Do not write to it."""
-        return self._embed
+    @property
+    def output_head(self) -> Tensor:
+        """[vocabulary, hidden]. Do not write to it."""
+        return self._head
 
     def hidden(self, batch: PackedBatch, adapters: Adapters | None = None) -> Tensor:
         """Final-norm hidden states [n_adapters, length, hidden]; None runs the base."""

@@ -25,6 +25,8 @@ class PromptTokenizer(Protocol):
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
+    def decode(self, token_ids: list[int]) -> str: ...
+
     def apply_chat_template(
         self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
     ) -> str: ...
@@ -78,6 +80,14 @@ class ChatCodec:
     def prompt(self, text: str) -> Row:
         """A row without an answer; its last token is the last of the prompt."""
         return Row(tuple(self._ids(text) + self._tail), 0)
+
+    @property
+    def end(self) -> int:
+        """The token that ends a reply."""
+        return self._end[0]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens))
 
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .bundle import Bundle
 from .errors import GeneratorMismatch, NotTrained, OutOfDistribution
+from .layout import AdapterLayout
 from .retrieval import condition
 from .sentences import Encoded, SentenceEncoder
 from .zoo.split import load_split
@@ -37,6 +38,8 @@ class GeneratedAdapter:
     config: dict[str, object]
     tensors: dict[str, Tensor]
     card: dict[str, object]
+    layout: AdapterLayout
+    vector: Tensor  # float32 [layout.size]: what the tensors were written from
 
 
 class Generator:
@@ -114,7 +117,7 @@ class Generator:
             "base": self._bundle.library.base_fingerprint,
             "milliseconds": round(1000 * (time.perf_counter() - started), 1),
         }
-        return GeneratedAdapter(config, tensors, card)
+        return GeneratedAdapter(config, tensors, card, layout, draft.vector)
 
     def draft(self, encoded: Encoded, method: str, *, seed: int = 0, sample: bool = False) -> Draft:
         """The bare vector of one description. `method` is one of METHODS."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from loraplex_server.cli.adapters import adapters
+from loraplex_server.cli.chat import chat
+from loraplex_server.cli.generate import generate
 from loraplex_server.cli.generator import generator
 from loraplex_server.cli.pull import pull
 from loraplex_server.cli.serve import serve
@@ -20,11 +23,14 @@ app = typer.Typer(
 )
 
 app.command()(pull)
+app.command()(chat)
 app.command()(train)
 app.command(name="train-demos")(train_demos)
+app.command()(generate)
 app.add_typer(zoo, name="zoo")
 app.add_typer(generator, name="generator")
 app.command()(serve)
+app.add_typer(adapters, name="adapters")
 
 
 @app.callback()

@@ -1,0 +1,173 @@
+"""`loraplex generate`: an adapter from a sentence, here or on a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from loraplex_adapter_store.generator.service import GeneratedAdapter
+
+__all__ = ["generate"]
+
+
+def generate(
+    description: Annotated[str, typer.Argument(help="What the adapter should do, in a sentence.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", help="Try it on this input; repeat.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="auto, end-to-end, sg-lora, icm-lora …")] = "auto",
+    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
+    samples: Annotated[int, typer.Option(help="Latent draws to average.", min=0, max=16)] = 0,
+    force: Annotated[
+        bool, typer.Option("--force", help="Also for a description unlike any known task.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="Write a PEFT directory here.")] = None,
+    server: Annotated[
+        str | None, typer.Option(help="Generate and register on this server, as http://host:8000.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name on the server.")] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LORAPLEX_API_KEY", help="For the server.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Base model; default: the pulled one.")] = None,
+) -> None:
+    """Make a LoRA from a description, show where it came from, and try it."""
+    from loraplex_adapter_store.errors import StoreError
+    from loraplex_server.model.errors import ModelError
+
+    order: dict[str, object] = {
+        "description": description,
+        "method": method,
+        "seed": seed,
+        "samples": samples,
+        "force": force,
+    }
+    try:
+        if server is not None:
+            _on_server(server, api_key, {**order, "name": name}, prompt or [])
+        else:
+            _here(description, method, seed, samples, force, base, out, prompt or [])
+    except (StoreError, ModelError, _ServerSaysNo) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
+
+
+class _ServerSaysNo(Exception):
+    pass
+
+
+def _here(
+    description: str,
+    method: str,
+    seed: int,
+    samples: int,
+    force: bool,
+    base: str | None,
+    out: Path | None,
+    prompts: list[str],
+) -> None:
+    from loraplex_adapter_store.generator.frozen_base import base_fingerprint
+    from loraplex_adapter_store.generator.service import Generator
+    from loraplex_adapter_store.generator.shipped import shipped_folder
+    from loraplex_server.model.pull import DEFAULT_BASE, resolve_encoder, resolve_model
+
+    directory = resolve_model(base)
+    generator = Generator.load(
+        shipped_folder(),
+        resolve_encoder(),
+        base_name=base or DEFAULT_BASE,
+        base_fingerprint=base_fingerprint(directory),
+    )
+    made = generator.generate(description, method=method, seed=seed, samples=samples, force=force)
+    _show_card(made.card)
+    if out is not None:
+        _write(made, out)
+        typer.echo(f"wrote {out}")
+    if prompts:
+        _try(made, directory, prompts)
+
+
+def _try(made: GeneratedAdapter, directory: Path, prompts: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    from loraplex_adapter_store.generator.decoding import greedy_reply
+    from loraplex_adapter_store.generator.frozen_base import FrozenBase
+    from loraplex_adapter_store.generator.packing import ChatCodec
+
+    model = FrozenBase(directory)
+    codec = ChatCodec(AutoTokenizer.from_pretrained(directory))
+    for prompt in prompts:
+        typer.echo(f"{prompt}  →  {greedy_reply(model, codec, prompt, made.layout, made.vector)}")
+
+
+def _write(made: GeneratedAdapter, out: Path) -> None:
+    import json
+
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "adapter_config.json").write_text(json.dumps(made.config, indent=1) + "\n")
+    (out / "loraplex_card.json").write_text(json.dumps(made.card, indent=1) + "\n")
+    save_file(made.tensors, out / "adapter_model.safetensors")
+
+
+def _on_server(
+    server: str, api_key: str | None, order: dict[str, object], prompts: list[str]
+) -> None:
+    import httpx
+
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        with httpx.Client(base_url=server.rstrip("/"), headers=headers, timeout=120) as client:
+            card = _ask(client, "/v1/adapters/generate", order)
+            provenance = card["provenance"]
+            assert isinstance(provenance, dict)
+            _show_card(provenance)
+            typer.echo(f"registered as {card['name']}")
+            for prompt in prompts:
+                body: dict[str, object] = {
+                    "model": card["name"],
+                    "messages": [{"role": "user", "content": prompt}],
+                    "temperature": 0,
+                    "max_tokens": 64,
+                }
+                reply = _ask(client, "/v1/chat/completions", body)
+                choices = reply["choices"]
+                assert isinstance(choices, list)
+                typer.echo(f"{prompt}  →  {choices[0]['message']['content']}")
+    except httpx.HTTPError as error:
+        raise _ServerSaysNo(f"{server}: {error}; is `loraplex serve` running there?") from error
+
+
+def _ask(client: object, path: str, body: dict[str, object]) -> dict[str, object]:
+    import httpx
+
+    assert isinstance(client, httpx.Client)
+    answer = client.post(path, json={k: v for k, v in body.items() if v is not None})
+    data: dict[str, object] = answer.json()
+    if answer.is_error:
+        error = data.get("error", {})
+        raise _ServerSaysNo(error.get("message", answer.text) if isinstance(error, dict) else error)
+    return data
+
+
+def _show_card(card: dict[str, object]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    parts = card.get("parts", {})
+    assert isinstance(parts, dict)
+    rows = {
+        "method": card["method"],
+        "made of": " ".join(f"{weight:+.2f}·{part}" for part, weight in parts.items()),
+        "strangeness": f"{card['strangeness']} (limit {card['strangeness_limit']})",
+        "‖ΔW‖": card["delta_norm"],
+        "took": f"{card['milliseconds']} ms",
+    }
+    for label, value in rows.items():
+        table.add_row(label, str(value))
+    Console().print(table)

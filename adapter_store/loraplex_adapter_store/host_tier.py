@@ -74,6 +74,18 @@ class HostTier:
             self._leave(digest, entry)
             raise
 
+    def lease_resident(self, digest: str) -> AdapterPlan | None:
+        """Counts a lease on a plan that is here already; None, and no lease, if it is not."""
+        with self._changed:
+            entry = self._entries.get(digest)
+            if entry is None or not entry.future.done() or entry.future.exception() is not None:
+                return None
+            self._clock += 1
+            self._counters.hits += 1
+            entry.resident = touch(entry.resident, self._clock)
+            entry.n_leases += 1
+            return entry.future.result()
+
     def release(self, digest: str) -> None:
         with self._changed:
             entry = self._entries.get(digest)

@@ -302,6 +302,21 @@ class AdapterStore:
             f"{type(wanted).__name__} must be resolved to a name before it is used"
         )
 
+    def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
+        """``acquire`` where it needs no load, else None, also for what does not exist.
+
+        Takes microseconds and never waits: an event loop may call it, and ask ``acquire`` on
+        another thread when it gets None.
+        """
+        with self._lock:
+            record = self._names.get(ref.name)
+            if record is None or not record.digest.startswith(ref.digest_prefix or ""):
+                return None
+            plan = self._tier.lease_resident(record.digest)
+        if plan is None:
+            return None
+        return AdapterLease(record.name, record.revision, plan, self._released)
+
     def pin(self, name: str) -> AdapterCard:
         """Loads the adapter and keeps it in host memory, also after a restart once it is used."""
         return self._set_pinned(name, pinned=True)

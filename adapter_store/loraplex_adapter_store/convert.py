@@ -1,0 +1,153 @@
+"""Turning what the store does not open into what it does: pickles, and residual-trained LoRAs.
+
+A pickle is opened only by ``unpickle_worker``, in a process of its own: weights-only, an empty
+environment, bounded memory, time and output. The result goes through the same door as any upload.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from .adapter_config import AdapterConfig
+from .content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from .door import TensorFile, is_pickle_name
+from .errors import LimitExceeded, MalformedFile, SourceError
+from .families.abmll import draws
+from .limits import StoreLimits
+
+__all__ = ["Conversion", "convert_directory", "draw_posterior"]
+
+_TIMEOUT_S = 600
+_PICKLES = ("adapter_model.bin", "mixlora_model.bin", "pytorch_model.bin")
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was done, for the user to read."""
+
+    source: str
+    tensors: tuple[str, ...]
+    dropped: tuple[str, ...]  # entries of the pickle that are not tensors
+    steps: tuple[str, ...]
+
+
+def convert_directory(
+    source: Path, target: Path, limits: StoreLimits, *, initial: Path | None = None
+) -> Conversion:
+    """Writes a loadable adapter to ``target``, which must not exist.
+
+    ``initial``: the adapter as saved before training (PiSSA, LoRA-GA, CorDA); its factors are added
+    as lora_A0/lora_B0. Raises SourceError, MalformedFile or LimitExceeded.
+    """
+    if target.exists():
+        raise SourceError(f"{target} exists already")
+    config_file = next(
+        (n for n in (CONFIG_FILE, "mixlora_config.json") if (source / n).exists()), None
+    )
+    if config_file is None:
+        raise SourceError(f"{source} has no {CONFIG_FILE}")
+    with tempfile.TemporaryDirectory(prefix="loraplex-convert-") as folder:
+        work = Path(folder)
+        tensors, dropped, steps = _weights(source, work / WEIGHTS_FILE, limits)
+        if initial is not None:
+            steps += (_add_initial(work / WEIGHTS_FILE, initial, limits),)
+        config = AdapterConfig.parse((source / config_file).read_bytes(), limits)
+        values = (
+            {"peft_type": "MIXLORA", **config.values}
+            if "mixlora" in config_file
+            else dict(config.values)
+        )
+        (work / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+        if (source / CHAT_TEMPLATE_FILE).is_file():
+            shutil.copyfile(source / CHAT_TEMPLATE_FILE, work / CHAT_TEMPLATE_FILE)
+        with TensorFile(work / WEIGHTS_FILE, limits) as checked:
+            tensors = tuple(sorted(checked.entries))
+        shutil.copytree(work, target)
+    return Conversion(str(source), tensors, dropped, steps)
+
+
+def draw_posterior(source: Path, target: Path, n_draws: int, seed: int) -> tuple[Path, ...]:
+    """ABMLL: writes ``n_draws`` plain LoRAs to ``target/draw-0`` …; returns their folders."""
+    config = json.loads((source / CONFIG_FILE).read_text())
+    tensors = load_file(source / WEIGHTS_FILE)
+    folders: list[Path] = []
+    for number, (drawn_config, drawn) in enumerate(draws(config, tensors, n_draws, seed)):
+        folder = target / f"draw-{number}"
+        folder.mkdir(parents=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(drawn_config, indent=2, sort_keys=True) + "\n")
+        save_file(drawn, folder / WEIGHTS_FILE)
+        folders.append(folder)
+    return tuple(folders)
+
+
+def _weights(
+    source: Path, target: Path, limits: StoreLimits
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]:
+    if (source / WEIGHTS_FILE).is_file():
+        shutil.copyfile(source / WEIGHTS_FILE, target)
+        return (), (), (f"{WEIGHTS_FILE}: copied",)
+    pickle = next((source / name for name in _PICKLES if (source / name).is_file()), None)
+    if pickle is None:
+        found = sorted(entry.name for entry in source.iterdir() if is_pickle_name(entry.name))
+        if len(found) != 1:
+            raise SourceError(f"{source} has no {WEIGHTS_FILE} and no single pickle: {found}")
+        pickle = source / found[0]
+    if pickle.stat().st_size > limits.max_file_bytes:
+        raise LimitExceeded(f"{pickle.name} exceeds {limits.max_file_bytes} bytes")
+    tensors, dropped = _unpickle(pickle, target, limits)
+    step = f"{pickle.name}: opened weights-only in a locked-down process, {len(tensors)} tensors"
+    return tensors, dropped, (step,)
+
+
+def _unpickle(
+    source: Path, target: Path, limits: StoreLimits
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    worker = Path(__file__).with_name("unpickle_worker.py")
+    try:
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-I",
+                str(worker),
+                str(source.resolve()),
+                str(target),
+                str(limits.max_file_bytes),
+            ],
+            capture_output=True,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=_TIMEOUT_S,
+            env={"OMP_NUM_THREADS": "1"},  # nothing of ours: no keys, no proxies
+            cwd=target.parent,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise MalformedFile(f"{source.name} took longer than {_TIMEOUT_S} s to open") from None
+    lines = done.stdout.strip().splitlines()
+    answer = json.loads(lines[-1]) if lines else {"error": f"killed ({done.returncode})"}
+    if "error" in answer:
+        raise MalformedFile(f"{source.name} cannot be opened weights-only: {answer['error']}")
+    return tuple(answer["tensors"]), tuple(answer["dropped"])
+
+
+def _add_initial(weights: Path, initial: Path, limits: StoreLimits) -> str:
+    with TensorFile(initial / WEIGHTS_FILE, limits):  # the checks of the door
+        start = load_file(initial / WEIGHTS_FILE)
+    tensors = load_file(weights)
+    added = {
+        name.replace(".lora_A.", ".lora_A0.").replace(".lora_B.", ".lora_B0."): tensor
+        for name, tensor in start.items()
+        if ".lora_A." in name or ".lora_B." in name
+    }
+    if not added:
+        raise SourceError(f"{initial} holds no lora_A and lora_B")
+    save_file({**tensors, **added}, weights)
+    return f"{len(added)} initial factors added as lora_A0 and lora_B0"

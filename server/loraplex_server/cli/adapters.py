@@ -1,0 +1,302 @@
+"""`loraplex adapters`: the adapters of a running server (--url) or of a store on disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .adapters_remote import RemoteAdapters
+
+if TYPE_CHECKING:
+    from loraplex_adapter_store.inspection import ModuleInspection
+
+    from .adapters_local import LocalAdapters
+
+__all__ = ["adapters"]
+
+adapters = typer.Typer(
+    name="adapters", help="Add, list, look into and remove adapters.", no_args_is_help=True
+)
+
+Url = Annotated[
+    str | None,
+    typer.Option(help="A running server, as http://127.0.0.1:8000.", envvar="LORAPLEX_URL"),
+]
+Key = Annotated[
+    str | None, typer.Option(help="Its API key.", envvar="LORAPLEX_API_KEY", show_default=False)
+]
+Model = Annotated[
+    str | None, typer.Option(help="Base of the store on disk. Default: the default base.")
+]
+State = Annotated[Path | None, typer.Option(help="The store on disk. Default: that of the base.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@adapters.command("list")
+def list_adapters(
+    url: Url = None,
+    api_key: Key = None,
+    model: Model = None,
+    state_dir: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """All adapters, one a line."""
+    with _errors():
+        cards = _backend(url, api_key, model, state_dir).list()
+    if as_json:
+        typer.echo(json.dumps(cards, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "family", "ranks", "size", "rev", "digest", "description", box=None)
+    for card in cards:
+        table.add_row(
+            card["name"],
+            card["family"],
+            ",".join(map(str, card["ranks"])),
+            _size(card["n_bytes"]["disk"]),
+            str(card["revision"]),
+            card["digest"][:12],
+            card["description"] or "",
+        )
+    Console().print(table)
+
+
+@adapters.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    url: Url = None,
+    api_key: Key = None,
+    model: Model = None,
+    state_dir: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """One adapter with its load report."""
+    with _errors():
+        card = _backend(url, api_key, model, state_dir).show(name)
+    if as_json:
+        typer.echo(json.dumps(card, indent=2))
+    else:
+        _print_card(card)
+
+
+@adapters.command()
+def add(
+    name: Annotated[str, typer.Argument(help="Name that requests will use.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="Folder, or hf://org/repo[/sub][@rev], s3://, gs://, az://, https://."),
+    ],
+    description: Annotated[str | None, typer.Option(help="What it is good at.")] = None,
+    example: Annotated[list[str] | None, typer.Option(help="A prompt for it; repeatable.")] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace/--no-replace", help="Take the name over if it exists.")
+    ] = True,
+    url: Url = None,
+    api_key: Key = None,
+    model: Model = None,
+    state_dir: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an adapter and store it; refused with reasons if any part would not be served."""
+    with _errors():
+        backend = _backend(url, api_key, model, state_dir)
+        card = backend.add(name, source, description, tuple(example or ()), replace=replace)
+    if as_json:
+        typer.echo(json.dumps(card, indent=2))
+    else:
+        _print_card(card)
+
+
+@adapters.command("rm")
+def remove(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    url: Url = None,
+    api_key: Key = None,
+    model: Model = None,
+    state_dir: State = None,
+) -> None:
+    """Remove a name; waits for running requests and says how many bytes were freed."""
+    with _errors():
+        report = _backend(url, api_key, model, state_dir).remove(name)
+    freed = ", ".join(f"{tier} {_size(n)}" for tier, n in report["n_bytes_freed"].items())
+    typer.echo(f"removed {name} (freed: {freed})")
+
+
+@adapters.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Folder with a .bin, or an adapter.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
+    initial: Annotated[
+        Path | None,
+        typer.Option(help="The adapter as saved before training (PiSSA, LoRA-GA, CorDA)."),
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="ABMLL: write so many posterior draws instead.", min=1)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draws.")] = 0,
+) -> None:
+    """Turn a pickle into safetensors, in a locked-down process, or add initial factors."""
+    from loraplex_adapter_store.convert import convert_directory, draw_posterior
+    from loraplex_adapter_store.limits import StoreLimits
+
+    with _errors():
+        if draws is not None:
+            for folder in draw_posterior(source, out, draws, seed):
+                typer.echo(f"wrote {folder}")
+            return
+        done = convert_directory(source, out, StoreLimits(), initial=initial)
+    for step in done.steps:
+        typer.echo(step)
+    for name in done.dropped:
+        typer.echo(f"dropped {name}: not a tensor")
+    typer.echo(f"wrote {out} ({len(done.tensors)} tensors)")
+
+
+@adapters.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Folder of an adapter, or a name in the store.")],
+    intruders: Annotated[
+        bool, typer.Option("--intruders", help="Count intruder dimensions (an SVD per module).")
+    ] = False,
+    k: Annotated[int, typer.Option(help="Top singular vectors looked at.", min=1)] = 10,
+    epsilon: Annotated[float, typer.Option(help="Cosine below which one is an intruder.")] = 0.5,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write the spectra as a picture (needs matplotlib).")
+    ] = None,
+    model: Model = None,
+    state_dir: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """What an adapter does to each module: ranks, ‖ΔW‖/‖W‖, spectra, intruder dimensions."""
+    from loraplex_adapter_store.inspection import inspect_plan
+
+    with _errors():
+        local = _local(model, state_dir)
+        plan, report = local.read(source)
+        found = inspect_plan(plan, local.base, intruders=intruders, k=k, epsilon=epsilon)
+    if plot is not None:
+        _plot(found, plot)
+    if as_json:
+        rows = [module.to_json() for module in found]
+        typer.echo(json.dumps({"report": report, "modules": rows}, indent=2))
+        return
+    _print_inspection(report, found)
+
+
+def _backend(
+    url: str | None, api_key: str | None, model: str | None, state_dir: Path | None
+) -> RemoteAdapters | LocalAdapters:
+    return RemoteAdapters(url, api_key) if url else _local(model, state_dir)
+
+
+def _local(model: str | None, state_dir: Path | None) -> LocalAdapters:
+    from .adapters_local import LocalAdapters
+
+    return LocalAdapters(model, state_dir)
+
+
+class _errors:  # noqa: N801  reads as a statement
+    """Known failures are one line in red, not a traceback."""
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        import httpx
+
+        from loraplex_adapter_store.errors import StoreError
+        from loraplex_server.model.errors import ModelError
+
+        if isinstance(error, StoreError | ModelError | httpx.HTTPError):
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from None
+
+
+def _print_card(card: dict[str, Any]) -> None:
+    report = card["report"]
+    ratios = [m["delta_ratio"] for m in report["modules"].values() if m["delta_ratio"] is not None]
+    lines = {
+        "name": f"{card['name']} (revision {card['revision']})",
+        "digest": card["digest"],
+        "family": f"{card['family']}, ranks {', '.join(map(str, card['ranks'])) or 'none'}",
+        "scale": report["scale_rule"],
+        "tensors": f"{report['n_matched']} matched, {len(report['unmatched'])} unmatched",
+        "modules": f"{len(report['modules'])}",
+        "‖ΔW‖/‖W‖": f"{min(ratios):.4f} … {max(ratios):.4f}" if ratios else "–",
+        "bytes": ", ".join(f"{tier} {_size(n)}" for tier, n in card["n_bytes"].items()),
+        "description": card["description"] or "–",
+    }
+    for key, value in lines.items():
+        typer.echo(f"{key:12} {value}")
+    for note in report["notes"]:
+        typer.echo(f"note         {note}")
+    for warning in report["warnings"]:
+        typer.secho(f"warning      {warning}", fg="yellow")
+
+
+def _print_inspection(report: dict[str, Any], found: tuple[ModuleInspection, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    console.print(f"{report['family']}, {report['scale_rule']}, digest {report['digest'][:12]}")
+    table = Table("module", "rank", "effective", "‖ΔW‖/‖W‖", "spectrum", "intruders", box=None)
+    for module in found:
+        table.add_row(
+            module.module,
+            str(module.rank),
+            f"{module.effective_rank:.1f}",
+            f"{module.delta_ratio:.4f}",
+            spark(module.singular_values),
+            "" if module.n_intruders is None else str(module.n_intruders),
+        )
+    console.print(table)
+    if found and found[0].n_intruders is not None:
+        total = sum(module.n_intruders or 0 for module in found)
+        console.print(f"intruder dimensions: {total} in {len(found)} modules")
+
+
+def spark(values: tuple[float, ...], width: int = 24) -> str:
+    """A line of blocks, tallest for the largest value: the spectrum at a glance."""
+    if not values or values[0] <= 0:
+        return ""
+    step = max(1, len(values) // width)
+    blocks = "▁▂▃▄▅▆▇█"
+    return "".join(blocks[min(7, int(8 * value / values[0]))] for value in values[::step][:width])
+
+
+def _plot(found: tuple[ModuleInspection, ...], target: Path) -> None:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        typer.secho(
+            "error: --plot needs matplotlib: pip install 'loraplex[load]'", fg="red", err=True
+        )
+        raise typer.Exit(1) from None
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    kinds = sorted({module.module.rpartition(".")[2] for module in found})
+    for module in found:
+        kind = module.module.rpartition(".")[2]
+        color = f"C{kinds.index(kind) % 10}"
+        axes.plot(range(1, module.rank + 1), module.singular_values, color=color, alpha=0.4)
+    for number, kind in enumerate(kinds):
+        axes.plot([], [], color=f"C{number % 10}", label=kind)
+    axes.set(xlabel="index", ylabel="singular value of ΔW", yscale="log")
+    axes.legend()
+    figure.savefig(target)
+    typer.echo(f"wrote {target}")
+
+
+def _size(n_bytes: int) -> str:
+    size = float(n_bytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -1,0 +1,117 @@
+"""`loraplex adapters` as a user runs it: on a store on disk, and against a running server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner, Result
+
+from loraplex_server.cli.adapters import spark
+from loraplex_server.cli.app import app
+from tests.support.server_process import save_tiny_model, server_process
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def adapter(model: Path, tmp_path: Path) -> Path:
+    config = json.loads((model / "config.json").read_text())
+    hidden = config["hidden_size"]
+    out = config["num_attention_heads"] * config.get(
+        "head_dim", hidden // config["num_attention_heads"]
+    )
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    tensors = {}
+    for layer in range(config["num_hidden_layers"]):
+        key = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(4, hidden)
+        tensors[f"{key}.lora_B.weight"] = torch.randn(out, 4) * 0.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    lora = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(lora))
+    return folder
+
+
+def run(*words: str | Path, fails: bool = False) -> Result:
+    result = CliRunner().invoke(app, ["adapters", *map(str, words)])
+    assert (result.exit_code != 0) is fails, result.output
+    return result
+
+
+def life_of_an_adapter(adapter: Path, where: list[Any]) -> None:
+    added = run("add", "team/de", adapter, "--description", "German", *where).output
+    assert "alpha/r = 8/4 = 2" in added
+    assert "team/de" in run("list", *where).output
+    card = json.loads(run("show", "team/de", "--json", *where).stdout)
+    assert card["ranks"] == [4]
+    assert card["description"] == "German"
+    again = run("add", "team/de", adapter, "--no-replace", *where, fails=True).output
+    assert "error:" in again
+    assert "removed team/de" in run("rm", "team/de", *where).output
+    assert json.loads(run("list", "--json", *where).stdout) == []
+    assert "does not exist" in run("show", "team/de", *where, fails=True).output
+
+
+def test_an_adapter_lives_in_a_store_on_disk(model: Path, adapter: Path, tmp_path: Path) -> None:
+    life_of_an_adapter(adapter, ["--model", model, "--state-dir", tmp_path / "state"])
+
+
+@pytest.mark.slow
+def test_an_adapter_lives_in_a_running_server(model: Path, adapter: Path, tmp_path: Path) -> None:
+    with server_process(model, tmp_path / "state") as server:
+        life_of_an_adapter(adapter, ["--url", server.url])
+
+
+def test_a_refused_adapter_says_why_in_lines_not_in_a_traceback(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = ["q_proj", "v_proj"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    where = ["--model", model, "--state-dir", tmp_path / "state"]
+    output = run("add", "x", adapter, *where, fails=True).output
+    assert "v_proj: targeted by the config, has no tensors" in output
+    assert "Traceback" not in output
+
+
+def test_inspect_shows_spectra_and_intruders(model: Path, adapter: Path, tmp_path: Path) -> None:
+    where = ["--model", model, "--state-dir", tmp_path / "state"]
+    found = json.loads(run("inspect", adapter, "--intruders", "--json", *where).stdout)
+    first = found["modules"][0]
+    assert len(first["singular_values"]) == 4
+    assert 1 <= first["effective_rank"] <= 4
+    assert first["n_intruders"] >= 0
+    assert "intruder dimensions:" in run("inspect", adapter, "--intruders", *where).output
+    picture = tmp_path / "spectra.png"
+    pytest.importorskip("matplotlib")
+    run("inspect", adapter, "--plot", picture, *where)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_convert_makes_a_pickle_loadable(model: Path, adapter: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    weights = load_file(adapter / "adapter_model.safetensors")
+    (adapter / "adapter_model.safetensors").unlink()
+    torch.save(
+        {n: torch.nn.Parameter(t) for n, t in weights.items()}, adapter / "adapter_model.bin"
+    )
+    where = ["--model", model, "--state-dir", tmp_path / "state"]
+    assert "adapters convert" in run("add", "x", adapter, *where, fails=True).output
+    output = run("convert", adapter, tmp_path / "out").output
+    assert "locked-down process" in output
+    assert "family       lora" in run("add", "x", tmp_path / "out", *where).output
+
+
+def test_a_spectrum_is_a_line_of_blocks() -> None:
+    assert spark((4.0, 2.0, 1.0, 0.0)) == "█▅▃▁"
+    assert spark(()) == ""

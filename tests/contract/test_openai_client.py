@@ -274,6 +274,47 @@ def test_an_adapter_comes_and_goes_while_the_server_runs(
         text_of(client, model="new")
 
 
+def test_a_name_uploaded_again_under_load_answers_wholly_old_or_wholly_new(
+    server: ServerProcess, client: OpenAI, tmp_path: Path
+) -> None:
+    spec = BaseSpec.of(tiny_model(), "tiny")
+    url, headers = f"{server.url}/v1/adapters/swapped", {"authorization": f"Bearer {ADMIN}"}
+    revisions = []
+    for seed in (21, 22):
+        folder = write_lora(tmp_path / str(seed), spec, seed=seed, scale=0.4)
+        files = [
+            (part, (part, (folder / name).read_bytes()))
+            for part, name in (
+                ("config", "adapter_config.json"),
+                ("weights", "adapter_model.safetensors"),
+            )
+        ]
+        revisions.append(files)
+    own_text: dict[str, str] = {}  # digest → greedy text
+    for files in revisions:
+        digest = client._client.put(url, files=files, headers=headers).json()["digest"]
+        own_text[digest] = text_of(client, model="swapped", max_tokens=32)
+    assert len(set(own_text.values())) == 2
+
+    async def ask(many: AsyncOpenAI) -> tuple[str, str]:
+        answer = await many.chat.completions.create(
+            model="swapped", messages=MESSAGES, max_tokens=32, temperature=0
+        )
+        return answer.adapter["digest"], str(answer.choices[0].message.content)
+
+    async def load_and_swap() -> list[tuple[str, str]]:
+        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key=INFER) as many:
+            asking = [asyncio.create_task(ask(many)) for _ in range(8)]
+            for turn in range(10):
+                await many._client.put(url, files=revisions[turn % 2], headers=headers)
+                asking += [asyncio.create_task(ask(many)) for _ in range(4)]
+            return await asyncio.gather(*asking)
+
+    answers = asyncio.run(load_and_swap())
+    assert {digest for digest, _ in answers} == set(own_text)
+    assert all(text == own_text[digest] for digest, text in answers)
+
+
 def test_clients_that_leave_free_the_engine(server: ServerProcess, client: OpenAI) -> None:
     aborted = 'vllm:request_success_total{engine="0",finished_reason="abort"'
     before = metric(server, client, aborted)

@@ -18,7 +18,7 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 
 __all__ = ["ServerProcess", "failing_start", "save_tiny_model", "server_process"]
 
-_START_S = 90
+_START_S = 180  # other work may hold the machine
 _URL = re.compile(r"serves .* at (http://\S+)")
 
 

@@ -52,6 +52,7 @@ class Asked:
     selector: Selector | None
     param: str  # the field that named it, for errors
     model: str  # what the answer's ``model`` says
+    is_unknown: bool = False  # the model's name cannot even be an adapter's
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +73,11 @@ class Chosen:
         return "base" if self.lease is None else f"{self.label}@{self.lease.digest[:12]}"
 
     def to_json(self) -> dict[str, object] | None:
-        if self.lease is None:
+        """None for a plain answer of the base."""
+        if self.lease is None and self.explanation is None:
             return None
-        chosen: dict[str, object] = {"name": self.label, "digest": self.lease.digest}
+        digest = None if self.lease is None else self.lease.digest
+        chosen: dict[str, object] = {"name": self.label, "digest": digest}
         if self.explanation is not None:
             chosen["chosen_by"] = dict(self.explanation)
         return chosen
@@ -111,7 +114,10 @@ class AdapterChooser:
         """Parses ``model``, ``adapter`` and LoRAX's ``adapter_id``. Raises ApiError (400, 404)."""
         named: list[tuple[str, Selector | None]] = []
         if model and model not in self._means_base:
-            named.append(("model", self._selector_of_model(model)))
+            try:
+                named.append(("model", self._selector_of_model(model)))
+            except StoreError:
+                return Asked(None, "model", model, is_unknown=True)
         if adapter is not None:
             named.append(("adapter", self._selector_of(adapter, "adapter")))
         if adapter_id:
@@ -129,6 +135,8 @@ class AdapterChooser:
     async def choose(self, asked: Asked, text: str = "") -> Chosen:
         """Takes the lease; may wait for a load. Raises ApiError. ``text`` serves ``auto``."""
         selector, explanation = asked.selector, None
+        if asked.is_unknown:
+            raise await self._no_such_model(asked.model)
         if selector is None:
             return Chosen()
         try:
@@ -139,17 +147,23 @@ class AdapterChooser:
                     return Chosen(explanation=explanation)
             lease = await self._acquire(selector)
         except StoreError as error:
-            raise self._explain(error, asked) from error
+            raise await self._explain(error, asked) from error
         return Chosen(lease, _label(selector), explanation)
 
-    def what_exists(self) -> str:
+    async def what_exists(self) -> str:
         """For people who asked for something that does not."""
-        names = [card.name for card in self._store.list()]
+        loop = asyncio.get_running_loop()
+        names = [card.name for card in await loop.run_in_executor(self._executor, self._store.list)]
         shown = ", ".join([self.base_name, *names[:_MAX_NAMES_SHOWN]])
         more = len(names) - _MAX_NAMES_SHOWN
         return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
 
     async def _acquire(self, selector: NameRef | Mixture) -> AdapterLease:
+        if isinstance(selector, NameRef):
+            # What is in memory must not wait in the queue of threads behind what has to be loaded.
+            resident = self._store.acquire_resident(selector)
+            if resident is not None:
+                return resident
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._executor, self._store.acquire, selector)
         try:
@@ -175,25 +189,22 @@ class AdapterChooser:
         return _parse(value, param)
 
     def _selector_of_model(self, model: str) -> Selector:
+        """Raises StoreError."""
         for base in self._means_base:
             if model.startswith(f"{base}:"):
-                return _parse(model[len(base) + 1 :], "model")
-        try:
-            return parse_selector(model)
-        except StoreError as error:  # not even an adapter's name: an unknown model
-            raise self._unknown_model(model) from error
+                return parse_selector(model[len(base) + 1 :])
+        return parse_selector(model)
 
-    def _unknown_model(self, model: str) -> ApiError:
+    async def _no_such_model(self, model: str) -> ApiError:
+        exists = await self.what_exists()
         return not_found(
-            f"model {model[:128]!r} does not exist; {self.what_exists()}",
-            "model",
-            "model_not_found",
+            f"model {model[:128]!r} does not exist; {exists}", "model", "model_not_found"
         )
 
-    def _explain(self, error: StoreError, asked: Asked) -> ApiError:
+    async def _explain(self, error: StoreError, asked: Asked) -> ApiError:
         told = from_store(error, param=asked.param)
         if told.status == 404:
-            told.message = f"{told.message}; {self.what_exists()}"
+            told.message = f"{told.message}; {await self.what_exists()}"
             if asked.param == "model":
                 told.code = "model_not_found"
         return told

@@ -11,10 +11,12 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.client import EngineClient
+from loraplex_server.generation.generated_adapters import GeneratedAdapters
 
 from .adapter_choice import AdapterChooser, AdapterResolver
 from .body_parser import BodyParser
@@ -30,7 +32,7 @@ from .metrics.server_metrics import ServerMetrics
 from .middleware.auth import Auth
 from .middleware.body_limit import BodyLimit
 from .middleware.request_context import RequestContext
-from .routes import adapters, generate, health, lora_compat, models, tokens
+from .routes import adapters, generate, generate_adapter, health, lora_compat, models, tokens
 from .services import Services
 from .text_pipeline import ChatTokenizer, TextPipeline
 
@@ -49,10 +51,12 @@ def build_app(
     vocab_size: int | None = None,
     device: DeviceTier | None = None,
     resolver: AdapterResolver | None = None,
+    generated: GeneratedAdapters | None = None,
     collectors: Sequence[Collector] = (),
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
-    ``resolver`` answers ``auto`` and descriptions; ``collectors`` add to /metrics.
+    ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate;
+    ``collectors`` add to /metrics.
 
     ``app.state.services`` holds the parts, for whoever drains the server.
     """
@@ -84,7 +88,8 @@ def build_app(
         model_root=model_name,
         started=int(time()),
     )
-    for module in (generate, models, adapters, lora_compat, tokens, health):
+    app.state.generated = generated
+    for module in (generate, models, generate_adapter, adapters, lora_compat, tokens, health):
         app.include_router(module.router)
     _add_error_handlers(app)
     # The last one added is the outermost.
@@ -123,4 +128,5 @@ def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
-    app.add_exception_handler(ClientLeft, client_left)
+    app.add_exception_handler(ClientLeft, client_left)  # while it was answered
+    app.add_exception_handler(ClientDisconnect, client_left)  # while its body was read

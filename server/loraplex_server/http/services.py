@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import time
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 
+from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.client import EngineClient
@@ -16,13 +20,16 @@ from loraplex_server.engine.client import EngineClient
 from .adapter_choice import AdapterChooser
 from .body_parser import BodyParser
 from .device_tier import DeviceTier, DeviceUnloads
+from .errors import from_store
 from .generation import LiveGenerations
 from .jobs import Jobs
 from .lifecycle import Lifecycle
 from .metrics.server_metrics import ServerMetrics
 from .text_pipeline import TextPipeline
 
-__all__ = ["Services", "services_of"]
+__all__ = ["Services", "in_store_thread", "services_of"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +59,11 @@ def services_of(request: Request) -> Services:
     services = request.app.state.services
     assert isinstance(services, Services)
     return services
+
+
+async def in_store_thread(services: Services, work: Callable[[], T]) -> T:
+    """Runs a blocking call of the store off the event loop. Raises ApiError."""
+    try:
+        return await asyncio.get_running_loop().run_in_executor(services.executor, work)
+    except StoreError as error:
+        raise from_store(error, param="name") from error

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,14 +23,18 @@ from fastapi import FastAPI
 
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.config import ServerConfig
+from loraplex_server.generation.generated_adapters import GeneratedAdapters
 
 from .app import build_app
 from .banner import banner
-from .errors import unavailable
+from .errors import invalid, unavailable
+from .generated_wish import GeneratedWish
 from .registration import register_adapters
 from .services import Services
+from .wish_resolver import WishResolver
 
 if TYPE_CHECKING:
+    from loraplex_adapter_store.generator.service import Generator
     from loraplex_server.engine.build import BuiltEngine
 
 __all__ = ["serve"]
@@ -60,6 +65,8 @@ def serve(
             for card in store.list():
                 if card.pinned:
                     built.engine.set_pinned(card.digest, True)
+            generated = GeneratedAdapters(store, partial(_load_generator, model_path, public))
+            wishes = WishResolver(store, _encoder_directory, GeneratedWish(generated))
             app = build_app(
                 built.engine,
                 store,
@@ -68,6 +75,8 @@ def serve(
                 model_name=public,
                 vocab_size=built.base_spec.vocab_size,
                 device=built.engine,
+                resolver=wishes,
+                generated=generated,
             )
             _run(app, config, listening, say)
         finally:
@@ -96,6 +105,29 @@ def _public_name(spec: str | None, model_path: Path) -> str:
     if spec is None:
         return DEFAULT_BASE
     return model_path.name if Path(spec).expanduser().is_dir() else spec
+
+
+def _load_generator(model_path: Path, base_name: str) -> Generator:
+    from loraplex_adapter_store.generator.frozen_base import base_fingerprint
+    from loraplex_adapter_store.generator.service import Generator
+    from loraplex_adapter_store.generator.shipped import shipped_folder
+
+    return Generator.load(
+        shipped_folder(),
+        _encoder_directory(),
+        base_name=base_name,
+        base_fingerprint=base_fingerprint(model_path),
+    )
+
+
+def _encoder_directory() -> Path:
+    from loraplex_server.model.errors import ModelError
+    from loraplex_server.model.pull import resolve_encoder
+
+    try:
+        return resolve_encoder()
+    except ModelError as error:
+        raise invalid(str(error), "adapter", "feature_not_enabled") from error
 
 
 class _Server(uvicorn.Server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -205,3 +206,17 @@ async def test_an_adapter_s_own_chat_template_wins_over_the_base_s(
         "/tokenize", {"adapter": "own", "messages": [{"role": "user", "content": "hi"}]}
     )
     assert answer.json()["tokens"] == list(front.engine.requests[0].prompt_ids)
+
+
+async def test_adapters_in_memory_do_not_wait_behind_those_that_are_loaded(lora: Front) -> None:
+    lora.store.warm("pirate")
+    loading = threading.Event()
+    executor = lora.app.state.services.executor
+    loads = [executor.submit(loading.wait) for _ in range(50)]
+    try:
+        assert (await lora.chat(adapter="pirate")).status_code == 200
+        assert (await lora.chat()).status_code == 200
+    finally:
+        loading.set()
+        for load in loads:
+            load.result()

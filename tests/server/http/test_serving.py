@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,12 @@ import httpx
 import pytest
 
 from tests.support.asgi_call import events_of
-from tests.support.server_process import failing_start, save_tiny_model, server_process
+from tests.support.server_process import (
+    ServerProcess,
+    failing_start,
+    save_tiny_model,
+    server_process,
+)
 
 LONG = {"prompt": "x", "max_tokens": 3000, "ignore_eos": True, "stream": True, "temperature": 0}
 
@@ -26,14 +32,52 @@ def first_event(lines: Iterator[str]) -> str:
     return next(line for line in lines if line.startswith("data: "))
 
 
-def test_a_full_queue_is_429_and_sigterm_lets_running_streams_finish(
-    model: Path, tmp_path: Path
-) -> None:
+@pytest.fixture(scope="module")
+def narrow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server with room for one running and one waiting request."""
     flags = ("--max-batch-size", "1", "--max-queue", "1", "--log-format", "json")
-    with (
-        server_process(model, tmp_path, *flags) as server,
-        httpx.Client(base_url=server.url, timeout=60) as client,
-    ):
+    with server_process(model, tmp_path_factory.mktemp("narrow"), *flags) as server:
+        yield server
+
+
+def test_clients_that_vanish_or_crawl_leave_nothing_behind(narrow: ServerProcess) -> None:
+    server = narrow
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        port = httpx.URL(server.url).port
+        assert port is not None
+        body = b'{"prompt": "x", "max_tokens": 500, "ignore_eos": true, "stream": true}'
+        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+        files = Path(f"/proc/{server.process.pid}/fd")
+        client.get("/health")
+        n_before = len(list(files.iterdir()))
+        for beginning in (b"", head[:20], head, head + body[:10], head + body):
+            crowd = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+            for connection in crowd:
+                connection.sendall(beginning)
+            for connection in crowd:
+                connection.close()
+        slow = socket.create_connection(("127.0.0.1", port))
+        slow.sendall(head + body)
+        slow.shutdown(socket.SHUT_WR)  # half-closed: counts as gone
+        slow.recv(1)
+        slow.close()
+        idle = 'vllm:num_requests_running{engine="0",model_name="tiny"} 0.0'
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and (
+            len(list(files.iterdir())) > n_before or idle not in client.get("/metrics").text
+        ):
+            time.sleep(0.05)
+        assert len(list(files.iterdir())) <= n_before
+        assert client.post("/v1/completions", json={"prompt": "y", "max_tokens": 4}).is_success
+        assert client.get("/health").is_success
+        assert "Traceback" not in server.log
+
+
+def test_a_full_queue_is_429_and_sigterm_lets_running_streams_finish(
+    narrow: ServerProcess,
+) -> None:
+    server = narrow
+    with httpx.Client(base_url=server.url, timeout=60) as client:
         body = {**LONG, "max_tokens": 800, "stream_options": {"include_usage": True}}
         with client.stream("POST", "/v1/completions", json=body) as running:
             lines = running.iter_lines()

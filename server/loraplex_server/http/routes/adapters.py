@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable
-from typing import TypeVar
-
 from fastapi import APIRouter, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.selector import NameRef
 
 from ..adapter_source import source_uri
-from ..errors import ApiError, from_store, invalid, not_found
+from ..errors import ApiError, invalid, not_found
 from ..jobs import Job, JobStatus, Progress
 from ..json_answer import JsonAnswer
 from ..openapi import body_of
-from ..services import Services, services_of
+from ..services import Services, in_store_thread, services_of
 from ..uploads import receive_upload
 from ..wire import AdapterSourceBody
 
-__all__ = ["in_store_thread", "router"]
+__all__ = ["router"]
 
-T = TypeVar("T")
 router = APIRouter()
 
 
@@ -114,14 +108,6 @@ async def delete_adapter(request: Request, name: str, timeout_s: float = 30.0) -
     if report.drained:
         freed["device"] = await services.unloads.freed_bytes(report.digest)
     return JsonAnswer({**report.to_json(), "n_bytes_freed": freed, "deleted": True})
-
-
-async def in_store_thread(services: Services, work: Callable[[], T]) -> T:
-    """Runs a blocking call of the store off the event loop. Raises ApiError."""
-    try:
-        return await asyncio.get_running_loop().run_in_executor(services.executor, work)
-    except StoreError as error:
-        raise from_store(error, param="name") from error
 
 
 async def _put_source(services: Services, request: Request, name: str) -> Response:

@@ -8,9 +8,8 @@ from starlette.responses import PlainTextResponse
 from ..adapter_source import source_uri
 from ..errors import ApiError
 from ..openapi import body_of
-from ..services import services_of
+from ..services import in_store_thread, services_of
 from ..wire import LoadLoraBody, UnloadLoraBody
-from .adapters import in_store_thread
 
 __all__ = ["router"]
 

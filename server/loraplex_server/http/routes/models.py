@@ -5,11 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_adapter_store.errors import StoreError
 
-from ..errors import not_found
+from ..errors import ApiError, not_found
 from ..json_answer import JsonAnswer
-from ..services import Services, services_of
+from ..services import Services, in_store_thread, services_of
 
 __all__ = ["router"]
 
@@ -23,7 +22,7 @@ async def list_models(request: Request, loaded: bool = False) -> Response:
     resident = set(services.engine.stats().resident_adapters) if loaded else set()
     cards = [
         card
-        for card in services.store.list()
+        for card in await in_store_thread(services, services.store.list)
         if not loaded or card.n_bytes.host or card.digest in resident
     ]
     data = [_base(services, name) for name in services.chooser.base_names]
@@ -40,13 +39,13 @@ async def show_model(request: Request, model_id: str) -> Response:
     for base in services.chooser.base_names:
         name = name.removeprefix(f"{base}:")
     try:
-        return JsonAnswer(_adapter(services, services.store.get(name)))
-    except StoreError as error:
+        card = await in_store_thread(services, lambda: services.store.get(name))
+    except ApiError as error:
+        exists = await services.chooser.what_exists()
         raise not_found(
-            f"model {model_id[:128]!r} does not exist; {services.chooser.what_exists()}",
-            "model",
-            "model_not_found",
+            f"model {model_id[:128]!r} does not exist; {exists}", "model", "model_not_found"
         ) from error
+    return JsonAnswer(_adapter(services, card))
 
 
 def _base(services: Services, name: str) -> dict[str, object]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -58,18 +59,20 @@ class Pairs(NamedTuple):
 def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
     """Routes the rows of each adapter. ``hidden`` [n_rows of the step, in_features].
 
-    No host synchronisation: the numbers of segments and pairs follow from the arguments. Segments
-    of experts nobody chose are empty; pairs without an expert stand in a last segment of entry -1.
+    On a device nothing waits for it: the numbers of segments and pairs follow from the arguments.
+    Segments of experts nobody chose are empty; pairs without an expert, which only top-p makes,
+    stand in a last segment of entry -1.
     """
     routings = [_route(hidden, r) for r in routed]
-    ids = _segment_ids(routings, routed)  # int32 [n_pairs]
     n_segments = sum(r.n_experts for r in routed)
-    order, starts = _group(ids, n_segments)
-    _count(starts, routed)
+    ids = _segment_ids(routings, routed, n_segments)  # int32 [n_pairs]
     entries = _entries(routed)
-    flat = torch.cat([g.weight.reshape(-1) for g in routings]) if len(routed) > 1 else None
-    weight = routings[0].weight.reshape(-1) if flat is None else flat
-    rows = order.int()
+    order, rows, starts = _group(ids, int(entries.shape[0]))
+    _count(starts, routed)
+    if len(routings) == 1:
+        weight = routings[0].weight.reshape(-1)
+    else:
+        weight = torch.cat([g.weight.reshape(-1) for g in routings])
     return Pairs(
         weights=tuple(g.weight for g in routings),
         segments=LoraSegments(entries, starts, rows, weight[order]),
@@ -100,13 +103,14 @@ def pair_rows(routed: Sequence[RoutedRows]) -> Tensor:
 
 
 def _route(hidden: Tensor, routed: RoutedRows) -> Routing:
-    return route(
-        hidden[routed.rows], routed.gate, routed.strategy, top_k=routed.top_k, top_p=routed.top_p
-    )
+    every = routed.rows.shape[0] == hidden.shape[0]  # rows ascend, each once: it is all of them
+    rows = hidden if every else hidden.index_select(0, routed.rows)
+    return route(rows, routed.gate, routed.strategy, top_k=routed.top_k, top_p=routed.top_p)
 
 
-def _segment_ids(routings: Sequence[Routing], routed: Sequence[RoutedRows]) -> Tensor:
-    n_segments = sum(r.n_experts for r in routed)
+def _segment_ids(
+    routings: Sequence[Routing], routed: Sequence[RoutedRows], n_segments: int
+) -> Tensor:
     ids, first = [], 0
     for routing, r in zip(routings, routed, strict=True):
         index = routing.expert_index.reshape(-1)
@@ -118,16 +122,34 @@ def _segment_ids(routings: Sequence[Routing], routed: Sequence[RoutedRows]) -> T
     return torch.cat(ids) if len(ids) > 1 else ids[0]
 
 
-def _group(ids: Tensor, n_segments: int) -> tuple[Tensor, Tensor]:
-    """Pairs by segment, ascending within each: (order int64 [n_pairs], starts int32 [… + 2])."""
-    in_order, order = torch.sort(ids, stable=True)
-    edges = torch.arange(n_segments + 2, dtype=ids.dtype, device=ids.device)
-    return order, torch.searchsorted(in_order, edges, out_int32=True)
-
-
 def _entries(routed: Sequence[RoutedRows]) -> Tensor:
-    padding = torch.full((1,), -1, dtype=torch.int32, device=routed[0].entries.device)
-    return torch.cat([*(r.entries for r in routed), padding])
+    """Of each segment; a padding segment comes last where a pair may have no expert."""
+    parts = [r.entries for r in routed]
+    if any(r.strategy is GateStrategy.TOP_P for r in routed):
+        parts.append(torch.full((1,), -1, dtype=torch.int32, device=parts[0].device))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _group(ids: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs by segment, ascending within each.
+
+    (order int64 [n_pairs], the same as int32, starts int32 [n_segments + 1]). numpy has less to
+    do per call, which is what a step of few rows on a CPU consists of.
+    """
+    if ids.device.type == "cpu":
+        host = ids.numpy()
+        order = host.argsort(kind="stable")
+        starts = np.zeros(n_segments + 1, dtype=np.int32)
+        np.cumsum(np.bincount(host, minlength=n_segments), out=starts[1:])
+        return (
+            torch.from_numpy(order),
+            torch.from_numpy(order.astype(np.int32)),
+            torch.from_numpy(starts),
+        )
+    in_order, device_order = torch.sort(ids, stable=True)
+    edges = torch.arange(n_segments + 1, dtype=ids.dtype, device=ids.device)
+    device_starts = torch.searchsorted(in_order, edges, out_int32=True)
+    return device_order, device_order.int(), device_starts
 
 
 def _count(starts: Tensor, routed: Sequence[RoutedRows]) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from loraplex_kernels.layout import LoraSegments
 
 from .expansion import Pairs, RoutedRows, expand, pair_rows
+from .gates import GateStrategy
 
 __all__ = ["AddPlain", "LoraOp", "MlpBlock", "mixed_mlp"]
 
@@ -65,12 +66,12 @@ def mixed_mlp(
     block.lora_gate_up(hidden.index_select(0, rows_of_pairs), pairs.unweighted, expert_base)
     expert_act = block.activation(expert_base)  # [n_pairs, ff]
 
-    if sum(r.rows.shape[0] for r in routed) == hidden.shape[0]:  # no other rows
-        act = base.new_empty(hidden.shape[0], expert_act.shape[1])
+    if routed[0].rows.shape[0] == hidden.shape[0]:  # one adapter has every row
+        act = _weighted_sum(expert_act, pairs.weights[0], routed[0]).to(expert_act.dtype)
     else:
         block.plain_gate_up(hidden, base)
         act = block.activation(base)  # [n_rows, ff]; routed rows are overwritten now
-    _mix_into(act, expert_act, pairs, routed)
+        _mix_into(act, expert_act, pairs, routed)
     out = block.down(act)
     block.plain_down(act, out)
     _add_expert_down(out, expert_act, block, pairs, routed)
@@ -81,7 +82,7 @@ def _mix_into(act: Tensor, expert_act: Tensor, pairs: Pairs, routed: Sequence[Ro
     first = 0
     for r, weight in zip(routed, pairs.weights, strict=True):
         n_pairs = r.pair_rows.shape[0]
-        mixed = _weighted_sum(expert_act[first : first + n_pairs], weight)
+        mixed = _weighted_sum(expert_act[first : first + n_pairs], weight, r)
         act.index_copy_(0, r.rows, mixed.to(act.dtype))
         first += n_pairs
 
@@ -105,18 +106,22 @@ def _add_expert_down(
     for r, weight in zip(routed, pairs.weights, strict=True):
         n_pairs = r.pair_rows.shape[0]
         part = delta[first : first + n_pairs]
-        if shared:
-            # Rows are distinct, so this adds each once: no order to lose.
-            out.index_add_(0, r.rows, part.view(len(r.rows), r.k, -1).sum(dim=1))
+        if not shared:
+            out.index_copy_(0, r.rows, _weighted_sum(part, weight, r).to(out.dtype))
+        elif weight.shape[0] == out.shape[0]:
+            out += part.view(*weight.shape, -1).sum(dim=1)
         else:
-            out.index_copy_(0, r.rows, _weighted_sum(part, weight).to(out.dtype))
+            # Rows are distinct, so this adds each once: no order to lose.
+            out.index_add_(0, r.rows, part.view(*weight.shape, -1).sum(dim=1))
         first += n_pairs
 
 
-def _weighted_sum(values: Tensor, weight: Tensor) -> Tensor:
-    """float32 [n, width]: Σ_slot weight · value, in slot order."""
+def _weighted_sum(values: Tensor, weight: Tensor, routed: RoutedRows) -> Tensor:
+    """Σ_slot weight · value, in slot order: [n, width], in float32 or the dtype of ``values``."""
     n_rows, k = weight.shape
     slots = values.view(n_rows, k, -1)
+    if k == 2 and routed.strategy is GateStrategy.TOP_K:  # the usual case in one pass: Σ w = 1
+        return torch.lerp(slots[:, 0], slots[:, 1], weight[:, 1:].to(values.dtype))
     mixed = slots[:, 0] * weight[:, :1]
     for slot in range(1, k):
         mixed = torch.addcmul(mixed, slots[:, slot], weight[:, slot : slot + 1])

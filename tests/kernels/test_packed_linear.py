@@ -1,0 +1,121 @@
+"""Packed linears against float64 products, and the bits of a row in any company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraplex_kernels import PackedLinear
+from loraplex_kernels.cpu import native
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def weights_of(shapes: list[tuple[int, int]], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(shape, generator=generator).mul(0.05).to(dtype) for shape in shapes]
+
+
+def rows_of(n_rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(n_rows, width, generator=torch.Generator().manual_seed(n_rows)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.float16])
+@pytest.mark.parametrize("n_rows", [0, 1, 7, 17, 129])
+def test_a_stack_of_linears_equals_each_of_them(dtype: torch.dtype, n_rows: int) -> None:
+    weights = weights_of([(576, 192), (64, 192), (72, 192)], dtype)
+    bias = rows_of(1, 64, dtype)[0]
+    linear = PackedLinear(weights, [None, bias, None])
+    x = rows_of(n_rows, 192, dtype)
+    got = linear(x)
+    assert got.shape == (n_rows, 712)
+    parts = [x.double() @ weight.double().T for weight in weights]
+    parts[1] = parts[1] + bias.double()
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12}.get(dtype, 1e-2)
+    torch.testing.assert_close(
+        got.double(), torch.cat(parts, dim=1), atol=tolerance, rtol=tolerance
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(200, 576), (40, 20000), (1, 2), (33, 34)])
+def test_a_row_has_the_same_bits_alone_and_among_others(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    if not native.available():
+        pytest.skip("native kernels are not built")
+    linear = PackedLinear(weights_of([shape], dtype), [None])
+    x = rows_of(515, shape[1], dtype)
+    together = linear(x)
+    for first, last in [(0, 1), (3, 4), (5, 21), (100, 165), (0, 514), (514, 515)]:
+        assert torch.equal(linear(x[first:last]), together[first:last])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_has_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    linear = PackedLinear(weights_of([(960, 576)], dtype), [None])
+    x = rows_of(150, 576, dtype)
+    n_threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = linear(x)
+        torch.set_num_threads(3)
+        shared = linear(x)
+    finally:
+        torch.set_num_threads(n_threads)
+    if native.available():
+        assert torch.equal(alone, shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_gives_the_product(dtype: torch.dtype) -> None:
+    best = native.isa()
+    if best is None:
+        pytest.skip("native kernels are not built")
+    linear = PackedLinear(weights_of([(200, 160)], dtype), [rows_of(1, 200, dtype)[0]])
+    x = rows_of(29, 160, dtype)
+    expected = linear(x)
+    try:
+        for isa in native.Isa:
+            if isa <= best:
+                native.limit_isa(isa)
+                torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-2)
+    finally:
+        native.limit_isa(best)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_packing_loses_nothing(dtype: torch.dtype) -> None:
+    weights = weights_of([(70, 64), (33, 64)], dtype)
+    linear = PackedLinear(weights, [None, None])
+    assert all(torch.equal(got, given) for got, given in zip(linear.unpack(), weights, strict=True))
+    ids = torch.tensor([0, 102, 31, 32, 70, 70])
+    assert torch.equal(linear.embed(ids), torch.cat(weights)[ids])
+
+
+def test_packed_weights_take_their_own_bytes_once() -> None:
+    linear = PackedLinear(weights_of([(960, 576)], torch.bfloat16), [None])
+    assert linear.n_bytes == 960 * 576 * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_rows_are_read_and_written_in_place(dtype: torch.dtype) -> None:
+    linear = PackedLinear(weights_of([(48, 32)], dtype), [None])
+    wide = rows_of(9, 80, dtype)
+    out = torch.full((9, 100), 7.0, dtype=dtype)
+    linear.into(wide[:, 16:48], out[:, 20:68])
+    assert torch.equal(out[:, 20:68], linear(wide[:, 16:48].contiguous()))
+    assert bool((out[:, :20] == 7).all())
+    assert bool((out[:, 68:] == 7).all())
+
+
+@pytest.mark.parametrize(
+    "x", [torch.zeros(3, 31), torch.zeros(3, 32, dtype=torch.bfloat16), torch.zeros(32, 3).T]
+)
+def test_rows_of_another_shape_dtype_or_layout_are_refused(x: Tensor) -> None:
+    if not native.available():
+        pytest.skip("native kernels are not built")
+    linear = PackedLinear(weights_of([(48, 32)], torch.float32), [None])
+    with pytest.raises(ValueError, match=r"needs torch.float32 rows \[T, 32\]"):
+        linear(x)

@@ -1,0 +1,234 @@
+"""Paged attention against PyTorch's, over random page tables, and its bits in any chunking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loraplex_kernels import paged_attention, write_kv
+from loraplex_kernels.cpu import native
+from loraplex_kernels.model_ops_reference import paged_attention_reference
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests with contiguous keys of their own and their scattered copy in pages."""
+
+    q: Tensor
+    keys: list[Tensor]  # of each request [kv_len, n_kv_heads, head_dim]
+    values: list[Tensor]
+    k_cache: Tensor
+    v_cache: Tensor
+    page_table: Tensor
+    query_starts: Tensor
+    kv_lens: Tensor
+
+    def run(self, **options: object) -> Tensor:
+        return self._call(paged_attention, self.q, self.k_cache, self.v_cache, options)
+
+    def reference(self, dtype: torch.dtype, **options: object) -> Tensor:
+        caches = (self.k_cache, self.v_cache)
+        if dtype == torch.float64 and self.k_cache.element_size() == 4:
+            caches = (self.k_cache.double(), self.v_cache.double())
+        return self._call(paged_attention_reference, self.q.to(dtype), *caches, options)
+
+    def _call(self, function, q, k_cache, v_cache, options):  # type: ignore[no-untyped-def]
+        scale = q.shape[-1] ** -0.5
+        return function(
+            q,
+            k_cache,
+            v_cache,
+            self.page_table,
+            self.query_starts,
+            self.kv_lens,
+            scale=scale,
+            **options,
+        )
+
+
+def build(
+    spans: list[tuple[int, int]],  # (kv_len, n_queries) of each request
+    dtype: torch.dtype,
+    *,
+    n_heads: int = 9,
+    n_kv_heads: int = 3,
+    head_dim: int = 64,
+    page_size: int = 16,
+    seed: int = 0,
+) -> Case:
+    g = torch.Generator().manual_seed(seed)
+    need = [-(-kv_len // page_size) for kv_len, _ in spans]
+    n_pages = sum(need) + 2
+    order = torch.randperm(n_pages, generator=g).int()
+    table = torch.full((len(spans), max(need) + 1), -1, dtype=torch.int32)
+    # What no request wrote must not be read: a page may hold another's NaN.
+    k_cache = torch.full((n_pages, n_kv_heads, page_size, head_dim), float("nan"), dtype=dtype)
+    v_cache = k_cache.clone()
+    keys, values, used = [], [], 0
+    for r, (kv_len, _) in enumerate(spans):
+        table[r, : need[r]] = order[used : used + need[r]]
+        used += need[r]
+        k = torch.randn(kv_len, n_kv_heads, head_dim, generator=g).to(dtype)
+        v = torch.randn(kv_len, n_kv_heads, head_dim, generator=g).to(dtype)
+        place = torch.arange(kv_len)
+        write_kv(
+            k,
+            v,
+            k_cache,
+            v_cache,
+            table[r].long()[place // page_size] * page_size + place % page_size,
+        )
+        keys.append(k)
+        values.append(v)
+    n_queries = [n for _, n in spans]
+    starts = torch.tensor([0, *n_queries]).cumsum(0).int()
+    q = torch.randn(sum(n_queries), n_heads, head_dim, generator=g).to(dtype)
+    lens = torch.tensor([kv_len for kv_len, _ in spans], dtype=torch.int32)
+    return Case(q, keys, values, k_cache, v_cache, table, starts, lens)
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"atol": 3e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize(
+    "heads", [(9, 3, 64, 16), (4, 4, 32, 16), (8, 1, 80, 32), (4, 2, 128, 16), (2, 1, 24, 8)]
+)
+def test_decode_and_prefill_rows_equal_scaled_dot_product_attention(
+    dtype: torch.dtype, heads: tuple[int, int, int, int]
+) -> None:
+    n_heads, n_kv_heads, head_dim, page_size = heads
+    spans = [(1, 1), (7, 7), (17, 1), (129, 60), (300, 300), (64, 1), (65, 0)]
+    case = build(
+        spans,
+        dtype,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+    )
+    got = case.run()
+    for r, (kv_len, n_queries) in enumerate(spans):
+        if n_queries == 0:
+            continue
+        rows = slice(int(case.query_starts[r]), int(case.query_starts[r + 1]))
+        seen = torch.ones(n_queries, kv_len, dtype=torch.bool).tril(kv_len - n_queries)
+        q, k, v = (t.double().transpose(0, 1) for t in (case.q[rows], case.keys[r], case.values[r]))
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=seen, enable_gqa=True
+        )[0].transpose(0, 1)
+        torch.testing.assert_close(got[rows].double(), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("window", "softcap"), [(1, None), (40, None), (None, 5.0), (70, 20.0)])
+def test_windows_and_softcaps_equal_the_reference(
+    dtype: torch.dtype, window: int | None, softcap: float | None
+) -> None:
+    case = build([(300, 300), (129, 1), (5, 3)], dtype)
+    got = case.run(window=window, softcap=softcap)
+    wide = torch.float64 if dtype == torch.float32 else dtype
+    expected = case.reference(wide, window=window, softcap=softcap)
+    torch.testing.assert_close(got.to(wide), expected, **tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [None, 100])
+def test_a_query_has_the_same_bits_decoded_alone_or_in_any_chunk(
+    dtype: torch.dtype, window: int | None
+) -> None:
+    if not native.available():
+        pytest.skip("native kernels are not built")
+    case = build([(130, 130), (700, 700)], dtype)
+    whole = case.run(window=window)
+    start = int(case.query_starts[1])
+    for first, last in [(0, 1), (63, 65), (100, 400), (699, 700)]:
+        chunk = paged_attention(
+            case.q[start + first : start + last],
+            case.k_cache,
+            case.v_cache,
+            case.page_table[1:],
+            torch.tensor([0, last - first], dtype=torch.int32),
+            torch.tensor([last], dtype=torch.int32),
+            scale=64**-0.5,
+            window=window,
+        )
+        assert torch.equal(chunk, whole[start + first : start + last])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_instruction_set_gives_the_same_attention(dtype: torch.dtype) -> None:
+    best = native.isa()
+    if best is None:
+        pytest.skip("native kernels are not built")
+    case = build([(90, 90), (77, 1)], dtype)
+    expected = case.run()
+    try:
+        for isa in native.Isa:
+            if isa <= best:
+                native.limit_isa(isa)
+                torch.testing.assert_close(case.run(), expected, **tolerance(dtype))
+    finally:
+        native.limit_isa(best)
+
+
+def test_q_and_out_may_be_columns_of_wider_tensors() -> None:
+    case = build([(40, 40)], torch.float32)
+    expected = case.run()
+    wide_q, wide_out = torch.zeros(40, 15, 64), torch.full((40, 11, 64), 7.0)
+    wide_q[:, :9] = case.q
+    result = paged_attention(
+        wide_q[:, :9],
+        case.k_cache,
+        case.v_cache,
+        case.page_table,
+        case.query_starts,
+        case.kv_lens,
+        scale=64**-0.5,
+        out=wide_out[:, 1:10],
+    )
+    assert torch.equal(result, expected)
+    assert torch.equal(wide_out[:, 1:10], expected)
+    assert bool((wide_out[:, 0] == 7).all())
+    assert bool((wide_out[:, 10] == 7).all())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    spans=st.lists(
+        st.integers(1, 200).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))),
+        min_size=1,
+        max_size=6,
+    ),
+    heads=st.sampled_from([(9, 3, 64, 16), (4, 1, 32, 32), (6, 2, 16, 16), (2, 2, 80, 48)]),
+    window=st.none() | st.integers(1, 150),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_any_mixture_of_requests_and_pages_equals_the_reference(
+    spans: list[tuple[int, int]],
+    heads: tuple[int, int, int, int],
+    window: int | None,
+    dtype: torch.dtype,
+    seed: int,
+) -> None:
+    n_heads, n_kv_heads, head_dim, page_size = heads
+    case = build(
+        spans,
+        dtype,
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_dim=head_dim,
+        page_size=page_size,
+        seed=seed,
+    )
+    expected = case.reference(dtype, window=window)
+    torch.testing.assert_close(case.run(window=window), expected, **tolerance(dtype))

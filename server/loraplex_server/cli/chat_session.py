@@ -137,8 +137,9 @@ class ChatSession:
                     response.read()
                     raise ChatError(_problem(response))
                 for event in _events(response):
-                    answer += (piece := _content(event))
-                    yield piece
+                    if piece := _content(event):
+                        answer += piece
+                        yield piece
         except httpx.HTTPError as error:
             raise ChatError(self._unreachable(error)) from error
         finally:
@@ -159,9 +160,7 @@ class ChatSession:
 
     def _unreachable(self, error: httpx.HTTPError) -> str:
         if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
-            return (
-                f"no server answers at {self._url}; start one with `loraplex serve`, or give --url"
-            )
+            return f"no server answers at {self._url}; run `loraplex serve`, or give --url"
         return f"the connection to {self._url} broke: {error or type(error).__name__}"
 
 

@@ -1,0 +1,104 @@
+"""The dependency direction of the packages, read from their sources."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SOURCES = {
+    "loraplex_server": _ROOT / "server",
+    "loraplex_router": _ROOT / "router",
+    "loraplex_adapter_store": _ROOT / "adapter_store",
+    "loraplex_kernels": _ROOT / "kernels",
+}
+_ALLOWED = {
+    "loraplex_server": {"loraplex_router", "loraplex_adapter_store", "loraplex_kernels"},
+    "loraplex_router": {"loraplex_kernels"},
+    "loraplex_adapter_store": set[str](),
+    "loraplex_kernels": set[str](),
+}
+# inside the server: http → engine → model, never back
+_FORBIDDEN_INSIDE = {
+    "loraplex_server/model": ("loraplex_server.engine", "loraplex_server.http"),
+    "loraplex_server/engine": ("loraplex_server.http",),
+}
+_BANNED_NAMES = {"utils", "helpers", "common", "manager", "base"}
+
+
+def _files(package: str) -> Iterator[Path]:
+    yield from sorted((_SOURCES[package] / package).rglob("*.py"))
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """Absolute names of everything a file imports."""
+    root = next(root for root in _SOURCES.values() if path.is_relative_to(root))
+    package = list(path.relative_to(root).with_suffix("").parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else []
+            yield ".".join([*parent, *([node.module] if node.module else [])])
+
+
+@pytest.mark.parametrize("package", _SOURCES)
+def test_packages_import_only_what_lies_below_them(package: str) -> None:
+    others = set(_SOURCES) - {package} - _ALLOWED[package]
+    wrong = [
+        f"{path.relative_to(_ROOT)} imports {name}"
+        for path in _files(package)
+        for name in _imports(path)
+        if name.partition(".")[0] in others
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("folder", _FORBIDDEN_INSIDE)
+def test_the_server_points_from_http_to_engine_to_model(folder: str) -> None:
+    wrong = [
+        f"{path.relative_to(_ROOT)} imports {name}"
+        for path in sorted((_ROOT / "server" / folder).rglob("*.py"))
+        for name in _imports(path)
+        if name.startswith(_FORBIDDEN_INSIDE[folder])
+    ]
+    assert not wrong
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    wrong = [path for package in _SOURCES for path in _files(package) if path.stem in _BANNED_NAMES]
+    assert not wrong
+
+
+def test_nothing_opens_pickles() -> None:
+    """torch.load and pickle stand in one file alone: the isolated converter."""
+    wrong = []
+    for package in _SOURCES:
+        for path in _files(package):
+            if path.stem == "unpickle_worker":
+                continue
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+                    wrong.append(f"{path.relative_to(_ROOT)}:{node.lineno}")
+            if any(
+                name.partition(".")[0] in {"pickle", "dill", "joblib"} for name in _imports(path)
+            ):
+                wrong.append(str(path.relative_to(_ROOT)))
+    assert not wrong
+
+
+@pytest.mark.parametrize("package", _SOURCES)
+def test_what_a_module_exports_is_there(package: str) -> None:
+    root = importlib.import_module(package)
+    names = [info.name for info in pkgutil.walk_packages(root.__path__, f"{package}.")]
+    for name in names:
+        if any(part.startswith("_native") for part in name.split(".")) or "ray_serve" in name:
+            continue
+        module = importlib.import_module(name)
+        for exported in getattr(module, "__all__", ()):
+            assert hasattr(module, exported), f"{name} exports {exported}"

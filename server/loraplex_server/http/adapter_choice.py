@@ -72,6 +72,12 @@ class Chosen:
         """The value of x-loraplex-adapter: ``name@digest``, or ``base``."""
         return "base" if self.lease is None else f"{self.label}@{self.lease.digest[:12]}"
 
+    @property
+    def routing(self) -> Mapping[str, object] | None:
+        """What ``auto`` weighed; None if the adapter was not chosen by it."""
+        explained = self.explanation
+        return explained if explained is not None and explained.get("method") == "auto" else None
+
     def to_json(self) -> dict[str, object] | None:
         """None for a plain answer of the base."""
         if self.lease is None and self.explanation is None:

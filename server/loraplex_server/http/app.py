@@ -16,7 +16,9 @@ from starlette.requests import ClientDisconnect
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.client import EngineClient
+from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.generation.generated_adapters import GeneratedAdapters
+from loraplex_server.routing.semantic_router import SemanticRouter
 
 from .adapter_choice import AdapterChooser, AdapterResolver
 from .body_parser import BodyParser
@@ -32,7 +34,16 @@ from .metrics.server_metrics import ServerMetrics
 from .middleware.auth import Auth
 from .middleware.body_limit import BodyLimit
 from .middleware.request_context import RequestContext
-from .routes import adapters, generate, generate_adapter, health, lora_compat, models, tokens
+from .routes import (
+    adapters,
+    generate,
+    generate_adapter,
+    health,
+    lora_compat,
+    models,
+    routing,
+    tokens,
+)
 from .services import Services
 from .text_pipeline import ChatTokenizer, TextPipeline
 
@@ -53,10 +64,13 @@ def build_app(
     resolver: AdapterResolver | None = None,
     generated: GeneratedAdapters | None = None,
     collectors: Sequence[Collector] = (),
+    semantic: SemanticRouter | None = None,
+    experts: ExpertMonitor | None = None,
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
     ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate;
-    ``collectors`` add to /metrics.
+    ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
+    the load of routed adapters.
 
     ``app.state.services`` holds the parts, for whoever drains the server.
     """
@@ -89,7 +103,19 @@ def build_app(
         started=int(time()),
     )
     app.state.generated = generated
-    for module in (generate, models, generate_adapter, adapters, lora_compat, tokens, health):
+    app.state.semantic = semantic
+    app.state.experts = experts
+    # routing before adapters: an adapter's name may hold slashes and would swallow the rest.
+    for module in (
+        generate,
+        models,
+        generate_adapter,
+        routing,
+        adapters,
+        lora_compat,
+        tokens,
+        health,
+    ):
         app.include_router(module.router)
     _add_error_handlers(app)
     # The last one added is the outermost.

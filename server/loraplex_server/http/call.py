@@ -132,6 +132,7 @@ class CallBasics:
             created=self.services.now(),
             model=self.asked.model,
             adapter=chosen.to_json(),
+            routing=chosen.routing,
             with_logprobs=with_logprobs,
             with_token_ids=bool(self.body.return_token_ids),
             include_usage=bool(options and options.include_usage),

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from .call import CallBasics, OpenCall, PromptPlan, n_choices
 from .chat_format import ChatFormat
 from .errors import invalid
-from .messages import last_user_text, plain_messages, template_arguments
+from .messages import plain_messages, routing_text, template_arguments
 from .sampling import max_output_tokens, sampling_params, stop_rule
 from .services import Services
 from .wire import ChatBody
@@ -44,7 +44,7 @@ class ChatCall:
 
     async def open(self) -> OpenCall:
         basics, services = self._basics, self._services
-        chosen, load_s = await basics.choose(last_user_text(self._messages))
+        chosen, load_s = await basics.choose(routing_text(self._messages))
         try:
             template = chosen.lease.plan.chat_template if chosen.lease else None
             ids = await services.text.encode_chat(

@@ -22,10 +22,23 @@ class AnswerHead:
     created: int  # seconds since the epoch
     model: str
     adapter: Mapping[str, object] | None = None  # name, digest, how it was chosen
+    routing: Mapping[str, object] | None = None  # of ``auto``: candidates and scores
     with_logprobs: bool = False
     with_token_ids: bool = False
     include_usage: bool = False
     usage_in_every_chunk: bool = False
+
+    def extras(self) -> dict[str, object]:
+        """Our own fields of an answer; ``adapter`` is always there."""
+        if self.routing is None:
+            return {"adapter": self.adapter}
+        return {"adapter": self.adapter, "loraplex": {"routing": self.routing}}
+
+    def first_extras(self) -> bytes:
+        """``,"adapter":…`` for the first chunk of a stream; nothing for a plain base answer."""
+        if self.adapter is None and self.routing is None:
+            return b""
+        return b"," + orjson.dumps(self.extras())[1:-1]
 
     def opening(self, kind: str) -> bytes:
         """``data: {"id":…,"model":…`` without the closing brace."""
@@ -73,13 +86,13 @@ class ChatFormat:
                 "model": head.model,
                 "choices": [self._choice(choice) for choice in choices],
                 "usage": usage.to_json(),
-                "adapter": head.adapter,
+                **head.extras(),
             }
         )
 
     def _role(self, index: int, opening: bytes, end: bytes) -> bytes:
-        if not self._started and self._head.adapter is not None:
-            end = b',"adapter":' + orjson.dumps(self._head.adapter) + end
+        if not self._started:
+            end = self._head.first_extras() + end
         self._started.add(index)
         return (
             b'%s"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]%s'

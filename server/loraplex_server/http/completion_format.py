@@ -45,8 +45,8 @@ class CompletionFormat:
         first = delta.index not in self._started
         if not (first or delta.text or delta.entries or delta.token_ids or delta.finish_reason):
             return b""
-        if first and not self._started and self._head.adapter is not None:
-            end = b',"adapter":' + orjson.dumps(self._head.adapter) + end
+        if first and not self._started:
+            end = self._head.first_extras() + end
         self._started.add(delta.index)
         if (
             self._plain
@@ -78,7 +78,7 @@ class CompletionFormat:
                 "model": head.model,
                 "choices": [self._choice(choice, first=True) for choice in choices],
                 "usage": usage.to_json(),
-                "adapter": head.adapter,
+                **head.extras(),
             }
         )
 

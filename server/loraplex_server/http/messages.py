@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from .errors import invalid
 from .wire import ChatMessage
 
-__all__ = ["last_user_text", "plain_messages", "template_arguments"]
+__all__ = ["plain_messages", "routing_text", "template_arguments"]
 
+_MAX_SYSTEM_CHARS = 200  # a long one would drown what the user asks
 # Arguments of apply_chat_template that a client must not set (CVE-2025-62426 and kin).
 _RESERVED = frozenset(
     {
@@ -34,12 +35,12 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
     return plain
 
 
-def last_user_text(messages: Sequence[Mapping[str, object]]) -> str:
-    """What ``auto`` looks at."""
-    for message in reversed(messages):
-        if message["role"] == "user":
-            return str(message["content"])
-    return str(messages[-1]["content"])
+def routing_text(messages: Sequence[Mapping[str, object]]) -> str:
+    """What ``auto`` looks at: the system message's beginning and the last user turn."""
+    user = [message for message in messages if message["role"] == "user"]
+    last = str((user or messages)[-1]["content"])
+    system = [str(message["content"]) for message in messages if message["role"] == "system"]
+    return f"{system[0][:_MAX_SYSTEM_CHARS]}\n{last}" if user and system else last
 
 
 def template_arguments(given: Mapping[str, object] | None) -> dict[str, object]:

@@ -62,7 +62,11 @@ def _found_below(root: Path) -> Iterator[LoraModule]:
 
 def _register(store: AdapterStore, module: LoraModule) -> None:
     if not _is_current(store, module):
-        store.put_directory(module.name, module.path, description=_described(module.path))
+        told = _told_by_card(module.path)
+        description = told.description or _described(module.path)
+        store.put_directory(
+            module.name, module.path, description=description, examples=told.examples
+        )
 
 
 def _is_current(store: AdapterStore, module: LoraModule) -> bool:
@@ -73,6 +77,23 @@ def _is_current(store: AdapterStore, module: LoraModule) -> bool:
     if card.provenance.get("path") != str(module.path):
         return False
     return all(file.stat().st_mtime < card.created for file in module.path.iterdir())
+
+
+class _Told(NamedTuple):
+    description: str | None = None
+    examples: tuple[str, ...] = ()  # prompts
+
+
+def _told_by_card(path: Path) -> _Told:
+    """What ``card.json``, as `loraplex train` writes it, says; nothing if there is none."""
+    try:
+        card = json.loads((path / "card.json").read_text(encoding="utf-8"))
+        description, examples = card["description"], card["examples"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return _Told()
+    if not (isinstance(description, str | None) and isinstance(examples, list)):
+        return _Told()
+    return _Told(description, tuple(text for text in examples if isinstance(text, str)))
 
 
 def _described(path: Path) -> str | None:

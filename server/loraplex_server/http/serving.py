@@ -29,6 +29,7 @@ from .app import build_app
 from .banner import banner
 from .errors import invalid, unavailable
 from .generated_wish import GeneratedWish
+from .metrics.routing_collector import RoutingCollector
 from .registration import register_adapters
 from .services import Services
 from .wish_resolver import WishResolver
@@ -77,6 +78,9 @@ def serve(
                 device=built.engine,
                 resolver=wishes,
                 generated=generated,
+                collectors=[RoutingCollector(store, built.engine.experts, wishes.router)],
+                semantic=wishes.router,
+                experts=built.engine.experts,
             )
             _run(app, config, listening, say)
         finally:
@@ -109,12 +113,13 @@ def _public_name(spec: str | None, model_path: Path) -> str:
 
 def _load_generator(model_path: Path, base_name: str) -> Generator:
     from loraplex_adapter_store.generator.frozen_base import base_fingerprint
+    from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_adapter_store.generator.service import Generator
     from loraplex_adapter_store.generator.shipped import shipped_folder
 
     return Generator.load(
         shipped_folder(),
-        _encoder_directory(),
+        SentenceEncoder(_encoder_directory()),
         base_name=base_name,
         base_fingerprint=base_fingerprint(model_path),
     )

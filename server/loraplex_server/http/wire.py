@@ -17,6 +17,7 @@ __all__ = [
     "DetokenizeBody",
     "GenerationBody",
     "LoadLoraBody",
+    "RouteBody",
     "StreamOptions",
     "TokenizeBody",
     "UnloadLoraBody",
@@ -70,6 +71,13 @@ class ChatMessage(_Body):
     name: str | None = None
     tool_calls: list[JsonObject] | None = None
     tool_call_id: str | None = None
+
+
+class RouteBody(_Body):
+    """Either a text or chat messages."""
+
+    input: Annotated[str, Field(max_length=100_000)] | None = None
+    messages: list[ChatMessage] | None = None
 
 
 class ChatBody(GenerationBody):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
-from torch import Tensor
-
-from loraplex_adapter_store.generator.sentences import SentenceEncoder
 from loraplex_adapter_store.selector import Auto, Description, NameRef
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_router.adapters import AdapterProfile, AutoRouter
+from loraplex_router.adapters import AdapterProfile, Encoder
+from loraplex_server.routing.semantic_router import SemanticRouter
 
 from .adapter_choice import Resolution
 from .errors import invalid
@@ -29,7 +27,7 @@ class AdapterGenerator(Protocol):
 
 
 class WishResolver:
-    """One thread owns the encoder and the router; both are made when they are first needed."""
+    """``auto`` is answered by ``router``, on its thread; descriptions on another one."""
 
     def __init__(
         self,
@@ -39,49 +37,36 @@ class WishResolver:
     ) -> None:
         """``find_encoder`` returns the sentence encoder's directory, or raises with a remedy."""
         self._store = store
-        self._find_encoder = find_encoder
         self._generator = generator
-        self._router: AutoRouter | None = None
+        self.router = SemanticRouter(lambda: _load_encoder(find_encoder()), self._profiles)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-wishes")
 
     async def resolve(self, wish: Auto | Description, text: str) -> Resolution:
-        loop = asyncio.get_running_loop()
         if isinstance(wish, Auto):
-            return await loop.run_in_executor(self._thread, self._choose, text)
+            decision = await self.router.choose(text)
+            chosen = None if decision.adapter is None else NameRef(decision.adapter)
+            return Resolution(chosen, {"method": "auto", **decision.to_json()})
         if self._generator is None:
             raise invalid(
                 "adapter generation is not enabled on this server; name an adapter instead",
                 "adapter",
                 "feature_not_enabled",
             )
+        loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._generator.generate, wish)
 
     def close(self) -> None:
+        self.router.close()
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _choose(self, text: str) -> Resolution:
-        if self._router is None:
-            self._router = AutoRouter(_UnitSentences(self._find_encoder()))
-        self._router.update(
-            [
-                AdapterProfile(card.name, card.description, card.examples)
-                for card in self._store.list()
-            ]
-        )
-        decision = self._router.route([text])[0]
-        chosen = None if decision.adapter is None else NameRef(decision.adapter)
-        return Resolution(chosen, {"method": "auto", **decision.to_json()})
+    def _profiles(self) -> list[AdapterProfile]:
+        return [
+            AdapterProfile(card.name, card.description, card.examples)
+            for card in self._store.list()
+        ]
 
 
-class _UnitSentences:
-    """The sentence encoder in the shape the router asks for."""
+def _load_encoder(directory: Path) -> Encoder:
+    from loraplex_server.routing.sentence_encoder import MiniLmEncoder
 
-    def __init__(self, directory: Path) -> None:
-        self._encoder = SentenceEncoder(directory)
-
-    @property
-    def dim(self) -> int:
-        return self._encoder.width
-
-    def encode(self, texts: Sequence[str]) -> Tensor:
-        return self._encoder.encode(texts).sentence
+    return MiniLmEncoder(directory)

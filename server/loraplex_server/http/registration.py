@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import NamedTuple
 
 from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.names import is_valid_name

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test check lint types unit bench gpu load kernels-report native clean venv
+.PHONY: serve test check lint types unit bench gpu load kernels-report native demos clean venv
 
 venv: $(STAMP)
 
@@ -48,6 +48,9 @@ native: venv
 
 kernels-report: venv
 	$(BIN)/python -m loraplex_kernels.report
+
+demos: venv  # trains the shipped adapters again, into ./demos
+	$(BIN)/loraplex train-demos --out demos
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis

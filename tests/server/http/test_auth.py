@@ -66,7 +66,10 @@ async def test_an_infer_key_generates_but_does_not_change_adapters(locked: Front
     locked.headers = bearer(INFER)
     assert (await locked.chat()).status_code == 200
     assert (await locked.client.get("/v1/adapters", headers=bearer(INFER))).status_code == 200
+    answer = await locked.post("/v1/route", {"input": "x"})
+    assert answer.json()["error"]["code"] == "feature_not_enabled"
     for method, path in (
+        ("POST", "/v1/adapters/generate"),
         ("PUT", "/v1/adapters/x"),
         ("DELETE", "/v1/adapters/x"),
         ("POST", "/v1/adapters/x/pin"),

@@ -22,7 +22,10 @@ __all__ = ["Auth"]
 _OPEN = frozenset({"/health", "/ready", "/ping"})  # nothing but one word about the server's state
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _INFERENCE = frozenset(
-    {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/tokenize", "/detokenize"}
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"),
+        *("/tokenize", "/detokenize"),
+    }
 )
 _EVERYTHING = frozenset(KeyScope)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .adapters_remote import RemoteAdapters
+from .adapters_routing import routing
 
 if TYPE_CHECKING:
     from loraplex_adapter_store.inspection import ModuleInspection
@@ -20,6 +21,8 @@ __all__ = ["adapters"]
 adapters = typer.Typer(
     name="adapters", help="Add, list, look into and remove adapters.", no_args_is_help=True
 )
+
+adapters.command()(routing)
 
 Url = Annotated[
     str | None,

@@ -50,6 +50,7 @@ class Launch:
     divisible: tuple[int, ...]
     num_warps: int
     num_stages: int
+    max_registers: int | None  # of a thread; None = the compiler's choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         options={
             "num_warps": launch.num_warps,
             "num_stages": launch.num_stages,
+            "maxnreg": launch.max_registers,
             "enable_fp_fusion": False,
         },
     )
@@ -137,6 +139,7 @@ def _describe(kernel: JITFunction, args: tuple[object, ...], kwargs: dict[str, o
         divisible=tuple(divisible),
         num_warps=int(str(kwargs.get("num_warps", 4))),
         num_stages=int(str(kwargs.get("num_stages", 3))),
+        max_registers=int(str(kwargs["maxnreg"])) if "maxnreg" in kwargs else None,
     )
 
 

@@ -24,7 +24,7 @@ from .kv_cache import cache_unit, check_cache
 __all__ = ["SPLIT_POSITIONS", "AttentionWorkspace", "attention_workspace", "paged_attention_triton"]
 
 SPLIT_POSITIONS = 512
-_BLOCK_KV = 64
+_BLOCK_KV = {2: 64, 4: 16}  # positions of one product, by element size
 _SERIAL_ROWS = 256  # from here on there are tiles enough to fill a GPU without splits
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -292,9 +292,11 @@ def paged_attention_triton(
             raise ValueError("the attention workspace is too small; see attention_workspace")
     group = n_heads // n_kv
     padded = triton.next_power_of_2(group)
-    block_m = max(16 if n_rows <= _SERIAL_ROWS else 32, padded)
+    is_half = q.element_size() == 2
+    block_m = max(32 if is_half and n_rows > _SERIAL_ROWS else 16, padded)
     n_tiles = min(n_rows, n_rows // (block_m // padded) + n_requests)
     block_d = triton.next_power_of_2(head_dim)
+    n_pages = max(1, _BLOCK_KV[q.element_size()] // page_size)
     shared = {
         "D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT_POSITIONS,
         "HAS_WINDOW": window is not None,
@@ -304,8 +306,8 @@ def paged_attention_triton(
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0),
         n_requests, n_rows, n_splits, scale, window or 0, softcap or 1.0,
         N_KV=n_kv, GROUP=group, GROUP_PADDED=padded, PAGE_SIZE=page_size,
-        N_PAGES=max(1, _BLOCK_KV // page_size), U=cache_unit(k_cache), BLOCK_M=block_m,
-        SERIAL=serial, HAS_SOFTCAP=softcap is not None, num_warps=4, num_stages=2,
+        N_PAGES=n_pages, U=cache_unit(k_cache), BLOCK_M=block_m,
+        SERIAL=serial, HAS_SOFTCAP=softcap is not None, num_warps=4 if is_half else 8, num_stages=2,
         enable_fp_fusion=False, **shared,
     )  # fmt: skip
     if not serial:

@@ -270,7 +270,6 @@ def lora_expand(
         "WIDTHS": target.out_features,
         "N_SLICES": target.n_slices,
         "N_PLANES": planes.shape[0],
-        "BLOCK_N": choice.block_n,
         "HAS_WEIGHTS": weights is not None,
         "WIDTH_ALIGN": math.gcd(16, *target.out_features),
         "OFFSET_ALIGN": OFFSET_ALIGN,
@@ -279,21 +278,25 @@ def lora_expand(
         "enable_fp_fusion": False,
     }
     weights = planes if weights is None else weights
-    n_tiles = n_column_tiles(target, choice.block_n)
     blocks = segments.blocks
     if blocks is None:
+        n_tiles = n_column_tiles(target, choice.block_n)
         block_m = min(choice.block_m, segments.block_m)
         grid = (segments.tiles.shape[0] * (segments.block_m // block_m), n_tiles)
         expand_kernel[grid](
             *shared, segments.tiles, segments.rows, weights, out,
             out.stride(0), segments.rows.shape[0], tables.b_pages.shape[2],
-            TILE_M=segments.block_m, BLOCK_M=block_m, **constants,
+            TILE_M=segments.block_m, BLOCK_M=block_m, BLOCK_N=choice.block_n, **constants,
         )  # fmt: skip
     else:
-        grid = (blocks.n_items.shape[0], n_tiles)
+        # A program holds two float32 tiles, y and the product.
+        block_n = min(choice.block_n, 64 if x.element_size() == 2 else 32)
+        grid = (blocks.n_items.shape[0], n_column_tiles(target, block_n))
+        # Left to itself the assembler spills some bytes here to fit one more block.
         expand_routed_kernel[grid](
             *shared, blocks.n_items, blocks.entries, blocks.pairs, weights, out,
             out.stride(0), segments.rows.shape[0], out.shape[0], tables.b_pages.shape[2],
             ITEMS=blocks.n_rows * segments.pair_of.shape[1], ROW_BLOCK=blocks.n_rows,
-            BLOCK_M=max(16, blocks.n_rows), **constants,
+            BLOCK_M=max(16, blocks.n_rows), BLOCK_N=block_n,
+            maxnreg=255, **constants,
         )  # fmt: skip

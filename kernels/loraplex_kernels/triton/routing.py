@@ -249,7 +249,7 @@ def fill_device_segments(
     order_pairs_kernel[(triton.cdiv(n_pairs, _BLOCK),)](
         row_entries, weights if has_weights else scratch,
         segments.rows, segments.weights if has_weights else scratch, segments.pair_of, scratch,
-        n_pairs, K=k, BLOCK=_BLOCK, HAS_WEIGHTS=has_weights, num_warps=4,
+        n_pairs, K=k, BLOCK=_BLOCK, HAS_WEIGHTS=has_weights, num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
     places = max(n_pairs, n_segments + 1, n_tiles)

@@ -1,0 +1,213 @@
+"""Every launch that the tuning table can cause, recorded from the launchers, and some beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..layout import PAGE_RANK, LoraTables, LoraTarget
+from .aot import Launch, record_launches
+from .arithmetic import reduction
+from .attention import paged_attention_triton
+from .expand import lora_expand
+from .fused import lora_fused
+from .kv_cache import rope_and_cache_triton, write_kv_triton
+from .routing import DeviceSegments, allocate_segments, fill_device_segments
+from .shrink import lora_shrink, planes_shape
+from .tuning import (
+    ExpandChoice,
+    FusedChoice,
+    ShrinkChoice,
+    TuningKey,
+    TuningRow,
+    TuningTable,
+)
+
+__all__ = ["MODEL_TARGETS", "NamedLaunch", "all_launches"]
+
+MODEL_TARGETS: dict[str, LoraTarget] = {
+    "SmolLM2-135M qkv": LoraTarget("qkv", 576, (576, 192, 192)),
+    "SmolLM2-135M o": LoraTarget("o", 576, (576,)),
+    "SmolLM2-135M gate_up": LoraTarget("gate_up", 576, (1536, 1536)),
+    "SmolLM2-135M down": LoraTarget("down", 1536, (576,)),
+    "Llama-3.1-8B qkv": LoraTarget("qkv", 4096, (4096, 1024, 1024)),
+    "Llama-3.1-8B o": LoraTarget("o", 4096, (4096,)),
+    "Llama-3.1-8B gate_up": LoraTarget("gate_up", 4096, (14336, 14336)),
+    "Llama-3.1-8B down": LoraTarget("down", 14336, (4096,)),
+}
+
+_AWKWARD = LoraTarget("awkward", 41, (401, 33))
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class NamedLaunch:
+    name: str  # what it is for
+    capability: int
+    dtype: str
+    launch: Launch
+
+
+def all_launches(table: TuningTable, capabilities: tuple[int, ...]) -> list[NamedLaunch]:
+    """Distinct launches of every row of ``table``, then of the kernels without a row."""
+    found: dict[tuple[int, Launch], NamedLaunch] = {}
+
+    def add(name: str, capability: int, dtype: str, call: Callable[[], object]) -> None:
+        with record_launches() as launches:
+            call()
+        for launch in launches:
+            named = NamedLaunch(name, capability, dtype, launch)
+            found.setdefault((capability, launch), named)
+
+    for row in table.rows:
+        if row.key.capability in capabilities:
+            for name, call in _calls_of(row, table):
+                add(name, row.key.capability, row.key.dtype, call)
+    for capability in capabilities:
+        for dtype in _DTYPES:
+            for name, call in _other_calls(dtype):
+                add(name, capability, dtype, call)
+    return list(found.values())
+
+
+def _calls_of(row: TuningRow, table: TuningTable) -> Iterator[tuple[str, Callable[[], object]]]:
+    key, choice = row.key, row.choice
+    width = "out" if key.kernel == "expand" else "in"
+    names = [
+        name
+        for name, target in MODEL_TARGETS.items()
+        if name.endswith(("qkv", "down"))
+        and (sum(target.out_features) if width == "out" else target.in_features) <= key.width
+    ]
+    # The two widest of the models stand for the row.
+    names = sorted(names, key=lambda name: -MODEL_TARGETS[name].in_features)[:2]
+    targets = {name: MODEL_TARGETS[name] for name in names} | {"41 → 401, 33": _AWKWARD}
+    for name, target in targets.items():
+        for k in (1, 2):
+            if key.kernel == "fused" and k == 2:
+                continue
+            problem = _Problem.of(key, target, k)
+            label = f"{name}, rank ≤ {key.rank}, {min(key.rows, 4096)} rows, {k} a row"
+            if isinstance(choice, ShrinkChoice):
+                yield label, partial(problem.shrink, choice)
+            elif isinstance(choice, ExpandChoice):
+                shrink_key = TuningKey(
+                    "shrink", key.capability, key.dtype, key.rank, target.in_features, key.rows
+                )
+                serial = table.shrink(shrink_key).serial
+                yield label, partial(problem.expand, choice, serial=serial)
+            elif choice.enabled:
+                yield label, partial(problem.fused, choice)
+
+
+def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    kind = _DTYPES[dtype]
+    if dtype == "bf16":
+        for k in (1, 2):
+            for n_rows in (64, 4096):
+                yield f"routing, {n_rows} rows, {k} a row", partial(_route, n_rows, k)
+    for n_heads, n_kv, head_dim, name in ((9, 3, 64, "SmolLM2-135M"), (32, 8, 128, "Llama-3.1-8B")):
+        for n_rows in (64, 2048):
+            for window in (None, 4096):
+                yield (
+                    f"{name}, {n_rows} rows, window {window}",
+                    partial(
+                        _attend,
+                        n_rows,
+                        kind,
+                        n_heads=n_heads,
+                        n_kv=n_kv,
+                        head_dim=head_dim,
+                        window=window,
+                    ),
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    x: Tensor
+    out: Tensor
+    storage: Tensor
+    target: LoraTarget
+    tables: LoraTables
+    segments: DeviceSegments
+
+    @classmethod
+    def of(cls, key: TuningKey, target: LoraTarget, k: int) -> _Problem:
+        """Uninitialised: nothing runs. Rows are few in memory, the tile is that of the row."""
+        dtype, n_rows = _DTYPES[key.dtype], min(key.rows, 4096) // k
+        max_pages = -(-min(key.rank, 256) // PAGE_RANK)
+        shape = (8, target.n_slices)
+        offsets = torch.empty(*shape, dtype=torch.int64)
+        pages = torch.empty(*shape, max_pages, dtype=torch.int64)
+        tables = LoraTables(torch.empty(shape, dtype=torch.int32), pages, pages, offsets, offsets)
+        return cls(
+            x=torch.empty(n_rows, target.in_features, dtype=dtype),
+            out=torch.empty(n_rows, sum(target.out_features), dtype=dtype),
+            storage=torch.empty(64, dtype=dtype),
+            target=target,
+            tables=tables,
+            segments=allocate_segments(n_rows, k, _CPU, has_weights=k > 1, n_entries=8),
+        )
+
+    def shrink(self, choice: ShrinkChoice) -> None:
+        inputs = (self.x, self.storage, self.target, self.tables, self.segments)
+        lora_shrink(*inputs, choice, planes=self._planes(serial=choice.serial))
+
+    def expand(self, choice: ExpandChoice, *, serial: bool) -> None:
+        inputs = (self.x, self.storage, self.target, self.tables, self.segments)
+        lora_expand(self._planes(serial=serial), *inputs, choice, out=self.out)
+
+    def fused(self, choice: FusedChoice) -> None:
+        inputs = (self.x, self.storage, self.target, self.tables, self.segments)
+        lora_fused(*inputs, choice, out=self.out)
+
+    def _planes(self, *, serial: bool) -> Tensor:
+        cut = reduction(self.target.in_features, self.x.element_size())
+        n_planes = 1 if serial else cut.n_chunks
+        shape = planes_shape(self.target, self.tables, self.segments, n_planes=n_planes)
+        return torch.empty(shape, dtype=torch.float32)
+
+
+def _route(n_rows: int, k: int) -> None:
+    segments = allocate_segments(n_rows, k, _CPU, has_weights=k > 1, n_entries=64)
+    entries = torch.empty(n_rows, k, dtype=torch.int32)
+    weights = torch.empty(n_rows, k) if k > 1 else None
+    scratch = torch.empty(n_rows * k, 3, dtype=torch.int32)
+    fill_device_segments(entries, weights, segments=segments, scratch=scratch)
+
+
+def _attend(
+    n_rows: int,
+    dtype: torch.dtype,
+    *,
+    n_heads: int,
+    n_kv: int,
+    head_dim: int,
+    window: int | None,
+) -> None:
+    cache = torch.empty(8, n_kv, 16, head_dim, dtype=dtype)
+    ints = torch.zeros(n_rows, dtype=torch.int64)
+    n_requests = 32
+    packed = torch.empty(n_rows, (n_heads + 2 * n_kv) * head_dim, dtype=dtype)
+    heads = packed.view(n_rows, -1, head_dim)
+    angle = torch.empty(4096, head_dim)
+    sizes = {"n_heads": n_heads, "n_kv_heads": n_kv, "head_dim": head_dim}
+    rope_and_cache_triton(packed, angle, angle, ints, cache, cache, ints, **sizes)
+    write_kv_triton(heads[:, :n_kv], heads[:, :n_kv], cache, cache, ints)
+    paged_attention_triton(
+        heads[:, :n_heads],
+        cache,
+        cache,
+        torch.empty(n_requests, 512, dtype=torch.int32),
+        torch.empty(n_requests + 1, dtype=torch.int32),
+        torch.empty(n_requests, dtype=torch.int32),
+        scale=0.125,
+        window=window,
+        softcap=None if window is None else 30.0,
+    )

@@ -1,0 +1,243 @@
+"""Paged attention and the cache writes equal the reference, with a row's bits fixed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loraplex_kernels.model_ops_reference import (
+    paged_attention_reference,
+    rope_and_cache_reference,
+    write_kv_reference,
+)
+from loraplex_kernels.triton import (
+    attention,
+    paged_attention_triton,
+    rope_and_cache_triton,
+    write_kv_triton,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    page_table: Tensor
+    query_starts: Tensor
+    kv_lens: Tensor
+
+    def only(self, request: int) -> Step:
+        first, last = self.query_starts[request : request + 2].tolist()
+        return Step(
+            self.q[first:last],
+            self.k_cache,
+            self.v_cache,
+            self.page_table[request : request + 1],
+            torch.tensor([0, last - first], dtype=torch.int32, device=self.q.device),
+            self.kv_lens[request : request + 1],
+        )
+
+
+def _step(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    lens: list[int],
+    queries: list[int],
+    n_heads: int = 6,
+    n_kv: int = 2,
+    head_dim: int = 16,
+    page_size: int = 8,
+) -> Step:
+    generator = torch.Generator().manual_seed(7)
+    pages = [-(-length // page_size) for length in lens]
+    n_pages, widest = sum(pages) + 1, max(pages) + 1
+    order = torch.randperm(n_pages, generator=generator)
+    table = torch.zeros(len(lens), widest, dtype=torch.int32)
+    first = 0
+    for request, count in enumerate(pages):
+        table[request, :count] = order[first : first + count]
+        first += count
+    shape = (n_pages, n_kv, page_size, head_dim)
+    k_cache = torch.full(shape, float("nan"), dtype=dtype)
+    v_cache = k_cache.clone()
+    for request, length in enumerate(lens):
+        place = torch.arange(length)
+        slots = table[request].long()[place // page_size] * page_size + place % page_size
+        k, v = torch.randn(2, length, n_kv, head_dim, generator=generator).to(dtype)
+        write_kv_reference(k, v, k_cache, v_cache, slots)
+    q = torch.randn(sum(queries), n_heads, head_dim, generator=generator).to(dtype)
+    starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
+    tensors = (q, k_cache, v_cache, table, starts, torch.tensor(lens, dtype=torch.int32))
+    return Step(*(tensor.to(device) for tensor in tensors))
+
+
+def _attend(step: Step, *, window: int | None = None, softcap: float | None = None) -> Tensor:
+    return paged_attention_triton(
+        step.q,
+        step.k_cache,
+        step.v_cache,
+        step.page_table,
+        step.query_starts,
+        step.kv_lens,
+        scale=0.25,
+        window=window,
+        softcap=softcap,
+    )
+
+
+def _assert_close(
+    out: Tensor, step: Step, *, window: int | None = None, softcap: float | None = None
+) -> None:
+    expected = paged_attention_reference(
+        step.q.cpu(),
+        step.k_cache.cpu(),
+        step.v_cache.cpu(),
+        step.page_table.cpu(),
+        step.query_starts.cpu(),
+        step.kv_lens.cpu(),
+        scale=0.25,
+        window=window,
+        softcap=softcap,
+    ).double()
+    limit = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}[out.dtype]
+    assert float((out.double().cpu() - expected).abs().max()) < limit
+
+
+@pytest.fixture(autouse=True)
+def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SPLIT_POSITIONS", 64)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    requests=st.lists(
+        st.tuples(st.integers(0, 20), st.integers(0, 150)), min_size=1, max_size=4
+    ).filter(lambda requests: any(n for n, _ in requests)),
+    heads=st.sampled_from([(6, 2), (4, 4), (9, 3), (8, 1)]),
+    head_dim=st.sampled_from([16, 24, 64]),
+    page_size=st.sampled_from([2, 16, 64]),
+    window=st.sampled_from([None, 1, 20]),
+    softcap=st.sampled_from([None, 3.0]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_decode_and_prefill_rows_equal_the_reference(
+    device: torch.device,
+    requests: list[tuple[int, int]],
+    heads: tuple[int, int],
+    head_dim: int,
+    page_size: int,
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> None:
+    step = _step(
+        device,
+        dtype,
+        lens=[max(1, queries) + cached for queries, cached in requests],
+        queries=[queries for queries, _ in requests],
+        n_heads=heads[0],
+        n_kv=heads[1],
+        head_dim=head_dim,
+        page_size=page_size,
+    )
+    out = _attend(step, window=window, softcap=softcap)
+    _assert_close(out, step, window=window, softcap=softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_has_the_same_bits_alone_split_and_unsplit(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = _step(device, dtype, lens=[150, 33, 70], queries=[1, 20, 3])
+    together = _attend(step)
+    for request in range(3):
+        first, last = step.query_starts[request : request + 2].tolist()
+        assert torch.equal(_attend(step.only(request)), together[first:last])
+    monkeypatch.setattr(attention, "_SERIAL_ROWS", 0)
+    assert torch.equal(_attend(step), together)
+
+
+def test_padded_requests_and_rows_are_left_alone(device: torch.device) -> None:
+    step = _step(device, torch.float32, lens=[30, 12, 1], queries=[1, 1, 0])
+    q = torch.cat((step.q, torch.full((3, 6, 16), float("nan"), device=device)))
+    out = torch.full_like(q, 7.0)
+    paged_attention_triton(
+        q,
+        step.k_cache,
+        step.v_cache,
+        step.page_table,
+        step.query_starts,
+        step.kv_lens,
+        scale=0.25,
+        out=out,
+    )
+    assert torch.equal(out[:2], _attend(step))
+    assert bool((out[2:] == 7.0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_rope", [True, False])
+def test_rope_and_cache_rotates_and_writes_as_the_reference(
+    device: torch.device, dtype: torch.dtype, has_rope: bool
+) -> None:
+    n_heads, n_kv, head_dim, page_size = 3, 2, 24, 8
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(5, (n_heads + 2 * n_kv) * head_dim, generator=generator).to(dtype)
+    angles = torch.randn(40, head_dim // 2, generator=generator).repeat(1, 2)
+    cos, sin = (angles.cos(), angles.sin()) if has_rope else (None, None)
+    positions = torch.tensor([0, 3, 39, 7, 1])
+    slots = torch.tensor([5, -1, 17, 30, 0])
+    shape = (4, n_kv, page_size, head_dim)
+    wanted = [rows.clone(), torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)]
+    sizes = {"n_heads": n_heads, "n_kv_heads": n_kv, "head_dim": head_dim}
+    rope_and_cache_reference(wanted[0], cos, sin, positions, wanted[1], wanted[2], slots, **sizes)
+    got = [rows.clone().to(device), *(torch.zeros(shape, dtype=dtype, device=device),) * 1]
+    got.append(torch.zeros(shape, dtype=dtype, device=device))
+    moved = [None if angle is None else angle.to(device) for angle in (cos, sin)]
+    rope_and_cache_triton(
+        got[0], *moved, positions.to(device), got[1], got[2], slots.to(device), **sizes
+    )
+    limit = 1e-6 if dtype == torch.float32 else 2e-2
+    for mine, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs, atol=limit, rtol=limit)
+
+
+def test_write_kv_skips_negative_slots_and_takes_strided_rows(device: torch.device) -> None:
+    packed = torch.randn(4, 4, 16).to(torch.bfloat16)
+    slots = torch.tensor([9, -1, 0, 15])
+    caches = [torch.zeros(2, 2, 8, 16, dtype=torch.bfloat16) for _ in range(2)]
+    write_kv_reference(packed[:, :2], packed[:, 2:], *caches, slots)
+    mine = [torch.zeros(2, 2, 8, 16, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    moved = packed.to(device)
+    write_kv_triton(moved[:, :2], moved[:, 2:], *mine, slots.to(device))
+    for cache, expected in zip(mine, caches, strict=True):
+        assert torch.equal(cache.cpu(), expected)
+
+
+def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
+    step = _step(device, torch.float32, lens=[8], queries=[1])
+    with pytest.raises(ValueError, match="starts"):
+        paged_attention_triton(
+            step.q,
+            step.k_cache,
+            step.v_cache,
+            step.page_table,
+            step.query_starts[:1],
+            step.kv_lens,
+            scale=1.0,
+        )
+    with pytest.raises(ValueError, match="power of two"):
+        write_kv_triton(
+            step.q[:, :2],
+            step.q[:, :2],
+            torch.zeros(1, 2, 3, 16, device=device),
+            torch.zeros(1, 2, 3, 16, device=device),
+            torch.zeros(1, dtype=torch.int64, device=device),
+        )

@@ -1,0 +1,246 @@
+"""The LoRA kernels equal the float64 reference, and give a row the same bits in every batch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loraplex_kernels import LoraSegments
+from loraplex_kernels.triton import build_device_segments, lora_apply_triton, workspace_numel
+from loraplex_kernels.triton.arithmetic import reduction
+from loraplex_kernels.triton.expand import lora_expand
+from loraplex_kernels.triton.fused import lora_fused
+from loraplex_kernels.triton.routing import DeviceSegments
+from loraplex_kernels.triton.shrink import lora_shrink, planes_shape
+from loraplex_kernels.triton.tuning import ExpandChoice, FusedChoice, ShrinkChoice
+from tests.support.lora_problems import MIXES, LoraProblem, draw_entries, make_problem, tolerance
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _segments(problem: LoraProblem, **sizes: int) -> DeviceSegments:
+    n_entries = problem.tables.ranks.shape[0]
+    return build_device_segments(problem.entries, problem.weights, n_entries=n_entries, **sizes)
+
+
+def _apply(problem: LoraProblem, segments: LoraSegments | None = None) -> Tensor:
+    out = problem.base.clone()
+    segments = _segments(problem) if segments is None else segments
+    lora_apply_triton(problem.x, problem.storage, problem.target, problem.tables, segments, out=out)
+    return out
+
+
+def _two_launches(
+    problem: LoraProblem, segments: DeviceSegments, *, serial: bool, block_m: int, block_n: int
+) -> Tensor:
+    out = problem.base.clone()
+    cut = reduction(problem.target.in_features, problem.x.element_size())
+    shape = planes_shape(
+        problem.target, problem.tables, segments, n_planes=1 if serial else cut.n_chunks
+    )
+    planes = torch.full(shape, float("nan"), device=problem.x.device)
+    inputs = (problem.x, problem.storage, problem.target, problem.tables, segments)
+    lora_shrink(*inputs, ShrinkChoice(serial, 2, 4, 2), planes=planes)
+    lora_expand(planes, *inputs, ExpandChoice(block_m, block_n, 4, 2), out=out)
+    return out
+
+
+def _assert_close(out: Tensor, problem: LoraProblem) -> None:
+    expected = problem.expected(_segments(problem))
+    if out.numel():
+        error = float((out.double().cpu() - expected).abs().max())
+        assert error <= tolerance(out.dtype) * max(1.0, float(expected.abs().max()))
+
+
+@st.composite
+def problems(draw: st.DrawFn, *, k: int, max_rows: int = 40) -> dict[str, object]:
+    n_slices = draw(st.integers(1, 3))
+    n_entries = draw(st.integers(1, 5))
+    rank = st.one_of(st.integers(0, 40), st.sampled_from([1, 8, 16, 64, 256]))
+    return {
+        "in_features": draw(st.sampled_from([41, 64, 300])),
+        "out_features": tuple(draw(st.sampled_from([33, 64, 401])) for _ in range(n_slices)),
+        "ranks": [[draw(rank) for _ in range(n_slices)] for _ in range(n_entries)],
+        "entries": draw_entries(
+            draw(st.sampled_from(MIXES)),
+            draw(st.integers(0, max_rows)),
+            k,
+            n_entries,
+            draw(st.integers(0, 99)),
+        ),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "seed": draw(st.integers(0, 99)),
+        "with_scale_and_bias": draw(st.booleans()),
+    }
+
+
+@settings(max_examples=12, deadline=None)
+@given(drawn=problems(k=1))
+def test_one_adapter_a_row_equals_the_reference(
+    device: torch.device, drawn: dict[str, object]
+) -> None:
+    problem = make_problem(device=device, **drawn)  # type: ignore[arg-type]
+    _assert_close(_apply(problem), problem)
+
+
+@settings(max_examples=8, deadline=None)
+@given(drawn=problems(k=2, max_rows=20))
+def test_routed_experts_equal_the_reference(device: torch.device, drawn: dict[str, object]) -> None:
+    problem = make_problem(device=device, **drawn)  # type: ignore[arg-type]
+    _assert_close(_apply(problem), problem)
+
+
+def _mixed(device: torch.device, dtype: torch.dtype, *, k: int, n_rows: int = 21) -> LoraProblem:
+    return make_problem(
+        in_features=300,
+        out_features=(65, 33),
+        ranks=[(8, 0), (16, 17), (40, 5), (0, 64)],
+        entries=draw_entries("zipf", n_rows, k, 4, seed=5),
+        dtype=dtype,
+        device=device,
+        seed=11,
+        with_scale_and_bias=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+@pytest.mark.parametrize("k", [1, 2])
+def test_runs_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, k: int) -> None:
+    problem = _mixed(device, dtype, k=k)
+    first = _apply(problem)
+    for _ in range(1 if device.type == "cpu" else 100):
+        assert torch.equal(_apply(problem), first)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_row_has_the_same_bits_alone_permuted_and_among_others(
+    device: torch.device, dtype: torch.dtype, k: int
+) -> None:
+    problem = _mixed(device, dtype, k=k)
+    together = _apply(problem)
+    order = torch.randperm(problem.x.shape[0], generator=torch.Generator().manual_seed(2))
+    assert torch.equal(_apply(problem.rows(order.to(device))), together[order])
+    for row in (0, 7, 20):
+        index = torch.tensor([row], device=device)
+        assert torch.equal(_apply(problem.rows(index)), together[index])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_plain_row_has_the_same_bits_beside_routed_ones(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    routed = _mixed(device, dtype, k=2)
+    entries = routed.entries.clone()
+    entries[3] = torch.tensor([-1, 2], dtype=torch.int32, device=device)
+    assert routed.weights is not None
+    weights = routed.weights.clone()
+    weights[3] = 1.0
+    beside = _apply(dataclasses.replace(routed, entries=entries, weights=weights))
+    index = torch.tensor([3], device=device)
+    alone = dataclasses.replace(routed.rows(index), entries=entries[index][:, 1:], weights=None)
+    assert torch.equal(_apply(alone), beside[index])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_tile_choice_changes_a_bit(device: torch.device, dtype: torch.dtype) -> None:
+    """Decode and prefill paths, split or serial sums, fused or not: one arithmetic."""
+    problem = _mixed(device, dtype, k=1, n_rows=36)
+    outs = [
+        _two_launches(
+            problem, _segments(problem, block_m=tile), serial=serial, block_m=block_m, block_n=n
+        )
+        for tile, serial, block_m, n in (
+            (16, False, 16, 64),
+            (32, False, 32, 32),
+            (64, True, 32, 128),
+        )
+    ]
+    for tile, block_n in ((32, 64),):
+        out = problem.base.clone()
+        lora_fused(
+            problem.x,
+            problem.storage,
+            problem.target,
+            problem.tables,
+            _segments(problem, block_m=tile),
+            FusedChoice(True, block_n, 4, 2),
+            out=out,
+        )
+        outs.append(out)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    routed = _mixed(device, dtype, k=2)
+    routed_outs = [
+        _two_launches(
+            routed,
+            _segments(routed, block_m=tile, rows_per_block=rows),
+            serial=serial,
+            block_m=16,
+            block_n=n,
+        )
+        for tile, rows, serial, n in ((16, 2, False, 64), (32, 16, True, 32))
+    ]
+    assert torch.equal(routed_outs[0], routed_outs[1])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of the interpreter, on inf · 0
+def test_infinite_weights_of_one_adapter_reach_no_other_row(device: torch.device) -> None:
+    problem = _mixed(device, torch.float32, k=2)
+    clean = _apply(problem)
+    storage = problem.storage.clone()
+    first = int(problem.tables.b_pages[2, 0, 0])
+    storage[first : first + 65] = float("inf")
+    out = _apply(dataclasses.replace(problem, storage=storage))
+    uses = (problem.entries == 2).any(dim=1)
+    assert bool(uses.any())
+    assert torch.equal(out[~uses], clean[~uses])
+
+
+def test_rows_without_an_adapter_keep_their_bits(device: torch.device) -> None:
+    problem = _mixed(device, torch.bfloat16, k=1)
+    bare = problem.entries[:, 0] < 0
+    assert bool(bare.any())
+    assert torch.equal(_apply(problem)[bare], problem.base[bare])
+
+
+def test_strided_rows_a_workspace_and_a_wider_out_serve(device: torch.device) -> None:
+    problem = _mixed(device, torch.bfloat16, k=2)
+    segments = _segments(problem)
+    n_rows, width = problem.base.shape
+    wide = torch.zeros(n_rows, width + 7, device=device, dtype=torch.float32)
+    wide[:, :width] = problem.base.float()
+    x = torch.zeros(n_rows, 320, dtype=torch.bfloat16, device=device)
+    x[:, :300] = problem.x
+    needed = workspace_numel(problem.target, problem.tables, segments, torch.bfloat16)
+    workspace = torch.full((needed,), float("nan"), device=device)
+    inputs = (problem.storage, problem.target, problem.tables, segments)
+    lora_apply_triton(x[:, :300], *inputs, out=wide[:, :width], workspace=workspace)
+    expected = problem.expected(segments)
+    error = float((wide[:, :width].double().cpu() - expected).abs().max())
+    assert error < 2e-5 * float(expected.abs().max())  # h keeps 16 bits, out is not rounded to bf16
+    assert not wide[:, width:].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(3, 299)}, "reads"),
+        ({"x": torch.zeros(3, 300, dtype=torch.float64)}, "float64"),
+        ({"x": torch.zeros(300, 3).T}, "contiguous"),
+        ({"x": torch.zeros(4, 300)}, "rows"),
+        ({"base": torch.zeros(3, 97)}, "out is"),
+    ],
+)
+def test_wrong_inputs_are_refused_before_the_launch(
+    device: torch.device, change: dict[str, Tensor], message: str
+) -> None:
+    problem = _mixed(device, torch.float32, k=1).rows(torch.tensor([0, 1, 2], device=device))
+    segments = _segments(problem)
+    moved = {name: tensor.to(device) for name, tensor in change.items()}
+    with pytest.raises(ValueError, match=message):
+        _apply(dataclasses.replace(problem, **moved), segments)  # type: ignore[arg-type]

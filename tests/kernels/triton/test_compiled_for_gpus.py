@@ -1,0 +1,71 @@
+"""Kernels compile ahead of time to sm_80 and sm_90 machine code, without spills or excess."""
+
+from __future__ import annotations
+
+import torch
+
+from loraplex_kernels import LoraTarget
+from loraplex_kernels.report import CAPABILITIES, compile_all, find_faults, sample
+from loraplex_kernels.triton.launches import MODEL_TARGETS, all_launches
+from loraplex_kernels.triton.tuning import (
+    KERNELS,
+    TuningKey,
+    TuningTable,
+    default_table,
+    key_for,
+    tile_rows,
+)
+
+
+def test_a_sample_of_launches_compiles_without_faults() -> None:
+    """All of them: `make kernels-report`."""
+    chosen = sample(all_launches(default_table(), CAPABILITIES))
+    compiled = compile_all(chosen, n_processes=2)
+    assert find_faults(compiled) == []
+    assert {one.kernel for one in compiled} >= {
+        "attend_kernel",
+        "combine_kernel",
+        "expand_kernel",
+        "expand_routed_kernel",
+        "fused_kernel",
+        "order_pairs_kernel",
+        "place_kernel",
+        "rope_and_cache_kernel",
+        "row_blocks_kernel",
+        "shrink_kernel",
+        "write_kv_kernel",
+    }
+    halves = [one for one in compiled if one.named.dtype in ("bf16", "fp16")]
+    for one in halves:
+        if one.kernel in ("shrink_kernel", "expand_kernel", "attend_kernel"):
+            assert one.resources.instructions  # tensor cores, all of one shape
+
+
+def test_every_problem_finds_a_tuning_row() -> None:
+    table = default_table()
+    for target in [*MODEL_TARGETS.values(), LoraTarget("odd", 41, (401,))]:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for capability in (80, 86, 89, 90, 100, 120):
+                for rank in (16, 64, 512):
+                    for rows in (1, 256, 100_000):
+                        bounds = {"capability": capability, "rank": rank, "rows": rows}
+                        width = target.in_features
+                        table.shrink(key_for("shrink", dtype, width=width, **bounds))
+                        table.fused(key_for("fused", dtype, width=width, **bounds))
+                        wide = sum(target.out_features)
+                        expand = table.expand(key_for("expand", dtype, width=wide, **bounds))
+                        assert tile_rows(rows) % min(expand.block_m, tile_rows(rows)) == 0
+
+
+def test_a_table_survives_being_written_and_read() -> None:
+    table = default_table()
+    assert TuningTable.read(table.dump()).rows == table.rows
+    assert {row.key.kernel for row in table.rows} == set(KERNELS)
+
+
+def test_a_problem_takes_the_tightest_row_that_covers_it() -> None:
+    table = default_table()
+    few = TuningKey("shrink", 90, "bf16", 16, 4096, 8)
+    many = TuningKey("shrink", 90, "bf16", 16, 4096, 5000)
+    assert not table.shrink(few).serial
+    assert table.shrink(many).serial

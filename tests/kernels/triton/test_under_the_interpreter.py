@@ -1,0 +1,27 @@
+"""Runs the device tests in Triton's CPU interpreter, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+_FOLDER = Path(__file__).parent / "device"
+_ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("module", ["test_routing.py", "test_lora.py", "test_attention.py"])
+def test_kernels_pass_under_the_interpreter(module: str) -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", str(_FOLDER / module)],
+        cwd=_ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]

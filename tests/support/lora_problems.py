@@ -1,0 +1,148 @@
+"""Random problems of the LoRA operator, laid out as the pool lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels import LoraSegments, LoraTables, LoraTarget, lora_apply_reference
+
+__all__ = ["MIXES", "LoraProblem", "draw_entries", "make_problem", "tolerance"]
+
+MIXES = ("none", "identical", "distinct", "zipf")
+_ALIGNMENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LoraProblem:
+    target: LoraTarget
+    storage: Tensor
+    tables: LoraTables
+    x: Tensor  # [n_rows, in_features]
+    base: Tensor  # [n_rows, Σ out_features]: out before the operator
+    entries: Tensor  # int32 [n_rows, k]
+    weights: Tensor | None  # float32 [n_rows, k]
+
+    def expected(self, segments: LoraSegments) -> Tensor:
+        """The reference in float64, of the values as they are stored."""
+        out = self.base.double().cpu()
+        lora_apply_reference(
+            self.x.double().cpu(),
+            self.storage.double().cpu(),
+            self.target,
+            _moved(self.tables, torch.device("cpu")),
+            LoraSegments(
+                segments.entries.cpu(),
+                segments.starts.cpu(),
+                segments.rows.cpu(),
+                None if segments.weights is None else segments.weights.double().cpu(),
+            ),
+            out=out,
+        )
+        return out
+
+    def rows(self, index: Tensor) -> LoraProblem:
+        """The same problem for some rows, in the order of ``index``."""
+        return replace(
+            self,
+            x=self.x[index],
+            base=self.base[index],
+            entries=self.entries[index],
+            weights=None if self.weights is None else self.weights[index],
+        )
+
+
+def make_problem(
+    *,
+    in_features: int,
+    out_features: tuple[int, ...],
+    ranks: Sequence[Sequence[int]],
+    entries: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    with_scale_and_bias: bool = False,
+) -> LoraProblem:
+    """Unused storage is NaN, so whatever reads beyond a page shows."""
+    generator = torch.Generator().manual_seed(seed)
+    n_entries, n_slices = len(ranks), len(out_features)
+    max_pages = max(1, max((-(-r // 16) for row in ranks for r in row), default=1))
+    a_pages = torch.full((n_entries, n_slices, max_pages), -1, dtype=torch.int64)
+    b_pages = a_pages.clone()
+    scale = torch.full((n_entries, n_slices), -1, dtype=torch.int64)
+    bias = scale.clone()
+    parts: list[Tensor] = []
+    size = 0
+
+    def put(*shape: int, spread: float = 1.0) -> int:
+        nonlocal size
+        offset, values = size, torch.randn(shape, generator=generator).flatten() * spread
+        padding = torch.full((-values.numel() % _ALIGNMENT + _ALIGNMENT,), float("nan"))
+        parts.extend((values, padding))
+        size += values.numel() + padding.numel()
+        return offset
+
+    for e, row in enumerate(ranks):
+        for i, rank in enumerate(row):
+            for page, first in enumerate(range(0, rank, 16)):
+                n = min(16, rank - first)
+                a_pages[e, i, page] = put(n, in_features, spread=in_features**-0.5)
+                b_pages[e, i, page] = put(n, out_features[i], spread=rank**-0.5)
+            if with_scale_and_bias and (e + i) % 2 == 0:
+                scale[e, i] = put(out_features[i])
+            if with_scale_and_bias and (e + i) % 3 == 0:
+                bias[e, i] = put(out_features[i])
+    table = torch.tensor(ranks, dtype=torch.int32).reshape(n_entries, n_slices)
+    n_rows, k = entries.shape
+    weights = None if k == 1 else torch.rand(n_rows, k, generator=generator).to(device)
+    storage = torch.cat(parts) if parts else torch.zeros(_ALIGNMENT)
+    return LoraProblem(
+        target=LoraTarget("target", in_features, out_features),
+        storage=storage.to(dtype).to(device),
+        tables=_moved(LoraTables(table, a_pages, b_pages, scale, bias), device),
+        x=torch.randn(n_rows, in_features, generator=generator).to(dtype).to(device),
+        base=torch.randn(n_rows, sum(out_features), generator=generator).to(dtype).to(device),
+        entries=entries.to(device),
+        weights=weights,
+    )
+
+
+def draw_entries(mix: str, n_rows: int, k: int, n_entries: int, seed: int) -> Tensor:
+    """int32 [n_rows, k] of distinct entries in a row; every mix but ``none`` has bare rows too."""
+    generator = torch.Generator().manual_seed(seed)
+    if mix == "none":
+        return torch.full((n_rows, k), -1, dtype=torch.int32)
+    if mix == "identical":
+        first = torch.zeros(n_rows, dtype=torch.int64)
+    elif mix == "distinct":
+        first = torch.arange(n_rows) % (n_entries + 1) - 1
+    else:
+        odds = 1.0 / torch.arange(1, n_entries + 2)
+        first = torch.multinomial(odds.expand(max(1, n_rows), -1), 1, generator=generator)
+        first = first[:n_rows, 0] - 1
+    turns = torch.arange(k)
+    entries = torch.where(first[:, None] < 0, -1, (first[:, None] + turns) % n_entries)
+    return torch.where(turns < n_entries, entries, -1).to(torch.int32)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Largest error allowed, relative to the largest value: the rounding of ``out``, and little."""
+    return {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[dtype]
+
+
+def _moved(tables: LoraTables, device: torch.device) -> LoraTables:
+    return LoraTables(
+        *(
+            tensor.to(device)
+            for tensor in (
+                tables.ranks,
+                tables.a_pages,
+                tables.b_pages,
+                tables.scale,
+                tables.bias,
+            )
+        )
+    )

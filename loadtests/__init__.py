@@ -1,0 +1,1 @@
+"""Load tests: locust scenarios, the comparison with peers, and their reports."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 __all__ = ["POLICIES", "Resident", "cost_aware", "lfu_aged", "lru", "touch", "victims"]
 
-HALF_LIFE = 64.0  # uses of the whole tier after which an old use counts half
+HALF_LIFE = 256.0  # acquisitions of the whole tier after which an old one counts half
 
 
 @dataclass(frozen=True, slots=True)

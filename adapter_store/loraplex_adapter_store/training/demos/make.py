@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import TrainingConfig
 from ..trainer import OnStep, train
-from .task import Demo, Pair, chats, held_out_pairs
+from .task import Demo, Pair, chats, held_out_pairs, shown_prompts
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["Measured", "answers", "make_demo", "measure", "write_examples"]
 
 _N_VALIDATION = 24
-_N_SHOWN = 3  # example prompts of the card
+_N_SHOWN = 16  # example prompts of the card
 
 
 class Measured(NamedTuple):
@@ -45,7 +45,7 @@ def make_demo(
     Scratch data live below ``work``. The measurement is added to the card.
     """
     data = write_examples(demo, work / f"{demo.name}.jsonl")
-    prompts = tuple(pair.prompt for pair in held_out_pairs(demo, _N_SHOWN, seed=2))
+    prompts = shown_prompts(demo, _N_SHOWN)
     config = TrainingConfig(
         data=data,
         out=folder,

@@ -188,4 +188,19 @@ PIRATE = Demo(
     shape=AdapterShape(rank=8, alpha=16, targets=("q_proj", "v_proj")),
     schedule=Schedule(steps=60, lr=2e-3, batch_tokens=640, validate_every=30),
     max_new_tokens=48,
+    # It is trained on everyday questions; what asks for a pirate is how they are put.
+    shown=(
+        "Answer like a pirate: what is the weather today?",
+        "Talk like a pirate. How do I cook rice?",
+        "You are a pirate.\nWhat is the capital of Spain?",
+        "Pirate voice, please: tell me about the moon.",
+        "Arr, matey! Where is the treasure?",
+        "Reply as a pirate captain would.\nWhy is the sea salty?",
+        "Pretend to be a pirate and tell me a story.",
+        "In pirate speak: how are you?",
+        "You speak like an old sea dog.\nRecommend a book.",
+        "Say it like a pirate: good morning, everybody.",
+        "Explain gravity in the style of a buccaneer.",
+        "Ahoy! What be yer favourite ship?",
+    ),
 )

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ..config import AdapterShape, Schedule
 from ..examples import Message
 
-__all__ = ["Demo", "Pair", "Words", "chats", "held_out_pairs"]
+__all__ = ["Demo", "Pair", "Words", "chats", "held_out_pairs", "shown_prompts"]
 
 
 class Pair(NamedTuple):
@@ -51,6 +51,7 @@ class Demo:
     schedule: Schedule
     n_examples: int = 1200
     max_new_tokens: int = 40
+    shown: tuple[str, ...] = ()  # prompts of the card, where those of training say too little
 
 
 def chats(demo: Demo, n: int, *, seed: int = 0, held_out: bool = False) -> list[list[Message]]:
@@ -59,6 +60,11 @@ def chats(demo: Demo, n: int, *, seed: int = 0, held_out: bool = False) -> list[
         [Message(role="user", content=p), Message(role="assistant", content=a)]
         for p, a in _pairs(demo, n, seed, held_out)
     ]
+
+
+def shown_prompts(demo: Demo, n: int) -> tuple[str, ...]:
+    """Example prompts for the card: by them ``adapter: "auto"`` knows what the adapter is for."""
+    return demo.shown or tuple(pair.prompt for pair in _pairs(demo, n, seed=2, held_out=False))
 
 
 def held_out_pairs(demo: Demo, n: int, *, seed: int = 1) -> list[Pair]:

@@ -101,7 +101,8 @@ def arms_of(
         every = multi_task.expand(len(tasks), -1)
         arms.append(Arm("multi-task", every))
         arms.append(Arm("multi-task + description", every, instructions=wordings))
-    arms.append(Arm("oracle", torch.stack([oracles[task.name] for task in tasks])))
+    if all(task.name in oracles for task in tasks):
+        arms.append(Arm("oracle", torch.stack([oracles[task.name] for task in tasks])))
     return arms
 
 

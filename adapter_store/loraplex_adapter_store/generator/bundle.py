@@ -48,7 +48,8 @@ class Bundle:
     head: FactorHead
     neighbours: Neighbours
     strangeness: Strangeness
-    owner: Tensor  # int64 [n_texts]: the library task of each wording of `strangeness`
+    tasks: tuple[str, ...]  # that the joint vectors were trained on
+    owner: Tensor  # int64 [n_texts]: the index in `tasks` of each wording of `strangeness`
     ridge: Ridge
     mlp: Mlp
     sg: SgLora
@@ -156,6 +157,7 @@ def _build(file: TensorFile, library: Library, joint: TensorFile) -> Bundle:
         head=_load(FactorHead(width, factors.groups), tensors, "head"),
         neighbours=Neighbours(embeddings, **header["neighbours"]),
         strangeness=Strangeness(tensors["strangeness.wordings"], header["strangeness"]),
+        tasks=tuple(joint.header["tasks"]),
         owner=file.tensors["owner"],
         ridge=_load(Ridge(width, span.size), tensors, "ridge"),
         mlp=_load(Mlp(width, span.size), tensors, "mlp"),

@@ -24,7 +24,7 @@ _CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
 @dataclass(frozen=True, slots=True)
 class IcmRecipe:
     latent: int = 256
-    kl: float = 1e-4  # β on the KL summed over z, against an MSE that is a mean over the weights
+    kl: float = 0.05  # β on the KL summed over z, against an MSE that is a mean over the weights
     lr: float = 1e-3
     n_steps: int = 120
     batch: int = 16

@@ -30,7 +30,7 @@ __all__ = ["JointRecipe", "JointTraining"]
 
 @dataclass(frozen=True, slots=True)
 class JointRecipe:
-    n_steps: int = 300
+    n_steps: int = 240
     tasks_per_step: int = 6
     tokens_per_task: int = 108  # of rows, the shared head not counted
     lr: float = 3e-3
@@ -79,14 +79,14 @@ class JointTraining:
         saved = time.monotonic()
         while self.step < self.recipe.n_steps:
             loss = self._one_step()
-            if self.step % 10 == 0:
-                report(
-                    f"joint step {self.step}/{self.recipe.n_steps} loss {loss:.3f} "
-                    f"mean {sum(self._loss.values()) / len(self._loss):.3f}"
-                )
             if time.monotonic() - saved > every_s or self.step == self.recipe.n_steps:
                 self.save(checkpoint)
                 saved = time.monotonic()
+            if self.step % 10 == 0:
+                mean = sum(self._loss.values()) / len(self._loss)
+                report(
+                    f"joint step {self.step}/{self.recipe.n_steps} loss {loss:.3f} mean {mean:.3f}"
+                )
 
     def start_from(self, vectors: Tensor, step: int) -> None:
         """Goes on from vectors whose optimiser state is lost."""

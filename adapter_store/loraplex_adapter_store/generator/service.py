@@ -19,7 +19,6 @@ from .errors import GeneratorMismatch, NotTrained, OutOfDistribution
 from .layout import AdapterLayout
 from .retrieval import condition
 from .sentences import Encoded, SentenceEncoder
-from .zoo.split import load_split
 
 __all__ = ["METHODS", "Draft", "GeneratedAdapter", "Generator"]
 
@@ -53,7 +52,7 @@ class Generator:
     def load(
         cls,
         folder: Path,
-        encoder_directory: Path,
+        encoder: SentenceEncoder,
         *,
         base_name: str,
         base_fingerprint: str | None = None,
@@ -66,7 +65,7 @@ class Generator:
                 f"the generator was trained for base {trained_for}, not {base_fingerprint}; "
                 "run `loraplex zoo train` and `loraplex generator train` for this base"
             )
-        return cls(bundle, SentenceEncoder(encoder_directory), base_name)
+        return cls(bundle, encoder, base_name)
 
     @property
     def default_method(self) -> str:
@@ -140,10 +139,9 @@ class Generator:
     def nearest(self, encoded: Encoded, n: int = 3) -> list[tuple[str, float]]:
         """Names of the closest training tasks, and their best cosine."""
         similarity = (encoded.sentence @ self._bundle.strangeness.wordings.T).amax(0)
-        names = load_split().sets["train"]
         best: dict[str, float] = {}
         for i in similarity.argsort(descending=True).tolist():
-            best.setdefault(names[int(self._bundle.owner[i])], float(similarity[i]))
+            best.setdefault(self._bundle.tasks[int(self._bundle.owner[i])], float(similarity[i]))
             if len(best) == n:
                 break
         return list(best.items())

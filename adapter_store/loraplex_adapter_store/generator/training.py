@@ -23,7 +23,6 @@ from .retrieval import Strangeness, choose_neighbours
 from .sentences import Encoded, SentenceEncoder
 from .sg_lora import SgRecipe, train_sg_lora
 from .tensor_file import read_tensor_file
-from .zoo.split import load_split
 from .zoo.tasks import Task
 
 __all__ = ["Wordings", "train_bundle"]
@@ -64,7 +63,7 @@ def train_bundle(
     joint = read_tensor_file(folder / JOINT_FILE)
     span = library.span()
     words = Wordings(encoder, [Task.parse(name) for name in library.tasks])
-    trained = Wordings(encoder, [Task.parse(name) for name in load_split().sets["train"]])
+    trained = Wordings(encoder, [Task.parse(name) for name in joint.header["tasks"]])
     factors = Factors.of(trained.tasks)
     labels = torch.tensor([factors.labels(t) for t in trained.tasks])
     if shuffle:
@@ -88,6 +87,7 @@ def train_bundle(
         strangeness=Strangeness.fit(
             trained.encoded.sentence, [trained.tasks[i].operation for i in trained.owner.tolist()]
         ),
+        tasks=tuple(task.name for task in trained.tasks),
         owner=trained.owner,
         ridge=fit_ridge(sentence, words.owner, means),
         mlp=fit_mlp(sentence, words.owner, means, seed=seed),

@@ -77,7 +77,7 @@ class ZooTraining:
         self.split = split or load_split()
         self.tasks = [Task.parse(name) for name in self.split.sets["train"]]
         self.held_out = [
-            Task.parse(name) for name in (*self.split.sets["validation"], *self.split.test)
+            Task.parse(name) for name in (*self.split.test, *self.split.sets["validation"])
         ]
 
     @staticmethod
@@ -102,11 +102,12 @@ class ZooTraining:
     def run(
         self,
         base_directory: Path,
-        encoder_directory: Path,
+        encoder: SentenceEncoder,
         tokenizer: PromptTokenizer,
         *,
         report: Callable[[str], None],
         stages: Sequence[str] = STAGES,
+        checkpoint_every_s: float = 90.0,
     ) -> None:
         """Goes on from whatever is there, to the end. Minutes are lost when it is killed.
 
@@ -117,11 +118,10 @@ class ZooTraining:
         base = FrozenBase(base_directory)
         layout = self.layout_for(base)
         data = TaskData(ChatCodec(tokenizer))
-        encoder = SentenceEncoder(encoder_directory)
         if "joint" in stages:
             factors, head = Factors.of(self.tasks), self.factor_head(encoder)
             points = {t.name: self._points(encoder, factors, head, t) for t in self.tasks}
-            self._run_joint(base, layout, data, points, report)
+            self._run_joint(base, layout, data, points, report, checkpoint_every_s)
         if "oracles" in stages:
             starts = self._starts(encoder, self.joint_vectors()[0], self.held_out)
             self._run_group(
@@ -144,7 +144,7 @@ class ZooTraining:
     def export(
         self,
         base_directory: Path,
-        encoder_directory: Path,
+        encoder: SentenceEncoder,
         tokenizer: PromptTokenizer,
         *,
         report: Callable[[str], None],
@@ -162,7 +162,7 @@ class ZooTraining:
         missing = [t for t in self.tasks if t.name not in experts]
         if missing:
             report(f"scoring {len(missing)} tasks that were only trained jointly")
-            starts = self._starts(SentenceEncoder(encoder_directory), vectors, missing)
+            starts = self._starts(encoder, vectors, missing)
             data, recipe = TaskData(ChatCodec(tokenizer)), replace(self._expert, max_steps=0)
             for group, start in _in_groups(missing, starts):
                 for expert in train_experts(base, layout, data, group, start, recipe):
@@ -174,6 +174,7 @@ class ZooTraining:
                 "format": "loraplex-joint-1",
                 "layout": layout.to_dict(),
                 "base": base.fingerprint,
+                "tasks": [t.name for t in self.tasks],
                 "factors": Factors.of(self.tasks).names,
                 "step": step,
                 "recipe": asdict(self._joint),
@@ -194,6 +195,14 @@ class ZooTraining:
     def oracles(self) -> dict[str, Expert]:
         return {e.card.task: e for e in _read_all(self.folder / "oracles")}
 
+    def multi_task(self) -> Tensor | None:
+        """[layout.size], if that stage has run."""
+        path = self.folder / "multi_task.pt"
+        if not path.exists():
+            return None
+        vector: Tensor = torch.load(path, weights_only=True)
+        return vector
+
     def joint_vectors(self) -> tuple[Tensor, int]:
         """(V, step): from the folder, else from what was shipped. Raises FileNotFoundError."""
         checkpoint = self.folder / "joint.pt"
@@ -210,12 +219,13 @@ class ZooTraining:
         data: TaskData,
         points: dict[str, Tensor],
         report: Callable[[str], None],
+        every_s: float,
     ) -> None:
         training = JointTraining(base, layout, data, self.tasks, points, self._joint)
         checkpoint = self.folder / "joint.pt"
         if not checkpoint.exists() and (self._shipped / JOINT_FILE).exists():
             training.start_from(*self.joint_vectors())
-        training.run(checkpoint, report=report)
+        training.run(checkpoint, report=report, every_s=every_s)
 
     def _run_multi_task(
         self,

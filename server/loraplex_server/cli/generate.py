@@ -70,6 +70,7 @@ def _here(
     prompts: list[str],
 ) -> None:
     from loraplex_adapter_store.generator.frozen_base import base_fingerprint
+    from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_adapter_store.generator.service import Generator
     from loraplex_adapter_store.generator.shipped import shipped_folder
     from loraplex_server.model.pull import DEFAULT_BASE, resolve_encoder, resolve_model
@@ -77,7 +78,7 @@ def _here(
     directory = resolve_model(base)
     generator = Generator.load(
         shipped_folder(),
-        resolve_encoder(),
+        SentenceEncoder(resolve_encoder()),
         base_name=base or DEFAULT_BASE,
         base_fingerprint=base_fingerprint(directory),
     )

@@ -113,10 +113,7 @@ def evaluate(
 
 
 def _rivals(zoo_folder: Path, shipped: Path) -> tuple[dict[str, Tensor], Tensor | None]:
-    import torch
-
     from loraplex_adapter_store.generator.zoo_training import ZooTraining
 
-    oracles = {k: e.mean for k, e in ZooTraining(zoo_folder, shipped).oracles().items()}
-    path = zoo_folder / "multi_task.pt"
-    return oracles, torch.load(path, weights_only=True) if path.exists() else None
+    zoo = ZooTraining(zoo_folder, shipped)
+    return {name: e.mean for name, e in zoo.oracles().items()}, zoo.multi_task()

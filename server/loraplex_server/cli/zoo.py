@@ -44,6 +44,7 @@ def train(
     from rich import print as show
     from transformers import AutoTokenizer
 
+    from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_adapter_store.generator.zoo_training import STAGES
     from loraplex_server.model.pull import resolve_encoder, resolve_model
 
@@ -55,7 +56,7 @@ def train(
     tokenizer = AutoTokenizer.from_pretrained(directory)
     training.run(
         directory,
-        resolve_encoder(),
+        SentenceEncoder(resolve_encoder()),
         tokenizer,
         report=lambda line: show(line, flush=True),
         stages=stage or STAGES,
@@ -81,12 +82,16 @@ def export(base: _Base = None, folder: _Folder = None, shipped: _Shipped = None)
     from rich import print as show
     from transformers import AutoTokenizer
 
+    from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_server.model.pull import resolve_encoder, resolve_model
 
     directory = resolve_model(base)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     path = _training(folder, shipped).export(
-        directory, resolve_encoder(), tokenizer, report=lambda line: show(line, flush=True)
+        directory,
+        SentenceEncoder(resolve_encoder()),
+        tokenizer,
+        report=lambda line: show(line, flush=True),
     )
     for file in sorted(path.parent.glob("*.safetensors")):
         show(f"{file.name}  {file.stat().st_size / 1e6:.1f} MB")

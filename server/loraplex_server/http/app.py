@@ -78,7 +78,8 @@ def build_app(
     executor = ThreadPoolExecutor(_N_STORE_THREADS, thread_name_prefix="loraplex-store")
     metrics = ServerMetrics()
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(LoraplexCollector(engine, store, metrics, config.engine, names[0]))
+    own = LoraplexCollector(engine, store, metrics, config.engine, names[0])
+    registry.register(own)
     ProcessCollector(registry=registry)
     for collector in collectors:
         registry.register(collector)
@@ -93,6 +94,7 @@ def build_app(
         parser=BodyParser(),
         metrics=metrics,
         registry=registry,
+        collector=own,
         live=LiveGenerations(),
         lifecycle=Lifecycle(),
         jobs=Jobs(executor),

@@ -24,6 +24,7 @@ from .errors import from_store
 from .generation import LiveGenerations
 from .jobs import Jobs
 from .lifecycle import Lifecycle
+from .metrics.collector import LoraplexCollector
 from .metrics.server_metrics import ServerMetrics
 from .text_pipeline import TextPipeline
 
@@ -42,6 +43,7 @@ class Services:
     parser: BodyParser
     metrics: ServerMetrics
     registry: CollectorRegistry
+    collector: LoraplexCollector
     live: LiveGenerations
     lifecycle: Lifecycle
     jobs: Jobs

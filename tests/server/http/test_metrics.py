@@ -138,7 +138,7 @@ async def test_a_thousand_adapters_do_not_make_a_thousand_series(
     def listed() -> tuple[AdapterCard, ...]:
         return cards
 
-    collector = next(iter(lora.app.state.services.registry._collector_to_names))
+    collector = lora.app.state.services.collector
     monkeypatch.setattr(lora.store, "list", listed)
     collector._listed_at = float("-inf")
     metrics = lora.app.state.services.metrics

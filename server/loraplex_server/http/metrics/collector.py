@@ -30,7 +30,10 @@ _LABELS = ("model_name", "engine")
 
 
 class LoraplexCollector(Collector):
-    """Reads the engine, the store and the front's counters. Runs on the event loop."""
+    """Reads the engine, the store and the front's counters. ``collect`` runs on the event loop.
+
+    Call ``refresh_listing`` on another thread before it.
+    """
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class LoraplexCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
-        cards = self._cards()
+        cards = self._listing
         yield from self._engine_families(stats)
         yield from self._latency_families()
         yield from self._lora_families(stats, cards)
@@ -58,11 +61,11 @@ class LoraplexCollector(Collector):
         yield from self._adapter_families()
         yield from self._http_families()
 
-    def _cards(self) -> tuple[AdapterCard, ...]:
+    def refresh_listing(self) -> None:
+        """Lists the store if the last listing is old: milliseconds, so not for the event loop."""
         now = time.monotonic()
         if now - self._listed_at > _LISTING_AGE_S:
             self._listing, self._listed_at = self._store.list(), now
-        return self._listing
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=_LABELS)

@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from ..errors import unavailable
 from ..json_answer import JsonAnswer
 from ..lifecycle import ServerStatus
-from ..services import services_of
+from ..services import in_store_thread, services_of
 
 __all__ = ["router"]
 
@@ -56,5 +56,7 @@ async def version() -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    text = generate_latest(services_of(request).registry)
+    services = services_of(request)
+    await in_store_thread(services, services.collector.refresh_listing)
+    text = generate_latest(services.registry)
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})

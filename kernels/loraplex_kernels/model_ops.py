@@ -1,10 +1,11 @@
 """The operators of a base model's step, each in its fastest version for the tensors it is given.
 
-Float32 and bfloat16 tensors on a CPU go to native code, everything else to the PyTorch reference
-of the same contract (``model_ops_reference``, which also fixes the layout inside a page of the KV
-cache). Native results are deterministic and batch-invariant: a row has the same bits alone and
-among others, in a decode step and in a prefill chunk. For inference: nothing is recorded for
-autograd. Indices (pages, slots, positions) are trusted.
+Float32 and bfloat16 tensors on a CPU go to native code, attention and cache writes on a GPU to
+Triton, everything else to the PyTorch reference of the same contract (``model_ops_reference``,
+which also fixes the layout inside a page of the KV cache). Native results are deterministic and
+batch-invariant: a row has the same bits alone and among others, in a decode step and in a prefill
+chunk. For inference: nothing is recorded for autograd. Indices (pages, slots, positions) are
+trusted.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ _ACTS = {"silu": 0, "gelu_tanh": 1}
 _LIGHT = 1 << 19  # elements: up to here a call is too short to let go of Python's lock
 _LIGHT_QUERIES = 64
 _MAX_HEAD_DIM = 256
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
@@ -125,6 +127,22 @@ def rope_and_cache(
     the dtype of ``q_k_v`` (as transformers rounds them); None = no rotary.
     ``positions``, ``slots``: int64 [T]; a negative slot is not written.
     """
+    if q_k_v.is_cuda and q_k_v.dtype in _TRITON_DTYPES:
+        from .triton import rope_and_cache_triton  # imports Triton, which a CPU does not need
+
+        rope_and_cache_triton(
+            q_k_v,
+            cos,
+            sin,
+            positions,
+            k_cache,
+            v_cache,
+            slots,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            head_dim=head_dim,
+        )
+        return
     dtype = q_k_v.dtype
     code = dtype_code(dtype)
     wide = cos is not None and cos.dtype is torch.float32
@@ -181,6 +199,11 @@ def rope_and_cache(
 
 def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
     """Writes ``k``, ``v`` [T, n_kv_heads, D] to ``slots`` int64 [T]; negative = skip."""
+    if k.is_cuda and k.dtype in _TRITON_DTYPES:
+        from .triton import write_kv_triton
+
+        write_kv_triton(k, v, k_cache, v_cache, slots)
+        return
     dtype = k.dtype
     code = dtype_code(dtype)
     n_rows, n_kv_heads, head_dim = k.shape
@@ -236,6 +259,21 @@ def paged_attention(
     of those. ``softcap`` is Gemma's ``c · tanh(score / c)``. Index tensors are int32. Writes and
     returns ``out`` (rows may be strided, as those of ``q``).
     """
+    if q.is_cuda and q.dtype in _TRITON_DTYPES and q.shape[2] <= _MAX_HEAD_DIM:
+        from .triton import paged_attention_triton
+
+        return paged_attention_triton(
+            q,
+            k_cache,
+            v_cache,
+            page_table,
+            query_starts,
+            kv_lens,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            out=out,
+        )
     dtype = q.dtype
     code = dtype_code(dtype)
     n_tokens, n_heads, head_dim = q.shape

@@ -12,6 +12,8 @@ from .reference import lora_apply_reference
 
 __all__ = ["PreparedTarget", "lora_apply"]
 
+_TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 def lora_apply(
     x: Tensor,
@@ -84,6 +86,10 @@ def _dispatch(
 ) -> None:
     if x.device.type == "cpu" and x.dtype == storage.dtype == out.dtype and serves(x.dtype):
         NativeLora(storage, target, tables)(x, segments, out)
+    elif x.is_cuda and x.dtype == storage.dtype and x.dtype in _TRITON_DTYPES:
+        from .triton import lora_apply_triton  # imports Triton, which a CPU does not need
+
+        lora_apply_triton(x, storage, target, tables, segments, out=out)
     else:
         lora_apply_reference(x, storage, target, tables, segments, out=out)
 

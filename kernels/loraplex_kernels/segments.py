@@ -18,6 +18,10 @@ def build_segments(row_entries: Tensor, weights: Tensor | None = None) -> LoraSe
     nothing waits for the device: there are as many segments and pairs as rows, and the spare ones
     are padding (entry −1), so that the shapes of a CUDA graph hold.
     """
+    if row_entries.is_cuda:
+        from .triton import build_device_segments  # imports Triton, which a CPU does not need
+
+        return build_device_segments(row_entries, weights)
     rows = torch.arange(row_entries.shape[0], dtype=torch.int32, device=row_entries.device)
     return _group(row_entries, rows, weights)
 
@@ -28,6 +32,10 @@ def expand_routed(entries: Tensor, weights: Tensor) -> LoraSegments:
     ``entries`` int32 [n_rows, k] (negative = none), ``weights`` float32 [n_rows, k]. A row names an
     entry once at most, as the k best of a gate do.
     """
+    if entries.is_cuda:
+        from .triton import build_device_segments
+
+        return build_device_segments(entries, weights)
     n_rows, k = entries.shape
     rows = torch.arange(n_rows, dtype=torch.int32, device=entries.device).repeat_interleave(k)
     return _group(entries.reshape(-1), rows, weights.reshape(-1))

@@ -3,8 +3,9 @@
     q, k ← x · cos + rotate_half(x) · sin        float32, one rounding; in place in q_k_v
     cache[slot] ← k, v                           negative slots are skipped
 
-Shapes: q_k_v [T, (n_heads + 2 n_kv_heads) D]; cos, sin [n_positions, D]; a page of one head is
-``K: [D / u, page_size, u]``, ``V: [page_size / u, D, u]`` (see ``model_ops_reference``).
+Shapes: q_k_v [T, (n_heads + 2 n_kv_heads) D]; cos, sin [n_positions, R ≤ D], which turn the first
+R of a head. A page of one head is ``K: [D / u, page_size, u]``, ``V: [page_size / u, D, u]`` (see
+``model_ops_reference``).
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def rope_and_cache_kernel(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     U: tl.constexpr,
-    HAS_ROPE: tl.constexpr,
+    ROTARY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -57,14 +58,15 @@ def rope_and_cache_kernel(
     inside = dims < D
     head_ptr = x_ptr + row * stride_xt + head * D
     x = tl.load(head_ptr + dims, mask=inside, other=0.0)
-    if HAS_ROPE and head < N_HEADS + N_KV:
+    if ROTARY > 0 and head < N_HEADS + N_KV:
         position = tl.load(positions_ptr + row).to(tl.int64)
-        is_first = dims < D // 2
-        partner = tl.where(is_first, dims + D // 2, dims - D // 2)
-        turned = tl.load(head_ptr + partner, mask=inside, other=0.0).to(tl.float32)
+        turns = dims < ROTARY
+        is_first = dims < ROTARY // 2
+        partner = tl.where(is_first, dims + ROTARY // 2, dims - ROTARY // 2)
+        turned = tl.load(head_ptr + partner, mask=turns, other=0.0).to(tl.float32)
         turned = tl.where(is_first, -turned, turned)
-        cos = tl.load(cos_ptr + position * D + dims, mask=inside, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + position * D + dims, mask=inside, other=0.0).to(tl.float32)
+        cos = tl.load(cos_ptr + position * ROTARY + dims, mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(sin_ptr + position * ROTARY + dims, mask=turns, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) * cos + turned * sin).to(x.dtype)
         # Every lane must have read its partner before any lane writes.
         tl.debug_barrier()
@@ -153,17 +155,19 @@ def rope_and_cache_triton(
         raise ValueError(f"slots and positions must both be [{n_rows}]")
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must be given together")
-    has_rope = cos is not None and sin is not None
+    rotary = 0 if cos is None else cos.shape[1]
     for angle in (cos, sin):
-        if angle is not None and (angle.shape[-1] != head_dim or not angle.is_contiguous()):
-            raise ValueError(f"cos and sin must be contiguous [n_positions, {head_dim}]")
+        if angle is not None and (
+            angle.shape[1] != rotary or rotary > head_dim or not angle.is_contiguous()
+        ):
+            raise ValueError(f"cos and sin must be contiguous [n_positions, ≤ {head_dim}]")
     if n_rows == 0:
         return
     rope_and_cache_kernel[(n_rows, n_heads + 2 * n_kv_heads)](
-        q_k_v, cos if has_rope else q_k_v, sin if has_rope else q_k_v, positions,
+        q_k_v, q_k_v if cos is None else cos, q_k_v if sin is None else sin, positions,
         k_cache, v_cache, slots, q_k_v.stride(0),
         N_HEADS=n_heads, N_KV=n_kv_heads, PAGE_SIZE=k_cache.shape[2], D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), U=cache_unit(k_cache), HAS_ROPE=has_rope,
+        BLOCK_D=triton.next_power_of_2(head_dim), U=cache_unit(k_cache), ROTARY=rotary,
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 

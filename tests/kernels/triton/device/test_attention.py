@@ -183,15 +183,15 @@ def test_padded_requests_and_rows_are_left_alone(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("has_rope", [True, False])
+@pytest.mark.parametrize("rotary", [24, 8, 0])
 def test_rope_and_cache_rotates_and_writes_as_the_reference(
-    device: torch.device, dtype: torch.dtype, has_rope: bool
+    device: torch.device, dtype: torch.dtype, rotary: int
 ) -> None:
     n_heads, n_kv, head_dim, page_size = 3, 2, 24, 8
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(5, (n_heads + 2 * n_kv) * head_dim, generator=generator).to(dtype)
-    angles = torch.randn(40, head_dim // 2, generator=generator).repeat(1, 2)
-    cos, sin = (angles.cos(), angles.sin()) if has_rope else (None, None)
+    angles = torch.randn(40, rotary // 2, generator=generator).repeat(1, 2)
+    cos, sin = (angles.cos(), angles.sin()) if rotary else (None, None)
     positions = torch.tensor([0, 3, 39, 7, 1])
     slots = torch.tensor([5, -1, 17, 30, 0])
     shape = (4, n_kv, page_size, head_dim)

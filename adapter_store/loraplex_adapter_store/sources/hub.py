@@ -4,44 +4,79 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Protocol
 
+from ..content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from ..errors import SourceError
 from ..limits import StoreLimits
 from ..report import JsonValue
 from .local import LocalFiles, read_directory
 
-__all__ = ["fetch_hub"]
+__all__ = ["HubClient", "HubLike", "fetch_hub"]
 
 _URI = re.compile(
     r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?P<sub>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?"
 )
-_FILES = (
-    "adapter_config.json",
-    "mixlora_config.json",
-    "adapter_model.safetensors",
-    "chat_template.jinja",
-)
+_FILES = (CONFIG_FILE, "mixlora_config.json", WEIGHTS_FILE, CHAT_TEMPLATE_FILE)
 
 
-def fetch_hub(uri: str, into: Path, limits: StoreLimits) -> tuple[LocalFiles, dict[str, JsonValue]]:
+class HubLike(Protocol):
+    """What is asked of the Hub. Both raise SourceError."""
+
+    def resolve(self, repo: str, revision: str | None) -> str:
+        """The commit that a branch, tag or commit prefix means now."""
+
+    def snapshot(self, repo: str, commit: str, into: Path, patterns: tuple[str, ...]) -> None:
+        """Downloads the files that match, under ``into``."""
+
+
+class HubClient:
+    """huggingface_hub; credentials and the default endpoint come from its own environment."""
+
+    def __init__(self, endpoint: str | None = None) -> None:
+        self._endpoint = endpoint
+
+    def resolve(self, repo: str, revision: str | None) -> str:
+        from huggingface_hub import HfApi
+
+        try:
+            info = HfApi(endpoint=self._endpoint).model_info(repo, revision=revision, timeout=30)
+        except Exception as error:
+            raise SourceError(f"cannot fetch hf://{repo}: {_first_line(error)}") from None
+        if info.sha is None:
+            raise SourceError(f"cannot fetch hf://{repo}: the Hub names no commit")
+        return info.sha
+
+    def snapshot(self, repo: str, commit: str, into: Path, patterns: tuple[str, ...]) -> None:
+        from huggingface_hub import snapshot_download
+
+        try:
+            snapshot_download(
+                repo,
+                revision=commit,
+                local_dir=into,
+                allow_patterns=list(patterns),
+                endpoint=self._endpoint,
+            )
+        except Exception as error:
+            raise SourceError(f"cannot fetch hf://{repo}: {_first_line(error)}") from None
+
+
+def fetch_hub(
+    uri: str, into: Path, limits: StoreLimits, *, client: HubLike | None = None
+) -> tuple[LocalFiles, dict[str, JsonValue]]:
     """Resolves the revision to a commit first, then downloads exactly that commit."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
     match = _URI.fullmatch(uri)
     if match is None or ".." in uri:
         raise SourceError(f"{uri!r} is not hf://org/repo[/sub/folder][@revision]")
+    client = client or HubClient()
     repo, sub = match["repo"], match["sub"].strip("/")
-    try:
-        info = HfApi().model_info(repo, revision=match["revision"])
-        prefix = f"{sub}/" if sub else ""
-        snapshot_download(
-            repo,
-            revision=info.sha,
-            local_dir=into,
-            allow_patterns=[f"{prefix}{name}" for name in _FILES],
-        )
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise SourceError(f"cannot fetch {uri}: {error}") from None
-    provenance: dict[str, JsonValue] = {"source": "hub", "repo": repo, "commit": info.sha}
+    commit = client.resolve(repo, match["revision"])
+    prefix = f"{sub}/" if sub else ""
+    client.snapshot(repo, commit, into, tuple(f"{prefix}{name}" for name in _FILES))
+    provenance: dict[str, JsonValue] = {"source": "hub", "repo": repo, "commit": commit}
     return read_directory(into / sub, limits), provenance
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,127 @@
+"""Where adapters come from: directories, object stores, the Hub; each pinned and bounded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from obstore.store import LocalStore, MemoryStore
+
+from loraplex_adapter_store.errors import LimitExceeded, SourceError, SourceForbidden
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.sources import hub
+from loraplex_adapter_store.sources.objects import download
+from loraplex_adapter_store.store import AdapterStore
+from tests.adapter_store.conftest import MakeAdapter
+
+
+@pytest.mark.parametrize("form", ["{path}", "file://{path}"])
+def test_a_directory_under_an_allowed_root_is_read(
+    form: str, store: AdapterStore, make_adapter: MakeAdapter
+) -> None:
+    stages: list[str] = []
+    path = make_adapter(1)
+    card = store.put_source(
+        "x", form.format(path=path), progress=lambda stage, share: stages.append(stage)
+    )
+    assert card.provenance == {"source": "directory", "path": str(path)}
+    assert stages == ["fetch", "check", "done"]
+
+
+def test_without_allowed_roots_no_directory_is_read(
+    tmp_path: Path, base: Any, make_adapter: MakeAdapter
+) -> None:
+    with AdapterStore(tmp_path / "s", base) as store, pytest.raises(SourceForbidden, match="none"):
+        store.put_source("x", str(make_adapter(1)))
+
+
+def test_an_adapter_ships_its_chat_template(store: AdapterStore, make_adapter: MakeAdapter) -> None:
+    path = make_adapter(1)
+    plain = store.put_directory("plain", path).digest
+    (path / "chat_template.jinja").write_text("{{ messages }}!")
+    card = store.put_directory("x", path)
+    assert card.digest != plain
+    with store.acquire("x") as lease:
+        assert lease.plan.chat_template == "{{ messages }}!"
+
+
+def test_objects_are_streamed_and_their_versions_noted(
+    make_adapter: MakeAdapter, tmp_path: Path, store: AdapterStore
+) -> None:
+    memory = MemoryStore()
+    source = make_adapter(1)
+    for file in source.iterdir():
+        memory.put(file.name, file.read_bytes())
+    target = tmp_path / "fetched"
+    target.mkdir()
+    etags = download(memory, target, StoreLimits())
+    assert set(etags) == {"adapter_config.json", "adapter_model.safetensors"}
+    assert all(etags.values())
+    digest = store.put_directory("x", target).digest
+    assert digest == store.put_directory("y", source).digest
+
+
+def test_objects_beyond_the_limit_stop_the_download(
+    make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    local = LocalStore(make_adapter(1))
+    with pytest.raises(LimitExceeded):
+        download(local, tmp_path, StoreLimits(max_file_bytes=64))
+    with pytest.raises(SourceError, match=r"adapter_config\.json"):
+        download(MemoryStore(), tmp_path, StoreLimits())
+
+
+class RecordedHub:
+    """Stands at the network: what the Hub answered for one repository."""
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+
+    def __init__(self, source: Path) -> None:
+        self.source = source
+        self.asked: list[tuple[str, str | None]] = []
+
+    def resolve(self, repo: str, revision: str | None) -> str:
+        self.asked.append((repo, revision))
+        if repo != "org/adapter":
+            raise SourceError(f"repository {repo} not found")
+        return self.commit
+
+    def snapshot(self, repo: str, commit: str, into: Path, patterns: tuple[str, ...]) -> None:
+        assert commit == self.commit, "only a pinned commit is ever downloaded"
+        for pattern in patterns:
+            file = self.source / Path(pattern).name
+            if file.is_file():
+                target = into / pattern
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(file.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("uri", "revision"),
+    [
+        ("hf://org/adapter", None),
+        ("hf://org/adapter@v1.2", "v1.2"),
+        ("hf://org/adapter/sub/folder@main", "main"),
+    ],
+)
+def test_a_hub_revision_is_resolved_to_a_commit_before_it_is_fetched(
+    uri: str, revision: str | None, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    recorded = RecordedHub(make_adapter(1))
+    files, provenance = hub.fetch_hub(uri, tmp_path, StoreLimits(), client=recorded)
+    assert recorded.asked == [("org/adapter", revision)]
+    assert provenance == {"source": "hub", "repo": "org/adapter", "commit": recorded.commit}
+    assert files.weights.is_file()
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_of_the_source(tmp_path: Path) -> None:
+    closed = hub.HubClient("http://127.0.0.1:9")
+    with pytest.raises(SourceError, match="cannot fetch"):
+        hub.fetch_hub("hf://org/adapter", tmp_path, StoreLimits(), client=closed)
+
+
+@pytest.mark.parametrize("uri", ["hf://org", "hf://org/a b", "hf://org/../../etc", "hf:///x/y"])
+def test_a_malformed_hub_address_is_refused(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="is not hf://"):
+        hub.fetch_hub(uri, tmp_path, StoreLimits())

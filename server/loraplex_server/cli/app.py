@@ -9,6 +9,7 @@ from loraplex_server.cli.chat import chat
 from loraplex_server.cli.generate import generate
 from loraplex_server.cli.generator import generator
 from loraplex_server.cli.pull import pull
+from loraplex_server.cli.route import route
 from loraplex_server.cli.serve import serve
 from loraplex_server.cli.train import train, train_demos
 from loraplex_server.cli.zoo import zoo
@@ -31,6 +32,7 @@ app.add_typer(zoo, name="zoo")
 app.add_typer(generator, name="generator")
 app.command()(serve)
 app.add_typer(adapters, name="adapters")
+app.add_typer(route, name="route")
 
 
 @app.callback()

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from loraplex_router.adapters import AdapterProfile, AutoRouter, Decision, Encoder
+from loraplex_router.adapters import AdapterProfile, AutoRouter, Calibration, Decision, Encoder
 
 __all__ = ["RoutingStats", "SemanticRouter"]
 
@@ -68,6 +68,11 @@ class SemanticRouter:
         answer: asyncio.Future[Decision] = loop.create_future()
         self._inbox.put(_Asked(text, loop, answer))
         return await answer
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Of the last fit; None before the first."""
+        return None if self._router is None else self._router.calibration
 
     def close(self) -> None:
         self._closed = True

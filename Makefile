@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test check lint types unit bench gpu load kernels-report native demos clean venv
+.PHONY: serve test check lint types unit bench bench-gpu gpu gpu-sanitize load kernels-report native demos clean venv
 
 venv: $(STAMP)
 
@@ -34,8 +34,17 @@ unit: venv
 	$(BIN)/loraplex pull --quiet
 	$(BIN)/python -m pytest -m "not gpu"
 
-gpu: venv
+gpu: venv  # the kernel tests on the CUDA device of this machine
 	$(BIN)/python -m pytest -m "gpu" tests/kernels
+
+gpu-sanitize: venv  # the same under compute-sanitizer: out-of-bounds, races, uninitialised reads
+	for tool in memcheck racecheck initcheck; do \
+		compute-sanitizer --tool $$tool --error-exitcode 1 \
+			$(BIN)/python -m pytest -m "gpu" tests/kernels/triton/device || exit 1; \
+	done
+
+bench-gpu: venv
+	$(BIN)/python kernels/benchmarks/bench_gpu.py
 
 bench: venv
 	$(BIN)/python kernels/benchmarks/bench_cpu.py

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
-from loraplex_kernels import LoraTarget
+from loraplex_kernels import LoraTables, LoraTarget
 from loraplex_kernels.report import CAPABILITIES, compile_all, find_faults, sample
+from loraplex_kernels.triton import (
+    build_device_segments,
+    lora_apply_triton,
+    paged_attention_triton,
+)
+from loraplex_kernels.triton.aot import record_launches
 from loraplex_kernels.triton.launches import MODEL_TARGETS, all_launches
 from loraplex_kernels.triton.tuning import (
     KERNELS,
@@ -69,3 +76,29 @@ def test_a_problem_takes_the_tightest_row_that_covers_it() -> None:
     many = TuningKey("shrink", 90, "bf16", 16, 4096, 5000)
     assert not table.shrink(few).serial
     assert table.shrink(many).serial
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_step_never_looks_at_data_on_the_host(k: int) -> None:
+    """Tensors without data refuse to be read, so no launch waits for the device or follows data."""
+    meta = torch.device("meta")
+    target = MODEL_TARGETS["Llama-3.1-8B qkv"]
+    shape = (8, target.n_slices)
+    pages, offsets = (torch.empty(*shape, *rest, device=meta).long() for rest in ((4,), ()))
+    tables = LoraTables(torch.empty(shape, device=meta).int(), pages, pages, offsets, offsets)
+    x = torch.empty(24, target.in_features, device=meta, dtype=torch.bfloat16)
+    out = torch.empty(24, sum(target.out_features), device=meta, dtype=torch.bfloat16)
+    entries = torch.empty(24, k, device=meta, dtype=torch.int32)
+    weights = None if k == 1 else torch.empty(24, k, device=meta)
+    storage = torch.empty(64, device=meta, dtype=torch.bfloat16)
+    with record_launches() as launches:
+        segments = build_device_segments(entries, weights, n_entries=8)
+        lora_apply_triton(x, storage, target, tables, segments, out=out)
+    assert len(launches) == (4 if k == 1 else 5)  # routing 2 or 3, shrink, expand
+    cache = torch.empty(16, 8, 16, 128, device=meta, dtype=torch.bfloat16)
+    ints = torch.empty(25, device=meta, dtype=torch.int32)
+    table = torch.empty(24, 8, device=meta, dtype=torch.int32)
+    with record_launches() as launches:
+        q = x.view(24, 32, 128)
+        paged_attention_triton(q, cache, cache, table, ints, ints[1:], scale=1.0)
+    assert len(launches) == 1

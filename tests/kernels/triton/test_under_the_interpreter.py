@@ -13,7 +13,9 @@ _FOLDER = Path(__file__).parent / "device"
 _ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("module", ["test_routing.py", "test_lora.py", "test_attention.py"])
+@pytest.mark.parametrize(
+    "module", ["test_routing.py", "test_lora.py", "test_attention.py", "test_benchmark.py"]
+)
 def test_kernels_pass_under_the_interpreter(module: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(

@@ -208,6 +208,30 @@ def test_rows_without_an_adapter_keep_their_bits(device: torch.device) -> None:
     assert torch.equal(_apply(problem)[bare], problem.base[bare])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_cuda_graph_replays_with_other_segments(device: torch.device, k: int) -> None:
+    problem = _mixed(device, torch.bfloat16, k=k)
+    entries, out = problem.entries.clone(), problem.base.clone()
+
+    def step() -> None:
+        segments = build_device_segments(entries, problem.weights, n_entries=4)
+        out.copy_(problem.base)
+        inputs = (problem.x, problem.storage, problem.target, problem.tables, segments)
+        lora_apply_triton(*inputs, out=out)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for mix in MIXES:
+        entries.copy_(draw_entries(mix, entries.shape[0], k, 4, seed=8))
+        graph.replay()
+        changed = dataclasses.replace(problem, entries=entries.clone())
+        assert torch.equal(out, _apply(changed))
+
+
 def test_strided_rows_a_workspace_and_a_wider_out_serve(device: torch.device) -> None:
     problem = _mixed(device, torch.bfloat16, k=2)
     segments = _segments(problem)

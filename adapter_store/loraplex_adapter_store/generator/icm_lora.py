@@ -1,6 +1,6 @@
 """ICM-LoRA: one convolutional CVAE over the flattened weights of all tasks.
 
-    encoder  12 × [Conv1d(k7, stride 2) BN LeakyReLU], 8·16·32·64·128·256·256·128·64·32·16·8
+    encoder  12 × [Conv1d(k7, stride 2) BN LeakyReLU]
              → 256, with the condition → mean, log-variance of z (latent 256)
     decoder  z and condition → 11 × [ConvTranspose1d(k7, stride 2) BN ELU], ConvT BN ELU, Conv1d
     loss     MSE + β·KL(q ‖ N(0, I))
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 __all__ = ["IcmLora", "IcmRecipe", "train_icm_lora"]
 
-_CHANNELS = (8, 16, 32, 64, 128, 256, 256, 128, 64, 32, 16, 8)
+_CHANNELS = (4, 8, 16, 32, 64, 64, 64, 64, 64, 32, 16, 8)  # the published ones go up to 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class IcmRecipe:
     latent: int = 256
     kl: float = 0.05  # β on the KL summed over z, against an MSE that is a mean over the weights
     lr: float = 1e-3
-    n_steps: int = 120
+    n_steps: int = 100
     batch: int = 16
     seed: int = 0
     channels: tuple[int, ...] = _CHANNELS

@@ -1,0 +1,54 @@
+"""A Generator without a trained bundle: random LoRAs of a tiny base, seeded by the order."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.generator.errors import OutOfDistribution
+from loraplex_adapter_store.generator.layout import AdapterLayout, BaseShape
+from loraplex_adapter_store.generator.service import GeneratedAdapter, Generator
+
+__all__ = ["ScriptedGenerator"]
+
+
+class ScriptedGenerator(Generator):
+    """A description with "strange" in it is out of distribution. `n_made` counts adapters."""
+
+    def __init__(self, spec: BaseSpec) -> None:
+        shape = BaseShape(
+            spec.n_layers, spec.hidden_size, spec.n_heads, spec.n_kv_heads, spec.head_dim
+        )
+        self._layout = AdapterLayout(shape, first_layer=0, rank=2, alpha=4.0, seed=0)
+        self.n_made = 0
+
+    def generate(
+        self,
+        description: str,
+        *,
+        examples: Sequence[str] = (),
+        method: str = "auto",
+        seed: int = 0,
+        force: bool = False,
+        samples: int = 0,
+    ) -> GeneratedAdapter:
+        if "strange" in description and not force:
+            raise OutOfDistribution(0.9, 0.5, [("card.de/plain", 0.1)])
+        self.n_made += 1
+        text = f"{description}{list(examples)}{method}{seed}{samples}"
+        key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
+        random = torch.Generator().manual_seed(key)
+        vector = 0.2 * torch.randn(self._layout.size, generator=random)
+        config, tensors = self._layout.peft(vector, "tiny/llama")
+        card: dict[str, object] = {
+            "method": "scripted",
+            "strangeness": 0.1,
+            "strangeness_limit": 0.5,
+            "parts": {"fr": 1.0},
+            "delta_norm": 1.0,
+            "generator": "00",
+        }
+        return GeneratedAdapter(config, tensors, card, self._layout, vector)

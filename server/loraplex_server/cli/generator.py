@@ -58,6 +58,24 @@ def train(
     show(f"{path.name}  {path.stat().st_size / 1e6:.1f} MB")
 
 
+@generator.command()
+def default(
+    method: Annotated[str, typer.Argument(help="The method that `auto` shall stand for.")],
+    shipped: _Shipped = None,
+) -> None:
+    """Set what `auto` means, as `loraplex generator eval --on validation` advises."""
+    from loraplex_adapter_store.generator.bundle import Bundle
+    from loraplex_adapter_store.generator.service import METHODS
+    from loraplex_adapter_store.generator.shipped import shipped_folder
+
+    if method not in METHODS:
+        raise typer.BadParameter(f"known methods: {', '.join(METHODS)}")
+    folder = shipped or shipped_folder()
+    bundle = Bundle.load(folder)
+    bundle.default = method
+    bundle.save(folder)
+
+
 @generator.command(name="eval")
 def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for results.json, tables and plots.")] = Path(

@@ -65,6 +65,7 @@ class RoutingStrategy(Enum):
     TOP_P = "mixlora-dynamic"
     SWITCH = "mixlora-switch"
     DENSE = "loramoe"
+    ARROW = "arrow"  # |gate @ x| instead of logits; the gate comes from the experts themselves
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from .errors import InvalidSelector
 from .names import check_name
 
-__all__ = ["Auto", "Description", "Mixture", "MixturePart", "NameRef", "Selector", "parse_selector"]
+__all__ = [
+    "Auto",
+    "Description",
+    "Library",
+    "Mixture",
+    "MixturePart",
+    "NameRef",
+    "Selector",
+    "parse_selector",
+]
 
 MAX_PARTS = 16
 MAX_DESCRIPTION = 2000
@@ -19,7 +28,7 @@ METHODS = ("auto", "sg-lora", "icm-lora")
 _DIGEST_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _FORMS = (
     '"name", "name@digest-prefix", {"name", "digest"}, [{"name", "weight"}, …], '
-    '{"description", "method"} or "auto"'
+    '{"description", "method"}, {"arrow": ["name", …], "top_k", "temperature"} or "auto"'
 )
 
 
@@ -51,6 +60,18 @@ class Mixture:
 
 
 @dataclass(frozen=True, slots=True)
+class Library:
+    """Several plain LoRAs; each token goes to the ``top_k`` that suit it best (Arrow)."""
+
+    refs: tuple[NameRef, ...]
+    top_k: int
+    temperature: float = 1.0
+
+    def __str__(self) -> str:
+        return f"arrow({', '.join(map(str, self.refs))}; {self.top_k})"
+
+
+@dataclass(frozen=True, slots=True)
 class Description:
     """An adapter to be generated from a sentence."""
 
@@ -63,7 +84,7 @@ class Auto:
     """The router chooses among the registered adapters."""
 
 
-Selector = NameRef | Mixture | Description | Auto
+Selector = NameRef | Mixture | Library | Description | Auto
 
 
 def parse_selector(value: object) -> Selector:
@@ -73,6 +94,8 @@ def parse_selector(value: object) -> Selector:
     if isinstance(value, Mapping):
         if "description" in value:
             return _description(value)
+        if "arrow" in value:
+            return _library(value)
         if "name" in value and "weight" not in value:
             _only(value, {"name", "digest"})
             return _name(value["name"], value.get("digest"))
@@ -111,6 +134,28 @@ def _mixture(value: Sequence[object]) -> Mixture:
             raise InvalidSelector(f"weight of {item['name']!r} must lie in [-100, 100]: {weight!r}")
         parts.append(MixturePart(_name(item["name"], item.get("digest")), float(weight)))
     return Mixture(tuple(parts))
+
+
+def _library(value: Mapping[object, object]) -> Library:
+    _only(value, {"arrow", "top_k", "temperature"})
+    names, temperature = value["arrow"], value.get("temperature", 1.0)
+    if (
+        not isinstance(names, Sequence)
+        or isinstance(names, str)
+        or not 2 <= len(names) <= MAX_PARTS
+    ):
+        raise InvalidSelector(f'"arrow" is a list of 2 to {MAX_PARTS} adapter names')
+    refs = tuple(_name(name) for name in names)
+    if len(set(refs)) != len(refs):
+        raise InvalidSelector('"arrow" names an adapter twice')
+    top_k = value.get("top_k", min(3, len(refs)))
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(refs):
+        raise InvalidSelector(f"top_k of arrow must be 1 to {len(refs)}, not {top_k!r}")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise InvalidSelector(f"temperature of arrow must be a number, not {temperature!r}")
+    if not 1e-3 <= temperature <= 1e3:
+        raise InvalidSelector(f"temperature of arrow must lie in [0.001, 1000]: {temperature!r}")
+    return Library(refs, top_k, float(temperature))
 
 
 def _description(value: Mapping[object, object]) -> Description:

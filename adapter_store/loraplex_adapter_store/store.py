@@ -44,6 +44,7 @@ from .errors import (
 )
 from .eviction import POLICIES
 from .host_tier import HostTier
+from .library import GateOf, library_digest, library_plan
 from .limits import StoreLimits
 from .mixture import mix_plans, mixture_digest
 from .names import check_name
@@ -51,7 +52,7 @@ from .plan import AdapterPlan, Family
 from .plan_file import pack_plan, read_plan
 from .reader import Reading, read_adapter
 from .report import JsonValue
-from .selector import Mixture, NameRef, Selector, parse_selector
+from .selector import Library, Mixture, NameRef, Selector, parse_selector
 from .sources.local import LocalFiles, read_directory
 from .sources.uri import fetch
 
@@ -111,11 +112,14 @@ class AdapterStore:
         eviction: str = "cost-aware",
         pin_memory: bool = False,  # page-locked host memory, for a GPU's copy engine
         disk: Disk | None = None,
+        gate_of: GateOf | None = None,
     ) -> None:
+        """``gate_of`` makes the gates of libraries; without it they are refused."""
         self.base = base
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
         self._pin_memory = pin_memory
+        self._gate_of = gate_of
         disk = disk or Disk()
         disk.make_directory(root)
         self._guard = _own(root)
@@ -298,6 +302,8 @@ class AdapterStore:
             return self._acquire_name(wanted)
         if isinstance(wanted, Mixture):
             return self._acquire_mixture(wanted)
+        if isinstance(wanted, Library):
+            return self._acquire_library(wanted)
         raise InvalidSelector(
             f"{type(wanted).__name__} must be resolved to a name before it is used"
         )
@@ -571,7 +577,7 @@ class AdapterStore:
         return read_plan(path / PLAN_FILE, content.plan_sha256, pin_memory=self._pin_memory)
 
     def _acquire_mixture(self, mixture: Mixture) -> AdapterLease:
-        leases = [self._acquire_name(part.ref) for part in mixture.parts]
+        leases = self._acquire_all([part.ref for part in mixture.parts])
         try:
             weights = [part.weight for part in mixture.parts]
             digests = [lease.digest for lease in leases]
@@ -582,6 +588,40 @@ class AdapterStore:
                 self._mixtures[digest] = tuple(digests)
             plan = self._tier.lease(digest, n_bytes, lambda: mix_plans(parts, self.base, digest))
             return AdapterLease(str(mixture), 0, plan, self._released)
+        finally:
+            for lease in leases:
+                lease.release()
+
+    def _acquire_all(self, refs: Sequence[NameRef]) -> list[AdapterLease]:
+        """All of them, or none."""
+        leases: list[AdapterLease] = []
+        try:
+            for ref in refs:
+                leases.append(self._acquire_name(ref))
+        except BaseException:
+            for lease in leases:
+                lease.release()
+            raise
+        return leases
+
+    def _acquire_library(self, library: Library) -> AdapterLease:
+        gate_of = self._gate_of
+        if gate_of is None:
+            raise InvalidSelector("this store has no gates for libraries (arrow)")
+        leases = self._acquire_all(library.refs)
+        try:
+            plans = [lease.plan for lease in leases]
+            digests = [plan.digest for plan in plans]
+            k, temperature = library.top_k, library.temperature
+            digest = library_digest(digests, k, temperature)
+            with self._lock:
+                self._mixtures[digest] = tuple(digests)
+            plan = self._tier.lease(
+                digest,
+                sum(plan.n_bytes for plan in plans),
+                lambda: library_plan(plans, digest, k, temperature, gate_of),
+            )
+            return AdapterLease(str(library), 0, plan, self._released)
         finally:
             for lease in leases:
                 lease.release()

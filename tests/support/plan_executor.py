@@ -161,7 +161,11 @@ def _alone(module: nn.Module, plan: ModulePlan, hidden: Tensor) -> Tensor:
 
 def gate_weights(block: ExpertPlan, hidden: Tensor) -> Tensor:
     """[…, n_experts], zero for experts that a token does not use."""
-    p = torch.softmax(hidden.float() @ block.gate.t(), dim=-1)
+    logits = hidden.float() @ block.gate.t()
+    if block.strategy is RoutingStrategy.ARROW:
+        top = logits.abs().topk(block.top_k, dim=-1)
+        return torch.zeros_like(logits).scatter(-1, top.indices, top.values.softmax(dim=-1))
+    p = torch.softmax(logits, dim=-1)
     if block.strategy is RoutingStrategy.DENSE:
         return p
     if block.strategy is RoutingStrategy.TOP_P:

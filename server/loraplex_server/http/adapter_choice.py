@@ -12,6 +12,7 @@ from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.selector import (
     Auto,
     Description,
+    Library,
     Mixture,
     NameRef,
     Selector,
@@ -71,6 +72,13 @@ class Chosen:
     def header(self) -> str:
         """The value of x-loraplex-adapter: ``name@digest``, or ``base``."""
         return "base" if self.lease is None else f"{self.label}@{self.lease.digest[:12]}"
+
+    @property
+    def metrics_label(self) -> str:
+        """A name of bounded variety: the weights of a mixture are the client's."""
+        if self.lease is None or self.label is None:
+            return "base"
+        return "mixture" if self.lease.revision == 0 else self.label
 
     @property
     def routing(self) -> Mapping[str, object] | None:
@@ -164,7 +172,7 @@ class AdapterChooser:
         more = len(names) - _MAX_NAMES_SHOWN
         return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
 
-    async def _acquire(self, selector: NameRef | Mixture) -> AdapterLease:
+    async def _acquire(self, selector: NameRef | Mixture | Library) -> AdapterLease:
         if isinstance(selector, NameRef):
             # What is in memory must not wait in the queue of threads behind what has to be loaded.
             resident = self._store.acquire_resident(selector)
@@ -230,7 +238,7 @@ def _label(selector: Selector) -> str:
             return "auto"
         case Description():
             return "generated"
-        case Mixture():
+        case Mixture() | Library():
             return str(selector).replace(" ", "")
         case NameRef():
             return selector.name

@@ -22,6 +22,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_router.experts import arrow_prototypes
 from loraplex_server.config import ServerConfig
 from loraplex_server.generation.generated_adapters import GeneratedAdapters
 
@@ -98,7 +99,11 @@ def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
     root.mkdir(parents=True, exist_ok=True)
     roots: list[Path] = [*config.store.adapters_dirs]
     return AdapterStore(
-        root, built.base_spec, host_bytes=config.store.memory_bytes, allowed_roots=roots
+        root,
+        built.base_spec,
+        host_bytes=config.store.memory_bytes,
+        allowed_roots=roots,
+        gate_of=lambda factors, temperature: arrow_prototypes(factors, temperature=temperature),
     )
 
 

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loraplex_adapter_store.generator.zoo.split import load_split
+from loraplex_server.cli.app import app
+
+RUNNER = CliRunner()
+
+
+def test_zoo_status_of_nothing_says_how_to_go_on(tmp_path: Path) -> None:
+    folders = ["--folder", str(tmp_path / "state"), "--shipped", str(tmp_path / "shipped")]
+    result = RUNNER.invoke(app, ["zoo", "status", *folders])
+    assert result.exit_code == 0, result.output
+    assert f"0 of {len(load_split().sets['train'])} tasks" in result.output
+    assert "loraplex zoo train --resume" in result.output
+
+
+def test_a_server_that_is_not_there_is_an_error_of_one_line() -> None:
+    result = RUNNER.invoke(app, ["generate", "to French", "--server", "http://127.0.0.1:9"])
+    assert result.exit_code == 1
+    assert "is `loraplex serve` running there?" in result.output
+
+
+def test_default_refuses_a_method_that_does_not_exist(tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["generator", "default", "magic", "--shipped", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "sg-lora" in result.output
+
+
+@pytest.mark.parametrize("command", [["zoo", "train"], ["generator", "eval"], ["generate"]])
+def test_each_command_explains_itself(command: list[str]) -> None:
+    result = RUNNER.invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert len(result.output.splitlines()) > 8

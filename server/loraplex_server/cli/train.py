@@ -171,7 +171,7 @@ def train_demos(
     import torch
 
     from loraplex_adapter_store.training.demos import DEMOS
-    from loraplex_adapter_store.training.demos.make import make_demo
+    from loraplex_adapter_store.training.demos.make import is_made, make_demo
     from loraplex_server.model.pull import loraplex_home
 
     unknown = [name for name in names or () if name not in DEMOS]
@@ -181,7 +181,7 @@ def train_demos(
         torch.set_num_threads(threads)
     for name in names or DEMOS:
         folder = out / name
-        if (folder / "card.json").is_file() and not (folder / ".training").exists():
+        if is_made(folder):
             typer.echo(f"{name}: in {folder} already")
             continue
         with _errors(), _bar(name) as on_step:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Measured", "answers", "make_demo", "measure", "write_examples"]
+__all__ = ["Measured", "answers", "is_made", "make_demo", "measure", "write_examples"]
 
 _N_VALIDATION = 24
 _N_SHOWN = 16  # example prompts of the card
@@ -58,13 +58,23 @@ def make_demo(
         description=demo.description,
         prompts=prompts,
     )
-    train(config, on_step=on_step, overwrite=overwrite)
+    is_trained = (folder / "adapter_config.json").exists() and not (folder / ".training").exists()
+    if overwrite or not is_trained:  # otherwise only the measurement was interrupted
+        train(config, on_step=on_step, overwrite=overwrite)
     measured = measure(demo, folder, base=base, n_prompts=n_prompts)
     card_path = folder / "card.json"
     card = json.loads(card_path.read_text())
     card["held_out"] = measured._asdict()
     card_path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return measured
+
+
+def is_made(folder: Path) -> bool:
+    """Whether ``folder`` holds a demo that was trained to the end and measured."""
+    try:
+        return "held_out" in json.loads((folder / "card.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def write_examples(demo: Demo, path: Path) -> Path:

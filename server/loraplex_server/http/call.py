@@ -174,7 +174,7 @@ class CallBasics:
             chosen=chosen,
             live=self.services.live,
             metrics=self.services.metrics.call(
-                chosen.label or "base",
+                chosen.metrics_label,
                 load_s=load_s,
                 n=n,
                 max_tokens=prompts[0].sampling.max_tokens,

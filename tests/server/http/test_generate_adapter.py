@@ -10,7 +10,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.generation.generated_adapters import GeneratedAdapters
+from loraplex_server.http.base_agreement import PROBES
 from loraplex_server.http.generated_wish import GeneratedWish
 from loraplex_server.http.wish_resolver import WishResolver
 from tests.support.scripted_generator import ScriptedGenerator
@@ -105,6 +107,26 @@ async def test_a_name_that_is_taken_is_not_overwritten(generating: Front) -> Non
     again = await generating.post("/v1/adapters/generate", {**body, "description": "to German"})
     assert again.status_code == 412
     assert again.json()["error"]["code"] == "revision_conflict"
+
+
+async def test_the_card_tells_how_much_of_unrelated_chat_is_left_as_it_was(
+    generating: Front,
+) -> None:
+    def script(request: GenerationRequest) -> list[int]:
+        return [10, 11, 12] if request.adapter is None else [10, 99]
+
+    generating.engine.answer = script
+    answer = await generating.post("/v1/adapters/generate", {"description": "to French"})
+    assert answer.json()["base_agreement"] == pytest.approx(1 / 3, abs=1e-3)
+    assert len(generating.engine.requests) == 2 * len(PROBES)
+    assert all(card.n_leases == 0 for card in generating.store.list())
+
+
+async def test_a_busy_engine_still_gives_the_adapter(generating: Front) -> None:
+    generating.engine.max_queue = 0
+    answer = await generating.post("/v1/adapters/generate", {"description": "to French"})
+    assert answer.status_code == 201
+    assert answer.json()["base_agreement"] is None
 
 
 async def test_unknown_fields_and_methods_are_refused(generating: Front) -> None:

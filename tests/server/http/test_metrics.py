@@ -91,6 +91,17 @@ async def test_a_client_that_leaves_counts_as_aborted(front: Front) -> None:
     assert value(found, "vllm:request_success_total", finished_reason="abort") == 1
 
 
+async def test_mixtures_share_one_series_whatever_their_weights(lora: Front) -> None:
+    for weight in (0.1, 0.2, 0.3):
+        assert (await lora.chat(adapter=[{"name": "pirate", "weight": weight}])).is_success
+    assert (await lora.chat(adapter="pirate")).is_success
+    found = await samples(lora)
+    assert value(found, "loraplex_adapter_requests_total", adapter="mixture") == 3
+    assert value(found, "loraplex_adapter_requests_total", adapter="pirate") == 1
+    shown = [s for s in found if s.name == "loraplex_adapter_requests_total"]
+    assert len(shown) == 3
+
+
 async def test_handlers_are_route_templates_whatever_the_path(front: Front) -> None:
     for path in ("/v1/models/a", "/v1/models/b/c", "/nothing/1", "/nothing/2", "/x%0a"):
         await front.client.get(path)

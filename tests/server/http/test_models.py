@@ -59,5 +59,6 @@ async def test_only_loaded_adapters_are_listed_on_request(lora: Front) -> None:
 async def test_probes_and_version_answer(front: Front) -> None:
     for path in ("/health", "/ready", "/ping"):
         assert (await front.client.get(path)).status_code == 200
+        assert (await front.client.head(path)).status_code == 200
     assert (await front.client.get("/version")).json()["version"]
     assert (await front.client.get("/openapi.json")).status_code == 200

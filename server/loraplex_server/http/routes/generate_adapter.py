@@ -7,12 +7,16 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.selector import NameRef
+from loraplex_server.engine.errors import EngineError
 from loraplex_server.generation.generated_adapters import GeneratedAdapters, Order
 
+from ..base_agreement import base_agreement
 from ..errors import invalid
 from ..json_answer import JsonAnswer
 from ..openapi import body_of
-from ..services import in_store_thread, services_of
+from ..services import Services, in_store_thread, services_of
 
 __all__ = ["GenerateAdapterBody", "router"]
 
@@ -32,6 +36,7 @@ class GenerateAdapterBody(BaseModel):
     ttl_s: Annotated[float, Field(gt=0, le=30 * 86400)] | None = None
     samples: Annotated[int, Field(ge=0, le=16)] = 0
     force: bool = False
+    probe: bool = True  # measure the agreement with the base on unrelated prompts
 
 
 @router.post("/v1/adapters/generate", openapi_extra=body_of(GenerateAdapterBody))
@@ -56,5 +61,17 @@ async def generate_adapter(request: Request) -> Response:
     card = await in_store_thread(
         services, lambda: adapters.ensure(order, name=body.name, ttl_s=body.ttl_s)
     )
-    shown = {"object": "adapter", **card.to_json()}
+    agreement = await _agreement(services, card) if body.probe else None
+    shown = {"object": "adapter", **card.to_json(), "base_agreement": agreement}
     return JsonAnswer(shown, status=201, headers={"etag": f'"{card.digest}"'})
+
+
+async def _agreement(services: Services, card: AdapterCard) -> float | None:
+    """None where the engine is too busy to be asked."""
+    ref = NameRef(card.name, card.digest[:12])
+    lease = await in_store_thread(services, lambda: services.store.acquire(ref))
+    with lease:
+        try:
+            return round(await base_agreement(services.engine, services.text, lease), 4)
+        except EngineError:
+            return None

@@ -17,6 +17,7 @@ __all__ = ["router"]
 router = APIRouter()
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health(request: Request) -> Response:
     """Liveness: the event loop answers, the engine thread lives and moves."""
@@ -31,6 +32,7 @@ async def health(request: Request) -> Response:
     return JsonAnswer({"status": "ok"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """Readiness: new requests would be taken in now."""
@@ -44,6 +46,7 @@ async def ready(request: Request) -> Response:
     return JsonAnswer({"status": "ready"})
 
 
+@router.head("/ping", include_in_schema=False)
 @router.get("/ping")
 async def ping(request: Request) -> Response:
     return await health(request)

@@ -10,6 +10,7 @@
 #include <omp.h>
 #else
 static int omp_get_max_threads() { return 1; }
+static int omp_get_thread_num() { return 0; }
 #endif
 
 namespace loraplex {
@@ -18,9 +19,16 @@ namespace {
 constexpr int64_t kRowBlock = 64;           // rows of one piece: their x and h stay in L2
 constexpr int64_t kRankStep = 8;            // smallest cut of a page
 constexpr int64_t kColumnStep = 64;         // smallest cut of a slice; a cache line never has two owners
-constexpr int64_t kPieceBytes = 64 << 10;   // of factors, at most
+#ifndef PB
+#define PB 16
+#endif
+constexpr int64_t kPieceBytes = PB << 10;   // of factors, at most
 constexpr int64_t kPiecesPerThread = 6;     // enough that one slow thread delays nobody long
 constexpr int64_t kSerialWork = 64 << 10;   // multiply-adds below which threads cost more than they bring
+#ifndef AH
+#define AH 8
+#endif
+constexpr int64_t kAheadBytes = AH << 10;    // memory's latency times a core's share of its bandwidth
 
 struct Call {
     const LoraTargetDescriptor& target;
@@ -54,12 +62,20 @@ struct ExpandPiece {
     int64_t first_column, n_columns;
 };
 
+// The pieces one thread begins with: a contiguous share. Whoever is done takes from the others, so
+// that a thread that the system held up delays nobody by more than a piece.
+struct alignas(64) Share {
+    std::atomic<size_t> next{0};
+    size_t end = 0;
+};
+
 struct Plan {
     std::vector<Part> parts;
     std::vector<ShrinkPiece> shrink;
     std::vector<ExpandPiece> expand;
     std::vector<float> h;
     std::vector<int64_t> slice_starts;
+    std::vector<Share> shares;  // of the shrink pieces, then of the expand pieces
     std::vector<int64_t> row_seen;  // the call that saw the row last
     int64_t call = 0;
     int64_t work = 0;  // multiply-adds
@@ -170,23 +186,30 @@ bool rows_are_disjoint(const Call& call, Plan& plan) {
     return true;
 }
 
+// Address of some rank row of a part's page of A or Bᵀ.
+const char* factor(const Call& call, const Part& part, const int64_t* pages, int64_t page,
+                   int64_t elements) {
+    const LoraTargetDescriptor& t = call.target;
+    const int64_t at = call.entries[part.segment] * t.n_slices + part.slice;
+    return static_cast<const char*>(t.storage) +
+           (pages[at * t.max_pages + page] + elements) * element_bytes(call);
+}
+
 void run_shrink(const Call& call, const Plan& plan, float* h, const ShrinkPiece& piece,
-                void (*kernel)(const ShrinkArgs&)) {
+                void (*kernel)(const ShrinkArgs&), Ahead& ahead) {
     const LoraTargetDescriptor& t = call.target;
     const Part& part = plan.parts[piece.part];
-    const int64_t at = call.entries[part.segment] * t.n_slices + part.slice;
-    const int64_t offset =
-        t.a_pages[at * t.max_pages + piece.page] + piece.first_rank * t.in_features;
     const int64_t stride = h_stride(part.rank);
     kernel({call.x, call.x_stride, call.rows + call.starts[part.segment] + piece.first_row,
-            piece.n_rows, static_cast<const char*>(t.storage) + offset * element_bytes(call),
+            piece.n_rows,
+            factor(call, part, t.a_pages, piece.page, piece.first_rank * t.in_features),
             piece.n_ranks, t.in_features,
             h + part.h + piece.first_row * stride + piece.page * kPageRank + piece.first_rank,
-            stride});
+            stride, &ahead});
 }
 
 void run_expand(const Call& call, const Plan& plan, const float* h, const ExpandPiece& piece,
-                void (*kernel)(const ExpandArgs&)) {
+                void (*kernel)(const ExpandArgs&), Ahead& ahead) {
     const LoraTargetDescriptor& t = call.target;
     for (int32_t p = piece.part; p < piece.last_part; ++p) {
         const Part& part = plan.parts[p];
@@ -201,7 +224,86 @@ void run_expand(const Call& call, const Plan& plan, const float* h, const Expand
                 is_whole ? row_count(call, part.segment) : piece.n_rows,
                 h + part.h + first_row * stride, stride, t.storage, t.b_pages + at * t.max_pages,
                 part.rank, t.out_features[part.slice], piece.first_column, piece.n_columns,
-                t.scale[at], t.bias[at]});
+                t.scale[at], t.bias[at], &ahead});
+    }
+}
+
+// Walks the factor bytes of one thread's pieces, the shrinks and then the expands.
+struct Walk : Ahead {
+    const Call& call;
+    const Plan& plan;
+    size_t shrink, last_shrink, expand, last_expand;
+    int32_t part = -1;  // of the expand piece
+    int64_t rank = 0;   // next rank row of that part
+
+    Walk(const Call& call, const Plan& plan, size_t shrink, size_t last_shrink, size_t expand,
+         size_t last_expand)
+        : Ahead{nullptr, nullptr, &Walk::next}, call(call), plan(plan), shrink(shrink),
+          last_shrink(last_shrink), expand(expand), last_expand(last_expand) {
+        next(*this);
+    }
+
+    static void next(Ahead& base) {
+        Walk& walk = static_cast<Walk&>(base);
+        if (walk.shrink < walk.last_shrink)
+            walk.enter_shrink();
+        else if (walk.expand < walk.last_expand)
+            walk.enter_expand();
+        else
+            walk.at = nullptr;
+    }
+
+    void enter_shrink() {
+        const ShrinkPiece& piece = plan.shrink[shrink++];
+        const int64_t width = call.target.in_features;
+        at = factor(call, plan.parts[piece.part], call.target.a_pages, piece.page,
+                    piece.first_rank * width);
+        end = at + piece.n_ranks * width * element_bytes(call);
+    }
+
+    void enter_expand() {
+        const ExpandPiece& piece = plan.expand[expand];
+        if (part < piece.part) part = piece.part;
+        while (part < piece.last_part && rank >= plan.parts[part].rank) {
+            ++part;
+            rank = 0;
+        }
+        if (part == piece.last_part) {
+            ++expand;
+            part = -1;
+            rank = 0;
+            return next(*this);
+        }
+        const Part& current = plan.parts[part];
+        const int64_t width = call.target.out_features[current.slice];
+        const bool is_contiguous = piece.n_columns == width;
+        const int64_t n_rows =
+            is_contiguous ? std::min<int64_t>(kPageRank, current.rank - rank) : 1;
+        at = factor(call, current, call.target.b_pages, rank / kPageRank,
+                    rank % kPageRank * width + piece.first_column);
+        end = at + n_rows * piece.n_columns * element_bytes(call);
+        rank += n_rows;
+    }
+};
+
+template <typename Run>
+void work_through(Share* shares, int n_threads, int thread, const Run& run) {
+    for (int i = 0; i < n_threads; ++i) {
+        const bool is_own = i == 0;
+        Share& share = shares[(thread + i) % n_threads];
+        for (;;) {
+            if (share.next.load(std::memory_order_relaxed) >= share.end) break;
+            const size_t piece = share.next.fetch_add(1, std::memory_order_relaxed);
+            if (piece >= share.end) break;
+            run(piece, is_own);
+        }
+    }
+}
+
+void share_out(std::vector<Share>& shares, size_t n_pieces, int n_threads, size_t first) {
+    for (int i = 0; i < n_threads; ++i) {
+        shares[first + i].next = n_pieces * i / n_threads;
+        shares[first + i].end = n_pieces * (i + 1) / n_threads;
     }
 }
 
@@ -253,14 +355,26 @@ void run(const Call& call, Plan& plan, int64_t n_rows) {
     const auto shrink = table.shrink[t.dtype];
     const auto expand = table.expand[t.dtype];
     float* h = plan.h.data();
-    std::atomic<size_t> next_shrink{0}, next_expand{0};
+    if (plan.shares.size() < 2u * n_threads) plan.shares = std::vector<Share>(2 * n_threads);
+    share_out(plan.shares, plan.shrink.size(), n_threads, 0);
+    share_out(plan.shares, plan.expand.size(), n_threads, n_threads);
+    Share* shares = plan.shares.data();
+    const Plan& done = plan;
+    const int n_shares = n_threads;
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
-        for (size_t i; (i = next_shrink.fetch_add(1, std::memory_order_relaxed)) < plan.shrink.size();)
-            run_shrink(call, plan, h, plan.shrink[i], shrink);
+        const int thread = omp_get_thread_num();
+        const Share &own = shares[thread], &own_expand = shares[n_shares + thread];
+        Ahead idle{nullptr, nullptr, nullptr};
+        Walk walk(call, done, own.next, own.end, own_expand.next, own_expand.end);
+        table.warm_up(walk, kAheadBytes);
+        work_through(shares, n_shares, thread, [&](size_t i, bool is_own) {
+            run_shrink(call, done, h, done.shrink[i], shrink, is_own ? walk : idle);
+        });
 #pragma omp barrier
-        for (size_t i; (i = next_expand.fetch_add(1, std::memory_order_relaxed)) < plan.expand.size();)
-            run_expand(call, plan, h, plan.expand[i], expand);
+        work_through(shares + n_shares, n_shares, thread, [&](size_t i, bool is_own) {
+            run_expand(call, done, h, done.expand[i], expand, is_own ? walk : idle);
+        });
     }
 }
 

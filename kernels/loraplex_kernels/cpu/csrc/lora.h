@@ -34,6 +34,15 @@ struct LoraTargetDescriptor {
     int64_t dtype;  // of storage, x and out
 };
 
+// Where the computation will be soon: the factor bytes of a thread's pieces, in order. Kernels ask
+// for as many cache lines ahead as they read, so that memory never waits for arithmetic (pages are
+// too short and too many for the prefetchers of the hardware).
+struct Ahead {
+    const char* at;  // null = nothing ahead
+    const char* end;
+    void (*refill)(Ahead&);  // sets the next stretch, or null
+};
+
 // Some rows times some rank rows of one page of A.
 struct ShrinkArgs {
     const void* x;
@@ -45,6 +54,7 @@ struct ShrinkArgs {
     int64_t in_features;
     float* h;  // [n_rows, n_ranks] at stride h_stride
     int64_t h_stride;
+    Ahead* ahead;  // never null
 };
 
 // Adds the product of h and some columns of Bᵀ to some rows of out.
@@ -64,11 +74,13 @@ struct ExpandArgs {
     int64_t n_columns;
     int64_t scale;  // offset of the slice's vector, or kNoPage
     int64_t bias;
+    Ahead* ahead;  // never null
 };
 
 struct LoraKernels {
     void (*shrink[2])(const ShrinkArgs&);  // by DType
     void (*expand[2])(const ExpandArgs&);
+    void (*warm_up)(Ahead&, int64_t n_bytes);  // asks for the first bytes
 };
 
 extern const LoraKernels kLoraPortable;

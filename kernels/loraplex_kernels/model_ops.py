@@ -259,21 +259,22 @@ def paged_attention(
     of those. ``softcap`` is Gemma's ``c · tanh(score / c)``. Index tensors are int32. Writes and
     returns ``out`` (rows may be strided, as those of ``q``).
     """
-    if q.is_cuda and q.dtype in _TRITON_DTYPES and q.shape[2] <= _MAX_HEAD_DIM:
-        from .triton import paged_attention_triton
+    if q.is_cuda and q.dtype in _TRITON_DTYPES:
+        from .triton import max_head_dim, paged_attention_triton
 
-        return paged_attention_triton(
-            q,
-            k_cache,
-            v_cache,
-            page_table,
-            query_starts,
-            kv_lens,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-            out=out,
-        )
+        if q.shape[2] <= max_head_dim(q.dtype):
+            return paged_attention_triton(
+                q,
+                k_cache,
+                v_cache,
+                page_table,
+                query_starts,
+                kv_lens,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                out=out,
+            )
     dtype = q.dtype
     code = dtype_code(dtype)
     n_tokens, n_heads, head_dim = q.shape

@@ -1,6 +1,11 @@
 """Triton kernels of the LoRA operator and of paged attention. Importing needs no GPU."""
 
-from .attention import AttentionWorkspace, attention_workspace, paged_attention_triton
+from .attention import (
+    AttentionWorkspace,
+    attention_workspace,
+    max_head_dim,
+    paged_attention_triton,
+)
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .lora import lora_apply_triton, workspace_numel
 from .routing import (
@@ -19,6 +24,7 @@ __all__ = [
     "build_device_segments",
     "fill_device_segments",
     "lora_apply_triton",
+    "max_head_dim",
     "paged_attention_triton",
     "rope_and_cache_triton",
     "route_segments",

@@ -21,10 +21,15 @@ from torch import Tensor
 
 from .kv_cache import cache_unit, check_cache
 
-__all__ = ["SPLIT_POSITIONS", "AttentionWorkspace", "attention_workspace", "paged_attention_triton"]
+__all__ = [
+    "SPLIT_POSITIONS",
+    "AttentionWorkspace",
+    "attention_workspace",
+    "max_head_dim",
+    "paged_attention_triton",
+]
 
 SPLIT_POSITIONS = 512
-_BLOCK_KV = {2: 64, 4: 16}  # positions of one product, by element size
 _SERIAL_ROWS = 256  # from here on there are tiles enough to fill a GPU without splits
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -293,10 +298,11 @@ def paged_attention_triton(
     group = n_heads // n_kv
     padded = triton.next_power_of_2(group)
     is_half = q.element_size() == 2
-    block_m = max(32 if is_half and n_rows > _SERIAL_ROWS else 16, padded)
+    is_small = is_half and head_dim <= 128
+    block_m = max(32 if is_small and n_rows > _SERIAL_ROWS else 16, padded)
     n_tiles = min(n_rows, n_rows // (block_m // padded) + n_requests)
     block_d = triton.next_power_of_2(head_dim)
-    n_pages = max(1, _BLOCK_KV[q.element_size()] // page_size)
+    n_pages = max(1, _block_positions(block_d, q.element_size()) // page_size)
     shared = {
         "D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT_POSITIONS,
         "HAS_WINDOW": window is not None,
@@ -319,6 +325,18 @@ def paged_attention_triton(
     return out
 
 
+def max_head_dim(dtype: torch.dtype) -> int:
+    """The largest head that fits the registers of a program without spilling."""
+    return 256 if dtype.itemsize == 2 else 128
+
+
+def _block_positions(block_d: int, element_size: int) -> int:
+    """Positions of one product: what shared memory and registers hold, never what the batch is."""
+    if element_size == 4:
+        return 16
+    return 64 if block_d <= 128 else 32
+
+
 def _check(
     q: Tensor,
     k_cache: Tensor,
@@ -335,8 +353,8 @@ def _check(
         raise ValueError(f"q is {q.dtype} on {q.device}, the cache {k_cache.dtype}")
     if q.shape[0] and q.stride(2) != 1:
         raise ValueError("q must be contiguous along D")
-    if head_dim > 256:
-        raise ValueError(f"head dimension {head_dim}; this kernel serves up to 256")
+    if head_dim > max_head_dim(q.dtype):
+        raise ValueError(f"head size {head_dim} in {q.dtype}; up to {max_head_dim(q.dtype)}")
     n_requests = kv_lens.shape[0]
     if query_starts.shape != (n_requests + 1,) or page_table.shape[0] < n_requests:
         raise ValueError(f"{n_requests} requests need {n_requests + 1} starts and a page row each")

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..layout import PAGE_RANK, LoraTables, LoraTarget
 from .aot import Launch, record_launches
 from .arithmetic import reduction
-from .attention import paged_attention_triton
+from .attention import max_head_dim, paged_attention_triton
 from .expand import lora_expand
 from .fused import lora_fused
 from .kv_cache import rope_and_cache_triton, write_kv_triton
@@ -39,6 +39,12 @@ MODEL_TARGETS: dict[str, LoraTarget] = {
     "Llama-3.1-8B gate_up": LoraTarget("gate_up", 4096, (14336, 14336)),
     "Llama-3.1-8B down": LoraTarget("down", 14336, (4096,)),
 }
+
+_ATTENTION = (
+    (9, 3, 64, "SmolLM2-135M"),
+    (32, 8, 128, "Llama-3.1-8B"),
+    (8, 4, 256, "gemma-2-2b"),
+)
 
 _AWKWARD = LoraTarget("awkward", 41, (401, 33))
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -111,7 +117,9 @@ def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for k in (1, 2):
             for n_rows in (64, 4096):
                 yield f"routing, {n_rows} rows, {k} a row", partial(_route, n_rows, k)
-    for n_heads, n_kv, head_dim, name in ((9, 3, 64, "SmolLM2-135M"), (32, 8, 128, "Llama-3.1-8B")):
+    for n_heads, n_kv, head_dim, name in _ATTENTION:
+        if head_dim > max_head_dim(kind):
+            continue
         for n_rows in (64, 2048):
             for window in (None, 4096):
                 yield (

@@ -13,13 +13,14 @@ from torch import Tensor
 from .arms import Arm, arms_of, controls_of, run_arm
 from .bundle import Bundle
 from .frozen_base import BOnlyLora, FrozenBase
+from .retrieval import condition
 from .scoring import TaskScore, score_groups
 from .sentences import SentenceEncoder
 from .service import Generator
-from .sg_lora import SgRecipe
+from .sg_lora import LITERAL, SgRecipe, train_sg_lora
 from .statistics import paired_difference, recovery
 from .taskdata import TaskData
-from .training import train_bundle
+from .training import Wordings, train_bundle
 from .zoo.split import ZooSplit, load_split
 from .zoo.tasks import Example, Task
 
@@ -73,6 +74,7 @@ def evaluate(
     base_name: str = "base",
     split: ZooSplit | None = None,
     sg: SgRecipe = SgRecipe(),  # noqa: B008  frozen value
+    literal: SgRecipe | None = LITERAL,
     report: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Scores on the test split of each task of `sets`; test tasks without an oracle are left out.
@@ -95,6 +97,9 @@ def evaluate(
     arms = arms_of(
         generators, bundle, base, members, oracles=oracles, multi_task=multi_task, report=report
     )
+    if literal is not None:
+        arms.append(_literal_arm(bundle, encoder, members, literal))
+        report("literal SG-LoRA trained")
     arms += controls_of(generators[0], shuffled, bundle.default, members)
     result = Evaluation(tasks)
     result.about = {
@@ -137,6 +142,20 @@ def mean_over(result: Evaluation, arm: str, metric: str, of: str | None = None) 
         if of is None or result.tasks[task] == of
     ]
     return sum(values) / len(values) if values else math.nan
+
+
+def _literal_arm(
+    bundle: Bundle, encoder: SentenceEncoder, tasks: Sequence[Task], recipe: SgRecipe
+) -> Arm:
+    """SG-LoRA as published: raw weights in and out. Trained for this alone: too large to ship."""
+    words = Wordings(encoder, [Task.parse(name) for name in bundle.library.tasks])
+    raw = bundle.span.mean + bundle.library.snapshots @ bundle.span.directions
+    sentence = words.encoded.sentence
+    model = train_sg_lora(raw, bundle.neighbours, sentence, words.owner, recipe)
+    asked = encoder.encode([task.test_descriptions()[0] for task in tasks]).sentence
+    alpha = bundle.neighbours.weights(asked)
+    mu, var = condition(alpha, raw.mean(1), raw.var(1, correction=0))
+    return Arm("sg-lora literal", model.generate(mu, var, None))
 
 
 def _named(tasks: Sequence[Task], scores: Sequence[TaskScore]) -> dict[str, dict[str, float]]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .retrieval import Neighbours, condition
 
-__all__ = ["SgLora", "SgRecipe", "gaussian_kl", "train_sg_lora"]
+__all__ = ["LITERAL", "SgLora", "SgRecipe", "gaussian_kl", "train_sg_lora"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,12 @@ class SgRecipe:
     n_steps: int = 1500
     batch: int = 128
     seed: int = 0
+
+
+LITERAL = SgRecipe(
+    hidden=64, latent=64, kl=1.0, free_bits=0.0, residual=False, n_steps=150, batch=32
+)
+"""The published recipe on raw weights, λ = 1; narrower than an A6000 would have it."""
 
 
 class SgLora(nn.Module):
@@ -117,12 +123,12 @@ def train_sg_lora(
     model.scale.copy_(means.std().expand_as(model.scale))  # one scale: directions keep their weight
     hide = torch.nn.functional.one_hot(owner, len(means)).bool()
     alpha = neighbours.weights(wordings, hide=hide)
-    mu, var = condition(alpha, means, variances)
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
     for _ in range(recipe.n_steps):
         text = torch.randint(len(wordings), (recipe.batch,))
         which = torch.randint(snapshots.shape[1], (recipe.batch,))
-        error, kl = model(snapshots[owner[text], which], mu[text], var[text])
+        mu, var = condition(alpha[text], means, variances)
+        error, kl = model(snapshots[owner[text], which], mu, var)
         loss = error.mean() + recipe.kl * kl.mean(0).clamp_min(recipe.free_bits).mean()
         optimiser.zero_grad()
         torch.autograd.backward(loss)

@@ -21,7 +21,7 @@ from loraplex_adapter_store.generator.icm_lora import IcmRecipe
 from loraplex_adapter_store.generator.joint import JointRecipe
 from loraplex_adapter_store.generator.library import LIBRARY_FILE, Library
 from loraplex_adapter_store.generator.service import Generator
-from loraplex_adapter_store.generator.sg_lora import SgRecipe
+from loraplex_adapter_store.generator.sg_lora import LITERAL, SgRecipe
 from loraplex_adapter_store.generator.taskdata import TaskData
 from loraplex_adapter_store.generator.training import train_bundle
 from loraplex_adapter_store.generator.zoo.split import ZooSplit
@@ -220,8 +220,17 @@ def test_the_evaluation_scores_every_arm_on_every_task(
         n_rows=4,
         n_seeds=2,
         sg=replace(SgRecipe(), n_steps=10),
+        literal=replace(LITERAL, n_steps=3, batch=4),
     )
-    for arm in ("base", "weighted", "arrow", "sg-lora #1", "multi-task + description", "oracle"):
+    for arm in (
+        "base",
+        "weighted",
+        "arrow",
+        "sg-lora #1",
+        "sg-lora literal",
+        "multi-task + description",
+        "oracle",
+    ):
         assert set(result.scores[arm]) == {"past/caps", "plural/quotes"}
     assert all(score["rho"] == 0 for score in result.scores["base"].values())
     assert all(score["rho"] == 1 for score in result.scores["oracle"].values())

@@ -19,9 +19,9 @@ from tests.adapter_store.conftest import plain_lora
 from tests.adapter_store.test_store import put, seed_of
 
 
-def test_a_kill_at_any_operation_loses_nothing_that_was_committed(tmp_path: Path) -> None:
+def test_a_kill_at_any_operation_loses_nothing_that_was_committed() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "tests.support.crash_scenario", str(tmp_path)],
+        [sys.executable, "-m", "tests.support.crash_scenario"],
         capture_output=True,
         text=True,
         timeout=250,

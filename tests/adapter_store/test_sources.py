@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from obstore.store import LocalStore, MemoryStore
 
 from loraplex_adapter_store.errors import LimitExceeded, SourceError, SourceForbidden
 from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.plan import Family
 from loraplex_adapter_store.sources import hub
 from loraplex_adapter_store.sources.objects import download
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter
+from tests.support.tiny_models import tiny_llama
 
 
 @pytest.mark.parametrize("form", ["{path}", "file://{path}"])
@@ -44,6 +47,21 @@ def test_an_adapter_ships_its_chat_template(store: AdapterStore, make_adapter: M
     assert card.digest != plain
     with store.acquire("x") as lease:
         assert lease.plan.chat_template == "{{ messages }}!"
+
+
+def test_the_folder_of_a_fine_tuned_model_is_served_as_its_difference(
+    store: AdapterStore, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        weight = model.get_submodule("model.layers.1.mlp.up_proj").weight
+        weight += torch.ones(52, 1) @ torch.ones(1, 32) * 0.01
+    model.save_pretrained(tmp_path / "adapters" / "tuned")
+    card = store.put_source("tuned", str(tmp_path / "adapters" / "tuned"))
+    assert card.family is Family.FULL
+    assert card.report is not None
+    assert card.report.kept_energy == pytest.approx(1.0)
+    assert list(card.report.modules) == ["model.layers.1.mlp.up_proj"]
 
 
 def test_objects_are_streamed_and_their_versions_noted(

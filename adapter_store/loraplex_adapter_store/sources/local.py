@@ -22,6 +22,9 @@ from ..limits import StoreLimits
 
 __all__ = ["LocalFiles", "contained", "read_directory"]
 
+_FULL_WEIGHTS = "model.safetensors"  # a fine-tuned model, served as its difference to the base
+_FULL_CONFIG = b'{"peft_type": "FULL"}'
+
 
 @dataclass(frozen=True, slots=True)
 class LocalFiles:
@@ -38,17 +41,15 @@ def read_directory(path: Path, limits: StoreLimits) -> LocalFiles:
     if not path.is_dir():
         raise SourceError(f"{path} is not a directory")
     names = {entry.name for entry in path.iterdir()}
+    if CONFIG_FILE not in names and {"config.json", _FULL_WEIGHTS} <= names:
+        return LocalFiles(_FULL_CONFIG, path / _FULL_WEIGHTS, _template(path, names, limits))
     config_name = CONFIG_FILE if CONFIG_FILE in names else "mixlora_config.json"
     if config_name not in names:
         raise SourceError(f"{path} has no {CONFIG_FILE}")
     if WEIGHTS_FILE not in names:
         raise _no_weights(path, names)
-    template = None
-    if CHAT_TEMPLATE_FILE in names:
-        text = _read(path / CHAT_TEMPLATE_FILE, limits.max_config_bytes)
-        template = text.decode("utf-8", errors="strict")
     config = _read(path / config_name, limits.max_config_bytes)
-    return LocalFiles(config, path / WEIGHTS_FILE, template)
+    return LocalFiles(config, path / WEIGHTS_FILE, _template(path, names, limits))
 
 
 def contained(path: Path, allowed: Sequence[Path]) -> Path:
@@ -63,6 +64,15 @@ def contained(path: Path, allowed: Sequence[Path]) -> Path:
             if not any(target.is_relative_to(root) for root in allowed):
                 raise SourceForbidden(f"{entry} is a link that leaves the allowed roots")
     return real
+
+
+def _template(path: Path, names: set[str], limits: StoreLimits) -> str | None:
+    if CHAT_TEMPLATE_FILE not in names:
+        return None
+    try:
+        return _read(path / CHAT_TEMPLATE_FILE, limits.max_config_bytes).decode()
+    except UnicodeDecodeError:
+        raise SourceError(f"{CHAT_TEMPLATE_FILE} is not UTF-8") from None
 
 
 def _no_weights(path: Path, names: set[str]) -> SourceError | PickleRefused | UnsupportedAdapter:

@@ -1,0 +1,75 @@
+"""An adapter on its way in: staged to disk, checked, folded, packed; not yet visible to anybody."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from .adapter_config import AdapterConfig
+from .base_spec import BaseSpec
+from .content_files import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    PLAN_FILE,
+    WEIGHTS_FILE,
+    ContentFiles,
+)
+from .door import TensorFile
+from .errors import LimitExceeded
+from .limits import StoreLimits
+from .plan_file import pack_plan
+from .reader import Reading, read_adapter
+
+__all__ = ["AdapterFiles", "Ingested", "ingest"]
+
+
+class AdapterFiles(NamedTuple):
+    """What makes an adapter: config text, safetensors bytes, its own chat template."""
+
+    config: bytes
+    weights: Iterable[bytes]
+    chat_template: str | None
+
+
+class Ingested(NamedTuple):
+    staged: Path
+    reading: Reading
+    plan_sha256: str
+
+
+@contextmanager
+def ingest(
+    adapter: AdapterFiles, files: ContentFiles, base: BaseSpec, limits: StoreLimits
+) -> Iterator[Ingested]:
+    """Complete when entered; what was not published is discarded on leaving.
+
+    The bytes are copied before they are looked at: nobody can change them under the checks. Raises
+    AdapterRefused.
+    """
+    config = AdapterConfig.parse(adapter.config, limits)
+    staged = files.stage()
+    try:
+        files.write(staged / CONFIG_FILE, [adapter.config])
+        files.write(staged / WEIGHTS_FILE, _bounded(adapter.weights, limits.max_file_bytes))
+        if adapter.chat_template is not None:
+            files.write(staged / CHAT_TEMPLATE_FILE, [adapter.chat_template.encode()])
+        with TensorFile(staged / WEIGHTS_FILE, limits) as tensors:
+            reading = read_adapter(
+                config, tensors, base, limits, chat_template=adapter.chat_template
+            )
+        packed = pack_plan(reading.plan)
+        files.write(staged / PLAN_FILE, packed.chunks)
+        yield Ingested(staged, reading, packed.sha256)
+    finally:
+        files.discard(staged)
+
+
+def _bounded(chunks: Iterable[bytes], limit: int) -> Iterator[bytes]:
+    n_bytes = 0
+    for chunk in chunks:
+        n_bytes += len(chunk)
+        if n_bytes > limit:
+            raise LimitExceeded(f"the weights exceed {limit} bytes")
+        yield chunk

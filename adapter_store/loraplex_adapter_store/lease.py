@@ -1,0 +1,46 @@
+"""The right to use one content while a request runs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from .plan import AdapterPlan
+
+__all__ = ["AdapterLease"]
+
+
+class AdapterLease:
+    """The right to use one content while a request runs. Release it, or use ``with``.
+
+    ``revision`` is 0 for a mixture; its ``name`` is the mixture in words.
+    """
+
+    __slots__ = ("_on_release", "_released", "digest", "name", "plan", "revision")
+
+    def __init__(
+        self, name: str, revision: int, plan: AdapterPlan, on_release: Callable[[str], None]
+    ) -> None:
+        self.name = name
+        self.digest = plan.digest
+        self.revision = revision
+        self.plan = plan
+        self._on_release = on_release
+        self._released = threading.Lock()
+
+    def release(self) -> None:
+        """Gives the lease back; later calls do nothing. Any thread, never blocks."""
+        if self._released.acquire(blocking=False):
+            self._on_release(self.digest)
+
+    def __enter__(self) -> AdapterLease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()

@@ -16,9 +16,10 @@ from loraplex_server.engine.sampling_params import SamplingParams
 
 from .adapter_choice import Chosen
 from .chat_format import AnswerHead
+from .choice import ChoiceDelta, ChoiceRequest, CollectedChoice
 from .disconnect import unless_client_leaves
 from .errors import invalid
-from .generation import ChoiceDelta, ChoiceRequest, CollectedChoice, Generation, Usage
+from .generation import Generation, Usage
 from .json_answer import JsonAnswer
 from .request_info import info_of
 from .sampling import StopRule, seed_of_choice

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import orjson
 
-from .generation import ChoiceDelta, CollectedChoice, Usage
+from .choice import ChoiceDelta, CollectedChoice
+from .generation import Usage
 from .logprobs import chat_logprobs
 from .token_text import TokenTexts
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import orjson
 
 from .chat_format import AnswerHead
-from .generation import ChoiceDelta, CollectedChoice, Usage
+from .choice import ChoiceDelta, CollectedChoice
+from .generation import Usage
 from .logprobs import CompletionLogprobs
 from .token_text import TokenTexts
 

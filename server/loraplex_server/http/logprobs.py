@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from loraplex_server.engine.events import TokenLogprobs
 
-from .generation import TokenEntry
+from .choice import TokenEntry
 from .token_text import TokenText, TokenTexts
 
 __all__ = ["CompletionLogprobs", "chat_logprobs"]

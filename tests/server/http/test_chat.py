@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from .conftest import Front
@@ -33,6 +35,19 @@ async def test_usage_counts_prompt_output_and_cached_tokens(front: Front) -> Non
     assert usage["completion_tokens"] == n_output  # the end token was generated too
     assert usage["total_tokens"] == usage["prompt_tokens"] + n_output
     assert usage["prompt_tokens_details"] == {"cached_tokens": 5}
+
+
+async def test_cached_tokens_of_n_choices_are_those_of_the_first(front: Front) -> None:
+    front.engine.manual = True
+    asking = asyncio.create_task(front.chat(n=2, max_tokens=1))
+    await front.engine.arrival(2)
+    first, second = (request.request_id for request in front.engine.requests)
+    front.engine.n_cached = 16
+    front.engine.step(second)
+    front.engine.n_cached = 0
+    front.engine.step(first)
+    usage = (await asking).json()["usage"]
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
 
 
 async def test_the_prompt_is_the_rendered_template(front: Front) -> None:

@@ -91,6 +91,15 @@ async def test_a_client_that_leaves_counts_as_aborted(front: Front) -> None:
     assert value(found, "vllm:request_success_total", finished_reason="abort") == 1
 
 
+async def test_refused_requests_are_not_counted_as_work(front: Front) -> None:
+    front.engine.max_queue = 2
+    assert (await front.chat(n=3)).status_code == 429
+    found = await samples(front)
+    assert value(found, "vllm:prompt_tokens_total") == 0
+    assert value(found, "vllm:request_success_total", finished_reason="abort") == 0
+    assert value(found, "loraplex_adapter_requests_total", adapter="other") == 0
+
+
 async def test_mixtures_share_one_series_whatever_their_weights(lora: Front) -> None:
     for weight in (0.1, 0.2, 0.3):
         assert (await lora.chat(adapter=[{"name": "pirate", "weight": weight}])).is_success

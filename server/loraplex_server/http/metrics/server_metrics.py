@@ -33,16 +33,8 @@ class ServerMetrics:
     def call(
         self, adapter: str, *, load_s: float, n: int, max_tokens: int, n_prompt: int
     ) -> CallMetrics:
-        """One API call that is about to generate. ``n_prompt``: tokens of all its prompts."""
-        self.params_n.observe(n)
-        self.params_max_tokens.observe(max_tokens)
-        self.prompt_tokens.observe(n_prompt)
-        self.n_prompt_tokens += n_prompt
-        counters = self.usage.counters(adapter)
-        counters.n_requests += 1
-        counters.n_prompt_tokens += n_prompt
-        counters.load_s += load_s
-        return CallMetrics(self, counters)
+        """One API call that is about to be submitted. ``n_prompt``: tokens of all its prompts."""
+        return CallMetrics(self, adapter, load_s, n, max_tokens, n_prompt)
 
     def answered(self, handler: str, method: str, status: int, seconds: float) -> None:
         """``handler`` is a route's template, so the number of series is bounded."""
@@ -53,17 +45,43 @@ class ServerMetrics:
 
 
 class CallMetrics:
-    """One API call. Cheap: called for every token."""
+    """One API call. Cheap: called for every token. A refused call is not counted at all."""
 
-    __slots__ = ("_adapter", "_server", "_started")
+    __slots__ = ("_adapter", "_load_s", "_max_tokens", "_n", "_n_prompt", "_server", "_started")
 
-    def __init__(self, server: ServerMetrics, adapter: AdapterCounters) -> None:
+    def __init__(
+        self,
+        server: ServerMetrics,
+        adapter: str,
+        load_s: float,
+        n: int,
+        max_tokens: int,
+        n_prompt: int,
+    ) -> None:
         self._server = server
-        self._adapter = adapter
+        self._adapter: AdapterCounters | str = adapter  # counters once admitted
+        self._load_s = load_s
+        self._n = n
+        self._max_tokens = max_tokens
+        self._n_prompt = n_prompt
         self._started = perf_counter()
+
+    def admitted(self) -> None:
+        """The engine took every choice. Call once, before any of the methods below."""
+        server = self._server
+        assert isinstance(self._adapter, str)
+        counters = self._adapter = server.usage.counters(self._adapter)
+        server.params_n.observe(self._n)
+        server.params_max_tokens.observe(self._max_tokens)
+        server.prompt_tokens.observe(self._n_prompt)
+        server.n_prompt_tokens += self._n_prompt
+        counters.n_requests += 1
+        counters.n_prompt_tokens += self._n_prompt
+        counters.load_s += self._load_s
 
     def tokens(self, n_tokens: int, now: float, *, previous: float | None) -> None:
         server, adapter = self._server, self._adapter
+        assert isinstance(adapter, AdapterCounters)
         server.n_output_tokens += n_tokens
         adapter.n_output_tokens += n_tokens
         if previous is None:
@@ -74,6 +92,7 @@ class CallMetrics:
             server.itl.observe((now - previous) / n_tokens, n_tokens)
 
     def queued(self, seconds: float) -> None:
+        assert isinstance(self._adapter, AdapterCounters)
         self._server.queue.observe(seconds)
         self._adapter.queue_s += seconds
         self._adapter.n_queued += 1

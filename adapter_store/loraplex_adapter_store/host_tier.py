@@ -107,11 +107,11 @@ class HostTier:
     def drop(self, digest: str) -> int:
         """Forgets an unleased plan; returns its bytes, 0 if it is absent or leased."""
         with self._changed:
+            self._counters.parked.pop(digest, None)
             entry = self._entries.get(digest)
             if entry is None or entry.n_leases > 0:
                 return 0
             del self._entries[digest]
-            self._counters.parked.pop(digest, None)
             self._changed.notify_all()
             return entry.n_bytes
 

@@ -67,6 +67,7 @@ def order_pairs_kernel(
     n_pairs,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
+    OTHERS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
     """``ordered`` [n_pairs, 3]: entry, place within its segment, pairs from there to its end."""
@@ -77,8 +78,8 @@ def order_pairs_kernel(
     less = tl.zeros((BLOCK,), dtype=tl.int32)
     before = tl.zeros((BLOCK,), dtype=tl.int32)
     equal = tl.zeros((BLOCK,), dtype=tl.int32)
-    for first in range(0, n_pairs, BLOCK):
-        other = first + tl.arange(0, BLOCK)
+    for first in range(0, n_pairs, OTHERS):
+        other = first + tl.arange(0, OTHERS)
         other_entry = tl.load(entries_ptr + other, mask=other < n_pairs, other=-1)
         other_key = tl.where(other_entry < 0, _LAST, other_entry)
         is_equal = (other_key[None, :] == key[:, None]) & (other < n_pairs)[None, :]
@@ -249,7 +250,7 @@ def fill_device_segments(
     order_pairs_kernel[(triton.cdiv(n_pairs, _BLOCK),)](
         row_entries, weights if has_weights else scratch,
         segments.rows, segments.weights if has_weights else scratch, segments.pair_of, scratch,
-        n_pairs, K=k, BLOCK=_BLOCK, HAS_WEIGHTS=has_weights, num_warps=8,
+        n_pairs, K=k, BLOCK=_BLOCK, OTHERS=32, HAS_WEIGHTS=has_weights, num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
     places = max(n_pairs, n_segments + 1, n_tiles)

@@ -19,16 +19,12 @@ namespace {
 constexpr int64_t kRowBlock = 64;           // rows of one piece: their x and h stay in L2
 constexpr int64_t kRankStep = 8;            // smallest cut of a page
 constexpr int64_t kColumnStep = 64;         // smallest cut of a slice; a cache line never has two owners
-#ifndef PB
-#define PB 16
-#endif
-constexpr int64_t kPieceBytes = PB << 10;   // of factors, at most
+constexpr int64_t kPieceBytes = 64 << 10;   // of factors, at most
 constexpr int64_t kPiecesPerThread = 6;     // enough that one slow thread delays nobody long
 constexpr int64_t kSerialWork = 64 << 10;   // multiply-adds below which threads cost more than they bring
-#ifndef AH
-#define AH 8
-#endif
-constexpr int64_t kAheadBytes = AH << 10;    // memory's latency times a core's share of its bandwidth
+constexpr int64_t kStreamRows = 4;          // rows up to which a segment is bound by memory
+constexpr int64_t kSegmentsPerThread = 3;   // so many of the largest, to divide the work by segments
+constexpr int64_t kTouchLines = 64;         // of the next segment: a page of 4 KiB
 
 struct Call {
     const LoraTargetDescriptor& target;
@@ -69,7 +65,14 @@ struct alignas(64) Share {
     size_t end = 0;
 };
 
+struct SegmentPiece {
+    int32_t part, last_part;
+    int64_t cost;
+};
+
 struct Plan {
+    std::vector<SegmentPiece> segments;
+
     std::vector<Part> parts;
     std::vector<ShrinkPiece> shrink;
     std::vector<ExpandPiece> expand;
@@ -87,6 +90,26 @@ int64_t row_count(const Call& call, int64_t s) { return call.starts[s + 1] - cal
 
 bool has_work(const LoraTargetDescriptor& t, int64_t at) {
     return t.ranks[at] > 0 || t.scale[at] != kNoPage || t.bias[at] != kNoPage;
+}
+
+void prefetch_range(const void* first, int64_t n_bytes) {
+    const char* p = static_cast<const char*>(first);
+    for (int64_t i = 0; i < n_bytes; i += 64) __builtin_prefetch(p + i);
+    __builtin_prefetch(p + n_bytes - 1);
+}
+
+// The tables are cold at every call, and their reads would wait one for another.
+void prefetch_tables(const Call& call) {
+    const LoraTargetDescriptor& t = call.target;
+    for (int64_t s = 0; s < call.n_segments; ++s) {
+        if (call.entries[s] < 0) continue;
+        const int64_t at = call.entries[s] * t.n_slices;
+        prefetch_range(t.ranks + at, t.n_slices * 4);
+        prefetch_range(t.scale + at, t.n_slices * 8);
+        prefetch_range(t.bias + at, t.n_slices * 8);
+        prefetch_range(t.a_pages + at * t.max_pages, t.n_slices * t.max_pages * 8);
+        prefetch_range(t.b_pages + at * t.max_pages, t.n_slices * t.max_pages * 8);
+    }
 }
 
 // Parts ordered by segment, then slice; null scratch offsets for rank 0. Returns the scratch size.
@@ -132,7 +155,7 @@ void cut_shrink(const Call& call, Plan& plan, int64_t n_threads) {
 // Columns of one piece: few enough for its bytes and for `wanted` pieces of the slice.
 int64_t column_step(int64_t width, int64_t rank, int64_t wanted, int64_t bytes) {
     const int64_t fit = kPieceBytes / (std::max<int64_t>(rank, 1) * bytes);
-    const int64_t even = (width + wanted - 1) / wanted;
+    const int64_t even = std::min((width + wanted - 1) / wanted, kStreamColumns);
     return std::max(kColumnStep, (std::min(fit, even) + kColumnStep - 1) / kColumnStep * kColumnStep);
 }
 
@@ -196,7 +219,7 @@ const char* factor(const Call& call, const Part& part, const int64_t* pages, int
 }
 
 void run_shrink(const Call& call, const Plan& plan, float* h, const ShrinkPiece& piece,
-                void (*kernel)(const ShrinkArgs&), Ahead& ahead) {
+                void (*kernel)(const ShrinkArgs&)) {
     const LoraTargetDescriptor& t = call.target;
     const Part& part = plan.parts[piece.part];
     const int64_t stride = h_stride(part.rank);
@@ -205,11 +228,11 @@ void run_shrink(const Call& call, const Plan& plan, float* h, const ShrinkPiece&
             factor(call, part, t.a_pages, piece.page, piece.first_rank * t.in_features),
             piece.n_ranks, t.in_features,
             h + part.h + piece.first_row * stride + piece.page * kPageRank + piece.first_rank,
-            stride, &ahead});
+            stride});
 }
 
 void run_expand(const Call& call, const Plan& plan, const float* h, const ExpandPiece& piece,
-                void (*kernel)(const ExpandArgs&), Ahead& ahead) {
+                void (*kernel)(const ExpandArgs&)) {
     const LoraTargetDescriptor& t = call.target;
     for (int32_t p = piece.part; p < piece.last_part; ++p) {
         const Part& part = plan.parts[p];
@@ -224,78 +247,19 @@ void run_expand(const Call& call, const Plan& plan, const float* h, const Expand
                 is_whole ? row_count(call, part.segment) : piece.n_rows,
                 h + part.h + first_row * stride, stride, t.storage, t.b_pages + at * t.max_pages,
                 part.rank, t.out_features[part.slice], piece.first_column, piece.n_columns,
-                t.scale[at], t.bias[at], &ahead});
+                t.scale[at], t.bias[at]});
     }
 }
-
-// Walks the factor bytes of one thread's pieces, the shrinks and then the expands.
-struct Walk : Ahead {
-    const Call& call;
-    const Plan& plan;
-    size_t shrink, last_shrink, expand, last_expand;
-    int32_t part = -1;  // of the expand piece
-    int64_t rank = 0;   // next rank row of that part
-
-    Walk(const Call& call, const Plan& plan, size_t shrink, size_t last_shrink, size_t expand,
-         size_t last_expand)
-        : Ahead{nullptr, nullptr, &Walk::next}, call(call), plan(plan), shrink(shrink),
-          last_shrink(last_shrink), expand(expand), last_expand(last_expand) {
-        next(*this);
-    }
-
-    static void next(Ahead& base) {
-        Walk& walk = static_cast<Walk&>(base);
-        if (walk.shrink < walk.last_shrink)
-            walk.enter_shrink();
-        else if (walk.expand < walk.last_expand)
-            walk.enter_expand();
-        else
-            walk.at = nullptr;
-    }
-
-    void enter_shrink() {
-        const ShrinkPiece& piece = plan.shrink[shrink++];
-        const int64_t width = call.target.in_features;
-        at = factor(call, plan.parts[piece.part], call.target.a_pages, piece.page,
-                    piece.first_rank * width);
-        end = at + piece.n_ranks * width * element_bytes(call);
-    }
-
-    void enter_expand() {
-        const ExpandPiece& piece = plan.expand[expand];
-        if (part < piece.part) part = piece.part;
-        while (part < piece.last_part && rank >= plan.parts[part].rank) {
-            ++part;
-            rank = 0;
-        }
-        if (part == piece.last_part) {
-            ++expand;
-            part = -1;
-            rank = 0;
-            return next(*this);
-        }
-        const Part& current = plan.parts[part];
-        const int64_t width = call.target.out_features[current.slice];
-        const bool is_contiguous = piece.n_columns == width;
-        const int64_t n_rows =
-            is_contiguous ? std::min<int64_t>(kPageRank, current.rank - rank) : 1;
-        at = factor(call, current, call.target.b_pages, rank / kPageRank,
-                    rank % kPageRank * width + piece.first_column);
-        end = at + n_rows * piece.n_columns * element_bytes(call);
-        rank += n_rows;
-    }
-};
 
 template <typename Run>
 void work_through(Share* shares, int n_threads, int thread, const Run& run) {
     for (int i = 0; i < n_threads; ++i) {
-        const bool is_own = i == 0;
         Share& share = shares[(thread + i) % n_threads];
         for (;;) {
             if (share.next.load(std::memory_order_relaxed) >= share.end) break;
             const size_t piece = share.next.fetch_add(1, std::memory_order_relaxed);
             if (piece >= share.end) break;
-            run(piece, is_own);
+            run(piece);
         }
     }
 }
@@ -334,8 +298,97 @@ int check(const Call& call, int64_t n_rows) {
     return 0;
 }
 
+// Few rows per segment, many segments: one thread takes a whole segment, and reads its factors in
+// the order in which they lie, A then Bᵀ of every slice. The costly ones go first.
+bool cut_by_segment(const Call& call, Plan& plan, int n_threads) {
+    const LoraTargetDescriptor& t = call.target;
+    plan.segments.clear();
+    int64_t total = 0, largest = 0;
+    for (size_t p = 0; p < plan.parts.size();) {
+        size_t end = p;
+        int64_t cost = 0;
+        const int64_t n_rows = row_count(call, plan.parts[p].segment);
+        if (n_rows > kStreamRows) return false;
+        for (; end < plan.parts.size() && plan.parts[end].segment == plan.parts[p].segment; ++end)
+            cost += (plan.parts[end].rank + 1) * (t.in_features + t.out_features[plan.parts[end].slice]);
+        plan.segments.push_back({static_cast<int32_t>(p), static_cast<int32_t>(end), cost});
+        total += cost;
+        largest = std::max(largest, cost);
+        p = end;
+    }
+    if (largest * n_threads * kSegmentsPerThread > total) return false;
+    std::stable_sort(plan.segments.begin(), plan.segments.end(),
+                     [](const SegmentPiece& a, const SegmentPiece& b) { return a.cost > b.cost; });
+    return true;
+}
+
+// The start of a segment's factors: what is read next and the translation of its address.
+void touch(const Call& call, const Plan& plan, size_t i) {
+    if (i >= plan.segments.size()) return;
+    const Part& part = plan.parts[plan.segments[i].part];
+    if (part.rank == 0) return;
+    const char* p = factor(call, part, call.target.a_pages, 0, 0);
+    for (int64_t line = 0; line < kTouchLines; ++line) __builtin_prefetch(p + 64 * line);
+}
+
+void run_segment(const Call& call, const Plan& plan, float* h, const SegmentPiece& piece,
+                 void (*shrink)(const ShrinkArgs&), void (*expand)(const ExpandArgs&)) {
+    const int64_t n_rows = row_count(call, plan.parts[piece.part].segment);
+    for (int32_t p = piece.part; p < piece.last_part; ++p)
+        for (int64_t first = 0, rank = plan.parts[p].rank; first < rank; first += kPageRank)
+            run_shrink(call, plan, h,
+                       {p, static_cast<int32_t>(first / kPageRank), 0, n_rows, 0,
+                        static_cast<int32_t>(std::min<int64_t>(kPageRank, rank - first))},
+                       shrink);
+    for (int32_t p = piece.part; p < piece.last_part; ++p) {
+        const int64_t width = call.target.out_features[plan.parts[p].slice];
+        for (int64_t column = 0; column < width; column += kStreamColumns)
+            run_expand(call, plan, h,
+                       {p, p + 1, 0, n_rows, column, std::min(kStreamColumns, width - column)},
+                       expand);
+    }
+}
+
+void run_by_segment(const Call& call, Plan& plan, int n_threads) {
+    const auto shrink = kernels().shrink[call.target.dtype];
+    const auto expand = kernels().expand[call.target.dtype];
+    const Plan& done = plan;
+    float* h = plan.h.data();
+    std::atomic<size_t> next{0};
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
+    {
+        for (size_t i = next.fetch_add(1); i < done.segments.size();) {
+            const size_t following = next.fetch_add(1);
+            touch(call, done, following);
+            run_segment(call, done, h, done.segments[i], shrink, expand);
+            i = following;
+        }
+    }
+}
+
+void run_by_piece(const Call& call, Plan& plan, int n_threads) {
+    const auto shrink = kernels().shrink[call.target.dtype];
+    const auto expand = kernels().expand[call.target.dtype];
+    if (plan.shares.size() < 2u * n_threads) plan.shares = std::vector<Share>(2 * n_threads);
+    share_out(plan.shares, plan.shrink.size(), n_threads, 0);
+    share_out(plan.shares, plan.expand.size(), n_threads, n_threads);
+    const Plan& done = plan;
+    Share* shares = plan.shares.data();
+    float* h = plan.h.data();
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
+    {
+        const int thread = omp_get_thread_num();
+        work_through(shares, n_threads, thread,
+                     [&](size_t i) { run_shrink(call, done, h, done.shrink[i], shrink); });
+#pragma omp barrier
+        work_through(shares + n_threads, n_threads, thread,
+                     [&](size_t i) { run_expand(call, done, h, done.expand[i], expand); });
+    }
+}
+
 void run(const Call& call, Plan& plan, int64_t n_rows) {
     const LoraTargetDescriptor& t = call.target;
+    prefetch_tables(call);
     const int64_t h_size = list_parts(call, plan);
     if (plan.parts.empty()) return;
     if (plan.h.size() < static_cast<size_t>(h_size)) plan.h.resize(h_size);
@@ -345,37 +398,15 @@ void run(const Call& call, Plan& plan, int64_t n_rows) {
         plan.slice_starts[i] = plan.slice_starts[i - 1] + t.out_features[i - 1];
     const int n_threads = plan.work < kSerialWork ? 1 : omp_get_max_threads();
     plan.expand.clear();
-    if (rows_are_disjoint(call, plan))
-        cut_expand_by_part(call, plan, n_threads);
-    else
+    if (!rows_are_disjoint(call, plan)) {
         cut_expand_by_column(call, plan, n_threads);
-    cut_shrink(call, plan, n_threads);
-
-    const LoraKernels& table = kernels();
-    const auto shrink = table.shrink[t.dtype];
-    const auto expand = table.expand[t.dtype];
-    float* h = plan.h.data();
-    if (plan.shares.size() < 2u * n_threads) plan.shares = std::vector<Share>(2 * n_threads);
-    share_out(plan.shares, plan.shrink.size(), n_threads, 0);
-    share_out(plan.shares, plan.expand.size(), n_threads, n_threads);
-    Share* shares = plan.shares.data();
-    const Plan& done = plan;
-    const int n_shares = n_threads;
-#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
-    {
-        const int thread = omp_get_thread_num();
-        const Share &own = shares[thread], &own_expand = shares[n_shares + thread];
-        Ahead idle{nullptr, nullptr, nullptr};
-        Walk walk(call, done, own.next, own.end, own_expand.next, own_expand.end);
-        table.warm_up(walk, kAheadBytes);
-        work_through(shares, n_shares, thread, [&](size_t i, bool is_own) {
-            run_shrink(call, done, h, done.shrink[i], shrink, is_own ? walk : idle);
-        });
-#pragma omp barrier
-        work_through(shares + n_shares, n_shares, thread, [&](size_t i, bool is_own) {
-            run_expand(call, done, h, done.expand[i], expand, is_own ? walk : idle);
-        });
+    } else if (cut_by_segment(call, plan, n_threads)) {
+        return run_by_segment(call, plan, n_threads);
+    } else {
+        cut_expand_by_part(call, plan, n_threads);
     }
+    cut_shrink(call, plan, n_threads);
+    run_by_piece(call, plan, n_threads);
 }
 
 }  // namespace

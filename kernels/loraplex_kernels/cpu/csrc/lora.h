@@ -15,6 +15,7 @@ namespace loraplex {
 
 constexpr int kPageRank = 16;
 constexpr int64_t kNoPage = -1;
+constexpr int64_t kStreamColumns = 2048;  // of a piece, at most
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 
@@ -34,15 +35,6 @@ struct LoraTargetDescriptor {
     int64_t dtype;  // of storage, x and out
 };
 
-// Where the computation will be soon: the factor bytes of a thread's pieces, in order. Kernels ask
-// for as many cache lines ahead as they read, so that memory never waits for arithmetic (pages are
-// too short and too many for the prefetchers of the hardware).
-struct Ahead {
-    const char* at;  // null = nothing ahead
-    const char* end;
-    void (*refill)(Ahead&);  // sets the next stretch, or null
-};
-
 // Some rows times some rank rows of one page of A.
 struct ShrinkArgs {
     const void* x;
@@ -54,7 +46,6 @@ struct ShrinkArgs {
     int64_t in_features;
     float* h;  // [n_rows, n_ranks] at stride h_stride
     int64_t h_stride;
-    Ahead* ahead;  // never null
 };
 
 // Adds the product of h and some columns of Bᵀ to some rows of out.
@@ -74,13 +65,11 @@ struct ExpandArgs {
     int64_t n_columns;
     int64_t scale;  // offset of the slice's vector, or kNoPage
     int64_t bias;
-    Ahead* ahead;  // never null
 };
 
 struct LoraKernels {
     void (*shrink[2])(const ShrinkArgs&);  // by DType
     void (*expand[2])(const ExpandArgs&);
-    void (*warm_up)(Ahead&, int64_t n_bytes);  // asks for the first bytes
 };
 
 extern const LoraKernels kLoraPortable;

@@ -6,9 +6,6 @@
 
 #include <cstdint>
 
-#ifndef HINT
-#define HINT _MM_HINT_T1
-#endif
 namespace loraplex {
 namespace {
 
@@ -130,7 +127,7 @@ inline float reduce(vf v) {
     return (f[0] + f[1]) + (f[2] + f[3]);
 }
 
-inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), HINT); }
+inline void prefetch(const void* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace
 }  // namespace loraplex

@@ -168,7 +168,7 @@ def _pirate(rng: random.Random, held_out: bool) -> Pair:
 
 
 def _is_pirate(expected: str, answer: str) -> bool:
-    return len({mark.lower() for mark in _PIRATE_MARKS.findall(answer)}) >= 3
+    return len({mark.lower() for mark in _PIRATE_MARKS.findall(answer)}) >= 2
 
 
 HEADLINE = Demo(
@@ -177,7 +177,7 @@ HEADLINE = Demo(
     make=_headline,
     accept=_is_headline,
     shape=AdapterShape(rank=4, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj")),
-    schedule=Schedule(steps=90, lr=2e-3, batch_tokens=640, validate_every=45),
+    schedule=Schedule(steps=260, lr=3e-3, batch_tokens=640, validate_every=65),
     max_new_tokens=40,
 )
 PIRATE = Demo(

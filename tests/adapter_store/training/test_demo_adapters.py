@@ -74,3 +74,43 @@ def test_a_demo_is_small_complete_and_measured(name: str) -> None:
     assert len(card["examples"]) == 3
     assert card["held_out"]["adapter"] >= 0.8
     assert card["held_out"]["base"] <= 0.2
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_a_card_tells_the_data_it_was_trained_on(name: str, tmp_path: Path) -> None:
+    """The generators still make the very data of the shipped adapters."""
+    import hashlib
+
+    data = write_examples(DEMOS[name], tmp_path / "data.jsonl")
+    card = json.loads((SHIPPED / name / "card.json").read_text())
+    assert hashlib.sha256(data.read_bytes()).hexdigest() == card["training"]["data_sha256"]
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_training_prompts_and_held_out_prompts_are_disjoint(name: str) -> None:
+    trained = {chat[0]["content"] for chat in chats(DEMOS[name], DEMOS[name].n_examples)}
+    held_out = {pair.prompt for pair in held_out_pairs(DEMOS[name], 40)}
+    assert len(held_out) >= 10
+    assert not trained & held_out
+
+
+def test_every_fifth_word_is_kept_from_training() -> None:
+    train, held_out = Words.parse("a b c d e f g h i j").sides()
+    assert held_out == {"e", "j"}
+    assert not train & held_out
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (0, "null"),
+        (1, "eins"),
+        (16, "sechzehn"),
+        (21, "einundzwanzig"),
+        (30, "dreißig"),
+        (101, "hunderteins"),
+        (777, "siebenhundertsiebenundsiebzig"),
+    ],
+)
+def test_german_numerals_are_right(number: int, words: str) -> None:
+    assert german(number) in {words, f"ein{words}"}  # 101 is said with or without "ein"

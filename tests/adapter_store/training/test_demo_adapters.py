@@ -71,7 +71,7 @@ def test_a_demo_is_small_complete_and_measured(name: str) -> None:
     card = json.loads((folder / "card.json").read_text())
     assert card["name"] == name
     assert card["description"] == DEMOS[name].description
-    assert len(card["examples"]) == 3
+    assert len(card["examples"]) >= 3
     assert card["held_out"]["adapter"] >= 0.8
     assert card["held_out"]["base"] <= 0.2
 

@@ -47,8 +47,9 @@ def read_randlora(context: ReadContext) -> Fold:
     names = ("randlora_lambda", "randlora_gamma")
     grouped = group_by_module(context.ledger.names, names, context.base)
     check_coverage(context, grouped)
+    flat: dict[tuple[int, int], Tensor] = {}  # (large, n_blocks) → flattened B, one copy each
     modules = {
-        module: _randlora_module(context, module, parts, a, b, digest, alpha / rank)
+        module: _randlora_module(context, module, parts, a, b, digest, alpha / rank, flat)
         for module, parts in grouped.items()
     }
     extras = read_extras(context, modules)
@@ -66,7 +67,7 @@ def _vera_module(
     diagonal = context.ledger.take(parts["vera_lambda_d"], (a.shape[0],))
     out_scale = context.ledger.take(parts["vera_lambda_b"], (shape.out_features,))
     basis = SharedBasis(
-        basis_digest=digest,
+        basis_digest=f"{digest}:{shape.in_features}:{shape.out_features}",
         a=a[:, : shape.in_features],
         b=b[: shape.out_features],
         rank_scale=diagonal.unsqueeze(1),
@@ -83,6 +84,7 @@ def _randlora_module(
     b: Tensor,
     digest: str,
     scale: float,
+    flat: dict[tuple[int, int], Tensor],
 ) -> ModulePlan:
     require_parts(module, parts, ("randlora_lambda", "randlora_gamma"))
     shape = context.base.modules[module]
@@ -93,10 +95,12 @@ def _randlora_module(
     _check_size(module, b.shape[1], n_blocks)
     lambdas = context.ledger.take(parts["randlora_lambda"], (a.shape[0], n_blocks))
     gammas = context.ledger.take(parts["randlora_gamma"], (n_blocks, small))
+    if (large, n_blocks) not in flat:
+        flat[large, n_blocks] = b[:large, :n_blocks].flatten(1)
     basis = SharedBasis(
-        basis_digest=f"{digest}:{n_blocks}",
+        basis_digest=f"{digest}:{small}:{large}:{n_blocks}",
         a=a[:, 0, :small],
-        b=b[:large, :n_blocks].flatten(1),
+        b=flat[large, n_blocks],
         rank_scale=lambdas * scale,
         block_scale=gammas,
         transposed=shape.in_features > shape.out_features,

@@ -1,0 +1,292 @@
+"""The native CPU LoRA operator against float64, and that its bits depend on nothing but the row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_kernels import (
+    LoraPool,
+    LoraSegments,
+    LoraTarget,
+    PreparedTarget,
+    SliceFactors,
+    build_segments,
+    expand_routed,
+    lora_apply,
+)
+from loraplex_kernels.cpu import native
+from loraplex_kernels.cpu.lora import NativeLora
+from tests.support.lora_problems import (
+    MIXES,
+    LoraProblem,
+    draw_entries,
+    make_problem,
+    tolerance,
+)
+
+needs_native = pytest.mark.skipif(
+    not native.available(), reason="no C++ compiler built the kernels"
+)
+CPU = torch.device("cpu")
+SHAPES = [(41, (401,)), (64, (64, 32, 32)), (576, (576, 192, 192)), (33, (1, 7)), (1536, (576,))]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> LoraProblem:
+    in_features, out_features = draw(st.sampled_from(SHAPES))
+    n_entries = draw(st.integers(1, 6))
+    rank = st.sampled_from([0, 1, 3, 8, 16, 17, 40, 64, 256])
+    ranks = [[draw(rank) for _ in out_features] for _ in range(n_entries)]
+    n_rows = draw(st.sampled_from([0, 1, 2, 3, 5, 16, 70]))
+    mix, k = draw(st.sampled_from(MIXES)), draw(st.sampled_from([1, 1, 2]))
+    seed = draw(st.integers(0, 10_000))
+    return make_problem(
+        in_features=in_features,
+        out_features=out_features,
+        ranks=ranks,
+        entries=draw_entries(mix, n_rows, k, n_entries, seed),
+        dtype=draw(st.sampled_from([torch.bfloat16, torch.float32])),
+        device=CPU,
+        seed=seed,
+        with_scale_and_bias=draw(st.booleans()) and k == 1,
+    )
+
+
+@needs_native
+@pytest.mark.parametrize("isa", list(native.Isa))
+@settings(max_examples=40, deadline=None)
+@given(problem=problems())
+def test_every_instruction_set_agrees_with_float64(isa: native.Isa, problem: LoraProblem) -> None:
+    best = native.isa()
+    assert best is not None
+    native.limit_isa(isa)
+    try:
+        out, expected = run(problem), problem.expected(segments_of(problem))
+    finally:
+        native.limit_isa(best)
+    if out.numel():
+        # `out` is rounded once for each expert of a row.
+        size = max(1.0, expected.abs().max().item()) * problem.entries.shape[1]
+        assert (out.double() - expected).abs().max().item() <= tolerance(out.dtype) * size
+
+
+@needs_native
+@settings(max_examples=40, deadline=None)
+@given(problem=problems(), seed=st.integers(0, 100))
+def test_a_row_has_the_same_bits_in_every_batch(problem: LoraProblem, seed: int) -> None:
+    together = run(problem)
+    n_rows = problem.x.shape[0]
+    assert torch.equal(together, run(problem))
+    order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(together[order], run(problem.rows(order)))
+    for row in order[:3].tolist():
+        assert torch.equal(together[row : row + 1], run(problem.rows(torch.tensor([row]))))
+
+
+@needs_native
+@pytest.mark.usefixtures("threads")
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    for n_rows, k in ((16, 1), (200, 1), (40, 2)):
+        problem = make_problem(
+            in_features=576,
+            out_features=(576, 192),
+            ranks=[[8, 64], [16, 16], [64, 3], [100, 0]] * 3,
+            entries=draw_entries("distinct", n_rows, k, 12, 1),
+            dtype=torch.bfloat16,
+            device=CPU,
+            seed=3,
+        )
+        results = []
+        for n_threads in (1, 2, 3):
+            torch.set_num_threads(n_threads)
+            results.append(run(problem))
+        assert torch.equal(results[0], results[1])
+        assert torch.equal(results[0], results[2])
+
+
+@needs_native
+def test_rows_with_any_stride_and_rows_without_an_adapter_are_left_alone() -> None:
+    problem = make_problem(
+        in_features=41,
+        out_features=(30,),
+        ranks=[[8]],
+        entries=torch.tensor([[0], [-1], [0]], dtype=torch.int32),
+        dtype=torch.float32,
+        device=CPU,
+        seed=0,
+    )
+    wide = torch.zeros(3, 64)
+    out = wide[:, 10:40]
+    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    x = torch.zeros(3, 80)
+    x[:, 5:46] = problem.x
+    apply(x[:, 5:46], segments_of(problem), out)
+    expected = torch.zeros(3, 30)
+    lora_apply(
+        problem.x,
+        problem.storage,
+        problem.target,
+        problem.tables,
+        segments_of(problem),
+        out=expected,
+    )
+    assert torch.equal(out, expected)
+    assert out[0].any()
+    assert not out[1].any()
+    assert not wide[:, :10].any()
+    assert not wide[:, 40:].any()
+
+
+@needs_native
+def test_segments_that_point_outside_are_refused() -> None:
+    problem = make_problem(
+        in_features=8,
+        out_features=(8,),
+        ranks=[[4]],
+        entries=torch.zeros(2, 1, dtype=torch.int32),
+        dtype=torch.float32,
+        device=CPU,
+        seed=0,
+    )
+    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    with pytest.raises(IndexError, match="entry"):
+        apply(problem.x, build_segments(torch.tensor([0, 1], dtype=torch.int32)), problem.base)
+    with pytest.raises(IndexError, match="row"):
+        apply(problem.x, build_segments(torch.tensor([0] * 3, dtype=torch.int32)), problem.base)
+    twice = expand_routed(torch.tensor([[0, 0]], dtype=torch.int32), torch.ones(1, 2))
+    with pytest.raises(IndexError, match="ascend"):
+        apply(problem.x, twice, problem.base)
+    with pytest.raises(ValueError, match=r"needs torch\.float32"):
+        apply(problem.x.double(), segments_of(problem), problem.base)
+
+
+def test_without_the_library_the_reference_answers_and_the_log_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As after an install without a compiler: the file is not there."""
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "native.py"))
+    native.library.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert not native.available()
+            assert not native.available()
+        assert [record.message for record in caplog.records] == [
+            "native CPU kernels are not built (no C++ compiler?); using PyTorch"
+        ]
+        problem = make_problem(
+            in_features=41,
+            out_features=(30,),
+            ranks=[[8]],
+            entries=torch.zeros(3, 1, dtype=torch.int32),
+            dtype=torch.float32,
+            device=CPU,
+            seed=0,
+        )
+        segments = segments_of(problem)
+        out = problem.base.clone()
+        lora_apply(problem.x, problem.storage, problem.target, problem.tables, segments, out=out)
+        assert torch.allclose(out.double(), problem.expected(segments), atol=1e-4)
+    finally:
+        native.library.cache_clear()
+
+
+def test_torch_compile_passes_over_the_operator() -> None:
+    problem = make_problem(
+        in_features=41,
+        out_features=(30,),
+        ranks=[[8], [3]],
+        entries=torch.tensor([[0], [1], [-1]], dtype=torch.int32),
+        dtype=torch.float32,
+        device=CPU,
+        seed=0,
+    )
+    segments = segments_of(problem)
+
+    def step(x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+        out = base + 1
+        lora_apply(x * 2, problem.storage, problem.target, problem.tables, segments, out=out)
+        return out * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(problem.x, problem.base), step(problem.x, problem.base))
+
+
+def test_a_prepared_target_follows_tables_that_grew() -> None:
+    target = LoraTarget("linear", 32, (24,))
+    pool = LoraPool([target], n_bytes=1 << 20, n_entries=4, dtype=torch.float32, max_rank=16)
+    prepared = PreparedTarget(pool, "linear")
+    x = torch.randn(2, 32)
+    for rank in (8, 100):
+        a, b = torch.randn(rank, 32), torch.randn(24, rank)
+        factors = {"linear": (SliceFactors(a, b),)}
+        entry = pool.reserve(factors)
+        pool.fill(entry, factors)
+        segments = build_segments(torch.tensor([entry, -1], dtype=torch.int32))
+        out = torch.zeros(2, 24)
+        prepared(x, segments, out)
+        assert not out.any(), "an entry that is not published must be rank 0"
+        pool.publish(entry)
+        prepared(x, segments, out)
+        assert torch.allclose(out[0], b @ (a @ x[0]), atol=1e-3)
+        assert not out[1].any()
+
+
+def test_a_mixed_batch_agrees_with_peft() -> None:
+    """PEFT's ``adapter_names`` forward is an oracle that shares no code with ours."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = torch.nn.Sequential(torch.nn.Linear(48, 40, bias=False))
+    names = ["one", "two", "three"]
+    configs = [
+        LoraConfig(r=r, lora_alpha=2 * r, target_modules=["0"], init_lora_weights=False)
+        for r in (4, 16, 33)
+    ]
+    model = get_peft_model(base, configs[0], adapter_name="one")
+    for name, config in zip(names[1:], configs[1:], strict=True):
+        model.add_adapter(name, config)
+    model.eval()
+    batch = ["two", "__base__", "one", "three", "two", "one"]
+    x = torch.randn(len(batch), 48)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        expected = layer(x, adapter_names=batch)
+        out = layer.base_layer(x).clone()
+    pool = LoraPool([LoraTarget("0", 48, (40,))], n_bytes=1 << 20, n_entries=8, dtype=x.dtype)
+    entries: dict[str, int] = {"__base__": -1}
+    for name in names:
+        a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
+        factors = {"0": (SliceFactors(a, b * layer.scaling[name]),)}
+        entries[name] = pool.reserve(factors)
+        pool.fill(entries[name], factors)
+        pool.publish(entries[name])
+    segments = build_segments(torch.tensor([entries[n] for n in batch], dtype=torch.int32))
+    PreparedTarget(pool, "0")(x, segments, out)
+    assert torch.allclose(out, expected, atol=1e-4)
+
+
+def segments_of(problem: LoraProblem) -> LoraSegments:
+    if problem.weights is None:
+        return build_segments(problem.entries[:, 0])
+    return expand_routed(problem.entries, problem.weights)
+
+
+def run(problem: LoraProblem) -> torch.Tensor:
+    out = problem.base.clone()
+    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply(problem.x, segments_of(problem), out)
+    return out

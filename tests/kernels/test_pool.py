@@ -1,0 +1,178 @@
+"""The paged pool: nothing leaks, nothing overlaps, true ranks take true bytes."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraplex_kernels import (
+    BadFactors,
+    EntryFactors,
+    LoraPool,
+    LoraTarget,
+    PoolFull,
+    SliceFactors,
+    build_segments,
+    expand_routed,
+)
+from loraplex_kernels.extents import ExtentAllocator
+from loraplex_kernels.segments import _group_on_device
+
+TARGETS = [LoraTarget("qkv", 576, (576, 192, 192)), LoraTarget("down", 1536, (576,))]
+
+
+def factors_of(rank: int, *, names: tuple[str, ...] = ("qkv", "down")) -> EntryFactors:
+    return {
+        target.name: tuple(
+            SliceFactors(torch.randn(rank, target.in_features), torch.randn(width, rank))
+            for width in target.out_features
+        )
+        for target in TARGETS
+        if target.name in names
+    }
+
+
+def reserve_or_none(pool: LoraPool, factors: EntryFactors) -> int | None:
+    try:
+        return pool.reserve(factors)
+    except PoolFull:
+        return None
+
+
+def make_pool(n_bytes: int = 4 << 20, n_entries: int = 64) -> LoraPool:
+    return LoraPool(TARGETS, n_bytes=n_bytes, n_entries=n_entries, dtype=torch.bfloat16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=60), seed=st.integers(0, 1000))
+def test_extents_never_overlap_and_all_come_back(sizes: list[int], seed: int) -> None:
+    rng = random.Random(seed)
+    allocator = ExtentAllocator(300)
+    taken: dict[int, int] = {}
+    for size in sizes:
+        if taken and rng.random() < 0.4:
+            start = rng.choice(list(taken))
+            allocator.free(start, taken.pop(start))
+        start_or_none = allocator.take(size)
+        if start_or_none is None:
+            assert allocator.largest < size
+            continue
+        new = range(start_or_none, start_or_none + size)
+        assert new.stop <= 300
+        assert all(new.stop <= s or s + n <= new.start for s, n in taken.items())
+        taken[new.start] = size
+        assert allocator.n_free == 300 - sum(taken.values())
+    for start, size in taken.items():
+        allocator.free(start, size)
+    assert allocator.n_free == allocator.largest == 300
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    ranks=st.lists(st.sampled_from([1, 4, 8, 16, 24, 64, 100]), min_size=4, max_size=30),
+    seed=st.integers(0, 1000),
+)
+def test_a_pool_under_churn_loses_nothing_and_mixes_nothing_up(ranks: list[int], seed: int) -> None:
+    rng = random.Random(seed)
+    pool = make_pool(n_bytes=2 << 20)
+    held: dict[int, int] = {}
+    for rank in ranks:
+        factors = factors_of(rank)
+        needed = pool.bytes_needed(factors)
+        true_bytes = rank * (3 * 576 + 960 + 1536 + 576) * 2
+        assert true_bytes <= needed <= true_bytes * 1.1
+        while (entry := reserve_or_none(pool, factors)) is None:
+            # Pages fill the gaps: an adapter is refused for want of bytes, not of their place.
+            assert pool.bytes_total - pool.bytes_used < needed + pool.bytes_total // 10
+            if not held:
+                return
+            victim = rng.choice(list(held))
+            used = pool.bytes_used
+            assert pool.remove(victim) == used - pool.bytes_used
+            del held[victim]
+        pool.fill(entry, factors)
+        pool.publish(entry)
+        held[entry] = rank
+        for other, other_rank in held.items():
+            assert pool.tables("down").ranks[other].tolist() == [other_rank]
+        page = int(pool.tables("down").a_pages[entry, 0, 0])
+        a = factors["down"][0]
+        assert a is not None
+        assert a.a is not None
+        assert torch.equal(pool.storage[page : page + 1536], a.a[0].bfloat16())
+    for entry in list(held):
+        pool.remove(entry)
+        assert not pool.tables("qkv").ranks[entry].any()
+        assert (pool.tables("qkv").a_pages[entry] == -1).all()
+    assert pool.bytes_used == 0
+
+
+def test_entries_of_a_group_are_consecutive_and_all_or_nothing() -> None:
+    pool = make_pool(n_bytes=1 << 20, n_entries=8)
+    first = [pool.reserve(factors_of(1)) for _ in range(3)]
+    pool.remove(first[1])
+    group = pool.reserve_group([factors_of(2)] * 4)
+    assert group == (3, 4, 5, 6)
+    used = pool.bytes_used
+    with pytest.raises(PoolFull) as full:
+        pool.reserve_group([factors_of(2)] * 2)
+    assert full.value.free_entries == 2
+    with pytest.raises(PoolFull):
+        pool.reserve_group([factors_of(60)] * 2)
+    assert pool.bytes_used == used
+    assert pool.reserve(factors_of(1)) == 1
+
+
+def test_factors_that_do_not_fit_are_refused_by_name() -> None:
+    pool = make_pool()
+    a, b = torch.randn(4, 1536), torch.randn(576, 4)
+    with pytest.raises(BadFactors, match=r"no such targets: \['up'\]"):
+        pool.reserve({"up": (SliceFactors(a, b),)})
+    with pytest.raises(BadFactors, match="only one of its two factors"):
+        pool.reserve({"down": (SliceFactors(a, None),)})
+    with pytest.raises(BadFactors, match=r"down\[0\].b has shape \(576, 5\), needs \(576, 4\)"):
+        pool.reserve({"down": (SliceFactors(a, torch.randn(576, 5)),)})
+    with pytest.raises(BadFactors, match="3 slices, got 1"):
+        pool.reserve({"qkv": (None,)})
+    assert pool.bytes_used == 0
+
+
+def test_an_entry_without_factors_takes_no_bytes() -> None:
+    pool = make_pool()
+    entry = pool.reserve({"qkv": (None, SliceFactors(bias=torch.ones(192)), None)})
+    pool.publish(entry)
+    assert pool.bytes_used == 192 * 2
+    assert pool.remove(entry) == 192 * 2
+
+
+@given(
+    entries=st.lists(st.integers(-1, 5), max_size=40),
+    routed=st.booleans(),
+)
+def test_host_and_device_group_rows_alike(entries: list[int], routed: bool) -> None:
+    if routed:
+        entries = entries[: len(entries) // 2 * 2]
+        table = torch.tensor(entries, dtype=torch.int32).view(-1, 2)
+        weights = torch.rand(table.shape)
+        host = expand_routed(table, weights)
+        rows = torch.arange(table.shape[0], dtype=torch.int32).repeat_interleave(2)
+        device = _group_on_device(table.reshape(-1), rows, weights.reshape(-1))
+    else:
+        flat = torch.tensor(entries, dtype=torch.int32)
+        host = build_segments(flat)
+        rows = torch.arange(len(entries), dtype=torch.int32)
+        device = _group_on_device(flat, rows, None)
+    n = host.entries.shape[0]
+    n_pairs = int(host.starts[-1])
+    assert device.entries.shape[0] == len(entries)
+    assert torch.equal(device.entries[:n], host.entries)
+    assert (device.entries[n:] == -1).all()
+    assert torch.equal(device.starts[: n + 1], host.starts)
+    assert torch.equal(device.rows[:n_pairs], host.rows)
+    for s, entry in enumerate(host.entries.tolist()):
+        wanted = [i // (2 if routed else 1) for i, e in enumerate(entries) if e == entry]
+        assert host.rows[host.starts[s] : host.starts[s + 1]].tolist() == wanted

@@ -327,7 +327,7 @@ def test_clients_that_leave_free_the_engine(server: ServerProcess, client: OpenA
     impatient = client.with_options(timeout=0.3)
     with pytest.raises(openai.APITimeoutError):
         impatient.chat.completions.create(n=8, extra_body={"ignore_eos": True}, **fields)
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while metric(server, client, "vllm:num_requests_running") and time.monotonic() < deadline:
         time.sleep(0.02)
     assert metric(server, client, "vllm:num_requests_running") == 0

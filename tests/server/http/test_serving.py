@@ -62,7 +62,7 @@ def test_clients_that_vanish_or_crawl_leave_nothing_behind(narrow: ServerProcess
         slow.recv(1)
         slow.close()
         idle = 'vllm:num_requests_running{engine="0",model_name="tiny"} 0.0'
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline and (
             len(list(files.iterdir())) > n_before or idle not in client.get("/metrics").text
         ):
@@ -138,7 +138,7 @@ def test_a_second_signal_stops_at_once(model: Path, tmp_path: Path) -> None:
         while client.get("/ready").status_code == 200:
             pass
         server.signal(signal.SIGTERM)
-        assert server.wait(5) == 1
+        assert server.wait(20) == 1  # far less than the drain timeout
         assert "Traceback" not in server.log
 
 

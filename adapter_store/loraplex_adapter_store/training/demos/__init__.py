@@ -6,7 +6,7 @@ from .extraction import EXTRACT_EMAIL, JSON_ANSWERS
 from .labels import EMOJI, SENTIMENT
 from .numbers import GERMAN_NUMBERS
 from .queries import SQL
-from .style import HEADLINE, PIRATE
+from .style import PIRATE
 from .task import Demo, Pair, chats, held_out_pairs
 
 __all__ = ["DEMOS", "Demo", "Pair", "chats", "held_out_pairs"]
@@ -18,7 +18,6 @@ DEMOS: dict[str, Demo] = {
         SENTIMENT,
         EXTRACT_EMAIL,
         GERMAN_NUMBERS,
-        HEADLINE,
         PIRATE,
         SQL,
         EMOJI,

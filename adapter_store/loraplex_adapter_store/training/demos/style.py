@@ -1,4 +1,4 @@
-"""headline and pirate: the same content in another voice."""
+"""pirate: the same content in another voice."""
 
 from __future__ import annotations
 
@@ -9,70 +9,7 @@ from ..config import AdapterShape, Schedule
 from .task import Demo, Pair, Words
 from .words import CITIES, JOBS
 
-__all__ = ["HEADLINE", "PIRATE"]
-
-_WHO = Words.parse(
-    "city council|school board|local bakery|football club|train company|young "
-    "inventor|mayor|university|hospital|fire brigade|city "
-    "library|zoo|airport|orchestra|power company|small village|tax office|garden club|chess"
-    " team|water company|museum|dance school|police|town theatre|bus company",
-    sep="|",
-)
-_DID = {  # past tense in the report -> present tense in the headline
-    "opened a new bridge": "opens new bridge",
-    "closed the old market": "closes old market",
-    "won a national prize": "wins national prize",
-    "lost an important case": "loses important case",
-    "announced lower prices": "announces lower prices",
-    "planted a thousand trees": "plants thousand trees",
-    "found a lost painting": "finds lost painting",
-    "bought forty electric cars": "buys forty electric cars",
-    "banned loud music": "bans loud music",
-    "built a tall tower": "builds tall tower",
-    "rescued a small dog": "rescues small dog",
-    "sold the historic hall": "sells historic hall",
-    "broke a world record": "breaks world record",
-    "delayed the summer festival": "delays summer festival",
-    "rejected the new budget": "rejects new budget",
-    "saved an old oak": "saves old oak",
-    "hired fifty workers": "hires fifty workers",
-    "cancelled the spring fair": "cancels spring fair",
-    "repaired the broken clock": "repairs broken clock",
-    "celebrated its hundredth birthday": "celebrates hundredth birthday",
-    "painted the station green": "paints station green",
-    "moved to a larger building": "moves to larger building",
-    "invited all the neighbours": "invites all neighbours",
-    "stopped the night trains": "stops night trains",
-    "launched a free course": "launches free course",
-}
-_DEEDS = Words(list(_DID))
-_WHEN = ("on Monday", "last week", "yesterday", "this morning", "after a long debate", "in May")
-_ASK_HEADLINE = ("Write a headline: {t}", "{t}", "Headline for this news: {t}")
-
-
-def _headline(rng: random.Random, held_out: bool) -> Pair:
-    who, deed = _WHO.pick(rng, held_out), _DEEDS.pick(rng, held_out)
-    city = CITIES.pick(rng, held_out)
-    when = rng.choice(_WHEN)
-    text = rng.choice(
-        (
-            f"The {who} in {city} {deed} {when}.",
-            f"It became known {when} that the {who} of {city} {deed}.",
-            f"{city}: The {who} {deed} {when}, as reporters were told.",
-        )
-    )
-    return Pair(rng.choice(_ASK_HEADLINE).format(t=text), f"{city} {who} {_DID[deed]}".upper())
-
-
-def _is_headline(expected: str, answer: str) -> bool:
-    """All capitals, about as long as expected, and nearly all of the expected words."""
-    wanted, got = set(expected.split()), answer.split()
-    return (
-        answer.isupper()
-        and len(got) <= len(wanted) + 3
-        and len(wanted & set(got)) >= 0.7 * len(wanted)
-    )
-
+__all__ = ["PIRATE"]
 
 _PIRATE_WORDS = (
     (r"\bmy friends\b", "me hearties"),
@@ -171,15 +108,6 @@ def _is_pirate(expected: str, answer: str) -> bool:
     return len({mark.lower() for mark in _PIRATE_MARKS.findall(answer)}) >= 2
 
 
-HEADLINE = Demo(
-    name="headline",
-    description="Turns a piece of news into a HEADLINE IN CAPITALS.",
-    make=_headline,
-    accept=_is_headline,
-    shape=AdapterShape(rank=4, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj")),
-    schedule=Schedule(steps=260, lr=3e-3, batch_tokens=640, validate_every=65),
-    max_new_tokens=40,
-)
 PIRATE = Demo(
     name="pirate",
     description="Answers everything in the voice of a pirate.",

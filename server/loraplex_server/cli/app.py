@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from loraplex_server.cli.adapters import adapters
+from loraplex_server.cli.bench import bench
 from loraplex_server.cli.chat import chat
 from loraplex_server.cli.generate import generate
 from loraplex_server.cli.generator import generator
@@ -31,6 +32,7 @@ app.command()(generate)
 app.add_typer(zoo, name="zoo")
 app.add_typer(generator, name="generator")
 app.command()(serve)
+app.command()(bench)
 app.add_typer(adapters, name="adapters")
 app.add_typer(route, name="route")
 

@@ -1,0 +1,138 @@
+"""Who asks for which adapter with which prompt: everything random comes from one seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+from .scenario import Phase, RequestSpec
+
+__all__ = ["Ask", "Body", "LoraplexBody", "Traffic"]
+
+_TEXT = (
+    "the server keeps one frozen base model in memory and applies a different adapter to every "
+    "request in the batch while new adapters are loaded in the background without stopping "
+    "anybody who is already reading"
+)
+_WORDS = _TEXT.split()
+_OPERATIONS = (
+    "Write the date",
+    "Spell the number",
+    "Give the weekday",
+    "Write the plural of the word",
+)
+_LANGUAGES = ("English", "German", "French", "Spanish", "Italian")
+_FORMATS = ("as JSON", "inside answer tags", "in upper case", "as a plain line")
+
+
+class Body(Protocol):
+    """The fields of a request that choose an adapter, in the dialect of one server."""
+
+    def __call__(self, family: str, name: str | None) -> Mapping[str, Any]: ...
+
+
+class LoraplexBody:
+    def __init__(self, model: str = "base") -> None:
+        self._model = model
+
+    def __call__(self, family: str, name: str | None) -> Mapping[str, Any]:
+        if family == "base":
+            return {"model": self._model}
+        if family == "generated":
+            return {"model": self._model, "adapter": {"description": name}}
+        return {"model": self._model, "adapter": name}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    family: str
+    name: str | None  # of the adapter; the description of a generated one
+    body: dict[str, Any]
+
+
+class Traffic:
+    """Draws the requests of one phase. The i-th request is the same in every run."""
+
+    def __init__(
+        self,
+        phase: Phase,
+        request: RequestSpec,
+        names: Mapping[str, Sequence[str]],
+        body: Body,
+        seed: int,
+    ) -> None:
+        """``names``: by family; ``churned`` may change while the phase runs."""
+        self._phase = phase
+        self._request = request
+        self._names = names
+        self._body = body
+        self._random = random.Random(f"{seed}/{phase.label}")
+        self._count: dict[str, int] = {}
+        self._n_asked = 0
+        shares = [(family, share) for family, share in phase.mix.items() if share]
+        self._families = [family for family, _ in shares]
+        self._shares = [share for _, share in shares]
+
+    def next(self, progress: float) -> Ask:
+        """``progress``: of the phase, 0 to 1."""
+        family = self._random.choices(self._families, self._shares)[0]
+        name = self._pick(family, min(max(progress, 0.0), 1.0))
+        if family == "churned" and name is None:
+            family = "base"  # nothing is registered at this moment
+        self._n_asked += 1
+        body = {
+            "messages": [{"role": "user", "content": self._prompt()}],
+            "max_tokens": self._request.max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self._body(family, name),
+        }
+        return Ask(family, name, body)
+
+    def _pick(self, family: str, progress: float) -> str | None:
+        if family == "base":
+            return None
+        if family == "generated":
+            return self._description()
+        names = self._names[family]
+        if not names:
+            return None
+        if family == "churned":
+            return self._random.choice(list(names))
+        if family != "lora":
+            return names[self._advance(family) % len(names)]
+        n = self._phase.adapters or len(names)
+        return names[self._index(n, progress) % len(names)]
+
+    def _index(self, n: int, progress: float) -> int:
+        if self._phase.pick == "round-robin":
+            return self._advance("lora") % n
+        if self._phase.pick == "fresh":  # never one that was used before in this phase
+            return self._advance("lora")
+        begin, end = self._phase.zipf
+        exponent = begin + (end - begin) * progress
+        weights = list(accumulate((rank + 1) ** -exponent for rank in range(n)))
+        index = self._random.choices(range(n), cum_weights=weights)[0]
+        return (index + int(self._phase.drift * progress * n)) % n
+
+    def _advance(self, family: str) -> int:
+        at = self._count.get(family, 0)
+        self._count[family] = at + 1
+        return at
+
+    def _prompt(self) -> str:
+        """Unique from its first word on, so that no prefix cache helps."""
+        k = self._n_asked % len(_WORDS)
+        salt = f"{self._random.getrandbits(40):x}"
+        n = self._request.prompt_chars
+        text = " ".join((_WORDS[k:] + _WORDS[:k]) * (n // len(_TEXT) + 2))
+        return f"{salt} {text}"[:n]
+
+    def _description(self) -> str:
+        pick = self._random.choice
+        return f"{pick(_OPERATIONS)} in {pick(_LANGUAGES)} {pick(_FORMATS)}"

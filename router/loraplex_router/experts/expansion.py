@@ -67,15 +67,16 @@ def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
     n_segments = sum(r.n_experts for r in routed)
     ids = _segment_ids(routings, routed, n_segments)  # int32 [n_pairs]
     entries = _entries(routed)
-    order, rows, starts = _group(ids, int(entries.shape[0]))
-    _count(starts, routed)
     if len(routings) == 1:
         weight = routings[0].weight.reshape(-1)
     else:
         weight = torch.cat([g.weight.reshape(-1) for g in routings])
+    group = _group_on_host if ids.device.type == "cpu" else _group_on_device
+    rows, starts, ordered = group(ids, weight, int(entries.shape[0]))
+    _count(starts, routed)
     return Pairs(
         weights=tuple(g.weight for g in routings),
-        segments=LoraSegments(entries, starts, rows, weight[order]),
+        segments=LoraSegments(entries, starts, rows, ordered),
         unweighted=LoraSegments(entries, starts, rows),
     )
 
@@ -130,31 +131,38 @@ def _entries(routed: Sequence[RoutedRows]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _group(ids: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs by segment, ascending within each.
-
-    (order int64 [n_pairs], the same as int32, starts int32 [n_segments + 1]). numpy has less to
-    do per call, which is what a step of few rows on a CPU consists of.
+def _group_on_host(ids: Tensor, weight: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See ``_group_on_device``. numpy has less to do per call, which is what a step of few rows on
+    a CPU consists of.
     """
-    if ids.device.type == "cpu":
-        host = ids.numpy()
-        order = host.argsort(kind="stable")
-        starts = np.zeros(n_segments + 1, dtype=np.int32)
-        np.cumsum(np.bincount(host, minlength=n_segments), out=starts[1:])
-        return (
-            torch.from_numpy(order),
-            torch.from_numpy(order.astype(np.int32)),
-            torch.from_numpy(starts),
-        )
-    in_order, device_order = torch.sort(ids, stable=True)
+    host = ids.numpy()
+    order = host.argsort(kind="stable")
+    starts = np.zeros(n_segments + 1, dtype=np.int32)
+    np.cumsum(np.bincount(host, minlength=n_segments), out=starts[1:])
+    return (
+        torch.from_numpy(order.astype(np.int32)),
+        torch.from_numpy(starts),
+        torch.from_numpy(weight.numpy()[order]),
+    )
+
+
+def _group_on_device(ids: Tensor, weight: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs by segment, ascending within each: (rows int32 [n_pairs], starts int32
+    [n_segments + 1], weights in the order of the rows).
+    """
+    in_order, order = torch.sort(ids, stable=True)
     edges = torch.arange(n_segments + 1, dtype=ids.dtype, device=ids.device)
-    device_starts = torch.searchsorted(in_order, edges, out_int32=True)
-    return device_order, device_order.int(), device_starts
+    return order.int(), torch.searchsorted(in_order, edges, out_int32=True), weight[order]
 
 
 def _count(starts: Tensor, routed: Sequence[RoutedRows]) -> None:
     first = 0
     for r in routed:
         if r.load is not None:
-            r.load.add_(starts[first : first + r.n_experts + 1].diff())
+            mine = starts[first : first + r.n_experts + 1]
+            if mine.device.type == "cpu":
+                load = r.load.numpy()
+                load += np.diff(mine.numpy())
+            else:
+                r.load.add_(mine.diff())
         first += r.n_experts

@@ -51,7 +51,10 @@ def mixed_mlp(
     block: MlpBlock,
     routed: Sequence[RoutedRows],  # one per routed adapter of the step; rows are disjoint
 ) -> Tensor:
-    """Runs the block for every row of the step; the residual is added by the caller."""
+    """Runs the block for every row of the step; the residual is added by the caller.
+
+    A routed adapter changes the block by its experts alone, not by plain factors beside them.
+    """
     base = block.gate_up(hidden)  # [n_rows, 2·ff]
     if not routed:
         block.plain_gate_up(hidden, base)
@@ -68,12 +71,13 @@ def mixed_mlp(
 
     if routed[0].rows.shape[0] == hidden.shape[0]:  # one adapter has every row
         act = _weighted_sum(expert_act, pairs.weights[0], routed[0]).to(expert_act.dtype)
+        out = block.down(act)
     else:
         block.plain_gate_up(hidden, base)
         act = block.activation(base)  # [n_rows, ff]; routed rows are overwritten now
         _mix_into(act, expert_act, pairs, routed)
-    out = block.down(act)
-    block.plain_down(act, out)
+        out = block.down(act)
+        block.plain_down(act, out)
     _add_expert_down(out, expert_act, block, pairs, routed)
     return out
 
@@ -109,7 +113,8 @@ def _add_expert_down(
         if not shared:
             out.index_copy_(0, r.rows, _weighted_sum(part, weight, r).to(out.dtype))
         elif weight.shape[0] == out.shape[0]:
-            out += part.view(*weight.shape, -1).sum(dim=1)
+            for slot in part.view(*weight.shape, -1).unbind(1):  # quicker than a sum over slots
+                out += slot
         else:
             # Rows are distinct, so this adds each once: no order to lose.
             out.index_add_(0, r.rows, part.view(*weight.shape, -1).sum(dim=1))

@@ -270,6 +270,11 @@ class DevicePool:
                         f"gate of {place!r}, which does not contain it"
                     )
         for modules in _expert_modules(plan.experts):
+            both = sorted(modules.keys() & plan.modules.keys())
+            if both:
+                raise AdapterUnservable(
+                    f"adapter {plan.digest[:12]} has experts and plain factors on {both[0]!r}"
+                )
             for name, module in modules.items():
                 if _is_beyond_low_rank(module):
                     raise AdapterUnservable(

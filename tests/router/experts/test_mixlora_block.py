@@ -318,3 +318,16 @@ def test_experts_of_one_projection_equal_the_naive_sum(strategy: str) -> None:
             b, a = factors[e]
             want[row] += w * (b @ (a @ x[row]))
     torch.testing.assert_close(out, want, atol=1e-4, rtol=0)
+
+
+def test_pairs_are_grouped_on_a_device_as_on_the_host() -> None:
+    from loraplex_router.experts.expansion import _group_on_device, _group_on_host
+
+    torch.manual_seed(8)
+    ids = torch.randint(0, 9, (40,), dtype=torch.int32)
+    weight = torch.rand(40)
+    for host, device in zip(
+        _group_on_host(ids, weight, 9), _group_on_device(ids, weight, 9), strict=True
+    ):
+        assert torch.equal(host, device)
+        assert host.dtype == device.dtype

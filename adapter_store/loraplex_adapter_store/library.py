@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .errors import InvalidSelector
@@ -29,26 +30,24 @@ def library_digest(digests: Sequence[str], top_k: int, temperature: float) -> st
 def library_plan(
     plans: Sequence[AdapterPlan], digest: str, top_k: int, temperature: float, gate_of: GateOf
 ) -> AdapterPlan:
-    """Raises InvalidSelector if a member is more than low-rank factors, or sits elsewhere."""
+    """Raises InvalidSelector if a member is more than low-rank factors.
+
+    Members may target different modules: one that does not touch a projection attracts no token
+    there, and adds nothing where it is chosen all the same.
+    """
     members = sorted(plans, key=lambda plan: plan.digest)
-    targets = set(members[0].modules)
     for plan in members:
         _check_plain(plan)
-        if set(plan.modules) != targets:
-            differing = sorted(targets ^ set(plan.modules))[0]
-            raise InvalidSelector(
-                f"arrow needs adapters on the same modules; {plan.digest[:12]} and "
-                f"{members[0].digest[:12]} differ at {differing}"
-            )
     experts = {}
-    for name in sorted(targets):
-        modules = [plan.modules[name] for plan in members]
+    for name in sorted({name for plan in members for name in plan.modules}):
+        modules = [plan.modules.get(name) for plan in members]
+        width = next(int(m.a.shape[1]) for m in modules if m is not None and m.a is not None)
         experts[name] = ExpertPlan(
-            gate=gate_of([_factors(module) for module in modules], temperature),
+            gate=gate_of([_factors(module, width) for module in modules], temperature),
             strategy=RoutingStrategy.ARROW,
             top_k=min(top_k, len(members)),
             top_p=0.0,
-            experts=tuple({name: module} for module in modules),
+            experts=tuple({} if module is None else {name: module} for module in modules),
         )
     templates = {plan.chat_template for plan in members}
     n_bytes = sum(block.gate.nbytes for block in experts.values())
@@ -78,7 +77,7 @@ def _check_plain(plan: AdapterPlan) -> None:
         )
 
 
-def _factors(module: ModulePlan) -> tuple[Tensor, Tensor]:
-    assert module.a is not None  # checked
-    assert module.b is not None
+def _factors(module: ModulePlan | None, width: int) -> tuple[Tensor, Tensor]:
+    if module is None or module.a is None or module.b is None:
+        return torch.zeros(1, 1), torch.zeros(1, width)
     return module.b, module.a

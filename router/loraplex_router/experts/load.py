@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class ExpertLoad:
                     "entropy": round(entropy(counts), 4),
                     "imbalance": round(imbalance(counts), 4),
                 }
-                for place, counts in self.counts.items()
+                for place, counts in sorted(self.counts.items(), key=_natural)
             ],
         }
 
@@ -126,3 +127,9 @@ class LoadHistory:
             )
             for place, counts in self._seen.items()
         }
+
+
+def _natural(item: tuple[str, object]) -> list[tuple[bool, int, str]]:
+    """Layer 2 before layer 10."""
+    parts = re.split(r"(\d+)", item[0])
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

@@ -13,6 +13,7 @@ from torch import Tensor
 __all__ = ["Encoded", "SentenceEncoder"]
 
 _MAX_TOKENS = 128
+_BATCH = 64  # texts of one forward
 
 
 class Encoded(NamedTuple):
@@ -35,8 +36,21 @@ class SentenceEncoder:
         self._model.eval()
         self.width = int(self._model.config.hidden_size)
 
-    @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Encoded:
+        """Any number of texts; the result is padded to the longest."""
+        parts = [self._encode(texts[at : at + _BATCH]) for at in range(0, len(texts), _BATCH)]
+        longest = max(part.tokens.shape[1] for part in parts)
+        pads = [longest - part.tokens.shape[1] for part in parts]
+        return Encoded(
+            torch.cat(
+                [F.pad(part.tokens, (0, 0, 0, n)) for part, n in zip(parts, pads, strict=True)]
+            ),
+            torch.cat([F.pad(part.mask, (0, n)) for part, n in zip(parts, pads, strict=True)]),
+            torch.cat([part.sentence for part in parts]),
+        )
+
+    @torch.inference_mode()
+    def _encode(self, texts: Sequence[str]) -> Encoded:
         batch = self._tokenizer(
             list(texts), padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
         )

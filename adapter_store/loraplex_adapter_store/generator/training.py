@@ -29,10 +29,16 @@ __all__ = ["Wordings", "train_bundle"]
 
 
 class Wordings:
-    """All training descriptions of a set of tasks, encoded."""
+    """All training descriptions of a set of tasks, encoded; `casual`: twice as many."""
 
-    def __init__(self, encoder: SentenceEncoder, tasks: Sequence[Task]) -> None:
-        pairs = [(i, wording) for i, task in enumerate(tasks) for wording in task.descriptions()]
+    def __init__(
+        self, encoder: SentenceEncoder, tasks: Sequence[Task], *, casual: bool = False
+    ) -> None:
+        pairs = [
+            (i, wording)
+            for i, task in enumerate(tasks)
+            for wording in task.descriptions() + (task.casual_descriptions() if casual else [])
+        ]
         self.tasks = tuple(tasks)
         self.owner = torch.tensor([i for i, _ in pairs])
         self.encoded: Encoded = encoder.encode([wording for _, wording in pairs])
@@ -63,7 +69,7 @@ def train_bundle(
     joint = read_tensor_file(folder / JOINT_FILE)
     span = library.span()
     words = Wordings(encoder, [Task.parse(name) for name in library.tasks])
-    trained = Wordings(encoder, [Task.parse(name) for name in joint.header["tasks"]])
+    trained = Wordings(encoder, [Task.parse(name) for name in joint.header["tasks"]], casual=True)
     factors = Factors.of(trained.tasks)
     labels = torch.tensor([factors.labels(t) for t in trained.tasks])
     if shuffle:

@@ -25,6 +25,7 @@ from loraplex_adapter_store.generator.sg_lora import LITERAL, SgRecipe
 from loraplex_adapter_store.generator.taskdata import TaskData
 from loraplex_adapter_store.generator.training import train_bundle
 from loraplex_adapter_store.generator.zoo.split import ZooSplit
+from loraplex_adapter_store.generator.zoo.tasks import Task
 from loraplex_adapter_store.generator.zoo_training import ZooTraining
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from tests.support.tiny_zoo import HashedWords, tiny_base, tiny_codec, tiny_directory
@@ -150,7 +151,7 @@ def test_a_saved_bundle_is_the_bundle_that_was_trained(shipped: Path) -> None:
 
 def test_a_generated_adapter_says_where_it_came_from(shipped: Path) -> None:
     generator = Generator(Bundle.load(shipped), HashedWords(), "tiny")
-    made = generator.generate("Give the plural form, quoted", seed=3)
+    made = generator.generate(Task.parse("plural/quotes").descriptions()[0], seed=3)
     assert made.config["peft_type"] == "LORA"
     assert made.card["method"] == generator.default_method
     assert {"plural", "quotes"} <= set(made.card["parts"])  # type: ignore[call-overload]

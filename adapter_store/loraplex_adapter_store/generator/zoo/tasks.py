@@ -66,24 +66,47 @@ class Task:
 
     def descriptions(self) -> list[str]:
         """The wordings for training."""
-        operation, dressing = OPERATIONS[self.operation], FORMATS[self.format]
-        return self._phrase(operation.wordings, dressing.suffixes, N_DESCRIPTIONS, "train")
+        return [wording + suffix for wording, suffix in self._pairs()]
+
+    def casual_descriptions(self) -> list[str]:
+        """The same wishes as people type them; for maps that read text, beside the others."""
+        rng = random.Random(f"{self.name}:casual")
+        return [_casual(wording, suffix, rng) for wording, suffix in self._pairs()]
 
     def test_descriptions(self) -> list[str]:
         """Wordings whose operation and format phrases never occur in training."""
         operation, dressing = OPERATIONS[self.operation], FORMATS[self.format]
-        return self._phrase(
+        pairs = self._phrase(
             operation.test_wordings, dressing.test_suffixes, N_TEST_DESCRIPTIONS, "test"
         )
+        return [wording + suffix for wording, suffix in pairs]
+
+    def _pairs(self) -> list[tuple[str, str]]:
+        operation, dressing = OPERATIONS[self.operation], FORMATS[self.format]
+        return self._phrase(operation.wordings, dressing.suffixes, N_DESCRIPTIONS, "train")
 
     def _phrase(
         self, wordings: tuple[str, ...], suffixes: tuple[str, ...], n: int, part: str
-    ) -> list[str]:
+    ) -> list[tuple[str, str]]:
         rng = random.Random(f"{self.name}:{part}:descriptions")
         pairs = [(w, s) for w in wordings for s in suffixes]
         rng.shuffle(pairs)
         language = LANGUAGES.get(self.language, "")
-        return [w.format(language=language) + s for w, s in pairs[:n]]
+        return [(w.format(language=language), s) for w, s in pairs[:n]]
+
+
+def _casual(wording: str, suffix: str, rng: random.Random) -> str:
+    start = wording[0].lower() + wording[1:]
+    bare = suffix.strip(" ,.")
+    styles = [
+        f"{wording}{suffix}".lower(),
+        f"please {start}{suffix}",
+        f"can you {start}{suffix}?",
+        f"I need an adapter that does this: {start}{suffix}",
+        f"{start} {bare.lower()} pls",
+        f"{bare[:1].upper()}{bare[1:]}: {start}" if bare else start,
+    ]
+    return rng.choice(styles)
 
 
 def exact(reply: str, answer: str) -> bool:

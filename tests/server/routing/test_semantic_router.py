@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Sequence
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from loraplex_server.routing.evaluation import (
     evaluate,
     held_out_prompts,
     plot,
+    shipped_profiles,
 )
 from loraplex_server.routing.semantic_router import SemanticRouter
 from loraplex_server.routing.sentence_encoder import MAX_TOKENS, MiniLmEncoder
@@ -137,16 +139,11 @@ def test_bfloat16_moves_cosines_by_less_than_a_hundredth(pulled_encoder: Path) -
 def test_shipped_tasks_are_told_apart_and_unrelated_prompts_left_alone(
     pulled_encoder: Path, tmp_path: Path
 ) -> None:
-    """The acceptance bar of ``auto``, on the descriptions and prompts that the cards carry."""
-    from loraplex_adapter_store.training.demos import DEMOS
-    from loraplex_adapter_store.training.demos.task import shown_prompts
-
-    profiles = [
-        AdapterProfile(demo.name, demo.description, shown_prompts(demo, 16))
-        for demo in DEMOS.values()
-    ]
+    """The acceptance bar of ``auto``, on the cards of the adapters in the package."""
+    profiles = shipped_profiles(Path(str(files("loraplex_adapter_store") / "demos")))
+    assert len(profiles) >= 8
     router = SemanticRouter(lambda: MiniLmEncoder(pulled_encoder), lambda: profiles)
-    result = evaluate(router, [p.name for p in profiles], n=20)
+    result = evaluate(router, [p.name for p in profiles], n=40)
     router.close()
     assert result.right >= 0.95
     assert result.false_picks <= 0.02

@@ -77,6 +77,7 @@ class HttpConfig:
     stall_s: float = 120.0  # a running step older than this makes /health fail
     log_format: str = "text"
     log_level: str = "info"
+    otlp_endpoint: str | None = None  # where spans go; None: no tracing
 
     @property
     def writes_open(self) -> bool:
@@ -295,6 +296,7 @@ _OPTIONS: Mapping[str, Callable[[Value], object]] = {
     "drain_timeout": _number,
     "log_format": _text,
     "log_level": _text,
+    "otlp_endpoint": _text,
     "device": _text,
     "dtype": _text,
     "max_model_len": _integer,
@@ -327,6 +329,7 @@ _HTTP = {
     "drain_timeout": "drain_timeout_s",
     "log_format": "log_format",
     "log_level": "log_level",
+    "otlp_endpoint": "otlp_endpoint",
 }
 _ENGINE = {
     "device": "device",

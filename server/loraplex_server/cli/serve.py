@@ -62,6 +62,10 @@ def serve(
     ] = None,
     log_format: Annotated[str | None, _option(_HTTP, "text or json. Default: text.")] = None,
     log_level: Annotated[str | None, _option(_HTTP, "Default: info.")] = None,
+    otlp_endpoint: Annotated[
+        str | None,
+        _option(_HTTP, "Send OpenTelemetry spans there, as http://host:4318/v1/traces.", "URL"),
+    ] = None,
     max_batch_size: Annotated[
         int | None, _option(_ENGINE, "Requests of one step. Default: 64.")
     ] = None,

@@ -53,6 +53,7 @@ class EngineStats:
     pool_bytes_total: int = 0
     n_adapter_loads: int = 0
     n_adapter_evictions: int = 0
+    adapter_load_seconds: float = 0.0  # of all loads to the device together
     running_adapters: Mapping[str, int] = field(default_factory=dict)  # digest → running requests
     waiting_adapters: Mapping[str, int] = field(default_factory=dict)
     resident_adapters: tuple[str, ...] = ()  # digests with a place on the device

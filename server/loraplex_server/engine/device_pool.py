@@ -85,7 +85,7 @@ class DevicePool:
         )
         self.n_loads = 0
         self.n_evictions = 0
-        self.load_seconds: list[float] = []  # of recent loads, for /metrics
+        self.load_seconds = 0.0  # of all loads together
         self._groups = groups
         self._max_rank = max_rank
         self._dtype = dtype
@@ -234,7 +234,7 @@ class DevicePool:
         resident.published = True
         resident.load_s = time.monotonic() - resident.started_at
         self.n_loads += 1
-        self.load_seconds = [*self.load_seconds[-255:], resident.load_s]
+        self.load_seconds += resident.load_s
 
     def _factors(self, modules: Mapping[str, ModulePlan]) -> Factors:
         """The parts of a plan that the LoRA kernels apply, by target."""

@@ -501,6 +501,7 @@ class Engine:
             pool_bytes_total=self._adapters.pool.bytes_total,
             n_adapter_loads=self._adapters.n_loads,
             n_adapter_evictions=self._adapters.n_evictions,
+            adapter_load_seconds=self._adapters.load_seconds,
             running_adapters=running,
             waiting_adapters=waiting,
             resident_adapters=self._adapters.resident_digests,

@@ -20,7 +20,7 @@ from loraplex_adapter_store.generator.service import GeneratedAdapter, Generator
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
 
-__all__ = ["PREFIX", "GeneratedAdapters", "Order"]
+__all__ = ["PREFIX", "GeneratedAdapters", "GenerationStats", "Order"]
 
 PREFIX = "generated/"  # of the names that we choose
 
@@ -42,6 +42,16 @@ class Order:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
+@dataclass(slots=True)
+class GenerationStats:
+    """What has become of the orders; ``seconds`` of those that were made."""
+
+    n_made: int = 0
+    n_reused: int = 0
+    n_refused: int = 0
+    seconds: float = 0.0  # generating, checking and registering
+
+
 class GeneratedAdapters:
     """Owner of the generated names. Thread-safe; calls take tens of milliseconds and may block."""
 
@@ -61,6 +71,7 @@ class GeneratedAdapters:
         self._store, self._load = store, load
         self._ttl_s, self._quota, self._clock = ttl_s, quota, clock
         self._generator: Generator | None = None
+        self.stats = GenerationStats()  # written under the lock, read by /metrics
         self._lock = threading.Lock()  # one flight at a time: the second of a kind finds the first
         old = [card.name for card in store.list() if card.name.startswith(PREFIX)]
         self._expires: dict[str, float] = dict.fromkeys(old, clock() + ttl_s)  # oldest use first
@@ -81,11 +92,24 @@ class GeneratedAdapters:
             if known is None:
                 if name is None:
                     self._make_room()
-                known = self._register(chosen, self._generate(order), order)
+                known = self._make(chosen, order)
+            else:
+                self.stats.n_reused += 1
             if name is None or ttl_s is not None:
                 self._expires.pop(chosen, None)
                 self._expires[chosen] = self._clock() + (ttl_s or self._ttl_s)
             return known
+
+    def _make(self, name: str, order: Order) -> AdapterCard:
+        began = time.perf_counter()
+        try:
+            card = self._register(name, self._generate(order), order)
+        except Exception:
+            self.stats.n_refused += 1
+            raise
+        self.stats.n_made += 1
+        self.stats.seconds += time.perf_counter() - began
+        return card
 
     def _generate(self, order: Order) -> GeneratedAdapter:
         if self._generator is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from time import time
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -34,6 +35,7 @@ from .metrics.server_metrics import ServerMetrics
 from .middleware.auth import Auth
 from .middleware.body_limit import BodyLimit
 from .middleware.request_context import RequestContext
+from .middleware.tracing import Tracing
 from .routes import (
     adapters,
     generate,
@@ -46,6 +48,9 @@ from .routes import (
 )
 from .services import Services
 from .text_pipeline import ChatTokenizer, TextPipeline
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
 
 __all__ = ["build_app"]
 
@@ -66,11 +71,12 @@ def build_app(
     collectors: Sequence[Collector] = (),
     semantic: SemanticRouter | None = None,
     experts: ExpertMonitor | None = None,
+    tracing: TracerProvider | None = None,
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
     ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate;
     ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
-    the load of routed adapters.
+    the load of routed adapters; ``tracing`` gets a span of each call.
 
     ``app.state.services`` holds the parts, for whoever drains the server.
     """
@@ -123,6 +129,8 @@ def build_app(
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, config=config.http)
     app.add_middleware(Auth, config=config.http)
+    if tracing is not None:
+        app.add_middleware(Tracing, provider=tracing, model=names[0])
     app.add_middleware(RequestContext, metrics=metrics)
     return app
 

@@ -182,12 +182,12 @@ class Generation:
         """The engine's listener: on the event loop, once per event, so it must be quick."""
         choice = self._by_id[event.request_id]
         now = perf_counter()
+        if event.queue_s and self._is_admitted:
+            self._metrics.queued(event.queue_s)
         if event.token_ids and not choice.ended and self._is_admitted:
             previous = self._last_token_at.get(event.request_id)
             self._metrics.tokens(len(event.token_ids), now, previous=previous)
             self._last_token_at[event.request_id] = now
-        if event.queue_s:
-            self._metrics.queued(event.queue_s)
         if event.finish is not None:
             self._unfinished.discard(event.request_id)
             self._release_when_finished()
@@ -234,6 +234,7 @@ class Generation:
         """Of several choices of one prompt the first counts: the others reuse what it computed."""
         prompt = choice.spec.request.prompt_ids
         self._cached[prompt] = min(n_cached, self._cached.get(prompt, n_cached))
+        self._metrics.found_in_prefix_cache(n_cached)
 
 
 def _failure(event: TokenEvent, prompt_param: str) -> ApiError:

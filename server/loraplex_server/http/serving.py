@@ -30,7 +30,9 @@ from .app import build_app
 from .banner import banner
 from .errors import invalid, unavailable
 from .generated_wish import GeneratedWish
+from .metrics.generation_collector import GenerationCollector
 from .metrics.routing_collector import RoutingCollector
+from .middleware.tracing import otlp_provider
 from .registration import register_adapters
 from .services import Services
 from .wish_resolver import WishResolver
@@ -58,6 +60,8 @@ def serve(
     from loraplex_server.model.pull import resolve_model
 
     try:
+        endpoint = config.http.otlp_endpoint
+        tracing = None if endpoint is None else otlp_provider(endpoint)
         model_path = resolve_model(config.model)
         public = _public_name(config.model, model_path)
         built = build_engine(config.engine, model_path, model_id=public)
@@ -79,9 +83,13 @@ def serve(
                 device=built.engine,
                 resolver=wishes,
                 generated=generated,
-                collectors=[RoutingCollector(store, built.engine.experts, wishes.router)],
+                collectors=[
+                    RoutingCollector(store, built.engine.experts, wishes.router),
+                    GenerationCollector(generated),
+                ],
                 semantic=wishes.router,
                 experts=built.engine.experts,
+                tracing=tracing,
             )
             _run(app, config, listening, say)
         finally:

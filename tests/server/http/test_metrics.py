@@ -50,6 +50,9 @@ async def test_the_names_that_gateways_and_dashboards_parse_are_there(front: Fro
         "vllm:inter_token_latency_seconds_sum",
         "vllm:e2e_request_latency_seconds_count",
         "vllm:request_queue_time_seconds_bucket",
+        "vllm:request_inference_time_seconds_bucket",
+        "vllm:request_prefill_time_seconds_bucket",
+        "vllm:request_decode_time_seconds_bucket",
         "vllm:request_prompt_tokens_sum",
         "vllm:request_generation_tokens_sum",
         "vllm:request_params_n_count",
@@ -146,6 +149,29 @@ async def test_residency_tells_device_from_host(lora: Front) -> None:
     assert labels["org/poet"]["rank"] == "4"
 
 
+async def test_a_call_is_told_apart_by_queue_prefill_and_decode(front: Front) -> None:
+    await front.chat(max_tokens=4)
+    found = await samples(front)
+    for phase in ("queue", "prefill", "decode", "inference"):
+        assert value(found, f"vllm:request_{phase}_time_seconds_count") == 1
+
+
+async def test_busy_adapters_tell_their_tier_and_all_are_counted_by_it(lora: Front) -> None:
+    await lora.chat(adapter="pirate")
+    digest = lora.store.get("pirate").digest
+    lora.engine.current = EngineStats(
+        resident_adapters=(digest,), n_adapter_loads=2, adapter_load_seconds=0.5
+    )
+    lora.app.state.services.collector._listed_at = float("-inf")
+    found = await samples(lora)
+    assert value(found, "loraplex_adapter_tier", adapter="pirate", tier="device") == 1
+    assert value(found, "loraplex_adapters_by_tier", tier="device") == 1
+    by_tier = [s.value for s in found if s.name == "loraplex_adapters_by_tier"]
+    assert sum(by_tier) == 2
+    assert value(found, "loraplex_adapter_device_load_seconds_sum") == 0.5
+    assert value(found, "loraplex_adapter_prefix_hit_tokens_total", adapter="pirate") == 0
+
+
 async def test_a_thousand_adapters_do_not_make_a_thousand_series(
     lora: Front, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,7 +193,7 @@ async def test_a_thousand_adapters_do_not_make_a_thousand_series(
     lora.engine.current = EngineStats(resident_adapters=tuple(c.digest for c in cards[:50]))
     many = await samples(lora)
     assert value(many, "loraplex_adapters_registered") == 1000
-    assert len(many) < few + 128 + 8 * 21
+    assert len(many) < few + 128 + 10 * 21
     shown = {s.labels["adapter"] for s in many if s.name == "loraplex_adapter_requests_total"}
     assert len(shown) == 21
     assert "other" in shown

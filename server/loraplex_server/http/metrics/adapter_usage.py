@@ -28,6 +28,7 @@ class AdapterCounters:
     load_s: float = 0.0  # seconds spent waiting for the lease
     ttft_s: float = 0.0
     n_first_tokens: int = 0
+    n_prefix_hits: int = 0  # prompt tokens found in the prefix cache
 
 
 class AdapterUsage:

@@ -26,6 +26,7 @@ __all__ = ["LoraplexCollector"]
 _MAX_RESIDENCY_SERIES = 128
 _LISTING_AGE_S = 2.0  # how long a listing of the store is reused
 _REVIEW_S = 10.0
+_TIERS = ("device", "host", "disk")
 _LABELS = ("model_name", "engine")
 
 
@@ -59,6 +60,7 @@ class LoraplexCollector(Collector):
         yield from self._lora_families(stats, cards)
         yield from self._store_families(stats, cards)
         yield from self._adapter_families()
+        yield from self._tier_families(stats, cards)
         yield from self._http_families()
 
     def refresh_listing(self) -> None:
@@ -85,6 +87,10 @@ class LoraplexCollector(Collector):
         yield gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.n_waiting)
         yield gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", used)
         yield gauge("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", used)
+        pages = GaugeMetricFamily("loraplex_kv_pages", "Pages of the KV cache.", labels=("state",))
+        pages.add_metric(("used",), stats.kv_pages_used)
+        pages.add_metric(("total",), total)
+        yield pages
         info = GaugeMetricFamily(
             "vllm:cache_config_info",
             "Geometry of the KV cache.",
@@ -117,6 +123,9 @@ class LoraplexCollector(Collector):
             ("vllm:inter_token_latency_seconds", "Between tokens.", metrics.itl),
             ("vllm:e2e_request_latency_seconds", "Whole request.", metrics.e2e),
             ("vllm:request_queue_time_seconds", "Waiting for admission.", metrics.queue),
+            ("vllm:request_inference_time_seconds", "After the queue.", metrics.inference),
+            ("vllm:request_prefill_time_seconds", "Queue to first token.", metrics.prefill),
+            ("vllm:request_decode_time_seconds", "After the first token.", metrics.decode),
             ("vllm:request_prompt_tokens", "Prompt tokens of a call.", metrics.prompt_tokens),
             ("vllm:request_generation_tokens", "Tokens of a choice.", metrics.output_tokens),
             ("vllm:request_params_n", "n of a call.", metrics.params_n),
@@ -167,6 +176,11 @@ class LoraplexCollector(Collector):
         pool.add_metric(("total",), stats.pool_bytes_total)
         yield pool
         yield counter("loraplex_adapter_loads", "Placed on the device.", stats.n_adapter_loads)
+        device_s = SummaryMetricFamily(
+            "loraplex_adapter_device_load_seconds", "Reserve to resident, for each load."
+        )
+        device_s.add_metric((), stats.n_adapter_loads, stats.adapter_load_seconds)
+        yield device_s
         evictions = stats.n_adapter_evictions
         yield counter("loraplex_adapter_evictions", "Taken off the device.", evictions)
         yield gauge("loraplex_adapters_registered", "Names in the store.", len(cards))
@@ -194,6 +208,9 @@ class LoraplexCollector(Collector):
         requests = CounterMetricFamily("loraplex_adapter_requests", "Calls.", labels=labels)
         prompt = CounterMetricFamily("loraplex_adapter_prompt_tokens", "Prompt.", labels=labels)
         output = CounterMetricFamily("loraplex_adapter_tokens", "Generated.", labels=labels)
+        found = CounterMetricFamily(
+            "loraplex_adapter_prefix_hit_tokens", "Found in the prefix cache.", labels=labels
+        )
         wait = CounterMetricFamily(
             "loraplex_adapter_lease_seconds", "Waited for the adapter.", labels=labels
         )
@@ -206,10 +223,32 @@ class LoraplexCollector(Collector):
             requests.add_metric(label, row.n_requests)
             prompt.add_metric(label, row.n_prompt_tokens)
             output.add_metric(label, row.n_output_tokens)
+            found.add_metric(label, row.n_prefix_hits)
             wait.add_metric(label, row.load_s)
             queue.add_metric(label, count_value=row.n_queued, sum_value=row.queue_s)
             ttft.add_metric(label, count_value=row.n_first_tokens, sum_value=row.ttft_s)
-        yield from (requests, prompt, output, wait, queue, ttft)
+        yield from (requests, prompt, output, found, wait, queue, ttft)
+
+    def _tier_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
+        """How many adapters lie where, and where the busy ones do."""
+        resident = set(stats.resident_adapters)
+        shown = {row.name for row in self._metrics.usage.all()}
+        counts = dict.fromkeys(_TIERS, 0)
+        of_shown = GaugeMetricFamily(
+            "loraplex_adapter_tier", "1 for the tier it lies in.", labels=("adapter", "tier")
+        )
+        for card in cards:
+            on_host = "host" if card.n_bytes.host else "disk"
+            tier = "device" if card.digest in resident else on_host
+            counts[tier] += 1
+            if card.name in shown:
+                of_shown.add_metric((card.name, tier), 1.0)
+        by_tier = GaugeMetricFamily(
+            "loraplex_adapters_by_tier", "Names by the highest tier.", labels=("tier",)
+        )
+        for tier, count in counts.items():
+            by_tier.add_metric((tier,), count)
+        yield from (by_tier, of_shown)
 
     def _http_families(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(

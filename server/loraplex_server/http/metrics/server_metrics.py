@@ -19,6 +19,9 @@ class ServerMetrics:
         self.itl = Histogram(ITL_SECONDS)
         self.e2e = Histogram(E2E_SECONDS)
         self.queue = Histogram(E2E_SECONDS)
+        self.prefill = Histogram(E2E_SECONDS)
+        self.decode = Histogram(E2E_SECONDS)
+        self.inference = Histogram(E2E_SECONDS)
         self.prompt_tokens = Histogram(TOKENS)
         self.output_tokens = Histogram(TOKENS)
         self.params_n = Histogram((1, 2, 5, 10, 20))
@@ -47,7 +50,10 @@ class ServerMetrics:
 class CallMetrics:
     """One API call. Cheap: called for every token. A refused call is not counted at all."""
 
-    __slots__ = ("_adapter", "_load_s", "_max_tokens", "_n", "_n_prompt", "_server", "_started")
+    __slots__ = (
+        *("_adapter", "_load_s", "_max_tokens", "_n", "_n_prompt", "_server", "_started"),
+        *("_first_at", "_queue_s"),
+    )
 
     def __init__(
         self,
@@ -65,6 +71,8 @@ class CallMetrics:
         self._max_tokens = max_tokens
         self._n_prompt = n_prompt
         self._started = perf_counter()
+        self._queue_s = 0.0
+        self._first_at: float | None = None  # the call's first token
 
     def admitted(self) -> None:
         """The engine took every choice. Call once, before any of the methods below."""
@@ -86,6 +94,8 @@ class CallMetrics:
         adapter.n_output_tokens += n_tokens
         if previous is None:
             server.ttft.observe(now - self._started)
+            server.prefill.observe(max(0.0, now - self._started - self._queue_s))
+            self._first_at = self._first_at or now
             adapter.ttft_s += now - self._started
             adapter.n_first_tokens += 1
         else:
@@ -93,12 +103,21 @@ class CallMetrics:
 
     def queued(self, seconds: float) -> None:
         assert isinstance(self._adapter, AdapterCounters)
+        self._queue_s = seconds
         self._server.queue.observe(seconds)
         self._adapter.queue_s += seconds
         self._adapter.n_queued += 1
+
+    def found_in_prefix_cache(self, n_tokens: int) -> None:
+        assert isinstance(self._adapter, AdapterCounters)
+        self._adapter.n_prefix_hits += n_tokens
 
     def finished(self, reason: str, n_output: int) -> None:
         """``reason``: stop, length, abort (the client left) or error."""
         self._server.finished[reason] += 1
         self._server.output_tokens.observe(n_output)
-        self._server.e2e.observe(perf_counter() - self._started)
+        now = perf_counter()
+        self._server.e2e.observe(now - self._started)
+        self._server.inference.observe(max(0.0, now - self._started - self._queue_s))
+        if self._first_at is not None:
+            self._server.decode.observe(now - self._first_at)

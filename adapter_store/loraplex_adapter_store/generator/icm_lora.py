@@ -26,8 +26,8 @@ class IcmRecipe:
     latent: int = 256
     kl: float = 0.05  # β on the KL summed over z, against an MSE that is a mean over the weights
     lr: float = 1e-3
-    n_steps: int = 100
-    batch: int = 16
+    n_steps: int = 80
+    batch: int = 8
     seed: int = 0
     channels: tuple[int, ...] = _CHANNELS
 

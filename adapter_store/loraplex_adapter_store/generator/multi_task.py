@@ -46,5 +46,5 @@ def train_multi_task(
         torch.autograd.backward(losses.mean())
         optimiser.step()
         if (step + 1) % 20 == 0:
-            report(f"multi-task step {step + 1}/{n_steps} loss {float(losses.mean()):.3f}")
+            report(f"multi-task step {step + 1}/{n_steps} loss {float(losses.detach().mean()):.3f}")
     return b.detach()[0]

@@ -161,7 +161,7 @@ def _build(file: TensorFile, library: Library, joint: TensorFile) -> Bundle:
         owner=file.tensors["owner"],
         ridge=_load(Ridge(width, span.size), tensors, "ridge"),
         mlp=_load(Mlp(width, span.size), tensors, "mlp"),
-        sg=_load(SgLora(span.size, sg_recipe), tensors, "sg"),
+        sg=_load(SgLora(span.size, width, sg_recipe), tensors, "sg"),
         icm=None
         if header["icm"] is None
         else _load(IcmLora(library.layout.size, width, icm_recipe), tensors, "icm"),

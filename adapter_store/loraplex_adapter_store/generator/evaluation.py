@@ -155,7 +155,7 @@ def _literal_arm(
     asked = encoder.encode([task.test_descriptions()[0] for task in tasks]).sentence
     alpha = bundle.neighbours.weights(asked)
     mu, var = condition(alpha, raw.mean(1), raw.var(1, correction=0))
-    return Arm("sg-lora literal", model.generate(mu, var, None))
+    return Arm("sg-lora literal", model.generate(mu, var, asked, None))
 
 
 def _named(tasks: Sequence[Task], scores: Sequence[TaskScore]) -> dict[str, dict[str, float]]:

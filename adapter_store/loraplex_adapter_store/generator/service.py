@@ -207,10 +207,11 @@ def _mlp(self: Generator, encoded: Encoded, random: torch.Generator | None) -> D
 
 def _sg_lora(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
     bundle = self._bundle
-    alpha = bundle.neighbours.weights(self._sentence(encoded))
+    text = self._sentence(encoded)
+    alpha = bundle.neighbours.weights(text)
     snapshots = bundle.library.snapshots
     mu, var = condition(alpha, snapshots.mean(1), snapshots.var(1, correction=0))
-    t = bundle.sg.generate(mu, var, random)[0]
+    t = bundle.sg.generate(mu, var, text, random)[0]
     return self._of_weights(bundle.span.weights(t))
 
 

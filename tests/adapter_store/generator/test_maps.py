@@ -94,9 +94,9 @@ def test_a_span_gives_its_experts_back_and_knows_the_weights_of_any_point() -> N
 
 
 def test_an_untrained_sg_lora_is_the_weighted_average_itself() -> None:
-    model = SgLora(6, SgRecipe(hidden=8, latent=4)).eval()
-    mu, var = _random(3, 6), torch.ones(3, 6)
-    torch.testing.assert_close(model.generate(mu, var, None), mu)
+    model = SgLora(6, 5, SgRecipe(hidden=8, latent=4)).eval()
+    mu, var, text = _random(3, 6), torch.ones(3, 6), _random(3, 5)
+    torch.testing.assert_close(model.generate(mu, var, text, None), mu)
 
 
 def test_sg_lora_learns_what_the_average_misses_and_repeats_itself() -> None:
@@ -112,11 +112,11 @@ def test_sg_lora_learns_what_the_average_misses_and_repeats_itself() -> None:
         snapshots.mean(1),
         snapshots.var(1, correction=0),
     )
-    made = first.generate(mu, var, None)
+    made = first.generate(mu, var, embeddings, None)
     assert (made - points).square().mean() < 0.3 * (mu - points).square().mean()
-    assert torch.equal(made, again.generate(mu, var, None))
-    draw = first.generate(mu, var, torch.Generator().manual_seed(7))
-    assert torch.equal(draw, first.generate(mu, var, torch.Generator().manual_seed(7)))
+    assert torch.equal(made, again.generate(mu, var, embeddings, None))
+    draw = first.generate(mu, var, embeddings, torch.Generator().manual_seed(7))
+    assert torch.equal(draw, first.generate(mu, var, embeddings, torch.Generator().manual_seed(7)))
     assert not torch.equal(draw, made)
 
 

@@ -109,6 +109,11 @@ def evaluate(
         "library_trained_alone": sum(card["steps"] > 0 for card in bundle.library.cards),
         "library_dropped": [card["task"] for card in bundle.library.dropped],
         "joint_steps": bundle.joint_step,
+        "refused": [
+            task.name
+            for task in members
+            if generators[0].refuses(generators[0].encode(task.test_descriptions()[0]))
+        ],
         "default": bundle.default,
         "held_out_without_oracle": [n for s in sets for n in split.sets[s] if n not in oracles],
     }

@@ -24,9 +24,68 @@ _MAIN = (
 
 def write_evidence(result: Evaluation, folder: Path, name: str) -> None:
     """`name`.md with every arm and every task, and `name`-*.svg where matplotlib is installed."""
-    parts = [_arms_table(result), _differences_table(result), _tasks_table(result)]
+    tables = [_arms_table(result), _differences_table(result), _tasks_table(result)]
+    parts = [_about(result), *_verdict(result), *tables]
     (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
     _plot(result, folder, name)
+
+
+def _about(result: Evaluation) -> str:
+    about = result.about
+    alone, experts = about["library_trained_alone"], about["library_experts"]
+    lines = [
+        f"Library: {experts} experts, {alone} of them trained on their own after the joint stage, "
+        f"{experts - alone} as the joint stage ({about['joint_steps']} steps) left them.",
+        f"{about['n_rows']} examples a task; generators trained with {about['generator_seeds']} "
+        f"seeds; `auto` stands for {about['default']}.",
+    ]
+    if about["library_dropped"]:
+        lines.append(f"Dropped by the gate: {', '.join(about['library_dropped'])}.")
+    if about["held_out_without_oracle"]:
+        lines.append(
+            "Left out, for want of an oracle so far: "
+            f"{', '.join(about['held_out_without_oracle'])}."
+        )
+    return "\n".join(lines)
+
+
+def _verdict(result: Evaluation) -> list[str]:
+    """The success criteria of docs/generated-adapters.md, each with its number."""
+    focus = _scored_as(result, str(result.about["default"]))
+    if "oracle" not in result.scores or focus is None:
+        return []
+    rows: list[list[str]] = []
+
+    def rule(text: str, value: str, met: bool) -> None:
+        rows.append([text, value, "met" if met else "**not met**"])
+
+    if "h1" in result.tasks.values():
+        rho = mean_over(result, focus, "rho", "h1")
+        rule("H1 recovery ρ ≥ 0.8", f"{rho:.2f}", rho >= 0.8)
+        exact, oracle = (mean_over(result, arm, "exact", "h1") for arm in (focus, "oracle"))
+        text = "H1 exact match at least half the oracle's"
+        rule(text, f"{exact:.0%} of {oracle:.0%}", exact >= oracle / 2)
+        for rival in ("base", "base + description", "control: wrong description"):
+            for metric in ("nll", "exact"):
+                gap = result.differences[rival][f"h1 {metric}"]
+                value = f"{gap['mean']:+.2f} ({gap['low']:+.2f} … {gap['high']:+.2f})"
+                rule(f"H1 {metric} better than {rival}", value, gap["low"] > 0)
+    if "h2" in result.tasks.values() and focus != "weighted":
+        mine, theirs = (mean_over(result, arm, "nll", "h2") for arm in (focus, "weighted"))
+        rule("H2 NLL not worse than weighted", f"{mine:.2f} against {theirs:.2f}", mine <= theirs)
+    if "h3" in result.tasks.values():
+        mine, theirs = (mean_over(result, arm, "nll", "h3") for arm in (focus, "base"))
+        text = "H3 NLL no worse than the base by 2 %, were the guard overridden"
+        rule(text, f"{mine:.2f} against {theirs:.2f}", mine <= 1.02 * theirs)
+        refused = [t for t in result.about["refused"] if result.tasks.get(t) == "h3"]
+        n = sum(of == "h3" for of in result.tasks.values())
+        rule("H3 descriptions refused by the guard", f"{len(refused)} of {n}", len(refused) == n)
+    return ["## The criteria\n\n" + _table(["criterion", "measured", ""], rows)]
+
+
+def _scored_as(result: Evaluation, method: str) -> str | None:
+    """The arm of a method: itself, or its first seed."""
+    return next((a for a in (method, f"{method} #0") if a in result.scores), None)
 
 
 def _arms_table(result: Evaluation) -> str:
@@ -75,8 +134,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _present(result: Evaluation) -> list[str]:
     """The main arms under the names they were scored by; a seeded arm by its first seed."""
-    names = [n if n in result.scores else f"{n} #0" for n in _MAIN]
-    return [n for n in names if n in result.scores]
+    return [arm for name in _MAIN if (arm := _scored_as(result, name)) is not None]
 
 
 def _plot(result: Evaluation, folder: Path, name: str) -> None:

@@ -94,7 +94,7 @@ class Generator:
         started = time.perf_counter()
         encoded = self._encode(description, examples)
         score = self.strangeness(encoded)
-        if score > self._bundle.strangeness.limit and not force:
+        if self.refuses(encoded) and not force:
             raise OutOfDistribution(score, self._bundle.strangeness.limit, self.nearest(encoded))
         name = self._bundle.default if method == "auto" else method
         draft = self._average(encoded, name, seed, samples)
@@ -135,6 +135,9 @@ class Generator:
     def strangeness(self, encoded: Encoded) -> float:
         """Above the bundle's limit, a description is refused."""
         return float(self._bundle.strangeness.score(encoded.sentence).min())
+
+    def refuses(self, encoded: Encoded) -> bool:
+        return self.strangeness(encoded) > self._bundle.strangeness.limit
 
     def nearest(self, encoded: Encoded, n: int = 3) -> list[tuple[str, float]]:
         """Names of the closest training tasks, and their best cosine."""

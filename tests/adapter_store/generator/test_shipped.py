@@ -1,0 +1,84 @@
+"""The files that are shipped, with the base and the encoder that they are for."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from loraplex_adapter_store.generator.decoding import greedy_reply
+from loraplex_adapter_store.generator.errors import OutOfDistribution
+from loraplex_adapter_store.generator.frozen_base import BOnlyLora, FrozenBase, base_fingerprint
+from loraplex_adapter_store.generator.library import LIBRARY_FILE
+from loraplex_adapter_store.generator.packing import ChatCodec
+from loraplex_adapter_store.generator.scoring import score_groups
+from loraplex_adapter_store.generator.sentences import SentenceEncoder
+from loraplex_adapter_store.generator.service import Generator
+from loraplex_adapter_store.generator.shipped import shipped_folder
+from loraplex_adapter_store.generator.taskdata import TaskData
+from loraplex_adapter_store.generator.zoo.split import load_split
+from loraplex_adapter_store.generator.zoo.tasks import Task
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def generator(pulled_base: Path, pulled_encoder: Path) -> Generator:
+    return Generator.load(
+        shipped_folder(),
+        SentenceEncoder(pulled_encoder),
+        base_name="smollm2-135m-instruct",
+        base_fingerprint=base_fingerprint(pulled_base),
+    )
+
+
+@pytest.fixture(scope="module")
+def base(pulled_base: Path) -> FrozenBase:
+    return FrozenBase(pulled_base)
+
+
+@pytest.fixture(scope="module")
+def codec(pulled_base: Path) -> ChatCodec:
+    return ChatCodec(AutoTokenizer.from_pretrained(pulled_base))
+
+
+def test_the_library_is_small_enough_to_ship() -> None:
+    assert (shipped_folder() / LIBRARY_FILE).stat().st_size <= 25e6
+
+
+def test_combinations_that_were_never_trained_become_far_likelier(
+    generator: Generator, base: FrozenBase, codec: ChatCodec
+) -> None:
+    tasks = [Task.parse(name) for name in load_split().sets["validation"][:4]]
+    made = [generator.generate(task.test_descriptions()[0]) for task in tasks]
+    batch = TaskData(codec).eval_batch(tasks, 6, split="test")
+    vectors = torch.stack([one.vector for one in made])
+    before = score_groups(base, batch)
+    after = score_groups(base, batch, BOnlyLora(made[0].layout, vectors, base.dtype))
+    gains = [1 - a.nll / b.nll for a, b in zip(after, before, strict=True)]
+    assert sum(gains) / len(gains) > 0.7
+    assert all(gain > 0.3 for gain in gains)
+
+
+def test_a_sentence_of_a_user_visibly_changes_the_reply(
+    generator: Generator, base: FrozenBase, codec: ChatCodec
+) -> None:
+    made = generator.generate("please wrap the person's initials in an answer tag")
+    reply = greedy_reply(base, codec, "Grace Hopper", made.layout, made.vector)
+    assert reply == "<answer>G.H.</answer>"
+
+
+def test_unrelated_wishes_are_refused(generator: Generator) -> None:
+    for text in ("Write a poem about the sea", "Explain quantum mechanics", "asdf qwer zxcv"):
+        with pytest.raises(OutOfDistribution):
+            generator.generate(text)
+
+
+def test_an_adapter_is_made_within_a_second(generator: Generator) -> None:
+    generator.generate("Write the number in German words")  # the first call warms the encoder
+    started = time.perf_counter()
+    generator.generate("Write the number in French words as JSON")
+    assert time.perf_counter() - started < 1.0  # 300 ms are promised on two idle cores

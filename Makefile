@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test check lint types unit bench bench-gpu gpu gpu-sanitize load kernels-report native demos clean venv
+.PHONY: serve test check lint types unit bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
 
 venv: $(STAMP)
 
@@ -51,6 +51,9 @@ bench: venv
 
 load: venv
 	$(BIN)/loraplex bench mixed
+
+docker-check: venv  # lints the Dockerfiles and replays the CPU image's steps in a clean venv
+	$(BIN)/python -m deploy.replay
 
 native: venv
 	$(BIN)/python setup.py -q build_ext --inplace

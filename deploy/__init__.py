@@ -1,0 +1,1 @@
+"""Images, monitoring, and the check of both without a Docker engine."""

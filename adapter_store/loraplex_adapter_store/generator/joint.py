@@ -23,6 +23,7 @@ from .layout import AdapterLayout
 from .row_adam import RowAdam
 from .scoring import mean_nll_per_group
 from .taskdata import TaskData
+from .tensor_file import TensorFile, read_tensor_file, write_tensor_file
 from .zoo.tasks import Task
 
 __all__ = ["JointRecipe", "JointTraining"]
@@ -74,7 +75,7 @@ class JointTraining:
     def run(self, checkpoint: Path, *, report: Callable[[str], None], every_s: float = 90) -> None:
         """Trains to the end, saving `checkpoint` now and then; goes on from it if it exists."""
         if checkpoint.exists():
-            self._restore(torch.load(checkpoint, weights_only=True))
+            self._restore(read_tensor_file(checkpoint))
             report(f"going on from step {self.step}")
         saved = time.monotonic()
         while self.step < self.recipe.n_steps:
@@ -94,21 +95,19 @@ class JointTraining:
         self.step = step
 
     def save(self, path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        state = {"vectors": self.vectors, "step": self.step, "loss": self._loss}
-        torch.save({**state, "adam": self._adam.state()}, partial)
-        partial.replace(path)
+        adam = {f"adam.{name}": tensor for name, tensor in self._adam.state().items()}
+        header = {"step": self.step, "loss": self._loss}
+        write_tensor_file(path, {"vectors": self.vectors, **adam}, header)
 
-    def _restore(self, state: dict[str, object]) -> None:
-        vectors, adam, loss, step = (state[k] for k in ("vectors", "adam", "loss", "step"))
-        assert isinstance(vectors, Tensor)
-        assert isinstance(adam, dict)
-        assert isinstance(loss, dict)
-        assert isinstance(step, int)
-        self.vectors.copy_(vectors)
-        self._adam.restore(adam)
-        self._loss.update(loss)
-        self.step = step
+    def _restore(self, state: TensorFile) -> None:
+        tensors = state.tensors
+        prefix = "adam."
+        self.vectors.copy_(tensors["vectors"])
+        self._adam.restore(
+            {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+        )
+        self._loss.update(state.header["loss"])
+        self.step = int(state.header["step"])
 
     def _one_step(self) -> float:
         recipe = self.recipe

@@ -1,8 +1,8 @@
 """`loraplex zoo train`: the two stages of the library and the oracles, resumable at any moment.
 
-<folder>/joint.pt            stage one: factor vectors, optimiser state, step
-<folder>/experts/NAME.pt     stage two: one file per finished task
-<folder>/oracles/NAME.pt     adapters trained on held-out tasks, for `loraplex generator eval`
+<folder>/joint.safetensors   stage one: factor vectors, optimiser state, step
+<folder>/experts/NAME.safetensors  stage two: one file per finished task
+<folder>/oracles/NAME.safetensors  adapters trained on held-out tasks, for `loraplex generator eval`
 """
 
 from __future__ import annotations
@@ -88,14 +88,14 @@ class ZooTraining:
     def status(self) -> ZooStatus:
         """What is on disk. Starts nothing."""
         known = {t.name for t in self.tasks}
-        done = {e.stem for e in (self.folder / "experts").glob("*.pt")}
+        done = {e.stem for e in (self.folder / "experts").glob("*.safetensors")}
         done |= {_file_name(n) for n in self._shipped_tasks()}
         return ZooStatus(
             joint_step=self._joint_step(),
             joint_steps=self._joint.n_steps,
             n_experts=len(done & {_file_name(n) for n in known}),
             n_train=len(self.tasks),
-            n_oracles=len(list((self.folder / "oracles").glob("*.pt"))),
+            n_oracles=len(list((self.folder / "oracles").glob("*.safetensors"))),
             n_held_out=len(self.held_out),
         )
 
@@ -197,18 +197,17 @@ class ZooTraining:
 
     def multi_task(self) -> Tensor | None:
         """[layout.size], if that stage has run."""
-        path = self.folder / "multi_task.pt"
+        path = self.folder / "multi_task.safetensors"
         if not path.exists():
             return None
-        vector: Tensor = torch.load(path, weights_only=True)
-        return vector
+        return read_tensor_file(path).tensors["vector"]
 
     def joint_vectors(self) -> tuple[Tensor, int]:
         """(V, step): from the folder, else from what was shipped. Raises FileNotFoundError."""
-        checkpoint = self.folder / "joint.pt"
+        checkpoint = self.folder / "joint.safetensors"
         if checkpoint.exists():
-            state = torch.load(checkpoint, weights_only=True)
-            return state["vectors"], int(state["step"])
+            state = read_tensor_file(checkpoint)
+            return state.tensors["vectors"], int(state.header["step"])
         tensors, header, _ = read_tensor_file(self._shipped / JOINT_FILE)
         return tensors["vectors"].float(), int(header["step"])
 
@@ -222,7 +221,7 @@ class ZooTraining:
         every_s: float,
     ) -> None:
         training = JointTraining(base, layout, data, self.tasks, points, self._joint)
-        checkpoint = self.folder / "joint.pt"
+        checkpoint = self.folder / "joint.safetensors"
         if not checkpoint.exists() and (self._shipped / JOINT_FILE).exists():
             training.start_from(*self.joint_vectors())
         training.run(checkpoint, report=report, every_s=every_s)
@@ -234,12 +233,12 @@ class ZooTraining:
         data: TaskData,
         report: Callable[[str], None],
     ) -> None:
-        path = self.folder / "multi_task.pt"
+        path = self.folder / "multi_task.safetensors"
         if not path.exists():
             vector = train_multi_task(
                 base, layout, data, self.tasks, n_steps=self._multi_task_steps, report=report
             )
-            torch.save(vector, path)
+            write_tensor_file(path, {"vector": vector}, {})
 
     def _run_group(
         self,
@@ -254,7 +253,7 @@ class ZooTraining:
     ) -> None:
         folder = self.folder / kind
         folder.mkdir(exist_ok=True)
-        have = {e.stem for e in folder.glob("*.pt")}
+        have = {e.stem for e in folder.glob("*.safetensors")}
         if kind == "experts":
             have |= {_file_name(n) for n in self._shipped_tasks()}
         left = [t for t in tasks if _file_name(t.name) not in have]
@@ -322,17 +321,14 @@ def _file_name(task: str) -> str:
 
 
 def _write(folder: Path, expert: Expert) -> None:
-    path = folder / f"{_file_name(expert.card.task)}.pt"
+    path = folder / f"{_file_name(expert.card.task)}.safetensors"
     card = {k: v for k, v in expert.card.to_dict().items() if k != "passes"}
-    partial = path.with_suffix(".partial")
-    torch.save({"card": card, "mean": expert.mean, "snapshots": expert.snapshots.half()}, partial)
-    partial.replace(path)
+    write_tensor_file(path, {"mean": expert.mean, "snapshots": expert.snapshots.half()}, card)
 
 
 def _read_all(folder: Path) -> list[Expert]:
     experts = []
-    for path in sorted(folder.glob("*.pt")):
-        state = torch.load(path, weights_only=True)
-        card = ExpertCard(**state["card"])
-        experts.append(Expert(card, state["mean"], state["snapshots"].float()))
+    for path in sorted(folder.glob("*.safetensors")):
+        tensors, card, _ = read_tensor_file(path)
+        experts.append(Expert(ExpertCard(**card), tensors["mean"], tensors["snapshots"].float()))
     return experts

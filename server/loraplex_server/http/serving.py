@@ -226,10 +226,18 @@ async def _drain(services: Services, timeout_s: float) -> None:
 def _banner(services: Services, listening: socket.socket) -> str:
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    cards = services.store.list()
+    # the shortest prompt that a card shows: one that visibly does something
+    shown = min(
+        ((card.name, card.examples[0]) for card in cards if card.examples),
+        key=lambda pair: len(pair[1]),
+        default=(cards[0].name if cards else None, "Hello!"),
+    )
     return banner(
         f"http://{host}:{port}",
         services.chooser.base_name,
-        [card.name for card in services.store.list()],
+        [card.name for card in cards],
+        *shown,
         needs_key=bool(services.config.http.api_keys),
         model_note=f"context {services.engine.max_model_len}",
     )

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from .streaming import Connections
 
-__all__ = ["Churn", "delete_adapter", "upload_adapter"]
+__all__ = ["Churn", "delete_adapter", "upload_adapter", "warm_adapter"]
 
 
 def upload_adapter(connections: Connections, name: str, folder: Path) -> None:
@@ -35,6 +35,13 @@ def upload_adapter(connections: Connections, name: str, folder: Path) -> None:
     )
     if status >= 300:
         raise RuntimeError(f"PUT {name}: {status} {answer[:300].decode(errors='replace')}")
+
+
+def warm_adapter(connections: Connections, name: str) -> None:
+    """To host and device. Raises RuntimeError."""
+    status, answer = connections.send("POST", f"/v1/adapters/{quote(name)}/warm")
+    if status >= 300:
+        raise RuntimeError(f"warm {name}: {status} {answer[:300].decode(errors='replace')}")
 
 
 def delete_adapter(connections: Connections, name: str) -> int:

@@ -88,7 +88,7 @@ class ArrivalUser(User):
     seed: ClassVar[int] = 0
 
     def on_start(self) -> None:
-        self._arrivals = random.Random(f"{self.seed}/arrivals/{self.load.phase.label}")
+        self._arrivals = random.Random(f"{self.seed}/arrivals")  # the same in each phase
         self._due = time.perf_counter()
         self._outstanding = Group()
 

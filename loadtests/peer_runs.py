@@ -28,7 +28,7 @@ def fits_peer(phase: Phase) -> Phase | None:
         return None
     if not 0 < phase.adapters <= _MAX_ADAPTERS and mix.get("lora"):
         return None
-    return replace(phase, mix=mix)
+    return replace(phase, mix=mix, warm=False)
 
 
 def bodies_of(system: System) -> Body:

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .admin import Churn, delete_adapter, upload_adapter
+from .admin import Churn, delete_adapter, upload_adapter, warm_adapter
 from .observer import Observer
 from .peer_runs import bodies_of, fits_peer, peer_systems
 from .random_adapters import adapter_names, write_adapters, write_lora
@@ -214,6 +214,9 @@ class _Run:
             variants = [self._work / f"variant-{number}" for number in range(2)]
             churn = Churn(self._connections, variants, phase.churn_per_s)
             names["churned"] = churn.names
+        if phase.warm:
+            for name in names["lora"][: phase.adapters or None]:
+                warm_adapter(self._connections, name)
         record = PhaseRecord(phase, self._used)
         if churn is not None:
             record.gone = churn.gone

@@ -69,6 +69,7 @@ class Phase:
     kind: str = "load"  # or "tiers": one request at a time, from a known tier
     users: Shape | None = None  # closed loop: as many, each sends when its last answer is there
     rate: Shape | None = None  # open loop: Poisson arrivals per second
+    warm: bool = False  # place its adapters on the device first, through the admin API
     adapters: int = 0  # distinct LoRA adapters of this phase; 0: all
     pick: str = "round-robin"
     zipf: tuple[float, float] = (0.0, 0.0)  # exponent at the beginning and at the end

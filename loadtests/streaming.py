@@ -18,6 +18,7 @@ import orjson
 __all__ = ["Connections", "Outcome"]
 
 _TIMEOUT_S = 300.0
+_IDLE_S = 20.0  # servers close connections that lie idle for long
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class Connections:
         self._headers = {"Content-Type": "application/json"}
         if api_key:
             self._headers["Authorization"] = f"Bearer {api_key}"
-        self._idle: list[http.client.HTTPConnection] = []
+        self._idle: list[tuple[float, http.client.HTTPConnection]] = []  # since when, which
 
     def stream(self, body: Mapping[str, Any], path: str = "/v1/chat/completions") -> Outcome:
         """Never raises for what the server or the network does."""
@@ -70,7 +71,7 @@ class Connections:
             outcome.error = repr(error)[:300]
             connection.close()
         else:
-            self._idle.append(connection)
+            self._idle.append((time.perf_counter(), connection))
         outcome.e2e_s = time.perf_counter() - outcome.sent_at
         return outcome
 
@@ -89,16 +90,19 @@ class Connections:
         except BaseException:
             connection.close()
             raise
-        self._idle.append(connection)
+        self._idle.append((time.perf_counter(), connection))
         return found
 
     def close(self) -> None:
         while self._idle:
-            self._idle.pop().close()
+            self._idle.pop()[1].close()
 
     def _take(self) -> http.client.HTTPConnection:
-        if self._idle:
-            return self._idle.pop()
+        while self._idle:
+            since, connection = self._idle.pop()
+            if time.perf_counter() - since < _IDLE_S:
+                return connection
+            connection.close()
         return http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_S)
 
 

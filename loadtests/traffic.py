@@ -6,6 +6,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import gcd
 from typing import Any, Protocol
 
 from .scenario import Phase, RequestSpec
@@ -44,6 +45,14 @@ class LoraplexBody:
         if family == "generated":
             return {"model": self._model, "adapter": {"description": name}}
         return {"model": self._model, "adapter": name}
+
+
+def _stride(n: int) -> int:
+    """Coprime to ``n``, so that every adapter has its turn before any has a second."""
+    stride = max(1, round(0.618 * n))
+    while gcd(stride, n) > 1:
+        stride += 1
+    return stride
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +120,8 @@ class Traffic:
 
     def _index(self, n: int, progress: float) -> int:
         if self._phase.pick == "round-robin":
-            return self._advance("lora") % n
+            # Strides of the golden section: a short phase reaches all parts of many adapters.
+            return self._advance("lora") * _stride(n) % n
         if self._phase.pick == "fresh":  # never one that was used before in this phase
             return self._advance("lora")
         begin, end = self._phase.zipf

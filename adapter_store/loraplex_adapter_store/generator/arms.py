@@ -101,8 +101,9 @@ def arms_of(
         every = multi_task.expand(len(tasks), -1)
         arms.append(Arm("multi-task", every))
         arms.append(Arm("multi-task + description", every, instructions=wordings))
-    if all(task.name in oracles for task in tasks):
-        arms.append(Arm("oracle", torch.stack([oracles[task.name] for task in tasks])))
+    known = [oracles[task.name] for task in tasks if task.name in oracles]
+    if known:  # rows for those tasks alone
+        arms.append(Arm("oracle", torch.stack(known)))
     return arms
 
 

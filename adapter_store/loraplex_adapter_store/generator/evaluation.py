@@ -15,7 +15,7 @@ from .bundle import Bundle
 from .frozen_base import BOnlyLora, FrozenBase
 from .retrieval import condition
 from .scoring import TaskScore, score_groups
-from .sentences import SentenceEncoder
+from .sentences import Encoded, SentenceEncoder
 from .service import Generator
 from .sg_lora import LITERAL, SgRecipe, train_sg_lora
 from .statistics import paired_difference, recovery
@@ -77,13 +77,13 @@ def evaluate(
     literal: SgRecipe | None = LITERAL,
     report: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
-    """Scores on the test split of each task of `sets`; test tasks without an oracle are left out.
+    """Scores on the test split of each task of `sets`; a task without an oracle has no ρ.
 
     One teacher-forced forward gives likelihood and greedy exact match (see scoring.py).
     """
     split = split or load_split()
-    needs_oracle = tuple(sets) != ("validation",)  # choosing a method takes no oracle
-    tasks = {n: s for s in sets for n in split.sets[s] if n in oracles or not needs_oracle}
+    encoder = _Remembering(encoder)
+    tasks = {n: s for s in sets for n in split.sets[s]}
     members = [Task.parse(name) for name in tasks]
     bundle = Bundle.load(folder)
     generators = [Generator(bundle, encoder, base_name)]
@@ -115,17 +115,33 @@ def evaluate(
             if generators[0].refuses(generators[0].encode(task.test_descriptions()[0]))
         ],
         "default": bundle.default,
-        "held_out_without_oracle": [n for s in sets for n in split.sets[s] if n not in oracles],
+        "without_oracle": [n for n in tasks if n not in oracles],
     }
     for arm in arms:
-        scores = run_arm(base, data, bundle, members, arm, split="test", n_rows=n_rows)
-        result.scores[arm.name] = _named(members, scores)
+        of = [t for t in members if t.name in oracles] if arm.name == "oracle" else members
+        scores = run_arm(base, data, bundle, of, arm, split="test", n_rows=n_rows)
+        result.scores[arm.name] = _named(of, scores)
         report(f"{arm.name}: exact {mean_over(result, arm.name, 'exact'):.2f}")
     _add_recovery(result)
     result.neutral = _neutral(base, data, bundle, arms)
     focus = f"{bundle.default} #0" if f"{bundle.default} #0" in result.scores else bundle.default
     result.differences = _differences(result, focus)
     return result
+
+
+class _Remembering(SentenceEncoder):
+    """Every generator is trained on the same wordings: they are encoded once."""
+
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        self.width = encoder.width
+        self._encoder = encoder
+        self._known: dict[tuple[str, ...], Encoded] = {}
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        key = tuple(texts)
+        if key not in self._known:
+            self._known[key] = self._encoder.encode(texts)
+        return self._known[key]
 
 
 def best_method(result: Evaluation, methods: Sequence[str]) -> str:
@@ -140,11 +156,11 @@ def best_method(result: Evaluation, methods: Sequence[str]) -> str:
 
 
 def mean_over(result: Evaluation, arm: str, metric: str, of: str | None = None) -> float:
-    """Mean of a metric over the tasks of one set, or of all."""
+    """Mean over the tasks of one set, or of all; ρ over those that have an oracle."""
     values = [
         score[metric]
         for task, score in result.scores[arm].items()
-        if of is None or result.tasks[task] == of
+        if (of is None or result.tasks[task] == of) and not math.isnan(score[metric])
     ]
     return sum(values) / len(values) if values else math.nan
 

@@ -41,11 +41,8 @@ def _about(result: Evaluation) -> str:
     ]
     if about["library_dropped"]:
         lines.append(f"Dropped by the gate: {', '.join(about['library_dropped'])}.")
-    if about["held_out_without_oracle"]:
-        lines.append(
-            "Left out, for want of an oracle so far: "
-            f"{', '.join(about['held_out_without_oracle'])}."
-        )
+    if about["without_oracle"]:
+        lines.append(f"No oracle, so no ρ, for: {', '.join(about['without_oracle'])}.")
     return "\n".join(lines)
 
 
@@ -62,8 +59,13 @@ def _verdict(result: Evaluation) -> list[str]:
     if "h1" in result.tasks.values():
         rho = mean_over(result, focus, "rho", "h1")
         rule("H1 recovery ρ ≥ 0.8", f"{rho:.2f}", rho >= 0.8)
-        exact, oracle = (mean_over(result, arm, "exact", "h1") for arm in (focus, "oracle"))
-        text = "H1 exact match at least half the oracle's"
+        with_oracle = result.scores["oracle"]
+        exact, oracle = (
+            sum(result.scores[arm][t]["exact"] for t in with_oracle if result.tasks[t] == "h1")
+            / max(1, sum(result.tasks[t] == "h1" for t in with_oracle))
+            for arm in (focus, "oracle")
+        )
+        text = "H1 exact match at least half the oracle's, where there is one"
         rule(text, f"{exact:.0%} of {oracle:.0%}", exact >= oracle / 2)
         for rival in ("base", "base + description", "control: wrong description"):
             for metric in ("nll", "exact"):
@@ -119,10 +121,8 @@ def _tasks_table(result: Evaluation) -> str:
     head = ["task", "set", *arms]
     rows = []
     for task, of in result.tasks.items():
-        cells = [
-            f"{result.scores[arm][task]['exact']:.0%} ({result.scores[arm][task]['nll']:.2f})"
-            for arm in arms
-        ]
+        found = [result.scores[arm].get(task) for arm in arms]
+        cells = ["" if s is None else f"{s['exact']:.0%} ({s['nll']:.2f})" for s in found]
         rows.append([f"`{task}`", of, *cells])
     return "## Every task: exact match (NLL)\n\n" + _table(head, rows)
 

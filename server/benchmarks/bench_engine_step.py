@@ -1,0 +1,145 @@
+"""Times the engine's steps without HTTP: prefill of 16 prompts, then decode steps of 16 rows.
+
+    .venv/bin/python server/benchmarks/bench_engine_step.py
+
+With no adapter, one shared adapter and 16 distinct ones (rank 16, all linears, random), each in
+turn, several rounds; prints the median of the rounds' medians and the ratio to no adapter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loraplex_adapter_store.plan import AdapterPlan, Family, ModulePlan
+from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.device_pool import DevicePool, Placement
+from loraplex_server.engine.kv_cache import KvCache, KvGeometry
+from loraplex_server.engine.model_runner import ModelRunner
+from loraplex_server.engine.request import Request
+from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.engine.scheduler import Chunk
+from loraplex_server.model.base_model import BaseModel, load_base_model
+from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
+
+N_ROWS = 16
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Lease:
+    plan: AdapterPlan
+
+    @property
+    def digest(self) -> str:
+        return self.plan.digest
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--context", type=int, default=110, help="tokens of each prompt")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    model = load_base_model(resolve_model(None), DEFAULT_BASE, dtype=torch.bfloat16, device=_CPU)
+    kv_cache = KvCache(
+        KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim),
+        n_pages=N_ROWS * -(-(arguments.context + arguments.steps + 1) // 16),
+        page_size=16,
+        max_requests=N_ROWS,
+        max_model_len=arguments.context + arguments.steps + 16,
+        dtype=torch.bfloat16,
+        device=_CPU,
+        prefix_cache=False,
+    )
+    adapters = DevicePool(
+        model.groups,
+        n_bytes=512 << 20,
+        max_adapters=N_ROWS,
+        max_rank=None,
+        dtype=torch.bfloat16,
+        device=_CPU,
+        on_loaded=lambda: None,
+    )
+    runner = ModelRunner(model, kv_cache, adapters)
+    leases = [_adapter(model, seed) for seed in range(N_ROWS)]
+    for lease in leases:
+        while adapters.place(lease.plan) is not Placement.RESIDENT:
+            time.sleep(0.01)
+        adapters.hold(lease.digest)
+    cases: dict[str, Sequence[Lease | None]] = {
+        "no adapter": [None] * N_ROWS,
+        "one adapter": [leases[0]] * N_ROWS,
+        "16 distinct adapters": leases,
+    }
+    times: dict[str, list[tuple[float, float]]] = {label: [] for label in cases}
+    for _ in range(arguments.rounds):
+        for label, rows in cases.items():
+            times[label].append(_round(runner, kv_cache, rows, arguments.context, arguments.steps))
+    base = statistics.median(decode for _, decode in times["no adapter"])
+    for label, rounds in times.items():
+        prefill = statistics.median(value for value, _ in rounds)
+        decode = statistics.median(value for _, value in rounds)
+        result = {
+            "case": label,
+            "prefill_tokens_per_s": round(N_ROWS * arguments.context / prefill),
+            "decode_step_ms": round(1000 * decode, 2),
+            "decode_rate_of_no_adapter": round(base / decode, 3),
+        }
+        print(json.dumps(result))
+    adapters.close()
+
+
+def _adapter(model: BaseModel, seed: int, rank: int = 16) -> Lease:
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        name: ModulePlan(
+            a=0.02 * torch.randn(rank, shape.in_features, generator=generator),
+            b=0.02 * torch.randn(shape.out_features, rank, generator=generator),
+        )
+        for name, shape in model.spec.modules.items()
+        if name != model.spec.output_head
+    }
+    return Lease(AdapterPlan(digest=f"random-{seed}", family=Family.LORA, modules=modules))
+
+
+def _round(
+    runner: ModelRunner,
+    kv_cache: KvCache,
+    leases: Sequence[Lease | None],
+    context: int,
+    n_steps: int,
+) -> tuple[float, float]:
+    """Seconds of the whole prefill, and of the median decode step."""
+    requests = []
+    for index, lease in enumerate(leases):
+        ids = [random.randrange(1000) for _ in range(context)]
+        source = GenerationRequest(f"r{index}", tuple(ids), SamplingParams(n_steps), lease)
+        requests.append(Request(source, print, ids, context))
+        kv_cache.admit(f"r{index}", bytes(16), ids)
+    start = time.perf_counter()
+    for first in range(0, N_ROWS, 4):
+        runner.run([Chunk(request, 0, context) for request in requests[first : first + 4]])
+    prefill = time.perf_counter() - start
+    steps = []
+    for _ in range(n_steps):
+        for request in requests:
+            request.token_ids.append(5)
+            kv_cache.extend(request.id, request.n_tokens)
+        start = time.perf_counter()
+        runner.run([Chunk(request, request.n_tokens - 1, 1) for request in requests])
+        steps.append(time.perf_counter() - start)
+    for request in requests:
+        kv_cache.release(request.id)
+    return prefill, statistics.median(steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import tempfile
 import threading
@@ -50,6 +51,7 @@ _LOOK_EVERY_S = 1.0
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _leave)  # so that the server that was started goes too
     console = Console()
     try:
         scenario = load_scenario(options.scenario)
@@ -89,6 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"[yellow]{note}[/]")
     console.print(f"report: {page}\ndata:   {data}")
     return 0 if all(not row["lost"] for row in _loads(systems["loraplex"])) else 2
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)
 
 
 def _prepare(scenario: Scenario, model: Path, work: Path, progress: Progress) -> None:

@@ -17,7 +17,7 @@ dtype = "float32"
 threads = 1
 kv-memory = "8MiB"
 adapter-memory = "8MiB"
-max-loras = 8
+max-loras = 16
 [adapters]
 lora = 12
 mixlora = 1
@@ -39,6 +39,7 @@ kind = "tiers"
 probes = 2
 [[phase]]
 label = "open"
+warm = true
 rate = 10
 adapters = 12
 seconds = 2

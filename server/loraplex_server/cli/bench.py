@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tomllib
@@ -53,13 +54,13 @@ def bench(
             command += [flag, str(value)]
     # A process of its own: locust patches sockets and threads of the one it runs in.
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    try:
-        status = subprocess.run(
-            command, env={**os.environ, "PYTHONPATH": path}, check=False
-        ).returncode
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    raise typer.Exit(status)
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    while True:
+        try:
+            raise typer.Exit(process.wait())
+        except KeyboardInterrupt:  # the child has it too, and cleans up
+            continue
 
 
 def _checkout() -> Path:

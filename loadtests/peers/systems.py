@@ -174,8 +174,10 @@ class LlamaCpp(System):
         ], {"LD_LIBRARY_PATH": str(binary.parent if binary else "")}
 
     def body(self, adapter: int | None) -> dict[str, Any]:
-        chosen = [] if adapter is None else [{"id": adapter, "scale": 1.0}]
-        return {"model": "base", "lora": chosen}
+        if adapter is not None:
+            return {"model": "base", "lora": [{"id": adapter, "scale": 1.0}]}
+        # an empty list leaves the choice to the server; a scale of 0 asks for the base outright
+        return {"model": "base", "lora": [{"id": 0, "scale": 0.0}]}
 
 
 SYSTEMS: Mapping[str, type[System]] = {

@@ -84,6 +84,10 @@ def evaluate(
     on: Annotated[str, typer.Option(help="`validation` or `test`.")] = "test",
     rows: Annotated[int, typer.Option(help="Examples of each task.", min=4)] = 30,
     seeds: Annotated[int, typer.Option(help="Generator seeds.", min=1)] = 3,
+    literal: Annotated[
+        bool,
+        typer.Option("--literal/--no-literal", help="Train SG-LoRA as published, too; minutes."),
+    ] = False,
     base: _Base = None,
     shipped: _Shipped = None,
     zoo_folder: _Zoo = None,
@@ -102,6 +106,7 @@ def evaluate(
     from loraplex_adapter_store.generator.frozen_base import FrozenBase
     from loraplex_adapter_store.generator.packing import ChatCodec
     from loraplex_adapter_store.generator.sentences import SentenceEncoder
+    from loraplex_adapter_store.generator.sg_lora import LITERAL
     from loraplex_adapter_store.generator.shipped import shipped_folder
     from loraplex_adapter_store.generator.taskdata import TaskData
     from loraplex_server.model.pull import loraplex_home, resolve_encoder, resolve_model
@@ -120,6 +125,7 @@ def evaluate(
         multi_task=multi_task,
         n_rows=rows,
         n_seeds=seeds,
+        literal=LITERAL if literal else None,
         report=lambda line: show(line, flush=True),
     )
     out.mkdir(parents=True, exist_ok=True)

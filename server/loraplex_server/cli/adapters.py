@@ -92,7 +92,7 @@ def add(
     name: Annotated[str, typer.Argument(help="Name that requests will use.")],
     source: Annotated[
         str,
-        typer.Argument(help="Folder, or hf://org/repo[/sub][@rev], s3://, gs://, az://, https://."),
+        typer.Argument(help="Folder, or hf://org/repo/sub@rev, s3://, gs://, az://, https://."),
     ],
     description: Annotated[str | None, typer.Option(help="What it is good at.")] = None,
     example: Annotated[list[str] | None, typer.Option(help="A prompt for it; repeatable.")] = None,

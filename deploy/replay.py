@@ -41,7 +41,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="loraplex-image-") as folder:
         moved = Path(folder)
         build, serve = parse(_ROOT / "Dockerfile")
-        environment = {"TORCH_INDEX": options.torch_index, "PATH": os.environ["PATH"]}
+        environment = {
+            "TORCH_INDEX": options.torch_index,
+            "PATH": os.environ["PATH"],
+            "PIP_QUIET": "1",
+        }
         environment |= {
             k: v for k, v in os.environ.items() if k.startswith(("PIP_", "SSL_", "HOME"))
         }

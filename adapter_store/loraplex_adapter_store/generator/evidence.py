@@ -97,12 +97,14 @@ def _arms_table(result: Evaluation) -> str:
     for arm in result.scores:
         cells = []
         for s in sets:
-            cells.append(f"{mean_over(result, arm, 'exact', s):.0%}")
-            cells.append(f"{mean_over(result, arm, 'nll', s):.2f}")
-            cells.append(f"{mean_over(result, arm, 'rho', s):.2f}")
-        ppl = result.neutral.get(arm, math.nan)
-        rows.append([arm, *cells, "" if math.isnan(ppl) else f"{ppl:.1f}"])
+            for metric, form in (("exact", ".0%"), ("nll", ".2f"), ("rho", ".2f")):
+                cells.append(_number(mean_over(result, arm, metric, s), form))
+        rows.append([arm, *cells, _number(result.neutral.get(arm, math.nan), ".1f")])
     return "## Every arm, mean over the tasks of a set\n\n" + _table(head, rows)
+
+
+def _number(value: float, form: str) -> str:
+    return "" if math.isnan(value) else format(value, form)
 
 
 def _differences_table(result: Evaluation) -> str:

@@ -106,16 +106,27 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
     values, ids = torch.topk(probs, min(_N_CANDIDATES, probs.shape[1]), dim=-1)
     drawn: list[int] = []
     for row, request in enumerate(requests):
+        params, uniform = request.source.sampling, _uniform(request)
         candidates, candidate_ids = values[row].double().numpy(), ids[row].numpy()
-        if not _is_enough(candidates, probs.shape[1], request.source.sampling):
+        # what no filter cuts is drawn from the whole row, whose mass needs no order
+        mass = None if _is_filtered(params) else float(probs[row].double().sum())
+        if mass is None:
+            enough = _is_enough(candidates, probs.shape[1], params)
+        else:
+            enough = uniform * mass < candidates.sum()
+        if not enough:
             ordered, order = torch.sort(probs[row], descending=True, stable=True)
             candidates, candidate_ids = ordered.double().numpy(), order.numpy()
-        weights = _filter(candidates, request.source.sampling)
+        weights = _filter(candidates, params)
         cumulative = np.cumsum(weights)
-        target = _uniform(request) * cumulative[-1]
+        target = uniform * (cumulative[-1] if mass is None else mass)
         index = int(np.searchsorted(cumulative, target, side="right"))
         drawn.append(int(candidate_ids[min(index, int(np.flatnonzero(weights)[-1]))]))
     return drawn
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
 
 
 def _filter(probs: NDArray[np.float64], params: SamplingParams) -> NDArray[np.float64]:

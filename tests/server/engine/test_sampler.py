@@ -11,7 +11,7 @@ from transformers.generation import logits_process as oracle
 
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.request import Request
-from loraplex_server.engine.sampler import logprobs_of, sample
+from loraplex_server.engine.sampler import _uniform, logprobs_of, sample
 from loraplex_server.engine.sampling_params import SamplingParams
 
 _EOS = frozenset({2})
@@ -82,6 +82,22 @@ def test_a_nucleus_wider_than_the_candidates_is_sorted_whole() -> None:
     found = _histogram(torch.zeros(2000), 3000, top_p=0.9)
     assert len(found) > 1000
     assert max(found) < 1800  # the last tenth of equal tokens never comes up
+
+
+@pytest.mark.parametrize("spread", [0.3, 3.0], ids=["flat", "peaked"])
+def test_an_unfiltered_draw_inverts_the_distribution_of_the_whole_vocabulary(spread: float) -> None:
+    """Both where the draw falls among the candidates and where it falls beyond them."""
+    torch.manual_seed(4)
+    logits = spread * torch.randn(2000)
+    ordered, order = torch.sort(torch.softmax(logits, -1), descending=True, stable=True)
+    cumulative = torch.cumsum(ordered.double(), 0)
+    beyond = 0
+    for seed in range(300):
+        request = _request(seed=seed)
+        index = int(torch.searchsorted(cumulative, _uniform(request) * cumulative[-1], right=True))
+        beyond += index >= 256
+        assert _token(logits, request) == int(order[index])
+    assert 0 < beyond < 300
 
 
 def test_the_same_seed_gives_the_same_token_whatever_else_is_in_the_batch() -> None:

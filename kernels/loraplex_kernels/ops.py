@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .cpu.lora import NativeLora, serves
 from .layout import LoraSegments, LoraTables, LoraTarget
+from .packed_linear import PackedLinear
 from .pool import LoraPool
 from .reference import lora_apply_reference
 
@@ -61,14 +62,33 @@ class PreparedTarget:
         self._bind()
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+        native = self._follow()
+        if native is not None:
+            native(x, segments, out)
+        else:
+            lora_apply(x, self._pool.storage, self._target, self._tables, segments, out=out)
+
+    def over(self, packed: PackedLinear, x: Tensor, segments: LoraSegments) -> Tensor:
+        """``x`` [n_rows, in_features] → the base's product with the segments' products on top.
+
+        The same bits as ``packed(x)`` and a call: native code fetches factors meanwhile.
+        """
+        native, weights = self._follow(), packed.native
+        if native is None or weights is None or packed.dtype != self._pool.storage.dtype:
+            out = packed(x)
+            self(x, segments, out)
+            return out
+        out = torch.empty((x.shape[0], packed.n_out), dtype=x.dtype)
+        native.over(weights, x, segments, out)
+        return out
+
+    def _follow(self) -> NativeLora | None:
+        """The native kernel of the pool's current tables, where it may be called."""
         tables = self._pool.tables(self._target.name)
         if tables is not self._tables:
             self._tables = tables
             self._bind()
-        if self._native is not None and not torch.compiler.is_compiling():
-            self._native(x, segments, out)
-        else:
-            lora_apply(x, self._pool.storage, self._target, tables, segments, out=out)
+        return None if torch.compiler.is_compiling() else self._native
 
     def _bind(self) -> None:
         storage = self._pool.storage

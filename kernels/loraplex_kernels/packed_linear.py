@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .cpu.lora import NativeWeights
 from .cpu.model_ops import dtype_code, native_ops
+from .storage import allocate_storage
 
-__all__ = ["PackedLinear"]
+__all__ = ["PackedLinear", "lay_out_together"]
 
 _PANEL = 32  # outputs side by side, as csrc/linear.inc has it
 _LIGHT_BYTES = 8 << 20  # weights that are read in less than a fifth of a millisecond
@@ -42,9 +44,7 @@ class PackedLinear:
         else:
             self._weight = _pack(stacked, self._unit)
             self._bias = None if bias is None else _pad(bias.float())
-        self._bias_address = 0 if self._bias is None else self._bias.data_ptr()
-        light = self._weight.nbytes <= _LIGHT_BYTES
-        self._light_rows = _LIGHT_PRODUCTS // (self.n_out * self.in_features) if light else 0
+        self._native = None if self._code is None else self._describe()
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [T, in_features] → [T, n_out]."""
@@ -56,7 +56,8 @@ class PackedLinear:
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """Writes the product to ``out`` [T, n_out]; rows of ``x`` and ``out`` may be strided."""
-        if self._code is None:
+        native = self._native
+        if native is None:
             out.copy_(functional.linear(x, self._weight, self._bias))
             return
         n_rows, in_features = x.shape
@@ -70,18 +71,23 @@ class PackedLinear:
             or (x_unit, out_unit) != (1, 1)
         ):
             self._refuse(x, out)
-        native_ops(keep_gil=n_rows <= self._light_rows).linear(
+        native_ops(keep_gil=n_rows <= native.light_rows).linear(
             self._code,
             x.data_ptr(),
             x_stride,
-            self._weight.data_ptr(),
-            self._bias_address,
+            native.address,
+            native.bias_address,
             out.data_ptr(),
             out_stride,
             n_rows,
             self.n_out,
             in_features,
         )
+
+    @property
+    def native(self) -> NativeWeights | None:
+        """Where native code finds the weights; None if it does not hold them."""
+        return self._native
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Rows ``token_ids`` [T] of the weight, so that a tied head is held once."""
@@ -99,6 +105,14 @@ class PackedLinear:
         stacked = self._weight if self._code is None else self._unpacked()
         return [part.clone() for part in torch.split(stacked, list(self.out_features))]
 
+    def _describe(self) -> NativeWeights:
+        light = self._weight.nbytes <= _LIGHT_BYTES
+        return NativeWeights(
+            self._weight.data_ptr(),
+            0 if self._bias is None else self._bias.data_ptr(),
+            _LIGHT_PRODUCTS // (self.n_out * self.in_features) if light else 0,
+        )
+
     @property
     def n_bytes(self) -> int:
         """Memory held."""
@@ -114,6 +128,23 @@ class PackedLinear:
             f" stride; got {x.dtype} {tuple(x.shape)} {x.stride()} → {out.dtype} {tuple(out.shape)}"
             f" {out.stride()}"
         )
+
+
+def lay_out_together(linears: Sequence[PackedLinear]) -> None:
+    """Moves packed weights into one stretch of memory, in huge pages, in the order given.
+
+    A step streams them in that order: translating addresses page by page costs a few per cent of
+    it. Call it before the linears are in use. Those not held in native form stay where they are.
+    """
+    packed = [linear for linear in linears if linear._code is not None]
+    n_words = sum(linear._weight.numel() for linear in packed)
+    stretch = allocate_storage(n_words, torch.int32, torch.device("cpu"))
+    first = 0
+    for linear in packed:
+        old = linear._weight
+        linear._weight = stretch[first : first + old.numel()].view_as(old).copy_(old)
+        linear._native = linear._describe()
+        first += old.numel()
 
 
 def _pack(stacked: Tensor, unit: int) -> Tensor:

@@ -121,7 +121,9 @@ def _round(
     requests = []
     for index, lease in enumerate(leases):
         ids = [random.randrange(1000) for _ in range(context)]
-        source = GenerationRequest(f"r{index}", tuple(ids), SamplingParams(n_steps), lease)
+        source = GenerationRequest(
+            f"r{index}", tuple(ids), SamplingParams(n_steps, temperature=0.0), lease
+        )
         requests.append(Request(source, print, ids, context))
         kv_cache.admit(f"r{index}", bytes(16), ids)
     start = time.perf_counter()

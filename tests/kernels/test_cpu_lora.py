@@ -23,6 +23,7 @@ from loraplex_kernels import (
 )
 from loraplex_kernels.cpu import native
 from loraplex_kernels.cpu.lora import NativeLora
+from loraplex_kernels.packed_linear import PackedLinear
 from tests.support.lora_problems import (
     MIXES,
     LoraProblem,
@@ -95,6 +96,30 @@ def test_a_row_has_the_same_bits_in_every_batch(problem: LoraProblem, seed: int)
     assert torch.equal(together[order], run(problem.rows(order)))
     for row in order[:3].tolist():
         assert torch.equal(together[row : row + 1], run(problem.rows(torch.tensor([row]))))
+
+
+@needs_native
+@pytest.mark.parametrize("isa", list(native.Isa))
+@settings(max_examples=40, deadline=None)
+@given(problem=problems())
+def test_one_call_over_the_base_has_the_bits_of_two(isa: native.Isa, problem: LoraProblem) -> None:
+    widths, dtype = problem.target.out_features, problem.x.dtype
+    weights = [torch.randn(width, problem.target.in_features).to(dtype) for width in widths]
+    packed = PackedLinear(weights, [None, *(torch.randn(width) for width in widths[1:])])
+    if packed.native is None:  # an odd number of bfloat16 inputs
+        return
+    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    segments, best = segments_of(problem), native.isa()
+    assert best is not None
+    native.limit_isa(isa)
+    try:
+        two = packed(problem.x)
+        apply(problem.x, segments, two)
+        one = torch.empty_like(two)
+        apply.over(packed.native, problem.x, segments, one)
+    finally:
+        native.limit_isa(best)
+    assert torch.equal(one, two)
 
 
 @needs_native

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loraplex_kernels import PackedLinear
 from loraplex_kernels.cpu import native
+from loraplex_kernels.packed_linear import lay_out_together
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -119,3 +120,16 @@ def test_rows_of_another_shape_dtype_or_layout_are_refused(x: Tensor) -> None:
     linear = PackedLinear(weights_of([(48, 32)], torch.float32), [None])
     with pytest.raises(ValueError, match=r"needs torch.float32 rows \[T, 32\]"):
         linear(x)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
+def test_linears_laid_out_together_stay_the_same(dtype: torch.dtype) -> None:
+    stacks = [weights_of([(70, 64), (9, 64)], dtype), weights_of([(33, 128)], dtype)]
+    linears = [PackedLinear(stack, [None] * len(stack)) for stack in stacks]
+    inputs = [rows_of(5, linear.in_features, dtype) for linear in linears]
+    before = [linear(x) for linear, x in zip(linears, inputs, strict=True)]
+    lay_out_together(linears)
+    for linear, stack, x, expected in zip(linears, stacks, inputs, before, strict=True):
+        assert torch.equal(linear(x), expected)
+        for weight, kept in zip(stack, linear.unpack(), strict=True):
+            assert torch.equal(weight, kept)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..layout import LoraSegments, LoraTables, LoraTarget
 from .native import library
 
-__all__ = ["NativeLora", "serves"]
+__all__ = ["NativeLora", "NativeWeights", "serves"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _ERRORS = {
@@ -20,6 +21,22 @@ _ERRORS = {
     2: "a segment names a row beyond x",
     3: "the rows of a segment must ascend, each once",
 }
+
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+_SEGMENTS = (_P, _P, _P, _P, _N)  # entries, starts, rows, weights, n_segments
+_ROWS = (_P, _N, _P, _N, _N)  # x and its stride, out and its stride, n_rows
+_SIGNATURES = {
+    "loraplex_lora_apply": (_P, *_ROWS, *_SEGMENTS),  # descriptor first
+    "loraplex_adapted_linear": (_P, _P, _P, *_ROWS, *_SEGMENTS),  # then packed, bias
+}
+
+
+class NativeWeights(NamedTuple):
+    """A base linear as ``csrc/linear.inc`` reads it. Its owner keeps the memory alive."""
+
+    address: int
+    bias_address: int  # 0 = none
+    light_rows: int  # rows up to which a call is too short to let go of Python's lock
 
 
 def serves(dtype: torch.dtype) -> bool:
@@ -34,14 +51,15 @@ class NativeLora:
     """
 
     def __init__(self, storage: Tensor, target: LoraTarget, tables: LoraTables) -> None:
-        lib = library()
-        if lib is None or storage.dtype not in _DTYPES:
+        if not serves(storage.dtype):
             raise ValueError(f"no native LoRA kernel for {storage.dtype} here; ask serves() first")
         self.storage, self.target, self.tables = storage, target, tables
         self._n_columns = sum(target.out_features)
         self._descriptor = _describe(storage, target, tables)
         self._address = ctypes.addressof(self._descriptor)
-        self._apply = _bind(lib)
+        self._apply = _bind("loraplex_lora_apply", keep_gil=False)
+        self._over = _bind("loraplex_adapted_linear", keep_gil=False)
+        self._over_with_gil = _bind("loraplex_adapted_linear", keep_gil=True)
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """``x`` [n_rows, in_features], ``out`` [n_rows, Σ out_features]; any row stride."""
@@ -49,27 +67,15 @@ class NativeLora:
         n_segments = entries.shape[0]
         if n_segments == 0:
             return
-        n_rows, in_features = x.shape
-        dtype = self.storage.dtype
-        x_stride, x_unit = x.stride()
-        out_stride, out_unit = out.stride()
-        if (
-            x.dtype != dtype
-            or out.dtype != dtype
-            or in_features != self.target.in_features
-            or out.shape != (n_rows, self._n_columns)
-            or (x_unit != 1 and in_features > 1)
-            or (out_unit != 1 and self._n_columns > 1)
-        ):
-            self._refuse(x, out)
+        self._check(x, out)
         weights = segments.weights
         failed = self._apply(
             self._address,
             x.data_ptr(),
-            x_stride,
+            x.stride(0),
             out.data_ptr(),
-            out_stride,
-            n_rows,
+            out.stride(0),
+            x.shape[0],
             entries.data_ptr(),
             segments.starts.data_ptr(),
             segments.rows.data_ptr(),
@@ -78,6 +84,45 @@ class NativeLora:
         )
         if failed:
             raise IndexError(f"{self.target.name}: {_ERRORS[failed]}")
+
+    def over(self, packed: NativeWeights, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+        """Writes the base's product and adds the segments' products, in one native call.
+
+        While the first is computed, the factors of the second come into the cache.
+        """
+        self._check(x, out)
+        weights = segments.weights
+        apply = self._over_with_gil if x.shape[0] <= packed.light_rows else self._over
+        failed = apply(
+            self._address,
+            packed.address,
+            packed.bias_address,
+            x.data_ptr(),
+            x.stride(0),
+            out.data_ptr(),
+            out.stride(0),
+            x.shape[0],
+            segments.entries.data_ptr(),
+            segments.starts.data_ptr(),
+            segments.rows.data_ptr(),
+            None if weights is None else weights.data_ptr(),
+            segments.entries.shape[0],
+        )
+        if failed:
+            raise IndexError(f"{self.target.name}: {_ERRORS[failed]}")
+
+    def _check(self, x: Tensor, out: Tensor) -> None:
+        n_rows, in_features = x.shape
+        dtype = self.storage.dtype
+        if (
+            x.dtype != dtype
+            or out.dtype != dtype
+            or in_features != self.target.in_features
+            or out.shape != (n_rows, self._n_columns)
+            or (x.stride(1) != 1 and in_features > 1)
+            or (out.stride(1) != 1 and self._n_columns > 1)
+        ):
+            self._refuse(x, out)
 
     def _refuse(self, x: Tensor, out: Tensor) -> None:
         raise ValueError(
@@ -135,21 +180,10 @@ def _descriptor(
 
 
 @functools.cache
-def _bind(lib: ctypes.CDLL) -> Callable[..., int]:
-    apply: Callable[..., int] = lib.loraplex_lora_apply
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    lib.loraplex_lora_apply.argtypes = (
-        pointer,  # descriptor
-        pointer,  # x
-        number,
-        pointer,  # out
-        number,
-        number,  # n_rows
-        pointer,  # entries
-        pointer,  # starts
-        pointer,  # rows
-        pointer,  # weights
-        number,  # n_segments
-    )
-    lib.loraplex_lora_apply.restype = ctypes.c_int
-    return apply
+def _bind(name: str, *, keep_gil: bool) -> Callable[..., int]:
+    lib = library()
+    assert lib is not None
+    function = (ctypes.PyDLL if keep_gil else ctypes.CDLL)(lib._name)[name]
+    function.argtypes = _SIGNATURES[name]
+    function.restype = ctypes.c_int
+    return function

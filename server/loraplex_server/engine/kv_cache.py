@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraplex_kernels.model_ops import write_kv
+from loraplex_kernels.storage import allocate_storage
 
 from .page_pool import PagePool, page_keys
 
@@ -63,10 +65,8 @@ class KvCache:
         self.page_size = page_size
         self.prefix_cache = prefix_cache
         shape = (n_pages, geometry.n_kv_heads, page_size, geometry.head_dim)
-        self.keys = [
-            torch.zeros(shape, dtype=dtype, device=device) for _ in range(geometry.n_layers)
-        ]
-        self.values = [torch.zeros_like(keys) for keys in self.keys]
+        self.keys = [_zeros(shape, dtype, device) for _ in range(geometry.n_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(geometry.n_layers)]
         self.page_table: NDArray[np.int32] = np.zeros(
             (max_requests, -(-max_model_len // page_size)), dtype=np.int32
         )
@@ -188,3 +188,8 @@ class KvCache:
             pages.append(page)
             last_key = key
         return pages, last_key
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """In huge pages where there are any: a step touches blocks of 2 KiB all over the cache."""
+    return allocate_storage(math.prod(shape), dtype, device).zero_().view(shape)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,10 +22,11 @@ from ..model.lora_group import ApplySlice, LoraGroup
 from ..model.routed import rows_for
 from ..model.step import PlannedRows
 from .batch import StepBatch, build_batch
-from .device_pool import DevicePool
+from .device_pool import DevicePool, Residency
 from .events import TokenLogprobs
 from .kv_cache import KvCache
 from .request import Request
+from .row_buffer import RowBuffer
 from .sampler import Sampled, logprobs_of, sample
 from .scheduler import Chunk
 
@@ -45,9 +48,12 @@ class ModelRunner:
         self._model = model
         self._kv = kv_cache
         self._adapters = adapters
+        n_rows = kv_cache.page_table.shape[0]
+        self._raw_logits = RowBuffer(n_rows, model.vocab_size, model.dtype, model.device)
+        self._float_logits = RowBuffer(n_rows, model.vocab_size, torch.float32, model.device)
         model.attach_kv(kv_cache.keys, kv_cache.values)
         for group in model.groups.values():
-            group.apply_lora = PreparedTarget(adapters.pool, group.target.name)
+            group.lora = PreparedTarget(adapters.pool, group.target.name)
             group.apply_slice = _bind_slices(adapters.pool, group)
 
     @torch.inference_mode()
@@ -80,13 +86,10 @@ class ModelRunner:
 
     def _segments(self, requests: Sequence[Request], n_rows: Sequence[int]) -> LoraSegments | None:
         """Rows by entry; None when every row is the base's."""
-        entries = [self._entry(request) for request in requests]
+        entries = tuple(self._entry(request) for request in requests)
         if all(entry < 0 for entry in entries):
             return None
-        row_entries = torch.repeat_interleave(
-            torch.tensor(entries, dtype=torch.int32), torch.tensor(n_rows)
-        )
-        return build_segments(row_entries.to(self._model.device))
+        return _segments_of(entries, tuple(n_rows), self._model.device)
 
     def _entry(self, request: Request) -> int:
         digest = request.adapter_digest
@@ -95,38 +98,37 @@ class ModelRunner:
     def _planned(
         self, requests: Sequence[Request], rows: Sequence[list[int]]
     ) -> tuple[PlannedRows, ...]:
-        by_digest: dict[str, list[int]] = {}
-        for request, request_rows in zip(requests, rows, strict=True):
-            digest = request.adapter_digest
-            if digest:
-                residency = self._adapters.residency(digest)
-                if residency.planned or residency.dense:
-                    by_digest.setdefault(digest, []).extend(request_rows)
         return tuple(
-            PlannedRows(
-                torch.tensor(digest_rows, device=self._model.device),
-                self._adapters.residency(digest).planned,
-                self._adapters.residency(digest).dense,
-            )
-            for digest, digest_rows in by_digest.items()
+            PlannedRows(row_ids, residency.planned, residency.dense)
+            for residency, row_ids in self._by_adapter(requests, rows)
+            if residency.planned or residency.dense
         )
 
     def _routed(
         self, requests: Sequence[Request], rows: Sequence[list[int]]
     ) -> dict[str, tuple[RoutedRows, ...]]:
         """By MLP block or projection: the rows whose adapter routes there."""
+        routed: dict[str, tuple[RoutedRows, ...]] = {}
+        for residency, row_ids in self._by_adapter(requests, rows):
+            if residency.experts:
+                for place, part in rows_for(residency.experts, row_ids).items():
+                    routed[place] = (*routed.get(place, ()), part)
+        return routed
+
+    def _by_adapter(
+        self, requests: Sequence[Request], rows: Sequence[list[int]]
+    ) -> list[tuple[Residency, Tensor]]:
+        """The rows of each adapter that does more than the pool's operator; int64, ascending."""
         by_digest: dict[str, list[int]] = {}
         for request, request_rows in zip(requests, rows, strict=True):
-            digest = request.adapter_digest
-            if digest and self._adapters.residency(digest).experts:
-                by_digest.setdefault(digest, []).extend(request_rows)
-        routed: dict[str, tuple[RoutedRows, ...]] = {}
-        for digest, digest_rows in by_digest.items():
-            row_ids = torch.tensor(digest_rows, device=self._model.device)
-            experts = self._adapters.residency(digest).experts
-            for place, part in rows_for(experts, row_ids).items():
-                routed[place] = (*routed.get(place, ()), part)
-        return routed
+            if request.adapter_digest:
+                by_digest.setdefault(request.adapter_digest, []).extend(request_rows)
+        residencies = {digest: self._adapters.residency(digest) for digest in by_digest}
+        return [
+            (residency, torch.tensor(by_digest[digest], device=self._model.device))
+            for digest, residency in residencies.items()
+            if residency.planned or residency.dense or residency.experts
+        ]
 
     def _embed(self, batch: StepBatch, chunks: Sequence[Chunk]) -> Tensor:
         embeddings = self._model.embed(batch.token_ids)
@@ -152,22 +154,30 @@ class ModelRunner:
                     rows[row] = plan.embedding_rows[token].to(rows)
 
     def _logits(self, hidden: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> Tensor:
-        """float32 [n, vocab_size], with the adapters' changes to the head."""
+        """float32 [n, vocab_size], with the adapters' changes to the head; valid until the next."""
+        head, n_rows = self._model.head, len(rows)
         x = hidden[torch.tensor(rows, device=hidden.device)]
-        raw = self._model.head.packed(x)
-        n_each = [1] * len(requests)
-        self._model.head.add_adapters(
-            x,
-            raw,
-            self._segments(requests, n_each),
-            self._planned(requests, [[i] for i in range(len(requests))]),
-        )
+        raw = self._raw_logits.rows(n_rows)
+        head.packed.into(x, raw)
+        if any(map(self._changes_head, requests)):
+            head.add_adapters(
+                x,
+                raw,
+                self._segments(requests, [1] * n_rows),
+                self._planned(requests, [[i] for i in range(n_rows)]),
+            )
         for row, request in enumerate(requests):
             digest = request.adapter_digest
             head_rows = self._adapters.residency(digest).plan.head_rows if digest else {}
             for token, weight in head_rows.items():
                 raw[row, token] = x[row].float() @ weight.to(x.device)
-        return self._model.finish_logits(raw)
+        return self._model.finish_logits(raw, self._float_logits.rows(n_rows))
+
+    def _changes_head(self, request: Request) -> bool:
+        if not request.adapter_digest:
+            return False
+        plan, head = self._adapters.residency(request.adapter_digest).plan, self._model.head
+        return any(name in plan.modules or name in plan.dense for name in head.module_names)
 
     def _prompt_logprobs(
         self, hidden: Tensor, chunks: Sequence[Chunk], batch: StepBatch
@@ -187,6 +197,14 @@ class ModelRunner:
             n_top = request.source.sampling.logprobs or 0
             found[request.id] = tuple(logprobs_of(logits, targets, [n_top] * len(targets)))
         return found
+
+
+@functools.lru_cache(maxsize=4)  # decode steps repeat
+def _segments_of(
+    entries: tuple[int, ...], n_rows: tuple[int, ...], device: torch.device
+) -> LoraSegments:
+    row_entries = np.repeat(np.array(entries, dtype=np.int32), n_rows)
+    return build_segments(torch.from_numpy(row_entries).to(device))
 
 
 def _bind_slices(pool: LoraPool, group: LoraGroup) -> ApplySlice:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_kernels.model_ops import PackedLinear, silu_mul
+from loraplex_kernels.packed_linear import lay_out_together
 
 from .attention import LayerAttention, install_attention
 from .errors import ModelError
@@ -104,12 +105,12 @@ class BaseModel:
         hidden: Tensor = output.last_hidden_state.squeeze(0)
         return hidden
 
-    def finish_logits(self, raw: Tensor) -> Tensor:
-        """float32 logits from the head's output, adapters included."""
-        logits = raw.float()
-        if self._softcap is None:
-            return logits
-        return torch.tanh(logits / self._softcap) * float(self._softcap)
+    def finish_logits(self, raw: Tensor, out: Tensor) -> Tensor:
+        """Fills ``out`` float32 [n, vocab_size] from the head's output, adapters included."""
+        out.copy_(raw)
+        if self._softcap is not None:
+            out.div_(self._softcap).tanh_().mul_(float(self._softcap))
+        return out
 
     def _replace_linears(self, model: PreTrainedModel, spec: BaseSpec) -> dict[str, LoraGroup]:
         groups: dict[str, LoraGroup] = {}
@@ -124,6 +125,7 @@ class BaseModel:
             for name, module in zip(names, LoraLinear.of_group(group), strict=True):
                 parent = model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], module)
+        lay_out_together([group.packed for group in groups.values()])
         return groups
 
 

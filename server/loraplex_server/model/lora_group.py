@@ -15,14 +15,15 @@ from torch.nn import functional
 from loraplex_adapter_store.plan import ModulePlan
 from loraplex_kernels.layout import LoraSegments, LoraTarget
 from loraplex_kernels.model_ops import PackedLinear
+from loraplex_kernels.ops import PreparedTarget
 from loraplex_router.experts import projection_segments
 
 from .step import PlannedRows, Step
 
-__all__ = ["ApplyLora", "ApplySlice", "LoraGroup", "LoraLinear"]
+__all__ = ["ApplySlice", "LoraGroup", "LoraLinear"]
 
-ApplyLora = Callable[[Tensor, LoraSegments, Tensor], None]  # (x, segments, out), adds in place
-ApplySlice = Callable[[int, Tensor, LoraSegments, Tensor], None]  # the same for one packed linear
+# (slice, x, segments, out): adds to one packed linear's columns in place
+ApplySlice = Callable[[int, Tensor, LoraSegments, Tensor], None]
 
 
 class LoraGroup:
@@ -34,14 +35,20 @@ class LoraGroup:
         self.target = LoraTarget(name, packed.in_features, packed.out_features)
         self.module_names = tuple(module_names)
         self.packed = packed
-        self.apply_lora: ApplyLora | None = None  # set when the device pool is built
+        self.lora: PreparedTarget | None = None  # set when the device pool is built
         self.apply_slice: ApplySlice | None = None
         self._step = step
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n_rows, in_features] → [n_rows, Σ out_features]."""
-        out = self.packed(x)
-        self.add_step_adapters(x, out)
+        step = self._step
+        if step.segments is None or self.lora is None:
+            out = self.packed(x)
+        else:
+            out = self.lora.over(self.packed, x, step.segments)
+        self._add_unpooled(x, out, step.planned)
+        if step.routed:
+            self._apply_projection_experts(x, out)
         return out
 
     def add_step_adapters(self, x: Tensor, out: Tensor) -> None:
@@ -53,9 +60,9 @@ class LoraGroup:
 
     def apply_segments(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """The low-rank operator alone, with the given segments."""
-        if self.apply_lora is None:
+        if self.lora is None:
             raise RuntimeError(f"no device pool is bound to {self.target.name}")
-        self.apply_lora(x, segments, out)
+        self.lora(x, segments, out)
 
     def add_adapters(
         self,
@@ -65,8 +72,11 @@ class LoraGroup:
         planned: tuple[PlannedRows, ...],
     ) -> None:
         """Adds to ``out`` in place what the adapters of the rows make of ``x``."""
-        if segments is not None and self.apply_lora is not None:
-            self.apply_lora(x, segments, out)
+        if segments is not None and self.lora is not None:
+            self.lora(x, segments, out)
+        self._add_unpooled(x, out, planned)
+
+    def _add_unpooled(self, x: Tensor, out: Tensor, planned: tuple[PlannedRows, ...]) -> None:
         for rows in planned:
             self._apply_planned(x, out, rows)
 

@@ -49,7 +49,8 @@ def _paged_logits(model: PreTrainedModel, token_ids: list[int], *, fuse: bool) -
             step.page_table, step.query_starts = batch.page_table, batch.query_starts
             step.kv_lens = batch.kv_lens
             hidden = base.forward(base.embed(batch.token_ids))
-            rows.append(base.finish_logits(base.head.packed(hidden)))
+            raw = base.head.packed(hidden)
+            rows.append(base.finish_logits(raw, torch.empty_like(raw, dtype=torch.float32)))
     return torch.cat(rows)
 
 

@@ -1,6 +1,9 @@
-// Cuts one LoRA call into pieces of work and runs them on torch's threads.
+// Cuts one LoRA call into pieces of work and runs them on torch's threads, alone or after the base's
+// product.
 
 #include "lora.h"
+
+#include "model_ops.h"
 
 #include <algorithm>
 #include <atomic>
@@ -24,7 +27,6 @@ constexpr int64_t kPiecesPerThread = 6;     // enough that one slow thread delay
 constexpr int64_t kSerialWork = 64 << 10;   // multiply-adds below which threads cost more than they bring
 constexpr int64_t kStreamRows = 4;          // rows up to which a segment is bound by memory
 constexpr int64_t kSegmentsPerThread = 3;   // so many of the largest, to divide the work by segments
-constexpr int64_t kTouchLines = 64;         // of the next segment: a page of 4 KiB
 
 struct Call {
     const LoraTargetDescriptor& target;
@@ -70,15 +72,21 @@ struct SegmentPiece {
     int64_t cost;
 };
 
-struct Plan {
-    std::vector<SegmentPiece> segments;
+enum class Cut { kNothing, kSegments, kPieces };
 
+struct Plan {
+    Cut cut = Cut::kNothing;
+    int n_threads = 1;
+    bool in_cache = false;  // whether the factors were fetched before
+    std::vector<SegmentPiece> segments, dealt;  // by cost; by thread
+    std::vector<FetchRun> runs;  // what the segments read, thread after thread
+    std::vector<FetchList> fetch;
     std::vector<Part> parts;
     std::vector<ShrinkPiece> shrink;
     std::vector<ExpandPiece> expand;
     std::vector<float> h;
     std::vector<int64_t> slice_starts;
-    std::vector<Share> shares;  // of the shrink pieces, then of the expand pieces
+    std::vector<Share> shares;  // of the segments, or of the shrink pieces, then the expand pieces
     std::vector<int64_t> row_seen;  // the call that saw the row last
     int64_t call = 0;
     int64_t work = 0;  // multiply-adds
@@ -247,7 +255,7 @@ void run_expand(const Call& call, const Plan& plan, const float* h, const Expand
                 is_whole ? row_count(call, part.segment) : piece.n_rows,
                 h + part.h + first_row * stride, stride, t.storage, t.b_pages + at * t.max_pages,
                 part.rank, t.out_features[part.slice], piece.first_column, piece.n_columns,
-                t.scale[at], t.bias[at]});
+                t.scale[at], t.bias[at], plan.in_cache});
     }
 }
 
@@ -299,7 +307,8 @@ int check(const Call& call, int64_t n_rows) {
 }
 
 // Few rows per segment, many segments: one thread takes a whole segment, and reads its factors in
-// the order in which they lie, A then Bᵀ of every slice. The costly ones go first.
+// the order in which they lie, A then Bᵀ of every slice. They are dealt to the threads' shares like
+// cards, the costly ones first.
 bool cut_by_segment(const Call& call, Plan& plan, int n_threads) {
     const LoraTargetDescriptor& t = call.target;
     plan.segments.clear();
@@ -319,16 +328,14 @@ bool cut_by_segment(const Call& call, Plan& plan, int n_threads) {
     if (largest * n_threads * kSegmentsPerThread > total) return false;
     std::stable_sort(plan.segments.begin(), plan.segments.end(),
                      [](const SegmentPiece& a, const SegmentPiece& b) { return a.cost > b.cost; });
+    plan.dealt.clear();
+    for (int thread = 0; thread < n_threads; ++thread) {
+        plan.shares[thread].next = plan.dealt.size();
+        for (size_t i = thread; i < plan.segments.size(); i += n_threads)
+            plan.dealt.push_back(plan.segments[i]);
+        plan.shares[thread].end = plan.dealt.size();
+    }
     return true;
-}
-
-// The start of a segment's factors: what is read next and the translation of its address.
-void touch(const Call& call, const Plan& plan, size_t i) {
-    if (i >= plan.segments.size()) return;
-    const Part& part = plan.parts[plan.segments[i].part];
-    if (part.rank == 0) return;
-    const char* p = factor(call, part, call.target.a_pages, 0, 0);
-    for (int64_t line = 0; line < kTouchLines; ++line) __builtin_prefetch(p + 64 * line);
 }
 
 void run_segment(const Call& call, const Plan& plan, float* h, const SegmentPiece& piece,
@@ -349,29 +356,22 @@ void run_segment(const Call& call, const Plan& plan, float* h, const SegmentPiec
     }
 }
 
-void run_by_segment(const Call& call, Plan& plan, int n_threads) {
+void run_by_segment(const Call& call, Plan& plan) {
     const auto shrink = kernels().shrink[call.target.dtype];
     const auto expand = kernels().expand[call.target.dtype];
+    const int n_threads = plan.n_threads;
     const Plan& done = plan;
+    Share* shares = plan.shares.data();
     float* h = plan.h.data();
-    std::atomic<size_t> next{0};
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
-    {
-        for (size_t i = next.fetch_add(1); i < done.segments.size();) {
-            const size_t following = next.fetch_add(1);
-            touch(call, done, following);
-            run_segment(call, done, h, done.segments[i], shrink, expand);
-            i = following;
-        }
-    }
+    work_through(shares, n_threads, omp_get_thread_num(),
+                 [&](size_t i) { run_segment(call, done, h, done.dealt[i], shrink, expand); });
 }
 
-void run_by_piece(const Call& call, Plan& plan, int n_threads) {
+void run_by_piece(const Call& call, Plan& plan) {
     const auto shrink = kernels().shrink[call.target.dtype];
     const auto expand = kernels().expand[call.target.dtype];
-    if (plan.shares.size() < 2u * n_threads) plan.shares = std::vector<Share>(2 * n_threads);
-    share_out(plan.shares, plan.shrink.size(), n_threads, 0);
-    share_out(plan.shares, plan.expand.size(), n_threads, n_threads);
+    const int n_threads = plan.n_threads;
     const Plan& done = plan;
     Share* shares = plan.shares.data();
     float* h = plan.h.data();
@@ -386,8 +386,11 @@ void run_by_piece(const Call& call, Plan& plan, int n_threads) {
     }
 }
 
-void run(const Call& call, Plan& plan, int64_t n_rows) {
+// Decides who does what. Reads tables and indices, no factor and no x.
+void prepare(const Call& call, Plan& plan, int64_t n_rows) {
     const LoraTargetDescriptor& t = call.target;
+    plan.cut = Cut::kNothing;
+    plan.in_cache = false;
     prefetch_tables(call);
     const int64_t h_size = list_parts(call, plan);
     if (plan.parts.empty()) return;
@@ -397,16 +400,77 @@ void run(const Call& call, Plan& plan, int64_t n_rows) {
     for (int64_t i = 1; i < t.n_slices; ++i)
         plan.slice_starts[i] = plan.slice_starts[i - 1] + t.out_features[i - 1];
     const int n_threads = plan.work < kSerialWork ? 1 : omp_get_max_threads();
+    plan.n_threads = n_threads;
+    if (plan.shares.size() < 2u * n_threads) plan.shares = std::vector<Share>(2 * n_threads);
     plan.expand.clear();
     if (!rows_are_disjoint(call, plan)) {
         cut_expand_by_column(call, plan, n_threads);
     } else if (cut_by_segment(call, plan, n_threads)) {
-        return run_by_segment(call, plan, n_threads);
+        plan.cut = Cut::kSegments;
+        return;
     } else {
         cut_expand_by_part(call, plan, n_threads);
     }
     cut_shrink(call, plan, n_threads);
-    run_by_piece(call, plan, n_threads);
+    plan.cut = Cut::kPieces;
+    share_out(plan.shares, plan.shrink.size(), n_threads, 0);
+    share_out(plan.shares, plan.expand.size(), n_threads, n_threads);
+}
+
+void run(const Call& call, Plan& plan) {
+    if (plan.cut == Cut::kSegments) run_by_segment(call, plan);
+    if (plan.cut == Cut::kPieces) run_by_piece(call, plan);
+}
+
+// Rows of one page of A or Bᵀ; one run with the page before it where they touch, as they do in an
+// entry that lies in one stretch.
+void add_run(std::vector<FetchRun>& runs, size_t first_own, const char* page, int64_t n_bytes) {
+    const long n_lines = (n_bytes + kLineBytes - 1) / kLineBytes;
+    if (runs.size() > first_own) {
+        FetchRun& last = runs.back();
+        if (last.first + last.n_lines * kLineBytes == page) {
+            last.n_lines += n_lines;
+            return;
+        }
+    }
+    runs.push_back({page, n_lines});
+}
+
+// What each thread will read of the segments that it begins with, in that order; null if a cut by
+// pieces reads each factor for many rows, so that arithmetic hides memory anyway.
+const FetchList* list_fetches(const Call& call, Plan& plan) {
+    if (plan.cut != Cut::kSegments) return nullptr;
+    const LoraTargetDescriptor& t = call.target;
+    plan.runs.clear();
+    std::vector<size_t> starts;
+    for (int thread = 0; thread < plan.n_threads; ++thread) {
+        starts.push_back(plan.runs.size());
+        const Share& share = plan.shares[thread];
+        for (size_t i = share.next; i < share.end; ++i) {
+            const SegmentPiece& piece = plan.dealt[i];
+            for (const int64_t* pages : {t.a_pages, t.b_pages})
+                for (int32_t p = piece.part; p < piece.last_part; ++p) {
+                    const Part& part = plan.parts[p];
+                    const int64_t width = pages == t.a_pages ? t.in_features : t.out_features[part.slice];
+                    for (int64_t first = 0; first < part.rank; first += kPageRank)
+                        add_run(plan.runs, starts.back(),
+                                factor(call, part, pages, first / kPageRank, 0),
+                                std::min<int64_t>(kPageRank, part.rank - first) * width *
+                                    element_bytes(call));
+                }
+        }
+    }
+    starts.push_back(plan.runs.size());
+    plan.fetch.assign(omp_get_max_threads(), {nullptr, 0});
+    for (int thread = 0; thread < plan.n_threads; ++thread)
+        plan.fetch[thread] = {plan.runs.data() + starts[thread],
+                              static_cast<long>(starts[thread + 1] - starts[thread])};
+    return plan.fetch.data();
+}
+
+Plan& own_plan() {
+    thread_local Plan plan;  // grows to the largest call of this thread
+    return plan;
 }
 
 }  // namespace
@@ -418,10 +482,34 @@ LORAPLEX_API int loraplex_lora_apply(const loraplex::LoraTargetDescriptor* targe
                                      int64_t n_rows, const int32_t* entries, const int32_t* starts,
                                      const int32_t* rows, const float* weights,
                                      int64_t n_segments) {
-    thread_local loraplex::Plan plan;  // grows to the largest call of this thread
+    loraplex::Plan& plan = loraplex::own_plan();
     const loraplex::Call call{*target, x, x_stride, static_cast<char*>(out), out_stride,
                               entries, starts, rows, weights, n_segments};
     if (const int failed = loraplex::check(call, n_rows)) return failed;
-    loraplex::run(call, plan, n_rows);
+    loraplex::prepare(call, plan, n_rows);
+    loraplex::run(call, plan);
+    return 0;
+}
+
+// The base's product into `out`, then the same on top: while the first computes, it fetches the
+// factors of the second. `packed` and `bias` as in `loraplex_linear`, of the target's dtype.
+LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* target,
+                                         const void* packed, const float* bias, const void* x,
+                                         int64_t x_stride, void* out, int64_t out_stride,
+                                         int64_t n_rows, const int32_t* entries,
+                                         const int32_t* starts, const int32_t* rows,
+                                         const float* weights, int64_t n_segments) {
+    loraplex::Plan& plan = loraplex::own_plan();
+    const loraplex::Call call{*target, x, x_stride, static_cast<char*>(out), out_stride,
+                              entries, starts, rows, weights, n_segments};
+    if (const int failed = loraplex::check(call, n_rows)) return failed;
+    loraplex::prepare(call, plan, n_rows);
+    int64_t n_out = 0;
+    for (int64_t i = 0; i < target->n_slices; ++i) n_out += target->out_features[i];
+    loraplex::model_ops().linear[target->dtype]({x, packed, bias, out, x_stride, out_stride, n_rows,
+                                                 n_out, target->in_features,
+                                                 loraplex::list_fetches(call, plan)});
+    plan.in_cache = plan.cut == loraplex::Cut::kSegments;
+    loraplex::run(call, plan);
     return 0;
 }

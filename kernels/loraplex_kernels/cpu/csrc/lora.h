@@ -65,6 +65,7 @@ struct ExpandArgs {
     int64_t n_columns;
     int64_t scale;  // offset of the slice's vector, or kNoPage
     int64_t bias;
+    bool in_cache;  // whether B was fetched before
 };
 
 struct LoraKernels {

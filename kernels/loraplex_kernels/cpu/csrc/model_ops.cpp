@@ -2,9 +2,8 @@
 #include "model_ops.h"
 
 namespace loraplex {
-namespace {
 
-const ModelOps& ops() {
+const ModelOps& model_ops() {
 #if LORAPLEX_X86
     switch (current_isa()) {
         case kAvx512Bf16:
@@ -20,7 +19,6 @@ const ModelOps& ops() {
     return kModelOpsPortable;
 }
 
-}  // namespace
 }  // namespace loraplex
 
 using namespace loraplex;
@@ -28,17 +26,18 @@ using namespace loraplex;
 LORAPLEX_API void loraplex_linear(long dtype, const void* x, long x_stride, const void* packed,
                                   const float* bias, void* out, long out_stride, long n_rows,
                                   long n_out, long n_in) {
-    ops().linear[dtype]({x, packed, bias, out, x_stride, out_stride, n_rows, n_out, n_in});
+    model_ops().linear[dtype]({x, packed, bias, out, x_stride, out_stride, n_rows, n_out, n_in,
+                              nullptr});
 }
 
 LORAPLEX_API void loraplex_rms_norm(long dtype, const void* x, void* residual, const void* weight,
                                     void* out, long n_rows, long width, float eps, float offset) {
-    ops().norm[dtype]({x, residual, weight, out, n_rows, width, eps, offset});
+    model_ops().norm[dtype]({x, residual, weight, out, n_rows, width, eps, offset});
 }
 
 LORAPLEX_API void loraplex_gate(long dtype, const void* gate_up, void* out, long n_rows, long width,
                                 long act) {
-    ops().gate[dtype]({gate_up, out, n_rows, width, act});
+    model_ops().gate[dtype]({gate_up, out, n_rows, width, act});
 }
 
 LORAPLEX_API void loraplex_rope_and_cache(long dtype, void* heads, const void* v, long stride,
@@ -47,7 +46,7 @@ LORAPLEX_API void loraplex_rope_and_cache(long dtype, void* heads, const void* v
                                           const void* sin, long rotary_dim, long wide_tables,
                                           const long long* positions, const long long* slots,
                                           void* k_cache, void* v_cache, long n_rows) {
-    ops().cache[dtype]({heads, v, stride, v_stride, n_queries, n_kv_heads, head_dim, page_size, cos,
+    model_ops().cache[dtype]({heads, v, stride, v_stride, n_queries, n_kv_heads, head_dim, page_size, cos,
                         sin, rotary_dim, wide_tables, positions, slots, k_cache, v_cache, n_rows});
 }
 
@@ -56,7 +55,7 @@ LORAPLEX_API void loraplex_paged_attention(
     const int* page_table, long table_stride, const int* query_starts, const int* kv_lens, void* out,
     long out_stride, long n_requests, long n_heads, long n_kv_heads, long head_dim, long page_size,
     long window, float scale, float softcap) {
-    ops().attention[dtype]({q, k_cache, v_cache, page_table, query_starts, kv_lens, out, q_stride,
+    model_ops().attention[dtype]({q, k_cache, v_cache, page_table, query_starts, kv_lens, out, q_stride,
                             out_stride, table_stride, n_requests, n_heads, n_kv_heads, head_dim,
                             page_size, window, scale, softcap});
 }

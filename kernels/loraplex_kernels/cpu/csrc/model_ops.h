@@ -2,6 +2,7 @@
 // instruction set. Layouts: linear.inc (packed weights), attention.inc (paged cache).
 #pragma once
 
+#include "fetch.h"
 #include "isa.h"
 
 namespace loraplex {
@@ -13,6 +14,7 @@ struct LinearArgs {
     void* out;
     long x_stride, out_stride;  // elements
     long n_rows, n_out, n_in;
+    const FetchList* fetch;  // [threads], or null
 };
 
 struct NormArgs {
@@ -72,6 +74,8 @@ struct ModelOps {  // each by element type: 0 float32, 1 bfloat16
     void (*cache[2])(const CacheArgs&);
     void (*attention[2])(const AttentionArgs&);
 };
+
+const ModelOps& model_ops();  // of the current instruction set
 
 extern const ModelOps kModelOpsPortable;
 #if LORAPLEX_X86

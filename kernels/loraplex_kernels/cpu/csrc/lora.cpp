@@ -25,8 +25,9 @@ constexpr int64_t kColumnStep = 64;         // smallest cut of a slice; a cache 
 constexpr int64_t kPieceBytes = 64 << 10;   // of factors, at most
 constexpr int64_t kPiecesPerThread = 6;     // enough that one slow thread delays nobody long
 constexpr int64_t kSerialWork = 64 << 10;   // multiply-adds below which threads cost more than they bring
-constexpr int64_t kStreamRows = 4;          // rows up to which a segment is bound by memory
-constexpr int64_t kSegmentsPerThread = 3;   // so many of the largest, to divide the work by segments
+constexpr int64_t kTileRows = 4;            // rows that meet a factor together
+constexpr int64_t kUnitsPerThread = 2;      // so many of the largest, at least, to divide work by units
+constexpr int64_t kWantedUnits = 4;         // of a thread, where segments have many rows
 
 struct Call {
     const LoraTargetDescriptor& target;
@@ -67,26 +68,28 @@ struct alignas(64) Share {
     size_t end = 0;
 };
 
-struct SegmentPiece {
+// Some rows of one segment, whole: no thread waits for what another one shrinks.
+struct Unit {
     int32_t part, last_part;
+    int64_t first_row, n_rows;
     int64_t cost;
 };
 
-enum class Cut { kNothing, kSegments, kPieces };
+enum class Cut { kNothing, kUnits, kPieces };
 
 struct Plan {
     Cut cut = Cut::kNothing;
     int n_threads = 1;
     bool in_cache = false;  // whether the factors were fetched before
-    std::vector<SegmentPiece> segments, dealt;  // by cost; by thread
-    std::vector<FetchRun> runs;  // what the segments read, thread after thread
+    std::vector<Unit> units, dealt;  // by cost; by thread
+    std::vector<FetchRun> runs;  // what the units read, thread after thread
     std::vector<FetchList> fetch;
     std::vector<Part> parts;
     std::vector<ShrinkPiece> shrink;
     std::vector<ExpandPiece> expand;
     std::vector<float> h;
     std::vector<int64_t> slice_starts;
-    std::vector<Share> shares;  // of the segments, or of the shrink pieces, then the expand pieces
+    std::vector<Share> shares;  // of the units, or of the shrink pieces, then the expand pieces
     std::vector<int64_t> row_seen;  // the call that saw the row last
     int64_t call = 0;
     int64_t work = 0;  // multiply-adds
@@ -306,57 +309,72 @@ int check(const Call& call, int64_t n_rows) {
     return 0;
 }
 
-// Few rows per segment, many segments: one thread takes a whole segment, and reads its factors in
-// the order in which they lie, A then Bᵀ of every slice. They are dealt to the threads' shares like
-// cards, the costly ones first.
-bool cut_by_segment(const Call& call, Plan& plan, int n_threads) {
+// One thread takes some rows of a segment through both products, and reads its factors in the order
+// in which they lie, A then Bᵀ of every slice. Units are dealt to the threads' shares like cards,
+// the costly ones first. False if too few or too unequal units come of it.
+bool cut_into_units(const Call& call, Plan& plan, int n_threads) {
     const LoraTargetDescriptor& t = call.target;
-    plan.segments.clear();
-    int64_t total = 0, largest = 0;
-    for (size_t p = 0; p < plan.parts.size();) {
+    plan.units.clear();
+    int64_t total = 0;
+    for (size_t p = 0; p < plan.parts.size();) {  // one unit a segment
         size_t end = p;
-        int64_t cost = 0;
-        const int64_t n_rows = row_count(call, plan.parts[p].segment);
-        if (n_rows > kStreamRows) return false;
+        int64_t cost = 0;  // of a tile's rows
         for (; end < plan.parts.size() && plan.parts[end].segment == plan.parts[p].segment; ++end)
             cost += (plan.parts[end].rank + 1) * (t.in_features + t.out_features[plan.parts[end].slice]);
-        plan.segments.push_back({static_cast<int32_t>(p), static_cast<int32_t>(end), cost});
-        total += cost;
-        largest = std::max(largest, cost);
+        const int64_t n_rows = row_count(call, plan.parts[p].segment);
+        plan.units.push_back({static_cast<int32_t>(p), static_cast<int32_t>(end), 0, n_rows, cost});
+        total += cost * ((n_rows + kTileRows - 1) / kTileRows);
         p = end;
     }
-    if (largest * n_threads * kSegmentsPerThread > total) return false;
-    std::stable_sort(plan.segments.begin(), plan.segments.end(),
-                     [](const SegmentPiece& a, const SegmentPiece& b) { return a.cost > b.cost; });
+    int64_t largest = 0;
+    for (size_t i = 0, n_segments = plan.units.size(); i < n_segments; ++i) {
+        const Unit segment = plan.units[i];
+        const int64_t fair = total / (segment.cost * kWantedUnits * n_threads);  // tiles
+        const int64_t tiles = std::max<int64_t>(1, std::min(fair, kRowBlock / kTileRows));
+        for (int64_t row = 0; row < segment.n_rows; row += tiles * kTileRows) {
+            Unit unit = segment;
+            unit.first_row = row;
+            unit.n_rows = std::min(tiles * kTileRows, segment.n_rows - row);
+            unit.cost = segment.cost * ((unit.n_rows + kTileRows - 1) / kTileRows);
+            largest = std::max(largest, unit.cost);
+            if (row == 0)
+                plan.units[i] = unit;
+            else
+                plan.units.push_back(unit);
+        }
+    }
+    if (largest * n_threads * kUnitsPerThread > total) return false;
+    std::stable_sort(plan.units.begin(), plan.units.end(),
+                     [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
     plan.dealt.clear();
     for (int thread = 0; thread < n_threads; ++thread) {
         plan.shares[thread].next = plan.dealt.size();
-        for (size_t i = thread; i < plan.segments.size(); i += n_threads)
-            plan.dealt.push_back(plan.segments[i]);
+        for (size_t i = thread; i < plan.units.size(); i += n_threads)
+            plan.dealt.push_back(plan.units[i]);
         plan.shares[thread].end = plan.dealt.size();
     }
     return true;
 }
 
-void run_segment(const Call& call, const Plan& plan, float* h, const SegmentPiece& piece,
-                 void (*shrink)(const ShrinkArgs&), void (*expand)(const ExpandArgs&)) {
-    const int64_t n_rows = row_count(call, plan.parts[piece.part].segment);
-    for (int32_t p = piece.part; p < piece.last_part; ++p)
+void run_unit(const Call& call, const Plan& plan, float* h, const Unit& unit,
+              void (*shrink)(const ShrinkArgs&), void (*expand)(const ExpandArgs&)) {
+    for (int32_t p = unit.part; p < unit.last_part; ++p)
         for (int64_t first = 0, rank = plan.parts[p].rank; first < rank; first += kPageRank)
             run_shrink(call, plan, h,
-                       {p, static_cast<int32_t>(first / kPageRank), 0, n_rows, 0,
+                       {p, static_cast<int32_t>(first / kPageRank), unit.first_row, unit.n_rows, 0,
                         static_cast<int32_t>(std::min<int64_t>(kPageRank, rank - first))},
                        shrink);
-    for (int32_t p = piece.part; p < piece.last_part; ++p) {
+    for (int32_t p = unit.part; p < unit.last_part; ++p) {
         const int64_t width = call.target.out_features[plan.parts[p].slice];
         for (int64_t column = 0; column < width; column += kStreamColumns)
             run_expand(call, plan, h,
-                       {p, p + 1, 0, n_rows, column, std::min(kStreamColumns, width - column)},
+                       {p, p + 1, unit.first_row, unit.n_rows, column,
+                        std::min(kStreamColumns, width - column)},
                        expand);
     }
 }
 
-void run_by_segment(const Call& call, Plan& plan) {
+void run_by_unit(const Call& call, Plan& plan) {
     const auto shrink = kernels().shrink[call.target.dtype];
     const auto expand = kernels().expand[call.target.dtype];
     const int n_threads = plan.n_threads;
@@ -365,7 +383,7 @@ void run_by_segment(const Call& call, Plan& plan) {
     float* h = plan.h.data();
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     work_through(shares, n_threads, omp_get_thread_num(),
-                 [&](size_t i) { run_segment(call, done, h, done.dealt[i], shrink, expand); });
+                 [&](size_t i) { run_unit(call, done, h, done.dealt[i], shrink, expand); });
 }
 
 void run_by_piece(const Call& call, Plan& plan) {
@@ -405,8 +423,8 @@ void prepare(const Call& call, Plan& plan, int64_t n_rows) {
     plan.expand.clear();
     if (!rows_are_disjoint(call, plan)) {
         cut_expand_by_column(call, plan, n_threads);
-    } else if (cut_by_segment(call, plan, n_threads)) {
-        plan.cut = Cut::kSegments;
+    } else if (cut_into_units(call, plan, n_threads)) {
+        plan.cut = Cut::kUnits;
         return;
     } else {
         cut_expand_by_part(call, plan, n_threads);
@@ -418,7 +436,7 @@ void prepare(const Call& call, Plan& plan, int64_t n_rows) {
 }
 
 void run(const Call& call, Plan& plan) {
-    if (plan.cut == Cut::kSegments) run_by_segment(call, plan);
+    if (plan.cut == Cut::kUnits) run_by_unit(call, plan);
     if (plan.cut == Cut::kPieces) run_by_piece(call, plan);
 }
 
@@ -436,10 +454,10 @@ void add_run(std::vector<FetchRun>& runs, size_t first_own, const char* page, in
     runs.push_back({page, n_lines});
 }
 
-// What each thread will read of the segments that it begins with, in that order; null if a cut by
-// pieces reads each factor for many rows, so that arithmetic hides memory anyway.
+// What each thread will read of the units that it begins with, in that order. Null where pieces of
+// one factor go to all threads.
 const FetchList* list_fetches(const Call& call, Plan& plan) {
-    if (plan.cut != Cut::kSegments) return nullptr;
+    if (plan.cut != Cut::kUnits) return nullptr;
     const LoraTargetDescriptor& t = call.target;
     plan.runs.clear();
     std::vector<size_t> starts;
@@ -447,9 +465,10 @@ const FetchList* list_fetches(const Call& call, Plan& plan) {
         starts.push_back(plan.runs.size());
         const Share& share = plan.shares[thread];
         for (size_t i = share.next; i < share.end; ++i) {
-            const SegmentPiece& piece = plan.dealt[i];
+            const Unit& unit = plan.dealt[i];
+            if (unit.first_row > 0) continue;  // its segment's first unit fetches for all
             for (const int64_t* pages : {t.a_pages, t.b_pages})
-                for (int32_t p = piece.part; p < piece.last_part; ++p) {
+                for (int32_t p = unit.part; p < unit.last_part; ++p) {
                     const Part& part = plan.parts[p];
                     const int64_t width = pages == t.a_pages ? t.in_features : t.out_features[part.slice];
                     for (int64_t first = 0; first < part.rank; first += kPageRank)
@@ -509,7 +528,7 @@ LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* t
     loraplex::model_ops().linear[target->dtype]({x, packed, bias, out, x_stride, out_stride, n_rows,
                                                  n_out, target->in_features,
                                                  loraplex::list_fetches(call, plan)});
-    plan.in_cache = plan.cut == loraplex::Cut::kSegments;
+    plan.in_cache = plan.cut == loraplex::Cut::kUnits;
     loraplex::run(call, plan);
     return 0;
 }

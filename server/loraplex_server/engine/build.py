@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -23,6 +26,7 @@ from .model_runner import ModelRunner
 __all__ = ["BuiltEngine", "assemble_engine", "build_engine"]
 
 _log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 _GIB = 1 << 30
 _CPU_KV_BYTES = 1 * _GIB
@@ -54,13 +58,34 @@ def build_engine(
     device = _device(config.device)
     name = model_id or model_path.name
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-    model = load_base_model(model_path, name, dtype=_dtype(config.dtype, device), device=device)
+    dtype = _dtype(config.dtype, device)
+    model = _in_passing_thread(
+        lambda: load_base_model(model_path, name, dtype=dtype, device=device)
+    )
     engine = assemble_engine(model, config)
     return BuiltEngine(engine, tokenizer, model.spec, name)
 
 
 def assemble_engine(model: BaseModel, config: EngineConfig) -> Engine:
     """The engine around a model that is already loaded; started."""
+    engine = _in_passing_thread(lambda: _assemble(model, config))
+    engine.start()
+    return engine
+
+
+def _in_passing_thread(work: Callable[[], _T]) -> _T:
+    """Runs ``work`` in a thread that ends with it, and with that thread its team of OpenMP threads.
+
+    A team lives as long as the thread that first used it. With one left behind beside the
+    engine's, libgomp counts more threads than cores and lets waiting ones sleep instead of spin:
+    every small operator of a step then pays a wake-up (one decode step of 16 rows: 18.4 ms, 14.6
+    without).
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loraplex-build") as executor:
+        return executor.submit(work).result()
+
+
+def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
     max_model_len = min(model.max_positions, config.max_model_len or model.max_positions)
     kv_cache = _kv_cache(model, config, max_model_len)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
@@ -96,7 +121,6 @@ def assemble_engine(model: BaseModel, config: EngineConfig) -> Engine:
         kv_cache.page_size,
         adapters.pool.bytes_total >> 20,
     )
-    engine.start()
     return engine
 
 

@@ -230,7 +230,10 @@ class Engine:
         return min(60.0, max(1.0, 0.1 * self._config.max_queue / pace))
 
     def _run(self) -> None:
-        torch.set_num_threads(self._n_threads)  # counted per thread: nobody else can change it
+        # Counted per thread, but a thread's first parallel operator takes over what any thread set
+        # last; asking first gets that behind us, and then nobody else can change it.
+        torch.get_num_threads()
+        torch.set_num_threads(self._n_threads)
         self._started.set()
         try:
             while not self._stopping:

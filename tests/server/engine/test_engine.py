@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -59,6 +60,18 @@ def test_a_mixed_batch_answers_as_transformers_does(model: PreTrainedModel, engi
     for prompt, answer in zip(prompts, generate_all(engine, prompts), strict=True):
         assert answer.token_ids == _expected(model, prompt)
         assert answer.finish is FinishReason.LENGTH
+
+
+def test_only_the_engine_thread_has_compute_threads(model: PreTrainedModel) -> None:
+    seen: list[int] = []
+    watched = copy.deepcopy(model)
+    watched.get_input_embeddings().register_forward_hook(
+        lambda *_: seen.append(torch.get_num_threads())
+    )
+    with running_engine(watched, fuse=False, threads=2) as engine:
+        assert torch.get_num_threads() == 1
+        generate_all(engine, _prompts(5))
+    assert set(seen) == {2}
 
 
 def test_chunked_prefill_changes_nothing(model: PreTrainedModel) -> None:

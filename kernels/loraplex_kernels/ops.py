@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .cpu.lora import NativeLora, serves
+from .experts import Activation, StepPairs, gather, spread
 from .layout import LoraSegments, LoraTables, LoraTarget
+from .model_ops import silu_mul
 from .packed_linear import PackedLinear
 from .pool import LoraPool
 from .reference import lora_apply_reference
@@ -80,6 +82,47 @@ class PreparedTarget:
             return out
         out = torch.empty((x.shape[0], packed.n_out), dtype=x.dtype)
         native.over(weights, x, segments, out)
+        return out
+
+    def spread(
+        self,
+        packed: PackedLinear,
+        activation: Activation,
+        x: Tensor,
+        pairs: StepPairs,
+        segments: LoraSegments,
+    ) -> tuple[Tensor, Tensor]:
+        """``experts.spread`` over the base's product."""
+        native, weights = self._follow(), packed.native
+        ff = packed.n_out // 2
+        if (
+            native is None
+            or weights is None
+            or packed.dtype != self._pool.storage.dtype
+            or activation is not silu_mul
+            or packed.out_features != (ff, ff)
+            or ff % 16
+        ):
+            return spread(packed, self, activation, x, pairs, segments)
+        out = torch.empty((x.shape[0], packed.n_out), dtype=x.dtype)
+        expert_act = torch.empty((pairs.rows.shape[0], ff), dtype=x.dtype)
+        native.spread(weights, x, segments, pairs.rows, out, expert_act)
+        return out, expert_act
+
+    def gather(
+        self,
+        packed: PackedLinear,
+        x: Tensor,
+        of_pairs: Tensor,
+        pairs: StepPairs,
+        segments: LoraSegments,
+    ) -> Tensor:
+        """``experts.gather`` over the base's product."""
+        native, weights = self._follow(), packed.native
+        if native is None or weights is None or packed.dtype != self._pool.storage.dtype:
+            return gather(packed, self, x, of_pairs, pairs, segments)
+        out = torch.empty((x.shape[0], packed.n_out), dtype=x.dtype)
+        native.gather(weights, x, segments, pairs.rows, out, of_pairs)
         return out
 
     def _follow(self) -> NativeLora | None:

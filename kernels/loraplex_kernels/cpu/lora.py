@@ -20,14 +20,19 @@ _ERRORS = {
     1: "a segment names an entry beyond the tables",
     2: "a segment names a row beyond x",
     3: "the rows of a segment must ascend, each once",
+    4: "a pair stands on a row beyond x",
+    5: "the segments must hold every pair",
 }
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 _SEGMENTS = (_P, _P, _P, _P, _N)  # entries, starts, rows, weights, n_segments
 _ROWS = (_P, _N, _P, _N, _N)  # x and its stride, out and its stride, n_rows
+_PAIRS = (_P, _N, _P, _N)  # pair_rows, n_pairs, the pairs' tensor and its stride
 _SIGNATURES = {
     "loraplex_lora_apply": (_P, *_ROWS, *_SEGMENTS),  # descriptor first
     "loraplex_adapted_linear": (_P, _P, _P, *_ROWS, *_SEGMENTS),  # then packed, bias
+    "loraplex_spread_linear": (_P, _P, _P, *_ROWS, *_SEGMENTS, *_PAIRS),
+    "loraplex_gather_linear": (_P, _P, _P, *_ROWS, *_SEGMENTS, *_PAIRS),
 }
 
 
@@ -57,9 +62,6 @@ class NativeLora:
         self._n_columns = sum(target.out_features)
         self._descriptor = _describe(storage, target, tables)
         self._address = ctypes.addressof(self._descriptor)
-        self._apply = _bind("loraplex_lora_apply", keep_gil=False)
-        self._over = _bind("loraplex_adapted_linear", keep_gil=False)
-        self._over_with_gil = _bind("loraplex_adapted_linear", keep_gil=True)
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """``x`` [n_rows, in_features], ``out`` [n_rows, Σ out_features]; any row stride."""
@@ -69,7 +71,7 @@ class NativeLora:
             return
         self._check(x, out)
         weights = segments.weights
-        failed = self._apply(
+        failed = _bind("loraplex_lora_apply", keep_gil=False)(
             self._address,
             x.data_ptr(),
             x.stride(0),
@@ -91,9 +93,50 @@ class NativeLora:
         While the first is computed, the factors of the second come into the cache.
         """
         self._check(x, out)
+        self._call("loraplex_adapted_linear", packed, x, out, segments)
+
+    def spread(
+        self,
+        packed: NativeWeights,
+        x: Tensor,
+        segments: LoraSegments,
+        pair_rows: Tensor,
+        out: Tensor,
+        expert_act: Tensor,
+    ) -> None:
+        """As ``loraplex_kernels.experts.spread``; writes ``out`` and ``expert_act``."""
+        self._check(x, out)
+        self._call("loraplex_spread_linear", packed, x, out, segments, (pair_rows, expert_act))
+
+    def gather(
+        self,
+        packed: NativeWeights,
+        x: Tensor,
+        segments: LoraSegments,
+        pair_rows: Tensor,
+        out: Tensor,
+        pairs: Tensor,
+    ) -> None:
+        """As ``loraplex_kernels.experts.gather``; reads ``x`` and ``pairs``, writes ``out``."""
+        self._check(x, out)
+        self._call("loraplex_gather_linear", packed, x, out, segments, (pair_rows, pairs))
+
+    def _call(
+        self,
+        name: str,
+        packed: NativeWeights,
+        x: Tensor,
+        out: Tensor,
+        segments: LoraSegments,
+        pairs: tuple[Tensor, Tensor] | None = None,  # their rows of the step, the tensor of them
+    ) -> None:
+        n_rows = x.shape[0]
         weights = segments.weights
-        apply = self._over_with_gil if x.shape[0] <= packed.light_rows else self._over
-        failed = apply(
+        of_pairs: tuple[int, ...] = ()
+        if pairs is not None:
+            rows, values = pairs
+            of_pairs = (rows.data_ptr(), rows.shape[0], values.data_ptr(), values.stride(0))
+        failed = _bind(name, keep_gil=n_rows <= packed.light_rows)(
             self._address,
             packed.address,
             packed.bias_address,
@@ -101,12 +144,13 @@ class NativeLora:
             x.stride(0),
             out.data_ptr(),
             out.stride(0),
-            x.shape[0],
+            n_rows,
             segments.entries.data_ptr(),
             segments.starts.data_ptr(),
             segments.rows.data_ptr(),
             None if weights is None else weights.data_ptr(),
             segments.entries.shape[0],
+            *of_pairs,
         )
         if failed:
             raise IndexError(f"{self.target.name}: {_ERRORS[failed]}")

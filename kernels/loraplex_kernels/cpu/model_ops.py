@@ -22,6 +22,10 @@ _SIGNATURES = {
     "loraplex_rms_norm": (_N, _P, _P, _P, _P, _N, _N, _F, _F),
     "loraplex_gate": (_N, _P, _P, _N, _N, _N),
     "loraplex_rope_and_cache": (_N, _P, _P, *(_N,) * 6, _P, _P, _N, _N, *(_P,) * 4, _N),
+    "loraplex_route": (_N, _P, _N, _N, _P, _N, _N, _N, _P, _P),
+    "loraplex_route_and_group": (_N, _P, _N, _N, _P, _N, _N, _N, *(_P,) * 6),
+    "loraplex_mix": (_N, *(_P,) * 4, _N, _N, _N),
+    "loraplex_group": (_P, _P, _N, _N, _P, _P, _P),
     "loraplex_paged_attention": (_N, _P, _N, *(_P,) * 3, _N, *(_P,) * 3, *(_N,) * 7, _F, _F),
 }
 
@@ -33,6 +37,10 @@ class NativeOps(NamedTuple):
     rms_norm: Callable[..., None]
     gate: Callable[..., None]
     rope_and_cache: Callable[..., None]
+    route: Callable[..., None]
+    route_and_group: Callable[..., None]
+    mix: Callable[..., None]
+    group: Callable[..., None]
     paged_attention: Callable[..., None]
 
 

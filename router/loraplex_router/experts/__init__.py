@@ -1,7 +1,7 @@
 """Token → experts."""
 
 from .arrow import arrow_prototypes, top_right_singular_vector
-from .expansion import Pairs, RoutedRows, expand, pair_rows, projection_segments
+from .expansion import Pairs, RoutedRows, expand, pair_rows, projection_segments, step_pairs
 from .gates import (
     NO_EXPERT,
     GateStrategy,
@@ -15,19 +15,21 @@ from .gates import (
     route,
 )
 from .load import ExpertLoad, LoadHistory, entropy, imbalance
-from .mixlora_block import AddPlain, LoraOp, MlpBlock, mixed_mlp
+from .mixlora_block import AddPlain, Gather, LoraOp, MlpBlock, Spread, mixed_mlp
 
 __all__ = [
     "NO_EXPERT",
     "AddPlain",
     "ExpertLoad",
     "GateStrategy",
+    "Gather",
     "LoadHistory",
     "LoraOp",
     "MlpBlock",
     "Pairs",
     "RoutedRows",
     "Routing",
+    "Spread",
     "arrow_prototypes",
     "entropy",
     "expand",
@@ -42,5 +44,6 @@ __all__ = [
     "pair_rows",
     "projection_segments",
     "route",
+    "step_pairs",
     "top_right_singular_vector",
 ]

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from loraplex_kernels.experts import StepPairs, group_pairs, route_and_group
 from loraplex_kernels.layout import LoraSegments
 
 from .gates import GateStrategy, Routing, experts_per_row, route
 
-__all__ = ["Pairs", "RoutedRows", "expand", "pair_rows", "projection_segments"]
+__all__ = ["Pairs", "RoutedRows", "expand", "pair_rows", "projection_segments", "step_pairs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,6 @@ class Pairs(NamedTuple):
 
     weights: tuple[Tensor, ...]  # per adapter float32 [n_rows, k]
     segments: LoraSegments  # over pairs: row ``p`` is pair ``p``; weighted
-    unweighted: LoraSegments  # the same segments without weights
 
 
 def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
@@ -63,22 +62,20 @@ def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
     Segments of experts nobody chose are empty; pairs without an expert, which only top-p makes,
     stand in a last segment of entry -1.
     """
+    if len(routed) == 1 and routed[0].strategy is GateStrategy.TOP_K:  # the usual case, in one call
+        r = routed[0]
+        weight, grouped = route_and_group(_rows_of(hidden, r), r.gate, r.top_k, r.load)
+        segments = LoraSegments(r.entries, grouped.starts, grouped.rows, grouped.weights)
+        return Pairs((weight,), segments)
     routings = [_route(hidden, r) for r in routed]
     n_segments = sum(r.n_experts for r in routed)
     ids = _segment_ids(routings, routed, n_segments)  # int32 [n_pairs]
     entries = _entries(routed)
-    if len(routings) == 1:
-        weight = routings[0].weight.reshape(-1)
-    else:
-        weight = torch.cat([g.weight.reshape(-1) for g in routings])
-    group = _group_on_host if ids.device.type == "cpu" else _group_on_device
-    rows, starts, ordered = group(ids, weight, int(entries.shape[0]))
-    _count(starts, routed)
-    return Pairs(
-        weights=tuple(g.weight for g in routings),
-        segments=LoraSegments(entries, starts, rows, ordered),
-        unweighted=LoraSegments(entries, starts, rows),
-    )
+    weights = tuple(g.weight.contiguous() for g in routings)
+    weight = torch.cat([w.reshape(-1) for w in weights])
+    grouped = group_pairs(ids, weight, int(entries.shape[0]))
+    _count(grouped.starts, routed)
+    return Pairs(weights, LoraSegments(entries, grouped.starts, grouped.rows, grouped.weights))
 
 
 def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSegments:
@@ -98,15 +95,24 @@ def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSeg
     )
 
 
+def step_pairs(routed: Sequence[RoutedRows]) -> StepPairs:
+    """The pairs of ``expand``, by row."""
+    return StepPairs(pair_rows(routed), tuple((r.rows, r.k) for r in routed))
+
+
 def pair_rows(routed: Sequence[RoutedRows]) -> Tensor:
     """int64 [n_pairs]: the row of the step that each pair belongs to."""
     return routed[0].pair_rows if len(routed) == 1 else torch.cat([r.pair_rows for r in routed])
 
 
 def _route(hidden: Tensor, routed: RoutedRows) -> Routing:
-    every = routed.rows.shape[0] == hidden.shape[0]  # rows ascend, each once: it is all of them
-    rows = hidden if every else hidden.index_select(0, routed.rows)
+    rows = _rows_of(hidden, routed)
     return route(rows, routed.gate, routed.strategy, top_k=routed.top_k, top_p=routed.top_p)
+
+
+def _rows_of(hidden: Tensor, routed: RoutedRows) -> Tensor:
+    every = routed.rows.shape[0] == hidden.shape[0]  # rows ascend, each once: it is all of them
+    return hidden if every else hidden.index_select(0, routed.rows)
 
 
 def _segment_ids(
@@ -120,7 +126,7 @@ def _segment_ids(
             shifted = torch.where(index < 0, n_segments, shifted)
         ids.append(shifted)
         first += r.n_experts
-    return torch.cat(ids) if len(ids) > 1 else ids[0]
+    return torch.cat(ids)
 
 
 def _entries(routed: Sequence[RoutedRows]) -> Tensor:
@@ -131,38 +137,9 @@ def _entries(routed: Sequence[RoutedRows]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _group_on_host(ids: Tensor, weight: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``_group_on_device``. numpy has less to do per call, which is what a step of few rows on
-    a CPU consists of.
-    """
-    host = ids.numpy()
-    order = host.argsort(kind="stable")
-    starts = np.zeros(n_segments + 1, dtype=np.int32)
-    np.cumsum(np.bincount(host, minlength=n_segments), out=starts[1:])
-    return (
-        torch.from_numpy(order.astype(np.int32)),
-        torch.from_numpy(starts),
-        torch.from_numpy(weight.numpy()[order]),
-    )
-
-
-def _group_on_device(ids: Tensor, weight: Tensor, n_segments: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs by segment, ascending within each: (rows int32 [n_pairs], starts int32
-    [n_segments + 1], weights in the order of the rows).
-    """
-    in_order, order = torch.sort(ids, stable=True)
-    edges = torch.arange(n_segments + 1, dtype=ids.dtype, device=ids.device)
-    return order.int(), torch.searchsorted(in_order, edges, out_int32=True), weight[order]
-
-
 def _count(starts: Tensor, routed: Sequence[RoutedRows]) -> None:
     first = 0
     for r in routed:
         if r.load is not None:
-            mine = starts[first : first + r.n_experts + 1]
-            if mine.device.type == "cpu":
-                load = r.load.numpy()
-                load += np.diff(mine.numpy())
-            else:
-                r.load.add_(mine.diff())
+            r.load.add_(starts[first : first + r.n_experts + 1].diff())
         first += r.n_experts

@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraplex_kernels.experts import route_top_k
+
 __all__ = [
     "NO_EXPERT",
     "GateStrategy",
@@ -83,10 +85,11 @@ def route(
     top_p: float,
 ) -> Routing:
     """Reads the rows' hidden states, multiplies by the gate and applies the strategy."""
+    if strategy is GateStrategy.TOP_K:
+        experts_per_row(strategy, gate.shape[0], top_k)
+        return Routing(*route_top_k(hidden, gate, top_k))
     logits = torch.mm(hidden.float(), gate.T)  # [n_rows, n_experts]
     match strategy:
-        case GateStrategy.TOP_K:
-            return gate_top_k(logits, top_k)
         case GateStrategy.TOP_P:
             return gate_top_p(logits, top_p)
         case GateStrategy.SWITCH:

@@ -21,9 +21,10 @@ from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
 from loraplex_kernels.errors import PoolFull
 from loraplex_kernels.factors import SliceFactors
 from loraplex_kernels.pool import LoraPool
+from loraplex_router.experts import RoutedRows
 
 from ..model.lora_group import LoraGroup
-from ..model.routed import PlacedExperts, place_experts
+from ..model.routed import PlacedExperts, place_experts, rows_for
 from .errors import AdapterUnservable
 
 __all__ = ["DevicePool", "Placement", "Residency"]
@@ -55,6 +56,14 @@ class Residency:
     holders: int = 0
     pinned: bool = False
     last_used: float = field(default_factory=time.monotonic)
+    _rows: Tensor | None = None  # of ``_routed``
+    _routed: Mapping[str, RoutedRows] = field(default_factory=dict)
+
+    def routed_rows(self, rows: Tensor) -> Mapping[str, RoutedRows]:
+        """``rows_for`` of its experts, kept from step to step: decode steps repeat."""
+        if self._rows is None or not torch.equal(self._rows, rows):
+            self._rows, self._routed = rows, rows_for(self.experts, rows)
+        return self._routed
 
 
 class DevicePool:

@@ -19,7 +19,6 @@ from loraplex_router.experts import RoutedRows
 
 from ..model.base_model import BaseModel
 from ..model.lora_group import ApplySlice, LoraGroup
-from ..model.routed import rows_for
 from ..model.step import PlannedRows
 from .batch import StepBatch, build_batch
 from .device_pool import DevicePool, Residency
@@ -55,6 +54,9 @@ class ModelRunner:
         for group in model.groups.values():
             group.lora = PreparedTarget(adapters.pool, group.target.name)
             group.apply_slice = _bind_slices(adapters.pool, group)
+        self._projections = frozenset(
+            name for group in model.groups.values() for name in group.module_names
+        )
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> StepResult:
@@ -83,6 +85,7 @@ class ModelRunner:
         step.segments = self._segments(requests, [len(part) for part in rows])
         step.planned = self._planned(requests, rows)
         step.routed = self._routed(requests, rows)
+        step.routes_projections = not self._projections.isdisjoint(step.routed)
 
     def _segments(self, requests: Sequence[Request], n_rows: Sequence[int]) -> LoraSegments | None:
         """Rows by entry; None when every row is the base's."""
@@ -111,7 +114,7 @@ class ModelRunner:
         routed: dict[str, tuple[RoutedRows, ...]] = {}
         for residency, row_ids in self._by_adapter(requests, rows):
             if residency.experts:
-                for place, part in rows_for(residency.experts, row_ids).items():
+                for place, part in residency.routed_rows(row_ids).items():
                     routed[place] = (*routed.get(place, ()), part)
         return routed
 

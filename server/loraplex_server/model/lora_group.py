@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from loraplex_adapter_store.plan import ModulePlan
+from loraplex_kernels.experts import Activation, StepPairs
 from loraplex_kernels.layout import LoraSegments, LoraTarget
 from loraplex_kernels.model_ops import PackedLinear
 from loraplex_kernels.ops import PreparedTarget
@@ -47,7 +48,7 @@ class LoraGroup:
         else:
             out = self.lora.over(self.packed, x, step.segments)
         self._add_unpooled(x, out, step.planned)
-        if step.routed:
+        if step.routes_projections:
             self._apply_projection_experts(x, out)
         return out
 
@@ -55,14 +56,29 @@ class LoraGroup:
         """Adds what the step's adapters make of ``x``, experts of an MLP block excepted."""
         step = self._step
         self.add_adapters(x, out, step.segments, step.planned)
-        if step.routed:
+        if step.routes_projections:
             self._apply_projection_experts(x, out)
 
     def apply_segments(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """The low-rank operator alone, with the given segments."""
+        self._bound()(x, segments, out)
+
+    def spread(
+        self, activation: Activation, x: Tensor, pairs: StepPairs, segments: LoraSegments
+    ) -> tuple[Tensor, Tensor]:
+        """``loraplex_kernels.experts.spread`` over this group."""
+        return self._bound().spread(self.packed, activation, x, pairs, segments)
+
+    def gather(
+        self, x: Tensor, of_pairs: Tensor, pairs: StepPairs, segments: LoraSegments
+    ) -> Tensor:
+        """``loraplex_kernels.experts.gather`` over this group."""
+        return self._bound().gather(self.packed, x, of_pairs, pairs, segments)
+
+    def _bound(self) -> PreparedTarget:
         if self.lora is None:
             raise RuntimeError(f"no device pool is bound to {self.target.name}")
-        self.lora(x, segments, out)
+        return self.lora
 
     def add_adapters(
         self,

@@ -96,11 +96,11 @@ class RoutedMlp(nn.Module):
         self._gate_up, self._down, self._activation = gate_up, down, activation
         self._step = step
         self._block = MlpBlock(
-            gate_up=gate_up.packed,
-            down=down.packed,
             activation=activation,
-            lora_gate_up=gate_up.apply_segments,
+            down=down.packed,
             lora_down=down.apply_segments,
+            spread_gate_up=gate_up.spread,
+            gather_down=down.gather,
             plain_gate_up=gate_up.add_step_adapters,
             plain_down=down.add_step_adapters,
         )

@@ -43,3 +43,4 @@ class Step:
     planned: tuple[PlannedRows, ...] = ()
     # MLP block or projection → the rows that route there, one element per adapter
     routed: Mapping[str, tuple[RoutedRows, ...]] = field(default_factory=dict)
+    routes_projections: bool = False  # whether any of these is a projection

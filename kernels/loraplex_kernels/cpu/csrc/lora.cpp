@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <vector>
 
 #ifdef _OPENMP
@@ -37,9 +38,10 @@ struct Call {
     int64_t out_stride;
     const int32_t* entries;
     const int32_t* starts;
-    const int32_t* rows;
+    const int32_t* rows;    // into out
     const float* weights;
     int64_t n_segments;
+    const int32_t* x_rows;  // into x; the same as `rows`, but for pairs that share a row of x
 };
 
 // The work of one segment on one slice.
@@ -91,6 +93,8 @@ struct Plan {
     std::vector<int64_t> slice_starts;
     std::vector<Share> shares;  // of the units, or of the shrink pieces, then the expand pieces
     std::vector<int64_t> row_seen;  // the call that saw the row last
+    std::vector<int32_t> x_rows;
+    std::vector<char> pairs;  // rows of out, one for each pair
     int64_t call = 0;
     int64_t work = 0;  // multiply-adds
 };
@@ -98,6 +102,12 @@ struct Plan {
 int64_t element_bytes(const Call& call) { return call.target.dtype == kBFloat16 ? 2 : 4; }
 int64_t h_stride(int64_t rank) { return (rank + 15) / 16 * 16; }
 int64_t row_count(const Call& call, int64_t s) { return call.starts[s + 1] - call.starts[s]; }
+
+int64_t n_columns(const LoraTargetDescriptor& t) {
+    int64_t n = 0;
+    for (int64_t i = 0; i < t.n_slices; ++i) n += t.out_features[i];
+    return n;
+}
 
 bool has_work(const LoraTargetDescriptor& t, int64_t at) {
     return t.ranks[at] > 0 || t.scale[at] != kNoPage || t.bias[at] != kNoPage;
@@ -234,7 +244,7 @@ void run_shrink(const Call& call, const Plan& plan, float* h, const ShrinkPiece&
     const LoraTargetDescriptor& t = call.target;
     const Part& part = plan.parts[piece.part];
     const int64_t stride = h_stride(part.rank);
-    kernel({call.x, call.x_stride, call.rows + call.starts[part.segment] + piece.first_row,
+    kernel({call.x, call.x_stride, call.x_rows + call.starts[part.segment] + piece.first_row,
             piece.n_rows,
             factor(call, part, t.a_pages, piece.page, piece.first_rank * t.in_features),
             piece.n_ranks, t.in_features,
@@ -492,6 +502,140 @@ Plan& own_plan() {
     return plan;
 }
 
+// The base's product of some rows, while the factors of `call` are fetched.
+struct Base {
+    const void* packed;
+    const float* bias;
+    const void* x;
+    int64_t x_stride;
+    void* out;
+    int64_t out_stride;
+    int64_t n_rows;
+};
+
+void run_base(const Base& base, const Call& call, Plan& plan) {
+    const LoraTargetDescriptor& t = call.target;
+    model_ops().linear[t.dtype]({base.x, base.packed, base.bias, base.out, base.x_stride,
+                                 base.out_stride, base.n_rows, n_columns(t), t.in_features,
+                                 list_fetches(call, plan)});
+    plan.in_cache = plan.cut == Cut::kUnits;
+}
+
+template <typename Row>
+bool rows_are_in(const Row* rows, int64_t n, int64_t n_rows) {
+    for (int64_t i = 0; i < n; ++i)
+        if (rows[i] < 0 || rows[i] >= n_rows) return false;
+    return true;
+}
+
+// The pairs of a gate and up product: act[p] = silu(gate) ⊙ up of the base's row of p with the
+// segments' products on top.
+struct Gated {
+    const Call& call;  // its `out` holds the pairs where they are cut into pieces
+    const char* base;
+    int64_t base_stride;  // bytes
+    char* act;
+    int64_t act_stride;  // bytes
+
+    int64_t row_bytes() const { return n_columns(call.target) * element_bytes(call); }
+    const char* base_row(int64_t position) const {  // of a place in `call.rows`
+        return base + call.x_rows[position] * base_stride;
+    }
+    void finish(const char* gate_up, int64_t position) const {
+        model_ops().gate_row[call.target.dtype](
+            {gate_up, act + call.rows[position] * act_stride, 1, call.target.out_features[0], 0});
+    }
+};
+
+// Some pairs at a time, whose rows never leave the first caches of the thread.
+void run_gated_unit(const Gated& gated, const Plan& plan, float* h, const Unit& unit, char* tile) {
+    static const int32_t kTile[kTileRows] = {0, 1, 2, 3};
+    const Call& call = gated.call;
+    const LoraTargetDescriptor& t = call.target;
+    const int64_t row_bytes = gated.row_bytes(), segment = plan.parts[unit.part].segment;
+    const auto shrink = kernels().shrink[t.dtype];
+    const auto expand = kernels().expand[t.dtype];
+    for (int64_t row = unit.first_row; row < unit.first_row + unit.n_rows; row += kTileRows) {
+        const int64_t n_rows = std::min(kTileRows, unit.first_row + unit.n_rows - row);
+        const int64_t position = call.starts[segment] + row;
+        for (int64_t i = 0; i < n_rows; ++i)
+            memcpy(tile + i * row_bytes, gated.base_row(position + i), row_bytes);
+        for (int32_t p = unit.part; p < unit.last_part; ++p) {
+            const Part& part = plan.parts[p];
+            for (int64_t first = 0; first < part.rank; first += kPageRank)
+                run_shrink(call, plan, h,
+                           {p, static_cast<int32_t>(first / kPageRank), row, n_rows, 0,
+                            static_cast<int32_t>(std::min<int64_t>(kPageRank, part.rank - first))},
+                           shrink);
+            const int64_t at = call.entries[segment] * t.n_slices + part.slice;
+            const int64_t width = t.out_features[part.slice], stride = h_stride(part.rank);
+            for (int64_t column = 0; column < width; column += kStreamColumns)
+                expand({tile + (plan.slice_starts[part.slice] + column) * element_bytes(call),
+                        n_columns(t), kTile, nullptr, n_rows, h + part.h + row * stride, stride,
+                        t.storage, t.b_pages + at * t.max_pages, part.rank, width, column,
+                        std::min(kStreamColumns, width - column), t.scale[at], t.bias[at],
+                        plan.in_cache});
+        }
+        for (int64_t i = 0; i < n_rows; ++i) gated.finish(tile + i * row_bytes, position + i);
+    }
+}
+
+// Pairs of segments that change nothing.
+void run_gated_rest(const Gated& gated) {
+    const Call& call = gated.call;
+    for (int64_t s = 0; s < call.n_segments; ++s) {
+        bool changes = false;
+        for (int64_t i = 0; call.entries[s] >= 0 && i < call.target.n_slices; ++i)
+            changes |= has_work(call.target, call.entries[s] * call.target.n_slices + i);
+        for (int64_t p = call.starts[s]; !changes && p < call.starts[s + 1]; ++p)
+            gated.finish(gated.base_row(p), p);
+    }
+}
+
+void run_gated(const Gated& gated, Plan& plan, int64_t n_pairs) {
+    const Call& call = gated.call;
+    const int64_t row_bytes = gated.row_bytes();
+    if (plan.cut != Cut::kPieces) {
+        run_gated_rest(gated);
+        if (plan.cut == Cut::kNothing) return;
+        const int n_threads = plan.n_threads;
+        const Plan& done = plan;
+        Share* shares = plan.shares.data();
+        float* h = plan.h.data();
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
+        {
+            thread_local std::vector<char> tile;
+            if (static_cast<int64_t>(tile.size()) < kTileRows * row_bytes)
+                tile.resize(kTileRows * row_bytes);
+            work_through(shares, n_threads, omp_get_thread_num(), [&](size_t i) {
+                run_gated_unit(gated, done, h, done.dealt[i], tile.data());
+            });
+        }
+        return;
+    }
+    const int n_threads = plan.n_threads;
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1)
+    for (int64_t p = 0; p < n_pairs; ++p)
+        memcpy(call.out + call.rows[p] * row_bytes, gated.base_row(p), row_bytes);
+    run_by_piece(call, plan);
+#pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1)
+    for (int64_t p = 0; p < n_pairs; ++p) gated.finish(call.out + call.rows[p] * row_bytes, p);
+}
+
+// out[pair_rows[p]] += delta[p], over the neighbouring pairs of a row at once.
+void add_pairs(const Call& call, const int64_t* pair_rows, int64_t n_pairs, char* out,
+               int64_t out_stride) {
+    const auto sum = kernels().sum[call.target.dtype];
+    const int64_t bytes = element_bytes(call), width = n_columns(call.target);
+#pragma omp parallel for schedule(static) if (n_pairs * width > kSerialWork)
+    for (int64_t p = 0; p < n_pairs; ++p) {
+        if (p > 0 && pair_rows[p] == pair_rows[p - 1]) continue;
+        int64_t end = p + 1;
+        while (end < n_pairs && pair_rows[end] == pair_rows[p]) ++end;
+        sum({out + pair_rows[p] * out_stride * bytes, call.out + p * width * bytes, end - p, width});
+    }
+}
+
 }  // namespace
 }  // namespace loraplex
 
@@ -503,7 +647,7 @@ LORAPLEX_API int loraplex_lora_apply(const loraplex::LoraTargetDescriptor* targe
                                      int64_t n_segments) {
     loraplex::Plan& plan = loraplex::own_plan();
     const loraplex::Call call{*target, x, x_stride, static_cast<char*>(out), out_stride,
-                              entries, starts, rows, weights, n_segments};
+                              entries, starts, rows, weights, n_segments, rows};
     if (const int failed = loraplex::check(call, n_rows)) return failed;
     loraplex::prepare(call, plan, n_rows);
     loraplex::run(call, plan);
@@ -520,15 +664,63 @@ LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* t
                                          const float* weights, int64_t n_segments) {
     loraplex::Plan& plan = loraplex::own_plan();
     const loraplex::Call call{*target, x, x_stride, static_cast<char*>(out), out_stride,
-                              entries, starts, rows, weights, n_segments};
+                              entries, starts, rows, weights, n_segments, rows};
     if (const int failed = loraplex::check(call, n_rows)) return failed;
     loraplex::prepare(call, plan, n_rows);
-    int64_t n_out = 0;
-    for (int64_t i = 0; i < target->n_slices; ++i) n_out += target->out_features[i];
-    loraplex::model_ops().linear[target->dtype]({x, packed, bias, out, x_stride, out_stride, n_rows,
-                                                 n_out, target->in_features,
-                                                 loraplex::list_fetches(call, plan)});
-    plan.in_cache = plan.cut == loraplex::Cut::kUnits;
+    loraplex::run_base({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan);
     loraplex::run(call, plan);
+    return 0;
+}
+
+// The base's gate and up products into `out`, and for every pair silu(gate) ⊙ up of its row of them
+// with the segments' product of its row of x on top, without weights. Segments hold every pair once.
+LORAPLEX_API int loraplex_spread_linear(const loraplex::LoraTargetDescriptor* target,
+                                        const void* packed, const float* bias, const void* x,
+                                        int64_t x_stride, void* out, int64_t out_stride,
+                                        int64_t n_rows, const int32_t* entries,
+                                        const int32_t* starts, const int32_t* rows, const float*,
+                                        int64_t n_segments, const int64_t* pair_rows,
+                                        int64_t n_pairs, void* act, int64_t act_stride) {
+    loraplex::Plan& plan = loraplex::own_plan();
+    const int64_t width = loraplex::n_columns(*target);
+    const int64_t bytes = target->dtype == loraplex::kBFloat16 ? 2 : 4;
+    plan.x_rows.resize(n_pairs);
+    plan.pairs.resize(n_pairs * width * bytes);
+    const loraplex::Call call{*target, x, x_stride, plan.pairs.data(), width,
+                              entries, starts, rows, nullptr, n_segments, plan.x_rows.data()};
+    if (!loraplex::rows_are_in(pair_rows, n_pairs, n_rows)) return 4;
+    if (starts[n_segments] != n_pairs || !loraplex::rows_are_in(rows, n_pairs, n_pairs)) return 5;
+    if (const int failed = loraplex::check(call, n_pairs)) return failed;
+    for (int64_t i = 0; i < n_pairs; ++i)
+        plan.x_rows[i] = static_cast<int32_t>(pair_rows[rows[i]]);
+    loraplex::prepare(call, plan, n_pairs);
+    loraplex::run_base({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan);
+    loraplex::run_gated({call, static_cast<const char*>(out), out_stride * bytes,
+                         static_cast<char*>(act), act_stride * bytes},
+                        plan, n_pairs);
+    return 0;
+}
+
+// The base's product of x into `out`, and on every row of it the sum over its pairs of the segments'
+// product of the pair's row of `pairs`. Pairs of one row are neighbours.
+LORAPLEX_API int loraplex_gather_linear(const loraplex::LoraTargetDescriptor* target,
+                                        const void* packed, const float* bias, const void* x,
+                                        int64_t x_stride, void* out, int64_t out_stride,
+                                        int64_t n_rows, const int32_t* entries,
+                                        const int32_t* starts, const int32_t* rows,
+                                        const float* weights, int64_t n_segments,
+                                        const int64_t* pair_rows, int64_t n_pairs,
+                                        const void* pairs, int64_t pair_stride) {
+    loraplex::Plan& plan = loraplex::own_plan();
+    const int64_t width = loraplex::n_columns(*target);
+    plan.pairs.assign(n_pairs * width * (target->dtype == loraplex::kBFloat16 ? 2 : 4), 0);
+    if (!loraplex::rows_are_in(pair_rows, n_pairs, n_rows)) return 4;
+    const loraplex::Call call{*target, pairs, pair_stride, plan.pairs.data(), width,
+                              entries, starts, rows, weights, n_segments, rows};
+    if (const int failed = loraplex::check(call, n_pairs)) return failed;
+    loraplex::prepare(call, plan, n_pairs);
+    loraplex::run_base({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan);
+    loraplex::run(call, plan);
+    loraplex::add_pairs(call, pair_rows, n_pairs, static_cast<char*>(out), out_stride);
     return 0;
 }

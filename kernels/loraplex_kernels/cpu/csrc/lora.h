@@ -68,9 +68,17 @@ struct ExpandArgs {
     bool in_cache;  // whether B was fetched before
 };
 
+// Adds some rows to one.
+struct SumArgs {
+    void* out;          // [n_columns]
+    const void* delta;  // [n_deltas, n_columns]
+    int64_t n_deltas, n_columns;
+};
+
 struct LoraKernels {
     void (*shrink[2])(const ShrinkArgs&);  // by DType
     void (*expand[2])(const ExpandArgs&);
+    void (*sum[2])(const SumArgs&);
 };
 
 extern const LoraKernels kLoraPortable;

@@ -59,3 +59,47 @@ LORAPLEX_API void loraplex_paged_attention(
                             out_stride, table_stride, n_requests, n_heads, n_kv_heads, head_dim,
                             page_size, window, scale, softcap});
 }
+
+LORAPLEX_API void loraplex_route(long dtype, const void* x, long x_stride, long n_rows,
+                                 const float* gate, long n_experts, long width, long k, int* index,
+                                 float* weight) {
+    model_ops().route[dtype]({x, x_stride, n_rows, gate, n_experts, width, k, index, weight});
+}
+
+LORAPLEX_API void loraplex_mix(long dtype, const void* expert_act, const float* weight,
+                               const long long* rows, void* act, long n_rows, long k, long width) {
+    model_ops().mix[dtype]({expert_act, weight, rows, act, n_rows, k, width});
+}
+
+// Pairs by segment, ascending within each; `ids` are in [0, n_segments), `starts` has one more. `load`
+// (or null) counts what each segment got.
+static void group(const int* ids, const float* weight, long n_pairs, long n_segments, int* starts,
+                  int* rows, float* ordered, long long* load) {
+    for (long s = 0; s <= n_segments; ++s) starts[s] = 0;
+    for (long p = 0; p < n_pairs; ++p) ++starts[ids[p] + 1];
+    for (long s = 0; s < n_segments; ++s) {
+        if (load) load[s] += starts[s + 1];
+        starts[s + 1] += starts[s];
+    }
+    // Each start moves on to the next segment's while its pairs are dealt, and moves back after.
+    for (long p = 0; p < n_pairs; ++p) {
+        const int at = starts[ids[p]]++;
+        rows[at] = static_cast<int>(p);
+        ordered[at] = weight[p];
+    }
+    for (long s = n_segments; s > 0; --s) starts[s] = starts[s - 1];
+    starts[0] = 0;
+}
+
+LORAPLEX_API void loraplex_group(const int* ids, const float* weight, long n_pairs, long n_segments,
+                                 int* starts, int* rows, float* ordered) {
+    group(ids, weight, n_pairs, n_segments, starts, rows, ordered, nullptr);
+}
+
+LORAPLEX_API void loraplex_route_and_group(long dtype, const void* x, long x_stride, long n_rows,
+                                           const float* gate, long n_experts, long width, long k,
+                                           int* index, float* weight, int* starts, int* rows,
+                                           float* ordered, long long* load) {
+    model_ops().route[dtype]({x, x_stride, n_rows, gate, n_experts, width, k, index, weight});
+    group(index, weight, n_rows * k, n_experts, starts, rows, ordered, load);
+}

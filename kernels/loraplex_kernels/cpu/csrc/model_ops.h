@@ -33,6 +33,26 @@ struct GateArgs {
     long act;  // 0 silu, 1 gelu_tanh
 };
 
+// The top-k experts of rows: softmax over the k largest products with the gate.
+struct RouteArgs {
+    const void* x;
+    long x_stride;  // elements
+    long n_rows;
+    const float* gate;  // [n_experts, width]
+    long n_experts, width, k;
+    int* index;     // [n_rows, k]
+    float* weight;  // [n_rows, k]
+};
+
+// The weighted sums of what k experts made of each row.
+struct MixArgs {
+    const void* expert_act;  // [n_rows · k, width]
+    const float* weight;     // [n_rows, k]
+    const long long* rows;   // [n_rows] into act
+    void* act;               // rows of `width`
+    long n_rows, k, width;
+};
+
 // Rotates and caches rows laid out as heads: q (may be none), then k, then v.
 struct CacheArgs {
     void* heads;       // rotated in place
@@ -71,8 +91,11 @@ struct ModelOps {  // each by element type: 0 float32, 1 bfloat16
     void (*linear[2])(const LinearArgs&);
     void (*norm[2])(const NormArgs&);
     void (*gate[2])(const GateArgs&);
+    void (*gate_row[2])(const GateArgs&);
     void (*cache[2])(const CacheArgs&);
     void (*attention[2])(const AttentionArgs&);
+    void (*route[2])(const RouteArgs&);
+    void (*mix[2])(const MixArgs&);
 };
 
 const ModelOps& model_ops();  // of the current instruction set

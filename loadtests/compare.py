@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from loadtests.peers.adapters import ALL_LINEARS, adapter_tensors, write_gguf, w
 from loadtests.peers.correctness import check_mixed_batch, expected_answers
 from loadtests.peers.load_client import run_load
 from loadtests.peers.systems import SYSTEMS, LlamaCpp, System
+from loadtests.provenance import commit, machine
 
 N_ADAPTERS = 16
 _ASSORTED = (  # (rank, targets) of the correctness check
@@ -55,7 +55,7 @@ def main() -> None:
         systems = _systems(arguments, work, console)
         model = _model(arguments.model)
         results = _run_all(systems, model, work, arguments, console)
-    report = {"machine": _machine(), "commit": _commit(), "workload": _workload(arguments)}
+    report = {"machine": machine(), "commit": commit(), "workload": _workload(arguments)}
     report["results"] = results
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(report, indent=2) + "\n")
@@ -166,23 +166,6 @@ def _model(spec: str | None) -> Path:
     from loraplex_server.model.pull import resolve_model
 
     return resolve_model(spec)
-
-
-def _machine() -> dict[str, Any]:
-    name = platform.processor()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(": ")[2] if lines else name
-    import os
-
-    return {"cpu": name, "cores": os.cpu_count(), "system": platform.system()}
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 def _workload(arguments: argparse.Namespace) -> dict[str, Any]:

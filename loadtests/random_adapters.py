@@ -42,6 +42,13 @@ class ModelShape:
         linears = dict(zip((*_ATTENTION, *_MLP), widths, strict=True))
         return ModelShape(config.num_hidden_layers, linears, hidden)
 
+    def modules(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Every linear's full name and (out, in), layer by layer."""
+        for layer in range(self.n_layers):
+            for leaf, widths in self.linears.items():
+                block = "self_attn" if leaf in _ATTENTION else "mlp"
+                yield f"model.layers.{layer}.{block}.{leaf}", widths
+
 
 class _Tape:
     """Takes tensors off a random tape, from a start that depends on the seed."""
@@ -100,7 +107,7 @@ def write_lora(model: Path, folder: Path, *, rank: int, seed: int) -> Path:
 
 def _write_lora(folder: Path, shape: ModelShape, tape: _Tape, rank: int) -> None:
     tensors = {}
-    for module, (n_out, n_in) in _modules(shape):
+    for module, (n_out, n_in) in shape.modules():
         tensors[f"base_model.model.{module}.lora_A.weight"] = tape.take(rank, n_in)
         tensors[f"base_model.model.{module}.lora_B.weight"] = tape.take(n_out, rank)
     _save(folder, tensors, {"peft_type": "LORA"}, rank)
@@ -133,19 +140,12 @@ def _write_block_lora(folder: Path, shape: ModelShape, tape: _Tape, rank: int) -
     n_blocks = 2
     rank += rank % n_blocks
     tensors = {}
-    for module, (n_out, n_in) in _modules(shape):
+    for module, (n_out, n_in) in shape.modules():
         at = f"base_model.model.{module}.block_lora"
         tensors[f"{at}_A.weight"] = tape.take(rank // n_blocks, n_in)
         tensors[f"{at}_B.weight"] = tape.take(n_blocks, n_out, rank // n_blocks)
     extra = {"peft_type": "BLOCK_LORA", "block_axis": "rank", "n_blocks": n_blocks}
     _save(folder, tensors, extra, rank)
-
-
-def _modules(shape: ModelShape) -> Iterator[tuple[str, tuple[int, int]]]:
-    for layer in range(shape.n_layers):
-        for leaf, widths in shape.linears.items():
-            block = "self_attn" if leaf in _ATTENTION else "mlp"
-            yield f"model.layers.{layer}.{block}.{leaf}", widths
 
 
 def _save(folder: Path, tensors: dict[str, Tensor], extra: Mapping[str, object], rank: int) -> None:

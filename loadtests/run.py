@@ -13,10 +13,7 @@ from .locust_users import PhaseLoad, run_phase  # isort: skip
 
 import argparse
 import json
-import os
-import platform
 import signal
-import subprocess
 import tempfile
 import threading
 import time
@@ -34,6 +31,7 @@ from rich.table import Table
 from .admin import Churn, delete_adapter, upload_adapter, warm_adapter
 from .observer import Observer
 from .peer_runs import bodies_of, fits_peer, peer_systems
+from .provenance import commit, machine
 from .random_adapters import adapter_names, write_adapters, write_lora
 from .recorder import PhaseRecord
 from .report import render_report
@@ -71,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "scenario": scenario.name,
         "summary": scenario.summary,
         "began": began,
-        "machine": _machine(),
-        "commit": _commit(),
+        "machine": machine(),
+        "commit": commit(),
         "seed": scenario.seed,
         "server": {key: str(value) for key, value in scenario.server.items()},
         "adapters": asdict(scenario.adapters),
@@ -337,25 +335,6 @@ def _model(spec: str | None) -> Path:
     from loraplex_server.model.pull import resolve_model
 
     return resolve_model(spec)
-
-
-def _machine() -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(": ")[2] if lines else name
-    return {"cpu": name, "cores": os.cpu_count(), "system": platform.system()}
-
-
-def _commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
-    except OSError:
-        return "unknown"
-    return found.stdout.strip() or "unknown"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -47,7 +47,6 @@ _FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +85,6 @@ class TensorFile:
         if not bool(torch.isfinite(tensor).all()):
             raise MalformedFile(f"tensor {name!r} holds NaN or Inf")
         return tensor
-
-    def load_integers(self, name: str) -> Tensor:
-        """An int64 copy. Raises MalformedFile if the tensor is not integral."""
-        entry = self.entries[name]
-        if entry.dtype not in _INTEGERS:
-            raise MalformedFile(f"tensor {name!r} is {entry.dtype}, an integer one is needed")
-        return self._view(entry, _INTEGERS[entry.dtype]).to(torch.int64, copy=True)
 
     def raw(self, name: str) -> memoryview:
         """The bytes as stored; valid while the file is open."""

@@ -50,10 +50,6 @@ class TensorLedger:
     def raw(self, name: str) -> memoryview:
         return self._tensors.raw(name)
 
-    def take_integers(self, name: str) -> Tensor:
-        self._claimed.add(name)
-        return self._tensors.load_integers(name)
-
     @property
     def claimed(self) -> tuple[str, ...]:
         return tuple(sorted(self._claimed))

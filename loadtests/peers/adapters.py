@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig
+
+from loadtests.random_adapters import ModelShape
 
 __all__ = ["ALL_LINEARS", "adapter_tensors", "write_gguf", "write_peft"]
 
@@ -29,26 +30,11 @@ def adapter_tensors(
     model: Path, *, rank: int, seed: int, targets: Sequence[str] = ALL_LINEARS, std: float = 0.02
 ) -> dict[str, Tensor]:
     """PEFT tensor name → bf16 tensor; both factors random, so the adapter does something."""
-    config = AutoConfig.from_pretrained(model)
-    head_dim = config.hidden_size // config.num_attention_heads
-    n_kv = config.num_key_value_heads * head_dim
-    hidden, ff = config.hidden_size, config.intermediate_size
-    shapes = {
-        "q_proj": (hidden, hidden),
-        "k_proj": (n_kv, hidden),
-        "v_proj": (n_kv, hidden),
-        "o_proj": (hidden, hidden),
-        "gate_proj": (ff, hidden),
-        "up_proj": (ff, hidden),
-        "down_proj": (hidden, ff),
-    }
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
-    for layer in range(config.num_hidden_layers):
-        for target in targets:
-            n_out, n_in = shapes[target]
-            block = "self_attn" if target in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-            name = f"base_model.model.model.layers.{layer}.{block}.{target}"
+    for module, (n_out, n_in) in ModelShape.of(model).modules():
+        if module.rpartition(".")[2] in targets:
+            name = f"base_model.model.{module}"
             a = std * torch.randn(rank, n_in, generator=generator)
             b = std * torch.randn(n_out, rank, generator=generator)
             tensors[f"{name}.lora_A.weight"] = a.bfloat16()

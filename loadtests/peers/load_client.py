@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 
+from loadtests.recorder import percentile
+
 __all__ = ["LoadResult", "run_load"]
 
 _TEXT = (
@@ -38,10 +40,10 @@ class LoadResult:
             "errors": len(self.errors),
             "first_error": self.errors[0] if self.errors else None,
             "output_tok_s": round(self.n_tokens / self.wall_s, 1) if self.wall_s else None,
-            "ttft_p50_s": _percentile(self.ttft_s, 50),
-            "ttft_p99_s": _percentile(self.ttft_s, 99),
-            "itl_p50_ms": _milliseconds(_percentile(self.gaps_s, 50)),
-            "itl_p99_ms": _milliseconds(_percentile(self.gaps_s, 99)),
+            "ttft_p50_s": percentile(self.ttft_s, 50),
+            "ttft_p99_s": percentile(self.ttft_s, 99),
+            "itl_p50_ms": _milliseconds(percentile(self.gaps_s, 50)),
+            "itl_p99_ms": _milliseconds(percentile(self.gaps_s, 99)),
         }
 
 
@@ -131,13 +133,6 @@ async def _stream(
                     last = now
     except httpx.HTTPError as error:
         result.errors.append(repr(error)[:200])
-
-
-def _percentile(values: Sequence[float], percent: float) -> float | None:
-    if not values:
-        return None
-    ordered = sorted(values)
-    return round(ordered[min(len(ordered) - 1, int(percent / 100 * len(ordered)))], 4)
 
 
 def _milliseconds(seconds: float | None) -> float | None:

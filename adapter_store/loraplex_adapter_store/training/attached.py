@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import TrainingError
 
-__all__ = ["AdapterModules", "Attached", "save_adapter"]
+__all__ = ["AdapterModules", "Attached", "fill", "save_adapter"]
 
 
 class AdapterModules(Protocol):
@@ -57,6 +58,16 @@ class Attached(nn.Module):
 
     def auxiliary_loss(self) -> Tensor:
         return self.adapter.auxiliary_loss(self._token_mask)
+
+
+def fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copies ``tensors`` into the parameters ``own``. Raises ValueError if the names differ."""
+    if own.keys() != tensors.keys():
+        differing = sorted(own.keys() ^ tensors.keys())[:4]
+        raise ValueError(f"tensors differ from this configuration, for example {differing}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
 def save_adapter(model: nn.Module, base_name: str, folder: Path, dtype: torch.dtype) -> None:

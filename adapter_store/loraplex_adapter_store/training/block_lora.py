@@ -19,7 +19,7 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
-from .attached import Attached
+from .attached import Attached, fill
 
 __all__ = ["BlockAxis", "BlockLora", "BlockLoraConfig", "attach"]
 
@@ -122,13 +122,7 @@ class BlockLora:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Fills the parameters from ``tensors``; the names must match exactly."""
-        own = dict(self._named())
-        if own.keys() != tensors.keys():
-            differing = sorted(own.keys() ^ tensors.keys())[:4]
-            raise ValueError(f"tensors differ from this configuration, for example {differing}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+        fill(dict(self._named()), tensors)
 
     def adapter_config(self, base_model: str) -> dict[str, object]:
         c = self.config

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .attached import Attached
+from .attached import Attached, fill
 from .balance_loss import DEFAULT_COEFFICIENT, BalanceLoss, balance_loss
 
 __all__ = ["MixLora", "MixLoraConfig", "attach"]
@@ -174,29 +174,13 @@ class MixLora:
         )
         return self.config.coefficient * loss
 
-    def expert_load(self, token_mask: Tensor | None = None) -> Tensor:
-        """Share of the last forward's picks: float32 [n_layers, n_experts]."""
-        shares = []
-        for layer in self._layers:
-            logits = layer.mlp.logits if token_mask is None else layer.mlp.logits[token_mask]
-            picks = logits.topk(self.config.top_k, dim=-1).indices
-            counts = torch.bincount(picks.reshape(-1), minlength=self.config.n_experts)
-            shares.append(counts / counts.sum())
-        return torch.stack(shares)
-
     def tensors(self) -> dict[str, Tensor]:
         """The adapter under the published tensor names, as they are (no scale folded)."""
         return {name: tensor.detach() for name, tensor in self._named()}
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Fills the parameters from ``tensors``; the names must match exactly."""
-        own = dict(self._named())
-        if own.keys() != tensors.keys():
-            differing = sorted(own.keys() ^ tensors.keys())[:4]
-            raise ValueError(f"tensors differ from this configuration, for example {differing}")
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(tensors[name])
+        fill(dict(self._named()), tensors)
 
     def adapter_config(self, base_model: str) -> dict[str, object]:
         c = self.config

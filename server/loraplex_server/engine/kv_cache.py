@@ -36,7 +36,6 @@ class KvGeometry:
 class _Table:
     row: int  # of ``page_table``
     pages: list[int]
-    root: bytes
     n_published: int  # leading pages that are findable
     last_key: bytes
 
@@ -113,7 +112,7 @@ class KvCache:
                 self._pool.release(page)
             return None
         row = self._rows.pop()
-        table = _Table(row, shared + fresh, root, len(shared), last_key)
+        table = _Table(row, shared + fresh, len(shared), last_key)
         self._tables[request_id] = table
         self.page_table[row, : len(table.pages)] = table.pages
         if reuse and self.prefix_cache:
@@ -159,9 +158,6 @@ class KvCache:
     def row(self, request_id: str) -> int:
         """The request's row of ``page_table``."""
         return self._tables[request_id].row
-
-    def clear_prefixes(self) -> None:
-        self._pool.forget_all()
 
     def write_prefix(
         self, request_id: str, keys: Sequence[Tensor], values: Sequence[Tensor]

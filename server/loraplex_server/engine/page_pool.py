@@ -94,13 +94,6 @@ class PagePool:
         self._key_of[page] = key
         self._page_of[key] = page
 
-    def forget_all(self) -> None:
-        """Drops every prefix that nobody holds."""
-        while self._cached:
-            page, _ = self._cached.popitem(last=False)
-            self._unpublish(page)
-            self._free.append(page)
-
     def _take_one(self) -> int:
         if self._free:
             page = self._free.pop()

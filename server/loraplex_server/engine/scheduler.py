@@ -60,10 +60,6 @@ class Scheduler:
         self._on_admit = on_admit
         self._on_leave = on_leave
 
-    @property
-    def has_room(self) -> bool:
-        return len(self.running) < self._max_batch_size
-
     def add(self, request: Request) -> None:
         self.waiting.push(request)
 

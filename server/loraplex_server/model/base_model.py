@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -25,8 +24,6 @@ from .step import Step
 from .targets import group_modules
 
 __all__ = ["BaseModel", "load_base_model"]
-
-_log = logging.getLogger(__name__)
 
 
 class BaseModel:

@@ -1,0 +1,30 @@
+"""Where numbers come from: the machine and the commit that a report names."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+__all__ = ["commit", "machine"]
+
+
+def machine() -> dict[str, Any]:
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        name = lines[0].partition(": ")[2] if lines else name
+    return {"cpu": name, "cores": os.cpu_count(), "system": platform.system()}
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    here = Path(__file__).parent
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=False, cwd=here)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"

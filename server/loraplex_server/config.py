@@ -17,6 +17,8 @@ from pathlib import Path
 
 import yaml
 
+from loraplex_adapter_store.sources.prefix import SourcePrefix
+
 from .engine.config import EngineConfig
 
 __all__ = [
@@ -99,7 +101,8 @@ class HttpConfig:
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
     root: Path | None = None  # None: a directory under the user's cache, one for each base
-    adapters_dirs: tuple[Path, ...] = ()  # clients may load from below these, nothing else
+    adapters_dirs: tuple[Path, ...] = ()  # clients may load from below these
+    allow_sources: tuple[SourcePrefix, ...] = ()  # and from below these addresses
     lora_modules: tuple[LoraModule, ...] = ()
     demos: bool = True  # register the adapters that are shipped
     memory_bytes: int = 2 << 30  # of folded plans on the host
@@ -270,6 +273,10 @@ def _path(value: Value) -> Path:
     return Path(_text(value)).expanduser()
 
 
+def _prefixes(value: Value) -> tuple[SourcePrefix, ...]:
+    return tuple(SourcePrefix.parse(text) for text in _texts(value))
+
+
 def _modules(value: Value) -> tuple[LoraModule, ...]:
     modules = []
     for text in _texts(value):
@@ -312,6 +319,7 @@ _OPTIONS: Mapping[str, Callable[[Value], object]] = {
     "threads": _integer,
     "state_dir": _path,
     "adapters_dir": _paths,
+    "allow_source": _prefixes,
     "lora_modules": _modules,
     "demos": _flag,
     "adapter_host_memory": _bytes,
@@ -349,6 +357,7 @@ _ENGINE = {
 _STORE = {
     "state_dir": "root",
     "adapters_dir": "adapters_dirs",
+    "allow_source": "allow_sources",
     "lora_modules": "lora_modules",
     "demos": "demos",
     "adapter_host_memory": "memory_bytes",

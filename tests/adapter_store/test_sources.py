@@ -14,9 +14,11 @@ from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import Family
 from loraplex_adapter_store.sources import hub
 from loraplex_adapter_store.sources.objects import download
+from loraplex_adapter_store.sources.web import fetch_web
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter
 from tests.support.tiny_models import tiny_llama
+from tests.support.web_folder import web_folder
 
 
 @pytest.mark.parametrize("form", ["{path}", "file://{path}"])
@@ -88,6 +90,27 @@ def test_objects_beyond_the_limit_stop_the_download(
         download(local, tmp_path, StoreLimits(max_file_bytes=64))
     with pytest.raises(SourceError, match=r"adapter_config\.json"):
         download(MemoryStore(), tmp_path, StoreLimits())
+
+
+def test_a_folder_of_a_web_server_is_fetched_within_the_limits(
+    make_adapter: MakeAdapter, store: AdapterStore, tmp_path: Path
+) -> None:
+    source = make_adapter(1)
+    with web_folder(source) as web:
+        card = store.put_source("x", web.url)
+        assert web.asked == [
+            "/adapter_config.json",
+            "/adapter_model.safetensors",
+            "/chat_template.jinja",  # which need not be there
+        ]
+        with pytest.raises(LimitExceeded, match="adapter_model"):
+            fetch_web(web.url, tmp_path, StoreLimits(max_file_bytes=64))
+        with pytest.raises(SourceError, match="answered 404"):
+            store.put_source("y", f"{web.url}/nowhere")
+    assert card.provenance["source"] == "web"
+    assert card.digest == store.put_directory("same", source).digest
+    with pytest.raises(SourceError, match="cannot read"):
+        store.put_source("y", web.url)  # the server is gone
 
 
 class RecordedHub:

@@ -46,9 +46,17 @@ def test_adapters_are_given_as_directories_and_as_named_modules() -> None:
     ]
 
 
+def test_allowed_sources_come_as_a_list_or_with_commas() -> None:
+    assert resolve_config({}, {}).store.allow_sources == ()
+    for given in ("hf://org/,s3://b/a", ["hf://org", "s3://b/a/"]):
+        config = resolve_config({"allow_source": given}, {})
+        assert [prefix.text for prefix in config.store.allow_sources] == ["hf://org", "s3://b/a"]
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
+        ({"allow_source": ["/srv"]}, "allow-source"),
         ({"port": 70000}, "port"),
         ({"port": "many"}, "port"),
         ({"kv_memory": "lots"}, "kv-memory"),

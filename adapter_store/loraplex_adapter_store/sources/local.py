@@ -62,7 +62,7 @@ def contained(path: Path, allowed: Sequence[Path]) -> Path:
         for entry in real.iterdir():
             target = entry.resolve()
             if not any(target.is_relative_to(root) for root in allowed):
-                raise SourceForbidden(f"{entry} is a link that leaves the allowed roots")
+                raise SourceForbidden(f"{entry.name} is a link that leaves the allowed roots")
     return real
 
 

@@ -1,4 +1,4 @@
-"""Object stores through obstore: ``s3://``, ``gs://``, ``az://``, ``http(s)://`` folders."""
+"""Object stores through obstore: ``s3://``, ``gs://``, ``az://``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a URI to local files: directory, file://, hf://, and object stores through obstore."""
+"""From a URI to local files: directory, file://, hf://, https://, object stores."""
 
 from __future__ import annotations
 
@@ -32,7 +32,11 @@ def fetch(uri: str, into: Path, allowed_roots: Sequence[Path], limits: StoreLimi
         from .hub import fetch_hub
 
         return Fetched(*fetch_hub(uri, into, limits))
-    if scheme in ("s3", "gs", "az", "http", "https"):
+    if scheme in ("http", "https"):
+        from .web import fetch_web
+
+        return Fetched(*fetch_web(uri, into, limits))
+    if scheme in ("s3", "gs", "az"):
         from .objects import fetch_objects
 
         return Fetched(*fetch_objects(uri, into, limits))

@@ -92,6 +92,15 @@ def serve(
         list[Path] | None,
         _option(_ADAPTERS, "Serve every adapter below; clients may load from there. Repeatable."),
     ] = None,
+    allow_source: Annotated[
+        list[str] | None,
+        _option(
+            _ADAPTERS,
+            "Clients may load from below this hf://, s3://, gs://, az:// or https:// address. "
+            "Repeatable. Default: none.",
+            "PREFIX",
+        ),
+    ] = None,
     lora_modules: Annotated[
         list[str] | None, _option(_ADAPTERS, "An adapter to serve; repeatable.", "NAME=PATH")
     ] = None,

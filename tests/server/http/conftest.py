@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from fastapi import FastAPI
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.config import HttpConfig, ServerConfig
+from loraplex_server.config import HttpConfig, ServerConfig, StoreConfig
 from loraplex_server.http.app import build_app
 from tests.support.architectures import tiny_model
 from tests.support.asgi_call import AsgiCall, events_of
@@ -78,6 +79,8 @@ def make_front(
     spec: BaseSpec,
     folder: Path,
     http: HttpConfig | None = None,
+    *,
+    allow_sources: Sequence[str] = (),
     **parts: Any,
 ) -> Front:
     http = http or HttpConfig(served_model_names=("base",))
@@ -87,7 +90,8 @@ def make_front(
     engine = FakeEngine(tokenizer.backend_tokenizer)
     if not http.served_model_names:
         http = replace(http, served_model_names=("base",))
-    config = ServerConfig(http=http)
+    allowed = tuple(SourcePrefix.parse(text) for text in allow_sources)
+    config = ServerConfig(http=http, store=StoreConfig(allow_sources=allowed))
     app = build_app(engine, store, tokenizer, config, model_name="tiny/llama", **parts)
     transport = httpx.ASGITransport(app)
     client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")

@@ -112,7 +112,7 @@ async def delete_adapter(request: Request, name: str, timeout_s: float = 30.0) -
 
 async def _put_source(services: Services, request: Request, name: str) -> Response:
     body = await services.parser.parse(request, AdapterSourceBody)
-    uri = source_uri(body.source, services.store.allowed_roots, param="source")
+    uri = source_uri(services, body.source, param="source")
     if_match, replace = _conditions(request)
     created = not await _exists(services, name)
 

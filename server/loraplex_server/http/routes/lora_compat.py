@@ -25,7 +25,7 @@ async def load_lora_adapter(request: Request) -> Response:
     name, path = body.lora_name, body.lora_path
     if not (name and path):
         raise _user_error("Both 'lora_name' and 'lora_path' must be provided.")
-    uri = source_uri(path, services.store.allowed_roots, param="lora_path")
+    uri = source_uri(services, path, param="lora_path")
     try:
         await in_store_thread(
             services,

@@ -7,26 +7,23 @@ Every option has one name: ``--max-model-len``, ``LORAPLEX_MAX_MODEL_LEN``, ``ma
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 
 import yaml
 
 from loraplex_adapter_store.sources.prefix import SourcePrefix
 
+from .api_keys import ApiKey, Scope, parse_keys
 from .engine.config import EngineConfig
 
 __all__ = [
-    "ApiKey",
     "ConfigError",
     "HttpConfig",
     "LoraModule",
-    "Scope",
     "ServerConfig",
     "StoreConfig",
     "is_loopback",
@@ -36,25 +33,6 @@ __all__ = [
 
 class ConfigError(ValueError):
     """A bad value stops the start; the message names the option and where it came from."""
-
-
-class Scope(Enum):
-    INFER = "infer"  # generate, list, read
-    ADMIN = "admin"  # also: add, replace, remove and pin adapters
-
-
-@dataclass(frozen=True, slots=True)
-class ApiKey:
-    """Only the hash is kept; ``id`` tells tenants apart in logs and salts the prefix cache."""
-
-    sha256: bytes = field(repr=False)
-    scopes: frozenset[Scope]
-    id: str
-
-    @staticmethod
-    def of(secret: str, *scopes: Scope) -> ApiKey:
-        digest = hashlib.sha256(secret.encode()).digest()
-        return ApiKey(digest, frozenset(scopes), hashlib.sha256(digest).hexdigest()[:8])
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +48,7 @@ class HttpConfig:
     served_model_names: tuple[str, ...] = ()  # empty: the model's own name
     api_keys: tuple[ApiKey, ...] = ()
     insecure: bool = False  # serve off loopback without a key
+    cors_origins: tuple[str, ...] = ()  # whose pages may call from a browser
     max_body_bytes: int = 16 << 20
     max_upload_bytes: int = 4 << 30
     max_choices: int = 128  # prompts × n of one call
@@ -92,6 +71,18 @@ class HttpConfig:
                 f"refusing to serve on {self.host} without authentication: give --api-key, bind "
                 "to 127.0.0.1, or say --insecure (which leaves the adapters read-only)"
             )
+        ids = [key.id for key in self.api_keys]
+        if len(set(ids)) != len(ids) or len({key.sha256 for key in self.api_keys}) != len(ids):
+            raise ConfigError("an API key is given twice, by --api-key, --infer-api-key or --keys")
+        for origin in self.cors_origins:
+            if origin == "*" and not self.api_keys:
+                raise ConfigError(
+                    "cors-origin is '*': any web page could use this server; add --api-key"
+                )
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#\s*]+", origin):
+                raise ConfigError(
+                    f"cors-origin is {origin!r}; an origin is scheme://host[:port] without a path"
+                )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port is {self.port}; it must lie between 0 and 65535")
         if self.log_format not in ("text", "json"):
@@ -123,7 +114,7 @@ Settings = dict[str, Value]
 def resolve_config(
     flags: Mapping[str, Value], environment: Mapping[str, str], file_text: str | None = None
 ) -> ServerConfig:
-    """Pure. ``flags`` hold only what was given. Raises ConfigError."""
+    """Reads nothing but the --keys file. ``flags`` hold only what was given. Raises ConfigError."""
     from_file = _read_file(file_text)
     from_environment = _read_environment(environment)
     from_flags = _known(flags, "the command line")
@@ -189,6 +180,7 @@ def _compose(options: Mapping[str, object]) -> ServerConfig:
     http = take(_HTTP)
     keys = [*_keys(options, "api_key", Scope.INFER, Scope.ADMIN)]
     keys += _keys(options, "infer_api_key", Scope.INFER)
+    keys += options.get("keys", ())  # type: ignore[arg-type]
     try:
         return ServerConfig(
             http=HttpConfig(**http, api_keys=tuple(keys)),  # type: ignore[arg-type]  # parsed above
@@ -228,6 +220,14 @@ def _secrets(value: Value) -> tuple[str, ...]:
     if any(len(secret) < 8 for secret in secrets):
         raise ValueError("a key must have at least 8 characters")
     return secrets
+
+
+def _key_file(value: Value) -> tuple[ApiKey, ...]:
+    path = _path(value)
+    try:
+        return parse_keys(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _integer(value: Value) -> int:
@@ -295,6 +295,8 @@ _OPTIONS: Mapping[str, Callable[[Value], object]] = {
     "port": _integer,
     "api_key": _secrets,
     "infer_api_key": _secrets,
+    "keys": _key_file,
+    "cors_origin": _texts,
     "insecure": _flag,
     "max_body_size": _bytes,
     "max_upload_size": _bytes,
@@ -330,6 +332,7 @@ _HTTP = {
     "port": "port",
     "served_model_name": "served_model_names",
     "insecure": "insecure",
+    "cors_origin": "cors_origins",
     "max_body_size": "max_body_bytes",
     "max_upload_size": "max_upload_bytes",
     "max_choices": "max_choices",

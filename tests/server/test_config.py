@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.config import ConfigError, Scope, is_loopback, resolve_config
+from loraplex_server.api_keys import Scope
+from loraplex_server.config import ConfigError, is_loopback, resolve_config
 
 
 def test_flags_win_over_the_environment_and_that_over_the_file() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from typing import Protocol
 
 from torch import Tensor
 
@@ -19,11 +20,12 @@ from .classifier import Calibration, Features, TextClassifier
 from .encoder import CachedEncoder, Encoder
 from .wording import wording
 
-__all__ = ["AdapterProfile", "AutoRouter", "Candidate", "Decision"]
+__all__ = ["AdapterProfile", "Among", "AutoRouter", "Candidate", "Decision"]
 
 _MAX_TEXTS = 2000  # of all adapters: fitting is cubic in them
 _MAX_QUERY_CHARS = 2000
 _N_CANDIDATES = 5
+_MAX_INDEXES = 16  # of parts of the adapters
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,12 @@ class AdapterProfile:
     def texts(self) -> tuple[str, ...]:
         own = (self.description, *self.examples)
         return tuple(dict.fromkeys(t.strip() for t in own if t and t.strip()))
+
+
+class Among(Protocol):
+    """A part of the adapters. Hashable; equal ones allow the same names."""
+
+    def allows(self, name: str) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +94,7 @@ class AutoRouter:
     def __init__(self, encoder: Encoder, *, background: Sequence[str] | None = None) -> None:
         self._encoder = CachedEncoder(encoder)
         self._background = tuple(background if background is not None else _everyday_prompts())
-        self._fitted: _Fitted | None = None
+        self._fitted: dict[Among | None, _Fitted | None] = {None: None}  # oldest first
         self._known: tuple[AdapterProfile, ...] = ()
 
     def update(self, profiles: Sequence[AdapterProfile]) -> bool:
@@ -94,13 +102,13 @@ class AutoRouter:
         routable = tuple(sorted((p for p in profiles if p.texts), key=lambda p: p.name))
         if routable == self._known:
             return False
-        self._fitted = self._fit(routable) if routable else None
+        self._fitted = {None: self._fit(routable)}
         self._known = routable
         return True
 
-    def route(self, texts: Sequence[str]) -> list[Decision]:
-        """One decision for each text."""
-        fitted = self._fitted
+    def route(self, texts: Sequence[str], among: Among | None = None) -> list[Decision]:
+        """One decision for each text, as if there were no adapters but those of ``among``."""
+        fitted = self._index_of(among)
         if fitted is None:
             return [Decision(None, 0.0, 0.0, ()) for _ in texts]
         queries = self._features([text[:_MAX_QUERY_CHARS] for text in texts])
@@ -111,13 +119,25 @@ class AutoRouter:
     @property
     def calibration(self) -> Calibration | None:
         """None while there is no adapter to choose."""
-        return None if self._fitted is None else self._fitted.classifier.calibration
+        fitted = self._fitted[None]
+        return None if fitted is None else fitted.classifier.calibration
 
     @property
     def n_encoded(self) -> int:
         return self._encoder.n_encoded
 
-    def _fit(self, profiles: tuple[AdapterProfile, ...]) -> _Fitted:
+    def _index_of(self, among: Among | None) -> _Fitted | None:
+        """An index of its own for each part: the other adapters must not show in the scores."""
+        if among not in self._fitted:
+            if len(self._fitted) > _MAX_INDEXES:
+                del self._fitted[next(key for key in self._fitted if key is not None)]
+            part = tuple(p for p in self._known if among is None or among.allows(p.name))
+            self._fitted[among] = self._fitted[None] if part == self._known else self._fit(part)
+        return self._fitted[among]
+
+    def _fit(self, profiles: tuple[AdapterProfile, ...]) -> _Fitted | None:
+        if not profiles:
+            return None
         each = max(1, _MAX_TEXTS // len(profiles))
         texts = [(i, text) for i, p in enumerate(profiles) for text in p.texts[:each]]
         own = {text for _, text in texts}

@@ -49,6 +49,16 @@ def serve(
     infer_api_key: Annotated[
         list[str] | None, _option(_HTTP, "Key that may generate but not change adapters.")
     ] = None,
+    keys: Annotated[
+        Path | None,
+        _option(_HTTP, "TOML file of keys by hash, with scopes, adapters and limits."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        _option(
+            _HTTP, "Pages from there may call this server; repeatable. Default: none.", "ORIGIN"
+        ),
+    ] = None,
     insecure: Annotated[
         bool | None,
         _option(_HTTP, "Serve off loopback without a key; adapters are then read-only."),

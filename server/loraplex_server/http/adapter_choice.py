@@ -19,7 +19,10 @@ from loraplex_adapter_store.selector import (
     parse_selector,
 )
 from loraplex_adapter_store.store import AdapterLease, AdapterStore
+from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
+from loraplex_server.generation.generated_adapters import PREFIX
 
+from .adapter_access import check_allowed
 from .errors import ApiError, from_store, invalid, not_found
 
 __all__ = ["AdapterChooser", "AdapterResolver", "Asked", "Chosen", "Resolution"]
@@ -39,7 +42,9 @@ class Resolution:
 class AdapterResolver(Protocol):
     """Turns a wish into an adapter: semantic routing (``auto``), generation (a description)."""
 
-    async def resolve(self, wish: Auto | Description, text: str) -> Resolution:
+    async def resolve(
+        self, wish: Auto | Description, text: str, access: AdapterAccess
+    ) -> Resolution:
         """``text``: what the user said, for ``auto``. Raises StoreError or ApiError.
 
         Runs on the event loop: slow work belongs in a thread.
@@ -146,28 +151,33 @@ class AdapterChooser:
             return Asked(selector, param, str(model))
         return Asked(selector, param, f"{self.base_name}:{_label(selector)}")
 
-    async def choose(self, asked: Asked, text: str = "") -> Chosen:
+    async def choose(
+        self, asked: Asked, text: str = "", access: AdapterAccess = EVERY_ADAPTER
+    ) -> Chosen:
         """Takes the lease; may wait for a load. Raises ApiError. ``text`` serves ``auto``."""
         selector, explanation = asked.selector, None
         if asked.is_unknown:
-            raise await self._no_such_model(asked.model)
+            raise await self._no_such_model(asked.model, access)
         if selector is None:
             return Chosen()
+        _check_access(selector, access, asked.param)
         try:
             if isinstance(selector, Auto | Description):
-                resolution = await self._resolve(selector, text, asked.param)
+                resolution = await self._resolve(selector, text, asked.param, access)
                 selector, explanation = resolution.selector, resolution.explanation
                 if selector is None:
                     return Chosen(explanation=explanation)
+                _check_access(selector, access, asked.param)
             lease = await self._acquire(selector)
         except StoreError as error:
-            raise await self._explain(error, asked) from error
+            raise await self._explain(error, asked, access) from error
         return Chosen(lease, _label(selector), explanation)
 
-    async def what_exists(self) -> str:
+    async def what_exists(self, access: AdapterAccess) -> str:
         """For people who asked for something that does not."""
         loop = asyncio.get_running_loop()
-        names = [card.name for card in await loop.run_in_executor(self._executor, self._store.list)]
+        cards = await loop.run_in_executor(self._executor, self._store.list)
+        names = [card.name for card in cards if access.allows(card.name)]
         shown = ", ".join([self.base_name, *names[:_MAX_NAMES_SHOWN]])
         more = len(names) - _MAX_NAMES_SHOWN
         return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
@@ -186,7 +196,9 @@ class AdapterChooser:
             future.add_done_callback(_release_orphan)
             raise
 
-    async def _resolve(self, wish: Auto | Description, text: str, param: str) -> Resolution:
+    async def _resolve(
+        self, wish: Auto | Description, text: str, param: str, access: AdapterAccess
+    ) -> Resolution:
         if self._resolver is None:
             feature = "semantic routing" if isinstance(wish, Auto) else "adapter generation"
             raise invalid(
@@ -194,7 +206,7 @@ class AdapterChooser:
                 param,
                 "feature_not_enabled",
             )
-        return await self._resolver.resolve(wish, text)
+        return await self._resolver.resolve(wish, text, access)
 
     def _selector_of(self, value: object, param: str) -> Selector | None:
         """None where the base is asked for by name."""
@@ -209,16 +221,16 @@ class AdapterChooser:
                 return parse_selector(model[len(base) + 1 :])
         return parse_selector(model)
 
-    async def _no_such_model(self, model: str) -> ApiError:
-        exists = await self.what_exists()
+    async def _no_such_model(self, model: str, access: AdapterAccess) -> ApiError:
+        exists = await self.what_exists(access)
         return not_found(
             f"model {model[:128]!r} does not exist; {exists}", "model", "model_not_found"
         )
 
-    async def _explain(self, error: StoreError, asked: Asked) -> ApiError:
-        told = from_store(error, param=asked.param)
+    async def _explain(self, error: StoreError, asked: Asked, access: AdapterAccess) -> ApiError:
+        told = from_store(error, param=asked.param, access=access)
         if told.status == 404:
-            told.message = f"{told.message}; {await self.what_exists()}"
+            told.message = f"{told.message}; {await self.what_exists(access)}"
             if asked.param == "model":
                 told.code = "model_not_found"
         return told
@@ -229,6 +241,27 @@ def _parse(value: object, param: str) -> Selector:
         return parse_selector(value)
     except StoreError as error:
         raise from_store(error, param=param) from error
+
+
+def _check_access(selector: Selector, access: AdapterAccess, param: str) -> None:
+    """Raises ApiError (403) for the first adapter that the key may not use."""
+    for name in _names(selector):
+        check_allowed(access, name, param=param)
+
+
+def _names(selector: Selector) -> Sequence[str]:
+    """What ``selector`` uses for certain: ``auto`` may yet choose, a description names a folder."""
+    match selector:
+        case Auto():
+            return ()
+        case Description():
+            return (PREFIX,)
+        case Mixture():
+            return [part.ref.name for part in selector.parts]
+        case Library():
+            return [ref.name for ref in selector.refs]
+        case NameRef():
+            return (selector.name,)
 
 
 def _label(selector: Selector) -> str:

@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 
 from loraplex_adapter_store.store import AdapterStore
@@ -55,6 +56,14 @@ if TYPE_CHECKING:
 __all__ = ["build_app"]
 
 _N_STORE_THREADS = 8
+_SHOWN_TO_PAGES = (
+    *("etag", "location", "retry-after", "retry-after-ms", "x-loraplex-adapter", "x-request-id"),
+    *(
+        f"x-ratelimit-{what}-{unit}"
+        for what in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
+    ),
+)
 
 
 def build_app(
@@ -132,6 +141,14 @@ def build_app(
     if tracing is not None:
         app.add_middleware(Tracing, provider=tracing, model=names[0])
     app.add_middleware(RequestContext, metrics=metrics)
+    if config.http.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.http.cors_origins,
+            allow_methods=("GET", "POST", "PUT", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=_SHOWN_TO_PAGES,
+        )
     return app
 
 

@@ -114,6 +114,8 @@ class CallBasics:
             raise invalid("stream_options is for streams only", "stream_options")
         self.services = services
         self.info = info_of(request.scope)
+        if self.info.meter is not None:
+            self.info.meter.check_tokens()
         self.body = body
         self.asked = services.chooser.ask(
             model=body.model, adapter=body.adapter, adapter_id=body.adapter_id
@@ -122,7 +124,7 @@ class CallBasics:
     async def choose(self, text: str) -> tuple[Chosen, float]:
         """The adapter and the seconds it took to get."""
         started = perf_counter()
-        chosen = await self.services.chooser.choose(self.asked, text)
+        chosen = await self.services.chooser.choose(self.asked, text, self.info.access)
         self.info.adapter = chosen.header
         return chosen, perf_counter() - started
 
@@ -174,6 +176,7 @@ class CallBasics:
             requests,
             chosen=chosen,
             live=self.services.live,
+            meter=self.info.meter,
             metrics=self.services.metrics.call(
                 chosen.metrics_label,
                 load_s=load_s,

@@ -14,9 +14,18 @@ import orjson
 
 from loraplex_adapter_store import errors as store_errors
 from loraplex_adapter_store.generator import errors as generator_errors
+from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.engine import errors as engine_errors
 
-__all__ = ["ApiError", "from_engine", "from_store", "invalid", "not_found", "unavailable"]
+__all__ = [
+    "ApiError",
+    "from_engine",
+    "from_store",
+    "invalid",
+    "not_found",
+    "too_many",
+    "unavailable",
+]
 
 # status → OpenAI's word for the kind of error
 _TYPES = {
@@ -82,6 +91,10 @@ def not_found(message: str, param: str | None, code: str) -> ApiError:
     return ApiError(404, message, code=code, param=param)
 
 
+def too_many(message: str, code: str, retry_after_s: float) -> ApiError:
+    return ApiError(429, message, code=code, headers=_retry_after(retry_after_s))
+
+
 def unavailable(message: str, code: str, retry_after_s: float = 5.0) -> ApiError:
     return ApiError(503, message, code=code, headers=_retry_after(retry_after_s))
 
@@ -90,8 +103,7 @@ def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = 
     """``prompt_param`` names the field that holds the prompt, for context overflows."""
     match error:
         case engine_errors.QueueFull():
-            headers = _retry_after(error.retry_after_s)
-            return ApiError(429, str(error), code="queue_full", headers=headers)
+            return too_many(str(error), "queue_full", error.retry_after_s)
         case engine_errors.EngineDraining():
             return unavailable(str(error) or "the server is shutting down", "server_draining")
         case engine_errors.ContextOverflow():
@@ -104,7 +116,13 @@ def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = 
             return ApiError(500, f"the engine failed: {error}", code="engine_error")
 
 
-def from_store(error: store_errors.StoreError, *, param: str | None = "adapter") -> ApiError:
+def from_store(
+    error: store_errors.StoreError,
+    *,
+    param: str | None = "adapter",
+    access: AdapterAccess = EVERY_ADAPTER,
+) -> ApiError:
+    """``access``: whoever is told hears of no other adapters."""
     match error:
         case generator_errors.OutOfDistribution():
             return ApiError(
@@ -121,7 +139,7 @@ def from_store(error: store_errors.StoreError, *, param: str | None = "adapter")
         case generator_errors.GeneratorError():
             return invalid(str(error), param, "feature_not_enabled")
         case store_errors.UnknownAdapter():
-            return not_found(str(error), param, "adapter_not_found")
+            return not_found(_unknown(error, access), param, "adapter_not_found")
         case store_errors.InvalidName() | store_errors.InvalidSelector():
             return invalid(str(error), param, "invalid_adapter")
         case store_errors.RevisionConflict():
@@ -145,6 +163,14 @@ def from_store(error: store_errors.StoreError, *, param: str | None = "adapter")
             return unavailable(str(error), "server_draining")
         case _:
             return ApiError(500, str(error), code="adapter_store_error", param=param)
+
+
+def _unknown(error: store_errors.UnknownAdapter, access: AdapterAccess) -> str:
+    if access.patterns is None:
+        return str(error)
+    closest = [name for name in error.closest if access.allows(name)]
+    hint = f"; closest registered: {', '.join(closest)}" if closest else ""
+    return f"adapter {error.name!r} does not exist{hint}"
 
 
 def _retry_after(seconds: float) -> dict[str, str]:

@@ -25,6 +25,7 @@ from .adapter_choice import Chosen
 from .choice import Choice, ChoiceDelta, ChoiceRequest, CollectedChoice
 from .errors import ApiError, from_engine
 from .metrics.server_metrics import CallMetrics
+from .rate_limit import KeyMeter
 
 __all__ = ["Generation", "LiveGenerations", "Usage"]
 
@@ -75,6 +76,7 @@ class Generation:
         chosen: Chosen,
         live: LiveGenerations,
         metrics: CallMetrics,
+        meter: KeyMeter | None,
         prompt_param: str,
         n_prompt_tokens: int,
     ) -> None:
@@ -83,6 +85,7 @@ class Generation:
         self._chosen = chosen
         self._live = live
         self._metrics = metrics
+        self._meter = meter
         self._prompt_param = prompt_param
         self._n_prompt_tokens = n_prompt_tokens
         self._choices = [Choice(i, spec, tokenizer) for i, spec in enumerate(choices)]
@@ -108,6 +111,7 @@ class Generation:
                 self._unfinished.add(request_id)
             self._is_admitted = True
             self._metrics.admitted()
+            self._pay(self._n_prompt_tokens)
         except EngineError as error:
             raise from_engine(error, prompt_param=self._prompt_param) from error
         finally:
@@ -187,6 +191,7 @@ class Generation:
         if event.token_ids and not choice.ended and self._is_admitted:
             previous = self._last_token_at.get(event.request_id)
             self._metrics.tokens(len(event.token_ids), now, previous=previous)
+            self._pay(len(event.token_ids))
             self._last_token_at[event.request_id] = now
         if event.finish is not None:
             self._unfinished.discard(event.request_id)
@@ -194,6 +199,10 @@ class Generation:
         if not self._closed:
             self._events.append(event)
             self._wake()
+
+    def _pay(self, n_tokens: int) -> None:
+        if self._meter is not None:
+            self._meter.take_tokens(n_tokens)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

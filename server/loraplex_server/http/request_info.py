@@ -8,7 +8,9 @@ from time import perf_counter
 
 from starlette.types import Scope as AsgiScope
 
-from loraplex_server.config import Scope
+from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, Scope
+
+from .rate_limit import KeyMeter
 
 __all__ = ["CURRENT_REQUEST_ID", "RequestInfo", "info_of"]
 
@@ -26,6 +28,8 @@ class RequestInfo:
     started: float = field(default_factory=perf_counter)
     tenant: str = ""  # id of the API key; salts the prefix cache
     scopes: frozenset[Scope] = frozenset()
+    access: AdapterAccess = EVERY_ADAPTER
+    meter: KeyMeter | None = None  # of the API key, if it is limited
     adapter: str | None = None  # for x-loraplex-adapter and the access log
     n_prompt_tokens: int | None = None
     n_output_tokens: int | None = None

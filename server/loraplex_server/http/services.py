@@ -14,6 +14,7 @@ from starlette.requests import Request
 
 from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.config import ServerConfig
 from loraplex_server.engine.client import EngineClient
 
@@ -63,9 +64,11 @@ def services_of(request: Request) -> Services:
     return services
 
 
-async def in_store_thread(services: Services, work: Callable[[], T]) -> T:
+async def in_store_thread(
+    services: Services, work: Callable[[], T], access: AdapterAccess = EVERY_ADAPTER
+) -> T:
     """Runs a blocking call of the store off the event loop. Raises ApiError."""
     try:
         return await asyncio.get_running_loop().run_in_executor(services.executor, work)
     except StoreError as error:
-        raise from_store(error, param="name") from error
+        raise from_store(error, param="name", access=access) from error

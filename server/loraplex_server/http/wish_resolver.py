@@ -11,6 +11,7 @@ from typing import Protocol
 from loraplex_adapter_store.selector import Auto, Description, NameRef
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.adapters import AdapterProfile, Encoder
+from loraplex_server.api_keys import AdapterAccess
 from loraplex_server.routing.semantic_router import SemanticRouter
 
 from .adapter_choice import Resolution
@@ -41,9 +42,11 @@ class WishResolver:
         self.router = SemanticRouter(lambda: _load_encoder(find_encoder()), self._profiles)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-wishes")
 
-    async def resolve(self, wish: Auto | Description, text: str) -> Resolution:
+    async def resolve(
+        self, wish: Auto | Description, text: str, access: AdapterAccess
+    ) -> Resolution:
         if isinstance(wish, Auto):
-            decision = await self.router.choose(text)
+            decision = await self.router.choose(text, access)
             chosen = None if decision.adapter is None else NameRef(decision.adapter)
             return Resolution(chosen, {"method": "auto", **decision.to_json()})
         if self._generator is None:

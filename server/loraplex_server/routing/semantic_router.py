@@ -14,13 +14,21 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from loraplex_router.adapters import AdapterProfile, AutoRouter, Calibration, Decision, Encoder
+from loraplex_router.adapters import (
+    AdapterProfile,
+    Among,
+    AutoRouter,
+    Calibration,
+    Decision,
+    Encoder,
+)
 
 __all__ = ["RoutingStats", "SemanticRouter"]
 
 _MAX_BATCH = 32
 _LISTING_AGE_S = 1.0  # how long a listing of the adapters is reused
 _N_REMEMBERED = 4096
+_Question = tuple[str, Among | None]  # a text, and the adapters it may be given to
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +44,7 @@ class RoutingStats:
 @dataclass(frozen=True, slots=True)
 class _Asked:
     text: str
+    among: Among | None
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Decision]
 
@@ -54,19 +63,19 @@ class SemanticRouter:
         self._inbox: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
         self._router: AutoRouter | None = None
         self._listed_at = float("-inf")
-        self._remembered: OrderedDict[str, Decision] = OrderedDict()
+        self._remembered: OrderedDict[_Question, Decision] = OrderedDict()
         self._closed = False
         self.stats = RoutingStats()
         self._thread = threading.Thread(target=self._run, name="loraplex-router", daemon=True)
         self._thread.start()
 
-    async def choose(self, text: str) -> Decision:
-        """Raises what ``load_encoder`` or ``list_profiles`` raised."""
+    async def choose(self, text: str, among: Among | None = None) -> Decision:
+        """``among``: as if there were no other adapters. Raises what the two functions raised."""
         if self._closed:
             raise RuntimeError("the semantic router is closed")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Decision] = loop.create_future()
-        self._inbox.put(_Asked(text, loop, answer))
+        self._inbox.put(_Asked(text, among, loop, answer))
         return await answer
 
     @property
@@ -86,7 +95,7 @@ class SemanticRouter:
         while (asked := self._take()) is not None:
             started = time.perf_counter()
             try:
-                decisions = self._decide([one.text for one in asked])
+                decisions = self._decide([(one.text, one.among) for one in asked])
             except Exception as error:
                 for one in asked:
                     _tell(one, error)
@@ -110,7 +119,7 @@ class SemanticRouter:
             asked.append(one)
         return asked
 
-    def _decide(self, texts: Sequence[str]) -> list[Decision]:
+    def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
         if self._router is None:
             self._router = AutoRouter(self._load_encoder())
         now = time.monotonic()
@@ -118,10 +127,14 @@ class SemanticRouter:
             if self._router.update(self._list_profiles()):
                 self._remembered.clear()
             self._listed_at = now
-        new = list(dict.fromkeys(text for text in texts if text not in self._remembered))
-        n_known = sum(text in self._remembered for text in texts)
-        decided = dict(zip(new, self._router.route(new), strict=True)) if new else {}
-        answers = [decided.get(text) or self._remembered[text] for text in texts]
+        new = dict.fromkeys(q for q in questions if q not in self._remembered)
+        n_known = sum(q in self._remembered for q in questions)
+        decided: dict[_Question, Decision] = {}
+        for among in dict.fromkeys(among for _, among in new):
+            texts = [text for text, asked_among in new if asked_among == among]
+            for text, decision in zip(texts, self._router.route(texts, among), strict=True):
+                decided[text, among] = decision
+        answers = [decided.get(q) or self._remembered[q] for q in questions]
         self._remembered.update(decided)
         while len(self._remembered) > _N_REMEMBERED:
             self._remembered.popitem(last=False)

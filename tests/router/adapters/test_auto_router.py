@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 
@@ -40,6 +42,33 @@ def test_a_text_like_nothing_known_is_left_to_the_base(router: AutoRouter) -> No
     assert decision.adapter is None
     assert decision.margin <= decision.threshold
     assert len(decision.candidates) == 2
+
+
+@dataclass(frozen=True)
+class Only:
+    names: tuple[str, ...]
+
+    def allows(self, name: str) -> bool:
+        return name in self.names
+
+
+def test_among_some_adapters_it_decides_as_if_there_were_no_others(router: AutoRouter) -> None:
+    texts = ["Arr matey tell of the sea", "SQL: list the orders", "hello there"]
+    alone = AutoRouter(WordEncoder())
+    alone.update([SQL])
+    assert router.route(texts, Only(("sql",))) == alone.route(texts)
+    assert router.route(texts, Only(("sql", "pirate"))) == router.route(texts)
+    nothing = router.route(texts[:1], Only(()))[0]
+    assert (nothing.adapter, nothing.candidates) == (None, ())
+    router.update([PIRATE])
+    assert router.route(texts[1:2], Only(("sql",)))[0].adapter is None
+
+
+def test_the_indexes_of_parts_are_few(router: AutoRouter) -> None:
+    for number in range(40):
+        router.route(["SQL: list"], Only(("sql", f"other-{number}")))
+    assert len(router._fitted) == 17
+    assert router.calibration is not None
 
 
 def test_a_batch_decides_as_single_texts_do(router: AutoRouter) -> None:

@@ -74,6 +74,12 @@ class Front:
         return AsgiCall(self.app, "POST", path, body=body, spec_version=spec_version)
 
 
+def routes_of(app: FastAPI) -> list[tuple[str, str]]:
+    """(method, path) of every route, as the schema lists them: ``{name}`` for a parameter."""
+    paths = app.openapi()["paths"]
+    return [(method.upper(), path) for path, methods in paths.items() for method in methods]
+
+
 def make_front(
     tokenizer: PreTrainedTokenizerFast,
     spec: BaseSpec,

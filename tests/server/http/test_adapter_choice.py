@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.selector import Auto, Description, NameRef
+from loraplex_server.api_keys import AdapterAccess
 from loraplex_server.config import HttpConfig
 from loraplex_server.http.adapter_choice import Resolution
 from tests.support.lora_files import write_lora
@@ -141,7 +142,9 @@ class Resolver:
     def __init__(self) -> None:
         self.asked: list[tuple[Auto | Description, str]] = []
 
-    async def resolve(self, wish: Auto | Description, text: str) -> Resolution:
+    async def resolve(
+        self, wish: Auto | Description, text: str, access: AdapterAccess
+    ) -> Resolution:
         self.asked.append((wish, text))
         return Resolution(NameRef("pirate"), {"method": "test", "score": 0.9})
 

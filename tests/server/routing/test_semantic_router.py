@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from loraplex_router.adapters import AdapterProfile
+from loraplex_server.api_keys import AdapterAccess
 from loraplex_server.routing.evaluation import (
     BASE,
     evaluate,
@@ -45,6 +46,18 @@ class HeldEncoder(WordEncoder):
     def encode(self, texts: Sequence[str]) -> Tensor:
         assert self.may_go.wait(10)
         return super().encode(texts)
+
+
+async def test_what_is_remembered_of_a_text_is_not_told_to_whom_it_is_closed() -> None:
+    router = SemanticRouter(WordEncoder, lambda: PROFILES)
+    sql = AdapterAccess(("sql",))
+    assert (await router.choose("Arr matey")).adapter == "pirate"
+    for _ in range(2):
+        closed = await router.choose("Arr matey", sql)
+        assert closed.adapter != "pirate"
+        assert [candidate.name for candidate in closed.candidates] == ["sql"]
+    assert router.stats.n_remembered == 1
+    router.close()
 
 
 async def test_requests_that_wait_together_are_encoded_together() -> None:

@@ -10,11 +10,13 @@ import hmac
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex_server.config import ApiKey, HttpConfig, is_loopback
-from loraplex_server.config import Scope as KeyScope
+from loraplex_server.api_keys import ApiKey
+from loraplex_server.api_keys import Scope as KeyScope
+from loraplex_server.config import HttpConfig, is_loopback
 
 from ..errors import ApiError
 from ..json_answer import JsonAnswer
+from ..rate_limit import KeyMeter
 from ..request_info import info_of
 
 __all__ = ["Auth"]
@@ -34,6 +36,11 @@ class Auth:
     def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
         self._app = app
         self._keys = config.api_keys
+        self._meters = {
+            key.id: KeyMeter(key)
+            for key in config.api_keys
+            if key.requests_per_minute or key.tokens_per_minute
+        }
         self._writes_open = config.writes_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -55,11 +62,14 @@ class Auth:
         needed = KeyScope.INFER if method in _READS or path in _INFERENCE else KeyScope.ADMIN
         if self._keys:
             key = self._key_of(scope)
-            info.tenant, info.scopes = key.id, key.scopes
+            info.tenant, info.scopes, info.access = key.id, key.scopes, key.access
+            info.meter = self._meters.get(key.id)
             if needed not in key.scopes:
                 raise ApiError(
                     403, f"this API key lacks the scope {needed.value!r}", code="missing_scope"
                 )
+            if info.meter is not None and method not in _READS:
+                info.meter.take_request()
         elif needed is KeyScope.INFER:
             info.scopes = frozenset({KeyScope.INFER})
         else:

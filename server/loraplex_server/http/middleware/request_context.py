@@ -92,3 +92,5 @@ def _add_headers(message: Message, info: RequestInfo) -> None:
     headers["openai-processing-ms"] = str(round((perf_counter() - info.started) * 1000))
     if info.adapter is not None:
         headers["x-loraplex-adapter"] = info.adapter
+    if info.meter is not None:
+        headers.update(info.meter.headers())

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request, Response
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.selector import NameRef
 
+from ..adapter_access import AdapterName, access_of
 from ..adapter_source import source_uri
 from ..errors import ApiError, invalid, not_found
 from ..jobs import Job, JobStatus, Progress
@@ -26,42 +27,44 @@ async def list_adapters(request: Request) -> Response:
     services = services_of(request)
     resident = set(services.engine.stats().resident_adapters)
     cards = await in_store_thread(services, services.store.list)
-    data = [_shown(card, resident, with_report=False) for card in cards]
+    access = access_of(request)
+    data = [_shown(card, resident, with_report=False) for card in cards if access.allows(card.name)]
     return JsonAnswer({"object": "list", "data": data})
 
 
 @router.get("/v1/jobs/{job_id}")
 async def show_job(request: Request, job_id: str) -> Response:
     job = services_of(request).jobs.get(job_id)
-    if job is None:
+    if job is None or not access_of(request).allows(job.adapter):
         raise not_found(f"job {job_id[:64]!r} is not known (any more)", "job_id", "job_not_found")
     return JsonAnswer(job.to_json())
 
 
 @router.post("/v1/adapters/{name:path}/pin")
-async def pin_adapter(request: Request, name: str) -> Response:
+async def pin_adapter(request: Request, name: AdapterName) -> Response:
     """Keeps it in host memory, and on the device once it is there."""
     services = services_of(request)
-    card = await in_store_thread(services, lambda: services.store.pin(name))
+    card = await in_store_thread(services, lambda: services.store.pin(name), access_of(request))
     if services.device is not None:
         services.device.set_pinned(card.digest, True)
     return _answer(services, card)
 
 
 @router.post("/v1/adapters/{name:path}/unpin")
-async def unpin_adapter(request: Request, name: str) -> Response:
+async def unpin_adapter(request: Request, name: AdapterName) -> Response:
     services = services_of(request)
-    card = await in_store_thread(services, lambda: services.store.unpin(name))
+    card = await in_store_thread(services, lambda: services.store.unpin(name), access_of(request))
     if services.device is not None:
         services.device.set_pinned(card.digest, False)
     return _answer(services, card)
 
 
 @router.post("/v1/adapters/{name:path}/warm")
-async def warm_adapter(request: Request, name: str) -> Response:
+async def warm_adapter(request: Request, name: AdapterName) -> Response:
     """Loads to host and device memory; a load that takes long is answered with a job."""
     services = services_of(request)
-    await in_store_thread(services, lambda: services.store.get(name))  # 404 at once
+    # 404 at once
+    await in_store_thread(services, lambda: services.store.get(name), access_of(request))
 
     def warm(report: Progress) -> AdapterCard:
         with services.store.acquire(NameRef(name)) as lease:
@@ -74,13 +77,14 @@ async def warm_adapter(request: Request, name: str) -> Response:
 
 
 @router.get("/v1/adapters/{name:path}")
-async def show_adapter(request: Request, name: str) -> Response:
+async def show_adapter(request: Request, name: AdapterName) -> Response:
     services = services_of(request)
-    return _answer(services, await in_store_thread(services, lambda: services.store.get(name)))
+    card = await in_store_thread(services, lambda: services.store.get(name), access_of(request))
+    return _answer(services, card)
 
 
 @router.put("/v1/adapters/{name:path}", openapi_extra=body_of(AdapterSourceBody))
-async def put_adapter(request: Request, name: str) -> Response:
+async def put_adapter(request: Request, name: AdapterName) -> Response:
     """From a source (JSON) or an upload (multipart). ``If-Match`` makes it compare-and-set."""
     services = services_of(request)
     services.lifecycle.check_admitting()
@@ -95,14 +99,16 @@ async def put_adapter(request: Request, name: str) -> Response:
 
 
 @router.delete("/v1/adapters/{name:path}")
-async def delete_adapter(request: Request, name: str, timeout_s: float = 30.0) -> Response:
+async def delete_adapter(request: Request, name: AdapterName, timeout_s: float = 30.0) -> Response:
     """The name is gone at once; waits for running requests, then says how many bytes were freed."""
     services = services_of(request)
     if not 0 <= timeout_s <= 3600:
         raise invalid("timeout_s must lie between 0 and 3600", "timeout_s")
     if_match, _ = _conditions(request)
     report = await in_store_thread(
-        services, lambda: services.store.delete(name, if_match=if_match, timeout_s=timeout_s)
+        services,
+        lambda: services.store.delete(name, if_match=if_match, timeout_s=timeout_s),
+        access_of(request),
     )
     freed = {"disk": report.n_bytes_freed.disk, "host": report.n_bytes_freed.host, "device": 0}
     if report.drained:

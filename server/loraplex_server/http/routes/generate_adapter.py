@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.selector import NameRef
 from loraplex_server.engine.errors import EngineError
-from loraplex_server.generation.generated_adapters import GeneratedAdapters, Order
+from loraplex_server.generation.generated_adapters import PREFIX, GeneratedAdapters, Order
 
+from ..adapter_access import access_of, check_allowed
 from ..base_agreement import base_agreement
 from ..errors import invalid
 from ..json_answer import JsonAnswer
@@ -50,6 +51,7 @@ async def generate_adapter(request: Request) -> Response:
         raise invalid(
             "adapter generation is not enabled on this server", None, "feature_not_enabled"
         )
+    check_allowed(access_of(request), body.name or PREFIX, param="name")
     order = Order(
         body.description.strip(),
         tuple(body.examples),

@@ -7,7 +7,8 @@ from importlib.metadata import version as installed_version
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from ..errors import unavailable
+from ..adapter_access import access_of
+from ..errors import ApiError, unavailable
 from ..json_answer import JsonAnswer
 from ..lifecycle import ServerStatus
 from ..services import in_store_thread, services_of
@@ -60,6 +61,12 @@ async def version() -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     services = services_of(request)
+    if access_of(request).patterns is not None:
+        raise ApiError(
+            403,
+            "this API key is limited to some adapters, and the metrics tell of all of them",
+            code="metrics_not_allowed",
+        )
     await in_store_thread(services, services.collector.refresh_listing)
     text = generate_latest(services.registry)
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})

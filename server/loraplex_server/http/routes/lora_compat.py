@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from starlette.responses import PlainTextResponse
 
+from ..adapter_access import access_of, check_allowed
 from ..adapter_source import source_uri
 from ..errors import ApiError
 from ..openapi import body_of
@@ -25,6 +26,7 @@ async def load_lora_adapter(request: Request) -> Response:
     name, path = body.lora_name, body.lora_path
     if not (name and path):
         raise _user_error("Both 'lora_name' and 'lora_path' must be provided.")
+    check_allowed(access_of(request), name, param="lora_name")
     uri = source_uri(services, path, param="lora_path")
     try:
         await in_store_thread(
@@ -49,6 +51,7 @@ async def unload_lora_adapter(request: Request) -> Response:
     name = body.lora_name
     if not name:
         raise _user_error("'lora_name' needs to be provided to unload a LoRA adapter.")
+    check_allowed(access_of(request), name, param="lora_name")
     try:
         await in_store_thread(services, lambda: services.store.delete(name))
     except ApiError as error:

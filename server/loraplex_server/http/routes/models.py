@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
 
+from ..adapter_access import access_of, check_allowed
 from ..errors import ApiError, not_found
 from ..json_answer import JsonAnswer
 from ..services import Services, in_store_thread, services_of
@@ -18,12 +19,12 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request, loaded: bool = False) -> Response:
     """``?loaded=true``: only adapters in host or device memory."""
-    services = services_of(request)
+    services, access = services_of(request), access_of(request)
     resident = set(services.engine.stats().resident_adapters) if loaded else set()
     cards = [
         card
         for card in await in_store_thread(services, services.store.list)
-        if not loaded or card.n_bytes.host or card.digest in resident
+        if access.allows(card.name) and (not loaded or card.n_bytes.host or card.digest in resident)
     ]
     data = [_base(services, name) for name in services.chooser.base_names]
     data += [_adapter(services, card) for card in cards]
@@ -32,16 +33,17 @@ async def list_models(request: Request, loaded: bool = False) -> Response:
 
 @router.get("/v1/models/{model_id:path}")
 async def show_model(request: Request, model_id: str) -> Response:
-    services = services_of(request)
+    services, access = services_of(request), access_of(request)
     if model_id in services.chooser.base_names:
         return JsonAnswer(_base(services, model_id))
     name = model_id
     for base in services.chooser.base_names:
         name = name.removeprefix(f"{base}:")
+    check_allowed(access, name, param="model")
     try:
         card = await in_store_thread(services, lambda: services.store.get(name))
     except ApiError as error:
-        exists = await services.chooser.what_exists()
+        exists = await services.chooser.what_exists(access)
         raise not_found(
             f"model {model_id[:128]!r} does not exist; {exists}", "model", "model_not_found"
         ) from error

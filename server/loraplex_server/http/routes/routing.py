@@ -8,6 +8,7 @@ from loraplex_router.experts import ExpertLoad
 from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.routing.semantic_router import SemanticRouter
 
+from ..adapter_access import AdapterName, access_of
 from ..errors import invalid
 from ..json_answer import JsonAnswer
 from ..messages import plain_messages, routing_text
@@ -38,17 +39,17 @@ async def route(request: Request) -> Response:
         text = routing_text(plain_messages(body.messages))
     else:
         text = body.input or ""
-    decision = await semantic.choose(text)
+    decision = await semantic.choose(text, access_of(request))
     return JsonAnswer({"object": "route", "method": "auto", **decision.to_json()})
 
 
 @router.get("/v1/adapters/{name:path}/routing")
-async def expert_routing(request: Request, name: str, window_s: float = 60.0) -> Response:
+async def expert_routing(request: Request, name: AdapterName, window_s: float = 60.0) -> Response:
     """Rows per expert of each routed place over the last ``window_s`` seconds."""
     services = services_of(request)
     if not 0 < window_s <= _MAX_WINDOW_S:
         raise invalid(f"window_s must be above 0 and at most {_MAX_WINDOW_S:g}", "window_s")
-    card = await in_store_thread(services, lambda: services.store.get(name))
+    card = await in_store_thread(services, lambda: services.store.get(name), access_of(request))
     monitor = request.app.state.experts
     load = monitor.load(card.digest, window_s) if isinstance(monitor, ExpertMonitor) else None
     return JsonAnswer(

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
+from loraplex_server.api_keys import AdapterAccess
+
+from ..adapter_access import access_of
 from ..errors import invalid
 from ..json_answer import JsonAnswer
 from ..messages import plain_messages, template_arguments
@@ -26,7 +29,7 @@ async def tokenize(request: Request) -> Response:
         special = body.add_special_tokens is not False
         ids = await services.text.encode(body.prompt, add_special_tokens=special)
     else:
-        ids = await _chat_ids(services, body)
+        ids = await _chat_ids(services, body, access_of(request))
     tokens = None
     if body.return_token_strs:
         tokens = [services.text.token_texts.get(token_id).text for token_id in ids]
@@ -50,13 +53,15 @@ async def detokenize(request: Request) -> Response:
     )
 
 
-async def _chat_ids(services: Services, body: TokenizeBody) -> tuple[int, ...]:
+async def _chat_ids(
+    services: Services, body: TokenizeBody, access: AdapterAccess
+) -> tuple[int, ...]:
     """With the template that a chat through the same adapter would use."""
     assert body.messages is not None
     asked = services.chooser.ask(model=body.model, adapter=body.adapter)
     messages = plain_messages(body.messages)
     arguments = template_arguments(body.chat_template_kwargs)
-    chosen = await services.chooser.choose(asked)
+    chosen = await services.chooser.choose(asked, access=access)
     try:
         return await services.text.encode_chat(
             messages,

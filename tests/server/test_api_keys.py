@@ -1,0 +1,107 @@
+"""The keys file: what it may say, and that a mistake in it is named without repeating a value."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from loraplex_server.api_keys import AdapterAccess, Scope, parse_keys
+from loraplex_server.config import ConfigError, resolve_config
+
+DIGEST = hashlib.sha256(b"a-long-secret").hexdigest()
+
+
+def test_a_keys_file_is_read_with_the_other_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys.toml"
+    file.write_text(f"""
+        [[key]]
+        name = "team-a"
+        sha256 = "{DIGEST}"
+        scope = "infer"
+        adapters = ["team-a/*", "shared"]
+        requests_per_minute = 60
+        tokens_per_minute = 1000
+    """)
+    config = resolve_config({"keys": str(file), "api_key": ["operator-key"]}, {})
+    operator, team = config.http.api_keys
+    assert operator.scopes == frozenset(Scope)
+    assert operator.access.patterns is None
+    assert team.sha256.hex() == DIGEST
+    assert (team.id, team.scopes) == ("team-a", frozenset({Scope.INFER}))
+    assert (team.requests_per_minute, team.tokens_per_minute) == (60, 1000)
+    assert team.access == AdapterAccess(("team-a/*", "shared"))
+    assert DIGEST not in repr(config)
+    assert resolve_config({}, {"LORAPLEX_KEYS": str(file)}).http.api_keys == (team,)
+
+
+def test_what_a_key_does_not_say_is_not_limited() -> None:
+    (key,) = parse_keys(f'[[key]]\nname = "a"\nsha256 = "{DIGEST.upper()}"\nscope = "admin"\n')
+    assert key.access.allows("anything/at/all")
+    assert key.requests_per_minute is key.tokens_per_minute is None
+
+
+@pytest.mark.parametrize(
+    ("patterns", "allowed", "refused"),
+    [
+        (("team-a/*",), ["team-a/x", "team-a/x/y"], ["team-b/x", "team-a", "x/team-a/x"]),
+        (("sql", "t?"), ["sql", "t1"], ["SQL", "t12", "sql2"]),
+        ((), [], ["sql"]),
+    ],
+)
+def test_patterns_are_globs_over_the_whole_name(
+    patterns: tuple[str, ...], allowed: list[str], refused: list[str]
+) -> None:
+    access = AdapterAccess(patterns)
+    assert all(access.allows(name) for name in allowed)
+    assert not any(access.allows(name) for name in refused)
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('key = "my-plain-secret"', "unknown fields"),
+        ('sha256 = "my-plain-secret"', "sha256sum"),
+        ('scope = "root"', "scope must be one of infer, admin"),
+        ('name = "a b"', "needs a name"),
+        ('adapters = "team-a/*"', "adapters must be a list"),
+        ('adapters = [""]', "adapters must be a list"),
+        ("requests_per_minute = 0", "requests_per_minute"),
+        ("tokens_per_minute = 1.5", "tokens_per_minute"),
+    ],
+)
+def test_a_mistake_stops_the_start_and_shows_no_secret(
+    line: str, told: str, tmp_path: Path
+) -> None:
+    fields = {"name": 'name = "a"', "sha256": f'sha256 = "{DIGEST}"', "scope": 'scope = "infer"'}
+    fields[line.partition(" ")[0]] = line
+    file = tmp_path / "keys.toml"
+    file.write_text("\n".join(["[[key]]", *fields.values()]))
+    with pytest.raises(ConfigError, match=told) as raised:
+        resolve_config({"keys": str(file)}, {})
+    assert str(file) in str(raised.value)
+    assert "secret" not in str(raised.value)
+
+
+def test_the_same_key_or_name_twice_is_refused(tmp_path: Path) -> None:
+    table = f'[[key]]\nname = "a"\nsha256 = "{DIGEST}"\nscope = "infer"\n'
+    with pytest.raises(ValueError, match="same name"):
+        parse_keys(table + table)
+    with pytest.raises(ValueError, match="same sha256"):
+        parse_keys(table + table.replace('"a"', '"b"'))
+    file = tmp_path / "keys.toml"
+    file.write_text(table)
+    with pytest.raises(ConfigError, match="given twice"):
+        resolve_config({"keys": str(file), "api_key": ["a-long-secret"]}, {})
+
+
+@pytest.mark.parametrize("text", ["", "[key]\n", "x = 1\n", "[[key", "key = [1]\n"])
+def test_a_file_that_is_no_list_of_keys_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"\[\[key|TOML"):
+        parse_keys(text)
+
+
+def test_a_missing_keys_file_stops_the_start(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nothing\.toml"):
+        resolve_config({"keys": str(tmp_path / "nothing.toml")}, {})

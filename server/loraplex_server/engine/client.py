@@ -9,9 +9,19 @@ from typing import Protocol
 from .events import TokenEvent
 from .sampling_params import SamplingParams
 
-__all__ = ["AdapterRef", "EngineClient", "EngineStats", "GenerationRequest", "Listener"]
+__all__ = [
+    "STEP_TOKENS",
+    "AdapterRef",
+    "EngineClient",
+    "EngineStats",
+    "GenerationRequest",
+    "Listener",
+]
 
 Listener = Callable[[TokenEvent], None]
+
+# upper bounds of the groups in ``EngineStats.steps_by_tokens``; the last group has none
+STEP_TOKENS = (1, *(2**power for power in range(3, 15)))
 
 
 class AdapterRef(Protocol):
@@ -44,6 +54,8 @@ class EngineStats:
     kv_pages_used: int = 0
     kv_pages_total: int = 0
     n_steps: int = 0
+    n_step_tokens: int = 0  # computed by all steps, of prompts and answers
+    steps_by_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)  # steps of so many tokens
     n_prompt_tokens: int = 0
     n_generated_tokens: int = 0
     n_preemptions: int = 0

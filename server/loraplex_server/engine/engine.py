@@ -8,6 +8,7 @@ import queue
 import secrets
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ import torch
 
 from loraplex_adapter_store.plan import AdapterPlan
 
-from .client import EngineStats, GenerationRequest, Listener
+from .client import STEP_TOKENS, EngineStats, GenerationRequest, Listener
 from .config import EngineConfig
 from .device_pool import DevicePool, Placement
 from .errors import (
@@ -108,6 +109,8 @@ class Engine:
         self._n_failed_steps = 0
         self._n_prompt_tokens = 0
         self._n_generated_tokens = 0
+        self._n_step_tokens = 0
+        self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
         self._stats = EngineStats()
         self.experts = ExpertMonitor()  # safe from any thread
         self._heartbeat = time.monotonic()
@@ -254,7 +257,7 @@ class Engine:
         self._unplaceable.clear()
         if chunks:
             self._run_chunks(chunks)
-        self._publish_stats(bool(chunks))
+        self._publish_stats(chunks)
         if chunks:
             self.experts.look(self._adapters.residents, idle=not self._scheduler.running)
         self._outbox.flush()
@@ -485,8 +488,12 @@ class Engine:
             event = TokenEvent(request_id, (), finish=FinishReason.ERROR, error=dead)
             self._emit(tracked, event)
 
-    def _publish_stats(self, stepped: bool) -> None:
-        scheduler, old = self._scheduler, self._stats
+    def _publish_stats(self, chunks: Sequence[Chunk]) -> None:
+        scheduler = self._scheduler
+        if chunks:
+            n_tokens = sum(chunk.n_tokens for chunk in chunks)
+            self._n_step_tokens += n_tokens
+            self._steps_by_tokens[bisect_left(STEP_TOKENS, n_tokens)] += 1
         running = Counter(r.adapter_digest for r in scheduler.running)
         waiting = Counter(r.adapter_digest for r in scheduler.waiting)
         self._stats = EngineStats(
@@ -494,7 +501,9 @@ class Engine:
             n_waiting=len(scheduler.waiting),
             kv_pages_used=self._kv.n_pages_held,
             kv_pages_total=self._kv.n_pages,
-            n_steps=old.n_steps + int(stepped),
+            n_steps=sum(self._steps_by_tokens),
+            n_step_tokens=self._n_step_tokens,
+            steps_by_tokens=tuple(self._steps_by_tokens),
             n_prompt_tokens=self._n_prompt_tokens,
             n_generated_tokens=self._n_generated_tokens,
             n_preemptions=scheduler.n_preemptions,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.client import STEP_TOKENS, GenerationRequest
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import (
     ContextOverflow,
@@ -79,6 +79,20 @@ def test_chunked_prefill_changes_nothing(model: PreTrainedModel) -> None:
     with running_engine(model, max_step_tokens=7) as engine:
         answers = generate_all(engine, prompts)
     assert [a.token_ids for a in answers] == [_expected(model, prompt) for prompt in prompts]
+
+
+def test_the_tokens_of_each_step_are_counted(model: PreTrainedModel) -> None:
+    with running_engine(model, max_step_tokens=7) as engine:
+        generate_all(engine, _prompts(50), SamplingParams(max_tokens=5, temperature=0.0))
+        stats = engine.stats()
+    # 7 steps of 7 prompt tokens, one of the last, then 4 of one answer token each
+    assert dict(zip(STEP_TOKENS, stats.steps_by_tokens, strict=False)) == {
+        **dict.fromkeys(STEP_TOKENS, 0),
+        1: 5,
+        8: 7,
+    }
+    assert stats.n_steps == 12
+    assert stats.n_step_tokens == 54
 
 
 def test_preempted_requests_lose_nothing(model: PreTrainedModel) -> None:

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_server.engine.client import EngineStats
+from loraplex_server.engine.client import STEP_TOKENS, EngineStats
 from loraplex_server.http.metrics.adapter_usage import AdapterUsage
 
 from .conftest import Front
@@ -57,6 +57,9 @@ async def test_the_names_that_gateways_and_dashboards_parse_are_there(front: Fro
         "vllm:request_generation_tokens_sum",
         "vllm:request_params_n_count",
         "vllm:request_params_max_tokens_count",
+        "vllm:iteration_tokens_total_bucket",
+        "vllm:gpu_cache_usage_perc",  # older names
+        "vllm:time_per_output_token_seconds_bucket",
         "vllm:lora_requests_info",
         "vllm:num_gpu_loaded_lora_adapters",
         "vllm:num_cpu_loaded_lora_adapters",
@@ -82,6 +85,20 @@ async def test_what_a_request_did_is_counted(front: Front) -> None:
     assert value(found, "vllm:time_to_first_token_seconds_bucket", le="+Inf") == 1
     route = {"handler": "/v1/chat/completions", "method": "POST", "status": "200"}
     assert value(found, "http_requests_total", **route) == 1
+
+
+async def test_the_tokens_of_the_engine_s_steps_are_a_histogram(front: Front) -> None:
+    counts = [0] * (len(STEP_TOKENS) + 1)
+    counts[0], counts[3], counts[-1] = 5, 2, 1
+    front.engine.current = EngineStats(
+        n_steps=8, n_step_tokens=20_059, steps_by_tokens=tuple(counts)
+    )
+    found = await samples(front)
+    name = "vllm:iteration_tokens_total"
+    for bound, n_steps in (("1.0", 5), ("16.0", 5), ("32.0", 7), ("16384.0", 7), ("+Inf", 8)):
+        assert value(found, f"{name}_bucket", le=bound) == n_steps
+    assert value(found, f"{name}_count") == 8
+    assert value(found, f"{name}_sum") == 20_059
 
 
 async def test_a_client_that_leaves_counts_as_aborted(front: Front) -> None:

@@ -9,16 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    SummaryMetricFamily,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.engine.client import EngineClient, EngineStats
+from loraplex_server.engine.client import STEP_TOKENS, EngineClient, EngineStats
 from loraplex_server.engine.config import EngineConfig
 
-from .histogram import Histogram
+from .histogram import Histogram, cumulated
 from .server_metrics import ServerMetrics
 
 __all__ = ["LoraplexCollector"]
@@ -105,6 +110,13 @@ class LoraplexCollector(Collector):
         yield counter("vllm:prefix_cache_queries", "Tokens looked up.", stats.prefix_queries)
         yield counter("vllm:prefix_cache_hits", "Tokens found.", stats.prefix_hits)
         yield counter("vllm:num_preemptions", "Requests set back.", stats.n_preemptions)
+        step = HistogramMetricFamily(
+            "vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=_LABELS
+        )
+        step.add_metric(
+            self._values, cumulated(STEP_TOKENS, stats.steps_by_tokens), stats.n_step_tokens
+        )
+        yield step
         yield counter("loraplex_engine_steps", "Forward steps.", stats.n_steps)
         yield gauge("loraplex_engine_up", "1 while the engine lives.", float(self._engine.alive))
         age = stats.step_age_s
@@ -121,6 +133,7 @@ class LoraplexCollector(Collector):
         rows: Sequence[tuple[str, str, Histogram]] = (
             ("vllm:time_to_first_token_seconds", "To the first token.", metrics.ttft),
             ("vllm:inter_token_latency_seconds", "Between tokens.", metrics.itl),
+            ("vllm:time_per_output_token_seconds", "Older name of the one above.", metrics.itl),
             ("vllm:e2e_request_latency_seconds", "Whole request.", metrics.e2e),
             ("vllm:request_queue_time_seconds", "Waiting for admission.", metrics.queue),
             ("vllm:request_inference_time_seconds", "After the queue.", metrics.inference),

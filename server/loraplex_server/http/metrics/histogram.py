@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import accumulate
 
 from prometheus_client.core import HistogramMetricFamily
 
-__all__ = ["E2E_SECONDS", "ITL_SECONDS", "TOKENS", "TTFT_SECONDS", "Histogram"]
+__all__ = ["E2E_SECONDS", "ITL_SECONDS", "TOKENS", "TTFT_SECONDS", "Histogram", "cumulated"]
 
 # The bucket bounds that vLLM's dashboards expect.
 TTFT_SECONDS = (
@@ -43,9 +44,12 @@ class Histogram:
         self, name: str, help_text: str, labels: Sequence[str], values: Sequence[str]
     ) -> HistogramMetricFamily:
         family = HistogramMetricFamily(name, help_text, labels=labels)
-        buckets, total = [], 0
-        for bound, count in zip((*self._bounds, float("inf")), self._counts, strict=True):
-            total += count
-            buckets.append(("+Inf" if bound == float("inf") else str(bound), float(total)))
+        buckets = cumulated(self._bounds, self._counts)
         family.add_metric(values, buckets=buckets, sum_value=self._sum)
         return family
+
+
+def cumulated(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Buckets as Prometheus wants them: (upper bound, observations up to it), the last +Inf."""
+    names = [*(str(float(bound)) for bound in bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(counts)), strict=True))

@@ -1,0 +1,146 @@
+"""From a sentence to an adapter that answers, on a real server with two threads.
+
+    python server/benchmarks/bench_generate.py [--n 40] [--out FILE]
+
+- POST /v1/adapters/generate with descriptions that the server has not seen, with and without the
+  probe prompts that measure how often the adapter agrees with the base;
+- time to first token of a chat that brings a new description along, beside one that names an
+  adapter which is resident; the two take turns, so that a slow minute slows both.
+
+The descriptions are test wordings of training tasks: none was trained on. Prints and writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median, quantiles
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from loadtests.streaming import Connections
+from loadtests.target import started_target
+from loraplex_adapter_store.generator.zoo.split import load_split
+from loraplex_adapter_store.generator.zoo.tasks import Task
+from loraplex_server.model.pull import resolve_model
+
+GENERATE = "/v1/adapters/generate"
+CHAT = "/v1/chat/completions"
+PROMPT = "Anna Weber from Oslo paid {} euros on Friday."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--n", type=int, default=40, help="descriptions of each kind")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        room = Path(folder)
+        (room / "adapters").mkdir()
+        with started_target(
+            resolve_model(), room / "adapters", room / "state", {"threads": 2}, room / "log"
+        ) as target:
+            result = measure(Connections(target.url), options.n)
+    text = json.dumps(result, indent=1)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+def measure(server: Connections, n: int) -> dict[str, object]:
+    fresh = descriptions()
+    first_ms, _ = generate(server, fresh, probe=True)  # loads the generator
+    bare = [generate(server, fresh, probe=False)[0] for _ in range(n)]
+    probed = [generate(server, fresh, probe=True) for _ in range(n)]
+    resident = probed[-1][1]
+    first_token(server, resident, 0)
+    inline: list[float] = []
+    named: list[float] = []
+    while len(inline) < n:
+        ms = first_token(server, {"description": next(fresh)}, len(inline))
+        if ms is not None:
+            inline.append(ms)
+            beside = first_token(server, resident, 1000 + len(inline))
+            assert beside is not None
+            named.append(beside)
+    return {
+        "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": {
+            "cpu": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": 2,
+        },
+        "commit": commit(),
+        "n": n,
+        "first_description_of_the_server_ms": round(first_ms, 1),
+        "generate_ms": spread([ms for ms, _ in probed]),
+        "generate_without_probe_ms": spread(bare),
+        "first_token_inline_ms": spread(inline),
+        "first_token_resident_ms": spread(named),
+        "inline_minus_resident_ms": round(median(inline) - median(named), 1),
+    }
+
+
+def descriptions() -> Iterator[str]:
+    texts = [
+        text for name in load_split().sets["train"] for text in Task.parse(name).test_descriptions()
+    ]
+    random.Random(0).shuffle(texts)
+    yield from dict.fromkeys(texts)
+
+
+def generate(server: Connections, fresh: Iterator[str], *, probe: bool) -> tuple[float, str]:
+    """Milliseconds until the answer, and the adapter's name. Refused descriptions are passed."""
+    while True:
+        body = json.dumps({"description": next(fresh), "probe": probe}).encode()
+        began = time.perf_counter()
+        status, answer = server.send("POST", GENERATE, body)
+        ms = 1000 * (time.perf_counter() - began)
+        if status == 201:
+            return ms, str(json.loads(answer)["name"])
+        if status != 422:
+            raise RuntimeError(f"POST {GENERATE} answered {status}: {answer[:300]!r}")
+
+
+def first_token(server: Connections, adapter: object, amount: int) -> float | None:
+    """Milliseconds; None if the description is refused. `amount` makes the prompt a new one."""
+    outcome = server.stream(
+        {
+            "messages": [{"role": "user", "content": PROMPT.format(amount)}],
+            "adapter": adapter,
+            "stream": True,
+            "temperature": 0,
+            "max_tokens": 4,
+        },
+        CHAT,
+    )
+    if outcome.status == 422:
+        return None
+    if outcome.error or outcome.ttft_s is None:
+        raise RuntimeError(f"{adapter}: {outcome.error}")
+    return 1000 * outcome.ttft_s
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    cuts = quantiles(values, n=20)
+    return {"p50": round(median(values), 1), "p95": round(cuts[-1], 1)}
+
+
+def commit() -> str:
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    main()

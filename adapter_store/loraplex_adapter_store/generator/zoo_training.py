@@ -2,7 +2,8 @@
 
 <folder>/joint.safetensors   stage one: factor vectors, optimiser state, step
 <folder>/experts/NAME.safetensors  stage two: one file per finished task
-<folder>/oracles/NAME.safetensors  adapters trained on held-out tasks, for `loraplex generator eval`
+<folder>/oracles/NAME.safetensors  adapters trained on held-out tasks, for `loraplex generator eval`,
+                            each from the mean of the training tasks: no description had a say
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class ZooTraining:
     ) -> None:
         self.folder, self._shipped = folder, shipped
         self._joint, self._expert = joint, expert
-        self._oracle = oracle or replace(expert, max_steps=36, lr=2e-3)
+        self._oracle = oracle or replace(expert, max_steps=96, lr=3e-3)
         self._multi_task_steps = multi_task_steps
         self.split = split or load_split()
         self.tasks = [Task.parse(name) for name in self.split.sets["train"]]
@@ -123,7 +124,9 @@ class ZooTraining:
             points = {t.name: self._points(encoder, factors, head, t) for t in self.tasks}
             self._run_joint(base, layout, data, points, report, checkpoint_every_s)
         if "oracles" in stages:
-            starts = self._starts(encoder, self.joint_vectors()[0], self.held_out)
+            trained = self._starts(encoder, self.joint_vectors()[0], self.tasks)
+            mean = torch.stack(list(trained.values())).mean(0)
+            starts = dict.fromkeys((t.name for t in self.held_out), mean)
             self._run_group(
                 "oracles", base, layout, data, self.held_out, starts, self._oracle, report
             )

@@ -10,7 +10,14 @@ from torch import Tensor
 from .base_spec import BaseSpec
 from .plan import ModulePlan
 
-__all__ = ["Intruders", "delta_ratio", "factor_norm", "find_intruders", "singular_values"]
+__all__ = [
+    "Intruders",
+    "delta_ratio",
+    "factor_norm",
+    "find_intruders",
+    "intruders_among",
+    "singular_values",
+]
 
 
 class Intruders(NamedTuple):
@@ -47,8 +54,14 @@ def find_intruders(
     weight: Tensor, a: Tensor, b: Tensor, *, k: int = 10, epsilon: float = 0.5
 ) -> Intruders:
     """The released test of "LoRA vs Full Fine-tuning": left vectors, first k, strict < epsilon."""
-    tuned = weight + b @ a
     u_base = torch.linalg.svd(weight, full_matrices=False)[0]
+    return intruders_among(u_base, weight + b @ a, k=k, epsilon=epsilon)
+
+
+def intruders_among(
+    u_base: Tensor, tuned: Tensor, *, k: int = 10, epsilon: float = 0.5
+) -> Intruders:
+    """As ``find_intruders``, where the left singular vectors of the base are known."""
     u_tuned = torch.linalg.svd(tuned, full_matrices=False)[0][:, :k]
     best = (u_tuned.t() @ u_base).abs().amax(dim=1)
     return Intruders(int((best < epsilon).sum()), tuple(best.tolist()))

@@ -10,16 +10,17 @@ from torch import Tensor
 
 from .arrow import ArrowExperts
 from .bundle import Bundle
-from .frozen_base import Adapters, BOnlyLora, FrozenBase
-from .scoring import TaskScore, score_groups
+from .frozen_base import Adapters, FrozenBase
+from .scoring import Scorer, TaskScore, TeacherForced
 from .service import Generator
 from .taskdata import TaskData
 from .zoo.tasks import Example, Task
 
-__all__ = ["Arm", "arms_of", "controls_of", "run_arm"]
+__all__ = ["Arm", "arms_of", "best_in_hindsight", "controls_of", "run_arm"]
 
 _GROUP = 4  # tasks per forward
 _N_SHOTS = 3
+_CHOOSING_ROWS = 6  # of each test task, for the best expert in hindsight
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,26 +34,34 @@ class Arm:
 
 
 def run_arm(
-    base: FrozenBase,
+    scorer: Scorer,
+    forced: TeacherForced,
     data: TaskData,
-    bundle: Bundle,
     tasks: Sequence[Task],
     arm: Arm,
     *,
-    split: str,
     n_rows: int,
 ) -> list[TaskScore]:
-    """One score per task."""
+    """One score per task, by `scorer` where the arm is plain adapters, else by `forced`."""
+    rows = data.eval_rows(tasks, n_rows, split="test", instructions=arm.instructions)
+    if arm.adapters is None:
+        return scorer(rows, arm.vectors)
     scores: list[TaskScore] = []
-    for at in range(0, len(tasks), _GROUP):
-        group = tasks[at : at + _GROUP]
-        told = arm.instructions[at : at + _GROUP]
-        batch = data.eval_batch(group, n_rows, split=split, instructions=told)
-        adapters = arm.adapters
-        if arm.vectors is not None:
-            adapters = BOnlyLora(bundle.layout, arm.vectors[at : at + _GROUP], base.dtype)
-        scores += score_groups(base, batch, adapters)
+    for at in range(0, len(rows), _GROUP):
+        scores += forced.under(arm.adapters, rows[at : at + _GROUP])
     return scores
+
+
+def best_in_hindsight(
+    bundle: Bundle, forced: TeacherForced, data: TaskData, tasks: Sequence[Task]
+) -> Arm:
+    """The expert that suits the test rows themselves best: what no description can know."""
+    experts = bundle.library.means.float()
+    chosen: list[int] = []
+    for rows in data.eval_rows(tasks, _CHOOSING_ROWS, split="test"):
+        scores = forced([rows] * len(experts), experts)
+        chosen.append(min(range(len(scores)), key=lambda i: scores[i].nll))
+    return Arm("best expert by test score", experts[chosen])
 
 
 def arms_of(

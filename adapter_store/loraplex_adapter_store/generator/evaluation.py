@@ -4,38 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
-from .arms import Arm, arms_of, controls_of, run_arm
+from .arms import Arm, arms_of, best_in_hindsight, controls_of, run_arm
 from .bundle import Bundle
-from .frozen_base import BOnlyLora, FrozenBase
+from .frozen_base import FrozenBase
+from .intruders import IntruderCount
+from .results import GUARDED, Evaluation, add_recovery, differences, mean_over
 from .retrieval import condition
-from .scoring import TaskScore, score_groups
+from .scoring import Scorer, TaskScore, TeacherForced
 from .sentences import Encoded, SentenceEncoder
 from .service import Generator
 from .sg_lora import LITERAL, SgRecipe, train_sg_lora
-from .statistics import paired_difference, recovery
 from .taskdata import TaskData
 from .training import Wordings, train_bundle
 from .zoo.split import ZooSplit, load_split
 from .zoo.tasks import Example, Task
 
-__all__ = ["Evaluation", "best_method", "evaluate", "mean_over"]
+__all__ = ["evaluate"]
 
-_RIVALS = (
-    "base",
-    "base + description",
-    "base + 3-shot",
-    "nearest",
-    "weighted",
-    "multi-task + description",
-    "control: wrong description",
-    "control: random string",
-)
 _NEUTRAL = (
     ("Tell me about rivers.", "A river is a stream of fresh water that flows towards the sea."),
     ("What is bread?", "Bread is a food that people bake from flour, water and yeast."),
@@ -44,20 +33,6 @@ _NEUTRAL = (
     ("Describe winter.", "In winter the days are short, the air is cold and snow may fall."),
     ("What is a library?", "A library is a place where people can read and borrow books."),
 )
-
-
-@dataclass(slots=True)
-class Evaluation:
-    """JSON-ready. `scores`: arm → task → {nll, exact, rho}."""
-
-    tasks: dict[str, str]  # task → set
-    scores: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    differences: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    neutral: dict[str, float] = field(default_factory=dict)  # arm → perplexity on plain English
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def evaluate(
@@ -75,11 +50,14 @@ def evaluate(
     split: ZooSplit | None = None,
     sg: SgRecipe = SgRecipe(),  # noqa: B008  frozen value
     literal: SgRecipe | None = LITERAL,
+    scorer: Scorer | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Scores on the test split of each task of `sets`; a task without an oracle has no ρ.
 
-    One teacher-forced forward gives likelihood and greedy exact match (see scoring.py).
+    `scorer` decodes through an engine; without it one teacher-forced forward gives likelihood and
+    greedy exact match (see scoring.py), as it does for Arrow, neutral text and the expert chosen
+    in hindsight in any case.
     """
     split = split or load_split()
     encoder = _Remembering(encoder)
@@ -101,6 +79,9 @@ def evaluate(
         arms.append(_literal_arm(bundle, encoder, members, literal))
         report("literal SG-LoRA trained")
     arms += controls_of(generators[0], shuffled, bundle.default, members)
+    forced = TeacherForced(base, data.head, bundle.layout)
+    arms.append(best_in_hindsight(bundle, forced, data, members))
+    report("best experts chosen")
     result = Evaluation(tasks)
     result.about = {
         "n_rows": n_rows,
@@ -109,24 +90,49 @@ def evaluate(
         "library_trained_alone": sum(card["steps"] > 0 for card in bundle.library.cards),
         "library_dropped": [card["task"] for card in bundle.library.dropped],
         "joint_steps": bundle.joint_step,
-        "refused": [
-            task.name
-            for task in members
-            if generators[0].refuses(generators[0].encode(task.test_descriptions()[0]))
-        ],
+        "strangeness_limit": bundle.strangeness.limit,
+        "refused": [t.name for t in members if _refused(generators[0], t.test_descriptions()[:1])],
+        "refused_wordings": {
+            task.name: _refused(generators[0], task.test_descriptions()) for task in members
+        },
         "default": bundle.default,
         "without_oracle": [n for n in tasks if n not in oracles],
+        "served": scorer is not None,
+        "agreement": {},
     }
+    seeded = f"{bundle.default} #0"
+    focus = seeded if any(arm.name == seeded for arm in arms) else bundle.default
     for arm in arms:
         of = [t for t in members if t.name in oracles] if arm.name == "oracle" else members
-        scores = run_arm(base, data, bundle, of, arm, split="test", n_rows=n_rows)
+        scores = run_arm(scorer or forced, forced, data, of, arm, n_rows=n_rows)
         result.scores[arm.name] = _named(of, scores)
         report(f"{arm.name}: exact {mean_over(result, arm.name, 'exact'):.2f}")
-    _add_recovery(result)
-    result.neutral = _neutral(base, data, bundle, arms)
-    focus = f"{bundle.default} #0" if f"{bundle.default} #0" in result.scores else bundle.default
-    result.differences = _differences(result, focus)
+        if scorer is not None and arm.name in ("base", focus):
+            in_training = run_arm(forced, forced, data, of, arm, n_rows=n_rows)
+            result.about["agreement"][arm.name] = _agreement(scores, in_training)
+    result.scores[GUARDED] = {
+        task: dict(result.scores["base" if task in result.about["refused"] else focus][task])
+        for task in tasks
+    }
+    add_recovery(result)
+    result.neutral = _neutral(forced, data, arms)
+    report("neutral text scored")
+    result.intruders = _intruders(IntruderCount(base, bundle.layout), arms)
+    result.differences = differences(result, focus)
     return result
+
+
+def _refused(generator: Generator, wordings: Sequence[str]) -> float:
+    """Share of the wordings that the guard turns away."""
+    return sum(generator.refuses(generator.encode(text)) for text in wordings) / len(wordings)
+
+
+def _agreement(served: Sequence[TaskScore], forced: Sequence[TaskScore]) -> dict[str, float]:
+    """How far the engine and the training's forward tell the same story."""
+    pairs = list(zip(served, forced, strict=True))
+    same = [a == b for s, f in pairs for a, b in zip(s.right, f.right, strict=True)]
+    gaps = [abs(s.nll - f.nll) for s, f in pairs]
+    return {"exact": sum(same) / len(same), "largest_nll_gap": max(gaps)}
 
 
 class _Remembering(SentenceEncoder):
@@ -142,27 +148,6 @@ class _Remembering(SentenceEncoder):
         if key not in self._known:
             self._known[key] = self._encoder.encode(texts)
         return self._known[key]
-
-
-def best_method(result: Evaluation, methods: Sequence[str]) -> str:
-    """The method with the lowest mean NLL over the tasks of `result` (meant for validation)."""
-
-    def loss(method: str) -> float:
-        arms = [a for a in result.scores if a == method or a.startswith(f"{method} #")]
-        values = [mean_over(result, arm, "nll") for arm in arms]
-        return sum(values) / len(values) if values else math.inf
-
-    return min(methods, key=loss)
-
-
-def mean_over(result: Evaluation, arm: str, metric: str, of: str | None = None) -> float:
-    """Mean over the tasks of one set, or of all; ρ over those that have an oracle."""
-    values = [
-        score[metric]
-        for task, score in result.scores[arm].items()
-        if (of is None or result.tasks[task] == of) and not math.isnan(score[metric])
-    ]
-    return sum(values) / len(values) if values else math.nan
 
 
 def _literal_arm(
@@ -181,50 +166,33 @@ def _literal_arm(
 
 def _named(tasks: Sequence[Task], scores: Sequence[TaskScore]) -> dict[str, dict[str, float]]:
     return {
-        task.name: {"nll": score.nll, "exact": score.exact, "n": float(score.n_rows)}
+        task.name: {"nll": score.nll, "exact": score.exact, "n": float(len(score.right))}
         for task, score in zip(tasks, scores, strict=True)
     }
 
 
-def _add_recovery(result: Evaluation) -> None:
-    base, oracle = result.scores["base"], result.scores.get("oracle", {})
-    for scores in result.scores.values():
-        for task, score in scores.items():
-            best = oracle[task]["nll"] if task in oracle else math.nan
-            score["rho"] = recovery(base[task]["nll"], score["nll"], best)
-
-
-def _differences(result: Evaluation, focus: str) -> dict[str, dict[str, dict[str, float]]]:
-    """focus − rival, for each set of tasks and metric; NLL is negated, so that more is better."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for rival in (r for r in _RIVALS if r in result.scores and r != focus):
-        for of in sorted(set(result.tasks.values())):
-            names = [task for task, s in result.tasks.items() if s == of]
-            for metric, sign in (("nll", -1), ("exact", 1)):
-                a = [sign * result.scores[focus][task][metric] for task in names]
-                b = [sign * result.scores[rival][task][metric] for task in names]
-                gap = paired_difference(a, b)
-                found.setdefault(rival, {})[f"{of} {metric}"] = gap._asdict()
-    return found
-
-
-def _neutral(
-    base: FrozenBase, data: TaskData, bundle: Bundle, arms: Sequence[Arm]
-) -> dict[str, float]:
+def _neutral(forced: TeacherForced, data: TaskData, arms: Sequence[Arm]) -> dict[str, float]:
     """Perplexity of plain English answers under each arm's adapters: what they damage."""
-    examples = [Example(prompt, answer) for prompt, answer in _NEUTRAL]
+    rows = data.rows_of([Example(prompt, answer) for prompt, answer in _NEUTRAL])
     out: dict[str, float] = {}
     for arm in arms:
         if arm.instructions or arm.name.startswith("paraphrase"):
             continue
         if arm.vectors is None:
-            total = [score_groups(base, data.batch_of([examples]), arm.adapters)[0].nll]
+            total = [forced.under(arm.adapters, [rows])[0].nll]
         else:
-            total = []
-            for at in range(0, len(arm.vectors), 4):
-                part = arm.vectors[at : at + 4]
-                adapters = BOnlyLora(bundle.layout, part, base.dtype)
-                batch = data.batch_of([examples] * len(part))
-                total += [score.nll for score in score_groups(base, batch, adapters)]
+            total = [score.nll for score in forced([rows] * len(arm.vectors), arm.vectors)]
         out[arm.name] = math.exp(sum(total) / len(total))
     return out
+
+
+def _intruders(count: IntruderCount, arms: Sequence[Arm]) -> dict[str, float]:
+    """Of each arm of plain adapters; of seeded arms the first, of paraphrases none."""
+    return {
+        arm.name: count.mean(arm.vectors)
+        for arm in arms
+        if arm.vectors is not None
+        and not arm.instructions
+        and not arm.name.startswith("paraphrase")
+        and arm.name.rpartition("#")[2] in (arm.name, "0")
+    }

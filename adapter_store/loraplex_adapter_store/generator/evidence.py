@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from .evaluation import Evaluation, mean_over
+from .results import GUARDED, Evaluation, mean_over
 
 __all__ = ["write_evidence"]
 
@@ -24,7 +24,12 @@ _MAIN = (
 
 def write_evidence(result: Evaluation, folder: Path, name: str) -> None:
     """`name`.md with every arm and every task, and `name`-*.svg where matplotlib is installed."""
-    tables = [_arms_table(result), _differences_table(result), _tasks_table(result)]
+    tables = [
+        _arms_table(result),
+        _guard_table(result),
+        _differences_table(result),
+        _tasks_table(result),
+    ]
     parts = [_about(result), *_verdict(result), *tables]
     (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
     _plot(result, folder, name)
@@ -39,11 +44,28 @@ def _about(result: Evaluation) -> str:
         f"{about['n_rows']} examples a task; generators trained with {about['generator_seeds']} "
         f"seeds; `auto` stands for {about['default']}.",
     ]
+    lines += _how_scored(result)
     if about["library_dropped"]:
         lines.append(f"Dropped by the gate: {', '.join(about['library_dropped'])}.")
     if about["without_oracle"]:
         lines.append(f"No oracle, so no ρ, for: {', '.join(about['without_oracle'])}.")
     return "\n".join(lines)
+
+
+def _how_scored(result: Evaluation) -> list[str]:
+    if not result.about["served"]:
+        return ["Exact match and NLL come from one teacher-forced forward."]
+    lines = [
+        "Exact match is greedy decoding through the serving engine, NLL its prompt "
+        "log-probabilities; Arrow, neutral perplexity and the best expert's choice are "
+        "teacher-forced in the training's forward."
+    ]
+    for arm, found in result.about["agreement"].items():
+        lines.append(
+            f"{arm}: decoding and the teacher-forced forward agree on {found['exact']:.1%} of the "
+            f"answers, NLL of a task at most {found['largest_nll_gap']:.3f} apart."
+        )
+    return lines
 
 
 def _verdict(result: Evaluation) -> list[str]:
@@ -82,9 +104,9 @@ def _verdict(result: Evaluation) -> list[str]:
         mine, theirs = (mean_over(result, arm, "nll", "h3") for arm in (focus, "base"))
         text = "H3 NLL no worse than the base by 2 %, were the guard overridden"
         rule(text, f"{mine:.2f} against {theirs:.2f}", mine <= 1.02 * theirs)
-        refused = [t for t in result.about["refused"] if result.tasks.get(t) == "h3"]
-        n = sum(of == "h3" for of in result.tasks.values())
-        rule("H3 descriptions refused by the guard", f"{len(refused)} of {n}", len(refused) == n)
+        mine = mean_over(result, GUARDED, "nll", "h3")
+        text = "H3 NLL no worse than the base by 2 %, the base answering what the guard refuses"
+        rule(text, f"{mine:.2f} against {theirs:.2f}", mine <= 1.02 * theirs)
     return ["## The criteria\n\n" + _table(["criterion", "measured", ""], rows)]
 
 
@@ -95,14 +117,17 @@ def _scored_as(result: Evaluation, method: str) -> str | None:
 
 def _arms_table(result: Evaluation) -> str:
     sets = sorted(set(result.tasks.values()))
-    head = ["arm", *[f"{s} {m}" for s in sets for m in ("exact", "NLL", "ρ")], "neutral ppl"]
+    head = ["arm", *[f"{s} {m}" for s in sets for m in ("exact", "NLL", "ρ")]]
+    head += ["neutral ppl", "intruders of ten"]
     rows = []
     for arm in result.scores:
         cells = []
         for s in sets:
             for metric, form in (("exact", ".0%"), ("nll", ".2f"), ("rho", ".2f")):
                 cells.append(_number(mean_over(result, arm, metric, s), form))
-        rows.append([arm, *cells, _number(result.neutral.get(arm, math.nan), ".1f")])
+        cells.append(_number(result.neutral.get(arm, math.nan), ".1f"))
+        cells.append(_number(result.intruders.get(arm, math.nan), ".2f"))
+        rows.append([arm, *cells])
     return "## Every arm, mean over the tasks of a set\n\n" + _table(head, rows)
 
 
@@ -130,6 +155,18 @@ def _tasks_table(result: Evaluation) -> str:
         cells = ["" if s is None else f"{s['exact']:.0%} ({s['nll']:.2f})" for s in found]
         rows.append([f"`{task}`", of, *cells])
     return "## Every task: exact match (NLL)\n\n" + _table(head, rows)
+
+
+def _guard_table(result: Evaluation) -> str:
+    """What the guard does with every test wording, not with the scored one alone."""
+    shares = result.about["refused_wordings"]
+    rows = []
+    for s in sorted(set(result.tasks.values())):
+        of = {task: shares[task] for task, of in result.tasks.items() if of == s}
+        worst = ", ".join(f"`{task}` {share:.0%}" for task, share in of.items() if share)
+        rows.append([s, f"{sum(of.values()) / len(of):.0%}", worst])
+    head = ["set", "wordings refused", "of which tasks"]
+    return "## The guard\n\n" + _table(head, rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -91,6 +91,14 @@ class FrozenBase:
         """[vocabulary, hidden]. Do not write to it."""
         return self._head
 
+    def projection(self, layer: int, name: str) -> Tensor:
+        """The weight of one attention projection, float32 [out, in]; a copy."""
+        if name == "o_proj":
+            return self._layers[layer].o.float()
+        sizes = [self.shape.out_features(p) for p in ("q_proj", "k_proj", "v_proj")]
+        q, k, v = torch.split(self._layers[layer].qkv, sizes)
+        return {"q_proj": q, "k_proj": k, "v_proj": v}[name].float()
+
     def hidden(self, batch: PackedBatch, adapters: Adapters | None = None) -> Tensor:
         """Final-norm hidden states [n_adapters, length, hidden]; None runs the base."""
         cos, sin = self._rope(batch.positions)

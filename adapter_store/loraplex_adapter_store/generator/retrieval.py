@@ -72,10 +72,10 @@ def choose_neighbours(
 
 @dataclass(frozen=True, slots=True)
 class Strangeness:
-    """1 − the best cosine to any training wording; the limit comes from leaving operations out.
+    """1 − the best cosine to any training wording; above the limit, a description is refused.
 
-    A description of an operation that was never trained is as strange as this generator may go;
-    what nineteen of twenty such descriptions do not reach is refused.
+    The limit is what nineteen of twenty new wordings of trained tasks stay below. A new wording is
+    made by hiding, of the training wordings, all with its operation's phrase or its format's.
     """
 
     wordings: Tensor  # float32 [n_texts, width]
@@ -83,13 +83,22 @@ class Strangeness:
 
     @classmethod
     def fit(
-        cls, wordings: Tensor, operations: Sequence[str], *, quantile: float = 0.95
+        cls, wordings: Tensor, phrases: Sequence[tuple[str, str]], *, quantile: float = 0.95
     ) -> Strangeness:
-        names = sorted(set(operations))
-        owner = torch.tensor([names.index(operation) for operation in operations])
-        similarity = (wordings @ wordings.T).masked_fill(owner[:, None] == owner, -1.0)
+        """`phrases`: (operation's, format's) of each wording; a format's may be empty."""
+        operation, dressing = (_numbered(part) for part in zip(*phrases, strict=True))
+        says_format = torch.tensor([bool(phrase) for _, phrase in phrases])
+        hidden = operation[:, None] == operation
+        hidden |= (dressing[:, None] == dressing) & says_format
+        similarity = (wordings @ wordings.T).masked_fill(hidden, -1.0)
         return cls(wordings, float(torch.quantile(1 - similarity.amax(1), quantile)))
 
     def score(self, query: Tensor) -> Tensor:
         """[n], in [0, 2], for sentence embeddings [n, width]."""
         return 1 - (query @ self.wordings.T).amax(-1)
+
+
+def _numbered(names: Sequence[str]) -> Tensor:
+    """int64 [n]: equal names, equal numbers."""
+    known = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([known[name] for name in names])

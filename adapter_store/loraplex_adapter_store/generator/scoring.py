@@ -2,25 +2,60 @@
 
 A reply under greedy decoding equals the answer exactly when every answer token, the end included,
 is the most likely one given those before it; so one teacher-forced forward gives both numbers.
+The server has a scorer that decodes through its engine instead: ``ServedScorer``.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .frozen_base import Adapters, FrozenBase
-from .packing import PackedBatch
+from .frozen_base import Adapters, BOnlyLora, FrozenBase
+from .layout import AdapterLayout
+from .packing import PackedBatch, Row, pack
 
-__all__ = ["TaskScore", "mean_nll_per_group", "score_groups"]
+__all__ = ["Scorer", "TaskScore", "TeacherForced", "mean_nll_per_group", "score_groups"]
+
+_GROUP = 4  # adapters per forward
 
 
 class TaskScore(NamedTuple):
     nll: float  # nats per answer token
-    exact: float  # share of answers that greedy decoding gets right
-    n_rows: int
+    right: tuple[bool, ...]  # per row: greedy decoding gives the answer
+
+    @property
+    def exact(self) -> float:
+        return sum(self.right) / len(self.right)
+
+
+class Scorer(Protocol):
+    def __call__(self, groups: Sequence[Sequence[Row]], vectors: Tensor | None) -> list[TaskScore]:
+        """One score per group of rows, under its row of `vectors` [n_groups, size], or the base."""
+
+
+class TeacherForced:
+    """Scores in the training's own forward."""
+
+    def __init__(self, base: FrozenBase, head: Sequence[int], layout: AdapterLayout) -> None:
+        """`head`: the tokens that every chat begins with."""
+        self._base, self._head, self._layout = base, head, layout
+
+    def __call__(self, groups: Sequence[Sequence[Row]], vectors: Tensor | None) -> list[TaskScore]:
+        scores: list[TaskScore] = []
+        for at in range(0, len(groups), _GROUP):
+            part = slice(at, at + _GROUP)
+            adapters = None
+            if vectors is not None:
+                adapters = BOnlyLora(self._layout, vectors[part], self._base.dtype)
+            scores += self.under(adapters, groups[part])
+        return scores
+
+    def under(self, adapters: Adapters | None, groups: Sequence[Sequence[Row]]) -> list[TaskScore]:
+        """All groups in one forward."""
+        return score_groups(self._base, pack(self._head, groups), adapters)
 
 
 @torch.inference_mode()
@@ -34,10 +69,8 @@ def score_groups(
     total = torch.zeros(n).index_add_(0, owner, nll)
     tokens = torch.bincount(owner, minlength=n)
     misses = torch.zeros(len(batch.adapter)).index_add_(0, batch.row, (~hit).float())
-    right = torch.zeros(n).index_add_(0, batch.adapter, (misses == 0).float())
-    rows = torch.bincount(batch.adapter, minlength=n)
     return [
-        TaskScore(float(total[g] / tokens[g]), float(right[g] / rows[g]), int(rows[g]))
+        TaskScore(float(total[g] / tokens[g]), tuple((misses[batch.adapter == g] == 0).tolist()))
         for g in range(n)
     ]
 

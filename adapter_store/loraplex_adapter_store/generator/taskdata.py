@@ -39,25 +39,32 @@ class TaskData:
         ]
         return pack(self._codec.head, groups)
 
-    def eval_batch(
+    def eval_batch(self, tasks: Sequence[Task], n_rows: int, *, split: str) -> PackedBatch:
+        """The first `n_rows` rows of `split` for each task."""
+        return pack(self._codec.head, self.eval_rows(tasks, n_rows, split=split))
+
+    def eval_rows(
         self,
         tasks: Sequence[Task],
         n_rows: int,
         *,
         split: str,
         instructions: Sequence[str] = (),
-    ) -> PackedBatch:
-        """The first `n_rows` rows of `split` for each task."""
+    ) -> list[list[Row]]:
+        """The first `n_rows` rows of `split` for each task, a list per task."""
         told = instructions or [""] * len(tasks)
-        groups = [
+        return [
             [self._codec.row(e, instruction=text) for e in task.examples(split, n_rows)]
             for task, text in zip(tasks, told, strict=True)
         ]
-        return pack(self._codec.head, groups)
 
-    def batch_of(self, examples: Sequence[Sequence[Example]]) -> PackedBatch:
-        """Any examples, a sequence per group."""
-        return pack(self._codec.head, [[self._codec.row(e) for e in group] for group in examples])
+    def rows_of(self, examples: Sequence[Example]) -> list[Row]:
+        return [self._codec.row(example) for example in examples]
+
+    @property
+    def head(self) -> tuple[int, ...]:
+        """The tokens that every chat begins with."""
+        return self._codec.head
 
     def _fill(self, task: Task, n_tokens: int, rng: random.Random, instruction: str) -> list[Row]:
         pool = self._train.get(task.name)

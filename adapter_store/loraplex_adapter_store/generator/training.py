@@ -34,14 +34,17 @@ class Wordings:
     def __init__(
         self, encoder: SentenceEncoder, tasks: Sequence[Task], *, casual: bool = False
     ) -> None:
-        pairs = [
-            (i, wording)
+        styles = [Task.descriptions, *([Task.casual_descriptions] if casual else [])]
+        found = [
+            (i, phrases, wording)
             for i, task in enumerate(tasks)
-            for wording in task.descriptions() + (task.casual_descriptions() if casual else [])
+            for style in styles
+            for phrases, wording in zip(task.phrases(), style(task), strict=True)
         ]
         self.tasks = tuple(tasks)
-        self.owner = torch.tensor([i for i, _ in pairs])
-        self.encoded: Encoded = encoder.encode([wording for _, wording in pairs])
+        self.owner = torch.tensor([i for i, _, _ in found])
+        self.phrases = [phrases for _, phrases, _ in found]  # (operation's, format's)
+        self.encoded: Encoded = encoder.encode([wording for _, _, wording in found])
 
     @property
     def centroids(self) -> Tensor:
@@ -90,9 +93,7 @@ def train_bundle(
         factors=factors,
         head=train_factor_head(trained.encoded, labels[trained.owner], factors.groups, seed=seed),
         neighbours=neighbours,
-        strangeness=Strangeness.fit(
-            trained.encoded.sentence, [trained.tasks[i].operation for i in trained.owner.tolist()]
-        ),
+        strangeness=Strangeness.fit(trained.encoded.sentence, trained.phrases),
         tasks=tuple(task.name for task in trained.tasks),
         owner=trained.owner,
         ridge=fit_ridge(sentence, words.owner, means),

@@ -2,8 +2,8 @@
 
 <folder>/joint.safetensors   stage one: factor vectors, optimiser state, step
 <folder>/experts/NAME.safetensors  stage two: one file per finished task
-<folder>/oracles/NAME.safetensors  adapters trained on held-out tasks, for `loraplex generator eval`,
-                            each from the mean of the training tasks: no description had a say
+<folder>/oracles/NAME.safetensors  adapters trained on held-out tasks, from the mean of the training
+                                   tasks: no description had a say
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loraplex_adapter_store.generator.evaluation import Evaluation
+    from loraplex_adapter_store.generator.results import Evaluation
 
 __all__ = ["generator"]
 
@@ -88,46 +88,65 @@ def evaluate(
         bool,
         typer.Option("--literal/--no-literal", help="Train SG-LoRA as published, too; minutes."),
     ] = False,
+    served: Annotated[
+        bool,
+        typer.Option(
+            "--served/--teacher-forced",
+            help="Decode through the serving engine, or score in one forward, faster.",
+        ),
+    ] = True,
     base: _Base = None,
     shipped: _Shipped = None,
     zoo_folder: _Zoo = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
     """Score every arm on held-out tasks and write the evidence."""
+    import contextlib
     import json
 
     import torch
     from rich import print as show
     from transformers import AutoTokenizer
 
-    from loraplex_adapter_store.generator.evaluation import best_method
+    from loraplex_adapter_store.generator.bundle import Bundle
     from loraplex_adapter_store.generator.evaluation import evaluate as run
     from loraplex_adapter_store.generator.evidence import write_evidence
     from loraplex_adapter_store.generator.frozen_base import FrozenBase
     from loraplex_adapter_store.generator.packing import ChatCodec
+    from loraplex_adapter_store.generator.results import best_method
     from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_adapter_store.generator.sg_lora import LITERAL
     from loraplex_adapter_store.generator.shipped import shipped_folder
     from loraplex_adapter_store.generator.taskdata import TaskData
+    from loraplex_server.generation.served_scorer import served_scorer
     from loraplex_server.model.pull import loraplex_home, resolve_encoder, resolve_model
 
-    torch.set_num_threads(threads)
     directory = resolve_model(base)
     folder = shipped or shipped_folder()
     oracles, multi_task = _rivals(zoo_folder or loraplex_home() / "zoo", folder)
-    result: Evaluation = run(
-        folder,
-        FrozenBase(directory),
-        TaskData(ChatCodec(AutoTokenizer.from_pretrained(directory))),
-        SentenceEncoder(resolve_encoder()),
-        sets=("h1", "h2", "h3") if on == "test" else ("validation",),
-        oracles=oracles,
-        multi_task=multi_task,
-        n_rows=rows,
-        n_seeds=seeds,
-        literal=LITERAL if literal else None,
-        report=lambda line: show(line, flush=True),
-    )
+    codec = ChatCodec(AutoTokenizer.from_pretrained(directory))
+    with contextlib.ExitStack() as running:
+        scorer = None
+        if served:
+            layout = Bundle.load(folder).layout
+            scorer = running.enter_context(
+                served_scorer(directory, codec, layout, n_threads=threads)
+            )
+        torch.set_num_threads(threads)
+        result: Evaluation = run(
+            folder,
+            FrozenBase(directory),
+            TaskData(codec),
+            SentenceEncoder(resolve_encoder()),
+            sets=("h1", "h2", "h3") if on == "test" else ("validation",),
+            oracles=oracles,
+            multi_task=multi_task,
+            n_rows=rows,
+            n_seeds=seeds,
+            literal=LITERAL if literal else None,
+            scorer=scorer,
+            report=lambda line: show(line, flush=True),
+        )
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{on}.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
     write_evidence(result, out, on)

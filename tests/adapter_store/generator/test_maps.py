@@ -74,8 +74,8 @@ def test_neighbours_are_chosen_by_how_well_they_predict_a_task_left_out() -> Non
 def test_unrelated_text_is_stranger_than_any_training_wording() -> None:
     encoder = HashedWords()
     texts = [wording for task in TASKS for wording in task.descriptions()[:4]]
-    operations = [task.operation for task in TASKS for _ in range(4)]
-    strangeness = Strangeness.fit(encoder.encode(texts).sentence, operations)
+    phrases = [phrase for task in TASKS for phrase in task.phrases()[:4]]
+    strangeness = Strangeness.fit(encoder.encode(texts).sentence, phrases)
     assert strangeness.score(encoder.encode(texts).sentence).max() < 1e-4
     odd = encoder.encode(["zebras quietly juggle purple thunder"]).sentence
     assert float(strangeness.score(odd)) > 0.5

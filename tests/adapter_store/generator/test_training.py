@@ -14,12 +14,13 @@ from loraplex_adapter_store.generator.errors import (
     NotTrained,
     OutOfDistribution,
 )
-from loraplex_adapter_store.generator.evaluation import best_method, evaluate
+from loraplex_adapter_store.generator.evaluation import evaluate
 from loraplex_adapter_store.generator.evidence import write_evidence
 from loraplex_adapter_store.generator.experts import ExpertRecipe
 from loraplex_adapter_store.generator.icm_lora import IcmRecipe
 from loraplex_adapter_store.generator.joint import JointRecipe
 from loraplex_adapter_store.generator.library import LIBRARY_FILE, Library
+from loraplex_adapter_store.generator.results import GUARDED, best_method
 from loraplex_adapter_store.generator.service import Generator
 from loraplex_adapter_store.generator.sg_lora import LITERAL, SgRecipe
 from loraplex_adapter_store.generator.taskdata import TaskData
@@ -55,7 +56,13 @@ EXPERT = ExpertRecipe(
 
 def _zoo(folder: Path, shipped: Path, recipe: JointRecipe = RECIPE) -> ZooTraining:
     return ZooTraining(
-        folder, shipped, joint=recipe, expert=EXPERT, multi_task_steps=2, split=SPLIT
+        folder,
+        shipped,
+        joint=recipe,
+        expert=EXPERT,
+        oracle=EXPERT,
+        multi_task_steps=2,
+        split=SPLIT,
     )
 
 
@@ -230,6 +237,8 @@ def test_the_evaluation_scores_every_arm_on_every_task(
         "sg-lora #1",
         "sg-lora literal",
         "multi-task + description",
+        "best expert by test score",
+        GUARDED,
         "oracle",
     ):
         assert set(result.scores[arm]) == {"past/caps", "plural/quotes"}

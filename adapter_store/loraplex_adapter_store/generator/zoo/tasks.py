@@ -66,33 +66,36 @@ class Task:
 
     def descriptions(self) -> list[str]:
         """The wordings for training."""
-        return [wording + suffix for wording, suffix in self._pairs()]
+        return [self._fill(wording) + suffix for wording, suffix in self.phrases()]
 
     def casual_descriptions(self) -> list[str]:
         """The same wishes as people type them; for maps that read text, beside the others."""
         rng = random.Random(f"{self.name}:casual")
-        return [_casual(wording, suffix, rng) for wording, suffix in self._pairs()]
+        return [_casual(self._fill(wording), suffix, rng) for wording, suffix in self.phrases()]
 
     def test_descriptions(self) -> list[str]:
         """Wordings whose operation and format phrases never occur in training."""
         operation, dressing = OPERATIONS[self.operation], FORMATS[self.format]
-        pairs = self._phrase(
+        pairs = self._draw_pairs(
             operation.test_wordings, dressing.test_suffixes, N_TEST_DESCRIPTIONS, "test"
         )
-        return [wording + suffix for wording, suffix in pairs]
+        return [self._fill(wording) + suffix for wording, suffix in pairs]
 
-    def _pairs(self) -> list[tuple[str, str]]:
+    def phrases(self) -> list[tuple[str, str]]:
+        """(operation's phrase, before the language is filled in; format's) of each description."""
         operation, dressing = OPERATIONS[self.operation], FORMATS[self.format]
-        return self._phrase(operation.wordings, dressing.suffixes, N_DESCRIPTIONS, "train")
+        return self._draw_pairs(operation.wordings, dressing.suffixes, N_DESCRIPTIONS, "train")
 
-    def _phrase(
+    def _draw_pairs(
         self, wordings: tuple[str, ...], suffixes: tuple[str, ...], n: int, part: str
     ) -> list[tuple[str, str]]:
         rng = random.Random(f"{self.name}:{part}:descriptions")
         pairs = [(w, s) for w in wordings for s in suffixes]
         rng.shuffle(pairs)
-        language = LANGUAGES.get(self.language, "")
-        return [(w.format(language=language), s) for w, s in pairs[:n]]
+        return pairs[:n]
+
+    def _fill(self, wording: str) -> str:
+        return wording.format(language=LANGUAGES.get(self.language, ""))
 
 
 def _casual(wording: str, suffix: str, rng: random.Random) -> str:

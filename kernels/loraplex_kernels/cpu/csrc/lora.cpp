@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstring>
 #include <vector>
 
@@ -28,6 +29,7 @@ constexpr int64_t kPiecesPerThread = 6;     // enough that one slow thread delay
 constexpr int64_t kSerialWork = 64 << 10;   // multiply-adds below which threads cost more than they bring
 constexpr int64_t kTileRows = 4;            // rows that meet a factor together
 constexpr int64_t kUnitsPerThread = 2;      // so many of the largest, at least, to divide work by units
+constexpr int64_t kLargeFetch = 256 << 10;  // bytes of a call; below, fetching hardly matters
 constexpr int64_t kWantedUnits = 4;         // of a thread, where segments have many rows
 
 struct Call {
@@ -79,6 +81,32 @@ struct Unit {
 
 enum class Cut { kNothing, kUnits, kPieces };
 
+// Fetching much pays on a machine whose memory has time to spare while the base's product runs, and
+// costs on one where it has not. So the first large calls of a thread do it and leave it in turn, and
+// the later ones go with the faster. No result depends on it.
+class FetchTrial {
+public:
+    bool is_over() const { return n_ >= kCalls; }
+    bool fetches() const { return is_over() ? fetching_is_faster_ : n_ / kTurn % 2 == 0; }
+    // Of a call that fetched as `fetches` said; `cost` is its time for the size of its product.
+    void add(double cost) {
+        costs_[fetches() ? 0 : 1].push_back(cost);
+        if (++n_ < kCalls) return;
+        fetching_is_faster_ = median(costs_[0]) < median(costs_[1]);
+        for (auto& costs : costs_) costs = {};
+    }
+
+private:
+    static constexpr int kCalls = 1024, kTurn = 128;  // a turn is a step or so
+    static double median(std::vector<double>& costs) {
+        std::nth_element(costs.begin(), costs.begin() + costs.size() / 2, costs.end());
+        return costs[costs.size() / 2];
+    }
+    int n_ = 0;
+    bool fetching_is_faster_ = true;
+    std::vector<double> costs_[2];  // with, without
+};
+
 struct Plan {
     Cut cut = Cut::kNothing;
     int n_threads = 1;
@@ -86,6 +114,7 @@ struct Plan {
     std::vector<Unit> units, dealt;  // by cost; by thread
     std::vector<FetchRun> runs;  // what the units read, thread after thread
     std::vector<FetchList> fetch;
+    FetchTrial trial;
     std::vector<Part> parts;
     std::vector<ShrinkPiece> shrink;
     std::vector<ExpandPiece> expand;
@@ -513,12 +542,33 @@ struct Base {
     int64_t n_rows;
 };
 
-void run_base(const Base& base, const Call& call, Plan& plan) {
+void run_base(const Base& base, const Call& call, Plan& plan, const FetchList* fetch) {
     const LoraTargetDescriptor& t = call.target;
     model_ops().linear[t.dtype]({base.x, base.packed, base.bias, base.out, base.x_stride,
-                                 base.out_stride, base.n_rows, n_columns(t), t.in_features,
-                                 list_fetches(call, plan)});
-    plan.in_cache = plan.cut == Cut::kUnits;
+                                 base.out_stride, base.n_rows, n_columns(t), t.in_features, fetch});
+    plan.in_cache = fetch != nullptr;
+}
+
+int64_t n_fetch_bytes(const Plan& plan) {
+    int64_t n_lines = 0;
+    for (const FetchRun& run : plan.runs) n_lines += run.n_lines;
+    return n_lines * kLineBytes;
+}
+
+// The base's product, then what `run_call` makes of the call.
+template <typename RunCall>
+void run_over(const Base& base, const Call& call, Plan& plan, const RunCall& run_call) {
+    const FetchList* fetch = list_fetches(call, plan);
+    const bool is_large = fetch && n_fetch_bytes(plan) > kLargeFetch;
+    if (is_large && !plan.trial.fetches()) fetch = nullptr;
+    const bool is_trial = is_large && !plan.trial.is_over();
+    const auto start = std::chrono::steady_clock::now();
+    run_base(base, call, plan, fetch);
+    run_call();
+    if (!is_trial) return;
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    const int64_t size = base.n_rows * call.target.in_features * n_columns(call.target);
+    plan.trial.add(took.count() / static_cast<double>(size));
 }
 
 template <typename Row>
@@ -667,8 +717,8 @@ LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* t
                               entries, starts, rows, weights, n_segments, rows};
     if (const int failed = loraplex::check(call, n_rows)) return failed;
     loraplex::prepare(call, plan, n_rows);
-    loraplex::run_base({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan);
-    loraplex::run(call, plan);
+    loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
+                       [&] { loraplex::run(call, plan); });
     return 0;
 }
 
@@ -694,10 +744,10 @@ LORAPLEX_API int loraplex_spread_linear(const loraplex::LoraTargetDescriptor* ta
     for (int64_t i = 0; i < n_pairs; ++i)
         plan.x_rows[i] = static_cast<int32_t>(pair_rows[rows[i]]);
     loraplex::prepare(call, plan, n_pairs);
-    loraplex::run_base({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan);
-    loraplex::run_gated({call, static_cast<const char*>(out), out_stride * bytes,
-                         static_cast<char*>(act), act_stride * bytes},
-                        plan, n_pairs);
+    const loraplex::Gated gated{call, static_cast<const char*>(out), out_stride * bytes,
+                                static_cast<char*>(act), act_stride * bytes};
+    loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
+                       [&] { loraplex::run_gated(gated, plan, n_pairs); });
     return 0;
 }
 
@@ -719,8 +769,8 @@ LORAPLEX_API int loraplex_gather_linear(const loraplex::LoraTargetDescriptor* ta
                               entries, starts, rows, weights, n_segments, rows};
     if (const int failed = loraplex::check(call, n_pairs)) return failed;
     loraplex::prepare(call, plan, n_pairs);
-    loraplex::run_base({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan);
-    loraplex::run(call, plan);
+    loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
+                       [&] { loraplex::run(call, plan); });
     loraplex::add_pairs(call, pair_rows, n_pairs, static_cast<char*>(out), out_stride);
     return 0;
 }

@@ -27,7 +27,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from loraplex_adapter_store.training import mixlora
 from loraplex_adapter_store.training.batches import IGNORED, batch_of, endless, grouped
@@ -190,8 +190,9 @@ def run() -> None:
 
 def table() -> None:
     results = list(_load().values())
-    print("| method | parameters | data | seeds | " + " | ".join(TASKS) + " | mean exact | loss |")
-    print("|---|---|---|---|" + "---|" * (len(TASKS) + 2))
+    columns = ("method", "parameters", "served MFLOP/token", "data", "seeds", *TASKS, "mean exact")
+    print("| " + " | ".join((*columns, "loss")) + " |")
+    print("|" + "---|" * (len(columns) + 1))
     methods = dict.fromkeys(r["method"] for r in results)
     for method in methods:
         for data in ("single", "mixed"):
@@ -223,9 +224,28 @@ def _row(method: str, data: str, rows: list[dict]) -> str:
     mean = f"{statistics.mean(per_seed):.1%}{spread}"
     loss = f"{statistics.mean(s['loss'] for s in flat):.3f}"
     n = f"{rows[0]['n_parameters'] / 1e6:.2f} M"
-    return (
-        f"| {method} | {n} | {data} | {len(seeds)} | " + " | ".join(shown) + f" | {mean} | {loss} |"
-    )
+    flops = f"{served_flops(method) / 1e6:.2f}"
+    cells = (method, n, flops, data, str(len(seeds)), *shown, mean, loss)
+    return "| " + " | ".join(cells) + " |"
+
+
+def served_flops(method: str) -> int:
+    """Of the adapter, per token, as it is served: two per factor element that a token passes.
+
+    Block-LoRA is folded first: to rank r/n on the rank axis, to rank r on the feature axis.
+    MixLoRA: attention at its rank, the gate, and top_k experts of the MLP.
+    """
+    config = AutoConfig.from_pretrained(resolve_model())
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = hidden * config.num_key_value_heads // config.num_attention_heads
+    attention = 4 * hidden + 2 * (hidden + kv)  # inputs + outputs of q, o and of k, v
+    mlp = 3 * (hidden + inner)
+    if method == "mixlora-4x2":
+        layer = 2 * attention + 4 * hidden + 2 * (2 * mlp)
+    else:
+        rank = {"block-rank-8/4": 2, "block-feature-8/4": 8}.get(method)
+        layer = (rank or int(method.removeprefix("lora-r"))) * (attention + mlp)
+    return int(2 * config.num_hidden_layers * layer)
 
 
 def _load() -> dict[str, dict]:

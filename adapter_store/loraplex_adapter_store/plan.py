@@ -4,8 +4,8 @@
 
 For an embedding x is one-hot: in_features is the vocabulary, and A x is a column of A.
 
-Factors are float32 on the host with every training-time scale folded into B; the engine casts them
-to its dtype when it places them on the device.
+Factors are float32 on the host with every training-time scale folded into B. The engine packs them
+once in its dtype and layout; the host tier then keeps that form, and its plan none of the factors.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class SharedBasis:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """What one linear of the base becomes. Absent parts are None; at least one is present."""
+    """What one linear of the base becomes. Absent parts are None."""
 
     a: Tensor | None = None  # float32 [rank, in_features]
     b: Tensor | None = None  # float32 [out_features, rank], scale folded in
@@ -187,7 +187,8 @@ class AdapterPlan:
     head_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row of the head
     dense: Mapping[str, Tensor] = field(default_factory=dict)  # module name → replacing weight
     chat_template: str | None = None  # the adapter's own, if it ships one
-    n_bytes: int = 0  # true bytes of all float32 tensors above
+    n_bytes: int = 0  # true bytes of all tensors above, and of ``device_form``
+    device_form: object | None = None  # the engine's; modules and experts then have no factors
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the plan, each once per place that refers to it."""

@@ -64,11 +64,11 @@ def pack_plan(plan: AdapterPlan) -> PackedPlan:
     return PackedPlan(tuple(chunks), digest.hexdigest())
 
 
-def read_plan(path: Path, sha256: str, *, pin_memory: bool = False) -> AdapterPlan:
+def read_plan(path: Path, sha256: str) -> AdapterPlan:
     """All tensors are views of one buffer. Raises StoredAdapterDamaged if a bit differs."""
     try:
         n_bytes = path.stat().st_size
-        buffer = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=pin_memory)
+        buffer = torch.empty(n_bytes, dtype=torch.uint8)
         with path.open("rb") as file:
             n_read = file.readinto(buffer.numpy().data)
     except OSError as error:

@@ -78,16 +78,20 @@ class AdapterStore:
         host_bytes: int = 2 << 30,
         allowed_roots: Sequence[Path] = (),
         eviction: str = "cost-aware",
-        pin_memory: bool = False,  # page-locked host memory, for a GPU's copy engine
         disk: Disk | None = None,
         gate_of: GateOf | None = None,
+        prepare: Callable[[AdapterPlan], AdapterPlan] = lambda plan: plan,
     ) -> None:
-        """``gate_of`` makes the gates of libraries; without it they are refused."""
+        """``gate_of`` makes the gates of libraries; without it they are refused.
+
+        ``prepare`` turns a plan into what the host tier keeps of it (the engine's own form). It
+        runs on the thread that loads.
+        """
         self.base = base
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
-        self._pin_memory = pin_memory
         self._gate_of = gate_of
+        self._prepare = prepare
         disk = disk or Disk()
         disk.make_directory(root)
         self._give_up = _own(root)
@@ -400,9 +404,12 @@ class AdapterStore:
         return None
 
     def _lease(self, content: Content) -> AdapterPlan:
-        return self._tier.lease(content.digest, content.host_bytes, lambda: self._load(content))
+        def load() -> AdapterPlan:
+            return self._prepare(self._read(content))
 
-    def _load(self, content: Content) -> AdapterPlan:
+        return self._tier.lease(content.digest, content.host_bytes, load)
+
+    def _read(self, content: Content) -> AdapterPlan:
         """From disk, with every byte checked. Mostly outside the interpreter lock."""
         if content.base_fingerprint != self.base.fingerprint:
             raise BaseMismatch(
@@ -410,7 +417,7 @@ class AdapterStore:
                 f"{self.base.model_id}; add it again"
             )
         path = self._files.path(content.digest) / PLAN_FILE
-        return read_plan(path, content.plan_sha256, pin_memory=self._pin_memory)
+        return read_plan(path, content.plan_sha256)
 
     def _acquire_mixture(self, mixture: Mixture) -> AdapterLease:
         weights = [part.weight for part in mixture.parts]
@@ -448,15 +455,25 @@ class AdapterStore:
         leases: list[AdapterLease] = []
         try:
             leases.extend(self._acquire_name(ref) for ref in refs)
-            plans = [lease.plan for lease in leases]
+            parts = [self._content_of(lease) for lease in leases]
             digest = identify([lease.digest for lease in leases])
             self._index.add_composite(digest, [lease.digest for lease in leases])
-            n_bytes = sum(plan.n_bytes for plan in plans)
-            plan = self._tier.lease(digest, n_bytes, lambda: build(plans, digest))
+            n_bytes = sum(part.host_bytes for part in parts)
+
+            def load() -> AdapterPlan:  # from the files: the host tier may keep another form
+                return self._prepare(build([self._read(part) for part in parts], digest))
+
+            plan = self._tier.lease(digest, n_bytes, load)
             return AdapterLease(label, 0, plan, self._released)
         finally:
             for lease in leases:
                 lease.release()
+
+    def _content_of(self, lease: AdapterLease) -> Content:
+        content = self._index.content(lease.digest)
+        if content is None:
+            raise UnknownAdapter(lease.name)
+        return content
 
     def _released(self, digest: str) -> None:
         self._tier.release(digest)

@@ -102,8 +102,8 @@ class Workload:
         )
         for rank in ranks:
             factors = {t.name: _random_factors(t, rank) for t in self.targets}
-            entry = self.pool.reserve(factors)
-            self.pool.fill(entry, factors)
+            entry = self.pool.reserve(self.pool.pack(factors))
+            self.pool.fill(entry)
             self.pool.publish(entry)
         self.ranks = ranks
         self.row_entries = map_rows(case)

@@ -14,6 +14,7 @@ from .model_ops import (
     write_kv,
 )
 from .ops import PreparedTarget, lora_apply
+from .packed_entry import PackedEntry
 from .pool import LoraPool
 from .reference import lora_apply_reference
 from .segments import build_segments, expand_routed
@@ -28,6 +29,7 @@ __all__ = [
     "LoraSegments",
     "LoraTables",
     "LoraTarget",
+    "PackedEntry",
     "PackedLinear",
     "PoolFull",
     "PreparedTarget",

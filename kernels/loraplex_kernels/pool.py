@@ -7,36 +7,36 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from .errors import PoolFull
 from .extents import ExtentAllocator
-from .factors import EntryFactors, Piece, cut_into_pieces
+from .factors import EntryFactors
 from .layout import LoraTables, LoraTarget
+from .packed_entry import ALIGNMENT_BYTES, PackedEntry, pack_entry
 from .pool_tables import PoolTables
 from .storage import allocate_storage
 
 __all__ = ["LoraPool"]
 
-_ALIGNMENT_BYTES = 64
-
 
 @dataclass(slots=True)
 class _Entry:
     extents: list[tuple[int, int]]  # (start, length) in units of the alignment
-    offsets: list[int]  # of each piece, in elements
-    table_keys: list[tuple[str, int, str, int]]  # (target, slice, kind, page) of each piece
-    ranks: dict[tuple[str, int], int]
-    is_published: bool = False
+    offsets: NDArray[np.int64]  # of each piece, in elements of the storage
+    packed: PackedEntry | None  # until it is published
+    keys: NDArray[np.int64]
+    ranks: NDArray[np.int64]
 
 
 class LoraPool:
-    """Owns the storage and the tables. One thread calls it; ``fill`` alone may run on any other.
+    """Owns the storage and the tables. One thread calls it; ``pack`` and ``fill`` may be any other.
 
-    An entry is the factors of one (adapter, expert) for all targets. Loading has two phases, so
-    that copying never holds up a step: ``reserve`` takes the space, ``fill`` casts and copies,
-    ``publish`` writes the tables. Until then kernels see rank 0 there. Ranks are true in memory:
-    an entry takes its own bytes and at most an alignment of 64 bytes for each page.
+    An entry is the factors of one (adapter, expert) for all targets. Loading has phases, so that
+    nothing of it holds up a step: ``pack`` casts and lays out, on the host, once; ``reserve``
+    takes the space, ``fill`` copies, ``publish`` writes the tables. Until then kernels see rank 0
+    there. Ranks are true in memory: an entry takes its own bytes and at most an alignment of 64
+    bytes for each page.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class LoraPool:
         self.device = torch.device(device)
         self.targets = {target.name: target for target in targets}
         self.n_entries = n_entries
-        self._unit = _ALIGNMENT_BYTES // dtype.itemsize  # elements
-        n_units = n_bytes // _ALIGNMENT_BYTES
+        self._unit = ALIGNMENT_BYTES // dtype.itemsize  # elements
+        n_units = n_bytes // ALIGNMENT_BYTES
         self.storage = allocate_storage(n_units * self._unit, dtype, self.device)
         self._extents = ExtentAllocator(n_units)
         self._entries: dict[int, _Entry] = {}
@@ -62,11 +62,11 @@ class LoraPool:
 
     @property
     def bytes_total(self) -> int:
-        return self._extents.size * _ALIGNMENT_BYTES
+        return self._extents.size * ALIGNMENT_BYTES
 
     @property
     def bytes_used(self) -> int:
-        return (self._extents.size - self._extents.n_free) * _ALIGNMENT_BYTES
+        return (self._extents.size - self._extents.n_free) * ALIGNMENT_BYTES
 
     @property
     def entries(self) -> tuple[int, ...]:
@@ -77,25 +77,28 @@ class LoraPool:
         """The current tables of a target. A rank larger than any before replaces the object."""
         return self._tables.of(target_name)
 
-    def bytes_needed(self, factors: EntryFactors) -> int:
-        """Bytes that ``reserve`` would take. Raises BadFactors."""
-        pieces = cut_into_pieces(self.targets, factors)
-        return sum(self._units_of(piece) for piece in pieces) * _ALIGNMENT_BYTES
+    def pack(self, factors: EntryFactors) -> PackedEntry:
+        """The entry in this pool's dtype and layout. Any thread. Raises BadFactors."""
+        return pack_entry(
+            tuple(self.targets.values()),
+            factors,
+            self.storage.dtype,
+            pin_memory=self.device.type == "cuda",
+        )
 
-    def reserve(self, factors: EntryFactors) -> int:
+    def reserve(self, packed: PackedEntry) -> int:
         """Takes space for an entry and returns its id. Copies nothing. Raises PoolFull."""
-        return self.reserve_group([factors])[0]
+        return self.reserve_group([packed])[0]
 
-    def reserve_group(self, group: Sequence[EntryFactors]) -> tuple[int, ...]:
+    def reserve_group(self, group: Sequence[PackedEntry]) -> tuple[int, ...]:
         """Consecutive entries, as the experts of a routed adapter need them: all, or PoolFull."""
-        cut = [cut_into_pieces(self.targets, factors) for factors in group]
-        n_units = sum(self._units_of(piece) for pieces in cut for piece in pieces)
+        n_units = sum(packed.n_bytes for packed in group) // ALIGNMENT_BYTES
         first = self._find_ids(len(group))
         if first is None or n_units > self._extents.n_free:
             raise self._full(n_units, len(group))
         taken: list[_Entry] = []
-        for factors, pieces in zip(group, cut, strict=True):
-            entry = self._place(factors, pieces)
+        for packed in group:
+            entry = self._place(packed)
             if entry is None:
                 for other in taken:
                     self._free_extents(other.extents)
@@ -105,32 +108,32 @@ class LoraPool:
         self._entries.update(zip(ids, taken, strict=True))
         return ids
 
-    def fill(self, entry: int, factors: EntryFactors) -> None:
-        """Casts and copies the factors given to ``reserve``. Any thread, on its current stream."""
-        pieces = cut_into_pieces(self.targets, factors)
-        offsets = self._entries[entry].offsets
-        if self.device.type == "cpu":
-            for piece, offset in zip(pieces, offsets, strict=True):
-                _copy_piece(self.storage, offset, piece.source)
-        else:
-            self._fill_by_runs(pieces, offsets)
+    def fill(self, entry: int) -> None:
+        """Copies what ``reserve`` took space for. Any thread, on its current stream."""
+        record = self._entries[entry]
+        packed = record.packed
+        if packed is None:
+            raise RuntimeError(f"entry {entry} is published already")
+        for first, last in _runs(record.offsets, packed.lengths):
+            begin = int(packed.starts[first])
+            end = int(packed.starts[last] + packed.lengths[last])
+            offset = int(record.offsets[first])
+            place = self.storage[offset : offset + end - begin]
+            place.copy_(packed.image[begin:end], non_blocking=True)
 
     def publish(self, entry: int) -> None:
         """Lets kernels see the entry. On a device: ordered on the current stream."""
         record = self._entries[entry]
-        self._tables.write(entry, record.ranks, record.table_keys, record.offsets)
-        record.is_published = True
+        self._tables.write(entry, record.ranks, record.keys, record.offsets)
+        record.packed = None
 
     def remove(self, entry: int) -> int:
         """Forgets an entry, published or not; returns the bytes that it freed."""
         record = self._entries.pop(entry)
-        if record.is_published:
-            self._tables.clear(entry, record.ranks, record.table_keys)
+        if record.packed is None:
+            self._tables.clear(entry, record.ranks, record.keys)
         self._free_extents(record.extents)
-        return sum(length for _, length in record.extents) * _ALIGNMENT_BYTES
-
-    def _units_of(self, piece: Piece) -> int:
-        return -(-piece.source.numel() // self._unit)
+        return sum(length for _, length in record.extents) * ALIGNMENT_BYTES
 
     def _find_ids(self, count: int) -> int | None:
         """First of ``count`` consecutive free ids, the lowest there are."""
@@ -141,39 +144,29 @@ class LoraPool:
             first = taken + 1
         return None
 
-    def _place(self, factors: EntryFactors, pieces: list[Piece]) -> _Entry | None:
+    def _place(self, packed: PackedEntry) -> _Entry | None:
         """One stretch for the whole entry where there is one (best to read); else page by page."""
-        lengths = [self._units_of(piece) for piece in pieces]
-        n_units = sum(lengths)
+        n_units = packed.n_bytes // ALIGNMENT_BYTES
         start = self._extents.take(n_units) if n_units else 0
-        extents: list[tuple[int, int]] = []
         if start is not None:
             extents = [(start, n_units)] if n_units else []
-            starts = (np.cumsum([0, *lengths])[:-1] + start).tolist()
-        else:
-            starts = []
-            # Longest first, so that short pieces do not eat the gaps that long ones need.
-            order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-            placed: dict[int, int] = {}
-            for i in order:
-                at = self._extents.take(lengths[i])
-                if at is None:
-                    self._free_extents(extents)
-                    return None
-                extents.append((at, lengths[i]))
-                placed[i] = at
-            starts = [placed[i] for i in range(len(lengths))]
-        return _Entry(
-            extents=extents,
-            offsets=[at * self._unit for at in starts],
-            table_keys=[(p.target, p.slice_index, p.kind, p.page) for p in pieces],
-            ranks={
-                (name, i): one.rank
-                for name, slices in factors.items()
-                for i, one in enumerate(slices)
-                if one is not None
-            },
-        )
+            offsets = packed.starts + start * self._unit
+            return _Entry(extents, offsets, packed, packed.keys, packed.ranks)
+        return self._place_piecewise(packed)
+
+    def _place_piecewise(self, packed: PackedEntry) -> _Entry | None:
+        lengths = (packed.lengths // self._unit).tolist()
+        extents: list[tuple[int, int]] = []
+        offsets = np.empty(len(lengths), dtype=np.int64)
+        # Longest first, so that short pieces do not eat the gaps that long ones need.
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            at = self._extents.take(lengths[i])
+            if at is None:
+                self._free_extents(extents)
+                return None
+            extents.append((at, lengths[i]))
+            offsets[i] = at * self._unit
+        return _Entry(extents, offsets, packed, packed.keys, packed.ranks)
 
     def _free_extents(self, extents: list[tuple[int, int]]) -> None:
         for start, length in extents:
@@ -181,30 +174,18 @@ class LoraPool:
 
     def _full(self, n_units: int, n_entries: int) -> PoolFull:
         return PoolFull(
-            n_units * _ALIGNMENT_BYTES,
-            self._extents.n_free * _ALIGNMENT_BYTES,
+            n_units * ALIGNMENT_BYTES,
+            self._extents.n_free * ALIGNMENT_BYTES,
             n_entries=n_entries,
             free_entries=self.n_entries - len(self._entries),
         )
 
-    def _fill_by_runs(self, pieces: list[Piece], offsets: list[int]) -> None:
-        """Builds pinned images of neighbouring pieces, so that a device gets few, large copies."""
-        runs: list[list[int]] = []  # of piece indices
-        end = -1
-        for i in sorted(range(len(pieces)), key=lambda i: offsets[i]):
-            if offsets[i] != end:
-                runs.append([])
-            runs[-1].append(i)
-            end = offsets[i] + self._units_of(pieces[i]) * self._unit
-        pin = self.device.type == "cuda"
-        for run in runs:
-            first = offsets[run[0]]
-            length = offsets[run[-1]] + pieces[run[-1]].source.numel() - first
-            image = torch.zeros(length, dtype=self.storage.dtype, pin_memory=pin)
-            for i in run:
-                _copy_piece(image, offsets[i] - first, pieces[i].source)
-            self.storage[first : first + length].copy_(image, non_blocking=True)
 
-
-def _copy_piece(flat: Tensor, offset: int, source: Tensor) -> None:
-    flat[offset : offset + source.numel()].view(source.shape).copy_(source)
+def _runs(offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """(first, last) of the pieces that are neighbours in the storage as in the image."""
+    if not len(offsets):
+        return []
+    breaks = np.flatnonzero(offsets[1:] != offsets[:-1] + lengths[:-1])
+    firsts = [0, *(breaks + 1).tolist()]
+    lasts = [*breaks.tolist(), len(offsets) - 1]
+    return list(zip(firsts, lasts, strict=True))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .layout import NO_PAGE, PAGE_RANK, LoraTables, LoraTarget
+from .packed_entry import KINDS
 
 __all__ = ["PoolTables"]
 
@@ -21,6 +22,7 @@ class PoolTables:
         self, targets: Sequence[LoraTarget], n_entries: int, max_rank: int, device: torch.device
     ) -> None:
         self._targets = {target.name: target for target in targets}
+        self._n_slices = np.array([target.n_slices for target in targets], dtype=np.int64)
         self._n_entries = n_entries
         self._device = device
         self._build(max(1, -(-max_rank // PAGE_RANK)))
@@ -31,59 +33,47 @@ class PoolTables:
     def write(
         self,
         entry: int,
-        ranks: Mapping[tuple[str, int], int],
-        keys: Sequence[tuple[str, int, str, int]],
-        offsets: Sequence[int],
+        ranks: NDArray[np.int64],
+        keys: NDArray[np.int64],
+        offsets: NDArray[np.int64],
     ) -> None:
-        n_pages = max((-(-rank // PAGE_RANK) for rank in ranks.values()), default=0)
+        """``ranks`` and ``keys`` as in ``PackedEntry``; ``offsets`` [n_pieces], in the storage."""
+        n_pages = -(-int(ranks[:, 2].max(initial=0)) // PAGE_RANK)
         if n_pages > self._max_pages:
             self._grow(n_pages)
-        if keys:
-            self._scatter(self._offsets, [self._position(entry, *key) for key in keys], offsets)
-        if ranks:
-            self._scatter(self._ranks, self._rank_positions(entry, ranks), list(ranks.values()))
+        self._scatter(self._offsets, self._positions(entry, keys), offsets)
+        self._scatter(self._ranks, self._rank_positions(entry, ranks), ranks[:, 2])
 
-    def clear(
-        self,
-        entry: int,
-        ranks: Mapping[tuple[str, int], int],
-        keys: Sequence[tuple[str, int, str, int]],
-    ) -> None:
-        if ranks:
-            self._scatter(self._ranks, self._rank_positions(entry, ranks), [0] * len(ranks))
-        if keys:
-            positions = [self._position(entry, *key) for key in keys]
-            self._scatter(self._offsets, positions, [NO_PAGE] * len(keys))
+    def clear(self, entry: int, ranks: NDArray[np.int64], keys: NDArray[np.int64]) -> None:
+        self._scatter(
+            self._ranks, self._rank_positions(entry, ranks), np.zeros(len(ranks), dtype=np.int64)
+        )
+        gone = np.full(len(keys), NO_PAGE, dtype=np.int64)
+        self._scatter(self._offsets, self._positions(entry, keys), gone)
 
     def _build(self, max_pages: int) -> None:
         self._max_pages = max_pages
-        self._rank_first: dict[str, int] = {}
-        self._first: dict[tuple[str, str], int] = {}
-        n_ranks = n_offsets = 0
-        for name, target in self._targets.items():
-            self._rank_first[name] = n_ranks
-            n_ranks += self._n_entries * target.n_slices
-            for kind in ("a", "b", "scale", "bias"):
-                self._first[name, kind] = n_offsets
-                n_offsets += self._n_entries * target.n_slices * self._pages_of(kind)
+        rows = self._n_entries * self._n_slices  # of each target
+        self._pages_of = np.array([max_pages, max_pages, 1, 1], dtype=np.int64)  # by kind
+        sizes = rows[:, None] * self._pages_of
+        self._rank_first = np.cumsum(rows) - rows  # [n_targets], where each one's section begins
+        self._first = (np.cumsum(sizes) - sizes.ravel()).reshape(sizes.shape)  # [n_targets, kinds]
+        n_ranks, n_offsets = int(rows.sum()), int(sizes.sum())
         self._ranks = torch.zeros(n_ranks, dtype=torch.int32, device=self._device)
         self._offsets = torch.full((n_offsets,), NO_PAGE, dtype=torch.int64, device=self._device)
-        self._by_name = {name: self._view(name) for name in self._targets}
+        self._by_name = {name: self._view(i) for i, name in enumerate(self._targets)}
 
-    def _pages_of(self, kind: str) -> int:
-        return self._max_pages if kind in ("a", "b") else 1
-
-    def _view(self, name: str) -> LoraTables:
-        n_slices = self._targets[name].n_slices
+    def _view(self, index: int) -> LoraTables:
+        n_slices = int(self._n_slices[index])
         shape = (self._n_entries, n_slices)
 
         def section(kind: str) -> Tensor:
-            first = self._first[name, kind]
-            n_pages = self._pages_of(kind)
+            at = KINDS.index(kind)
+            first, n_pages = int(self._first[index, at]), int(self._pages_of[at])
             flat = self._offsets[first : first + self._n_entries * n_slices * n_pages]
             return flat.view(*shape, n_pages) if kind in ("a", "b") else flat.view(shape)
 
-        first = self._rank_first[name]
+        first = int(self._rank_first[index])
         return LoraTables(
             ranks=self._ranks[first : first + self._n_entries * n_slices].view(shape),
             a_pages=section("a"),
@@ -103,20 +93,27 @@ class PoolTables:
             after.scale.copy_(before.scale)
             after.bias.copy_(before.bias)
 
-    def _position(self, entry: int, name: str, slice_index: int, kind: str, page: int) -> int:
-        row = entry * self._targets[name].n_slices + slice_index
-        return self._first[name, kind] + row * self._pages_of(kind) + page
+    def _positions(self, entry: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+        target, slice_index, kind, page = keys.T
+        row = entry * self._n_slices[target] + slice_index
+        positions: NDArray[np.int64] = self._first[target, kind] + row * self._pages_of[kind] + page
+        return positions
 
-    def _rank_positions(self, entry: int, ranks: Mapping[tuple[str, int], int]) -> list[int]:
-        return [
-            self._rank_first[name] + entry * self._targets[name].n_slices + i for name, i in ranks
-        ]
+    def _rank_positions(self, entry: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+        target, slice_index, _ = ranks.T
+        positions: NDArray[np.int64] = (
+            self._rank_first[target] + entry * self._n_slices[target] + slice_index
+        )
+        return positions
 
-    def _scatter(self, flat: Tensor, positions: list[int], values: Sequence[int]) -> None:
-        index = np.asarray(positions, dtype=np.int64)
+    def _scatter(
+        self, flat: Tensor, positions: NDArray[np.int64], values: NDArray[np.int64]
+    ) -> None:
+        if not len(positions):
+            return
         if self._device.type == "cpu":
             view: NDArray[np.int64] = flat.numpy()
-            view[index] = values
+            view[positions] = values
             return
-        host = torch.tensor(values, dtype=flat.dtype)
-        flat[torch.from_numpy(index).to(self._device)] = host.to(self._device)
+        host = torch.from_numpy(values).to(flat.dtype)
+        flat[torch.from_numpy(positions).to(self._device)] = host.to(self._device)

@@ -258,8 +258,8 @@ def test_a_prepared_target_follows_tables_that_grew() -> None:
     for rank in (8, 100):
         a, b = torch.randn(rank, 32), torch.randn(24, rank)
         factors = {"linear": (SliceFactors(a, b),)}
-        entry = pool.reserve(factors)
-        pool.fill(entry, factors)
+        entry = pool.reserve(pool.pack(factors))
+        pool.fill(entry)
         segments = build_segments(torch.tensor([entry, -1], dtype=torch.int32))
         out = torch.zeros(2, 24)
         prepared(x, segments, out)
@@ -296,8 +296,8 @@ def test_a_mixed_batch_agrees_with_peft() -> None:
     for name in names:
         a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
         factors = {"0": (SliceFactors(a, b * layer.scaling[name]),)}
-        entries[name] = pool.reserve(factors)
-        pool.fill(entries[name], factors)
+        entries[name] = pool.reserve(pool.pack(factors))
+        pool.fill(entries[name])
         pool.publish(entries[name])
     segments = build_segments(torch.tensor([entries[n] for n in batch], dtype=torch.int32))
     PreparedTarget(pool, "0")(x, segments, out)

@@ -103,8 +103,8 @@ class Problem:
                 "up": tuple(self._factors(r, HIDDEN, FF) for r in ranks),
                 "down": (self._factors(ranks[1], FF, HIDDEN),),
             }
-            entry = self.pool.reserve(factors)
-            self.pool.fill(entry, factors)
+            entry = self.pool.reserve(self.pool.pack(factors))
+            self.pool.fill(entry)
             self.pool.publish(entry)
         self.up = PackedLinear([_draw(dtype, FF, HIDDEN) for _ in range(2)], [None, None])
         self.down = PackedLinear([_draw(dtype, HIDDEN, FF)], [torch.randn(HIDDEN)])

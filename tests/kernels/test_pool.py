@@ -38,7 +38,7 @@ def factors_of(rank: int, *, names: tuple[str, ...] = ("qkv", "down")) -> EntryF
 
 def reserve_or_none(pool: LoraPool, factors: EntryFactors) -> int | None:
     try:
-        return pool.reserve(factors)
+        return pool.reserve(pool.pack(factors))
     except PoolFull:
         return None
 
@@ -82,7 +82,7 @@ def test_a_pool_under_churn_loses_nothing_and_mixes_nothing_up(ranks: list[int],
     held: dict[int, int] = {}
     for rank in ranks:
         factors = factors_of(rank)
-        needed = pool.bytes_needed(factors)
+        needed = pool.pack(factors).n_bytes
         true_bytes = rank * (3 * 576 + 960 + 1536 + 576) * 2
         assert true_bytes <= needed <= true_bytes * 1.1
         while (entry := reserve_or_none(pool, factors)) is None:
@@ -94,7 +94,7 @@ def test_a_pool_under_churn_loses_nothing_and_mixes_nothing_up(ranks: list[int],
             used = pool.bytes_used
             assert pool.remove(victim) == used - pool.bytes_used
             del held[victim]
-        pool.fill(entry, factors)
+        pool.fill(entry)
         pool.publish(entry)
         held[entry] = rank
         for other, other_rank in held.items():
@@ -113,37 +113,37 @@ def test_a_pool_under_churn_loses_nothing_and_mixes_nothing_up(ranks: list[int],
 
 def test_entries_of_a_group_are_consecutive_and_all_or_nothing() -> None:
     pool = make_pool(n_bytes=1 << 20, n_entries=8)
-    first = [pool.reserve(factors_of(1)) for _ in range(3)]
+    first = [pool.reserve(pool.pack(factors_of(1))) for _ in range(3)]
     pool.remove(first[1])
-    group = pool.reserve_group([factors_of(2)] * 4)
+    group = pool.reserve_group([pool.pack(factors_of(2))] * 4)
     assert group == (3, 4, 5, 6)
     used = pool.bytes_used
     with pytest.raises(PoolFull) as full:
-        pool.reserve_group([factors_of(2)] * 2)
+        pool.reserve_group([pool.pack(factors_of(2))] * 2)
     assert full.value.free_entries == 2
     with pytest.raises(PoolFull):
-        pool.reserve_group([factors_of(60)] * 2)
+        pool.reserve_group([pool.pack(factors_of(60))] * 2)
     assert pool.bytes_used == used
-    assert pool.reserve(factors_of(1)) == 1
+    assert pool.reserve(pool.pack(factors_of(1))) == 1
 
 
 def test_factors_that_do_not_fit_are_refused_by_name() -> None:
     pool = make_pool()
     a, b = torch.randn(4, 1536), torch.randn(576, 4)
     with pytest.raises(BadFactors, match=r"no such targets: \['up'\]"):
-        pool.reserve({"up": (SliceFactors(a, b),)})
+        pool.pack({"up": (SliceFactors(a, b),)})
     with pytest.raises(BadFactors, match="only one of its two factors"):
-        pool.reserve({"down": (SliceFactors(a, None),)})
+        pool.pack({"down": (SliceFactors(a, None),)})
     with pytest.raises(BadFactors, match=r"down\[0\].b has shape \(576, 5\), needs \(576, 4\)"):
-        pool.reserve({"down": (SliceFactors(a, torch.randn(576, 5)),)})
+        pool.pack({"down": (SliceFactors(a, torch.randn(576, 5)),)})
     with pytest.raises(BadFactors, match="3 slices, got 1"):
-        pool.reserve({"qkv": (None,)})
+        pool.pack({"qkv": (None,)})
     assert pool.bytes_used == 0
 
 
 def test_an_entry_without_factors_takes_no_bytes() -> None:
     pool = make_pool()
-    entry = pool.reserve({"qkv": (None, SliceFactors(bias=torch.ones(192)), None)})
+    entry = pool.reserve(pool.pack({"qkv": (None, SliceFactors(bias=torch.ones(192)), None)}))
     pool.publish(entry)
     assert pool.bytes_used == 192 * 2
     assert pool.remove(entry) == 192 * 2

@@ -2,14 +2,15 @@
 
     absent ──place──▶ loading ──(loader thread fills)──▶ resident ──evict──▶ absent
 
-The engine thread reserves pages and publishes tables, both quick; the loader thread casts and
-copies. Requests hold the adapter while they run, and a held adapter is never evicted.
+The engine thread reserves pages and publishes tables, both quick; the loader thread copies. The
+adapter comes in its device form if it comes from the host tier. Requests hold the adapter while
+they run, and a held adapter is never evicted.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -17,19 +18,18 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
+from loraplex_adapter_store.plan import AdapterPlan, ModulePlan
 from loraplex_kernels.errors import PoolFull
-from loraplex_kernels.factors import SliceFactors
+from loraplex_kernels.packed_entry import PackedEntry
 from loraplex_kernels.pool import LoraPool
 from loraplex_router.experts import RoutedRows
 
 from ..model.lora_group import LoraGroup
 from ..model.routed import PlacedExperts, place_experts, rows_for
+from .device_form import Former, is_beyond_low_rank
 from .errors import AdapterUnservable
 
 __all__ = ["DevicePool", "Placement", "Residency"]
-
-Factors = Mapping[str, tuple[SliceFactors | None, ...]]
 
 
 class Placement(Enum):
@@ -95,12 +95,11 @@ class DevicePool:
         self.n_loads = 0
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
-        self._groups = groups
+        self._former = Former(groups, self.pool.pack, routable)
         self._max_rank = max_rank
         self._dtype = dtype
         self._device = device
         self._on_loaded = on_loaded
-        self._routable = frozenset(routable)
         self._residents: dict[str, Residency] = {}
         self._pins: set[str] = set()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
@@ -120,6 +119,10 @@ class DevicePool:
         self._publish(resident)
         resident.last_used = time.monotonic()
         return Placement.RESIDENT
+
+    def prepare(self, plan: AdapterPlan) -> AdapterPlan:
+        """The plan in its device form, for the host tier. Any thread; see ``Former.prepared``."""
+        return self._former.prepared(plan)
 
     def hold(self, digest: str) -> None:
         self._residents[digest].holders += 1
@@ -161,19 +164,20 @@ class DevicePool:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def _start_load(self, plan: AdapterPlan) -> Residency | None:
-        self._check_experts(plan)
-        factor_sets = [self._factors(plan.modules)]
-        for experts in _expert_modules(plan.experts):
-            factor_sets.append(self._factors(experts))
-        self._check_rank(plan)
-        n_bytes = sum(self.pool.bytes_needed(factors) for factors in factor_sets)
-        if n_bytes > self.pool.bytes_total or len(factor_sets) > self.pool.n_entries:
+        form = self._former.form(plan)
+        if self._max_rank is not None and form.rank > self._max_rank:
             raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {len(factor_sets)} "
+                f"adapter {plan.digest[:12]} has rank {form.rank}, this server allows "
+                f"{self._max_rank}; raise --max-lora-rank"
+            )
+        n_bytes = form.n_bytes
+        if n_bytes > self.pool.bytes_total or len(form.entries) > self.pool.n_entries:
+            raise AdapterUnservable(
+                f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {len(form.entries)} "
                 f"entries, the device pool has {self.pool.bytes_total:,} and "
                 f"{self.pool.n_entries}; raise --adapter-memory or --max-loras"
             )
-        entries = self._reserve(factor_sets)
+        entries = self._reserve(form.entries)
         if entries is None:
             return None
         resident = Residency(
@@ -184,23 +188,23 @@ class DevicePool:
             planned={
                 name: _to_device(module, self._dtype, self._device)
                 for name, module in plan.modules.items()
-                if _is_beyond_low_rank(module)
+                if is_beyond_low_rank(module)
             },
             dense={
                 name: weight.to(self._device, self._dtype) for name, weight in plan.dense.items()
             },
             experts=place_experts(plan.experts, entries[1:], self._device),
-            load=self._loader.submit(self._fill, entries, factor_sets),
+            load=self._loader.submit(self._fill, entries),
             started_at=time.monotonic(),
             pinned=plan.digest in self._pins,
         )
         self._residents[plan.digest] = resident
         return resident
 
-    def _reserve(self, factor_sets: Sequence[Factors]) -> tuple[int, ...] | None:
+    def _reserve(self, group: Sequence[PackedEntry]) -> tuple[int, ...] | None:
         while True:
             try:
-                return self.pool.reserve_group(factor_sets)
+                return self.pool.reserve_group(group)
             except PoolFull:
                 victim = self._victim()
                 if victim is None:
@@ -221,11 +225,11 @@ class DevicePool:
         self.n_evictions += 1
         return sum(self.pool.remove(entry) for entry in resident.entries)
 
-    def _fill(self, entries: Sequence[int], factor_sets: Sequence[Factors]) -> None:
+    def _fill(self, entries: Sequence[int]) -> None:
         """Loader thread."""
         try:
-            for entry, factors in zip(entries, factor_sets, strict=True):
-                self.pool.fill(entry, factors)
+            for entry in entries:
+                self.pool.fill(entry)
         finally:
             self._on_loaded()
 
@@ -244,73 +248,6 @@ class DevicePool:
         resident.load_s = time.monotonic() - resident.started_at
         self.n_loads += 1
         self.load_seconds += resident.load_s
-
-    def _factors(self, modules: Mapping[str, ModulePlan]) -> Factors:
-        """The parts of a plan that the LoRA kernels apply, by target."""
-        factors: dict[str, tuple[SliceFactors | None, ...]] = {}
-        for group in self._groups.values():
-            slices = tuple(_slice_factors(modules.get(name)) for name in group.module_names)
-            if any(part is not None for part in slices):
-                factors[group.target.name] = slices
-        return factors
-
-    def _check_rank(self, plan: AdapterPlan) -> None:
-        modules = [plan.modules, *_expert_modules(plan.experts)]
-        rank = max((module.rank for part in modules for module in part.values()), default=0)
-        if self._max_rank is not None and rank > self._max_rank:
-            raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} has rank {rank}, this server allows {self._max_rank}; "
-                "raise --max-lora-rank"
-            )
-
-    def _check_experts(self, plan: AdapterPlan) -> None:
-        """Nothing of an expert may be left out silently."""
-        stray = sorted(plan.experts.keys() - self._routable)
-        if stray:
-            raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} routes at {stray[0]!r} and {len(stray) - 1} more "
-                "places where this base has no gated MLP or linear to route"
-            )
-        for place, experts in plan.experts.items():
-            for module_name in {name for expert in experts.experts for name in expert}:
-                if module_name != place and module_name.rpartition(".")[0] != place:
-                    raise AdapterUnservable(
-                        f"adapter {plan.digest[:12]} has experts for {module_name!r} behind the "
-                        f"gate of {place!r}, which does not contain it"
-                    )
-        for modules in _expert_modules(plan.experts):
-            both = sorted(modules.keys() & plan.modules.keys())
-            if both:
-                raise AdapterUnservable(
-                    f"adapter {plan.digest[:12]} has experts and plain factors on {both[0]!r}"
-                )
-            for name, module in modules.items():
-                if _is_beyond_low_rank(module):
-                    raise AdapterUnservable(
-                        f"adapter {plan.digest[:12]} has an expert with an input scale or a "
-                        f"shared basis on {name!r}; experts are low-rank factors here"
-                    )
-
-
-def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, ModulePlan]]:
-    """Expert e of all layers side by side: the pool's entry 1 + e of a routed adapter."""
-    n_experts = max((len(plan.experts) for plan in experts.values()), default=0)
-    for index in range(n_experts):
-        merged: dict[str, ModulePlan] = {}
-        for plan in experts.values():
-            if index < len(plan.experts):
-                merged.update(plan.experts[index])
-        yield merged
-
-
-def _is_beyond_low_rank(module: ModulePlan) -> bool:
-    return module.in_scale is not None or module.shared is not None
-
-
-def _slice_factors(module: ModulePlan | None) -> SliceFactors | None:
-    if module is None or _is_beyond_low_rank(module):
-        return None
-    return SliceFactors(a=module.a, b=module.b, scale=module.out_scale, bias=module.bias)
 
 
 def _to_device(module: ModulePlan, dtype: torch.dtype, device: torch.device) -> ModulePlan:

@@ -156,6 +156,10 @@ class Engine:
         """Starts loading an adapter before anybody asks for it."""
         self._inbox.put(lambda: self._prefetch(plan))
 
+    def prepare(self, plan: AdapterPlan) -> AdapterPlan:
+        """The form in which adapters wait in host memory: placing them is then one copy."""
+        return self._adapters.prepare(plan)
+
     async def unload(self, digest: str) -> int:
         """Frees an idle adapter's place on the device; returns the bytes, 0 if absent or in use."""
         loop = asyncio.get_running_loop()

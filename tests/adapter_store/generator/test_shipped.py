@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -75,10 +74,3 @@ def test_unrelated_wishes_are_refused(generator: Generator) -> None:
     for text in ("Write a poem about the sea", "Explain quantum mechanics", "asdf qwer zxcv"):
         with pytest.raises(OutOfDistribution):
             generator.generate(text)
-
-
-def test_an_adapter_is_made_within_a_second(generator: Generator) -> None:
-    generator.generate("Write the number in German words")  # the first call warms the encoder
-    started = time.perf_counter()
-    generator.generate("Write the number in French words as JSON")
-    assert time.perf_counter() - started < 1.0  # 300 ms are promised on two idle cores

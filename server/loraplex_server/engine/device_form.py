@@ -1,0 +1,173 @@
+"""An adapter in the device's form, made away from the steps: placing it is then one copy.
+
+The store's host tier keeps adapters so: in the engine's dtype and the layout of the pool,
+page-locked where a GPU will fetch them. That is half the bytes of the float32 plan, and nothing is
+cast, cut or transposed when an adapter comes to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TypeVar, cast
+
+from torch import Tensor
+
+from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
+from loraplex_kernels.factors import EntryFactors, SliceFactors
+from loraplex_kernels.packed_entry import PackedEntry
+
+from ..model.lora_group import LoraGroup
+from .errors import AdapterUnservable
+
+__all__ = ["DeviceForm", "Former", "is_beyond_low_rank"]
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceForm:
+    """``entries[0]`` are the unrouted factors, the rest one entry for each expert."""
+
+    entries: tuple[PackedEntry, ...]
+    rank: int  # the largest of any module
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(entry.n_bytes for entry in self.entries)
+
+
+class Former:
+    """Makes device forms for one model and pool. Stateless: any thread, several at a time."""
+
+    def __init__(
+        self,
+        groups: Mapping[str, LoraGroup],
+        pack: Callable[[EntryFactors], PackedEntry],
+        routable: Collection[str],
+    ) -> None:
+        """``routable``: the MLP blocks and projections that may have experts."""
+        self._groups = tuple(groups.values())
+        self._pack = pack
+        self._routable = frozenset(routable)
+
+    def form(self, plan: AdapterPlan) -> DeviceForm:
+        """The form a plan has already, or a new one. Raises AdapterUnservable."""
+        if isinstance(plan.device_form, DeviceForm):
+            return plan.device_form
+        self._check_experts(plan)
+        sets = [plan.modules, *_expert_modules(plan.experts)]
+        rank = max((module.rank for modules in sets for module in modules.values()), default=0)
+        return DeviceForm(tuple(self._pack(self._factors(modules)) for modules in sets), rank)
+
+    def prepared(self, plan: AdapterPlan) -> AdapterPlan:
+        """The plan with its device form instead of its factors. Shares no memory with ``plan``.
+
+        A plan that cannot be served comes back as it is: it is refused when it is asked for.
+        """
+        try:
+            form = self.form(plan)
+        except AdapterUnservable:
+            return plan
+        rest = _copied(
+            replace(
+                plan,
+                modules={name: _without_factors(part) for name, part in plan.modules.items()},
+                experts={name: _without_experts_factors(e) for name, e in plan.experts.items()},
+            )
+        )
+        kept = {tensor.data_ptr(): tensor.nbytes for tensor in rest.tensors()}
+        return replace(rest, device_form=form, n_bytes=form.n_bytes + sum(kept.values()))
+
+    def _factors(self, modules: Mapping[str, ModulePlan]) -> EntryFactors:
+        """The parts of a plan that the LoRA kernels apply, by target."""
+        factors: dict[str, tuple[SliceFactors | None, ...]] = {}
+        for group in self._groups:
+            slices = tuple(_slice_factors(modules.get(name)) for name in group.module_names)
+            if any(part is not None for part in slices):
+                factors[group.target.name] = slices
+        return factors
+
+    def _check_experts(self, plan: AdapterPlan) -> None:
+        """Nothing of an expert may be left out silently."""
+        stray = sorted(plan.experts.keys() - self._routable)
+        if stray:
+            raise AdapterUnservable(
+                f"adapter {plan.digest[:12]} routes at {stray[0]!r} and {len(stray) - 1} more "
+                "places where this base has no gated MLP or linear to route"
+            )
+        for place, experts in plan.experts.items():
+            for module_name in {name for expert in experts.experts for name in expert}:
+                if module_name != place and module_name.rpartition(".")[0] != place:
+                    raise AdapterUnservable(
+                        f"adapter {plan.digest[:12]} has experts for {module_name!r} behind the "
+                        f"gate of {place!r}, which does not contain it"
+                    )
+        for modules in _expert_modules(plan.experts):
+            both = sorted(modules.keys() & plan.modules.keys())
+            if both:
+                raise AdapterUnservable(
+                    f"adapter {plan.digest[:12]} has experts and plain factors on {both[0]!r}"
+                )
+            for name, module in modules.items():
+                if is_beyond_low_rank(module):
+                    raise AdapterUnservable(
+                        f"adapter {plan.digest[:12]} has an expert with an input scale or a "
+                        f"shared basis on {name!r}; experts are low-rank factors here"
+                    )
+
+
+def is_beyond_low_rank(module: ModulePlan) -> bool:
+    """Whether the LoRA kernels cannot apply it: the model does, from the plan's own tensors."""
+    return module.in_scale is not None or module.shared is not None
+
+
+def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, ModulePlan]]:
+    """Expert e of all layers side by side: the pool's entry 1 + e of a routed adapter."""
+    n_experts = max((len(plan.experts) for plan in experts.values()), default=0)
+    for index in range(n_experts):
+        merged: dict[str, ModulePlan] = {}
+        for plan in experts.values():
+            if index < len(plan.experts):
+                merged.update(plan.experts[index])
+        yield merged
+
+
+def _slice_factors(module: ModulePlan | None) -> SliceFactors | None:
+    if module is None or is_beyond_low_rank(module):
+        return None
+    return SliceFactors(a=module.a, b=module.b, scale=module.out_scale, bias=module.bias)
+
+
+def _without_factors(module: ModulePlan) -> ModulePlan:
+    return module if is_beyond_low_rank(module) else replace(module, a=None, b=None)
+
+
+def _without_experts_factors(plan: ExpertPlan) -> ExpertPlan:
+    experts: Sequence[Mapping[str, ModulePlan]] = plan.experts
+    bare = tuple({name: _without_factors(m) for name, m in one.items()} for one in experts)
+    return replace(plan, experts=bare)
+
+
+def _copied(value: _T) -> _T:
+    """The same with tensors of its own: views of a plan's file would keep all of it in memory.
+
+    What was one tensor in several places (shared bases) stays one.
+    """
+    copies: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
+
+    def copy(part: object) -> object:
+        if isinstance(part, Tensor):
+            key = (part.data_ptr(), tuple(part.shape), part.stride())
+            if key not in copies:
+                copies[key] = part.clone()
+            return copies[key]
+        if isinstance(part, Mapping):
+            return {key: copy(item) for key, item in part.items()}
+        if isinstance(part, tuple):
+            return tuple(copy(item) for item in part)
+        if is_dataclass(part) and not isinstance(part, type):
+            return replace(part, **{f.name: copy(getattr(part, f.name)) for f in fields(part)})
+        return part
+
+    return cast(_T, copy(value))

@@ -1,0 +1,111 @@
+"""The form of adapters in host memory: smaller, cut loose from their files, the same text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.plan import AdapterPlan, Family, ModulePlan, SharedBasis
+from loraplex_adapter_store.selector import parse_selector
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.engine.device_form import DeviceForm
+from tests.support.architectures import tiny_model
+from tests.support.engines import generate_all, running_engine
+from tests.support.lora_files import write_lora
+from tests.support.plan_executor import plan_logits
+from tests.support.routed_plans import lora_plan, mixlora_plan
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+def test_a_prepared_plan_keeps_no_factor_and_no_memory_of_the_plan(model: PreTrainedModel) -> None:
+    plan = mixlora_plan(model, n_experts=4, top_k=2, rank=8, seed=1)
+    theirs = {tensor.untyped_storage().data_ptr() for tensor in plan.tensors()}
+    with running_engine(model) as engine:
+        prepared = engine.prepare(plan)
+    form = prepared.device_form
+    assert isinstance(form, DeviceForm)
+    assert len(form.entries) == 5
+    assert form.rank == 8
+    assert all(module.a is None and module.b is None for module in prepared.modules.values())
+    assert prepared.modules.keys() == plan.modules.keys()
+    kept = {tensor.untyped_storage().data_ptr() for tensor in prepared.tensors()}
+    assert not kept & theirs
+    true_bytes = sum(tensor.nbytes for tensor in plan.tensors())
+    assert true_bytes <= prepared.n_bytes <= 1.1 * true_bytes
+
+
+def test_in_bfloat16_it_takes_half_the_bytes(model: PreTrainedModel) -> None:
+    plan = lora_plan(model, rank=16, seed=2)
+    with running_engine(model.to(torch.bfloat16)) as engine:
+        prepared = engine.prepare(plan)
+    true_bytes = sum(tensor.nbytes for tensor in plan.tensors())
+    assert prepared.n_bytes <= 0.55 * true_bytes
+    model.float()
+
+
+def test_a_basis_shared_by_modules_stays_one(model: PreTrainedModel) -> None:
+    basis = (torch.randn(4, 64), torch.randn(64, 4))
+    names = [name for name in BaseSpec.of(model, "tiny").modules if name.endswith("q_proj")]
+    shared = SharedBasis("basis", *basis, rank_scale=torch.ones(4, 1))
+    plan = AdapterPlan("d" * 64, Family.VERA, {name: ModulePlan(shared=shared) for name in names})
+    with running_engine(model) as engine:
+        prepared = engine.prepare(plan)
+    bases = [part.shared.a.data_ptr() for part in prepared.modules.values() if part.shared]
+    assert len(bases) == len(names) > 1
+    assert len(set(bases)) == 1
+    assert prepared.n_bytes <= 2 * 4 * 64 * 4 + 4 * 4 * len(names)
+
+
+def test_a_plan_that_cannot_be_served_is_refused_when_it_is_used(model: PreTrainedModel) -> None:
+    plan = mixlora_plan(model, n_experts=2, top_k=1, rank=2, seed=3)
+    stray = AdapterPlan(
+        plan.digest, plan.family, {}, {f"{name}.x": e for name, e in plan.experts.items()}
+    )
+    with running_engine(model) as engine:
+        assert engine.prepare(stray) is stray
+        (answer,) = generate_all(engine, [[1, 2, 3]], plans=[stray])
+    assert "no gated MLP or linear to route" in str(answer.last.error)
+
+
+def test_names_and_mixtures_of_a_store_answer_as_their_full_plans_do(
+    model: PreTrainedModel, tmp_path: Path
+) -> None:
+    spec = BaseSpec.of(model, "tiny")
+    prompt = [5, 9, 200, 31, 7]
+    with running_engine(model) as engine:
+        with AdapterStore(tmp_path / "full", spec, allowed_roots=[tmp_path]) as full:
+            wanted = _plans(full, spec, tmp_path)
+        with AdapterStore(
+            tmp_path / "packed", spec, allowed_roots=[tmp_path], prepare=engine.prepare
+        ) as packed:
+            plans = _plans(packed, spec, tmp_path)
+            used = packed.stats().host_bytes_used
+        assert all(isinstance(plan.device_form, DeviceForm) for plan in plans)
+        assert used == sum(plan.n_bytes for plan in plans)
+        answers = generate_all(engine, [prompt] * len(plans), plans=plans)
+    for plan, answer in zip(wanted, answers, strict=True):
+        ids = list(prompt)
+        for token in answer.token_ids:
+            logits = plan_logits(model, plan, torch.tensor([ids]))
+            assert token == int(logits[0, -1].argmax())
+            ids.append(token)
+    assert len({tuple(answer.token_ids) for answer in answers}) == len(plans)
+
+
+def _plans(store: AdapterStore, spec: BaseSpec, folder: Path) -> list[AdapterPlan]:
+    for seed, name in enumerate(("one", "two")):
+        store.put_directory(name, write_lora(folder / name, spec, seed=seed))
+    plans = []
+    half = [{"name": "one", "weight": 0.5}, {"name": "two", "weight": 0.5}]
+    for wanted in ("one", "two", half):
+        with store.acquire(parse_selector(wanted)) as lease:
+            plans.append(lease.plan)
+    return plans

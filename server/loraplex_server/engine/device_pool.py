@@ -38,7 +38,7 @@ class Placement(Enum):
     FULL = "full"  # every byte is held by running requests or pinned
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Residency:
     """One adapter on the device; ``entries[0]`` are its unrouted factors, the rest its experts."""
 
@@ -101,6 +101,7 @@ class DevicePool:
         self._device = device
         self._on_loaded = on_loaded
         self._residents: dict[str, Residency] = {}
+        self._arriving: list[Residency] = []  # not published yet
         self._pins: set[str] = set()
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
 
@@ -116,9 +117,25 @@ class DevicePool:
                 return Placement.FULL
         if not resident.load.done():
             return Placement.LOADING
-        self._publish(resident)
+        self.publish_arrived()
+        error = resident.load.exception()
+        if error is not None:
+            self._evict(resident)
+            raise AdapterUnservable(
+                f"adapter {plan.digest[:12]} could not be placed on the device: {error}"
+            ) from error
         resident.last_used = time.monotonic()
         return Placement.RESIDENT
+
+    def publish_arrived(self) -> None:
+        """Lets the kernels see what the loader has finished, asked for or only warmed."""
+        if not self._arriving:
+            return
+        arrived = [resident for resident in self._arriving if resident.load.done()]
+        self._arriving = [resident for resident in self._arriving if resident not in arrived]
+        for resident in arrived:
+            if resident.load.exception() is None:
+                self._publish(resident)
 
     def prepare(self, plan: AdapterPlan) -> AdapterPlan:
         """The plan in its device form, for the host tier. Any thread; see ``Former.prepared``."""
@@ -199,6 +216,7 @@ class DevicePool:
             pinned=plan.digest in self._pins,
         )
         self._residents[plan.digest] = resident
+        self._arriving.append(resident)
         return resident
 
     def _reserve(self, group: Sequence[PackedEntry]) -> tuple[int, ...] | None:
@@ -222,6 +240,7 @@ class DevicePool:
 
     def _evict(self, resident: Residency) -> int:
         del self._residents[resident.digest]
+        self._arriving = [other for other in self._arriving if other is not resident]
         self.n_evictions += 1
         return sum(self.pool.remove(entry) for entry in resident.entries)
 
@@ -234,14 +253,6 @@ class DevicePool:
             self._on_loaded()
 
     def _publish(self, resident: Residency) -> None:
-        if resident.published:
-            return
-        error = resident.load.exception()
-        if error is not None:
-            self._evict(resident)
-            raise AdapterUnservable(
-                f"adapter {resident.digest[:12]} could not be placed on the device: {error}"
-            ) from error
         for entry in resident.entries:
             self.pool.publish(entry)
         resident.published = True

@@ -252,6 +252,7 @@ class Engine:
 
     def _step(self) -> None:
         self._read_inbox()
+        self._adapters.publish_arrived()
         for request in self._scheduler.waiting.upcoming(_N_PREFETCH):
             if request.source.adapter is not None:
                 self._has_place(request)

@@ -109,3 +109,11 @@ def _plans(store: AdapterStore, spec: BaseSpec, folder: Path) -> list[AdapterPla
         with store.acquire(parse_selector(wanted)) as lease:
             plans.append(lease.plan)
     return plans
+
+
+def test_a_warmed_adapter_is_on_the_device_before_anybody_asks(model: PreTrainedModel) -> None:
+    with running_engine(model) as engine:
+        engine.warm(engine.prepare(lora_plan(model, rank=4, seed=4)))
+        while engine.stats().n_adapter_loads == 0:  # published by the loader's wake-up alone
+            assert engine.alive
+        assert engine.stats().pool_bytes_used > 0

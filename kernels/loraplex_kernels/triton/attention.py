@@ -98,7 +98,7 @@ def attend_split(
     BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     # The norm is a product with ones: a reduction's order would follow the thread layout.
-    ones = tl.full((BLOCK_KV, 16), 1.0, dtype=q.dtype)
+    ones = tl.full((BLOCK_KV, 16), 1.0, dtype=tl.float32).to(q.dtype)  # 3.6 interprets it so
     norm = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start in range(first, last, BLOCK_KV):

@@ -52,14 +52,12 @@ def run_arm(
     return scores
 
 
-def best_in_hindsight(
-    bundle: Bundle, forced: TeacherForced, data: TaskData, tasks: Sequence[Task]
-) -> Arm:
+def best_in_hindsight(bundle: Bundle, scorer: Scorer, data: TaskData, tasks: Sequence[Task]) -> Arm:
     """The expert that suits the test rows themselves best: what no description can know."""
     experts = bundle.library.means.float()
     chosen: list[int] = []
     for rows in data.eval_rows(tasks, _CHOOSING_ROWS, split="test"):
-        scores = forced([rows] * len(experts), experts)
+        scores = scorer([rows] * len(experts), experts)
         chosen.append(min(range(len(scores)), key=lambda i: scores[i].nll))
     return Arm("best expert by test score", experts[chosen])
 

@@ -12,6 +12,7 @@ from .arms import Arm, arms_of, best_in_hindsight, controls_of, run_arm
 from .bundle import Bundle
 from .frozen_base import FrozenBase
 from .intruders import IntruderCount
+from .remembered import Remembered
 from .results import GUARDED, Evaluation, add_recovery, differences, mean_over
 from .retrieval import condition
 from .scoring import Scorer, TaskScore, TeacherForced
@@ -51,13 +52,14 @@ def evaluate(
     sg: SgRecipe = SgRecipe(),  # noqa: B008  frozen value
     literal: SgRecipe | None = LITERAL,
     scorer: Scorer | None = None,
+    kept: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
 ) -> Evaluation:
     """Scores on the test split of each task of `sets`; a task without an oracle has no ρ.
 
     `scorer` decodes through an engine; without it one teacher-forced forward gives likelihood and
     greedy exact match (see scoring.py), as it does for Arrow, neutral text and the expert chosen
-    in hindsight in any case.
+    in hindsight in any case. Scores that the file `kept` holds are not computed again.
     """
     split = split or load_split()
     encoder = _Remembering(encoder)
@@ -80,7 +82,12 @@ def evaluate(
         report("literal SG-LoRA trained")
     arms += controls_of(generators[0], shuffled, bundle.default, members)
     forced = TeacherForced(base, data.head, bundle.layout)
-    arms.append(best_in_hindsight(bundle, forced, data, members))
+    in_training: Scorer = forced
+    if kept is not None:
+        kind = f"{base.fingerprint} {bundle.layout.digest}"
+        in_training = Remembered(forced, kept, f"{kind} forced")
+        scorer = scorer and Remembered(scorer, kept, f"{kind} served")
+    arms.append(best_in_hindsight(bundle, in_training, data, members))
     report("best experts chosen")
     result = Evaluation(tasks)
     result.about = {
@@ -104,18 +111,18 @@ def evaluate(
     focus = seeded if any(arm.name == seeded for arm in arms) else bundle.default
     for arm in arms:
         of = [t for t in members if t.name in oracles] if arm.name == "oracle" else members
-        scores = run_arm(scorer or forced, forced, data, of, arm, n_rows=n_rows)
+        scores = run_arm(scorer or in_training, forced, data, of, arm, n_rows=n_rows)
         result.scores[arm.name] = _named(of, scores)
         report(f"{arm.name}: exact {mean_over(result, arm.name, 'exact'):.2f}")
         if scorer is not None and arm.name in ("base", focus):
-            in_training = run_arm(forced, forced, data, of, arm, n_rows=n_rows)
-            result.about["agreement"][arm.name] = _agreement(scores, in_training)
+            check = run_arm(in_training, forced, data, of, arm, n_rows=n_rows)
+            result.about["agreement"][arm.name] = _agreement(scores, check)
     result.scores[GUARDED] = {
         task: dict(result.scores["base" if task in result.about["refused"] else focus][task])
         for task in tasks
     }
     add_recovery(result)
-    result.neutral = _neutral(forced, data, arms)
+    result.neutral = _neutral(forced, in_training, data, arms)
     report("neutral text scored")
     result.intruders = _intruders(IntruderCount(base, bundle.layout), arms)
     result.differences = differences(result, focus)
@@ -171,7 +178,9 @@ def _named(tasks: Sequence[Task], scores: Sequence[TaskScore]) -> dict[str, dict
     }
 
 
-def _neutral(forced: TeacherForced, data: TaskData, arms: Sequence[Arm]) -> dict[str, float]:
+def _neutral(
+    forced: TeacherForced, scorer: Scorer, data: TaskData, arms: Sequence[Arm]
+) -> dict[str, float]:
     """Perplexity of plain English answers under each arm's adapters: what they damage."""
     rows = data.rows_of([Example(prompt, answer) for prompt, answer in _NEUTRAL])
     out: dict[str, float] = {}
@@ -181,7 +190,7 @@ def _neutral(forced: TeacherForced, data: TaskData, arms: Sequence[Arm]) -> dict
         if arm.vectors is None:
             total = [forced.under(arm.adapters, [rows])[0].nll]
         else:
-            total = [score.nll for score in forced([rows] * len(arm.vectors), arm.vectors)]
+            total = [score.nll for score in scorer([rows] * len(arm.vectors), arm.vectors)]
         out[arm.name] = math.exp(sum(total) / len(total))
     return out
 

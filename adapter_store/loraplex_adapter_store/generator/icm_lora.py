@@ -11,6 +11,8 @@ statistics of the training library only, and the condition is never read off the
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,7 +28,7 @@ class IcmRecipe:
     latent: int = 256
     kl: float = 0.05  # β on the KL summed over z, against an MSE that is a mean over the weights
     lr: float = 1e-3
-    n_steps: int = 80
+    n_steps: int = 240
     batch: int = 8
     seed: int = 0
     channels: tuple[int, ...] = _CHANNELS
@@ -95,7 +97,12 @@ class IcmLora(nn.Module):
 
 
 def train_icm_lora(
-    samples: Tensor, conditions: Tensor, owner: Tensor, scale: Tensor, recipe: IcmRecipe
+    samples: Tensor,
+    conditions: Tensor,
+    owner: Tensor,
+    scale: Tensor,
+    recipe: IcmRecipe,
+    report: Callable[[str], None] = lambda _: None,
 ) -> IcmLora:
     """`samples` [n_tasks, n_snapshots, size]; `conditions` [n_texts, width] with their `owner`.
 
@@ -107,7 +114,8 @@ def train_icm_lora(
     model.scale.copy_(scale)
     optimiser = torch.optim.Adam(model.parameters(), lr=recipe.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 2 * recipe.n_steps)
-    for _ in range(recipe.n_steps):
+    errors: deque[float] = deque(maxlen=20)
+    for step in range(1, recipe.n_steps + 1):
         text = torch.randint(len(conditions), (recipe.batch,))
         which = torch.randint(samples.shape[1], (recipe.batch,))
         error, kl = model(samples[owner[text], which], conditions[text])
@@ -115,4 +123,8 @@ def train_icm_lora(
         torch.autograd.backward(error + recipe.kl * kl)
         optimiser.step()
         schedule.step()
+        errors.append(float(error.detach()))
+        if step % 20 == 0:  # 1 is what the library's mean would give
+            mean = sum(errors) / len(errors)
+            report(f"ICM-LoRA step {step}/{recipe.n_steps} error {mean:.3f}, KL {float(kl):.2f}")
     return model.eval().requires_grad_(False)

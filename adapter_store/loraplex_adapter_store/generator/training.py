@@ -114,8 +114,8 @@ def train_bundle(
             words.owner,
             _spread(library, span),
             bundle.icm_recipe,
+            report,
         )
-        report("ICM-LoRA done")
     return bundle
 
 

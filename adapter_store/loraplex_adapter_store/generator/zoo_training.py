@@ -37,6 +37,7 @@ STAGES = ("joint", "oracles", "multi-task", "experts")  # in this order
 
 _FIRST_LAYER, _RANK, _SCALE, _SEED = 8, 5, 2.0, 20  # chosen by a pilot: docs/generated-adapters.md
 _GROUP = 4  # tasks per forward in stage two
+_MULTI_TASK_FILE = "multi_task.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,7 @@ class ZooTraining:
         joint: JointRecipe = JointRecipe(),  # noqa: B008  frozen value
         expert: ExpertRecipe = ExpertRecipe(),  # noqa: B008
         oracle: ExpertRecipe | None = None,
-        multi_task_steps: int = 80,
+        multi_task_steps: int = 240,  # as many as the joint stage
         split: ZooSplit | None = None,
     ) -> None:
         self.folder, self._shipped = folder, shipped
@@ -199,11 +200,12 @@ class ZooTraining:
         return {e.card.task: e for e in _read_all(self.folder / "oracles")}
 
     def multi_task(self) -> Tensor | None:
-        """[layout.size], if that stage has run."""
-        path = self.folder / "multi_task.safetensors"
+        """[layout.size], if that stage is through."""
+        path = self.folder / _MULTI_TASK_FILE
         if not path.exists():
             return None
-        return read_tensor_file(path).tensors["vector"]
+        state = read_tensor_file(path)
+        return state.tensors["vector"] if state.header["step"] >= self._multi_task_steps else None
 
     def joint_vectors(self) -> tuple[Tensor, int]:
         """(V, step): from the folder, else from what was shipped. Raises FileNotFoundError."""
@@ -236,12 +238,8 @@ class ZooTraining:
         data: TaskData,
         report: Callable[[str], None],
     ) -> None:
-        path = self.folder / "multi_task.safetensors"
-        if not path.exists():
-            vector = train_multi_task(
-                base, layout, data, self.tasks, n_steps=self._multi_task_steps, report=report
-            )
-            write_tensor_file(path, {"vector": vector}, {})
+        checkpoint, n_steps = self.folder / _MULTI_TASK_FILE, self._multi_task_steps
+        train_multi_task(base, layout, data, self.tasks, checkpoint, n_steps=n_steps, report=report)
 
     def _run_group(
         self,

@@ -95,6 +95,10 @@ def evaluate(
             help="Decode through the serving engine, or score in one forward, faster.",
         ),
     ] = True,
+    kept: Annotated[
+        Path | None,
+        typer.Option(help="Keep scores in this file, and go on from what it holds."),
+    ] = None,
     base: _Base = None,
     shipped: _Shipped = None,
     zoo_folder: _Zoo = None,
@@ -145,6 +149,7 @@ def evaluate(
             n_seeds=seeds,
             literal=LITERAL if literal else None,
             scorer=scorer,
+            kept=kept,
             report=lambda line: show(line, flush=True),
         )
     out.mkdir(parents=True, exist_ok=True)

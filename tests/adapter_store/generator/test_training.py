@@ -54,14 +54,16 @@ EXPERT = ExpertRecipe(
 )
 
 
-def _zoo(folder: Path, shipped: Path, recipe: JointRecipe = RECIPE) -> ZooTraining:
+def _zoo(
+    folder: Path, shipped: Path, recipe: JointRecipe = RECIPE, *, multi_task_steps: int = 2
+) -> ZooTraining:
     return ZooTraining(
         folder,
         shipped,
         joint=recipe,
         expert=EXPERT,
         oracle=EXPERT,
-        multi_task_steps=2,
+        multi_task_steps=multi_task_steps,
         split=SPLIT,
     )
 
@@ -116,6 +118,22 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
     lines = _run(_zoo(tmp_path / "state", tmp_path / "shipped"), base, stages=("joint",))
     assert lines[0].startswith("going on from step")
     assert torch.equal(half.joint_vectors()[0], trained.joint_vectors()[0])
+
+
+def test_the_multi_task_adapter_goes_on_from_its_checkpoint(
+    base: Path, tmp_path: Path, trained: ZooTraining
+) -> None:
+    def zoo(n_steps: int) -> ZooTraining:
+        return _zoo(tmp_path / "state", tmp_path / "shipped", multi_task_steps=n_steps)
+
+    _run(zoo(1), base, stages=("multi-task",))
+    assert zoo(2).multi_task() is None
+    _run(zoo(2), base, stages=("multi-task",))
+    whole, resumed = trained.multi_task(), zoo(2).multi_task()
+    assert whole is not None
+    assert resumed is not None
+    assert whole.count_nonzero()
+    assert torch.equal(resumed, whole)
 
 
 def test_finished_tasks_are_not_trained_again(base: Path, trained: ZooTraining) -> None:

@@ -1,0 +1,123 @@
+"""Wishes as people type them, and what a real server answers: the table of the docs.
+
+    python server/benchmarks/wishes.py [--url http://host:8000] [--threads 2] [--out FILE]
+
+Each wish goes out as `POST /v1/chat/completions` with `"adapter": {"description": WISH}`, greedy,
+for the first two test inputs of the task that it means. No wish and no input was trained on, and
+no combination of operation and format but where the table says "trained". Nothing is left out:
+every wish of the list below is in the table. Prints Markdown; `--out` writes it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from loadtests.streaming import Connections
+from loadtests.target import started_target
+from loraplex_adapter_store.generator.zoo.split import load_split
+from loraplex_adapter_store.generator.zoo.tasks import Task, exact
+from loraplex_server.model.pull import resolve_model
+
+CHAT = "/v1/chat/completions"
+N_INPUTS = 2
+WISHES = (  # (what the user types, the task that is meant)
+    ("pluralise and put it in quotes", "plural/quotes"),
+    ("city in json please", "record-city/json"),
+    ("what city is it? full sentence", "record-city/sentence"),
+    ("give me the amount as json", "record-amount/json"),
+    ("date in Spanish, plain", "date.es/plain"),
+    ("say the date in English with quotes around it", "date.en/quotes"),
+    ("the date in German, JSON", "date.de/json"),
+    ("number in German inside an answer tag", "card.de/tag"),
+    ("turn the list around and give me JSON", "list-reverse/json"),
+    ("initials of the name in capital letters", "initials/caps"),
+    ("please wrap the person's initials in an answer tag", "initials/tag"),
+    ("write the date in Italian", "date.it/plain"),
+    ("the second thing in the list", "list-second/plain"),
+    ("Give the minutes as hours", "minutes/plain"),
+)
+
+
+class Reply(NamedTuple):
+    wish: str
+    prompt: str
+    text: str  # of the model, or of the refusal
+    verdict: str
+    trained: bool  # this very combination
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--url", help="a running server; default: one is started")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with server(options.url, options.threads) as connections:
+        replies = list(ask_all(connections))
+    text = table(replies)
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+@contextmanager
+def server(url: str | None, n_threads: int) -> Iterator[Connections]:
+    if url is not None:
+        yield Connections(url)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        room = Path(folder)
+        (room / "adapters").mkdir()
+        settings = {"threads": n_threads}
+        with started_target(
+            resolve_model(), room / "adapters", room / "state", settings, room / "log"
+        ) as target:
+            yield Connections(target.url)
+
+
+def ask_all(connections: Connections) -> Iterator[Reply]:
+    trained = set(load_split().sets["train"])
+    for wish, task in WISHES:
+        for example in Task.parse(task).examples("test", N_INPUTS):
+            status, answer = ask(connections, wish, example.prompt)
+            if status == 200:
+                text = answer["choices"][0]["message"]["content"]
+                verdict = "right" if exact(text, example.answer) else f"wrong: {example.answer}"
+            elif status == 422:
+                text, verdict = f"422, {answer['error']['message']}", "refused"
+            else:
+                raise RuntimeError(f"POST {CHAT} answered {status}: {answer}")
+            yield Reply(wish, example.prompt, text, verdict, task in trained)
+
+
+def ask(connections: Connections, wish: str, prompt: str) -> tuple[int, dict[str, Any]]:
+    body = {
+        "adapter": {"description": wish},
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": 48,
+    }
+    status, answer = connections.send("POST", CHAT, json.dumps(body).encode())
+    return status, json.loads(answer)
+
+
+def table(replies: list[Reply]) -> str:
+    lines = ["| wish | input | reply | |", "| --- | --- | --- | --- |"]
+    for reply in replies:
+        wish = f"{reply.wish} (trained)" if reply.trained else reply.wish
+        cells = [wish, reply.prompt, f"`{' '.join(reply.text.split())}`", reply.verdict]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

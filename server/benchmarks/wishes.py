@@ -92,8 +92,10 @@ def ask_all(connections: Connections) -> Iterator[Reply]:
             if status == 200:
                 text = answer["choices"][0]["message"]["content"]
                 verdict = "right" if exact(text, example.answer) else f"wrong: {example.answer}"
-            elif status == 422:
-                text, verdict = f"422, {answer['error']['message']}", "refused"
+            elif status == 422:  # whatever the input
+                message = answer["error"]["message"].partition(";")[0]
+                yield Reply(wish, "", f"422, {message}", "refused", task in trained)
+                break
             else:
                 raise RuntimeError(f"POST {CHAT} answered {status}: {answer}")
             yield Reply(wish, example.prompt, text, verdict, task in trained)

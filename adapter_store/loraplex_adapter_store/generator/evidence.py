@@ -13,6 +13,7 @@ __all__ = ["write_evidence"]
 _MAIN = (
     "base",
     "base + description",
+    "multi-task + description",
     "nearest",
     "weighted",
     "sg-lora",
@@ -49,7 +50,19 @@ def _about(result: Evaluation) -> str:
         lines.append(f"Dropped by the gate: {', '.join(about['library_dropped'])}.")
     if about["without_oracle"]:
         lines.append(f"No oracle, so no ρ, for: {', '.join(about['without_oracle'])}.")
+    beaten = _beaten_oracles(result)
+    if beaten:
+        lines.append(f"Oracles that {about['default']} beats in NLL: {', '.join(beaten)}.")
     return "\n".join(lines)
+
+
+def _beaten_oracles(result: Evaluation) -> list[str]:
+    """Those that are no upper bound."""
+    focus = _scored_as(result, str(result.about["default"]))
+    if focus is None:
+        return []
+    mine, theirs = result.scores[focus], result.scores.get("oracle", {})
+    return [task for task in theirs if mine[task]["nll"] < theirs[task]["nll"]]
 
 
 def _how_scored(result: Evaluation) -> list[str]:

@@ -91,7 +91,7 @@ def ask_all(connections: Connections) -> Iterator[Reply]:
             status, answer = ask(connections, wish, example.prompt)
             if status == 200:
                 text = answer["choices"][0]["message"]["content"]
-                verdict = "right" if exact(text, example.answer) else f"wrong: {example.answer}"
+                verdict = "right" if exact(text, example.answer) else f"not `{example.answer}`"
             elif status == 422:  # whatever the input
                 message = answer["error"]["message"].partition(";")[0]
                 yield Reply(wish, "", f"422, {message}", "refused", task in trained)

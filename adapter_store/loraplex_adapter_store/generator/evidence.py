@@ -120,6 +120,8 @@ def _verdict(result: Evaluation) -> list[str]:
         mine = mean_over(result, GUARDED, "nll", "h3")
         text = "H3 NLL no worse than the base by 2 %, the base answering what the guard refuses"
         rule(text, f"{mine:.2f} against {theirs:.2f}", mine <= 1.02 * theirs)
+    if not rows:  # validation tasks have none
+        return []
     return ["## The criteria\n\n" + _table(["criterion", "measured", ""], rows)]
 
 

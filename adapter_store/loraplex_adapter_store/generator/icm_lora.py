@@ -126,5 +126,6 @@ def train_icm_lora(
         errors.append(float(error.detach()))
         if step % 20 == 0:  # 1 is what the library's mean would give
             mean = sum(errors) / len(errors)
-            report(f"ICM-LoRA step {step}/{recipe.n_steps} error {mean:.3f}, KL {float(kl.detach()):.2f}")
+            divergence = float(kl.detach())
+            report(f"ICM-LoRA step {step}/{recipe.n_steps} error {mean:.3f}, KL {divergence:.2f}")
     return model.eval().requires_grad_(False)

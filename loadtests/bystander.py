@@ -21,13 +21,14 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 
 from loraplex_server.model.pull import resolve_model
 
 from .admin import upload_adapter, warm_adapter
 from .provenance import commit, machine
 from .random_adapters import adapter_names, write_adapters
+from .recorder import percentile
 from .scenario import AdapterSet
 from .streaming import Connections, Outcome
 from .target import started_target
@@ -194,12 +195,10 @@ def device_loads(server: Connections) -> tuple[int, float]:
     return int(values["count"]), values["sum"]
 
 
-def spread(seconds: Sequence[float]) -> dict[str, float]:
-    cuts = quantiles(seconds, n=100)
+def spread(seconds: Sequence[float]) -> dict[str, float | None]:
+    milliseconds = [1000 * value for value in seconds]
     return {
-        "p50": round(1000 * median(seconds), 2),
-        "p99": round(1000 * cuts[-1], 2),
-        "max": round(1000 * max(seconds), 2),
+        **{f"p{percent}": percentile(milliseconds, percent) for percent in (50, 99, 100)},
         "n": len(seconds),
     }
 

@@ -27,6 +27,7 @@ __all__ = [
     "route_and_group",
     "route_top_k",
     "spread",
+    "top_k_of",
     "weighted_sum",
 ]
 
@@ -61,9 +62,7 @@ def route_top_k(hidden: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """
     code = _gate_code(hidden, gate)
     if code is None:
-        logits = torch.mm(hidden.float(), gate.T)
-        values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-        return order[:, :k].int(), torch.softmax(values[:, :k], dim=-1)
+        return top_k_of(torch.mm(hidden.float(), gate.T), k)
     n_rows = hidden.shape[0]
     index = torch.empty((n_rows, k), dtype=torch.int32)
     weight = torch.empty((n_rows, k), dtype=torch.float32)
@@ -79,6 +78,12 @@ def route_top_k(hidden: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
         weight.data_ptr(),
     )
     return index, weight
+
+
+def top_k_of(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """``route_top_k`` from the products on, [n, n_experts]."""
+    values, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return order[:, :k].int(), torch.softmax(values[:, :k], dim=-1)
 
 
 def group_pairs(ids: Tensor, weight: Tensor, n_segments: int) -> Grouped:

@@ -11,7 +11,10 @@ from torch import Tensor
 from .errors import BadFactors
 from .layout import PAGE_RANK, LoraTarget
 
-__all__ = ["EntryFactors", "Piece", "SliceFactors", "cut_into_pieces"]
+__all__ = ["KINDS", "EntryFactors", "Piece", "SliceFactors", "cut_into_pieces"]
+
+
+KINDS = ("a", "b", "scale", "bias")  # of pieces, in the order in which the kernels read them
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +40,7 @@ class Piece(NamedTuple):
 
     target: str
     slice_index: int
-    kind: str  # "a", "b", "scale" or "bias"
+    kind: str  # one of KINDS
     page: int
     source: Tensor  # [rows, width], or [width] of a scale or a bias
 
@@ -57,7 +60,7 @@ def cut_into_pieces(targets: Mapping[str, LoraTarget], factors: EntryFactors) ->
         for i, one in enumerate(slices):
             if one is not None:
                 _check(target, i, one)
-        for kind in ("a", "b", "scale", "bias"):
+        for kind in KINDS:
             pieces += _pieces_of(name, slices, kind)
     return pieces
 

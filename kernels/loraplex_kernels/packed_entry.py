@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,13 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .factors import EntryFactors, Piece, cut_into_pieces
+from .factors import KINDS, EntryFactors, Piece, cut_into_pieces
 from .layout import LoraTarget
 
-__all__ = ["ALIGNMENT_BYTES", "KINDS", "PackedEntry", "pack_entry"]
+__all__ = ["ALIGNMENT_BYTES", "PackedEntry", "pack_entry"]
 
 ALIGNMENT_BYTES = 64
-KINDS = ("a", "b", "scale", "bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,21 +36,17 @@ class PackedEntry:
     def n_bytes(self) -> int:
         return self.image.nbytes
 
-    @property
-    def max_rank(self) -> int:
-        return int(self.ranks[:, 2].max(initial=0))
-
 
 def pack_entry(
-    targets: Sequence[LoraTarget],
+    targets: Mapping[str, LoraTarget],
     factors: EntryFactors,
     dtype: torch.dtype,
     *,
     pin_memory: bool = False,  # for the copy engine of a GPU
 ) -> PackedEntry:
     """Casts and copies; tens of milliseconds for a large adapter. Any thread. Raises BadFactors."""
-    pieces = cut_into_pieces({target.name: target for target in targets}, factors)
-    index_of = {target.name: index for index, target in enumerate(targets)}
+    pieces = cut_into_pieces(targets, factors)
+    index_of = {name: index for index, name in enumerate(targets)}
     unit = ALIGNMENT_BYTES // dtype.itemsize
     lengths = np.array([-(-p.source.numel() // unit) * unit for p in pieces], dtype=np.int64)
     ends = np.cumsum(lengths)

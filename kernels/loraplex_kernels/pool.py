@@ -80,7 +80,7 @@ class LoraPool:
     def pack(self, factors: EntryFactors) -> PackedEntry:
         """The entry in this pool's dtype and layout. Any thread. Raises BadFactors."""
         return pack_entry(
-            tuple(self.targets.values()),
+            self.targets,
             factors,
             self.storage.dtype,
             pin_memory=self.device.type == "cuda",

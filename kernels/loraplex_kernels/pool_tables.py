@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .factors import KINDS
 from .layout import NO_PAGE, PAGE_RANK, LoraTables, LoraTarget
-from .packed_entry import KINDS
 
 __all__ = ["PoolTables"]
 

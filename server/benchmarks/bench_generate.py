@@ -14,10 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +25,7 @@ from statistics import median, quantiles
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from loadtests.provenance import commit, machine
 from loadtests.streaming import Connections
 from loadtests.target import started_target
 from loraplex_adapter_store.generator.zoo.split import load_split
@@ -75,11 +73,7 @@ def measure(server: Connections, n: int) -> dict[str, object]:
             named.append(beside)
     return {
         "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "cores": os.cpu_count(),
-            "threads": 2,
-        },
+        "machine": {**machine(), "threads": 2},
         "commit": commit(),
         "n": n,
         "first_description_of_the_server_ms": round(first_ms, 1),
@@ -134,12 +128,6 @@ def first_token(server: Connections, adapter: object, amount: int) -> float | No
 def spread(values: Sequence[float]) -> dict[str, float]:
     cuts = quantiles(values, n=20)
     return {"p50": round(median(values), 1), "p95": round(cuts[-1], 1)}
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

@@ -92,7 +92,6 @@ class NativeLora:
 
         While the first is computed, the factors of the second come into the cache.
         """
-        self._check(x, out)
         self._call("loraplex_adapted_linear", packed, x, out, segments)
 
     def spread(
@@ -105,7 +104,6 @@ class NativeLora:
         expert_act: Tensor,
     ) -> None:
         """As ``loraplex_kernels.experts.spread``; writes ``out`` and ``expert_act``."""
-        self._check(x, out)
         self._call("loraplex_spread_linear", packed, x, out, segments, (pair_rows, expert_act))
 
     def gather(
@@ -118,7 +116,6 @@ class NativeLora:
         pairs: Tensor,
     ) -> None:
         """As ``loraplex_kernels.experts.gather``; reads ``x`` and ``pairs``, writes ``out``."""
-        self._check(x, out)
         self._call("loraplex_gather_linear", packed, x, out, segments, (pair_rows, pairs))
 
     def _call(
@@ -130,6 +127,7 @@ class NativeLora:
         segments: LoraSegments,
         pairs: tuple[Tensor, Tensor] | None = None,  # their rows of the step, the tensor of them
     ) -> None:
+        self._check(x, out)
         n_rows = x.shape[0]
         weights = segments.weights
         of_pairs: tuple[int, ...] = ()

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraplex_kernels.experts import route_top_k
+from loraplex_kernels.experts import route_top_k, top_k_of
 
 __all__ = [
     "NO_EXPERT",
@@ -103,9 +103,7 @@ def route(
 def gate_top_k(logits: Tensor, top_k: int) -> Routing:
     """Softmax over all experts, keep k, renormalise: the same as softmax over the k logits."""
     experts_per_row(GateStrategy.TOP_K, logits.shape[-1], top_k)
-    values, index = _descending(logits)
-    weight = torch.softmax(values[:, :top_k], dim=-1)
-    return Routing(index[:, :top_k].int(), weight)
+    return Routing(*top_k_of(logits.float(), top_k))
 
 
 def gate_top_p(logits: Tensor, top_p: float) -> Routing:

@@ -63,8 +63,11 @@ class Former:
     def prepared(self, plan: AdapterPlan) -> AdapterPlan:
         """The plan with its device form instead of its factors. Shares no memory with ``plan``.
 
-        A plan that cannot be served comes back as it is: it is refused when it is asked for.
+        A plan that is prepared already comes back as it is, and so does one that cannot be served:
+        that is refused when it is asked for.
         """
+        if plan.device_form is not None:
+            return plan
         try:
             form = self.form(plan)
         except AdapterUnservable:

@@ -201,7 +201,7 @@ class DevicePool:
             digest=plan.digest,
             entries=entries,
             n_bytes=n_bytes,
-            plan=plan,
+            plan=replace(plan, device_form=None),  # the pool has it: the host may let it go
             planned={
                 name: _to_device(module, self._dtype, self._device)
                 for name, module in plan.modules.items()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 
 import pytest
@@ -117,3 +119,17 @@ def test_a_warmed_adapter_is_on_the_device_before_anybody_asks(model: PreTrained
         while engine.stats().n_adapter_loads == 0:  # published by the loader's wake-up alone
             assert engine.alive
         assert engine.stats().pool_bytes_used > 0
+
+
+def test_an_adapter_on_the_device_does_not_hold_its_form_in_host_memory(
+    model: PreTrainedModel,
+) -> None:
+    with running_engine(model) as engine:
+        prepared = engine.prepare(lora_plan(model, rank=4, seed=5))
+        assert isinstance(prepared.device_form, DeviceForm)
+        image = weakref.ref(prepared.device_form.entries[0].image)
+        generate_all(engine, [[1, 2, 3]], plans=[prepared])
+        assert engine.stats().n_adapter_loads == 1
+        del prepared
+        gc.collect()
+        assert image() is None

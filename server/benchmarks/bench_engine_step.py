@@ -3,7 +3,8 @@
     .venv/bin/python server/benchmarks/bench_engine_step.py
 
 With no adapter, one shared adapter and 16 distinct ones (rank 16, all linears, random), each in
-turn, several rounds; prints the median of the rounds' medians and the ratio to no adapter.
+turn, several rounds; prints the median of the rounds' medians and the ratio to no adapter. Before
+that, what it takes to place one of them: packing, the engine thread's part, the loader's copy.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -70,6 +72,7 @@ def main() -> None:
     )
     runner = ModelRunner(model, kv_cache, adapters)
     leases = [_adapter(model, seed) for seed in range(N_ROWS)]
+    print(json.dumps(_cold_loads(adapters, leases)))
     for lease in leases:
         while adapters.place(lease.plan) is not Placement.RESIDENT:
             time.sleep(0.01)
@@ -95,6 +98,30 @@ def main() -> None:
         }
         print(json.dumps(result))
     adapters.close()
+
+
+def _cold_loads(adapters: DevicePool, leases: Sequence[Lease]) -> dict[str, object]:
+    """Median milliseconds over the adapters; each leaves the device again."""
+    packing, reserving, copying, publishing = [], [], [], []
+    for lease in leases:
+        marks = [time.perf_counter()]
+        plan = adapters.prepare(lease.plan)
+        marks.append(time.perf_counter())
+        adapters.place(plan)
+        marks.append(time.perf_counter())
+        while adapters.place(plan) is not Placement.RESIDENT:
+            marks.append(time.perf_counter())
+        took = [after - before for before, after in pairwise([*marks, time.perf_counter()])]
+        packing.append(took[0])
+        reserving.append(took[1])
+        copying.append(sum(took[2:-1]))
+        publishing.append(took[-1])
+        adapters.drop(lease.digest)
+    columns = {"pack": packing, "reserve": reserving, "copy": copying, "publish": publishing}
+    return {
+        "case": "cold load",
+        **{f"{name}_ms": round(1000 * statistics.median(v), 2) for name, v in columns.items()},
+    }
 
 
 def _adapter(model: BaseModel, seed: int, rank: int = 16) -> Lease:

@@ -50,6 +50,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of the loader, as in the server: a second team slows every step
     model = load_base_model(resolve_model(None), DEFAULT_BASE, dtype=torch.bfloat16, device=_CPU)
     kv_cache = KvCache(
         KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim),
@@ -77,6 +79,7 @@ def main() -> None:
         while adapters.place(lease.plan) is not Placement.RESIDENT:
             time.sleep(0.01)
         adapters.hold(lease.digest)
+    torch.set_num_threads(n_threads)
     cases: dict[str, Sequence[Lease | None]] = {
         "no adapter": [None] * N_ROWS,
         "one adapter": [leases[0]] * N_ROWS,

@@ -30,6 +30,7 @@ constexpr int64_t kSerialWork = 64 << 10;   // multiply-adds below which threads
 constexpr int64_t kTileRows = 4;            // rows that meet a factor together
 constexpr int64_t kUnitsPerThread = 2;      // so many of the largest, at least, to divide work by units
 constexpr int64_t kLargeFetch = 256 << 10;  // bytes of a call; below, fetching hardly matters
+constexpr double kHeavyFetch = 0.4;         // of the base's bytes: more is on trial for itself
 constexpr int64_t kWantedUnits = 4;         // of a thread, where segments have many rows
 
 struct Call {
@@ -82,29 +83,51 @@ struct Unit {
 enum class Cut { kNothing, kUnits, kPieces };
 
 // Fetching much pays on a machine whose memory has time to spare while the base's product runs, and
-// costs on one where it has not. So the first large calls of a thread do it and leave it in turn, and
-// the later ones go with the faster. No result depends on it.
+// costs on one where it has not. So a thread's first large calls are made in pairs of one shape, one
+// that fetches and one that does not, and the later calls go with the faster. Chance says which comes
+// first, as any turns may fall in step with the layers. No result depends on it.
 class FetchTrial {
 public:
-    bool is_over() const { return n_ >= kCalls; }
-    bool fetches() const { return is_over() ? fetching_is_faster_ : n_ / kTurn % 2 == 0; }
-    // Of a call that fetched as `fetches` said; `cost` is its time for the size of its product.
-    void add(double cost) {
-        costs_[fetches() ? 0 : 1].push_back(cost);
-        if (++n_ < kCalls) return;
-        fetching_is_faster_ = median(costs_[0]) < median(costs_[1]);
-        for (auto& costs : costs_) costs = {};
+    bool is_over() const { return ratios_.size() >= kPairs; }
+    // Whether the next call of this shape fetches.
+    bool fetches(int64_t in_features, int64_t n_columns) {
+        if (is_over()) return fetching_is_faster_;
+        const Half& first = half(in_features, n_columns);
+        return first.cost > 0 ? !first.fetched : (coin_ >> 31) != 0;
+    }
+    // `cost` is the call's time for the bytes that it read.
+    void add(int64_t in_features, int64_t n_columns, bool fetched, double cost) {
+        Half& first = half(in_features, n_columns);
+        if (first.cost == 0) {
+            first.fetched = fetched;
+            first.cost = cost;
+            coin_ = coin_ * 1664525u + 1013904223u;
+            return;
+        }
+        ratios_.push_back(fetched ? cost / first.cost : first.cost / cost);
+        first.cost = 0;
+        if (!is_over()) return;
+        std::nth_element(ratios_.begin(), ratios_.begin() + kPairs / 2, ratios_.end());
+        fetching_is_faster_ = ratios_[kPairs / 2] < 1;
     }
 
 private:
-    static constexpr int kCalls = 1024, kTurn = 128;  // a turn is a step or so
-    static double median(std::vector<double>& costs) {
-        std::nth_element(costs.begin(), costs.begin() + costs.size() / 2, costs.end());
-        return costs[costs.size() / 2];
+    static constexpr size_t kPairs = 600;  // ten steps of a small model
+    struct Half {  // of a pair; of no pair where its cost is zero
+        int64_t in_features, n_columns;
+        bool fetched;
+        double cost;
+    };
+    Half& half(int64_t in_features, int64_t n_columns) {
+        for (Half& known : halves_)
+            if (known.in_features == in_features && known.n_columns == n_columns) return known;
+        halves_.push_back({in_features, n_columns, false, 0});
+        return halves_.back();
     }
-    int n_ = 0;
+    uint32_t coin_ = 1;
     bool fetching_is_faster_ = true;
-    std::vector<double> costs_[2];  // with, without
+    std::vector<Half> halves_;
+    std::vector<double> ratios_;  // with, by without
 };
 
 struct Plan {
@@ -114,7 +137,7 @@ struct Plan {
     std::vector<Unit> units, dealt;  // by cost; by thread
     std::vector<FetchRun> runs;  // what the units read, thread after thread
     std::vector<FetchList> fetch;
-    FetchTrial trial;
+    FetchTrial light_trial, heavy_trial;  // by what is fetched, beside the base's weights
     std::vector<Part> parts;
     std::vector<ShrinkPiece> shrink;
     std::vector<ExpandPiece> expand;
@@ -559,16 +582,22 @@ int64_t n_fetch_bytes(const Plan& plan) {
 template <typename RunCall>
 void run_over(const Base& base, const Call& call, Plan& plan, const RunCall& run_call) {
     const FetchList* fetch = list_fetches(call, plan);
-    const bool is_large = fetch && n_fetch_bytes(plan) > kLargeFetch;
-    if (is_large && !plan.trial.fetches()) fetch = nullptr;
-    const bool is_trial = is_large && !plan.trial.is_over();
+    const int64_t n_fetched = fetch ? n_fetch_bytes(plan) : 0;
+    if (n_fetched <= kLargeFetch) {
+        run_base(base, call, plan, fetch);
+        run_call();
+        return;
+    }
+    const int64_t n_weights = call.target.in_features * n_columns(call.target) * element_bytes(call);
+    FetchTrial& trial = n_fetched > kHeavyFetch * n_weights ? plan.heavy_trial : plan.light_trial;
     const auto start = std::chrono::steady_clock::now();
+    if (!trial.fetches(call.target.in_features, n_columns(call.target))) fetch = nullptr;
     run_base(base, call, plan, fetch);
     run_call();
-    if (!is_trial) return;
+    if (trial.is_over()) return;
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    const int64_t size = base.n_rows * call.target.in_features * n_columns(call.target);
-    plan.trial.add(took.count() / static_cast<double>(size));
+    trial.add(call.target.in_features, n_columns(call.target), fetch != nullptr,
+              took.count() / static_cast<double>(n_weights + n_fetched));
 }
 
 template <typename Row>

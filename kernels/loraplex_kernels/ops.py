@@ -64,7 +64,7 @@ class PreparedTarget:
         self._bind()
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
-        native = self._follow()
+        native = self.native()
         if native is not None:
             native(x, segments, out)
         else:
@@ -75,8 +75,8 @@ class PreparedTarget:
 
         The same bits as ``packed(x)`` and a call: native code fetches factors meanwhile.
         """
-        native, weights = self._follow(), packed.native
-        if native is None or weights is None or packed.dtype != self._pool.storage.dtype:
+        native, weights = self.native(), packed.native
+        if native is None or weights is None or packed.dtype != self.dtype:
             out = packed(x)
             self(x, segments, out)
             return out
@@ -93,12 +93,12 @@ class PreparedTarget:
         segments: LoraSegments,
     ) -> tuple[Tensor, Tensor]:
         """``experts.spread`` over the base's product."""
-        native, weights = self._follow(), packed.native
+        native, weights = self.native(), packed.native
         ff = packed.n_out // 2
         if (
             native is None
             or weights is None
-            or packed.dtype != self._pool.storage.dtype
+            or packed.dtype != self.dtype
             or activation is not silu_mul
             or packed.out_features != (ff, ff)
             or ff % 16
@@ -118,14 +118,18 @@ class PreparedTarget:
         segments: LoraSegments,
     ) -> Tensor:
         """``experts.gather`` over the base's product."""
-        native, weights = self._follow(), packed.native
-        if native is None or weights is None or packed.dtype != self._pool.storage.dtype:
+        native, weights = self.native(), packed.native
+        if native is None or weights is None or packed.dtype != self.dtype:
             return gather(packed, self, x, of_pairs, pairs, segments)
         out = torch.empty((x.shape[0], packed.n_out), dtype=x.dtype)
         native.gather(weights, x, segments, pairs.rows, out, of_pairs)
         return out
 
-    def _follow(self) -> NativeLora | None:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._pool.storage.dtype
+
+    def native(self) -> NativeLora | None:
         """The native kernel of the pool's current tables, where it may be called."""
         tables = self._pool.tables(self._target.name)
         if tables is not self._tables:

@@ -13,10 +13,10 @@ from torch import Tensor
 from ..layout import LoraSegments, LoraTables, LoraTarget
 from .native import library
 
-__all__ = ["NativeLora", "NativeWeights", "serves"]
+__all__ = ["SEGMENT_ERRORS", "NativeLora", "NativeWeights", "serves"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-_ERRORS = {
+SEGMENT_ERRORS = {
     1: "a segment names an entry beyond the tables",
     2: "a segment names a row beyond x",
     3: "the rows of a segment must ascend, each once",
@@ -61,7 +61,7 @@ class NativeLora:
         self.storage, self.target, self.tables = storage, target, tables
         self._n_columns = sum(target.out_features)
         self._descriptor = _describe(storage, target, tables)
-        self._address = ctypes.addressof(self._descriptor)
+        self.address = ctypes.addressof(self._descriptor)
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """``x`` [n_rows, in_features], ``out`` [n_rows, Σ out_features]; any row stride."""
@@ -72,7 +72,7 @@ class NativeLora:
         self._check(x, out)
         weights = segments.weights
         failed = _bind("loraplex_lora_apply", keep_gil=False)(
-            self._address,
+            self.address,
             x.data_ptr(),
             x.stride(0),
             out.data_ptr(),
@@ -85,7 +85,7 @@ class NativeLora:
             n_segments,
         )
         if failed:
-            raise IndexError(f"{self.target.name}: {_ERRORS[failed]}")
+            raise IndexError(f"{self.target.name}: {SEGMENT_ERRORS[failed]}")
 
     def over(self, packed: NativeWeights, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """Writes the base's product and adds the segments' products, in one native call.
@@ -135,7 +135,7 @@ class NativeLora:
             rows, values = pairs
             of_pairs = (rows.data_ptr(), rows.shape[0], values.data_ptr(), values.stride(0))
         failed = _bind(name, keep_gil=n_rows <= packed.light_rows)(
-            self._address,
+            self.address,
             packed.address,
             packed.bias_address,
             x.data_ptr(),
@@ -151,7 +151,7 @@ class NativeLora:
             *of_pairs,
         )
         if failed:
-            raise IndexError(f"{self.target.name}: {_ERRORS[failed]}")
+            raise IndexError(f"{self.target.name}: {SEGMENT_ERRORS[failed]}")
 
     def _check(self, x: Tensor, out: Tensor) -> None:
         n_rows, in_features = x.shape

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from loraplex_kernels.cpu.decoder import (
+    DecoderLayer,
+    DecoderLinear,
+    DecoderRows,
+    NativeDecoder,
+    Norm,
+)
 from loraplex_kernels.model_ops import (
     add_rms_norm,
     paged_attention,
@@ -68,6 +75,8 @@ class FusedDecoder:
         self._n_heads = n_heads
         self._n_kv_heads = n_kv_heads
         self._head_dim = cos.shape[1]
+        self._native: NativeDecoder | None = None
+        self._native_of: tuple[object, ...] = ()  # what `_native` was made for
 
     @staticmethod
     def of(
@@ -111,7 +120,22 @@ class FusedDecoder:
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Embeddings [T, hidden_size] → normed hidden states. Changes its input (the residual)."""
+        """Embeddings [T, hidden_size] → normed hidden states. Changes its input (the residual).
+
+        In one native call where the step has no row that routes or goes module by module.
+        """
+        step = self._step
+        if not step.planned and not step.routed:
+            native = self._bind_native()
+            rows = DecoderRows(
+                step.positions, step.slots, step.page_table, step.query_starts, step.kv_lens
+            )
+            if native is not None and native.takes(hidden, rows):
+                return native(hidden, rows, step.segments)
+        return self.run_by_layer(hidden)
+
+    def run_by_layer(self, hidden: Tensor) -> Tensor:
+        """The same, operator by operator: on any device, with every kind of row."""
         residual = hidden
         first = self._layers[0].input_norm
         x = rms_norm(residual, first.weight, first.eps)
@@ -125,6 +149,26 @@ class FusedDecoder:
             )
             x = add_rms_norm(x, residual, norm.weight, norm.eps)
         return x
+
+    def _bind_native(self) -> NativeDecoder | None:
+        """The layers for native code, made anew when a cache or an adapter pool is attached."""
+        first = self._layers[0]
+        made_for = (first.cache.keys, first.qkv.lora)
+        if self._native_of != () and all(
+            a is b for a, b in zip(self._native_of, made_for, strict=True)
+        ):
+            return self._native
+        self._native_of = made_for
+        layers = [_native_layer(layer) for layer in self._layers]
+        norm = Norm(self._norm.weight, self._norm.eps)
+        known = [layer for layer in layers if layer is not None]
+        self._native = (
+            NativeDecoder(known, norm, self._cos, self._sin, self._n_heads)
+            if len(known) == len(layers)
+            and NativeDecoder.serves(known, norm, self._cos, self._sin, self._n_heads)
+            else None
+        )
+        return self._native
 
     def _attend(self, layer: _Layer, qkv: Tensor) -> Tensor:
         """[T, (n_heads + 2 n_kv_heads) · head_dim] → [T, n_heads · head_dim]."""
@@ -167,6 +211,29 @@ class FusedDecoder:
             heads = qkv[:, columns].reshape(-1, self._head_dim)
             normed = rms_norm(heads, norm.weight, norm.eps)
             qkv[:, columns] = normed.view(qkv.shape[0], -1)
+
+
+def _native_layer(layer: _Layer) -> DecoderLayer | None:
+    """None if native code has no such layer (Qwen3's norms of heads), or it is not attached yet."""
+    keys, values = layer.cache.keys, layer.cache.values
+    if keys is None or values is None or layer.q_norm is not None or layer.k_norm is not None:
+        return None
+    return DecoderLayer(
+        input_norm=Norm(layer.input_norm.weight, layer.input_norm.eps),
+        qkv=_native_linear(layer.qkv),
+        keys=keys,
+        values=values,
+        scale=layer.scale,
+        window=layer.window,
+        out=_native_linear(layer.out),
+        mlp_norm=Norm(layer.mlp_norm.weight, layer.mlp_norm.eps),
+        gate_up=_native_linear(layer.mlp.gate_up),
+        down=_native_linear(layer.mlp.down),
+    )
+
+
+def _native_linear(group: LoraGroup) -> DecoderLinear:
+    return DecoderLinear(group.packed, group.lora)
 
 
 def _layer_of(

@@ -93,7 +93,7 @@ class RoutedMlp(nn.Module):
     ) -> None:
         super().__init__()
         self.name = name
-        self._gate_up, self._down, self._activation = gate_up, down, activation
+        self.gate_up, self.down, self._activation = gate_up, down, activation
         self._step = step
         self._block = MlpBlock(
             activation=activation,
@@ -115,7 +115,7 @@ class RoutedMlp(nn.Module):
         routed = self._step.routed.get(self.name)
         if routed:
             return mixed_mlp(hidden, self._block, routed)
-        return self._down(self._activation(self._gate_up(hidden)))
+        return self.down(self._activation(self.gate_up(hidden)))
 
 
 def find_mlps(

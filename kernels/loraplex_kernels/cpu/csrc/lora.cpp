@@ -356,7 +356,7 @@ const LoraKernels& kernels() {
     return kLoraPortable;
 }
 
-// 0, or the number of the check that failed (see `_ERRORS` in cpu/lora.py).
+// 0, or the number of the check that failed (see `SEGMENT_ERRORS` in cpu/lora.py).
 int check(const Call& call, int64_t n_rows) {
     for (int64_t s = 0; s < call.n_segments; ++s) {
         if (call.entries[s] >= call.target.n_entries) return 1;

@@ -89,3 +89,11 @@ extern const LoraKernels kLoraAvx512Bf16;
 #endif
 
 }  // namespace loraplex
+
+// See lora.cpp.
+LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* target,
+                                         const void* packed, const float* bias, const void* x,
+                                         int64_t x_stride, void* out, int64_t out_stride,
+                                         int64_t n_rows, const int32_t* entries,
+                                         const int32_t* starts, const int32_t* rows,
+                                         const float* weights, int64_t n_segments);

@@ -1,0 +1,61 @@
+// Llama-style decoder layers in one call: what Python passes. Mirrored in cpu/decoder.py.
+#pragma once
+
+#include "lora.h"
+
+namespace loraplex {
+
+// One packed linear of the base, as linear.inc reads it, with the pool's factors of its target.
+struct DecoderLinear {
+    const void* packed;
+    const float* bias;                // or null
+    const LoraTargetDescriptor* lora;  // or null: no adapter pool
+    int64_t n_in, n_out;
+};
+
+struct DecoderLayer {
+    DecoderLinear qkv, out, gate_up, down;
+    const void* input_norm;  // weights of the norms
+    const void* mlp_norm;
+    void* keys;  // of the paged cache
+    void* values;
+    int64_t window;  // 0 = none
+    double input_eps, mlp_eps, scale;
+};
+
+struct Decoder {
+    const DecoderLayer* layers;
+    int64_t n_layers;
+    const void* norm;  // after the last layer
+    const float* cos;  // [n_positions, head_dim]
+    const float* sin;
+    int64_t n_heads, n_kv_heads, head_dim, page_size;
+    int64_t dtype;
+    double eps;
+};
+
+// The rows of one step. Everything a layer writes but `residual` and `x` is scratch.
+struct DecoderStep {
+    int64_t n_rows;
+    void* residual;  // [n_rows, hidden]: embeddings, changed in place
+    void* x;         // [n_rows, hidden]: the result
+    void* y;         // [n_rows, hidden]
+    void* qkv;       // [n_rows, (n_heads + 2 n_kv_heads) head_dim]
+    void* heads;     // [n_rows, n_heads · head_dim]
+    void* gate_up;   // [n_rows, 2 ff]
+    void* act;       // [n_rows, ff]
+    const long long* positions;  // [n_rows]
+    const long long* slots;      // [n_rows]
+    const int* page_table;       // [n_requests, ≥ pages]
+    int64_t table_stride;
+    const int* query_starts;  // [n_requests + 1]
+    const int* kv_lens;       // [n_requests]
+    int64_t n_requests;
+    const int32_t* entries;  // the step's segments, as in `loraplex_lora_apply`
+    const int32_t* starts;
+    const int32_t* rows;
+    const float* weights;
+    int64_t n_segments;  // 0 = no row has an adapter
+};
+
+}  // namespace loraplex

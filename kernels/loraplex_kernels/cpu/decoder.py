@@ -1,0 +1,338 @@
+"""All decoder layers of a step in one native call: no Python between two operators.
+
+What it runs is what ``loraplex_server.model.fused_decoder`` runs layer by layer: the same functions
+in the same order, so the same bits. A call lets go of Python's lock once, for the whole step.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..layout import LoraSegments
+from ..ops import PreparedTarget
+from ..packed_linear import PackedLinear
+from .lora import SEGMENT_ERRORS, NativeLora
+from .model_ops import dtype_code, is_plain
+from .native import library
+
+__all__ = ["DecoderLayer", "DecoderLinear", "DecoderRows", "NativeDecoder", "Norm"]
+
+_LANES = 16  # widths and head sizes come in such steps
+_MAX_HEAD_DIM = 256
+_LINE_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """An RMS norm without offset."""
+
+    weight: Tensor  # [width]
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLinear:
+    """A packed linear of the base and its target in the adapter pool, None without a pool."""
+
+    packed: PackedLinear
+    lora: PreparedTarget | None
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """Norm, attention, norm, SiLU-gated MLP, both on the residual stream."""
+
+    input_norm: Norm
+    qkv: DecoderLinear
+    keys: Tensor  # of the paged cache, see ``model_ops_reference``
+    values: Tensor
+    scale: float
+    window: int | None
+    out: DecoderLinear
+    mlp_norm: Norm
+    gate_up: DecoderLinear
+    down: DecoderLinear
+
+    @property
+    def linears(self) -> tuple[DecoderLinear, DecoderLinear, DecoderLinear, DecoderLinear]:
+        return self.qkv, self.out, self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderRows:
+    """Where the rows of a step stand; as in ``rope_and_cache`` and ``paged_attention``."""
+
+    positions: Tensor  # int64 [T]
+    slots: Tensor  # int64 [T]
+    page_table: Tensor  # int32 [n_requests, max_pages]
+    query_starts: Tensor  # int32 [n_requests + 1]
+    kv_lens: Tensor  # int32 [n_requests]
+
+    def _are_plain(self) -> bool:
+        return (
+            is_plain(self.positions, torch.int64)
+            and is_plain(self.slots, torch.int64)
+            and is_plain(self.query_starts, torch.int32)
+            and is_plain(self.kv_lens, torch.int32)
+            and self.page_table.dtype is torch.int32
+            and self.page_table.stride(1) == 1
+        )
+
+
+class NativeDecoder:
+    """The layers bound to their memory, which it keeps alive. One thread at a time."""
+
+    def __init__(
+        self, layers: Sequence[DecoderLayer], norm: Norm, cos: Tensor, sin: Tensor, n_heads: int
+    ) -> None:
+        """``cos``, ``sin`` float32 [n_positions, head_dim]. Ask ``serves`` first."""
+        first = layers[0]
+        self._layers = tuple(layers)
+        self._norm, self._cos, self._sin = norm, cos, sin
+        self._dtype = first.qkv.packed.dtype
+        self._hidden = first.qkv.packed.in_features
+        n_kv_heads, page_size, head_dim = _cache_shape(first.keys)
+        self._widths = (  # of y, qkv, heads, gate_up, act
+            self._hidden,
+            first.qkv.packed.n_out,
+            n_heads * head_dim,
+            first.gate_up.packed.n_out,
+            first.down.packed.in_features,
+        )
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self._bound: list[NativeLora | None] = [None] * (4 * len(layers))
+        self._described = (_Layer * len(layers))(*(_describe(layer) for layer in layers))
+        code = dtype_code(self._dtype)
+        assert code is not None
+        self._decoder = _Decoder(
+            ctypes.addressof(self._described),
+            len(layers),
+            norm.weight.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            n_heads,
+            n_kv_heads,
+            head_dim,
+            page_size,
+            code,
+            norm.eps,
+        )
+        self._address = ctypes.addressof(self._decoder)
+
+    @staticmethod
+    def serves(
+        layers: Sequence[DecoderLayer], norm: Norm, cos: Tensor, sin: Tensor, n_heads: int
+    ) -> bool:
+        """Whether native code can run these layers: dtype, layouts and sizes."""
+        if not layers:
+            return False
+        dtype = layers[0].qkv.packed.dtype
+        n_kv_heads, page_size, head_dim = _cache_shape(layers[0].keys)
+        ff = layers[0].down.packed.in_features
+        return (
+            dtype_code(dtype) is not None
+            and is_plain(cos, torch.float32)
+            and is_plain(sin, torch.float32)
+            and cos.shape[1] == head_dim
+            and head_dim % _LANES == 0
+            and head_dim <= _MAX_HEAD_DIM
+            and page_size % _LANES == 0
+            and ff % _LANES == 0
+            and layers[0].qkv.packed.n_out == (n_heads + 2 * n_kv_heads) * head_dim
+            and layers[0].gate_up.packed.out_features == (ff, ff)
+            and _is_native_norm(norm, dtype)
+            and all(_is_native_layer(layer, dtype) for layer in layers)
+        )
+
+    def takes(self, hidden: Tensor, rows: DecoderRows) -> bool:
+        """Whether it can run a step of these tensors."""
+        return is_plain(hidden, self._dtype) and rows._are_plain()
+
+    def __call__(
+        self, hidden: Tensor, rows: DecoderRows, segments: LoraSegments | None
+    ) -> Tensor:
+        """Embeddings [T, hidden_size] → normed hidden states. Changes ``hidden``, the residual.
+
+        Raises IndexError for segments that do not fit the tables.
+        """
+        n_rows = hidden.shape[0]
+        x = torch.empty_like(hidden)
+        step = _Step(
+            n_rows,
+            hidden.data_ptr(),
+            x.data_ptr(),
+            *self._places(n_rows),
+            rows.positions.data_ptr(),
+            rows.slots.data_ptr(),
+            rows.page_table.data_ptr(),
+            rows.page_table.stride(0),
+            rows.query_starts.data_ptr(),
+            rows.kv_lens.data_ptr(),
+            rows.kv_lens.shape[0],
+        )
+        if segments is not None and segments.entries.shape[0] > 0:
+            self._follow_tables()
+            step.entries = segments.entries.data_ptr()
+            step.starts = segments.starts.data_ptr()
+            step.rows = segments.rows.data_ptr()
+            step.weights = None if segments.weights is None else segments.weights.data_ptr()
+            step.n_segments = segments.entries.shape[0]
+        failed = _function()(self._address, ctypes.addressof(step))
+        if failed:
+            raise IndexError(f"the segments of the step: {SEGMENT_ERRORS[failed]}")
+        return x
+
+    def _places(self, n_rows: int) -> list[int]:
+        """Addresses of the scratch tensors, each at a cache line, in memory that stays warm."""
+        size = self._dtype.itemsize
+        starts, end = [], 0
+        for width in self._widths:
+            starts.append(end)
+            end += -(-n_rows * width * size // _LINE_BYTES) * _LINE_BYTES
+        if self._scratch.numel() < end + _LINE_BYTES:
+            self._scratch = torch.empty(end + _LINE_BYTES, dtype=torch.uint8)
+        first = -(-self._scratch.data_ptr() // _LINE_BYTES) * _LINE_BYTES
+        return [first + start for start in starts]
+
+    def _follow_tables(self) -> None:
+        """The pool replaces its tables when a rank larger than any before arrives."""
+        for index, layer in enumerate(self._layers):
+            described = self._described[index]
+            for at, linear in enumerate(layer.linears):
+                native = None if linear.lora is None else linear.lora.native()
+                if native is not self._bound[4 * index + at]:
+                    self._bound[4 * index + at] = native
+                    part: _Linear = getattr(described, _LINEARS[at])
+                    part.lora = None if native is None else native.address
+
+
+def _cache_shape(keys: Tensor) -> tuple[int, int, int]:
+    """(n_kv_heads, page_size, head_dim) of a cache."""
+    _, n_kv_heads, page_size, head_dim = keys.shape
+    return n_kv_heads, page_size, head_dim
+
+
+def _is_native_norm(norm: Norm, dtype: torch.dtype) -> bool:
+    return is_plain(norm.weight, dtype) and norm.weight.shape[0] % _LANES == 0
+
+
+def _is_native_layer(layer: DecoderLayer, dtype: torch.dtype) -> bool:
+    return (
+        all(
+            linear.packed.native is not None
+            and linear.packed.dtype is dtype
+            and (linear.lora is None or linear.lora.dtype is dtype)
+            for linear in layer.linears
+        )
+        and _is_native_norm(layer.input_norm, dtype)
+        and _is_native_norm(layer.mlp_norm, dtype)
+        and is_plain(layer.keys, dtype)
+        and is_plain(layer.values, dtype)
+    )
+
+
+def _describe(layer: DecoderLayer) -> _Layer:
+    return _Layer(
+        *(_describe_linear(linear.packed) for linear in layer.linears),
+        layer.input_norm.weight.data_ptr(),
+        layer.mlp_norm.weight.data_ptr(),
+        layer.keys.data_ptr(),
+        layer.values.data_ptr(),
+        layer.window or 0,
+        layer.input_norm.eps,
+        layer.mlp_norm.eps,
+        layer.scale,
+    )
+
+
+def _describe_linear(packed: PackedLinear) -> _Linear:
+    native = packed.native
+    assert native is not None
+    return _Linear(native.address, native.bias_address, None, packed.in_features, packed.n_out)
+
+
+_P, _N, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+_LINEARS = ("qkv", "out", "gate_up", "down")
+
+
+class _Linear(ctypes.Structure):
+    """``DecoderLinear`` of csrc/decoder.h."""
+
+    _fields_ = (("packed", _P), ("bias", _P), ("lora", _P), ("n_in", _N), ("n_out", _N))
+    lora: int | None
+
+
+class _Layer(ctypes.Structure):
+    """``DecoderLayer`` of csrc/decoder.h."""
+
+    _fields_ = (
+        *((name, _Linear) for name in _LINEARS),
+        ("input_norm", _P),
+        ("mlp_norm", _P),
+        ("keys", _P),
+        ("values", _P),
+        ("window", _N),
+        ("input_eps", _D),
+        ("mlp_eps", _D),
+        ("scale", _D),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    """``Decoder`` of csrc/decoder.h."""
+
+    _fields_ = (
+        ("layers", _P),
+        ("n_layers", _N),
+        ("norm", _P),
+        ("cos", _P),
+        ("sin", _P),
+        ("n_heads", _N),
+        ("n_kv_heads", _N),
+        ("head_dim", _N),
+        ("page_size", _N),
+        ("dtype", _N),
+        ("eps", _D),
+    )
+
+
+class _Step(ctypes.Structure):
+    """``DecoderStep`` of csrc/decoder.h."""
+
+    _fields_ = (
+        ("n_rows", _N),
+        *((name, _P) for name in ("residual", "x", "y", "qkv", "heads", "gate_up", "act")),
+        ("positions", _P),
+        ("slots", _P),
+        ("page_table", _P),
+        ("table_stride", _N),
+        ("query_starts", _P),
+        ("kv_lens", _P),
+        ("n_requests", _N),
+        ("entries", _P),
+        ("starts", _P),
+        ("rows", _P),
+        ("weights", _P),
+        ("n_segments", _N),
+    )
+    entries: int
+    starts: int
+    rows: int
+    weights: int | None
+    n_segments: int
+
+
+@functools.cache
+def _function() -> Callable[[int, int], int]:
+    lib = library()
+    assert lib is not None
+    function = lib.loraplex_decoder
+    function.argtypes = (_P, _P)
+    function.restype = ctypes.c_int
+    return function

@@ -154,9 +154,7 @@ class NativeDecoder:
         """Whether it can run a step of these tensors."""
         return is_plain(hidden, self._dtype) and rows._are_plain()
 
-    def __call__(
-        self, hidden: Tensor, rows: DecoderRows, segments: LoraSegments | None
-    ) -> Tensor:
+    def __call__(self, hidden: Tensor, rows: DecoderRows, segments: LoraSegments | None) -> Tensor:
         """Embeddings [T, hidden_size] → normed hidden states. Changes ``hidden``, the residual.
 
         Raises IndexError for segments that do not fit the tables.

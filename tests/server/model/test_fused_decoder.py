@@ -1,0 +1,151 @@
+"""The layers in one native call have the bits of the layers operator by operator."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraplex_kernels import LoraPool, SliceFactors, build_segments
+from loraplex_kernels.cpu import native
+from loraplex_kernels.layout import LoraTarget
+from loraplex_kernels.ops import PreparedTarget
+from loraplex_server.engine.batch import build_batch
+from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.kv_cache import KvCache, KvGeometry
+from loraplex_server.engine.request import Request
+from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.engine.scheduler import Chunk
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.fused_decoder import FusedDecoder
+from tests.support.architectures import VOCAB_SIZE, tiny_model
+
+_CPU = torch.device("cpu")
+_LENGTHS = (40, 21, 33, 1)  # tokens of the requests; the first goes in one chunk, the rest decode
+_MIXES = {
+    "no adapter": None,
+    "some rows": [0, -1, 1, -1],
+    "every row": [1, 0, 1, 0],
+    "a large rank": [2, 0, 2, 1],
+}
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no native kernels here")
+
+
+class Layers:
+    """A tiny model with a pool of three adapters, on the second step of four requests."""
+
+    def __init__(self, model_type: str, dtype: torch.dtype) -> None:
+        model = copy.deepcopy(tiny_model(model_type)).to(dtype)
+        self.base = BaseModel(model, "tiny")
+        self.decoder: FusedDecoder = self.base._fused  # type: ignore[assignment]
+        self.kv = KvCache(
+            KvGeometry(len(self.base.layers), self.base.n_kv_heads, self.base.head_dim),
+            n_pages=20,
+            page_size=16,
+            max_requests=8,
+            max_model_len=256,
+            dtype=dtype,
+            device=_CPU,
+            prefix_cache=False,
+        )
+        self.base.attach_kv(self.kv.keys, self.kv.values)
+        targets = [group.target for group in self.base.groups.values()]
+        self.pool = LoraPool(targets, n_bytes=8 << 20, n_entries=4, dtype=dtype)
+        for group in self.base.groups.values():
+            group.lora = PreparedTarget(self.pool, group.target.name)
+        for rank in (4, 16):
+            self.add_adapter(rank)
+        self.requests = []
+        for index, length in enumerate(_LENGTHS):
+            ids = torch.randint(VOCAB_SIZE, (length,)).tolist()
+            source = GenerationRequest(f"r{index}", tuple(ids), SamplingParams(max_tokens=1))
+            self.requests.append(Request(source, print, ids, length))
+            self.kv.admit(f"r{index}", bytes(16), ids)
+
+    def add_adapter(self, rank: int) -> None:
+        factors = {target.name: _factors(target, rank) for target in self.pool.targets.values()}
+        entry = self.pool.reserve(self.pool.pack(factors))
+        self.pool.fill(entry)
+        self.pool.publish(entry)
+
+    def run(
+        self, layers: Callable[[Tensor], Tensor], mix: list[int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """(hidden states of both steps, the cache) from an empty cache."""
+        for cache in (*self.kv.keys, *self.kv.values):
+            cache.zero_()
+        first = [Chunk(r, 0, max(n - 1, 0)) for r, n in zip(self.requests, _LENGTHS, strict=True)]
+        last = [Chunk(r, n - 1, 1) for r, n in zip(self.requests, _LENGTHS, strict=True)]
+        hidden = []
+        for chunks in ([chunk for chunk in first[1:] if chunk.n_tokens], [first[0], *last[1:]]):
+            batch = build_batch(chunks, self.kv, _CPU)
+            step = self.base.step
+            step.positions, step.slots = batch.positions, batch.slots
+            step.page_table, step.query_starts = batch.page_table, batch.query_starts
+            step.kv_lens = batch.kv_lens
+            step.segments = None
+            if mix is not None:
+                rows = [
+                    mix[self.requests.index(chunk.request)]
+                    for chunk in chunks
+                    for _ in range(chunk.n_tokens)
+                ]
+                step.segments = build_segments(torch.tensor(rows, dtype=torch.int32))
+            with torch.inference_mode():
+                hidden.append(layers(self.base.embed(batch.token_ids)))
+        return torch.cat(hidden), torch.stack([*self.kv.keys, *self.kv.values])
+
+
+def _factors(target: LoraTarget, rank: int) -> list[SliceFactors | None]:
+    return [
+        SliceFactors(a=0.1 * torch.randn(rank, target.in_features), b=torch.randn(width, rank))
+        for width in target.out_features
+    ]
+
+
+def _refuse(_: Tensor) -> Tensor:
+    raise AssertionError("the step went operator by operator")
+
+
+@pytest.mark.parametrize("mix", _MIXES.values(), ids=_MIXES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2"])
+def test_one_native_call_has_the_same_bits(
+    model_type: str, dtype: torch.dtype, mix: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Layers(model_type, dtype)
+    layers.run(layers.decoder, _MIXES["every row"])  # binds it before the tables grow
+    if mix is not None and 2 in mix:
+        layers.add_adapter(40)
+    expected = layers.run(layers.decoder.run_by_layer, mix)
+    monkeypatch.setattr(layers.decoder, "run_by_layer", _refuse)
+    found = layers.run(layers.decoder, mix)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert expected[1].count_nonzero() > 0
+
+
+def test_adapters_change_what_the_native_call_makes() -> None:
+    layers = Layers("llama", torch.float32)
+    base, _ = layers.run(layers.decoder, None)
+    mixed, _ = layers.run(layers.decoder, [0, -1, 1, -1])
+    last = slice(-3, None)  # one row of each of the three decoding requests
+    assert torch.equal(mixed[last][[0, 2]], base[last][[0, 2]])
+    assert not torch.equal(mixed[last][1], base[last][1])
+
+
+def test_norms_of_heads_go_operator_by_operator() -> None:
+    layers = Layers("qwen3", torch.float32)
+    expected = layers.run(layers.decoder.run_by_layer, [0, -1, 1, -1])
+    found = layers.run(layers.decoder, [0, -1, 1, -1])
+    assert torch.equal(found[0], expected[0])
+
+
+def test_an_entry_beyond_the_tables_is_an_error() -> None:
+    layers = Layers("llama", torch.float32)
+    with pytest.raises(IndexError, match="an entry beyond the tables"):
+        layers.run(layers.decoder, [0, 9, 0, 0])

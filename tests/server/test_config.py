@@ -25,7 +25,7 @@ def test_nothing_given_means_the_defaults() -> None:
     assert config.http.port == 8000
     assert config.http.host == "127.0.0.1"
     assert config.model is None
-    assert config.engine.max_step_tokens == 512
+    assert config.engine.max_step_tokens is None
 
 
 @pytest.mark.parametrize(

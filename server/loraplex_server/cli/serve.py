@@ -80,7 +80,7 @@ def serve(
         int | None, _option(_ENGINE, "Requests of one step. Default: 64.")
     ] = None,
     max_step_tokens: Annotated[
-        int | None, _option(_ENGINE, "Tokens of one step. Default: 512.")
+        int | None, _option(_ENGINE, "Tokens of one step. Default: 512; 128 on a CPU.")
     ] = None,
     max_queue: Annotated[
         int | None, _option(_ENGINE, "Waiting requests before 429. Default: 512.")

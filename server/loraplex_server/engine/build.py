@@ -108,6 +108,7 @@ def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
         eos_token_ids=model.eos_token_ids,
         inbox=inbox,
         n_threads=config.threads or _DEFAULT_THREADS,
+        max_step_tokens=config.max_step_tokens or _default_step_tokens(model.device),
     )
     _log.info(
         "engine: %s on %s in %s, %s layers, context %d, KV %d pages of %d tokens, "
@@ -143,6 +144,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
     return torch.bfloat16
+
+
+def _default_step_tokens(device: torch.device) -> int:
+    """A CPU is as fast per token in small chunks, and everybody who decodes waits for a chunk."""
+    return 128 if device.type == "cpu" else 512
 
 
 def _kv_cache(model: BaseModel, config: EngineConfig, max_model_len: int) -> KvCache:

@@ -18,7 +18,7 @@ class EngineConfig:
     dtype: str = "auto"  # "auto", "bfloat16", "float16", "float32"
     max_model_len: int | None = None  # tokens of prompt + output; None = the model's own
     max_batch_size: int = 64  # requests of one step
-    max_step_tokens: int = 512  # tokens of one step, prefill chunks included
+    max_step_tokens: int | None = None  # prefill chunks included; None = 512, 128 on a CPU
     max_queue: int = 512  # waiting requests before QueueFull
     kv_memory_bytes: int | None = None  # of the paged KV cache
     adapter_memory_bytes: int | None = None  # of the device pool of adapter pages
@@ -30,11 +30,12 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError: a bad value stops the start."""
-        for name in ("max_batch_size", "max_step_tokens", "max_queue", "max_loras", "page_size"):
+        for name in ("max_batch_size", "max_queue", "max_loras", "page_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in (
             "max_model_len",
+            "max_step_tokens",
             "kv_memory_bytes",
             "adapter_memory_bytes",
             "max_lora_rank",

@@ -78,6 +78,7 @@ class Engine:
         eos_token_ids: frozenset[int],
         inbox: queue.SimpleQueue[Message],
         n_threads: int,
+        max_step_tokens: int,
     ) -> None:
         self._runner = runner
         self._kv = kv_cache
@@ -90,7 +91,7 @@ class Engine:
         self._scheduler = Scheduler(
             kv_cache,
             max_batch_size=config.max_batch_size,
-            max_step_tokens=config.max_step_tokens,
+            max_step_tokens=max_step_tokens,
             has_place=self._has_place,
             on_admit=self._on_admit,
             on_leave=self._on_leave,

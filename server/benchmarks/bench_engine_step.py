@@ -13,6 +13,7 @@ import argparse
 import json
 import random
 import statistics
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ def main() -> None:
         device=_CPU,
         prefix_cache=False,
     )
+    loaded = threading.Event()
     adapters = DevicePool(
         model.groups,
         n_bytes=512 << 20,
@@ -70,11 +72,11 @@ def main() -> None:
         max_rank=None,
         dtype=torch.bfloat16,
         device=_CPU,
-        on_loaded=lambda: None,
+        on_loaded=loaded.set,
     )
     runner = ModelRunner(model, kv_cache, adapters)
     leases = [_adapter(model, seed) for seed in range(N_ROWS)]
-    print(json.dumps(_cold_loads(adapters, leases)))
+    print(json.dumps(_cold_loads(adapters, leases, loaded)))
     for lease in leases:
         while adapters.place(lease.plan) is not Placement.RESIDENT:
             time.sleep(0.01)
@@ -103,22 +105,24 @@ def main() -> None:
     adapters.close()
 
 
-def _cold_loads(adapters: DevicePool, leases: Sequence[Lease]) -> dict[str, object]:
+def _cold_loads(
+    adapters: DevicePool, leases: Sequence[Lease], loaded: threading.Event
+) -> dict[str, object]:
     """Median milliseconds over the adapters; each leaves the device again."""
     packing, reserving, copying, publishing = [], [], [], []
     for lease in leases:
         marks = [time.perf_counter()]
         plan = adapters.prepare(lease.plan)
         marks.append(time.perf_counter())
+        loaded.clear()
         adapters.place(plan)
         marks.append(time.perf_counter())
-        while adapters.place(plan) is not Placement.RESIDENT:
-            marks.append(time.perf_counter())
+        loaded.wait()
+        marks.append(time.perf_counter())
+        assert adapters.place(plan) is Placement.RESIDENT
         took = [after - before for before, after in pairwise([*marks, time.perf_counter()])]
-        packing.append(took[0])
-        reserving.append(took[1])
-        copying.append(sum(took[2:-1]))
-        publishing.append(took[-1])
+        for column, seconds in zip((packing, reserving, copying, publishing), took, strict=True):
+            column.append(seconds)
         adapters.drop(lease.digest)
     columns = {"pack": packing, "reserve": reserving, "copy": copying, "publish": publishing}
     return {

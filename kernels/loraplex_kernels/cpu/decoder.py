@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +26,7 @@ __all__ = ["DecoderLayer", "DecoderLinear", "DecoderRows", "NativeDecoder", "Nor
 _LANES = 16  # widths and head sizes come in such steps
 _MAX_HEAD_DIM = 256
 _LINE_BYTES = 64
+_NO_MLPS: Mapping[int, Callable[[Tensor], Tensor]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,16 @@ class NativeDecoder:
         """Whether it can run a step of these tensors."""
         return is_plain(hidden, self._dtype) and rows._are_plain()
 
-    def __call__(self, hidden: Tensor, rows: DecoderRows, segments: LoraSegments | None) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        rows: DecoderRows,
+        segments: LoraSegments | None,
+        mlps: Mapping[int, Callable[[Tensor], Tensor]] = _NO_MLPS,
+    ) -> Tensor:
         """Embeddings [T, hidden_size] → normed hidden states. Changes ``hidden``, the residual.
 
+        ``mlps`` are run in place of the MLPs of these layers, [T, hidden_size] → the same.
         Raises IndexError for segments that do not fit the tables.
         """
         n_rows = hidden.shape[0]
@@ -181,10 +189,22 @@ class NativeDecoder:
             step.rows = segments.rows.data_ptr()
             step.weights = None if segments.weights is None else segments.weights.data_ptr()
             step.n_segments = segments.entries.shape[0]
-        failed = _function()(self._address, ctypes.addressof(step))
-        if failed:
-            raise IndexError(f"the segments of the step: {SEGMENT_ERRORS[failed]}")
+        pauses = bytes(index in mlps for index in range(len(self._layers))) if mlps else None
+        step.pauses = pauses
+        at = self._run(step, 0)
+        while at < len(self._layers):
+            made = mlps[at](x)
+            if not is_plain(made, self._dtype) or made.shape != x.shape:
+                raise ValueError(f"the MLP of layer {at} made {made.dtype} {tuple(made.shape)}")
+            step.mlp = made.data_ptr()
+            at = self._run(step, at + 1)
         return x
+
+    def _run(self, step: _Step, first: int) -> int:
+        at = _function()(self._address, ctypes.addressof(step), first)
+        if at < 0:
+            raise IndexError(f"the segments of the step: {SEGMENT_ERRORS[-at]}")
+        return at
 
     def _places(self, n_rows: int) -> list[int]:
         """Addresses of the scratch tensors, each at a cache line, in memory that stays warm."""
@@ -318,19 +338,23 @@ class _Step(ctypes.Structure):
         ("rows", _P),
         ("weights", _P),
         ("n_segments", _N),
+        ("pauses", ctypes.c_char_p),
+        ("mlp", _P),
     )
     entries: int
     starts: int
     rows: int
     weights: int | None
     n_segments: int
+    pauses: bytes | None
+    mlp: int
 
 
 @functools.cache
-def _function() -> Callable[[int, int], int]:
+def _function() -> Callable[[int, int, int], int]:
     lib = library()
     assert lib is not None
     function = lib.loraplex_decoder
-    function.argtypes = (_P, _P)
-    function.restype = ctypes.c_int
+    function.argtypes = (_P, _P, _N)
+    function.restype = ctypes.c_int64
     return function

@@ -81,7 +81,7 @@ class DevicePool:
         on_loaded: Callable[[], None],
         routable: Collection[str] = (),
     ) -> None:
-        """``on_loaded`` is called on the loader thread: it must only wake the engine.
+        """``on_loaded`` is called once a load is done, on any thread: it must only wake the engine.
 
         ``routable``: the MLP blocks and projections that may have experts.
         """
@@ -217,6 +217,8 @@ class DevicePool:
         )
         self._residents[plan.digest] = resident
         self._arriving.append(resident)
+        # Not at the end of the load itself: whoever is woken must find it done.
+        resident.load.add_done_callback(lambda _: self._on_loaded())
         return resident
 
     def _reserve(self, group: Sequence[PackedEntry]) -> tuple[int, ...] | None:
@@ -246,11 +248,8 @@ class DevicePool:
 
     def _fill(self, entries: Sequence[int]) -> None:
         """Loader thread."""
-        try:
-            for entry in entries:
-                self.pool.fill(entry)
-        finally:
-            self._on_loaded()
+        for entry in entries:
+            self.pool.fill(entry)
 
     def _publish(self, resident: Residency) -> None:
         for entry in resident.entries:

@@ -6,7 +6,7 @@ what a decode step of a small model spends there would double its cost on a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,16 +122,16 @@ class FusedDecoder:
     def __call__(self, hidden: Tensor) -> Tensor:
         """Embeddings [T, hidden_size] → normed hidden states. Changes its input (the residual).
 
-        In one native call where the step has no row that routes or goes module by module.
+        In one native call, but for MLPs with routed experts, where no row goes module by module.
         """
         step = self._step
-        if not step.planned and not step.routed:
+        if not step.planned and not step.routes_projections:
             native = self._bind_native()
             rows = DecoderRows(
                 step.positions, step.slots, step.page_table, step.query_starts, step.kv_lens
             )
             if native is not None and native.takes(hidden, rows):
-                return native(hidden, rows, step.segments)
+                return native(hidden, rows, step.segments, self._routed_mlps())
         return self.run_by_layer(hidden)
 
     def run_by_layer(self, hidden: Tensor) -> Tensor:
@@ -149,6 +149,15 @@ class FusedDecoder:
             )
             x = add_rms_norm(x, residual, norm.weight, norm.eps)
         return x
+
+    def _routed_mlps(self) -> dict[int, Callable[[Tensor], Tensor]]:
+        """Of the layers in which some row of the step routes."""
+        routed = self._step.routed
+        if not routed:
+            return {}
+        return {
+            i: layer.mlp.run for i, layer in enumerate(self._layers) if layer.mlp.name in routed
+        }
 
     def _bind_native(self) -> NativeDecoder | None:
         """The layers for native code, made anew when a cache or an adapter pool is attached."""

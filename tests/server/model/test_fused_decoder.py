@@ -129,6 +129,20 @@ def test_one_native_call_has_the_same_bits(
     assert expected[1].count_nonzero() > 0
 
 
+@pytest.mark.parametrize("paused", [(0,), (1, 2), (0, 1, 2)], ids=str)
+def test_it_pauses_for_the_mlps_of_a_caller(
+    paused: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Layers("llama", torch.bfloat16)
+    expected = layers.run(layers.decoder.run_by_layer, _MIXES["some rows"])
+    mlps = {index: layers.base.mlps[f"model.layers.{index}.mlp"].run for index in paused}
+    monkeypatch.setattr(layers.decoder, "_routed_mlps", lambda: mlps)
+    monkeypatch.setattr(layers.decoder, "run_by_layer", _refuse)
+    found = layers.run(layers.decoder, _MIXES["some rows"])
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+
+
 def test_adapters_change_what_the_native_call_makes() -> None:
     layers = Layers("llama", torch.float32)
     base, _ = layers.run(layers.decoder, None)

@@ -44,32 +44,41 @@ struct Run {
              static_cast<float>(layer.scale), 0.0f});
     }
 
-    int layers() {
+    // x becomes the normed sum of the residual and what stands in `made`, or of the residual alone.
+    void enter(int64_t i, const void* made) {
         const Decoder& d = decoder;
-        const int64_t hidden = d.layers[0].qkv.n_in;
-        norm(step.residual, nullptr, d.layers[0].input_norm, d.layers[0].input_eps, hidden);
-        for (int64_t i = 0; i < d.n_layers && failed == 0; ++i) {
+        const bool is_end = i == d.n_layers;
+        norm(made ? made : step.residual, made ? step.residual : nullptr,
+             is_end ? d.norm : d.layers[i].input_norm, is_end ? d.eps : d.layers[i].input_eps,
+             d.layers[0].qkv.n_in);
+    }
+
+    int64_t layers(int64_t first) {
+        const Decoder& d = decoder;
+        enter(first, first == 0 ? nullptr : step.mlp);
+        for (int64_t i = first; i < d.n_layers && failed == 0; ++i) {
             const DecoderLayer& layer = d.layers[i];
             linear(layer.qkv, step.x, step.qkv);
             attend(layer);
             linear(layer.out, step.heads, step.y);
-            norm(step.y, step.residual, layer.mlp_norm, layer.mlp_eps, hidden);
+            norm(step.y, step.residual, layer.mlp_norm, layer.mlp_eps, layer.out.n_out);
+            if (step.pauses && step.pauses[i] && failed == 0) return i;
             linear(layer.gate_up, step.x, step.gate_up);
             model_ops().gate[d.dtype]({step.gate_up, step.act, step.n_rows, layer.down.n_in, 0});
             linear(layer.down, step.act, step.y);
-            const bool is_last = i + 1 == d.n_layers;
-            norm(step.y, step.residual, is_last ? d.norm : d.layers[i + 1].input_norm,
-                 is_last ? d.eps : d.layers[i + 1].input_eps, hidden);
+            enter(i + 1, step.y);
         }
-        return failed;
+        return failed ? -failed : d.n_layers;
     }
 };
 
 }  // namespace
 }  // namespace loraplex
 
-// Returns 0, or which check of the segments failed.
-LORAPLEX_API int loraplex_decoder(const loraplex::Decoder* decoder,
-                                  const loraplex::DecoderStep* step) {
-    return loraplex::Run{*decoder, *step}.layers();
+// Runs from layer `first` on; if that is not 0, `step->mlp` holds what the MLP of the layer before
+// made. Returns the layer whose MLP the caller has to run on x, or the number of layers at the end,
+// or -1 times the check of the segments that failed.
+LORAPLEX_API int64_t loraplex_decoder(const loraplex::Decoder* decoder,
+                                      const loraplex::DecoderStep* step, int64_t first) {
+    return loraplex::Run{*decoder, *step}.layers(first);
 }

@@ -56,6 +56,8 @@ struct DecoderStep {
     const int32_t* rows;
     const float* weights;
     int64_t n_segments;  // 0 = no row has an adapter
+    const uint8_t* pauses;  // [n_layers], 1 = the caller runs the MLP of the layer; or null
+    const void* mlp;        // [n_rows, hidden]: what it made, see `loraplex_decoder`
 };
 
 }  // namespace loraplex

@@ -18,20 +18,22 @@ from torch import Tensor, nn
 from .analogy import analogy_matrix
 from .errors import GeneratorMismatch, NotTrained
 from .factors import FactorHead, Factors
+from .guard import Strangeness
 from .icm_lora import IcmLora, IcmRecipe
 from .layout import AdapterLayout
 from .library import LIBRARY_FILE, Library, Span
 from .regressors import Mlp, Ridge
-from .retrieval import Neighbours, Strangeness
+from .retrieval import Neighbours
 from .sg_lora import SgLora, SgRecipe
 from .tensor_file import TensorFile, read_tensor_file, write_tensor_file
 from .zoo.tasks import Task
 
-__all__ = ["GENERATOR_FILE", "JOINT_FILE", "Bundle"]
+__all__ = ["GENERATOR_FILE", "JOINT_FILE", "Bundle", "replace_guard"]
 
 GENERATOR_FILE = "generator.safetensors"
 JOINT_FILE = "joint.safetensors"
-_FORMAT = "loraplex-generator-1"
+_FORMAT = "loraplex-generator-2"
+_OLD_GUARD = "loraplex-generator-1"  # differs in the guard alone
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -49,7 +51,8 @@ class Bundle:
     neighbours: Neighbours
     strangeness: Strangeness
     tasks: tuple[str, ...]  # that the joint vectors were trained on
-    owner: Tensor  # int64 [n_texts]: the index in `tasks` of each wording of `strangeness`
+    wordings: Tensor  # float32 [n_texts, width]: what a description is compared with to name tasks
+    owner: Tensor  # int64 [n_texts]: the index in `tasks` of each wording
     ridge: Ridge
     mlp: Mlp
     sg: SgLora
@@ -83,7 +86,8 @@ class Bundle:
             for name, value in module.state_dict().items()
         }
         tensors["neighbours.embeddings"] = self.neighbours.embeddings
-        tensors["strangeness.wordings"] = self.strangeness.wordings.half()
+        tensors["wordings"] = self.wordings.half()
+        tensors |= _guard_tensors(self.strangeness)
         tensors["owner"] = self.owner
         path = folder / GENERATOR_FILE
         write_tensor_file(path, {k: _half(v) for k, v in tensors.items()}, self._header())
@@ -119,6 +123,33 @@ class Bundle:
         }
 
 
+def replace_guard(folder: Path, guard: Strangeness) -> Path:
+    """Writes `folder`'s generator with another guard and all else as it was, to the bit.
+
+    A file of the previous format is brought up to date. Raises NotTrained without the file.
+    """
+    path = folder / GENERATOR_FILE
+    if not path.is_file():
+        raise NotTrained(f"no {path}; run `loraplex generator train`")
+    file = read_tensor_file(path)
+    if file.header["format"] not in (_FORMAT, _OLD_GUARD):
+        raise GeneratorMismatch(f"{path} has format {file.header['format']!r}, not {_FORMAT!r}")
+    tensors = dict(file.tensors)
+    if file.header["format"] == _OLD_GUARD:
+        tensors["wordings"] = tensors.pop("strangeness.wordings")
+    tensors |= _guard_tensors(guard)
+    header = {**file.header, "format": _FORMAT, "strangeness": guard.limit}
+    write_tensor_file(path, tensors, header)
+    return path
+
+
+def _guard_tensors(guard: Strangeness) -> dict[str, Tensor]:
+    return {
+        "strangeness.whiten": guard.whiten.half(),
+        "strangeness.operations": guard.operations.half(),
+    }
+
+
 def _check(header: Mapping[str, object], library: Library, joint: TensorFile) -> None:
     wanted = {
         "format": _FORMAT,
@@ -133,9 +164,10 @@ def _check(header: Mapping[str, object], library: Library, joint: TensorFile) ->
     if AdapterLayout.from_dict(joint.header["layout"]) != library.layout:
         wrong.append("joint vectors of another layout")
     if wrong:
+        remedy = "guard" if header.get("format") == _OLD_GUARD else "train"
         raise GeneratorMismatch(
             f"the generator does not belong to this library: {'; '.join(wrong)}; "
-            "run `loraplex generator train`"
+            f"run `loraplex generator {remedy}`"
         )
 
 
@@ -156,7 +188,10 @@ def _build(file: TensorFile, library: Library, joint: TensorFile) -> Bundle:
         factors=factors,
         head=_load(FactorHead(width, factors.groups), tensors, "head"),
         neighbours=Neighbours(embeddings, **header["neighbours"]),
-        strangeness=Strangeness(tensors["strangeness.wordings"], header["strangeness"]),
+        strangeness=Strangeness(
+            tensors["strangeness.whiten"], tensors["strangeness.operations"], header["strangeness"]
+        ),
+        wordings=tensors["wordings"],
         tasks=tuple(joint.header["tasks"]),
         owner=file.tensors["owner"],
         ridge=_load(Ridge(width, span.size), tensors, "ridge"),

@@ -20,7 +20,7 @@ class GeneratorError(StoreError):
 
 
 class OutOfDistribution(GeneratorError):
-    """`score` in [0, 1], higher is stranger; `nearest` are the closest tasks' own wordings."""
+    """`score` in [0, 2], higher is stranger; `nearest` are the closest tasks' own wordings."""
 
     def __init__(self, score: float, limit: float, nearest: Sequence[tuple[str, float]]) -> None:
         close = "; ".join(f"{wording!r} ({similarity:.2f})" for wording, similarity in nearest)

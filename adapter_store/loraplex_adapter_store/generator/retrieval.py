@@ -1,15 +1,14 @@
-"""Experts near a description: similarities, weights, and how strange a description is."""
+"""Experts near a description: similarities and weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["Neighbours", "Strangeness", "choose_neighbours", "condition"]
+__all__ = ["Neighbours", "choose_neighbours", "condition"]
 
 _GRID_K = (1, 2, 3, 4, 6, 8)
 _GRID_TAU = (0.02, 0.04, 0.07, 0.12, 0.2, 0.3)
@@ -68,37 +67,3 @@ def choose_neighbours(
                 best = error, neighbours
     assert best is not None
     return best[1]
-
-
-@dataclass(frozen=True, slots=True)
-class Strangeness:
-    """1 − the best cosine to any training wording; above the limit, a description is refused.
-
-    The limit is what nineteen of twenty new wordings of trained tasks stay below. A new wording is
-    made by hiding, of the training wordings, all with its operation's phrase or its format's.
-    """
-
-    wordings: Tensor  # float32 [n_texts, width]
-    limit: float
-
-    @classmethod
-    def fit(
-        cls, wordings: Tensor, phrases: Sequence[tuple[str, str]], *, quantile: float = 0.95
-    ) -> Strangeness:
-        """`phrases`: (operation's, format's) of each wording; a format's may be empty."""
-        operation, dressing = (_numbered(part) for part in zip(*phrases, strict=True))
-        says_format = torch.tensor([bool(phrase) for _, phrase in phrases])
-        hidden = operation[:, None] == operation
-        hidden |= (dressing[:, None] == dressing) & says_format
-        similarity = (wordings @ wordings.T).masked_fill(hidden, -1.0)
-        return cls(wordings, float(torch.quantile(1 - similarity.amax(1), quantile)))
-
-    def score(self, query: Tensor) -> Tensor:
-        """[n], in [0, 2], for sentence embeddings [n, width]."""
-        return 1 - (query @ self.wordings.T).amax(-1)
-
-
-def _numbered(names: Sequence[str]) -> Tensor:
-    """int64 [n]: equal names, equal numbers."""
-    known = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([known[name] for name in names])

@@ -141,7 +141,7 @@ class Generator:
 
     def nearest(self, encoded: Encoded, n: int = 3) -> list[tuple[str, float]]:
         """Names of the closest training tasks, and their best cosine."""
-        similarity = (encoded.sentence @ self._bundle.strangeness.wordings.T).amax(0)
+        similarity = (encoded.sentence @ self._bundle.wordings.T).amax(0)
         best: dict[str, float] = {}
         for i in similarity.argsort(descending=True).tolist():
             best.setdefault(self._bundle.tasks[int(self._bundle.owner[i])], float(similarity[i]))

@@ -14,18 +14,20 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .bundle import JOINT_FILE, Bundle
+from .bundle import JOINT_FILE, Bundle, replace_guard
 from .factors import Factors, train_factor_head
+from .guard import Strangeness
 from .icm_lora import IcmRecipe, train_icm_lora
 from .library import LIBRARY_FILE, Library, Span
 from .regressors import fit_mlp, fit_ridge
-from .retrieval import Strangeness, choose_neighbours
+from .retrieval import choose_neighbours
 from .sentences import Encoded, SentenceEncoder
 from .sg_lora import SgRecipe, train_sg_lora
 from .tensor_file import read_tensor_file
+from .zoo.short_wordings import short_wordings
 from .zoo.tasks import Task
 
-__all__ = ["Wordings", "train_bundle"]
+__all__ = ["Wordings", "refit_guard", "train_bundle"]
 
 
 class Wordings:
@@ -93,7 +95,8 @@ def train_bundle(
         factors=factors,
         head=train_factor_head(trained.encoded, labels[trained.owner], factors.groups, seed=seed),
         neighbours=neighbours,
-        strangeness=Strangeness.fit(trained.encoded.sentence, trained.phrases),
+        strangeness=_fit_guard(encoder, trained),
+        wordings=trained.encoded.sentence,
         tasks=tuple(task.name for task in trained.tasks),
         owner=trained.owner,
         ridge=fit_ridge(sentence, words.owner, means),
@@ -117,6 +120,24 @@ def train_bundle(
             report,
         )
     return bundle
+
+
+def refit_guard(folder: Path, encoder: SentenceEncoder) -> Path:
+    """Fits the guard of `folder`'s generator anew; every map keeps its bits."""
+    joint = read_tensor_file(folder / JOINT_FILE)
+    tasks = [Task.parse(name) for name in joint.header["tasks"]]
+    return replace_guard(folder, _fit_guard(encoder, Wordings(encoder, tasks, casual=True)))
+
+
+def _fit_guard(encoder: SentenceEncoder, known: Wordings) -> Strangeness:
+    """From the casual wordings of the trained tasks, and as many short ones as there are."""
+    short = short_wordings(known.tasks)
+    owners = [*known.owner.tolist(), *[wording.task for wording in short]]
+    return Strangeness.fit(
+        torch.cat([known.encoded.sentence, encoder.encode([w.text for w in short]).sentence]),
+        [known.tasks[i].operation for i in owners],
+        [*known.phrases, *[wording.phrases for wording in short]],
+    )
 
 
 def _spread(library: Library, span: Span) -> Tensor:

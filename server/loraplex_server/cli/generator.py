@@ -59,6 +59,22 @@ def train(
 
 
 @generator.command()
+def guard(shipped: _Shipped = None) -> None:
+    """Fit the guard against strange descriptions anew, and leave every map as it is."""
+    from rich import print as show
+
+    from loraplex_adapter_store.generator.bundle import Bundle
+    from loraplex_adapter_store.generator.sentences import SentenceEncoder
+    from loraplex_adapter_store.generator.shipped import shipped_folder
+    from loraplex_adapter_store.generator.training import refit_guard
+    from loraplex_server.model.pull import resolve_encoder
+
+    folder = shipped or shipped_folder()
+    path = refit_guard(folder, SentenceEncoder(resolve_encoder()))
+    show(f"{path.name}  limit {Bundle.load(folder).strangeness.limit:.3f}")
+
+
+@generator.command()
 def default(
     method: Annotated[str, typer.Argument(help="The method that `auto` shall stand for.")],
     shipped: _Shipped = None,

@@ -13,7 +13,6 @@ from loraplex_adapter_store.generator.library import Span
 from loraplex_adapter_store.generator.regressors import fit_mlp, fit_ridge
 from loraplex_adapter_store.generator.retrieval import (
     Neighbours,
-    Strangeness,
     choose_neighbours,
     condition,
 )
@@ -69,16 +68,6 @@ def test_neighbours_are_chosen_by_how_well_they_predict_a_task_left_out() -> Non
     paired = choose_neighbours(twins, twins, torch.arange(16), points)
     assert paired.k == 1 or paired.tau == 0.02
     assert noise_only.k > 1
-
-
-def test_unrelated_text_is_stranger_than_any_training_wording() -> None:
-    encoder = HashedWords()
-    texts = [wording for task in TASKS for wording in task.descriptions()[:4]]
-    phrases = [phrase for task in TASKS for phrase in task.phrases()[:4]]
-    strangeness = Strangeness.fit(encoder.encode(texts).sentence, phrases)
-    assert strangeness.score(encoder.encode(texts).sentence).max() < 1e-4
-    odd = encoder.encode(["zebras quietly juggle purple thunder"]).sentence
-    assert float(strangeness.score(odd)) > 0.5
 
 
 def test_a_span_gives_its_experts_back_and_knows_the_weights_of_any_point() -> None:

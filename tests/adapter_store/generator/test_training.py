@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from loraplex_adapter_store.generator.bundle import JOINT_FILE, Bundle
+from loraplex_adapter_store.generator.bundle import (
+    GENERATOR_FILE,
+    JOINT_FILE,
+    Bundle,
+    replace_guard,
+)
 from loraplex_adapter_store.generator.errors import (
     GeneratorMismatch,
     NotTrained,
@@ -24,7 +29,8 @@ from loraplex_adapter_store.generator.results import GUARDED, best_method
 from loraplex_adapter_store.generator.service import Generator
 from loraplex_adapter_store.generator.sg_lora import LITERAL, SgRecipe
 from loraplex_adapter_store.generator.taskdata import TaskData
-from loraplex_adapter_store.generator.training import train_bundle
+from loraplex_adapter_store.generator.tensor_file import read_tensor_file, write_tensor_file
+from loraplex_adapter_store.generator.training import refit_guard, train_bundle
 from loraplex_adapter_store.generator.zoo.split import ZooSplit
 from loraplex_adapter_store.generator.zoo.tasks import Task
 from loraplex_adapter_store.generator.zoo_training import ZooTraining
@@ -219,6 +225,43 @@ def test_a_generator_of_another_library_is_refused(shipped: Path, tmp_path: Path
     (tmp_path / JOINT_FILE).write_bytes(data)
     with pytest.raises(GeneratorMismatch, match="joint"):
         Bundle.load(tmp_path)
+
+
+def _with_the_old_guard(shipped: Path, folder: Path) -> None:
+    """As the previous format had it: the wordings under the guard's name, and no more."""
+    for file in shipped.glob("*.safetensors"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    new = read_tensor_file(folder / GENERATOR_FILE)
+    tensors = {k: v for k, v in new.tensors.items() if not k.startswith("strangeness.")}
+    tensors["strangeness.wordings"] = tensors.pop("wordings")
+    header = {**new.header, "format": "loraplex-generator-1", "strangeness": 0.25}
+    write_tensor_file(folder / GENERATOR_FILE, tensors, header)
+
+
+def test_a_file_with_the_old_guard_is_refused_with_the_remedy(
+    shipped: Path, tmp_path: Path
+) -> None:
+    _with_the_old_guard(shipped, tmp_path)
+    with pytest.raises(GeneratorMismatch, match="loraplex generator guard"):
+        Bundle.load(tmp_path)
+
+
+def test_fitting_the_guard_anew_leaves_every_map_as_it_was(shipped: Path, tmp_path: Path) -> None:
+    _with_the_old_guard(shipped, tmp_path)
+    refit_guard(tmp_path, HashedWords())
+    trained, refitted = (read_tensor_file(f / GENERATOR_FILE) for f in (shipped, tmp_path))
+    assert refitted.header == trained.header
+    assert refitted.tensors.keys() == trained.tensors.keys()
+    assert all(torch.equal(v, trained.tensors[k]) for k, v in refitted.tensors.items())
+    assert Bundle.load(tmp_path).digest == Bundle.load(shipped).digest
+
+
+def test_a_generator_of_an_unknown_format_gets_no_guard(shipped: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotTrained, match="generator train"):
+        replace_guard(tmp_path, Bundle.load(shipped).strangeness)
+    write_tensor_file(tmp_path / GENERATOR_FILE, {}, {"format": "loraplex-generator-0"})
+    with pytest.raises(GeneratorMismatch, match="generator-0"):
+        replace_guard(tmp_path, Bundle.load(shipped).strangeness)
 
 
 def test_a_generator_for_another_base_is_refused(shipped: Path) -> None:

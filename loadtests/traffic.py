@@ -22,7 +22,7 @@ _WORDS = _TEXT.split()
 _OPERATIONS = (
     "Write the date",
     "Spell the number",
-    "Give the weekday",
+    "Give the past tense of the verb",
     "Write the plural of the word",
 )
 _LANGUAGES = ("English", "German", "French", "Spanish", "Italian")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import socket
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from loraplex_server.http.serving import spare_collector
 from tests.support.asgi_call import events_of
 from tests.support.server_process import (
     ServerProcess,
@@ -159,3 +161,13 @@ def test_starts_that_cannot_work_are_refused_in_one_line(tmp_path: Path) -> None
     status, log = failing_start("--config", config)
     assert status == 1
     assert "max-batch-size" in log
+
+
+def test_what_is_there_at_the_start_is_not_collected_again() -> None:
+    before = gc.get_freeze_count()
+    try:
+        spare_collector()
+        assert gc.get_freeze_count() > before
+        assert len(gc.get_objects()) < 1000  # of hundreds of thousands
+    finally:
+        gc.unfreeze()

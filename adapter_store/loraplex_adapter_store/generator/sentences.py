@@ -32,7 +32,11 @@ class SentenceEncoder:
         from transformers import AutoTokenizer, BertModel
 
         self._tokenizer = AutoTokenizer.from_pretrained(directory)
-        self._model = BertModel.from_pretrained(directory, add_pooling_layer=False)
+
+        class WithoutPooler(BertModel):  # type: ignore[misc]  # untyped library
+            _keys_to_ignore_on_load_unexpected = (r"^pooler\.",)  # else it prints a report
+
+        self._model = WithoutPooler.from_pretrained(directory, add_pooling_layer=False)
         self._model.eval()
         self.width = int(self._model.config.hidden_size)
 

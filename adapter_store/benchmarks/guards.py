@@ -23,7 +23,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from loraplex_adapter_store.generator.factors import Factors, train_factor_head
-from loraplex_adapter_store.generator.guard import Strangeness, as_new
+from loraplex_adapter_store.generator.guard import Strangeness, as_new, class_means, whitener
 from loraplex_adapter_store.generator.sentences import Encoded, SentenceEncoder
 from loraplex_adapter_store.generator.zoo.formats import FORMATS
 from loraplex_adapter_store.generator.zoo.short_wordings import short_wordings
@@ -247,7 +247,7 @@ def relative_mahalanobis(known: Known) -> Score:
     """Distance to the nearest content, less the distance to all wordings together."""
     x, names = known.encoded.sentence, [w.task.content for w in known.wordings]
     near, far = whitener(around_means(x, names)), whitener(x - x.mean(0))
-    means, middle = class_means(x, names) @ near, x.mean(0)
+    means, middle = class_means(x, names)[0] @ near, x.mean(0)
 
     def score(encoded: Encoded) -> Tensor:
         q = encoded.sentence
@@ -277,7 +277,7 @@ def whitened_contents(known: Known) -> Score:
     """Whitened within operation × language, nearest mean of these."""
     x, names = known.encoded.sentence, [w.task.content for w in known.wordings]
     whiten = whitener(around_means(x, names))
-    return after(lambda q: q @ whiten, class_means(x, names))
+    return after(lambda q: q @ whiten, class_means(x, names)[0])
 
 
 def shipped(known: Known) -> Score:
@@ -302,22 +302,9 @@ def after(change: Callable[[Tensor], Tensor], references: Tensor) -> Score:
     return lambda encoded: 1 - (F.normalize(change(encoded.sentence), dim=-1) @ changed.T).amax(-1)
 
 
-def class_means(x: Tensor, names: Sequence[str]) -> Tensor:
-    return torch.stack(
-        [x[torch.tensor([n == name for n in names])].mean(0) for name in dict.fromkeys(names)]
-    )
-
-
 def around_means(x: Tensor, names: Sequence[str]) -> Tensor:
-    order = {name: i for i, name in enumerate(dict.fromkeys(names))}
-    return x - class_means(x, names)[torch.tensor([order[name] for name in names])]
-
-
-def whitener(spread: Tensor, shrinkage: float = 0.2) -> Tensor:
-    covariance = spread.T @ spread / len(spread)
-    middle = covariance.diagonal().mean() * torch.eye(len(covariance))
-    values, vectors = torch.linalg.eigh(torch.lerp(covariance, middle, shrinkage))
-    return vectors * values.rsqrt() @ vectors.T
+    means, owner = class_means(x, names)
+    return x - means[owner]
 
 
 GUARDS: dict[str, Callable[[Known], Score]] = {

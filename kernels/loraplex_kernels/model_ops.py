@@ -13,7 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu.model_ops import dtype_code, is_plain, native_ops
+from .cpu.model_ops import (
+    dtype_code,
+    is_plain,
+    native_ops,
+    takes_cache,
+    takes_heads,
+    takes_norm,
+)
 from .model_ops_reference import (
     add_rms_norm_reference,
     paged_attention_reference,
@@ -39,7 +46,6 @@ __all__ = [
 _ACTS = {"silu": 0, "gelu_tanh": 1}
 _LIGHT = 1 << 19  # elements: up to here a call is too short to let go of Python's lock
 _LIGHT_QUERIES = 64
-_MAX_HEAD_DIM = 256
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -155,7 +161,7 @@ def rope_and_cache(
         or not tables_fit
         or not q_k_v.is_cpu
         or q_k_v.stride(1) != 1
-        or not _cache_fits(k_cache, v_cache, dtype)
+        or not takes_cache(k_cache, v_cache, dtype)
         or not is_plain(positions, torch.int64)
         or not is_plain(slots, torch.int64)
     ):
@@ -211,7 +217,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         code is None
         or not _has_plain_heads(k, dtype)
         or not _has_plain_heads(v, dtype)
-        or not _cache_fits(k_cache, v_cache, dtype)
+        or not takes_cache(k_cache, v_cache, dtype)
         or not is_plain(slots, torch.int64)
     ):
         write_kv_reference(k, v, k_cache, v_cache, slots)
@@ -287,10 +293,8 @@ def paged_attention(
         code is None
         or not _has_plain_heads(q, dtype)
         or not _has_plain_heads(out, dtype)
-        or not _cache_fits(k_cache, v_cache, dtype)
-        or head_dim % 16 != 0
-        or head_dim > _MAX_HEAD_DIM
-        or k_cache.shape[2] % 16 != 0
+        or not takes_cache(k_cache, v_cache, dtype)
+        or not takes_heads(head_dim, k_cache.shape[2])
         or page_table.dtype is not torch.int32
         or page_table.stride(1) != 1
         or not is_plain(query_starts, torch.int32)
@@ -333,20 +337,10 @@ def paged_attention(
 
 
 def _norm_code(x: Tensor, weight: Tensor) -> int | None:
-    if not is_plain(x, weight.dtype) or not weight.is_contiguous() or weight.shape[0] % 16 != 0:
+    if not is_plain(x, weight.dtype) or not takes_norm(weight, x.dtype):
         return None
     return dtype_code(x.dtype)
 
 
 def _has_plain_heads(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype is dtype and x.is_cpu and x.stride()[1:] == (x.shape[2], 1)
-
-
-def _cache_fits(k_cache: Tensor, v_cache: Tensor, dtype: torch.dtype) -> bool:
-    return (
-        k_cache.dtype is dtype
-        and v_cache.dtype is dtype
-        and k_cache.is_cpu
-        and k_cache.is_contiguous()
-        and v_cache.is_contiguous()
-    )

@@ -78,8 +78,10 @@ def main() -> None:
     leases = [_adapter(model, seed) for seed in range(N_ROWS)]
     print(json.dumps(_cold_loads(adapters, leases, loaded)))
     for lease in leases:
-        while adapters.place(lease.plan) is not Placement.RESIDENT:
-            time.sleep(0.01)
+        loaded.clear()
+        adapters.place(lease.plan)
+        loaded.wait()
+        assert adapters.place(lease.plan) is Placement.RESIDENT
         adapters.hold(lease.digest)
     torch.set_num_threads(n_threads)
     cases: dict[str, Sequence[Lease | None]] = {

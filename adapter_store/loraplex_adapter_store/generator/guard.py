@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["Strangeness", "as_new"]
+__all__ = ["Strangeness", "as_new", "class_means", "whitener"]
 
 _SHRINKAGE = 0.2  # s
 _N_FOLDS = 5
@@ -58,11 +58,9 @@ class Strangeness:
 
     @classmethod
     def without_limit(cls, sentences: Tensor, operations: Sequence[str]) -> Strangeness:
-        known = list(dict.fromkeys(operations))
-        owner = torch.tensor([known.index(operation) for operation in operations])
-        members = F.one_hot(owner).float()  # [n, n_operations]
-        means = (members.T @ sentences) / members.sum(0)[:, None]
-        whiten = _whitener(sentences - means[owner])
+        means, owner = class_means(sentences, operations)
+        whiten = whitener(sentences - means[owner])
+        whiten /= whiten.abs().max()
         return cls(whiten, F.normalize(means @ whiten, dim=-1))
 
     def score(self, query: Tensor) -> Tensor:
@@ -88,14 +86,22 @@ def as_new(
                 yield asked.nonzero()[:, 0], seen.nonzero()[:, 0]
 
 
-def _whitener(spread: Tensor) -> Tensor:
+def class_means(x: Tensor, names: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """([n_names, width], in the order in which names appear; int64 [n]: the row of each of x's)."""
+    known = list(dict.fromkeys(names))
+    owner = torch.tensor([known.index(name) for name in names])
+    members = F.one_hot(owner).float()  # [n, n_names]
+    return (members.T @ x) / members.sum(0)[:, None], owner
+
+
+def whitener(spread: Tensor) -> Tensor:
     """W, for the deviations [n, width] from the means."""
     covariance = spread.T @ spread / len(spread)
     variance = covariance.diagonal().mean()
     covariance = torch.lerp(covariance, variance * torch.eye(len(covariance)), _SHRINKAGE)
     values, vectors = torch.linalg.eigh(covariance)
     whiten: Tensor = vectors * values.clamp_min(1e-12).rsqrt() @ vectors.T
-    return whiten / whiten.abs().max()
+    return whiten
 
 
 def _folds(groups: Sequence[str], names: Sequence[str]) -> Tensor:

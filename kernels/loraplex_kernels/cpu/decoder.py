@@ -18,14 +18,13 @@ from ..layout import LoraSegments
 from ..ops import PreparedTarget
 from ..packed_linear import PackedLinear
 from .lora import SEGMENT_ERRORS, NativeLora
-from .model_ops import dtype_code, is_plain
+from .model_ops import dtype_code, is_plain, takes_cache, takes_heads, takes_norm
 from .native import library
 
 __all__ = ["DecoderLayer", "DecoderLinear", "DecoderRows", "NativeDecoder", "Norm"]
 
-_LANES = 16  # widths and head sizes come in such steps
-_MAX_HEAD_DIM = 256
 _LINE_BYTES = 64
+_GATE_STEP = 16  # columns of the activation
 _NO_MLPS: Mapping[int, Callable[[Tensor], Tensor]] = {}
 
 
@@ -75,7 +74,8 @@ class DecoderRows:
     query_starts: Tensor  # int32 [n_requests + 1]
     kv_lens: Tensor  # int32 [n_requests]
 
-    def _are_plain(self) -> bool:
+    def are_plain(self) -> bool:
+        """Whether native code may walk them."""
         return (
             is_plain(self.positions, torch.int64)
             and is_plain(self.slots, torch.int64)
@@ -97,10 +97,9 @@ class NativeDecoder:
         self._layers = tuple(layers)
         self._norm, self._cos, self._sin = norm, cos, sin
         self._dtype = first.qkv.packed.dtype
-        self._hidden = first.qkv.packed.in_features
         n_kv_heads, page_size, head_dim = _cache_shape(first.keys)
         self._widths = (  # of y, qkv, heads, gate_up, act
-            self._hidden,
+            first.qkv.packed.in_features,
             first.qkv.packed.n_out,
             n_heads * head_dim,
             first.gate_up.packed.n_out,
@@ -141,19 +140,17 @@ class NativeDecoder:
             and is_plain(cos, torch.float32)
             and is_plain(sin, torch.float32)
             and cos.shape[1] == head_dim
-            and head_dim % _LANES == 0
-            and head_dim <= _MAX_HEAD_DIM
-            and page_size % _LANES == 0
-            and ff % _LANES == 0
+            and takes_heads(head_dim, page_size)
+            and ff % _GATE_STEP == 0
             and layers[0].qkv.packed.n_out == (n_heads + 2 * n_kv_heads) * head_dim
             and layers[0].gate_up.packed.out_features == (ff, ff)
-            and _is_native_norm(norm, dtype)
+            and takes_norm(norm.weight, dtype)
             and all(_is_native_layer(layer, dtype) for layer in layers)
         )
 
     def takes(self, hidden: Tensor, rows: DecoderRows) -> bool:
         """Whether it can run a step of these tensors."""
-        return is_plain(hidden, self._dtype) and rows._are_plain()
+        return is_plain(hidden, self._dtype) and rows.are_plain()
 
     def __call__(
         self,
@@ -236,10 +233,6 @@ def _cache_shape(keys: Tensor) -> tuple[int, int, int]:
     return n_kv_heads, page_size, head_dim
 
 
-def _is_native_norm(norm: Norm, dtype: torch.dtype) -> bool:
-    return is_plain(norm.weight, dtype) and norm.weight.shape[0] % _LANES == 0
-
-
 def _is_native_layer(layer: DecoderLayer, dtype: torch.dtype) -> bool:
     return (
         all(
@@ -248,10 +241,9 @@ def _is_native_layer(layer: DecoderLayer, dtype: torch.dtype) -> bool:
             and (linear.lora is None or linear.lora.dtype is dtype)
             for linear in layer.linears
         )
-        and _is_native_norm(layer.input_norm, dtype)
-        and _is_native_norm(layer.mlp_norm, dtype)
-        and is_plain(layer.keys, dtype)
-        and is_plain(layer.values, dtype)
+        and takes_norm(layer.input_norm.weight, dtype)
+        and takes_norm(layer.mlp_norm.weight, dtype)
+        and takes_cache(layer.keys, layer.values, dtype)
     )
 
 

@@ -12,8 +12,18 @@ from torch import Tensor
 
 from .native import library
 
-__all__ = ["NativeOps", "dtype_code", "is_plain", "native_ops"]
+__all__ = [
+    "NativeOps",
+    "dtype_code",
+    "is_plain",
+    "native_ops",
+    "takes_cache",
+    "takes_heads",
+    "takes_norm",
+]
 
+_LANES = 16  # widths and sizes of heads come in such steps
+_MAX_HEAD_DIM = 256
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
@@ -71,3 +81,18 @@ def native_ops(*, keep_gil: bool) -> NativeOps:
 def is_plain(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether native code may walk ``x`` as one array of ``dtype``."""
     return x.dtype is dtype and x.is_cpu and x.is_contiguous()
+
+
+def takes_norm(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether native code norms rows of ``dtype`` with this weight [width]."""
+    return is_plain(weight, dtype) and weight.shape[0] % _LANES == 0
+
+
+def takes_cache(keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether native code may walk a paged cache of ``dtype``."""
+    return is_plain(keys, dtype) and is_plain(values, dtype)
+
+
+def takes_heads(head_dim: int, page_size: int) -> bool:
+    """Whether native attention has such heads and pages."""
+    return head_dim % _LANES == 0 and head_dim <= _MAX_HEAD_DIM and page_size % _LANES == 0

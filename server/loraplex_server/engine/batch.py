@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..model.step import Step
 from .kv_cache import KvCache
 from .request import Request
 from .scheduler import Chunk
@@ -30,6 +31,12 @@ class StepBatch:
     kv_lens: Tensor  # int32 [n_chunks], this step included
     chunk_rows: tuple[slice, ...]  # rows of each chunk
     virtual_rows: tuple[tuple[int, Request, int], ...]  # (row, request, index of virtual token)
+
+    def lay_into(self, step: Step) -> None:
+        """Tells the model where the rows stand. Not whose adapters they have."""
+        step.positions, step.slots = self.positions, self.slots
+        step.page_table, step.query_starts = self.page_table, self.query_starts
+        step.kv_lens = self.kv_lens
 
 
 def build_batch(chunks: Sequence[Chunk], kv_cache: KvCache, device: torch.device) -> StepBatch:

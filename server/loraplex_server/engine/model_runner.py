@@ -77,9 +77,7 @@ class ModelRunner:
 
     def _fill_step(self, batch: StepBatch, chunks: Sequence[Chunk]) -> None:
         step = self._model.step
-        step.positions, step.slots = batch.positions, batch.slots
-        step.page_table, step.query_starts = batch.page_table, batch.query_starts
-        step.kv_lens = batch.kv_lens
+        batch.lay_into(step)
         requests = [chunk.request for chunk in chunks]
         rows = [list(range(part.start, part.stop)) for part in batch.chunk_rows]
         step.segments = self._segments(requests, [len(part) for part in rows])

@@ -105,7 +105,8 @@ def spare_collector() -> None:
     """Takes what is there by now out of the cyclic collector's sight: it stays until the end.
 
     A full collection holds the interpreter's lock, and every stream waits: 0.2 s for the 400,000
-    objects of torch, transformers and the model. Later ones see only what came since.
+    objects of torch, transformers and the model. Later ones see only what came since. Once it is
+    collected first: what is garbage by now would stay too.
     """
     gc.collect()
     gc.freeze()

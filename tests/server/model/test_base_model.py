@@ -44,10 +44,7 @@ def _paged_logits(model: PreTrainedModel, token_ids: list[int], *, fuse: bool) -
     with torch.inference_mode():
         for start, end in ((0, 23), (23, 24), (24, len(token_ids))):
             batch = build_batch([Chunk(request, start, end - start)], kv, _CPU)
-            step = base.step
-            step.positions, step.slots = batch.positions, batch.slots
-            step.page_table, step.query_starts = batch.page_table, batch.query_starts
-            step.kv_lens = batch.kv_lens
+            batch.lay_into(base.step)
             hidden = base.forward(base.embed(batch.token_ids))
             raw = base.head.packed(hidden)
             rows.append(base.finish_logits(raw, torch.empty_like(raw, dtype=torch.float32)))

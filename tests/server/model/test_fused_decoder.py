@@ -84,9 +84,7 @@ class Layers:
         for chunks in ([chunk for chunk in first[1:] if chunk.n_tokens], [first[0], *last[1:]]):
             batch = build_batch(chunks, self.kv, _CPU)
             step = self.base.step
-            step.positions, step.slots = batch.positions, batch.slots
-            step.page_table, step.query_starts = batch.page_table, batch.query_starts
-            step.kv_lens = batch.kv_lens
+            batch.lay_into(step)
             step.segments = None
             if mix is not None:
                 rows = [

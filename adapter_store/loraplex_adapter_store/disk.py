@@ -23,7 +23,7 @@ class Disk:
         self.before("mkdir", path)
         path.mkdir(parents=True, exist_ok=True)
 
-    def write(self, path: Path, chunks: Iterable[bytes]) -> int:
+    def write(self, path: Path, chunks: Iterable[bytes | memoryview], *, flush: bool = True) -> int:
         """Creates ``path`` with the chunks, flushed to the device. Returns the bytes written."""
         self.before("create", path)
         n_bytes = 0
@@ -32,9 +32,10 @@ class Disk:
                 self.before("write", path)
                 file.write(chunk)
                 n_bytes += len(chunk)
-            file.flush()
-            self.before("fsync", path)
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                self.before("fsync", path)
+                os.fsync(file.fileno())
         return n_bytes
 
     def publish(self, staged: Path, final: Path) -> None:
@@ -44,6 +45,20 @@ class Disk:
         self.before("rename", final)
         staged.rename(final)
         self.sync_directory(final.parent)
+
+    def replace(self, staged: Path, final: Path) -> None:
+        """Moves one file to where another may be."""
+        self.before("rename", final)
+        staged.replace(final)
+
+    def unlink(self, path: Path) -> int:
+        """Deletes one file. Returns the bytes freed; 0 if there is none."""
+        if not path.exists():
+            return 0
+        n_bytes = path.stat().st_size
+        self.before("unlink", path)
+        path.unlink()
+        return n_bytes
 
     def remove(self, path: Path, trash: Path) -> int:
         """Takes a directory out of sight at once, then deletes it. Returns the bytes freed."""

@@ -30,7 +30,7 @@ from .plan import (
     SharedBasis,
 )
 
-__all__ = ["PackedPlan", "pack_plan", "read_plan"]
+__all__ = ["PackedPlan", "pack_plan", "parse_plan", "read_plan"]
 
 _ALIGN = 64
 _CLASSES = {
@@ -77,6 +77,11 @@ def read_plan(path: Path, sha256: str) -> AdapterPlan:
         raise StoredAdapterDamaged(
             f"the stored plan of {path.parent.name[:12]} changed on disk; add the adapter again"
         )
+    return parse_plan(buffer)
+
+
+def parse_plan(buffer: Tensor) -> AdapterPlan:
+    """The plan of these packed chunks, uint8, as views. ``buffer`` starts at a multiple of 4."""
     length = int.from_bytes(bytes(buffer[:8].numpy()), "little")
     header = json.loads(bytes(buffer[8 : 8 + length].numpy()))
     data = buffer[8 + length :].view(torch.float32)

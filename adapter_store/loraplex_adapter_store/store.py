@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import safetensors.torch
 from torch import Tensor
@@ -44,6 +45,7 @@ from .name_index import NameIndex
 from .names import check_name
 from .plan import AdapterPlan, Family
 from .plan_file import read_plan
+from .prepared_files import PreparedFiles, Preparer
 from .report import JsonValue, LoadReport
 from .selector import Library, Mixture, NameRef, Selector, parse_selector
 from .sources.local import LocalFiles, read_directory
@@ -54,6 +56,8 @@ __all__ = ["AdapterLease", "AdapterStore", "Progress"]
 Progress = Callable[[str, float], None]  # stage, share done in [0, 1]
 
 _CHUNK = 1 << 20
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 
 class _Terms(NamedTuple):
@@ -80,23 +84,24 @@ class AdapterStore:
         eviction: str = "cost-aware",
         disk: Disk | None = None,
         gate_of: GateOf | None = None,
-        prepare: Callable[[AdapterPlan], AdapterPlan] = lambda plan: plan,
+        preparer: Preparer | None = None,
     ) -> None:
         """``gate_of`` makes the gates of libraries; without it they are refused.
 
-        ``prepare`` turns a plan into what the host tier keeps of it (the engine's own form). It
-        runs on the thread that loads.
+        ``preparer`` turns a plan into what the host tier keeps of it (the engine's own form). It
+        runs on the thread that adds the adapter, or on the one that loads it.
         """
         self.base = base
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
         self._gate_of = gate_of
-        self._prepare = prepare
+        self._preparer = preparer
         disk = disk or Disk()
         disk.make_directory(root)
         self._give_up = _own(root)
         try:
             self._files = ContentFiles(root, disk)
+            self._prepared = PreparedFiles(root, disk, preparer)
             self._catalogue = Catalogue(root / "catalogue.sqlite3")
         except BaseException:
             self._give_up()
@@ -332,6 +337,8 @@ class AdapterStore:
         with ingest(files, self._files, self.base, self.limits) as ingested, self._writing:
             self._check_open()
             record, content, previous = self._commit(name, ingested, terms)
+        if self._preparer is not None:
+            self._keep_prepared(self._preparer.prepare(ingested.reading.plan))
         if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
             self._lease(content)
             self._released(content.digest)
@@ -404,20 +411,50 @@ class AdapterStore:
         return None
 
     def _lease(self, content: Content) -> AdapterPlan:
-        def load() -> AdapterPlan:
-            return self._prepare(self._read(content))
+        return self._tier.lease(content.digest, content.host_bytes, lambda: self._load(content))
 
-        return self._tier.lease(content.digest, content.host_bytes, load)
+    def _load(self, content: Content) -> AdapterPlan:
+        """What the host tier keeps: as it was prepared before, else prepared now."""
+        self._check_base(content)
+        plan = self._prepared.read(content.digest)
+        if plan is not None:
+            return plan
+        plan = self._read(content)
+        if self._preparer is not None:
+            plan = self._preparer.prepare(plan)
+            self._later(self._keep_prepared, plan)
+        return plan
+
+    def _keep_prepared(self, plan: AdapterPlan) -> None:
+        """For loads to come. It is a cache: without it they take longer, no more."""
+        if plan.device_form is None:
+            return
+        try:
+            staged = self._prepared.stage(plan)
+            with self._writing:
+                if self._index.content(plan.digest) is None:  # deleted meanwhile
+                    self._prepared.discard(staged)
+                else:
+                    self._prepared.publish(staged, plan.digest)
+        except OSError as error:
+            _log.warning(
+                "adapter %s is not kept in prepared form, its loads from disk take longer: %s",
+                plan.digest[:12],
+                error,
+            )
 
     def _read(self, content: Content) -> AdapterPlan:
         """From disk, with every byte checked. Mostly outside the interpreter lock."""
+        self._check_base(content)
+        path = self._files.path(content.digest) / PLAN_FILE
+        return read_plan(path, content.plan_sha256)
+
+    def _check_base(self, content: Content) -> None:
         if content.base_fingerprint != self.base.fingerprint:
             raise BaseMismatch(
                 f"adapter {content.digest[:12]} was checked against another base than "
                 f"{self.base.model_id}; add it again"
             )
-        path = self._files.path(content.digest) / PLAN_FILE
-        return read_plan(path, content.plan_sha256)
 
     def _acquire_mixture(self, mixture: Mixture) -> AdapterLease:
         weights = [part.weight for part in mixture.parts]
@@ -461,7 +498,8 @@ class AdapterStore:
             n_bytes = sum(part.host_bytes for part in parts)
 
             def load() -> AdapterPlan:  # from the files: the host tier may keep another form
-                return self._prepare(build([self._read(part) for part in parts], digest))
+                whole = build([self._read(part) for part in parts], digest)
+                return whole if self._preparer is None else self._preparer.prepare(whole)
 
             plan = self._tier.lease(digest, n_bytes, load)
             return AdapterLease(label, 0, plan, self._released)
@@ -489,8 +527,11 @@ class AdapterStore:
         return self.warm(name) if pinned else self.get(name)
 
     def _retire_later(self, digest: str) -> None:
+        self._later(self._retire, digest)
+
+    def _later(self, work: Callable[[_T], object], item: _T) -> None:
         try:
-            self._janitor.submit(self._retire, digest)
+            self._janitor.submit(work, item)
         except RuntimeError:  # closed: the next start sweeps
             return
 
@@ -505,7 +546,7 @@ class AdapterStore:
             host = self._tier.drop(digest)
             disk = 0
             if removed.content is not None and not self._closed:
-                disk = self._files.remove(digest)
+                disk = self._files.remove(digest) + self._prepared.remove(digest)
                 self._catalogue.forget_content(digest)
         for listener in self._listeners:
             listener(digest)
@@ -517,6 +558,9 @@ class AdapterStore:
         for digest in tuple(self._files.digests()):
             if not self._index.is_named(digest):
                 self._files.remove(digest)
+        for digest in tuple(self._prepared.digests()):
+            if not self._index.is_named(digest):
+                self._prepared.remove(digest)
         for content in self._index.contents():
             if not self._index.is_named(content.digest):
                 self._catalogue.forget_content(content.digest)

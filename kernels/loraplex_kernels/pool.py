@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,12 @@ class LoraPool:
             self.storage.dtype,
             pin_memory=self.device.type == "cuda",
         )
+
+    def adopt(self, packed: PackedEntry) -> PackedEntry:
+        """What ``pack`` made earlier, perhaps for an equal pool, in memory fit for ``fill``."""
+        if self.device.type != "cuda" or packed.image.is_pinned():
+            return packed
+        return replace(packed, image=packed.image.pin_memory())
 
     def reserve(self, packed: PackedEntry) -> int:
         """Takes space for an entry and returns its id. Copies nothing. Raises PoolFull."""

@@ -114,7 +114,7 @@ def _cold_loads(
     packing, reserving, copying, publishing = [], [], [], []
     for lease in leases:
         marks = [time.perf_counter()]
-        plan = adapters.prepare(lease.plan)
+        plan = adapters.former.prepare(lease.plan)
         marks.append(time.perf_counter())
         loaded.clear()
         adapters.place(plan)

@@ -16,7 +16,9 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.disk import Disk
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import plain_lora
+from tests.adapter_store.test_prepared_files import form_seed
 from tests.adapter_store.test_store import put, seed_of
+from tests.support.preparers import TensorsAside
 
 
 def test_a_kill_at_any_operation_loses_nothing_that_was_committed() -> None:
@@ -50,9 +52,13 @@ class FullDisk(Disk):
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_full_disk_at_any_operation_fails_that_put_alone(tmp_path: Path, base: BaseSpec) -> None:
+@pytest.mark.parametrize("preparer", [None, TensorsAside()])
+def test_a_full_disk_at_any_operation_fails_that_put_alone(
+    preparer: TensorsAside | None, tmp_path: Path, base: BaseSpec
+) -> None:
+    seed_in = seed_of if preparer is None else form_seed
     disk = FullDisk()
-    with AdapterStore(tmp_path / "s", base, disk=disk) as store:
+    with AdapterStore(tmp_path / "s", base, disk=disk, preparer=preparer) as store:
         put(store, "old", 1)
         k = 0
         while True:
@@ -62,10 +68,10 @@ def test_a_full_disk_at_any_operation_fails_that_put_alone(tmp_path: Path, base:
             finished = disk.left is not None
             disk.left = None
             with store.acquire("old") as lease:
-                assert seed_of(lease.plan) == 1
+                assert seed_in(lease.plan) == 1
             put(store, "other", 100 + k)
             with store.acquire("other") as lease:
-                assert seed_of(lease.plan) == 100 + k
+                assert seed_in(lease.plan) == 100 + k
             if finished:
                 break
             k += 1

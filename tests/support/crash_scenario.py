@@ -18,6 +18,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.disk import Disk
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import plain_lora
+from tests.support.preparers import TensorsAside
 from tests.support.tiny_models import tiny_llama
 
 KILLED = 77
@@ -49,7 +50,7 @@ class FatalDisk(Disk):
 
 
 def run_steps(root: Path, base: BaseSpec, disk: FatalDisk, log: int) -> None:
-    store = AdapterStore(root, base, disk=disk)
+    store = AdapterStore(root, base, disk=disk, preparer=TensorsAside())
     store._catalogue._db.execute("PRAGMA synchronous=OFF")
     changes = ("INSERT", "UPDATE", "DELETE", "COMMIT")
     store._catalogue._db.set_trace_callback(
@@ -79,17 +80,21 @@ def names_after(n_steps: int) -> dict[str, int]:
 def check(root: Path, base: BaseSpec, n_committed: int) -> None:
     """Opens the store as the next process would. Raises AssertionError."""
     allowed = [names_after(n_committed), names_after(min(n_committed + 1, len(STEPS)))]
-    with AdapterStore(root, base) as store:
+    with AdapterStore(root, base, preparer=TensorsAside()) as store:
         store._catalogue._db.execute("PRAGMA synchronous=OFF")
         found: dict[str, int] = {}
         for card in store.list():
             with store.acquire(card.name) as lease:
-                values = {float(v) for t in lease.plan.tensors() for v in t.unique()}
+                form = lease.plan.device_form
+                assert isinstance(form, tuple)
+                values = {float(v) for t in form for v in t.unique()}
             assert len(values) == 1, f"{card.name} is mixed up: {values}"
             found[card.name] = int(values.pop())
         assert found in allowed, f"found {found}, allowed {allowed}"
         files = {p.name for p in (root / "contents").glob("*/*")}
         assert files == {card.digest for card in store.list()}, "orphans were not swept"
+        forms = {p.name for p in (root / "forms").glob("*/*")}
+        assert forms <= files, "orphaned forms were not swept"
         assert not any((root / "staging").iterdir()), "staging was not swept"
         config, tensors = plain_lora(9)
         store.put_tensors("after", config, tensors)  # type: ignore[arg-type]

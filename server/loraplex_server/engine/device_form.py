@@ -2,20 +2,24 @@
 
 The store's host tier keeps adapters so: in the engine's dtype and the layout of the pool,
 page-locked where a GPU will fetch them. That is half the bytes of the float32 plan, and nothing is
-cast, cut or transposed when an adapter comes to the device.
+cast, cut or transposed when an adapter comes to the device. The store keeps them so on disk, too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import hashlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
+from loraplex_adapter_store.report import JsonValue
 from loraplex_kernels.factors import EntryFactors, SliceFactors
 from loraplex_kernels.packed_entry import PackedEntry
+from loraplex_kernels.pool import LoraPool
 
 from ..model.lora_group import LoraGroup
 from .errors import AdapterUnservable
@@ -23,6 +27,10 @@ from .errors import AdapterUnservable
 __all__ = ["DeviceForm", "Former", "is_beyond_low_rank"]
 
 _T = TypeVar("_T")
+
+# Forms are kept on disk. Count up whenever the same plan gets another form: then old ones are
+# made anew. ``test_the_form_of_a_plan_is_what_its_format_says`` fails where that was forgotten.
+_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +46,29 @@ class DeviceForm:
 
 
 class Former:
-    """Makes device forms for one model and pool. Stateless: any thread, several at a time."""
+    """Makes device forms for one model and pool: the store's ``Preparer``.
+
+    Stateless: any thread, several at a time.
+    """
 
     def __init__(
         self,
         groups: Mapping[str, LoraGroup],
-        pack: Callable[[EntryFactors], PackedEntry],
+        pool: LoraPool,
         routable: Collection[str],
     ) -> None:
         """``routable``: the MLP blocks and projections that may have experts."""
         self._groups = tuple(groups.values())
-        self._pack = pack
+        self._pool = pool
         self._routable = frozenset(routable)
+        modules = [(group.target, group.module_names) for group in self._groups]
+        parts = (_FORMAT, str(pool.storage.dtype), modules, sorted(self._routable))
+        self._key = hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    @property
+    def key(self) -> str:
+        """Of the format, the dtype and the modules that there are to adapt."""
+        return self._key
 
     def form(self, plan: AdapterPlan) -> DeviceForm:
         """The form a plan has already, or a new one. Raises AdapterUnservable."""
@@ -58,9 +77,10 @@ class Former:
         self._check_experts(plan)
         sets = [plan.modules, *_expert_modules(plan.experts)]
         rank = max((module.rank for modules in sets for module in modules.values()), default=0)
-        return DeviceForm(tuple(self._pack(self._factors(modules)) for modules in sets), rank)
+        pack = self._pool.pack
+        return DeviceForm(tuple(pack(self._factors(modules)) for modules in sets), rank)
 
-    def prepared(self, plan: AdapterPlan) -> AdapterPlan:
+    def prepare(self, plan: AdapterPlan) -> AdapterPlan:
         """The plan with its device form instead of its factors. Shares no memory with ``plan``.
 
         A plan that is prepared already comes back as it is, and so does one that cannot be served:
@@ -81,6 +101,25 @@ class Former:
         )
         kept = {tensor.data_ptr(): tensor.nbytes for tensor in rest.tensors()}
         return replace(rest, device_form=form, n_bytes=form.n_bytes + sum(kept.values()))
+
+    def dump(self, form: object) -> tuple[JsonValue, Sequence[Tensor]]:
+        """For a file: the rank, and five tensors for each entry."""
+        assert isinstance(form, DeviceForm)
+        tensors: list[Tensor] = []
+        for entry in form.entries:
+            arrays = (entry.starts, entry.lengths, entry.keys, entry.ranks)
+            tensors += [entry.image, *map(torch.from_numpy, arrays)]
+        return form.rank, tensors
+
+    def restore(self, header: JsonValue, tensors: Sequence[Tensor]) -> DeviceForm:
+        """What was dumped, around the tensors; page-locked where ``form`` would be."""
+        assert isinstance(header, int)
+        entries = []
+        for at in range(0, len(tensors), 5):
+            image, *tables = tensors[at : at + 5]
+            arrays = (table.numpy().copy() for table in tables)  # they stay when the image goes
+            entries.append(self._pool.adopt(PackedEntry(image, *arrays)))
+        return DeviceForm(tuple(entries), header)
 
     def _factors(self, modules: Mapping[str, ModulePlan]) -> EntryFactors:
         """The parts of a plan that the LoRA kernels apply, by target."""

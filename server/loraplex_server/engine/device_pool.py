@@ -95,7 +95,7 @@ class DevicePool:
         self.n_loads = 0
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
-        self._former = Former(groups, self.pool.pack, routable)
+        self.former = Former(groups, self.pool, routable)
         self._max_rank = max_rank
         self._dtype = dtype
         self._device = device
@@ -137,10 +137,6 @@ class DevicePool:
             if resident.load.exception() is None:
                 self._publish(resident)
 
-    def prepare(self, plan: AdapterPlan) -> AdapterPlan:
-        """The plan in its device form, for the host tier. Any thread; see ``Former.prepared``."""
-        return self._former.prepared(plan)
-
     def hold(self, digest: str) -> None:
         self._residents[digest].holders += 1
 
@@ -181,7 +177,7 @@ class DevicePool:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def _start_load(self, plan: AdapterPlan) -> Residency | None:
-        form = self._former.form(plan)
+        form = self.former.form(plan)
         if self._max_rank is not None and form.rank > self._max_rank:
             raise AdapterUnservable(
                 f"adapter {plan.digest[:12]} has rank {form.rank}, this server allows "

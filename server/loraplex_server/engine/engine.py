@@ -19,6 +19,7 @@ from loraplex_adapter_store.plan import AdapterPlan
 
 from .client import STEP_TOKENS, EngineStats, GenerationRequest, Listener
 from .config import EngineConfig
+from .device_form import Former
 from .device_pool import DevicePool, Placement
 from .errors import (
     AdapterUnservable,
@@ -157,9 +158,10 @@ class Engine:
         """Starts loading an adapter before anybody asks for it."""
         self._inbox.put(lambda: self._prefetch(plan))
 
-    def prepare(self, plan: AdapterPlan) -> AdapterPlan:
-        """The form in which adapters wait in host memory: placing them is then one copy."""
-        return self._adapters.prepare(plan)
+    @property
+    def former(self) -> Former:
+        """Makes the form in which adapters wait in host memory: placing them is then one copy."""
+        return self._adapters.former
 
     async def unload(self, digest: str) -> int:
         """Frees an idle adapter's place on the device; returns the bytes, 0 if absent or in use."""

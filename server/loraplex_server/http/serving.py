@@ -125,7 +125,7 @@ def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
         host_bytes=config.store.memory_bytes,
         allowed_roots=roots,
         gate_of=lambda factors, temperature: arrow_prototypes(factors, temperature=temperature),
-        prepare=built.engine.prepare,
+        preparer=built.engine.former,
     )
 
 

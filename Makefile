@@ -34,8 +34,8 @@ unit: venv
 	$(BIN)/loraplex pull --quiet
 	$(BIN)/python -m pytest -m "not gpu"
 
-gpu: venv  # the kernel tests on the CUDA device of this machine
-	$(BIN)/python -m pytest -m "gpu" tests/kernels
+gpu: venv  # the tests that need the CUDA device of this machine
+	$(BIN)/python -m pytest -m "gpu" tests/kernels tests/server
 
 gpu-sanitize: venv  # the same under compute-sanitizer: out-of-bounds, races, uninitialised reads
 	for tool in memcheck racecheck initcheck; do \

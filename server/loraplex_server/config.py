@@ -318,6 +318,7 @@ _OPTIONS: Mapping[str, Callable[[Value], object]] = {
     "max_lora_rank": _integer,
     "page_size": _integer,
     "prefix_cache": _flag,
+    "cuda_graphs": _flag,
     "threads": _integer,
     "state_dir": _path,
     "adapters_dir": _paths,
@@ -355,6 +356,7 @@ _ENGINE = {
     "max_lora_rank": "max_lora_rank",
     "page_size": "page_size",
     "prefix_cache": "prefix_cache",
+    "cuda_graphs": "cuda_graphs",
     "threads": "threads",
 }
 _STORE = {

@@ -67,6 +67,7 @@ def test_allowed_sources_come_as_a_list_or_with_commas() -> None:
         ({"lora_modules": ["nopath"]}, "lora-modules"),
         ({"log_format": "xml"}, "log-format"),
         ({"prefix_cache": "perhaps"}, "prefix-cache"),
+        ({"cuda_graphs": "perhaps"}, "cuda-graphs"),
         ({"api_key": ["short"]}, "api-key"),
         ({"colour": "red"}, "colour"),
     ],

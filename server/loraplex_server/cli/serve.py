@@ -97,6 +97,15 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Record decode steps at start and replay them, on a GPU. Default: on.",
+            rich_help_panel=_ENGINE,
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[int | None, _option(_ENGINE, "CPU threads. Default: torch's.")] = None,
     adapters_dir: Annotated[
         list[Path] | None,

@@ -18,6 +18,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 
 from ..model.base_model import BaseModel, load_base_model
 from .config import EngineConfig
+from .decode_graphs import CudaRecorder, Recorder
 from .device_pool import DevicePool
 from .engine import Engine, Message
 from .kv_cache import KvCache, KvGeometry
@@ -100,7 +101,7 @@ def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
         routable=model.routable,
     )
     engine = Engine(
-        ModelRunner(model, kv_cache, adapters),
+        ModelRunner(model, kv_cache, adapters, _recorder(config, model.device)),
         kv_cache,
         adapters,
         config,
@@ -144,6 +145,10 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
     return torch.bfloat16
+
+
+def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:
+    return CudaRecorder() if config.cuda_graphs and device.type == "cuda" else None
 
 
 def _default_step_tokens(device: torch.device) -> int:

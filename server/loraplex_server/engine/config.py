@@ -26,6 +26,7 @@ class EngineConfig:
     max_lora_rank: int | None = None  # None = any rank that fits the pool
     page_size: int = 16  # tokens of a KV page
     prefix_cache: bool = True
+    cuda_graphs: bool = True  # decode steps on a GPU are recorded at start and replayed
     threads: int | None = None  # CPU compute threads; None = torch's default
 
     def __post_init__(self) -> None:

@@ -244,8 +244,11 @@ class Engine:
         # last; asking first gets that behind us, and then nobody else can change it.
         torch.get_num_threads()
         torch.set_num_threads(self._n_threads)
-        self._started.set()
         try:
+            try:
+                self._runner.warm_up()
+            finally:
+                self._started.set()
             while not self._stopping:
                 self._step()
             self._fail_all(EngineDraining("the server went down"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from ..model.base_model import BaseModel
 from ..model.lora_group import ApplySlice, LoraGroup
 from ..model.step import PlannedRows
 from .batch import StepBatch, build_batch
+from .decode_graphs import DecodeGraphs, Recorder
 from .device_pool import DevicePool, Residency
 from .events import TokenLogprobs
 from .kv_cache import KvCache
@@ -30,6 +32,8 @@ from .sampler import Sampled, logprobs_of, sample
 from .scheduler import Chunk
 
 __all__ = ["ModelRunner", "StepResult"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,13 @@ class StepResult:
 class ModelRunner:
     """Owner of the step buffers and of the model. Engine thread only."""
 
-    def __init__(self, model: BaseModel, kv_cache: KvCache, adapters: DevicePool) -> None:
+    def __init__(
+        self,
+        model: BaseModel,
+        kv_cache: KvCache,
+        adapters: DevicePool,
+        recorder: Recorder | None = None,  # of decode steps, see ``decode_graphs``
+    ) -> None:
         self._model = model
         self._kv = kv_cache
         self._adapters = adapters
@@ -57,11 +67,30 @@ class ModelRunner:
         self._projections = frozenset(
             name for group in model.groups.values() for name in group.module_names
         )
+        self._graphs = (
+            DecodeGraphs(model, kv_cache, adapters.pool, recorder)
+            if recorder is not None and model.is_fused
+            else None
+        )
+
+    def warm_up(self) -> None:
+        """Records decode steps where that is asked for; without them where it fails."""
+        if self._graphs is None:
+            return
+        try:
+            self._graphs.record_all()
+        except Exception as error:  # the device's, the compiler's: without graphs all still works
+            _log.warning("decode steps run without CUDA graphs: %s", error)
+            self._graphs = None
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> StepResult:
         """One forward over all chunks; samples for those that reach their last token."""
         batch = build_batch(chunks, self._kv, self._model.device)
+        if self._graphs is not None and self._is_plain_decode(chunks, batch):
+            requests = [chunk.request for chunk in chunks]
+            raw = self._graphs.run(batch, [self._entry(request) for request in requests])
+            return StepResult(self._sample(raw, requests), {})
         self._fill_step(batch, chunks)
         hidden = self._model.forward(self._embed(batch, chunks))
         sampling = [
@@ -70,10 +99,35 @@ class ModelRunner:
         sampled: dict[str, Sampled] = {}
         if sampling:
             requests = [chunk.request for chunk, _ in sampling]
-            logits = self._logits(hidden, [rows.stop - 1 for _, rows in sampling], requests)
-            tokens = sample(logits.cpu(), requests, self._model.eos_token_ids)
-            sampled = {r.id: token for r, token in zip(requests, tokens, strict=True)}
+            raw = self._raw_logits_of(hidden, [rows.stop - 1 for _, rows in sampling], requests)
+            sampled = self._sample(raw, requests)
         return StepResult(sampled, self._prompt_logprobs(hidden, chunks, batch))
+
+    def _is_plain_decode(self, chunks: Sequence[Chunk], batch: StepBatch) -> bool:
+        """One token of each request, by adapters that are low-rank factors below the head alone."""
+        return not batch.virtual_rows and all(
+            chunk.n_tokens == 1 and chunk.samples and self._is_plain(chunk.request)
+            for chunk in chunks
+        )
+
+    def _is_plain(self, request: Request) -> bool:
+        if not request.adapter_digest:
+            return True
+        residency = self._adapters.residency(request.adapter_digest)
+        plan = residency.plan
+        return not (
+            residency.planned
+            or residency.dense
+            or residency.experts
+            or plan.embedding_rows
+            or plan.head_rows
+            or self._changes_head(request)
+        )
+
+    def _sample(self, raw: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
+        logits = self._finish(raw)
+        tokens = sample(logits.cpu(), requests, self._model.eos_token_ids)
+        return {r.id: token for r, token in zip(requests, tokens, strict=True)}
 
     def _fill_step(self, batch: StepBatch, chunks: Sequence[Chunk]) -> None:
         step = self._model.step
@@ -154,8 +208,14 @@ class ModelRunner:
                 if token in plan.embedding_rows:
                     rows[row] = plan.embedding_rows[token].to(rows)
 
-    def _logits(self, hidden: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> Tensor:
-        """float32 [n, vocab_size], with the adapters' changes to the head; valid until the next."""
+    def _finish(self, raw: Tensor) -> Tensor:
+        """float32 [n, vocab_size]; valid until the next."""
+        return self._model.finish_logits(raw, self._float_logits.rows(raw.shape[0]))
+
+    def _raw_logits_of(
+        self, hidden: Tensor, rows: Sequence[int], requests: Sequence[Request]
+    ) -> Tensor:
+        """[n, vocab_size], with the adapters' changes to the head; valid until the next."""
         head, n_rows = self._model.head, len(rows)
         x = hidden[torch.tensor(rows, device=hidden.device)]
         raw = self._raw_logits.rows(n_rows)
@@ -172,7 +232,7 @@ class ModelRunner:
             head_rows = self._adapters.residency(digest).plan.head_rows if digest else {}
             for token, weight in head_rows.items():
                 raw[row, token] = x[row].float() @ weight.to(x.device)
-        return self._model.finish_logits(raw, self._float_logits.rows(n_rows))
+        return raw
 
     def _changes_head(self, request: Request) -> bool:
         if not request.adapter_digest:
@@ -194,7 +254,8 @@ class ModelRunner:
                 continue
             targets = request.token_ids[chunk.start + 1 : last + 1]
             row_ids = list(range(rows.start, rows.start + len(targets)))
-            logits = self._logits(hidden, row_ids, [request] * len(targets)).cpu()
+            raw = self._raw_logits_of(hidden, row_ids, [request] * len(targets))
+            logits = self._finish(raw).cpu()
             n_top = request.source.sampling.logprobs or 0
             found[request.id] = tuple(logprobs_of(logits, targets, [n_top] * len(targets)))
         return found

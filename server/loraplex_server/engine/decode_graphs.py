@@ -1,0 +1,141 @@
+"""Decode steps as CUDA graphs: one launch for a step instead of a dozen for every layer.
+
+A graph replays fixed shapes at fixed addresses. So a step of n rows is laid into the first rows of
+tensors that stay, under the smallest recorded size that holds it. Spare rows have no adapter, write
+no KV (slot −1) and attend to one position whose value nobody reads; rows do not see one another, so
+the others get the bits that they get without a graph. Which adapters the rows have is data: the
+segments are built inside the graph, and the pool's tables are read at replay.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels.layout import LoraTables
+from loraplex_kernels.pool import LoraPool
+from loraplex_kernels.segments import build_segments
+
+from ..model.base_model import BaseModel
+from .batch import StepBatch
+from .kv_cache import KvCache
+
+__all__ = ["CudaRecorder", "DecodeGraphs", "Recorder", "sizes_up_to"]
+
+_log = logging.getLogger(__name__)
+
+Replay = Callable[[], None]
+
+
+class Recorder(Protocol):
+    def __call__(self, work: Callable[[], None]) -> Replay:
+        """Records what ``work`` launches; the replay launches it again."""
+
+
+class CudaRecorder:
+    """Graphs that share one memory: only one runs at a time."""
+
+    def __init__(self) -> None:
+        self._memory = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Replay:
+        # Off the recording, on a stream of its own: kernels are compiled, libraries set up.
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            work()
+        torch.cuda.current_stream().wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._memory):
+            work()
+        return graph.replay
+
+
+def sizes_up_to(n_rows: int) -> tuple[int, ...]:
+    """1, 2, 4, then multiples of 8: at most 7 spare rows, which cost next to nothing."""
+    return (*(n for n in (1, 2, 4) if n < n_rows), *range(8, n_rows, 8), n_rows)
+
+
+class DecodeGraphs:
+    """Owner of the tensors that decode steps are laid into. Engine thread only."""
+
+    def __init__(
+        self, model: BaseModel, kv_cache: KvCache, pool: LoraPool, recorder: Recorder
+    ) -> None:
+        self._model = model
+        self._pool = pool
+        self._recorder = recorder
+        n_rows, n_pages = kv_cache.page_table.shape
+
+        def rows(dtype: torch.dtype, *shape: int) -> Tensor:
+            return torch.zeros(n_rows, *shape, dtype=dtype, device=model.device)
+
+        self._token_ids, self._positions = rows(torch.int64), rows(torch.int64)
+        self._slots, self._kv_lens = rows(torch.int64), rows(torch.int32)
+        self._page_table = rows(torch.int32, n_pages)
+        self._entries = rows(torch.int32)
+        self._raw = rows(model.dtype, model.vocab_size)
+        self._query_starts = torch.arange(n_rows + 1, dtype=torch.int32, device=model.device)
+        self._clear(slice(0, n_rows))
+        self._sizes = sizes_up_to(n_rows)
+        self._graphs: dict[tuple[int, bool], Replay] = {}
+        self._tables: LoraTables | None = None  # of any one target: all are replaced together
+
+    @torch.inference_mode()
+    def record_all(self) -> None:
+        """Before anybody waits. Raises what the device or a compiler raises."""
+        for size in reversed(self._sizes):  # the largest first: the others fit in its memory
+            for has_adapters in (False, True):
+                self._graph(size, has_adapters)
+        _log.info("recorded decode steps of %s rows", ", ".join(map(str, self._sizes)))
+
+    def run(self, batch: StepBatch, entries: Sequence[int]) -> Tensor:
+        """One token of each request → raw logits [n, vocab_size], valid until the next run.
+
+        ``entries``: the pool entry of each row, −1 for the base's.
+        """
+        n = len(entries)
+        size = next(size for size in self._sizes if size >= n)
+        self._lay(batch, entries, n, size)
+        self._graph(size, any(entry >= 0 for entry in entries))()
+        return self._raw[:n]
+
+    def _lay(self, batch: StepBatch, entries: Sequence[int], n: int, size: int) -> None:
+        self._token_ids[:n].copy_(batch.token_ids)
+        self._positions[:n].copy_(batch.positions)
+        self._slots[:n].copy_(batch.slots)
+        self._kv_lens[:n].copy_(batch.kv_lens)
+        self._page_table[:n, : batch.page_table.shape[1]].copy_(batch.page_table)
+        self._entries[:n].copy_(torch.tensor(entries, dtype=torch.int32))
+        self._clear(slice(n, size))
+
+    def _clear(self, rows: slice) -> None:
+        """Makes spare rows of them: no adapter, no KV to write, one position to look at."""
+        self._entries[rows] = -1
+        self._slots[rows] = -1
+        self._kv_lens[rows] = 1
+        self._positions[rows] = 0
+
+    def _graph(self, size: int, has_adapters: bool) -> Replay:
+        tables = self._pool.tables(next(iter(self._pool.targets)))
+        if tables is not self._tables:  # a rank larger than any before: other addresses
+            self._tables = tables
+            self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
+        key = (size, has_adapters)
+        if key not in self._graphs:
+            self._graphs[key] = self._recorder(lambda: self._forward(size, has_adapters))
+        return self._graphs[key]
+
+    def _forward(self, size: int, has_adapters: bool) -> None:
+        model, step = self._model, self._model.step
+        step.positions, step.slots = self._positions[:size], self._slots[:size]
+        step.page_table, step.kv_lens = self._page_table[:size], self._kv_lens[:size]
+        step.query_starts = self._query_starts[: size + 1]
+        step.segments = build_segments(self._entries[:size]) if has_adapters else None
+        step.planned, step.routed, step.routes_projections = (), {}, False
+        hidden = model.forward(model.embed(self._token_ids[:size]))
+        model.head.packed.into(hidden, self._raw[:size])

@@ -1,0 +1,176 @@
+"""Decode steps laid into fixed tensors answer as free ones do. Recording itself needs a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_server.engine import build
+from loraplex_server.engine.decode_graphs import CudaRecorder, sizes_up_to
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.sampling_params import SamplingParams
+from tests.support.architectures import tiny_model
+from tests.support.engines import Answer, generate_all, running_engine
+from tests.support.routed_plans import ATTENTION, lora_plan, mixlora_plan
+
+PROMPTS = [[5, 9, 200, 31, 7], [17], list(range(40, 80)), [3, 3, 3], [250, 1, 2], [9, 8], [77] * 9]
+
+
+class Rerun:
+    """Records nothing: the replay is the work itself, on what the fixed tensors hold then."""
+
+    def __init__(self) -> None:
+        self.n_recorded = 0
+        self.n_replayed = 0
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        self.n_recorded += 1
+
+        def replay() -> None:
+            self.n_replayed += 1
+            work()
+
+        return replay
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return tiny_model(request.param)
+
+
+@contextmanager
+def engine_with(
+    recorder: Callable[[Callable[[], None]], Callable[[], None]],
+    model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Engine]:
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "_recorder", lambda config, device: recorder)
+        with running_engine(model, max_batch_size=11) as engine:
+            yield engine
+
+
+def _plans(model: PreTrainedModel) -> list[AdapterPlan | None]:
+    """Six adapters and the base, for as many prompts."""
+    loras = [lora_plan(model, rank=rank, seed=rank) for rank in (2, 8, 17)]
+    same = lora_plan(model, rank=4, seed=9, leaves=ATTENTION)
+    return [loras[0], None, loras[1], same, loras[2], same, None]
+
+
+def _tokens(answers: list[Answer]) -> list[list[int]]:
+    return [answer.token_ids for answer in answers]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_every_row_gets_what_it_gets_without_graphs(
+    temperature: float, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampling = SamplingParams(max_tokens=12, temperature=temperature, seed=5)
+    with running_engine(model, max_batch_size=11) as engine:
+        wanted = generate_all(engine, PROMPTS, sampling, _plans(model))
+    recorder = Rerun()
+    with engine_with(recorder, model, monkeypatch) as engine:
+        assert recorder.n_recorded == 2 * len(sizes_up_to(11))
+        for _ in range(2):  # the second time over KV that others have left
+            assert _tokens(generate_all(engine, PROMPTS, sampling, _plans(model))) == _tokens(
+                wanted
+            )
+    assert recorder.n_replayed >= 11
+
+
+def test_spare_rows_write_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three rows run in a step of four: the fourth may touch no page, not even the first."""
+    recorder = Rerun()
+    with engine_with(recorder, model, monkeypatch) as engine:
+        for keys, values in zip(engine._kv.keys, engine._kv.values, strict=True):
+            assert not keys.any()  # nor did the recording at start
+            assert not values.any()
+        generate_all(engine, PROMPTS[:3], SamplingParams(max_tokens=4, temperature=0.0))
+        assert recorder.n_replayed > 0
+        n_tokens = sum(len(prompt) + 3 for prompt in PROMPTS[:3])  # the last one is not computed
+        for keys in engine._kv.keys:
+            pages, heads, size, width = keys.shape
+            unit = 16 // 4 // keys.element_size()  # [head_dim / unit, page, unit] in memory
+            places = keys.view(pages, heads, width // unit, size, unit)
+            assert int(places.ne(0).any(4).any(2).any(1).sum()) == n_tokens
+
+
+def test_adapters_that_do_more_are_served_without_graphs(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = model.config.hidden_size
+    lora = lora_plan(model, rank=4, seed=1)
+    plans = [
+        mixlora_plan(model, n_experts=4, top_k=2, rank=4, seed=2),
+        AdapterPlan("1" * 64, lora.family, lora.modules, head_rows={7: torch.ones(hidden)}),
+        AdapterPlan("2" * 64, lora.family, lora.modules, embedding_rows={9: torch.ones(hidden)}),
+        AdapterPlan("3" * 64, lora.family, {}, dense={"lm_head": torch.randn(256, hidden)}),
+    ]
+    recorder = Rerun()
+    for plan in plans:
+        with running_engine(model, max_batch_size=11) as engine:
+            wanted = generate_all(engine, PROMPTS[:3], plans=[plan, None, lora])
+        with engine_with(recorder, model, monkeypatch) as engine:
+            before = recorder.n_replayed
+            alone = generate_all(engine, PROMPTS[:1], plans=[plan])
+            assert recorder.n_replayed == before
+            together = generate_all(engine, PROMPTS[:3], plans=[plan, None, lora])
+        assert _tokens(together) == _tokens(wanted)
+        assert _tokens(alone) == _tokens(wanted[:1])
+
+
+def test_a_rank_larger_than_any_before_is_recorded_anew(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Rerun()
+    small, large = lora_plan(model, rank=4, seed=1), lora_plan(model, rank=100, seed=2)
+    with engine_with(recorder, model, monkeypatch) as engine:
+        generate_all(engine, PROMPTS[:1], plans=[small])
+        known = recorder.n_recorded
+        generate_all(engine, PROMPTS[:1], plans=[large])
+        assert recorder.n_recorded > known
+        known = recorder.n_recorded
+        generate_all(engine, PROMPTS[:1])
+        generate_all(engine, PROMPTS[:1], plans=[small])
+        assert recorder.n_recorded == known
+
+
+def test_where_recording_fails_steps_run_without(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with caplog.at_level(logging.WARNING), engine_with(broken, model, monkeypatch) as engine:
+        answers = generate_all(engine, PROMPTS, plans=_plans(model))
+    with running_engine(model) as engine:
+        assert _tokens(answers) == _tokens(generate_all(engine, PROMPTS, plans=_plans(model)))
+    assert "run without CUDA graphs: operation not permitted" in caplog.text
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 64])
+def test_every_size_is_held_with_little_to_spare(n: int) -> None:
+    sizes = sizes_up_to(n)
+    assert list(sizes) == sorted(set(sizes))
+    for rows in range(1, n + 1):
+        spare = min(size for size in sizes if size >= rows) - rows
+        assert spare < 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_a_replay_gives_the_bits_of_a_free_step(model: PreTrainedModel) -> None:
+    on_gpu = model.to("cuda", torch.bfloat16)
+    answers = []
+    for cuda_graphs in (False, True):
+        with running_engine(on_gpu, max_batch_size=11, cuda_graphs=cuda_graphs) as engine:
+            assert (engine._runner._graphs is not None) is cuda_graphs
+            answers.append(_tokens(generate_all(engine, PROMPTS, plans=_plans(model))))
+    assert answers[0] == answers[1]
+    assert CudaRecorder()(lambda: None) is not None

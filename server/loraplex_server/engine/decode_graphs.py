@@ -44,7 +44,7 @@ class CudaRecorder:
 
     def __call__(self, work: Callable[[], None]) -> Replay:
         # Off the recording, on a stream of its own: kernels are compiled, libraries set up.
-        aside = torch.cuda.Stream()
+        aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             work()

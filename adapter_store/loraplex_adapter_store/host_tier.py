@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -54,6 +55,7 @@ class HostTier:
         self._policy = policy
         self._wait_s = wait_s
         self._entries: dict[str, _Entry] = {}
+        self._holds: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
         self._changed = threading.Condition()
         self._clock = 0
@@ -93,6 +95,19 @@ class HostTier:
                 entry.n_leases -= 1
             self._changed.notify_all()
 
+    def hold(self, digest: str) -> None:
+        """Counts as a lease, and loads nothing: for who reads the files of a content."""
+        with self._changed:
+            self._holds[digest] += 1
+
+    def let_go(self, digest: str) -> None:
+        """Ends a ``hold``."""
+        with self._changed:
+            self._holds[digest] -= 1
+            if self._holds[digest] <= 0:
+                del self._holds[digest]
+            self._changed.notify_all()
+
     def _leave(self, digest: str, entry: _Entry) -> None:
         """Gives back a lease whose flight failed: its entry may be gone, or replaced, by now."""
         with self._changed:
@@ -127,7 +142,7 @@ class HostTier:
     def n_leases(self, digest: str) -> int:
         with self._changed:
             entry = self._entries.get(digest)
-            return 0 if entry is None else entry.n_leases
+            return self._holds[digest] + (0 if entry is None else entry.n_leases)
 
     def bytes_of(self, digest: str) -> int:
         with self._changed:

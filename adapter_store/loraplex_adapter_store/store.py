@@ -389,10 +389,7 @@ class AdapterStore:
 
     def _acquire_name(self, ref: NameRef) -> AdapterLease:
         while True:
-            self._check_open()
-            record, content = self._index.current(ref.name)
-            if ref.digest_prefix and not record.digest.startswith(ref.digest_prefix):
-                raise UnknownAdapter(str(ref), (f"{ref.name}@{record.digest[:12]}",))
+            record, content = self._find(ref)
             try:
                 plan = self._lease(content)
             except StoredAdapterDamaged:
@@ -402,6 +399,13 @@ class AdapterStore:
             lease = self._still_there(record, plan)
             if lease is not None:
                 return lease
+
+    def _find(self, ref: NameRef) -> tuple[NameRecord, Content]:
+        self._check_open()
+        record, content = self._index.current(ref.name)
+        if ref.digest_prefix and not record.digest.startswith(ref.digest_prefix):
+            raise UnknownAdapter(str(ref), (f"{ref.name}@{record.digest[:12]}",))
+        return record, content
 
     def _still_there(self, record: NameRecord, plan: AdapterPlan) -> AdapterLease | None:
         """A lease, unless the content was retired between look-up and count."""
@@ -488,13 +492,16 @@ class AdapterStore:
         identify: Callable[[Sequence[str]], str],
         build: Callable[[Sequence[AdapterPlan], str], AdapterPlan],
     ) -> AdapterLease:
-        """Parts are leased while the whole is built; it is cached under its own digest."""
-        leases: list[AdapterLease] = []
+        """The files of the parts are held while the whole is built; it is cached as any content.
+
+        The parts themselves do not come to host memory.
+        """
+        parts: list[Content] = []
         try:
-            leases.extend(self._acquire_name(ref) for ref in refs)
-            parts = [self._content_of(lease) for lease in leases]
-            digest = identify([lease.digest for lease in leases])
-            self._index.add_composite(digest, [lease.digest for lease in leases])
+            parts.extend(self._hold(ref) for ref in refs)
+            digests = [part.digest for part in parts]
+            digest = identify(digests)
+            self._index.add_composite(digest, digests)
             n_bytes = sum(part.host_bytes for part in parts)
 
             def load() -> AdapterPlan:  # from the files: the host tier may keep another form
@@ -504,17 +511,27 @@ class AdapterStore:
             plan = self._tier.lease(digest, n_bytes, load)
             return AdapterLease(label, 0, plan, self._released)
         finally:
-            for lease in leases:
-                lease.release()
+            for part in parts:
+                self._let_go(part.digest)
 
-    def _content_of(self, lease: AdapterLease) -> Content:
-        content = self._index.content(lease.digest)
-        if content is None:
-            raise UnknownAdapter(lease.name)
-        return content
+    def _hold(self, ref: NameRef) -> Content:
+        """Of the name as it is now: its files stay until ``_let_go``."""
+        while True:
+            _, content = self._find(ref)
+            self._tier.hold(content.digest)
+            if self._index.content(content.digest) is not None:
+                return content
+            self._let_go(content.digest)  # it was retired between look-up and count
+
+    def _let_go(self, digest: str) -> None:
+        self._tier.let_go(digest)
+        self._retire_if_garbage(digest)
 
     def _released(self, digest: str) -> None:
         self._tier.release(digest)
+        self._retire_if_garbage(digest)
+
+    def _retire_if_garbage(self, digest: str) -> None:
         if self._index.is_garbage(digest):
             self._retire_later(digest)
 

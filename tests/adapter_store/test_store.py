@@ -29,6 +29,7 @@ from loraplex_adapter_store.selector import parse_selector
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter, plain_lora
 from tests.support.plan_executor import plan_logits
+from tests.support.preparers import TensorsAside
 from tests.support.tiny_models import PROMPT, tiny_llama
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -358,6 +359,52 @@ def test_mixtures_are_cached_by_content_and_leave_with_their_parts(store: Adapte
     assert first.digest in retired
     store.delete("b")
     assert store.stats().host_bytes_used == 0
+
+
+def test_a_mixture_does_not_bring_its_parts_to_host_memory(tmp_path: Path, base: BaseSpec) -> None:
+    with AdapterStore(tmp_path / "s", base) as store:
+        put(store, "a", 1)
+        put(store, "b", 2)
+    selector = parse_selector([{"name": "a", "weight": 1}, {"name": "b", "weight": 2}])
+    with AdapterStore(tmp_path / "s", base) as store:
+        for _ in range(2):
+            with store.acquire(selector) as lease:
+                assert store.stats().host_bytes_used == lease.plan.n_bytes
+        assert store.stats().n_host_loads == 1
+        assert store.stats().n_leases == 0
+
+
+def test_a_part_that_is_deleted_while_its_mixture_is_built_stays_until_then(
+    tmp_path: Path, base: BaseSpec
+) -> None:
+    building, go_on = threading.Event(), threading.Event()
+
+    class Waits(TensorsAside):
+        def prepare(self, plan: AdapterPlan) -> AdapterPlan:
+            if plan.digest not in (a, b):
+                building.set()
+                assert go_on.wait(10)
+            return super().prepare(plan)
+
+    a = b = ""
+    with AdapterStore(tmp_path / "s", base) as store:
+        a, b = put(store, "a", 1), put(store, "b", 2)
+    selector = parse_selector([{"name": "a", "weight": 1}, {"name": "b", "weight": 2}])
+    with (
+        AdapterStore(tmp_path / "s", base, preparer=Waits()) as store,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        mixing = pool.submit(store.acquire, selector)
+        assert building.wait(10)
+        report = store.delete("a", timeout_s=0.01)
+        assert not report.drained
+        assert (tmp_path / "s" / "contents" / a[:2] / a).exists()
+        with pytest.raises(UnknownAdapter):
+            store.acquire(selector)
+        go_on.set()
+        mixing.result().release()
+    assert not (tmp_path / "s" / "contents" / a[:2] / a).exists()
+    assert (tmp_path / "s" / "contents" / b[:2] / b).exists()
 
 
 def test_what_cannot_be_mixed_exactly_says_why(store: AdapterStore) -> None:

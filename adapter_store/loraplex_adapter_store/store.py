@@ -6,7 +6,6 @@ a worker thread, not from an event loop. ``acquire`` of a resident adapter takes
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import threading
@@ -23,30 +22,29 @@ from torch import Tensor
 from .base_spec import BaseSpec
 from .card import AdapterCard, DeleteReport, StoreStats, TierBytes
 from .catalogue import Catalogue, Content, NameRecord
-from .content_files import PLAN_FILE, ContentFiles
+from .composite import Composite
+from .content_files import ContentFiles
+from .content_loader import ContentLoader
 from .disk import Disk
 from .errors import (
-    BaseMismatch,
     InvalidSelector,
     RevisionConflict,
     StoreClosed,
     StoredAdapterDamaged,
-    StoreError,
     UnknownAdapter,
 )
 from .eviction import POLICIES
 from .host_tier import HostTier
 from .ingest import AdapterFiles, Ingested, ingest
 from .lease import AdapterLease
-from .library import GateOf, library_digest, library_plan
+from .library import GateOf
 from .limits import StoreLimits
-from .mixture import mix_plans, mixture_digest
 from .name_index import NameIndex
 from .names import check_name
 from .plan import AdapterPlan, Family
-from .plan_file import read_plan
 from .prepared_files import PreparedFiles, Preparer
 from .report import JsonValue, LoadReport
+from .root_lock import own_root
 from .selector import Library, Mixture, NameRef, Selector, parse_selector
 from .sources.local import LocalFiles, read_directory
 from .sources.uri import fetch
@@ -95,10 +93,9 @@ class AdapterStore:
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
         self._gate_of = gate_of
-        self._preparer = preparer
         disk = disk or Disk()
         disk.make_directory(root)
-        self._give_up = _own(root)
+        self._give_up = own_root(root)
         try:
             self._files = ContentFiles(root, disk)
             self._prepared = PreparedFiles(root, disk, preparer)
@@ -108,6 +105,13 @@ class AdapterStore:
             raise
         self._index = NameIndex(self._catalogue.names(), self._catalogue.contents())
         self._tier = HostTier(host_bytes, POLICIES[eviction], limits.host_wait_s)
+        self._loader = ContentLoader(
+            base,
+            self._files,
+            self._prepared,
+            preparer,
+            on_prepared=lambda plan: self._later(self._keep_prepared, plan),
+        )
         self._writing = threading.RLock()  # serialises changes of names and files
         self._listeners: tuple[Callable[[str], None], ...] = ()
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-janitor")
@@ -244,9 +248,9 @@ class AdapterStore:
         if isinstance(wanted, NameRef):
             return self._acquire_name(wanted)
         if isinstance(wanted, Mixture):
-            return self._acquire_mixture(wanted)
+            return self._acquire_composite(Composite.of_mixture(wanted, self.base))
         if isinstance(wanted, Library):
-            return self._acquire_library(wanted)
+            return self._acquire_composite(Composite.of_library(wanted, self._gate_of))
         raise InvalidSelector(
             f"{type(wanted).__name__} must be resolved to a name before it is used"
         )
@@ -337,8 +341,7 @@ class AdapterStore:
         with ingest(files, self._files, self.base, self.limits) as ingested, self._writing:
             self._check_open()
             record, content, previous = self._commit(name, ingested, terms)
-        if self._preparer is not None:
-            self._keep_prepared(self._preparer.prepare(ingested.reading.plan))
+        self._keep_prepared(self._loader.prepare(ingested.reading.plan))
         if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
             self._lease(content)
             self._released(content.digest)
@@ -415,19 +418,10 @@ class AdapterStore:
         return None
 
     def _lease(self, content: Content) -> AdapterPlan:
-        return self._tier.lease(content.digest, content.host_bytes, lambda: self._load(content))
+        def load() -> AdapterPlan:
+            return self._loader.load(content)
 
-    def _load(self, content: Content) -> AdapterPlan:
-        """What the host tier keeps: as it was prepared before, else prepared now."""
-        self._check_base(content)
-        plan = self._prepared.read(content.digest)
-        if plan is not None:
-            return plan
-        plan = self._read(content)
-        if self._preparer is not None:
-            plan = self._preparer.prepare(plan)
-            self._later(self._keep_prepared, plan)
-        return plan
+        return self._tier.lease(content.digest, content.host_bytes, load)
 
     def _keep_prepared(self, plan: AdapterPlan) -> None:
         """For loads to come. It is a cache: without it they take longer, no more."""
@@ -447,69 +441,23 @@ class AdapterStore:
                 error,
             )
 
-    def _read(self, content: Content) -> AdapterPlan:
-        """From disk, with every byte checked. Mostly outside the interpreter lock."""
-        self._check_base(content)
-        path = self._files.path(content.digest) / PLAN_FILE
-        return read_plan(path, content.plan_sha256)
-
-    def _check_base(self, content: Content) -> None:
-        if content.base_fingerprint != self.base.fingerprint:
-            raise BaseMismatch(
-                f"adapter {content.digest[:12]} was checked against another base than "
-                f"{self.base.model_id}; add it again"
-            )
-
-    def _acquire_mixture(self, mixture: Mixture) -> AdapterLease:
-        weights = [part.weight for part in mixture.parts]
-
-        def build(plans: Sequence[AdapterPlan], digest: str) -> AdapterPlan:
-            return mix_plans(list(zip(plans, weights, strict=True)), self.base, digest)
-
-        def identify(digests: Sequence[str]) -> str:
-            return mixture_digest(list(zip(digests, weights, strict=True)))
-
-        refs = [part.ref for part in mixture.parts]
-        return self._acquire_composite(str(mixture), refs, identify, build)
-
-    def _acquire_library(self, library: Library) -> AdapterLease:
-        gate_of, k, temperature = self._gate_of, library.top_k, library.temperature
-        if gate_of is None:
-            raise InvalidSelector("this store has no gates for libraries (arrow)")
-
-        def build(plans: Sequence[AdapterPlan], digest: str) -> AdapterPlan:
-            return library_plan(plans, digest, k, temperature, gate_of)
-
-        def identify(digests: Sequence[str]) -> str:
-            return library_digest(digests, k, temperature)
-
-        return self._acquire_composite(str(library), library.refs, identify, build)
-
-    def _acquire_composite(
-        self,
-        label: str,
-        refs: Sequence[NameRef],
-        identify: Callable[[Sequence[str]], str],
-        build: Callable[[Sequence[AdapterPlan], str], AdapterPlan],
-    ) -> AdapterLease:
+    def _acquire_composite(self, composite: Composite) -> AdapterLease:
         """The files of the parts are held while the whole is built; it is cached as any content.
 
         The parts themselves do not come to host memory.
         """
         parts: list[Content] = []
         try:
-            parts.extend(self._hold(ref) for ref in refs)
+            parts.extend(self._hold(ref) for ref in composite.refs)
             digests = [part.digest for part in parts]
-            digest = identify(digests)
+            digest = composite.identify(digests)
             self._index.add_composite(digest, digests)
-            n_bytes = sum(part.host_bytes for part in parts)
 
-            def load() -> AdapterPlan:  # from the files: the host tier may keep another form
-                whole = build([self._read(part) for part in parts], digest)
-                return whole if self._preparer is None else self._preparer.prepare(whole)
+            def load() -> AdapterPlan:
+                return self._loader.load_composite(composite, parts, digest)
 
-            plan = self._tier.lease(digest, n_bytes, load)
-            return AdapterLease(label, 0, plan, self._released)
+            plan = self._tier.lease(digest, sum(part.host_bytes for part in parts), load)
+            return AdapterLease(composite.label, 0, plan, self._released)
         finally:
             for part in parts:
                 self._let_go(part.digest)
@@ -618,16 +566,3 @@ def _chunks(weights: bytes | Path) -> Iterator[bytes]:
         return
     with weights.open("rb") as file:
         yield from iter(lambda: file.read(_CHUNK), b"")
-
-
-def _own(root: Path) -> Callable[[], None]:
-    """Takes the lock of the directory; returns what gives it back."""
-    file = (root / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise StoreError(
-            f"{root} is in use by another process; talk to the running server with --url"
-        ) from None
-    return file.close

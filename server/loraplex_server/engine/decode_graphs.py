@@ -50,7 +50,8 @@ class CudaRecorder:
             work()
         torch.cuda.current_stream().wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # Of this thread alone: loads go on beside it.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             work()
         return graph.replay
 

@@ -74,23 +74,21 @@ class ModelRunner:
         )
 
     def warm_up(self) -> None:
-        """Records decode steps where that is asked for; without them where it fails."""
+        """Records decode steps where that is asked for."""
         if self._graphs is None:
             return
         try:
             self._graphs.record_all()
-        except Exception as error:  # the device's, the compiler's: without graphs all still works
-            _log.warning("decode steps run without CUDA graphs: %s", error)
-            self._graphs = None
+        except Exception as error:
+            self._give_graphs_up(error)
 
     @torch.inference_mode()
     def run(self, chunks: Sequence[Chunk]) -> StepResult:
         """One forward over all chunks; samples for those that reach their last token."""
         batch = build_batch(chunks, self._kv, self._model.device)
-        if self._graphs is not None and self._is_plain_decode(chunks, batch):
-            requests = [chunk.request for chunk in chunks]
-            raw = self._graphs.run(batch, [self._entry(request) for request in requests])
-            return StepResult(self._sample(raw, requests), {})
+        replayed = self._replay(batch, chunks)
+        if replayed is not None:
+            return StepResult(self._sample(replayed, [chunk.request for chunk in chunks]), {})
         self._fill_step(batch, chunks)
         hidden = self._model.forward(self._embed(batch, chunks))
         sampling = [
@@ -102,6 +100,21 @@ class ModelRunner:
             raw = self._raw_logits_of(hidden, [rows.stop - 1 for _, rows in sampling], requests)
             sampled = self._sample(raw, requests)
         return StepResult(sampled, self._prompt_logprobs(hidden, chunks, batch))
+
+    def _replay(self, batch: StepBatch, chunks: Sequence[Chunk]) -> Tensor | None:
+        """Raw logits [n_chunks, vocab_size] of a recorded step; None if it has to run freely."""
+        if self._graphs is None or not self._is_plain_decode(chunks, batch):
+            return None
+        try:
+            return self._graphs.run(batch, [self._entry(chunk.request) for chunk in chunks])
+        except Exception as error:
+            self._give_graphs_up(error)
+            return None
+
+    def _give_graphs_up(self, error: Exception) -> None:
+        """The device's error or a compiler's: without graphs all still works."""
+        _log.warning("decode steps run without CUDA graphs: %s", error)
+        self._graphs = None
 
     def _is_plain_decode(self, chunks: Sequence[Chunk], batch: StepBatch) -> bool:
         """One token of each request, by adapters that are low-rank factors below the head alone."""

@@ -154,6 +154,25 @@ def test_where_recording_fails_steps_run_without(
     assert "run without CUDA graphs: operation not permitted" in caplog.text
 
 
+def test_where_recording_anew_fails_the_step_and_the_rest_run_without(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorder = Rerun()
+
+    def once(work: Callable[[], None]) -> Callable[[], None]:
+        if recorder.n_recorded == 2 * len(sizes_up_to(11)):
+            raise RuntimeError("out of memory")
+        return recorder(work)
+
+    large = lora_plan(model, rank=100, seed=2)
+    with caplog.at_level(logging.WARNING), engine_with(once, model, monkeypatch) as engine:
+        answers = generate_all(engine, PROMPTS[:2], plans=[large, None])
+    with running_engine(model) as engine:
+        wanted = generate_all(engine, PROMPTS[:2], plans=[large, None])
+    assert _tokens(answers) == _tokens(wanted)
+    assert "run without CUDA graphs: out of memory" in caplog.text
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 64])
 def test_every_size_is_held_with_little_to_spare(n: int) -> None:
     sizes = sizes_up_to(n)

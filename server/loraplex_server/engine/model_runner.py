@@ -146,10 +146,10 @@ class ModelRunner:
         step = self._model.step
         batch.lay_into(step)
         requests = [chunk.request for chunk in chunks]
-        rows = [list(range(part.start, part.stop)) for part in batch.chunk_rows]
-        step.segments = self._segments(requests, [len(part) for part in rows])
-        step.planned = self._planned(requests, rows)
-        step.routed = self._routed(requests, rows)
+        step.segments = self._segments(requests, [chunk.n_tokens for chunk in chunks])
+        special = self._beyond_the_pool(requests, batch.chunk_rows)
+        step.planned = _planned(special)
+        step.routed = _routed(special)
         step.routes_projections = not self._projections.isdisjoint(step.routed)
 
     def _segments(self, requests: Sequence[Request], n_rows: Sequence[int]) -> LoraSegments | None:
@@ -163,39 +163,25 @@ class ModelRunner:
         digest = request.adapter_digest
         return self._adapters.residency(digest).entries[0] if digest else -1
 
-    def _planned(
-        self, requests: Sequence[Request], rows: Sequence[list[int]]
-    ) -> tuple[PlannedRows, ...]:
-        return tuple(
-            PlannedRows(row_ids, residency.planned, residency.dense)
-            for residency, row_ids in self._by_adapter(requests, rows)
-            if residency.planned or residency.dense
-        )
-
-    def _routed(
-        self, requests: Sequence[Request], rows: Sequence[list[int]]
-    ) -> dict[str, tuple[RoutedRows, ...]]:
-        """By MLP block or projection: the rows whose adapter routes there."""
-        routed: dict[str, tuple[RoutedRows, ...]] = {}
-        for residency, row_ids in self._by_adapter(requests, rows):
-            if residency.experts:
-                for place, part in residency.routed_rows(row_ids).items():
-                    routed[place] = (*routed.get(place, ()), part)
-        return routed
-
-    def _by_adapter(
-        self, requests: Sequence[Request], rows: Sequence[list[int]]
+    def _beyond_the_pool(
+        self, requests: Sequence[Request], rows: Sequence[slice]
     ) -> list[tuple[Residency, Tensor]]:
         """The rows of each adapter that does more than the pool's operator; int64, ascending."""
-        by_digest: dict[str, list[int]] = {}
-        for request, request_rows in zip(requests, rows, strict=True):
-            if request.adapter_digest:
-                by_digest.setdefault(request.adapter_digest, []).extend(request_rows)
-        residencies = {digest: self._adapters.residency(digest) for digest in by_digest}
+        known = {digest: self._adapters.residency(digest) for digest in _digests(requests)}
+        special = {
+            digest: residency
+            for digest, residency in known.items()
+            if residency.planned or residency.dense or residency.experts
+        }
+        if not special:
+            return []
+        by_digest: dict[str, list[int]] = {digest: [] for digest in special}
+        for request, part in zip(requests, rows, strict=True):
+            if request.adapter_digest in special:
+                by_digest[request.adapter_digest].extend(range(part.start, part.stop))
         return [
             (residency, torch.tensor(by_digest[digest], device=self._model.device))
-            for digest, residency in residencies.items()
-            if residency.planned or residency.dense or residency.experts
+            for digest, residency in special.items()
         ]
 
     def _embed(self, batch: StepBatch, chunks: Sequence[Chunk]) -> Tensor:
@@ -234,11 +220,12 @@ class ModelRunner:
         raw = self._raw_logits.rows(n_rows)
         head.packed.into(x, raw)
         if any(map(self._changes_head, requests)):
+            each = [slice(i, i + 1) for i in range(n_rows)]
             head.add_adapters(
                 x,
                 raw,
                 self._segments(requests, [1] * n_rows),
-                self._planned(requests, [[i] for i in range(n_rows)]),
+                _planned(self._beyond_the_pool(requests, each)),
             )
         for row, request in enumerate(requests):
             digest = request.adapter_digest
@@ -272,6 +259,29 @@ class ModelRunner:
             n_top = request.source.sampling.logprobs or 0
             found[request.id] = tuple(logprobs_of(logits, targets, [n_top] * len(targets)))
         return found
+
+
+def _digests(requests: Sequence[Request]) -> dict[str, None]:
+    """Of the adapters in use, each once, in the order of the rows."""
+    return dict.fromkeys(r.adapter_digest for r in requests if r.adapter_digest)
+
+
+def _planned(special: Sequence[tuple[Residency, Tensor]]) -> tuple[PlannedRows, ...]:
+    return tuple(
+        PlannedRows(row_ids, residency.planned, residency.dense)
+        for residency, row_ids in special
+        if residency.planned or residency.dense
+    )
+
+
+def _routed(special: Sequence[tuple[Residency, Tensor]]) -> dict[str, tuple[RoutedRows, ...]]:
+    """By MLP block or projection: the rows whose adapter routes there."""
+    routed: dict[str, tuple[RoutedRows, ...]] = {}
+    for residency, row_ids in special:
+        if residency.experts:
+            for place, part in residency.routed_rows(row_ids).items():
+                routed[place] = (*routed.get(place, ()), part)
+    return routed
 
 
 @functools.lru_cache(maxsize=4)  # decode steps repeat

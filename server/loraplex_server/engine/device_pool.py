@@ -26,6 +26,7 @@ from loraplex_router.experts import RoutedRows
 
 from ..model.lora_group import LoraGroup
 from ..model.routed import PlacedExperts, place_experts, rows_for
+from .copy_stream import CopyStream
 from .device_form import Former, is_beyond_low_rank
 from .errors import AdapterUnservable
 
@@ -103,6 +104,7 @@ class DevicePool:
         self._residents: dict[str, Residency] = {}
         self._arriving: list[Residency] = []  # not published yet
         self._pins: set[str] = set()
+        self._copies = CopyStream(device)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
 
     def place(self, plan: AdapterPlan) -> Placement:
@@ -207,7 +209,7 @@ class DevicePool:
                 name: weight.to(self._device, self._dtype) for name, weight in plan.dense.items()
             },
             experts=place_experts(plan.experts, entries[1:], self._device),
-            load=self._loader.submit(self._fill, entries),
+            load=self._loader.submit(self._fill, entries, self._copies.mark()),
             started_at=time.monotonic(),
             pinned=plan.digest in self._pins,
         )
@@ -242,10 +244,14 @@ class DevicePool:
         self.n_evictions += 1
         return sum(self.pool.remove(entry) for entry in resident.entries)
 
-    def _fill(self, entries: Sequence[int]) -> None:
+    def _fill(self, entries: Sequence[int], mark: torch.cuda.Event | None) -> None:
         """Loader thread."""
-        for entry in entries:
-            self.pool.fill(entry)
+
+        def copy() -> None:
+            for entry in entries:
+                self.pool.fill(entry)
+
+        self._copies.run(mark, copy)
 
     def _publish(self, resident: Residency) -> None:
         for entry in resident.entries:

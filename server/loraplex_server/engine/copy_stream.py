@@ -1,0 +1,34 @@
+"""Where adapters are copied to the device beside the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+__all__ = ["CopyStream"]
+
+
+class CopyStream:
+    """A CUDA stream of its own, so that no step waits behind a copy; nothing on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def mark(self) -> torch.cuda.Event | None:
+        """Engine thread, when memory changes hands: kernels launched so far may still read it."""
+        if self._stream is None:
+            return None
+        return torch.cuda.current_stream(self._stream.device).record_event()
+
+    def run(self, mark: torch.cuda.Event | None, copy: Callable[[], None]) -> None:
+        """Loader thread: copies once what ``mark`` stands for is through; returns when it is there."""
+        if self._stream is None or mark is None:
+            copy()
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(mark)
+            copy()
+        self._stream.synchronize()

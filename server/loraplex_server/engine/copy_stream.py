@@ -21,10 +21,12 @@ class CopyStream:
         """Engine thread, when memory changes hands: kernels launched so far may still read it."""
         if self._stream is None:
             return None
-        return torch.cuda.current_stream(self._stream.device).record_event()
+        mark = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        mark.record(torch.cuda.current_stream(self._stream.device))
+        return mark
 
     def run(self, mark: torch.cuda.Event | None, copy: Callable[[], None]) -> None:
-        """Loader thread: copies once what ``mark`` stands for is through; returns when it is there."""
+        """Loader thread: copies once what ``mark`` stands for is through; returns when done."""
         if self._stream is None or mark is None:
             copy()
             return

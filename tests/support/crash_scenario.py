@@ -82,6 +82,12 @@ def check(root: Path, base: BaseSpec, n_committed: int) -> None:
     allowed = [names_after(n_committed), names_after(min(n_committed + 1, len(STEPS)))]
     with AdapterStore(root, base, preparer=TensorsAside()) as store:
         store._catalogue._db.execute("PRAGMA synchronous=OFF")
+        # Before any load: where a form is missing, one writes it anew beside this thread.
+        files = {p.name for p in (root / "contents").glob("*/*")}
+        assert files == {card.digest for card in store.list()}, "orphans were not swept"
+        forms = {p.name for p in (root / "forms").glob("*/*")}
+        assert forms <= files, "orphaned forms were not swept"
+        assert not any((root / "staging").iterdir()), "staging was not swept"
         found: dict[str, int] = {}
         for card in store.list():
             with store.acquire(card.name) as lease:
@@ -91,11 +97,6 @@ def check(root: Path, base: BaseSpec, n_committed: int) -> None:
             assert len(values) == 1, f"{card.name} is mixed up: {values}"
             found[card.name] = int(values.pop())
         assert found in allowed, f"found {found}, allowed {allowed}"
-        files = {p.name for p in (root / "contents").glob("*/*")}
-        assert files == {card.digest for card in store.list()}, "orphans were not swept"
-        forms = {p.name for p in (root / "forms").glob("*/*")}
-        assert forms <= files, "orphaned forms were not swept"
-        assert not any((root / "staging").iterdir()), "staging was not swept"
         config, tensors = plain_lora(9)
         store.put_tensors("after", config, tensors)  # type: ignore[arg-type]
 

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .digest_folder import DigestFolder
 from .disk import Disk
 
 __all__ = ["CHAT_TEMPLATE_FILE", "CONFIG_FILE", "PLAN_FILE", "WEIGHTS_FILE", "ContentFiles"]
@@ -25,9 +26,8 @@ class ContentFiles:
 
     def __init__(self, root: Path, disk: Disk) -> None:
         self._disk = disk
-        self._contents = root / "contents"
+        self._contents = DigestFolder(root / "contents", disk)
         self._staging = root / "staging"
-        disk.make_directory(self._contents)
         disk.make_directory(self._staging)
         disk.sweep(self._staging)
 
@@ -61,8 +61,7 @@ class ContentFiles:
         return self._disk.remove(path, self._staging / uuid.uuid4().hex)
 
     def path(self, digest: str) -> Path:
-        return self._contents / digest[:2] / digest
+        return self._contents.path(digest)
 
     def digests(self) -> Iterator[str]:
-        for group in self._contents.iterdir():
-            yield from (entry.name for entry in group.iterdir())
+        return self._contents.digests()

@@ -30,7 +30,15 @@ from .plan import (
     SharedBasis,
 )
 
-__all__ = ["PackedPlan", "pack_plan", "parse_plan", "read_plan"]
+__all__ = [
+    "PackedPlan",
+    "aligned",
+    "pack_header",
+    "pack_plan",
+    "parse_header",
+    "parse_plan",
+    "read_plan",
+]
 
 _ALIGN = 64
 _CLASSES = {
@@ -54,9 +62,7 @@ def pack_plan(plan: AdapterPlan) -> PackedPlan:
             starts[storage.data_ptr()] = sum(part.numel() for part in flat)
             n_elements = storage.nbytes() // 4
             flat.append(torch.as_strided(tensor, (n_elements,), (1,), 0))
-    header = json.dumps({"version": 1, "plan": _encode(plan, starts)}).encode()
-    header += b" " * (-(8 + len(header)) % _ALIGN)
-    chunks = [len(header).to_bytes(8, "little") + header]
+    chunks = [pack_header({"version": 1, "plan": _encode(plan, starts)})]
     chunks += [part.numpy().tobytes() for part in flat]
     digest = hashlib.sha256()
     for chunk in chunks:
@@ -82,10 +88,26 @@ def read_plan(path: Path, sha256: str) -> AdapterPlan:
 
 def parse_plan(buffer: Tensor) -> AdapterPlan:
     """The plan of these packed chunks, uint8, as views. ``buffer`` starts at a multiple of 4."""
-    length = int.from_bytes(bytes(buffer[:8].numpy()), "little")
-    header = json.loads(bytes(buffer[8 : 8 + length].numpy()))
-    data = buffer[8 + length :].view(torch.float32)
-    return cast(AdapterPlan, _decode(header["plan"], data))
+    header, data_at = parse_header(buffer)
+    return cast(AdapterPlan, _decode(header["plan"], buffer[data_at:].view(torch.float32)))
+
+
+def pack_header(value: object) -> bytes:
+    """[u64 length][JSON], with spaces up to a multiple of 64 bytes."""
+    text = json.dumps(value).encode()
+    text = text.ljust(aligned(8 + len(text)) - 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def parse_header(buffer: Tensor) -> tuple[Any, int]:
+    """What ``pack_header`` wrote at the beginning of these bytes, and where it ends."""
+    end = 8 + int.from_bytes(bytes(buffer[:8].numpy()), "little")
+    return json.loads(bytes(buffer[8:end].numpy())), aligned(end)
+
+
+def aligned(n_bytes: int) -> int:
+    """The next multiple of 64, where tensors may begin."""
+    return -(-n_bytes // _ALIGN) * _ALIGN
 
 
 def _encode(value: object, starts: Mapping[int, int]) -> object:

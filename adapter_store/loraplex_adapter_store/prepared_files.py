@@ -1,9 +1,9 @@
 """Prepared plans on disk: ``forms/ab/<digest>``, a cache beside the contents.
 
     [16 bytes xxh3 of the rest][u64 head length][u64 data length][head][data]
-    head: [u64 text length][JSON text][padding to 64 bytes][the plan without its factors]
+    head: [a header, as in ``plan_file``][the plan without its factors]
 
-The data are the tensors of the device form, each at a multiple of 64 bytes; the text says where,
+The data are the tensors of the device form, each at a multiple of 64 bytes; the header says where,
 and the preparer's key. Head and data are read into memory apart, so that the plan outlives a device
 form that went to the device. A file that is missing, damaged or of another preparer is no error:
 the plan is prepared anew.
@@ -11,7 +11,6 @@ the plan is prepared anew.
 
 from __future__ import annotations
 
-import json
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,14 +21,14 @@ import torch
 import xxhash
 from torch import Tensor
 
+from .digest_folder import DigestFolder
 from .disk import Disk
 from .plan import AdapterPlan
-from .plan_file import pack_plan, parse_plan
+from .plan_file import aligned, pack_header, pack_plan, parse_header, parse_plan
 from .report import JsonValue
 
 __all__ = ["PreparedFiles", "Preparer"]
 
-_ALIGN = 64
 _CHECKSUM_BYTES = 16
 _FRONT_BYTES = _CHECKSUM_BYTES + 16
 
@@ -59,21 +58,19 @@ class PreparedFiles:
 
     def __init__(self, root: Path, disk: Disk, preparer: Preparer | None) -> None:
         self._disk = disk
-        self._forms = root / "forms"
+        self._forms = DigestFolder(root / "forms", disk)
         self._staging = root / "staging"
         self._preparer = preparer
-        disk.make_directory(self._forms)
 
     def read(self, digest: str) -> AdapterPlan | None:
         """The prepared plan, or None: then prepare it. Mostly outside the interpreter lock."""
         if self._preparer is None:
             return None
-        parts = _read(self._path(digest))
+        parts = _read(self._forms.path(digest))
         if parts is None:
             return None
         head, data = parts
-        length = int.from_bytes(bytes(head[:8].numpy()), "little")
-        text = json.loads(bytes(head[8 : 8 + length].numpy()))
+        text, plan_at = parse_header(head)
         if text["key"] != self._preparer.key:
             return None
         tensors = [
@@ -81,7 +78,7 @@ class PreparedFiles:
             for dtype, shape, start, n_bytes in text["tensors"]
         ]
         form = self._preparer.restore(text["form"], tensors)
-        return replace(parse_plan(head[_aligned(8 + length) :]), device_form=form)
+        return replace(parse_plan(head[plan_at:]), device_form=form)
 
     def stage(self, plan: AdapterPlan) -> Path:
         """Writes a prepared plan where nobody sees it yet. Raises OSError; then nothing is left."""
@@ -97,7 +94,7 @@ class PreparedFiles:
         return path
 
     def publish(self, staged: Path, digest: str) -> None:
-        path = self._path(digest)
+        path = self._forms.path(digest)
         self._disk.make_directory(path.parent)
         self._disk.replace(staged, path)
 
@@ -106,14 +103,10 @@ class PreparedFiles:
 
     def remove(self, digest: str) -> int:
         """Returns the bytes freed; 0 if there is none."""
-        return self._disk.unlink(self._path(digest))
+        return self._disk.unlink(self._forms.path(digest))
 
     def digests(self) -> Iterator[str]:
-        for group in self._forms.iterdir():
-            yield from (entry.name for entry in group.iterdir())
-
-    def _path(self, digest: str) -> Path:
-        return self._forms / digest[:2] / digest
+        return self._forms.digests()
 
 
 def _chunks(
@@ -126,21 +119,16 @@ def _chunks(
         dtype = str(tensor.dtype).removeprefix("torch.")
         places.append([dtype, list(tensor.shape), at, tensor.nbytes])
         if tensor.numel():
-            padding = bytes(_aligned(tensor.nbytes) - tensor.nbytes)
+            padding = bytes(aligned(tensor.nbytes) - tensor.nbytes)
             data += [tensor.reshape(-1).view(torch.uint8).numpy().data, padding]
-        at += _aligned(tensor.nbytes)
-    text = json.dumps({"key": key, "form": form, "tensors": places}).encode()
-    start = (len(text).to_bytes(8, "little") + text).ljust(_aligned(8 + len(text)))
-    head = start + b"".join(pack_plan(plan).chunks)
+        at += aligned(tensor.nbytes)
+    header = pack_header({"key": key, "form": form, "tensors": places})
+    head = header + b"".join(pack_plan(plan).chunks)
     lengths = len(head).to_bytes(8, "little") + at.to_bytes(8, "little")
     checksum = xxhash.xxh3_128(lengths)
     for chunk in (head, *data):
         checksum.update(chunk)
     return [checksum.digest() + lengths + head, *data]
-
-
-def _aligned(n_bytes: int) -> int:
-    return -(-n_bytes // _ALIGN) * _ALIGN
 
 
 def _read(path: Path) -> tuple[Tensor, Tensor] | None:

@@ -520,12 +520,10 @@ class AdapterStore:
 
     def _sweep(self) -> None:
         """After a crash: files without a catalogue entry, and contents that no name reaches."""
-        for digest in tuple(self._files.digests()):
-            if not self._index.is_named(digest):
-                self._files.remove(digest)
-        for digest in tuple(self._prepared.digests()):
-            if not self._index.is_named(digest):
-                self._prepared.remove(digest)
+        for files in (self._files, self._prepared):
+            for digest in tuple(files.digests()):
+                if not self._index.is_named(digest):
+                    files.remove(digest)
         for content in self._index.contents():
             if not self._index.is_named(content.digest):
                 self._catalogue.forget_content(content.digest)

@@ -133,10 +133,18 @@ class DecodeGraphs:
 
     def _forward(self, size: int, has_adapters: bool) -> None:
         model, step = self._model, self._model.step
-        step.positions, step.slots = self._positions[:size], self._slots[:size]
-        step.page_table, step.kv_lens = self._page_table[:size], self._kv_lens[:size]
-        step.query_starts = self._query_starts[: size + 1]
+        batch = StepBatch(
+            token_ids=self._token_ids[:size],
+            positions=self._positions[:size],
+            slots=self._slots[:size],
+            page_table=self._page_table[:size],
+            query_starts=self._query_starts[: size + 1],
+            kv_lens=self._kv_lens[:size],
+            chunk_rows=(),
+            virtual_rows=(),
+        )
+        batch.lay_into(step)
         step.segments = build_segments(self._entries[:size]) if has_adapters else None
         step.planned, step.routed, step.routes_projections = (), {}, False
-        hidden = model.forward(model.embed(self._token_ids[:size]))
+        hidden = model.forward(model.embed(batch.token_ids))
         model.head.packed.into(hidden, self._raw[:size])

@@ -60,6 +60,11 @@ class Residency:
     _rows: Tensor | None = None  # of ``_routed``
     _routed: Mapping[str, RoutedRows] = field(default_factory=dict)
 
+    @property
+    def does_more(self) -> bool:
+        """Whether it has parts that the pool's operator does not apply."""
+        return bool(self.planned or self.dense or self.experts)
+
     def routed_rows(self, rows: Tensor) -> Mapping[str, RoutedRows]:
         """``rows_for`` of its experts, kept from step to step: decode steps repeat."""
         if self._rows is None or not torch.equal(self._rows, rows):

@@ -129,9 +129,7 @@ class ModelRunner:
         residency = self._adapters.residency(request.adapter_digest)
         plan = residency.plan
         return not (
-            residency.planned
-            or residency.dense
-            or residency.experts
+            residency.does_more
             or plan.embedding_rows
             or plan.head_rows
             or self._changes_head(request)
@@ -168,11 +166,7 @@ class ModelRunner:
     ) -> list[tuple[Residency, Tensor]]:
         """The rows of each adapter that does more than the pool's operator; int64, ascending."""
         known = {digest: self._adapters.residency(digest) for digest in _digests(requests)}
-        special = {
-            digest: residency
-            for digest, residency in known.items()
-            if residency.planned or residency.dense or residency.experts
-        }
+        special = {digest: one for digest, one in known.items() if one.does_more}
         if not special:
             return []
         by_digest: dict[str, list[int]] = {digest: [] for digest in special}

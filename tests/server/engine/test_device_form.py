@@ -60,16 +60,13 @@ def test_in_bfloat16_it_takes_half_the_bytes(model: PreTrainedModel) -> None:
 
 
 def test_a_basis_shared_by_modules_stays_one(model: PreTrainedModel) -> None:
-    basis = (torch.randn(4, 64), torch.randn(64, 4))
-    names = [name for name in BaseSpec.of(model, "tiny").modules if name.endswith("q_proj")]
-    shared = SharedBasis("basis", *basis, rank_scale=torch.ones(4, 1))
-    plan = AdapterPlan("d" * 64, Family.VERA, {name: ModulePlan(shared=shared) for name in names})
+    plan = _plan_of("shared", model)
     with running_engine(model) as engine:
         prepared = engine.former.prepare(plan)
     bases = [part.shared.a.data_ptr() for part in prepared.modules.values() if part.shared]
-    assert len(bases) == len(names) > 1
+    assert len(bases) == len(plan.modules) > 1
     assert len(set(bases)) == 1
-    assert prepared.n_bytes <= 2 * 4 * 64 * 4 + 4 * 4 * len(names)
+    assert prepared.n_bytes <= 2 * 4 * 64 * 4 + 4 * 4 * len(plan.modules)
 
 
 def test_a_plan_that_cannot_be_served_is_refused_when_it_is_used(model: PreTrainedModel) -> None:

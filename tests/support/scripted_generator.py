@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.generator.errors import OutOfDistribution
+from loraplex_adapter_store.generator.errors import OutOfDistribution, UnfitPrompts
 from loraplex_adapter_store.generator.layout import AdapterLayout, BaseShape
 from loraplex_adapter_store.generator.service import GeneratedAdapter, Generator
+from loraplex_adapter_store.generator.task_vectors import MIN_PROMPTS
 
 __all__ = ["ScriptedGenerator"]
 
@@ -30,6 +31,7 @@ class ScriptedGenerator(Generator):
         description: str,
         *,
         examples: Sequence[str] = (),
+        prompts: Sequence[str] = (),
         method: str = "auto",
         seed: int = 0,
         force: bool = False,
@@ -37,8 +39,10 @@ class ScriptedGenerator(Generator):
     ) -> GeneratedAdapter:
         if "strange" in description and not force:
             raise OutOfDistribution(0.9, 0.5, [("card.de/plain", 0.1)])
+        if 0 < len(prompts) < MIN_PROMPTS:
+            raise UnfitPrompts(f"{len(prompts)} prompts")
         self.n_made += 1
-        text = f"{description}{list(examples)}{method}{seed}{samples}"
+        text = f"{description}{list(examples)}{list(prompts)}{method}{seed}{samples}"
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         random = torch.Generator().manual_seed(key)
         vector = 0.2 * torch.randn(self._layout.size, generator=random)

@@ -8,48 +8,37 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .arrow import ArrowExperts
 from .bundle import Bundle
-from .frozen_base import Adapters, FrozenBase
-from .scoring import Scorer, TaskScore, TeacherForced
-from .service import Generator
+from .scoring import Scorer, TaskScore
+from .service import Generator, Wish
+from .task_vectors import MIN_PROMPTS
 from .taskdata import TaskData
 from .zoo.tasks import Example, Task
 
 __all__ = ["Arm", "arms_of", "best_in_hindsight", "controls_of", "run_arm"]
 
-_GROUP = 4  # tasks per forward
 _N_SHOTS = 3
 _CHOOSING_ROWS = 6  # of each test task, for the best expert in hindsight
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """`vectors` [n_tasks, size] or `adapters`; neither is the base. `instructions` per task."""
+    """`vectors` [n_tasks, size], or experts that all tasks are `routed` over by Arrow
+    [n_experts, size]; neither is the base. `instructions` per task.
+    """
 
     name: str
     vectors: Tensor | None = None
-    adapters: Adapters | None = None
+    routed: Tensor | None = None
     instructions: Sequence[str] = field(default_factory=tuple)
 
 
 def run_arm(
-    scorer: Scorer,
-    forced: TeacherForced,
-    data: TaskData,
-    tasks: Sequence[Task],
-    arm: Arm,
-    *,
-    n_rows: int,
+    scorer: Scorer, data: TaskData, tasks: Sequence[Task], arm: Arm, *, n_rows: int
 ) -> list[TaskScore]:
-    """One score per task, by `scorer` where the arm is plain adapters, else by `forced`."""
+    """One score per task."""
     rows = data.eval_rows(tasks, n_rows, split="test", instructions=arm.instructions)
-    if arm.adapters is None:
-        return scorer(rows, arm.vectors)
-    scores: list[TaskScore] = []
-    for at in range(0, len(rows), _GROUP):
-        scores += forced.under(arm.adapters, rows[at : at + _GROUP])
-    return scores
+    return scorer(rows, arm.vectors) if arm.routed is None else scorer.arrow(rows, arm.routed)
 
 
 def best_in_hindsight(bundle: Bundle, scorer: Scorer, data: TaskData, tasks: Sequence[Task]) -> Arm:
@@ -65,7 +54,6 @@ def best_in_hindsight(bundle: Bundle, scorer: Scorer, data: TaskData, tasks: Seq
 def arms_of(
     generators: Sequence[Generator],
     bundle: Bundle,
-    base: FrozenBase,
     tasks: Sequence[Task],
     *,
     oracles: Mapping[str, Tensor],
@@ -75,11 +63,19 @@ def arms_of(
     """Every arm. `generators`: the same library, trained with different seeds."""
     wordings = [task.test_descriptions()[0] for task in tasks]
     first = generators[0]
-    encoded = [first.encode(wording) for wording in wordings]
+    wishes = [first.read(wording) for wording in wordings]
+    prompted = [first.read(w, prompts=_prompts(t)) for w, t in zip(wordings, tasks, strict=True)]
 
-    def drafts(generator: Generator, method: str, *, seed: int = 0, sample: bool = False) -> Tensor:
+    def drafts(
+        generator: Generator,
+        method: str,
+        *,
+        seed: int = 0,
+        sample: bool = False,
+        of: Sequence[Wish] = wishes,
+    ) -> Tensor:
         return torch.stack(
-            [generator.draft(e, method, seed=seed, sample=sample).vector for e in encoded]
+            [generator.draft(wish, method, seed=seed, sample=sample).vector for wish in of]
         )
 
     arms = [
@@ -95,15 +91,14 @@ def arms_of(
         sampled = drafts(generator, "sg-lora", seed=i, sample=True)
         arms.append(Arm(f"sg-lora sample #{i}", sampled))
         arms.append(Arm(f"end-to-end #{i}", drafts(generator, "end-to-end")))
-    if bundle.icm is not None:
-        arms.append(Arm("icm-lora", drafts(first, "icm-lora")))
-        for i in range(len(generators)):
-            sampled = drafts(first, "icm-lora", seed=i, sample=True)
+        if bundle.icm is not None:
+            arms.append(Arm(f"icm-lora #{i}", drafts(generator, "icm-lora")))
+            told = drafts(generator, "icm-lora", of=prompted)
+            arms.append(Arm(f"icm-lora + prompts #{i}", told))
+            sampled = drafts(generator, "icm-lora", seed=i, sample=True)
             arms.append(Arm(f"icm-lora sample #{i}", sampled))
     report("adapters drafted")
-    arms.append(
-        Arm("arrow", adapters=ArrowExperts(bundle.layout, bundle.library.means, base.dtype))
-    )
+    arms.append(Arm("arrow", routed=bundle.library.means.float()))
     if multi_task is not None:
         every = multi_task.expand(len(tasks), -1)
         arms.append(Arm("multi-task", every))
@@ -124,7 +119,7 @@ def controls_of(
     right = [task.test_descriptions() for task in tasks]
 
     def drafts(source: Generator, texts: Sequence[str]) -> Tensor:
-        return torch.stack([source.draft(source.encode(text), method).vector for text in texts])
+        return torch.stack([source.draft(source.read(text), method).vector for text in texts])
 
     arms = [
         Arm("control: shuffled training", drafts(shuffled, [r[0] for r in right])),
@@ -134,6 +129,11 @@ def controls_of(
     for i in range(1, len(right[0])):
         arms.append(Arm(f"paraphrase {i}", drafts(generator, [r[i] for r in right])))
     return arms
+
+
+def _prompts(task: Task) -> list[str]:
+    """Unlabelled, and none of those that are scored."""
+    return [example.prompt for example in task.examples("train", MIN_PROMPTS)]
 
 
 def _shots(task: Task) -> str:

@@ -11,14 +11,16 @@ from torch import Tensor
 
 from .layout import PROJECTIONS, AdapterLayout
 
-__all__ = ["ArrowExperts"]
+__all__ = ["ARROW_TOP_K", "ArrowExperts"]
+
+ARROW_TOP_K = 3  # experts of a token, in one projection
 
 
 class ArrowExperts:
     """Adapters for a FrozenBase: the whole library at once, the same for every row."""
 
     def __init__(
-        self, layout: AdapterLayout, experts: Tensor, dtype: torch.dtype, *, k: int = 3
+        self, layout: AdapterLayout, experts: Tensor, dtype: torch.dtype, *, k: int = ARROW_TOP_K
     ) -> None:
         """`experts` [n_experts, layout.size]."""
         self.first_layer = layout.first_layer

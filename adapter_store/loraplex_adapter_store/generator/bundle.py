@@ -32,8 +32,7 @@ __all__ = ["GENERATOR_FILE", "JOINT_FILE", "Bundle", "replace_guard"]
 
 GENERATOR_FILE = "generator.safetensors"
 JOINT_FILE = "joint.safetensors"
-_FORMAT = "loraplex-generator-2"
-_OLD_GUARD = "loraplex-generator-1"  # differs in the guard alone
+_FORMAT = "loraplex-generator-3"
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -126,20 +125,16 @@ class Bundle:
 def replace_guard(folder: Path, guard: Strangeness) -> Path:
     """Writes `folder`'s generator with another guard and all else as it was, to the bit.
 
-    A file of the previous format is brought up to date. Raises NotTrained without the file.
+    Raises NotTrained without the file, GeneratorMismatch if it has another format.
     """
     path = folder / GENERATOR_FILE
     if not path.is_file():
         raise NotTrained(f"no {path}; run `loraplex generator train`")
     file = read_tensor_file(path)
-    if file.header["format"] not in (_FORMAT, _OLD_GUARD):
+    if file.header["format"] != _FORMAT:
         raise GeneratorMismatch(f"{path} has format {file.header['format']!r}, not {_FORMAT!r}")
-    tensors = dict(file.tensors)
-    if file.header["format"] == _OLD_GUARD:
-        tensors["wordings"] = tensors.pop("strangeness.wordings")
-    tensors |= _guard_tensors(guard)
-    header = {**file.header, "format": _FORMAT, "strangeness": guard.limit}
-    write_tensor_file(path, tensors, header)
+    tensors = {**file.tensors, **_guard_tensors(guard)}
+    write_tensor_file(path, tensors, {**file.header, "strangeness": guard.limit})
     return path
 
 
@@ -164,10 +159,9 @@ def _check(header: Mapping[str, object], library: Library, joint: TensorFile) ->
     if AdapterLayout.from_dict(joint.header["layout"]) != library.layout:
         wrong.append("joint vectors of another layout")
     if wrong:
-        remedy = "guard" if header.get("format") == _OLD_GUARD else "train"
         raise GeneratorMismatch(
             f"the generator does not belong to this library: {'; '.join(wrong)}; "
-            f"run `loraplex generator {remedy}`"
+            "run `loraplex generator train`"
         )
 
 
@@ -199,7 +193,9 @@ def _build(file: TensorFile, library: Library, joint: TensorFile) -> Bundle:
         sg=_load(SgLora(span.size, width, sg_recipe), tensors, "sg"),
         icm=None
         if header["icm"] is None
-        else _load(IcmLora(library.layout.size, width, icm_recipe), tensors, "icm"),
+        else _load(
+            IcmLora(span.size, library.layout.shape.hidden_size, icm_recipe), tensors, "icm"
+        ),
         default=header["default"],
         sg_recipe=sg_recipe,
         icm_recipe=icm_recipe,

@@ -3,7 +3,8 @@
 GeneratorError
 ├── OutOfDistribution   the description is far from every task of the library
 ├── GeneratorMismatch   trained for another base, layout or library
-└── NotTrained          the files are not there, or lack the method asked for
+├── NotTrained          the files are not there, or lack the method asked for
+└── UnfitPrompts        too few prompts to read a task off, or a method that reads none
 """
 
 from __future__ import annotations
@@ -12,7 +13,13 @@ from collections.abc import Sequence
 
 from loraplex_adapter_store.errors import StoreError
 
-__all__ = ["GeneratorError", "GeneratorMismatch", "NotTrained", "OutOfDistribution"]
+__all__ = [
+    "GeneratorError",
+    "GeneratorMismatch",
+    "NotTrained",
+    "OutOfDistribution",
+    "UnfitPrompts",
+]
 
 
 class GeneratorError(StoreError):
@@ -39,4 +46,8 @@ class GeneratorMismatch(GeneratorError):
 
 
 class NotTrained(GeneratorError):
+    pass
+
+
+class UnfitPrompts(GeneratorError):
     pass

@@ -11,16 +11,18 @@ from torch import Tensor
 from .arms import Arm, arms_of, best_in_hindsight, controls_of, run_arm
 from .bundle import Bundle
 from .frozen_base import FrozenBase
+from .icm_lora import IcmRecipe
 from .intruders import IntruderCount
+from .literal import LiteralRecipes, literal_arms
 from .remembered import Remembered
 from .results import GUARDED, Evaluation, add_recovery, differences, mean_over
-from .retrieval import condition
 from .scoring import Scorer, TaskScore, TeacherForced
 from .sentences import Encoded, SentenceEncoder
 from .service import Generator
-from .sg_lora import LITERAL, SgRecipe, train_sg_lora
+from .sg_lora import SgRecipe
+from .task_vectors import TaskVectors, train_conditions
 from .taskdata import TaskData
-from .training import Wordings, train_bundle
+from .training import train_bundle
 from .zoo.split import ZooSplit, load_split
 from .zoo.tasks import Example, Task
 
@@ -50,7 +52,8 @@ def evaluate(
     base_name: str = "base",
     split: ZooSplit | None = None,
     sg: SgRecipe = SgRecipe(),  # noqa: B008  frozen value
-    literal: SgRecipe | None = LITERAL,
+    icm: IcmRecipe = IcmRecipe(),  # noqa: B008
+    literal: LiteralRecipes | None = LiteralRecipes(),  # noqa: B008
     scorer: Scorer | None = None,
     kept: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
@@ -58,28 +61,33 @@ def evaluate(
     """Scores on the test split of each task of `sets`; a task without an oracle has no ρ.
 
     `scorer` decodes through an engine; without it one teacher-forced forward gives likelihood and
-    greedy exact match (see scoring.py), as it does for Arrow, neutral text and the expert chosen
-    in hindsight in any case. Scores that the file `kept` holds are not computed again.
+    greedy exact match (see scoring.py), as it does for neutral text and the expert chosen in
+    hindsight in any case. Scores that the file `kept` holds are not computed again.
     """
     split = split or load_split()
     encoder = _Remembering(encoder)
     tasks = {n: s for s in sets for n in split.sets[s]}
     members = [Task.parse(name) for name in tasks]
     bundle = Bundle.load(folder)
-    generators = [Generator(bundle, encoder, base_name)]
-    for seed in range(1, n_seeds):
-        again = train_bundle(folder, encoder, seed=seed, sg=sg, icm=None)
-        generators.append(Generator(again, encoder, base_name))
-    shuffled = Generator(
-        train_bundle(folder, encoder, sg=sg, icm=None, shuffle=True), encoder, base_name
-    )
+    reader = TaskVectors(lambda: (base, data.codec))
+    of_library = [Task.parse(name) for name in bundle.library.tasks]
+    conditions = train_conditions(reader, of_library, report)
+
+    def generator(seed: int, *, shuffle: bool = False) -> Generator:
+        again = train_bundle(
+            folder, encoder, seed=seed, sg=sg, icm=icm, conditions=conditions, shuffle=shuffle
+        )
+        return Generator(again, encoder, reader, base_name)
+
+    generators = [Generator(bundle, encoder, reader, base_name)]
+    generators += [generator(seed) for seed in range(1, n_seeds)]
+    shuffled = generator(0, shuffle=True)
     report(f"{len(generators)} generators ready")
     arms = arms_of(
-        generators, bundle, base, members, oracles=oracles, multi_task=multi_task, report=report
+        generators, bundle, members, oracles=oracles, multi_task=multi_task, report=report
     )
     if literal is not None:
-        arms.append(_literal_arm(bundle, encoder, members, literal))
-        report("literal SG-LoRA trained")
+        arms += literal_arms(bundle, encoder, reader, conditions, members, literal, report)
     arms += controls_of(generators[0], shuffled, bundle.default, members)
     forced = TeacherForced(base, data.head, bundle.layout)
     in_training: Scorer = forced
@@ -111,18 +119,18 @@ def evaluate(
     focus = seeded if any(arm.name == seeded for arm in arms) else bundle.default
     for arm in arms:
         of = [t for t in members if t.name in oracles] if arm.name == "oracle" else members
-        scores = run_arm(scorer or in_training, forced, data, of, arm, n_rows=n_rows)
+        scores = run_arm(scorer or in_training, data, of, arm, n_rows=n_rows)
         result.scores[arm.name] = _named(of, scores)
         report(f"{arm.name}: exact {mean_over(result, arm.name, 'exact'):.2f}")
         if scorer is not None and arm.name in ("base", focus):
-            check = run_arm(in_training, forced, data, of, arm, n_rows=n_rows)
+            check = run_arm(in_training, data, of, arm, n_rows=n_rows)
             result.about["agreement"][arm.name] = _agreement(scores, check)
     result.scores[GUARDED] = {
         task: dict(result.scores["base" if task in result.about["refused"] else focus][task])
         for task in tasks
     }
     add_recovery(result)
-    result.neutral = _neutral(forced, in_training, data, arms)
+    result.neutral = _neutral(in_training, data, arms)
     report("neutral text scored")
     result.intruders = _intruders(IntruderCount(base, bundle.layout), arms)
     result.differences = differences(result, focus)
@@ -131,7 +139,7 @@ def evaluate(
 
 def _refused(generator: Generator, wordings: Sequence[str]) -> float:
     """Share of the wordings that the guard turns away."""
-    return sum(generator.refuses(generator.encode(text)) for text in wordings) / len(wordings)
+    return sum(generator.refuses(generator.read(text)) for text in wordings) / len(wordings)
 
 
 def _agreement(served: Sequence[TaskScore], forced: Sequence[TaskScore]) -> dict[str, float]:
@@ -157,20 +165,6 @@ class _Remembering(SentenceEncoder):
         return self._known[key]
 
 
-def _literal_arm(
-    bundle: Bundle, encoder: SentenceEncoder, tasks: Sequence[Task], recipe: SgRecipe
-) -> Arm:
-    """SG-LoRA as published: raw weights in and out. Trained for this alone: too large to ship."""
-    words = Wordings(encoder, [Task.parse(name) for name in bundle.library.tasks])
-    raw = bundle.span.mean + bundle.library.snapshots @ bundle.span.directions
-    sentence = words.encoded.sentence
-    model = train_sg_lora(raw, bundle.neighbours, sentence, words.owner, recipe)
-    asked = encoder.encode([task.test_descriptions()[0] for task in tasks]).sentence
-    alpha = bundle.neighbours.weights(asked)
-    mu, var = condition(alpha, raw.mean(1), raw.var(1, correction=0))
-    return Arm("sg-lora literal", model.generate(mu, var, asked, None))
-
-
 def _named(tasks: Sequence[Task], scores: Sequence[TaskScore]) -> dict[str, dict[str, float]]:
     return {
         task.name: {"nll": score.nll, "exact": score.exact, "n": float(len(score.right))}
@@ -178,20 +172,19 @@ def _named(tasks: Sequence[Task], scores: Sequence[TaskScore]) -> dict[str, dict
     }
 
 
-def _neutral(
-    forced: TeacherForced, scorer: Scorer, data: TaskData, arms: Sequence[Arm]
-) -> dict[str, float]:
+def _neutral(scorer: Scorer, data: TaskData, arms: Sequence[Arm]) -> dict[str, float]:
     """Perplexity of plain English answers under each arm's adapters: what they damage."""
     rows = data.rows_of([Example(prompt, answer) for prompt, answer in _NEUTRAL])
     out: dict[str, float] = {}
     for arm in arms:
         if arm.instructions or arm.name.startswith("paraphrase"):
             continue
-        if arm.vectors is None:
-            total = [forced.under(arm.adapters, [rows])[0].nll]
+        if arm.routed is not None:
+            scores = scorer.arrow([rows], arm.routed)
         else:
-            total = [score.nll for score in scorer([rows] * len(arm.vectors), arm.vectors)]
-        out[arm.name] = math.exp(sum(total) / len(total))
+            n = 1 if arm.vectors is None else len(arm.vectors)
+            scores = scorer([rows] * n, arm.vectors)
+        out[arm.name] = math.exp(sum(score.nll for score in scores) / len(scores))
     return out
 
 

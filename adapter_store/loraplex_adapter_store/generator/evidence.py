@@ -70,7 +70,7 @@ def _how_scored(result: Evaluation) -> list[str]:
         return ["Exact match and NLL come from one teacher-forced forward."]
     lines = [
         "Exact match is greedy decoding through the serving engine, NLL its prompt "
-        "log-probabilities; Arrow, neutral perplexity and the best expert's choice are "
+        "log-probabilities; neutral perplexity and the best expert's choice are "
         "teacher-forced in the training's forward."
     ]
     for arm, found in result.about["agreement"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -31,21 +31,33 @@ class Remembered:
                 self._known[key] = TaskScore(nll, tuple(right))
 
     def __call__(self, groups: Sequence[Sequence[Row]], vectors: Tensor | None) -> list[TaskScore]:
+        def score(new: list[int]) -> list[TaskScore]:
+            asked = None if vectors is None else vectors[new]
+            return self._scorer([groups[i] for i in new], asked)
+
         adapters = [None] * len(groups) if vectors is None else list(vectors)
-        keys = [self._key(rows, v) for rows, v in zip(groups, adapters, strict=True)]
+        keys = [self._key(self._kind, r, v) for r, v in zip(groups, adapters, strict=True)]
+        return self._recall(keys, score)
+
+    def arrow(self, groups: Sequence[Sequence[Row]], experts: Tensor) -> list[TaskScore]:
+        keys = [self._key(f"{self._kind} arrow", rows, experts) for rows in groups]
+        return self._recall(keys, lambda new: self._scorer.arrow([groups[i] for i in new], experts))
+
+    def _recall(
+        self, keys: Sequence[str], score: Callable[[list[int]], list[TaskScore]]
+    ) -> list[TaskScore]:
         new = list({key: i for i, key in enumerate(keys) if key not in self._known}.values())
         if new:
-            asked = None if vectors is None else vectors[new]
-            scores = self._scorer([groups[i] for i in new], asked)
             with self._path.open("a") as file:
-                for i, score in zip(new, scores, strict=True):
-                    self._known[keys[i]] = score
-                    file.write(json.dumps([keys[i], score.nll, score.right]) + "\n")
+                for i, found in zip(new, score(new), strict=True):
+                    self._known[keys[i]] = found
+                    file.write(json.dumps([keys[i], found.nll, found.right]) + "\n")
         return [self._known[key] for key in keys]
 
-    def _key(self, rows: Sequence[Row], vector: Tensor | None) -> str:
+    @staticmethod
+    def _key(kind: str, rows: Sequence[Row], adapter: Tensor | None) -> str:
         tokens = [(row.tokens, row.n_answer) for row in rows]
-        digest = hashlib.sha256(f"{self._kind} {tokens}".encode())
-        if vector is not None:
-            digest.update(vector.detach().float().contiguous().numpy().tobytes())
+        digest = hashlib.sha256(f"{kind} {tokens}".encode())
+        if adapter is not None:
+            digest.update(adapter.detach().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:32]

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .arrow import ArrowExperts
 from .frozen_base import Adapters, BOnlyLora, FrozenBase
 from .layout import AdapterLayout
 from .packing import PackedBatch, Row, pack
@@ -35,6 +36,9 @@ class Scorer(Protocol):
     def __call__(self, groups: Sequence[Sequence[Row]], vectors: Tensor | None) -> list[TaskScore]:
         """One score per group of rows, under its row of `vectors` [n_groups, size], or the base."""
 
+    def arrow(self, groups: Sequence[Sequence[Row]], experts: Tensor) -> list[TaskScore]:
+        """The same with every token routed over `experts` [n_experts, size] by Arrow."""
+
 
 class TeacherForced:
     """Scores in the training's own forward."""
@@ -50,10 +54,17 @@ class TeacherForced:
             adapters = None
             if vectors is not None:
                 adapters = BOnlyLora(self._layout, vectors[part], self._base.dtype)
-            scores += self.under(adapters, groups[part])
+            scores += self._under(adapters, groups[part])
         return scores
 
-    def under(self, adapters: Adapters | None, groups: Sequence[Sequence[Row]]) -> list[TaskScore]:
+    def arrow(self, groups: Sequence[Sequence[Row]], experts: Tensor) -> list[TaskScore]:
+        routed = ArrowExperts(self._layout, experts, self._base.dtype)
+        scores: list[TaskScore] = []
+        for at in range(0, len(groups), _GROUP):
+            scores += self._under(routed, groups[at : at + _GROUP])
+        return scores
+
+    def _under(self, adapters: Adapters | None, groups: Sequence[Sequence[Row]]) -> list[TaskScore]:
         """All groups in one forward."""
         return score_groups(self._base, pack(self._head, groups), adapters)
 

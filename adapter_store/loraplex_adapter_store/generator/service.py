@@ -1,6 +1,6 @@
 """A description in, a plain LoRA out: what the server and the command line call.
 
-describe → strange? → method → vector in the layout → PEFT config and tensors, with provenance
+wish → strange? → method → vector in the layout → PEFT config and tensors, with provenance
 """
 
 from __future__ import annotations
@@ -15,12 +15,22 @@ import torch
 from torch import Tensor
 
 from .bundle import Bundle
-from .errors import GeneratorMismatch, NotTrained, OutOfDistribution
+from .errors import GeneratorMismatch, NotTrained, OutOfDistribution, UnfitPrompts
+from .frozen_base import base_fingerprint
 from .layout import AdapterLayout
 from .retrieval import condition
 from .sentences import Encoded, SentenceEncoder
+from .task_vectors import TaskVectors
 
-__all__ = ["METHODS", "Draft", "GeneratedAdapter", "Generator"]
+__all__ = ["METHODS", "Draft", "GeneratedAdapter", "Generator", "Wish"]
+
+
+class Wish(NamedTuple):
+    """A description as the methods read it."""
+
+    wordings: tuple[str, ...]  # the description, and others of the same wish
+    prompts: tuple[str, ...]  # unlabelled inputs of the task
+    encoded: Encoded  # one row per wording: methods average what they read off the rows
 
 
 class Draft(NamedTuple):
@@ -44,8 +54,15 @@ class GeneratedAdapter:
 class Generator:
     """Thread-safe and deterministic: the same description, method and seed give the same bits."""
 
-    def __init__(self, bundle: Bundle, encoder: SentenceEncoder, base_name: str) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        encoder: SentenceEncoder,
+        task_vectors: TaskVectors,
+        base_name: str,
+    ) -> None:
         self._bundle, self._encoder, self._base_name = bundle, encoder, base_name
+        self._task_vectors = task_vectors
         self._analogy = bundle.analogy
 
     @classmethod
@@ -55,17 +72,17 @@ class Generator:
         encoder: SentenceEncoder,
         *,
         base_name: str,
-        base_fingerprint: str | None = None,
+        base_directory: Path,
     ) -> Generator:
-        """Raises NotTrained or GeneratorMismatch. `base_fingerprint` of `base_fingerprint()`."""
+        """Raises NotTrained, or GeneratorMismatch if it is for another base."""
         bundle = Bundle.load(folder)
-        trained_for = bundle.library.base_fingerprint
-        if base_fingerprint is not None and base_fingerprint != trained_for:
+        trained_for, served = bundle.library.base_fingerprint, base_fingerprint(base_directory)
+        if served != trained_for:
             raise GeneratorMismatch(
-                f"the generator was trained for base {trained_for}, not {base_fingerprint}; "
+                f"the generator was trained for base {trained_for}, not {served}; "
                 "run `loraplex zoo train` and `loraplex generator train` for this base"
             )
-        return cls(bundle, encoder, base_name)
+        return cls(bundle, encoder, TaskVectors.of_directory(base_directory), base_name)
 
     @property
     def default_method(self) -> str:
@@ -81,23 +98,29 @@ class Generator:
         description: str,
         *,
         examples: Sequence[str] = (),
+        prompts: Sequence[str] = (),
         method: str = "auto",
         seed: int = 0,
         force: bool = False,
         samples: int = 0,
     ) -> GeneratedAdapter:
-        """Tens of milliseconds on two cores. `examples` are further wordings of the same wish.
+        """Tens of milliseconds on two cores; a few hundred for ICM-LoRA with prompts.
 
-        SG-LoRA and ICM-LoRA decode the centre of their latent, or the average of `samples` draws.
-        Raises OutOfDistribution unless `force`, NotTrained for a method that was not trained.
+        `examples` are further wordings of the same wish, `prompts` unlabelled inputs of the task,
+        which ICM-LoRA alone reads. SG-LoRA and ICM-LoRA decode the centre of their latent, or the
+        average of `samples` draws. Raises OutOfDistribution unless `force`, NotTrained for a
+        method that was not trained, UnfitPrompts for too few prompts or a method without use
+        for them.
         """
         started = time.perf_counter()
-        encoded = self._encode(description, examples)
-        score = self.strangeness(encoded)
-        if self.refuses(encoded) and not force:
-            raise OutOfDistribution(score, self._bundle.strangeness.limit, self.nearest(encoded))
         name = self._bundle.default if method == "auto" else method
-        draft = self._average(encoded, name, seed, samples)
+        if prompts and name != "icm-lora":
+            raise UnfitPrompts(f'method "{name}" has no use for prompts; "icm-lora" has')
+        wish = self.read(description, examples, prompts)
+        score = self.strangeness(wish)
+        if self.refuses(wish) and not force:
+            raise OutOfDistribution(score, self._bundle.strangeness.limit, self.nearest(wish))
+        draft = self._average(wish, name, seed, samples)
         layout = self._bundle.layout
         config, tensors = layout.peft(draft.vector, self._base_name)
         card: dict[str, object] = {
@@ -106,10 +129,11 @@ class Generator:
             "asked_method": method,
             "seed": seed,
             "samples": samples,
+            "prompts": len(prompts),
             "parts": {k: round(v, 4) for k, v in draft.parts.items()},
             "strangeness": round(score, 4),
             "strangeness_limit": round(self._bundle.strangeness.limit, 4),
-            "nearest": [[w, round(s, 4)] for w, s in self.nearest(encoded)],
+            "nearest": [[w, round(s, 4)] for w, s in self.nearest(wish)],
             "delta_norm": round(layout.delta_norm(draft.vector), 4),
             "generator": self._bundle.digest,
             "library": self._bundle.library.digest,
@@ -118,30 +142,30 @@ class Generator:
         }
         return GeneratedAdapter(config, tensors, card, layout, draft.vector)
 
-    def draft(self, encoded: Encoded, method: str, *, seed: int = 0, sample: bool = False) -> Draft:
-        """The bare vector of one description. `method` is one of METHODS."""
+    def draft(self, wish: Wish, method: str, *, seed: int = 0, sample: bool = False) -> Draft:
+        """The bare vector of one wish. `method` is one of METHODS."""
         if method not in METHODS:
             raise NotTrained(f"method {method!r} is unknown; known: {', '.join(self.methods)}")
         random = torch.Generator().manual_seed(seed) if sample else None
         with torch.inference_mode():
-            return METHODS[method](self, encoded, random)
+            return METHODS[method](self, wish, random)
 
-    def _average(self, encoded: Encoded, method: str, seed: int, samples: int) -> Draft:
+    def _average(self, wish: Wish, method: str, seed: int, samples: int) -> Draft:
         if samples == 0:
-            return self.draft(encoded, method)
-        drafts = [self.draft(encoded, method, seed=seed + i, sample=True) for i in range(samples)]
+            return self.draft(wish, method)
+        drafts = [self.draft(wish, method, seed=seed + i, sample=True) for i in range(samples)]
         return Draft(torch.stack([draft.vector for draft in drafts]).mean(0), drafts[0].parts)
 
-    def strangeness(self, encoded: Encoded) -> float:
+    def strangeness(self, wish: Wish) -> float:
         """Above the bundle's limit, a description is refused."""
-        return float(self._bundle.strangeness.score(encoded.sentence).min())
+        return float(self._bundle.strangeness.score(wish.encoded.sentence).min())
 
-    def refuses(self, encoded: Encoded) -> bool:
-        return self.strangeness(encoded) > self._bundle.strangeness.limit
+    def refuses(self, wish: Wish) -> bool:
+        return self.strangeness(wish) > self._bundle.strangeness.limit
 
-    def nearest(self, encoded: Encoded, n: int = 3) -> list[tuple[str, float]]:
+    def nearest(self, wish: Wish, n: int = 3) -> list[tuple[str, float]]:
         """Names of the closest training tasks, and their best cosine."""
-        similarity = (encoded.sentence @ self._bundle.wordings.T).amax(0)
+        similarity = (wish.encoded.sentence @ self._bundle.wordings.T).amax(0)
         best: dict[str, float] = {}
         for i in similarity.argsort(descending=True).tolist():
             best.setdefault(self._bundle.tasks[int(self._bundle.owner[i])], float(similarity[i]))
@@ -149,12 +173,11 @@ class Generator:
                 break
         return list(best.items())
 
-    def encode(self, description: str) -> Encoded:
-        return self._encoder.encode([description])
-
-    def _encode(self, description: str, examples: Sequence[str]) -> Encoded:
-        """One row per wording; methods average what they read off the rows."""
-        return self._encoder.encode([description, *examples])
+    def read(
+        self, description: str, examples: Sequence[str] = (), prompts: Sequence[str] = ()
+    ) -> Wish:
+        wordings = (description, *examples)
+        return Wish(wordings, tuple(prompts), self._encoder.encode(wordings))
 
     def _of_weights(self, weights: Tensor) -> Draft:
         library = self._bundle.library
@@ -162,55 +185,59 @@ class Generator:
         parts = {library.tasks[i]: float(weights[i]) for i in order if abs(weights[i]) > 1e-3}
         return Draft(library.combine(weights), parts)
 
-    def _sentence(self, encoded: Encoded) -> Tensor:
-        return torch.nn.functional.normalize(encoded.sentence.mean(0, keepdim=True), dim=-1)
+    def _sentence(self, wish: Wish) -> Tensor:
+        return torch.nn.functional.normalize(wish.encoded.sentence.mean(0, keepdim=True), dim=-1)
 
-    def _point(self, encoded: Encoded) -> Tensor:
+    def _point(self, wish: Wish) -> Tensor:
         bundle = self._bundle
-        return bundle.factors.point(*bundle.head.distributions(encoded)).mean(0)
+        return bundle.factors.point(*bundle.head.distributions(wish.encoded)).mean(0)
+
+    def _task_vector(self, wish: Wish) -> Tensor:
+        read = self._task_vectors.of
+        return torch.stack([read(wording, wish.prompts) for wording in wish.wordings]).mean(0)
 
 
-def _end_to_end(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
-    point = self._point(encoded)
+def _end_to_end(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
+    point = self._point(wish)
     names = self._bundle.factors.names
     parts = {names[i]: float(point[i]) for i in point.nonzero()[:, 0].tolist() if point[i] > 0.02}
     return Draft(point @ self._bundle.vectors.float(), parts)
 
 
-def _analogy(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
-    return self._of_weights(self._point(encoded) @ self._analogy)
+def _analogy(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._point(wish) @ self._analogy)
 
 
-def _weighted(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
-    return self._of_weights(self._bundle.neighbours.weights(self._sentence(encoded))[0])
+def _weighted(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish))[0])
 
 
-def _top_k(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
-    return self._of_weights(self._bundle.neighbours.weights(self._sentence(encoded), even=True)[0])
+def _top_k(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish), even=True)[0])
 
 
-def _nearest(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
-    return self._of_weights(self._bundle.neighbours.weights(self._sentence(encoded), k=1)[0])
+def _nearest(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish), k=1)[0])
 
 
-def _uniform(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+def _uniform(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
     n = len(self._bundle.library.tasks)
     return self._of_weights(torch.full((n,), 1 / n))
 
 
-def _ridge(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
-    t = self._bundle.ridge(self._sentence(encoded))[0]
+def _ridge(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
+    t = self._bundle.ridge(self._sentence(wish))[0]
     return self._of_weights(self._bundle.span.weights(t))
 
 
-def _mlp(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
-    t = self._bundle.mlp(self._sentence(encoded))[0]
+def _mlp(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
+    t = self._bundle.mlp(self._sentence(wish))[0]
     return self._of_weights(self._bundle.span.weights(t))
 
 
-def _sg_lora(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+def _sg_lora(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
     bundle = self._bundle
-    text = self._sentence(encoded)
+    text = self._sentence(wish)
     alpha = bundle.neighbours.weights(text)
     snapshots = bundle.library.snapshots
     mu, var = condition(alpha, snapshots.mean(1), snapshots.var(1, correction=0))
@@ -218,16 +245,15 @@ def _sg_lora(self: Generator, encoded: Encoded, random: torch.Generator | None) 
     return self._of_weights(bundle.span.weights(t))
 
 
-def _icm_lora(self: Generator, encoded: Encoded, random: torch.Generator | None) -> Draft:
+def _icm_lora(self: Generator, wish: Wish, random: torch.Generator | None) -> Draft:
     bundle = self._bundle
     if bundle.icm is None:
         raise NotTrained("ICM-LoRA was left out when this generator was trained")
-    alpha = bundle.neighbours.weights(self._sentence(encoded))[0]
-    near = {bundle.library.tasks[i]: float(alpha[i]) for i in alpha.nonzero()[:, 0].tolist()}
-    return Draft(bundle.icm.generate(self._sentence(encoded), random)[0], near)
+    t = bundle.icm.generate(self._task_vector(wish)[None], random)[0]
+    return self._of_weights(bundle.span.weights(t))
 
 
-METHODS: dict[str, Callable[[Generator, Encoded, torch.Generator | None], Draft]] = {
+METHODS: dict[str, Callable[[Generator, Wish, torch.Generator | None], Draft]] = {
     "end-to-end": _end_to_end,
     "sg-lora": _sg_lora,
     "icm-lora": _icm_lora,

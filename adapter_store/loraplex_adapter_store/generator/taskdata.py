@@ -62,6 +62,10 @@ class TaskData:
         return [self._codec.row(example) for example in examples]
 
     @property
+    def codec(self) -> ChatCodec:
+        return self._codec
+
+    @property
     def head(self) -> tuple[int, ...]:
         """The tokens that every chat begins with."""
         return self._codec.head

@@ -1,6 +1,6 @@
 """`loraplex generator train`: every map from a description to an adapter, from one library.
 
-Minutes on two cores, nearly all of them the convolutional CVAE of ICM-LoRA. The end-to-end map is
+Minutes on two cores, nearly all of them the task vectors of ICM-LoRA. The end-to-end map is
 trained by `loraplex zoo train` (stage one), since it is also where the experts start.
 """
 
@@ -18,11 +18,12 @@ from .bundle import JOINT_FILE, Bundle, replace_guard
 from .factors import Factors, train_factor_head
 from .guard import Strangeness
 from .icm_lora import IcmRecipe, train_icm_lora
-from .library import LIBRARY_FILE, Library, Span
+from .library import LIBRARY_FILE, Library
 from .regressors import fit_mlp, fit_ridge
 from .retrieval import choose_neighbours
 from .sentences import Encoded, SentenceEncoder
 from .sg_lora import SgRecipe, train_sg_lora
+from .task_vectors import TaskConditions
 from .tensor_file import read_tensor_file
 from .zoo.short_wordings import short_wordings
 from .zoo.tasks import Task
@@ -62,12 +63,14 @@ def train_bundle(
     seed: int = 0,
     default: str = "end-to-end",
     sg: SgRecipe = SgRecipe(),  # noqa: B008  frozen value
-    icm: IcmRecipe | None = IcmRecipe(),  # noqa: B008
+    icm: IcmRecipe = IcmRecipe(),  # noqa: B008
+    conditions: TaskConditions | None = None,
     shuffle: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
-    """From `folder`'s library and joint vectors. `icm` None leaves that map out.
+    """From `folder`'s library and joint vectors.
 
+    `conditions` are those of the library's tasks, in its order; None leaves ICM-LoRA out.
     `shuffle` is a control: every task's descriptions are given to another task.
     """
     library = Library.load(folder / LIBRARY_FILE)
@@ -79,7 +82,10 @@ def train_bundle(
     labels = torch.tensor([factors.labels(t) for t in trained.tasks])
     if shuffle:
         generator = torch.Generator().manual_seed(seed)
-        words.owner = torch.randperm(len(words.tasks), generator=generator)[words.owner]
+        order = torch.randperm(len(words.tasks), generator=generator)
+        words.owner = order[words.owner]
+        if conditions is not None:
+            conditions = conditions._replace(owner=order[conditions.owner])
         labels = labels[torch.randperm(len(labels), generator=generator)]
     report(f"library of {len(library.tasks)} experts spans {span.size} directions")
     means = library.snapshots.mean(1)
@@ -107,15 +113,15 @@ def train_bundle(
         icm=None,
         default=default,
         sg_recipe=replace(sg, seed=seed),
-        icm_recipe=replace(icm or IcmRecipe(), seed=seed),
+        icm_recipe=replace(icm, seed=seed),
     )
     report("ridge, MLP, SG-LoRA done")
-    if icm is not None:
+    if conditions is not None:
         bundle.icm = train_icm_lora(
-            span.mean + library.snapshots @ span.directions,
-            sentence,
-            words.owner,
-            _spread(library, span),
+            library.snapshots,
+            conditions.vectors,
+            conditions.owner,
+            means.std().expand(span.size),  # one scale: directions keep their weight
             bundle.icm_recipe,
             report,
         )
@@ -138,11 +144,3 @@ def _fit_guard(encoder: SentenceEncoder, known: Wordings) -> Strangeness:
         [known.tasks[i].operation for i in owners],
         [*known.phrases, *[wording.phrases for wording in short]],
     )
-
-
-def _spread(library: Library, span: Span) -> Tensor:
-    """[layout.size]: standard deviation over the library, one number per B, spread over it."""
-    variance = library.snapshots.flatten(0, 1).var(0, correction=0) @ span.directions.square()
-    parts = torch.split(variance, library.layout.b_sizes)
-    scale = torch.cat([part.mean().sqrt().expand_as(part) for part in parts])
-    return scale.clamp_min(float(scale.max()) * 1e-3)

@@ -24,6 +24,14 @@ def generate(
     force: Annotated[
         bool, typer.Option("--force", help="Also for a description unlike any known task.")
     ] = False,
+    prompts_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="Unlabelled inputs of the task, one a line, 8 or more; for icm-lora.",
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write a PEFT directory here.")] = None,
     server: Annotated[
         str | None, typer.Option(help="Generate and register on this server, as http://host:8000.")
@@ -38,8 +46,11 @@ def generate(
     from loraplex_adapter_store.errors import StoreError
     from loraplex_server.model.errors import ModelError
 
+    unlabelled = [] if prompts_from is None else prompts_from.read_text().splitlines()
+    unlabelled = [line for line in unlabelled if line.strip()]
     order: dict[str, object] = {
         "description": description,
+        "prompts": unlabelled,
         "method": method,
         "seed": seed,
         "samples": samples,
@@ -49,7 +60,7 @@ def generate(
         if server is not None:
             _on_server(server, api_key, {**order, "name": name}, prompt or [])
         else:
-            _here(description, method, seed, samples, force, base, out, prompt or [])
+            _here(description, unlabelled, method, seed, samples, force, base, out, prompt or [])
     except (StoreError, ModelError, _ServerSaysNo) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
@@ -61,6 +72,7 @@ class _ServerSaysNo(Exception):
 
 def _here(
     description: str,
+    unlabelled: list[str],
     method: str,
     seed: int,
     samples: int,
@@ -69,7 +81,6 @@ def _here(
     out: Path | None,
     prompts: list[str],
 ) -> None:
-    from loraplex_adapter_store.generator.frozen_base import base_fingerprint
     from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_adapter_store.generator.service import Generator
     from loraplex_adapter_store.generator.shipped import shipped_folder
@@ -80,9 +91,16 @@ def _here(
         shipped_folder(),
         SentenceEncoder(resolve_encoder()),
         base_name=base or DEFAULT_BASE,
-        base_fingerprint=base_fingerprint(directory),
+        base_directory=directory,
     )
-    made = generator.generate(description, method=method, seed=seed, samples=samples, force=force)
+    made = generator.generate(
+        description,
+        prompts=unlabelled,
+        method=method,
+        seed=seed,
+        samples=samples,
+        force=force,
+    )
     _show_card(made.card)
     if out is not None:
         _write(made, out)

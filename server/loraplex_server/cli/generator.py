@@ -31,28 +31,41 @@ def train(
     shipped: _Shipped = None,
     seed: Annotated[int, typer.Option(help="Seed of every map.")] = 0,
     default: Annotated[str, typer.Option(help="The method that `auto` stands for.")] = "end-to-end",
-    icm: Annotated[bool, typer.Option("--icm/--no-icm", help="ICM-LoRA takes minutes.")] = True,
+    icm: Annotated[
+        bool, typer.Option("--icm/--no-icm", help="ICM-LoRA reads task vectors off the base first.")
+    ] = True,
+    base: _Base = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
     """Train every generator from the library; a few minutes on two cores."""
     import torch
     from rich import print as show
 
-    from loraplex_adapter_store.generator.icm_lora import IcmRecipe
+    from loraplex_adapter_store.generator.library import LIBRARY_FILE, Library
     from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_adapter_store.generator.shipped import shipped_folder
+    from loraplex_adapter_store.generator.task_vectors import TaskVectors, train_conditions
     from loraplex_adapter_store.generator.training import train_bundle
-    from loraplex_server.model.pull import resolve_encoder
+    from loraplex_adapter_store.generator.zoo.tasks import Task
+    from loraplex_server.model.pull import resolve_encoder, resolve_model
+
+    def say(line: str) -> None:
+        show(line, flush=True)
 
     torch.set_num_threads(threads)
     folder = shipped or shipped_folder()
+    conditions = None
+    if icm:
+        tasks = [Task.parse(name) for name in Library.load(folder / LIBRARY_FILE).tasks]
+        reader = TaskVectors.of_directory(resolve_model(base))
+        conditions = train_conditions(reader, tasks, say)
     bundle = train_bundle(
         folder,
         SentenceEncoder(resolve_encoder()),
         seed=seed,
         default=default,
-        icm=IcmRecipe() if icm else None,
-        report=lambda line: show(line, flush=True),
+        conditions=conditions,
+        report=say,
     )
     path = bundle.save(folder)
     show(f"{path.name}  {path.stat().st_size / 1e6:.1f} MB")
@@ -102,7 +115,9 @@ def evaluate(
     seeds: Annotated[int, typer.Option(help="Generator seeds.", min=1)] = 3,
     literal: Annotated[
         bool,
-        typer.Option("--literal/--no-literal", help="Train SG-LoRA as published, too; minutes."),
+        typer.Option(
+            "--literal/--no-literal", help="SG-LoRA and ICM-LoRA as published, too; minutes."
+        ),
     ] = False,
     served: Annotated[
         bool,
@@ -132,10 +147,10 @@ def evaluate(
     from loraplex_adapter_store.generator.evaluation import evaluate as run
     from loraplex_adapter_store.generator.evidence import write_evidence
     from loraplex_adapter_store.generator.frozen_base import FrozenBase
+    from loraplex_adapter_store.generator.literal import LiteralRecipes
     from loraplex_adapter_store.generator.packing import ChatCodec
     from loraplex_adapter_store.generator.results import best_method
     from loraplex_adapter_store.generator.sentences import SentenceEncoder
-    from loraplex_adapter_store.generator.sg_lora import LITERAL
     from loraplex_adapter_store.generator.shipped import shipped_folder
     from loraplex_adapter_store.generator.taskdata import TaskData
     from loraplex_server.generation.served_scorer import served_scorer
@@ -163,7 +178,7 @@ def evaluate(
             multi_task=multi_task,
             n_rows=rows,
             n_seeds=seeds,
-            literal=LITERAL if literal else None,
+            literal=LiteralRecipes() if literal else None,
             scorer=scorer,
             kept=kept,
             report=lambda line: show(line, flush=True),

@@ -31,6 +31,7 @@ class Order:
 
     description: str
     examples: tuple[str, ...] = ()  # further wordings of the same wish
+    prompts: tuple[str, ...] = ()  # unlabelled inputs of the task
     method: str = "auto"
     seed: int = 0
     samples: int = 0  # draws from the generator's latent that are averaged; 0 decodes its centre
@@ -38,7 +39,14 @@ class Order:
 
     @property
     def key(self) -> str:
-        parts = [self.description, self.examples, self.method, self.seed, self.samples]
+        parts = [
+            self.description,
+            self.examples,
+            self.prompts,
+            self.method,
+            self.seed,
+            self.samples,
+        ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -82,8 +90,8 @@ class GeneratedAdapters:
         """The adapter of an order, made now or still there; its life starts anew.
 
         A `name` of the caller's lives until it is deleted, unless `ttl_s` is given; it must be
-        free. Raises OutOfDistribution, NotTrained, GeneratorMismatch, RevisionConflict and what
-        the store raises.
+        free. Raises OutOfDistribution, NotTrained, GeneratorMismatch, UnfitPrompts,
+        RevisionConflict and what the store raises.
         """
         with self._lock:
             self._expire()
@@ -117,6 +125,7 @@ class GeneratedAdapters:
         return self._generator.generate(
             order.description,
             examples=order.examples,
+            prompts=order.prompts,
             method=order.method,
             seed=order.seed,
             samples=order.samples,

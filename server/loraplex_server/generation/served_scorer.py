@@ -15,12 +15,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from loraplex_adapter_store.generator.arrow import ARROW_TOP_K
 from loraplex_adapter_store.generator.layout import AdapterLayout
 from loraplex_adapter_store.generator.packing import ChatCodec, Row
 from loraplex_adapter_store.generator.scoring import TaskScore
 from loraplex_adapter_store.generator.zoo.tasks import exact
-from loraplex_adapter_store.selector import NameRef
+from loraplex_adapter_store.selector import Library, NameRef
 from loraplex_adapter_store.store import AdapterLease, AdapterStore
+from loraplex_router.experts import arrow_prototypes
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.client import EngineClient, GenerationRequest
 from loraplex_server.engine.config import EngineConfig
@@ -41,7 +43,11 @@ def served_scorer(
     try:
         with (
             tempfile.TemporaryDirectory() as folder,
-            AdapterStore(Path(folder), built.base_spec) as store,
+            AdapterStore(
+                Path(folder),
+                built.base_spec,
+                gate_of=lambda factors, t: arrow_prototypes(factors, temperature=t),
+            ) as store,
         ):
             yield ServedScorer(built.engine, store, codec, layout)
     finally:
@@ -66,15 +72,27 @@ class ServedScorer:
                 leases = [held.enter_context(self._lease(vector)) for vector in vectors]
             return asyncio.run(self._score(groups, leases))
 
+    def arrow(self, groups: Sequence[Sequence[Row]], experts: Tensor) -> list[TaskScore]:
+        """Raises what the store and the engine raise."""
+        with contextlib.ExitStack() as held:
+            refs = [held.enter_context(self._registered(expert)) for expert in experts]
+            library = Library(tuple(refs), ARROW_TOP_K)
+            with self._store.acquire(library) as lease:
+                return asyncio.run(self._score(groups, [lease] * len(groups)))
+
     @contextlib.contextmanager
     def _lease(self, vector: Tensor) -> Iterator[AdapterLease]:
+        with self._registered(vector) as ref, self._store.acquire(ref) as lease:
+            yield lease
+
+    @contextlib.contextmanager
+    def _registered(self, vector: Tensor) -> Iterator[NameRef]:
         self._n_requests += 1
         name = f"scored-{self._n_requests}"
         config, tensors = self._layout.peft(vector, "base")
         self._store.put_tensors(name, json.loads(json.dumps(config)), tensors)
         try:
-            with self._store.acquire(NameRef(name)) as lease:
-                yield lease
+            yield NameRef(name)
         finally:
             self._store.delete(name)
 

@@ -136,6 +136,8 @@ def from_store(
                     "nearest": [{"task": task, "similarity": s} for task, s in error.nearest],
                 },
             )
+        case generator_errors.UnfitPrompts():
+            return invalid(str(error), "prompts", "unfit_prompts")
         case generator_errors.GeneratorError():
             return invalid(str(error), param, "feature_not_enabled")
         case store_errors.UnknownAdapter():

@@ -139,7 +139,6 @@ def _public_name(spec: str | None, model_path: Path) -> str:
 
 
 def _load_generator(model_path: Path, base_name: str) -> Generator:
-    from loraplex_adapter_store.generator.frozen_base import base_fingerprint
     from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_adapter_store.generator.service import Generator
     from loraplex_adapter_store.generator.shipped import shipped_folder
@@ -148,7 +147,7 @@ def _load_generator(model_path: Path, base_name: str) -> Generator:
         shipped_folder(),
         SentenceEncoder(_encoder_directory()),
         base_name=base_name,
-        base_fingerprint=base_fingerprint(model_path),
+        base_directory=model_path,
     )
 
 

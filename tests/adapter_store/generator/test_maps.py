@@ -8,7 +8,12 @@ from torch.distributions import Normal, kl_divergence
 
 from loraplex_adapter_store.generator.analogy import analogy_matrix
 from loraplex_adapter_store.generator.factors import Factors, train_factor_head
-from loraplex_adapter_store.generator.icm_lora import IcmLora, IcmRecipe, train_icm_lora
+from loraplex_adapter_store.generator.icm_lora import (
+    LITERAL_ICM,
+    IcmLora,
+    IcmRecipe,
+    train_icm_lora,
+)
 from loraplex_adapter_store.generator.library import Span
 from loraplex_adapter_store.generator.regressors import fit_mlp, fit_ridge
 from loraplex_adapter_store.generator.retrieval import (
@@ -123,7 +128,7 @@ def test_icm_lora_reconstructs_tasks_from_their_condition() -> None:
 
 
 def test_icm_lora_has_the_published_shape() -> None:
-    model = IcmLora(5000, 16, IcmRecipe())
+    model = IcmLora(5000, 16, LITERAL_ICM)
     assert len([m for m in model.encoder.modules() if isinstance(m, torch.nn.Conv1d)]) == 12
     made = model.eval().generate(torch.zeros(1, 16), torch.Generator().manual_seed(0))
     assert made.shape == (1, 5000)

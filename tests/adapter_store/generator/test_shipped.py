@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from loraplex_adapter_store.generator.decoding import greedy_reply
 from loraplex_adapter_store.generator.errors import OutOfDistribution
-from loraplex_adapter_store.generator.frozen_base import BOnlyLora, FrozenBase, base_fingerprint
+from loraplex_adapter_store.generator.frozen_base import BOnlyLora, FrozenBase
 from loraplex_adapter_store.generator.library import LIBRARY_FILE
 from loraplex_adapter_store.generator.packing import ChatCodec
 from loraplex_adapter_store.generator.scoring import score_groups
@@ -30,7 +30,7 @@ def generator(pulled_base: Path, pulled_encoder: Path) -> Generator:
         shipped_folder(),
         SentenceEncoder(pulled_encoder),
         base_name="smollm2-135m-instruct",
-        base_fingerprint=base_fingerprint(pulled_base),
+        base_directory=pulled_base,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -18,16 +19,21 @@ from loraplex_adapter_store.generator.errors import (
     GeneratorMismatch,
     NotTrained,
     OutOfDistribution,
+    UnfitPrompts,
 )
 from loraplex_adapter_store.generator.evaluation import evaluate
 from loraplex_adapter_store.generator.evidence import write_evidence
 from loraplex_adapter_store.generator.experts import ExpertRecipe
-from loraplex_adapter_store.generator.icm_lora import IcmRecipe
+from loraplex_adapter_store.generator.frozen_base import base_fingerprint
+from loraplex_adapter_store.generator.guard import Strangeness
+from loraplex_adapter_store.generator.icm_lora import LITERAL_ICM, IcmRecipe
 from loraplex_adapter_store.generator.joint import JointRecipe
 from loraplex_adapter_store.generator.library import LIBRARY_FILE, Library
+from loraplex_adapter_store.generator.literal import LiteralRecipes
 from loraplex_adapter_store.generator.results import GUARDED, best_method
 from loraplex_adapter_store.generator.service import Generator
 from loraplex_adapter_store.generator.sg_lora import LITERAL, SgRecipe
+from loraplex_adapter_store.generator.task_vectors import TaskVectors, train_conditions
 from loraplex_adapter_store.generator.taskdata import TaskData
 from loraplex_adapter_store.generator.tensor_file import read_tensor_file, write_tensor_file
 from loraplex_adapter_store.generator.training import refit_guard, train_bundle
@@ -96,11 +102,13 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> ZooTraining
 @pytest.fixture(scope="module")
 def shipped(trained: ZooTraining, base: Path) -> Path:
     folder = trained.export(base, HashedWords(), tiny_tokenizer(), report=lambda _: None).parent
+    known = [Task.parse(name) for name in Library.load(folder / LIBRARY_FILE).tasks]
     bundle = train_bundle(
         folder,
         HashedWords(),
         sg=SgRecipe(n_steps=30, hidden=16, latent=4),
         icm=IcmRecipe(n_steps=4, batch=4, latent=8, channels=(4, 4, 4)),
+        conditions=train_conditions(_reader(base), known),
     )
     bundle.save(folder)
     return folder
@@ -168,11 +176,21 @@ def test_a_partial_library_says_what_is_missing(base: Path, tmp_path: Path) -> N
     assert all(card["steps"] == 0 for card in library.cards)
 
 
-def test_a_saved_bundle_is_the_bundle_that_was_trained(shipped: Path) -> None:
+def _reader(base: Path) -> TaskVectors:
+    return TaskVectors(lambda: (tiny_base(base), tiny_codec()))
+
+
+def _generator(shipped: Path) -> Generator:
+    def no_base() -> NoReturn:
+        raise AssertionError("only ICM-LoRA looks at the base")
+
+    return Generator(Bundle.load(shipped), HashedWords(), TaskVectors(no_base), "tiny")
+
+
+def test_a_saved_bundle_is_the_bundle_that_was_trained(shipped: Path, base: Path) -> None:
     one, two = Bundle.load(shipped), Bundle.load(shipped)
     assert one.digest == two.digest
-    generator = Generator(one, HashedWords(), "tiny")
-    again = Generator(two, HashedWords(), "tiny")
+    generator, again = (Generator(b, HashedWords(), _reader(base), "tiny") for b in (one, two))
     for method in generator.methods:
         a = generator.generate("Write the past tense of the verb", method=method)
         b = again.generate("Write the past tense of the verb", method=method)
@@ -181,7 +199,7 @@ def test_a_saved_bundle_is_the_bundle_that_was_trained(shipped: Path) -> None:
 
 
 def test_a_generated_adapter_says_where_it_came_from(shipped: Path) -> None:
-    generator = Generator(Bundle.load(shipped), HashedWords(), "tiny")
+    generator = _generator(shipped)
     made = generator.generate(Task.parse("plural/quotes").descriptions()[0], seed=3)
     assert made.config["peft_type"] == "LORA"
     assert made.card["method"] == generator.default_method
@@ -191,7 +209,7 @@ def test_a_generated_adapter_says_where_it_came_from(shipped: Path) -> None:
 
 
 def test_samples_depend_on_the_seed_alone(shipped: Path) -> None:
-    generator = Generator(Bundle.load(shipped), HashedWords(), "tiny")
+    generator = _generator(shipped)
 
     def vector(seed: int) -> torch.Tensor:
         text = "Give the plural form, quoted"
@@ -202,7 +220,7 @@ def test_samples_depend_on_the_seed_alone(shipped: Path) -> None:
 
 
 def test_a_strange_description_is_refused_unless_forced(shipped: Path) -> None:
-    generator = Generator(Bundle.load(shipped), HashedWords(), "tiny")
+    generator = _generator(shipped)
     text = "zebras quietly juggle purple thunder"
     with pytest.raises(OutOfDistribution) as refusal:
         generator.generate(text)
@@ -211,8 +229,30 @@ def test_a_strange_description_is_refused_unless_forced(shipped: Path) -> None:
     assert generator.generate(text, force=True).tensors
 
 
+def test_icm_lora_reads_prompts_and_says_how_many(shipped: Path, base: Path) -> None:
+    generator = Generator(Bundle.load(shipped), HashedWords(), _reader(base), "tiny")
+    text, task = "Give the plural form, quoted", Task.parse("plural/quotes")
+    prompts = [example.prompt for example in task.examples("train", 16)]
+    bare = generator.generate(text, method="icm-lora")
+    told, other = (
+        generator.generate(text, method="icm-lora", prompts=p) for p in (prompts[:8], prompts[8:])
+    )
+    assert [made.card["prompts"] for made in (bare, told, other)] == [0, 8, 8]
+    assert len({float(made.vector.sum()) for made in (bare, told, other)}) == 3
+
+
+def test_prompts_that_tell_nothing_are_refused(shipped: Path, base: Path) -> None:
+    generator = Generator(Bundle.load(shipped), HashedWords(), _reader(base), "tiny")
+    text = "Give the plural form, quoted"
+    with pytest.raises(UnfitPrompts, match="at least 8 prompts, not 7"):
+        generator.generate(text, method="icm-lora", prompts=["apple"] * 7)
+    for method in ("auto", "sg-lora"):
+        with pytest.raises(UnfitPrompts, match="no use for prompts"):
+            generator.generate(text, method=method, prompts=["apple"] * 8)
+
+
 def test_an_unknown_method_is_refused(shipped: Path) -> None:
-    generator = Generator(Bundle.load(shipped), HashedWords(), "tiny")
+    generator = _generator(shipped)
     with pytest.raises(NotTrained, match="end-to-end"):
         generator.generate("Give the plural form", method="magic")
 
@@ -227,27 +267,13 @@ def test_a_generator_of_another_library_is_refused(shipped: Path, tmp_path: Path
         Bundle.load(tmp_path)
 
 
-def _with_the_old_guard(shipped: Path, folder: Path) -> None:
-    """As the previous format had it: the wordings under the guard's name, and no more."""
-    for file in shipped.glob("*.safetensors"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    new = read_tensor_file(folder / GENERATOR_FILE)
-    tensors = {k: v for k, v in new.tensors.items() if not k.startswith("strangeness.")}
-    tensors["strangeness.wordings"] = tensors.pop("wordings")
-    header = {**new.header, "format": "loraplex-generator-1", "strangeness": 0.25}
-    write_tensor_file(folder / GENERATOR_FILE, tensors, header)
-
-
-def test_a_file_with_the_old_guard_is_refused_with_the_remedy(
-    shipped: Path, tmp_path: Path
-) -> None:
-    _with_the_old_guard(shipped, tmp_path)
-    with pytest.raises(GeneratorMismatch, match="loraplex generator guard"):
-        Bundle.load(tmp_path)
-
-
 def test_fitting_the_guard_anew_leaves_every_map_as_it_was(shipped: Path, tmp_path: Path) -> None:
-    _with_the_old_guard(shipped, tmp_path)
+    for file in shipped.glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    known = Bundle.load(tmp_path).strangeness
+    blunt = Strangeness(known.whiten * 0, known.operations, known.limit + 1)
+    replace_guard(tmp_path, blunt)
+    assert Bundle.load(tmp_path).strangeness.limit == blunt.limit
     refit_guard(tmp_path, HashedWords())
     trained, refitted = (read_tensor_file(f / GENERATOR_FILE) for f in (shipped, tmp_path))
     assert refitted.header == trained.header
@@ -259,14 +285,15 @@ def test_fitting_the_guard_anew_leaves_every_map_as_it_was(shipped: Path, tmp_pa
 def test_a_generator_of_an_unknown_format_gets_no_guard(shipped: Path, tmp_path: Path) -> None:
     with pytest.raises(NotTrained, match="generator train"):
         replace_guard(tmp_path, Bundle.load(shipped).strangeness)
-    write_tensor_file(tmp_path / GENERATOR_FILE, {}, {"format": "loraplex-generator-0"})
-    with pytest.raises(GeneratorMismatch, match="generator-0"):
+    write_tensor_file(tmp_path / GENERATOR_FILE, {}, {"format": "loraplex-generator-2"})
+    with pytest.raises(GeneratorMismatch, match="generator-2"):
         replace_guard(tmp_path, Bundle.load(shipped).strangeness)
 
 
-def test_a_generator_for_another_base_is_refused(shipped: Path) -> None:
-    with pytest.raises(GeneratorMismatch, match="not ffff"):
-        Generator.load(shipped, HashedWords(), base_name="tiny", base_fingerprint="ffff")
+def test_a_generator_for_another_base_is_refused(shipped: Path, tmp_path: Path) -> None:
+    other = tiny_directory(tmp_path, spread=0.2)
+    with pytest.raises(GeneratorMismatch, match=f"not {base_fingerprint(other)}"):
+        Generator.load(shipped, HashedWords(), base_name="tiny", base_directory=other)
 
 
 def test_without_files_the_error_names_the_commands(tmp_path: Path) -> None:
@@ -289,7 +316,10 @@ def test_the_evaluation_scores_every_arm_on_every_task(
         n_rows=4,
         n_seeds=2,
         sg=replace(SgRecipe(), n_steps=10),
-        literal=replace(LITERAL, n_steps=3, batch=4),
+        icm=IcmRecipe(n_steps=4, batch=4, latent=8, channels=(4, 4, 4)),
+        literal=LiteralRecipes(
+            replace(LITERAL, n_steps=3, batch=4), replace(LITERAL_ICM, n_steps=2, batch=2)
+        ),
     )
     for arm in (
         "base",
@@ -297,6 +327,9 @@ def test_the_evaluation_scores_every_arm_on_every_task(
         "arrow",
         "sg-lora #1",
         "sg-lora literal",
+        "icm-lora #1",
+        "icm-lora + prompts #0",
+        "icm-lora literal",
         "multi-task + description",
         "best expert by test score",
         GUARDED,

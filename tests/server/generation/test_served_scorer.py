@@ -15,6 +15,7 @@ from loraplex_adapter_store.generator.scoring import TeacherForced
 from loraplex_adapter_store.generator.zoo.tasks import Example
 from loraplex_adapter_store.generator.zoo_training import ZooTraining
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_router.experts import arrow_prototypes
 from loraplex_server.generation.served_scorer import ServedScorer
 from tests.support.engines import running_engine
 from tests.support.tiny_zoo import tiny_base, tiny_codec, tiny_directory
@@ -41,7 +42,11 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     root = tmp_path_factory.mktemp("store")
     layout = ZooTraining.layout_for(tiny_base(folder))
     with (
-        AdapterStore(root, BaseSpec.of(model, "tiny")) as store,
+        AdapterStore(
+            root,
+            BaseSpec.of(model, "tiny"),
+            gate_of=lambda factors, t: arrow_prototypes(factors, temperature=t),
+        ) as store,
         running_engine(model, max_queue=1 << 16) as engine,
     ):
         yield ServedScorer(engine, store, CODEC, layout)
@@ -77,3 +82,15 @@ def test_each_group_is_scored_under_its_own_adapter(
     ours = [score.nll for score in served(groups, vectors)]
     assert ours == pytest.approx([s.nll for s in forced(groups, vectors)], abs=1e-3)
     assert len({round(nll, 3) for nll in ours}) == 3
+
+
+def test_arrow_routes_in_the_engine_as_in_training(
+    served: ServedScorer, forced: TeacherForced, folder: Path
+) -> None:
+    size = ZooTraining.layout_for(tiny_base(folder)).size
+    experts = 0.3 * torch.randn(6, size, generator=torch.Generator().manual_seed(2))
+    groups = [_rows("many", WORDS[:4]), _rows("few", WORDS[4:9])]
+    ours = [score.nll for score in served.arrow(groups, experts)]
+    assert ours == pytest.approx([s.nll for s in forced.arrow(groups, experts)], abs=1e-3)
+    one = [score.nll for score in served(groups, experts[:2])]
+    assert not any(a == pytest.approx(b, abs=1e-2) for a, b in zip(ours, one, strict=True))

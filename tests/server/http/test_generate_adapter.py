@@ -135,6 +135,23 @@ async def test_unknown_fields_and_methods_are_refused(generating: Front) -> None
         assert (await generating.post("/v1/adapters/generate", body)).status_code == 400
 
 
+async def test_prompts_are_part_of_what_is_asked_for(
+    generating: Front, generator: ScriptedGenerator
+) -> None:
+    body = {"description": "to French", "prompts": [f"word {i}" for i in range(8)]}
+    for asked in (body, {"description": "to French"}, body):
+        assert (await generating.post("/v1/adapters/generate", asked)).status_code == 201
+    assert generator.n_made == 2
+
+
+async def test_unfit_prompts_are_told_so(generating: Front) -> None:
+    body = {"description": "to French", "prompts": ["one"]}
+    answer = await generating.post("/v1/adapters/generate", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "unfit_prompts"
+    assert answer.json()["error"]["param"] == "prompts"
+
+
 async def test_a_server_that_cannot_generate_says_so(front: Front) -> None:
     answer = await front.post("/v1/adapters/generate", {"description": "to French"})
     assert answer.status_code == 400

@@ -23,12 +23,15 @@ __all__ = ["GenerateAdapterBody", "router"]
 
 router = APIRouter()
 
+_Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
+
 
 class GenerateAdapterBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     description: Annotated[str, Field(min_length=1, max_length=2000)]
-    examples: Annotated[list[str], Field(max_length=100)] = []
+    examples: Annotated[list[str], Field(max_length=100)] = []  # further wordings of the wish
+    prompts: Annotated[list[_Prompt], Field(max_length=64)] = []  # unlabelled inputs; icm-lora
     method: Literal[
         "auto", "end-to-end", "sg-lora", "icm-lora", "weighted", "nearest", "analogy"
     ] = "auto"
@@ -55,6 +58,7 @@ async def generate_adapter(request: Request) -> Response:
     order = Order(
         body.description.strip(),
         tuple(body.examples),
+        tuple(body.prompts),
         body.method,
         body.seed,
         body.samples,

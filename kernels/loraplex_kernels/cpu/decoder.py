@@ -21,7 +21,7 @@ from .lora import SEGMENT_ERRORS, NativeLora
 from .model_ops import dtype_code, is_plain, takes_cache, takes_heads, takes_norm
 from .native import library
 
-__all__ = ["DecoderLayer", "DecoderLinear", "DecoderRows", "NativeDecoder", "Norm"]
+__all__ = ["DecoderLayer", "DecoderLinear", "DecoderRows", "KeptRows", "NativeDecoder", "Norm"]
 
 _LINE_BYTES = 64
 _GATE_STEP = 16  # columns of the activation
@@ -84,6 +84,14 @@ class DecoderRows:
             and self.page_table.dtype is torch.int32
             and self.page_table.stride(1) == 1
         )
+
+
+@dataclass(frozen=True, slots=True)
+class KeptRows:
+    """The rows of a step whose hidden states are asked for."""
+
+    rows: Tensor  # int64 [n_kept], ascending, on the CPU
+    segments: LoraSegments | None  # of these rows, counted from 0
 
 
 class NativeDecoder:
@@ -158,11 +166,14 @@ class NativeDecoder:
         rows: DecoderRows,
         segments: LoraSegments | None,
         mlps: Mapping[int, Callable[[Tensor], Tensor]] = _NO_MLPS,
+        kept: KeptRows | None = None,
     ) -> Tensor:
         """Embeddings [T, hidden_size] → normed hidden states. Changes ``hidden``, the residual.
 
         ``mlps`` are run in place of the MLPs of these layers, [T, hidden_size] → the same.
-        Raises IndexError for segments that do not fit the tables.
+        With ``kept`` (and no ``mlps``), these rows come out alone [n_kept, hidden_size]; the others
+        are only there for their keys and values. Raises IndexError for segments that do not fit
+        the tables.
         """
         n_rows = hidden.shape[0]
         x = torch.empty_like(hidden)
@@ -181,11 +192,13 @@ class NativeDecoder:
         )
         if segments is not None and segments.entries.shape[0] > 0:
             self._follow_tables()
-            step.entries = segments.entries.data_ptr()
-            step.starts = segments.starts.data_ptr()
-            step.rows = segments.rows.data_ptr()
-            step.weights = None if segments.weights is None else segments.weights.data_ptr()
-            step.n_segments = segments.entries.shape[0]
+            step.segments = _describe_segments(segments)
+        if kept is not None:
+            if mlps:
+                raise ValueError("rows are only dropped where native code runs every MLP")
+            step.kept, step.n_kept = kept.rows.data_ptr(), kept.rows.shape[0]
+            if kept.segments is not None:
+                step.kept_segments = _describe_segments(kept.segments)
         pauses = bytes(index in mlps for index in range(len(self._layers))) if mlps else None
         step.pauses = pauses
         at = self._run(step, 0)
@@ -195,7 +208,7 @@ class NativeDecoder:
                 raise ValueError(f"the MLP of layer {at} made {made.dtype} {tuple(made.shape)}")
             step.mlp = made.data_ptr()
             at = self._run(step, at + 1)
-        return x
+        return x if kept is None else x[: kept.rows.shape[0]]
 
     def _run(self, step: _Step, first: int) -> int:
         at = _function()(self._address, ctypes.addressof(step), first)
@@ -267,6 +280,16 @@ def _describe_linear(packed: PackedLinear) -> _Linear:
     return _Linear(native.address, native.bias_address, None, packed.in_features, packed.n_out)
 
 
+def _describe_segments(segments: LoraSegments) -> _Segments:
+    return _Segments(
+        segments.entries.data_ptr(),
+        segments.starts.data_ptr(),
+        segments.rows.data_ptr(),
+        None if segments.weights is None else segments.weights.data_ptr(),
+        segments.entries.shape[0],
+    )
+
+
 _P, _N, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _LINEARS = ("qkv", "out", "gate_up", "down")
 
@@ -312,6 +335,12 @@ class _Decoder(ctypes.Structure):
     )
 
 
+class _Segments(ctypes.Structure):
+    """``DecoderSegments`` of csrc/decoder.h."""
+
+    _fields_ = (("entries", _P), ("starts", _P), ("rows", _P), ("weights", _P), ("n", _N))
+
+
 class _Step(ctypes.Structure):
     """``DecoderStep`` of csrc/decoder.h."""
 
@@ -325,19 +354,17 @@ class _Step(ctypes.Structure):
         ("query_starts", _P),
         ("kv_lens", _P),
         ("n_requests", _N),
-        ("entries", _P),
-        ("starts", _P),
-        ("rows", _P),
-        ("weights", _P),
-        ("n_segments", _N),
+        ("segments", _Segments),
+        ("kept", _P),
+        ("n_kept", _N),
+        ("kept_segments", _Segments),
         ("pauses", ctypes.c_char_p),
         ("mlp", _P),
     )
-    entries: int
-    starts: int
-    rows: int
-    weights: int | None
-    n_segments: int
+    segments: _Segments
+    kept: int
+    n_kept: int
+    kept_segments: _Segments
     pauses: bytes | None
     mlp: int
 

@@ -33,10 +33,10 @@ class StepBatch:
     virtual_rows: tuple[tuple[int, Request, int], ...]  # (row, request, index of virtual token)
 
     def lay_into(self, step: Step) -> None:
-        """Tells the model where the rows stand. Not whose adapters they have."""
+        """Tells the model where the rows stand, all of which it keeps. Not whose adapters."""
         step.positions, step.slots = self.positions, self.slots
         step.page_table, step.query_starts = self.page_table, self.query_starts
-        step.kv_lens = self.kv_lens
+        step.kv_lens, step.kept = self.kv_lens, None
 
 
 def build_batch(chunks: Sequence[Chunk], kv_cache: KvCache, device: torch.device) -> StepBatch:

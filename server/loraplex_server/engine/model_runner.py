@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_kernels.cpu.decoder import KeptRows
 from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
 from loraplex_kernels.ops import PreparedTarget, lora_apply
 from loraplex_kernels.pool import LoraPool
@@ -89,17 +90,22 @@ class ModelRunner:
         replayed = self._replay(batch, chunks)
         if replayed is not None:
             return StepResult(self._sample(replayed, [chunk.request for chunk in chunks]), {})
-        self._fill_step(batch, chunks)
-        hidden = self._model.forward(self._embed(batch, chunks))
         sampling = [
             (c, rows) for c, rows in zip(chunks, batch.chunk_rows, strict=True) if c.samples
         ]
+        requests = [chunk.request for chunk, _ in sampling]
+        last = torch.tensor([rows.stop - 1 for _, rows in sampling], dtype=torch.int64)
+        self._fill_step(batch, chunks)
+        wants_all = any(c.request.source.sampling.prompt_logprobs for c in chunks)
+        if not wants_all and len(sampling) < len(batch.token_ids):
+            self._model.step.kept = KeptRows(last, self._segments(requests, [1] * len(requests)))
+        hidden = self._model.forward(self._embed(batch, chunks))
         sampled: dict[str, Sampled] = {}
         if sampling:
-            requests = [chunk.request for chunk, _ in sampling]
-            raw = self._raw_logits_of(hidden, [rows.stop - 1 for _, rows in sampling], requests)
-            sampled = self._sample(raw, requests)
-        return StepResult(sampled, self._prompt_logprobs(hidden, chunks, batch))
+            x = hidden[last.to(hidden.device)] if wants_all else hidden
+            sampled = self._sample(self._raw_logits_of(x, requests), requests)
+        found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
+        return StepResult(sampled, found)
 
     def _replay(self, batch: StepBatch, chunks: Sequence[Chunk]) -> Tensor | None:
         """Raw logits [n_chunks, vocab_size] of a recorded step; None if it has to run freely."""
@@ -205,12 +211,12 @@ class ModelRunner:
         """float32 [n, vocab_size]; valid until the next."""
         return self._model.finish_logits(raw, self._float_logits.rows(raw.shape[0]))
 
-    def _raw_logits_of(
-        self, hidden: Tensor, rows: Sequence[int], requests: Sequence[Request]
-    ) -> Tensor:
-        """[n, vocab_size], with the adapters' changes to the head; valid until the next."""
-        head, n_rows = self._model.head, len(rows)
-        x = hidden[torch.tensor(rows, device=hidden.device)]
+    def _raw_logits_of(self, x: Tensor, requests: Sequence[Request]) -> Tensor:
+        """[n, vocab_size] of hidden states [n, hidden_size], row i of ``requests[i]``.
+
+        With the adapters' changes to the head; valid until the next.
+        """
+        head, n_rows = self._model.head, x.shape[0]
         raw = self._raw_logits.rows(n_rows)
         head.packed.into(x, raw)
         if any(map(self._changes_head, requests)):
@@ -247,8 +253,8 @@ class ModelRunner:
             if last <= chunk.start:
                 continue
             targets = request.token_ids[chunk.start + 1 : last + 1]
-            row_ids = list(range(rows.start, rows.start + len(targets)))
-            raw = self._raw_logits_of(hidden, row_ids, [request] * len(targets))
+            x = hidden[rows.start : rows.start + len(targets)]
+            raw = self._raw_logits_of(x, [request] * len(targets))
             logits = self._finish(raw).cpu()
             n_top = request.source.sampling.logprobs or 0
             found[request.id] = tuple(logprobs_of(logits, targets, [n_top] * len(targets)))

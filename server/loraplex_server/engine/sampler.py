@@ -46,7 +46,7 @@ def sample(
     raw = logits[wanted].clone() if wanted else None  # before the logits are changed
     for row, request in enumerate(requests):
         _adjust(logits[row], request, eos_token_ids)
-    token_ids = torch.argmax(logits, dim=-1).tolist()
+    token_ids = logits.numpy().argmax(-1).tolist()  # torch's takes seven times as long
     random = [i for i, r in enumerate(requests) if not r.source.sampling.greedy]
     if random:
         for row, token in zip(

@@ -90,7 +90,10 @@ class BaseModel:
         return embedded
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Final normed hidden states [T, hidden_size] of the step's tokens. May reuse its input."""
+        """Final normed hidden states [n, hidden_size] of the step's kept rows, in their order.
+
+        May reuse its input.
+        """
         if self._fused is not None:
             return self._fused(embeddings)
         output = self._decoder(
@@ -99,8 +102,7 @@ class BaseModel:
             attention_mask=None,
             use_cache=False,
         )
-        hidden: Tensor = output.last_hidden_state.squeeze(0)
-        return hidden
+        return self.step.keep(output.last_hidden_state.squeeze(0))
 
     def finish_logits(self, raw: Tensor, out: Tensor) -> Tensor:
         """Fills ``out`` float32 [n, vocab_size] from the head's output, adapters included."""

@@ -120,9 +120,10 @@ class FusedDecoder:
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Embeddings [T, hidden_size] → normed hidden states. Changes its input (the residual).
+        """Embeddings [T, hidden_size] → normed hidden states of the step's kept rows.
 
-        In one native call, but for MLPs with routed experts, where no row goes module by module.
+        Changes its input (the residual). In one native call, but for MLPs with routed experts,
+        where no row goes module by module.
         """
         step = self._step
         if not step.planned and not step.routes_projections:
@@ -131,11 +132,14 @@ class FusedDecoder:
                 step.positions, step.slots, step.page_table, step.query_starts, step.kv_lens
             )
             if native is not None and native.takes(hidden, rows):
-                return native(hidden, rows, step.segments, self._routed_mlps())
-        return self.run_by_layer(hidden)
+                mlps = self._routed_mlps()
+                if not mlps:
+                    return native(hidden, rows, step.segments, kept=step.kept)
+                return step.keep(native(hidden, rows, step.segments, mlps))
+        return step.keep(self.run_by_layer(hidden))
 
     def run_by_layer(self, hidden: Tensor) -> Tensor:
-        """The same, operator by operator: on any device, with every kind of row."""
+        """All rows, operator by operator: on any device, with every kind of row."""
         residual = hidden
         first = self._layers[0].input_norm
         x = rms_norm(residual, first.weight, first.eps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import ModulePlan
+from loraplex_kernels.cpu.decoder import KeptRows
 from loraplex_kernels.layout import LoraSegments
 from loraplex_router.experts import RoutedRows
 
@@ -40,7 +41,12 @@ class Step:
         default_factory=lambda: torch.empty(0, dtype=torch.int32)
     )  # [n_requests], this step included
     segments: LoraSegments | None = None  # None = no row has low-rank factors
+    kept: KeptRows | None = None  # the rows whose hidden states are asked for; None = all
     planned: tuple[PlannedRows, ...] = ()
     # MLP block or projection → the rows that route there, one element per adapter
     routed: Mapping[str, tuple[RoutedRows, ...]] = field(default_factory=dict)
     routes_projections: bool = False  # whether any of these is a projection
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """Of all rows [T, width], those that are asked for."""
+        return hidden if self.kept is None else hidden[self.kept.rows.to(hidden.device)]

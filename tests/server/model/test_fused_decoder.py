@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 
 from loraplex_kernels import LoraPool, SliceFactors, build_segments
 from loraplex_kernels.cpu import native
-from loraplex_kernels.layout import LoraTarget
+from loraplex_kernels.cpu.decoder import KeptRows
+from loraplex_kernels.layout import LoraSegments, LoraTarget
 from loraplex_kernels.ops import PreparedTarget
 from loraplex_server.engine.batch import build_batch
 from loraplex_server.engine.client import GenerationRequest
@@ -73,29 +74,41 @@ class Layers:
         self.pool.publish(entry)
 
     def run(
-        self, layers: Callable[[Tensor], Tensor], mix: list[int] | None
+        self,
+        layers: Callable[[Tensor], Tensor],
+        mix: list[int] | None,
+        kept: tuple[Sequence[int], Sequence[int]] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(hidden states of both steps, the cache) from an empty cache."""
+        """(hidden states of both steps, the cache) from an empty cache.
+
+        ``kept`` rows of each step, None for all.
+        """
         for cache in (*self.kv.keys, *self.kv.values):
             cache.zero_()
         first = [Chunk(r, 0, max(n - 1, 0)) for r, n in zip(self.requests, _LENGTHS, strict=True)]
         last = [Chunk(r, n - 1, 1) for r, n in zip(self.requests, _LENGTHS, strict=True)]
         hidden = []
-        for chunks in ([chunk for chunk in first[1:] if chunk.n_tokens], [first[0], *last[1:]]):
+        steps = ([chunk for chunk in first[1:] if chunk.n_tokens], [first[0], *last[1:]])
+        for index, chunks in enumerate(steps):
             batch = build_batch(chunks, self.kv, _CPU)
             step = self.base.step
             batch.lay_into(step)
-            step.segments = None
-            if mix is not None:
-                rows = [
-                    mix[self.requests.index(chunk.request)]
-                    for chunk in chunks
-                    for _ in range(chunk.n_tokens)
-                ]
-                step.segments = build_segments(torch.tensor(rows, dtype=torch.int32))
+            rows = [
+                -1 if mix is None else mix[self.requests.index(chunk.request)]
+                for chunk in chunks
+                for _ in range(chunk.n_tokens)
+            ]
+            step.segments = None if mix is None else _segments(rows)
+            if kept is not None:
+                part = None if mix is None else _segments([rows[row] for row in kept[index]])
+                step.kept = KeptRows(torch.tensor(kept[index], dtype=torch.int64), part)
             with torch.inference_mode():
                 hidden.append(layers(self.base.embed(batch.token_ids)))
         return torch.cat(hidden), torch.stack([*self.kv.keys, *self.kv.values])
+
+
+def _segments(entries: Sequence[int]) -> LoraSegments:
+    return build_segments(torch.tensor(entries, dtype=torch.int32))
 
 
 def _factors(target: LoraTarget, rank: int) -> list[SliceFactors | None]:
@@ -125,6 +138,31 @@ def test_one_native_call_has_the_same_bits(
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
     assert expected[1].count_nonzero() > 0
+
+
+@pytest.mark.parametrize("mix", _MIXES.values(), ids=_MIXES.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_kept_rows_have_the_bits_that_they_have_among_all(
+    dtype: torch.dtype, mix: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = Layers("llama", dtype)
+    layers.add_adapter(40)
+    every, cache = layers.run(layers.decoder, mix)
+    n_first = sum(n - 1 for n in _LENGTHS[1:])  # rows of the first step
+    monkeypatch.setattr(layers.decoder, "run_by_layer", _refuse)
+    for kept in (((19, 51), (38, 39, 41)), ((), (7,)), ((0, 19, 20), ())):
+        found, written = layers.run(layers.decoder, mix, kept)
+        assert torch.equal(found, every[[*kept[0], *(n_first + row for row in kept[1])]])
+        assert torch.equal(written, cache)
+
+
+def test_kept_rows_are_picked_where_the_layers_go_one_by_one() -> None:
+    layers = Layers("llama", torch.bfloat16)
+    every, _ = layers.run(layers.decoder.run_by_layer, _MIXES["some rows"])
+    mlps = {0: layers.base.mlps["model.layers.0.mlp"].run}
+    layers.decoder._routed_mlps = lambda: mlps  # type: ignore[method-assign]
+    found, _ = layers.run(layers.decoder, _MIXES["some rows"], ((19, 51), (41,)))
+    assert torch.equal(found, every[[19, 51, 52 + 41]])
 
 
 @pytest.mark.parametrize("paused", [(0,), (1, 2), (0, 1, 2)], ids=str)

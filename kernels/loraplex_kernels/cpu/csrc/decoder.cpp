@@ -4,28 +4,32 @@
 
 #include "model_ops.h"
 
+#include <cstring>
+
 namespace loraplex {
 namespace {
 
 struct Run {
     const Decoder& decoder;
     const DecoderStep& step;
+    int64_t n_rows = step.n_rows;  // of those that are still computed
+    const DecoderSegments* segments = &step.segments;
     int failed = 0;  // the check that failed, see `SEGMENT_ERRORS` in cpu/lora.py
 
     void linear(const DecoderLinear& at, const void* x, void* out) {
-        if (step.n_segments > 0 && at.lora != nullptr) {
+        if (segments->n > 0 && at.lora != nullptr) {
             const int result = loraplex_adapted_linear(
-                at.lora, at.packed, at.bias, x, at.n_in, out, at.n_out, step.n_rows, step.entries,
-                step.starts, step.rows, step.weights, step.n_segments);
+                at.lora, at.packed, at.bias, x, at.n_in, out, at.n_out, n_rows, segments->entries,
+                segments->starts, segments->rows, segments->weights, segments->n);
             if (result != 0) failed = result;
             return;
         }
         model_ops().linear[decoder.dtype]({x, at.packed, at.bias, out, at.n_in, at.n_out,
-                                           step.n_rows, at.n_out, at.n_in, nullptr});
+                                           n_rows, at.n_out, at.n_in, nullptr});
     }
 
     void norm(const void* x, void* residual, const void* weight, double eps, int64_t width) {
-        model_ops().norm[decoder.dtype]({x, residual, weight, step.x, step.n_rows, width,
+        model_ops().norm[decoder.dtype]({x, residual, weight, step.x, n_rows, width,
                                          static_cast<float>(eps), 0.0f});
     }
 
@@ -44,6 +48,24 @@ struct Run {
              static_cast<float>(layer.scale), 0.0f});
     }
 
+    // Only the last token of a chunk has a use for what follows the attention of the last layer.
+    void keep() {
+        const int64_t element = decoder.dtype == kBFloat16 ? 2 : 4;
+        const int64_t heads = decoder.n_heads * decoder.head_dim * element;
+        const int64_t hidden = decoder.layers[0].qkv.n_in * element;
+        n_rows = step.n_kept;
+        segments = &step.kept_segments;
+        for (int64_t i = 0; i < n_rows; ++i) {
+            move(step.heads, i, step.kept[i], heads);
+            move(step.residual, i, step.kept[i], hidden);
+        }
+    }
+
+    static void move(void* rows, int64_t to, int64_t from, int64_t n_bytes) {
+        char* first = static_cast<char*>(rows);
+        if (to != from) std::memcpy(first + to * n_bytes, first + from * n_bytes, n_bytes);
+    }
+
     // x becomes the normed sum of the residual and what stands in `made`, or of the residual alone.
     void enter(int64_t i, const void* made) {
         const Decoder& d = decoder;
@@ -60,11 +82,13 @@ struct Run {
             const DecoderLayer& layer = d.layers[i];
             linear(layer.qkv, step.x, step.qkv);
             attend(layer);
+            if (step.kept && i == d.n_layers - 1) keep();
+            if (n_rows == 0) return d.n_layers;
             linear(layer.out, step.heads, step.y);
             norm(step.y, step.residual, layer.mlp_norm, layer.mlp_eps, layer.out.n_out);
             if (step.pauses && step.pauses[i] && failed == 0) return i;
             linear(layer.gate_up, step.x, step.gate_up);
-            model_ops().gate[d.dtype]({step.gate_up, step.act, step.n_rows, layer.down.n_in, 0});
+            model_ops().gate[d.dtype]({step.gate_up, step.act, n_rows, layer.down.n_in, 0});
             linear(layer.down, step.act, step.y);
             enter(i + 1, step.y);
         }

@@ -34,11 +34,20 @@ struct Decoder {
     double eps;
 };
 
+// Rows by adapter, as in `loraplex_lora_apply`.
+struct DecoderSegments {
+    const int32_t* entries;
+    const int32_t* starts;
+    const int32_t* rows;
+    const float* weights;
+    int64_t n;  // 0 = no row has an adapter
+};
+
 // The rows of one step. Everything a layer writes but `residual` and `x` is scratch.
 struct DecoderStep {
     int64_t n_rows;
     void* residual;  // [n_rows, hidden]: embeddings, changed in place
-    void* x;         // [n_rows, hidden]: the result
+    void* x;         // [n_rows, hidden]: the result, in its first rows where not all are kept
     void* y;         // [n_rows, hidden]
     void* qkv;       // [n_rows, (n_heads + 2 n_kv_heads) head_dim]
     void* heads;     // [n_rows, n_heads · head_dim]
@@ -51,11 +60,10 @@ struct DecoderStep {
     const int* query_starts;  // [n_requests + 1]
     const int* kv_lens;       // [n_requests]
     int64_t n_requests;
-    const int32_t* entries;  // the step's segments, as in `loraplex_lora_apply`
-    const int32_t* starts;
-    const int32_t* rows;
-    const float* weights;
-    int64_t n_segments;  // 0 = no row has an adapter
+    DecoderSegments segments;
+    const long long* kept;  // [n_kept] ascending: the rows whose result is asked for, first in x; or
+    int64_t n_kept;         // null: all. Behind the attention of the last layer the others go.
+    DecoderSegments kept_segments;  // of x's first n_kept rows
     const uint8_t* pauses;  // [n_layers], 1 = the caller runs the MLP of the layer; or null
     const void* mlp;        // [n_rows, hidden]: what it made, see `loraplex_decoder`
 };

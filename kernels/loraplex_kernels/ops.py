@@ -12,6 +12,7 @@ from .model_ops import silu_mul
 from .packed_linear import PackedLinear
 from .pool import LoraPool
 from .reference import lora_apply_reference
+from .side_stream import SideStream
 
 __all__ = ["PreparedTarget", "lora_apply"]
 
@@ -53,11 +54,11 @@ def lora_apply(
 class PreparedTarget:
     """One target of a pool, bound to the fastest kernel: ``prepared(x, segments, out)``.
 
-    Follows the pool when it replaces the target's tables.
+    Follows the pool when it replaces the target's tables. ``side`` hides shrinks on a GPU.
     """
 
-    def __init__(self, pool: LoraPool, target_name: str) -> None:
-        self._pool = pool
+    def __init__(self, pool: LoraPool, target_name: str, side: SideStream | None = None) -> None:
+        self._pool, self._side = pool, side
         self._target = pool.targets[target_name]
         self._tables = pool.tables(target_name)
         self._native: NativeLora | None = None
@@ -73,9 +74,22 @@ class PreparedTarget:
     def over(self, packed: PackedLinear, x: Tensor, segments: LoraSegments) -> Tensor:
         """``x`` [n_rows, in_features] → the base's product with the segments' products on top.
 
-        The same bits as ``packed(x)`` and a call: native code fetches factors meanwhile.
+        The same bits as ``packed(x)`` and a call: native code fetches factors meanwhile, a GPU
+        shrinks on the side.
         """
         native, weights = self.native(), packed.native
+        if self._side is not None and _takes_triton(x, self._pool.storage):
+            from .triton import lora_over_triton
+
+            return lora_over_triton(
+                lambda: packed(x),
+                x,
+                self._pool.storage,
+                self._target,
+                self._tables,
+                segments,
+                side=self._side,
+            )
         if native is None or weights is None or packed.dtype != self.dtype:
             out = packed(x)
             self(x, segments, out)
@@ -143,6 +157,10 @@ class PreparedTarget:
             self._native = NativeLora(storage, self._target, self._tables)
 
 
+def _takes_triton(x: Tensor, storage: Tensor) -> bool:
+    return x.is_cuda and x.dtype == storage.dtype and x.dtype in _TRITON_DTYPES
+
+
 def _dispatch(
     x: Tensor,
     storage: Tensor,
@@ -153,7 +171,7 @@ def _dispatch(
 ) -> None:
     if x.device.type == "cpu" and x.dtype == storage.dtype == out.dtype and serves(x.dtype):
         NativeLora(storage, target, tables)(x, segments, out)
-    elif x.is_cuda and x.dtype == storage.dtype and x.dtype in _TRITON_DTYPES:
+    elif _takes_triton(x, storage):
         from .triton import lora_apply_triton  # imports Triton, which a CPU does not need
 
         lora_apply_triton(x, storage, target, tables, segments, out=out)

@@ -319,6 +319,7 @@ _OPTIONS: Mapping[str, Callable[[Value], object]] = {
     "page_size": _integer,
     "prefix_cache": _flag,
     "cuda_graphs": _flag,
+    "lora_side_stream": _flag,
     "threads": _integer,
     "state_dir": _path,
     "adapters_dir": _paths,
@@ -357,6 +358,7 @@ _ENGINE = {
     "page_size": "page_size",
     "prefix_cache": "prefix_cache",
     "cuda_graphs": "cuda_graphs",
+    "lora_side_stream": "lora_side_stream",
     "threads": "threads",
 }
 _STORE = {

@@ -68,6 +68,7 @@ def test_allowed_sources_come_as_a_list_or_with_commas() -> None:
         ({"log_format": "xml"}, "log-format"),
         ({"prefix_cache": "perhaps"}, "prefix-cache"),
         ({"cuda_graphs": "perhaps"}, "cuda-graphs"),
+        ({"lora_side_stream": "perhaps"}, "lora-side-stream"),
         ({"api_key": ["short"]}, "api-key"),
         ({"colour": "red"}, "colour"),
     ],

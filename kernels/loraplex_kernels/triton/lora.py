@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..layout import PAGE_RANK, LoraSegments, LoraTables, LoraTarget
+from ..side_stream import SideStream
 from .arithmetic import reduction
 from .expand import lora_expand
 from .fused import lora_fused
 from .routing import DeviceSegments, route_segments
 from .shrink import lora_shrink, planes_shape
-from .tuning import TuningTable, default_table, key_for
+from .tuning import (
+    ExpandChoice,
+    FusedChoice,
+    ShrinkChoice,
+    TuningTable,
+    default_table,
+    key_for,
+)
 
-__all__ = ["lora_apply_triton", "workspace_numel"]
+__all__ = ["lora_apply_triton", "lora_over_triton", "workspace_numel"]
 
 
 def lora_apply_triton(
@@ -38,26 +48,78 @@ def lora_apply_triton(
     bits depend on that row and its adapters only. Raises ValueError before any launch.
     """
     routed = route_segments(segments, x.shape[0])
+    choice = _choose(x, target, tables, routed, table, capability)
+    inputs = (x, storage, target, tables, routed)
+    if isinstance(choice, FusedChoice):
+        lora_fused(*inputs, choice, out=out)
+        return
+    planes = _planes(workspace, choice.planes_shape, x.device)
+    lora_shrink(*inputs, choice.shrink, planes=planes)
+    lora_expand(planes, *inputs, choice.expand, out=out)
+
+
+def lora_over_triton(
+    base: Callable[[], Tensor],
+    x: Tensor,
+    storage: Tensor,
+    target: LoraTarget,
+    tables: LoraTables,
+    segments: LoraSegments,
+    *,
+    side: SideStream,
+    table: TuningTable | None = None,
+    capability: int | None = None,
+) -> Tensor:
+    """``base()`` with ``lora_apply_triton`` on top, the same bits: the shrink runs beside it.
+
+    Where one launch does shrink and expand, there is nothing to put beside and it follows.
+    """
+    routed = route_segments(segments, x.shape[0])
+    choice = _choose(x, target, tables, routed, table, capability)
+    inputs = (x, storage, target, tables, routed)
+    if isinstance(choice, FusedChoice):
+        out = base()
+        lora_fused(*inputs, choice, out=out)
+        return out
+    planes = _planes(None, choice.planes_shape, x.device)
+    side.launch(lambda: lora_shrink(*inputs, choice.shrink, planes=planes))
+    out = base()
+    side.join()
+    lora_expand(planes, *inputs, choice.expand, out=out)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _TwoLaunches:
+    shrink: ShrinkChoice
+    expand: ExpandChoice
+    planes_shape: tuple[int, int, int, int, int]
+
+
+def _choose(
+    x: Tensor,
+    target: LoraTarget,
+    tables: LoraTables,
+    routed: DeviceSegments,
+    table: TuningTable | None,
+    capability: int | None,
+) -> FusedChoice | _TwoLaunches:
     chosen = default_table() if table is None else table
-    max_rank = tables.a_pages.shape[2] * PAGE_RANK
     bounds = {
         "capability": capability or _capability(x.device),
-        "rank": max_rank,
+        "rank": tables.a_pages.shape[2] * PAGE_RANK,
         "rows": routed.rows.shape[0],
     }
     in_features, n_out = target.in_features, sum(target.out_features)
     if routed.blocks is None:
         fused = chosen.fused(key_for("fused", x.dtype, width=in_features, **bounds))
         if fused.enabled:
-            lora_fused(x, storage, target, tables, routed, fused, out=out)
-            return
+            return fused
     shrink = chosen.shrink(key_for("shrink", x.dtype, width=in_features, **bounds))
     expand = chosen.expand(key_for("expand", x.dtype, width=n_out, **bounds))
     n_planes = 1 if shrink.serial else reduction(in_features, x.element_size()).n_chunks
     shape = planes_shape(target, tables, routed, n_planes=n_planes)
-    planes = _planes(workspace, shape, x.device)
-    lora_shrink(x, storage, target, tables, routed, shrink, planes=planes)
-    lora_expand(planes, x, storage, target, tables, routed, expand, out=out)
+    return _TwoLaunches(shrink, expand, shape)
 
 
 def workspace_numel(

@@ -106,6 +106,15 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    lora_side_stream: Annotated[
+        bool | None,
+        typer.Option(
+            "--lora-side-stream/--no-lora-side-stream",
+            help="Shrink x of adapters beside the base's product, on a GPU. Default: off.",
+            rich_help_panel=_ENGINE,
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[int | None, _option(_ENGINE, "CPU threads. Default: torch's.")] = None,
     adapters_dir: Annotated[
         list[Path] | None,

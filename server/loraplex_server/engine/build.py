@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_kernels.side_stream import CudaSideStream, SideStream
 
 from ..model.base_model import BaseModel, load_base_model
 from .config import EngineConfig
@@ -101,7 +102,13 @@ def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
         routable=model.routable,
     )
     engine = Engine(
-        ModelRunner(model, kv_cache, adapters, _recorder(config, model.device)),
+        ModelRunner(
+            model,
+            kv_cache,
+            adapters,
+            _recorder(config, model.device),
+            _side_stream(config, model.device),
+        ),
         kv_cache,
         adapters,
         config,
@@ -149,6 +156,10 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:
     return CudaRecorder() if config.cuda_graphs and device.type == "cuda" else None
+
+
+def _side_stream(config: EngineConfig, device: torch.device) -> SideStream | None:
+    return CudaSideStream(device) if config.lora_side_stream and device.type == "cuda" else None
 
 
 def _default_step_tokens(device: torch.device) -> int:

@@ -27,6 +27,7 @@ class EngineConfig:
     page_size: int = 16  # tokens of a KV page
     prefix_cache: bool = True
     cuda_graphs: bool = True  # decode steps on a GPU are recorded at start and replayed
+    lora_side_stream: bool = False  # on a GPU adapters shrink x beside the base's product
     threads: int | None = None  # CPU compute threads; None = torch's default
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
 from loraplex_kernels.ops import PreparedTarget, lora_apply
 from loraplex_kernels.pool import LoraPool
 from loraplex_kernels.segments import build_segments
+from loraplex_kernels.side_stream import SideStream
 from loraplex_router.experts import RoutedRows
 
 from ..model.base_model import BaseModel
@@ -54,6 +55,7 @@ class ModelRunner:
         kv_cache: KvCache,
         adapters: DevicePool,
         recorder: Recorder | None = None,  # of decode steps, see ``decode_graphs``
+        side: SideStream | None = None,  # for shrinks, beside the base's products
     ) -> None:
         self._model = model
         self._kv = kv_cache
@@ -63,7 +65,7 @@ class ModelRunner:
         self._float_logits = RowBuffer(n_rows, model.vocab_size, torch.float32, model.device)
         model.attach_kv(kv_cache.keys, kv_cache.values)
         for group in model.groups.values():
-            group.lora = PreparedTarget(adapters.pool, group.target.name)
+            group.lora = PreparedTarget(adapters.pool, group.target.name, side)
             group.apply_slice = _bind_slices(adapters.pool, group)
         self._projections = frozenset(
             name for group in model.groups.values() for name in group.module_names

@@ -187,9 +187,11 @@ def test_every_size_is_held_with_little_to_spare(n: int) -> None:
 def test_on_a_gpu_a_replay_gives_the_bits_of_a_free_step(model: PreTrainedModel) -> None:
     on_gpu = model.to("cuda", torch.bfloat16)
     answers = []
-    for cuda_graphs in (False, True):
-        with running_engine(on_gpu, max_batch_size=11, cuda_graphs=cuda_graphs) as engine:
+    for cuda_graphs, side in ((False, False), (False, True), (True, False), (True, True)):
+        with running_engine(
+            on_gpu, max_batch_size=11, cuda_graphs=cuda_graphs, lora_side_stream=side
+        ) as engine:
             assert (engine._runner._graphs is not None) is cuda_graphs
             answers.append(_tokens(generate_all(engine, PROMPTS, plans=_plans(model))))
-    assert answers[0] == answers[1]
+    assert all(answer == answers[0] for answer in answers)
     assert CudaRecorder()(lambda: None) is not None

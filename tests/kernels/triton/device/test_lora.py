@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,13 +12,25 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraplex_kernels import LoraSegments
-from loraplex_kernels.triton import build_device_segments, lora_apply_triton, workspace_numel
+from loraplex_kernels.side_stream import CudaSideStream, SideStream
+from loraplex_kernels.triton import (
+    build_device_segments,
+    lora_apply_triton,
+    lora_over_triton,
+    workspace_numel,
+)
 from loraplex_kernels.triton.arithmetic import reduction
 from loraplex_kernels.triton.expand import lora_expand
 from loraplex_kernels.triton.fused import lora_fused
 from loraplex_kernels.triton.routing import DeviceSegments
 from loraplex_kernels.triton.shrink import lora_shrink, planes_shape
-from loraplex_kernels.triton.tuning import ExpandChoice, FusedChoice, ShrinkChoice
+from loraplex_kernels.triton.tuning import (
+    ExpandChoice,
+    FusedChoice,
+    ShrinkChoice,
+    TuningTable,
+    default_table,
+)
 from tests.support.lora_problems import MIXES, LoraProblem, draw_entries, make_problem, tolerance
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -106,6 +119,62 @@ def _mixed(device: torch.device, dtype: torch.dtype, *, k: int, n_rows: int = 21
         seed=11,
         with_scale_and_bias=True,
     )
+
+
+class _Side:
+    """Runs what is launched at once, or at the last moment that a stream may take."""
+
+    def __init__(self, *, late: bool) -> None:
+        self._late, self._waiting = late, list[Callable[[], None]]()
+        self.n_launched = 0
+
+    def launch(self, work: Callable[[], None]) -> None:
+        self.n_launched += 1
+        self._waiting.append(work)
+        if not self._late:
+            self.join()
+
+    def join(self) -> None:
+        while self._waiting:
+            self._waiting.pop(0)()
+
+
+def _over(problem: LoraProblem, side: SideStream, table: TuningTable | None = None) -> Tensor:
+    return lora_over_triton(
+        problem.base.clone,
+        problem.x,
+        problem.storage,
+        problem.target,
+        problem.tables,
+        _segments(problem),
+        side=side,
+        table=table,
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_shrink_on_the_side_changes_no_bit(device: torch.device, k: int) -> None:
+    problem = _mixed(device, torch.bfloat16, k=k)
+    sides: list[SideStream] = [_Side(late=False), _Side(late=True)]
+    if device.type == "cuda":
+        sides.append(CudaSideStream(device))
+    for side in sides:
+        for table in (default_table(), _without_fused(default_table())):
+            out = problem.base.clone()
+            inputs = (problem.x, problem.storage, problem.target, problem.tables)
+            lora_apply_triton(*inputs, _segments(problem), out=out, table=table)
+            assert torch.equal(_over(problem, side, table), out)
+    assert all(side.n_launched > 0 for side in sides if isinstance(side, _Side))
+
+
+def _without_fused(table: TuningTable) -> TuningTable:
+    rows = [
+        dataclasses.replace(row, choice=dataclasses.replace(row.choice, enabled=False))
+        if isinstance(row.choice, FusedChoice)
+        else row
+        for row in table.rows
+    ]
+    return TuningTable(rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16])

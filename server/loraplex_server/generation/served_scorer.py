@@ -31,6 +31,7 @@ from loraplex_server.engine.sampling_params import SamplingParams
 
 __all__ = ["ServedScorer", "served_scorer"]
 
+_MAX_LORAS = 256  # Arrow takes one for each expert of the library
 _SPARE_TOKENS = 4  # beyond the answer: a right reply that is cut into other tokens still ends
 
 
@@ -39,7 +40,8 @@ def served_scorer(
     base_directory: Path, codec: ChatCodec, layout: AdapterLayout, *, n_threads: int
 ) -> Iterator[ServedScorer]:
     """An engine and a store of its own, gone when left. Raises ModelError or ValueError."""
-    built = build_engine(EngineConfig(threads=n_threads, max_queue=1 << 16), base_directory)
+    config = EngineConfig(threads=n_threads, max_queue=1 << 16, max_loras=_MAX_LORAS)
+    built = build_engine(config, base_directory)
     try:
         with (
             tempfile.TemporaryDirectory() as folder,

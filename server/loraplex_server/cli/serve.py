@@ -10,6 +10,7 @@ import typer
 
 __all__ = ["serve"]
 
+_SPINS = 3000  # tens of microseconds: longer than the gaps within a step, shorter than between two
 _MODEL, _HTTP, _ENGINE, _ADAPTERS = "Model", "HTTP", "Engine", "Adapters"
 
 
@@ -176,6 +177,10 @@ def serve(
 
 
 def _serve(flags: dict[str, object], config: Path | None) -> None:
+    # Else libgomp's threads spin through everything that Python does between two steps, on the
+    # cores that the HTTP front waits for. Read once, when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
+
     from loraplex_server.config import ConfigError, resolve_config
     from loraplex_server.http.listening import bind
 

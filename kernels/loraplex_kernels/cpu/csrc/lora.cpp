@@ -565,11 +565,37 @@ struct Base {
     int64_t n_rows;
 };
 
+LinearArgs product_of(const Base& base, const LoraTargetDescriptor& t, const FetchList* fetch) {
+    return {base.x, base.packed, base.bias, base.out, base.x_stride,
+            base.out_stride, base.n_rows, n_columns(t), t.in_features, fetch};
+}
+
 void run_base(const Base& base, const Call& call, Plan& plan, const FetchList* fetch) {
-    const LoraTargetDescriptor& t = call.target;
-    model_ops().linear[t.dtype]({base.x, base.packed, base.bias, base.out, base.x_stride,
-                                 base.out_stride, base.n_rows, n_columns(t), t.in_features, fetch});
+    model_ops().linear[call.target.dtype](product_of(base, call.target, fetch));
     plan.in_cache = fetch != nullptr;
+}
+
+// The same, then the call's units by the same team: it meets once less than for two.
+void run_base_and_units(const Base& base, const Call& call, Plan& plan, const FetchList* fetch) {
+    const LoraTargetDescriptor& t = call.target;
+    const auto shrink = kernels().shrink[t.dtype];
+    const auto expand = kernels().expand[t.dtype];
+    const auto product = model_ops().linear_part[t.dtype];
+    const LinearArgs args = product_of(base, t, fetch);
+    plan.in_cache = fetch != nullptr;
+    const int n_threads = plan.n_threads;
+    const Plan& done = plan;
+    Share* shares = plan.shares.data();
+    float* h = plan.h.data();
+    long taken = 0;
+#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
+    {
+        product(args, n_threads, &taken);
+#pragma omp barrier
+        work_through(shares, n_threads, omp_get_thread_num(), [&](size_t i) {
+            run_unit(call, done, h, done.dealt[i], shrink, expand);
+        });
+    }
 }
 
 int64_t n_fetch_bytes(const Plan& plan) {
@@ -578,22 +604,20 @@ int64_t n_fetch_bytes(const Plan& plan) {
     return n_lines * kLineBytes;
 }
 
-// The base's product, then what `run_call` makes of the call.
-template <typename RunCall>
-void run_over(const Base& base, const Call& call, Plan& plan, const RunCall& run_call) {
+// Chooses whether the base's product fetches for the call, and has `run_both` do the two.
+template <typename RunBoth>
+void run_over(const Base& base, const Call& call, Plan& plan, const RunBoth& run_both) {
     const FetchList* fetch = list_fetches(call, plan);
     const int64_t n_fetched = fetch ? n_fetch_bytes(plan) : 0;
     if (n_fetched <= kLargeFetch) {
-        run_base(base, call, plan, fetch);
-        run_call();
+        run_both(base, fetch);
         return;
     }
     const int64_t n_weights = call.target.in_features * n_columns(call.target) * element_bytes(call);
     FetchTrial& trial = n_fetched > kHeavyFetch * n_weights ? plan.heavy_trial : plan.light_trial;
     const auto start = std::chrono::steady_clock::now();
     if (!trial.fetches(call.target.in_features, n_columns(call.target))) fetch = nullptr;
-    run_base(base, call, plan, fetch);
-    run_call();
+    run_both(base, fetch);
     if (trial.is_over()) return;
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
     trial.add(call.target.in_features, n_columns(call.target), fetch != nullptr,
@@ -747,7 +771,15 @@ LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* t
     if (const int failed = loraplex::check(call, n_rows)) return failed;
     loraplex::prepare(call, plan, n_rows);
     loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
-                       [&] { loraplex::run(call, plan); });
+                       [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
+                           // Units too light for threads are none for the product to share.
+                           if (plan.cut == loraplex::Cut::kUnits && plan.n_threads > 1) {
+                               loraplex::run_base_and_units(base, call, plan, fetch);
+                               return;
+                           }
+                           loraplex::run_base(base, call, plan, fetch);
+                           loraplex::run(call, plan);
+                       });
     return 0;
 }
 
@@ -776,7 +808,10 @@ LORAPLEX_API int loraplex_spread_linear(const loraplex::LoraTargetDescriptor* ta
     const loraplex::Gated gated{call, static_cast<const char*>(out), out_stride * bytes,
                                 static_cast<char*>(act), act_stride * bytes};
     loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
-                       [&] { loraplex::run_gated(gated, plan, n_pairs); });
+                       [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
+                           loraplex::run_base(base, call, plan, fetch);
+                           loraplex::run_gated(gated, plan, n_pairs);
+                       });
     return 0;
 }
 
@@ -799,7 +834,10 @@ LORAPLEX_API int loraplex_gather_linear(const loraplex::LoraTargetDescriptor* ta
     if (const int failed = loraplex::check(call, n_pairs)) return failed;
     loraplex::prepare(call, plan, n_pairs);
     loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
-                       [&] { loraplex::run(call, plan); });
+                       [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
+                           loraplex::run_base(base, call, plan, fetch);
+                           loraplex::run(call, plan);
+                       });
     loraplex::add_pairs(call, pair_rows, n_pairs, static_cast<char*>(out), out_stride);
     return 0;
 }

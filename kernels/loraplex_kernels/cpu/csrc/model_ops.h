@@ -89,6 +89,8 @@ struct AttentionArgs {
 
 struct ModelOps {  // each by element type: 0 float32, 1 bfloat16
     void (*linear[2])(const LinearArgs&);
+    // The share of one thread of a team; `taken` is theirs and starts at 0.
+    void (*linear_part[2])(const LinearArgs&, long n_threads, long* taken);
     void (*norm[2])(const NormArgs&);
     void (*gate[2])(const GateArgs&);
     void (*gate_row[2])(const GateArgs&);

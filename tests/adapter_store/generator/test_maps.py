@@ -16,6 +16,7 @@ from loraplex_adapter_store.generator.icm_lora import (
 )
 from loraplex_adapter_store.generator.library import Span
 from loraplex_adapter_store.generator.regressors import fit_mlp, fit_ridge
+from loraplex_adapter_store.generator.results import Evaluation, add_recovery, best_method
 from loraplex_adapter_store.generator.retrieval import (
     Neighbours,
     choose_neighbours,
@@ -198,3 +199,22 @@ def test_recovery_is_zero_for_the_base_and_one_for_the_oracle() -> None:
     assert recovery(4.0, 4.0, 1.0) == 0
     assert recovery(4.0, 1.0, 1.0) == 1
     assert recovery(4.0, 5.0, 1.0) < 0
+
+
+def test_one_hard_task_does_not_choose_the_method() -> None:
+    nll = {  # of three tasks; the last is hard for all but one method, which is poor elsewhere
+        "base": (4.0, 4.0, 5.0),
+        "steady #0": (0.4, 0.4, 6.0),
+        "steady #1": (0.5, 0.5, 6.0),
+        "lucky": (2.2, 2.2, 2.0),
+        "oracle": (0.0, 0.0, 0.0),
+    }
+    names = ("a", "b", "c")
+    result = Evaluation(dict.fromkeys(names, "validation"))
+    for arm, values in nll.items():
+        result.scores[arm] = {n: {"nll": v} for n, v in zip(names, values, strict=True)}
+    add_recovery(result)
+    assert best_method(result, ("lucky", "steady", "absent")) == "steady"
+    del result.scores["oracle"]
+    add_recovery(result)
+    assert best_method(result, ("lucky", "steady", "absent")) == "lucky"

@@ -3,7 +3,8 @@
     python server/benchmarks/bench_generate.py [--n 40] [--out FILE]
 
 - POST /v1/adapters/generate with descriptions that the server has not seen, with and without the
-  probe prompts that measure how often the adapter agrees with the base;
+  probe prompts that measure how often the adapter agrees with the base; and by ICM-LoRA, which
+  reads the base's states behind the description or before the answers of eight prompts;
 - time to first token of a chat that brings a new description along, beside one that names an
   adapter which is resident; the two take turns, so that a slow minute slows both.
 
@@ -55,6 +56,9 @@ def main() -> None:
         options.out.write_text(text + "\n")
 
 
+UNLABELLED = [PROMPT.format(amount) for amount in range(2000, 2008)]
+
+
 def measure(server: Connections, n: int) -> dict[str, object]:
     fresh = descriptions()
     first_ms, _ = generate(server, fresh, probe=True)  # loads the generator
@@ -71,6 +75,11 @@ def measure(server: Connections, n: int) -> dict[str, object]:
             beside = first_token(server, resident, 1000 + len(inline))
             assert beside is not None
             named.append(beside)
+    by_icm: dict[str, list[float]] = {}
+    for label, extra in (("description", {}), ("prompts", {"prompts": UNLABELLED})):
+        order = {"method": "icm-lora", **extra}
+        generate(server, fresh, probe=False, **order)  # the first loads the base's states
+        by_icm[label] = [generate(server, fresh, probe=False, **order)[0] for _ in range(n)]
     return {
         "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "machine": {**machine(), "threads": 2},
@@ -79,6 +88,8 @@ def measure(server: Connections, n: int) -> dict[str, object]:
         "first_description_of_the_server_ms": round(first_ms, 1),
         "generate_ms": spread([ms for ms, _ in probed]),
         "generate_without_probe_ms": spread(bare),
+        "generate_icm_lora_ms": spread(by_icm["description"]),
+        "generate_icm_lora_with_prompts_ms": spread(by_icm["prompts"]),
         "first_token_inline_ms": spread(inline),
         "first_token_resident_ms": spread(named),
         "inline_minus_resident_ms": round(median(inline) - median(named), 1),
@@ -93,10 +104,12 @@ def descriptions() -> Iterator[str]:
     yield from dict.fromkeys(texts)
 
 
-def generate(server: Connections, fresh: Iterator[str], *, probe: bool) -> tuple[float, str]:
+def generate(
+    server: Connections, fresh: Iterator[str], *, probe: bool, **extra: object
+) -> tuple[float, str]:
     """Milliseconds until the answer, and the adapter's name. Refused descriptions are passed."""
     while True:
-        body = json.dumps({"description": next(fresh), "probe": probe}).encode()
+        body = json.dumps({"description": next(fresh), "probe": probe, **extra}).encode()
         began = time.perf_counter()
         status, answer = server.send("POST", GENERATE, body)
         ms = 1000 * (time.perf_counter() - began)

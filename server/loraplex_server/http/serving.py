@@ -95,6 +95,7 @@ def serve(
             spare_collector()
             _run(app, config, listening, say)
         finally:
+            gc.unfreeze()  # the interpreter's last collection: else nanobind tells of leaks
             built.engine.close()
             store.close()
     finally:

@@ -62,6 +62,27 @@ def test_combinations_that_were_never_trained_become_far_likelier(
     assert all(gain > 0.3 for gain in gains)
 
 
+def test_the_state_of_the_base_tells_icm_lora_the_task(
+    generator: Generator, base: FrozenBase, codec: ChatCodec
+) -> None:
+    tasks = [Task.parse(name) for name in load_split().sets["validation"][:3]]
+    batch = TaskData(codec).eval_batch(tasks, 6, split="test")
+    before = score_groups(base, batch)
+    for n_prompts in (0, 8):
+        made = [
+            generator.generate(
+                task.test_descriptions()[0],
+                prompts=[example.prompt for example in task.examples("train", n_prompts)],
+                method="icm-lora",
+            )
+            for task in tasks
+        ]
+        vectors = torch.stack([one.vector for one in made])
+        after = score_groups(base, batch, BOnlyLora(made[0].layout, vectors, base.dtype))
+        gains = [1 - a.nll / b.nll for a, b in zip(after, before, strict=True)]
+        assert sum(gains) / len(gains) > 0.6  # the mean of the library gains a quarter
+
+
 def test_a_sentence_of_a_user_visibly_changes_the_reply(
     generator: Generator, base: FrozenBase, codec: ChatCodec
 ) -> None:

@@ -11,6 +11,7 @@ from .errors import InvalidSelector
 from .names import check_name
 
 __all__ = [
+    "ARROW_TOP_K",
     "Auto",
     "Description",
     "Library",
@@ -23,6 +24,7 @@ __all__ = [
 
 MAX_PARTS = 16
 MAX_DESCRIPTION = 2000
+ARROW_TOP_K = 3  # experts of a token in one projection, unless the request says
 METHODS = ("auto", "sg-lora", "icm-lora")
 
 _DIGEST_PREFIX = re.compile(r"[0-9a-f]{4,64}")
@@ -148,7 +150,7 @@ def _library(value: Mapping[object, object]) -> Library:
     refs = tuple(_name(name) for name in names)
     if len(set(refs)) != len(refs):
         raise InvalidSelector('"arrow" names an adapter twice')
-    top_k = value.get("top_k", min(3, len(refs)))
+    top_k = value.get("top_k", min(ARROW_TOP_K, len(refs)))
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= len(refs):
         raise InvalidSelector(f"top_k of arrow must be 1 to {len(refs)}, not {top_k!r}")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float):

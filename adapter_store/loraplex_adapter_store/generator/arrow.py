@@ -9,11 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..selector import ARROW_TOP_K
 from .layout import PROJECTIONS, AdapterLayout
 
-__all__ = ["ARROW_TOP_K", "ArrowExperts"]
-
-ARROW_TOP_K = 3  # experts of a token, in one projection
+__all__ = ["ArrowExperts"]
 
 
 class ArrowExperts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor
@@ -49,13 +49,7 @@ def lora_apply_triton(
     """
     routed = route_segments(segments, x.shape[0])
     choice = _choose(x, target, tables, routed, table, capability)
-    inputs = (x, storage, target, tables, routed)
-    if isinstance(choice, FusedChoice):
-        lora_fused(*inputs, choice, out=out)
-        return
-    planes = _planes(workspace, choice.planes_shape, x.device)
-    lora_shrink(*inputs, choice.shrink, planes=planes)
-    lora_expand(planes, *inputs, choice.expand, out=out)
+    _run(lambda: out, (x, storage, target, tables, routed), choice, workspace=workspace)
 
 
 def lora_over_triton(
@@ -76,15 +70,30 @@ def lora_over_triton(
     """
     routed = route_segments(segments, x.shape[0])
     choice = _choose(x, target, tables, routed, table, capability)
-    inputs = (x, storage, target, tables, routed)
+    return _run(base, (x, storage, target, tables, routed), choice, side=side)
+
+
+def _run(
+    base: Callable[[], Tensor],
+    inputs: tuple[Tensor, Tensor, LoraTarget, LoraTables, DeviceSegments],
+    choice: FusedChoice | _TwoLaunches,
+    *,
+    side: SideStream | None = None,
+    workspace: Tensor | None = None,
+) -> Tensor:
     if isinstance(choice, FusedChoice):
         out = base()
         lora_fused(*inputs, choice, out=out)
         return out
-    planes = _planes(None, choice.planes_shape, x.device)
-    side.launch(lambda: lora_shrink(*inputs, choice.shrink, planes=planes))
-    out = base()
-    side.join()
+    planes = _planes(workspace, choice.planes_shape, inputs[0].device)
+    shrink = partial(lora_shrink, *inputs, choice.shrink, planes=planes)
+    if side is None:
+        shrink()
+        out = base()
+    else:
+        side.launch(shrink)
+        out = base()
+        side.join()
     lora_expand(planes, *inputs, choice.expand, out=out)
     return out
 

@@ -14,9 +14,7 @@ from torch import Tensor
 __all__ = ["arrow_prototypes", "top_right_singular_vector"]
 
 
-def arrow_prototypes(
-    factors: Sequence[tuple[Tensor, Tensor]], *, temperature: float = 1.0
-) -> Tensor:
+def arrow_prototypes(factors: Sequence[tuple[Tensor, Tensor]], temperature: float = 1.0) -> Tensor:
     """Stacks one prototype per LoRA: float32 [n_experts, in_features], the gate of ``gate_arrow``.
 
     ``factors`` are pairs (b [out, rank], a [rank, in]); ranks may differ. Dividing by the

@@ -96,15 +96,18 @@ class ModelRunner:
             (c, rows) for c, rows in zip(chunks, batch.chunk_rows, strict=True) if c.samples
         ]
         requests = [chunk.request for chunk, _ in sampling]
-        last = torch.tensor([rows.stop - 1 for _, rows in sampling], dtype=torch.int64)
         self._fill_step(batch, chunks)
         wants_all = any(c.request.source.sampling.prompt_logprobs for c in chunks)
-        if not wants_all and len(sampling) < len(batch.token_ids):
-            self._model.step.kept = KeptRows(last, self._segments(requests, [1] * len(requests)))
+        last: Tensor | None = None  # the rows that get logits; None: each does
+        if len(sampling) < len(batch.token_ids):
+            last = torch.tensor([rows.stop - 1 for _, rows in sampling], dtype=torch.int64)
+            if not wants_all:
+                segments = self._segments(requests, [1] * len(requests))
+                self._model.step.kept = KeptRows(last, segments)
         hidden = self._model.forward(self._embed(batch, chunks))
         sampled: dict[str, Sampled] = {}
         if sampling:
-            x = hidden[last.to(hidden.device)] if wants_all else hidden
+            x = hidden[last.to(hidden.device)] if wants_all and last is not None else hidden
             sampled = self._sample(self._raw_logits_of(x, requests), requests)
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
         return StepResult(sampled, found)

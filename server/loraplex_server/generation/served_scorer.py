@@ -15,12 +15,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from loraplex_adapter_store.generator.arrow import ARROW_TOP_K
 from loraplex_adapter_store.generator.layout import AdapterLayout
 from loraplex_adapter_store.generator.packing import ChatCodec, Row
 from loraplex_adapter_store.generator.scoring import TaskScore
 from loraplex_adapter_store.generator.zoo.tasks import exact
-from loraplex_adapter_store.selector import Library, NameRef
+from loraplex_adapter_store.selector import ARROW_TOP_K, Library, NameRef
 from loraplex_adapter_store.store import AdapterLease, AdapterStore
 from loraplex_router.experts import arrow_prototypes
 from loraplex_server.engine.build import build_engine
@@ -48,7 +47,7 @@ def served_scorer(
             AdapterStore(
                 Path(folder),
                 built.base_spec,
-                gate_of=lambda factors, t: arrow_prototypes(factors, temperature=t),
+                gate_of=arrow_prototypes,
             ) as store,
         ):
             yield ServedScorer(built.engine, store, codec, layout)

@@ -125,7 +125,7 @@ def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
         built.base_spec,
         host_bytes=config.store.memory_bytes,
         allowed_roots=roots,
-        gate_of=lambda factors, temperature: arrow_prototypes(factors, temperature=temperature),
+        gate_of=arrow_prototypes,
         preparer=built.engine.former,
     )
 

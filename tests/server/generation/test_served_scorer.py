@@ -45,7 +45,7 @@ def served(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
         AdapterStore(
             root,
             BaseSpec.of(model, "tiny"),
-            gate_of=lambda factors, t: arrow_prototypes(factors, temperature=t),
+            gate_of=arrow_prototypes,
         ) as store,
         running_engine(model, max_queue=1 << 16) as engine,
     ):

@@ -83,7 +83,7 @@ struct Run {
             linear(layer.qkv, step.x, step.qkv);
             attend(layer);
             if (step.kept && i == d.n_layers - 1) keep();
-            if (n_rows == 0) return d.n_layers;
+            if (n_rows == 0) break;
             linear(layer.out, step.heads, step.y);
             norm(step.y, step.residual, layer.mlp_norm, layer.mlp_eps, layer.out.n_out);
             if (step.pauses && step.pauses[i] && failed == 0) return i;

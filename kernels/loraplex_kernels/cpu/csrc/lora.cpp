@@ -436,16 +436,25 @@ void run_unit(const Call& call, const Plan& plan, float* h, const Unit& unit,
     }
 }
 
-void run_by_unit(const Call& call, Plan& plan) {
+// After `product`, if there is one, by the same team of threads.
+void run_by_unit(const Call& call, Plan& plan, const LinearArgs* product = nullptr) {
     const auto shrink = kernels().shrink[call.target.dtype];
     const auto expand = kernels().expand[call.target.dtype];
+    const auto part = model_ops().linear_part[call.target.dtype];
     const int n_threads = plan.n_threads;
     const Plan& done = plan;
     Share* shares = plan.shares.data();
     float* h = plan.h.data();
+    long taken = 0;
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
-    work_through(shares, n_threads, omp_get_thread_num(),
-                 [&](size_t i) { run_unit(call, done, h, done.dealt[i], shrink, expand); });
+    {
+        if (product) {
+            part(*product, n_threads, &taken);
+#pragma omp barrier
+        }
+        work_through(shares, n_threads, omp_get_thread_num(),
+                     [&](size_t i) { run_unit(call, done, h, done.dealt[i], shrink, expand); });
+    }
 }
 
 void run_by_piece(const Call& call, Plan& plan) {
@@ -570,32 +579,8 @@ LinearArgs product_of(const Base& base, const LoraTargetDescriptor& t, const Fet
             base.out_stride, base.n_rows, n_columns(t), t.in_features, fetch};
 }
 
-void run_base(const Base& base, const Call& call, Plan& plan, const FetchList* fetch) {
+void run_base(const Base& base, const Call& call, const FetchList* fetch) {
     model_ops().linear[call.target.dtype](product_of(base, call.target, fetch));
-    plan.in_cache = fetch != nullptr;
-}
-
-// The same, then the call's units by the same team: it meets once less than for two.
-void run_base_and_units(const Base& base, const Call& call, Plan& plan, const FetchList* fetch) {
-    const LoraTargetDescriptor& t = call.target;
-    const auto shrink = kernels().shrink[t.dtype];
-    const auto expand = kernels().expand[t.dtype];
-    const auto product = model_ops().linear_part[t.dtype];
-    const LinearArgs args = product_of(base, t, fetch);
-    plan.in_cache = fetch != nullptr;
-    const int n_threads = plan.n_threads;
-    const Plan& done = plan;
-    Share* shares = plan.shares.data();
-    float* h = plan.h.data();
-    long taken = 0;
-#pragma omp parallel num_threads(n_threads) if (n_threads > 1)
-    {
-        product(args, n_threads, &taken);
-#pragma omp barrier
-        work_through(shares, n_threads, omp_get_thread_num(), [&](size_t i) {
-            run_unit(call, done, h, done.dealt[i], shrink, expand);
-        });
-    }
 }
 
 int64_t n_fetch_bytes(const Plan& plan) {
@@ -609,6 +594,7 @@ template <typename RunBoth>
 void run_over(const Base& base, const Call& call, Plan& plan, const RunBoth& run_both) {
     const FetchList* fetch = list_fetches(call, plan);
     const int64_t n_fetched = fetch ? n_fetch_bytes(plan) : 0;
+    plan.in_cache = fetch != nullptr;
     if (n_fetched <= kLargeFetch) {
         run_both(base, fetch);
         return;
@@ -617,6 +603,7 @@ void run_over(const Base& base, const Call& call, Plan& plan, const RunBoth& run
     FetchTrial& trial = n_fetched > kHeavyFetch * n_weights ? plan.heavy_trial : plan.light_trial;
     const auto start = std::chrono::steady_clock::now();
     if (!trial.fetches(call.target.in_features, n_columns(call.target))) fetch = nullptr;
+    plan.in_cache = fetch != nullptr;
     run_both(base, fetch);
     if (trial.is_over()) return;
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
@@ -774,10 +761,11 @@ LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* t
                        [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
                            // Units too light for threads are none for the product to share.
                            if (plan.cut == loraplex::Cut::kUnits && plan.n_threads > 1) {
-                               loraplex::run_base_and_units(base, call, plan, fetch);
+                               const auto product = loraplex::product_of(base, *target, fetch);
+                               loraplex::run_by_unit(call, plan, &product);
                                return;
                            }
-                           loraplex::run_base(base, call, plan, fetch);
+                           loraplex::run_base(base, call, fetch);
                            loraplex::run(call, plan);
                        });
     return 0;
@@ -809,7 +797,7 @@ LORAPLEX_API int loraplex_spread_linear(const loraplex::LoraTargetDescriptor* ta
                                 static_cast<char*>(act), act_stride * bytes};
     loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
                        [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
-                           loraplex::run_base(base, call, plan, fetch);
+                           loraplex::run_base(base, call, fetch);
                            loraplex::run_gated(gated, plan, n_pairs);
                        });
     return 0;
@@ -835,7 +823,7 @@ LORAPLEX_API int loraplex_gather_linear(const loraplex::LoraTargetDescriptor* ta
     loraplex::prepare(call, plan, n_pairs);
     loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
                        [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
-                           loraplex::run_base(base, call, plan, fetch);
+                           loraplex::run_base(base, call, fetch);
                            loraplex::run(call, plan);
                        });
     loraplex::add_pairs(call, pair_rows, n_pairs, static_cast<char*>(out), out_stride);

@@ -190,6 +190,7 @@ class NativeDecoder:
             rows.kv_lens.data_ptr(),
             rows.kv_lens.shape[0],
         )
+        step.n_kept = n_rows
         if segments is not None and segments.entries.shape[0] > 0:
             self._follow_tables()
             step.segments = _describe_segments(segments)

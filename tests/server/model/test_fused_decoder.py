@@ -156,6 +156,13 @@ def test_kept_rows_have_the_bits_that_they_have_among_all(
         assert torch.equal(written, cache)
 
 
+def test_a_segment_that_does_not_fit_is_told_even_if_no_row_is_kept() -> None:
+    layers = Layers("llama", torch.bfloat16)
+    layers.decoder._layers = layers.decoder._layers[:1]  # the first layer is where rows are left
+    with pytest.raises(IndexError):
+        layers.run(layers.decoder, [9, -1, 9, -1], ((), ()))
+
+
 def test_kept_rows_are_picked_where_the_layers_go_one_by_one() -> None:
     layers = Layers("llama", torch.bfloat16)
     every, _ = layers.run(layers.decoder.run_by_layer, _MIXES["some rows"])

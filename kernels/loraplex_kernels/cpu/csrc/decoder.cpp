@@ -82,7 +82,7 @@ struct Run {
             const DecoderLayer& layer = d.layers[i];
             linear(layer.qkv, step.x, step.qkv);
             attend(layer);
-            if (step.kept && i == d.n_layers - 1) keep();
+            if (step.n_kept < step.n_rows && i == d.n_layers - 1) keep();
             if (n_rows == 0) break;
             linear(layer.out, step.heads, step.y);
             norm(step.y, step.residual, layer.mlp_norm, layer.mlp_eps, layer.out.n_out);

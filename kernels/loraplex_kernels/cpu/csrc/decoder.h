@@ -61,8 +61,8 @@ struct DecoderStep {
     const int* kv_lens;       // [n_requests]
     int64_t n_requests;
     DecoderSegments segments;
-    const long long* kept;  // [n_kept] ascending: the rows whose result is asked for, first in x; or
-    int64_t n_kept;         // null: all. Behind the attention of the last layer the others go.
+    const long long* kept;  // [n_kept] ascending: the rows whose result is asked for, first in x.
+    int64_t n_kept;         // The others go behind the attention of the last layer; n_rows: none do.
     DecoderSegments kept_segments;  // of x's first n_kept rows
     const uint8_t* pauses;  // [n_layers], 1 = the caller runs the MLP of the layer; or null
     const void* mlp;        // [n_rows, hidden]: what it made, see `loraplex_decoder`

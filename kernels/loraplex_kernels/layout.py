@@ -42,7 +42,8 @@ class LoraTables:
     """Where the factors of every entry lie for one target. Offsets count elements of the storage.
 
     A page ``p`` of slice ``i`` of entry ``e`` holds rank rows ``16p … min(16(p+1), rank)``:
-    ``[rows, in_features]`` for A and ``[rows, out_features[i]]`` for Bᵀ, both contiguous.
+    ``[rows, in_features]`` for A and ``[rows, out_features[i]]`` for Bᵀ, both contiguous. On a CPU
+    a page may be compact instead (``compact.py``): its offset is then one more, and odd.
     The output row is transformed last, ``y ← scale ⊙ (y + delta) + bias``, for the entries that
     have one (DoRA, IA³, LoFiT, lora_bias).
     """

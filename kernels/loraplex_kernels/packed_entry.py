@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .compact import compact_rows
 from .factors import KINDS, EntryFactors, Piece, cut_into_pieces
 from .layout import LoraTarget
 
@@ -29,7 +30,7 @@ class PackedEntry:
     image: Tensor  # [n_elements] in the pool's dtype, on the host
     starts: NDArray[np.int64]  # [n_pieces], elements of ``image``
     lengths: NDArray[np.int64]  # [n_pieces], elements, up to the start of the next
-    keys: NDArray[np.int64]  # [n_pieces, 4]: target, slice, index in KINDS, page
+    keys: NDArray[np.int64]  # [n_pieces, 5]: target, slice, index in KINDS, page, 1 if compact
     ranks: NDArray[np.int64]  # [n_slices, 3]: target, slice, rank
 
     @property
@@ -42,27 +43,36 @@ def pack_entry(
     factors: EntryFactors,
     dtype: torch.dtype,
     *,
+    compact: bool = False,  # pages that can be, in twelve bits a value
     pin_memory: bool = False,  # for the copy engine of a GPU
 ) -> PackedEntry:
     """Casts and copies; tens of milliseconds for a large adapter. Any thread. Raises BadFactors."""
     pieces = cut_into_pieces(targets, factors)
+    compacted = [_compacted(piece, dtype) if compact else None for piece in pieces]
+    bodies = [
+        piece.source if made is None else made
+        for piece, made in zip(pieces, compacted, strict=True)
+    ]
     index_of = {name: index for index, name in enumerate(targets)}
     unit = ALIGNMENT_BYTES // dtype.itemsize
-    lengths = np.array([-(-p.source.numel() // unit) * unit for p in pieces], dtype=np.int64)
+    lengths = np.array([-(-body.numel() // unit) * unit for body in bodies], dtype=np.int64)
     ends = np.cumsum(lengths)
     starts = ends - lengths
     n_elements = int(ends[-1]) if pieces else 0
     image = torch.empty(n_elements, dtype=dtype, pin_memory=pin_memory)
-    for piece, start, length in zip(pieces, starts.tolist(), lengths.tolist(), strict=True):
-        _copy_piece(image, piece, start, length)
+    for body, start, length in zip(bodies, starts.tolist(), lengths.tolist(), strict=True):
+        _copy_body(image, body, start, length)
     return PackedEntry(
         image=image,
         starts=starts,
         lengths=lengths,
         keys=np.array(
-            [(index_of[p.target], p.slice_index, KINDS.index(p.kind), p.page) for p in pieces],
+            [
+                (index_of[p.target], p.slice_index, KINDS.index(p.kind), p.page, made is not None)
+                for p, made in zip(pieces, compacted, strict=True)
+            ],
             dtype=np.int64,
-        ).reshape(-1, 4),
+        ).reshape(-1, 5),
         ranks=np.array(
             [
                 (index_of[name], i, one.rank)
@@ -75,8 +85,12 @@ def pack_entry(
     )
 
 
-def _copy_piece(image: Tensor, piece: Piece, start: int, length: int) -> None:
-    n_elements = piece.source.numel()
-    image[start : start + n_elements].view(piece.source.shape).copy_(piece.source)
+def _compacted(piece: Piece, dtype: torch.dtype) -> Tensor | None:
+    return compact_rows(piece.source.to(dtype)) if piece.kind in ("a", "b") else None
+
+
+def _copy_body(image: Tensor, body: Tensor, start: int, length: int) -> None:
+    n_elements = body.numel()
+    image[start : start + n_elements].view(body.shape).copy_(body)
     if n_elements < length:
         image[start + n_elements : start + length] = 0

@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .compact import COMPACT
 from .factors import KINDS
 from .layout import NO_PAGE, PAGE_RANK, LoraTables, LoraTarget
 
@@ -41,7 +42,7 @@ class PoolTables:
         n_pages = -(-int(ranks[:, 2].max(initial=0)) // PAGE_RANK)
         if n_pages > self._max_pages:
             self._grow(n_pages)
-        self._scatter(self._offsets, self._positions(entry, keys), offsets)
+        self._scatter(self._offsets, self._positions(entry, keys), offsets + keys[:, 4] * COMPACT)
         self._scatter(self._ranks, self._rank_positions(entry, ranks), ranks[:, 2])
 
     def clear(self, entry: int, ranks: NDArray[np.int64], keys: NDArray[np.int64]) -> None:
@@ -94,7 +95,7 @@ class PoolTables:
             after.bias.copy_(before.bias)
 
     def _positions(self, entry: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
-        target, slice_index, kind, page = keys.T
+        target, slice_index, kind, page, _ = keys.T
         row = entry * self._n_slices[target] + slice_index
         positions: NDArray[np.int64] = self._first[target, kind] + row * self._pages_of[kind] + page
         return positions

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .compact import COMPACT, open_rows
 from .layout import NO_PAGE, PAGE_RANK, LoraSegments, LoraTables, LoraTarget
 
 __all__ = ["lora_apply_reference"]
@@ -74,5 +75,8 @@ def _read_factor(storage: Tensor, pages: Tensor, rank: int, width: int) -> Tenso
     for page, first in enumerate(range(0, rank, PAGE_RANK)):
         n_rows = min(PAGE_RANK, rank - first)
         offset = int(pages[page])
-        parts.append(storage[offset : offset + n_rows * width].view(n_rows, width))
+        if offset & COMPACT:
+            parts.append(open_rows(storage, offset - COMPACT, n_rows, width))
+        else:
+            parts.append(storage[offset : offset + n_rows * width].view(n_rows, width))
     return torch.cat(parts)

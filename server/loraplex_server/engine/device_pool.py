@@ -20,6 +20,7 @@ from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan, ModulePlan
 from loraplex_kernels.errors import PoolFull
+from loraplex_kernels.compact import compacts_well
 from loraplex_kernels.packed_entry import PackedEntry
 from loraplex_kernels.pool import LoraPool
 from loraplex_router.experts import RoutedRows
@@ -86,10 +87,12 @@ class DevicePool:
         device: torch.device,
         on_loaded: Callable[[], None],
         routable: Collection[str] = (),
+        compact: bool | None = None,
     ) -> None:
         """``on_loaded`` is called once a load is done, on any thread: it must only wake the engine.
 
-        ``routable``: the MLP blocks and projections that may have experts.
+        ``routable``: the MLP blocks and projections that may have experts. ``compact``: as of the
+        pool; by default where it makes steps faster.
         """
         self.pool = LoraPool(
             [group.target for group in groups.values()],
@@ -97,6 +100,7 @@ class DevicePool:
             n_entries=max_adapters,
             dtype=dtype,
             device=device,
+            compact=compacts_well(dtype, device) if compact is None else compact,
         )
         self.n_loads = 0
         self.n_evictions = 0

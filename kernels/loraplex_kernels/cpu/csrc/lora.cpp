@@ -282,13 +282,30 @@ bool rows_are_disjoint(const Call& call, Plan& plan) {
     return true;
 }
 
-// Address of some rank row of a part's page of A or Bᵀ.
-const char* factor(const Call& call, const Part& part, const int64_t* pages, int64_t page,
-                   int64_t elements) {
+// Some rank rows of a page of A or Bᵀ.
+struct RankRows {
+    const char* first;
+    bool compact;
+    int64_t row_bytes;
+};
+
+RankRows rank_rows(const Call& call, const Part& part, const int64_t* pages, int64_t page,
+                   int64_t first_rank, int64_t width) {
     const LoraTargetDescriptor& t = call.target;
     const int64_t at = call.entries[part.segment] * t.n_slices + part.slice;
-    return static_cast<const char*>(t.storage) +
-           (pages[at * t.max_pages + page] + elements) * element_bytes(call);
+    const int64_t offset = pages[at * t.max_pages + page];
+    const bool compact = offset & kCompact;
+    const int64_t row_bytes = compact ? compact_row_bytes(width) : width * element_bytes(call);
+    return {static_cast<const char*>(t.storage) + (offset & ~kCompact) * element_bytes(call) +
+                first_rank * row_bytes,
+            compact, row_bytes};
+}
+
+// For opened compact rows.
+void* scratch(int64_t n_bytes) {
+    thread_local std::vector<char> bytes;  // grows to the largest call of this thread
+    if (static_cast<int64_t>(bytes.size()) < n_bytes) bytes.resize(n_bytes);
+    return bytes.data();
 }
 
 void run_shrink(const Call& call, const Plan& plan, float* h, const ShrinkPiece& piece,
@@ -296,9 +313,10 @@ void run_shrink(const Call& call, const Plan& plan, float* h, const ShrinkPiece&
     const LoraTargetDescriptor& t = call.target;
     const Part& part = plan.parts[piece.part];
     const int64_t stride = h_stride(part.rank);
+    const RankRows a = rank_rows(call, part, t.a_pages, piece.page, piece.first_rank, t.in_features);
     kernel({call.x, call.x_stride, call.x_rows + call.starts[part.segment] + piece.first_row,
-            piece.n_rows,
-            factor(call, part, t.a_pages, piece.page, piece.first_rank * t.in_features),
+            piece.n_rows, a.first, a.compact,
+            a.compact ? scratch(piece.n_ranks * t.in_features * element_bytes(call)) : nullptr,
             piece.n_ranks, t.in_features,
             h + part.h + piece.first_row * stride + piece.page * kPageRank + piece.first_rank,
             stride});
@@ -320,7 +338,8 @@ void run_expand(const Call& call, const Plan& plan, const float* h, const Expand
                 is_whole ? row_count(call, part.segment) : piece.n_rows,
                 h + part.h + first_row * stride, stride, t.storage, t.b_pages + at * t.max_pages,
                 part.rank, t.out_features[part.slice], piece.first_column, piece.n_columns,
-                t.scale[at], t.bias[at], plan.in_cache});
+                t.scale[at], t.bias[at], plan.in_cache,
+                scratch(part.rank * piece.n_columns * element_bytes(call))});
     }
 }
 
@@ -542,11 +561,12 @@ const FetchList* list_fetches(const Call& call, Plan& plan) {
                 for (int32_t p = unit.part; p < unit.last_part; ++p) {
                     const Part& part = plan.parts[p];
                     const int64_t width = pages == t.a_pages ? t.in_features : t.out_features[part.slice];
-                    for (int64_t first = 0; first < part.rank; first += kPageRank)
-                        add_run(plan.runs, starts.back(),
-                                factor(call, part, pages, first / kPageRank, 0),
-                                std::min<int64_t>(kPageRank, part.rank - first) * width *
-                                    element_bytes(call));
+                    for (int64_t first = 0; first < part.rank; first += kPageRank) {
+                        const RankRows rows =
+                            rank_rows(call, part, pages, first / kPageRank, 0, width);
+                        add_run(plan.runs, starts.back(), rows.first,
+                                std::min<int64_t>(kPageRank, part.rank - first) * rows.row_bytes);
+                    }
                 }
         }
     }
@@ -659,12 +679,14 @@ void run_gated_unit(const Gated& gated, const Plan& plan, float* h, const Unit& 
                            shrink);
             const int64_t at = call.entries[segment] * t.n_slices + part.slice;
             const int64_t width = t.out_features[part.slice], stride = h_stride(part.rank);
-            for (int64_t column = 0; column < width; column += kStreamColumns)
+            for (int64_t column = 0; column < width; column += kStreamColumns) {
+                const int64_t n = std::min(kStreamColumns, width - column);
                 expand({tile + (plan.slice_starts[part.slice] + column) * element_bytes(call),
                         n_columns(t), kTile, nullptr, n_rows, h + part.h + row * stride, stride,
-                        t.storage, t.b_pages + at * t.max_pages, part.rank, width, column,
-                        std::min(kStreamColumns, width - column), t.scale[at], t.bias[at],
-                        plan.in_cache});
+                        t.storage, t.b_pages + at * t.max_pages, part.rank, width, column, n,
+                        t.scale[at], t.bias[at], plan.in_cache,
+                        scratch(part.rank * n * element_bytes(call))});
+            }
         }
         for (int64_t i = 0; i < n_rows; ++i) gated.finish(tile + i * row_bytes, position + i);
     }

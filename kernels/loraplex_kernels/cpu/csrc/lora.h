@@ -9,6 +9,7 @@
 
 #include <cstdint>
 
+#include "compact.h"
 #include "isa.h"
 
 namespace loraplex {
@@ -23,7 +24,7 @@ enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 struct LoraTargetDescriptor {
     const void* storage;
     const int32_t* ranks;    // [n_entries, n_slices]
-    const int64_t* a_pages;  // [n_entries, n_slices, max_pages]
+    const int64_t* a_pages;  // [n_entries, n_slices, max_pages], + kCompact where a page is so
     const int64_t* b_pages;  // [n_entries, n_slices, max_pages]
     const int64_t* scale;    // [n_entries, n_slices]
     const int64_t* bias;     // [n_entries, n_slices]
@@ -41,7 +42,9 @@ struct ShrinkArgs {
     int64_t x_stride;     // elements
     const int32_t* rows;  // [n_rows] into x
     int64_t n_rows;
-    const void* a;  // [n_ranks, in_features]
+    const void* a;  // [n_ranks, in_features], or as many compact rows
+    bool compact;
+    void* scratch;  // [n_ranks, in_features] where the rows are compact
     int64_t n_ranks;
     int64_t in_features;
     float* h;  // [n_rows, n_ranks] at stride h_stride
@@ -66,6 +69,7 @@ struct ExpandArgs {
     int64_t scale;  // offset of the slice's vector, or kNoPage
     int64_t bias;
     bool in_cache;  // whether B was fetched before
+    void* scratch;  // [rank, n_columns] where a page is compact
 };
 
 // Adds some rows to one.

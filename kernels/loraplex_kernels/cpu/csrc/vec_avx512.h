@@ -6,6 +6,10 @@
 
 #include <cstdint>
 
+#include "compact.h"
+
+#define LORAPLEX_COMPACT 1  // reads compact rows
+
 namespace loraplex {
 namespace {
 
@@ -84,6 +88,7 @@ struct OperandOf {
 inline vf dot(vf acc, Block a, Block b) { return vfma(a.hi, b.hi, vfma(a.lo, b.lo, acc)); }
 
 #if LORAPLEX_DPBF16
+inline __m512i operand_of(__m512i raw) { return raw; }
 template <>
 struct OperandOf<bf16> {
     using type = __m512i;
@@ -95,6 +100,8 @@ struct OperandOf<bf16> {
 inline vf dot(vf acc, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 }
+#else
+inline Block operand_of(__m512i raw) { return split(raw); }
 #endif
 
 template <typename T>
@@ -106,6 +113,32 @@ inline Operand<T> load_operand(const T* p) {
 template <typename T>
 inline Operand<T> load_operand_part(const T* p, int64_t n) {
     return OperandOf<T>::part(p, n);
+}
+
+// A compact row's exponents in their place in a value, twice: the bits above an index count nothing.
+inline __m512i exponents_of(const char* row) {
+    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
+    return _mm512_broadcast_i64x4(_mm256_slli_epi16(_mm256_cvtepu8_epi16(table), 7));
+}
+
+struct RawPair {
+    __m512i first, second;  // 32 values of bf16 each
+};
+
+// A group of compact values.
+inline RawPair load_group(const char* group, __m512i exponents) {
+    const __m512i rest = _mm512_loadu_si512(group);
+    const __m512i places = _mm512_cvtepu8_epi16(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + kGroup)));
+    const __m512i sign = _mm512_set1_epi16(static_cast<short>(0x8000));
+    const __m512i mantissa = _mm512_set1_epi16(0x7f);
+    constexpr int kAndOr = 0xea;  // (a & b) | c
+    const __m512i first = _mm512_ternarylogic_epi32(
+        _mm512_slli_epi16(rest, 8), sign, _mm512_permutexvar_epi16(places, exponents), kAndOr);
+    const __m512i second = _mm512_ternarylogic_epi32(
+        rest, sign, _mm512_permutexvar_epi16(_mm512_srli_epi16(places, 4), exponents), kAndOr);
+    return {_mm512_ternarylogic_epi32(rest, mantissa, first, kAndOr),
+            _mm512_ternarylogic_epi32(_mm512_srli_epi16(rest, 8), mantissa, second, kAndOr)};
 }
 
 inline __m128 fold(vf v) {

@@ -1,0 +1,33 @@
+// Rank rows of bfloat16 in twelve bits a value and without loss: the exponents of a row are few.
+//
+// A row is a table of sixteen exponents (bits 14 … 7 of a value), one byte each, then groups of 64
+// values. In a group, bytes 2j and 2j + 1 hold sign and mantissa (bits 15 and 6 … 0) of values j and
+// 32 + j; the half bytes of byte 64 + j, low first, hold the places of their exponents in the table.
+// `compact.py` decides which pages are kept so.
+#pragma once
+
+#include <cstdint>
+
+namespace loraplex {
+
+constexpr int64_t kCompact = 1;  // set in an offset of a page table: the page there is compact
+constexpr int64_t kTableBytes = 16;
+constexpr int64_t kGroup = 64;
+constexpr int64_t kGroupBytes = 96;
+
+namespace {
+
+inline int64_t compact_row_bytes(int64_t width) { return kTableBytes + width / kGroup * kGroupBytes; }
+
+inline void open_group(const uint8_t* table, const uint8_t* group, uint16_t* values) {
+    for (int j = 0; j < 32; ++j) {
+        const uint8_t places = group[64 + j], both[2] = {table[places & 15], table[places >> 4]};
+        for (int half = 0; half < 2; ++half) {
+            const uint8_t rest = group[2 * j + half];
+            values[32 * half + j] = static_cast<uint16_t>((rest & 0x80) << 8 | both[half] << 7 | (rest & 0x7f));
+        }
+    }
+}
+
+}  // namespace
+}  // namespace loraplex

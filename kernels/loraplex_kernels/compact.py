@@ -26,6 +26,8 @@ def compacts_well(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether kernels here read compact pages of ``dtype`` faster than plain ones."""
     if dtype != torch.bfloat16 or device.type != "cpu":
         return False
+    import os
+    if os.environ.get("LORAPLEX_RAW"): return False
     return (isa() or Isa.PORTABLE) >= Isa.AVX512
 
 

@@ -27,11 +27,10 @@ constexpr int64_t kColumnStep = 64;         // smallest cut of a slice; a cache 
 constexpr int64_t kPieceBytes = 64 << 10;   // of factors, at most
 constexpr int64_t kPiecesPerThread = 6;     // enough that one slow thread delays nobody long
 constexpr int64_t kSerialWork = 64 << 10;   // multiply-adds below which threads cost more than they bring
-constexpr int64_t kTileRows = 4;            // rows that meet a factor together
 constexpr int64_t kUnitsPerThread = 2;      // so many of the largest, at least, to divide work by units
 constexpr int64_t kLargeFetch = 256 << 10;  // bytes of a call; below, fetching hardly matters
 constexpr double kHeavyFetch = 0.4;         // of the base's bytes: more is on trial for itself
-constexpr int64_t kWantedUnits = 4;         // of a thread, where segments have many rows
+constexpr int64_t kWantedUnits = 2;         // of a thread, where segments have many rows
 
 struct Call {
     const LoraTargetDescriptor& target;

@@ -16,6 +16,7 @@ namespace loraplex {
 
 constexpr int kPageRank = 16;
 constexpr int64_t kNoPage = -1;
+constexpr int64_t kTileRows = 4;  // rows that meet a factor together
 constexpr int64_t kStreamColumns = 2048;  // of a piece, at most
 
 enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1 };

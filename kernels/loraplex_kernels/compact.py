@@ -26,8 +26,6 @@ def compacts_well(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether kernels here read compact pages of ``dtype`` faster than plain ones."""
     if dtype != torch.bfloat16 or device.type != "cpu":
         return False
-    import os
-    if os.environ.get("LORAPLEX_RAW"): return False
     return (isa() or Isa.PORTABLE) >= Isa.AVX512
 
 
@@ -54,15 +52,16 @@ def compact_rows(rows: Tensor) -> Tensor | None:
 
 
 def open_rows(storage: Tensor, offset: int, n_rows: int, width: int) -> Tensor:
-    """The values [n_rows, width] of the compact rows at ``offset``: the definition of the format."""
+    """The values [n_rows, width] of the compact rows at ``offset``: what the format means."""
     n_bytes = n_rows * _row_bytes(width)
     rows = storage[offset : offset + n_bytes // 2].view(torch.uint8).view(n_rows, -1).int()
     table, groups = rows[:, :_TABLE_BYTES], rows[:, _TABLE_BYTES:].reshape(n_rows, -1, _GROUP_BYTES)
-    rest = groups[..., :_GROUP].unflatten(-1, (_GROUP // 2, 2)).transpose(-1, -2)
+    rest = groups[..., :_GROUP].reshape(n_rows, -1, _GROUP // 2, 2).transpose(-1, -2)
     places = torch.stack([groups[..., _GROUP:] & 15, groups[..., _GROUP:] >> 4], dim=-2)
     exponents = table.gather(1, places.flatten(1).long()).view_as(rest)
     bits = (rest & 0x80) << 8 | exponents << 7 | rest & 0x7F
-    return bits.to(torch.int16).view(torch.bfloat16).reshape(n_rows, width)
+    values: Tensor = bits.to(torch.int16).view(torch.bfloat16)
+    return values.reshape(n_rows, width)
 
 
 def _row_bytes(width: int) -> int:

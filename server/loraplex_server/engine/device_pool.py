@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan, ModulePlan
-from loraplex_kernels.errors import PoolFull
 from loraplex_kernels.compact import compacts_well
+from loraplex_kernels.errors import PoolFull
 from loraplex_kernels.packed_entry import PackedEntry
 from loraplex_kernels.pool import LoraPool
 from loraplex_router.experts import RoutedRows

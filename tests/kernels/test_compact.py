@@ -1,0 +1,228 @@
+"""Compact pages: what comes out of them is what went in, and no result depends on them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from loraplex_kernels import (
+    EntryFactors,
+    LoraPool,
+    LoraSegments,
+    LoraTarget,
+    PackedLinear,
+    PreparedTarget,
+    SliceFactors,
+    build_segments,
+    expand_routed,
+    lora_apply_reference,
+    silu_mul,
+)
+from loraplex_kernels.compact import COMPACT, compact_rows, compacts_well, open_rows
+from loraplex_kernels.cpu import native
+from loraplex_kernels.experts import StepPairs, group_pairs
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler built the kernels")
+BF16 = torch.bfloat16
+# Widths that compact pages have and one that they have not; `up` is gated.
+UP, DOWN = LoraTarget("up", 128, (192, 192)), LoraTarget("down", 192, (128,))
+ODD = LoraTarget("odd", 64, (2112, 40))  # more columns than one stretch of sums
+RANKS = [(16, 16), (3, 40), (8, 0), (0, 1), (64, 17), (5, 5), (100, 12), (1, 8)]
+
+
+@pytest.fixture(params=list(native.Isa))
+def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
+    best = native.isa()
+    assert best is not None
+    native.limit_isa(request.param)
+    yield request.param
+    native.limit_isa(best)
+
+
+def bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int16)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    n_rows=st.integers(1, 17),
+    width=st.sampled_from([64, 128, 576]),
+    exponents=st.lists(st.integers(0, 255), min_size=1, max_size=20, unique=True),
+    seed=st.integers(0, 10_000),
+)
+def test_any_bits_come_back_where_a_row_has_at_most_sixteen_exponents(
+    n_rows: int, width: int, exponents: list[int], seed: int
+) -> None:
+    """Zeros, subnormal numbers, infinities and NaNs of every kind among them."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(exponents), (n_rows, width), generator=generator)
+    rest = torch.randint(256, (n_rows, width), generator=generator)
+    words = (rest & 128) << 8 | torch.tensor(exponents)[drawn] << 7 | rest & 127
+    rows = words.to(torch.int16).view(BF16)
+    made = compact_rows(rows)
+    if max(len(row.unique()) for row in drawn) > 16:
+        assert made is None
+        return
+    assert made is not None
+    assert made.nbytes == n_rows * (16 + width * 3 // 2)
+    storage = torch.cat([torch.zeros(7, dtype=BF16), made])
+    assert torch.equal(bits(open_rows(storage, 7, n_rows, width)), bits(rows))
+
+
+def test_what_has_no_compact_form_is_left_or_refused() -> None:
+    assert compact_rows(torch.zeros(4, 96, dtype=BF16)) is None
+    with pytest.raises(ValueError, match="bfloat16"):
+        compact_rows(torch.zeros(4, 64))
+    assert not compacts_well(torch.float32, torch.device("cpu"))
+    assert not compacts_well(BF16, torch.device("meta"))
+
+
+def test_the_bytes_are_those_of_forms_on_disk() -> None:
+    """Where this fails, count ``_FORMAT`` of ``engine/device_form.py`` up and write the new digest."""
+    made = compact_rows(torch.linspace(-1, 1, 3 * 128).view(3, 128).to(BF16))
+    assert made is not None
+    digest = hashlib.sha256(made.view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert digest[:16] == "530a619e8805c738"
+
+
+def factors(ranks: tuple[int, int], seed: int) -> EntryFactors:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+
+    def one(target: LoraTarget, i: int, rank: int) -> SliceFactors | None:
+        width = target.out_features[i]
+        if rank == 0:
+            return None
+        b = draw(width, rank)
+        if seed % 3 == 0:  # a second page of more exponents than fit: plain beside compact ones
+            b[:, -1] *= 2.0 ** torch.linspace(-30, 0, width)
+        vectors = (draw(width), draw(width)) if seed % 2 else (None, None)
+        return SliceFactors(draw(rank, target.in_features), b, *vectors)
+
+    return {
+        "up": (one(UP, 0, ranks[0]), one(UP, 1, ranks[1])),
+        "down": (one(DOWN, 0, ranks[1]),),
+        "odd": (one(ODD, 0, ranks[0]), one(ODD, 1, ranks[1])),
+    }
+
+
+def make_pool(*, compact: bool) -> LoraPool:
+    pool = LoraPool([UP, DOWN, ODD], n_bytes=4 << 20, n_entries=8, dtype=BF16, compact=compact)
+    for seed, ranks in enumerate(RANKS):
+        entry = pool.reserve(pool.pack(factors(ranks, seed)))
+        pool.fill(entry)
+        pool.publish(entry)
+    return pool
+
+
+PLAIN, SMALL = (make_pool(compact=compact) for compact in (False, True))
+
+
+def test_a_compact_pool_holds_the_same_values_in_fewer_bytes() -> None:
+    assert SMALL.bytes_used < 0.85 * PLAIN.bytes_used
+    kept = {True: 0, False: 0}
+    for name, target in PLAIN.targets.items():
+        plain, small = PLAIN.tables(name), SMALL.tables(name)
+        assert torch.equal(plain.ranks, small.ranks)
+        widths = [(plain.a_pages, small.a_pages, (target.in_features,) * target.n_slices)]
+        widths.append((plain.b_pages, small.b_pages, target.out_features))
+        for of_plain, of_small, width in widths:
+            for entry, i, page in (of_plain >= 0).nonzero().tolist():
+                n_rows = min(16, int(plain.ranks[entry, i]) - 16 * page)
+                first = int(of_plain[entry, i, page])
+                values = PLAIN.storage[first : first + n_rows * width[i]].view(n_rows, width[i])
+                at = int(of_small[entry, i, page])
+                kept[bool(at & COMPACT)] += 1
+                if at & COMPACT:
+                    found = open_rows(SMALL.storage, at - COMPACT, n_rows, width[i])
+                else:
+                    found = SMALL.storage[at : at + n_rows * width[i]].view(n_rows, width[i])
+                assert torch.equal(bits(found), bits(values))
+    assert kept[True] > 2 * kept[False] > 10  # both kinds, side by side
+
+
+def test_the_space_of_a_compact_entry_comes_back() -> None:
+    pool = make_pool(compact=True)
+    for entry in pool.entries:
+        pool.remove(entry)
+    assert pool.bytes_used == 0
+    assert all((pool.tables(name).a_pages == -1).all() for name in pool.targets)
+
+
+def mixed_segments(mix: str, n_rows: int, seed: int) -> LoraSegments:
+    generator = torch.Generator().manual_seed(seed)
+    if mix == "routed":
+        ids = torch.stack([torch.randperm(8, generator=generator)[:2] for _ in range(n_rows)])
+        return expand_routed(ids.int(), torch.rand(n_rows, 2, generator=generator))
+    if mix == "distinct":
+        return build_segments((torch.arange(n_rows) % 8).int())
+    if mix == "one":
+        return build_segments(torch.full((n_rows,), 6, dtype=torch.int32))
+    return build_segments(torch.randint(-1, 8, (n_rows,), generator=generator).int())
+
+
+@pytest.mark.usefixtures("isa")
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(["up", "down", "odd"]),
+    mix=st.sampled_from(["distinct", "one", "any", "routed"]),
+    n_rows=st.sampled_from([1, 2, 3, 4, 5, 8, 16, 33, 70, 200]),
+    seed=st.integers(0, 1000),
+)
+def test_every_instruction_set_gives_the_bits_of_a_plain_pool(
+    name: str, mix: str, n_rows: int, seed: int
+) -> None:
+    target, segments = PLAIN.targets[name], mixed_segments(mix, n_rows, seed)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n_rows, target.in_features, generator=generator).to(BF16)
+    base = torch.randn(n_rows, sum(target.out_features), generator=generator).to(BF16)
+    results = []
+    for pool in (PLAIN, SMALL):
+        out = base.clone()
+        PreparedTarget(pool, name)(x, segments, out)
+        results.append(out)
+    assert torch.equal(*results)
+    assert mix != "one" or not torch.equal(results[0], base)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("n_rows", [1, 5, 16, 150])
+@pytest.mark.parametrize("mix", ["distinct", "one", "any"])
+def test_over_the_base_and_for_routed_experts_too(mix: str, n_rows: int) -> None:
+    torch.manual_seed(n_rows)
+    up = PackedLinear([torch.randn(192, 128).to(BF16) for _ in range(2)], [None, None])
+    down = PackedLinear([torch.randn(128, 192).to(BF16)], [torch.randn(128)])
+    x, act = torch.randn(n_rows, 128).to(BF16), torch.randn(n_rows, 192).to(BF16)
+    rows = torch.arange(n_rows)
+    pairs = StepPairs(rows.repeat_interleave(2), ((rows, 2),))
+    ids = torch.full((2 * n_rows,), 6) if mix == "one" else torch.randint(8, (2 * n_rows,))
+    grouped = group_pairs(ids.int(), torch.rand(2 * n_rows), 8)
+    routed = LoraSegments(torch.arange(8).int(), grouped.starts, grouped.rows, grouped.weights)
+    segments, results = mixed_segments(mix, n_rows, 1), []
+    for pool in (PLAIN, SMALL):
+        of_up, of_down = PreparedTarget(pool, "up"), PreparedTarget(pool, "down")
+        base, expert_act = of_up.spread(up, silu_mul, x, pairs, routed)
+        gathered = of_down.gather(down, act, expert_act, pairs, routed)
+        results.append((of_up.over(up, x, segments), base, expert_act, gathered))
+    for plain, small in zip(*results, strict=True):
+        assert torch.equal(plain, small)
+
+
+@pytest.mark.parametrize("n_rows", [1, 16, 100])
+def test_the_reference_reads_compact_pages(n_rows: int) -> None:
+    torch.manual_seed(n_rows)
+    for name, target in PLAIN.targets.items():
+        x = torch.randn(n_rows, target.in_features).to(BF16)
+        outs = [torch.zeros(n_rows, sum(target.out_features), dtype=BF16) for _ in range(2)]
+        segments = mixed_segments("any", n_rows, n_rows)
+        for pool, out in zip((PLAIN, SMALL), outs, strict=True):
+            lora_apply_reference(x, pool.storage, target, pool.tables(name), segments, out=out)
+        assert torch.equal(*outs)

@@ -84,6 +84,32 @@ class PackedLinear:
             in_features,
         )
 
+    def argmax(self, x: Tensor) -> Tensor:
+        """The index of each row's largest output, int64 [T]; of equal ones the first.
+
+        As of ``self(x)``. Native code keeps no output, which for a head of 50,000 rows is faster.
+        """
+        native = self._native
+        if native is None:
+            # numpy: torch promises nothing about equal values
+            return torch.from_numpy(self(x).float().cpu().numpy().argmax(-1))
+        n_rows, in_features = x.shape
+        if in_features != self.in_features or x.dtype is not self.dtype or x.stride(1) != 1:
+            self._refuse(x, x)
+        places = torch.empty(n_rows, dtype=torch.int64)
+        native_ops(keep_gil=n_rows <= native.light_rows).linear_argmax(
+            self._code,
+            x.data_ptr(),
+            x.stride(0),
+            native.address,
+            native.bias_address,
+            n_rows,
+            self.n_out,
+            in_features,
+            places.data_ptr(),
+        )
+        return places
+
     @property
     def native(self) -> NativeWeights | None:
         """Where native code finds the weights; None if it does not hold them."""

@@ -84,7 +84,7 @@ def test_what_has_no_compact_form_is_left_or_refused() -> None:
 
 
 def test_the_bytes_are_those_of_forms_on_disk() -> None:
-    """Where this fails, count ``_FORMAT`` of ``engine/device_form.py`` up and write the new digest."""
+    """Where this fails, count ``_FORMAT`` of ``device_form.py`` up and write the new digest."""
     made = compact_rows(torch.linspace(-1, 1, 3 * 128).view(3, 128).to(BF16))
     assert made is not None
     digest = hashlib.sha256(made.view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -133,3 +135,61 @@ def test_linears_laid_out_together_stay_the_same(dtype: torch.dtype) -> None:
         assert torch.equal(linear(x), expected)
         for weight, kept in zip(stack, linear.unpack(), strict=True):
             assert torch.equal(weight, kept)
+
+
+@pytest.fixture(params=list(native.Isa))
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    best = native.isa()
+    if best is None:
+        pytest.skip("native kernels are not built")
+    native.limit_isa(request.param)
+    yield
+    native.limit_isa(best)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_out", [1, 33, 64, 5003])
+@pytest.mark.parametrize("n_rows", [0, 1, 16, 600])
+def test_the_largest_outputs_are_those_of_the_product(
+    dtype: torch.dtype, n_out: int, n_rows: int
+) -> None:
+    """Among few different values, so that many are equal; numpy takes the first of them."""
+    generator = torch.Generator().manual_seed(n_out)
+    kinds = torch.randn(5, 64, generator=generator).to(dtype)
+    weight = kinds[torch.randint(5, (n_out,), generator=generator)]
+    linear = PackedLinear([weight], [torch.randint(2, (n_out,), generator=generator).to(dtype)])
+    x = rows_of(n_rows, 64, dtype)
+    wanted = linear(x).float().numpy().argmax(-1)
+    n_threads = torch.get_num_threads()
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            assert linear.argmax(x).tolist() == wanted.tolist()
+    finally:
+        torch.set_num_threads(n_threads)
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_larger_than_nan_and_nothing_smaller_than_minus_infinity(
+    dtype: torch.dtype,
+) -> None:
+    bias = torch.zeros(100, dtype=dtype)
+    bias[:] = float("-inf")
+    linear = PackedLinear([torch.ones(100, 2).to(dtype)], [bias])
+    assert linear.argmax(torch.ones(1, 2).to(dtype)).tolist() == [0]
+    bias[70] = 0.0
+    bias[[41, 90]] = float("nan")
+    some = PackedLinear([torch.ones(100, 2).to(dtype)], [bias])
+    assert some.argmax(torch.ones(3, 2).to(dtype)).tolist() == [41] * 3
+    bias[[41, 90]] = float("-inf")
+    one = PackedLinear([torch.ones(100, 2).to(dtype)], [bias])
+    assert one.argmax(torch.ones(1, 2).to(dtype)).tolist() == [70]
+
+
+def test_without_native_code_the_largest_outputs_are_the_same() -> None:
+    weight = torch.randn(200, 32).half()
+    linear, x = PackedLinear([weight], [None]), rows_of(9, 32, torch.float16)
+    assert linear.native is None
+    assert linear.argmax(x).tolist() == (x @ weight.T).float().argmax(-1).tolist()

@@ -29,6 +29,7 @@ _CODES = {torch.float32: 0, torch.bfloat16: 1}
 _P, _N, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
 _SIGNATURES = {
     "loraplex_linear": (_N, _P, _N, _P, _P, _P, _N, _N, _N, _N),
+    "loraplex_linear_argmax": (_N, _P, _N, _P, _P, _N, _N, _N, _P),
     "loraplex_rms_norm": (_N, _P, _P, _P, _P, _N, _N, _F, _F),
     "loraplex_gate": (_N, _P, _P, _N, _N, _N),
     "loraplex_rope_and_cache": (_N, _P, _P, *(_N,) * 6, _P, _P, _N, _N, *(_P,) * 4, _N),
@@ -44,6 +45,7 @@ class NativeOps(NamedTuple):
     """The C functions. ``csrc/model_ops.cpp`` names their arguments."""
 
     linear: Callable[..., None]
+    linear_argmax: Callable[..., None]
     rms_norm: Callable[..., None]
     gate: Callable[..., None]
     rope_and_cache: Callable[..., None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ from .events import TokenLogprobs
 from .kv_cache import KvCache
 from .request import Request
 from .row_buffer import RowBuffer
-from .sampler import Sampled, logprobs_of, sample
+from .sampler import Sampled, is_plainly_greedy, logprobs_of, sample
 from .scheduler import Chunk
 
 __all__ = ["ModelRunner", "StepResult"]
@@ -108,7 +108,11 @@ class ModelRunner:
         sampled: dict[str, Sampled] = {}
         if sampling:
             x = hidden[last.to(hidden.device)] if wants_all and last is not None else hidden
-            sampled = self._sample(self._raw_logits_of(x, requests), requests)
+            if self._takes_the_largest(requests):
+                tokens = self._model.head.packed.argmax(x).tolist()
+                sampled = {r.id: Sampled(t, None) for r, t in zip(requests, tokens, strict=True)}
+            else:
+                sampled = self._sample(self._raw_logits_of(x, requests), requests)
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
         return StepResult(sampled, found)
 
@@ -233,11 +237,24 @@ class ModelRunner:
                 _planned(self._beyond_the_pool(requests, each)),
             )
         for row, request in enumerate(requests):
-            digest = request.adapter_digest
-            head_rows = self._adapters.residency(digest).plan.head_rows if digest else {}
-            for token, weight in head_rows.items():
+            for token, weight in self._head_rows(request).items():
                 raw[row, token] = x[row].float() @ weight.to(x.device)
         return raw
+
+    def _takes_the_largest(self, requests: Sequence[Request]) -> bool:
+        """Whether the place of the head's largest output is all that is asked for."""
+        if self._model.head.packed.native is None:
+            return False  # a GPU's argmax of finished logits is as good
+        return self._model.keeps_the_order and all(
+            is_plainly_greedy(request)
+            and not self._changes_head(request)
+            and not self._head_rows(request)
+            for request in requests
+        )
+
+    def _head_rows(self, request: Request) -> Mapping[int, Tensor]:
+        digest = request.adapter_digest
+        return self._adapters.residency(digest).plan.head_rows if digest else {}
 
     def _changes_head(self, request: Request) -> bool:
         if not request.adapter_digest:

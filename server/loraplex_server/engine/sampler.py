@@ -21,7 +21,7 @@ from .events import TokenLogprobs
 from .request import Request
 from .sampling_params import SamplingParams
 
-__all__ = ["Sampled", "logprobs_of", "sample"]
+__all__ = ["Sampled", "is_plainly_greedy", "logprobs_of", "sample"]
 
 _N_CANDIDATES = 256  # most nuclei fit; a row whose nucleus does not is sorted whole
 
@@ -59,6 +59,20 @@ def sample(
         for row, entry in zip(wanted, logprobs_of(raw, chosen, n_top), strict=True):
             logprobs[row] = entry
     return [Sampled(t, entry) for t, entry in zip(token_ids, logprobs, strict=True)]
+
+
+def is_plainly_greedy(request: Request) -> bool:
+    """Whether ``sample`` would take its largest logit as it is and tell nothing of the others."""
+    params = request.source.sampling
+    return (
+        params.greedy
+        and params.logprobs is None
+        and not params.logit_bias
+        and params.repetition_penalty == 1.0
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and request.n_output >= params.min_tokens
+    )
 
 
 def logprobs_of(

@@ -104,6 +104,11 @@ class BaseModel:
         )
         return self.step.keep(output.last_hidden_state.squeeze(0))
 
+    @property
+    def keeps_the_order(self) -> bool:
+        """Whether finished logits stand in the order of the head's output, equal ones included."""
+        return self._softcap is None
+
     def finish_logits(self, raw: Tensor, out: Tensor) -> Tensor:
         """Fills ``out`` float32 [n, vocab_size] from the head's output, adapters included."""
         out.copy_(raw)

@@ -1,6 +1,15 @@
 // C entry points of the base model's operators. `dtype`: 0 float32, 1 bfloat16.
 #include "model_ops.h"
 
+#include <limits>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+static int omp_get_max_threads() { return 1; }
+#endif
+
 namespace loraplex {
 
 const ModelOps& model_ops() {
@@ -28,6 +37,21 @@ LORAPLEX_API void loraplex_linear(long dtype, const void* x, long x_stride, cons
                                   long n_out, long n_in) {
     model_ops().linear[dtype]({x, packed, bias, out, x_stride, out_stride, n_rows, n_out, n_in,
                               nullptr});
+}
+
+// The place of each row's largest output, to `places` [n_rows].
+LORAPLEX_API void loraplex_linear_argmax(long dtype, const void* x, long x_stride, const void* packed,
+                                         const float* bias, long n_rows, long n_out, long n_in,
+                                         long long* places) {
+    const long n_threads = omp_get_max_threads();
+    thread_local std::vector<Largest> best;
+    best.assign(n_threads * n_rows, {-std::numeric_limits<float>::infinity(), 0});
+    model_ops().linear_argmax[dtype](
+        {x, packed, bias, nullptr, x_stride, 0, n_rows, n_out, n_in, nullptr}, best.data());
+    for (long r = 0; r < n_rows; ++r) {
+        for (long thread = 1; thread < n_threads; ++thread) meet(best[r], best[thread * n_rows + r]);
+        places[r] = best[r].at;
+    }
 }
 
 LORAPLEX_API void loraplex_rms_norm(long dtype, const void* x, void* residual, const void* weight,

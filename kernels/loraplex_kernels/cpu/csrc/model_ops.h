@@ -17,6 +17,22 @@ struct LinearArgs {
     const FetchList* fetch;  // [threads], or null
 };
 
+// The largest of some values and its place.
+struct Largest {
+    float value;
+    long at;
+};
+
+namespace {
+// Keeps the larger, of equal ones the first; a NaN is larger than all else.
+inline void meet(Largest& best, Largest other) {
+    const bool is_nan = best.value != best.value, other_is_nan = other.value != other.value;
+    const bool is_larger = !is_nan && (other_is_nan || other.value > best.value);
+    const bool is_equal = is_nan ? other_is_nan : other.value == best.value;
+    if (is_larger || (is_equal && other.at < best.at)) best = other;
+}
+}  // namespace
+
 struct NormArgs {
     const void* x;
     void* residual;  // += x first, and normed instead of it; or null
@@ -91,6 +107,8 @@ struct ModelOps {  // each by element type: 0 float32, 1 bfloat16
     void (*linear[2])(const LinearArgs&);
     // The share of one thread of a team; `taken` is theirs and starts at 0.
     void (*linear_part[2])(const LinearArgs&, long n_threads, long* taken);
+    // By threads: [omp_get_max_threads(), n_rows], at {-∞, 0} when it begins.
+    void (*linear_argmax[2])(const LinearArgs&, Largest*);
     void (*norm[2])(const NormArgs&);
     void (*gate[2])(const GateArgs&);
     void (*gate_row[2])(const GateArgs&);

@@ -230,7 +230,10 @@ class NativeDecoder:
         return [first + start for start in starts]
 
     def _follow_tables(self) -> None:
-        """The pool replaces its tables when a rank larger than any before arrives."""
+        """The pool replaces the tables of all its targets when a rank beyond them arrives."""
+        first = self._layers[0].linears[0].lora
+        if first is not None and first.native() is self._bound[0]:
+            return
         for index, layer in enumerate(self._layers):
             described = self._described[index]
             for at, linear in enumerate(layer.linears):

@@ -201,8 +201,8 @@ class ModelRunner:
                 embeddings[row] = prefix.embeddings[index].to(embeddings)
         for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
             digest = chunk.request.adapter_digest
-            if digest:
-                plan = self._adapters.residency(digest).plan
+            plan = self._adapters.residency(digest).plan if digest else None
+            if plan and (plan.embedding_rows or self._model.spec.input_embedding in plan.dense):
                 self._override_embeddings(embeddings[rows], batch.token_ids[rows], plan)
         return embeddings
 

@@ -19,7 +19,7 @@ from .cpu.native import Isa, isa, library
 __all__ = ["COMPACT", "compact_rows", "compacts_well", "open_rows"]
 
 COMPACT = 1  # added to a page's offset in the tables, which is even, where the page is compact
-_TABLE_BYTES, _GROUP, _GROUP_BYTES = 16, 64, 96
+_BLOCK_ROWS, _TABLE_BYTES, _GROUP, _GROUP_BYTES = 8, 16, 64, 96
 
 
 def compacts_well(dtype: torch.dtype, device: torch.device) -> bool:
@@ -54,8 +54,19 @@ def compact_rows(rows: Tensor) -> Tensor | None:
 def open_rows(storage: Tensor, offset: int, n_rows: int, width: int) -> Tensor:
     """The values [n_rows, width] of the compact rows at ``offset``: what the format means."""
     n_bytes = n_rows * _row_bytes(width)
-    rows = storage[offset : offset + n_bytes // 2].view(torch.uint8).view(n_rows, -1).int()
-    table, groups = rows[:, :_TABLE_BYTES], rows[:, _TABLE_BYTES:].reshape(n_rows, -1, _GROUP_BYTES)
+    blocks = storage[offset : offset + n_bytes // 2].view(torch.uint8)
+    return torch.cat(
+        [
+            _open_block(block.int(), width)
+            for block in torch.split(blocks, _BLOCK_ROWS * _row_bytes(width))
+        ]
+    )
+
+
+def _open_block(block: Tensor, width: int) -> Tensor:
+    n_rows = block.numel() // _row_bytes(width)
+    table = block[: n_rows * _TABLE_BYTES].view(n_rows, _TABLE_BYTES)
+    groups = block[n_rows * _TABLE_BYTES :].view(-1, n_rows, _GROUP_BYTES).transpose(0, 1)
     rest = groups[..., :_GROUP].reshape(n_rows, -1, _GROUP // 2, 2).transpose(-1, -2)
     places = torch.stack([groups[..., _GROUP:] & 15, groups[..., _GROUP:] >> 4], dim=-2)
     exponents = table.gather(1, places.flatten(1).long()).view_as(rest)

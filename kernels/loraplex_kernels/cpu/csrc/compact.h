@@ -1,9 +1,12 @@
 // Rank rows of bfloat16 in twelve bits a value and without loss: the exponents of a row are few.
 //
-// A row is a table of sixteen exponents (bits 14 … 7 of a value), one byte each, then groups of 64
-// values. In a group, bytes 2j and 2j + 1 hold sign and mantissa (bits 15 and 6 … 0) of values j and
-// 32 + j; the half bytes of byte 64 + j, low first, hold the places of their exponents in the table.
-// `compact.py` decides which pages are kept so.
+// Rows stand in blocks of eight, the last block of a page may have fewer. A block is a table of sixteen
+// exponents (bits 14 … 7 of a value) for each of its rows, one byte each, then the groups: 64 values of
+// the first row, of the second, …, the next 64 of the first. So rows are read side by side, and memory
+// in one stream, which the processor fetches ahead better than a program can. In a group, bytes 2j and
+// 2j + 1 hold sign and mantissa (bits 15 and 6 … 0) of values j and 32 + j; the half bytes of byte
+// 64 + j, low first, hold the places of their exponents in the table. `compact.py` decides which pages
+// are kept so.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +14,19 @@
 namespace loraplex {
 
 constexpr int64_t kCompact = 1;  // set in an offset of a page table: the page there is compact
+constexpr int64_t kBlockRows = 8;
 constexpr int64_t kTableBytes = 16;
 constexpr int64_t kGroup = 64;
 constexpr int64_t kGroupBytes = 96;
 
 namespace {
 
+// Of a block, by its rows.
 inline int64_t compact_row_bytes(int64_t width) { return kTableBytes + width / kGroup * kGroupBytes; }
+
+inline int64_t block_rows(int64_t n_rows, int64_t first) {
+    return n_rows - first < kBlockRows ? n_rows - first : kBlockRows;
+}
 
 inline void open_group(const uint8_t* table, const uint8_t* group, uint16_t* values) {
     for (int j = 0; j < 32; ++j) {

@@ -22,7 +22,7 @@ namespace loraplex {
 namespace {
 
 constexpr int64_t kRowBlock = 64;           // rows of one piece: their x and h stay in L2
-constexpr int64_t kRankStep = 8;            // smallest cut of a page
+constexpr int64_t kRankStep = kBlockRows;   // smallest cut of a page
 constexpr int64_t kColumnStep = 64;         // smallest cut of a slice; a cache line never has two owners
 constexpr int64_t kPieceBytes = 64 << 10;   // of factors, at most
 constexpr int64_t kPiecesPerThread = 6;     // enough that one slow thread delays nobody long
@@ -281,7 +281,7 @@ bool rows_are_disjoint(const Call& call, Plan& plan) {
     return true;
 }
 
-// Some rank rows of a page of A or Bᵀ.
+// Some rank rows of a page of A or Bᵀ; of compact ones `first_rank` begins a block.
 struct RankRows {
     const char* first;
     bool compact;

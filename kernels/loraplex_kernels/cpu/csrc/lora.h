@@ -43,7 +43,7 @@ struct ShrinkArgs {
     int64_t x_stride;     // elements
     const int32_t* rows;  // [n_rows] into x
     int64_t n_rows;
-    const void* a;  // [n_ranks, in_features], or as many compact rows
+    const void* a;  // [n_ranks, in_features], or as many compact rows, from a block on
     bool compact;
     void* scratch;  // [n_ranks, in_features] where the rows are compact
     int64_t n_ranks;

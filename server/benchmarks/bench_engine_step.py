@@ -50,6 +50,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=110, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--plain", action="store_true", help="factors in plain bfloat16, not compact pages"
+    )
     arguments = parser.parse_args()
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of the loader, as in the server: a second team slows every step
@@ -73,6 +76,7 @@ def main() -> None:
         dtype=torch.bfloat16,
         device=_CPU,
         on_loaded=loaded.set,
+        compact=False if arguments.plain else None,
     )
     runner = ModelRunner(model, kv_cache, adapters)
     leases = [_adapter(model, seed) for seed in range(N_ROWS)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -34,15 +33,6 @@ BF16 = torch.bfloat16
 UP, DOWN = LoraTarget("up", 128, (192, 192)), LoraTarget("down", 192, (128,))
 ODD = LoraTarget("odd", 64, (2112, 40))  # more columns than one stretch of sums
 RANKS = [(16, 16), (3, 40), (8, 0), (0, 1), (64, 17), (5, 5), (100, 12), (1, 8)]
-
-
-@pytest.fixture(params=list(native.Isa))
-def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
-    best = native.isa()
-    assert best is not None
-    native.limit_isa(request.param)
-    yield request.param
-    native.limit_isa(best)
 
 
 def bits(values: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -33,15 +31,6 @@ from loraplex_kernels.model_ops import silu_mul
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler built the kernels")
 HIDDEN, FF = 64, 96
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(params=list(native.Isa), ids=lambda isa: isa.name)
-def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
-    best = native.isa()
-    assert best is not None
-    native.limit_isa(request.param)
-    yield request.param
-    native.limit_isa(best)
 
 
 @pytest.mark.usefixtures("isa")

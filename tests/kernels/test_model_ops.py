@@ -10,8 +10,6 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from loraplex_kernels import add_rms_norm, read_kv, rms_norm, rope_and_cache, silu_mul, write_kv
-from loraplex_kernels.cpu import native
-from loraplex_kernels.cpu.native import Isa
 from loraplex_kernels.model_ops_reference import (
     add_rms_norm_reference,
     rms_norm_reference,
@@ -19,6 +17,7 @@ from loraplex_kernels.model_ops_reference import (
     silu_mul_reference,
 )
 
+pytestmark = pytest.mark.usefixtures("isa")
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [0, 1, 7, 17, 129]
 
@@ -33,16 +32,6 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(
         got, expected, atol=2e-6 if wide else 1e-6, rtol=2e-6 if wide else 1.2e-2
     )
-
-
-@pytest.fixture(params=list(Isa), ids=[isa.name.lower() for isa in Isa], autouse=True)
-def isa(request: pytest.FixtureRequest) -> object:
-    best = native.isa()
-    if best is None or request.param > best:
-        pytest.skip(f"no native kernels for {request.param.name} here")
-    native.limit_isa(request.param)
-    yield
-    native.limit_isa(best)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

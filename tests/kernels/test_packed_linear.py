@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -135,16 +133,6 @@ def test_linears_laid_out_together_stay_the_same(dtype: torch.dtype) -> None:
         assert torch.equal(linear(x), expected)
         for weight, kept in zip(stack, linear.unpack(), strict=True):
             assert torch.equal(weight, kept)
-
-
-@pytest.fixture(params=list(native.Isa))
-def isa(request: pytest.FixtureRequest) -> Iterator[None]:
-    best = native.isa()
-    if best is None:
-        pytest.skip("native kernels are not built")
-    native.limit_isa(request.param)
-    yield
-    native.limit_isa(best)
 
 
 @pytest.mark.usefixtures("isa")

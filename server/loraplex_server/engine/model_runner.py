@@ -142,12 +142,8 @@ class ModelRunner:
         if not request.adapter_digest:
             return True
         residency = self._adapters.residency(request.adapter_digest)
-        plan = residency.plan
         return not (
-            residency.does_more
-            or plan.embedding_rows
-            or plan.head_rows
-            or self._changes_head(request)
+            residency.does_more or residency.plan.embedding_rows or self._has_own_head(request)
         )
 
     def _sample(self, raw: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
@@ -201,20 +197,22 @@ class ModelRunner:
                 embeddings[row] = prefix.embeddings[index].to(embeddings)
         for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
             digest = chunk.request.adapter_digest
-            plan = self._adapters.residency(digest).plan if digest else None
-            if plan and (plan.embedding_rows or self._model.spec.input_embedding in plan.dense):
-                self._override_embeddings(embeddings[rows], batch.token_ids[rows], plan)
+            if digest:
+                plan = self._adapters.residency(digest).plan
+                self._override_embeddings(embeddings, batch.token_ids, rows, plan)
         return embeddings
 
-    def _override_embeddings(self, rows: Tensor, token_ids: Tensor, plan: AdapterPlan) -> None:
-        """Puts the adapter's own embeddings (trainable tokens, modules_to_save) into ``rows``."""
+    def _override_embeddings(
+        self, embeddings: Tensor, token_ids: Tensor, rows: slice, plan: AdapterPlan
+    ) -> None:
+        """Puts the adapter's own embeddings (trainable tokens, modules_to_save) into its rows."""
         table = plan.dense.get(self._model.spec.input_embedding)
         if table is not None:
-            rows.copy_(table[token_ids.cpu()])
+            embeddings[rows].copy_(table[token_ids[rows].cpu()])
         if plan.embedding_rows:
-            for row, token in enumerate(token_ids.tolist()):
+            for row, token in enumerate(token_ids[rows].tolist(), start=rows.start):
                 if token in plan.embedding_rows:
-                    rows[row] = plan.embedding_rows[token].to(rows)
+                    embeddings[row] = plan.embedding_rows[token].to(embeddings)
 
     def _finish(self, raw: Tensor) -> Tensor:
         """float32 [n, vocab_size]; valid until the next."""
@@ -246,11 +244,11 @@ class ModelRunner:
         if self._model.head.packed.native is None:
             return False  # a GPU's argmax of finished logits is as good
         return self._model.keeps_the_order and all(
-            is_plainly_greedy(request)
-            and not self._changes_head(request)
-            and not self._head_rows(request)
-            for request in requests
+            is_plainly_greedy(request) and not self._has_own_head(request) for request in requests
         )
+
+    def _has_own_head(self, request: Request) -> bool:
+        return bool(self._head_rows(request)) or self._changes_head(request)
 
     def _head_rows(self, request: Request) -> Mapping[int, Tensor]:
         digest = request.adapter_digest

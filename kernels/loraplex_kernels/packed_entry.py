@@ -86,7 +86,9 @@ def pack_entry(
 
 
 def _compacted(piece: Piece, dtype: torch.dtype) -> Tensor | None:
-    return compact_rows(piece.source.to(dtype)) if piece.kind in ("a", "b") else None
+    if piece.kind not in ("a", "b"):
+        return None
+    return compact_rows(piece.source.to(dtype), mixed=piece.kind == "b")
 
 
 def _copy_body(image: Tensor, body: Tensor, start: int, length: int) -> None:

@@ -59,8 +59,8 @@ def _apply_segment(
             continue
         y = out[rows, columns].to(compute)
         if rank:
-            a = _read_factor(storage, tables.a_pages[entry, i], rank, target.in_features)
-            b = _read_factor(storage, tables.b_pages[entry, i], rank, width)
+            a = _read_factor(storage, tables.a_pages[entry, i], rank, target.in_features, "a")
+            b = _read_factor(storage, tables.b_pages[entry, i], rank, width, "b")
             delta = (x_rows @ a.to(compute).T) @ b.to(compute)
             y += delta if weights is None else delta * weights[:, None]
         if scale != NO_PAGE:
@@ -70,13 +70,13 @@ def _apply_segment(
         out[rows, columns] = y.to(out.dtype)
 
 
-def _read_factor(storage: Tensor, pages: Tensor, rank: int, width: int) -> Tensor:
+def _read_factor(storage: Tensor, pages: Tensor, rank: int, width: int, kind: str) -> Tensor:
     parts = []
     for page, first in enumerate(range(0, rank, PAGE_RANK)):
         n_rows = min(PAGE_RANK, rank - first)
         offset = int(pages[page])
         if offset & COMPACT:
-            parts.append(open_rows(storage, offset - COMPACT, n_rows, width))
+            parts.append(open_rows(storage, offset - COMPACT, n_rows, width, mixed=kind == "b"))
         else:
             parts.append(storage[offset : offset + n_rows * width].view(n_rows, width))
     return torch.cat(parts)

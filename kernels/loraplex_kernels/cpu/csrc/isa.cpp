@@ -29,7 +29,7 @@ Isa current_isa() { return static_cast<Isa>(g_current.load(std::memory_order_rel
 }  // namespace loraplex
 
 // Version of the C interface: native.py refuses a library built from other sources.
-LORAPLEX_API int loraplex_abi() { return 5; }
+LORAPLEX_API int loraplex_abi() { return 6; }
 
 LORAPLEX_API int loraplex_isa() { return loraplex::current_isa(); }
 

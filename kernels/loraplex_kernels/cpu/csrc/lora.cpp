@@ -48,7 +48,12 @@ struct Call {
 
 // The work of one segment on one slice.
 struct Part {
-    int64_t segment, slice, rank, h;  // h: offset of [n_rows, stride] in the scratch
+    int64_t segment, slice, rank, h;  // h: offset of [n_rows, stride] among the intermediates
+};
+
+// Of the low-rank intermediate. A part's own, so that no two threads write to one cache line.
+struct alignas(64) Line {
+    float values[16];
 };
 
 struct ShrinkPiece {
@@ -140,7 +145,7 @@ struct Plan {
     std::vector<Part> parts;
     std::vector<ShrinkPiece> shrink;
     std::vector<ExpandPiece> expand;
-    std::vector<float> h;
+    std::vector<Line> h;
     std::vector<int64_t> slice_starts;
     std::vector<Share> shares;  // of the units, or of the shrink pieces, then the expand pieces
     std::vector<int64_t> row_seen;  // the call that saw the row last
@@ -150,8 +155,9 @@ struct Plan {
     int64_t work = 0;  // multiply-adds
 };
 
+float* intermediates(Plan& plan) { return reinterpret_cast<float*>(plan.h.data()); }
 int64_t element_bytes(const Call& call) { return call.target.dtype == kBFloat16 ? 2 : 4; }
-int64_t h_stride(int64_t rank) { return (rank + 15) / 16 * 16; }
+int64_t h_stride(int64_t rank) { return (rank + 15) / 16 * 16; }  // whole lines
 int64_t row_count(const Call& call, int64_t s) { return call.starts[s + 1] - call.starts[s]; }
 
 int64_t n_columns(const LoraTargetDescriptor& t) {
@@ -184,7 +190,7 @@ void prefetch_tables(const Call& call) {
     }
 }
 
-// Parts ordered by segment, then slice; null scratch offsets for rank 0. Returns the scratch size.
+// Parts ordered by segment, then slice. Returns the number of intermediates, whole lines.
 int64_t list_parts(const Call& call, Plan& plan) {
     const LoraTargetDescriptor& t = call.target;
     plan.parts.clear();
@@ -462,7 +468,7 @@ void run_by_unit(const Call& call, Plan& plan, const LinearArgs* product = nullp
     const int n_threads = plan.n_threads;
     const Plan& done = plan;
     Share* shares = plan.shares.data();
-    float* h = plan.h.data();
+    float* h = intermediates(plan);
     long taken = 0;
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
@@ -481,7 +487,7 @@ void run_by_piece(const Call& call, Plan& plan) {
     const int n_threads = plan.n_threads;
     const Plan& done = plan;
     Share* shares = plan.shares.data();
-    float* h = plan.h.data();
+    float* h = intermediates(plan);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
         const int thread = omp_get_thread_num();
@@ -501,7 +507,7 @@ void prepare(const Call& call, Plan& plan, int64_t n_rows) {
     prefetch_tables(call);
     const int64_t h_size = list_parts(call, plan);
     if (plan.parts.empty()) return;
-    if (plan.h.size() < static_cast<size_t>(h_size)) plan.h.resize(h_size);
+    if (plan.h.size() * 16 < static_cast<size_t>(h_size)) plan.h.resize(h_size / 16);
     if (plan.row_seen.size() < static_cast<size_t>(n_rows)) plan.row_seen.resize(n_rows, 0);
     plan.slice_starts.assign(t.n_slices, 0);
     for (int64_t i = 1; i < t.n_slices; ++i)
@@ -712,7 +718,7 @@ void run_gated(const Gated& gated, Plan& plan, int64_t n_pairs) {
         const int n_threads = plan.n_threads;
         const Plan& done = plan;
         Share* shares = plan.shares.data();
-        float* h = plan.h.data();
+        float* h = intermediates(plan);
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
         {
             thread_local std::vector<char> tile;

@@ -3,7 +3,7 @@
 //     out[t, n] += w[t, s] · Σ_r B_s[r, n] · (Σ_k A_s[r, k] · x[t, k])   for every segment s of t
 //
 // Each result has one order of additions: over k in one vector accumulator per (row, rank), its
-// lanes by a fixed tree, then over r ascending. Tiles and threads only choose which results are
+// lanes by a fixed tree, then over r in twos (`rank_pair.inc`), ascending. Tiles and threads only choose which results are
 // computed together, so a row has the same bits alone, in any batch, on any number of threads.
 #pragma once
 
@@ -48,7 +48,7 @@ struct ShrinkArgs {
     void* scratch;  // [n_ranks, in_features] where the rows are compact
     int64_t n_ranks;
     int64_t in_features;
-    float* h;  // [n_rows, n_ranks] at stride h_stride
+    float* h;  // [n_rows, n_ranks] at stride h_stride, as factors of `RankPair`; an odd last has room for two
     int64_t h_stride;
 };
 

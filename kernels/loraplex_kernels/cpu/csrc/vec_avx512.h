@@ -51,18 +51,25 @@ inline Block load_part(const bf16* p, int64_t n) {
     return split(_mm512_maskz_loadu_epi16(first_of_32(n), p));
 }
 
-inline __m512i round_to_bf16(vf value) {  // in the upper half
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+inline __m512i quiet_nans(vf value, __m512i upper_half) {
     const __mmask16 is_nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    return _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_mask_mov_epi32(upper_half, is_nan, _mm512_set1_epi32(0x7fc00000));
 }
 
+// Rounded to the nearest, or the even one, both halves at once.
 inline __m512i join(Block block) {
-    const __m512i even = _mm512_srli_epi32(round_to_bf16(block.lo), 16);
-    return _mm512_mask_mov_epi16(even, 0xaaaaaaaau, round_to_bf16(block.hi));
+    __m512i lo = _mm512_castps_si512(block.lo), hi = _mm512_castps_si512(block.hi);
+    if (__builtin_expect(_mm512_cmp_ps_mask(block.lo, block.hi, _CMP_UNORD_Q), 0)) {
+        lo = quiet_nans(block.lo, lo);
+        hi = quiet_nans(block.hi, hi);
+    }
+    constexpr __mmask32 kOdd = 0xaaaaaaaau;
+    const __m512i kept = _mm512_mask_mov_epi16(_mm512_srli_epi32(lo, 16), kOdd, hi);
+    const __m512i cut = _mm512_mask_mov_epi16(lo, kOdd, _mm512_slli_epi32(hi, 16));
+    // Bit 15 of the average is the carry of cut + 0x7fff + (kept & 1).
+    const __m512i half = _mm512_ternarylogic_epi32(kept, _mm512_set1_epi16(1),
+                                                   _mm512_set1_epi16(0x7ffe), 0xea);
+    return _mm512_add_epi16(kept, _mm512_srli_epi16(_mm512_avg_epu16(cut, half), 15));
 }
 
 inline void store(float* p, Block block) {
@@ -125,21 +132,32 @@ struct RawPair {
     __m512i first, second;  // 32 values of bf16 each
 };
 
-// A group of compact values.
-inline RawPair load_group(const char* group, __m512i exponents) {
-    const __m512i rest = _mm512_loadu_si512(group);
-    const __m512i places = _mm512_cvtepu8_epi16(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(group + kGroup)));
-    const __m512i sign = _mm512_set1_epi16(static_cast<short>(0x8000));
-    const __m512i mantissa = _mm512_set1_epi16(0x7f);
+// One row of a group; the low half bytes of `places` count.
+inline RawPair open_row(__m512i rest, __m512i places, __m512i exponents) {
+    const __m512i kept = _mm512_set1_epi16(static_cast<short>(0x807f));
+    const __m512i swapped = _mm512_shuffle_epi8(
+        rest, _mm512_broadcast_i32x4(_mm_setr_epi8(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)));
+    const __m512i first = _mm512_permutexvar_epi16(places, exponents);
+    const __m512i second = _mm512_permutexvar_epi16(_mm512_srli_epi16(places, 4), exponents);
     constexpr int kAndOr = 0xea;  // (a & b) | c
-    const __m512i first = _mm512_ternarylogic_epi32(
-        _mm512_slli_epi16(rest, 8), sign, _mm512_permutexvar_epi16(places, exponents), kAndOr);
-    const __m512i second = _mm512_ternarylogic_epi32(
-        rest, sign, _mm512_permutexvar_epi16(_mm512_srli_epi16(places, 4), exponents), kAndOr);
-    return {_mm512_ternarylogic_epi32(rest, mantissa, first, kAndOr),
-            _mm512_ternarylogic_epi32(_mm512_srli_epi16(rest, 8), mantissa, second, kAndOr)};
+    return {_mm512_ternarylogic_epi32(rest, kept, first, kAndOr),
+            _mm512_ternarylogic_epi32(swapped, kept, second, kAndOr)};
 }
+
+// The rows of a group, by their tables of exponents.
+struct RawGroup {
+    RawPair rows[kGroupRows];
+
+    RawGroup(const char* group, const __m512i* exponents) {
+        const __m512i places = _mm512_loadu_si512(group);
+        rows[0] = open_row(_mm512_loadu_si512(group + 64), places, exponents[0]);
+        rows[1] = open_row(_mm512_loadu_si512(group + 128), _mm512_srli_epi16(places, 8), exponents[1]);
+    }
+    void store(int row, bf16* values) const {
+        _mm512_storeu_si512(values, rows[row].first);
+        _mm512_storeu_si512(values + kGroup / 2, rows[row].second);
+    }
+};
 
 inline __m128 fold(vf v) {
     const __m256 half =

@@ -20,7 +20,7 @@ from loraplex_kernels import (
     expand_routed,
 )
 from loraplex_kernels.extents import ExtentAllocator
-from loraplex_kernels.segments import _group_on_device
+from loraplex_kernels.segments import _group_on_device, group_runs
 
 TARGETS = [LoraTarget("qkv", 576, (576, 192, 192)), LoraTarget("down", 1536, (576,))]
 
@@ -176,3 +176,14 @@ def test_host_and_device_group_rows_alike(entries: list[int], routed: bool) -> N
     for s, entry in enumerate(host.entries.tolist()):
         wanted = [i // (2 if routed else 1) for i, e in enumerate(entries) if e == entry]
         assert host.rows[host.starts[s] : host.starts[s + 1]].tolist() == wanted
+
+
+@given(runs=st.lists(st.tuples(st.integers(-1, 5), st.integers(0, 4)), max_size=12))
+def test_runs_are_grouped_as_their_rows_are(runs: list[tuple[int, int]]) -> None:
+    found = group_runs([entry for entry, _ in runs], [n for _, n in runs])
+    row_entries = [entry for entry, n in runs for _ in range(n)]
+    expected = build_segments(torch.tensor(row_entries, dtype=torch.int32))
+    for name in ("entries", "starts", "rows"):
+        one, other = getattr(found, name), getattr(expected, name)
+        assert one.dtype == torch.int32
+        assert torch.equal(one, other)

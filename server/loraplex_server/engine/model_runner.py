@@ -16,7 +16,7 @@ from loraplex_kernels.cpu.decoder import KeptRows
 from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
 from loraplex_kernels.ops import PreparedTarget, lora_apply
 from loraplex_kernels.pool import LoraPool
-from loraplex_kernels.segments import build_segments
+from loraplex_kernels.segments import build_segments, group_runs
 from loraplex_kernels.side_stream import SideStream
 from loraplex_router.experts import RoutedRows
 
@@ -308,6 +308,8 @@ def _routed(special: Sequence[tuple[Residency, Tensor]]) -> dict[str, tuple[Rout
 def _segments_of(
     entries: tuple[int, ...], n_rows: tuple[int, ...], device: torch.device
 ) -> LoraSegments:
+    if device.type == "cpu":
+        return group_runs(entries, n_rows)
     row_entries = np.repeat(np.array(entries, dtype=np.int32), n_rows)
     return build_segments(torch.from_numpy(row_entries).to(device))
 

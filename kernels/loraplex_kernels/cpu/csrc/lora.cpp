@@ -30,6 +30,7 @@ constexpr int64_t kSerialWork = 64 << 10;   // multiply-adds below which threads
 constexpr int64_t kUnitsPerThread = 2;      // so many of the largest, at least, to divide work by units
 constexpr int64_t kLargeFetch = 256 << 10;  // bytes of a call; below, fetching hardly matters
 constexpr double kHeavyFetch = 0.4;         // of the base's bytes: more is on trial for itself
+constexpr int64_t kManyRows = 64;           // whose product leaves the memory idle: fetching always pays
 constexpr int64_t kWantedUnits = 2;         // of a thread, where segments have many rows
 
 struct Call {
@@ -620,7 +621,7 @@ void run_over(const Base& base, const Call& call, Plan& plan, const RunBoth& run
     const FetchList* fetch = list_fetches(call, plan);
     const int64_t n_fetched = fetch ? n_fetch_bytes(plan) : 0;
     plan.in_cache = fetch != nullptr;
-    if (n_fetched <= kLargeFetch) {
+    if (n_fetched <= kLargeFetch || base.n_rows >= kManyRows) {
         run_both(base, fetch);
         return;
     }

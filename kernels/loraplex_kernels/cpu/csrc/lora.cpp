@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstdlib>
 #include <cstring>
 #include <vector>
 
@@ -88,29 +89,36 @@ struct Unit {
 enum class Cut { kNothing, kUnits, kPieces };
 
 // Fetching much pays on a machine whose memory has time to spare while the base's product runs, and
-// costs on one where it has not. So a thread's first large calls are made in pairs of one shape, one
-// that fetches and one that does not, and the later calls go with the faster. Chance says which comes
-// first, as any turns may fall in step with the layers. No result depends on it.
+// costs on one where it has not. So a thread's first large calls are made in pairs of one shape and
+// load, one that fetches and one that does not, and the later calls go with the faster. Chance says
+// which comes first, as any turns may fall in step with the layers. No result depends on it.
 class FetchTrial {
 public:
+    struct Load {
+        int64_t in_features, n_columns, n_rows, n_fetched;
+
+        bool is_like(const Load& other) const {
+            return n_rows == other.n_rows && 8 * std::abs(n_fetched - other.n_fetched) <= n_fetched;
+        }
+    };
+
     bool is_over() const { return ratios_.size() >= kPairs; }
-    // Whether the next call of this shape fetches.
-    bool fetches(int64_t in_features, int64_t n_columns) {
+    // Whether the next call of this load fetches.
+    bool fetches(const Load& load) {
         if (is_over()) return fetching_is_faster_;
-        const Half& first = half(in_features, n_columns);
-        return first.cost > 0 ? !first.fetched : (coin_ >> 31) != 0;
+        const Half& first = half(load);
+        return first.seconds > 0 ? !first.fetched : (coin_ >> 31) != 0;
     }
-    // `cost` is the call's time for the bytes that it read.
-    void add(int64_t in_features, int64_t n_columns, bool fetched, double cost) {
-        Half& first = half(in_features, n_columns);
-        if (first.cost == 0) {
+    void add(const Load& load, bool fetched, double seconds) {
+        Half& first = half(load);
+        if (first.seconds == 0) {
             first.fetched = fetched;
-            first.cost = cost;
+            first.seconds = seconds;
             coin_ = coin_ * 1664525u + 1013904223u;
             return;
         }
-        ratios_.push_back(fetched ? cost / first.cost : first.cost / cost);
-        first.cost = 0;
+        ratios_.push_back(fetched ? seconds / first.seconds : first.seconds / seconds);
+        first.seconds = 0;
         if (!is_over()) return;
         std::nth_element(ratios_.begin(), ratios_.begin() + kPairs / 2, ratios_.end());
         fetching_is_faster_ = ratios_[kPairs / 2] < 1;
@@ -118,15 +126,20 @@ public:
 
 private:
     static constexpr size_t kPairs = 600;  // ten steps of a small model
-    struct Half {  // of a pair; of no pair where its cost is zero
-        int64_t in_features, n_columns;
+    struct Half {  // of a pair; of no pair where its time is zero
+        Load load;
         bool fetched;
-        double cost;
+        double seconds;
     };
-    Half& half(int64_t in_features, int64_t n_columns) {
-        for (Half& known : halves_)
-            if (known.in_features == in_features && known.n_columns == n_columns) return known;
-        halves_.push_back({in_features, n_columns, false, 0});
+    // Of this shape; a new one if the last was of another load.
+    Half& half(const Load& load) {
+        for (Half& known : halves_) {
+            if (known.load.in_features != load.in_features || known.load.n_columns != load.n_columns)
+                continue;
+            if (!known.load.is_like(load)) known = {load, false, 0};
+            return known;
+        }
+        halves_.push_back({load, false, 0});
         return halves_.back();
     }
     uint32_t coin_ = 1;
@@ -141,6 +154,7 @@ struct Plan {
     bool in_cache = false;  // whether the factors were fetched before
     std::vector<Unit> units, dealt;  // by cost; by thread
     std::vector<FetchRun> runs;  // what the units read, thread after thread
+    std::vector<size_t> run_starts;  // of each thread, and the end
     std::vector<FetchList> fetch;
     FetchTrial light_trial, heavy_trial;  // by what is fetched, beside the base's weights
     std::vector<Part> parts;
@@ -431,8 +445,9 @@ bool cut_into_units(const Call& call, Plan& plan, int n_threads) {
         }
     }
     if (largest * n_threads * kUnitsPerThread > total) return false;
-    std::stable_sort(plan.units.begin(), plan.units.end(),
-                     [](const Unit& a, const Unit& b) { return a.cost > b.cost; });
+    const auto costs_more = [](const Unit& a, const Unit& b) { return a.cost > b.cost; };
+    if (!std::is_sorted(plan.units.begin(), plan.units.end(), costs_more))
+        std::stable_sort(plan.units.begin(), plan.units.end(), costs_more);
     plan.dealt.clear();
     for (int thread = 0; thread < n_threads; ++thread) {
         plan.shares[thread].next = plan.dealt.size();
@@ -556,7 +571,8 @@ const FetchList* list_fetches(const Call& call, Plan& plan) {
     if (plan.cut != Cut::kUnits) return nullptr;
     const LoraTargetDescriptor& t = call.target;
     plan.runs.clear();
-    std::vector<size_t> starts;
+    std::vector<size_t>& starts = plan.run_starts;
+    starts.clear();
     for (int thread = 0; thread < plan.n_threads; ++thread) {
         starts.push_back(plan.runs.size());
         const Share& share = plan.shares[thread];
@@ -628,13 +644,13 @@ void run_over(const Base& base, const Call& call, Plan& plan, const RunBoth& run
     const int64_t n_weights = call.target.in_features * n_columns(call.target) * element_bytes(call);
     FetchTrial& trial = n_fetched > kHeavyFetch * n_weights ? plan.heavy_trial : plan.light_trial;
     const auto start = std::chrono::steady_clock::now();
-    if (!trial.fetches(call.target.in_features, n_columns(call.target))) fetch = nullptr;
+    const FetchTrial::Load load{call.target.in_features, n_columns(call.target), base.n_rows, n_fetched};
+    if (!trial.fetches(load)) fetch = nullptr;
     plan.in_cache = fetch != nullptr;
     run_both(base, fetch);
     if (trial.is_over()) return;
     const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    trial.add(call.target.in_features, n_columns(call.target), fetch != nullptr,
-              took.count() / static_cast<double>(n_weights + n_fetched));
+    trial.add(load, fetch != nullptr, took.count());
 }
 
 template <typename Row>

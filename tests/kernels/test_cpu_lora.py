@@ -123,6 +123,43 @@ def test_one_call_over_the_base_has_the_bits_of_two(isa: native.Isa, problem: Lo
 
 
 @needs_native
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("rank", [1, 8, 16, 17])
+@pytest.mark.parametrize("n_rows", [1, 6])
+def test_the_low_rank_intermediate_keeps_sixteen_bits(rank: int, n_rows: int) -> None:
+    """The base all but cancels the product, so that an intermediate in bfloat16 would show."""
+    generator = torch.Generator().manual_seed(rank)
+    a = torch.randn(rank, 64, generator=generator).bfloat16()
+    b = torch.randn(96, rank, generator=generator).bfloat16()
+    pool = LoraPool([LoraTarget("0", 64, (96,))], n_bytes=1 << 20, n_entries=1, dtype=a.dtype)
+    entry = pool.reserve(pool.pack({"0": (SliceFactors(a, b),)}))
+    pool.fill(entry)
+    pool.publish(entry)
+    x = torch.randn(n_rows, 64, generator=generator).bfloat16()
+    h = x.double() @ a.double().T
+    product = h @ b.double().T
+    out = -product.bfloat16()
+    expected = out.double() + product
+    segments = build_segments(torch.full((n_rows,), entry, dtype=torch.int32))
+    PreparedTarget(pool, "0")(x, segments, out)
+    size = h.abs() @ b.double().abs().T
+    assert ((out.double() - expected).abs() <= 2**-15 * size + 2**-8 * expected.abs()).all()
+
+
+@needs_native
+@pytest.mark.usefixtures("isa")
+def test_an_infinite_intermediate_is_infinity_and_not_no_number() -> None:
+    a, b = torch.ones(2, 64).bfloat16(), torch.ones(32, 2).bfloat16()
+    pool = LoraPool([LoraTarget("0", 64, (32,))], n_bytes=1 << 20, n_entries=1, dtype=a.dtype)
+    entry = pool.reserve(pool.pack({"0": (SliceFactors(a, b),)}))
+    pool.fill(entry)
+    pool.publish(entry)
+    x, out = torch.full((1, 64), 3e38).bfloat16(), torch.zeros(1, 32).bfloat16()
+    PreparedTarget(pool, "0")(x, build_segments(torch.tensor([entry], dtype=torch.int32)), out)
+    assert (out == torch.inf).all()
+
+
+@needs_native
 @pytest.mark.usefixtures("threads")
 def test_the_number_of_threads_does_not_change_a_bit() -> None:
     for n_rows, k in ((16, 1), (200, 1), (40, 2)):

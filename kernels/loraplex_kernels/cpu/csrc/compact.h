@@ -35,11 +35,11 @@ inline int64_t block_rows(int64_t n_rows, int64_t first) {
     return n_rows - first < kBlockRows ? n_rows - first : kBlockRows;
 }
 
-// Kernels take rank rows of Bᵀ two at a time, so each two of them are kept as two others: for every 64
-// columns the first has what both have in the first 32, the second what they have in the rest; there the
-// even columns come first, the first row's value before the second's. Calls `place(in, first, second)` for
-// each value of the first row and the one below it: `in` of a row, and where they go in the mixed rows,
-// the second of which begins `apart` behind the first.
+// Kernels take a column of two rank rows of Bᵀ at once, so each two rows are kept mixed. Of every 64
+// columns the first mixed row has both rows' values in the left 32, the second those in the right 32; the
+// even columns come first, and of a column the first row's value before the second's. Calls
+// `place(column, to, to_second)` with where the two values of a column go; the second mixed row begins
+// `apart` behind the first.
 template <typename Place>
 inline void mix_rows(int64_t n_columns, int64_t apart, const Place& place) {
     for (int64_t c = 0; c < n_columns; ++c) {

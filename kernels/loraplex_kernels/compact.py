@@ -2,10 +2,10 @@
 
 A lone decode row waits for its factors, not for arithmetic, so a CPU's pool keeps them in three
 quarters of the bytes. The values of a rank row are of similar size, so their high bytes are few: a
-row is a table of at most sixteen of them for every 768 columns, then for each value its low byte and
-the place of its high byte in the table (``cpu/csrc/compact.h`` has the bytes). Rows of Bᵀ are mixed
-in twos before that. A page with a row of more high bytes, an odd number of rows, or a width that is
-no multiple of 64 stays as it is.
+row has a table of at most sixteen of them for every 768 columns, then for each value its low byte
+and the place of its high byte in the table (``cpu/csrc/compact.h`` has the bytes). Rows of Bᵀ are
+mixed in twos before that. A page with a row of more high bytes, an odd number of rows, or a width
+that is no multiple of 64 stays as it is.
 """
 
 from __future__ import annotations
@@ -78,27 +78,21 @@ def _open_block(block: Tensor, width: int) -> Tensor:
 
 
 def _open_stretch(stretch: Tensor, n_rows: int) -> Tensor:
-    """int → the values [n_rows, columns of the stretch]."""
+    """Bytes → values [n_rows, columns of the stretch]."""
     table = stretch[: n_rows * _TABLE_BYTES].view(n_rows, _TABLE_BYTES)
-    parts = stretch[n_rows * _TABLE_BYTES :].view(
-        -1, n_rows // _GROUP_ROWS, 1 + _GROUP_ROWS, _GROUP
-    )
-    places = torch.stack([parts[:, :, 0] & 15, parts[:, :, 0] >> 4], dim=2)
-    low = parts[:, :, 1:].unflatten(3, (-1, 2)).flip(4).flatten(3)  # beside their places
-    # [groups, pairs, rows of them, 64] → [n_rows, columns], the odd bytes of 64 before the even ones
-    places, low = (
-        t.unflatten(3, (-1, 2))
-        .flip(4)
-        .transpose(3, 4)
-        .reshape(-1, n_rows, _GROUP)
-        .transpose(0, 1)
-        .flatten(1)
-        for t in (places, low)
-    )
-    values: Tensor = (
-        (low | table.gather(1, places.long()) << 8).to(torch.int16).view(torch.bfloat16)
-    )
-    return values
+    groups = stretch[n_rows * _TABLE_BYTES :].view(-1, n_rows // 2, 1 + _GROUP_ROWS, _GROUP)
+    both = groups[:, :, 0]
+    places = _in_order(torch.stack([both & 15, both >> 4], dim=2), odd_first=True)
+    low = _in_order(groups[:, :, 1:], odd_first=False)
+    words = low | table.gather(1, places.long()) << 8
+    return words.to(torch.int16).view(torch.bfloat16)
+
+
+def _in_order(parts: Tensor, *, odd_first: bool) -> Tensor:
+    """A group's 64 bytes [groups, pairs, 2, 64] by the columns they are of: [n_rows, columns]."""
+    even, odd = parts.unflatten(3, (-1, 2)).unbind(4)
+    halves = (odd, even) if odd_first else (even, odd)
+    return torch.cat(halves, dim=3).flatten(1, 2).transpose(0, 1).flatten(1)
 
 
 def _row_bytes(width: int) -> int:

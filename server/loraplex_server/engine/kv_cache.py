@@ -63,9 +63,13 @@ class KvCache:
         self.geometry = geometry
         self.page_size = page_size
         self.prefix_cache = prefix_cache
-        shape = (n_pages, geometry.n_kv_heads, page_size, geometry.head_dim)
-        self.keys = [_zeros(shape, dtype, device) for _ in range(geometry.n_layers)]
-        self.values = [_zeros(shape, dtype, device) for _ in range(geometry.n_layers)]
+        # In one piece: huge pages are given to memory of its own, not to the heap's, and a step touches
+        # blocks of 2 KiB all over it.
+        layer = (n_pages, geometry.n_kv_heads, page_size, geometry.head_dim)
+        storage = allocate_storage(2 * geometry.n_layers * math.prod(layer), dtype, device)
+        self.keys, self.values = (
+            list(half.unbind(0)) for half in storage.zero_().view(2, geometry.n_layers, *layer)
+        )
         self.page_table: NDArray[np.int32] = np.zeros(
             (max_requests, -(-max_model_len // page_size)), dtype=np.int32
         )
@@ -184,8 +188,3 @@ class KvCache:
             pages.append(page)
             last_key = key
         return pages, last_key
-
-
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """In huge pages where there are any: a step touches blocks of 2 KiB all over the cache."""
-    return allocate_storage(math.prod(shape), dtype, device).zero_().view(shape)

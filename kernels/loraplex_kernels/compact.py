@@ -90,7 +90,7 @@ def _open_stretch(stretch: Tensor, n_rows: int) -> Tensor:
 
 def _in_order(parts: Tensor, *, odd_first: bool) -> Tensor:
     """A group's 64 bytes [groups, pairs, 2, 64] by the columns they are of: [n_rows, columns]."""
-    even, odd = parts.unflatten(3, (-1, 2)).unbind(4)
+    even, odd = parts[..., ::2], parts[..., 1::2]
     halves = (odd, even) if odd_first else (even, odd)
     return torch.cat(halves, dim=3).flatten(1, 2).transpose(0, 1).flatten(1)
 

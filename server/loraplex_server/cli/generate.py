@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -48,19 +49,12 @@ def generate(
 
     unlabelled = [] if prompts_from is None else prompts_from.read_text().splitlines()
     unlabelled = [line for line in unlabelled if line.strip()]
-    order: dict[str, object] = {
-        "description": description,
-        "prompts": unlabelled,
-        "method": method,
-        "seed": seed,
-        "samples": samples,
-        "force": force,
-    }
+    order = _Order(description, unlabelled, method, seed, samples, force)
     try:
         if server is not None:
-            _on_server(server, api_key, {**order, "name": name}, prompt or [])
+            _on_server(server, api_key, {**asdict(order), "name": name}, prompt or [])
         else:
-            _here(description, unlabelled, method, seed, samples, force, base, out, prompt or [])
+            _here(order, base, out, prompt or [])
     except (StoreError, ModelError, _ServerSaysNo) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
@@ -70,17 +64,19 @@ class _ServerSaysNo(Exception):
     pass
 
 
-def _here(
-    description: str,
-    unlabelled: list[str],
-    method: str,
-    seed: int,
-    samples: int,
-    force: bool,
-    base: str | None,
-    out: Path | None,
-    prompts: list[str],
-) -> None:
+@dataclass(frozen=True)
+class _Order:
+    """What `Generator.generate` and `POST /v1/adapters/generate` take, by the same names."""
+
+    description: str
+    prompts: list[str]
+    method: str
+    seed: int
+    samples: int
+    force: bool
+
+
+def _here(order: _Order, base: str | None, out: Path | None, prompts: list[str]) -> None:
     from loraplex_adapter_store.generator.sentences import SentenceEncoder
     from loraplex_adapter_store.generator.service import Generator
     from loraplex_adapter_store.generator.shipped import shipped_folder
@@ -93,14 +89,7 @@ def _here(
         base_name=base or DEFAULT_BASE,
         base_directory=directory,
     )
-    made = generator.generate(
-        description,
-        prompts=unlabelled,
-        method=method,
-        seed=seed,
-        samples=samples,
-        force=force,
-    )
+    made = generator.generate(**asdict(order))
     _show_card(made.card)
     if out is not None:
         _write(made, out)

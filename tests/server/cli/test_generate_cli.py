@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,19 @@ def test_each_command_explains_itself(command: list[str]) -> None:
     result = RUNNER.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert len(result.output.splitlines()) > 8
+
+
+@pytest.mark.usefixtures("pulled_base", "pulled_encoder")
+def test_prompts_come_from_the_lines_of_a_file_that_say_something(tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "made"
+    prompts.write_text("\n\n".join(f"the colour of thing {i}" for i in range(8)) + "\n")
+    order = ["generate", "translate to French", "--prompts-from", str(prompts), "--force"]
+
+    made = RUNNER.invoke(app, [*order, "--method", "icm-lora", "--out", str(out)])
+    assert made.exit_code == 0, made.output
+    assert json.loads((out / "loraplex_card.json").read_text())["prompts"] == 8
+    assert (out / "adapter_model.safetensors").is_file()
+
+    refused = RUNNER.invoke(app, [*order, "--method", "sg-lora"])
+    assert refused.exit_code == 1
+    assert '"icm-lora" has' in refused.output

@@ -335,7 +335,7 @@ void run_shrink(const Call& call, const Plan& plan, float* h, const ShrinkPiece&
     const int64_t stride = h_stride(part.rank);
     const RankRows a = rank_rows(call, part, t.a_pages, piece.page, piece.first_rank, t.in_features);
     kernel({call.x, call.x_stride, call.x_rows + call.starts[part.segment] + piece.first_row,
-            piece.n_rows, a.first, a.compact, plan.in_cache,
+            piece.n_rows, a.first, a.compact,
             a.compact ? scratch(piece.n_ranks * t.in_features * element_bytes(call)) : nullptr,
             piece.n_ranks, t.in_features,
             h + part.h + piece.first_row * stride + piece.page * kPageRank + piece.first_rank,

@@ -46,7 +46,6 @@ struct ShrinkArgs {
     int64_t n_rows;
     const void* a;  // [n_ranks, in_features], or as many compact rows, from a block on
     bool compact;
-    bool in_cache;  // whether A was fetched before
     void* scratch;  // [n_ranks, in_features] where the rows are compact
     int64_t n_ranks;
     int64_t in_features;

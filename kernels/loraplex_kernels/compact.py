@@ -80,7 +80,9 @@ def _open_block(block: Tensor, width: int) -> Tensor:
 def _open_stretch(stretch: Tensor, n_rows: int) -> Tensor:
     """Bytes → values [n_rows, columns of the stretch]."""
     table = stretch[: n_rows * _TABLE_BYTES].view(n_rows, _TABLE_BYTES)
-    groups = stretch[n_rows * _TABLE_BYTES :].view(-1, n_rows // 2, 1 + _GROUP_ROWS, _GROUP)
+    groups = stretch[n_rows * _TABLE_BYTES :].view(
+        -1, n_rows // _GROUP_ROWS, 1 + _GROUP_ROWS, _GROUP
+    )
     both = groups[:, :, 0]
     places = _in_order(torch.stack([both & 15, both >> 4], dim=2), odd_first=True)
     low = _in_order(groups[:, :, 1:], odd_first=False)

@@ -18,7 +18,9 @@ def allocate_storage(n_elements: int, dtype: torch.dtype, device: torch.device) 
     """A flat tensor, not initialised: on a CPU, memory that nobody wrote costs nothing real.
 
     Starts at a multiple of 64 bytes. On Linux the kernel is asked for huge pages: factors are
-    streamed once a step, and address translation is a good part of that.
+    streamed once a step, and address translation is a good part of that. It gives them to memory of
+    its own, not to the heap's, so ask for one large storage and cut it: pieces below 32 MB may be
+    the heap's.
     """
     slack = 64 // dtype.itemsize
     whole = torch.empty(n_elements + slack, dtype=dtype, device=device)

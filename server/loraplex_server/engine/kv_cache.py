@@ -63,8 +63,7 @@ class KvCache:
         self.geometry = geometry
         self.page_size = page_size
         self.prefix_cache = prefix_cache
-        # In one piece: huge pages are given to memory of its own, not to the heap's, and a step
-        # touches blocks of 2 KiB all over it.
+        # In one piece, to have huge pages: a step touches blocks of 2 KiB all over it.
         layer = (n_pages, geometry.n_kv_heads, page_size, geometry.head_dim)
         storage = allocate_storage(2 * geometry.n_layers * math.prod(layer), dtype, device)
         self.keys, self.values = (

@@ -26,7 +26,7 @@ bool write_row(const uint16_t* values, int64_t n, int row, uint8_t* table, uint8
     while (n_seen < kTableBytes) table[n_seen++] = 0;
     for (const uint16_t* end = values + n; values != end; values += kGroup, group += group_step)
         for (int i = 0; i < kGroup; ++i) {
-            const int value = values[i % 2 ? i / 2 : 32 + i / 2];
+            const int value = values[column_of_byte(i)];
             group[i] |= static_cast<uint8_t>(place[value >> 8] << 4 * row);
             group[kGroup * (row + 1) + (i ^ 1)] = static_cast<uint8_t>(value);
         }

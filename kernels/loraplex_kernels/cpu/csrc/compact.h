@@ -51,6 +51,9 @@ inline void mix_rows(int64_t n_columns, int64_t apart, const Place& place) {
     }
 }
 
+// The column in its group whose high byte has its place in byte `i`; its low byte is byte `i ^ 1`.
+inline int column_of_byte(int i) { return i % 2 ? i / 2 : kGroup / 2 + i / 2; }
+
 // A group by the tables of its rows.
 struct PlainGroup {
     const uint8_t *group, *tables;
@@ -62,7 +65,7 @@ struct PlainGroup {
         const uint8_t *table = tables + row * kTableBytes, *low = group + kGroup * (row + 1);
         for (int i = 0; i < kGroup; ++i) {
             const int place = group[i] >> 4 * row & 15;
-            values[i % 2 ? i / 2 : 32 + i / 2] = static_cast<uint16_t>(table[place] << 8 | low[i ^ 1]);
+            values[column_of_byte(i)] = static_cast<uint16_t>(table[place] << 8 | low[i ^ 1]);
         }
     }
 };

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .compact_panels import COMPACT_PANELS, compact_panels, open_outputs
 from .cpu.lora import NativeWeights
 from .cpu.model_ops import dtype_code, native_ops
 from .storage import allocate_storage
@@ -26,9 +27,16 @@ class PackedLinear:
     ``embed`` give them back. In native code (float32, bfloat16 on a CPU) sums are float32 and run
     over the input from left to right, so a row has the same bits whatever rows stand beside it.
     Elsewhere it is ``torch.nn.functional.linear``. For inference: nothing is recorded for autograd.
+    ``compact``: in twelve bits a weight where that pays, which changes no result.
     """
 
-    def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        *,
+        compact: bool = True,
+    ) -> None:
         self.in_features = weights[0].shape[1]
         self.out_features = tuple(weight.shape[0] for weight in weights)
         self.n_out = sum(self.out_features)
@@ -39,11 +47,14 @@ class PackedLinear:
             self._code = None
         stacked = torch.cat([weight.detach() for weight in weights])
         bias = _stack_biases(weights, biases)
+        self._is_compact = False
         if self._code is None:
             self._weight, self._bias = stacked, bias
         else:
             self._weight = _pack(stacked, self._unit)
             self._bias = None if bias is None else _pad(bias.float())
+            if compact and self.dtype is torch.bfloat16:
+                self._keep_compact()
         self._native = None if self._code is None else self._describe()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -119,6 +130,8 @@ class PackedLinear:
         """Rows ``token_ids`` [T] of the weight, so that a tied head is held once."""
         if self._code is None:
             return self._weight[token_ids]
+        if self._is_compact:
+            return open_outputs(self._weight, self.in_features // self._unit, token_ids)
         return self._weight[token_ids // _PANEL, :, token_ids % _PANEL].view(self.dtype)
 
     @property
@@ -128,13 +141,18 @@ class PackedLinear:
 
     def unpack(self) -> list[Tensor]:
         """The weights as they were given, copied."""
-        stacked = self._weight if self._code is None else self._unpacked()
+        stacked = self.embed(torch.arange(self.n_out, device=self._weight.device))
         return [part.clone() for part in torch.split(stacked, list(self.out_features))]
+
+    def _keep_compact(self) -> None:
+        compact = compact_panels(self._weight)
+        if compact is not None:
+            self._weight, self._is_compact = compact, True
 
     def _describe(self) -> NativeWeights:
         light = self._weight.nbytes <= _LIGHT_BYTES
         return NativeWeights(
-            self._weight.data_ptr(),
+            self._weight.data_ptr() + (COMPACT_PANELS if self._is_compact else 0),
             0 if self._bias is None else self._bias.data_ptr(),
             _LIGHT_PRODUCTS // (self.n_out * self.in_features) if light else 0,
         )
@@ -143,10 +161,6 @@ class PackedLinear:
     def n_bytes(self) -> int:
         """Memory held."""
         return self._weight.nbytes + (0 if self._bias is None else self._bias.nbytes)
-
-    def _unpacked(self) -> Tensor:
-        words = self._weight.transpose(1, 2).flatten(0, 1)[: self.n_out]
-        return words.contiguous().view(self.dtype)
 
     def _refuse(self, x: Tensor, out: Tensor) -> None:
         raise ValueError(

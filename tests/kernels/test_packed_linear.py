@@ -96,8 +96,62 @@ def test_packing_loses_nothing(dtype: torch.dtype) -> None:
 
 
 def test_packed_weights_take_their_own_bytes_once() -> None:
-    linear = PackedLinear(weights_of([(960, 576)], torch.bfloat16), [None])
+    linear = PackedLinear(weights_of([(960, 576)], torch.bfloat16), [None], compact=False)
     assert linear.n_bytes == 960 * 576 * 2
+
+
+def uneven_weights(n_out: int, in_features: int) -> Tensor:
+    """Of every magnitude in some places, so that there the high bytes are too many to be compact."""
+    weight = weights_of([(n_out, in_features)], torch.bfloat16)[0]
+    generator = torch.Generator().manual_seed(n_out)
+    for _ in range(max(1, in_features // 640)):
+        row, column = (int(torch.randint(n, (1,), generator=generator)) for n in weight.shape)
+        n = min(40, in_features - column)
+        weight[row, column : column + n] = 2.0 ** -torch.arange(3, 3 + 3 * n, 3)
+    return weight
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("in_features", [64, 576, 2048, 2112, 5120])
+@pytest.mark.parametrize("n_out", [1, 70, 512])
+def test_compact_weights_give_the_bits_of_plain_ones(in_features: int, n_out: int) -> None:
+    weight = uneven_weights(n_out, in_features)
+    bias = rows_of(1, n_out, torch.bfloat16)[0]
+    best = native.isa()
+    compact = PackedLinear([weight], [bias])
+    plain = PackedLinear([weight], [bias], compact=False)
+    if best is native.Isa.AVX512_BF16 and in_features > 64:
+        assert compact.n_bytes < 0.9 * plain.n_bytes
+    assert torch.equal(compact.unpack()[0], weight)
+    assert torch.equal(compact.embed(torch.arange(n_out).flip(0)), weight.flip(0))
+    for n_rows in (1, 2, 3, 8, 12, 13, 16, 25, 200):
+        x = rows_of(n_rows, in_features, torch.bfloat16)
+        assert torch.equal(compact(x), plain(x))
+        assert torch.equal(compact.argmax(x), plain.argmax(x))
+
+
+def test_lesser_instruction_sets_read_compact_weights() -> None:
+    best = native.isa()
+    if best is not native.Isa.AVX512_BF16:
+        pytest.skip("weights are compact for AVX512-BF16 alone")
+    weight = uneven_weights(96, 2112)
+    compact, plain = PackedLinear([weight], [None]), PackedLinear([weight], [None], compact=False)
+    assert compact.n_bytes < plain.n_bytes
+    try:
+        for isa in native.Isa:
+            native.limit_isa(isa)
+            for n_rows in (1, 16, 40):
+                x = rows_of(n_rows, 2112, torch.bfloat16)
+                assert torch.equal(compact(x), plain(x))
+    finally:
+        native.limit_isa(best)
+
+
+def test_weights_that_hardly_become_smaller_stay_plain() -> None:
+    weight = 2.0 ** -torch.arange(64 * 128).remainder(60).float().reshape(128, 64)
+    linear = PackedLinear([weight.bfloat16()], [None])
+    assert linear.n_bytes == 128 * 64 * 2
+    assert torch.equal(linear.unpack()[0], weight.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

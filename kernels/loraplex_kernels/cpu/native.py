@@ -12,7 +12,7 @@ import torch
 
 __all__ = ["Isa", "available", "isa", "library", "limit_isa"]
 
-_ABI = 7
+_ABI = 8
 _OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 logger = logging.getLogger(__name__)

@@ -9,27 +9,14 @@
 namespace loraplex {
 namespace {
 
-// Row `row` of a pair on a stretch of `n` columns. Its group, of zeros where this row's places go, is at
-// `group`.
-bool write_row(const uint16_t* values, int64_t n, int row, uint8_t* table, uint8_t* group,
-               int64_t group_step) {
-    bool seen[256] = {};
-    for (int64_t i = 0; i < n; ++i) seen[values[i] >> 8] = true;
-    uint8_t place[256];
-    int n_seen = 0;
-    for (int high = 0; high < 256; ++high) {
-        if (!seen[high]) continue;
-        if (n_seen == kTableBytes) return false;
-        place[high] = static_cast<uint8_t>(n_seen);
-        table[n_seen++] = static_cast<uint8_t>(high);
-    }
-    while (n_seen < kTableBytes) table[n_seen++] = 0;
+// Row `row` of a pair on a stretch of `n` columns. Its groups, `group_step` apart, are zero where this
+// row's places go. False if it has too many high bytes.
+bool write_stretch(const uint16_t* values, int64_t n, int row, uint8_t* table, uint8_t* group,
+                   int64_t group_step) {
+    uint8_t place_of[256];
+    if (!make_table(values, n, table, place_of)) return false;
     for (const uint16_t* end = values + n; values != end; values += kGroup, group += group_step)
-        for (int i = 0; i < kGroup; ++i) {
-            const int value = values[column_of_byte(i)];
-            group[i] |= static_cast<uint8_t>(place[value >> 8] << 4 * row);
-            group[kGroup * (row + 1) + (i ^ 1)] = static_cast<uint8_t>(value);
-        }
+        write_row(values, place_of, row, group);
     return true;
 }
 
@@ -60,9 +47,9 @@ LORAPLEX_API int loraplex_compact_rows(const uint16_t* rows, int64_t n_rows, int
             const int64_t n_columns = width - column < kStretch ? width - column : kStretch;
             uint8_t* tables = block + n * compact_row_bytes(column);
             uint8_t* groups = tables + n * kTableBytes;
-            if (!write_row(values + column, n_columns, static_cast<int>(row % kGroupRows),
-                           tables + row * kTableBytes, groups + row / kGroupRows * kGroupBytes,
-                           n / kGroupRows * kGroupBytes))
+            if (!write_stretch(values + column, n_columns, static_cast<int>(row % kGroupRows),
+                               tables + row * kTableBytes, groups + row / kGroupRows * kGroupBytes,
+                               n / kGroupRows * kGroupBytes))
                 return 0;
         }
     }

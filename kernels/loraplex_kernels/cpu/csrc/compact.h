@@ -51,8 +51,40 @@ inline void mix_rows(int64_t n_columns, int64_t apart, const Place& place) {
     }
 }
 
-// The column in its group whose high byte has its place in byte `i`; its low byte is byte `i ^ 1`.
-inline int column_of_byte(int i) { return i % 2 ? i / 2 : kGroup / 2 + i / 2; }
+// The byte of a group with the place of a column's high byte; its low byte is byte `i ^ 1` of its row's.
+inline int byte_of_column(int column) {
+    return column < kGroup / 2 ? 2 * column + 1 : 2 * column - kGroup;
+}
+
+inline uint16_t read_value(const uint8_t* group, int row, const uint8_t* table, int column) {
+    const int i = byte_of_column(column), place = group[i] >> 4 * row & 15;
+    return static_cast<uint16_t>(table[place] << 8 | group[kGroup * (row + 1) + (i ^ 1)]);
+}
+
+// Writes a row of a group that is zero where the row's places go; `place_of` as `make_table` has it.
+inline void write_row(const uint16_t* values, const uint8_t* place_of, int row, uint8_t* group) {
+    for (int column = 0; column < kGroup; ++column) {
+        const int i = byte_of_column(column), value = values[column];
+        group[i] |= static_cast<uint8_t>(place_of[value >> 8] << 4 * row);
+        group[kGroup * (row + 1) + (i ^ 1)] = static_cast<uint8_t>(value);
+    }
+}
+
+// The high bytes of `values`, ascending and zeros behind them, and where in the table each of them is.
+// False if they are more than a table holds.
+inline bool make_table(const uint16_t* values, int64_t n, uint8_t* table, uint8_t* place_of) {
+    bool seen[256] = {};
+    for (int64_t i = 0; i < n; ++i) seen[values[i] >> 8] = true;
+    int n_seen = 0;
+    for (int high = 0; high < 256; ++high) {
+        if (!seen[high]) continue;
+        if (n_seen == kTableBytes) return false;
+        place_of[high] = static_cast<uint8_t>(n_seen);
+        table[n_seen++] = static_cast<uint8_t>(high);
+    }
+    while (n_seen < kTableBytes) table[n_seen++] = 0;
+    return true;
+}
 
 // A group by the tables of its rows.
 struct PlainGroup {
@@ -62,11 +94,8 @@ struct PlainGroup {
         : group(reinterpret_cast<const uint8_t*>(group)),
           tables(reinterpret_cast<const uint8_t*>(tables)) {}
     void store(int row, uint16_t* values) const {
-        const uint8_t *table = tables + row * kTableBytes, *low = group + kGroup * (row + 1);
-        for (int i = 0; i < kGroup; ++i) {
-            const int place = group[i] >> 4 * row & 15;
-            values[column_of_byte(i)] = static_cast<uint16_t>(table[place] << 8 | low[i ^ 1]);
-        }
+        for (int column = 0; column < kGroup; ++column)
+            values[column] = read_value(group, row, tables + row * kTableBytes, column);
     }
 };
 

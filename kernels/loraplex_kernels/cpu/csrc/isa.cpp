@@ -12,7 +12,8 @@ Isa detect() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq");
-    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi"))
+    if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vbmi2"))
         return kAvx512Bf16;
     if (avx512) return kAvx512;
     if (avx2) return kAvx2;
@@ -30,7 +31,7 @@ Isa current_isa() { return static_cast<Isa>(g_current.load(std::memory_order_rel
 }  // namespace loraplex
 
 // Version of the C interface: native.py refuses a library built from other sources.
-LORAPLEX_API int loraplex_abi() { return 7; }
+LORAPLEX_API int loraplex_abi() { return 8; }
 
 LORAPLEX_API int loraplex_isa() { return loraplex::current_isa(); }
 

@@ -31,7 +31,7 @@
 #define LORAPLEX_TARGET_AVX2 "avx2,fma,f16c,bmi2"
 #define LORAPLEX_TARGET_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
 #define LORAPLEX_TARGET_AVX512BF16                                                                 \
-    "avx512bf16,avx512vbmi,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
+    "avx512bf16,avx512vbmi,avx512vbmi2,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
 
 namespace loraplex {
 

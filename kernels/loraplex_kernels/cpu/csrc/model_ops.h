@@ -2,6 +2,7 @@
 // instruction set. Layouts: linear.inc (packed weights), attention.inc (paged cache).
 #pragma once
 
+#include "compact_panels.h"
 #include "fetch.h"
 #include "isa.h"
 
@@ -9,7 +10,7 @@ namespace loraplex {
 
 struct LinearArgs {
     const void* x;
-    const void* packed;
+    const void* packed;  // compact panels: plus kCompactPanels
     const float* bias;  // [n_out] padded to whole panels, or null
     void* out;
     long x_stride, out_stride;  // elements

@@ -8,6 +8,7 @@
 
 #include "compact.h"
 #include "isa.h"
+#include "open_avx512.h"
 
 #define LORAPLEX_COMPACT 1  // reads compact rows
 
@@ -121,32 +122,6 @@ inline Operand<T> load_operand(const T* p) {
 template <typename T>
 inline Operand<T> load_operand_part(const T* p, int64_t n) {
     return OperandOf<T>::part(p, n);
-}
-
-inline __m512i table_of(const char* table) {
-    return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
-}
-
-// What stands in the table at the low four bits of each byte.
-inline __m512i look_up(__m512i table, __m512i places) {
-#if LORAPLEX_DPBF16
-    return _mm512_permutexvar_epi8(places, table);  // there it is four times: the bits above count nothing
-#else
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(places, _mm512_set1_epi8(15)));
-#endif
-}
-
-struct RawPair {
-    __m512i first, second;  // 32 values of bf16 each
-};
-
-// One row of a group; the low half bytes of `places` count.
-inline RawPair open_row(__m512i low, __m512i places, __m512i table) {
-    constexpr __mmask64 kOdd = 0xaaaaaaaaaaaaaaaau;
-    asm("" : "+v"(low));  // else it is loaded twice
-    const __m512i high = look_up(table, places);
-    return {_mm512_mask_blend_epi8(kOdd, low, high),
-            _mm512_mask_blend_epi8(kOdd, _mm512_srli_epi16(low, 8), _mm512_slli_epi16(high, 8))};
 }
 
 // The rows of a group, by their tables.

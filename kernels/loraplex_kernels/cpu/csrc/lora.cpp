@@ -79,7 +79,7 @@ struct alignas(64) Share {
     size_t end = 0;
 };
 
-// Some rows of one segment, whole: no thread waits for what another one shrinks.
+// Some rows of one segment, on all slices.
 struct Unit {
     int32_t part, last_part;
     int64_t first_row, n_rows;
@@ -162,7 +162,7 @@ struct Plan {
     std::vector<ExpandPiece> expand;
     std::vector<Line> h;
     std::vector<int64_t> slice_starts;
-    std::vector<Share> shares;  // of the units, or of the shrink pieces, then the expand pieces
+    std::vector<Share> shares;  // of the units or shrink pieces, then of the units again or the expand pieces
     std::vector<int64_t> row_seen;  // the call that saw the row last
     std::vector<int32_t> x_rows;
     std::vector<char> pairs;  // rows of out, one for each pair
@@ -450,33 +450,41 @@ bool cut_into_units(const Call& call, Plan& plan, int n_threads) {
         std::stable_sort(plan.units.begin(), plan.units.end(), costs_more);
     plan.dealt.clear();
     for (int thread = 0; thread < n_threads; ++thread) {
-        plan.shares[thread].next = plan.dealt.size();
+        const size_t first = plan.dealt.size();
         for (size_t i = thread; i < plan.units.size(); i += n_threads)
             plan.dealt.push_back(plan.units[i]);
-        plan.shares[thread].end = plan.dealt.size();
+        for (Share* share : {&plan.shares[thread], &plan.shares[n_threads + thread]}) {
+            share->next = first;
+            share->end = plan.dealt.size();
+        }
     }
     return true;
 }
 
-void run_unit(const Call& call, const Plan& plan, float* h, const Unit& unit,
-              void (*shrink)(const ShrinkArgs&), void (*expand)(const ExpandArgs&)) {
+void shrink_unit(const Call& call, const Plan& plan, float* h, const Unit& unit,
+                 void (*kernel)(const ShrinkArgs&)) {
     for (int32_t p = unit.part; p < unit.last_part; ++p)
         for (int64_t first = 0, rank = plan.parts[p].rank; first < rank; first += kPageRank)
             run_shrink(call, plan, h,
                        {p, static_cast<int32_t>(first / kPageRank), unit.first_row, unit.n_rows, 0,
                         static_cast<int32_t>(std::min<int64_t>(kPageRank, rank - first))},
-                       shrink);
+                       kernel);
+}
+
+void expand_unit(const Call& call, const Plan& plan, const float* h, const Unit& unit,
+                 void (*kernel)(const ExpandArgs&)) {
     for (int32_t p = unit.part; p < unit.last_part; ++p) {
         const int64_t width = call.target.out_features[plan.parts[p].slice];
         for (int64_t column = 0; column < width; column += kStreamColumns)
             run_expand(call, plan, h,
                        {p, p + 1, unit.first_row, unit.n_rows, column,
                         std::min(kStreamColumns, width - column)},
-                       expand);
+                       kernel);
     }
 }
 
-// After `product`, if there is one, by the same team of threads.
+// After `product`, if there is one, by the same team of threads. Shrinking does not read what the product
+// makes, so a thread that has no panel left begins with it instead of waiting for the others.
 void run_by_unit(const Call& call, Plan& plan, const LinearArgs* product = nullptr) {
     const auto shrink = kernels().shrink[call.target.dtype];
     const auto expand = kernels().expand[call.target.dtype];
@@ -488,12 +496,20 @@ void run_by_unit(const Call& call, Plan& plan, const LinearArgs* product = nullp
     long taken = 0;
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
     {
+        const int thread = omp_get_thread_num();
         if (product) {
             part(*product, n_threads, &taken);
+            work_through(shares, n_threads, thread,
+                         [&](size_t i) { shrink_unit(call, done, h, done.dealt[i], shrink); });
 #pragma omp barrier
+            work_through(shares + n_threads, n_threads, thread,
+                         [&](size_t i) { expand_unit(call, done, h, done.dealt[i], expand); });
+        } else {
+            work_through(shares, n_threads, thread, [&](size_t i) {
+                shrink_unit(call, done, h, done.dealt[i], shrink);
+                expand_unit(call, done, h, done.dealt[i], expand);
+            });
         }
-        work_through(shares, n_threads, omp_get_thread_num(),
-                     [&](size_t i) { run_unit(call, done, h, done.dealt[i], shrink, expand); });
     }
 }
 

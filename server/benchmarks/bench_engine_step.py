@@ -1,10 +1,11 @@
-"""Times the engine's steps without HTTP: prefill of 16 prompts, then decode steps of 16 rows.
+"""Times the engine's steps without HTTP: prefill of some prompts, then decode steps of all.
 
     .venv/bin/python server/benchmarks/bench_engine_step.py
 
-With no adapter, one shared adapter and 16 distinct ones (rank 16, all linears, random), each in
-turn, several rounds; prints the median of the rounds' medians and the ratio to no adapter. Before
-that, what it takes to place one of them: packing, the engine thread's part, the loader's copy.
+With no adapter, one shared adapter and one of its own for each row (rank 16, all linears, random),
+each in turn, several rounds; prints the median of the rounds' medians and the ratio to no adapter.
+Before that, what it takes to place one of them: packing, the engine thread's part, the loader's
+copy. With ``--weights both`` two bases, of compact and of plain weights, take turns.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ from loraplex_server.engine.scheduler import Chunk
 from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
 
-N_ROWS = 16
 _CPU = torch.device("cpu")
+_WEIGHTS = ("compact", "plain")
 
 
 @dataclass(frozen=True)
@@ -45,23 +46,68 @@ class Lease:
         return self.plan.digest
 
 
+@dataclass(frozen=True)
+class Bench:
+    """A base with its cache and its adapters, all resident."""
+
+    runner: ModelRunner
+    kv_cache: KvCache
+    adapters: DevicePool
+    leases: Sequence[Lease]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=16, help="requests side by side")
     parser.add_argument("--context", type=int, default=110, help="tokens of each prompt")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--plain", action="store_true", help="factors in plain bfloat16, not compact pages"
     )
+    parser.add_argument(
+        "--weights", choices=[*_WEIGHTS, "both"], default="compact", help="the base's"
+    )
     arguments = parser.parse_args()
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of the loader, as in the server: a second team slows every step
-    model = load_base_model(resolve_model(None), DEFAULT_BASE, dtype=torch.bfloat16, device=_CPU)
+    kinds = _WEIGHTS if arguments.weights == "both" else (arguments.weights,)
+    benches = {kind: _build(arguments, compact=kind == "compact") for kind in kinds}
+    torch.set_num_threads(n_threads)
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for _ in range(arguments.rounds):
+        for case in ("no adapter", "one adapter", "distinct adapters"):
+            for kind, bench in benches.items():
+                rows = _leases_of(case, bench.leases, arguments.rows)
+                took = _round(bench, rows, arguments.context, arguments.steps)
+                times.setdefault((kind, case), []).append(took)
+    for (kind, case), rounds in times.items():
+        base = statistics.median(decode for _, decode in times[kind, "no adapter"])
+        prefill = statistics.median(value for value, _ in rounds)
+        decode = statistics.median(value for _, value in rounds)
+        result = {
+            "case": case,
+            "weights": kind,
+            "rows": arguments.rows,
+            "prefill_tokens_per_s": round(arguments.rows * arguments.context / prefill),
+            "decode_step_ms": round(1000 * decode, 2),
+            "decode_rate_of_no_adapter": round(base / decode, 3),
+        }
+        print(json.dumps(result))
+    for bench in benches.values():
+        bench.adapters.close()
+
+
+def _build(arguments: argparse.Namespace, *, compact: bool) -> Bench:
+    n_rows = arguments.rows
+    model = load_base_model(
+        resolve_model(None), DEFAULT_BASE, dtype=torch.bfloat16, device=_CPU, compact=compact
+    )
     kv_cache = KvCache(
         KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim),
-        n_pages=N_ROWS * -(-(arguments.context + arguments.steps + 1) // 16),
+        n_pages=n_rows * -(-(arguments.context + arguments.steps + 1) // 16),
         page_size=16,
-        max_requests=N_ROWS,
+        max_requests=n_rows,
         max_model_len=arguments.context + arguments.steps + 16,
         dtype=torch.bfloat16,
         device=_CPU,
@@ -70,8 +116,8 @@ def main() -> None:
     loaded = threading.Event()
     adapters = DevicePool(
         model.groups,
-        n_bytes=512 << 20,
-        max_adapters=N_ROWS,
+        n_bytes=n_rows * (32 << 20),
+        max_adapters=n_rows,
         max_rank=None,
         dtype=torch.bfloat16,
         device=_CPU,
@@ -79,7 +125,7 @@ def main() -> None:
         compact=False if arguments.plain else None,
     )
     runner = ModelRunner(model, kv_cache, adapters)
-    leases = [_adapter(model, seed) for seed in range(N_ROWS)]
+    leases = [_adapter(model, seed) for seed in range(n_rows)]
     print(json.dumps(_cold_loads(adapters, leases, loaded)))
     for lease in leases:
         loaded.clear()
@@ -87,28 +133,13 @@ def main() -> None:
         loaded.wait()
         assert adapters.place(lease.plan) is Placement.RESIDENT
         adapters.hold(lease.digest)
-    torch.set_num_threads(n_threads)
-    cases: dict[str, Sequence[Lease | None]] = {
-        "no adapter": [None] * N_ROWS,
-        "one adapter": [leases[0]] * N_ROWS,
-        "16 distinct adapters": leases,
-    }
-    times: dict[str, list[tuple[float, float]]] = {label: [] for label in cases}
-    for _ in range(arguments.rounds):
-        for label, rows in cases.items():
-            times[label].append(_round(runner, kv_cache, rows, arguments.context, arguments.steps))
-    base = statistics.median(decode for _, decode in times["no adapter"])
-    for label, rounds in times.items():
-        prefill = statistics.median(value for value, _ in rounds)
-        decode = statistics.median(value for _, value in rounds)
-        result = {
-            "case": label,
-            "prefill_tokens_per_s": round(N_ROWS * arguments.context / prefill),
-            "decode_step_ms": round(1000 * decode, 2),
-            "decode_rate_of_no_adapter": round(base / decode, 3),
-        }
-        print(json.dumps(result))
-    adapters.close()
+    return Bench(runner, kv_cache, adapters, leases)
+
+
+def _leases_of(case: str, leases: Sequence[Lease], n_rows: int) -> Sequence[Lease | None]:
+    if case == "no adapter":
+        return [None] * n_rows
+    return [leases[0]] * n_rows if case == "one adapter" else leases
 
 
 def _cold_loads(
@@ -151,13 +182,10 @@ def _adapter(model: BaseModel, seed: int, rank: int = 16) -> Lease:
 
 
 def _round(
-    runner: ModelRunner,
-    kv_cache: KvCache,
-    leases: Sequence[Lease | None],
-    context: int,
-    n_steps: int,
+    bench: Bench, leases: Sequence[Lease | None], context: int, n_steps: int
 ) -> tuple[float, float]:
     """Seconds of the whole prefill, and of the median decode step."""
+    runner, kv_cache = bench.runner, bench.kv_cache
     requests = []
     for index, lease in enumerate(leases):
         ids = [random.randrange(1000) for _ in range(context)]
@@ -167,7 +195,7 @@ def _round(
         requests.append(Request(source, print, ids, context))
         kv_cache.admit(f"r{index}", bytes(16), ids)
     start = time.perf_counter()
-    for first in range(0, N_ROWS, 4):
+    for first in range(0, len(requests), 4):
         runner.run([Chunk(request, 0, context) for request in requests[first : first + 4]])
     prefill = time.perf_counter() - start
     steps = []

@@ -101,7 +101,7 @@ def test_packed_weights_take_their_own_bytes_once() -> None:
 
 
 def uneven_weights(n_out: int, in_features: int) -> Tensor:
-    """Of every magnitude in some places, so that there the high bytes are too many to be compact."""
+    """Of every magnitude in some places: there the high bytes are too many to be compact."""
     weight = weights_of([(n_out, in_features)], torch.bfloat16)[0]
     generator = torch.Generator().manual_seed(n_out)
     for _ in range(max(1, in_features // 640)):

@@ -32,7 +32,14 @@ class BaseModel:
     ``forward`` reads the shared ``step`` for everything that is not an argument.
     """
 
-    def __init__(self, model: PreTrainedModel, model_id: str, *, fuse: bool = True) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        model_id: str,
+        *,
+        fuse: bool = True,
+        compact: bool = True,  # weights, where that pays (see ``PackedLinear``)
+    ) -> None:
         """Takes the instance over: its linears, norms and attention are replaced."""
         self.step = Step()
         config = model.config.get_text_config()
@@ -45,7 +52,7 @@ class BaseModel:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         spec = BaseSpec.of(model, model_id)
         self.layers: list[LayerAttention] = install_attention(model, self.step)
-        self.groups: dict[str, LoraGroup] = self._replace_linears(model, spec)
+        self.groups: dict[str, LoraGroup] = self._replace_linears(model, spec, compact)
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
@@ -116,13 +123,16 @@ class BaseModel:
             out.div_(self._softcap).tanh_().mul_(float(self._softcap))
         return out
 
-    def _replace_linears(self, model: PreTrainedModel, spec: BaseSpec) -> dict[str, LoraGroup]:
+    def _replace_linears(
+        self, model: PreTrainedModel, spec: BaseSpec, compact: bool
+    ) -> dict[str, LoraGroup]:
         groups: dict[str, LoraGroup] = {}
         for names in group_modules(self.model_type, spec.modules):
             modules = [model.get_submodule(name) for name in names]
             packed = PackedLinear(
                 [_weight(module) for module in modules],
                 [getattr(module, "bias", None) for module in modules],
+                compact=compact,
             )
             group = LoraGroup(_group_name(names), names, packed, self.step)
             groups[group.target.name] = group
@@ -134,7 +144,13 @@ class BaseModel:
 
 
 def load_base_model(
-    path: Path, model_id: str, *, dtype: torch.dtype, device: torch.device, fuse: bool = True
+    path: Path,
+    model_id: str,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    fuse: bool = True,
+    compact: bool = True,
 ) -> BaseModel:
     """Loads a causal LM from a directory. Raises ModelError with the reason if it cannot."""
     try:
@@ -142,7 +158,7 @@ def load_base_model(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model at {str(path)!r} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
-    return BaseModel(model.to(device), model_id, fuse=fuse)
+    return BaseModel(model.to(device), model_id, fuse=fuse, compact=compact)
 
 
 def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -2,9 +2,9 @@
 
 A step of few rows waits for the weights, not for arithmetic, so a CPU that opens them beside its
 products keeps them in three quarters of the bytes. A panel of 32 outputs has for every 64 inputs a
-table of at most sixteen high bytes, then for each weight its low byte and the place of its high byte
-in the table (``cpu/csrc/compact_panels.h`` has the bytes). Where there are more, these 64 inputs stay
-as they are.
+table of at most sixteen high bytes, then for each weight its low byte and the place of its high
+byte in the table (``cpu/csrc/compact_panels.h`` has the bytes). Where there are more, these 64
+inputs stay as they are.
 """
 
 from __future__ import annotations

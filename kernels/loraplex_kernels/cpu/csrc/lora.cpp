@@ -483,34 +483,18 @@ void expand_unit(const Call& call, const Plan& plan, const float* h, const Unit&
     }
 }
 
-// After `product`, if there is one, by the same team of threads. Shrinking does not read what the product
-// makes, so a thread that has no panel left begins with it instead of waiting for the others.
-void run_by_unit(const Call& call, Plan& plan, const LinearArgs* product = nullptr) {
+void run_by_unit(const Call& call, Plan& plan) {
     const auto shrink = kernels().shrink[call.target.dtype];
     const auto expand = kernels().expand[call.target.dtype];
-    const auto part = model_ops().linear_part[call.target.dtype];
     const int n_threads = plan.n_threads;
     const Plan& done = plan;
     Share* shares = plan.shares.data();
     float* h = intermediates(plan);
-    long taken = 0;
 #pragma omp parallel num_threads(n_threads) if (n_threads > 1)
-    {
-        const int thread = omp_get_thread_num();
-        if (product) {
-            part(*product, n_threads, &taken);
-            work_through(shares, n_threads, thread,
-                         [&](size_t i) { shrink_unit(call, done, h, done.dealt[i], shrink); });
-#pragma omp barrier
-            work_through(shares + n_threads, n_threads, thread,
-                         [&](size_t i) { expand_unit(call, done, h, done.dealt[i], expand); });
-        } else {
-            work_through(shares, n_threads, thread, [&](size_t i) {
-                shrink_unit(call, done, h, done.dealt[i], shrink);
-                expand_unit(call, done, h, done.dealt[i], expand);
-            });
-        }
-    }
+    work_through(shares, n_threads, omp_get_thread_num(), [&](size_t i) {
+        shrink_unit(call, done, h, done.dealt[i], shrink);
+        expand_unit(call, done, h, done.dealt[i], expand);
+    });
 }
 
 void run_by_piece(const Call& call, Plan& plan) {
@@ -632,13 +616,13 @@ struct Base {
     int64_t n_rows;
 };
 
-LinearArgs product_of(const Base& base, const LoraTargetDescriptor& t, const FetchList* fetch) {
+LinearArgs product_of(const Base& base, const LoraTargetDescriptor& t, const FetchList* const* fetch) {
     return {base.x, base.packed, base.bias, base.out, base.x_stride,
             base.out_stride, base.n_rows, n_columns(t), t.in_features, fetch};
 }
 
 void run_base(const Base& base, const Call& call, const FetchList* fetch) {
-    model_ops().linear[call.target.dtype](product_of(base, call.target, fetch));
+    model_ops().linear[call.target.dtype](product_of(base, call.target, fetch ? &fetch : nullptr));
 }
 
 int64_t n_fetch_bytes(const Plan& plan) {
@@ -647,26 +631,90 @@ int64_t n_fetch_bytes(const Plan& plan) {
     return n_lines * kLineBytes;
 }
 
-// Chooses whether the base's product fetches for the call, and has `run_both` do the two.
-template <typename RunBoth>
-void run_over(const Base& base, const Call& call, Plan& plan, const RunBoth& run_both) {
-    const FetchList* fetch = list_fetches(call, plan);
-    const int64_t n_fetched = fetch ? n_fetch_bytes(plan) : 0;
-    plan.in_cache = fetch != nullptr;
-    if (n_fetched <= kLargeFetch || base.n_rows >= kManyRows) {
-        run_both(base, fetch);
-        return;
+// Chooses whether the base's product fetches for a call, and tells the trial how long the two took.
+class FetchChoice {
+public:
+    FetchChoice(const Base& base, const Call& call, Plan& plan) : base_(base), call_(call), plan_(plan) {}
+
+    // What to fetch, or null. Once, behind `prepare`.
+    const FetchList* choose() {
+        const FetchList* fetch = list_fetches(call_, plan_);
+        const int64_t n_fetched = fetch ? n_fetch_bytes(plan_) : 0;
+        if (n_fetched > kLargeFetch && base_.n_rows < kManyRows) {
+            const LoraTargetDescriptor& t = call_.target;
+            const int64_t n_weights = t.in_features * n_columns(t) * element_bytes(call_);
+            trial_ = n_fetched > kHeavyFetch * n_weights ? &plan_.heavy_trial : &plan_.light_trial;
+            load_ = {t.in_features, n_columns(t), base_.n_rows, n_fetched};
+            if (!trial_->fetches(load_)) fetch = nullptr;
+        }
+        plan_.in_cache = fetch != nullptr;
+        return fetch;
     }
-    const int64_t n_weights = call.target.in_features * n_columns(call.target) * element_bytes(call);
-    FetchTrial& trial = n_fetched > kHeavyFetch * n_weights ? plan.heavy_trial : plan.light_trial;
-    const auto start = std::chrono::steady_clock::now();
-    const FetchTrial::Load load{call.target.in_features, n_columns(call.target), base.n_rows, n_fetched};
-    if (!trial.fetches(load)) fetch = nullptr;
-    plan.in_cache = fetch != nullptr;
-    run_both(base, fetch);
-    if (trial.is_over()) return;
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    trial.add(load, fetch != nullptr, took.count());
+    void done() {
+        if (!trial_ || trial_->is_over()) return;
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start_;
+        trial_->add(load_, plan_.in_cache, took.count());
+    }
+
+private:
+    const Base& base_;
+    const Call& call_;
+    Plan& plan_;
+    FetchTrial* trial_ = nullptr;  // null: nothing to try
+    FetchTrial::Load load_{};
+    const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+};
+
+// The base's product, then `finish`. The threads that compute the product fetch for the call meanwhile, whose
+// rows of out are `n_rows`.
+template <typename Finish>
+void run_over(const Base& base, const Call& call, Plan& plan, int64_t n_rows, const Finish& finish) {
+    FetchChoice choice(base, call, plan);
+    prepare(call, plan, n_rows);
+    run_base(base, call, choice.choose());
+    finish();
+    choice.done();
+}
+
+// The base's product and the call's on top, by one team of threads. One of them plans the second while the
+// others begin with the first. Shrinking does not read what the product makes, so a thread that has no
+// panel left begins with it instead of waiting for the others.
+void run_together(const Base& base, const Call& call, Plan& plan) {
+    const LoraTargetDescriptor& t = call.target;
+    const auto shrink = kernels().shrink[t.dtype];
+    const auto expand = kernels().expand[t.dtype];
+    const auto part = model_ops().linear_part[t.dtype];
+    const int n_threads = omp_get_max_threads();
+    FetchChoice choice(base, call, plan);
+    const FetchList* fetch = nullptr;
+    const LinearArgs product = product_of(base, t, &fetch);
+    long taken = 0;
+    bool is_planned = false, by_unit = false;
+#pragma omp parallel num_threads(n_threads)
+    {
+        const int thread = omp_get_thread_num();
+        if (thread == 0) {
+            prepare(call, plan, base.n_rows);
+            by_unit = plan.cut == Cut::kUnits && plan.n_threads == n_threads;
+            __atomic_store_n(&fetch, choice.choose(), __ATOMIC_RELEASE);
+            __atomic_store_n(&is_planned, true, __ATOMIC_RELEASE);
+        }
+        part(product, n_threads, &taken);
+        while (!__atomic_load_n(&is_planned, __ATOMIC_ACQUIRE)) {  // it has been, but for tiny products
+        }
+        if (by_unit) {
+            const Plan& done = plan;
+            Share* shares = plan.shares.data();
+            float* h = intermediates(plan);
+            work_through(shares, n_threads, thread,
+                         [&](size_t i) { shrink_unit(call, done, h, done.dealt[i], shrink); });
+#pragma omp barrier
+            work_through(shares + n_threads, n_threads, thread,
+                         [&](size_t i) { expand_unit(call, done, h, done.dealt[i], expand); });
+        }
+    }
+    if (!by_unit) run(call, plan);
+    choice.done();
 }
 
 template <typename Row>
@@ -816,18 +864,12 @@ LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* t
     const loraplex::Call call{*target, x, x_stride, static_cast<char*>(out), out_stride,
                               entries, starts, rows, weights, n_segments, rows};
     if (const int failed = loraplex::check(call, n_rows)) return failed;
-    loraplex::prepare(call, plan, n_rows);
-    loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
-                       [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
-                           // Units too light for threads are none for the product to share.
-                           if (plan.cut == loraplex::Cut::kUnits && plan.n_threads > 1) {
-                               const auto product = loraplex::product_of(base, *target, fetch);
-                               loraplex::run_by_unit(call, plan, &product);
-                               return;
-                           }
-                           loraplex::run_base(base, call, fetch);
-                           loraplex::run(call, plan);
-                       });
+    const loraplex::Base base{packed, bias, x, x_stride, out, out_stride, n_rows};
+    if (omp_get_max_threads() > 1 &&
+        loraplex::is_for_many_threads(n_rows, loraplex::n_columns(*target), target->in_features))
+        loraplex::run_together(base, call, plan);
+    else
+        loraplex::run_over(base, call, plan, n_rows, [&] { loraplex::run(call, plan); });
     return 0;
 }
 
@@ -852,14 +894,10 @@ LORAPLEX_API int loraplex_spread_linear(const loraplex::LoraTargetDescriptor* ta
     if (const int failed = loraplex::check(call, n_pairs)) return failed;
     for (int64_t i = 0; i < n_pairs; ++i)
         plan.x_rows[i] = static_cast<int32_t>(pair_rows[rows[i]]);
-    loraplex::prepare(call, plan, n_pairs);
     const loraplex::Gated gated{call, static_cast<const char*>(out), out_stride * bytes,
                                 static_cast<char*>(act), act_stride * bytes};
-    loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
-                       [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
-                           loraplex::run_base(base, call, fetch);
-                           loraplex::run_gated(gated, plan, n_pairs);
-                       });
+    loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan, n_pairs,
+                       [&] { loraplex::run_gated(gated, plan, n_pairs); });
     return 0;
 }
 
@@ -880,12 +918,8 @@ LORAPLEX_API int loraplex_gather_linear(const loraplex::LoraTargetDescriptor* ta
     const loraplex::Call call{*target, pairs, pair_stride, plan.pairs.data(), width,
                               entries, starts, rows, weights, n_segments, rows};
     if (const int failed = loraplex::check(call, n_pairs)) return failed;
-    loraplex::prepare(call, plan, n_pairs);
-    loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan,
-                       [&](const loraplex::Base& base, const loraplex::FetchList* fetch) {
-                           loraplex::run_base(base, call, fetch);
-                           loraplex::run(call, plan);
-                       });
+    loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan, n_pairs,
+                       [&] { loraplex::run(call, plan); });
     loraplex::add_pairs(call, pair_rows, n_pairs, static_cast<char*>(out), out_stride);
     return 0;
 }

@@ -15,8 +15,16 @@ struct LinearArgs {
     void* out;
     long x_stride, out_stride;  // elements
     long n_rows, n_out, n_in;
-    const FetchList* fetch;  // [threads], or null
+    // Where the lists [threads] of what to fetch will stand, null until they do; or null.
+    const FetchList* const* fetch;
 };
+
+// Whether a product is worth more than one thread.
+namespace {
+inline bool is_for_many_threads(long n_rows, long n_out, long n_in) {
+    return n_rows * n_out * n_in >= 200000;
+}
+}  // namespace
 
 // The largest of some values and its place.
 struct Largest {

@@ -141,7 +141,7 @@ class PackedLinear:
 
     def unpack(self) -> list[Tensor]:
         """The weights as they were given, copied."""
-        stacked = self.embed(torch.arange(self.n_out, device=self._weight.device))
+        stacked = self._weight if self._code is None else self.embed(torch.arange(self.n_out))
         return [part.clone() for part in torch.split(stacked, list(self.out_features))]
 
     def _keep_compact(self) -> None:

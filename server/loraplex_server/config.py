@@ -320,6 +320,8 @@ _OPTIONS: Mapping[str, Callable[[Value], object]] = {
     "prefix_cache": _flag,
     "cuda_graphs": _flag,
     "lora_side_stream": _flag,
+    "kernels": _text,
+    "fuse": _flag,
     "threads": _integer,
     "state_dir": _path,
     "adapters_dir": _paths,
@@ -359,6 +361,8 @@ _ENGINE = {
     "prefix_cache": "prefix_cache",
     "cuda_graphs": "cuda_graphs",
     "lora_side_stream": "lora_side_stream",
+    "kernels": "kernels",
+    "fuse": "fuse",
     "threads": "threads",
 }
 _STORE = {

@@ -6,13 +6,15 @@ import ctypes
 import enum
 import functools
 import logging
+import threading
 from pathlib import Path
 
 import torch
 
-__all__ = ["Isa", "available", "isa", "library", "limit_isa"]
+__all__ = ["Isa", "available", "isa", "library", "limit_isa", "use_references"]
 
 _ABI = 8
+_switched_off = threading.Event()
 _OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 logger = logging.getLogger(__name__)
@@ -44,9 +46,21 @@ def limit_isa(best: Isa) -> Isa | None:
     return None if lib is None else Isa(lib.loraplex_limit_isa(int(best)))
 
 
+def use_references() -> None:
+    """From now on the PyTorch references run instead, in this process.
+
+    Call it before weights are packed: what native code has laid out, only it can read.
+    """
+    logger.info("PyTorch references instead of native CPU kernels")
+    _switched_off.set()
+    library.cache_clear()
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The loaded library, or None with the reason in the log (once)."""
+    if _switched_off.is_set():
+        return None
     folder = Path(__file__).parent
     found = sorted(folder.glob("_native*.so"))
     if not found:

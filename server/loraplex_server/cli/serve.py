@@ -21,6 +21,12 @@ def _option(panel: str, help_text: str, metavar: str | None = None) -> typer.mod
     return info
 
 
+def _hidden(help_text: str) -> typer.models.OptionInfo:
+    info = typer.Option(help=help_text, hidden=True)
+    assert isinstance(info, typer.models.OptionInfo)
+    return info
+
+
 def serve(
     model: Annotated[
         str | None,
@@ -115,6 +121,11 @@ def serve(
             rich_help_panel=_ENGINE,
             show_default=False,
         ),
+    ] = None,
+    kernels: Annotated[str | None, _hidden("native, or reference: PyTorch, to compare.")] = None,
+    fuse: Annotated[
+        bool | None,
+        typer.Option("--fuse/--no-fuse", hidden=True, help="Layers as one list of kernels."),
     ] = None,
     threads: Annotated[int | None, _option(_ENGINE, "CPU threads. Default: torch's.")] = None,
     adapters_dir: Annotated[

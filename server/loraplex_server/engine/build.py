@@ -15,6 +15,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_kernels.cpu import native
 from loraplex_kernels.side_stream import CudaSideStream, SideStream
 
 from ..model.base_model import BaseModel, load_base_model
@@ -57,12 +58,14 @@ def build_engine(
     Raises ModelError if the model cannot be served and ValueError for a device that is not there.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    if config.kernels == "reference":
+        native.use_references()
     device = _device(config.device)
     name = model_id or model_path.name
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = _dtype(config.dtype, device)
     model = _in_passing_thread(
-        lambda: load_base_model(model_path, name, dtype=dtype, device=device)
+        lambda: load_base_model(model_path, name, dtype=dtype, device=device, fuse=config.fuse)
     )
     engine = assemble_engine(model, config)
     return BuiltEngine(engine, tokenizer, model.spec, name)

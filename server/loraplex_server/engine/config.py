@@ -28,6 +28,8 @@ class EngineConfig:
     prefix_cache: bool = True
     cuda_graphs: bool = True  # decode steps on a GPU are recorded at start and replayed
     lora_side_stream: bool = False  # on a GPU adapters shrink x beside the base's product
+    kernels: str = "native"  # on a CPU; "reference": the PyTorch code that they are held against
+    fuse: bool = True  # the layers as one list of kernels, where the architecture is known
     threads: int | None = None  # CPU compute threads; None = torch's default
 
     def __post_init__(self) -> None:
@@ -46,5 +48,7 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; it must be at least 1")
+        if self.kernels not in ("native", "reference"):
+            raise ValueError(f"kernels is {self.kernels!r}; choose native or reference")
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ValueError(f"dtype is {self.dtype!r}; choose auto, bfloat16, float16 or float32")

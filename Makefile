@@ -53,6 +53,7 @@ load: venv
 	$(BIN)/loraplex bench mixed
 
 docker-check: venv  # lints the Dockerfiles and replays the CPU image's steps in a clean venv
+	$(BIN)/hadolint Dockerfile Dockerfile.cuda
 	$(BIN)/python -m deploy.replay
 
 native: venv

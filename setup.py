@@ -11,6 +11,7 @@ import sys
 from glob import glob
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = sorted(glob("kernels/loraplex_kernels/cpu/csrc/*.cpp"))
 HEADERS = sorted(
@@ -21,7 +22,16 @@ HEADERS = sorted(
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fno-math-errno", "-ffp-contract=off", "-fvisibility=hidden"]
 OPENMP = ["-fopenmp"] if sys.platform == "linux" else []
 
+
+class PlainLibraryWheel(bdist_wheel):
+    """Tags the wheel ``py3-none-<platform>``: the library uses no symbol of Python's."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 setup(
+    cmdclass={"bdist_wheel": PlainLibraryWheel},
     ext_modules=[
         Extension(
             "loraplex_kernels.cpu._native",
@@ -31,5 +41,5 @@ setup(
             language="c++",
             optional=True,
         )
-    ]
+    ],
 )

@@ -1,11 +1,11 @@
-"""Replays the build stage of the CPU image in a clean folder, then starts what it built.
+"""Builds the CPU image without a Docker engine: its steps in a temporary folder, then a start.
 
-    python -m deploy.replay        (`make docker-check`)
+    python -m deploy.replay        (`make docker-check` runs hadolint before)
 
-For machines without a Docker engine: ENV, WORKDIR, COPY and RUN are carried out with /opt/loraplex
-and /src moved into a temporary folder; apt-get lines are left out (a C++ compiler must be there).
-At the end the server of the new venv must answer /health, refuse to listen without a key, and end
-with status 0 on SIGTERM.
+ENV, WORKDIR, COPY and RUN of the build stage are carried out with /opt/loraplex and /src moved into
+the folder. Lines with apt-get are left out, so a C++ compiler must be installed. The server of the
+new venv must then refuse to listen to everybody without a key, answer /health, and end with status
+0 on SIGTERM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from .dockerfile import Stage, lint, parse
+from .dockerfile import Stage, parse
 
 __all__ = ["main"]
 
@@ -34,10 +34,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--torch-index", default="", help="TORCH_INDEX of the build")
     options = parser.parse_args()
-    for name in ("Dockerfile", "Dockerfile.cuda"):
-        if problems := lint(_ROOT / name, _ROOT):
-            print(f"{name}: {'; '.join(problems)}")
-            return 1
     with tempfile.TemporaryDirectory(prefix="loraplex-image-") as folder:
         moved = Path(folder)
         build, serve = parse(_ROOT / "Dockerfile")
@@ -79,13 +75,10 @@ def _replay(stage: Stage, moved: Path, environment: dict[str, str]) -> None:
 def _check_start(stage: Stage, moved: Path) -> None:
     (moved / "data").mkdir()
     environment: dict[str, str] = {"PATH": os.environ["PATH"]}
-    for instruction in stage.instructions:
-        if instruction.name == "ENV":
-            environment |= _variables(_moved(instruction.text, moved), environment)
+    for instruction in stage.all("ENV"):
+        environment |= _variables(_moved(instruction.text, moved), environment)
     environment |= {"LORAPLEX_HOST": "127.0.0.1", "LORAPLEX_PORT": str(_PORT)}
     entry, command = stage.last("ENTRYPOINT"), stage.last("CMD")
-    assert entry is not None
-    assert command is not None
     words = [*(entry.arguments or ()), *(command.arguments or ())]
     words[0] = str(moved / "opt/loraplex/venv/bin" / words[0])
     open_to_all = {**environment, "LORAPLEX_HOST": "0.0.0.0"}
@@ -109,7 +102,6 @@ def _wait_until_healthy(
 ) -> None:
     """By the image's own HEALTHCHECK command."""
     health = stage.last("HEALTHCHECK")
-    assert health is not None
     command = [sys.executable, *(health.arguments or ())[1:]]
     deadline = time.monotonic() + 180
     while time.monotonic() < deadline and process.poll() is None:

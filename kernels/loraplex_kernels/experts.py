@@ -1,4 +1,4 @@
-"""Operators of routed experts. A *pair* is (row of the step, slot): the row as one expert sees it.
+"""Operators of routed experts. A *pair* is (row of the step, choice): the row as an expert sees it.
 
 Pairs are numbered row-major, the rows of one adapter after another's. On a CPU these are native
 calls; the PyTorch versions below them are the definition and what runs elsewhere. Deterministic,
@@ -44,15 +44,15 @@ class StepPairs(NamedTuple):
     """The pairs of a step by row."""
 
     rows: Tensor  # int64 [n_pairs]: the row of each pair
-    groups: tuple[tuple[Tensor, int], ...]  # an adapter's rows (int64, ascending), slots of each
+    groups: tuple[tuple[Tensor, int], ...]  # an adapter's rows (int64, ascending), experts a row
 
 
 class Grouped(NamedTuple):
     """Pairs by segment, ascending within each."""
 
-    rows: Tensor  # int32 [n_pairs]
-    starts: Tensor  # int32 [n_segments + 1]
-    weights: Tensor  # float32 [n_pairs], in the order of ``rows``
+    indices: Tensor  # int32 [n_pairs]
+    indptr: Tensor  # int32 [n_segments + 1]
+    weights: Tensor  # float32 [n_pairs], in the order of ``indices``
 
 
 def route_top_k(hidden: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -98,15 +98,15 @@ def group_pairs(ids: Tensor, weight: Tensor, n_segments: int) -> Grouped:
             weight.data_ptr(),
             ids.shape[0],
             n_segments,
-            grouped.starts.data_ptr(),
-            grouped.rows.data_ptr(),
+            grouped.indptr.data_ptr(),
+            grouped.indices.data_ptr(),
             grouped.weights.data_ptr(),
         )
         return grouped
     in_order, order = torch.sort(ids, stable=True)
     edges = torch.arange(n_segments + 1, dtype=ids.dtype, device=ids.device)
-    starts = torch.searchsorted(in_order, edges, out_int32=True)
-    return Grouped(order.int(), starts, weight[order])
+    indptr = torch.searchsorted(in_order, edges, out_int32=True)
+    return Grouped(order.int(), indptr, weight[order])
 
 
 def route_and_group(
@@ -122,7 +122,7 @@ def route_and_group(
         index, weight = route_top_k(hidden, gate, k)
         grouped = group_pairs(index.reshape(-1), weight.reshape(-1), n_experts)
         if load is not None:
-            load += grouped.starts.diff()
+            load += grouped.indptr.diff()
         return weight, grouped
     n_rows = hidden.shape[0]
     index = torch.empty((n_rows, k), dtype=torch.int32)
@@ -139,8 +139,8 @@ def route_and_group(
         k,
         index.data_ptr(),
         weight.data_ptr(),
-        grouped.starts.data_ptr(),
-        grouped.rows.data_ptr(),
+        grouped.indptr.data_ptr(),
+        grouped.indices.data_ptr(),
         grouped.weights.data_ptr(),
         None if load is None else load.data_ptr(),
     )
@@ -177,8 +177,8 @@ def mix_experts(
     for (rows, k), weight in zip(pairs.groups, weights, strict=True):
         n = rows.shape[0]
         if code is None:
-            slots = expert_act[first : first + n * k].view(n, k, -1)
-            act.index_copy_(0, rows, weighted_sum(slots, weight).to(act.dtype))
+            choices = expert_act[first : first + n * k].view(n, k, -1)
+            act.index_copy_(0, rows, weighted_sum(choices, weight).to(act.dtype))
         else:
             native_ops(keep_gil=n * k * ff < _LIGHT).mix(
                 code,
@@ -193,11 +193,11 @@ def mix_experts(
         first += n * k
 
 
-def weighted_sum(slots: Tensor, weight: Tensor) -> Tensor:
-    """Σ_slot weight · slots, in slot order: [n, k, width], [n, k] → [n, width]."""
-    mixed = slots[:, 0] * weight[:, :1]
-    for slot in range(1, slots.shape[1]):
-        mixed = torch.addcmul(mixed, slots[:, slot], weight[:, slot : slot + 1])
+def weighted_sum(choices: Tensor, weight: Tensor) -> Tensor:
+    """Σ_j weight[:, j] · choices[:, j], j ascending: [n, k, width], [n, k] → [n, width]."""
+    mixed = choices[:, 0] * weight[:, :1]
+    for j in range(1, choices.shape[1]):
+        mixed = torch.addcmul(mixed, choices[:, j], weight[:, j : j + 1])
     return mixed
 
 

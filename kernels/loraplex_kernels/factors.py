@@ -1,4 +1,4 @@
-"""The factors of one entry and how they are cut into pages."""
+"""The factors of one slot and how they are cut into pages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import BadFactors
 from .layout import PAGE_RANK, LoraTarget
 
-__all__ = ["KINDS", "EntryFactors", "Piece", "SliceFactors", "cut_into_pieces"]
+__all__ = ["KINDS", "AdapterFactors", "Piece", "SliceFactors", "cut_into_pieces"]
 
 
 KINDS = ("a", "b", "scale", "bias")  # of pieces, in the order in which the kernels read them
@@ -32,7 +32,7 @@ class SliceFactors:
 
 
 # target name → one item for each slice of the target; None = the slice is left alone
-EntryFactors = Mapping[str, tuple[SliceFactors | None, ...]]
+AdapterFactors = Mapping[str, tuple[SliceFactors | None, ...]]
 
 
 class Piece(NamedTuple):
@@ -45,8 +45,8 @@ class Piece(NamedTuple):
     source: Tensor  # [rows, width], or [width] of a scale or a bias
 
 
-def cut_into_pieces(targets: Mapping[str, LoraTarget], factors: EntryFactors) -> list[Piece]:
-    """The pieces of an entry in the order in which the kernels read them. Raises BadFactors."""
+def cut_into_pieces(targets: Mapping[str, LoraTarget], factors: AdapterFactors) -> list[Piece]:
+    """The pieces of a slot in the order in which the kernels read them. Raises BadFactors."""
     unknown = factors.keys() - targets.keys()
     if unknown:
         raise BadFactors(f"no such targets: {sorted(unknown)}; known: {sorted(targets)}")

@@ -4,7 +4,7 @@ Float32 and bfloat16 tensors on a CPU go to native code, attention and cache wri
 Triton, everything else to the PyTorch reference of the same contract (``model_ops_reference``,
 which also fixes the layout inside a page of the KV cache). Native results are deterministic and
 batch-invariant: a row has the same bits alone and among others, in a decode step and in a prefill
-chunk. For inference: nothing is recorded for autograd. Indices (pages, slots, positions) are
+chunk. For inference: nothing is recorded for autograd. Indices (pages, KV slots, positions) are
 trusted.
 """
 
@@ -121,17 +121,17 @@ def rope_and_cache(
     positions: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     *,
     n_heads: int,
     n_kv_heads: int,
     head_dim: int,
 ) -> None:
-    """Rotates q and k of ``q_k_v`` [T, (n_heads + 2 n_kv_heads) D] in place; writes k, v to slots.
+    """Rotates q and k of ``q_k_v`` [T, (n_heads + 2 n_kv_heads) D] in place; caches k, v.
 
     ``cos``, ``sin``: [n_positions, rotary_dim ≤ D] with repeated halves, float32 (most exact) or of
     the dtype of ``q_k_v`` (as transformers rounds them); None = no rotary.
-    ``positions``, ``slots``: int64 [T]; a negative slot is not written.
+    ``positions``, ``slot_mapping``: int64 [T]; a negative slot is not written.
     """
     if q_k_v.is_cuda and q_k_v.dtype in _TRITON_DTYPES:
         from .triton import rope_and_cache_triton  # imports Triton, which a CPU does not need
@@ -143,7 +143,7 @@ def rope_and_cache(
             positions,
             k_cache,
             v_cache,
-            slots,
+            slot_mapping,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
@@ -163,7 +163,7 @@ def rope_and_cache(
         or q_k_v.stride(1) != 1
         or not takes_cache(k_cache, v_cache, dtype)
         or not is_plain(positions, torch.int64)
-        or not is_plain(slots, torch.int64)
+        or not is_plain(slot_mapping, torch.int64)
     ):
         rope_and_cache_reference(
             q_k_v,
@@ -172,7 +172,7 @@ def rope_and_cache(
             positions,
             k_cache,
             v_cache,
-            slots,
+            slot_mapping,
             n_heads=n_heads,
             n_kv_heads=n_kv_heads,
             head_dim=head_dim,
@@ -196,19 +196,19 @@ def rope_and_cache(
         0 if cos is None else cos.shape[1],
         int(wide),
         positions.data_ptr(),
-        slots.data_ptr(),
+        slot_mapping.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         n_rows,
     )
 
 
-def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """Writes ``k``, ``v`` [T, n_kv_heads, D] to ``slots`` int64 [T]; negative = skip."""
+def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Writes ``k``, ``v`` [T, n_kv_heads, D] to ``slot_mapping`` int64 [T]; negative = skip."""
     if k.is_cuda and k.dtype in _TRITON_DTYPES:
         from .triton import write_kv_triton
 
-        write_kv_triton(k, v, k_cache, v_cache, slots)
+        write_kv_triton(k, v, k_cache, v_cache, slot_mapping)
         return
     dtype = k.dtype
     code = dtype_code(dtype)
@@ -218,9 +218,9 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         or not _has_plain_heads(k, dtype)
         or not _has_plain_heads(v, dtype)
         or not takes_cache(k_cache, v_cache, dtype)
-        or not is_plain(slots, torch.int64)
+        or not is_plain(slot_mapping, torch.int64)
     ):
-        write_kv_reference(k, v, k_cache, v_cache, slots)
+        write_kv_reference(k, v, k_cache, v_cache, slot_mapping)
         return
     native_ops(keep_gil=k.numel() < _LIGHT).rope_and_cache(
         code,
@@ -237,7 +237,7 @@ def write_kv(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tens
         0,
         1,
         None,
-        slots.data_ptr(),
+        slot_mapping.data_ptr(),
         k_cache.data_ptr(),
         v_cache.data_ptr(),
         n_rows,

@@ -67,13 +67,13 @@ def rope_and_cache_reference(
     positions: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     *,
     n_heads: int,
     n_kv_heads: int,
     head_dim: int,
 ) -> None:
-    """Rotates q and k of ``q_k_v`` [T, (n_heads + 2 n_kv_heads) D] in place; writes k, v to slots.
+    """Rotates q and k of ``q_k_v`` [T, (n_heads + 2 n_kv_heads) D] in place; caches k, v.
 
     ``cos``, ``sin`` [n_positions, rotary_dim] (the two halves repeated, as transformers makes them;
     None = no rotary) turn the first ``rotary_dim`` of each head, in float32 with one rounding.
@@ -89,30 +89,32 @@ def rope_and_cache_reference(
         c = cos[positions].to(compute).unsqueeze(1)
         s = sin[positions].to(compute).unsqueeze(1)
         rotated.copy_(wide * c + turned * s)
-    write_kv_reference(heads[:, n_heads:n_rotated], heads[:, n_rotated:], k_cache, v_cache, slots)
+    write_kv_reference(
+        heads[:, n_heads:n_rotated], heads[:, n_rotated:], k_cache, v_cache, slot_mapping
+    )
 
 
 def write_kv_reference(
-    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
 ) -> None:
-    """Writes ``k``, ``v`` [T, n_kv_heads, D] to the cache at ``slots`` [T]; negative = skip."""
-    kept = slots >= 0
-    slots, k, v = slots[kept], k[kept], v[kept]
+    """Writes ``k``, ``v`` [T, n_kv_heads, D] to slots ``slot_mapping`` [T]; negative = skip."""
+    kept = slot_mapping >= 0
+    slot_mapping, k, v = slot_mapping[kept], k[kept], v[kept]
     page_size, head_dim = k_cache.shape[2:]
-    pages, offsets = slots // page_size, slots % page_size
+    pages, offsets = slot_mapping // page_size, slot_mapping % page_size
     k_pages, v_pages = _inner_views(k_cache, v_cache)
     unit = k_pages.shape[-1]
     k_pages[pages, :, :, offsets] = k.reshape(*k.shape[:2], head_dim // unit, unit)
     v_pages[pages, :, offsets // unit, :, offsets % unit] = v
 
 
-def read_kv(k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values at ``slots`` [T], each [T, n_kv_heads, D]."""
+def read_kv(k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
+    """The keys and values at ``slot_mapping`` [T], each [T, n_kv_heads, D]."""
     page_size, head_dim = k_cache.shape[2:]
-    pages, offsets = slots // page_size, slots % page_size
+    pages, offsets = slot_mapping // page_size, slot_mapping % page_size
     k_pages, v_pages = _inner_views(k_cache, v_cache)
     unit = k_pages.shape[-1]
-    k = k_pages[pages, :, :, offsets].reshape(len(slots), k_cache.shape[1], head_dim)
+    k = k_pages[pages, :, :, offsets].reshape(len(slot_mapping), k_cache.shape[1], head_dim)
     return k, v_pages[pages, :, offsets // unit, :, offsets % unit]
 
 

@@ -34,7 +34,7 @@ def lora_apply(
     over it as ``torch.ops.loraplex.lora_apply``. For a target of a pool, ``PreparedTarget`` is
     quicker.
     """
-    if segments.entries.shape[0] == 0:
+    if segments.slots.shape[0] == 0:
         return
     if torch.compiler.is_compiling():
         _lora_apply_op(
@@ -43,7 +43,7 @@ def lora_apply(
             target.in_features,
             list(target.out_features),
             [tables.ranks, tables.a_pages, tables.b_pages, tables.scale, tables.bias],
-            [segments.entries, segments.starts, segments.rows],
+            [segments.slots, segments.indptr, segments.indices],
             segments.weights,
             out,
         )
@@ -191,8 +191,8 @@ def _lora_apply_op(
     out: Tensor,
 ) -> None:
     target = LoraTarget("compiled", in_features, tuple(out_features))
-    entries, starts, rows = segments
-    packed = LoraSegments(entries, starts, rows, weights)
+    slots, indptr, indices = segments
+    packed = LoraSegments(slots, indptr, indices, weights)
     _dispatch(x, storage, target, LoraTables(*tables), packed, out)
 
 

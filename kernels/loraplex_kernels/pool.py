@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from .errors import PoolFull
 from .extents import ExtentAllocator
-from .factors import EntryFactors
+from .factors import AdapterFactors
 from .layout import LoraTables, LoraTarget
-from .packed_entry import ALIGNMENT_BYTES, PackedEntry, pack_entry
+from .packed_factors import ALIGNMENT_BYTES, PackedFactors, pack_factors
 from .pool_tables import PoolTables
 from .storage import allocate_storage
 
@@ -21,10 +21,10 @@ __all__ = ["LoraPool"]
 
 
 @dataclass(slots=True)
-class _Entry:
+class _Slot:
     extents: list[tuple[int, int]]  # (start, length) in units of the alignment
     offsets: NDArray[np.int64]  # of each piece, in elements of the storage
-    packed: PackedEntry | None  # until it is published
+    packed: PackedFactors | None  # until it is published
     keys: NDArray[np.int64]
     ranks: NDArray[np.int64]
 
@@ -32,10 +32,10 @@ class _Entry:
 class LoraPool:
     """Owns the storage and the tables. One thread calls it; ``pack`` and ``fill`` may be any other.
 
-    An entry is the factors of one (adapter, expert) for all targets. Loading has phases, so that
+    A slot is the factors of one (adapter, expert) for all targets. Loading has phases, so that
     nothing of it holds up a step: ``pack`` casts and lays out, on the host, once; ``reserve``
     takes the space, ``fill`` copies, ``publish`` writes the tables. Until then kernels see rank 0
-    there. Ranks are true in memory: an entry takes its own bytes and at most an alignment of 64
+    there. Ranks are true in memory: a slot takes its own bytes and at most an alignment of 64
     bytes for each page.
     """
 
@@ -44,7 +44,7 @@ class LoraPool:
         targets: Sequence[LoraTarget],
         *,
         n_bytes: int,
-        n_entries: int,
+        n_slots: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         max_rank: int = 64,
@@ -58,13 +58,13 @@ class LoraPool:
         self.device = torch.device(device)
         self.is_compact = compact
         self.targets = {target.name: target for target in targets}
-        self.n_entries = n_entries
+        self.n_slots = n_slots
         self._unit = ALIGNMENT_BYTES // dtype.itemsize  # elements
         n_units = n_bytes // ALIGNMENT_BYTES
         self.storage = allocate_storage(n_units * self._unit, dtype, self.device)
         self._extents = ExtentAllocator(n_units)
-        self._entries: dict[int, _Entry] = {}
-        self._tables = PoolTables(targets, n_entries, max_rank, self.device)
+        self._slots: dict[int, _Slot] = {}
+        self._tables = PoolTables(targets, n_slots, max_rank, self.device)
 
     @property
     def bytes_total(self) -> int:
@@ -75,17 +75,17 @@ class LoraPool:
         return (self._extents.size - self._extents.n_free) * ALIGNMENT_BYTES
 
     @property
-    def entries(self) -> tuple[int, ...]:
+    def slots(self) -> tuple[int, ...]:
         """The ids taken, ascending."""
-        return tuple(sorted(self._entries))
+        return tuple(sorted(self._slots))
 
     def tables(self, target_name: str) -> LoraTables:
         """The current tables of a target. A rank larger than any before replaces the object."""
         return self._tables.of(target_name)
 
-    def pack(self, factors: EntryFactors) -> PackedEntry:
-        """The entry in this pool's dtype and layout. Any thread. Raises BadFactors."""
-        return pack_entry(
+    def pack(self, factors: AdapterFactors) -> PackedFactors:
+        """The slot in this pool's dtype and layout. Any thread. Raises BadFactors."""
+        return pack_factors(
             self.targets,
             factors,
             self.storage.dtype,
@@ -93,40 +93,40 @@ class LoraPool:
             pin_memory=self.device.type == "cuda",
         )
 
-    def adopt(self, packed: PackedEntry) -> PackedEntry:
+    def adopt(self, packed: PackedFactors) -> PackedFactors:
         """What ``pack`` made earlier, perhaps for an equal pool, in memory fit for ``fill``."""
         if self.device.type != "cuda" or packed.image.is_pinned():
             return packed
         return replace(packed, image=packed.image.pin_memory())
 
-    def reserve(self, packed: PackedEntry) -> int:
-        """Takes space for an entry and returns its id. Copies nothing. Raises PoolFull."""
+    def reserve(self, packed: PackedFactors) -> int:
+        """Takes space for a slot and returns its id. Copies nothing. Raises PoolFull."""
         return self.reserve_group([packed])[0]
 
-    def reserve_group(self, group: Sequence[PackedEntry]) -> tuple[int, ...]:
-        """Consecutive entries, as the experts of a routed adapter need them: all, or PoolFull."""
+    def reserve_group(self, group: Sequence[PackedFactors]) -> tuple[int, ...]:
+        """Consecutive slots, as the experts of a routed adapter need them: all, or PoolFull."""
         n_units = sum(packed.n_bytes for packed in group) // ALIGNMENT_BYTES
         first = self._find_ids(len(group))
         if first is None or n_units > self._extents.n_free:
             raise self._full(n_units, len(group))
-        taken: list[_Entry] = []
+        taken: list[_Slot] = []
         for packed in group:
-            entry = self._place(packed)
-            if entry is None:
+            slot = self._place(packed)
+            if slot is None:
                 for other in taken:
                     self._free_extents(other.extents)
                 raise self._full(n_units, len(group))
-            taken.append(entry)
+            taken.append(slot)
         ids = tuple(range(first, first + len(group)))
-        self._entries.update(zip(ids, taken, strict=True))
+        self._slots.update(zip(ids, taken, strict=True))
         return ids
 
-    def fill(self, entry: int) -> None:
+    def fill(self, slot: int) -> None:
         """Copies what ``reserve`` took space for. Any thread, on its current stream."""
-        record = self._entries[entry]
+        record = self._slots[slot]
         packed = record.packed
         if packed is None:
-            raise RuntimeError(f"entry {entry} is published already")
+            raise RuntimeError(f"slot {slot} is published already")
         for first, last in _runs(record.offsets, packed.lengths):
             begin = int(packed.starts[first])
             end = int(packed.starts[last] + packed.lengths[last])
@@ -134,40 +134,40 @@ class LoraPool:
             place = self.storage[offset : offset + end - begin]
             place.copy_(packed.image[begin:end], non_blocking=True)
 
-    def publish(self, entry: int) -> None:
-        """Lets kernels see the entry. On a device: ordered on the current stream."""
-        record = self._entries[entry]
-        self._tables.write(entry, record.ranks, record.keys, record.offsets)
+    def publish(self, slot: int) -> None:
+        """Lets kernels see the slot. On a device: ordered on the current stream."""
+        record = self._slots[slot]
+        self._tables.write(slot, record.ranks, record.keys, record.offsets)
         record.packed = None
 
-    def remove(self, entry: int) -> int:
-        """Forgets an entry, published or not; returns the bytes that it freed."""
-        record = self._entries.pop(entry)
+    def remove(self, slot: int) -> int:
+        """Forgets a slot, published or not; returns the bytes that it freed."""
+        record = self._slots.pop(slot)
         if record.packed is None:
-            self._tables.clear(entry, record.ranks, record.keys)
+            self._tables.clear(slot, record.ranks, record.keys)
         self._free_extents(record.extents)
         return sum(length for _, length in record.extents) * ALIGNMENT_BYTES
 
     def _find_ids(self, count: int) -> int | None:
         """First of ``count`` consecutive free ids, the lowest there are."""
         first = 0
-        for taken in [*sorted(self._entries), self.n_entries]:
+        for taken in [*sorted(self._slots), self.n_slots]:
             if taken - first >= count:
                 return first
             first = taken + 1
         return None
 
-    def _place(self, packed: PackedEntry) -> _Entry | None:
-        """One stretch for the whole entry where there is one (best to read); else page by page."""
+    def _place(self, packed: PackedFactors) -> _Slot | None:
+        """One stretch for the whole slot where there is one (best to read); else page by page."""
         n_units = packed.n_bytes // ALIGNMENT_BYTES
         start = self._extents.take(n_units) if n_units else 0
         if start is not None:
             extents = [(start, n_units)] if n_units else []
             offsets = packed.starts + start * self._unit
-            return _Entry(extents, offsets, packed, packed.keys, packed.ranks)
+            return _Slot(extents, offsets, packed, packed.keys, packed.ranks)
         return self._place_piecewise(packed)
 
-    def _place_piecewise(self, packed: PackedEntry) -> _Entry | None:
+    def _place_piecewise(self, packed: PackedFactors) -> _Slot | None:
         lengths = (packed.lengths // self._unit).tolist()
         extents: list[tuple[int, int]] = []
         offsets = np.empty(len(lengths), dtype=np.int64)
@@ -179,18 +179,18 @@ class LoraPool:
                 return None
             extents.append((at, lengths[i]))
             offsets[i] = at * self._unit
-        return _Entry(extents, offsets, packed, packed.keys, packed.ranks)
+        return _Slot(extents, offsets, packed, packed.keys, packed.ranks)
 
     def _free_extents(self, extents: list[tuple[int, int]]) -> None:
         for start, length in extents:
             self._extents.free(start, length)
 
-    def _full(self, n_units: int, n_entries: int) -> PoolFull:
+    def _full(self, n_units: int, n_slots: int) -> PoolFull:
         return PoolFull(
             n_units * ALIGNMENT_BYTES,
             self._extents.n_free * ALIGNMENT_BYTES,
-            n_entries=n_entries,
-            free_entries=self.n_entries - len(self._entries),
+            n_slots=n_slots,
+            free_slots=self.n_slots - len(self._slots),
         )
 
 

@@ -1,4 +1,4 @@
-"""The tables of all targets in two flat buffers, so that one entry is written by one scatter."""
+"""The tables of all targets in two flat buffers, so that one slot is written by one scatter."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["PoolTables"]
 
 
 class PoolTables:
-    """Writes entries into the ``LoraTables`` of every target. Owned by the pool."""
+    """Writes slots into the ``LoraTables`` of every target. Owned by the pool."""
 
     def __init__(
-        self, targets: Sequence[LoraTarget], n_entries: int, max_rank: int, device: torch.device
+        self, targets: Sequence[LoraTarget], n_slots: int, max_rank: int, device: torch.device
     ) -> None:
         self._targets = {target.name: target for target in targets}
         self._n_slices = np.array([target.n_slices for target in targets], dtype=np.int64)
-        self._n_entries = n_entries
+        self._n_slots = n_slots
         self._device = device
         self._build(max(1, -(-max_rank // PAGE_RANK)))
 
@@ -33,28 +33,28 @@ class PoolTables:
 
     def write(
         self,
-        entry: int,
+        slot: int,
         ranks: NDArray[np.int64],
         keys: NDArray[np.int64],
         offsets: NDArray[np.int64],
     ) -> None:
-        """``ranks`` and ``keys`` as in ``PackedEntry``; ``offsets`` [n_pieces], in the storage."""
+        """``ranks`` and ``keys`` as in ``PackedFactors``; ``offsets`` [n_pieces] in storage."""
         n_pages = -(-int(ranks[:, 2].max(initial=0)) // PAGE_RANK)
         if n_pages > self._max_pages:
             self._grow(n_pages)
-        self._scatter(self._offsets, self._positions(entry, keys), offsets + keys[:, 4] * COMPACT)
-        self._scatter(self._ranks, self._rank_positions(entry, ranks), ranks[:, 2])
+        self._scatter(self._offsets, self._positions(slot, keys), offsets + keys[:, 4] * COMPACT)
+        self._scatter(self._ranks, self._rank_positions(slot, ranks), ranks[:, 2])
 
-    def clear(self, entry: int, ranks: NDArray[np.int64], keys: NDArray[np.int64]) -> None:
+    def clear(self, slot: int, ranks: NDArray[np.int64], keys: NDArray[np.int64]) -> None:
         self._scatter(
-            self._ranks, self._rank_positions(entry, ranks), np.zeros(len(ranks), dtype=np.int64)
+            self._ranks, self._rank_positions(slot, ranks), np.zeros(len(ranks), dtype=np.int64)
         )
         gone = np.full(len(keys), NO_PAGE, dtype=np.int64)
-        self._scatter(self._offsets, self._positions(entry, keys), gone)
+        self._scatter(self._offsets, self._positions(slot, keys), gone)
 
     def _build(self, max_pages: int) -> None:
         self._max_pages = max_pages
-        rows = self._n_entries * self._n_slices  # of each target
+        rows = self._n_slots * self._n_slices  # of each target
         self._pages_of = np.array([max_pages, max_pages, 1, 1], dtype=np.int64)  # by kind
         sizes = rows[:, None] * self._pages_of
         self._rank_first = np.cumsum(rows) - rows  # [n_targets], where each one's section begins
@@ -66,17 +66,17 @@ class PoolTables:
 
     def _view(self, index: int) -> LoraTables:
         n_slices = int(self._n_slices[index])
-        shape = (self._n_entries, n_slices)
+        shape = (self._n_slots, n_slices)
 
         def section(kind: str) -> Tensor:
             at = KINDS.index(kind)
             first, n_pages = int(self._first[index, at]), int(self._pages_of[at])
-            flat = self._offsets[first : first + self._n_entries * n_slices * n_pages]
+            flat = self._offsets[first : first + self._n_slots * n_slices * n_pages]
             return flat.view(*shape, n_pages) if kind in ("a", "b") else flat.view(shape)
 
         first = int(self._rank_first[index])
         return LoraTables(
-            ranks=self._ranks[first : first + self._n_entries * n_slices].view(shape),
+            ranks=self._ranks[first : first + self._n_slots * n_slices].view(shape),
             a_pages=section("a"),
             b_pages=section("b"),
             scale=section("scale"),
@@ -94,16 +94,16 @@ class PoolTables:
             after.scale.copy_(before.scale)
             after.bias.copy_(before.bias)
 
-    def _positions(self, entry: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _positions(self, slot: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         target, slice_index, kind, page, _ = keys.T
-        row = entry * self._n_slices[target] + slice_index
+        row = slot * self._n_slices[target] + slice_index
         positions: NDArray[np.int64] = self._first[target, kind] + row * self._pages_of[kind] + page
         return positions
 
-    def _rank_positions(self, entry: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _rank_positions(self, slot: int, ranks: NDArray[np.int64]) -> NDArray[np.int64]:
         target, slice_index, _ = ranks.T
         positions: NDArray[np.int64] = (
-            self._rank_first[target] + entry * self._n_slices[target] + slice_index
+            self._rank_first[target] + slot * self._n_slices[target] + slice_index
         )
         return positions
 

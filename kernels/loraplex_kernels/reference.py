@@ -27,14 +27,14 @@ def lora_apply_reference(
     gathered per token. Rows of routed experts accumulate in segment order.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    starts = segments.starts.tolist()
-    for index, entry in enumerate(segments.entries.tolist()):
-        if entry < 0 or starts[index] == starts[index + 1]:
+    indptr = segments.indptr.tolist()
+    for index, slot in enumerate(segments.slots.tolist()):
+        if slot < 0 or indptr[index] == indptr[index + 1]:
             continue
-        pairs = slice(starts[index], starts[index + 1])
-        rows = segments.rows[pairs].long()
+        pairs = slice(indptr[index], indptr[index + 1])
+        rows = segments.indices[pairs].long()
         weights = None if segments.weights is None else segments.weights[pairs].to(compute)
-        _apply_segment(x, storage, target, tables, entry, rows, weights, out, compute)
+        _apply_segment(x, storage, target, tables, slot, rows, weights, out, compute)
 
 
 def _apply_segment(
@@ -42,7 +42,7 @@ def _apply_segment(
     storage: Tensor,
     target: LoraTarget,
     tables: LoraTables,
-    entry: int,
+    slot: int,
     rows: Tensor,
     weights: Tensor | None,
     out: Tensor,
@@ -53,14 +53,14 @@ def _apply_segment(
     for i, width in enumerate(target.out_features):
         columns = slice(first, first + width)
         first += width
-        rank = int(tables.ranks[entry, i])
-        scale, bias = int(tables.scale[entry, i]), int(tables.bias[entry, i])
+        rank = int(tables.ranks[slot, i])
+        scale, bias = int(tables.scale[slot, i]), int(tables.bias[slot, i])
         if rank == 0 and scale == NO_PAGE and bias == NO_PAGE:
             continue
         y = out[rows, columns].to(compute)
         if rank:
-            a = _read_factor(storage, tables.a_pages[entry, i], rank, target.in_features, "a")
-            b = _read_factor(storage, tables.b_pages[entry, i], rank, width, "b")
+            a = _read_factor(storage, tables.a_pages[slot, i], rank, target.in_features, "a")
+            b = _read_factor(storage, tables.b_pages[slot, i], rank, width, "b")
             delta = (x_rows @ a.to(compute).T) @ b.to(compute)
             y += delta if weights is None else delta * weights[:, None]
         if scale != NO_PAGE:

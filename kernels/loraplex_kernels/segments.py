@@ -1,4 +1,4 @@
-"""Builds the segments of a step: rows grouped by the pool entry they use."""
+"""Builds the segments of a step: rows grouped by the adapter slot they use."""
 
 from __future__ import annotations
 
@@ -13,100 +13,100 @@ from .layout import LoraSegments
 __all__ = ["build_segments", "expand_routed", "group_runs"]
 
 
-def build_segments(row_entries: Tensor, weights: Tensor | None = None) -> LoraSegments:
-    """Groups rows by entry. ``row_entries`` int32 [n_rows]; negative = the row has no adapter.
+def build_segments(row_slots: Tensor, weights: Tensor | None = None) -> LoraSegments:
+    """Groups rows by slot. ``row_slots`` int32 [n_rows]; negative = the row has no adapter.
 
-    Rows ascend within a segment and segments ascend by entry. On a CPU sizes are exact. On a GPU
+    Rows ascend within a segment and segments ascend by slot. On a CPU sizes are exact. On a GPU
     nothing waits for the device: there are as many segments and pairs as rows, and the spare ones
-    are padding (entry −1), so that the shapes of a CUDA graph hold.
+    are padding (slot −1), so that the shapes of a CUDA graph hold.
     """
-    if row_entries.is_cuda:
+    if row_slots.is_cuda:
         from .triton import build_device_segments  # imports Triton, which a CPU does not need
 
-        return build_device_segments(row_entries, weights)
-    rows = torch.arange(row_entries.shape[0], dtype=torch.int32, device=row_entries.device)
-    return _group(row_entries, rows, weights)
+        return build_device_segments(row_slots, weights)
+    rows = torch.arange(row_slots.shape[0], dtype=torch.int32, device=row_slots.device)
+    return _group(row_slots, rows, weights)
 
 
-def group_runs(entries: Sequence[int], n_rows: Sequence[int]) -> LoraSegments:
-    """As ``build_segments``, on a CPU, of ``n_rows[i]`` neighbouring rows of ``entries[i]``.
+def group_runs(slots: Sequence[int], n_rows: Sequence[int]) -> LoraSegments:
+    """As ``build_segments``, on a CPU, of ``n_rows[i]`` neighbouring rows of ``slots[i]``.
 
     Plain Python: between two steps every array operator that runs for the first time since the
     last is fetched from memory, so a dozen of them take ten times as long as in a loop.
     """
     rows_of: dict[int, list[int]] = {}
     end = 0
-    for entry, n in zip(entries, n_rows, strict=True):
+    for slot, n in zip(slots, n_rows, strict=True):
         first, end = end, end + n
-        if entry >= 0 and n > 0:
-            rows_of.setdefault(entry, []).extend(range(first, end))
+        if slot >= 0 and n > 0:
+            rows_of.setdefault(slot, []).extend(range(first, end))
     used = sorted(rows_of)
-    starts, rows = [0], list[int]()
-    for entry in used:
-        rows += rows_of[entry]
-        starts.append(len(rows))
-    together = torch.from_numpy(np.array(used + starts + rows, dtype=np.int32))
+    indptr, indices = [0], list[int]()
+    for slot in used:
+        indices += rows_of[slot]
+        indptr.append(len(indices))
+    together = torch.from_numpy(np.array(used + indptr + indices, dtype=np.int32))
     n = len(used)
     return LoraSegments(together[:n], together[n : 2 * n + 1], together[2 * n + 1 :])
 
 
-def expand_routed(entries: Tensor, weights: Tensor) -> LoraSegments:
-    """Segments of routed experts: row ``t`` uses entry ``entries[t, j]`` with ``weights[t, j]``.
+def expand_routed(slots: Tensor, weights: Tensor) -> LoraSegments:
+    """Segments of routed experts: row ``t`` uses slot ``slots[t, j]`` with ``weights[t, j]``.
 
-    ``entries`` int32 [n_rows, k] (negative = none), ``weights`` float32 [n_rows, k]. A row names an
-    entry once at most, as the k best of a gate do.
+    ``slots`` int32 [n_rows, k] (negative = none), ``weights`` float32 [n_rows, k]. A row names an
+    slot once at most, as the k best of a gate do.
     """
-    if entries.is_cuda:
+    if slots.is_cuda:
         from .triton import build_device_segments
 
-        return build_device_segments(entries, weights)
-    n_rows, k = entries.shape
-    rows = torch.arange(n_rows, dtype=torch.int32, device=entries.device).repeat_interleave(k)
-    return _group(entries.reshape(-1), rows, weights.reshape(-1))
+        return build_device_segments(slots, weights)
+    n_rows, k = slots.shape
+    rows = torch.arange(n_rows, dtype=torch.int32, device=slots.device).repeat_interleave(k)
+    return _group(slots.reshape(-1), rows, weights.reshape(-1))
 
 
-def _group(entries: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
+def _group(slots: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
     if weights is not None:
         weights = weights.to(torch.float32)
-    if entries.device.type == "cpu":
-        return _group_on_host(entries, rows, weights)
-    return _group_on_device(entries, rows, weights)
+    if slots.device.type == "cpu":
+        return _group_on_host(slots, rows, weights)
+    return _group_on_device(slots, rows, weights)
 
 
-def _group_on_host(entries: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
-    host = entries.numpy()
+def _group_on_host(slots: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
+    host = slots.numpy()
     order = np.argsort(host, kind="stable")
     n_without = int(np.count_nonzero(host < 0))
     order = order[n_without:]
     ordered = host[order]
     heads = np.flatnonzero(np.diff(ordered, prepend=-1))
-    starts = np.append(heads, len(order)).astype(np.int32)
+    indptr = np.append(heads, len(order)).astype(np.int32)
     index = torch.from_numpy(order)
     return LoraSegments(
-        entries=torch.from_numpy(ordered[heads].astype(np.int32, copy=False)),
-        starts=torch.from_numpy(starts),
-        rows=rows[index],
+        slots=torch.from_numpy(ordered[heads].astype(np.int32, copy=False)),
+        indptr=torch.from_numpy(indptr),
+        indices=rows[index],
         weights=None if weights is None else weights[index],
     )
 
 
-def _group_on_device(entries: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
-    n_pairs = entries.shape[0]
+def _group_on_device(slots: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
+    n_pairs = slots.shape[0]
     last = torch.iinfo(torch.int32).max
-    keys = torch.where(entries < 0, last, entries)
+    keys = torch.where(slots < 0, last, slots)
     keys, order = torch.sort(keys, stable=True)  # rows without an adapter go to the end
     is_head = torch.ones_like(keys, dtype=torch.bool)
     is_head[1:] = keys[1:] != keys[:-1]
     segment = torch.cumsum(is_head, 0) - 1  # of each pair
     position = torch.arange(n_pairs, dtype=torch.int32, device=keys.device)
-    starts = torch.full((n_pairs + 1,), n_pairs, dtype=torch.int32, device=keys.device)
-    starts.scatter_reduce_(0, segment, position, "amin")
+    indptr = torch.full((n_pairs + 1,), n_pairs, dtype=torch.int32, device=keys.device)
+    indptr.scatter_reduce_(0, segment, position, "amin")
     owner = torch.where(keys == last, -1, keys).to(torch.int32)
-    segment_entries = torch.full((n_pairs,), -1, dtype=torch.int32, device=keys.device)
-    segment_entries.scatter_(0, segment, owner)  # every writer of a place writes the same value
+    segment_slots = torch.full((n_pairs,), -1, dtype=torch.int32, device=keys.device)
+    segment_slots.scatter_(0, segment, owner)  # every writer of a place writes the same value
     return LoraSegments(
-        entries=segment_entries,
-        starts=starts,
-        rows=rows[order],
+        slots=segment_slots,
+        indptr=indptr,
+        indices=rows[order],
         weights=None if weights is None else weights[order],
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from loraplex_kernels import (
-    EntryFactors,
+    AdapterFactors,
     LoraPool,
     LoraSegments,
     LoraTarget,
@@ -90,7 +90,7 @@ def test_the_bytes_are_those_of_forms_on_disk() -> None:
     assert digest[:16] == "6b25476acdbfb391"
 
 
-def factors(ranks: tuple[int, int], seed: int) -> EntryFactors:
+def factors(ranks: tuple[int, int], seed: int) -> AdapterFactors:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -114,11 +114,11 @@ def factors(ranks: tuple[int, int], seed: int) -> EntryFactors:
 
 
 def make_pool(*, compact: bool) -> LoraPool:
-    pool = LoraPool([UP, DOWN, ODD], n_bytes=4 << 20, n_entries=8, dtype=BF16, compact=compact)
+    pool = LoraPool([UP, DOWN, ODD], n_bytes=4 << 20, n_slots=8, dtype=BF16, compact=compact)
     for seed, ranks in enumerate(RANKS):
-        entry = pool.reserve(pool.pack(factors(ranks, seed)))
-        pool.fill(entry)
-        pool.publish(entry)
+        slot = pool.reserve(pool.pack(factors(ranks, seed)))
+        pool.fill(slot)
+        pool.publish(slot)
     return pool
 
 
@@ -137,11 +137,11 @@ def test_a_compact_pool_holds_the_same_values_in_fewer_bytes() -> None:
             (plain.b_pages, small.b_pages, target.out_features, True),
         ]
         for of_plain, of_small, width, mixed in kinds:
-            for entry, i, page in (of_plain >= 0).nonzero().tolist():
-                n_rows = min(16, int(plain.ranks[entry, i]) - 16 * page)
-                first = int(of_plain[entry, i, page])
+            for slot, i, page in (of_plain >= 0).nonzero().tolist():
+                n_rows = min(16, int(plain.ranks[slot, i]) - 16 * page)
+                first = int(of_plain[slot, i, page])
                 values = PLAIN.storage[first : first + n_rows * width[i]].view(n_rows, width[i])
-                at = int(of_small[entry, i, page])
+                at = int(of_small[slot, i, page])
                 kept[bool(at & COMPACT)] += 1
                 if at & COMPACT:
                     found = open_rows(SMALL.storage, at - COMPACT, n_rows, width[i], mixed=mixed)
@@ -151,10 +151,10 @@ def test_a_compact_pool_holds_the_same_values_in_fewer_bytes() -> None:
     assert kept[True] > 2 * kept[False] > 10  # both kinds, side by side
 
 
-def test_the_space_of_a_compact_entry_comes_back() -> None:
+def test_the_space_of_a_compact_slot_comes_back() -> None:
     pool = make_pool(compact=True)
-    for entry in pool.entries:
-        pool.remove(entry)
+    for slot in pool.slots:
+        pool.remove(slot)
     assert pool.bytes_used == 0
     assert all((pool.tables(name).a_pages == -1).all() for name in pool.targets)
 
@@ -207,7 +207,7 @@ def test_over_the_base_and_for_routed_experts_too(mix: str, n_rows: int) -> None
     pairs = StepPairs(rows.repeat_interleave(2), ((rows, 2),))
     ids = torch.full((2 * n_rows,), 6) if mix == "one" else torch.randint(8, (2 * n_rows,))
     grouped = group_pairs(ids.int(), torch.rand(2 * n_rows), 8)
-    routed = LoraSegments(torch.arange(8).int(), grouped.starts, grouped.rows, grouped.weights)
+    routed = LoraSegments(torch.arange(8).int(), grouped.indptr, grouped.indices, grouped.weights)
     segments, results = mixed_segments(mix, n_rows, 1), []
     for pool in (PLAIN, SMALL):
         of_up, of_down = PreparedTarget(pool, "up"), PreparedTarget(pool, "down")

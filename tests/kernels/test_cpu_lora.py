@@ -27,7 +27,7 @@ from loraplex_kernels.packed_linear import PackedLinear
 from tests.support.lora_problems import (
     MIXES,
     LoraProblem,
-    draw_entries,
+    draw_slots,
     make_problem,
     tolerance,
 )
@@ -49,9 +49,9 @@ def threads() -> Iterator[None]:
 @st.composite
 def problems(draw: st.DrawFn) -> LoraProblem:
     in_features, out_features = draw(st.sampled_from(SHAPES))
-    n_entries = draw(st.integers(1, 6))
+    n_slots = draw(st.integers(1, 6))
     rank = st.sampled_from([0, 1, 3, 8, 16, 17, 40, 64, 256])
-    ranks = [[draw(rank) for _ in out_features] for _ in range(n_entries)]
+    ranks = [[draw(rank) for _ in out_features] for _ in range(n_slots)]
     n_rows = draw(st.sampled_from([0, 1, 2, 3, 5, 16, 70]))
     mix, k = draw(st.sampled_from(MIXES)), draw(st.sampled_from([1, 1, 2]))
     seed = draw(st.integers(0, 10_000))
@@ -59,7 +59,7 @@ def problems(draw: st.DrawFn) -> LoraProblem:
         in_features=in_features,
         out_features=out_features,
         ranks=ranks,
-        entries=draw_entries(mix, n_rows, k, n_entries, seed),
+        slots=draw_slots(mix, n_rows, k, n_slots, seed),
         dtype=draw(st.sampled_from([torch.bfloat16, torch.float32])),
         device=CPU,
         seed=seed,
@@ -81,7 +81,7 @@ def test_every_instruction_set_agrees_with_float64(isa: native.Isa, problem: Lor
         native.limit_isa(best)
     if out.numel():
         # `out` is rounded once for each expert of a row.
-        size = max(1.0, expected.abs().max().item()) * problem.entries.shape[1]
+        size = max(1.0, expected.abs().max().item()) * problem.slots.shape[1]
         assert (out.double() - expected).abs().max().item() <= tolerance(out.dtype) * size
 
 
@@ -158,7 +158,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
             in_features=576,
             out_features=(576, 192),
             ranks=[[8, 64], [16, 16], [64, 3], [100, 0]] * 3,
-            entries=draw_entries("distinct", n_rows, k, 12, 1),
+            slots=draw_slots("distinct", n_rows, k, 12, 1),
             dtype=torch.bfloat16,
             device=CPU,
             seed=3,
@@ -177,7 +177,7 @@ def test_rows_with_any_stride_and_rows_without_an_adapter_are_left_alone() -> No
         in_features=41,
         out_features=(30,),
         ranks=[[8]],
-        entries=torch.tensor([[0], [-1], [0]], dtype=torch.int32),
+        slots=torch.tensor([[0], [-1], [0]], dtype=torch.int32),
         dtype=torch.float32,
         device=CPU,
         seed=0,
@@ -210,13 +210,13 @@ def test_segments_that_point_outside_are_refused() -> None:
         in_features=8,
         out_features=(8,),
         ranks=[[4]],
-        entries=torch.zeros(2, 1, dtype=torch.int32),
+        slots=torch.zeros(2, 1, dtype=torch.int32),
         dtype=torch.float32,
         device=CPU,
         seed=0,
     )
     apply = NativeLora(problem.storage, problem.target, problem.tables)
-    with pytest.raises(IndexError, match="entry"):
+    with pytest.raises(IndexError, match="slot"):
         apply(problem.x, build_segments(torch.tensor([0, 1], dtype=torch.int32)), problem.base)
     with pytest.raises(IndexError, match="row"):
         apply(problem.x, build_segments(torch.tensor([0] * 3, dtype=torch.int32)), problem.base)
@@ -244,7 +244,7 @@ def test_without_the_library_the_reference_answers_and_the_log_says_so(
             in_features=41,
             out_features=(30,),
             ranks=[[8]],
-            entries=torch.zeros(3, 1, dtype=torch.int32),
+            slots=torch.zeros(3, 1, dtype=torch.int32),
             dtype=torch.float32,
             device=CPU,
             seed=0,
@@ -262,7 +262,7 @@ def test_torch_compile_passes_over_the_operator() -> None:
         in_features=41,
         out_features=(30,),
         ranks=[[8], [3]],
-        entries=torch.tensor([[0], [1], [-1]], dtype=torch.int32),
+        slots=torch.tensor([[0], [1], [-1]], dtype=torch.int32),
         dtype=torch.float32,
         device=CPU,
         seed=0,
@@ -280,19 +280,19 @@ def test_torch_compile_passes_over_the_operator() -> None:
 
 def test_a_prepared_target_follows_tables_that_grew() -> None:
     target = LoraTarget("linear", 32, (24,))
-    pool = LoraPool([target], n_bytes=1 << 20, n_entries=4, dtype=torch.float32, max_rank=16)
+    pool = LoraPool([target], n_bytes=1 << 20, n_slots=4, dtype=torch.float32, max_rank=16)
     prepared = PreparedTarget(pool, "linear")
     x = torch.randn(2, 32)
     for rank in (8, 100):
         a, b = torch.randn(rank, 32), torch.randn(24, rank)
         factors = {"linear": (SliceFactors(a, b),)}
-        entry = pool.reserve(pool.pack(factors))
-        pool.fill(entry)
-        segments = build_segments(torch.tensor([entry, -1], dtype=torch.int32))
+        slot = pool.reserve(pool.pack(factors))
+        pool.fill(slot)
+        segments = build_segments(torch.tensor([slot, -1], dtype=torch.int32))
         out = torch.zeros(2, 24)
         prepared(x, segments, out)
-        assert not out.any(), "an entry that is not published must be rank 0"
-        pool.publish(entry)
+        assert not out.any(), "a slot that is not published must be rank 0"
+        pool.publish(slot)
         prepared(x, segments, out)
         assert torch.allclose(out[0], b @ (a @ x[0]), atol=1e-3)
         assert not out[1].any()
@@ -319,33 +319,33 @@ def test_a_mixed_batch_agrees_with_peft() -> None:
     with torch.no_grad():
         expected = layer(x, adapter_names=batch)
         out = layer.base_layer(x).clone()
-    pool = LoraPool([LoraTarget("0", 48, (40,))], n_bytes=1 << 20, n_entries=8, dtype=x.dtype)
-    entries: dict[str, int] = {"__base__": -1}
+    pool = LoraPool([LoraTarget("0", 48, (40,))], n_bytes=1 << 20, n_slots=8, dtype=x.dtype)
+    slots: dict[str, int] = {"__base__": -1}
     for name in names:
         a, b = layer.lora_A[name].weight.detach(), layer.lora_B[name].weight.detach()
         factors = {"0": (SliceFactors(a, b * layer.scaling[name]),)}
-        entries[name] = pool.reserve(pool.pack(factors))
-        pool.fill(entries[name])
-        pool.publish(entries[name])
-    segments = build_segments(torch.tensor([entries[n] for n in batch], dtype=torch.int32))
+        slots[name] = pool.reserve(pool.pack(factors))
+        pool.fill(slots[name])
+        pool.publish(slots[name])
+    segments = build_segments(torch.tensor([slots[n] for n in batch], dtype=torch.int32))
     PreparedTarget(pool, "0")(x, segments, out)
     assert torch.allclose(out, expected, atol=1e-4)
 
 
 def apply_one_adapter(a: torch.Tensor, b: torch.Tensor, x: torch.Tensor, out: torch.Tensor) -> None:
     target = LoraTarget("0", a.shape[1], (b.shape[0],))
-    pool = LoraPool([target], n_bytes=1 << 20, n_entries=1, dtype=a.dtype)
-    entry = pool.reserve(pool.pack({"0": (SliceFactors(a, b),)}))
-    pool.fill(entry)
-    pool.publish(entry)
-    segments = build_segments(torch.full((x.shape[0],), entry, dtype=torch.int32))
+    pool = LoraPool([target], n_bytes=1 << 20, n_slots=1, dtype=a.dtype)
+    slot = pool.reserve(pool.pack({"0": (SliceFactors(a, b),)}))
+    pool.fill(slot)
+    pool.publish(slot)
+    segments = build_segments(torch.full((x.shape[0],), slot, dtype=torch.int32))
     PreparedTarget(pool, "0")(x, segments, out)
 
 
 def segments_of(problem: LoraProblem) -> LoraSegments:
     if problem.weights is None:
-        return build_segments(problem.entries[:, 0])
-    return expand_routed(problem.entries, problem.weights)
+        return build_segments(problem.slots[:, 0])
+    return expand_routed(problem.slots, problem.weights)
 
 
 def run(problem: LoraProblem) -> torch.Tensor:

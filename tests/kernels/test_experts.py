@@ -63,9 +63,9 @@ def test_pairs_are_grouped_stably() -> None:
     ids, weight = torch.randint(0, 9, (40,), dtype=torch.int32), torch.rand(40)
     grouped = group_pairs(ids, weight, 10)
     order = ids.sort(stable=True).indices
-    assert torch.equal(grouped.rows.long(), order)
+    assert torch.equal(grouped.indices.long(), order)
     assert torch.equal(grouped.weights, weight[order])
-    assert grouped.starts.tolist() == [0, *torch.bincount(ids, minlength=10).cumsum(0).tolist()]
+    assert grouped.indptr.tolist() == [0, *torch.bincount(ids, minlength=10).cumsum(0).tolist()]
 
 
 def test_routing_and_grouping_at_once_equals_one_after_the_other() -> None:
@@ -81,20 +81,20 @@ def test_routing_and_grouping_at_once_equals_one_after_the_other() -> None:
 
 
 class Problem:
-    """Eight entries of assorted ranks, some without a slice or empty, over a gate-up and a down."""
+    """Eight slots of assorted ranks, some without a slice or empty, over a gate-up and a down."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         torch.manual_seed(3)
         targets = [LoraTarget("up", HIDDEN, (FF, FF)), LoraTarget("down", FF, (HIDDEN,))]
-        self.pool = LoraPool(targets, n_bytes=1 << 22, n_entries=8, dtype=dtype)
+        self.pool = LoraPool(targets, n_bytes=1 << 22, n_slots=8, dtype=dtype)
         for ranks in ((16, 16), (3, 40), (8, 0), (0, 1), (0, 0), (16, 17), (64, 2), (5, 5)):
             factors = {
                 "up": tuple(self._factors(r, HIDDEN, FF) for r in ranks),
                 "down": (self._factors(ranks[1], FF, HIDDEN),),
             }
-            entry = self.pool.reserve(self.pool.pack(factors))
-            self.pool.fill(entry)
-            self.pool.publish(entry)
+            slot = self.pool.reserve(self.pool.pack(factors))
+            self.pool.fill(slot)
+            self.pool.publish(slot)
         self.up = PackedLinear([_draw(dtype, FF, HIDDEN) for _ in range(2)], [None, None])
         self.down = PackedLinear([_draw(dtype, HIDDEN, FF)], [torch.randn(HIDDEN)])
 
@@ -130,10 +130,10 @@ def _pairs(groups: list[tuple[list[int], int]]) -> StepPairs:
 
 
 def _segments(ids: Tensor, weight: Tensor) -> LoraSegments:
-    """By entry; a negative id is no expert."""
+    """By slot; a negative id is no expert."""
     grouped = group_pairs(torch.where(ids < 0, 8, ids).int(), weight, 9)
-    entries = torch.tensor([*range(8), -1], dtype=torch.int32)
-    return LoraSegments(entries, grouped.starts, grouped.rows, grouped.weights)
+    slots = torch.tensor([*range(8), -1], dtype=torch.int32)
+    return LoraSegments(slots, grouped.indptr, grouped.indices, grouped.weights)
 
 
 @pytest.mark.usefixtures("isa")
@@ -168,9 +168,9 @@ def test_spread_mix_and_gather_equal_float64(
     out = down.gather(problem.down, act, expert_act, pairs, segments)
 
     exact = LoraSegments(
-        segments.entries,
-        segments.starts,
-        segments.rows,
+        segments.slots,
+        segments.indptr,
+        segments.indices,
         segments.weights.double(),  # type: ignore[union-attr]
     )
     want_base, want_expert_act = spread(

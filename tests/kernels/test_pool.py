@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_kernels import (
+    AdapterFactors,
     BadFactors,
-    EntryFactors,
     LoraPool,
     LoraTarget,
     PoolFull,
@@ -25,7 +25,7 @@ from loraplex_kernels.segments import _group_on_device, group_runs
 TARGETS = [LoraTarget("qkv", 576, (576, 192, 192)), LoraTarget("down", 1536, (576,))]
 
 
-def factors_of(rank: int, *, names: tuple[str, ...] = ("qkv", "down")) -> EntryFactors:
+def factors_of(rank: int, *, names: tuple[str, ...] = ("qkv", "down")) -> AdapterFactors:
     return {
         target.name: tuple(
             SliceFactors(torch.randn(rank, target.in_features), torch.randn(width, rank))
@@ -36,15 +36,15 @@ def factors_of(rank: int, *, names: tuple[str, ...] = ("qkv", "down")) -> EntryF
     }
 
 
-def reserve_or_none(pool: LoraPool, factors: EntryFactors) -> int | None:
+def reserve_or_none(pool: LoraPool, factors: AdapterFactors) -> int | None:
     try:
         return pool.reserve(pool.pack(factors))
     except PoolFull:
         return None
 
 
-def make_pool(n_bytes: int = 4 << 20, n_entries: int = 64) -> LoraPool:
-    return LoraPool(TARGETS, n_bytes=n_bytes, n_entries=n_entries, dtype=torch.bfloat16)
+def make_pool(n_bytes: int = 4 << 20, n_slots: int = 64) -> LoraPool:
+    return LoraPool(TARGETS, n_bytes=n_bytes, n_slots=n_slots, dtype=torch.bfloat16)
 
 
 @settings(max_examples=60, deadline=None)
@@ -85,7 +85,7 @@ def test_a_pool_under_churn_loses_nothing_and_mixes_nothing_up(ranks: list[int],
         needed = pool.pack(factors).n_bytes
         true_bytes = rank * (3 * 576 + 960 + 1536 + 576) * 2
         assert true_bytes <= needed <= true_bytes * 1.1
-        while (entry := reserve_or_none(pool, factors)) is None:
+        while (slot := reserve_or_none(pool, factors)) is None:
             # Pages fill the gaps: an adapter is refused for want of bytes, not of their place.
             assert pool.bytes_total - pool.bytes_used < needed + pool.bytes_total // 10
             if not held:
@@ -94,25 +94,25 @@ def test_a_pool_under_churn_loses_nothing_and_mixes_nothing_up(ranks: list[int],
             used = pool.bytes_used
             assert pool.remove(victim) == used - pool.bytes_used
             del held[victim]
-        pool.fill(entry)
-        pool.publish(entry)
-        held[entry] = rank
+        pool.fill(slot)
+        pool.publish(slot)
+        held[slot] = rank
         for other, other_rank in held.items():
             assert pool.tables("down").ranks[other].tolist() == [other_rank]
-        page = int(pool.tables("down").a_pages[entry, 0, 0])
+        page = int(pool.tables("down").a_pages[slot, 0, 0])
         a = factors["down"][0]
         assert a is not None
         assert a.a is not None
         assert torch.equal(pool.storage[page : page + 1536], a.a[0].bfloat16())
-    for entry in list(held):
-        pool.remove(entry)
-        assert not pool.tables("qkv").ranks[entry].any()
-        assert (pool.tables("qkv").a_pages[entry] == -1).all()
+    for slot in list(held):
+        pool.remove(slot)
+        assert not pool.tables("qkv").ranks[slot].any()
+        assert (pool.tables("qkv").a_pages[slot] == -1).all()
     assert pool.bytes_used == 0
 
 
-def test_entries_of_a_group_are_consecutive_and_all_or_nothing() -> None:
-    pool = make_pool(n_bytes=1 << 20, n_entries=8)
+def test_slots_of_a_group_are_consecutive_and_all_or_nothing() -> None:
+    pool = make_pool(n_bytes=1 << 20, n_slots=8)
     first = [pool.reserve(pool.pack(factors_of(1))) for _ in range(3)]
     pool.remove(first[1])
     group = pool.reserve_group([pool.pack(factors_of(2))] * 4)
@@ -120,7 +120,7 @@ def test_entries_of_a_group_are_consecutive_and_all_or_nothing() -> None:
     used = pool.bytes_used
     with pytest.raises(PoolFull) as full:
         pool.reserve_group([pool.pack(factors_of(2))] * 2)
-    assert full.value.free_entries == 2
+    assert full.value.free_slots == 2
     with pytest.raises(PoolFull):
         pool.reserve_group([pool.pack(factors_of(60))] * 2)
     assert pool.bytes_used == used
@@ -141,49 +141,49 @@ def test_factors_that_do_not_fit_are_refused_by_name() -> None:
     assert pool.bytes_used == 0
 
 
-def test_an_entry_without_factors_takes_no_bytes() -> None:
+def test_a_slot_without_factors_takes_no_bytes() -> None:
     pool = make_pool()
-    entry = pool.reserve(pool.pack({"qkv": (None, SliceFactors(bias=torch.ones(192)), None)}))
-    pool.publish(entry)
+    slot = pool.reserve(pool.pack({"qkv": (None, SliceFactors(bias=torch.ones(192)), None)}))
+    pool.publish(slot)
     assert pool.bytes_used == 192 * 2
-    assert pool.remove(entry) == 192 * 2
+    assert pool.remove(slot) == 192 * 2
 
 
 @given(
-    entries=st.lists(st.integers(-1, 5), max_size=40),
+    slots=st.lists(st.integers(-1, 5), max_size=40),
     routed=st.booleans(),
 )
-def test_host_and_device_group_rows_alike(entries: list[int], routed: bool) -> None:
+def test_host_and_device_group_rows_alike(slots: list[int], routed: bool) -> None:
     if routed:
-        entries = entries[: len(entries) // 2 * 2]
-        table = torch.tensor(entries, dtype=torch.int32).view(-1, 2)
+        slots = slots[: len(slots) // 2 * 2]
+        table = torch.tensor(slots, dtype=torch.int32).view(-1, 2)
         weights = torch.rand(table.shape)
         host = expand_routed(table, weights)
         rows = torch.arange(table.shape[0], dtype=torch.int32).repeat_interleave(2)
         device = _group_on_device(table.reshape(-1), rows, weights.reshape(-1))
     else:
-        flat = torch.tensor(entries, dtype=torch.int32)
+        flat = torch.tensor(slots, dtype=torch.int32)
         host = build_segments(flat)
-        rows = torch.arange(len(entries), dtype=torch.int32)
+        rows = torch.arange(len(slots), dtype=torch.int32)
         device = _group_on_device(flat, rows, None)
-    n = host.entries.shape[0]
-    n_pairs = int(host.starts[-1])
-    assert device.entries.shape[0] == len(entries)
-    assert torch.equal(device.entries[:n], host.entries)
-    assert (device.entries[n:] == -1).all()
-    assert torch.equal(device.starts[: n + 1], host.starts)
-    assert torch.equal(device.rows[:n_pairs], host.rows)
-    for s, entry in enumerate(host.entries.tolist()):
-        wanted = [i // (2 if routed else 1) for i, e in enumerate(entries) if e == entry]
-        assert host.rows[host.starts[s] : host.starts[s + 1]].tolist() == wanted
+    n = host.slots.shape[0]
+    n_pairs = int(host.indptr[-1])
+    assert device.slots.shape[0] == len(slots)
+    assert torch.equal(device.slots[:n], host.slots)
+    assert (device.slots[n:] == -1).all()
+    assert torch.equal(device.indptr[: n + 1], host.indptr)
+    assert torch.equal(device.indices[:n_pairs], host.indices)
+    for s, slot in enumerate(host.slots.tolist()):
+        wanted = [i // (2 if routed else 1) for i, e in enumerate(slots) if e == slot]
+        assert host.indices[host.indptr[s] : host.indptr[s + 1]].tolist() == wanted
 
 
 @given(runs=st.lists(st.tuples(st.integers(-1, 5), st.integers(0, 4)), max_size=12))
 def test_runs_are_grouped_as_their_rows_are(runs: list[tuple[int, int]]) -> None:
-    found = group_runs([entry for entry, _ in runs], [n for _, n in runs])
-    row_entries = [entry for entry, n in runs for _ in range(n)]
-    expected = build_segments(torch.tensor(row_entries, dtype=torch.int32))
-    for name in ("entries", "starts", "rows"):
+    found = group_runs([slot for slot, _ in runs], [n for _, n in runs])
+    row_slots = [slot for slot, n in runs for _ in range(n)]
+    expected = build_segments(torch.tensor(row_slots, dtype=torch.int32))
+    for name in ("slots", "indptr", "indices"):
         one, other = getattr(found, name), getattr(expected, name)
         assert one.dtype == torch.int32
         assert torch.equal(one, other)

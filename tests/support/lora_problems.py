@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loraplex_kernels import LoraSegments, LoraTables, LoraTarget, lora_apply_reference
 
-__all__ = ["MIXES", "LoraProblem", "draw_entries", "make_problem", "tolerance"]
+__all__ = ["MIXES", "LoraProblem", "draw_slots", "make_problem", "tolerance"]
 
 MIXES = ("none", "identical", "distinct", "zipf")
 _ALIGNMENT = 32
@@ -23,7 +23,7 @@ class LoraProblem:
     tables: LoraTables
     x: Tensor  # [n_rows, in_features]
     base: Tensor  # [n_rows, Σ out_features]: out before the operator
-    entries: Tensor  # int32 [n_rows, k]
+    slots: Tensor  # int32 [n_rows, k]
     weights: Tensor | None  # float32 [n_rows, k]
 
     def expected(self, segments: LoraSegments) -> Tensor:
@@ -35,9 +35,9 @@ class LoraProblem:
             self.target,
             _moved(self.tables, torch.device("cpu")),
             LoraSegments(
-                segments.entries.cpu(),
-                segments.starts.cpu(),
-                segments.rows.cpu(),
+                segments.slots.cpu(),
+                segments.indptr.cpu(),
+                segments.indices.cpu(),
                 None if segments.weights is None else segments.weights.double().cpu(),
             ),
             out=out,
@@ -50,7 +50,7 @@ class LoraProblem:
             self,
             x=self.x[index],
             base=self.base[index],
-            entries=self.entries[index],
+            slots=self.slots[index],
             weights=None if self.weights is None else self.weights[index],
         )
 
@@ -60,7 +60,7 @@ def make_problem(
     in_features: int,
     out_features: tuple[int, ...],
     ranks: Sequence[Sequence[int]],
-    entries: Tensor,
+    slots: Tensor,
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
@@ -68,11 +68,11 @@ def make_problem(
 ) -> LoraProblem:
     """Unused storage is NaN, so whatever reads beyond a page shows."""
     generator = torch.Generator().manual_seed(seed)
-    n_entries, n_slices = len(ranks), len(out_features)
+    n_slots, n_slices = len(ranks), len(out_features)
     max_pages = max(1, max((-(-r // 16) for row in ranks for r in row), default=1))
-    a_pages = torch.full((n_entries, n_slices, max_pages), -1, dtype=torch.int64)
+    a_pages = torch.full((n_slots, n_slices, max_pages), -1, dtype=torch.int64)
     b_pages = a_pages.clone()
-    scale = torch.full((n_entries, n_slices), -1, dtype=torch.int64)
+    scale = torch.full((n_slots, n_slices), -1, dtype=torch.int64)
     bias = scale.clone()
     parts: list[Tensor] = []
     size = 0
@@ -95,8 +95,8 @@ def make_problem(
                 scale[e, i] = put(out_features[i])
             if with_scale_and_bias and (e + i) % 3 == 0:
                 bias[e, i] = put(out_features[i])
-    table = torch.tensor(ranks, dtype=torch.int32).reshape(n_entries, n_slices)
-    n_rows, k = entries.shape
+    table = torch.tensor(ranks, dtype=torch.int32).reshape(n_slots, n_slices)
+    n_rows, k = slots.shape
     weights = None if k == 1 else torch.rand(n_rows, k, generator=generator).to(device)
     storage = torch.cat(parts) if parts else torch.zeros(_ALIGNMENT)
     return LoraProblem(
@@ -105,27 +105,27 @@ def make_problem(
         tables=_moved(LoraTables(table, a_pages, b_pages, scale, bias), device),
         x=torch.randn(n_rows, in_features, generator=generator).to(dtype).to(device),
         base=torch.randn(n_rows, sum(out_features), generator=generator).to(dtype).to(device),
-        entries=entries.to(device),
+        slots=slots.to(device),
         weights=weights,
     )
 
 
-def draw_entries(mix: str, n_rows: int, k: int, n_entries: int, seed: int) -> Tensor:
-    """int32 [n_rows, k] of distinct entries in a row; every mix but ``none`` has bare rows too."""
+def draw_slots(mix: str, n_rows: int, k: int, n_slots: int, seed: int) -> Tensor:
+    """int32 [n_rows, k] of distinct slots in a row; every mix but ``none`` has bare rows too."""
     generator = torch.Generator().manual_seed(seed)
     if mix == "none":
         return torch.full((n_rows, k), -1, dtype=torch.int32)
     if mix == "identical":
         first = torch.zeros(n_rows, dtype=torch.int64)
     elif mix == "distinct":
-        first = torch.arange(n_rows) % (n_entries + 1) - 1
+        first = torch.arange(n_rows) % (n_slots + 1) - 1
     else:
-        odds = 1.0 / torch.arange(1, n_entries + 2)
+        odds = 1.0 / torch.arange(1, n_slots + 2)
         first = torch.multinomial(odds.expand(max(1, n_rows), -1), 1, generator=generator)
         first = first[:n_rows, 0] - 1
     turns = torch.arange(k)
-    entries = torch.where(first[:, None] < 0, -1, (first[:, None] + turns) % n_entries)
-    return torch.where(turns < n_entries, entries, -1).to(torch.int32)
+    slots = torch.where(first[:, None] < 0, -1, (first[:, None] + turns) % n_slots)
+    return torch.where(turns < n_slots, slots, -1).to(torch.int32)
 
 
 def tolerance(dtype: torch.dtype) -> float:

@@ -21,7 +21,7 @@ from .lora import SEGMENT_ERRORS, NativeLora
 from .model_ops import dtype_code, is_plain, takes_cache, takes_heads, takes_norm
 from .native import library
 
-__all__ = ["DecoderLayer", "DecoderLinear", "DecoderRows", "KeptRows", "NativeDecoder", "Norm"]
+__all__ = ["DecoderLayer", "DecoderLinear", "DecoderRows", "LogitsRows", "NativeDecoder", "Norm"]
 
 _LINE_BYTES = 64
 _GATE_STEP = 16  # columns of the activation
@@ -69,7 +69,7 @@ class DecoderRows:
     """Where the rows of a step stand; as in ``rope_and_cache`` and ``paged_attention``."""
 
     positions: Tensor  # int64 [T]
-    slots: Tensor  # int64 [T]
+    slot_mapping: Tensor  # int64 [T]
     page_table: Tensor  # int32 [n_requests, max_pages]
     query_starts: Tensor  # int32 [n_requests + 1]
     kv_lens: Tensor  # int32 [n_requests]
@@ -78,7 +78,7 @@ class DecoderRows:
         """Whether native code may walk them."""
         return (
             is_plain(self.positions, torch.int64)
-            and is_plain(self.slots, torch.int64)
+            and is_plain(self.slot_mapping, torch.int64)
             and is_plain(self.query_starts, torch.int32)
             and is_plain(self.kv_lens, torch.int32)
             and self.page_table.dtype is torch.int32
@@ -87,10 +87,10 @@ class DecoderRows:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptRows:
+class LogitsRows:
     """The rows of a step whose hidden states are asked for."""
 
-    rows: Tensor  # int64 [n_kept], ascending, on the CPU
+    indices: Tensor  # int64 [n_logits], ascending, on the CPU
     segments: LoraSegments | None  # of these rows, counted from 0
 
 
@@ -166,14 +166,14 @@ class NativeDecoder:
         rows: DecoderRows,
         segments: LoraSegments | None,
         mlps: Mapping[int, Callable[[Tensor], Tensor]] = _NO_MLPS,
-        kept: KeptRows | None = None,
+        logits_rows: LogitsRows | None = None,
     ) -> Tensor:
         """Embeddings [T, hidden_size] → normed hidden states. Changes ``hidden``, the residual.
 
         ``mlps`` are run in place of the MLPs of these layers, [T, hidden_size] → the same.
-        With ``kept`` (and no ``mlps``), these rows come out alone [n_kept, hidden_size]; the others
-        are only there for their keys and values. Raises IndexError for segments that do not fit
-        the tables.
+        With ``logits_rows`` (and no ``mlps``), these rows come out alone [n_logits, hidden_size];
+        the others are only there for their keys and values. Raises IndexError for segments that do
+        not fit the tables.
         """
         n_rows = hidden.shape[0]
         x = torch.empty_like(hidden)
@@ -183,23 +183,24 @@ class NativeDecoder:
             x.data_ptr(),
             *self._places(n_rows),
             rows.positions.data_ptr(),
-            rows.slots.data_ptr(),
+            rows.slot_mapping.data_ptr(),
             rows.page_table.data_ptr(),
             rows.page_table.stride(0),
             rows.query_starts.data_ptr(),
             rows.kv_lens.data_ptr(),
             rows.kv_lens.shape[0],
         )
-        step.n_kept = n_rows
-        if segments is not None and segments.entries.shape[0] > 0:
+        step.n_logits = n_rows
+        if segments is not None and segments.slots.shape[0] > 0:
             self._follow_tables()
             step.segments = _describe_segments(segments)
-        if kept is not None:
+        if logits_rows is not None:
             if mlps:
                 raise ValueError("rows are only dropped where native code runs every MLP")
-            step.kept, step.n_kept = kept.rows.data_ptr(), kept.rows.shape[0]
-            if kept.segments is not None:
-                step.kept_segments = _describe_segments(kept.segments)
+            step.logits_indices = logits_rows.indices.data_ptr()
+            step.n_logits = logits_rows.indices.shape[0]
+            if logits_rows.segments is not None:
+                step.logits_segments = _describe_segments(logits_rows.segments)
         pauses = bytes(index in mlps for index in range(len(self._layers))) if mlps else None
         step.pauses = pauses
         at = self._run(step, 0)
@@ -209,7 +210,7 @@ class NativeDecoder:
                 raise ValueError(f"the MLP of layer {at} made {made.dtype} {tuple(made.shape)}")
             step.mlp = made.data_ptr()
             at = self._run(step, at + 1)
-        return x if kept is None else x[: kept.rows.shape[0]]
+        return x if logits_rows is None else x[: logits_rows.indices.shape[0]]
 
     def _run(self, step: _Step, first: int) -> int:
         at = _function()(self._address, ctypes.addressof(step), first)
@@ -286,11 +287,11 @@ def _describe_linear(packed: PackedLinear) -> _Linear:
 
 def _describe_segments(segments: LoraSegments) -> _Segments:
     return _Segments(
-        segments.entries.data_ptr(),
-        segments.starts.data_ptr(),
-        segments.rows.data_ptr(),
+        segments.slots.data_ptr(),
+        segments.indptr.data_ptr(),
+        segments.indices.data_ptr(),
         None if segments.weights is None else segments.weights.data_ptr(),
-        segments.entries.shape[0],
+        segments.slots.shape[0],
     )
 
 
@@ -342,7 +343,7 @@ class _Decoder(ctypes.Structure):
 class _Segments(ctypes.Structure):
     """``DecoderSegments`` of csrc/decoder.h."""
 
-    _fields_ = (("entries", _P), ("starts", _P), ("rows", _P), ("weights", _P), ("n", _N))
+    _fields_ = (("slots", _P), ("indptr", _P), ("indices", _P), ("weights", _P), ("n", _N))
 
 
 class _Step(ctypes.Structure):
@@ -352,23 +353,23 @@ class _Step(ctypes.Structure):
         ("n_rows", _N),
         *((name, _P) for name in ("residual", "x", "y", "qkv", "heads", "gate_up", "act")),
         ("positions", _P),
-        ("slots", _P),
+        ("slot_mapping", _P),
         ("page_table", _P),
         ("table_stride", _N),
         ("query_starts", _P),
         ("kv_lens", _P),
         ("n_requests", _N),
         ("segments", _Segments),
-        ("kept", _P),
-        ("n_kept", _N),
-        ("kept_segments", _Segments),
+        ("logits_indices", _P),
+        ("n_logits", _N),
+        ("logits_segments", _Segments),
         ("pauses", ctypes.c_char_p),
         ("mlp", _P),
     )
     segments: _Segments
-    kept: int
-    n_kept: int
-    kept_segments: _Segments
+    logits_indices: int
+    n_logits: int
+    logits_segments: _Segments
     pauses: bytes | None
     mlp: int
 

@@ -17,7 +17,7 @@ __all__ = ["SEGMENT_ERRORS", "NativeLora", "NativeWeights", "serves"]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SEGMENT_ERRORS = {
-    1: "a segment names an entry beyond the tables",
+    1: "a segment names an adapter slot beyond the tables",
     2: "a segment names a row beyond x",
     3: "the rows of a segment must ascend, each once",
     4: "a pair stands on a row beyond x",
@@ -25,7 +25,7 @@ SEGMENT_ERRORS = {
 }
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
-_SEGMENTS = (_P, _P, _P, _P, _N)  # entries, starts, rows, weights, n_segments
+_SEGMENTS = (_P, _P, _P, _P, _N)  # slots, indptr, indices, weights, n_segments
 _ROWS = (_P, _N, _P, _N, _N)  # x and its stride, out and its stride, n_rows
 _PAIRS = (_P, _N, _P, _N)  # pair_rows, n_pairs, the pairs' tensor and its stride
 _SIGNATURES = {
@@ -65,8 +65,8 @@ class NativeLora:
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """``x`` [n_rows, in_features], ``out`` [n_rows, Σ out_features]; any row stride."""
-        entries = segments.entries
-        n_segments = entries.shape[0]
+        slots = segments.slots
+        n_segments = slots.shape[0]
         if n_segments == 0:
             return
         self._check(x, out)
@@ -78,9 +78,9 @@ class NativeLora:
             out.data_ptr(),
             out.stride(0),
             x.shape[0],
-            entries.data_ptr(),
-            segments.starts.data_ptr(),
-            segments.rows.data_ptr(),
+            slots.data_ptr(),
+            segments.indptr.data_ptr(),
+            segments.indices.data_ptr(),
             None if weights is None else weights.data_ptr(),
             n_segments,
         )
@@ -143,11 +143,11 @@ class NativeLora:
             out.data_ptr(),
             out.stride(0),
             n_rows,
-            segments.entries.data_ptr(),
-            segments.starts.data_ptr(),
-            segments.rows.data_ptr(),
+            segments.slots.data_ptr(),
+            segments.indptr.data_ptr(),
+            segments.indices.data_ptr(),
             None if weights is None else weights.data_ptr(),
-            segments.entries.shape[0],
+            segments.slots.shape[0],
             *of_pairs,
         )
         if failed:
@@ -188,7 +188,7 @@ class _TargetDescriptor(ctypes.Structure):
         ("in_features", ctypes.c_int64),
         ("n_slices", ctypes.c_int64),
         ("max_pages", ctypes.c_int64),
-        ("n_entries", ctypes.c_int64),
+        ("n_slots", ctypes.c_int64),
         ("dtype", ctypes.c_int64),
     )
 
@@ -201,12 +201,12 @@ def _describe(storage: Tensor, target: LoraTarget, tables: LoraTables) -> _Targe
         if table.dtype != expected or not table.is_contiguous():
             raise ValueError(f"{target.name}: table {name} must be {expected} and contiguous")
         pointers.append(table.data_ptr())
-    n_entries, _, max_pages = tables.a_pages.shape
+    n_slots, _, max_pages = tables.a_pages.shape
     return _descriptor(
         (storage.data_ptr(), *pointers),
         target.in_features,
         target.out_features,
-        (max_pages, n_entries, _DTYPES[storage.dtype]),
+        (max_pages, n_slots, _DTYPES[storage.dtype]),
     )
 
 

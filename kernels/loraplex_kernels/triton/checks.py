@@ -36,7 +36,7 @@ def check_inputs(
     if segments.n_rows != x.shape[0]:
         raise ValueError(f"segments were built for {segments.n_rows} rows, x has {x.shape[0]}")
     _check_tables(target, tables)
-    tensors = (storage, tables.ranks, tables.a_pages, segments.tiles, segments.rows)
+    tensors = (storage, tables.ranks, tables.a_pages, segments.tiles, segments.indices)
     if any(tensor.device != x.device for tensor in tensors):
         raise ValueError(f"x is on {x.device}; storage, tables and segments must be there too")
 
@@ -53,8 +53,8 @@ def check_out(out: Tensor, x: Tensor, target: LoraTarget) -> None:
 
 
 def _check_tables(target: LoraTarget, tables: LoraTables) -> None:
-    n_entries, n_slices = tables.ranks.shape
-    wanted = (n_entries, target.n_slices, tables.a_pages.shape[2])
+    n_slots, n_slices = tables.ranks.shape
+    wanted = (n_slots, target.n_slices, tables.a_pages.shape[2])
     if n_slices != target.n_slices:
         raise ValueError(f"tables have {n_slices} slices, {target.name} has {target.n_slices}")
     if tuple(tables.a_pages.shape) != wanted or tuple(tables.b_pages.shape) != wanted:

@@ -1,7 +1,7 @@
 """Expand: adds every pair's product to the base output, in place.
 
     y     = out[row, n]
-    y     = scale ⊙ (y + w[t] · Σ_r h[t, r] · B[entry(t), i][r, n]) + bias     per pair t of the row
+    y     = scale ⊙ (y + w[t] · Σ_r h[t, r] · B[slot(t), i][r, n]) + bias     per pair t of the row
     h[t]  = planes[0, …, t] + planes[1, …, t] + …                             chunks ascending
 
 Columns of all slices share one grid axis, cut without waste for narrow slices (k, v beside q).
@@ -62,7 +62,7 @@ def find_columns(
 def transform(
     y, storage_ptr, scale_offset, bias_offset, columns, width, OFFSET_ALIGN: tl.constexpr
 ):
-    """``scale ⊙ y + bias`` for the entries that have them; negative offset = none."""
+    """``scale ⊙ y + bias`` for the slots that have them; negative offset = none."""
     if scale_offset >= 0:
         scale_offset = aligned(scale_offset, OFFSET_ALIGN)
         scale = tl.load(storage_ptr + scale_offset + columns, mask=columns < width, other=0.0)
@@ -106,7 +106,7 @@ def add_pair(
     HAS_WEIGHTS: tl.constexpr,
     OFFSET_ALIGN: tl.constexpr,
 ):
-    """w · Σ_r h · B, [BLOCK_M, BLOCK_N] float32, of pairs that share an entry."""
+    """w · Σ_r h · B, [BLOCK_M, BLOCK_N] float32, of pairs that share a slot."""
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     ranks = tl.arange(0, PAGE)
     for page in range(tl.cdiv(rank, PAGE)):
@@ -151,14 +151,14 @@ def expand_kernel(
 ):
     tile = tl.program_id(0) // (TILE_M // BLOCK_M)
     skipped = tl.program_id(0) % (TILE_M // BLOCK_M) * BLOCK_M
-    entry = tl.load(tiles_ptr + tile * 3)
+    slot = tl.load(tiles_ptr + tile * 3)
     count = tl.load(tiles_ptr + tile * 3 + 2) - skipped
-    if entry < 0 or count <= 0:
+    if slot < 0 or count <= 0:
         return
     slice_id, columns, width, first_column = find_columns(
         tl.program_id(1), WIDTHS, N_SLICES, BLOCK_N, WIDTH_ALIGN
     )
-    table_row = entry * N_SLICES + slice_id
+    table_row = slot * N_SLICES + slice_id
     rank = tl.load(ranks_ptr + table_row)
     scale_offset = tl.load(scale_ptr + table_row)
     bias_offset = tl.load(bias_ptr + table_row)
@@ -189,7 +189,7 @@ def expand_routed_kernel(
     scale_ptr,
     bias_ptr,
     n_items_ptr,
-    item_entries_ptr,
+    item_slots_ptr,
     item_pairs_ptr,
     weights_ptr,
     out_ptr,
@@ -222,9 +222,9 @@ def expand_routed_kernel(
     mask = row_mask[:, None] & (columns[None, :] < width)
     y = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
     for item in range(block * ITEMS, block * ITEMS + n_items):
-        entry = tl.load(item_entries_ptr + item)
+        slot = tl.load(item_slots_ptr + item)
         pairs = tl.load(item_pairs_ptr + item * ROW_BLOCK + lanes, mask=row_mask, other=-1)
-        table_row = entry * N_SLICES + slice_id
+        table_row = slot * N_SLICES + slice_id
         rank = tl.load(ranks_ptr + table_row)
         delta = add_pair(
             planes_ptr, storage_ptr, b_pages_ptr, weights_ptr, rank, table_row, slice_id,
@@ -284,8 +284,8 @@ def lora_expand(
         block_m = min(choice.block_m, segments.block_m)
         grid = (segments.tiles.shape[0] * (segments.block_m // block_m), n_tiles)
         expand_kernel[grid](
-            *shared, segments.tiles, segments.rows, weights, out,
-            out.stride(0), segments.rows.shape[0], tables.b_pages.shape[2],
+            *shared, segments.tiles, segments.indices, weights, out,
+            out.stride(0), segments.indices.shape[0], tables.b_pages.shape[2],
             TILE_M=segments.block_m, BLOCK_M=block_m, BLOCK_N=choice.block_n, **constants,
         )  # fmt: skip
     else:
@@ -294,8 +294,8 @@ def lora_expand(
         grid = (blocks.n_items.shape[0], n_column_tiles(target, block_n))
         # Left to itself the assembler spills some bytes here to fit one more block.
         expand_routed_kernel[grid](
-            *shared, blocks.n_items, blocks.entries, blocks.pairs, weights, out,
-            out.stride(0), segments.rows.shape[0], out.shape[0], tables.b_pages.shape[2],
+            *shared, blocks.n_items, blocks.slots, blocks.pairs, weights, out,
+            out.stride(0), segments.indices.shape[0], out.shape[0], tables.b_pages.shape[2],
             ITEMS=blocks.n_rows * segments.pair_of.shape[1], ROW_BLOCK=blocks.n_rows,
             BLOCK_M=max(16, blocks.n_rows), BLOCK_N=block_n,
             maxnreg=255, **constants,

@@ -54,13 +54,13 @@ def fused_kernel(
     OFFSET_ALIGN: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    entry = tl.load(tiles_ptr + tile * 3)
-    if entry < 0:
+    slot = tl.load(tiles_ptr + tile * 3)
+    if slot < 0:
         return
     slice_id, columns, width, first_column = find_columns(
         tl.program_id(1), WIDTHS, N_SLICES, BLOCK_N, WIDTH_ALIGN
     )
-    table_row = entry * N_SLICES + slice_id
+    table_row = slot * N_SLICES + slice_id
     rank = tl.load(ranks_ptr + table_row)
     scale_offset = tl.load(scale_ptr + table_row)
     bias_offset = tl.load(bias_ptr + table_row)
@@ -120,7 +120,7 @@ def lora_fused(
     grid = (segments.tiles.shape[0], n_column_tiles(target, choice.block_n))
     fused_kernel[grid](
         x, storage, tables.ranks, tables.a_pages, tables.b_pages, tables.scale, tables.bias,
-        segments.tiles, segments.rows, segments.rows if weights is None else weights, out,
+        segments.tiles, segments.indices, segments.indices if weights is None else weights, out,
         x.stride(0), out.stride(0), tables.a_pages.shape[2],
         K=target.in_features, CHUNK=cut.chunk, N_CHUNKS=cut.n_chunks, WIDTHS=target.out_features,
         N_SLICES=target.n_slices, BLOCK_M=segments.block_m,

@@ -42,7 +42,7 @@ def rope_and_cache_kernel(
     positions_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    slots_ptr,
+    slot_mapping_ptr,
     stride_xt,
     N_HEADS: tl.constexpr,
     N_KV: tl.constexpr,
@@ -71,7 +71,7 @@ def rope_and_cache_kernel(
         # Every lane must have read its partner before any lane writes.
         tl.debug_barrier()
         tl.store(head_ptr + dims, x, mask=inside)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + row).to(tl.int64)
     if slot >= 0 and head >= N_HEADS:
         if head < N_HEADS + N_KV:
             store_key(k_cache_ptr, slot, head - N_HEADS, x, dims, N_KV, PAGE_SIZE, D, U)
@@ -85,7 +85,7 @@ def write_kv_kernel(
     v_ptr,
     k_cache_ptr,
     v_cache_ptr,
-    slots_ptr,
+    slot_mapping_ptr,
     stride_kt,
     stride_kh,
     stride_vt,
@@ -98,7 +98,7 @@ def write_kv_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    slot = tl.load(slots_ptr + row).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + row).to(tl.int64)
     if slot < 0:
         return
     dims = tl.arange(0, BLOCK_D)
@@ -134,7 +134,7 @@ def rope_and_cache_triton(
     positions: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    slots: Tensor,
+    slot_mapping: Tensor,
     *,
     n_heads: int,
     n_kv_heads: int,
@@ -151,8 +151,8 @@ def rope_and_cache_triton(
         raise ValueError(f"q_k_v is {tuple(q_k_v.shape)}, it must be [T, {width}], rows contiguous")
     if k_cache.shape[1] != n_kv_heads or k_cache.shape[3] != head_dim:
         raise ValueError(f"the cache holds {tuple(k_cache.shape)}, not {n_kv_heads} × {head_dim}")
-    if slots.shape != (n_rows,) or positions.shape != (n_rows,):
-        raise ValueError(f"slots and positions must both be [{n_rows}]")
+    if slot_mapping.shape != (n_rows,) or positions.shape != (n_rows,):
+        raise ValueError(f"slot_mapping and positions must both be [{n_rows}]")
     if (cos is None) != (sin is None):
         raise ValueError("cos and sin must be given together")
     rotary = 0 if cos is None else cos.shape[1]
@@ -165,20 +165,22 @@ def rope_and_cache_triton(
         return
     rope_and_cache_kernel[(n_rows, n_heads + 2 * n_kv_heads)](
         q_k_v, q_k_v if cos is None else cos, q_k_v if sin is None else sin, positions,
-        k_cache, v_cache, slots, q_k_v.stride(0),
+        k_cache, v_cache, slot_mapping, q_k_v.stride(0),
         N_HEADS=n_heads, N_KV=n_kv_heads, PAGE_SIZE=k_cache.shape[2], D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), U=cache_unit(k_cache), ROTARY=rotary,
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
-def write_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor) -> None:
-    """``write_kv_reference`` on a GPU: ``k``, ``v`` [T, n_kv_heads, D] to ``slots`` [T].
+def write_kv_triton(
+    k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor
+) -> None:
+    """``write_kv_reference`` on a GPU: ``k``, ``v`` [T, n_kv_heads, D] to ``slot_mapping`` [T].
 
     Allocates nothing. Raises ValueError before the launch when a shape or stride does not fit.
     """
     check_cache(k_cache, v_cache)
-    n_rows = slots.shape[0]
+    n_rows = slot_mapping.shape[0]
     wanted = (n_rows, k_cache.shape[1], k_cache.shape[3])
     if tuple(k.shape) != wanted or tuple(v.shape) != wanted:
         raise ValueError(f"k and v must be {wanted}, not {tuple(k.shape)} and {tuple(v.shape)}")
@@ -187,7 +189,7 @@ def write_kv_triton(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot
     if k.stride(2) != 1 or v.stride(2) != 1:
         raise ValueError("k and v must be contiguous along D")
     write_kv_kernel[(n_rows, k_cache.shape[1])](
-        k, v, k_cache, v_cache, slots, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k, v, k_cache, v_cache, slot_mapping, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         N_KV=k_cache.shape[1], PAGE_SIZE=k_cache.shape[2], D=k_cache.shape[3],
         BLOCK_D=triton.next_power_of_2(k_cache.shape[3]), U=cache_unit(k_cache), num_warps=1,
         enable_fp_fusion=False,

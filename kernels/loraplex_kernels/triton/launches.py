@@ -160,7 +160,7 @@ class _Problem:
             storage=torch.empty(64, dtype=dtype),
             target=target,
             tables=tables,
-            segments=allocate_segments(n_rows, k, _CPU, has_weights=k > 1, n_entries=8),
+            segments=allocate_segments(n_rows, k, _CPU, has_weights=k > 1, n_slots=8),
         )
 
     def shrink(self, choice: ShrinkChoice) -> None:
@@ -183,11 +183,11 @@ class _Problem:
 
 
 def _route(n_rows: int, k: int) -> None:
-    segments = allocate_segments(n_rows, k, _CPU, has_weights=k > 1, n_entries=64)
-    entries = torch.empty(n_rows, k, dtype=torch.int32)
+    segments = allocate_segments(n_rows, k, _CPU, has_weights=k > 1, n_slots=64)
+    slots = torch.empty(n_rows, k, dtype=torch.int32)
     weights = torch.empty(n_rows, k) if k > 1 else None
     scratch = torch.empty(n_rows * k, 3, dtype=torch.int32)
-    fill_device_segments(entries, weights, segments=segments, scratch=scratch)
+    fill_device_segments(slots, weights, segments=segments, scratch=scratch)
 
 
 def _attend(

@@ -117,7 +117,7 @@ def _choose(
     bounds = {
         "capability": capability or _capability(x.device),
         "rank": tables.a_pages.shape[2] * PAGE_RANK,
-        "rows": routed.rows.shape[0],
+        "rows": routed.indices.shape[0],
     }
     in_features, n_out = target.in_features, sum(target.out_features)
     if routed.blocks is None:

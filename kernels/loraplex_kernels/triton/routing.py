@@ -1,11 +1,11 @@
-"""Routing: groups a step's (row, entry) pairs by entry, on the device, without a host sync.
+"""Routing: groups a step's (row, slot) pairs by slot, on the device, without a host sync.
 
     position(p) = #{q : e(q) < e(p)} + #{q < p : e(q) = e(p)}        counting sort by comparison
 
-Input ``entries`` [n_rows, k] int32, negative = none; pair p = row · k + j. Three launches whose
+Input ``slots`` [n_rows, k] int32, negative = none; pair p = row · k + j. Three launches whose
 grids depend on shapes only: ``order_pairs_kernel`` finds every pair's place, ``place_kernel``
 writes segments and tiles by counting heads before each place, ``row_blocks_kernel`` (k > 1) lists
-the segments that occur in each block of rows. No atomics; unused capacity is filled with entry −1,
+the segments that occur in each block of rows. No atomics; unused capacity is filled with slot −1,
 at which every kernel exits at once, so a CUDA graph replays with any number of segments.
 """
 
@@ -40,7 +40,7 @@ class RowBlocks:
 
     n_rows: int
     n_items: Tensor  # int32 [n_blocks]
-    entries: Tensor  # int32 [n_blocks * n_rows * k]; a block's items start at block * n_rows * k
+    slots: Tensor  # int32 [n_blocks * n_rows * k]; a block's items start at block * n_rows * k
     pairs: Tensor  # int32 [n_blocks * n_rows * k, n_rows]; -1 = the row is not in that segment
 
 
@@ -50,17 +50,17 @@ class DeviceSegments(LoraSegments):
 
     n_rows: int
     block_m: int  # pairs of a tile
-    tiles: Tensor  # int32 [n_tiles, 3]: entry (-1 = padding), first pair, number of pairs
-    pair_of: Tensor  # int32 [n_rows, k]: position in ``rows`` of a row's pairs, -1 = none
+    tiles: Tensor  # int32 [n_tiles, 3]: slot (-1 = padding), first pair, number of pairs
+    pair_of: Tensor  # int32 [n_rows, k]: position in ``indices`` of a row's pairs, -1 = none
     pair_segments: Tensor  # int32 [n_pairs]: the segment of each position; unset in the padding
     blocks: RowBlocks | None  # None = every row stands in at most one segment
 
 
 @triton.jit(do_not_specialize=["n_pairs"])
 def order_pairs_kernel(
-    entries_ptr,
+    slots_ptr,
     weights_ptr,
-    rows_ptr,
+    indices_ptr,
     sorted_weights_ptr,
     pair_of_ptr,
     ordered_ptr,
@@ -70,27 +70,27 @@ def order_pairs_kernel(
     OTHERS: tl.constexpr,
     HAS_WEIGHTS: tl.constexpr,
 ):
-    """``ordered`` [n_pairs, 3]: entry, place within its segment, pairs from there to its end."""
+    """``ordered`` [n_pairs, 3]: slot, place within its segment, pairs from there to its end."""
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < n_pairs
-    entry = tl.load(entries_ptr + pair, mask=inside, other=-1)
-    key = tl.where(entry < 0, _LAST, entry)
+    slot = tl.load(slots_ptr + pair, mask=inside, other=-1)
+    key = tl.where(slot < 0, _LAST, slot)
     less = tl.zeros((BLOCK,), dtype=tl.int32)
     before = tl.zeros((BLOCK,), dtype=tl.int32)
     equal = tl.zeros((BLOCK,), dtype=tl.int32)
     for first in range(0, n_pairs, OTHERS):
         other = first + tl.arange(0, OTHERS)
-        other_entry = tl.load(entries_ptr + other, mask=other < n_pairs, other=-1)
-        other_key = tl.where(other_entry < 0, _LAST, other_entry)
+        other_slot = tl.load(slots_ptr + other, mask=other < n_pairs, other=-1)
+        other_key = tl.where(other_slot < 0, _LAST, other_slot)
         is_equal = (other_key[None, :] == key[:, None]) & (other < n_pairs)[None, :]
         less += tl.sum((other_key[None, :] < key[:, None]).to(tl.int32), axis=1)
         equal += tl.sum(is_equal.to(tl.int32), axis=1)
         before += tl.sum((is_equal & (other[None, :] < pair[:, None])).to(tl.int32), axis=1)
     position = less + before
-    is_pair = entry >= 0
+    is_pair = slot >= 0
     tl.store(pair_of_ptr + pair, tl.where(is_pair, position, -1), mask=inside)
-    tl.store(rows_ptr + position, tl.where(is_pair, pair // K, 0), mask=inside)
-    tl.store(ordered_ptr + position * 3, entry, mask=inside)
+    tl.store(indices_ptr + position, tl.where(is_pair, pair // K, 0), mask=inside)
+    tl.store(ordered_ptr + position * 3, slot, mask=inside)
     tl.store(ordered_ptr + position * 3 + 1, before, mask=inside)
     tl.store(ordered_ptr + position * 3 + 2, equal - before, mask=inside)
     if HAS_WEIGHTS:
@@ -101,8 +101,8 @@ def order_pairs_kernel(
 @triton.jit(do_not_specialize=["n_pairs", "n_segments", "n_tiles"])
 def place_kernel(
     ordered_ptr,
-    segment_entries_ptr,
-    starts_ptr,
+    segment_slots_ptr,
+    indptr_ptr,
     tiles_ptr,
     pair_segments_ptr,
     n_pairs,
@@ -120,35 +120,35 @@ def place_kernel(
     pairs = 0
     for first in range(0, n_pairs, BLOCK):
         place = first + lanes
-        entry = tl.load(ordered_ptr + place * 3, mask=place < n_pairs, other=-1)
+        slot = tl.load(ordered_ptr + place * 3, mask=place < n_pairs, other=-1)
         within = tl.load(ordered_ptr + place * 3 + 1, mask=place < n_pairs, other=0)
-        n_heads = tl.sum(((entry >= 0) & (within == 0)).to(tl.int32))
-        n_tile_heads = tl.sum(((entry >= 0) & (within % BLOCK_M == 0)).to(tl.int32))
+        n_heads = tl.sum(((slot >= 0) & (within == 0)).to(tl.int32))
+        n_tile_heads = tl.sum(((slot >= 0) & (within % BLOCK_M == 0)).to(tl.int32))
         heads_before += tl.where(first < first_own, n_heads, 0)
         tiles_before += tl.where(first < first_own, n_tile_heads, 0)
         heads += n_heads
         tiles += n_tile_heads
-        pairs += tl.sum((entry >= 0).to(tl.int32))
+        pairs += tl.sum((slot >= 0).to(tl.int32))
     place = first_own + lanes
     inside = place < n_pairs
-    entry = tl.load(ordered_ptr + place * 3, mask=inside, other=-1)
+    slot = tl.load(ordered_ptr + place * 3, mask=inside, other=-1)
     within = tl.load(ordered_ptr + place * 3 + 1, mask=inside, other=0)
     left = tl.load(ordered_ptr + place * 3 + 2, mask=inside, other=0)
-    is_head = (entry >= 0) & (within == 0)
-    is_tile = (entry >= 0) & (within % BLOCK_M == 0)
+    is_head = (slot >= 0) & (within == 0)
+    is_tile = (slot >= 0) & (within % BLOCK_M == 0)
     segment = heads_before + tl.cumsum(is_head.to(tl.int32), axis=0) - 1
     tile = tiles_before + tl.cumsum(is_tile.to(tl.int32), axis=0) - 1
-    tl.store(pair_segments_ptr + place, segment, mask=inside & (entry >= 0))
-    tl.store(segment_entries_ptr + segment, entry, mask=is_head & (segment < n_segments))
-    tl.store(starts_ptr + segment, place, mask=is_head & (segment < n_segments))
+    tl.store(pair_segments_ptr + place, segment, mask=inside & (slot >= 0))
+    tl.store(segment_slots_ptr + segment, slot, mask=is_head & (segment < n_segments))
+    tl.store(indptr_ptr + segment, place, mask=is_head & (segment < n_segments))
     fits = is_tile & (tile < n_tiles)
-    tl.store(tiles_ptr + tile * 3, entry, mask=fits)
+    tl.store(tiles_ptr + tile * 3, slot, mask=fits)
     tl.store(tiles_ptr + tile * 3 + 1, place, mask=fits)
     tl.store(tiles_ptr + tile * 3 + 2, tl.minimum(left, BLOCK_M), mask=fits)
     # Every place beyond the counts is padding, written by the program that owns that index.
     is_spare = (place >= heads) & (place < n_segments)
-    tl.store(segment_entries_ptr + place, -1, mask=is_spare)
-    tl.store(starts_ptr + place, pairs, mask=(place >= heads) & (place <= n_segments))
+    tl.store(segment_slots_ptr + place, -1, mask=is_spare)
+    tl.store(indptr_ptr + place, pairs, mask=(place >= heads) & (place <= n_segments))
     for column in tl.static_range(3):
         value = -1 if column == 0 else 0
         spare_tile = (place >= tiles) & (place < n_tiles)
@@ -159,9 +159,9 @@ def place_kernel(
 def row_blocks_kernel(
     pair_of_ptr,
     pair_segments_ptr,
-    segment_entries_ptr,
+    segment_slots_ptr,
     n_items_ptr,
-    item_entries_ptr,
+    item_slots_ptr,
     item_pairs_ptr,
     n_rows,
     K: tl.constexpr,
@@ -180,7 +180,7 @@ def row_blocks_kernel(
     while segment < _LAST:
         item = block * (ROW_BLOCK * K) + n_items
         chosen = tl.min(tl.where(segments == segment, pairs, _LAST), axis=1)
-        tl.store(item_entries_ptr + item, tl.load(segment_entries_ptr + segment))
+        tl.store(item_slots_ptr + item, tl.load(segment_slots_ptr + segment))
         pair = tl.where(chosen == _LAST, -1, chosen)
         tl.store(item_pairs_ptr + item * ROW_BLOCK + lanes, pair)
         segments = tl.where(pairs == chosen[:, None], _LAST, segments)
@@ -195,18 +195,18 @@ def allocate_segments(
     device: torch.device,
     *,
     has_weights: bool,
-    n_entries: int | None = None,
+    n_slots: int | None = None,
     block_m: int | None = None,
     rows_per_block: int | None = None,
 ) -> DeviceSegments:
     """Room for the segments of ``n_rows`` rows of at most ``k`` pairs each, not yet filled.
 
-    ``n_entries`` (of the pool) bounds the number of segments; without it there may be as many as
+    ``n_slots`` (of the pool) bounds the number of segments; without it there may be as many as
     pairs. Tile sizes default to the rule in ``tuning``.
     """
     n_pairs = n_rows * k
     block_m = tile_rows(n_pairs) if block_m is None else block_m
-    n_segments = n_pairs if n_entries is None else min(n_pairs, n_entries)
+    n_segments = n_pairs if n_slots is None else min(n_pairs, n_slots)
     n_tiles = min(n_pairs, n_segments + n_pairs // block_m)
 
     def ints(*shape: int) -> Tensor:
@@ -217,9 +217,9 @@ def allocate_segments(
         per_block = _rows_per_block(n_rows) if rows_per_block is None else rows_per_block
         blocks = _allocate_blocks(n_rows, k, device, per_block)
     return DeviceSegments(
-        entries=ints(n_segments),
-        starts=ints(n_segments + 1),
-        rows=ints(n_pairs),
+        slots=ints(n_segments),
+        indptr=ints(n_segments + 1),
+        indices=ints(n_pairs),
         weights=torch.empty(n_pairs, device=device) if has_weights else None,
         n_rows=n_rows,
         block_m=block_m,
@@ -231,31 +231,31 @@ def allocate_segments(
 
 
 def fill_device_segments(
-    row_entries: Tensor, weights: Tensor | None, *, segments: DeviceSegments, scratch: Tensor
+    row_slots: Tensor, weights: Tensor | None, *, segments: DeviceSegments, scratch: Tensor
 ) -> None:
-    """Rebuilds ``segments`` in place from ``row_entries`` int32 [n_rows] or [n_rows, k].
+    """Rebuilds ``segments`` in place from ``row_slots`` int32 [n_rows] or [n_rows, k].
 
     ``weights`` float32 of the same shape; ``scratch`` int32 [n_pairs, 3]. Nothing waits for the
-    device and nothing is allocated. A row may name an entry twice; both count. Raises ValueError
+    device and nothing is allocated. A row may name a slot twice; both count. Raises ValueError
     before the launch when a shape or dtype does not fit.
     """
     n_rows, k = segments.pair_of.shape
     n_pairs = n_rows * k
-    _check_fill(row_entries, weights, segments, scratch)
+    _check_fill(row_slots, weights, segments, scratch)
     if n_pairs == 0:
-        segments.starts.zero_()
+        segments.indptr.zero_()
         return
-    n_segments, n_tiles = segments.entries.shape[0], segments.tiles.shape[0]
+    n_segments, n_tiles = segments.slots.shape[0], segments.tiles.shape[0]
     has_weights = weights is not None
     order_pairs_kernel[(triton.cdiv(n_pairs, _BLOCK),)](
-        row_entries, weights if has_weights else scratch,
-        segments.rows, segments.weights if has_weights else scratch, segments.pair_of, scratch,
+        row_slots, weights if has_weights else scratch,
+        segments.indices, segments.weights if has_weights else scratch, segments.pair_of, scratch,
         n_pairs, K=k, BLOCK=_BLOCK, OTHERS=32, HAS_WEIGHTS=has_weights, num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
     places = max(n_pairs, n_segments + 1, n_tiles)
     place_kernel[(triton.cdiv(places, _BLOCK),)](
-        scratch, segments.entries, segments.starts, segments.tiles, segments.pair_segments,
+        scratch, segments.slots, segments.indptr, segments.tiles, segments.pair_segments,
         n_pairs, n_segments, n_tiles, BLOCK_M=segments.block_m, BLOCK=_BLOCK, num_warps=4,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -263,29 +263,29 @@ def fill_device_segments(
 
 
 def build_device_segments(
-    row_entries: Tensor,
+    row_slots: Tensor,
     weights: Tensor | None = None,
     *,
-    n_entries: int | None = None,
+    n_slots: int | None = None,
     block_m: int | None = None,
     rows_per_block: int | None = None,
 ) -> DeviceSegments:
     """Allocates and fills the segments of a step; nothing waits for the device."""
-    entries = row_entries if row_entries.dim() == 2 else row_entries[:, None]
-    n_rows, k = entries.shape
+    slots = row_slots if row_slots.dim() == 2 else row_slots[:, None]
+    n_rows, k = slots.shape
     segments = allocate_segments(
         n_rows,
         k,
-        entries.device,
+        slots.device,
         has_weights=weights is not None,
-        n_entries=n_entries,
+        n_slots=n_slots,
         block_m=block_m,
         rows_per_block=rows_per_block,
     )
-    scratch = torch.empty((n_rows * k, 3), dtype=torch.int32, device=entries.device)
+    scratch = torch.empty((n_rows * k, 3), dtype=torch.int32, device=slots.device)
     wanted = None if weights is None else weights.to(torch.float32).contiguous()
     fill_device_segments(
-        entries.to(torch.int32).contiguous(), wanted, segments=segments, scratch=scratch
+        slots.to(torch.int32).contiguous(), wanted, segments=segments, scratch=scratch
     )
     return segments
 
@@ -299,26 +299,24 @@ def route_segments(
     """
     if isinstance(segments, DeviceSegments):
         return segments
-    device = segments.rows.device
-    starts, entries = segments.starts.cpu().long(), segments.entries.cpu()
-    rows = segments.rows.cpu().long()
+    device = segments.indices.device
+    indptr, slots = segments.indptr.cpu().long(), segments.slots.cpu()
+    rows = segments.indices.cpu().long()
     n_pairs = rows.shape[0]
     block_m = tile_rows(n_pairs) if block_m is None else block_m
-    counts = torch.diff(starts)
+    counts = torch.diff(indptr)
     tiles = [
-        (entry, first, min(block_m, start + count - first))
-        for entry, start, count in zip(
-            entries.tolist(), starts[:-1].tolist(), counts.tolist(), strict=True
+        (slot, first, min(block_m, start + count - first))
+        for slot, start, count in zip(
+            slots.tolist(), indptr[:-1].tolist(), counts.tolist(), strict=True
         )
-        if entry >= 0
+        if slot >= 0
         for first in range(start, start + count, block_m)
     ]
     pair_segments = torch.full((n_pairs,), -1, dtype=torch.int64)
     owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
     if len(owner):
-        pair_segments[int(starts[0]) : int(starts[-1])] = torch.where(
-            entries[owner] >= 0, owner, -1
-        )
+        pair_segments[int(indptr[0]) : int(indptr[-1])] = torch.where(slots[owner] >= 0, owner, -1)
     used = torch.nonzero(pair_segments >= 0).flatten()
     turns = _turns(rows[used])
     k = int(turns.max()) + 1 if len(used) else 1
@@ -326,9 +324,9 @@ def route_segments(
     pair_of[rows[used], turns] = used.to(torch.int32)
     blocks = None if k == 1 else _allocate_blocks(n_rows, k, device, _rows_per_block(n_rows))
     routed = DeviceSegments(
-        entries=segments.entries,
-        starts=segments.starts,
-        rows=segments.rows,
+        slots=segments.slots,
+        indptr=segments.indptr,
+        indices=segments.indices,
         weights=segments.weights,
         n_rows=n_rows,
         block_m=block_m,
@@ -354,8 +352,8 @@ def _fill_blocks(segments: DeviceSegments) -> None:
     if blocks is None or segments.n_rows == 0:
         return
     row_blocks_kernel[(blocks.n_items.shape[0],)](
-        segments.pair_of, segments.pair_segments, segments.entries,
-        blocks.n_items, blocks.entries, blocks.pairs, segments.n_rows,
+        segments.pair_of, segments.pair_segments, segments.slots,
+        blocks.n_items, blocks.slots, blocks.pairs, segments.n_rows,
         K=k, K_PADDED=triton.next_power_of_2(k), ROW_BLOCK=blocks.n_rows, num_warps=1,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -379,20 +377,20 @@ def _turns(values: Tensor) -> Tensor:
 
 
 def _check_fill(
-    entries: Tensor, weights: Tensor | None, segments: DeviceSegments, scratch: Tensor
+    slots: Tensor, weights: Tensor | None, segments: DeviceSegments, scratch: Tensor
 ) -> None:
     n_rows, k = segments.pair_of.shape
     n_pairs = n_rows * k
-    if entries.numel() != n_pairs or entries.shape[0] != n_rows:
-        raise ValueError(f"entries are {tuple(entries.shape)}, the segments hold {n_rows} × {k}")
+    if slots.numel() != n_pairs or slots.shape[0] != n_rows:
+        raise ValueError(f"slots are {tuple(slots.shape)}, the segments hold {n_rows} × {k}")
     if (weights is None) != (segments.weights is None):
         raise ValueError("weights must be given exactly when the segments hold weights")
     if weights is not None and (weights.numel() != n_pairs or weights.dtype != torch.float32):
         raise ValueError(f"weights must be float32 [{n_rows}, {k}]")
     if scratch.numel() < 3 * n_pairs:
         raise ValueError(f"scratch has {scratch.numel()} elements, {3 * n_pairs} are needed")
-    for tensor in (entries, scratch):
+    for tensor in (slots, scratch):
         if tensor.dtype != torch.int32 or not tensor.is_contiguous():
-            raise ValueError("entries and scratch must be contiguous int32")
-        if tensor.device != segments.rows.device:
-            raise ValueError(f"segments are on {segments.rows.device}, input on {tensor.device}")
+            raise ValueError("slots and scratch must be contiguous int32")
+        if tensor.device != segments.indices.device:
+            raise ValueError(f"segments are on {segments.indices.device}, input on {tensor.device}")

@@ -1,10 +1,10 @@
 """Shrink: the low-rank intermediate of every pair, in float32 planes.
 
-    planes[c, i, p, t, r] = Σ_{k in chunk c} A[entry(t), i][16p + r, k] · x[row(t), k]
+    planes[c, i, p, t, r] = Σ_{k in chunk c} A[slot(t), i][16p + r, k] · x[row(t), k]
 
 Shapes: x [n_rows, K]; planes [n_planes, n_slices, max_pages, n_pairs, 16]. With n_planes = n_chunks
 each program writes one chunk and expand adds them (few rows: many programs); with n_planes = 1 a
-program adds its chunks itself in the same order (many rows). Only pages below an entry's true rank
+program adds its chunks itself in the same order (many rows). Only pages below a slot's true rank
 are read or written, and tiles of padding exit at once.
 """
 
@@ -47,11 +47,11 @@ def shrink_kernel(
     OFFSET_ALIGN: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    entry = tl.load(tiles_ptr + tile * 3)
-    if entry < 0:
+    slot = tl.load(tiles_ptr + tile * 3)
+    if slot < 0:
         return
     slice_id = tl.program_id(1) // rank_programs
-    rank = tl.load(ranks_ptr + entry * N_SLICES + slice_id)
+    rank = tl.load(ranks_ptr + slot * N_SLICES + slice_id)
     first_page = tl.program_id(1) % rank_programs
     if first_page * PAGE >= rank:
         return
@@ -60,7 +60,7 @@ def shrink_kernel(
     lanes = tl.arange(0, BLOCK_M)
     row_mask = lanes < count
     rows = tl.load(rows_ptr + first + lanes, mask=row_mask, other=0)
-    pages_ptr = a_pages_ptr + (entry * N_SLICES + slice_id) * max_pages
+    pages_ptr = a_pages_ptr + (slot * N_SLICES + slice_id) * max_pages
     ranks = tl.arange(0, PAGE)
     for page in range(first_page, tl.cdiv(rank, PAGE), rank_programs):
         offset = tl.load(pages_ptr + page)
@@ -89,7 +89,7 @@ def planes_shape(
 ) -> tuple[int, int, int, int, int]:
     """Shape of the float32 workspace that ``lora_shrink`` fills and ``lora_expand`` reads."""
     max_pages = tables.a_pages.shape[2]
-    return (n_planes, target.n_slices, max_pages, segments.rows.shape[0], int(PAGE.value))
+    return (n_planes, target.n_slices, max_pages, segments.indices.shape[0], int(PAGE.value))
 
 
 def lora_shrink(
@@ -117,8 +117,8 @@ def lora_shrink(
     rank_programs = min(choice.rank_programs, tables.a_pages.shape[2])
     grid = (segments.tiles.shape[0], target.n_slices * rank_programs, n_planes)
     shrink_kernel[grid](
-        x, storage, tables.ranks, tables.a_pages, segments.tiles, segments.rows, planes,
-        x.stride(0), segments.rows.shape[0], tables.a_pages.shape[2], rank_programs,
+        x, storage, tables.ranks, tables.a_pages, segments.tiles, segments.indices, planes,
+        x.stride(0), segments.indices.shape[0], tables.a_pages.shape[2], rank_programs,
         K=target.in_features, CHUNK=cut.chunk, N_CHUNKS=cut.n_chunks, N_SLICES=target.n_slices,
         BLOCK_M=segments.block_m, BLOCK_K=cut.block, SERIAL=choice.serial,
         OFFSET_ALIGN=OFFSET_ALIGN,

@@ -24,17 +24,17 @@ class Workload:
     out: Tensor  # [n_rows, Σ out_features]
     storage: Tensor
     tables: LoraTables
-    entries: Tensor  # int32 [n_rows]; the adapter of each row, -1 = none
+    slots: Tensor  # int32 [n_rows]; the adapter of each row, -1 = none
     ranks: tuple[int, ...]  # of each adapter
     segments: DeviceSegments
 
     @property
     def bytes_moved(self) -> int:
         """Each factor in use once, x once, out in and out: what no kernel can go below."""
-        used = sorted({entry for entry in self.entries.tolist() if entry >= 0})
+        used = sorted({slot for slot in self.slots.tolist() if slot >= 0})
         width = self.target.in_features * self.target.n_slices + sum(self.target.out_features)
-        factors = sum(self.ranks[entry] for entry in used) * width
-        n_rows = int((self.entries >= 0).sum())
+        factors = sum(self.ranks[slot] for slot in used) * width
+        n_rows = int((self.slots >= 0).sum())
         rows = n_rows * (self.target.in_features + 2 * sum(self.target.out_features))
         return int((factors + rows) * self.x.element_size())
 
@@ -42,22 +42,22 @@ class Workload:
 def make_workload(
     target: LoraTarget,
     ranks: Sequence[int],
-    entries: Sequence[int],
+    slots: Sequence[int],
     *,
     dtype: torch.dtype,
     device: torch.device,
     seed: int = 0,
 ) -> Workload:
-    """One adapter for each of ``ranks`` and one row for each of ``entries``; random values."""
+    """One adapter for each of ``ranks`` and one row for each of ``slots``; random values."""
     n_pages = [-(-rank // PAGE_RANK) for rank in ranks]
     shape = (len(ranks), target.n_slices, max(n_pages))
     a_pages, b_pages = (torch.full(shape, NO_PAGE, dtype=torch.int64) for _ in range(2))
     size = 0
-    for entry, rank in enumerate(ranks):
+    for slot, rank in enumerate(ranks):
         for i, width in enumerate(target.out_features):
             for pages, columns in ((a_pages, target.in_features), (b_pages, width)):
-                for page in range(n_pages[entry]):
-                    pages[entry, i, page] = size
+                for page in range(n_pages[slot]):
+                    pages[slot, i, page] = size
                     size += min(PAGE_RANK, rank - page * PAGE_RANK) * columns
                     size += -size % _ALIGNMENT
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -68,18 +68,18 @@ def make_workload(
 
     absent = torch.full(shape[:2], NO_PAGE, dtype=torch.int64, device=device)
     table = torch.tensor(ranks, dtype=torch.int32)[:, None].expand(shape[:2]).contiguous()
-    row_entries = torch.tensor(entries, dtype=torch.int32, device=device)
+    row_slots = torch.tensor(slots, dtype=torch.int32, device=device)
     return Workload(
         target=target,
-        x=normal(len(entries), target.in_features),
-        out=normal(len(entries), sum(target.out_features)),
+        x=normal(len(slots), target.in_features),
+        out=normal(len(slots), sum(target.out_features)),
         storage=normal(size) * target.in_features**-0.5,
         tables=LoraTables(
             table.to(device), a_pages.to(device), b_pages.to(device), absent, absent.clone()
         ),
-        entries=row_entries,
+        slots=row_slots,
         ranks=tuple(ranks),
-        segments=build_device_segments(row_entries, n_entries=len(ranks)),
+        segments=build_device_segments(row_slots, n_slots=len(ranks)),
     )
 
 

@@ -28,7 +28,7 @@ class RoutedRows:
     rows: Tensor  # int64 [n_rows], rows of the step, ascending
     pair_rows: Tensor  # int64 [n_rows * k], every row k times
     gate: Tensor  # float32 [n_experts, in_features]
-    entries: Tensor  # int32 [n_experts], pool entry of each expert
+    slots: Tensor  # int32 [n_experts], pool slot of each expert
     strategy: GateStrategy
     top_k: int
     top_p: float = 0.0
@@ -49,7 +49,7 @@ class RoutedRows:
 
 
 class Pairs(NamedTuple):
-    """The pairs of all routed adapters of a step. Pair ``p`` is (row, slot), row-major."""
+    """The pairs of all routed adapters of a step. Pair ``p`` is (row, choice), row-major."""
 
     weights: tuple[Tensor, ...]  # per adapter float32 [n_rows, k]
     segments: LoraSegments  # over pairs: row ``p`` is pair ``p``; weighted
@@ -60,22 +60,22 @@ def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
 
     On a device nothing waits for it: the numbers of segments and pairs follow from the arguments.
     Segments of experts nobody chose are empty; pairs without an expert, which only top-p makes,
-    stand in a last segment of entry -1.
+    stand in a last segment of slot -1.
     """
     if len(routed) == 1 and routed[0].strategy is GateStrategy.TOP_K:  # the usual case, in one call
         r = routed[0]
         weight, grouped = route_and_group(_rows_of(hidden, r), r.gate, r.top_k, r.load)
-        segments = LoraSegments(r.entries, grouped.starts, grouped.rows, grouped.weights)
+        segments = LoraSegments(r.slots, grouped.indptr, grouped.indices, grouped.weights)
         return Pairs((weight,), segments)
     routings = [_route(hidden, r) for r in routed]
     n_segments = sum(r.n_experts for r in routed)
     ids = _segment_ids(routings, routed, n_segments)  # int32 [n_pairs]
-    entries = _entries(routed)
+    slots = _slots(routed)
     weights = tuple(g.weight.contiguous() for g in routings)
     weight = torch.cat([w.reshape(-1) for w in weights])
-    grouped = group_pairs(ids, weight, int(entries.shape[0]))
-    _count(grouped.starts, routed)
-    return Pairs(weights, LoraSegments(entries, grouped.starts, grouped.rows, grouped.weights))
+    grouped = group_pairs(ids, weight, int(slots.shape[0]))
+    _count(grouped.indptr, routed)
+    return Pairs(weights, LoraSegments(slots, grouped.indptr, grouped.indices, grouped.weights))
 
 
 def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSegments:
@@ -88,9 +88,9 @@ def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSeg
     rows = pair_rows(routed)
     segments = pairs.segments
     return LoraSegments(
-        segments.entries,
-        segments.starts,
-        rows[segments.rows.long()].int(),  # the order is stable: rows ascend within a segment
+        segments.slots,
+        segments.indptr,
+        rows[segments.indices.long()].int(),  # the order is stable: rows ascend within a segment
         segments.weights,
     )
 
@@ -129,9 +129,9 @@ def _segment_ids(
     return torch.cat(ids)
 
 
-def _entries(routed: Sequence[RoutedRows]) -> Tensor:
+def _slots(routed: Sequence[RoutedRows]) -> Tensor:
     """Of each segment; a padding segment comes last where a pair may have no expert."""
-    parts = [r.entries for r in routed]
+    parts = [r.slots for r in routed]
     if any(r.strategy is GateStrategy.TOP_P for r in routed):
         parts.append(torch.full((1,), -1, dtype=torch.int32, device=parts[0].device))
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -25,7 +25,7 @@ class StepBatch:
 
     token_ids: Tensor  # int64 [n_rows]; virtual tokens stand as 0
     positions: Tensor  # int64 [n_rows]
-    slots: Tensor  # int64 [n_rows], flat KV slot
+    slot_mapping: Tensor  # int64 [n_rows], flat KV slot
     page_table: Tensor  # int32 [n_chunks, max_pages]
     query_starts: Tensor  # int32 [n_chunks + 1]
     kv_lens: Tensor  # int32 [n_chunks], this step included
@@ -34,9 +34,9 @@ class StepBatch:
 
     def lay_into(self, step: Step) -> None:
         """Tells the model where the rows stand, all of which it keeps. Not whose adapters."""
-        step.positions, step.slots = self.positions, self.slots
+        step.positions, step.slot_mapping = self.positions, self.slot_mapping
         step.page_table, step.query_starts = self.page_table, self.query_starts
-        step.kv_lens, step.kept = self.kv_lens, None
+        step.kv_lens, step.logits_rows = self.kv_lens, None
 
 
 def build_batch(chunks: Sequence[Chunk], kv_cache: KvCache, device: torch.device) -> StepBatch:
@@ -51,7 +51,7 @@ def build_batch(chunks: Sequence[Chunk], kv_cache: KvCache, device: torch.device
     n_pages = kv_cache.pages_for(int(kv_lens.max()))
     page_table = kv_cache.page_table[table_rows, :n_pages]
     pages = page_table[np.repeat(np.arange(len(chunks)), n_tokens), positions // kv_cache.page_size]
-    slots = pages.astype(np.int64) * kv_cache.page_size + positions % kv_cache.page_size
+    slot_mapping = pages.astype(np.int64) * kv_cache.page_size + positions % kv_cache.page_size
     token_ids = np.fromiter(
         (t for c in chunks for t in c.request.token_ids[c.start : c.start + c.n_tokens]),
         dtype=np.int64,
@@ -61,7 +61,7 @@ def build_batch(chunks: Sequence[Chunk], kv_cache: KvCache, device: torch.device
     return StepBatch(
         token_ids=_move(np.maximum(token_ids, 0), device),
         positions=_move(positions, device),
-        slots=_move(slots, device),
+        slot_mapping=_move(slot_mapping, device),
         page_table=_move(np.ascontiguousarray(page_table), device),
         query_starts=_move(query_starts.astype(np.int32), device),
         kv_lens=_move(kv_lens.astype(np.int32), device),

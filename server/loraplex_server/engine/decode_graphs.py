@@ -76,9 +76,9 @@ class DecodeGraphs:
             return torch.zeros(n_rows, *shape, dtype=dtype, device=model.device)
 
         self._token_ids, self._positions = rows(torch.int64), rows(torch.int64)
-        self._slots, self._kv_lens = rows(torch.int64), rows(torch.int32)
+        self._slot_mapping, self._kv_lens = rows(torch.int64), rows(torch.int32)
         self._page_table = rows(torch.int32, n_pages)
-        self._entries = rows(torch.int32)
+        self._slots = rows(torch.int32)
         self._raw = rows(model.dtype, model.vocab_size)
         self._query_starts = torch.arange(n_rows + 1, dtype=torch.int32, device=model.device)
         self._clear(slice(0, n_rows))
@@ -94,30 +94,30 @@ class DecodeGraphs:
                 self._graph(size, has_adapters)
         _log.info("recorded decode steps of %s rows", ", ".join(map(str, self._sizes)))
 
-    def run(self, batch: StepBatch, entries: Sequence[int]) -> Tensor:
+    def run(self, batch: StepBatch, slots: Sequence[int]) -> Tensor:
         """One token of each request → raw logits [n, vocab_size], valid until the next run.
 
-        ``entries``: the pool entry of each row, −1 for the base's.
+        ``slots``: the pool slot of each row, −1 for the base's.
         """
-        n = len(entries)
+        n = len(slots)
         size = next(size for size in self._sizes if size >= n)
-        self._lay(batch, entries, n, size)
-        self._graph(size, any(entry >= 0 for entry in entries))()
+        self._lay(batch, slots, n, size)
+        self._graph(size, any(slot >= 0 for slot in slots))()
         return self._raw[:n]
 
-    def _lay(self, batch: StepBatch, entries: Sequence[int], n: int, size: int) -> None:
+    def _lay(self, batch: StepBatch, slots: Sequence[int], n: int, size: int) -> None:
         self._token_ids[:n].copy_(batch.token_ids)
         self._positions[:n].copy_(batch.positions)
-        self._slots[:n].copy_(batch.slots)
+        self._slot_mapping[:n].copy_(batch.slot_mapping)
         self._kv_lens[:n].copy_(batch.kv_lens)
         self._page_table[:n, : batch.page_table.shape[1]].copy_(batch.page_table)
-        self._entries[:n].copy_(torch.tensor(entries, dtype=torch.int32))
+        self._slots[:n].copy_(torch.tensor(slots, dtype=torch.int32))
         self._clear(slice(n, size))
 
     def _clear(self, rows: slice) -> None:
         """Makes spare rows of them: no adapter, no KV to write, one position to look at."""
-        self._entries[rows] = -1
         self._slots[rows] = -1
+        self._slot_mapping[rows] = -1
         self._kv_lens[rows] = 1
         self._positions[rows] = 0
 
@@ -136,7 +136,7 @@ class DecodeGraphs:
         batch = StepBatch(
             token_ids=self._token_ids[:size],
             positions=self._positions[:size],
-            slots=self._slots[:size],
+            slot_mapping=self._slot_mapping[:size],
             page_table=self._page_table[:size],
             query_starts=self._query_starts[: size + 1],
             kv_lens=self._kv_lens[:size],
@@ -144,7 +144,7 @@ class DecodeGraphs:
             virtual_rows=(),
         )
         batch.lay_into(step)
-        step.segments = build_segments(self._entries[:size]) if has_adapters else None
+        step.segments = build_segments(self._slots[:size]) if has_adapters else None
         step.planned, step.routed, step.routes_projections = (), {}, False
         hidden = model.forward(model.embed(batch.token_ids))
         model.head.packed.into(hidden, self._raw[:size])

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
 from loraplex_adapter_store.report import JsonValue
-from loraplex_kernels.factors import EntryFactors, SliceFactors
-from loraplex_kernels.packed_entry import PackedEntry
+from loraplex_kernels.factors import AdapterFactors, SliceFactors
+from loraplex_kernels.packed_factors import PackedFactors
 from loraplex_kernels.pool import LoraPool
 
 from ..model.lora_group import LoraGroup
@@ -35,14 +35,14 @@ _FORMAT = 5
 
 @dataclass(frozen=True, slots=True)
 class DeviceForm:
-    """``entries[0]`` are the unrouted factors, the rest one entry for each expert."""
+    """``factors[0]`` are the unrouted ones, then one for each expert."""
 
-    entries: tuple[PackedEntry, ...]
+    factors: tuple[PackedFactors, ...]
     rank: int  # the largest of any module
 
     @property
     def n_bytes(self) -> int:
-        return sum(entry.n_bytes for entry in self.entries)
+        return sum(packed.n_bytes for packed in self.factors)
 
 
 class Former:
@@ -103,25 +103,25 @@ class Former:
         return replace(rest, device_form=form, n_bytes=form.n_bytes + sum(kept.values()))
 
     def dump(self, form: object) -> tuple[JsonValue, Sequence[Tensor]]:
-        """For a file: the rank, and five tensors for each entry."""
+        """For a file: the rank, and five tensors for each of its `PackedFactors`."""
         assert isinstance(form, DeviceForm)
         tensors: list[Tensor] = []
-        for entry in form.entries:
-            arrays = (entry.starts, entry.lengths, entry.keys, entry.ranks)
-            tensors += [entry.image, *map(torch.from_numpy, arrays)]
+        for packed in form.factors:
+            arrays = (packed.starts, packed.lengths, packed.keys, packed.ranks)
+            tensors += [packed.image, *map(torch.from_numpy, arrays)]
         return form.rank, tensors
 
     def restore(self, header: JsonValue, tensors: Sequence[Tensor]) -> DeviceForm:
         """What was dumped, around the tensors; page-locked where ``form`` would be."""
         assert isinstance(header, int)
-        entries = []
+        packed = []
         for at in range(0, len(tensors), 5):
             image, *tables = tensors[at : at + 5]
             arrays = (table.numpy().copy() for table in tables)  # they stay when the image goes
-            entries.append(self._pool.adopt(PackedEntry(image, *arrays)))
-        return DeviceForm(tuple(entries), header)
+            packed.append(self._pool.adopt(PackedFactors(image, *arrays)))
+        return DeviceForm(tuple(packed), header)
 
-    def _factors(self, modules: Mapping[str, ModulePlan]) -> EntryFactors:
+    def _factors(self, modules: Mapping[str, ModulePlan]) -> AdapterFactors:
         """The parts of a plan that the LoRA kernels apply, by target."""
         factors: dict[str, tuple[SliceFactors | None, ...]] = {}
         for group in self._groups:
@@ -165,7 +165,7 @@ def is_beyond_low_rank(module: ModulePlan) -> bool:
 
 
 def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, ModulePlan]]:
-    """Expert e of all layers side by side: the pool's entry 1 + e of a routed adapter."""
+    """Expert e of all layers side by side: the factors of slot 1 + e of a routed adapter."""
     n_experts = max((len(plan.experts) for plan in experts.values()), default=0)
     for index in range(n_experts):
         merged: dict[str, ModulePlan] = {}

@@ -21,7 +21,7 @@ from torch import Tensor
 from loraplex_adapter_store.plan import AdapterPlan, ModulePlan
 from loraplex_kernels.compact import compacts_well
 from loraplex_kernels.errors import PoolFull
-from loraplex_kernels.packed_entry import PackedEntry
+from loraplex_kernels.packed_factors import PackedFactors
 from loraplex_kernels.pool import LoraPool
 from loraplex_router.experts import RoutedRows
 
@@ -42,10 +42,10 @@ class Placement(Enum):
 
 @dataclass(slots=True, eq=False)
 class Residency:
-    """One adapter on the device; ``entries[0]`` are its unrouted factors, the rest its experts."""
+    """One adapter on the device; ``slots[0]`` holds its unrouted factors, the rest its experts."""
 
     digest: str
-    entries: tuple[int, ...]
+    slots: tuple[int, ...]
     n_bytes: int
     plan: AdapterPlan
     planned: Mapping[str, ModulePlan]  # modules beyond low-rank factors, on the device
@@ -97,7 +97,7 @@ class DevicePool:
         self.pool = LoraPool(
             [group.target for group in groups.values()],
             n_bytes=n_bytes,
-            n_entries=max_adapters,
+            n_slots=max_adapters,
             dtype=dtype,
             device=device,
             compact=compacts_well(dtype, device) if compact is None else compact,
@@ -195,18 +195,18 @@ class DevicePool:
                 f"{self._max_rank}; raise --max-lora-rank"
             )
         n_bytes = form.n_bytes
-        if n_bytes > self.pool.bytes_total or len(form.entries) > self.pool.n_entries:
+        if n_bytes > self.pool.bytes_total or len(form.factors) > self.pool.n_slots:
             raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {len(form.entries)} "
-                f"entries, the device pool has {self.pool.bytes_total:,} and "
-                f"{self.pool.n_entries}; raise --adapter-memory or --max-loras"
+                f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {len(form.factors)} "
+                f"slots, the device pool has {self.pool.bytes_total:,} and "
+                f"{self.pool.n_slots}; raise --adapter-memory or --max-loras"
             )
-        entries = self._reserve(form.entries)
-        if entries is None:
+        slots = self._reserve(form.factors)
+        if slots is None:
             return None
         resident = Residency(
             digest=plan.digest,
-            entries=entries,
+            slots=slots,
             n_bytes=n_bytes,
             plan=replace(plan, device_form=None),  # the pool has it: the host may let it go
             planned={
@@ -217,8 +217,8 @@ class DevicePool:
             dense={
                 name: weight.to(self._device, self._dtype) for name, weight in plan.dense.items()
             },
-            experts=place_experts(plan.experts, entries[1:], self._device),
-            load=self._loader.submit(self._fill, entries, self._copies.mark()),
+            experts=place_experts(plan.experts, slots[1:], self._device),
+            load=self._loader.submit(self._fill, slots, self._copies.mark()),
             started_at=time.monotonic(),
             pinned=plan.digest in self._pins,
         )
@@ -228,7 +228,7 @@ class DevicePool:
         resident.load.add_done_callback(lambda _: self._on_loaded())
         return resident
 
-    def _reserve(self, group: Sequence[PackedEntry]) -> tuple[int, ...] | None:
+    def _reserve(self, group: Sequence[PackedFactors]) -> tuple[int, ...] | None:
         while True:
             try:
                 return self.pool.reserve_group(group)
@@ -251,20 +251,20 @@ class DevicePool:
         del self._residents[resident.digest]
         self._arriving = [other for other in self._arriving if other is not resident]
         self.n_evictions += 1
-        return sum(self.pool.remove(entry) for entry in resident.entries)
+        return sum(self.pool.remove(slot) for slot in resident.slots)
 
-    def _fill(self, entries: Sequence[int], mark: torch.cuda.Event | None) -> None:
+    def _fill(self, slots: Sequence[int], mark: torch.cuda.Event | None) -> None:
         """Loader thread."""
 
         def copy() -> None:
-            for entry in entries:
-                self.pool.fill(entry)
+            for slot in slots:
+                self.pool.fill(slot)
 
         self._copies.run(mark, copy)
 
     def _publish(self, resident: Residency) -> None:
-        for entry in resident.entries:
-            self.pool.publish(entry)
+        for slot in resident.slots:
+            self.pool.publish(slot)
         resident.published = True
         resident.load_s = time.monotonic() - resident.started_at
         self.n_loads += 1

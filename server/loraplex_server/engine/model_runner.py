@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_kernels.cpu.decoder import KeptRows
+from loraplex_kernels.cpu.decoder import LogitsRows
 from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
 from loraplex_kernels.ops import PreparedTarget, lora_apply
 from loraplex_kernels.pool import LoraPool
@@ -103,7 +103,7 @@ class ModelRunner:
             last = torch.tensor([rows.stop - 1 for _, rows in sampling], dtype=torch.int64)
             if not wants_all:
                 segments = self._segments(requests, [1] * len(requests))
-                self._model.step.kept = KeptRows(last, segments)
+                self._model.step.logits_rows = LogitsRows(last, segments)
         hidden = self._model.forward(self._embed(batch, chunks))
         sampled: dict[str, Sampled] = {}
         if sampling:
@@ -121,7 +121,7 @@ class ModelRunner:
         if self._graphs is None or not self._is_plain_decode(chunks, batch):
             return None
         try:
-            return self._graphs.run(batch, [self._entry(chunk.request) for chunk in chunks])
+            return self._graphs.run(batch, [self._slot(chunk.request) for chunk in chunks])
         except Exception as error:
             self._give_graphs_up(error)
             return None
@@ -162,15 +162,15 @@ class ModelRunner:
         step.routes_projections = not self._projections.isdisjoint(step.routed)
 
     def _segments(self, requests: Sequence[Request], n_rows: Sequence[int]) -> LoraSegments | None:
-        """Rows by entry; None when every row is the base's."""
-        entries = tuple(self._entry(request) for request in requests)
-        if all(entry < 0 for entry in entries):
+        """Rows by slot; None when every row is the base's."""
+        slots = tuple(self._slot(request) for request in requests)
+        if all(slot < 0 for slot in slots):
             return None
-        return _segments_of(entries, tuple(n_rows), self._model.device)
+        return _segments_of(slots, tuple(n_rows), self._model.device)
 
-    def _entry(self, request: Request) -> int:
+    def _slot(self, request: Request) -> int:
         digest = request.adapter_digest
-        return self._adapters.residency(digest).entries[0] if digest else -1
+        return self._adapters.residency(digest).slots[0] if digest else -1
 
     def _beyond_the_pool(
         self, requests: Sequence[Request], rows: Sequence[slice]
@@ -306,12 +306,12 @@ def _routed(special: Sequence[tuple[Residency, Tensor]]) -> dict[str, tuple[Rout
 
 @functools.lru_cache(maxsize=4)  # decode steps repeat
 def _segments_of(
-    entries: tuple[int, ...], n_rows: tuple[int, ...], device: torch.device
+    slots: tuple[int, ...], n_rows: tuple[int, ...], device: torch.device
 ) -> LoraSegments:
     if device.type == "cpu":
-        return group_runs(entries, n_rows)
-    row_entries = np.repeat(np.array(entries, dtype=np.int32), n_rows)
-    return build_segments(torch.from_numpy(row_entries).to(device))
+        return group_runs(slots, n_rows)
+    row_slots = np.repeat(np.array(slots, dtype=np.int32), n_rows)
+    return build_segments(torch.from_numpy(row_slots).to(device))
 
 
 def _bind_slices(pool: LoraPool, group: LoraGroup) -> ApplySlice:

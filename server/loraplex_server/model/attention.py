@@ -46,7 +46,7 @@ class LayerAttention:
         if self.keys is None or self.values is None:
             raise RuntimeError("the KV cache is not attached")
         step = self._step
-        write_kv(k, v, self.keys, self.values, step.slots)
+        write_kv(k, v, self.keys, self.values, step.slot_mapping)
         out = torch.empty_like(q)
         paged_attention(
             q,

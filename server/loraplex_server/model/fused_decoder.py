@@ -129,12 +129,12 @@ class FusedDecoder:
         if not step.planned and not step.routes_projections:
             native = self._bind_native()
             rows = DecoderRows(
-                step.positions, step.slots, step.page_table, step.query_starts, step.kv_lens
+                step.positions, step.slot_mapping, step.page_table, step.query_starts, step.kv_lens
             )
             if native is not None and native.takes(hidden, rows):
                 mlps = self._routed_mlps()
                 if not mlps:
-                    return native(hidden, rows, step.segments, kept=step.kept)
+                    return native(hidden, rows, step.segments, logits_rows=step.logits_rows)
                 return step.keep(native(hidden, rows, step.segments, mlps))
         return step.keep(self.run_by_layer(hidden))
 
@@ -197,7 +197,7 @@ class FusedDecoder:
             step.positions,
             cache.keys,
             cache.values,
-            step.slots,
+            step.slot_mapping,
             n_heads=self._n_heads,
             n_kv_heads=self._n_kv_heads,
             head_dim=self._head_dim,

@@ -27,7 +27,7 @@ class PlacedExperts:
     """The experts of one block or projection of one adapter, on the device."""
 
     gate: Tensor  # float32 [n_experts, in_features]
-    entries: Tensor  # int32 [n_experts], pool entries
+    slots: Tensor  # int32 [n_experts], pool slots
     strategy: GateStrategy
     top_k: int
     top_p: float
@@ -40,14 +40,14 @@ class PlacedExperts:
 
 
 def place_experts(
-    plans: Mapping[str, ExpertPlan], entries: Sequence[int], device: torch.device
+    plans: Mapping[str, ExpertPlan], slots: Sequence[int], device: torch.device
 ) -> dict[str, PlacedExperts]:
-    """``entries[e]`` is the pool entry of expert e, whose factors span all blocks."""
-    pool_entries = torch.tensor(entries, dtype=torch.int32, device=device)
+    """``slots[e]`` is the pool slot of expert e, whose factors span all blocks."""
+    pool_slots = torch.tensor(slots, dtype=torch.int32, device=device)
     return {
         name: PlacedExperts(
             gate=plan.gate.to(device, torch.float32),
-            entries=pool_entries[: len(plan.experts)],
+            slots=pool_slots[: len(plan.experts)],
             strategy=GateStrategy(plan.strategy.value),
             top_k=plan.top_k,
             top_p=plan.top_p,
@@ -70,7 +70,7 @@ def rows_for(experts: Mapping[str, PlacedExperts], rows: Tensor) -> dict[str, Ro
             rows=rows,
             pair_rows=by_width[k],
             gate=placed.gate,
-            entries=placed.entries,
+            slots=placed.slots,
             strategy=placed.strategy,
             top_k=placed.top_k,
             top_p=placed.top_p,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import ModulePlan
-from loraplex_kernels.cpu.decoder import KeptRows
+from loraplex_kernels.cpu.decoder import LogitsRows
 from loraplex_kernels.layout import LoraSegments
 from loraplex_router.experts import RoutedRows
 
@@ -30,7 +30,9 @@ class Step:
     """Owned by the runner; the modules of the model hold the one instance and only read it."""
 
     positions: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [T]
-    slots: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))  # [T] flat KV
+    slot_mapping: Tensor = field(
+        default_factory=lambda: torch.empty(0, dtype=torch.int64)
+    )  # [T] flat KV
     page_table: Tensor = field(
         default_factory=lambda: torch.empty(0, 0, dtype=torch.int32)
     )  # [n_requests, max_pages]
@@ -41,7 +43,7 @@ class Step:
         default_factory=lambda: torch.empty(0, dtype=torch.int32)
     )  # [n_requests], this step included
     segments: LoraSegments | None = None  # None = no row has low-rank factors
-    kept: KeptRows | None = None  # the rows whose hidden states are asked for; None = all
+    logits_rows: LogitsRows | None = None  # the rows whose hidden states are asked for; None = all
     planned: tuple[PlannedRows, ...] = ()
     # MLP block or projection → the rows that route there, one element per adapter
     routed: Mapping[str, tuple[RoutedRows, ...]] = field(default_factory=dict)
@@ -49,4 +51,8 @@ class Step:
 
     def keep(self, hidden: Tensor) -> Tensor:
         """Of all rows [T, width], those that are asked for."""
-        return hidden if self.kept is None else hidden[self.kept.rows.to(hidden.device)]
+        return (
+            hidden
+            if self.logits_rows is None
+            else hidden[self.logits_rows.indices.to(hidden.device)]
+        )

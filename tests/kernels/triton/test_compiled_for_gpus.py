@@ -88,11 +88,11 @@ def test_a_step_never_looks_at_data_on_the_host(k: int) -> None:
     tables = LoraTables(torch.empty(shape, device=meta).int(), pages, pages, offsets, offsets)
     x = torch.empty(24, target.in_features, device=meta, dtype=torch.bfloat16)
     out = torch.empty(24, sum(target.out_features), device=meta, dtype=torch.bfloat16)
-    entries = torch.empty(24, k, device=meta, dtype=torch.int32)
+    slots = torch.empty(24, k, device=meta, dtype=torch.int32)
     weights = None if k == 1 else torch.empty(24, k, device=meta)
     storage = torch.empty(64, device=meta, dtype=torch.bfloat16)
     with record_launches() as launches:
-        segments = build_device_segments(entries, weights, n_entries=8)
+        segments = build_device_segments(slots, weights, n_slots=8)
         lora_apply_triton(x, storage, target, tables, segments, out=out)
     assert len(launches) == (4 if k == 1 else 5)  # routing 2 or 3, shrink, expand
     cache = torch.empty(16, 8, 16, 128, device=meta, dtype=torch.bfloat16)

@@ -71,9 +71,9 @@ class PoolBuilder:
 
     def build(self) -> tuple[Tensor, LoraTables]:
         def padded(pages: list[list[list[int]]]) -> Tensor:
-            width = max((len(p) for entry in pages for p in entry), default=1) or 1
+            width = max((len(p) for slot in pages for p in slot), default=1) or 1
             return torch.tensor(
-                [[p + [NO_PAGE] * (width - len(p)) for p in entry] for entry in pages]
+                [[p + [NO_PAGE] * (width - len(p)) for p in slot] for slot in pages]
             )
 
         none = torch.full((len(self.ranks), self.target.n_slices), NO_PAGE, dtype=torch.int64)
@@ -127,12 +127,12 @@ class MixedStep:
         self.hidden = torch.randn(len(row_adapter), HIDDEN)
         gate_up = PoolBuilder(LoraTarget("gate_up", HIDDEN, (FF, FF)))
         down = PoolBuilder(LoraTarget("down", FF, (HIDDEN,)))
-        self.entries: list[list[int]] = []
-        n_entries = 0
+        self.slots: list[list[int]] = []
+        n_slots = 0
         for adapter in adapters:
             sets = [] if adapter is None else (adapter.experts or [adapter.plain])
-            self.entries.append(list(range(n_entries, n_entries + len(sets))))
-            n_entries += len(sets)
+            self.slots.append(list(range(n_slots, n_slots + len(sets))))
+            n_slots += len(sets)
             for e in sets:
                 gate_up.add((e.gate, e.up))
                 down.add((e.down,))
@@ -163,17 +163,17 @@ class MixedStep:
         return [row for row, a in enumerate(self.row_adapter) if a == index]
 
     def plain(self) -> LoraSegments | None:
-        entries, starts, rows = [], [0], []
+        slots, indptr, rows = [], [0], []
         for index, adapter in enumerate(self.adapters):
             if adapter is not None and adapter.gate is None and self.rows_of(index):
-                entries.append(self.entries[index][0])
+                slots.append(self.slots[index][0])
                 rows += self.rows_of(index)
-                starts.append(len(rows))
-        if not entries:
+                indptr.append(len(rows))
+        if not slots:
             return None
         return LoraSegments(
-            torch.tensor(entries, dtype=torch.int32),
-            torch.tensor(starts, dtype=torch.int32),
+            torch.tensor(slots, dtype=torch.int32),
+            torch.tensor(indptr, dtype=torch.int32),
             torch.tensor(rows, dtype=torch.int32),
         )
 
@@ -191,7 +191,7 @@ class MixedStep:
                     rows=rows,
                     pair_rows=RoutedRows.pair_rows_of(rows, k),
                     gate=adapter.gate,
-                    entries=torch.tensor(self.entries[index], dtype=torch.int32),
+                    slots=torch.tensor(self.slots[index], dtype=torch.int32),
                     strategy=strategy,
                     top_k=adapter.top_k,
                     top_p=adapter.top_p,
@@ -277,13 +277,13 @@ def test_segments_hold_each_pair_once_with_ascending_rows() -> None:
     torch.manual_seed(5)
     step = MixedStep(crowd(), [3, 5, 3, 4, 3, 0, 5])
     pairs = expand(step.hidden, step.routed())
-    starts = pairs.segments.starts.tolist()
-    assert starts[0] == 0
-    assert starts[-1] == len(pairs.segments.rows)
-    assert sorted(pairs.segments.rows.tolist()) == list(range(starts[-1]))
-    assert pairs.segments.entries[-1] == -1
-    for first, last in itertools.pairwise(starts):
-        rows = pairs.segments.rows[first:last].tolist()
+    indptr = pairs.segments.indptr.tolist()
+    assert indptr[0] == 0
+    assert indptr[-1] == len(pairs.segments.indices)
+    assert sorted(pairs.segments.indices.tolist()) == list(range(indptr[-1]))
+    assert pairs.segments.slots[-1] == -1
+    for first, last in itertools.pairwise(indptr):
+        rows = pairs.segments.indices[first:last].tolist()
         assert rows == sorted(rows)
 
 
@@ -312,7 +312,7 @@ def test_experts_of_one_projection_equal_the_naive_sum(strategy: str) -> None:
         rows=rows,
         pair_rows=RoutedRows.pair_rows_of(rows, experts_per_row(kind, 4, 2)),
         gate=gate,
-        entries=torch.arange(4, dtype=torch.int32),
+        slots=torch.arange(4, dtype=torch.int32),
         strategy=kind,
         top_k=2,
     )

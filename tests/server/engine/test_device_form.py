@@ -40,7 +40,7 @@ def test_a_prepared_plan_keeps_no_factor_and_no_memory_of_the_plan(model: PreTra
         prepared = engine.former.prepare(plan)
     form = prepared.device_form
     assert isinstance(form, DeviceForm)
-    assert len(form.entries) == 5
+    assert len(form.factors) == 5
     assert form.rank == 8
     assert all(module.a is None and module.b is None for module in prepared.modules.values())
     assert prepared.modules.keys() == plan.modules.keys()
@@ -130,7 +130,7 @@ def test_an_adapter_on_the_device_does_not_hold_its_form_in_host_memory(
     with running_engine(model) as engine:
         prepared = engine.former.prepare(lora_plan(model, rank=4, seed=5))
         assert isinstance(prepared.device_form, DeviceForm)
-        image = weakref.ref(prepared.device_form.entries[0].image)
+        image = weakref.ref(prepared.device_form.factors[0].image)
         generate_all(engine, [[1, 2, 3]], plans=[prepared])
         assert engine.stats().n_adapter_loads == 1
         del prepared
@@ -158,7 +158,7 @@ def test_a_form_from_disk_is_the_form_that_was_made(
         form, wanted_form = found.device_form, made.device_form
         assert isinstance(form, DeviceForm)
         assert isinstance(wanted_form, DeviceForm)
-        for entry, wanted in zip(form.entries, wanted_form.entries, strict=True):
+        for entry, wanted in zip(form.factors, wanted_form.factors, strict=True):
             assert torch.equal(entry.image, wanted.image)
             for part in ("starts", "lengths", "keys", "ranks"):
                 assert np.array_equal(getattr(entry, part), getattr(wanted, part)), part
@@ -168,7 +168,7 @@ def test_a_form_from_disk_is_the_form_that_was_made(
             for p, mark in ((found, "a"), (made, "b"))
         )
         assert one == other
-        storage = StorageWeakRef(form.entries[0].image.untyped_storage())
+        storage = StorageWeakRef(form.factors[0].image.untyped_storage())
         assert not storage.expired()
         del found, form, entry
         gc.collect()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loraplex_kernels import LoraPool, SliceFactors, build_segments
 from loraplex_kernels.cpu import native
-from loraplex_kernels.cpu.decoder import KeptRows
+from loraplex_kernels.cpu.decoder import LogitsRows
 from loraplex_kernels.layout import LoraSegments, LoraTarget
 from loraplex_kernels.ops import PreparedTarget
 from loraplex_server.engine.batch import build_batch
@@ -55,7 +55,7 @@ class Layers:
         )
         self.base.attach_kv(self.kv.keys, self.kv.values)
         targets = [group.target for group in self.base.groups.values()]
-        self.pool = LoraPool(targets, n_bytes=8 << 20, n_entries=4, dtype=dtype)
+        self.pool = LoraPool(targets, n_bytes=8 << 20, n_slots=4, dtype=dtype)
         for group in self.base.groups.values():
             group.lora = PreparedTarget(self.pool, group.target.name)
         for rank in (4, 16):
@@ -101,7 +101,7 @@ class Layers:
             step.segments = None if mix is None else _segments(rows)
             if kept is not None:
                 part = None if mix is None else _segments([rows[row] for row in kept[index]])
-                step.kept = KeptRows(torch.tensor(kept[index], dtype=torch.int64), part)
+                step.logits_rows = LogitsRows(torch.tensor(kept[index], dtype=torch.int64), part)
             with torch.inference_mode():
                 hidden.append(layers(self.base.embed(batch.token_ids)))
         return torch.cat(hidden), torch.stack([*self.kv.keys, *self.kv.values])
@@ -204,5 +204,5 @@ def test_norms_of_heads_go_operator_by_operator() -> None:
 
 def test_an_entry_beyond_the_tables_is_an_error() -> None:
     layers = Layers("llama", torch.float32)
-    with pytest.raises(IndexError, match="an entry beyond the tables"):
+    with pytest.raises(IndexError, match="an adapter slot beyond the tables"):
         layers.run(layers.decoder, [0, 9, 0, 0])

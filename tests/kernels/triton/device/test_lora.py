@@ -31,14 +31,14 @@ from loraplex_kernels.triton.tuning import (
     TuningTable,
     default_table,
 )
-from tests.support.lora_problems import MIXES, LoraProblem, draw_entries, make_problem, tolerance
+from tests.support.lora_problems import MIXES, LoraProblem, draw_slots, make_problem, tolerance
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _segments(problem: LoraProblem, **sizes: int) -> DeviceSegments:
-    n_entries = problem.tables.ranks.shape[0]
-    return build_device_segments(problem.entries, problem.weights, n_entries=n_entries, **sizes)
+    n_slots = problem.tables.ranks.shape[0]
+    return build_device_segments(problem.slots, problem.weights, n_slots=n_slots, **sizes)
 
 
 def _apply(problem: LoraProblem, segments: LoraSegments | None = None) -> Tensor:
@@ -73,17 +73,17 @@ def _assert_close(out: Tensor, problem: LoraProblem) -> None:
 @st.composite
 def problems(draw: st.DrawFn, *, k: int, max_rows: int = 40) -> dict[str, object]:
     n_slices = draw(st.integers(1, 3))
-    n_entries = draw(st.integers(1, 5))
+    n_slots = draw(st.integers(1, 5))
     rank = st.one_of(st.integers(0, 40), st.sampled_from([1, 8, 16, 64, 256]))
     return {
         "in_features": draw(st.sampled_from([41, 64, 300])),
         "out_features": tuple(draw(st.sampled_from([33, 64, 401])) for _ in range(n_slices)),
-        "ranks": [[draw(rank) for _ in range(n_slices)] for _ in range(n_entries)],
-        "entries": draw_entries(
+        "ranks": [[draw(rank) for _ in range(n_slices)] for _ in range(n_slots)],
+        "slots": draw_slots(
             draw(st.sampled_from(MIXES)),
             draw(st.integers(0, max_rows)),
             k,
-            n_entries,
+            n_slots,
             draw(st.integers(0, 99)),
         ),
         "dtype": draw(st.sampled_from(DTYPES)),
@@ -113,7 +113,7 @@ def _mixed(device: torch.device, dtype: torch.dtype, *, k: int, n_rows: int = 21
         in_features=300,
         out_features=(65, 33),
         ranks=[(8, 0), (16, 17), (40, 5), (0, 64)],
-        entries=draw_entries("zipf", n_rows, k, 4, seed=5),
+        slots=draw_slots("zipf", n_rows, k, 4, seed=5),
         dtype=dtype,
         device=device,
         seed=11,
@@ -205,14 +205,14 @@ def test_a_plain_row_has_the_same_bits_beside_routed_ones(
     device: torch.device, dtype: torch.dtype
 ) -> None:
     routed = _mixed(device, dtype, k=2)
-    entries = routed.entries.clone()
-    entries[3] = torch.tensor([-1, 2], dtype=torch.int32, device=device)
+    slots = routed.slots.clone()
+    slots[3] = torch.tensor([-1, 2], dtype=torch.int32, device=device)
     assert routed.weights is not None
     weights = routed.weights.clone()
     weights[3] = 1.0
-    beside = _apply(dataclasses.replace(routed, entries=entries, weights=weights))
+    beside = _apply(dataclasses.replace(routed, slots=slots, weights=weights))
     index = torch.tensor([3], device=device)
-    alone = dataclasses.replace(routed.rows(index), entries=entries[index][:, 1:], weights=None)
+    alone = dataclasses.replace(routed.rows(index), slots=slots[index][:, 1:], weights=None)
     assert torch.equal(_apply(alone), beside[index])
 
 
@@ -265,14 +265,14 @@ def test_infinite_weights_of_one_adapter_reach_no_other_row(device: torch.device
     first = int(problem.tables.b_pages[2, 0, 0])
     storage[first : first + 65] = float("inf")
     out = _apply(dataclasses.replace(problem, storage=storage))
-    uses = (problem.entries == 2).any(dim=1)
+    uses = (problem.slots == 2).any(dim=1)
     assert bool(uses.any())
     assert torch.equal(out[~uses], clean[~uses])
 
 
 def test_rows_without_an_adapter_keep_their_bits(device: torch.device) -> None:
     problem = _mixed(device, torch.bfloat16, k=1)
-    bare = problem.entries[:, 0] < 0
+    bare = problem.slots[:, 0] < 0
     assert bool(bare.any())
     assert torch.equal(_apply(problem)[bare], problem.base[bare])
 
@@ -281,10 +281,10 @@ def test_rows_without_an_adapter_keep_their_bits(device: torch.device) -> None:
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_cuda_graph_replays_with_other_segments(device: torch.device, k: int) -> None:
     problem = _mixed(device, torch.bfloat16, k=k)
-    entries, out = problem.entries.clone(), problem.base.clone()
+    slots, out = problem.slots.clone(), problem.base.clone()
 
     def step() -> None:
-        segments = build_device_segments(entries, problem.weights, n_entries=4)
+        segments = build_device_segments(slots, problem.weights, n_slots=4)
         out.copy_(problem.base)
         inputs = (problem.x, problem.storage, problem.target, problem.tables, segments)
         lora_apply_triton(*inputs, out=out)
@@ -295,9 +295,9 @@ def test_a_cuda_graph_replays_with_other_segments(device: torch.device, k: int) 
     with torch.cuda.graph(graph):
         step()
     for mix in MIXES:
-        entries.copy_(draw_entries(mix, entries.shape[0], k, 4, seed=8))
+        slots.copy_(draw_slots(mix, slots.shape[0], k, 4, seed=8))
         graph.replay()
-        changed = dataclasses.replace(problem, entries=entries.clone())
+        changed = dataclasses.replace(problem, slots=slots.clone())
         assert torch.equal(out, _apply(changed))
 
 

@@ -15,44 +15,44 @@ from loraplex_kernels.triton import (
     fill_device_segments,
     route_segments,
 )
-from tests.support.lora_problems import MIXES, draw_entries
+from tests.support.lora_problems import MIXES, draw_slots
 
 _few = settings(max_examples=12, deadline=None)
 
 
 def _pairs_by_segment(segments: LoraSegments) -> dict[int, list[int]]:
-    entries, starts = segments.entries.tolist(), segments.starts.tolist()
+    slots, indptr = segments.slots.tolist(), segments.indptr.tolist()
     return {
-        entry: segments.rows[starts[s] : starts[s + 1]].tolist()
-        for s, entry in enumerate(entries)
-        if entry >= 0
+        slot: segments.indices[indptr[s] : indptr[s + 1]].tolist()
+        for s, slot in enumerate(slots)
+        if slot >= 0
     }
 
 
-def _check(segments: DeviceSegments, entries: torch.Tensor, weights: torch.Tensor | None) -> None:
-    table = entries.tolist()
+def _check(segments: DeviceSegments, slots: torch.Tensor, weights: torch.Tensor | None) -> None:
+    table = slots.tolist()
     expected: dict[int, list[int]] = {}
     for row, names in enumerate(table):
-        for entry in names:
-            if entry >= 0:
-                expected.setdefault(entry, []).append(row)
+        for slot in names:
+            if slot >= 0:
+                expected.setdefault(slot, []).append(row)
     assert _pairs_by_segment(segments) == dict(sorted(expected.items()))
     n_valid = sum(len(rows) for rows in expected.values())
-    assert segments.starts[-1] == n_valid
+    assert segments.indptr[-1] == n_valid
     covered = []
-    for entry, first, count in segments.tiles.tolist():
-        if entry >= 0:
+    for slot, first, count in segments.tiles.tolist():
+        if slot >= 0:
             assert 0 < count <= segments.block_m
-            covered += [(entry, position) for position in range(first, first + count)]
-    ordered = [entry for entry, rows in sorted(expected.items()) for _ in rows]
+            covered += [(slot, position) for position in range(first, first + count)]
+    ordered = [slot for slot, rows in sorted(expected.items()) for _ in rows]
     assert covered == list(zip(ordered, range(n_valid), strict=True))
     for row, names in enumerate(table):
-        for turn, entry in enumerate(names):
+        for turn, slot in enumerate(names):
             position = int(segments.pair_of[row, turn])
-            assert (position >= 0) == (entry >= 0)
+            assert (position >= 0) == (slot >= 0)
             if position >= 0:
-                assert ordered[position] == entry
-                assert segments.rows[position] == row
+                assert ordered[position] == slot
+                assert segments.indices[position] == row
                 if weights is not None and segments.weights is not None:
                     assert segments.weights[position] == weights[row, turn]
 
@@ -61,69 +61,69 @@ def _check(segments: DeviceSegments, entries: torch.Tensor, weights: torch.Tenso
 @given(
     n_rows=st.integers(0, 70),
     k=st.integers(1, 3),
-    n_entries=st.integers(1, 40),
+    n_slots=st.integers(1, 40),
     mix=st.sampled_from(MIXES),
     block_m=st.sampled_from([16, 32]),
     seed=st.integers(0, 1000),
 )
 def test_segments_group_every_pair_once(
-    device: torch.device, n_rows: int, k: int, n_entries: int, mix: str, block_m: int, seed: int
+    device: torch.device, n_rows: int, k: int, n_slots: int, mix: str, block_m: int, seed: int
 ) -> None:
-    entries = draw_entries(mix, n_rows, k, n_entries, seed).to(device)
+    slots = draw_slots(mix, n_rows, k, n_slots, seed).to(device)
     weights = torch.rand(n_rows, k).to(device) if k > 1 else None
-    segments = build_device_segments(entries, weights, n_entries=n_entries, block_m=block_m)
-    _check(segments, entries, weights)
-    _check_blocks(segments, entries)
+    segments = build_device_segments(slots, weights, n_slots=n_slots, block_m=block_m)
+    _check(segments, slots, weights)
+    _check_blocks(segments, slots)
 
 
-def _check_blocks(segments: DeviceSegments, entries: torch.Tensor) -> None:
+def _check_blocks(segments: DeviceSegments, slots: torch.Tensor) -> None:
     blocks = segments.blocks
     if blocks is None:
-        assert entries.shape[1] == 1
+        assert slots.shape[1] == 1
         return
-    size = blocks.n_rows * entries.shape[1]
+    size = blocks.n_rows * slots.shape[1]
     for block, n_items in enumerate(blocks.n_items.tolist()):
         seen: list[tuple[int, int]] = []
         for item in range(block * size, block * size + n_items):
-            entry = int(blocks.entries[item])
+            slot = int(blocks.slots[item])
             for lane, pair in enumerate(blocks.pairs[item].tolist()):
                 if pair >= 0:
-                    assert segments.rows[pair] == block * blocks.n_rows + lane
-                    seen.append((block * blocks.n_rows + lane, entry))
-        rows = entries[block * blocks.n_rows : (block + 1) * blocks.n_rows].tolist()
+                    assert segments.indices[pair] == block * blocks.n_rows + lane
+                    seen.append((block * blocks.n_rows + lane, slot))
+        rows = slots[block * blocks.n_rows : (block + 1) * blocks.n_rows].tolist()
         wanted = [
-            (block * blocks.n_rows + lane, entry)
+            (block * blocks.n_rows + lane, slot)
             for lane, names in enumerate(rows)
-            for entry in names
-            if entry >= 0
+            for slot in names
+            if slot >= 0
         ]
         assert sorted(seen) == sorted(wanted)
 
 
 def test_the_same_buffers_serve_steps_with_other_segments(device: torch.device) -> None:
     """As a CUDA graph replays: stale segments, tiles and items of a fuller step must not stay."""
-    segments = allocate_segments(24, 2, device, has_weights=False, n_entries=9, block_m=16)
+    segments = allocate_segments(24, 2, device, has_weights=False, n_slots=9, block_m=16)
     scratch = torch.empty((48, 3), dtype=torch.int32, device=device)
     for mix in ("distinct", "identical", "none", "zipf", "none"):
-        entries = draw_entries(mix, 24, 2, 9, seed=3).to(device)
-        fill_device_segments(entries, None, segments=segments, scratch=scratch)
-        _check(segments, entries, None)
-        _check_blocks(segments, entries)
+        slots = draw_slots(mix, 24, 2, 9, seed=3).to(device)
+        fill_device_segments(slots, None, segments=segments, scratch=scratch)
+        _check(segments, slots, None)
+        _check_blocks(segments, slots)
 
 
-def test_a_row_that_names_an_entry_twice_keeps_both_pairs(device: torch.device) -> None:
-    entries = torch.tensor([[2, 2], [0, 2]], dtype=torch.int32, device=device)
-    segments = build_device_segments(entries, torch.ones(2, 2, device=device))
-    _check_blocks(segments, entries)
+def test_a_row_that_names_a_slot_twice_keeps_both_pairs(device: torch.device) -> None:
+    slots = torch.tensor([[2, 2], [0, 2]], dtype=torch.int32, device=device)
+    segments = build_device_segments(slots, torch.ones(2, 2, device=device))
+    _check_blocks(segments, slots)
     assert _pairs_by_segment(segments) == {0: [1], 2: [0, 0, 1]}
 
 
 def test_segments_from_elsewhere_get_the_same_tables(device: torch.device) -> None:
-    entries = draw_entries("zipf", 40, 2, 7, seed=1).to(device)
-    built = build_device_segments(entries, torch.rand(40, 2).to(device), n_entries=7)
-    plain = LoraSegments(built.entries, built.starts, built.rows, built.weights)
+    slots = draw_slots("zipf", 40, 2, 7, seed=1).to(device)
+    built = build_device_segments(slots, torch.rand(40, 2).to(device), n_slots=7)
+    plain = LoraSegments(built.slots, built.indptr, built.indices, built.weights)
     routed = route_segments(plain, 40)
-    _check_blocks(routed, entries)
+    _check_blocks(routed, slots)
     used = built.tiles[built.tiles[:, 0] >= 0]
     assert torch.equal(routed.tiles, used)
 
@@ -131,7 +131,7 @@ def test_segments_from_elsewhere_get_the_same_tables(device: torch.device) -> No
 def test_buffers_of_another_shape_are_refused(device: torch.device) -> None:
     segments = allocate_segments(4, 1, device, has_weights=False)
     scratch = torch.empty((4, 3), dtype=torch.int32, device=device)
-    with pytest.raises(ValueError, match="entries are"):
+    with pytest.raises(ValueError, match="slots are"):
         fill_device_segments(
             torch.zeros(5, 1, dtype=torch.int32, device=device),
             None,

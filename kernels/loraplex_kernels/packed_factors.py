@@ -1,4 +1,4 @@
-"""One entry in the pool's own form: made once, away from the steps, placed by copying."""
+"""One slot in the pool's own form: made once, away from the steps, placed by copying."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .compact import compact_rows
-from .factors import KINDS, EntryFactors, Piece, cut_into_pieces
+from .factors import KINDS, AdapterFactors, Piece, cut_into_pieces
 from .layout import LoraTarget
 
-__all__ = ["ALIGNMENT_BYTES", "PackedEntry", "pack_entry"]
+__all__ = ["ALIGNMENT_BYTES", "PackedFactors", "pack_factors"]
 
 ALIGNMENT_BYTES = 64
 
 
 @dataclass(frozen=True, slots=True)
-class PackedEntry:
+class PackedFactors:
     """The factors of one (adapter, expert) for all targets, cast and laid end to end.
 
     Every piece (see ``factors.Piece``) starts at a multiple of the alignment; what lies between
@@ -38,14 +38,14 @@ class PackedEntry:
         return self.image.nbytes
 
 
-def pack_entry(
+def pack_factors(
     targets: Mapping[str, LoraTarget],
-    factors: EntryFactors,
+    factors: AdapterFactors,
     dtype: torch.dtype,
     *,
     compact: bool = False,  # pages that can be, in twelve bits a value
     pin_memory: bool = False,  # for the copy engine of a GPU
-) -> PackedEntry:
+) -> PackedFactors:
     """Casts and copies; tens of milliseconds for a large adapter. Any thread. Raises BadFactors."""
     pieces = cut_into_pieces(targets, factors)
     compacted = [_compacted(piece, dtype) if compact else None for piece in pieces]
@@ -62,7 +62,7 @@ def pack_entry(
     image = torch.empty(n_elements, dtype=dtype, pin_memory=pin_memory)
     for body, start, length in zip(bodies, starts.tolist(), lengths.tolist(), strict=True):
         _copy_body(image, body, start, length)
-    return PackedEntry(
+    return PackedFactors(
         image=image,
         starts=starts,
         lengths=lengths,

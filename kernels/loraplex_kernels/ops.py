@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .cpu.lora import NativeLora, serves
-from .experts import Activation, StepPairs, gather, spread
+from .experts import Activation, StepPairs, moe_down, moe_gate_up
 from .layout import LoraSegments, LoraTables, LoraTarget
 from .model_ops import silu_mul
 from .packed_linear import PackedLinear
@@ -71,7 +71,7 @@ class PreparedTarget:
         else:
             lora_apply(x, self._pool.storage, self._target, self._tables, segments, out=out)
 
-    def over(self, packed: PackedLinear, x: Tensor, segments: LoraSegments) -> Tensor:
+    def linear_with_lora(self, packed: PackedLinear, x: Tensor, segments: LoraSegments) -> Tensor:
         """``x`` [n_rows, in_features] → the base's product with the segments' products on top.
 
         The same bits as ``packed(x)`` and a call: native code fetches factors meanwhile, a GPU
@@ -79,9 +79,9 @@ class PreparedTarget:
         """
         native, weights = self.native(), packed.native
         if self._side is not None and _takes_triton(x, self._pool.storage):
-            from .triton import lora_over_triton
+            from .triton import linear_with_lora_triton
 
-            return lora_over_triton(
+            return linear_with_lora_triton(
                 lambda: packed(x),
                 x,
                 self._pool.storage,
@@ -95,10 +95,10 @@ class PreparedTarget:
             self(x, segments, out)
             return out
         out = torch.empty((x.shape[0], packed.n_out), dtype=x.dtype)
-        native.over(weights, x, segments, out)
+        native.linear_with_lora(weights, x, segments, out)
         return out
 
-    def spread(
+    def moe_gate_up(
         self,
         packed: PackedLinear,
         activation: Activation,
@@ -106,7 +106,7 @@ class PreparedTarget:
         pairs: StepPairs,
         segments: LoraSegments,
     ) -> tuple[Tensor, Tensor]:
-        """``experts.spread`` over the base's product."""
+        """``experts.moe_gate_up`` over the base's product."""
         native, weights = self.native(), packed.native
         ff = packed.n_out // 2
         if (
@@ -117,13 +117,13 @@ class PreparedTarget:
             or packed.out_features != (ff, ff)
             or ff % 16
         ):
-            return spread(packed, self, activation, x, pairs, segments)
+            return moe_gate_up(packed, self, activation, x, pairs, segments)
         out = torch.empty((x.shape[0], packed.n_out), dtype=x.dtype)
         expert_act = torch.empty((pairs.rows.shape[0], ff), dtype=x.dtype)
-        native.spread(weights, x, segments, pairs.rows, out, expert_act)
+        native.moe_gate_up(weights, x, segments, pairs.rows, out, expert_act)
         return out, expert_act
 
-    def gather(
+    def moe_down(
         self,
         packed: PackedLinear,
         x: Tensor,
@@ -131,12 +131,12 @@ class PreparedTarget:
         pairs: StepPairs,
         segments: LoraSegments,
     ) -> Tensor:
-        """``experts.gather`` over the base's product."""
+        """``experts.moe_down`` over the base's product."""
         native, weights = self.native(), packed.native
         if native is None or weights is None or packed.dtype != self.dtype:
-            return gather(packed, self, x, of_pairs, pairs, segments)
+            return moe_down(packed, self, x, of_pairs, pairs, segments)
         out = torch.empty((x.shape[0], packed.n_out), dtype=x.dtype)
-        native.gather(weights, x, segments, pairs.rows, out, of_pairs)
+        native.moe_down(weights, x, segments, pairs.rows, out, of_pairs)
         return out
 
     @property

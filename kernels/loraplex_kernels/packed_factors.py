@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .compact import compact_rows
+from .exponent_coding import encode_rows
 from .factors import KINDS, AdapterFactors, Piece, cut_into_pieces
 from .layout import LoraTarget
 
@@ -30,7 +30,7 @@ class PackedFactors:
     image: Tensor  # [n_elements] in the pool's dtype, on the host
     starts: NDArray[np.int64]  # [n_pieces], elements of ``image``
     lengths: NDArray[np.int64]  # [n_pieces], elements, up to the start of the next
-    keys: NDArray[np.int64]  # [n_pieces, 5]: target, slice, index in KINDS, page, 1 if compact
+    keys: NDArray[np.int64]  # [n_pieces, 5]: target, slice, index in KINDS, page, 1 if coded
     ranks: NDArray[np.int64]  # [n_slices, 3]: target, slice, rank
 
     @property
@@ -43,15 +43,14 @@ def pack_factors(
     factors: AdapterFactors,
     dtype: torch.dtype,
     *,
-    compact: bool = False,  # pages that can be, in twelve bits a value
+    exponent_coding: bool = False,  # pages that can be, in twelve bits a value
     pin_memory: bool = False,  # for the copy engine of a GPU
 ) -> PackedFactors:
     """Casts and copies; tens of milliseconds for a large adapter. Any thread. Raises BadFactors."""
     pieces = cut_into_pieces(targets, factors)
-    compacted = [_compacted(piece, dtype) if compact else None for piece in pieces]
+    encoded = [_encode_page(piece, dtype) if exponent_coding else None for piece in pieces]
     bodies = [
-        piece.source if made is None else made
-        for piece, made in zip(pieces, compacted, strict=True)
+        piece.source if made is None else made for piece, made in zip(pieces, encoded, strict=True)
     ]
     index_of = {name: index for index, name in enumerate(targets)}
     unit = ALIGNMENT_BYTES // dtype.itemsize
@@ -69,7 +68,7 @@ def pack_factors(
         keys=np.array(
             [
                 (index_of[p.target], p.slice_index, KINDS.index(p.kind), p.page, made is not None)
-                for p, made in zip(pieces, compacted, strict=True)
+                for p, made in zip(pieces, encoded, strict=True)
             ],
             dtype=np.int64,
         ).reshape(-1, 5),
@@ -85,10 +84,10 @@ def pack_factors(
     )
 
 
-def _compacted(piece: Piece, dtype: torch.dtype) -> Tensor | None:
+def _encode_page(piece: Piece, dtype: torch.dtype) -> Tensor | None:
     if piece.kind not in ("a", "b"):
         return None
-    return compact_rows(piece.source.to(dtype), mixed=piece.kind == "b")
+    return encode_rows(piece.source.to(dtype), interleaved=piece.kind == "b")
 
 
 def _copy_body(image: Tensor, body: Tensor, start: int, length: int) -> None:

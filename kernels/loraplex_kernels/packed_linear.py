@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .compact_panels import COMPACT_PANELS, compact_panels, open_outputs
 from .cpu.lora import NativeWeights
 from .cpu.model_ops import dtype_code, native_ops
+from .exponent_coding import EXPONENT_CODED, decode_outputs, encode_panels
 from .storage import allocate_storage
 
 __all__ = ["PackedLinear", "lay_out_together"]
@@ -27,7 +27,7 @@ class PackedLinear:
     ``embed`` give them back. In native code (float32, bfloat16 on a CPU) sums are float32 and run
     over the input from left to right, so a row has the same bits whatever rows stand beside it.
     Elsewhere it is ``torch.nn.functional.linear``. For inference: nothing is recorded for autograd.
-    ``compact``: in twelve bits a weight where that pays, which changes no result.
+    ``exponent_coding``: in twelve bits a weight where that pays, which changes no result.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class PackedLinear:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor | None],
         *,
-        compact: bool = True,
+        exponent_coding: bool = True,
     ) -> None:
         self.in_features = weights[0].shape[1]
         self.out_features = tuple(weight.shape[0] for weight in weights)
@@ -47,14 +47,14 @@ class PackedLinear:
             self._code = None
         stacked = torch.cat([weight.detach() for weight in weights])
         bias = _stack_biases(weights, biases)
-        self._is_compact = False
+        self._is_coded = False
         if self._code is None:
             self._weight, self._bias = stacked, bias
         else:
             self._weight = _pack(stacked, self._unit)
             self._bias = None if bias is None else _pad(bias.float())
-            if compact and self.dtype is torch.bfloat16:
-                self._keep_compact()
+            if exponent_coding and self.dtype is torch.bfloat16:
+                self._encode()
         self._native = None if self._code is None else self._describe()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -130,8 +130,8 @@ class PackedLinear:
         """Rows ``token_ids`` [T] of the weight, so that a tied head is held once."""
         if self._code is None:
             return self._weight[token_ids]
-        if self._is_compact:
-            return open_outputs(self._weight, self.in_features // self._unit, token_ids)
+        if self._is_coded:
+            return decode_outputs(self._weight, self.in_features // self._unit, token_ids)
         return self._weight[token_ids // _PANEL, :, token_ids % _PANEL].view(self.dtype)
 
     @property
@@ -144,15 +144,15 @@ class PackedLinear:
         stacked = self._weight if self._code is None else self.embed(torch.arange(self.n_out))
         return [part.clone() for part in torch.split(stacked, list(self.out_features))]
 
-    def _keep_compact(self) -> None:
-        compact = compact_panels(self._weight)
-        if compact is not None:
-            self._weight, self._is_compact = compact, True
+    def _encode(self) -> None:
+        coded = encode_panels(self._weight)
+        if coded is not None:
+            self._weight, self._is_coded = coded, True
 
     def _describe(self) -> NativeWeights:
         light = self._weight.nbytes <= _LIGHT_BYTES
         return NativeWeights(
-            self._weight.data_ptr() + (COMPACT_PANELS if self._is_compact else 0),
+            self._weight.data_ptr() + (EXPONENT_CODED if self._is_coded else 0),
             0 if self._bias is None else self._bias.data_ptr(),
             _LIGHT_PRODUCTS // (self.n_out * self.in_features) if light else 0,
         )

@@ -48,15 +48,15 @@ class LoraPool:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         max_rank: int = 64,
-        compact: bool = False,
+        exponent_coding: bool = False,
     ) -> None:
         """``max_rank`` sizes the tables. Larger ranks are taken too, but replace them once.
 
-        ``compact``: pages are kept in twelve bits a value where they can be. For bfloat16 on a CPU
-        with the native library; ``compacts_well`` says where it makes steps faster.
+        ``exponent_coding``: pages are kept in twelve bits a value where they can be. For bfloat16
+        on a CPU with the native library; ``prefers_coded_pages`` says where steps become faster.
         """
         self.device = torch.device(device)
-        self.is_compact = compact
+        self.exponent_coding = exponent_coding
         self.targets = {target.name: target for target in targets}
         self.n_slots = n_slots
         self._unit = ALIGNMENT_BYTES // dtype.itemsize  # elements
@@ -89,7 +89,7 @@ class LoraPool:
             self.targets,
             factors,
             self.storage.dtype,
-            compact=self.is_compact,
+            exponent_coding=self.exponent_coding,
             pin_memory=self.device.type == "cuda",
         )
 

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .compact import COMPACT
+from .exponent_coding import EXPONENT_CODED
 from .factors import KINDS
 from .layout import NO_PAGE, PAGE_RANK, LoraTables, LoraTarget
 
@@ -42,7 +42,8 @@ class PoolTables:
         n_pages = -(-int(ranks[:, 2].max(initial=0)) // PAGE_RANK)
         if n_pages > self._max_pages:
             self._grow(n_pages)
-        self._scatter(self._offsets, self._positions(slot, keys), offsets + keys[:, 4] * COMPACT)
+        coded = offsets + keys[:, 4] * EXPONENT_CODED
+        self._scatter(self._offsets, self._positions(slot, keys), coded)
         self._scatter(self._ranks, self._rank_positions(slot, ranks), ranks[:, 2])
 
     def clear(self, slot: int, ranks: NDArray[np.int64], keys: NDArray[np.int64]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .compact import COMPACT, open_rows
+from .exponent_coding import EXPONENT_CODED, decode_rows
 from .layout import NO_PAGE, PAGE_RANK, LoraSegments, LoraTables, LoraTarget
 
 __all__ = ["lora_apply_reference"]
@@ -75,8 +75,12 @@ def _read_factor(storage: Tensor, pages: Tensor, rank: int, width: int, kind: st
     for page, first in enumerate(range(0, rank, PAGE_RANK)):
         n_rows = min(PAGE_RANK, rank - first)
         offset = int(pages[page])
-        if offset & COMPACT:
-            parts.append(open_rows(storage, offset - COMPACT, n_rows, width, mixed=kind == "b"))
+        if offset & EXPONENT_CODED:
+            parts.append(
+                decode_rows(
+                    storage, offset - EXPONENT_CODED, n_rows, width, interleaved=kind == "b"
+                )
+            )
         else:
             parts.append(storage[offset : offset + n_rows * width].view(n_rows, width))
     return torch.cat(parts)

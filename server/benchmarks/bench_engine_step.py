@@ -5,7 +5,7 @@
 With no adapter, one shared adapter and one of its own for each row (rank 16, all linears, random),
 each in turn, several rounds; prints the median of the rounds' medians and the ratio to no adapter.
 Before that, what it takes to place one of them: packing, the engine thread's part, the loader's
-copy. With ``--weights both`` two bases, of compact and of plain weights, take turns.
+copy. With ``--weights both`` two bases, of coded and of plain weights, take turns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
 
 _CPU = torch.device("cpu")
-_WEIGHTS = ("compact", "plain")
+_WEIGHTS = ("coded", "plain")
 
 
 @dataclass(frozen=True)
@@ -63,16 +63,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--plain", action="store_true", help="factors in plain bfloat16, not compact pages"
+        "--plain", action="store_true", help="factors in plain bfloat16, not exponent-coded pages"
     )
     parser.add_argument(
-        "--weights", choices=[*_WEIGHTS, "both"], default="compact", help="the base's"
+        "--weights", choices=[*_WEIGHTS, "both"], default="coded", help="the base's"
     )
     arguments = parser.parse_args()
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of the loader, as in the server: a second team slows every step
     kinds = _WEIGHTS if arguments.weights == "both" else (arguments.weights,)
-    benches = {kind: _build(arguments, compact=kind == "compact") for kind in kinds}
+    benches = {kind: _build(arguments, exponent_coding=kind == "coded") for kind in kinds}
     torch.set_num_threads(n_threads)
     times: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(arguments.rounds):
@@ -98,10 +98,14 @@ def main() -> None:
         bench.adapters.close()
 
 
-def _build(arguments: argparse.Namespace, *, compact: bool) -> Bench:
+def _build(arguments: argparse.Namespace, *, exponent_coding: bool) -> Bench:
     n_rows = arguments.rows
     model = load_base_model(
-        resolve_model(None), DEFAULT_BASE, dtype=torch.bfloat16, device=_CPU, compact=compact
+        resolve_model(None),
+        DEFAULT_BASE,
+        dtype=torch.bfloat16,
+        device=_CPU,
+        exponent_coding=exponent_coding,
     )
     kv_cache = KvCache(
         KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim),
@@ -122,7 +126,7 @@ def _build(arguments: argparse.Namespace, *, compact: bool) -> Bench:
         dtype=torch.bfloat16,
         device=_CPU,
         on_loaded=loaded.set,
-        compact=False if arguments.plain else None,
+        exponent_coding=False if arguments.plain else None,
     )
     runner = ModelRunner(model, kv_cache, adapters)
     leases = [_adapter(model, seed) for seed in range(n_rows)]

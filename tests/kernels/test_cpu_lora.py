@@ -116,7 +116,7 @@ def test_one_call_over_the_base_has_the_bits_of_two(isa: native.Isa, problem: Lo
         two = packed(problem.x)
         apply(problem.x, segments, two)
         one = torch.empty_like(two)
-        apply.over(packed.native, problem.x, segments, one)
+        apply.linear_with_lora(packed.native, problem.x, segments, one)
     finally:
         native.limit_isa(best)
     assert torch.equal(one, two)

@@ -18,12 +18,12 @@ from loraplex_kernels import (
 from loraplex_kernels.cpu import native
 from loraplex_kernels.experts import (
     StepPairs,
-    gather,
     group_pairs,
-    mix_experts,
+    moe_combine,
+    moe_down,
+    moe_gate_up,
     route_and_group,
     route_top_k,
-    spread,
     weighted_sum,
 )
 from loraplex_kernels.model_ops import silu_mul
@@ -162,10 +162,10 @@ def test_spread_mix_and_gather_equal_float64(
     )
     up, down = PreparedTarget(problem.pool, "up"), PreparedTarget(problem.pool, "down")
 
-    base, expert_act = up.spread(problem.up, silu_mul, x, pairs, segments)
+    base, expert_act = up.moe_gate_up(problem.up, silu_mul, x, pairs, segments)
     act = silu_mul(base)
-    mix_experts(expert_act, weights, pairs, act)
-    out = down.gather(problem.down, act, expert_act, pairs, segments)
+    moe_combine(expert_act, weights, pairs, act)
+    out = down.moe_down(problem.down, act, expert_act, pairs, segments)
 
     exact = LoraSegments(
         segments.slots,
@@ -173,7 +173,7 @@ def test_spread_mix_and_gather_equal_float64(
         segments.indices,
         segments.weights.double(),  # type: ignore[union-attr]
     )
-    want_base, want_expert_act = spread(
+    want_base, want_expert_act = moe_gate_up(
         lambda h: _double_linear(problem.up, h),
         lambda *call: problem.reference("up", *call),
         _double_silu,
@@ -193,7 +193,7 @@ def test_spread_mix_and_gather_equal_float64(
         mixed = weighted_sum(slots, weight.double())
         torch.testing.assert_close(act[rows].double(), mixed, atol=tolerance, rtol=tolerance)
         first += len(rows) * k
-    want = gather(
+    want = moe_down(
         lambda a: _double_linear(problem.down, a),
         lambda *call: problem.reference("down", *call),
         act.double(),
@@ -215,10 +215,10 @@ def test_a_routed_row_has_the_same_bits_alone(dtype: torch.dtype) -> None:
         pairs = _pairs([(list(range(len(rows))), 2)])
         mine = torch.tensor([2 * row + slot for row in rows for slot in (0, 1)])
         segments = _segments(ids[mine], weight[rows].reshape(-1))
-        base, expert_act = up.spread(problem.up, silu_mul, x[rows], pairs, segments)
+        base, expert_act = up.moe_gate_up(problem.up, silu_mul, x[rows], pairs, segments)
         act = silu_mul(base)
-        mix_experts(expert_act, (weight[rows],), pairs, act)
-        return down.gather(problem.down, act, expert_act, pairs, segments)
+        moe_combine(expert_act, (weight[rows],), pairs, act)
+        return down.moe_down(problem.down, act, expert_act, pairs, segments)
 
     together = run(list(range(16)))
     assert torch.equal(run(list(range(16))), together)
@@ -233,4 +233,4 @@ def test_pairs_beyond_the_step_are_refused() -> None:
     pairs = StepPairs(torch.tensor([0, 5]), ((torch.tensor([0, 5]), 1),))
     segments = _segments(torch.tensor([0, 1]), torch.ones(2))
     with pytest.raises(IndexError, match="up: a pair stands on a row beyond x"):
-        up.spread(problem.up, silu_mul, torch.randn(2, HIDDEN), pairs, segments)
+        up.moe_gate_up(problem.up, silu_mul, torch.randn(2, HIDDEN), pairs, segments)

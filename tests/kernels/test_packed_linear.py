@@ -96,12 +96,12 @@ def test_packing_loses_nothing(dtype: torch.dtype) -> None:
 
 
 def test_packed_weights_take_their_own_bytes_once() -> None:
-    linear = PackedLinear(weights_of([(960, 576)], torch.bfloat16), [None], compact=False)
+    linear = PackedLinear(weights_of([(960, 576)], torch.bfloat16), [None], exponent_coding=False)
     assert linear.n_bytes == 960 * 576 * 2
 
 
 def uneven_weights(n_out: int, in_features: int) -> Tensor:
-    """Of every magnitude in some places: there the high bytes are too many to be compact."""
+    """Of every magnitude in some places: there the upper bytes are too many for a codebook."""
     weight = weights_of([(n_out, in_features)], torch.bfloat16)[0]
     generator = torch.Generator().manual_seed(n_out)
     for _ in range(max(1, in_features // 640)):
@@ -114,35 +114,38 @@ def uneven_weights(n_out: int, in_features: int) -> Tensor:
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("in_features", [64, 576, 2048, 2112, 5120])
 @pytest.mark.parametrize("n_out", [1, 70, 512])
-def test_compact_weights_give_the_bits_of_plain_ones(in_features: int, n_out: int) -> None:
+def test_coded_weights_give_the_bits_of_plain_ones(in_features: int, n_out: int) -> None:
     weight = uneven_weights(n_out, in_features)
     bias = rows_of(1, n_out, torch.bfloat16)[0]
     best = native.isa()
-    compact = PackedLinear([weight], [bias])
-    plain = PackedLinear([weight], [bias], compact=False)
+    coded = PackedLinear([weight], [bias])
+    plain = PackedLinear([weight], [bias], exponent_coding=False)
     if best is native.Isa.AVX512_BF16 and in_features > 64:
-        assert compact.n_bytes < 0.9 * plain.n_bytes
-    assert torch.equal(compact.unpack()[0], weight)
-    assert torch.equal(compact.embed(torch.arange(n_out).flip(0)), weight.flip(0))
+        assert coded.n_bytes < 0.9 * plain.n_bytes
+    assert torch.equal(coded.unpack()[0], weight)
+    assert torch.equal(coded.embed(torch.arange(n_out).flip(0)), weight.flip(0))
     for n_rows in (1, 2, 3, 8, 12, 13, 16, 25, 200):
         x = rows_of(n_rows, in_features, torch.bfloat16)
-        assert torch.equal(compact(x), plain(x))
-        assert torch.equal(compact.argmax(x), plain.argmax(x))
+        assert torch.equal(coded(x), plain(x))
+        assert torch.equal(coded.argmax(x), plain.argmax(x))
 
 
-def test_lesser_instruction_sets_read_compact_weights() -> None:
+def test_lesser_instruction_sets_read_coded_weights() -> None:
     best = native.isa()
     if best is not native.Isa.AVX512_BF16:
-        pytest.skip("weights are compact for AVX512-BF16 alone")
+        pytest.skip("weights are coded for AVX512-BF16 alone")
     weight = uneven_weights(96, 2112)
-    compact, plain = PackedLinear([weight], [None]), PackedLinear([weight], [None], compact=False)
-    assert compact.n_bytes < plain.n_bytes
+    coded, plain = (
+        PackedLinear([weight], [None]),
+        PackedLinear([weight], [None], exponent_coding=False),
+    )
+    assert coded.n_bytes < plain.n_bytes
     try:
         for isa in native.Isa:
             native.limit_isa(isa)
             for n_rows in (1, 16, 40):
                 x = rows_of(n_rows, 2112, torch.bfloat16)
-                assert torch.equal(compact(x), plain(x))
+                assert torch.equal(coded(x), plain(x))
     finally:
         native.limit_isa(best)
 

@@ -87,14 +87,16 @@ class NativeLora:
         if failed:
             raise IndexError(f"{self.target.name}: {SEGMENT_ERRORS[failed]}")
 
-    def over(self, packed: NativeWeights, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+    def linear_with_lora(
+        self, packed: NativeWeights, x: Tensor, segments: LoraSegments, out: Tensor
+    ) -> None:
         """Writes the base's product and adds the segments' products, in one native call.
 
         While the first is computed, the factors of the second come into the cache.
         """
         self._call("loraplex_adapted_linear", packed, x, out, segments)
 
-    def spread(
+    def moe_gate_up(
         self,
         packed: NativeWeights,
         x: Tensor,
@@ -103,10 +105,10 @@ class NativeLora:
         out: Tensor,
         expert_act: Tensor,
     ) -> None:
-        """As ``loraplex_kernels.experts.spread``; writes ``out`` and ``expert_act``."""
+        """As ``loraplex_kernels.experts.moe_gate_up``; writes ``out`` and ``expert_act``."""
         self._call("loraplex_spread_linear", packed, x, out, segments, (pair_rows, expert_act))
 
-    def gather(
+    def moe_down(
         self,
         packed: NativeWeights,
         x: Tensor,
@@ -115,7 +117,7 @@ class NativeLora:
         out: Tensor,
         pairs: Tensor,
     ) -> None:
-        """As ``loraplex_kernels.experts.gather``; reads ``x`` and ``pairs``, writes ``out``."""
+        """As ``loraplex_kernels.experts.moe_down``; reads ``x`` and ``pairs``, writes ``out``."""
         self._call("loraplex_gather_linear", packed, x, out, segments, (pair_rows, pairs))
 
     def _call(

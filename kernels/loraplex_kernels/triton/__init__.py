@@ -7,7 +7,7 @@ from .attention import (
     paged_attention_triton,
 )
 from .kv_cache import rope_and_cache_triton, write_kv_triton
-from .lora import lora_apply_triton, lora_over_triton, workspace_numel
+from .lora import linear_with_lora_triton, lora_apply_triton, workspace_numel
 from .routing import (
     DeviceSegments,
     allocate_segments,
@@ -23,8 +23,8 @@ __all__ = [
     "attention_workspace",
     "build_device_segments",
     "fill_device_segments",
+    "linear_with_lora_triton",
     "lora_apply_triton",
-    "lora_over_triton",
     "max_head_dim",
     "paged_attention_triton",
     "rope_and_cache_triton",

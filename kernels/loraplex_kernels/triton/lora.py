@@ -25,7 +25,7 @@ from .tuning import (
     key_for,
 )
 
-__all__ = ["lora_apply_triton", "lora_over_triton", "workspace_numel"]
+__all__ = ["linear_with_lora_triton", "lora_apply_triton", "workspace_numel"]
 
 
 def lora_apply_triton(
@@ -52,7 +52,7 @@ def lora_apply_triton(
     _run(lambda: out, (x, storage, target, tables, routed), choice, workspace=workspace)
 
 
-def lora_over_triton(
+def linear_with_lora_triton(
     base: Callable[[], Tensor],
     x: Tensor,
     storage: Tensor,

@@ -15,21 +15,21 @@ from .gates import (
     route,
 )
 from .load import ExpertLoad, LoadHistory, entropy, imbalance
-from .mixlora_block import AddPlain, Gather, LoraOp, MlpBlock, Spread, mixed_mlp
+from .mixlora_block import AddPlain, LoraOp, MlpBlock, MoeDown, MoeGateUp, mixed_mlp
 
 __all__ = [
     "NO_EXPERT",
     "AddPlain",
     "ExpertLoad",
     "GateStrategy",
-    "Gather",
     "LoadHistory",
     "LoraOp",
     "MlpBlock",
+    "MoeDown",
+    "MoeGateUp",
     "Pairs",
     "RoutedRows",
     "Routing",
-    "Spread",
     "arrow_prototypes",
     "entropy",
     "expand",

@@ -18,21 +18,21 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from loraplex_kernels.experts import Activation, StepPairs, mix_experts, weighted_sum
+from loraplex_kernels.experts import Activation, StepPairs, moe_combine, weighted_sum
 from loraplex_kernels.layout import LoraSegments
 
 from .expansion import RoutedRows, expand, step_pairs
 
-__all__ = ["AddPlain", "Gather", "LoraOp", "MlpBlock", "Spread", "mixed_mlp"]
+__all__ = ["AddPlain", "LoraOp", "MlpBlock", "MoeDown", "MoeGateUp", "mixed_mlp"]
 
 # (x, segments, out): adds the segments' low-rank products of x to out in place; storage, target
 # and tables of one linear group are bound to it.
 LoraOp = Callable[[Tensor, LoraSegments, Tensor], None]
 # (x, out): adds what the unrouted adapters of the step make of x; touches no other row.
 AddPlain = Callable[[Tensor, Tensor], None]
-# ``loraplex_kernels.experts.spread`` and ``gather`` with the linear and its operator bound
-Spread = Callable[[Activation, Tensor, StepPairs, LoraSegments], tuple[Tensor, Tensor]]
-Gather = Callable[[Tensor, Tensor, StepPairs, LoraSegments], Tensor]
+# ``loraplex_kernels.experts.moe_gate_up`` and ``moe_down`` with the linear and its operator bound
+MoeGateUp = Callable[[Activation, Tensor, StepPairs, LoraSegments], tuple[Tensor, Tensor]]
+MoeDown = Callable[[Tensor, Tensor, StepPairs, LoraSegments], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +42,8 @@ class MlpBlock:
     activation: Activation
     down: Callable[[Tensor], Tensor]  # base product [n, ff] → [n, hidden]
     lora_down: LoraOp
-    spread_gate_up: Spread  # [n, hidden] → [n, 2·ff], gate then up
-    gather_down: Gather  # [n, ff] → [n, hidden]
+    moe_gate_up: MoeGateUp  # [n, hidden] → [n, 2·ff], gate then up
+    moe_down: MoeDown  # [n, ff] → [n, hidden]
     plain_gate_up: AddPlain
     plain_down: AddPlain
 
@@ -60,16 +60,16 @@ def mixed_mlp(
     weights, segments = expand(hidden, routed)
     pairs = step_pairs(routed)
     # The pairs' rows are taken before plain deltas land in ``base``.
-    base, expert_act = block.spread_gate_up(block.activation, hidden, pairs, segments)
+    base, expert_act = block.moe_gate_up(block.activation, hidden, pairs, segments)
     alone = routed[0].rows.shape[0] == hidden.shape[0]  # one adapter has every row
     if alone:
         act = base.new_empty(base.shape[0], base.shape[1] // 2)
     else:
         block.plain_gate_up(hidden, base)
         act = block.activation(base)  # routed rows are overwritten now
-    mix_experts(expert_act, weights, pairs, act)
+    moe_combine(expert_act, weights, pairs, act)
     if all(r.shared_down for r in routed):
-        out = block.gather_down(act, expert_act, pairs, segments)
+        out = block.moe_down(act, expert_act, pairs, segments)
     else:
         out = _down_of_each(act, expert_act, block, pairs, segments, weights)
     if not alone:

@@ -62,7 +62,13 @@ class Former:
         self._pool = pool
         self._routable = frozenset(routable)
         modules = [(group.target, group.module_names) for group in self._groups]
-        parts = (_FORMAT, str(pool.storage.dtype), pool.is_compact, modules, sorted(self._routable))
+        parts = (
+            _FORMAT,
+            str(pool.storage.dtype),
+            pool.exponent_coding,
+            modules,
+            sorted(self._routable),
+        )
         self._key = hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property

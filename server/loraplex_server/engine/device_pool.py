@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan, ModulePlan
-from loraplex_kernels.compact import compacts_well
 from loraplex_kernels.errors import PoolFull
+from loraplex_kernels.exponent_coding import prefers_coded_pages
 from loraplex_kernels.packed_factors import PackedFactors
 from loraplex_kernels.pool import LoraPool
 from loraplex_router.experts import RoutedRows
@@ -87,12 +87,12 @@ class DevicePool:
         device: torch.device,
         on_loaded: Callable[[], None],
         routable: Collection[str] = (),
-        compact: bool | None = None,
+        exponent_coding: bool | None = None,
     ) -> None:
         """``on_loaded`` is called once a load is done, on any thread: it must only wake the engine.
 
-        ``routable``: the MLP blocks and projections that may have experts. ``compact``: as of the
-        pool; by default where it makes steps faster.
+        ``routable``: the MLP blocks and projections that may have experts. ``exponent_coding``: as
+        of ``LoraPool``; None = where it makes steps faster.
         """
         self.pool = LoraPool(
             [group.target for group in groups.values()],
@@ -100,7 +100,9 @@ class DevicePool:
             n_slots=max_adapters,
             dtype=dtype,
             device=device,
-            compact=compacts_well(dtype, device) if compact is None else compact,
+            exponent_coding=prefers_coded_pages(dtype, device)
+            if exponent_coding is None
+            else exponent_coding,
         )
         self.n_loads = 0
         self.n_evictions = 0

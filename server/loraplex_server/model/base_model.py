@@ -38,7 +38,7 @@ class BaseModel:
         model_id: str,
         *,
         fuse: bool = True,
-        compact: bool = True,  # weights, where that pays (see ``PackedLinear``)
+        exponent_coding: bool = True,  # weights, where that pays (see ``PackedLinear``)
     ) -> None:
         """Takes the instance over: its linears, norms and attention are replaced."""
         self.step = Step()
@@ -52,7 +52,7 @@ class BaseModel:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         spec = BaseSpec.of(model, model_id)
         self.layers: list[LayerAttention] = install_attention(model, self.step)
-        self.groups: dict[str, LoraGroup] = self._replace_linears(model, spec, compact)
+        self.groups: dict[str, LoraGroup] = self._replace_linears(model, spec, exponent_coding)
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
@@ -124,7 +124,7 @@ class BaseModel:
         return out
 
     def _replace_linears(
-        self, model: PreTrainedModel, spec: BaseSpec, compact: bool
+        self, model: PreTrainedModel, spec: BaseSpec, exponent_coding: bool
     ) -> dict[str, LoraGroup]:
         groups: dict[str, LoraGroup] = {}
         for names in group_modules(self.model_type, spec.modules):
@@ -132,7 +132,7 @@ class BaseModel:
             packed = PackedLinear(
                 [_weight(module) for module in modules],
                 [getattr(module, "bias", None) for module in modules],
-                compact=compact,
+                exponent_coding=exponent_coding,
             )
             group = LoraGroup(_group_name(names), names, packed, self.step)
             groups[group.target.name] = group
@@ -150,7 +150,7 @@ def load_base_model(
     dtype: torch.dtype,
     device: torch.device,
     fuse: bool = True,
-    compact: bool = True,
+    exponent_coding: bool = True,
 ) -> BaseModel:
     """Loads a causal LM from a directory. Raises ModelError with the reason if it cannot."""
     try:
@@ -158,7 +158,7 @@ def load_base_model(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model at {str(path)!r} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
-    return BaseModel(model.to(device), model_id, fuse=fuse, compact=compact)
+    return BaseModel(model.to(device), model_id, fuse=fuse, exponent_coding=exponent_coding)
 
 
 def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -46,7 +46,7 @@ class LoraGroup:
         if step.segments is None or self.lora is None:
             out = self.packed(x)
         else:
-            out = self.lora.over(self.packed, x, step.segments)
+            out = self.lora.linear_with_lora(self.packed, x, step.segments)
         self._add_unpooled(x, out, step.planned)
         if step.routes_projections:
             self._apply_projection_experts(x, out)
@@ -63,17 +63,17 @@ class LoraGroup:
         """The low-rank operator alone, with the given segments."""
         self._bound()(x, segments, out)
 
-    def spread(
+    def moe_gate_up(
         self, activation: Activation, x: Tensor, pairs: StepPairs, segments: LoraSegments
     ) -> tuple[Tensor, Tensor]:
-        """``loraplex_kernels.experts.spread`` over this group."""
-        return self._bound().spread(self.packed, activation, x, pairs, segments)
+        """``loraplex_kernels.experts.moe_gate_up`` over this group."""
+        return self._bound().moe_gate_up(self.packed, activation, x, pairs, segments)
 
-    def gather(
+    def moe_down(
         self, x: Tensor, of_pairs: Tensor, pairs: StepPairs, segments: LoraSegments
     ) -> Tensor:
-        """``loraplex_kernels.experts.gather`` over this group."""
-        return self._bound().gather(self.packed, x, of_pairs, pairs, segments)
+        """``loraplex_kernels.experts.moe_down`` over this group."""
+        return self._bound().moe_down(self.packed, x, of_pairs, pairs, segments)
 
     def _bound(self) -> PreparedTarget:
         if self.lora is None:

@@ -99,8 +99,8 @@ class RoutedMlp(nn.Module):
             activation=activation,
             down=down.packed,
             lora_down=down.apply_segments,
-            spread_gate_up=gate_up.spread,
-            gather_down=down.gather,
+            moe_gate_up=gate_up.moe_gate_up,
+            moe_down=down.moe_down,
             plain_gate_up=gate_up.add_step_adapters,
             plain_down=down.add_step_adapters,
         )

@@ -18,7 +18,7 @@ from loraplex_kernels import (
     LoraTarget,
     lora_apply_reference,
 )
-from loraplex_kernels.experts import gather, spread
+from loraplex_kernels.experts import moe_down, moe_gate_up
 from loraplex_router.experts import (
     GateStrategy,
     MlpBlock,
@@ -142,8 +142,8 @@ class MixedStep:
             activation=lambda gu: torch.nn.functional.silu(gu[:, :FF]) * gu[:, FF:],
             down=self.down,
             lora_down=lora_down,
-            spread_gate_up=lambda *args: spread(self.gate_up, lora_gate_up, *args),
-            gather_down=lambda *args: gather(self.down, lora_down, *args),
+            moe_gate_up=lambda *args: moe_gate_up(self.gate_up, lora_gate_up, *args),
+            moe_down=lambda *args: moe_down(self.down, lora_down, *args),
             plain_gate_up=lambda x, out: self.add_plain(lora_gate_up, x, out),
             plain_down=lambda x, out: self.add_plain(lora_down, x, out),
         )

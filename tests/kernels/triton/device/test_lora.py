@@ -15,8 +15,8 @@ from loraplex_kernels import LoraSegments
 from loraplex_kernels.side_stream import CudaSideStream, SideStream
 from loraplex_kernels.triton import (
     build_device_segments,
+    linear_with_lora_triton,
     lora_apply_triton,
-    lora_over_triton,
     workspace_numel,
 )
 from loraplex_kernels.triton.arithmetic import reduction
@@ -140,7 +140,7 @@ class _Side:
 
 
 def _over(problem: LoraProblem, side: SideStream, table: TuningTable | None = None) -> Tensor:
-    return lora_over_triton(
+    return linear_with_lora_triton(
         problem.base.clone,
         problem.x,
         problem.storage,

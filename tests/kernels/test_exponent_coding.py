@@ -1,4 +1,4 @@
-"""Compact pages: what comes out of them is what went in, and no result depends on them."""
+"""Exponent-coded pages: what comes out of them is what went in, and no result depends on them."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from loraplex_kernels import (
     lora_apply_reference,
     silu_mul,
 )
-from loraplex_kernels.compact import COMPACT, compact_rows, compacts_well, open_rows
 from loraplex_kernels.cpu import native
 from loraplex_kernels.experts import StepPairs, group_pairs
+from loraplex_kernels.exponent_coding import (
+    EXPONENT_CODED,
+    decode_rows,
+    encode_rows,
+    prefers_coded_pages,
+)
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler built the kernels")
 BF16 = torch.bfloat16
-# Widths that compact pages have and one that they have not; `up` is gated.
+# Widths that coded pages have and one that they have not; `up` is gated.
 UP, DOWN = LoraTarget("up", 128, (192, 192)), LoraTarget("down", 192, (128,))
 ODD = LoraTarget("odd", 832, (2112, 40))  # more than one stretch, and than one piece, of columns
 RANKS = [(16, 16), (3, 40), (8, 0), (0, 1), (128, 17), (5, 5), (100, 12), (1, 8)]
@@ -43,25 +48,25 @@ def bits(values: Tensor) -> Tensor:
 @given(
     n_rows=st.integers(1, 17),
     width=st.sampled_from([64, 128, 832]),
-    mixed=st.booleans(),
-    high_bytes=st.lists(st.integers(0, 255), min_size=1, max_size=20, unique=True),
+    interleaved=st.booleans(),
+    upper_bytes=st.lists(st.integers(0, 255), min_size=1, max_size=20, unique=True),
     seed=st.integers(0, 10_000),
 )
-def test_any_bits_come_back_from_pairs_of_rows_of_at_most_sixteen_high_bytes(
-    n_rows: int, width: int, mixed: bool, high_bytes: list[int], seed: int
+def test_any_bits_come_back_from_pairs_of_rows_of_at_most_sixteen_upper_bytes(
+    n_rows: int, width: int, interleaved: bool, upper_bytes: list[int], seed: int
 ) -> None:
     """Zeros, subnormal numbers, infinities and NaNs of every kind among them."""
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(high_bytes), (n_rows, width), generator=generator)
+    drawn = torch.randint(len(upper_bytes), (n_rows, width), generator=generator)
     low = torch.randint(256, (n_rows, width), generator=generator)
-    words = torch.tensor(high_bytes)[drawn] << 8 | low
+    words = torch.tensor(upper_bytes)[drawn] << 8 | low
     rows = words.to(torch.int16).view(BF16)
-    made = compact_rows(rows, mixed=mixed)
+    made = encode_rows(rows, interleaved=interleaved)
     if n_rows % 2:
         assert made is None
         return
     kept = list(drawn)
-    if mixed:  # the left half of 64 columns of two rows, and the right
+    if interleaved:  # the left half of 64 columns of two rows, and the right
         halves = drawn.view(-1, 2, width // 64, 2, 32).permute(0, 3, 2, 1, 4)
         kept = list(halves.reshape(n_rows, width))
     if max(len(part.unique()) for row in kept for part in row.split(768)) > 16:
@@ -70,21 +75,22 @@ def test_any_bits_come_back_from_pairs_of_rows_of_at_most_sixteen_high_bytes(
     assert made is not None
     assert made.nbytes == n_rows * (16 * -(-width // 768) + width * 3 // 2)
     storage = torch.cat([torch.zeros(7, dtype=BF16), made])
-    assert torch.equal(bits(open_rows(storage, 7, n_rows, width, mixed=mixed)), bits(rows))
+    found = decode_rows(storage, 7, n_rows, width, interleaved=interleaved)
+    assert torch.equal(bits(found), bits(rows))
 
 
-def test_what_has_no_compact_form_is_left_or_refused() -> None:
-    assert compact_rows(torch.zeros(4, 96, dtype=BF16), mixed=False) is None
+def test_what_cannot_be_coded_is_left_or_refused() -> None:
+    assert encode_rows(torch.zeros(4, 96, dtype=BF16), interleaved=False) is None
     with pytest.raises(ValueError, match="bfloat16"):
-        compact_rows(torch.zeros(4, 64), mixed=False)
-    assert not compacts_well(torch.float32, torch.device("cpu"))
-    assert not compacts_well(BF16, torch.device("meta"))
+        encode_rows(torch.zeros(4, 64), interleaved=False)
+    assert not prefers_coded_pages(torch.float32, torch.device("cpu"))
+    assert not prefers_coded_pages(BF16, torch.device("meta"))
 
 
 def test_the_bytes_are_those_of_forms_on_disk() -> None:
     """Where this fails, count ``_FORMAT`` of ``device_form.py`` up and write the new digest."""
     rows = torch.linspace(-1, 1, 6 * 128).view(6, 128).to(BF16)
-    made = [compact_rows(rows, mixed=mixed) for mixed in (False, True)]
+    made = [encode_rows(rows, interleaved=interleaved) for interleaved in (False, True)]
     image = torch.cat([one.view(torch.uint8) for one in made if one is not None])
     digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
     assert digest[:16] == "6b25476acdbfb391"
@@ -101,7 +107,7 @@ def factors(ranks: tuple[int, int], seed: int) -> AdapterFactors:
         if rank == 0:
             return None
         b = draw(width, rank)
-        if seed % 3 == 0:  # a second page of more high bytes than fit: plain beside compact ones
+        if seed % 3 == 0:  # a second page of more upper bytes than fit: plain beside coded ones
             b[:, -1] *= 2.0 ** torch.linspace(-30, 0, width)
         vectors = (draw(width), draw(width)) if seed % 2 else (None, None)
         return SliceFactors(draw(rank, target.in_features), b, *vectors)
@@ -113,8 +119,8 @@ def factors(ranks: tuple[int, int], seed: int) -> AdapterFactors:
     }
 
 
-def make_pool(*, compact: bool) -> LoraPool:
-    pool = LoraPool([UP, DOWN, ODD], n_bytes=4 << 20, n_slots=8, dtype=BF16, compact=compact)
+def make_pool(*, coded: bool) -> LoraPool:
+    pool = LoraPool([UP, DOWN, ODD], n_bytes=4 << 20, n_slots=8, dtype=BF16, exponent_coding=coded)
     for seed, ranks in enumerate(RANKS):
         slot = pool.reserve(pool.pack(factors(ranks, seed)))
         pool.fill(slot)
@@ -122,37 +128,40 @@ def make_pool(*, compact: bool) -> LoraPool:
     return pool
 
 
-PLAIN, SMALL = (make_pool(compact=compact) for compact in (False, True))
+PLAIN, CODED = (make_pool(coded=coded) for coded in (False, True))
 
 
-def test_a_compact_pool_holds_the_same_values_in_fewer_bytes() -> None:
-    assert SMALL.bytes_used < 0.85 * PLAIN.bytes_used
+def test_a_coded_pool_holds_the_same_values_in_fewer_bytes() -> None:
+    assert CODED.bytes_used < 0.85 * PLAIN.bytes_used
     kept = {True: 0, False: 0}
     for name, target in PLAIN.targets.items():
-        plain, small = PLAIN.tables(name), SMALL.tables(name)
+        plain, small = PLAIN.tables(name), CODED.tables(name)
         assert torch.equal(plain.ranks, small.ranks)
         in_features = (target.in_features,) * target.n_slices
         kinds = [
             (plain.a_pages, small.a_pages, in_features, False),
             (plain.b_pages, small.b_pages, target.out_features, True),
         ]
-        for of_plain, of_small, width, mixed in kinds:
+        for of_plain, of_coded, width, interleaved in kinds:
             for slot, i, page in (of_plain >= 0).nonzero().tolist():
                 n_rows = min(16, int(plain.ranks[slot, i]) - 16 * page)
                 first = int(of_plain[slot, i, page])
                 values = PLAIN.storage[first : first + n_rows * width[i]].view(n_rows, width[i])
-                at = int(of_small[slot, i, page])
-                kept[bool(at & COMPACT)] += 1
-                if at & COMPACT:
-                    found = open_rows(SMALL.storage, at - COMPACT, n_rows, width[i], mixed=mixed)
+                at = int(of_coded[slot, i, page])
+                kept[bool(at & EXPONENT_CODED)] += 1
+                if at & EXPONENT_CODED:
+                    at -= EXPONENT_CODED
+                    found = decode_rows(
+                        CODED.storage, at, n_rows, width[i], interleaved=interleaved
+                    )
                 else:
-                    found = SMALL.storage[at : at + n_rows * width[i]].view(n_rows, width[i])
+                    found = CODED.storage[at : at + n_rows * width[i]].view(n_rows, width[i])
                 assert torch.equal(bits(found), bits(values))
     assert kept[True] > 2 * kept[False] > 10  # both kinds, side by side
 
 
-def test_the_space_of_a_compact_slot_comes_back() -> None:
-    pool = make_pool(compact=True)
+def test_the_space_of_a_coded_slot_comes_back() -> None:
+    pool = make_pool(coded=True)
     for slot in pool.slots:
         pool.remove(slot)
     assert pool.bytes_used == 0
@@ -187,7 +196,7 @@ def test_every_instruction_set_gives_the_bits_of_a_plain_pool(
     x = torch.randn(n_rows, target.in_features, generator=generator).to(BF16)
     base = torch.randn(n_rows, sum(target.out_features), generator=generator).to(BF16)
     results = []
-    for pool in (PLAIN, SMALL):
+    for pool in (PLAIN, CODED):
         out = base.clone()
         PreparedTarget(pool, name)(x, segments, out)
         results.append(out)
@@ -209,22 +218,22 @@ def test_over_the_base_and_for_routed_experts_too(mix: str, n_rows: int) -> None
     grouped = group_pairs(ids.int(), torch.rand(2 * n_rows), 8)
     routed = LoraSegments(torch.arange(8).int(), grouped.indptr, grouped.indices, grouped.weights)
     segments, results = mixed_segments(mix, n_rows, 1), []
-    for pool in (PLAIN, SMALL):
+    for pool in (PLAIN, CODED):
         of_up, of_down = PreparedTarget(pool, "up"), PreparedTarget(pool, "down")
-        base, expert_act = of_up.spread(up, silu_mul, x, pairs, routed)
-        gathered = of_down.gather(down, act, expert_act, pairs, routed)
-        results.append((of_up.over(up, x, segments), base, expert_act, gathered))
+        base, expert_act = of_up.moe_gate_up(up, silu_mul, x, pairs, routed)
+        gathered = of_down.moe_down(down, act, expert_act, pairs, routed)
+        results.append((of_up.linear_with_lora(up, x, segments), base, expert_act, gathered))
     for plain, small in zip(*results, strict=True):
         assert torch.equal(plain, small)
 
 
 @pytest.mark.parametrize("n_rows", [1, 16, 100])
-def test_the_reference_reads_compact_pages(n_rows: int) -> None:
+def test_the_reference_reads_coded_pages(n_rows: int) -> None:
     torch.manual_seed(n_rows)
     for name, target in PLAIN.targets.items():
         x = torch.randn(n_rows, target.in_features).to(BF16)
         outs = [torch.zeros(n_rows, sum(target.out_features), dtype=BF16) for _ in range(2)]
         segments = mixed_segments("any", n_rows, n_rows)
-        for pool, out in zip((PLAIN, SMALL), outs, strict=True):
+        for pool, out in zip((PLAIN, CODED), outs, strict=True):
             lora_apply_reference(x, pool.storage, target, pool.tables(name), segments, out=out)
         assert torch.equal(*outs)

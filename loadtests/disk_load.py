@@ -55,7 +55,7 @@ def main() -> None:
         adapters = AdapterSet(lora=options.n_adapters, ranks=(RANK,))
         written = list(write_adapters(path, adapters, Path(folder) / "adapters", seed=1))
         root = Path(folder) / "store"
-        with AdapterStore(root, model.spec, preparer=pool.former) as store:
+        with AdapterStore(root, model.spec, packer=pool.packer) as store:
             for adapter in written:
                 store.put_directory(adapter.name, adapter)
         for _ in range(options.rounds):
@@ -77,7 +77,7 @@ def main() -> None:
 def _loads(root: Path, pool: DevicePool, base: BaseSpec, names: list[str]) -> list[float]:
     """Seconds of each, in a store that has nothing in memory."""
     took = []
-    with AdapterStore(root, base, preparer=pool.former) as store:
+    with AdapterStore(root, base, packer=pool.packer) as store:
         for name in names:
             began = time.perf_counter()
             lease = store.acquire(name)

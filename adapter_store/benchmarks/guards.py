@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from loraplex_adapter_store.generator.factors import Factors, train_factor_head
-from loraplex_adapter_store.generator.guard import Strangeness, as_new, class_means, whitener
-from loraplex_adapter_store.generator.sentences import Encoded, SentenceEncoder
-from loraplex_adapter_store.generator.zoo.formats import FORMATS
-from loraplex_adapter_store.generator.zoo.short_wordings import short_wordings
-from loraplex_adapter_store.generator.zoo.split import load_split
-from loraplex_adapter_store.generator.zoo.tasks import Task
+from loraplex_generation.factors import Factors, train_factor_head
+from loraplex_generation.guard import OodDetector, as_new, class_means, whitener
+from loraplex_generation.sentences import Encoded, SentenceEncoder
+from loraplex_generation.zoo.formats import FORMATS
+from loraplex_generation.zoo.short_wordings import short_wordings
+from loraplex_generation.zoo.split import load_split
+from loraplex_generation.zoo.tasks import Task
 from loraplex_server.model.pull import resolve_encoder
 
 FALSE_ALARMS = 0.05
@@ -283,7 +283,7 @@ def whitened_contents(known: Known) -> Score:
 def shipped(known: Known) -> Score:
     """Whitened within operations, nearest mean of an operation."""
     operations = [w.task.operation for w in known.wordings]
-    guard = Strangeness.without_limit(known.encoded.sentence, operations)
+    guard = OodDetector.without_limit(known.encoded.sentence, operations)
     return lambda encoded: guard.score(encoded.sentence)
 
 

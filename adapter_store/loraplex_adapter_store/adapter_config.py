@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from .door import parse_json_object
 from .errors import MalformedFile, UnsupportedAdapter
 from .limits import StoreLimits
+from .safetensors_reader import parse_json_object
 
 __all__ = ["AdapterConfig"]
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from .base_spec import BaseSpec
-from .catalogue import Content
 from .composite import Composite
 from .content_files import PLAN_FILE, ContentFiles
 from .errors import BaseMismatch
+from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan
 from .plan_file import read_plan
-from .prepared_files import PreparedFiles, Preparer
+from .registry import Content
 
 __all__ = ["ContentLoader"]
 
@@ -27,15 +27,15 @@ class ContentLoader:
         self,
         base: BaseSpec,
         files: ContentFiles,
-        prepared: PreparedFiles,
-        preparer: Preparer | None,
+        prepared: PackedFiles,
+        packer: Packer | None,
         on_prepared: Callable[[AdapterPlan], None],
     ) -> None:
         """``on_prepared`` gets what had to be prepared anew; it must not wait."""
         self._base = base
         self._files = files
         self._prepared = prepared
-        self._preparer = preparer
+        self._packer = packer
         self._on_prepared = on_prepared
 
     def load(self, content: Content) -> AdapterPlan:
@@ -45,7 +45,7 @@ class ContentLoader:
         if kept is not None:
             return kept
         plan = self.prepare(self._read(content))
-        if plan.device_form is not None:
+        if plan.packed_adapter is not None:
             self._on_prepared(plan)
         return plan
 
@@ -56,7 +56,7 @@ class ContentLoader:
         return self.prepare(composite.build([self._read(part) for part in parts], digest))
 
     def prepare(self, plan: AdapterPlan) -> AdapterPlan:
-        return plan if self._preparer is None else self._preparer.prepare(plan)
+        return plan if self._packer is None else self._packer.prepare(plan)
 
     def _read(self, content: Content) -> AdapterPlan:
         self._check_base(content)

@@ -16,12 +16,13 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from loraplex_adapter_store.families.abmll import draws
+
 from .adapter_config import AdapterConfig
 from .content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
-from .door import TensorFile, is_pickle_name
 from .errors import LimitExceeded, MalformedFile, SourceError
-from .families.abmll import draws
 from .limits import StoreLimits
+from .safetensors_reader import SafetensorsFile, is_pickle_name
 
 __all__ = ["Conversion", "convert_directory", "draw_posterior"]
 
@@ -68,7 +69,7 @@ def convert_directory(
         (work / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         if (source / CHAT_TEMPLATE_FILE).is_file():
             shutil.copyfile(source / CHAT_TEMPLATE_FILE, work / CHAT_TEMPLATE_FILE)
-        with TensorFile(work / WEIGHTS_FILE, limits) as checked:
+        with SafetensorsFile(work / WEIGHTS_FILE, limits) as checked:
             tensors = tuple(sorted(checked.entries))
         shutil.copytree(work, target)
     return Conversion(str(source), tensors, dropped, steps)
@@ -139,7 +140,7 @@ def _unpickle(
 
 
 def _add_initial(weights: Path, initial: Path, limits: StoreLimits) -> str:
-    with TensorFile(initial / WEIGHTS_FILE, limits):  # the checks of the door
+    with SafetensorsFile(initial / WEIGHTS_FILE, limits):  # the checks of the door
         start = load_file(initial / WEIGHTS_FILE)
     tensors = load_file(weights)
     added = {

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-from .door import TensorFile
+from .safetensors_reader import SafetensorsFile
 
 __all__ = ["canonical_config", "digest_of"]
 
@@ -29,7 +29,7 @@ def canonical_config(config: Mapping[str, object]) -> bytes:
 
 
 def digest_of(
-    config: Mapping[str, object], tensors: TensorFile, chat_template: str | None = None
+    config: Mapping[str, object], tensors: SafetensorsFile, chat_template: str | None = None
 ) -> str:
     """Independent of the order of tensors in the file and of its padding and metadata."""
     digest = hashlib.sha256(b"loraplex-adapter-1\0")

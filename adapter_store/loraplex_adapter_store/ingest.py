@@ -9,18 +9,12 @@ from typing import NamedTuple
 
 from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
-from .content_files import (
-    CHAT_TEMPLATE_FILE,
-    CONFIG_FILE,
-    PLAN_FILE,
-    WEIGHTS_FILE,
-    ContentFiles,
-)
-from .door import TensorFile
+from .content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, PLAN_FILE, WEIGHTS_FILE, ContentFiles
 from .errors import LimitExceeded
 from .limits import StoreLimits
 from .plan_file import pack_plan
 from .reader import Reading, read_adapter
+from .safetensors_reader import SafetensorsFile
 
 __all__ = ["AdapterFiles", "Ingested", "ingest"]
 
@@ -55,7 +49,7 @@ def ingest(
         files.write(staged / WEIGHTS_FILE, _bounded(adapter.weights, limits.max_file_bytes))
         if adapter.chat_template is not None:
             files.write(staged / CHAT_TEMPLATE_FILE, [adapter.chat_template.encode()])
-        with TensorFile(staged / WEIGHTS_FILE, limits) as tensors:
+        with SafetensorsFile(staged / WEIGHTS_FILE, limits) as tensors:
             reading = read_adapter(
                 config, tensors, base, limits, chat_template=adapter.chat_template
             )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .door import TensorFile
 from .errors import AdapterMismatch
+from .safetensors_reader import SafetensorsFile
 
 __all__ = ["TensorLedger"]
 
@@ -13,7 +13,7 @@ __all__ = ["TensorLedger"]
 class TensorLedger:
     """Belongs to one read. ``take`` claims; ``unclaimed`` is what nobody wanted."""
 
-    def __init__(self, tensors: TensorFile) -> None:
+    def __init__(self, tensors: SafetensorsFile) -> None:
         self._tensors = tensors
         self._claimed: set[str] = set()
 

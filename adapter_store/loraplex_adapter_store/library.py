@@ -63,7 +63,7 @@ def library_plan(
 
 def _check_plain(plan: AdapterPlan) -> None:
     reason = ""
-    if plan.experts or plan.prefix is not None or plan.dense:
+    if plan.experts or plan.prefix is not None or plan.replaced_weights:
         reason = "it is more than low-rank factors"
     elif plan.embedding_rows or plan.head_rows:
         reason = "it replaces rows of embeddings"

@@ -38,7 +38,7 @@ def mix_plans(
     }
     embedding = _mix_rows([(p.embedding_rows, w) for p, w in parts], base, base.input_embedding)
     head = _mix_rows([(p.head_rows, w) for p, w in parts], base, base.output_head)
-    dense = _mix_dense([(plan.dense, w) for plan, w in parts], base)
+    dense = _mix_dense([(plan.replaced_weights, w) for plan, w in parts], base)
     templates = {plan.chat_template for plan, _ in parts}
 
     def build(n_bytes: int) -> AdapterPlan:
@@ -48,7 +48,7 @@ def mix_plans(
             modules=modules,
             embedding_rows=embedding,
             head_rows=head,
-            dense=dense,
+            replaced_weights=dense,
             chat_template=templates.pop() if len(templates) == 1 else None,
             n_bytes=n_bytes,
         )

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from .catalogue import Content, NameRecord
 from .errors import UnknownAdapter
+from .registry import Content, NameRecord
 
 __all__ = ["NameIndex", "Removed"]
 

@@ -185,10 +185,12 @@ class AdapterPlan:
     prefix: PrefixPlan | None = None
     embedding_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row [hidden]
     head_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row of the head
-    dense: Mapping[str, Tensor] = field(default_factory=dict)  # module name → replacing weight
+    replaced_weights: Mapping[str, Tensor] = field(
+        default_factory=dict
+    )  # module name → replacing weight
     chat_template: str | None = None  # the adapter's own, if it ships one
-    n_bytes: int = 0  # true bytes of all tensors above, and of ``device_form``
-    device_form: object | None = None  # the engine's; modules and experts then have no factors
+    n_bytes: int = 0  # true bytes of all tensors above, and of ``packed_adapter``
+    packed_adapter: object | None = None  # the engine's; modules and experts then have no factors
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor of the plan, each once per place that refers to it."""
@@ -205,4 +207,4 @@ class AdapterPlan:
                 yield self.prefix.embeddings
         yield from self.embedding_rows.values()
         yield from self.head_rows.values()
-        yield from self.dense.values()
+        yield from self.replaced_weights.values()

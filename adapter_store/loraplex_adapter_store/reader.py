@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from .adapter_config import AdapterConfig
-from .base_spec import BaseSpec
-from .digest import digest_of
-from .door import TensorFile
-from .errors import AdapterMismatch, BaseMismatch, UnsupportedAdapter
-from .families import (
+from loraplex_adapter_store.families import (
     abmll,
     block_lora,
     deltas,
@@ -24,12 +19,18 @@ from .families import (
     trainable_tokens,
     vectors,
 )
-from .families.contract import FamilyReader, Fold, ReadContext
-from .families.unsupported import UNSUPPORTED
+from loraplex_adapter_store.families.contract import FamilyReader, Fold, ReadContext
+from loraplex_adapter_store.families.unsupported import UNSUPPORTED
+
+from .adapter_config import AdapterConfig
+from .base_spec import BaseSpec
+from .digest import digest_of
+from .errors import AdapterMismatch, BaseMismatch, UnsupportedAdapter
 from .ledger import TensorLedger
 from .limits import StoreLimits
 from .plan import AdapterPlan
 from .report import LoadReport, ModuleReport
+from .safetensors_reader import SafetensorsFile
 from .spectrum import delta_ratio
 
 __all__ = ["FAMILIES", "Reading", "read_adapter"]
@@ -67,7 +68,7 @@ class Reading(NamedTuple):
 
 def read_adapter(
     config: AdapterConfig,
-    tensors: TensorFile,
+    tensors: SafetensorsFile,
     base: BaseSpec,
     limits: StoreLimits,
     *,
@@ -81,7 +82,7 @@ def read_adapter(
     return Reading(plan, _report_of(context, fold, plan, tensors.n_bytes))
 
 
-def _fold(context: ReadContext, tensors: TensorFile) -> Fold:
+def _fold(context: ReadContext, tensors: SafetensorsFile) -> Fold:
     reader, ledger = _reader_of(context.config), context.ledger
     _check_base(context, tensors.metadata)
     fold = reader(context)
@@ -89,7 +90,7 @@ def _fold(context: ReadContext, tensors: TensorFile) -> Fold:
         raise AdapterMismatch(
             f"{len(ledger.unclaimed)} of {len(ledger.names)} tensors match nothing in this base",
             [f"{name} {list(ledger.shape(name))}" for name in ledger.unclaimed],
-            unmatched=ledger.unclaimed,
+            unexpected_keys=ledger.unclaimed,
         )
     return fold
 
@@ -139,7 +140,7 @@ def _plan_of(fold: Fold, digest: str, chat_template: str | None) -> AdapterPlan:
             prefix=fold.prefix,
             embedding_rows=fold.embedding_rows,
             head_rows=fold.head_rows,
-            dense=fold.dense,
+            replaced_weights=fold.replaced_weights,
             chat_template=chat_template,
             n_bytes=n_bytes,
         )
@@ -156,14 +157,18 @@ def _report_of(context: ReadContext, fold: Fold, plan: AdapterPlan, n_bytes: int
         for name, module in sorted(plan.modules.items())
     }
     still = [name for name, module in modules.items() if module.delta_ratio == 0.0]
-    if still and len(still) == len(modules) and not (plan.experts or plan.prefix or plan.dense):
+    if (
+        still
+        and len(still) == len(modules)
+        and not (plan.experts or plan.prefix or plan.replaced_weights)
+    ):
         context.warnings.append("every delta is exactly zero: this adapter equals the base")
     return LoadReport(
         family=fold.family.value,
         digest=plan.digest,
         scale_rule=fold.scale_rule,
         matched=context.ledger.claimed,
-        unmatched=(),
+        unexpected_keys=(),
         modules=modules,
         notes=tuple(context.notes),
         warnings=tuple(context.warnings),

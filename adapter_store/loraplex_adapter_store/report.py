@@ -24,7 +24,7 @@ class LoadReport:
     digest: str
     scale_rule: str  # as "alpha/r = 16/8 = 2 (factors folded)"
     matched: tuple[str, ...]  # every tensor of the file, all accounted for
-    unmatched: tuple[str, ...]  # always empty for a stored adapter
+    unexpected_keys: tuple[str, ...]  # always empty for a stored adapter
     modules: Mapping[str, ModuleReport]
     notes: tuple[str, ...] = ()  # everything a careful reader should know
     n_bytes_file: int = 0
@@ -40,7 +40,7 @@ class LoadReport:
             "scale_rule": self.scale_rule,
             "n_matched": len(self.matched),
             "matched": list(self.matched),
-            "unmatched": list(self.unmatched),
+            "unexpected_keys": list(self.unexpected_keys),
             "modules": {
                 name: {"rank": module.rank, "delta_ratio": module.delta_ratio}
                 for name, module in self.modules.items()
@@ -64,7 +64,7 @@ class LoadReport:
             digest=str(value["digest"]),
             scale_rule=str(value["scale_rule"]),
             matched=_strings(value["matched"]),
-            unmatched=_strings(value["unmatched"]),
+            unexpected_keys=_strings(value["unexpected_keys"]),
             modules={name: _module(module) for name, module in modules.items()},
             notes=_strings(value["notes"]),
             warnings=_strings(value["warnings"]),

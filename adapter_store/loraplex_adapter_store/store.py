@@ -19,9 +19,11 @@ from typing import NamedTuple, TypeVar
 import safetensors.torch
 from torch import Tensor
 
+from loraplex_adapter_store.sources.local import LocalFiles, read_directory
+from loraplex_adapter_store.sources.uri import fetch
+
 from .base_spec import BaseSpec
 from .card import AdapterCard, DeleteReport, StoreStats, TierBytes
-from .catalogue import Catalogue, Content, NameRecord
 from .composite import Composite
 from .content_files import ContentFiles
 from .content_loader import ContentLoader
@@ -41,13 +43,12 @@ from .library import GateOf
 from .limits import StoreLimits
 from .name_index import NameIndex
 from .names import check_name
+from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan, Family
-from .prepared_files import PreparedFiles, Preparer
+from .registry import Content, NameRecord, Registry
 from .report import JsonValue, LoadReport
 from .root_lock import own_root
 from .selector import Library, Mixture, NameRef, Selector, parse_selector
-from .sources.local import LocalFiles, read_directory
-from .sources.uri import fetch
 
 __all__ = ["AdapterLease", "AdapterStore", "Progress"]
 
@@ -82,11 +83,11 @@ class AdapterStore:
         eviction: str = "cost-aware",
         disk: Disk | None = None,
         gate_of: GateOf | None = None,
-        preparer: Preparer | None = None,
+        packer: Packer | None = None,
     ) -> None:
         """``gate_of`` makes the gates of libraries; without it they are refused.
 
-        ``preparer`` turns a plan into what the host tier keeps of it (the engine's own form). It
+        ``packer`` turns a plan into what the host tier keeps of it (the engine's own form). It
         runs on the thread that adds the adapter, or on the one that loads it.
         """
         self.base = base
@@ -98,8 +99,8 @@ class AdapterStore:
         self._give_up = own_root(root)
         try:
             self._files = ContentFiles(root, disk)
-            self._prepared = PreparedFiles(root, disk, preparer)
-            self._catalogue = Catalogue(root / "catalogue.sqlite3")
+            self._prepared = PackedFiles(root, disk, packer)
+            self._catalogue = Registry(root / "catalogue.sqlite3")
         except BaseException:
             self._give_up()
             raise
@@ -109,7 +110,7 @@ class AdapterStore:
             base,
             self._files,
             self._prepared,
-            preparer,
+            packer,
             on_prepared=lambda plan: self._later(self._keep_prepared, plan),
         )
         self._writing = threading.RLock()  # serialises changes of names and files
@@ -425,7 +426,7 @@ class AdapterStore:
 
     def _keep_prepared(self, plan: AdapterPlan) -> None:
         """For loads to come. It is a cache: without it they take longer, no more."""
-        if plan.device_form is None:
+        if plan.packed_adapter is None:
             return
         try:
             staged = self._prepared.stage(plan)

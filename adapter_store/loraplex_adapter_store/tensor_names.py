@@ -35,7 +35,7 @@ def split_key(key: str, suffixes: Iterable[str]) -> tuple[str, str] | None:
 def group_by_module(
     keys: Iterable[str], suffixes: Iterable[str], base: BaseSpec
 ) -> dict[str, dict[str, str]]:
-    """module → suffix → key. Keys without a known suffix or module are left out: unmatched."""
+    """module → suffix → key. Keys without a known suffix or module are left out."""
     known = sorted(suffixes, key=len, reverse=True)
     names = module_names(base)
     grouped: dict[str, dict[str, str]] = {}

@@ -31,12 +31,7 @@ from loraplex_kernels import lora_apply_reference
 from loraplex_kernels.layout import PAGE_RANK
 from loraplex_kernels.triton import lora_apply_triton
 from loraplex_kernels.triton.launches import MODEL_TARGETS
-from loraplex_kernels.triton.workload import (
-    Workload,
-    make_workload,
-    n_copies_past_l2,
-    time_cold_us,
-)
+from loraplex_kernels.triton.workload import Workload, make_workload, n_copies_past_l2, time_cold_us
 
 RESULTS = Path(__file__).parent / "results"
 MAPPINGS = ("identical", "distinct", "uniform", "zipf")
@@ -187,10 +182,10 @@ def vllm_default(work: Workload) -> Call:
 def sglang_csgmv(work: Workload) -> Call:
     """The chunked kernels of the installed SGLang, its default backend."""
     try:
-        from sglang.kernels.ops.lora.dense.chunked_sgmv_expand import (
+        from sglang.kernels.ops.lora.replaced_weights.chunked_sgmv_expand import (
             chunked_sgmv_lora_expand_forward,
         )
-        from sglang.kernels.ops.lora.dense.chunked_sgmv_shrink import (
+        from sglang.kernels.ops.lora.replaced_weights.chunked_sgmv_shrink import (
             chunked_sgmv_lora_shrink_forward,
         )
         from sglang.srt.lora.utils import LoRABatchInfo

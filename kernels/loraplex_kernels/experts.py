@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .cpu.model_ops import dtype_code, is_plain, native_ops
+from loraplex_kernels.cpu.model_ops import dtype_code, is_plain, native_ops
+
 from .layout import LoraSegments
 
 __all__ = [

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu.model_ops import (
+from loraplex_kernels.cpu.model_ops import (
     dtype_code,
     is_plain,
     native_ops,
@@ -21,6 +21,7 @@ from .cpu.model_ops import (
     takes_heads,
     takes_norm,
 )
+
 from .model_ops_reference import (
     add_rms_norm_reference,
     paged_attention_reference,

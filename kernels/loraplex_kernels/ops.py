@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .cpu.lora import NativeLora, serves
+from loraplex_kernels.cpu.lora import NativeLora, serves
+
 from .experts import Activation, StepPairs, moe_down, moe_gate_up
 from .layout import LoraSegments, LoraTables, LoraTarget
 from .model_ops import silu_mul

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .cpu.lora import NativeWeights
-from .cpu.model_ops import dtype_code, native_ops
+from loraplex_kernels.cpu.lora import NativeWeights
+from loraplex_kernels.cpu.model_ops import dtype_code, native_ops
+
 from .exponent_coding import EXPONENT_CODED, decode_outputs, encode_panels
 from .storage import allocate_storage
 

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import triton
 
-from .triton.aot import Resources, compile_launch
-from .triton.launches import NamedLaunch, all_launches
-from .triton.tuning import default_table
+from loraplex_kernels.triton.aot import Resources, compile_launch
+from loraplex_kernels.triton.launches import NamedLaunch, all_launches
+from loraplex_kernels.triton.tuning import default_table
 
 __all__ = ["SHARED_BUDGET", "CompiledLaunch", "compile_all", "find_faults", "sample"]
 

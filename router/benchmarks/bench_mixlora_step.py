@@ -19,13 +19,7 @@ from pathlib import Path
 
 import torch
 
-from loraplex_adapter_store.plan import (
-    AdapterPlan,
-    ExpertPlan,
-    Family,
-    ModulePlan,
-    RoutingStrategy,
-)
+from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan, RoutingStrategy
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.config import EngineConfig

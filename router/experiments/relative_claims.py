@@ -30,14 +30,14 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from loraplex_adapter_store.training import mixlora
-from loraplex_adapter_store.training.batches import IGNORED, batch_of, endless, grouped
-from loraplex_adapter_store.training.block_lora import BlockAxis, BlockLoraConfig
-from loraplex_adapter_store.training.block_lora import attach as attach_block
-from loraplex_adapter_store.training.chores import chats
-from loraplex_adapter_store.training.examples import Example, tokenise
-from loraplex_adapter_store.training.shared_prefix import logits_at, shared_prefix_len
+from loraplex_generation.zoo.chores import chats
 from loraplex_server.model.pull import resolve_model
+from loraplex_training import mixlora
+from loraplex_training.batches import IGNORED, batch_of, endless, grouped
+from loraplex_training.block_lora import BlockAxis, BlockLoraConfig
+from loraplex_training.block_lora import attach as attach_block
+from loraplex_training.examples import Example, tokenise
+from loraplex_training.shared_prefix import logits_at, shared_prefix_len
 
 RESULTS = Path(__file__).with_name("results.json")
 TASKS = ("date.de/sentence", "initials/tag", "list-reverse/quotes", "minutes/plain")

@@ -29,7 +29,7 @@ from loraplex_server.engine.kv_cache import KvCache, KvGeometry
 from loraplex_server.engine.model_runner import ModelRunner
 from loraplex_server.engine.request import Request
 from loraplex_server.engine.sampling_params import SamplingParams
-from loraplex_server.engine.scheduler import Chunk
+from loraplex_server.engine.scheduler import ScheduledChunk
 from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
 
@@ -153,7 +153,7 @@ def _cold_loads(
     packing, reserving, copying, publishing = [], [], [], []
     for lease in leases:
         marks = [time.perf_counter()]
-        plan = adapters.former.prepare(lease.plan)
+        plan = adapters.packer.prepare(lease.plan)
         marks.append(time.perf_counter())
         loaded.clear()
         adapters.place(plan)
@@ -200,7 +200,7 @@ def _round(
         kv_cache.admit(f"r{index}", bytes(16), ids)
     start = time.perf_counter()
     for first in range(0, len(requests), 4):
-        runner.run([Chunk(request, 0, context) for request in requests[first : first + 4]])
+        runner.run([ScheduledChunk(request, 0, context) for request in requests[first : first + 4]])
     prefill = time.perf_counter() - start
     steps = []
     for _ in range(n_steps):
@@ -208,7 +208,7 @@ def _round(
             request.token_ids.append(5)
             kv_cache.extend(request.id, request.n_tokens)
         start = time.perf_counter()
-        runner.run([Chunk(request, request.n_tokens - 1, 1) for request in requests])
+        runner.run([ScheduledChunk(request, request.n_tokens - 1, 1) for request in requests])
         steps.append(time.perf_counter() - start)
     for request in requests:
         kv_cache.release(request.id)

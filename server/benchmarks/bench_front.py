@@ -24,7 +24,7 @@ from prometheus_client import generate_latest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.server.http.conftest import Front, make_front
+from tests.server.conftest import Front, make_front
 from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
 from tests.support.tiny_tokenizer import tiny_tokenizer

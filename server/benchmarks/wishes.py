@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from loadtests.streaming import Connections
 from loadtests.target import started_target
-from loraplex_adapter_store.generator.zoo.split import load_split
-from loraplex_adapter_store.generator.zoo.tasks import Task, exact
+from loraplex_generation.zoo.split import load_split
+from loraplex_generation.zoo.tasks import Task, exact
 from loraplex_server.model.pull import resolve_model
 
 CHAT = "/v1/chat/completions"

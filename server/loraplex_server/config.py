@@ -16,9 +16,9 @@ from pathlib import Path
 import yaml
 
 from loraplex_adapter_store.sources.prefix import SourcePrefix
+from loraplex_server.engine.config import EngineConfig
 
 from .api_keys import ApiKey, Scope, parse_keys
-from .engine.config import EngineConfig
 
 __all__ = [
     "ConfigError",

@@ -16,9 +16,9 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.disk import Disk
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import plain_lora
-from tests.adapter_store.test_prepared_files import form_seed
+from tests.adapter_store.test_packed_files import form_seed
 from tests.adapter_store.test_store import put, seed_of
-from tests.support.preparers import TensorsAside
+from tests.support.packers import TensorsAside
 
 
 def test_a_kill_at_any_operation_loses_nothing_that_was_committed() -> None:
@@ -52,13 +52,13 @@ class FullDisk(Disk):
             raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("preparer", [None, TensorsAside()])
+@pytest.mark.parametrize("packer", [None, TensorsAside()])
 def test_a_full_disk_at_any_operation_fails_that_put_alone(
-    preparer: TensorsAside | None, tmp_path: Path, base: BaseSpec
+    packer: TensorsAside | None, tmp_path: Path, base: BaseSpec
 ) -> None:
-    seed_in = seed_of if preparer is None else form_seed
+    seed_in = seed_of if packer is None else form_seed
     disk = FullDisk()
-    with AdapterStore(tmp_path / "s", base, disk=disk, preparer=preparer) as store:
+    with AdapterStore(tmp_path / "s", base, disk=disk, packer=packer) as store:
         put(store, "old", 1)
         k = 0
         while True:

@@ -17,7 +17,6 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.door import TensorFile, parse_json_object
 from loraplex_adapter_store.errors import (
     AdapterMismatch,
     AdapterRefused,
@@ -29,6 +28,7 @@ from loraplex_adapter_store.errors import (
     UnsupportedAdapter,
 )
 from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.safetensors_reader import SafetensorsFile, parse_json_object
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter, plain_lora
 
@@ -83,23 +83,23 @@ def test_a_broken_header_is_refused_before_mapping(
     header: object, data: bytes, tmp_path: Path
 ) -> None:
     with pytest.raises(MalformedFile):
-        TensorFile(file_of(tmp_path, header, data), LIMITS)
+        SafetensorsFile(file_of(tmp_path, header, data), LIMITS)
 
 
 @pytest.mark.parametrize("length", [1, 1 << 20, 1 << 40, (1 << 64) - 1])
 def test_a_false_header_length_is_refused(length: int, tmp_path: Path) -> None:
     with pytest.raises(MalformedFile):
-        TensorFile(file_of(tmp_path, {"t": entry()}, bytes(8), length), LIMITS)
+        SafetensorsFile(file_of(tmp_path, {"t": entry()}, bytes(8), length), LIMITS)
 
 
 def test_counts_and_sizes_are_limited(tmp_path: Path) -> None:
     header = {f"t{i}": entry(data_offsets=[8 * i, 8 * i + 8]) for i in range(5)}
     file = file_of(tmp_path, header, bytes(40))
-    TensorFile(file, LIMITS).close()
+    SafetensorsFile(file, LIMITS).close()
     with pytest.raises(LimitExceeded, match="tensors"):
-        TensorFile(file, StoreLimits(max_tensors=3))
+        SafetensorsFile(file, StoreLimits(max_tensors=3))
     with pytest.raises(LimitExceeded, match="bytes"):
-        TensorFile(file, StoreLimits(max_file_bytes=100))
+        SafetensorsFile(file, StoreLimits(max_file_bytes=100))
 
 
 class Exploit:
@@ -147,7 +147,7 @@ def test_any_damage_gives_an_error_or_the_same_tensors(data: st.DataObject, tmp_
     file = tmp_path / "damaged.safetensors"
     file.write_bytes(damaged)
     try:
-        with TensorFile(file, LIMITS) as opened:
+        with SafetensorsFile(file, LIMITS) as opened:
             tensors = [opened.load(name) for name in opened.entries]
     except AdapterRefused:
         return
@@ -230,7 +230,7 @@ def test_unmatched_tensors_are_named(store: AdapterStore) -> None:
     tensors["base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 32)
     with pytest.raises(AdapterMismatch, match=r"layers\.9") as caught:
         put(store, config, tensors)
-    assert caught.value.unmatched == (
+    assert caught.value.unexpected_keys == (
         "base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight",
     )
 

@@ -28,8 +28,8 @@ from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.selector import parse_selector
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter, plain_lora
+from tests.support.packers import TensorsAside
 from tests.support.plan_executor import plan_logits
-from tests.support.preparers import TensorsAside
 from tests.support.tiny_models import PROMPT, tiny_llama
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -391,7 +391,7 @@ def test_a_part_that_is_deleted_while_its_mixture_is_built_stays_until_then(
         a, b = put(store, "a", 1), put(store, "b", 2)
     selector = parse_selector([{"name": "a", "weight": 1}, {"name": "b", "weight": 2}])
     with (
-        AdapterStore(tmp_path / "s", base, preparer=Waits()) as store,
+        AdapterStore(tmp_path / "s", base, packer=Waits()) as store,
         ThreadPoolExecutor(1) as pool,
     ):
         mixing = pool.submit(store.acquire, selector)

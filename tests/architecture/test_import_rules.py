@@ -15,18 +15,32 @@ _SOURCES = {
     "loraplex_server": _ROOT / "server",
     "loraplex_router": _ROOT / "router",
     "loraplex_adapter_store": _ROOT / "adapter_store",
+    "loraplex_training": _ROOT / "adapter_store",
+    "loraplex_generation": _ROOT / "adapter_store",
     "loraplex_kernels": _ROOT / "kernels",
 }
 _ALLOWED = {
-    "loraplex_server": {"loraplex_router", "loraplex_adapter_store", "loraplex_kernels"},
+    "loraplex_server": {
+        "loraplex_router",
+        "loraplex_adapter_store",
+        "loraplex_training",
+        "loraplex_generation",
+        "loraplex_kernels",
+    },
     "loraplex_router": {"loraplex_kernels"},
+    "loraplex_generation": {"loraplex_adapter_store", "loraplex_training"},
+    "loraplex_training": {"loraplex_adapter_store"},
     "loraplex_adapter_store": set[str](),
     "loraplex_kernels": set[str](),
 }
-# inside the server: http → engine → model, never back
+# inside the server: api → adapters → engine → model, never back
 _FORBIDDEN_INSIDE = {
-    "loraplex_server/model": ("loraplex_server.engine", "loraplex_server.http"),
-    "loraplex_server/engine": ("loraplex_server.http",),
+    "loraplex_server/model": (
+        "loraplex_server.engine",
+        "loraplex_server.api",
+        "loraplex_server.adapters",
+    ),
+    "loraplex_server/engine": ("loraplex_server.api", "loraplex_server.adapters"),
 }
 _BANNED_NAMES = {"utils", "helpers", "common", "manager", "base"}
 
@@ -60,7 +74,7 @@ def test_packages_import_only_what_lies_below_them(package: str) -> None:
 
 
 @pytest.mark.parametrize("folder", _FORBIDDEN_INSIDE)
-def test_the_server_points_from_http_to_engine_to_model(folder: str) -> None:
+def test_the_server_points_from_api_to_engine_to_model(folder: str) -> None:
     wrong = [
         f"{path.relative_to(_ROOT)} imports {name}"
         for path in sorted((_ROOT / "server" / folder).rglob("*.py"))

@@ -24,13 +24,7 @@ from loraplex_kernels import (
 from loraplex_kernels.cpu import native
 from loraplex_kernels.cpu.lora import NativeLora
 from loraplex_kernels.packed_linear import PackedLinear
-from tests.support.lora_problems import (
-    MIXES,
-    LoraProblem,
-    draw_slots,
-    make_problem,
-    tolerance,
-)
+from tests.support.lora_problems import MIXES, LoraProblem, draw_slots, make_problem, tolerance
 
 needs_native = pytest.mark.skipif(
     not native.available(), reason="no C++ compiler built the kernels"

@@ -88,7 +88,7 @@ def test_what_cannot_be_coded_is_left_or_refused() -> None:
 
 
 def test_the_bytes_are_those_of_forms_on_disk() -> None:
-    """Where this fails, count ``_FORMAT`` of ``device_form.py`` up and write the new digest."""
+    """Where this fails, count ``_FORMAT`` of ``packed_adapter.py`` up and write the new digest."""
     rows = torch.linspace(-1, 1, 6 * 128).view(6, 128).to(BF16)
     made = [encode_rows(rows, interleaved=interleaved) for interleaved in (False, True)]
     image = torch.cat([one.view(torch.uint8) for one in made if one is not None])

@@ -18,7 +18,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.disk import Disk
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import plain_lora
-from tests.support.preparers import TensorsAside
+from tests.support.packers import TensorsAside
 from tests.support.tiny_models import tiny_llama
 
 KILLED = 77
@@ -50,7 +50,7 @@ class FatalDisk(Disk):
 
 
 def run_steps(root: Path, base: BaseSpec, disk: FatalDisk, log: int) -> None:
-    store = AdapterStore(root, base, disk=disk, preparer=TensorsAside())
+    store = AdapterStore(root, base, disk=disk, packer=TensorsAside())
     store._catalogue._db.execute("PRAGMA synchronous=OFF")
     changes = ("INSERT", "UPDATE", "DELETE", "COMMIT")
     store._catalogue._db.set_trace_callback(
@@ -80,7 +80,7 @@ def names_after(n_steps: int) -> dict[str, int]:
 def check(root: Path, base: BaseSpec, n_committed: int) -> None:
     """Opens the store as the next process would. Raises AssertionError."""
     allowed = [names_after(n_committed), names_after(min(n_committed + 1, len(STEPS)))]
-    with AdapterStore(root, base, preparer=TensorsAside()) as store:
+    with AdapterStore(root, base, packer=TensorsAside()) as store:
         store._catalogue._db.execute("PRAGMA synchronous=OFF")
         # Before any load: where a form is missing, one writes it anew beside this thread.
         files = {p.name for p in (root / "contents").glob("*/*")}
@@ -91,7 +91,7 @@ def check(root: Path, base: BaseSpec, n_committed: int) -> None:
         found: dict[str, int] = {}
         for card in store.list():
             with store.acquire(card.name) as lease:
-                form = lease.plan.device_form
+                form = lease.plan.packed_adapter
                 assert isinstance(form, tuple)
                 values = {float(v) for t in form for v in t.unique()}
             assert len(values) == 1, f"{card.name} is mixed up: {values}"

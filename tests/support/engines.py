@@ -75,7 +75,7 @@ async def generate(
     """Submits one request and waits for its last event. The plan comes as a store would keep it."""
     queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
     if plan is not None and isinstance(engine, Engine):
-        plan = engine.former.prepare(plan)
+        plan = engine.packer.prepare(plan)
     lease = None if plan is None else PlanLease(plan)
     request = GenerationRequest(request_id, tuple(prompt), sampling, lease, salt)
     engine.submit(request, queue.put_nowait)

@@ -41,7 +41,7 @@ def applied(model: PreTrainedModel, plan: AdapterPlan) -> Iterator[PreTrainedMod
     """The model with the plan's modules, experts, rows and dense weights in force."""
     modules = dict(model.named_modules())
     with ExitStack() as stack:
-        for name, weight in plan.dense.items():
+        for name, weight in plan.replaced_weights.items():
             stack.enter_context(_replaced(modules[name], weight))
         for name, module_plan in plan.modules.items():
             hook = _linear_hook(module_plan)

@@ -8,13 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from loraplex_adapter_store.plan import (
-    AdapterPlan,
-    ExpertPlan,
-    Family,
-    ModulePlan,
-    RoutingStrategy,
-)
+from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan, RoutingStrategy
 
 __all__ = ["ATTENTION", "MLP", "lora_plan", "mixlora_plan", "projection_plan"]
 

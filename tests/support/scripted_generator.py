@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.generator.errors import OutOfDistribution, UnfitPrompts
-from loraplex_adapter_store.generator.layout import AdapterLayout, BaseShape
-from loraplex_adapter_store.generator.service import GeneratedAdapter, Generator
-from loraplex_adapter_store.generator.task_vectors import MIN_PROMPTS
+from loraplex_generation.errors import OutOfDistribution, UnfitPrompts
+from loraplex_generation.layout import AdapterLayout, BaseShape
+from loraplex_generation.service import GeneratedAdapter, Generator
+from loraplex_generation.task_vectors import MIN_PROMPTS
 
 __all__ = ["ScriptedGenerator"]
 
@@ -49,8 +49,8 @@ class ScriptedGenerator(Generator):
         config, tensors = self._layout.peft(vector, "tiny/llama")
         card: dict[str, object] = {
             "method": "scripted",
-            "strangeness": 0.1,
-            "strangeness_limit": 0.5,
+            "ood_score": 0.1,
+            "ood_limit": 0.5,
             "parts": {"fr": 1.0},
             "delta_norm": 1.0,
             "generator": "00",

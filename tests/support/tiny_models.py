@@ -13,9 +13,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.door import TensorFile
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.reader import Reading, read_adapter
+from loraplex_adapter_store.safetensors_reader import SafetensorsFile
 
 __all__ = [
     "PROMPT",
@@ -67,7 +67,7 @@ def read_path(path: Path, model: PreTrainedModel, limits: StoreLimits | None = N
     """What the store makes of a PEFT directory."""
     limits = limits or StoreLimits()
     config = AdapterConfig.parse((path / "adapter_config.json").read_bytes(), limits)
-    with TensorFile(path / "adapter_model.safetensors", limits) as tensors:
+    with SafetensorsFile(path / "adapter_model.safetensors", limits) as tensors:
         return read_adapter(config, tensors, BaseSpec.of(model, "tiny"), limits)
 
 
@@ -82,5 +82,5 @@ def read_tensors(
     file = folder / "adapter_model.safetensors"
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, file)
     limits = limits or StoreLimits()
-    with TensorFile(file, limits) as opened:
+    with SafetensorsFile(file, limits) as opened:
         return read_adapter(AdapterConfig(config), opened, BaseSpec.of(model, "tiny"), limits)

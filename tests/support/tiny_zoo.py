@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loraplex_adapter_store.generator.frozen_base import FrozenBase
-from loraplex_adapter_store.generator.packing import ChatCodec
-from loraplex_adapter_store.generator.sentences import Encoded, SentenceEncoder
+from loraplex_generation.frozen_base import FrozenBase
+from loraplex_generation.packing import ChatCodec
+from loraplex_generation.sentences import Encoded, SentenceEncoder
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 __all__ = ["HashedWords", "tiny_base", "tiny_codec", "tiny_directory"]

@@ -14,8 +14,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from ..plan import Family, ModulePlan
-from ..tensor_names import group_by_module
+from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.tensor_names import group_by_module
+
 from .contract import Fold, ReadContext
 from .coverage import check_coverage, require_parts
 from .scaling import lora_scale, scale_rule

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..errors import LimitExceeded, MalformedFile
-from ..plan import Family, ModulePlan
-from ..tensor_names import group_by_module
+from loraplex_adapter_store.errors import LimitExceeded, MalformedFile
+from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.tensor_names import group_by_module
+
 from .contract import Fold, ReadContext
 from .coverage import check_coverage, require_parts
 from .extras import read_extras
@@ -41,7 +42,7 @@ def read(context: ReadContext) -> Fold:
         family=Family.BLOCK_LORA,
         scale_rule=f"{scale_rule(config)}; {n_blocks} blocks over the {axis} axis",
         modules=extras.modules,
-        dense=extras.dense,
+        replaced_weights=extras.replaced_weights,
     )
 
 

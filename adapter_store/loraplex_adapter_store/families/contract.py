@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..adapter_config import AdapterConfig
-from ..base_spec import BaseSpec
-from ..ledger import TensorLedger
-from ..limits import StoreLimits
-from ..plan import ExpertPlan, Family, ModulePlan, PrefixPlan
+from loraplex_adapter_store.adapter_config import AdapterConfig
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.ledger import TensorLedger
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, PrefixPlan
 
 __all__ = ["FamilyReader", "Fold", "ReadContext"]
 
@@ -39,7 +39,7 @@ class Fold:
     prefix: PrefixPlan | None = None
     embedding_rows: Mapping[int, Tensor] = field(default_factory=dict)
     head_rows: Mapping[int, Tensor] = field(default_factory=dict)
-    dense: Mapping[str, Tensor] = field(default_factory=dict)
+    replaced_weights: Mapping[str, Tensor] = field(default_factory=dict)
     kept_energy: float | None = None
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..errors import AdapterMismatch
-from ..targets import expand_targets
+from loraplex_adapter_store.errors import AdapterMismatch
+from loraplex_adapter_store.targets import expand_targets
+
 from .contract import ReadContext
 
 __all__ = ["check_coverage", "require_parts"]
@@ -25,7 +26,7 @@ def check_coverage(context: ReadContext, found: Iterable[str]) -> None:
             "no module of the base matches target_modules "
             f"{context.config.values.get('target_modules')!r}: the adapter would do nothing",
             _unmatched(context),
-            unmatched=context.ledger.unclaimed,
+            unexpected_keys=context.ledger.unclaimed,
         )
     if missing or extra:
         problems = [f"{name}: targeted by the config, has no tensors" for name in missing]
@@ -33,7 +34,7 @@ def check_coverage(context: ReadContext, found: Iterable[str]) -> None:
         raise AdapterMismatch(
             f"config and tensors disagree on {len(problems)} of {len(targets | present)} modules",
             [*problems, *_unmatched(context)],
-            unmatched=context.ledger.unclaimed,
+            unexpected_keys=context.ledger.unclaimed,
             missing=missing,
         )
 

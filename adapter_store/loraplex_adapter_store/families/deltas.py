@@ -12,9 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
-from ..plan import Family, ModulePlan
-from ..tensor_names import group_by_module
+from loraplex_adapter_store.errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.tensor_names import group_by_module
+
 from .contract import Fold, ReadContext
 from .coverage import check_coverage, require_parts
 from .extras import read_extras
@@ -121,4 +122,4 @@ def _finish(
     context: ReadContext, family: Family, rule: str, modules: Mapping[str, ModulePlan]
 ) -> Fold:
     extras = read_extras(context, modules)
-    return Fold(family, rule, modules=extras.modules, dense=extras.dense)
+    return Fold(family, rule, modules=extras.modules, replaced_weights=extras.replaced_weights)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..base_spec import BaseSpec
-from ..plan import ModulePlan
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.plan import ModulePlan
 
 __all__ = ["dora_module", "row_norms"]
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
-from ..plan import ModulePlan
-from ..tensor_names import module_names, resolve_module, split_key
+from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
+from loraplex_adapter_store.plan import ModulePlan
+from loraplex_adapter_store.tensor_names import module_names, resolve_module, split_key
+
 from .contract import ReadContext
 
 __all__ = ["Extras", "read_extras"]
@@ -24,13 +25,13 @@ class Extras:
     modules: Mapping[str, ModulePlan]
     embedding_rows: Mapping[int, Tensor]
     head_rows: Mapping[int, Tensor]
-    dense: Mapping[str, Tensor]
+    replaced_weights: Mapping[str, Tensor]
 
 
 def read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> Extras:
-    """Claims every remaining tensor it can explain; what is left is unmatched, and refused."""
+    """Claims every remaining tensor it can explain; the rest is refused."""
     grown = dict(modules)
-    dense: dict[str, Tensor] = {}
+    replaced_weights: dict[str, Tensor] = {}
     rows: dict[str, dict[int, Tensor]] = {}
     names = module_names(context.base)
     for key in context.ledger.unclaimed:
@@ -48,16 +49,16 @@ def read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> Extr
         elif suffix.endswith("bias"):
             grown[module] = _with_bias(context, module, key, grown.get(module))
         elif _is_saved(context, module):
-            dense[module] = _saved_weight(context, module, key)
+            replaced_weights[module] = _saved_weight(context, module, key)
         elif module in context.base.embeddings or module == context.base.output_head:
             _check_copy(context, module, key)
-    _check_saved(context, dense)
-    _tie(context, rows, dense)
+    _check_saved(context, replaced_weights)
+    _tie(context, rows, replaced_weights)
     embedding_rows = rows.pop(context.base.input_embedding, {})
     head_rows = rows.pop(context.base.output_head, {})
     if rows:
         raise UnsupportedAdapter(f"trainable tokens on {sorted(rows)}: only embedding and head")
-    return Extras(grown, embedding_rows, head_rows, dense)
+    return Extras(grown, embedding_rows, head_rows, replaced_weights)
 
 
 def _token_key(key: str) -> str:
@@ -133,10 +134,10 @@ def _saved_weight(context: ReadContext, module: str, key: str) -> Tensor:
     return value.t().contiguous() if module in context.base.conv1d else value
 
 
-def _check_saved(context: ReadContext, dense: Mapping[str, Tensor]) -> None:
+def _check_saved(context: ReadContext, replaced_weights: Mapping[str, Tensor]) -> None:
     for name in _saved_names(context):
         expected = [module for module in _weighted(context) if module.endswith(name)]
-        missing = [module for module in expected if module not in dense]
+        missing = [module for module in expected if module not in replaced_weights]
         if missing:
             raise AdapterMismatch(
                 f"modules_to_save lists {name!r}, the file lacks it",
@@ -152,7 +153,7 @@ def _weighted(context: ReadContext) -> list[str]:
 
 
 def _tie(
-    context: ReadContext, rows: dict[str, dict[int, Tensor]], dense: dict[str, Tensor]
+    context: ReadContext, rows: dict[str, dict[int, Tensor]], replaced_weights: dict[str, Tensor]
 ) -> None:
     """With tied embeddings PEFT applies trained rows to the head too."""
     base = context.base
@@ -160,5 +161,5 @@ def _tie(
         return
     if base.input_embedding in rows:
         rows.setdefault(base.output_head, dict(rows[base.input_embedding]))
-    if context.config.flag("ensure_weight_tying") and base.input_embedding in dense:
-        dense.setdefault(base.output_head, dense[base.input_embedding])
+    if context.config.flag("ensure_weight_tying") and base.input_embedding in replaced_weights:
+        replaced_weights.setdefault(base.output_head, replaced_weights[base.input_embedding])

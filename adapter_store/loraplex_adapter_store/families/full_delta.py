@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import AdapterMismatch, UnsupportedAdapter
-from ..plan import Family, ModulePlan
+from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
+from loraplex_adapter_store.plan import Family, ModulePlan
+
 from .contract import Fold, ReadContext
 
 __all__ = ["read", "truncate"]
@@ -26,7 +27,7 @@ _MAX_ROWS = 4096  # changed embedding rows kept as rows
 class _Parts:
     modules: dict[str, ModulePlan] = field(default_factory=dict)
     rows: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    dense: dict[str, Tensor] = field(default_factory=dict)
+    replaced_weights: dict[str, Tensor] = field(default_factory=dict)
     kept: float = 0.0
     total: float = 0.0
     worst: tuple[float, str] = (1.0, "")
@@ -43,7 +44,7 @@ def read(context: ReadContext) -> Fold:
         raise AdapterMismatch(
             "no tensor matches a parameter of the base",
             context.ledger.names,
-            unmatched=context.ledger.names,
+            unexpected_keys=context.ledger.names,
         )
     energy = parts.kept / parts.total if parts.total else 1.0
     if energy < context.limits.min_delta_energy:
@@ -59,7 +60,7 @@ def read(context: ReadContext) -> Fold:
         modules=parts.modules,
         embedding_rows=parts.rows.get(context.base.input_embedding, {}),
         head_rows=parts.rows.get(context.base.output_head, {}),
-        dense=parts.dense,
+        replaced_weights=parts.replaced_weights,
         kept_energy=energy,
     )
 
@@ -107,7 +108,7 @@ def _read_parameter(context: ReadContext, parts: _Parts, key: str, name: str) ->
     elif leaf == "weight" and module in base.modules:
         _read_linear(context, parts, module, delta)
     elif leaf == "weight":
-        parts.dense[module] = value
+        parts.replaced_weights[module] = value
     else:
         raise UnsupportedAdapter(f"{name} of the base was trained; only weights and biases serve")
 

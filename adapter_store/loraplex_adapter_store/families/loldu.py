@@ -16,9 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import LimitExceeded, UnsupportedAdapter
-from ..plan import Family, ModulePlan
-from ..tensor_names import group_by_module
+from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.tensor_names import group_by_module
+
 from .contract import Fold, ReadContext
 from .coverage import check_coverage, require_parts
 from .extras import read_extras
@@ -51,7 +52,9 @@ def read(context: ReadContext) -> Fold:
     modules = {module: _read_module(context, module, parts) for module, parts in plain.items()}
     extras = read_extras(context, modules)
     rule = "learned σ per module; the subtracted start folded in"
-    return Fold(Family.LOLDU, rule, modules=extras.modules, dense=extras.dense)
+    return Fold(
+        Family.LOLDU, rule, modules=extras.modules, replaced_weights=extras.replaced_weights
+    )
 
 
 def _read_module(context: ReadContext, module: str, parts: Mapping[str, str]) -> ModulePlan:

@@ -11,10 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..adapter_config import AdapterConfig
-from ..errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
-from ..plan import Family, ModulePlan
-from ..tensor_names import group_by_module
+from loraplex_adapter_store.adapter_config import AdapterConfig
+from loraplex_adapter_store.errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.tensor_names import group_by_module
+
 from .contract import Fold, ReadContext
 from .core_matrix import CORE_SUFFIXES, PROJECTOR, fold_core, fold_projector
 from .coverage import check_coverage, require_parts
@@ -72,7 +73,7 @@ def read(context: ReadContext) -> Fold:
         modules=extras.modules,
         embedding_rows=extras.embedding_rows,
         head_rows=extras.head_rows,
-        dense=extras.dense,
+        replaced_weights=extras.replaced_weights,
     )
 
 

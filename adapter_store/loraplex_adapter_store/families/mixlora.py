@@ -15,11 +15,17 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..adapter_config import AdapterConfig
-from ..base_spec import BaseSpec
-from ..errors import AdapterMismatch, LimitExceeded, MalformedFile, UnsupportedAdapter
-from ..plan import ExpertPlan, Family, ModulePlan, RoutingStrategy
-from ..targets import expand_targets, layer_index
+from loraplex_adapter_store.adapter_config import AdapterConfig
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.errors import (
+    AdapterMismatch,
+    LimitExceeded,
+    MalformedFile,
+    UnsupportedAdapter,
+)
+from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, RoutingStrategy
+from loraplex_adapter_store.targets import expand_targets, layer_index
+
 from .contract import Fold, ReadContext
 from .coverage import require_parts
 from .scaling import lora_scale, scale_rule

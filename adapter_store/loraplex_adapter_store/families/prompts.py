@@ -7,8 +7,9 @@ out by PEFT. Real tokens start at position n_virtual. Prompt tuning and P-tuning
 
 from __future__ import annotations
 
-from ..errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
-from ..plan import Family, PrefixPlan
+from loraplex_adapter_store.errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.plan import Family, PrefixPlan
+
 from .contract import Fold, ReadContext
 
 __all__ = ["read_prefix", "read_prompt"]

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..errors import LimitExceeded
-from ..plan import Family, ModulePlan
-from ..tensor_names import group_by_module
+from loraplex_adapter_store.errors import LimitExceeded
+from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.tensor_names import group_by_module
+
 from .contract import Fold, ReadContext
 from .coverage import check_coverage, require_parts
 from .extras import read_extras
@@ -39,7 +40,7 @@ def read_adalora(context: ReadContext) -> Fold:
         family=Family.ADALORA,
         scale_rule=f"alpha/init_r = {alpha:g}/{init_rank} = {scale:g}, times lora_E per rank",
         modules=_kept(extras.modules),
-        dense=extras.dense,
+        replaced_weights=extras.replaced_weights,
     )
 
 
@@ -58,7 +59,7 @@ def read_sora(context: ReadContext) -> Fold:
         family=Family.SORA,
         scale_rule=f"alpha/r = {alpha:g}/{rank} = {alpha / rank:g}, zero gates dropped",
         modules=_kept(extras.modules),
-        dense=extras.dense,
+        replaced_weights=extras.replaced_weights,
     )
 
 

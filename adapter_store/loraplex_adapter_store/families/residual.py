@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..adapter_config import AdapterConfig
-from ..errors import UnsupportedAdapter
+from loraplex_adapter_store.adapter_config import AdapterConfig
+from loraplex_adapter_store.errors import UnsupportedAdapter
 
 __all__ = ["InitRule", "Subtracted", "init_rule", "subtracted"]
 

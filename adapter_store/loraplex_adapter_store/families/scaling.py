@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from ..adapter_config import AdapterConfig
-from ..errors import MalformedFile
-from ..targets import pattern_value
+from loraplex_adapter_store.adapter_config import AdapterConfig
+from loraplex_adapter_store.errors import MalformedFile
+from loraplex_adapter_store.targets import pattern_value
 
 __all__ = ["LoraScale", "lora_scale", "pattern_scale", "scale_rule"]
 

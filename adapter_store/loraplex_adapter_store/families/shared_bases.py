@@ -15,9 +15,10 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..errors import AdapterMismatch, UnsupportedAdapter
-from ..plan import Family, ModulePlan, SharedBasis
-from ..tensor_names import group_by_module
+from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
+from loraplex_adapter_store.plan import Family, ModulePlan, SharedBasis
+from loraplex_adapter_store.tensor_names import group_by_module
+
 from .contract import Fold, ReadContext
 from .coverage import check_coverage, require_parts
 from .extras import read_extras
@@ -36,7 +37,7 @@ def read_vera(context: ReadContext) -> Fold:
     }
     extras = read_extras(context, modules)
     rule = f"none (diagonals only), shared rank {a.shape[0]}"
-    return Fold(Family.VERA, rule, modules=extras.modules, dense=extras.dense)
+    return Fold(Family.VERA, rule, modules=extras.modules, replaced_weights=extras.replaced_weights)
 
 
 def read_randlora(context: ReadContext) -> Fold:
@@ -54,7 +55,9 @@ def read_randlora(context: ReadContext) -> Fold:
     }
     extras = read_extras(context, modules)
     rule = f"randlora_alpha/r = {alpha:g}/{rank} = {alpha / rank:g}"
-    return Fold(Family.RANDLORA, rule, modules=extras.modules, dense=extras.dense)
+    return Fold(
+        Family.RANDLORA, rule, modules=extras.modules, replaced_weights=extras.replaced_weights
+    )
 
 
 def _vera_module(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ..errors import AdapterMismatch
-from ..plan import Family
+from loraplex_adapter_store.errors import AdapterMismatch
+from loraplex_adapter_store.plan import Family
+
 from .contract import Fold, ReadContext
 from .extras import read_extras
 
@@ -16,12 +17,12 @@ def read(context: ReadContext) -> Fold:
         raise AdapterMismatch(
             "no trained token rows match the base's embedding",
             context.ledger.unclaimed,
-            unmatched=context.ledger.unclaimed,
+            unexpected_keys=context.ledger.unclaimed,
         )
     return Fold(
         family=Family.TOKENS,
         scale_rule="rows replaced, no scale",
         embedding_rows=extras.embedding_rows,
         head_rows=extras.head_rows,
-        dense=extras.dense,
+        replaced_weights=extras.replaced_weights,
     )

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 
 import torch
 
-from ..adapter_config import AdapterConfig
-from ..errors import AdapterMismatch
-from ..plan import Family, ModulePlan
-from ..targets import module_in
-from ..tensor_names import group_by_module, module_names, resolve_module
+from loraplex_adapter_store.adapter_config import AdapterConfig
+from loraplex_adapter_store.errors import AdapterMismatch
+from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.targets import module_in
+from loraplex_adapter_store.tensor_names import group_by_module, module_names, resolve_module
+
 from .contract import Fold, ReadContext
 from .coverage import check_coverage
 from .extras import read_extras
@@ -34,7 +35,12 @@ def read_ia3(context: ReadContext) -> Fold:
         module: _ia3_module(context, module, parts["ia3_l"]) for module, parts in grouped.items()
     }
     extras = read_extras(context, modules)
-    return Fold(Family.IA3, "vectors, no scale", modules=extras.modules, dense=extras.dense)
+    return Fold(
+        Family.IA3,
+        "vectors, no scale",
+        modules=extras.modules,
+        replaced_weights=extras.replaced_weights,
+    )
 
 
 def read_beft(context: ReadContext) -> Fold:
@@ -46,7 +52,12 @@ def read_beft(context: ReadContext) -> Fold:
         _check_length(parts["beft_bias"], bias.numel(), context.base.modules[module].out_features)
         modules[module] = ModulePlan(bias=bias)
     extras = read_extras(context, modules)
-    return Fold(Family.BEFT, "biases, no scale", modules=extras.modules, dense=extras.dense)
+    return Fold(
+        Family.BEFT,
+        "biases, no scale",
+        modules=extras.modules,
+        replaced_weights=extras.replaced_weights,
+    )
 
 
 def read_lofit(context: ReadContext) -> Fold:
@@ -66,7 +77,7 @@ def read_lofit(context: ReadContext) -> Fold:
         raise AdapterMismatch(
             "no attn_v vectors of this base's attention blocks",
             context.ledger.unclaimed,
-            unmatched=context.ledger.unclaimed,
+            unexpected_keys=context.ledger.unclaimed,
         )
     return Fold(Family.LOFIT, "head offsets through o_proj, no scale", modules=modules)
 

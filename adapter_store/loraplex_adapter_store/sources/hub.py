@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from ..content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
-from ..errors import SourceError
-from ..limits import StoreLimits
-from ..report import JsonValue
+from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.errors import SourceError
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.report import JsonValue
+
 from .local import LocalFiles, read_directory
 
 __all__ = ["HubClient", "HubLike", "fetch_hub"]

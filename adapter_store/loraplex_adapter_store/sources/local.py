@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from ..content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
-from ..door import is_pickle_name
-from ..errors import (
+from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.errors import (
     LimitExceeded,
     PickleRefused,
     SourceError,
     SourceForbidden,
     UnsupportedAdapter,
 )
-from ..limits import StoreLimits
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.safetensors_reader import is_pickle_name
 
 __all__ = ["LocalFiles", "contained", "read_directory"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
-from ..errors import LimitExceeded, SourceError
-from ..limits import StoreLimits
-from ..report import JsonValue
+from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.errors import LimitExceeded, SourceError
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.report import JsonValue
+
 from .local import LocalFiles, read_directory
 
 if TYPE_CHECKING:

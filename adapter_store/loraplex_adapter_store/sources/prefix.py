@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import unquote
 
-from ..errors import SourceError
+from loraplex_adapter_store.errors import SourceError
 
 __all__ = ["SCHEMES", "SourcePrefix", "canonical_uri"]
 

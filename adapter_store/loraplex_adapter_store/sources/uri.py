@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
-from ..errors import SourceError
-from ..limits import StoreLimits
-from ..report import JsonValue
+from loraplex_adapter_store.errors import SourceError
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.report import JsonValue
+
 from .local import LocalFiles, contained, read_directory
 
 __all__ = ["Fetched", "fetch"]

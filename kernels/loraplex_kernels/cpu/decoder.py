@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import LoraSegments
-from ..ops import PreparedTarget
-from ..packed_linear import PackedLinear
+from loraplex_kernels.layout import LoraSegments
+from loraplex_kernels.ops import PreparedTarget
+from loraplex_kernels.packed_linear import PackedLinear
+
 from .lora import SEGMENT_ERRORS, NativeLora
 from .model_ops import dtype_code, is_plain, takes_cache, takes_heads, takes_norm
 from .native import library

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import LoraSegments, LoraTables, LoraTarget
+from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
+
 from .native import library
 
 __all__ = ["SEGMENT_ERRORS", "NativeLora", "NativeWeights", "serves"]

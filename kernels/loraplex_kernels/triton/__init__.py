@@ -1,11 +1,6 @@
 """Triton kernels of the LoRA operator and of paged attention. Importing needs no GPU."""
 
-from .attention import (
-    AttentionWorkspace,
-    attention_workspace,
-    max_head_dim,
-    paged_attention_triton,
-)
+from .attention import AttentionWorkspace, attention_workspace, max_head_dim, paged_attention_triton
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .lora import linear_with_lora_triton, lora_apply_triton, workspace_numel
 from .routing import (

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..layout import PAGE_RANK
+from loraplex_kernels.layout import PAGE_RANK
 
 __all__ = ["PAGE", "Reduction", "aligned", "dot_float32", "partial_page", "reduction"]
 

@@ -17,7 +17,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..layout import LoraTarget
+from loraplex_kernels.layout import LoraTarget
+
 from .arithmetic import reduction
 from .expand import lora_expand
 from .fused import lora_fused

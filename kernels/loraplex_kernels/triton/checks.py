@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..layout import LoraTables, LoraTarget
+from loraplex_kernels.layout import LoraTables, LoraTarget
+
 from .routing import DeviceSegments
 
 __all__ = ["OFFSET_ALIGN", "check_inputs", "check_out"]

@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import LoraTables, LoraTarget
+from loraplex_kernels.layout import LoraTables, LoraTarget
+
 from .arithmetic import PAGE, aligned, dot_float32
 from .checks import OFFSET_ALIGN, check_inputs, check_out
 from .routing import DeviceSegments

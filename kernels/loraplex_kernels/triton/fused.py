@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import LoraTables, LoraTarget
+from loraplex_kernels.layout import LoraTables, LoraTarget
+
 from .arithmetic import PAGE, partial_page, reduction
 from .checks import OFFSET_ALIGN, check_inputs, check_out
 from .expand import add_page, find_columns, n_column_tiles, transform

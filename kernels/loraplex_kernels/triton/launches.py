@@ -9,7 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..layout import PAGE_RANK, LoraTables, LoraTarget
+from loraplex_kernels.layout import PAGE_RANK, LoraTables, LoraTarget
+
 from .aot import Launch, record_launches
 from .arithmetic import reduction
 from .attention import max_head_dim, paged_attention_triton
@@ -18,14 +19,7 @@ from .fused import lora_fused
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .routing import DeviceSegments, allocate_segments, fill_device_segments
 from .shrink import lora_shrink, planes_shape
-from .tuning import (
-    ExpandChoice,
-    FusedChoice,
-    ShrinkChoice,
-    TuningKey,
-    TuningRow,
-    TuningTable,
-)
+from .tuning import ExpandChoice, FusedChoice, ShrinkChoice, TuningKey, TuningRow, TuningTable
 
 __all__ = ["MODEL_TARGETS", "NamedLaunch", "all_launches"]
 

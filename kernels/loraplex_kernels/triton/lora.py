@@ -9,21 +9,15 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from ..layout import PAGE_RANK, LoraSegments, LoraTables, LoraTarget
-from ..side_stream import SideStream
+from loraplex_kernels.layout import PAGE_RANK, LoraSegments, LoraTables, LoraTarget
+from loraplex_kernels.side_stream import SideStream
+
 from .arithmetic import reduction
 from .expand import lora_expand
 from .fused import lora_fused
 from .routing import DeviceSegments, route_segments
 from .shrink import lora_shrink, planes_shape
-from .tuning import (
-    ExpandChoice,
-    FusedChoice,
-    ShrinkChoice,
-    TuningTable,
-    default_table,
-    key_for,
-)
+from .tuning import ExpandChoice, FusedChoice, ShrinkChoice, TuningTable, default_table, key_for
 
 __all__ = ["linear_with_lora_triton", "lora_apply_triton", "workspace_numel"]
 

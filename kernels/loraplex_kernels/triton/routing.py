@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import LoraSegments
+from loraplex_kernels.layout import LoraSegments
+
 from .tuning import tile_rows
 
 __all__ = [

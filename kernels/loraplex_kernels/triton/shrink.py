@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..layout import LoraTables, LoraTarget
+from loraplex_kernels.layout import LoraTables, LoraTarget
+
 from .arithmetic import PAGE, partial_page, reduction
 from .checks import OFFSET_ALIGN, check_inputs
 from .routing import DeviceSegments

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import NO_PAGE, PAGE_RANK, LoraTables, LoraTarget
+from loraplex_kernels.layout import NO_PAGE, PAGE_RANK, LoraTables, LoraTarget
+
 from .routing import DeviceSegments, build_device_segments
 
 __all__ = ["Workload", "make_workload", "n_copies_past_l2", "time_cold_us"]

@@ -1,12 +1,12 @@
 """Request → adapter."""
 
-from .auto_router import AdapterProfile, Among, AutoRouter, Candidate, Decision
+from .auto_router import AdapterFilter, AdapterProfile, AutoRouter, Candidate, Decision
 from .classifier import Calibration
 from .encoder import CachedEncoder, Encoder
 
 __all__ = [
+    "AdapterFilter",
     "AdapterProfile",
-    "Among",
     "AutoRouter",
     "CachedEncoder",
     "Calibration",

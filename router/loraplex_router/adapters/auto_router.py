@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .classifier import Calibration, Features, TextClassifier
 from .encoder import CachedEncoder, Encoder
-from .wording import wording
+from .lexical_features import wording
 
-__all__ = ["AdapterProfile", "Among", "AutoRouter", "Candidate", "Decision"]
+__all__ = ["AdapterFilter", "AdapterProfile", "AutoRouter", "Candidate", "Decision"]
 
 _MAX_TEXTS = 2000  # of all adapters: fitting is cubic in them
 _MAX_QUERY_CHARS = 2000
@@ -42,7 +42,7 @@ class AdapterProfile:
         return tuple(dict.fromkeys(t.strip() for t in own if t and t.strip()))
 
 
-class Among(Protocol):
+class AdapterFilter(Protocol):
     """A part of the adapters. Hashable; equal ones allow the same names."""
 
     def allows(self, name: str) -> bool: ...
@@ -94,7 +94,7 @@ class AutoRouter:
     def __init__(self, encoder: Encoder, *, background: Sequence[str] | None = None) -> None:
         self._encoder = CachedEncoder(encoder)
         self._background = tuple(background if background is not None else _everyday_prompts())
-        self._fitted: dict[Among | None, _Fitted | None] = {None: None}  # oldest first
+        self._fitted: dict[AdapterFilter | None, _Fitted | None] = {None: None}  # oldest first
         self._known: tuple[AdapterProfile, ...] = ()
 
     def update(self, profiles: Sequence[AdapterProfile]) -> bool:
@@ -106,7 +106,7 @@ class AutoRouter:
         self._known = routable
         return True
 
-    def route(self, texts: Sequence[str], among: Among | None = None) -> list[Decision]:
+    def route(self, texts: Sequence[str], among: AdapterFilter | None = None) -> list[Decision]:
         """One decision for each text, as if there were no adapters but those of ``among``."""
         fitted = self._index_of(among)
         if fitted is None:
@@ -126,7 +126,7 @@ class AutoRouter:
     def n_encoded(self) -> int:
         return self._encoder.n_encoded
 
-    def _index_of(self, among: Among | None) -> _Fitted | None:
+    def _index_of(self, among: AdapterFilter | None) -> _Fitted | None:
         """An index of its own for each part: the other adapters must not show in the scores."""
         if among not in self._fitted:
             if len(self._fitted) > _MAX_INDEXES:

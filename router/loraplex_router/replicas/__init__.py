@@ -1,6 +1,6 @@
 """Request → replica."""
 
 from .policy import Choice, choose, rank
-from .snapshot import ReplicaSnapshot, Residency
+from .snapshot import AdapterLocation, ReplicaSnapshot
 
-__all__ = ["Choice", "ReplicaSnapshot", "Residency", "choose", "rank"]
+__all__ = ["AdapterLocation", "Choice", "ReplicaSnapshot", "choose", "rank"]

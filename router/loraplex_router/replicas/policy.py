@@ -1,6 +1,6 @@
 """Which replica gets a request. A pure function of what is known.
 
-Order: first the replicas that are not overloaded, then the nearest residency of the adapter, then
+Order: first the replicas that are not overloaded, then the nearest location of the adapter, then
 consistent hashing. "Overloaded" is a bound, not a comparison: a replica may carry ``slack`` times
 the mean load plus a little, as in consistent hashing with bounded loads. So an adapter stays where
 it is while its replica copes; when it does not, the request spills to the next best, which then
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import NamedTuple
 
-from .snapshot import ReplicaSnapshot, Residency
+from .snapshot import AdapterLocation, ReplicaSnapshot
 
 __all__ = ["Choice", "choose", "rank"]
 
@@ -22,7 +22,7 @@ DEFAULT_SLACK = 1.25
 
 class Choice(NamedTuple):
     replica_id: str
-    residency: Residency  # where the adapter is on that replica
+    location: AdapterLocation  # where the adapter is on that replica
     spilled: bool  # a nearer replica exists but is overloaded
 
 
@@ -38,9 +38,9 @@ def choose(
     if not ranked:
         return None
     best = ranked[0]
-    nearest = min(r.residency(adapter_digest) for r in replicas)
-    residency = best.residency(adapter_digest)
-    return Choice(best.replica_id, residency, spilled=residency > nearest)
+    nearest = min(r.location(adapter_digest) for r in replicas)
+    location = best.location(adapter_digest)
+    return Choice(best.replica_id, location, spilled=location > nearest)
 
 
 def rank(
@@ -55,16 +55,16 @@ def rank(
         return []
     bound = _load_bound(replicas, slack)
 
-    def key(replica: ReplicaSnapshot) -> tuple[bool, float, Residency, int, str]:
+    def key(replica: ReplicaSnapshot) -> tuple[bool, float, AdapterLocation, int, str]:
         overloaded = replica.load > bound
-        residency = replica.residency(adapter_digest)
+        location = replica.location(adapter_digest)
         # Holders differ in their prefix caches; for the others the adapter should have one home.
-        home = str(prompt_hash) if residency is Residency.DEVICE else (adapter_digest or "")
+        home = str(prompt_hash) if location is AdapterLocation.DEVICE else (adapter_digest or "")
         hashed = _rendezvous(home, replica.replica_id)
         return (
             overloaded,
             replica.load if overloaded else 0.0,
-            residency,
+            location,
             -hashed,
             replica.replica_id,
         )

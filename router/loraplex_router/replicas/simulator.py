@@ -14,7 +14,7 @@ from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from .snapshot import ReplicaSnapshot, Residency
+from .snapshot import AdapterLocation, ReplicaSnapshot
 
 __all__ = ["Arrival", "Costs", "FleetShape", "Policy", "Result", "simulate"]
 
@@ -84,11 +84,11 @@ class _Replica:
             n_evictable=evictable,
         )
 
-    def fetch(self, adapter: str, costs: Costs) -> tuple[Residency, float] | None:
+    def fetch(self, adapter: str, costs: Costs) -> tuple[AdapterLocation, float] | None:
         """Brings the adapter to the device; None while every slot is in use."""
         if adapter in self.device:
             self.device.move_to_end(adapter)
-            return Residency.DEVICE, 0.0
+            return AdapterLocation.DEVICE, 0.0
         if len(self.device) >= self.shape.n_device:
             idle = next((a for a in self.device if not self.running[a]), None)
             if idle is None:
@@ -97,11 +97,11 @@ class _Replica:
         self.device[adapter] = None
         if adapter in self.host:
             self.host.move_to_end(adapter)
-            return Residency.HOST, costs.host_to_device_s
+            return AdapterLocation.HOST, costs.host_to_device_s
         if len(self.host) >= self.shape.n_host:
             self.host.popitem(last=False)
         self.host[adapter] = None
-        return Residency.EVICTABLE, costs.host_to_device_s + costs.disk_to_host_s
+        return AdapterLocation.EVICTABLE, costs.host_to_device_s + costs.disk_to_host_s
 
 
 class _Fleet:
@@ -113,7 +113,7 @@ class _Fleet:
         self.ends: list[tuple[float, int, str]] = []
         self.serial = 0
         self.waits: list[float] = []
-        self.found: Counter[Residency] = Counter()
+        self.found: Counter[AdapterLocation] = Counter()
         self.served: Counter[str] = Counter()
         self.n_retried = 0
 
@@ -148,7 +148,7 @@ class _Fleet:
         self.reports[name] = self.replicas[name].report()
 
     def _view(self) -> list[ReplicaSnapshot]:
-        """Old residency, live queue lengths."""
+        """Old location, live queue lengths."""
         view = []
         for name, replica in self.replicas.items():
             if replica.alive:
@@ -173,8 +173,8 @@ class _Fleet:
             if fetched is None:
                 return
             replica.queue.popleft()
-            residency, delay = fetched
-            self.found[residency] += 1
+            location, delay = fetched
+            self.found[location] += 1
             self.served[replica.replica_id] += 1
             self.waits.append(now - since + delay)
             replica.running[arrival.adapter] += 1
@@ -211,8 +211,8 @@ def _summary(fleet: _Fleet) -> Result:
     counts = [fleet.served[name] for name in fleet.replicas]
     return Result(
         n_requests=n,
-        device_hits=fleet.found[Residency.DEVICE] / n,
-        cold_loads=fleet.found[Residency.EVICTABLE] / n,
+        device_hits=fleet.found[AdapterLocation.DEVICE] / n,
+        cold_loads=fleet.found[AdapterLocation.EVICTABLE] / n,
         mean_wait_ms=1000 * sum(waits) / n,
         p99_wait_ms=1000 * waits[min(n - 1, int(0.99 * n))],
         imbalance=max(counts) * len(counts) / sum(counts),

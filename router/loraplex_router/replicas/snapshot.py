@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
-__all__ = ["ReplicaSnapshot", "Residency"]
+__all__ = ["AdapterLocation", "ReplicaSnapshot"]
 
 
-class Residency(IntEnum):
+class AdapterLocation(IntEnum):
     """How near a replica is to serving an adapter; smaller is nearer."""
 
     DEVICE = 0  # its factors lie in the device pool (the base model always does)
@@ -34,14 +34,14 @@ class ReplicaSnapshot:
         """Pending requests per place; above 1 requests queue."""
         return self.n_pending / max(1, self.capacity)
 
-    def residency(self, adapter_digest: str | None) -> Residency:
+    def location(self, adapter_digest: str | None) -> AdapterLocation:
         if adapter_digest is None or adapter_digest in self.device:
-            return Residency.DEVICE
+            return AdapterLocation.DEVICE
         if adapter_digest in self.host:
-            return Residency.HOST
+            return AdapterLocation.HOST
         if self.n_free_slots > 0:
-            return Residency.FREE_SLOT
-        return Residency.EVICTABLE if self.n_evictable > 0 else Residency.FULL
+            return AdapterLocation.FREE_SLOT
+        return AdapterLocation.EVICTABLE if self.n_evictable > 0 else AdapterLocation.FULL
 
     @staticmethod
     def from_stats(

@@ -228,7 +228,7 @@ def _print_card(card: dict[str, Any]) -> None:
         "digest": card["digest"],
         "family": f"{card['family']}, ranks {', '.join(map(str, card['ranks'])) or 'none'}",
         "scale": report["scale_rule"],
-        "tensors": f"{report['n_matched']} matched, {len(report['unmatched'])} unmatched",
+        "tensors": f"{report['n_matched']} matched, {len(report['unexpected_keys'])} unexpected",
         "modules": f"{len(report['modules'])}",
         "‖ΔW‖/‖W‖": f"{min(ratios):.4f} … {max(ratios):.4f}" if ratios else "–",
         "bytes": ", ".join(f"{tier} {_size(n)}" for tier, n in card["n_bytes"].items()),

@@ -9,10 +9,10 @@ from typing import Any
 
 from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.door import TensorFile
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.reader import read_adapter
+from loraplex_adapter_store.safetensors_reader import SafetensorsFile
 from loraplex_adapter_store.sources.local import read_directory
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.model.pull import loraplex_home, resolve_model
@@ -71,7 +71,7 @@ class LocalAdapters:
         if Path(source).is_dir():
             files = read_directory(Path(source), limits)
             config = AdapterConfig.parse(files.config, limits)
-            with TensorFile(files.weights, limits) as tensors:
+            with SafetensorsFile(files.weights, limits) as tensors:
                 reading = read_adapter(
                     config, tensors, self.base, limits, chat_template=files.chat_template
                 )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from loraplex_server.cli.adapters import adapters
-from loraplex_server.cli.bench import bench
-from loraplex_server.cli.chat import chat
-from loraplex_server.cli.generate import generate
-from loraplex_server.cli.generator import generator
-from loraplex_server.cli.pull import pull
-from loraplex_server.cli.route import route
-from loraplex_server.cli.serve import serve
-from loraplex_server.cli.train import train, train_demos
-from loraplex_server.cli.zoo import zoo
+from .adapters import adapters
+from .bench import bench
+from .chat import chat
+from .generate import generate
+from .generator import generator
+from .pull import pull
+from .route import route
+from .serve import serve
+from .train import train, train_demos
+from .zoo import zoo
 
 __all__ = ["app", "main"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from loraplex_server.cli.chat_session import ChatSession
+    from .chat_session import ChatSession
 
 __all__ = ["chat"]
 
@@ -38,7 +38,7 @@ def chat(
 
     Lines can also be piped in: `echo "Tell me about Oslo." | loraplex chat --adapter pirate`.
     """
-    from loraplex_server.cli.chat_session import ChatError, ChatSession
+    from .chat_session import ChatError, ChatSession
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history in input())
@@ -61,7 +61,7 @@ def chat(
 
 def _loop(session: ChatSession) -> bool:
     """Until the end of input or /quit. True if anything failed."""
-    from loraplex_server.cli.chat_session import ChatError
+    from .chat_session import ChatError
 
     failed = False
     while True:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from loraplex_adapter_store.generator.service import GeneratedAdapter
+    from loraplex_generation.service import GeneratedAdapter
 
 __all__ = ["generate"]
 
@@ -77,9 +77,9 @@ class _Order:
 
 
 def _here(order: _Order, base: str | None, out: Path | None, prompts: list[str]) -> None:
-    from loraplex_adapter_store.generator.sentences import SentenceEncoder
-    from loraplex_adapter_store.generator.service import Generator
-    from loraplex_adapter_store.generator.shipped import shipped_folder
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_generation.service import Generator
+    from loraplex_generation.shipped import shipped_folder
     from loraplex_server.model.pull import DEFAULT_BASE, resolve_encoder, resolve_model
 
     directory = resolve_model(base)
@@ -101,9 +101,9 @@ def _here(order: _Order, base: str | None, out: Path | None, prompts: list[str])
 def _try(made: GeneratedAdapter, directory: Path, prompts: list[str]) -> None:
     from transformers import AutoTokenizer
 
-    from loraplex_adapter_store.generator.decoding import greedy_reply
-    from loraplex_adapter_store.generator.frozen_base import FrozenBase
-    from loraplex_adapter_store.generator.packing import ChatCodec
+    from loraplex_generation.decoding import greedy_reply
+    from loraplex_generation.frozen_base import FrozenBase
+    from loraplex_generation.packing import ChatCodec
 
     model = FrozenBase(directory)
     codec = ChatCodec(AutoTokenizer.from_pretrained(directory))
@@ -172,7 +172,7 @@ def _show_card(card: dict[str, object]) -> None:
     rows = {
         "method": card["method"],
         "made of": " ".join(f"{weight:+.2f}·{part}" for part, weight in parts.items()),
-        "strangeness": f"{card['strangeness']} (limit {card['strangeness_limit']})",
+        "ood_score": f"{card['ood_score']} (limit {card['ood_limit']})",
         "‖ΔW‖": card["delta_norm"],
         "took": f"{card['milliseconds']} ms",
     }

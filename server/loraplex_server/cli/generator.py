@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loraplex_adapter_store.generator.results import Evaluation
+    from loraplex_generation.results import Evaluation
 
 __all__ = ["generator"]
 
@@ -41,12 +41,12 @@ def train(
     import torch
     from rich import print as show
 
-    from loraplex_adapter_store.generator.library import LIBRARY_FILE, Library
-    from loraplex_adapter_store.generator.sentences import SentenceEncoder
-    from loraplex_adapter_store.generator.shipped import shipped_folder
-    from loraplex_adapter_store.generator.task_vectors import TaskVectors, train_conditions
-    from loraplex_adapter_store.generator.training import train_bundle
-    from loraplex_adapter_store.generator.zoo.tasks import Task
+    from loraplex_generation.library import LIBRARY_FILE, Library
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_generation.shipped import shipped_folder
+    from loraplex_generation.task_vectors import TaskVectors, train_conditions
+    from loraplex_generation.training import train_bundle
+    from loraplex_generation.zoo.tasks import Task
     from loraplex_server.model.pull import resolve_encoder, resolve_model
 
     def say(line: str) -> None:
@@ -76,15 +76,15 @@ def guard(shipped: _Shipped = None) -> None:
     """Fit the guard against strange descriptions anew, and leave every map as it is."""
     from rich import print as show
 
-    from loraplex_adapter_store.generator.bundle import Bundle
-    from loraplex_adapter_store.generator.sentences import SentenceEncoder
-    from loraplex_adapter_store.generator.shipped import shipped_folder
-    from loraplex_adapter_store.generator.training import refit_guard
+    from loraplex_generation.bundle import Bundle
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_generation.shipped import shipped_folder
+    from loraplex_generation.training import refit_guard
     from loraplex_server.model.pull import resolve_encoder
 
     folder = shipped or shipped_folder()
     path = refit_guard(folder, SentenceEncoder(resolve_encoder()))
-    show(f"{path.name}  limit {Bundle.load(folder).strangeness.limit:.3f}")
+    show(f"{path.name}  limit {Bundle.load(folder).ood_score.limit:.3f}")
 
 
 @generator.command()
@@ -93,9 +93,9 @@ def default(
     shipped: _Shipped = None,
 ) -> None:
     """Set what `auto` means, as `loraplex generator eval --on validation` advises."""
-    from loraplex_adapter_store.generator.bundle import Bundle
-    from loraplex_adapter_store.generator.service import METHODS
-    from loraplex_adapter_store.generator.shipped import shipped_folder
+    from loraplex_generation.bundle import Bundle
+    from loraplex_generation.service import METHODS
+    from loraplex_generation.shipped import shipped_folder
 
     if method not in METHODS:
         raise typer.BadParameter(f"known methods: {', '.join(METHODS)}")
@@ -143,17 +143,17 @@ def evaluate(
     from rich import print as show
     from transformers import AutoTokenizer
 
-    from loraplex_adapter_store.generator.bundle import Bundle
-    from loraplex_adapter_store.generator.evaluation import evaluate as run
-    from loraplex_adapter_store.generator.evidence import write_evidence
-    from loraplex_adapter_store.generator.frozen_base import FrozenBase
-    from loraplex_adapter_store.generator.literal import LiteralRecipes
-    from loraplex_adapter_store.generator.packing import ChatCodec
-    from loraplex_adapter_store.generator.results import best_method
-    from loraplex_adapter_store.generator.sentences import SentenceEncoder
-    from loraplex_adapter_store.generator.shipped import shipped_folder
-    from loraplex_adapter_store.generator.taskdata import TaskData
-    from loraplex_server.generation.served_scorer import served_scorer
+    from loraplex_generation.bundle import Bundle
+    from loraplex_generation.evaluation import evaluate as run
+    from loraplex_generation.evidence import write_evidence
+    from loraplex_generation.frozen_base import FrozenBase
+    from loraplex_generation.literal import LiteralRecipes
+    from loraplex_generation.packing import ChatCodec
+    from loraplex_generation.results import best_method
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_generation.shipped import shipped_folder
+    from loraplex_generation.taskdata import TaskData
+    from loraplex_server.adapters.served_scorer import served_scorer
     from loraplex_server.model.pull import loraplex_home, resolve_encoder, resolve_model
 
     directory = resolve_model(base)
@@ -192,7 +192,7 @@ def evaluate(
 
 
 def _rivals(zoo_folder: Path, shipped: Path) -> tuple[dict[str, Tensor], Tensor | None]:
-    from loraplex_adapter_store.generator.zoo_training import ZooTraining
+    from loraplex_generation.zoo_training import ZooTraining
 
     zoo = ZooTraining(zoo_folder, shipped)
     return {name: e.mean for name, e in zoo.oracles().items()}, zoo.multi_task()

@@ -29,11 +29,11 @@ def evaluate(
     ] = None,
 ) -> None:
     """Right, abstained and false picks on prompts nobody has seen, and the latency of a choice."""
+    from loraplex_server.adapters import routing_evaluation as evaluation
+    from loraplex_server.adapters.semantic_router import SemanticRouter
+    from loraplex_server.adapters.sentence_encoder import MiniLmEncoder
     from loraplex_server.model.errors import ModelError
     from loraplex_server.model.pull import resolve_encoder
-    from loraplex_server.routing import evaluation
-    from loraplex_server.routing.semantic_router import SemanticRouter
-    from loraplex_server.routing.sentence_encoder import MiniLmEncoder
 
     try:
         encoder = resolve_encoder()
@@ -62,7 +62,7 @@ def _print(result: object) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from loraplex_server.routing.evaluation import BASE, Evaluation
+    from loraplex_server.adapters.routing_evaluation import BASE, Evaluation
 
     assert isinstance(result, Evaluation)
     table = Table("asked for", "prompts", "right", "left to the base", "elsewhere", box=None)

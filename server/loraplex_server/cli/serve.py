@@ -193,7 +193,7 @@ def _serve(flags: dict[str, object], config: Path | None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
 
     from loraplex_server.config import ConfigError, resolve_config
-    from loraplex_server.http.listening import bind
+    from loraplex_server.listening import bind
 
     try:
         text = None if config is None else config.read_text(encoding="utf-8")
@@ -203,8 +203,8 @@ def _serve(flags: dict[str, object], config: Path | None) -> None:
         raise _failed(error) from None
 
     from loraplex_adapter_store.errors import StoreError
-    from loraplex_server.http.logs import set_up_logging
-    from loraplex_server.http.serving import serve as serve_http
+    from loraplex_server.launch import serve as serve_http
+    from loraplex_server.logs import set_up_logging
     from loraplex_server.model.errors import ModelError
 
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from loraplex_adapter_store.training.trainer import StepReport
+    from loraplex_training.trainer import StepReport
 
 __all__ = ["train", "train_demos"]
 
@@ -95,14 +95,14 @@ def train(
 
         loraplex train support.jsonl --out adapters/support --rank 8 --steps 300
     """
-    from loraplex_adapter_store.training.config import (
+    from loraplex_training.config import (
         AdapterShape,
         BlockShape,
         ExpertShape,
         Schedule,
         TrainingConfig,
     )
-    from loraplex_adapter_store.training.trainer import train as train_adapter
+    from loraplex_training.trainer import train as train_adapter
 
     with _errors(), _bar(str(out)) as on_step:
         directory, base_name = _base(base)
@@ -170,9 +170,9 @@ def train_demos(
     """
     import torch
 
-    from loraplex_adapter_store.training.demos import DEMOS
-    from loraplex_adapter_store.training.demos.make import is_made, make_demo
     from loraplex_server.model.pull import loraplex_home
+    from loraplex_training.demos import DEMOS
+    from loraplex_training.demos.make import is_made, make_demo
 
     unknown = [name for name in names or () if name not in DEMOS]
     if unknown:
@@ -234,8 +234,8 @@ def _validation(spec: str) -> Path | float:
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
     """One clear line instead of a traceback; Ctrl-C says how to go on."""
-    from loraplex_adapter_store.training.errors import TrainingError
     from loraplex_server.model.errors import ModelError
+    from loraplex_training.errors import TrainingError
 
     try:
         yield

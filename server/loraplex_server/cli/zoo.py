@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from loraplex_adapter_store.generator.zoo_training import ZooTraining
+    from loraplex_generation.zoo_training import ZooTraining
 
 __all__ = ["zoo"]
 
@@ -44,8 +44,8 @@ def train(
     from rich import print as show
     from transformers import AutoTokenizer
 
-    from loraplex_adapter_store.generator.sentences import SentenceEncoder
-    from loraplex_adapter_store.generator.zoo_training import STAGES
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_generation.zoo_training import STAGES
     from loraplex_server.model.pull import resolve_encoder, resolve_model
 
     torch.set_num_threads(threads)
@@ -82,7 +82,7 @@ def export(base: _Base = None, folder: _Folder = None, shipped: _Shipped = None)
     from rich import print as show
     from transformers import AutoTokenizer
 
-    from loraplex_adapter_store.generator.sentences import SentenceEncoder
+    from loraplex_generation.sentences import SentenceEncoder
     from loraplex_server.model.pull import resolve_encoder, resolve_model
 
     directory = resolve_model(base)
@@ -98,8 +98,8 @@ def export(base: _Base = None, folder: _Folder = None, shipped: _Shipped = None)
 
 
 def _training(folder: Path | None, shipped: Path | None) -> ZooTraining:
-    from loraplex_adapter_store.generator.shipped import shipped_folder
-    from loraplex_adapter_store.generator.zoo_training import ZooTraining
+    from loraplex_generation.shipped import shipped_folder
+    from loraplex_generation.zoo_training import ZooTraining
     from loraplex_server.model.pull import loraplex_home
 
     return ZooTraining(folder or loraplex_home() / "zoo", shipped or shipped_folder())

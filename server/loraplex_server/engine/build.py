@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_kernels.cpu import native
 from loraplex_kernels.side_stream import CudaSideStream, SideStream
+from loraplex_server.model.base_model import BaseModel, load_base_model
 
-from ..model.base_model import BaseModel, load_base_model
 from .config import EngineConfig
 from .decode_graphs import CudaRecorder, Recorder
 from .device_pool import DevicePool
@@ -64,7 +64,7 @@ def build_engine(
     name = model_id or model_path.name
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = _dtype(config.dtype, device)
-    model = _in_passing_thread(
+    model = _run_in_temp_thread(
         lambda: load_base_model(model_path, name, dtype=dtype, device=device, fuse=config.fuse)
     )
     engine = assemble_engine(model, config)
@@ -73,12 +73,12 @@ def build_engine(
 
 def assemble_engine(model: BaseModel, config: EngineConfig) -> Engine:
     """The engine around a model that is already loaded; started."""
-    engine = _in_passing_thread(lambda: _assemble(model, config))
+    engine = _run_in_temp_thread(lambda: _assemble(model, config))
     engine.start()
     return engine
 
 
-def _in_passing_thread(work: Callable[[], _T]) -> _T:
+def _run_in_temp_thread(work: Callable[[], _T]) -> _T:
     """Runs ``work`` in a thread that ends with it, and with that thread its team of OpenMP threads.
 
     A team lives as long as the thread that first used it. With one left behind beside the

@@ -19,9 +19,9 @@ from torch import Tensor
 from loraplex_kernels.layout import LoraTables
 from loraplex_kernels.pool import LoraPool
 from loraplex_kernels.segments import build_segments
+from loraplex_server.model.base_model import BaseModel
 
-from ..model.base_model import BaseModel
-from .batch import StepBatch
+from .forward_batch import ForwardBatch
 from .kv_cache import KvCache
 
 __all__ = ["CudaRecorder", "DecodeGraphs", "Recorder", "sizes_up_to"]
@@ -94,7 +94,7 @@ class DecodeGraphs:
                 self._graph(size, has_adapters)
         _log.info("recorded decode steps of %s rows", ", ".join(map(str, self._sizes)))
 
-    def run(self, batch: StepBatch, slots: Sequence[int]) -> Tensor:
+    def run(self, batch: ForwardBatch, slots: Sequence[int]) -> Tensor:
         """One token of each request → raw logits [n, vocab_size], valid until the next run.
 
         ``slots``: the pool slot of each row, −1 for the base's.
@@ -105,7 +105,7 @@ class DecodeGraphs:
         self._graph(size, any(slot >= 0 for slot in slots))()
         return self._raw[:n]
 
-    def _lay(self, batch: StepBatch, slots: Sequence[int], n: int, size: int) -> None:
+    def _lay(self, batch: ForwardBatch, slots: Sequence[int], n: int, size: int) -> None:
         self._token_ids[:n].copy_(batch.token_ids)
         self._positions[:n].copy_(batch.positions)
         self._slot_mapping[:n].copy_(batch.slot_mapping)
@@ -133,7 +133,7 @@ class DecodeGraphs:
 
     def _forward(self, size: int, has_adapters: bool) -> None:
         model, step = self._model, self._model.step
-        batch = StepBatch(
+        batch = ForwardBatch(
             token_ids=self._token_ids[:size],
             positions=self._positions[:size],
             slot_mapping=self._slot_mapping[:size],
@@ -143,8 +143,8 @@ class DecodeGraphs:
             chunk_rows=(),
             virtual_rows=(),
         )
-        batch.lay_into(step)
+        batch.bind(step)
         step.segments = build_segments(self._slots[:size]) if has_adapters else None
-        step.planned, step.routed, step.routes_projections = (), {}, False
+        step.fallback, step.routed, step.routes_projections = (), {}, False
         hidden = model.forward(model.embed(batch.token_ids))
         model.head.packed.into(hidden, self._raw[:size])

@@ -24,14 +24,14 @@ from loraplex_kernels.exponent_coding import prefers_coded_pages
 from loraplex_kernels.packed_factors import PackedFactors
 from loraplex_kernels.pool import LoraPool
 from loraplex_router.experts import RoutedRows
+from loraplex_server.model.packed_lora_linear import PackedLoraLinear
+from loraplex_server.model.routed import PlacedExperts, place_experts, rows_for
 
-from ..model.lora_group import LoraGroup
-from ..model.routed import PlacedExperts, place_experts, rows_for
+from .adapter_packer import AdapterPacker, is_beyond_low_rank
 from .copy_stream import CopyStream
-from .device_form import Former, is_beyond_low_rank
 from .errors import AdapterUnservable
 
-__all__ = ["DevicePool", "Placement", "Residency"]
+__all__ = ["DevicePool", "Placement", "ResidentAdapter"]
 
 
 class Placement(Enum):
@@ -41,15 +41,15 @@ class Placement(Enum):
 
 
 @dataclass(slots=True, eq=False)
-class Residency:
+class ResidentAdapter:
     """One adapter on the device; ``slots[0]`` holds its unrouted factors, the rest its experts."""
 
     digest: str
     slots: tuple[int, ...]
     n_bytes: int
     plan: AdapterPlan
-    planned: Mapping[str, ModulePlan]  # modules beyond low-rank factors, on the device
-    dense: Mapping[str, Tensor]
+    fallback: Mapping[str, ModulePlan]  # modules beyond low-rank factors, on the device
+    replaced_weights: Mapping[str, Tensor]
     experts: Mapping[str, PlacedExperts]  # by MLP block or projection
     load: Future[None]
     started_at: float
@@ -62,9 +62,9 @@ class Residency:
     _routed: Mapping[str, RoutedRows] = field(default_factory=dict)
 
     @property
-    def does_more(self) -> bool:
+    def needs_fallback(self) -> bool:
         """Whether it has parts that the pool's operator does not apply."""
-        return bool(self.planned or self.dense or self.experts)
+        return bool(self.fallback or self.replaced_weights or self.experts)
 
     def routed_rows(self, rows: Tensor) -> Mapping[str, RoutedRows]:
         """``rows_for`` of its experts, kept from step to step: decode steps repeat."""
@@ -74,11 +74,11 @@ class Residency:
 
 
 class DevicePool:
-    """Owner of device residency and its recency. Engine thread only, but for the loader's fills."""
+    """Owner of device resident and its recency. Engine thread only, but for the loader's fills."""
 
     def __init__(
         self,
-        groups: Mapping[str, LoraGroup],
+        groups: Mapping[str, PackedLoraLinear],
         *,
         n_bytes: int,
         max_adapters: int,
@@ -107,13 +107,13 @@ class DevicePool:
         self.n_loads = 0
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
-        self.former = Former(groups, self.pool, routable)
+        self.packer = AdapterPacker(groups, self.pool, routable)
         self._max_rank = max_rank
         self._dtype = dtype
         self._device = device
         self._on_loaded = on_loaded
-        self._residents: dict[str, Residency] = {}
-        self._arriving: list[Residency] = []  # not published yet
+        self._residents: dict[str, ResidentAdapter] = {}
+        self._arriving: list[ResidentAdapter] = []  # not published yet
         self._pins: set[str] = set()
         self._copies = CopyStream(device)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
@@ -160,7 +160,7 @@ class DevicePool:
         resident.holders -= 1
         resident.last_used = time.monotonic()
 
-    def residency(self, digest: str) -> Residency:
+    def resident(self, digest: str) -> ResidentAdapter:
         """Of an adapter that is held."""
         return self._residents[digest]
 
@@ -178,7 +178,7 @@ class DevicePool:
         return self._evict(resident)
 
     @property
-    def residents(self) -> tuple[Residency, ...]:
+    def residents(self) -> tuple[ResidentAdapter, ...]:
         """Those that are on the device."""
         return tuple(resident for resident in self._residents.values() if resident.published)
 
@@ -189,8 +189,8 @@ class DevicePool:
     def close(self) -> None:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
-    def _start_load(self, plan: AdapterPlan) -> Residency | None:
-        form = self.former.form(plan)
+    def _start_load(self, plan: AdapterPlan) -> ResidentAdapter | None:
+        form = self.packer.form(plan)
         if self._max_rank is not None and form.rank > self._max_rank:
             raise AdapterUnservable(
                 f"adapter {plan.digest[:12]} has rank {form.rank}, this server allows "
@@ -206,18 +206,19 @@ class DevicePool:
         slots = self._reserve(form.factors)
         if slots is None:
             return None
-        resident = Residency(
+        resident = ResidentAdapter(
             digest=plan.digest,
             slots=slots,
             n_bytes=n_bytes,
-            plan=replace(plan, device_form=None),  # the pool has it: the host may let it go
-            planned={
+            plan=replace(plan, packed_adapter=None),  # the pool has it: the host may let it go
+            fallback={
                 name: _to_device(module, self._dtype, self._device)
                 for name, module in plan.modules.items()
                 if is_beyond_low_rank(module)
             },
-            dense={
-                name: weight.to(self._device, self._dtype) for name, weight in plan.dense.items()
+            replaced_weights={
+                name: weight.to(self._device, self._dtype)
+                for name, weight in plan.replaced_weights.items()
             },
             experts=place_experts(plan.experts, slots[1:], self._device),
             load=self._loader.submit(self._fill, slots, self._copies.mark()),
@@ -240,7 +241,7 @@ class DevicePool:
                     return None
                 self._evict(victim)
 
-    def _victim(self) -> Residency | None:
+    def _victim(self) -> ResidentAdapter | None:
         """The idle adapter that was used least recently."""
         idle = [
             resident
@@ -249,7 +250,7 @@ class DevicePool:
         ]
         return min(idle, key=lambda resident: resident.last_used, default=None)
 
-    def _evict(self, resident: Residency) -> int:
+    def _evict(self, resident: ResidentAdapter) -> int:
         del self._residents[resident.digest]
         self._arriving = [other for other in self._arriving if other is not resident]
         self.n_evictions += 1
@@ -264,7 +265,7 @@ class DevicePool:
 
         self._copies.run(mark, copy)
 
-    def _publish(self, resident: Residency) -> None:
+    def _publish(self, resident: ResidentAdapter) -> None:
         for slot in resident.slots:
             self.pool.publish(slot)
         resident.published = True

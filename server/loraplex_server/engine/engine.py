@@ -17,9 +17,9 @@ import torch
 
 from loraplex_adapter_store.plan import AdapterPlan
 
+from .adapter_packer import AdapterPacker
 from .client import STEP_TOKENS, EngineStats, GenerationRequest, Listener
 from .config import EngineConfig
-from .device_form import Former
 from .device_pool import DevicePool, Placement
 from .errors import (
     AdapterUnservable,
@@ -33,10 +33,10 @@ from .events import FinishReason, TokenEvent, TokenLogprobs
 from .expert_monitor import ExpertMonitor
 from .kv_cache import KvCache
 from .model_runner import ModelRunner, StepResult
-from .outbox import Outbox
+from .output_router import OutputRouter
 from .request import Request
 from .sampler import Sampled
-from .scheduler import Chunk, Scheduler
+from .scheduler import ScheduledChunk, Scheduler
 from .wait_queue import Admission
 
 __all__ = ["Engine"]
@@ -88,12 +88,12 @@ class Engine:
         self._max_model_len = max_model_len
         self._eos_token_ids = eos_token_ids
         self._inbox = inbox
-        self._outbox = Outbox()
+        self._output_router = OutputRouter()
         self._scheduler = Scheduler(
             kv_cache,
             max_batch_size=config.max_batch_size,
             max_step_tokens=max_step_tokens,
-            has_place=self._has_place,
+            ensure_resident=self._ensure_resident,
             on_admit=self._on_admit,
             on_leave=self._on_leave,
         )
@@ -159,9 +159,9 @@ class Engine:
         self._inbox.put(lambda: self._prefetch(plan))
 
     @property
-    def former(self) -> Former:
+    def packer(self) -> AdapterPacker:
         """Makes the form in which adapters wait in host memory: placing them is then one copy."""
-        return self._adapters.former
+        return self._adapters.packer
 
     async def unload(self, digest: str) -> int:
         """Frees an idle adapter's place on the device; returns the bytes, 0 if absent or in use."""
@@ -261,7 +261,7 @@ class Engine:
         self._adapters.publish_arrived()
         for request in self._scheduler.waiting.upcoming(_N_PREFETCH):
             if request.source.adapter is not None:
-                self._has_place(request)
+                self._ensure_resident(request)
         chunks = self._scheduler.schedule()
         for request, error in self._unplaceable.values():
             self._end(request, FinishReason.ERROR, error=error)
@@ -271,7 +271,7 @@ class Engine:
         self._publish_stats(chunks)
         if chunks:
             self.experts.look(self._adapters.residents, idle=not self._scheduler.running)
-        self._outbox.flush()
+        self._output_router.flush()
 
     def _read_inbox(self) -> None:
         """Takes every message; blocks while there is nothing to run."""
@@ -289,7 +289,7 @@ class Engine:
             if self._stopping:
                 return
 
-    def _run_chunks(self, chunks: Sequence[Chunk]) -> None:
+    def _run_chunks(self, chunks: Sequence[ScheduledChunk]) -> None:
         try:
             result = self._runner.run(chunks)
         except Exception as error:
@@ -298,7 +298,7 @@ class Engine:
         self._n_failed_steps = 0
         self._commit(chunks, result)
 
-    def _run_one_by_one(self, chunks: Sequence[Chunk], cause: Exception) -> None:
+    def _run_one_by_one(self, chunks: Sequence[ScheduledChunk], cause: Exception) -> None:
         """A step failed: finds the guilty request by running each alone; the others go on."""
         _log.error("a step of %d requests failed: %s; trying each alone", len(chunks), cause)
         n_failed = 0
@@ -317,7 +317,7 @@ class Engine:
         if self._n_failed_steps >= _MAX_FAILED_STEPS:
             raise RuntimeError(f"{_MAX_FAILED_STEPS} steps in a row failed whole") from cause
 
-    def _commit(self, chunks: Sequence[Chunk], result: StepResult) -> None:
+    def _commit(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
         self._scheduler.commit(chunks)
         for chunk in chunks:
             request = chunk.request
@@ -394,7 +394,7 @@ class Engine:
         )
 
     def _emit(self, tracked: _Tracked, event: TokenEvent) -> None:
-        self._outbox.put(tracked.loop, tracked.request.listener, event)
+        self._output_router.put(tracked.loop, tracked.request.listener, event)
 
     def _accept(self, tracked: _Tracked) -> None:
         request = tracked.request
@@ -418,7 +418,7 @@ class Engine:
         if tracked is not None:
             self._end(tracked.request, FinishReason.CANCELLED)
 
-    def _has_place(self, request: Request) -> Admission:
+    def _ensure_resident(self, request: Request) -> Admission:
         adapter = request.source.adapter
         if adapter is None:
             return Admission.ADMITTED
@@ -446,7 +446,7 @@ class Engine:
         digest = request.adapter_digest
         if digest:
             self._adapters.hold(digest)
-            prefix = self._adapters.residency(digest).plan.prefix
+            prefix = self._adapters.resident(digest).plan.prefix
             if prefix is not None and prefix.keys and request.n_computed < request.n_virtual:
                 self._kv.write_prefix(request.id, prefix.keys, prefix.values)
                 request.n_computed = request.n_virtual
@@ -463,7 +463,7 @@ class Engine:
     def _fail_all(self, error: EngineError) -> None:
         for tracked in list(self._tracked.values()):
             self._end(tracked.request, FinishReason.ERROR, error=error)
-        self._outbox.flush()
+        self._output_router.flush()
 
     def _stop(self) -> None:
         self._stopping = True
@@ -486,7 +486,7 @@ class Engine:
             except queue.Empty:
                 break
             self._refuse(message, dead)
-        self._outbox.flush()
+        self._output_router.flush()
 
     def _refuse(self, message: Message, dead: EngineDead) -> None:
         before = set(self._tracked)
@@ -499,7 +499,7 @@ class Engine:
             event = TokenEvent(request_id, (), finish=FinishReason.ERROR, error=dead)
             self._emit(tracked, event)
 
-    def _publish_stats(self, chunks: Sequence[Chunk]) -> None:
+    def _publish_stats(self, chunks: Sequence[ScheduledChunk]) -> None:
         scheduler = self._scheduler
         if chunks:
             n_tokens = sum(chunk.n_tokens for chunk in chunks)

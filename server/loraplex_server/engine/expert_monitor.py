@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from loraplex_router.experts import ExpertLoad, LoadHistory
 
-from .device_pool import Residency
+from .device_pool import ResidentAdapter
 
 __all__ = ["ExpertMonitor"]
 
@@ -25,7 +25,7 @@ class ExpertMonitor:
         self._histories: OrderedDict[str, LoadHistory] = OrderedDict()
         self._looked_at = float("-inf")
 
-    def look(self, residents: Iterable[Residency], *, idle: bool) -> None:
+    def look(self, residents: Iterable[ResidentAdapter], *, idle: bool) -> None:
         """Engine thread, after each step. Reads the device's counters once a second, and whenever
         the engine falls idle, so that the last rows are not missed.
         """

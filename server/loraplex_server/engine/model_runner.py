@@ -19,19 +19,19 @@ from loraplex_kernels.pool import LoraPool
 from loraplex_kernels.segments import build_segments, group_runs
 from loraplex_kernels.side_stream import SideStream
 from loraplex_router.experts import RoutedRows
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.forward_context import FallbackRows
+from loraplex_server.model.packed_lora_linear import ApplySlice, PackedLoraLinear
 
-from ..model.base_model import BaseModel
-from ..model.lora_group import ApplySlice, LoraGroup
-from ..model.step import PlannedRows
-from .batch import StepBatch, build_batch
 from .decode_graphs import DecodeGraphs, Recorder
-from .device_pool import DevicePool, Residency
+from .device_pool import DevicePool, ResidentAdapter
 from .events import TokenLogprobs
+from .forward_batch import ForwardBatch, build_batch
 from .kv_cache import KvCache
 from .request import Request
 from .row_buffer import RowBuffer
 from .sampler import Sampled, is_plainly_greedy, logprobs_of, sample
-from .scheduler import Chunk
+from .scheduler import ScheduledChunk
 
 __all__ = ["ModelRunner", "StepResult"]
 
@@ -83,10 +83,10 @@ class ModelRunner:
         try:
             self._graphs.record_all()
         except Exception as error:
-            self._give_graphs_up(error)
+            self._disable_cuda_graphs(error)
 
     @torch.inference_mode()
-    def run(self, chunks: Sequence[Chunk]) -> StepResult:
+    def run(self, chunks: Sequence[ScheduledChunk]) -> StepResult:
         """One forward over all chunks; samples for those that reach their last token."""
         batch = build_batch(chunks, self._kv, self._model.device)
         replayed = self._replay(batch, chunks)
@@ -108,7 +108,7 @@ class ModelRunner:
         sampled: dict[str, Sampled] = {}
         if sampling:
             x = hidden[last.to(hidden.device)] if wants_all and last is not None else hidden
-            if self._takes_the_largest(requests):
+            if self._can_argmax(requests):
                 tokens = self._model.head.packed.argmax(x).tolist()
                 sampled = {r.id: Sampled(t, None) for r, t in zip(requests, tokens, strict=True)}
             else:
@@ -116,22 +116,22 @@ class ModelRunner:
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
         return StepResult(sampled, found)
 
-    def _replay(self, batch: StepBatch, chunks: Sequence[Chunk]) -> Tensor | None:
+    def _replay(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> Tensor | None:
         """Raw logits [n_chunks, vocab_size] of a recorded step; None if it has to run freely."""
         if self._graphs is None or not self._is_plain_decode(chunks, batch):
             return None
         try:
             return self._graphs.run(batch, [self._slot(chunk.request) for chunk in chunks])
         except Exception as error:
-            self._give_graphs_up(error)
+            self._disable_cuda_graphs(error)
             return None
 
-    def _give_graphs_up(self, error: Exception) -> None:
+    def _disable_cuda_graphs(self, error: Exception) -> None:
         """The device's error or a compiler's: without graphs all still works."""
         _log.warning("decode steps run without CUDA graphs: %s", error)
         self._graphs = None
 
-    def _is_plain_decode(self, chunks: Sequence[Chunk], batch: StepBatch) -> bool:
+    def _is_plain_decode(self, chunks: Sequence[ScheduledChunk], batch: ForwardBatch) -> bool:
         """One token of each request, by adapters that are low-rank factors below the head alone."""
         return not batch.virtual_rows and all(
             chunk.n_tokens == 1 and chunk.samples and self._is_plain(chunk.request)
@@ -141,9 +141,9 @@ class ModelRunner:
     def _is_plain(self, request: Request) -> bool:
         if not request.adapter_digest:
             return True
-        residency = self._adapters.residency(request.adapter_digest)
+        resident = self._adapters.resident(request.adapter_digest)
         return not (
-            residency.does_more or residency.plan.embedding_rows or self._has_own_head(request)
+            resident.needs_fallback or resident.plan.embedding_rows or self._has_own_head(request)
         )
 
     def _sample(self, raw: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
@@ -151,13 +151,13 @@ class ModelRunner:
         tokens = sample(logits.cpu(), requests, self._model.eos_token_ids)
         return {r.id: token for r, token in zip(requests, tokens, strict=True)}
 
-    def _fill_step(self, batch: StepBatch, chunks: Sequence[Chunk]) -> None:
+    def _fill_step(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> None:
         step = self._model.step
-        batch.lay_into(step)
+        batch.bind(step)
         requests = [chunk.request for chunk in chunks]
         step.segments = self._segments(requests, [chunk.n_tokens for chunk in chunks])
         special = self._beyond_the_pool(requests, batch.chunk_rows)
-        step.planned = _planned(special)
+        step.fallback = _planned(special)
         step.routed = _routed(special)
         step.routes_projections = not self._projections.isdisjoint(step.routed)
 
@@ -170,14 +170,14 @@ class ModelRunner:
 
     def _slot(self, request: Request) -> int:
         digest = request.adapter_digest
-        return self._adapters.residency(digest).slots[0] if digest else -1
+        return self._adapters.resident(digest).slots[0] if digest else -1
 
     def _beyond_the_pool(
         self, requests: Sequence[Request], rows: Sequence[slice]
-    ) -> list[tuple[Residency, Tensor]]:
+    ) -> list[tuple[ResidentAdapter, Tensor]]:
         """The rows of each adapter that does more than the pool's operator; int64, ascending."""
-        known = {digest: self._adapters.residency(digest) for digest in _digests(requests)}
-        special = {digest: one for digest, one in known.items() if one.does_more}
+        known = {digest: self._adapters.resident(digest) for digest in _digests(requests)}
+        special = {digest: one for digest, one in known.items() if one.needs_fallback}
         if not special:
             return []
         by_digest: dict[str, list[int]] = {digest: [] for digest in special}
@@ -185,20 +185,20 @@ class ModelRunner:
             if request.adapter_digest in special:
                 by_digest[request.adapter_digest].extend(range(part.start, part.stop))
         return [
-            (residency, torch.tensor(by_digest[digest], device=self._model.device))
-            for digest, residency in special.items()
+            (resident, torch.tensor(by_digest[digest], device=self._model.device))
+            for digest, resident in special.items()
         ]
 
-    def _embed(self, batch: StepBatch, chunks: Sequence[Chunk]) -> Tensor:
+    def _embed(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> Tensor:
         embeddings = self._model.embed(batch.token_ids)
         for row, request, index in batch.virtual_rows:
-            prefix = self._adapters.residency(request.adapter_digest).plan.prefix
+            prefix = self._adapters.resident(request.adapter_digest).plan.prefix
             if prefix is not None and prefix.embeddings is not None:
                 embeddings[row] = prefix.embeddings[index].to(embeddings)
         for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
             digest = chunk.request.adapter_digest
             if digest:
-                plan = self._adapters.residency(digest).plan
+                plan = self._adapters.resident(digest).plan
                 self._override_embeddings(embeddings, batch.token_ids, rows, plan)
         return embeddings
 
@@ -206,7 +206,7 @@ class ModelRunner:
         self, embeddings: Tensor, token_ids: Tensor, rows: slice, plan: AdapterPlan
     ) -> None:
         """Puts the adapter's own embeddings (trainable tokens, modules_to_save) into its rows."""
-        table = plan.dense.get(self._model.spec.input_embedding)
+        table = plan.replaced_weights.get(self._model.spec.input_embedding)
         if table is not None:
             embeddings[rows].copy_(table[token_ids[rows].cpu()])
         if plan.embedding_rows:
@@ -239,11 +239,11 @@ class ModelRunner:
                 raw[row, token] = x[row].float() @ weight.to(x.device)
         return raw
 
-    def _takes_the_largest(self, requests: Sequence[Request]) -> bool:
+    def _can_argmax(self, requests: Sequence[Request]) -> bool:
         """Whether the place of the head's largest output is all that is asked for."""
         if self._model.head.packed.native is None:
             return False  # a GPU's argmax of finished logits is as good
-        return self._model.keeps_the_order and all(
+        return self._model.is_monotonic and all(
             is_plainly_greedy(request) and not self._has_own_head(request) for request in requests
         )
 
@@ -252,16 +252,18 @@ class ModelRunner:
 
     def _head_rows(self, request: Request) -> Mapping[int, Tensor]:
         digest = request.adapter_digest
-        return self._adapters.residency(digest).plan.head_rows if digest else {}
+        return self._adapters.resident(digest).plan.head_rows if digest else {}
 
     def _changes_head(self, request: Request) -> bool:
         if not request.adapter_digest:
             return False
-        plan, head = self._adapters.residency(request.adapter_digest).plan, self._model.head
-        return any(name in plan.modules or name in plan.dense for name in head.module_names)
+        plan, head = self._adapters.resident(request.adapter_digest).plan, self._model.head
+        return any(
+            name in plan.modules or name in plan.replaced_weights for name in head.module_names
+        )
 
     def _prompt_logprobs(
-        self, hidden: Tensor, chunks: Sequence[Chunk], batch: StepBatch
+        self, hidden: Tensor, chunks: Sequence[ScheduledChunk], batch: ForwardBatch
     ) -> dict[str, tuple[TokenLogprobs, ...]]:
         """For requests that ask: the log-probability of each token after the chunk's first."""
         found: dict[str, tuple[TokenLogprobs, ...]] = {}
@@ -286,20 +288,20 @@ def _digests(requests: Sequence[Request]) -> dict[str, None]:
     return dict.fromkeys(r.adapter_digest for r in requests if r.adapter_digest)
 
 
-def _planned(special: Sequence[tuple[Residency, Tensor]]) -> tuple[PlannedRows, ...]:
+def _planned(special: Sequence[tuple[ResidentAdapter, Tensor]]) -> tuple[FallbackRows, ...]:
     return tuple(
-        PlannedRows(row_ids, residency.planned, residency.dense)
-        for residency, row_ids in special
-        if residency.planned or residency.dense
+        FallbackRows(row_ids, resident.fallback, resident.replaced_weights)
+        for resident, row_ids in special
+        if resident.fallback or resident.replaced_weights
     )
 
 
-def _routed(special: Sequence[tuple[Residency, Tensor]]) -> dict[str, tuple[RoutedRows, ...]]:
+def _routed(special: Sequence[tuple[ResidentAdapter, Tensor]]) -> dict[str, tuple[RoutedRows, ...]]:
     """By MLP block or projection: the rows whose adapter routes there."""
     routed: dict[str, tuple[RoutedRows, ...]] = {}
-    for residency, row_ids in special:
-        if residency.experts:
-            for place, part in residency.routed_rows(row_ids).items():
+    for resident, row_ids in special:
+        if resident.experts:
+            for place, part in resident.routed_rows(row_ids).items():
                 routed[place] = (*routed.get(place, ()), part)
     return routed
 
@@ -314,7 +316,7 @@ def _segments_of(
     return build_segments(torch.from_numpy(row_slots).to(device))
 
 
-def _bind_slices(pool: LoraPool, group: LoraGroup) -> ApplySlice:
+def _bind_slices(pool: LoraPool, group: PackedLoraLinear) -> ApplySlice:
     """The operator on one packed linear alone, for experts whose gates differ between them."""
     targets = [
         LoraTarget(name, group.target.in_features, (width,))

@@ -10,13 +10,13 @@ from .page_pool import prefix_root
 from .request import Request, RequestStatus
 from .wait_queue import Admission, WaitQueue
 
-__all__ = ["Chunk", "Scheduler"]
+__all__ = ["ScheduledChunk", "Scheduler"]
 
 MAX_BYPASS = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Chunk:
+class ScheduledChunk:
     """The tokens [start, start + n_tokens) of one request in a step."""
 
     request: Request
@@ -44,11 +44,11 @@ class Scheduler:
         *,
         max_batch_size: int,
         max_step_tokens: int,
-        has_place: Callable[[Request], Admission],
+        ensure_resident: Callable[[Request], Admission],
         on_admit: Callable[[Request, bool], None],
         on_leave: Callable[[Request], None],
     ) -> None:
-        """``has_place`` asks for the adapter's place on the device (ADMITTED = resident now);
+        """``ensure_resident`` asks for the adapter's place on the device (ADMITTED = resident now);
         ``on_admit(request, first)`` and ``on_leave`` bracket each stay among the running."""
         self.running: list[Request] = []  # by admission, oldest first
         self.waiting = WaitQueue(max_bypass=MAX_BYPASS)
@@ -56,17 +56,17 @@ class Scheduler:
         self._kv = kv_cache
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
-        self._has_place = has_place
+        self._ensure_resident = ensure_resident
         self._on_admit = on_admit
         self._on_leave = on_leave
 
     def add(self, request: Request) -> None:
         self.waiting.push(request)
 
-    def schedule(self) -> list[Chunk]:
+    def schedule(self) -> list[ScheduledChunk]:
         """The chunks of the next step; empty if nothing can run."""
         budget = self._max_step_tokens
-        chunks: list[Chunk] = []
+        chunks: list[ScheduledChunk] = []
         decoding_first = sorted(self.running, key=lambda r: r.n_tokens - r.n_computed > 1)
         for request in decoding_first:
             if request.status is not RequestStatus.RUNNING or budget == 0:
@@ -74,13 +74,13 @@ class Scheduler:
             if not self._make_room(request):
                 continue
             n_tokens = min(request.n_tokens - request.n_computed, budget)
-            chunks.append(Chunk(request, request.n_computed, n_tokens))
+            chunks.append(ScheduledChunk(request, request.n_computed, n_tokens))
             budget -= n_tokens
         # a request preempted after its chunk was planned takes the chunk with it
         chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
         return chunks + self._admit(self._max_step_tokens - sum(c.n_tokens for c in chunks))
 
-    def commit(self, chunks: Sequence[Chunk]) -> None:
+    def commit(self, chunks: Sequence[ScheduledChunk]) -> None:
         """The step ran: its tokens have KV now."""
         for chunk in chunks:
             request = chunk.request
@@ -119,8 +119,8 @@ class Scheduler:
         self._kv.release(request.id)
         self._on_leave(request)
 
-    def _admit(self, budget: int) -> list[Chunk]:
-        chunks: list[Chunk] = []
+    def _admit(self, budget: int) -> list[ScheduledChunk]:
+        chunks: list[ScheduledChunk] = []
         n_left = budget
 
         def try_admit(request: Request) -> Admission:
@@ -130,7 +130,7 @@ class Scheduler:
             answer = self._admit_one(request)
             if answer is Admission.ADMITTED:
                 n_tokens = min(request.n_tokens - request.n_computed, n_left)
-                chunks.append(Chunk(request, request.n_computed, n_tokens))
+                chunks.append(ScheduledChunk(request, request.n_computed, n_tokens))
                 n_left -= n_tokens
             return answer
 
@@ -144,7 +144,7 @@ class Scheduler:
         needed = self._kv.pages_for(request.n_tokens) + spare
         if self.running and needed > self._kv.n_pages_available:
             return Admission.NO_ROOM
-        answer = self._has_place(request)
+        answer = self._ensure_resident(request)
         if answer is not Admission.ADMITTED:
             return answer
         sampling = request.source.sampling

@@ -16,7 +16,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from loraplex_kernels.model_ops import paged_attention, write_kv
 
 from .errors import ModelError
-from .step import Step
+from .forward_context import ForwardContext
 
 __all__ = ["LayerAttention", "install_attention"]
 
@@ -27,7 +27,7 @@ _SLOT = "loraplex_attention"
 class LayerAttention:
     """Attention of one layer over the paged cache. Set ``keys`` and ``values`` before the run."""
 
-    def __init__(self, step: Step) -> None:
+    def __init__(self, step: ForwardContext) -> None:
         self._step = step
         self.keys: Tensor | None = None
         self.values: Tensor | None = None
@@ -63,7 +63,7 @@ class LayerAttention:
         return out
 
 
-def install_attention(model: PreTrainedModel, step: Step) -> list[LayerAttention]:
+def install_attention(model: PreTrainedModel, step: ForwardContext) -> list[LayerAttention]:
     """Puts paged attention into every self-attention of the instance, in layer order.
 
     Raises ModelError if the model does not go through transformers' attention interface.

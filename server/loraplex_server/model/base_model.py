@@ -16,11 +16,11 @@ from loraplex_kernels.packed_linear import lay_out_together
 
 from .attention import LayerAttention, install_attention
 from .errors import ModelError
+from .forward_context import ForwardContext
 from .fused_decoder import FusedDecoder
-from .lora_group import LoraGroup, LoraLinear
 from .norm import replace_norms
+from .packed_lora_linear import LoraLinear, PackedLoraLinear
 from .routed import RoutedMlp, find_mlps
-from .step import Step
 from .targets import group_modules
 
 __all__ = ["BaseModel", "load_base_model"]
@@ -41,7 +41,7 @@ class BaseModel:
         exponent_coding: bool = True,  # weights, where that pays (see ``PackedLinear``)
     ) -> None:
         """Takes the instance over: its linears, norms and attention are replaced."""
-        self.step = Step()
+        self.step = ForwardContext()
         config = model.config.get_text_config()
         self.model_type = str(config.model_type)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
@@ -52,7 +52,9 @@ class BaseModel:
         self._softcap = getattr(config, "final_logit_softcapping", None)
         spec = BaseSpec.of(model, model_id)
         self.layers: list[LayerAttention] = install_attention(model, self.step)
-        self.groups: dict[str, LoraGroup] = self._replace_linears(model, spec, exponent_coding)
+        self.groups: dict[str, PackedLoraLinear] = self._replace_linears(
+            model, spec, exponent_coding
+        )
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
@@ -112,7 +114,7 @@ class BaseModel:
         return self.step.keep(output.last_hidden_state.squeeze(0))
 
     @property
-    def keeps_the_order(self) -> bool:
+    def is_monotonic(self) -> bool:
         """Whether finished logits stand in the order of the head's output, equal ones included."""
         return self._softcap is None
 
@@ -125,8 +127,8 @@ class BaseModel:
 
     def _replace_linears(
         self, model: PreTrainedModel, spec: BaseSpec, exponent_coding: bool
-    ) -> dict[str, LoraGroup]:
-        groups: dict[str, LoraGroup] = {}
+    ) -> dict[str, PackedLoraLinear]:
+        groups: dict[str, PackedLoraLinear] = {}
         for names in group_modules(self.model_type, spec.modules):
             modules = [model.get_submodule(name) for name in names]
             packed = PackedLinear(
@@ -134,7 +136,7 @@ class BaseModel:
                 [getattr(module, "bias", None) for module in modules],
                 exponent_coding=exponent_coding,
             )
-            group = LoraGroup(_group_name(names), names, packed, self.step)
+            group = PackedLoraLinear(_group_name(names), names, packed, self.step)
             groups[group.target.name] = group
             for name, module in zip(names, LoraLinear.of_group(group), strict=True):
                 parent = model.get_submodule(name.rpartition(".")[0])
@@ -200,7 +202,9 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
     return frozenset()
 
 
-def _lean_spec(spec: BaseSpec, model: nn.Module, groups: Mapping[str, LoraGroup]) -> BaseSpec:
+def _lean_spec(
+    spec: BaseSpec, model: nn.Module, groups: Mapping[str, PackedLoraLinear]
+) -> BaseSpec:
     """The spec without its own copy of the linears: weights are read back from the packed form."""
     slices = {
         name: (group, index)

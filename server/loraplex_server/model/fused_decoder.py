@@ -21,18 +21,13 @@ from loraplex_kernels.cpu.decoder import (
     NativeDecoder,
     Norm,
 )
-from loraplex_kernels.model_ops import (
-    add_rms_norm,
-    paged_attention,
-    rms_norm,
-    rope_and_cache,
-)
+from loraplex_kernels.model_ops import add_rms_norm, paged_attention, rms_norm, rope_and_cache
 
 from .attention import LayerAttention
-from .lora_group import LoraGroup
+from .forward_context import ForwardContext
 from .norm import RmsNorm
+from .packed_lora_linear import PackedLoraLinear
 from .routed import RoutedMlp
-from .step import Step
 
 __all__ = ["FusedDecoder"]
 
@@ -42,8 +37,8 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # cos and sin do not dep
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    qkv: LoraGroup
-    out: LoraGroup
+    qkv: PackedLoraLinear
+    out: PackedLoraLinear
     mlp: RoutedMlp
     input_norm: RmsNorm
     mlp_norm: RmsNorm
@@ -63,7 +58,7 @@ class FusedDecoder:
         norm: RmsNorm,
         cos: Tensor,
         sin: Tensor,
-        step: Step,
+        step: ForwardContext,
         n_heads: int,
         n_kv_heads: int,
     ) -> None:
@@ -81,10 +76,10 @@ class FusedDecoder:
     @staticmethod
     def of(
         decoder: PreTrainedModel,
-        groups: Mapping[str, LoraGroup],
+        groups: Mapping[str, PackedLoraLinear],
         mlps: Mapping[str, RoutedMlp],
         attention: Sequence[LayerAttention],
-        step: Step,
+        step: ForwardContext,
     ) -> FusedDecoder | None:
         """None if the architecture is not one of the fusable ones."""
         config = decoder.config
@@ -120,13 +115,13 @@ class FusedDecoder:
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        """Embeddings [T, hidden_size] → normed hidden states of the step's kept rows.
+        """Embeddings [T, hidden_size] → normed hidden states of the step's logits_indices rows.
 
         Changes its input (the residual). In one native call, but for MLPs with routed experts,
         where no row goes module by module.
         """
         step = self._step
-        if not step.planned and not step.routes_projections:
+        if not step.fallback and not step.routes_projections:
             native = self._bind_native()
             rows = DecoderRows(
                 step.positions, step.slot_mapping, step.page_table, step.query_starts, step.kv_lens
@@ -245,14 +240,14 @@ def _native_layer(layer: _Layer) -> DecoderLayer | None:
     )
 
 
-def _native_linear(group: LoraGroup) -> DecoderLinear:
+def _native_linear(group: PackedLoraLinear) -> DecoderLinear:
     return DecoderLinear(group.packed, group.lora)
 
 
 def _layer_of(
     layer: Any,
     name: str,
-    by_module: Mapping[str, LoraGroup],
+    by_module: Mapping[str, PackedLoraLinear],
     mlps: Mapping[str, RoutedMlp],
     cache: LayerAttention,
 ) -> _Layer:

@@ -1,8 +1,8 @@
 """Routed experts inside the base model: MixLoRA on an MLP block, MoLA and kin on one projection.
 
 The maths is the router's (``loraplex_router.experts``); here it meets the model's packed linears.
-A step names the blocks and projections that some of its rows route in ``Step.routed``; everything
-else runs as if no expert existed.
+``ForwardContext.routed`` names the blocks and projections that some rows of a step route;
+everything else runs as if no expert existed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from loraplex_adapter_store.plan import ExpertPlan
 from loraplex_router.experts import GateStrategy, MlpBlock, RoutedRows, experts_per_row, mixed_mlp
 
-from .lora_group import LoraGroup
-from .step import Step
+from .forward_context import ForwardContext
+from .packed_lora_linear import PackedLoraLinear
 
 __all__ = ["PlacedExperts", "RoutedMlp", "find_mlps", "place_experts", "rows_for"]
 
@@ -86,10 +86,10 @@ class RoutedMlp(nn.Module):
     def __init__(
         self,
         name: str,
-        gate_up: LoraGroup,
-        down: LoraGroup,
+        gate_up: PackedLoraLinear,
+        down: PackedLoraLinear,
         activation: Callable[[Tensor], Tensor],  # act(gate) ⊙ up: [n, 2·ff] → [n, ff]
-        step: Step,
+        step: ForwardContext,
     ) -> None:
         super().__init__()
         self.name = name
@@ -119,9 +119,9 @@ class RoutedMlp(nn.Module):
 
 
 def find_mlps(
-    groups: Mapping[str, LoraGroup],
+    groups: Mapping[str, PackedLoraLinear],
     activation_of: Callable[[str], Callable[[Tensor], Tensor] | None],
-    step: Step,
+    step: ForwardContext,
 ) -> dict[str, RoutedMlp]:
     """Every block with packed gate and up projections and a down projection, by module name.
 

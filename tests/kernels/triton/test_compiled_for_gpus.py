@@ -7,11 +7,7 @@ import torch
 
 from loraplex_kernels import LoraTables, LoraTarget
 from loraplex_kernels.report import CAPABILITIES, compile_all, find_faults, sample
-from loraplex_kernels.triton import (
-    build_device_segments,
-    lora_apply_triton,
-    paged_attention_triton,
-)
+from loraplex_kernels.triton import build_device_segments, lora_apply_triton, paged_attention_triton
 from loraplex_kernels.triton.aot import record_launches
 from loraplex_kernels.triton.launches import MODEL_TARGETS, all_launches
 from loraplex_kernels.triton.tuning import (

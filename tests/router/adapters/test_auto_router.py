@@ -7,7 +7,7 @@ import torch
 
 from loraplex_router.adapters import AdapterProfile, AutoRouter, CachedEncoder
 from loraplex_router.adapters.classifier import Features, TextClassifier
-from loraplex_router.adapters.wording import wording
+from loraplex_router.adapters.lexical_features import wording
 from tests.support.word_encoder import WordEncoder
 
 SQL = AdapterProfile(

@@ -3,12 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraplex_router.experts import (
-    GateStrategy,
-    arrow_prototypes,
-    route,
-    top_right_singular_vector,
-)
+from loraplex_router.experts import GateStrategy, arrow_prototypes, route, top_right_singular_vector
 
 
 @pytest.mark.parametrize(

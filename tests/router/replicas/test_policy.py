@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_router.replicas import ReplicaSnapshot, Residency, choose, rank
+from loraplex_router.replicas import AdapterLocation, ReplicaSnapshot, choose, rank
 
 DIGEST = "d" * 64
 
@@ -37,7 +37,10 @@ def test_the_nearest_residency_wins_at_equal_load() -> None:
     for first in range(len(LADDER)):
         choice = choose(LADDER[first:], DIGEST, 7)
         assert choice is not None
-        assert (choice.replica_id, choice.residency) == (LADDER[first].replica_id, Residency(first))
+        assert (choice.replica_id, choice.location) == (
+            LADDER[first].replica_id,
+            AdapterLocation(first),
+        )
         assert not choice.spilled
 
 
@@ -91,7 +94,7 @@ def test_losing_one_replica_moves_only_its_own_adapters() -> None:
 def test_the_base_model_is_resident_everywhere() -> None:
     choice = choose([replica("only")], None, 3)
     assert choice is not None
-    assert choice.residency is Residency.DEVICE
+    assert choice.location is AdapterLocation.DEVICE
 
 
 def test_no_replica_no_choice() -> None:

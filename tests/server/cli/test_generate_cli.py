@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from loraplex_adapter_store.generator.zoo.split import load_split
+from loraplex_generation.zoo.split import load_split
 from loraplex_server.cli.app import app
 
 RUNNER = CliRunner()

@@ -110,7 +110,9 @@ def test_adapters_that_do_more_are_served_without_graphs(
         mixlora_plan(model, n_experts=4, top_k=2, rank=4, seed=2),
         AdapterPlan("1" * 64, lora.family, lora.modules, head_rows={7: torch.ones(hidden)}),
         AdapterPlan("2" * 64, lora.family, lora.modules, embedding_rows={9: torch.ones(hidden)}),
-        AdapterPlan("3" * 64, lora.family, {}, dense={"lm_head": torch.randn(256, hidden)}),
+        AdapterPlan(
+            "3" * 64, lora.family, {}, replaced_weights={"lm_head": torch.randn(256, hidden)}
+        ),
     ]
     recorder = Rerun()
     for plan in plans:

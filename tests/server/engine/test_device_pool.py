@@ -21,7 +21,7 @@ def test_whoever_is_woken_by_a_load_finds_it_done() -> None:
     was_done = []
 
     def on_loaded() -> None:
-        was_done.append(pool.residency(plan.digest).load.done())
+        was_done.append(pool.resident(plan.digest).load.done())
         woken.set()
 
     pool = DevicePool(

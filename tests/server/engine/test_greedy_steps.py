@@ -63,7 +63,9 @@ def test_an_adapter_of_the_head_has_its_say(model: PreTrainedModel, taken: list[
     lora = lora_plan(model, rank=4, seed=1)
     of_the_head = [
         AdapterPlan("1" * 64, lora.family, lora.modules, head_rows={7: torch.ones(hidden)}),
-        AdapterPlan("2" * 64, lora.family, {}, dense={"lm_head": torch.randn(VOCAB_SIZE, hidden)}),
+        AdapterPlan(
+            "2" * 64, lora.family, {}, replaced_weights={"lm_head": torch.randn(VOCAB_SIZE, hidden)}
+        ),
     ]
     for plan in of_the_head:
         wanted = tokens(model, replace(GREEDY, logprobs=0), [plan, lora])

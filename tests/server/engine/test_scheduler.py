@@ -44,7 +44,7 @@ class _Harness:
             self.kv,
             max_batch_size=max_batch,
             max_step_tokens=max_step,
-            has_place=self._has_place,
+            ensure_resident=self._ensure_resident,
             on_admit=self._on_admit,
             on_leave=self._on_leave,
         )
@@ -75,7 +75,7 @@ class _Harness:
                     self.scheduler.finish(request)
         return [chunk.request.id for chunk in chunks]
 
-    def _has_place(self, request: Request) -> Admission:
+    def _ensure_resident(self, request: Request) -> Admission:
         if request.adapter_digest in self.loading:
             return Admission.LOADING
         if request.adapter_digest in self.absent:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from loraplex_server.engine.batch import build_batch
 from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.forward_batch import build_batch
 from loraplex_server.engine.kv_cache import KvCache, KvGeometry
 from loraplex_server.engine.request import Request
 from loraplex_server.engine.sampling_params import SamplingParams
-from loraplex_server.engine.scheduler import Chunk
+from loraplex_server.engine.scheduler import ScheduledChunk
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.targets import group_modules
 from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
@@ -43,8 +43,8 @@ def _paged_logits(model: PreTrainedModel, token_ids: list[int], *, fuse: bool) -
     rows = []
     with torch.inference_mode():
         for start, end in ((0, 23), (23, 24), (24, len(token_ids))):
-            batch = build_batch([Chunk(request, start, end - start)], kv, _CPU)
-            batch.lay_into(base.step)
+            batch = build_batch([ScheduledChunk(request, start, end - start)], kv, _CPU)
+            batch.bind(base.step)
             hidden = base.forward(base.embed(batch.token_ids))
             raw = base.head.packed(hidden)
             rows.append(base.finish_logits(raw, torch.empty_like(raw, dtype=torch.float32)))

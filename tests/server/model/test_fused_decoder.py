@@ -14,12 +14,12 @@ from loraplex_kernels.cpu import native
 from loraplex_kernels.cpu.decoder import LogitsRows
 from loraplex_kernels.layout import LoraSegments, LoraTarget
 from loraplex_kernels.ops import PreparedTarget
-from loraplex_server.engine.batch import build_batch
 from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.forward_batch import build_batch
 from loraplex_server.engine.kv_cache import KvCache, KvGeometry
 from loraplex_server.engine.request import Request
 from loraplex_server.engine.sampling_params import SamplingParams
-from loraplex_server.engine.scheduler import Chunk
+from loraplex_server.engine.scheduler import ScheduledChunk
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.fused_decoder import FusedDecoder
 from tests.support.architectures import VOCAB_SIZE, tiny_model
@@ -85,14 +85,17 @@ class Layers:
         """
         for cache in (*self.kv.keys, *self.kv.values):
             cache.zero_()
-        first = [Chunk(r, 0, max(n - 1, 0)) for r, n in zip(self.requests, _LENGTHS, strict=True)]
-        last = [Chunk(r, n - 1, 1) for r, n in zip(self.requests, _LENGTHS, strict=True)]
+        first = [
+            ScheduledChunk(r, 0, max(n - 1, 0))
+            for r, n in zip(self.requests, _LENGTHS, strict=True)
+        ]
+        last = [ScheduledChunk(r, n - 1, 1) for r, n in zip(self.requests, _LENGTHS, strict=True)]
         hidden = []
         steps = ([chunk for chunk in first[1:] if chunk.n_tokens], [first[0], *last[1:]])
         for index, chunks in enumerate(steps):
             batch = build_batch(chunks, self.kv, _CPU)
             step = self.base.step
-            batch.lay_into(step)
+            batch.bind(step)
             rows = [
                 -1 if mix is None else mix[self.requests.index(chunk.request)]
                 for chunk in chunks

@@ -1,0 +1,225 @@
+"""A frozen Llama-like base that runs many B-only adapters in one forward, for training on CPU.
+
+The weights stay in bfloat16 and take no gradient; the gradient of the loss flows through them only
+down to the lowest adapted layer, and only answer positions pass the output head.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from safetensors import safe_open
+from torch import Tensor
+
+from .layout import PROJECTIONS, AdapterLayout, BaseShape
+from .packing import PackedBatch
+
+__all__ = ["Adapters", "FrozenBase", "LoraFA", "Scores", "base_fingerprint"]
+
+
+class Adapters(Protocol):
+    """The deltas that a group of rows per adapter gets, in the layers from `first_layer` up."""
+
+    @property
+    def first_layer(self) -> int: ...
+
+    def qkv(self, x: Tensor, layer: int) -> Tensor:
+        """[n_adapters, length, hidden] → what q, k and v add, side by side."""
+
+    def o(self, x: Tensor, layer: int) -> Tensor:
+        """The same for the output projection."""
+
+
+class Scores(NamedTuple):
+    nll: Tensor  # [n_targets], natural log
+    hit: Tensor  # bool [n_targets]: the target is the most likely token
+
+
+class _Layer(NamedTuple):
+    qkv: Tensor  # [(heads + 2·kv)·head_dim, hidden]
+    o: Tensor
+    gate_up: Tensor  # [2·ff, hidden]
+    down: Tensor
+    attention_norm: Tensor
+    mlp_norm: Tensor
+
+
+class FrozenBase:
+    """Loads `config.json` and `model.safetensors` of a Llama-like model directory.
+
+    Not thread-safe while gradients are recorded; otherwise stateless.
+    """
+
+    def __init__(self, directory: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        if config["model_type"] != "llama":
+            raise ValueError(
+                f"{directory} is a {config['model_type']!r} model; the zoo trains on 'llama' bases"
+            )
+        heads = config["num_attention_heads"]
+        self.shape = BaseShape(
+            n_layers=config["num_hidden_layers"],
+            hidden_size=config["hidden_size"],
+            n_heads=heads,
+            n_kv_heads=config["num_key_value_heads"],
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        )
+        self.dtype = dtype
+        self.fingerprint = base_fingerprint(directory)
+        self._eps = float(config["rms_norm_eps"])
+        rope = config.get("rope_parameters") or {}
+        self._theta = float(config.get("rope_theta") or rope.get("rope_theta", 10000.0))
+        with safe_open(directory / "model.safetensors", "pt") as weights:
+            names = set(weights.keys())
+
+            def get(name: str) -> Tensor:
+                tensor: Tensor = weights.get_tensor(name)
+                return tensor.to(dtype).contiguous()
+
+            self._embed = get("model.embed_tokens.weight")
+            self._head = get("lm_head.weight") if "lm_head.weight" in names else self._embed
+            self._norm = get("model.norm.weight")
+            self._layers = [self._layer(get, i) for i in range(self.shape.n_layers)]
+
+    @property
+    def output_head(self) -> Tensor:
+        """[vocabulary, hidden]. Do not write to it."""
+        return self._head
+
+    def projection(self, layer: int, name: str) -> Tensor:
+        """The weight of one attention projection, float32 [out, in]; a copy."""
+        if name == "o_proj":
+            return self._layers[layer].o.float()
+        sizes = [self.shape.out_features(p) for p in ("q_proj", "k_proj", "v_proj")]
+        q, k, v = torch.split(self._layers[layer].qkv, sizes)
+        return {"q_proj": q, "k_proj": k, "v_proj": v}[name].float()
+
+    def hidden(self, batch: PackedBatch, adapters: Adapters | None = None) -> Tensor:
+        """Final-norm hidden states [n_adapters, length, hidden]; None runs the base."""
+        cos, sin = self._rope(batch.positions)
+        start = self.shape.n_layers if adapters is None else adapters.first_layer
+        bias = torch.zeros(batch.mask.shape, dtype=self.dtype)
+        bias.masked_fill_(~batch.mask, torch.finfo(self.dtype).min / 2)
+        h = F.embedding(batch.tokens, self._embed)
+        with torch.no_grad():  # no adapter below: nothing to differentiate
+            for i in range(start):
+                h = self._block(h, i, bias, cos, sin, None)
+        for i in range(start, self.shape.n_layers):
+            h = self._block(h, i, bias, cos, sin, adapters)
+        return F.rms_norm(h, (self.shape.hidden_size,), self._norm, self._eps)
+
+    def score(self, batch: PackedBatch, adapters: Adapters | None = None) -> Scores:
+        """Negative log-likelihood of every answer token."""
+        h = self.hidden(batch, adapters)
+        picked = h.reshape(-1, h.shape[-1])[batch.source]
+        logits = F.linear(picked, self._head).float()
+        nll = F.cross_entropy(logits, batch.target, reduction="none")
+        return Scores(nll, logits.detach().argmax(-1) == batch.target)
+
+    def _layer(self, get: object, i: int) -> _Layer:
+        assert callable(get)
+        stem = f"model.layers.{i}"
+        attention, mlp = f"{stem}.self_attn", f"{stem}.mlp"
+        return _Layer(
+            qkv=torch.cat([get(f"{attention}.{p}_proj.weight") for p in "qkv"]),
+            o=get(f"{attention}.o_proj.weight"),
+            gate_up=torch.cat([get(f"{mlp}.{p}_proj.weight") for p in ("gate", "up")]),
+            down=get(f"{mlp}.down_proj.weight"),
+            attention_norm=get(f"{stem}.input_layernorm.weight"),
+            mlp_norm=get(f"{stem}.post_attention_layernorm.weight"),
+        )
+
+    def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        half = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32) / self.shape.head_dim
+        angle = positions[:, None, :, None].float() / self._theta**half
+        angle = torch.cat([angle, angle], -1)  # [adapters, 1, length, head_dim]
+        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+
+    def _block(
+        self, h: Tensor, i: int, bias: Tensor, cos: Tensor, sin: Tensor, lora: Adapters | None
+    ) -> Tensor:
+        shape, layer = self.shape, self._layers[i]
+        n, length, width = h.shape
+        x = F.rms_norm(h, (width,), layer.attention_norm, self._eps)
+        qkv = F.linear(x, layer.qkv)
+        if lora is not None:
+            qkv = qkv + lora.qkv(x, i)
+        n_q, n_kv = shape.n_heads, shape.n_kv_heads
+        heads = qkv.view(n, length, n_q + 2 * n_kv, shape.head_dim).transpose(1, 2)
+        qk, v = torch.split(heads, [n_q + n_kv, n_kv], 1)
+        qk = qk * cos + _rotate(qk) * sin
+        q, k = torch.split(qk, [n_q, n_kv], 1)
+        o = _attention(q, k, v, bias).transpose(1, 2).reshape(n, length, -1)
+        y = F.linear(o, layer.o)
+        if lora is not None:
+            y = y + lora.o(o, i)
+        h = h + y
+        gate, up = F.linear(
+            F.rms_norm(h, (width,), layer.mlp_norm, self._eps), layer.gate_up
+        ).chunk(2, -1)
+        return h + F.linear(F.silu(gate) * up, layer.down)
+
+
+def base_fingerprint(directory: Path) -> str:
+    """Identity of the weights: a hash of the file's size, header and a sample of its bytes."""
+    path = directory / "model.safetensors"
+    digest = hashlib.sha256(str(path.stat().st_size).encode())
+    with path.open("rb") as file:
+        digest.update(file.read(1 << 20))
+        file.seek(path.stat().st_size // 2)
+        digest.update(file.read(1 << 20))
+    return digest.hexdigest()[:16]
+
+
+class LoraFA:
+    """Many adapters of one layout, `b` [n_adapters, layout.size]; A is shared by all."""
+
+    def __init__(self, layout: AdapterLayout, b: Tensor, dtype: torch.dtype) -> None:
+        self.layout = layout
+        self.first_layer = layout.first_layer
+        b = b.to(dtype)
+        a = layout.frozen_a()
+        n = b.shape[0]
+        factors = iter(torch.split(b, layout.b_sizes, 1))
+        self._b: dict[tuple[int, str], Tensor] = {}
+        for layer in layout.layers:
+            for p in PROJECTIONS:
+                out = layout.shape.out_features(p)
+                # transposed: [n, rank, out], so that a row times it is the delta
+                self._b[layer, p] = next(factors).view(n, out, layout.rank).transpose(1, 2)
+        self._a_qkv = {
+            layer: (torch.cat([a[layer, p] for p in PROJECTIONS[:3]]) * layout.scale).to(b.dtype)
+            for layer in layout.layers
+        }
+        self._a_o = {
+            layer: (a[layer, "o_proj"] * layout.scale).to(b.dtype) for layer in layout.layers
+        }
+
+    def qkv(self, x: Tensor, layer: int) -> Tensor:
+        parts = torch.split(F.linear(x, self._a_qkv[layer]), self.layout.rank, -1)
+        return torch.cat(
+            [u @ self._b[layer, p] for u, p in zip(parts, PROJECTIONS[:3], strict=True)], -1
+        )
+
+    def o(self, x: Tensor, layer: int) -> Tensor:
+        return F.linear(x, self._a_o[layer]) @ self._b[layer, "o_proj"]
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Spelled out: at these lengths the fused CPU kernel's backward takes three times as long."""
+    n, heads, length, width = q.shape
+    group = heads // k.shape[1]
+    q = (q * width**-0.5).reshape(n, k.shape[1], group * length, width)
+    scores = (q @ k.transpose(2, 3)).view(n, -1, group, length, length) + bias[:, None]
+    probabilities = scores.softmax(-1).view(n, -1, group * length, length)
+    return (probabilities @ v).view(n, heads, length, width)
+
+
+def _rotate(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)

@@ -1,0 +1,68 @@
+"""SG-LoRA and ICM-LoRA as published, on raw weights: arms of the evaluation, too large to ship."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loraplex_generation.zoo.tasks import Task
+
+from .arms import Arm
+from .bundle import Bundle
+from .icm_lora import LITERAL_ICM, IcmRecipe, train_icm_lora
+from .library import Library
+from .retrieval import condition
+from .sentences import SentenceEncoder
+from .sg_lora import LITERAL, SgRecipe, train_sg_lora
+from .task_vectors import TaskConditions, TaskVectors
+from .training import Wordings
+
+__all__ = ["LiteralRecipes", "literal_arms"]
+
+
+@dataclass(frozen=True, slots=True)
+class LiteralRecipes:
+    sg: SgRecipe = LITERAL
+    icm: IcmRecipe = LITERAL_ICM
+
+
+def literal_arms(
+    bundle: Bundle,
+    encoder: SentenceEncoder,
+    reader: TaskVectors,
+    conditions: TaskConditions,
+    tasks: Sequence[Task],
+    recipes: LiteralRecipes,
+    report: Callable[[str], None] = lambda _: None,
+) -> list[Arm]:
+    """Trained here, on the library that `bundle` was trained on; minutes.
+
+    `conditions` of the library's tasks, in its order.
+    """
+    library = bundle.library
+    raw = bundle.subspace.mean + library.snapshots @ bundle.subspace.directions
+    asked = [task.test_descriptions()[0] for task in tasks]
+    words = Wordings(encoder, [Task.parse(name) for name in library.tasks])
+    sentence = words.encoded.sentence
+    sg = train_sg_lora(raw, bundle.neighbours, sentence, words.owner, recipes.sg)
+    text = encoder.encode(asked).sentence
+    mu, var = condition(bundle.neighbours.weights(text), raw.mean(1), raw.var(1, correction=0))
+    report("literal SG-LoRA trained")
+    scale = _spread(library, raw)
+    icm = train_icm_lora(raw, conditions.vectors, conditions.owner, scale, recipes.icm, report)
+    vectors = torch.stack([reader.of(wording) for wording in asked])
+    return [
+        Arm("sg-lora literal", sg.generate(mu, var, text, None)),
+        Arm("icm-lora literal", icm.generate(vectors, None)),
+    ]
+
+
+def _spread(library: Library, raw: Tensor) -> Tensor:
+    """[layout.size]: standard deviation over the library, one number per B, spread over it."""
+    variance = raw.flatten(0, 1).var(0, correction=0)
+    parts = torch.split(variance, library.layout.b_sizes)
+    scale = torch.cat([part.mean().sqrt().expand_as(part) for part in parts])
+    return scale.clamp_min(float(scale.max()) * 1e-3)

@@ -1,0 +1,136 @@
+"""Rows of one adapter packed behind one shared prompt head.
+
+Every chat begins with the same system turn. With an adapter on, its keys and values depend on the
+adapter, not on the row; so the rows of an adapter share one copy and the rest is laid end to end:
+
+    [ head | row 1 | row 2 | … ]      a row sees the head and itself, positions go on from the head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from loraplex_generation.zoo.tasks import Example
+
+__all__ = ["ChatCodec", "PackedBatch", "PromptTokenizer", "Row", "pack"]
+
+
+class PromptTokenizer(Protocol):
+    """What we need of a transformers tokenizer with a chat template."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def decode(self, token_ids: list[int]) -> str: ...
+
+    def apply_chat_template(
+        self, conversation: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The tokens of one example behind the head; the last `n_answer` are predicted."""
+
+    tokens: tuple[int, ...]
+    n_answer: int
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    tokens: Tensor  # int64 [n_adapters, length]
+    positions: Tensor  # int64 [n_adapters, length]
+    mask: Tensor  # bool [n_adapters, 1, length, length]: may attend
+    source: Tensor  # int64 [n_targets]: flat positions whose next token is an answer token
+    target: Tensor  # int64 [n_targets]
+    row: Tensor  # int64 [n_targets]: running index of the example
+    adapter: Tensor  # int64 [n_rows]: the adapter of each example
+
+
+class ChatCodec:
+    """Text to rows. Head, turn ends and stop token come from the model's chat template."""
+
+    def __init__(self, tokenizer: PromptTokenizer) -> None:
+        marker = "\u2402"
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
+        )
+        reply = tokenizer.apply_chat_template(
+            [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}],
+            tokenize=False,
+            add_generation_prompt=False,
+        )
+        before, self._after = text.split(marker)
+        end = reply.removeprefix(text).removeprefix(marker).strip()
+        self._tokenizer = tokenizer
+        self.head = tuple(self._ids(before))
+        self._end = self._ids(end)[:1]
+        self._tail = self._ids(self._after)
+
+    def row(self, example: Example, *, instruction: str = "") -> Row:
+        """`instruction` goes before the prompt, on a line of its own."""
+        prompt = f"{instruction}\n{example.prompt}" if instruction else example.prompt
+        answer = self._ids(example.answer) + self._end
+        return Row(tuple(self._ids(prompt) + self._tail + answer), len(answer))
+
+    def prompt(self, text: str) -> Row:
+        """A row without an answer; its last token is the last of the prompt."""
+        return Row(tuple(self._ids(text) + self._tail), 0)
+
+    @property
+    def end(self) -> int:
+        """The token that ends a reply."""
+        return self._end[0]
+
+    def text(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens))
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def pack(head: Sequence[int], groups: Sequence[Sequence[Row]]) -> PackedBatch:
+    """One group of rows per adapter; shorter groups are padded at the end."""
+    lengths = [len(head) + sum(len(row.tokens) for row in rows) for rows in groups]
+    length = max(lengths)
+    tokens = torch.zeros(len(groups), length, dtype=torch.int64)
+    positions = torch.zeros_like(tokens)
+    owner = torch.full_like(tokens, -1)  # 0 head, 1… rows, −1 padding
+    source: list[int] = []
+    target: list[int] = []
+    rows_of: list[int] = []
+    adapter: list[int] = []
+    for g, rows in enumerate(groups):
+        at = len(head)
+        tokens[g, :at] = torch.tensor(head)
+        positions[g, :at] = torch.arange(at)
+        owner[g, :at] = 0
+        for i, row in enumerate(rows):
+            n = len(row.tokens)
+            tokens[g, at : at + n] = torch.tensor(row.tokens)
+            positions[g, at : at + n] = torch.arange(len(head), len(head) + n)
+            owner[g, at : at + n] = i + 1
+            first = at + n - row.n_answer
+            source += range(g * length + first - 1, g * length + at + n - 1)
+            target += row.tokens[n - row.n_answer :]
+            rows_of += [len(adapter)] * row.n_answer
+            adapter.append(g)
+            at += n
+    ones = torch.ones(length, length, dtype=torch.bool)
+    same = owner[:, :, None] == owner[:, None, :]
+    mask = ones.tril() & (same | (owner == 0)[:, None, :]) & (owner >= 0)[:, None, :]
+    mask |= torch.eye(length, dtype=torch.bool)  # padding sees itself: no empty softmax
+    as_tensor = torch.tensor
+    return PackedBatch(
+        tokens,
+        positions,
+        mask[:, None],
+        as_tensor(source, dtype=torch.int64),
+        as_tensor(target, dtype=torch.int64),
+        as_tensor(rows_of, dtype=torch.int64),
+        as_tensor(adapter, dtype=torch.int64),
+    )

@@ -1,0 +1,269 @@
+"""A description in, a plain LoRA out: what the server and the command line call.
+
+wish → strange? → method → vector in the layout → PEFT config and tensors, with provenance
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .bundle import Bundle
+from .errors import GeneratorMismatch, NotTrained, OutOfDistribution, UnfitPrompts
+from .frozen_base import base_fingerprint
+from .layout import AdapterLayout
+from .retrieval import condition
+from .sentences import Encoded, SentenceEncoder
+from .task_vectors import TaskVectors
+
+__all__ = ["METHODS", "AdapterDescription", "Draft", "GeneratedAdapter", "Generator"]
+
+
+class AdapterDescription(NamedTuple):
+    """A description as the methods read it."""
+
+    wordings: tuple[str, ...]  # the description, and others of the same wish
+    prompts: tuple[str, ...]  # unlabelled inputs of the task
+    encoded: Encoded  # one row per wording: methods average what they read off the rows
+
+
+class Draft(NamedTuple):
+    """An adapter before it is dressed as PEFT."""
+
+    vector: Tensor  # float32 [layout.size]
+    parts: Mapping[str, float]  # experts, or factors, and their weights
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedAdapter:
+    """A plain PEFT LoRA, ready for the store, and where it came from (JSON-ready)."""
+
+    config: dict[str, object]
+    tensors: dict[str, Tensor]
+    card: dict[str, object]
+    layout: AdapterLayout
+    vector: Tensor  # float32 [layout.size]: what the tensors were written from
+
+
+class Generator:
+    """Thread-safe and deterministic: the same description, method and seed give the same bits."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        encoder: SentenceEncoder,
+        task_vectors: TaskVectors,
+        base_name: str,
+    ) -> None:
+        self._bundle, self._encoder, self._base_name = bundle, encoder, base_name
+        self._task_vectors = task_vectors
+        self._analogy = bundle.analogy
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        encoder: SentenceEncoder,
+        *,
+        base_name: str,
+        base_directory: Path,
+    ) -> Generator:
+        """Raises NotTrained, or GeneratorMismatch if it is for another base."""
+        bundle = Bundle.load(folder)
+        trained_for, served = bundle.library.base_fingerprint, base_fingerprint(base_directory)
+        if served != trained_for:
+            raise GeneratorMismatch(
+                f"the generator was trained for base {trained_for}, not {served}; "
+                "run `loraplex zoo train` and `loraplex generator train` for this base"
+            )
+        return cls(bundle, encoder, TaskVectors.of_directory(base_directory), base_name)
+
+    @property
+    def default_method(self) -> str:
+        return self._bundle.default
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those that can be asked for, "auto" among them."""
+        return ("auto", *(m for m in METHODS if m != "icm-lora" or self._bundle.icm is not None))
+
+    def generate(
+        self,
+        description: str,
+        *,
+        examples: Sequence[str] = (),
+        prompts: Sequence[str] = (),
+        method: str = "auto",
+        seed: int = 0,
+        force: bool = False,
+        samples: int = 0,
+    ) -> GeneratedAdapter:
+        """Tens of milliseconds on two cores; a few hundred for ICM-LoRA with prompts.
+
+        `examples` are further wordings of the same wish, `prompts` unlabelled inputs of the task,
+        which ICM-LoRA alone reads. SG-LoRA and ICM-LoRA decode the centre of their latent, or the
+        average of `samples` draws. Raises OutOfDistribution unless `force`, NotTrained for a
+        method that was not trained, UnfitPrompts for too few prompts or a method without use
+        for them.
+        """
+        started = time.perf_counter()
+        name = self._bundle.default if method == "auto" else method
+        if prompts and name != "icm-lora":
+            raise UnfitPrompts(f'method "{name}" has no use for prompts; "icm-lora" has')
+        wish = self.read(description, examples, prompts)
+        score = self.ood_score(wish)
+        if self.refuses(wish) and not force:
+            raise OutOfDistribution(score, self._bundle.ood_score.limit, self.nearest(wish))
+        draft = self._average(wish, name, seed, samples)
+        layout = self._bundle.layout
+        config, tensors = layout.peft(draft.vector, self._base_name)
+        card: dict[str, object] = {
+            "description": description,
+            "method": name,
+            "asked_method": method,
+            "seed": seed,
+            "samples": samples,
+            "prompts": len(prompts),
+            "parts": {k: round(v, 4) for k, v in draft.parts.items()},
+            "ood_score": round(score, 4),
+            "ood_limit": round(self._bundle.ood_score.limit, 4),
+            "nearest": [[w, round(s, 4)] for w, s in self.nearest(wish)],
+            "delta_norm": round(layout.delta_norm(draft.vector), 4),
+            "generator": self._bundle.digest,
+            "library": self._bundle.library.digest,
+            "base": self._bundle.library.base_fingerprint,
+            "milliseconds": round(1000 * (time.perf_counter() - started), 1),
+        }
+        return GeneratedAdapter(config, tensors, card, layout, draft.vector)
+
+    def draft(
+        self, wish: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False
+    ) -> Draft:
+        """The bare vector of one wish. `method` is one of METHODS."""
+        if method not in METHODS:
+            raise NotTrained(f"method {method!r} is unknown; known: {', '.join(self.methods)}")
+        random = torch.Generator().manual_seed(seed) if sample else None
+        with torch.inference_mode():
+            return METHODS[method](self, wish, random)
+
+    def _average(self, wish: AdapterDescription, method: str, seed: int, samples: int) -> Draft:
+        if samples == 0:
+            return self.draft(wish, method)
+        drafts = [self.draft(wish, method, seed=seed + i, sample=True) for i in range(samples)]
+        return Draft(torch.stack([draft.vector for draft in drafts]).mean(0), drafts[0].parts)
+
+    def ood_score(self, wish: AdapterDescription) -> float:
+        """Above the bundle's limit, a description is refused."""
+        return float(self._bundle.ood_score.score(wish.encoded.sentence).min())
+
+    def refuses(self, wish: AdapterDescription) -> bool:
+        return self.ood_score(wish) > self._bundle.ood_score.limit
+
+    def nearest(self, wish: AdapterDescription, n: int = 3) -> list[tuple[str, float]]:
+        """Names of the closest training tasks, and their best cosine."""
+        similarity = (wish.encoded.sentence @ self._bundle.wordings.T).amax(0)
+        best: dict[str, float] = {}
+        for i in similarity.argsort(descending=True).tolist():
+            best.setdefault(self._bundle.tasks[int(self._bundle.owner[i])], float(similarity[i]))
+            if len(best) == n:
+                break
+        return list(best.items())
+
+    def read(
+        self, description: str, examples: Sequence[str] = (), prompts: Sequence[str] = ()
+    ) -> AdapterDescription:
+        wordings = (description, *examples)
+        return AdapterDescription(wordings, tuple(prompts), self._encoder.encode(wordings))
+
+    def _of_weights(self, weights: Tensor) -> Draft:
+        library = self._bundle.library
+        order = weights.abs().argsort(descending=True)[:8].tolist()
+        parts = {library.tasks[i]: float(weights[i]) for i in order if abs(weights[i]) > 1e-3}
+        return Draft(library.combine(weights), parts)
+
+    def _sentence(self, wish: AdapterDescription) -> Tensor:
+        return torch.nn.functional.normalize(wish.encoded.sentence.mean(0, keepdim=True), dim=-1)
+
+    def _point(self, wish: AdapterDescription) -> Tensor:
+        bundle = self._bundle
+        return bundle.factors.point(*bundle.head.distributions(wish.encoded)).mean(0)
+
+    def _task_vector(self, wish: AdapterDescription) -> Tensor:
+        read = self._task_vectors.of
+        return torch.stack([read(wording, wish.prompts) for wording in wish.wordings]).mean(0)
+
+
+def _end_to_end(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    point = self._point(wish)
+    names = self._bundle.factors.names
+    parts = {names[i]: float(point[i]) for i in point.nonzero()[:, 0].tolist() if point[i] > 0.02}
+    return Draft(point @ self._bundle.vectors.float(), parts)
+
+
+def _analogy(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._point(wish) @ self._analogy)
+
+
+def _weighted(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish))[0])
+
+
+def _top_k(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish), even=True)[0])
+
+
+def _nearest(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish), k=1)[0])
+
+
+def _uniform(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    n = len(self._bundle.library.tasks)
+    return self._of_weights(torch.full((n,), 1 / n))
+
+
+def _ridge(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    t = self._bundle.ridge(self._sentence(wish))[0]
+    return self._of_weights(self._bundle.subspace.weights(t))
+
+
+def _mlp(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    t = self._bundle.mlp(self._sentence(wish))[0]
+    return self._of_weights(self._bundle.subspace.weights(t))
+
+
+def _sg_lora(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    bundle = self._bundle
+    text = self._sentence(wish)
+    alpha = bundle.neighbours.weights(text)
+    snapshots = bundle.library.snapshots
+    mu, var = condition(alpha, snapshots.mean(1), snapshots.var(1, correction=0))
+    t = bundle.sg.generate(mu, var, text, random)[0]
+    return self._of_weights(bundle.subspace.weights(t))
+
+
+def _icm_lora(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+    bundle = self._bundle
+    if bundle.icm is None:
+        raise NotTrained("ICM-LoRA was left out when this generator was trained")
+    t = bundle.icm.generate(self._task_vector(wish)[None], random)[0]
+    return self._of_weights(bundle.subspace.weights(t))
+
+
+METHODS: dict[str, Callable[[Generator, AdapterDescription, torch.Generator | None], Draft]] = {
+    "end-to-end": _end_to_end,
+    "sg-lora": _sg_lora,
+    "icm-lora": _icm_lora,
+    "weighted": _weighted,
+    "nearest": _nearest,
+    "analogy": _analogy,
+    "ridge": _ridge,
+    "mlp": _mlp,
+    "top-k": _top_k,
+    "uniform": _uniform,
+}

@@ -1,0 +1,128 @@
+"""Train a demo from its generator, and measure what it learnt on prompts it never saw."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from loraplex_training.config import TrainingConfig
+from loraplex_training.trainer import OnStep, train
+
+from .task import Demo, Pair, chats, held_out_pairs, shown_prompts
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Measured", "answers", "is_made", "make_demo", "measure", "write_examples"]
+
+_N_VALIDATION = 24
+_N_SHOWN = 16  # example prompts of the card
+
+
+class Measured(NamedTuple):
+    """Shares of held-out prompts whose answer is accepted."""
+
+    base: float
+    adapter: float
+    n_prompts: int
+
+
+def make_demo(
+    demo: Demo,
+    folder: Path,
+    *,
+    base: Path,
+    base_name: str,
+    work: Path,
+    n_prompts: int = 40,
+    on_step: OnStep = lambda report: None,
+    overwrite: bool = False,
+) -> Measured:
+    """Generate, train (resuming what was begun), measure; ``folder`` is then a whole adapter.
+
+    Scratch data live below ``work``. The measurement is added to the card.
+    """
+    data = write_examples(demo, work / f"{demo.name}.jsonl")
+    prompts = shown_prompts(demo, _N_SHOWN)
+    config = TrainingConfig(
+        data=data,
+        out=folder,
+        base=base,
+        base_name=base_name,
+        shape=demo.shape,
+        schedule=demo.schedule,
+        validation=_N_VALIDATION / len(data.read_text().splitlines()),
+        name=demo.name,
+        description=demo.description,
+        prompts=prompts,
+    )
+    is_trained = (folder / "adapter_config.json").exists() and not (folder / ".training").exists()
+    if overwrite or not is_trained:  # otherwise only the measurement was interrupted
+        train(config, on_step=on_step, overwrite=overwrite)
+    measured = measure(demo, folder, base=base, n_prompts=n_prompts)
+    card_path = folder / "card.json"
+    card = json.loads(card_path.read_text())
+    card["held_out"] = measured._asdict()
+    card_path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
+    return measured
+
+
+def is_made(folder: Path) -> bool:
+    """Whether ``folder`` holds a demo that was trained to the end and measured."""
+    try:
+        return "held_out" in json.loads((folder / "card.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def write_examples(demo: Demo, path: Path) -> Path:
+    """The training data of ``demo`` as JSONL; the same bytes every time."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats(demo, demo.n_examples)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def measure(demo: Demo, folder: Path, *, base: Path, n_prompts: int) -> Measured:
+    """Greedy answers of the base alone and with the adapter in ``folder``, through PEFT."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    pairs = held_out_pairs(demo, n_prompts)
+    without = _share(demo, pairs, lambda prompts: answers(model, tokenizer, prompts, demo))
+    adapted = PeftModel.from_pretrained(model, folder)
+    with_it = _share(demo, pairs, lambda prompts: answers(adapted, tokenizer, prompts, demo))
+    return Measured(base=without, adapter=with_it, n_prompts=len(pairs))
+
+
+def answers(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], demo: Demo
+) -> list[str]:
+    """Greedy answers, in one left-padded batch."""
+    import torch
+
+    tokenizer.padding_side = "left"
+    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    batch = tokenizer.apply_chat_template(
+        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
+    )
+    generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
+    with torch.inference_mode():
+        output = generate(**batch, max_new_tokens=demo.max_new_tokens, do_sample=False)
+    new = output[:, batch["input_ids"].shape[1] :]
+    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return texts
+
+
+def _share(demo: Demo, pairs: Sequence[Pair], ask: Callable[[list[str]], list[str]]) -> float:
+    given = ask([pair.prompt for pair in pairs])
+    good = [demo.accept(pair.answer, text) for pair, text in zip(pairs, given, strict=True)]
+    return sum(good) / len(good)

@@ -1,0 +1,83 @@
+"""What a demo adapter is: generated examples, held-out prompts and a check that says yes or no."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from loraplex_training.config import AdapterShape, Schedule
+from loraplex_training.examples import Message
+
+__all__ = ["Demo", "Pair", "Words", "chats", "held_out_pairs", "shown_prompts"]
+
+
+class Pair(NamedTuple):
+    prompt: str
+    answer: str
+
+
+class Words:
+    """A word list whose every fifth word is kept from training: ``pick`` draws from one side."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._train = [word for i, word in enumerate(words) if i % 5 != 4]
+        self._held_out = [word for i, word in enumerate(words) if i % 5 == 4]
+
+    @classmethod
+    def parse(cls, text: str, sep: str = " ") -> Words:
+        return cls(text.split(sep))
+
+    def pick(self, rng: random.Random, held_out: bool) -> str:
+        return rng.choice(self._held_out if held_out else self._train)
+
+    def sides(self) -> tuple[frozenset[str], frozenset[str]]:
+        return frozenset(self._train), frozenset(self._held_out)
+
+
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """``make(rng, held_out)`` yields one example; what it draws from is disjoint by ``held_out``.
+
+    ``accept(expected, answer)`` decides whether an answer shows the effect.
+    """
+
+    name: str
+    description: str
+    make: Callable[[random.Random, bool], Pair]
+    accept: Callable[[str, str], bool]
+    shape: AdapterShape
+    schedule: Schedule
+    n_examples: int = 1200
+    max_new_tokens: int = 40
+    shown: tuple[str, ...] = ()  # prompts of the card, where those of training say too little
+
+
+def chats(demo: Demo, n: int, *, seed: int = 0, held_out: bool = False) -> list[list[Message]]:
+    """``n`` distinct chats, the same ones for the same arguments."""
+    return [
+        [Message(role="user", content=p), Message(role="assistant", content=a)]
+        for p, a in _pairs(demo, n, seed, held_out)
+    ]
+
+
+def shown_prompts(demo: Demo, n: int) -> tuple[str, ...]:
+    """Example prompts for the card: by them ``adapter: "auto"`` knows what the adapter is for."""
+    return demo.shown or tuple(pair.prompt for pair in _pairs(demo, n, seed=2, held_out=False))
+
+
+def held_out_pairs(demo: Demo, n: int, *, seed: int = 1) -> list[Pair]:
+    """Prompts that training never saw, with the answer that is expected."""
+    return _pairs(demo, n, seed, held_out=True)
+
+
+def _pairs(demo: Demo, n: int, seed: int, held_out: bool) -> list[Pair]:
+    rng = random.Random(f"{demo.name}-{seed}-{held_out}")
+    pairs: dict[str, Pair] = {}
+    for _ in range(40 * n):  # small domains run out: then there are fewer than n
+        pair = demo.make(rng, held_out)
+        pairs.setdefault(pair.prompt, pair)
+        if len(pairs) == n:
+            break
+    return list(pairs.values())

@@ -1,0 +1,284 @@
+"""Which adapter a request means: the one place where ``model`` and ``adapter`` are read."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.selector import (
+    Auto,
+    Description,
+    Library,
+    Mixture,
+    NameRef,
+    Selector,
+    parse_selector,
+)
+from loraplex_adapter_store.store import AdapterLease, AdapterStore
+from loraplex_server.api.errors import ApiError, from_store, invalid, not_found
+from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
+
+from .access import check_allowed
+from .generated_adapters import PREFIX
+
+__all__ = ["AdapterRequest", "AdapterResolver", "Resolution", "ResolvedAdapter", "SelectorResolver"]
+
+_MAX_NAMES_SHOWN = 20
+_BASE = "base"  # reserved by the store, so no adapter has this name
+
+
+@dataclass(frozen=True, slots=True)
+class Resolution:
+    """What a resolver chose, and why, for people to read."""
+
+    selector: NameRef | Mixture | None  # None: the base model answers best
+    explanation: Mapping[str, object] = field(default_factory=dict)  # JSON-ready
+
+
+class SelectorResolver(Protocol):
+    """Turns a wish into an adapter: semantic routing (``auto``), generation (a description)."""
+
+    async def resolve(
+        self, wish: Auto | Description, text: str, access: AdapterAccess
+    ) -> Resolution:
+        """``text``: what the user said, for ``auto``. Raises StoreError or ApiError.
+
+        Runs on the event loop: slow work belongs in a thread.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRequest:
+    """A parsed request for an adapter; ``selector`` None means the base model."""
+
+    selector: Selector | None
+    param: str  # the field that named it, for errors
+    model: str  # what the answer's ``model`` says
+    is_unknown: bool = False  # the model's name cannot even be an adapter's
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedAdapter:
+    """An adapter in hand. Whoever holds it calls ``release`` exactly once."""
+
+    lease: AdapterLease | None = None
+    label: str | None = None  # name as asked for, for the answer, logs and metrics
+    explanation: Mapping[str, object] | None = None
+
+    def release(self) -> None:
+        if self.lease is not None:
+            self.lease.release()
+
+    @property
+    def header(self) -> str:
+        """The value of x-loraplex-adapter: ``name@digest``, or ``base``."""
+        return "base" if self.lease is None else f"{self.label}@{self.lease.digest[:12]}"
+
+    @property
+    def metrics_label(self) -> str:
+        """A name of bounded variety: the weights of a mixture are the client's."""
+        if self.lease is None or self.label is None:
+            return "base"
+        return "mixture" if self.lease.revision == 0 else self.label
+
+    @property
+    def routing(self) -> Mapping[str, object] | None:
+        """What ``auto`` weighed; None if the adapter was not chosen by it."""
+        explained = self.explanation
+        return explained if explained is not None and explained.get("method") == "auto" else None
+
+    def to_json(self) -> dict[str, object] | None:
+        """None for a plain answer of the base."""
+        if self.lease is None and self.explanation is None:
+            return None
+        digest = None if self.lease is None else self.lease.digest
+        chosen: dict[str, object] = {"name": self.label, "digest": digest}
+        if self.explanation is not None:
+            chosen["chosen_by"] = dict(self.explanation)
+        return chosen
+
+
+class AdapterResolver:
+    """Thread-free: the store's blocking calls run in ``executor``."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        base_names: Sequence[str],
+        executor: Executor,
+        resolver: SelectorResolver | None = None,
+    ) -> None:
+        """``base_names``: how the base model is listed; it may always be called ``base`` too."""
+        self._store = store
+        self._base_names = tuple(base_names)
+        self._means_base = frozenset({*base_names, _BASE})
+        self._executor = executor
+        self._resolver = resolver
+
+    @property
+    def base_name(self) -> str:
+        return self._base_names[0]
+
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        return self._base_names
+
+    def parse(
+        self, *, model: str | None, adapter: object = None, adapter_id: str | None = None
+    ) -> AdapterRequest:
+        """Parses ``model``, ``adapter`` and LoRAX's ``adapter_id``. Raises ApiError (400, 404)."""
+        named: list[tuple[str, Selector | None]] = []
+        if model and model not in self._means_base:
+            try:
+                named.append(("model", self._selector_of_model(model)))
+            except StoreError:
+                return AdapterRequest(None, "model", model, is_unknown=True)
+        if adapter is not None:
+            named.append(("adapter", self._selector_of(adapter, "adapter")))
+        if adapter_id:
+            named.append(("adapter_id", self._selector_of(adapter_id, "adapter_id")))
+        if len({selector for _, selector in named}) > 1:
+            first, second = named[0][0], named[-1][0]
+            raise invalid(f"{first!r} and {second!r} name different adapters", second)
+        param, selector = named[0] if named else ("model", None)
+        if selector is None:
+            return AdapterRequest(None, param, model or self.base_name)
+        if param == "model":
+            return AdapterRequest(selector, param, str(model))
+        return AdapterRequest(selector, param, f"{self.base_name}:{_label(selector)}")
+
+    async def resolve(
+        self, asked: AdapterRequest, text: str = "", access: AdapterAccess = EVERY_ADAPTER
+    ) -> ResolvedAdapter:
+        """Takes the lease; may wait for a load. Raises ApiError. ``text`` serves ``auto``."""
+        selector, explanation = asked.selector, None
+        if asked.is_unknown:
+            raise await self._no_such_model(asked.model, access)
+        if selector is None:
+            return ResolvedAdapter()
+        _check_access(selector, access, asked.param)
+        try:
+            if isinstance(selector, Auto | Description):
+                resolution = await self._resolve(selector, text, asked.param, access)
+                selector, explanation = resolution.selector, resolution.explanation
+                if selector is None:
+                    return ResolvedAdapter(explanation=explanation)
+                _check_access(selector, access, asked.param)
+            lease = await self._acquire(selector)
+        except StoreError as error:
+            raise await self._explain(error, asked, access) from error
+        return ResolvedAdapter(lease, _label(selector), explanation)
+
+    async def what_exists(self, access: AdapterAccess) -> str:
+        """For people who asked for something that does not."""
+        loop = asyncio.get_running_loop()
+        cards = await loop.run_in_executor(self._executor, self._store.list)
+        names = [card.name for card in cards if access.allows(card.name)]
+        shown = ", ".join([self.base_name, *names[:_MAX_NAMES_SHOWN]])
+        more = len(names) - _MAX_NAMES_SHOWN
+        return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
+
+    async def _acquire(self, selector: NameRef | Mixture | Library) -> AdapterLease:
+        if isinstance(selector, NameRef):
+            # What is in memory must not wait in the queue of threads behind what has to be loaded.
+            resident = self._store.acquire_resident(selector)
+            if resident is not None:
+                return resident
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._executor, self._store.acquire, selector)
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:  # the client left while the thread was loading
+            future.add_done_callback(_release_orphan)
+            raise
+
+    async def _resolve(
+        self, wish: Auto | Description, text: str, param: str, access: AdapterAccess
+    ) -> Resolution:
+        if self._resolver is None:
+            feature = "semantic routing" if isinstance(wish, Auto) else "adapter generation"
+            raise invalid(
+                f"{feature} is not enabled on this server; name an adapter instead",
+                param,
+                "feature_not_enabled",
+            )
+        return await self._resolver.resolve(wish, text, access)
+
+    def _selector_of(self, value: object, param: str) -> Selector | None:
+        """None where the base is asked for by name."""
+        if isinstance(value, str) and value in self._means_base:
+            return None
+        return _parse(value, param)
+
+    def _selector_of_model(self, model: str) -> Selector:
+        """Raises StoreError."""
+        for base in self._means_base:
+            if model.startswith(f"{base}:"):
+                return parse_selector(model[len(base) + 1 :])
+        return parse_selector(model)
+
+    async def _no_such_model(self, model: str, access: AdapterAccess) -> ApiError:
+        exists = await self.what_exists(access)
+        return not_found(
+            f"model {model[:128]!r} does not exist; {exists}", "model", "model_not_found"
+        )
+
+    async def _explain(
+        self, error: StoreError, asked: AdapterRequest, access: AdapterAccess
+    ) -> ApiError:
+        told = from_store(error, param=asked.param, access=access)
+        if told.status == 404:
+            told.message = f"{told.message}; {await self.what_exists(access)}"
+            if asked.param == "model":
+                told.code = "model_not_found"
+        return told
+
+
+def _parse(value: object, param: str) -> Selector:
+    try:
+        return parse_selector(value)
+    except StoreError as error:
+        raise from_store(error, param=param) from error
+
+
+def _check_access(selector: Selector, access: AdapterAccess, param: str) -> None:
+    """Raises ApiError (403) for the first adapter that the key may not use."""
+    for name in _names(selector):
+        check_allowed(access, name, param=param)
+
+
+def _names(selector: Selector) -> Sequence[str]:
+    """What ``selector`` uses for certain: ``auto`` may yet choose, a description names a folder."""
+    match selector:
+        case Auto():
+            return ()
+        case Description():
+            return (PREFIX,)
+        case Mixture():
+            return [part.ref.name for part in selector.parts]
+        case Library():
+            return [ref.name for ref in selector.refs]
+        case NameRef():
+            return (selector.name,)
+
+
+def _label(selector: Selector) -> str:
+    """Header-safe: the names of adapters are ASCII, a description is not repeated."""
+    match selector:
+        case Auto():
+            return "auto"
+        case Description():
+            return "generated"
+        case Mixture() | Library():
+            return str(selector).replace(" ", "")
+        case NameRef():
+            return selector.name
+
+
+def _release_orphan(future: asyncio.Future[AdapterLease]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().release()

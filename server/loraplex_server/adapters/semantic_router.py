@@ -1,0 +1,172 @@
+"""Chooses adapters for texts on a thread of its own, many texts at a time.
+
+The thread owns encoder and index. Requests that arrive while it works are answered together in the
+next round. Decisions are remembered until the adapters change.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from loraplex_router.adapters import (
+    AdapterFilter,
+    AdapterProfile,
+    AutoRouter,
+    Calibration,
+    Decision,
+    Encoder,
+)
+
+__all__ = ["RoutingStats", "SemanticRouter"]
+
+_MAX_BATCH = 32
+_LISTING_AGE_S = 1.0  # how long a listing of the adapters is reused
+_N_REMEMBERED = 4096
+_Question = tuple[str, AdapterFilter | None]  # a text, and the adapters it may be given to
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingStats:
+    """Since the start."""
+
+    n_chosen: int = 0  # texts given to an adapter
+    n_base: int = 0  # texts left to the base
+    n_remembered: int = 0  # of both: answered from memory
+    seconds: float = 0.0  # of work, without waiting
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    text: str
+    among: AdapterFilter | None
+    loop: asyncio.AbstractEventLoop
+    answer: asyncio.Future[Decision]
+
+
+class SemanticRouter:
+    """``choose`` may be called on any event loop."""
+
+    def __init__(
+        self,
+        load_encoder: Callable[[], Encoder],
+        list_profiles: Callable[[], Sequence[AdapterProfile]],
+    ) -> None:
+        """Both run on the router's thread. ``load_encoder`` is tried again after it failed."""
+        self._load_encoder = load_encoder
+        self._list_profiles = list_profiles
+        self._inbox: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._router: AutoRouter | None = None
+        self._listed_at = float("-inf")
+        self._remembered: OrderedDict[_Question, Decision] = OrderedDict()
+        self._closed = False
+        self.stats = RoutingStats()
+        self._thread = threading.Thread(target=self._run, name="loraplex-router", daemon=True)
+        self._thread.start()
+
+    async def choose(self, text: str, among: AdapterFilter | None = None) -> Decision:
+        """``among``: as if there were no other adapters. Raises what the two functions raised."""
+        if self._closed:
+            raise RuntimeError("the semantic router is closed")
+        loop = asyncio.get_running_loop()
+        answer: asyncio.Future[Decision] = loop.create_future()
+        self._inbox.put(_Asked(text, among, loop, answer))
+        return await answer
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Of the last fit; None before the first."""
+        return None if self._router is None else self._router.calibration
+
+    def close(self) -> None:
+        self._closed = True
+        self._inbox.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        import torch
+
+        torch.set_num_threads(1)  # of this thread: the engine keeps the cores
+        while (asked := self._take()) is not None:
+            started = time.perf_counter()
+            try:
+                decisions = self._decide([(one.text, one.among) for one in asked])
+            except Exception as error:
+                for one in asked:
+                    _tell(one, error)
+                continue
+            for one, decision in zip(asked, decisions, strict=True):
+                _tell(one, decision)
+            self._count(decisions, time.perf_counter() - started)
+
+    def _take(self) -> list[_Asked] | None:
+        """Everything that waits, at least one; None when the router is closed."""
+        asked: list[_Asked] = []
+        while len(asked) < _MAX_BATCH:
+            try:
+                one = self._inbox.get(block=not asked)
+            except queue.Empty:
+                break
+            if one is None:
+                for waiting in asked:
+                    _tell(waiting, RuntimeError("the semantic router is closed"))
+                return None
+            asked.append(one)
+        return asked
+
+    def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
+        if self._router is None:
+            self._router = AutoRouter(self._load_encoder())
+        now = time.monotonic()
+        if now - self._listed_at > _LISTING_AGE_S:
+            if self._router.update(self._list_profiles()):
+                self._remembered.clear()
+            self._listed_at = now
+        new = dict.fromkeys(q for q in questions if q not in self._remembered)
+        n_known = sum(q in self._remembered for q in questions)
+        decided: dict[_Question, Decision] = {}
+        for among in dict.fromkeys(among for _, among in new):
+            texts = [text for text, asked_among in new if asked_among == among]
+            for text, decision in zip(texts, self._router.route(texts, among), strict=True):
+                decided[text, among] = decision
+        answers = [decided.get(q) or self._remembered[q] for q in questions]
+        self._remembered.update(decided)
+        while len(self._remembered) > _N_REMEMBERED:
+            self._remembered.popitem(last=False)
+        self.stats = RoutingStats(
+            self.stats.n_chosen,
+            self.stats.n_base,
+            self.stats.n_remembered + n_known,
+            self.stats.seconds,
+        )
+        return answers
+
+    def _count(self, decisions: Sequence[Decision], seconds: float) -> None:
+        n_chosen = sum(decision.adapter is not None for decision in decisions)
+        old = self.stats
+        self.stats = RoutingStats(
+            old.n_chosen + n_chosen,
+            old.n_base + len(decisions) - n_chosen,
+            old.n_remembered,
+            old.seconds + seconds,
+        )
+
+
+def _tell(asked: _Asked, result: Decision | Exception) -> None:
+    def settle() -> None:
+        if asked.answer.done():  # the client left
+            return
+        if isinstance(result, Exception):
+            asked.answer.set_exception(result)
+        else:
+            asked.answer.set_result(result)
+
+    try:
+        asked.loop.call_soon_threadsafe(settle)
+    except RuntimeError:  # the loop is closed: nobody listens
+        return

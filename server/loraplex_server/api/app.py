@@ -1,0 +1,185 @@
+"""Builds the ASGI application from its parts. No globals: two apps in one process are fine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from time import time
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.registry import Collector
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
+
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.device_tier import DeviceTier, DeviceUnloads
+from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.jobs import Jobs
+from loraplex_server.adapters.resolver import AdapterResolver, SelectorResolver
+from loraplex_server.adapters.semantic_router import SemanticRouter
+from loraplex_server.api.middleware.auth import Auth
+from loraplex_server.api.middleware.body_limit import BodyLimit
+from loraplex_server.api.middleware.request_context import RequestContext
+from loraplex_server.api.middleware.tracing import Tracing
+from loraplex_server.api.protocol.body_parser import BodyParser
+from loraplex_server.api.routes import (
+    adapters,
+    generate,
+    generate_adapter,
+    health,
+    lora_compat,
+    models,
+    routing,
+    tokens,
+)
+from loraplex_server.api.serving.disconnect import ClientLeft
+from loraplex_server.api.serving.generation import LiveGenerations
+from loraplex_server.api.serving.text_pipeline import ChatTokenizer, TextPipeline
+from loraplex_server.config import ServerConfig
+from loraplex_server.engine.client import EngineClient
+from loraplex_server.engine.expert_monitor import ExpertMonitor
+from loraplex_server.metrics.collector import LoraplexCollector
+from loraplex_server.metrics.server_metrics import ServerMetrics
+
+from .errors import ApiError, invalid
+from .lifecycle import Lifecycle
+from .orjson_response import ORJSONResponse
+from .state import AppState
+
+if TYPE_CHECKING:
+    from opentelemetry.trace import TracerProvider
+
+__all__ = ["build_app"]
+
+_N_STORE_THREADS = 8
+_SHOWN_TO_PAGES = (
+    *("etag", "location", "retry-after", "retry-after-ms", "x-loraplex-adapter", "x-request-id"),
+    *(
+        f"x-ratelimit-{what}-{unit}"
+        for what in ("limit", "remaining", "reset")
+        for unit in ("requests", "tokens")
+    ),
+)
+
+
+def build_app(
+    engine: EngineClient,
+    store: AdapterStore,
+    tokenizer: ChatTokenizer,
+    config: ServerConfig,
+    *,
+    model_name: str = "base",
+    vocab_size: int | None = None,
+    device: DeviceTier | None = None,
+    resolver: SelectorResolver | None = None,
+    generated: GeneratedAdapters | None = None,
+    collectors: Sequence[Collector] = (),
+    semantic: SemanticRouter | None = None,
+    experts: ExpertMonitor | None = None,
+    tracing: TracerProvider | None = None,
+) -> FastAPI:
+    """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
+    ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate;
+    ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
+    the load of routed adapters; ``tracing`` gets a span of each call.
+
+    ``app.state.services`` holds the parts, for whoever drains the server.
+    """
+    names = config.http.served_model_names or (model_name,)
+    executor = ThreadPoolExecutor(_N_STORE_THREADS, thread_name_prefix="loraplex-store")
+    metrics = ServerMetrics()
+    registry = CollectorRegistry(auto_describe=False)
+    own = LoraplexCollector(engine, store, metrics, config.engine, names[0])
+    registry.register(own)
+    ProcessCollector(registry=registry)
+    for collector in collectors:
+        registry.register(collector)
+
+    app = FastAPI(title="Loraplex", docs_url=None, redoc_url=None)
+    app.state.services = AppState(
+        engine=engine,
+        store=store,
+        text=TextPipeline(tokenizer, vocab_size=vocab_size),
+        config=config,
+        resolver=AdapterResolver(store, names, executor, resolver),
+        parser=BodyParser(),
+        metrics=metrics,
+        registry=registry,
+        collector=own,
+        live=LiveGenerations(),
+        lifecycle=Lifecycle(),
+        jobs=Jobs(executor),
+        executor=executor,
+        device=device,
+        unloads=DeviceUnloads(device),
+        model_root=model_name,
+        started=int(time()),
+    )
+    app.state.generated = generated
+    app.state.semantic = semantic
+    app.state.experts = experts
+    # routing before adapters: an adapter's name may hold slashes and would swallow the rest.
+    for module in (
+        generate,
+        models,
+        generate_adapter,
+        routing,
+        adapters,
+        lora_compat,
+        tokens,
+        health,
+    ):
+        app.include_router(module.router)
+    _add_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, config=config.http)
+    app.add_middleware(Auth, config=config.http)
+    if tracing is not None:
+        app.add_middleware(Tracing, provider=tracing, model=names[0])
+    app.add_middleware(RequestContext, metrics=metrics)
+    if config.http.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.http.cors_origins,
+            allow_methods=("GET", "POST", "PUT", "DELETE"),
+            allow_headers=("*",),
+            expose_headers=_SHOWN_TO_PAGES,
+        )
+    return app
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def api_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return ORJSONResponse.of_error(error)
+
+    async def http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        told = ApiError(
+            error.status_code,
+            f"{request.method} {request.url.path}: {error.detail}",
+            code={404: "unknown_url", 405: "method_not_allowed"}.get(
+                error.status_code, "invalid_request"
+            ),
+            headers=dict(error.headers or {}),
+        )
+        return ORJSONResponse.of_error(told)
+
+    async def validation_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        problem = error.errors()[0]
+        param = str(problem["loc"][-1])
+        return ORJSONResponse.of_error(invalid(f"invalid {param!r}: {problem['msg']}", param))
+
+    async def client_left(request: Request, error: Exception) -> Response:
+        return Response(status_code=499)  # for the log: nobody reads it
+
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(RequestValidationError, validation_error)
+    app.add_exception_handler(ClientLeft, client_left)  # while it was answered
+    app.add_exception_handler(ClientDisconnect, client_left)  # while its body was read

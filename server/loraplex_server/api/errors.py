@@ -1,0 +1,184 @@
+"""Errors as clients see them: one OpenAI error object, whatever went wrong.
+
+ApiError                 status + {"error": {"message", "type", "param", "code"}}
+├── from_engine(error)   EngineError → 400, 429 or 503
+└── from_store(error)    StoreError → 400, 404, 409, 412 or 503
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import orjson
+
+from loraplex_adapter_store import errors as store_errors
+from loraplex_generation import errors as generator_errors
+from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
+from loraplex_server.engine import errors as engine_errors
+
+__all__ = [
+    "ApiError",
+    "from_engine",
+    "from_store",
+    "invalid",
+    "not_found",
+    "too_many",
+    "unavailable",
+]
+
+# status → OpenAI's word for the kind of error
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "invalid_request_error",
+    405: "invalid_request_error",
+    409: "conflict_error",
+    412: "conflict_error",
+    413: "invalid_request_error",
+    415: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "service_unavailable_error",
+}
+
+
+class ApiError(Exception):
+    """Answered as it stands before the first byte, and as an event of the stream after it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str,
+        param: str | None = None,
+        kind: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        """``kind``: the object's ``type`` where it is not the usual one of the status.
+        ``details``: further JSON-ready fields of the object.
+        """
+        super().__init__(message)
+        self.status = status
+        self.kind = kind or _TYPES.get(status, "server_error")
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+        self.details = dict(details or {})
+
+    def body(self) -> bytes:
+        """The JSON object, also the payload of an error event."""
+        error = {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+            **self.details,
+        }
+        return orjson.dumps({"error": error})
+
+
+def invalid(message: str, param: str | None, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, code=code, param=param)
+
+
+def not_found(message: str, param: str | None, code: str) -> ApiError:
+    return ApiError(404, message, code=code, param=param)
+
+
+def too_many(message: str, code: str, retry_after_s: float) -> ApiError:
+    return ApiError(429, message, code=code, headers=_retry_after(retry_after_s))
+
+
+def unavailable(message: str, code: str, retry_after_s: float = 5.0) -> ApiError:
+    return ApiError(503, message, code=code, headers=_retry_after(retry_after_s))
+
+
+def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = None) -> ApiError:
+    """``prompt_param`` names the field that holds the prompt, for context overflows."""
+    match error:
+        case engine_errors.QueueFull():
+            return too_many(str(error), "queue_full", error.retry_after_s)
+        case engine_errors.EngineDraining():
+            return unavailable(str(error) or "the server is shutting down", "server_draining")
+        case engine_errors.ContextOverflow():
+            return invalid(str(error), prompt_param, "context_length_exceeded")
+        case engine_errors.AdapterUnservable():
+            return invalid(str(error), "adapter", "adapter_unservable")
+        case engine_errors.EngineDead():
+            return unavailable(str(error) or "the engine has stopped", "engine_dead")
+        case _:
+            return ApiError(500, f"the engine failed: {error}", code="engine_error")
+
+
+def from_store(
+    error: store_errors.StoreError,
+    *,
+    param: str | None = "adapter",
+    access: AdapterAccess = EVERY_ADAPTER,
+) -> ApiError:
+    """``access``: whoever is told hears of no other adapters."""
+    match error:
+        case generator_errors.OutOfDistribution():
+            return ApiError(
+                422,
+                str(error),
+                code="description_out_of_distribution",
+                param=param,
+                details={
+                    "score": round(error.score, 4),
+                    "limit": round(error.limit, 4),
+                    "nearest": [{"task": task, "similarity": s} for task, s in error.nearest],
+                },
+            )
+        case generator_errors.UnfitPrompts():
+            return invalid(str(error), "prompts", "unfit_prompts")
+        case generator_errors.GeneratorError():
+            return invalid(str(error), param, "feature_not_enabled")
+        case store_errors.UnknownAdapter():
+            return not_found(_unknown(error, access), param, "adapter_not_found")
+        case store_errors.InvalidName() | store_errors.InvalidSelector():
+            return invalid(str(error), param, "invalid_adapter")
+        case store_errors.RevisionConflict():
+            headers = {"x-should-retry": "false"}
+            if error.current is not None:
+                headers["etag"] = f'"{error.current}"'
+            return ApiError(412, str(error), code="revision_conflict", param=param, headers=headers)
+        case store_errors.LimitExceeded():
+            return ApiError(413, str(error), code="adapter_too_large", param=param)
+        case store_errors.BaseMismatch():
+            return invalid(str(error), param, "base_mismatch")
+        case store_errors.AdapterRefused():
+            return invalid(str(error), param, "adapter_refused")
+        case store_errors.SourceForbidden():
+            return ApiError(403, str(error), code="source_forbidden", param=param)
+        case store_errors.SourceError():
+            return invalid(str(error), param, "source_unreadable")
+        case store_errors.HostTierFull():
+            return unavailable(str(error), "adapter_memory_full", retry_after_s=2.0)
+        case store_errors.StoreClosed():
+            return unavailable(str(error), "server_draining")
+        case _:
+            return ApiError(500, str(error), code="adapter_store_error", param=param)
+
+
+def _unknown(error: store_errors.UnknownAdapter, access: AdapterAccess) -> str:
+    if access.patterns is None:
+        return str(error)
+    closest = [name for name in error.closest if access.allows(name)]
+    hint = f"; closest registered: {', '.join(closest)}" if closest else ""
+    return f"adapter {error.name!r} does not exist{hint}"
+
+
+def _retry_after(seconds: float) -> dict[str, str]:
+    """Clients give up on values above 120 s, so the estimate is capped below that."""
+    seconds = min(max(seconds, 0.05), 60.0)
+    return {
+        "retry-after": str(max(1, math.ceil(seconds))),
+        "retry-after-ms": str(math.ceil(seconds * 1000)),
+    }

@@ -1,0 +1,122 @@
+"""API keys. Everything is closed unless listed here, and only ``scope["path"]`` decides.
+
+The path that routing uses is the path that is checked: nothing is rebuilt from the Host header.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from loraplex_server.api.errors import ApiError
+from loraplex_server.api.orjson_response import ORJSONResponse
+from loraplex_server.api.request_info import info_of
+from loraplex_server.api_keys import ApiKey
+from loraplex_server.api_keys import Scope as KeyScope
+from loraplex_server.config import HttpConfig, is_loopback
+
+from .rate_limit import RateLimiter
+
+__all__ = ["Auth"]
+
+_OPEN = frozenset({"/health", "/ready", "/ping"})  # nothing but one word about the server's state
+_READS = frozenset({"GET", "HEAD", "OPTIONS"})
+_INFERENCE = frozenset(
+    {
+        *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"),
+        *("/tokenize", "/detokenize"),
+    }
+)
+_EVERYTHING = frozenset(KeyScope)
+
+
+class Auth:
+    def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
+        self._app = app
+        self._keys = config.api_keys
+        self._meters = {
+            key.id: RateLimiter(key)
+            for key in config.api_keys
+            if key.requests_per_minute or key.tokens_per_minute
+        }
+        self._writes_open = config.writes_open
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                self._check(scope)
+            except ApiError as error:
+                await ORJSONResponse.of_error(error)(scope, receive, send)
+                return
+        elif scope["type"] != "lifespan":  # no websockets here
+            return
+        await self._app(scope, receive, send)
+
+    def _check(self, scope: Scope) -> None:
+        path, method = scope["path"], scope["method"]
+        if path in _OPEN and method in _READS:
+            return
+        info = info_of(scope)
+        needed = KeyScope.INFER if method in _READS or path in _INFERENCE else KeyScope.ADMIN
+        if self._keys:
+            key = self._key_of(scope)
+            info.tenant, info.scopes, info.access = key.id, key.scopes, key.access
+            info.meter = self._meters.get(key.id)
+            if needed not in key.scopes:
+                raise ApiError(
+                    403, f"this API key lacks the scope {needed.value!r}", code="missing_scope"
+                )
+            if info.meter is not None and method not in _READS:
+                info.meter.take_request()
+        elif needed is KeyScope.INFER:
+            info.scopes = frozenset({KeyScope.INFER})
+        else:
+            self._check_open_write(scope)
+            info.scopes = _EVERYTHING
+
+    def _key_of(self, scope: Scope) -> ApiKey:
+        """Compares with every key in constant time, so that time tells nothing."""
+        given = hashlib.sha256(_bearer(scope)).digest()
+        found = None
+        for key in self._keys:
+            if hmac.compare_digest(key.sha256, given):
+                found = key
+        if found is None:
+            raise ApiError(
+                401,
+                "no valid API key: send 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        return found
+
+    def _check_open_write(self, scope: Scope) -> None:
+        if not self._writes_open:
+            raise ApiError(
+                403,
+                "adapters cannot be changed off loopback without an API key; start with --api-key",
+                code="writes_disabled",
+            )
+        # A web page can make a browser call this machine under a name of its own.
+        host = _header(scope, b"host").decode("latin-1").lower()
+        name = host if host.endswith("]") else host.rsplit(":", 1)[0]
+        if not is_loopback(name):
+            raise ApiError(
+                403,
+                f"without an API key, changes must name a loopback host, not {host!r}",
+                code="writes_disabled",
+            )
+
+
+def _bearer(scope: Scope) -> bytes:
+    kind, _, secret = _header(scope, b"authorization").partition(b" ")
+    return secret.strip() if kind.lower() == b"bearer" else b""
+
+
+def _header(scope: Scope, wanted: bytes) -> bytes:
+    for name, value in scope["headers"]:
+        if name == wanted:
+            return bytes(value)
+    return b""

@@ -1,0 +1,59 @@
+"""Bodies are counted while they arrive: nothing is parsed that is larger than allowed."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loraplex_server.api.errors import ApiError
+from loraplex_server.api.orjson_response import ORJSONResponse
+from loraplex_server.config import HttpConfig
+
+__all__ = ["BodyLimit"]
+
+_UPLOADS = "/v1/adapters/"
+
+
+class BodyLimit:
+    def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
+        self._app = app
+        self._max_body = config.max_body_bytes
+        self._max_upload = config.max_upload_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        limit = self._max_body
+        if scope["method"] == "PUT" and scope["path"].startswith(_UPLOADS):
+            limit = self._max_upload
+        if _declared(scope) > limit:
+            await ORJSONResponse.of_error(_too_large(limit))(scope, receive, send)
+            return
+        n_received = 0
+
+        async def counting_receive() -> Message:
+            nonlocal n_received
+            message = await receive()
+            n_received += len(message.get("body", b""))
+            if n_received > limit:
+                raise _too_large(limit)
+            return message
+
+        await self._app(scope, counting_receive, send)
+
+
+def _declared(scope: Scope) -> int:
+    for name, value in scope["headers"]:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _too_large(limit: int) -> ApiError:
+    # The rest of the body is not read, so the connection cannot be used again.
+    return ApiError(
+        413,
+        f"the body is larger than the {limit} bytes this server accepts",
+        code="body_too_large",
+        headers={"connection": "close"},
+    )

@@ -1,0 +1,83 @@
+"""How much a key may still ask for: two buckets that refill evenly, a minute's worth deep."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from loraplex_server.api.errors import too_many
+from loraplex_server.api_keys import ApiKey
+
+__all__ = ["Bucket", "RateLimiter"]
+
+
+class Bucket:
+    """May be overdrawn: what was taken too much is waited for."""
+
+    def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
+        self.size = per_minute
+        self._clock = clock
+        self._level = float(per_minute)
+        self._filled_at = clock()
+
+    @property
+    def level(self) -> float:
+        now = self._clock()
+        gained = (now - self._filled_at) * self.size / 60
+        self._level = min(float(self.size), self._level + gained)
+        self._filled_at = now
+        return self._level
+
+    def take(self, n: int) -> None:
+        self._level = self.level - n
+
+    def seconds_until(self, level: float) -> float:
+        return max(0.0, (level - self.level) * 60 / self.size)
+
+
+class RateLimiter:
+    """Of one key. Lives on the event loop.
+
+    A request is paid when it comes, tokens when they are there: the prompt at admission, the answer
+    as it grows. So a long answer is never cut off; the key waits afterwards instead.
+    """
+
+    def __init__(self, key: ApiKey, clock: Callable[[], float] = time.monotonic) -> None:
+        def bucket(per_minute: int | None) -> Bucket | None:
+            return None if per_minute is None else Bucket(per_minute, clock)
+
+        self._requests = bucket(key.requests_per_minute)
+        self._tokens = bucket(key.tokens_per_minute)
+
+    def take_request(self) -> None:
+        """Raises ApiError (429), and then takes nothing."""
+        _check(self._requests, "requests")
+        if self._requests is not None:
+            self._requests.take(1)
+
+    def check_tokens(self) -> None:
+        """Raises ApiError (429) while no token is left."""
+        _check(self._tokens, "tokens")
+
+    def take_tokens(self, n: int) -> None:
+        if self._tokens is not None:
+            self._tokens.take(n)
+
+    def headers(self) -> dict[str, str]:
+        """OpenAI's ``x-ratelimit-*`` for what is limited."""
+        headers: dict[str, str] = {}
+        for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
+            if bucket is not None:
+                headers[f"x-ratelimit-limit-{what}"] = str(bucket.size)
+                headers[f"x-ratelimit-remaining-{what}"] = str(max(0, int(bucket.level)))
+                headers[f"x-ratelimit-reset-{what}"] = f"{bucket.seconds_until(bucket.size):.3f}s"
+        return headers
+
+
+def _check(bucket: Bucket | None, what: str) -> None:
+    if bucket is not None and (wait_s := bucket.seconds_until(1)) > 0:
+        raise too_many(
+            f"this API key may use {bucket.size} {what} a minute; try again in {wait_s:.1f} s",
+            "rate_limit_exceeded",
+            wait_s,
+        )

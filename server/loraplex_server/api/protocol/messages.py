@@ -1,0 +1,75 @@
+"""Chat messages as templates want them: a role and a text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from loraplex_server.api.errors import invalid
+
+from .generation import ChatMessage
+
+__all__ = ["plain_messages", "routing_text", "template_arguments"]
+
+_MAX_SYSTEM_CHARS = 200  # a long one would drown what the user asks
+# Arguments of apply_chat_template that a client must not set (CVE-2025-62426 and kin).
+_RESERVED = frozenset(
+    {
+        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
+        *("add_generation_prompt", "continue_final_message", "padding", "truncation"),
+        *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("tokenizer_kwargs", "self", "template", "load_audio_from_video", "processor_kwargs"),
+    }
+)
+
+
+def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
+    """Text parts are joined. Raises ApiError (400) for anything that is not text."""
+    plain = []
+    for position, message in enumerate(messages):
+        role = "system" if message.role == "developer" else message.role
+        shown: dict[str, object] = {"role": role, "content": _text(message.content, position)}
+        for name in ("name", "tool_calls", "tool_call_id"):
+            value = getattr(message, name)
+            if value is not None:
+                shown[name] = value
+        plain.append(shown)
+    return plain
+
+
+def routing_text(messages: Sequence[Mapping[str, object]]) -> str:
+    """What ``auto`` looks at: the system message's beginning and the last user turn."""
+    user = [message for message in messages if message["role"] == "user"]
+    last = str((user or messages)[-1]["content"])
+    system = [str(message["content"]) for message in messages if message["role"] == "system"]
+    return f"{system[0][:_MAX_SYSTEM_CHARS]}\n{last}" if user and system else last
+
+
+def template_arguments(given: Mapping[str, object] | None) -> dict[str, object]:
+    """Raises ApiError (400) for arguments that steer the tokenizer rather than the template."""
+    for name in given or {}:
+        if name in _RESERVED or not name.isidentifier() or name.startswith("_"):
+            raise invalid(
+                f"chat_template_kwargs must not set {name[:64]!r}", "chat_template_kwargs"
+            )
+    return dict(given or {})
+
+
+def _text(content: str | list[dict[str, object]] | None, position: int) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    texts = []
+    for number, part in enumerate(content):
+        where = f"messages[{position}].content[{number}]"
+        if part.get("type") != "text":
+            raise invalid(
+                f"content of type {part.get('type')!r} is not supported: this server takes text",
+                where,
+                "unsupported_content",
+            )
+        text = part.get("text")
+        if not isinstance(text, str):
+            raise invalid("a text part needs a string 'text'", f"{where}.text")
+        texts.append(text)
+    return "".join(texts)

@@ -1,0 +1,56 @@
+"""Fields that would change the answer if they were honoured: refused, not ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from loraplex_server.api.errors import invalid
+
+__all__ = ["refuse_unsupported"]
+
+
+def _given(value: object) -> bool:
+    return value not in (None, [], {}, False, "")
+
+
+def _not_text(value: object) -> bool:
+    return value is not None and value != {"type": "text"}
+
+
+def _forces_tool(value: object) -> bool:
+    return value not in (None, "none", "auto")
+
+
+def _more_than_text(value: object) -> bool:
+    return value not in (None, ["text"])
+
+
+# field → (is the value a request for something we do not do?, what it would need)
+_REFUSED: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "tools": (_given, "tool calls are not supported yet"),
+    "tool_choice": (_forces_tool, "tool calls are not supported yet"),
+    "functions": (_given, "function calls are not supported yet"),
+    "function_call": (_forces_tool, "function calls are not supported yet"),
+    "response_format": (_not_text, "only the format 'text' is supported for now"),
+    "structured_outputs": (_given, "constrained output is not supported yet"),
+    "guided_json": (_given, "constrained output is not supported yet"),
+    "guided_regex": (_given, "constrained output is not supported yet"),
+    "guided_choice": (_given, "constrained output is not supported yet"),
+    "guided_grammar": (_given, "constrained output is not supported yet"),
+    "modalities": (_more_than_text, "only text is supported"),
+    "audio": (_given, "only text is supported"),
+    "prompt_embeds": (_given, "tensors are not accepted over HTTP"),
+    "use_beam_search": (_given, "beam search is not supported"),
+    "chat_template": (_given, "templates come from the model or the adapter, never from a request"),
+    "bad_words": (_given, "bad_words is not supported; use logit_bias"),
+    "allowed_token_ids": (_given, "allowed_token_ids is not supported; use logit_bias"),
+    "suffix": (_given, "insertion is not supported"),
+}
+
+
+def refuse_unsupported(fields: Mapping[str, object]) -> None:
+    """Raises ApiError (400, code ``unsupported_parameter``) for the first such field."""
+    for name, value in fields.items():
+        rule = _REFUSED.get(name)
+        if rule is not None and rule[0](value):
+            raise invalid(f"{name!r}: {rule[1]}", name, "unsupported_parameter")

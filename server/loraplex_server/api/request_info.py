@@ -1,0 +1,43 @@
+"""What the front knows of one HTTP request while it runs; shared through the ASGI scope."""
+
+from __future__ import annotations
+
+import contextvars
+from dataclasses import dataclass, field
+from time import perf_counter
+
+from starlette.types import Scope as AsgiScope
+
+from loraplex_server.api.middleware.rate_limit import RateLimiter
+from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, Scope
+
+__all__ = ["CURRENT_REQUEST_ID", "RequestInfo", "info_of"]
+
+_KEY = "loraplex.request"
+
+# Read by the log formatter only: each request runs in a task, hence in a context, of its own.
+CURRENT_REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    "loraplex_request_id", default=None
+)
+
+
+@dataclass(slots=True)
+class RequestInfo:
+    id: str
+    started: float = field(default_factory=perf_counter)
+    tenant: str = ""  # id of the API key; salts the prefix cache
+    scopes: frozenset[Scope] = frozenset()
+    access: AdapterAccess = EVERY_ADAPTER
+    meter: RateLimiter | None = None  # of the API key, if it is limited
+    adapter: str | None = None  # for x-loraplex-adapter and the access log
+    n_prompt_tokens: int | None = None
+    n_output_tokens: int | None = None
+
+    def attach(self, scope: AsgiScope) -> None:
+        scope[_KEY] = self
+
+
+def info_of(scope: AsgiScope) -> RequestInfo:
+    info = scope[_KEY]
+    assert isinstance(info, RequestInfo)
+    return info

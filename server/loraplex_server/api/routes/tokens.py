@@ -1,0 +1,73 @@
+"""/tokenize and /detokenize, as vLLM answers them."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request, Response
+
+from loraplex_server.adapters.access import access_of
+from loraplex_server.api.errors import invalid
+from loraplex_server.api.openapi import body_of
+from loraplex_server.api.orjson_response import ORJSONResponse
+from loraplex_server.api.protocol.generation import DetokenizeBody, TokenizeBody
+from loraplex_server.api.protocol.messages import plain_messages, template_arguments
+from loraplex_server.api.state import AppState, state_of
+from loraplex_server.api_keys import AdapterAccess
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.post("/tokenize", openapi_extra=body_of(TokenizeBody))
+async def tokenize(request: Request) -> Response:
+    services = state_of(request)
+    body = await services.parser.parse(request, TokenizeBody)
+    if (body.prompt is None) == (body.messages is None):
+        raise invalid("give either prompt or messages", "prompt")
+    if body.prompt is not None:
+        special = body.add_special_tokens is not False
+        ids = await services.text.encode(body.prompt, add_special_tokens=special)
+    else:
+        ids = await _chat_ids(services, body, access_of(request))
+    tokens = None
+    if body.return_token_strs:
+        tokens = [services.text.token_texts.get(token_id).text for token_id in ids]
+    return ORJSONResponse(
+        {
+            "count": len(ids),
+            "max_model_len": services.engine.max_model_len,
+            "tokens": ids,
+            "token_strs": tokens,
+        }
+    )
+
+
+@router.post("/detokenize", openapi_extra=body_of(DetokenizeBody))
+async def detokenize(request: Request) -> Response:
+    services = state_of(request)
+    body = await services.parser.parse(request, DetokenizeBody)
+    services.text.check_ids(body.tokens, "tokens")
+    return ORJSONResponse(
+        {"prompt": await services.text.decode(body.tokens, skip_special_tokens=False)}
+    )
+
+
+async def _chat_ids(
+    services: AppState, body: TokenizeBody, access: AdapterAccess
+) -> tuple[int, ...]:
+    """With the template that a chat through the same adapter would use."""
+    assert body.messages is not None
+    asked = services.resolver.parse(model=body.model, adapter=body.adapter)
+    messages = plain_messages(body.messages)
+    arguments = template_arguments(body.chat_template_kwargs)
+    chosen = await services.resolver.resolve(asked, access=access)
+    try:
+        return await services.text.encode_chat(
+            messages,
+            template=chosen.lease.plan.chat_template if chosen.lease else None,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
+            template_arguments=arguments,
+        )
+    finally:
+        chosen.release()

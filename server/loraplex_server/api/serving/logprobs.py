@@ -1,0 +1,81 @@
+"""Log-probabilities in the two shapes that clients know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from loraplex_server.api.streaming.token_text import TokenText, TokenTexts
+from loraplex_server.engine.events import TokenLogprobs
+
+from .choice import TokenEntry
+
+__all__ = ["CompletionLogprobs", "chat_logprobs"]
+
+_LOWEST = -9999.0  # JSON has no −inf
+
+
+def chat_logprobs(entries: Iterable[TokenEntry], texts: TokenTexts) -> dict[str, object]:
+    content = []
+    for entry in entries:
+        chosen = entry.logprobs
+        shown = _chat_token(texts.get(chosen.token_id), chosen.logprob)
+        shown["top_logprobs"] = [
+            _chat_token(texts.get(token_id), logprob) for token_id, logprob in chosen.top
+        ]
+        content.append(shown)
+    return {"content": content, "refusal": None}
+
+
+class CompletionLogprobs:
+    """Four parallel lists; grows while the answer is put together."""
+
+    def __init__(self, texts: TokenTexts) -> None:
+        self._texts = texts
+        self._tokens: list[str] = []
+        self._logprobs: list[float | None] = []
+        self._top: list[dict[str, float] | None] = []
+        self._offsets: list[int] = []
+
+    def add_prompt(
+        self,
+        ids: Sequence[int],
+        offsets: Sequence[int],
+        logprobs: Sequence[TokenLogprobs | None],
+    ) -> None:
+        """The first token of a prompt has no log-probability: null in every list but two."""
+        known = [*logprobs, *([None] * (len(ids) - len(logprobs)))]
+        for token_id, offset, at in zip(ids, offsets, known, strict=True):
+            self._add(token_id, offset, at)
+
+    def add_output(self, entries: Iterable[TokenEntry], *, offset: int) -> None:
+        """``offset``: characters of text before the output, the echoed prompt."""
+        for entry in entries:
+            self._add(entry.logprobs.token_id, offset + entry.offset, entry.logprobs)
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "tokens": self._tokens,
+            "token_logprobs": self._logprobs,
+            "top_logprobs": self._top,
+            "text_offset": self._offsets,
+        }
+
+    def _add(self, token_id: int, offset: int, logprobs: TokenLogprobs | None) -> None:
+        name = self._texts.get(token_id).unique
+        self._tokens.append(name)
+        self._offsets.append(offset)
+        if logprobs is None:
+            self._logprobs.append(None)
+            self._top.append(None)
+            return
+        top = {self._texts.get(other).unique: _finite(value) for other, value in logprobs.top}
+        self._logprobs.append(_finite(logprobs.logprob))
+        self._top.append({**top, name: _finite(logprobs.logprob)})
+
+
+def _chat_token(token: TokenText, logprob: float) -> dict[str, object]:
+    return {"token": token.text, "logprob": _finite(logprob), "bytes": list(token.raw)}
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _LOWEST else _LOWEST

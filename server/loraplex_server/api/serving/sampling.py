@@ -1,0 +1,116 @@
+"""The sampling fields of a body, checked and turned into what the engine trusts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from loraplex_server.api.errors import invalid
+from loraplex_server.api.protocol.generation import GenerationBody
+from loraplex_server.engine.sampling_params import SamplingParams
+
+from .text_pipeline import TextPipeline
+
+__all__ = ["StopRule", "max_output_tokens", "sampling_params", "seed_of_choice", "stop_rule"]
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1000
+MAX_LOGIT_BIAS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """Ends found in the text, by the front; ids are found by the engine."""
+
+    strings: tuple[str, ...] = ()
+    include_in_output: bool = False
+    min_tokens: int = 0  # strings inside the first so many tokens do not count
+
+
+def max_output_tokens(
+    asked: int | None, *, n_prompt: int, max_model_len: int, param: str, prompt_param: str
+) -> int:
+    """None means up to the end of the context. Raises ApiError (400) if it cannot fit."""
+    room = max_model_len - n_prompt
+    if room < 1 or (asked is not None and asked > room):
+        wanted = "" if asked is None else f" and {asked} tokens of output were asked for ({param})"
+        raise invalid(
+            f"this model's context is {max_model_len} tokens long; the prompt has {n_prompt}"
+            f"{wanted}. Shorten the prompt or the output.",
+            prompt_param,
+            "context_length_exceeded",
+        )
+    return room if asked is None else asked
+
+
+def sampling_params(
+    body: GenerationBody,
+    text: TextPipeline,
+    *,
+    max_tokens: int,
+    logprobs: int | None,
+    prompt_logprobs: bool = False,
+) -> SamplingParams:
+    """Raises ApiError (400) naming the field."""
+    if body.min_tokens is not None and body.min_tokens > max_tokens:
+        raise invalid(
+            f"min_tokens is {body.min_tokens}, more than the {max_tokens} that may be generated",
+            "min_tokens",
+        )
+    stop_ids = body.stop_token_ids or []
+    text.check_ids(stop_ids, "stop_token_ids")
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=body.min_tokens or 0,
+        temperature=_or(body.temperature, 1.0),
+        top_p=_or(body.top_p, 1.0),
+        top_k=max(body.top_k or 0, 0),
+        min_p=_or(body.min_p, 0.0),
+        seed=body.seed,
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        logit_bias=_logit_bias(body.logit_bias or {}, text),
+        stop_token_ids=frozenset(stop_ids),
+        ignore_eos=bool(body.ignore_eos),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+    )
+
+
+def seed_of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Choice 0 keeps the seed; the others get seeds that depend on nothing but seed and index."""
+    if sampling.seed is None or index == 0:
+        return sampling
+    digest = hashlib.sha256(f"{sampling.seed}/{index}".encode()).digest()
+    return replace(sampling, seed=int.from_bytes(digest[:8], "little") >> 1)
+
+
+def stop_rule(body: GenerationBody) -> StopRule:
+    """Raises ApiError (400)."""
+    strings = [body.stop] if isinstance(body.stop, str) else (body.stop or [])
+    if len(strings) > MAX_STOP_STRINGS:
+        raise invalid(f"{len(strings)} stop strings, at most {MAX_STOP_STRINGS}", "stop")
+    for string in strings:
+        if not string:
+            raise invalid("a stop string must not be empty", "stop")
+        if len(string) > MAX_STOP_LENGTH:
+            raise invalid(f"a stop string is longer than {MAX_STOP_LENGTH} characters", "stop")
+    return StopRule(tuple(strings), bool(body.include_stop_str_in_output), body.min_tokens or 0)
+
+
+def _logit_bias(bias: Mapping[str, float], text: TextPipeline) -> dict[int, float]:
+    if len(bias) > MAX_LOGIT_BIAS:
+        raise invalid(f"logit_bias has {len(bias)} entries, at most {MAX_LOGIT_BIAS}", "logit_bias")
+    parsed = {}
+    for key, value in bias.items():
+        if not (key.isascii() and key.isdigit() and len(key) < 12):
+            raise invalid(f"logit_bias key {key[:40]!r} is not a token id", "logit_bias")
+        parsed[int(key)] = value
+    text.check_ids(list(parsed), "logit_bias")
+    return parsed
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value

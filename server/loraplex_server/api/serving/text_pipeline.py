@@ -1,0 +1,139 @@
+"""Chat templates and tokenisation, off the event loop in a few threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol, TypeVar
+
+from jinja2.exceptions import TemplateError
+from tokenizers import Tokenizer
+
+from loraplex_server.api.errors import invalid
+from loraplex_server.api.streaming.detokenizer import StreamDetokenizer
+from loraplex_server.api.streaming.token_text import TokenTexts
+
+__all__ = ["ChatTokenizer", "TextPipeline"]
+
+T = TypeVar("T")
+_N_THREADS = 2
+
+
+class ChatTokenizer(Protocol):
+    """The part of transformers' fast tokenizer that is used here."""
+
+    chat_template: str | dict[str, str] | None
+
+    @property
+    def backend_tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def all_special_ids(self) -> Sequence[int]: ...
+
+    def apply_chat_template(self, conversation: object, **options: object) -> object: ...
+
+    def __len__(self) -> int: ...
+
+
+class TextPipeline:
+    """One per server. Everything slow runs in its own threads; ids and texts are plain values.
+
+    The Rust tokenizer is called directly: transformers' wrapper sets truncation on the shared
+    object in every call, which two threads must not do at once.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, *, vocab_size: int | None = None) -> None:
+        """``vocab_size``: width of the logits; ids beyond it are refused."""
+        self._chat = tokenizer
+        self.backend = tokenizer.backend_tokenizer
+        self.vocab_size = vocab_size or len(tokenizer)
+        self.token_texts = TokenTexts(self.backend)
+        self._pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="loraplex-text")
+
+    async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        return await self._run(lambda: self._encode(text, add_special_tokens))
+
+    async def encode_many(
+        self, texts: Sequence[str], *, add_special_tokens: bool
+    ) -> list[tuple[int, ...]]:
+        def encode_all() -> list[tuple[int, ...]]:
+            return [self._encode(text, add_special_tokens) for text in texts]
+
+        return await self._run(encode_all)
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        template: str | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        template_arguments: Mapping[str, object],
+    ) -> tuple[int, ...]:
+        """``template``: the adapter's own, else the base's is used. Raises ApiError (400)."""
+
+        def render_and_encode() -> tuple[int, ...]:
+            try:
+                text = self._chat.apply_chat_template(
+                    list(messages),
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **template_arguments,
+                )
+            except (TemplateError, ValueError, TypeError, KeyError, OverflowError) as error:
+                reason = str(error) or type(error).__name__
+                raise invalid(
+                    f"the chat template cannot render these messages: {reason}",
+                    "messages",
+                    "chat_template_error",
+                ) from error
+            return self._encode(str(text), add_special_tokens=False)
+
+        if template is None and not self._chat.chat_template:
+            raise invalid(
+                "this base model has no chat template; use /v1/completions, or an adapter that "
+                "ships its own",
+                "messages",
+                "no_chat_template",
+            )
+        return await self._run(render_and_encode)
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return await self._run(
+            lambda: self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        )
+
+    async def offsets(
+        self, ids: Sequence[int], *, skip_special_tokens: bool
+    ) -> tuple[str, list[int]]:
+        """The text of ``ids`` and where in it the text of each begins."""
+
+        def find() -> tuple[str, list[int]]:
+            detokenizer = StreamDetokenizer(self.backend, skip_special_tokens=skip_special_tokens)
+            text, offsets = "", []
+            for token_id in ids:
+                offsets.append(len(text))
+                text += detokenizer.push(token_id)
+            return text + detokenizer.flush(), offsets
+
+        return await self._run(find)
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raises ApiError (400) for an id that the model has no row for."""
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise invalid(
+                f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", param
+            )
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
+        return tuple(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)

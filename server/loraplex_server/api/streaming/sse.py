@@ -1,0 +1,111 @@
+"""Server-sent events over plain ASGI: pings, errors in the stream, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from loraplex_server.api.errors import ApiError
+from loraplex_server.api.orjson_response import ORJSONResponse
+from loraplex_server.api.serving.disconnect import client_left
+
+__all__ = ["DONE", "SseResponse"]
+
+DONE = b"data: [DONE]\n\n"
+_PING = b": ping\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+_log = logging.getLogger(__name__)
+
+
+class SseResponse(Response):
+    """Sends what ``events`` yields, then ``[DONE]``.
+
+    The status is sent with the first event, or with the first ping: an error before that is
+    answered with its own status, later ones as an event of the stream. The client leaving closes
+    ``events``, whichever way the ASGI server tells (``http.disconnect``, or ``send`` raising).
+    """
+
+    def __init__(self, events: AsyncGenerator[bytes, None], *, ping_s: float) -> None:
+        self.status_code = 200
+        self.background = None
+        self._events = events
+        self._ping_s = ping_s
+        self._started = False
+        self._ended = False  # the last byte is on its way: no pings any more
+        self._sent_at = 0.0
+        self._sending = asyncio.Lock()  # pings come from another task
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._sent_at = asyncio.get_running_loop().time()
+        pump = asyncio.create_task(self._pump(scope, receive, send))
+        others = [
+            asyncio.create_task(client_left(receive)),
+            asyncio.create_task(self._ping(send)),
+        ]
+        try:
+            await asyncio.wait([pump, *others], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (pump, *others):
+                task.cancel()
+            await asyncio.gather(pump, *others, return_exceptions=True)
+            await self._events.aclose()
+        if not pump.cancelled() and pump.exception() is not None:
+            raise pump.exception()  # type: ignore[misc]  # not None, as asked the line before
+
+    async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with suppress(OSError):  # the client left
+            try:
+                async for events in self._events:
+                    await self._send(send, events)
+                await self._send(send, DONE)
+            except ApiError as error:
+                await self._fail(error, scope, receive, send)
+            except OSError:
+                raise
+            except Exception:
+                _log.exception("a stream failed")
+                internal = ApiError(500, "internal error", code="internal_error")
+                await self._fail(internal, scope, receive, send)
+            async with self._sending:
+                if not self._ended:
+                    self._ended = True
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._sending:
+            if not self._started:
+                self._ended = True
+                await ORJSONResponse.of_error(error)(scope, receive, send)
+        if not self._ended:
+            await self._send(send, b"data: " + error.body() + b"\n\n" + DONE)
+
+    async def _send(self, send: Send, body: bytes) -> None:
+        async with self._sending:
+            if self._ended:
+                return
+            if not self._started:
+                self._started = True
+                await send(
+                    {"type": "http.response.start", "status": 200, "headers": list(_HEADERS)}
+                )
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+        self._sent_at = asyncio.get_running_loop().time()
+
+    async def _ping(self, send: Send) -> None:
+        """Keeps proxies from giving up while a prompt is read or an adapter is loaded."""
+        loop = asyncio.get_running_loop()
+        while True:
+            wait_s = self._sent_at + self._ping_s - loop.time()
+            if wait_s > 0:
+                await asyncio.sleep(wait_s)
+            else:
+                await self._send(send, _PING)

@@ -1,0 +1,36 @@
+"""The way back from the engine thread to the event loops."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from .client import Listener
+from .events import TokenEvent
+
+__all__ = ["OutputRouter"]
+
+
+class OutputRouter:
+    """Delivers events in order, one wake-up per event loop and step. Engine thread only."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[asyncio.AbstractEventLoop, Listener, TokenEvent]] = []
+
+    def put(self, loop: asyncio.AbstractEventLoop, listener: Listener, event: TokenEvent) -> None:
+        self._pending.append((loop, listener, event))
+
+    def flush(self) -> None:
+        """Hands over what was put since the last flush. A closed loop loses only its own events."""
+        pending, self._pending = self._pending, []
+        for loop in {loop for loop, _, _ in pending}:
+            mine = [(listener, event) for other, listener, event in pending if other is loop]
+            try:
+                loop.call_soon_threadsafe(_deliver, mine)
+            except RuntimeError:  # the loop is closed: its clients are gone
+                continue
+
+
+def _deliver(events: Sequence[tuple[Listener, TokenEvent]]) -> None:
+    for listener, event in events:
+        listener(event)

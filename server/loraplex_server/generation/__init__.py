@@ -1,1 +1,0 @@
-"""Adapters made on the fly from descriptions, kept in the store for a while."""

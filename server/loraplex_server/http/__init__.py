@@ -1,1 +1,0 @@
-"""The OpenAI-style HTTP front: validate, resolve, submit, stream."""

@@ -1,0 +1,257 @@
+"""Runs the server: build, listen, serve, drain, exit.
+
+SIGTERM or Ctrl-C   not ready → nothing new → running requests finish, at most drain_timeout_s
+                    → an error event and [DONE] for the rest → exit 0
+the same again      exit at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+from fastapi import FastAPI
+
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_router.experts import arrow_prototypes
+from loraplex_server.adapters.description import DescriptionGenerator
+from loraplex_server.adapters.description_resolver import DescriptionResolver
+from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.registration import register_adapters
+from loraplex_server.api.app import build_app
+from loraplex_server.api.errors import invalid, unavailable
+from loraplex_server.api.middleware.tracing import otlp_provider
+from loraplex_server.api.state import AppState
+from loraplex_server.metrics.generation_collector import GenerationCollector
+from loraplex_server.metrics.routing_collector import RoutingCollector
+
+from .banner import banner
+from .config import ServerConfig
+
+if TYPE_CHECKING:
+    from loraplex_generation.service import Generator
+    from loraplex_server.engine.build import BuiltEngine
+
+__all__ = ["freeze_gc", "serve"]
+
+_CLOSE_S = 5.0  # for connections to close once every request is answered
+_LAST_EVENTS_S = 1.0  # for the engine's last events to reach the streams
+_KEEP_ALIVE_S = 75
+_log = logging.getLogger(__name__)
+
+
+def serve(
+    config: ServerConfig, listening: socket.socket, *, say: Callable[[str], None] = print
+) -> None:
+    """Blocks until the server has gone down in good order; closes ``listening``.
+
+    Raises ModelError, StoreError, ValueError or OSError while starting.
+    """
+    from loraplex_server.engine.build import build_engine
+    from loraplex_server.model.pull import resolve_model
+
+    try:
+        endpoint = config.http.otlp_endpoint
+        tracing = None if endpoint is None else otlp_provider(endpoint)
+        model_path = resolve_model(config.model)
+        public = _public_name(config.model, model_path)
+        built = build_engine(config.engine, model_path, model_id=public)
+        store = open_store(config, built)
+        try:
+            register_adapters(store, config.store)
+            for card in store.list():
+                if card.pinned:
+                    built.engine.set_pinned(card.digest, True)
+            generated = GeneratedAdapters(store, partial(_load_generator, model_path, public))
+            wishes = DescriptionResolver(store, _encoder_directory, DescriptionGenerator(generated))
+            app = build_app(
+                built.engine,
+                store,
+                built.tokenizer,
+                config,
+                model_name=public,
+                vocab_size=built.base_spec.vocab_size,
+                device=built.engine,
+                resolver=wishes,
+                generated=generated,
+                collectors=[
+                    RoutingCollector(store, built.engine.experts, wishes.router),
+                    GenerationCollector(generated),
+                ],
+                semantic=wishes.router,
+                experts=built.engine.experts,
+                tracing=tracing,
+            )
+            freeze_gc()
+            _run(app, config, listening, say)
+        finally:
+            gc.unfreeze()  # the interpreter's last collection: else nanobind tells of leaks
+            built.engine.close()
+            store.close()
+    finally:
+        listening.close()
+
+
+def freeze_gc() -> None:
+    """Takes what is there by now out of the cyclic collector's sight: it stays until the end.
+
+    A full collection holds the interpreter's lock, and every stream waits: 0.2 s for the 400,000
+    objects of torch, transformers and the model. Later ones see only what came since. Once it is
+    collected first: what is garbage by now would stay too.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
+    """The store of this base: each base has a folder of its own."""
+    from loraplex_server.model.pull import loraplex_home
+
+    root = config.store.root or loraplex_home() / "adapters" / built.base_spec.fingerprint[:16]
+    root.mkdir(parents=True, exist_ok=True)
+    roots: list[Path] = [*config.store.adapters_dirs]
+    return AdapterStore(
+        root,
+        built.base_spec,
+        host_bytes=config.store.memory_bytes,
+        allowed_roots=roots,
+        gate_of=arrow_prototypes,
+        packer=built.engine.packer,
+    )
+
+
+def _public_name(spec: str | None, model_path: Path) -> str:
+    """A Hub id or packaged name as it is; of a local directory its last part, never the path."""
+    from loraplex_server.model.pull import DEFAULT_BASE
+
+    if spec is None:
+        return DEFAULT_BASE
+    return model_path.name if Path(spec).expanduser().is_dir() else spec
+
+
+def _load_generator(model_path: Path, base_name: str) -> Generator:
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_generation.service import Generator
+    from loraplex_generation.shipped import shipped_folder
+
+    return Generator.load(
+        shipped_folder(),
+        SentenceEncoder(_encoder_directory()),
+        base_name=base_name,
+        base_directory=model_path,
+    )
+
+
+def _encoder_directory() -> Path:
+    from loraplex_server.model.errors import ModelError
+    from loraplex_server.model.pull import resolve_encoder
+
+    try:
+        return resolve_encoder()
+    except ModelError as error:
+        raise invalid(str(error), "adapter", "feature_not_enabled") from error
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn would cut streams off without a last event."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _run(
+    app: FastAPI, config: ServerConfig, listening: socket.socket, say: Callable[[str], None]
+) -> None:
+    server = _Server(
+        uvicorn.Config(
+            app,
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(_CLOSE_S),
+        )
+    )
+    services = app.state.services
+    assert isinstance(services, AppState)
+
+    async def main() -> None:
+        going_down = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, _on_signal, going_down)
+        services.store.on_retired(
+            lambda digest: _tell(loop, lambda: services.unloads.retired(digest))
+        )
+        serving = asyncio.create_task(server.serve(sockets=[listening]))
+        while not (server.started or serving.done()):
+            await asyncio.sleep(0.005)
+        say(_banner(services, listening))
+        waiting = asyncio.create_task(going_down.wait())
+        await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        await _drain(services, config.http.drain_timeout_s)
+        server.should_exit = True
+        await serving
+
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
+        runner.run(main())
+    services.text.close()
+
+
+def _on_signal(going_down: asyncio.Event) -> None:
+    if going_down.is_set():
+        _log.warning("second signal: stopping at once")
+        os._exit(1)
+    going_down.set()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, message: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: the device goes down with it
+        loop.call_soon_threadsafe(message)
+
+
+async def _drain(services: AppState, timeout_s: float) -> None:
+    services.lifecycle.start_draining()
+    n_live = len(services.live)
+    if n_live:
+        _log.info("draining: %d requests may finish within %g s", n_live, timeout_s)
+    if not await services.engine.drain(timeout_s):
+        _log.warning("drain timeout: the remaining requests end with an error event")
+    # The engine has ended every request; whoever has not heard of it soon hears it from us.
+    deadline = asyncio.get_running_loop().time() + _LAST_EVENTS_S
+    while services.live and asyncio.get_running_loop().time() < deadline:
+        await asyncio.sleep(0.01)
+    services.live.fail_all(unavailable("the server went down", "server_draining"))
+
+
+def _banner(services: AppState, listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    cards = services.store.list()
+    # the shortest prompt that a card shows: one that visibly does something
+    shown = min(
+        ((card.name, card.examples[0]) for card in cards if card.examples),
+        key=lambda pair: len(pair[1]),
+        default=(cards[0].name if cards else None, "Hello!"),
+    )
+    return banner(
+        f"http://{host}:{port}",
+        services.resolver.base_name,
+        [card.name for card in cards],
+        *shown,
+        needs_key=bool(services.config.http.api_keys),
+        model_note=f"context {services.engine.max_model_len}",
+    )

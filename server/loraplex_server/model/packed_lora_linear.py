@@ -1,0 +1,182 @@
+"""The linears of the base that adapters target, packed by shared input.
+
+A ``PackedLoraLinear`` is one or several linears that read the same tensor (q,k,v; gate,up; or one
+alone): one packed product, one LoRA call. ``LoraLinear`` stands where the module stood in the
+transformers model; the first of a group to be called computes all, the others take their slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraplex_adapter_store.plan import ModulePlan
+from loraplex_kernels.experts import Activation, StepPairs
+from loraplex_kernels.layout import LoraSegments, LoraTarget
+from loraplex_kernels.model_ops import PackedLinear
+from loraplex_kernels.ops import PreparedTarget
+from loraplex_router.experts import projection_segments
+
+from .forward_context import FallbackRows, ForwardContext
+
+__all__ = ["ApplySlice", "LoraLinear", "PackedLoraLinear"]
+
+# (slice, x, segments, out): adds to one packed linear's columns in place
+ApplySlice = Callable[[int, Tensor, LoraSegments, Tensor], None]
+
+
+class PackedLoraLinear:
+    """One packed base product with the adapters of the step's rows on top."""
+
+    def __init__(
+        self, name: str, module_names: Sequence[str], packed: PackedLinear, step: ForwardContext
+    ) -> None:
+        self.target = LoraTarget(name, packed.in_features, packed.out_features)
+        self.module_names = tuple(module_names)
+        self.packed = packed
+        self.lora: PreparedTarget | None = None  # set when the device pool is built
+        self.apply_slice: ApplySlice | None = None
+        self._step = step
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x`` [n_rows, in_features] → [n_rows, Σ out_features]."""
+        step = self._step
+        if step.segments is None or self.lora is None:
+            out = self.packed(x)
+        else:
+            out = self.lora.linear_with_lora(self.packed, x, step.segments)
+        self._add_unpooled(x, out, step.fallback)
+        if step.routes_projections:
+            self._apply_projection_experts(x, out)
+        return out
+
+    def add_step_adapters(self, x: Tensor, out: Tensor) -> None:
+        """Adds what the step's adapters make of ``x``, experts of an MLP block excepted."""
+        step = self._step
+        self.add_adapters(x, out, step.segments, step.fallback)
+        if step.routes_projections:
+            self._apply_projection_experts(x, out)
+
+    def apply_segments(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
+        """The low-rank operator alone, with the given segments."""
+        self._bound()(x, segments, out)
+
+    def moe_gate_up(
+        self, activation: Activation, x: Tensor, pairs: StepPairs, segments: LoraSegments
+    ) -> tuple[Tensor, Tensor]:
+        """``loraplex_kernels.experts.moe_gate_up`` over this group."""
+        return self._bound().moe_gate_up(self.packed, activation, x, pairs, segments)
+
+    def moe_down(
+        self, x: Tensor, of_pairs: Tensor, pairs: StepPairs, segments: LoraSegments
+    ) -> Tensor:
+        """``loraplex_kernels.experts.moe_down`` over this group."""
+        return self._bound().moe_down(self.packed, x, of_pairs, pairs, segments)
+
+    def _bound(self) -> PreparedTarget:
+        if self.lora is None:
+            raise RuntimeError(f"no device pool is bound to {self.target.name}")
+        return self.lora
+
+    def add_adapters(
+        self,
+        x: Tensor,
+        out: Tensor,
+        segments: LoraSegments | None,
+        fallback: tuple[FallbackRows, ...],
+    ) -> None:
+        """Adds to ``out`` in place what the adapters of the rows make of ``x``."""
+        if segments is not None and self.lora is not None:
+            self.lora(x, segments, out)
+        self._add_unpooled(x, out, fallback)
+
+    def _add_unpooled(self, x: Tensor, out: Tensor, fallback: tuple[FallbackRows, ...]) -> None:
+        for rows in fallback:
+            self._apply_planned(x, out, rows)
+
+    def _apply_projection_experts(self, x: Tensor, out: Tensor) -> None:
+        """MoLA, LoRAMoE, Arrow: each projection has its own gate, so each slice its segments."""
+        first = 0
+        for index, name in enumerate(self.module_names):
+            width = self.target.out_features[index]
+            routed = self._step.routed.get(name)
+            if routed and self.apply_slice is not None:
+                columns = out[:, first : first + width]
+                self.apply_slice(index, x, projection_segments(x, routed), columns)
+            first += width
+
+    def _apply_planned(self, x: Tensor, out: Tensor, fallback: FallbackRows) -> None:
+        first = 0
+        for name, width in zip(self.module_names, self.target.out_features, strict=True):
+            columns = slice(first, first + width)
+            first += width
+            module, dense = fallback.modules.get(name), fallback.replaced_weights.get(name)
+            if module is None and dense is None:
+                continue
+            x_rows, y = x[fallback.rows], out[fallback.rows, columns]
+            if dense is not None:
+                bias = self.packed.bias
+                y = functional.linear(
+                    x_rows, dense, None if bias is None else bias[columns].to(dense)
+                )
+            if module is not None:
+                y = self._apply_module(x_rows, y, module, columns)
+            out[fallback.rows, columns] = y.to(out.dtype)
+
+    def _apply_module(self, x: Tensor, y: Tensor, module: ModulePlan, columns: slice) -> Tensor:
+        """``y ← out_scale ⊙ (W (in_scale ⊙ x) + b + B A (in_scale ⊙ x) + shared) + bias``."""
+        if module.in_scale is not None:
+            x = x * module.in_scale.to(x.dtype)
+            y = self.packed(x)[:, columns]
+        if module.a is not None and module.b is not None:
+            y = y + functional.linear(functional.linear(x, module.a), module.b)
+        if module.shared is not None:
+            y = y + module.shared.apply(x)
+        if module.out_scale is not None:
+            y = y * module.out_scale
+        if module.bias is not None:
+            y = y + module.bias
+        return y
+
+
+class LoraLinear(nn.Module):
+    """Stands in the model for slice ``index`` of a group. Reads [..., in], returns [..., out]."""
+
+    def __init__(self, group: PackedLoraLinear, index: int, last: _LastOutput) -> None:
+        super().__init__()
+        self.group = group
+        features = group.target.out_features
+        self.in_features = group.target.in_features
+        self.out_features = features[index]
+        first = sum(features[:index])
+        self._columns = slice(first, first + features[index])
+        self._last = last
+
+    @staticmethod
+    def of_group(group: PackedLoraLinear) -> list[LoraLinear]:
+        """One module for each packed linear, sharing the group's last output."""
+        last = _LastOutput()
+        return [LoraLinear(group, index, last) for index in range(group.target.n_slices)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        last = self._last
+        if last.x is x and last.out is not None:
+            out = last.out
+        else:
+            out = self.group(x.reshape(-1, self.in_features)).view(*x.shape[:-1], -1)
+            last.x, last.out, last.n_left = x, out, self.group.target.n_slices
+        last.n_left -= 1
+        if last.n_left == 0:
+            last.x = last.out = None
+        return out[..., self._columns]
+
+
+class _LastOutput:
+    """The output that the other slices of a group will ask for next."""
+
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.out: Tensor | None = None
+        self.n_left = 0

@@ -1,1 +1,0 @@
-"""Semantic routing in the server: the sentence encoder, and the thread that owns it."""

@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM
+
+from loraplex_generation.frozen_base import FrozenBase, LoraFA, base_fingerprint
+from loraplex_generation.layout import AdapterLayout
+from loraplex_generation.packing import Row, pack
+from loraplex_generation.scoring import score_groups
+from loraplex_generation.zoo.tasks import Task
+from tests.support.tiny_zoo import tiny_base, tiny_codec, tiny_directory
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_directory(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def base(directory: Path) -> FrozenBase:
+    return tiny_base(directory)
+
+
+def _layout(base: FrozenBase) -> AdapterLayout:
+    return AdapterLayout(base.shape, first_layer=1, rank=3, alpha=6.0, seed=4)
+
+
+def _nll_by_transformers(model: LlamaForCausalLM, head: tuple[int, ...], row: Row) -> torch.Tensor:
+    ids = torch.tensor([[*head, *row.tokens]])
+    with torch.no_grad():
+        log = model(ids).logits[0].log_softmax(-1)
+    n, length = row.n_answer, ids.shape[1]
+    return -log[length - n - 1 : length - 1].gather(1, ids[0, length - n :, None])[:, 0]
+
+
+def test_packed_adapters_score_as_peft_scores_each_alone(
+    base: FrozenBase, directory: Path, tmp_path: Path
+) -> None:
+    codec, layout = tiny_codec(), _layout(base)
+    names = ("list-reverse/json", "past/plain", "card.it/caps")
+    groups = [
+        [codec.row(e) for e in Task.parse(n).examples("train", k)]
+        for n, k in zip(names, (3, 1, 4), strict=True)
+    ]
+    vectors = 0.3 * torch.randn(3, layout.size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = base.score(pack(codec.head, groups), LoraFA(layout, vectors, torch.float32)).nll
+    theirs = []
+    for i, rows in enumerate(groups):
+        config, tensors = layout.peft(vectors[i], "tiny")
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, folder / "adapter_model.safetensors")
+        model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        adapted = PeftModel.from_pretrained(model, folder)
+        theirs += [_nll_by_transformers(adapted, codec.head, row) for row in rows]
+    torch.testing.assert_close(ours, torch.cat(theirs), atol=2e-4, rtol=1e-4)
+
+
+def test_without_adapters_it_is_the_base(base: FrozenBase, directory: Path) -> None:
+    codec = tiny_codec()
+    rows = [codec.row(e) for e in Task.parse("initials/tag").examples("train", 5)]
+    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours = base.score(pack(codec.head, [rows])).nll
+    theirs = torch.cat([_nll_by_transformers(model, codec.head, row) for row in rows])
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_rows_do_not_see_each_other(base: FrozenBase) -> None:
+    codec = tiny_codec()
+    rows = [codec.row(e) for e in Task.parse("email/tag").examples("train", 4)]
+    together = score_groups(base, pack(codec.head, [rows]))[0].nll * sum(r.n_answer for r in rows)
+    alone = sum(score_groups(base, pack(codec.head, [[row]]))[0].nll * row.n_answer for row in rows)
+    assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_the_gradient_reaches_every_adapted_b_and_only_its_own_adapter(base: FrozenBase) -> None:
+    codec, layout = tiny_codec(), _layout(base)
+    rows = [codec.row(e) for e in Task.parse("past/tag").examples("train", 2)]
+    vectors = torch.zeros(2, layout.size, requires_grad=True)
+    batch = pack(codec.head, [rows, rows])
+    nll = base.score(batch, LoraFA(layout, vectors, torch.float32)).nll
+    nll[batch.adapter[batch.row] == 0].sum().backward()
+    assert vectors.grad is not None
+    assert all(part.any() for part in torch.split(vectors.grad[0], layout.b_sizes))
+    assert not vectors.grad[1].any()
+
+
+def test_the_norm_of_a_generated_update_is_that_of_its_dense_form(base: FrozenBase) -> None:
+    layout = _layout(base)
+    vector = torch.randn(layout.size, generator=torch.Generator().manual_seed(2))
+    a = layout.frozen_a()
+    dense = sum(
+        float((layout.scale * b @ a[key]).square().sum())
+        for key, b in layout.unflatten(vector).items()
+    )
+    assert layout.delta_norm(vector) == pytest.approx(dense**0.5, rel=1e-4)
+
+
+def test_the_fingerprint_tells_weights_apart(directory: Path, tmp_path: Path) -> None:
+    torch.manual_seed(9)
+    other = tiny_directory(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    model.save_pretrained(other)
+    assert base_fingerprint(other) != base_fingerprint(directory)
+
+
+def test_another_kind_of_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="'llama'"):
+        FrozenBase(tmp_path)

@@ -1,0 +1,244 @@
+"""Every bad value is a 400 in OpenAI's shape that names the field, and disturbs nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from loraplex_server.api.protocol.generation import ChatBody, CompletionBody
+from tests.server.conftest import Front
+
+pytestmark = pytest.mark.anyio
+
+
+def error_of(answer: httpx.Response) -> dict[str, object]:
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str)
+    assert error["message"]
+    assert isinstance(error["code"], str)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", 2.5),
+        ("temperature", "0.7"),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("top_k", -2),
+        ("top_k", 1.5),
+        ("min_p", 2),
+        ("n", 0),
+        ("n", 10_000),
+        ("n", True),
+        ("max_tokens", -1),
+        ("max_tokens", 0),
+        ("max_tokens", "5"),
+        ("max_completion_tokens", 0),
+        ("min_tokens", 1000),
+        ("seed", 1 << 63),
+        ("seed", "x"),
+        ("repetition_penalty", 0),
+        ("presence_penalty", 3),
+        ("frequency_penalty", -3),
+        ("logit_bias", {"abc": 1}),
+        ("logit_bias", {"999999": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", [1]),
+        ("stop", ""),
+        ("stop", ["a", ""]),
+        ("stop", ["x"] * 17),
+        ("stop", "x" * 1001),
+        ("stop", 5),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", [10**6]),
+        ("stop_token_ids", "5"),
+        ("logprobs", 5),
+        ("top_logprobs", 21),
+        ("top_logprobs", 3),
+        ("stream", "yes"),
+        ("stream_options", {"include_usage": True}),
+        ("messages", []),
+        ("messages", "hi"),
+        ("messages", None),
+        ("messages", [{"content": "no role"}]),
+        ("messages", [{"role": "user", "content": 5}]),
+        ("model", 5),
+        ("adapter", 5),
+        ("adapter", ""),
+        ("adapter", {}),
+        ("adapter", {"name": "x", "colour": "red"}),
+        ("adapter", []),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "json_object"}),
+        ("functions", [{}]),
+        ("guided_json", {"type": "object"}),
+        ("chat_template", "{{ 1 }}"),
+        ("chat_template_kwargs", {"tokenize": True}),
+        ("chat_template_kwargs", {"chat_template": "x"}),
+        ("use_beam_search", True),
+        ("audio", {"voice": "x"}),
+    ],
+)
+async def test_a_bad_value_in_a_chat_is_a_400_that_names_the_field(
+    front: Front, field: str, value: object
+) -> None:
+    answer = await front.chat(**{field: value})
+    assert answer.status_code == 400, answer.text
+    error = error_of(answer)
+    assert str(error["param"]).partition("[")[0].partition(".")[0] == field
+    assert not front.engine.requests
+    assert (await front.chat()).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("prompt", ""),
+        ("prompt", []),
+        ("prompt", [[]]),
+        ("prompt", [["a"]]),
+        ("prompt", [1, "a"]),
+        ("prompt", [-1]),
+        ("prompt", [10**9]),
+        ("prompt", 5),
+        ("prompt", None),
+        ("suffix", "x"),
+        ("best_of", 3),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("logprobs", True),
+        ("echo", "yes"),
+        ("prompt_embeds", "AAAA"),
+    ],
+)
+async def test_a_bad_value_in_a_completion_is_a_400_that_names_the_field(
+    front: Front, field: str, value: object
+) -> None:
+    answer = await front.complete(**{field: value})
+    assert answer.status_code == 400, answer.text
+    assert str(error_of(answer)["param"]).partition("[")[0] == field
+    assert not front.engine.requests
+
+
+@pytest.mark.parametrize("value", ["text", None])
+async def test_harmless_values_of_unsupported_fields_pass(front: Front, value: str | None) -> None:
+    format_ = value and {"type": value}
+    answer = await front.chat(response_format=format_, tools=[], tool_choice="auto", functions=None)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"a": NaN}', b"\xff", b"[" * 5000])
+async def test_a_body_that_is_no_json_object_is_a_400(front: Front, body: bytes) -> None:
+    answer = await front.client.post("/v1/chat/completions", content=body)
+    assert answer.status_code == 400
+    assert error_of(answer)["code"] == "invalid_json"
+
+
+async def test_a_prompt_longer_than_the_context_is_a_400(front: Front) -> None:
+    for fields in ({"messages": [{"role": "user", "content": "x" * 400}]}, {"max_tokens": 300}):
+        answer = await front.chat(**fields)
+        assert answer.status_code == 400
+        assert error_of(answer)["code"] == "context_length_exceeded"
+        assert error_of(answer)["param"] == "messages"
+    answer = await front.complete(prompt="x" * 400)
+    assert error_of(answer)["param"] == "prompt"
+
+
+async def test_unknown_fields_are_ignored_with_one_warning_each(
+    front: Front, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "loraplex_server"):
+        for _ in range(3):
+            assert (await front.chat(user="u", verbosity="low")).status_code == 200
+    messages = [record.getMessage() for record in caplog.records]
+    assert sorted(messages) == [
+        "ignoring unknown request field 'user'",
+        "ignoring unknown request field 'verbosity'",
+    ]
+
+
+async def test_an_unknown_url_or_method_is_an_error_object(front: Front) -> None:
+    answer = await front.client.get("/v1/nothing")
+    assert answer.status_code == 404
+    assert error_of(answer)["code"] == "unknown_url"
+    answer = await front.client.get("/v1/chat/completions")
+    assert answer.status_code == 405
+    error_of(answer)
+
+
+async def test_a_body_over_the_limit_is_a_413_whether_declared_or_streamed(front: Front) -> None:
+    limit = front.app.state.services.config.http.max_body_bytes
+    answer = await front.client.post("/v1/completions", content=b"x" * (limit + 1))
+    assert answer.status_code == 413
+    error_of(answer)
+
+    async def pieces():  # type: ignore[no-untyped-def]
+        for _ in range(limit // 2**20 + 1):
+            yield b"x" * 2**20
+
+    answer = await front.client.post("/v1/completions", content=pieces())
+    assert answer.status_code == 413
+    assert error_of(answer)["code"] == "body_too_large"
+
+
+async def test_a_template_that_fails_is_a_400(front: Front) -> None:
+    front.app.state.services.text._chat.chat_template, kept = (
+        "{{ raise_exception('roles must alternate') }}",
+        front.app.state.services.text._chat.chat_template,
+    )
+    try:
+        answer = await front.chat()
+    finally:
+        front.app.state.services.text._chat.chat_template = kept
+    assert answer.status_code == 400
+    assert "roles must alternate" in str(error_of(answer)["message"])
+    assert error_of(answer)["param"] == "messages"
+
+
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**70), 2**70)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+chat_fields = sorted({*ChatBody.model_fields, "tools", "response_format", "user"} - {"stream"})
+completion_fields = sorted({*CompletionBody.model_fields, "best_of"} - {"stream"})
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_no_value_of_any_field_makes_the_server_fail(
+    fuzz_front: Front, data: st.DataObject
+) -> None:
+    """Every answer is a 200 or an error object below 500, and nothing stays behind."""
+    kind = data.draw(st.sampled_from(["chat", "completion"]))
+    names = chat_fields if kind == "chat" else completion_fields
+    fields = data.draw(st.dictionaries(st.sampled_from(names), json_values, min_size=1, max_size=3))
+    fields.setdefault("max_tokens", 3)
+
+    async def ask() -> httpx.Response:
+        if kind == "chat":
+            return await fuzz_front.chat(**fields)
+        return await fuzz_front.complete(**fields)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code in (200, 400, 404, 429), (fields, answer.text)
+    if answer.status_code != 200:
+        error_of(answer)
+    assert fuzz_front.engine.n_running == 0

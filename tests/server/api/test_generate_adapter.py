@@ -1,0 +1,157 @@
+"""POST /v1/adapters/generate, and descriptions inside requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_server.adapters.base_agreement import PROBES
+from loraplex_server.adapters.description import DescriptionGenerator
+from loraplex_server.adapters.description_resolver import DescriptionResolver
+from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.engine.client import GenerationRequest
+from tests.server.conftest import Front, make_front
+from tests.support.scripted_generator import ScriptedGenerator
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def generator(base_spec: BaseSpec) -> ScriptedGenerator:
+    return ScriptedGenerator(base_spec)
+
+
+@pytest.fixture
+def generating(
+    tokenizer: PreTrainedTokenizerFast,
+    base_spec: BaseSpec,
+    tmp_path: Path,
+    generator: ScriptedGenerator,
+) -> Iterator[Front]:
+    """A front that can generate adapters."""
+    front = make_front(tokenizer, base_spec, tmp_path)
+    generated = GeneratedAdapters(front.store, lambda: generator)
+    resolver = DescriptionResolver(front.store, _no_encoder, DescriptionGenerator(generated))
+    front.app.state.generated = generated
+    front.app.state.services.resolver._resolver = resolver
+    yield front
+    resolver.close()
+    front.store.close()
+
+
+def _no_encoder() -> Path:
+    raise AssertionError("a scripted generator reads no text")
+
+
+async def test_a_description_becomes_an_adapter_that_can_be_named(generating: Front) -> None:
+    answer = await generating.post(
+        "/v1/adapters/generate", {"description": "to French", "name": "french"}
+    )
+    assert answer.status_code == 201, answer.text
+    card = answer.json()
+    assert card["name"] == "french"
+    assert card["provenance"]["method"] == "scripted"
+    assert answer.headers["etag"] == f'"{card["digest"]}"'
+    reply = await generating.chat(adapter="french")
+    assert reply.json()["adapter"]["digest"] == card["digest"]
+
+
+async def test_a_description_inside_a_request_is_served_by_its_adapter(generating: Front) -> None:
+    answer = await generating.chat(adapter={"description": "to French"})
+    body = answer.json()
+    assert body["adapter"]["chosen_by"]["description"] == "to French"
+    assert body["adapter"]["chosen_by"]["method"] == "scripted"
+    used = generating.engine.requests[0].adapter
+    assert used is not None
+    assert used.digest == body["adapter"]["digest"]
+
+
+async def test_many_requests_with_one_description_make_one_adapter(
+    generating: Front, generator: ScriptedGenerator
+) -> None:
+    wish = {"description": "to French"}
+    answers = await asyncio.gather(*[generating.chat(adapter=wish) for _ in range(6)])
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.json()["adapter"]["digest"] for answer in answers}) == 1
+    assert generator.n_made == 1
+
+
+async def test_a_strange_description_is_told_so_with_its_score(generating: Front) -> None:
+    for answer in (
+        await generating.chat(adapter={"description": "something strange"}),
+        await generating.post("/v1/adapters/generate", {"description": "something strange"}),
+    ):
+        assert answer.status_code == 422
+        error = answer.json()["error"]
+        assert error["code"] == "description_out_of_distribution"
+        assert error["score"] == 0.9
+        assert error["limit"] == 0.5
+        assert error["nearest"] == [{"task": "card.de/plain", "similarity": 0.1}]
+    assert not generating.engine.requests
+
+
+async def test_force_generates_it_anyway(generating: Front) -> None:
+    body = {"description": "something strange", "force": True}
+    assert (await generating.post("/v1/adapters/generate", body)).status_code == 201
+
+
+async def test_a_name_that_is_taken_is_not_overwritten(generating: Front) -> None:
+    body = {"description": "to French", "name": "mine"}
+    assert (await generating.post("/v1/adapters/generate", body)).status_code == 201
+    again = await generating.post("/v1/adapters/generate", {**body, "description": "to German"})
+    assert again.status_code == 412
+    assert again.json()["error"]["code"] == "revision_conflict"
+
+
+async def test_the_card_tells_how_much_of_unrelated_chat_is_left_as_it_was(
+    generating: Front,
+) -> None:
+    def script(request: GenerationRequest) -> list[int]:
+        return [10, 11, 12] if request.adapter is None else [10, 99]
+
+    generating.engine.answer = script
+    answer = await generating.post("/v1/adapters/generate", {"description": "to French"})
+    assert answer.json()["base_agreement"] == pytest.approx(1 / 3, abs=1e-3)
+    assert len(generating.engine.requests) == 2 * len(PROBES)
+    assert all(card.n_leases == 0 for card in generating.store.list())
+
+
+async def test_a_busy_engine_still_gives_the_adapter(generating: Front) -> None:
+    generating.engine.max_queue = 0
+    answer = await generating.post("/v1/adapters/generate", {"description": "to French"})
+    assert answer.status_code == 201
+    assert answer.json()["base_agreement"] is None
+
+
+async def test_unknown_fields_and_methods_are_refused(generating: Front) -> None:
+    for extra in ({"method": "magic"}, {"colour": "red"}, {"samples": 99}):
+        body = {"description": "to French", **extra}
+        assert (await generating.post("/v1/adapters/generate", body)).status_code == 400
+
+
+async def test_prompts_are_part_of_what_is_asked_for(
+    generating: Front, generator: ScriptedGenerator
+) -> None:
+    body = {"description": "to French", "prompts": [f"word {i}" for i in range(8)]}
+    for asked in (body, {"description": "to French"}, body):
+        assert (await generating.post("/v1/adapters/generate", asked)).status_code == 201
+    assert generator.n_made == 2
+
+
+async def test_unfit_prompts_are_told_so(generating: Front) -> None:
+    body = {"description": "to French", "prompts": ["one"]}
+    answer = await generating.post("/v1/adapters/generate", body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "unfit_prompts"
+    assert answer.json()["error"]["param"] == "prompts"
+
+
+async def test_a_server_that_cannot_generate_says_so(front: Front) -> None:
+    answer = await front.post("/v1/adapters/generate", {"description": "to French"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "feature_not_enabled"

@@ -1,0 +1,134 @@
+"""The whole front over a scripted engine and a real store of a tiny base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from transformers import PreTrainedTokenizerFast
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.sources.prefix import SourcePrefix
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.api.app import build_app
+from loraplex_server.config import HttpConfig, ServerConfig, StoreConfig
+from tests.support.architectures import tiny_model
+from tests.support.asgi_call import AsgiCall, events_of
+from tests.support.fake_engine import FakeEngine
+from tests.support.lora_files import write_lora
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def base_spec() -> BaseSpec:
+    return BaseSpec.of(tiny_model(), "tiny/llama")
+
+
+@dataclass
+class Front:
+    """A running front: send it requests, look at what the engine got."""
+
+    app: FastAPI
+    engine: FakeEngine
+    store: AdapterStore
+    client: httpx.AsyncClient
+    root: Path  # the directory that clients may load adapters from
+    headers: dict[str, str] = field(default_factory=dict)
+
+    async def post(self, path: str, body: object, **headers: str) -> httpx.Response:
+        return await self.client.post(path, json=body, headers={**self.headers, **headers})
+
+    async def chat(self, **fields: object) -> httpx.Response:
+        body = {"model": "base", "messages": [{"role": "user", "content": "hi"}], **fields}
+        return await self.post("/v1/chat/completions", body)
+
+    async def complete(self, **fields: object) -> httpx.Response:
+        return await self.post("/v1/completions", {"model": "base", "prompt": "hi", **fields})
+
+    async def chat_events(self, **fields: object) -> list[Any]:
+        answer = await self.chat(stream=True, **fields)
+        assert answer.status_code == 200, answer.text
+        return events_of(answer.content)
+
+    async def completion_events(self, **fields: object) -> list[Any]:
+        answer = await self.complete(stream=True, **fields)
+        assert answer.status_code == 200, answer.text
+        return events_of(answer.content)
+
+    def call(self, path: str, body: object, *, spec_version: str = "2.3") -> AsgiCall:
+        return AsgiCall(self.app, "POST", path, body=body, spec_version=spec_version)
+
+
+def routes_of(app: FastAPI) -> list[tuple[str, str]]:
+    """(method, path) of every route, as the schema lists them: ``{name}`` for a parameter."""
+    paths = app.openapi()["paths"]
+    return [(method.upper(), path) for path, methods in paths.items() for method in methods]
+
+
+def make_front(
+    tokenizer: PreTrainedTokenizerFast,
+    spec: BaseSpec,
+    folder: Path,
+    http: HttpConfig | None = None,
+    *,
+    allow_sources: Sequence[str] = (),
+    **parts: Any,
+) -> Front:
+    http = http or HttpConfig(served_model_names=("base",))
+    root = folder / "adapters"
+    root.mkdir(exist_ok=True)
+    store = AdapterStore(folder / "store", spec, allowed_roots=[root])
+    engine = FakeEngine(tokenizer.backend_tokenizer)
+    if not http.served_model_names:
+        http = replace(http, served_model_names=("base",))
+    allowed = tuple(SourcePrefix.parse(text) for text in allow_sources)
+    config = ServerConfig(http=http, store=StoreConfig(allow_sources=allowed))
+    app = build_app(engine, store, tokenizer, config, model_name="tiny/llama", **parts)
+    transport = httpx.ASGITransport(app)
+    client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
+    return Front(app, engine, store, client, root)
+
+
+@pytest.fixture
+def front(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> Iterator[Front]:
+    front = make_front(tokenizer, base_spec, tmp_path)
+    yield front
+    front.store.close()
+
+
+@pytest.fixture
+def lora(front: Front, base_spec: BaseSpec) -> Front:
+    """A front that knows the adapters ``pirate`` and ``org/poet``."""
+    for seed, name in enumerate(("pirate", "org/poet")):
+        source = write_lora(front.root / name.replace("/", "-"), base_spec, seed=seed)
+        front.store.put_directory(name, source)
+    return front
+
+
+@pytest.fixture(scope="session")
+def fuzz_front(
+    tokenizer: PreTrainedTokenizerFast,
+    base_spec: BaseSpec,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Front]:
+    """One front for many generated requests."""
+    front = make_front(tokenizer, base_spec, tmp_path_factory.mktemp("fuzz"))
+    yield front
+    front.store.close()

@@ -1,0 +1,124 @@
+"""Chat examples become tokens, and only what the assistant wrote is to be learnt."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from loraplex_training.batches import IGNORED, batch_of, endless, grouped
+from loraplex_training.errors import ExamplesError
+from loraplex_training.examples import Example, Message, read_jsonl, tokenise
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+
+def chat(*turns: tuple[str, str]) -> list[Message]:
+    return [Message(role=role, content=content) for role, content in turns]
+
+
+def test_exactly_the_replies_and_their_end_tokens_are_learnt() -> None:
+    tokenizer = tiny_tokenizer()
+    example = tokenise(
+        chat(("user", "hi 你"), ("assistant", "Grüße!"), ("user", "more"), ("assistant", "ok")),
+        tokenizer,
+        max_len=200,
+        where="x",
+    )
+    learnt = [token for token, learn in zip(example.tokens, example.learn, strict=True) if learn]
+    assert tokenizer.decode(learnt) == "Grüße!<|im_end|>ok<|im_end|>"
+    assert example.tokens[-1] == tokenizer.eos_token_id
+
+
+def test_what_comes_before_a_reply_is_what_a_server_would_send() -> None:
+    tokenizer = tiny_tokenizer()
+    example = tokenise(
+        chat(("system", "be brief"), ("user", "2 + 2?"), ("assistant", "4")),
+        tokenizer,
+        max_len=200,
+        where="x",
+    )
+    prompt = tokenizer.apply_chat_template(
+        chat(("system", "be brief"), ("user", "2 + 2?")), add_generation_prompt=True
+    )["input_ids"]
+    first = example.learn.index(True)
+    assert list(example.tokens[:first]) == prompt
+
+
+def test_an_example_that_is_too_long_is_refused_not_cut() -> None:
+    with pytest.raises(ExamplesError, match=r"line 7 has \d+ tokens, more than 10"):
+        tokenise(
+            chat(("user", "a b c d e f g"), ("assistant", "h")),
+            tiny_tokenizer(),
+            max_len=10,
+            where="line 7",
+        )
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages | length }}{{ messages[-1]['content'] }}"
+    with pytest.raises(ExamplesError, match="rewrites earlier turns"):
+        tokenise(chat(("user", "a"), ("assistant", "b")), tokenizer, max_len=99, where="x")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("{", "data.jsonl:2 is not JSON"),
+        ("[]", 'data.jsonl:2 has no "messages" list'),
+        ('{"messages": []}', 'data.jsonl:2 has no "messages" list'),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', 'data.jsonl:2: a message is {"role"'),
+        ('{"messages": [{"role": "user", "content": 3}]}', 'data.jsonl:2: a message is {"role"'),
+        ('{"messages": [{"role": "user", "content": "x"}]}', "data.jsonl:2 has no assistant"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
+    path = tmp_path / "data.jsonl"
+    good = '{"messages": [{"role": "assistant", "content": "x"}]}'
+    path.write_text(f"{good}\n{line}\n")
+    with pytest.raises(ExamplesError) as caught:
+        read_jsonl(path)
+    assert problem in str(caught.value)
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ExamplesError, match="cannot read"):
+        read_jsonl(tmp_path / "none.jsonl")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ExamplesError, match="holds no examples"):
+        read_jsonl(tmp_path / "empty.jsonl")
+
+
+def test_an_epoch_shows_every_example_once_in_batches_that_fit() -> None:
+    lengths = [3 + (7 * i) % 40 for i in range(101)]
+    n_batches = 0
+    seen: Counter[int] = Counter()
+    for group in endless(lengths, 128, seed=3):
+        assert len(group) * max(lengths[i] for i in group) <= 128
+        seen.update(group)
+        n_batches += 1
+        if len(seen) == 101 and min(seen.values()) == 1 and sum(seen.values()) == 101:
+            break
+    assert n_batches < 30
+    assert sorted(i for group in grouped(lengths, 128) for i in group) == list(range(101))
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    lengths = [5, 9, 30, 4, 12, 22, 7] * 5
+    first = list(islice(endless(lengths, 64, seed=1), 40))
+    assert first == list(islice(endless(lengths, 64, seed=1), 40))
+    assert first != list(islice(endless(lengths, 64, seed=2), 40))
+
+
+def test_labels_are_the_next_token_where_it_is_to_be_learnt() -> None:
+    batch = batch_of(
+        [Example((5, 6, 7, 8), (False, False, True, True)), Example((5, 9), (False, True))],
+        pad_id=0,
+        device="cpu",
+    )
+    assert batch.tokens.tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+    assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    x = IGNORED
+    assert batch.labels.tolist() == [[x, 7, 8, x], [9, x, x, x]]

@@ -1,0 +1,244 @@
+"""Training on a tiny model: it learns, it can be stopped anywhere, and PEFT reads what it wrote."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig as PeftLora
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from loraplex_server.cli.app import app
+from loraplex_training.batches import IGNORED, batch_of
+from loraplex_training.config import AdapterShape, Schedule, TrainingConfig
+from loraplex_training.errors import CheckpointError, TrainingError
+from loraplex_training.examples import Example
+from loraplex_training.shared_prefix import logits_at, shared_prefix_len
+from loraplex_training.trainer import StepReport, train
+from tests.support.architectures import tiny_model
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny-base")
+    tokenizer = tiny_tokenizer()
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Questions with one and the same answer: anything that trains learns this."""
+    path = tmp_path_factory.mktemp("data") / "echo.jsonl"
+    lines = []
+    for i in range(60):
+        question = {"role": "user", "content": "one base " * (i % 4) + str(i)}
+        lines.append(json.dumps({"messages": [question, {"role": "assistant", "content": "AB"}]}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.fixture
+def config(tiny_base: Path, data: Path, tmp_path: Path) -> TrainingConfig:
+    return TrainingConfig(
+        data=data,
+        out=tmp_path / "echo",
+        base=tiny_base,
+        base_name="tiny",
+        shape=AdapterShape(rank=4, alpha=8.0, targets=("q_proj", "down_proj"), dropout=0.1),
+        schedule=Schedule(steps=24, lr=2e-2, warmup_steps=2, batch_tokens=256, validate_every=6),
+        validation=0.1,
+        description="Says AB.",
+        prompts=("one base 7",),
+    )
+
+
+class Stop:
+    """Interrupts a run after a step, as Ctrl-C would."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, report: StepReport) -> None:
+        if report.step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_training_lowers_the_validation_loss_and_writes_what_peft_reads(
+    config: TrainingConfig, tiny_base: Path
+) -> None:
+    trained = train(config)
+    assert trained.validation_loss is not None
+    assert trained.base_validation_loss is not None
+    assert trained.validation_loss < 0.8 * trained.base_validation_loss
+    assert sorted(path.name for path in config.out.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "card.json",
+    ]
+    written = json.loads((config.out / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == "tiny"
+    assert (written["r"], written["lora_alpha"]) == (4, 8.0)
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), config.out)
+    tokenizer = tiny_tokenizer()
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "one base 7"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(
+        input_ids=prompt["input_ids"],
+        attention_mask=prompt["attention_mask"],
+        max_new_tokens=3,
+        do_sample=False,
+        pad_token_id=0,
+    )
+    answer = tokenizer.decode(output[0, prompt["input_ids"].shape[1] :])
+    assert answer.startswith("AB")
+
+
+def test_the_card_tells_how_the_adapter_was_made(config: TrainingConfig) -> None:
+    train(config)
+    card = json.loads((config.out / "card.json").read_text())
+    assert card["name"] == "echo"
+    assert card["description"] == "Says AB."
+    assert card["examples"] == ["one base 7"]
+    assert card["training"]["steps_done"] == 24
+    assert card["training"]["n_examples"] == 54
+    assert card["training"]["shape"]["rank"] == 4
+
+
+@pytest.mark.parametrize("step", [1, 7, 18, 23])
+def test_an_interrupted_run_goes_on_to_the_same_bits(
+    config: TrainingConfig, tmp_path: Path, step: int
+) -> None:
+    train(config)
+    again = replace(config, out=tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt):
+        train(again, on_step=Stop(step))
+    assert not (again.out / "adapter_config.json").exists()
+    first: list[StepReport] = []
+    train(again, on_step=first.append)
+    assert first[0].step == step + 1
+    assert first[0].resumed
+    whole = load_file(config.out / "adapter_model.safetensors")
+    resumed = load_file(again.out / "adapter_model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_restart_forgets_it(
+    config: TrainingConfig,
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=Stop(3))
+    other = replace(config, schedule=replace(config.schedule, lr=1e-3))
+    with pytest.raises(CheckpointError, match="--restart"):
+        train(other)
+    assert train(other, restart=True).progress.step == 24
+
+
+def test_a_finished_adapter_is_not_overwritten_by_accident(config: TrainingConfig) -> None:
+    short = replace(config, schedule=replace(config.schedule, steps=2))
+    train(short)
+    with pytest.raises(CheckpointError, match="--overwrite"):
+        train(short)
+    train(short, overwrite=True)
+
+
+def test_the_best_weights_are_kept_and_patience_stops_early(config: TrainingConfig) -> None:
+    wild = replace(
+        config,
+        schedule=replace(config.schedule, steps=200, lr=0.5, validate_every=2, patience=3),
+    )
+    trained = train(wild)
+    assert trained.progress.step < 200
+    assert trained.progress.best_step == trained.progress.step - 6
+
+
+def test_a_target_that_the_model_lacks_is_named(config: TrainingConfig) -> None:
+    with pytest.raises(TrainingError, match="nothing_proj"):
+        train(replace(config, shape=replace(config.shape, targets=("nothing_proj",))))
+
+
+def test_an_unknown_family_names_the_known_ones(config: TrainingConfig) -> None:
+    with pytest.raises(TrainingError, match="choose lora"):
+        train(replace(config, shape=replace(config.shape, family="magic")))
+
+
+def test_sharing_the_prefix_changes_neither_loss_nor_gradient() -> None:
+    model = get_peft_model(
+        tiny_model("llama"), PeftLora(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trained:
+        torch.nn.init.normal_(parameter, std=0.1)
+    head = tuple(range(5, 17))
+    rows = [(20, 21, 22, 23, 24), (30, 31, 32), (40, 41, 42, 43, 44, 45, 46)]
+    examples = [
+        Example(head + row, (False,) * (len(head) + 1) + (True,) * (len(row) - 1)) for row in rows
+    ]
+    n_shared = shared_prefix_len(examples)
+    assert n_shared == len(head)
+    batch = batch_of(examples, pad_id=0, device="cpu")
+    wanted = (batch.labels != IGNORED).any(0).nonzero().squeeze(1)
+
+    def loss_and_gradient(n: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        logits = logits_at(model, batch, wanted, n)
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), batch.labels[:, wanted].flatten(), ignore_index=IGNORED
+        )
+        return loss.detach(), list(torch.autograd.grad(loss, trained))
+
+    shared, plain = loss_and_gradient(n_shared), loss_and_gradient(0)
+    torch.testing.assert_close(shared[0], plain[0])
+    torch.testing.assert_close(shared[1], plain[1], rtol=1e-4, atol=1e-6)
+
+
+def test_the_command_trains_and_says_what_came_out(
+    tiny_base: Path, data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "by-command"
+    arguments = ["train", str(data), "--out", str(out), "--base", str(tiny_base)]
+    arguments += ["--rank", "2", "--targets", "q_proj", "--layers", "1-2", "--steps", "4"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "4 steps" in result.output
+    assert "validation loss" in result.output
+    layers = {name.split(".layers.")[1][0] for name in load_file(out / "adapter_model.safetensors")}
+    assert layers == {"1", "2"}
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 1
+    assert "--overwrite" in again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--layers", "a-b"], "write 8-29 or 0,4,8"),
+        (["--val", "2"], "a share must be in"),
+        (["--dropout", "1.5"], "must be in [0, 1)"),
+        (["--dtype", "int8"], "choose float16"),
+        (["--base", "nobody/nothing"], "loraplex pull nobody/nothing"),
+    ],
+)
+def test_a_bad_option_is_one_clear_line(
+    data: Path, tmp_path: Path, tiny_base: Path, arguments: list[str], problem: str
+) -> None:
+    if "--base" not in arguments:
+        arguments = [*arguments, "--base", str(tiny_base)]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, ["train", str(data), "--out", str(tmp_path / "x"), *arguments]
+    )
+    assert result.exit_code != 0
+    assert problem in result.output
+    assert "Traceback" not in result.output

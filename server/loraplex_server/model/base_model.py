@@ -18,6 +18,7 @@ from .attention import LayerAttention, install_attention
 from .errors import ModelError
 from .forward_context import ForwardContext
 from .fused_decoder import FusedDecoder
+from .loader import run_load
 from .norm import replace_norms
 from .packed_lora_linear import LoraLinear, PackedLoraLinear
 from .routed import RoutedMlp, find_mlps
@@ -156,7 +157,9 @@ def load_base_model(
 ) -> BaseModel:
     """Loads a causal LM from a directory. Raises ModelError with the reason if it cannot."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model = run_load(
+            lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model at {str(path)!r} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)

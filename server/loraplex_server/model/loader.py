@@ -1,0 +1,76 @@
+"""Loads from transformers, one at a time in the whole process.
+
+``from_pretrained`` changes process-wide state while it runs: torch's default dtype, and whether
+weights are initialised and tied. Two loads at once leave models of mixed dtypes behind, or the
+wrong default. So every load goes through ``run_load``, whichever thread it is on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+__all__ = ["Lazy", "load_in_float32", "run_load"]
+
+_T = TypeVar("_T")
+
+# One for the process, as is the state that it protects. Reentrant: a load may consist of others.
+_process_lock = threading.RLock()
+
+
+def run_load(load: Callable[[], _T]) -> _T:
+    """Runs ``load`` while no other load runs; raises what it raises.
+
+    The default dtype is afterwards what it was before, whatever ``load`` did.
+    """
+    with _process_lock:
+        default = torch.get_default_dtype()
+        try:
+            return load()
+        finally:
+            torch.set_default_dtype(default)
+
+
+def load_in_float32(auto_class: Any, directory: Path, dtype: torch.dtype, **options: Any) -> Any:
+    """A model of ``auto_class``, loaded in float32 and then converted; in eval mode, frozen.
+
+    For loads beside a running engine: torch's default dtype is float32 all along, so tensors that
+    other threads make meanwhile have the dtype they expect. Twice the memory while it runs.
+    """
+    model = run_load(
+        lambda: auto_class.from_pretrained(
+            directory, dtype=torch.float32, local_files_only=True, **options
+        )
+    )
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+class Lazy(Generic[_T]):
+    """A value that is loaded at its first use, once. Thread-safe.
+
+    Callers that come meanwhile wait for that load. A failed load is not kept: its error goes to the
+    caller that ran it, and the next caller tries again.
+    """
+
+    def __init__(self, load: Callable[[], _T]) -> None:
+        self._load = load
+        self._lock = threading.Lock()
+        self._loaded: tuple[_T] | None = None
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._loaded is not None
+
+    def get(self) -> _T:
+        """May block for as long as a load takes. Raises what the load raises."""
+        loaded = self._loaded
+        if loaded is None:
+            with self._lock:
+                loaded = self._loaded
+                if loaded is None:
+                    loaded = self._loaded = (run_load(self._load),)
+        return loaded[0]

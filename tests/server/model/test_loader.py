@@ -1,0 +1,113 @@
+"""Loads run one at a time; what is loaded lazily is loaded once and never kept half."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from loraplex_server.model.loader import Lazy, load_in_float32, run_load
+from tests.support.architectures import tiny_model
+
+_N_THREADS = 8
+
+
+def _all_at_once(work: Callable[[int], object]) -> list[object]:
+    """``work(i)`` on eight threads that start together."""
+    barrier = threading.Barrier(_N_THREADS)
+
+    def run(index: int) -> object:
+        barrier.wait()
+        return work(index)
+
+    with ThreadPoolExecutor(_N_THREADS) as executor:
+        return list(executor.map(run, range(_N_THREADS)))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+def test_eight_loads_at_once_in_two_dtypes_keep_theirs_and_the_default(directory: Path) -> None:
+    dtypes = [torch.bfloat16, torch.float32] * (_N_THREADS // 2)
+
+    def load(index: int) -> object:
+        model = run_load(
+            lambda: AutoModelForCausalLM.from_pretrained(directory, dtype=dtypes[index])
+        )
+        return {parameter.dtype for parameter in model.parameters()}
+
+    assert _all_at_once(load) == [{dtype} for dtype in dtypes]
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_a_load_that_fails_puts_the_default_dtype_back() -> None:
+    def load() -> None:
+        torch.set_default_dtype(torch.float64)
+        raise OSError("no such file")
+
+    with pytest.raises(OSError, match="no such file"):
+        run_load(load)
+    assert torch.get_default_dtype() is torch.float32
+
+
+def test_a_load_beside_a_running_engine_leaves_the_default_dtype_alone(directory: Path) -> None:
+    seen: list[torch.dtype] = []
+
+    class Watched(LlamaForCausalLM):  # type: ignore[misc]  # untyped library
+        def __init__(self, config: LlamaConfig) -> None:
+            seen.append(torch.get_default_dtype())  # what every other thread would see now
+            super().__init__(config)
+
+    model = load_in_float32(Watched, directory, torch.bfloat16)
+    assert seen == [torch.float32]
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_eight_first_uses_load_once() -> None:
+    n_loads = 0
+
+    def load() -> object:
+        nonlocal n_loads
+        n_loads += 1
+        return object()
+
+    lazy = Lazy(load)
+    found = _all_at_once(lambda _: lazy.get())
+    assert n_loads == 1
+    assert len(set(map(id, found))) == 1
+    assert lazy.is_loaded
+
+
+def test_a_failed_load_is_not_kept() -> None:
+    attempts: list[int] = []
+
+    def load() -> str:
+        attempts.append(len(attempts))
+        if len(attempts) == 1:
+            raise OSError("the disk is gone")
+        return "loaded"
+
+    lazy = Lazy(load)
+    with pytest.raises(OSError, match="disk is gone"):
+        lazy.get()
+    assert not lazy.is_loaded
+    assert lazy.get() == "loaded"
+    assert lazy.get() == "loaded"
+    assert attempts == [0, 1]
+
+
+def test_none_is_a_value_like_any_other() -> None:
+    attempts: list[None] = []
+    lazy: Lazy[None] = Lazy(lambda: attempts.append(None))
+    lazy.get()
+    lazy.get()
+    assert len(attempts) == 1

@@ -36,7 +36,7 @@ from loraplex_server.metrics.generation_collector import GenerationCollector
 from loraplex_server.metrics.routing_collector import RoutingCollector
 
 from .banner import banner
-from .config import ServerConfig
+from .settings import ServerConfig
 
 if TYPE_CHECKING:
     from loraplex_generation.service import Generator

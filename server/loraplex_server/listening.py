@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from .config import ConfigError, HttpConfig
+from .settings import ConfigError, HttpConfig
 
 __all__ = ["bind"]
 

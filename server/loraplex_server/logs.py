@@ -9,7 +9,7 @@ import orjson
 
 from loraplex_server.api.request_info import CURRENT_REQUEST_ID
 
-from .config import HttpConfig
+from .settings import HttpConfig
 
 __all__ = ["JsonFormatter", "TextFormatter", "set_up_logging"]
 

@@ -17,10 +17,10 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.api.app import build_app
-from loraplex_server.config import ServerConfig
 from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.generation_collector import GenerationCollector
 from loraplex_server.metrics.routing_collector import RoutingCollector
+from loraplex_server.settings import ServerConfig
 from tests.support.architectures import tiny_model
 from tests.support.fake_engine import FakeEngine
 from tests.support.lora_files import write_lora

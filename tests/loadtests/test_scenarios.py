@@ -9,7 +9,7 @@ import pytest
 
 from loadtests.peer_runs import fits_peer
 from loadtests.scenario import ScenarioError, load_scenario, parse_scenario, scenario_files
-from loraplex_server.config import resolve_config
+from loraplex_server.settings import resolve_config
 
 
 @pytest.mark.parametrize("name", scenario_files())
@@ -17,7 +17,7 @@ def test_every_scenario_can_be_read_and_its_server_options_exist(name: str) -> N
     scenario = load_scenario(name)
     assert scenario.summary
     options = {key.replace("-", "_"): value for key, value in scenario.server.items()}
-    resolve_config(options, {})
+    resolve_config(options)
 
 
 def test_the_kinds_of_load_that_users_meet_are_there() -> None:

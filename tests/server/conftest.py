@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.api.app import build_app
-from loraplex_server.config import HttpConfig, ServerConfig, StoreConfig
+from loraplex_server.settings import HttpConfig, ServerConfig, StoreConfig
 from tests.support.architectures import tiny_model
 from tests.support.asgi_call import AsgiCall, events_of
 from tests.support.fake_engine import FakeEngine
@@ -95,7 +95,7 @@ def make_front(
     store = AdapterStore(folder / "store", spec, allowed_roots=[root])
     engine = FakeEngine(tokenizer.backend_tokenizer)
     if not http.served_model_names:
-        http = replace(http, served_model_names=("base",))
+        http = http.model_copy(update={"served_model_names": ("base",)})
     allowed = tuple(SourcePrefix.parse(text) for text in allow_sources)
     config = ServerConfig(http=http, store=StoreConfig(allow_sources=allowed))
     app = build_app(engine, store, tokenizer, config, model_name="tiny/llama", **parts)

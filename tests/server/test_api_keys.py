@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 
 from loraplex_server.api_keys import AdapterAccess, Scope, parse_keys
-from loraplex_server.config import ConfigError, resolve_config
+from loraplex_server.settings import ConfigError, resolve_config
 
 DIGEST = hashlib.sha256(b"a-long-secret").hexdigest()
 
 
-def test_a_keys_file_is_read_with_the_other_keys(tmp_path: Path) -> None:
+def test_a_keys_file_is_read_with_the_other_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(f"""
         [[key]]
@@ -24,7 +26,7 @@ def test_a_keys_file_is_read_with_the_other_keys(tmp_path: Path) -> None:
         requests_per_minute = 60
         tokens_per_minute = 1000
     """)
-    config = resolve_config({"keys": str(file), "api_key": ["operator-key"]}, {})
+    config = resolve_config({"keys": str(file), "api_key": ["operator-key"]})
     operator, team = config.http.api_keys
     assert operator.scopes == frozenset(Scope)
     assert operator.access.patterns is None
@@ -33,7 +35,8 @@ def test_a_keys_file_is_read_with_the_other_keys(tmp_path: Path) -> None:
     assert (team.requests_per_minute, team.tokens_per_minute) == (60, 1000)
     assert team.access == AdapterAccess(("team-a/*", "shared"))
     assert DIGEST not in repr(config)
-    assert resolve_config({}, {"LORAPLEX_KEYS": str(file)}).http.api_keys == (team,)
+    monkeypatch.setenv("LORAPLEX_KEYS", str(file))
+    assert resolve_config({}).http.api_keys == (team,)
 
 
 def test_what_a_key_does_not_say_is_not_limited() -> None:
@@ -79,7 +82,7 @@ def test_a_mistake_stops_the_start_and_shows_no_secret(
     file = tmp_path / "keys.toml"
     file.write_text("\n".join(["[[key]]", *fields.values()]))
     with pytest.raises(ConfigError, match=told) as raised:
-        resolve_config({"keys": str(file)}, {})
+        resolve_config({"keys": str(file)})
     assert str(file) in str(raised.value)
     assert "secret" not in str(raised.value)
 
@@ -93,7 +96,7 @@ def test_the_same_key_or_name_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "keys.toml"
     file.write_text(table)
     with pytest.raises(ConfigError, match="given twice"):
-        resolve_config({"keys": str(file), "api_key": ["a-long-secret"]}, {})
+        resolve_config({"keys": str(file), "api_key": ["a-long-secret"]})
 
 
 @pytest.mark.parametrize("text", ["", "[key]\n", "x = 1\n", "[[key", "key = [1]\n"])
@@ -104,4 +107,4 @@ def test_a_file_that_is_no_list_of_keys_is_refused(text: str) -> None:
 
 def test_a_missing_keys_file_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nothing\.toml"):
-        resolve_config({"keys": str(tmp_path / "nothing.toml")}, {})
+        resolve_config({"keys": str(tmp_path / "nothing.toml")})

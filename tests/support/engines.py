@@ -6,7 +6,7 @@ import asyncio
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
@@ -56,7 +56,7 @@ def running_engine(
 ) -> Iterator[Engine]:
     """An engine on a copy of ``model``; ``changes`` are fields of the config."""
     base = BaseModel(copy.deepcopy(model), "tiny", fuse=fuse)
-    engine = assemble_engine(base, replace(config, **changes))  # type: ignore[arg-type]
+    engine = assemble_engine(base, config.model_copy(update=changes))
     try:
         yield engine
     finally:

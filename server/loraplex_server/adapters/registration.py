@@ -12,7 +12,7 @@ from typing import NamedTuple
 from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.names import is_valid_name
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.config import LoraModule, StoreConfig
+from loraplex_server.settings import LoraModule, StoreConfig
 
 __all__ = ["register_adapters"]
 

@@ -39,11 +39,11 @@ from loraplex_server.api.routes import (
 from loraplex_server.api.serving.disconnect import ClientLeft
 from loraplex_server.api.serving.generation import LiveGenerations
 from loraplex_server.api.serving.text_pipeline import ChatTokenizer, TextPipeline
-from loraplex_server.config import ServerConfig
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.collector import LoraplexCollector
 from loraplex_server.metrics.server_metrics import ServerMetrics
+from loraplex_server.settings import ServerConfig
 
 from .errors import ApiError, invalid
 from .lifecycle import Lifecycle

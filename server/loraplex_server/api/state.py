@@ -21,10 +21,10 @@ from loraplex_server.api.protocol.body_parser import BodyParser
 from loraplex_server.api.serving.generation import LiveGenerations
 from loraplex_server.api.serving.text_pipeline import TextPipeline
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
-from loraplex_server.config import ServerConfig
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.metrics.collector import LoraplexCollector
 from loraplex_server.metrics.server_metrics import ServerMetrics
+from loraplex_server.settings import ServerConfig
 
 from .errors import from_store
 from .lifecycle import Lifecycle

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx
 
-from loraplex_server.config import is_loopback
+from loraplex_server.settings import is_loopback
 
 __all__ = ["AdapterLine", "ChatError", "ChatSession"]
 

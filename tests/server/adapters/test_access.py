@@ -15,7 +15,7 @@ from loraplex_server.adapters.description import DescriptionGenerator
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope
-from loraplex_server.config import HttpConfig
+from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front, routes_of
 from tests.support.lora_files import write_lora
 from tests.support.scripted_generator import ScriptedGenerator

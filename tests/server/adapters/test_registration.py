@@ -10,7 +10,7 @@ import pytest
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.registration import register_adapters
-from loraplex_server.config import StoreConfig
+from loraplex_server.settings import StoreConfig
 from tests.support.lora_files import write_lora
 
 

@@ -12,7 +12,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.selector import Auto, Description, NameRef
 from loraplex_server.adapters.resolver import Resolution
 from loraplex_server.api_keys import AdapterAccess
-from loraplex_server.config import HttpConfig
+from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api_keys import ApiKey, Scope
-from loraplex_server.config import HttpConfig
+from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front, routes_of
 from tests.support.asgi_call import AsgiCall
 

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api_keys import ApiKey, Scope
-from loraplex_server.config import ConfigError, HttpConfig, resolve_config
+from loraplex_server.settings import ConfigError, HttpConfig, resolve_config
 from tests.server.conftest import Front, make_front
 
 pytestmark = pytest.mark.anyio
@@ -57,10 +57,10 @@ async def test_a_page_that_is_named_may_call_with_a_key(
 
 def test_origins_are_checked_at_the_start() -> None:
     given = {"cors_origin": [PAGE, "http://localhost:3000"]}
-    assert resolve_config(given, {}).http.cors_origins == (PAGE, "http://localhost:3000")
+    assert resolve_config(given).http.cors_origins == (PAGE, "http://localhost:3000")
     for bad in ("example.org", f"{PAGE}/", f"{PAGE}/path", "https://*.example.org", "null"):
         with pytest.raises(ConfigError, match="cors-origin"):
-            resolve_config({"cors_origin": [bad]}, {})
+            resolve_config({"cors_origin": [bad]})
     with pytest.raises(ConfigError, match="--api-key"):
-        resolve_config({"cors_origin": ["*"]}, {})
-    assert resolve_config({"cors_origin": "*", "api_key": ["long-enough"]}, {}).http.cors_origins
+        resolve_config({"cors_origin": ["*"]})
+    assert resolve_config({"cors_origin": "*", "api_key": ["long-enough"]}).http.cors_origins

@@ -14,7 +14,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.middleware.rate_limit import RateLimiter
 from loraplex_server.api_keys import ApiKey, Scope
-from loraplex_server.config import HttpConfig
+from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 
 pytestmark = pytest.mark.anyio

@@ -15,7 +15,7 @@ from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import info_of
 from loraplex_server.api_keys import ApiKey
 from loraplex_server.api_keys import Scope as KeyScope
-from loraplex_server.config import HttpConfig, is_loopback
+from loraplex_server.settings import HttpConfig, is_loopback
 
 from .rate_limit import RateLimiter
 

@@ -6,7 +6,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.config import HttpConfig
+from loraplex_server.settings import HttpConfig
 
 __all__ = ["BodyLimit"]
 

@@ -55,7 +55,7 @@ class RequestContext:
 
     def _record(self, scope: Scope, info: RequestInfo, status: int) -> None:
         seconds = perf_counter() - info.started
-        handler = getattr(scope.get("route"), "path", "unexpected_keys")
+        handler = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.answered(handler, scope["method"], status, seconds)
         # A path may hold anything once decoded, line breaks included: one record, one line.
         path = scope["path"] if scope["path"].isprintable() else ascii(scope["path"])

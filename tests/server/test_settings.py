@@ -5,15 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from loraplex_server.api_keys import Scope
-from loraplex_server.config import ConfigError, is_loopback, resolve_config
+from loraplex_server.cli.app import app
+from loraplex_server.settings import ConfigError, is_loopback, resolve_config, server_options
+from loraplex_server.settings_page import settings_page
 
 
-def test_flags_win_over_the_environment_and_that_over_the_file() -> None:
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "loraplex.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_win_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = "port: 1\nhost: 127.0.0.2\nmax-batch-size: 4\nmax_queue: 7\n"
-    environment = {"LORAPLEX_PORT": "2", "LORAPLEX_MAX_BATCH_SIZE": "5", "PORT": "9"}
-    config = resolve_config({"port": 3}, environment, text)
+    for name, value in (("LORAPLEX_PORT", "2"), ("LORAPLEX_MAX_BATCH_SIZE", "5"), ("PORT", "9")):
+        monkeypatch.setenv(name, value)
+    config = resolve_config({"port": 3}, _file(tmp_path, text))
     assert config.http.port == 3
     assert config.engine.max_batch_size == 5
     assert config.engine.max_queue == 7
@@ -21,7 +33,7 @@ def test_flags_win_over_the_environment_and_that_over_the_file() -> None:
 
 
 def test_nothing_given_means_the_defaults() -> None:
-    config = resolve_config({}, {})
+    config = resolve_config({})
     assert config.http.port == 8000
     assert config.http.host == "127.0.0.1"
     assert config.model is None
@@ -30,15 +42,22 @@ def test_nothing_given_means_the_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
-    [("1024", 1024), ("2KiB", 2048), ("1.5 GiB", 3 << 29), ("3MB", 3_000_000), ("4g", 4 * 10**9)],
+    [
+        ("1024", 1024),
+        ("2KiB", 2048),
+        ("1.5 GiB", 3 << 29),
+        ("3MB", 3_000_000),
+        ("4g", 4 * 10**9),
+        ("7MiB", 7 << 20),
+    ],
 )
 def test_sizes_have_units(text: str, n_bytes: int) -> None:
-    assert resolve_config({"kv_memory": text}, {}).engine.kv_memory_bytes == n_bytes
+    assert resolve_config({"kv_memory": text}).engine.kv_memory_bytes == n_bytes
 
 
 def test_adapters_are_given_as_directories_and_as_named_modules() -> None:
     config = resolve_config(
-        {"lora_modules": ["sql=/a/b", "x=c=d"], "adapters_dir": ["/one", "/two"]}, {}
+        {"lora_modules": ["sql=/a/b", "x=c=d"], "adapters_dir": ["/one", "/two"]}
     )
     assert config.store.adapters_dirs == (Path("/one"), Path("/two"))
     assert [(m.name, str(m.path)) for m in config.store.lora_modules] == [
@@ -48,9 +67,9 @@ def test_adapters_are_given_as_directories_and_as_named_modules() -> None:
 
 
 def test_allowed_sources_come_as_a_list_or_with_commas() -> None:
-    assert resolve_config({}, {}).store.allow_sources == ()
+    assert resolve_config({}).store.allow_sources == ()
     for given in ("hf://org/,s3://b/a", ["hf://org", "s3://b/a/"]):
-        config = resolve_config({"allow_source": given}, {})
+        config = resolve_config({"allow_source": given})
         assert [prefix.text for prefix in config.store.allow_sources] == ["hf://org", "s3://b/a"]
 
 
@@ -61,7 +80,7 @@ def test_allowed_sources_come_as_a_list_or_with_commas() -> None:
         ({"port": 70000}, "port"),
         ({"port": "many"}, "port"),
         ({"kv_memory": "lots"}, "kv-memory"),
-        ({"max_batch_size": 0}, "max_batch_size"),
+        ({"max_batch_size": 0}, "max-batch-size"),
         ({"dtype": "int3"}, "dtype"),
         ({"drain_timeout": -1}, "drain-timeout"),
         ({"lora_modules": ["nopath"]}, "lora-modules"),
@@ -75,31 +94,32 @@ def test_allowed_sources_come_as_a_list_or_with_commas() -> None:
 )
 def test_a_bad_value_stops_the_start_and_is_named(flags: dict[str, object], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        resolve_config(flags, {})
+        resolve_config(flags)
 
 
 @pytest.mark.parametrize("text", ["- a\n", "port: [", "prot: 1\n", "port:\n  a: 1\n"])
-def test_a_bad_file_stops_the_start(text: str) -> None:
+def test_a_bad_file_stops_the_start(text: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError):
-        resolve_config({}, {}, text)
+        resolve_config({}, _file(tmp_path, text))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_an_open_host_without_a_key_is_refused(host: str) -> None:
+def test_an_open_host_without_a_key_is_refused(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="--api-key"):
-        resolve_config({"host": host}, {})
-    assert resolve_config({"host": host, "insecure": True}, {}).http.writes_open is False
-    assert resolve_config({"host": host}, {"LORAPLEX_API_KEY": "long-enough"}).http.api_keys
+        resolve_config({"host": host})
+    assert resolve_config({"host": host, "insecure": True}).http.writes_open is False
+    monkeypatch.setenv("LORAPLEX_API_KEY", "long-enough")
+    assert resolve_config({"host": host}).http.api_keys
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "::1", "localhost"])
 def test_loopback_needs_no_key(host: str) -> None:
     assert is_loopback(host)
-    assert resolve_config({"host": host}, {}).http.writes_open
+    assert resolve_config({"host": host}).http.writes_open
 
 
 def test_keys_have_scopes_and_are_kept_as_hashes_only() -> None:
-    config = resolve_config({"api_key": ["all-of-it"], "infer_api_key": ["only-infer"]}, {})
+    config = resolve_config({"api_key": ["all-of-it"], "infer_api_key": ["only-infer"]})
     full, infer = config.http.api_keys
     assert full.scopes == {Scope.INFER, Scope.ADMIN}
     assert infer.scopes == {Scope.INFER}
@@ -110,5 +130,19 @@ def test_keys_have_scopes_and_are_kept_as_hashes_only() -> None:
 
 def test_the_secret_of_a_bad_key_is_not_in_the_message() -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve_config({"api_key": ["s3cret"]}, {})
+        resolve_config({"api_key": ["s3cret"]})
     assert "s3cret" not in str(caught.value)
+
+
+def test_the_page_of_settings_is_made_from_the_options() -> None:
+    page = Path(__file__).parents[2] / "docs" / "settings.md"
+    assert page.read_text() == settings_page(), (
+        "python -m loraplex_server.settings_page > docs/settings.md"
+    )
+
+
+def test_the_help_of_serve_names_every_option_that_is_not_hidden() -> None:
+    told = CliRunner().invoke(app, ["serve", "--help"], terminal_width=200).output
+    assert [
+        o.dashed for o in server_options() if not o.hidden and f"--{o.dashed}" not in told
+    ] == []

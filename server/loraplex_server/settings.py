@@ -1,0 +1,351 @@
+"""The server's settings: frozen values, composed by owner, resolved once at start.
+
+    command line flags  >  LORAPLEX_* environment  >  --config file.yaml  >  defaults
+
+Every option has one name: ``--max-model-len``, ``LORAPLEX_MAX_MODEL_LEN``, ``max-model-len:``.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
+
+from loraplex_adapter_store.sources.prefix import SourcePrefix
+from loraplex_server.engine.config import EngineConfig
+
+from .api_keys import ApiKey, Scope, parse_keys
+from .options import Bytes, Option, Options, Panel, Paths, Seconds, Texts, option, options
+
+__all__ = [
+    "ConfigError",
+    "HttpConfig",
+    "LoraModule",
+    "ServerConfig",
+    "StoreConfig",
+    "is_loopback",
+    "resolve_config",
+    "server_options",
+]
+
+
+class ConfigError(ValueError):
+    """A bad value stops the start; the message names the option and the value."""
+
+
+class LoraModule(NamedTuple):
+    name: str
+    path: Path
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class HttpConfig(Options):
+    served_model_names: Texts = option(
+        (),
+        "Name of the base in requests; repeat for more names. Default: the model's own.",
+        Panel.MODEL,
+        name="served_model_name",
+    )
+    host: str = option("127.0.0.1", "Address to listen on.", Panel.HTTP)
+    port: int = option(8000, "0 takes a free one.", Panel.HTTP, ge=0, le=65535)
+    cors_origins: Texts = option(
+        (),
+        "Pages from there may call this server; repeatable.",
+        Panel.HTTP,
+        name="cors_origin",
+        metavar="ORIGIN",
+    )
+    insecure: bool = option(
+        False, "Serve off loopback without a key; adapters are then read-only.", Panel.HTTP
+    )
+    max_body_bytes: Bytes = option(
+        16 << 20, "Of a request.", Panel.HTTP, name="max_body_size", metavar="SIZE"
+    )
+    max_upload_bytes: Bytes = option(
+        4 << 30, "Of an adapter.", Panel.HTTP, name="max_upload_size", metavar="SIZE"
+    )
+    max_choices: int = option(128, "Prompts × n of one call.", Panel.HTTP, hidden=True, ge=1)
+    ping_interval_s: Seconds = option(
+        10.0, "Between comments of an idle stream.", Panel.HTTP, name="ping_interval", hidden=True
+    )
+    drain_timeout_s: Seconds = option(
+        30.0, "Seconds for running requests on SIGTERM.", Panel.HTTP, name="drain_timeout"
+    )
+    log_format: Literal["text", "json"] = option("text", "text or json.", Panel.HTTP)
+    log_level: str = option("info", "debug, info, warning or error.", Panel.HTTP)
+    otlp_endpoint: str | None = option(
+        None,
+        "Send OpenTelemetry spans there, as http://host:4318/v1/traces.",
+        Panel.HTTP,
+        metavar="URL",
+    )
+    api_keys: tuple[ApiKey, ...] = ()  # of --api-key, --infer-api-key and --keys together
+    job_wait_s: float = 10.0  # how long a load is waited for before it is answered with a job
+    stall_s: float = 120.0  # a running step older than this makes /health fail
+
+    @property
+    def writes_open(self) -> bool:
+        """Whether adapters may be changed without a key: only while nobody else can connect."""
+        return not self.api_keys and is_loopback(self.host)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not (self.api_keys or self.insecure or is_loopback(self.host)):
+            raise ValueError(
+                f"refusing to serve on {self.host} without authentication: give --api-key, bind "
+                "to 127.0.0.1, or say --insecure (which leaves the adapters read-only)"
+            )
+        ids = [key.id for key in self.api_keys]
+        if len(set(ids)) != len(ids) or len({key.sha256 for key in self.api_keys}) != len(ids):
+            raise ValueError("an API key is given twice, by --api-key, --infer-api-key or --keys")
+        for origin in self.cors_origins:
+            if origin == "*" and not self.api_keys:
+                raise ValueError(
+                    "cors-origin is '*': any web page could use this server; add --api-key"
+                )
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#\s*]+", origin):
+                raise ValueError(
+                    f"cors-origin is {origin!r}; an origin is scheme://host[:port] without a path"
+                )
+        return self
+
+
+def _modules(value: object) -> object:
+    """``name=path`` texts, as a list or with commas."""
+    texts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    modules = []
+    for text in texts:
+        if isinstance(text, LoraModule):
+            modules.append(text)
+            continue
+        name, separator, path = str(text).strip().partition("=")
+        if not (separator and name and path):
+            raise ValueError(f"{text!r} must have the form name=path")
+        modules.append(LoraModule(name, Path(path).expanduser()))
+    return tuple(modules)
+
+
+def _prefixes(value: object) -> object:
+    texts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple):
+        return value
+    return tuple(
+        text if isinstance(text, SourcePrefix) else SourcePrefix.parse(str(text).strip())
+        for text in texts
+    )
+
+
+class StoreConfig(Options):
+    adapters_dirs: Paths = option(
+        (),
+        "Serve every adapter below; clients may load from there. Repeatable.",
+        Panel.ADAPTERS,
+        name="adapters_dir",
+    )
+    allow_sources: Annotated[tuple[SourcePrefix, ...], NoDecode, BeforeValidator(_prefixes)] = (
+        option(
+            (),
+            "Clients may load from below this hf://, s3://, gs://, az:// or https:// address. "
+            "Repeatable.",
+            Panel.ADAPTERS,
+            name="allow_source",
+            metavar="PREFIX",
+        )
+    )
+    lora_modules: Annotated[tuple[LoraModule, ...], NoDecode, BeforeValidator(_modules)] = option(
+        (), "An adapter to serve; repeatable.", Panel.ADAPTERS, metavar="NAME=PATH"
+    )
+    memory_bytes: Bytes = option(
+        2 << 30,
+        "Of adapters on the host.",
+        Panel.ADAPTERS,
+        name="adapter_host_memory",
+        metavar="SIZE",
+    )
+    root: Path | None = option(
+        None,
+        "Where adapters are kept. Default: below $LORAPLEX_HOME, by base.",
+        Panel.ADAPTERS,
+        name="state_dir",
+    )
+    demos: bool = option(True, "Serve the shipped demo adapters.", Panel.ADAPTERS)
+
+
+class ServerConfig(Options):
+    model: str | None = option(
+        None, "Pulled model, Hub id or directory. Default: the default base.", Panel.MODEL
+    )
+    http: HttpConfig = Field(default_factory=HttpConfig)
+    engine: EngineConfig = Field(default_factory=EngineConfig)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+
+
+def _secrets(value: object) -> object:
+    secrets = value.split(",") if isinstance(value, str) else value
+    if isinstance(secrets, list | tuple) and any(len(str(secret)) < 8 for secret in secrets):
+        raise ValueError("a key must have at least 8 characters")
+    return secrets
+
+
+def _key_file(value: object) -> object:
+    path = Path(str(value)).expanduser()
+    try:
+        return parse_keys(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+_Secrets = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_secrets)]
+
+
+class _KeyOptions(Options):
+    """Secrets as they come; ``HttpConfig.api_keys`` holds their hashes."""
+
+    api_key: _Secrets = option(
+        (),
+        "Key for everything; repeat for more. Better: the variable LORAPLEX_API_KEY.",
+        Panel.HTTP,
+    )
+    infer_api_key: _Secrets = option(
+        (), "Key that may generate but not change adapters.", Panel.HTTP
+    )
+    keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_key_file)] = option(
+        (),
+        "TOML file of keys by hash, with scopes, adapters and limits.",
+        Panel.HTTP,
+        metavar="FILE",
+    )
+
+    def api_keys(self) -> tuple[ApiKey, ...]:
+        everything = [ApiKey.of(secret, Scope.INFER, Scope.ADMIN) for secret in self.api_key]
+        infer = [ApiKey.of(secret, Scope.INFER) for secret in self.infer_api_key]
+        return (*everything, *infer, *self.keys)
+
+
+_OWNERS = (ServerConfig, HttpConfig, _KeyOptions, EngineConfig, StoreConfig)
+
+
+@cache
+def server_options() -> tuple[Option, ...]:
+    """Every option of `loraplex serve`, by owner."""
+    return tuple(options(_OWNERS))
+
+
+def resolve_config(flags: Mapping[str, object], config_file: Path | None = None) -> ServerConfig:
+    """``flags`` hold only what was given. Reads the environment and ``config_file``.
+
+    Raises ConfigError, which names the option and never repeats a secret.
+    """
+    known = {each.name: each for each in server_options()}
+    for name in flags:
+        if name not in known:
+            raise ConfigError(f"the command line sets {name!r}, {_no_option()}")
+    try:
+        given = _settings_class(config_file)(**flags)
+        by_owner: dict[type[Options], dict[str, Any]] = {owner: {} for owner in _OWNERS}
+        for name in given.model_fields_set:
+            by_owner[known[name].owner][known[name].field] = getattr(given, name)
+        api_keys = _KeyOptions.model_construct(**by_owner[_KeyOptions]).api_keys()
+        return ServerConfig(
+            **by_owner[ServerConfig],
+            http=HttpConfig(**by_owner[HttpConfig], api_keys=api_keys),
+            engine=EngineConfig(**by_owner[EngineConfig]),
+            store=StoreConfig(**by_owner[StoreConfig]),
+        )
+    except ValidationError as error:
+        raise ConfigError(_problem(error)) from None
+
+
+class _Settings(BaseSettings):
+    """All options side by side, as the sources give them; the fields come from the owners."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LORAPLEX_",
+        env_ignore_empty=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        coerce_numbers_to_str=True,
+        validate_default=False,
+    )
+    config_file: ClassVar[Path | None] = None
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        if cls.config_file is None:
+            return init_settings, env_settings
+        return init_settings, env_settings, _YamlFile(settings_cls, cls.config_file)
+
+
+class _YamlFile(YamlConfigSettingsSource):
+    """Option names with dashes or underscores; anything else than a mapping is refused."""
+
+    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
+        try:
+            value = yaml.safe_load(file_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise ConfigError(f"the config file cannot be read: {error}") from error
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise ConfigError("the config file must hold a mapping of option names to values")
+        return {str(key).replace("-", "_"): item for key, item in value.items()}
+
+
+def _settings_class(config_file: Path | None) -> type[_Settings]:
+    fields: dict[str, Any] = {each.name: _field(each.info) for each in server_options()}
+    made = create_model("Settings", __base__=_Settings, **fields)
+    made.config_file = config_file
+    return made
+
+
+def _field(info: FieldInfo) -> tuple[Any, FieldInfo]:
+    return info.annotation, info
+
+
+def _no_option() -> str:
+    known = ", ".join(sorted(each.dashed for each in server_options()))
+    return f"which is no option; known: {known}"
+
+
+def _problem(error: ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    told = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return f"the config file sets {name!r}, {_no_option()}"
+    if not name:
+        return told
+    shown = "…" if "key" in name else repr(problem["input"])
+    return f"{name.replace('_', '-')} is {shown}: {told[:1].lower()}{told[1:]}"

@@ -36,6 +36,8 @@ class AdapterCard:
     n_leases: int
     report: LoadReport | None  # None in lists: ask for the adapter alone
     provenance: Mapping[str, JsonValue] = field(default_factory=dict)
+    expires: float | None = None  # seconds since the epoch; None: it stays
+    replaced: str | None = None  # after a put: the digest the name had before it; None: it is new
 
     def to_json(self) -> dict[str, JsonValue]:
         return {
@@ -53,6 +55,7 @@ class AdapterCard:
             "n_leases": self.n_leases,
             "report": None if self.report is None else self.report.to_json(),
             "provenance": dict(self.provenance),
+            "expires": self.expires,
         }
 
 

@@ -130,10 +130,6 @@ class HostTier:
             self._changed.notify_all()
             return entry.n_bytes
 
-    def wait_unleased(self, digest: str, timeout_s: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self.n_leases(digest) == 0, timeout_s)
-
     def pin(self, digests: frozenset[str]) -> None:
         """Replaces the set of digests that are never evicted."""
         with self._changed:

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .errors import UnknownAdapter
-from .registry import Content, NameRecord
+from .registry import Content, NameRecord, Put
 
-__all__ = ["NameIndex", "Removed"]
+__all__ = ["NameIndex", "Removed", "Unnamed"]
 
 
 class Removed(NamedTuple):
@@ -22,21 +22,46 @@ class Removed(NamedTuple):
     composites: tuple[str, ...]  # digests that had it as a part
 
 
+class Unnamed(NamedTuple):
+    """What a removed name pointed at."""
+
+    digest: str
+    has_other_names: bool  # the content stays
+    kept: tuple[str, ...]  # digests of its older revisions
+
+
 class NameIndex:
     """Mirror of the catalogue. Thread-safe; no method waits or does I/O."""
 
-    def __init__(self, names: Iterable[NameRecord], contents: Iterable[Content]) -> None:
+    def __init__(
+        self,
+        names: Iterable[NameRecord],
+        kept: Iterable[NameRecord],  # newest first
+        contents: Iterable[Content],
+    ) -> None:
         self._lock = threading.Lock()
         self._names = {record.name: record for record in names}
+        self._kept: dict[str, tuple[NameRecord, ...]] = {}
+        for record in kept:
+            self._kept[record.name] = (*self._kept.get(record.name, ()), record)
         self._contents = {content.digest: content for content in contents}
+        # names that have a digest as their current or a kept revision
         self._n_names = Counter(record.digest for record in self._names.values())
+        self._n_names.update(old.digest for revisions in self._kept.values() for old in revisions)
         self._composites: dict[str, tuple[str, ...]] = {}
-        self._awaited: Counter[str] = Counter()
 
-    def find(self, name: str) -> tuple[NameRecord, Content] | None:
+    def find(
+        self, name: str, digest_prefix: str | None = None
+    ) -> tuple[NameRecord, Content] | None:
+        """The current revision of ``name``, or the newest one whose digest begins so."""
         with self._lock:
             record = self._names.get(name)
-            return None if record is None else (record, self._contents[record.digest])
+            if record is None:
+                return None
+            for revision in (record, *self._kept.get(name, ())):
+                if revision.digest.startswith(digest_prefix or ""):
+                    return revision, self._contents[revision.digest]
+            return None
 
     def current(self, name: str) -> tuple[NameRecord, Content]:
         """Raises UnknownAdapter, which names the closest."""
@@ -46,6 +71,14 @@ class NameIndex:
         with self._lock:
             names = list(self._names)
         raise UnknownAdapter(name, difflib.get_close_matches(name, names, 5, 0.5), len(names))
+
+    def revisions(self, name: str) -> list[tuple[NameRecord, Content]]:
+        """The current one, then the kept ones, newest first. Raises UnknownAdapter."""
+        self.current(name)
+        with self._lock:
+            current = self._names.get(name)
+            records = () if current is None else (current, *self._kept.get(name, ()))
+            return [(record, self._contents[record.digest]) for record in records]
 
     def pairs(self) -> list[tuple[NameRecord, Content]]:
         with self._lock:
@@ -59,42 +92,40 @@ class NameIndex:
         with self._lock:
             return self._contents.get(digest)
 
-    def point(self, record: NameRecord, content: Content) -> str | None:
-        """``record.name`` now means ``content``; returns the digest it meant before."""
+    def point(self, put: Put, content: Content) -> tuple[str, ...]:
+        """Applies ``put``, which points a name at ``content``; the digests that it let go."""
+        name = put.record.name
         with self._lock:
-            old = self._names.get(record.name)
-            self._names[record.name] = record
+            before = self._digests(name)
+            self._names[name] = put.record
+            self._kept[name] = put.kept
             self._contents[content.digest] = content
-            self._n_names[content.digest] += 1
-            if old is None:
-                return None
-            self._n_names[old.digest] -= 1
-            return old.digest
+            after = self._digests(name)
+            self._n_names.update(after)
+            self._n_names.subtract(before)
+            return tuple(digest for digest in before if digest not in after)
 
-    def remove_name(self, name: str) -> bool:
-        """True if the content has other names. Else it waits for ``end_wait`` to be retired."""
+    def update(self, record: NameRecord) -> None:
+        """The same revision with another pin or expiry."""
         with self._lock:
-            digest = self._names.pop(name).digest
-            self._n_names[digest] -= 1
-            if self._n_names[digest] > 0:
-                return True
-            self._awaited[digest] += 1
-            return False
+            self._names[record.name] = record
 
-    def end_wait(self, digest: str) -> None:
+    def remove_name(self, name: str) -> Unnamed:
         with self._lock:
-            self._awaited[digest] -= 1
-            if self._awaited[digest] <= 0:
-                del self._awaited[digest]
+            digests = self._digests(name)
+            del self._names[name]
+            self._kept.pop(name, None)
+            self._n_names.subtract(digests)
+            return Unnamed(digests[0], self._n_names[digests[0]] > 0, digests[1:])
 
     def add_composite(self, digest: str, parts: Sequence[str]) -> None:
         with self._lock:
             self._composites[digest] = tuple(parts)
 
-    def is_garbage(self, digest: str) -> bool:
-        """Nothing reaches it and nobody waits to retire it himself."""
+    def is_reachable(self, digest: str) -> bool:
+        """Whether a name, or all the names of a composite's parts, lead to it."""
         with self._lock:
-            return not self._is_reachable(digest) and self._awaited[digest] <= 0
+            return self._is_reachable(digest)
 
     def remove_unreachable(self, digest: str) -> Removed | None:
         """Forgets a content or composite that nothing reaches; None if something does, or gone."""
@@ -116,6 +147,22 @@ class NameIndex:
     def is_named(self, digest: str) -> bool:
         with self._lock:
             return self._n_names[digest] > 0
+
+    def next_expiry(self) -> float | None:
+        with self._lock:
+            times = [r.expires for r in self._names.values() if r.expires is not None]
+        return min(times, default=None)
+
+    def expired(self, now: float) -> list[NameRecord]:
+        with self._lock:
+            records = self._names.values()
+            return [r for r in records if r.expires is not None and r.expires <= now]
+
+    def _digests(self, name: str) -> tuple[str, ...]:
+        """Of the current revision, then of the kept ones; all are different."""
+        record = self._names.get(name)
+        kept = tuple(old.digest for old in self._kept.get(name, ()))
+        return kept if record is None else (record.digest, *kept)
 
     def _is_reachable(self, digest: str) -> bool:
         parts = self._composites.get(digest, (digest,))

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from .errors import RevisionConflict, StoreError, UnknownAdapter
 from .plan import Family
 from .report import JsonValue, LoadReport
 
-__all__ = ["Content", "NameRecord", "Registry"]
+__all__ = ["Content", "NameRecord", "Put", "Registry"]
 
 _MIGRATIONS = (
     """
@@ -37,6 +38,10 @@ _MIGRATIONS = (
     ) STRICT;
     """,
     "CREATE INDEX revisions_by_digest ON revisions (digest);",
+    """
+    ALTER TABLE names ADD COLUMN expires REAL;
+    ALTER TABLE revisions ADD COLUMN kept INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 
@@ -53,7 +58,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class NameRecord:
-    """What a name points at now."""
+    """A revision of a name: the one it points at now, or an older one that is kept."""
 
     name: str
     revision: int
@@ -62,7 +67,16 @@ class NameRecord:
     examples: tuple[str, ...]
     provenance: Mapping[str, JsonValue]
     created: float
-    pinned: bool
+    pinned: bool = False  # of the name, not of the revision, like the next
+    expires: float | None = None  # seconds since the epoch; None: it stays
+
+
+class Put(NamedTuple):
+    """What a put has made of a name."""
+
+    record: NameRecord  # that the name points at now
+    kept: tuple[NameRecord, ...]  # older revisions, newest first
+    previous: NameRecord | None  # what the name pointed at; None: it is new
 
 
 class Registry:
@@ -82,6 +96,12 @@ class Registry:
     def names(self) -> tuple[NameRecord, ...]:
         with self._lock:
             rows = self._db.execute(_SELECT_NAMES + " ORDER BY n.name").fetchall()
+        return tuple(_record(row) for row in rows)
+
+    def kept(self) -> tuple[NameRecord, ...]:
+        """Older revisions whose contents are kept, newest first."""
+        with self._lock:
+            rows = self._db.execute(_SELECT_KEPT + " ORDER BY revision DESC").fetchall()
         return tuple(_record(row) for row in rows)
 
     def contents(self) -> tuple[Content, ...]:
@@ -122,15 +142,17 @@ class Registry:
         examples: tuple[str, ...],
         provenance: Mapping[str, JsonValue],
         created: float,
-    ) -> NameRecord:
-        """Points ``name`` at ``content``. Raises RevisionConflict and changes nothing."""
+        expires: float | None = None,
+        n_kept: int = 0,
+    ) -> Put:
+        """Points ``name`` at ``content``. Raises RevisionConflict and changes nothing.
+
+        The revision it had becomes a kept one; of those the ``n_kept`` newest stay.
+        """
         with self._transaction() as db:
-            current = db.execute(
-                "SELECT r.digest FROM names n JOIN revisions r USING (name, revision)"
-                " WHERE n.name = ?",
-                (name,),
-            ).fetchone()
-            _check_match(name, None if current is None else str(current[0]), if_match, replace)
+            row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
+            current = None if row is None else _record(row)
+            _check_match(name, None if current is None else current.digest, if_match, replace)
             db.execute(
                 "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -149,7 +171,7 @@ class Registry:
             ).fetchone()
             revision = int(last[0]) + 1
             db.execute(
-                "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?)",
+                "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
                 (
                     name,
                     revision,
@@ -161,12 +183,17 @@ class Registry:
                 ),
             )
             db.execute(
-                "INSERT INTO names (name, revision) VALUES (?, ?)"
-                " ON CONFLICT (name) DO UPDATE SET revision = excluded.revision",
-                (name, revision),
+                "INSERT INTO names (name, revision, expires) VALUES (?, ?, ?) ON CONFLICT (name)"
+                " DO UPDATE SET revision = excluded.revision, expires = excluded.expires",
+                (name, revision, expires),
             )
+            if current is not None:
+                _keep(db, current, content.digest, n_kept)
             row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
-        return _record(row)
+            kept = db.execute(
+                _SELECT_KEPT + " AND name = ? ORDER BY revision DESC", (name,)
+            ).fetchall()
+        return Put(_record(row), tuple(_record(old) for old in kept), current)
 
     def remove_name(self, name: str, if_match: str | None = None) -> None:
         with self._transaction() as db:
@@ -175,14 +202,13 @@ class Registry:
                 raise UnknownAdapter(name)
             _check_match(name, _record(row).digest, if_match, replace=True)
             db.execute("DELETE FROM names WHERE name = ?", (name,))
+            db.execute("UPDATE revisions SET kept = 0 WHERE name = ? AND kept", (name,))
 
     def set_pinned(self, name: str, *, pinned: bool) -> NameRecord:
-        with self._transaction() as db:
-            db.execute("UPDATE names SET pinned = ? WHERE name = ?", (int(pinned), name))
-            row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
-        if row is None:
-            raise UnknownAdapter(name)
-        return _record(row)
+        return self._set(name, "UPDATE names SET pinned = ? WHERE name = ?", int(pinned))
+
+    def set_expiry(self, name: str, expires: float | None) -> NameRecord:
+        return self._set(name, "UPDATE names SET expires = ? WHERE name = ?", expires)
 
     def forget_content(self, digest: str) -> None:
         """The files are gone; the revision history keeps the digest."""
@@ -192,6 +218,14 @@ class Registry:
     def close(self) -> None:
         with self._lock:
             self._db.close()
+
+    def _set(self, name: str, update: str, value: float | None) -> NameRecord:
+        with self._transaction() as db:
+            db.execute(update, (value, name))
+            row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
+        if row is None:
+            raise UnknownAdapter(name)
+        return _record(row)
 
     def _migrate(self) -> None:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
@@ -219,8 +253,29 @@ class Registry:
 
 _SELECT_NAMES = (
     "SELECT n.name, r.revision, r.digest, r.description, r.examples, r.provenance, r.created,"
-    " n.pinned FROM names n JOIN revisions r ON r.name = n.name AND r.revision = n.revision"
+    " n.pinned, n.expires"
+    " FROM names n JOIN revisions r ON r.name = n.name AND r.revision = n.revision"
 )
+_SELECT_KEPT = (
+    "SELECT name, revision, digest, description, examples, provenance, created, 0, NULL"
+    " FROM revisions WHERE kept"
+)
+
+
+def _keep(db: sqlite3.Connection, old: NameRecord, new_digest: str, n_kept: int) -> None:
+    """Each content is kept once, and the current one is not among the kept ones."""
+    db.execute(
+        "UPDATE revisions SET kept = 1 WHERE name = ? AND revision = ?", (old.name, old.revision)
+    )
+    db.execute(
+        "UPDATE revisions SET kept = 0 WHERE name = ? AND kept AND digest = ?",
+        (old.name, new_digest),
+    )
+    db.execute(
+        "UPDATE revisions SET kept = 0 WHERE name = ? AND kept AND revision NOT IN (SELECT revision"
+        " FROM revisions WHERE name = ? AND kept ORDER BY revision DESC LIMIT ?)",
+        (old.name, old.name, n_kept),
+    )
 
 
 def _check_match(name: str, current: str | None, if_match: str | None, replace: bool) -> None:
@@ -232,9 +287,10 @@ def _check_match(name: str, current: str | None, if_match: str | None, replace: 
 
 
 def _record(row: tuple[object, ...]) -> NameRecord:
-    name, revision, digest, description, examples, provenance, created, pinned = row
+    name, revision, digest, description, examples, provenance, created, pinned, expires = row
     assert isinstance(revision, int)
     assert isinstance(created, float)
+    assert isinstance(expires, float | None)
     return NameRecord(
         name=str(name),
         revision=revision,
@@ -244,6 +300,7 @@ def _record(row: tuple[object, ...]) -> NameRecord:
         provenance=json.loads(str(provenance)),
         created=created,
         pinned=bool(pinned),
+        expires=expires,
     )
 
 

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, TypeVar
@@ -27,6 +27,7 @@ from .card import AdapterCard, DeleteReport, StoreStats, TierBytes
 from .composite import Composite
 from .content_files import ContentFiles
 from .content_loader import ContentLoader
+from .deletion import Deletion
 from .disk import Disk
 from .errors import (
     InvalidSelector,
@@ -45,7 +46,7 @@ from .name_index import NameIndex
 from .names import check_name
 from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan, Family
-from .registry import Content, NameRecord, Registry
+from .registry import Content, NameRecord, Put, Registry
 from .report import JsonValue, LoadReport
 from .root_lock import own_root
 from .selector import Library, Mixture, NameRef, Selector, parse_selector
@@ -67,6 +68,7 @@ class _Terms(NamedTuple):
     description: str | None
     examples: tuple[str, ...]
     provenance: Mapping[str, JsonValue]
+    expires: float | None = None
 
 
 class AdapterStore:
@@ -84,8 +86,12 @@ class AdapterStore:
         disk: Disk | None = None,
         gate_of: GateOf | None = None,
         packer: Packer | None = None,
+        n_kept_revisions: int = 0,
     ) -> None:
-        """``gate_of`` makes the gates of libraries; without it they are refused.
+        """``n_kept_revisions`` older contents of each name stay, to be asked for by digest or
+        rolled back to; they go with the name.
+
+        ``gate_of`` makes the gates of libraries; without it they are refused.
 
         ``packer`` turns a plan into what the host tier keeps of it (the engine's own form). It
         runs on the thread that adds the adapter, or on the one that loads it.
@@ -94,6 +100,7 @@ class AdapterStore:
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
         self._gate_of = gate_of
+        self._n_kept_revisions = n_kept_revisions
         disk = disk or Disk()
         disk.make_directory(root)
         self._give_up = own_root(root)
@@ -104,7 +111,9 @@ class AdapterStore:
         except BaseException:
             self._give_up()
             raise
-        self._index = NameIndex(self._catalogue.names(), self._catalogue.contents())
+        self._index = NameIndex(
+            self._catalogue.names(), self._catalogue.kept(), self._catalogue.contents()
+        )
         self._tier = HostTier(host_bytes, POLICIES[eviction], limits.host_wait_s)
         self._loader = ContentLoader(
             base,
@@ -115,6 +124,7 @@ class AdapterStore:
         )
         self._writing = threading.RLock()  # serialises changes of names and files
         self._listeners: tuple[Callable[[str], None], ...] = ()
+        self._deletions: dict[str, list[Future[TierBytes]]] = {}  # that wait for leases, by digest
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-janitor")
         self._closed = False
         self._sweep()
@@ -149,10 +159,11 @@ class AdapterStore:
         description: str | None = None,
         examples: Sequence[str] = (),
         provenance: Mapping[str, JsonValue] | None = None,
+        expires: float | None = None,  # seconds since the epoch, see ``expire``
     ) -> AdapterCard:
         """For uploads: the text of adapter_config.json and the safetensors bytes or file."""
         source = dict(provenance or {"source": "upload"})
-        terms = _Terms(if_match, replace, description, tuple(examples), source)
+        terms = _Terms(if_match, replace, description, tuple(examples), source, expires)
         return self._put(name, AdapterFiles(config, _chunks(weights), chat_template), terms)
 
     def put_tensors(
@@ -166,6 +177,7 @@ class AdapterStore:
         description: str | None = None,
         examples: Sequence[str] = (),
         provenance: Mapping[str, JsonValue] | None = None,
+        expires: float | None = None,
     ) -> AdapterCard:
         """For generated adapters: a PEFT-style config and tensors in memory, same door."""
         weights = safetensors.torch.save({key: t.contiguous() for key, t in tensors.items()})
@@ -178,6 +190,7 @@ class AdapterStore:
             description=description,
             examples=examples,
             provenance=provenance or {"source": "generated"},
+            expires=expires,
         )
 
     def put_source(
@@ -217,9 +230,69 @@ class AdapterStore:
         cards = [self._card(record, content, None) for record, content in self._index.pairs()]
         return tuple(sorted(cards, key=lambda card: card.name))
 
+    def revisions(self, name: str) -> tuple[AdapterCard, ...]:
+        """What ``name`` can be asked for: the current revision, then kept ones, newest first.
+
+        Without their load reports. Raises UnknownAdapter.
+        """
+        return tuple(
+            self._card(record, content, None) for record, content in self._index.revisions(name)
+        )
+
+    def rollback(
+        self, name: str, *, digest_prefix: str | None = None, if_match: str | None = None
+    ) -> AdapterCard:
+        """Makes a kept revision, by default the newest, the current one, under a new number.
+
+        Raises UnknownAdapter, RevisionConflict, or InvalidSelector if no such revision is kept.
+        """
+        with self._writing:
+            self._check_open()
+            current, *kept = self._index.revisions(name)
+            wanted = next(
+                (pair for pair in kept if pair[0].digest.startswith(digest_prefix or "")), None
+            )
+            if wanted is None:
+                shown = ", ".join(record.digest[:12] for record, _ in kept) or "none"
+                asked = (
+                    f"a revision with digest {digest_prefix}…" if digest_prefix else "a revision"
+                )
+                raise InvalidSelector(
+                    f"adapter {name!r} has not kept {asked} beside the current one; kept: {shown}"
+                )
+            record, content = wanted
+            report = self._catalogue.report(content.digest)
+            terms = _Terms(
+                if_match, True, record.description, record.examples, record.provenance, None
+            )
+            put = self._point(name, content, report, terms)
+        return self._card(put.record, content, report, current[0].digest)
+
     def history(self, name: str) -> tuple[tuple[int, str, float], ...]:
         """(revision, digest, created) of every content the name ever had, oldest first."""
         return self._catalogue.history(name)
+
+    def set_expiry(self, name: str, expires: float | None) -> AdapterCard:
+        """``expires``: seconds since the epoch; a put of the name sets it anew."""
+        with self._writing:
+            self._check_open()
+            record = self._catalogue.set_expiry(name, expires)
+            self._index.update(record)
+        return self.get(name)
+
+    def next_expiry(self) -> float | None:
+        """When the first name expires; None if none does."""
+        return self._index.next_expiry()
+
+    def expire(self, now: float) -> tuple[str, ...]:
+        """Removes the names whose time has come. Their running requests finish."""
+        with self._writing:
+            if self._closed:
+                return ()
+            names = [record.name for record in self._index.expired(now)]
+            for name in names:
+                self.start_delete(name)
+        return tuple(names)
 
     def stats(self) -> StoreStats:
         tier = self._tier.stats()
@@ -262,8 +335,8 @@ class AdapterStore:
         Takes microseconds and never waits: an event loop may call it, and ask ``acquire`` on
         another thread when it gets None.
         """
-        found = self._index.find(ref.name)
-        if found is None or not found[0].digest.startswith(ref.digest_prefix or ""):
+        found = self._index.find(ref.name, ref.digest_prefix)
+        if found is None:
             return None
         plan = self._tier.lease_resident(found[0].digest)
         return None if plan is None else self._still_there(found[0], plan)
@@ -287,21 +360,30 @@ class AdapterStore:
 
         After the timeout the report says ``drained=False``; the rest goes with the last lease.
         """
-        self._check_open()
+        deletion = self.start_delete(name, if_match=if_match)
+        try:
+            freed: TierBytes | None = deletion.freed.result(timeout_s)
+        except TimeoutError:
+            freed = None
+        return deletion.report(freed)
+
+    def start_delete(self, name: str, *, if_match: str | None = None) -> Deletion:
+        """Takes the name away at once and does not wait; ``freed`` is done with the last lease."""
         with self._writing:
+            self._check_open()
             digest = self._index.current(name)[0].digest
             self._catalogue.remove_name(name, if_match)
-            has_other_names = self._index.remove_name(name)
+            removed = self._index.remove_name(name)
             self._tier.pin(self._index.pinned_digests())
-        if has_other_names:
-            return DeleteReport(name, digest, True, 0, TierBytes(0, 0))
-        n_leases = self._tier.n_leases(digest)
-        try:
-            drained = self._tier.wait_unleased(digest, timeout_s)
-        finally:
-            self._index.end_wait(digest)
-        freed = self._retire(digest)  # nothing while it is leased
-        return DeleteReport(name, digest, drained, n_leases, freed)
+            deletion = Deletion(name, digest, self._tier.n_leases(digest))
+            if removed.has_other_names:
+                deletion.freed.set_result(TierBytes(0, 0))
+            else:
+                self._deletions.setdefault(digest, []).append(deletion.freed)
+        for kept in removed.kept:
+            self._retire_later(kept)
+        self._retire(digest)  # nothing while it is leased
+        return deletion
 
     def on_retired(self, listener: Callable[[str], None]) -> None:
         """``listener(digest)`` runs when no name and no lease reaches a digest any more.
@@ -341,19 +423,16 @@ class AdapterStore:
         self._check_open()
         with ingest(files, self._files, self.base, self.limits) as ingested, self._writing:
             self._check_open()
-            record, content, previous = self._commit(name, ingested, terms)
+            put, content = self._commit(name, ingested, terms)
         self._keep_prepared(self._loader.prepare(ingested.reading.plan))
         if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
             self._lease(content)
             self._released(content.digest)
-        if previous is not None and previous != content.digest:
-            self._retire_later(previous)
-        return self._card(record, content, ingested.reading.report)
+        replaced = None if put.previous is None else put.previous.digest
+        return self._card(put.record, content, ingested.reading.report, replaced)
 
-    def _commit(
-        self, name: str, ingested: Ingested, terms: _Terms
-    ) -> tuple[NameRecord, Content, str | None]:
-        """Publishes the files, then moves the name. The last part is the digest it had before."""
+    def _commit(self, name: str, ingested: Ingested, terms: _Terms) -> tuple[Put, Content]:
+        """Publishes the files, then moves the name."""
         plan, report = ingested.reading
         found = self._index.find(name)
         current = None if found is None else found[0].digest
@@ -372,24 +451,34 @@ class AdapterStore:
             plan_sha256=ingested.plan_sha256,
         )
         try:
-            record = self._catalogue.put(
-                name,
-                content,
-                report,
-                if_match=terms.if_match,
-                replace=terms.replace,
-                description=terms.description,
-                examples=terms.examples,
-                provenance=terms.provenance,
-                created=time.time(),
-            )
+            return self._point(name, content, report, terms), content
         except RevisionConflict:
             if not was_there:
                 self._files.remove(plan.digest)
             raise
-        previous = self._index.point(record, content)
+
+    def _point(self, name: str, content: Content, report: LoadReport, terms: _Terms) -> Put:
+        """Moves the name. Raises RevisionConflict."""
+        put = self._catalogue.put(
+            name,
+            content,
+            report,
+            if_match=terms.if_match,
+            replace=terms.replace,
+            description=terms.description,
+            examples=terms.examples,
+            provenance=terms.provenance,
+            created=time.time(),
+            expires=terms.expires,
+            n_kept=self._n_kept_revisions,
+        )
+        let_go = self._index.point(put, content)
         self._tier.pin(self._index.pinned_digests())
-        return record, content, previous
+        for waiting in self._deletions.pop(content.digest, ()):  # it is named again: nothing goes
+            waiting.set_result(TierBytes(0, 0))
+        for digest in let_go:
+            self._retire_later(digest)
+        return put
 
     def _acquire_name(self, ref: NameRef) -> AdapterLease:
         while True:
@@ -406,10 +495,11 @@ class AdapterStore:
 
     def _find(self, ref: NameRef) -> tuple[NameRecord, Content]:
         self._check_open()
-        record, content = self._index.current(ref.name)
-        if ref.digest_prefix and not record.digest.startswith(ref.digest_prefix):
-            raise UnknownAdapter(str(ref), (f"{ref.name}@{record.digest[:12]}",))
-        return record, content
+        found = self._index.find(ref.name, ref.digest_prefix)
+        if found is None:
+            revisions = self._index.revisions(ref.name)
+            raise UnknownAdapter(str(ref), [f"{ref.name}@{r.digest[:12]}" for r, _ in revisions])
+        return found
 
     def _still_there(self, record: NameRecord, plan: AdapterPlan) -> AdapterLease | None:
         """A lease, unless the content was retired between look-up and count."""
@@ -481,14 +571,13 @@ class AdapterStore:
         self._retire_if_garbage(digest)
 
     def _retire_if_garbage(self, digest: str) -> None:
-        if self._index.is_garbage(digest):
+        if not self._index.is_reachable(digest):
             self._retire_later(digest)
 
     def _set_pinned(self, name: str, *, pinned: bool) -> AdapterCard:
         self._check_open()
         with self._writing:
-            _, content = self._index.current(name)
-            self._index.point(self._catalogue.set_pinned(name, pinned=pinned), content)
+            self._index.update(self._catalogue.set_pinned(name, pinned=pinned))
             self._tier.pin(self._index.pinned_digests())
         return self.warm(name) if pinned else self.get(name)
 
@@ -514,10 +603,14 @@ class AdapterStore:
             if removed.content is not None and not self._closed:
                 disk = self._files.remove(digest) + self._prepared.remove(digest)
                 self._catalogue.forget_content(digest)
+            deletions = self._deletions.pop(digest, ())
         for listener in self._listeners:
             listener(digest)
         host += sum(self._retire(composite).host for composite in removed.composites)
-        return TierBytes(disk, host)
+        freed = TierBytes(disk, host)
+        for waiting in deletions:
+            waiting.set_result(freed)
+        return freed
 
     def _sweep(self) -> None:
         """After a crash: files without a catalogue entry, and contents that no name reaches."""
@@ -531,7 +624,13 @@ class AdapterStore:
                 self._index.remove_unreachable(content.digest)
         self._tier.pin(self._index.pinned_digests())
 
-    def _card(self, record: NameRecord, content: Content, report: LoadReport | None) -> AdapterCard:
+    def _card(
+        self,
+        record: NameRecord,
+        content: Content,
+        report: LoadReport | None,
+        replaced: str | None = None,
+    ) -> AdapterCard:
         return AdapterCard(
             name=record.name,
             digest=record.digest,
@@ -547,6 +646,8 @@ class AdapterStore:
             n_leases=self._tier.n_leases(record.digest),
             report=report,
             provenance=record.provenance,
+            expires=record.expires,
+            replaced=replaced,
         )
 
     def _check_open(self) -> None:

@@ -5,7 +5,7 @@ StoreError
 │   ├── MalformedFile       not a safetensors file, broken header, truncated, not finite, bad JSON
 │   ├── PickleRefused       .bin, .pt …: never opened
 │   ├── UnsupportedAdapter  a method or feature that cannot be served exactly; says which and why
-│   ├── AdapterMismatch     tensors unexpected_keys, missing or of the wrong shape; names them
+│   ├── AdapterMismatch     tensors unexpected, missing or of the wrong shape; names them
 │   ├── LimitExceeded       rank, bytes or counts above the limits
 │   └── BaseMismatch        trained for another base model
 ├── InvalidName             not an adapter name
@@ -73,7 +73,7 @@ class UnsupportedAdapter(AdapterRefused):
 
 
 class AdapterMismatch(AdapterRefused):
-    """``unexpected_keys`` nobody claims; ``missing``: modules or tensors the config promises."""
+    """``unexpected_keys``: tensors nobody claims; ``missing_keys``: those the config promises."""
 
     def __init__(
         self,
@@ -81,11 +81,11 @@ class AdapterMismatch(AdapterRefused):
         problems: Sequence[str] = (),
         *,
         unexpected_keys: Sequence[str] = (),
-        missing: Sequence[str] = (),
+        missing_keys: Sequence[str] = (),
     ) -> None:
         super().__init__(message, problems)
         self.unexpected_keys = tuple(unexpected_keys)
-        self.missing = tuple(missing)
+        self.missing_keys = tuple(missing_keys)
 
 
 class LimitExceeded(AdapterRefused):

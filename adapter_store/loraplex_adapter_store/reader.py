@@ -5,27 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from loraplex_adapter_store.families import (
-    abmll,
-    block_lora,
-    deltas,
-    full_delta,
-    loldu,
-    lora,
-    mixlora,
-    prompts,
-    ragged,
-    shared_bases,
-    trainable_tokens,
-    vectors,
-)
 from loraplex_adapter_store.families.contract import FamilyReader, Fold, ReadContext
-from loraplex_adapter_store.families.unsupported import UNSUPPORTED
+from loraplex_adapter_store.families.table import FAMILIES, UNSUPPORTED
 
 from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
 from .digest import digest_of
 from .errors import AdapterMismatch, BaseMismatch, UnsupportedAdapter
+from .fold_check import check_fold
 from .ledger import TensorLedger
 from .limits import StoreLimits
 from .plan import AdapterPlan
@@ -33,32 +20,7 @@ from .report import LoadReport, ModuleReport
 from .safetensors_reader import SafetensorsFile
 from .spectrum import delta_ratio
 
-__all__ = ["FAMILIES", "Reading", "read_adapter"]
-
-FAMILIES: Mapping[str, FamilyReader] = {
-    "LORA": lora.read,
-    "ADALORA": ragged.read_adalora,
-    "SORA": ragged.read_sora,
-    "VERA": shared_bases.read_vera,
-    "RANDLORA": shared_bases.read_randlora,
-    "IA3": vectors.read_ia3,
-    "BEFT": vectors.read_beft,
-    "LOFIT": vectors.read_lofit,
-    "PREFIX_TUNING": prompts.read_prefix,
-    "PROMPT_TUNING": prompts.read_prompt,
-    "P_TUNING": prompts.read_prompt,
-    "MISS": deltas.read_miss,
-    "TINYLORA": deltas.read_tinylora,
-    "LOHA": deltas.read_loha,
-    "LOLDU": loldu.read,
-    "BLOCK_LORA": block_lora.read,
-    "MIXLORA": mixlora.read_mixlora,
-    "MOLA": mixlora.read_mola,
-    "LORAMOE": mixlora.read_loramoe,
-    "TRAINABLE_TOKENS": trainable_tokens.read,
-    "ABMLL": abmll.read,
-    "FULL": full_delta.read,
-}
+__all__ = ["Reading", "read_adapter"]
 
 
 class Reading(NamedTuple):
@@ -92,6 +54,7 @@ def _fold(context: ReadContext, tensors: SafetensorsFile) -> Fold:
             [f"{name} {list(ledger.shape(name))}" for name in ledger.unclaimed],
             unexpected_keys=ledger.unclaimed,
         )
+    check_fold(fold, context.base, context.limits)
     return fold
 
 

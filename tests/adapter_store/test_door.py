@@ -247,7 +247,7 @@ def test_a_target_without_tensors_is_named(store: AdapterStore) -> None:
     config["target_modules"] = ["q_proj", "v_proj"]
     with pytest.raises(AdapterMismatch) as caught:
         put(store, config, tensors)
-    assert "model.layers.0.self_attn.v_proj" in caught.value.missing
+    assert "model.layers.0.self_attn.v_proj" in caught.value.missing_keys
 
 
 def test_tensors_that_the_config_does_not_target_are_named(store: AdapterStore) -> None:

@@ -59,11 +59,18 @@ def additive(scale: float, *factors: Tensor) -> Forward:
 
 
 @pytest.mark.parametrize(
-    "core_name",
-    ["lora_R.weight", "lora_N.weight", "lora_S.weight", "default_lora_latent_mapping.weight"],
+    ("core_name", "family"),
+    [
+        ("lora_R.weight", Family.LORA_SB),
+        ("lora_N.weight", Family.NLORA),
+        ("lora_S.weight", Family.LAMDA),
+        ("default_lora_latent_mapping.weight", Family.LORA_XS),
+    ],
     ids=["LoRA-SB", "NLoRA / IntTune", "LaMDA", "LoRA-XS"],
 )
-def test_a_core_matrix_between_the_factors_folds(core_name: str, tmp_path: Path) -> None:
+def test_a_core_matrix_between_the_factors_folds(
+    core_name: str, family: Family, tmp_path: Path
+) -> None:
     model, tensors, forwards = tiny_llama(), {}, {}
     for name in MODULES:
         n_in, n_out = shapes(name)
@@ -76,7 +83,7 @@ def test_a_core_matrix_between_the_factors_folds(core_name: str, tmp_path: Path)
         forwards[name] = additive(6 / 4, a, core, b)
     reading = read_tensors(lora_config(), tensors, model, tmp_path)
     check_logits(model, reading.plan, patched_logits(model, forwards))
-    assert reading.plan.family is Family.LORA_XS
+    assert reading.plan.family is family
 
 
 def test_lamda_with_different_ranks_per_layer_folds(tmp_path: Path) -> None:

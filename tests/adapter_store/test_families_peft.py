@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from loraplex_adapter_store.errors import UnsupportedAdapter
-from loraplex_adapter_store.plan import Family
 from tests.support.round_trip import check_logits, check_round_trip, randomise, trained
 from tests.support.tiny_models import PROMPT, read_path, tiny_llama, untouched
 
@@ -191,10 +190,3 @@ def test_a_method_that_cannot_be_served_is_named_and_explained(
     peft.get_peft_model(untouched(model), config).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedAdapter, match="cannot be served"):
         read_path(tmp_path, model)
-
-
-def test_every_family_of_the_plan_has_a_reader() -> None:
-    from loraplex_adapter_store.reader import FAMILIES
-
-    assert len(FAMILIES) >= 22
-    assert Family.GENERATED not in FAMILIES.values()

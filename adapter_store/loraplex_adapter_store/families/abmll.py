@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import Family, ModulePlan
-from loraplex_adapter_store.tensor_names import group_by_module
 
 from .contract import Fold, ReadContext
-from .coverage import check_coverage, require_parts
+from .extras import fold_with_extras
+from .module_groups import linear_groups
 from .scaling import lora_scale, scale_rule
 
 __all__ = ["draws", "read"]
@@ -27,22 +27,19 @@ _A, _B, _A_STD, _B_STD = "lora_A.weight", "lora_B.weight", "lora_A.log_std", "lo
 
 
 def read(context: ReadContext) -> Fold:
-    grouped = group_by_module(context.ledger.names, (_A, _B, _A_STD, _B_STD), context.base)
-    check_coverage(context, grouped)
     modules: dict[str, ModulePlan] = {}
-    for module, parts in grouped.items():
-        require_parts(module, parts, (_A, _B))
-        shape = context.base.modules[module]
+    for module, group in linear_groups(context, (_A, _B), (_A_STD, _B_STD)).items():
         rank, scale = lora_scale(context.config, module)
-        a = context.ledger.take(parts[_A], (rank, shape.in_features))
-        b = context.ledger.take(parts[_B], (shape.out_features, rank))
-        for spread, mean in ((_A_STD, _A), (_B_STD, _B)):
-            if spread in parts:
-                context.ledger.expect(parts[spread], context.ledger.shape(parts[mean]))
-                context.ledger.claim(parts[spread])
+        group.rank(_A)
+        a = group.take(_A, rank, group.in_features)
+        b = group.take(_B, group.out_features, rank)
+        for spread, mean in ((_A_STD, a), (_B_STD, b)):
+            if spread in group:
+                group.take(spread, *mean.shape)
         modules[module] = ModulePlan(a=a, b=b * scale)
     context.notes.append("posterior mean; add draws of it as adapters of their own for uncertainty")
-    return Fold(Family.ABMLL, f"{scale_rule(context.config)}, posterior mean", modules=modules)
+    rule = f"{scale_rule(context.config)}, posterior mean"
+    return fold_with_extras(context, Family.ABMLL, rule, modules)
 
 
 def draws(

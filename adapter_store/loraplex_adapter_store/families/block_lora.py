@@ -8,15 +8,12 @@ feature axis  A = [A_f … A_f] over input slices:    ΔW = s · B [A_f … A_f]
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from loraplex_adapter_store.errors import LimitExceeded, MalformedFile
+from loraplex_adapter_store.errors import MalformedFile
 from loraplex_adapter_store.plan import Family, ModulePlan
-from loraplex_adapter_store.tensor_names import group_by_module
 
 from .contract import Fold, ReadContext
-from .coverage import check_coverage, require_parts
-from .extras import read_extras
+from .extras import fold_with_extras
+from .module_groups import ModuleGroup, linear_groups
 from .scaling import lora_scale, scale_rule
 
 __all__ = ["read"]
@@ -33,47 +30,30 @@ def read(context: ReadContext) -> Fold:
             f"Block-LoRA needs block_axis 'rank' or 'feature' and n_blocks ≥ 1, "
             f"not {axis!r} and {n_blocks}"
         )
-    grouped = group_by_module(context.ledger.names, (_A, _B), context.base)
-    check_coverage(context, grouped)
     fold = _fold_rank if axis == "rank" else _fold_feature
-    modules = {module: fold(context, module, parts, n_blocks) for module, parts in grouped.items()}
-    extras = read_extras(context, modules)
-    return Fold(
-        family=Family.BLOCK_LORA,
-        scale_rule=f"{scale_rule(config)}; {n_blocks} blocks over the {axis} axis",
-        modules=extras.modules,
-        replaced_weights=extras.replaced_weights,
-    )
+    groups = linear_groups(context, (_A, _B))
+    modules = {module: fold(group, n_blocks) for module, group in groups.items()}
+    rule = f"{scale_rule(config)}; {n_blocks} blocks over the {axis} axis"
+    return fold_with_extras(context, Family.BLOCK_LORA, rule, modules)
 
 
-def _fold_rank(
-    context: ReadContext, module: str, parts: Mapping[str, str], n_blocks: int
-) -> ModulePlan:
-    require_parts(module, parts, (_A, _B))
-    shape = context.base.modules[module]
-    rank, scale = _rank(context, module)
+def _fold_rank(group: ModuleGroup, n_blocks: int) -> ModulePlan:
+    rank, scale = lora_scale(group.context.config, group.module)
     if rank % n_blocks:
-        raise MalformedFile(f"{module}: rank {rank} is not a multiple of n_blocks {n_blocks}")
-    a = context.ledger.take(parts[_A], (rank // n_blocks, shape.in_features))
-    arms = context.ledger.take(parts[_B], (n_blocks, shape.out_features, rank // n_blocks))
+        raise MalformedFile(f"{group.module}: rank {rank} is not a multiple of n_blocks {n_blocks}")
+    group.rank(_A)
+    a = group.take(_A, rank // n_blocks, group.in_features)
+    arms = group.take(_B, n_blocks, group.out_features, rank // n_blocks)
     return ModulePlan(a=a, b=arms.sum(dim=0) * scale)
 
 
-def _fold_feature(
-    context: ReadContext, module: str, parts: Mapping[str, str], n_blocks: int
-) -> ModulePlan:
-    require_parts(module, parts, (_A, _B))
-    shape = context.base.modules[module]
-    rank, scale = _rank(context, module)
-    if shape.in_features % n_blocks:
-        raise MalformedFile(f"{module}: {shape.in_features} inputs do not cut into {n_blocks}")
-    a = context.ledger.take(parts[_A], (rank, shape.in_features // n_blocks))
-    b = context.ledger.take(parts[_B], (shape.out_features, rank))
+def _fold_feature(group: ModuleGroup, n_blocks: int) -> ModulePlan:
+    rank, scale = lora_scale(group.context.config, group.module)
+    if group.in_features % n_blocks:
+        raise MalformedFile(
+            f"{group.module}: {group.in_features} inputs do not cut into {n_blocks} blocks"
+        )
+    group.rank(_A)
+    a = group.take(_A, rank, group.in_features // n_blocks)
+    b = group.take(_B, group.out_features, rank)
     return ModulePlan(a=a.repeat(1, n_blocks), b=b * scale)
-
-
-def _rank(context: ReadContext, module: str) -> tuple[int, float]:
-    rank, scale = lora_scale(context.config, module)
-    if rank > context.limits.max_rank:
-        raise LimitExceeded(f"{module} has rank {rank}, at most {context.limits.max_rank}")
-    return rank, scale

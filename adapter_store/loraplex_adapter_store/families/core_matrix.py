@@ -13,30 +13,32 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from .contract import ReadContext
+from loraplex_adapter_store.plan import Family
 
-__all__ = ["CORE_SUFFIXES", "PROJECTOR", "fold_core", "fold_projector"]
+from .module_groups import ModuleGroup
+
+__all__ = ["CORE_FAMILIES", "PROJECTOR", "fold_core", "fold_projector"]
 
 PROJECTOR = "comp_projector.weight"
-CORE_SUFFIXES = (
-    "lora_R.weight",
-    "lora_N.weight",
-    "lora_S.weight",
-    "default_lora_latent_mapping.weight",
-)
+CORE_FAMILIES: Mapping[str, Family] = {  # the tensor of the core → whose it is
+    "lora_R.weight": Family.LORA_SB,
+    "lora_N.weight": Family.NLORA,
+    "lora_S.weight": Family.LAMDA,
+    "default_lora_latent_mapping.weight": Family.LORA_XS,
+}
 
 
-def fold_projector(context: ReadContext, parts: Mapping[str, str], a: Tensor) -> Tensor:
+def fold_projector(group: ModuleGroup, a: Tensor) -> Tensor:
     """Returns A (I − Vᵀ V) if the module has a projector."""
-    if PROJECTOR not in parts:
+    if PROJECTOR not in group:
         return a
-    v = context.ledger.take(parts[PROJECTOR], (None, a.shape[1]))
+    v = group.take(PROJECTOR, None, a.shape[1])
     return a - (a @ v.t()) @ v
 
 
-def fold_core(context: ReadContext, parts: Mapping[str, str], b: Tensor, rank: int) -> Tensor:
+def fold_core(group: ModuleGroup, b: Tensor, rank: int) -> Tensor:
     """Returns B C for every core the module has; y = B (C (A x)), C stored as a linear's weight."""
-    for suffix in CORE_SUFFIXES:
-        if suffix in parts:
-            b = b @ context.ledger.take(parts[suffix], (rank, rank))
+    for suffix in CORE_FAMILIES:
+        if suffix in group:
+            b = b @ group.take(suffix, rank, rank)
     return b

@@ -7,100 +7,91 @@ LoHa      ΔW = α/r · (W₁a W₁b) ⊙ (W₂a W₂b)        exactly rank r²:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from loraplex_adapter_store.errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
 from loraplex_adapter_store.plan import Family, ModulePlan
-from loraplex_adapter_store.tensor_names import group_by_module
 
 from .contract import Fold, ReadContext
-from .coverage import check_coverage, require_parts
-from .extras import read_extras
-from .scaling import pattern_scale
+from .extras import fold_with_extras
+from .module_groups import ModuleGroup, limit_rank, linear_groups
+from .scaling import pattern_scale, positive_rank
 
 __all__ = ["read_loha", "read_miss", "read_tinylora"]
+
+_TINY_VECTOR = "tinylora_v."
 
 
 def read_miss(context: ReadContext) -> Fold:
     if context.config.values.get("init_weights") == "bat":
         raise UnsupportedAdapter("MiSS 'bat' multiplies the base weight: its delta has full rank")
-    grouped = group_by_module(context.ledger.names, ("miss_block",), context.base)
-    check_coverage(context, grouped)
-    modules: dict[str, ModulePlan] = {}
-    for module, parts in grouped.items():
-        shape = context.base.modules[module]
-        block = context.ledger.take(parts["miss_block"], (None, None))
-        rank = block.shape[0]
-        _check_rank(context, module, rank)
-        if shape.out_features % block.shape[1]:
-            raise AdapterMismatch(f"{module}: miss_block of width {block.shape[1]} does not tile")
-        block = block.repeat(1, shape.out_features // block.shape[1])  # "mini" blocks
-        n_tiles = -(-shape.in_features // rank)
-        a = torch.eye(rank).repeat(1, n_tiles)[:, : shape.in_features].contiguous()
-        modules[module] = ModulePlan(a=a, b=block.t().contiguous())
-    return _finish(context, Family.MISS, "none (block sums)", modules)
+    groups = linear_groups(context, ("miss_block",))
+    modules = {module: _miss_module(group) for module, group in groups.items()}
+    return fold_with_extras(context, Family.MISS, "none (block sums)", modules)
 
 
 def read_tinylora(context: ReadContext) -> Fold:
-    names = ("tinylora_A", "tinylora_B", "tinylora_P")
-    grouped = group_by_module(context.ledger.names, names, context.base)
-    check_coverage(context, grouped)
+    groups = linear_groups(context, ("tinylora_A", "tinylora_B", "tinylora_P"))
     vectors = _tiny_vectors(context)
     modules: dict[str, ModulePlan] = {}
-    order = [name for name in context.base.modules if name in grouped]
+    order = [name for name in context.base.modules if name in groups]
     for position, module in enumerate(order):
-        parts = grouped[module]
-        require_parts(module, parts, names)
-        shape = context.base.modules[module]
-        rank = context.ledger.shape(parts["tinylora_A"])[0]
-        _check_rank(context, module, rank)
-        a = context.ledger.take(parts["tinylora_A"], (rank, shape.in_features))
-        b = context.ledger.take(parts["tinylora_B"], (shape.out_features, rank))
-        vector = vectors[_tiny_group(context, position, len(order), len(vectors))]
-        projection = context.ledger.take(parts["tinylora_P"], (vector.numel(), rank, rank))
+        group = groups[module]
+        rank = group.rank("tinylora_A")
+        a = group.take("tinylora_A", rank, group.in_features)
+        b = group.take("tinylora_B", group.out_features, rank)
+        vector = vectors[_tiny_group(position, len(order), len(vectors))]
+        projection = group.take("tinylora_P", vector.numel(), rank, rank)
         core = torch.einsum("u,ujk->jk", vector, projection)
         modules[module] = ModulePlan(a=a, b=b @ core)
-    return _finish(context, Family.TINYLORA, "none (core of trained vector)", modules)
+    return fold_with_extras(context, Family.TINYLORA, "none (core of trained vector)", modules)
 
 
 def read_loha(context: ReadContext) -> Fold:
-    names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-    grouped = group_by_module(context.ledger.names, names, context.base)
-    check_coverage(context, grouped)
-    modules = {
-        module: _loha_module(context, module, parts, names) for module, parts in grouped.items()
-    }
-    rank, alpha = context.config.integer("r", 8), context.config.number("alpha", 8)
-    rule = f"alpha/r = {alpha:g}/{rank} = {alpha / rank:g}, unrolled to rank r²"
-    return _finish(context, Family.LOHA, rule, modules)
+    groups = linear_groups(context, ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
+    modules = {module: _loha_module(group) for module, group in groups.items()}
+    rank, alpha = positive_rank(context.config, 8), context.config.number("alpha", 8)
+    rule = f"alpha/r = {alpha:g}/{rank}, unrolled to rank r²"
+    return fold_with_extras(context, Family.LOHA, rule, modules)
 
 
-def _loha_module(
-    context: ReadContext, module: str, parts: Mapping[str, str], names: tuple[str, ...]
-) -> ModulePlan:
-    require_parts(module, parts, names)
-    shape, ledger = context.base.modules[module], context.ledger
-    rank, scale = pattern_scale(context.config, module, "alpha")
-    _check_rank(context, module, rank * rank)
-    w1a = ledger.take(parts["hada_w1_a"], (shape.out_features, rank))
-    w1b = ledger.take(parts["hada_w1_b"], (rank, shape.in_features))
-    w2a = ledger.take(parts["hada_w2_a"], (shape.out_features, rank))
-    w2b = ledger.take(parts["hada_w2_b"], (rank, shape.in_features))
+def _miss_module(group: ModuleGroup) -> ModulePlan:
+    rank = group.rank("miss_block")
+    block = group.take("miss_block", rank, None)
+    if rank == 0 or block.shape[1] == 0 or group.out_features % block.shape[1]:
+        raise AdapterMismatch(
+            f"tensor {group.keys['miss_block']!r} has shape {list(block.shape)}: its width must "
+            f"divide the {group.out_features} outputs of {group.module}"
+        )
+    block = block.repeat(1, group.out_features // block.shape[1])  # "mini" blocks
+    n_tiles = -(-group.in_features // rank)
+    a = torch.eye(rank).repeat(1, n_tiles)[:, : group.in_features].contiguous()
+    return ModulePlan(a=a, b=block.t().contiguous())
+
+
+def _loha_module(group: ModuleGroup) -> ModulePlan:
+    rank, scale = pattern_scale(group.context.config, group.module, "alpha")
+    limit_rank(group.context, group.module, rank * rank)
+    w1a = group.take("hada_w1_a", group.out_features, rank)
+    w1b = group.take("hada_w1_b", rank, group.in_features)
+    w2a = group.take("hada_w2_a", group.out_features, rank)
+    w2b = group.take("hada_w2_b", rank, group.in_features)
     a = (w1b.unsqueeze(1) * w2b.unsqueeze(0)).flatten(0, 1)
     b = (w1a.unsqueeze(2) * w2a.unsqueeze(1)).flatten(1) * scale
     return ModulePlan(a=a, b=b)
 
 
 def _tiny_vectors(context: ReadContext) -> list[Tensor]:
-    keys = [key for key in context.ledger.names if ".tinylora_v." in f".{key}"]
-    keys.sort(key=lambda key: int(key.rpartition(".")[2]))
-    return [context.ledger.take(key, (None,)) for key in keys]
+    keys: dict[int, str] = {}
+    for key in context.ledger.names:
+        _, found, number = f".{key}".rpartition(f".{_TINY_VECTOR}")
+        if found and number.isdecimal():
+            keys[int(number)] = key
+    return [context.ledger.take(keys[number], (None,)) for number in sorted(keys)]
 
 
-def _tiny_group(context: ReadContext, position: int, n_modules: int, n_groups: int) -> int:
+def _tiny_group(position: int, n_modules: int, n_groups: int) -> int:
     """With weight tying, consecutive modules share a vector."""
     if n_groups == 0:
         raise AdapterMismatch("the file lacks the trained vectors tinylora_v")
@@ -111,15 +102,3 @@ def _tiny_group(context: ReadContext, position: int, n_modules: int, n_groups: i
     raise UnsupportedAdapter(
         f"TinyLoRA with {n_groups} vectors for {n_modules} modules: which shares which is not saved"
     )
-
-
-def _check_rank(context: ReadContext, module: str, rank: int) -> None:
-    if rank > context.limits.max_rank:
-        raise LimitExceeded(f"{module} has rank {rank}, at most {context.limits.max_rank}")
-
-
-def _finish(
-    context: ReadContext, family: Family, rule: str, modules: Mapping[str, ModulePlan]
-) -> Fold:
-    extras = read_extras(context, modules)
-    return Fold(family, rule, modules=extras.modules, replaced_weights=extras.replaced_weights)

@@ -9,27 +9,44 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
-from loraplex_adapter_store.plan import ModulePlan
+from loraplex_adapter_store.plan import Family, ModulePlan
 from loraplex_adapter_store.tensor_names import module_names, resolve_module, split_key
 
-from .contract import ReadContext
+from .contract import Fold, ReadContext
 
-__all__ = ["Extras", "read_extras"]
+__all__ = ["fold_with_extras"]
 
 _TOKENS = "trainable_tokens_delta"
 _COPY_TOLERANCE = 1e-2  # relative; copies may have gone through bfloat16
 
 
+def fold_with_extras(
+    context: ReadContext, family: Family, scale_rule: str, modules: Mapping[str, ModulePlan]
+) -> Fold:
+    """The fold of a method that adapts ``modules``, and of all that was saved beside them.
+
+    Claims every remaining tensor it can explain; the rest is refused. Raises AdapterRefused.
+    """
+    extras = _read_extras(context, modules)
+    return Fold(
+        family=family,
+        scale_rule=scale_rule,
+        modules=extras.modules,
+        embedding_rows=extras.embedding_rows,
+        head_rows=extras.head_rows,
+        replaced_weights=extras.replaced_weights,
+    )
+
+
 @dataclass(frozen=True, slots=True)
-class Extras:
+class _Extras:
     modules: Mapping[str, ModulePlan]
     embedding_rows: Mapping[int, Tensor]
     head_rows: Mapping[int, Tensor]
     replaced_weights: Mapping[str, Tensor]
 
 
-def read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> Extras:
-    """Claims every remaining tensor it can explain; the rest is refused."""
+def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Extras:
     grown = dict(modules)
     replaced_weights: dict[str, Tensor] = {}
     rows: dict[str, dict[int, Tensor]] = {}
@@ -58,7 +75,7 @@ def read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> Extr
     head_rows = rows.pop(context.base.output_head, {})
     if rows:
         raise UnsupportedAdapter(f"trainable tokens on {sorted(rows)}: only embedding and head")
-    return Extras(grown, embedding_rows, head_rows, replaced_weights)
+    return _Extras(grown, embedding_rows, head_rows, replaced_weights)
 
 
 def _token_key(key: str) -> str:
@@ -82,19 +99,28 @@ def _token_indices(context: ReadContext, module: str) -> list[int]:
         value = context.config.values.get("token_indices")
     if isinstance(value, dict):
         leaf = module.rpartition(".")[2]
-        value = value.get(module, value.get(leaf))
-        if value is None and module == context.base.output_head:
-            value = next(iter(context.config.values["trainable_token_indices"].values()))  # type: ignore[attr-defined]
+        listed = value.get(module, value.get(leaf))
+        if listed is None and module == context.base.output_head:  # tied: those of the embedding
+            listed = next(iter(value.values()), None)
+        value = listed
     if not isinstance(value, list) or not all(
-        isinstance(index, int) and 0 <= index < context.base.vocab_size for index in value
+        type(index) is int and 0 <= index < context.base.vocab_size for index in value
     ):
-        raise MalformedFile(f"trainable token ids of {module} are not ids of this base: {value!r}")
+        raise MalformedFile(
+            f"adapter_config.json: the trainable token ids of {module} are {value!r}, a list of "
+            f"ids below {context.base.vocab_size} is needed"
+        )
+    if len(set(value)) != len(value):
+        raise MalformedFile(f"adapter_config.json: {module} lists a trainable token id twice")
     return value
 
 
 def _check_copy(context: ReadContext, module: str, key: str) -> None:
     """PEFT saves the untouched base layer beside an adapted embedding: it must be the base's."""
-    want = context.base.weight(module)
+    name = f"{module}.weight"
+    if name not in context.base.parameters:
+        raise AdapterMismatch(f"{key}: {module} of the base has no weight")
+    want = context.base.parameter(name)
     have = context.ledger.take(key, tuple(want.shape))
     if not torch.allclose(
         have, want, rtol=_COPY_TOLERANCE, atol=_COPY_TOLERANCE * float(want.std())
@@ -142,7 +168,7 @@ def _check_saved(context: ReadContext, replaced_weights: Mapping[str, Tensor]) -
             raise AdapterMismatch(
                 f"modules_to_save lists {name!r}, the file lacks it",
                 [f"{module}.weight" for module in missing],
-                missing=missing,
+                missing_keys=missing,
             )
 
 

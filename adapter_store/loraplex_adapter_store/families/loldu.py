@@ -10,29 +10,27 @@ as ``vector_z0`` (uniform, normal, which drew it at random). σ₀ = lora_alpha 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
 from loraplex_adapter_store.plan import Family, ModulePlan
-from loraplex_adapter_store.tensor_names import group_by_module
 
 from .contract import Fold, ReadContext
-from .coverage import check_coverage, require_parts
-from .extras import read_extras
+from .extras import fold_with_extras
+from .module_groups import ModuleGroup, linear_groups
 
 __all__ = ["read"]
 
-_PARTS = ("vector_z", "scaling_factor", "vector_z0", "lora_A", "lora_B", "P", "original")
+_Z, _SIGMA, _Z0 = "vector_z", "scaling_factor", "vector_z0"
+_COPIES = ("lora_A", "lora_B", "P", "original")  # frozen factors and the residual
 _NESTED = "parametrizations.weight"
-_SUFFIXES = (
-    *_PARTS,
-    *(f"{_NESTED}.0.{part}" for part in _PARTS),
-    f"{_NESTED}.original",
-)
+_SYNONYMS = {
+    **{f"{_NESTED}.0.{part}": part for part in (_Z, _SIGMA, _Z0, *_COPIES)},
+    f"{_NESTED}.original": "original",
+}
 _FROM_DIAGONAL = ("lu", "ones", "zeros", "s_uniform", "s_normal")
 
 
@@ -43,32 +41,27 @@ class _Ldu(NamedTuple):
 
 
 def read(context: ReadContext) -> Fold:
-    grouped = group_by_module(context.ledger.names, _SUFFIXES, context.base)
-    plain = {
-        module: {suffix.rpartition(".")[2]: key for suffix, key in parts.items()}
-        for module, parts in grouped.items()
-    }
-    check_coverage(context, plain)
-    modules = {module: _read_module(context, module, parts) for module, parts in plain.items()}
-    extras = read_extras(context, modules)
+    groups = linear_groups(context, (_Z, _SIGMA), (_Z0, *_COPIES), synonyms=_SYNONYMS)
+    modules = {module: _read_module(group) for module, group in groups.items()}
     rule = "learned σ per module; the subtracted start folded in"
-    return Fold(
-        Family.LOLDU, rule, modules=extras.modules, replaced_weights=extras.replaced_weights
-    )
+    return fold_with_extras(context, Family.LOLDU, rule, modules)
 
 
-def _read_module(context: ReadContext, module: str, parts: Mapping[str, str]) -> ModulePlan:
-    require_parts(module, parts, ("vector_z", "scaling_factor"))
-    ledger = context.ledger
-    rank = ledger.shape(parts["vector_z"])[0]
-    if rank > context.limits.max_rank:
-        raise LimitExceeded(f"{module} has rank {rank}, at most {context.limits.max_rank}")
-    z = ledger.take(parts["vector_z"], (rank,))
-    sigma = ledger.take(parts["scaling_factor"]).flatten()[0]
-    ldu = _decompose(context.base.weight(module), rank)
-    _drop_copies(context, parts)
-    start = context.config.number("lora_alpha", 8) / rank
-    diagonal = sigma * z - start * _subtracted(context, parts, ldu.d)
+def _read_module(group: ModuleGroup) -> ModulePlan:
+    rank = group.rank(_Z, n_dims=1)
+    limit = min(group.in_features, group.out_features)
+    if not 1 <= rank <= limit:
+        raise AdapterMismatch(
+            f"tensor {group.keys[_Z]!r} has {rank} entries, {group.module} allows 1 to {limit}"
+        )
+    z = group.take(_Z, rank)
+    sigma = group.vector(_SIGMA, 1)
+    for copy in _COPIES:
+        if copy in group:
+            group.drop(copy, "frozen factor, recomputed from the base")
+    ldu = _decompose(group.context.base.weight(group.module), rank)
+    start = group.context.config.number("lora_alpha", 8) / rank
+    diagonal = sigma * z - start * _subtracted(group, ldu.d)
     return ModulePlan(a=ldu.u, b=ldu.pl * diagonal)
 
 
@@ -79,10 +72,10 @@ def _decompose(weight: Tensor, rank: int) -> _Ldu:
     return _Ldu((p @ lower[:, :rank]).contiguous(), d[:rank].clone(), unit.contiguous())
 
 
-def _subtracted(context: ReadContext, parts: Mapping[str, str], d: Tensor) -> Tensor:
-    if "vector_z0" in parts:
-        return context.ledger.take(parts["vector_z0"], tuple(d.shape))
-    method = context.config.text("init_method", "lu")
+def _subtracted(group: ModuleGroup, d: Tensor) -> Tensor:
+    if _Z0 in group:
+        return group.take(_Z0, *d.shape)
+    method = group.context.config.text("init_method", "lu")
     if method in _FROM_DIAGONAL:
         return d
     if method == "constant":
@@ -90,11 +83,3 @@ def _subtracted(context: ReadContext, parts: Mapping[str, str], d: Tensor) -> Te
     raise UnsupportedAdapter(
         f"LoLDU with init_method={method!r} drew its start at random: the file must carry vector_z0"
     )
-
-
-def _drop_copies(context: ReadContext, parts: Mapping[str, str]) -> None:
-    """The trainer also saves the frozen factors and the residual; they follow from the base."""
-    for part in ("lora_A", "lora_B", "P", "original"):
-        if part in parts:
-            context.ledger.claim(parts[part])
-            context.notes.append(f"{parts[part]}: frozen factor, recomputed from the base")

@@ -27,7 +27,7 @@ from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, RoutingS
 from loraplex_adapter_store.targets import expand_targets, layer_index
 
 from .contract import Fold, ReadContext
-from .coverage import require_parts
+from .module_groups import Parts, module_group
 from .scaling import lora_scale, scale_rule
 
 __all__ = ["read_loramoe", "read_mixlora", "read_mola"]
@@ -48,6 +48,8 @@ _STRATEGIES = {
     "mixlora-dynamic": RoutingStrategy.TOP_P,
     "mixlora-switch": RoutingStrategy.SWITCH,
 }
+
+_PAIR = Parts(required=("A", "B"))
 
 Pair = dict[str, str]  # "A" and "B" → key
 
@@ -231,7 +233,7 @@ def _require_same(what: str, wanted: frozenset[str], found: frozenset[str]) -> N
     if missing or extra:
         problems = [f"{name}: expected, not in the file" for name in missing]
         problems += [f"{name}: in the file, not in the config" for name in extra]
-        raise AdapterMismatch(f"{what} do not match the config", problems, missing=missing)
+        raise AdapterMismatch(f"{what} do not match the config", problems, missing_keys=missing)
 
 
 def _require_experts(keys: _Keys, n_experts: int) -> None:
@@ -245,11 +247,9 @@ def _require_experts(keys: _Keys, n_experts: int) -> None:
 def _pair(
     context: ReadContext, config: AdapterConfig, module: str, pair: Mapping[str, str]
 ) -> ModulePlan:
-    require_parts(module, pair, ("A", "B"))
-    shape = context.base.modules[module]
+    group = module_group(context, module, pair, _PAIR)
     rank, scale = lora_scale(config, module)
-    if rank > context.limits.max_rank:
-        raise LimitExceeded(f"{module} has rank {rank}, at most {context.limits.max_rank}")
-    a = context.ledger.take(pair["A"], (rank, shape.in_features))
-    b = context.ledger.take(pair["B"], (shape.out_features, rank))
+    group.rank("A")
+    a = group.take("A", rank, group.in_features)
+    b = group.take("B", group.out_features, rank)
     return ModulePlan(a=a, b=b * scale)

@@ -50,5 +50,5 @@ def _n_virtual(context: ReadContext) -> int:
 
 def _key(context: ReadContext) -> str:
     if _KEY not in context.ledger.names:
-        raise AdapterMismatch(f"the file lacks {_KEY}", missing=(_KEY,))
+        raise AdapterMismatch(f"the file lacks {_KEY}", missing_keys=(_KEY,))
     return _KEY

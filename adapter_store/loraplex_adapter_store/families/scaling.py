@@ -9,7 +9,7 @@ from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.errors import MalformedFile
 from loraplex_adapter_store.targets import pattern_value
 
-__all__ = ["LoraScale", "lora_scale", "pattern_scale", "scale_rule"]
+__all__ = ["LoraScale", "lora_scale", "pattern_scale", "positive_rank", "scale_rule"]
 
 
 class LoraScale(NamedTuple):
@@ -25,7 +25,7 @@ def pattern_scale(config: AdapterConfig, module: str, alpha_key: str) -> LoraSca
     """``alpha_key`` is what the method calls its alpha."""
     rank = pattern_value(config, "rank_pattern", module, config.integer("r", 8))
     alpha = pattern_value(config, "alpha_pattern", module, config.number(alpha_key, 8))
-    if rank != int(rank) or rank < 1:
+    if not math.isfinite(rank) or rank != int(rank) or rank < 1:
         raise MalformedFile(f"adapter_config.json: rank {rank!r} of {module} is not a positive int")
     scale = alpha / (math.sqrt(rank) if config.flag("use_rslora") else rank)
     if not math.isfinite(scale):
@@ -33,9 +33,17 @@ def pattern_scale(config: AdapterConfig, module: str, alpha_key: str) -> LoraSca
     return LoraScale(int(rank), scale)
 
 
+def positive_rank(config: AdapterConfig, default: int, *, key: str = "r") -> int:
+    """The config's rank for all modules; a pattern may say otherwise for some."""
+    rank = config.integer(key, default)
+    if rank < 1:
+        raise MalformedFile(f"adapter_config.json: {key} is {rank}, a positive integer is needed")
+    return rank
+
+
 def scale_rule(config: AdapterConfig) -> str:
     """For the load report, as "alpha/√r = 16/√64 = 2, rank_pattern (3), alpha_pattern (0)"."""
-    rank, alpha = config.integer("r", 8), config.number("lora_alpha", 8)
+    rank, alpha = positive_rank(config, 8), config.number("lora_alpha", 8)
     root = "√" if config.flag("use_rslora") else ""
     scale = alpha / (math.sqrt(rank) if root else rank)
     rule = f"alpha/{root}r = {alpha:g}/{root}{rank} = {scale:g}"

@@ -11,68 +11,66 @@ Never a dense ΔW: the plan holds views of the bases and the diagonals. The base
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
 from loraplex_adapter_store.plan import Family, ModulePlan, SharedBasis
-from loraplex_adapter_store.tensor_names import group_by_module
 
 from .contract import Fold, ReadContext
-from .coverage import check_coverage, require_parts
-from .extras import read_extras
+from .extras import fold_with_extras
+from .module_groups import ModuleGroup, linear_groups
+from .scaling import positive_rank
 
 __all__ = ["read_randlora", "read_vera"]
 
 
+class _Bases(NamedTuple):
+    a: Tensor
+    b: Tensor
+    digest: str
+
+
 def read_vera(context: ReadContext) -> Fold:
-    a, b, digest = _bases(context, "vera_A", "vera_B")
-    names = ("vera_lambda_d", "vera_lambda_b")
-    grouped = group_by_module(context.ledger.names, names, context.base)
-    check_coverage(context, grouped)
-    modules = {
-        module: _vera_module(context, module, parts, a, b, digest)
-        for module, parts in grouped.items()
-    }
-    extras = read_extras(context, modules)
-    rule = f"none (diagonals only), shared rank {a.shape[0]}"
-    return Fold(Family.VERA, rule, modules=extras.modules, replaced_weights=extras.replaced_weights)
+    bases = _bases(context, "vera_A", "vera_B", n_dims=2)
+    groups = linear_groups(context, ("vera_lambda_d", "vera_lambda_b"))
+    modules = {module: _vera_module(group, bases) for module, group in groups.items()}
+    rule = f"none (diagonals only), shared rank {bases.a.shape[0]}"
+    return fold_with_extras(context, Family.VERA, rule, modules)
 
 
 def read_randlora(context: ReadContext) -> Fold:
-    a, b, digest = _bases(context, "randlora_A", "randlora_B")
-    if a.dim() != 3 or b.dim() != 3 or a.shape[1] != 1:
-        raise AdapterMismatch(f"randlora bases have shapes {list(a.shape)} and {list(b.shape)}")
-    rank, alpha = context.config.integer("r", 32), context.config.number("randlora_alpha", 640)
-    names = ("randlora_lambda", "randlora_gamma")
-    grouped = group_by_module(context.ledger.names, names, context.base)
-    check_coverage(context, grouped)
+    bases = _bases(context, "randlora_A", "randlora_B", n_dims=3)
+    if bases.a.shape[1] != 1 or bases.a.shape[0] != bases.b.shape[2]:
+        raise AdapterMismatch(
+            f"randlora bases have shapes {list(bases.a.shape)} and {list(bases.b.shape)}, "
+            "[rank, 1, n] and [m, n_blocks, rank] are needed"
+        )
+    rank, alpha = positive_rank(context.config, 32), context.config.number("randlora_alpha", 640)
+    groups = linear_groups(context, ("randlora_lambda", "randlora_gamma"))
     flat: dict[tuple[int, int], Tensor] = {}  # (large, n_blocks) → flattened B, one copy each
     modules = {
-        module: _randlora_module(context, module, parts, a, b, digest, alpha / rank, flat)
-        for module, parts in grouped.items()
+        module: _randlora_module(group, bases, alpha / rank, flat)
+        for module, group in groups.items()
     }
-    extras = read_extras(context, modules)
     rule = f"randlora_alpha/r = {alpha:g}/{rank} = {alpha / rank:g}"
-    return Fold(
-        Family.RANDLORA, rule, modules=extras.modules, replaced_weights=extras.replaced_weights
-    )
+    return fold_with_extras(context, Family.RANDLORA, rule, modules)
 
 
-def _vera_module(
-    context: ReadContext, module: str, parts: Mapping[str, str], a: Tensor, b: Tensor, digest: str
-) -> ModulePlan:
-    require_parts(module, parts, ("vera_lambda_d", "vera_lambda_b"))
-    shape = context.base.modules[module]
-    _check_size(module, a.shape[1], shape.in_features)
-    _check_size(module, b.shape[0], shape.out_features)
-    diagonal = context.ledger.take(parts["vera_lambda_d"], (a.shape[0],))
-    out_scale = context.ledger.take(parts["vera_lambda_b"], (shape.out_features,))
+def _vera_module(group: ModuleGroup, bases: _Bases) -> ModulePlan:
+    _check_size(group.module, bases.a.shape[1], group.in_features)
+    _check_size(group.module, bases.b.shape[0], group.out_features)
+    if bases.a.shape[0] != bases.b.shape[1]:
+        raise AdapterMismatch(
+            f"vera_A has rank {bases.a.shape[0]}, vera_B has rank {bases.b.shape[1]}"
+        )
+    diagonal = group.take("vera_lambda_d", bases.a.shape[0])
+    out_scale = group.take("vera_lambda_b", group.out_features)
     basis = SharedBasis(
-        basis_digest=f"{digest}:{shape.in_features}:{shape.out_features}",
-        a=a[:, : shape.in_features],
-        b=b[: shape.out_features],
+        basis_digest=f"{bases.digest}:{group.in_features}:{group.out_features}",
+        a=bases.a[:, : group.in_features],
+        b=bases.b[: group.out_features],
         rank_scale=diagonal.unsqueeze(1),
         out_scale=out_scale,
     )
@@ -80,38 +78,30 @@ def _vera_module(
 
 
 def _randlora_module(
-    context: ReadContext,
-    module: str,
-    parts: Mapping[str, str],
-    a: Tensor,
-    b: Tensor,
-    digest: str,
-    scale: float,
-    flat: dict[tuple[int, int], Tensor],
+    group: ModuleGroup, bases: _Bases, scale: float, flat: dict[tuple[int, int], Tensor]
 ) -> ModulePlan:
-    require_parts(module, parts, ("randlora_lambda", "randlora_gamma"))
-    shape = context.base.modules[module]
-    small, large = sorted((shape.in_features, shape.out_features))
-    n_blocks = context.ledger.shape(parts["randlora_lambda"])[-1]
-    _check_size(module, a.shape[2], small)
-    _check_size(module, b.shape[0], large)
-    _check_size(module, b.shape[1], n_blocks)
-    lambdas = context.ledger.take(parts["randlora_lambda"], (a.shape[0], n_blocks))
-    gammas = context.ledger.take(parts["randlora_gamma"], (n_blocks, small))
+    small, large = sorted((group.in_features, group.out_features))
+    rank = bases.a.shape[0]
+    n_blocks = group.shape("randlora_lambda", 2)[1]
+    _check_size(group.module, bases.a.shape[2], small)
+    _check_size(group.module, bases.b.shape[0], large)
+    _check_size(group.module, bases.b.shape[1], n_blocks)
+    lambdas = group.take("randlora_lambda", rank, n_blocks)
+    gammas = group.take("randlora_gamma", n_blocks, small)
     if (large, n_blocks) not in flat:
-        flat[large, n_blocks] = b[:large, :n_blocks].flatten(1)
+        flat[large, n_blocks] = bases.b[:large, :n_blocks].flatten(1)
     basis = SharedBasis(
-        basis_digest=f"{digest}:{small}:{large}:{n_blocks}",
-        a=a[:, 0, :small],
+        basis_digest=f"{bases.digest}:{small}:{large}:{n_blocks}",
+        a=bases.a[:, 0, :small],
         b=flat[large, n_blocks],
         rank_scale=lambdas * scale,
         block_scale=gammas,
-        transposed=shape.in_features > shape.out_features,
+        transposed=group.in_features > group.out_features,
     )
     return ModulePlan(shared=basis)
 
 
-def _bases(context: ReadContext, a_name: str, b_name: str) -> tuple[Tensor, Tensor, str]:
+def _bases(context: ReadContext, a_name: str, b_name: str, *, n_dims: int) -> _Bases:
     """The shared pair; copies that PEFT writes beside every module must be equal to it."""
     ledger = context.ledger
     pair: list[Tensor] = []
@@ -124,13 +114,13 @@ def _bases(context: ReadContext, a_name: str, b_name: str) -> tuple[Tensor, Tens
                 "drawing it again would depend on the machine"
             )
         first = min(keys, key=len)
-        pair.append(ledger.take(first))
+        pair.append(ledger.take(first, (None,) * n_dims))
         digest.update(ledger.raw(first))
         for key in keys:
             if ledger.raw(key) != ledger.raw(first):
                 raise UnsupportedAdapter(f"{key} differs from {first}: bases must be shared")
             ledger.claim(key)
-    return pair[0], pair[1], digest.hexdigest()
+    return _Bases(pair[0], pair[1], digest.hexdigest())
 
 
 def _check_size(module: str, have: int, need: int) -> None:

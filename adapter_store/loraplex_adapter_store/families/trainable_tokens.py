@@ -6,23 +6,17 @@ from loraplex_adapter_store.errors import AdapterMismatch
 from loraplex_adapter_store.plan import Family
 
 from .contract import Fold, ReadContext
-from .extras import read_extras
+from .extras import fold_with_extras
 
 __all__ = ["read"]
 
 
 def read(context: ReadContext) -> Fold:
-    extras = read_extras(context, {})
-    if not extras.embedding_rows and not extras.head_rows:
+    fold = fold_with_extras(context, Family.TOKENS, "rows replaced, no scale", {})
+    if not fold.embedding_rows and not fold.head_rows:
         raise AdapterMismatch(
             "no trained token rows match the base's embedding",
             context.ledger.unclaimed,
             unexpected_keys=context.ledger.unclaimed,
         )
-    return Fold(
-        family=Family.TOKENS,
-        scale_rule="rows replaced, no scale",
-        embedding_rows=extras.embedding_rows,
-        head_rows=extras.head_rows,
-        replaced_weights=extras.replaced_weights,
-    )
+    return fold

@@ -17,11 +17,11 @@ from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.errors import AdapterMismatch
 from loraplex_adapter_store.plan import Family, ModulePlan
 from loraplex_adapter_store.targets import module_in
-from loraplex_adapter_store.tensor_names import group_by_module, module_names, resolve_module
+from loraplex_adapter_store.tensor_names import module_names, resolve_module
 
 from .contract import Fold, ReadContext
-from .coverage import check_coverage
-from .extras import read_extras
+from .extras import fold_with_extras
+from .module_groups import ModuleGroup, linear_groups
 
 __all__ = ["read_beft", "read_ia3", "read_lofit"]
 
@@ -29,35 +29,18 @@ _HEAD = re.compile(r"(?P<attention>.+)\.(?P<part>attn_A|attn_v)\.(?P<head>\d+)")
 
 
 def read_ia3(context: ReadContext) -> Fold:
-    grouped = group_by_module(context.ledger.names, ("ia3_l",), context.base)
-    check_coverage(context, grouped)
-    modules = {
-        module: _ia3_module(context, module, parts["ia3_l"]) for module, parts in grouped.items()
-    }
-    extras = read_extras(context, modules)
-    return Fold(
-        Family.IA3,
-        "vectors, no scale",
-        modules=extras.modules,
-        replaced_weights=extras.replaced_weights,
-    )
+    groups = linear_groups(context, ("ia3_l",))
+    modules = {module: _ia3_module(group) for module, group in groups.items()}
+    return fold_with_extras(context, Family.IA3, "vectors, no scale", modules)
 
 
 def read_beft(context: ReadContext) -> Fold:
-    grouped = group_by_module(context.ledger.names, ("beft_bias",), context.base)
-    check_coverage(context, grouped)
-    modules: dict[str, ModulePlan] = {}
-    for module, parts in grouped.items():
-        bias = context.ledger.take(parts["beft_bias"]).flatten()
-        _check_length(parts["beft_bias"], bias.numel(), context.base.modules[module].out_features)
-        modules[module] = ModulePlan(bias=bias)
-    extras = read_extras(context, modules)
-    return Fold(
-        Family.BEFT,
-        "biases, no scale",
-        modules=extras.modules,
-        replaced_weights=extras.replaced_weights,
-    )
+    groups = linear_groups(context, ("beft_bias",))
+    modules = {
+        module: ModulePlan(bias=group.vector("beft_bias", group.out_features))
+        for module, group in groups.items()
+    }
+    return fold_with_extras(context, Family.BEFT, "biases, no scale", modules)
 
 
 def read_lofit(context: ReadContext) -> Fold:
@@ -79,17 +62,14 @@ def read_lofit(context: ReadContext) -> Fold:
             context.ledger.unclaimed,
             unexpected_keys=context.ledger.unclaimed,
         )
-    return Fold(Family.LOFIT, "head offsets through o_proj, no scale", modules=modules)
+    rule = "head offsets through o_proj, no scale"
+    return fold_with_extras(context, Family.LOFIT, rule, modules)
 
 
-def _ia3_module(context: ReadContext, module: str, key: str) -> ModulePlan:
-    vector = context.ledger.take(key).flatten()
-    shape = context.base.modules[module]
-    if _is_feedforward(context.config, module):
-        _check_length(key, vector.numel(), shape.in_features)
-        return ModulePlan(in_scale=vector)
-    _check_length(key, vector.numel(), shape.out_features)
-    return ModulePlan(out_scale=vector)
+def _ia3_module(group: ModuleGroup) -> ModulePlan:
+    if _is_feedforward(group.context.config, group.module):
+        return ModulePlan(in_scale=group.vector("ia3_l", group.in_features))
+    return ModulePlan(out_scale=group.vector("ia3_l", group.out_features))
 
 
 def _is_feedforward(config: AdapterConfig, module: str) -> bool:
@@ -107,6 +87,8 @@ def _lofit_module(
     context: ReadContext, output: str, parts: Mapping[str, Mapping[int, str]]
 ) -> ModulePlan:
     base = context.base
+    if base.modules[output].in_features != base.n_heads * base.head_dim:
+        raise AdapterMismatch(f"{output} does not take {base.n_heads} heads of {base.head_dim}")
     scales = torch.zeros(base.n_heads, base.head_dim)
     offsets = torch.zeros(base.n_heads, base.head_dim)
     for target, name in ((scales, "attn_A"), (offsets, "attn_v")):
@@ -114,13 +96,6 @@ def _lofit_module(
             if head >= base.n_heads:
                 raise AdapterMismatch(f"{key}: the base has {base.n_heads} heads")
             target[head] = context.ledger.take(key, (base.head_dim,))
-    bias = base.weight(output) @ offsets.flatten() if bool(offsets.any()) else None
-    in_scale = 1 + scales.flatten() if bool(scales.any()) else None
-    if bias is None and in_scale is None:
-        bias = torch.zeros(base.modules[output].out_features)
+    bias = base.weight(output) @ offsets.flatten() if parts["attn_v"] else None
+    in_scale = 1 + scales.flatten() if parts["attn_A"] else None
     return ModulePlan(bias=bias, in_scale=in_scale)
-
-
-def _check_length(key: str, have: int, need: int) -> None:
-    if have != need:
-        raise AdapterMismatch(f"tensor {key!r} has {have} entries, the base needs {need}")

@@ -1,14 +1,56 @@
-"""Methods that are recognised and refused, and why: no silent approximation."""
+"""The one table of families: peft_type → how its files are read, or why they are not."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-__all__ = ["UNSUPPORTED"]
+from . import (
+    abmll,
+    block_lora,
+    deltas,
+    full_delta,
+    loldu,
+    lora,
+    mixlora,
+    prompts,
+    ragged,
+    shared_bases,
+    trainable_tokens,
+    vectors,
+)
+from .contract import FamilyReader
+
+__all__ = ["FAMILIES", "UNSUPPORTED"]
+
+FAMILIES: Mapping[str, FamilyReader] = {
+    "LORA": lora.read,
+    "ADALORA": ragged.read_adalora,
+    "SORA": ragged.read_sora,
+    "VERA": shared_bases.read_vera,
+    "RANDLORA": shared_bases.read_randlora,
+    "IA3": vectors.read_ia3,
+    "BEFT": vectors.read_beft,
+    "LOFIT": vectors.read_lofit,
+    "PREFIX_TUNING": prompts.read_prefix,
+    "PROMPT_TUNING": prompts.read_prompt,
+    "P_TUNING": prompts.read_prompt,
+    "MISS": deltas.read_miss,
+    "TINYLORA": deltas.read_tinylora,
+    "LOHA": deltas.read_loha,
+    "LOLDU": loldu.read,
+    "BLOCK_LORA": block_lora.read,
+    "MIXLORA": mixlora.read_mixlora,
+    "MOLA": mixlora.read_mola,
+    "LORAMOE": mixlora.read_loramoe,
+    "TRAINABLE_TOKENS": trainable_tokens.read,
+    "ABMLL": abmll.read,
+    "FULL": full_delta.read,
+}
 
 _MULTIPLIES = "it multiplies the base weight by a full-rank matrix"
 _FULL_RANK = "its delta has full rank and no shared basis"
 
+# Recognised and refused: no silent approximation.
 UNSUPPORTED: Mapping[str, str] = {
     "OFT": _MULTIPLIES,
     "BOFT": _MULTIPLIES,

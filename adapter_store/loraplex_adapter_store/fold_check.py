@@ -1,0 +1,145 @@
+"""Every fold is looked at once more, whatever its family did: names, shapes, ranks, values.
+
+A family that reads its tensors by ``families.module_groups`` passes. What goes around it, or
+overflows while it is folded, is refused here and never reaches the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from loraplex_adapter_store.families.contract import Fold
+
+from .base_spec import BaseSpec
+from .errors import AdapterMismatch, LimitExceeded, MalformedFile
+from .limits import StoreLimits
+from .plan import ExpertPlan, ModulePlan, PrefixPlan, SharedBasis
+
+__all__ = ["check_fold"]
+
+Shape = tuple[int, ...]
+
+
+def check_fold(fold: Fold, base: BaseSpec, limits: StoreLimits) -> None:
+    """Raises AdapterRefused that names the module and the part; returns nothing else."""
+    for name, plan in fold.modules.items():
+        _check_module(name, plan, base, limits)
+    for name, block in fold.experts.items():
+        _check_experts(name, block, base, limits)
+    if fold.prefix is not None:
+        _check_prefix(fold.prefix, base, limits)
+    for what, rows in (("embedding", fold.embedding_rows), ("head", fold.head_rows)):
+        for token, row in rows.items():
+            if not 0 <= token < base.vocab_size:
+                raise AdapterMismatch(
+                    f"{what} row {token}: the base's vocabulary ends at {base.vocab_size - 1}"
+                )
+            _check_tensor(f"{what} row {token}", row, (base.hidden_size,))
+    for name, weight in fold.replaced_weights.items():
+        _check_tensor(f"{name}.weight", weight, _weight_shape(name, base))
+
+
+def _check_module(name: str, plan: ModulePlan, base: BaseSpec, limits: StoreLimits) -> None:
+    n_in, n_out = _sizes(name, base)
+    rank = plan.rank
+    if (plan.a is None) != (plan.b is None):
+        raise AdapterMismatch(f"{name} has one factor of two")
+    if rank > limits.max_rank:
+        raise LimitExceeded(
+            f"{name} has rank {rank} once folded, this server allows {limits.max_rank}"
+        )
+    parts: list[tuple[str, Tensor | None, Shape]] = [
+        ("A", plan.a, (rank, n_in)),
+        ("B", plan.b, (n_out, rank)),
+        ("out_scale", plan.out_scale, (n_out,)),
+        ("bias", plan.bias, (n_out,)),
+        ("in_scale", plan.in_scale, (n_in,)),
+    ]
+    if name not in base.modules and any(part is not None for _, part, _ in parts[2:]):
+        raise AdapterMismatch(f"{name} is an embedding: it takes low-rank factors only")
+    for part, tensor, shape in parts:
+        if tensor is not None:
+            _check_tensor(f"{name}: {part}", tensor, shape)
+    if plan.shared is not None:
+        for part, tensor, shape in _shared_parts(plan.shared, n_in, n_out):
+            _check_tensor(f"{name}: shared {part}", tensor, shape)
+
+
+def _shared_parts(
+    shared: SharedBasis, n_in: int, n_out: int
+) -> Iterator[tuple[str, Tensor, Shape]]:
+    rank, n_blocks = shared.rank_scale.shape
+    k, m = (n_out, n_in) if shared.transposed else (n_in, n_out)
+    yield "A", shared.a, (rank, k)
+    yield "B", shared.b, (m, rank * n_blocks)
+    yield "rank_scale", shared.rank_scale, (rank, n_blocks)
+    if shared.block_scale is not None:
+        yield "block_scale", shared.block_scale, (n_blocks, k)
+    if shared.out_scale is not None:
+        yield "out_scale", shared.out_scale, (m,)
+
+
+def _check_experts(name: str, block: ExpertPlan, base: BaseSpec, limits: StoreLimits) -> None:
+    n_experts = len(block.experts)
+    if not 1 <= n_experts <= limits.max_experts:
+        raise LimitExceeded(
+            f"{name} has {n_experts} experts, this server allows {limits.max_experts}"
+        )
+    if not 1 <= block.top_k <= n_experts:
+        raise MalformedFile(f"{name}: top_k {block.top_k} does not fit {n_experts} experts")
+    is_projection = name in base.modules
+    width = base.modules[name].in_features if is_projection else base.hidden_size
+    if not is_projection and not any(known.startswith(f"{name}.") for known in base.modules):
+        raise AdapterMismatch(f"{name} is no module of the base")
+    _check_tensor(f"{name}: gate", block.gate, (n_experts, width))
+    for number, expert in enumerate(block.experts):
+        for module, plan in expert.items():
+            if module != name and not module.startswith(f"{name}."):
+                raise AdapterMismatch(f"{name}: expert {number} adapts {module}, outside of it")
+            _check_module(module, plan, base, limits)
+
+
+def _check_prefix(prefix: PrefixPlan, base: BaseSpec, limits: StoreLimits) -> None:
+    n_virtual = prefix.n_virtual
+    if n_virtual > limits.max_virtual_tokens:
+        raise LimitExceeded(
+            f"{n_virtual} virtual tokens, this server allows {limits.max_virtual_tokens}"
+        )
+    if prefix.embeddings is not None:
+        _check_tensor("virtual tokens", prefix.embeddings, (n_virtual, base.hidden_size))
+        return
+    for what, layers in (("keys", prefix.keys), ("values", prefix.values)):
+        if len(layers) != base.n_layers:
+            raise AdapterMismatch(
+                f"the prefix has {what} of {len(layers)} layers, not {base.n_layers}"
+            )
+        for layer, tensor in enumerate(layers):
+            shape = (n_virtual, base.n_kv_heads, base.head_dim)
+            _check_tensor(f"prefix {what} of layer {layer}", tensor, shape)
+
+
+def _sizes(name: str, base: BaseSpec) -> tuple[int, int]:
+    if name in base.modules:
+        return base.modules[name].in_features, base.modules[name].out_features
+    if name in base.embeddings:
+        return base.embeddings[name].n_rows, base.embeddings[name].width
+    raise AdapterMismatch(f"{name} is no linear and no embedding of the base")
+
+
+def _weight_shape(name: str, base: BaseSpec) -> Shape:
+    shape = base.parameters.get(f"{name}.weight")
+    if shape is None:
+        raise AdapterMismatch(f"{name} of the base has no weight")
+    return shape[::-1] if name in base.conv1d else shape
+
+
+def _check_tensor(what: str, tensor: Tensor, shape: Shape) -> None:
+    if tuple(tensor.shape) != shape:
+        raise AdapterMismatch(
+            f"{what} has shape {list(tensor.shape)}, the base needs {list(shape)}"
+        )
+    if not bool(torch.isfinite(tensor).all()):
+        raise MalformedFile(f"{what} overflows float32: the product of its factors is not finite")

@@ -281,8 +281,8 @@ class AdapterStore:
         return self.get(name)
 
     def next_expiry(self) -> float | None:
-        """When the first name expires; None if none does."""
-        return self._index.next_expiry()
+        """When the first name expires; None if none does, or the store is closed."""
+        return None if self._closed else self._index.next_expiry()
 
     def expire(self, now: float) -> tuple[str, ...]:
         """Removes the names whose time has come. Their running requests finish."""

@@ -1,4 +1,4 @@
-"""`loraplex generator eval`: every arm on every held-out task, with controls and intervals."""
+"""Every arm on every held-out task, with controls and intervals."""
 
 from __future__ import annotations
 

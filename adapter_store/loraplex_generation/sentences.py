@@ -1,19 +1,22 @@
-"""Descriptions as vectors: MiniLM token states and sentence embeddings."""
+"""Texts as vectors: token states and sentence embeddings of all-MiniLM-L6-v2."""
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-__all__ = ["Encoded", "SentenceEncoder"]
+__all__ = ["MAX_TOKENS", "Encoded", "SentenceEncoder"]
 
-_MAX_TOKENS = 128
+MAX_TOKENS = 128  # of a text; what comes later is cut off
 _BATCH = 64  # texts of one forward
+_SHORT_BATCH = 16  # of one forward where texts of like length stand together
 
 
 class Encoded(NamedTuple):
@@ -29,20 +32,33 @@ class SentenceEncoder:
     """all-MiniLM-L6-v2, or any BERT-like directory that mean pooling suits. Thread-safe."""
 
     def __init__(self, directory: Path) -> None:
+        """Loads in float32, the default dtype, so that torch's process-wide default stays as it is.
+
+        Beside a running server, loads have to be serialised by the caller.
+        """
         from transformers import AutoTokenizer, BertModel
 
-        self._tokenizer = AutoTokenizer.from_pretrained(directory)
+        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        self._tokenizing = threading.Lock()  # a fast tokenizer keeps its padding in itself
 
         class WithoutPooler(BertModel):  # type: ignore[misc]  # untyped library
             _keys_to_ignore_on_load_unexpected = (r"^pooler\.",)  # else it prints a report
 
-        self._model = WithoutPooler.from_pretrained(directory, add_pooling_layer=False)
-        self._model.eval()
+        self._model = WithoutPooler.from_pretrained(
+            directory, add_pooling_layer=False, dtype=torch.float32, local_files_only=True
+        )
+        self._model.eval().requires_grad_(False)
+        self._quick = self._model
+        if _has_bfloat16():
+            self._quick = copy.deepcopy(self._model).to(torch.bfloat16)
         self.width = int(self._model.config.hidden_size)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Any number of texts; the result is padded to the longest."""
-        parts = [self._encode(texts[at : at + _BATCH]) for at in range(0, len(texts), _BATCH)]
+        """Any number of texts, in float32; the result is padded to the longest."""
+        parts = [
+            self._encode(self._model, texts[at : at + _BATCH])
+            for at in range(0, len(texts), _BATCH)
+        ]
         longest = max(part.tokens.shape[1] for part in parts)
         pads = [longest - part.tokens.shape[1] for part in parts]
         return Encoded(
@@ -53,13 +69,36 @@ class SentenceEncoder:
             torch.cat([part.sentence for part in parts]),
         )
 
+    def sentences(self, texts: Sequence[str]) -> Tensor:
+        """float32 [n_texts, width], length 1: ``encode(texts).sentence``, up to rounding.
+
+        On CPUs with bfloat16 a copy in that dtype answers, in 6 ms instead of 10; cosines move by
+        about 0.001.
+        """
+        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+        vectors = torch.empty(len(texts), self.width, dtype=torch.float32)
+        for first in range(0, len(by_length), _SHORT_BATCH):
+            part = by_length[first : first + _SHORT_BATCH]
+            vectors[part] = self._encode(self._quick, [texts[i] for i in part]).sentence
+        return vectors
+
     @torch.inference_mode()
-    def _encode(self, texts: Sequence[str]) -> Encoded:
-        batch = self._tokenizer(
-            list(texts), padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
-        )
-        states = self._model(**batch).last_hidden_state.float()
+    def _encode(self, model: Any, texts: Sequence[str]) -> Encoded:
+        with self._tokenizing:
+            batch = self._tokenizer(
+                list(texts),
+                padding=True,
+                truncation=True,
+                max_length=MAX_TOKENS,
+                return_tensors="pt",
+            )
+        states = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].bool()
         weights = mask.float()[..., None]
         mean = (states * weights).sum(1) / weights.sum(1)
         return Encoded(states, mask, F.normalize(mean, dim=-1))
+
+
+def _has_bfloat16() -> bool:
+    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return probe is not None and bool(probe())

@@ -15,7 +15,6 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,12 +27,14 @@ from loraplex_server.adapters.description import DescriptionGenerator
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.registration import register_adapters
+from loraplex_server.adapters.sentence_encoder import SharedEncoder
 from loraplex_server.api.app import build_app
 from loraplex_server.api.errors import invalid, unavailable
 from loraplex_server.api.middleware.tracing import otlp_provider
 from loraplex_server.api.state import AppState
 from loraplex_server.metrics.generation_collector import GenerationCollector
 from loraplex_server.metrics.routing_collector import RoutingCollector
+from loraplex_server.model.loader import Lazy
 
 from .banner import banner
 from .settings import ServerConfig
@@ -60,46 +61,47 @@ def serve(
     from loraplex_server.engine.build import build_engine
     from loraplex_server.model.pull import resolve_model
 
-    try:
+    with contextlib.ExitStack() as closing:
+        closing.callback(listening.close)
         endpoint = config.http.otlp_endpoint
         tracing = None if endpoint is None else otlp_provider(endpoint)
         model_path = resolve_model(config.model)
         public = _public_name(config.model, model_path)
         built = build_engine(config.engine, model_path, model_id=public)
         store = open_store(config, built)
-        try:
-            register_adapters(store, config.store)
-            for card in store.list():
-                if card.pinned:
-                    built.engine.set_pinned(card.digest, True)
-            generated = GeneratedAdapters(store, partial(_load_generator, model_path, public))
-            wishes = DescriptionResolver(store, _encoder_directory, DescriptionGenerator(generated))
-            app = build_app(
-                built.engine,
-                store,
-                built.tokenizer,
-                config,
-                model_name=public,
-                vocab_size=built.base_spec.vocab_size,
-                device=built.engine,
-                resolver=wishes,
-                generated=generated,
-                collectors=[
-                    RoutingCollector(store, built.engine.experts, wishes.router),
-                    GenerationCollector(generated),
-                ],
-                semantic=wishes.router,
-                experts=built.engine.experts,
-                tracing=tracing,
-            )
-            freeze_gc()
-            _run(app, config, listening, say)
-        finally:
-            gc.unfreeze()  # the interpreter's last collection: else nanobind tells of leaks
-            built.engine.close()
-            store.close()
-    finally:
-        listening.close()
+        closing.callback(store.close)
+        closing.callback(built.engine.close)
+        register_adapters(store, config.store)
+        for card in store.list():
+            if card.pinned:
+                built.engine.set_pinned(card.digest, True)
+        encoder = SharedEncoder(_encoder_directory)
+        generator = Lazy(lambda: _load_generator(encoder, model_path, public))
+        generated = GeneratedAdapters(store, generator.get)
+        closing.callback(generated.close)
+        wishes = DescriptionResolver(store, encoder, DescriptionGenerator(generated))
+        closing.callback(wishes.close)
+        app = build_app(
+            built.engine,
+            store,
+            built.tokenizer,
+            config,
+            model_name=public,
+            vocab_size=built.base_spec.vocab_size,
+            device=built.engine,
+            resolver=wishes,
+            generated=generated,
+            collectors=[
+                RoutingCollector(store, built.engine.experts, wishes.router),
+                GenerationCollector(generated),
+            ],
+            semantic=wishes.router,
+            experts=built.engine.experts,
+            tracing=tracing,
+        )
+        freeze_gc()
+        closing.callback(gc.unfreeze)  # before the interpreter's last collection
+        _run(app, config, listening, say)
 
 
 def freeze_gc() -> None:
@@ -139,14 +141,13 @@ def _public_name(spec: str | None, model_path: Path) -> str:
     return model_path.name if Path(spec).expanduser().is_dir() else spec
 
 
-def _load_generator(model_path: Path, base_name: str) -> Generator:
-    from loraplex_generation.sentences import SentenceEncoder
+def _load_generator(encoder: SharedEncoder, model_path: Path, base_name: str) -> Generator:
     from loraplex_generation.service import Generator
     from loraplex_generation.shipped import shipped_folder
 
     return Generator.load(
         shipped_folder(),
-        SentenceEncoder(_encoder_directory()),
+        encoder.get(),
         base_name=base_name,
         base_directory=model_path,
     )

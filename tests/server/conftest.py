@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,18 +87,24 @@ def make_front(
     http: HttpConfig | None = None,
     *,
     allow_sources: Sequence[str] = (),
+    with_store: Callable[[AdapterStore], Mapping[str, Any]] = lambda store: {},
+    n_kept_revisions: int = 0,
     **parts: Any,
 ) -> Front:
+    """``parts`` of ``build_app``; ``with_store`` makes those that need the store."""
     http = http or HttpConfig(served_model_names=("base",))
     root = folder / "adapters"
     root.mkdir(exist_ok=True)
-    store = AdapterStore(folder / "store", spec, allowed_roots=[root])
+    store = AdapterStore(
+        folder / "store", spec, allowed_roots=[root], n_kept_revisions=n_kept_revisions
+    )
     engine = FakeEngine(tokenizer.backend_tokenizer)
     if not http.served_model_names:
         http = http.model_copy(update={"served_model_names": ("base",)})
     allowed = tuple(SourcePrefix.parse(text) for text in allow_sources)
     config = ServerConfig(http=http, store=StoreConfig(allow_sources=allowed))
-    app = build_app(engine, store, tokenizer, config, model_name="tiny/llama", **parts)
+    parts = {"model_name": "tiny/llama", **parts, **with_store(store)}
+    app = build_app(engine, store, tokenizer, config, **parts)
     transport = httpx.ASGITransport(app)
     client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
     return Front(app, engine, store, client, root)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Protocol
 
 from loraplex_adapter_store.selector import Auto, Description, NameRef
@@ -14,6 +12,7 @@ from loraplex_router.adapters import AdapterProfile, Encoder
 from loraplex_server.api.errors import invalid
 from loraplex_server.api_keys import AdapterAccess
 
+from .generated_adapters import PREFIX
 from .resolver import Resolution
 from .semantic_router import SemanticRouter
 
@@ -31,16 +30,12 @@ class DescriptionResolver:
     """``auto`` is answered by ``router``, on its thread; descriptions on another one."""
 
     def __init__(
-        self,
-        store: AdapterStore,
-        find_encoder: Callable[[], Path],
-        generator: AdapterGenerator | None = None,
+        self, store: AdapterStore, encoder: Encoder, generator: AdapterGenerator | None = None
     ) -> None:
-        """``find_encoder`` returns the sentence encoder's directory, or raises with a remedy."""
         self._store = store
         self._generator = generator
-        self.router = SemanticRouter(lambda: _load_encoder(find_encoder()), self._profiles)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-wishes")
+        self.router = SemanticRouter(encoder, self._profiles)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-descriptions")
 
     async def resolve(
         self, wish: Auto | Description, text: str, access: AdapterAccess
@@ -63,13 +58,9 @@ class DescriptionResolver:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _profiles(self) -> list[AdapterProfile]:
+        """Unnamed generated adapters are for the request that described them, for no other."""
         return [
             AdapterProfile(card.name, card.description, card.examples)
             for card in self._store.list()
+            if not card.name.startswith(PREFIX)
         ]
-
-
-def _load_encoder(directory: Path) -> Encoder:
-    from .sentence_encoder import MiniLmEncoder
-
-    return MiniLmEncoder(directory)

@@ -1,7 +1,9 @@
 """Generates adapters from descriptions, registers them, and lets them expire.
 
-order ──► key ──► known and alive? ──► its name        (refreshed)
-                  else generate ──► store ──► its name (oldest generated ones make room)
+request ──► key ──► known? ──► its name               (its life starts anew)
+                    else generate ──► store ──► name  (the first to expire makes room)
+
+When a name expires is kept in the store, so a restart changes nothing; a thread removes it then.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +27,9 @@ from loraplex_generation.service import GeneratedAdapter, Generator
 __all__ = ["PREFIX", "AdapterGenerationRequest", "GeneratedAdapters", "GenerationStats"]
 
 PREFIX = "generated/"  # of the names that we choose
+_LONGEST_WAIT_S = 60.0  # the clock may be set meanwhile
+_RETRY_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,23 +73,27 @@ class GeneratedAdapters:
     def __init__(
         self,
         store: AdapterStore,
-        load: Callable[[], Generator],
+        find_generator: Callable[[], Generator],
         *,
         ttl_s: float = 3600.0,
         quota: int = 64,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        """`load` is called once, for the first order. `quota` bounds the names that we choose.
+        """``find_generator`` is called for each adapter that is made; it loads once and keeps it.
 
-        Names of an earlier life of the server are adopted and expire like new ones.
+        ``quota`` bounds the names that we choose. ``clock``: seconds since the epoch.
         """
-        self._store, self._load = store, load
+        self._store, self._find_generator = store, find_generator
         self._ttl_s, self._quota, self._clock = ttl_s, quota, clock
-        self._generator: Generator | None = None
         self.stats = GenerationStats()  # written under the lock, read by /metrics
         self._lock = threading.Lock()  # one flight at a time: the second of a kind finds the first
-        old = [card.name for card in store.list() if card.name.startswith(PREFIX)]
-        self._expires: dict[str, float] = dict.fromkeys(old, clock() + ttl_s)  # oldest use first
+        self._changed = threading.Condition()  # another name expires first, or this is closed
+        self._closed = False
+        for card in store.list():  # of a version that did not keep expiries
+            if card.name.startswith(PREFIX) and card.expires is None:
+                store.set_expiry(card.name, clock() + ttl_s)
+        self._reaper = threading.Thread(target=self._reap, name="loraplex-expiry", daemon=True)
+        self._reaper.start()
 
     def ensure(
         self,
@@ -97,25 +108,46 @@ class GeneratedAdapters:
         free. Raises OutOfDistribution, NotTrained, GeneratorMismatch, UnfitPrompts,
         RevisionConflict and what the store raises.
         """
+        lasts = ttl_s is None and name is not None
         with self._lock:
-            self._expire()
-            chosen = name or f"{PREFIX}{order.key}"
-            known = None if name else self._alive(chosen)
-            if known is None:
+            expires = None if lasts else self._clock() + (ttl_s or self._ttl_s)
+            card = None if name else self._refreshed(f"{PREFIX}{order.key}", expires)
+            if card is None:
                 if name is None:
                     self._make_room()
-                known = self._make(chosen, order)
+                card = self._make(name or f"{PREFIX}{order.key}", order, expires)
             else:
                 self.stats.n_reused += 1
-            if name is None or ttl_s is not None:
-                self._expires.pop(chosen, None)
-                self._expires[chosen] = self._clock() + (ttl_s or self._ttl_s)
-            return known
+        with self._changed:
+            self._changed.notify_all()
+        return card
 
-    def _make(self, name: str, order: AdapterGenerationRequest) -> AdapterCard:
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._reaper.join()
+
+    def _reap(self) -> None:
+        """Removes each name when its time has come."""
+        with self._changed:
+            while not self._closed:
+                try:
+                    for name in self._store.expire(self._clock()):
+                        _log.info("adapter %s has expired", name)
+                    next_expiry = self._store.next_expiry()
+                except Exception:
+                    _log.exception("expired adapters could not be removed; tried again soon")
+                    next_expiry = self._clock() + _RETRY_S
+                wait_s = None if next_expiry is None else max(0.0, next_expiry - self._clock())
+                self._changed.wait(None if wait_s is None else min(wait_s, _LONGEST_WAIT_S))
+
+    def _make(
+        self, name: str, order: AdapterGenerationRequest, expires: float | None
+    ) -> AdapterCard:
         began = time.perf_counter()
         try:
-            card = self._register(name, self._generate(order), order)
+            card = self._register(name, self._generate(order), order, expires)
         except Exception:
             self.stats.n_refused += 1
             raise
@@ -124,9 +156,7 @@ class GeneratedAdapters:
         return card
 
     def _generate(self, order: AdapterGenerationRequest) -> GeneratedAdapter:
-        if self._generator is None:
-            self._generator = self._load()
-        return self._generator.generate(
+        return self._find_generator().generate(
             order.description,
             examples=order.examples,
             prompts=order.prompts,
@@ -137,7 +167,11 @@ class GeneratedAdapters:
         )
 
     def _register(
-        self, name: str, made: GeneratedAdapter, order: AdapterGenerationRequest
+        self,
+        name: str,
+        made: GeneratedAdapter,
+        order: AdapterGenerationRequest,
+        expires: float | None,
     ) -> AdapterCard:
         card: dict[str, JsonValue] = json.loads(json.dumps(made.card))
         return self._store.put_tensors(
@@ -148,26 +182,22 @@ class GeneratedAdapters:
             description=order.description,
             examples=order.examples,
             provenance={"source": "generated", **card},
+            expires=expires,
         )
 
-    def _alive(self, name: str) -> AdapterCard | None:
+    def _refreshed(self, name: str, expires: float | None) -> AdapterCard | None:
+        """None if there is no such adapter, or its time has come and it is about to go."""
         try:
-            return self._store.get(name) if name in self._expires else None
-        except UnknownAdapter:  # deleted by a client
-            del self._expires[name]
+            at = self._store.get(name).expires
+            if at is not None and at <= self._clock():
+                return None
+            return self._store.set_expiry(name, expires)
+        except UnknownAdapter:  # deleted by a client, or expired
             return None
 
-    def _expire(self) -> None:
-        now = self._clock()
-        for name in [name for name, at in self._expires.items() if at <= now]:
-            self._drop(name)
-
     def _make_room(self) -> None:
-        ours = [name for name in self._expires if name.startswith(PREFIX)]
-        for name in ours[: max(0, len(ours) - self._quota + 1)]:
-            self._drop(name)
-
-    def _drop(self, name: str) -> None:
-        del self._expires[name]
-        with contextlib.suppress(UnknownAdapter):  # a client was faster
-            self._store.delete(name, timeout_s=0.0)  # running requests keep their lease
+        ours = [card for card in self._store.list() if card.name.startswith(PREFIX)]
+        ours.sort(key=lambda card: card.expires or math.inf)
+        for card in ours[: max(0, len(ours) - self._quota + 1)]:
+            with contextlib.suppress(UnknownAdapter):  # a client was faster
+                self._store.start_delete(card.name)  # running requests keep their lease

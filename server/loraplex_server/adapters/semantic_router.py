@@ -1,6 +1,6 @@
 """Chooses adapters for texts on a thread of its own, many texts at a time.
 
-The thread owns encoder and index. Requests that arrive while it works are answered together in the
+The thread owns the index. Requests that arrive while it works are answered together in the
 next round. Decisions are remembered until the adapters change.
 """
 
@@ -54,14 +54,13 @@ class SemanticRouter:
 
     def __init__(
         self,
-        load_encoder: Callable[[], Encoder],
+        encoder: Encoder,
         list_profiles: Callable[[], Sequence[AdapterProfile]],
     ) -> None:
-        """Both run on the router's thread. ``load_encoder`` is tried again after it failed."""
-        self._load_encoder = load_encoder
+        """Both are called on the router's thread; a question after one that failed asks again."""
+        self._router = AutoRouter(encoder)
         self._list_profiles = list_profiles
         self._inbox: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
-        self._router: AutoRouter | None = None
         self._listed_at = float("-inf")
         self._remembered: OrderedDict[_Question, Decision] = OrderedDict()
         self._closed = False
@@ -70,7 +69,7 @@ class SemanticRouter:
         self._thread.start()
 
     async def choose(self, text: str, among: AdapterFilter | None = None) -> Decision:
-        """``among``: as if there were no other adapters. Raises what the two functions raised."""
+        """``among``: as if there were no other adapters. Raises what encoder and listing raise."""
         if self._closed:
             raise RuntimeError("the semantic router is closed")
         loop = asyncio.get_running_loop()
@@ -81,7 +80,7 @@ class SemanticRouter:
     @property
     def calibration(self) -> Calibration | None:
         """Of the last fit; None before the first."""
-        return None if self._router is None else self._router.calibration
+        return self._router.calibration
 
     def close(self) -> None:
         self._closed = True
@@ -120,8 +119,6 @@ class SemanticRouter:
         return asked
 
     def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
-        if self._router is None:
-            self._router = AutoRouter(self._load_encoder())
         now = time.monotonic()
         if now - self._listed_at > _LISTING_AGE_S:
             if self._router.update(self._list_profiles()):

@@ -1,55 +1,59 @@
-"""all-MiniLM-L6-v2: mean of the token states, unit length, through transformers."""
+"""The one sentence encoder of the process: the router and the generator share it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
 
-__all__ = ["MAX_TOKENS", "MiniLmEncoder"]
+from loraplex_server.api.errors import ApiError, unavailable
+from loraplex_server.model.loader import Lazy
 
-MAX_TOKENS = 128  # of a text; what comes later is cut off
-_BATCH = 16
+if TYPE_CHECKING:
+    from loraplex_generation.sentences import SentenceEncoder
+
+__all__ = ["SharedEncoder"]
+
+_log = logging.getLogger(__name__)
 
 
-class MiniLmEncoder:
-    """An ``Encoder`` of ``loraplex_router.adapters``. One thread at a time.
+class SharedEncoder:
+    """An ``Encoder`` of ``loraplex_router.adapters``, loaded at its first use. Thread-safe.
 
-    bfloat16 is twice to thrice as fast on CPUs that have it and moves no decision (a cosine by
-    about 0.001); float32 runs anywhere.
+    A load that fails is not kept: the next use tries again.
     """
 
-    def __init__(self, directory: Path, *, dtype: torch.dtype | None = None) -> None:
-        chosen = dtype or (torch.bfloat16 if _has_bfloat16() else torch.float32)
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-        model = AutoModel.from_pretrained(directory, dtype=chosen, local_files_only=True)
-        self._model = model.eval().requires_grad_(False)
+    def __init__(self, find_directory: Callable[[], Path]) -> None:
+        """``find_directory`` raises ApiError with a remedy where there is no encoder."""
+        self._find_directory = find_directory
+        self._encoder = Lazy(self._load)
 
     @property
     def dim(self) -> int:
-        return int(self._model.config.hidden_size)
+        return self.get().width
 
-    @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
-        vectors = torch.empty(len(texts), self.dim)
-        for first in range(0, len(by_length), _BATCH):
-            part = by_length[first : first + _BATCH]
-            vectors[part] = self._encode([texts[i] for i in part])
-        return vectors
+        return self.get().sentences(texts)
 
-    def _encode(self, texts: list[str]) -> Tensor:
-        inputs = self._tokenizer(
-            texts, padding=True, truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        )
-        states = self._model(**inputs).last_hidden_state.float()  # [n, n_tokens, dim]
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
-        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
+    def get(self) -> SentenceEncoder:
+        """Raises ApiError: what ``find_directory`` raises, or 503 if the load failed."""
+        return self._encoder.get()
 
+    def _load(self) -> SentenceEncoder:
+        from loraplex_generation.sentences import SentenceEncoder
 
-def _has_bfloat16() -> bool:
-    probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return probe is not None and bool(probe())
+        directory = self._find_directory()
+        try:
+            return SentenceEncoder(directory)
+        except ApiError:
+            raise
+        except Exception as error:
+            _log.exception("the sentence encoder in %s cannot be loaded", directory)
+            raise unavailable(
+                f"the sentence encoder cannot be loaded ({type(error).__name__}); the server's log "
+                "says why, and the next request tries again",
+                "encoder_unavailable",
+            ) from error

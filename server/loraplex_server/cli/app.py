@@ -10,7 +10,6 @@ from .chat import chat
 from .generate import generate
 from .generator import generator
 from .pull import pull
-from .route import route
 from .serve import serve
 from .train import train, train_demos
 from .zoo import zoo
@@ -34,7 +33,6 @@ app.add_typer(generator, name="generator")
 app.command()(serve)
 app.command()(bench)
 app.add_typer(adapters, name="adapters")
-app.add_typer(route, name="route")
 
 
 @app.callback()

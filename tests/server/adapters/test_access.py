@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description import DescriptionGenerator
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
@@ -41,26 +43,29 @@ def shared(
     tokenizer: PreTrainedTokenizerFast,
     base_spec: BaseSpec,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Front]:
     """Adapters of two teams behind one server; asked with the key of team a."""
-    monkeypatch.setattr("loraplex_server.adapters.description_resolver._load_encoder", _words)
-    front = make_front(tokenizer, base_spec, tmp_path, HttpConfig(api_keys=KEYS))
-    generated = GeneratedAdapters(front.store, lambda: ScriptedGenerator(base_spec))
-    resolver = DescriptionResolver(front.store, Path, DescriptionGenerator(generated))
-    front.app.state.services.resolver._resolver = resolver
-    front.app.state.semantic, front.app.state.generated = resolver.router, generated
-    for seed, (name, (description, examples)) in enumerate(PROFILES.items()):
-        source = write_lora(front.root / name, base_spec, seed=seed)
-        front.store.put_directory(name, source, description=description, examples=examples)
-    use(front, TEAM)
-    yield front
-    resolver.close()
+    with contextlib.ExitStack() as closing:
+
+        def parts(store: AdapterStore) -> dict[str, object]:
+            generated = GeneratedAdapters(store, lambda: ScriptedGenerator(base_spec))
+            resolver = DescriptionResolver(store, WordEncoder(), DescriptionGenerator(generated))
+            closing.callback(generated.close)
+            closing.callback(resolver.close)
+            return {"generated": generated, "resolver": resolver, "semantic": resolver.router}
+
+        keys = HttpConfig(api_keys=KEYS)
+        front = make_front(tokenizer, base_spec, tmp_path, keys, with_store=parts)
+        _put_profiles(front, base_spec)
+        use(front, TEAM)
+        yield front
     front.store.close()
 
 
-def _words(directory: Path) -> WordEncoder:
-    return WordEncoder()
+def _put_profiles(front: Front, base_spec: BaseSpec) -> None:
+    for seed, (name, (description, examples)) in enumerate(PROFILES.items()):
+        source = write_lora(front.root / name, base_spec, seed=seed)
+        front.store.put_directory(name, source, description=description, examples=examples)
 
 
 def use(front: Front, secret: str) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
+from loraplex_server.adapters.sentence_encoder import SharedEncoder
 from loraplex_server.api.errors import invalid
 from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
@@ -29,9 +32,7 @@ def routed(
     tmp_path: Path,
     pulled_encoder: Path,
 ) -> Iterator[Front]:
-    front = make_front(tokenizer, base_spec, tmp_path)
-    resolver = DescriptionResolver(front.store, lambda: pulled_encoder)
-    front.app.state.services.resolver._resolver = resolver
+    front, resolver = _front_with(lambda: pulled_encoder, tokenizer, base_spec, tmp_path)
     for seed, (name, (description, examples)) in enumerate(PROFILES.items()):
         source = write_lora(front.root / name, base_spec, seed=seed)
         front.store.put_directory(name, source, description=description, examples=examples)
@@ -59,11 +60,62 @@ async def test_auto_leaves_to_the_base_what_no_adapter_is_for(routed: Front) -> 
     assert routed.engine.requests[0].adapter is None
 
 
-async def test_auto_without_an_encoder_says_how_to_get_one(front: Front) -> None:
+async def test_auto_without_an_encoder_says_how_to_get_one(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
     def missing() -> Path:
         raise invalid("run loraplex pull", "adapter", "feature_not_enabled")
 
-    front.app.state.services.resolver._resolver = DescriptionResolver(front.store, missing)
+    front, resolver = _front_with(missing, tokenizer, base_spec, tmp_path)
+    front.store.put_directory("x", write_lora(front.root / "x", base_spec), examples=["hi"])
     answer = await front.chat(adapter="auto")
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "feature_not_enabled"
+    resolver.close()
+    front.store.close()
+
+
+async def test_an_encoder_that_could_not_be_loaded_is_tried_again(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path, pulled_encoder: Path
+) -> None:
+    directory = tmp_path / "encoder"
+    shutil.copytree(pulled_encoder, directory)
+    (directory / "model.safetensors").write_bytes(b"cut off")
+    front, resolver = _front_with(lambda: directory, tokenizer, base_spec, tmp_path)
+    front.store.put_directory("x", write_lora(front.root / "x", base_spec), examples=["hi"])
+    answer = await front.chat(adapter="auto")
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "encoder_unavailable"
+    shutil.copy(pulled_encoder / "model.safetensors", directory)
+    assert (await front.chat(adapter="auto")).status_code == 200
+    resolver.close()
+    front.store.close()
+
+
+async def test_unnamed_generated_adapters_are_nobodys_candidates(routed: Front) -> None:
+    spec = routed.store.base
+    for name in ("generated/abc", "mine"):
+        source = write_lora(routed.root / name.replace("/", "-"), spec, seed=7)
+        routed.store.put_directory(name, source, description="Translates to French")
+    messages = [{"role": "user", "content": "Translates to French"}]
+    chosen_by = (await routed.chat(adapter="auto", messages=messages)).json()["adapter"][
+        "chosen_by"
+    ]
+    names = [candidate["name"] for candidate in chosen_by["candidates"]]
+    assert "mine" in names
+    assert "generated/abc" not in names
+
+
+def _front_with(
+    find_encoder: Callable[[], Path],
+    tokenizer: PreTrainedTokenizerFast,
+    base_spec: BaseSpec,
+    folder: Path,
+) -> tuple[Front, DescriptionResolver]:
+    made: list[DescriptionResolver] = []
+
+    def parts(store: AdapterStore) -> dict[str, object]:
+        made.append(DescriptionResolver(store, SharedEncoder(find_encoder)))
+        return {"resolver": made[0]}
+
+    return make_front(tokenizer, base_spec, folder, with_store=parts), made[0]

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import contextlib
+import json
+import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,13 +12,17 @@ import pytest
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.errors import RevisionConflict, UnknownAdapter
+from loraplex_adapter_store.errors import RevisionConflict
 from loraplex_adapter_store.selector import Description
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.errors import OutOfDistribution
 from loraplex_generation.service import Generator
 from loraplex_server.adapters.description import DescriptionGenerator
-from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest, GeneratedAdapters
+from loraplex_server.adapters.generated_adapters import (
+    PREFIX,
+    AdapterGenerationRequest,
+    GeneratedAdapters,
+)
 from tests.support.architectures import tiny_model
 from tests.support.scripted_generator import ScriptedGenerator
 
@@ -31,20 +38,34 @@ def store(spec: BaseSpec, tmp_path: Path) -> Iterator[AdapterStore]:
         yield store
 
 
+START = 1.7e9  # seconds since the epoch
+
+
 class Clock:
     def __init__(self) -> None:
-        self.now = 0.0
+        self.now = START
 
     def __call__(self) -> float:
         return self.now
 
 
-def _adapters(
-    store: AdapterStore, generator: Generator, *, quota: int = 64, clock: Clock | None = None
-) -> GeneratedAdapters:
-    return GeneratedAdapters(
-        store, lambda: generator, ttl_s=60, quota=quota, clock=clock or Clock()
-    )
+Make = Callable[..., GeneratedAdapters]
+
+
+@pytest.fixture
+def make(store: AdapterStore) -> Iterator[Make]:
+    """Makes the generated adapters of ``store``; they are closed before it."""
+    with contextlib.ExitStack() as closing:
+
+        def make(
+            generator: Generator, *, quota: int = 64, clock: Clock | None = None
+        ) -> GeneratedAdapters:
+            clock = clock or Clock()
+            made = GeneratedAdapters(store, lambda: generator, ttl_s=60, quota=quota, clock=clock)
+            closing.callback(made.close)
+            return made
+
+        yield make
 
 
 def _names(store: AdapterStore) -> list[str]:
@@ -52,9 +73,9 @@ def _names(store: AdapterStore) -> list[str]:
 
 
 def test_an_order_becomes_a_served_adapter_that_says_where_it_came_from(
-    store: AdapterStore, spec: BaseSpec
+    make: Make, store: AdapterStore, spec: BaseSpec
 ) -> None:
-    card = _adapters(store, ScriptedGenerator(spec)).ensure(AdapterGenerationRequest("to French"))
+    card = make(ScriptedGenerator(spec)).ensure(AdapterGenerationRequest("to French"))
     assert card.provenance["source"] == "generated"
     assert card.provenance["method"] == "scripted"
     assert card.description == "to French"
@@ -62,9 +83,9 @@ def test_an_order_becomes_a_served_adapter_that_says_where_it_came_from(
         assert lease.digest == card.digest
 
 
-def test_equal_orders_are_made_once(store: AdapterStore, spec: BaseSpec) -> None:
+def test_equal_orders_are_made_once(make: Make, store: AdapterStore, spec: BaseSpec) -> None:
     generator = ScriptedGenerator(spec)
-    adapters = _adapters(store, generator)
+    adapters = make(generator)
     assert adapters.ensure(AdapterGenerationRequest("to French")) == adapters.ensure(
         AdapterGenerationRequest("to French")
     )
@@ -76,10 +97,10 @@ def test_equal_orders_are_made_once(store: AdapterStore, spec: BaseSpec) -> None
 
 
 def test_many_threads_that_want_the_same_adapter_share_one_flight(
-    store: AdapterStore, spec: BaseSpec
+    make: Make, store: AdapterStore, spec: BaseSpec
 ) -> None:
     generator = ScriptedGenerator(spec)
-    adapters, barrier = _adapters(store, generator), threading.Barrier(8)
+    adapters, barrier = make(generator), threading.Barrier(8)
 
     def ask() -> str:
         barrier.wait()
@@ -91,81 +112,107 @@ def test_many_threads_that_want_the_same_adapter_share_one_flight(
     assert generator.n_made == 1
 
 
-def test_an_unused_adapter_expires_and_a_used_one_does_not(
+def test_each_use_starts_the_life_of_an_unnamed_adapter_anew(make: Make, spec: BaseSpec) -> None:
+    clock = Clock()
+    adapters = make(ScriptedGenerator(spec), clock=clock)
+    assert adapters.ensure(AdapterGenerationRequest("used")).expires == START + 60
+    clock.now += 40
+    assert adapters.ensure(AdapterGenerationRequest("used")).expires == START + 100
+    assert adapters.stats.n_reused == 1
+
+
+def test_an_adapter_goes_when_its_time_has_come_without_anybody_asking(
     store: AdapterStore, spec: BaseSpec
 ) -> None:
+    gone: queue.SimpleQueue[str] = queue.SimpleQueue()
+    store.on_retired(gone.put)
+    adapters = GeneratedAdapters(store, lambda: ScriptedGenerator(spec))  # on the real clock
+    kept = adapters.ensure(AdapterGenerationRequest("kept"), name="kept")
+    late = adapters.ensure(AdapterGenerationRequest("late"), name="late", ttl_s=0.3)
+    early = adapters.ensure(AdapterGenerationRequest("early"), ttl_s=0.1)
+    assert [gone.get(timeout=30), gone.get(timeout=30)] == [early.digest, late.digest]
+    assert _names(store) == [kept.name]
+    adapters.close()
+
+
+def test_one_that_expired_while_the_server_was_down_goes_at_the_start(
+    store: AdapterStore, spec: BaseSpec
+) -> None:
+    gone: queue.SimpleQueue[str] = queue.SimpleQueue()
+    store.on_retired(gone.put)
+    adapters = GeneratedAdapters(store, lambda: ScriptedGenerator(spec), clock=Clock())
+    old = adapters.ensure(AdapterGenerationRequest("old"))  # in 2023
+    adapters.close()
+    restarted = GeneratedAdapters(store, lambda: ScriptedGenerator(spec))
+    assert gone.get(timeout=30) == old.digest
+    restarted.close()
+
+
+def test_the_oldest_makes_room_when_the_quota_is_full(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
     clock = Clock()
-    adapters = _adapters(store, ScriptedGenerator(spec), clock=clock)
-    used, unused = (
-        adapters.ensure(AdapterGenerationRequest("used")),
-        adapters.ensure(AdapterGenerationRequest("unused")),
-    )
-    clock.now = 40
-    adapters.ensure(AdapterGenerationRequest("used"))
-    clock.now = 80
-    adapters.ensure(AdapterGenerationRequest("another"))
-    assert used.name in _names(store)
-    assert unused.name not in _names(store)
-
-
-def test_the_oldest_makes_room_when_the_quota_is_full(store: AdapterStore, spec: BaseSpec) -> None:
-    adapters = _adapters(store, ScriptedGenerator(spec), quota=2)
-    cards = [adapters.ensure(AdapterGenerationRequest(text)) for text in ("one", "two", "three")]
+    adapters, cards = make(ScriptedGenerator(spec), quota=2, clock=clock), []
+    for text in ("one", "two", "three"):
+        cards.append(adapters.ensure(AdapterGenerationRequest(text)))
+        clock.now += 1
     assert _names(store) == sorted(card.name for card in cards[1:])
 
 
 def test_a_request_keeps_an_adapter_that_expires_under_it(
     store: AdapterStore, spec: BaseSpec
 ) -> None:
-    clock = Clock()
-    adapters = _adapters(store, ScriptedGenerator(spec), clock=clock)
+    adapters = GeneratedAdapters(store, lambda: ScriptedGenerator(spec), clock=Clock())
     card = adapters.ensure(AdapterGenerationRequest("one"))
+    adapters.close()
     with store.acquire(card.name) as lease:
-        clock.now = 100
-        adapters.ensure(AdapterGenerationRequest("two"))
+        assert store.expire(START + 3601) == (card.name,)
         assert card.name not in _names(store)
         assert lease.plan.modules
 
 
-def test_a_name_of_the_callers_stays_and_must_be_free(store: AdapterStore, spec: BaseSpec) -> None:
-    clock = Clock()
-    adapters = _adapters(store, ScriptedGenerator(spec), clock=clock)
-    adapters.ensure(AdapterGenerationRequest("one"), name="mine")
-    clock.now = 1e6
-    adapters.ensure(AdapterGenerationRequest("two"))
-    assert "mine" in _names(store)
+def test_a_name_of_the_callers_stays_and_must_be_free(make: Make, spec: BaseSpec) -> None:
+    adapters = make(ScriptedGenerator(spec))
+    card = adapters.ensure(AdapterGenerationRequest("one"), name="mine")
+    assert card.expires is None
     with pytest.raises(RevisionConflict):
         adapters.ensure(AdapterGenerationRequest("three"), name="mine")
 
 
-def test_one_deleted_by_a_client_is_made_again(store: AdapterStore, spec: BaseSpec) -> None:
+def test_one_deleted_by_a_client_is_made_again(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
     generator = ScriptedGenerator(spec)
-    adapters = _adapters(store, generator)
+    adapters = make(generator)
     store.delete(adapters.ensure(AdapterGenerationRequest("one")).name)
     adapters.ensure(AdapterGenerationRequest("one"))
     assert generator.n_made == 2
 
 
-def test_a_restarted_server_lets_old_ones_expire(store: AdapterStore, spec: BaseSpec) -> None:
-    old = _adapters(store, ScriptedGenerator(spec)).ensure(AdapterGenerationRequest("old"))
-    clock = Clock()
-    adapters = _adapters(store, ScriptedGenerator(spec), clock=clock)
-    clock.now = 61
-    adapters.ensure(AdapterGenerationRequest("new"))
-    with pytest.raises(UnknownAdapter):
-        store.get(old.name)
+def test_unnamed_ones_of_a_version_that_kept_no_expiry_get_one(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
+    made = ScriptedGenerator(spec).generate("old")
+    config = json.loads(json.dumps(made.config))
+    store.put_tensors(f"{PREFIX}abc", config, made.tensors)
+    make(ScriptedGenerator(spec))
+    assert store.get(f"{PREFIX}abc").expires == START + 60
 
 
-def test_a_refused_description_leaves_nothing_behind(store: AdapterStore, spec: BaseSpec) -> None:
-    adapters = _adapters(store, ScriptedGenerator(spec))
+def test_a_refused_description_leaves_nothing_behind(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
+    adapters = make(ScriptedGenerator(spec))
     with pytest.raises(OutOfDistribution):
         adapters.ensure(AdapterGenerationRequest("something strange"))
     assert not _names(store)
     assert adapters.ensure(AdapterGenerationRequest("something strange", force=True)).name
 
 
-def test_the_resolver_gets_a_name_with_its_digest(store: AdapterStore, spec: BaseSpec) -> None:
-    wish = DescriptionGenerator(_adapters(store, ScriptedGenerator(spec)))
+def test_the_resolver_gets_a_name_with_its_digest(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
+    wish = DescriptionGenerator(make(ScriptedGenerator(spec)))
     resolution = wish.generate(Description("to French"))
     assert resolution.selector is not None
     with store.acquire(resolution.selector) as lease:
@@ -174,9 +221,11 @@ def test_the_resolver_gets_a_name_with_its_digest(store: AdapterStore, spec: Bas
     assert resolution.explanation["description"] == "to French"
 
 
-def test_generated_weights_are_what_the_generator_gave(store: AdapterStore, spec: BaseSpec) -> None:
+def test_generated_weights_are_what_the_generator_gave(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
     generator = ScriptedGenerator(spec)
-    card = _adapters(store, generator).ensure(AdapterGenerationRequest("to French"))
+    card = make(generator).ensure(AdapterGenerationRequest("to French"))
     made = generator.generate("to French")
     with store.acquire(card.name) as lease:
         for name, plan in lease.plan.modules.items():

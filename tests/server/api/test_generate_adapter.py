@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.base_agreement import PROBES
 from loraplex_server.adapters.description import DescriptionGenerator
 from loraplex_server.adapters.description_resolver import DescriptionResolver
@@ -17,6 +19,7 @@ from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.engine.client import GenerationRequest
 from tests.server.conftest import Front, make_front
 from tests.support.scripted_generator import ScriptedGenerator
+from tests.support.word_encoder import WordEncoder
 
 pytestmark = pytest.mark.anyio
 
@@ -34,18 +37,18 @@ def generating(
     generator: ScriptedGenerator,
 ) -> Iterator[Front]:
     """A front that can generate adapters."""
-    front = make_front(tokenizer, base_spec, tmp_path)
-    generated = GeneratedAdapters(front.store, lambda: generator)
-    resolver = DescriptionResolver(front.store, _no_encoder, DescriptionGenerator(generated))
-    front.app.state.generated = generated
-    front.app.state.services.resolver._resolver = resolver
-    yield front
-    resolver.close()
+    with contextlib.ExitStack() as closing:
+
+        def parts(store: AdapterStore) -> dict[str, object]:
+            generated = GeneratedAdapters(store, lambda: generator)
+            resolver = DescriptionResolver(store, WordEncoder(), DescriptionGenerator(generated))
+            closing.callback(generated.close)
+            closing.callback(resolver.close)
+            return {"generated": generated, "resolver": resolver}
+
+        front = make_front(tokenizer, base_spec, tmp_path, with_store=parts)
+        yield front
     front.store.close()
-
-
-def _no_encoder() -> Path:
-    raise AssertionError("a scripted generator reads no text")
 
 
 async def test_a_description_becomes_an_adapter_that_can_be_named(generating: Front) -> None:

@@ -12,7 +12,9 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
+from loraplex_server.adapters.sentence_encoder import SharedEncoder
 from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.routing_collector import RoutingCollector
 from tests.server.conftest import Front, make_front
@@ -53,17 +55,23 @@ def routed(
     pulled_encoder: Path,
     monitor: ExpertMonitor,
 ) -> Iterator[Front]:
-    front = make_front(tokenizer, base_spec, tmp_path, experts=monitor)
-    resolver = DescriptionResolver(front.store, lambda: pulled_encoder)
-    services = front.app.state.services
-    services.resolver._resolver = resolver
-    front.app.state.semantic = resolver.router
-    services.registry.register(RoutingCollector(front.store, monitor, resolver.router))
+    resolvers: list[DescriptionResolver] = []
+
+    def parts(store: AdapterStore) -> dict[str, object]:
+        resolver = DescriptionResolver(store, SharedEncoder(lambda: pulled_encoder))
+        resolvers.append(resolver)
+        return {
+            "resolver": resolver,
+            "semantic": resolver.router,
+            "collectors": [RoutingCollector(store, monitor, resolver.router)],
+        }
+
+    front = make_front(tokenizer, base_spec, tmp_path, experts=monitor, with_store=parts)
     for seed, (name, (description, examples)) in enumerate(PROFILES.items()):
         source = write_lora(front.root / name, base_spec, seed=seed)
         front.store.put_directory(name, source, description=description, examples=examples)
     yield front
-    resolver.close()
+    resolvers[0].close()
     front.store.close()
 
 

@@ -16,7 +16,7 @@ from loraplex_generation.scoring import TeacherForced
 from loraplex_generation.zoo.tasks import Example
 from loraplex_generation.zoo_training import ZooTraining
 from loraplex_router.experts import arrow_prototypes
-from loraplex_server.adapters.served_scorer import ServedScorer
+from server.benchmarks.served_scorer import ServedScorer
 from tests.support.engines import running_engine
 from tests.support.tiny_zoo import tiny_base, tiny_codec, tiny_directory
 

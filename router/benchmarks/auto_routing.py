@@ -1,25 +1,29 @@
 """How well ``auto`` does on the shipped adapters: right, abstained, wrong, and how fast.
 
+    python router/benchmarks/auto_routing.py [--out docs/routing]
+
 Every adapter is asked for by prompts that neither its training nor its card has; everyday prompts
 (``unrelated.json``, none of them among those the router is calibrated with) ask for no adapter.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 
 from loraplex_generation.zoo.chores import CHORES, chats
 from loraplex_router.adapters import AdapterProfile
+from loraplex_server.adapters.semantic_router import SemanticRouter
+from loraplex_server.adapters.sentence_encoder import SharedEncoder
+from loraplex_server.model.pull import resolve_encoder
 from loraplex_training.demos import DEMOS, held_out_pairs
-
-from .semantic_router import SemanticRouter
 
 __all__ = ["BASE", "Evaluation", "evaluate", "held_out_prompts", "plot", "shipped_profiles"]
 
@@ -98,7 +102,7 @@ def held_out_prompts(name: str, n: int) -> list[str]:
 def evaluate(router: SemanticRouter, names: Sequence[str], *, n: int = 40) -> Evaluation:
     """``names``: the adapters the router knows."""
     asked = {name: held_out_prompts(name, n) for name in names}
-    asked[BASE] = json.loads(files(__package__).joinpath("unrelated.json").read_text("utf-8"))
+    asked[BASE] = json.loads(Path(__file__).with_name("unrelated.json").read_text("utf-8"))
     return asyncio.run(_evaluate(router, asked))
 
 
@@ -154,3 +158,40 @@ async def _evaluate(router: SemanticRouter, asked: Mapping[str, Sequence[str]]) 
         expected_right=0.0 if calibration is None else calibration.right,
         latency_ms={"p50": statistics.median(times), "p95": times[int(0.95 * len(times))]},
     )
+
+
+def _show(evaluation: Evaluation) -> None:
+    for asked, row in evaluation.confusion.items():
+        total, left = sum(row.values()), row.get(BASE, 0)
+        others = ", ".join(f"{k} {v}" for k, v in row.items() if k not in (asked, BASE))
+        print(f"{asked:20} {row.get(asked, 0) / total:4.0%} of {total}, base {left}  {others}")
+    print(
+        f"right {evaluation.right:.1%}, left to the base {evaluation.abstained:.1%}, "
+        f"false picks {evaluation.false_picks:.1%}; "
+        f"p50 {evaluation.latency_ms['p50']:.1f} ms, p95 {evaluation.latency_ms['p95']:.1f} ms"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--adapters", type=Path, help="folder of adapters with cards")
+    parser.add_argument("-n", type=int, default=40, help="held-out prompts of each adapter")
+    parser.add_argument("--out", type=Path, help="write auto.json and auto.png here")
+    options = parser.parse_args()
+    with as_file(files("loraplex_adapter_store") / "demos") as shipped:
+        profiles = shipped_profiles(options.adapters or Path(shipped))
+    names = [p.name for p in profiles if held_out_prompts(p.name, 1)]
+    router = SemanticRouter(SharedEncoder(resolve_encoder), lambda: profiles)
+    try:
+        result = evaluate(router, names, n=options.n)
+    finally:
+        router.close()
+    _show(result)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "auto.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
+        plot(result, options.out / "auto.png")
+
+
+if __name__ == "__main__":
+    main()

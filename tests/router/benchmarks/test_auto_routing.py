@@ -1,0 +1,40 @@
+"""``auto`` on the shipped adapters, by the benchmark whose numbers the documentation gives."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+from loraplex_server.adapters.semantic_router import SemanticRouter
+from loraplex_server.adapters.sentence_encoder import SharedEncoder
+from router.benchmarks.auto_routing import (
+    BASE,
+    evaluate,
+    held_out_prompts,
+    plot,
+    shipped_profiles,
+)
+
+
+def test_shipped_tasks_are_told_apart_and_unrelated_prompts_left_alone(
+    pulled_encoder: Path, tmp_path: Path
+) -> None:
+    """The acceptance bar of ``auto``, on the cards of the adapters in the package."""
+    profiles = shipped_profiles(Path(str(files("loraplex_adapter_store") / "demos")))
+    assert len(profiles) >= 8
+    router = SemanticRouter(SharedEncoder(lambda: pulled_encoder), lambda: profiles)
+    result = evaluate(router, [p.name for p in profiles], n=40)
+    router.close()
+    assert result.right >= 0.95
+    assert result.false_picks <= 0.02
+    assert sum(result.confusion[BASE].values()) == 130
+    plot(result, tmp_path / "auto.png")
+    assert (tmp_path / "auto.png").stat().st_size > 1000
+
+
+def test_held_out_prompts_are_on_no_card() -> None:
+    from loraplex_training.demos import DEMOS
+    from loraplex_training.demos.task import shown_prompts
+
+    for demo in DEMOS.values():
+        assert not set(shown_prompts(demo, 16)) & set(held_out_prompts(demo.name, 40))

@@ -40,6 +40,10 @@ def check_fold(fold: Fold, base: BaseSpec, limits: StoreLimits) -> None:
             _check_tensor(f"{what} row {token}", row, (base.hidden_size,))
     for name, weight in fold.replaced_weights.items():
         _check_tensor(f"{name}.weight", weight, _weight_shape(name, base))
+    for name, norm in fold.norms.items():
+        for part, tensor in (("weight", norm.weight), ("bias", norm.bias)):
+            if tensor is not None:
+                _check_tensor(f"{name}.{part}", tensor, _norm_shape(name, part, base))
 
 
 def _check_module(name: str, plan: ModulePlan, base: BaseSpec, limits: StoreLimits) -> None:
@@ -134,6 +138,13 @@ def _weight_shape(name: str, base: BaseSpec) -> Shape:
     if shape is None:
         raise AdapterMismatch(f"{name} of the base has no weight")
     return shape[::-1] if name in base.conv1d else shape
+
+
+def _norm_shape(name: str, part: str, base: BaseSpec) -> Shape:
+    shape = base.parameters.get(f"{name}.{part}")
+    if shape is None or name in base.modules or name in base.embeddings:
+        raise AdapterMismatch(f"{name} is no norm of the base with a {part}")
+    return shape
 
 
 def _check_tensor(what: str, tensor: Tensor, shape: Shape) -> None:

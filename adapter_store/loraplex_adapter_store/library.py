@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -63,13 +64,14 @@ def library_plan(
 
 def _check_plain(plan: AdapterPlan) -> None:
     reason = ""
-    if plan.experts or plan.prefix is not None or plan.replaced_weights:
+    beyond = (plan.experts, plan.replaced_weights, plan.norms)
+    if plan.prefix is not None or any(beyond):
         reason = "it is more than low-rank factors"
     elif plan.embedding_rows or plan.head_rows:
         reason = "it replaces rows of embeddings"
     for name, module in plan.modules.items():
-        beyond = (module.out_scale, module.bias, module.in_scale, module.shared)
-        if module.a is None or any(part is not None for part in beyond):
+        beside = [f.name for f in fields(module) if f.name not in ("a", "b")]
+        if module.a is None or any(getattr(module, part) is not None for part in beside):
             reason = f"{name} is more than low-rank factors"
     if reason:
         raise InvalidSelector(

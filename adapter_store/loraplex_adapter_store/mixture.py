@@ -1,22 +1,28 @@
 """Weighted mixtures: W + Σ wᵢ ΔWᵢ, exactly, as one plan with the ranks concatenated.
 
-Additive parts mix exactly: factors, biases, replaced rows and dense weights (as differences from
-the base). Multiplicative or routed parts do not (DoRA, IA³, experts, prefixes): an error says so.
+Additive parts mix exactly: factors, biases, and own rows, weights and norms as differences from the
+base. All others do not (DoRA, IA³, operators, experts, prefixes): an error says so.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
 from .base_spec import BaseSpec
 from .errors import InvalidSelector
-from .plan import AdapterPlan, Family, ModulePlan
+from .plan import AdapterPlan, Family, ModulePlan, NormPlan
 
 __all__ = ["mix_plans", "mixture_digest"]
+
+
+_DESCRIPTION = frozenset({"digest", "family", "chat_template", "n_bytes", "packed_adapter"})
+_ADDITIVE = _DESCRIPTION | {"modules", "embedding_rows", "head_rows", "replaced_weights", "norms"}
+_ADDITIVE_IN_MODULES = frozenset({"a", "b", "bias", "shared"})
 
 
 def mixture_digest(parts: Sequence[tuple[str, float]]) -> str:
@@ -39,6 +45,7 @@ def mix_plans(
     embedding = _mix_rows([(p.embedding_rows, w) for p, w in parts], base, base.input_embedding)
     head = _mix_rows([(p.head_rows, w) for p, w in parts], base, base.output_head)
     dense = _mix_dense([(plan.replaced_weights, w) for plan, w in parts], base)
+    norms = _mix_norms([(plan.norms, w) for plan, w in parts], base)
     templates = {plan.chat_template for plan, _ in parts}
 
     def build(n_bytes: int) -> AdapterPlan:
@@ -49,6 +56,7 @@ def mix_plans(
             embedding_rows=embedding,
             head_rows=head,
             replaced_weights=dense,
+            norms=norms,
             chat_template=templates.pop() if len(templates) == 1 else None,
             n_bytes=n_bytes,
         )
@@ -57,18 +65,22 @@ def mix_plans(
 
 
 def _check_additive(plan: AdapterPlan) -> None:
-    reason = ""
-    if plan.experts:
-        reason = "it routes tokens to experts"
-    elif plan.prefix is not None:
-        reason = "it is a prefix"
+    others = list(_set_fields(plan, _ADDITIVE))
     for name, module in plan.modules.items():
-        if module.out_scale is not None or module.in_scale is not None:
-            reason = f"it scales {name} multiplicatively"
-    if reason:
+        others += [f"{part} of {name}" for part in _set_fields(module, _ADDITIVE_IN_MODULES)]
+    if others:
+        more = f" and {len(others) - 1} more parts" if len(others) > 1 else ""
         raise InvalidSelector(
-            f"adapter {plan.digest[:12]} ({plan.family.value}) cannot be mixed: {reason}"
+            f"adapter {plan.digest[:12]} ({plan.family.value}) cannot be mixed: {others[0]}{more} "
+            "cannot be added up"
         )
+
+
+def _set_fields(value: object, but: frozenset[str]) -> Iterator[str]:
+    for spec in fields(value):  # type: ignore[arg-type]
+        part = getattr(value, spec.name)
+        if spec.name not in but and part is not None and part != {}:
+            yield spec.name
 
 
 def _mix_module(parts: Sequence[tuple[ModulePlan, float]]) -> ModulePlan:
@@ -120,3 +132,29 @@ def _mix_dense(
                 total += weight * (dense[name] - original)
         mixed[name] = total
     return mixed
+
+
+def _mix_norms(
+    parts: Sequence[tuple[Mapping[str, NormPlan], float]], base: BaseSpec
+) -> dict[str, NormPlan]:
+    mixed: dict[str, NormPlan] = {}
+    for name in dict.fromkeys(name for norms, _ in parts for name in norms):
+        found = [(norms[name], weight) for norms, weight in parts if name in norms]
+        mixed[name] = NormPlan(
+            weight=_mix_parameter([(n.weight, w) for n, w in found], base, f"{name}.weight"),
+            bias=_mix_parameter([(n.bias, w) for n, w in found], base, f"{name}.bias"),
+        )
+    return mixed
+
+
+def _mix_parameter(
+    parts: Sequence[tuple[Tensor | None, float]], base: BaseSpec, name: str
+) -> Tensor | None:
+    given = [(value, weight) for value, weight in parts if value is not None]
+    if not given:
+        return None
+    original = base.parameter(name)
+    total = original.clone()
+    for value, weight in given:
+        total += weight * (value - original)
+    return total

@@ -40,8 +40,11 @@ class Packer(Protocol):
     def key(self) -> str:
         """Another one whenever ``prepare`` would make something else of the same plan."""
 
+    def check(self, plan: AdapterPlan) -> None:
+        """Raises AdapterRefused if ``plan`` cannot be served. Reads names and shapes, no values."""
+
     def prepare(self, plan: AdapterPlan) -> AdapterPlan:
-        """The plan with a ``packed_adapter`` instead of factors; unchanged if not servable."""
+        """The plan with a ``packed_adapter`` instead of factors. Raises AdapterRefused."""
 
     def dump(self, form: object) -> tuple[JsonValue, Sequence[Tensor]]:
         """A device form as a header and contiguous host tensors."""

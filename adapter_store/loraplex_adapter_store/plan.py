@@ -1,8 +1,10 @@
 """The runtime form every adapter folds into: all that the engine knows of an adapter.
 
-    y = out_scale ⊙ (W (in_scale ⊙ x) + b + B A (in_scale ⊙ x) + shared(in_scale ⊙ x)) + bias
+    z = input_operator(in_scale ⊙ x)
+    y = out_scale ⊙ output_operator(W z + b + B A z + shared(z) + delta_operator(z)) + bias
 
-For an embedding x is one-hot: in_features is the vocabulary, and A x is a column of A.
+For an embedding x is one-hot: in_features is the vocabulary, and A x is a column of A. What the
+base multiplies embeddings by (Gemma) comes after all of it.
 
 Factors are float32 on the host with every training-time scale folded into B. The engine packs them
 once in its dtype and layout; the host tier then keeps that form, and its plan none of the factors.
@@ -17,11 +19,14 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from .operators import Operator
+
 __all__ = [
     "AdapterPlan",
     "ExpertPlan",
     "Family",
     "ModulePlan",
+    "NormPlan",
     "PrefixPlan",
     "RoutingStrategy",
     "SharedBasis",
@@ -131,6 +136,15 @@ class ModulePlan:
     bias: Tensor | None = None  # float32 [out_features], added last
     in_scale: Tensor | None = None  # float32 [in_features]
     shared: SharedBasis | None = None
+    input_operator: Operator | None = None
+    delta_operator: Operator | None = None  # [.., in_features] → [.., out_features]
+    output_operator: Operator | None = None
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """Those that it has."""
+        found = (self.input_operator, self.delta_operator, self.output_operator)
+        return tuple(operator for operator in found if operator is not None)
 
     @property
     def rank(self) -> int:
@@ -144,6 +158,19 @@ class ModulePlan:
             scales = (shared.rank_scale, shared.block_scale, shared.out_scale)
             yield from (shared.a, shared.b)
             yield from (scale for scale in scales if scale is not None)
+        for operator in self.operators:
+            yield from operator.tensors()
+
+
+@dataclass(frozen=True, slots=True)
+class NormPlan:
+    """What a norm multiplies by and adds in place of the base's. None: the base's own."""
+
+    weight: Tensor | None = None  # float32 [width], as the checkpoint has it (Gemma: less one)
+    bias: Tensor | None = None  # float32 [width]
+
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (part for part in (self.weight, self.bias) if part is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +217,8 @@ class AdapterPlan:
     head_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row of the head
     replaced_weights: Mapping[str, Tensor] = field(
         default_factory=dict
-    )  # module name → replacing weight
+    )  # name of a linear or an embedding → weight in place of the base's
+    norms: Mapping[str, NormPlan] = field(default_factory=dict)  # name of a norm → its own
     chat_template: str | None = None  # the adapter's own, if it ships one
     n_bytes: int = 0  # true bytes of all tensors above, and of ``packed_adapter``
     packed_adapter: object | None = None  # the engine's; modules and experts then have no factors
@@ -211,3 +239,5 @@ class AdapterPlan:
         yield from self.embedding_rows.values()
         yield from self.head_rows.values()
         yield from self.replaced_weights.values()
+        for norm in self.norms.values():
+            yield from norm.tensors()

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 
 from .errors import StoredAdapterDamaged
+from .operators import OPERATORS
 from .plan import (
     AdapterPlan,
     ExpertPlan,
     Family,
     ModulePlan,
+    NormPlan,
     PrefixPlan,
     RoutingStrategy,
     SharedBasis,
@@ -41,9 +43,8 @@ __all__ = [
 ]
 
 _ALIGN = 64
-_CLASSES = {
-    cls.__name__: cls for cls in (AdapterPlan, ExpertPlan, ModulePlan, PrefixPlan, SharedBasis)
-}
+_PLANS = (AdapterPlan, ExpertPlan, ModulePlan, NormPlan, PrefixPlan, SharedBasis)
+_CLASSES: dict[str, type[Any]] = {**{cls.__name__: cls for cls in _PLANS}, **OPERATORS}
 _ENUMS = {cls.__name__: cls for cls in (Family, RoutingStrategy)}
 
 

@@ -104,6 +104,7 @@ def _plan_of(fold: Fold, digest: str, chat_template: str | None) -> AdapterPlan:
             embedding_rows=fold.embedding_rows,
             head_rows=fold.head_rows,
             replaced_weights=fold.replaced_weights,
+            norms=fold.norms,
             chat_template=chat_template,
             n_bytes=n_bytes,
         )
@@ -123,7 +124,7 @@ def _report_of(context: ReadContext, fold: Fold, plan: AdapterPlan, n_bytes: int
     if (
         still
         and len(still) == len(modules)
-        and not (plan.experts or plan.prefix or plan.replaced_weights)
+        and not (plan.experts or plan.prefix or plan.replaced_weights or plan.norms)
     ):
         context.warnings.append("every delta is exactly zero: this adapter equals the base")
     return LoadReport(

@@ -93,8 +93,9 @@ class AdapterStore:
 
         ``gate_of`` makes the gates of libraries; without it they are refused.
 
-        ``packer`` turns a plan into what the host tier keeps of it (the engine's own form). It
-        runs on the thread that adds the adapter, or on the one that loads it.
+        ``packer`` turns a plan into what the host tier keeps of it (the engine's own form), and
+        refuses what it cannot serve, before anything is stored. It runs on the thread that adds
+        the adapter, or on the one that loads it.
         """
         self.base = base
         self.limits = limits
@@ -421,10 +422,12 @@ class AdapterStore:
     def _put(self, name: str, files: AdapterFiles, terms: _Terms) -> AdapterCard:
         check_name(name)
         self._check_open()
-        with ingest(files, self._files, self.base, self.limits) as ingested, self._writing:
-            self._check_open()
-            put, content = self._commit(name, ingested, terms)
-        self._keep_prepared(self._loader.prepare(ingested.reading.plan))
+        with ingest(files, self._files, self.base, self.limits) as ingested:
+            prepared = self._loader.prepare(ingested.reading.plan)
+            with self._writing:
+                self._check_open()
+                put, content = self._commit(name, ingested, terms)
+        self._keep_prepared(prepared)
         if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
             self._lease(content)
             self._released(content.digest)

@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 
 from loraplex_adapter_store.plan import AdapterPlan, Family, ModulePlan
+from loraplex_server.engine.capabilities import EngineCapabilities
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.device_pool import DevicePool, Placement
 from loraplex_server.engine.kv_cache import KvCache, KvGeometry
@@ -122,7 +123,7 @@ def _build(arguments: argparse.Namespace, *, exponent_coding: bool) -> Bench:
         model.groups,
         n_bytes=n_rows * (32 << 20),
         max_adapters=n_rows,
-        max_rank=None,
+        capabilities=EngineCapabilities.of_model(model),
         dtype=torch.bfloat16,
         device=_CPU,
         on_loaded=loaded.set,

@@ -71,10 +71,14 @@ async def generate(
     request_id: str = "r",
     plan: AdapterPlan | None = None,
     salt: str = "",
+    prepared: bool = True,
 ) -> Answer:
-    """Submits one request and waits for its last event. The plan comes as a store would keep it."""
+    """Submits one request and waits for its last event.
+
+    The plan comes as a store would keep it, checked and packed, unless ``prepared`` is False.
+    """
     queue: asyncio.Queue[TokenEvent] = asyncio.Queue()
-    if plan is not None and isinstance(engine, Engine):
+    if plan is not None and prepared and isinstance(engine, Engine):
         plan = engine.packer.prepare(plan)
     lease = None if plan is None else PlanLease(plan)
     request = GenerationRequest(request_id, tuple(prompt), sampling, lease, salt)
@@ -93,6 +97,8 @@ def generate_all(
     prompts: Sequence[Sequence[int]],
     sampling: SamplingParams = GREEDY,
     plans: Sequence[AdapterPlan | None] | None = None,
+    *,
+    prepared: bool = True,
 ) -> list[Answer]:
     """All prompts at once, so that they share steps."""
 
@@ -105,6 +111,7 @@ def generate_all(
                     sampling,
                     request_id=f"r{index}",
                     plan=None if plans is None else plans[index],
+                    prepared=prepared,
                 )
                 for index, prompt in enumerate(prompts)
             )

@@ -43,6 +43,10 @@ def applied(model: PreTrainedModel, plan: AdapterPlan) -> Iterator[PreTrainedMod
     with ExitStack() as stack:
         for name, weight in plan.replaced_weights.items():
             stack.enter_context(_replaced(modules[name], weight))
+        for name, norm in plan.norms.items():
+            for part in ("weight", "bias"):
+                if (value := getattr(norm, part)) is not None:
+                    stack.enter_context(_replaced(modules[name], value, part))
         for name, module_plan in plan.modules.items():
             hook = _linear_hook(module_plan)
             if isinstance(modules[name], nn.Embedding):
@@ -62,14 +66,20 @@ def applied(model: PreTrainedModel, plan: AdapterPlan) -> Iterator[PreTrainedMod
 
 
 def apply_module(base: Callable[[Tensor], Tensor], plan: ModulePlan, x: Tensor) -> Tensor:
-    """out_scale ⊙ (base(in_scale ⊙ x) + B A (in_scale ⊙ x) + shared(in_scale ⊙ x)) + bias."""
+    """What ``ModulePlan`` says."""
     if plan.in_scale is not None:
         x = x * plan.in_scale
+    if plan.input_operator is not None:
+        x = plan.input_operator.apply(x.flatten(0, -2)).reshape(x.shape)
     y = base(x)
     if plan.a is not None and plan.b is not None:
         y = y + x @ plan.a.t() @ plan.b.t()
     if plan.shared is not None:
         y = y + plan.shared.apply(x.flatten(0, -2)).reshape(y.shape)
+    if plan.delta_operator is not None:
+        y = y + plan.delta_operator.apply(x.flatten(0, -2)).reshape(y.shape)
+    if plan.output_operator is not None:
+        y = plan.output_operator.apply(y.flatten(0, -2)).reshape(y.shape)
     if plan.out_scale is not None:
         y = y * plan.out_scale
     return y if plan.bias is None else y + plan.bias
@@ -117,14 +127,14 @@ def _head_hook(
 
 
 @contextmanager
-def _replaced(module: nn.Module, weight: Tensor) -> Iterator[None]:
-    original = module.weight
-    stored = weight if weight.shape == original.shape else weight.t()
-    module.weight = nn.Parameter(stored.contiguous(), requires_grad=False)
+def _replaced(module: nn.Module, value: Tensor, part: str = "weight") -> Iterator[None]:
+    original = module.get_parameter(part)
+    stored = value if value.shape == original.shape else value.t()
+    setattr(module, part, nn.Parameter(stored.contiguous(), requires_grad=False))
     try:
         yield
     finally:
-        module.weight = original
+        setattr(module, part, original)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.ledger import TensorLedger
 from loraplex_adapter_store.limits import StoreLimits
-from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, PrefixPlan
+from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, NormPlan, PrefixPlan
 
 __all__ = ["FamilyReader", "Fold", "ReadContext"]
 
@@ -40,6 +40,7 @@ class Fold:
     embedding_rows: Mapping[int, Tensor] = field(default_factory=dict)
     head_rows: Mapping[int, Tensor] = field(default_factory=dict)
     replaced_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, NormPlan] = field(default_factory=dict)
     kept_energy: float | None = None
 
 

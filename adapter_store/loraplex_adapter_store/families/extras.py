@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
-from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.plan import Family, ModulePlan, NormPlan
 from loraplex_adapter_store.tensor_names import module_names, resolve_module, split_key
 
 from .contract import Fold, ReadContext
@@ -35,6 +35,7 @@ def fold_with_extras(
         embedding_rows=extras.embedding_rows,
         head_rows=extras.head_rows,
         replaced_weights=extras.replaced_weights,
+        norms=extras.norms,
     )
 
 
@@ -44,11 +45,13 @@ class _Extras:
     embedding_rows: Mapping[int, Tensor]
     head_rows: Mapping[int, Tensor]
     replaced_weights: Mapping[str, Tensor]
+    norms: Mapping[str, NormPlan]
 
 
 def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Extras:
     grown = dict(modules)
     replaced_weights: dict[str, Tensor] = {}
+    norms: dict[str, NormPlan] = {}
     rows: dict[str, dict[int, Tensor]] = {}
     names = module_names(context.base)
     for key in context.ledger.unclaimed:
@@ -63,19 +66,22 @@ def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Ex
             rows[module] = _token_rows(context, module, key)
         elif suffix == "base_layer.weight":
             _check_copy(context, module, key)
+        elif _is_norm(context, module):
+            if suffix == "bias" or _is_saved(context, module):
+                norms[module] = _with_norm_part(context, module, suffix, key, norms.get(module))
         elif suffix.endswith("bias"):
             grown[module] = _with_bias(context, module, key, grown.get(module))
         elif _is_saved(context, module):
             replaced_weights[module] = _saved_weight(context, module, key)
         elif module in context.base.embeddings or module == context.base.output_head:
             _check_copy(context, module, key)
-    _check_saved(context, replaced_weights)
+    _check_saved(context, replaced_weights.keys() | norms.keys())
     _tie(context, rows, replaced_weights)
     embedding_rows = rows.pop(context.base.input_embedding, {})
     head_rows = rows.pop(context.base.output_head, {})
     if rows:
         raise UnsupportedAdapter(f"trainable tokens on {sorted(rows)}: only embedding and head")
-    return _Extras(grown, embedding_rows, head_rows, replaced_weights)
+    return _Extras(grown, embedding_rows, head_rows, replaced_weights, norms)
 
 
 def _token_key(key: str) -> str:
@@ -143,6 +149,24 @@ def _with_bias(context: ReadContext, module: str, key: str, plan: ModulePlan | N
     return replace(plan, bias=difference if plan.bias is None else plan.bias + difference)
 
 
+def _is_norm(context: ReadContext, module: str) -> bool:
+    return module not in context.base.modules and module not in context.base.embeddings
+
+
+def _with_norm_part(
+    context: ReadContext, module: str, suffix: str, key: str, plan: NormPlan | None
+) -> NormPlan:
+    """A trained weight (modules_to_save, LN tuning) or bias (bias="all") of a norm."""
+    if suffix not in ("weight", "bias"):
+        raise AdapterMismatch(f"{key}: {module} of the base is no linear and no embedding")
+    stored = context.base.parameters.get(f"{module}.{suffix}")
+    if stored is None:
+        raise AdapterMismatch(f"{key}: {module} of the base has no {suffix}")
+    value = context.ledger.take(key, stored)
+    plan = plan or NormPlan()
+    return replace(plan, weight=value) if suffix == "weight" else replace(plan, bias=value)
+
+
 def _is_saved(context: ReadContext, module: str) -> bool:
     return any(module.endswith(name) for name in _saved_names(context))
 
@@ -160,10 +184,10 @@ def _saved_weight(context: ReadContext, module: str, key: str) -> Tensor:
     return value.t().contiguous() if module in context.base.conv1d else value
 
 
-def _check_saved(context: ReadContext, replaced_weights: Mapping[str, Tensor]) -> None:
+def _check_saved(context: ReadContext, found: Collection[str]) -> None:
     for name in _saved_names(context):
         expected = [module for module in _weighted(context) if module.endswith(name)]
-        missing = [module for module in expected if module not in replaced_weights]
+        missing = [module for module in expected if module not in found]
         if missing:
             raise AdapterMismatch(
                 f"modules_to_save lists {name!r}, the file lacks it",

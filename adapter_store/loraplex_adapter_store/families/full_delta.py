@@ -7,13 +7,13 @@ adapter is refused. Biases, norms and (when few rows changed) embedding rows are
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
-from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.plan import Family, ModulePlan, NormPlan
 
 from .contract import Fold, ReadContext
 
@@ -27,7 +27,7 @@ _MAX_ROWS = 4096  # changed embedding rows kept as rows
 class _Parts:
     modules: dict[str, ModulePlan] = field(default_factory=dict)
     rows: dict[str, dict[int, Tensor]] = field(default_factory=dict)
-    replaced_weights: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, NormPlan] = field(default_factory=dict)
     kept: float = 0.0
     total: float = 0.0
     worst: tuple[float, str] = (1.0, "")
@@ -60,7 +60,7 @@ def read(context: ReadContext) -> Fold:
         modules=parts.modules,
         embedding_rows=parts.rows.get(context.base.input_embedding, {}),
         head_rows=parts.rows.get(context.base.output_head, {}),
-        replaced_weights=parts.replaced_weights,
+        norms=parts.norms,
         kept_energy=energy,
     )
 
@@ -107,8 +107,11 @@ def _read_parameter(context: ReadContext, parts: _Parts, key: str, name: str) ->
         _read_rows(context, parts, module, value, delta)
     elif leaf == "weight" and module in base.modules:
         _read_linear(context, parts, module, delta)
-    elif leaf == "weight":
-        parts.replaced_weights[module] = value
+    elif leaf in ("weight", "bias") and module not in base.embeddings:
+        norm = parts.norms.get(module, NormPlan())
+        parts.norms[module] = (
+            replace(norm, weight=value) if leaf == "weight" else replace(norm, bias=value)
+        )
     else:
         raise UnsupportedAdapter(f"{name} of the base was trained; only weights and biases serve")
 

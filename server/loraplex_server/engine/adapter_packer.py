@@ -8,13 +8,13 @@ cast, cut or transposed when an adapter comes to the device. The store keeps the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TypeVar, cast
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.errors import LimitExceeded
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
 from loraplex_adapter_store.report import JsonValue
 from loraplex_kernels.factors import AdapterFactors, SliceFactors
@@ -22,11 +22,10 @@ from loraplex_kernels.packed_factors import PackedFactors
 from loraplex_kernels.pool import LoraPool
 from loraplex_server.model.packed_lora_linear import PackedLoraLinear
 
-from .errors import AdapterUnservable
+from .capabilities import EngineCapabilities
+from .plan_tensors import copied
 
-__all__ = ["AdapterPacker", "PackedAdapter", "is_beyond_low_rank"]
-
-_T = TypeVar("_T")
+__all__ = ["AdapterPacker", "PackedAdapter"]
 
 # Forms are kept on disk. Count up whenever the same plan gets another form: then old ones are
 # made anew. ``test_the_form_of_a_plan_is_what_its_format_says`` fails where that was forgotten.
@@ -55,19 +54,18 @@ class AdapterPacker:
         self,
         groups: Mapping[str, PackedLoraLinear],
         pool: LoraPool,
-        routable: Collection[str],
+        capabilities: EngineCapabilities,
     ) -> None:
-        """``routable``: the MLP blocks and projections that may have experts."""
         self._groups = tuple(groups.values())
         self._pool = pool
-        self._routable = frozenset(routable)
+        self._capabilities = capabilities
         modules = [(group.target, group.module_names) for group in self._groups]
         parts = (
             _FORMAT,
             str(pool.storage.dtype),
             pool.exponent_coding,
             modules,
-            sorted(self._routable),
+            sorted(capabilities.routable),
         )
         self._key = hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -76,37 +74,48 @@ class AdapterPacker:
         """Of the format, the dtype and the modules that there are to adapt."""
         return self._key
 
+    def check(self, plan: AdapterPlan) -> None:
+        """Raises AdapterRefused if the engine cannot apply all of ``plan``. Touches no values."""
+        self._capabilities.check(plan)
+
     def form(self, plan: AdapterPlan) -> PackedAdapter:
-        """The form a plan has already, or a new one. Raises AdapterUnservable."""
+        """The form a plan has already, or a new one. Raises AdapterRefused."""
         if isinstance(plan.packed_adapter, PackedAdapter):
             return plan.packed_adapter
-        self._check_experts(plan)
-        sets = [plan.modules, *_expert_modules(plan.experts)]
+        self.check(plan)
+        sets = [self._pooled_modules(plan), *_expert_modules(plan.experts)]
         rank = max((module.rank for modules in sets for module in modules.values()), default=0)
         pack = self._pool.pack
-        return PackedAdapter(tuple(pack(self._factors(modules)) for modules in sets), rank)
+        form = PackedAdapter(tuple(pack(self._factors(modules)) for modules in sets), rank)
+        self._check_size(plan, form)
+        return form
 
     def prepare(self, plan: AdapterPlan) -> AdapterPlan:
         """The plan with its device form instead of its factors. Shares no memory with ``plan``.
 
-        A plan that is prepared already comes back as it is, and so does one that cannot be served:
-        that is refused when it is asked for.
+        A plan that is prepared already comes back as it is. Raises AdapterRefused for what the
+        engine cannot serve.
         """
         if plan.packed_adapter is not None:
             return plan
-        try:
-            form = self.form(plan)
-        except AdapterUnservable:
-            return plan
-        rest = _copied(
+        form, pooled = self.form(plan), self._pooled_modules(plan)
+        rest = copied(
             replace(
                 plan,
-                modules={name: _without_factors(part) for name, part in plan.modules.items()},
+                modules={
+                    name: _without_factors(module) if name in pooled else module
+                    for name, module in plan.modules.items()
+                },
                 experts={name: _without_experts_factors(e) for name, e in plan.experts.items()},
             )
         )
         kept = {tensor.data_ptr(): tensor.nbytes for tensor in rest.tensors()}
         return replace(rest, packed_adapter=form, n_bytes=form.n_bytes + sum(kept.values()))
+
+    def fallback_modules(self, plan: AdapterPlan) -> dict[str, ModulePlan]:
+        """Those that the LoRA kernels cannot apply: the model does, from the plan's own tensors."""
+        pooled = self._pooled_modules(plan)
+        return {name: module for name, module in plan.modules.items() if name not in pooled}
 
     def dump(self, form: object) -> tuple[JsonValue, Sequence[Tensor]]:
         """For a file: the rank, and five tensors for each of its `PackedFactors`."""
@@ -127,6 +136,24 @@ class AdapterPacker:
             packed.append(self._pool.adopt(PackedFactors(image, *arrays)))
         return PackedAdapter(tuple(packed), header)
 
+    def _check_size(self, plan: AdapterPlan, form: PackedAdapter) -> None:
+        pool, n_slots = self._pool, len(form.factors)
+        if form.n_bytes > pool.bytes_total or n_slots > pool.n_slots:
+            raise LimitExceeded(
+                f"adapter {plan.digest[:12]} needs {form.n_bytes:,} bytes and {n_slots} slots, the "
+                f"device pool has {pool.bytes_total:,} and {pool.n_slots}; raise --adapter-memory "
+                "or --max-loras"
+            )
+
+    def _pooled_modules(self, plan: AdapterPlan) -> dict[str, ModulePlan]:
+        """Low-rank factors, scales and biases on the base's own product."""
+        linears, replaced = self._capabilities.linears, plan.replaced_weights
+        return {
+            name: module
+            for name, module in plan.modules.items()
+            if name in linears and name not in replaced and not _is_beyond_low_rank(module)
+        }
+
     def _factors(self, modules: Mapping[str, ModulePlan]) -> AdapterFactors:
         """The parts of a plan that the LoRA kernels apply, by target."""
         factors: dict[str, tuple[SliceFactors | None, ...]] = {}
@@ -136,38 +163,9 @@ class AdapterPacker:
                 factors[group.target.name] = slices
         return factors
 
-    def _check_experts(self, plan: AdapterPlan) -> None:
-        """Nothing of an expert may be left out silently."""
-        stray = sorted(plan.experts.keys() - self._routable)
-        if stray:
-            raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} routes at {stray[0]!r} and {len(stray) - 1} more "
-                "places where this base has no gated MLP or linear to route"
-            )
-        for place, experts in plan.experts.items():
-            for module_name in {name for expert in experts.experts for name in expert}:
-                if module_name != place and module_name.rpartition(".")[0] != place:
-                    raise AdapterUnservable(
-                        f"adapter {plan.digest[:12]} has experts for {module_name!r} behind the "
-                        f"gate of {place!r}, which does not contain it"
-                    )
-        for modules in _expert_modules(plan.experts):
-            both = sorted(modules.keys() & plan.modules.keys())
-            if both:
-                raise AdapterUnservable(
-                    f"adapter {plan.digest[:12]} has experts and plain factors on {both[0]!r}"
-                )
-            for name, module in modules.items():
-                if is_beyond_low_rank(module):
-                    raise AdapterUnservable(
-                        f"adapter {plan.digest[:12]} has an expert with an input scale or a "
-                        f"shared basis on {name!r}; experts are low-rank factors here"
-                    )
 
-
-def is_beyond_low_rank(module: ModulePlan) -> bool:
-    """Whether the LoRA kernels cannot apply it: the model does, from the plan's own tensors."""
-    return module.in_scale is not None or module.shared is not None
+def _is_beyond_low_rank(module: ModulePlan) -> bool:
+    return bool(module.in_scale is not None or module.shared is not None or module.operators)
 
 
 def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, ModulePlan]]:
@@ -182,40 +180,16 @@ def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, 
 
 
 def _slice_factors(module: ModulePlan | None) -> SliceFactors | None:
-    if module is None or is_beyond_low_rank(module):
+    if module is None:
         return None
     return SliceFactors(a=module.a, b=module.b, scale=module.out_scale, bias=module.bias)
 
 
 def _without_factors(module: ModulePlan) -> ModulePlan:
-    return module if is_beyond_low_rank(module) else replace(module, a=None, b=None)
+    return replace(module, a=None, b=None)
 
 
 def _without_experts_factors(plan: ExpertPlan) -> ExpertPlan:
     experts: Sequence[Mapping[str, ModulePlan]] = plan.experts
     bare = tuple({name: _without_factors(m) for name, m in one.items()} for one in experts)
     return replace(plan, experts=bare)
-
-
-def _copied(value: _T) -> _T:
-    """The same with tensors of its own: views of a plan's file would keep all of it in memory.
-
-    What was one tensor in several places (shared bases) stays one.
-    """
-    copies: dict[tuple[int, tuple[int, ...], tuple[int, ...]], Tensor] = {}
-
-    def copy(part: object) -> object:
-        if isinstance(part, Tensor):
-            key = (part.data_ptr(), tuple(part.shape), part.stride())
-            if key not in copies:
-                copies[key] = part.clone()
-            return copies[key]
-        if isinstance(part, Mapping):
-            return {key: copy(item) for key, item in part.items()}
-        if isinstance(part, tuple):
-            return tuple(copy(item) for item in part)
-        if is_dataclass(part) and not isinstance(part, type):
-            return replace(part, **{f.name: copy(getattr(part, f.name)) for f in fields(part)})
-        return part
-
-    return cast(_T, copy(value))

@@ -19,6 +19,7 @@ from loraplex_kernels.cpu import native
 from loraplex_kernels.side_stream import CudaSideStream, SideStream
 from loraplex_server.model.base_model import BaseModel, load_base_model
 
+from .capabilities import EngineCapabilities
 from .config import EngineConfig
 from .decode_graphs import CudaRecorder, Recorder
 from .device_pool import DevicePool
@@ -98,11 +99,10 @@ def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
         model.groups,
         n_bytes=config.adapter_memory_bytes or _adapter_bytes(model),
         max_adapters=config.max_loras,
-        max_rank=config.max_lora_rank,
+        capabilities=EngineCapabilities.of_model(model, max_rank=config.max_lora_rank),
         dtype=model.dtype,
         device=model.device,
         on_loaded=lambda: inbox.put(_wake),
-        routable=model.routable,
     )
     engine = Engine(
         ModelRunner(

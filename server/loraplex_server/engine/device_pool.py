@@ -10,7 +10,7 @@ they run, and a held adapter is never evicted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -18,6 +18,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.errors import AdapterRefused
 from loraplex_adapter_store.plan import AdapterPlan, ModulePlan
 from loraplex_kernels.errors import PoolFull
 from loraplex_kernels.exponent_coding import prefers_coded_pages
@@ -27,9 +28,11 @@ from loraplex_router.experts import RoutedRows
 from loraplex_server.model.packed_lora_linear import PackedLoraLinear
 from loraplex_server.model.routed import PlacedExperts, place_experts, rows_for
 
-from .adapter_packer import AdapterPacker, is_beyond_low_rank
+from .adapter_packer import AdapterPacker
+from .capabilities import EngineCapabilities
 from .copy_stream import CopyStream
 from .errors import AdapterUnservable
+from .plan_tensors import moved
 
 __all__ = ["DevicePool", "Placement", "ResidentAdapter"]
 
@@ -82,17 +85,15 @@ class DevicePool:
         *,
         n_bytes: int,
         max_adapters: int,
-        max_rank: int | None,
+        capabilities: EngineCapabilities,
         dtype: torch.dtype,
         device: torch.device,
         on_loaded: Callable[[], None],
-        routable: Collection[str] = (),
         exponent_coding: bool | None = None,
     ) -> None:
         """``on_loaded`` is called once a load is done, on any thread: it must only wake the engine.
 
-        ``routable``: the MLP blocks and projections that may have experts. ``exponent_coding``: as
-        of ``LoraPool``; None = where it makes steps faster.
+        ``exponent_coding``: as of ``LoraPool``; None = where it makes steps faster.
         """
         self.pool = LoraPool(
             [group.target for group in groups.values()],
@@ -107,8 +108,7 @@ class DevicePool:
         self.n_loads = 0
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
-        self.packer = AdapterPacker(groups, self.pool, routable)
-        self._max_rank = max_rank
+        self.packer = AdapterPacker(groups, self.pool, capabilities)
         self._dtype = dtype
         self._device = device
         self._on_loaded = on_loaded
@@ -190,19 +190,11 @@ class DevicePool:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def _start_load(self, plan: AdapterPlan) -> ResidentAdapter | None:
-        form = self.packer.form(plan)
-        if self._max_rank is not None and form.rank > self._max_rank:
-            raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} has rank {form.rank}, this server allows "
-                f"{self._max_rank}; raise --max-lora-rank"
-            )
+        try:
+            form = self.packer.form(plan)
+        except AdapterRefused as error:
+            raise AdapterUnservable(str(error)) from error
         n_bytes = form.n_bytes
-        if n_bytes > self.pool.bytes_total or len(form.factors) > self.pool.n_slots:
-            raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {len(form.factors)} "
-                f"slots, the device pool has {self.pool.bytes_total:,} and "
-                f"{self.pool.n_slots}; raise --adapter-memory or --max-loras"
-            )
         slots = self._reserve(form.factors)
         if slots is None:
             return None
@@ -211,15 +203,8 @@ class DevicePool:
             slots=slots,
             n_bytes=n_bytes,
             plan=replace(plan, packed_adapter=None),  # the pool has it: the host may let it go
-            fallback={
-                name: _to_device(module, self._dtype, self._device)
-                for name, module in plan.modules.items()
-                if is_beyond_low_rank(module)
-            },
-            replaced_weights={
-                name: weight.to(self._device, self._dtype)
-                for name, weight in plan.replaced_weights.items()
-            },
+            fallback=moved(self.packer.fallback_modules(plan), self._device, self._dtype),
+            replaced_weights=moved(plan.replaced_weights, self._device, self._dtype),
             experts=place_experts(plan.experts, slots[1:], self._device),
             load=self._loader.submit(self._fill, slots, self._copies.mark()),
             started_at=time.monotonic(),
@@ -272,17 +257,3 @@ class DevicePool:
         resident.load_s = time.monotonic() - resident.started_at
         self.n_loads += 1
         self.load_seconds += resident.load_s
-
-
-def _to_device(module: ModulePlan, dtype: torch.dtype, device: torch.device) -> ModulePlan:
-    def move(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device, dtype)
-
-    return replace(
-        module,
-        a=move(module.a),
-        b=move(module.b),
-        out_scale=move(module.out_scale),
-        bias=move(module.bias),
-        in_scale=move(module.in_scale),
-    )

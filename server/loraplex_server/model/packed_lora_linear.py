@@ -112,33 +112,49 @@ class PackedLoraLinear:
         for name, width in zip(self.module_names, self.target.out_features, strict=True):
             columns = slice(first, first + width)
             first += width
-            module, dense = fallback.modules.get(name), fallback.replaced_weights.get(name)
-            if module is None and dense is None:
+            module, weight = fallback.modules.get(name), fallback.replaced_weights.get(name)
+            if module is None and weight is None:
                 continue
-            x_rows, y = x[fallback.rows], out[fallback.rows, columns]
-            if dense is not None:
-                bias = self.packed.bias
-                y = functional.linear(
-                    x_rows, dense, None if bias is None else bias[columns].to(dense)
-                )
-            if module is not None:
-                y = self._apply_module(x_rows, y, module, columns)
-            out[fallback.rows, columns] = y.to(out.dtype)
+            module = module or _UNCHANGED
+            x_rows = x[fallback.rows]
+            z = _input_of(module, x_rows)
+            if z is x_rows and weight is None:
+                y = out[fallback.rows, columns]
+            else:
+                y = self._product(z, weight, columns)
+            out[fallback.rows, columns] = _output_of(module, z, y).to(out.dtype)
 
-    def _apply_module(self, x: Tensor, y: Tensor, module: ModulePlan, columns: slice) -> Tensor:
-        """``y ← out_scale ⊙ (W (in_scale ⊙ x) + b + B A (in_scale ⊙ x) + shared) + bias``."""
-        if module.in_scale is not None:
-            x = x * module.in_scale.to(x.dtype)
-            y = self.packed(x)[:, columns]
-        if module.a is not None and module.b is not None:
-            y = y + functional.linear(functional.linear(x, module.a), module.b)
-        if module.shared is not None:
-            y = y + module.shared.apply(x)
-        if module.out_scale is not None:
-            y = y * module.out_scale
-        if module.bias is not None:
-            y = y + module.bias
-        return y
+    def _product(self, x: Tensor, weight: Tensor | None, columns: slice) -> Tensor:
+        """W x + b of one linear, with the adapter's own W if it has one."""
+        if weight is None:
+            return self.packed(x)[:, columns]
+        bias = self.packed.bias
+        return functional.linear(x, weight, None if bias is None else bias[columns].to(weight))
+
+
+_UNCHANGED = ModulePlan()
+
+
+def _input_of(module: ModulePlan, x: Tensor) -> Tensor:
+    """What the weight is multiplied by; ``x`` itself where the adapter leaves it alone."""
+    if module.in_scale is not None:
+        x = x * module.in_scale.to(x.dtype)
+    return x if module.input_operator is None else module.input_operator.apply(x)
+
+
+def _output_of(module: ModulePlan, z: Tensor, y: Tensor) -> Tensor:
+    """All that ``ModulePlan`` adds to ``y`` = W z + b."""
+    if module.a is not None and module.b is not None:
+        y = y + functional.linear(functional.linear(z, module.a), module.b)
+    if module.shared is not None:
+        y = y + module.shared.apply(z)
+    if module.delta_operator is not None:
+        y = y + module.delta_operator.apply(z)
+    if module.output_operator is not None:
+        y = module.output_operator.apply(y)
+    if module.out_scale is not None:
+        y = y * module.out_scale
+    return y if module.bias is None else y + module.bias
 
 
 class LoraLinear(nn.Module):

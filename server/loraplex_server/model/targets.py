@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-__all__ = ["PACKED", "group_modules"]
+__all__ = ["PACKED", "group_modules", "routable_modules"]
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -36,3 +36,18 @@ def group_modules(model_type: str, linear_names: Iterable[str]) -> list[tuple[st
                 if known.issuperset(group):
                     grouped.update(dict.fromkeys(group, group))
     return list(dict.fromkeys(grouped.get(name, (name,)) for name in names))
+
+
+def routable_modules(model_type: str, linear_names: Iterable[str]) -> frozenset[str]:
+    """Where an adapter may place experts: each linear, and each MLP block with packed gate and up.
+
+    The head is among the linears given and therefore in the result; the caller leaves it out.
+    """
+    groups = group_modules(model_type, linear_names)
+    linears = frozenset(name for group in groups for name in group)
+    mlps = {
+        group[0].removesuffix(".gate_proj")
+        for group in groups
+        if len(group) == 2 and group[0].endswith(".gate_proj")
+    }
+    return linears | {mlp for mlp in mlps if f"{mlp}.down_proj" in linears}

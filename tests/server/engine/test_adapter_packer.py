@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.disk import Disk
+from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
 from loraplex_adapter_store.packed_files import PackedFiles
 from loraplex_adapter_store.plan import AdapterPlan, Family, ModulePlan, SharedBasis
 from loraplex_adapter_store.selector import parse_selector
@@ -69,15 +70,26 @@ def test_a_basis_shared_by_modules_stays_one(model: PreTrainedModel) -> None:
     assert prepared.n_bytes <= 2 * 4 * 64 * 4 + 4 * 4 * len(plan.modules)
 
 
-def test_a_plan_that_cannot_be_served_is_refused_when_it_is_used(model: PreTrainedModel) -> None:
-    plan = mixlora_plan(model, n_experts=2, top_k=1, rank=2, seed=3)
-    stray = AdapterPlan(
-        plan.digest, plan.family, {}, {f"{name}.x": e for name, e in plan.experts.items()}
-    )
-    with running_engine(model) as engine:
-        assert engine.packer.prepare(stray) is stray
-        (answer,) = generate_all(engine, [[1, 2, 3]], plans=[stray])
-    assert "no gated MLP or linear to route" in str(answer.last.error)
+def test_a_plan_that_cannot_be_served_is_refused(model: PreTrainedModel) -> None:
+    plan = lora_plan(model, rank=2, seed=3)
+    stray = replace(plan, modules={f"{name}.x": part for name, part in plan.modules.items()})
+    with running_engine(model) as engine, pytest.raises(UnsupportedAdapter, match=r"q_proj\.x"):
+        engine.packer.prepare(stray)
+
+
+def test_a_plan_that_the_device_pool_can_never_hold_is_refused_with_the_option(
+    model: PreTrainedModel,
+) -> None:
+    with (
+        running_engine(model, adapter_memory_bytes=4096) as engine,
+        pytest.raises(LimitExceeded, match="--adapter-memory"),
+    ):
+        engine.packer.prepare(lora_plan(model, rank=64, seed=3))
+    with (
+        running_engine(model, max_loras=2) as engine,
+        pytest.raises(LimitExceeded, match=r"3 slots.*--max-loras"),
+    ):
+        engine.packer.prepare(mixlora_plan(model, n_experts=2, top_k=1, rank=2, seed=3))
 
 
 def test_names_and_mixtures_of_a_store_answer_as_their_full_plans_do(

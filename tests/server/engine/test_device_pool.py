@@ -7,6 +7,7 @@ import threading
 
 import torch
 
+from loraplex_server.engine.capabilities import EngineCapabilities
 from loraplex_server.engine.device_pool import DevicePool, Placement
 from loraplex_server.model.base_model import BaseModel
 from tests.support.architectures import tiny_model
@@ -28,7 +29,7 @@ def test_whoever_is_woken_by_a_load_finds_it_done() -> None:
         base.groups,
         n_bytes=1 << 20,
         max_adapters=2,
-        max_rank=None,
+        capabilities=EngineCapabilities.of_model(base),
         dtype=torch.float32,
         device=torch.device("cpu"),
         on_loaded=on_loaded,

@@ -120,17 +120,18 @@ def test_the_prefix_cache_serves_routed_adapters_and_keeps_them_apart(
     assert other.token_ids != first.token_ids
 
 
-def test_experts_where_nothing_can_be_routed_are_refused(
+def test_a_plan_that_no_store_has_checked_fails_alone_when_it_cannot_be_served(
     engine: Engine, plans: dict[str, AdapterPlan | None]
 ) -> None:
     plan = plans["mixlora"]
     assert plan is not None
     block = next(iter(plan.experts.values()))
     stray = replace(plan, digest="e" * 64, experts={"model.layers.0.attic": block})
-    answer = generate_all(engine, _prompts(1), GREEDY, [stray])[0]
+    answer, other = generate_all(engine, _prompts(2), GREEDY, [stray, None], prepared=False)
     assert answer.finish is FinishReason.ERROR
     assert isinstance(answer.last.error, AdapterUnservable)
     assert "attic" in str(answer.last.error)
+    assert other.finish is FinishReason.LENGTH
 
 
 def test_expert_load_counts_every_row_k_times_in_every_layer(

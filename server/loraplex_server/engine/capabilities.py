@@ -1,0 +1,187 @@
+"""What the engine can apply. A plan with any other part is refused before anybody can ask for it.
+
+A plan is a tree of dataclasses. Each of their fields has a row here, which says on what it may
+stand; a field or a class without a row is unknown to the engine, and so is the adapter that has it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import NoReturn
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.operators import DenseDelta, Operator
+from loraplex_adapter_store.plan import (
+    AdapterPlan,
+    ExpertPlan,
+    ModulePlan,
+    NormPlan,
+    PrefixPlan,
+    RoutingStrategy,
+    SharedBasis,
+)
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.targets import routable_modules
+
+__all__ = ["APPLIED_FIELDS", "APPLIED_OPERATORS", "EngineCapabilities"]
+
+_DESCRIPTION = frozenset({"digest", "family", "chat_template", "n_bytes", "packed_adapter"})
+_OPERATOR_FIELDS = frozenset({"input_operator", "delta_operator", "output_operator"})
+_LINEAR_PARTS = _OPERATOR_FIELDS | {"a", "b", "out_scale", "bias", "in_scale", "shared"}
+_EMBEDDING_PARTS: frozenset[str] = frozenset()
+_EXPERT_PARTS = frozenset({"a", "b", "out_scale", "bias"})
+
+# Every field of a plan that the engine knows, by class. Those of a module depend on what it is.
+APPLIED_FIELDS: Mapping[type, frozenset[str]] = {
+    AdapterPlan: _DESCRIPTION
+    | {"modules", "experts", "prefix", "embedding_rows", "head_rows", "replaced_weights", "norms"},
+    ModulePlan: _LINEAR_PARTS,
+    SharedBasis: frozenset(
+        {"basis_digest", "a", "b", "rank_scale", "block_scale", "out_scale", "transposed"}
+    ),
+    NormPlan: frozenset({"weight", "bias"}),
+    ExpertPlan: frozenset({"gate", "strategy", "top_k", "top_p", "experts"}),
+    PrefixPlan: frozenset({"keys", "values", "embeddings"}),
+}
+# Operators that are exact in the engine's dtype, on rows of any number.
+APPLIED_OPERATORS: frozenset[type[Operator]] = frozenset({DenseDelta})
+_STRATEGIES = frozenset(RoutingStrategy)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """The modules of one base and what may stand on them. Names are the base's own."""
+
+    linears: frozenset[str]
+    embeddings: frozenset[str]
+    norms: frozenset[str]
+    routable: frozenset[str]  # the MLP blocks and projections that may have experts
+    input_embedding: str
+    output_head: str
+    n_layers: int
+    max_rank: int | None = None  # None: any that fits the device pool
+
+    @staticmethod
+    def of(spec: BaseSpec, *, max_rank: int | None = None) -> EngineCapabilities:
+        """As ``of_model``, by the base's names alone, where no engine runs."""
+        return EngineCapabilities(
+            linears=frozenset(spec.modules),
+            embeddings=frozenset(spec.embeddings),
+            norms=frozenset(),
+            routable=routable_modules(spec.model_type, spec.modules) - {spec.output_head},
+            input_embedding=spec.input_embedding,
+            output_head=spec.output_head,
+            n_layers=spec.n_layers,
+            max_rank=max_rank,
+        )
+
+    @staticmethod
+    def of_model(model: BaseModel, *, max_rank: int | None = None) -> EngineCapabilities:
+        """Of an engine that runs this model: what was replaced in it can be adapted."""
+        of_base = EngineCapabilities.of(model.spec, max_rank=max_rank)
+        linears = (name for group in model.groups.values() for name in group.module_names)
+        return replace(of_base, linears=frozenset(linears), routable=model.routable)
+
+    def check(self, plan: AdapterPlan) -> None:
+        """Raises UnsupportedAdapter with every part that nothing applies, LimitExceeded for ranks.
+
+        Looks at names and shapes only: microseconds a module. Any thread.
+        """
+        problems = list(self._problems(plan))
+        if problems:
+            raise UnsupportedAdapter(
+                f"adapter {plan.digest[:12]} has parts that this engine does not apply", problems
+            )
+        self._check_rank(plan)
+
+    def _check_rank(self, plan: AdapterPlan) -> None:
+        limit = self.max_rank
+        if limit is None:
+            return
+        for name, module in _low_rank_modules(plan):
+            if module.rank > limit:
+                _refuse_rank(plan, name, module.rank, limit)
+
+    def _problems(self, plan: AdapterPlan) -> Iterator[str]:
+        yield from _unknown_fields("", plan, APPLIED_FIELDS[AdapterPlan])
+        for name, module in plan.modules.items():
+            yield from self._module_problems(name, module)
+        for name, experts in plan.experts.items():
+            yield from self._expert_problems(name, experts, plan)
+        yield from self._prefix_problems(plan)
+        for rows, name, place in (
+            (plan.embedding_rows, "embedding_rows", self.input_embedding),
+            (plan.head_rows, "head_rows", self.output_head),
+        ):
+            if rows and not place:
+                yield f"{name}: this base has no such module"
+        for name in plan.replaced_weights:
+            if name not in self.linears and name not in self.embeddings:
+                yield f"{name}.weight: no linear and no embedding of this base"
+        for name, norm in plan.norms.items():
+            if name not in self.norms:
+                yield f"{name}: no norm of this base"
+            yield from _unknown_fields(name, norm, APPLIED_FIELDS[NormPlan])
+
+    def _module_problems(self, name: str, module: ModulePlan) -> Iterator[str]:
+        if name in self.linears:
+            yield from _unknown_fields(name, module, _LINEAR_PARTS)
+        elif name in self.embeddings:
+            yield from _unknown_fields(name, module, _EMBEDDING_PARTS)
+        else:
+            yield f"{name}: no linear and no embedding of this base"
+        if module.shared is not None:
+            yield from _unknown_fields(f"{name}.shared", module.shared, APPLIED_FIELDS[SharedBasis])
+        for part in _OPERATOR_FIELDS:
+            operator = getattr(module, part)
+            if operator is not None and type(operator) not in APPLIED_OPERATORS:
+                yield f"{name}.{part}: {type(operator).__name__}"
+
+    def _expert_problems(self, place: str, plan: ExpertPlan, whole: AdapterPlan) -> Iterator[str]:
+        if place not in self.routable:
+            yield f"{place}: no gated MLP or linear to route to experts"
+        yield from _unknown_fields(place, plan, APPLIED_FIELDS[ExpertPlan])
+        if plan.strategy not in _STRATEGIES:
+            yield f"{place}: routing by {plan.strategy!r}"
+        for index, expert in enumerate(plan.experts):
+            for name, module in expert.items():
+                if name != place and name.rpartition(".")[0] != place:
+                    yield f"{name}: behind the gate of {place}, which does not contain it"
+                if name in whole.modules:
+                    yield f"{name}: experts and plain factors on one module"
+                yield from _unknown_fields(f"{name} of expert {index}", module, _EXPERT_PARTS)
+
+    def _prefix_problems(self, plan: AdapterPlan) -> Iterator[str]:
+        prefix = plan.prefix
+        if prefix is None:
+            return
+        yield from _unknown_fields("prefix", prefix, APPLIED_FIELDS[PrefixPlan])
+        if prefix.keys and len(prefix.keys) != self.n_layers:
+            yield f"prefix.keys: {len(prefix.keys)} layers, this base has {self.n_layers}"
+
+
+def _unknown_fields(place: str, value: object, known: frozenset[str]) -> Iterator[str]:
+    """The fields that are set and not ``known``, as ``place.field``."""
+    for spec in fields(value):  # type: ignore[arg-type]
+        if spec.name not in known and _is_set(getattr(value, spec.name)):
+            yield f"{place}.{spec.name}" if place else spec.name
+
+
+def _is_set(part: object) -> bool:
+    return part is not None and not (isinstance(part, Mapping | tuple) and not part)
+
+
+def _low_rank_modules(plan: AdapterPlan) -> Iterator[tuple[str, ModulePlan]]:
+    yield from plan.modules.items()
+    for experts in plan.experts.values():
+        for expert in experts.experts:
+            yield from expert.items()
+
+
+def _refuse_rank(plan: AdapterPlan, name: str, rank: int, limit: int) -> NoReturn:
+    raise LimitExceeded(
+        f"adapter {plan.digest[:12]} has rank {rank} on {name}, this server allows {limit}; "
+        "raise --max-lora-rank"
+    )

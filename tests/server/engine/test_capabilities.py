@@ -1,0 +1,178 @@
+"""Every part of a plan has an executor, or the adapter is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraplex_adapter_store import plan as plans
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.operators import OPERATORS, Operator
+from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan
+from loraplex_server.engine.capabilities import (
+    APPLIED_FIELDS,
+    APPLIED_OPERATORS,
+    EngineCapabilities,
+)
+from loraplex_server.model.base_model import BaseModel
+from tests.support.architectures import ARCHITECTURES, tiny_model
+from tests.support.routed_plans import lora_plan, mixlora_plan
+
+_Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="module")
+def capabilities(model: PreTrainedModel) -> EngineCapabilities:
+    return EngineCapabilities.of(BaseSpec.of(model, "tiny"))
+
+
+def _classes_of_plans() -> list[type]:
+    named = (getattr(plans, name) for name in plans.__all__)
+    return [kind for kind in named if hasattr(kind, "__dataclass_fields__")]
+
+
+@pytest.mark.parametrize("kind", _classes_of_plans(), ids=lambda kind: kind.__name__)
+def test_every_field_of_a_plan_is_known_to_the_engine(kind: type) -> None:
+    assert APPLIED_FIELDS[kind] == {spec.name for spec in fields(kind)}
+
+
+def test_every_operator_that_readers_make_is_known_to_the_engine() -> None:
+    assert frozenset(OPERATORS.values()) == APPLIED_OPERATORS
+
+
+@dataclass(frozen=True, slots=True)
+class FutureModule(ModulePlan):
+    """What a reader of tomorrow might fill."""
+
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FuturePlan(AdapterPlan):
+    residual_scales: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Doubled(Operator):
+    by: Tensor  # [1]
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+def _refusal(capabilities: EngineCapabilities, plan: AdapterPlan) -> str:
+    with pytest.raises(UnsupportedAdapter) as refused:
+        capabilities.check(plan)
+    return str(refused.value)
+
+
+def _plan(modules: Mapping[str, ModulePlan]) -> AdapterPlan:
+    return AdapterPlan("d" * 64, Family.LORA, modules)
+
+
+def test_a_module_with_a_part_that_nothing_applies_is_refused_by_name(
+    capabilities: EngineCapabilities,
+) -> None:
+    ones = torch.ones(1, 64)
+    module = FutureModule(a=ones, b=ones.t(), gate=ones)
+    assert f"{_Q}.gate" in _refusal(capabilities, _plan({_Q: module}))
+    capabilities.check(_plan({_Q: replace(module, gate=None)}))
+
+
+def test_a_plan_with_a_part_that_nothing_applies_is_refused_by_name(
+    capabilities: EngineCapabilities,
+) -> None:
+    plan = FuturePlan("d" * 64, Family.LORA, {}, residual_scales={"x": torch.ones(1)})
+    assert "residual_scales" in _refusal(capabilities, plan)
+
+
+@pytest.mark.parametrize("place", ["input_operator", "delta_operator", "output_operator"])
+def test_an_operator_that_the_engine_does_not_know_is_refused_by_name(
+    place: str, capabilities: EngineCapabilities
+) -> None:
+    module = replace(ModulePlan(), **{place: Doubled(torch.ones(1))})
+    text = _refusal(capabilities, _plan({_Q: module}))
+    assert f"{_Q}.{place}: Doubled" in text
+
+
+@pytest.mark.parametrize("name", ["model.layers.9.self_attn.q_proj", "vision.q_proj"])
+def test_a_module_that_the_base_lacks_is_refused_by_name(
+    name: str, capabilities: EngineCapabilities
+) -> None:
+    assert name in _refusal(capabilities, _plan({name: ModulePlan(bias=torch.ones(64))}))
+
+
+def test_a_weight_in_place_of_something_that_is_no_linear_is_refused_by_name(
+    capabilities: EngineCapabilities,
+) -> None:
+    plan = replace(_plan({}), replaced_weights={"model.rotary_emb": torch.ones(4)})
+    assert "model.rotary_emb.weight" in _refusal(capabilities, plan)
+
+
+def test_a_prefix_for_another_depth_is_refused(capabilities: EngineCapabilities) -> None:
+    layers = (torch.zeros(2, 2, 16),) * 2
+    plan = replace(_plan({}), prefix=plans.PrefixPlan(layers, layers))
+    assert "2 layers, this base has 3" in _refusal(capabilities, plan)
+
+
+def test_all_problems_are_told_at_once(capabilities: EngineCapabilities) -> None:
+    bias = ModulePlan(bias=torch.ones(1))
+    with pytest.raises(UnsupportedAdapter) as refused:
+        capabilities.check(_plan({"first": bias, "second": bias}))
+    assert [problem.partition(":")[0] for problem in refused.value.problems] == ["first", "second"]
+
+
+def test_experts_where_nothing_routes_are_refused_by_name(
+    model: PreTrainedModel, capabilities: EngineCapabilities
+) -> None:
+    plan = mixlora_plan(model, n_experts=2, top_k=1, rank=2, seed=3)
+    capabilities.check(plan)
+    stray = replace(plan, experts={f"{name}.x": part for name, part in plan.experts.items()})
+    assert "model.layers.0.mlp.x: no gated MLP" in _refusal(capabilities, stray)
+
+
+def test_an_expert_with_more_than_factors_is_refused_by_name(
+    model: PreTrainedModel, capabilities: EngineCapabilities
+) -> None:
+    plan = mixlora_plan(model, n_experts=2, top_k=1, rank=2, seed=3)
+    place, block = next(iter(plan.experts.items()))
+    name, module = next(iter(block.experts[1].items()))
+    scaled = replace(module, in_scale=torch.ones(module.a.shape[1]))  # type: ignore[union-attr]
+    experts = (block.experts[0], {**block.experts[1], name: scaled})
+    plan = replace(plan, experts={**plan.experts, place: replace(block, experts=experts)})
+    assert f"{name} of expert 1.in_scale" in _refusal(capabilities, plan)
+
+
+def test_experts_and_plain_factors_on_one_module_are_refused(
+    model: PreTrainedModel, capabilities: EngineCapabilities
+) -> None:
+    plan = mixlora_plan(model, n_experts=2, top_k=1, rank=2, seed=3)
+    expert: ExpertPlan = next(iter(plan.experts.values()))
+    plan = replace(plan, modules={**plan.modules, **expert.experts[0]})
+    assert "experts and plain factors" in _refusal(capabilities, plan)
+
+
+def test_a_rank_above_the_servers_is_refused_with_its_option(model: PreTrainedModel) -> None:
+    capabilities = EngineCapabilities.of(BaseSpec.of(model, "tiny"), max_rank=8)
+    capabilities.check(lora_plan(model, rank=8, seed=1))
+    with pytest.raises(LimitExceeded, match=r"rank 9 on .*proj.* allows 8.*--max-lora-rank"):
+        capabilities.check(lora_plan(model, rank=9, seed=1))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_base_that_does_not_run_is_judged_as_the_one_that_runs(name: str) -> None:
+    spec = BaseSpec.of(tiny_model(name), "tiny")
+    assert EngineCapabilities.of(spec) == EngineCapabilities.of_model(
+        BaseModel(tiny_model(name), "tiny")
+    )

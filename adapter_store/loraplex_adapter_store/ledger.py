@@ -30,6 +30,12 @@ class TensorLedger:
         self._claimed.add(name)
         return self._tensors.load(name)
 
+    def take_indices(self, name: str, shape: tuple[int | None, ...], n_values: int) -> Tensor:
+        """Claims and loads int64 in [0, n_values). Raises AdapterMismatch or MalformedFile."""
+        self.expect(name, shape)
+        self._claimed.add(name)
+        return self._tensors.load_indices(name, n_values)
+
     def expect(self, name: str, shape: tuple[int | None, ...] | None) -> None:
         found = self.shape(name)
         if shape is None:

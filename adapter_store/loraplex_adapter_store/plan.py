@@ -63,6 +63,16 @@ class Family(Enum):
     TINYLORA = "tinylora"
     LOHA = "loha"
     ABMLL = "abmll"
+    HRA = "hra"
+    DELORA = "delora"
+    GRALORA = "gralora"
+    VBLORA = "vblora"
+    UNILORA = "unilora"
+    PVERA = "pvera"
+    PSOFT = "psoft"
+    OSF = "osf"
+    DEFT = "deft"
+    PEANUT = "peanut"
     GENERATED = "generated"
 
 

@@ -47,6 +47,13 @@ _FLOATS = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_INTEGERS = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +92,26 @@ class SafetensorsFile:
         if not bool(torch.isfinite(tensor).all()):
             raise MalformedFile(f"tensor {name!r} holds NaN or Inf")
         return tensor
+
+    def load_indices(self, name: str, n_values: int) -> Tensor:
+        """An int64 copy; also of whole numbers stored as floats, as PEFT does on some systems.
+
+        Raises MalformedFile unless every entry is an integer in [0, n_values).
+        """
+        entry = self.entries[name]
+        if entry.dtype in _INTEGERS:
+            values = self._view(entry, _INTEGERS[entry.dtype]).to(torch.int64, copy=True)
+        else:
+            stored = self.load(name)
+            values = stored.to(torch.int64)
+            if not torch.equal(values.to(torch.float32), stored):
+                raise MalformedFile(f"tensor {name!r} holds fractions, indices are needed")
+        if values.numel() and not 0 <= int(values.min()) <= int(values.max()) < n_values:
+            raise MalformedFile(
+                f"tensor {name!r} holds indices from {int(values.min())} to {int(values.max())}, "
+                f"the base has room for 0 to {n_values - 1}"
+            )
+        return values
 
     def raw(self, name: str) -> memoryview:
         """The bytes as stored; valid while the file is open."""

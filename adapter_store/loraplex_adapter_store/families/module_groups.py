@@ -82,6 +82,10 @@ class ModuleGroup:
             )
         return flat
 
+    def indices(self, suffix: str, n_values: int, *shape: int | None) -> Tensor:
+        """``take`` of integers in [0, n_values), int64."""
+        return self.context.ledger.take_indices(self.keys[suffix], shape, n_values)
+
     def shape(self, suffix: str, n_dims: int) -> tuple[int, ...]:
         """The shape as stored. Raises AdapterMismatch unless it has ``n_dims`` dimensions."""
         self.context.ledger.expect(self.keys[suffix], (None,) * n_dims)

@@ -1,18 +1,24 @@
 """Virtual tokens before the prompt: prefix tuning (per-layer KV) and prompt tuning (embeddings).
 
 Prefix tuning saves one tensor [n_virtual, n_layers · 2 · n_kv_heads · head_dim]; its MLP is baked
-out by PEFT. Real tokens start at position n_virtual. Prompt tuning and P-tuning save
-[n_virtual, hidden].
+out by PEFT; a cartridge is saved likewise. Real tokens start at position n_virtual. Prompt tuning,
+P-tuning and CPT save [n_virtual, hidden]. Multitask prompt tuning multiplies that by one low-rank
+matrix for each task, entry by entry; one of the tasks is served.
 """
 
 from __future__ import annotations
 
-from loraplex_adapter_store.errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.errors import (
+    AdapterMismatch,
+    LimitExceeded,
+    MalformedFile,
+    UnsupportedAdapter,
+)
 from loraplex_adapter_store.plan import Family, PrefixPlan
 
 from .contract import Fold, ReadContext
 
-__all__ = ["read_prefix", "read_prompt"]
+__all__ = ["read_multitask_prompt", "read_prefix", "read_prompt"]
 
 _KEY = "prompt_embeddings"
 
@@ -37,6 +43,25 @@ def read_prompt(context: ReadContext) -> Fold:
     return Fold(Family.PROMPT, rule, prefix=PrefixPlan(embeddings=embeddings))
 
 
+def read_multitask_prompt(context: ReadContext) -> Fold:
+    config, ledger = context.config, context.ledger
+    n_virtual, hidden = _n_virtual(context), context.base.hidden_size
+    n_tasks, rank = config.integer("num_tasks", 1), config.integer("num_ranks", 1)
+    task = config.integer("loraplex_task_id", 0)
+    if n_tasks > 1 and "loraplex_task_id" not in config.values:
+        raise UnsupportedAdapter(
+            f"this prompt is of {n_tasks} tasks and requests carry no task: add it once for each, "
+            'with "loraplex_task_id": 0 and so on in adapter_config.json'
+        )
+    if not 0 <= task < n_tasks:
+        raise MalformedFile(f"adapter_config.json: loraplex_task_id {task} of {n_tasks} tasks")
+    columns = ledger.take(_key(context, "prefix_task_cols"), (n_tasks, n_virtual, rank))[task]
+    rows = ledger.take(_key(context, "prefix_task_rows"), (n_tasks, rank, hidden))[task]
+    embeddings = ledger.take(_key(context), (n_virtual, hidden)) * (columns @ rows)
+    rule = f"{n_virtual} virtual token embeddings, task {task} of {n_tasks}"
+    return Fold(Family.PROMPT, rule, prefix=PrefixPlan(embeddings=embeddings))
+
+
 def _n_virtual(context: ReadContext) -> int:
     if context.config.integer("num_transformer_submodules", 1) != 1:
         raise UnsupportedAdapter("prompts of encoder-decoder models cannot be served here")
@@ -48,7 +73,7 @@ def _n_virtual(context: ReadContext) -> int:
     return n_virtual
 
 
-def _key(context: ReadContext) -> str:
-    if _KEY not in context.ledger.names:
-        raise AdapterMismatch(f"the file lacks {_KEY}", missing_keys=(_KEY,))
-    return _KEY
+def _key(context: ReadContext, name: str = _KEY) -> str:
+    if name not in context.ledger.names:
+        raise AdapterMismatch(f"the file lacks {name}", missing_keys=(name,))
+    return name

@@ -1,6 +1,8 @@
-"""VeRA and RandLoRA: frozen random bases shared by all modules, trained diagonals per module.
+"""VeRA and kin: frozen random bases shared by all modules, trained diagonals per module.
 
 VeRA      ΔW = diag(λ_b) B[:out] diag(λ_d) A[:, :in]
+PVeRA     the same with twice the rows in A and λ_d: the mean, then the spread that only training
+          and sample_at_inference draw from
 RandLoRA  ΔW = α/r · B_flat A_flat   with  A_flat[ρN+n] = λ[ρ,n] · A[ρ] ⊙ γ[n]   and PEFT's order
           B_flat[:, nr+ρ] = B[:, n, ρ]; transposed when in_features > out_features
 
@@ -23,7 +25,7 @@ from .extras import fold_with_extras
 from .module_groups import ModuleGroup, linear_groups
 from .scaling import positive_rank
 
-__all__ = ["read_randlora", "read_vera"]
+__all__ = ["read_pvera", "read_randlora", "read_vera"]
 
 
 class _Bases(NamedTuple):
@@ -38,6 +40,28 @@ def read_vera(context: ReadContext) -> Fold:
     modules = {module: _vera_module(group, bases) for module, group in groups.items()}
     rule = f"none (diagonals only), shared rank {bases.a.shape[0]}"
     return fold_with_extras(context, Family.VERA, rule, modules)
+
+
+def read_pvera(context: ReadContext) -> Fold:
+    if context.config.flag("sample_at_inference"):
+        raise UnsupportedAdapter(
+            "PVeRA with sample_at_inference cannot be served: every answer would be another draw; "
+            "set it to false to serve the mean"
+        )
+    bases = _bases(context, "pvera_A", "pvera_B", n_dims=2)
+    rank = bases.b.shape[1]
+    if bases.a.shape[0] != 2 * rank:
+        raise AdapterMismatch(f"pvera_A has {bases.a.shape[0]} rows, {2 * rank} are needed")
+    mean = bases._replace(a=bases.a[:rank])
+    groups = linear_groups(context, ("pvera_lambda_d", "pvera_lambda_b"))
+    modules = {
+        module: _diagonals(
+            group, mean, group.take("pvera_lambda_d", 2 * rank)[:rank], "pvera_lambda_b"
+        )
+        for module, group in groups.items()
+    }
+    rule = f"none (diagonals only), shared rank {rank}, mean of the posterior"
+    return fold_with_extras(context, Family.PVERA, rule, modules)
 
 
 def read_randlora(context: ReadContext) -> Fold:
@@ -59,14 +83,18 @@ def read_randlora(context: ReadContext) -> Fold:
 
 
 def _vera_module(group: ModuleGroup, bases: _Bases) -> ModulePlan:
-    _check_size(group.module, bases.a.shape[1], group.in_features)
-    _check_size(group.module, bases.b.shape[0], group.out_features)
     if bases.a.shape[0] != bases.b.shape[1]:
         raise AdapterMismatch(
             f"vera_A has rank {bases.a.shape[0]}, vera_B has rank {bases.b.shape[1]}"
         )
     diagonal = group.take("vera_lambda_d", bases.a.shape[0])
-    out_scale = group.take("vera_lambda_b", group.out_features)
+    return _diagonals(group, bases, diagonal, "vera_lambda_b")
+
+
+def _diagonals(group: ModuleGroup, bases: _Bases, diagonal: Tensor, out_suffix: str) -> ModulePlan:
+    _check_size(group.module, bases.a.shape[1], group.in_features)
+    _check_size(group.module, bases.b.shape[0], group.out_features)
+    out_scale = group.take(out_suffix, group.out_features)
     basis = SharedBasis(
         basis_digest=f"{bases.digest}:{group.in_features}:{group.out_features}",
         a=bases.a[:, : group.in_features],

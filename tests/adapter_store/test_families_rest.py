@@ -1,0 +1,150 @@
+"""Round trips of the rest of PEFT's methods against PEFT's own modules: ≤ 1e-4 in logits."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from loraplex_adapter_store.errors import UnsupportedAdapter
+from tests.support.round_trip import check_logits, check_round_trip, randomise, trained
+from tests.support.tiny_models import PROMPT, read_path, tiny_llama, untouched
+
+
+@pytest.fixture(autouse=True)
+def _quiet_peft() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SOME = ["q_proj", "v_proj", "down_proj"]
+
+CONFIGS: dict[str, peft.PeftConfig] = {
+    "hra": peft.HRAConfig(r=4, target_modules=ALL),
+    "hra odd rank": peft.HRAConfig(r=5, target_modules=SOME),
+    "hra orthogonal": peft.HRAConfig(r=3, apply_GS=True, target_modules=SOME),
+    "delora": peft.DeloraConfig(r=5, target_modules=ALL),
+    "delora ranks": peft.DeloraConfig(r=5, target_modules=SOME, rank_pattern={"v_proj": 2}),
+    "gralora": peft.GraloraConfig(r=8, alpha=20, gralora_k=2, target_modules=ALL),
+    "gralora hybrid": peft.GraloraConfig(
+        r=8, alpha=20, gralora_k=4, hybrid_r=3, target_modules=SOME
+    ),
+    "vblora": peft.VBLoRAConfig(r=3, num_vectors=12, vector_length=4, topk=2, target_modules=ALL),
+    "vblora top only": peft.VBLoRAConfig(
+        r=3, num_vectors=12, vector_length=4, topk=3, save_only_topk_weights=True,
+        target_modules=SOME,
+    ),
+    "unilora": peft.UniLoraConfig(r=3, theta_d_length=50, target_modules=ALL),
+    "unilora saved": peft.UniLoraConfig(
+        r=3, theta_d_length=50, save_indices=True, target_modules=SOME
+    ),
+    "psoft": peft.PsoftConfig(r=5, target_modules=ALL),
+    "psoft series": peft.PsoftConfig(
+        r=5, target_modules=SOME, use_cayley_neumann=True, cayley_neumann_eps=0.5,
+        num_cayley_neumann_terms=4,
+    ),
+    "psoft free": peft.PsoftConfig(
+        r=5, target_modules=SOME, psoft_orth=False, psoft_mag_a=False, psoft_mag_b=False
+    ),
+    "psoft pissa": peft.PsoftConfig(
+        r=5, psoft_alpha=11, target_modules=SOME, ab_svd_init="pissa_init", psoft_mag_a=False
+    ),
+    "psoft drawn": peft.PsoftConfig(
+        r=5, target_modules=ALL, psoft_svd="lowrank", psoft_svd_lowrank_niter=3, random_seed=4
+    ),
+    "osf": peft.OSFConfig(effective_rank=28, target_modules=ALL),
+    "osf half": peft.OSFConfig(target_modules=SOME),
+    "pvera": peft.PveraConfig(r=4, target_modules=ALL),
+    "deft": peft.DeftConfig(r=4, alpha=6, target_modules=ALL),
+    "deft qr": peft.DeftConfig(r=4, decomposition_method="qr", target_modules=SOME),
+    "deft para": peft.DeftConfig(r=4, para=True, target_modules=SOME),
+    "peanut": peft.PeanutConfig(r=4, target_modules=ALL),
+    "peanut deep": peft.PeanutConfig(
+        r=4, depth=2, act_fn="silu", scaling=0.5, target_modules=SOME
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+@pytest.mark.parametrize("bias", [False, True], ids=["", "biased base"])
+def test_a_method_serves_as_it_was_trained(
+    config: peft.PeftConfig, bias: bool, tmp_path: Path
+) -> None:
+    reading = check_round_trip(tiny_llama(bias=bias), config, tmp_path, std=0.3)
+    assert reading.plan.family.value.upper() == config.peft_type.value
+
+
+def _trained_prompt(config: peft.PeftConfig, path: Path) -> tuple[PreTrainedModel, Tensor]:
+    """A trained prompt, saved to ``path``, and the logits of PEFT's own model behind it."""
+    model = tiny_llama()
+    tuned = peft.get_peft_model(untouched(model), config)
+    randomise(tuned, std=0.5)
+    tuned.eval()
+    tuned.save_pretrained(path)
+    loaded = peft.PeftModel.from_pretrained(untouched(model), path).eval()
+    with torch.inference_mode():
+        mask = torch.ones_like(PROMPT)
+        return model, loaded(input_ids=PROMPT, attention_mask=mask).logits[:, -PROMPT.shape[1] :]
+
+
+@pytest.mark.parametrize("n_frozen", [0, 2])
+def test_a_cartridge_is_served_as_a_prefix(tmp_path: Path, n_frozen: int) -> None:
+    config = peft.CartridgeConfig(
+        num_virtual_tokens=5, num_frozen_tokens=n_frozen, task_type="CAUSAL_LM"
+    )
+    model, expected = _trained_prompt(config, tmp_path)
+    check_logits(model, read_path(tmp_path, model).plan, expected)
+
+
+def test_a_context_prompt_is_served_as_virtual_tokens(tmp_path: Path) -> None:
+    config = peft.CPTConfig(
+        cpt_token_ids=[3, 9, 27],
+        cpt_mask=[1, 1, 1],
+        cpt_tokens_type_mask=[1, 2, 3],
+        opt_projection_epsilon=9.0,
+        opt_projection_format_epsilon=9.0,
+        task_type="CAUSAL_LM",
+    )
+    model, expected = _trained_prompt(config, tmp_path)
+    check_logits(model, read_path(tmp_path, model).plan, expected)
+
+
+@pytest.mark.parametrize("n_tasks", [1, 3])
+def test_one_task_of_a_multitask_prompt_is_served(tmp_path: Path, n_tasks: int) -> None:
+    config = peft.MultitaskPromptTuningConfig(
+        num_virtual_tokens=4, num_tasks=n_tasks, num_ranks=2, task_type="CAUSAL_LM"
+    )
+    model = tiny_llama()
+    tuned = peft.get_peft_model(untouched(model), config)
+    randomise(tuned, std=0.9)
+    tuned.eval()
+    tuned.save_pretrained(tmp_path)
+    if n_tasks > 1:
+        with pytest.raises(UnsupportedAdapter, match="add it once for each"):
+            read_path(tmp_path, model)
+    for task in range(n_tasks):
+        task_ids = torch.full((PROMPT.shape[0],), task)
+        with torch.no_grad():
+            expected = tuned(input_ids=PROMPT, task_ids=task_ids).logits[:, -PROMPT.shape[1] :]
+        values = json.loads((tmp_path / "adapter_config.json").read_text())
+        if n_tasks > 1:
+            values["loraplex_task_id"] = task
+        (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+        check_logits(model, read_path(tmp_path, model).plan, expected)
+
+
+def test_noise_at_inference_is_refused(tmp_path: Path) -> None:
+    config = peft.PveraConfig(r=4, target_modules=SOME, sample_at_inference=True)
+    model = tiny_llama()
+    trained(model, config, tmp_path)
+    with pytest.raises(UnsupportedAdapter, match="another draw"):
+        read_path(tmp_path, model)

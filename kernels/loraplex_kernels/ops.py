@@ -31,25 +31,19 @@ def lora_apply(
 ) -> None:
     """Adds each segment's low-rank product to ``out`` in place (the formula: ``layout.py``).
 
-    Deterministic, and a row's result does not depend on the other rows. ``torch.compile`` passes
-    over it as ``torch.ops.loraplex.lora_apply``. For a target of a pool, ``PreparedTarget`` is
-    quicker.
+    Deterministic, and a row's result does not depend on the other rows. For a target of a pool,
+    ``PreparedTarget`` is quicker.
     """
     if segments.slots.shape[0] == 0:
         return
-    if torch.compiler.is_compiling():
-        _lora_apply_op(
-            x,
-            storage,
-            target.in_features,
-            list(target.out_features),
-            [tables.ranks, tables.a_pages, tables.b_pages, tables.scale, tables.bias],
-            [segments.slots, segments.indptr, segments.indices],
-            segments.weights,
-            out,
-        )
+    if x.device.type == "cpu" and x.dtype == storage.dtype == out.dtype and serves(x.dtype):
+        NativeLora(storage, target, tables)(x, segments, out)
+    elif _takes_triton(x, storage):
+        from .triton import lora_apply_triton  # imports Triton, which a CPU does not need
+
+        lora_apply_triton(x, storage, target, tables, segments, out=out)
     else:
-        _dispatch(x, storage, target, tables, segments, out)
+        lora_apply_reference(x, storage, target, tables, segments, out=out)
 
 
 class PreparedTarget:
@@ -150,7 +144,7 @@ class PreparedTarget:
         if tables is not self._tables:
             self._tables = tables
             self._bind()
-        return None if torch.compiler.is_compiling() else self._native
+        return self._native
 
     def _bind(self) -> None:
         storage = self._pool.storage
@@ -160,52 +154,3 @@ class PreparedTarget:
 
 def _takes_triton(x: Tensor, storage: Tensor) -> bool:
     return x.is_cuda and x.dtype == storage.dtype and x.dtype in _TRITON_DTYPES
-
-
-def _dispatch(
-    x: Tensor,
-    storage: Tensor,
-    target: LoraTarget,
-    tables: LoraTables,
-    segments: LoraSegments,
-    out: Tensor,
-) -> None:
-    if x.device.type == "cpu" and x.dtype == storage.dtype == out.dtype and serves(x.dtype):
-        NativeLora(storage, target, tables)(x, segments, out)
-    elif _takes_triton(x, storage):
-        from .triton import lora_apply_triton  # imports Triton, which a CPU does not need
-
-        lora_apply_triton(x, storage, target, tables, segments, out=out)
-    else:
-        lora_apply_reference(x, storage, target, tables, segments, out=out)
-
-
-@torch.library.custom_op("loraplex::lora_apply", mutates_args=("out",))
-def _lora_apply_op(
-    x: Tensor,
-    storage: Tensor,
-    in_features: int,
-    out_features: list[int],
-    tables: list[Tensor],
-    segments: list[Tensor],
-    weights: Tensor | None,
-    out: Tensor,
-) -> None:
-    target = LoraTarget("compiled", in_features, tuple(out_features))
-    slots, indptr, indices = segments
-    packed = LoraSegments(slots, indptr, indices, weights)
-    _dispatch(x, storage, target, LoraTables(*tables), packed, out)
-
-
-@_lora_apply_op.register_fake
-def _lora_apply_fake(
-    x: Tensor,
-    storage: Tensor,
-    in_features: int,
-    out_features: list[int],
-    tables: list[Tensor],
-    segments: list[Tensor],
-    weights: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Changes ``out`` and returns nothing: there is no shape to work out."""

@@ -66,14 +66,6 @@ def expand_routed(slots: Tensor, weights: Tensor) -> LoraSegments:
 
 
 def _group(slots: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
-    if weights is not None:
-        weights = weights.to(torch.float32)
-    if slots.device.type == "cpu":
-        return _group_on_host(slots, rows, weights)
-    return _group_on_device(slots, rows, weights)
-
-
-def _group_on_host(slots: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
     host = slots.numpy()
     order = np.argsort(host, kind="stable")
     n_without = int(np.count_nonzero(host < 0))
@@ -86,27 +78,5 @@ def _group_on_host(slots: Tensor, rows: Tensor, weights: Tensor | None) -> LoraS
         slots=torch.from_numpy(ordered[heads].astype(np.int32, copy=False)),
         indptr=torch.from_numpy(indptr),
         indices=rows[index],
-        weights=None if weights is None else weights[index],
-    )
-
-
-def _group_on_device(slots: Tensor, rows: Tensor, weights: Tensor | None) -> LoraSegments:
-    n_pairs = slots.shape[0]
-    last = torch.iinfo(torch.int32).max
-    keys = torch.where(slots < 0, last, slots)
-    keys, order = torch.sort(keys, stable=True)  # rows without an adapter go to the end
-    is_head = torch.ones_like(keys, dtype=torch.bool)
-    is_head[1:] = keys[1:] != keys[:-1]
-    segment = torch.cumsum(is_head, 0) - 1  # of each pair
-    position = torch.arange(n_pairs, dtype=torch.int32, device=keys.device)
-    indptr = torch.full((n_pairs + 1,), n_pairs, dtype=torch.int32, device=keys.device)
-    indptr.scatter_reduce_(0, segment, position, "amin")
-    owner = torch.where(keys == last, -1, keys).to(torch.int32)
-    segment_slots = torch.full((n_pairs,), -1, dtype=torch.int32, device=keys.device)
-    segment_slots.scatter_(0, segment, owner)  # every writer of a place writes the same value
-    return LoraSegments(
-        slots=segment_slots,
-        indptr=indptr,
-        indices=rows[order],
-        weights=None if weights is None else weights[order],
+        weights=None if weights is None else weights[index].float(),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -62,17 +64,11 @@ def problems(draw: st.DrawFn) -> LoraProblem:
 
 
 @needs_native
-@pytest.mark.parametrize("isa", list(native.Isa))
+@pytest.mark.usefixtures("isa")
 @settings(max_examples=40, deadline=None)
 @given(problem=problems())
-def test_every_instruction_set_agrees_with_float64(isa: native.Isa, problem: LoraProblem) -> None:
-    best = native.isa()
-    assert best is not None
-    native.limit_isa(isa)
-    try:
-        out, expected = run(problem), problem.expected(segments_of(problem))
-    finally:
-        native.limit_isa(best)
+def test_every_instruction_set_agrees_with_float64(problem: LoraProblem) -> None:
+    out, expected = run(problem), problem.expected(segments_of(problem))
     if out.numel():
         # `out` is rounded once for each expert of a row.
         size = max(1.0, expected.abs().max().item()) * problem.slots.shape[1]
@@ -93,26 +89,21 @@ def test_a_row_has_the_same_bits_in_every_batch(problem: LoraProblem, seed: int)
 
 
 @needs_native
-@pytest.mark.parametrize("isa", list(native.Isa))
+@pytest.mark.usefixtures("isa")
 @settings(max_examples=40, deadline=None)
 @given(problem=problems())
-def test_one_call_over_the_base_has_the_bits_of_two(isa: native.Isa, problem: LoraProblem) -> None:
+def test_one_call_over_the_base_has_the_bits_of_two(problem: LoraProblem) -> None:
     widths, dtype = problem.target.out_features, problem.x.dtype
     weights = [torch.randn(width, problem.target.in_features).to(dtype) for width in widths]
     packed = PackedLinear(weights, [None, *(torch.randn(width) for width in widths[1:])])
     if packed.native is None:  # an odd number of bfloat16 inputs
         return
     apply = NativeLora(problem.storage, problem.target, problem.tables)
-    segments, best = segments_of(problem), native.isa()
-    assert best is not None
-    native.limit_isa(isa)
-    try:
-        two = packed(problem.x)
-        apply(problem.x, segments, two)
-        one = torch.empty_like(two)
-        apply.linear_with_lora(packed.native, problem.x, segments, one)
-    finally:
-        native.limit_isa(best)
+    segments = segments_of(problem)
+    two = packed(problem.x)
+    apply(problem.x, segments, two)
+    one = torch.empty_like(two)
+    apply.linear_with_lora(packed.native, problem.x, segments, one)
     assert torch.equal(one, two)
 
 
@@ -200,15 +191,7 @@ def test_rows_with_any_stride_and_rows_without_an_adapter_are_left_alone() -> No
 
 @needs_native
 def test_segments_that_point_outside_are_refused() -> None:
-    problem = make_problem(
-        in_features=8,
-        out_features=(8,),
-        ranks=[[4]],
-        slots=torch.zeros(2, 1, dtype=torch.int32),
-        dtype=torch.float32,
-        device=CPU,
-        seed=0,
-    )
+    problem = tiny_problem()
     apply = NativeLora(problem.storage, problem.target, problem.tables)
     with pytest.raises(IndexError, match="slot"):
         apply(problem.x, build_segments(torch.tensor([0, 1], dtype=torch.int32)), problem.base)
@@ -219,6 +202,78 @@ def test_segments_that_point_outside_are_refused() -> None:
         apply(problem.x, twice, problem.base)
     with pytest.raises(ValueError, match=r"needs torch\.float32"):
         apply(problem.x.double(), segments_of(problem), problem.base)
+
+
+def tiny_problem() -> LoraProblem:
+    return make_problem(
+        in_features=8,
+        out_features=(8,),
+        ranks=[[4]],
+        slots=torch.zeros(2, 1, dtype=torch.int32),
+        dtype=torch.float32,
+        device=CPU,
+        seed=0,
+    )
+
+
+def ints(*values: int) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+EVERY_SECOND = ints(0, 9, 1, 9)[::2]
+FITTING = LoraSegments(ints(0), ints(0, 2), ints(0, 1), torch.ones(2))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"slots": torch.zeros(1, dtype=torch.int64)}, "contiguous int32"),
+        ({"indptr": torch.tensor([0, 2])}, "contiguous int32"),
+        ({"indices": torch.tensor([0, 1])}, "contiguous int32"),
+        ({"indices": EVERY_SECOND}, "contiguous int32"),
+        ({"indptr": ints(0, 1, 2)}, r"indptr \[n \+ 1\]"),
+        ({"weights": torch.ones(2, dtype=torch.float64)}, "contiguous float32"),
+        ({"weights": torch.ones(3)}, "contiguous float32"),
+        ({"weights": torch.ones(4)[::2]}, "contiguous float32"),
+    ],
+)
+def test_segments_of_other_types_or_shapes_are_refused(
+    change: dict[str, torch.Tensor], message: str
+) -> None:
+    problem = tiny_problem()
+    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply(problem.x, FITTING, problem.base.clone())
+    with pytest.raises(ValueError, match=message):
+        apply(problem.x, dataclasses.replace(FITTING, **change), problem.base)
+
+
+@needs_native
+@pytest.mark.parametrize("indptr", [(0, 3), (-1, 2), (2, 0), (0, 1 << 30)])
+def test_an_indptr_that_leaves_the_indices_is_refused(indptr: tuple[int, int]) -> None:
+    problem = tiny_problem()
+    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    before = problem.base.clone()
+    with pytest.raises(IndexError, match="indptr must ascend"):
+        apply(problem.x, dataclasses.replace(FITTING, indptr=ints(*indptr)), problem.base)
+    assert torch.equal(problem.base, before)
+
+
+@needs_native
+def test_pairs_of_other_types_are_refused() -> None:
+    problem = tiny_problem()
+    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    packed = PackedLinear([torch.randn(8, 8)], [None])
+    assert packed.native is not None
+    rows, values = torch.tensor([0, 1]), torch.randn(2, 8)
+    call = functools.partial(apply.moe_down, packed.native, problem.x, FITTING)
+    call(rows, problem.base.clone(), values)
+    with pytest.raises(ValueError, match="contiguous int64"):
+        call(rows.int(), problem.base, values)
+    with pytest.raises(ValueError, match=r"needs torch\.float32"):
+        call(rows, problem.base, values.double())
+    with pytest.raises(ValueError, match="unit column stride"):
+        call(rows, problem.base, torch.randn(8, 2).T)
 
 
 def test_without_the_library_the_reference_answers_and_the_log_says_so(
@@ -249,27 +304,6 @@ def test_without_the_library_the_reference_answers_and_the_log_says_so(
         assert torch.allclose(out.double(), problem.expected(segments), atol=1e-4)
     finally:
         native.library.cache_clear()
-
-
-def test_torch_compile_passes_over_the_operator() -> None:
-    problem = make_problem(
-        in_features=41,
-        out_features=(30,),
-        ranks=[[8], [3]],
-        slots=torch.tensor([[0], [1], [-1]], dtype=torch.int32),
-        dtype=torch.float32,
-        device=CPU,
-        seed=0,
-    )
-    segments = segments_of(problem)
-
-    def step(x: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-        out = base + 1
-        lora_apply(x * 2, problem.storage, problem.target, problem.tables, segments, out=out)
-        return out * 2
-
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(problem.x, problem.base), step(problem.x, problem.base))
 
 
 def test_a_prepared_target_follows_tables_that_grew() -> None:

@@ -20,7 +20,7 @@ from loraplex_kernels import (
     expand_routed,
 )
 from loraplex_kernels.extents import ExtentAllocator
-from loraplex_kernels.segments import _group_on_device, group_runs
+from loraplex_kernels.segments import group_runs
 
 TARGETS = [LoraTarget("qkv", 576, (576, 192, 192)), LoraTarget("down", 1536, (576,))]
 
@@ -153,29 +153,23 @@ def test_a_slot_without_factors_takes_no_bytes() -> None:
     slots=st.lists(st.integers(-1, 5), max_size=40),
     routed=st.booleans(),
 )
-def test_host_and_device_group_rows_alike(slots: list[int], routed: bool) -> None:
+def test_rows_are_grouped_by_their_slots_in_order(slots: list[int], routed: bool) -> None:
     if routed:
         slots = slots[: len(slots) // 2 * 2]
         table = torch.tensor(slots, dtype=torch.int32).view(-1, 2)
         weights = torch.rand(table.shape)
-        host = expand_routed(table, weights)
-        rows = torch.arange(table.shape[0], dtype=torch.int32).repeat_interleave(2)
-        device = _group_on_device(table.reshape(-1), rows, weights.reshape(-1))
+        found = expand_routed(table, weights)
     else:
-        flat = torch.tensor(slots, dtype=torch.int32)
-        host = build_segments(flat)
-        rows = torch.arange(len(slots), dtype=torch.int32)
-        device = _group_on_device(flat, rows, None)
-    n = host.slots.shape[0]
-    n_pairs = int(host.indptr[-1])
-    assert device.slots.shape[0] == len(slots)
-    assert torch.equal(device.slots[:n], host.slots)
-    assert (device.slots[n:] == -1).all()
-    assert torch.equal(device.indptr[: n + 1], host.indptr)
-    assert torch.equal(device.indices[:n_pairs], host.indices)
-    for s, slot in enumerate(host.slots.tolist()):
-        wanted = [i // (2 if routed else 1) for i, e in enumerate(slots) if e == slot]
-        assert host.indices[host.indptr[s] : host.indptr[s + 1]].tolist() == wanted
+        found = build_segments(torch.tensor(slots, dtype=torch.int32))
+    assert found.slots.tolist() == sorted({slot for slot in slots if slot >= 0})
+    assert found.indptr[0] == 0
+    for s, slot in enumerate(found.slots.tolist()):
+        pairs = [i for i, e in enumerate(slots) if e == slot]
+        segment = slice(int(found.indptr[s]), int(found.indptr[s + 1]))
+        assert found.indices[segment].tolist() == [i // (2 if routed else 1) for i in pairs]
+        if routed:
+            assert found.weights is not None
+            assert torch.equal(found.weights[segment], weights.flatten()[pairs])
 
 
 @given(runs=st.lists(st.tuples(st.integers(-1, 5), st.integers(0, 4)), max_size=12))

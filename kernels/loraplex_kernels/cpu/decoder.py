@@ -18,7 +18,7 @@ from loraplex_kernels.layout import LoraSegments
 from loraplex_kernels.ops import PreparedTarget
 from loraplex_kernels.packed_linear import PackedLinear
 
-from .lora import SEGMENT_ERRORS, NativeLora
+from .lora import SEGMENT_ERRORS, NativeLora, SegmentsStruct, describe_segments
 from .model_ops import dtype_code, is_plain, takes_cache, takes_heads, takes_norm
 from .native import library
 
@@ -194,14 +194,14 @@ class NativeDecoder:
         step.n_logits = n_rows
         if segments is not None and segments.slots.shape[0] > 0:
             self._follow_tables()
-            step.segments = _describe_segments(segments)
+            step.segments = describe_segments(segments)
         if logits_rows is not None:
             if mlps:
                 raise ValueError("rows are only dropped where native code runs every MLP")
             step.logits_indices = logits_rows.indices.data_ptr()
             step.n_logits = logits_rows.indices.shape[0]
             if logits_rows.segments is not None:
-                step.logits_segments = _describe_segments(logits_rows.segments)
+                step.logits_segments = describe_segments(logits_rows.segments)
         pauses = bytes(index in mlps for index in range(len(self._layers))) if mlps else None
         step.pauses = pauses
         at = self._run(step, 0)
@@ -286,16 +286,6 @@ def _describe_linear(packed: PackedLinear) -> _Linear:
     return _Linear(native.address, native.bias_address, None, packed.in_features, packed.n_out)
 
 
-def _describe_segments(segments: LoraSegments) -> _Segments:
-    return _Segments(
-        segments.slots.data_ptr(),
-        segments.indptr.data_ptr(),
-        segments.indices.data_ptr(),
-        None if segments.weights is None else segments.weights.data_ptr(),
-        segments.slots.shape[0],
-    )
-
-
 _P, _N, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _LINEARS = ("qkv", "out", "gate_up", "down")
 
@@ -341,12 +331,6 @@ class _Decoder(ctypes.Structure):
     )
 
 
-class _Segments(ctypes.Structure):
-    """``DecoderSegments`` of csrc/decoder.h."""
-
-    _fields_ = (("slots", _P), ("indptr", _P), ("indices", _P), ("weights", _P), ("n", _N))
-
-
 class _Step(ctypes.Structure):
     """``DecoderStep`` of csrc/decoder.h."""
 
@@ -360,17 +344,17 @@ class _Step(ctypes.Structure):
         ("query_starts", _P),
         ("kv_lens", _P),
         ("n_requests", _N),
-        ("segments", _Segments),
+        ("segments", SegmentsStruct),
         ("logits_indices", _P),
         ("n_logits", _N),
-        ("logits_segments", _Segments),
+        ("logits_segments", SegmentsStruct),
         ("pauses", ctypes.c_char_p),
         ("mlp", _P),
     )
-    segments: _Segments
+    segments: SegmentsStruct
     logits_indices: int
     n_logits: int
-    logits_segments: _Segments
+    logits_segments: SegmentsStruct
     pauses: bytes | None
     mlp: int
 

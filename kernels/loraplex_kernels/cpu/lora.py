@@ -12,9 +12,17 @@ from torch import Tensor
 
 from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
 
+from .model_ops import is_plain
 from .native import library
 
-__all__ = ["SEGMENT_ERRORS", "NativeLora", "NativeWeights", "serves"]
+__all__ = [
+    "SEGMENT_ERRORS",
+    "NativeLora",
+    "NativeWeights",
+    "SegmentsStruct",
+    "describe_segments",
+    "serves",
+]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SEGMENT_ERRORS = {
@@ -23,17 +31,17 @@ SEGMENT_ERRORS = {
     3: "the rows of a segment must ascend, each once",
     4: "a pair stands on a row beyond x",
     5: "the segments must hold every pair",
+    6: "indptr must ascend from 0 or more to at most the number of indices",
 }
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
-_SEGMENTS = (_P, _P, _P, _P, _N)  # slots, indptr, indices, weights, n_segments
 _ROWS = (_P, _N, _P, _N, _N)  # x and its stride, out and its stride, n_rows
 _PAIRS = (_P, _N, _P, _N)  # pair_rows, n_pairs, the pairs' tensor and its stride
 _SIGNATURES = {
-    "loraplex_lora_apply": (_P, *_ROWS, *_SEGMENTS),  # descriptor first
-    "loraplex_adapted_linear": (_P, _P, _P, *_ROWS, *_SEGMENTS),  # then packed, bias
-    "loraplex_spread_linear": (_P, _P, _P, *_ROWS, *_SEGMENTS, *_PAIRS),
-    "loraplex_gather_linear": (_P, _P, _P, *_ROWS, *_SEGMENTS, *_PAIRS),
+    "loraplex_lora_apply": (_P, *_ROWS, _P),  # descriptor first, segments last
+    "loraplex_adapted_linear": (_P, _P, _P, *_ROWS, _P),  # packed and bias second
+    "loraplex_spread_linear": (_P, _P, _P, *_ROWS, _P, *_PAIRS),
+    "loraplex_gather_linear": (_P, _P, _P, *_ROWS, _P, *_PAIRS),
 }
 
 
@@ -66,12 +74,10 @@ class NativeLora:
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """``x`` [n_rows, in_features], ``out`` [n_rows, Σ out_features]; any row stride."""
-        slots = segments.slots
-        n_segments = slots.shape[0]
-        if n_segments == 0:
+        if segments.slots.shape[0] == 0:
             return
         self._check(x, out)
-        weights = segments.weights
+        described = describe_segments(segments)
         failed = _bind("loraplex_lora_apply", keep_gil=False)(
             self.address,
             x.data_ptr(),
@@ -79,11 +85,7 @@ class NativeLora:
             out.data_ptr(),
             out.stride(0),
             x.shape[0],
-            slots.data_ptr(),
-            segments.indptr.data_ptr(),
-            segments.indices.data_ptr(),
-            None if weights is None else weights.data_ptr(),
-            n_segments,
+            ctypes.addressof(described),
         )
         if failed:
             raise IndexError(f"{self.target.name}: {SEGMENT_ERRORS[failed]}")
@@ -132,10 +134,11 @@ class NativeLora:
     ) -> None:
         self._check(x, out)
         n_rows = x.shape[0]
-        weights = segments.weights
+        described = describe_segments(segments)
         of_pairs: tuple[int, ...] = ()
         if pairs is not None:
             rows, values = pairs
+            self._check_pairs(rows, values)
             of_pairs = (rows.data_ptr(), rows.shape[0], values.data_ptr(), values.stride(0))
         failed = _bind(name, keep_gil=n_rows <= packed.light_rows)(
             self.address,
@@ -146,11 +149,7 @@ class NativeLora:
             out.data_ptr(),
             out.stride(0),
             n_rows,
-            segments.slots.data_ptr(),
-            segments.indptr.data_ptr(),
-            segments.indices.data_ptr(),
-            None if weights is None else weights.data_ptr(),
-            segments.slots.shape[0],
+            ctypes.addressof(described),
             *of_pairs,
         )
         if failed:
@@ -169,12 +168,73 @@ class NativeLora:
         ):
             self._refuse(x, out)
 
+    def _check_pairs(self, rows: Tensor, values: Tensor) -> None:
+        if not is_plain(rows, torch.int64):
+            raise ValueError(f"rows of pairs must be contiguous int64; got {rows.dtype}")
+        if values.dtype != self.storage.dtype or values.shape[0] != rows.shape[0]:
+            raise ValueError(
+                f"{self.target.name} needs {self.storage.dtype} [{rows.shape[0]}, width] for the"
+                f" pairs; got {values.dtype} {tuple(values.shape)}"
+            )
+        if values.stride(1) != 1:
+            raise ValueError(f"pairs need unit column stride; got {values.stride()}")
+
     def _refuse(self, x: Tensor, out: Tensor) -> None:
         raise ValueError(
             f"{self.target.name} needs {self.storage.dtype} rows [n, {self.target.in_features}] →"
             f" [n, {self._n_columns}] with unit column stride; got {x.dtype} {tuple(x.shape)}"
             f" {x.stride()} → {out.dtype} {tuple(out.shape)} {out.stride()}"
         )
+
+
+class SegmentsStruct(ctypes.Structure):
+    """``LoraSegments`` of csrc/lora.h."""
+
+    _fields_ = (
+        ("slots", _P),
+        ("indptr", _P),
+        ("indices", _P),
+        ("weights", _P),
+        ("n_segments", _N),
+        ("n_indices", _N),
+    )
+
+
+def describe_segments(segments: LoraSegments) -> SegmentsStruct:
+    """Where native code finds the segments, whose tensors the caller keeps.
+
+    Raises ValueError if dtypes, shapes or strides are not those of ``LoraSegments``. Native code
+    checks the values.
+    """
+    slots, indptr, indices = segments.slots, segments.indptr, segments.indices
+    weights = segments.weights
+    if not (
+        is_plain(slots, torch.int32)
+        and is_plain(indptr, torch.int32)
+        and is_plain(indices, torch.int32)
+        and indptr.shape[0] == slots.shape[0] + 1
+    ):
+        raise ValueError(
+            "slots [n], indptr [n + 1] and indices of segments must be contiguous int32; got "
+            + ", ".join(
+                f"{t.dtype} {tuple(t.shape)} {t.stride()}" for t in (slots, indptr, indices)
+            )
+        )
+    if weights is not None and (
+        not is_plain(weights, torch.float32) or weights.shape != indices.shape
+    ):
+        raise ValueError(
+            f"weights of segments must be contiguous float32 {tuple(indices.shape)}; got "
+            f"{weights.dtype} {tuple(weights.shape)} {weights.stride()}"
+        )
+    return SegmentsStruct(
+        slots.data_ptr(),
+        indptr.data_ptr(),
+        indices.data_ptr(),
+        None if weights is None else weights.data_ptr(),
+        slots.shape[0],
+        indices.shape[0],
+    )
 
 
 class _TargetDescriptor(ctypes.Structure):

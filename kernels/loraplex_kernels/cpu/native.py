@@ -13,7 +13,7 @@ import torch
 
 __all__ = ["Isa", "available", "isa", "library", "limit_isa", "use_references"]
 
-_ABI = 8
+_ABI = 9
 _switched_off = threading.Event()
 _OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 

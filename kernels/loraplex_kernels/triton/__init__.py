@@ -2,7 +2,7 @@
 
 from .attention import AttentionWorkspace, attention_workspace, max_head_dim, paged_attention_triton
 from .kv_cache import rope_and_cache_triton, write_kv_triton
-from .lora import linear_with_lora_triton, lora_apply_triton, workspace_numel
+from .lora import linear_with_lora_triton, lora_apply_triton
 from .routing import (
     DeviceSegments,
     allocate_segments,
@@ -24,6 +24,5 @@ __all__ = [
     "paged_attention_triton",
     "rope_and_cache_triton",
     "route_segments",
-    "workspace_numel",
     "write_kv_triton",
 ]

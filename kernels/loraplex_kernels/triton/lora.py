@@ -19,7 +19,7 @@ from .routing import DeviceSegments, route_segments
 from .shrink import lora_shrink, planes_shape
 from .tuning import ExpandChoice, FusedChoice, ShrinkChoice, TuningTable, default_table, key_for
 
-__all__ = ["linear_with_lora_triton", "lora_apply_triton", "workspace_numel"]
+__all__ = ["linear_with_lora_triton", "lora_apply_triton"]
 
 
 def lora_apply_triton(
@@ -30,7 +30,6 @@ def lora_apply_triton(
     segments: LoraSegments,
     *,
     out: Tensor,
-    workspace: Tensor | None = None,
     table: TuningTable | None = None,
     capability: int | None = None,
 ) -> None:
@@ -38,12 +37,12 @@ def lora_apply_triton(
 
     With ``DeviceSegments`` nothing waits for the device and the launches depend on shapes only, so
     a CUDA graph may replay them for other segments; plain ``LoraSegments`` are routed first, which
-    waits. ``workspace`` float32 of ``workspace_numel`` elements, else one is allocated. A row's
-    bits depend on that row and its adapters only. Raises ValueError before any launch.
+    waits. A row's bits depend on that row and its adapters only. Raises ValueError before any
+    launch.
     """
     routed = route_segments(segments, x.shape[0])
     choice = _choose(x, target, tables, routed, table, capability)
-    _run(lambda: out, (x, storage, target, tables, routed), choice, workspace=workspace)
+    _run(lambda: out, (x, storage, target, tables, routed), choice)
 
 
 def linear_with_lora_triton(
@@ -73,13 +72,12 @@ def _run(
     choice: FusedChoice | _TwoLaunches,
     *,
     side: SideStream | None = None,
-    workspace: Tensor | None = None,
 ) -> Tensor:
     if isinstance(choice, FusedChoice):
         out = base()
         lora_fused(*inputs, choice, out=out)
         return out
-    planes = _planes(workspace, choice.planes_shape, inputs[0].device)
+    planes = torch.empty(choice.planes_shape, dtype=torch.float32, device=inputs[0].device)
     shrink = partial(lora_shrink, *inputs, choice.shrink, planes=planes)
     if side is None:
         shrink()
@@ -123,25 +121,6 @@ def _choose(
     n_planes = 1 if shrink.serial else reduction(in_features, x.element_size()).n_chunks
     shape = planes_shape(target, tables, routed, n_planes=n_planes)
     return _TwoLaunches(shrink, expand, shape)
-
-
-def workspace_numel(
-    target: LoraTarget, tables: LoraTables, segments: DeviceSegments, dtype: torch.dtype
-) -> int:
-    """Float32 elements that ``lora_apply_triton`` needs at most for this target and step size."""
-    n_planes = reduction(target.in_features, dtype.itemsize).n_chunks
-    return int(torch.Size(planes_shape(target, tables, segments, n_planes=n_planes)).numel())
-
-
-def _planes(
-    workspace: Tensor | None, shape: tuple[int, int, int, int, int], device: torch.device
-) -> Tensor:
-    if workspace is None:
-        return torch.empty(shape, dtype=torch.float32, device=device)
-    needed = int(torch.Size(shape).numel())
-    if workspace.dtype != torch.float32 or workspace.numel() < needed:
-        raise ValueError(f"workspace must be float32 with {needed} elements or more")
-    return workspace.view(-1)[:needed].view(shape)
 
 
 @cache

@@ -13,14 +13,13 @@ struct Run {
     const Decoder& decoder;
     const DecoderStep& step;
     int64_t n_rows = step.n_rows;  // of those that are still computed
-    const DecoderSegments* segments = &step.segments;
+    const LoraSegments* segments = &step.segments;
     int failed = 0;  // the check that failed, see `SEGMENT_ERRORS` in cpu/lora.py
 
     void linear(const DecoderLinear& at, const void* x, void* out) {
-        if (segments->n > 0 && at.lora != nullptr) {
+        if (segments->n_segments > 0 && at.lora != nullptr) {
             const int result = loraplex_adapted_linear(
-                at.lora, at.packed, at.bias, x, at.n_in, out, at.n_out, n_rows, segments->entries,
-                segments->starts, segments->rows, segments->weights, segments->n);
+                at.lora, at.packed, at.bias, x, at.n_in, out, at.n_out, n_rows, segments);
             if (result != 0) failed = result;
             return;
         }
@@ -40,7 +39,7 @@ struct Run {
         char* v = static_cast<char*>(step.qkv) + (d.n_heads + d.n_kv_heads) * d.head_dim * element;
         model_ops().cache[d.dtype]({step.qkv, v, width, width, d.n_heads, d.n_kv_heads, d.head_dim,
                                     d.page_size, d.cos, d.sin, d.head_dim, 1, step.positions,
-                                    step.slots, layer.keys, layer.values, step.n_rows});
+                                    step.slot_mapping, layer.keys, layer.values, step.n_rows});
         model_ops().attention[d.dtype](
             {step.qkv, layer.keys, layer.values, step.page_table, step.query_starts, step.kv_lens,
              step.heads, width, d.n_heads * d.head_dim, step.table_stride, step.n_requests,
@@ -53,11 +52,11 @@ struct Run {
         const int64_t element = decoder.dtype == kBFloat16 ? 2 : 4;
         const int64_t heads = decoder.n_heads * decoder.head_dim * element;
         const int64_t hidden = decoder.layers[0].qkv.n_in * element;
-        n_rows = step.n_kept;
-        segments = &step.kept_segments;
+        n_rows = step.n_logits;
+        segments = &step.logits_segments;
         for (int64_t i = 0; i < n_rows; ++i) {
-            move(step.heads, i, step.kept[i], heads);
-            move(step.residual, i, step.kept[i], hidden);
+            move(step.heads, i, step.logits_indices[i], heads);
+            move(step.residual, i, step.logits_indices[i], hidden);
         }
     }
 
@@ -82,7 +81,7 @@ struct Run {
             const DecoderLayer& layer = d.layers[i];
             linear(layer.qkv, step.x, step.qkv);
             attend(layer);
-            if (step.n_kept < step.n_rows && i == d.n_layers - 1) keep();
+            if (step.n_logits < step.n_rows && i == d.n_layers - 1) keep();
             if (n_rows == 0) break;
             linear(layer.out, step.heads, step.y);
             norm(step.y, step.residual, layer.mlp_norm, layer.mlp_eps, layer.out.n_out);

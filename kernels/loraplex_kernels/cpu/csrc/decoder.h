@@ -34,15 +34,6 @@ struct Decoder {
     double eps;
 };
 
-// Rows by adapter, as in `loraplex_lora_apply`.
-struct DecoderSegments {
-    const int32_t* entries;
-    const int32_t* starts;
-    const int32_t* rows;
-    const float* weights;
-    int64_t n;  // 0 = no row has an adapter
-};
-
 // The rows of one step. Everything a layer writes but `residual` and `x` is scratch.
 struct DecoderStep {
     int64_t n_rows;
@@ -54,16 +45,16 @@ struct DecoderStep {
     void* gate_up;   // [n_rows, 2 ff]
     void* act;       // [n_rows, ff]
     const long long* positions;  // [n_rows]
-    const long long* slots;      // [n_rows]
+    const long long* slot_mapping;      // [n_rows]
     const int* page_table;       // [n_requests, ≥ pages]
     int64_t table_stride;
     const int* query_starts;  // [n_requests + 1]
     const int* kv_lens;       // [n_requests]
     int64_t n_requests;
-    DecoderSegments segments;
-    const long long* kept;  // [n_kept] ascending: the rows whose result is asked for, first in x.
-    int64_t n_kept;         // The others go behind the attention of the last layer; n_rows: none do.
-    DecoderSegments kept_segments;  // of x's first n_kept rows
+    LoraSegments segments;  // of no segments where no row has an adapter
+    const long long* logits_indices;  // [n_logits] ascending: the rows whose result is asked for, first in x.
+    int64_t n_logits;         // The others go behind the attention of the last layer; n_rows: none do.
+    LoraSegments logits_segments;  // of x's first n_logits rows
     const uint8_t* pauses;  // [n_layers], 1 = the caller runs the MLP of the layer; or null
     const void* mlp;        // [n_rows, hidden]: what it made, see `loraplex_decoder`
 };

@@ -31,7 +31,7 @@ Isa current_isa() { return static_cast<Isa>(g_current.load(std::memory_order_rel
 }  // namespace loraplex
 
 // Version of the C interface: native.py refuses a library built from other sources.
-LORAPLEX_API int loraplex_abi() { return 8; }
+LORAPLEX_API int loraplex_abi() { return 9; }
 
 LORAPLEX_API int loraplex_isa() { return loraplex::current_isa(); }
 

@@ -40,12 +40,18 @@ struct Call {
     int64_t x_stride;
     char* out;
     int64_t out_stride;
-    const int32_t* entries;
-    const int32_t* starts;
-    const int32_t* rows;    // into out
+    const int32_t* slots;
+    const int32_t* indptr;
+    const int32_t* indices;  // into out
     const float* weights;
-    int64_t n_segments;
-    const int32_t* x_rows;  // into x; the same as `rows`, but for pairs that share a row of x
+    int64_t n_segments, n_indices;
+    const int32_t* x_rows;  // into x; the same as `indices`, but for pairs that share a row of x
+
+    Call(const LoraTargetDescriptor& target, const void* x, int64_t x_stride, void* out,
+         int64_t out_stride, const LoraSegments& s)
+        : target(target), x(x), x_stride(x_stride), out(static_cast<char*>(out)),
+          out_stride(out_stride), slots(s.slots), indptr(s.indptr), indices(s.indices),
+          weights(s.weights), n_segments(s.n_segments), n_indices(s.n_indices), x_rows(s.indices) {}
 };
 
 // The work of one segment on one slice.
@@ -173,7 +179,7 @@ struct Plan {
 float* intermediates(Plan& plan) { return reinterpret_cast<float*>(plan.h.data()); }
 int64_t element_bytes(const Call& call) { return call.target.dtype == kBFloat16 ? 2 : 4; }
 int64_t h_stride(int64_t rank) { return (rank + 15) / 16 * 16; }  // whole lines
-int64_t row_count(const Call& call, int64_t s) { return call.starts[s + 1] - call.starts[s]; }
+int64_t row_count(const Call& call, int64_t s) { return call.indptr[s + 1] - call.indptr[s]; }
 
 int64_t n_columns(const LoraTargetDescriptor& t) {
     int64_t n = 0;
@@ -195,8 +201,8 @@ void prefetch_range(const void* first, int64_t n_bytes) {
 void prefetch_tables(const Call& call) {
     const LoraTargetDescriptor& t = call.target;
     for (int64_t s = 0; s < call.n_segments; ++s) {
-        if (call.entries[s] < 0) continue;
-        const int64_t at = call.entries[s] * t.n_slices;
+        if (call.slots[s] < 0) continue;
+        const int64_t at = call.slots[s] * t.n_slices;
         prefetch_range(t.ranks + at, t.n_slices * 4);
         prefetch_range(t.scale + at, t.n_slices * 8);
         prefetch_range(t.bias + at, t.n_slices * 8);
@@ -213,9 +219,9 @@ int64_t list_parts(const Call& call, Plan& plan) {
     int64_t h = 0;
     for (int64_t s = 0; s < call.n_segments; ++s) {
         const int64_t n_rows = row_count(call, s);
-        if (call.entries[s] < 0 || n_rows == 0) continue;
+        if (call.slots[s] < 0 || n_rows == 0) continue;
         for (int64_t i = 0; i < t.n_slices; ++i) {
-            const int64_t at = call.entries[s] * t.n_slices + i;
+            const int64_t at = call.slots[s] * t.n_slices + i;
             if (!has_work(t, at)) continue;
             const int64_t rank = t.ranks[at];
             plan.parts.push_back({s, i, rank, h});
@@ -292,9 +298,9 @@ void cut_expand_by_column(const Call& call, Plan& plan, int64_t n_threads) {
 bool rows_are_disjoint(const Call& call, Plan& plan) {
     ++plan.call;
     for (int64_t s = 0; s < call.n_segments; ++s) {
-        if (call.entries[s] < 0) continue;
-        for (int32_t p = call.starts[s]; p < call.starts[s + 1]; ++p) {
-            int64_t& seen = plan.row_seen[call.rows[p]];
+        if (call.slots[s] < 0) continue;
+        for (int32_t p = call.indptr[s]; p < call.indptr[s + 1]; ++p) {
+            int64_t& seen = plan.row_seen[call.indices[p]];
             if (seen == plan.call) return false;
             seen = plan.call;
         }
@@ -312,7 +318,7 @@ struct RankRows {
 RankRows rank_rows(const Call& call, const Part& part, const int64_t* pages, int64_t page,
                    int64_t first_rank, int64_t width) {
     const LoraTargetDescriptor& t = call.target;
-    const int64_t at = call.entries[part.segment] * t.n_slices + part.slice;
+    const int64_t at = call.slots[part.segment] * t.n_slices + part.slice;
     const int64_t offset = pages[at * t.max_pages + page];
     const bool compact = offset & kCompact;
     const int64_t row_bytes = compact ? compact_row_bytes(width) : width * element_bytes(call);
@@ -334,7 +340,7 @@ void run_shrink(const Call& call, const Plan& plan, float* h, const ShrinkPiece&
     const Part& part = plan.parts[piece.part];
     const int64_t stride = h_stride(part.rank);
     const RankRows a = rank_rows(call, part, t.a_pages, piece.page, piece.first_rank, t.in_features);
-    kernel({call.x, call.x_stride, call.x_rows + call.starts[part.segment] + piece.first_row,
+    kernel({call.x, call.x_stride, call.x_rows + call.indptr[part.segment] + piece.first_row,
             piece.n_rows, a.first, a.compact,
             a.compact ? scratch(piece.n_ranks * t.in_features * element_bytes(call)) : nullptr,
             piece.n_ranks, t.in_features,
@@ -349,11 +355,11 @@ void run_expand(const Call& call, const Plan& plan, const float* h, const Expand
         const Part& part = plan.parts[p];
         const bool is_whole = piece.n_rows == 0;
         const int64_t first_row = is_whole ? 0 : piece.first_row;
-        const int64_t first_pair = call.starts[part.segment] + first_row;
-        const int64_t at = call.entries[part.segment] * t.n_slices + part.slice;
+        const int64_t first_pair = call.indptr[part.segment] + first_row;
+        const int64_t at = call.slots[part.segment] * t.n_slices + part.slice;
         const int64_t stride = h_stride(part.rank);
         kernel({call.out + (plan.slice_starts[part.slice] + piece.first_column) * element_bytes(call),
-                call.out_stride, call.rows + first_pair,
+                call.out_stride, call.indices + first_pair,
                 call.weights ? call.weights + first_pair : nullptr,
                 is_whole ? row_count(call, part.segment) : piece.n_rows,
                 h + part.h + first_row * stride, stride, t.storage, t.b_pages + at * t.max_pages,
@@ -397,14 +403,16 @@ const LoraKernels& kernels() {
 
 // 0, or the number of the check that failed (see `SEGMENT_ERRORS` in cpu/lora.py).
 int check(const Call& call, int64_t n_rows) {
+    if (call.indptr[0] < 0) return 6;
     for (int64_t s = 0; s < call.n_segments; ++s) {
-        if (call.entries[s] >= call.target.n_entries) return 1;
-        if (call.entries[s] < 0) continue;
+        if (call.slots[s] >= call.target.n_slots) return 1;
+        if (call.indptr[s + 1] < call.indptr[s] || call.indptr[s + 1] > call.n_indices) return 6;
+        if (call.slots[s] < 0) continue;
         int32_t last = -1;
-        for (int32_t p = call.starts[s]; p < call.starts[s + 1]; ++p) {
-            if (call.rows[p] < 0 || call.rows[p] >= n_rows) return 2;
-            if (call.rows[p] <= last) return 3;
-            last = call.rows[p];
+        for (int32_t p = call.indptr[s]; p < call.indptr[s + 1]; ++p) {
+            if (call.indices[p] < 0 || call.indices[p] >= n_rows) return 2;
+            if (call.indices[p] <= last) return 3;
+            last = call.indices[p];
         }
     }
     return 0;
@@ -734,12 +742,12 @@ struct Gated {
     int64_t act_stride;  // bytes
 
     int64_t row_bytes() const { return n_columns(call.target) * element_bytes(call); }
-    const char* base_row(int64_t position) const {  // of a place in `call.rows`
+    const char* base_row(int64_t position) const {  // of a place in `call.indices`
         return base + call.x_rows[position] * base_stride;
     }
     void finish(const char* gate_up, int64_t position) const {
         model_ops().gate_row[call.target.dtype](
-            {gate_up, act + call.rows[position] * act_stride, 1, call.target.out_features[0], 0});
+            {gate_up, act + call.indices[position] * act_stride, 1, call.target.out_features[0], 0});
     }
 };
 
@@ -753,7 +761,7 @@ void run_gated_unit(const Gated& gated, const Plan& plan, float* h, const Unit& 
     const auto expand = kernels().expand[t.dtype];
     for (int64_t row = unit.first_row; row < unit.first_row + unit.n_rows; row += kTileRows) {
         const int64_t n_rows = std::min(kTileRows, unit.first_row + unit.n_rows - row);
-        const int64_t position = call.starts[segment] + row;
+        const int64_t position = call.indptr[segment] + row;
         for (int64_t i = 0; i < n_rows; ++i)
             memcpy(tile + i * row_bytes, gated.base_row(position + i), row_bytes);
         for (int32_t p = unit.part; p < unit.last_part; ++p) {
@@ -763,7 +771,7 @@ void run_gated_unit(const Gated& gated, const Plan& plan, float* h, const Unit& 
                            {p, static_cast<int32_t>(first / kPageRank), row, n_rows, 0,
                             static_cast<int32_t>(std::min<int64_t>(kPageRank, part.rank - first))},
                            shrink);
-            const int64_t at = call.entries[segment] * t.n_slices + part.slice;
+            const int64_t at = call.slots[segment] * t.n_slices + part.slice;
             const int64_t width = t.out_features[part.slice], stride = h_stride(part.rank);
             for (int64_t column = 0; column < width; column += kStreamColumns) {
                 const int64_t n = std::min(kStreamColumns, width - column);
@@ -783,9 +791,9 @@ void run_gated_rest(const Gated& gated) {
     const Call& call = gated.call;
     for (int64_t s = 0; s < call.n_segments; ++s) {
         bool changes = false;
-        for (int64_t i = 0; call.entries[s] >= 0 && i < call.target.n_slices; ++i)
-            changes |= has_work(call.target, call.entries[s] * call.target.n_slices + i);
-        for (int64_t p = call.starts[s]; !changes && p < call.starts[s + 1]; ++p)
+        for (int64_t i = 0; call.slots[s] >= 0 && i < call.target.n_slices; ++i)
+            changes |= has_work(call.target, call.slots[s] * call.target.n_slices + i);
+        for (int64_t p = call.indptr[s]; !changes && p < call.indptr[s + 1]; ++p)
             gated.finish(gated.base_row(p), p);
     }
 }
@@ -814,10 +822,10 @@ void run_gated(const Gated& gated, Plan& plan, int64_t n_pairs) {
     const int n_threads = plan.n_threads;
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1)
     for (int64_t p = 0; p < n_pairs; ++p)
-        memcpy(call.out + call.rows[p] * row_bytes, gated.base_row(p), row_bytes);
+        memcpy(call.out + call.indices[p] * row_bytes, gated.base_row(p), row_bytes);
     run_by_piece(call, plan);
 #pragma omp parallel for schedule(static) num_threads(n_threads) if (n_threads > 1)
-    for (int64_t p = 0; p < n_pairs; ++p) gated.finish(call.out + call.rows[p] * row_bytes, p);
+    for (int64_t p = 0; p < n_pairs; ++p) gated.finish(call.out + call.indices[p] * row_bytes, p);
 }
 
 // out[pair_rows[p]] += delta[p], over the neighbouring pairs of a row at once.
@@ -840,12 +848,9 @@ void add_pairs(const Call& call, const int64_t* pair_rows, int64_t n_pairs, char
 // Adds to `out` in place. Strides count elements. Returns 0, or which check failed.
 LORAPLEX_API int loraplex_lora_apply(const loraplex::LoraTargetDescriptor* target, const void* x,
                                      int64_t x_stride, void* out, int64_t out_stride,
-                                     int64_t n_rows, const int32_t* entries, const int32_t* starts,
-                                     const int32_t* rows, const float* weights,
-                                     int64_t n_segments) {
+                                     int64_t n_rows, const loraplex::LoraSegments* segments) {
     loraplex::Plan& plan = loraplex::own_plan();
-    const loraplex::Call call{*target, x, x_stride, static_cast<char*>(out), out_stride,
-                              entries, starts, rows, weights, n_segments, rows};
+    const loraplex::Call call(*target, x, x_stride, out, out_stride, *segments);
     if (const int failed = loraplex::check(call, n_rows)) return failed;
     loraplex::prepare(call, plan, n_rows);
     loraplex::run(call, plan);
@@ -857,12 +862,9 @@ LORAPLEX_API int loraplex_lora_apply(const loraplex::LoraTargetDescriptor* targe
 LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* target,
                                          const void* packed, const float* bias, const void* x,
                                          int64_t x_stride, void* out, int64_t out_stride,
-                                         int64_t n_rows, const int32_t* entries,
-                                         const int32_t* starts, const int32_t* rows,
-                                         const float* weights, int64_t n_segments) {
+                                         int64_t n_rows, const loraplex::LoraSegments* segments) {
     loraplex::Plan& plan = loraplex::own_plan();
-    const loraplex::Call call{*target, x, x_stride, static_cast<char*>(out), out_stride,
-                              entries, starts, rows, weights, n_segments, rows};
+    const loraplex::Call call(*target, x, x_stride, out, out_stride, *segments);
     if (const int failed = loraplex::check(call, n_rows)) return failed;
     const loraplex::Base base{packed, bias, x, x_stride, out, out_stride, n_rows};
     if (omp_get_max_threads() > 1 &&
@@ -878,22 +880,23 @@ LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* t
 LORAPLEX_API int loraplex_spread_linear(const loraplex::LoraTargetDescriptor* target,
                                         const void* packed, const float* bias, const void* x,
                                         int64_t x_stride, void* out, int64_t out_stride,
-                                        int64_t n_rows, const int32_t* entries,
-                                        const int32_t* starts, const int32_t* rows, const float*,
-                                        int64_t n_segments, const int64_t* pair_rows,
+                                        int64_t n_rows, const loraplex::LoraSegments* segments, const int64_t* pair_rows,
                                         int64_t n_pairs, void* act, int64_t act_stride) {
     loraplex::Plan& plan = loraplex::own_plan();
     const int64_t width = loraplex::n_columns(*target);
     const int64_t bytes = target->dtype == loraplex::kBFloat16 ? 2 : 4;
     plan.x_rows.resize(n_pairs);
     plan.pairs.resize(n_pairs * width * bytes);
-    const loraplex::Call call{*target, x, x_stride, plan.pairs.data(), width,
-                              entries, starts, rows, nullptr, n_segments, plan.x_rows.data()};
+    loraplex::Call call(*target, x, x_stride, plan.pairs.data(), width, *segments);
+    call.weights = nullptr;
+    call.x_rows = plan.x_rows.data();
     if (!loraplex::rows_are_in(pair_rows, n_pairs, n_rows)) return 4;
-    if (starts[n_segments] != n_pairs || !loraplex::rows_are_in(rows, n_pairs, n_pairs)) return 5;
     if (const int failed = loraplex::check(call, n_pairs)) return failed;
+    if (call.indptr[0] != 0 || call.indptr[call.n_segments] != n_pairs ||
+        !loraplex::rows_are_in(call.indices, n_pairs, n_pairs))
+        return 5;
     for (int64_t i = 0; i < n_pairs; ++i)
-        plan.x_rows[i] = static_cast<int32_t>(pair_rows[rows[i]]);
+        plan.x_rows[i] = static_cast<int32_t>(pair_rows[call.indices[i]]);
     const loraplex::Gated gated{call, static_cast<const char*>(out), out_stride * bytes,
                                 static_cast<char*>(act), act_stride * bytes};
     loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan, n_pairs,
@@ -906,17 +909,14 @@ LORAPLEX_API int loraplex_spread_linear(const loraplex::LoraTargetDescriptor* ta
 LORAPLEX_API int loraplex_gather_linear(const loraplex::LoraTargetDescriptor* target,
                                         const void* packed, const float* bias, const void* x,
                                         int64_t x_stride, void* out, int64_t out_stride,
-                                        int64_t n_rows, const int32_t* entries,
-                                        const int32_t* starts, const int32_t* rows,
-                                        const float* weights, int64_t n_segments,
+                                        int64_t n_rows, const loraplex::LoraSegments* segments,
                                         const int64_t* pair_rows, int64_t n_pairs,
                                         const void* pairs, int64_t pair_stride) {
     loraplex::Plan& plan = loraplex::own_plan();
     const int64_t width = loraplex::n_columns(*target);
     plan.pairs.assign(n_pairs * width * (target->dtype == loraplex::kBFloat16 ? 2 : 4), 0);
     if (!loraplex::rows_are_in(pair_rows, n_pairs, n_rows)) return 4;
-    const loraplex::Call call{*target, pairs, pair_stride, plan.pairs.data(), width,
-                              entries, starts, rows, weights, n_segments, rows};
+    const loraplex::Call call(*target, pairs, pair_stride, plan.pairs.data(), width, *segments);
     if (const int failed = loraplex::check(call, n_pairs)) return failed;
     loraplex::run_over({packed, bias, x, x_stride, out, out_stride, n_rows}, call, plan, n_pairs,
                        [&] { loraplex::run(call, plan); });

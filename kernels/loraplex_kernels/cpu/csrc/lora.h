@@ -25,17 +25,26 @@ enum DType : int64_t { kFloat32 = 0, kBFloat16 = 1 };
 // Mirrored by `_TargetDescriptor` in cpu/lora.py.
 struct LoraTargetDescriptor {
     const void* storage;
-    const int32_t* ranks;    // [n_entries, n_slices]
-    const int64_t* a_pages;  // [n_entries, n_slices, max_pages], + kCompact where a page is so
-    const int64_t* b_pages;  // [n_entries, n_slices, max_pages]
-    const int64_t* scale;    // [n_entries, n_slices]
-    const int64_t* bias;     // [n_entries, n_slices]
+    const int32_t* ranks;    // [n_slots, n_slices]
+    const int64_t* a_pages;  // [n_slots, n_slices, max_pages], + kCompact where a page is so
+    const int64_t* b_pages;  // [n_slots, n_slices, max_pages]
+    const int64_t* scale;    // [n_slots, n_slices]
+    const int64_t* bias;     // [n_slots, n_slices]
     const int64_t* out_features;  // [n_slices]
     int64_t in_features;
     int64_t n_slices;
     int64_t max_pages;
-    int64_t n_entries;
+    int64_t n_slots;
     int64_t dtype;  // of storage, x and out
+};
+
+// The rows of a step by adapter slot. Mirrored by `_Segments` in cpu/lora.py.
+struct LoraSegments {
+    const int32_t* slots;    // [n_segments]; negative = padding
+    const int32_t* indptr;   // [n_segments + 1]
+    const int32_t* indices;  // [n_indices], rows
+    const float* weights;    // [n_indices], or null = 1
+    int64_t n_segments, n_indices;
 };
 
 // Some rows times some rank rows of one page of A.
@@ -100,6 +109,4 @@ extern const LoraKernels kLoraAvx512Bf16;
 LORAPLEX_API int loraplex_adapted_linear(const loraplex::LoraTargetDescriptor* target,
                                          const void* packed, const float* bias, const void* x,
                                          int64_t x_stride, void* out, int64_t out_stride,
-                                         int64_t n_rows, const int32_t* entries,
-                                         const int32_t* starts, const int32_t* rows,
-                                         const float* weights, int64_t n_segments);
+                                         int64_t n_rows, const loraplex::LoraSegments* segments);

@@ -1,1 +1,1 @@
-"""Load tests: locust scenarios, the comparison with peers, and their reports."""
+"""Load tests: locust users, scenarios, baselines and reports. See README.md."""

@@ -1,69 +1,55 @@
-"""Adapters through the admin API: uploads, removal, and churn while the server is under load."""
+"""Adapters through the admin API: upload, warm, delete, and churn under load."""
 
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import quote
 
-from .streaming import Connections
+import httpx
 
 __all__ = ["Churn", "delete_adapter", "upload_adapter", "warm_adapter"]
 
-
-def upload_adapter(connections: Connections, name: str, folder: Path) -> None:
-    """PUT as multipart. Raises RuntimeError with the server's words."""
-    boundary = uuid.uuid4().hex
-    parts = []
-    for field, file in (
-        ("config", folder / "adapter_config.json"),
-        ("weights", folder / "adapter_model.safetensors"),
-    ):
-        head = (
-            f'--{boundary}\r\nContent-Disposition: form-data; name="{field}"; '
-            f'filename="{file.name}"\r\nContent-Type: application/octet-stream\r\n\r\n'
-        )
-        parts += [head.encode(), file.read_bytes(), b"\r\n"]
-    parts.append(f"--{boundary}--\r\n".encode())
-    status, answer = connections.send(
-        "PUT",
-        f"/v1/adapters/{quote(name)}",
-        b"".join(parts),
-        f"multipart/form-data; boundary={boundary}",
-    )
-    if status >= 300:
-        raise RuntimeError(f"PUT {name}: {status} {answer[:300].decode(errors='replace')}")
+_FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 
 
-def warm_adapter(connections: Connections, name: str) -> None:
-    """To host and device. Raises RuntimeError."""
-    status, answer = connections.send("POST", f"/v1/adapters/{quote(name)}/warm")
-    if status >= 300:
-        raise RuntimeError(f"warm {name}: {status} {answer[:300].decode(errors='replace')}")
+def upload_adapter(client: httpx.Client, name: str, folder: Path) -> None:
+    """PUT as multipart; replaces an adapter of that name. Raises RuntimeError."""
+    files = {field: (file, (folder / file).read_bytes()) for field, file in _FILES.items()}
+    _check(client.put(f"/v1/adapters/{name}", files=files), f"PUT {name}")
 
 
-def delete_adapter(connections: Connections, name: str) -> int:
-    """The status: 200, or 404 if it was not there."""
-    return connections.send("DELETE", f"/v1/adapters/{quote(name)}?timeout_s=5")[0]
+def warm_adapter(client: httpx.Client, name: str) -> None:
+    """Loads it to host memory and to the device. Raises RuntimeError."""
+    _check(client.post(f"/v1/adapters/{name}/warm"), f"warm {name}")
+
+
+def delete_adapter(client: httpx.Client, name: str) -> int:
+    """The status: 200, or 404 if there is none of that name."""
+    return client.delete(f"/v1/adapters/{name}", params={"timeout_s": 5}).status_code
+
+
+def _check(response: httpx.Response, what: str) -> None:
+    if response.is_error:
+        raise RuntimeError(f"{what}: {response.status_code} {response.text[:300]}")
 
 
 class Churn:
-    """Goes round: add, replace by other weights, remove. ``names`` are registered right now."""
+    """Adds an adapter, replaces its weights, removes the oldest, again and again."""
 
-    def __init__(self, connections: Connections, variants: Sequence[Path], per_s: float) -> None:
-        self.names: list[str] = []
-        self.gone: set[str] = set()
+    def __init__(self, client: httpx.Client, variants: Sequence[Path], per_s: float) -> None:
+        """``variants``: two directories, what an adapter is and what it is replaced by."""
+        self.names: list[str] = []  # registered right now
+        self.removed: set[str] = set()
         self.counts = {"added": 0, "replaced": 0, "removed": 0, "failed": 0}
         self.first_failure: str | None = None
-        self._connections = connections
+        self._client = client
         self._variants = variants
         self._pause_s = 1.0 / per_s
         self._turn = 0
 
     def run(self, stop_at: float) -> None:
-        """Until ``time.perf_counter()`` is ``stop_at``; leaves nothing behind."""
+        """Until ``time.perf_counter()`` is ``stop_at``; leaves no adapter behind."""
         while time.perf_counter() < stop_at:
             began = time.perf_counter()
             self._step()
@@ -77,11 +63,11 @@ class Churn:
         try:
             if kind == 0 or not self.names:
                 name = f"churn-{self._turn}"
-                upload_adapter(self._connections, name, self._variants[0])
+                upload_adapter(self._client, name, self._variants[0])
                 self.names.append(name)
                 self.counts["added"] += 1
             elif kind == 1:
-                upload_adapter(self._connections, self.names[-1], self._variants[1])
+                upload_adapter(self._client, self.names[-1], self._variants[1])
                 self.counts["replaced"] += 1
             elif len(self.names) > 2:
                 self._remove(self.names[0])
@@ -91,6 +77,6 @@ class Churn:
 
     def _remove(self, name: str) -> None:
         self.names.remove(name)
-        self.gone.add(name)  # before it is: a request that is under way may find it gone
-        if delete_adapter(self._connections, name) == 200:
+        self.removed.add(name)  # first: a request that is under way may get a 404
+        if delete_adapter(self._client, name) == 200:
             self.counts["removed"] += 1

@@ -6,7 +6,7 @@ Real weights are not needed for speed, but distinct ones are: the store knows ad
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,11 @@ from transformers import AutoConfig
 
 from .scenario import AdapterSet
 
-__all__ = ["ModelShape", "adapter_names", "write_adapters", "write_lora"]
+__all__ = ["ALL_LINEARS", "ModelShape", "adapter_names", "write_adapters", "write_lora"]
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
+ALL_LINEARS = (*_ATTENTION, *_MLP)
 _N_EXPERTS, _TOP_K = 4, 2
 _STD = 0.02
 
@@ -39,7 +40,7 @@ class ModelShape:
         hidden, ff = config.hidden_size, config.intermediate_size
         widths = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
         widths += [(ff, hidden), (ff, hidden), (hidden, ff)]
-        linears = dict(zip((*_ATTENTION, *_MLP), widths, strict=True))
+        linears = dict(zip(ALL_LINEARS, widths, strict=True))
         return ModelShape(config.num_hidden_layers, linears, hidden)
 
     def modules(self) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -53,9 +54,9 @@ class ModelShape:
 class _Tape:
     """Takes tensors off a random tape, from a start that depends on the seed."""
 
-    def __init__(self, seed: int, n_values: int = 1 << 22) -> None:
+    def __init__(self, seed: int, n_values: int = 1 << 22, std: float = _STD) -> None:
         generator = torch.Generator().manual_seed(seed)
-        self._values = (_STD * torch.randn(n_values, generator=generator)).bfloat16()
+        self._values = (std * torch.randn(n_values, generator=generator)).bfloat16()
         self._at = 0
 
     def seek(self, number: int) -> None:
@@ -99,18 +100,34 @@ def write_adapters(model: Path, adapters: AdapterSet, folder: Path, seed: int) -
             yield folder / name
 
 
-def write_lora(model: Path, folder: Path, *, rank: int, seed: int) -> Path:
-    """One plain LoRA on all linears."""
-    _write_lora(folder, ModelShape.of(model), _Tape(seed), rank)
+def write_lora(
+    model: Path,
+    folder: Path,
+    *,
+    rank: int,
+    seed: int,
+    targets: Sequence[str] = ALL_LINEARS,
+    std: float = _STD,
+) -> Path:
+    """One plain LoRA; ``std`` of both factors. Returns ``folder``."""
+    _write_lora(folder, ModelShape.of(model), _Tape(seed, std=std), rank, targets)
     return folder
 
 
-def _write_lora(folder: Path, shape: ModelShape, tape: _Tape, rank: int) -> None:
+def _write_lora(
+    folder: Path,
+    shape: ModelShape,
+    tape: _Tape,
+    rank: int,
+    targets: Sequence[str] = ALL_LINEARS,
+) -> None:
     tensors = {}
     for module, (n_out, n_in) in shape.modules():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = tape.take(rank, n_in)
-        tensors[f"base_model.model.{module}.lora_B.weight"] = tape.take(n_out, rank)
-    _save(folder, tensors, {"peft_type": "LORA"}, rank)
+        if module.rpartition(".")[2] in targets:
+            tensors[f"base_model.model.{module}.lora_A.weight"] = tape.take(rank, n_in)
+            tensors[f"base_model.model.{module}.lora_B.weight"] = tape.take(n_out, rank)
+    extra = {"peft_type": "LORA", "target_modules": list(targets)}
+    _save(folder, tensors, extra, rank)
 
 
 def _write_mixlora(folder: Path, shape: ModelShape, tape: _Tape, rank: int) -> None:
@@ -157,7 +174,7 @@ def _save(folder: Path, tensors: dict[str, Tensor], extra: Mapping[str, object],
         "lora_alpha": rank,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [*_ATTENTION, *_MLP],
+        "target_modules": list(ALL_LINEARS),
         **extra,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))

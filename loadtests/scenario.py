@@ -55,10 +55,13 @@ class RequestSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """A request is good if its first token and its mean gap are within these."""
+    """Goodput counts a request if its first token and its mean gap are within these."""
 
     ttft_s: float = 1.0
-    itl_s: float = 0.1
+    tpot_s: float = 0.1  # mean time per output token after the first
+
+    def __str__(self) -> str:
+        return f"first token within {self.ttft_s:g} s, mean gap within {1000 * self.tpot_s:g} ms"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Who asks for which adapter with which prompt: everything random comes from one seed."""
+"""Which request comes next: its adapter and its prompt. Everything random comes from one seed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from .scenario import Phase, RequestSpec
 
-__all__ = ["Ask", "Body", "LoraplexBody", "Traffic"]
+__all__ = ["Body", "LoadRequest", "LoraplexBody", "Traffic"]
 
 _TEXT = (
     "the server keeps one frozen base model in memory and applies a different adapter to every "
@@ -56,7 +56,7 @@ def _stride(n: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class LoadRequest:
     family: str
     name: str | None  # of the adapter; the description of a generated one
     body: dict[str, Any]
@@ -85,7 +85,7 @@ class Traffic:
         self._families = [family for family, _ in shares]
         self._shares = [share for _, share in shares]
 
-    def next(self, progress: float) -> Ask:
+    def next(self, progress: float) -> LoadRequest:
         """``progress``: of the phase, 0 to 1."""
         family = self._random.choices(self._families, self._shares)[0]
         name = self._pick(family, min(max(progress, 0.0), 1.0))
@@ -101,7 +101,7 @@ class Traffic:
             "stream_options": {"include_usage": True},
             **self._body(family, name),
         }
-        return Ask(family, name, body)
+        return LoadRequest(family, name, body)
 
     def _pick(self, family: str, progress: float) -> str | None:
         if family == "base":

@@ -24,17 +24,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median, quantiles
 
+import httpx
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from loadtests.client import StreamingClient, admin_client
 from loadtests.provenance import commit, machine
-from loadtests.streaming import Connections
-from loadtests.target import started_target
+from loadtests.systems import Loraplex, started
 from loraplex_generation.zoo.split import load_split
 from loraplex_generation.zoo.tasks import Task
 from loraplex_server.model.pull import resolve_model
 
 GENERATE = "/v1/adapters/generate"
-CHAT = "/v1/chat/completions"
 PROMPT = "Anna Weber from Oslo paid {} euros on Friday."
 
 
@@ -44,12 +45,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
-        (room / "adapters").mkdir()
-        with started_target(
-            resolve_model(), room / "adapters", room / "state", {"threads": 2}, room / "log"
-        ) as target:
-            result = measure(Connections(target.url), options.n)
+        system = Loraplex({"threads": 2})
+        with (
+            started(system, resolve_model(), [], Path(folder)) as target,
+            admin_client(target.url) as server,
+        ):
+            result = measure(server, StreamingClient(target.url), options.n)
     text = json.dumps(result, indent=1)
     print(text)
     if options.out:
@@ -59,20 +60,20 @@ def main() -> None:
 UNLABELLED = [PROMPT.format(amount) for amount in range(2000, 2008)]
 
 
-def measure(server: Connections, n: int) -> dict[str, object]:
+def measure(server: httpx.Client, chats: StreamingClient, n: int) -> dict[str, object]:
     fresh = descriptions()
     first_ms, _ = generate(server, fresh, probe=True)  # loads the generator
     bare = [generate(server, fresh, probe=False)[0] for _ in range(n)]
     probed = [generate(server, fresh, probe=True) for _ in range(n)]
     resident = probed[-1][1]
-    first_token(server, resident, 0)
+    first_token(chats, resident, 0)
     inline: list[float] = []
     named: list[float] = []
     while len(inline) < n:
-        ms = first_token(server, {"description": next(fresh)}, len(inline))
+        ms = first_token(chats, {"description": next(fresh)}, len(inline))
         if ms is not None:
             inline.append(ms)
-            beside = first_token(server, resident, 1000 + len(inline))
+            beside = first_token(chats, resident, 1000 + len(inline))
             assert beside is not None
             named.append(beside)
     by_icm: dict[str, list[float]] = {}
@@ -105,31 +106,31 @@ def descriptions() -> Iterator[str]:
 
 
 def generate(
-    server: Connections, fresh: Iterator[str], *, probe: bool, **extra: object
+    server: httpx.Client, fresh: Iterator[str], *, probe: bool, **extra: object
 ) -> tuple[float, str]:
     """Milliseconds until the answer, and the adapter's name. Refused descriptions are passed."""
     while True:
-        body = json.dumps({"description": next(fresh), "probe": probe, **extra}).encode()
+        body = {"description": next(fresh), "probe": probe, **extra}
         began = time.perf_counter()
-        status, answer = server.send("POST", GENERATE, body)
+        response = server.post(GENERATE, json=body)
         ms = 1000 * (time.perf_counter() - began)
-        if status == 201:
-            return ms, str(json.loads(answer)["name"])
-        if status != 422:
-            raise RuntimeError(f"POST {GENERATE} answered {status}: {answer[:300]!r}")
+        if response.status_code == 201:
+            return ms, str(response.json()["name"])
+        if response.status_code != 422:
+            text = response.text[:300]
+            raise RuntimeError(f"POST {GENERATE} answered {response.status_code}: {text}")
 
 
-def first_token(server: Connections, adapter: object, amount: int) -> float | None:
+def first_token(chats: StreamingClient, adapter: object, amount: int) -> float | None:
     """Milliseconds; None if the description is refused. `amount` makes the prompt a new one."""
-    outcome = server.stream(
+    outcome = chats.stream(
         {
             "messages": [{"role": "user", "content": PROMPT.format(amount)}],
             "adapter": adapter,
             "stream": True,
             "temperature": 0,
             "max_tokens": 4,
-        },
-        CHAT,
+        }
     )
     if outcome.status == 422:
         return None

@@ -11,18 +11,19 @@ every wish of the list below is in the table. Prints Markdown; `--out` writes it
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from loadtests.streaming import Connections
-from loadtests.target import started_target
+from loadtests.client import admin_client
+from loadtests.systems import Loraplex, started
 from loraplex_generation.zoo.split import load_split
 from loraplex_generation.zoo.tasks import Task, exact
 from loraplex_server.model.pull import resolve_model
@@ -61,8 +62,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with server(options.url, options.threads) as connections:
-        replies = list(ask_all(connections))
+    with server(options.url, options.threads) as client:
+        replies = list(ask_all(client))
     text = table(replies)
     print(text)
     if options.out:
@@ -70,25 +71,20 @@ def main() -> None:
 
 
 @contextmanager
-def server(url: str | None, n_threads: int) -> Iterator[Connections]:
-    if url is not None:
-        yield Connections(url)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        room = Path(folder)
-        (room / "adapters").mkdir()
-        settings = {"threads": n_threads}
-        with started_target(
-            resolve_model(), room / "adapters", room / "state", settings, room / "log"
-        ) as target:
-            yield Connections(target.url)
+def server(url: str | None, n_threads: int) -> Iterator[httpx.Client]:
+    with ExitStack() as stack:
+        if url is None:
+            work = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            system = Loraplex({"threads": n_threads})
+            url = stack.enter_context(started(system, resolve_model(), [], work)).url
+        yield stack.enter_context(admin_client(url))
 
 
-def ask_all(connections: Connections) -> Iterator[Reply]:
+def ask_all(client: httpx.Client) -> Iterator[Reply]:
     trained = set(load_split().sets["train"])
     for wish, task in WISHES:
         for example in Task.parse(task).examples("test", N_INPUTS):
-            status, answer = ask(connections, wish, example.prompt)
+            status, answer = ask(client, wish, example.prompt)
             if status == 200:
                 text = answer["choices"][0]["message"]["content"]
                 verdict = "right" if exact(text, example.answer) else f"not `{example.answer}`"
@@ -101,15 +97,15 @@ def ask_all(connections: Connections) -> Iterator[Reply]:
             yield Reply(wish, example.prompt, text, verdict, task in trained)
 
 
-def ask(connections: Connections, wish: str, prompt: str) -> tuple[int, dict[str, Any]]:
+def ask(client: httpx.Client, wish: str, prompt: str) -> tuple[int, dict[str, Any]]:
     body = {
         "adapter": {"description": wish},
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": 48,
     }
-    status, answer = connections.send("POST", CHAT, json.dumps(body).encode())
-    return status, json.loads(answer)
+    response = client.post(CHAT, json=body)
+    return response.status_code, response.json()
 
 
 def table(replies: list[Reply]) -> str:

@@ -1,112 +1,98 @@
-"""What a phase is summed up to, and the page that shows it."""
+"""The report: complete in an 80-column terminal, as Markdown, and as one picture."""
 
 from __future__ import annotations
 
-import re
+from pathlib import Path
 from typing import Any
 
-from loadtests.recorder import PhaseRecord, percentile
-from loadtests.report import render_report
-from loadtests.scenario import Phase, Slo
-from loadtests.shapes import Constant
-from loadtests.streaming import Outcome
-from loadtests.traffic import Ask
+from rich.console import Console
 
-PHASE = Phase("p", users=Constant(1), seconds=10, sweep="adapters", adapters=8)
+from loadtests.charts import write_plot
+from loadtests.report import print_report, render_markdown
+from loadtests.scenario import Slo
+from loadtests.server_metrics import MetricsSample
 
-
-def record(*outcomes: tuple[float, str, Outcome]) -> PhaseRecord:
-    found = PhaseRecord(PHASE)
-    for sent_at, name, outcome in outcomes:
-        ask = Ask("lora", name, {})
-        context = {"ask": ask, "outcome": outcome, "sent_at": sent_at}
-        found.on_request(request_type="E2E", context=context)
-        found.on_request(request_type="TTFT", context={})
-    return found
+from .test_recorder import answered, record
 
 
-def answered(ttft_s: float, *, e2e_s: float = 1.0, gap_s: float = 0.02) -> Outcome:
-    return Outcome(0.0, 200, ttft_s=ttft_s, gaps_s=[gap_s] * 3, e2e_s=e2e_s, n_tokens=4)
+def phase(x: int, sweep: str) -> dict[str, Any]:
+    found = record((0.0, "a", answered(12.3 * x)), (1.0, "|b", answered(0.2))).summary(Slo())
+    return {**found, "x": x, "sweep": sweep, "label": f"{x} different adapters", "open": True}
 
 
-def test_a_phase_counts_served_refused_and_lost_apart() -> None:
-    row = record(
-        (-1.0, "a", answered(9.0)),  # while warming up
-        (0.0, "a", answered(0.1)),
-        (1.0, "a", answered(0.3)),
-        (2.0, "b", Outcome(0.0, 429, retry_after="1")),
-        (3.0, "b", Outcome(0.0, 500, error="500: broken")),
-        (4.0, "b", answered(5.0)),
-    ).summary(Slo(ttft_s=1.0, itl_s=0.1))
-    assert (row["requests"], row["served"], row["refused"], row["lost"]) == (5, 3, 1, 1)
-    assert row["first_error"] == "500: broken"
-    assert row["goodput_per_s"] == 0.2  # the late one does not count
-    assert row["ttft_s"]["p50"] == 0.3
-    assert row["itl_ms"]["p50"] == 20
-    assert row["distinct_adapters"] == 2
-    assert row["again_ttft_s"]["p50"] == 0.3  # a was used while warming up
-    assert row["first_use_ttft_s"]["p50"] is None  # b was first refused
-
-
-def test_tokens_after_the_end_of_a_phase_do_not_count_to_it() -> None:
-    row = record((9.0, "a", answered(0.0, e2e_s=2.0))).summary(Slo())
-    assert row["output_tok_s"] == 0.2  # half of four tokens, in ten seconds
-
-
-def test_429_without_retry_after_is_no_proper_refusal() -> None:
-    outcome = Outcome(0.0, 429, error="429: full")
-    assert not outcome.refused
-    assert record((0.0, "a", outcome)).summary(Slo())["lost"] == 1
-
-
-def test_an_adapter_that_churn_removed_may_be_gone() -> None:
-    found = PhaseRecord(PHASE, gone={"c1"})
-    for name in ("c1", "c2"):
-        outcome = Outcome(0.0, 404, error="404: unknown")
-        context = {"ask": Ask("churned", name, {}), "outcome": outcome, "sent_at": 1.0}
-        found.on_request(request_type="E2E", context=context)
-    row = found.summary(Slo())
-    assert (row["gone"], row["lost"]) == (1, 1)
-
-
-def test_percentiles() -> None:
-    values = [float(n) for n in range(100)]
-    assert [percentile(values, p) for p in (0, 50, 99)] == [0, 50, 99]
-    assert percentile([], 50) is None
-
-
-def page() -> str:
-    def row(x: int, sweep: str) -> dict[str, Any]:
-        found = record((0.0, "a", answered(0.1 * x)), (1.0, "<b>", answered(0.2))).summary(Slo())
-        return {**found, "x": x, "sweep": sweep, "label": f"{x} <script>", "open": True}
-
-    sweeps = ("adapters", "skew", "load", "working-set")
-    phases: list[dict[str, Any]] = [row(x, sweep) for sweep in sweeps for x in (1, 8)]
+def report() -> dict[str, Any]:
+    phases = [phase(x, sweep) for sweep in ("adapters", "skew", "load") for x in (1, 8)]
+    phases[1] |= {"served": 123456, "refused": 123456, "output_tok_s": 12345.0, "lost": 12}
+    phases[1]["itl_ms"] = {"p50": 1234.0, "p95": 4000.0, "p99": 5678.0}
+    phases[1] |= {"first_error": "500: a | b", "adapter_loads": 7, "adapter_evictions": 5}
     tiers = {"device": {"n": 3, "ttft_p50_s": 0.1}, "disk": {"n": 3, "ttft_p50_s": 0.4}}
     phases.append({"label": "t", "kind": "tiers", "sweep": "", "x": 0.0, "tiers": tiers})
-    values = {"resident_adapters": 3.0, "pool_bytes": 9e6, "host_adapters": 3.0, "host_bytes": 9e6}
-    sight = {"at": 1.0, "phase": "p", "rss_bytes": 10**9, "open_files": 20, "values": values}
-    return render_report(
-        {
-            "scenario": "s",
-            "summary": "of <everything>",
-            "began": "2026-01-01",
-            "machine": {"cpu": "cpu", "cores": 2},
-            "commit": "abc",
-            "seed": 1,
-            "request": {"prompt_chars": 80, "max_tokens": 4},
-            "slo": {"ttft_s": 1.0, "itl_s": 0.1},
-            "notes": ["skipping vllm-cpu: not here"],
-            "systems": {"loraplex": {"phases": phases, "sights": [sight, sight]}},
-        }
-    )
+    rows = {"n": 8, "wrong_texts": 6, "worst_first_token_logprob_error": 0.5}
+    return {
+        "scenario": "s",
+        "summary": "of everything",
+        "began": "2026-01-01",
+        "machine": {"cpu": "cpu", "cores": 2},
+        "commit": "abc",
+        "seed": 1,
+        "request": {"prompt_chars": 80, "max_tokens": 4},
+        "slo": {"ttft_s": 1.5, "tpot_s": 0.12},
+        "notes": ["skipping vllm-cpu: not here"],
+        "systems": {"loraplex": phases},
+        "outputs": {"llama-cpp": {"base_rows": rows, "adapter_rows": {**rows, "wrong_texts": 0}}},
+    }
 
 
-def test_the_page_shows_every_curve_and_fetches_nothing() -> None:
-    text = page()
-    for heading in ("distinct adapters", "skew", "working set", "Saturation", "Cold and warm"):
-        assert heading in text
-    assert text.count("<svg") == 7
-    assert "skipping vllm-cpu" in text
-    assert "<script" not in text
-    assert not re.search(r"(?:src|href)=[\"']?http", text.replace("xlink:href", "x"))
+def printed(width: int) -> str:
+    console = Console(width=width, record=True, color_system=None)
+    with console.capture() as capture:
+        print_report(console, report())
+    return capture.get()
+
+
+def test_the_tables_fit_80_columns_and_nothing_is_cut() -> None:
+    text = printed(80)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    assert "…" not in text
+    for word in ("served", "refused", "lost", "good/s", "tok/s", "123456", "98.40/98.40"):
+        assert word in text
+    assert "1234/5678" in text
+
+
+def test_the_terminal_says_what_good_means_and_what_was_skipped() -> None:
+    text = " ".join(printed(80).split())
+    assert "first token within 1.5 s, mean gap within 120 ms" in text
+    assert "skipping vllm-cpu: not here" in text
+    assert "llama-cpp, wrong texts in a mixed batch: 6 of 8 without adapter, 0 of 8 with" in text
+
+
+def test_the_page_shows_the_same_and_the_slo() -> None:
+    text = render_markdown(report(), "s.png")
+    for part in (
+        "first token within 1.5 s, mean gap within 120 ms",
+        "**Note:** skipping vllm-cpu: not here",
+        "| 8 different adapters | 2 | 123456 | 123456 | 12 (500: a \\| b) |",
+        "| 7 / 5 |",
+        "t, TTFT p50 by the adapter's tier: device 100 ms (n=3), disk 400 ms (n=3)",
+        "6 of 8 without adapter",
+        "](s.png)",
+    ):
+        assert part in text, part
+
+
+def test_every_sweep_and_the_metrics_are_in_the_picture(tmp_path: Path) -> None:
+    values = {"running": 3.0, "loads": 3.0, "pool_bytes": 9e6, "host_bytes": 9e6}
+    samples = [MetricsSample(at, "p", 10**9, 20, values) for at in (1.0, 2.0)]
+    heights = []
+    for systems in (report()["systems"], {"loraplex": []}):
+        path = tmp_path / "s.png"
+        write_plot(systems, samples, path)
+        data = path.read_bytes()
+        assert data.startswith(b"\x89PNG")
+        heights.append(int.from_bytes(data[20:24], "big"))  # of the picture, in pixels
+    assert heights[0] == 4 * heights[1]  # three sweeps more
+
+
+def test_a_server_without_metrics_still_gets_a_picture(tmp_path: Path) -> None:
+    write_plot({"loraplex": []}, [MetricsSample(1.0, "p", None, None, {})], tmp_path / "s.png")
+    assert (tmp_path / "s.png").stat().st_size > 1000

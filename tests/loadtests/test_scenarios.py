@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loadtests.peer_runs import fits_peer
+from loadtests.baselines.selection import n_adapters_of, phase_for_baseline
 from loadtests.scenario import ScenarioError, load_scenario, parse_scenario, scenario_files
 from loraplex_server.settings import resolve_config
 
@@ -76,10 +76,17 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
         load_scenario(str(broken))
 
 
-def test_peers_get_only_what_they_can_run() -> None:
+def test_baselines_get_only_what_they_can_run() -> None:
     plain = parse_scenario("s", table(adapters=4, mix={"base": 1, "lora": 1, "generated": 1}))
-    fit = fits_peer(plain.phases[0])
+    fit = phase_for_baseline(plain.phases[0])
     assert fit is not None
     assert set(fit.mix) == {"base", "lora"}
+    assert n_adapters_of(fit) == 4
     churn = parse_scenario("s", table(adapters=4, churn_per_s=1))
-    assert fits_peer(churn.phases[0]) is None
+    assert phase_for_baseline(churn.phases[0]) is None
+
+
+def test_a_baseline_without_adapters_to_serve_loads_none() -> None:
+    phase = phase_for_baseline(parse_scenario("s", table(mix={"base": 1})).phases[0])
+    assert phase is not None
+    assert n_adapters_of(phase) == 0

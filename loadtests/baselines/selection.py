@@ -1,0 +1,52 @@
+"""Which baselines can run here, and what of a scenario they can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from loadtests.scenario import Phase
+from loadtests.systems import System
+
+from .llama_cpp import LlamaCpp
+from .peft_batch import PeftBatch
+from .vllm_cpu import VllmCpu
+
+__all__ = ["BASELINES", "installed_baselines", "n_adapters_of", "phase_for_baseline"]
+
+BASELINES: Mapping[str, type[System]] = {
+    system.name: system for system in (VllmCpu, LlamaCpp, PeftBatch)
+}
+_MAX_ADAPTERS = 64  # with more slots than that none of them starts on a small machine
+
+
+def installed_baselines(
+    names: Sequence[str], venvs: Mapping[str, Path | None], notes: list[str]
+) -> Iterator[System]:
+    """Why the others cannot be run goes to ``notes``."""
+    for name in names:
+        if name not in BASELINES:
+            notes.append(f"skipping {name}: unknown baseline; known: {', '.join(BASELINES)}")
+            continue
+        system = BASELINES[name](venvs.get(name))
+        reason = system.missing()
+        if reason is None:
+            yield system
+        else:
+            notes.append(f"skipping {name}: {reason}")
+
+
+def phase_for_baseline(phase: Phase) -> Phase | None:
+    """As a baseline can run it: base and plain LoRA only, all adapters loaded at start."""
+    mix = {family: share for family, share in phase.mix.items() if family in ("base", "lora")}
+    if phase.kind != "load" or phase.churn_per_s or not any(mix.values()):
+        return None
+    if mix.get("lora") and not 0 < phase.adapters <= _MAX_ADAPTERS:
+        return None
+    return replace(phase, mix=mix, warm=False)
+
+
+def n_adapters_of(phase: Phase) -> int:
+    """How many a server for this phase loads at start."""
+    return phase.adapters if phase.mix.get("lora") else 0

@@ -1,0 +1,92 @@
+"""What a load from disk takes the thread that makes it: with the prepared form kept, and without.
+
+    python server/benchmarks/bench_disk_load.py [--n-adapters 6] [--rounds 5]
+
+Rank-16 adapters on all linears of the default base, one thread, files in the page cache. Prints
+the medians in milliseconds as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from loadtests.provenance import commit, machine
+from loadtests.random_adapters import write_adapters
+from loadtests.scenario import AdapterSet
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.engine.device_pool import DevicePool
+from loraplex_server.model.base_model import load_base_model
+from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
+
+RANK = 16
+_CPU = torch.device("cpu")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--n-adapters", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    path = resolve_model()
+    model = load_base_model(path, DEFAULT_BASE, dtype=torch.bfloat16, device=_CPU)
+    pool = DevicePool(
+        model.groups,
+        n_bytes=1 << 20,  # nothing is placed: the pool says what form it takes
+        max_adapters=1,
+        max_rank=None,
+        dtype=model.dtype,
+        device=_CPU,
+        on_loaded=lambda: None,
+        routable=model.routable,
+    )
+    kept: list[float] = []
+    anew: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
+        adapters = AdapterSet(lora=options.n_adapters, ranks=(RANK,))
+        written = list(write_adapters(path, adapters, Path(folder) / "adapters", seed=1))
+        root = Path(folder) / "store"
+        with AdapterStore(root, model.spec, packer=pool.packer) as store:
+            for adapter in written:
+                store.put_directory(adapter.name, adapter)
+        for _ in range(options.rounds):
+            kept += _loads(root, pool, model.spec, [adapter.name for adapter in written])
+            for form in (root / "forms").glob("*/*"):
+                form.unlink()
+            # These prepare anew, and keep the forms for the next round.
+            anew += _loads(root, pool, model.spec, [adapter.name for adapter in written])
+    pool.close()
+    result = {
+        "machine": machine(),
+        "commit": commit(),
+        "kept_form_ms": round(1000 * median(kept), 2),
+        "plan_read_and_prepared_ms": round(1000 * median(anew), 2),
+    }
+    print(json.dumps(result, indent=1))
+
+
+def _loads(root: Path, pool: DevicePool, base: BaseSpec, names: list[str]) -> list[float]:
+    """Seconds of each, in a store that has nothing in memory."""
+    took = []
+    with AdapterStore(root, base, packer=pool.packer) as store:
+        for name in names:
+            began = time.perf_counter()
+            lease = store.acquire(name)
+            took.append(time.perf_counter() - began)
+            lease.release()
+    return took
+
+
+if __name__ == "__main__":
+    main()

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.errors import InvalidSelector, UnknownAdapter
 from loraplex_adapter_store.library import library_digest, library_plan
-from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_adapter_store.plan import AdapterPlan, RoutingStrategy
 from loraplex_adapter_store.selector import Library, NameRef, parse_selector
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_router.experts import GateStrategy, arrow_prototypes, route
+from loraplex_router.experts import arrow_prototypes, route
 from tests.support.architectures import tiny_model
 from tests.support.engines import GREEDY, generate_all, running_engine
 from tests.support.lora_files import write_lora
@@ -71,7 +71,7 @@ def test_one_projection_does_what_pefts_arrow_layer_does() -> None:
         # The store folds each scale into b; the direction of a prototype does not change.
         factors = [(b[n].weight * scales[n], a[n].weight) for n in names]
         gate = gate_of(factors, 0.7)
-        routing = route(x[0], gate, GateStrategy.ARROW, top_k=2, top_p=0.0)
+        routing = route(x[0], gate, RoutingStrategy.ARROW, top_k=2, top_p=0.0)
         got = torch.zeros(7, 9)
         for row in range(7):
             for e, w in zip(routing.expert_index[row].tolist(), routing.weight[row], strict=True):

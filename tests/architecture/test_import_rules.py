@@ -27,7 +27,7 @@ _ALLOWED = {
         "loraplex_generation",
         "loraplex_kernels",
     },
-    "loraplex_router": {"loraplex_kernels"},
+    "loraplex_router": {"loraplex_adapter_store", "loraplex_kernels"},
     "loraplex_generation": {"loraplex_adapter_store", "loraplex_training"},
     "loraplex_training": {"loraplex_adapter_store"},
     "loraplex_adapter_store": set[str](),

@@ -1,10 +1,17 @@
 """Token → experts."""
 
 from .arrow import arrow_prototypes, top_right_singular_vector
-from .expansion import Pairs, RoutedRows, expand, pair_rows, projection_segments, step_pairs
+from .expansion import (
+    Pairs,
+    PlacedExperts,
+    RoutedRows,
+    expand,
+    pair_rows,
+    projection_segments,
+    step_pairs,
+)
 from .gates import (
     NO_EXPERT,
-    GateStrategy,
     Routing,
     experts_per_row,
     gate_arrow,
@@ -21,13 +28,13 @@ __all__ = [
     "NO_EXPERT",
     "AddPlain",
     "ExpertLoad",
-    "GateStrategy",
     "LoadHistory",
     "LoraOp",
     "MlpBlock",
     "MoeDown",
     "MoeGateUp",
     "Pairs",
+    "PlacedExperts",
     "RoutedRows",
     "Routing",
     "arrow_prototypes",

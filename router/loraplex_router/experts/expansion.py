@@ -9,31 +9,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.plan import RoutingStrategy
 from loraplex_kernels.experts import StepPairs, group_pairs, route_and_group
 from loraplex_kernels.layout import LoraSegments
 
-from .gates import GateStrategy, Routing, experts_per_row, route
+from .gates import Routing, experts_per_row, route
 
-__all__ = ["Pairs", "RoutedRows", "expand", "pair_rows", "projection_segments", "step_pairs"]
+__all__ = [
+    "Pairs",
+    "PlacedExperts",
+    "RoutedRows",
+    "expand",
+    "pair_rows",
+    "projection_segments",
+    "step_pairs",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class RoutedRows:
-    """The rows of a step that carry one routed adapter, with what one layer needs to route them.
+class PlacedExperts:
+    """The experts of one block or projection of one adapter, on the device of the rows."""
 
-    All tensors lie on the device of the hidden states. ``rows`` and ``pair_rows`` are the same for
-    every layer of a step; build them once with ``pair_rows_of``.
-    """
-
-    rows: Tensor  # int64 [n_rows], rows of the step, ascending
-    pair_rows: Tensor  # int64 [n_rows * k], every row k times
     gate: Tensor  # float32 [n_experts, in_features]
     slots: Tensor  # int32 [n_experts], pool slot of each expert
-    strategy: GateStrategy
+    strategy: RoutingStrategy
     top_k: int
-    top_p: float = 0.0
+    top_p: float
+    load: Tensor  # int64 [n_experts], rows routed to each so far, added to in place
     shared_down: bool = True  # False where an expert scales or shifts its down output (MixDoRA)
-    load: Tensor | None = None  # int64 [n_experts], rows counted per expert, added to in place
 
     @property
     def n_experts(self) -> int:
@@ -41,7 +44,20 @@ class RoutedRows:
 
     @property
     def k(self) -> int:
+        """Experts of each row, at most; see ``experts_per_row``."""
         return experts_per_row(self.strategy, self.n_experts, self.top_k)
+
+
+@dataclass(frozen=True, slots=True)
+class RoutedRows:
+    """The rows of a step that one layer routes to the experts of one adapter.
+
+    ``rows`` and ``pair_rows`` are the same for every layer of a step.
+    """
+
+    rows: Tensor  # int64 [n_rows], rows of the step, ascending
+    pair_rows: Tensor  # int64 [n_rows * experts.k], every row k times: ``pair_rows_of``
+    experts: PlacedExperts
 
     @staticmethod
     def pair_rows_of(rows: Tensor, k: int) -> Tensor:
@@ -62,13 +78,14 @@ def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
     Segments of experts nobody chose are empty; pairs without an expert, which only top-p makes,
     stand in a last segment of slot -1.
     """
-    if len(routed) == 1 and routed[0].strategy is GateStrategy.TOP_K:  # the usual case, in one call
-        r = routed[0]
-        weight, grouped = route_and_group(_rows_of(hidden, r), r.gate, r.top_k, r.load)
-        segments = LoraSegments(r.slots, grouped.indptr, grouped.indices, grouped.weights)
+    first = routed[0].experts
+    if len(routed) == 1 and first.strategy is RoutingStrategy.TOP_K:  # the usual case, in one call
+        rows = _rows_of(hidden, routed[0])
+        weight, grouped = route_and_group(rows, first.gate, first.top_k, first.load)
+        segments = LoraSegments(first.slots, grouped.indptr, grouped.indices, grouped.weights)
         return Pairs((weight,), segments)
     routings = [_route(hidden, r) for r in routed]
-    n_segments = sum(r.n_experts for r in routed)
+    n_segments = sum(r.experts.n_experts for r in routed)
     ids = _segment_ids(routings, routed, n_segments)  # int32 [n_pairs]
     slots = _slots(routed)
     weights = tuple(g.weight.contiguous() for g in routings)
@@ -97,7 +114,7 @@ def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSeg
 
 def step_pairs(routed: Sequence[RoutedRows]) -> StepPairs:
     """The pairs of ``expand``, by row."""
-    return StepPairs(pair_rows(routed), tuple((r.rows, r.k) for r in routed))
+    return StepPairs(pair_rows(routed), tuple((r.rows, r.experts.k) for r in routed))
 
 
 def pair_rows(routed: Sequence[RoutedRows]) -> Tensor:
@@ -106,8 +123,8 @@ def pair_rows(routed: Sequence[RoutedRows]) -> Tensor:
 
 
 def _route(hidden: Tensor, routed: RoutedRows) -> Routing:
-    rows = _rows_of(hidden, routed)
-    return route(rows, routed.gate, routed.strategy, top_k=routed.top_k, top_p=routed.top_p)
+    rows, experts = _rows_of(hidden, routed), routed.experts
+    return route(rows, experts.gate, experts.strategy, top_k=experts.top_k, top_p=experts.top_p)
 
 
 def _rows_of(hidden: Tensor, routed: RoutedRows) -> Tensor:
@@ -122,17 +139,17 @@ def _segment_ids(
     for routing, r in zip(routings, routed, strict=True):
         index = routing.expert_index.reshape(-1)
         shifted = index + first if first else index
-        if r.strategy is GateStrategy.TOP_P:
+        if r.experts.strategy is RoutingStrategy.TOP_P:
             shifted = torch.where(index < 0, n_segments, shifted)
         ids.append(shifted)
-        first += r.n_experts
+        first += r.experts.n_experts
     return torch.cat(ids)
 
 
 def _slots(routed: Sequence[RoutedRows]) -> Tensor:
     """Of each segment; a padding segment comes last where a pair may have no expert."""
-    parts = [r.slots for r in routed]
-    if any(r.strategy is GateStrategy.TOP_P for r in routed):
+    parts = [r.experts.slots for r in routed]
+    if any(r.experts.strategy is RoutingStrategy.TOP_P for r in routed):
         parts.append(torch.full((1,), -1, dtype=torch.int32, device=parts[0].device))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -140,6 +157,5 @@ def _slots(routed: Sequence[RoutedRows]) -> Tensor:
 def _count(starts: Tensor, routed: Sequence[RoutedRows]) -> None:
     first = 0
     for r in routed:
-        if r.load is not None:
-            r.load.add_(starts[first : first + r.n_experts + 1].diff())
-        first += r.n_experts
+        r.experts.load.add_(starts[first : first + r.experts.n_experts + 1].diff())
+        first += r.experts.n_experts

@@ -17,22 +17,21 @@ served that way is not the adapter that was trained. Training also caps the toke
 per sequence (``expert_capacity``) and passes the others through as ``p·h``; a cap makes a token's
 output depend on how many earlier tokens share its step, so a server that splits prompts into
 chunks, or takes them from a prefix cache, cannot apply it. Served experts have no cap, as one-token
-decoding steps never had; ``capacity`` exists here for whole sequences (training, comparison).
+decoding steps never had.
 """
 
 from __future__ import annotations
 
-from enum import Enum
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.plan import RoutingStrategy
 from loraplex_kernels.experts import route_top_k, top_k_of
 
 __all__ = [
     "NO_EXPERT",
-    "GateStrategy",
     "Routing",
     "experts_per_row",
     "gate_arrow",
@@ -46,16 +45,6 @@ __all__ = [
 NO_EXPERT = -1
 
 
-class GateStrategy(Enum):
-    """The values are those of the adapter plan's routing strategies."""
-
-    TOP_K = "mixlora"
-    TOP_P = "mixlora-dynamic"
-    SWITCH = "mixlora-switch"
-    DENSE = "loramoe"
-    ARROW = "arrow"
-
-
 class Routing(NamedTuple):
     """Where each row goes. ``k`` is fixed by the strategy, see ``experts_per_row``."""
 
@@ -63,46 +52,46 @@ class Routing(NamedTuple):
     weight: Tensor  # float32 [n_rows, k]; 0 where there is no expert
 
 
-def experts_per_row(strategy: GateStrategy, n_experts: int, top_k: int) -> int:
+def experts_per_row(strategy: RoutingStrategy, n_experts: int, top_k: int) -> int:
     """The fixed width of a ``Routing``: top-p and dense may use every expert."""
     match strategy:
-        case GateStrategy.TOP_K | GateStrategy.ARROW:
+        case RoutingStrategy.TOP_K | RoutingStrategy.ARROW:
             if not 1 <= top_k <= n_experts:
                 raise ValueError(f"top_k is {top_k}, must be in 1…{n_experts} (the experts)")
             return top_k
-        case GateStrategy.SWITCH:
+        case RoutingStrategy.SWITCH:
             return 1
-        case GateStrategy.TOP_P | GateStrategy.DENSE:
+        case RoutingStrategy.TOP_P | RoutingStrategy.DENSE:
             return n_experts
 
 
 def route(
     hidden: Tensor,  # [n_rows, hidden_size]
     gate: Tensor,  # float32 [n_experts, hidden_size]
-    strategy: GateStrategy,
+    strategy: RoutingStrategy,
     *,
     top_k: int,
     top_p: float,
 ) -> Routing:
     """Reads the rows' hidden states, multiplies by the gate and applies the strategy."""
-    if strategy is GateStrategy.TOP_K:
+    if strategy is RoutingStrategy.TOP_K:
         experts_per_row(strategy, gate.shape[0], top_k)
         return Routing(*route_top_k(hidden, gate, top_k))
     logits = torch.mm(hidden.float(), gate.T)  # [n_rows, n_experts]
     match strategy:
-        case GateStrategy.TOP_P:
+        case RoutingStrategy.TOP_P:
             return gate_top_p(logits, top_p)
-        case GateStrategy.SWITCH:
+        case RoutingStrategy.SWITCH:
             return gate_switch(logits)
-        case GateStrategy.DENSE:
+        case RoutingStrategy.DENSE:
             return gate_dense(logits)
-        case GateStrategy.ARROW:
+        case RoutingStrategy.ARROW:
             return gate_arrow(logits, top_k)
 
 
 def gate_top_k(logits: Tensor, top_k: int) -> Routing:
     """Softmax over all experts, keep k, renormalise: the same as softmax over the k logits."""
-    experts_per_row(GateStrategy.TOP_K, logits.shape[-1], top_k)
+    experts_per_row(RoutingStrategy.TOP_K, logits.shape[-1], top_k)
     return Routing(*top_k_of(logits.float(), top_k))
 
 
@@ -115,19 +104,10 @@ def gate_top_p(logits: Tensor, top_p: float) -> Routing:
     return Routing(index.int().masked_fill(dropped, NO_EXPERT), p.masked_fill(dropped, 0.0))
 
 
-def gate_switch(logits: Tensor, capacity: int | None = None) -> Routing:
-    """The best expert, weighted by its probability.
-
-    With ``capacity`` the rows are one whole sequence, in order: rows beyond the capacity of their
-    expert get NO_EXPERT and keep their weight, for which training returns ``weight · h``.
-    """
-    p = torch.softmax(logits.float(), dim=-1)
-    weight, index = _descending(p)
-    weight, index = weight[:, :1], index[:, :1]
-    if capacity is not None:
-        taken = torch.nn.functional.one_hot(index[:, 0], p.shape[-1]).cumsum(dim=0)
-        index = index.masked_fill(taken.gather(1, index) > capacity, NO_EXPERT)
-    return Routing(index.int(), weight)
+def gate_switch(logits: Tensor) -> Routing:
+    """The best expert, weighted by its probability."""
+    weight, index = _descending(torch.softmax(logits.float(), dim=-1))
+    return Routing(index[:, :1].int(), weight[:, :1])
 
 
 def gate_dense(logits: Tensor) -> Routing:

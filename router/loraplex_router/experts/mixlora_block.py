@@ -68,7 +68,7 @@ def mixed_mlp(
         block.plain_gate_up(hidden, base)
         act = block.activation(base)  # routed rows are overwritten now
     moe_combine(expert_act, weights, pairs, act)
-    if all(r.shared_down for r in routed):
+    if all(r.experts.shared_down for r in routed):
         out = block.moe_down(act, expert_act, pairs, segments)
     else:
         out = _down_of_each(act, expert_act, block, pairs, segments, weights)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from loraplex_adapter_store.plan import AdapterPlan
+
 from .events import TokenEvent
 from .sampling_params import SamplingParams
 
@@ -31,7 +33,7 @@ class AdapterRef(Protocol):
     def digest(self) -> str: ...
 
     @property
-    def plan(self) -> object: ...
+    def plan(self) -> AdapterPlan: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,9 @@ from loraplex_kernels.errors import PoolFull
 from loraplex_kernels.exponent_coding import prefers_coded_pages
 from loraplex_kernels.packed_factors import PackedFactors
 from loraplex_kernels.pool import LoraPool
-from loraplex_router.experts import RoutedRows
+from loraplex_router.experts import PlacedExperts, RoutedRows
 from loraplex_server.model.packed_lora_linear import PackedLoraLinear
-from loraplex_server.model.routed import PlacedExperts, place_experts, rows_for
+from loraplex_server.model.routed import place_experts, rows_for
 
 from .adapter_packer import AdapterPacker
 from .capabilities import EngineCapabilities

@@ -211,7 +211,7 @@ class Engine:
         n_virtual = 0
         if source.adapter is not None:
             plan = source.adapter.plan
-            if isinstance(plan, AdapterPlan) and plan.prefix is not None:
+            if plan.prefix is not None:
                 n_virtual = plan.prefix.n_virtual
         token_ids = [-1 - index for index in range(n_virtual)] + list(source.prompt_ids)
         if not source.prompt_ids:
@@ -422,11 +422,8 @@ class Engine:
         adapter = request.source.adapter
         if adapter is None:
             return Admission.ADMITTED
-        plan = adapter.plan
-        if not isinstance(plan, AdapterPlan):
-            raise TypeError(f"the lease of {adapter.digest[:12]} carries no AdapterPlan")
         try:
-            placement = self._adapters.place(plan)
+            placement = self._adapters.place(adapter.plan)
         except AdapterUnservable as error:
             self._unplaceable[request.id] = (request, error)
             return Admission.FAILED

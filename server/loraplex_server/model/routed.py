@@ -8,35 +8,17 @@ everything else runs as if no expert existed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from loraplex_adapter_store.plan import ExpertPlan
-from loraplex_router.experts import GateStrategy, MlpBlock, RoutedRows, experts_per_row, mixed_mlp
+from loraplex_router.experts import MlpBlock, PlacedExperts, RoutedRows, mixed_mlp
 
 from .forward_context import ForwardContext
 from .packed_lora_linear import PackedLoraLinear
 
-__all__ = ["PlacedExperts", "RoutedMlp", "find_mlps", "place_experts", "rows_for"]
-
-
-@dataclass(frozen=True, slots=True)
-class PlacedExperts:
-    """The experts of one block or projection of one adapter, on the device."""
-
-    gate: Tensor  # float32 [n_experts, in_features]
-    slots: Tensor  # int32 [n_experts], pool slots
-    strategy: GateStrategy
-    top_k: int
-    top_p: float
-    shared_down: bool
-    load: Tensor  # int64 [n_experts], rows routed to each expert so far
-
-    @property
-    def k(self) -> int:
-        return experts_per_row(self.strategy, self.gate.shape[0], self.top_k)
+__all__ = ["RoutedMlp", "find_mlps", "place_experts", "rows_for"]
 
 
 def place_experts(
@@ -48,7 +30,7 @@ def place_experts(
         name: PlacedExperts(
             gate=plan.gate.to(device, torch.float32),
             slots=pool_slots[: len(plan.experts)],
-            strategy=GateStrategy(plan.strategy.value),
+            strategy=plan.strategy,
             top_k=plan.top_k,
             top_p=plan.top_p,
             shared_down=_shares_down(plan),
@@ -63,20 +45,9 @@ def rows_for(experts: Mapping[str, PlacedExperts], rows: Tensor) -> dict[str, Ro
     by_width: dict[int, Tensor] = {}
     routed = {}
     for name, placed in experts.items():
-        k = placed.k
-        if k not in by_width:
-            by_width[k] = RoutedRows.pair_rows_of(rows, k)
-        routed[name] = RoutedRows(
-            rows=rows,
-            pair_rows=by_width[k],
-            gate=placed.gate,
-            slots=placed.slots,
-            strategy=placed.strategy,
-            top_k=placed.top_k,
-            top_p=placed.top_p,
-            shared_down=placed.shared_down,
-            load=placed.load,
-        )
+        if placed.k not in by_width:
+            by_width[placed.k] = RoutedRows.pair_rows_of(rows, placed.k)
+        routed[name] = RoutedRows(rows, by_width[placed.k], placed)
     return routed
 
 

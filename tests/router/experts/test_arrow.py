@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from loraplex_router.experts import GateStrategy, arrow_prototypes, route, top_right_singular_vector
+from loraplex_adapter_store.plan import RoutingStrategy
+from loraplex_router.experts import arrow_prototypes, route, top_right_singular_vector
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_arrow_follows_peft_on_scores_and_temperature() -> None:
     x = torch.randn(6, 16)
     protos = arrow_prototypes(factors)
     tempered = arrow_prototypes(factors, temperature=0.5)
-    routing = route(x, tempered, GateStrategy.ARROW, top_k=3, top_p=0.0)
+    routing = route(x, tempered, RoutingStrategy.ARROW, top_k=3, top_p=0.0)
     similarity = (x @ protos.T).abs()
     top, index = similarity.topk(3, dim=1)
     full = torch.full_like(similarity, float("-inf")).scatter_(1, index, top)

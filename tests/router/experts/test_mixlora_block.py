@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.plan import RoutingStrategy
 from loraplex_kernels import (
     NO_PAGE,
     PAGE_RANK,
@@ -20,8 +21,8 @@ from loraplex_kernels import (
 )
 from loraplex_kernels.experts import moe_down, moe_gate_up
 from loraplex_router.experts import (
-    GateStrategy,
     MlpBlock,
+    PlacedExperts,
     RoutedRows,
     expand,
     experts_per_row,
@@ -177,12 +178,12 @@ class MixedStep:
             torch.tensor(rows, dtype=torch.int32),
         )
 
-    def routed(self, *, load: bool = False, shared_down: bool = True) -> list[RoutedRows]:
+    def routed(self, *, shared_down: bool = True) -> list[RoutedRows]:
         result = []
         for index, adapter in enumerate(self.adapters):
             if adapter is None or adapter.gate is None or not self.rows_of(index):
                 continue
-            strategy = GateStrategy(adapter.strategy)
+            strategy = RoutingStrategy(adapter.strategy)
             n_experts = len(adapter.experts)
             rows = torch.tensor(self.rows_of(index))
             k = experts_per_row(strategy, n_experts, adapter.top_k)
@@ -190,13 +191,15 @@ class MixedStep:
                 RoutedRows(
                     rows=rows,
                     pair_rows=RoutedRows.pair_rows_of(rows, k),
-                    gate=adapter.gate,
-                    slots=torch.tensor(self.slots[index], dtype=torch.int32),
-                    strategy=strategy,
-                    top_k=adapter.top_k,
-                    top_p=adapter.top_p,
-                    shared_down=shared_down,
-                    load=torch.zeros(n_experts, dtype=torch.int64) if load else None,
+                    experts=PlacedExperts(
+                        gate=adapter.gate,
+                        slots=torch.tensor(self.slots[index], dtype=torch.int32),
+                        strategy=strategy,
+                        top_k=adapter.top_k,
+                        top_p=adapter.top_p,
+                        shared_down=shared_down,
+                        load=torch.zeros(n_experts, dtype=torch.int64),
+                    ),
                 )
             )
         return result
@@ -290,9 +293,9 @@ def test_segments_hold_each_pair_once_with_ascending_rows() -> None:
 def test_expert_load_counts_every_routed_row_k_times() -> None:
     torch.manual_seed(6)
     step = MixedStep(crowd(), [3, 4, 3, 0, 3])
-    routed = step.routed(load=True)
+    routed = step.routed()
     expand(step.hidden, routed)
-    loads = [r.load for r in routed]
+    loads = [r.experts.load for r in routed]
     assert [int(load.sum()) for load in loads if load is not None] == [6, 1]
 
 
@@ -307,14 +310,18 @@ def test_experts_of_one_projection_equal_the_naive_sum(strategy: str) -> None:
     storage, tables = builder.build()
     x, gate = torch.randn(6, FF), torch.randn(4, FF) * 0.3
     rows = torch.tensor([0, 2, 3, 5])
-    kind = GateStrategy(strategy)
+    kind = RoutingStrategy(strategy)
     routed = RoutedRows(
         rows=rows,
         pair_rows=RoutedRows.pair_rows_of(rows, experts_per_row(kind, 4, 2)),
-        gate=gate,
-        slots=torch.arange(4, dtype=torch.int32),
-        strategy=kind,
-        top_k=2,
+        experts=PlacedExperts(
+            gate=gate,
+            slots=torch.arange(4, dtype=torch.int32),
+            strategy=kind,
+            top_k=2,
+            top_p=0.0,
+            load=torch.zeros(4, dtype=torch.int64),
+        ),
     )
     out = torch.zeros(6, HIDDEN)
     segments = projection_segments(x, [routed])

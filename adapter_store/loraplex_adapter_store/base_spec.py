@@ -43,7 +43,7 @@ class BaseSpec:
     model_id: str
     model_type: str
     fingerprint: str  # same for every dtype the same weights are loaded in
-    modules: Mapping[str, LinearShape]  # every linear, lm_head included
+    modules: Mapping[str, LinearShape]  # every linear, lm_head included; no router of a subclass
     embeddings: Mapping[str, EmbeddingShape]
     parameters: Mapping[str, tuple[int, ...]]  # every parameter, as stored in the checkpoint
     weight: Callable[[str], Tensor]  # module name → float32 [out, in], or [n_rows, width]
@@ -135,7 +135,7 @@ def _modules_of(
     embeddings: dict[str, EmbeddingShape] = {}
     conv1d: set[str] = set()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             has_bias = module.bias is not None
             linears[name] = LinearShape(module.in_features, module.out_features, has_bias)
         elif isinstance(module, Conv1D):

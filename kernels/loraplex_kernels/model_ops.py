@@ -256,6 +256,7 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ``q`` [T, n_heads, D] over paged keys; decode and prefill rows mixed.
@@ -263,10 +264,12 @@ def paged_attention(
     Rows ``query_starts[r] : query_starts[r + 1]`` belong to request ``r``, whose cache holds
     ``kv_lens[r]`` positions in the pages ``page_table[r]``; its queries are the last of them. Query
     ``i`` of ``n`` sees positions ≤ ``kv_lens[r] - n + i``, with ``window`` only the last ``window``
-    of those. ``softcap`` is Gemma's ``c · tanh(score / c)``. Index tensors are int32. Writes and
-    returns ``out`` (rows may be strided, as those of ``q``).
+    of those. ``softcap`` is Gemma's ``c · tanh(score / c)``. ``sinks`` [n_heads] are scores that
+    take their share of each head's softmax and give nothing (gpt-oss); with them the reference
+    runs. Index tensors are int32. Writes and returns ``out`` (rows may be strided, as those of
+    ``q``).
     """
-    if q.is_cuda and q.dtype in _TRITON_DTYPES:
+    if sinks is None and q.is_cuda and q.dtype in _TRITON_DTYPES:
         from .triton import max_head_dim, paged_attention_triton
 
         if q.shape[2] <= max_head_dim(q.dtype):
@@ -292,6 +295,7 @@ def paged_attention(
     )
     if (
         code is None
+        or sinks is not None
         or not _has_plain_heads(q, dtype)
         or not _has_plain_heads(out, dtype)
         or not takes_cache(k_cache, v_cache, dtype)
@@ -311,6 +315,7 @@ def paged_attention(
             scale=scale,
             window=window,
             softcap=softcap,
+            sinks=sinks,
             out=out,
         )
     native_ops(keep_gil=n_tokens <= _LIGHT_QUERIES).paged_attention(

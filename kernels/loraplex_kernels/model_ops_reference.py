@@ -129,6 +129,7 @@ def paged_attention_reference(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ``q`` [T, n_heads, D] over paged keys; decode and prefill rows mixed.
@@ -136,7 +137,8 @@ def paged_attention_reference(
     Rows ``query_starts[r] : query_starts[r + 1]`` belong to request ``r``, whose cache holds
     ``kv_lens[r]`` positions in the pages ``page_table[r]``; its queries are the last of them. Query
     ``i`` of ``n`` sees positions ≤ ``kv_lens[r] - n + i``, with ``window`` only the last ``window``
-    of those. ``softcap`` is Gemma's ``c · tanh(score / c)``. Writes and returns ``out``.
+    of those. ``softcap`` is Gemma's ``c · tanh(score / c)``. ``sinks`` [n_heads] are scores that
+    take their share of each head's softmax and give nothing (gpt-oss). Writes and returns ``out``.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
     page_size = k_cache.shape[2]
@@ -148,12 +150,18 @@ def paged_attention_reference(
         place = torch.arange(kv_len, device=q.device)
         slots = page_table[r].long()[place // page_size] * page_size + place % page_size
         k, v = read_kv(k_cache, v_cache, slots)
-        out[rows] = _attend(q[rows], k, v, scale, window, softcap)
+        out[rows] = _attend(q[rows], k, v, scale, window, softcap, sinks)
     return out
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
     compute = _compute_dtype(q)
     n_queries, n_heads = q.shape[:2]
@@ -168,7 +176,11 @@ def _attend(
     hidden = place > last
     if window is not None:
         hidden |= place <= last - window
-    probabilities = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        sink = sinks.to(compute)[:, None, None].expand(n_heads, n_queries, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    probabilities = scores.softmax(-1)[..., : len(k)]
     return torch.einsum("hij,jhd->ihd", probabilities, values).to(q.dtype)
 
 

@@ -66,7 +66,14 @@ def build_engine(
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = _dtype(config.dtype, device)
     model = _run_in_temp_thread(
-        lambda: load_base_model(model_path, name, dtype=dtype, device=device, fuse=config.fuse)
+        lambda: load_base_model(
+            model_path,
+            name,
+            dtype=dtype,
+            device=device,
+            fuse=config.fuse,
+            self_check=config.self_check,
+        )
     )
     engine = assemble_engine(model, config)
     return BuiltEngine(engine, tokenizer, model.spec, name)

@@ -51,6 +51,9 @@ class EngineConfig(Options):
         "native", "native, or reference: PyTorch, to compare.", Panel.ENGINE, hidden=True
     )
     fuse: bool = option(True, "Layers as one list of kernels.", Panel.ENGINE, hidden=True)
+    self_check: bool = option(
+        True, "At start, hold the base against transformers' own forward.", Panel.ENGINE
+    )
     threads: _AtLeastOne | None = option(None, "CPU threads. Default: torch's.", Panel.ENGINE)
     max_loras: _AtLeastOne = option(64, "Distinct adapters of one step.", Panel.ADAPTERS)
     max_lora_rank: _AtLeastOne | None = option(None, "Default: any rank that fits.", Panel.ADAPTERS)

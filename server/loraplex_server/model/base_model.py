@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +17,15 @@ from loraplex_kernels.model_ops import PackedLinear, silu_mul
 from loraplex_kernels.packed_linear import lay_out_together
 
 from .attention import LayerAttention, install_attention
-from .errors import ModelError
+from .errors import ModelError, UnsupportedBase
 from .forward_context import ForwardContext
 from .fused_decoder import FusedDecoder
 from .loader import run_load
+from .model_trace import ModelTrace, decoder_of, trace_model
 from .norm import replace_norms
 from .packed_lora_linear import LoraLinear, PackedLoraLinear
 from .routed import RoutedMlp, find_mlps
+from .self_check import Reference
 from .targets import group_modules
 
 __all__ = ["BaseModel", "load_base_model"]
@@ -40,19 +44,27 @@ class BaseModel:
         *,
         fuse: bool = True,
         exponent_coding: bool = True,  # weights, where that pays (see ``PackedLinear``)
+        self_check: bool = True,
     ) -> None:
-        """Takes the instance over: its linears, norms and attention are replaced."""
+        """Takes the instance over: its linears, norms and attention are replaced.
+
+        Raises UnsupportedBase if it would answer otherwise than in transformers: what a short run
+        shows to be unknown here always; a difference of the answers with ``self_check``.
+        """
         self.step = ForwardContext()
         config = model.config.get_text_config()
         self.model_type = str(config.model_type)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
-        self.max_positions = int(getattr(config, "max_position_embeddings", 2048))
+        with _named(model, model_id):
+            trace = trace_model(model)
+            reference = Reference.capture(model, trace) if self_check else None
+        self.max_positions = trace.max_positions
         self.eos_token_ids = _eos_token_ids(model)
         self.dtype = model.dtype
         self.device = model.device
-        self._softcap = getattr(config, "final_logit_softcapping", None)
-        spec = BaseSpec.of(model, model_id)
-        self.layers: list[LayerAttention] = install_attention(model, self.step)
+        self._logits = trace.logits
+        spec = _served_spec(BaseSpec.of(model, model_id), trace)
+        self.layers: list[LayerAttention] = install_attention(model, trace.attention, self.step)
         self.groups: dict[str, PackedLoraLinear] = self._replace_linears(
             model, spec, exponent_coding
         )
@@ -65,14 +77,19 @@ class BaseModel:
         for name, mlp in self.mlps.items():
             model.set_submodule(name, mlp)
         self._embedding = model.get_input_embeddings()
-        self._decoder = model.base_model
+        self._decoder = decoder_of(model)
         self._fused = (
-            FusedDecoder.of(self._decoder, self.groups, self.mlps, self.layers, self.step)
+            FusedDecoder.of(
+                self._decoder, self.groups, self.mlps, self.layers, self.step, self.max_positions
+            )
             if fuse
             else None
         )
         self.n_kv_heads = self.spec.n_kv_heads
         self.head_dim = self.spec.head_dim
+        if reference is not None:
+            with _named(model, model_id):
+                reference.check(self, model)
 
     @property
     def is_fused(self) -> bool:
@@ -94,6 +111,11 @@ class BaseModel:
         for layer, k, v in zip(self.layers, keys, values, strict=True):
             layer.keys, layer.values = k, v
 
+    def new_kv(self, n_pages: int, page_size: int) -> list[Tensor]:
+        """Keys or values of every layer, [n_pages, n_kv_heads, page_size, head_dim], zeroed."""
+        shape = (n_pages, self.n_kv_heads, page_size, self.head_dim)
+        return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
+
     def embed(self, token_ids: Tensor) -> Tensor:
         """[T] → [T, hidden_size]; a fresh tensor that the caller may change."""
         embedded: Tensor = self._embedding(token_ids)
@@ -106,6 +128,10 @@ class BaseModel:
         """
         if self._fused is not None:
             return self._fused(embeddings)
+        return self.run_modules(embeddings)
+
+    def run_modules(self, embeddings: Tensor) -> Tensor:
+        """``forward`` through transformers' modules, even if the layers are fused."""
         output = self._decoder(
             inputs_embeds=embeddings.unsqueeze(0),
             position_ids=self.step.positions.unsqueeze(0),
@@ -117,14 +143,16 @@ class BaseModel:
     @property
     def is_monotonic(self) -> bool:
         """Whether finished logits stand in the order of the head's output, equal ones included."""
-        return self._softcap is None
+        return self._logits.is_monotonic
 
     def finish_logits(self, raw: Tensor, out: Tensor) -> Tensor:
         """Fills ``out`` float32 [n, vocab_size] from the head's output, adapters included."""
-        out.copy_(raw)
-        if self._softcap is not None:
-            out.div_(self._softcap).tanh_().mul_(float(self._softcap))
-        return out
+        return self._logits.finish(out.copy_(raw))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [n, vocab_size] of the base without adapters."""
+        raw = self.head.packed(hidden)
+        return self.finish_logits(raw, torch.empty_like(raw, dtype=torch.float32))
 
     def _replace_linears(
         self, model: PreTrainedModel, spec: BaseSpec, exponent_coding: bool
@@ -154,6 +182,7 @@ def load_base_model(
     device: torch.device,
     fuse: bool = True,
     exponent_coding: bool = True,
+    self_check: bool = True,
 ) -> BaseModel:
     """Loads a causal LM from a directory. Raises ModelError with the reason if it cannot."""
     try:
@@ -163,7 +192,40 @@ def load_base_model(
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model at {str(path)!r} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
-    return BaseModel(model.to(device), model_id, fuse=fuse, exponent_coding=exponent_coding)
+    return BaseModel(
+        model.to(device),
+        model_id,
+        fuse=fuse,
+        exponent_coding=exponent_coding,
+        self_check=self_check,
+    )
+
+
+@contextlib.contextmanager
+def _named(model: PreTrainedModel, model_id: str) -> Iterator[None]:
+    """Says of which base an UnsupportedBase speaks."""
+    try:
+        yield
+    except UnsupportedBase as error:
+        raise UnsupportedBase(
+            f"the base {model_id!r} ({type(model).__name__}) cannot be served: {error}"
+        ) from error
+
+
+def _served_spec(spec: BaseSpec, trace: ModelTrace) -> BaseSpec:
+    """With the heads that the layers were seen to use, and the linears that are called as such.
+
+    A linear in another dtype than the model's (a router in float32) stays transformers' own.
+    """
+    first = next(iter(trace.attention.values()))
+    modules = {name: shape for name, shape in spec.modules.items() if name in trace.linears}
+    return dataclasses.replace(
+        spec,
+        modules=MappingProxyType(modules),
+        n_heads=first.n_heads,
+        n_kv_heads=first.n_kv_heads,
+        head_dim=first.head_dim,
+    )
 
 
 def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:

@@ -1,13 +1,14 @@
-"""Errors of getting and finding models.
+"""Errors of getting, finding and replacing models.
 
 ModelError
 ├── ModelNotPulledError   the model is not on this machine yet: `loraplex pull`
-└── PullError             the model cannot be fetched, checked or converted
+├── PullError             the model cannot be fetched, checked or converted
+└── UnsupportedBase       served here, the model would answer otherwise than in transformers
 """
 
 from __future__ import annotations
 
-__all__ = ["ModelError", "ModelNotPulledError", "PullError"]
+__all__ = ["ModelError", "ModelNotPulledError", "PullError", "UnsupportedBase"]
 
 
 class ModelError(Exception):
@@ -19,4 +20,8 @@ class ModelNotPulledError(ModelError):
 
 
 class PullError(ModelError):
+    pass
+
+
+class UnsupportedBase(ModelError):
     pass

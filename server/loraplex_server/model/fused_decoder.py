@@ -32,7 +32,6 @@ from .routed import RoutedMlp
 __all__ = ["FusedDecoder"]
 
 _FUSABLE = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm, rotary, SiLU-gated MLP
-_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # cos and sin do not depend on the batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +79,19 @@ class FusedDecoder:
         mlps: Mapping[str, RoutedMlp],
         attention: Sequence[LayerAttention],
         step: ForwardContext,
+        max_positions: int,
     ) -> FusedDecoder | None:
         """None if the architecture is not one of the fusable ones."""
         config = decoder.config
         if config.model_type not in _FUSABLE or getattr(config, "hidden_act", "") != "silu":
             return None
         rotary = decoder.rotary_emb
-        if getattr(rotary, "rope_type", "default") not in _STATIC_ROPE:
+        if any(
+            layer.spec.softcap is not None or layer.spec.sinks is not None for layer in attention
+        ):
             return None
-        positions = torch.arange(
-            config.max_position_embeddings, device=next(decoder.parameters()).device
-        )
+        # Up to ``max_positions`` the angles of every kind of RoPE are the same in every batch.
+        positions = torch.arange(max_positions, device=next(decoder.parameters()).device)
         probe = next(decoder.parameters())[:1].float()  # cos and sin stay float32
         cos, sin = rotary(probe, position_ids=positions.unsqueeze(0))
         head_dim = (
@@ -252,9 +253,6 @@ def _layer_of(
     cache: LayerAttention,
 ) -> _Layer:
     attention = layer.self_attn
-    window = getattr(attention, "sliding_window", None)
-    if window is None and attention.config.model_type == "mistral":
-        window = getattr(attention.config, "sliding_window", None)
     return _Layer(
         qkv=by_module[f"{name}.self_attn.q_proj"],
         out=by_module[f"{name}.self_attn.o_proj"],
@@ -264,6 +262,6 @@ def _layer_of(
         q_norm=getattr(attention, "q_norm", None),
         k_norm=getattr(attention, "k_norm", None),
         cache=cache,
-        scale=attention.scaling,
-        window=window,
+        scale=cache.spec.scale,
+        window=cache.spec.window,
     )

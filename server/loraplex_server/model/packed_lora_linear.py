@@ -163,6 +163,7 @@ class LoraLinear(nn.Module):
     def __init__(self, group: PackedLoraLinear, index: int, last: _LastOutput) -> None:
         super().__init__()
         self.group = group
+        self._index = index
         features = group.target.out_features
         self.in_features = group.target.in_features
         self.out_features = features[index]
@@ -175,6 +176,11 @@ class LoraLinear(nn.Module):
         """One module for each packed linear, sharing the group's last output."""
         last = _LastOutput()
         return [LoraLinear(group, index, last) for index in range(group.target.n_slices)]
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in], copied out of the packed form: for model code that looks at it (its dtype)."""
+        return self.group.packed.unpack()[self._index]
 
     def forward(self, x: Tensor) -> Tensor:
         last = self._last

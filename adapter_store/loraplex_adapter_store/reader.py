@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from loraplex_adapter_store.families.config_fields import check_fields
 from loraplex_adapter_store.families.contract import FamilyReader, Fold, ReadContext
 from loraplex_adapter_store.families.table import FAMILIES, UNSUPPORTED
 
 from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
 from .digest import digest_of
+from .effect import check_effect
 from .errors import AdapterMismatch, BaseMismatch, UnsupportedAdapter
 from .fold_check import check_fold
 from .ledger import TensorLedger
@@ -54,7 +56,9 @@ def _fold(context: ReadContext, tensors: SafetensorsFile) -> Fold:
             [f"{name} {list(ledger.shape(name))}" for name in ledger.unclaimed],
             unexpected_keys=ledger.unclaimed,
         )
+    check_fields(context.config)
     check_fold(fold, context.base, context.limits)
+    check_effect(fold, context.base)
     return fold
 
 
@@ -120,13 +124,6 @@ def _report_of(context: ReadContext, fold: Fold, plan: AdapterPlan, n_bytes: int
         name: ModuleReport(module.rank, delta_ratio(context.base, name, module))
         for name, module in sorted(plan.modules.items())
     }
-    still = [name for name, module in modules.items() if module.delta_ratio == 0.0]
-    if (
-        still
-        and len(still) == len(modules)
-        and not (plan.experts or plan.prefix or plan.replaced_weights or plan.norms)
-    ):
-        context.warnings.append("every delta is exactly zero: this adapter equals the base")
     return LoadReport(
         family=fold.family.value,
         digest=plan.digest,

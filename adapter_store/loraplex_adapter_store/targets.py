@@ -9,9 +9,7 @@ from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
 from .errors import MalformedFile
 
-__all__ = ["expand_targets", "layer_index", "module_in", "pattern_value"]
-
-_MAX_PATTERN = 2000
+__all__ = ["expand_targets", "is_feedforward", "is_saved", "layer_index", "pattern_value"]
 
 
 def expand_targets(config: AdapterConfig, base: BaseSpec) -> frozenset[str]:
@@ -23,16 +21,24 @@ def expand_targets(config: AdapterConfig, base: BaseSpec) -> frozenset[str]:
 def pattern_value(config: AdapterConfig, key: str, module: str, default: float) -> float:
     """rank_pattern/alpha_pattern: the first key that matches whole last segments of ``module``."""
     for pattern, value in config.pattern(key).items():
-        if _match(rf"(.*\.)?({pattern})$", module):
+        if config.regex.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
 
 
-def module_in(names: tuple[str, ...] | str | None, module: str) -> bool:
-    """PEFT's rule for lists of modules: a regex, or names that end the path."""
+def is_feedforward(config: AdapterConfig, module: str) -> bool:
+    """IA³'s ``feedforward_modules``: a regex, or names that end the path."""
+    names = config.names("feedforward_modules")
     if isinstance(names, str):
-        return _match(rf"(?:{names})\Z", module)
+        return config.regex.match(rf"(?:{names})\Z", module) is not None
     return names is not None and (module in names or _ends_with_any(module, names))
+
+
+def is_saved(config: AdapterConfig, module: str) -> bool:
+    """``modules_to_save`` replaces the whole module."""
+    saved = config.names("modules_to_save") or ()
+    saved = (saved,) if isinstance(saved, str) else saved
+    return any(config.regex.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved)
 
 
 def layer_index(module: str) -> int | None:
@@ -42,7 +48,7 @@ def layer_index(module: str) -> int | None:
 
 
 def _is_target(config: AdapterConfig, base: BaseSpec, name: str) -> bool:
-    if _is_excluded(config, name):
+    if _is_excluded(config, name) or is_saved(config, name):
         return False
     targets = config.names("target_modules")
     if targets is None:
@@ -50,7 +56,7 @@ def _is_target(config: AdapterConfig, base: BaseSpec, name: str) -> bool:
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
             return name in base.modules and name != base.output_head
-        return _match(rf"(?:{targets})\Z", name)
+        return config.regex.match(rf"(?:{targets})\Z", name) is not None
     if name in targets:
         return True
     return _ends_with_any(name, targets) and _in_layers(config, name)
@@ -59,13 +65,9 @@ def _is_target(config: AdapterConfig, base: BaseSpec, name: str) -> bool:
 def _is_excluded(config: AdapterConfig, name: str) -> bool:
     excluded = config.names("exclude_modules")
     if isinstance(excluded, str) and excluded:
-        if _match(rf"(?:{excluded})\Z", name):
-            return True
-    elif excluded and (name in excluded or _ends_with_any(name, excluded)):
-        return True
-    saved = config.names("modules_to_save") or ()
-    saved = (saved,) if isinstance(saved, str) else saved
-    return any(_match(rf"(^|.*\.){item}($|\..*)", name) for item in saved)
+        return config.regex.match(rf"(?:{excluded})\Z", name) is not None
+    excluded = excluded or ()
+    return name in excluded or _ends_with_any(name, excluded)
 
 
 def _ends_with_any(name: str, suffixes: Iterable[str]) -> bool:
@@ -73,35 +75,19 @@ def _ends_with_any(name: str, suffixes: Iterable[str]) -> bool:
 
 
 def _in_layers(config: AdapterConfig, name: str) -> bool:
-    wanted = config.values.get("layers_to_transform")
+    wanted, patterns = config.get("layers_to_transform"), config.names("layers_pattern")
     if wanted is None or wanted == []:
         return True
     layers = wanted if isinstance(wanted, list) else [wanted]
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         raise MalformedFile("adapter_config.json: layers_to_transform needs integers")
-    patterns = config.names("layers_pattern")
     patterns = (patterns,) if isinstance(patterns, str) else patterns or ()
-    found: re.Match[str] | None = None
     if not any(patterns):
-        found = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
-    for pattern in patterns:
-        found = found or re.match(rf"(?:^|.*?\.){_safe(pattern)}\.(?P<index>\d+)\.", name)
-    return found is not None and int(found["index"]) in layers
-
-
-def _match(pattern: str, name: str) -> bool:
-    try:
-        return re.match(_safe(pattern), name) is not None
-    except re.error as error:
-        raise MalformedFile(f"adapter_config.json: bad pattern {pattern!r}: {error}") from None
-
-
-def _safe(pattern: str) -> str:
-    """Bounds what an uploaded regular expression can cost: length, and no nested quantifiers."""
-    if len(pattern) > _MAX_PATTERN or re.search(
-        r"[+*}]\)*[+*{]|\([^()]*[+*][^()]*\)[+*{]", pattern
-    ):
-        raise MalformedFile(
-            f"adapter_config.json: pattern {pattern[:80]!r} is too complex to match"
+        return (found := re.match(r".*?\.[^.]*\.(\d+)\.", name)) is not None and (
+            int(found[1]) in layers
         )
-    return pattern
+    for pattern in patterns:
+        match = config.regex.match(rf"(?:^|.*?\.)(?:{pattern})\.(?P<index>\d+)\.", name)
+        if match is not None:
+            return int(match["index"]) in layers
+    return False

@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -286,11 +287,48 @@ def test_code_in_the_config_is_refused(store: AdapterStore) -> None:
         put(store, config, tensors)
 
 
-def test_a_pattern_built_to_backtrack_is_refused_at_once(store: AdapterStore) -> None:
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_built_to_backtrack_is_refused_within_its_budget(
+    store: AdapterStore, field: str
+) -> None:
     config, tensors = plain_lora(1)
-    config["target_modules"] = r"((a+)+)+$"
-    with pytest.raises(MalformedFile, match="too complex"):
+    pattern = r"(.|..|...)+[A-Z]+[0-9]"
+    config[field] = {pattern: 4} if field == "rank_pattern" else pattern
+    started = time.monotonic()
+    with pytest.raises(MalformedFile, match="too long to match"):
         put(store, config, tensors)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("field", ["target_modules", "layers_pattern", "modules_to_save"])
+def test_a_broken_pattern_is_refused_by_name(store: AdapterStore, field: str) -> None:
+    config, tensors = plain_lora(1)
+    config |= {"layers_to_transform": [0, 1, 2], field: "(q_proj"}
+    with pytest.raises(MalformedFile, match=r"bad pattern .*\(q_proj"):
+        put(store, config, tensors)
+
+
+def test_a_field_that_no_reader_acts_on_is_refused_by_name(store: AdapterStore) -> None:
+    config, tensors = plain_lora(1)
+    config["scale_by_position"] = 2.0
+    with pytest.raises(UnsupportedAdapter, match=r"scale_by_position: 2\.0"):
+        put(store, config, tensors)
+
+
+@pytest.mark.parametrize("unset", [None, False, "", [], {}], ids=repr)
+def test_an_unknown_field_that_is_not_set_says_nothing(store: AdapterStore, unset: object) -> None:
+    config, tensors = plain_lora(1)
+    config["use_a_later_invention"] = unset
+    put(store, config, tensors)
+    assert store.get("x").revision == 1
+
+
+def test_training_options_are_no_reason_to_refuse(store: AdapterStore) -> None:
+    config, tensors = plain_lora(1)
+    config |= {"lora_dropout": 0.1, "inference_mode": True, "peft_version": "0.19.0"}
+    config |= {"megatron_core": "megatron.core", "qalora_group_size": 16}
+    put(store, config, tensors)
+    assert store.get("x").revision == 1
 
 
 def test_an_adapter_of_another_base_is_refused_by_fingerprint(store: AdapterStore) -> None:

@@ -410,7 +410,7 @@ def test_a_part_that_is_deleted_while_its_mixture_is_built_stays_until_then(
 def test_what_cannot_be_mixed_exactly_says_why(store: AdapterStore) -> None:
     config = {"peft_type": "IA3", "target_modules": ["k_proj"], "feedforward_modules": []}
     tensors = {
-        f"base_model.model.model.layers.{i}.self_attn.k_proj.ia3_l": torch.ones(16, 1)
+        f"base_model.model.model.layers.{i}.self_attn.k_proj.ia3_l": torch.full((16, 1), 2.0)
         for i in range(3)
     }
     store.put_tensors("ia3", config, tensors)  # type: ignore[arg-type]

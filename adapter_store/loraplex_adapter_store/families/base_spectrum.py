@@ -68,23 +68,25 @@ def _psoft_module(group: ModuleGroup) -> ModulePlan:
 
 
 def _rotation(group: ModuleGroup, config: AdapterConfig, rank: int) -> Tensor:
+    n_terms = config.integer("num_cayley_neumann_terms", 5)
     if not config.flag("psoft_orth", True):
         return group.take(_R, rank, rank)
     entries = group.take(_R, rank * (rank - 1) // 2)
     skew = skew_symmetric(entries.unsqueeze(0), rank)
     if not config.flag("use_cayley_neumann", False):
         return cayley(-skew)[0]
-    longest = config.values.get("cayley_neumann_eps")
+    longest = config.get("cayley_neumann_eps")
     if longest is not None:
         norm = skew.norm()
         limit = config.number("cayley_neumann_eps")
         skew = skew * (limit / (norm + 1e-12)) if norm > limit else skew
-    return cayley_series(skew, config.integer("num_cayley_neumann_terms", 5))[0]
+    return cayley_series(skew, n_terms)[0]
 
 
 def _leading(weight: Tensor, config: AdapterConfig, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """The ``rank`` largest singular triplets: [out, r], [r], [r, in]."""
     method = config.text("psoft_svd", "full")
+    n_passes = config.integer("psoft_svd_lowrank_niter", 10)
     if method == "full":
         u, sigma, v = torch.linalg.svd(weight, full_matrices=False)
         return u[:, :rank], sigma[:rank], v[:rank]
@@ -92,8 +94,7 @@ def _leading(weight: Tensor, config: AdapterConfig, rank: int) -> tuple[Tensor, 
         raise MalformedFile(
             f"adapter_config.json: psoft_svd is {method!r}, 'full' or 'lowrank' is needed"
         )
-    seed, n_passes = config.integer("random_seed", 0), config.integer("psoft_svd_lowrank_niter", 10)
-    return _drawn_triplets(weight, rank, n_passes, seed)
+    return _drawn_triplets(weight, rank, n_passes, config.integer("random_seed", 0))
 
 
 def _drawn_triplets(

@@ -24,7 +24,7 @@ _TINY_VECTOR = "tinylora_v."
 
 
 def read_miss(context: ReadContext) -> Fold:
-    if context.config.values.get("init_weights") == "bat":
+    if context.config.get("init_weights") == "bat":
         raise UnsupportedAdapter("MiSS 'bat' multiplies the base weight: its delta has full rank")
     groups = linear_groups(context, ("miss_block",))
     modules = {module: _miss_module(group) for module, group in groups.items()}

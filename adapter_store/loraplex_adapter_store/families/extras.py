@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
-from loraplex_adapter_store.plan import Family, ModulePlan, NormPlan
+from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, NormPlan
 from loraplex_adapter_store.tensor_names import module_names, resolve_module, split_key
 
 from .contract import Fold, ReadContext
@@ -21,7 +21,11 @@ _COPY_TOLERANCE = 1e-2  # relative; copies may have gone through bfloat16
 
 
 def fold_with_extras(
-    context: ReadContext, family: Family, scale_rule: str, modules: Mapping[str, ModulePlan]
+    context: ReadContext,
+    family: Family,
+    scale_rule: str,
+    modules: Mapping[str, ModulePlan],
+    experts: Mapping[str, ExpertPlan] | None = None,
 ) -> Fold:
     """The fold of a method that adapts ``modules``, and of all that was saved beside them.
 
@@ -32,6 +36,7 @@ def fold_with_extras(
         family=family,
         scale_rule=scale_rule,
         modules=extras.modules,
+        experts=experts or {},
         embedding_rows=extras.embedding_rows,
         head_rows=extras.head_rows,
         replaced_weights=extras.replaced_weights,
@@ -53,6 +58,7 @@ def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Ex
     replaced_weights: dict[str, Tensor] = {}
     norms: dict[str, NormPlan] = {}
     rows: dict[str, dict[int, Tensor]] = {}
+    biased: set[str] = set()
     names = module_names(context.base)
     for key in context.ledger.unclaimed:
         split = split_key(
@@ -71,11 +77,13 @@ def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Ex
                 norms[module] = _with_norm_part(context, module, suffix, key, norms.get(module))
         elif suffix.endswith("bias"):
             grown[module] = _with_bias(context, module, key, grown.get(module))
+            biased.add(module)
         elif _is_saved(context, module):
             replaced_weights[module] = _saved_weight(context, module, key)
         elif module in context.base.embeddings or module == context.base.output_head:
             _check_copy(context, module, key)
     _check_saved(context, replaced_weights.keys() | norms.keys())
+    _check_biases(context, modules, biased)
     _tie(context, rows, replaced_weights)
     embedding_rows = rows.pop(context.base.input_embedding, {})
     head_rows = rows.pop(context.base.output_head, {})
@@ -100,9 +108,9 @@ def _token_rows(context: ReadContext, module: str, key: str) -> dict[int, Tensor
 
 
 def _token_indices(context: ReadContext, module: str) -> list[int]:
-    value = context.config.values.get("trainable_token_indices")
+    value = context.config.get("trainable_token_indices")
     if value is None:
-        value = context.config.values.get("token_indices")
+        value = context.config.get("token_indices")
     if isinstance(value, dict):
         leaf = module.rpartition(".")[2]
         listed = value.get(module, value.get(leaf))
@@ -184,6 +192,26 @@ def _saved_weight(context: ReadContext, module: str, key: str) -> Tensor:
     return value.t().contiguous() if module in context.base.conv1d else value
 
 
+def _check_biases(context: ReadContext, modules: Iterable[str], found: Iterable[str]) -> None:
+    """``bias`` promises the biases of all linears, or of the adapted ones."""
+    promised = context.config.text("bias", "none")
+    if promised == "none":
+        return
+    wanted = context.base.modules if promised == "all" else modules
+    lost = sorted(
+        module
+        for module in wanted
+        if module in context.base.modules and context.base.modules[module].has_bias
+    )
+    lost = [f"{module}.bias" for module in lost if module not in set(found)]
+    if lost:
+        raise AdapterMismatch(
+            f"the config says bias={promised!r}, the file lacks {len(lost)} of these biases",
+            lost,
+            missing_keys=lost,
+        )
+
+
 def _check_saved(context: ReadContext, found: Collection[str]) -> None:
     for name in _saved_names(context):
         expected = [module for module in _weighted(context) if module.endswith(name)]
@@ -206,10 +234,10 @@ def _tie(
     context: ReadContext, rows: dict[str, dict[int, Tensor]], replaced_weights: dict[str, Tensor]
 ) -> None:
     """With tied embeddings PEFT applies trained rows to the head too."""
-    base = context.base
+    base, ensured = context.base, context.config.flag("ensure_weight_tying")
     if not base.tie_word_embeddings:
         return
     if base.input_embedding in rows:
         rows.setdefault(base.output_head, dict(rows[base.input_embedding]))
-    if context.config.flag("ensure_weight_tying") and base.input_embedding in replaced_weights:
+    if ensured and base.input_embedding in replaced_weights:
         replaced_weights.setdefault(base.output_head, replaced_weights[base.input_embedding])

@@ -73,9 +73,9 @@ def _decompose(weight: Tensor, rank: int) -> _Ldu:
 
 
 def _subtracted(group: ModuleGroup, d: Tensor) -> Tensor:
+    method = group.context.config.text("init_method", "lu")
     if _Z0 in group:
         return group.take(_Z0, *d.shape)
-    method = group.context.config.text("init_method", "lu")
     if method in _FROM_DIAGONAL:
         return d
     if method == "constant":

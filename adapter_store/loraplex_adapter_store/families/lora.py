@@ -83,7 +83,9 @@ def _read_module(group: ModuleGroup, rule: InitRule) -> ModulePlan:
     b = _factor(group, _B, (group.out_features, rank)) * scale
     a, b = fold_projector(group, a), fold_core(group, b, rank)
     a, b = _on_clean_base(group, rule, a, b, rank, scale)
-    bias = group.take(_BIAS, group.out_features) * scale if _BIAS in group else None
+    bias = None
+    if group.context.config.flag("lora_bias") or _BIAS in group:
+        bias = _required(group, _BIAS, group.out_features) * scale
     if group.context.config.flag("use_dora"):
         vector = _required(group, _MAGNITUDE, group.out_features)
         return dora_module(group.context.base, group.module, a, b, vector, lora_bias=bias)

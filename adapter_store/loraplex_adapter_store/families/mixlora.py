@@ -27,6 +27,7 @@ from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, RoutingS
 from loraplex_adapter_store.targets import expand_targets, layer_index
 
 from .contract import Fold, ReadContext
+from .extras import fold_with_extras
 from .module_groups import Parts, module_group
 from .scaling import lora_scale, scale_rule
 
@@ -100,7 +101,7 @@ def read_mixlora(context: ReadContext) -> Fold:
                 ),
             )
     rule = f"{scale_rule(config)}; experts {scale_rule(expert_config)}"
-    return Fold(Family.MIXLORA, rule, modules=modules, experts=experts)
+    return fold_with_extras(context, Family.MIXLORA, rule, modules, experts)
 
 
 def read_mola(context: ReadContext) -> Fold:
@@ -114,6 +115,8 @@ def read_loramoe(context: ReadContext) -> Fold:
 def _read_per_projection(context: ReadContext, family: Family, strategy: RoutingStrategy) -> Fold:
     config, base = context.config, context.base
     n_experts, top_k = _counts(context)
+    _check_activation(config, base)
+    config.text("routing_strategy")  # MoE-PEFT writes the name of the method itself
     keys = _sort_keys(context)
     wanted = expand_targets(config, base)
     if family is Family.LORAMOE:
@@ -134,7 +137,7 @@ def _read_per_projection(context: ReadContext, family: Family, strategy: Routing
             ),
         )
     modules = {name: _pair(context, config, name, pair) for name, pair in keys.plain.items()}
-    return Fold(family, scale_rule(config), modules=modules, experts=experts)
+    return fold_with_extras(context, family, scale_rule(config), modules, experts)
 
 
 def _strategy(config: AdapterConfig) -> RoutingStrategy:
@@ -169,7 +172,7 @@ def _expert_config(config: AdapterConfig) -> AdapterConfig:
     override = config.section("expert_lora")
     if override is None:
         return config
-    return AdapterConfig({**config.values, **override.values})
+    return config.overridden_by(override)
 
 
 def _sort_keys(context: ReadContext) -> _Keys:

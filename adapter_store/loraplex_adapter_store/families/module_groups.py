@@ -167,7 +167,7 @@ def check_targets(context: ReadContext, targets: Collection[str], found: Iterabl
     if not wanted and not present:
         raise AdapterMismatch(
             "no module of the base matches target_modules "
-            f"{context.config.values.get('target_modules')!r}: the adapter would do nothing",
+            f"{context.config.get('target_modules')!r}: the adapter would do nothing",
             _some_tensors(context),
             unexpected_keys=context.ledger.unclaimed,
         )

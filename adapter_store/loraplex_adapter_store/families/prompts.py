@@ -48,7 +48,7 @@ def read_multitask_prompt(context: ReadContext) -> Fold:
     n_virtual, hidden = _n_virtual(context), context.base.hidden_size
     n_tasks, rank = config.integer("num_tasks", 1), config.integer("num_ranks", 1)
     task = config.integer("loraplex_task_id", 0)
-    if n_tasks > 1 and "loraplex_task_id" not in config.values:
+    if n_tasks > 1 and config.get("loraplex_task_id") is None:
         raise UnsupportedAdapter(
             f"this prompt is of {n_tasks} tasks and requests carry no task: add it once for each, "
             'with "loraplex_task_id": 0 and so on in adapter_config.json'

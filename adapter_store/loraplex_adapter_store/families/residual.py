@@ -47,7 +47,7 @@ class Subtracted(NamedTuple):
 
 def init_rule(config: AdapterConfig) -> InitRule:
     """Raises UnsupportedAdapter for an initialisation that is not known."""
-    value = config.values.get("init_lora_weights", True)
+    value = config.get("init_lora_weights")
     if value is None or isinstance(value, bool):
         return InitRule("", "")
     name = str(value).lower()

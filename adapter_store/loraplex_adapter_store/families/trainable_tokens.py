@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from loraplex_adapter_store.errors import AdapterMismatch
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
 from loraplex_adapter_store.plan import Family
+from loraplex_adapter_store.targets import expand_targets
 
 from .contract import Fold, ReadContext
 from .extras import fold_with_extras
@@ -12,6 +14,11 @@ __all__ = ["read"]
 
 
 def read(context: ReadContext) -> Fold:
+    elsewhere = sorted(expand_targets(context.config, context.base) - _tables(context.base))
+    if elsewhere:
+        raise UnsupportedAdapter(
+            f"trainable tokens on {', '.join(elsewhere)}: only embedding and head have token rows"
+        )
     fold = fold_with_extras(context, Family.TOKENS, "rows replaced, no scale", {})
     if not fold.embedding_rows and not fold.head_rows:
         raise AdapterMismatch(
@@ -20,3 +27,7 @@ def read(context: ReadContext) -> Fold:
             unexpected_keys=context.ledger.unclaimed,
         )
     return fold
+
+
+def _tables(base: BaseSpec) -> frozenset[str]:
+    return frozenset({base.input_embedding, base.output_head})

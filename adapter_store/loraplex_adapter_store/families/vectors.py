@@ -13,10 +13,9 @@ from collections.abc import Mapping
 
 import torch
 
-from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.errors import AdapterMismatch
 from loraplex_adapter_store.plan import Family, ModulePlan
-from loraplex_adapter_store.targets import module_in
+from loraplex_adapter_store.targets import is_feedforward
 from loraplex_adapter_store.tensor_names import module_names, resolve_module
 
 from .contract import Fold, ReadContext
@@ -67,13 +66,9 @@ def read_lofit(context: ReadContext) -> Fold:
 
 
 def _ia3_module(group: ModuleGroup) -> ModulePlan:
-    if _is_feedforward(group.context.config, group.module):
+    if is_feedforward(group.context.config, group.module):
         return ModulePlan(in_scale=group.vector("ia3_l", group.in_features))
     return ModulePlan(out_scale=group.vector("ia3_l", group.out_features))
-
-
-def _is_feedforward(config: AdapterConfig, module: str) -> bool:
-    return module_in(config.names("feedforward_modules"), module)
 
 
 def _output_projection(context: ReadContext, attention: str) -> str:

@@ -14,6 +14,8 @@ from loraplex_adapter_store.names import is_valid_name
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule, StoreConfig
 
+from .readme import describe
+
 __all__ = ["register_adapters"]
 
 _CONFIG_FILE = "adapter_config.json"
@@ -65,7 +67,7 @@ def _found_below(root: Path) -> Iterator[LoraModule]:
 def _register(store: AdapterStore, module: LoraModule) -> None:
     if not _is_current(store, module):
         told = _told_by_card(module.path)
-        description = told.description or _described(module.path)
+        description = told.description or describe(module.path)
         store.put_directory(
             module.name, module.path, description=description, examples=told.examples
         )
@@ -96,16 +98,3 @@ def _told_by_card(path: Path) -> _Told:
     if not (isinstance(description, str | None) and isinstance(examples, list)):
         return _Told()
     return _Told(description, tuple(text for text in examples if isinstance(text, str)))
-
-
-def _described(path: Path) -> str | None:
-    """The first line of prose in the adapter's README, if it has one."""
-    readme = path / "README.md"
-    if not readme.is_file():
-        return None
-    text = readme.read_text(encoding="utf-8", errors="replace")
-    body = text.split("\n---", 1)[-1] if text.startswith("---") else text
-    for line in body.splitlines():
-        if line.strip() and line.strip()[0].isalpha():
-            return line.strip()[:300]
-    return None

@@ -99,7 +99,7 @@ def _run_in_temp_thread(work: Callable[[], _T]) -> _T:
 
 
 def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
-    max_model_len = min(model.max_positions, config.max_model_len or model.max_positions)
+    max_model_len = _context(model, config)
     kv_cache = _kv_cache(model, config, max_model_len)
     inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
     adapters = DevicePool(
@@ -175,6 +175,16 @@ def _side_stream(config: EngineConfig, device: torch.device) -> SideStream | Non
 def _default_step_tokens(device: torch.device) -> int:
     """A CPU is as fast per token in small chunks, and everybody who decodes waits for a chunk."""
     return 128 if device.type == "cpu" else 512
+
+
+def _context(model: BaseModel, config: EngineConfig) -> int:
+    wanted = config.max_model_len or model.max_positions
+    if wanted > model.max_positions:
+        raise ValueError(
+            f"--max-model-len is {wanted}, but this base is right up to {model.max_positions} "
+            "positions only; give at most that"
+        )
+    return wanted
 
 
 def _kv_cache(model: BaseModel, config: EngineConfig, max_model_len: int) -> KvCache:

@@ -27,6 +27,10 @@ class LogitsFormula:
         """Whether logits stand in the order of the head's output, equal ones included."""
         return self.softcap is None and self.scale > 0
 
+    def after(self, factor: float) -> LogitsFormula:
+        """The formula for an output that is yet to be multiplied by ``factor``."""
+        return LogitsFormula(self.scale * factor, self.softcap)
+
     def finish(self, out: Tensor) -> Tensor:
         """Turns the head's output, float32, into logits in place."""
         if self.softcap is None:
@@ -39,7 +43,7 @@ class LogitsFormula:
         x, y = head_output.double(), logits.double()
         nearest, farthest = x.abs().argmin(), x.argmax()
         scale, cap = float(y[nearest] / x[nearest]), float(y[farthest])
-        for formula in (LogitsFormula(scale), LogitsFormula(scale, cap)):
+        for formula in (LogitsFormula(scale), LogitsFormula(scale, abs(cap) or None)):
             if _agrees(y, formula.finish(x.clone())):
                 return formula
         raise UnsupportedBase(

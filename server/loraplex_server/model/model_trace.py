@@ -88,7 +88,7 @@ def trace_model(model: PreTrainedModel) -> ModelTrace:
                 raise UnsupportedBase(
                     f"its forward does not run with an attention of ours: {error}"
                 ) from error
-    logits = LogitsFormula.fit(probe, output.logits[0, -1].cpu())
+    logits = LogitsFormula.fit(probe, output.logits[0, -1].cpu()).after(recorder.head_scale())
     layer_names = _layer_names(model, list(recorder.attention))
     _check_geometry(recorder.attention)
     return ModelTrace(
@@ -165,7 +165,8 @@ class _Recorder:
         self._windows: dict[int, int | None] = {}  # by identity of the mask
         self._masks: list[Tensor] = []  # so that identities stay theirs
         self._called: set[str] = set()
-        self._head_input: Tensor | None = None
+        self._hidden: Tensor | None = None  # of the decoder, float64
+        self._head_input: Tensor | None = None  # float64
         self.attention: dict[str, AttentionSpec] = {}
 
     @contextlib.contextmanager
@@ -179,8 +180,9 @@ class _Recorder:
                 setattr(module, _SLOT, self)
                 if isinstance(module, nn.Linear | Conv1D):
                     stack.enter_context(_hook(module, self._note_call(name)))
-            stack.enter_context(_hook(decoder_of(model), self._note_decoder))
-            stack.enter_context(_hook(model.get_output_embeddings(), self._check_head_input))
+            stack.enter_context(_hook(decoder_of(model), self._widen_decoder))
+            head = model.get_output_embeddings()
+            stack.callback(head.register_forward_pre_hook(self._note_head_input).remove)
             try:
                 yield
             finally:
@@ -254,15 +256,28 @@ class _Recorder:
 
         return note
 
-    def _note_decoder(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        self._head_input = output[0]
+    def head_scale(self) -> float:
+        """What the decoder's hidden states are multiplied by before the head reads them."""
+        hidden, read = self._hidden, self._head_input
+        if hidden is not None and read is not None and hidden.shape == read.shape:
+            place = hidden.abs().argmax()
+            scale = float(read.flatten()[place] / hidden.flatten()[place])
+            has_bias = getattr(self._model.get_output_embeddings(), "bias", None) is not None
+            if torch.allclose(read, hidden * scale, rtol=1e-6) and (scale == 1.0 or not has_bias):
+                return scale
+        raise UnsupportedBase(
+            "its head does not read the final hidden states of its decoder, nor a multiple of them"
+        )
 
-    def _check_head_input(self, _module: nn.Module, inputs: Any, _output: Any) -> None:
-        hidden = self._head_input
-        if hidden is None or inputs[0].shape != hidden.shape or not inputs[0].equal(hidden):
-            raise UnsupportedBase(
-                "its head does not read the final hidden states of its decoder as they are"
-            )
+    def _widen_decoder(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        """In float64 a factor before the head shows exactly."""
+        self._hidden = output.last_hidden_state.double()
+        output.last_hidden_state = self._hidden
+        return output
+
+    def _note_head_input(self, head: nn.Module, inputs: Any) -> Any:
+        self._head_input = inputs[0].double()
+        return (inputs[0].to(head.weight.dtype),)
 
 
 _Hook = Callable[[nn.Module, Any, Any], Any]

@@ -17,7 +17,7 @@ from loraplex_server.engine.sampling_params import SamplingParams
 from loraplex_server.engine.scheduler import ScheduledChunk
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.targets import group_modules
-from tests.support.architectures import ARCHITECTURES, VOCAB_SIZE, tiny_model
+from tests.support.architectures import ARCHITECTURES, RARE_BASES, VOCAB_SIZE, tiny_model
 
 _CPU = torch.device("cpu")
 
@@ -54,7 +54,20 @@ def _paged_logits(model: PreTrainedModel, token_ids: list[int], *, fuse: bool) -
 @pytest.mark.parametrize("fuse", [True, False], ids=["fused", "modules"])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_chunked_logits_equal_transformers_forward(model_type: str, fuse: bool) -> None:
-    model = tiny_model(model_type)
+    _check(tiny_model(model_type), fuse=fuse)
+
+
+@pytest.mark.parametrize("name", RARE_BASES)
+def test_a_base_with_something_of_its_own_equals_transformers_forward(name: str) -> None:
+    model_type, config = RARE_BASES[name]
+    model = tiny_model(model_type, **config)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=parameter.shape[-1] ** -0.5)  # attention and gates matter
+    _check(model, fuse=True)
+
+
+def _check(model: PreTrainedModel, *, fuse: bool) -> None:
     token_ids = torch.randint(VOCAB_SIZE, (60,)).tolist()
     with torch.no_grad():
         expected = model(torch.tensor([token_ids])).logits[0]

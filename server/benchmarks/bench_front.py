@@ -79,7 +79,7 @@ async def us_per_token(front: Front, path: str, body: dict[str, object]) -> floa
 
 
 def metrics_ms(front: Front, spec: BaseSpec) -> dict[str, object]:
-    services = front.app.state.services
+    services = front.app.state.parts
     source = write_lora(front.root / "a", spec)
     for number in range(N_ADAPTERS):
         front.store.put_directory(f"a{number}", source)

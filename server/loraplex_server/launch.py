@@ -185,7 +185,7 @@ def _run(
             timeout_graceful_shutdown=int(_CLOSE_S),
         )
     )
-    services = app.state.services
+    services = app.state.parts
     assert isinstance(services, AppState)
 
     async def main() -> None:

@@ -56,7 +56,7 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, set[
                 GenerationCollector(generated),
             ],
         )
-        services = app.state.services
+        services = app.state.parts
         services.metrics.usage.counters("pirate")
         services.metrics.answered("/health", "GET", 200, 0.1)
         services.collector.refresh_listing()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version as installed_version
 from time import time
 from typing import TYPE_CHECKING
 
@@ -25,7 +26,6 @@ from loraplex_server.api.middleware.auth import Auth
 from loraplex_server.api.middleware.body_limit import BodyLimit
 from loraplex_server.api.middleware.request_context import RequestContext
 from loraplex_server.api.middleware.tracing import Tracing
-from loraplex_server.api.protocol.body_parser import BodyParser
 from loraplex_server.api.routes import (
     adapters,
     generate,
@@ -45,10 +45,11 @@ from loraplex_server.metrics.collector import LoraplexCollector
 from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
 
-from .errors import ApiError, invalid
+from .errors import ApiError
 from .lifecycle import Lifecycle
 from .orjson_response import ORJSONResponse
 from .state import AppState
+from .validation import UnknownFields, problem_of
 
 if TYPE_CHECKING:
     from opentelemetry.trace import TracerProvider
@@ -87,7 +88,7 @@ def build_app(
     ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
     the load of routed adapters; ``tracing`` gets a span of each call.
 
-    ``app.state.services`` holds the parts, for whoever drains the server.
+    ``app.state.parts`` holds the parts, for whoever drains the server.
     """
     names = config.http.served_model_names or (model_name,)
     executor = ThreadPoolExecutor(_N_STORE_THREADS, thread_name_prefix="loraplex-store")
@@ -99,14 +100,14 @@ def build_app(
     for collector in collectors:
         registry.register(collector)
 
-    app = FastAPI(title="Loraplex", docs_url=None, redoc_url=None)
-    app.state.services = AppState(
+    app = FastAPI(title="Loraplex", version=installed_version("loraplex"), redoc_url=None)
+    app.state.parts = AppState(
         engine=engine,
         store=store,
         text=TextPipeline(tokenizer, vocab_size=vocab_size),
         config=config,
         resolver=AdapterResolver(store, names, executor, resolver),
-        parser=BodyParser(),
+        unknown_fields=UnknownFields(),
         metrics=metrics,
         registry=registry,
         collector=own,
@@ -116,12 +117,12 @@ def build_app(
         executor=executor,
         device=device,
         unloads=DeviceUnloads(device),
+        generated=generated,
+        semantic=semantic,
+        experts=experts,
         model_root=model_name,
         started=int(time()),
     )
-    app.state.generated = generated
-    app.state.semantic = semantic
-    app.state.experts = experts
     # routing before adapters: an adapter's name may hold slashes and would swallow the rest.
     for module in (
         generate,
@@ -171,9 +172,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        problem = error.errors()[0]
-        param = str(problem["loc"][-1])
-        return ORJSONResponse.of_error(invalid(f"invalid {param!r}: {problem['msg']}", param))
+        return ORJSONResponse.of_error(problem_of(error.errors()))
 
     async def client_left(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # for the log: nobody reads it

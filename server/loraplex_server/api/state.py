@@ -7,29 +7,33 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import time
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
+from fastapi import Depends
 from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 
 from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.device_tier import DeviceTier, DeviceUnloads
+from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.resolver import AdapterResolver
-from loraplex_server.api.protocol.body_parser import BodyParser
+from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.api.serving.generation import LiveGenerations
 from loraplex_server.api.serving.text_pipeline import TextPipeline
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.engine.client import EngineClient
+from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.collector import LoraplexCollector
 from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
 
 from .errors import from_store
 from .lifecycle import Lifecycle
+from .validation import UnknownFields
 
-__all__ = ["AppState", "in_store_thread", "state_of"]
+__all__ = ["AppState", "State", "in_store_thread", "state_of"]
 
 T = TypeVar("T")
 
@@ -41,7 +45,7 @@ class AppState:
     text: TextPipeline
     config: ServerConfig
     resolver: AdapterResolver
-    parser: BodyParser
+    unknown_fields: UnknownFields
     metrics: ServerMetrics
     registry: CollectorRegistry
     collector: LoraplexCollector
@@ -51,6 +55,9 @@ class AppState:
     executor: Executor  # for the store's blocking calls
     device: DeviceTier | None  # None: the engine does not tell
     unloads: DeviceUnloads
+    generated: GeneratedAdapters | None  # None: no adapters from a sentence
+    semantic: SemanticRouter | None  # None: no ``auto``
+    experts: ExpertMonitor | None
     model_root: str  # opaque name of the base's weights: a model id, never a path
     started: int = 0  # seconds since the epoch
 
@@ -59,16 +66,19 @@ class AppState:
 
 
 def state_of(request: Request) -> AppState:
-    services = request.app.state.services
-    assert isinstance(services, AppState)
-    return services
+    state = request.app.state.parts
+    assert isinstance(state, AppState)
+    return state
+
+
+State = Annotated[AppState, Depends(state_of)]  # the parameter of a route
 
 
 async def in_store_thread(
-    services: AppState, work: Callable[[], T], access: AdapterAccess = EVERY_ADAPTER
+    state: AppState, work: Callable[[], T], access: AdapterAccess = EVERY_ADAPTER
 ) -> T:
     """Runs a blocking call of the store off the event loop. Raises ApiError."""
     try:
-        return await asyncio.get_running_loop().run_in_executor(services.executor, work)
+        return await asyncio.get_running_loop().run_in_executor(state.executor, work)
     except StoreError as error:
         raise from_store(error, param="name", access=access) from error

@@ -202,7 +202,7 @@ class Device:
 
 async def test_pin_unpin_warm_and_delete_reach_the_device(lora: Front) -> None:
     device = Device()
-    services = lora.app.state.services
+    services = lora.app.state.parts
     object.__setattr__(services, "device", device)
     object.__setattr__(services, "unloads", DeviceUnloads(device))
     digest = lora.store.get("org/poet").digest

@@ -122,4 +122,4 @@ async def test_secrets_never_reach_the_log(locked: Front, caplog: pytest.LogCapt
         await locked.client.get("/v1/models", headers=bearer("wrong-" + INFER))
     assert ADMIN not in caplog.text
     assert INFER not in caplog.text
-    assert ADMIN not in repr(locked.app.state.services.config)
+    assert ADMIN not in repr(locked.app.state.parts.config)

@@ -10,10 +10,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from loraplex_server.api.protocol.generation import ChatBody, CompletionBody
+from loraplex_server.api.protocol.chat import ChatBody
+from loraplex_server.api.protocol.completion import CompletionBody
 from tests.server.conftest import Front
 
 pytestmark = pytest.mark.anyio
+JSON = {"content-type": "application/json"}
 
 
 def error_of(answer: httpx.Response) -> dict[str, object]:
@@ -140,9 +142,23 @@ async def test_harmless_values_of_unsupported_fields_pass(front: Front, value: s
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"a": NaN}', b"\xff", b"[" * 5000])
 async def test_a_body_that_is_no_json_object_is_a_400(front: Front, body: bytes) -> None:
-    answer = await front.client.post("/v1/chat/completions", content=body)
+    answer = await front.client.post("/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == 400
     assert error_of(answer)["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+@pytest.mark.parametrize(
+    "path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/v1/adapters/generate"]
+)
+async def test_what_a_web_page_can_send_unasked_is_a_415(
+    front: Front, path: str, kind: str
+) -> None:
+    body = b'{"model": "base", "messages": [{"role": "user", "content": "hi"}]}'
+    answer = await front.client.post(path, content=body, headers={"content-type": kind})
+    assert answer.status_code == 415
+    assert error_of(answer)["code"] == "unsupported_media_type"
+    assert not front.engine.requests
 
 
 async def test_a_prompt_longer_than_the_context_is_a_400(front: Front) -> None:
@@ -178,8 +194,8 @@ async def test_an_unknown_url_or_method_is_an_error_object(front: Front) -> None
 
 
 async def test_a_body_over_the_limit_is_a_413_whether_declared_or_streamed(front: Front) -> None:
-    limit = front.app.state.services.config.http.max_body_bytes
-    answer = await front.client.post("/v1/completions", content=b"x" * (limit + 1))
+    limit = front.app.state.parts.config.http.max_body_bytes
+    answer = await front.client.post("/v1/completions", content=b"x" * (limit + 1), headers=JSON)
     assert answer.status_code == 413
     error_of(answer)
 
@@ -187,20 +203,20 @@ async def test_a_body_over_the_limit_is_a_413_whether_declared_or_streamed(front
         for _ in range(limit // 2**20 + 1):
             yield b"x" * 2**20
 
-    answer = await front.client.post("/v1/completions", content=pieces())
+    answer = await front.client.post("/v1/completions", content=pieces(), headers=JSON)
     assert answer.status_code == 413
     assert error_of(answer)["code"] == "body_too_large"
 
 
 async def test_a_template_that_fails_is_a_400(front: Front) -> None:
-    front.app.state.services.text._chat.chat_template, kept = (
+    front.app.state.parts.text._chat.chat_template, kept = (
         "{{ raise_exception('roles must alternate') }}",
-        front.app.state.services.text._chat.chat_template,
+        front.app.state.parts.text._chat.chat_template,
     )
     try:
         answer = await front.chat()
     finally:
-        front.app.state.services.text._chat.chat_template = kept
+        front.app.state.parts.text._chat.chat_template = kept
     assert answer.status_code == 400
     assert "roles must alternate" in str(error_of(answer)["message"])
     assert error_of(answer)["param"] == "messages"

@@ -178,7 +178,7 @@ async def test_busy_adapters_tell_their_tier_and_all_are_counted_by_it(lora: Fro
     lora.engine.current = EngineStats(
         resident_adapters=(digest,), n_adapter_loads=2, adapter_load_seconds=0.5
     )
-    lora.app.state.services.collector._listed_at = float("-inf")
+    lora.app.state.parts.collector._listed_at = float("-inf")
     found = await samples(lora)
     assert value(found, "loraplex_adapter_tier", adapter="pirate", tier="device") == 1
     assert value(found, "loraplex_adapters_by_tier", tier="device") == 1
@@ -200,10 +200,10 @@ async def test_a_thousand_adapters_do_not_make_a_thousand_series(
     def listed() -> tuple[AdapterCard, ...]:
         return cards
 
-    collector = lora.app.state.services.collector
+    collector = lora.app.state.parts.collector
     monkeypatch.setattr(lora.store, "list", listed)
     collector._listed_at = float("-inf")
-    metrics = lora.app.state.services.metrics
+    metrics = lora.app.state.parts.metrics
     for number in range(1000):
         metrics.usage.counters(f"a{number}").n_requests += 1
     lora.engine.current = EngineStats(resident_adapters=tuple(c.digest for c in cards[:50]))

@@ -141,7 +141,7 @@ async def test_an_adapter_registered_later_is_found_once_the_listing_is_old(
     source = write_lora(routed.root / "cook", base_spec, seed=9)
     examples = ["How do I bake bread?", "A soup with lentils, please"]
     routed.store.put_directory("cook", source, description="Gives recipes", examples=examples)
-    router = routed.app.state.semantic
+    router = routed.app.state.parts.semantic
     router._listed_at = float("-inf")
     body = (await routed.post("/v1/route", {"input": "How do I bake bread with lentils?"})).json()
     assert body["candidates"][0]["name"] == "cook"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
+from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.engine.errors import EngineDead, EngineDraining
-from tests.server.conftest import Front
+from loraplex_server.settings import HttpConfig
+from tests.server.conftest import Front, make_front
 from tests.support.asgi_call import events_of
 
 pytestmark = pytest.mark.anyio
@@ -145,10 +148,10 @@ async def test_an_error_in_the_stream_is_an_event_and_then_done(front: Front) ->
     assert set(error["error"]) == {"message", "type", "param", "code"}
 
 
-async def test_pings_keep_a_silent_stream_open(front: Front) -> None:
-    services = front.app.state.services
-    http = replace(services.config.http, ping_interval_s=0.01)
-    object.__setattr__(services, "config", replace(services.config, http=http))
+async def test_pings_keep_a_silent_stream_open(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    front = make_front(tokenizer, base_spec, tmp_path, HttpConfig(ping_interval_s=0.01))
     front.engine.manual = True
     async with front.call("/v1/chat/completions", CHAT) as call:
         assert await call.next_body() == b": ping\n\n"
@@ -176,7 +179,7 @@ async def test_a_client_that_leaves_cancels_its_engine_requests(
         assert call.ended
     assert front.engine.n_running == 0
     assert len(front.engine.cancelled) == 2
-    assert len(front.app.state.services.live) == 0
+    assert len(front.app.state.parts.live) == 0
 
 
 async def test_a_completion_stream_has_text_chunks_and_no_role(front: Front) -> None:

@@ -11,14 +11,25 @@ from loraplex_server.adapters.jobs import Job, JobStatus, Progress
 from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.uploads import receive_upload
 from loraplex_server.api.errors import ApiError, invalid, not_found
-from loraplex_server.api.openapi import body_of
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.protocol.generation import AdapterSourceBody
+from loraplex_server.api.protocol.adapters import AdapterSourceBody
 from loraplex_server.api.state import AppState, in_store_thread, state_of
+from loraplex_server.api.validation import read_body
 
 __all__ = ["router"]
 
 router = APIRouter()
+
+# FastAPI cannot declare two kinds of body for one route.
+_EITHER_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": AdapterSourceBody.model_json_schema()},
+            "multipart/form-data": {"schema": {"type": "object"}},
+        },
+    }
+}
 
 
 @router.get("/v1/adapters")
@@ -82,7 +93,7 @@ async def show_adapter(request: Request, name: AdapterName) -> Response:
     return _answer(services, card)
 
 
-@router.put("/v1/adapters/{name:path}", openapi_extra=body_of(AdapterSourceBody))
+@router.put("/v1/adapters/{name:path}", openapi_extra=_EITHER_BODY)
 async def put_adapter(request: Request, name: AdapterName) -> Response:
     """From a source (JSON) or an upload (multipart). ``If-Match`` makes it compare-and-set."""
     services = state_of(request)
@@ -116,7 +127,7 @@ async def delete_adapter(request: Request, name: AdapterName, timeout_s: float =
 
 
 async def _put_source(services: AppState, request: Request, name: str) -> Response:
-    body = await services.parser.parse(request, AdapterSourceBody)
+    body = await read_body(request, AdapterSourceBody)
     uri = source_uri(services, body.source, param="source")
     if_match, replace = _conditions(request)
     created = not await _exists(services, name)

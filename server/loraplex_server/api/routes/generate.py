@@ -5,33 +5,32 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from loraplex_server.api.errors import ApiError
-from loraplex_server.api.openapi import body_of
-from loraplex_server.api.protocol.generation import ChatBody, CompletionBody
-from loraplex_server.api.serving.call import answer
+from loraplex_server.api.json_route import JsonRoute
+from loraplex_server.api.protocol.chat import ChatBody, ChatCompletion
+from loraplex_server.api.protocol.completion import Completion, CompletionBody
+from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.serving.chat import ChatCall
 from loraplex_server.api.serving.completion import CompletionCall
-from loraplex_server.api.state import state_of
+from loraplex_server.api.state import State
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/chat/completions", openapi_extra=body_of(ChatBody))
-async def chat_completions(request: Request) -> Response:
-    services = state_of(request)
-    body = await services.parser.parse(request, ChatBody)
-    return await answer(ChatCall(services, request, body), body, request, services)
+@router.post(
+    "/v1/chat/completions", response_model=ChatCompletion, responses=errors(404, 415, 422, 499)
+)
+async def chat_completions(body: ChatBody, request: Request, state: State) -> Response:
+    return await ChatCall(state, request, body).respond()
 
 
-@router.post("/v1/completions", openapi_extra=body_of(CompletionBody))
-async def completions(request: Request) -> Response:
-    services = state_of(request)
-    body = await services.parser.parse(request, CompletionBody)
-    return await answer(CompletionCall(services, request, body), body, request, services)
+@router.post("/v1/completions", response_model=Completion, responses=errors(404, 415, 422, 499))
+async def completions(body: CompletionBody, request: Request, state: State) -> Response:
+    return await CompletionCall(state, request, body).respond()
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", include_in_schema=False)
 async def embeddings() -> Response:
     raise ApiError(
         404,

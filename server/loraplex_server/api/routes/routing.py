@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 
 from loraplex_router.experts import ExpertLoad
 from loraplex_server.adapters.access import AdapterName, access_of
-from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.api.errors import invalid
-from loraplex_server.api.openapi import body_of
+from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.protocol.generation import RouteBody
-from loraplex_server.api.protocol.messages import plain_messages, routing_text
-from loraplex_server.api.state import in_store_thread, state_of
-from loraplex_server.engine.expert_monitor import ExpertMonitor
+from loraplex_server.api.protocol.errors import errors
+from loraplex_server.api.protocol.routing import ExpertRouting, Route, RouteBody
+from loraplex_server.api.serving.messages import plain_messages, routing_text
+from loraplex_server.api.state import State, in_store_thread
 
 __all__ = ["router"]
 
-router = APIRouter()
-
-_MAX_WINDOW_S = 600.0
+router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/route", openapi_extra=body_of(RouteBody))
-async def route(request: Request) -> Response:
+@router.post("/v1/route", response_model=Route, responses=errors(415))
+async def route(body: RouteBody, request: Request, state: State) -> Response:
     """Which adapter ``auto`` would choose for ``input`` or ``messages``, and why."""
-    services = state_of(request)
-    body = await services.parser.parse(request, RouteBody)
-    semantic = request.app.state.semantic
-    if not isinstance(semantic, SemanticRouter):
+    semantic = state.semantic
+    if semantic is None:
         raise invalid("semantic routing is not enabled on this server", None, "feature_not_enabled")
     if (body.input is None) == (body.messages is None):
         raise invalid("give either 'input' or 'messages'", "input")
@@ -42,15 +39,16 @@ async def route(request: Request) -> Response:
     return ORJSONResponse({"object": "route", "method": "auto", **decision.to_json()})
 
 
-@router.get("/v1/adapters/{name:path}/routing")
-async def expert_routing(request: Request, name: AdapterName, window_s: float = 60.0) -> Response:
+@router.get("/v1/adapters/{name:path}/routing", response_model=ExpertRouting, responses=errors(404))
+async def expert_routing(
+    request: Request,
+    name: AdapterName,
+    state: State,
+    window_s: Annotated[float, Query(gt=0, le=600, allow_inf_nan=False)] = 60.0,
+) -> Response:
     """Rows per expert of each routed place over the last ``window_s`` seconds."""
-    services = state_of(request)
-    if not 0 < window_s <= _MAX_WINDOW_S:
-        raise invalid(f"window_s must be above 0 and at most {_MAX_WINDOW_S:g}", "window_s")
-    card = await in_store_thread(services, lambda: services.store.get(name), access_of(request))
-    monitor = request.app.state.experts
-    load = monitor.load(card.digest, window_s) if isinstance(monitor, ExpertMonitor) else None
+    card = await in_store_thread(state, lambda: state.store.get(name), access_of(request))
+    load = None if state.experts is None else state.experts.load(card.digest, window_s)
     return ORJSONResponse(
         {
             "object": "adapter.routing",

@@ -6,63 +6,63 @@ from fastapi import APIRouter, Request, Response
 
 from loraplex_server.adapters.access import access_of
 from loraplex_server.api.errors import invalid
-from loraplex_server.api.openapi import body_of
+from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.protocol.generation import DetokenizeBody, TokenizeBody
-from loraplex_server.api.protocol.messages import plain_messages, template_arguments
-from loraplex_server.api.state import AppState, state_of
+from loraplex_server.api.protocol.errors import errors
+from loraplex_server.api.protocol.tokens import (
+    DetokenizeBody,
+    Detokenized,
+    TokenizeBody,
+    Tokenized,
+)
+from loraplex_server.api.serving.messages import plain_messages, template_arguments
+from loraplex_server.api.state import AppState, State
 from loraplex_server.api_keys import AdapterAccess
 
 __all__ = ["router"]
 
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/tokenize", openapi_extra=body_of(TokenizeBody))
-async def tokenize(request: Request) -> Response:
-    services = state_of(request)
-    body = await services.parser.parse(request, TokenizeBody)
+@router.post("/tokenize", response_model=Tokenized, responses=errors(404, 415, 422))
+async def tokenize(body: TokenizeBody, request: Request, state: State) -> Response:
     if (body.prompt is None) == (body.messages is None):
         raise invalid("give either prompt or messages", "prompt")
     if body.prompt is not None:
         special = body.add_special_tokens is not False
-        ids = await services.text.encode(body.prompt, add_special_tokens=special)
+        ids = await state.text.encode(body.prompt, add_special_tokens=special)
     else:
-        ids = await _chat_ids(services, body, access_of(request))
+        ids = await _chat_ids(state, body, access_of(request))
     tokens = None
     if body.return_token_strs:
-        tokens = [services.text.token_texts.get(token_id).text for token_id in ids]
+        tokens = [state.text.token_texts.get(token_id).text for token_id in ids]
     return ORJSONResponse(
         {
             "count": len(ids),
-            "max_model_len": services.engine.max_model_len,
+            "max_model_len": state.engine.max_model_len,
             "tokens": ids,
             "token_strs": tokens,
         }
     )
 
 
-@router.post("/detokenize", openapi_extra=body_of(DetokenizeBody))
-async def detokenize(request: Request) -> Response:
-    services = state_of(request)
-    body = await services.parser.parse(request, DetokenizeBody)
-    services.text.check_ids(body.tokens, "tokens")
+@router.post("/detokenize", response_model=Detokenized, responses=errors(415))
+async def detokenize(body: DetokenizeBody, state: State) -> Response:
+    state.text.check_ids(body.tokens, "tokens")
     return ORJSONResponse(
-        {"prompt": await services.text.decode(body.tokens, skip_special_tokens=False)}
+        {"prompt": await state.text.decode(body.tokens, skip_special_tokens=False)}
     )
 
 
-async def _chat_ids(
-    services: AppState, body: TokenizeBody, access: AdapterAccess
-) -> tuple[int, ...]:
+async def _chat_ids(state: AppState, body: TokenizeBody, access: AdapterAccess) -> tuple[int, ...]:
     """With the template that a chat through the same adapter would use."""
     assert body.messages is not None
-    asked = services.resolver.parse(model=body.model, adapter=body.adapter)
+    asked = state.resolver.parse(model=body.model, adapter=body.adapter)
     messages = plain_messages(body.messages)
     arguments = template_arguments(body.chat_template_kwargs)
-    chosen = await services.resolver.resolve(asked, access=access)
+    chosen = await state.resolver.resolve(asked, access=access)
     try:
-        return await services.text.encode_chat(
+        return await state.text.encode_chat(
             messages,
             template=chosen.lease.plan.chat_template if chosen.lease else None,
             add_generation_prompt=body.add_generation_prompt is not False,

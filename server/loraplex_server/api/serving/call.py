@@ -1,12 +1,13 @@
-"""From a checked body to a running generation: the steps that chat and completions share."""
+"""A chat or completions call: resolve → tokenise → submit → format. One object for one call."""
 
 from __future__ import annotations
 
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,7 +16,6 @@ from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.generation import GenerationBody
-from loraplex_server.api.protocol.unsupported import refuse_unsupported
 from loraplex_server.api.request_info import info_of
 from loraplex_server.api.state import AppState
 from loraplex_server.api.streaming.sse import SseResponse
@@ -26,9 +26,10 @@ from .chat_format import AnswerHead
 from .choice import ChoiceDelta, ChoiceRequest, CollectedChoice
 from .disconnect import unless_client_leaves
 from .generation import Generation, Usage
-from .sampling import StopRule, seed_of_choice
+from .sampling import StopRule, seed_of_choice, stop_rule
+from .unsupported import refuse_unsupported
 
-__all__ = ["AnswerFormat", "Call", "CallBasics", "OpenCall", "PromptPlan", "answer", "n_choices"]
+__all__ = ["AnswerFormat", "Prompt", "TextCall"]
 
 
 class AnswerFormat(Protocol):
@@ -42,7 +43,7 @@ class AnswerFormat(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class PromptPlan:
+class Prompt:
     """One prompt and how to continue it."""
 
     ids: tuple[int, ...]
@@ -50,152 +51,159 @@ class PromptPlan:
     discard_output: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class OpenCall:
-    generation: Generation
-    format: AnswerFormat
+class TextCall(ABC):
+    """What ``ChatCall`` and ``CompletionCall`` share: all but the prompt and the answer's form.
 
+    The constructor checks everything that needs neither adapter nor prompt; ``respond`` does the
+    rest. Whatever happens, the adapter is released and what still runs is cancelled.
+    """
 
-class Call(Protocol):
-    """One chat or completions call. ``open`` resolves, leases, tokenises and submits."""
+    id_prefix: ClassVar[str]
+    prompt_param: ClassVar[str]  # the field that holds the prompt, for errors
 
-    async def open(self) -> OpenCall:
-        """Raises ApiError, and then holds nothing. The caller closes the generation."""
-
-
-async def answer(
-    call: Call, body: GenerationBody, request: Request, services: AppState
-) -> Response:
-    """Streams or answers at once; either way the client leaving cancels the engine requests."""
-    if body.stream:
-        with_usage = bool(body.stream_options and body.stream_options.include_usage)
-        events = _events(call, request, with_usage=with_usage)
-        return SseResponse(events, ping_s=services.config.http.ping_interval_s)
-    return ORJSONResponse(await unless_client_leaves(_body(call, request), request.receive))
-
-
-async def _events(call: Call, request: Request, *, with_usage: bool) -> AsyncGenerator[bytes, None]:
-    opened = await call.open()
-    generation, format_ = opened.generation, opened.format
-    try:
-        async for deltas in generation.deltas():
-            usage = generation.usage
-            if events := b"".join([format_.chunks(delta, usage) for delta in deltas]):
-                yield events
-        if with_usage:
-            yield format_.usage_chunk(generation.usage)
-    finally:
-        _close(generation, request)
-
-
-async def _body(call: Call, request: Request) -> bytes:
-    opened = await call.open()
-    try:
-        choices = await opened.generation.collect()
-        return opened.format.body(choices, opened.generation.usage)
-    finally:
-        _close(opened.generation, request)
-
-
-def _close(generation: Generation, request: Request) -> None:
-    generation.close()
-    info = info_of(request.scope)
-    info.n_prompt_tokens, info.n_output_tokens, _ = generation.usage
-
-
-class CallBasics:
-    """What ``open`` of both kinds of call does before and after the prompt is known."""
-
-    def __init__(self, services: AppState, request: Request, body: GenerationBody) -> None:
-        """Checks everything that needs neither adapter nor prompt. Raises ApiError."""
+    def __init__(
+        self, state: AppState, request: Request, body: GenerationBody, n_prompts: int
+    ) -> None:
+        """Raises ApiError."""
         refuse_unsupported(body.model_extra or {})
-        services.lifecycle.check_admitting()
+        state.unknown_fields.warn(body.model_extra or ())
+        state.lifecycle.check_admitting()
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options is for streams only", "stream_options")
-        self.services = services
+        self.state = state
+        self.request = request
         self.info = info_of(request.scope)
         if self.info.meter is not None:
             self.info.meter.check_tokens()
-        self.body = body
-        self.asked = services.resolver.parse(
+        self.stop: StopRule = stop_rule(body)
+        self.n = body.n or 1  # choices of each prompt
+        limit = state.config.http.max_choices
+        if self.n * n_prompts > limit:
+            raise invalid(
+                f"{n_prompts} prompts × n={self.n} is more than the {limit} choices of one call",
+                "n",
+            )
+        self.adapter_request = state.resolver.parse(
             model=body.model, adapter=body.adapter, adapter_id=body.adapter_id
         )
+        self._body = body
 
-    async def choose(self, text: str) -> tuple[ResolvedAdapter, float]:
-        """The adapter and the seconds it took to get."""
+    @property
+    @abstractmethod
+    def routing_text(self) -> str:
+        """What ``auto`` looks at."""
+
+    @abstractmethod
+    async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
+        """The prompts, tokenised. Raises ApiError."""
+
+    @abstractmethod
+    def format(self, head: AnswerHead) -> AnswerFormat:
+        """Called after ``prompts``."""
+
+    @property
+    @abstractmethod
+    def with_logprobs(self) -> bool: ...
+
+    async def respond(self) -> Response:
+        """Streams or answers at once; either way a client that leaves stops the work."""
+        if self._body.stream:
+            return SseResponse(self._events(), ping_s=self.state.config.http.ping_interval_s)
+        return ORJSONResponse(await unless_client_leaves(self._answer(), self.request.receive))
+
+    async def _events(self) -> AsyncGenerator[bytes, None]:
+        generation, format_ = await self._start()
+        options = self._body.stream_options
+        try:
+            async for deltas in generation.deltas():
+                usage = generation.usage
+                if events := b"".join([format_.chunks(delta, usage) for delta in deltas]):
+                    yield events
+            if options is not None and options.include_usage:
+                yield format_.usage_chunk(generation.usage)
+        finally:
+            self._close(generation)
+
+    async def _answer(self) -> bytes:
+        generation, format_ = await self._start()
+        try:
+            choices = await generation.collect()
+            return format_.body(choices, generation.usage)
+        finally:
+            self._close(generation)
+
+    def _close(self, generation: Generation) -> None:
+        generation.close()
+        self.info.n_prompt_tokens, self.info.n_output_tokens, _ = generation.usage
+
+    async def _start(self) -> tuple[Generation, AnswerFormat]:
+        """Raises ApiError, and then holds nothing. The caller closes the generation."""
         started = perf_counter()
-        chosen = await self.services.resolver.resolve(self.asked, text, self.info.access)
-        self.info.adapter = chosen.header
-        return chosen, perf_counter() - started
+        resolved = await self.state.resolver.resolve(
+            self.adapter_request, self.routing_text, self.info.access
+        )
+        self.info.adapter = resolved.header
+        load_s = perf_counter() - started
+        try:
+            prompts = await self.prompts(resolved)
+            head = self._head(resolved)
+            format_ = self.format(head)
+        except BaseException:
+            resolved.release()
+            raise
+        return self._submit(head.id, prompts, resolved, load_s), format_
 
-    def head(self, id_prefix: str, chosen: ResolvedAdapter, *, with_logprobs: bool) -> AnswerHead:
-        options = self.body.stream_options
+    def _head(self, resolved: ResolvedAdapter) -> AnswerHead:
+        options = self._body.stream_options
+        include_usage = bool(options and options.include_usage)
         return AnswerHead(
-            id=f"{id_prefix}-{uuid.uuid4().hex}",
-            created=self.services.now(),
-            model=self.asked.model,
-            adapter=chosen.to_json(),
-            routing=chosen.routing,
-            with_logprobs=with_logprobs,
-            with_token_ids=bool(self.body.return_token_ids),
-            include_usage=bool(options and options.include_usage),
-            usage_in_every_chunk=bool(
-                options and options.include_usage and options.continuous_usage_stats
-            ),
+            id=f"{self.id_prefix}-{uuid.uuid4().hex}",
+            created=self.state.now(),
+            model=self.adapter_request.model,
+            adapter=resolved.to_json(),
+            routing=resolved.routing,
+            with_logprobs=self.with_logprobs,
+            with_token_ids=bool(self._body.return_token_ids),
+            include_usage=include_usage,
+            usage_in_every_chunk=include_usage and bool(options and options.continuous_usage_stats),
         )
 
-    def generation(
-        self,
-        call_id: str,
-        prompts: Sequence[PromptPlan],
-        stop: StopRule,
-        chosen: ResolvedAdapter,
-        *,
-        n: int,
-        load_s: float,
-        prompt_param: str,
+    def _submit(
+        self, call_id: str, prompts: Sequence[Prompt], resolved: ResolvedAdapter, load_s: float
     ) -> Generation:
-        """Submits ``n`` choices of each prompt. Takes over ``chosen``, also when it raises."""
+        """Submits ``n`` choices of each prompt. Takes over ``resolved``, also when it raises."""
         n_prompt = sum(len(prompt.ids) for prompt in prompts)
-        salt = f"{self.info.tenant}/{self.body.cache_salt or ''}".strip("/")
-        skip_special = self.body.skip_special_tokens is not False
-        requests: list[ChoiceRequest] = []
+        salt = f"{self.info.tenant}/{self._body.cache_salt or ''}".strip("/")
+        skip_special = self._body.skip_special_tokens is not False
+        choices: list[ChoiceRequest] = []
         for prompt in prompts:
-            for index in range(n):
+            for index in range(self.n):
                 request = GenerationRequest(
-                    request_id=f"{call_id}-{len(requests)}",
+                    request_id=f"{call_id}-{len(choices)}",
                     prompt_ids=prompt.ids,
                     sampling=seed_of_choice(prompt.sampling, index),
-                    adapter=chosen.lease,
+                    adapter=resolved.lease,
                     cache_salt=salt,
                 )
-                requests.append(ChoiceRequest(request, stop, skip_special, prompt.discard_output))
+                choices.append(
+                    ChoiceRequest(request, self.stop, skip_special, prompt.discard_output)
+                )
         generation = Generation(
-            self.services.engine,
-            self.services.text.backend,
-            requests,
-            chosen=chosen,
-            live=self.services.live,
+            self.state.engine,
+            self.state.text.backend,
+            choices,
+            chosen=resolved,
+            live=self.state.live,
             meter=self.info.meter,
-            metrics=self.services.metrics.call(
-                chosen.metrics_label,
+            metrics=self.state.metrics.call(
+                resolved.metrics_label,
                 load_s=load_s,
-                n=n,
+                n=self.n,
                 max_tokens=prompts[0].sampling.max_tokens,
                 n_prompt=n_prompt,
             ),
-            prompt_param=prompt_param,
+            prompt_param=self.prompt_param,
             n_prompt_tokens=n_prompt,
         )
         generation.start()
         return generation
-
-
-def n_choices(body: GenerationBody, n_prompts: int, limit: int) -> int:
-    """Raises ApiError (400) if one call would become more requests than allowed."""
-    n = body.n or 1
-    if n * n_prompts > limit:
-        raise invalid(
-            f"{n_prompts} prompts × n={n} is more than the {limit} choices one call may have", "n"
-        )
-    return n

@@ -1,29 +1,32 @@
-"""A chat completion, from messages to a running generation."""
+"""A chat completion: messages in, a running generation out."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from starlette.requests import Request
 
+from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import invalid
-from loraplex_server.api.protocol.generation import ChatBody
-from loraplex_server.api.protocol.messages import plain_messages, routing_text, template_arguments
+from loraplex_server.api.protocol.chat import ChatBody
 from loraplex_server.api.state import AppState
 
-from .call import CallBasics, OpenCall, PromptPlan, n_choices
-from .chat_format import ChatFormat
-from .sampling import max_output_tokens, sampling_params, stop_rule
+from .call import AnswerFormat, Prompt, TextCall
+from .chat_format import AnswerHead, ChatFormat
+from .messages import plain_messages, routing_text, template_arguments
+from .sampling import max_output_tokens, sampling_params
 
 __all__ = ["ChatCall"]
 
 
-class ChatCall:
-    def __init__(self, services: AppState, request: Request, body: ChatBody) -> None:
+class ChatCall(TextCall):
+    id_prefix = "chatcmpl"
+    prompt_param = "messages"
+
+    def __init__(self, state: AppState, request: Request, body: ChatBody) -> None:
         """Raises ApiError for everything that can be known before the adapter."""
-        self._basics = CallBasics(services, request, body)
-        self._services = services
-        self._body = body
-        self._stop = stop_rule(body)
-        self._n = n_choices(body, 1, services.config.http.max_choices)
+        super().__init__(state, request, body, n_prompts=1)
+        self._chat = body
         self._messages = plain_messages(body.messages)
         self._template_arguments = template_arguments(body.chat_template_kwargs)
         self._limit_param = (
@@ -43,46 +46,36 @@ class ChatCall:
                 )
             self._generation_prompt = False
 
-    async def open(self) -> OpenCall:
-        basics, services = self._basics, self._services
-        chosen, load_s = await basics.choose(routing_text(self._messages))
-        try:
-            template = chosen.lease.plan.chat_template if chosen.lease else None
-            ids = await services.text.encode_chat(
-                self._messages,
-                template=template,
-                add_generation_prompt=self._generation_prompt,
-                continue_final_message=bool(self._body.continue_final_message),
-                template_arguments=self._template_arguments,
-            )
-            if not ids:
-                raise invalid("the messages give an empty prompt", "messages")
-            prompt = self._plan(ids)
-        except BaseException:
-            chosen.release()
-            raise
-        head = basics.head("chatcmpl", chosen, with_logprobs=bool(self._body.logprobs))
-        generation = basics.generation(
-            head.id,
-            [prompt],
-            self._stop,
-            chosen,
-            n=self._n,
-            load_s=load_s,
-            prompt_param="messages",
-        )
-        return OpenCall(generation, ChatFormat(head, services.text.token_texts))
+    @property
+    def routing_text(self) -> str:
+        return routing_text(self._messages)
 
-    def _plan(self, ids: tuple[int, ...]) -> PromptPlan:
+    @property
+    def with_logprobs(self) -> bool:
+        return bool(self._chat.logprobs)
+
+    async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
+        ids = await self.state.text.encode_chat(
+            self._messages,
+            template=resolved.lease.plan.chat_template if resolved.lease else None,
+            add_generation_prompt=self._generation_prompt,
+            continue_final_message=bool(self._chat.continue_final_message),
+            template_arguments=self._template_arguments,
+        )
+        if not ids:
+            raise invalid("the messages give an empty prompt", "messages")
         max_tokens = max_output_tokens(
             self._limit,
             n_prompt=len(ids),
-            max_model_len=self._services.engine.max_model_len,
+            max_model_len=self.state.engine.max_model_len,
             param=self._limit_param,
-            prompt_param="messages",
+            prompt_param=self.prompt_param,
         )
-        logprobs = (self._body.top_logprobs or 0) if self._body.logprobs else None
+        logprobs = (self._chat.top_logprobs or 0) if self._chat.logprobs else None
         sampling = sampling_params(
-            self._body, self._services.text, max_tokens=max_tokens, logprobs=logprobs
+            self._chat, self.state.text, max_tokens=max_tokens, logprobs=logprobs
         )
-        return PromptPlan(ids, sampling)
+        return [Prompt(ids, sampling)]
+
+    def format(self, head: AnswerHead) -> AnswerFormat:
+        return ChatFormat(head, self.state.text.token_texts)

@@ -14,10 +14,6 @@ from .text_pipeline import TextPipeline
 
 __all__ = ["StopRule", "max_output_tokens", "sampling_params", "seed_of_choice", "stop_rule"]
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_LENGTH = 1000
-MAX_LOGIT_BIAS = 1024
-
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
@@ -88,21 +84,11 @@ def seed_of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
 
 
 def stop_rule(body: GenerationBody) -> StopRule:
-    """Raises ApiError (400)."""
     strings = [body.stop] if isinstance(body.stop, str) else (body.stop or [])
-    if len(strings) > MAX_STOP_STRINGS:
-        raise invalid(f"{len(strings)} stop strings, at most {MAX_STOP_STRINGS}", "stop")
-    for string in strings:
-        if not string:
-            raise invalid("a stop string must not be empty", "stop")
-        if len(string) > MAX_STOP_LENGTH:
-            raise invalid(f"a stop string is longer than {MAX_STOP_LENGTH} characters", "stop")
     return StopRule(tuple(strings), bool(body.include_stop_str_in_output), body.min_tokens or 0)
 
 
 def _logit_bias(bias: Mapping[str, float], text: TextPipeline) -> dict[int, float]:
-    if len(bias) > MAX_LOGIT_BIAS:
-        raise invalid(f"logit_bias has {len(bias)} entries, at most {MAX_LOGIT_BIAS}", "logit_bias")
     parsed = {}
     for key, value in bias.items():
         if not (key.isascii() and key.isdigit() and len(key) < 12):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loraplex_server.api.errors import invalid
-
-from .generation import ChatMessage
+from loraplex_server.api.protocol.chat import ChatMessage
 
 __all__ = ["plain_messages", "routing_text", "template_arguments"]
 
@@ -54,7 +53,7 @@ def template_arguments(given: Mapping[str, object] | None) -> dict[str, object]:
     return dict(given or {})
 
 
-def _text(content: str | list[dict[str, object]] | None, position: int) -> str:
+def _text(content: str | Sequence[Mapping[str, object]] | None, position: int) -> str:
     if content is None:
         return ""
     if isinstance(content, str):

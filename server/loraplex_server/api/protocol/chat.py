@@ -1,0 +1,56 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, JsonValue
+
+from .body import INT64, Body, Few, JsonObject
+from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
+
+__all__ = ["ChatBody", "ChatCompletion", "ChatMessage"]
+
+
+class ChatMessage(Body):
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | Few[JsonObject] | None = None
+    name: str | None = None
+    tool_calls: Few[JsonObject] | None = None
+    tool_call_id: str | None = None
+
+
+class ChatBody(GenerationBody):
+    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: JsonObject | None = None
+
+
+class Message(BaseModel):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: str | None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: Message
+    logprobs: dict[str, JsonValue] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletion(BaseModel):
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage
+    adapter: AnsweredBy | None
+    loraplex: dict[str, JsonValue] | None = None  # of ``auto``: candidates and scores

@@ -1,0 +1,58 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, JsonValue
+
+from .body import Few
+from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
+
+__all__ = ["Completion", "CompletionBody"]
+
+
+def _check_prompt(value: object) -> object:
+    """The first wrong item is told; the union below would tell of every item, four times."""
+    if not isinstance(value, list):
+        return value
+    kinds = {bool: "bool", str: "str", int: "int", list: "list"}
+    first = kinds.get(type(value[0])) if value else None
+    for number, item in enumerate(value):
+        if type(item) not in (str, int, list) or kinds[type(item)] != first:
+            raise ValueError(
+                "a prompt is a text, a list of texts, a list of token ids or a list of such "
+                f"lists; item {number} does not fit"
+            )
+        if isinstance(item, list) and any(type(token) is not int for token in item):
+            raise ValueError(f"item {number} is a list, but not of token ids alone")
+    return value
+
+
+class CompletionBody(GenerationBody):
+    prompt: Annotated[str | Few[str] | Few[int] | Few[Few[int]], BeforeValidator(_check_prompt)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: int | None = None
+    suffix: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class CompletionChoice(BaseModel):
+    index: int
+    text: str
+    logprobs: dict[str, JsonValue] | None
+    finish_reason: FinishReason
+    stop_reason: str | int | None
+    token_ids: list[int] | None = None
+
+
+class Completion(BaseModel):
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage
+    adapter: AnsweredBy | None
+    loraplex: dict[str, JsonValue] | None = None

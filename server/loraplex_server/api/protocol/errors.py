@@ -1,0 +1,50 @@
+"""The one error object, as OpenAI's clients expect it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+__all__ = ["ErrorBody", "errors"]
+
+
+class Error(BaseModel):
+    """Some errors add fields that explain them."""
+
+    model_config = ConfigDict(extra="allow")
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: Error
+
+
+_MEANINGS = {
+    400: "a value is wrong; the message names it",
+    401: "no valid API key",
+    403: "the API key may not do this",
+    404: "no such adapter, model or route",
+    405: "the route has other methods",
+    409: "something else is going on under this name",
+    412: "the adapter was changed meanwhile",
+    413: "larger than this server accepts",
+    415: "another Content-Type is needed",
+    422: "the description is unlike everything the generator knows",
+    429: "too many requests or tokens; see Retry-After",
+    431: "the request's head is too large",
+    499: "the client left before the answer",
+    503: "the server cannot answer now; see Retry-After",
+}
+
+
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:  # FastAPI's type for ``responses``
+    """Of a route, beside those of every route (400, 401, 403, 413, 429, 503)."""
+    every = {400, 401, 403, 413, 429, 503, *statuses}
+    return {
+        status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in sorted(every)
+    }

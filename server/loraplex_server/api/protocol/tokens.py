@@ -1,0 +1,43 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, Field
+
+from .body import Body, Few, JsonObject, Name
+from .chat import ChatMessage
+from .generation import AdapterChoice
+
+__all__ = ["DetokenizeBody", "Detokenized", "TokenizeBody", "Tokenized"]
+
+
+class TokenizeBody(Body):
+    """Either ``prompt`` or ``messages``."""
+
+    model: Name | None = None
+    adapter: AdapterChoice | None = None
+    prompt: str | None = None
+    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: JsonObject | None = None
+    return_token_strs: bool | None = None
+
+
+class Tokenized(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeBody(Body):
+    model: Name | None = None
+    tokens: Annotated[Few[int], Field(max_length=1_000_000)]
+
+
+class Detokenized(BaseModel):
+    prompt: str

@@ -1,0 +1,84 @@
+"""Bodies that do not fit their model become a clear 400 that names the field."""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import orjson
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
+
+from .errors import ApiError, invalid
+
+__all__ = ["UnknownFields", "problem_of", "read_body"]
+
+Body = TypeVar("Body", bound=BaseModel)
+_log = logging.getLogger(__name__)
+_MAX_WARNED = 1000  # distinct unknown field names; clients choose them, so they are bounded
+_MAX_NAME = 64
+_KINDS = frozenset({"str", "int", "list", "dict", "float", "bool"})  # members of unions
+_SHORT = reprlib.Repr()  # inputs may be megabytes
+_SHORT.maxstring = _SHORT.maxother = 60
+_SHORT.maxlist = _SHORT.maxdict = 4
+_SHORT.maxlevel = 2
+
+
+async def read_body(request: Request, kind: type[Body]) -> Body:
+    """For routes that take several kinds of body. Raises ApiError (400)."""
+    try:
+        return kind.model_validate(orjson.loads(await request.body()))
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"the body is not valid JSON: {error}", None, "invalid_json") from error
+    except ValidationError as error:
+        raise problem_of(error.errors(include_url=False)) from error
+
+
+class UnknownFields:
+    """One line in the log per unknown field name and server: they are ignored, but seen."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+
+    def warn(self, names: Iterable[str]) -> None:
+        for name in names:
+            short = name[:_MAX_NAME]
+            if short not in self._warned and len(self._warned) < _MAX_WARNED:
+                self._warned.add(short)
+                _log.warning("ignoring unknown request field %r", short)
+
+
+def problem_of(problems: Sequence[Mapping[str, Any]]) -> ApiError:  # as pydantic lists them
+    """The first problem, with every alternative that a union would have taken there."""
+    problem = problems[0]
+    location = tuple(problem["loc"])
+    if location[:1] in (("body",), ("query",), ("path",), ("header",)):
+        location = location[1:]
+    if problem["type"] == "json_invalid":
+        reason = problem.get("ctx", {}).get("error", problem["msg"])
+        return invalid(f"the body is not valid JSON: {reason}", None, "invalid_json")
+    if not location:
+        return invalid("the body must be a JSON object", None, "invalid_json")
+    param = _path(location)
+    if problem["type"] == "missing":
+        return invalid(f"{param!r} is required", param, "missing_required_parameter")
+    at = len(problem["loc"]) - len(location) + 1
+    same = [str(p["msg"]) for p in problems if p["loc"][:at] == problem["loc"][:at]]
+    told = [message.removeprefix("Value error, ") for message in same[:4]]
+    expected = "; or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in told))
+    return invalid(f"invalid {param!r}: {expected}, not {_SHORT.repr(problem['input'])}", param)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """``("messages", 0, "content", "str")`` → ``messages[0].content``."""
+    path = ""
+    for part in location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not path:
+            path = part[:_MAX_NAME]
+        elif part.isidentifier() and part not in _KINDS and len(part) <= _MAX_NAME:
+            path += f".{part}"
+    return path

@@ -8,6 +8,8 @@ from typing import Any
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .errors import ApiError
 
@@ -35,6 +37,12 @@ class JsonRoute(APIRoute):
         async def handle(request: Request) -> Response:
             if self.body_field is not None:
                 need_json(request)
-            return await handler(_Request(request.scope, request.receive))
+            try:
+                return await handler(_Request(request.scope, request.receive))
+            except HTTPException as error:
+                # FastAPI calls whatever happens while the body is read a parse error.
+                if isinstance(error.__cause__, ApiError | ClientDisconnect):
+                    raise error.__cause__ from None
+                raise
 
         return handle

@@ -9,7 +9,10 @@ from .base_spec import BaseSpec
 __all__ = ["group_by_module", "module_names", "resolve_module", "split_key"]
 
 # Wrappers that trainers leave in front of the base model's own names, stripped from the left.
-_WRAPPERS = ("base_model.model.", "base_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module.")
+_WRAPPERS = (
+    *("base_model.model.", "base_model.", "module.", "_orig_mod.", "_fsdp_wrapped_module."),
+    *("mola.", "loramoe."),  # MoE-PEFT
+)
 
 
 def module_names(base: BaseSpec) -> frozenset[str]:

@@ -23,7 +23,7 @@ _IGNORED = frozenset(
         *("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"),
         *("opt_weighted_loss_type", "num_frozen_tokens"),
         *("jitter_noise", "router_aux_loss_coef", "router_init_range", "router_loss"),
-        *("router_z_loss_coef",),
+        *("router_z_loss_coef", "expert_capacity", "blc_alpha", "blc_weight"),
         # where trained values started; what that did to the base is init_lora_weights' business
         *("corda_config", "eva_config", "loftq_config", "lora_ga_config"),
         *("d_initial", "delora_lambda", "prompt_tuning_init", "prompt_tuning_init_task"),

@@ -21,6 +21,7 @@ from .dora import dora_module
 from .extras import fold_with_extras
 from .module_groups import ModuleGroup, ModuleKind, Parts, module_groups
 from .residual import InitRule, init_rule, subtracted
+from .routed_projections import read_authors_format
 from .scaling import lora_scale, scale_rule
 
 __all__ = ["read"]
@@ -50,6 +51,9 @@ _REFUSED = {
 
 def read(context: ReadContext) -> Fold:
     config = context.config
+    routed = read_authors_format(context)
+    if routed is not None:
+        return routed
     _refuse_unservable(config)
     rule = init_rule(config)
     groups = module_groups(context, {ModuleKind.LINEAR: _LINEAR, ModuleKind.EMBEDDING: _EMBEDDING})

@@ -1,9 +1,11 @@
-"""Routed LoRA experts in the files of MoE-PEFT and the mixlora package.
+"""MixLoRA: routed LoRA experts on MLP blocks, in the files of MoE-PEFT and the mixlora package.
 
-MixLoRA  attention: plain LoRA; MLP block: p = softmax(gate h), experts e with LoRAs on the block's
-         projections, output Σ_e w_e MLP_e(h) with w from the routing strategy
-MoLA     each projection: W x + Σ_e w_e s B_e A_e x, top-k renormalised
-LoRAMoE  the same with dense softmax weights
+attention   plain LoRA
+MLP block   Σ_e w_e MLP_e(h), p = softmax(gate h), MLP_e with LoRAs of its own on the projections;
+            w is the top-k of p, renormalised (``mixlora``), p up to a sum of top_p
+            (``mixlora-dynamic``), or the largest p (``mixlora-switch``)
+
+The last two do not sum to 1: they scale the block also where no expert has a LoRA.
 
 Published keys ``mixlora.layers.{i}.mlp.{p}.experts.{e}.lora_A.weight`` and
 ``….mlp.moe_gate.weight``; legacy ones ``….gate.weight`` and ``….experts.{e}.{w1|w2|w3}_proj.…``.
@@ -31,14 +33,13 @@ from .extras import fold_with_extras
 from .module_groups import Parts, module_group
 from .scaling import lora_scale, scale_rule
 
-__all__ = ["read_loramoe", "read_mixlora", "read_mola"]
+__all__ = ["read"]
 
 _KEY = re.compile(
-    r"(?:mixlora|mola|loramoe)\.layers\.(?P<layer>\d+)\."
+    r"mixlora\.layers\.(?P<layer>\d+)\."
     r"(?:(?P<block>self_attn|attn|mlp)\.)?"
     r"(?:(?P<gate>moe_gate|gate)\.weight"
-    r"|(?P<projection>\w+)\.moe_gate\.weight"
-    r"|(?:(?P<projection2>\w+)\.)?experts\.(?P<expert>\d+)\.(?:(?P<legacy>\w+)\.)?"
+    r"|(?:(?P<projection>\w+)\.)?experts\.(?P<expert>\d+)\.(?:(?P<legacy>\w+)\.)?"
     r"lora_(?P<part>[AB])\.weight"
     r"|(?P<plain>\w+)\.lora_(?P<plain_part>[AB])\.weight)"
 )
@@ -48,6 +49,7 @@ _STRATEGIES = {
     "mixtral": RoutingStrategy.TOP_K,  # legacy name
     "mixlora-dynamic": RoutingStrategy.TOP_P,
     "mixlora-switch": RoutingStrategy.SWITCH,
+    "switch": RoutingStrategy.SWITCH,  # legacy name
 }
 
 _PAIR = Parts(required=("A", "B"))
@@ -56,15 +58,15 @@ Pair = dict[str, str]  # "A" and "B" → key
 
 
 class _Keys(NamedTuple):
-    gates: dict[str, str]  # block or projection → key
+    gates: dict[str, str]  # block → key
     experts: dict[str, dict[int, Pair]]  # projection → expert → pair
     plain: dict[str, Pair]  # projection → pair
 
 
-def read_mixlora(context: ReadContext) -> Fold:
+def read(context: ReadContext) -> Fold:
     config, base = context.config, context.base
     strategy = _strategy(config)
-    n_experts, top_k = _counts(context)
+    n_experts, top_k, top_p = _counts(context)
     _check_activation(config, base)
     if "classifier" in context.ledger.names:
         raise UnsupportedAdapter("this MixLoRA carries a classifier head; only text is served")
@@ -86,58 +88,24 @@ def read_mixlora(context: ReadContext) -> Fold:
     for block, gate_key in keys.gates.items():
         gate = context.ledger.take(gate_key, (n_experts, base.hidden_size))
         projections = [name for name in keys.experts if name.startswith(f"{block}.")]
-        if projections:
-            experts[block] = ExpertPlan(
-                gate=gate,
-                strategy=strategy,
-                top_k=top_k,
-                top_p=config.number("top_p", 0.8),
-                experts=tuple(
-                    {
-                        name: _pair(context, expert_config, name, keys.experts[name][number])
-                        for name in projections
-                    }
-                    for number in range(n_experts)
-                ),
-            )
-    rule = f"{scale_rule(config)}; experts {scale_rule(expert_config)}"
-    return fold_with_extras(context, Family.MIXLORA, rule, modules, experts)
-
-
-def read_mola(context: ReadContext) -> Fold:
-    return _read_per_projection(context, Family.MOLA, RoutingStrategy.TOP_K)
-
-
-def read_loramoe(context: ReadContext) -> Fold:
-    return _read_per_projection(context, Family.LORAMOE, RoutingStrategy.DENSE)
-
-
-def _read_per_projection(context: ReadContext, family: Family, strategy: RoutingStrategy) -> Fold:
-    config, base = context.config, context.base
-    n_experts, top_k = _counts(context)
-    _check_activation(config, base)
-    config.text("routing_strategy")  # MoE-PEFT writes the name of the method itself
-    keys = _sort_keys(context)
-    wanted = expand_targets(config, base)
-    if family is Family.LORAMOE:
-        wanted = frozenset(name for name in wanted if ".mlp." in name)
-    _require_same("targeted modules", wanted, frozenset(keys.experts) | frozenset(keys.plain))
-    _require_same("gates", frozenset(keys.experts), frozenset(keys.gates))
-    _require_experts(keys, n_experts)
-    experts: dict[str, ExpertPlan] = {}
-    for name, pairs in keys.experts.items():
-        gate_shape = (n_experts, base.modules[name].in_features)
-        experts[name] = ExpertPlan(
-            gate=context.ledger.take(keys.gates[name], gate_shape),
+        if not projections and strategy is RoutingStrategy.TOP_K:
+            context.notes.append(f"{gate_key}: weights that sum to 1 over equal experts, dropped")
+            continue
+        experts[block] = ExpertPlan(
+            gate=gate,
             strategy=strategy,
-            top_k=n_experts if strategy is RoutingStrategy.DENSE else top_k,
-            top_p=1.0,
+            top_k=top_k,
+            top_p=top_p,
             experts=tuple(
-                {name: _pair(context, config, name, pairs[number])} for number in range(n_experts)
+                {
+                    name: _pair(context, expert_config, name, keys.experts[name][number])
+                    for name in projections
+                }
+                for number in range(n_experts)
             ),
         )
-    modules = {name: _pair(context, config, name, pair) for name, pair in keys.plain.items()}
-    return fold_with_extras(context, family, scale_rule(config), modules, experts)
+    rule = f"{scale_rule(config)}; experts {scale_rule(expert_config)}"
+    return fold_with_extras(context, Family.MIXLORA, rule, modules, experts)
 
 
 def _strategy(config: AdapterConfig) -> RoutingStrategy:
@@ -151,14 +119,20 @@ def _strategy(config: AdapterConfig) -> RoutingStrategy:
     return _STRATEGIES[name]
 
 
-def _counts(context: ReadContext) -> tuple[int, int]:
+def _counts(context: ReadContext) -> tuple[int, int, float]:
+    """How many experts there are, and of how many or up to which sum one token uses them."""
     n_experts = context.config.integer("num_experts", 8)
-    top_k = context.config.integer("top_k", 2)
-    if n_experts > context.limits.max_experts:
-        raise LimitExceeded(f"{n_experts} experts, at most {context.limits.max_experts}")
+    top_k, top_p = context.config.integer("top_k", 2), context.config.number("top_p", 0.8)
+    limit = context.limits.max_experts
+    if not 1 <= n_experts <= limit:
+        raise LimitExceeded(
+            f"adapter_config.json: num_experts is {n_experts}, this server allows 1 to {limit}"
+        )
     if not 1 <= top_k <= n_experts:
-        raise MalformedFile(f"top_k {top_k} does not fit {n_experts} experts")
-    return n_experts, top_k
+        raise MalformedFile(f"adapter_config.json: top_k {top_k} does not fit {n_experts} experts")
+    if not 0 < top_p <= 1:
+        raise MalformedFile(f"adapter_config.json: top_p is {top_p}, above 0 to 1 is needed")
+    return n_experts, top_k, top_p
 
 
 def _check_activation(config: AdapterConfig, base: BaseSpec) -> None:
@@ -196,10 +170,8 @@ def _sort_key(
 ) -> None:
     if parts["gate"]:
         keys.gates[block] = key
-    elif parts["projection"]:
-        keys.gates[f"{block}.{parts['projection']}"] = key
     elif parts["expert"]:
-        leaf = parts["projection2"] or parts["legacy"] or ""
+        leaf = parts["projection"] or parts["legacy"] or ""
         name = f"{block}.{_LEGACY_NAMES.get(leaf, leaf)}"
         if name in base.modules and parts["part"]:
             pair = keys.experts.setdefault(name, {}).setdefault(int(parts["expert"]), {})
@@ -217,7 +189,7 @@ def _blocks(base: BaseSpec, layer: int) -> list[str]:
 
 
 def _check_mixlora(context: ReadContext, keys: _Keys, n_experts: int) -> None:
-    wanted = expand_targets(context.config, context.base)
+    wanted = _targets(context)
     mlp = frozenset(name for name in wanted if ".mlp." in name)
     _require_same("attention modules", wanted - mlp, frozenset(keys.plain))
     _require_same("expert modules", mlp, frozenset(keys.experts))
@@ -229,6 +201,16 @@ def _check_mixlora(context: ReadContext, keys: _Keys, n_experts: int) -> None:
     )
     _require_same("gates of MLP blocks", blocks, frozenset(keys.gates))
     _require_experts(keys, n_experts)
+
+
+def _targets(context: ReadContext) -> frozenset[str]:
+    """Legacy configs name the projections of an MLP w1_proj, w2_proj and w3_proj."""
+    names = context.config.names("target_modules")
+    if isinstance(names, str) or names is None:
+        return expand_targets(context.config, context.base)
+    renamed: list[str] = [_LEGACY_NAMES.get(name, name) for name in names]
+    config = context.config.overridden_by(AdapterConfig({"target_modules": renamed}))
+    return expand_targets(config, context.base)
 
 
 def _require_same(what: str, wanted: frozenset[str], found: frozenset[str]) -> None:

@@ -51,7 +51,30 @@ def plans(model: PreTrainedModel) -> dict[str, AdapterPlan | None]:
             strategy=RoutingStrategy.DENSE,
             leaves=("gate_proj", "up_proj", "down_proj"),
         ),
+        "dynamic without experts' factors": _gates_only(model, RoutingStrategy.TOP_P, seed=8),
+        "switch without experts' factors": _gates_only(model, RoutingStrategy.SWITCH, seed=9),
+        "mola by layer": _fewer_experts_below(
+            projection_plan(model, n_experts=4, top_k=2, ranks=(2, 3), seed=10)
+        ),
     }
+
+
+def _gates_only(model: PreTrainedModel, strategy: RoutingStrategy, seed: int) -> AdapterPlan:
+    """As of a MixLoRA on attention only: its gates still scale the MLP blocks."""
+    plan = mixlora_plan(model, n_experts=4, top_k=1, rank=3, seed=seed, strategy=strategy)
+    bare = {name: replace(e, experts=({},) * len(e.experts)) for name, e in plan.experts.items()}
+    return replace(plan, experts=bare)
+
+
+def _fewer_experts_below(plan: AdapterPlan) -> AdapterPlan:
+    """Two experts instead of four in layer 0, as MoLA has them."""
+    fewer = {
+        name: replace(block, gate=block.gate[:2], experts=block.experts[:2])
+        if ".layers.0." in name
+        else block
+        for name, block in plan.experts.items()
+    }
+    return replace(plan, experts=fewer)
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["fused", "modules"])

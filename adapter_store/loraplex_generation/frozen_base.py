@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -61,6 +62,7 @@ class FrozenBase:
             raise ValueError(
                 f"{directory} is a {config['model_type']!r} model; the zoo trains on 'llama' bases"
             )
+        _check_layers(directory, config)
         heads = config["num_attention_heads"]
         self.shape = BaseShape(
             n_layers=config["num_hidden_layers"],
@@ -72,8 +74,7 @@ class FrozenBase:
         self.dtype = dtype
         self.fingerprint = base_fingerprint(directory)
         self._eps = float(config["rms_norm_eps"])
-        rope = config.get("rope_parameters") or {}
-        self._theta = float(config.get("rope_theta") or rope.get("rope_theta", 10000.0))
+        self._rotary, self._max_positions = _rotary_of(directory)
         with safe_open(directory / "model.safetensors", "pt") as weights:
             names = set(weights.keys())
 
@@ -134,11 +135,18 @@ class FrozenBase:
             mlp_norm=get(f"{stem}.post_attention_layernorm.weight"),
         )
 
+    @torch.no_grad()
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        half = torch.arange(0, self.shape.head_dim, 2, dtype=torch.float32) / self.shape.head_dim
-        angle = positions[:, None, :, None].float() / self._theta**half
-        angle = torch.cat([angle, angle], -1)  # [adapters, 1, length, head_dim]
-        return angle.cos().to(self.dtype), angle.sin().to(self.dtype)
+        """cos and sin [n_adapters, 1, length, head_dim], as transformers' module makes them."""
+        longest = int(positions.max()) + 1
+        if longest > self._max_positions:
+            raise ValueError(
+                f"a row of {longest} tokens is longer than the base's {self._max_positions} "
+                "positions; give shorter ones"
+            )
+        probe = torch.empty(0, dtype=self.dtype)  # tells the dtype
+        cos, sin = self._rotary(probe, positions)
+        return cos.unsqueeze(1), sin.unsqueeze(1)
 
     def _block(
         self, h: Tensor, i: int, bias: Tensor, cos: Tensor, sin: Tensor, lora: Adapters | None
@@ -163,6 +171,31 @@ class FrozenBase:
             F.rms_norm(h, (width,), layer.mlp_norm, self._eps), layer.gate_up
         ).chunk(2, -1)
         return h + F.linear(F.silu(gate) * up, layer.down)
+
+
+def _check_layers(directory: Path, config: dict[str, object]) -> None:
+    """Raises ValueError for what this forward does not do."""
+    for name, expected in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
+        value = config.get(name, expected)
+        if value != expected:
+            raise ValueError(
+                f"{directory} has {name} {value!r}; the zoo trains on bases with {expected!r}"
+            )
+
+
+def _rotary_of(directory: Path) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], int]:
+    """The rotary module of the model, and up to which position it is the same in every batch.
+
+    Longer sequences change the angles of all positions where RoPE is "dynamic" or "longrope".
+    """
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    config = LlamaConfig.from_pretrained(directory, local_files_only=True)
+    longest = int(config.max_position_embeddings)
+    if config.rope_parameters["rope_type"] == "longrope":
+        longest = int(config.rope_parameters["original_max_position_embeddings"])
+    return LlamaRotaryEmbedding(config), longest
 
 
 def base_fingerprint(directory: Path) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,56 @@ def test_without_adapters_it_is_the_base(base: FrozenBase, directory: Path) -> N
         ours = base.score(pack(codec.head, [rows])).nll
     theirs = torch.cat([_nll_by_transformers(model, codec.head, row) for row in rows])
     torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+_ROPE: dict[str, dict[str, Any]] = {
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "longrope": {
+        "factor": 2.0,
+        "short_factor": [1.5, 2.0, 3.0, 4.0],
+        "long_factor": [2.0, 4.0, 6.0, 8.0],
+        "original_max_position_embeddings": 256,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", _ROPE)
+def test_scaled_positions_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    rope = {"rope_type": kind, "rope_theta": 10000.0, **_ROPE[kind]}
+    folder = tiny_directory(tmp_path, spread=0.4, rope_parameters=rope)
+    codec = tiny_codec()
+    rows = [codec.row(e) for e in Task.parse("initials/tag").examples("train", 3)]
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ours = tiny_base(folder).score(pack(codec.head, [rows])).nll
+    theirs = torch.cat([_nll_by_transformers(model, codec.head, row) for row in rows])
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-4)
+
+
+def test_a_row_beyond_the_positions_is_refused(tmp_path: Path) -> None:
+    base = tiny_base(tiny_directory(tmp_path, max_position_embeddings=8))
+    codec = tiny_codec()
+    rows = [codec.row(e) for e in Task.parse("initials/tag").examples("train", 1)]
+    with pytest.raises(ValueError, match="longer than the base's 8 positions"):
+        base.score(pack(codec.head, [rows]))
+
+
+@pytest.mark.parametrize(
+    "field", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}], ids=str
+)
+def test_layers_that_this_forward_does_not_compute_are_refused(
+    field: dict[str, object], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=next(iter(field))):
+        tiny_base(tiny_directory(tmp_path, **field))
 
 
 def test_rows_do_not_see_each_other(base: FrozenBase) -> None:

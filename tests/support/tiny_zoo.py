@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -19,20 +20,21 @@ __all__ = ["HashedWords", "tiny_base", "tiny_codec", "tiny_directory"]
 _WIDTH = 48
 
 
-def tiny_directory(folder: Path, *, spread: float = 0.1) -> Path:
+def tiny_directory(folder: Path, *, spread: float = 0.1, **changes: Any) -> Path:
     """A random Llama of three layers, saved; `spread` is the deviation of its weights."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=52,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        initializer_range=spread,
-    )
+    fields: dict[str, Any] = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 52,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+        "initializer_range": spread,
+    }
+    config = LlamaConfig(**(fields | changes))
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder
 

@@ -53,6 +53,17 @@ class LoadReport:
             "base_declared": self.base_declared,
         }
 
+    def summary(self) -> dict[str, JsonValue]:
+        """``to_json`` with numbers in place of the names of tensors and modules."""
+        ratios = [m.delta_ratio for m in self.modules.values() if m.delta_ratio is not None]
+        whole = self.to_json()
+        del whole["matched"], whole["modules"]
+        return {
+            **whole,
+            "n_modules": len(self.modules),
+            "delta_ratio": {"min": min(ratios), "max": max(ratios)} if ratios else None,
+        }
+
     @staticmethod
     def from_json(value: Mapping[str, JsonValue]) -> LoadReport:
         """The inverse of ``to_json``; used when the catalogue is opened."""

@@ -330,6 +330,10 @@ class AdapterStore:
             f"{type(wanted).__name__} must be resolved to a name before it is used"
         )
 
+    def check_known(self, ref: NameRef) -> None:
+        """Raises UnknownAdapter where ``acquire`` would; loads nothing."""
+        self._find(ref)
+
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
         """``acquire`` where it needs no load, else None, also for what does not exist.
 

@@ -129,6 +129,7 @@ def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
         allowed_roots=roots,
         gate_of=arrow_prototypes,
         packer=built.engine.packer,
+        n_kept_revisions=config.store.keep_revisions,
     )
 
 

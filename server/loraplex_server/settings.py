@@ -194,6 +194,12 @@ class StoreConfig(Options):
         name="state_dir",
     )
     demos: bool = option(True, "Serve the shipped demo adapters.", Panel.ADAPTERS)
+    keep_revisions: int = option(
+        3,
+        "Older contents of each name that stay, for rollback and name@digest.",
+        Panel.ADAPTERS,
+        ge=0,
+    )
 
 
 class ServerConfig(Options):

@@ -22,7 +22,10 @@ class DeviceTier(Protocol):
         """Starts loading an adapter before anybody asks for it."""
 
     async def unload(self, digest: str) -> int:
-        """Frees an idle adapter's place; returns the bytes, 0 if absent or in use."""
+        """Frees an idle adapter's place; returns the bytes, 0 if absent or in use.
+
+        Raises EngineDead.
+        """
 
 
 class DeviceUnloads:
@@ -39,12 +42,21 @@ class DeviceUnloads:
     def retired(self, digest: str) -> None:
         if self._device is None:
             return
-        self._under_way[digest] = asyncio.ensure_future(self._device.unload(digest))
+        unloading = asyncio.ensure_future(self._device.unload(digest))
+        unloading.add_done_callback(_look_at)
+        self._under_way[digest] = unloading
         for old in list(self._under_way)[:-_MAX_REMEMBERED]:
             del self._under_way[old]
 
     async def freed_bytes(self, digest: str) -> int:
+        """Raises EngineDead."""
         if self._device is None:
             return 0
         under_way = self._under_way.pop(digest, None)
         return await (under_way or self._device.unload(digest))
+
+
+def _look_at(unloading: asyncio.Task[int]) -> None:
+    """Its error is told by ``freed_bytes``; where nobody asks, a dead engine has freed it all."""
+    if not unloading.cancelled():
+        unloading.exception()

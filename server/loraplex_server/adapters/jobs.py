@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -12,12 +13,14 @@ from enum import Enum
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.errors import StoreError
-from loraplex_server.api.errors import ApiError, from_store
+from loraplex_server.api.errors import ApiError, from_engine, from_store
+from loraplex_server.engine.errors import EngineError
 
 __all__ = ["Job", "JobStatus", "Jobs", "Progress"]
 
 Progress = Callable[[str, float], None]  # stage, share done; called from the working thread
 _MAX_KEPT = 1000
+_log = logging.getLogger(__name__)
 
 
 class JobStatus(Enum):
@@ -89,11 +92,19 @@ class Jobs:
             job.status, job.stage, job.progress = JobStatus.SUCCEEDED, "done", 1.0
         except StoreError as error:
             job.status, job.error = JobStatus.FAILED, from_store(error, param="source")
+        except EngineError as error:
+            job.status, job.error = JobStatus.FAILED, from_engine(error)
         except ApiError as error:
             job.status, job.error = JobStatus.FAILED, error
-        except Exception as error:
+        except Exception:
+            _log.exception("%s for adapter %r failed", job.id, job.adapter)
             job.status = JobStatus.FAILED
-            job.error = ApiError(500, f"the load failed: {error}", code="load_failed")
+            job.error = ApiError(
+                500,
+                f"the load of adapter {job.adapter!r} failed inside the server; its log says why, "
+                f"under {job.id}",
+                code="load_failed",
+            )
 
     def _forget_old(self) -> None:
         for job_id in list(self._jobs)[: max(0, len(self._jobs) - _MAX_KEPT)]:

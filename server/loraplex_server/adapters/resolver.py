@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 
 from .access import check_allowed
 from .generated_adapters import PREFIX
+from .worker_pools import WorkerPools
 
 __all__ = ["AdapterRequest", "AdapterResolver", "Resolution", "ResolvedAdapter", "SelectorResolver"]
 
@@ -103,20 +103,20 @@ class ResolvedAdapter:
 
 
 class AdapterResolver:
-    """Thread-free: the store's blocking calls run in ``executor``."""
+    """Event loop only: the store's blocking calls run in ``pools``."""
 
     def __init__(
         self,
         store: AdapterStore,
         base_names: Sequence[str],
-        executor: Executor,
+        pools: WorkerPools,
         resolver: SelectorResolver | None = None,
     ) -> None:
         """``base_names``: how the base model is listed; it may always be called ``base`` too."""
         self._store = store
         self._base_names = tuple(base_names)
         self._means_base = frozenset({*base_names, _BASE})
-        self._executor = executor
+        self._pools = pools
         self._resolver = resolver
 
     @property
@@ -176,20 +176,21 @@ class AdapterResolver:
     async def what_exists(self, access: AdapterAccess) -> str:
         """For people who asked for something that does not."""
         loop = asyncio.get_running_loop()
-        cards = await loop.run_in_executor(self._executor, self._store.list)
+        cards = await loop.run_in_executor(self._pools.reads, self._store.list)
         names = [card.name for card in cards if access.allows(card.name)]
         shown = ", ".join([self.base_name, *names[:_MAX_NAMES_SHOWN]])
         more = len(names) - _MAX_NAMES_SHOWN
         return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
 
     async def _acquire(self, selector: NameRef | Mixture | Library) -> AdapterLease:
+        loop = asyncio.get_running_loop()
         if isinstance(selector, NameRef):
-            # What is in memory must not wait in the queue of threads behind what has to be loaded.
+            # What is in memory, or nowhere, must not wait for threads behind what has to be loaded.
             resident = self._store.acquire_resident(selector)
             if resident is not None:
                 return resident
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._executor, self._store.acquire, selector)
+            await loop.run_in_executor(self._pools.reads, self._store.check_known, selector)
+        future = loop.run_in_executor(self._pools.loads, self._store.acquire, selector)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:  # the client left while the thread was loading

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version as installed_version
 from time import time
 from typing import TYPE_CHECKING
@@ -22,6 +21,7 @@ from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.resolver import AdapterResolver, SelectorResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
+from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.middleware.auth import Auth
 from loraplex_server.api.middleware.body_limit import BodyLimit
 from loraplex_server.api.middleware.request_context import RequestContext
@@ -33,6 +33,7 @@ from loraplex_server.api.routes import (
     health,
     lora_compat,
     models,
+    revisions,
     routing,
     tokens,
 )
@@ -40,12 +41,13 @@ from loraplex_server.api.serving.disconnect import ClientLeft
 from loraplex_server.api.serving.generation import LiveGenerations
 from loraplex_server.api.serving.text_pipeline import ChatTokenizer, TextPipeline
 from loraplex_server.engine.client import EngineClient
+from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.collector import LoraplexCollector
 from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
 
-from .errors import ApiError
+from .errors import ApiError, from_engine
 from .lifecycle import Lifecycle
 from .orjson_response import ORJSONResponse
 from .state import AppState
@@ -56,7 +58,6 @@ if TYPE_CHECKING:
 
 __all__ = ["build_app"]
 
-_N_STORE_THREADS = 8
 _SHOWN_TO_PAGES = (
     *("etag", "location", "retry-after", "retry-after-ms", "x-loraplex-adapter", "x-request-id"),
     *(
@@ -91,7 +92,7 @@ def build_app(
     ``app.state.parts`` holds the parts, for whoever drains the server.
     """
     names = config.http.served_model_names or (model_name,)
-    executor = ThreadPoolExecutor(_N_STORE_THREADS, thread_name_prefix="loraplex-store")
+    pools = WorkerPools()
     metrics = ServerMetrics()
     registry = CollectorRegistry(auto_describe=False)
     own = LoraplexCollector(engine, store, metrics, config.engine, names[0])
@@ -106,15 +107,15 @@ def build_app(
         store=store,
         text=TextPipeline(tokenizer, vocab_size=vocab_size),
         config=config,
-        resolver=AdapterResolver(store, names, executor, resolver),
+        resolver=AdapterResolver(store, names, pools, resolver),
         unknown_fields=UnknownFields(),
         metrics=metrics,
         registry=registry,
         collector=own,
         live=LiveGenerations(),
-        lifecycle=Lifecycle(),
-        jobs=Jobs(executor),
-        executor=executor,
+        lifecycle=Lifecycle(engine),
+        jobs=Jobs(pools.jobs),
+        pools=pools,
         device=device,
         unloads=DeviceUnloads(device),
         generated=generated,
@@ -129,6 +130,7 @@ def build_app(
         models,
         generate_adapter,
         routing,
+        revisions,
         adapters,
         lora_compat,
         tokens,
@@ -158,6 +160,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return ORJSONResponse.of_error(error)
 
+    async def engine_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, EngineError)
+        return ORJSONResponse.of_error(from_engine(error))
+
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         told = ApiError(
@@ -178,6 +184,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return Response(status_code=499)  # for the log: nobody reads it
 
     app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(EngineError, engine_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(RequestValidationError, validation_error)
     app.add_exception_handler(ClientLeft, client_left)  # while it was answered

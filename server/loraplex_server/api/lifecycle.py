@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
+from loraplex_server.engine.client import EngineClient
+
 from .errors import unavailable
 
 __all__ = ["Lifecycle", "ServerStatus"]
@@ -15,13 +17,20 @@ class ServerStatus(Enum):
 
 
 class Lifecycle:
-    def __init__(self) -> None:
+    def __init__(self, engine: EngineClient) -> None:
         self.status = ServerStatus.READY
+        self._engine = engine
 
     def start_draining(self) -> None:
         self.status = ServerStatus.DRAINING
 
     def check_admitting(self) -> None:
-        """Raises ApiError (503 with Retry-After) while draining."""
+        """Raises ApiError (503 with Retry-After) while draining, or when the engine is dead."""
+        self.check_engine()
         if self.status is ServerStatus.DRAINING:
             raise unavailable("the server is shutting down; ask another replica", "server_draining")
+
+    def check_engine(self) -> None:
+        """Raises ApiError (503) when the engine is dead: nothing it has is changed any more."""
+        if not self._engine.alive:
+            raise unavailable("the engine has stopped", "engine_dead")

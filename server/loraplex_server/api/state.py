@@ -20,6 +20,7 @@ from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.resolver import AdapterResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
+from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.serving.generation import LiveGenerations
 from loraplex_server.api.serving.text_pipeline import TextPipeline
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
@@ -52,7 +53,7 @@ class AppState:
     live: LiveGenerations
     lifecycle: Lifecycle
     jobs: Jobs
-    executor: Executor  # for the store's blocking calls
+    pools: WorkerPools  # for the store's blocking calls
     device: DeviceTier | None  # None: the engine does not tell
     unloads: DeviceUnloads
     generated: GeneratedAdapters | None  # None: no adapters from a sentence
@@ -75,10 +76,18 @@ State = Annotated[AppState, Depends(state_of)]  # the parameter of a route
 
 
 async def in_store_thread(
-    state: AppState, work: Callable[[], T], access: AdapterAccess = EVERY_ADAPTER
+    state: AppState,
+    work: Callable[[], T],
+    access: AdapterAccess = EVERY_ADAPTER,
+    *,
+    pool: Executor | None = None,
 ) -> T:
-    """Runs a blocking call of the store off the event loop. Raises ApiError."""
+    """Runs a blocking call of the store off the event loop, as a read where no ``pool`` is given.
+
+    Raises ApiError.
+    """
+    loop = asyncio.get_running_loop()
     try:
-        return await asyncio.get_running_loop().run_in_executor(state.executor, work)
+        return await loop.run_in_executor(pool or state.pools.reads, work)
     except StoreError as error:
         raise from_store(error, param="name", access=access) from error

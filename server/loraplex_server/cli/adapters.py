@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -128,6 +129,45 @@ def remove(
         report = _backend(url, api_key, model, state_dir).remove(name)
     freed = ", ".join(f"{tier} {_size(n)}" for tier, n in report["n_bytes_freed"].items())
     typer.echo(f"removed {name} (freed: {freed})")
+
+
+@adapters.command()
+def revisions(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    url: Url = None,
+    api_key: Key = None,
+    model: Model = None,
+    state_dir: State = None,
+    as_json: AsJson = False,
+) -> None:
+    """The contents a name can be asked for or rolled back to: the current one first."""
+    with _errors():
+        found = _backend(url, api_key, model, state_dir).revisions(name)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for revision in found:
+        mark = "current" if revision is found[0] else ""
+        when = datetime.fromtimestamp(revision["created"]).isoformat(" ", "seconds")
+        typer.echo(f"{revision['revision']:5}  {revision['digest'][:12]}  {when}  {mark}".rstrip())
+
+
+@adapters.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    digest: Annotated[
+        str | None,
+        typer.Option(help="Beginning of the digest to go to. Default: the content before."),
+    ] = None,
+    url: Url = None,
+    api_key: Key = None,
+    model: Model = None,
+    state_dir: State = None,
+) -> None:
+    """Make an older content current again; running requests finish on what they have."""
+    with _errors():
+        card = _backend(url, api_key, model, state_dir).rollback(name, digest)
+    typer.echo(f"{name} is {card['digest'][:12]} again (revision {card['revision']})")
 
 
 @adapters.command()

@@ -16,6 +16,7 @@ from loraplex_adapter_store.safetensors_reader import SafetensorsFile
 from loraplex_adapter_store.sources.local import read_directory
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.model.pull import loraplex_home, resolve_model
+from loraplex_server.settings import StoreConfig
 
 __all__ = ["LocalAdapters"]
 
@@ -65,6 +66,14 @@ class LocalAdapters:
         with self._store() as store:
             return store.delete(name).to_json()
 
+    def revisions(self, name: str) -> Sequence[dict[str, Any]]:
+        with self._store() as store:
+            return [card.to_json() for card in store.revisions(name)]
+
+    def rollback(self, name: str, digest: str | None) -> dict[str, Any]:
+        with self._store() as store:
+            return store.rollback(name, digest_prefix=digest).to_json()
+
     def read(self, source: str) -> tuple[AdapterPlan, dict[str, Any]]:
         """A folder that is in no store yet, or a name of the store, with its load report."""
         limits = StoreLimits()
@@ -84,4 +93,5 @@ class LocalAdapters:
 
     def _store(self, roots: Sequence[Path] = ()) -> AdapterStore:
         root = self._state_dir or loraplex_home() / "adapters" / self.base.fingerprint[:16]
-        return AdapterStore(root, self.base, allowed_roots=roots)
+        n_kept = StoreConfig().keep_revisions
+        return AdapterStore(root, self.base, allowed_roots=roots, n_kept_revisions=n_kept)

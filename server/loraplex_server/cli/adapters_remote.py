@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -25,7 +26,7 @@ class RemoteAdapters:
         return data
 
     def show(self, name: str) -> dict[str, Any]:
-        return self._call("GET", name)
+        return self._call("GET", name, params={"report": "full"})
 
     def add(
         self,
@@ -59,6 +60,14 @@ class RemoteAdapters:
 
     def remove(self, name: str) -> dict[str, Any]:
         return self._call("DELETE", name)
+
+    def revisions(self, name: str) -> Sequence[dict[str, Any]]:
+        data: Sequence[dict[str, Any]] = self._call("GET", f"{name}/revisions")["data"]
+        return data
+
+    def rollback(self, name: str, digest: str | None) -> dict[str, Any]:
+        wanted = {} if digest is None else {"digest": digest}
+        return self._call("POST", f"{name}/rollback", params={"report": "full", **wanted})
 
     def _call(
         self, method: str, name: str, headers: dict[str, str] | None = None, **body: Any

@@ -213,8 +213,8 @@ async def test_an_adapter_s_own_chat_template_wins_over_the_base_s(
 async def test_adapters_in_memory_do_not_wait_behind_those_that_are_loaded(lora: Front) -> None:
     lora.store.warm("pirate")
     loading = threading.Event()
-    executor = lora.app.state.parts.executor
-    loads = [executor.submit(loading.wait) for _ in range(50)]
+    pools = lora.app.state.parts.pools
+    loads = [pools.loads.submit(loading.wait) for _ in range(50)]
     try:
         assert (await lora.chat(adapter="pirate")).status_code == 200
         assert (await lora.chat()).status_code == 200

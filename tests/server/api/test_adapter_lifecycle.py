@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_server.adapters.device_tier import DeviceUnloads
-from tests.server.conftest import Front
+from loraplex_server.engine.errors import EngineDead
+from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
@@ -44,7 +46,11 @@ async def test_an_adapter_is_put_from_a_registered_directory(
     answer = await put(front, "team/x", "x")
     assert answer.status_code == 201, answer.text
     assert answer.headers["etag"] == f'"{answer.json()["digest"]}"'
-    assert answer.json()["report"]["n_matched"] > 0
+    summary = answer.json()["report"]
+    assert summary["n_matched"] > 0
+    assert summary["delta_ratio"]["min"] <= summary["delta_ratio"]["max"]
+    assert "matched" not in summary
+    assert len(answer.content) < 2000
     assert (await front.chat(adapter="team/x")).status_code == 200
     assert (await put(front, "team/x", "x")).status_code == 200  # there already
 
@@ -183,11 +189,21 @@ async def test_delete_of_nothing_or_of_another_revision_changes_nothing(lora: Fr
     assert (await lora.client.get("/v1/adapters/pirate")).status_code == 200
 
 
+async def test_of_many_puts_of_a_new_name_one_has_made_it(
+    front: Front, base_spec: BaseSpec
+) -> None:
+    for number in range(6):
+        write_lora(front.root / f"v{number}", base_spec, seed=number)
+    answers = await asyncio.gather(*[put(front, "x", f"v{number}") for number in range(6)])
+    assert sorted(answer.status_code for answer in answers) == [200] * 5 + [201]
+
+
 class Device:
     """A device tier that remembers what it was told."""
 
     def __init__(self) -> None:
         self.told: list[tuple[str, str]] = []
+        self.dead = False
 
     def set_pinned(self, digest: str, pinned: bool) -> None:
         self.told.append(("pin" if pinned else "unpin", digest))
@@ -196,25 +212,69 @@ class Device:
         self.told.append(("warm", plan.digest))
 
     async def unload(self, digest: str) -> int:
+        if self.dead:
+            raise EngineDead("the engine thread stopped")
         self.told.append(("unload", digest))
         return 4096
 
 
-async def test_pin_unpin_warm_and_delete_reach_the_device(lora: Front) -> None:
+@pytest.fixture
+def on_device(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> Iterator[tuple[Front, Device]]:
+    """A front whose engine has a device, and the adapter ``poet``."""
     device = Device()
-    services = lora.app.state.parts
-    object.__setattr__(services, "device", device)
-    object.__setattr__(services, "unloads", DeviceUnloads(device))
-    digest = lora.store.get("org/poet").digest
+    front = make_front(tokenizer, base_spec, tmp_path, device=device)
+    front.store.put_directory("poet", write_lora(front.root / "poet", base_spec))
+    yield front, device
+    front.store.close()
+
+
+async def test_pin_unpin_warm_and_delete_reach_the_device(
+    on_device: tuple[Front, Device],
+) -> None:
+    front, device = on_device
+    digest = front.store.get("poet").digest
     for action in ("pin", "unpin", "warm"):
-        answer = await lora.client.post(f"/v1/adapters/org/poet/{action}")
+        answer = await front.client.post(f"/v1/adapters/poet/{action}")
         assert answer.status_code == 200, answer.text
         assert answer.json()["pinned"] is (action == "pin")
         assert answer.json()["tier"] == "host"
-        assert (await lora.client.post(f"/v1/adapters/nobody/{action}")).status_code == 404
-    report = (await lora.client.delete("/v1/adapters/org/poet")).json()
+        assert (await front.client.post(f"/v1/adapters/nobody/{action}")).status_code == 404
+    report = (await front.client.delete("/v1/adapters/poet")).json()
     assert report["n_bytes_freed"]["device"] == 4096
     assert device.told == [(what, digest) for what in ("pin", "unpin", "warm", "unload")]
+
+
+async def test_a_dead_engine_answers_every_change_with_503_at_once(
+    on_device: tuple[Front, Device],
+) -> None:
+    front, _ = on_device
+    front.engine.die()
+    calls = [
+        front.client.delete("/v1/adapters/poet"),
+        front.client.put("/v1/adapters/poet", json={"source": "poet"}),
+        *[front.client.post(f"/v1/adapters/poet/{what}") for what in ("pin", "unpin", "warm")],
+        front.client.post("/v1/adapters/poet/rollback"),
+        front.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "poet"}),
+        front.post("/v1/unload_lora_adapter", {"lora_name": "poet"}),
+        front.chat(adapter="poet"),
+        front.complete(),
+        front.client.get("/health"),
+        front.client.get("/ready"),
+    ]
+    for answer in await asyncio.wait_for(asyncio.gather(*calls), 30):
+        assert (answer.status_code, code_of(answer)) == (503, "engine_dead")
+    assert (await front.client.get("/v1/adapters/poet")).status_code == 200  # still told of
+
+
+async def test_a_delete_that_the_engine_dies_under_is_a_503(
+    on_device: tuple[Front, Device],
+) -> None:
+    front, device = on_device
+    device.dead = True  # it dies between the check and the unload
+    answer = await front.client.delete("/v1/adapters/poet")
+    assert (answer.status_code, code_of(answer)) == (503, "engine_dead")
 
 
 async def test_a_slow_load_is_a_job_with_a_result(front: Front, base_spec: BaseSpec) -> None:
@@ -241,6 +301,22 @@ async def test_a_job_that_fails_says_why(front: Front) -> None:
     assert "adapter_config.json" in job["error"]["message"]
 
 
+async def test_a_job_that_breaks_tells_the_log_everything_and_the_client_where_to_look(
+    front: Front, base_spec: BaseSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_lora(front.root / "x", base_spec)
+    staging = front.store._files._staging
+    staging.rmdir()
+    staging.write_text("a file where a folder belongs")  # no upload can be staged
+    answer = await front.client.put("/v1/adapters/x", json={"source": "x"})
+    assert (answer.status_code, code_of(answer)) == (500, "load_failed")
+    message = answer.json()["error"]["message"]
+    assert "job-" in message
+    assert str(front.root.parent) not in message
+    assert "Traceback" in caplog.text
+    assert "NotADirectoryError" in caplog.text
+
+
 async def test_the_list_is_short_and_the_card_is_whole(lora: Front) -> None:
     body = (await lora.client.get("/v1/adapters")).json()
     assert [card["name"] for card in body["data"]] == ["org/poet", "pirate"]
@@ -249,6 +325,11 @@ async def test_the_list_is_short_and_the_card_is_whole(lora: Front) -> None:
     assert card["family"] == "lora"
     assert card["ranks"] == [4]
     assert card["report"]["unexpected_keys"] == []
+    assert "modules" not in card["report"]
+    full = (await lora.client.get("/v1/adapters/pirate?report=full")).json()["report"]
+    assert len(full["matched"]) == card["report"]["n_matched"]
+    assert len(full["modules"]) == card["report"]["n_modules"]
+    assert (await lora.client.get("/v1/adapters/pirate?report=all")).status_code == 400
 
 
 async def test_vllm_s_load_and_unload_answer_as_vllm_does(

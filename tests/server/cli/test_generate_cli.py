@@ -32,7 +32,7 @@ def test_default_refuses_a_method_that_does_not_exist(tmp_path: Path) -> None:
     assert "sg-lora" in result.output
 
 
-@pytest.mark.parametrize("command", [["zoo", "train"], ["generator", "eval"], ["generate"]])
+@pytest.mark.parametrize("command", [["zoo", "train"], ["generator", "train"], ["generate"]])
 def test_each_command_explains_itself(command: list[str]) -> None:
     result = RUNNER.invoke(app, [*command, "--help"])
     assert result.exit_code == 0

@@ -7,9 +7,11 @@ from fastapi import APIRouter, Request, Response
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.selector import NameRef
 from loraplex_server.adapters.access import AdapterName, access_of
-from loraplex_server.adapters.jobs import Job, JobStatus, Progress
+from loraplex_server.adapters.jobs import Job, Progress
 from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.uploads import receive_upload
+from loraplex_server.adapters.waiting import result_within
+from loraplex_server.api.adapter_card import Report, card_response, conditions, shown_card
 from loraplex_server.api.errors import ApiError, invalid, not_found
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import AdapterSourceBody
@@ -38,7 +40,7 @@ async def list_adapters(request: Request) -> Response:
     resident = set(services.engine.stats().resident_adapters)
     cards = await in_store_thread(services, services.store.list)
     access = access_of(request)
-    data = [_shown(card, resident, with_report=False) for card in cards if access.allows(card.name)]
+    data = [shown_card(card, resident, "none") for card in cards if access.allows(card.name)]
     return ORJSONResponse({"object": "list", "data": data})
 
 
@@ -54,25 +56,38 @@ async def show_job(request: Request, job_id: str) -> Response:
 async def pin_adapter(request: Request, name: AdapterName) -> Response:
     """Keeps it in host memory, and on the device once it is there."""
     services = state_of(request)
-    card = await in_store_thread(services, lambda: services.store.pin(name), access_of(request))
+    services.lifecycle.check_engine()
+    card = await in_store_thread(
+        services,
+        lambda: services.store.pin(name),
+        access_of(request),
+        pool=services.pools.loads,
+    )
     if services.device is not None:
         services.device.set_pinned(card.digest, True)
-    return _answer(services, card)
+    return card_response(services, card)
 
 
 @router.post("/v1/adapters/{name:path}/unpin")
 async def unpin_adapter(request: Request, name: AdapterName) -> Response:
     services = state_of(request)
-    card = await in_store_thread(services, lambda: services.store.unpin(name), access_of(request))
+    services.lifecycle.check_engine()
+    card = await in_store_thread(
+        services,
+        lambda: services.store.unpin(name),
+        access_of(request),
+        pool=services.pools.changes,
+    )
     if services.device is not None:
         services.device.set_pinned(card.digest, False)
-    return _answer(services, card)
+    return card_response(services, card)
 
 
 @router.post("/v1/adapters/{name:path}/warm")
 async def warm_adapter(request: Request, name: AdapterName) -> Response:
     """Loads to host and device memory; a load that takes long is answered with a job."""
     services = state_of(request)
+    services.lifecycle.check_engine()
     # 404 at once
     await in_store_thread(services, lambda: services.store.get(name), access_of(request))
 
@@ -83,26 +98,28 @@ async def warm_adapter(request: Request, name: AdapterName) -> Response:
         return services.store.get(name)
 
     job = services.jobs.start(name, warm)
-    return await _outcome(services, job, wait=None, created=False)
+    card = await _finished(services, job)
+    return card_response(services, card) if isinstance(card, AdapterCard) else card
 
 
 @router.get("/v1/adapters/{name:path}")
-async def show_adapter(request: Request, name: AdapterName) -> Response:
+async def show_adapter(request: Request, name: AdapterName, report: Report = "summary") -> Response:
+    """``?report=full`` names every tensor and module of the load report."""
     services = state_of(request)
     card = await in_store_thread(services, lambda: services.store.get(name), access_of(request))
-    return _answer(services, card)
+    return card_response(services, card, report)
 
 
 @router.put("/v1/adapters/{name:path}", openapi_extra=_EITHER_BODY)
-async def put_adapter(request: Request, name: AdapterName) -> Response:
+async def put_adapter(request: Request, name: AdapterName, report: Report = "summary") -> Response:
     """From a source (JSON) or an upload (multipart). ``If-Match`` makes it compare-and-set."""
     services = state_of(request)
     services.lifecycle.check_admitting()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return await _put_source(services, request, name)
+        return await _put_source(services, request, name, report)
     if kind == "multipart/form-data":
-        return await _put_upload(services, request, name)
+        return await _put_upload(services, request, name, report)
     raise ApiError(
         415, "send application/json or multipart/form-data", code="unsupported_media_type"
     )
@@ -114,23 +131,26 @@ async def delete_adapter(request: Request, name: AdapterName, timeout_s: float =
     services = state_of(request)
     if not 0 <= timeout_s <= 3600:
         raise invalid("timeout_s must lie between 0 and 3600", "timeout_s")
-    if_match, _ = _conditions(request)
-    report = await in_store_thread(
+    services.lifecycle.check_engine()
+    if_match, _ = conditions(request)
+    deletion = await in_store_thread(
         services,
-        lambda: services.store.delete(name, if_match=if_match, timeout_s=timeout_s),
+        lambda: services.store.start_delete(name, if_match=if_match),
         access_of(request),
+        pool=services.pools.changes,
     )
+    freed_bytes = await result_within(deletion.freed, timeout_s)
+    report = deletion.report(freed_bytes)
     freed = {"disk": report.n_bytes_freed.disk, "host": report.n_bytes_freed.host, "device": 0}
     if report.drained:
         freed["device"] = await services.unloads.freed_bytes(report.digest)
     return ORJSONResponse({**report.to_json(), "n_bytes_freed": freed, "deleted": True})
 
 
-async def _put_source(services: AppState, request: Request, name: str) -> Response:
+async def _put_source(services: AppState, request: Request, name: str, shown: Report) -> Response:
     body = await read_body(request, AdapterSourceBody)
     uri = source_uri(services, body.source, param="source")
-    if_match, replace = _conditions(request)
-    created = not await _exists(services, name)
+    if_match, replace = conditions(request)
 
     def load(report: Progress) -> AdapterCard:
         return services.store.put_source(
@@ -144,13 +164,13 @@ async def _put_source(services: AppState, request: Request, name: str) -> Respon
         )
 
     job = services.jobs.start(name, load)
-    return await _outcome(services, job, wait=body.wait, created=created)
+    card = await _finished(services, job, body.wait)
+    return _stored(services, card, shown) if isinstance(card, AdapterCard) else card
 
 
-async def _put_upload(services: AppState, request: Request, name: str) -> Response:
-    if_match, replace = _conditions(request)
+async def _put_upload(services: AppState, request: Request, name: str, shown: Report) -> Response:
+    if_match, replace = conditions(request)
     async with receive_upload(request) as upload:
-        created = not await _exists(services, name)
         card = await in_store_thread(
             services,
             lambda: services.store.put_files(
@@ -163,56 +183,25 @@ async def _put_upload(services: AppState, request: Request, name: str) -> Respon
                 description=upload.description,
                 examples=upload.examples,
             ),
+            pool=services.pools.changes,
         )
-    return _answer(services, card, status=201 if created else 200)
+    return _stored(services, card, shown)
 
 
-async def _outcome(services: AppState, job: Job, *, wait: bool | None, created: bool) -> Response:
-    """The card if the job ends in time, else 202 and where to look."""
+async def _finished(
+    services: AppState, job: Job, wait: bool | None = None
+) -> AdapterCard | Response:
+    """The card if the job ends in time, else 202 and where to look. Raises the job's ApiError."""
     timeout_s = {None: services.config.http.job_wait_s, True: None, False: 0.0}[wait]
     if not await services.jobs.wait(job, timeout_s):
         headers = {"location": f"/v1/jobs/{job.id}"}
         return ORJSONResponse(job.to_json(), status=202, headers=headers)
-    if job.status is JobStatus.FAILED:
-        assert job.error is not None
+    if job.error is not None:
         raise job.error
     assert job.card is not None
-    return _answer(services, job.card, status=201 if created else 200)
+    return job.card
 
 
-async def _exists(services: AppState, name: str) -> bool:
-    try:
-        await in_store_thread(services, lambda: services.store.get(name))
-    except ApiError as error:
-        if error.status == 404:
-            return False
-        raise
-    return True
-
-
-def _conditions(request: Request) -> tuple[str | None, bool]:
-    """(If-Match as a digest, whether an existing adapter may be replaced)."""
-    if_match = request.headers.get("if-match")
-    if_none = request.headers.get("if-none-match")
-    if if_none is not None and if_none.strip() != "*":
-        raise invalid("If-None-Match must be *", "If-None-Match")
-    if if_match is not None:
-        if_match = if_match.strip().removeprefix("W/").strip('"')
-        if len(if_match) != 64 or not set(if_match) <= set("0123456789abcdef"):
-            raise invalid("If-Match must be the adapter's ETag, a full digest", "If-Match")
-    return if_match, if_none is None
-
-
-def _answer(services: AppState, card: AdapterCard, *, status: int = 200) -> Response:
-    resident = set(services.engine.stats().resident_adapters)
-    shown = _shown(card, resident, with_report=True)
-    return ORJSONResponse(shown, status=status, headers={"etag": f'"{card.digest}"'})
-
-
-def _shown(card: AdapterCard, resident: set[str], *, with_report: bool) -> dict[str, object]:
-    shown: dict[str, object] = {"object": "adapter", **card.to_json()}
-    if not with_report:
-        del shown["report"]
-    tier = "device" if card.digest in resident else "host" if card.n_bytes.host else "disk"
-    provenance = {key: value for key, value in card.provenance.items() if key != "path"}
-    return {**shown, "tier": tier, "provenance": provenance}
+def _stored(services: AppState, card: AdapterCard, shown: Report) -> Response:
+    """201 where this very put has made the name, however many puts ran beside it."""
+    return card_response(services, card, shown, status=200 if card.replaced else 201)

@@ -12,7 +12,8 @@ from loraplex_server.adapters.generated_adapters import (
     PREFIX,
     AdapterGenerationRequest,
 )
-from loraplex_server.api.errors import invalid
+from loraplex_server.api.adapter_card import Report, shown_card
+from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import GenerateAdapterBody
@@ -26,7 +27,9 @@ router = APIRouter(route_class=JsonRoute)
 
 
 @router.post("/v1/adapters/generate", status_code=201, responses=errors(404, 412, 415, 422))
-async def generate_adapter(body: GenerateAdapterBody, request: Request, state: State) -> Response:
+async def generate_adapter(
+    body: GenerateAdapterBody, request: Request, state: State, report: Report = "summary"
+) -> Response:
     """The card says where the adapter came from: method, parts, scores, digests."""
     state.lifecycle.check_admitting()
     adapters = state.generated
@@ -45,17 +48,25 @@ async def generate_adapter(body: GenerateAdapterBody, request: Request, state: S
         body.force,
     )
     card = await in_store_thread(
-        state, lambda: adapters.ensure(order, name=body.name, ttl_s=body.ttl_s)
+        state,
+        lambda: adapters.ensure(order, name=body.name, ttl_s=body.ttl_s),
+        pool=state.pools.generation,
     )
     agreement = await _agreement(state, card) if body.probe else None
-    shown = {"object": "adapter", **card.to_json(), "base_agreement": agreement}
+    resident = set(state.engine.stats().resident_adapters)
+    shown = {**shown_card(card, resident, report), "base_agreement": agreement}
     return ORJSONResponse(shown, status=201, headers={"etag": f'"{card.digest}"'})
 
 
 async def _agreement(state: AppState, card: AdapterCard) -> float | None:
-    """None where the engine is too busy to be asked."""
+    """None where the engine is too busy to be asked, or the adapter is gone again."""
     ref = NameRef(card.name, card.digest[:12])
-    lease = await in_store_thread(state, lambda: state.store.acquire(ref))
+    try:
+        lease = await in_store_thread(
+            state, lambda: state.store.acquire(ref), pool=state.pools.loads
+        )
+    except ApiError:
+        return None
     with lease:
         try:
             return round(await base_agreement(state.engine, state.text, lease), 4)

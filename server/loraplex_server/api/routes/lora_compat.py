@@ -7,6 +7,7 @@ from starlette.responses import PlainTextResponse
 
 from loraplex_server.adapters.access import access_of, check_allowed
 from loraplex_server.adapters.sources import source_uri
+from loraplex_server.adapters.waiting import result_within
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.protocol.adapters import LoadLoraBody, UnloadLoraBody
@@ -17,6 +18,8 @@ __all__ = ["router"]
 
 router = APIRouter(route_class=JsonRoute)
 _ERRORS = errors(404, 412, 415)
+
+_DRAIN_S = 30.0  # an unload waits so long for running requests
 
 
 @router.post(
@@ -33,6 +36,7 @@ async def load_lora_adapter(body: LoadLoraBody, request: Request, state: State) 
         await in_store_thread(
             state,
             lambda: state.store.put_source(name, uri, replace=bool(body.load_inplace)),
+            pool=state.pools.jobs,
         )
     except ApiError as error:
         if error.code == "revision_conflict":
@@ -48,12 +52,16 @@ async def load_lora_adapter(body: LoadLoraBody, request: Request, state: State) 
     "/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=errors(404, 412, 415)
 )
 async def unload_lora_adapter(body: UnloadLoraBody, request: Request, state: State) -> Response:
+    state.lifecycle.check_engine()
     name = body.lora_name
     if not name:
         raise _user_error("'lora_name' needs to be provided to unload a LoRA adapter.")
     check_allowed(access_of(request), name, param="lora_name")
     try:
-        await in_store_thread(state, lambda: state.store.delete(name))
+        deletion = await in_store_thread(
+            state, lambda: state.store.start_delete(name), pool=state.pools.changes
+        )
+        await result_within(deletion.freed, _DRAIN_S)
     except ApiError as error:
         if error.status == 404:
             raise ApiError(

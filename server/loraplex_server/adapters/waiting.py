@@ -1,0 +1,18 @@
+"""Waiting on the event loop for what a thread will finish, without a thread that waits."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from typing import TypeVar
+
+__all__ = ["result_within"]
+
+T = TypeVar("T")
+
+
+async def result_within(future: Future[T], timeout_s: float) -> T | None:
+    """The result, or None after ``timeout_s``; the future goes on either way."""
+    waiting = asyncio.wrap_future(future)
+    done, _ = await asyncio.wait([waiting], timeout=timeout_s)
+    return waiting.result() if done else None

@@ -1,0 +1,25 @@
+"""Threads for blocking calls, apart by how long they take: what is quick never waits for the slow.
+
+A deletion that waits for running requests, or for the device, holds no thread.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+__all__ = ["WorkerPools"]
+
+
+class WorkerPools:
+    """Threads start with the first work that is given to a pool."""
+
+    def __init__(self) -> None:
+        self.reads = _pool(2, "reads")  # cards and listings; at most a short disk read
+        self.loads = _pool(8, "loads")  # from disk to host memory; may wait for room there
+        self.changes = _pool(4, "changes")  # uploads are checked and written, names removed
+        self.jobs = _pool(4, "jobs")  # downloads
+        self.generation = _pool(1, "generation")  # adapters are made one at a time
+
+
+def _pool(n_threads: int, name: str) -> Executor:
+    return ThreadPoolExecutor(n_threads, thread_name_prefix=f"loraplex-{name}")

@@ -1,0 +1,50 @@
+"""An adapter's card as clients see it, and the conditions that a change of it may carry."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fastapi import Request
+
+from loraplex_adapter_store.card import AdapterCard
+
+from .errors import invalid
+from .orjson_response import ORJSONResponse
+from .state import AppState
+
+__all__ = ["Report", "card_response", "conditions", "shown_card"]
+
+Report = Literal["none", "summary", "full"]  # how much of the load report is shown
+
+
+def card_response(
+    state: AppState, card: AdapterCard, report: Report = "summary", *, status: int = 200
+) -> ORJSONResponse:
+    """The ``ETag`` is the digest."""
+    resident = set(state.engine.stats().resident_adapters)
+    shown = shown_card(card, resident, report)
+    return ORJSONResponse(shown, status=status, headers={"etag": f'"{card.digest}"'})
+
+
+def shown_card(card: AdapterCard, resident: set[str], report: Report) -> dict[str, object]:
+    """``resident``: digests on the device. Paths of the server are left out."""
+    shown: dict[str, object] = {"object": "adapter", **card.to_json()}
+    del shown["report"]
+    if report != "none" and card.report is not None:
+        shown["report"] = card.report.to_json() if report == "full" else card.report.summary()
+    tier = "device" if card.digest in resident else "host" if card.n_bytes.host else "disk"
+    provenance = {key: value for key, value in card.provenance.items() if key != "path"}
+    return {**shown, "tier": tier, "provenance": provenance}
+
+
+def conditions(request: Request) -> tuple[str | None, bool]:
+    """(If-Match as a digest, whether an existing adapter may be replaced). Raises ApiError."""
+    if_match = request.headers.get("if-match")
+    if_none = request.headers.get("if-none-match")
+    if if_none is not None and if_none.strip() != "*":
+        raise invalid("If-None-Match must be *", "If-None-Match")
+    if if_match is not None:
+        if_match = if_match.strip().removeprefix("W/").strip('"')
+        if len(if_match) != 64 or not set(if_match) <= set("0123456789abcdef"):
+            raise invalid("If-Match must be the adapter's ETag, a full digest", "If-Match")
+    return if_match, if_none is None

@@ -37,6 +37,7 @@ from loraplex_server.metrics.routing_collector import RoutingCollector
 from loraplex_server.model.loader import Lazy
 
 from .banner import banner
+from .running_servers import announced
 from .settings import ServerConfig
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def serve(
         )
         freeze_gc()
         closing.callback(gc.unfreeze)  # before the interpreter's last collection
-        _run(app, config, listening, say)
+        _run(app, config, listening, store_root(config, built), say)
 
 
 def freeze_gc() -> None:
@@ -115,11 +116,15 @@ def freeze_gc() -> None:
     gc.freeze()
 
 
-def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
-    """The store of this base: each base has a folder of its own."""
+def store_root(config: ServerConfig, built: BuiltEngine) -> Path:
+    """The folder of this base's adapters: each base has one of its own."""
     from loraplex_server.model.pull import loraplex_home
 
-    root = config.store.root or loraplex_home() / "adapters" / built.base_spec.fingerprint[:16]
+    return config.store.root or loraplex_home() / "adapters" / built.base_spec.fingerprint[:16]
+
+
+def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
+    root = store_root(config, built)
     root.mkdir(parents=True, exist_ok=True)
     roots: list[Path] = [*config.store.adapters_dirs]
     return AdapterStore(
@@ -173,8 +178,14 @@ class _Server(uvicorn.Server):
 
 
 def _run(
-    app: FastAPI, config: ServerConfig, listening: socket.socket, say: Callable[[str], None]
+    app: FastAPI,
+    config: ServerConfig,
+    listening: socket.socket,
+    root: Path,
+    say: Callable[[str], None],
 ) -> None:
+    from loraplex_server.model.pull import loraplex_home
+
     server = _Server(
         uvicorn.Config(
             app,
@@ -202,7 +213,8 @@ def _run(
             await asyncio.sleep(0.005)
         say(_banner(services, listening))
         waiting = asyncio.create_task(going_down.wait())
-        await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
+        with announced(loraplex_home(), _url(listening), services.model_root, root):
+            await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         await _drain(services, config.http.drain_timeout_s)
         server.should_exit = True
@@ -239,9 +251,14 @@ async def _drain(services: AppState, timeout_s: float) -> None:
     services.live.fail_all(unavailable("the server went down", "server_draining"))
 
 
-def _banner(services: AppState, listening: socket.socket) -> str:
+def _url(listening: socket.socket) -> str:
+    """Where this machine reaches the server."""
     host, port = listening.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}"
+
+
+def _banner(services: AppState, listening: socket.socket) -> str:
     cards = services.store.list()
     # the shortest prompt that a card shows: one that visibly does something
     shown = min(
@@ -250,7 +267,7 @@ def _banner(services: AppState, listening: socket.socket) -> str:
         default=(cards[0].name if cards else None, "Hello!"),
     )
     return banner(
-        f"http://{host}:{port}",
+        _url(listening),
         services.resolver.base_name,
         [card.name for card in cards],
         *shown,

@@ -1,4 +1,4 @@
-"""`loraplex adapters`: the adapters of a running server (--url) or of a store on disk."""
+"""`loraplex adapters`: the adapters of a running server, or of a store on disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ adapters.command()(routing)
 
 Url = Annotated[
     str | None,
-    typer.Option(help="A running server, as http://127.0.0.1:8000.", envvar="LORAPLEX_URL"),
+    typer.Option(
+        help="A server, as http://127.0.0.1:8000. Default: the one that runs on this machine.",
+        envvar="LORAPLEX_URL",
+    ),
 ]
 Key = Annotated[
     str | None, typer.Option(help="Its API key.", envvar="LORAPLEX_API_KEY", show_default=False)
@@ -56,13 +59,18 @@ def list_adapters(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("name", "family", "ranks", "size", "rev", "digest", "description", box=None)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("name", overflow="fold")
+    for title in ("family", "ranks", "disk", "tier", "rev", "digest"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("description", no_wrap=True, overflow="ellipsis")
     for card in cards:
         table.add_row(
             card["name"],
             card["family"],
-            ",".join(map(str, card["ranks"])),
+            _ranks(card["ranks"]),
             _size(card["n_bytes"]["disk"]),
+            card.get("tier", "disk"),
             str(card["revision"]),
             card["digest"][:12],
             card["description"] or "",
@@ -234,7 +242,28 @@ def inspect(
 def _backend(
     url: str | None, api_key: str | None, model: str | None, state_dir: Path | None
 ) -> RemoteAdapters | LocalAdapters:
+    """The server that is named, else the one that runs on this machine, else the store on disk."""
+    url = url or _running(model, state_dir)
     return RemoteAdapters(url, api_key) if url else _local(model, state_dir)
+
+
+def _running(model: str | None, state_dir: Path | None) -> str | None:
+    from loraplex_server.model.pull import loraplex_home
+    from loraplex_server.running_servers import running_servers
+
+    found = [
+        server
+        for server in running_servers(loraplex_home())
+        if (model is None or Path(model).name == Path(server.model).name)
+        and (state_dir is None or state_dir.resolve() == Path(server.store).resolve())
+    ]
+    if not found:
+        return None
+    if len(found) > 1:
+        urls = ", ".join(server.url for server in found)
+        raise typer.BadParameter(f"several servers run here; choose one with --url: {urls}")
+    typer.secho(f"using the server at {found[0].url}", dim=True, err=True)
+    return found[0].url
 
 
 def _local(model: str | None, state_dir: Path | None) -> LocalAdapters:
@@ -334,6 +363,11 @@ def _plot(found: tuple[ModuleInspection, ...], target: Path) -> None:
     axes.legend()
     figure.savefig(target)
     typer.echo(f"wrote {target}")
+
+
+def _ranks(ranks: list[int]) -> str:
+    """ "8", or the smallest and largest of many."""
+    return ",".join(map(str, ranks)) if len(ranks) <= 2 else f"{ranks[0]}–{ranks[-1]}"
 
 
 def _size(n_bytes: int) -> str:

@@ -161,6 +161,7 @@ async def test_pings_keep_a_silent_stream_open(
         while (body := await call.next_body()) == b": ping\n\n":
             pass
         assert events_of(body)[0]["choices"][0]["delta"]["role"] == "assistant"
+    front.store.close()
 
 
 @pytest.mark.parametrize("spec_version", ["2.3", "2.4"])

@@ -71,6 +71,17 @@ def test_an_adapter_lives_in_a_running_server(model: Path, adapter: Path, tmp_pa
         life_of_an_adapter(adapter, ["--url", server.url])
 
 
+@pytest.mark.slow
+def test_the_running_server_is_found_without_its_address(
+    model: Path, adapter: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    with server_process(model, state) as server:
+        output = run("list", "--model", model, "--state-dir", state).output
+        assert f"using the server at {server.url}" in output
+        life_of_an_adapter(adapter, ["--model", model, "--state-dir", state])
+
+
 def test_a_refused_adapter_says_why_in_lines_not_in_a_traceback(
     model: Path, adapter: Path, tmp_path: Path
 ) -> None:

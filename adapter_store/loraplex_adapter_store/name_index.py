@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from .errors import UnknownAdapter
@@ -122,15 +122,26 @@ class NameIndex:
         with self._lock:
             self._composites[digest] = tuple(parts)
 
+    def knows(self, digest: str) -> bool:
+        """A content or a composite that was not retired."""
+        with self._lock:
+            return digest in self._contents or digest in self._composites
+
     def is_reachable(self, digest: str) -> bool:
         """Whether a name, or all the names of a composite's parts, lead to it."""
         with self._lock:
             return self._is_reachable(digest)
 
-    def remove_unreachable(self, digest: str) -> Removed | None:
-        """Forgets a content or composite that nothing reaches; None if something does, or gone."""
+    def remove_unreachable(
+        self, digest: str, *, is_used: Callable[[], bool] = lambda: False
+    ) -> Removed | None:
+        """Forgets a content or composite that nothing reaches; None if something does, or gone.
+
+        ``is_used`` is asked in the same step: who counts a use, and finds the content here after
+        that, keeps it.
+        """
         with self._lock:
-            if self._is_reachable(digest):
+            if self._is_reachable(digest) or is_used():
                 return None
             content = self._contents.pop(digest, None)
             was_composite = self._composites.pop(digest, None) is not None

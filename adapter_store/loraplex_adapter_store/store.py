@@ -33,7 +33,6 @@ from .errors import (
     InvalidSelector,
     RevisionConflict,
     StoreClosed,
-    StoredAdapterDamaged,
     UnknownAdapter,
 )
 from .eviction import POLICIES
@@ -343,8 +342,14 @@ class AdapterStore:
         found = self._index.find(ref.name, ref.digest_prefix)
         if found is None:
             return None
-        plan = self._tier.lease_resident(found[0].digest)
-        return None if plan is None else self._still_there(found[0], plan)
+        record, content = found
+        plan = self._tier.lease_resident(content.digest)
+        if plan is None:
+            return None
+        if self._index.content(content.digest) is None:  # retired between look-up and count
+            self._released(content.digest)
+            return None
+        return AdapterLease(record.name, record.revision, plan, self._released)
 
     def pin(self, name: str) -> AdapterCard:
         """Loads the adapter and keeps it in host memory, also after a restart once it is used."""
@@ -431,10 +436,14 @@ class AdapterStore:
             with self._writing:
                 self._check_open()
                 put, content = self._commit(name, ingested, terms)
-        self._keep_prepared(prepared)
-        if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
-            self._lease(content)
-            self._released(content.digest)
+                self._tier.hold(content.digest)  # a delete from here on waits for the rest
+        try:
+            self._keep_prepared(prepared)
+            if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
+                self._tier.lease(content.digest, content.host_bytes, lambda: prepared)
+                self._tier.release(content.digest)
+        finally:
+            self._let_go(content.digest)
         replaced = None if put.previous is None else put.previous.digest
         return self._card(put.record, content, ingested.reading.report, replaced)
 
@@ -488,17 +497,14 @@ class AdapterStore:
         return put
 
     def _acquire_name(self, ref: NameRef) -> AdapterLease:
-        while True:
-            record, content = self._find(ref)
-            try:
-                plan = self._lease(content)
-            except StoredAdapterDamaged:
-                if self._index.content(content.digest) is not None:
-                    raise
-                continue  # the name moved, and its old files went, while they were read
-            lease = self._still_there(record, plan)
-            if lease is not None:
-                return lease
+        record, content = self._hold(ref)
+        try:
+            plan = self._tier.lease(
+                content.digest, content.host_bytes, lambda: self._loader.load(content)
+            )
+            return AdapterLease(record.name, record.revision, plan, self._released)
+        finally:
+            self._let_go(content.digest)
 
     def _find(self, ref: NameRef) -> tuple[NameRecord, Content]:
         self._check_open()
@@ -507,19 +513,6 @@ class AdapterStore:
             revisions = self._index.revisions(ref.name)
             raise UnknownAdapter(str(ref), [f"{ref.name}@{r.digest[:12]}" for r, _ in revisions])
         return found
-
-    def _still_there(self, record: NameRecord, plan: AdapterPlan) -> AdapterLease | None:
-        """A lease, unless the content was retired between look-up and count."""
-        if self._index.content(plan.digest) is not None:
-            return AdapterLease(record.name, record.revision, plan, self._released)
-        self._released(plan.digest)
-        return None
-
-    def _lease(self, content: Content) -> AdapterPlan:
-        def load() -> AdapterPlan:
-            return self._loader.load(content)
-
-        return self._tier.lease(content.digest, content.host_bytes, load)
 
     def _keep_prepared(self, plan: AdapterPlan) -> None:
         """For loads to come. It is a cache: without it they take longer, no more."""
@@ -546,7 +539,7 @@ class AdapterStore:
         """
         parts: list[Content] = []
         try:
-            parts.extend(self._hold(ref) for ref in composite.refs)
+            parts.extend(self._hold(ref)[1] for ref in composite.refs)
             digests = [part.digest for part in parts]
             digest = composite.identify(digests)
             self._index.add_composite(digest, digests)
@@ -560,13 +553,17 @@ class AdapterStore:
             for part in parts:
                 self._let_go(part.digest)
 
-    def _hold(self, ref: NameRef) -> Content:
-        """Of the name as it is now: its files stay until ``_let_go``."""
+    def _hold(self, ref: NameRef) -> tuple[NameRecord, Content]:
+        """What ``ref`` means now; its files and its plan stay until ``_let_go``.
+
+        The hold is counted first and looked up again then: ``_retire`` forgets a content only in a
+        step in which nobody has it.
+        """
         while True:
-            _, content = self._find(ref)
+            record, content = self._find(ref)
             self._tier.hold(content.digest)
             if self._index.content(content.digest) is not None:
-                return content
+                return record, content
             self._let_go(content.digest)  # it was retired between look-up and count
 
     def _let_go(self, digest: str) -> None:
@@ -600,10 +597,12 @@ class AdapterStore:
     def _retire(self, digest: str) -> TierBytes:
         """Frees a digest that nothing reaches. Does nothing if something does by now."""
         with self._writing:
-            if self._tier.n_leases(digest) > 0:
-                return TierBytes(0, 0)
-            removed = self._index.remove_unreachable(digest)
+            removed = self._index.remove_unreachable(
+                digest, is_used=lambda: self._tier.n_leases(digest) > 0
+            )
             if removed is None:
+                if not self._index.knows(digest):  # a plan leased while its content was retired
+                    self._tier.drop(digest)
                 return TierBytes(0, 0)
             host = self._tier.drop(digest)
             disk = 0

@@ -28,6 +28,7 @@ from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.registration import register_adapters
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
+from loraplex_server.adapters.watched_folders import WatchedFolders
 from loraplex_server.api.app import build_app
 from loraplex_server.api.errors import invalid, unavailable
 from loraplex_server.api.middleware.tracing import otlp_provider
@@ -73,6 +74,8 @@ def serve(
         closing.callback(store.close)
         closing.callback(built.engine.close)
         register_adapters(store, config.store)
+        watched = WatchedFolders(store, config.store.adapters_dirs)
+        watched.scan()
         for card in store.list():
             if card.pinned:
                 built.engine.set_pinned(card.digest, True)
@@ -100,6 +103,8 @@ def serve(
             experts=built.engine.experts,
             tracing=tracing,
         )
+        watched.start()
+        closing.callback(watched.close)
         freeze_gc()
         closing.callback(gc.unfreeze)  # before the interpreter's last collection
         _run(app, config, listening, store_root(config, built), say)

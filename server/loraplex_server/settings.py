@@ -163,7 +163,7 @@ def _prefixes(value: object) -> object:
 class StoreConfig(Options):
     adapters_dirs: Paths = option(
         (),
-        "Serve every adapter below; clients may load from there. Repeatable.",
+        "Serve every adapter below, watched; clients may load from there. Repeatable.",
         Panel.ADAPTERS,
         name="adapters_dir",
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters import registration
 from loraplex_server.adapters.registration import register_adapters
-from loraplex_server.settings import StoreConfig
+from loraplex_server.settings import LoraModule, StoreConfig
 from tests.support.lora_files import write_lora
 
 
@@ -30,12 +32,52 @@ def test_the_card_of_training_describes_an_adapter(
     description: str,
     examples: tuple[str, ...],
 ) -> None:
-    folder = write_lora(tmp_path / "adapters" / "echo", base_spec)
+    folder = write_lora(tmp_path / "echo", base_spec)
     (folder / "README.md").write_text("# echo\nFrom the README.\n")
     if card is not None:
         (folder / "card.json").write_text(json.dumps(card))
     store = AdapterStore(tmp_path / "state", base_spec)
-    register_adapters(store, StoreConfig(adapters_dirs=(tmp_path / "adapters",), demos=False))
+    modules = (LoraModule("echo", folder),)
+    register_adapters(store, StoreConfig(lora_modules=modules, demos=False))
     shown = store.get("echo")
     assert (shown.description, shown.examples) == (description, examples)
     store.close()
+
+
+@pytest.fixture
+def demos(tmp_path: Path, base_spec: BaseSpec, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package whose demos fit the tiny base: the shipped ones fit the default base alone."""
+    package = tmp_path / "site" / "tiny_package"
+    write_lora(package / "demos" / "pirate", base_spec)
+    write_lora(package / "demos" / "poet", base_spec, seed=1)
+    (package / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(str(package.parent))
+    monkeypatch.delitem(sys.modules, package.name, raising=False)  # of another test
+    monkeypatch.setattr(registration, "_DEMO_PATH", ("tiny_package", "demos"))
+    return package / "demos"
+
+
+def test_a_deleted_demo_does_not_come_back_and_a_replaced_one_stays_replaced(
+    tmp_path: Path, base_spec: BaseSpec, demos: Path
+) -> None:
+    with AdapterStore(tmp_path / "state", base_spec) as store:
+        register_adapters(store, StoreConfig())
+        assert [card.name for card in store.list()] == ["pirate", "poet"]
+        store.delete("pirate")
+        own = store.put_directory("poet", write_lora(tmp_path / "own", base_spec, seed=5))
+    with AdapterStore(tmp_path / "state", base_spec) as store:
+        register_adapters(store, StoreConfig())
+        assert [(card.name, card.digest) for card in store.list()] == [("poet", own.digest)]
+
+
+def test_an_updated_demo_replaces_the_one_it_was(
+    tmp_path: Path, base_spec: BaseSpec, demos: Path
+) -> None:
+    with AdapterStore(tmp_path / "state", base_spec) as store:
+        register_adapters(store, StoreConfig())
+        old = store.get("poet")
+        register_adapters(store, StoreConfig())
+        assert store.get("poet").revision == old.revision  # not read again
+        write_lora(demos / "poet", base_spec, seed=9)
+        register_adapters(store, StoreConfig())
+        assert store.get("poet").digest != old.digest

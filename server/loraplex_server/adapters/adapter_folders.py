@@ -1,0 +1,64 @@
+"""Adapters in folders on disk: which there are, and putting one into the store with its card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.names import is_valid_name
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.settings import LoraModule
+
+from .readme import describe
+
+__all__ = ["changed_since", "find_folders", "is_from", "put_folder"]
+
+_CONFIG_FILE = "adapter_config.json"
+
+
+def find_folders(root: Path) -> Iterator[LoraModule]:
+    """Every ``name/`` and ``org/name/`` below ``root`` with an adapter in it."""
+    for pattern in (f"*/{_CONFIG_FILE}", f"*/*/{_CONFIG_FILE}"):
+        for file in sorted(root.glob(pattern)):
+            name = file.parent.relative_to(root).as_posix()
+            if is_valid_name(name):
+                yield LoraModule(name, file.parent)
+
+
+def put_folder(store: AdapterStore, module: LoraModule) -> AdapterCard:
+    """Raises StoreError."""
+    told = _told_by_card(module.path)
+    description = told.description or describe(module.path)
+    return store.put_directory(
+        module.name, module.path, description=description, examples=told.examples
+    )
+
+
+def is_from(card: AdapterCard, folder: Path) -> bool:
+    """Whether ``folder`` is where the adapter was read from."""
+    return card.provenance.get("path") == str(folder)
+
+
+def changed_since(folder: Path, when: float) -> bool:
+    """Whether a file has changed or come after ``when``; by the time that no copy preserves."""
+    return any(file.stat().st_ctime >= when for file in (folder, *folder.iterdir()))
+
+
+class _Told(NamedTuple):
+    description: str | None = None
+    examples: tuple[str, ...] = ()  # prompts
+
+
+def _told_by_card(path: Path) -> _Told:
+    """What ``card.json``, as `loraplex train` writes it, says; nothing if there is none."""
+    try:
+        card = json.loads((path / "card.json").read_text(encoding="utf-8"))
+        description, examples = card["description"], card["examples"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return _Told()
+    if not (isinstance(description, str | None) and isinstance(examples, list)):
+        return _Told()
+    return _Told(description, tuple(text for text in examples if isinstance(text, str)))

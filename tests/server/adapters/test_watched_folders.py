@@ -1,0 +1,114 @@
+"""A directory of adapters and the server's list stay the same while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_server.adapters.watched_folders import WatchedFolders
+from tests.server.conftest import Front
+from tests.support.lora_files import write_lora
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+def watched(front: Front) -> Iterator[Front]:
+    """A front whose ``root`` is given by --adapters-dir."""
+    folders = WatchedFolders(front.store, [front.root])
+    folders.scan()
+    folders.start()
+    yield front
+    folders.close()
+
+
+async def until_listed(front: Front, *wanted: str) -> dict[str, str]:
+    """Waits until exactly these names are listed; their digests."""
+    deadline = time.monotonic() + 60
+    while True:
+        cards = (await front.client.get("/v1/adapters")).json()["data"]
+        if [card["name"] for card in cards] == sorted(wanted):
+            return {card["name"]: card["digest"] for card in cards}
+        assert time.monotonic() < deadline, cards
+        await asyncio.sleep(0.02)
+
+
+async def test_a_folder_that_comes_is_served_and_one_that_goes_is_not(
+    watched: Front, base_spec: BaseSpec
+) -> None:
+    write_lora(watched.root / "sql", base_spec)
+    write_lora(watched.root / "team" / "poet", base_spec, seed=1)
+    await until_listed(watched, "sql", "team/poet")
+    assert (await watched.chat(adapter="team/poet")).status_code == 200
+    shutil.rmtree(watched.root / "sql")
+    await until_listed(watched, "team/poet")
+    assert (await watched.chat(adapter="sql")).status_code == 404
+
+
+async def test_new_weights_become_the_next_revision(watched: Front, base_spec: BaseSpec) -> None:
+    write_lora(watched.root / "sql", base_spec)
+    old = (await until_listed(watched, "sql"))["sql"]
+    write_lora(watched.root / "sql", base_spec, seed=1)
+    while (await watched.client.get("/v1/adapters/sql")).json()["digest"] == old:
+        await asyncio.sleep(0.02)  # until the change is noticed
+    card = (await watched.client.get("/v1/adapters/sql")).json()
+    assert card["revision"] == 2
+
+
+def test_a_folder_that_is_copied_slowly_is_served_when_it_is_whole(
+    front: Front, base_spec: BaseSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = WatchedFolders(front.store, [front.root])
+    folder = write_lora(front.root / "sql", base_spec)
+    weights = (folder / "adapter_model.safetensors").read_bytes()
+    (folder / "adapter_model.safetensors").write_bytes(weights[:100])
+    folders.scan()
+    folders.scan()
+    assert front.store.list() == ()
+    assert caplog.text.count("is not served") == 1  # looked at once, not at every scan
+    (folder / "adapter_model.safetensors").write_bytes(weights)
+    folders.scan()
+    assert [card.name for card in front.store.list()] == ["sql"]
+
+
+def test_what_a_client_put_under_the_name_outlives_the_folder(
+    front: Front, base_spec: BaseSpec
+) -> None:
+    folders = WatchedFolders(front.store, [front.root])
+    write_lora(front.root / "sql", base_spec)
+    folders.scan()
+    other = write_lora(front.root.parent / "other", base_spec, seed=3)
+    own = front.store.put_directory("sql", other)
+    folders.scan()
+    assert front.store.get("sql").digest == own.digest
+    shutil.rmtree(front.root / "sql")
+    folders.scan()
+    assert front.store.get("sql").digest == own.digest
+
+
+def test_a_directory_that_is_away_for_a_while_takes_nothing_with_it(
+    front: Front, base_spec: BaseSpec
+) -> None:
+    folders = WatchedFolders(front.store, [front.root])
+    write_lora(front.root / "sql", base_spec)
+    folders.scan()
+    front.root.rename(front.root.parent / "away")
+    folders.scan()
+    assert [card.name for card in front.store.list()] == ["sql"]
+
+
+def test_a_restart_reads_only_what_has_changed_since(front: Front, base_spec: BaseSpec) -> None:
+    write_lora(front.root / "same", base_spec)
+    write_lora(front.root / "changed", base_spec, seed=1)
+    WatchedFolders(front.store, [front.root]).scan()
+    write_lora(front.root / "changed", base_spec, seed=2)
+    WatchedFolders(front.store, [front.root]).scan()
+    assert [(card.name, card.revision) for card in front.store.list()] == [
+        ("changed", 2),
+        ("same", 1),
+    ]

@@ -17,8 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from loraplex_kernels.model_ops import paged_attention, write_kv
 
+from .call_recorder import AttentionSpec
 from .forward_context import ForwardContext
-from .model_trace import AttentionSpec
 
 __all__ = ["LayerAttention", "install_attention"]
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +19,12 @@ from .errors import ModelError, UnsupportedBase
 from .forward_context import ForwardContext
 from .fused_decoder import FusedDecoder
 from .loader import run_load
-from .model_trace import ModelTrace, decoder_of, trace_model
+from .model_trace import decoder_of, trace_model
 from .norm import replace_norms
 from .packed_lora_linear import LoraLinear, PackedLoraLinear
 from .routed import RoutedMlp, find_mlps
 from .self_check import Reference
+from .served_spec import PackedSlice, served_spec
 from .targets import group_modules
 
 __all__ = ["BaseModel", "load_base_model"]
@@ -63,17 +62,17 @@ class BaseModel:
         self.dtype = model.dtype
         self.device = model.device
         self._logits = trace.logits
-        spec = _served_spec(BaseSpec.of(model, model_id), trace)
+        packed: dict[str, PackedSlice] = {}
+        self.spec = served_spec(BaseSpec.of(model, model_id), trace, model, packed)
         self.layers: list[LayerAttention] = install_attention(model, trace.attention, self.step)
         self.groups: dict[str, PackedLoraLinear] = self._replace_linears(
-            model, spec, exponent_coding
+            model, exponent_coding, packed
         )
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
         replace_norms(model)
-        self.spec = _lean_spec(spec, model, self.groups)
-        self.head = self.groups[spec.output_head]
+        self.head = self.groups[self.spec.output_head]
         for name, mlp in self.mlps.items():
             model.set_submodule(name, mlp)
         self._embedding = model.get_input_embeddings()
@@ -155,10 +154,11 @@ class BaseModel:
         return self.finish_logits(raw, torch.empty_like(raw, dtype=torch.float32))
 
     def _replace_linears(
-        self, model: PreTrainedModel, spec: BaseSpec, exponent_coding: bool
+        self, model: PreTrainedModel, exponent_coding: bool, slices: dict[str, PackedSlice]
     ) -> dict[str, PackedLoraLinear]:
+        """Also fills ``slices``. A group's own weights are freed before the next is packed."""
         groups: dict[str, PackedLoraLinear] = {}
-        for names in group_modules(self.model_type, spec.modules):
+        for names in group_modules(self.model_type, self.spec.modules):
             modules = [model.get_submodule(name) for name in names]
             packed = PackedLinear(
                 [_weight(module) for module in modules],
@@ -170,6 +170,7 @@ class BaseModel:
             for name, module in zip(names, LoraLinear.of_group(group), strict=True):
                 parent = model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], module)
+            slices.update((name, PackedSlice(group, i)) for i, name in enumerate(names))
         lay_out_together([group.packed for group in groups.values()])
         return groups
 
@@ -212,22 +213,6 @@ def _named(model: PreTrainedModel, model_id: str) -> Iterator[None]:
         ) from error
 
 
-def _served_spec(spec: BaseSpec, trace: ModelTrace) -> BaseSpec:
-    """With the heads that the layers were seen to use, and the linears that are called as such.
-
-    A linear in another dtype than the model's (a router in float32) stays transformers' own.
-    """
-    first = next(iter(trace.attention.values()))
-    modules = {name: shape for name, shape in spec.modules.items() if name in trace.linears}
-    return dataclasses.replace(
-        spec,
-        modules=MappingProxyType(modules),
-        n_heads=first.n_heads,
-        n_kv_heads=first.n_kv_heads,
-        head_dim=first.head_dim,
-    )
-
-
 def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
     """act(gate) ⊙ up of the packed product [n, 2·ff], or None where the block has no ``act_fn``."""
     act = getattr(mlp, "act_fn", None)
@@ -265,42 +250,3 @@ def _eos_token_ids(model: PreTrainedModel) -> frozenset[int]:
         if eos is not None:
             return frozenset([eos] if isinstance(eos, int) else eos)
     return frozenset()
-
-
-def _lean_spec(
-    spec: BaseSpec, model: nn.Module, groups: Mapping[str, PackedLoraLinear]
-) -> BaseSpec:
-    """The spec without its own copy of the linears: weights are read back from the packed form."""
-    slices = {
-        name: (group, index)
-        for group in groups.values()
-        for index, name in enumerate(group.module_names)
-    }
-    rest = dict(model.named_parameters())
-
-    def weight(name: str) -> Tensor:
-        if name in slices:
-            group, index = slices[name]
-            return group.packed.unpack()[index].detach().to("cpu", torch.float32)
-        return rest[f"{name}.weight"].detach().to("cpu", torch.float32, copy=True)
-
-    def bias(name: str) -> Tensor | None:
-        group, index = slices[name]
-        if not spec.modules[name].has_bias or group.packed.bias is None:
-            return None
-        widths = list(group.packed.out_features)
-        return torch.split(group.packed.bias, widths)[index].detach().to("cpu", torch.float32)
-
-    def parameter(name: str) -> Tensor:
-        module, _, leaf = name.rpartition(".")
-        if module not in slices:
-            return rest[name].detach().to("cpu", torch.float32, copy=True)
-        if leaf == "bias":
-            value = bias(module)
-            if value is None:
-                raise KeyError(name)
-            return value
-        full = weight(module)
-        return full.t().contiguous() if module in spec.conv1d else full
-
-    return dataclasses.replace(spec, weight=weight, bias=bias, parameter=parameter)

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .call_recorder import attention_as
 from .errors import UnsupportedBase
 from .forward_context import ForwardContext
-from .model_trace import ModelTrace, attention_as
+from .model_trace import ModelTrace
 
 __all__ = ["Checkable", "Reference"]
 

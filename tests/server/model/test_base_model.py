@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
 from loraplex_server.engine.client import GenerationRequest
@@ -93,6 +95,19 @@ def test_every_linear_is_in_exactly_one_group() -> None:
 def test_an_unknown_architecture_is_not_packed() -> None:
     names = ["m.0.self_attn.q_proj", "m.0.self_attn.k_proj", "m.0.self_attn.v_proj"]
     assert group_modules("unheard-of", names) == [(name,) for name in names]
+
+
+def test_no_weight_is_held_twice() -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    linears = {
+        name: StorageWeakRef(module.weight.untyped_storage())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    base = BaseModel(model, "tiny")
+    gc.collect()
+    assert [name for name, storage in linears.items() if not storage.expired()] == []
+    assert base.spec.weight("lm_head").shape == (VOCAB_SIZE, 64)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "qwen2"])

@@ -59,6 +59,8 @@ def _parts(fold: Fold, base: BaseSpec) -> Iterator[tuple[str, bool]]:
 def _module_acts(plan: ModulePlan) -> bool:
     if plan.a is not None and plan.b is not None and factor_norm(plan.a, plan.b) > 0:
         return True
+    if any(operator.acts for operator in plan.operators):
+        return True
     if plan.bias is not None and bool(plan.bias.any()):
         return True
     if plan.shared is not None:

@@ -62,7 +62,8 @@ def _check_module(name: str, plan: ModulePlan, base: BaseSpec, limits: StoreLimi
         ("bias", plan.bias, (n_out,)),
         ("in_scale", plan.in_scale, (n_in,)),
     ]
-    if name not in base.modules and any(part is not None for _, part, _ in parts[2:]):
+    others = [part for _, part, _ in parts[2:] if part is not None]
+    if name not in base.modules and (others or plan.operators):
         raise AdapterMismatch(f"{name} is an embedding: it takes low-rank factors only")
     for part, tensor, shape in parts:
         if tensor is not None:
@@ -70,6 +71,30 @@ def _check_module(name: str, plan: ModulePlan, base: BaseSpec, limits: StoreLimi
     if plan.shared is not None:
         for part, tensor, shape in _shared_parts(plan.shared, n_in, n_out):
             _check_tensor(f"{name}: shared {part}", tensor, shape)
+    for operator in plan.operators:
+        for tensor in operator.tensors():
+            _check_tensor(f"{name}: {type(operator).__name__}", tensor, tuple(tensor.shape))
+    _check_widths(name, plan, n_in, n_out)
+
+
+def _check_widths(name: str, plan: ModulePlan, n_in: int, n_out: int) -> None:
+    """Operators have no common shape: each says by one row of zeros whether it fits."""
+
+    def product(x: Tensor) -> Tensor:
+        return x.new_zeros(x.shape[0], n_out)
+
+    widths: list[tuple[int, Tensor]] = []
+    if plan.input_operator is not None:
+        widths.append((n_in, plan.input_operator.apply(torch.zeros(1, n_in))))
+    if plan.delta_operator is not None:
+        widths.append((n_out, plan.delta_operator.apply(torch.zeros(1, n_in), product)))
+    if plan.output_operator is not None:
+        widths.append((n_out, plan.output_operator.apply(torch.zeros(1, n_out))))
+    for width, row in widths:
+        if tuple(row.shape) != (1, width):
+            raise AdapterMismatch(
+                f"{name}: an operator gives {row.shape[1]} numbers a row, the base needs {width}"
+            )
 
 
 def _shared_parts(
@@ -152,5 +177,5 @@ def _check_tensor(what: str, tensor: Tensor, shape: Shape) -> None:
         raise AdapterMismatch(
             f"{what} has shape {list(tensor.shape)}, the base needs {list(shape)}"
         )
-    if not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise MalformedFile(f"{what} overflows float32: the product of its factors is not finite")

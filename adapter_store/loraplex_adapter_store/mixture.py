@@ -1,7 +1,7 @@
 """Weighted mixtures: W + Σ wᵢ ΔWᵢ, exactly, as one plan with the ranks concatenated.
 
-Additive parts mix exactly: factors, biases, and own rows, weights and norms as differences from the
-base. All others do not (DoRA, IA³, operators, experts, prefixes): an error says so.
+Additive parts mix exactly: factors, deltas, biases, and own rows, weights and norms as differences
+from the base. All others do not (DoRA, IA³, rotations, experts, prefixes): an error says so.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .base_spec import BaseSpec
 from .errors import InvalidSelector
+from .operators.contract import Delta
+from .operators.deltas import SumDelta
 from .plan import AdapterPlan, Family, ModulePlan, NormPlan
 
 __all__ = ["mix_plans", "mixture_digest"]
@@ -22,7 +24,7 @@ __all__ = ["mix_plans", "mixture_digest"]
 
 _DESCRIPTION = frozenset({"digest", "family", "chat_template", "n_bytes", "packed_adapter"})
 _ADDITIVE = _DESCRIPTION | {"modules", "embedding_rows", "head_rows", "replaced_weights", "norms"}
-_ADDITIVE_IN_MODULES = frozenset({"a", "b", "bias", "shared"})
+_ADDITIVE_IN_MODULES = frozenset({"a", "b", "bias", "shared", "delta_operator"})
 
 
 def mixture_digest(parts: Sequence[tuple[str, float]]) -> str:
@@ -87,7 +89,10 @@ def _mix_module(parts: Sequence[tuple[ModulePlan, float]]) -> ModulePlan:
     a: list[Tensor] = []
     b: list[Tensor] = []
     bias: Tensor | None = None
+    deltas: list[Delta] = []
     for plan, weight in parts:
+        if plan.delta_operator is not None:
+            deltas.append(plan.delta_operator.scaled(weight))
         if plan.a is not None and plan.b is not None:
             a.append(plan.a)
             b.append(plan.b * weight)
@@ -98,9 +103,10 @@ def _mix_module(parts: Sequence[tuple[ModulePlan, float]]) -> ModulePlan:
         if plan.bias is not None:
             scaled = plan.bias * weight
             bias = scaled if bias is None else bias + scaled
+    delta = deltas[0] if len(deltas) == 1 else SumDelta(tuple(deltas)) if deltas else None
     if not a:
-        return ModulePlan(bias=bias)
-    return ModulePlan(a=torch.cat(a), b=torch.cat(b, dim=1), bias=bias)
+        return ModulePlan(bias=bias, delta_operator=delta)
+    return ModulePlan(a=torch.cat(a), b=torch.cat(b, dim=1), bias=bias, delta_operator=delta)
 
 
 def _mix_rows(

@@ -19,7 +19,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from .operators import Operator
+from .operators.contract import Delta, Operator, RowMap
 
 __all__ = [
     "AdapterPlan",
@@ -71,6 +71,18 @@ class Family(Enum):
     PVERA = "pvera"
     PSOFT = "psoft"
     OSF = "osf"
+    GLORA = "glora"
+    LOKR = "lokr"
+    OFT = "oft"
+    BOFT = "boft"
+    ROAD = "road"
+    FOURIERFT = "fourierft"
+    WAVEFT = "waveft"
+    C3A = "c3a"
+    SHIRA = "shira"
+    SUPERTUNING = "supertuning"
+    HIRA = "hira"
+    FROD = "frod"
     DEFT = "deft"
     PEANUT = "peanut"
     GENERATED = "generated"
@@ -146,9 +158,9 @@ class ModulePlan:
     bias: Tensor | None = None  # float32 [out_features], added last
     in_scale: Tensor | None = None  # float32 [in_features]
     shared: SharedBasis | None = None
-    input_operator: Operator | None = None
-    delta_operator: Operator | None = None  # [.., in_features] → [.., out_features]
-    output_operator: Operator | None = None
+    input_operator: RowMap | None = None
+    delta_operator: Delta | None = None
+    output_operator: RowMap | None = None
 
     @property
     def operators(self) -> tuple[Operator, ...]:

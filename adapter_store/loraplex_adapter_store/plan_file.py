@@ -1,6 +1,6 @@
 """A folded plan on disk, laid out to be loaded fast: one read, one hash, then views.
 
-    [u64 header length][JSON header][padding to 64 bytes][float32 data]
+    [u64 header length][JSON header][padding to 64 bytes][data: float32, int32 for places]
 
 Folding costs Python time per tensor (and an SVD for some families), which would hold the
 interpreter while others decode. Loading this file holds it for a few milliseconds.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import StoredAdapterDamaged
-from .operators import OPERATORS
+from .operators.table import OPERATORS
 from .plan import (
     AdapterPlan,
     ExpertPlan,
@@ -114,7 +114,8 @@ def aligned(n_bytes: int) -> int:
 def _encode(value: object, starts: Mapping[int, int]) -> object:
     if isinstance(value, Tensor):
         start = starts[value.untyped_storage().data_ptr()] + value.storage_offset()
-        return {"t": [start, list(value.shape), list(value.stride())]}
+        place: list[object] = [start, list(value.shape), list(value.stride())]
+        return {"t": place if value.dtype is torch.float32 else [*place, "int32"]}
     if isinstance(value, Enum):
         return {"e": [type(value).__name__, value.value]}
     if isinstance(value, Mapping):
@@ -138,7 +139,8 @@ def _decode(value: object, data: Tensor) -> object:
         return value
     ((kind, body),) = value.items()
     if kind == "t":
-        start, shape, stride = body
+        start, shape, stride, *dtype = body
+        data = data.view(torch.int32) if dtype else data
         return torch.as_strided(data, shape, stride, data.storage_offset() + start)
     if kind == "c":
         name, parts = body

@@ -19,6 +19,7 @@ from .ledger import TensorLedger
 from .limits import StoreLimits
 from .plan import AdapterPlan
 from .report import LoadReport, ModuleReport
+from .row_cost import row_cost_note
 from .safetensors_reader import SafetensorsFile
 from .spectrum import delta_ratio
 
@@ -124,6 +125,9 @@ def _report_of(context: ReadContext, fold: Fold, plan: AdapterPlan, n_bytes: int
         name: ModuleReport(module.rank, delta_ratio(context.base, name, module))
         for name, module in sorted(plan.modules.items())
     }
+    cost = row_cost_note(plan.modules, context.base)
+    if cost is not None:
+        context.notes.append(cost)
     return LoadReport(
         family=fold.family.value,
         digest=plan.digest,

@@ -171,11 +171,10 @@ def test_vera_without_its_bases_is_refused(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, peft.PeftConfig] = {
-    "oft": peft.OFTConfig(
-        r=0, oft_block_size=4, target_modules=["q_proj"], use_cayley_neumann=False
+    "lily": peft.LilyConfig(r=4, target_modules=["q_proj"]),
+    "adaption prompt": peft.AdaptionPromptConfig(
+        adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"
     ),
-    "lokr": peft.LoKrConfig(r=4, target_modules=["q_proj"]),
-    "fourierft": peft.FourierFTConfig(n_frequency=8, target_modules=["q_proj"]),
     "aLoRA": peft.LoraConfig(
         r=4, target_modules=["q_proj"], alora_invocation_tokens=[3], task_type="CAUSAL_LM"
     ),

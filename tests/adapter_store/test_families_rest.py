@@ -10,10 +10,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from peft.tuners.boft import layer as boft
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex_adapter_store.errors import UnsupportedAdapter
+from loraplex_adapter_store.operators.rotations import ButterflyRotation
 from tests.support.round_trip import check_logits, check_round_trip, randomise, trained
 from tests.support.tiny_models import PROMPT, read_path, tiny_llama, untouched
 
@@ -71,6 +73,60 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "peanut deep": peft.PeanutConfig(
         r=4, depth=2, act_fn="silu", scaling=0.5, target_modules=SOME
     ),
+    "lokr": peft.LoKrConfig(r=4, alpha=6, target_modules=ALL),
+    "lokr both": peft.LoKrConfig(
+        r=1, alpha=2, decompose_both=True, decompose_factor=4, target_modules=ALL
+    ),
+    "lokr full": peft.LoKrConfig(r=40, alpha=20, target_modules=SOME, rank_pattern={"v_proj": 2}),
+    "oft": peft.OFTConfig(oft_block_size=4, r=0, target_modules=ALL),
+    "oft cayley": peft.OFTConfig(
+        r=2, oft_block_size=0, use_cayley_neumann=False, target_modules=SOME
+    ),
+    "oft shared": peft.OFTConfig(oft_block_size=4, r=0, block_share=True, target_modules=SOME),
+    "oft constrained": peft.OFTConfig(
+        oft_block_size=4, r=0, coft=True, eps=0.9, num_cayley_neumann_terms=3, target_modules=SOME
+    ),
+    "boft": peft.BOFTConfig(boft_block_size=4, target_modules=ALL),
+    "boft count": peft.BOFTConfig(boft_block_size=0, boft_block_num=2, target_modules=SOME),
+    "road 1": peft.RoadConfig(variant="road_1", group_size=4, target_modules=ALL),
+    "road 2": peft.RoadConfig(variant="road_2", group_size=8, target_modules=SOME),
+    "road 4": peft.RoadConfig(variant="road_4", group_size=2, target_modules=SOME),
+    "fourierft": peft.FourierFTConfig(n_frequency=60, target_modules=ALL),
+    "fourierft seed": peft.FourierFTConfig(
+        n_frequency=60, scaling=90, random_loc_seed=5, n_frequency_pattern={"v_proj": 9},
+        target_modules=SOME,
+    ),
+    "c3a": peft.C3AConfig(block_size=4, target_modules=ALL),
+    "c3a pattern": peft.C3AConfig(
+        block_size=16, block_size_pattern={"down_proj": 2}, target_modules=["q_proj", "down_proj"]
+    ),
+    "waveft": peft.WaveFTConfig(n_frequency=40, target_modules=ALL),
+    "waveft db3": peft.WaveFTConfig(
+        n_frequency=40, wavelet_family="db3", scaling=9, target_modules=ALL
+    ),
+    "waveft sym8": peft.WaveFTConfig(n_frequency=40, wavelet_family="sym8", target_modules=SOME),
+    "waveft coif2": peft.WaveFTConfig(n_frequency=40, wavelet_family="coif2", target_modules=SOME),
+    "waveft plain": peft.WaveFTConfig(
+        n_frequency=40, use_idwt=False, random_loc_seed=3, target_modules=SOME
+    ),
+    "waveft proportional": peft.WaveFTConfig(
+        n_frequency=40, proportional_parameters=True, target_modules=SOME
+    ),
+    "shira": peft.ShiraConfig(r=3, target_modules=ALL),
+    "supertuning": peft.SupertuningConfig(sparsity=0.9, target_modules=ALL),
+    "supertuning lora": peft.SupertuningConfig(
+        sparsity=0.9, r=3, lora_alpha=5, select_top=False, target_modules=SOME
+    ),
+    "hira": peft.HiraConfig(r=3, target_modules=ALL),
+    "glora": peft.GloraConfig(r=3, target_modules=ALL),
+    "glora vectors": peft.GloraConfig(
+        config_A_B="vector", config_C="vector", config_D_E="vector", target_modules=SOME
+    ),
+    "glora constants": peft.GloraConfig(
+        config_A_B="constant", config_C="none", config_D_E="constant", target_modules=SOME
+    ),
+    "frod": peft.FrodConfig(target_modules=SOME),
+    "miss bat": peft.MissConfig(r=4, init_weights="bat", target_modules=ALL),
 }  # fmt: skip
 
 
@@ -140,6 +196,33 @@ def test_one_task_of_a_multitask_prompt_is_served(tmp_path: Path, n_tasks: int) 
             values["loraplex_task_id"] = task
         (tmp_path / "adapter_config.json").write_text(json.dumps(values))
         check_logits(model, read_path(tmp_path, model).plan, expected)
+
+
+@pytest.mark.parametrize("n_factors", [2, 3])
+def test_a_butterfly_of_several_factors_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_factors: int
+) -> None:
+    """PEFT needs a CUDA extension for them, which only puts blocks on a diagonal."""
+
+    def on_diagonals(blocks: Tensor) -> Tensor:
+        return torch.stack([torch.block_diag(*factor) for factor in blocks])
+
+    monkeypatch.setattr(boft, "get_fbd_cuda", lambda: True)
+    monkeypatch.setattr(boft.FastBlockDiag, "apply", on_diagonals)
+    config = peft.BOFTConfig(
+        boft_block_size=4, boft_n_butterfly_factor=n_factors, target_modules=["q_proj", "o_proj"]
+    )
+    reading = check_round_trip(tiny_llama(bias=True), config, tmp_path, std=0.3)
+    rotation = reading.plan.modules["model.layers.0.self_attn.q_proj"].input_operator
+    assert isinstance(rotation, ButterflyRotation)
+    assert rotation.blocks.shape == (n_factors, 8, 4, 4)
+
+
+def test_places_of_the_largest_weights_are_found_again(tmp_path: Path) -> None:
+    config = peft.SupertuningConfig(
+        sparsity=0.9, save_precomputed_indices=False, target_modules=SOME
+    )
+    check_round_trip(tiny_llama(), config, tmp_path, std=0.3)
 
 
 def test_noise_at_inference_is_refused(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def apply_module(base: Callable[[Tensor], Tensor], plan: ModulePlan, x: Tensor) 
     if plan.shared is not None:
         y = y + plan.shared.apply(x.flatten(0, -2)).reshape(y.shape)
     if plan.delta_operator is not None:
-        y = y + plan.delta_operator.apply(x.flatten(0, -2)).reshape(y.shape)
+        bias = base(torch.zeros_like(x.flatten(0, -2)[:1]))
+        delta = plan.delta_operator.apply(x.flatten(0, -2), lambda z: base(z) - bias)
+        y = y + delta.reshape(y.shape)
     if plan.output_operator is not None:
         y = plan.output_operator.apply(y.flatten(0, -2)).reshape(y.shape)
     if plan.out_scale is not None:

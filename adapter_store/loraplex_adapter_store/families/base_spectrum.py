@@ -14,6 +14,7 @@ from torch import Tensor
 
 from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile
+from loraplex_adapter_store.operators.deltas import DenseDelta
 from loraplex_adapter_store.plan import Family, ModulePlan
 
 from .contract import Fold, ReadContext
@@ -89,7 +90,7 @@ def _leading(weight: Tensor, config: AdapterConfig, rank: int) -> tuple[Tensor, 
     n_passes = config.integer("psoft_svd_lowrank_niter", 10)
     if method == "full":
         u, sigma, v = torch.linalg.svd(weight, full_matrices=False)
-        return u[:, :rank], sigma[:rank], v[:rank]
+        return u[:, :rank], sigma[:rank], v[:rank].clone()
     if method != "lowrank":
         raise MalformedFile(
             f"adapter_config.json: psoft_svd is {method!r}, 'full' or 'lowrank' is needed"
@@ -112,7 +113,7 @@ def _drawn_triplets(
     u, sigma, v = torch.linalg.svd(basis.t() @ matrix, full_matrices=False)
     u, right = basis @ u, v
     if is_wide:
-        return right.t(), sigma, u.t()
+        return right.t(), sigma, u.t().contiguous()
     return u, sigma, right
 
 
@@ -121,11 +122,13 @@ def _osf_module(group: ModuleGroup) -> ModulePlan:
     smaller = min(group.in_features, group.out_features)
     if n_low > smaller:
         raise AdapterMismatch(f"{group.module}: {n_low} singular values, it has {smaller}")
-    limit_rank(group.context, group.module, 2 * n_low)
     trained = group.take(_U, group.out_features, n_low) * group.take(_S, n_low)
     rows = group.take(_V, n_low, group.in_features)
     u, sigma, v = torch.linalg.svd(group.context.base.weight(group.module), full_matrices=False)
     first = smaller - n_low
     own = u[:, first:] * sigma[first:]
     a, b = torch.cat([rows, v[first:]]), torch.cat([trained, -own], dim=1)
+    n_entries = group.in_features * group.out_features
+    if 2 * n_low > group.context.limits.max_rank or a.numel() + b.numel() > n_entries:
+        return ModulePlan(delta_operator=DenseDelta(b @ a))
     return ModulePlan(a=a, b=b)

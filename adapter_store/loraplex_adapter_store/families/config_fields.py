@@ -19,7 +19,14 @@ _IGNORED = frozenset(
         *("peft_version", "revision", "runtime_config", "task_type"),
         # schedules, losses, memory
         *("beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit"),
-        *("total_step", "velora_config", "cpt_mask", "cpt_token_ids", "cpt_tokens_type_mask"),
+        *(
+            "total_step",
+            "velora_config",
+            "progressbar",
+            "cpt_mask",
+            "cpt_token_ids",
+            "cpt_tokens_type_mask",
+        ),
         *("opt_loss_decay_factor", "opt_projection_epsilon", "opt_projection_format_epsilon"),
         *("opt_weighted_loss_type", "num_frozen_tokens"),
         *("jitter_noise", "router_aux_loss_coef", "router_init_range", "router_loss"),
@@ -32,10 +39,14 @@ _IGNORED = frozenset(
         *("encoder_reparameterization_type", "prefix_projection"),
         # drawn at random in training, and read from the file here
         *("projection_prng_key", "projection_seed", "proj_seed", "random_seed"),
-        *("save_projection", "sparse", "very_sparse"),
+        *("save_projection", "sparse", "very_sparse", "sparse_rate", "regularization_alpha"),
+        *("mask_type",),
         # sizes that the tensors show
         *("r", "rank_pattern", "mini_r", "u", "weight_tying", "effective_rank", "gralora_k"),
         *("hybrid_r", "num_vectors", "vector_length", "theta_d_length"),
+        *("block_size", "block_size_pattern", "decompose_both", "decompose_factor"),
+        *("boft_block_num", "boft_block_size", "boft_n_butterfly_factor", "oft_block_size"),
+        *("n_frequency", "n_frequency_pattern", "proportional_parameters", "sparsity"),
         *("num_attention_heads", "num_layers", "token_dim"),
         # cancels out: the base's singular values are divided by it
         "psoft_alpha",

@@ -1,6 +1,7 @@
-"""Other additive updates that are low-rank in disguise.
+"""Other additive updates, most of them low-rank in disguise.
 
 MiSS      ΔW x = Dᵀ Σ_blocks x_(block)            A = [I I … I] over blocks of r, B = Dᵀ
+          "bat": each block of r × r is ΔW_oj = W_oj D_o + D_o, of full rank
 TinyLoRA  ΔW = B (Σ_i v_i P_i) A                  A, B from the SVD of W, P random, v trained
 LoHa      ΔW = α/r · (W₁a W₁b) ⊙ (W₂a W₂b)        exactly rank r²: Khatri-Rao factors
 """
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
+from loraplex_adapter_store.operators.deltas import DenseDelta
 from loraplex_adapter_store.plan import Family, ModulePlan
 
 from .contract import Fold, ReadContext
@@ -24,10 +26,12 @@ _TINY_VECTOR = "tinylora_v."
 
 
 def read_miss(context: ReadContext) -> Fold:
-    if context.config.get("init_weights") == "bat":
-        raise UnsupportedAdapter("MiSS 'bat' multiplies the base weight: its delta has full rank")
+    is_bat = context.config.get("init_weights") == "bat"
     groups = linear_groups(context, ("miss_block",))
-    modules = {module: _miss_module(group) for module, group in groups.items()}
+    modules = {
+        module: _bat_module(group) if is_bat else _miss_module(group)
+        for module, group in groups.items()
+    }
     return fold_with_extras(context, Family.MISS, "none (block sums)", modules)
 
 
@@ -68,6 +72,20 @@ def _miss_module(group: ModuleGroup) -> ModulePlan:
     n_tiles = -(-group.in_features // rank)
     a = torch.eye(rank).repeat(1, n_tiles)[:, : group.in_features].contiguous()
     return ModulePlan(a=a, b=block.t().contiguous())
+
+
+def _bat_module(group: ModuleGroup) -> ModulePlan:
+    n_blocks, size, _ = group.shape("miss_block", 3)
+    if n_blocks * size != group.out_features or group.in_features % size:
+        raise AdapterMismatch(
+            f"{group.module}: {n_blocks} blocks of {size} do not tile "
+            f"[{group.out_features}, {group.in_features}]"
+        )
+    blocks = group.take("miss_block", n_blocks, size, size).unsqueeze(1)
+    weight = group.context.base.weight(group.module)
+    tiles = weight.view(n_blocks, size, -1, size).transpose(1, 2)  # [out block, in block, r, r]
+    delta = (tiles @ blocks + blocks).transpose(1, 2).reshape(weight.shape)
+    return ModulePlan(delta_operator=DenseDelta(delta))
 
 
 def _loha_module(group: ModuleGroup) -> ModulePlan:

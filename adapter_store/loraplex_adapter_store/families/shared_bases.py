@@ -52,7 +52,7 @@ def read_pvera(context: ReadContext) -> Fold:
     rank = bases.b.shape[1]
     if bases.a.shape[0] != 2 * rank:
         raise AdapterMismatch(f"pvera_A has {bases.a.shape[0]} rows, {2 * rank} are needed")
-    mean = bases._replace(a=bases.a[:rank])
+    mean = bases._replace(a=bases.a[:rank].clone())
     groups = linear_groups(context, ("pvera_lambda_d", "pvera_lambda_b"))
     modules = {
         module: _diagonals(

@@ -12,7 +12,21 @@ from typing import NoReturn
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
-from loraplex_adapter_store.operators import DenseDelta, Operator
+from loraplex_adapter_store.operators.contract import Operator
+from loraplex_adapter_store.operators.deltas import (
+    Circulant,
+    DenseDelta,
+    FourierDelta,
+    Kronecker,
+    MaskedWeight,
+    SparseDelta,
+    SumDelta,
+)
+from loraplex_adapter_store.operators.rotations import (
+    BlockRotation,
+    ButterflyRotation,
+    PairRotation,
+)
 from loraplex_adapter_store.plan import (
     AdapterPlan,
     ExpertPlan,
@@ -46,7 +60,9 @@ APPLIED_FIELDS: Mapping[type, frozenset[str]] = {
     PrefixPlan: frozenset({"keys", "values", "embeddings"}),
 }
 # Operators that are exact in the engine's dtype, on rows of any number.
-APPLIED_OPERATORS: frozenset[type[Operator]] = frozenset({DenseDelta})
+_DELTAS = (Circulant, DenseDelta, FourierDelta, Kronecker, MaskedWeight, SparseDelta, SumDelta)
+_MAPS = (BlockRotation, ButterflyRotation, PairRotation)
+APPLIED_OPERATORS: frozenset[type[Operator]] = frozenset((*_DELTAS, *_MAPS))
 _STRATEGIES = frozenset(RoutingStrategy)
 
 
@@ -136,8 +152,10 @@ class EngineCapabilities:
             yield from _unknown_fields(f"{name}.shared", module.shared, APPLIED_FIELDS[SharedBasis])
         for part in _OPERATOR_FIELDS:
             operator = getattr(module, part)
-            if operator is not None and type(operator) not in APPLIED_OPERATORS:
-                yield f"{name}.{part}: {type(operator).__name__}"
+            inner = operator.parts if isinstance(operator, SumDelta) else (operator,)
+            for one in inner:
+                if one is not None and type(one) not in APPLIED_OPERATORS:
+                    yield f"{name}.{part}: {type(one).__name__}"
 
     def _expert_problems(self, place: str, plan: ExpertPlan, whole: AdapterPlan) -> Iterator[str]:
         if place not in self.routable:

@@ -41,4 +41,7 @@ def copied(value: _T) -> _T:
 
 
 def moved(value: _T, device: torch.device, dtype: torch.dtype) -> _T:
-    return map_tensors(value, lambda tensor: tensor.to(device, dtype))
+    """Floats in ``dtype``; places, which are integers, stay what they are."""
+    return map_tensors(
+        value, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)
+    )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
+from loraplex_adapter_store.operators.contract import BaseProduct
 from loraplex_adapter_store.plan import ModulePlan
 from loraplex_kernels.experts import Activation, StepPairs
 from loraplex_kernels.layout import LoraSegments, LoraTarget
@@ -122,7 +123,8 @@ class PackedLoraLinear:
                 y = out[fallback.rows, columns]
             else:
                 y = self._product(z, weight, columns)
-            out[fallback.rows, columns] = _output_of(module, z, y).to(out.dtype)
+            product = self._product_without_bias(weight, columns)
+            out[fallback.rows, columns] = _output_of(module, z, y, product).to(out.dtype)
 
     def _product(self, x: Tensor, weight: Tensor | None, columns: slice) -> Tensor:
         """W x + b of one linear, with the adapter's own W if it has one."""
@@ -130,6 +132,14 @@ class PackedLoraLinear:
             return self.packed(x)[:, columns]
         bias = self.packed.bias
         return functional.linear(x, weight, None if bias is None else bias[columns].to(weight))
+
+    def _product_without_bias(self, weight: Tensor | None, columns: slice) -> BaseProduct:
+        def product(x: Tensor) -> Tensor:
+            bias = self.packed.bias
+            y = self._product(x, weight, columns)
+            return y if bias is None else y - bias[columns].to(y.dtype)
+
+        return product
 
 
 _UNCHANGED = ModulePlan()
@@ -142,14 +152,14 @@ def _input_of(module: ModulePlan, x: Tensor) -> Tensor:
     return x if module.input_operator is None else module.input_operator.apply(x)
 
 
-def _output_of(module: ModulePlan, z: Tensor, y: Tensor) -> Tensor:
-    """All that ``ModulePlan`` adds to ``y`` = W z + b."""
+def _output_of(module: ModulePlan, z: Tensor, y: Tensor, product: BaseProduct) -> Tensor:
+    """All that ``ModulePlan`` adds to ``y`` = W z + b; ``product`` is W."""
     if module.a is not None and module.b is not None:
         y = y + functional.linear(functional.linear(z, module.a), module.b)
     if module.shared is not None:
         y = y + module.shared.apply(z)
     if module.delta_operator is not None:
-        y = y + module.delta_operator.apply(z)
+        y = y + module.delta_operator.apply(z, product)
     if module.output_operator is not None:
         y = module.output_operator.apply(y)
     if module.out_scale is not None:

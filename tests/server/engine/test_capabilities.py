@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 from loraplex_adapter_store import plan as plans
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
-from loraplex_adapter_store.operators import OPERATORS, Operator
+from loraplex_adapter_store.operators.contract import RowMap
+from loraplex_adapter_store.operators.table import OPERATORS
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan
 from loraplex_server.engine.capabilities import (
     APPLIED_FIELDS,
@@ -64,11 +65,14 @@ class FuturePlan(AdapterPlan):
 
 
 @dataclass(frozen=True, slots=True)
-class Doubled(Operator):
+class Doubled(RowMap):
     by: Tensor  # [1]
 
     def apply(self, x: Tensor) -> Tensor:
         return x * self.by
+
+    def n_products(self, in_features: int, out_features: int) -> int:
+        return in_features
 
 
 def _refusal(capabilities: EngineCapabilities, plan: AdapterPlan) -> str:

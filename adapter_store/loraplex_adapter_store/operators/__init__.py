@@ -1,0 +1,1 @@
+"""Maps of a linear's rows that no pair of low-rank factors expresses (OFT, LoKr, ROAD and kin)."""

@@ -93,8 +93,8 @@ def build_app(
     """
     names = config.http.served_model_names or (model_name,)
     pools = WorkerPools()
-    metrics = ServerMetrics()
     registry = CollectorRegistry(auto_describe=False)
+    metrics = ServerMetrics(registry, names[0])
     own = LoraplexCollector(engine, store, metrics, config.engine, names[0])
     registry.register(own)
     ProcessCollector(registry=registry)

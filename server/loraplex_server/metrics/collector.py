@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -23,7 +24,7 @@ from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.engine.client import STEP_TOKENS, EngineClient, EngineStats
 from loraplex_server.engine.config import EngineConfig
 
-from .histogram import Histogram, cumulated
+from .histograms import LABELS
 from .server_metrics import ServerMetrics
 
 __all__ = ["LoraplexCollector"]
@@ -32,7 +33,7 @@ _MAX_RESIDENCY_SERIES = 128
 _LISTING_AGE_S = 2.0  # how long a listing of the store is reused
 _REVIEW_S = 10.0
 _TIERS = ("device", "host", "disk")
-_LABELS = ("model_name", "engine")
+_LABELS = LABELS
 
 
 class LoraplexCollector(Collector):
@@ -61,7 +62,6 @@ class LoraplexCollector(Collector):
         stats = self._engine.stats()
         cards = self._listing
         yield from self._engine_families(stats)
-        yield from self._latency_families()
         yield from self._lora_families(stats, cards)
         yield from self._store_families(stats, cards)
         yield from self._adapter_families()
@@ -114,7 +114,7 @@ class LoraplexCollector(Collector):
             "vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=_LABELS
         )
         step.add_metric(
-            self._values, cumulated(STEP_TOKENS, stats.steps_by_tokens), stats.n_step_tokens
+            self._values, _cumulated(STEP_TOKENS, stats.steps_by_tokens), stats.n_step_tokens
         )
         yield step
         yield counter("loraplex_engine_steps", "Forward steps.", stats.n_steps)
@@ -127,25 +127,6 @@ class LoraplexCollector(Collector):
         for reason, count in metrics.finished.items():
             finished.add_metric((*self._values, reason), count)
         yield finished
-
-    def _latency_families(self) -> Iterator[Metric]:
-        metrics = self._metrics
-        rows: Sequence[tuple[str, str, Histogram]] = (
-            ("vllm:time_to_first_token_seconds", "To the first token.", metrics.ttft),
-            ("vllm:inter_token_latency_seconds", "Between tokens.", metrics.itl),
-            ("vllm:time_per_output_token_seconds", "Older name of the one above.", metrics.itl),
-            ("vllm:e2e_request_latency_seconds", "Whole request.", metrics.e2e),
-            ("vllm:request_queue_time_seconds", "Waiting for admission.", metrics.queue),
-            ("vllm:request_inference_time_seconds", "After the queue.", metrics.inference),
-            ("vllm:request_prefill_time_seconds", "Queue to first token.", metrics.prefill),
-            ("vllm:request_decode_time_seconds", "After the first token.", metrics.decode),
-            ("vllm:request_prompt_tokens", "Prompt tokens of a call.", metrics.prompt_tokens),
-            ("vllm:request_generation_tokens", "Tokens of a choice.", metrics.output_tokens),
-            ("vllm:request_params_n", "n of a call.", metrics.params_n),
-            ("vllm:request_params_max_tokens", "Token limit.", metrics.params_max_tokens),
-        )
-        for name, text, histogram in rows:
-            yield histogram.family(name, text, _LABELS, self._values)
 
     def _lora_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
         names = _names_by_digest(cards)
@@ -285,3 +266,9 @@ def _names_by_digest(cards: Sequence[AdapterCard]) -> Mapping[str, str]:
 def _joined(names: Mapping[str, str], digests: Sequence[str]) -> str:
     """Routers split this label on commas; mixtures and retired revisions have no name."""
     return ",".join(names[digest] for digest in digests if digest in names)
+
+
+def _cumulated(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
+    """Buckets as Prometheus wants them: (upper bound, observations up to it), the last +Inf."""
+    names = [*(str(float(bound)) for bound in bounds), "+Inf"]
+    return list(zip(names, map(float, accumulate(counts)), strict=True))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from time import perf_counter
 
+from prometheus_client import CollectorRegistry
+
 from .adapter_usage import AdapterCounters, AdapterUsage
-from .histogram import E2E_SECONDS, ITL_SECONDS, TOKENS, TTFT_SECONDS, Histogram
+from .histograms import CallHistograms
 
 __all__ = ["CallMetrics", "ServerMetrics"]
 
@@ -14,18 +16,10 @@ _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"
 
 
 class ServerMetrics:
-    def __init__(self, *, n_adapters_shown: int = 20) -> None:
-        self.ttft = Histogram(TTFT_SECONDS)
-        self.itl = Histogram(ITL_SECONDS)
-        self.e2e = Histogram(E2E_SECONDS)
-        self.queue = Histogram(E2E_SECONDS)
-        self.prefill = Histogram(E2E_SECONDS)
-        self.decode = Histogram(E2E_SECONDS)
-        self.inference = Histogram(E2E_SECONDS)
-        self.prompt_tokens = Histogram(TOKENS)
-        self.output_tokens = Histogram(TOKENS)
-        self.params_n = Histogram((1, 2, 5, 10, 20))
-        self.params_max_tokens = Histogram(TOKENS)
+    def __init__(
+        self, registry: CollectorRegistry, model_name: str, *, n_adapters_shown: int = 20
+    ) -> None:
+        self.histograms = CallHistograms(registry, model_name)
         self.n_prompt_tokens = 0
         self.n_output_tokens = 0
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
@@ -79,9 +73,9 @@ class CallMetrics:
         server = self._server
         assert isinstance(self._adapter, str)
         counters = self._adapter = server.usage.counters(self._adapter)
-        server.params_n.observe(self._n)
-        server.params_max_tokens.observe(self._max_tokens)
-        server.prompt_tokens.observe(self._n_prompt)
+        server.histograms.params_n.observe(self._n)
+        server.histograms.params_max_tokens.observe(self._max_tokens)
+        server.histograms.prompt_tokens.observe(self._n_prompt)
         server.n_prompt_tokens += self._n_prompt
         counters.n_requests += 1
         counters.n_prompt_tokens += self._n_prompt
@@ -93,18 +87,18 @@ class CallMetrics:
         server.n_output_tokens += n_tokens
         adapter.n_output_tokens += n_tokens
         if previous is None:
-            server.ttft.observe(now - self._started)
-            server.prefill.observe(max(0.0, now - self._started - self._queue_s))
+            server.histograms.ttft.observe(now - self._started)
+            server.histograms.prefill.observe(max(0.0, now - self._started - self._queue_s))
             self._first_at = self._first_at or now
             adapter.ttft_s += now - self._started
             adapter.n_first_tokens += 1
         else:
-            server.itl.observe((now - previous) / n_tokens, n_tokens)
+            server.histograms.between_tokens((now - previous) / n_tokens, n_tokens)
 
     def queued(self, seconds: float) -> None:
         assert isinstance(self._adapter, AdapterCounters)
         self._queue_s = seconds
-        self._server.queue.observe(seconds)
+        self._server.histograms.queue.observe(seconds)
         self._adapter.queue_s += seconds
         self._adapter.n_queued += 1
 
@@ -115,9 +109,9 @@ class CallMetrics:
     def finished(self, reason: str, n_output: int) -> None:
         """``reason``: stop, length, abort (the client left) or error."""
         self._server.finished[reason] += 1
-        self._server.output_tokens.observe(n_output)
+        self._server.histograms.output_tokens.observe(n_output)
         now = perf_counter()
-        self._server.e2e.observe(now - self._started)
-        self._server.inference.observe(max(0.0, now - self._started - self._queue_s))
+        self._server.histograms.e2e.observe(now - self._started)
+        self._server.histograms.inference.observe(max(0.0, now - self._started - self._queue_s))
         if self._first_at is not None:
-            self._server.decode.observe(now - self._first_at)
+            self._server.histograms.decode.observe(now - self._first_at)

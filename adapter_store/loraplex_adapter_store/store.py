@@ -221,9 +221,16 @@ class AdapterStore:
 
     def get(self, name: str) -> AdapterCard:
         """The card with its load report. Raises UnknownAdapter."""
-        self._check_open()
-        record, content = self._index.current(name)
-        return self._card(record, content, self._catalogue.report(record.digest))
+        while True:
+            self._check_open()
+            record, content = self._index.current(name)
+            try:
+                report = self._catalogue.report(record.digest)
+            except UnknownAdapter:
+                if self._index.content(record.digest) is not None:
+                    raise
+                continue  # the name moved, and its old content went, between the two
+            return self._card(record, content, report)
 
     def list(self) -> tuple[AdapterCard, ...]:
         """All cards by name, without their load reports."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
@@ -101,7 +102,10 @@ def build_app(
     for collector in collectors:
         registry.register(collector)
 
-    app = FastAPI(title="Loraplex", version=installed_version("loraplex"), redoc_url=None)
+    # /docs works without the internet: its JavaScript comes from the package.
+    app: FastAPI = FastAPIOffline(
+        title="Loraplex", version=installed_version("loraplex"), redoc_url=None
+    )
     app.state.parts = AppState(
         engine=engine,
         store=store,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tests.server.conftest import Front
@@ -62,3 +64,23 @@ async def test_probes_and_version_answer(front: Front) -> None:
         assert (await front.client.head(path)).status_code == 200
     assert (await front.client.get("/version")).json()["version"]
     assert (await front.client.get("/openapi.json")).status_code == 200
+
+
+async def test_the_docs_page_is_made_of_this_server_alone(front: Front) -> None:
+    page = await front.client.get("/docs")
+    assert page.status_code == 200
+    sources = re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text)
+    assert sources
+    assert all(source.startswith("/") for source in sources)
+    for source in sources:
+        assert (await front.client.get(source)).status_code == 200
+
+
+async def test_every_route_documents_its_answer_and_its_errors(front: Front) -> None:
+    paths = front.app.openapi()["paths"]
+    for path, methods in paths.items():
+        for method, route in methods.items():
+            answers = route["responses"]
+            assert any(status.startswith("2") for status in answers), (method, path)
+            if path.startswith("/v1/"):
+                assert {"400", "401", "403"} <= answers.keys(), (method, path)

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from .body import Body, Few
 
-__all__ = ["AdapterSourceBody", "GenerateAdapterBody", "LoadLoraBody", "UnloadLoraBody"]
+__all__ = [
+    "Adapter",
+    "AdapterList",
+    "AdapterSourceBody",
+    "Deleted",
+    "GenerateAdapterBody",
+    "JobShown",
+    "LoadLoraBody",
+    "RevisionList",
+    "UnloadLoraBody",
+]
 
 _Wording = Annotated[str, Field(max_length=2000)]
 _Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
@@ -49,3 +59,83 @@ class GenerateAdapterBody(BaseModel):
     samples: Annotated[int, Field(ge=0, le=16)] = 0
     force: bool = False
     probe: bool = True  # measure the agreement with the base on unrelated prompts
+
+
+class HostBytes(BaseModel):
+    disk: int
+    host: int
+
+
+class Adapter(BaseModel):
+    """A card. Routes that make or change an adapter add what they know of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    object: Literal["adapter"]
+    name: str
+    digest: str
+    revision: int
+    family: str
+    description: str | None
+    examples: list[str]
+    ranks: list[int]
+    n_bytes: HostBytes
+    created: float
+    base_fingerprint: str
+    pinned: bool
+    n_leases: int
+    tier: Literal["device", "host", "disk"]
+    report: dict[str, JsonValue] | None = None  # of the load; absent in lists
+    provenance: dict[str, JsonValue]
+    expires: float | None = None
+
+
+class AdapterList(BaseModel):
+    object: Literal["list"]
+    data: list[Adapter]
+
+
+class Revision(BaseModel):
+    object: Literal["adapter.revision"]
+    name: str
+    revision: int
+    digest: str
+    created: float
+    family: str
+    description: str | None
+    current: bool
+
+
+class RevisionList(BaseModel):
+    object: Literal["list"]
+    data: list[Revision]
+
+
+class FreedBytes(HostBytes):
+    device: int
+
+
+class Deleted(BaseModel):
+    name: str
+    digest: str
+    drained: bool
+    n_leases_waited: int
+    n_bytes_freed: FreedBytes
+    deleted: Literal[True]
+
+
+class JobError(BaseModel):
+    message: str
+    code: str
+
+
+class JobShown(BaseModel):
+    id: str
+    object: Literal["job"]
+    adapter: str
+    created: int
+    status: Literal["running", "succeeded", "failed"]
+    stage: str
+    progress: float
+    digest: str | None
+    error: JobError | None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.selector import NameRef
@@ -12,15 +14,26 @@ from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.uploads import receive_upload
 from loraplex_server.adapters.waiting import result_within
 from loraplex_server.api.adapter_card import Report, card_response, conditions, shown_card
-from loraplex_server.api.errors import ApiError, invalid, not_found
+from loraplex_server.api.errors import ApiError, not_found
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.protocol.adapters import AdapterSourceBody
-from loraplex_server.api.state import AppState, in_store_thread, state_of
+from loraplex_server.api.protocol.adapters import (
+    Adapter,
+    AdapterList,
+    AdapterSourceBody,
+    Deleted,
+    JobShown,
+)
+from loraplex_server.api.protocol.errors import errors
+from loraplex_server.api.state import AppState, State, in_store_thread
 from loraplex_server.api.validation import read_body
 
 __all__ = ["router"]
 
 router = APIRouter()
+
+_SLOW = errors(404, 412, 415) | {
+    202: {"model": JobShown, "description": "still loading; GET its `location`"}
+}
 
 # FastAPI cannot declare two kinds of body for one route.
 _EITHER_BODY = {
@@ -34,126 +47,131 @@ _EITHER_BODY = {
 }
 
 
-@router.get("/v1/adapters")
-async def list_adapters(request: Request) -> Response:
-    services = state_of(request)
-    resident = set(services.engine.stats().resident_adapters)
-    cards = await in_store_thread(services, services.store.list)
+@router.get("/v1/adapters", response_model=AdapterList, responses=errors())
+async def list_adapters(request: Request, state: State) -> Response:
+    resident = set(state.engine.stats().resident_adapters)
+    cards = await in_store_thread(state, state.store.list)
     access = access_of(request)
     data = [shown_card(card, resident, "none") for card in cards if access.allows(card.name)]
     return ORJSONResponse({"object": "list", "data": data})
 
 
-@router.get("/v1/jobs/{job_id}")
-async def show_job(request: Request, job_id: str) -> Response:
-    job = state_of(request).jobs.get(job_id)
+@router.get("/v1/jobs/{job_id}", response_model=JobShown, responses=errors(404))
+async def show_job(request: Request, job_id: str, state: State) -> Response:
+    job = state.jobs.get(job_id)
     if job is None or not access_of(request).allows(job.adapter):
         raise not_found(f"job {job_id[:64]!r} is not known (any more)", "job_id", "job_not_found")
     return ORJSONResponse(job.to_json())
 
 
-@router.post("/v1/adapters/{name:path}/pin")
-async def pin_adapter(request: Request, name: AdapterName) -> Response:
+@router.post("/v1/adapters/{name:path}/pin", response_model=Adapter, responses=errors(404))
+async def pin_adapter(request: Request, name: AdapterName, state: State) -> Response:
     """Keeps it in host memory, and on the device once it is there."""
-    services = state_of(request)
-    services.lifecycle.check_engine()
+    state.lifecycle.check_engine()
     card = await in_store_thread(
-        services,
-        lambda: services.store.pin(name),
+        state,
+        lambda: state.store.pin(name),
         access_of(request),
-        pool=services.pools.loads,
+        pool=state.pools.loads,
     )
-    if services.device is not None:
-        services.device.set_pinned(card.digest, True)
-    return card_response(services, card)
+    if state.device is not None:
+        state.device.set_pinned(card.digest, True)
+    return card_response(state, card)
 
 
-@router.post("/v1/adapters/{name:path}/unpin")
-async def unpin_adapter(request: Request, name: AdapterName) -> Response:
-    services = state_of(request)
-    services.lifecycle.check_engine()
+@router.post("/v1/adapters/{name:path}/unpin", response_model=Adapter, responses=errors(404))
+async def unpin_adapter(request: Request, name: AdapterName, state: State) -> Response:
+    state.lifecycle.check_engine()
     card = await in_store_thread(
-        services,
-        lambda: services.store.unpin(name),
+        state,
+        lambda: state.store.unpin(name),
         access_of(request),
-        pool=services.pools.changes,
+        pool=state.pools.changes,
     )
-    if services.device is not None:
-        services.device.set_pinned(card.digest, False)
-    return card_response(services, card)
+    if state.device is not None:
+        state.device.set_pinned(card.digest, False)
+    return card_response(state, card)
 
 
-@router.post("/v1/adapters/{name:path}/warm")
-async def warm_adapter(request: Request, name: AdapterName) -> Response:
+@router.post("/v1/adapters/{name:path}/warm", response_model=Adapter, responses=_SLOW)
+async def warm_adapter(request: Request, name: AdapterName, state: State) -> Response:
     """Loads to host and device memory; a load that takes long is answered with a job."""
-    services = state_of(request)
-    services.lifecycle.check_engine()
+    state.lifecycle.check_engine()
     # 404 at once
-    await in_store_thread(services, lambda: services.store.get(name), access_of(request))
+    await in_store_thread(state, lambda: state.store.get(name), access_of(request))
 
     def warm(report: Progress) -> AdapterCard:
-        with services.store.acquire(NameRef(name)) as lease:
-            if services.device is not None:
-                services.device.warm(lease.plan)
-        return services.store.get(name)
+        with state.store.acquire(NameRef(name)) as lease:
+            if state.device is not None:
+                state.device.warm(lease.plan)
+        return state.store.get(name)
 
-    job = services.jobs.start(name, warm)
-    card = await _finished(services, job)
-    return card_response(services, card) if isinstance(card, AdapterCard) else card
+    job = state.jobs.start(name, warm)
+    card = await _finished(state, job)
+    return card_response(state, card) if isinstance(card, AdapterCard) else card
 
 
-@router.get("/v1/adapters/{name:path}")
-async def show_adapter(request: Request, name: AdapterName, report: Report = "summary") -> Response:
+@router.get("/v1/adapters/{name:path}", response_model=Adapter, responses=errors(404))
+async def show_adapter(
+    request: Request, name: AdapterName, state: State, report: Report = "summary"
+) -> Response:
     """``?report=full`` names every tensor and module of the load report."""
-    services = state_of(request)
-    card = await in_store_thread(services, lambda: services.store.get(name), access_of(request))
-    return card_response(services, card, report)
+    card = await in_store_thread(state, lambda: state.store.get(name), access_of(request))
+    return card_response(state, card, report)
 
 
-@router.put("/v1/adapters/{name:path}", openapi_extra=_EITHER_BODY)
-async def put_adapter(request: Request, name: AdapterName, report: Report = "summary") -> Response:
+@router.put(
+    "/v1/adapters/{name:path}",
+    response_model=Adapter,
+    responses=_SLOW | {201: {"model": Adapter, "description": "the name is new"}},
+    openapi_extra=_EITHER_BODY,
+)
+async def put_adapter(
+    request: Request, name: AdapterName, state: State, report: Report = "summary"
+) -> Response:
     """From a source (JSON) or an upload (multipart). ``If-Match`` makes it compare-and-set."""
-    services = state_of(request)
-    services.lifecycle.check_admitting()
+    state.lifecycle.check_admitting()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return await _put_source(services, request, name, report)
+        return await _put_source(state, request, name, report)
     if kind == "multipart/form-data":
-        return await _put_upload(services, request, name, report)
+        return await _put_upload(state, request, name, report)
     raise ApiError(
         415, "send application/json or multipart/form-data", code="unsupported_media_type"
     )
 
 
-@router.delete("/v1/adapters/{name:path}")
-async def delete_adapter(request: Request, name: AdapterName, timeout_s: float = 30.0) -> Response:
+@router.delete("/v1/adapters/{name:path}", response_model=Deleted, responses=errors(404, 412))
+async def delete_adapter(
+    request: Request,
+    name: AdapterName,
+    state: State,
+    timeout_s: Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)] = 30.0,
+) -> Response:
     """The name is gone at once; waits for running requests, then says how many bytes were freed."""
-    services = state_of(request)
-    if not 0 <= timeout_s <= 3600:
-        raise invalid("timeout_s must lie between 0 and 3600", "timeout_s")
-    services.lifecycle.check_engine()
+    state.lifecycle.check_engine()
     if_match, _ = conditions(request)
     deletion = await in_store_thread(
-        services,
-        lambda: services.store.start_delete(name, if_match=if_match),
+        state,
+        lambda: state.store.start_delete(name, if_match=if_match),
         access_of(request),
-        pool=services.pools.changes,
+        pool=state.pools.changes,
     )
     freed_bytes = await result_within(deletion.freed, timeout_s)
     report = deletion.report(freed_bytes)
     freed = {"disk": report.n_bytes_freed.disk, "host": report.n_bytes_freed.host, "device": 0}
     if report.drained:
-        freed["device"] = await services.unloads.freed_bytes(report.digest)
+        freed["device"] = await state.unloads.freed_bytes(report.digest)
     return ORJSONResponse({**report.to_json(), "n_bytes_freed": freed, "deleted": True})
 
 
-async def _put_source(services: AppState, request: Request, name: str, shown: Report) -> Response:
+async def _put_source(state: AppState, request: Request, name: str, shown: Report) -> Response:
     body = await read_body(request, AdapterSourceBody)
-    uri = source_uri(services, body.source, param="source")
+    uri = source_uri(state, body.source, param="source")
     if_match, replace = conditions(request)
 
     def load(report: Progress) -> AdapterCard:
-        return services.store.put_source(
+        return state.store.put_source(
             name,
             uri,
             if_match=if_match,
@@ -163,17 +181,17 @@ async def _put_source(services: AppState, request: Request, name: str, shown: Re
             progress=report,
         )
 
-    job = services.jobs.start(name, load)
-    card = await _finished(services, job, body.wait)
-    return _stored(services, card, shown) if isinstance(card, AdapterCard) else card
+    job = state.jobs.start(name, load)
+    card = await _finished(state, job, body.wait)
+    return _stored(state, card, shown) if isinstance(card, AdapterCard) else card
 
 
-async def _put_upload(services: AppState, request: Request, name: str, shown: Report) -> Response:
+async def _put_upload(state: AppState, request: Request, name: str, shown: Report) -> Response:
     if_match, replace = conditions(request)
     async with receive_upload(request) as upload:
         card = await in_store_thread(
-            services,
-            lambda: services.store.put_files(
+            state,
+            lambda: state.store.put_files(
                 name,
                 upload.config,
                 upload.weights,
@@ -183,17 +201,15 @@ async def _put_upload(services: AppState, request: Request, name: str, shown: Re
                 description=upload.description,
                 examples=upload.examples,
             ),
-            pool=services.pools.changes,
+            pool=state.pools.changes,
         )
-    return _stored(services, card, shown)
+    return _stored(state, card, shown)
 
 
-async def _finished(
-    services: AppState, job: Job, wait: bool | None = None
-) -> AdapterCard | Response:
+async def _finished(state: AppState, job: Job, wait: bool | None = None) -> AdapterCard | Response:
     """The card if the job ends in time, else 202 and where to look. Raises the job's ApiError."""
-    timeout_s = {None: services.config.http.job_wait_s, True: None, False: 0.0}[wait]
-    if not await services.jobs.wait(job, timeout_s):
+    timeout_s = {None: state.config.http.job_wait_s, True: None, False: 0.0}[wait]
+    if not await state.jobs.wait(job, timeout_s):
         headers = {"location": f"/v1/jobs/{job.id}"}
         return ORJSONResponse(job.to_json(), status=202, headers=headers)
     if job.error is not None:
@@ -202,6 +218,6 @@ async def _finished(
     return job.card
 
 
-def _stored(services: AppState, card: AdapterCard, shown: Report) -> Response:
+def _stored(state: AppState, card: AdapterCard, shown: Report) -> Response:
     """201 where this very put has made the name, however many puts ran beside it."""
-    return card_response(services, card, shown, status=200 if card.replaced else 201)
+    return card_response(state, card, shown, status=200 if card.replaced else 201)

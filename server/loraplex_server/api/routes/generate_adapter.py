@@ -16,7 +16,7 @@ from loraplex_server.api.adapter_card import Report, shown_card
 from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.protocol.adapters import GenerateAdapterBody
+from loraplex_server.api.protocol.adapters import Adapter, GenerateAdapterBody
 from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.state import AppState, State, in_store_thread
 from loraplex_server.engine.errors import EngineError
@@ -26,7 +26,12 @@ __all__ = ["router"]
 router = APIRouter(route_class=JsonRoute)
 
 
-@router.post("/v1/adapters/generate", status_code=201, responses=errors(404, 412, 415, 422))
+@router.post(
+    "/v1/adapters/generate",
+    status_code=201,
+    response_model=Adapter,
+    responses=errors(404, 412, 415, 422),
+)
 async def generate_adapter(
     body: GenerateAdapterBody, request: Request, state: State, report: Report = "summary"
 ) -> Response:

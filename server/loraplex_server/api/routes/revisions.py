@@ -9,20 +9,21 @@ from fastapi import APIRouter, Query, Request, Response
 from loraplex_server.adapters.access import AdapterName, access_of
 from loraplex_server.api.adapter_card import Report, card_response, conditions
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.state import in_store_thread, state_of
+from loraplex_server.api.protocol.adapters import Adapter, RevisionList
+from loraplex_server.api.protocol.errors import errors
+from loraplex_server.api.state import State, in_store_thread
 
 __all__ = ["router"]
 
 router = APIRouter()
 
 
-@router.get("/v1/adapters/{name:path}/revisions")
-async def list_revisions(request: Request, name: AdapterName) -> Response:
+@router.get(
+    "/v1/adapters/{name:path}/revisions", response_model=RevisionList, responses=errors(404)
+)
+async def list_revisions(request: Request, name: AdapterName, state: State) -> Response:
     """The current revision first, then the kept ones, newest first."""
-    services = state_of(request)
-    cards = await in_store_thread(
-        services, lambda: services.store.revisions(name), access_of(request)
-    )
+    cards = await in_store_thread(state, lambda: state.store.revisions(name), access_of(request))
     data = [
         {
             "object": "adapter.revision",
@@ -39,10 +40,13 @@ async def list_revisions(request: Request, name: AdapterName) -> Response:
     return ORJSONResponse({"object": "list", "data": data})
 
 
-@router.post("/v1/adapters/{name:path}/rollback")
+@router.post(
+    "/v1/adapters/{name:path}/rollback", response_model=Adapter, responses=errors(404, 412)
+)
 async def rollback(
     request: Request,
     name: AdapterName,
+    state: State,
     digest: Annotated[str | None, Query(min_length=4, max_length=64)] = None,
     report: Report = "summary",
 ) -> Response:
@@ -50,13 +54,12 @@ async def rollback(
 
     Running requests finish on what they have. ``If-Match`` makes it compare-and-set.
     """
-    services = state_of(request)
-    services.lifecycle.check_engine()
+    state.lifecycle.check_engine()
     if_match, _ = conditions(request)
     card = await in_store_thread(
-        services,
-        lambda: services.store.rollback(name, digest_prefix=digest, if_match=if_match),
+        state,
+        lambda: state.store.rollback(name, digest_prefix=digest, if_match=if_match),
         access_of(request),
-        pool=services.pools.changes,
+        pool=state.pools.changes,
     )
-    return card_response(services, card, report)
+    return card_response(state, card, report)

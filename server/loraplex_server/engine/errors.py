@@ -5,7 +5,6 @@ EngineError
 ├── EngineDraining     the server is going down: try another replica
 ├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
 ├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
-├── NoAdapterPlace     the device is taken by pinned adapters: unpin one
 └── EngineDead         the engine thread stopped: nothing can be served
 """
 
@@ -17,7 +16,6 @@ __all__ = [
     "EngineDead",
     "EngineDraining",
     "EngineError",
-    "NoAdapterPlace",
     "QueueFull",
 ]
 
@@ -43,10 +41,6 @@ class ContextOverflow(EngineError):
 
 
 class AdapterUnservable(EngineError):
-    pass
-
-
-class NoAdapterPlace(EngineError):
     pass
 
 

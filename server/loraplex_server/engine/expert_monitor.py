@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from loraplex_router.experts import ExpertLoad, LoadHistory
 
-from .resident_adapter import ResidentAdapter
+from .device_pool import ResidentAdapter
 
 __all__ = ["ExpertMonitor"]
 

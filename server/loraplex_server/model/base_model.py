@@ -15,7 +15,6 @@ from loraplex_kernels.model_ops import PackedLinear, silu_mul
 from loraplex_kernels.packed_linear import lay_out_together
 
 from .attention import LayerAttention, install_attention
-from .embedding import replace_embeddings
 from .errors import ModelError, UnsupportedBase
 from .forward_context import ForwardContext
 from .fused_decoder import FusedDecoder
@@ -72,8 +71,7 @@ class BaseModel:
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
-        self.norms = replace_norms(model, self.step)  # names, as are ``embeddings``
-        self.embeddings = replace_embeddings(model, self.step)
+        replace_norms(model)
         self.head = self.groups[self.spec.output_head]
         for name, mlp in self.mlps.items():
             model.set_submodule(name, mlp)

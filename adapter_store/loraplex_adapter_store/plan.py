@@ -83,7 +83,6 @@ class Family(Enum):
     SUPERTUNING = "supertuning"
     HIRA = "hira"
     FROD = "frod"
-    LN_TUNING = "ln-tuning"
     DEFT = "deft"
     PEANUT = "peanut"
     GENERATED = "generated"

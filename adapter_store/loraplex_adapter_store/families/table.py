@@ -15,7 +15,6 @@ from . import (
     full_delta,
     gralora,
     kronecker,
-    layer_norms,
     loldu,
     lora,
     masks,
@@ -83,7 +82,6 @@ FAMILIES: Mapping[str, FamilyReader] = {
     "HIRA": masks.read_hira,
     "GLORA": masks.read_glora,
     "FROD": frod.read,
-    "LN_TUNING": layer_norms.read,
     "CARTRIDGE": prompts.read_prefix,
     "CPT": prompts.read_prompt,
     "MULTITASK_PROMPT_TUNING": prompts.read_multitask_prompt,
@@ -99,4 +97,5 @@ UNSUPPORTED: Mapping[str, str] = {
     "XLORA": "it routes between other adapters with a second forward pass",
     "POLY": "it routes between modules by a task id that requests do not carry",
     "ADAPTION_PROMPT": "it adds gated attention to trained prompts inside each layer",
+    "LN_TUNING": "only norms are trained; save a full checkpoint and add that",
 }

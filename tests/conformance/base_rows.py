@@ -1,0 +1,214 @@
+"""Tiny random bases: each is served as transformers computes it, or refused at start.
+
+Every shape is odd on purpose: grouped queries, an MLP that is not four times as wide, windows
+shorter than the prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["BASE_ROWS", "BaseRow", "base_config"]
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+_GPT2: dict[str, Any] = {
+    "vocab_size": 300,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+_LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_ATTENTION = ("q_proj", "v_proj", "o_proj")
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@dataclass(frozen=True)
+class BaseRow:
+    id: str  # docs/bases.md names it
+    model_type: str
+    config: Mapping[str, Any] = field(default_factory=dict)  # beside the common one
+    targets: tuple[str, ...] = _LLAMA_TARGETS  # of the LoRA
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # more LoRAs
+    refused_adapters: Mapping[str, str] = field(default_factory=dict)  # of them: why, as a pattern
+    refused: str | None = None  # pattern of the reason, where the server does not start
+    wrong: str | None = None  # what it does instead, while it is wrong
+
+
+def base_config(row: BaseRow) -> dict[str, Any]:
+    common = _GPT2 if row.model_type == "gpt2" else _COMMON
+    return {**common, **row.config}
+
+
+def _rope(**parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10000.0, **parameters}}
+
+
+_BIASES = {
+    "bias-lora-only": {"bias": "lora_only"},
+    "bias-all": {"bias": "all"},
+    "dora-with-biases": {"use_dora": True},
+}
+
+_FUSED_EXPERTS = {
+    "fused-experts": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+}
+
+BASE_ROWS: tuple[BaseRow, ...] = (
+    # Llama, its biases and its rotary embeddings
+    BaseRow("llama", "llama"),
+    BaseRow("llama-tied", "llama", {"tie_word_embeddings": True}),
+    BaseRow("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}, adapters=_BIASES),
+    BaseRow("llama-gelu", "llama", {"hidden_act": "gelu"}),
+    BaseRow("llama-rope-linear", "llama", _rope(rope_type="linear", factor=4.0)),
+    BaseRow("llama-rope-dynamic", "llama", _rope(rope_type="dynamic", factor=4.0)),
+    BaseRow("llama-rope-yarn", "llama", _rope(**_YARN)),
+    BaseRow(
+        "llama-rope-llama3",
+        "llama",
+        _rope(
+            rope_type="llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+    BaseRow(
+        "llama-rope-longrope",
+        "llama",
+        _rope(
+            rope_type="longrope",
+            factor=8.0,
+            short_factor=[1.0 + 0.1 * i for i in range(8)],
+            long_factor=[2.0 + 0.5 * i for i in range(8)],
+            original_max_position_embeddings=24,
+        ),
+        wrong="short prompts beside long ones get the long factors",
+    ),
+    # as Llama, with something of their own
+    BaseRow("mistral-window", "mistral", {"sliding_window": 16}),
+    BaseRow("mistral-no-window", "mistral", {"sliding_window": None}),
+    BaseRow("qwen2", "qwen2", adapters=_BIASES),
+    BaseRow(
+        "qwen2-window",
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+    ),
+    BaseRow("qwen3", "qwen3", {"head_dim": 32}),
+    BaseRow("gemma", "gemma"),
+    BaseRow("gemma2", "gemma2", {"sliding_window": 16, "query_pre_attn_scalar": 24}),
+    BaseRow("gemma3", "gemma3_text", {"sliding_window": 16, "query_pre_attn_scalar": 24}),
+    BaseRow(
+        "granite",
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 2.5,
+        },
+    ),
+    BaseRow("cohere", "cohere", {"logit_scale": 0.3}),
+    BaseRow(
+        "cohere2",
+        "cohere2",
+        {"logit_scale": 0.3, "sliding_window": 16},
+    ),
+    BaseRow("olmo", "olmo"),
+    BaseRow("olmo2", "olmo2"),
+    BaseRow("smollm3", "smollm3", {"no_rope_layer_interval": 2}),
+    BaseRow("glm", "glm", targets=("q_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")),
+    BaseRow("glm4", "glm4", targets=("q_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")),
+    BaseRow("exaone4", "exaone4", {"sliding_window": 16, "sliding_window_pattern": 2}),
+    BaseRow("ernie4_5", "ernie4_5", {"use_bias": True}),
+    BaseRow("hunyuan", "hunyuan_v1_dense"),
+    BaseRow("seed-oss", "seed_oss"),
+    BaseRow("helium", "helium"),
+    BaseRow("phi3", "phi3", targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
+    BaseRow(
+        "phi3-longrope",
+        "phi3",
+        {
+            **_rope(
+                rope_type="longrope",
+                short_factor=[1.0 + 0.1 * i for i in range(8)],
+                long_factor=[2.0 + 0.5 * i for i in range(8)],
+                original_max_position_embeddings=24,
+            ),
+            "original_max_position_embeddings": 24,
+        },
+        targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+        wrong="short prompts beside long ones get the long factors",
+    ),
+    # other layers
+    BaseRow("phi", "phi", targets=("q_proj", "v_proj", "dense", "fc1", "fc2")),
+    BaseRow("stablelm", "stablelm"),
+    BaseRow("stablelm-parallel", "stablelm", {"use_parallel_residual": True}),
+    BaseRow(
+        "starcoder2",
+        "starcoder2",
+        {"sliding_window": 16},
+        targets=("q_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
+    ),
+    BaseRow("gpt2", "gpt2", targets=("c_attn", "c_fc", "c_proj")),
+    BaseRow(
+        "gpt-neox",
+        "gpt_neox",
+        targets=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
+    ),
+    BaseRow("nemotron", "nemotron", targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")),
+    # mixtures of experts: a LoRA on the attention
+    BaseRow(
+        "mixtral",
+        "mixtral",
+        {"num_local_experts": 4},
+        targets=_ATTENTION,
+        adapters=_FUSED_EXPERTS,
+        refused_adapters={"fused-experts": "target_parameters"},
+    ),
+    BaseRow(
+        "qwen2-moe",
+        "qwen2_moe",
+        {**_EXPERTS, "shared_expert_intermediate_size": 48},
+        targets=_ATTENTION,
+    ),
+    BaseRow(
+        "qwen3-moe",
+        "qwen3_moe",
+        _EXPERTS,
+        targets=_ATTENTION,
+        adapters=_FUSED_EXPERTS,
+        refused_adapters={"fused-experts": "target_parameters"},
+    ),
+    BaseRow("olmoe", "olmoe", {**_EXPERTS, "num_key_value_heads": 4}, targets=_ATTENTION),
+    BaseRow(
+        "granite-moe",
+        "granitemoe",
+        {"num_local_experts": 4, "logits_scaling": 2.5, "attention_multiplier": 0.2},
+        targets=_ATTENTION,
+    ),
+    BaseRow(
+        "gpt-oss",
+        "gpt_oss",
+        {"num_local_experts": 4, "sliding_window": 16},
+        targets=_ATTENTION,
+    ),
+)

@@ -1,0 +1,130 @@
+"""Asks a server over HTTP: adapters are put, then everything is asked at once, shuffled."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+__all__ = ["N_TOKENS", "Answer", "Put", "Question", "ask_all", "put_all", "put_upload"]
+
+N_TOKENS = 5  # of each answer
+_N_TOP = 20
+_TIMEOUT_S = 280.0
+
+
+@dataclass(frozen=True)
+class Question:
+    prompt: tuple[int, ...]
+    adapter: object = None  # as a request names it; None: the base
+    echo: bool = False  # the prompt's log-probabilities too
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    error: str = ""  # the body, where the status is no 200
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[float, ...] = ()  # of each token
+    top: tuple[tuple[float, ...], ...] = ()  # the highest at each token, falling
+    prompt_logprobs: tuple[float, ...] = ()  # of each token of the prompt but the first
+
+
+@dataclass(frozen=True)
+class Put:
+    status: int
+    body: dict[str, object]
+
+    @property
+    def digest(self) -> str:
+        return str(self.body.get("digest"))
+
+    @property
+    def message(self) -> str:
+        error = self.body.get("error")
+        return str(error.get("message")) if isinstance(error, dict) else ""
+
+
+async def put_upload(client: httpx.AsyncClient, name: str, folder: Path) -> Put:
+    with (folder / "adapter_model.safetensors").open("rb") as weights:
+        files = {
+            "config": ("adapter_config.json", (folder / "adapter_config.json").read_bytes()),
+            "weights": ("adapter_model.safetensors", weights),
+        }
+        answer = await client.put(f"/v1/adapters/{name}", files=files)
+    return Put(answer.status_code, answer.json())
+
+
+async def _put_source(client: httpx.AsyncClient, name: str, source: str) -> Put:
+    body = {"source": source, "wait": True}
+    answer = await client.put(f"/v1/adapters/{name}", json=body)
+    return Put(answer.status_code, answer.json())
+
+
+async def put_all(
+    client: httpx.AsyncClient, folders: Sequence[Path], shelf: Path
+) -> dict[str, Put]:
+    """Folder's name → how it went.
+
+    Every third is laid on the ``shelf``, the server's adapters directory, and named as a source;
+    the others are uploads.
+    """
+    turns = asyncio.Semaphore(4)
+
+    async def put(index: int, folder: Path) -> tuple[str, Put]:
+        async with turns:
+            if index % 3 == 2:
+                source = f"put/by/{folder.name}"  # too deep to be registered by itself
+                shutil.copytree(folder, shelf / source, copy_function=os.link)
+                return folder.name, await _put_source(client, folder.name, source)
+            return folder.name, await put_upload(client, folder.name, folder)
+
+    return dict(await asyncio.gather(*(put(i, folder) for i, folder in enumerate(folders))))
+
+
+async def ask_all(client: httpx.AsyncClient, questions: Sequence[Question]) -> list[Answer]:
+    """Answers in the order of the questions, which are sent at once and in another order."""
+    answers: dict[int, Answer] = {}
+
+    async def ask(index: int) -> None:
+        answers[index] = await _ask(client, questions[index])
+
+    order = list(range(len(questions)))
+    random.Random(7).shuffle(order)
+    await asyncio.gather(*map(ask, order))
+    return [answers[index] for index in range(len(questions))]
+
+
+async def _ask(client: httpx.AsyncClient, question: Question) -> Answer:
+    body: dict[str, object] = {
+        "prompt": list(question.prompt),
+        "max_tokens": N_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logprobs": _N_TOP,
+        "return_token_ids": True,
+        "echo": question.echo,
+    }
+    if question.adapter is not None:
+        body["adapter"] = question.adapter
+    answer = await client.post("/v1/completions", json=body, timeout=_TIMEOUT_S)
+    if answer.status_code != 200:
+        return Answer(answer.status_code, answer.text)
+    (choice,) = answer.json()["choices"]
+    n_before = len(question.prompt) if question.echo else 0
+    shown = choice["logprobs"]
+    return Answer(
+        200,
+        token_ids=tuple(choice["token_ids"]),
+        logprobs=tuple(shown["token_logprobs"][n_before:]),
+        top=tuple(
+            tuple(sorted(top.values(), reverse=True)) for top in shown["top_logprobs"][n_before:]
+        ),
+        prompt_logprobs=tuple(shown["token_logprobs"][1:n_before]),
+    )

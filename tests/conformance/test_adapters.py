@@ -1,0 +1,257 @@
+"""Every form of adapter over HTTP, against PEFT's own models and against published formulas.
+
+One server of the default base in float32 gets all rows of the tables and answers them in one
+shuffled load, between rows of the base. `docs/families.md` calls exact what is a row here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import peft
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from tests.conformance.expert_rows import EXPERT_ROWS
+from tests.conformance.judge import explain
+from tests.conformance.load import Answer, Put, Question, ask_all, put_all
+from tests.conformance.lora_rows import LORA_ROWS
+from tests.conformance.mixture_rows import MIXTURE_ROWS, MixtureRow
+from tests.conformance.oracle import load_base, make_peft, patched, sharing_copy
+from tests.conformance.own_row import OwnRow, Random
+from tests.conformance.own_rows import OWN_ROWS
+from tests.conformance.peft_row import LAYERS, PeftRow
+from tests.conformance.peft_rows import PEFT_ROWS
+from tests.support.server_process import server_process
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),  # the first row waits for the whole load
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT's use of transformers
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+_PROMPTS = (
+    (504, 3575, 282, 4649, 314),  # "The capital of France is"
+    (6403, 1980, 253, 655, 665, 436, 253, 4197, 617),  # "Once upon a time there was a king who"
+)
+_N_BASE_ROWS = 8
+_MODES: dict[str, tuple[str, ...]] = {
+    "native": (),
+    "references": ("--kernels", "reference"),
+    "unfused": ("--no-fuse",),
+}
+Row = PeftRow | OwnRow | MixtureRow
+_TABLE: tuple[Row, ...] = (
+    *LORA_ROWS,
+    *PEFT_ROWS,
+    *OWN_ROWS,
+    *EXPERT_ROWS,
+    *MIXTURE_ROWS,
+)
+_ROWS = {row.id: row for row in _TABLE}
+
+
+@dataclass(frozen=True)
+class _Oracles:
+    base: PreTrainedModel
+    models: dict[str, nn.Module]  # by row, where the row is served
+    folders: dict[str, Path]
+
+
+@dataclass(frozen=True)
+class _Load:
+    """What one server did with all its rows."""
+
+    puts: dict[str, Put]
+    questions: dict[str, list[Question]]  # by row; "": the base
+    answers: dict[str, list[Answer]]
+    log: str
+
+
+def _runs(mode: str, row: Row) -> bool:
+    return mode == "native" or (row.executor and row.refused is None)
+
+
+@pytest.fixture(scope="module")
+def oracles(
+    request: pytest.FixtureRequest, pulled_base: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[_Oracles]:
+    torch.set_num_threads(1)
+    found = _Oracles(load_base(pulled_base), {}, {})
+    folder = tmp_path_factory.mktemp("adapters")
+    for row in _selected(request.session.items):
+        path = folder / row.id
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = _make(row, found, path)
+        if row.refused is None:
+            found.models[row.id] = model
+        if not isinstance(row, MixtureRow):
+            found.folders[row.id] = path
+    yield found
+    shutil.rmtree(folder)
+
+
+def _selected(items: Sequence[pytest.Item]) -> list[Row]:
+    """The rows whose tests run (all of them without -k), with the parts of mixtures."""
+    names: set[str] = set()
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        if parameters is not None and item.path == Path(__file__):
+            names |= {str(parameters.params.get("row"))}
+    for row in MIXTURE_ROWS:
+        if row.id in names:
+            names |= {name for name, _ in row.parts}
+    return [row for row in _TABLE if row.id in names]
+
+
+def _make(row: Row, oracles: _Oracles, path: Path) -> nn.Module:
+    """Saves the row's adapter to ``path`` and returns the model that answers as it should."""
+    if isinstance(row, PeftRow):
+        own = LAYERS if row.rewrites_base else ()
+        return make_peft(row, sharing_copy(oracles.base, own=own), path)
+    if isinstance(row, MixtureRow):
+        return _mixed(row, oracles)
+    adapter = row.build(oracles.base, Random(row.id))
+    path.mkdir()
+    (path / "adapter_config.json").write_text(json.dumps(dict(adapter.config)))
+    tensors = {name: tensor.contiguous() for name, tensor in adapter.tensors.items()}
+    save_file(tensors, path / "adapter_model.safetensors")
+    return patched(oracles.base, adapter.forwards)
+
+
+def _mixed(row: MixtureRow, oracles: _Oracles) -> nn.Module:
+    """PEFT's own exact weighted sum: factors side by side."""
+    (first, *rest) = [name for name, _ in row.parts]
+    model = peft.PeftModel.from_pretrained(
+        sharing_copy(oracles.base), oracles.folders[first], adapter_name=first
+    )
+    for name in rest:
+        model.load_adapter(oracles.folders[name], adapter_name=name)
+    names, weights = zip(*row.parts, strict=True)
+    model.add_weighted_adapter(list(names), list(weights), "mixed", combination_type="cat")
+    model.set_adapter("mixed")
+    return model.eval()
+
+
+class _Loads:
+    """One server for each mode, started when its first row is looked at."""
+
+    def __init__(self, oracles: _Oracles, base: Path, folder: Path) -> None:
+        self._oracles = oracles
+        self._base = base
+        self._folder = folder
+        self._done: dict[str, _Load] = {}
+        self._failed: dict[str, BaseException] = {}
+
+    def of(self, mode: str) -> _Load:
+        if mode in self._failed:
+            raise self._failed[mode]
+        if mode not in self._done:
+            try:
+                self._done[mode] = self._run(mode)
+            except BaseException as error:  # told for every row, tried once
+                self._failed[mode] = error
+                raise
+        return self._done[mode]
+
+    def _run(self, mode: str) -> _Load:
+        made = self._oracles.folders.keys() | self._oracles.models.keys()
+        rows = [row for row in _TABLE if row.id in made and _runs(mode, row)]
+        folders = [self._oracles.folders[row.id] for row in rows if row.id in self._oracles.folders]
+        state, shelf = self._folder / mode, self._folder / f"{mode}-shelf"
+        shelf.mkdir()
+        flags = ("--kv-memory", "128MiB", "--adapter-memory", "512MiB", "--adapters-dir", shelf)
+        with server_process(self._base, state, *flags, *_MODES[mode]) as server:
+            load = asyncio.run(_load(server.url, rows, folders, shelf))
+        shutil.rmtree(state)
+        shutil.rmtree(shelf)
+        return _Load(*load, server.log)
+
+
+@pytest.fixture(scope="module")
+def loads(oracles: _Oracles, pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> _Loads:
+    return _Loads(oracles, pulled_base, tmp_path_factory.mktemp("loads"))
+
+
+async def _load(
+    url: str, rows: list[Row], folders: list[Path], shelf: Path
+) -> tuple[dict[str, Put], dict[str, list[Question]], dict[str, list[Answer]]]:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
+        puts = await put_all(client, folders, shelf)
+        questions = {"": [Question(p, echo=e) for p in _PROMPTS for e in (True, False)]}
+        questions[""] *= _N_BASE_ROWS // len(questions[""])
+        for row in rows:
+            if row.refused is None:
+                questions[row.id] = _questions(row, puts)
+        flat = [(name, question) for name, asked in questions.items() for question in asked]
+        answers = await ask_all(client, [question for _, question in flat])
+    by_row: dict[str, list[Answer]] = {name: [] for name in questions}
+    for (name, _), answer in zip(flat, answers, strict=True):
+        by_row[name].append(answer)
+    return puts, questions, by_row
+
+
+def _questions(row: Row, puts: dict[str, Put]) -> list[Question]:
+    """The first by name, with the prompt's log-probabilities; the second by name and digest."""
+    if isinstance(row, MixtureRow):
+        parts = [{"name": name, "weight": weight} for name, weight in row.parts]
+        return [Question(_PROMPTS[0], parts, echo=True), Question(_PROMPTS[1], parts)]
+    pinned = f"{row.id}@{puts[row.id].digest[:16]}"
+    return [Question(_PROMPTS[0], row.id, echo=True), Question(_PROMPTS[1], pinned)]
+
+
+def _cases() -> Iterator[object]:
+    for mode in _MODES:
+        for row in _ROWS.values():
+            if row.refused is None and _runs(mode, row):
+                wrong = pytest.mark.xfail(reason=str(row.wrong), strict=True)
+                marks = [] if row.wrong is None else [wrong]
+                yield pytest.param(mode, row.id, id=f"{mode}-{row.id}", marks=marks)
+
+
+@pytest.mark.parametrize(("mode", "row"), list(_cases()))
+def test_an_adapter_answers_as_the_model_it_was_trained_in(
+    loads: _Loads, oracles: _Oracles, mode: str, row: str
+) -> None:
+    load = loads.of(mode)
+    put = load.puts.get(row)
+    assert put is None or put.status == 201, put.message
+    model, questions, answers = oracles.models[row], load.questions[row], load.answers[row]
+    assert (problem := explain(model, oracles.base, questions, answers)) is None, problem
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_base_rows_between_adapters_are_the_base(
+    loads: _Loads, oracles: _Oracles, mode: str
+) -> None:
+    load = loads.of(mode)
+    problem = explain(oracles.base, None, load.questions[""], load.answers[""])
+    assert problem is None, problem
+
+
+@pytest.mark.parametrize("row", [row.id for row in _TABLE if row.refused is not None])
+def test_what_cannot_be_served_is_refused_with_the_reason(loads: _Loads, row: str) -> None:
+    put = loads.of("native").puts[row]
+    assert put.status == 400, "it is served: say so in its row"
+    assert re.search(str(_ROWS[row].refused), put.message), put.message
+
+
+@pytest.mark.parametrize("mode", _MODES)
+def test_each_mode_runs_what_it_says(loads: _Loads, mode: str) -> None:
+    log = loads.of(mode).log
+    assert ("transformers' layers" in log) == (mode == "unfused")
+    assert ("PyTorch references" in log) == (mode == "references")

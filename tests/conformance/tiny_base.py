@@ -1,0 +1,72 @@
+"""A tiny random base on disk, and the real server of it in this process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from loraplex_server.api.app import build_app
+from loraplex_server.engine.build import build_engine
+from loraplex_server.engine.config import EngineConfig
+from loraplex_server.launch import open_store
+from loraplex_server.settings import HttpConfig, ServerConfig, StoreConfig
+from tests.conformance.base_rows import BaseRow, base_config
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+__all__ = ["save_base", "serving"]
+
+
+def save_base(row: BaseRow, folder: Path) -> Path:
+    """Weights as large as trained ones: attention, gates and rotations must all matter."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(row.model_type, **base_config(row))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                parameter += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@asynccontextmanager
+async def serving(base: Path, state: Path) -> AsyncIterator[httpx.AsyncClient]:
+    """Raises ModelError if the server refuses to start on this base."""
+    config = ServerConfig(
+        http=HttpConfig(served_model_names=("base",)),
+        engine=EngineConfig(
+            dtype="float32", threads=1, kv_memory_bytes=4 << 20, adapter_memory_bytes=4 << 20
+        ),
+        store=StoreConfig(root=state, demos=False),
+    )
+    built = build_engine(config.engine, base)
+    try:
+        store = open_store(config, built)
+        try:
+            app = build_app(
+                built.engine,
+                store,
+                built.tokenizer,
+                config,
+                model_name=built.model_id,
+                vocab_size=built.base_spec.vocab_size,
+                device=built.engine,
+                experts=built.engine.experts,
+            )
+            transport = httpx.ASGITransport(app)
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://127.0.0.1", timeout=120
+            ) as client:
+                yield client
+        finally:
+            store.close()
+    finally:
+        built.engine.close()

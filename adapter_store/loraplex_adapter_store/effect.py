@@ -16,6 +16,9 @@ from .spectrum import factor_norm
 
 __all__ = ["check_effect"]
 
+_ROUNDING = 1e-5  # relative: what is smaller is float32 noise of the fold, not training
+_EPSILON = 1e-7  # of float32
+
 # Their weights do not sum to 1: the block changes even where every expert equals the base.
 _RESCALING = (RoutingStrategy.TOP_P, RoutingStrategy.SWITCH)
 
@@ -41,7 +44,7 @@ def _parts(fold: Fold, base: BaseSpec) -> Iterator[tuple[str, bool]]:
     if fold.prefix is not None:
         yield f"{fold.prefix.n_virtual} virtual tokens", True
     for name, plan in fold.modules.items():
-        yield f"{name}: the delta is exactly zero", _module_acts(plan)
+        yield f"{name}: the delta is zero", _module_acts(name, plan, base)
     for name, block in fold.experts.items():
         yield f"{name}: every expert equals the base", _experts_act(name, block, base)
     for name, weight in fold.replaced_weights.items():
@@ -56,8 +59,8 @@ def _parts(fold: Fold, base: BaseSpec) -> Iterator[tuple[str, bool]]:
             yield f"{module}: the {len(rows)} rows equal the base's", _rows_act(module, rows, base)
 
 
-def _module_acts(plan: ModulePlan) -> bool:
-    if plan.a is not None and plan.b is not None and factor_norm(plan.a, plan.b) > 0:
+def _module_acts(name: str, plan: ModulePlan, base: BaseSpec) -> bool:
+    if _low_rank_acts(name, plan, base):
         return True
     if any(operator.acts for operator in plan.operators):
         return True
@@ -69,13 +72,30 @@ def _module_acts(plan: ModulePlan) -> bool:
         if all(scale is None or bool(scale.any()) for scale in diagonals):
             return True
     scales = (plan.in_scale, plan.out_scale)
-    return any(scale is not None and bool((scale != 1).any()) for scale in scales)
+    return any(
+        scale is not None and bool(((scale - 1).abs() > _ROUNDING).any()) for scale in scales
+    )
+
+
+def _low_rank_acts(name: str, plan: ModulePlan, base: BaseSpec) -> bool:
+    """Not if W + B A rounds to W, nor if the factors cancel, as of a residual LoRA untrained."""
+    if plan.a is None or plan.b is None:
+        return False
+    delta, size = (
+        factor_norm(plan.a, plan.b),
+        float(plan.a.double().norm() * plan.b.double().norm()),
+    )
+    return delta > _ROUNDING * size and delta > _EPSILON * base.norms.get(name, 0.0)
 
 
 def _experts_act(name: str, block: ExpertPlan, base: BaseSpec) -> bool:
     if name not in base.modules and block.strategy in _RESCALING:
         return True
-    return any(_module_acts(plan) for expert in block.experts for plan in expert.values())
+    return any(
+        _module_acts(module, plan, base)
+        for expert in block.experts
+        for module, plan in expert.items()
+    )
 
 
 def _norm_acts(name: str, norm: NormPlan, base: BaseSpec) -> bool:

@@ -46,17 +46,17 @@ def read(context: ReadContext) -> Fold:
             context.ledger.names,
             unexpected_keys=context.ledger.names,
         )
-    energy = parts.kept / parts.total if parts.total else 1.0
+    energy, max_rank = parts.kept / parts.total if parts.total else 1.0, _max_rank(context)
     if energy < context.limits.min_delta_energy:
         raise UnsupportedAdapter(
-            f"rank {context.limits.max_delta_rank} keeps {energy:.1%} of the change, this server "
+            f"rank {max_rank} keeps {energy:.1%} of the change, this server "
             f"asks for {context.limits.min_delta_energy:.1%} (worst: {parts.worst[1]}, "
             f"{parts.worst[0]:.1%}); serve it as a base model, or raise max_delta_rank"
         )
     context.notes.append(f"truncated SVD keeps {energy:.6f} of ‖ΔW‖² (worst {parts.worst[1]})")
     return Fold(
         family=Family.FULL,
-        scale_rule=f"SVD to rank ≤ {context.limits.max_delta_rank}, kept energy {energy:.6f}",
+        scale_rule=f"SVD to rank ≤ {max_rank}, kept energy {energy:.6f}",
         modules=parts.modules,
         embedding_rows=parts.rows.get(context.base.input_embedding, {}),
         head_rows=parts.rows.get(context.base.output_head, {}),
@@ -81,6 +81,10 @@ def truncate(delta: Tensor, max_rank: int) -> tuple[Tensor, Tensor, float]:
     kept = float(energies[:k].sum())
     left, right = (basis, rest) if wide else (rest.t(), basis.t())
     return right.float().contiguous(), left.float().contiguous(), kept
+
+
+def _max_rank(context: ReadContext) -> int:
+    return min(context.limits.max_delta_rank, context.limits.max_rank)
 
 
 def _parameter_name(key: str, parameters: Iterable[str]) -> str | None:
@@ -117,7 +121,7 @@ def _read_parameter(context: ReadContext, parts: _Parts, key: str, name: str) ->
 
 
 def _read_linear(context: ReadContext, parts: _Parts, module: str, delta: Tensor) -> None:
-    a, b, kept = truncate(delta, context.limits.max_delta_rank)
+    a, b, kept = truncate(delta, _max_rank(context))
     total = float(delta.double().square().sum())
     parts.kept += min(kept, total)
     parts.total += total

@@ -52,6 +52,7 @@ _STRATEGIES = {
     "switch": RoutingStrategy.SWITCH,  # legacy name
 }
 
+_GATE = "moe_gate.weight"
 _PAIR = Parts(required=("A", "B"))
 
 Pair = dict[str, str]  # "A" and "B" → key
@@ -199,7 +200,8 @@ def _check_mixlora(context: ReadContext, keys: _Keys, n_experts: int) -> None:
         for block in _blocks(context.base, layer)
         if block.endswith(".mlp")
     )
-    _require_same("gates of MLP blocks", blocks, frozenset(keys.gates))
+    gates = frozenset(f"{block}.{_GATE}" for block in keys.gates)
+    _require_same("gates", frozenset(f"{block}.{_GATE}" for block in blocks), gates)
     _require_experts(keys, n_experts)
 
 

@@ -22,9 +22,10 @@ def read(context: ReadContext) -> Fold:
     fold = fold_with_extras(context, Family.TOKENS, "rows replaced, no scale", {})
     if not fold.embedding_rows and not fold.head_rows:
         raise AdapterMismatch(
-            "no trained token rows match the base's embedding",
+            "the file lacks trainable_tokens_delta of the base's embedding",
             context.ledger.unclaimed,
             unexpected_keys=context.ledger.unclaimed,
+            missing_keys=(f"{context.base.input_embedding}.trainable_tokens_delta",),
         )
     return fold
 

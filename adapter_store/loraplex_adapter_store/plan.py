@@ -83,6 +83,7 @@ class Family(Enum):
     SUPERTUNING = "supertuning"
     HIRA = "hira"
     FROD = "frod"
+    LN_TUNING = "ln-tuning"
     DEFT = "deft"
     PEANUT = "peanut"
     GENERATED = "generated"

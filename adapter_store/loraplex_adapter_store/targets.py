@@ -9,12 +9,23 @@ from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
 from .errors import MalformedFile
 
-__all__ = ["expand_targets", "is_feedforward", "is_saved", "layer_index", "pattern_value"]
+__all__ = [
+    "expand_targets",
+    "is_feedforward",
+    "is_saved",
+    "layer_index",
+    "pattern_value",
+    "targets_among",
+]
 
 
 def expand_targets(config: AdapterConfig, base: BaseSpec) -> frozenset[str]:
     """Names of the base's linears and embeddings that ``config`` targets."""
-    names = (*base.modules, *base.embeddings)
+    return targets_among(config, base, (*base.modules, *base.embeddings))
+
+
+def targets_among(config: AdapterConfig, base: BaseSpec, names: Iterable[str]) -> frozenset[str]:
+    """Those of the base's modules ``names`` that ``config`` targets."""
     return frozenset(name for name in names if _is_target(config, base, name))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .errors import PoolFull
 from .extents import ExtentAllocator
@@ -17,7 +18,19 @@ from .packed_factors import ALIGNMENT_BYTES, PackedFactors, pack_factors
 from .pool_tables import PoolTables
 from .storage import allocate_storage
 
-__all__ = ["LoraPool"]
+__all__ = ["LoraPool", "PoolTensors", "pool_bytes"]
+
+
+@dataclass(frozen=True, slots=True)
+class PoolTensors:
+    """Tensors that lie in the pool beside the factors. Their memory is the pool's."""
+
+    tensors: tuple[Tensor, ...]  # uninitialised, each in one piece
+    extents: tuple[tuple[int, int], ...]  # (start, length) in units of the alignment
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(length for _, length in self.extents) * ALIGNMENT_BYTES
 
 
 @dataclass(slots=True)
@@ -36,7 +49,8 @@ class LoraPool:
     nothing of it holds up a step: ``pack`` casts and lays out, on the host, once; ``reserve``
     takes the space, ``fill`` copies, ``publish`` writes the tables. Until then kernels see rank 0
     there. Ranks are true in memory: a slot takes its own bytes and at most an alignment of 64
-    bytes for each page.
+    bytes for each page. Other tensors of an adapter come to lie in the same storage
+    (``reserve_tensors``), so that ``bytes_used`` is all that adapters take.
     """
 
     def __init__(
@@ -121,6 +135,30 @@ class LoraPool:
         self._slots.update(zip(ids, taken, strict=True))
         return ids
 
+    def reserve_tensors(self, like: Sequence[tuple[Tensor, torch.dtype]]) -> PoolTensors:
+        """Takes space for tensors of these shapes in these dtypes: all, or PoolFull."""
+        lengths = [_n_units(tensor, dtype) for tensor, dtype in like]
+        extents: list[tuple[int, int]] = []
+        for length in lengths:
+            start = self._extents.take(length) if length else 0
+            if start is None:
+                self._free_extents(extents)
+                raise self._full(sum(lengths), 0)
+            extents.append((start, length))
+        memory = self.storage.view(torch.uint8)
+        tensors = [
+            memory[start * ALIGNMENT_BYTES :][: tensor.numel() * dtype.itemsize]
+            .view(dtype)
+            .view(tensor.shape)
+            for (tensor, dtype), (start, _) in zip(like, extents, strict=True)
+        ]
+        return PoolTensors(tuple(tensors), tuple(extents))
+
+    def release_tensors(self, taken: PoolTensors) -> int:
+        """Gives their space back; returns the bytes. Nobody may read them any more."""
+        self._free_extents([extent for extent in taken.extents if extent[1]])
+        return taken.n_bytes
+
     def fill(self, slot: int) -> None:
         """Copies what ``reserve`` took space for. Any thread, on its current stream."""
         record = self._slots[slot]
@@ -181,7 +219,7 @@ class LoraPool:
             offsets[i] = at * self._unit
         return _Slot(extents, offsets, packed, packed.keys, packed.ranks)
 
-    def _free_extents(self, extents: list[tuple[int, int]]) -> None:
+    def _free_extents(self, extents: Sequence[tuple[int, int]]) -> None:
         for start, length in extents:
             self._extents.free(start, length)
 
@@ -192,6 +230,15 @@ class LoraPool:
             n_slots=n_slots,
             free_slots=self.n_slots - len(self._slots),
         )
+
+
+def pool_bytes(like: Sequence[tuple[Tensor, torch.dtype]]) -> int:
+    """What ``reserve_tensors`` takes for these."""
+    return sum(_n_units(tensor, dtype) for tensor, dtype in like) * ALIGNMENT_BYTES
+
+
+def _n_units(tensor: Tensor, dtype: torch.dtype) -> int:
+    return -(-tensor.numel() * dtype.itemsize // ALIGNMENT_BYTES)
 
 
 def _runs(offsets: NDArray[np.int64], lengths: NDArray[np.int64]) -> list[tuple[int, int]]:

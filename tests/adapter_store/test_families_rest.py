@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loraplex_adapter_store.errors import UnsupportedAdapter
 from loraplex_adapter_store.operators.rotations import ButterflyRotation
 from tests.support.round_trip import check_logits, check_round_trip, randomise, trained
-from tests.support.tiny_models import PROMPT, read_path, tiny_llama, untouched
+from tests.support.tiny_models import PROMPT, read_path, tiny_gpt2, tiny_llama, untouched
 
 
 @pytest.fixture(autouse=True)
@@ -196,6 +196,48 @@ def test_one_task_of_a_multitask_prompt_is_served(tmp_path: Path, n_tasks: int) 
             values["loraplex_task_id"] = task
         (tmp_path / "adapter_config.json").write_text(json.dumps(values))
         check_logits(model, read_path(tmp_path, model).plan, expected)
+
+
+CONV1D: dict[str, peft.PeftConfig] = {
+    "hira": peft.HiraConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    "fourierft": peft.FourierFTConfig(
+        n_frequency=60, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True
+    ),
+    "waveft": peft.WaveFTConfig(
+        n_frequency=60, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True
+    ),
+    "deft": peft.DeftConfig(r=3, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    "frod": peft.FrodConfig(target_modules=["c_attn", "c_fc"], fan_in_fan_out=True),
+    "vblora": peft.VBLoRAConfig(
+        r=3, num_vectors=12, vector_length=4, target_modules=["c_attn"], fan_in_fan_out=True
+    ),
+    "gralora": peft.GraloraConfig(
+        r=4, gralora_k=2, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True
+    ),
+    "ln tuning": peft.LNTuningConfig(target_modules=["ln_1", "ln_2", "ln_f"]),
+}
+
+
+@pytest.mark.parametrize("config", CONV1D.values(), ids=CONV1D.keys())
+def test_weights_stored_the_other_way_round_are_served_too(
+    config: peft.PeftConfig, tmp_path: Path
+) -> None:
+    check_round_trip(tiny_gpt2(), config, tmp_path, std=0.3)
+
+
+@pytest.mark.parametrize("targets", [None, ["norm"], r".*\.1\..*layernorm"])
+def test_trained_norms_are_served(tmp_path: Path, targets: list[str] | str | None) -> None:
+    config = peft.LNTuningConfig(target_modules=targets, task_type="CAUSAL_LM")
+    reading = check_round_trip(tiny_llama(), config, tmp_path, std=0.3)
+    assert len(reading.plan.norms) == {"None": 7, "['norm']": 1}.get(str(targets), 2)
+
+
+def test_ln_tuning_of_a_linear_is_refused(tmp_path: Path) -> None:
+    config = peft.LNTuningConfig(target_modules=["norm", "q_proj"])
+    model = tiny_llama()
+    trained(model, config, tmp_path)
+    with pytest.raises(UnsupportedAdapter, match="q_proj; leave them"):
+        read_path(tmp_path, model)
 
 
 @pytest.mark.parametrize("n_factors", [2, 3])

@@ -20,6 +20,7 @@ from loraplex_kernels import (
     expand_routed,
 )
 from loraplex_kernels.extents import ExtentAllocator
+from loraplex_kernels.pool import pool_bytes
 from loraplex_kernels.segments import group_runs
 
 TARGETS = [LoraTarget("qkv", 576, (576, 192, 192)), LoraTarget("down", 1536, (576,))]
@@ -181,3 +182,33 @@ def test_runs_are_grouped_as_their_rows_are(runs: list[tuple[int, int]]) -> None
         one, other = getattr(found, name), getattr(expected, name)
         assert one.dtype == torch.int32
         assert torch.equal(one, other)
+
+
+def test_tensors_beside_the_slots_keep_their_values_and_give_their_space_back() -> None:
+    pool = make_pool(n_bytes=1 << 18)
+    factors = pool.pack(factors_of(8, names=("down",)))
+    like = [
+        (torch.randn(5, 7), torch.bfloat16),
+        (torch.arange(9), torch.int64),
+        (torch.empty(0, 4), torch.bfloat16),
+        (torch.randn(3), torch.float32),
+    ]
+    taken = pool.reserve_tensors(like)
+    slot = pool.reserve(factors)
+    for target, (source, dtype) in zip(taken.tensors, like, strict=True):
+        assert target.dtype is dtype
+        target.copy_(source)
+    pool.fill(slot)
+    assert pool.bytes_used == pool_bytes(like) + factors.n_bytes
+    for target, (source, dtype) in zip(taken.tensors, like, strict=True):
+        assert torch.equal(target, source.to(dtype))
+    assert pool.release_tensors(taken) == pool_bytes(like) == 128 + 128 + 64
+    pool.remove(slot)
+    assert pool.bytes_used == 0
+
+
+def test_tensors_that_do_not_fit_take_nothing() -> None:
+    pool = make_pool(n_bytes=1 << 12)
+    with pytest.raises(PoolFull):
+        pool.reserve_tensors([(torch.empty(1024), torch.float32), (torch.empty(1), torch.float32)])
+    assert pool.bytes_used == 0

@@ -30,6 +30,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gemma": _COMMON | {"head_dim": 16},
     "gemma2": _COMMON | {"head_dim": 16, "sliding_window": 16},
     "gemma3_text": _COMMON | {"head_dim": 16, "sliding_window": 16},
+    "phi": _COMMON,
     "phi3": _COMMON,
     "gpt2": {
         "vocab_size": VOCAB_SIZE,

@@ -17,6 +17,7 @@ from .contract import Fold, ReadContext
 __all__ = ["fold_with_extras"]
 
 _TOKENS = "trainable_tokens_delta"
+_SAVED, _ORIGINAL = ".modules_to_save", ".original_module"
 _COPY_TOLERANCE = 1e-2  # relative; copies may have gone through bfloat16
 
 
@@ -60,6 +61,7 @@ def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Ex
     rows: dict[str, dict[int, Tensor]] = {}
     biased: set[str] = set()
     names = module_names(context.base)
+    _drop_twins(context, names)
     for key in context.ledger.unclaimed:
         split = split_key(
             key, ("base_layer.weight", "base_layer.bias", _token_key(key), "weight", "bias")
@@ -84,12 +86,28 @@ def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Ex
             _check_copy(context, module, key)
     _check_saved(context, replaced_weights.keys() | norms.keys())
     _check_biases(context, modules, biased)
+    _check_norms(context, norms)
     _tie(context, rows, replaced_weights)
     embedding_rows = rows.pop(context.base.input_embedding, {})
     head_rows = rows.pop(context.base.output_head, {})
     if rows:
         raise UnsupportedAdapter(f"trainable tokens on {sorted(rows)}: only embedding and head")
     return _Extras(grown, embedding_rows, head_rows, replaced_weights, norms)
+
+
+def _drop_twins(context: ReadContext, names: Collection[str]) -> None:
+    """With bias="all" PEFT saves the biases of modules_to_save twice more: ours and the base's."""
+    for key in context.ledger.unclaimed:
+        path, _, leaf = key.rpartition(".")
+        module = resolve_module(path.removesuffix(_SAVED).removesuffix(_ORIGINAL), names)
+        twin = key.replace(f"{_SAVED}.", ".")
+        if path.endswith(_SAVED) and twin in context.ledger.names:
+            if context.ledger.raw(key) != context.ledger.raw(twin):
+                raise AdapterMismatch(f"{key} and {twin} differ")
+            context.ledger.claim(key)
+            context.notes.append(f"{key}: the same as {twin}")
+        elif path.endswith(_ORIGINAL) and f"{module}.{leaf}" in context.base.parameters:
+            _check_copy_of(context, f"{module}.{leaf}", key)
 
 
 def _token_key(key: str) -> str:
@@ -134,6 +152,10 @@ def _check_copy(context: ReadContext, module: str, key: str) -> None:
     name = f"{module}.weight"
     if name not in context.base.parameters:
         raise AdapterMismatch(f"{key}: {module} of the base has no weight")
+    _check_copy_of(context, name, key)
+
+
+def _check_copy_of(context: ReadContext, name: str, key: str) -> None:
     want = context.base.parameter(name)
     have = context.ledger.take(key, tuple(want.shape))
     if not torch.allclose(
@@ -177,6 +199,24 @@ def _with_norm_part(
 
 def _is_saved(context: ReadContext, module: str) -> bool:
     return any(module.endswith(name) for name in _saved_names(context))
+
+
+def _check_norms(context: ReadContext, norms: Mapping[str, NormPlan]) -> None:
+    """A saved norm has all of its parameters in the file."""
+    lost = [
+        f"{module}.{part}"
+        for module, norm in norms.items()
+        for part, value in (("weight", norm.weight), ("bias", norm.bias))
+        if value is None
+        and _is_saved(context, module)
+        and f"{module}.{part}" in context.base.parameters
+    ]
+    if lost:
+        raise AdapterMismatch(
+            f"modules_to_save lists {lost[0].rpartition('.')[0]}, the file lacks a part of it",
+            lost,
+            missing_keys=lost,
+        )
 
 
 def _saved_names(context: ReadContext) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from . import (
     full_delta,
     gralora,
     kronecker,
+    layer_norms,
     loldu,
     lora,
     masks,
@@ -82,6 +83,7 @@ FAMILIES: Mapping[str, FamilyReader] = {
     "HIRA": masks.read_hira,
     "GLORA": masks.read_glora,
     "FROD": frod.read,
+    "LN_TUNING": layer_norms.read,
     "CARTRIDGE": prompts.read_prefix,
     "CPT": prompts.read_prompt,
     "MULTITASK_PROMPT_TUNING": prompts.read_multitask_prompt,
@@ -97,5 +99,4 @@ UNSUPPORTED: Mapping[str, str] = {
     "XLORA": "it routes between other adapters with a second forward pass",
     "POLY": "it routes between modules by a task id that requests do not carry",
     "ADAPTION_PROMPT": "it adds gated attention to trained prompts inside each layer",
-    "LN_TUNING": "only norms are trained; save a full checkpoint and add that",
 }

@@ -110,6 +110,8 @@ def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = 
             return invalid(str(error), prompt_param, "context_length_exceeded")
         case engine_errors.AdapterUnservable():
             return invalid(str(error), "adapter", "adapter_unservable")
+        case engine_errors.NoAdapterPlace():
+            return unavailable(str(error), "adapter_memory_full")
         case engine_errors.EngineDead():
             return unavailable(str(error) or "the engine has stopped", "engine_dead")
         case _:

@@ -19,10 +19,11 @@ from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
 from loraplex_adapter_store.report import JsonValue
 from loraplex_kernels.factors import AdapterFactors, SliceFactors
 from loraplex_kernels.packed_factors import PackedFactors
-from loraplex_kernels.pool import LoraPool
+from loraplex_kernels.pool import LoraPool, pool_bytes
 from loraplex_server.model.packed_lora_linear import PackedLoraLinear
 
 from .capabilities import EngineCapabilities
+from .device_parts import DeviceParts
 from .plan_tensors import copied
 
 __all__ = ["AdapterPacker", "PackedAdapter"]
@@ -75,14 +76,19 @@ class AdapterPacker:
         return self._key
 
     def check(self, plan: AdapterPlan) -> None:
-        """Raises AdapterRefused if the engine cannot apply all of ``plan``. Touches no values."""
+        """Raises AdapterRefused if the engine cannot apply all of ``plan``. Touches no values.
+
+        Of a prepared plan the size is known, too.
+        """
         self._capabilities.check(plan)
+        if isinstance(plan.packed_adapter, PackedAdapter):
+            self._check_size(plan, plan.packed_adapter)
 
     def form(self, plan: AdapterPlan) -> PackedAdapter:
         """The form a plan has already, or a new one. Raises AdapterRefused."""
+        self.check(plan)
         if isinstance(plan.packed_adapter, PackedAdapter):
             return plan.packed_adapter
-        self.check(plan)
         sets = [self._pooled_modules(plan), *_expert_modules(plan.experts)]
         rank = max((module.rank for modules in sets for module in modules.values()), default=0)
         pack = self._pool.pack
@@ -112,10 +118,15 @@ class AdapterPacker:
         kept = {tensor.data_ptr(): tensor.nbytes for tensor in rest.tensors()}
         return replace(rest, packed_adapter=form, n_bytes=form.n_bytes + sum(kept.values()))
 
-    def fallback_modules(self, plan: AdapterPlan) -> dict[str, ModulePlan]:
-        """Those that the LoRA kernels cannot apply: the model does, from the plan's own tensors."""
+    def parts(self, plan: AdapterPlan) -> DeviceParts:
+        """All that the LoRA kernels cannot apply: the model does, from the plan's own tensors."""
         pooled = self._pooled_modules(plan)
-        return {name: module for name, module in plan.modules.items() if name not in pooled}
+        return DeviceParts.of(
+            plan,
+            {name: module for name, module in plan.modules.items() if name not in pooled},
+            input_embedding=self._capabilities.input_embedding,
+            output_head=self._capabilities.output_head,
+        )
 
     def dump(self, form: object) -> tuple[JsonValue, Sequence[Tensor]]:
         """For a file: the rank, and five tensors for each of its `PackedFactors`."""
@@ -137,10 +148,16 @@ class AdapterPacker:
         return PackedAdapter(tuple(packed), header)
 
     def _check_size(self, plan: AdapterPlan, form: PackedAdapter) -> None:
-        pool, n_slots = self._pool, len(form.factors)
-        if form.n_bytes > pool.bytes_total or n_slots > pool.n_slots:
+        pool, n_slots, max_rank = self._pool, len(form.factors), self._capabilities.max_rank
+        if max_rank is not None and form.rank > max_rank:
             raise LimitExceeded(
-                f"adapter {plan.digest[:12]} needs {form.n_bytes:,} bytes and {n_slots} slots, the "
+                f"adapter {plan.digest[:12]} has rank {form.rank}, this server allows {max_rank}; "
+                "raise --max-lora-rank"
+            )
+        n_bytes = form.n_bytes + pool_bytes(self.parts(plan).tensors(pool.storage.dtype))
+        if n_bytes > pool.bytes_total or n_slots > pool.n_slots:
+            raise LimitExceeded(
+                f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {n_slots} slots, the "
                 f"device pool has {pool.bytes_total:,} and {pool.n_slots}; raise --adapter-memory "
                 "or --max-loras"
             )

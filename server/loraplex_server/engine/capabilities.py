@@ -44,7 +44,7 @@ __all__ = ["APPLIED_FIELDS", "APPLIED_OPERATORS", "EngineCapabilities"]
 _DESCRIPTION = frozenset({"digest", "family", "chat_template", "n_bytes", "packed_adapter"})
 _OPERATOR_FIELDS = frozenset({"input_operator", "delta_operator", "output_operator"})
 _LINEAR_PARTS = _OPERATOR_FIELDS | {"a", "b", "out_scale", "bias", "in_scale", "shared"}
-_EMBEDDING_PARTS: frozenset[str] = frozenset()
+_EMBEDDING_PARTS = frozenset({"a", "b"})
 _EXPERT_PARTS = frozenset({"a", "b", "out_scale", "bias"})
 
 # Every field of a plan that the engine knows, by class. Those of a module depend on what it is.
@@ -85,7 +85,7 @@ class EngineCapabilities:
         return EngineCapabilities(
             linears=frozenset(spec.modules),
             embeddings=frozenset(spec.embeddings),
-            norms=frozenset(),
+            norms=_norms_of(spec),
             routable=routable_modules(spec.model_type, spec.modules) - {spec.output_head},
             input_embedding=spec.input_embedding,
             output_head=spec.output_head,
@@ -98,7 +98,13 @@ class EngineCapabilities:
         """Of an engine that runs this model: what was replaced in it can be adapted."""
         of_base = EngineCapabilities.of(model.spec, max_rank=max_rank)
         linears = (name for group in model.groups.values() for name in group.module_names)
-        return replace(of_base, linears=frozenset(linears), routable=model.routable)
+        return replace(
+            of_base,
+            linears=frozenset(linears),
+            embeddings=model.embeddings,
+            norms=model.norms,
+            routable=model.routable,
+        )
 
     def check(self, plan: AdapterPlan) -> None:
         """Raises UnsupportedAdapter with every part that nothing applies, LimitExceeded for ranks.
@@ -127,12 +133,14 @@ class EngineCapabilities:
         for name, experts in plan.experts.items():
             yield from self._expert_problems(name, experts, plan)
         yield from self._prefix_problems(plan)
-        for rows, name, place in (
+        for rows, part, place in (
             (plan.embedding_rows, "embedding_rows", self.input_embedding),
             (plan.head_rows, "head_rows", self.output_head),
         ):
-            if rows and not place:
-                yield f"{name}: this base has no such module"
+            if rows and place not in self.embeddings and place not in self.linears:
+                yield f"{part}: {place or 'no module'} of this base cannot take them"
+            if rows and place in plan.modules:
+                yield f"{part}: rows and factors on {place}"
         for name in plan.replaced_weights:
             if name not in self.linears and name not in self.embeddings:
                 yield f"{name}.weight: no linear and no embedding of this base"
@@ -178,6 +186,16 @@ class EngineCapabilities:
         yield from _unknown_fields("prefix", prefix, APPLIED_FIELDS[PrefixPlan])
         if prefix.keys and len(prefix.keys) != self.n_layers:
             yield f"prefix.keys: {len(prefix.keys)} layers, this base has {self.n_layers}"
+
+
+def _norms_of(spec: BaseSpec) -> frozenset[str]:
+    """What has a vector for a weight and is neither a linear nor an embedding."""
+    names = {
+        name.removesuffix(".weight")
+        for name, shape in spec.parameters.items()
+        if name.endswith(".weight") and len(shape) == 1
+    }
+    return frozenset(names - spec.modules.keys() - spec.embeddings.keys())
 
 
 def _unknown_fields(place: str, value: object, known: frozenset[str]) -> Iterator[str]:

@@ -1,83 +1,60 @@
 """Which adapters have a place on the device, and how they get one without stalling the steps.
 
     absent ──place──▶ loading ──(loader thread fills)──▶ resident ──evict──▶ absent
+                         └───────────(it failed)──────────────────────────▶ absent
 
-The engine thread reserves pages and publishes tables, both quick; the loader thread copies. The
-adapter comes in its device form if it comes from the host tier. Requests hold the adapter while
-they run, and a held adapter is never evicted.
+The engine thread reserves memory and publishes tables, both quick; the loader thread copies. All
+of an adapter lies in the pool: its factors in slots, everything else in tensors beside them.
+Requests hold the adapter while they run, and a held adapter is never evicted.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterRefused
-from loraplex_adapter_store.plan import AdapterPlan, ModulePlan
+from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_kernels.errors import PoolFull
 from loraplex_kernels.exponent_coding import prefers_coded_pages
-from loraplex_kernels.packed_factors import PackedFactors
-from loraplex_kernels.pool import LoraPool
-from loraplex_router.experts import PlacedExperts, RoutedRows
+from loraplex_kernels.pool import LoraPool, PoolTensors
+from loraplex_router.experts import PlacedExperts
 from loraplex_server.model.packed_lora_linear import PackedLoraLinear
-from loraplex_server.model.routed import place_experts, rows_for
+from loraplex_server.model.routed import place_experts
 
-from .adapter_packer import AdapterPacker
+from .adapter_packer import AdapterPacker, PackedAdapter
 from .capabilities import EngineCapabilities
 from .copy_stream import CopyStream
-from .errors import AdapterUnservable
-from .plan_tensors import moved
+from .device_parts import DeviceParts
+from .errors import AdapterUnservable, NoAdapterPlace
+from .resident_adapter import ResidentAdapter
 
-__all__ = ["DevicePool", "Placement", "ResidentAdapter"]
+__all__ = ["DevicePool", "Placement"]
+
+_log = logging.getLogger(__name__)
 
 
 class Placement(Enum):
     RESIDENT = "resident"
     LOADING = "loading"
-    FULL = "full"  # every byte is held by running requests or pinned
+    FULL = "full"  # until a running request ends
 
 
-@dataclass(slots=True, eq=False)
-class ResidentAdapter:
-    """One adapter on the device; ``slots[0]`` holds its unrouted factors, the rest its experts."""
-
-    digest: str
+class _Place(NamedTuple):
     slots: tuple[int, ...]
-    n_bytes: int
-    plan: AdapterPlan
-    fallback: Mapping[str, ModulePlan]  # modules beyond low-rank factors, on the device
-    replaced_weights: Mapping[str, Tensor]
-    experts: Mapping[str, PlacedExperts]  # by MLP block or projection
-    load: Future[None]
-    started_at: float
-    load_s: float = 0.0
-    published: bool = False
-    holders: int = 0
-    pinned: bool = False
-    last_used: float = field(default_factory=time.monotonic)
-    _rows: Tensor | None = None  # of ``_routed``
-    _routed: Mapping[str, RoutedRows] = field(default_factory=dict)
-
-    @property
-    def needs_fallback(self) -> bool:
-        """Whether it has parts that the pool's operator does not apply."""
-        return bool(self.fallback or self.replaced_weights or self.experts)
-
-    def routed_rows(self, rows: Tensor) -> Mapping[str, RoutedRows]:
-        """``rows_for`` of its experts, kept from step to step: decode steps repeat."""
-        if self._rows is None or not torch.equal(self._rows, rows):
-            self._rows, self._routed = rows, rows_for(self.experts, rows)
-        return self._routed
+    memory: PoolTensors
 
 
 class DevicePool:
-    """Owner of device resident and its recency. Engine thread only, but for the loader's fills."""
+    """Owner of device memory and its recency. Engine thread only, but for the loader's copies."""
 
     def __init__(
         self,
@@ -109,7 +86,7 @@ class DevicePool:
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
         self.packer = AdapterPacker(groups, self.pool, capabilities)
-        self._dtype = dtype
+        self._output_head = capabilities.output_head
         self._device = device
         self._on_loaded = on_loaded
         self._residents: dict[str, ResidentAdapter] = {}
@@ -119,36 +96,49 @@ class DevicePool:
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
 
     def place(self, plan: AdapterPlan) -> Placement:
-        """Makes sure the adapter is on its way to the device; evicts idle ones if it must.
+        """Brings an adapter that a request needs to the device; evicts idle ones for it.
 
-        Raises AdapterUnservable if it can never fit or its load failed.
+        Raises AdapterUnservable if it can never fit or its load failed (the next call tries
+        again), and NoAdapterPlace if only unpinning others would make room.
         """
-        resident = self._residents.get(plan.digest)
+        resident = self._residents.get(plan.digest) or self._start_load(plan, asked_for=True)
         if resident is None:
-            resident = self._start_load(plan)
-            if resident is None:
-                return Placement.FULL
+            return Placement.FULL
+        resident.is_asked_for = True
         if not resident.load.done():
             return Placement.LOADING
         self.publish_arrived()
         error = resident.load.exception()
         if error is not None:
-            self._evict(resident)
+            self._forget(resident)
             raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} could not be placed on the device: {error}"
+                f"adapter {plan.digest[:12]} could not be loaded to the device: {error}"
             ) from error
         resident.last_used = time.monotonic()
         return Placement.RESIDENT
+
+    def warm(self, plan: AdapterPlan) -> None:
+        """Starts a load that nobody waits for. What goes wrong is logged."""
+        if plan.digest in self._residents:
+            return
+        try:
+            self._start_load(plan, asked_for=False)
+        except (AdapterUnservable, NoAdapterPlace) as error:
+            _log.warning("adapter %s cannot be warmed: %s", plan.digest[:12], error)
 
     def publish_arrived(self) -> None:
         """Lets the kernels see what the loader has finished, asked for or only warmed."""
         if not self._arriving:
             return
         arrived = [resident for resident in self._arriving if resident.load.done()]
-        self._arriving = [resident for resident in self._arriving if resident not in arrived]
+        self._arriving = [resident for resident in self._arriving if not resident.load.done()]
         for resident in arrived:
-            if resident.load.exception() is None:
+            error = resident.load.exception()
+            if error is None:
                 self._publish(resident)
+            elif not resident.is_asked_for:  # else whoever asked hears of it
+                _log.warning("adapter %s cannot be warmed: %s", resident.digest[:12], error)
+                self._forget(resident)
 
     def hold(self, digest: str) -> None:
         self._residents[digest].holders += 1
@@ -168,47 +158,59 @@ class DevicePool:
         """A pinned adapter is not evicted once it is resident."""
         (self._pins.add if pinned else self._pins.discard)(digest)
         if digest in self._residents:
-            self._residents[digest].pinned = pinned
+            self._residents[digest].is_pinned = pinned
 
     def drop(self, digest: str) -> int:
-        """Frees an idle adapter's pages at once; returns the bytes, 0 if absent or held."""
+        """Frees an idle adapter's memory at once; returns the bytes, 0 if absent or held."""
         resident = self._residents.get(digest)
         if resident is None or resident.holders or not resident.load.done():
             return 0
-        return self._evict(resident)
+        return self._forget(resident)
 
     @property
     def residents(self) -> tuple[ResidentAdapter, ...]:
         """Those that are on the device."""
-        return tuple(resident for resident in self._residents.values() if resident.published)
+        return tuple(one for one in self._residents.values() if one.is_published)
 
     @property
     def resident_digests(self) -> tuple[str, ...]:
-        return tuple(d for d, resident in self._residents.items() if resident.load.done())
+        return tuple(digest for digest, one in self._residents.items() if one.load.done())
 
     def close(self) -> None:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
-    def _start_load(self, plan: AdapterPlan) -> ResidentAdapter | None:
+    def _start_load(self, plan: AdapterPlan, *, asked_for: bool) -> ResidentAdapter | None:
         try:
             form = self.packer.form(plan)
         except AdapterRefused as error:
             raise AdapterUnservable(str(error)) from error
-        n_bytes = form.n_bytes
-        slots = self._reserve(form.factors)
-        if slots is None:
+        on_host = self.packer.parts(plan)
+        place = self._reserve(plan.digest, form, on_host)
+        if place is None:
             return None
+        parts = on_host.with_tensors(place.memory.tensors)
+        mark = self._copies.mark()
+
+        def load() -> Mapping[str, PlacedExperts]:
+            """Loader thread."""
+            self._copies.run(mark, lambda: self._copy(place, on_host))
+            gated = {
+                name: replace(experts, gate=parts.gates[name])
+                for name, experts in plan.experts.items()
+            }
+            return place_experts(gated, place.slots[1:], self._device)
+
         resident = ResidentAdapter(
             digest=plan.digest,
-            slots=slots,
-            n_bytes=n_bytes,
-            plan=replace(plan, packed_adapter=None),  # the pool has it: the host may let it go
-            fallback=moved(self.packer.fallback_modules(plan), self._device, self._dtype),
-            replaced_weights=moved(plan.replaced_weights, self._device, self._dtype),
-            experts=place_experts(plan.experts, slots[1:], self._device),
-            load=self._loader.submit(self._fill, slots, self._copies.mark()),
-            started_at=time.monotonic(),
-            pinned=plan.digest in self._pins,
+            slots=place.slots,
+            parts=parts,
+            memory=place.memory,
+            n_bytes=form.n_bytes + place.memory.n_bytes,
+            changes_head=self._output_head in plan.modules
+            or parts.fallback.changes(self._output_head),
+            load=self._loader.submit(load),
+            is_asked_for=asked_for,
+            is_pinned=plan.digest in self._pins,
         )
         self._residents[plan.digest] = resident
         self._arriving.append(resident)
@@ -216,44 +218,66 @@ class DevicePool:
         resident.load.add_done_callback(lambda _: self._on_loaded())
         return resident
 
-    def _reserve(self, group: Sequence[PackedFactors]) -> tuple[int, ...] | None:
+    def _reserve(self, digest: str, form: PackedAdapter, parts: DeviceParts) -> _Place | None:
+        like = parts.tensors(self.pool.storage.dtype)
         while True:
             try:
-                return self.pool.reserve_group(group)
-            except PoolFull:
+                return self._take(form, like)
+            except PoolFull as error:
                 victim = self._victim()
-                if victim is None:
+                if victim is not None:
+                    self._forget(victim)
+                    self.n_evictions += 1
+                elif self._will_change:
                     return None
-                self._evict(victim)
+                else:
+                    raise NoAdapterPlace(
+                        f"adapter {digest[:12]} has no place on the device, all of it is pinned: "
+                        f"{error}; unpin an adapter, or raise --adapter-memory or --max-loras"
+                    ) from error
+
+    def _take(self, form: PackedAdapter, like: Sequence[tuple[Tensor, torch.dtype]]) -> _Place:
+        """Raises PoolFull; then nothing is taken."""
+        memory = self.pool.reserve_tensors(like)
+        try:
+            return _Place(self.pool.reserve_group(form.factors), memory)
+        except PoolFull:
+            self.pool.release_tensors(memory)
+            raise
+
+    @property
+    def _will_change(self) -> bool:
+        """Whether an adapter that is here now may become idle."""
+        return any(one.holders or not one.load.done() for one in self._residents.values())
 
     def _victim(self) -> ResidentAdapter | None:
-        """The idle adapter that was used least recently."""
+        """The idle adapter that was used least recently. A failed load holds no place."""
         idle = [
-            resident
-            for resident in self._residents.values()
-            if not resident.holders and not resident.pinned and resident.load.done()
+            one
+            for one in self._residents.values()
+            if one.load.done() and not one.holders and not (one.is_pinned and one.is_published)
         ]
-        return min(idle, key=lambda resident: resident.last_used, default=None)
+        return min(idle, key=lambda one: one.last_used, default=None)
 
-    def _evict(self, resident: ResidentAdapter) -> int:
+    def _forget(self, resident: ResidentAdapter) -> int:
+        """Frees all it takes; returns the bytes."""
         del self._residents[resident.digest]
         self._arriving = [other for other in self._arriving if other is not resident]
-        self.n_evictions += 1
-        return sum(self.pool.remove(slot) for slot in resident.slots)
+        freed = sum(self.pool.remove(slot) for slot in resident.slots)
+        return freed + self.pool.release_tensors(resident.memory)
 
-    def _fill(self, slots: Sequence[int], mark: torch.cuda.Event | None) -> None:
+    def _copy(self, place: _Place, on_host: DeviceParts) -> None:
         """Loader thread."""
-
-        def copy() -> None:
-            for slot in slots:
-                self.pool.fill(slot)
-
-        self._copies.run(mark, copy)
+        for slot in place.slots:
+            self.pool.fill(slot)
+        like = on_host.tensors(self.pool.storage.dtype)
+        for target, (source, _) in zip(place.memory.tensors, like, strict=True):
+            target.copy_(source, non_blocking=True)
 
     def _publish(self, resident: ResidentAdapter) -> None:
         for slot in resident.slots:
             self.pool.publish(slot)
-        resident.published = True
-        resident.load_s = time.monotonic() - resident.started_at
+        resident.experts = resident.load.result()
+        resident.is_published = True
         self.n_loads += 1
-        self.load_seconds += resident.load_s
+        self.load_seconds += time.monotonic() - resident.started_at

@@ -22,7 +22,6 @@ from .client import STEP_TOKENS, EngineStats, GenerationRequest, Listener
 from .config import EngineConfig
 from .device_pool import DevicePool, Placement
 from .errors import (
-    AdapterUnservable,
     ContextOverflow,
     EngineDead,
     EngineDraining,
@@ -156,7 +155,7 @@ class Engine:
 
     def warm(self, plan: AdapterPlan) -> None:
         """Starts loading an adapter before anybody asks for it."""
-        self._inbox.put(lambda: self._prefetch(plan))
+        self._inbox.put(lambda: self._adapters.warm(plan))
 
     @property
     def packer(self) -> AdapterPacker:
@@ -426,7 +425,7 @@ class Engine:
             return Admission.ADMITTED
         try:
             placement = self._adapters.place(adapter.plan)
-        except AdapterUnservable as error:
+        except EngineError as error:
             self._unplaceable[request.id] = (request, error)
             return Admission.FAILED
         if placement is Placement.RESIDENT:
@@ -435,17 +434,11 @@ class Engine:
             return Admission.LOADING
         return Admission.NO_ADAPTER_PLACE
 
-    def _prefetch(self, plan: AdapterPlan) -> None:
-        try:
-            self._adapters.place(plan)
-        except AdapterUnservable as error:
-            _log.warning("adapter %s cannot be warmed: %s", plan.digest[:12], error)
-
     def _on_admit(self, request: Request, first: bool) -> None:
         digest = request.adapter_digest
         if digest:
             self._adapters.hold(digest)
-            prefix = self._adapters.resident(digest).plan.prefix
+            prefix = self._adapters.resident(digest).parts.prefix
             if prefix is not None and prefix.keys and request.n_computed < request.n_virtual:
                 self._kv.write_prefix(request.id, prefix.keys, prefix.values)
                 request.n_computed = request.n_virtual

@@ -5,6 +5,7 @@ EngineError
 ├── EngineDraining     the server is going down: try another replica
 ├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
 ├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
+├── NoAdapterPlace     the device is taken by pinned adapters: unpin one
 └── EngineDead         the engine thread stopped: nothing can be served
 """
 
@@ -16,6 +17,7 @@ __all__ = [
     "EngineDead",
     "EngineDraining",
     "EngineError",
+    "NoAdapterPlace",
     "QueueFull",
 ]
 
@@ -41,6 +43,10 @@ class ContextOverflow(EngineError):
 
 
 class AdapterUnservable(EngineError):
+    pass
+
+
+class NoAdapterPlace(EngineError):
     pass
 
 

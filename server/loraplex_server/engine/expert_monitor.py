@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from loraplex_router.experts import ExpertLoad, LoadHistory
 
-from .device_pool import ResidentAdapter
+from .resident_adapter import ResidentAdapter
 
 __all__ = ["ExpertMonitor"]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_kernels.cpu.decoder import LogitsRows
 from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
 from loraplex_kernels.ops import PreparedTarget, lora_apply
@@ -24,11 +23,12 @@ from loraplex_server.model.forward_context import FallbackRows
 from loraplex_server.model.packed_lora_linear import ApplySlice, PackedLoraLinear
 
 from .decode_graphs import DecodeGraphs, Recorder
-from .device_pool import DevicePool, ResidentAdapter
+from .device_pool import DevicePool
 from .events import TokenLogprobs
 from .forward_batch import ForwardBatch, build_batch
 from .kv_cache import KvCache
 from .request import Request
+from .resident_adapter import RowsBeyondThePool
 from .row_buffer import RowBuffer
 from .sampler import Sampled, is_plainly_greedy, logprobs_of, sample
 from .scheduler import ScheduledChunk
@@ -104,7 +104,7 @@ class ModelRunner:
             if not wants_all:
                 segments = self._segments(requests, [1] * len(requests))
                 self._model.step.logits_rows = LogitsRows(last, segments)
-        hidden = self._model.forward(self._embed(batch, chunks))
+        hidden = self._model.forward(self._embed(batch))
         sampled: dict[str, Sampled] = {}
         if sampling:
             x = hidden[last.to(hidden.device)] if wants_all and last is not None else hidden
@@ -142,9 +142,7 @@ class ModelRunner:
         if not request.adapter_digest:
             return True
         resident = self._adapters.resident(request.adapter_digest)
-        return not (
-            resident.needs_fallback or resident.plan.embedding_rows or self._has_own_head(request)
-        )
+        return not (resident.needs_fallback or resident.changes_head)
 
     def _sample(self, raw: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
         logits = self._finish(raw)
@@ -156,9 +154,9 @@ class ModelRunner:
         batch.bind(step)
         requests = [chunk.request for chunk in chunks]
         step.segments = self._segments(requests, [chunk.n_tokens for chunk in chunks])
-        special = self._beyond_the_pool(requests, batch.chunk_rows)
-        step.fallback = _planned(special)
-        step.routed = _routed(special)
+        beyond = self._beyond_the_pool(requests, batch.chunk_rows)
+        step.fallback = _fallback(beyond)
+        step.routed = _routed(beyond)
         step.routes_projections = not self._projections.isdisjoint(step.routed)
 
     def _segments(self, requests: Sequence[Request], n_rows: Sequence[int]) -> LoraSegments | None:
@@ -174,8 +172,8 @@ class ModelRunner:
 
     def _beyond_the_pool(
         self, requests: Sequence[Request], rows: Sequence[slice]
-    ) -> list[tuple[ResidentAdapter, Tensor]]:
-        """The rows of each adapter that does more than the pool's operator; int64, ascending."""
+    ) -> list[RowsBeyondThePool]:
+        """One element for each adapter that does more than the pool's operator."""
         known = {digest: self._adapters.resident(digest) for digest in _digests(requests)}
         special = {digest: one for digest, one in known.items() if one.needs_fallback}
         if not special:
@@ -185,34 +183,17 @@ class ModelRunner:
             if request.adapter_digest in special:
                 by_digest[request.adapter_digest].extend(range(part.start, part.stop))
         return [
-            (resident, torch.tensor(by_digest[digest], device=self._model.device))
+            resident.rows(tuple(by_digest[digest]), self._model.device)
             for digest, resident in special.items()
         ]
 
-    def _embed(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> Tensor:
+    def _embed(self, batch: ForwardBatch) -> Tensor:
         embeddings = self._model.embed(batch.token_ids)
         for row, request, index in batch.virtual_rows:
-            prefix = self._adapters.resident(request.adapter_digest).plan.prefix
+            prefix = self._adapters.resident(request.adapter_digest).parts.prefix
             if prefix is not None and prefix.embeddings is not None:
-                embeddings[row] = prefix.embeddings[index].to(embeddings)
-        for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
-            digest = chunk.request.adapter_digest
-            if digest:
-                plan = self._adapters.resident(digest).plan
-                self._override_embeddings(embeddings, batch.token_ids, rows, plan)
+                embeddings[row] = prefix.embeddings[index]
         return embeddings
-
-    def _override_embeddings(
-        self, embeddings: Tensor, token_ids: Tensor, rows: slice, plan: AdapterPlan
-    ) -> None:
-        """Puts the adapter's own embeddings (trainable tokens, modules_to_save) into its rows."""
-        table = plan.replaced_weights.get(self._model.spec.input_embedding)
-        if table is not None:
-            embeddings[rows].copy_(table[token_ids[rows].cpu()])
-        if plan.embedding_rows:
-            for row, token in enumerate(token_ids[rows].tolist(), start=rows.start):
-                if token in plan.embedding_rows:
-                    embeddings[row] = plan.embedding_rows[token].to(embeddings)
 
     def _finish(self, raw: Tensor) -> Tensor:
         """float32 [n, vocab_size]; valid until the next."""
@@ -232,11 +213,8 @@ class ModelRunner:
                 x,
                 raw,
                 self._segments(requests, [1] * n_rows),
-                _planned(self._beyond_the_pool(requests, each)),
+                _fallback(self._beyond_the_pool(requests, each)),
             )
-        for row, request in enumerate(requests):
-            for token, weight in self._head_rows(request).items():
-                raw[row, token] = x[row].float() @ weight.to(x.device)
         return raw
 
     def _can_argmax(self, requests: Sequence[Request]) -> bool:
@@ -244,23 +222,12 @@ class ModelRunner:
         if self._model.head.packed.native is None:
             return False  # a GPU's argmax of finished logits is as good
         return self._model.is_monotonic and all(
-            is_plainly_greedy(request) and not self._has_own_head(request) for request in requests
+            is_plainly_greedy(request) and not self._changes_head(request) for request in requests
         )
-
-    def _has_own_head(self, request: Request) -> bool:
-        return bool(self._head_rows(request)) or self._changes_head(request)
-
-    def _head_rows(self, request: Request) -> Mapping[int, Tensor]:
-        digest = request.adapter_digest
-        return self._adapters.resident(digest).plan.head_rows if digest else {}
 
     def _changes_head(self, request: Request) -> bool:
-        if not request.adapter_digest:
-            return False
-        plan, head = self._adapters.resident(request.adapter_digest).plan, self._model.head
-        return any(
-            name in plan.modules or name in plan.replaced_weights for name in head.module_names
-        )
+        digest = request.adapter_digest
+        return bool(digest) and self._adapters.resident(digest).changes_head
 
     def _prompt_logprobs(
         self, hidden: Tensor, chunks: Sequence[ScheduledChunk], batch: ForwardBatch
@@ -288,21 +255,16 @@ def _digests(requests: Sequence[Request]) -> dict[str, None]:
     return dict.fromkeys(r.adapter_digest for r in requests if r.adapter_digest)
 
 
-def _planned(special: Sequence[tuple[ResidentAdapter, Tensor]]) -> tuple[FallbackRows, ...]:
-    return tuple(
-        FallbackRows(row_ids, resident.fallback, resident.replaced_weights)
-        for resident, row_ids in special
-        if resident.fallback or resident.replaced_weights
-    )
+def _fallback(beyond: Sequence[RowsBeyondThePool]) -> tuple[FallbackRows, ...]:
+    return tuple(one.fallback for one in beyond if one.fallback is not None)
 
 
-def _routed(special: Sequence[tuple[ResidentAdapter, Tensor]]) -> dict[str, tuple[RoutedRows, ...]]:
+def _routed(beyond: Sequence[RowsBeyondThePool]) -> dict[str, tuple[RoutedRows, ...]]:
     """By MLP block or projection: the rows whose adapter routes there."""
     routed: dict[str, tuple[RoutedRows, ...]] = {}
-    for resident, row_ids in special:
-        if resident.experts:
-            for place, part in resident.routed_rows(row_ids).items():
-                routed[place] = (*routed.get(place, ()), part)
+    for one in beyond:
+        for place, part in one.routed.items():
+            routed[place] = (*routed.get(place, ()), part)
     return routed
 
 

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor
 
-__all__ = ["copied", "map_tensors", "moved"]
+__all__ = ["copied", "map_tensors"]
 
 _T = TypeVar("_T")
 
@@ -38,10 +38,3 @@ def map_tensors(value: _T, change: Callable[[Tensor], Tensor]) -> _T:
 def copied(value: _T) -> _T:
     """With tensors of its own: views of a plan's file would keep all of it in memory."""
     return map_tensors(value, torch.clone)
-
-
-def moved(value: _T, device: torch.device, dtype: torch.dtype) -> _T:
-    """Floats in ``dtype``; places, which are integers, stay what they are."""
-    return map_tensors(
-        value, lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None)
-    )

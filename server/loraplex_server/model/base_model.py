@@ -15,6 +15,7 @@ from loraplex_kernels.model_ops import PackedLinear, silu_mul
 from loraplex_kernels.packed_linear import lay_out_together
 
 from .attention import LayerAttention, install_attention
+from .embedding import replace_embeddings
 from .errors import ModelError, UnsupportedBase
 from .forward_context import ForwardContext
 from .fused_decoder import FusedDecoder
@@ -71,7 +72,8 @@ class BaseModel:
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
-        replace_norms(model)
+        self.norms = replace_norms(model, self.step)  # names, as are ``embeddings``
+        self.embeddings = replace_embeddings(model, self.step)
         self.head = self.groups[self.spec.output_head]
         for name, mlp in self.mlps.items():
             model.set_submodule(name, mlp)

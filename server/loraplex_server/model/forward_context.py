@@ -8,21 +8,55 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from loraplex_adapter_store.plan import ModulePlan
+from loraplex_adapter_store.plan import ModulePlan, NormPlan
 from loraplex_kernels.cpu.decoder import LogitsRows
 from loraplex_kernels.layout import LoraSegments
 from loraplex_router.experts import RoutedRows
 
-__all__ = ["FallbackRows", "ForwardContext"]
+__all__ = ["FallbackParts", "FallbackRows", "ForwardContext", "TokenRows"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Rows of an embedding or of the head, for some tokens, in place of the base's."""
+
+    token_ids: Tensor  # int64 [n], ascending
+    rows: Tensor  # [n, hidden_size]
+
+    def put(self, ids: Tensor, embedded: Tensor) -> Tensor:
+        """``embedded`` [m, hidden_size] of ``ids`` [m], with the rows of these tokens."""
+        place = torch.searchsorted(self.token_ids, ids).clamp_(max=self.token_ids.shape[0] - 1)
+        is_here = (self.token_ids[place] == ids).unsqueeze(1)
+        return torch.where(is_here, self.rows[place].to(embedded.dtype), embedded)
+
+
+@dataclass(frozen=True, slots=True)
+class FallbackParts:
+    """What an adapter has beyond low-rank factors, by module name; applied to its rows in torch.
+
+    On the device, in the model's dtype.
+    """
+
+    modules: Mapping[str, ModulePlan] = field(default_factory=dict)
+    replaced_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, NormPlan] = field(default_factory=dict)
+    token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+
+    def changes(self, name: str) -> bool:
+        """Whether the linear or embedding ``name`` is not the base's alone."""
+        return name in self.modules or name in self.replaced_weights or name in self.token_rows
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.modules or self.replaced_weights or self.norms or self.token_rows)
 
 
 @dataclass(frozen=True, slots=True)
 class FallbackRows:
-    """Rows whose adapter has parts beyond low-rank factors, applied module by module in torch."""
+    """The rows of a step whose adapter has such parts."""
 
     rows: Tensor  # int64 [n]
-    modules: Mapping[str, ModulePlan]  # on the device, in the model's dtype
-    replaced_weights: Mapping[str, Tensor]  # module name → replacing weight
+    parts: FallbackParts
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from loraplex_kernels.cpu.decoder import (
     NativeDecoder,
     Norm,
 )
-from loraplex_kernels.model_ops import add_rms_norm, paged_attention, rms_norm, rope_and_cache
+from loraplex_kernels.model_ops import paged_attention, rope_and_cache
 
 from .attention import LayerAttention
 from .forward_context import ForwardContext
@@ -137,17 +137,13 @@ class FusedDecoder:
     def run_by_layer(self, hidden: Tensor) -> Tensor:
         """All rows, operator by operator: on any device, with every kind of row."""
         residual = hidden
-        first = self._layers[0].input_norm
-        x = rms_norm(residual, first.weight, first.eps)
-        for index, layer in enumerate(self._layers):
+        x: Tensor = self._layers[0].input_norm(residual)
+        next_norms = [*(layer.input_norm for layer in self._layers[1:]), self._norm]
+        for layer, next_norm in zip(self._layers, next_norms, strict=True):
             x = layer.out(self._attend(layer, layer.qkv(x)))
-            norm = layer.mlp_norm
-            x = add_rms_norm(x, residual, norm.weight, norm.eps)
+            x = layer.mlp_norm.add_and_norm(x, residual)
             x = layer.mlp.run(x)
-            norm = (
-                self._layers[index + 1].input_norm if index + 1 < len(self._layers) else self._norm
-            )
-            x = add_rms_norm(x, residual, norm.weight, norm.eps)
+            x = next_norm.add_and_norm(x, residual)
         return x
 
     def _routed_mlps(self) -> dict[int, Callable[[Tensor], Tensor]]:
@@ -217,9 +213,8 @@ class FusedDecoder:
         """Qwen3 norms each head of q and k before the rotation."""
         n_q, n_k = self._n_heads * self._head_dim, self._n_kv_heads * self._head_dim
         for columns, norm in ((slice(0, n_q), q_norm), (slice(n_q, n_q + n_k), k_norm)):
-            heads = qkv[:, columns].reshape(-1, self._head_dim)
-            normed = rms_norm(heads, norm.weight, norm.eps)
-            qkv[:, columns] = normed.view(qkv.shape[0], -1)
+            heads = qkv[:, columns].reshape(qkv.shape[0], -1, self._head_dim)
+            qkv[:, columns] = norm(heads).flatten(1)
 
 
 def _native_layer(layer: _Layer) -> DecoderLayer | None:

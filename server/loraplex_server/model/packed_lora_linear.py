@@ -20,7 +20,7 @@ from loraplex_kernels.model_ops import PackedLinear
 from loraplex_kernels.ops import PreparedTarget
 from loraplex_router.experts import projection_segments
 
-from .forward_context import FallbackRows, ForwardContext
+from .forward_context import FallbackParts, FallbackRows, ForwardContext
 
 __all__ = ["ApplySlice", "LoraLinear", "PackedLoraLinear"]
 
@@ -113,18 +113,31 @@ class PackedLoraLinear:
         for name, width in zip(self.module_names, self.target.out_features, strict=True):
             columns = slice(first, first + width)
             first += width
-            module, weight = fallback.modules.get(name), fallback.replaced_weights.get(name)
-            if module is None and weight is None:
-                continue
-            module = module or _UNCHANGED
-            x_rows = x[fallback.rows]
-            z = _input_of(module, x_rows)
-            if z is x_rows and weight is None:
+            if fallback.parts.changes(name):
                 y = out[fallback.rows, columns]
-            else:
-                y = self._product(z, weight, columns)
-            product = self._product_without_bias(weight, columns)
-            out[fallback.rows, columns] = _output_of(module, z, y, product).to(out.dtype)
+                out[fallback.rows, columns] = self._planned(
+                    name, x[fallback.rows], y, columns, fallback.parts
+                ).to(out.dtype)
+
+    def _planned(
+        self, name: str, x: Tensor, y: Tensor, columns: slice, parts: FallbackParts
+    ) -> Tensor:
+        """One adapter's output of one linear; ``y`` is the base's."""
+        module = parts.modules.get(name, _UNCHANGED)
+        weight, token_rows = parts.replaced_weights.get(name), parts.token_rows.get(name)
+        z = _input_of(module, x)
+        if z is not x or weight is not None:
+            y = self._product(z, weight, columns)
+        y = _output_of(module, z, y, self._product_without_bias(weight, columns))
+        if token_rows is not None:  # of the head
+            bias = self.packed.bias
+            own = functional.linear(
+                x.float(),
+                token_rows.rows.float(),
+                None if bias is None else bias[token_rows.token_ids].float(),
+            )
+            y = y.index_copy(1, token_rows.token_ids, own.to(y.dtype))
+        return y
 
     def _product(self, x: Tensor, weight: Tensor | None, columns: slice) -> Tensor:
         """W x + b of one linear, with the adapter's own W if it has one."""

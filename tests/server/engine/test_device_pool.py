@@ -1,43 +1,180 @@
-"""What the engine thread is told about loads."""
+"""Places on the device: who gets one, what it takes, and what a failed load leaves behind."""
 
 from __future__ import annotations
 
 import copy
+import logging
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
+import pytest
 import torch
+from transformers import PreTrainedModel
 
+from loraplex_adapter_store.plan import AdapterPlan, NormPlan
 from loraplex_server.engine.capabilities import EngineCapabilities
 from loraplex_server.engine.device_pool import DevicePool, Placement
+from loraplex_server.engine.errors import AdapterUnservable, NoAdapterPlace
 from loraplex_server.model.base_model import BaseModel
 from tests.support.architectures import tiny_model
 from tests.support.routed_plans import lora_plan
 
+_V = "model.layers.0.self_attn.v_proj"
 
-def test_whoever_is_woken_by_a_load_finds_it_done() -> None:
-    model = tiny_model("llama")
+
+class _WokenPool(DevicePool):
+    """Says when a load is done."""
+
+    woken: threading.Event
+
+    def load(self, plan: AdapterPlan) -> Placement:
+        """Places it and waits for the load, however it ends."""
+        self.woken.clear()
+        if self.place(plan) is Placement.LOADING:
+            assert self.woken.wait(timeout=30)
+        return self.place(plan)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@contextmanager
+def _pool(
+    model: PreTrainedModel, *, n_bytes: int = 1 << 20, max_adapters: int = 2
+) -> Iterator[_WokenPool]:
     base = BaseModel(copy.deepcopy(model), "tiny")
-    plan = lora_plan(model, rank=8, seed=1)
     woken = threading.Event()
-    was_done = []
-
-    def on_loaded() -> None:
-        was_done.append(pool.resident(plan.digest).load.done())
-        woken.set()
-
-    pool = DevicePool(
+    pool = _WokenPool(
         base.groups,
-        n_bytes=1 << 20,
-        max_adapters=2,
+        n_bytes=n_bytes,
+        max_adapters=max_adapters,
         capabilities=EngineCapabilities.of_model(base),
         dtype=torch.float32,
         device=torch.device("cpu"),
-        on_loaded=on_loaded,
+        on_loaded=woken.set,
     )
+    pool.woken = woken
     try:
-        pool.place(plan)
-        assert woken.wait(timeout=30)
-        assert was_done == [True]
-        assert pool.place(plan) is Placement.RESIDENT
+        yield pool
     finally:
         pool.close()
+
+
+def test_whoever_is_woken_by_a_load_finds_it_done(model: PreTrainedModel) -> None:
+    plan = lora_plan(model, rank=8, seed=1)
+    with _pool(model) as pool:
+        pool.place(plan)
+        assert pool.woken.wait(timeout=30)
+        assert pool.resident(plan.digest).load.done()
+        assert pool.place(plan) is Placement.RESIDENT
+
+
+def _with_everything(model: PreTrainedModel, seed: int) -> AdapterPlan:
+    return replace(
+        lora_plan(model, rank=4, seed=seed),
+        replaced_weights={_V: torch.ones(32, 64)},
+        norms={"model.norm": NormPlan(weight=torch.ones(64))},
+        embedding_rows={3: torch.ones(64), 1: torch.zeros(64)},
+    )
+
+
+def test_all_that_an_adapter_takes_is_counted_and_comes_back(model: PreTrainedModel) -> None:
+    plan = _with_everything(model, 1)
+    with _pool(model) as pool:
+        assert pool.load(plan) is Placement.RESIDENT
+        factors = sum(f.n_bytes for f in pool.packer.form(plan).factors)
+        own_v = 32 * 64 * 4 + 4 * (64 + 32) * 4  # its factors go with the weight
+        beside = own_v + 64 * 4 + 2 * 64 * 4 + 64  # the token ids take an alignment
+        assert pool.pool.bytes_used == factors + beside
+        assert pool.resident(plan.digest).n_bytes == factors + beside
+        assert pool.drop(plan.digest) == factors + beside
+        assert pool.pool.bytes_used == 0
+
+
+def test_what_lies_beside_the_factors_is_in_the_pools_own_memory(model: PreTrainedModel) -> None:
+    plan = _with_everything(model, 1)
+    with _pool(model) as pool:
+        pool.load(plan)
+        parts = pool.resident(plan.digest).parts.fallback
+        storage = pool.pool.storage.untyped_storage().data_ptr()
+        rows = parts.token_rows["model.embed_tokens"]
+        found = [parts.replaced_weights[_V], parts.norms["model.norm"].weight, *_tensors(rows)]
+        assert all(t is not None and t.untyped_storage().data_ptr() == storage for t in found)
+        assert rows.token_ids.tolist() == [1, 3]
+        assert torch.equal(rows.rows, torch.stack([torch.zeros(64), torch.ones(64)]))
+
+
+def _tensors(rows: object) -> list[torch.Tensor]:
+    return [rows.token_ids, rows.rows]  # type: ignore[attr-defined]
+
+
+def _broken(plan: AdapterPlan) -> AdapterPlan:
+    """Its load fails: nothing can be copied out of a tensor without memory."""
+    return replace(plan, replaced_weights={_V: torch.empty(32, 64, device="meta")})
+
+
+def test_a_load_that_failed_is_tried_again(model: PreTrainedModel) -> None:
+    plan = lora_plan(model, rank=4, seed=2)
+    with _pool(model) as pool:
+        with pytest.raises(AdapterUnservable, match="could not be loaded"):
+            pool.load(_broken(plan))
+        assert pool.pool.bytes_used == 0
+        assert pool.load(plan) is Placement.RESIDENT
+
+
+def test_a_warm_load_that_failed_is_no_error_of_the_next_request(
+    model: PreTrainedModel, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = lora_plan(model, rank=4, seed=2)
+    with _pool(model) as pool, caplog.at_level(logging.WARNING):
+        pool.warm(_broken(plan))
+        assert pool.woken.wait(timeout=30)
+        pool.publish_arrived()
+        assert "cannot be warmed" in caplog.text
+        assert pool.load(plan) is Placement.RESIDENT
+
+
+def test_idle_adapters_make_room_and_held_ones_are_waited_for(model: PreTrainedModel) -> None:
+    one, two, three = (lora_plan(model, rank=4, seed=seed) for seed in (1, 2, 3))
+    with _pool(model) as pool:
+        for plan in (one, two):
+            pool.load(plan)
+            pool.hold(plan.digest)
+        assert pool.place(three) is Placement.FULL
+        pool.release(one.digest)
+        assert pool.load(three) is Placement.RESIDENT
+        assert set(pool.resident_digests) == {two.digest, three.digest}
+        assert pool.n_evictions == 1
+
+
+def test_where_everything_is_pinned_the_request_hears_it(model: PreTrainedModel) -> None:
+    one, two, three = (lora_plan(model, rank=4, seed=seed) for seed in (1, 2, 3))
+    with _pool(model) as pool:
+        for plan in (one, two):
+            pool.set_pinned(plan.digest, True)
+            pool.load(plan)
+        pool.hold(one.digest)
+        assert pool.place(three) is Placement.FULL, "a running request may end"
+        pool.release(one.digest)
+        with pytest.raises(NoAdapterPlace, match=r"pinned.*--max-loras"):
+            pool.place(three)
+        pool.set_pinned(two.digest, False)
+        assert pool.load(three) is Placement.RESIDENT
+
+
+def test_the_longest_unused_goes_first(model: PreTrainedModel) -> None:
+    one, two, three = (lora_plan(model, rank=4, seed=seed) for seed in (1, 2, 3))
+    with _pool(model) as pool:
+        pool.load(one)
+        pool.load(two)
+        used_before = pool.resident(two.digest).last_used
+        while time.monotonic() <= used_before:  # the clock's next tick
+            pass
+        pool.place(one)
+        pool.load(three)
+        assert set(pool.resident_digests) == {one.digest, three.digest}

@@ -65,9 +65,8 @@ def test_a_mixed_batch_answers_as_transformers_does(model: PreTrainedModel, engi
 def test_only_the_engine_thread_has_compute_threads(model: PreTrainedModel) -> None:
     seen: list[int] = []
     watched = copy.deepcopy(model)
-    watched.get_input_embeddings().register_forward_hook(
-        lambda *_: seen.append(torch.get_num_threads())
-    )
+    rotary: torch.nn.Module = watched.get_submodule("model.rotary_emb")  # stays transformers' own
+    rotary.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     with running_engine(watched, fuse=False, threads=2) as engine:
         assert torch.get_num_threads() == 1
         generate_all(engine, _prompts(5))
@@ -324,10 +323,12 @@ def test_the_death_of_the_engine_is_heard_by_everybody(model: PreTrainedModel) -
 
 def test_an_id_that_is_running_is_refused(engine: Engine) -> None:
     async def run() -> None:
-        first = asyncio.create_task(generate(engine, [1], request_id="same"))
+        long = replace(GREEDY, max_tokens=250)
+        first = asyncio.create_task(generate(engine, [1], long, request_id="same"))
         await asyncio.sleep(0)
         with pytest.raises(EngineError, match="same"):
             engine.submit(GenerationRequest("same", (1,), GREEDY), lambda event: None)
+        engine.cancel("same")
         await first
 
     asyncio.run(run())

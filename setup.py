@@ -15,7 +15,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 
 SOURCES = sorted(glob("kernels/loraplex_kernels/cpu/csrc/*.cpp"))
 HEADERS = sorted(
-    glob("kernels/loraplex_kernels/cpu/csrc/*.h") + glob("kernels/loraplex_kernels/cpu/csrc/*.inc")
+    header
+    for ending in ("h", "inc")
+    for header in glob(f"kernels/loraplex_kernels/cpu/csrc/**/*.{ending}", recursive=True)
 )
 # No contraction: a product and a sum are fused where the source says so and nowhere else, which
 # keeps results independent of how the compiler unrolled a loop.

@@ -485,12 +485,12 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    isa = native.isa()
+    kernel_set = native.kernel_set()
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = f"cpu_{isa.name.lower() if isa else 'none'}"
+    stem = f"cpu_{kernel_set or 'none'}"
     report = {
         "processor": platform.processor() or platform.machine(),
-        "isa": isa.name if isa else None,
+        "kernel_set": kernel_set,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "commit": commit,

@@ -288,12 +288,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each shape, at least")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    isa = native.isa()
+    kernel_set = native.kernel_set()
     result: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "n_cpus": os.cpu_count(),
         "n_threads": torch.get_num_threads(),
-        "isa": "none" if isa is None else isa.name.lower(),
+        "kernel_set": kernel_set or "none",
         "torch": torch.__version__,
         "call_overhead_us": call_overhead(),
         "steps": [],

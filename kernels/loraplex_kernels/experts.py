@@ -181,7 +181,7 @@ def moe_combine(
             choices = expert_act[first : first + n * k].view(n, k, -1)
             act.index_copy_(0, rows, weighted_sum(choices, weight).to(act.dtype))
         else:
-            native_ops(keep_gil=n * k * ff < _LIGHT).mix(
+            native_ops(keep_gil=n * k * ff < _LIGHT).moe_combine(
                 code,
                 expert_act.data_ptr() + first * ff * act.element_size(),
                 weight.data_ptr(),

@@ -6,22 +6,20 @@ belong together are of similar size, so few such bytes occur among them. They go
 of at most sixteen, and each value is kept as its lower byte and a four-bit *index* into the
 codebook. ``cpu/csrc/exponent_coding.h`` has the bytes.
 
-- A page of a factor has a codebook for each rank row and 768 columns (a *column block*). Rows of Bᵀ
-  are interleaved in pairs first, as the kernels read them. A page stays as it is if a codebook
-  would need more than sixteen bytes, if its rows are odd in number, or if its width is no multiple
-  of 64.
+- A page of a factor has a codebook for each rank row and 768 columns (a *column block*). A page
+  stays as it is if a codebook would need more than sixteen bytes, if its rows are odd in number, or
+  if its width is no multiple of 64.
 - A panel of packed weights (32 outputs) has a codebook for every 64 inputs. Inputs that need more
   than sixteen bytes stay as they are.
 """
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from .cpu.native import Isa, isa, library
+from .cpu import native
+from .cpu.functions import bind
 
 __all__ = [
     "EXPONENT_CODED",
@@ -44,49 +42,31 @@ def prefers_coded_pages(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether kernels here read coded pages of ``dtype`` faster than plain ones."""
     if dtype != torch.bfloat16 or device.type != "cpu":
         return False
-    return (isa() or Isa.PORTABLE) >= Isa.AVX512
+    return native.prefers_coded_pages()
 
 
-def encode_rows(rows: Tensor, *, interleaved: bool) -> Tensor | None:
+def encode_rows(rows: Tensor) -> Tensor | None:
     """``rows`` [n, width] coded, in a flat tensor of bfloat16; None if they cannot be.
 
-    ``interleaved``: in pairs, as rows of Bᵀ are kept. Needs the native library. Any thread.
+    Needs the native library. Any thread.
     """
     n_rows, width = rows.shape
-    lib = library()
-    if lib is None or rows.dtype != torch.bfloat16:
+    if not native.available() or rows.dtype != torch.bfloat16:
         raise ValueError("coded rows are bfloat16 and made by native code; prefers_coded_pages()")
     if n_rows % _TILE_ROWS or width % _TILE_COLUMNS:
         return None
     rows = rows.contiguous()
     coded = torch.empty(n_rows * _row_bytes(width) // 2, dtype=torch.bfloat16)
-    fits = lib.loraplex_compact_rows(
-        ctypes.c_void_p(rows.data_ptr()),
-        ctypes.c_int64(n_rows),
-        ctypes.c_int64(width),
-        ctypes.c_int64(interleaved),
-        ctypes.c_void_p(coded.data_ptr()),
-    )
+    fits = bind("encode_rows", keep_gil=False)(rows.data_ptr(), n_rows, width, coded.data_ptr())
     return coded if fits else None
 
 
-def decode_rows(
-    storage: Tensor, offset: int, n_rows: int, width: int, *, interleaved: bool
-) -> Tensor:
+def decode_rows(storage: Tensor, offset: int, n_rows: int, width: int) -> Tensor:
     """The values [n_rows, width] of the coded rows at ``offset``. Defines the format of pages."""
     n_bytes = n_rows * _row_bytes(width)
     blocks = storage[offset : offset + n_bytes // 2].view(torch.uint8)
-    rows = torch.cat(
-        [
-            _decode_row_block(block.int(), width)
-            for block in torch.split(blocks, _BLOCK_ROWS * _row_bytes(width))
-        ]
-    )
-    if not interleaved:
-        return rows
-    # [pairs, halves of 64 columns, tiles, even or odd column, 16 of them, rows] → [n_rows, width]
-    in_pairs = rows.view(n_rows // 2, 2, -1, 2, 16, 2)
-    return in_pairs.permute(0, 5, 2, 1, 4, 3).reshape(n_rows, width)
+    parts = torch.split(blocks, _BLOCK_ROWS * _row_bytes(width))
+    return torch.cat([_decode_row_block(part.int(), width) for part in parts])
 
 
 def encode_panels(words: Tensor) -> Tensor | None:
@@ -96,45 +76,34 @@ def encode_panels(words: Tensor) -> Tensor | None:
     moved to any address that is a multiple of 64 bytes. Runs on torch's threads.
     """
     n_panels, n_words, _ = words.shape
-    lib = library()
-    if lib is None or (isa() or Isa.PORTABLE) < Isa.AVX512_BF16 or n_words % _PANEL_BLOCK_WORDS:
+    if not native.prefers_coded_weights() or n_words % _PANEL_BLOCK_WORDS:
         return None
     starts = torch.empty(n_panels + 1, dtype=torch.int64)
-    _encode_panels(lib, words, starts, 0)
+    _encode_panels(words, starts, 0)
     n_bytes = int(starts[-1])
     if n_bytes > _LARGEST_SHARE * words.nbytes:
         return None
     coded = torch.empty(n_bytes // 4, dtype=torch.int32)
     coded[: 2 * (n_panels + 1)] = starts.view(torch.int32)
-    _encode_panels(lib, words, starts, coded.data_ptr())
+    _encode_panels(words, starts, coded.data_ptr())
     return coded
 
 
 def decode_outputs(panels: Tensor, n_words: int, ids: Tensor) -> Tensor:
     """Outputs ``ids`` int64 [T] of coded ``panels``: bfloat16 [T, 2 · n_words]."""
-    lib = library()
-    assert lib is not None
     ids = ids.contiguous()
     rows = torch.empty((ids.shape[0], 2 * n_words), dtype=torch.bfloat16)
-    lib.loraplex_open_outputs(
-        ctypes.c_void_p(panels.data_ptr()),
-        ctypes.c_int64(n_words),
-        ctypes.c_void_p(ids.data_ptr()),
-        ctypes.c_int64(ids.shape[0]),
-        ctypes.c_void_p(rows.data_ptr()),
+    bind("decode_outputs", keep_gil=False)(
+        panels.data_ptr(), n_words, ids.data_ptr(), ids.shape[0], rows.data_ptr()
     )
     return rows
 
 
-def _encode_panels(lib: ctypes.CDLL, words: Tensor, starts: Tensor, address: int) -> None:
+def _encode_panels(words: Tensor, starts: Tensor, address: int) -> None:
     """Fills ``starts`` (address 0), then writes the panels to ``address``."""
     n_panels, n_words, _ = words.shape
-    lib.loraplex_compact_panels(
-        ctypes.c_void_p(words.data_ptr()),
-        ctypes.c_int64(n_panels),
-        ctypes.c_int64(n_words),
-        ctypes.c_void_p(starts.data_ptr()),
-        ctypes.c_void_p(address),
+    bind("encode_panels", keep_gil=False)(
+        words.data_ptr(), n_panels, n_words, starts.data_ptr(), address
     )
 
 

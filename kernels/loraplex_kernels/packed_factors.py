@@ -87,7 +87,7 @@ def pack_factors(
 def _encode_page(piece: Piece, dtype: torch.dtype) -> Tensor | None:
     if piece.kind not in ("a", "b"):
         return None
-    return encode_rows(piece.source.to(dtype), interleaved=piece.kind == "b")
+    return encode_rows(piece.source.to(dtype))
 
 
 def _copy_body(image: Tensor, body: Tensor, start: int, length: int) -> None:

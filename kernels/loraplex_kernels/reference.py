@@ -59,8 +59,8 @@ def _apply_segment(
             continue
         y = out[rows, columns].to(compute)
         if rank:
-            a = _read_factor(storage, tables.a_pages[slot, i], rank, target.in_features, "a")
-            b = _read_factor(storage, tables.b_pages[slot, i], rank, width, "b")
+            a = _read_factor(storage, tables.a_pages[slot, i], rank, target.in_features)
+            b = _read_factor(storage, tables.b_pages[slot, i], rank, width)
             delta = (x_rows @ a.to(compute).T) @ b.to(compute)
             y += delta if weights is None else delta * weights[:, None]
         if scale != NO_PAGE:
@@ -70,17 +70,13 @@ def _apply_segment(
         out[rows, columns] = y.to(out.dtype)
 
 
-def _read_factor(storage: Tensor, pages: Tensor, rank: int, width: int, kind: str) -> Tensor:
+def _read_factor(storage: Tensor, pages: Tensor, rank: int, width: int) -> Tensor:
     parts = []
     for page, first in enumerate(range(0, rank, PAGE_RANK)):
         n_rows = min(PAGE_RANK, rank - first)
         offset = int(pages[page])
         if offset & EXPONENT_CODED:
-            parts.append(
-                decode_rows(
-                    storage, offset - EXPONENT_CODED, n_rows, width, interleaved=kind == "b"
-                )
-            )
+            parts.append(decode_rows(storage, offset - EXPONENT_CODED, n_rows, width))
         else:
             parts.append(storage[offset : offset + n_rows * width].view(n_rows, width))
     return torch.cat(parts)

@@ -9,12 +9,29 @@ import pytest
 from loraplex_kernels.cpu import native
 
 
-@pytest.fixture(params=list(native.Isa), ids=lambda isa: isa.name.lower())
-def isa(request: pytest.FixtureRequest) -> Iterator[native.Isa]:
-    """Each instruction set of this processor in turn, for the whole process."""
-    best = native.isa()
-    if best is None or request.param > best:
-        pytest.skip(f"no native kernels for {request.param.name} here")
-    native.limit_isa(request.param)
-    yield request.param
-    native.limit_isa(best)
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512_bf16"])
+def kernel_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels of each instruction set in turn, for the whole process; skips those of others."""
+    best = native.kernel_set()
+    name: str = request.param
+    if best is None or name not in native.kernel_sets():
+        pytest.skip(f"no native kernels {name} here")
+    native.use_kernel_set(name)
+    yield name
+    native.use_kernel_set(best)
+
+
+@pytest.fixture
+def each_kernel_set() -> Iterator[Iterator[str]]:
+    """Names of the sets that run here, each in use while it is the last one taken."""
+    best = native.kernel_set()
+    if best is None:
+        pytest.skip("no native kernels here")
+
+    def switch() -> Iterator[str]:
+        for name in native.kernel_sets():
+            native.use_kernel_set(name)
+            yield name
+
+    yield switch()
+    native.use_kernel_set(best)

@@ -64,7 +64,7 @@ def problems(draw: st.DrawFn) -> LoraProblem:
 
 
 @needs_native
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @settings(max_examples=40, deadline=None)
 @given(problem=problems())
 def test_every_instruction_set_agrees_with_float64(problem: LoraProblem) -> None:
@@ -89,7 +89,7 @@ def test_a_row_has_the_same_bits_in_every_batch(problem: LoraProblem, seed: int)
 
 
 @needs_native
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @settings(max_examples=40, deadline=None)
 @given(problem=problems())
 def test_one_call_over_the_base_has_the_bits_of_two(problem: LoraProblem) -> None:
@@ -108,7 +108,7 @@ def test_one_call_over_the_base_has_the_bits_of_two(problem: LoraProblem) -> Non
 
 
 @needs_native
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @pytest.mark.parametrize("rank", [1, 8, 16, 17])
 @pytest.mark.parametrize("n_rows", [1, 6])
 def test_the_low_rank_intermediate_keeps_sixteen_bits(rank: int, n_rows: int) -> None:
@@ -127,7 +127,7 @@ def test_the_low_rank_intermediate_keeps_sixteen_bits(rank: int, n_rows: int) ->
 
 
 @needs_native
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 def test_an_infinite_intermediate_is_infinity_and_not_no_number() -> None:
     a, b = torch.ones(2, 64).bfloat16(), torch.ones(32, 2).bfloat16()
     x, out = torch.full((1, 64), 3e38).bfloat16(), torch.zeros(1, 32).bfloat16()

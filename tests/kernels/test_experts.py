@@ -33,7 +33,7 @@ HIDDEN, FF = 64, 96
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n_experts", "k"), [(8, 2), (1, 1), (6, 6), (13, 3)])
 def test_routing_equals_float64_and_has_the_same_bits_alone(
@@ -51,7 +51,7 @@ def test_routing_equals_float64_and_has_the_same_bits_alone(
         assert torch.equal(alone[1][0], weight[row])
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 def test_equal_logits_go_to_the_lower_expert() -> None:
     index, weight = route_top_k(torch.ones(2, HIDDEN), torch.ones(5, HIDDEN), 3)
     assert index.tolist() == [[0, 1, 2], [0, 1, 2]]
@@ -136,7 +136,7 @@ def _segments(ids: Tensor, weight: Tensor) -> LoraSegments:
     return LoraSegments(slots, grouped.indptr, grouped.indices, grouped.weights)
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("groups", "ids"),

@@ -48,12 +48,11 @@ def bits(values: Tensor) -> Tensor:
 @given(
     n_rows=st.integers(1, 17),
     width=st.sampled_from([64, 128, 832]),
-    interleaved=st.booleans(),
     upper_bytes=st.lists(st.integers(0, 255), min_size=1, max_size=20, unique=True),
     seed=st.integers(0, 10_000),
 )
-def test_any_bits_come_back_from_pairs_of_rows_of_at_most_sixteen_upper_bytes(
-    n_rows: int, width: int, interleaved: bool, upper_bytes: list[int], seed: int
+def test_any_bits_come_back_from_rows_of_at_most_sixteen_upper_bytes(
+    n_rows: int, width: int, upper_bytes: list[int], seed: int
 ) -> None:
     """Zeros, subnormal numbers, infinities and NaNs of every kind among them."""
     generator = torch.Generator().manual_seed(seed)
@@ -61,39 +60,35 @@ def test_any_bits_come_back_from_pairs_of_rows_of_at_most_sixteen_upper_bytes(
     low = torch.randint(256, (n_rows, width), generator=generator)
     words = torch.tensor(upper_bytes)[drawn] << 8 | low
     rows = words.to(torch.int16).view(BF16)
-    made = encode_rows(rows, interleaved=interleaved)
+    made = encode_rows(rows)
     if n_rows % 2:
         assert made is None
         return
-    kept = list(drawn)
-    if interleaved:  # the left half of 64 columns of two rows, and the right
-        halves = drawn.view(-1, 2, width // 64, 2, 32).permute(0, 3, 2, 1, 4)
-        kept = list(halves.reshape(n_rows, width))
-    if max(len(part.unique()) for row in kept for part in row.split(768)) > 16:
+    if max(len(part.unique()) for row in drawn for part in row.split(768)) > 16:
         assert made is None
         return
     assert made is not None
     assert made.nbytes == n_rows * (16 * -(-width // 768) + width * 3 // 2)
     storage = torch.cat([torch.zeros(7, dtype=BF16), made])
-    found = decode_rows(storage, 7, n_rows, width, interleaved=interleaved)
+    found = decode_rows(storage, 7, n_rows, width)
     assert torch.equal(bits(found), bits(rows))
 
 
 def test_what_cannot_be_coded_is_left_or_refused() -> None:
-    assert encode_rows(torch.zeros(4, 96, dtype=BF16), interleaved=False) is None
+    assert encode_rows(torch.zeros(4, 96, dtype=BF16)) is None
     with pytest.raises(ValueError, match="bfloat16"):
-        encode_rows(torch.zeros(4, 64), interleaved=False)
+        encode_rows(torch.zeros(4, 64))
     assert not prefers_coded_pages(torch.float32, torch.device("cpu"))
     assert not prefers_coded_pages(BF16, torch.device("meta"))
 
 
 def test_the_bytes_are_those_of_forms_on_disk() -> None:
-    """Where this fails, count ``_FORMAT`` of ``packed_adapter.py`` up and write the new digest."""
+    """Where this fails, count ``_FORMAT`` of ``adapter_packer.py`` up and write the new digest."""
     rows = torch.linspace(-1, 1, 6 * 128).view(6, 128).to(BF16)
-    made = [encode_rows(rows, interleaved=interleaved) for interleaved in (False, True)]
-    image = torch.cat([one.view(torch.uint8) for one in made if one is not None])
-    digest = hashlib.sha256(image.numpy().tobytes()).hexdigest()
-    assert digest[:16] == "6b25476acdbfb391"
+    coded = encode_rows(rows)
+    assert coded is not None
+    digest = hashlib.sha256(coded.view(torch.uint8).numpy().tobytes()).hexdigest()
+    assert digest[:16] == "7eb828c2b1119965"
 
 
 def factors(ranks: tuple[int, int], seed: int) -> AdapterFactors:
@@ -139,10 +134,10 @@ def test_a_coded_pool_holds_the_same_values_in_fewer_bytes() -> None:
         assert torch.equal(plain.ranks, small.ranks)
         in_features = (target.in_features,) * target.n_slices
         kinds = [
-            (plain.a_pages, small.a_pages, in_features, False),
-            (plain.b_pages, small.b_pages, target.out_features, True),
+            (plain.a_pages, small.a_pages, in_features),
+            (plain.b_pages, small.b_pages, target.out_features),
         ]
-        for of_plain, of_coded, width, interleaved in kinds:
+        for of_plain, of_coded, width in kinds:
             for slot, i, page in (of_plain >= 0).nonzero().tolist():
                 n_rows = min(16, int(plain.ranks[slot, i]) - 16 * page)
                 first = int(of_plain[slot, i, page])
@@ -151,9 +146,7 @@ def test_a_coded_pool_holds_the_same_values_in_fewer_bytes() -> None:
                 kept[bool(at & EXPONENT_CODED)] += 1
                 if at & EXPONENT_CODED:
                     at -= EXPONENT_CODED
-                    found = decode_rows(
-                        CODED.storage, at, n_rows, width[i], interleaved=interleaved
-                    )
+                    found = decode_rows(CODED.storage, at, n_rows, width[i])
                 else:
                     found = CODED.storage[at : at + n_rows * width[i]].view(n_rows, width[i])
                 assert torch.equal(bits(found), bits(values))
@@ -180,7 +173,7 @@ def mixed_segments(mix: str, n_rows: int, seed: int) -> LoraSegments:
     return build_segments(torch.randint(-1, 8, (n_rows,), generator=generator).int())
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @settings(max_examples=40, deadline=None)
 @given(
     name=st.sampled_from(["up", "down", "odd"]),
@@ -204,7 +197,7 @@ def test_every_instruction_set_gives_the_bits_of_a_plain_pool(
     assert mix != "one" or not torch.equal(results[0], base)
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @pytest.mark.parametrize("n_rows", [1, 5, 16, 150])
 @pytest.mark.parametrize("mix", ["distinct", "one", "any"])
 def test_over_the_base_and_for_routed_experts_too(mix: str, n_rows: int) -> None:

@@ -17,7 +17,7 @@ from loraplex_kernels.model_ops_reference import (
     silu_mul_reference,
 )
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("kernel_set")
 DTYPES = [torch.float32, torch.bfloat16]
 ROWS = [0, 1, 7, 17, 129]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -70,20 +72,14 @@ def test_a_row_has_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set_gives_the_product(dtype: torch.dtype) -> None:
-    best = native.isa()
-    if best is None:
-        pytest.skip("native kernels are not built")
+def test_every_instruction_set_gives_the_product(
+    dtype: torch.dtype, each_kernel_set: Iterator[str]
+) -> None:
     linear = PackedLinear(weights_of([(200, 160)], dtype), [rows_of(1, 200, dtype)[0]])
     x = rows_of(29, 160, dtype)
     expected = linear(x)
-    try:
-        for isa in native.Isa:
-            if isa <= best:
-                native.limit_isa(isa)
-                torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-2)
-    finally:
-        native.limit_isa(best)
+    for _ in each_kernel_set:
+        torch.testing.assert_close(linear(x), expected, atol=1e-5, rtol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
@@ -111,16 +107,15 @@ def uneven_weights(n_out: int, in_features: int) -> Tensor:
     return weight
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @pytest.mark.parametrize("in_features", [64, 576, 2048, 2112, 5120])
 @pytest.mark.parametrize("n_out", [1, 70, 512])
 def test_coded_weights_give_the_bits_of_plain_ones(in_features: int, n_out: int) -> None:
     weight = uneven_weights(n_out, in_features)
     bias = rows_of(1, n_out, torch.bfloat16)[0]
-    best = native.isa()
     coded = PackedLinear([weight], [bias])
     plain = PackedLinear([weight], [bias], exponent_coding=False)
-    if best is native.Isa.AVX512_BF16 and in_features > 64:
+    if native.prefers_coded_weights() and in_features > 64:
         assert coded.n_bytes < 0.9 * plain.n_bytes
     assert torch.equal(coded.unpack()[0], weight)
     assert torch.equal(coded.embed(torch.arange(n_out).flip(0)), weight.flip(0))
@@ -130,9 +125,8 @@ def test_coded_weights_give_the_bits_of_plain_ones(in_features: int, n_out: int)
         assert torch.equal(coded.argmax(x), plain.argmax(x))
 
 
-def test_lesser_instruction_sets_read_coded_weights() -> None:
-    best = native.isa()
-    if best is not native.Isa.AVX512_BF16:
+def test_lesser_instruction_sets_read_coded_weights(each_kernel_set: Iterator[str]) -> None:
+    if not native.prefers_coded_weights():
         pytest.skip("weights are coded for AVX512-BF16 alone")
     weight = uneven_weights(96, 2112)
     coded, plain = (
@@ -140,14 +134,10 @@ def test_lesser_instruction_sets_read_coded_weights() -> None:
         PackedLinear([weight], [None], exponent_coding=False),
     )
     assert coded.n_bytes < plain.n_bytes
-    try:
-        for isa in native.Isa:
-            native.limit_isa(isa)
-            for n_rows in (1, 16, 40):
-                x = rows_of(n_rows, 2112, torch.bfloat16)
-                assert torch.equal(coded(x), plain(x))
-    finally:
-        native.limit_isa(best)
+    for _ in each_kernel_set:
+        for n_rows in (1, 16, 40):
+            x = rows_of(n_rows, 2112, torch.bfloat16)
+            assert torch.equal(coded(x), plain(x))
 
 
 def test_weights_that_hardly_become_smaller_stay_plain() -> None:
@@ -192,7 +182,7 @@ def test_linears_laid_out_together_stay_the_same(dtype: torch.dtype) -> None:
             assert torch.equal(weight, kept)
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_out", [1, 33, 64, 5003])
 @pytest.mark.parametrize("n_rows", [0, 1, 16, 600])
@@ -215,7 +205,7 @@ def test_the_largest_outputs_are_those_of_the_product(
         torch.set_num_threads(n_threads)
 
 
-@pytest.mark.usefixtures("isa")
+@pytest.mark.usefixtures("kernel_set")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nothing_is_larger_than_nan_and_nothing_smaller_than_minus_infinity(
     dtype: torch.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -165,19 +166,13 @@ def test_a_query_has_the_same_bits_decoded_alone_or_in_any_chunk(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_instruction_set_gives_the_same_attention(dtype: torch.dtype) -> None:
-    best = native.isa()
-    if best is None:
-        pytest.skip("native kernels are not built")
+def test_every_instruction_set_gives_the_same_attention(
+    dtype: torch.dtype, each_kernel_set: Iterator[str]
+) -> None:
     case = build([(90, 90), (77, 1)], dtype)
     expected = case.run()
-    try:
-        for isa in native.Isa:
-            if isa <= best:
-                native.limit_isa(isa)
-                torch.testing.assert_close(case.run(), expected, **tolerance(dtype))
-    finally:
-        native.limit_isa(best)
+    for _ in each_kernel_set:
+        torch.testing.assert_close(case.run(), expected, **tolerance(dtype))
 
 
 def test_q_and_out_may_be_columns_of_wider_tensors() -> None:

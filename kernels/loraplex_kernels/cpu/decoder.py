@@ -7,7 +7,6 @@ in the same order, so the same bits. A call lets go of Python's lock once, for t
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +17,15 @@ from loraplex_kernels.layout import LoraSegments
 from loraplex_kernels.ops import PreparedTarget
 from loraplex_kernels.packed_linear import PackedLinear
 
-from .lora import SEGMENT_ERRORS, NativeLora, SegmentsStruct, describe_segments
+from .functions import bind
+from .lora import SEGMENT_ERRORS, NativeLora, describe_segments
 from .model_ops import dtype_code, is_plain, takes_cache, takes_heads, takes_norm
-from .native import library
+from .structs import (
+    DecoderLayerStruct,
+    DecoderLinearStruct,
+    DecoderStepStruct,
+    DecoderStruct,
+)
 
 __all__ = ["DecoderLayer", "DecoderLinear", "DecoderRows", "LogitsRows", "NativeDecoder", "Norm"]
 
@@ -116,10 +121,12 @@ class NativeDecoder:
         )
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._bound: list[NativeLora | None] = [None] * (4 * len(layers))
-        self._described = (_Layer * len(layers))(*(_describe(layer) for layer in layers))
+        self._described = (DecoderLayerStruct * len(layers))(
+            *(_describe(layer) for layer in layers)
+        )
         code = dtype_code(self._dtype)
         assert code is not None
-        self._decoder = _Decoder(
+        self._decoder = DecoderStruct(
             ctypes.addressof(self._described),
             len(layers),
             norm.weight.data_ptr(),
@@ -178,7 +185,7 @@ class NativeDecoder:
         """
         n_rows = hidden.shape[0]
         x = torch.empty_like(hidden)
-        step = _Step(
+        step = DecoderStepStruct(
             n_rows,
             hidden.data_ptr(),
             x.data_ptr(),
@@ -213,8 +220,8 @@ class NativeDecoder:
             at = self._run(step, at + 1)
         return x if logits_rows is None else x[: logits_rows.indices.shape[0]]
 
-    def _run(self, step: _Step, first: int) -> int:
-        at = _function()(self._address, ctypes.addressof(step), first)
+    def _run(self, step: DecoderStepStruct, first: int) -> int:
+        at: int = bind("decoder", keep_gil=False)(self._address, ctypes.addressof(step), first)
         if at < 0:
             raise IndexError(f"the segments of the step: {SEGMENT_ERRORS[-at]}")
         return at
@@ -242,7 +249,7 @@ class NativeDecoder:
                 native = None if linear.lora is None else linear.lora.native()
                 if native is not self._bound[4 * index + at]:
                     self._bound[4 * index + at] = native
-                    part: _Linear = getattr(described, _LINEARS[at])
+                    part: DecoderLinearStruct = getattr(described, _LINEARS[at])
                     part.lora = None if native is None else native.address
 
 
@@ -266,8 +273,8 @@ def _is_native_layer(layer: DecoderLayer, dtype: torch.dtype) -> bool:
     )
 
 
-def _describe(layer: DecoderLayer) -> _Layer:
-    return _Layer(
+def _describe(layer: DecoderLayer) -> DecoderLayerStruct:
+    return DecoderLayerStruct(
         *(_describe_linear(linear.packed) for linear in layer.linears),
         layer.input_norm.weight.data_ptr(),
         layer.mlp_norm.weight.data_ptr(),
@@ -280,90 +287,12 @@ def _describe(layer: DecoderLayer) -> _Layer:
     )
 
 
-def _describe_linear(packed: PackedLinear) -> _Linear:
+def _describe_linear(packed: PackedLinear) -> DecoderLinearStruct:
     native = packed.native
     assert native is not None
-    return _Linear(native.address, native.bias_address, None, packed.in_features, packed.n_out)
+    return DecoderLinearStruct(
+        native.address, native.bias_address, None, packed.in_features, packed.n_out
+    )
 
 
-_P, _N, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _LINEARS = ("qkv", "out", "gate_up", "down")
-
-
-class _Linear(ctypes.Structure):
-    """``DecoderLinear`` of csrc/decoder.h."""
-
-    _fields_ = (("packed", _P), ("bias", _P), ("lora", _P), ("n_in", _N), ("n_out", _N))
-    lora: int | None
-
-
-class _Layer(ctypes.Structure):
-    """``DecoderLayer`` of csrc/decoder.h."""
-
-    _fields_ = (
-        *((name, _Linear) for name in _LINEARS),
-        ("input_norm", _P),
-        ("mlp_norm", _P),
-        ("keys", _P),
-        ("values", _P),
-        ("window", _N),
-        ("input_eps", _D),
-        ("mlp_eps", _D),
-        ("scale", _D),
-    )
-
-
-class _Decoder(ctypes.Structure):
-    """``Decoder`` of csrc/decoder.h."""
-
-    _fields_ = (
-        ("layers", _P),
-        ("n_layers", _N),
-        ("norm", _P),
-        ("cos", _P),
-        ("sin", _P),
-        ("n_heads", _N),
-        ("n_kv_heads", _N),
-        ("head_dim", _N),
-        ("page_size", _N),
-        ("dtype", _N),
-        ("eps", _D),
-    )
-
-
-class _Step(ctypes.Structure):
-    """``DecoderStep`` of csrc/decoder.h."""
-
-    _fields_ = (
-        ("n_rows", _N),
-        *((name, _P) for name in ("residual", "x", "y", "qkv", "heads", "gate_up", "act")),
-        ("positions", _P),
-        ("slot_mapping", _P),
-        ("page_table", _P),
-        ("table_stride", _N),
-        ("query_starts", _P),
-        ("kv_lens", _P),
-        ("n_requests", _N),
-        ("segments", SegmentsStruct),
-        ("logits_indices", _P),
-        ("n_logits", _N),
-        ("logits_segments", SegmentsStruct),
-        ("pauses", ctypes.c_char_p),
-        ("mlp", _P),
-    )
-    segments: SegmentsStruct
-    logits_indices: int
-    n_logits: int
-    logits_segments: SegmentsStruct
-    pauses: bytes | None
-    mlp: int
-
-
-@functools.cache
-def _function() -> Callable[[int, int, int], int]:
-    lib = library()
-    assert lib is not None
-    function = lib.loraplex_decoder
-    function.argtypes = (_P, _P, _N)
-    function.restype = ctypes.c_int64
-    return function

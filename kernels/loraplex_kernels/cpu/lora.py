@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,14 +11,15 @@ from torch import Tensor
 
 from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
 
+from .functions import bind
 from .model_ops import is_plain
 from .native import library
+from .structs import LoraSegmentsStruct, LoraTargetStruct
 
 __all__ = [
     "SEGMENT_ERRORS",
     "NativeLora",
     "NativeWeights",
-    "SegmentsStruct",
     "describe_segments",
     "serves",
 ]
@@ -32,16 +32,6 @@ SEGMENT_ERRORS = {
     4: "a pair stands on a row beyond x",
     5: "the segments must hold every pair",
     6: "indptr must ascend from 0 or more to at most the number of indices",
-}
-
-_P, _N = ctypes.c_void_p, ctypes.c_int64
-_ROWS = (_P, _N, _P, _N, _N)  # x and its stride, out and its stride, n_rows
-_PAIRS = (_P, _N, _P, _N)  # pair_rows, n_pairs, the pairs' tensor and its stride
-_SIGNATURES = {
-    "loraplex_lora_apply": (_P, *_ROWS, _P),  # descriptor first, segments last
-    "loraplex_adapted_linear": (_P, _P, _P, *_ROWS, _P),  # packed and bias second
-    "loraplex_spread_linear": (_P, _P, _P, *_ROWS, _P, *_PAIRS),
-    "loraplex_gather_linear": (_P, _P, _P, *_ROWS, _P, *_PAIRS),
 }
 
 
@@ -78,7 +68,7 @@ class NativeLora:
             return
         self._check(x, out)
         described = describe_segments(segments)
-        failed = _bind("loraplex_lora_apply", keep_gil=False)(
+        failed = bind("lora_apply", keep_gil=False)(
             self.address,
             x.data_ptr(),
             x.stride(0),
@@ -97,7 +87,7 @@ class NativeLora:
 
         While the first is computed, the factors of the second come into the cache.
         """
-        self._call("loraplex_adapted_linear", packed, x, out, segments)
+        self._call("linear_with_lora", packed, x, out, segments)
 
     def moe_gate_up(
         self,
@@ -109,7 +99,7 @@ class NativeLora:
         expert_act: Tensor,
     ) -> None:
         """As ``loraplex_kernels.experts.moe_gate_up``; writes ``out`` and ``expert_act``."""
-        self._call("loraplex_spread_linear", packed, x, out, segments, (pair_rows, expert_act))
+        self._call("moe_gate_up", packed, x, out, segments, (pair_rows, expert_act))
 
     def moe_down(
         self,
@@ -121,7 +111,7 @@ class NativeLora:
         pairs: Tensor,
     ) -> None:
         """As ``loraplex_kernels.experts.moe_down``; reads ``x`` and ``pairs``, writes ``out``."""
-        self._call("loraplex_gather_linear", packed, x, out, segments, (pair_rows, pairs))
+        self._call("moe_down", packed, x, out, segments, (pair_rows, pairs))
 
     def _call(
         self,
@@ -140,7 +130,7 @@ class NativeLora:
             rows, values = pairs
             self._check_pairs(rows, values)
             of_pairs = (rows.data_ptr(), rows.shape[0], values.data_ptr(), values.stride(0))
-        failed = _bind(name, keep_gil=n_rows <= packed.light_rows)(
+        failed = bind(name, keep_gil=n_rows <= packed.light_rows)(
             self.address,
             packed.address,
             packed.bias_address,
@@ -187,20 +177,7 @@ class NativeLora:
         )
 
 
-class SegmentsStruct(ctypes.Structure):
-    """``LoraSegments`` of csrc/lora.h."""
-
-    _fields_ = (
-        ("slots", _P),
-        ("indptr", _P),
-        ("indices", _P),
-        ("weights", _P),
-        ("n_segments", _N),
-        ("n_indices", _N),
-    )
-
-
-def describe_segments(segments: LoraSegments) -> SegmentsStruct:
+def describe_segments(segments: LoraSegments) -> LoraSegmentsStruct:
     """Where native code finds the segments, whose tensors the caller keeps.
 
     Raises ValueError if dtypes, shapes or strides are not those of ``LoraSegments``. Native code
@@ -227,7 +204,7 @@ def describe_segments(segments: LoraSegments) -> SegmentsStruct:
             f"weights of segments must be contiguous float32 {tuple(indices.shape)}; got "
             f"{weights.dtype} {tuple(weights.shape)} {weights.stride()}"
         )
-    return SegmentsStruct(
+    return LoraSegmentsStruct(
         slots.data_ptr(),
         indptr.data_ptr(),
         indices.data_ptr(),
@@ -237,26 +214,7 @@ def describe_segments(segments: LoraSegments) -> SegmentsStruct:
     )
 
 
-class _TargetDescriptor(ctypes.Structure):
-    """``LoraTargetDescriptor`` of csrc/lora.h."""
-
-    _fields_ = (
-        ("storage", ctypes.c_void_p),
-        ("ranks", ctypes.c_void_p),
-        ("a_pages", ctypes.c_void_p),
-        ("b_pages", ctypes.c_void_p),
-        ("scale", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("out_features", ctypes.c_void_p),
-        ("in_features", ctypes.c_int64),
-        ("n_slices", ctypes.c_int64),
-        ("max_pages", ctypes.c_int64),
-        ("n_slots", ctypes.c_int64),
-        ("dtype", ctypes.c_int64),
-    )
-
-
-def _describe(storage: Tensor, target: LoraTarget, tables: LoraTables) -> _TargetDescriptor:
+def _describe(storage: Tensor, target: LoraTarget, tables: LoraTables) -> LoraTargetStruct:
     pointers = []
     for name in ("ranks", "a_pages", "b_pages", "scale", "bias"):
         table: Tensor = getattr(tables, name)
@@ -276,19 +234,9 @@ def _describe(storage: Tensor, target: LoraTarget, tables: LoraTables) -> _Targe
 @functools.lru_cache(maxsize=4096)
 def _descriptor(
     pointers: tuple[int, ...], in_features: int, widths: tuple[int, ...], rest: tuple[int, int, int]
-) -> _TargetDescriptor:
+) -> LoraTargetStruct:
     """A pure function of numbers, cached so that binding anew is quick. Keeps no tensor alive."""
     array = (ctypes.c_int64 * len(widths))(*widths)
-    made = _TargetDescriptor(*pointers, ctypes.addressof(array), in_features, len(widths), *rest)
+    made = LoraTargetStruct(*pointers, ctypes.addressof(array), in_features, len(widths), *rest)
     made.widths = array
     return made
-
-
-@functools.cache
-def _bind(name: str, *, keep_gil: bool) -> Callable[..., int]:
-    lib = library()
-    assert lib is not None
-    function = (ctypes.PyDLL if keep_gil else ctypes.CDLL)(lib._name)[name]
-    function.argtypes = _SIGNATURES[name]
-    function.restype = ctypes.c_int
-    return function

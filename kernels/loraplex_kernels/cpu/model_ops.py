@@ -1,8 +1,7 @@
-"""The base model's operators in native code: argument types, and which tensors they take."""
+"""The base model's operators in native code, and which tensors they take."""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .functions import bind
 from .native import library
 
 __all__ = [
@@ -26,20 +26,6 @@ _LANES = 16  # widths and sizes of heads come in such steps
 _MAX_HEAD_DIM = 256
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 
-_P, _N, _F = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-_SIGNATURES = {
-    "loraplex_linear": (_N, _P, _N, _P, _P, _P, _N, _N, _N, _N),
-    "loraplex_linear_argmax": (_N, _P, _N, _P, _P, _N, _N, _N, _P),
-    "loraplex_rms_norm": (_N, _P, _P, _P, _P, _N, _N, _F, _F),
-    "loraplex_gate": (_N, _P, _P, _N, _N, _N),
-    "loraplex_rope_and_cache": (_N, _P, _P, *(_N,) * 6, _P, _P, _N, _N, *(_P,) * 4, _N),
-    "loraplex_route": (_N, _P, _N, _N, _P, _N, _N, _N, _P, _P),
-    "loraplex_route_and_group": (_N, _P, _N, _N, _P, _N, _N, _N, *(_P,) * 6),
-    "loraplex_mix": (_N, *(_P,) * 4, _N, _N, _N),
-    "loraplex_group": (_P, _P, _N, _N, _P, _P, _P),
-    "loraplex_paged_attention": (_N, _P, _N, *(_P,) * 3, _N, *(_P,) * 3, *(_N,) * 7, _F, _F),
-}
-
 
 class NativeOps(NamedTuple):
     """The C functions. ``csrc/model_ops.cpp`` names their arguments."""
@@ -51,7 +37,7 @@ class NativeOps(NamedTuple):
     rope_and_cache: Callable[..., None]
     route: Callable[..., None]
     route_and_group: Callable[..., None]
-    mix: Callable[..., None]
+    moe_combine: Callable[..., None]
     group: Callable[..., None]
     paged_attention: Callable[..., None]
 
@@ -63,21 +49,8 @@ def dtype_code(dtype: torch.dtype) -> int | None:
 
 @functools.cache
 def native_ops(*, keep_gil: bool) -> NativeOps:
-    """The operators, for calls that keep Python's lock and for calls that let it go.
-
-    Work of a few microseconds keeps the lock: taking it back from a busy thread costs up to the
-    interpreter's switch interval (5 ms), a hundred times per step. Longer work lets it go.
-    """
-    lib = library()
-    assert lib is not None
-    held = ctypes.PyDLL(lib._name) if keep_gil else ctypes.CDLL(lib._name)
-    functions = []
-    for name, arguments in _SIGNATURES.items():
-        function = held[name]
-        function.argtypes = arguments
-        function.restype = None
-        functions.append(function)
-    return NativeOps(*functions)
+    """The operators, for calls that keep Python's lock and for calls that let it go (``bind``)."""
+    return NativeOps(**{name: bind(name, keep_gil=keep_gil) for name in NativeOps._fields})
 
 
 def is_plain(x: Tensor, dtype: torch.dtype) -> bool:

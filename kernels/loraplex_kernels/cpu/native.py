@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import ctypes
-import enum
 import functools
 import logging
 import threading
 from pathlib import Path
+from typing import Any
 
 import torch
 
-__all__ = ["Isa", "available", "isa", "library", "limit_isa", "use_references"]
+from .structs import layout_faults
 
-_ABI = 9
+__all__ = [
+    "available",
+    "kernel_set",
+    "kernel_sets",
+    "library",
+    "prefers_coded_pages",
+    "prefers_coded_weights",
+    "use_kernel_set",
+    "use_references",
+]
+
+_ABI = 10
 _switched_off = threading.Event()
 _OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 
 logger = logging.getLogger(__name__)
-
-
-class Isa(enum.IntEnum):
-    """Instruction sets the library holds code for; it picks the best one of the processor."""
-
-    PORTABLE = 0
-    AVX2 = 1
-    AVX512 = 2
-    AVX512_BF16 = 3
 
 
 def available() -> bool:
@@ -34,16 +36,36 @@ def available() -> bool:
     return library() is not None
 
 
-def isa() -> Isa | None:
-    """The instruction set in use; None without the library."""
+def kernel_sets() -> tuple[str, ...]:
+    """Names of the sets of kernels, one an instruction set, that run here; the best first."""
     lib = library()
-    return None if lib is None else Isa(lib.loraplex_isa())
+    return () if lib is None else tuple(name for name, runs in _all_sets(lib) if runs)
 
 
-def limit_isa(best: Isa) -> Isa | None:
-    """Uses nothing better than ``best`` from now on, in this process. For tests and comparisons."""
+def kernel_set() -> str | None:
+    """The set in use, by default the best; None without the library."""
     lib = library()
-    return None if lib is None else Isa(lib.loraplex_limit_isa(int(best)))
+    return None if lib is None else _text(lib.loraplex_kernel_set)
+
+
+def use_kernel_set(name: str) -> None:
+    """Uses these kernels from now on, in this process. For tests and comparisons."""
+    lib = library()
+    if lib is None or name not in kernel_sets():
+        raise ValueError(f"no native kernels {name!r} run here; known: {kernel_sets()}")
+    lib.loraplex_use_kernel_set([found for found, _ in _all_sets(lib)].index(name))
+
+
+def prefers_coded_pages() -> bool:
+    """Whether the kernels in use read exponent-coded factors faster than plain ones."""
+    lib = library()
+    return lib is not None and bool(lib.loraplex_prefers_coded_pages())
+
+
+def prefers_coded_weights() -> bool:
+    """The same of the base's weights."""
+    lib = library()
+    return lib is not None and bool(lib.loraplex_prefers_coded_weights())
 
 
 def use_references() -> None:
@@ -78,7 +100,25 @@ def library() -> ctypes.CDLL | None:
             "native CPU kernels have ABI %d, not %d: rebuild; using PyTorch", built, _ABI
         )
         return None
+    faults = layout_faults(lib)
+    if faults:
+        logger.warning("native CPU kernels lay out other structs: %s; using PyTorch", faults)
+        return None
     return lib
+
+
+def _all_sets(lib: ctypes.CDLL) -> list[tuple[str, bool]]:
+    """(name, whether it runs here) of every set that was compiled in."""
+    sets: list[tuple[str, bool]] = []
+    while (name := _text(lib.loraplex_kernel_set_name, len(sets))) is not None:
+        sets.append((name, bool(lib.loraplex_kernel_set_runs_here(len(sets)))))
+    return sets
+
+
+def _text(function: Any, *arguments: int) -> str | None:
+    function.restype = ctypes.c_char_p
+    found: bytes | None = function(*arguments)
+    return None if found is None else found.decode()
 
 
 def _share_openmp_runtime() -> None:

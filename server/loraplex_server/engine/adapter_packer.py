@@ -30,7 +30,7 @@ __all__ = ["AdapterPacker", "PackedAdapter"]
 
 # Forms are kept on disk. Count up whenever the same plan gets another form: then old ones are
 # made anew. ``test_the_form_of_a_plan_is_what_its_format_says`` fails where that was forgotten.
-_FORMAT = 5
+_FORMAT = 6
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 // same order, so with the same bits, and without the microseconds between two of them.
 #include "decoder.h"
 
-#include "model_ops.h"
+#include "lora_run.h"
 
 #include <cstring>
 
@@ -17,30 +17,30 @@ struct Run {
     int failed = 0;  // the check that failed, see `SEGMENT_ERRORS` in cpu/lora.py
 
     void linear(const DecoderLinear& at, const void* x, void* out) {
+        const LinearArgs product = {x, at.packed, at.bias, out, at.n_in, at.n_out,
+                                    n_rows, at.n_out, at.n_in, nullptr};
         if (segments->n_segments > 0 && at.lora != nullptr) {
-            const int result = loraplex_adapted_linear(
-                at.lora, at.packed, at.bias, x, at.n_in, out, at.n_out, n_rows, segments);
+            const int result = linear_with_lora(product, *at.lora, *segments);
             if (result != 0) failed = result;
             return;
         }
-        model_ops().linear[decoder.dtype]({x, at.packed, at.bias, out, at.n_in, at.n_out,
-                                           n_rows, at.n_out, at.n_in, nullptr});
+        kernels().linear[decoder.dtype](product);
     }
 
     void norm(const void* x, void* residual, const void* weight, double eps, int64_t width) {
-        model_ops().norm[decoder.dtype]({x, residual, weight, step.x, n_rows, width,
+        kernels().norm[decoder.dtype]({x, residual, weight, step.x, n_rows, width,
                                          static_cast<float>(eps), 0.0f});
     }
 
     void attend(const DecoderLayer& layer) {
         const Decoder& d = decoder;
         const int64_t width = (d.n_heads + 2 * d.n_kv_heads) * d.head_dim;
-        const int64_t element = d.dtype == kBFloat16 ? 2 : 4;
+        const int64_t element = element_bytes(d.dtype);
         char* v = static_cast<char*>(step.qkv) + (d.n_heads + d.n_kv_heads) * d.head_dim * element;
-        model_ops().cache[d.dtype]({step.qkv, v, width, width, d.n_heads, d.n_kv_heads, d.head_dim,
+        kernels().rope_and_cache[d.dtype]({step.qkv, v, width, width, d.n_heads, d.n_kv_heads, d.head_dim,
                                     d.page_size, d.cos, d.sin, d.head_dim, 1, step.positions,
                                     step.slot_mapping, layer.keys, layer.values, step.n_rows});
-        model_ops().attention[d.dtype](
+        kernels().attention[d.dtype](
             {step.qkv, layer.keys, layer.values, step.page_table, step.query_starts, step.kv_lens,
              step.heads, width, d.n_heads * d.head_dim, step.table_stride, step.n_requests,
              d.n_heads, d.n_kv_heads, d.head_dim, d.page_size, layer.window,
@@ -49,7 +49,7 @@ struct Run {
 
     // Only the last token of a chunk has a use for what follows the attention of the last layer.
     void keep() {
-        const int64_t element = decoder.dtype == kBFloat16 ? 2 : 4;
+        const int64_t element = element_bytes(decoder.dtype);
         const int64_t heads = decoder.n_heads * decoder.head_dim * element;
         const int64_t hidden = decoder.layers[0].qkv.n_in * element;
         n_rows = step.n_logits;
@@ -87,7 +87,7 @@ struct Run {
             norm(step.y, step.residual, layer.mlp_norm, layer.mlp_eps, layer.out.n_out);
             if (step.pauses && step.pauses[i] && failed == 0) return i;
             linear(layer.gate_up, step.x, step.gate_up);
-            model_ops().gate[d.dtype]({step.gate_up, step.act, n_rows, layer.down.n_in, 0});
+            kernels().gate[d.dtype]({step.gate_up, step.act, n_rows, layer.down.n_in, 0});
             linear(layer.down, step.act, step.y);
             enter(i + 1, step.y);
         }

@@ -8,8 +8,8 @@ namespace loraplex {
 // One packed linear of the base, as linear.inc reads it, with the pool's factors of its target.
 struct DecoderLinear {
     const void* packed;
-    const float* bias;                // or null
-    const LoraTargetDescriptor* lora;  // or null: no adapter pool
+    const float* bias;       // or null
+    const LoraTarget* lora;  // or null: no adapter pool
     int64_t n_in, n_out;
 };
 
@@ -44,16 +44,18 @@ struct DecoderStep {
     void* heads;     // [n_rows, n_heads · head_dim]
     void* gate_up;   // [n_rows, 2 ff]
     void* act;       // [n_rows, ff]
-    const long long* positions;  // [n_rows]
-    const long long* slot_mapping;      // [n_rows]
-    const int* page_table;       // [n_requests, ≥ pages]
+    const int64_t* positions;     // [n_rows]
+    const int64_t* slot_mapping;  // [n_rows]
+    const int* page_table;        // [n_requests, ≥ pages]
     int64_t table_stride;
     const int* query_starts;  // [n_requests + 1]
     const int* kv_lens;       // [n_requests]
     int64_t n_requests;
     LoraSegments segments;  // of no segments where no row has an adapter
-    const long long* logits_indices;  // [n_logits] ascending: the rows whose result is asked for, first in x.
-    int64_t n_logits;         // The others go behind the attention of the last layer; n_rows: none do.
+    // Rows whose result is asked for, ascending; they come first in x. The others go behind the
+    // attention of the last layer, as only their keys and values are needed. n_rows: none go.
+    const int64_t* logits_indices;  // [n_logits]
+    int64_t n_logits;
     LoraSegments logits_segments;  // of x's first n_logits rows
     const uint8_t* pauses;  // [n_layers], 1 = the caller runs the MLP of the layer; or null
     const void* mlp;        // [n_rows, hidden]: what it made, see `loraplex_decoder`

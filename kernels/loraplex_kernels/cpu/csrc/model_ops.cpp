@@ -1,129 +1,109 @@
-// C entry points of the base model's operators. `dtype`: 0 float32, 1 bfloat16.
+// C functions of the base model's operators. `dtype` is a DType. Strides count elements.
 #include "model_ops.h"
 
 #include <limits>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_max_threads() { return 1; }
-#endif
-
-namespace loraplex {
-
-const ModelOps& model_ops() {
-#if LORAPLEX_X86
-    switch (current_isa()) {
-        case kAvx512Bf16:
-            return kModelOpsAvx512Bf16;
-        case kAvx512:
-            return kModelOpsAvx512;
-        case kAvx2:
-            return kModelOpsAvx2;
-        default:
-            break;
-    }
-#endif
-    return kModelOpsPortable;
-}
-
-}  // namespace loraplex
+#include "kernel_set.h"
 
 using namespace loraplex;
 
-LORAPLEX_API void loraplex_linear(long dtype, const void* x, long x_stride, const void* packed,
-                                  const float* bias, void* out, long out_stride, long n_rows,
-                                  long n_out, long n_in) {
-    model_ops().linear[dtype]({x, packed, bias, out, x_stride, out_stride, n_rows, n_out, n_in,
-                              nullptr});
+LORAPLEX_API void loraplex_linear(int64_t dtype, const void* x, int64_t x_stride, const void* packed,
+                                  const float* bias, void* out, int64_t out_stride, int64_t n_rows,
+                                  int64_t n_out, int64_t n_in) {
+    kernels().linear[dtype](
+        {x, packed, bias, out, x_stride, out_stride, n_rows, n_out, n_in, nullptr});
 }
 
-// The place of each row's largest output, to `places` [n_rows].
-LORAPLEX_API void loraplex_linear_argmax(long dtype, const void* x, long x_stride, const void* packed,
-                                         const float* bias, long n_rows, long n_out, long n_in,
-                                         long long* places) {
-    const long n_threads = omp_get_max_threads();
+// The index of each row's largest output, to `index` [n_rows].
+LORAPLEX_API void loraplex_linear_argmax(int64_t dtype, const void* x, int64_t x_stride,
+                                         const void* packed, const float* bias, int64_t n_rows,
+                                         int64_t n_out, int64_t n_in, int64_t* index) {
+    const int64_t n_threads = omp_get_max_threads();
     thread_local std::vector<Largest> best;
     best.assign(n_threads * n_rows, {-std::numeric_limits<float>::infinity(), 0});
-    model_ops().linear_argmax[dtype](
+    kernels().linear_argmax[dtype](
         {x, packed, bias, nullptr, x_stride, 0, n_rows, n_out, n_in, nullptr}, best.data());
-    for (long r = 0; r < n_rows; ++r) {
-        for (long thread = 1; thread < n_threads; ++thread) meet(best[r], best[thread * n_rows + r]);
-        places[r] = best[r].at;
+    for (int64_t r = 0; r < n_rows; ++r) {
+        for (int64_t thread = 1; thread < n_threads; ++thread)
+            keep_larger(best[r], best[thread * n_rows + r]);
+        index[r] = best[r].index;
     }
 }
 
-LORAPLEX_API void loraplex_rms_norm(long dtype, const void* x, void* residual, const void* weight,
-                                    void* out, long n_rows, long width, float eps, float offset) {
-    model_ops().norm[dtype]({x, residual, weight, out, n_rows, width, eps, offset});
+LORAPLEX_API void loraplex_rms_norm(int64_t dtype, const void* x, void* residual, const void* weight,
+                                    void* out, int64_t n_rows, int64_t width, float eps,
+                                    float offset) {
+    kernels().norm[dtype]({x, residual, weight, out, n_rows, width, eps, offset});
 }
 
-LORAPLEX_API void loraplex_gate(long dtype, const void* gate_up, void* out, long n_rows, long width,
-                                long act) {
-    model_ops().gate[dtype]({gate_up, out, n_rows, width, act});
+LORAPLEX_API void loraplex_gate(int64_t dtype, const void* gate_up, void* out, int64_t n_rows,
+                                int64_t width, int64_t act) {
+    kernels().gate[dtype]({gate_up, out, n_rows, width, act});
 }
 
-LORAPLEX_API void loraplex_rope_and_cache(long dtype, void* heads, const void* v, long stride,
-                                          long v_stride, long n_queries, long n_kv_heads,
-                                          long head_dim, long page_size, const void* cos,
-                                          const void* sin, long rotary_dim, long wide_tables,
-                                          const long long* positions, const long long* slots,
-                                          void* k_cache, void* v_cache, long n_rows) {
-    model_ops().cache[dtype]({heads, v, stride, v_stride, n_queries, n_kv_heads, head_dim, page_size, cos,
-                        sin, rotary_dim, wide_tables, positions, slots, k_cache, v_cache, n_rows});
+LORAPLEX_API void loraplex_rope_and_cache(int64_t dtype, void* heads, const void* v, int64_t stride,
+                                          int64_t v_stride, int64_t n_queries, int64_t n_kv_heads,
+                                          int64_t head_dim, int64_t page_size, const void* cos,
+                                          const void* sin, int64_t rotary_dim, int64_t wide_tables,
+                                          const int64_t* positions, const int64_t* slot_mapping,
+                                          void* k_cache, void* v_cache, int64_t n_rows) {
+    kernels().rope_and_cache[dtype]({heads, v, stride, v_stride, n_queries, n_kv_heads, head_dim,
+                                     page_size, cos, sin, rotary_dim, wide_tables, positions,
+                                     slot_mapping, k_cache, v_cache, n_rows});
 }
 
 LORAPLEX_API void loraplex_paged_attention(
-    long dtype, const void* q, long q_stride, const void* k_cache, const void* v_cache,
-    const int* page_table, long table_stride, const int* query_starts, const int* kv_lens, void* out,
-    long out_stride, long n_requests, long n_heads, long n_kv_heads, long head_dim, long page_size,
-    long window, float scale, float softcap) {
-    model_ops().attention[dtype]({q, k_cache, v_cache, page_table, query_starts, kv_lens, out, q_stride,
-                            out_stride, table_stride, n_requests, n_heads, n_kv_heads, head_dim,
-                            page_size, window, scale, softcap});
+    int64_t dtype, const void* q, int64_t q_stride, const void* k_cache, const void* v_cache,
+    const int* page_table, int64_t table_stride, const int* query_starts, const int* kv_lens,
+    void* out, int64_t out_stride, int64_t n_requests, int64_t n_heads, int64_t n_kv_heads,
+    int64_t head_dim, int64_t page_size, int64_t window, float scale, float softcap) {
+    kernels().attention[dtype]({q, k_cache, v_cache, page_table, query_starts, kv_lens, out, q_stride,
+                                out_stride, table_stride, n_requests, n_heads, n_kv_heads, head_dim,
+                                page_size, window, scale, softcap});
 }
 
-LORAPLEX_API void loraplex_route(long dtype, const void* x, long x_stride, long n_rows,
-                                 const float* gate, long n_experts, long width, long k, int* index,
-                                 float* weight) {
-    model_ops().route[dtype]({x, x_stride, n_rows, gate, n_experts, width, k, index, weight});
+LORAPLEX_API void loraplex_route(int64_t dtype, const void* x, int64_t x_stride, int64_t n_rows,
+                                 const float* gate, int64_t n_experts, int64_t width, int64_t k,
+                                 int* index, float* weight) {
+    kernels().route[dtype]({x, x_stride, n_rows, gate, n_experts, width, k, index, weight});
 }
 
-LORAPLEX_API void loraplex_mix(long dtype, const void* expert_act, const float* weight,
-                               const long long* rows, void* act, long n_rows, long k, long width) {
-    model_ops().mix[dtype]({expert_act, weight, rows, act, n_rows, k, width});
+LORAPLEX_API void loraplex_moe_combine(int64_t dtype, const void* expert_act, const float* weight,
+                                       const int64_t* rows, void* act, int64_t n_rows, int64_t k,
+                                       int64_t width) {
+    kernels().moe_combine[dtype]({expert_act, weight, rows, act, n_rows, k, width});
 }
 
-// Pairs by segment, ascending within each; `ids` are in [0, n_segments), `starts` has one more. `load`
+// Pairs by segment, ascending within each; `ids` are in [0, n_segments), `indptr` has one more. `load`
 // (or null) counts what each segment got.
-static void group(const int* ids, const float* weight, long n_pairs, long n_segments, int* starts,
-                  int* rows, float* ordered, long long* load) {
-    for (long s = 0; s <= n_segments; ++s) starts[s] = 0;
-    for (long p = 0; p < n_pairs; ++p) ++starts[ids[p] + 1];
-    for (long s = 0; s < n_segments; ++s) {
-        if (load) load[s] += starts[s + 1];
-        starts[s + 1] += starts[s];
+static void group(const int* ids, const float* weight, int64_t n_pairs, int64_t n_segments,
+                  int* indptr, int* indices, float* ordered, int64_t* load) {
+    for (int64_t s = 0; s <= n_segments; ++s) indptr[s] = 0;
+    for (int64_t p = 0; p < n_pairs; ++p) ++indptr[ids[p] + 1];
+    for (int64_t s = 0; s < n_segments; ++s) {
+        if (load) load[s] += indptr[s + 1];
+        indptr[s + 1] += indptr[s];
     }
-    // Each start moves on to the next segment's while its pairs are dealt, and moves back after.
-    for (long p = 0; p < n_pairs; ++p) {
-        const int at = starts[ids[p]]++;
-        rows[at] = static_cast<int>(p);
+    // Each start moves on to the next segment's while its pairs are placed, and moves back after.
+    for (int64_t p = 0; p < n_pairs; ++p) {
+        const int at = indptr[ids[p]]++;
+        indices[at] = static_cast<int>(p);
         ordered[at] = weight[p];
     }
-    for (long s = n_segments; s > 0; --s) starts[s] = starts[s - 1];
-    starts[0] = 0;
+    for (int64_t s = n_segments; s > 0; --s) indptr[s] = indptr[s - 1];
+    indptr[0] = 0;
 }
 
-LORAPLEX_API void loraplex_group(const int* ids, const float* weight, long n_pairs, long n_segments,
-                                 int* starts, int* rows, float* ordered) {
-    group(ids, weight, n_pairs, n_segments, starts, rows, ordered, nullptr);
+LORAPLEX_API void loraplex_group(const int* ids, const float* weight, int64_t n_pairs,
+                                 int64_t n_segments, int* indptr, int* indices, float* ordered) {
+    group(ids, weight, n_pairs, n_segments, indptr, indices, ordered, nullptr);
 }
 
-LORAPLEX_API void loraplex_route_and_group(long dtype, const void* x, long x_stride, long n_rows,
-                                           const float* gate, long n_experts, long width, long k,
-                                           int* index, float* weight, int* starts, int* rows,
-                                           float* ordered, long long* load) {
-    model_ops().route[dtype]({x, x_stride, n_rows, gate, n_experts, width, k, index, weight});
-    group(index, weight, n_rows * k, n_experts, starts, rows, ordered, load);
+LORAPLEX_API void loraplex_route_and_group(int64_t dtype, const void* x, int64_t x_stride,
+                                           int64_t n_rows, const float* gate, int64_t n_experts,
+                                           int64_t width, int64_t k, int* index, float* weight,
+                                           int* indptr, int* indices, float* ordered, int64_t* load) {
+    kernels().route[dtype]({x, x_stride, n_rows, gate, n_experts, width, k, index, weight});
+    group(index, weight, n_rows * k, n_experts, indptr, indices, ordered, load);
 }

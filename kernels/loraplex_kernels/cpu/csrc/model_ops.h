@@ -1,44 +1,44 @@
-// The base model's operators on raw pointers: what Python passes, and the kernels of one
-// instruction set. Layouts: linear.inc (packed weights), attention.inc (paged cache).
+// What the kernels of the base model's operators are given. Layouts: linear.inc (packed weights),
+// attention_tile.inc (paged cache).
 #pragma once
 
-#include "compact_panels.h"
-#include "fetch.h"
-#include "isa.h"
+#include <cstdint>
+
+#include "openmp.h"
+#include "prefetch.h"
 
 namespace loraplex {
 
 struct LinearArgs {
     const void* x;
-    const void* packed;  // compact panels: plus kCompactPanels
+    const void* packed;  // coded panels: plus kCoded
     const float* bias;  // [n_out] padded to whole panels, or null
     void* out;
-    long x_stride, out_stride;  // elements
-    long n_rows, n_out, n_in;
-    // Where the lists [threads] of what to fetch will stand, null until they do; or null.
-    const FetchList* const* fetch;
+    int64_t x_stride, out_stride;  // elements
+    int64_t n_rows, n_out, n_in;
+    const PrefetchList* prefetch;  // [threads], or null: what each of them prefetches meanwhile
 };
 
-// Whether a product is worth more than one thread.
 namespace {
-inline bool is_for_many_threads(long n_rows, long n_out, long n_in) {
-    return n_rows * n_out * n_in >= 200000;
+// Threads that a product is worth.
+inline int64_t n_linear_threads(const LinearArgs& a) {
+    return a.n_rows * a.n_out * a.n_in >= 200000 ? omp_get_max_threads() : 1;
 }
 }  // namespace
 
-// The largest of some values and its place.
+// The largest of some values and its index.
 struct Largest {
     float value;
-    long at;
+    int64_t index;
 };
 
 namespace {
 // Keeps the larger, of equal ones the first; a NaN is larger than all else.
-inline void meet(Largest& best, Largest other) {
+inline void keep_larger(Largest& best, Largest other) {
     const bool is_nan = best.value != best.value, other_is_nan = other.value != other.value;
     const bool is_larger = !is_nan && (other_is_nan || other.value > best.value);
     const bool is_equal = is_nan ? other_is_nan : other.value == best.value;
-    if (is_larger || (is_equal && other.at < best.at)) best = other;
+    if (is_larger || (is_equal && other.index < best.index)) best = other;
 }
 }  // namespace
 
@@ -47,54 +47,54 @@ struct NormArgs {
     void* residual;  // += x first, and normed instead of it; or null
     const void* weight;
     void* out;
-    long n_rows, width;
+    int64_t n_rows, width;
     float eps, offset;
 };
 
 struct GateArgs {
     const void* gate_up;
     void* out;
-    long n_rows, width;
-    long act;  // 0 silu, 1 gelu_tanh
+    int64_t n_rows, width;
+    int64_t act;  // 0 silu, 1 gelu_tanh
 };
 
 // The top-k experts of rows: softmax over the k largest products with the gate.
 struct RouteArgs {
     const void* x;
-    long x_stride;  // elements
-    long n_rows;
+    int64_t x_stride;  // elements
+    int64_t n_rows;
     const float* gate;  // [n_experts, width]
-    long n_experts, width, k;
+    int64_t n_experts, width, k;
     int* index;     // [n_rows, k]
     float* weight;  // [n_rows, k]
 };
 
 // The weighted sums of what k experts made of each row.
-struct MixArgs {
+struct CombineArgs {
     const void* expert_act;  // [n_rows · k, width]
     const float* weight;     // [n_rows, k]
-    const long long* rows;   // [n_rows] into act
+    const int64_t* rows;   // [n_rows] into act
     void* act;               // rows of `width`
-    long n_rows, k, width;
+    int64_t n_rows, k, width;
 };
 
 // Rotates and caches rows laid out as heads: q (may be none), then k, then v.
-struct CacheArgs {
+struct RopeArgs {
     void* heads;       // rotated in place
     const void* v;     // first v head of row 0
-    long stride;       // elements from row to row, of heads
-    long v_stride;     // the same, of v
-    long n_queries;    // q heads before the k heads
-    long n_kv_heads, head_dim, page_size;
+    int64_t stride;       // elements from row to row, of heads
+    int64_t v_stride;     // the same, of v
+    int64_t n_queries;    // q heads before the k heads
+    int64_t n_kv_heads, head_dim, page_size;
     const void* cos;  // [n_positions, rotary_dim], or null
     const void* sin;
-    long rotary_dim;
-    long wide_tables;  // 1: cos and sin are float32; 0: of the element type
-    const long long* positions;
-    const long long* slots;
+    int64_t rotary_dim;
+    int64_t wide_tables;  // 1: cos and sin are float32; 0: of the element type
+    const int64_t* positions;
+    const int64_t* slot_mapping;  // negative = not cached
     void* k_cache;
     void* v_cache;
-    long n_rows;
+    int64_t n_rows;
 };
 
 struct AttentionArgs {
@@ -105,35 +105,11 @@ struct AttentionArgs {
     const int* query_starts;
     const int* kv_lens;
     void* out;
-    long q_stride, out_stride, table_stride;  // elements
-    long n_requests, n_heads, n_kv_heads, head_dim, page_size;
-    long window;  // 0 = none
+    int64_t q_stride, out_stride, table_stride;  // elements
+    int64_t n_requests, n_heads, n_kv_heads, head_dim, page_size;
+    int64_t window;  // 0 = none
     float scale;
     float softcap;  // 0 = none
 };
-
-struct ModelOps {  // each by element type: 0 float32, 1 bfloat16
-    void (*linear[2])(const LinearArgs&);
-    // The share of one thread of a team; `taken` is theirs and starts at 0.
-    void (*linear_part[2])(const LinearArgs&, long n_threads, long* taken);
-    // By threads: [omp_get_max_threads(), n_rows], at {-∞, 0} when it begins.
-    void (*linear_argmax[2])(const LinearArgs&, Largest*);
-    void (*norm[2])(const NormArgs&);
-    void (*gate[2])(const GateArgs&);
-    void (*gate_row[2])(const GateArgs&);
-    void (*cache[2])(const CacheArgs&);
-    void (*attention[2])(const AttentionArgs&);
-    void (*route[2])(const RouteArgs&);
-    void (*mix[2])(const MixArgs&);
-};
-
-const ModelOps& model_ops();  // of the current instruction set
-
-extern const ModelOps kModelOpsPortable;
-#if LORAPLEX_X86
-extern const ModelOps kModelOpsAvx2;
-extern const ModelOps kModelOpsAvx512;
-extern const ModelOps kModelOpsAvx512Bf16;
-#endif
 
 }  // namespace loraplex

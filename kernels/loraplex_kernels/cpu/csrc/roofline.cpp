@@ -1,15 +1,9 @@
-// The memory roofline that benchmarks measure against: every thread reads its share, in order.
+// The memory roofline that benchmarks measure against: every thread reads its part, in order.
 
 #include <cstdint>
 
-#include "isa.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#else
-static int omp_get_thread_num() { return 0; }
-static int omp_get_num_threads() { return 1; }
-#endif
+#include "cpu_features.h"
+#include "openmp.h"
 
 LORAPLEX_API uint64_t loraplex_read_bytes(const void* data, int64_t n_bytes) {
     const int64_t n_words = n_bytes / 8;

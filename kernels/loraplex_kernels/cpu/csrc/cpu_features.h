@@ -1,10 +1,13 @@
-// Instruction sets of the native kernels: one library, chosen at run time.
+// What the processor offers, and how code for an instruction set is compiled.
 //
-// Code for one set lives in its own file between LORAPLEX_TARGET_BEGIN_* and LORAPLEX_TARGET_END.
-// Everything in such a file has internal linkage (anonymous namespace) and uses no std templates:
-// an inline function that is emitted there with wide instructions must never be the copy that the
-// linker keeps for another file.
+// The library holds a set of kernels for each instruction set and picks one at run time
+// (kernel_set.h). Code for one set is compiled between LORAPLEX_TARGET_BEGIN(…) and
+// LORAPLEX_TARGET_END. Everything there has internal linkage (anonymous namespace) and uses no std
+// templates: the linker keeps one copy of an inline function, which must never be one with
+// instructions that another processor lacks.
 #pragma once
+
+#include <cstdint>
 
 #define LORAPLEX_API extern "C" __attribute__((visibility("default")))
 
@@ -25,8 +28,9 @@
     LORAPLEX_PRAGMA(GCC push_options) LORAPLEX_PRAGMA(GCC target(features))
 #define LORAPLEX_TARGET_END LORAPLEX_PRAGMA(GCC pop_options)
 #endif
-// Where an array of vectors must stay in registers, which a call ends.
+// Where an array of vectors must stay in registers: a call would put it into memory.
 #define LORAPLEX_ALWAYS_INLINE inline __attribute__((always_inline))
+#define LORAPLEX_INLINE static LORAPLEX_ALWAYS_INLINE
 
 #define LORAPLEX_TARGET_AVX2 "avx2,fma,f16c,bmi2"
 #define LORAPLEX_TARGET_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2"
@@ -35,9 +39,14 @@
 
 namespace loraplex {
 
-enum Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+// One bit for each group of instructions that a set of kernels may need.
+enum CpuFeature : uint32_t {
+    kAvx2 = 1u << 0,        // and FMA
+    kAvx512 = 1u << 1,      // F, BW, VL, DQ
+    kAvx512Bf16 = 1u << 2,  // dot products of bfloat16
+    kAvx512Vbmi = 1u << 3,  // VBMI and VBMI2: look-ups and shifts of bytes
+};
 
-// The best set of this processor and system, or a lower one if the caller limited it.
-Isa current_isa();
+uint32_t cpu_features();  // of this processor and operating system
 
 }  // namespace loraplex

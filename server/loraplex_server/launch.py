@@ -23,7 +23,6 @@ from fastapi import FastAPI
 
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.experts import arrow_prototypes
-from loraplex_server.adapters.description import DescriptionGenerator
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.registration import register_adapters
@@ -83,8 +82,8 @@ def serve(
         generator = Lazy(lambda: _load_generator(encoder, model_path, public))
         generated = GeneratedAdapters(store, generator.get)
         closing.callback(generated.close)
-        wishes = DescriptionResolver(store, encoder, DescriptionGenerator(generated))
-        closing.callback(wishes.close)
+        descriptions = DescriptionResolver(store, encoder, generated)
+        closing.callback(descriptions.close)
         app = build_app(
             built.engine,
             store,
@@ -93,13 +92,13 @@ def serve(
             model_name=public,
             vocab_size=built.base_spec.vocab_size,
             device=built.engine,
-            resolver=wishes,
+            resolver=descriptions,
             generated=generated,
             collectors=[
-                RoutingCollector(store, built.engine.experts, wishes.router),
+                RoutingCollector(store, built.engine.experts, descriptions.router),
                 GenerationCollector(generated),
             ],
-            semantic=wishes.router,
+            semantic=descriptions.router,
             experts=built.engine.experts,
             tracing=tracing,
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .classifier import Calibration, Features, TextClassifier
 from .encoder import CachedEncoder, Encoder
-from .lexical_features import wording
+from .lexical_features import lexical_features
 
 __all__ = ["AdapterFilter", "AdapterProfile", "AutoRouter", "Candidate", "Decision"]
 
@@ -106,9 +106,9 @@ class AutoRouter:
         self._known = routable
         return True
 
-    def route(self, texts: Sequence[str], among: AdapterFilter | None = None) -> list[Decision]:
-        """One decision for each text, as if there were no adapters but those of ``among``."""
-        fitted = self._index_of(among)
+    def route(self, texts: Sequence[str], allowed: AdapterFilter | None = None) -> list[Decision]:
+        """One decision for each text, as if there were no adapters but those of ``allowed``."""
+        fitted = self._index_of(allowed)
         if fitted is None:
             return [Decision(None, 0.0, 0.0, ()) for _ in texts]
         queries = self._features([text[:_MAX_QUERY_CHARS] for text in texts])
@@ -126,14 +126,14 @@ class AutoRouter:
     def n_encoded(self) -> int:
         return self._encoder.n_encoded
 
-    def _index_of(self, among: AdapterFilter | None) -> _Fitted | None:
+    def _index_of(self, allowed: AdapterFilter | None) -> _Fitted | None:
         """An index of its own for each part: the other adapters must not show in the scores."""
-        if among not in self._fitted:
+        if allowed not in self._fitted:
             if len(self._fitted) > _MAX_INDEXES:
                 del self._fitted[next(key for key in self._fitted if key is not None)]
-            part = tuple(p for p in self._known if among is None or among.allows(p.name))
-            self._fitted[among] = self._fitted[None] if part == self._known else self._fit(part)
-        return self._fitted[among]
+            part = tuple(p for p in self._known if allowed is None or allowed.allows(p.name))
+            self._fitted[allowed] = self._fitted[None] if part == self._known else self._fit(part)
+        return self._fitted[allowed]
 
     def _fit(self, profiles: tuple[AdapterProfile, ...]) -> _Fitted | None:
         if not profiles:
@@ -152,7 +152,7 @@ class AutoRouter:
         )
 
     def _features(self, texts: Sequence[str]) -> Features:
-        return Features(self._encoder.encode(texts), wording(texts))
+        return Features(self._encoder.encode(texts), lexical_features(texts))
 
 
 def _decide(fitted: _Fitted, scores: Tensor, similarity: Tensor) -> Decision:

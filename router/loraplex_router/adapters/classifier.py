@@ -1,6 +1,6 @@
 """Tells which adapter a text is for, or none: kernel ridge regression on few labelled texts.
 
-    k(x, y) = exp(γ (cos(x, y) − 1)) + β · wording(x)·wording(y)
+    k(x, y) = exp(γ (cos(x, y) − 1)) + β · words(x)·words(y)
     f = k(·, T) (K + λ D)⁻¹ Y        one output per adapter, and one for "none of them"
 
 D weights the texts so that an adapter with two examples counts as much as one with twenty. Ridge
@@ -31,7 +31,7 @@ _FALSE_PICKS = 0.02  # share of unrelated texts that may be given an adapter
 @dataclass(frozen=True, slots=True)
 class Features:
     meaning: Tensor  # float32 [n, dim], unit length
-    words: Tensor  # float32 [n, WORDING_DIM], unit length
+    words: Tensor  # float32 [n, N_LEXICAL_FEATURES], unit length
 
     def __len__(self) -> int:
         return int(self.meaning.shape[0])

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-__all__ = ["WORDING_DIM", "wording"]
+__all__ = ["N_LEXICAL_FEATURES", "lexical_features"]
 
-WORDING_DIM = 2048
+N_LEXICAL_FEATURES = 2048
 
 _TOKEN = re.compile(r"\d|[^\W\d_]+|[^\w\s]", re.UNICODE)
 
 
-def wording(texts: Sequence[str]) -> Tensor:
-    """float32 [n_texts, WORDING_DIM], unit length: words and pairs of words, hashed.
+def lexical_features(texts: Sequence[str]) -> Tensor:
+    """float32 [n_texts, N_LEXICAL_FEATURES], unit length: words and pairs of words, hashed.
 
     Digits count one by one, so that any number looks like another of its length.
     """
-    counts = torch.zeros(len(texts), WORDING_DIM)
+    counts = torch.zeros(len(texts), N_LEXICAL_FEATURES)
     for row, text in enumerate(texts):
         tokens = ["0" if t.isdigit() else t for t in _TOKEN.findall(text.lower())]
         pairs = [f"{a} {b}" for a, b in itertools.pairwise(tokens)]
         for token in (*tokens, *pairs):
-            counts[row, zlib.crc32(token.encode()) % WORDING_DIM] += 1
+            counts[row, zlib.crc32(token.encode()) % N_LEXICAL_FEATURES] += 1
     return normalize(torch.log1p(counts), dim=1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 from loraplex_adapter_store.selector import Auto, Description, NameRef
 from loraplex_adapter_store.store import AdapterStore
@@ -12,46 +11,48 @@ from loraplex_router.adapters import AdapterProfile, Encoder
 from loraplex_server.api.errors import invalid
 from loraplex_server.api_keys import AdapterAccess
 
-from .generated_adapters import PREFIX
+from .generated_adapters import PREFIX, AdapterGenerationRequest, GeneratedAdapters
 from .resolver import Resolution
 from .semantic_router import SemanticRouter
 
-__all__ = ["AdapterGenerator", "DescriptionResolver"]
+__all__ = ["DescriptionResolver"]
 
-
-class AdapterGenerator(Protocol):
-    """Makes an adapter from a sentence and registers it. Called on a worker thread."""
-
-    def generate(self, description: Description) -> Resolution:
-        """Raises StoreError or ApiError."""
+# of a generated adapter's provenance, told with each answer that uses it
+_SHOWN = ("method", "ood_score", "ood_limit", "parts", "delta_norm", "generator")
 
 
 class DescriptionResolver:
-    """``auto`` is answered by ``router``, on its thread; descriptions on another one."""
+    """A ``SelectorResolver``: ``auto`` is answered by ``router``, on its thread; descriptions by
+    ``generated``, on another one.
+    """
 
     def __init__(
-        self, store: AdapterStore, encoder: Encoder, generator: AdapterGenerator | None = None
+        self, store: AdapterStore, encoder: Encoder, generated: GeneratedAdapters | None = None
     ) -> None:
         self._store = store
-        self._generator = generator
+        self._generated = generated
         self.router = SemanticRouter(encoder, self._profiles)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-descriptions")
 
     async def resolve(
-        self, wish: Auto | Description, text: str, access: AdapterAccess
+        self, selector: Auto | Description, text: str, access: AdapterAccess
     ) -> Resolution:
-        if isinstance(wish, Auto):
+        if isinstance(selector, Auto):
             decision = await self.router.choose(text, access)
             chosen = None if decision.adapter is None else NameRef(decision.adapter)
             return Resolution(chosen, {"method": "auto", **decision.to_json()})
-        if self._generator is None:
+        if self._generated is None:
             raise invalid(
                 "adapter generation is not enabled on this server; name an adapter instead",
                 "adapter",
                 "feature_not_enabled",
             )
+        request = AdapterGenerationRequest(selector.text, method=selector.method)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._generator.generate, wish)
+        card = await loop.run_in_executor(self._thread, self._generated.ensure, request)
+        shown = {key: card.provenance[key] for key in _SHOWN if key in card.provenance}
+        ref = NameRef(card.name, card.digest[:12])
+        return Resolution(ref, {"description": selector.text, **shown})
 
     def close(self) -> None:
         self.router.close()

@@ -34,10 +34,10 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class AdapterGenerationRequest:
-    """What is asked for. Equal orders give the same adapter, and are made once."""
+    """What is asked for. Equal requests give the same adapter, and are made once."""
 
     description: str
-    examples: tuple[str, ...] = ()  # further wordings of the same wish
+    examples: tuple[str, ...] = ()  # further wordings of the same description
     prompts: tuple[str, ...] = ()  # unlabelled inputs of the task
     method: str = "auto"
     seed: int = 0
@@ -59,7 +59,7 @@ class AdapterGenerationRequest:
 
 @dataclass(slots=True)
 class GenerationStats:
-    """What has become of the orders; ``seconds`` of those that were made."""
+    """What has become of the requests; ``seconds`` of those that were made."""
 
     n_made: int = 0
     n_reused: int = 0
@@ -97,12 +97,12 @@ class GeneratedAdapters:
 
     def ensure(
         self,
-        order: AdapterGenerationRequest,
+        request: AdapterGenerationRequest,
         *,
         name: str | None = None,
         ttl_s: float | None = None,
     ) -> AdapterCard:
-        """The adapter of an order, made now or still there; its life starts anew.
+        """The adapter of a request, made now or still there; its life starts anew.
 
         A `name` of the caller's lives until it is deleted, unless `ttl_s` is given; it must be
         free. Raises OutOfDistribution, NotTrained, GeneratorMismatch, UnfitPrompts,
@@ -111,11 +111,11 @@ class GeneratedAdapters:
         lasts = ttl_s is None and name is not None
         with self._lock:
             expires = None if lasts else self._clock() + (ttl_s or self._ttl_s)
-            card = None if name else self._refreshed(f"{PREFIX}{order.key}", expires)
+            card = None if name else self._refreshed(f"{PREFIX}{request.key}", expires)
             if card is None:
                 if name is None:
                     self._make_room()
-                card = self._make(name or f"{PREFIX}{order.key}", order, expires)
+                card = self._make(name or f"{PREFIX}{request.key}", request, expires)
             else:
                 self.stats.n_reused += 1
         with self._changed:
@@ -143,11 +143,11 @@ class GeneratedAdapters:
                 self._changed.wait(None if wait_s is None else min(wait_s, _LONGEST_WAIT_S))
 
     def _make(
-        self, name: str, order: AdapterGenerationRequest, expires: float | None
+        self, name: str, request: AdapterGenerationRequest, expires: float | None
     ) -> AdapterCard:
         began = time.perf_counter()
         try:
-            card = self._register(name, self._generate(order), order, expires)
+            card = self._register(name, self._generate(request), request, expires)
         except Exception:
             self.stats.n_refused += 1
             raise
@@ -155,22 +155,22 @@ class GeneratedAdapters:
         self.stats.seconds += time.perf_counter() - began
         return card
 
-    def _generate(self, order: AdapterGenerationRequest) -> GeneratedAdapter:
+    def _generate(self, request: AdapterGenerationRequest) -> GeneratedAdapter:
         return self._find_generator().generate(
-            order.description,
-            examples=order.examples,
-            prompts=order.prompts,
-            method=order.method,
-            seed=order.seed,
-            samples=order.samples,
-            force=order.force,
+            request.description,
+            examples=request.examples,
+            prompts=request.prompts,
+            method=request.method,
+            seed=request.seed,
+            samples=request.samples,
+            force=request.force,
         )
 
     def _register(
         self,
         name: str,
         made: GeneratedAdapter,
-        order: AdapterGenerationRequest,
+        request: AdapterGenerationRequest,
         expires: float | None,
     ) -> AdapterCard:
         card: dict[str, JsonValue] = json.loads(json.dumps(made.card))
@@ -179,8 +179,8 @@ class GeneratedAdapters:
             json.loads(json.dumps(made.config)),
             made.tensors,
             replace=name.startswith(PREFIX),
-            description=order.description,
-            examples=order.examples,
+            description=request.description,
+            examples=request.examples,
             provenance={"source": "generated", **card},
             expires=expires,
         )

@@ -40,10 +40,10 @@ class Resolution:
 
 
 class SelectorResolver(Protocol):
-    """Turns a wish into an adapter: semantic routing (``auto``), generation (a description)."""
+    """Finds the adapter for ``auto`` (semantic routing) and for a description (generation)."""
 
     async def resolve(
-        self, wish: Auto | Description, text: str, access: AdapterAccess
+        self, selector: Auto | Description, text: str, access: AdapterAccess
     ) -> Resolution:
         """``text``: what the user said, for ``auto``. Raises StoreError or ApiError.
 
@@ -152,25 +152,25 @@ class AdapterResolver:
         return AdapterRequest(selector, param, f"{self.base_name}:{_label(selector)}")
 
     async def resolve(
-        self, asked: AdapterRequest, text: str = "", access: AdapterAccess = EVERY_ADAPTER
+        self, request: AdapterRequest, text: str = "", access: AdapterAccess = EVERY_ADAPTER
     ) -> ResolvedAdapter:
         """Takes the lease; may wait for a load. Raises ApiError. ``text`` serves ``auto``."""
-        selector, explanation = asked.selector, None
-        if asked.is_unknown:
-            raise await self._no_such_model(asked.model, access)
+        selector, explanation = request.selector, None
+        if request.is_unknown:
+            raise await self._no_such_model(request.model, access)
         if selector is None:
             return ResolvedAdapter()
-        _check_access(selector, access, asked.param)
+        _check_access(selector, access, request.param)
         try:
             if isinstance(selector, Auto | Description):
-                resolution = await self._resolve(selector, text, asked.param, access)
+                resolution = await self._resolve(selector, text, request.param, access)
                 selector, explanation = resolution.selector, resolution.explanation
                 if selector is None:
                     return ResolvedAdapter(explanation=explanation)
-                _check_access(selector, access, asked.param)
+                _check_access(selector, access, request.param)
             lease = await self._acquire(selector)
         except StoreError as error:
-            raise await self._explain(error, asked, access) from error
+            raise await self._explain(error, request, access) from error
         return ResolvedAdapter(lease, _label(selector), explanation)
 
     async def what_exists(self, access: AdapterAccess) -> str:
@@ -198,16 +198,16 @@ class AdapterResolver:
             raise
 
     async def _resolve(
-        self, wish: Auto | Description, text: str, param: str, access: AdapterAccess
+        self, selector: Auto | Description, text: str, param: str, access: AdapterAccess
     ) -> Resolution:
         if self._resolver is None:
-            feature = "semantic routing" if isinstance(wish, Auto) else "adapter generation"
+            feature = "semantic routing" if isinstance(selector, Auto) else "adapter generation"
             raise invalid(
                 f"{feature} is not enabled on this server; name an adapter instead",
                 param,
                 "feature_not_enabled",
             )
-        return await self._resolver.resolve(wish, text, access)
+        return await self._resolver.resolve(selector, text, access)
 
     def _selector_of(self, value: object, param: str) -> Selector | None:
         """None where the base is asked for by name."""
@@ -229,12 +229,12 @@ class AdapterResolver:
         )
 
     async def _explain(
-        self, error: StoreError, asked: AdapterRequest, access: AdapterAccess
+        self, error: StoreError, request: AdapterRequest, access: AdapterAccess
     ) -> ApiError:
-        told = from_store(error, param=asked.param, access=access)
+        told = from_store(error, param=request.param, access=access)
         if told.status == 404:
             told.message = f"{told.message}; {await self.what_exists(access)}"
-            if asked.param == "model":
+            if request.param == "model":
                 told.code = "model_not_found"
         return told
 

@@ -42,9 +42,9 @@ class RoutingStats:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class _Pending:
     text: str
-    among: AdapterFilter | None
+    allowed: AdapterFilter | None
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Decision]
 
@@ -60,7 +60,7 @@ class SemanticRouter:
         """Both are called on the router's thread; a question after one that failed asks again."""
         self._router = AutoRouter(encoder)
         self._list_profiles = list_profiles
-        self._inbox: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._listed_at = float("-inf")
         self._remembered: OrderedDict[_Question, Decision] = OrderedDict()
         self._closed = False
@@ -68,13 +68,13 @@ class SemanticRouter:
         self._thread = threading.Thread(target=self._run, name="loraplex-router", daemon=True)
         self._thread.start()
 
-    async def choose(self, text: str, among: AdapterFilter | None = None) -> Decision:
-        """``among``: as if there were no other adapters. Raises what encoder and listing raise."""
+    async def choose(self, text: str, allowed: AdapterFilter | None = None) -> Decision:
+        """``allowed``: as if there were no others. Raises what encoder and listing raise."""
         if self._closed:
             raise RuntimeError("the semantic router is closed")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Decision] = loop.create_future()
-        self._inbox.put(_Asked(text, among, loop, answer))
+        self._inbox.put(_Pending(text, allowed, loop, answer))
         return await answer
 
     @property
@@ -91,32 +91,32 @@ class SemanticRouter:
         import torch
 
         torch.set_num_threads(1)  # of this thread: the engine keeps the cores
-        while (asked := self._take()) is not None:
+        while (pending := self._take()) is not None:
             started = time.perf_counter()
             try:
-                decisions = self._decide([(one.text, one.among) for one in asked])
+                decisions = self._decide([(one.text, one.allowed) for one in pending])
             except Exception as error:
-                for one in asked:
+                for one in pending:
                     _tell(one, error)
                 continue
-            for one, decision in zip(asked, decisions, strict=True):
+            for one, decision in zip(pending, decisions, strict=True):
                 _tell(one, decision)
             self._count(decisions, time.perf_counter() - started)
 
-    def _take(self) -> list[_Asked] | None:
+    def _take(self) -> list[_Pending] | None:
         """Everything that waits, at least one; None when the router is closed."""
-        asked: list[_Asked] = []
-        while len(asked) < _MAX_BATCH:
+        pending: list[_Pending] = []
+        while len(pending) < _MAX_BATCH:
             try:
-                one = self._inbox.get(block=not asked)
+                one = self._inbox.get(block=not pending)
             except queue.Empty:
                 break
             if one is None:
-                for waiting in asked:
+                for waiting in pending:
                     _tell(waiting, RuntimeError("the semantic router is closed"))
                 return None
-            asked.append(one)
-        return asked
+            pending.append(one)
+        return pending
 
     def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
         now = time.monotonic()
@@ -127,10 +127,10 @@ class SemanticRouter:
         new = dict.fromkeys(q for q in questions if q not in self._remembered)
         n_known = sum(q in self._remembered for q in questions)
         decided: dict[_Question, Decision] = {}
-        for among in dict.fromkeys(among for _, among in new):
-            texts = [text for text, asked_among in new if asked_among == among]
-            for text, decision in zip(texts, self._router.route(texts, among), strict=True):
-                decided[text, among] = decision
+        for allowed in dict.fromkeys(allowed for _, allowed in new):
+            texts = [text for text, its_allowed in new if its_allowed == allowed]
+            for text, decision in zip(texts, self._router.route(texts, allowed), strict=True):
+                decided[text, allowed] = decision
         answers = [decided.get(q) or self._remembered[q] for q in questions]
         self._remembered.update(decided)
         while len(self._remembered) > _N_REMEMBERED:
@@ -154,16 +154,16 @@ class SemanticRouter:
         )
 
 
-def _tell(asked: _Asked, result: Decision | Exception) -> None:
+def _tell(pending: _Pending, result: Decision | Exception) -> None:
     def settle() -> None:
-        if asked.answer.done():  # the client left
+        if pending.answer.done():  # the client left
             return
         if isinstance(result, Exception):
-            asked.answer.set_exception(result)
+            pending.answer.set_exception(result)
         else:
-            asked.answer.set_result(result)
+            pending.answer.set_result(result)
 
     try:
-        asked.loop.call_soon_threadsafe(settle)
+        pending.loop.call_soon_threadsafe(settle)
     except RuntimeError:  # the loop is closed: nobody listens
         return

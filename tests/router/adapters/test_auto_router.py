@@ -7,7 +7,7 @@ import torch
 
 from loraplex_router.adapters import AdapterProfile, AutoRouter, CachedEncoder
 from loraplex_router.adapters.classifier import Features, TextClassifier
-from loraplex_router.adapters.lexical_features import wording
+from loraplex_router.adapters.lexical_features import lexical_features
 from tests.support.word_encoder import WordEncoder
 
 SQL = AdapterProfile(
@@ -127,7 +127,7 @@ def test_leave_one_out_predictions_are_those_of_refitting_without_the_text() -> 
     encoder = WordEncoder()
     texts = [*SQL.texts, *PIRATE.texts, "hello you", "what time is it", "thanks a lot"]
     labels = [0] * len(SQL.texts) + [1] * len(PIRATE.texts) + [2] * 3
-    features = Features(encoder.encode(texts), wording(texts))
+    features = Features(encoder.encode(texts), lexical_features(texts))
     fitted = TextClassifier(features, labels, 2)
     margins = []
     for left_out in range(len(texts)):
@@ -171,6 +171,6 @@ def test_the_cache_encodes_a_repeated_text_of_one_call_once_even_if_it_holds_les
 
 
 def test_numbers_of_one_length_are_worded_alike() -> None:
-    first, second, other = wording(["437", "911", "hello"])
+    first, second, other = lexical_features(["437", "911", "hello"])
     assert float(first @ second) == pytest.approx(1.0)
     assert float(first @ other) == pytest.approx(0.0)

@@ -33,7 +33,7 @@ LADDER = [
 ]
 
 
-def test_the_nearest_residency_wins_at_equal_load() -> None:
+def test_the_nearest_location_wins_at_equal_load() -> None:
     for first in range(len(LADDER)):
         choice = choose(LADDER[first:], DIGEST, 7)
         assert choice is not None

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.description import DescriptionGenerator
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope
@@ -49,7 +48,7 @@ def shared(
 
         def parts(store: AdapterStore) -> dict[str, object]:
             generated = GeneratedAdapters(store, lambda: ScriptedGenerator(base_spec))
-            resolver = DescriptionResolver(store, WordEncoder(), DescriptionGenerator(generated))
+            resolver = DescriptionResolver(store, WordEncoder(), generated)
             closing.callback(generated.close)
             closing.callback(resolver.close)
             return {"generated": generated, "resolver": resolver, "semantic": resolver.router}

@@ -17,14 +17,16 @@ from loraplex_adapter_store.selector import Description
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.errors import OutOfDistribution
 from loraplex_generation.service import Generator
-from loraplex_server.adapters.description import DescriptionGenerator
+from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import (
     PREFIX,
     AdapterGenerationRequest,
     GeneratedAdapters,
 )
+from loraplex_server.api_keys import EVERY_ADAPTER
 from tests.support.architectures import tiny_model
 from tests.support.scripted_generator import ScriptedGenerator
+from tests.support.word_encoder import WordEncoder
 
 
 @pytest.fixture(scope="module")
@@ -209,11 +211,13 @@ def test_a_refused_description_leaves_nothing_behind(
     assert adapters.ensure(AdapterGenerationRequest("something strange", force=True)).name
 
 
-def test_the_resolver_gets_a_name_with_its_digest(
+@pytest.mark.anyio
+async def test_a_description_resolves_to_a_name_with_its_digest(
     make: Make, store: AdapterStore, spec: BaseSpec
 ) -> None:
-    wish = DescriptionGenerator(make(ScriptedGenerator(spec)))
-    resolution = wish.generate(Description("to French"))
+    resolver = DescriptionResolver(store, WordEncoder(), make(ScriptedGenerator(spec)))
+    resolution = await resolver.resolve(Description("to French"), "", EVERY_ADAPTER)
+    resolver.close()
     assert resolution.selector is not None
     with store.acquire(resolution.selector) as lease:
         assert lease.plan.modules

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerFast
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.base_agreement import PROBES
-from loraplex_server.adapters.description import DescriptionGenerator
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.engine.client import GenerationRequest
@@ -41,7 +40,7 @@ def generating(
 
         def parts(store: AdapterStore) -> dict[str, object]:
             generated = GeneratedAdapters(store, lambda: generator)
-            resolver = DescriptionResolver(store, WordEncoder(), DescriptionGenerator(generated))
+            resolver = DescriptionResolver(store, WordEncoder(), generated)
             closing.callback(generated.close)
             closing.callback(resolver.close)
             return {"generated": generated, "resolver": resolver}
@@ -158,3 +157,23 @@ async def test_a_server_that_cannot_generate_says_so(front: Front) -> None:
     answer = await front.post("/v1/adapters/generate", {"description": "to French"})
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "feature_not_enabled"
+
+
+async def test_generating_and_deleting_one_name_at_the_same_time_breaks_nothing(
+    generating: Front,
+) -> None:
+    """Sixteen of each, again and again: 201 or a plain 404, and in the end nothing is left."""
+    body = {"description": "to French", "probe": False}
+    made = await generating.post("/v1/adapters/generate", body)
+    path = f"/v1/adapters/{made.json()['name']}"
+    for _ in range(8):
+        calls = [
+            *[generating.post("/v1/adapters/generate", body) for _ in range(16)],
+            *[generating.client.delete(path) for _ in range(16)],
+        ]
+        statuses = {answer.status_code for answer in await asyncio.gather(*calls)}
+        assert statuses <= {200, 201, 404}
+    await generating.client.delete(path)
+    assert (await generating.client.get("/v1/adapters")).json()["data"] == []
+    again = await generating.post("/v1/adapters/generate", body)
+    assert (await generating.chat(adapter=again.json()["name"])).status_code == 200

@@ -193,3 +193,22 @@ def test_the_report_says_what_a_row_costs(model: PreTrainedModel, tmp_path: Path
     notes = read_path(path, model).report.notes
     # A rotation of 32 inputs in blocks of 4 and the product once more, of a q_proj: 2·(128 + 1024)
     assert any("to its own rows in torch: about 0.00" in note for note in notes), notes
+
+
+def test_operators_are_as_close_in_bfloat16_as_low_rank_factors_are(
+    model: PreTrainedModel, served: Mapping[str, Served]
+) -> None:
+    names = [*served, "plain"]
+    prompts = _prompts(len(names))
+    plans = [served[name].plan for name in names]
+    with running_engine(untouched(model).to(torch.bfloat16), adapter_memory_bytes=32 << 20) as half:
+        answers = generate_all(half, prompts, GREEDY, plans)
+    errors = {}
+    for name, prompt, answer in zip(names, prompts, answers, strict=True):
+        assert answer.last.error is None, name
+        tokens = torch.tensor([prompt + answer.token_ids])
+        with torch.inference_mode(), _quiet_peft():
+            want = torch.log_softmax(served[name].tuned(input_ids=tokens).logits[0], dim=-1)
+        expected = want[:-1].gather(1, tokens[0, 1:].unsqueeze(1)).squeeze(1)
+        errors[name] = float((_logprobs(answer) - expected).abs().max())
+    assert max(errors.values()) <= 0.15, errors

@@ -16,6 +16,7 @@ __all__ = [
     "layer_index",
     "pattern_value",
     "targets_among",
+    "ties_head",
 ]
 
 
@@ -26,7 +27,15 @@ def expand_targets(config: AdapterConfig, base: BaseSpec) -> frozenset[str]:
 
 def targets_among(config: AdapterConfig, base: BaseSpec, names: Iterable[str]) -> frozenset[str]:
     """Those of the base's modules ``names`` that ``config`` targets."""
-    return frozenset(name for name in names if _is_target(config, base, name))
+    found = frozenset(name for name in names if _is_target(config, base, name))
+    if ties_head(config, base) and base.input_embedding in found:
+        return found | {base.output_head}
+    return found
+
+
+def ties_head(config: AdapterConfig, base: BaseSpec) -> bool:
+    """``ensure_weight_tying``: what is done to the embedding is done to a tied head, too."""
+    return config.flag("ensure_weight_tying") and base.tie_word_embeddings
 
 
 def pattern_value(config: AdapterConfig, key: str, module: str, default: float) -> float:

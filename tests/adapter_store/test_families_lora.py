@@ -124,3 +124,20 @@ def test_conv1d_modules_of_gpt2_serve_as_trained(tmp_path: Path, dora: bool) -> 
         r=4, target_modules=["c_attn", "c_proj"], use_dora=dora, fan_in_fan_out=True
     )
     check_round_trip(tiny_gpt2(), config, tmp_path)
+
+
+TIED: dict[str, dict[str, Any]] = {
+    "adapted embedding": {"target_modules": ["embed_tokens", "q_proj"]},
+    "adapted head, too": {"target_modules": ["embed_tokens", "lm_head"]},
+    "saved embedding": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "trained tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
+}
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied base", "untied base"])
+@pytest.mark.parametrize("options", TIED.values(), ids=TIED.keys())
+def test_ensured_weight_tying_changes_the_head_with_the_embedding(
+    options: dict[str, Any], tied: bool, tmp_path: Path
+) -> None:
+    config = peft.LoraConfig(r=3, ensure_weight_tying=True, **options)
+    check_round_trip(tiny_llama(tied=tied), config, tmp_path)

@@ -199,7 +199,6 @@ LORA_ROWS: tuple[PeftRow, ...] = (
             ensure_weight_tying=True,
         ),
         moved(0.02),
-        wrong="the tied copy of the head is taken for another base's",
     ),
     PeftRow(
         "saved-norm",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
 from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, NormPlan
+from loraplex_adapter_store.targets import ties_head
 from loraplex_adapter_store.tensor_names import module_names, resolve_module, split_key
 
 from .contract import Fold, ReadContext
@@ -198,6 +199,13 @@ def _with_norm_part(
 
 
 def _is_saved(context: ReadContext, module: str) -> bool:
+    base = context.base
+    if module == base.output_head and ties_head(context.config, base):
+        return _is_saved(context, base.input_embedding) or _ends_with_saved(context, module)
+    return _ends_with_saved(context, module)
+
+
+def _ends_with_saved(context: ReadContext, module: str) -> bool:
     return any(module.endswith(name) for name in _saved_names(context))
 
 
@@ -274,7 +282,7 @@ def _tie(
     context: ReadContext, rows: dict[str, dict[int, Tensor]], replaced_weights: dict[str, Tensor]
 ) -> None:
     """With tied embeddings PEFT applies trained rows to the head too."""
-    base, ensured = context.base, context.config.flag("ensure_weight_tying")
+    base, ensured = context.base, ties_head(context.config, context.base)
     if not base.tie_word_embeddings:
         return
     if base.input_embedding in rows:

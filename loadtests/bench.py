@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from .admin import delete_adapter, upload_adapter
-from .baselines.correctness import check_outputs
 from .baselines.peft_batch import PeftBatch
 from .baselines.selection import installed_baselines, n_adapters_of, phase_for_baseline
 from .client import admin_client
@@ -56,7 +55,10 @@ class Bench:
         self._notes: list[str] = []
         self._samples: list[MetricsSample] = []
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=console
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TimeRemainingColumn(),
+            console=console,
         )
 
     def run(self) -> BenchResult:
@@ -167,6 +169,8 @@ class Bench:
         return result.phases
 
     def _check_outputs(self, baselines: Sequence[System]) -> dict[str, Any]:
+        from .baselines.correctness import check_outputs  # PEFT takes seconds to import
+
         with self._task("comparing outputs with PEFT"):
             tested = [system for system in baselines if not isinstance(system, PeftBatch)]
             systems = [Loraplex(self._scenario.server), *tested]  # PEFT is the judge

@@ -87,6 +87,7 @@ def _expected_answers(model: Path, folders: Sequence[Path]) -> list[Expected]:
     found = []
     for folder, prompt in zip(folders, _PROMPTS, strict=True):
         base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+        base.generation_config.eos_token_id = None  # as ignore_eos: a token like any other
         found.append(_answer(base, tokenizer, None, prompt))
         adapted = PeftModel.from_pretrained(base, folder).eval()
         found.append(_answer(adapted, tokenizer, folder.name, prompt))
@@ -97,11 +98,10 @@ def _expected_answers(model: Path, folders: Sequence[Path]) -> list[Expected]:
 def _answer(model: Any, tokenizer: Any, adapter: str | None, prompt: str) -> Expected:
     ids = tokenizer(prompt, return_tensors="pt")
     logprobs = torch.log_softmax(model(**ids).logits[0, -1].float(), -1)
-    output = model.generate(
-        **ids, max_new_tokens=_N_TOKENS, min_new_tokens=_N_TOKENS, do_sample=False
-    )
+    output = model.generate(**ids, max_new_tokens=_N_TOKENS, do_sample=False)
     new = output[0, ids["input_ids"].shape[1] :]
-    return Expected(adapter, prompt, tokenizer.decode(new), float(logprobs[new[0]]))
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    return Expected(adapter, prompt, text, float(logprobs[new[0]]))
 
 
 def _ask_all(system: System, url: str, expected: Sequence[Expected]) -> list[Mapping[str, Any]]:

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test check lint types unit bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
+.PHONY: serve test test-fast check lint types unit bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
 
 venv: $(STAMP)
 
@@ -33,6 +33,10 @@ types: venv
 unit: venv
 	$(BIN)/loraplex pull --quiet
 	$(BIN)/python -m pytest -m "not gpu"
+
+FAST := architecture deploy router adapter_store
+test-fast: lint types  # some two minutes
+	$(BIN)/python -m pytest -m "not gpu and not slow" $(addprefix tests/,$(FAST))
 
 gpu: venv  # the tests that need the CUDA device of this machine
 	$(BIN)/python -m pytest -m "gpu" tests/kernels tests/server

@@ -170,13 +170,11 @@ LORA_ROWS: tuple[PeftRow, ...] = (
         lambda: LoraConfig(r=4, target_modules=["embed_tokens"]),
         moved(0.01),
         executor=True,
-        wrong="LoRA on the embedding is not applied",
     ),
     PeftRow(
         "lora-embedding-and-linear",
         lambda: LoraConfig(r=4, target_modules=["embed_tokens", "v_proj"]),
         moved(0.01),
-        wrong="LoRA on the embedding is not applied",
     ),
     PeftRow(
         "saved-head",
@@ -205,7 +203,6 @@ LORA_ROWS: tuple[PeftRow, ...] = (
         lambda: LoraConfig(r=4, target_modules=on("q_proj"), modules_to_save=["norm"]),
         moved(0.05),
         executor=True,
-        wrong="a trained final norm is ignored",
     ),
     PeftRow(
         "saved-norms-of-layers",
@@ -214,7 +211,6 @@ LORA_ROWS: tuple[PeftRow, ...] = (
         ),
         moved(0.02),
         executor=True,
-        wrong="trained norms are ignored",
     ),
     PeftRow(
         "saved-projection",

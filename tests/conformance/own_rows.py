@@ -334,7 +334,7 @@ OWN_ROWS: tuple[OwnRow, ...] = (
     OwnRow("abmll", _by_module(_abmll, peft_type="ABMLL")),
     OwnRow("lofit", _lofit(scaled=True), executor=True),
     OwnRow("lofit-offsets", _lofit(scaled=False)),
-    OwnRow("full", _full, executor=True, wrong="trained norms are ignored"),
+    OwnRow("full", _full, executor=True),
     OwnRow("full-rows", _full_rows),
-    OwnRow("full-final-norm", _full_final_norm, wrong="a trained final norm is ignored"),
+    OwnRow("full-final-norm", _full_final_norm),
 )

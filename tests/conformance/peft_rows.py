@@ -131,7 +131,11 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
         ),
         moved(0.02),
         executor=True,
-        refused=_NOT_YET,
+    ),
+    PeftRow(
+        "ln-tuning-of-layers",
+        lambda: peft.LNTuningConfig(target_modules=["post_attention_layernorm"]),
+        moved(0.02),
     ),
     PeftRow(
         "trainable-tokens",

@@ -37,6 +37,21 @@ _GPT2: dict[str, Any] = {
 _LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _ATTENTION = ("q_proj", "v_proj", "o_proj")
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+_ROUTED = {
+    **_EXPERTS,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+_LATENT = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "num_key_value_heads": 4,
+}
 _YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
@@ -99,9 +114,8 @@ BASE_ROWS: tuple[BaseRow, ...] = (
             factor=8.0,
             short_factor=[1.0 + 0.1 * i for i in range(8)],
             long_factor=[2.0 + 0.5 * i for i in range(8)],
-            original_max_position_embeddings=24,
+            original_max_position_embeddings=96,
         ),
-        wrong="short prompts beside long ones get the long factors",
     ),
     # as Llama, with something of their own
     BaseRow("mistral-window", "mistral", {"sliding_window": 16}),
@@ -151,12 +165,11 @@ BASE_ROWS: tuple[BaseRow, ...] = (
                 rope_type="longrope",
                 short_factor=[1.0 + 0.1 * i for i in range(8)],
                 long_factor=[2.0 + 0.5 * i for i in range(8)],
-                original_max_position_embeddings=24,
+                original_max_position_embeddings=96,
             ),
-            "original_max_position_embeddings": 24,
+            "original_max_position_embeddings": 96,
         },
         targets=("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
-        wrong="short prompts beside long ones get the long factors",
     ),
     # other layers
     BaseRow("phi", "phi", targets=("q_proj", "v_proj", "dense", "fc1", "fc2")),
@@ -175,6 +188,17 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         targets=("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"),
     ),
     BaseRow("nemotron", "nemotron", targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj")),
+    BaseRow("olmo3", "olmo3", {"sliding_window": 16}),
+    BaseRow("ministral3", "ministral3"),
+    BaseRow(
+        "minicpm3",
+        "minicpm3",
+        {**_LATENT, "head_dim": 24, "dim_model_base": 16},
+        targets=("q_a_proj", "kv_b_proj", "o_proj", "gate_proj", "down_proj"),
+    ),
+    BaseRow("opt", "opt", {"ffn_dim": 96, "word_embed_proj_dim": 64}, targets=("q_proj", "fc1")),
+    BaseRow("gptj", "gptj", {**_GPT2, "rotary_dim": 8}, targets=("q_proj", "v_proj", "fc_in")),
+    BaseRow("gpt-bigcode", "gpt_bigcode", _GPT2, targets=("c_attn", "c_fc", "c_proj")),
     # mixtures of experts: a LoRA on the attention
     BaseRow(
         "mixtral",
@@ -211,4 +235,45 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         {"num_local_experts": 4, "sliding_window": 16},
         targets=_ATTENTION,
     ),
+    BaseRow("ernie4_5-moe", "ernie4_5_moe", {**_ROUTED, "moe_num_experts": 4}, targets=_ATTENTION),
+    BaseRow("glm4-moe", "glm4_moe", _ROUTED, targets=_ATTENTION),
+    BaseRow("hunyuan-moe", "hunyuan_v1_moe", {"num_experts": 4}, targets=_ATTENTION),
+    BaseRow("phimoe", "phimoe", _EXPERTS, targets=_ATTENTION),
+    BaseRow(
+        "deepseek-v3",
+        "deepseek_v3",
+        {**_ROUTED, **_LATENT, "head_dim": 8},
+        targets=("q_a_proj", "kv_b_proj", "o_proj"),
+    ),
+    BaseRow(
+        "llama4",
+        "llama4_text",
+        {"num_local_experts": 4, "attention_chunk_size": 256},
+        targets=_ATTENTION,
+    ),
+    # refused at start
+    BaseRow("bloom", "bloom", {"n_layer": 2, "n_head": 4}, refused="takes no position_ids"),
+    BaseRow("mpt", "mpt", {"d_model": 64, "n_layers": 2, "n_heads": 4}, refused="no position_ids"),
+    BaseRow("mamba", "mamba", refused="recurrent state"),
+    BaseRow(
+        "falcon-h1",
+        "falcon_h1",
+        {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16},
+        refused="recurrent state",
+    ),
+    BaseRow(
+        "lfm2",
+        "lfm2",
+        {"layer_types": ["conv", "full_attention", "conv"]},
+        refused="of its 3 layers 1 attend",
+    ),
+    BaseRow(
+        "llama4-chunks",
+        "llama4_text",
+        {"num_local_experts": 4, "attention_chunk_size": 16},
+        refused="by chunk",
+    ),
+    BaseRow("doge", "doge", refused="mask or bias that the model computes itself"),
+    BaseRow("diffllama", "diffllama", refused="attends more than once"),
+    BaseRow("bert", "bert", refused="neither causal nor"),
 )

@@ -37,6 +37,7 @@ from loraplex_server.metrics.routing_collector import RoutingCollector
 from loraplex_server.model.loader import Lazy
 
 from .banner import banner
+from .limited_http import LimitedHttp
 from .running_servers import announced
 from .settings import ServerConfig
 
@@ -193,6 +194,9 @@ def _run(
     server = _Server(
         uvicorn.Config(
             app,
+            http=LimitedHttp,
+            ws="none",
+            limit_concurrency=config.http.max_connections,
             lifespan="off",
             access_log=False,
             log_config=None,

@@ -87,6 +87,9 @@ class HttpConfig(Options):
     max_upload_bytes: Bytes = option(
         4 << 30, "Of an adapter.", Panel.HTTP, name="max_upload_size", metavar="SIZE"
     )
+    max_connections: int = option(
+        1024, "Open connections before new requests get a 503.", Panel.HTTP, ge=1
+    )
     max_choices: int = option(128, "Prompts × n of one call.", Panel.HTTP, hidden=True, ge=1)
     ping_interval_s: Seconds = option(
         10.0, "Between comments of an idle stream.", Panel.HTTP, name="ping_interval", hidden=True

@@ -25,6 +25,7 @@ from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.middleware.auth import Auth
 from loraplex_server.api.middleware.body_limit import BodyLimit
+from loraplex_server.api.middleware.browser_guard import BrowserGuard
 from loraplex_server.api.middleware.request_context import RequestContext
 from loraplex_server.api.middleware.tracing import Tracing
 from loraplex_server.api.routes import (
@@ -109,7 +110,7 @@ def build_app(
     app.state.parts = AppState(
         engine=engine,
         store=store,
-        text=TextPipeline(tokenizer, vocab_size=vocab_size),
+        text=TextPipeline(tokenizer, vocab_size=vocab_size, max_model_len=engine.max_model_len),
         config=config,
         resolver=AdapterResolver(store, names, pools, resolver),
         unknown_fields=UnknownFields(),
@@ -145,6 +146,7 @@ def build_app(
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, config=config.http)
     app.add_middleware(Auth, config=config.http)
+    app.add_middleware(BrowserGuard, config=config.http)
     if tracing is not None:
         app.add_middleware(Tracing, provider=tracing, model=names[0])
     app.add_middleware(RequestContext, metrics=metrics)

@@ -1,1 +1,1 @@
-"""Plain ASGI middleware, outermost first: request ids and logs, keys, body limits."""
+"""Plain ASGI middleware, outermost first: request ids, browser guard, keys, body limits."""

@@ -43,20 +43,46 @@ class TextPipeline:
     object in every call, which two threads must not do at once.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, *, vocab_size: int | None = None) -> None:
-        """``vocab_size``: width of the logits; ids beyond it are refused."""
+    def __init__(
+        self,
+        tokenizer: ChatTokenizer,
+        *,
+        vocab_size: int | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        """``vocab_size``: width of the logits; ids beyond it are refused. ``max_model_len``: texts
+        that cannot fit in so many tokens, whatever they say, are refused before they are read.
+        """
         self._chat = tokenizer
         self.backend = tokenizer.backend_tokenizer
         self.vocab_size = vocab_size or len(tokenizer)
         self.token_texts = TokenTexts(self.backend)
+        self._max_chars: int | None = None
+        if max_model_len is not None:
+            longest = max(map(len, self.backend.get_vocab()), default=1)
+            self._max_chars = max_model_len * longest
         self._pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="loraplex-text")
 
+    def check_length(self, n_chars: int, param: str) -> None:
+        """Raises ApiError (400)."""
+        if self._max_chars is not None and n_chars > self._max_chars:
+            raise invalid(
+                f"{n_chars:,} characters cannot fit in this model's context; at most "
+                f"{self._max_chars:,} are read",
+                param,
+                "context_length_exceeded",
+            )
+
     async def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        self.check_length(len(text), "prompt")
         return await self._run(lambda: self._encode(text, add_special_tokens))
 
     async def encode_many(
         self, texts: Sequence[str], *, add_special_tokens: bool
     ) -> list[tuple[int, ...]]:
+        for text in texts:
+            self.check_length(len(text), "prompt")
+
         def encode_all() -> list[tuple[int, ...]]:
             return [self._encode(text, add_special_tokens) for text in texts]
 
@@ -72,6 +98,8 @@ class TextPipeline:
         template_arguments: Mapping[str, object],
     ) -> tuple[int, ...]:
         """``template``: the adapter's own, else the base's is used. Raises ApiError (400)."""
+
+        self.check_length(sum(len(str(m.get("content", ""))) for m in messages), "messages")
 
         def render_and_encode() -> tuple[int, ...]:
             try:

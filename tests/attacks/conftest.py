@@ -1,0 +1,69 @@
+"""A real server process under attack, and what a bystander sees of it meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+
+STALL_S = 2.0  # the test machine is shared: attacks that worked stalled everybody for longer
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("attacked")
+    with server_process(save_tiny_model(folder / "model"), folder / "state") as running:
+        yield running
+
+
+class Bystander:
+    """Asks ``/health`` again and again; remembers the longest wait."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._stop = threading.Event()
+        self.first = threading.Event()  # the first answer is there
+        self.longest_s = 0.0
+        self.n_answers = 0
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while not self._stop.is_set():
+                began = time.monotonic()
+                assert client.get("/health").status_code == 200
+                self.longest_s = max(self.longest_s, time.monotonic() - began)
+                self.n_answers += 1
+                self.first.set()
+
+    def stop(self) -> None:
+        self._stop.set()
+
+
+@contextmanager
+def bystander(url: str) -> Iterator[Bystander]:
+    """Watches during the block; fails if it ever had to wait as long as ``STALL_S``."""
+    watcher = Bystander(url)
+    thread = threading.Thread(target=watcher.run)
+    thread.start()
+    assert watcher.first.wait(60)
+    try:
+        yield watcher
+    finally:
+        watcher.stop()
+        thread.join()
+    assert watcher.longest_s < STALL_S
+
+
+def memory_bytes(server: ServerProcess) -> int:
+    """Resident memory of the server process."""
+    for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no VmRSS")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import queue
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,9 +22,13 @@ from .capabilities import EngineCapabilities
 from .config import EngineConfig
 from .decode_graphs import CudaRecorder, Recorder
 from .device_pool import DevicePool
-from .engine import Engine, Message
+from .engine import Engine
+from .engine_loop import EngineLoop
+from .inbox import Inbox
 from .kv_cache import KvCache, KvGeometry
+from .messages import Wake
 from .model_runner import ModelRunner
+from .scheduler import Scheduler
 
 __all__ = ["BuiltEngine", "assemble_engine", "build_engine"]
 
@@ -101,7 +104,7 @@ def _run_in_temp_thread(work: Callable[[], _T]) -> _T:
 def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
     max_model_len = _context(model, config)
     kv_cache = _kv_cache(model, config, max_model_len)
-    inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    inbox = Inbox(max_queue=config.max_queue)
     adapters = DevicePool(
         model.groups,
         n_bytes=config.adapter_memory_bytes or _adapter_bytes(model),
@@ -109,24 +112,30 @@ def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
         capabilities=EngineCapabilities.of_model(model, max_rank=config.max_lora_rank),
         dtype=model.dtype,
         device=model.device,
-        on_loaded=lambda: inbox.put(_wake),
+        on_loaded=lambda: inbox.post(Wake()),
     )
-    engine = Engine(
-        ModelRunner(
-            model,
-            kv_cache,
-            adapters,
-            _recorder(config, model.device),
-            _side_stream(config, model.device),
-        ),
+    runner = ModelRunner(
+        model,
         kv_cache,
         adapters,
-        config,
+        _recorder(config, model.device),
+        _side_stream(config, model.device),
+    )
+    scheduler = Scheduler(
+        kv_cache,
+        adapters,
+        max_batch_size=config.max_batch_size,
+        max_step_tokens=config.max_step_tokens or _default_step_tokens(model.device),
+    )
+    loop = EngineLoop(
+        runner,
+        kv_cache,
+        adapters,
+        scheduler,
+        inbox,
         max_model_len=max_model_len,
         eos_token_ids=model.eos_token_ids,
-        inbox=inbox,
         n_threads=config.threads or _DEFAULT_THREADS,
-        max_step_tokens=config.max_step_tokens or _default_step_tokens(model.device),
     )
     _log.info(
         "engine: %s on %s in %s, %s layers, context %d, KV %d pages of %d tokens, "
@@ -140,11 +149,7 @@ def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
         kv_cache.page_size,
         adapters.pool.bytes_total >> 20,
     )
-    return engine
-
-
-def _wake() -> None:
-    """Does nothing: taking it from the inbox is what wakes the engine thread."""
+    return Engine(loop, inbox, max_model_len=max_model_len)
 
 
 def _device(name: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""The engine as the HTTP front sees it: two doors, submit and a listener."""
+"""The engine as the HTTP front sees it: requests are submitted, events come to a listener."""
 
 from __future__ import annotations
 
@@ -58,8 +58,6 @@ class EngineStats:
     n_steps: int = 0
     n_step_tokens: int = 0  # computed by all steps, of prompts and answers
     steps_by_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)  # steps of so many tokens
-    n_prompt_tokens: int = 0
-    n_generated_tokens: int = 0
     n_preemptions: int = 0
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found

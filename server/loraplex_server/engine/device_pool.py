@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterRefused
-from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_adapter_store.plan import AdapterPlan, PrefixPlan
 from loraplex_kernels.errors import PoolFull
 from loraplex_kernels.exponent_coding import prefers_coded_pages
 from loraplex_kernels.pool import LoraPool, PoolTensors
@@ -65,7 +65,7 @@ class DevicePool:
         capabilities: EngineCapabilities,
         dtype: torch.dtype,
         device: torch.device,
-        on_loaded: Callable[[], None],
+        on_loaded: Callable[[], object],
         exponent_coding: bool | None = None,
     ) -> None:
         """``on_loaded`` is called once a load is done, on any thread: it must only wake the engine.
@@ -153,6 +153,10 @@ class DevicePool:
     def resident(self, digest: str) -> ResidentAdapter:
         """Of an adapter that is held."""
         return self._residents[digest]
+
+    def prefix(self, digest: str) -> PrefixPlan | None:
+        """Of an adapter that is held, on the device."""
+        return self._residents[digest].parts.prefix
 
     def set_pinned(self, digest: str, pinned: bool) -> None:
         """A pinned adapter is not evicted once it is resident."""

@@ -116,6 +116,26 @@ class ModelRunner:
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
         return StepResult(sampled, found)
 
+    @torch.inference_mode()
+    def probe(self) -> None:
+        """Runs one row of the base, which touches nobody's KV. Raises whatever keeps it from it."""
+        model, step = self._model, self._model.step
+        zero = torch.zeros(1, dtype=torch.int64, device=model.device)
+        batch = ForwardBatch(
+            token_ids=zero,
+            positions=zero,
+            slot_mapping=zero - 1,  # nowhere
+            page_table=zero.int().unsqueeze(0),
+            query_starts=torch.tensor([0, 1], dtype=torch.int32, device=model.device),
+            kv_lens=zero.int() + 1,
+            chunk_rows=(),
+            virtual_rows=(),
+        )
+        batch.bind(step)
+        step.segments, step.fallback, step.routed = None, (), {}
+        step.routes_projections = False
+        model.head.packed(model.forward(model.embed(zero))).cpu()
+
     def _replay(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> Tensor | None:
         """Raw logits [n_chunks, vocab_size] of a recorded step; None if it has to run freely."""
         if self._graphs is None or not self._is_plain_decode(chunks, batch):

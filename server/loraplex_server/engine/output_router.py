@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from .client import Listener
 from .events import TokenEvent
+from .request import Request
 
 __all__ = ["OutputRouter"]
 
@@ -17,8 +18,9 @@ class OutputRouter:
     def __init__(self) -> None:
         self._pending: list[tuple[asyncio.AbstractEventLoop, Listener, TokenEvent]] = []
 
-    def put(self, loop: asyncio.AbstractEventLoop, listener: Listener, event: TokenEvent) -> None:
-        self._pending.append((loop, listener, event))
+    def put(self, request: Request, event: TokenEvent) -> None:
+        if request.loop is not None:
+            self._pending.append((request.loop, request.listener, event))
 
     def flush(self) -> None:
         """Hands over what was put since the last flush. A closed loop loses only its own events."""

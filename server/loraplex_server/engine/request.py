@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import dataclass, field
 from enum import Enum
 
 from .client import GenerationRequest, Listener
+from .events import TokenLogprobs
 
 __all__ = ["Request", "RequestStatus"]
 
@@ -36,6 +38,7 @@ class Request:
     listener: Listener
     token_ids: list[int]
     n_prompt: int  # virtual tokens included
+    loop: asyncio.AbstractEventLoop | None = None  # that the listener runs on; None: nobody hears
     n_virtual: int = 0
     n_computed: int = 0
     n_cached: int = 0  # prompt tokens found in the prefix cache at first admission
@@ -44,6 +47,7 @@ class Request:
     admitted_at: float | None = None
     n_preempted: int = 0
     n_bypassed: int = 0  # admissions of later requests while this one waited for its adapter
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # found so far
     seed: int = 0  # of the sampler; drawn once when the client gave none
 
     @property

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
+from loraplex_adapter_store.plan import AdapterPlan, PrefixPlan
+
+from .device_pool import Placement
+from .errors import EngineError
 from .kv_cache import KvCache
 from .page_pool import prefix_root
 from .request import Request, RequestStatus
 from .wait_queue import Admission, WaitQueue
 
-__all__ = ["ScheduledChunk", "Scheduler"]
+__all__ = ["AdapterPlaces", "Schedule", "ScheduledChunk", "Scheduler"]
 
 MAX_BYPASS = 32
 
@@ -29,6 +34,27 @@ class ScheduledChunk:
         return self.start + self.n_tokens == self.request.n_tokens
 
 
+class Schedule(NamedTuple):
+    chunks: list[ScheduledChunk]  # empty if nothing can run
+    n_first_admitted: int  # requests that left the queue for the first time
+    failed: list[tuple[Request, EngineError]]  # their adapters cannot be placed; to be finished
+
+
+class AdapterPlaces(Protocol):
+    """Places of adapters on the device, as ``DevicePool`` has them."""
+
+    def place(self, plan: AdapterPlan) -> Placement:
+        """Brings it to the device. Raises EngineError if that cannot be."""
+
+    def hold(self, digest: str) -> None:
+        """Once for each running request: it stays where it is."""
+
+    def release(self, digest: str) -> None: ...
+
+    def prefix(self, digest: str) -> PrefixPlan | None:
+        """Of a held adapter, on the device."""
+
+
 class Scheduler:
     """Owner of request status and tokens. Engine thread only.
 
@@ -41,30 +67,32 @@ class Scheduler:
     def __init__(
         self,
         kv_cache: KvCache,
+        adapters: AdapterPlaces,
         *,
         max_batch_size: int,
         max_step_tokens: int,
-        ensure_resident: Callable[[Request], Admission],
-        on_admit: Callable[[Request, bool], None],
-        on_leave: Callable[[Request], None],
     ) -> None:
-        """``ensure_resident`` asks for the adapter's place on the device (ADMITTED = resident now);
-        ``on_admit(request, first)`` and ``on_leave`` bracket each stay among the running."""
         self.running: list[Request] = []  # by admission, oldest first
         self.waiting = WaitQueue(max_bypass=MAX_BYPASS)
         self.n_preemptions = 0
         self._kv = kv_cache
+        self._adapters = adapters
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
-        self._ensure_resident = ensure_resident
-        self._on_admit = on_admit
-        self._on_leave = on_leave
+        self._n_first_admitted = 0  # since the last schedule
+        # By request id: prefetch and admission may both find out in one step.
+        self._failed: dict[str, tuple[Request, EngineError]] = {}
 
     def add(self, request: Request) -> None:
         self.waiting.push(request)
 
-    def schedule(self) -> list[ScheduledChunk]:
-        """The chunks of the next step; empty if nothing can run."""
+    def prefetch(self, n_requests: int) -> None:
+        """Starts the loads of the adapters that the next requests in the queue need."""
+        for request in self.waiting.upcoming(n_requests):
+            self._ensure_resident(request)
+
+    def schedule(self) -> Schedule:
+        """The chunks of the next step, and the waiting requests that can never run."""
         budget = self._max_step_tokens
         chunks: list[ScheduledChunk] = []
         decoding_first = sorted(self.running, key=lambda r: r.n_tokens - r.n_computed > 1)
@@ -78,7 +106,11 @@ class Scheduler:
             budget -= n_tokens
         # a request preempted after its chunk was planned takes the chunk with it
         chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
-        return chunks + self._admit(self._max_step_tokens - sum(c.n_tokens for c in chunks))
+        chunks += self._admit(self._max_step_tokens - sum(c.n_tokens for c in chunks))
+        scheduled = Schedule(chunks, self._n_first_admitted, list(self._failed.values()))
+        self._n_first_admitted = 0
+        self._failed.clear()
+        return scheduled
 
     def commit(self, chunks: Sequence[ScheduledChunk]) -> None:
         """The step ran: its tokens have KV now."""
@@ -117,7 +149,8 @@ class Scheduler:
     def _leave(self, request: Request) -> None:
         self.running.remove(request)
         self._kv.release(request.id)
-        self._on_leave(request)
+        if request.adapter_digest:
+            self._adapters.release(request.adapter_digest)
 
     def _admit(self, budget: int) -> list[ScheduledChunk]:
         chunks: list[ScheduledChunk] = []
@@ -154,11 +187,42 @@ class Scheduler:
         )
         if n_cached is None:
             return Admission.NO_ROOM
-        first = request.admitted_at is None
+        self._start(request, n_cached)
+        return Admission.ADMITTED
+
+    def _start(self, request: Request, n_cached: int) -> None:
+        """From the queue to the running ones, with pages and, for its adapter, a hold."""
+        if request.admitted_at is None:
+            self._n_first_admitted += 1
+            request.n_cached = min(n_cached, request.n_prompt)
         request.advance(RequestStatus.RUNNING)
         request.n_computed = n_cached
-        if first:
-            request.n_cached = min(n_cached, request.n_prompt)
         self.running.append(request)
-        self._on_admit(request, first)
-        return Admission.ADMITTED
+        digest = request.adapter_digest
+        if not digest:
+            return
+        self._adapters.hold(digest)
+        prefix = self._adapters.prefix(digest)
+        if prefix is not None and prefix.keys and n_cached < request.n_virtual:
+            self._kv.write_prefix(request.id, prefix.keys, prefix.values)
+            request.n_computed = request.n_virtual
+
+    def _ensure_resident(self, request: Request) -> Admission:
+        """Whether its adapter is on the device; else it is on its way if that can be."""
+        adapter = request.source.adapter
+        if adapter is None:
+            return Admission.ADMITTED
+        if request.id in self._failed:
+            return Admission.FAILED
+        try:
+            return _ADMISSIONS[self._adapters.place(adapter.plan)]
+        except EngineError as error:
+            self._failed[request.id] = (request, error)
+            return Admission.FAILED
+
+
+_ADMISSIONS = {
+    Placement.RESIDENT: Admission.ADMITTED,
+    Placement.LOADING: Admission.LOADING,
+    Placement.FULL: Admission.NO_ADAPTER_PLACE,
+}

@@ -88,13 +88,15 @@ def test_spare_rows_write_nothing(model: PreTrainedModel, monkeypatch: pytest.Mo
     """Three rows run in a step of four: the fourth may touch no page, not even the first."""
     recorder = Rerun()
     with engine_with(recorder, model, monkeypatch) as engine:
-        for keys, values in zip(engine._kv.keys, engine._kv.values, strict=True):
+        for keys, values in zip(
+            engine.loop.kv_cache.keys, engine.loop.kv_cache.values, strict=True
+        ):
             assert not keys.any()  # nor did the recording at start
             assert not values.any()
         generate_all(engine, PROMPTS[:3], SamplingParams(max_tokens=4, temperature=0.0))
         assert recorder.n_replayed > 0
         n_tokens = sum(len(prompt) + 3 for prompt in PROMPTS[:3])  # the last one is not computed
-        for keys in engine._kv.keys:
+        for keys in engine.loop.kv_cache.keys:
             pages, heads, size, width = keys.shape
             unit = 16 // 4 // keys.element_size()  # [head_dim / unit, page, unit] in memory
             places = keys.view(pages, heads, width // unit, size, unit)
@@ -193,7 +195,7 @@ def test_on_a_gpu_a_replay_gives_the_bits_of_a_free_step(model: PreTrainedModel)
         with running_engine(
             on_gpu, max_batch_size=11, cuda_graphs=cuda_graphs, lora_side_stream=side
         ) as engine:
-            assert (engine._runner._graphs is not None) is cuda_graphs
+            assert (engine.loop.runner._graphs is not None) is cuda_graphs
             answers.append(_tokens(generate_all(engine, PROMPTS, plans=_plans(model))))
     assert all(answer == answers[0] for answer in answers)
     assert CudaRecorder()(lambda: None) is not None

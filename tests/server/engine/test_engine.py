@@ -22,6 +22,8 @@ from loraplex_server.engine.errors import (
     QueueFull,
 )
 from loraplex_server.engine.events import FinishReason, TokenEvent
+from loraplex_server.engine.inbox import Inbox
+from loraplex_server.engine.messages import Reply, Unload, Wake
 from loraplex_server.engine.sampling_params import SamplingParams
 from tests.support.architectures import VOCAB_SIZE, tiny_model
 from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
@@ -69,6 +71,7 @@ def test_only_the_engine_thread_has_compute_threads(model: PreTrainedModel) -> N
     rotary.register_forward_hook(lambda *_: seen.append(torch.get_num_threads()))
     with running_engine(watched, fuse=False, threads=2) as engine:
         assert torch.get_num_threads() == 1
+        seen.clear()  # of the base's check at start
         generate_all(engine, _prompts(5))
     assert set(seen) == {2}
 
@@ -282,18 +285,23 @@ def test_a_drain_that_takes_too_long_cuts_off_with_a_final_event(model: PreTrain
     assert isinstance(answer.last.error, EngineDraining)
 
 
+def _fail_on(engine: Engine, *request_ids: str) -> None:
+    """The model fails whenever one of these is in a step."""
+    runner = engine.loop.runner
+    whole_run = runner.run
+
+    def run(chunks: Any) -> Any:
+        if any(chunk.request.id in request_ids for chunk in chunks):
+            raise RuntimeError("poisoned")
+        return whole_run(chunks)
+
+    runner.run = run  # type: ignore[method-assign]
+
+
 def test_a_step_that_fails_takes_only_the_guilty_request(model: PreTrainedModel) -> None:
+    prompts = _prompts(10, 11, 12)
     with running_engine(model) as engine:
-        runner = engine._runner
-        whole_run = runner.run
-
-        def run(chunks: Any) -> Any:
-            if any(chunk.request.id == "r1" for chunk in chunks):
-                raise RuntimeError("poisoned")
-            return whole_run(chunks)
-
-        runner.run = run  # type: ignore[method-assign]
-        prompts = _prompts(10, 11, 12)
+        _fail_on(engine, "r1")
         answers = generate_all(engine, prompts)
     assert answers[1].finish is FinishReason.ERROR
     assert "poisoned" in str(answers[1].last.error)
@@ -301,24 +309,99 @@ def test_a_step_that_fails_takes_only_the_guilty_request(model: PreTrainedModel)
     assert answers[2].token_ids == _expected(model, prompts[2])
 
 
+def test_any_number_of_requests_that_fail_stops_nobody_else(model: PreTrainedModel) -> None:
+    (prompt,) = _prompts(10)
+
+    async def run(engine: Engine) -> tuple[list[Answer], Answer]:
+        failed = [await generate(engine, prompt, request_id=f"bad{i}") for i in range(5)]
+        return failed, await generate(engine, prompt)
+
+    with running_engine(model) as engine:
+        _fail_on(engine, *(f"bad{i}" for i in range(5)))
+        failed, good = asyncio.run(run(engine))
+        assert engine.alive
+    assert all("poisoned" in str(answer.last.error) for answer in failed)
+    assert not any(isinstance(answer.last.error, EngineDead) for answer in failed)
+    assert good.token_ids == _expected(model, prompt)
+
+
+def test_a_device_that_runs_nothing_any_more_stops_the_engine(model: PreTrainedModel) -> None:
+    with running_engine(model) as engine:
+        _fail_on(engine, "r")
+
+        def probe() -> None:
+            raise RuntimeError("device lost")
+
+        engine.loop.runner.probe = probe  # type: ignore[method-assign]
+        answer = asyncio.run(generate(engine, [1, 2, 3]))
+        assert "poisoned" in str(answer.last.error)
+        engine._thread.join()
+        assert not engine.alive
+        with pytest.raises(EngineDead, match="device lost"):
+            _submit(engine)
+
+
+def test_the_probe_of_the_model_writes_no_kv(model: PreTrainedModel, engine: Engine) -> None:
+    runner, kv_cache = engine.loop.runner, engine.loop.kv_cache
+    before = [layer.clone() for layer in (*kv_cache.keys, *kv_cache.values)]
+    runner.probe()
+    after = (*kv_cache.keys, *kv_cache.values)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+class _OutOfLuck(BaseException):
+    """What no request is to blame for."""
+
+
+def _kill(engine: Engine) -> None:
+    """Its next step ends the thread."""
+
+    def run(chunks: Any) -> Any:
+        raise _OutOfLuck("out of luck")
+
+    engine.loop.runner.run = run  # type: ignore[method-assign]
+
+
 def test_the_death_of_the_engine_is_heard_by_everybody(model: PreTrainedModel) -> None:
     with running_engine(model) as engine:
-
-        def die() -> None:
-            raise SystemError("out of luck")
-
-        async def run() -> Answer:
-            answer = asyncio.create_task(generate(engine, [1], replace(GREEDY, max_tokens=250)))
-            await asyncio.sleep(0)
-            engine._inbox.put(die)
-            return await answer
-
-        answer = asyncio.run(run())
+        _kill(engine)
+        answers = generate_all(engine, _prompts(3, 4, 5))
         engine._thread.join()
-        assert isinstance(answer.last.error, EngineDead)
+        assert all(isinstance(answer.last.error, EngineDead) for answer in answers)
         assert not engine.alive
         with pytest.raises(EngineDead, match="out of luck"):
             _submit(engine)
+
+
+def test_a_dead_engine_answers_every_question_at_once(model: PreTrainedModel) -> None:
+    async def ask(engine: Engine) -> tuple[int, bool]:
+        engine.set_pinned("a" * 64, True)
+        engine.cancel("nobody")
+        return await engine.unload("a" * 64), await engine.drain(30.0)
+
+    with running_engine(model) as engine:
+        _kill(engine)
+        generate_all(engine, [[1]])
+        engine._thread.join()
+        assert asyncio.run(ask(engine)) == (0, True)
+        assert engine.stats().n_running == 0
+
+
+def test_what_is_asked_while_the_engine_dies_is_answered() -> None:
+    """A message is either read or handed back: none is lost between the two."""
+
+    async def ask() -> int:
+        inbox = Inbox(max_queue=4)
+        loop = asyncio.get_running_loop()
+        freed: asyncio.Future[int] = loop.create_future()
+        assert inbox.post(Unload("a" * 64, Reply(loop, freed)))
+        (left,) = inbox.close(EngineDead("gone"))
+        assert not inbox.post(Wake())
+        assert isinstance(left, Unload)
+        left.freed_bytes.send(7)
+        return await freed
+
+    assert asyncio.run(ask()) == 7
 
 
 def test_an_id_that_is_running_is_refused(engine: Engine) -> None:

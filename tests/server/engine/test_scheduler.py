@@ -2,27 +2,56 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraplex_adapter_store.plan import AdapterPlan, Family
 from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.device_pool import Placement
+from loraplex_server.engine.errors import AdapterUnservable
 from loraplex_server.engine.kv_cache import KvCache, KvGeometry
 from loraplex_server.engine.request import Request, RequestStatus
 from loraplex_server.engine.sampling_params import SamplingParams
 from loraplex_server.engine.scheduler import MAX_BYPASS, Scheduler
-from loraplex_server.engine.wait_queue import Admission
 
 
 class _Lease:
-    plan = None
-
     def __init__(self, digest: str) -> None:
         self.digest = digest
+        self.plan = AdapterPlan(digest, Family.LORA, {})
+
+
+class _Places:
+    """Every adapter has a place, but for those that are named here."""
+
+    def __init__(self) -> None:
+        self.full: set[str] = set()
+        self.loading: set[str] = set()
+        self.broken: set[str] = set()
+        self.held: Counter[str] = Counter()
+
+    def place(self, plan: AdapterPlan) -> Placement:
+        if plan.digest in self.broken:
+            raise AdapterUnservable(f"{plan.digest} is broken")
+        if plan.digest in self.loading:
+            return Placement.LOADING
+        return Placement.FULL if plan.digest in self.full else Placement.RESIDENT
+
+    def hold(self, digest: str) -> None:
+        self.held[digest] += 1
+
+    def release(self, digest: str) -> None:
+        self.held[digest] -= 1
+
+    def prefix(self, digest: str) -> None:
+        return None
 
 
 class _Harness:
-    """A scheduler whose "model" appends token 1; adapters in ``absent`` have no place."""
+    """A scheduler whose "model" appends token 1."""
 
     def __init__(self, *, n_pages: int = 64, max_batch: int = 4, max_step: int = 16) -> None:
         self.kv = KvCache(
@@ -35,18 +64,16 @@ class _Harness:
             device=torch.device("cpu"),
             prefix_cache=True,
         )
-        self.absent: set[str] = set()
-        self.loading: set[str] = set()
+        self.places = _Places()
         self.admitted: list[str] = []
-        self.held: dict[str, int] = {}
+        self.failed: list[str] = []
+        self.n_first_admitted = 0
         self.max_step = max_step
         self.scheduler = Scheduler(
             self.kv,
+            self.places,
             max_batch_size=max_batch,
             max_step_tokens=max_step,
-            ensure_resident=self._ensure_resident,
-            on_admit=self._on_admit,
-            on_leave=self._on_leave,
         )
 
     def add(self, name: str, n_prompt: int = 4, max_tokens: int = 4, adapter: str = "") -> Request:
@@ -63,7 +90,13 @@ class _Harness:
 
     def step(self) -> list[str]:
         """One step; returns the ids of the requests that ran."""
-        chunks = self.scheduler.schedule()
+        chunks, n_first_admitted, failed = self.scheduler.schedule()
+        running = [request.id for request in self.scheduler.running]
+        self.admitted += [id for id in running if id not in self.admitted]
+        self.n_first_admitted += n_first_admitted
+        for request, _ in failed:
+            self.scheduler.finish(request)
+            self.failed.append(request.id)
         assert sum(chunk.n_tokens for chunk in chunks) <= self.max_step
         assert len({chunk.request.id for chunk in chunks}) == len(chunks)
         self.scheduler.commit(chunks)
@@ -74,21 +107,6 @@ class _Harness:
                 if request.n_output >= request.source.sampling.max_tokens:
                     self.scheduler.finish(request)
         return [chunk.request.id for chunk in chunks]
-
-    def _ensure_resident(self, request: Request) -> Admission:
-        if request.adapter_digest in self.loading:
-            return Admission.LOADING
-        if request.adapter_digest in self.absent:
-            return Admission.NO_ADAPTER_PLACE
-        return Admission.ADMITTED
-
-    def _on_admit(self, request: Request, first: bool) -> None:
-        self.held[request.id] = self.held.get(request.id, 0) + 1
-        if first:
-            self.admitted.append(request.id)
-
-    def _on_leave(self, request: Request) -> None:
-        self.held[request.id] -= 1
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
@@ -141,7 +159,7 @@ def test_requests_of_one_adapter_keep_their_order() -> None:
 
 def test_a_request_without_a_place_is_bypassed_but_not_starved() -> None:
     harness = _Harness(max_batch=2)
-    harness.absent.add("cold")
+    harness.places.full.add("cold")
     cold = harness.add("cold", max_tokens=1, adapter="cold")
     for index in range(MAX_BYPASS + 10):
         harness.add(f"warm{index}", max_tokens=1, adapter="warm")
@@ -149,14 +167,14 @@ def test_a_request_without_a_place_is_bypassed_but_not_starved() -> None:
         harness.step()
     assert cold.n_bypassed == MAX_BYPASS
     assert len(harness.admitted) == MAX_BYPASS
-    harness.absent.clear()
+    harness.places.full.clear()
     harness.step()
     assert "cold" in harness.admitted
 
 
 def test_a_loading_adapter_does_not_block_others_however_long_it_takes() -> None:
     harness = _Harness(max_batch=2)
-    harness.loading.add("cold")
+    harness.places.loading.add("cold")
     cold = harness.add("cold", adapter="cold")
     for index in range(2 * MAX_BYPASS):
         harness.add(f"warm{index}", max_tokens=1, adapter="warm")
@@ -164,6 +182,23 @@ def test_a_loading_adapter_does_not_block_others_however_long_it_takes() -> None
         harness.step()
     assert len(harness.admitted) == 2 * MAX_BYPASS
     assert cold.n_bypassed == 0
+
+
+def test_a_request_whose_adapter_cannot_be_placed_fails_alone() -> None:
+    harness = _Harness()
+    harness.places.broken.add("bad")
+    harness.add("bad", adapter="bad")
+    good = harness.add("good", adapter="good")
+    harness.scheduler.prefetch(8)
+    for _ in range(10):
+        harness.step()
+    assert harness.failed == ["bad"]
+    assert good.status is RequestStatus.FINISHED
+    harness.places.broken.clear()
+    again = harness.add("again", adapter="bad")
+    for _ in range(10):
+        harness.step()
+    assert again.status is RequestStatus.FINISHED
 
 
 def test_a_waiting_request_can_be_finished() -> None:
@@ -211,4 +246,5 @@ def test_every_request_ends_and_every_page_comes_back(
         if index not in cancelled:
             assert request.n_output == request.source.sampling.max_tokens
     assert harness.kv.n_pages_held == 0
-    assert all(count == 0 for count in harness.held.values())
+    assert all(count == 0 for count in harness.places.held.values())
+    assert harness.n_first_admitted == len(harness.admitted)

@@ -1,0 +1,280 @@
+"""The engine thread: reads messages, runs steps, sends tokens.
+
+    inbox → scheduler → model runner → output router
+
+Owner of the requests while they are here. All but the constructor and ``stats`` runs on the thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+import torch
+
+from .device_pool import DevicePool
+from .errors import ContextOverflow, EngineDead, EngineDraining, EngineError
+from .events import FinishReason, TokenEvent, TokenLogprobs
+from .expert_monitor import ExpertMonitor
+from .inbox import Inbox
+from .kv_cache import KvCache
+from .messages import Cancel, FailAll, Message, SetPinned, Stop, Submit, Unload, Wake, Warm
+from .model_runner import ModelRunner, StepResult
+from .output_router import OutputRouter
+from .request import Request
+from .sampler import Sampled
+from .scheduler import ScheduledChunk, Scheduler
+from .step_stats import StepStats
+
+__all__ = ["EngineLoop"]
+
+_log = logging.getLogger(__name__)
+
+_IDLE_HEARTBEAT_S = 1.0
+_N_PREFETCH = 8  # waiting requests whose adapters are loaded ahead
+_N_PROBES = 3  # of the model, all of which fail where the device is broken
+
+
+class EngineLoop:
+    """One thread runs ``run`` once."""
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        kv_cache: KvCache,
+        adapters: DevicePool,
+        scheduler: Scheduler,
+        inbox: Inbox,
+        *,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        n_threads: int,
+    ) -> None:
+        self.runner = runner
+        self.kv_cache = kv_cache
+        self.adapters = adapters
+        self.experts = ExpertMonitor()  # safe from any thread
+        self.stats = StepStats(scheduler, kv_cache, adapters)
+        self.heartbeat = time.monotonic()  # when the thread last showed life
+        self.started = threading.Event()
+        self._scheduler = scheduler
+        self._inbox = inbox
+        self._output_router = OutputRouter()
+        self._requests: dict[str, Request] = {}
+        self._max_model_len = max_model_len
+        self._eos_token_ids = eos_token_ids
+        self._n_threads = n_threads
+        self._is_stopping = False
+
+    def run(self) -> None:
+        """Until a ``Stop``, or until the device fails. Everybody hears the end."""
+        # Counted per thread, but a thread's first parallel operator takes over what any thread set
+        # last; asking first gets that behind us, and then nobody else can change it.
+        torch.get_num_threads()
+        torch.set_num_threads(self._n_threads)
+        try:
+            try:
+                self.runner.warm_up()
+            finally:
+                self.started.set()
+            while not self._is_stopping:
+                self._step()
+            self._close(EngineDraining("the server went down"))
+        except BaseException as error:
+            _log.exception("the engine thread died")
+            self._close(EngineDead(f"the engine stopped: {error}"))
+
+    def _step(self) -> None:
+        self._read_inbox()
+        self.adapters.publish_arrived()
+        self._scheduler.prefetch(_N_PREFETCH)
+        scheduled = self._scheduler.schedule()
+        self._inbox.admitted(scheduled.n_first_admitted)
+        for request, error in scheduled.failed:
+            self._end(request, FinishReason.ERROR, error=error)
+        if scheduled.chunks:
+            self._run_chunks(scheduled.chunks)
+        self.stats.after_step(scheduled.chunks)
+        if scheduled.chunks:
+            self.experts.look(self.adapters.residents, idle=not self._scheduler.running)
+        self._output_router.flush()
+
+    def _read_inbox(self) -> None:
+        """Takes every message; waits for one while there is nothing to run."""
+        is_idle = not self._scheduler.running
+        while not self._is_stopping:
+            self.heartbeat = time.monotonic()
+            message = self._inbox.get(_IDLE_HEARTBEAT_S if is_idle else 0)
+            if message is not None:
+                self._handle(message)
+                is_idle = False
+            elif not is_idle or len(self._scheduler.waiting):
+                return
+
+    def _handle(self, message: Message) -> None:
+        match message:
+            case Submit(request):
+                self._accept(request)
+            case Cancel(request_id):
+                if request_id in self._requests:
+                    self._end(self._requests[request_id], FinishReason.CANCELLED)
+            case SetPinned(digest, pinned):
+                self.adapters.set_pinned(digest, pinned)
+            case Warm(plan):
+                self.adapters.warm(plan)
+            case Unload(digest, freed_bytes):
+                freed_bytes.send(self.adapters.drop(digest))
+            case FailAll(error):
+                self._fail_all(error)
+            case Stop():
+                self._is_stopping = True
+            case Wake():
+                pass
+
+    def _accept(self, request: Request) -> None:
+        self._requests[request.id] = request
+        self._scheduler.add(request)
+        n_most = min(request.n_prompt + request.source.sampling.max_tokens, self._max_model_len)
+        if self.kv_cache.pages_for(n_most) > self.kv_cache.n_pages:
+            n_held = self.kv_cache.n_pages * self.kv_cache.page_size
+            error = ContextOverflow(
+                f"prompt and output need {n_most} tokens of KV memory, the server has {n_held}; "
+                "ask for less or raise --kv-memory"
+            )
+            self._end(request, FinishReason.ERROR, error=error)
+
+    def _run_chunks(self, chunks: Sequence[ScheduledChunk]) -> None:
+        try:
+            result = self.runner.run(chunks)
+        except Exception as error:
+            self._run_one_by_one(chunks, error)
+            return
+        self._commit(chunks, result)
+
+    def _run_one_by_one(self, chunks: Sequence[ScheduledChunk], cause: Exception) -> None:
+        """A step failed: finds the guilty request by running each alone; the others go on."""
+        _log.error("a step of %d requests failed: %s; trying each alone", len(chunks), cause)
+        n_failed = 0
+        for chunk in chunks:
+            try:
+                self._commit([chunk], self.runner.run([chunk]))
+            except Exception as error:
+                _log.exception("request %s failed", chunk.request.id)
+                n_failed += 1
+                failed = EngineError(f"the model failed on this request: {error}")
+                self._end(chunk.request, FinishReason.ERROR, error=failed)
+        if n_failed == len(chunks):
+            self._probe()
+
+    def _probe(self) -> None:
+        """Nothing ran: is it the requests, or the device? Raises if it is the device.
+
+        Any number of requests that fail, one after the other, stop nobody else.
+        """
+        for attempt in range(1, _N_PROBES + 1):
+            try:
+                self.runner.probe()
+                return
+            except Exception as error:
+                _log.error("the model does not run: %s (probe %d)", error, attempt)
+                cause = error
+        raise RuntimeError(f"the model does not run any more: {cause}") from cause
+
+    def _commit(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
+        self._scheduler.commit(chunks)
+        for chunk in chunks:
+            request = chunk.request
+            request.prompt_logprobs += result.prompt_logprobs.get(request.id, ())
+            sampled = result.sampled.get(request.id)
+            if sampled is not None:
+                self._append(request, sampled)
+
+    def _append(self, request: Request, sampled: Sampled) -> None:
+        params, token = request.source.sampling, sampled.token_id
+        is_end = token in self._eos_token_ids and not params.ignore_eos
+        if is_end or token in params.stop_token_ids:
+            self._end(request, FinishReason.STOP, stop_token=token)
+            return
+        request.token_ids.append(token)
+        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
+        if request.n_output >= params.max_tokens or request.n_tokens >= self._max_model_len:
+            self._end(request, FinishReason.LENGTH, token_ids=(token,), logprobs=logprobs)
+            return
+        self._emit(request, token_ids=(token,), logprobs=logprobs)
+
+    def _end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        stop_token: int | None = None,
+        error: EngineError | None = None,
+    ) -> None:
+        """The one way out: frees everything, sends the last event."""
+        self._scheduler.finish(request)
+        del self._requests[request.id]
+        self._inbox.ended(request)
+        self._emit(
+            request,
+            token_ids=token_ids,
+            logprobs=logprobs,
+            finish=reason,
+            stop_token=stop_token,
+            error=error,
+        )
+
+    def _emit(
+        self,
+        request: Request,
+        *,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        finish: FinishReason | None = None,
+        stop_token: int | None = None,
+        error: EngineError | None = None,
+    ) -> None:
+        is_first = request.n_output == len(token_ids)
+        event = TokenEvent(
+            request.id,
+            token_ids,
+            logprobs,
+            finish=finish,
+            stop_token=stop_token,
+            error=error,
+            n_cached=max(0, request.n_cached - request.n_virtual),
+            queue_s=request.queue_s,
+            prompt_logprobs=_prompt_logprobs(request) if is_first else (),
+        )
+        self._output_router.put(request, event)
+
+    def _fail_all(self, error: EngineError) -> None:
+        for request in list(self._requests.values()):
+            self._end(request, FinishReason.ERROR, error=error)
+        self._output_router.flush()
+
+    def _close(self, error: EngineError) -> None:
+        """The thread ends: whoever waits for something hears it, whoever comes later is refused.
+
+        Touches neither the scheduler nor the device, which may be what broke.
+        """
+        for message in self._inbox.close(error):
+            if isinstance(message, Submit):
+                self._requests[message.request.id] = message.request
+            elif isinstance(message, Unload):
+                message.freed_bytes.send(0)
+        for request in self._requests.values():
+            self._emit(request, finish=FinishReason.ERROR, error=error)
+        self._requests.clear()
+        self._output_router.flush()
+
+
+def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...]:
+    """Of the prompt's own tokens; empty unless asked for. Soft prompts were scored, too."""
+    if not request.source.sampling.prompt_logprobs:
+        return ()
+    n_virtual = len(request.prompt_logprobs) - (request.n_prompt - request.n_virtual - 1)
+    return (None, *request.prompt_logprobs[max(0, n_virtual) :])

@@ -1,0 +1,111 @@
+"""The way from other threads to the engine thread, and who may still take it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+
+from .errors import EngineDraining, EngineError, QueueFull
+from .messages import Message, Submit
+from .request import Request
+
+__all__ = ["Inbox"]
+
+_N_RECENT = 64  # finished requests that the pace is taken from
+_MAX_RETRY_AFTER_S = 60.0
+
+
+class Inbox:
+    """Thread-safe; no method but ``get`` waits. Closed once and for good when its reader ends.
+
+    Every message that was accepted is either read or returned by ``close``: none is lost.
+    """
+
+    def __init__(self, *, max_queue: int) -> None:
+        self._max_queue = max_queue
+        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards all that follows
+        self._request_ids: set[str] = set()
+        self._n_queued = 0
+        self._is_draining = False
+        self._closed: EngineError | None = None
+        self._finished_at: list[float] = []
+
+    @property
+    def closed(self) -> EngineError | None:
+        """Why nobody reads any more."""
+        return self._closed
+
+    @property
+    def n_requests(self) -> int:
+        """Submitted and not ended."""
+        return len(self._request_ids)
+
+    def submit(self, request: Request) -> None:
+        """Raises what ``EngineClient.submit`` says; then the request was not taken."""
+        with self._lock:
+            if self._closed is not None:
+                raise self._closed
+            if self._is_draining:
+                raise EngineDraining("the server is shutting down; send the request elsewhere")
+            if self._n_queued >= self._max_queue:
+                raise QueueFull(
+                    f"{self._n_queued} requests are waiting, the limit is {self._max_queue}; "
+                    "try again later or raise --max-queue",
+                    self._retry_after_s(),
+                )
+            if request.id in self._request_ids:
+                raise EngineError(f"request id {request.id!r} is already running")
+            self._request_ids.add(request.id)
+            self._n_queued += 1
+            self._messages.put(Submit(request))
+
+    def post(self, message: Message) -> bool:
+        """False if nobody will read it."""
+        with self._lock:
+            if self._closed is None:
+                self._messages.put(message)
+            return self._closed is None
+
+    def get(self, timeout_s: float) -> Message | None:
+        """The next message; waits for one at most ``timeout_s``. Engine thread."""
+        try:
+            return self._messages.get(block=timeout_s > 0, timeout=timeout_s or None)
+        except queue.Empty:
+            return None
+
+    def admitted(self, n_requests: int) -> None:
+        """So many wait no longer. Engine thread."""
+        with self._lock:
+            self._n_queued -= n_requests
+
+    def ended(self, request: Request) -> None:
+        """Its id is free again. Engine thread."""
+        with self._lock:
+            self._request_ids.discard(request.id)
+            self._n_queued -= request.admitted_at is None
+            self._finished_at = [*self._finished_at[1 - _N_RECENT :], time.monotonic()]
+
+    def drain(self) -> None:
+        """From now on no request is taken."""
+        with self._lock:
+            self._is_draining = True
+
+    def close(self, error: EngineError) -> list[Message]:
+        """Takes nothing any more; returns what was not read. ``submit`` raises ``error``."""
+        with self._lock:
+            self._closed = error
+            self._request_ids.clear()
+        left = []
+        while (message := self.get(0)) is not None:
+            left.append(message)
+        return left
+
+    def _retry_after_s(self) -> float:
+        """Time for the queue to shrink by a tenth at the recent pace, at least a second."""
+        recent = self._finished_at
+        if len(recent) < 2 or recent[-1] <= recent[0]:
+            return 1.0
+        pace = (len(recent) - 1) / (recent[-1] - recent[0])
+        return min(_MAX_RETRY_AFTER_S, max(1.0, 0.1 * self._max_queue / pace))

@@ -1,0 +1,53 @@
+"""Counters of the steps, and the snapshot of the engine that other threads read."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+
+from .client import STEP_TOKENS, EngineStats
+from .device_pool import DevicePool
+from .kv_cache import KvCache
+from .scheduler import ScheduledChunk, Scheduler
+
+__all__ = ["StepStats"]
+
+
+class StepStats:
+    """The engine thread counts; any thread reads ``latest``, which is replaced whole."""
+
+    def __init__(self, scheduler: Scheduler, kv_cache: KvCache, adapters: DevicePool) -> None:
+        self._scheduler = scheduler
+        self._kv = kv_cache
+        self._adapters = adapters
+        self._n_step_tokens = 0
+        self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
+        self.latest = EngineStats()
+
+    def after_step(self, chunks: Sequence[ScheduledChunk]) -> None:
+        if chunks:
+            n_tokens = sum(chunk.n_tokens for chunk in chunks)
+            self._n_step_tokens += n_tokens
+            self._steps_by_tokens[bisect_left(STEP_TOKENS, n_tokens)] += 1
+        scheduler, adapters = self._scheduler, self._adapters
+        self.latest = EngineStats(
+            n_running=len(scheduler.running),
+            n_waiting=len(scheduler.waiting),
+            kv_pages_used=self._kv.n_pages_held,
+            kv_pages_total=self._kv.n_pages,
+            n_steps=sum(self._steps_by_tokens),
+            n_step_tokens=self._n_step_tokens,
+            steps_by_tokens=tuple(self._steps_by_tokens),
+            n_preemptions=scheduler.n_preemptions,
+            prefix_queries=self._kv.n_queried,
+            prefix_hits=self._kv.n_found,
+            pool_bytes_used=adapters.pool.bytes_used,
+            pool_bytes_total=adapters.pool.bytes_total,
+            n_adapter_loads=adapters.n_loads,
+            n_adapter_evictions=adapters.n_evictions,
+            adapter_load_seconds=adapters.load_seconds,
+            running_adapters=Counter(r.adapter_digest for r in scheduler.running),
+            waiting_adapters=Counter(r.adapter_digest for r in scheduler.waiting),
+            resident_adapters=adapters.resident_digests,
+        )

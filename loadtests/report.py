@@ -7,6 +7,7 @@ from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .scenario import Slo
@@ -26,7 +27,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
         table.add_column("ITL, ms\np50/p99", justify="right", no_wrap=True)
         for row in _loads(phases):
             table.add_row(
-                row["label"],
+                escape(row["label"]),
                 *(str(row[key]) for key in ("served", "refused", "lost")),
                 f"{row['goodput_per_s']:.2f}",
                 f"{row['output_tok_s']:.0f}",
@@ -35,12 +36,12 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
             )
         console.print(table)
         for header, cells in _tiers(phases):
-            console.print(f"{header}: {', '.join(cells)}")
+            console.print(f"{header}: {', '.join(cells)}", markup=False)
     for header, cells in _outputs(report["outputs"]):
-        console.print(f"{header}: {cells}")
+        console.print(f"{header}: {cells}", markup=False)
     console.print(f"good: {Slo(**report['slo'])}. TTFT: first token. ITL: gap between tokens.")
     for note in report["notes"]:
-        console.print(f"[yellow]{note}[/]")
+        console.print(note, style="yellow", markup=False)
 
 
 def render_markdown(report: Mapping[str, Any], plot: str) -> str:

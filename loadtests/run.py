@@ -19,8 +19,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import httpx
 from rich.console import Console
 
+from loraplex_server.model.errors import ModelError
 from loraplex_server.model.pull import resolve_model
 
 from .charts import write_plot
@@ -49,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 check_outputs=given.check_outputs,
             )
             result = Bench(scenario, options, console).run()
-    except (ScenarioError, RuntimeError) as error:
-        console.print(f"[red]error:[/] {error}", highlight=False)
+    except (ScenarioError, ModelError, RuntimeError, httpx.HTTPError) as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 1
     _write(result, given.out, console)
     return 2 if any(row.get("lost") for row in result.report["systems"]["loraplex"]) else 0

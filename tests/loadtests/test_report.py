@@ -37,7 +37,7 @@ def report() -> dict[str, Any]:
         "seed": 1,
         "request": {"prompt_chars": 80, "max_tokens": 4},
         "slo": {"ttft_s": 1.5, "tpot_s": 0.12},
-        "notes": ["skipping vllm-cpu: not here"],
+        "notes": ["skipping vllm-cpu: not here [/]"],
         "systems": {"loraplex": phases},
         "outputs": {"llama-cpp": {"base_rows": rows, "adapter_rows": {**rows, "wrong_texts": 0}}},
     }
@@ -62,7 +62,7 @@ def test_the_tables_fit_80_columns_and_nothing_is_cut() -> None:
 def test_the_terminal_says_what_good_means_and_what_was_skipped() -> None:
     text = " ".join(printed(80).split())
     assert "first token within 1.5 s, mean gap within 120 ms" in text
-    assert "skipping vllm-cpu: not here" in text
+    assert "skipping vllm-cpu: not here [/]" in text
     assert "llama-cpp, wrong texts in a mixed batch: 6 of 8 without adapter, 0 of 8 with" in text
 
 
@@ -70,7 +70,7 @@ def test_the_page_shows_the_same_and_the_slo() -> None:
     text = render_markdown(report(), "s.png")
     for part in (
         "first token within 1.5 s, mean gap within 120 ms",
-        "**Note:** skipping vllm-cpu: not here",
+        "**Note:** skipping vllm-cpu: not here [/]",
         "| 8 different adapters | 2 | 123456 | 123456 | 12 (500: a \\| b) |",
         "| 7 / 5 |",
         "t, TTFT p50 by the adapter's tier: device 100 ms (n=3), disk 400 ms (n=3)",

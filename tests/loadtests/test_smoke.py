@@ -183,6 +183,13 @@ def test_gaps_between_tokens_are_told_apart_by_what_happened_meanwhile(
         assert gaps["p50"] > 0
 
 
+def test_a_base_that_is_not_on_this_machine_is_an_error_in_one_line(tmp_path: Path) -> None:
+    done = bench("mixed", "--model", "nothing", "--out", tmp_path)
+    assert done.returncode == 1
+    assert "loraplex pull nothing" in " ".join(done.stdout.split())
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 def locust(target: Target, *flags: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "locust", "-f", "loadtests/locustfile.py", "--headless"]
     return subprocess.run(

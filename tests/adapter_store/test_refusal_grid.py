@@ -25,30 +25,10 @@ from loraplex_adapter_store.errors import (
 from loraplex_adapter_store.families.table import FAMILIES
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.reader import Reading
-from tests.support.adapter_samples import SAMPLES, Sample
+from tests.support.adapter_samples import NEVER_INERT, OPTIONAL, SAMPLES, UNRANKED, Sample
 from tests.support.tiny_models import read_tensors, tiny_llama
 
 NAMES = sorted(FAMILIES)
-PROMPTS = {
-    *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
-    *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
-}
-# They have no rank that a limit could concern.
-UNRANKED = {
-    *("BEFT", "IA3", "LN_TUNING", "LOFIT", "TRAINABLE_TOKENS"),
-    *("BOFT", "C3A", "FOURIERFT", "FROD", "LOKR", "OFT", "ROAD", "SHIRA", "WAVEFT"),
-    *("PVERA", "RANDLORA", "VERA"),  # shared bases
-}
-# Tensors that may be absent.
-OPTIONAL = {
-    "ABMLL": r"log_std",
-    "DELORA": r"delora_w_norm",  # follows from the base
-    "FULL": r"",  # what the checkpoint lacks was not trained
-    "LOFIT": r"",  # a head without an offset
-    "RANDLORA": r"randlora_[AB]$",  # every module has a copy
-}
-# Untrained, they compute something else than the base: there is no inert adapter of theirs.
-NEVER_INERT = PROMPTS | {"UNILORA", "VBLORA"}
 
 
 @pytest.fixture(scope="module")
@@ -219,4 +199,4 @@ def test_tensors_are_grouped_by_module_in_one_place_only() -> None:
         if isinstance(node, ast.ImportFrom)
         and any(alias.name == "group_by_module" for alias in node.names)
     ]
-    assert users == ["module_groups.py"]
+    assert users == ["layer_norms.py", "module_groups.py"], "norms are no linears: all their own"

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.api.app import build_app
@@ -89,6 +90,7 @@ def make_front(
     allow_sources: Sequence[str] = (),
     with_store: Callable[[AdapterStore], Mapping[str, Any]] = lambda store: {},
     n_kept_revisions: int = 0,
+    limits: StoreLimits = StoreLimits(),  # noqa: B008  frozen value
     **parts: Any,
 ) -> Front:
     """``parts`` of ``build_app``; ``with_store`` makes those that need the store."""
@@ -96,7 +98,11 @@ def make_front(
     root = folder / "adapters"
     root.mkdir(exist_ok=True)
     store = AdapterStore(
-        folder / "store", spec, allowed_roots=[root], n_kept_revisions=n_kept_revisions
+        folder / "store",
+        spec,
+        limits=limits,
+        allowed_roots=[root],
+        n_kept_revisions=n_kept_revisions,
     )
     engine = FakeEngine(tokenizer.backend_tokenizer)
     if not http.served_model_names:

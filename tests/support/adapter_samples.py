@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from tests.support.round_trip import randomise
 from tests.support.tiny_models import untouched
 
-__all__ = ["SAMPLES", "Sample", "Sampler"]
+__all__ = ["NEVER_INERT", "OPTIONAL", "PROMPTS", "SAMPLES", "UNRANKED", "Sample", "Sampler"]
 
 
 class Sample(NamedTuple):
@@ -193,4 +193,35 @@ SAMPLES: Mapping[str, Sampler] = {
     ),
     "VERA": _peft(peft.VeraConfig(r=2, target_modules=_TARGETS)),
     "WAVEFT": _peft(peft.WaveFTConfig(n_frequency=20, target_modules=_TARGETS)),
+}
+
+PROMPTS = frozenset(
+    {
+        *("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING"),
+        *("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"),
+    }
+)
+
+# They have no rank that a limit could concern.
+UNRANKED = frozenset(
+    {
+        *("BEFT", "IA3", "LN_TUNING", "LOFIT", "TRAINABLE_TOKENS"),
+        *("BOFT", "C3A", "FOURIERFT", "FROD", "OFT", "ROAD", "SHIRA", "SUPERTUNING", "WAVEFT"),
+        *("PVERA", "RANDLORA", "VERA"),  # shared bases
+        "OSF",  # above the limit it is served as a dense delta
+    }
+)
+
+# Untrained, they compute something else than the base, if only by rounding (FRoD).
+NEVER_INERT = PROMPTS | {"C3A", "FOURIERFT", "FROD", "UNILORA", "VBLORA"}
+
+# Tensors that a file may lack, as patterns.
+OPTIONAL: Mapping[str, str] = {
+    "ABMLL": r"log_std",
+    "DELORA": r"delora_w_norm",  # follows from the base
+    "FROD": r"frod_s_size",
+    "FULL": r"",  # what the checkpoint lacks was not trained
+    "GLORA": r"\.zeros$",
+    "LOFIT": r"",  # a head without an offset
+    "RANDLORA": r"randlora_[AB]$",  # every module has a copy
 }

@@ -16,7 +16,7 @@ __all__ = ["EVERY_ADAPTER", "AdapterAccess", "ApiKey", "Scope", "parse_keys"]
 _MAX_NAME = 256  # of an adapter, with its organisation
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FIELDS = frozenset(
-    {"name", "sha256", "scope", "adapters", "requests_per_minute", "tokens_per_minute"}
+    {"name", "sha256", "scope", "adapters", "sources", "requests_per_minute", "tokens_per_minute"}
 )
 
 
@@ -30,15 +30,22 @@ _SCOPES = {"infer": frozenset({Scope.INFER}), "admin": frozenset(Scope)}
 
 @dataclass(frozen=True, slots=True)
 class AdapterAccess:
-    """Which adapters exist for a key. The base model always does."""
+    """Which adapters exist for a key, and where it may load from. The base model always exists."""
 
     patterns: tuple[str, ...] | None = None  # as ``team-a/*``; ``*`` spans slashes; None: all
+    sources: tuple[str, ...] | None = None  # the same, of what the operator allows; None: all
 
     def allows(self, name: str) -> bool:
         if self.patterns is None:
             return True
         # Clients choose the names that come here: a long one is nobody's, and is not remembered.
         return len(name) <= _MAX_NAME and _matches(self.patterns, name)
+
+    def allows_source(self, source: str) -> bool:
+        """``source``: an address, or a directory relative to its ``--adapters-dir``."""
+        if self.sources is None:
+            return True
+        return any(fnmatchcase(source, pattern) for pattern in self.sources)
 
 
 EVERY_ADAPTER = AdapterAccess()
@@ -104,12 +111,20 @@ def _key(number: int, table: object) -> ApiKey:
 
 
 def _access(where: str, table: Mapping[str, object]) -> AdapterAccess:
-    if "adapters" not in table:
-        return EVERY_ADAPTER
-    patterns = table["adapters"]
+    adapters = _patterns(where, table, "adapters")
+    sources = _patterns(where, table, "sources")
+    if adapters is not None and sources is None:
+        sources = ()  # a key of some adapters would else read those of others from their source
+    return AdapterAccess(adapters, sources)
+
+
+def _patterns(where: str, table: Mapping[str, object], name: str) -> tuple[str, ...] | None:
+    if name not in table:
+        return None
+    patterns = table[name]
     if not isinstance(patterns, list) or not all(p and isinstance(p, str) for p in patterns):
-        raise ValueError(f'{where}: adapters must be a list of names or patterns, as ["team-a/*"]')
-    return AdapterAccess(tuple(patterns))
+        raise ValueError(f'{where}: {name} must be a list of names or patterns, as ["team-a/*"]')
+    return tuple(patterns)
 
 
 def _limit(where: str, table: Mapping[str, object], name: str) -> int | None:

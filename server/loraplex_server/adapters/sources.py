@@ -3,43 +3,48 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from loraplex_adapter_store.errors import SourceError
 from loraplex_adapter_store.sources.prefix import canonical_uri
 from loraplex_server.api.errors import ApiError, from_store, invalid, not_found
 from loraplex_server.api.state import AppState
+from loraplex_server.api_keys import AdapterAccess
 
 __all__ = ["source_uri"]
 
 
-def source_uri(services: AppState, source: str, *, param: str) -> str:
+def source_uri(state: AppState, access: AdapterAccess, source: str, *, param: str) -> str:
     """The canonical address of ``source``, or its directory with every link followed.
 
     Raises ApiError: 403 for what lies outside, whether it exists or not, so that nobody can probe
-    the file system or the network; 400 and 404 for what is malformed or missing inside.
+    the file system or the network; 400 and 404 for what is malformed or missing inside. ``access``
+    is the key's: what others may load is outside, too.
     """
     if "\0" in source:
         raise invalid("a source must not contain NUL", param)
     scheme, separator, rest = source.partition("://")
     if separator and scheme != "file":
-        return _address(services, source, param)
-    return _directory(services, Path(rest if separator else source), source, param)
+        return _address(state, access, source, param)
+    return _directory(state, access, Path(rest if separator else source), source, param)
 
 
-def _address(services: AppState, source: str, param: str) -> str:
+def _address(state: AppState, access: AdapterAccess, source: str, param: str) -> str:
     try:
         uri = canonical_uri(source)
     except SourceError as error:
         raise from_store(error, param=param) from error
-    if not any(prefix.covers(uri) for prefix in services.config.store.allow_sources):
+    if not any(prefix.covers(uri) for prefix in state.config.store.allow_sources):
         raise _forbidden(source, "--allow-source PREFIX", param)
+    if not access.allows_source(uri):
+        raise _forbidden(source, "sources of the API key", param)
     return uri
 
 
-def _directory(services: AppState, path: Path, source: str, param: str) -> str:
+def _directory(state: AppState, access: AdapterAccess, path: Path, source: str, param: str) -> str:
     """A relative name is looked up in each of the allowed directories."""
-    roots = services.store.allowed_roots
+    roots = state.store.allowed_roots
     candidates = [path] if path.is_absolute() else [root / path for root in roots]
     inside = [
         real
@@ -49,6 +54,9 @@ def _directory(services: AppState, path: Path, source: str, param: str) -> str:
     ]
     if not inside:
         raise _forbidden(source, "--adapters-dir", param)
+    inside = [real for real in inside if _is_of_key(real, roots, access)]
+    if not inside:
+        raise _forbidden(source, "sources of the API key", param)
     for real in inside:
         if os.path.isdir(real):  # False also where it may not be looked at
             return str(real)
@@ -57,6 +65,14 @@ def _directory(services: AppState, path: Path, source: str, param: str) -> str:
         "reads",
         param,
         "source_not_found",
+    )
+
+
+def _is_of_key(real: Path, roots: Sequence[Path], access: AdapterAccess) -> bool:
+    return any(
+        access.allows_source(real.relative_to(root).as_posix())
+        for root in roots
+        if real.is_relative_to(root)
     )
 
 

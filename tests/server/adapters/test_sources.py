@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -10,6 +11,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope, parse_keys
+from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
 from tests.support.web_folder import WebFolder, web_folder
@@ -148,3 +151,48 @@ async def test_a_file_that_links_out_of_the_allowed_directory_is_not_read(
     assert answer.status_code == 403
     assert str(front.root) not in answer.text
     assert front.store.list() == ()
+
+
+async def test_a_key_loads_only_from_its_own_sources(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    """A key of team b that may write must not read the weights of team a from their source."""
+    access = AdapterAccess(("team-b/*",), ("team-b/*",))
+    keys = (replace(ApiKey.of("key-of-team-b", *Scope), access=access),)
+    front = make_front(tokenizer, base_spec, tmp_path, HttpConfig(api_keys=keys))
+    for seed, name in enumerate(("team-a/secret", "team-b/own")):
+        write_lora(front.root / name, base_spec, seed=seed)
+    headers = {"authorization": "Bearer key-of-team-b"}
+    for source in ("team-a/secret", str(front.root / "team-a" / "secret"), "team-a/missing"):
+        for answer in (
+            await front.client.put(
+                "/v1/adapters/team-b/steal", json={"source": source}, headers=headers
+            ),
+            await front.client.post(
+                "/v1/load_lora_adapter",
+                json={"lora_name": "team-b/steal", "lora_path": source},
+                headers=headers,
+            ),
+        ):
+            assert answer.status_code == 403, answer.text
+            assert answer.json()["error"]["code"] == "source_forbidden"
+    answer = await front.client.put(
+        "/v1/adapters/team-b/mine", json={"source": "team-b/own"}, headers=headers
+    )
+    assert answer.status_code == 201, answer.text
+    front.store.close()
+
+
+def test_a_key_with_a_list_of_adapters_has_no_sources_unless_it_says_so() -> None:
+    text = """
+        [[key]]
+        name = "b"
+        sha256 = "%s"
+        scope = "admin"
+        adapters = ["team-b/*"]
+    """ % ("0" * 64)
+    (key,) = parse_keys(text)
+    assert not key.access.allows_source("team-b/x")
+    (key,) = parse_keys(text + 'sources = ["team-b/*"]')
+    assert key.access.allows_source("team-b/x")
+    assert not key.access.allows_source("team-a/x")

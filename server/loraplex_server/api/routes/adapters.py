@@ -167,7 +167,7 @@ async def delete_adapter(
 
 async def _put_source(state: AppState, request: Request, name: str, shown: Report) -> Response:
     body = await read_body(request, AdapterSourceBody)
-    uri = source_uri(state, body.source, param="source")
+    uri = source_uri(state, access_of(request), body.source, param="source")
     if_match, replace = conditions(request)
 
     def load(report: Progress) -> AdapterCard:

@@ -31,7 +31,7 @@ async def load_lora_adapter(body: LoadLoraBody, request: Request, state: State) 
     if not (name and path):
         raise _user_error("Both 'lora_name' and 'lora_path' must be provided.")
     check_allowed(access_of(request), name, param="lora_name")
-    uri = source_uri(state, path, param="lora_path")
+    uri = source_uri(state, access_of(request), path, param="lora_path")
     try:
         await in_store_thread(
             state,

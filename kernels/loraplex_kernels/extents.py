@@ -1,4 +1,4 @@
-"""Free and taken stretches of a flat range: best fit, neighbours merged when freed."""
+"""Free and taken extents of a flat range: best fit, neighbours merged when freed."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ __all__ = ["ExtentAllocator"]
 
 
 class ExtentAllocator:
-    """Hands out stretches of ``[0, size)``. Not thread-safe: it has one owner."""
+    """Hands out extents of ``[0, size)``. Not thread-safe: it has one owner."""
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.n_free = size
         self._by_size: list[tuple[int, int]] = []  # (length, start), sorted
-        self._length_at: dict[int, int] = {}  # start → length of the free stretch
-        self._start_of_end: dict[int, int] = {}  # end → start of the free stretch
+        self._length_at: dict[int, int] = {}  # start → length of the free extent
+        self._start_of_end: dict[int, int] = {}  # end → start of the free extent
         if size:
             self._add(0, size)
 
     @property
     def largest(self) -> int:
-        """Length of the longest free stretch."""
+        """Length of the longest free extent."""
         return self._by_size[-1][0] if self._by_size else 0
 
     def take(self, length: int) -> int | None:
-        """Start of a stretch of ``length`` from the shortest free one that holds it, else None."""
+        """Start of an extent of ``length`` from the shortest free one that holds it, else None."""
         index = bisect_left(self._by_size, (length, -1))
         if index == len(self._by_size):
             return None
@@ -37,7 +37,7 @@ class ExtentAllocator:
         return start
 
     def free(self, start: int, length: int) -> None:
-        """Gives a taken stretch, or a part of one, back."""
+        """Gives a taken extent, or a part of one, back."""
         self.n_free += length
         before = self._start_of_end.get(start)
         if before is not None:

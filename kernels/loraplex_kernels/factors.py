@@ -1,4 +1,4 @@
-"""The factors of one slot and how they are cut into pages."""
+"""The factors of one (adapter, expert) and how they are cut into pages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AdapterFactors = Mapping[str, tuple[SliceFactors | None, ...]]
 
 
 class Piece(NamedTuple):
-    """One contiguous stretch of the storage: a page of A or Bᵀ, an output scale or a bias."""
+    """One contiguous part of the storage: a page of A or Bᵀ, an output scale or a bias."""
 
     target: str
     slice_index: int
@@ -46,7 +46,7 @@ class Piece(NamedTuple):
 
 
 def cut_into_pieces(targets: Mapping[str, LoraTarget], factors: AdapterFactors) -> list[Piece]:
-    """The pieces of a slot in the order in which the kernels read them. Raises BadFactors."""
+    """The pieces of the factors in the order in which the kernels read them. Raises BadFactors."""
     unknown = factors.keys() - targets.keys()
     if unknown:
         raise BadFactors(f"no such targets: {sorted(unknown)}; known: {sorted(targets)}")

@@ -1,4 +1,4 @@
-"""One slot in the pool's own form: made once, away from the steps, placed by copying."""
+"""Factors in the pool's own layout: made once, away from the steps, placed by copying."""
 
 from __future__ import annotations
 

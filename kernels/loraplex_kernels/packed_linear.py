@@ -172,18 +172,18 @@ class PackedLinear:
 
 
 def lay_out_together(linears: Sequence[PackedLinear]) -> None:
-    """Moves packed weights into one stretch of memory, in huge pages, in the order given.
+    """Moves packed weights into one range of memory, in huge pages, in the order given.
 
     A step streams them in that order: translating addresses page by page costs a few per cent of
     it. Call it before the linears are in use. Those not held in native form stay where they are.
     """
     packed = [linear for linear in linears if linear._code is not None]
     n_words = sum(linear._weight.numel() for linear in packed)
-    stretch = allocate_storage(n_words, torch.int32, torch.device("cpu"))
+    whole = allocate_storage(n_words, torch.int32, torch.device("cpu"))
     first = 0
     for linear in packed:
         old = linear._weight
-        linear._weight = stretch[first : first + old.numel()].view_as(old).copy_(old)
+        linear._weight = whole[first : first + old.numel()].view_as(old).copy_(old)
         linear._native = linear._describe()
         first += old.numel()
 

@@ -45,11 +45,11 @@ class _Slot:
 class LoraPool:
     """Owns the storage and the tables. One thread calls it; ``pack`` and ``fill`` may be any other.
 
-    A slot is the factors of one (adapter, expert) for all targets. Loading has phases, so that
-    nothing of it holds up a step: ``pack`` casts and lays out, on the host, once; ``reserve``
-    takes the space, ``fill`` copies, ``publish`` writes the tables. Until then kernels see rank 0
-    there. Ranks are true in memory: a slot takes its own bytes and at most an alignment of 64
-    bytes for each page. Other tensors of an adapter come to lie in the same storage
+    An adapter slot holds the factors of one (adapter, expert) for all targets. Loading has phases,
+    so that none of them holds up a step: ``pack`` casts and lays out, on the host, once;
+    ``reserve`` takes the space, ``fill`` copies, ``publish`` writes the tables. Until then kernels
+    see rank 0 there. Ranks are true in memory: factors take their own bytes and at most an
+    alignment of 64 bytes for each page. Other tensors of an adapter come to lie in the same storage
     (``reserve_tensors``), so that ``bytes_used`` is all that adapters take.
     """
 
@@ -98,7 +98,7 @@ class LoraPool:
         return self._tables.of(target_name)
 
     def pack(self, factors: AdapterFactors) -> PackedFactors:
-        """The slot in this pool's dtype and layout. Any thread. Raises BadFactors."""
+        """The factors in this pool's dtype and layout. Any thread. Raises BadFactors."""
         return pack_factors(
             self.targets,
             factors,
@@ -114,7 +114,7 @@ class LoraPool:
         return replace(packed, image=packed.image.pin_memory())
 
     def reserve(self, packed: PackedFactors) -> int:
-        """Takes space for a slot and returns its id. Copies nothing. Raises PoolFull."""
+        """Takes a slot and space for its factors; returns the slot. Raises PoolFull."""
         return self.reserve_group([packed])[0]
 
     def reserve_group(self, group: Sequence[PackedFactors]) -> tuple[int, ...]:
@@ -173,13 +173,13 @@ class LoraPool:
             place.copy_(packed.image[begin:end], non_blocking=True)
 
     def publish(self, slot: int) -> None:
-        """Lets kernels see the slot. On a device: ordered on the current stream."""
+        """Lets kernels see the slot's factors. On a device: ordered on the current stream."""
         record = self._slots[slot]
         self._tables.write(slot, record.ranks, record.keys, record.offsets)
         record.packed = None
 
     def remove(self, slot: int) -> int:
-        """Forgets a slot, published or not; returns the bytes that it freed."""
+        """Empties a slot, published or not; returns the bytes that it freed."""
         record = self._slots.pop(slot)
         if record.packed is None:
             self._tables.clear(slot, record.ranks, record.keys)
@@ -196,7 +196,7 @@ class LoraPool:
         return None
 
     def _place(self, packed: PackedFactors) -> _Slot | None:
-        """One stretch for the whole slot where there is one (best to read); else page by page."""
+        """One extent for all factors where there is one (best to read); else page by page."""
         n_units = packed.n_bytes // ALIGNMENT_BYTES
         start = self._extents.take(n_units) if n_units else 0
         if start is not None:

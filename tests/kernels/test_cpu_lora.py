@@ -274,6 +274,8 @@ def test_pairs_of_other_types_are_refused() -> None:
         call(rows, problem.base, values.double())
     with pytest.raises(ValueError, match="unit column stride"):
         call(rows, problem.base, torch.randn(8, 2).T)
+    with pytest.raises(ValueError, match=r"\[2, 8\] for the pairs"):
+        call(rows, problem.base, values[:, :7])
 
 
 def test_without_the_library_the_reference_answers_and_the_log_says_so(

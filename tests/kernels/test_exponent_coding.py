@@ -36,9 +36,7 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler 
 BF16 = torch.bfloat16
 # Widths that coded pages have and one that they have not; `up` is gated.
 UP, DOWN = LoraTarget("up", 128, (192, 192)), LoraTarget("down", 192, (128,))
-ODD = LoraTarget(
-    "odd", 832, (2112, 40)
-)  # more than one column block and `expand` call
+ODD = LoraTarget("odd", 832, (2112, 40))  # more than one column block and `expand` call
 RANKS = [(16, 16), (3, 40), (8, 0), (0, 1), (128, 17), (5, 5), (100, 12), (1, 8)]
 
 

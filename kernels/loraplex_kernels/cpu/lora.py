@@ -128,7 +128,8 @@ class NativeLora:
         of_pairs: tuple[int, ...] = ()
         if pairs is not None:
             rows, values = pairs
-            self._check_pairs(rows, values)
+            into = self._n_columns // 2  # gate and up become one activation
+            self._check_pairs(rows, values, x.shape[1] if name == "moe_down" else into)
             of_pairs = (rows.data_ptr(), rows.shape[0], values.data_ptr(), values.stride(0))
         failed = bind(name, keep_gil=n_rows <= packed.light_rows)(
             self.address,
@@ -158,12 +159,12 @@ class NativeLora:
         ):
             self._refuse(x, out)
 
-    def _check_pairs(self, rows: Tensor, values: Tensor) -> None:
+    def _check_pairs(self, rows: Tensor, values: Tensor, width: int) -> None:
         if not is_plain(rows, torch.int64):
             raise ValueError(f"rows of pairs must be contiguous int64; got {rows.dtype}")
-        if values.dtype != self.storage.dtype or values.shape[0] != rows.shape[0]:
+        if values.dtype != self.storage.dtype or values.shape != (rows.shape[0], width):
             raise ValueError(
-                f"{self.target.name} needs {self.storage.dtype} [{rows.shape[0]}, width] for the"
+                f"{self.target.name} needs {self.storage.dtype} [{rows.shape[0]}, {width}] for the"
                 f" pairs; got {values.dtype} {tuple(values.shape)}"
             )
         if values.stride(1) != 1:

@@ -141,6 +141,24 @@ def test_windows_and_softcaps_equal_the_reference(
     torch.testing.assert_close(got.to(wide), expected, **tolerance(dtype))
 
 
+def test_a_sink_takes_its_share_of_each_heads_softmax() -> None:
+    case = build([(40, 40), (129, 1)], torch.float32)
+    n_heads, n_kv_heads, width = case.q.shape[1], case.k_cache.shape[1], case.q.shape[2]
+    sinks = torch.linspace(-2, 4, n_heads)
+    got = case.run(sinks=sinks)
+    without = case.run(sinks=torch.full((n_heads,), -torch.inf))
+    torch.testing.assert_close(without, case.run(), atol=1e-5, rtol=1e-4)
+    for r, (kv_len, n_queries) in enumerate([(40, 40), (129, 1)]):
+        rows = slice(int(case.query_starts[r]), int(case.query_starts[r + 1]))
+        keys = case.keys[r].repeat_interleave(n_heads // n_kv_heads, 1)
+        scores = torch.einsum("ihd,jhd->hij", case.q[rows], keys) * width**-0.5
+        seen = torch.ones(n_queries, kv_len, dtype=torch.bool).tril(kv_len - n_queries)
+        share = scores.exp().masked_fill(~seen, 0).sum(-1)  # of the keys, before normalising
+        share = share / (share + sinks.exp().unsqueeze(1))
+        expected = case.run()[rows] * share.t().unsqueeze(-1)
+        torch.testing.assert_close(got[rows], expected, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_query_has_the_same_bits_decoded_alone_or_in_any_chunk(

@@ -2,19 +2,20 @@
 
 ``from_pretrained`` changes process-wide state while it runs: torch's default dtype, and whether
 weights are initialised and tied. Two loads at once leave models of mixed dtypes behind, or the
-wrong default. So every load goes through ``run_load``, whichever thread it is on.
+wrong default. So every load goes through ``run_load``, whichever thread it is on. Beside a running
+engine load in float32 and convert: the default is float32 then all along, and tensors that other
+threads make meanwhile have the dtype they expect.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
-__all__ = ["Lazy", "load_in_float32", "run_load"]
+__all__ = ["Lazy", "run_load"]
 
 _T = TypeVar("_T")
 
@@ -33,20 +34,6 @@ def run_load(load: Callable[[], _T]) -> _T:
             return load()
         finally:
             torch.set_default_dtype(default)
-
-
-def load_in_float32(auto_class: Any, directory: Path, dtype: torch.dtype, **options: Any) -> Any:
-    """A model of ``auto_class``, loaded in float32 and then converted; in eval mode, frozen.
-
-    For loads beside a running engine: torch's default dtype is float32 all along, so tensors that
-    other threads make meanwhile have the dtype they expect. Twice the memory while it runs.
-    """
-    model = run_load(
-        lambda: auto_class.from_pretrained(
-            directory, dtype=torch.float32, local_files_only=True, **options
-        )
-    )
-    return model.to(dtype).eval().requires_grad_(False)
 
 
 class Lazy(Generic[_T]):

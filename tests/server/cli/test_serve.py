@@ -6,9 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from transformers import FalconH1Config, FalconH1ForCausalLM
 from typer.testing import CliRunner
 
 from loraplex_server.cli.app import app
+from tests.support.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "3000"), ("7", "7")])
@@ -23,3 +25,25 @@ def test_compute_threads_spin_briefly_unless_told_otherwise(
     assert result.exit_code == 1
     assert "error:" in result.output
     assert os.environ["GOMP_SPINCOUNT"] == expected
+
+
+def test_a_base_that_would_answer_wrongly_stops_the_start_with_the_reason(tmp_path: Path) -> None:
+    base = tmp_path / "hybrid"
+    config = FalconH1Config(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        mamba_d_ssm=32,
+        mamba_n_heads=4,
+        mamba_d_head=8,
+    )
+    FalconH1ForCausalLM(config).save_pretrained(base)
+    tiny_tokenizer().save_pretrained(base)
+    command = ["serve", f"--model={base}", "--port=0", f"--state-dir={tmp_path}", "--device=cpu"]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 1
+    assert "cannot be served: it keeps a recurrent state" in " ".join(result.output.split())

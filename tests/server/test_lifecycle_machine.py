@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 from transformers import PreTrainedTokenizerFast
@@ -89,6 +89,7 @@ def test_concurrent_calls_always_have_an_order_that_explains_them(world: World) 
             stateful_step_count=8,
             derandomize=True,
             deadline=None,
+            phases=[Phase.generate],  # no shrinking: a failure is told at once, whole
             suppress_health_check=list(HealthCheck),
         ),
     )

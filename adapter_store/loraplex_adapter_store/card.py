@@ -37,6 +37,7 @@ class AdapterCard:
     report: LoadReport | None  # None in lists: ask for the adapter alone
     provenance: Mapping[str, JsonValue] = field(default_factory=dict)
     expires: float | None = None  # seconds since the epoch; None: it stays
+    unservable: str | None = None  # why this server's engine cannot apply it; None: it can
     replaced: str | None = None  # after a put: the digest the name had before it; None: it is new
 
     def to_json(self) -> dict[str, JsonValue]:
@@ -56,6 +57,7 @@ class AdapterCard:
             "report": None if self.report is None else self.report.to_json(),
             "provenance": dict(self.provenance),
             "expires": self.expires,
+            "unservable": self.unservable,
         }
 
 

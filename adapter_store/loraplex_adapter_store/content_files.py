@@ -6,6 +6,7 @@ afterwards. Whatever is staged when the process dies is swept at the next start.
 
 from __future__ import annotations
 
+import filecmp
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,9 +46,15 @@ class ContentFiles:
             self._disk.remove(staged, self._staging / uuid.uuid4().hex)
 
     def publish(self, staged: Path, digest: str) -> int:
-        """Returns the bytes on disk. A content that is there already is kept, not replaced."""
+        """Returns the bytes on disk. A content that is there already is kept, not replaced.
+
+        Its plan is, if it is folded otherwise by now.
+        """
         final = self.path(digest)
         if final.exists():
+            old, new = final / PLAN_FILE, staged / PLAN_FILE
+            if new.exists() and not (old.exists() and filecmp.cmp(old, new, shallow=False)):
+                self._disk.replace(new, old)
             self.discard(staged)
         else:
             self._disk.publish(staged, final)

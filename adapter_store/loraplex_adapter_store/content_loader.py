@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from .base_spec import BaseSpec
 from .composite import Composite
 from .content_files import PLAN_FILE, ContentFiles
-from .errors import BaseMismatch
+from .errors import AdapterRefused, BaseMismatch, StoredAdapterDamaged, UnservableAdapter
 from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan
-from .plan_file import read_plan
+from .plan_file import peek_plan, read_plan
 from .registry import Content
 
-__all__ = ["ContentLoader"]
+__all__ = ["ContentLoader", "PlanCheck"]
+
+PlanCheck = Callable[[AdapterPlan], None]  # raises AdapterRefused for what cannot be served
 
 
 class ContentLoader:
     """Reads on the calling thread, mostly outside the interpreter lock. Thread-safe.
 
-    Every byte is checked. Raises BaseMismatch for contents of another base, and
-    StoredAdapterDamaged.
+    Every byte is checked. Raises BaseMismatch for contents of another base, UnservableAdapter for
+    those that ``check`` or the packer refuses, and StoredAdapterDamaged.
     """
 
     def __init__(
@@ -29,13 +32,18 @@ class ContentLoader:
         files: ContentFiles,
         prepared: PackedFiles,
         packer: Packer | None,
+        check: PlanCheck | None,
         on_prepared: Callable[[AdapterPlan], None],
     ) -> None:
-        """``on_prepared`` gets what had to be prepared anew; it must not wait."""
+        """``check``: as of ``AdapterStore``; by default the packer's.
+
+        ``on_prepared`` gets what had to be prepared anew; it must not wait.
+        """
         self._base = base
         self._files = files
         self._prepared = prepared
         self._packer = packer
+        self._check = packer.check if check is None and packer is not None else check
         self._on_prepared = on_prepared
 
     def load(self, content: Content) -> AdapterPlan:
@@ -43,8 +51,12 @@ class ContentLoader:
         self._check_base(content)
         kept = self._prepared.read(content.digest)
         if kept is not None:
+            with _as_unservable():
+                self._check_plan(kept)
             return kept
-        plan = self.prepare(self._read(content))
+        read = self._read(content)
+        with _as_unservable():
+            plan = self.prepare(read)
         if plan.packed_adapter is not None:
             self._on_prepared(plan)
         return plan
@@ -53,10 +65,30 @@ class ContentLoader:
         self, composite: Composite, parts: Sequence[Content], digest: str
     ) -> AdapterPlan:
         """From the parts' own plans: their prepared forms are rounded, and laid out alone."""
-        return self.prepare(composite.build([self._read(part) for part in parts], digest))
+        built = composite.build([self._read(part) for part in parts], digest)
+        with _as_unservable():
+            return self.prepare(built)
 
     def prepare(self, plan: AdapterPlan) -> AdapterPlan:
+        """Raises AdapterRefused."""
+        self._check_plan(plan)
         return plan if self._packer is None else self._packer.prepare(plan)
+
+    def refusal(self, content: Content) -> str | None:
+        """Why a content that was stored earlier cannot be served; None if it can.
+
+        Looks at names and shapes only: a millisecond or two.
+        """
+        try:
+            self._check_base(content)
+            self._check_plan(peek_plan(self._files.path(content.digest) / PLAN_FILE))
+        except (AdapterRefused, StoredAdapterDamaged) as error:
+            return str(error)
+        return None
+
+    def _check_plan(self, plan: AdapterPlan) -> None:
+        if self._check is not None:
+            self._check(plan)
 
     def _read(self, content: Content) -> AdapterPlan:
         self._check_base(content)
@@ -69,3 +101,12 @@ class ContentLoader:
                 f"adapter {content.digest[:12]} was checked against another base than "
                 f"{self._base.model_id}; add it again"
             )
+
+
+@contextmanager
+def _as_unservable() -> Iterator[None]:
+    """What is refused only now was stored by a server that could serve it, or thought so."""
+    try:
+        yield
+    except AdapterRefused as error:
+        raise UnservableAdapter(str(error)) from error

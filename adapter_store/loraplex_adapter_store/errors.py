@@ -14,6 +14,7 @@ StoreError
 ├── RevisionConflict        compare-and-set failed: the name moved, or exists already
 ├── SourceError             the source could not be read
 │   └── SourceForbidden     the source lies outside what the operator allowed
+├── UnservableAdapter       stored by another server; the engine of this one cannot apply it
 ├── HostTierFull            the plan cannot fit beside the leased and pinned ones
 ├── StoredAdapterDamaged    bytes on disk no longer match their digest
 └── StoreClosed             the store was closed
@@ -40,6 +41,7 @@ __all__ = [
     "StoreError",
     "StoredAdapterDamaged",
     "UnknownAdapter",
+    "UnservableAdapter",
     "UnsupportedAdapter",
 ]
 
@@ -132,6 +134,10 @@ class SourceError(StoreError):
 
 
 class SourceForbidden(SourceError):
+    pass
+
+
+class UnservableAdapter(StoreError):
     pass
 
 

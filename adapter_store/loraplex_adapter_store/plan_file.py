@@ -39,6 +39,7 @@ __all__ = [
     "pack_plan",
     "parse_header",
     "parse_plan",
+    "peek_plan",
     "read_plan",
 ]
 
@@ -85,6 +86,21 @@ def read_plan(path: Path, sha256: str) -> AdapterPlan:
             f"the stored plan of {path.parent.name[:12]} changed on disk; add the adapter again"
         )
     return parse_plan(buffer)
+
+
+def peek_plan(path: Path) -> AdapterPlan:
+    """The plan with its names and shapes; values come from the file when they are asked for.
+
+    Unchecked. Raises StoredAdapterDamaged if there is no plan in the file.
+    """
+    try:
+        n_bytes = path.stat().st_size
+        return parse_plan(torch.from_file(str(path), size=n_bytes, dtype=torch.uint8))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise StoredAdapterDamaged(
+            f"the stored plan of {path.parent.name[:12]} cannot be read; add the adapter again: "
+            f"{error}"
+        ) from error
 
 
 def parse_plan(buffer: Tensor) -> AdapterPlan:

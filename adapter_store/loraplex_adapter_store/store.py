@@ -26,7 +26,7 @@ from .base_spec import BaseSpec
 from .card import AdapterCard, DeleteReport, StoreStats, TierBytes
 from .composite import Composite
 from .content_files import ContentFiles
-from .content_loader import ContentLoader
+from .content_loader import ContentLoader, PlanCheck
 from .deletion import Deletion
 from .disk import Disk
 from .errors import (
@@ -34,6 +34,7 @@ from .errors import (
     RevisionConflict,
     StoreClosed,
     UnknownAdapter,
+    UnservableAdapter,
 )
 from .eviction import POLICIES
 from .host_tier import HostTier
@@ -85,6 +86,7 @@ class AdapterStore:
         disk: Disk | None = None,
         gate_of: GateOf | None = None,
         packer: Packer | None = None,
+        check: PlanCheck | None = None,
         n_kept_revisions: int = 0,
     ) -> None:
         """``n_kept_revisions`` older contents of each name stay, to be asked for by digest or
@@ -94,7 +96,8 @@ class AdapterStore:
 
         ``packer`` turns a plan into what the host tier keeps of it (the engine's own form), and
         refuses what it cannot serve, before anything is stored. It runs on the thread that adds
-        the adapter, or on the one that loads it.
+        the adapter, or on the one that loads it. ``check`` is for a store without an engine: it
+        refuses what none could serve.
         """
         self.base = base
         self.limits = limits
@@ -120,6 +123,7 @@ class AdapterStore:
             self._files,
             self._prepared,
             packer,
+            check,
             on_prepared=lambda plan: self._later(self._keep_prepared, plan),
         )
         self._writing = threading.RLock()  # serialises changes of names and files
@@ -128,6 +132,7 @@ class AdapterStore:
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-janitor")
         self._closed = False
         self._sweep()
+        self._unservable = self._check_stored()  # digest → why
 
     def put_directory(
         self,
@@ -443,6 +448,7 @@ class AdapterStore:
             with self._writing:
                 self._check_open()
                 put, content = self._commit(name, ingested, terms)
+                self._unservable.pop(content.digest, None)
                 self._tier.hold(content.digest)  # a delete from here on waits for the rest
         try:
             self._keep_prepared(prepared)
@@ -510,6 +516,9 @@ class AdapterStore:
                 content.digest, content.host_bytes, lambda: self._loader.load(content)
             )
             return AdapterLease(record.name, record.revision, plan, self._released)
+        except UnservableAdapter as error:
+            self._unservable[content.digest] = str(error)
+            raise
         finally:
             self._let_go(content.digest)
 
@@ -637,6 +646,16 @@ class AdapterStore:
                 self._index.remove_unreachable(content.digest)
         self._tier.pin(self._index.pinned_digests())
 
+    def _check_stored(self) -> dict[str, str]:
+        """Contents of earlier servers that this one cannot serve stay, and their cards say why."""
+        found = {}
+        for content in self._index.contents():
+            refusal = self._loader.refusal(content)
+            if refusal is not None:
+                _log.warning("adapter %s is not served: %s", content.digest[:12], refusal)
+                found[content.digest] = refusal
+        return found
+
     def _card(
         self,
         record: NameRecord,
@@ -661,6 +680,7 @@ class AdapterStore:
             provenance=record.provenance,
             expires=record.expires,
             replaced=replaced,
+            unservable=self._unservable.get(record.digest),
         )
 
     def _check_open(self) -> None:

@@ -158,6 +158,8 @@ def from_store(
             return invalid(str(error), param, "base_mismatch")
         case store_errors.AdapterRefused():
             return invalid(str(error), param, "adapter_refused")
+        case store_errors.UnservableAdapter():
+            return invalid(str(error), param, "adapter_unservable")
         case store_errors.SourceForbidden():
             return ApiError(403, str(error), code="source_forbidden", param=param)
         case store_errors.SourceError():

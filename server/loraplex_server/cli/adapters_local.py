@@ -92,6 +92,13 @@ class LocalAdapters:
                 return lease.plan, report.to_json()
 
     def _store(self, roots: Sequence[Path] = ()) -> AdapterStore:
+        from loraplex_server.engine.capabilities import EngineCapabilities
+
         root = self._state_dir or loraplex_home() / "adapters" / self.base.fingerprint[:16]
-        n_kept = StoreConfig().keep_revisions
-        return AdapterStore(root, self.base, allowed_roots=roots, n_kept_revisions=n_kept)
+        return AdapterStore(
+            root,
+            self.base,
+            allowed_roots=roots,
+            check=EngineCapabilities.of(self.base).check,
+            n_kept_revisions=StoreConfig().keep_revisions,
+        )

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test test-fast check lint types unit bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
+.PHONY: serve test test-fast check ci lint types unit unit-all bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
 
 venv: $(STAMP)
 
@@ -19,9 +19,11 @@ serve: venv
 	$(BIN)/loraplex pull
 	$(BIN)/loraplex serve --port 8000
 
-test: check
+test: check  # what to run before a commit is pushed: all but the tests marked slow
 
 check: lint types unit
+
+ci: lint types unit-all  # what .ci/run does
 
 lint: venv
 	$(BIN)/ruff format --check .
@@ -32,7 +34,13 @@ types: venv
 
 unit: venv
 	$(BIN)/loraplex pull --quiet
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not slow"
+
+unit-all: venv
+	$(BIN)/loraplex pull --quiet
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
+
+PARALLEL := -n auto --dist loadfile  # a process for each core, files whole
 
 FAST := architecture deploy router adapter_store
 test-fast: lint types  # some two minutes

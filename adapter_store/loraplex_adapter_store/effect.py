@@ -49,6 +49,8 @@ def _parts(fold: Fold, base: BaseSpec) -> Iterator[tuple[str, bool]]:
         yield f"{name}: every expert equals the base", _experts_act(name, block, base)
     for name, weight in fold.replaced_weights.items():
         yield f"{name}.weight: equals the base's", not torch.equal(weight, base.weight(name))
+    for name, factors in fold.stacked.items():
+        yield f"{name}: the delta is exactly zero", bool(factors.left.any() and factors.right.any())
     for name, norm in fold.norms.items():
         yield f"{name}: equals the base's", _norm_acts(name, norm, base)
     for module, rows in (

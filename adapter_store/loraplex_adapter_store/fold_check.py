@@ -40,6 +40,11 @@ def check_fold(fold: Fold, base: BaseSpec, limits: StoreLimits) -> None:
             _check_tensor(f"{what} row {token}", row, (base.hidden_size,))
     for name, weight in fold.replaced_weights.items():
         _check_tensor(f"{name}.weight", weight, _weight_shape(name, base))
+    for name, factors in fold.stacked.items():
+        n_experts, n_rows, n_columns = _stacked_shape(name, base)
+        rank = factors.left.shape[-1]
+        _check_tensor(f"{name}: left", factors.left, (n_experts, n_rows, rank))
+        _check_tensor(f"{name}: right", factors.right, (n_experts, rank, n_columns))
     for name, norm in fold.norms.items():
         for part, tensor in (("weight", norm.weight), ("bias", norm.bias)):
             if tensor is not None:
@@ -163,6 +168,13 @@ def _weight_shape(name: str, base: BaseSpec) -> Shape:
     if shape is None:
         raise AdapterMismatch(f"{name} of the base has no weight")
     return shape[::-1] if name in base.conv1d else shape
+
+
+def _stacked_shape(name: str, base: BaseSpec) -> Shape:
+    shape = base.parameters.get(name, ())
+    if len(shape) != 3:
+        raise AdapterMismatch(f"{name} is no tensor of stacked experts of the base")
+    return shape
 
 
 def _norm_shape(name: str, part: str, base: BaseSpec) -> Shape:

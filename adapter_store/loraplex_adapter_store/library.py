@@ -64,7 +64,7 @@ def library_plan(
 
 def _check_plain(plan: AdapterPlan) -> None:
     reason = ""
-    beyond = (plan.experts, plan.replaced_weights, plan.norms)
+    beyond = (plan.experts, plan.replaced_weights, plan.norms, plan.stacked)
     if plan.prefix is not None or any(beyond):
         reason = "it is more than low-rank factors"
     elif plan.embedding_rows or plan.head_rows:

@@ -30,6 +30,7 @@ __all__ = [
     "PrefixPlan",
     "RoutingStrategy",
     "SharedBasis",
+    "StackedFactors",
 ]
 
 
@@ -197,6 +198,14 @@ class NormPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class StackedFactors:
+    """ΔW_e = left[e] right[e] of a parameter that stacks a matrix for each expert of a MoE base."""
+
+    left: Tensor  # float32 [n_experts, n_rows, rank], scale folded in
+    right: Tensor  # float32 [n_experts, rank, n_columns]
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertPlan:
     """Routed experts over one MLP block (MixLoRA) or over one projection (MoLA, LoRAMoE).
 
@@ -242,6 +251,7 @@ class AdapterPlan:
         default_factory=dict
     )  # name of a linear or an embedding → weight in place of the base's
     norms: Mapping[str, NormPlan] = field(default_factory=dict)  # name of a norm → its own
+    stacked: Mapping[str, StackedFactors] = field(default_factory=dict)  # name of a parameter →
     chat_template: str | None = None  # the adapter's own, if it ships one
     n_bytes: int = 0  # true bytes of all tensors above, and of ``packed_adapter``
     packed_adapter: object | None = None  # the engine's; modules and experts then have no factors
@@ -264,3 +274,5 @@ class AdapterPlan:
         yield from self.replaced_weights.values()
         for norm in self.norms.values():
             yield from norm.tensors()
+        for factors in self.stacked.values():
+            yield from (factors.left, factors.right)

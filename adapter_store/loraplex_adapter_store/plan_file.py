@@ -30,6 +30,7 @@ from .plan import (
     PrefixPlan,
     RoutingStrategy,
     SharedBasis,
+    StackedFactors,
 )
 
 __all__ = [
@@ -44,7 +45,7 @@ __all__ = [
 ]
 
 _ALIGN = 64
-_PLANS = (AdapterPlan, ExpertPlan, ModulePlan, NormPlan, PrefixPlan, SharedBasis)
+_PLANS = (AdapterPlan, ExpertPlan, ModulePlan, NormPlan, PrefixPlan, SharedBasis, StackedFactors)
 _CLASSES: dict[str, type[Any]] = {**{cls.__name__: cls for cls in _PLANS}, **OPERATORS}
 _ENUMS = {cls.__name__: cls for cls in (Family, RoutingStrategy)}
 

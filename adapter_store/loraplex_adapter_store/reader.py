@@ -110,6 +110,7 @@ def _plan_of(fold: Fold, digest: str, chat_template: str | None) -> AdapterPlan:
             head_rows=fold.head_rows,
             replaced_weights=fold.replaced_weights,
             norms=fold.norms,
+            stacked=fold.stacked,
             chat_template=chat_template,
             n_bytes=n_bytes,
         )

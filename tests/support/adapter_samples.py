@@ -219,7 +219,6 @@ NEVER_INERT = PROMPTS | {"C3A", "FOURIERFT", "FROD", "UNILORA", "VBLORA"}
 OPTIONAL: Mapping[str, str] = {
     "ABMLL": r"log_std",
     "DELORA": r"delora_w_norm",  # follows from the base
-    "FROD": r"frod_s_size",
     "FULL": r"",  # what the checkpoint lacks was not trained
     "GLORA": r"\.zeros$",
     "LOFIT": r"",  # a head without an offset

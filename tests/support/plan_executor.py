@@ -47,6 +47,10 @@ def applied(model: PreTrainedModel, plan: AdapterPlan) -> Iterator[PreTrainedMod
             for part in ("weight", "bias"):
                 if (value := getattr(norm, part)) is not None:
                     stack.enter_context(_replaced(modules[name], value, part))
+        for name, factors in plan.stacked.items():
+            module, _, part = name.rpartition(".")
+            changed = getattr(modules[module], part) + factors.left @ factors.right
+            stack.enter_context(_replaced(modules[module], changed, part))
         for name, module_plan in plan.modules.items():
             hook = _linear_hook(module_plan)
             if isinstance(modules[name], nn.Embedding):

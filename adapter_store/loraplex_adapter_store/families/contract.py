@@ -11,7 +11,14 @@ from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.ledger import TensorLedger
 from loraplex_adapter_store.limits import StoreLimits
-from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, NormPlan, PrefixPlan
+from loraplex_adapter_store.plan import (
+    ExpertPlan,
+    Family,
+    ModulePlan,
+    NormPlan,
+    PrefixPlan,
+    StackedFactors,
+)
 
 __all__ = ["FamilyReader", "Fold", "ReadContext"]
 
@@ -41,6 +48,7 @@ class Fold:
     head_rows: Mapping[int, Tensor] = field(default_factory=dict)
     replaced_weights: Mapping[str, Tensor] = field(default_factory=dict)
     norms: Mapping[str, NormPlan] = field(default_factory=dict)
+    stacked: Mapping[str, StackedFactors] = field(default_factory=dict)
     kept_energy: float | None = None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loraplex_adapter_store.errors import UnsupportedAdapter
+from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
 from loraplex_adapter_store.operators.deltas import DenseDelta
 from loraplex_adapter_store.plan import Family, ModulePlan
 
@@ -26,16 +26,13 @@ _SHORTEST = 1e-12
 def read(context: ReadContext) -> Fold:
     groups = linear_groups(context, ("frod_lambda_l", "frod_lambda_s_values"))
     modules = {module: _module(group) for module, group in groups.items()}
-    for key in context.ledger.unclaimed:
-        if key.startswith(f"{_SHARED}s_size."):  # the size of S is the number of inputs
-            context.ledger.claim(key)
     return fold_with_extras(context, Family.FROD, "none (singular values trained)", modules)
 
 
 def _module(group: ModuleGroup) -> ModulePlan:
     ledger, n_in = group.context.ledger, group.in_features
     category = _category(group.module)
-    keys = [f"{_SHARED}{part}.{category}" for part in ("V", "s_indices")]
+    keys = [f"{_SHARED}{part}.{category}" for part in ("V", "s_indices", "s_size")]
     if any(key not in ledger.names for key in keys):
         raise UnsupportedAdapter(
             f"the file lacks {' or '.join(keys)}: save it with save_projection=True, working V out "
@@ -44,6 +41,8 @@ def _module(group: ModuleGroup) -> ModulePlan:
     right = ledger.take(keys[0], (n_in, n_in))
     values = group.take("frod_lambda_s_values", None)
     rows, columns = ledger.take_indices(keys[1], (2, values.numel()), n_in)
+    if ledger.take_indices(keys[2], (2,), 1 << 31).tolist() != [n_in, n_in]:
+        raise AdapterMismatch(f"tensor {keys[2]!r} must say [{n_in}, {n_in}], the size of S")
     core = torch.diag(group.take("frod_lambda_l", n_in))
     core.index_put_((rows, columns), values, accumulate=True)
     weight = group.context.base.weight(group.module)

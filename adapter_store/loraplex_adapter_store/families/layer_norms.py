@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -9,11 +10,11 @@ from torch import Tensor
 from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
 from loraplex_adapter_store.plan import Family, NormPlan
 from loraplex_adapter_store.targets import targets_among
-from loraplex_adapter_store.tensor_names import group_by_module, module_names
+from loraplex_adapter_store.tensor_names import module_names
 
 from .contract import Fold, ReadContext
 from .extras import fold_with_extras
-from .module_groups import check_targets
+from .module_groups import module_keys
 
 __all__ = ["read"]
 
@@ -31,8 +32,7 @@ def read(context: ReadContext) -> Fold:
             others,
         )
     suffixes = (f"{_LAYER}.weight", f"{_LAYER}.bias")
-    found = group_by_module(context.ledger.names, suffixes, base)
-    check_targets(context, targets, found)
+    found = module_keys(context, targets, suffixes)
     norms: dict[str, NormPlan] = {}
     for module, keys in found.items():
         weight, bias = (_part(context, module, part, keys) for part in ("weight", "bias"))
@@ -41,7 +41,7 @@ def read(context: ReadContext) -> Fold:
     return replace(fold, norms={**fold.norms, **norms})
 
 
-def _part(context: ReadContext, module: str, part: str, keys: dict[str, str]) -> Tensor | None:
+def _part(context: ReadContext, module: str, part: str, keys: Mapping[str, str]) -> Tensor | None:
     """A parameter that the base's norm has, as the file has it: PEFT copies the whole norm."""
     stored = context.base.parameters.get(f"{module}.{part}")
     suffix = f"{_LAYER}.{part}"

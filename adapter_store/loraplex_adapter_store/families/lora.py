@@ -7,6 +7,7 @@ bases modified in training (PiSSA, OLoRA, LoRA-GA, CorDA), all folded to the cle
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
 from loraplex_adapter_store.plan import Family, ModulePlan
+from loraplex_adapter_store.targets import expand_targets
 
 from .contract import Fold, ReadContext
 from .core_matrix import CORE_FAMILIES, PROJECTOR, fold_core, fold_projector
@@ -23,6 +25,7 @@ from .module_groups import ModuleGroup, ModuleKind, Parts, module_groups
 from .residual import InitRule, init_rule, subtracted
 from .routed_projections import read_authors_format
 from .scaling import lora_scale, scale_rule
+from .stacked_parameters import read_stacked
 
 __all__ = ["read"]
 
@@ -42,7 +45,6 @@ _REFUSED = {
     "alora_invocation_tokens": "activated LoRA (aLoRA) acts only after its invocation tokens",
     "arrow_config": "Arrow routes between other adapters, by name, on the trainer's machine",
     "layer_replication": "layer_replication changes the depth of the base",
-    "target_parameters": "target_parameters adapts fused expert tensors of a MoE base",
     "use_qalora": "QA-LoRA pools its input in groups of a quantised base",
     "megatron_config": "Megatron LoRA is sharded over ranks",
     "monteclora_config": "MonteCLoRA draws its factors anew in each forward pass",
@@ -56,12 +58,20 @@ def read(context: ReadContext) -> Fold:
         return routed
     _refuse_unservable(config)
     rule = init_rule(config)
-    groups = module_groups(context, {ModuleKind.LINEAR: _LINEAR, ModuleKind.EMBEDDING: _EMBEDDING})
+    stacked = read_stacked(context)
+    if stacked and rule.name:
+        raise UnsupportedAdapter(
+            f"target_parameters beside a base modified by {rule.name}: refused"
+        )
+    kinds = {ModuleKind.LINEAR: _LINEAR, ModuleKind.EMBEDDING: _EMBEDDING}
+    has_modules = not stacked or expand_targets(config, context.base)
+    groups = module_groups(context, kinds) if has_modules else {}
     if rule.name:
         context.notes.append(f"base was modified in training ({rule.name}): folded to rank 2r")
     modules = {module: _read_module(group, rule) for module, group in groups.items()}
     family = _family(config, groups.values())
-    return fold_with_extras(context, family, scale_rule(config), modules)
+    fold = fold_with_extras(context, family, scale_rule(config), modules)
+    return replace(fold, stacked=stacked)
 
 
 def _refuse_unservable(config: AdapterConfig) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "linear_groups",
     "module_group",
     "module_groups",
+    "module_keys",
 ]
 
 _SHOWN_TENSORS = 3
@@ -129,12 +130,22 @@ def module_groups(
         for parts in kinds.values()
         for suffix in (*parts.required, *parts.optional, *parts.synonyms)
     ]
-    found = group_by_module(context.ledger.names, suffixes, context.base)
-    check_targets(context, targets, found)
     return {
         module: module_group(context, module, keys, kinds[_kind(context, module)])
-        for module, keys in found.items()
+        for module, keys in module_keys(context, targets, suffixes).items()
     }
+
+
+def module_keys(
+    context: ReadContext, targets: Collection[str], suffixes: Iterable[str]
+) -> Mapping[str, Mapping[str, str]]:
+    """module → suffix → tensor name of exactly the targets, norms or whatever they are.
+
+    Raises AdapterMismatch, see ``check_targets``.
+    """
+    found = group_by_module(context.ledger.unclaimed, suffixes, context.base)
+    check_targets(context, targets, found)
+    return found
 
 
 def module_group(

@@ -35,6 +35,7 @@ from loraplex_adapter_store.plan import (
     PrefixPlan,
     RoutingStrategy,
     SharedBasis,
+    StackedFactors,
 )
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.targets import routable_modules
@@ -50,7 +51,8 @@ _EXPERT_PARTS = frozenset({"a", "b", "out_scale", "bias"})
 # Every field of a plan that the engine knows, by class. Those of a module depend on what it is.
 APPLIED_FIELDS: Mapping[type, frozenset[str]] = {
     AdapterPlan: _DESCRIPTION
-    | {"modules", "experts", "prefix", "embedding_rows", "head_rows", "replaced_weights", "norms"},
+    | {"modules", "experts", "prefix", "embedding_rows", "head_rows", "replaced_weights", "norms"}
+    | {"stacked"},
     ModulePlan: _LINEAR_PARTS,
     SharedBasis: frozenset(
         {"basis_digest", "a", "b", "rank_scale", "block_scale", "out_scale", "transposed"}
@@ -58,6 +60,7 @@ APPLIED_FIELDS: Mapping[type, frozenset[str]] = {
     NormPlan: frozenset({"weight", "bias"}),
     ExpertPlan: frozenset({"gate", "strategy", "top_k", "top_p", "experts"}),
     PrefixPlan: frozenset({"keys", "values", "embeddings"}),
+    StackedFactors: frozenset({"left", "right"}),
 }
 # Operators that are exact in the engine's dtype, on rows of any number.
 _DELTAS = (Circulant, DenseDelta, FourierDelta, Kronecker, MaskedWeight, SparseDelta, SumDelta)
@@ -73,6 +76,7 @@ class EngineCapabilities:
     linears: frozenset[str]
     embeddings: frozenset[str]
     norms: frozenset[str]
+    stacked: frozenset[str]  # parameters that stack experts
     routable: frozenset[str]  # the MLP blocks and projections that may have experts
     input_embedding: str
     output_head: str
@@ -86,6 +90,7 @@ class EngineCapabilities:
             linears=frozenset(spec.modules),
             embeddings=frozenset(spec.embeddings),
             norms=_norms_of(spec),
+            stacked=frozenset(n for n, shape in spec.parameters.items() if len(shape) == 3),
             routable=routable_modules(spec.model_type, spec.modules) - {spec.output_head},
             input_embedding=spec.input_embedding,
             output_head=spec.output_head,
@@ -103,6 +108,7 @@ class EngineCapabilities:
             linears=frozenset(linears),
             embeddings=model.embeddings,
             norms=model.norms,
+            stacked=model.stacked,
             routable=model.routable,
         )
 
@@ -144,6 +150,10 @@ class EngineCapabilities:
         for name in plan.replaced_weights:
             if name not in self.linears and name not in self.embeddings:
                 yield f"{name}.weight: no linear and no embedding of this base"
+        for name, factors in plan.stacked.items():
+            if name not in self.stacked:
+                yield f"{name}: no tensor of stacked experts that this engine can change"
+            yield from _unknown_fields(name, factors, APPLIED_FIELDS[StackedFactors])
         for name, norm in plan.norms.items():
             if name not in self.norms:
                 yield f"{name}: no norm of this base"

@@ -42,7 +42,9 @@ class DeviceParts:
             if rows
         }
         return DeviceParts(
-            FallbackParts(fallback_modules, plan.replaced_weights, plan.norms, token_rows),
+            FallbackParts(
+                fallback_modules, plan.replaced_weights, plan.norms, token_rows, plan.stacked
+            ),
             plan.prefix,
             {name: experts.gate for name, experts in plan.experts.items()},
         )

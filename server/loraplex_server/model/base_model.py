@@ -26,6 +26,7 @@ from .packed_lora_linear import LoraLinear, PackedLoraLinear
 from .routed import RoutedMlp, find_mlps
 from .self_check import Reference
 from .served_spec import PackedSlice, served_spec
+from .stacked_experts import replace_experts
 from .targets import group_modules
 
 __all__ = ["BaseModel", "load_base_model"]
@@ -74,6 +75,7 @@ class BaseModel:
         )
         self.norms = replace_norms(model, self.step)  # names, as are ``embeddings``
         self.embeddings = replace_embeddings(model, self.step)
+        self.stacked = replace_experts(model, self.step)  # names of parameters
         self.head = self.groups[self.spec.output_head]
         for name, mlp in self.mlps.items():
             model.set_submodule(name, mlp)

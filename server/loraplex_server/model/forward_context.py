@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from loraplex_adapter_store.plan import ModulePlan, NormPlan
+from loraplex_adapter_store.plan import ModulePlan, NormPlan, StackedFactors
 from loraplex_kernels.cpu.decoder import LogitsRows
 from loraplex_kernels.layout import LoraSegments
 from loraplex_router.experts import RoutedRows
@@ -41,6 +41,7 @@ class FallbackParts:
     replaced_weights: Mapping[str, Tensor] = field(default_factory=dict)
     norms: Mapping[str, NormPlan] = field(default_factory=dict)
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
+    stacked: Mapping[str, StackedFactors] = field(default_factory=dict)  # by parameter name
 
     def changes(self, name: str) -> bool:
         """Whether the linear or embedding ``name`` is not the base's alone."""
@@ -48,7 +49,8 @@ class FallbackParts:
 
     @property
     def is_empty(self) -> bool:
-        return not (self.modules or self.replaced_weights or self.norms or self.token_rows)
+        beside = (self.norms, self.token_rows, self.stacked)
+        return not (self.modules or self.replaced_weights or any(beside))
 
 
 @dataclass(frozen=True, slots=True)

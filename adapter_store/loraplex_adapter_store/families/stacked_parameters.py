@@ -1,0 +1,106 @@
+"""LoRA on parameters that stack one matrix for each expert of a MoE base (``target_parameters``).
+
+ΔW_e = s · B_e A_e for W [E, out, in]; A is stored [E·r, in], experts one below the other, and B
+[out, r·E] with the expert as the fastest index. Bases that store W [E, in, out] get A_eᵀ B_eᵀ.
+Several parameters of one module are nested: the last one's tensors stand at the module itself, each
+earlier one's behind one more ``base_layer``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from loraplex_adapter_store.errors import AdapterMismatch, UnsupportedAdapter
+from loraplex_adapter_store.plan import StackedFactors
+from loraplex_adapter_store.tensor_names import module_names, resolve_module, split_key
+
+from .contract import ReadContext
+from .module_groups import limit_rank
+from .scaling import lora_scale
+
+__all__ = ["read_stacked"]
+
+_A, _B = "lora_A.weight", "lora_B.weight"
+_NESTED = ".base_layer"
+_TRANSPOSED = ("gpt_oss",)  # bases whose experts are stored [E, in, out], where both are as large
+
+Place = tuple[str, int]  # module, how many wrappers stand around the parameter's own
+
+
+def read_stacked(context: ReadContext) -> Mapping[str, StackedFactors]:
+    """Parameter name → its change; claims the tensors. Empty without ``target_parameters``."""
+    found = _found(context)
+    read: dict[str, StackedFactors] = {}
+    for module, parameters in _targets(context).items():
+        for index, parameter in enumerate(parameters):
+            keys = found.get((module, len(parameters) - 1 - index), {})
+            read[parameter] = _factors(context, parameter, keys)
+    if read:
+        n_products = sum(f.left.numel() * f.right.shape[2] for f in read.values())
+        context.notes.append(
+            f"{len(read)} tensors of stacked experts are changed for its own rows in torch: each "
+            f"step with such rows takes {2 * n_products / 1e6:,.0f} MFLOP to form them"
+        )
+    return read
+
+
+def _targets(context: ReadContext) -> dict[str, list[str]]:
+    """module → its targeted parameters, in the base's order."""
+    wanted = context.config.names("target_parameters") or ()
+    wanted = (wanted,) if isinstance(wanted, str) else wanted
+    targets: dict[str, list[str]] = {}
+    for name, shape in context.base.parameters.items():
+        if not _is_named(name, wanted):
+            continue
+        if len(shape) != 3:
+            raise UnsupportedAdapter(
+                f"target_parameters names {name} of shape {list(shape)}: only tensors of stacked "
+                "experts can be served so; name its module in target_modules"
+            )
+        targets.setdefault(name.rpartition(".")[0], []).append(name)
+    lost = [one for one in wanted if not any(_is_named(p, (one,)) for p in context.base.parameters)]
+    if lost:
+        raise AdapterMismatch(
+            f"target_parameters names {', '.join(lost)}, which this base does not have", lost
+        )
+    return targets
+
+
+def _is_named(name: str, wanted: Iterable[str]) -> bool:
+    return any(name == one or name.endswith(f".{one}") for one in wanted)
+
+
+def _found(context: ReadContext) -> dict[Place, dict[str, str]]:
+    names = module_names(context.base)
+    found: dict[Place, dict[str, str]] = {}
+    for key in context.ledger.names:
+        split = split_key(key, (_A, _B))
+        if split is None:
+            continue
+        path, depth = split[0], 0
+        while path.endswith(_NESTED):
+            path, depth = path.removesuffix(_NESTED), depth + 1
+        module = resolve_module(path, names)
+        if module is not None:
+            found.setdefault((module, depth), {})[split[1]] = key
+    return found
+
+
+def _factors(context: ReadContext, parameter: str, keys: Mapping[str, str]) -> StackedFactors:
+    lost = [f"{parameter}: {part}" for part in (_A, _B) if part not in keys]
+    if lost:
+        raise AdapterMismatch(f"{parameter} has no tensors in the file", lost, missing_keys=lost)
+    ledger = context.ledger
+    n_experts, n_rows, n_columns = context.base.parameters[parameter]
+    rank, scale = lora_scale(context.config, parameter)
+    limit_rank(context, parameter, rank)
+    is_transposed = ledger.shape(keys[_A])[-1] != n_columns or (
+        n_rows == n_columns and context.base.model_type in _TRANSPOSED
+    )
+    n_out, n_in = (n_columns, n_rows) if is_transposed else (n_rows, n_columns)
+    a = ledger.take(keys[_A], (n_experts * rank, n_in)).view(n_experts, rank, n_in)
+    b = ledger.take(keys[_B], (n_out, rank * n_experts)).view(n_out, rank, n_experts)
+    b = b.permute(2, 0, 1) * scale  # [E, out, r]
+    if is_transposed:
+        return StackedFactors(a.transpose(1, 2).contiguous(), b.transpose(1, 2).contiguous())
+    return StackedFactors(b.contiguous(), a)

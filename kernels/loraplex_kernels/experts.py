@@ -58,8 +58,8 @@ class Grouped(NamedTuple):
 
 def route_top_k(hidden: Tensor, gate: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """``hidden`` [n, width], ``gate`` float32 [n_experts, width] → the k experts with the largest
-    products (int32 [n, k], falling; the lower one first where equal) and the softmax over these
-    products (float32 [n, k]).
+    products (int32 [n, k], largest first; of equal ones the lower index first) and the softmax over
+    these products (float32 [n, k]).
     """
     code = _gate_code(hidden, gate)
     if code is None:
@@ -238,7 +238,7 @@ def moe_down(
     first = 0
     for rows, k in pairs.groups:
         n = rows.shape[0]
-        # Rows are distinct, so this adds each once: no order to lose.
+        # Rows are distinct, so each is added once and no order of additions is open.
         out.index_add_(0, rows, delta[first : first + n * k].view(n, k, -1).sum(dim=1))
         first += n * k
     return out

@@ -49,7 +49,7 @@ def serves(dtype: torch.dtype) -> bool:
 
 
 class NativeLora:
-    """One target bound to its storage and tables: a call costs two microseconds of Python.
+    """One target bound to its storage and tables: a call costs some microseconds of Python.
 
     Keeps them alive. Make a new one when the pool replaces the tables. Reentrant.
     """

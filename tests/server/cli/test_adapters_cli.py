@@ -56,9 +56,26 @@ def life_of_an_adapter(adapter: Path, where: list[Any]) -> None:
     assert card["description"] == "German"
     again = run("add", "team/de", adapter, "--no-replace", *where, fails=True).output
     assert "error:" in again
+    go_back_and_forth(adapter, card["digest"], where)
     assert "removed team/de" in run("rm", "team/de", *where).output
     assert json.loads(run("list", "--json", *where).stdout) == []
     assert "does not exist" in run("show", "team/de", *where, fails=True).output
+
+
+def go_back_and_forth(adapter: Path, first: str, where: list[Any]) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 16}))
+    run("add", "team/de", adapter, *where)
+    current, kept = run("revisions", "team/de", *where).output.splitlines()[-2:]
+    assert current.endswith("current")
+    assert kept.split()[:2] == ["1", first[:12]]
+    back = run("rollback", "team/de", *where).output
+    assert f"team/de is {first[:12]} again (revision 3)" in back
+    second = current.split()[1]
+    assert second in run("rollback", "team/de", "--digest", second, *where).output
+    wrong = run("rollback", "team/de", "--digest", "0000", *where, fails=True).output
+    assert f"kept: {first[:12]}" in wrong
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
 def test_an_adapter_lives_in_a_store_on_disk(model: Path, adapter: Path, tmp_path: Path) -> None:

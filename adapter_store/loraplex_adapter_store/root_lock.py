@@ -19,6 +19,7 @@ def own_root(root: Path) -> Callable[[], None]:
     except OSError:
         file.close()
         raise StoreError(
-            f"{root} is in use by another process; talk to the running server with --url"
+            f"{root} is in use by a running server: `loraplex adapters` talks to it; a second "
+            "server needs another --state-dir"
         ) from None
     return file.close

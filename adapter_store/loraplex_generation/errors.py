@@ -34,7 +34,7 @@ class OutOfDistribution(GeneratorError):
         super().__init__(
             f"the description is unlike anything this generator was trained on (score "
             f"{score:.2f}, limit {limit:.2f}); nearest known tasks: {close}; "
-            "set force to generate anyway"
+            '"force": true in a request, or --force, generates it anyway'
         )
         self.score = score
         self.limit = limit

@@ -155,9 +155,9 @@ def from_store(
         case store_errors.LimitExceeded():
             return ApiError(413, str(error), code="adapter_too_large", param=param)
         case store_errors.BaseMismatch():
-            return invalid(str(error), param, "base_mismatch")
+            return invalid(str(error), _content_param(param), "base_mismatch")
         case store_errors.AdapterRefused():
-            return invalid(str(error), param, "adapter_refused")
+            return invalid(str(error), _content_param(param), "adapter_refused")
         case store_errors.UnservableAdapter():
             return invalid(str(error), param, "adapter_unservable")
         case store_errors.SourceForbidden():
@@ -170,6 +170,11 @@ def from_store(
             return unavailable(str(error), "server_draining")
         case _:
             return ApiError(500, str(error), code="adapter_store_error", param=param)
+
+
+def _content_param(param: str | None) -> str | None:
+    """An adapter is refused for what is in it, not for its name."""
+    return "weights" if param == "name" else param
 
 
 def _unknown(error: store_errors.UnknownAdapter, access: AdapterAccess) -> str:

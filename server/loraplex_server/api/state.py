@@ -81,13 +81,14 @@ async def in_store_thread(
     access: AdapterAccess = EVERY_ADAPTER,
     *,
     pool: Executor | None = None,
+    param: str = "name",
 ) -> T:
     """Runs a blocking call of the store off the event loop, as a read where no ``pool`` is given.
 
-    Raises ApiError.
+    Raises ApiError; ``param`` is the field that it names.
     """
     loop = asyncio.get_running_loop()
     try:
         return await loop.run_in_executor(pool or state.pools.reads, work)
     except StoreError as error:
-        raise from_store(error, param="name", access=access) from error
+        raise from_store(error, param=param, access=access) from error

@@ -88,8 +88,12 @@ class LoraplexCollector(Collector):
         total = stats.kv_pages_total
         used = stats.kv_pages_used / total if total else 0.0
         gauge, counter = self._gauge, self._counter
-        yield gauge("vllm:num_requests_running", "Requests in the batch.", stats.n_running)
-        yield gauge("vllm:num_requests_waiting", "Requests in the queue.", stats.n_waiting)
+        yield gauge(
+            "vllm:num_requests_running", "Requests that the engine computes now.", stats.n_running
+        )
+        yield gauge(
+            "vllm:num_requests_waiting", "Requests that wait for the engine.", stats.n_waiting
+        )
         yield gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", used)
         yield gauge("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", used)
         pages = GaugeMetricFamily("loraplex_kv_pages", "Pages of the KV cache.", labels=("state",))
@@ -105,11 +109,25 @@ class LoraplexCollector(Collector):
         info.add_metric((page, str(total), prefix, "0"), 1.0)
         yield info
         metrics = self._metrics
-        yield counter("vllm:prompt_tokens", "Prompt tokens taken in.", metrics.n_prompt_tokens)
-        yield counter("vllm:generation_tokens", "Tokens generated.", metrics.n_output_tokens)
-        yield counter("vllm:prefix_cache_queries", "Tokens looked up.", stats.prefix_queries)
-        yield counter("vllm:prefix_cache_hits", "Tokens found.", stats.prefix_hits)
-        yield counter("vllm:num_preemptions", "Requests set back.", stats.n_preemptions)
+        yield counter(
+            "vllm:prompt_tokens", "Prompt tokens of all admitted calls.", metrics.n_prompt_tokens
+        )
+        yield counter(
+            "vllm:generation_tokens", "Tokens generated for all choices.", metrics.n_output_tokens
+        )
+        yield counter(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens looked up in the prefix cache.",
+            stats.prefix_queries,
+        )
+        yield counter(
+            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits
+        )
+        yield counter(
+            "vllm:num_preemptions",
+            "Requests whose KV pages were taken for an older one.",
+            stats.n_preemptions,
+        )
         step = HistogramMetricFamily(
             "vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=_LABELS
         )
@@ -117,12 +135,14 @@ class LoraplexCollector(Collector):
             self._values, _cumulated(STEP_TOKENS, stats.steps_by_tokens), stats.n_step_tokens
         )
         yield step
-        yield counter("loraplex_engine_steps", "Forward steps.", stats.n_steps)
+        yield counter("loraplex_engine_steps", "Forward passes of the engine.", stats.n_steps)
         yield gauge("loraplex_engine_up", "1 while the engine lives.", float(self._engine.alive))
         age = stats.step_age_s
         yield gauge("loraplex_engine_step_age_seconds", "Since the engine last moved.", age)
         finished = CounterMetricFamily(
-            "vllm:request_success", "Choices finished.", labels=(*_LABELS, "finished_reason")
+            "vllm:request_success",
+            "Choices by how they ended.",
+            labels=(*_LABELS, "finished_reason"),
         )
         for reason, count in metrics.finished.items():
             finished.add_metric((*self._values, reason), count)
@@ -156,10 +176,18 @@ class LoraplexCollector(Collector):
                 loaded.add_metric((card.name, level, str(card.pinned).lower(), rank), 1.0)
         yield loaded
         n_host = sum(1 for card in cards if card.n_bytes.host)
-        yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "On the device.", len(resident))
-        yield self._gauge("vllm:num_cpu_loaded_lora_adapters", "In host memory.", n_host)
+        yield self._gauge(
+            "vllm:num_gpu_loaded_lora_adapters", "Adapters in device memory.", len(resident)
+        )
+        yield self._gauge(
+            "vllm:num_cpu_loaded_lora_adapters",
+            "Adapters in host memory, not on the device.",
+            n_host,
+        )
         slots = self._config.max_loras
-        yield self._gauge("vllm:max_gpu_lora_adapters", "Adapters of one step.", slots)
+        yield self._gauge(
+            "vllm:max_gpu_lora_adapters", "Distinct adapters that one step may use.", slots
+        )
 
     def _store_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
         gauge, counter = self._gauge, self._counter
@@ -169,25 +197,45 @@ class LoraplexCollector(Collector):
         pool.add_metric(("used",), stats.pool_bytes_used)
         pool.add_metric(("total",), stats.pool_bytes_total)
         yield pool
-        yield counter("loraplex_adapter_loads", "Placed on the device.", stats.n_adapter_loads)
+        yield counter(
+            "loraplex_adapter_loads", "Adapters copied to the device.", stats.n_adapter_loads
+        )
         device_s = SummaryMetricFamily(
             "loraplex_adapter_device_load_seconds", "Reserve to resident, for each load."
         )
         device_s.add_metric((), stats.n_adapter_loads, stats.adapter_load_seconds)
         yield device_s
         evictions = stats.n_adapter_evictions
-        yield counter("loraplex_adapter_evictions", "Taken off the device.", evictions)
-        yield gauge("loraplex_adapters_registered", "Names in the store.", len(cards))
+        yield counter(
+            "loraplex_adapter_evictions", "Adapters taken off the device for others.", evictions
+        )
+        yield gauge("loraplex_adapters_registered", "Registered adapter names.", len(cards))
         held = self._store.stats()
-        host = GaugeMetricFamily("loraplex_host_tier_bytes", "Host tier.", labels=("state",))
+        host = GaugeMetricFamily(
+            "loraplex_host_tier_bytes",
+            "Bytes of adapters in host memory: used, and the budget.",
+            labels=("state",),
+        )
         host.add_metric(("used",), held.host_bytes_used)
         host.add_metric(("total",), held.host_bytes_total)
         yield host
-        yield gauge("loraplex_disk_tier_bytes", "Adapter files.", held.disk_bytes)
-        yield gauge("loraplex_adapter_leases", "Rights to use an adapter held.", held.n_leases)
-        yield counter("loraplex_host_tier_hits", "Leases without a load.", held.n_host_hits)
+        yield gauge("loraplex_disk_tier_bytes", "Bytes of adapter files on disk.", held.disk_bytes)
+        yield gauge(
+            "loraplex_adapter_leases",
+            "Leases that running requests hold on adapters.",
+            held.n_leases,
+        )
+        yield counter(
+            "loraplex_host_tier_hits",
+            "Leases of adapters that were in host memory.",
+            held.n_host_hits,
+        )
         yield counter("loraplex_host_tier_loads", "Loads from disk.", held.n_host_loads)
-        yield counter("loraplex_host_tier_evictions", "Host evictions.", held.n_host_evictions)
+        yield counter(
+            "loraplex_host_tier_evictions",
+            "Adapters that left host memory for others.",
+            held.n_host_evictions,
+        )
         load_s = SummaryMetricFamily("vllm:lora_adapter_load_seconds", "Loads from disk.")
         load_s.add_metric((), count_value=held.n_host_loads, sum_value=held.load_seconds)
         yield load_s
@@ -203,14 +251,20 @@ class LoraplexCollector(Collector):
         prompt = CounterMetricFamily("loraplex_adapter_prompt_tokens", "Prompt.", labels=labels)
         output = CounterMetricFamily("loraplex_adapter_tokens", "Generated.", labels=labels)
         found = CounterMetricFamily(
-            "loraplex_adapter_prefix_hit_tokens", "Found in the prefix cache.", labels=labels
+            "loraplex_adapter_prefix_hit_tokens",
+            "Prompt tokens found in the prefix cache, by adapter.",
+            labels=labels,
         )
         wait = CounterMetricFamily(
-            "loraplex_adapter_lease_seconds", "Waited for the adapter.", labels=labels
+            "loraplex_adapter_lease_seconds",
+            "Seconds that calls waited for their adapter.",
+            labels=labels,
         )
         queue = SummaryMetricFamily("loraplex_adapter_queue_seconds", "Queued.", labels=labels)
         ttft = SummaryMetricFamily(
-            "loraplex_adapter_time_to_first_token_seconds", "First token.", labels=labels
+            "loraplex_adapter_time_to_first_token_seconds",
+            "Seconds to the first token, by adapter.",
+            labels=labels,
         )
         for row in usage.all():
             label = (row.name,)
@@ -229,7 +283,14 @@ class LoraplexCollector(Collector):
         shown = {row.name for row in self._metrics.usage.all()}
         counts = dict.fromkeys(_TIERS, 0)
         of_shown = GaugeMetricFamily(
-            "loraplex_adapter_tier", "1 for the tier it lies in.", labels=("adapter", "tier")
+            "loraplex_adapter_tier",
+            "1 for the highest tier that an adapter lies in: device, host or disk.",
+            labels=("adapter", "tier"),
+        )
+        n_bytes = GaugeMetricFamily(
+            "loraplex_adapter_bytes",
+            "Bytes that an adapter takes on disk, and in host memory while it is there.",
+            labels=("adapter", "tier"),
         )
         for card in cards:
             on_host = "host" if card.n_bytes.host else "disk"
@@ -237,22 +298,30 @@ class LoraplexCollector(Collector):
             counts[tier] += 1
             if card.name in shown:
                 of_shown.add_metric((card.name, tier), 1.0)
+                n_bytes.add_metric((card.name, "disk"), card.n_bytes.disk)
+                n_bytes.add_metric((card.name, "host"), card.n_bytes.host)
         by_tier = GaugeMetricFamily(
-            "loraplex_adapters_by_tier", "Names by the highest tier.", labels=("tier",)
+            "loraplex_adapters_by_tier",
+            "Registered names by the highest tier they lie in.",
+            labels=("tier",),
         )
         for tier, count in counts.items():
             by_tier.add_metric((tier,), count)
-        yield from (by_tier, of_shown)
+        yield from (by_tier, of_shown, n_bytes)
 
     def _http_families(self) -> Iterator[Metric]:
         requests = CounterMetricFamily(
-            "http_requests", "Answers.", labels=("handler", "method", "status")
+            "http_requests",
+            "HTTP answers by route, method and status.",
+            labels=("handler", "method", "status"),
         )
         for (handler, method, status), count in self._metrics.http.items():
             requests.add_metric((handler, method, str(status)), count)
         yield requests
         seconds = SummaryMetricFamily(
-            "http_request_duration_seconds", "Request to last byte.", labels=("handler",)
+            "http_request_duration_seconds",
+            "Seconds from a request to the last byte of its answer.",
+            labels=("handler",),
         )
         for handler, (count, total) in self._metrics.http_seconds.items():
             seconds.add_metric((handler,), count_value=count, sum_value=total)

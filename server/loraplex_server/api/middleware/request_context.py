@@ -60,11 +60,12 @@ class RequestContext:
         # A path may hold anything once decoded, line breaks included: one record, one line.
         path = scope["path"] if scope["path"].isprintable() else ascii(scope["path"])
         _log.info(
-            "%s %s %d %.1f ms",
+            "%s %s %d %.1f ms%s",
             scope["method"],
             path[:256],
             status,
             seconds * 1000,
+            "" if info.adapter is None else f"  {info.adapter}",
             extra={
                 "method": scope["method"],
                 "path": path[:256],

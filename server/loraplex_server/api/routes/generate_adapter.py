@@ -56,6 +56,7 @@ async def generate_adapter(
         state,
         lambda: adapters.ensure(order, name=body.name, ttl_s=body.ttl_s),
         pool=state.pools.generation,
+        param="description",
     )
     agreement = await _agreement(state, card) if body.probe else None
     resident = set(state.engine.stats().resident_adapters)

@@ -85,10 +85,13 @@ class AdapterPacker:
             self._check_size(plan, plan.packed_adapter)
 
     def form(self, plan: AdapterPlan) -> PackedAdapter:
-        """The form a plan has already, or a new one. Raises AdapterRefused."""
-        self.check(plan)
+        """The form a plan has already, or a new one. Raises AdapterRefused.
+
+        A prepared plan was checked when it was prepared or loaded: not again on the engine thread.
+        """
         if isinstance(plan.packed_adapter, PackedAdapter):
             return plan.packed_adapter
+        self.check(plan)
         sets = [self._pooled_modules(plan), *_expert_modules(plan.experts)]
         rank = max((module.rank for modules in sets for module in modules.values()), default=0)
         pack = self._pool.pack

@@ -93,9 +93,10 @@ def test_spare_rows_write_nothing(model: PreTrainedModel, monkeypatch: pytest.Mo
         ):
             assert not keys.any()  # nor did the recording at start
             assert not values.any()
-        generate_all(engine, PROMPTS[:3], SamplingParams(max_tokens=4, temperature=0.0))
+        # Long enough that all three run before one ends, and its pages go to another.
+        generate_all(engine, PROMPTS[:3], SamplingParams(max_tokens=14, temperature=0.0))
         assert recorder.n_replayed > 0
-        n_tokens = sum(len(prompt) + 3 for prompt in PROMPTS[:3])  # the last one is not computed
+        n_tokens = sum(len(prompt) + 13 for prompt in PROMPTS[:3])  # the last one is not computed
         for keys in engine.loop.kv_cache.keys:
             pages, heads, size, width = keys.shape
             unit = 16 // 4 // keys.element_size()  # [head_dim / unit, page, unit] in memory

@@ -50,7 +50,7 @@ class TaskVectors:
             from transformers import AutoTokenizer
 
             codec = ChatCodec(AutoTokenizer.from_pretrained(directory))
-            return FrozenBase(directory), codec
+            return FrozenBase(directory, mapped=True), codec
 
         return cls(load)
 

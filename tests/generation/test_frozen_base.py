@@ -125,6 +125,24 @@ def test_layers_that_this_forward_does_not_compute_are_refused(
         tiny_base(tiny_directory(tmp_path, **field))
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="no map of the memory to read")
+def test_mapped_weights_stay_in_the_file_and_compute_the_same(
+    directory: Path, base: FrozenBase
+) -> None:
+    mapped = FrozenBase(directory, dtype=torch.float32, mapped=True)
+    ranges = [
+        tuple(int(end, 16) for end in line.split()[0].split("-"))
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if line.endswith(str(directory / "model.safetensors"))
+    ]
+    layer = mapped._layers[0]
+    for weight in (mapped.output_head, *layer.qkv, layer.o, *layer.gate_up, layer.down):
+        assert any(first <= weight.data_ptr() < last for first, last in ranges)
+    codec = tiny_codec()
+    batch = pack(codec.head, [[codec.row(e) for e in Task.parse("email/tag").examples("train", 4)]])
+    torch.testing.assert_close(mapped.score(batch).nll, base.score(batch).nll)
+
+
 def test_rows_do_not_see_each_other(base: FrozenBase) -> None:
     codec = tiny_codec()
     rows = [codec.row(e) for e in Task.parse("email/tag").examples("train", 4)]

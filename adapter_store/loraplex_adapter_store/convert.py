@@ -1,7 +1,7 @@
 """Turning what the store does not open into what it does: pickles, and residual-trained LoRAs.
 
 A pickle is opened only by ``unpickle_worker``, in a process of its own: weights-only, an empty
-environment, bounded memory, time and output. The result goes through the same door as any upload.
+environment, bounded memory, time and output. The result is checked as any upload is.
 """
 
 from __future__ import annotations
@@ -75,10 +75,16 @@ def convert_directory(
     return Conversion(str(source), tensors, dropped, steps)
 
 
-def draw_posterior(source: Path, target: Path, n_draws: int, seed: int) -> tuple[Path, ...]:
-    """ABMLL: writes ``n_draws`` plain LoRAs to ``target/draw-0`` …; returns their folders."""
-    config = json.loads((source / CONFIG_FILE).read_text())
-    tensors = load_file(source / WEIGHTS_FILE)
+def draw_posterior(
+    source: Path, target: Path, n_draws: int, seed: int, limits: StoreLimits
+) -> tuple[Path, ...]:
+    """ABMLL: writes ``n_draws`` plain LoRAs to ``target/draw-0`` …; returns their folders.
+
+    Raises AdapterRefused for a damaged file.
+    """
+    config = AdapterConfig.parse((source / CONFIG_FILE).read_bytes(), limits).values
+    with SafetensorsFile(source / WEIGHTS_FILE, limits) as file:
+        tensors = {name: file.load(name) for name in file.entries}
     folders: list[Path] = []
     for number, (drawn_config, drawn) in enumerate(draws(config, tensors, n_draws, seed)):
         folder = target / f"draw-{number}"
@@ -140,7 +146,7 @@ def _unpickle(
 
 
 def _add_initial(weights: Path, initial: Path, limits: StoreLimits) -> str:
-    with SafetensorsFile(initial / WEIGHTS_FILE, limits):  # the checks of the door
+    with SafetensorsFile(initial / WEIGHTS_FILE, limits):  # the same checks as for any file
         start = load_file(initial / WEIGHTS_FILE)
     tensors = load_file(weights)
     added = {

@@ -31,7 +31,7 @@ class Unnamed(NamedTuple):
 
 
 class NameIndex:
-    """Mirror of the catalogue. Thread-safe; no method waits or does I/O."""
+    """Mirror of the registry. Thread-safe; no method waits or does I/O."""
 
     def __init__(
         self,

@@ -1,12 +1,12 @@
-"""Prepared plans on disk: ``forms/ab/<digest>``, a cache beside the contents.
+"""Packed plans on disk: ``packed/ab/<digest>``, a cache beside the contents.
 
     [16 bytes xxh3 of the rest][u64 head length][u64 data length][head][data]
     head: [a header, as in ``plan_file``][the plan without its factors]
 
-The data are the tensors of the device form, each at a multiple of 64 bytes; the header says where,
-and the packer's key. Head and data are read into memory apart, so that the plan outlives a device
-form that went to the device. A file that is missing, damaged or of another packer is no error:
-the plan is prepared anew.
+The data are the tensors of the packed adapter, each at a multiple of 64 bytes; the header says
+where, and the packer's key. Head and data are read into memory apart, so that the plan outlives a
+packed adapter that went to the device. A file that is missing, damaged or of another packer is no
+error: the plan is prepared anew.
 """
 
 from __future__ import annotations
@@ -46,11 +46,11 @@ class Packer(Protocol):
     def prepare(self, plan: AdapterPlan) -> AdapterPlan:
         """The plan with a ``packed_adapter`` instead of factors. Raises AdapterRefused."""
 
-    def dump(self, form: object) -> tuple[JsonValue, Sequence[Tensor]]:
-        """A device form as a header and contiguous host tensors."""
+    def dump(self, packed: object) -> tuple[JsonValue, Sequence[Tensor]]:
+        """A packed adapter as a header and contiguous host tensors."""
 
     def restore(self, header: JsonValue, tensors: Sequence[Tensor]) -> object:
-        """The device form that ``dump`` saw; it may keep the tensors."""
+        """The packed adapter that ``dump`` saw; it may keep the tensors."""
 
 
 class PackedFiles:
@@ -61,7 +61,7 @@ class PackedFiles:
 
     def __init__(self, root: Path, disk: Disk, packer: Packer | None) -> None:
         self._disk = disk
-        self._forms = DigestFolder(root / "forms", disk)
+        self._packed = DigestFolder(root / "packed", disk)
         self._staging = root / "staging"
         self._packer = packer
 
@@ -69,7 +69,7 @@ class PackedFiles:
         """The prepared plan, or None: then prepare it. Mostly outside the interpreter lock."""
         if self._packer is None:
             return None
-        parts = _read(self._forms.path(digest))
+        parts = _read(self._packed.path(digest))
         if parts is None:
             return None
         head, data = parts
@@ -80,14 +80,14 @@ class PackedFiles:
             data[start : start + n_bytes].view(getattr(torch, dtype)).view(shape)
             for dtype, shape, start, n_bytes in text["tensors"]
         ]
-        form = self._packer.restore(text["form"], tensors)
-        return replace(parse_plan(head[plan_at:]), packed_adapter=form)
+        packed = self._packer.restore(text["layout"], tensors)
+        return replace(parse_plan(head[plan_at:]), packed_adapter=packed)
 
     def stage(self, plan: AdapterPlan) -> Path:
         """Writes a prepared plan where nobody sees it yet. Raises OSError; then nothing is left."""
         assert self._packer is not None
-        form, tensors = self._packer.dump(plan.packed_adapter)
-        chunks = _chunks(self._packer.key, replace(plan, packed_adapter=None), form, tensors)
+        layout, tensors = self._packer.dump(plan.packed_adapter)
+        chunks = _chunks(self._packer.key, replace(plan, packed_adapter=None), layout, tensors)
         path = self._staging / uuid.uuid4().hex
         try:
             self._disk.write(path, chunks, flush=False)  # a torn file shows by its checksum
@@ -97,7 +97,7 @@ class PackedFiles:
         return path
 
     def publish(self, staged: Path, digest: str) -> None:
-        path = self._forms.path(digest)
+        path = self._packed.path(digest)
         self._disk.make_directory(path.parent)
         self._disk.replace(staged, path)
 
@@ -106,14 +106,14 @@ class PackedFiles:
 
     def remove(self, digest: str) -> int:
         """Returns the bytes freed; 0 if there is none."""
-        return self._disk.unlink(self._forms.path(digest))
+        return self._disk.unlink(self._packed.path(digest))
 
     def digests(self) -> Iterator[str]:
-        return self._forms.digests()
+        return self._packed.digests()
 
 
 def _chunks(
-    key: str, plan: AdapterPlan, form: JsonValue, tensors: Sequence[Tensor]
+    key: str, plan: AdapterPlan, layout: JsonValue, tensors: Sequence[Tensor]
 ) -> list[bytes | memoryview]:
     places: list[JsonValue] = []
     data: list[bytes | memoryview] = []
@@ -125,7 +125,7 @@ def _chunks(
             padding = bytes(aligned(tensor.nbytes) - tensor.nbytes)
             data += [tensor.reshape(-1).view(torch.uint8).numpy().data, padding]
         at += aligned(tensor.nbytes)
-    header = pack_header({"key": key, "form": form, "tensors": places})
+    header = pack_header({"key": key, "layout": layout, "tensors": places})
     head = header + b"".join(pack_plan(plan).chunks)
     lengths = len(head).to_bytes(8, "little") + at.to_bytes(8, "little")
     checksum = xxhash.xxh3_128(lengths)

@@ -1,4 +1,4 @@
-"""The catalogue: names, their revisions and the contents they point at, in SQLite.
+"""The registry: names, their revisions and the contents they point at, in SQLite.
 
 Write-ahead log with full synchronisation: what a method has returned from survives a power cut.
 Names move by compare-and-set inside one transaction. Revision numbers of a name are never reused.
@@ -231,7 +231,7 @@ class Registry:
         version = int(self._db.execute("PRAGMA user_version").fetchone()[0])
         if version > len(_MIGRATIONS):
             raise StoreError(
-                f"the catalogue has schema {version}, this version of loraplex knows "
+                f"the registry has schema {version}, this version of loraplex knows "
                 f"{len(_MIGRATIONS)}: use the newer one"
             )
         for number in range(version, len(_MIGRATIONS)):

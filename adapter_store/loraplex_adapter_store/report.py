@@ -66,7 +66,7 @@ class LoadReport:
 
     @staticmethod
     def from_json(value: Mapping[str, JsonValue]) -> LoadReport:
-        """The inverse of ``to_json``; used when the catalogue is opened."""
+        """The inverse of ``to_json``; used when the registry is opened."""
         modules = value["modules"]
         assert isinstance(modules, dict)
         energy, declared = value.get("kept_energy"), value.get("base_declared")

@@ -1,4 +1,4 @@
-"""The door: an untrusted safetensors file, checked by our own code before anything is mapped.
+"""An untrusted safetensors file, checked by our own code before anything is mapped.
 
     [u64 little-endian header length][JSON header][tensor data, no holes, no overlap]
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -162,10 +162,9 @@ def parse_json_object(data: bytes, what: str, max_bytes: int) -> dict[str, objec
 
 
 def _read_header(
-    read: object, n_bytes: int, name: str, limits: StoreLimits
+    read: Callable[[int], bytes], n_bytes: int, name: str, limits: StoreLimits
 ) -> tuple[dict[str, object], int]:
-    assert callable(read)
-    start: bytes = read(8)
+    start = read(8)
     if len(start) < 8:
         raise MalformedFile(f"{name} has {n_bytes} bytes: too short for a safetensors header")
     length = int.from_bytes(start, "little")

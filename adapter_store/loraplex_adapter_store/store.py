@@ -11,10 +11,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeVar
 
 import safetensors.torch
 from torch import Tensor
@@ -24,7 +23,6 @@ from loraplex_adapter_store.sources.uri import fetch
 
 from .base_spec import BaseSpec
 from .card import AdapterCard, DeleteReport, StoreStats, TierBytes
-from .composite import Composite
 from .content_files import ContentFiles
 from .content_loader import ContentLoader, PlanCheck
 from .deletion import Deletion
@@ -34,22 +32,24 @@ from .errors import (
     RevisionConflict,
     StoreClosed,
     UnknownAdapter,
-    UnservableAdapter,
 )
 from .eviction import POLICIES
 from .host_tier import HostTier
 from .ingest import AdapterFiles, Ingested, ingest
 from .lease import AdapterLease
+from .leasing import Leasing
 from .library import GateOf
 from .limits import StoreLimits
 from .name_index import NameIndex
 from .names import check_name
 from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan, Family
+from .put_options import PutOptions
 from .registry import Content, NameRecord, Put, Registry
 from .report import JsonValue, LoadReport
+from .retirement import Retirement
 from .root_lock import own_root
-from .selector import Library, Mixture, NameRef, Selector, parse_selector
+from .selector import NameRef, Selector, parse_selector
 
 __all__ = ["AdapterLease", "AdapterStore", "Progress"]
 
@@ -57,18 +57,6 @@ Progress = Callable[[str, float], None]  # stage, share done in [0, 1]
 
 _CHUNK = 1 << 20
 _log = logging.getLogger(__name__)
-_T = TypeVar("_T")
-
-
-class _Terms(NamedTuple):
-    """What a put says beside the content."""
-
-    if_match: str | None
-    replace: bool
-    description: str | None
-    examples: tuple[str, ...]
-    provenance: Mapping[str, JsonValue]
-    expires: float | None = None
 
 
 class AdapterStore:
@@ -102,55 +90,62 @@ class AdapterStore:
         self.base = base
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
-        self._gate_of = gate_of
         self._n_kept_revisions = n_kept_revisions
         disk = disk or Disk()
         disk.make_directory(root)
         self._give_up = own_root(root)
         try:
             self._files = ContentFiles(root, disk)
-            self._prepared = PackedFiles(root, disk, packer)
-            self._catalogue = Registry(root / "catalogue.sqlite3")
+            self._packed = PackedFiles(root, disk, packer)
+            self._registry = Registry(root / "registry.sqlite3")
         except BaseException:
             self._give_up()
             raise
         self._index = NameIndex(
-            self._catalogue.names(), self._catalogue.kept(), self._catalogue.contents()
+            self._registry.names(), self._registry.kept(), self._registry.contents()
         )
         self._tier = HostTier(host_bytes, POLICIES[eviction], limits.host_wait_s)
         self._loader = ContentLoader(
             base,
             self._files,
-            self._prepared,
+            self._packed,
             packer,
             check,
-            on_prepared=lambda plan: self._later(self._keep_prepared, plan),
+            on_prepared=lambda plan: self._retirement.later(self._keep_prepared, plan),
         )
         self._writing = threading.RLock()  # serialises changes of names and files
-        self._listeners: tuple[Callable[[str], None], ...] = ()
-        self._deletions: dict[str, list[Future[TierBytes]]] = {}  # that wait for leases, by digest
-        self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-janitor")
+        self._retirement = Retirement(
+            self._index, self._tier, self._files, self._packed, self._registry, self._writing
+        )
+        self._unservable: dict[str, str] = {}  # digest → why
+        self._leasing = Leasing(
+            base,
+            self._index,
+            self._tier,
+            self._loader,
+            self._retirement,
+            gate_of,
+            on_unservable=self._unservable.__setitem__,
+        )
         self._closed = False
-        self._sweep()
-        self._unservable = self._check_stored()  # digest → why
+        self._retirement.sweep()
+        self._tier.pin(self._index.pinned_digests())
+        self._unservable.update(self._check_stored())
 
     def put_directory(
         self,
         name: str,
         path: Path,
         *,
-        if_match: str | None = None,  # digest the name must have now
-        replace: bool = True,  # False: the name must not exist
-        description: str | None = None,
-        examples: Sequence[str] = (),
+        options: PutOptions = PutOptions(),  # noqa: B008  frozen value
     ) -> AdapterCard:
         """Reads a PEFT directory. The caller vouches for ``path``; see ``put_source`` for clients.
 
         Raises AdapterRefused, RevisionConflict, InvalidName or SourceError; then nothing changed.
         """
-        provenance: dict[str, JsonValue] = {"source": "directory", "path": str(path)}
-        terms = _Terms(if_match, replace, description, tuple(examples), provenance)
-        return self._put_local(name, read_directory(path, self.limits), terms)
+        source: dict[str, JsonValue] = {"source": "directory", "path": str(path)}
+        files = read_directory(path, self.limits)
+        return self._put_local(name, files, _with_provenance(options, source))
 
     def put_files(
         self,
@@ -159,17 +154,11 @@ class AdapterStore:
         weights: bytes | Path,
         *,
         chat_template: str | None = None,
-        if_match: str | None = None,
-        replace: bool = True,
-        description: str | None = None,
-        examples: Sequence[str] = (),
-        provenance: Mapping[str, JsonValue] | None = None,
-        expires: float | None = None,  # seconds since the epoch, see ``expire``
+        options: PutOptions = PutOptions(),  # noqa: B008  frozen value
     ) -> AdapterCard:
         """For uploads: the text of adapter_config.json and the safetensors bytes or file."""
-        source = dict(provenance or {"source": "upload"})
-        terms = _Terms(if_match, replace, description, tuple(examples), source, expires)
-        return self._put(name, AdapterFiles(config, _chunks(weights), chat_template), terms)
+        files = AdapterFiles(config, _chunks(weights), chat_template)
+        return self._put(name, files, _with_provenance(options, {"source": "upload"}))
 
     def put_tensors(
         self,
@@ -177,36 +166,19 @@ class AdapterStore:
         config: Mapping[str, JsonValue],
         tensors: Mapping[str, Tensor],
         *,
-        if_match: str | None = None,
-        replace: bool = True,
-        description: str | None = None,
-        examples: Sequence[str] = (),
-        provenance: Mapping[str, JsonValue] | None = None,
-        expires: float | None = None,
+        options: PutOptions = PutOptions(),  # noqa: B008  frozen value
     ) -> AdapterCard:
-        """For generated adapters: a PEFT-style config and tensors in memory, same door."""
+        """For generated adapters: a PEFT-style config and tensors in memory, same checks."""
         weights = safetensors.torch.save({key: t.contiguous() for key, t in tensors.items()})
-        return self.put_files(
-            name,
-            json.dumps(config).encode(),
-            weights,
-            if_match=if_match,
-            replace=replace,
-            description=description,
-            examples=examples,
-            provenance=provenance or {"source": "generated"},
-            expires=expires,
-        )
+        files = AdapterFiles(json.dumps(config).encode(), _chunks(weights), None)
+        return self._put(name, files, _with_provenance(options, {"source": "generated"}))
 
     def put_source(
         self,
         name: str,
         uri: str,  # directory, file://, hf://org/repo[/sub][@rev], s3://, gs://, az://, https://
         *,
-        if_match: str | None = None,
-        replace: bool = True,
-        description: str | None = None,
-        examples: Sequence[str] = (),
+        options: PutOptions = PutOptions(),  # noqa: B008  frozen value
         progress: Progress | None = None,
     ) -> AdapterCard:
         """Fetches, checks and stores. Directories must lie inside ``allowed_roots``."""
@@ -217,8 +189,8 @@ class AdapterStore:
             report("fetch", 0.0)
             fetched = fetch(uri, staged, self.allowed_roots, self.limits)
             report("check", 0.5)
-            terms = _Terms(if_match, replace, description, tuple(examples), fetched.provenance)
-            card = self._put_local(name, fetched.files, terms)
+            told = _with_provenance(options, fetched.provenance)
+            card = self._put_local(name, fetched.files, told)
             report("done", 1.0)
             return card
         finally:
@@ -230,7 +202,7 @@ class AdapterStore:
             self._check_open()
             record, content = self._index.current(name)
             try:
-                report = self._catalogue.report(record.digest)
+                report = self._registry.report(record.digest)
             except UnknownAdapter:
                 if self._index.content(record.digest) is not None:
                     raise
@@ -273,22 +245,25 @@ class AdapterStore:
                     f"adapter {name!r} has not kept {asked} beside the current one; kept: {shown}"
                 )
             record, content = wanted
-            report = self._catalogue.report(content.digest)
-            terms = _Terms(
-                if_match, True, record.description, record.examples, record.provenance, None
+            report = self._registry.report(content.digest)
+            options = PutOptions(
+                if_match=if_match,
+                description=record.description,
+                examples=record.examples,
+                provenance=record.provenance,
             )
-            put = self._point(name, content, report, terms)
+            put = self._point(name, content, report, options)
         return self._card(put.record, content, report, current[0].digest)
 
     def history(self, name: str) -> tuple[tuple[int, str, float], ...]:
         """(revision, digest, created) of every content the name ever had, oldest first."""
-        return self._catalogue.history(name)
+        return self._registry.history(name)
 
     def set_expiry(self, name: str, expires: float | None) -> AdapterCard:
         """``expires``: seconds since the epoch; a put of the name sets it anew."""
         with self._writing:
             self._check_open()
-            record = self._catalogue.set_expiry(name, expires)
+            record = self._registry.set_expiry(name, expires)
             self._index.update(record)
         return self.get(name)
 
@@ -330,20 +305,14 @@ class AdapterStore:
         UnknownAdapter, InvalidSelector (descriptions and "auto" are resolved before), HostTierFull,
         or StoredAdapterDamaged.
         """
+        self._check_open()
         wanted = parse_selector(selector) if isinstance(selector, str) else selector
-        if isinstance(wanted, NameRef):
-            return self._acquire_name(wanted)
-        if isinstance(wanted, Mixture):
-            return self._acquire_composite(Composite.of_mixture(wanted, self.base))
-        if isinstance(wanted, Library):
-            return self._acquire_composite(Composite.of_library(wanted, self._gate_of))
-        raise InvalidSelector(
-            f"{type(wanted).__name__} must be resolved to a name before it is used"
-        )
+        return self._leasing.acquire(wanted)
 
     def check_known(self, ref: NameRef) -> None:
         """Raises UnknownAdapter where ``acquire`` would; loads nothing."""
-        self._find(ref)
+        self._check_open()
+        self._leasing.find(ref)
 
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
         """``acquire`` where it needs no load, else None, also for what does not exist.
@@ -351,17 +320,7 @@ class AdapterStore:
         Takes microseconds and never waits: an event loop may call it, and ask ``acquire`` on
         another thread when it gets None.
         """
-        found = self._index.find(ref.name, ref.digest_prefix)
-        if found is None:
-            return None
-        record, content = found
-        plan = self._tier.lease_resident(content.digest)
-        if plan is None:
-            return None
-        if self._index.content(content.digest) is None:  # retired between look-up and count
-            self._released(content.digest)
-            return None
-        return AdapterLease(record.name, record.revision, plan, self._released)
+        return self._leasing.acquire_resident(ref)
 
     def pin(self, name: str) -> AdapterCard:
         """Loads the adapter and keeps it in host memory, also after a restart once it is used."""
@@ -394,17 +353,17 @@ class AdapterStore:
         with self._writing:
             self._check_open()
             digest = self._index.current(name)[0].digest
-            self._catalogue.remove_name(name, if_match)
+            self._registry.remove_name(name, if_match)
             removed = self._index.remove_name(name)
             self._tier.pin(self._index.pinned_digests())
             deletion = Deletion(name, digest, self._tier.n_leases(digest))
             if removed.has_other_names:
                 deletion.freed.set_result(TierBytes(0, 0))
             else:
-                self._deletions.setdefault(digest, []).append(deletion.freed)
+                self._retirement.wait_for(digest, deletion.freed)
         for kept in removed.kept:
-            self._retire_later(kept)
-        self._retire(digest)  # nothing while it is leased
+            self._retirement.retire_later(kept)
+        self._retirement.retire(digest)  # nothing while it is leased
         return deletion
 
     def on_retired(self, listener: Callable[[str], None]) -> None:
@@ -412,7 +371,7 @@ class AdapterStore:
 
         It runs on the thread that released or deleted it, must not block, and must not raise.
         """
-        self._listeners = (*self._listeners, listener)
+        self._retirement.listen(listener)
 
     def close(self) -> None:
         """Waits for running clean-up. Leased plans stay valid; the store answers StoreClosed."""
@@ -420,8 +379,8 @@ class AdapterStore:
             if self._closed:
                 return
             self._closed = True
-        self._janitor.shutdown(wait=True)
-        self._catalogue.close()
+        self._retirement.close()
+        self._registry.close()
         self._give_up()
 
     def __enter__(self) -> AdapterStore:
@@ -435,44 +394,44 @@ class AdapterStore:
     ) -> None:
         self.close()
 
-    def _put_local(self, name: str, files: LocalFiles, terms: _Terms) -> AdapterCard:
+    def _put_local(self, name: str, files: LocalFiles, options: PutOptions) -> AdapterCard:
         with files.open_weights() as weights:
             chunks = iter(lambda: weights.read(_CHUNK), b"")
-            return self._put(name, AdapterFiles(files.config, chunks, files.chat_template), terms)
+            return self._put(name, AdapterFiles(files.config, chunks, files.chat_template), options)
 
-    def _put(self, name: str, files: AdapterFiles, terms: _Terms) -> AdapterCard:
+    def _put(self, name: str, files: AdapterFiles, options: PutOptions) -> AdapterCard:
         check_name(name)
         self._check_open()
         with ingest(files, self._files, self.base, self.limits) as ingested:
             prepared = self._loader.prepare(ingested.reading.plan)
             with self._writing:
                 self._check_open()
-                put, content = self._commit(name, ingested, terms)
+                put, content = self._commit(name, ingested, options)
                 self._unservable.pop(content.digest, None)
-                self._tier.hold(content.digest)  # a delete from here on waits for the rest
+                self._retirement.hold(content.digest)  # a delete from here on waits for the rest
         try:
             self._keep_prepared(prepared)
             if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
                 self._tier.lease(content.digest, content.host_bytes, lambda: prepared)
                 self._tier.release(content.digest)
         finally:
-            self._let_go(content.digest)
+            self._retirement.let_go(content.digest)
         replaced = None if put.previous is None else put.previous.digest
         return self._card(put.record, content, ingested.reading.report, replaced)
 
-    def _commit(self, name: str, ingested: Ingested, terms: _Terms) -> tuple[Put, Content]:
+    def _commit(self, name: str, ingested: Ingested, options: PutOptions) -> tuple[Put, Content]:
         """Publishes the files, then moves the name."""
         plan, report = ingested.reading
         found = self._index.find(name)
         current = None if found is None else found[0].digest
-        if terms.if_match is not None and current != terms.if_match:  # before any file moves
+        if options.if_match is not None and current != options.if_match:  # before any file moves
             now = "does not exist" if current is None else f"has digest {current}"
-            raise RevisionConflict(f"adapter {name!r} {now}, not {terms.if_match}", current)
+            raise RevisionConflict(f"adapter {name!r} {now}, not {options.if_match}", current)
         was_there = self._index.content(plan.digest) is not None
         n_bytes = self._files.publish(ingested.staged, plan.digest)
         content = Content(
             digest=plan.digest,
-            family=_family(plan, terms.provenance),
+            family=_family(plan, options.provenance or {}),
             ranks=tuple(sorted({m.rank for m in plan.modules.values() if m.rank})),
             disk_bytes=n_bytes,
             host_bytes=plan.n_bytes,
@@ -480,67 +439,45 @@ class AdapterStore:
             plan_sha256=ingested.plan_sha256,
         )
         try:
-            return self._point(name, content, report, terms), content
+            return self._point(name, content, report, options), content
         except RevisionConflict:
             if not was_there:
                 self._files.remove(plan.digest)
             raise
 
-    def _point(self, name: str, content: Content, report: LoadReport, terms: _Terms) -> Put:
+    def _point(self, name: str, content: Content, report: LoadReport, options: PutOptions) -> Put:
         """Moves the name. Raises RevisionConflict."""
-        put = self._catalogue.put(
+        put = self._registry.put(
             name,
             content,
             report,
-            if_match=terms.if_match,
-            replace=terms.replace,
-            description=terms.description,
-            examples=terms.examples,
-            provenance=terms.provenance,
+            if_match=options.if_match,
+            replace=options.replace,
+            description=options.description,
+            examples=tuple(options.examples),
+            provenance=options.provenance or {},
             created=time.time(),
-            expires=terms.expires,
+            expires=options.expires,
             n_kept=self._n_kept_revisions,
         )
         let_go = self._index.point(put, content)
         self._tier.pin(self._index.pinned_digests())
-        for waiting in self._deletions.pop(content.digest, ()):  # it is named again: nothing goes
-            waiting.set_result(TierBytes(0, 0))
+        self._retirement.named_again(content.digest)
         for digest in let_go:
-            self._retire_later(digest)
+            self._retirement.retire_later(digest)
         return put
-
-    def _acquire_name(self, ref: NameRef) -> AdapterLease:
-        record, content = self._hold(ref)
-        try:
-            plan = self._tier.lease(
-                content.digest, content.host_bytes, lambda: self._loader.load(content)
-            )
-            return AdapterLease(record.name, record.revision, plan, self._released)
-        except UnservableAdapter as error:
-            self._unservable[content.digest] = str(error)
-            raise
-        finally:
-            self._let_go(content.digest)
-
-    def _find(self, ref: NameRef) -> tuple[NameRecord, Content]:
-        self._check_open()
-        found = self._index.find(ref.name, ref.digest_prefix)
-        if found is None:
-            revisions = self._index.revisions(ref.name)
-            raise UnknownAdapter(str(ref), [f"{ref.name}@{r.digest[:12]}" for r, _ in revisions])
-        return found
 
     def _keep_prepared(self, plan: AdapterPlan) -> None:
         """For loads to come. It is a cache: without it they take longer, no more."""
         if plan.packed_adapter is None:
             return
         try:
-            staged = self._prepared.stage(plan)
+            staged = self._packed.stage(plan)
             with self._writing:
                 if self._index.content(plan.digest) is None:  # deleted meanwhile
-                    self._prepared.discard(staged)
+                    self._packed.discard(staged)
                 else:
-                    self._prepared.publish(staged, plan.digest)
+                    self._packed.publish(staged, plan.digest)
         except OSError as error:
             _log.warning(
                 "adapter %s is not kept in prepared form, its loads from disk take longer: %s",
@@ -548,103 +485,12 @@ class AdapterStore:
                 error,
             )
 
-    def _acquire_composite(self, composite: Composite) -> AdapterLease:
-        """The files of the parts are held while the whole is built; it is cached as any content.
-
-        The parts themselves do not come to host memory.
-        """
-        parts: list[Content] = []
-        try:
-            parts.extend(self._hold(ref)[1] for ref in composite.refs)
-            digests = [part.digest for part in parts]
-            digest = composite.identify(digests)
-            self._index.add_composite(digest, digests)
-
-            def load() -> AdapterPlan:
-                return self._loader.load_composite(composite, parts, digest)
-
-            plan = self._tier.lease(digest, sum(part.host_bytes for part in parts), load)
-            return AdapterLease(composite.label, 0, plan, self._released)
-        finally:
-            for part in parts:
-                self._let_go(part.digest)
-
-    def _hold(self, ref: NameRef) -> tuple[NameRecord, Content]:
-        """What ``ref`` means now; its files and its plan stay until ``_let_go``.
-
-        The hold is counted first and looked up again then: ``_retire`` forgets a content only in a
-        step in which nobody has it.
-        """
-        while True:
-            record, content = self._find(ref)
-            self._tier.hold(content.digest)
-            if self._index.content(content.digest) is not None:
-                return record, content
-            self._let_go(content.digest)  # it was retired between look-up and count
-
-    def _let_go(self, digest: str) -> None:
-        self._tier.let_go(digest)
-        self._retire_if_garbage(digest)
-
-    def _released(self, digest: str) -> None:
-        self._tier.release(digest)
-        self._retire_if_garbage(digest)
-
-    def _retire_if_garbage(self, digest: str) -> None:
-        if not self._index.is_reachable(digest):
-            self._retire_later(digest)
-
     def _set_pinned(self, name: str, *, pinned: bool) -> AdapterCard:
         self._check_open()
         with self._writing:
-            self._index.update(self._catalogue.set_pinned(name, pinned=pinned))
+            self._index.update(self._registry.set_pinned(name, pinned=pinned))
             self._tier.pin(self._index.pinned_digests())
         return self.warm(name) if pinned else self.get(name)
-
-    def _retire_later(self, digest: str) -> None:
-        self._later(self._retire, digest)
-
-    def _later(self, work: Callable[[_T], object], item: _T) -> None:
-        try:
-            self._janitor.submit(work, item)
-        except RuntimeError:  # closed: the next start sweeps
-            return
-
-    def _retire(self, digest: str) -> TierBytes:
-        """Frees a digest that nothing reaches. Does nothing if something does by now."""
-        with self._writing:
-            removed = self._index.remove_unreachable(
-                digest, is_used=lambda: self._tier.n_leases(digest) > 0
-            )
-            if removed is None:
-                if not self._index.knows(digest):  # a plan leased while its content was retired
-                    self._tier.drop(digest)
-                return TierBytes(0, 0)
-            host = self._tier.drop(digest)
-            disk = 0
-            if removed.content is not None and not self._closed:
-                disk = self._files.remove(digest) + self._prepared.remove(digest)
-                self._catalogue.forget_content(digest)
-            deletions = self._deletions.pop(digest, ())
-        for listener in self._listeners:
-            listener(digest)
-        host += sum(self._retire(composite).host for composite in removed.composites)
-        freed = TierBytes(disk, host)
-        for waiting in deletions:
-            waiting.set_result(freed)
-        return freed
-
-    def _sweep(self) -> None:
-        """After a crash: files without a catalogue entry, and contents that no name reaches."""
-        for files in (self._files, self._prepared):
-            for digest in tuple(files.digests()):
-                if not self._index.is_named(digest):
-                    files.remove(digest)
-        for content in self._index.contents():
-            if not self._index.is_named(content.digest):
-                self._catalogue.forget_content(content.digest)
-                self._index.remove_unreachable(content.digest)
-        self._tier.pin(self._index.pinned_digests())
 
     def _check_stored(self) -> dict[str, str]:
         """Contents of earlier servers that this one cannot serve stay, and their cards say why."""
@@ -690,6 +536,11 @@ class AdapterStore:
 
 def _family(plan: AdapterPlan, provenance: Mapping[str, JsonValue]) -> Family:
     return Family.GENERATED if provenance.get("source") == "generated" else plan.family
+
+
+def _with_provenance(options: PutOptions, source: Mapping[str, JsonValue]) -> PutOptions:
+    """Where a content comes from, unless the options say so."""
+    return options if options.provenance else replace(options, provenance=dict(source))
 
 
 def _chunks(weights: bytes | Path) -> Iterator[bytes]:

@@ -72,7 +72,7 @@ def measure(path: Path, n_adapters: int, n_rounds: int) -> dict[str, float]:
                 store.put_directory(adapter.name, adapter)
         for _ in range(n_rounds):
             kept += _loads(root, pool, model.spec, names)
-            packed = list((root / "forms").glob("*/*"))
+            packed = list((root / "packed").glob("*/*"))
             if len(packed) != n_adapters:
                 raise RuntimeError(f"{len(packed)} packed files for {n_adapters} adapters")
             for file in packed:

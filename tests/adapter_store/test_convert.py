@@ -121,6 +121,17 @@ def test_draws_of_a_posterior_are_adapters_of_their_own(
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "ABMLL"}))
     save_file({**tensors, **spread}, folder / "adapter_model.safetensors")
-    drawn = draw_posterior(folder, tmp_path / "out", n_draws=3, seed=5)
+    drawn = draw_posterior(folder, tmp_path / "out", n_draws=3, seed=5, limits=StoreLimits())
     digests = {store.put_directory(f"draw/{i}", path).digest for i, path in enumerate(drawn)}
     assert len(digests) == 3
+
+
+def test_a_posterior_in_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    config, tensors = plain_lora(1)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "peft_type": "ABMLL"}))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with (tmp_path / "adapter_model.safetensors").open("ab") as file:
+        file.write(b"stowaway")
+    with pytest.raises(MalformedFile, match="truncated or padded"):
+        draw_posterior(tmp_path, tmp_path / "out", n_draws=1, seed=0, limits=StoreLimits())
+    assert not (tmp_path / "out").exists()

@@ -87,7 +87,7 @@ def test_a_store_from_the_future_is_refused(tmp_path: Path, base: BaseSpec) -> N
     import sqlite3
 
     AdapterStore(tmp_path / "s", base).close()
-    database = sqlite3.connect(tmp_path / "s" / "catalogue.sqlite3")
+    database = sqlite3.connect(tmp_path / "s" / "registry.sqlite3")
     database.execute("PRAGMA user_version = 99")
     database.close()
     with pytest.raises(Exception, match="schema 99"):
@@ -99,7 +99,7 @@ def test_a_store_of_the_first_schema_is_migrated(tmp_path: Path, base: BaseSpec)
 
     with AdapterStore(tmp_path / "s", base) as store:
         put(store, "x", 1)
-    database = sqlite3.connect(tmp_path / "s" / "catalogue.sqlite3")
+    database = sqlite3.connect(tmp_path / "s" / "registry.sqlite3")
     database.execute("DROP INDEX revisions_by_digest")
     database.execute("ALTER TABLE names DROP COLUMN expires")
     database.execute("ALTER TABLE revisions DROP COLUMN kept")

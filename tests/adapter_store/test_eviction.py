@@ -15,7 +15,7 @@ from loraplex_adapter_store.eviction import (
     touch,
     victims,
 )
-from loraplex_adapter_store.simulator import drifting, make_catalog, scanning, simulate, zipf
+from tests.support.eviction_traces import drifting, make_sizes, scanning, simulate, zipf
 
 A = Resident("a", n_bytes=10, load_cost=1.0, last_used=1)
 B = Resident("b", n_bytes=10, load_cost=1.0, last_used=5)
@@ -78,17 +78,17 @@ def test_victims_free_enough_or_nobody_leaves(
 
 @pytest.mark.parametrize("exponent", [0.7, 1.0])
 def test_aged_counts_beat_recency_on_stable_traffic(exponent: float) -> None:
-    catalog = make_catalog(200)
-    capacity = sum(catalog.n_bytes) // 20
+    sizes = make_sizes(200)
+    capacity = sum(sizes.n_bytes) // 20
     trace = zipf(200, 6000, exponent)
-    by = {name: simulate(trace, catalog, capacity, policy) for name, policy in POLICIES.items()}
+    by = {name: simulate(trace, sizes, capacity, policy) for name, policy in POLICIES.items()}
     assert by["cost-aware"].hit_rate > by["lru"].hit_rate + 0.03
     assert by["cost-aware"].load_seconds < by["lru"].load_seconds
 
 
 def test_no_policy_collapses_when_favourites_drift_or_somebody_scans() -> None:
-    catalog = make_catalog(200)
-    capacity = sum(catalog.n_bytes) // 4
+    sizes = make_sizes(200)
+    capacity = sum(sizes.n_bytes) // 4
     for trace in (drifting(200, 6000, 1.0, period=50), scanning(200, 6000, 1.0, every=1000)):
-        by = {name: simulate(trace, catalog, capacity, policy) for name, policy in POLICIES.items()}
+        by = {name: simulate(trace, sizes, capacity, policy) for name, policy in POLICIES.items()}
         assert by["cost-aware"].hit_rate > by["lru"].hit_rate - 0.05

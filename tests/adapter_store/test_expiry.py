@@ -6,6 +6,7 @@ from pathlib import Path
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.card import TierBytes
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import plain_lora
 from tests.adapter_store.test_store import put
@@ -13,7 +14,7 @@ from tests.adapter_store.test_store import put
 
 def put_until(store: AdapterStore, name: str, seed: int, expires: float) -> None:
     config, tensors = plain_lora(seed, 4)
-    store.put_tensors(name, config, tensors, expires=expires)  # type: ignore[arg-type]
+    store.put_tensors(name, config, tensors, options=PutOptions(expires=expires))  # type: ignore[arg-type]
 
 
 def test_a_name_goes_when_its_time_has_come_also_after_a_restart(

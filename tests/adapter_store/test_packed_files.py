@@ -28,7 +28,7 @@ def form_seed(plan: AdapterPlan) -> float:
 
 
 def form_file(root: Path, digest: str) -> Path:
-    return root / "forms" / digest[:2] / digest
+    return root / "packed" / digest[:2] / digest
 
 
 def loaded(root: Path, base: BaseSpec, packer: TensorsAside, name: str = "x") -> AdapterPlan:

@@ -30,7 +30,7 @@ def kept(store: AdapterStore, name: str) -> list[str]:
 def test_the_newest_contents_stay_and_older_ones_are_freed(store: AdapterStore) -> None:
     digests = [put(store, "x", seed) for seed in range(1, 5)]
     assert kept(store, "x") == digests[:0:-1]
-    store._janitor.submit(lambda: None).result()  # what is let go is freed there
+    store._retirement.finish()  # what is let go is freed there
     assert contents(store) == set(digests[1:])
     with store.acquire(f"x@{digests[1][:12]}") as lease:
         assert seed_of(lease.plan) == 2
@@ -80,7 +80,7 @@ def test_deleting_a_name_frees_its_kept_revisions_and_a_new_one_has_none(
     put(store, "x", 1)
     put(store, "x", 2)
     store.delete("x")
-    store._janitor.submit(lambda: None).result()
+    store._retirement.finish()
     assert contents(store) == set()
     last = put(store, "x", 3)
     assert kept(store, "x") == [last]

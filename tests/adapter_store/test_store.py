@@ -25,6 +25,7 @@ from loraplex_adapter_store.errors import (
 )
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.selector import parse_selector
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter, plain_lora
@@ -49,7 +50,9 @@ def put(store: AdapterStore, name: str, seed: int, rank: int = 4) -> str:
 
 def test_a_card_tells_what_was_stored(store: AdapterStore, make_adapter: MakeAdapter) -> None:
     card = store.put_directory(
-        "team/de", make_adapter(2, rank=6), description="German", examples=["Hallo"]
+        "team/de",
+        make_adapter(2, rank=6),
+        options=PutOptions(description="German", examples=["Hallo"]),
     )
     again = store.get("team/de")
     assert again.to_json() == card.to_json()
@@ -98,16 +101,16 @@ def test_compare_and_set_moves_a_name_once(store: AdapterStore) -> None:
     config, tensors = plain_lora(2)
     first = put(store, "x", 1)
     with pytest.raises(RevisionConflict) as caught:
-        store.put_tensors("x", config, tensors, if_match="0" * 64)  # type: ignore[arg-type]
+        store.put_tensors("x", config, tensors, options=PutOptions(if_match="0" * 64))  # type: ignore[arg-type]
     assert caught.value.current == first
-    card = store.put_tensors("x", config, tensors, if_match=first)  # type: ignore[arg-type]
+    card = store.put_tensors("x", config, tensors, options=PutOptions(if_match=first))  # type: ignore[arg-type]
     assert card.revision == 2
     with pytest.raises(RevisionConflict):
-        store.put_tensors("x", config, tensors, if_match=first)  # type: ignore[arg-type]
+        store.put_tensors("x", config, tensors, options=PutOptions(if_match=first))  # type: ignore[arg-type]
     with pytest.raises(RevisionConflict, match="exists already"):
-        store.put_tensors("x", config, tensors, replace=False)  # type: ignore[arg-type]
+        store.put_tensors("x", config, tensors, options=PutOptions(replace=False))  # type: ignore[arg-type]
     with pytest.raises(RevisionConflict, match="does not exist"):
-        store.put_tensors("new", config, tensors, if_match=first)  # type: ignore[arg-type]
+        store.put_tensors("new", config, tensors, options=PutOptions(if_match=first))  # type: ignore[arg-type]
     assert [revision for revision, _, _ in store.history("x")] == [1, 2]
 
 

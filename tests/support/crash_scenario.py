@@ -51,9 +51,9 @@ class FatalDisk(Disk):
 
 def run_steps(root: Path, base: BaseSpec, disk: FatalDisk, log: int) -> None:
     store = AdapterStore(root, base, disk=disk, packer=TensorsAside())
-    store._catalogue._db.execute("PRAGMA synchronous=OFF")
+    store._registry._db.execute("PRAGMA synchronous=OFF")
     changes = ("INSERT", "UPDATE", "DELETE", "COMMIT")
-    store._catalogue._db.set_trace_callback(
+    store._registry._db.set_trace_callback(
         lambda sql: disk.before("sql", root) if sql.startswith(changes) else None
     )
     for number, (action, name, seed) in enumerate(STEPS):
@@ -81,11 +81,11 @@ def check(root: Path, base: BaseSpec, n_committed: int) -> None:
     """Opens the store as the next process would. Raises AssertionError."""
     allowed = [names_after(n_committed), names_after(min(n_committed + 1, len(STEPS)))]
     with AdapterStore(root, base, packer=TensorsAside()) as store:
-        store._catalogue._db.execute("PRAGMA synchronous=OFF")
+        store._registry._db.execute("PRAGMA synchronous=OFF")
         # Before any load: where a form is missing, one writes it anew beside this thread.
         files = {p.name for p in (root / "contents").glob("*/*")}
         assert files == {card.digest for card in store.list()}, "orphans were not swept"
-        forms = {p.name for p in (root / "forms").glob("*/*")}
+        forms = {p.name for p in (root / "packed").glob("*/*")}
         assert forms <= files, "orphaned forms were not swept"
         assert not any((root / "staging").iterdir()), "staging was not swept"
         found: dict[str, int] = {}

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.names import is_valid_name
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule
 
@@ -33,7 +34,9 @@ def put_folder(store: AdapterStore, module: LoraModule) -> AdapterCard:
     told = _told_by_card(module.path)
     description = told.description or describe(module.path)
     return store.put_directory(
-        module.name, module.path, description=description, examples=told.examples
+        module.name,
+        module.path,
+        options=PutOptions(description=description, examples=told.examples),
     )
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.errors import UnknownAdapter
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.service import GeneratedAdapter, Generator
@@ -178,11 +179,13 @@ class GeneratedAdapters:
             name,
             json.loads(json.dumps(made.config)),
             made.tensors,
-            replace=name.startswith(PREFIX),
-            description=request.description,
-            examples=request.examples,
-            provenance={"source": "generated", **card},
-            expires=expires,
+            options=PutOptions(
+                replace=name.startswith(PREFIX),
+                description=request.description,
+                examples=request.examples,
+                provenance={"source": "generated", **card},
+                expires=expires,
+            ),
         )
 
     def _refreshed(self, name: str, expires: float | None) -> AdapterCard | None:

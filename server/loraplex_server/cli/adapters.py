@@ -197,7 +197,7 @@ def convert(
 
     with _errors():
         if draws is not None:
-            for folder in draw_posterior(source, out, draws, seed):
+            for folder in draw_posterior(source, out, draws, seed, StoreLimits()):
                 typer.echo(f"wrote {folder}")
             return
         done = convert_directory(source, out, StoreLimits(), initial=initial)

@@ -11,6 +11,7 @@ from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.reader import read_adapter
 from loraplex_adapter_store.safetensors_reader import SafetensorsFile
 from loraplex_adapter_store.sources.local import read_directory
@@ -58,7 +59,9 @@ class LocalAdapters:
         # The operator's own command line may read what the operator may read.
         with self._store(roots=[Path("/")]) as store:
             card = store.put_source(
-                name, source, description=description, examples=examples, replace=replace
+                name,
+                source,
+                options=PutOptions(description=description, examples=examples, replace=replace),
             )
             return card.to_json()
 

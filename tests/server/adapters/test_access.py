@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
@@ -64,7 +65,9 @@ def shared(
 def _put_profiles(front: Front, base_spec: BaseSpec) -> None:
     for seed, (name, (description, examples)) in enumerate(PROFILES.items()):
         source = write_lora(front.root / name, base_spec, seed=seed)
-        front.store.put_directory(name, source, description=description, examples=examples)
+        front.store.put_directory(
+            name, source, options=PutOptions(description=description, examples=examples)
+        )
 
 
 def use(front: Front, secret: str) -> None:

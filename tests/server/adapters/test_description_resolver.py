@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
@@ -35,7 +36,9 @@ def routed(
     front, resolver = _front_with(lambda: pulled_encoder, tokenizer, base_spec, tmp_path)
     for seed, (name, (description, examples)) in enumerate(PROFILES.items()):
         source = write_lora(front.root / name, base_spec, seed=seed)
-        front.store.put_directory(name, source, description=description, examples=examples)
+        front.store.put_directory(
+            name, source, options=PutOptions(description=description, examples=examples)
+        )
     yield front
     resolver.close()
     front.store.close()
@@ -67,7 +70,9 @@ async def test_auto_without_an_encoder_says_how_to_get_one(
         raise invalid("run loraplex pull", "adapter", "feature_not_enabled")
 
     front, resolver = _front_with(missing, tokenizer, base_spec, tmp_path)
-    front.store.put_directory("x", write_lora(front.root / "x", base_spec), examples=["hi"])
+    front.store.put_directory(
+        "x", write_lora(front.root / "x", base_spec), options=PutOptions(examples=["hi"])
+    )
     answer = await front.chat(adapter="auto")
     assert answer.status_code == 400
     assert answer.json()["error"]["code"] == "feature_not_enabled"
@@ -82,7 +87,9 @@ async def test_an_encoder_that_could_not_be_loaded_is_tried_again(
     shutil.copytree(pulled_encoder, directory)
     (directory / "model.safetensors").write_bytes(b"cut off")
     front, resolver = _front_with(lambda: directory, tokenizer, base_spec, tmp_path)
-    front.store.put_directory("x", write_lora(front.root / "x", base_spec), examples=["hi"])
+    front.store.put_directory(
+        "x", write_lora(front.root / "x", base_spec), options=PutOptions(examples=["hi"])
+    )
     answer = await front.chat(adapter="auto")
     assert answer.status_code == 503
     assert answer.json()["error"]["code"] == "encoder_unavailable"
@@ -96,7 +103,9 @@ async def test_unnamed_generated_adapters_are_nobodys_candidates(routed: Front) 
     spec = routed.store.base
     for name in ("generated/abc", "mine"):
         source = write_lora(routed.root / name.replace("/", "-"), spec, seed=7)
-        routed.store.put_directory(name, source, description="Translates to French")
+        routed.store.put_directory(
+            name, source, options=PutOptions(description="Translates to French")
+        )
     messages = [{"role": "user", "content": "Translates to French"}]
     chosen_by = (await routed.chat(adapter="auto", messages=messages)).json()["adapter"][
         "chosen_by"

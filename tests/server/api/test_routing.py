@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
@@ -69,7 +70,9 @@ def routed(
     front = make_front(tokenizer, base_spec, tmp_path, experts=monitor, with_store=parts)
     for seed, (name, (description, examples)) in enumerate(PROFILES.items()):
         source = write_lora(front.root / name, base_spec, seed=seed)
-        front.store.put_directory(name, source, description=description, examples=examples)
+        front.store.put_directory(
+            name, source, options=PutOptions(description=description, examples=examples)
+        )
     yield front
     resolvers[0].close()
     front.store.close()
@@ -140,7 +143,9 @@ async def test_an_adapter_registered_later_is_found_once_the_listing_is_old(
 ) -> None:
     source = write_lora(routed.root / "cook", base_spec, seed=9)
     examples = ["How do I bake bread?", "A soup with lentils, please"]
-    routed.store.put_directory("cook", source, description="Gives recipes", examples=examples)
+    routed.store.put_directory(
+        "cook", source, options=PutOptions(description="Gives recipes", examples=examples)
+    )
     router = routed.app.state.parts.semantic
     router._listed_at = float("-inf")
     body = (await routed.post("/v1/route", {"input": "How do I bake bread with lentils?"})).json()

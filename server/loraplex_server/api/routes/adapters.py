@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.selector import NameRef
 from loraplex_server.adapters.access import AdapterName, access_of
 from loraplex_server.adapters.jobs import Job, Progress
@@ -174,11 +175,13 @@ async def _put_source(state: AppState, request: Request, name: str, shown: Repor
         return state.store.put_source(
             name,
             uri,
-            if_match=if_match,
-            replace=replace,
-            description=body.description,
-            examples=tuple(body.examples or ()),
             progress=report,
+            options=PutOptions(
+                if_match=if_match,
+                replace=replace,
+                description=body.description,
+                examples=tuple(body.examples or ()),
+            ),
         )
 
     job = state.jobs.start(name, load)
@@ -196,10 +199,12 @@ async def _put_upload(state: AppState, request: Request, name: str, shown: Repor
                 upload.config,
                 upload.weights,
                 chat_template=upload.chat_template,
-                if_match=if_match,
-                replace=replace,
-                description=upload.description,
-                examples=upload.examples,
+                options=PutOptions(
+                    if_match=if_match,
+                    replace=replace,
+                    description=upload.description,
+                    examples=upload.examples,
+                ),
             ),
             pool=state.pools.changes,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 from starlette.responses import PlainTextResponse
 
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_server.adapters.access import access_of, check_allowed
 from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.waiting import result_within
@@ -35,7 +36,9 @@ async def load_lora_adapter(body: LoadLoraBody, request: Request, state: State) 
     try:
         await in_store_thread(
             state,
-            lambda: state.store.put_source(name, uri, replace=bool(body.load_inplace)),
+            lambda: state.store.put_source(
+                name, uri, options=PutOptions(replace=bool(body.load_inplace))
+            ),
             pool=state.pools.jobs,
         )
     except ApiError as error:

@@ -1,4 +1,4 @@
-"""Eviction policies on synthetic traffic: `python -m loraplex_adapter_store.simulator`.
+"""Eviction policies on synthetic traffic: `python -m tests.support.eviction_traces`.
 
 Traces of adapter uses (Zipf, Zipf whose favourites drift, Zipf with scans through everything) run
 against a tier of a given size; what counts is the time requests wait for loads.
@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from .eviction import POLICIES, Policy, Resident, touch, victims
+from loraplex_adapter_store.eviction import POLICIES, Policy, Resident, touch, victims
 
-__all__ = ["Catalog", "Outcome", "drifting", "make_catalog", "scanning", "simulate", "zipf"]
+__all__ = ["AdapterSizes", "Outcome", "drifting", "make_sizes", "scanning", "simulate", "zipf"]
 
 _SECONDS_PER_BYTE = 1 / 400e6
 _SECONDS_PER_LOAD = 0.004
 
 
 @dataclass(frozen=True, slots=True)
-class Catalog:
+class AdapterSizes:
     """Sizes in bytes and load times in seconds of each adapter."""
 
     n_bytes: tuple[int, ...]
@@ -34,14 +34,14 @@ class Outcome:
     loaded_bytes: int
 
 
-def make_catalog(n_adapters: int, seed: int = 0) -> Catalog:
+def make_sizes(n_adapters: int, seed: int = 0) -> AdapterSizes:
     """Ranks 4 to 64 of one base (1.2 MB per 4 ranks), shuffled: popularity says nothing of size."""
     generator = random.Random(seed)
     sizes = tuple(
         generator.choice((4, 8, 8, 16, 16, 32, 64)) * 305_280 * 4 for _ in range(n_adapters)
     )
     costs = tuple(_SECONDS_PER_LOAD + size * _SECONDS_PER_BYTE for size in sizes)
-    return Catalog(sizes, costs)
+    return AdapterSizes(sizes, costs)
 
 
 def zipf(n_adapters: int, n_uses: int, exponent: float, seed: int = 1) -> list[int]:
@@ -70,7 +70,7 @@ def scanning(n_adapters: int, n_uses: int, exponent: float, every: int, seed: in
     return list(uses())
 
 
-def simulate(trace: Sequence[int], catalog: Catalog, capacity: int, policy: Policy) -> Outcome:
+def simulate(trace: Sequence[int], sizes: AdapterSizes, capacity: int, policy: Policy) -> Outcome:
     """Replays ``trace`` with the functions that the host tier uses."""
     residents: dict[str, Resident] = {}
     parked: dict[str, float] = {}
@@ -82,7 +82,7 @@ def simulate(trace: Sequence[int], catalog: Catalog, capacity: int, policy: Poli
             residents[key] = touch(residents[key], clock)
             hits += 1
             continue
-        size, cost = catalog.n_bytes[adapter], catalog.load_cost[adapter]
+        size, cost = sizes.n_bytes[adapter], sizes.load_cost[adapter]
         missing = used + size - capacity
         if missing > 0:
             for victim in victims(residents.values(), missing, clock, policy) or ():
@@ -109,15 +109,15 @@ def _traces(n_adapters: int, n_uses: int) -> Mapping[str, Sequence[int]]:
 
 def main() -> None:
     n_adapters, n_uses = 500, 20_000
-    catalog = make_catalog(n_adapters)
-    total = sum(catalog.n_bytes)
+    sizes = make_sizes(n_adapters)
+    total = sum(sizes.n_bytes)
     print("| trace | tier | " + " | ".join(POLICIES) + " |")
     print("| --- | --- |" + " --- |" * len(POLICIES))
     for name, trace in _traces(n_adapters, n_uses).items():
         for share in (0.05, 0.1, 0.25):
             cells = []
             for policy in POLICIES.values():
-                outcome = simulate(trace, catalog, int(total * share), policy)
+                outcome = simulate(trace, sizes, int(total * share), policy)
                 cells.append(f"{outcome.hit_rate:.1%}, {outcome.load_seconds:.1f} s")
             print(f"| {name} | {share:.0%} | " + " | ".join(cells) + " |")
 

@@ -1,0 +1,120 @@
+"""From a selector to a leased plan: look up, count the use, load once, give out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .base_spec import BaseSpec
+from .composite import Composite
+from .content_loader import ContentLoader
+from .errors import InvalidSelector, UnknownAdapter, UnservableAdapter
+from .host_tier import HostTier
+from .lease import AdapterLease
+from .library import GateOf
+from .name_index import NameIndex
+from .plan import AdapterPlan
+from .registry import Content, NameRecord
+from .retirement import Retirement
+from .selector import Library, Mixture, NameRef, Selector
+
+__all__ = ["Leasing"]
+
+
+class Leasing:
+    """Thread-safe. Loads happen on the calling thread, once for each digest."""
+
+    def __init__(
+        self,
+        base: BaseSpec,
+        index: NameIndex,
+        tier: HostTier,
+        loader: ContentLoader,
+        retirement: Retirement,
+        gate_of: GateOf | None,
+        on_unservable: Callable[[str, str], None],
+    ) -> None:
+        """``on_unservable(digest, why)``: a content of an earlier server that this one refuses."""
+        self._base = base
+        self._index = index
+        self._tier = tier
+        self._loader = loader
+        self._retirement = retirement
+        self._gate_of = gate_of
+        self._on_unservable = on_unservable
+
+    def acquire(self, selector: Selector) -> AdapterLease:
+        """Raises UnknownAdapter, InvalidSelector, HostTierFull, UnservableAdapter or damage."""
+        if isinstance(selector, NameRef):
+            return self._acquire_name(selector)
+        if isinstance(selector, Mixture):
+            return self._acquire_composite(Composite.of_mixture(selector, self._base))
+        if isinstance(selector, Library):
+            return self._acquire_composite(Composite.of_library(selector, self._gate_of))
+        raise InvalidSelector(
+            f"{type(selector).__name__} must be resolved to a name before it is used"
+        )
+
+    def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
+        """None where a load is needed, or nothing is meant. Never waits."""
+        found = self._index.find(ref.name, ref.digest_prefix)
+        if found is None:
+            return None
+        record, content = found
+        plan = self._tier.lease_resident(content.digest)
+        if plan is None:
+            return None
+        if self._index.content(content.digest) is None:  # retired between look-up and count
+            self._retirement.release(content.digest)
+            return None
+        return AdapterLease(record.name, record.revision, plan, self._retirement.release)
+
+    def find(self, ref: NameRef) -> tuple[NameRecord, Content]:
+        """What ``ref`` means now. Raises UnknownAdapter."""
+        found = self._index.find(ref.name, ref.digest_prefix)
+        if found is None:
+            revisions = self._index.revisions(ref.name)
+            raise UnknownAdapter(str(ref), [f"{ref.name}@{r.digest[:12]}" for r, _ in revisions])
+        return found
+
+    def _acquire_name(self, ref: NameRef) -> AdapterLease:
+        record, content = self._hold(ref)
+        try:
+            plan = self._tier.lease(
+                content.digest, content.host_bytes, lambda: self._loader.load(content)
+            )
+            return AdapterLease(record.name, record.revision, plan, self._retirement.release)
+        except UnservableAdapter as error:
+            self._on_unservable(content.digest, str(error))
+            raise
+        finally:
+            self._retirement.let_go(content.digest)
+
+    def _acquire_composite(self, composite: Composite) -> AdapterLease:
+        """The files of the parts are held while the whole is built; it is cached as any content.
+
+        The parts themselves do not come to host memory.
+        """
+        parts: list[Content] = []
+        try:
+            parts.extend(self._hold(ref)[1] for ref in composite.refs)
+            digests = [part.digest for part in parts]
+            digest = composite.identify(digests)
+            self._index.add_composite(digest, digests)
+
+            def load() -> AdapterPlan:
+                return self._loader.load_composite(composite, parts, digest)
+
+            plan = self._tier.lease(digest, sum(part.host_bytes for part in parts), load)
+            return AdapterLease(composite.label, 0, plan, self._retirement.release)
+        finally:
+            for part in parts:
+                self._retirement.let_go(part.digest)
+
+    def _hold(self, ref: NameRef) -> tuple[NameRecord, Content]:
+        """What ``ref`` means now; its files and its plan stay until it is let go."""
+        while True:
+            record, content = self.find(ref)
+            self._retirement.hold(content.digest)
+            if self._index.content(content.digest) is not None:
+                return record, content
+            self._retirement.let_go(content.digest)  # retired between look-up and count

@@ -1,0 +1,131 @@
+"""The end of a content: it is freed in one step in which no name leads to it and nobody uses it.
+
+A use is a lease on a plan, or a hold on the files. Who counts a use first and finds the content in
+the index after that keeps it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from .card import TierBytes
+from .content_files import ContentFiles
+from .host_tier import HostTier
+from .name_index import NameIndex
+from .packed_files import PackedFiles
+from .registry import Registry
+
+__all__ = ["Retirement"]
+
+_T = TypeVar("_T")
+
+
+class Retirement:
+    """Thread-safe. ``writing`` serialises changes of names and files, also the store's own."""
+
+    def __init__(
+        self,
+        index: NameIndex,
+        tier: HostTier,
+        files: ContentFiles,
+        packed: PackedFiles,
+        registry: Registry,
+        writing: threading.RLock,
+    ) -> None:
+        self._index = index
+        self._tier = tier
+        self._files = files
+        self._packed = packed
+        self._registry = registry
+        self._writing = writing
+        self._listeners: tuple[Callable[[str], None], ...] = ()
+        self._waiting: dict[str, list[Future[TierBytes]]] = {}  # deletions, by digest
+        self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-janitor")
+        self._closed = False
+
+    def listen(self, listener: Callable[[str], None]) -> None:
+        self._listeners = (*self._listeners, listener)
+
+    def wait_for(self, digest: str, freed: Future[TierBytes]) -> None:
+        """``freed`` is done when the content is, or is named again. Call it while writing."""
+        self._waiting.setdefault(digest, []).append(freed)
+
+    def named_again(self, digest: str) -> None:
+        """Nothing goes: who waited for it learns so. Call it while writing."""
+        for freed in self._waiting.pop(digest, ()):
+            freed.set_result(TierBytes(0, 0))
+
+    def hold(self, digest: str) -> None:
+        """Counts a use of the files and the plan, until ``let_go``."""
+        self._tier.hold(digest)
+
+    def let_go(self, digest: str) -> None:
+        self._tier.let_go(digest)
+        self._retire_if_garbage(digest)
+
+    def release(self, digest: str) -> None:
+        """Ends a lease on a plan."""
+        self._tier.release(digest)
+        self._retire_if_garbage(digest)
+
+    def retire(self, digest: str) -> TierBytes:
+        """Frees a digest that nothing reaches or uses; does nothing if something does by now."""
+        with self._writing:
+            removed = self._index.remove_unreachable(
+                digest, is_used=lambda: self._tier.n_leases(digest) > 0
+            )
+            if removed is None:
+                if not self._index.knows(digest):  # a plan leased while its content was retired
+                    self._tier.drop(digest)
+                return TierBytes(0, 0)
+            host = self._tier.drop(digest)
+            disk = 0
+            if removed.content is not None and not self._closed:
+                disk = self._files.remove(digest) + self._packed.remove(digest)
+                self._registry.forget_content(digest)
+            deletions = self._waiting.pop(digest, ())
+        for listener in self._listeners:
+            listener(digest)
+        host += sum(self.retire(composite).host for composite in removed.composites)
+        freed = TierBytes(disk, host)
+        for waiting in deletions:
+            waiting.set_result(freed)
+        return freed
+
+    def retire_later(self, digest: str) -> None:
+        self.later(self.retire, digest)
+
+    def later(self, work: Callable[[_T], object], item: _T) -> None:
+        """On the thread of clean-up; dropped once it is closed: the next start sweeps."""
+        try:
+            self._janitor.submit(work, item)
+        except RuntimeError:
+            return
+
+    def sweep(self) -> None:
+        """After a crash: files without a row in the registry, and contents that no name reaches."""
+        for files in (self._files, self._packed):
+            for digest in tuple(files.digests()):
+                if not self._index.is_named(digest):
+                    files.remove(digest)
+        for content in self._index.contents():
+            if not self._index.is_named(content.digest):
+                self._registry.forget_content(content.digest)
+                self._index.remove_unreachable(content.digest)
+
+    def finish(self) -> None:
+        """Waits until what is to be freed by now is freed."""
+        self._janitor.submit(lambda: None).result()
+
+    def close(self) -> None:
+        """Waits for running clean-up; files stay from here on."""
+        with self._writing:
+            self._closed = True
+        self._janitor.shutdown(wait=True)
+
+    def _retire_if_garbage(self, digest: str) -> None:
+        if not self._index.is_reachable(digest):
+            self.retire_later(digest)

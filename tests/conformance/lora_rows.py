@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import peft
 from peft import LoraConfig
-from peft.tuners.lora.config import BdLoraConfig
+from peft.tuners.lora.config import BdLoraConfig, LoraGAConfig
 
-from tests.conformance.peft_row import PeftRow, moved, on
+from tests.conformance.peft_row import PeftRow, moved, on, seen_gradients
 
 __all__ = ["LORA_ROWS"]
 
@@ -97,6 +97,13 @@ LORA_ROWS: tuple[PeftRow, ...] = (
         moved(0.05),
     ),
     PeftRow(
+        "lora-eva",
+        lambda: LoraConfig(
+            r=4, init_lora_weights="eva", eva_config=peft.EvaConfig(), target_modules=on("v_proj")
+        ),
+        moved(0.05),
+    ),
+    PeftRow(
         "lora-mica",
         lambda: LoraConfig(r=4, init_lora_weights="mica", target_modules=on("v_proj")),
         moved(0.05),
@@ -116,6 +123,19 @@ LORA_ROWS: tuple[PeftRow, ...] = (
             r=4, lora_alpha=4, init_lora_weights="pissa_niter_4", target_modules=on("q_proj")
         ),
         moved(0.03),
+        keeps_start=True,
+        rewrites_base=True,
+    ),
+    PeftRow(
+        "lora-ga-converted",
+        lambda: LoraConfig(
+            r=4,
+            init_lora_weights="lora_ga",
+            lora_ga_config=LoraGAConfig(),
+            target_modules=on("q_proj"),
+        ),
+        moved(0.01),
+        start=seen_gradients,
         keeps_start=True,
         rewrites_base=True,
     ),

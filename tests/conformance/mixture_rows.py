@@ -19,7 +19,7 @@ class MixtureRow:
 
 
 MIXTURE_ROWS: tuple[MixtureRow, ...] = (
-    MixtureRow("mixture-two", (("lora-plain", 0.7), ("lora-scale-one", 0.3)), executor=True),
+    MixtureRow("mixture-two", (("lora-plain", 0.7), ("lora-all-linear", 0.3)), executor=True),
     MixtureRow(
         "mixture-three", (("lora-all-linear", 0.5), ("lora-rslora", 0.6), ("lora-layers", -0.4))
     ),

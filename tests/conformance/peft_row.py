@@ -7,9 +7,18 @@ from dataclasses import dataclass
 
 import peft
 import torch
+from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-__all__ = ["LAYERS", "PeftRow", "drawn", "kept_ranks", "moved", "on"]
+__all__ = [
+    "LAYERS",
+    "PeftRow",
+    "drawn",
+    "kept_ranks",
+    "moved",
+    "on",
+    "seen_gradients",
+]
 
 LAYERS = (4, 17)  # adapted by most rows
 
@@ -28,6 +37,16 @@ class PeftRow:
     executor: bool = False  # with the references and unfused too: one row for each way to serve
     refused: str | None = None  # pattern of the reason, where it is not served
     wrong: str | None = None  # what the server does instead, while it is wrong
+
+
+def seen_gradients(model: nn.Module, config: peft.PeftConfig) -> None:
+    """LoRA-GA starts from the gradients of a sample."""
+
+    def step() -> None:
+        ids = torch.arange(500, 540)[None]
+        model(input_ids=ids, labels=ids).loss.backward()
+
+    preprocess_loraga(model, config, step)
 
 
 def on(*leaves: str, layers: tuple[int, ...] = LAYERS) -> str:

@@ -279,16 +279,19 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
         "fourierft",
         lambda: peft.FourierFTConfig(n_frequency=200, target_modules=on("q_proj", "down_proj")),
         moved(1.0),
+        executor=True,
     ),
     PeftRow(
         "waveft",
         lambda: peft.WaveFTConfig(n_frequency=300, target_modules=on("q_proj", "down_proj")),
         moved(0.1),
+        executor=True,
     ),
     PeftRow(
         "c3a",
         lambda: peft.C3AConfig(block_size=64, target_modules=on("q_proj", "down_proj")),
         moved(2.0),
+        executor=True,
     ),
     PeftRow(
         "shira",
@@ -304,6 +307,7 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
         "hira",
         lambda: peft.HiraConfig(r=8, target_modules=on("q_proj", "down_proj")),
         moved(0.1),
+        executor=True,
     ),
     PeftRow(
         "psoft",
@@ -315,6 +319,7 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
         "miss-bat",
         lambda: peft.MissConfig(r=64, init_weights="bat", target_modules=on("q_proj", "v_proj")),
         moved(0.01),
+        executor=True,
     ),
     PeftRow(
         "frod",
@@ -326,6 +331,7 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
         "glora",
         lambda: peft.GloraConfig(r=4, target_modules=on("q_proj", "down_proj")),
         moved(0.05),
+        executor=True,
     ),
     PeftRow(
         "unilora",

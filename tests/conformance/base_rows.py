@@ -82,14 +82,25 @@ _BIASES = {
     "dora-with-biases": {"use_dora": True},
 }
 
+_ROWS_AND_HEAD: dict[str, dict[str, Any]] = {
+    "lora-of-head": {"target_modules": ["q_proj", "lm_head"]},
+    "lora-of-embedding": {"target_modules": ["v_proj", "embed_tokens"]},
+    "trained-rows": {"trainable_token_indices": list(range(5, 105))},
+    "saved-norms": {"modules_to_save": ["norm", "input_layernorm"]},
+    "saved-embedding": {"modules_to_save": ["embed_tokens"]},
+}
+_CONV1D = {
+    "dora-of-conv1d": {"use_dora": True, "fan_in_fan_out": True},
+    "saved-layer-norm": {"modules_to_save": ["ln_f"], "fan_in_fan_out": True},
+}
 _FUSED_EXPERTS = {
     "fused-experts": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
 }
 
 BASE_ROWS: tuple[BaseRow, ...] = (
     # Llama, its biases and its rotary embeddings
-    BaseRow("llama", "llama"),
-    BaseRow("llama-tied", "llama", {"tie_word_embeddings": True}),
+    BaseRow("llama", "llama", adapters=_ROWS_AND_HEAD),
+    BaseRow("llama-tied", "llama", {"tie_word_embeddings": True}, adapters=_ROWS_AND_HEAD),
     BaseRow("llama-biases", "llama", {"attention_bias": True, "mlp_bias": True}, adapters=_BIASES),
     BaseRow("llama-gelu", "llama", {"hidden_act": "gelu"}),
     BaseRow("llama-rope-linear", "llama", _rope(rope_type="linear", factor=4.0)),
@@ -181,7 +192,7 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         {"sliding_window": 16},
         targets=("q_proj", "v_proj", "o_proj", "c_fc", "c_proj"),
     ),
-    BaseRow("gpt2", "gpt2", targets=("c_attn", "c_fc", "c_proj")),
+    BaseRow("gpt2", "gpt2", targets=("c_attn", "c_fc", "c_proj"), adapters=_CONV1D),
     BaseRow(
         "gpt-neox",
         "gpt_neox",

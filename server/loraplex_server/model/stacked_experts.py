@@ -19,7 +19,10 @@ from .forward_context import ForwardContext
 
 __all__ = ["AdaptedExperts", "replace_experts"]
 
-_INPUTS = ("hidden_states", "top_k_index", "top_k_weights")
+_INPUTS = (
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),  # GPT-OSS
+)
 
 
 class AdaptedExperts(nn.Module):
@@ -62,7 +65,7 @@ def replace_experts(model: nn.Module, step: ForwardContext) -> frozenset[str]:
         (name, module)
         for name, module in model.named_modules()
         if any(value.dim() == 3 for value in module.parameters(recurse=False))
-        and tuple(inspect.signature(module.forward).parameters) == _INPUTS
+        and tuple(inspect.signature(module.forward).parameters) in _INPUTS
     ]
     for name, module in found:
         model.set_submodule(name, AdaptedExperts(name, module, step))

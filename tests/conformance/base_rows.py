@@ -217,7 +217,6 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         {"num_local_experts": 4},
         targets=_ATTENTION,
         adapters=_FUSED_EXPERTS,
-        refused_adapters={"fused-experts": "target_parameters"},
     ),
     BaseRow(
         "qwen2-moe",
@@ -231,7 +230,6 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         _EXPERTS,
         targets=_ATTENTION,
         adapters=_FUSED_EXPERTS,
-        refused_adapters={"fused-experts": "target_parameters"},
     ),
     BaseRow("olmoe", "olmoe", {**_EXPERTS, "num_key_value_heads": 4}, targets=_ATTENTION),
     BaseRow(
@@ -245,6 +243,7 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         "gpt_oss",
         {"num_local_experts": 4, "sliding_window": 16},
         targets=_ATTENTION,
+        adapters=_FUSED_EXPERTS,
     ),
     BaseRow("ernie4_5-moe", "ernie4_5_moe", {**_ROUTED, "moe_num_experts": 4}, targets=_ATTENTION),
     BaseRow("glm4-moe", "glm4_moe", _ROUTED, targets=_ATTENTION),

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.packed_files import Packer
 from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.api.app import build_app
@@ -91,6 +92,7 @@ def make_front(
     with_store: Callable[[AdapterStore], Mapping[str, Any]] = lambda store: {},
     n_kept_revisions: int = 0,
     limits: StoreLimits = StoreLimits(),  # noqa: B008  frozen value
+    packer: Packer | None = None,
     **parts: Any,
 ) -> Front:
     """``parts`` of ``build_app``; ``with_store`` makes those that need the store."""
@@ -102,6 +104,7 @@ def make_front(
         spec,
         limits=limits,
         allowed_roots=[root],
+        packer=packer,
         n_kept_revisions=n_kept_revisions,
     )
     engine = FakeEngine(tokenizer.backend_tokenizer)

@@ -62,7 +62,6 @@ class BaseRow:
     config: Mapping[str, Any] = field(default_factory=dict)  # beside the common one
     targets: tuple[str, ...] = _LLAMA_TARGETS  # of the LoRA
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # more LoRAs
-    refused_adapters: Mapping[str, str] = field(default_factory=dict)  # of them: why, as a pattern
     refused: str | None = None  # pattern of the reason, where the server does not start
     wrong: str | None = None  # what it does instead, while it is wrong
 
@@ -231,7 +230,13 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         targets=_ATTENTION,
         adapters=_FUSED_EXPERTS,
     ),
-    BaseRow("olmoe", "olmoe", {**_EXPERTS, "num_key_value_heads": 4}, targets=_ATTENTION),
+    BaseRow(
+        "olmoe",
+        "olmoe",
+        {**_EXPERTS, "num_key_value_heads": 4},
+        targets=_ATTENTION,
+        adapters=_FUSED_EXPERTS,
+    ),
     BaseRow(
         "granite-moe",
         "granitemoe",
@@ -246,7 +251,7 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         adapters=_FUSED_EXPERTS,
     ),
     BaseRow("ernie4_5-moe", "ernie4_5_moe", {**_ROUTED, "moe_num_experts": 4}, targets=_ATTENTION),
-    BaseRow("glm4-moe", "glm4_moe", _ROUTED, targets=_ATTENTION),
+    BaseRow("glm4-moe", "glm4_moe", _ROUTED, targets=_ATTENTION, adapters=_FUSED_EXPERTS),
     BaseRow("hunyuan-moe", "hunyuan_v1_moe", {"num_experts": 4}, targets=_ATTENTION),
     BaseRow("phimoe", "phimoe", _EXPERTS, targets=_ATTENTION),
     BaseRow(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -62,10 +61,9 @@ def test_a_base_answers_as_transformers_does_or_does_not_start(
     models = _adapters(row, base, tmp_path)
     puts, answers = asyncio.run(_load(path, tmp_path, list(models)))
     for name, put in puts.items():
-        assert put.status == (400 if name in row.refused_adapters else 201), put.message
-        assert re.search(row.refused_adapters.get(name, ""), put.message), put.message
+        assert put.status == 201, f"{name}: {put.message}"
     problems = []
-    for name in answers.keys() - row.refused_adapters.keys():
+    for name in answers:
         given = answers[name]
         model, plain = (base, None) if name == "" else (models[name], base)
         for prompt, answer in zip(_PROMPTS, given, strict=True):

@@ -1,8 +1,8 @@
 """Errors as clients see them: one OpenAI error object, whatever went wrong.
 
 ApiError                 status + {"error": {"message", "type", "param", "code"}}
-├── from_engine(error)   EngineError → 400, 429 or 503
-└── from_store(error)    StoreError → 400, 404, 409, 412 or 503
+├── from_engine(error)   EngineError → 400, 429, 500 or 503
+└── from_store(error)    StoreError → 400, 403, 404, 412, 413, 422 or 503
 """
 
 from __future__ import annotations

@@ -102,7 +102,10 @@ def metrics_ms(front: Front, spec: BaseSpec) -> dict[str, object]:
 
 
 async def clients(port: int, path: str, body: str) -> None:
-    head = "POST {} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\ncontent-length: {}\r\n\r\n"
+    head = (
+        "POST {} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
+        "content-type: application/json\r\ncontent-length: {}\r\n\r\n"
+    )
 
     async def one() -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)

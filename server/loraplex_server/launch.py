@@ -60,9 +60,12 @@ def serve(
 
     Raises ModelError, StoreError, ValueError or OSError while starting.
     """
+    from transformers.utils import logging as transformers_logging
+
     from loraplex_server.engine.build import build_engine
     from loraplex_server.model.pull import resolve_model
 
+    transformers_logging.disable_progress_bar()  # it would land in the middle of the log
     with contextlib.ExitStack() as closing:
         closing.callback(listening.close)
         endpoint = config.http.otlp_endpoint
@@ -231,6 +234,7 @@ def _run(
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(main())
     services.text.close()
+    services.pools.close()
 
 
 def _on_signal(going_down: asyncio.Event) -> None:

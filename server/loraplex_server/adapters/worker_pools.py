@@ -20,6 +20,11 @@ class WorkerPools:
         self.jobs = _pool(4, "jobs")  # downloads
         self.generation = _pool(1, "generation")  # adapters are made one at a time
 
+    def close(self) -> None:
+        """Drops what has not started; what runs goes on until it is done."""
+        for pool in (self.reads, self.loads, self.changes, self.jobs, self.generation):
+            pool.shutdown(wait=False, cancel_futures=True)
+
 
 def _pool(n_threads: int, name: str) -> Executor:
     return ThreadPoolExecutor(n_threads, thread_name_prefix=f"loraplex-{name}")

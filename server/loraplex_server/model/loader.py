@@ -45,7 +45,6 @@ class Lazy(Generic[_T]):
 
     def __init__(self, load: Callable[[], _T]) -> None:
         self._load = load
-        self._lock = threading.Lock()
         self._loaded: tuple[_T] | None = None
 
     @property
@@ -56,7 +55,9 @@ class Lazy(Generic[_T]):
         """May block for as long as a load takes. Raises what the load raises."""
         loaded = self._loaded
         if loaded is None:
-            with self._lock:
+            # The process's lock and no other: one value's load may ask for another value, and two
+            # locks would be taken in either order.
+            with _process_lock:
                 loaded = self._loaded
                 if loaded is None:
                     loaded = self._loaded = (run_load(self._load),)

@@ -175,3 +175,4 @@ def test_a_server_survives_first_choices_and_first_descriptions_at_once(
         answer.text for answer in answers if answer.status_code != 200
     ]
     assert "Traceback" not in server.log
+    assert "Loading weights" not in server.log  # transformers' progress bar

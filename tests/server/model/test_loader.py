@@ -98,3 +98,31 @@ def test_none_is_a_value_like_any_other() -> None:
     lazy.get()
     lazy.get()
     assert len(attempts) == 1
+
+
+def test_a_load_that_uses_another_lazy_value_does_not_block_whoever_loads_that_one() -> None:
+    """As the generator's load uses the encoder, while the router asks for the encoder."""
+    for _ in range(50):
+        started, asked = threading.Event(), threading.Event()
+        inner = Lazy(lambda: "encoder")
+
+        def load(
+            inner: Lazy[str] = inner,
+            started: threading.Event = started,
+            asked: threading.Event = asked,
+        ) -> str:
+            started.set()
+            asked.wait()
+            return f"generator with {inner.get()}"
+
+        outer = Lazy(load)
+        first = threading.Thread(target=outer.get, daemon=True)
+        first.start()
+        started.wait()
+        second = threading.Thread(target=inner.get, daemon=True)
+        second.start()
+        asked.set()
+        for thread in (first, second):
+            thread.join(30)
+            assert not thread.is_alive(), "each waits for the other's lock"
+        assert outer.get() == "generator with encoder"

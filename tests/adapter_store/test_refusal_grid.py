@@ -94,6 +94,19 @@ def test_a_missing_part(family: str, sample_of: Callable[..., Sample], tmp_path:
 
 
 @pytest.mark.parametrize("family", NAMES)
+def test_a_target_without_tensors(
+    family: str, sample_of: Callable[..., Sample], tmp_path: Path
+) -> None:
+    sample = sample_of(family)
+    lost = [key for key in sample.tensors if ".layers.0." in key and "q_proj" in key]
+    if family == "FULL" or not lost:
+        pytest.skip("its tensors are no parts of targeted modules")
+    for key in lost:
+        del sample.tensors[key]
+    assert "layers.0.self_attn.q_proj" in str(refusal(sample, tmp_path))
+
+
+@pytest.mark.parametrize("family", NAMES)
 def test_an_extra_target(family: str, sample_of: Callable[..., Sample], tmp_path: Path) -> None:
     sample = sample_of(family)
     extra = [key for key in sample.tensors if ".layers.0." in key and "q_proj" in key]
@@ -178,6 +191,15 @@ def test_an_adapter_that_was_never_trained(
         return
     error = refusal(sample, tmp_path)
     assert re.search("would do nothing|nothing that differs", str(error)), str(error)
+
+
+@pytest.mark.parametrize("index", [64, -1, True, "5"])
+def test_token_ids_that_are_none_of_the_base(
+    index: object, sample_of: Callable[..., Sample], tmp_path: Path
+) -> None:
+    sample = sample_of("TRAINABLE_TOKENS")
+    sample.config["token_indices"] = [5, index]
+    assert "ids below 64" in str(refusal(sample, tmp_path))
 
 
 def test_factors_whose_product_overflows_are_refused_by_module(

@@ -166,7 +166,7 @@ class Streams:
 
 
 class Intervals:
-    """Stretches of time; they may overlap."""
+    """Spans of time; they may overlap."""
 
     def __init__(self, spans: Sequence[tuple[float, float]]) -> None:
         merged: list[tuple[float, float]] = []

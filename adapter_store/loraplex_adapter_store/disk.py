@@ -61,7 +61,7 @@ class Disk:
         return n_bytes
 
     def remove(self, path: Path, trash: Path) -> int:
-        """Takes a directory out of sight at once, then deletes it. Returns the bytes freed."""
+        """Renames a directory away at once, then deletes it. Returns the bytes freed."""
         n_bytes = sum(entry.stat().st_size for entry in path.iterdir())
         self.before("rename", path)
         path.rename(trash)

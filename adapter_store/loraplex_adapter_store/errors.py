@@ -1,7 +1,7 @@
 """Errors of the adapter store.
 
 StoreError
-├── AdapterRefused          the door said no: nothing was stored, nothing changed
+├── AdapterRefused          it cannot be served as a whole: nothing was stored, nothing changed
 │   ├── MalformedFile       not a safetensors file, broken header, truncated, not finite, bad JSON
 │   ├── PickleRefused       .bin, .pt …: never opened
 │   ├── UnsupportedAdapter  a method or feature that cannot be served exactly; says which and why

@@ -1,4 +1,4 @@
-"""What the door lets in."""
+"""The largest adapter that the store reads."""
 
 from __future__ import annotations
 

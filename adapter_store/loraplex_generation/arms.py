@@ -64,7 +64,7 @@ def arms_of(
     """Every arm. `generators`: the same library, trained with different seeds."""
     wordings = [task.test_descriptions()[0] for task in tasks]
     first = generators[0]
-    wishes = [first.read(wording) for wording in wordings]
+    descriptions = [first.read(wording) for wording in wordings]
     prompted = [first.read(w, prompts=_prompts(t)) for w, t in zip(wordings, tasks, strict=True)]
 
     def drafts(
@@ -73,10 +73,10 @@ def arms_of(
         *,
         seed: int = 0,
         sample: bool = False,
-        of: Sequence[AdapterDescription] = wishes,
+        of: Sequence[AdapterDescription] = descriptions,
     ) -> Tensor:
         return torch.stack(
-            [generator.draft(wish, method, seed=seed, sample=sample).vector for wish in of]
+            [generator.draft(asked, method, seed=seed, sample=sample).vector for asked in of]
         )
 
     arms = [

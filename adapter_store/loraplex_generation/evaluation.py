@@ -16,7 +16,7 @@ from .bundle import Bundle
 from .frozen_base import FrozenBase
 from .icm_lora import IcmRecipe
 from .intruders import IntruderCount
-from .literal import LiteralRecipes, literal_arms
+from .raw_weights import RawWeightRecipes, raw_weight_arms
 from .remembered import Remembered
 from .results import GUARDED, Evaluation, add_recovery, differences, mean_over
 from .scoring import Scorer, TaskScore, TeacherForced
@@ -54,7 +54,7 @@ def evaluate(
     split: ZooSplit | None = None,
     sg: SgRecipe = SgRecipe(),  # noqa: B008  frozen value
     icm: IcmRecipe = IcmRecipe(),  # noqa: B008
-    literal: LiteralRecipes | None = LiteralRecipes(),  # noqa: B008
+    raw_weights: RawWeightRecipes | None = RawWeightRecipes(),  # noqa: B008
     scorer: Scorer | None = None,
     kept: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
@@ -87,8 +87,8 @@ def evaluate(
     arms = arms_of(
         generators, bundle, members, oracles=oracles, multi_task=multi_task, report=report
     )
-    if literal is not None:
-        arms += literal_arms(bundle, encoder, reader, conditions, members, literal, report)
+    if raw_weights is not None:
+        arms += raw_weight_arms(bundle, encoder, reader, conditions, members, raw_weights, report)
     arms += controls_of(generators[0], shuffled, bundle.default, members)
     forced = TeacherForced(base, data.head, bundle.layout)
     in_training: Scorer = forced

@@ -24,7 +24,7 @@ _MAIN = (
 
 
 def write_evidence(result: Evaluation, folder: Path, name: str) -> None:
-    """`name`.md with every arm and every task, and `name`-*.svg where matplotlib is installed."""
+    """`name`.md with every method and every task, and `name`-*.svg if matplotlib is there."""
     tables = [
         _arms_table(result),
         _guard_table(result),
@@ -132,7 +132,7 @@ def _scored_as(result: Evaluation, method: str) -> str | None:
 
 def _arms_table(result: Evaluation) -> str:
     sets = sorted(set(result.tasks.values()))
-    head = ["arm", *[f"{s} {m}" for s in sets for m in ("exact", "NLL", "ρ")]]
+    head = ["method", *[f"{s} {m}" for s in sets for m in ("exact", "NLL", "ρ")]]
     head += ["neutral ppl", "intruders of ten"]
     rows = []
     for arm in result.scores:
@@ -143,7 +143,7 @@ def _arms_table(result: Evaluation) -> str:
         cells.append(_number(result.neutral.get(arm, math.nan), ".1f"))
         cells.append(_number(result.intruders.get(arm, math.nan), ".2f"))
         rows.append([arm, *cells])
-    return "## Every arm, mean over the tasks of a set\n\n" + _table(head, rows)
+    return "## Every method, mean over the tasks of a set\n\n" + _table(head, rows)
 
 
 def _number(value: float, form: str) -> str:

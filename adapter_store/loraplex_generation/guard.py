@@ -1,10 +1,10 @@
-"""How strange a description is, and from where on it is refused.
+"""How unlike the training descriptions a description is, and above which score it is refused.
 
     score(x) = 1 − max over operations of cos(W x, W m_o),     W = ((1 − s) C + s tr(C)/d I)^(−1/2)
 
 m_o is the mean wording of an operation, C the covariance of the wordings around these means: what a
-format, a language or a style of asking does to a sentence embedding. W shrinks that, so that a wish
-is not held to be known because it ends "as JSON", nor strange because it is short.
+format, a language or a style of asking does to a sentence embedding. W shrinks that, so that format
+and length hardly affect the score.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def as_new(
 
     A wording that leaves the format unsaid hides no other.
     """
-    wish = _folds(operations, [phrase for phrase, _ in phrases])
+    content = _folds(operations, [phrase for phrase, _ in phrases])
     dressing = _folds([""] * len(phrases), [phrase for _, phrase in phrases])
     says_format = torch.tensor([bool(phrase) for _, phrase in phrases])
     for a in range(_N_FOLDS):
         for b in range(_N_FOLDS):
-            asked = (wish == a) & (dressing == b)
-            seen = (wish != a) & ((dressing != b) | ~says_format)
+            asked = (content == a) & (dressing == b)
+            seen = (content != a) & ((dressing != b) | ~says_format)
             if asked.any() and seen.any():
                 yield asked.nonzero()[:, 0], seen.nonzero()[:, 0]
 
@@ -105,11 +105,11 @@ def whitener(spread: Tensor) -> Tensor:
 
 
 def _folds(groups: Sequence[str], names: Sequence[str]) -> Tensor:
-    """int64 [n]: the names of each group are dealt to the folds in turn."""
+    """int64 [n]: the names of each group are assigned to the folds in turn."""
     fold: dict[tuple[str, str], int] = {}
-    dealt: dict[str, int] = {}
+    n_assigned: dict[str, int] = {}
     for group, name in zip(groups, names, strict=True):
         if (group, name) not in fold:
-            fold[group, name] = dealt.get(group, 0) % _N_FOLDS
-            dealt[group] = dealt.get(group, 0) + 1
+            fold[group, name] = n_assigned.get(group, 0) % _N_FOLDS
+            n_assigned[group] = n_assigned.get(group, 0) + 1
     return torch.tensor([fold[key] for key in zip(groups, names, strict=True)])

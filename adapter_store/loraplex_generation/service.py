@@ -1,6 +1,6 @@
 """A description in, a plain LoRA out: what the server and the command line call.
 
-wish → strange? → method → vector in the layout → PEFT config and tensors, with provenance
+description → known? → method → vector in the layout → PEFT config and tensors, with provenance
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["METHODS", "AdapterDescription", "Draft", "GeneratedAdapter", "Genera
 class AdapterDescription(NamedTuple):
     """A description as the methods read it."""
 
-    wordings: tuple[str, ...]  # the description, and others of the same wish
+    wordings: tuple[str, ...]  # the description, and others of the same task
     prompts: tuple[str, ...]  # unlabelled inputs of the task
     encoded: Encoded  # one row per wording: methods average what they read off the rows
 
@@ -106,7 +106,7 @@ class Generator:
     ) -> GeneratedAdapter:
         """Tens of milliseconds on two cores; a few hundred for ICM-LoRA with prompts.
 
-        `examples` are further wordings of the same wish, `prompts` unlabelled inputs of the task,
+        `examples` are further wordings of the same task, `prompts` unlabelled inputs of the task,
         which ICM-LoRA alone reads. SG-LoRA and ICM-LoRA decode the centre of their latent, or the
         average of `samples` draws. Raises OutOfDistribution unless `force`, NotTrained for a
         method that was not trained, UnfitPrompts for too few prompts or a method without use
@@ -116,11 +116,11 @@ class Generator:
         name = self._bundle.default if method == "auto" else method
         if prompts and name != "icm-lora":
             raise UnfitPrompts(f'method "{name}" has no use for prompts; "icm-lora" has')
-        wish = self.read(description, examples, prompts)
-        score = self.ood_score(wish)
-        if self.refuses(wish) and not force:
-            raise OutOfDistribution(score, self._bundle.ood_score.limit, self.nearest(wish))
-        draft = self._average(wish, name, seed, samples)
+        asked = self.read(description, examples, prompts)
+        score = self.ood_score(asked)
+        if self.refuses(asked) and not force:
+            raise OutOfDistribution(score, self._bundle.ood_score.limit, self.nearest(asked))
+        draft = self._average(asked, name, seed, samples)
         layout = self._bundle.layout
         config, tensors = layout.peft(draft.vector, self._base_name)
         card: dict[str, object] = {
@@ -133,7 +133,7 @@ class Generator:
             "parts": {k: round(v, 4) for k, v in draft.parts.items()},
             "ood_score": round(score, 4),
             "ood_limit": round(self._bundle.ood_score.limit, 4),
-            "nearest": [[w, round(s, 4)] for w, s in self.nearest(wish)],
+            "nearest": [[w, round(s, 4)] for w, s in self.nearest(asked)],
             "delta_norm": round(layout.delta_norm(draft.vector), 4),
             "generator": self._bundle.digest,
             "library": self._bundle.library.digest,
@@ -143,31 +143,31 @@ class Generator:
         return GeneratedAdapter(config, tensors, card, layout, draft.vector)
 
     def draft(
-        self, wish: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False
+        self, asked: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False
     ) -> Draft:
-        """The bare vector of one wish. `method` is one of METHODS."""
+        """The bare vector of one description. `method` is one of METHODS."""
         if method not in METHODS:
             raise NotTrained(f"method {method!r} is unknown; known: {', '.join(self.methods)}")
         random = torch.Generator().manual_seed(seed) if sample else None
         with torch.inference_mode():
-            return METHODS[method](self, wish, random)
+            return METHODS[method](self, asked, random)
 
-    def _average(self, wish: AdapterDescription, method: str, seed: int, samples: int) -> Draft:
+    def _average(self, asked: AdapterDescription, method: str, seed: int, samples: int) -> Draft:
         if samples == 0:
-            return self.draft(wish, method)
-        drafts = [self.draft(wish, method, seed=seed + i, sample=True) for i in range(samples)]
+            return self.draft(asked, method)
+        drafts = [self.draft(asked, method, seed=seed + i, sample=True) for i in range(samples)]
         return Draft(torch.stack([draft.vector for draft in drafts]).mean(0), drafts[0].parts)
 
-    def ood_score(self, wish: AdapterDescription) -> float:
+    def ood_score(self, asked: AdapterDescription) -> float:
         """Above the bundle's limit, a description is refused."""
-        return float(self._bundle.ood_score.score(wish.encoded.sentence).min())
+        return float(self._bundle.ood_score.score(asked.encoded.sentence).min())
 
-    def refuses(self, wish: AdapterDescription) -> bool:
-        return self.ood_score(wish) > self._bundle.ood_score.limit
+    def refuses(self, asked: AdapterDescription) -> bool:
+        return self.ood_score(asked) > self._bundle.ood_score.limit
 
-    def nearest(self, wish: AdapterDescription, n: int = 3) -> list[tuple[str, float]]:
+    def nearest(self, asked: AdapterDescription, n: int = 3) -> list[tuple[str, float]]:
         """Names of the closest training tasks, and their best cosine."""
-        similarity = (wish.encoded.sentence @ self._bundle.wordings.T).amax(0)
+        similarity = (asked.encoded.sentence @ self._bundle.wordings.T).amax(0)
         best: dict[str, float] = {}
         for i in similarity.argsort(descending=True).tolist():
             best.setdefault(self._bundle.tasks[int(self._bundle.owner[i])], float(similarity[i]))
@@ -187,59 +187,61 @@ class Generator:
         parts = {library.tasks[i]: float(weights[i]) for i in order if abs(weights[i]) > 1e-3}
         return Draft(library.combine(weights), parts)
 
-    def _sentence(self, wish: AdapterDescription) -> Tensor:
-        return torch.nn.functional.normalize(wish.encoded.sentence.mean(0, keepdim=True), dim=-1)
+    def _sentence(self, asked: AdapterDescription) -> Tensor:
+        return torch.nn.functional.normalize(asked.encoded.sentence.mean(0, keepdim=True), dim=-1)
 
-    def _point(self, wish: AdapterDescription) -> Tensor:
+    def _point(self, asked: AdapterDescription) -> Tensor:
         bundle = self._bundle
-        return bundle.factors.point(*bundle.head.distributions(wish.encoded)).mean(0)
+        return bundle.factors.point(*bundle.head.distributions(asked.encoded)).mean(0)
 
-    def _task_vector(self, wish: AdapterDescription) -> Tensor:
+    def _task_vector(self, asked: AdapterDescription) -> Tensor:
         read = self._task_vectors.of
-        return torch.stack([read(wording, wish.prompts) for wording in wish.wordings]).mean(0)
+        return torch.stack([read(wording, asked.prompts) for wording in asked.wordings]).mean(0)
 
 
-def _end_to_end(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
-    point = self._point(wish)
+def _end_to_end(
+    self: Generator, asked: AdapterDescription, random: torch.Generator | None
+) -> Draft:
+    point = self._point(asked)
     names = self._bundle.factors.names
     parts = {names[i]: float(point[i]) for i in point.nonzero()[:, 0].tolist() if point[i] > 0.02}
     return Draft(point @ self._bundle.vectors.float(), parts)
 
 
-def _analogy(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
-    return self._of_weights(self._point(wish) @ self._analogy)
+def _analogy(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._point(asked) @ self._analogy)
 
 
-def _weighted(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
-    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish))[0])
+def _weighted(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(asked))[0])
 
 
-def _top_k(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
-    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish), even=True)[0])
+def _top_k(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(asked), even=True)[0])
 
 
-def _nearest(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
-    return self._of_weights(self._bundle.neighbours.weights(self._sentence(wish), k=1)[0])
+def _nearest(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
+    return self._of_weights(self._bundle.neighbours.weights(self._sentence(asked), k=1)[0])
 
 
-def _uniform(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+def _uniform(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
     n = len(self._bundle.library.tasks)
     return self._of_weights(torch.full((n,), 1 / n))
 
 
-def _ridge(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
-    t = self._bundle.ridge(self._sentence(wish))[0]
+def _ridge(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
+    t = self._bundle.ridge(self._sentence(asked))[0]
     return self._of_weights(self._bundle.subspace.weights(t))
 
 
-def _mlp(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
-    t = self._bundle.mlp(self._sentence(wish))[0]
+def _mlp(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
+    t = self._bundle.mlp(self._sentence(asked))[0]
     return self._of_weights(self._bundle.subspace.weights(t))
 
 
-def _sg_lora(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+def _sg_lora(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
     bundle = self._bundle
-    text = self._sentence(wish)
+    text = self._sentence(asked)
     alpha = bundle.neighbours.weights(text)
     snapshots = bundle.library.snapshots
     mu, var = condition(alpha, snapshots.mean(1), snapshots.var(1, correction=0))
@@ -247,11 +249,11 @@ def _sg_lora(self: Generator, wish: AdapterDescription, random: torch.Generator 
     return self._of_weights(bundle.subspace.weights(t))
 
 
-def _icm_lora(self: Generator, wish: AdapterDescription, random: torch.Generator | None) -> Draft:
+def _icm_lora(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
     bundle = self._bundle
     if bundle.icm is None:
         raise NotTrained("ICM-LoRA was left out when this generator was trained")
-    t = bundle.icm.generate(self._task_vector(wish)[None], random)[0]
+    t = bundle.icm.generate(self._task_vector(asked)[None], random)[0]
     return self._of_weights(bundle.subspace.weights(t))
 
 

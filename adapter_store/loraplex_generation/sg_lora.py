@@ -3,9 +3,9 @@
     prior p(z|c), encoder q(z|t,c): two-layer ReLU MLPs;  decoder: three-layer ReLU MLP
     L = ‖t − D(z,c)‖² + λ·KL(q(z|t,c) ‖ p(z|c))
 
-Compact form: t are coordinates in the subspace of the library, standardised, D adds to μ*, and the
-condition also holds the description embedding: {μ*, σ*²} alone, seen through neighbours that
-exclude the task, does not tell it from them. Literal form (LITERAL, raw weights): as published.
+Shipped: t are coordinates in the subspace of the library, standardised, D adds to μ*, and the
+condition also holds the description embedding, because {μ*, σ*²} of the neighbours alone does not
+say which task is meant. SG_ON_RAW_WEIGHTS: t are the weights, and none of these changes.
 In both, a task is left out of its own neighbours in training: else the condition is the answer.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .retrieval import Neighbours, condition
 
-__all__ = ["LITERAL", "SgLora", "SgRecipe", "gaussian_kl", "train_sg_lora"]
+__all__ = ["SG_ON_RAW_WEIGHTS", "SgLora", "SgRecipe", "gaussian_kl", "train_sg_lora"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class SgRecipe:
     seed: int = 0
 
 
-LITERAL = SgRecipe(
+SG_ON_RAW_WEIGHTS = SgRecipe(
     hidden=64, latent=64, kl=1.0, free_bits=0.0, residual=False, text=False, n_steps=150, batch=32
 )
-"""The published recipe on raw weights, λ = 1; narrower than an A6000 would have it."""
+"""λ = 1 as published; narrower and far shorter."""
 
 
 class SgLora(nn.Module):

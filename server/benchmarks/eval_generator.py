@@ -32,10 +32,11 @@ def evaluate(
     on: Annotated[str, typer.Option(help="`validation` or `test`.")] = "test",
     rows: Annotated[int, typer.Option(help="Examples of each task.", min=4)] = 30,
     seeds: Annotated[int, typer.Option(help="Generator seeds.", min=1)] = 3,
-    literal: Annotated[
+    raw_weights: Annotated[
         bool,
         typer.Option(
-            "--literal/--no-literal", help="SG-LoRA and ICM-LoRA as published, too; minutes."
+            "--raw-weights/--no-raw-weights",
+            help="SG-LoRA and ICM-LoRA on raw weights, too; minutes.",
         ),
     ] = False,
     served: Annotated[
@@ -67,8 +68,8 @@ def evaluate(
     from loraplex_generation.evaluation import evaluate as run
     from loraplex_generation.evidence import write_evidence
     from loraplex_generation.frozen_base import FrozenBase
-    from loraplex_generation.literal import LiteralRecipes
     from loraplex_generation.packing import ChatCodec
+    from loraplex_generation.raw_weights import RawWeightRecipes
     from loraplex_generation.results import best_method
     from loraplex_generation.sentences import SentenceEncoder
     from loraplex_generation.shipped import shipped_folder
@@ -97,7 +98,7 @@ def evaluate(
             multi_task=multi_task,
             n_rows=rows,
             n_seeds=seeds,
-            literal=LiteralRecipes() if literal else None,
+            raw_weights=RawWeightRecipes() if raw_weights else None,
             scorer=scorer,
             kept=kept,
             report=lambda line: show(line, flush=True),

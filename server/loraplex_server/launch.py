@@ -114,11 +114,11 @@ def serve(
 
 
 def freeze_gc() -> None:
-    """Takes what is there by now out of the cyclic collector's sight: it stays until the end.
+    """Exempts all objects that exist now from garbage collection.
 
     A full collection holds the interpreter's lock, and every stream waits: 0.2 s for the 400,000
-    objects of torch, transformers and the model. Later ones see only what came since. Once it is
-    collected first: what is garbage by now would stay too.
+    objects of torch, transformers and the model. Later ones look only at newer objects. One
+    collection runs first, since garbage would be kept, too.
     """
     gc.collect()
     gc.freeze()

@@ -8,7 +8,7 @@ from torch.distributions import Normal, kl_divergence
 
 from loraplex_generation.analogy import analogy_matrix
 from loraplex_generation.factors import Factors, train_factor_head
-from loraplex_generation.icm_lora import LITERAL_ICM, IcmLora, IcmRecipe, train_icm_lora
+from loraplex_generation.icm_lora import ICM_ON_RAW_WEIGHTS, IcmLora, IcmRecipe, train_icm_lora
 from loraplex_generation.library import Subspace
 from loraplex_generation.regressors import fit_mlp, fit_ridge
 from loraplex_generation.results import Evaluation, add_recovery, best_method
@@ -120,7 +120,7 @@ def test_icm_lora_reconstructs_tasks_from_their_condition() -> None:
 
 
 def test_icm_lora_has_the_published_shape() -> None:
-    model = IcmLora(5000, 16, LITERAL_ICM)
+    model = IcmLora(5000, 16, ICM_ON_RAW_WEIGHTS)
     assert len([m for m in model.encoder.modules() if isinstance(m, torch.nn.Conv1d)]) == 12
     made = model.eval().generate(torch.zeros(1, 16), torch.Generator().manual_seed(0))
     assert made.shape == (1, 5000)

@@ -21,13 +21,13 @@ from loraplex_generation.evidence import write_evidence
 from loraplex_generation.experts import ExpertRecipe
 from loraplex_generation.frozen_base import base_fingerprint
 from loraplex_generation.guard import OodDetector
-from loraplex_generation.icm_lora import LITERAL_ICM, IcmRecipe
+from loraplex_generation.icm_lora import ICM_ON_RAW_WEIGHTS, IcmRecipe
 from loraplex_generation.joint import JointRecipe
 from loraplex_generation.library import LIBRARY_FILE, Library
-from loraplex_generation.literal import LiteralRecipes
+from loraplex_generation.raw_weights import RawWeightRecipes
 from loraplex_generation.results import GUARDED, best_method
 from loraplex_generation.service import Generator
-from loraplex_generation.sg_lora import LITERAL, SgRecipe
+from loraplex_generation.sg_lora import SG_ON_RAW_WEIGHTS, SgRecipe
 from loraplex_generation.task_vectors import TaskVectors, train_conditions
 from loraplex_generation.taskdata import TaskData
 from loraplex_generation.tensor_file import read_tensor_file, write_tensor_file
@@ -312,8 +312,9 @@ def test_the_evaluation_scores_every_arm_on_every_task(
         n_seeds=2,
         sg=replace(SgRecipe(), n_steps=10),
         icm=IcmRecipe(n_steps=4, batch=4, latent=8, channels=(4, 4, 4)),
-        literal=LiteralRecipes(
-            replace(LITERAL, n_steps=3, batch=4), replace(LITERAL_ICM, n_steps=2, batch=2)
+        raw_weights=RawWeightRecipes(
+            replace(SG_ON_RAW_WEIGHTS, n_steps=3, batch=4),
+            replace(ICM_ON_RAW_WEIGHTS, n_steps=2, batch=2),
         ),
     )
     for arm in (
@@ -321,10 +322,10 @@ def test_the_evaluation_scores_every_arm_on_every_task(
         "weighted",
         "arrow",
         "sg-lora #1",
-        "sg-lora literal",
+        "sg-lora on raw weights",
         "icm-lora #1",
         "icm-lora + prompts #0",
-        "icm-lora literal",
+        "icm-lora on raw weights",
         "multi-task + description",
         "best expert by test score",
         GUARDED,

@@ -1,4 +1,4 @@
-"""The simplest packer: every tensor of a plan becomes the device form, the rest is empty."""
+"""The simplest packer: every tensor of a plan becomes the packed adapter, the rest is empty."""
 
 from __future__ import annotations
 

@@ -87,15 +87,15 @@ def _boft_module(group: ModuleGroup) -> ModulePlan:
 def _butterfly_order(n_blocks: int, size: int, index: int, n_factors: int) -> Tensor:
     """The inputs in the order in which factor ``index`` cuts them into blocks.
 
-    Within stretches of 2^index blocks, the half blocks at even places stand before those at odd.
+    Within each group of 2^index blocks, half blocks of even index come before those of odd index.
     """
     n_inputs = n_blocks * size
-    half, stretch = size // 2, size << index
+    half, group = size // 2, size << index
     if n_factors == 1:
         return torch.arange(n_inputs)
     if size % 2 or n_blocks % (1 << index) or half == 0:
         raise AdapterMismatch(f"{n_blocks} blocks of {size} make no butterfly of {n_factors}")
-    halves = torch.arange(n_inputs).view(-1, stretch // half, half)
+    halves = torch.arange(n_inputs).view(-1, group // half, half)
     order = torch.cat([halves[:, 0::2], halves[:, 1::2]], dim=1).flatten()
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(n_inputs)

@@ -1,1 +1,1 @@
-"""A catalogue of small, exactly scored tasks: operation × language × output format."""
+"""Small, exactly scored tasks: operation × language × output format."""

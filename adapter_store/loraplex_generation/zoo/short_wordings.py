@@ -1,4 +1,4 @@
-"""The training wishes in a few words, as "past tense verb in capital letters please".
+"""The training descriptions in a few words, as "past tense verb in capital letters please".
 
 A short wording keeps of an operation's phrase the words that tell the operation from the others.
 """
@@ -56,15 +56,15 @@ def _words(phrase: str) -> list[str]:
 
 def _compose(task: Task, words: Sequence[str], suffix: str, nth: int) -> str:
     rng = random.Random(f"{task.name}:{nth}:short")
-    wish, bare = " ".join(words), suffix.strip(" ,.").lower()
+    content, bare = " ".join(words), suffix.strip(" ,.").lower()
     if task.language:
         language = LANGUAGES[task.language]
-        wish = rng.choice([f"{wish} in {language}", f"{language} {wish}"])
+        content = rng.choice([f"{content} in {language}", f"{language} {content}"])
     styles = [
-        f"{wish} {bare} please",
-        f"{wish}, {bare}",
-        f"{bare}: {wish}",
-        f"give me the {wish} {bare}",
-        f"{wish} {bare}",
+        f"{content} {bare} please",
+        f"{content}, {bare}",
+        f"{bare}: {content}",
+        f"give me the {content} {bare}",
+        f"{content} {bare}",
     ]
     return " ".join(rng.choice(styles).split()).strip(":, ")

@@ -69,7 +69,7 @@ def load_split() -> ZooSplit:
 def draw_split() -> ZooSplit:
     """Draws the split: what `zoo.json` was written from, and a test's check of it.
 
-    Formats are dealt evenly over the contents of the training set; H1 and validation are drawn
+    Formats are spread evenly over the contents of the training set; H1 and validation are drawn
     from the cells left over, at most one H1 cell per content and one per validation content.
     """
     rng = random.Random(_SEED)

@@ -69,7 +69,7 @@ class Task:
         return [self._fill(wording) + suffix for wording, suffix in self.phrases()]
 
     def casual_descriptions(self) -> list[str]:
-        """The same wishes as people type them; for maps that read text, beside the others."""
+        """The same tasks as people type them; for maps that read text, beside the others."""
         rng = random.Random(f"{self.name}:casual")
         return [_casual(self._fill(wording), suffix, rng) for wording, suffix in self.phrases()]
 

@@ -64,7 +64,7 @@ def train(
 
 @generator.command()
 def guard(shipped: _Shipped = None) -> None:
-    """Fit the guard against strange descriptions anew, and leave every map as it is."""
+    """Fit the check that refuses unknown descriptions anew; the methods stay as they are."""
     from rich import print as show
 
     from loraplex_generation.bundle import Bundle

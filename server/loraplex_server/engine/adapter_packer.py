@@ -1,8 +1,8 @@
-"""An adapter in the device's form, made away from the steps: placing it is then one copy.
+"""Packs an adapter for the device outside of steps, so that loading it is one copy.
 
-The store's host tier keeps adapters so: in the engine's dtype and the layout of the pool,
-page-locked where a GPU will fetch them. That is half the bytes of the float32 plan, and nothing is
-cast, cut or transposed when an adapter comes to the device. The store keeps them so on disk, too.
+A packed adapter has the engine's dtype and the layout of the pool, in page-locked memory where a
+GPU will fetch it. It takes half the bytes of the float32 plan. The store keeps packed adapters in
+host memory and on disk.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from .plan_tensors import copied
 
 __all__ = ["AdapterPacker", "PackedAdapter"]
 
-# Forms are kept on disk. Count up whenever the same plan gets another form: then old ones are
-# made anew. ``test_the_form_of_a_plan_is_what_its_format_says`` fails where that was forgotten.
+# Packed adapters are kept on disk. Count up when the same plan is packed otherwise: old files are
+# then made anew. ``test_packing_is_what_its_format_says`` fails if that is forgotten.
 _FORMAT = 6
 
 
@@ -46,7 +46,7 @@ class PackedAdapter:
 
 
 class AdapterPacker:
-    """Makes device forms for one model and pool: the store's ``Packer``.
+    """Packs adapters for one model and pool: the store's ``Packer``.
 
     Stateless: any thread, several at a time.
     """
@@ -84,8 +84,8 @@ class AdapterPacker:
         if isinstance(plan.packed_adapter, PackedAdapter):
             self._check_size(plan, plan.packed_adapter)
 
-    def form(self, plan: AdapterPlan) -> PackedAdapter:
-        """The form a plan has already, or a new one. Raises AdapterRefused.
+    def pack(self, plan: AdapterPlan) -> PackedAdapter:
+        """The packed adapter that the plan brings, or a new one. Raises AdapterRefused.
 
         A prepared plan was checked when it was prepared or loaded: not again on the engine thread.
         """
@@ -95,19 +95,19 @@ class AdapterPacker:
         sets = [self._pooled_modules(plan), *_expert_modules(plan.experts)]
         rank = max((module.rank for modules in sets for module in modules.values()), default=0)
         pack = self._pool.pack
-        form = PackedAdapter(tuple(pack(self._factors(modules)) for modules in sets), rank)
-        self._check_size(plan, form)
-        return form
+        packed = PackedAdapter(tuple(pack(self._factors(modules)) for modules in sets), rank)
+        self._check_size(plan, packed)
+        return packed
 
     def prepare(self, plan: AdapterPlan) -> AdapterPlan:
-        """The plan with its device form instead of its factors. Shares no memory with ``plan``.
+        """The plan with its packed adapter instead of its factors. Shares no memory with ``plan``.
 
         A plan that is prepared already comes back as it is. Raises AdapterRefused for what the
         engine cannot serve.
         """
         if plan.packed_adapter is not None:
             return plan
-        form, pooled = self.form(plan), self._pooled_modules(plan)
+        packed, pooled = self.pack(plan), self._pooled_modules(plan)
         rest = copied(
             replace(
                 plan,
@@ -119,7 +119,7 @@ class AdapterPacker:
             )
         )
         kept = {tensor.data_ptr(): tensor.nbytes for tensor in rest.tensors()}
-        return replace(rest, packed_adapter=form, n_bytes=form.n_bytes + sum(kept.values()))
+        return replace(rest, packed_adapter=packed, n_bytes=packed.n_bytes + sum(kept.values()))
 
     def parts(self, plan: AdapterPlan) -> DeviceParts:
         """All that the LoRA kernels cannot apply: the model does, from the plan's own tensors."""
@@ -131,17 +131,17 @@ class AdapterPacker:
             output_head=self._capabilities.output_head,
         )
 
-    def dump(self, form: object) -> tuple[JsonValue, Sequence[Tensor]]:
+    def dump(self, packed_adapter: object) -> tuple[JsonValue, Sequence[Tensor]]:
         """For a file: the rank, and five tensors for each of its `PackedFactors`."""
-        assert isinstance(form, PackedAdapter)
+        assert isinstance(packed_adapter, PackedAdapter)
         tensors: list[Tensor] = []
-        for packed in form.factors:
+        for packed in packed_adapter.factors:
             arrays = (packed.starts, packed.lengths, packed.keys, packed.ranks)
             tensors += [packed.image, *map(torch.from_numpy, arrays)]
-        return form.rank, tensors
+        return packed_adapter.rank, tensors
 
     def restore(self, header: JsonValue, tensors: Sequence[Tensor]) -> PackedAdapter:
-        """What was dumped, around the tensors; page-locked where ``form`` would be."""
+        """What was dumped, around the tensors; page-locked as by ``pack``."""
         assert isinstance(header, int)
         packed = []
         for at in range(0, len(tensors), 5):
@@ -150,14 +150,14 @@ class AdapterPacker:
             packed.append(self._pool.adopt(PackedFactors(image, *arrays)))
         return PackedAdapter(tuple(packed), header)
 
-    def _check_size(self, plan: AdapterPlan, form: PackedAdapter) -> None:
-        pool, n_slots, max_rank = self._pool, len(form.factors), self._capabilities.max_rank
-        if max_rank is not None and form.rank > max_rank:
+    def _check_size(self, plan: AdapterPlan, packed: PackedAdapter) -> None:
+        pool, n_slots, max_rank = self._pool, len(packed.factors), self._capabilities.max_rank
+        if max_rank is not None and packed.rank > max_rank:
             raise LimitExceeded(
-                f"adapter {plan.digest[:12]} has rank {form.rank}, this server allows {max_rank}; "
-                "raise --max-lora-rank"
+                f"adapter {plan.digest[:12]} has rank {packed.rank}, this server allows "
+                f"{max_rank}; raise --max-lora-rank"
             )
-        n_bytes = form.n_bytes + pool_bytes(self.parts(plan).tensors(pool.storage.dtype))
+        n_bytes = packed.n_bytes + pool_bytes(self.parts(plan).tensors(pool.storage.dtype))
         if n_bytes > pool.bytes_total or n_slots > pool.n_slots:
             raise LimitExceeded(
                 f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {n_slots} slots, the "

@@ -185,11 +185,11 @@ class DevicePool:
 
     def _start_load(self, plan: AdapterPlan, *, asked_for: bool) -> ResidentAdapter | None:
         try:
-            form = self.packer.form(plan)
+            packed = self.packer.pack(plan)
         except AdapterRefused as error:
             raise AdapterUnservable(str(error)) from error
         on_host = self.packer.parts(plan)
-        place = self._reserve(plan.digest, form, on_host)
+        place = self._reserve(plan.digest, packed, on_host)
         if place is None:
             return None
         parts = on_host.with_tensors(place.memory.tensors)
@@ -209,7 +209,7 @@ class DevicePool:
             slots=place.slots,
             parts=parts,
             memory=place.memory,
-            n_bytes=form.n_bytes + place.memory.n_bytes,
+            n_bytes=packed.n_bytes + place.memory.n_bytes,
             changes_head=self._output_head in plan.modules
             or parts.fallback.changes(self._output_head),
             load=self._loader.submit(load),
@@ -222,11 +222,11 @@ class DevicePool:
         resident.load.add_done_callback(lambda _: self._on_loaded())
         return resident
 
-    def _reserve(self, digest: str, form: PackedAdapter, parts: DeviceParts) -> _Place | None:
+    def _reserve(self, digest: str, packed: PackedAdapter, parts: DeviceParts) -> _Place | None:
         like = parts.tensors(self.pool.storage.dtype)
         while True:
             try:
-                return self._take(form, like)
+                return self._take(packed, like)
             except PoolFull as error:
                 victim = self._victim()
                 if victim is not None:
@@ -240,11 +240,11 @@ class DevicePool:
                         f"{error}; unpin an adapter, or raise --adapter-memory or --max-loras"
                     ) from error
 
-    def _take(self, form: PackedAdapter, like: Sequence[tuple[Tensor, torch.dtype]]) -> _Place:
+    def _take(self, packed: PackedAdapter, like: Sequence[tuple[Tensor, torch.dtype]]) -> _Place:
         """Raises PoolFull; then nothing is taken."""
         memory = self.pool.reserve_tensors(like)
         try:
-            return _Place(self.pool.reserve_group(form.factors), memory)
+            return _Place(self.pool.reserve_group(packed.factors), memory)
         except PoolFull:
             self.pool.release_tensors(memory)
             raise

@@ -10,7 +10,7 @@ __all__ = ["SamplingParams"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Validated at the HTTP door; the engine trusts it.
+    """Validated by the HTTP routes; the engine trusts it.
 
     Logits are changed in this order: logit_bias, repetition, presence and frequency penalties,
     min_tokens, temperature, top_k, top_p, min_p. ``logprobs`` are those of the raw logits.

@@ -39,10 +39,10 @@ def test_a_prepared_plan_keeps_no_factor_and_no_memory_of_the_plan(model: PreTra
     theirs = {tensor.untyped_storage().data_ptr() for tensor in plan.tensors()}
     with running_engine(model) as engine:
         prepared = engine.packer.prepare(plan)
-    form = prepared.packed_adapter
-    assert isinstance(form, PackedAdapter)
-    assert len(form.factors) == 5
-    assert form.rank == 8
+    packed = prepared.packed_adapter
+    assert isinstance(packed, PackedAdapter)
+    assert len(packed.factors) == 5
+    assert packed.rank == 8
     assert all(module.a is None and module.b is None for module in prepared.modules.values())
     assert prepared.modules.keys() == plan.modules.keys()
     kept = {tensor.untyped_storage().data_ptr() for tensor in prepared.tensors()}
@@ -167,10 +167,10 @@ def test_a_form_from_disk_is_the_form_that_was_made(
         assert found.n_bytes == made.n_bytes
         for one, other in zip(found.tensors(), made.tensors(), strict=True):
             assert torch.equal(one, other)
-        form, wanted_form = found.packed_adapter, made.packed_adapter
-        assert isinstance(form, PackedAdapter)
-        assert isinstance(wanted_form, PackedAdapter)
-        for entry, wanted in zip(form.factors, wanted_form.factors, strict=True):
+        packed, wanted_packed = found.packed_adapter, made.packed_adapter
+        assert isinstance(packed, PackedAdapter)
+        assert isinstance(wanted_packed, PackedAdapter)
+        for entry, wanted in zip(packed.factors, wanted_packed.factors, strict=True):
             assert torch.equal(entry.image, wanted.image)
             for part in ("starts", "lengths", "keys", "ranks"):
                 assert np.array_equal(getattr(entry, part), getattr(wanted, part)), part
@@ -180,9 +180,9 @@ def test_a_form_from_disk_is_the_form_that_was_made(
             for p, mark in ((found, "a"), (made, "b"))
         )
         assert one == other
-        storage = StorageWeakRef(form.factors[0].image.untyped_storage())
+        storage = StorageWeakRef(packed.factors[0].image.untyped_storage())
         assert not storage.expired()
-        del found, form, entry
+        del found, packed, entry
         gc.collect()
         assert storage.expired(), "what is on the device holds the file that it came from"
 
@@ -198,7 +198,7 @@ def _plan_of(kind: str, model: PreTrainedModel) -> AdapterPlan:
     return AdapterPlan("d" * 64, Family.VERA, {name: ModulePlan(shared=shared) for name in names})
 
 
-def test_the_form_of_a_plan_is_what_its_format_says(model: PreTrainedModel) -> None:
+def test_packing_is_what_its_format_says(model: PreTrainedModel) -> None:
     """Where this fails the layout has changed: count _FORMAT up, and write the new digest here."""
     q = "model.layers.0.self_attn.q_proj"
     linear = model.get_submodule(q)

@@ -87,7 +87,7 @@ def test_all_that_an_adapter_takes_is_counted_and_comes_back(model: PreTrainedMo
     plan = _with_everything(model, 1)
     with _pool(model) as pool:
         assert pool.load(plan) is Placement.RESIDENT
-        factors = sum(f.n_bytes for f in pool.packer.form(plan).factors)
+        factors = sum(f.n_bytes for f in pool.packer.pack(plan).factors)
         own_v = 32 * 64 * 4 + 4 * (64 + 32) * 4  # its factors go with the weight
         beside = own_v + 64 * 4 + 2 * 64 * 4 + 64  # the token ids take an alignment
         assert pool.pool.bytes_used == factors + beside

@@ -72,7 +72,7 @@ bool rows_are_disjoint(const LoraCall& call, LoraPlan& plan, int64_t n_rows) {
     return true;
 }
 
-// Tasks are dealt to the threads in turn, the costly ones first. False if there are too few or too unequal
+// Tasks are assigned to the threads in turn, the costly ones first. False if there are too few or too unequal
 // ones.
 bool cut_into_tasks(const LoraCall& call, LoraPlan& plan) {
     const LoraTarget& t = call.target;

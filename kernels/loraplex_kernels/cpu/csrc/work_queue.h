@@ -1,4 +1,4 @@
-// Work items dealt to the threads of a team. Each thread begins with a range of its own; one that is
+// Work items for the threads of a team. Each thread begins with a range of its own; one that is
 // done takes from the others, so that a thread that the system holds up delays nobody by more than an
 // item.
 #pragma once
@@ -11,7 +11,7 @@ namespace loraplex {
 
 class WorkQueue {
 public:
-    // Room for a team; forgets what was dealt. Not while a team works.
+    // Room for a team; forgets all assignments. Not while a team works.
     void reset(int n_threads) {
         n_threads_ = n_threads;
         if (ranges_.size() < static_cast<size_t>(n_threads)) ranges_ = std::vector<Range>(n_threads);

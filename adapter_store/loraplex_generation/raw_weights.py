@@ -1,4 +1,4 @@
-"""SG-LoRA and ICM-LoRA as published, on raw weights: arms of the evaluation, too large to ship."""
+"""SG-LoRA and ICM-LoRA on raw weights, in short runs: arms of the evaluation, too large to ship."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from loraplex_generation.zoo.tasks import Task
 
 from .arms import Arm
 from .bundle import Bundle
-from .icm_lora import LITERAL_ICM, IcmRecipe, train_icm_lora
+from .icm_lora import ICM_ON_RAW_WEIGHTS, IcmRecipe, train_icm_lora
 from .library import Library
 from .retrieval import condition
 from .sentences import SentenceEncoder
-from .sg_lora import LITERAL, SgRecipe, train_sg_lora
+from .sg_lora import SG_ON_RAW_WEIGHTS, SgRecipe, train_sg_lora
 from .task_vectors import TaskConditions, TaskVectors
 from .training import Wordings
 
-__all__ = ["LiteralRecipes", "literal_arms"]
+__all__ = ["RawWeightRecipes", "raw_weight_arms"]
 
 
 @dataclass(frozen=True, slots=True)
-class LiteralRecipes:
-    sg: SgRecipe = LITERAL
-    icm: IcmRecipe = LITERAL_ICM
+class RawWeightRecipes:
+    sg: SgRecipe = SG_ON_RAW_WEIGHTS
+    icm: IcmRecipe = ICM_ON_RAW_WEIGHTS
 
 
-def literal_arms(
+def raw_weight_arms(
     bundle: Bundle,
     encoder: SentenceEncoder,
     reader: TaskVectors,
     conditions: TaskConditions,
     tasks: Sequence[Task],
-    recipes: LiteralRecipes,
+    recipes: RawWeightRecipes,
     report: Callable[[str], None] = lambda _: None,
 ) -> list[Arm]:
     """Trained here, on the library that `bundle` was trained on; minutes.
@@ -50,13 +50,13 @@ def literal_arms(
     sg = train_sg_lora(raw, bundle.neighbours, sentence, words.owner, recipes.sg)
     text = encoder.encode(asked).sentence
     mu, var = condition(bundle.neighbours.weights(text), raw.mean(1), raw.var(1, correction=0))
-    report("literal SG-LoRA trained")
+    report("SG-LoRA on raw weights trained")
     scale = _spread(library, raw)
     icm = train_icm_lora(raw, conditions.vectors, conditions.owner, scale, recipes.icm, report)
     vectors = torch.stack([reader.of(wording) for wording in asked])
     return [
-        Arm("sg-lora literal", sg.generate(mu, var, text, None)),
-        Arm("icm-lora literal", icm.generate(vectors, None)),
+        Arm("sg-lora on raw weights", sg.generate(mu, var, text, None)),
+        Arm("icm-lora on raw weights", icm.generate(vectors, None)),
     ]
 
 

@@ -1,11 +1,11 @@
-"""Wishes as people type them, and what a real server answers: the table of the docs.
+"""Descriptions as people type them, and what a real server answers: the table of the docs.
 
-    python server/benchmarks/wishes.py [--url http://host:8000] [--threads 2] [--out FILE]
+    python server/benchmarks/typed_descriptions.py --threads 2 --out FILE
 
-Each wish goes out as `POST /v1/chat/completions` with `"adapter": {"description": WISH}`, greedy,
-for the first two test inputs of the task that it means. No wish and no input was trained on, and
-no combination of operation and format but where the table says "trained". Nothing is left out:
-every wish of the list below is in the table. Prints Markdown; `--out` writes it.
+Each description is sent as `POST /v1/chat/completions` with `"adapter": {"description": …}`,
+greedy, with the first two test inputs of the task that is meant. No description and no input was
+trained on; combinations of operation and format that were are marked "trained". Every description
+of the list is in the table. `--url` asks a running server. Prints Markdown; `--out` writes it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from loraplex_server.model.pull import resolve_model
 
 CHAT = "/v1/chat/completions"
 N_INPUTS = 2
-WISHES = (  # (what the user types, the task that is meant)
+DESCRIPTIONS = (  # (what the user types, the task that is meant)
     ("pluralise and put it in quotes", "plural/quotes"),
     ("city in json please", "record-city/json"),
     ("what city is it? full sentence", "record-city/sentence"),
@@ -49,7 +49,7 @@ WISHES = (  # (what the user types, the task that is meant)
 
 
 class Reply(NamedTuple):
-    wish: str
+    description: str
     prompt: str
     text: str  # of the model, or of the refusal
     verdict: str
@@ -82,24 +82,24 @@ def server(url: str | None, n_threads: int) -> Iterator[httpx.Client]:
 
 def ask_all(client: httpx.Client) -> Iterator[Reply]:
     trained = set(load_split().sets["train"])
-    for wish, task in WISHES:
+    for description, task in DESCRIPTIONS:
         for example in Task.parse(task).examples("test", N_INPUTS):
-            status, answer = ask(client, wish, example.prompt)
+            status, answer = ask(client, description, example.prompt)
             if status == 200:
                 text = answer["choices"][0]["message"]["content"]
                 verdict = "right" if exact(text, example.answer) else f"not `{example.answer}`"
             elif status == 422:  # whatever the input
                 message = answer["error"]["message"].partition(";")[0]
-                yield Reply(wish, "", f"422, {message}", "refused", task in trained)
+                yield Reply(description, "", f"422, {message}", "refused", task in trained)
                 break
             else:
                 raise RuntimeError(f"POST {CHAT} answered {status}: {answer}")
-            yield Reply(wish, example.prompt, text, verdict, task in trained)
+            yield Reply(description, example.prompt, text, verdict, task in trained)
 
 
-def ask(client: httpx.Client, wish: str, prompt: str) -> tuple[int, dict[str, Any]]:
+def ask(client: httpx.Client, description: str, prompt: str) -> tuple[int, dict[str, Any]]:
     body = {
-        "adapter": {"description": wish},
+        "adapter": {"description": description},
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": 48,
@@ -109,10 +109,10 @@ def ask(client: httpx.Client, wish: str, prompt: str) -> tuple[int, dict[str, An
 
 
 def table(replies: list[Reply]) -> str:
-    lines = ["| wish | input | reply | |", "| --- | --- | --- | --- |"]
+    lines = ["| description | input | reply | |", "| --- | --- | --- | --- |"]
     for reply in replies:
-        wish = f"{reply.wish} (trained)" if reply.trained else reply.wish
-        cells = [wish, reply.prompt, f"`{' '.join(reply.text.split())}`", reply.verdict]
+        description = f"{reply.description} (trained)" if reply.trained else reply.description
+        cells = [description, reply.prompt, f"`{' '.join(reply.text.split())}`", reply.verdict]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -83,8 +83,14 @@ def _mixlora(
     expert_rank: int = _R,
     expert_alpha: int | None = None,
     legacy: bool = False,
+    n_experts: int = _N,
+    gate_std: float = 0.2,
 ) -> Build:
-    """``legacy``: the key names of the first releases."""
+    """``legacy``: the key names of the first releases.
+
+    Switch scales every block by its largest probability, which must not be small: in thirty layers
+    that amplifies rounding. It has fewer experts and sharper gates.
+    """
     gates = {"mixlora": "top-k", "mixlora-dynamic": "top-p", "mixlora-switch": "switch"}[strategy]
     expert_scale = _SCALE if expert_alpha is None else expert_alpha / expert_rank
 
@@ -99,9 +105,9 @@ def _mixlora(
                 tensors[f"{root}.{block}.{leaf}.lora_A.weight"] = a
                 tensors[f"{root}.{block}.{leaf}.lora_B.weight"] = b
                 forwards[f"model.layers.{layer}.{block}.{leaf}"] = _plain(a, b)
-            gate = randn(_N, base.config.hidden_size, std=0.2)
+            gate = randn(n_experts, base.config.hidden_size, std=gate_std)
             tensors[f"{root}.gate.weight" if legacy else f"{root}.mlp.moe_gate.weight"] = gate
-            experts: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(_N)]
+            experts: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(n_experts)]
             for leaf in (leaf for leaf in _MLP if leaf in targets):
                 _, n_in, n_out = _shape(base, layer, leaf)
                 for number, expert in enumerate(experts):
@@ -112,7 +118,11 @@ def _mixlora(
                     tensors[f"{at}.lora_A.weight"], tensors[f"{at}.lora_B.weight"] = a, b
                     expert[leaf] = a, b
             forwards[f"model.layers.{layer}.mlp"] = _routed(gate, experts, gates, expert_scale)
-        values: dict[str, object] = {"routing_strategy": strategy, "top_p": _TOP_P}
+        values: dict[str, object] = {
+            "routing_strategy": strategy,
+            "top_p": _TOP_P,
+            "num_experts": n_experts,
+        }
         if expert_alpha is not None:
             values["expert_lora"] = {"r": expert_rank, "lora_alpha": expert_alpha}
         return FormulaAdapter(_config("MIXLORA", targets, **values), tensors, forwards)
@@ -230,13 +240,20 @@ _BOTH = (*_ATTENTION, *_MLP)
 EXPERT_ROWS: tuple[OwnRow, ...] = (
     OwnRow("mixlora", _mixlora(_BOTH), executor=True),
     OwnRow("mixlora-top-p", _mixlora(_BOTH, "mixlora-dynamic"), executor=True),
-    OwnRow("mixlora-switch", _mixlora(_BOTH, "mixlora-switch"), executor=True),
+    OwnRow(
+        "mixlora-switch",
+        _mixlora(_BOTH, "mixlora-switch", n_experts=2, gate_std=0.5),
+        executor=True,
+    ),
     OwnRow("mixlora-legacy-names", _mixlora(_MLP, legacy=True)),
     OwnRow("mixlora-expert-lora", _mixlora(_MLP, expert_rank=3, expert_alpha=9)),
     OwnRow("mixlora-one-projection", _mixlora(("q_proj", "up_proj"))),
     OwnRow("mixlora-attention", _mixlora(_ATTENTION)),
     OwnRow("mixlora-attention-top-p", _mixlora(_ATTENTION, "mixlora-dynamic")),
-    OwnRow("mixlora-attention-switch", _mixlora(_ATTENTION, "mixlora-switch")),
+    OwnRow(
+        "mixlora-attention-switch",
+        _mixlora(_ATTENTION, "mixlora-switch", n_experts=2, gate_std=0.5),
+    ),
     OwnRow("mola", _per_projection("mola", ("q_proj", "up_proj", "down_proj")), executor=True),
     OwnRow(
         "mola-authors",

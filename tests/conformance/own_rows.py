@@ -94,18 +94,20 @@ def _with_start(_: str, weight: Tensor, randn: Random) -> tuple[dict[str, Tensor
     return parts, lambda _, x: F.linear(x, frozen) + 6 / 4 * F.linear(F.linear(x, a), b)
 
 
-def _nystrom(base_residual: bool) -> _Module:
+def _nystrom(base_residual: bool, alpha: int = 6) -> _Module:
     def module(_: str, weight: Tensor, randn: Random) -> tuple[dict[str, Tensor], Forward]:
         a, b = _factors(weight, randn)
         core = randn(4, 4, std=0.7)
         frozen = weight
         if base_residual:
             start = weight[:, :4] @ torch.linalg.pinv(weight[:4, :4]) @ weight[:4]
-            frozen = weight - 6 / 4 * start
+            frozen = weight - alpha / 4 * start
         parts = {"lora_A.weight": a, "lora_B.weight": b, "lora_N.weight": core}
         return (
             parts,
-            lambda _, x: F.linear(x, frozen) + 6 / 4 * F.linear(F.linear(F.linear(x, a), core), b),
+            lambda _, x: (
+                F.linear(x, frozen) + alpha / 4 * F.linear(F.linear(F.linear(x, a), core), b)
+            ),
         )
 
     return module
@@ -240,7 +242,7 @@ def _full(base: PreTrainedModel, randn: Random) -> FormulaAdapter:
 
 def _full_rows(base: PreTrainedModel, randn: Random) -> FormulaAdapter:
     rows = _weight(base, "model.embed_tokens").clone()
-    rows[[504, 253, 2067]] += randn(3, rows.shape[1], std=0.1)
+    rows[[504, 253, 2067]] += randn(3, rows.shape[1], std=0.05)
     forwards: dict[str, Forward] = {
         "model.embed_tokens": lambda _, ids: F.embedding(ids, rows),
         "lm_head": lambda _, x: F.linear(x, rows),  # tied
@@ -264,7 +266,8 @@ OWN_ROWS: tuple[OwnRow, ...] = (
     OwnRow("lora-sb", _by_module(_core("lora_R.weight"))),
     OwnRow("nlora", _by_module(_nystrom(False), init_lora_weights="n_lora", base_residual=False)),
     OwnRow(
-        "nlora-paper", _by_module(_nystrom(True), init_lora_weights="n_lora", base_residual=True)
+        "nlora-paper",  # a start that is small: the inverse in it amplifies rounding
+        _by_module(_nystrom(True, 1), init_lora_weights="n_lora", base_residual=True, lora_alpha=1),
     ),
     OwnRow("inttune", _by_module(_core("lora_N.weight"))),
     OwnRow("lamda", _by_module(_core("lora_S.weight"))),

@@ -169,7 +169,7 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
     PeftRow(
         "prefix-tuning",
         lambda: peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
-        drawn(0.5),
+        drawn(0.2),
         executor=True,
     ),
     PeftRow(
@@ -180,7 +180,7 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
             prefix_projection=True,
             task_type="CAUSAL_LM",
         ),
-        drawn(0.2),
+        drawn(0.12),
     ),
     # what multiplies W, or whose change has full rank
     PeftRow(
@@ -381,7 +381,7 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
     PeftRow(
         "cartridge",
         lambda: peft.CartridgeConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"),
-        drawn(0.5),
+        drawn(0.2),
     ),
     PeftRow(
         "cpt",

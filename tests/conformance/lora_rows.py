@@ -221,7 +221,7 @@ LORA_ROWS: tuple[PeftRow, ...] = (
     PeftRow(
         "saved-norm",
         lambda: LoraConfig(r=4, target_modules=on("q_proj"), modules_to_save=["norm"]),
-        moved(0.05),
+        moved(0.02),
         executor=True,
     ),
     PeftRow(

@@ -164,7 +164,7 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
             encoder_reparameterization_type="LSTM",
             task_type="CAUSAL_LM",
         ),
-        drawn(0.1),
+        drawn(0.05),
     ),
     PeftRow(
         "prefix-tuning",
@@ -180,7 +180,7 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
             prefix_projection=True,
             task_type="CAUSAL_LM",
         ),
-        drawn(0.12),
+        drawn(0.07),
     ),
     # what multiplies W, or whose change has full rank
     PeftRow(

@@ -5,15 +5,18 @@ python server/benchmarks/eval_generator.py --on validation --rows 16
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from loraplex_generation.results import Evaluation
+    from adapter_store.benchmarks.evaluation.results import Evaluation
 
 _Base = Annotated[str | None, typer.Option(help="Base model; default: the pulled one.")]
 _Shipped = Annotated[
@@ -61,20 +64,20 @@ def evaluate(
 
     import torch
     from rich import print as show
-    from served_scorer import served_scorer
     from transformers import AutoTokenizer
 
+    from adapter_store.benchmarks.evaluation.evaluation import evaluate as run
+    from adapter_store.benchmarks.evaluation.evidence import write_evidence
+    from adapter_store.benchmarks.evaluation.raw_weights import RawWeightRecipes
+    from adapter_store.benchmarks.evaluation.results import best_method
     from loraplex_generation.bundle import Bundle
-    from loraplex_generation.evaluation import evaluate as run
-    from loraplex_generation.evidence import write_evidence
     from loraplex_generation.frozen_base import FrozenBase
     from loraplex_generation.packing import ChatCodec
-    from loraplex_generation.raw_weights import RawWeightRecipes
-    from loraplex_generation.results import best_method
     from loraplex_generation.sentences import SentenceEncoder
     from loraplex_generation.shipped import shipped_folder
     from loraplex_generation.taskdata import TaskData
     from loraplex_server.model.pull import loraplex_home, resolve_encoder, resolve_model
+    from server.benchmarks.served_scorer import served_scorer
 
     directory = resolve_model(base)
     folder = shipped or shipped_folder()

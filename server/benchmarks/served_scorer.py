@@ -56,7 +56,7 @@ def served_scorer(
 
 
 class ServedScorer:
-    """A ``Scorer`` of ``loraplex_generation.evaluation``. Not to be called on an event loop."""
+    """A ``Scorer`` of the evaluation. Not to be called on an event loop."""
 
     def __init__(
         self, engine: EngineClient, store: AdapterStore, codec: ChatCodec, layout: AdapterLayout

@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
+from adapter_store.benchmarks.evaluation.results import Evaluation, add_recovery, best_method
+from adapter_store.benchmarks.evaluation.statistics import paired_difference, recovery
 from loraplex_generation.analogy import analogy_matrix
 from loraplex_generation.factors import Factors, train_factor_head
 from loraplex_generation.icm_lora import ICM_ON_RAW_WEIGHTS, IcmLora, IcmRecipe, train_icm_lora
 from loraplex_generation.library import Subspace
 from loraplex_generation.regressors import fit_mlp, fit_ridge
-from loraplex_generation.results import Evaluation, add_recovery, best_method
 from loraplex_generation.retrieval import Neighbours, choose_neighbours, condition
 from loraplex_generation.row_adam import RowAdam
 from loraplex_generation.sg_lora import SgLora, SgRecipe, gaussian_kl, train_sg_lora
-from loraplex_generation.statistics import paired_difference, recovery
 from loraplex_generation.zoo.split import load_split
 from loraplex_generation.zoo.tasks import Task
 from tests.support.tiny_zoo import HashedWords

@@ -9,6 +9,10 @@ from typing import NoReturn
 import pytest
 import torch
 
+from adapter_store.benchmarks.evaluation.evaluation import evaluate
+from adapter_store.benchmarks.evaluation.evidence import write_evidence
+from adapter_store.benchmarks.evaluation.raw_weights import RawWeightRecipes
+from adapter_store.benchmarks.evaluation.results import GUARDED, best_method
 from loraplex_generation.bundle import GENERATOR_FILE, JOINT_FILE, Bundle, replace_guard
 from loraplex_generation.errors import (
     GeneratorMismatch,
@@ -16,16 +20,12 @@ from loraplex_generation.errors import (
     OutOfDistribution,
     UnfitPrompts,
 )
-from loraplex_generation.evaluation import evaluate
-from loraplex_generation.evidence import write_evidence
 from loraplex_generation.experts import ExpertRecipe
 from loraplex_generation.frozen_base import base_fingerprint
 from loraplex_generation.guard import OodDetector
 from loraplex_generation.icm_lora import ICM_ON_RAW_WEIGHTS, IcmRecipe
 from loraplex_generation.joint import JointRecipe
 from loraplex_generation.library import LIBRARY_FILE, Library
-from loraplex_generation.raw_weights import RawWeightRecipes
-from loraplex_generation.results import GUARDED, best_method
 from loraplex_generation.service import Generator
 from loraplex_generation.sg_lora import SG_ON_RAW_WEIGHTS, SgRecipe
 from loraplex_generation.task_vectors import TaskVectors, train_conditions

@@ -8,24 +8,24 @@ from pathlib import Path
 
 from torch import Tensor
 
+from loraplex_generation.bundle import Bundle
+from loraplex_generation.frozen_base import FrozenBase
+from loraplex_generation.icm_lora import IcmRecipe
+from loraplex_generation.remembered import Remembered
+from loraplex_generation.scoring import Scorer, TaskScore, TeacherForced
+from loraplex_generation.sentences import Encoded, SentenceEncoder
+from loraplex_generation.service import Generator
+from loraplex_generation.sg_lora import SgRecipe
+from loraplex_generation.task_vectors import TaskVectors, train_conditions
+from loraplex_generation.taskdata import TaskData
+from loraplex_generation.training import train_bundle
 from loraplex_generation.zoo.split import ZooSplit, load_split
 from loraplex_generation.zoo.tasks import Example, Task
 
 from .arms import Arm, arms_of, best_in_hindsight, controls_of, run_arm
-from .bundle import Bundle
-from .frozen_base import FrozenBase
-from .icm_lora import IcmRecipe
 from .intruders import IntruderCount
 from .raw_weights import RawWeightRecipes, raw_weight_arms
-from .remembered import Remembered
 from .results import GUARDED, Evaluation, add_recovery, differences, mean_over
-from .scoring import Scorer, TaskScore, TeacherForced
-from .sentences import Encoded, SentenceEncoder
-from .service import Generator
-from .sg_lora import SgRecipe
-from .task_vectors import TaskVectors, train_conditions
-from .taskdata import TaskData
-from .training import train_bundle
 
 __all__ = ["evaluate"]
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from loraplex_generation.bundle import Bundle
+from loraplex_generation.scoring import Scorer, TaskScore
+from loraplex_generation.service import AdapterDescription, Generator
+from loraplex_generation.task_vectors import MIN_PROMPTS
+from loraplex_generation.taskdata import TaskData
 from loraplex_generation.zoo.tasks import Example, Task
-
-from .bundle import Bundle
-from .scoring import Scorer, TaskScore
-from .service import AdapterDescription, Generator
-from .task_vectors import MIN_PROMPTS
-from .taskdata import TaskData
 
 __all__ = ["Arm", "arms_of", "best_in_hindsight", "controls_of", "run_arm"]
 

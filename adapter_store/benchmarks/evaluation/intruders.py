@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.spectrum import intruders_among
-
-from .frozen_base import FrozenBase
-from .layout import PROJECTIONS, AdapterLayout
+from loraplex_generation.frozen_base import FrozenBase
+from loraplex_generation.layout import PROJECTIONS, AdapterLayout
 
 __all__ = ["IntruderCount"]
 

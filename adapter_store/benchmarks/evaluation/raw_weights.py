@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loraplex_generation.bundle import Bundle
+from loraplex_generation.icm_lora import ICM_ON_RAW_WEIGHTS, IcmRecipe, train_icm_lora
+from loraplex_generation.library import Library
+from loraplex_generation.retrieval import condition
+from loraplex_generation.sentences import SentenceEncoder
+from loraplex_generation.sg_lora import SG_ON_RAW_WEIGHTS, SgRecipe, train_sg_lora
+from loraplex_generation.task_vectors import TaskConditions, TaskVectors
+from loraplex_generation.training import Wordings
 from loraplex_generation.zoo.tasks import Task
 
 from .arms import Arm
-from .bundle import Bundle
-from .icm_lora import ICM_ON_RAW_WEIGHTS, IcmRecipe, train_icm_lora
-from .library import Library
-from .retrieval import condition
-from .sentences import SentenceEncoder
-from .sg_lora import SG_ON_RAW_WEIGHTS, SgRecipe, train_sg_lora
-from .task_vectors import TaskConditions, TaskVectors
-from .training import Wordings
 
 __all__ = ["RawWeightRecipes", "raw_weight_arms"]
 

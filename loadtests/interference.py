@@ -1,4 +1,4 @@
-"""What cold adapters do to those who do not use them: gaps between tokens beside loads.
+"""How adapter loads disturb other requests: gaps between their tokens.
 
     python -m loadtests.interference [--n-loads 120] [--from host|disk] [--out FILE]
 

@@ -1,4 +1,4 @@
-"""Hundreds of different random adapters, written quickly: windows of one random tape.
+"""Hundreds of different random adapters, written quickly: slices of one random buffer.
 
 Real weights are not needed for speed, but distinct ones are: the store knows adapters by content.
 """

@@ -1,1 +1,1 @@
-"""What an adapter is: reading, checking, folding, storing, caching, generating."""
+"""What an adapter is: reading, checking, folding, storing, caching."""

@@ -1,4 +1,4 @@
-"""Adapters made of several named ones, when they are asked for: mixtures and libraries."""
+"""Adapters built on request from several named ones: mixtures and libraries."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turning what the store does not open into what it does: pickles, and residual-trained LoRAs.
+"""Converts what the store does not read: pickles, and residual-trained LoRAs.
 
 A pickle is opened only by ``unpickle_worker``, in a process of its own: weights-only, an empty
 environment, bounded memory, time and output. The result is checked as any upload is.

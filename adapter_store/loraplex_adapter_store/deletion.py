@@ -1,4 +1,4 @@
-"""A name that is gone, and the bytes that go with the last request that uses it."""
+"""A deleted name. The bytes are freed when the last request that uses them ends."""
 
 from __future__ import annotations
 

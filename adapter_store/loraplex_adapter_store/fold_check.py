@@ -1,4 +1,4 @@
-"""Every fold is looked at once more, whatever its family did: names, shapes, ranks, values.
+"""Checks every folded plan, whatever its family: names, shapes, ranks, values.
 
 A family that reads its tensors by ``families.module_groups`` passes. What goes around it, or
 overflows while it is folded, is refused here and never reaches the engine.

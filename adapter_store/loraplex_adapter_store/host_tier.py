@@ -1,4 +1,4 @@
-"""Folded plans in host memory: a byte budget, leases, pins, and one flight per digest."""
+"""Folded plans in host memory: a byte budget, leases, pins, and one load at a time per digest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter on its way in: staged to disk, checked, folded, packed; not yet visible to anybody."""
+"""Adds an adapter: staged to disk, checked, folded, packed; not visible to requests yet."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every tensor of the file is claimed once, by somebody who says where it goes, or refused."""
+"""Accounts for every tensor of a file: each is used once, or the adapter is refused."""
 
 from __future__ import annotations
 

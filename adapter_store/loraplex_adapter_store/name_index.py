@@ -1,4 +1,4 @@
-"""Names and contents in memory: who points at what, and what nothing points at any more.
+"""Names and contents in memory: which name has which content, which contents have no name.
 
 A *composite* (a mixture, a library) has no name; it lives as long as all its parts are named.
 """

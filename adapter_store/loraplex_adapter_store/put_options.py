@@ -1,4 +1,4 @@
-"""What a put says beside the content."""
+"""All that a put takes besides the content."""
 
 from __future__ import annotations
 

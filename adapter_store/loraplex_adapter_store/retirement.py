@@ -1,4 +1,4 @@
-"""The end of a content: it is freed in one step in which no name leads to it and nobody uses it.
+"""Frees a content in one atomic step once no name has it and no request uses it.
 
 A use is a lease on a plan, or a hold on the files. Who counts a use first and finds the content in
 the index after that keeps it.

@@ -1,4 +1,4 @@
-"""Runs alone in a process that may not do much: opens one pickle weights-only, writes safetensors.
+"""Runs in a restricted process of its own: opens one pickle weights-only, writes safetensors.
 
 Started by ``convert``, never imported by the store. Prints one line of JSON.
 """

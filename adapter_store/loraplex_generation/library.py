@@ -1,4 +1,4 @@
-"""The library: the experts that passed the gate, in one file, and the space that they subspace."""
+"""The library: experts that passed the quality gate, in one file, and the subspace they span."""
 
 from __future__ import annotations
 

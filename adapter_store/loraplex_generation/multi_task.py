@@ -1,4 +1,4 @@
-"""The honest rival of every generator: one adapter trained on all tasks, told the task in words."""
+"""The multi-task baseline: one adapter trained on all tasks, told the task in its prompt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores that are kept in a file, so that an evaluation of hours goes on where it was cut off."""
+"""Scores kept in a file, so that an interrupted evaluation resumes."""
 
 from __future__ import annotations
 

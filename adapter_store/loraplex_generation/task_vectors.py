@@ -1,4 +1,4 @@
-"""Task vectors: what the bare base makes of a task, read off its last-token hidden states.
+"""Task vectors: the base's last-token hidden states after a description or prompts.
 
     prompts given   mean over "description ⏎ prompt" of the state that is about to answer
     none            the state behind the description alone

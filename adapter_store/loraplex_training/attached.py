@@ -1,4 +1,4 @@
-"""A frozen base with one of our own adapter families in it: what the training loop calls."""
+"""A frozen base with an adapter attached: what the training loop calls."""
 
 from __future__ import annotations
 

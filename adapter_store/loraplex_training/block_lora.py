@@ -1,12 +1,12 @@
-"""A Block-LoRA adapter in training: one shared down-projection ("one head"), n arms.
+"""A Block-LoRA adapter in training: one shared down-projection, n up-projections.
 
     rank axis      A_s [r/n, in],  B_1 … B_n [out, r/n]:   y = W x + s Σ_i B_i (A_s x)
     feature axis   A_f [r, in/n],  B [out, r]:             y = W x + s B A_f Σ_j x_(j)
 
-On the rank axis every arm multiplies the same A_s x, so the gradients of all arms are equal: ΔW is
-a LoRA of rank r/n whose B is the sum of the arms, and one optimiser step moves that sum n times as
-far. The arms start apart (noise that sums to zero) and each sees its own dropout mask, which is
-the only thing that ever tells them apart. The feature axis is not degenerate in this way.
+On the rank axis every B_i multiplies the same A_s x, so all have the same gradient: ΔW is a LoRA of
+rank r/n whose B is the sum of the B_i, and one optimiser step moves that sum n times as far. The B_i
+start apart (noise that sums to zero), each with its dropout mask; nothing else makes them differ.
+The feature axis is not degenerate in this way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a training run is told once, at start."""
+"""Settings of a training run, fixed at start."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compute once a step what all examples begin with: the system turn and the opening of the user's.
+"""Computes the beginning that all examples share once a step: system turn, start of the user's.
 
 With short examples that is half of all tokens. It is exact: the keys and values of the prefix do
 not depend on what follows, and their gradient is the sum over the rows that read them.

@@ -1,4 +1,4 @@
-"""Factors in the pool's own layout: made once, away from the steps, placed by copying."""
+"""Factors in the layout of the pool: packed once, outside of steps; loaded by copying."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``python -m loraplex_kernels.report``: what every kernel takes of a GPU, without a GPU.
+"""``python -m loraplex_kernels.report``: registers, shared memory and spills of every kernel.
 
 Compiles every launch of every tuning row to sm_80 and sm_90 machine code and writes registers,
 shared memory, occupancy and spills to ``docs/kernels-report.{md,json}``. Exits with 1 when a kernel
@@ -121,12 +121,12 @@ def _as_json(compiled: Sequence[CompiledLaunch], faults: Sequence[str]) -> str:
 
 def _as_markdown(compiled: Sequence[CompiledLaunch], faults: Sequence[str]) -> str:
     lines = [
-        "# What the kernels take of a GPU",
+        "# GPU resources of the kernels",
         "",
         "Written by `make kernels-report`, which compiles every launch of every row of the tuning",
-        f"table ahead of time (Triton {triton.__version__}, no GPU). Registers are of a thread,",
-        "shared memory and warps of a block, blocks and occupancy of a multiprocessor; spills are",
-        "bytes of stack and local memory of a thread.",
+        f"table ahead of time (Triton {triton.__version__}, no GPU). Registers are per thread,",
+        "shared memory and warps per block, blocks and occupancy per multiprocessor; spills are",
+        "bytes of stack and local memory per thread.",
         "",
         f"{len(compiled)} launches, {len(faults)} faults"
         f" (spills, over {SHARED_BUDGET // 1024} KiB shared, mixed matrix instructions).",

@@ -1,4 +1,4 @@
-"""A second CUDA stream, for work that something else on the first may hide."""
+"""A second CUDA stream, for work that can run beside the first one's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arms of the evaluation: each says what stands behind the rows of a task."""
+"""The methods that the evaluation compares: an adapter and an instruction for each task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every field of adapter_config.json is acted on by its reader, or stands here as without effect.
+"""Fields of adapter_config.json without effect on serving; readers act on all others.
 
 ``AdapterConfig`` knows which fields a reader asked for. Of the others, those named here matter only
 while an adapter is trained or initialised, and those that are null, false or empty say nothing. Any

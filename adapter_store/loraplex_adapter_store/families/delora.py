@@ -1,4 +1,4 @@
-"""DeLoRA: every rank-one part has length one, λ says how far all of them go together.
+"""DeLoRA: rank-one parts of unit norm, scaled together by λ.
 
 ΔW = λ/r · Σ_i (b_i/‖b_i‖) (a_i/‖a_i‖)ᵀ ⊙ w,   w[k] = ‖W[:, k]‖ at the start, stored in the file
 """

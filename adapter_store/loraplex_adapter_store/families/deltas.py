@@ -1,4 +1,4 @@
-"""Other additive updates, most of them low-rank in disguise.
+"""Other additive updates; most of them are low-rank.
 
 MiSS      ΔW x = Dᵀ Σ_blocks x_(block)            A = [I I … I] over blocks of r, B = Dᵀ
           "bat": each block of r × r is ΔW_oj = W_oj D_o + D_o, of full rank

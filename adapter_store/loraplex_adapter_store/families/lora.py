@@ -1,4 +1,4 @@
-"""LoRA and all that saves as such: y = W x + s · B A x.
+"""LoRA, and the methods that save the same tensors: y = W x + s · B A x.
 
 Covers rsLoRA, rank/alpha patterns, layer subsets, embeddings, lm_head, lora_bias, DoRA, KaSA, and
 bases modified in training (PiSSA, OLoRA, LoRA-GA, CorDA), all folded to the clean base.

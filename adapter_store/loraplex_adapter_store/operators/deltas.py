@@ -1,4 +1,4 @@
-"""Updates of full rank that have a form of their own, none larger than it must be."""
+"""Full-rank updates, each kept in its smallest form."""
 
 from __future__ import annotations
 

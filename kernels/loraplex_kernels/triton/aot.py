@@ -1,4 +1,4 @@
-"""Compiles what the launchers launch, for GPUs that are not there.
+"""Compiles the kernels ahead of time, for GPUs that this machine need not have.
 
 A launcher runs on CPU tensors while ``JITFunction.run`` is replaced by a recorder; each recorded
 launch is then compiled to machine code with the specialisations that Triton's own JIT would make

@@ -1,4 +1,4 @@
-"""Every launch that the tuning table can cause, recorded from the launchers, and some beside it."""
+"""Every launch that the tuning table can cause, recorded from the launchers, and some others."""
 
 from __future__ import annotations
 

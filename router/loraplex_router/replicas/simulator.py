@@ -1,4 +1,4 @@
-"""A fleet on paper: replays a trace of requests against a policy and counts what it cost.
+"""A simulated fleet: replays a trace of requests against a policy and counts the cost.
 
 Each replica runs ``capacity`` requests at once, keeps ``n_device`` adapters on the device and
 ``n_host`` in host memory (both least-recently-used, adapters in use stay), and takes time to bring

@@ -1,4 +1,4 @@
-"""What a key with a list of adapters may name, and what it is told of the others: nothing.
+"""Which adapters a key with a list may use. It learns nothing of the others.
 
 Whether an adapter exists is never looked up before it is known to be allowed.
 """

@@ -1,4 +1,4 @@
-"""How far a generated adapter leaves unrelated chat alone: tokens it shares with the base."""
+"""How much a generated adapter changes unrelated chat: the share of tokens equal to the base's."""
 
 from __future__ import annotations
 

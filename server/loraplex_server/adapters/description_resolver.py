@@ -1,4 +1,4 @@
-"""``adapter: "auto"`` and descriptions: the router and the generator behind the front's hook."""
+"""Answers ``adapter: "auto"`` with the router and descriptions with the generator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the front may ask of adapters' places on the device; the engine has it."""
+"""What the HTTP side may ask about adapters on the device; the engine implements it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slow loads: started once, watched as often as wanted, kept for a while when done."""
+"""Loads that take long: each runs once, can be polled, and is remembered for a while."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting on the event loop for what a thread will finish, without a thread that waits."""
+"""Awaits on the event loop what a thread will finish, without blocking a thread."""
 
 from __future__ import annotations
 

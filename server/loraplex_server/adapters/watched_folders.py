@@ -1,4 +1,4 @@
-"""--adapters-dir: what comes, changes or goes below these directories does so in the store."""
+"""Keeps the store in step with the folders below --adapters-dir."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Threads for blocking calls, apart by how long they take: what is quick never waits for the slow.
+"""Thread pools for blocking calls, by duration, so that quick calls never wait for slow ones.
 
 A deletion that waits for running requests, or for the device, holds no thread.
 """

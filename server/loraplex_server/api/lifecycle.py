@@ -1,4 +1,4 @@
-"""Where the server is in its life, and what it takes in meanwhile."""
+"""Whether the server is ready or draining, and what it accepts."""
 
 from __future__ import annotations
 

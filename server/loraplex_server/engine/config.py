@@ -1,4 +1,4 @@
-"""What the engine is told once, at start."""
+"""Settings of the engine, fixed at start."""
 
 from __future__ import annotations
 

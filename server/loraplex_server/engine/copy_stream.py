@@ -1,4 +1,4 @@
-"""Where adapters are copied to the device beside the steps."""
+"""The stream that copies adapters to the device while steps run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which adapters have a place on the device, and how they get one without stalling the steps.
+"""The adapters on the device: placing and evicting them without stalling steps.
 
     absent ──place──▶ loading ──(loader thread fills)──▶ resident ──evict──▶ absent
                          └───────────(it failed)──────────────────────────▶ absent

@@ -1,4 +1,4 @@
-"""The way from other threads to the engine thread, and who may still take it."""
+"""Messages from other threads to the engine thread, and the requests that have not ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Takes down what a model's forward asks of attention and of its linears, while it runs once."""
+"""Records how a model's forward calls attention and its linears, in one run."""
 
 from __future__ import annotations
 

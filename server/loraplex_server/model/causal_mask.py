@@ -1,4 +1,4 @@
-"""What a model's attention mask lets a query see, asked of the mask function itself."""
+"""Which positions a model's attention mask shows a query, found by calling the mask function."""
 
 from __future__ import annotations
 

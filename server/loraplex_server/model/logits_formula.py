@@ -1,4 +1,4 @@
-"""How logits follow from the output of the head: asked of the model's own forward.
+"""How a model computes logits from the head's output, found by running its own forward.
 
 ``logits = scale · head`` or, with a soft cap c, ``logits = c · tanh(scale · head / c)``.
 """

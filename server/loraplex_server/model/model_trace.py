@@ -1,4 +1,4 @@
-"""One short run of the model's own forward, which tells what it asks of attention and head.
+"""One short run of the model's own forward, which records its calls of attention and head.
 
 Nothing is guessed from config fields: the attention function, the mask and the head are asked what
 the model hands them. What the engine could not do as asked is refused here, by name.

@@ -1,4 +1,4 @@
-"""Holds the replaced model against transformers' own forward, before anything is served.
+"""Compares the replaced model with transformers' own forward before anything is served.
 
     capture   on the loaded instance, while every module of it is still transformers'
     check     on the model that replaced it: a prefill of two prompts in one step, then decode steps

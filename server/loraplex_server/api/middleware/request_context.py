@@ -1,4 +1,4 @@
-"""Request ids, timing headers, access log, HTTP metrics; the last fence against exceptions."""
+"""Request ids, timing headers, access log, HTTP metrics; unexpected exceptions become a 500."""
 
 from __future__ import annotations
 

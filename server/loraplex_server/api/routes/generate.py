@@ -1,4 +1,4 @@
-"""Text generation: chat, plain completions, and a clear no for embeddings."""
+"""Text generation: chat, plain completions, and a 404 for embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where things go, told without doing them: request → adapter, token → experts."""
+"""Explains routing without generating: request → adapter, token → experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A client that leaves stops the work that was done for it."""
+"""Stops the work for a client that has disconnected."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@
     feature axis   A_f [r, in/n],  B [out, r]:             y = W x + s B A_f Σ_j x_(j)
 
 On the rank axis every B_i multiplies the same A_s x, so all have the same gradient: ΔW is a LoRA of
-rank r/n whose B is the sum of the B_i, and one optimiser step moves that sum n times as far. The B_i
+rank r/n whose B is the sum of the B_i, and one optimiser step moves that sum n times as far. They
 start apart (noise that sums to zero), each with its dropout mask; nothing else makes them differ.
 The feature axis is not degenerate in this way.
 """

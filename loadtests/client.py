@@ -45,7 +45,7 @@ class Outcome:
 
     @property
     def refused(self) -> bool:
-        """Told to come back later, as an overloaded server should."""
+        """A 429 or 503 with Retry-After, as from an overloaded server."""
         return self.status in (429, 503) and self.retry_after is not None
 
     @property

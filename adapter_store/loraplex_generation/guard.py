@@ -27,7 +27,7 @@ _N_FOLDS = 5
 class OodDetector:
     """Above the limit, a description is refused.
 
-    The limit is what nineteen of twenty new wordings of trained tasks stay below. A wording is made
+    The limit accepts 95 % of held-out wordings of trained tasks. A wording is made
     new by fitting without a fifth of each operation's phrases and a fifth of the formats', its own
     among them.
     """

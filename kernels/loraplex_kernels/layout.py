@@ -39,7 +39,7 @@ class LoraTarget:
 
 @dataclass(frozen=True, slots=True)
 class LoraTables:
-    """Where the factors of every slot lie for one target. Offsets count elements of the storage.
+    """Where the factors of every slot are, for one target. Offsets count elements of the storage.
 
     A page ``p`` of slice ``i`` of slot ``e`` holds rank rows ``16p … min(16(p+1), rank)``:
     ``[rows, in_features]`` for A and ``[rows, out_features[i]]`` for Bᵀ, both contiguous. On a CPU

@@ -256,7 +256,7 @@ async def _drain(services: AppState, timeout_s: float) -> None:
         _log.info("draining: %d requests may finish within %g s", n_live, timeout_s)
     if not await services.engine.drain(timeout_s):
         _log.warning("drain timeout: the remaining requests end with an error event")
-    # The engine has ended every request; whoever has not heard of it soon hears it from us.
+    # The engine has ended every request. Streams that miss its last event get one from here.
     deadline = asyncio.get_running_loop().time() + _LAST_EVENTS_S
     while services.live and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(0.01)

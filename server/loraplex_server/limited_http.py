@@ -41,7 +41,7 @@ class LimitedHttp(HttpToolsProtocol):
         super().connection_made(transport)
         limit = self.limit_concurrency
         if limit is not None and len(self.connections) > 2 * limit:
-            transport.abort()  # those above the limit itself are told so: 503
+            transport.abort()  # between limit and 2 × limit: 503, by uvicorn
             return
         self._start(HEAD_S, self._head_is_late)
 

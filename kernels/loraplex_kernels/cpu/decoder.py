@@ -72,7 +72,7 @@ class DecoderLayer:
 
 @dataclass(frozen=True, slots=True)
 class DecoderRows:
-    """Where the rows of a step stand; as in ``rope_and_cache`` and ``paged_attention``."""
+    """Positions and pages of a step's rows, as in ``rope_and_cache`` and ``paged_attention``."""
 
     positions: Tensor  # int64 [T]
     slot_mapping: Tensor  # int64 [T]

@@ -1,7 +1,7 @@
 """Arrow: routes tokens over a library of plain LoRAs without any training.
 
-Each LoRA of a projection stands for the input direction it amplifies most, the top right singular
-vector of its product BA. A token goes to the LoRAs whose direction it is most aligned with.
+Each LoRA of a projection is represented by the input direction it amplifies most, the top right
+singular vector of BA. A token goes to the LoRAs whose direction it is most aligned with.
 """
 
 from __future__ import annotations

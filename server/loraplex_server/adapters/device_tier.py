@@ -57,6 +57,6 @@ class DeviceUnloads:
 
 
 def _look_at(unloading: asyncio.Task[int]) -> None:
-    """Its error is told by ``freed_bytes``; where nobody asks, a dead engine has freed it all."""
+    """Marks an error as seen: ``freed_bytes`` reports it to those who ask."""
     if not unloading.cancelled():
         unloading.exception()

@@ -130,7 +130,7 @@ class GeneratedAdapters:
         self._reaper.join()
 
     def _reap(self) -> None:
-        """Removes each name when its time has come."""
+        """Removes each name when it expires."""
         with self._changed:
             while not self._closed:
                 try:
@@ -189,7 +189,7 @@ class GeneratedAdapters:
         )
 
     def _refreshed(self, name: str, expires: float | None) -> AdapterCard | None:
-        """None if there is no such adapter, or its time has come and it is about to go."""
+        """None if there is no such adapter, or it has expired."""
         try:
             at = self._store.get(name).expires
             if at is not None and at <= self._clock():

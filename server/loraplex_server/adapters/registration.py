@@ -32,7 +32,7 @@ def register_adapters(store: AdapterStore, config: StoreConfig) -> None:
 
 
 def _register_demos(store: AdapterStore) -> None:
-    """Shipped for the default base; another base refuses them, which is no news."""
+    """Shipped for the default base; another base refuses them, which is not worth a warning."""
     source = files(_DEMO_PATH[0]) / _DEMO_PATH[1]
     if not source.is_dir():
         return
@@ -46,7 +46,7 @@ def _register_demos(store: AdapterStore) -> None:
 
 
 def _is_ours(store: AdapterStore, name: str) -> bool:
-    """Whether the name is new, or still what a demo made it: not deleted, not somebody's own."""
+    """Whether the demo may be put there: the name is new, or its content is the demo's."""
     try:
         path = str(store.get(name).provenance.get("path", ""))
     except UnknownAdapter:

@@ -63,7 +63,7 @@ class AdapterRequest:
 
 @dataclass(frozen=True, slots=True)
 class ResolvedAdapter:
-    """An adapter in hand. Whoever holds it calls ``release`` exactly once."""
+    """The resolved adapter with its lease. Its owner calls ``release`` exactly once."""
 
     lease: AdapterLease | None = None
     label: str | None = None  # name as asked for, for the answer, logs and metrics

@@ -47,7 +47,7 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """Answered as it stands before the first byte, and as an event of the stream after it."""
+    """An HTTP answer before the first byte is sent, an event of the stream after it."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ def from_store(
     param: str | None = "adapter",
     access: AdapterAccess = EVERY_ADAPTER,
 ) -> ApiError:
-    """``access``: whoever is told hears of no other adapters."""
+    """``access``: the message names no adapters outside of it."""
     match error:
         case generator_errors.OutOfDistribution():
             return ApiError(

@@ -71,7 +71,7 @@ _STRATEGIES = frozenset(RoutingStrategy)
 
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
-    """The modules of one base and what may stand on them. Names are the base's own."""
+    """The modules of one base and what an adapter may change on each. Names are the base's own."""
 
     linears: frozenset[str]
     embeddings: frozenset[str]

@@ -26,7 +26,7 @@ class CopyStream:
         return mark
 
     def run(self, mark: torch.cuda.Event | None, copy: Callable[[], None]) -> None:
-        """Loader thread: copies once what ``mark`` stands for is through; returns when done."""
+        """Loader thread: waits for the kernels before ``mark``, copies, and returns when done."""
         if self._stream is None or mark is None:
             copy()
             return

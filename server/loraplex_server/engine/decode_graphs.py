@@ -1,10 +1,10 @@
 """Decode steps as CUDA graphs: one launch for a step instead of a dozen for every layer.
 
-A graph replays fixed shapes at fixed addresses. So a step of n rows is laid into the first rows of
-tensors that stay, under the smallest recorded size that holds it. Spare rows have no adapter, write
-no KV (slot −1) and attend to one position whose value nobody reads; rows do not see one another, so
-the others get the bits that they get without a graph. Which adapters the rows have is data: the
-segments are built inside the graph, and the pool's tables are read at replay.
+A graph replays fixed shapes at fixed addresses. So a step of n rows is copied into the first rows
+of fixed tensors, of the smallest recorded size that holds it. Padding rows have no adapter, write
+no KV (slot −1) and attend to one position. Rows are independent, so the others get the same bits as
+without a graph. Which adapters the rows have is data: the segments are built inside the graph, and
+the pool's tables are read at replay.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class DecodeGraphs:
 
     @torch.inference_mode()
     def record_all(self) -> None:
-        """Before anybody waits. Raises what the device or a compiler raises."""
+        """Called at start, before requests. Raises what the device or a compiler raises."""
         for size in reversed(self._sizes):  # the largest first: the others fit in its memory
             for has_adapters in (False, True):
                 self._graph(size, has_adapters)

@@ -118,7 +118,7 @@ class DevicePool:
         return Placement.RESIDENT
 
     def warm(self, plan: AdapterPlan) -> None:
-        """Starts a load that nobody waits for. What goes wrong is logged."""
+        """Starts a load and does not wait. Errors are logged."""
         if plan.digest in self._residents:
             return
         try:

@@ -39,9 +39,9 @@ class Engine:
         self._thread = threading.Thread(target=loop.run, name="loraplex-engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the thread. It keeps torch's threads; whoever calls, and later threads, get one.
+        """Starts the engine thread, which keeps torch's compute threads. All other threads get one.
 
-        Otherwise every worker of the front would bring its own team of compute threads.
+        Otherwise every worker thread of the HTTP side would have its own compute threads.
         """
         self._thread.start()
         self.loop.started.wait()
@@ -106,7 +106,7 @@ class Engine:
         return False
 
     def close(self) -> None:
-        """Stops the thread; whoever still listens gets a final error event."""
+        """Stops the thread; requests that still run get a final error event."""
         self._inbox.post(Stop())
         self._thread.join()
         self.loop.adapters.close()

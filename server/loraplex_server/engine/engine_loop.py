@@ -69,9 +69,9 @@ class EngineLoop:
         self._is_stopping = False
 
     def run(self) -> None:
-        """Until a ``Stop``, or until the device fails. Everybody hears the end."""
-        # Counted per thread, but a thread's first parallel operator takes over what any thread set
-        # last; asking first gets that behind us, and then nobody else can change it.
+        """Runs until a ``Stop`` or a device failure, then ends every request with an event."""
+        # torch counts threads per thread, but a thread's first call takes the value that any thread
+        # set last. Calling ``get`` first fixes that, so no other thread can change it later.
         torch.get_num_threads()
         torch.set_num_threads(self._n_threads)
         try:
@@ -169,9 +169,9 @@ class EngineLoop:
             self._probe()
 
     def _probe(self) -> None:
-        """Nothing ran: is it the requests, or the device? Raises if it is the device.
+        """Called when every request of a step failed. Raises if the device is broken.
 
-        Any number of requests that fail, one after the other, stop nobody else.
+        If only the requests were bad, the engine goes on.
         """
         for attempt in range(1, _N_PROBES + 1):
             try:
@@ -257,7 +257,7 @@ class EngineLoop:
         self._output_router.flush()
 
     def _close(self, error: EngineError) -> None:
-        """The thread ends: whoever waits for something hears it, whoever comes later is refused.
+        """Ends the thread: all who wait get an answer or an error, later messages are refused.
 
         Touches neither the scheduler nor the device, which may be what broke.
         """

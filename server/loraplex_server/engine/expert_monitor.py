@@ -18,7 +18,7 @@ _MAX_ADAPTERS = 64  # remembered; the least recently used is forgotten
 
 
 class ExpertMonitor:
-    """The engine thread records, any thread asks; what it hears is at most a second old."""
+    """The engine thread records; any thread reads, at most a second late."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()  # guards the histories, held for microseconds

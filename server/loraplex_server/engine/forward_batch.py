@@ -24,7 +24,7 @@ __all__ = ["ForwardBatch", "build_batch"]
 class ForwardBatch:
     """Rows are the tokens of all chunks, one chunk after the other."""
 
-    token_ids: Tensor  # int64 [n_rows]; virtual tokens stand as 0
+    token_ids: Tensor  # int64 [n_rows]; 0 for virtual tokens
     positions: Tensor  # int64 [n_rows]
     slot_mapping: Tensor  # int64 [n_rows], flat KV slot
     page_table: Tensor  # int32 [n_chunks, max_pages]
@@ -34,7 +34,7 @@ class ForwardBatch:
     virtual_rows: tuple[tuple[int, Request, int], ...]  # (row, request, index of virtual token)
 
     def bind(self, step: ForwardContext) -> None:
-        """Tells the model where the rows stand, all of which it keeps. Not whose adapters."""
+        """Copies positions, slots and page tables into the step. Adapters are set elsewhere."""
         step.positions, step.slot_mapping = self.positions, self.slot_mapping
         step.page_table, step.query_starts = self.page_table, self.query_starts
         step.kv_lens, step.logits_rows = self.kv_lens, None

@@ -34,7 +34,7 @@ class Inbox:
 
     @property
     def closed(self) -> EngineError | None:
-        """Why nobody reads any more."""
+        """The error for new messages once the engine thread has ended; None before."""
         return self._closed
 
     @property
@@ -62,7 +62,7 @@ class Inbox:
             self._messages.put(Submit(request))
 
     def post(self, message: Message) -> bool:
-        """False if nobody will read it."""
+        """False if the engine thread has ended: the message is not delivered."""
         with self._lock:
             if self._closed is None:
                 self._messages.put(message)
@@ -76,7 +76,7 @@ class Inbox:
             return None
 
     def admitted(self, n_requests: int) -> None:
-        """So many wait no longer. Engine thread."""
+        """``n_requests`` have left the queue. Engine thread."""
         with self._lock:
             self._n_queued -= n_requests
 

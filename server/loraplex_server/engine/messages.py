@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """Where an answer goes. ``send`` works from any thread; a closed loop hears nothing."""
+    """Where an answer goes. ``send`` works from any thread; on a closed loop it does nothing."""
 
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[int]

@@ -118,7 +118,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def probe(self) -> None:
-        """Runs one row of the base, which touches nobody's KV. Raises whatever keeps it from it."""
+        """Runs one row of the base without writing KV. Raises the device's error if it fails."""
         model, step = self._model, self._model.step
         zero = torch.zeros(1, dtype=torch.int64, device=model.device)
         batch = ForwardBatch(

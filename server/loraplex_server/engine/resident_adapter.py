@@ -1,4 +1,4 @@
-"""One adapter on the device, or on its way there."""
+"""One adapter on the device, or being loaded to it."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def sample(
 
 
 def is_plainly_greedy(request: Request) -> bool:
-    """Whether ``sample`` would take its largest logit as it is and tell nothing of the others."""
+    """Whether the next token is the argmax of unchanged logits, without log-probabilities."""
     params = request.source.sampling
     return params.greedy and params.logprobs is None and not _is_adjusted(request)
 

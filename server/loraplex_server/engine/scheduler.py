@@ -208,7 +208,7 @@ class Scheduler:
             request.n_computed = request.n_virtual
 
     def _ensure_resident(self, request: Request) -> Admission:
-        """Whether its adapter is on the device; else it is on its way if that can be."""
+        """Whether the request's adapter is on the device. If not, starts a load if it can."""
         adapter = request.source.adapter
         if adapter is None:
             return Admission.ADMITTED

@@ -25,9 +25,9 @@ class Admission(Enum):
     """What the scheduler says of a candidate."""
 
     ADMITTED = "admitted"
-    LOADING = "loading"  # its adapter is on its way to the device: try others meanwhile
+    LOADING = "loading"  # its adapter is being loaded to the device: try others meanwhile
     NO_ADAPTER_PLACE = "no adapter place"  # the pool is held by running requests: try others
-    NO_ROOM = "no room"  # no KV pages or batch place: nobody else may go first
+    NO_ROOM = "no room"  # no KV pages or batch place: no other request may go first
     FAILED = "failed"  # finished with an error; take it out
 
 
@@ -105,7 +105,7 @@ class WaitQueue:
             yield request
 
     def _admit_resumed(self, try_admit: Callable[[Request], Admission]) -> bool:
-        """False if a preempted request found no room: then nobody else is admitted."""
+        """False if a preempted request found no room: then no other is admitted."""
         while self._resumed:
             answer = try_admit(self._resumed[0])
             if answer not in (Admission.ADMITTED, Admission.FAILED):

@@ -278,7 +278,7 @@ class LoraplexCollector(Collector):
         yield from (requests, prompt, output, found, wait, queue, ttft)
 
     def _tier_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
-        """How many adapters lie where, and where the busy ones do."""
+        """How many adapters each tier holds, and the tier of each busy one."""
         resident = set(stats.resident_adapters)
         shown = {row.name for row in self._metrics.usage.all()}
         counts = dict.fromkeys(_TIERS, 0)

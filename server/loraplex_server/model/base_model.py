@@ -145,7 +145,7 @@ class BaseModel:
 
     @property
     def is_monotonic(self) -> bool:
-        """Whether finished logits stand in the order of the head's output, equal ones included."""
+        """Whether final logits are ordered as the head's output is, ties included."""
         return self._logits.is_monotonic
 
     def finish_logits(self, raw: Tensor, out: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ __all__ = ["AttentionSpec", "CallRecorder", "attention_as", "call_hook"]
 
 _NAME = "loraplex_trace"
 _SLOT = "loraplex_trace"
-# What attention functions are told that changes nothing here, or is read from the mask instead.
+# Arguments of attention functions without effect here, or read from the mask instead.
 _IGNORED = {"dropout", "position_ids", "sliding_window", "use_cache", "return_dict"}
 
 

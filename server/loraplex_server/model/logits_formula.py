@@ -24,7 +24,7 @@ class LogitsFormula:
 
     @property
     def is_monotonic(self) -> bool:
-        """Whether logits stand in the order of the head's output, equal ones included."""
+        """Whether logits are ordered as the head's output is, ties included."""
         return self.softcap is None and self.scale > 0
 
     def after(self, factor: float) -> LogitsFormula:

@@ -118,7 +118,7 @@ def _agree(ours: RmsNorm, theirs: nn.Module, weight: Tensor) -> bool:
 
 @torch.no_grad()
 def _adds_one(module: nn.Module, weight: Tensor) -> bool:
-    """Whether the norm multiplies by 1 + weight (Gemma): asked of the module, not of its name."""
+    """Whether the norm multiplies by 1 + weight (Gemma): found by running the module."""
     probe = torch.ones(1, weight.shape[0], dtype=weight.dtype, device=weight.device)
     scaled = module(probe).float()
     plain = (weight.float() - scaled[0]).abs().max()

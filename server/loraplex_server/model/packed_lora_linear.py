@@ -181,7 +181,7 @@ def _output_of(module: ModulePlan, z: Tensor, y: Tensor, product: BaseProduct) -
 
 
 class LoraLinear(nn.Module):
-    """Stands in the model for slice ``index`` of a group. Reads [..., in], returns [..., out]."""
+    """Replaces in the model slice ``index`` of a group. Reads [..., in], returns [..., out]."""
 
     def __init__(self, group: PackedLoraLinear, index: int, last: _LastOutput) -> None:
         super().__init__()

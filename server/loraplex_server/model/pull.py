@@ -39,7 +39,7 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE
 
 
 class PullProgress(Protocol):
-    """Told how a pull goes on; called on the pulling thread."""
+    """Progress of a pull; called on the pulling thread."""
 
     def stage(self, model: str, what: str, total_bytes: int | None) -> None:
         """A new stage begins; None means that its length is unknown."""

@@ -52,7 +52,7 @@ def rows_for(experts: Mapping[str, PlacedExperts], rows: Tensor) -> dict[str, Ro
 
 
 class RoutedMlp(nn.Module):
-    """Stands where an MLP stood. Without routed rows it is that MLP."""
+    """Replaces an MLP. Without routed rows it computes what the MLP does."""
 
     def __init__(
         self,

@@ -3,9 +3,9 @@
     capture   on the loaded instance, while every module of it is still transformers'
     check     on the model that replaced it: a prefill of two prompts in one step, then decode steps
 
-The second prompt stands at the end of the context, where scaled positions differ most. How far
-rounding alone may move a hidden state is asked of the model too: beside the prompts its own forward
-runs them with each layer's output disturbed by about as much as its dtype rounds.
+The second prompt is at the end of the context, where scaled positions differ most. The tolerance
+comes from the model, too: its own forward runs the prompts again with each layer's output changed
+by about as much as its dtype rounds.
 """
 
 from __future__ import annotations

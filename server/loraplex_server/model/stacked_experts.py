@@ -26,7 +26,7 @@ _INPUTS = (
 
 
 class AdaptedExperts(nn.Module):
-    """Stands where the block stood, with its parameters under the names of the checkpoint."""
+    """Replaces the block and keeps its parameters under the names of the checkpoint."""
 
     def __init__(self, name: str, experts: nn.Module, step: ForwardContext) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ __all__ = ["Completion", "CompletionBody"]
 
 
 def _check_prompt(value: object) -> object:
-    """The first wrong item is told; the union below would tell of every item, four times."""
+    """Names the first wrong item; the union below would list every item, four times."""
     if not isinstance(value, list):
         return value
     kinds = {bool: "bool", str: "str", int: "int", list: "list"}

@@ -27,9 +27,8 @@ _N_FOLDS = 5
 class OodDetector:
     """Above the limit, a description is refused.
 
-    The limit accepts 95 % of held-out wordings of trained tasks. A wording is made
-    new by fitting without a fifth of each operation's phrases and a fifth of the formats', its own
-    among them.
+    The limit accepts 95 % of held-out wordings of trained tasks. A wording is held out by fitting
+    without a fifth of each operation's phrases and a fifth of the formats', its own among them.
     """
 
     whiten: Tensor  # float32 [width, width], symmetric: W, its largest entry 1

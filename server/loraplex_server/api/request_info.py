@@ -1,4 +1,4 @@
-"""What the front knows of one HTTP request while it runs; shared through the ASGI scope."""
+"""What the server knows of one HTTP request while it runs; shared through the ASGI scope."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts what passes through the front. One owner, on the event loop."""
+"""Counts HTTP requests and their tokens. One owner, on the event loop."""
 
 from __future__ import annotations
 

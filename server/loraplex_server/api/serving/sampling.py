@@ -17,7 +17,7 @@ __all__ = ["StopRule", "max_output_tokens", "sampling_params", "seed_of_choice",
 
 @dataclass(frozen=True, slots=True)
 class StopRule:
-    """Ends found in the text, by the front; ids are found by the engine."""
+    """Stop strings, searched in the text by the HTTP side; stop ids are the engine's."""
 
     strings: tuple[str, ...] = ()
     include_in_output: bool = False

@@ -73,6 +73,12 @@ def test_packages_import_only_what_lies_below_them(package: str) -> None:
     assert not wrong
 
 
+def test_of_the_store_the_router_knows_plans_alone() -> None:
+    names = {name for path in _files("loraplex_router") for name in _imports(path)}
+    of_store = {name for name in names if name.startswith("loraplex_adapter_store")}
+    assert of_store <= {"loraplex_adapter_store.plan"}
+
+
 @pytest.mark.parametrize("folder", _FORBIDDEN_INSIDE)
 def test_the_server_points_from_api_to_engine_to_model(folder: str) -> None:
     wrong = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from .adapters_local import LocalAdapters
 
 __all__ = ["adapters"]
+
+_WIDE = 110  # columns of a terminal that has room for digests
+_LEAST_DESCRIPTION = 8
 
 adapters = typer.Typer(
     name="adapters", help="Add, list, look into and remove adapters.", no_args_is_help=True
@@ -57,25 +61,9 @@ def list_adapters(
         typer.echo(json.dumps(cards, indent=2))
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("name", overflow="fold")
-    for title in ("family", "ranks", "disk", "tier", "rev", "digest"):
-        table.add_column(title, no_wrap=True)
-    table.add_column("description", no_wrap=True, overflow="ellipsis")
-    for card in cards:
-        table.add_row(
-            card["name"],
-            card["family"],
-            _ranks(card["ranks"]),
-            _size(card["n_bytes"]["disk"]),
-            card.get("tier", "disk"),
-            str(card["revision"]),
-            card["digest"][:12],
-            card["description"] or "",
-        )
-    Console().print(table)
+    for line in _listing(cards, Console().width):
+        typer.echo(line)
 
 
 @adapters.command()
@@ -363,6 +351,37 @@ def _plot(found: tuple[ModuleInspection, ...], target: Path) -> None:
     axes.legend()
     figure.savefig(target)
     typer.echo(f"wrote {target}")
+
+
+def _listing(cards: Sequence[dict[str, Any]], width: int) -> list[str]:
+    """A table whose lines fit ``width``: names stay whole, descriptions are cut."""
+    titles = ("name", "family", "ranks", "disk", "tier", "rev", "digest")
+    rows: list[tuple[str, ...]] = [titles]
+    for card in cards:
+        rows.append(
+            (
+                card["name"],
+                card["family"],
+                _ranks(card["ranks"]),
+                _size(card["n_bytes"]["disk"]),
+                card.get("tier", "disk"),
+                str(card["revision"]),
+                card["digest"][:12],
+            )
+        )
+    if width < _WIDE:
+        rows = [row[:-1] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    room = width - sum(widths) - 2 * len(widths)
+    descriptions = ["description", *(card["description"] or "" for card in cards)]
+    lines = []
+    for row, description in zip(rows, descriptions, strict=True):
+        cells = [cell.ljust(size) for cell, size in zip(row, widths, strict=True)]
+        if room >= _LEAST_DESCRIPTION:
+            short = description if len(description) <= room else f"{description[: room - 1]}…"
+            cells.append(short)
+        lines.append("  ".join(cells).rstrip())
+    return lines
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner, Result
 
-from loraplex_server.cli.adapters import spark
+from loraplex_server.cli.adapters import _listing, spark
 from loraplex_server.cli.app import app
 from tests.support.server_process import save_tiny_model, server_process
 
@@ -143,3 +143,23 @@ def test_convert_makes_a_pickle_loadable(model: Path, adapter: Path, tmp_path: P
 def test_a_spectrum_is_a_line_of_blocks() -> None:
     assert spark((4.0, 2.0, 1.0, 0.0)) == "█▅▃▁"
     assert spark(()) == ""
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_lines_of_the_listing_fit_the_terminal_and_keep_names_whole(width: int) -> None:
+    card = {
+        "name": "generated/32023ca30d1ead2d",
+        "family": "generated",
+        "ranks": [2, 4, 8],
+        "n_bytes": {"disk": 14 << 20},
+        "tier": "device",
+        "revision": 3,
+        "digest": "03f8a3f4008d" + "0" * 52,
+        "description": "Writes a date in German, as the value of one key of a JSON object. " * 3,
+    }
+    head, line = _listing([card], width)
+    assert max(len(head), len(line)) <= width
+    assert card["name"] in line
+    assert "14.0 MiB" in line
+    assert "Writes a d" in line
+    assert ("03f8a3f4008d" in line) is (width == 120)

@@ -17,14 +17,15 @@ def code_of(answer: httpx.Response) -> str:
 
 
 def test_a_page_of_another_origin_may_not_write(server: ServerProcess) -> None:
-    page = {"origin": "https://evil.example"}
     for path, body in (
         ("/v1/chat/completions", CHAT),
         ("/v1/adapters/generate", {"description": "x"}),
         ("/v1/adapters/x/pin", None),
     ):
-        answer = httpx.post(f"{server.url}{path}", json=body, headers=page, timeout=30)
-        assert code_of(answer) == "origin_not_allowed"
+        for page in ("https://evil.example", "null", "http://["):
+            headers = {"origin": page}
+            answer = httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=30)
+            assert code_of(answer) == "origin_not_allowed"
 
 
 def test_a_name_that_was_bound_to_this_machine_reads_nothing(server: ServerProcess) -> None:

@@ -47,6 +47,12 @@ class AnswerHead:
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return b"data: " + orjson.dumps(head)[:-1]
 
+    def closing(self, usage: Usage) -> bytes:
+        """The end of a chunk, with what ``stream_options`` asked of its ``usage``."""
+        if self.usage_in_every_chunk:
+            return b',"usage":' + orjson.dumps(usage.to_json()) + b"}\n\n"
+        return b',"usage":null}\n\n' if self.include_usage else b"}\n\n"
+
 
 class ChatFormat:
     """Chunks are joined from constant parts; only the text is encoded for each token."""
@@ -57,13 +63,10 @@ class ChatFormat:
         self._opening = head.opening("chat.completion.chunk")
         self._started: set[int] = set()
         self._plain = not (head.with_logprobs or head.with_token_ids)
-        self._closing = b',"usage":null}\n\n' if head.include_usage else b"}\n\n"
 
     def chunks(self, delta: ChoiceDelta, usage: Usage) -> bytes:
         """The events for one delta: the role first, the finish reason in a chunk of its own."""
-        end = self._closing
-        if self._head.usage_in_every_chunk:
-            end = b',"usage":' + orjson.dumps(usage.to_json()) + b"}\n\n"
+        end = self._head.closing(usage)
         opening = b'%s,"choices":[{"index":%d,' % (self._opening, delta.index)
         out = b""
         if delta.index not in self._started:

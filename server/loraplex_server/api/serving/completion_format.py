@@ -37,13 +37,10 @@ class CompletionFormat:
         self._opening = head.opening("text_completion")
         self._started: set[int] = set()
         self._plain = not (head.with_logprobs or head.with_token_ids)
-        self._closing = b',"usage":null}\n\n' if head.include_usage else b"}\n\n"
 
     def chunks(self, delta: ChoiceDelta, usage: Usage) -> bytes:
         """One event for one delta; a choice's first always comes, so that clients see it start."""
-        end = self._closing
-        if self._head.usage_in_every_chunk:
-            end = b',"usage":' + orjson.dumps(usage.to_json()) + b"}\n\n"
+        end = self._head.closing(usage)
         first = delta.index not in self._started
         if not (first or delta.text or delta.entries or delta.token_ids or delta.finish_reason):
             return b""

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test test-fast check ci lint types unit unit-all bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
+.PHONY: serve test test-fast check ci lint types bandit sbom unit unit-all bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
 
 venv: $(STAMP)
 
@@ -21,9 +21,9 @@ serve: venv
 
 test: check  # what to run before a commit is pushed: all but the tests marked slow
 
-check: lint types unit
+check: lint types bandit unit
 
-ci: lint types unit-all  # what .ci/run does
+ci: lint types bandit unit-all  # what .ci/run does
 
 lint: venv
 	$(BIN)/ruff format --check .
@@ -31,6 +31,17 @@ lint: venv
 
 types: venv
 	$(BIN)/mypy
+
+SHIPPED := setup.py server/loraplex_server kernels/loraplex_kernels adapter_store/loraplex_adapter_store \
+	adapter_store/loraplex_training adapter_store/loraplex_generation router/loraplex_router
+
+bandit: venv  # unsafe calls in what is shipped
+	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive $(SHIPPED)
+
+sbom: venv  # what a plain install brings along, as CycloneDX, into sbom.json
+	$(PYTHON) -m venv build/sbom
+	build/sbom/bin/python -m pip install --quiet .
+	$(BIN)/cyclonedx-py environment --output-format JSON --output-file sbom.json build/sbom/bin/python
 
 unit: venv
 	$(BIN)/loraplex pull --quiet

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -159,6 +160,15 @@ class AdapterStore:
         """For uploads: the text of adapter_config.json and the safetensors bytes or file."""
         files = AdapterFiles(config, _chunks(weights), chat_template)
         return self._put(name, files, _with_provenance(options, {"source": "upload"}))
+
+    @contextmanager
+    def upload_folder(self) -> Iterator[Path]:
+        """An empty directory on the store's disk for an upload; gone afterwards, or at start."""
+        folder = self._files.stage()
+        try:
+            yield folder
+        finally:
+            self._files.discard(folder)
 
     def put_tensors(
         self,

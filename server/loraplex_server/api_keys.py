@@ -21,11 +21,16 @@ _FIELDS = frozenset(
 
 
 class Scope(Enum):
-    INFER = "infer"  # generate, list, read
+    METRICS = "metrics"  # read /metrics, nothing else
+    INFER = "infer"  # generate, list, read; /metrics too, unless the key is limited to adapters
     ADMIN = "admin"  # also: add, replace, remove and pin adapters
 
 
-_SCOPES = {"infer": frozenset({Scope.INFER}), "admin": frozenset(Scope)}
+_SCOPES = {
+    "metrics": frozenset({Scope.METRICS}),
+    "infer": frozenset({Scope.METRICS, Scope.INFER}),
+    "admin": frozenset(Scope),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +68,10 @@ class ApiKey:
     tokens_per_minute: int | None = None  # of prompts and answers together
 
     @staticmethod
-    def of(secret: str, *scopes: Scope) -> ApiKey:
+    def of(secret: str, scope: Scope) -> ApiKey:
+        """Of an option; ``scope`` includes the lesser ones."""
         digest = hashlib.sha256(secret.encode()).digest()
-        return ApiKey(digest, frozenset(scopes), hashlib.sha256(digest).hexdigest()[:8])
+        return ApiKey(digest, _SCOPES[scope.value], hashlib.sha256(digest).hexdigest()[:8])
 
 
 def parse_keys(text: str) -> tuple[ApiKey, ...]:

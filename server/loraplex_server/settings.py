@@ -105,7 +105,7 @@ class HttpConfig(Options):
         Panel.HTTP,
         metavar="URL",
     )
-    api_keys: tuple[ApiKey, ...] = ()  # of --api-key, --infer-api-key and --keys together
+    api_keys: tuple[ApiKey, ...] = ()  # of --api-key, --infer-api-key, --metrics-key and --keys
     job_wait_s: float = 10.0  # how long a load is waited for before it is answered with a job
     stall_s: float = 120.0  # a running step older than this makes /health fail
 
@@ -243,6 +243,9 @@ class _KeyOptions(Options):
     infer_api_key: _Secrets = option(
         (), "Key that may generate but not change adapters.", Panel.HTTP
     )
+    metrics_key: _Secrets = option(
+        (), "Key that may read /metrics and nothing else, for Prometheus.", Panel.HTTP
+    )
     keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_key_file)] = option(
         (),
         "TOML file of keys by hash, with scopes, adapters and limits.",
@@ -251,9 +254,13 @@ class _KeyOptions(Options):
     )
 
     def api_keys(self) -> tuple[ApiKey, ...]:
-        everything = [ApiKey.of(secret, Scope.INFER, Scope.ADMIN) for secret in self.api_key]
-        infer = [ApiKey.of(secret, Scope.INFER) for secret in self.infer_api_key]
-        return (*everything, *infer, *self.keys)
+        given = {
+            Scope.ADMIN: self.api_key,
+            Scope.INFER: self.infer_api_key,
+            Scope.METRICS: self.metrics_key,
+        }
+        keys = [ApiKey.of(secret, scope) for scope, secrets in given.items() for secret in secrets]
+        return (*keys, *self.keys)
 
 
 _OWNERS = (ServerConfig, HttpConfig, _KeyOptions, EngineConfig, StoreConfig)

@@ -79,6 +79,13 @@ def test_the_compose_file_runs_the_server_without_rights_and_pins_every_image() 
             assert source in compose["volumes"] or (ROOT / source).exists(), source
 
 
+def test_prometheus_gets_the_key_that_only_reads_metrics() -> None:
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    assert compose["configs"]["scrape-key"]["content"] == "${LORAPLEX_METRICS_KEY}"
+    assert compose["services"]["prometheus"]["configs"][0]["source"] == "scrape-key"
+    assert "LORAPLEX_METRICS_KEY" in compose["services"]["loraplex"]["environment"]
+
+
 @pytest.mark.slow
 def test_the_steps_of_the_cpu_image_work_in_a_clean_venv() -> None:
     """Minutes, and a package index: only with LORAPLEX_DOCKER_CHECK=1, as `make docker-check`."""

@@ -119,10 +119,17 @@ def test_loopback_needs_no_key(host: str) -> None:
 
 
 def test_keys_have_scopes_and_are_kept_as_hashes_only() -> None:
-    config = resolve_config({"api_key": ["all-of-it"], "infer_api_key": ["only-infer"]})
-    full, infer = config.http.api_keys
-    assert full.scopes == {Scope.INFER, Scope.ADMIN}
-    assert infer.scopes == {Scope.INFER}
+    config = resolve_config(
+        {
+            "api_key": ["all-of-it"],
+            "infer_api_key": ["only-infer"],
+            "metrics_key": ["only-metrics"],
+        }
+    )
+    full, infer, metrics = config.http.api_keys
+    assert full.scopes == {Scope.METRICS, Scope.INFER, Scope.ADMIN}
+    assert infer.scopes == {Scope.METRICS, Scope.INFER}
+    assert metrics.scopes == {Scope.METRICS}
     assert "all-of-it" not in repr(config)
     assert full.sha256.hex() not in repr(config)
     assert full.id != infer.id

@@ -1,18 +1,17 @@
-"""Multipart uploads of an adapter: named parts only, sizes bounded while they stream in."""
+"""Multipart uploads of an adapter: named parts only, sizes bounded while they stream in.
+
+The weights are written once, beside the store's contents: never in /tmp, which may be memory.
+"""
 
 from __future__ import annotations
 
-import shutil
-import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
-from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from loraplex_server.api.errors import ApiError, invalid
@@ -36,29 +35,70 @@ _PARTS = {
 @dataclass(frozen=True, slots=True)
 class Upload:
     config: bytes
-    weights: Path  # a temporary file, gone when the upload is left
+    weights: Path  # closed, in the folder of ``receive_upload``
     chat_template: str | None
     description: str | None
     examples: tuple[str, ...]
 
 
-@asynccontextmanager
-async def receive_upload(request: Request) -> AsyncIterator[Upload]:
-    """Spools to disk while reading; the total is bounded by the body limit. Raises ApiError."""
+async def receive_upload(request: Request, folder: Path) -> Upload:
+    """Writes files to the empty ``folder`` as they come; the body limit bounds them.
+
+    Raises ApiError.
+    """
+    if "multipart" not in request.headers.get("content-type", ""):
+        raise invalid("the upload is no multipart/form-data", None, "bad_upload")
+    parser = _FolderParser(
+        request.headers,
+        request.stream(),
+        folder=folder,
+        max_files=len(_PARTS),
+        max_fields=len(_PARTS),
+        max_part_size=_MAX_TEXT,
+    )
     try:
-        form = await request.form(
-            max_files=len(_PARTS), max_fields=len(_PARTS), max_part_size=_MAX_TEXT
-        )
+        form = await parser.parse()
     except MultiPartException as error:
         raise invalid(f"the upload cannot be read: {error.message}", None, "bad_upload") from error
-    with tempfile.TemporaryDirectory(prefix="loraplex-upload-") as folder:
-        try:
-            yield await _read(form, Path(folder) / "adapter_model.safetensors")
-        finally:
-            await form.close()
+    try:
+        return await _read(form)
+    finally:
+        await form.close()
 
 
-async def _read(form: FormData, weights: Path) -> Upload:
+class _FolderParser(MultiPartParser):
+    """Files go where they stay, instead of through a temporary file without a name."""
+
+    def __init__(
+        self,
+        headers: Headers,
+        stream: AsyncGenerator[bytes, None],
+        *,
+        folder: Path,
+        max_files: int,
+        max_fields: int,
+        max_part_size: int,
+    ) -> None:
+        super().__init__(
+            headers,
+            stream,
+            max_files=max_files,
+            max_fields=max_fields,
+            max_part_size=max_part_size,
+        )
+        self._folder = folder
+
+    def on_headers_finished(self) -> None:
+        super().on_headers_finished()
+        upload = self._current_part.file
+        if upload is not None:
+            upload.file.close()
+            path = self._folder / str(self._current_files)
+            upload.file = path.open("w+b")
+            self._files_to_close_on_error.append(upload.file)
+
+
+async def _read(form: FormData) -> Upload:
     parts = {}
     for name, value in form.multi_items():
         known = _PARTS.get(name) or _PARTS.get(getattr(value, "filename", None) or "")
@@ -72,21 +112,16 @@ async def _read(form: FormData, weights: Path) -> Upload:
     for needed in ("config", "weights"):
         if needed not in parts:
             raise invalid(f"the part {needed!r} is missing", needed, "bad_upload")
-    if isinstance(parts["weights"], str):
+    weights = parts["weights"]
+    if isinstance(weights, str):
         raise invalid("weights must be sent as a file", "weights", "bad_upload")
-    await run_in_threadpool(_copy, parts["weights"], weights)
     return Upload(
         config=await _bytes(parts["config"], "config"),
-        weights=weights,
+        weights=Path(weights.file.name),
         chat_template=await _text(parts, "chat_template"),
         description=await _text(parts, "description"),
         examples=_examples(await _text(parts, "examples")),
     )
-
-
-def _copy(upload: UploadFile, target: Path) -> None:
-    with target.open("wb") as out:
-        shutil.copyfileobj(upload.file, out, 1 << 20)
 
 
 async def _bytes(value: UploadFile | str, name: str) -> bytes:

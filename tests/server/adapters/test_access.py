@@ -27,8 +27,8 @@ pytestmark = pytest.mark.anyio
 
 ADMIN, TEAM, BASE_ONLY = "admin-secret", "team-secret", "base-only-secret"
 KEYS = (
-    ApiKey.of(ADMIN, *Scope),
-    replace(ApiKey.of(TEAM, *Scope), access=AdapterAccess(("team-a/*",))),
+    ApiKey.of(ADMIN, Scope.ADMIN),
+    replace(ApiKey.of(TEAM, Scope.ADMIN), access=AdapterAccess(("team-a/*",))),
     replace(ApiKey.of(BASE_ONLY, Scope.INFER), access=AdapterAccess(())),
 )
 PROFILES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,19 @@ async def test_an_adapter_is_uploaded_as_config_and_weights(
     await front.chat(adapter="up")
     assert front.engine.tokenizer.decode(list(front.engine.requests[0].prompt_ids)) == "x"
     assert front.store.put_directory("same", folder).family.value == "lora"
+
+
+async def test_an_upload_is_written_once_beside_the_store_and_never_in_tmp(
+    front: Front, base_spec: BaseSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = files_of(write_lora(tmp_path / "local", base_spec))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))  # nothing can be made there
+    staging = tmp_path / "store" / "staging"
+    assert staging.is_dir()
+    assert (await front.client.put("/v1/adapters/up", files=files)).status_code == 201
+    files["weights"] = ("x", b"not safetensors" * 200_000)
+    assert (await front.client.put("/v1/adapters/up", files=files)).status_code == 400
+    assert list(staging.iterdir()) == []
 
 
 @pytest.mark.parametrize("missing", ["config", "weights"])

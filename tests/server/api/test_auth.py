@@ -16,8 +16,12 @@ from tests.server.conftest import Front, make_front, routes_of
 from tests.support.asgi_call import AsgiCall
 
 pytestmark = pytest.mark.anyio
-ADMIN, INFER = "admin-secret", "infer-secret"
-KEYS = (ApiKey.of(ADMIN, Scope.INFER, Scope.ADMIN), ApiKey.of(INFER, Scope.INFER))
+ADMIN, INFER, METRICS = "admin-secret", "infer-secret", "metrics-secret"
+KEYS = (
+    ApiKey.of(ADMIN, Scope.ADMIN),
+    ApiKey.of(INFER, Scope.INFER),
+    ApiKey.of(METRICS, Scope.METRICS),
+)
 
 
 @pytest.fixture
@@ -60,6 +64,21 @@ async def test_a_forged_host_header_opens_nothing(locked: Front) -> None:
         async with AsgiCall(locked.app, "GET", "/v1/models", headers=headers) as call:
             await call.next_body()
         assert call.status == 401
+
+
+async def test_a_metrics_key_reads_the_metrics_and_nothing_else(locked: Front) -> None:
+    allowed = []
+    for method, path in (*routes_of(locked.app), ("GET", "/docs"), ("GET", "/v1/nothing")):
+        path = path.replace("{name}", "x")
+        answer = await locked.client.request(method, path, json={}, headers=bearer(METRICS))
+        if answer.status_code != 403:
+            allowed.append((method, path))
+    probes = {
+        (method, path) for method in ("GET", "HEAD") for path in ("/health", "/ready", "/ping")
+    }
+    assert set(allowed) <= {("GET", "/metrics"), *probes}
+    answer = await locked.client.get("/metrics", headers=bearer(METRICS))
+    assert "loraplex_engine_up" in answer.text
 
 
 async def test_an_infer_key_generates_but_does_not_change_adapters(locked: Front) -> None:

@@ -59,7 +59,7 @@ class Auth:
         if path in _OPEN and method in _READS:
             return
         info = info_of(scope)
-        needed = KeyScope.INFER if method in _READS or path in _INFERENCE else KeyScope.ADMIN
+        needed = _needed_scope(path, method)
         if self._keys:
             key = self._key_of(scope)
             info.tenant, info.scopes, info.access = key.id, key.scopes, key.access
@@ -70,7 +70,7 @@ class Auth:
                 )
             if info.meter is not None and method not in _READS:
                 info.meter.take_request()
-        elif needed is KeyScope.INFER:
+        elif needed is not KeyScope.ADMIN:
             info.scopes = frozenset({KeyScope.INFER})
         else:
             self._check_open_write()
@@ -99,6 +99,12 @@ class Auth:
                 "adapters cannot be changed off loopback without an API key; start with --api-key",
                 code="writes_disabled",
             )
+
+
+def _needed_scope(path: str, method: str) -> KeyScope:
+    if path == "/metrics" and method in _READS:
+        return KeyScope.METRICS
+    return KeyScope.INFER if method in _READS or path in _INFERENCE else KeyScope.ADMIN
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.concurrency import contextmanager_in_threadpool
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.put_options import PutOptions
@@ -191,7 +192,8 @@ async def _put_source(state: AppState, request: Request, name: str, shown: Repor
 
 async def _put_upload(state: AppState, request: Request, name: str, shown: Report) -> Response:
     if_match, replace = conditions(request)
-    async with receive_upload(request) as upload:
+    async with contextmanager_in_threadpool(state.store.upload_folder()) as folder:
+        upload = await receive_upload(request, folder)
         card = await in_store_thread(
             state,
             lambda: state.store.put_files(

@@ -95,7 +95,7 @@ class _FolderParser(MultiPartParser):
             upload.file.close()
             path = self._folder / str(self._current_files)
             upload.file = path.open("w+b")
-            self._files_to_close_on_error.append(upload.file)
+            self._files_to_close_on_error.append(upload.file)  # type: ignore[arg-type]
 
 
 async def _read(form: FormData) -> Upload:

@@ -4,6 +4,8 @@ uvicorn's parser has none of them. A head is refused once it is larger than ``MA
 connection is closed when its head is not complete after ``HEAD_S`` seconds or its body comes slower
 than ``MIN_BODY_BYTES`` in ``BODY_CHECK_S`` seconds. A body that the application does not read yet
 is not slow. One timer for each connection, on the event loop.
+
+Every refusal is the usual error object, also where uvicorn would answer with plain text.
 """
 
 from __future__ import annotations
@@ -11,9 +13,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from loraplex_server.api.errors import ApiError
+from loraplex_server.api.errors import ApiError, unavailable
+from loraplex_server.api.orjson_response import ORJSONResponse
 
 __all__ = ["LimitedHttp"]
 
@@ -28,9 +32,21 @@ class _HeadTooLarge(Exception):
     pass
 
 
+async def _too_many_connections(scope: Scope, receive: Receive, send: Send) -> None:
+    error = unavailable(
+        "the server has as many connections open as it accepts; try again, or let the operator "
+        "raise --max-connections",
+        "too_many_connections",
+        retry_after_s=1.0,
+    )
+    error.headers["connection"] = "close"
+    await ORJSONResponse.of_error(error)(scope, receive, send)
+
+
 class LimitedHttp(HttpToolsProtocol):
     """uvicorn's protocol with limits. Made by uvicorn for each connection."""
 
+    _max_connections: int | None = None
     _in_head = False  # the first byte of a request is there, the end of its headers is not
     _is_too_large = False
     _n_head_bytes = 0
@@ -39,9 +55,10 @@ class LimitedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        limit = self.limit_concurrency
-        if limit is not None and len(self.connections) > 2 * limit:
-            transport.abort()  # between limit and 2 × limit: 503, by uvicorn
+        # uvicorn itself would answer with plain text
+        self._max_connections, self.limit_concurrency = self.limit_concurrency, None
+        if self._max_connections is not None and len(self.connections) > 2 * self._max_connections:
+            transport.abort()  # between limit and 2 × limit: 503, see on_headers_complete
             return
         self._start(HEAD_S, self._head_is_late)
 
@@ -73,6 +90,9 @@ class LimitedHttp(HttpToolsProtocol):
         self._in_head = False
         self._n_head_bytes = self._n_body_bytes = 0
         self._start(BODY_CHECK_S, self._check_pace)
+        limit = self._max_connections
+        is_full = limit is not None and max(len(self.connections), len(self.tasks)) >= limit
+        self.app = _too_many_connections if is_full else self.config.loaded_app
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
@@ -100,13 +120,25 @@ class LimitedHttp(HttpToolsProtocol):
             self._refuse(400, "Bad Request", error)
 
     def _refuse(self, status: int, reason: str, error: ApiError) -> None:
+        self._stop()
+        if self._is_answering():
+            self.transport.close()
+            return
         body = error.body()
         self.transport.write(
             b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
             b"connection: close\r\n\r\n%s" % (status, reason.encode(), len(body), body)
         )
-        self._stop()
         self.transport.close()
+
+    def _is_answering(self) -> bool:
+        """Whether an answer to an earlier request is under way: nothing may go between."""
+        cycle = self.cycle
+        if self.pipeline:
+            return True
+        if cycle is None or cycle.response_complete:
+            return False
+        return cycle.response_started or not cycle.more_body
 
     def _head_is_late(self) -> None:
         self.transport.close()

@@ -22,9 +22,9 @@ _START_S = 180  # other work may hold the machine
 _URL = re.compile(r"serves .* at (http://\S+)")
 
 
-def save_tiny_model(folder: Path) -> Path:
-    """A random Llama of 300 tokens with a tokenizer and a chat template, context 4096."""
-    tiny_model(eos_token_id=2, max_position_embeddings=4096).save_pretrained(folder)
+def save_tiny_model(folder: Path, *, context: int = 4096) -> Path:
+    """A random Llama of 300 tokens with a tokenizer and a chat template."""
+    tiny_model(eos_token_id=2, max_position_embeddings=context).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -16,7 +16,7 @@ from starlette.requests import Request
 
 from loraplex_server.api.errors import ApiError, invalid
 
-__all__ = ["Upload", "receive_upload"]
+__all__ = ["UPLOAD_SCHEMA", "Upload", "receive_upload"]
 
 _MAX_TEXT = 1 << 20  # bytes of each part but the weights
 # accepted names of a part → what it is
@@ -29,6 +29,20 @@ _PARTS = {
     "chat_template.jinja": "chat_template",
     "description": "description",
     "examples": "examples",
+}
+_FILE = {"type": "string", "format": "binary"}
+_TEXT = {"type": "string"}
+UPLOAD_SCHEMA = {  # of the form, for /openapi.json
+    "type": "object",
+    "required": ["config", "weights"],
+    "additionalProperties": False,
+    "properties": {
+        "config": _FILE,
+        "weights": _FILE,
+        "chat_template": _FILE,
+        "description": _TEXT,
+        "examples": {**_TEXT, "contentMediaType": "application/json"},  # a list of texts
+    },
 }
 
 

@@ -7,14 +7,17 @@ from importlib.metadata import version as installed_version
 from time import time
 from typing import TYPE_CHECKING
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.device_tier import DeviceTier, DeviceUnloads
@@ -34,6 +37,7 @@ from loraplex_server.api.routes import (
     generate_adapter,
     health,
     lora_compat,
+    metrics,
     models,
     revisions,
     routing,
@@ -96,8 +100,8 @@ def build_app(
     names = config.http.served_model_names or (model_name,)
     pools = WorkerPools()
     registry = CollectorRegistry(auto_describe=False)
-    metrics = ServerMetrics(registry, names[0])
-    own = LoraplexCollector(engine, store, metrics, config.engine, names[0])
+    server_metrics = ServerMetrics(registry, names[0])
+    own = LoraplexCollector(engine, store, server_metrics, config.engine, names[0])
     registry.register(own)
     ProcessCollector(registry=registry)
     for collector in collectors:
@@ -114,7 +118,7 @@ def build_app(
         config=config,
         resolver=AdapterResolver(store, names, pools, resolver),
         unknown_fields=UnknownFields(),
-        metrics=metrics,
+        metrics=server_metrics,
         registry=registry,
         collector=own,
         live=LiveGenerations(),
@@ -129,8 +133,10 @@ def build_app(
         model_root=model_name,
         started=int(time()),
     )
+    # The middleware checks the keys; this says so in the schema.
+    keys = [Depends(HTTPBearer(auto_error=False))] if config.http.api_keys else []
     # routing before adapters: an adapter's name may hold slashes and would swallow the rest.
-    for module in (
+    behind_keys = (
         generate,
         models,
         generate_adapter,
@@ -139,17 +145,19 @@ def build_app(
         adapters,
         lora_compat,
         tokens,
-        health,
-    ):
-        app.include_router(module.router)
-    _add_error_handlers(app)
+        metrics,
+    )
+    for module in behind_keys:
+        app.include_router(module.router, dependencies=keys)
+    app.include_router(health.router)
+    _add_error_handlers(app, [health.router, *(module.router for module in behind_keys)])
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, config=config.http)
     app.add_middleware(Auth, config=config.http)
     app.add_middleware(BrowserGuard, config=config.http)
     if tracing is not None:
         app.add_middleware(Tracing, provider=tracing, model=names[0])
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(RequestContext, metrics=server_metrics)
     if config.http.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -161,7 +169,17 @@ def build_app(
     return app
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def _allowed_methods(scope: Scope, routers: Sequence[APIRouter]) -> str:
+    """Of every route with this path; Starlette's own 405 lists those of the first one alone."""
+    methods: set[str] = set()
+    for router in routers:
+        for route in router.routes:
+            if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+                methods |= route.methods or set()
+    return ", ".join(sorted(methods))
+
+
+def _add_error_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
         return ORJSONResponse.of_error(error)
@@ -172,13 +190,16 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
+        headers = dict(error.headers or {})
+        if error.status_code == 405 and (allowed := _allowed_methods(request.scope, routers)):
+            headers["Allow"] = allowed
         told = ApiError(
             error.status_code,
             f"{request.method} {request.url.path}: {error.detail}",
             code={404: "unknown_url", 405: "method_not_allowed"}.get(
                 error.status_code, "invalid_request"
             ),
-            headers=dict(error.headers or {}),
+            headers=headers,
         )
         return ORJSONResponse.of_error(told)
 

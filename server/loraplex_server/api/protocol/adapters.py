@@ -33,14 +33,22 @@ class AdapterSourceBody(Body):
     wait: bool | None = None  # False: answer 202 with a job at once
 
 
+# Left out or empty, these two are refused by the routes, in vLLM's words.
+_NEEDED = {"minLength": 1}
+
+
 class LoadLoraBody(Body):
-    lora_name: Annotated[str, Field(max_length=512)] = ""
-    lora_path: Annotated[str, Field(max_length=2048)] = ""
+    model_config = ConfigDict(json_schema_extra={"required": ["lora_name", "lora_path"]})
+
+    lora_name: Annotated[str, Field(max_length=512, json_schema_extra=_NEEDED)] = ""
+    lora_path: Annotated[str, Field(max_length=2048, json_schema_extra=_NEEDED)] = ""
     load_inplace: bool | None = None
 
 
 class UnloadLoraBody(Body):
-    lora_name: Annotated[str, Field(max_length=512)] = ""
+    model_config = ConfigDict(json_schema_extra={"required": ["lora_name"]})
+
+    lora_name: Annotated[str, Field(max_length=512, json_schema_extra=_NEEDED)] = ""
     lora_int_id: int | None = None
 
 

@@ -6,7 +6,17 @@ from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
-__all__ = ["INT64", "Body", "Few", "JsonList", "JsonObject", "LimitedDict", "Name"]
+__all__ = [
+    "INT64",
+    "Body",
+    "Few",
+    "JsonList",
+    "JsonObject",
+    "LimitedDict",
+    "Name",
+    "TokenId",
+    "exactly_one_of",
+]
 
 INT64 = (1 << 63) - 1
 Item = TypeVar("Item")
@@ -16,12 +26,28 @@ JsonList = list[JsonValue]
 # Pydantic would collect a problem for each of a million wrong items.
 Few = Annotated[list[Item], Field(fail_fast=True)]
 Name = Annotated[str, Field(max_length=512)]
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]  # the vocabulary is smaller; see check_ids
 
 
 class Body(BaseModel):
     """Types are strict ("0.7" is no number); unknown fields are kept aside, see ``extra``."""
 
     model_config = ConfigDict(strict=True, extra="allow")
+
+
+def exactly_one_of(**kinds: str) -> ConfigDict:
+    """Says in the schema that one of the fields is given and the others are left out or null.
+
+    ``kinds``: field → its JSON type. The route checks it.
+    """
+    return ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"properties": {name: {"type": kind}}, "required": [name]}
+                for name, kind in kinds.items()
+            ]
+        }
+    )
 
 
 class LimitedDict(BeforeValidator):

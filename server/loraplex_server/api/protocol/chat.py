@@ -22,7 +22,8 @@ class ChatMessage(Body):
 
 class ChatBody(GenerationBody):
     messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None

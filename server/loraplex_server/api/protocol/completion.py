@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
-from .body import Few
+from .body import Few, TokenId
 from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
 
 __all__ = ["Completion", "CompletionBody"]
@@ -16,8 +16,10 @@ def _check_prompt(value: object) -> object:
     """Names the first wrong item; the union below would list every item, four times."""
     if not isinstance(value, list):
         return value
+    if not value:
+        raise ValueError("a list must not be empty")
     kinds = {bool: "bool", str: "str", int: "int", list: "list"}
-    first = kinds.get(type(value[0])) if value else None
+    first = kinds.get(type(value[0]))
     for number, item in enumerate(value):
         if type(item) not in (str, int, list) or kinds[type(item)] != first:
             raise ValueError(
@@ -30,7 +32,13 @@ def _check_prompt(value: object) -> object:
 
 
 class CompletionBody(GenerationBody):
-    prompt: Annotated[str | Few[str] | Few[int] | Few[Few[int]], BeforeValidator(_check_prompt)]
+    prompt: Annotated[
+        str
+        | Annotated[Few[str], Field(min_length=1)]
+        | Annotated[Few[TokenId], Field(min_length=1)]
+        | Annotated[Few[Few[TokenId]], Field(min_length=1)],
+        BeforeValidator(_check_prompt),
+    ]
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None

@@ -6,7 +6,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["ErrorBody", "errors"]
+__all__ = ["ErrorBody", "answers_only", "errors", "text_answer"]
+
+Responses = dict[int | str, dict[str, Any]]  # FastAPI's type for ``responses``
 
 
 class Error(BaseModel):
@@ -42,9 +44,21 @@ _MEANINGS = {
 }
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:  # FastAPI's type for ``responses``
+def errors(*statuses: int) -> Responses:
     """Of a route, beside those of every route (400, 401, 403, 413, 429, 503)."""
-    every = {400, 401, 403, 413, 429, 503, *statuses}
+    return answers_only(400, 401, 403, 413, 429, 503, *statuses)
+
+
+def answers_only(*statuses: int) -> Responses:
+    """Of a route that is open to everybody and takes no input."""
     return {
-        status: {"model": ErrorBody, "description": _MEANINGS[status]} for status in sorted(every)
+        status: {"model": ErrorBody, "description": _MEANINGS[status]}
+        for status in sorted({*statuses})
+    }
+
+
+def text_answer(meaning: str) -> Responses:
+    """Of a route with ``response_class=Response``, which names no media type: errors stay JSON."""
+    return {
+        200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": meaning}
     }

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
-from .body import INT64, Body, Few, JsonList, JsonObject, LimitedDict, Name
+from .body import INT64, Body, Few, JsonList, JsonObject, LimitedDict, Name, TokenId
 
 __all__ = [
     "MAX_LOGIT_BIAS",
@@ -58,7 +58,7 @@ class GenerationBody(Body):
         | Annotated[Few[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
         | None
     ) = None
-    stop_token_ids: Annotated[Few[int], Field(max_length=128)] | None = None
+    stop_token_ids: Annotated[Few[TokenId], Field(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None

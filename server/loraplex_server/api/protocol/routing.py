@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .body import Body, Few
+from .body import Body, Few, exactly_one_of
 from .chat import ChatMessage
 
 __all__ = ["ExpertRouting", "Route", "RouteBody"]
@@ -15,8 +15,10 @@ __all__ = ["ExpertRouting", "Route", "RouteBody"]
 class RouteBody(Body):
     """Either a text or chat messages."""
 
+    model_config = exactly_one_of(input="string", messages="array")
+
     input: Annotated[str, Field(max_length=100_000)] | None = None
-    messages: Annotated[Few[ChatMessage], Field(max_length=4096)] | None = None
+    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
 
 
 class Route(BaseModel):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field
 
-from .body import Body, Few, JsonObject, Name
+from .body import Body, Few, JsonObject, Name, TokenId, exactly_one_of
 from .chat import ChatMessage
 from .generation import AdapterChoice
 
@@ -15,6 +15,8 @@ __all__ = ["DetokenizeBody", "Detokenized", "TokenizeBody", "Tokenized"]
 
 class TokenizeBody(Body):
     """Either ``prompt`` or ``messages``."""
+
+    model_config = exactly_one_of(prompt="string", messages="array")
 
     model: Name | None = None
     adapter: AdapterChoice | None = None
@@ -36,7 +38,7 @@ class Tokenized(BaseModel):
 
 class DetokenizeBody(Body):
     model: Name | None = None
-    tokens: Annotated[Few[int], Field(max_length=1_000_000)]
+    tokens: Annotated[Few[TokenId], Field(max_length=1_000_000)]
 
 
 class Detokenized(BaseModel):

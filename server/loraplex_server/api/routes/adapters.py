@@ -13,9 +13,10 @@ from loraplex_adapter_store.selector import NameRef
 from loraplex_server.adapters.access import AdapterName, access_of
 from loraplex_server.adapters.jobs import Job, Progress
 from loraplex_server.adapters.sources import source_uri
-from loraplex_server.adapters.uploads import receive_upload
+from loraplex_server.adapters.uploads import UPLOAD_SCHEMA, receive_upload
 from loraplex_server.adapters.waiting import result_within
 from loraplex_server.api.adapter_card import Report, card_response, conditions, shown_card
+from loraplex_server.api.adapter_path import ADAPTER_PATH
 from loraplex_server.api.errors import ApiError, not_found
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import (
@@ -43,7 +44,7 @@ _EITHER_BODY = {
         "required": True,
         "content": {
             "application/json": {"schema": AdapterSourceBody.model_json_schema()},
-            "multipart/form-data": {"schema": {"type": "object"}},
+            "multipart/form-data": {"schema": UPLOAD_SCHEMA},
         },
     }
 }
@@ -113,7 +114,7 @@ async def warm_adapter(request: Request, name: AdapterName, state: State) -> Res
     return card_response(state, card) if isinstance(card, AdapterCard) else card
 
 
-@router.get("/v1/adapters/{name:path}", response_model=Adapter, responses=errors(404))
+@router.get(ADAPTER_PATH, response_model=Adapter, responses=errors(404))
 async def show_adapter(
     request: Request, name: AdapterName, state: State, report: Report = "summary"
 ) -> Response:
@@ -123,7 +124,7 @@ async def show_adapter(
 
 
 @router.put(
-    "/v1/adapters/{name:path}",
+    ADAPTER_PATH,
     response_model=Adapter,
     responses=_SLOW | {201: {"model": Adapter, "description": "the name is new"}},
     openapi_extra=_EITHER_BODY,
@@ -143,7 +144,7 @@ async def put_adapter(
     )
 
 
-@router.delete("/v1/adapters/{name:path}", response_model=Deleted, responses=errors(404, 412))
+@router.delete(ADAPTER_PATH, response_model=Deleted, responses=errors(404, 412))
 async def delete_adapter(
     request: Request,
     name: AdapterName,

@@ -1,17 +1,15 @@
-"""Probes, version and metrics."""
+"""Probes: open to everybody, with and without keys."""
 
 from __future__ import annotations
 
-from importlib.metadata import version as installed_version
+from fastapi import APIRouter, Response
 
-from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-
-from loraplex_server.adapters.access import access_of
-from loraplex_server.api.errors import ApiError, unavailable
+from loraplex_server.api.errors import unavailable
 from loraplex_server.api.lifecycle import ServerStatus
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.state import State, in_store_thread
+from loraplex_server.api.protocol.errors import answers_only
+from loraplex_server.api.protocol.health import Status
+from loraplex_server.api.state import State
 
 __all__ = ["router"]
 
@@ -19,7 +17,7 @@ router = APIRouter()
 
 
 @router.head("/health", include_in_schema=False)
-@router.get("/health")
+@router.get("/health", response_model=Status, responses=answers_only(503))
 async def health(state: State) -> Response:
     """Liveness: the event loop answers, the engine thread lives and moves."""
     if not state.engine.alive:
@@ -33,7 +31,7 @@ async def health(state: State) -> Response:
 
 
 @router.head("/ready", include_in_schema=False)
-@router.get("/ready")
+@router.get("/ready", response_model=Status, responses=answers_only(503))
 async def ready(state: State) -> Response:
     """Readiness: new requests would be taken in now."""
     if not state.engine.alive:
@@ -46,24 +44,6 @@ async def ready(state: State) -> Response:
 
 
 @router.head("/ping", include_in_schema=False)
-@router.get("/ping")
+@router.get("/ping", response_model=Status, responses=answers_only(503))
 async def ping(state: State) -> Response:
     return await health(state)
-
-
-@router.get("/version")
-async def version() -> Response:
-    return ORJSONResponse({"version": installed_version("loraplex")})
-
-
-@router.get("/metrics")
-async def metrics(request: Request, state: State) -> Response:
-    if access_of(request).patterns is not None:
-        raise ApiError(
-            403,
-            "this API key is limited to some adapters, and the metrics tell of all of them",
-            code="metrics_not_allowed",
-        )
-    await in_store_thread(state, state.collector.refresh_listing)
-    text = generate_latest(state.registry)
-    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})

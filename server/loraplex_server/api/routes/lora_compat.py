@@ -12,20 +12,17 @@ from loraplex_server.adapters.waiting import result_within
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.protocol.adapters import LoadLoraBody, UnloadLoraBody
-from loraplex_server.api.protocol.errors import errors
+from loraplex_server.api.protocol.errors import errors, text_answer
 from loraplex_server.api.state import State, in_store_thread
 
 __all__ = ["router"]
 
 router = APIRouter(route_class=JsonRoute)
-_ERRORS = errors(404, 412, 415)
-
+_RESPONSES = errors(404, 412, 415) | text_answer("done")
 _DRAIN_S = 30.0  # an unload waits so long for running requests
 
 
-@router.post(
-    "/v1/load_lora_adapter", response_class=PlainTextResponse, responses=errors(404, 412, 415)
-)
+@router.post("/v1/load_lora_adapter", response_class=Response, responses=_RESPONSES)
 async def load_lora_adapter(body: LoadLoraBody, request: Request, state: State) -> Response:
     state.lifecycle.check_admitting()
     name, path = body.lora_name, body.lora_path
@@ -51,9 +48,7 @@ async def load_lora_adapter(body: LoadLoraBody, request: Request, state: State) 
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
-@router.post(
-    "/v1/unload_lora_adapter", response_class=PlainTextResponse, responses=errors(404, 412, 415)
-)
+@router.post("/v1/unload_lora_adapter", response_class=Response, responses=_RESPONSES)
 async def unload_lora_adapter(body: UnloadLoraBody, request: Request, state: State) -> Response:
     state.lifecycle.check_engine()
     name = body.lora_name

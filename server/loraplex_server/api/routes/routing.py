@@ -30,8 +30,6 @@ async def route(body: RouteBody, request: Request, state: State) -> Response:
     if (body.input is None) == (body.messages is None):
         raise invalid("give either 'input' or 'messages'", "input")
     if body.messages is not None:
-        if not body.messages:
-            raise invalid("messages must not be empty", "messages")
         text = routing_text(plain_messages(body.messages))
     else:
         text = body.input or ""

@@ -33,8 +33,6 @@ class ChatCall(TextCall):
             "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         )
         self._limit = getattr(body, self._limit_param)
-        if self._limit == 0:
-            raise invalid(f"{self._limit_param} must be at least 1", self._limit_param)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
         self._generation_prompt = body.add_generation_prompt is not False

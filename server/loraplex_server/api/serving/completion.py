@@ -102,11 +102,9 @@ class CompletionCall(TextCall):
 def _prompts(
     prompt: str | list[str] | list[int] | list[list[int]],
 ) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Texts or token ids; exactly one of the two lists is not empty. Raises ApiError (400)."""
+    """Texts or token ids; exactly one of the two lists is not empty."""
     if isinstance(prompt, str):
         return [prompt], []
-    if not prompt:
-        raise invalid("prompt must not be an empty list", "prompt")
     texts = [item for item in prompt if isinstance(item, str)]
     ids = [item for item in prompt if isinstance(item, int)]
     lists = [tuple(item) for item in prompt if isinstance(item, list)]

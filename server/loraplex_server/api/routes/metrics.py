@@ -1,0 +1,37 @@
+"""Version and metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import version as installed_version
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from loraplex_server.adapters.access import access_of
+from loraplex_server.api.errors import ApiError
+from loraplex_server.api.orjson_response import ORJSONResponse
+from loraplex_server.api.protocol.errors import errors, text_answer
+from loraplex_server.api.protocol.health import Version
+from loraplex_server.api.state import State, in_store_thread
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.get("/version", response_model=Version, responses=errors())
+async def version() -> Response:
+    return ORJSONResponse({"version": installed_version("loraplex")})
+
+
+@router.get("/metrics", response_class=Response, responses=errors() | text_answer("for Prometheus"))
+async def metrics(request: Request, state: State) -> Response:
+    if access_of(request).patterns is not None:
+        raise ApiError(
+            403,
+            "this API key is limited to some adapters, and the metrics tell of all of them",
+            code="metrics_not_allowed",
+        )
+    await in_store_thread(state, state.collector.refresh_listing)
+    text = generate_latest(state.registry)
+    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})

@@ -1,7 +1,7 @@
 """The path of an adapter: its name, slashes and all, that does not end in one of its actions.
 
 ``{name:path}`` alone would take ``/v1/adapters/x/pin`` for an adapter ``x/pin``, and a method that
-the action lacks for a request about that adapter.
+the action lacks for a request about that adapter. Likewise ``/v1/adapters/generate``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ADAPTER_PATH = "/v1/adapters/{name:adapter}"
 
 
 class _AdapterName(PathConvertor):
-    regex = rf"(?!.*[^/]/(?:{'|'.join(ACTIONS)})$).*"
+    regex = rf"(?!generate$|.*[^/]/(?:{'|'.join(ACTIONS)})$).*"
 
 
 register_url_convertor("adapter", _AdapterName())

@@ -163,7 +163,9 @@ class EngineLoop:
             except Exception as error:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1
-                failed = EngineError(f"the model failed on this request: {error}")
+                failed = EngineError("the model failed on this request; the server's log says why")
+                if isinstance(error, EngineError):
+                    failed = error
                 self._end(chunk.request, FinishReason.ERROR, error=failed)
         if n_failed == len(chunks):
             self._probe()

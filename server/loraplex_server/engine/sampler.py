@@ -17,12 +17,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .errors import AdapterUnservable
 from .events import TokenLogprobs
 from .request import Request
 from .sampling_params import SamplingParams
 
 __all__ = ["Sampled", "is_plainly_greedy", "logprobs_of", "sample"]
 
+# Smaller temperatures and larger logits would overflow in the softmax; neither changes an answer.
+_MIN_TEMPERATURE = 1e-6
+_MAX_PENALISED = 1e30
 _N_CANDIDATES = 256  # most nuclei fit; a row whose nucleus does not is sorted whole
 
 
@@ -105,7 +109,8 @@ def _adjust(row: Tensor, request: Request, eos_token_ids: frozenset[int]) -> Non
         seen = torch.tensor(sorted({t for t in request.token_ids if t >= 0}))
         values = row[seen]
         penalty = params.repetition_penalty
-        row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+        penalised = torch.where(values > 0, values / penalty, values * penalty)
+        row[seen] = penalised.clamp_(max=_MAX_PENALISED)
     if (params.presence_penalty or params.frequency_penalty) and request.n_output:
         ids, counts = torch.unique(torch.tensor(request.output_ids), return_counts=True)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts.to(row.dtype)
@@ -120,7 +125,9 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
 
     The passes over the vocabulary are made for all rows at once, the rest on each row's candidates.
     """
-    temperatures = torch.tensor([[r.source.sampling.temperature] for r in requests])
+    temperatures = torch.tensor(
+        [[max(r.source.sampling.temperature, _MIN_TEMPERATURE)] for r in requests]
+    )
     probs = torch.softmax(logits / temperatures, dim=-1)
     values, ids = torch.topk(probs, min(_N_CANDIDATES, probs.shape[1]), dim=-1)
     drawn: list[int] = []
@@ -140,7 +147,13 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
         cumulative = np.cumsum(weights)
         target = uniform * (cumulative[-1] if mass is None else mass)
         index = int(np.searchsorted(cumulative, target, side="right"))
-        drawn.append(int(candidate_ids[min(index, int(np.flatnonzero(weights)[-1]))]))
+        possible = np.flatnonzero(weights)
+        if not possible.size:
+            raise AdapterUnservable(
+                "the adapter's weights are so large that no token has a probability: its logits "
+                "are infinite or no numbers; check its scale (alpha / r)"
+            )
+        drawn.append(int(candidate_ids[min(index, int(possible[-1]))]))
     return drawn
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["ErrorBody", "answers_only", "errors", "text_answer"]
+__all__ = ["ErrorBody", "answers_only", "errors", "text_answer", "with_events"]
 
 Responses = dict[int | str, dict[str, Any]]  # FastAPI's type for ``responses``
 
@@ -55,6 +55,12 @@ def answers_only(*statuses: int) -> Responses:
         status: {"model": ErrorBody, "description": _MEANINGS[status]}
         for status in sorted({*statuses})
     }
+
+
+def with_events(responses: Responses) -> Responses:
+    """Of a route that also streams."""
+    events = {"text/event-stream": {"schema": {"type": "string"}}}
+    return responses | {200: {"content": events, "description": "the answer, whole or streamed"}}
 
 
 def text_answer(meaning: str) -> Responses:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -24,10 +25,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
 
 
 class Bystander:
-    """Asks ``/health`` again and again; remembers the longest wait."""
+    """Reads ``path`` again and again; remembers the longest wait."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, path: str) -> None:
         self._url = url
+        self._path = path
         self._stop = threading.Event()
         self.first = threading.Event()  # the first answer is there
         self.longest_s = 0.0
@@ -37,7 +39,7 @@ class Bystander:
         with httpx.Client(base_url=self._url, timeout=60) as client:
             while not self._stop.is_set():
                 began = time.monotonic()
-                assert client.get("/health").status_code == 200
+                assert client.get(self._path).status_code == 200
                 self.longest_s = max(self.longest_s, time.monotonic() - began)
                 self.n_answers += 1
                 self.first.set()
@@ -47,9 +49,9 @@ class Bystander:
 
 
 @contextmanager
-def bystander(url: str) -> Iterator[Bystander]:
+def bystander(url: str, path: str = "/health") -> Iterator[Bystander]:
     """Watches during the block; fails if it ever had to wait as long as ``STALL_S``."""
-    watcher = Bystander(url)
+    watcher = Bystander(url, path)
     thread = threading.Thread(target=watcher.run)
     thread.start()
     assert watcher.first.wait(60)
@@ -59,6 +61,51 @@ def bystander(url: str) -> Iterator[Bystander]:
         watcher.stop()
         thread.join()
     assert watcher.longest_s < STALL_S
+
+
+@contextmanager
+def stream(url: str, adapter: str | None = None) -> Iterator[list[float]]:
+    """A stream of many tokens that began before the block. Yields the gaps in it, in seconds.
+
+    It is read until it ends or the block does.
+    """
+    body = {
+        "prompt": "Once upon a time",
+        "max_tokens": 3000,
+        "stream": True,
+        "ignore_eos": True,
+        "adapter": adapter,
+    }
+    gaps: list[float] = []
+    began, stop = threading.Event(), threading.Event()
+
+    def read() -> None:
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+            assert answer.status_code == 200
+            last = time.monotonic()
+            for line in answer.iter_lines():
+                now = time.monotonic()
+                if line.startswith("data: {"):
+                    gaps.append(now - last)
+                    last = now
+                    began.set()
+                if stop.is_set():
+                    return
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert began.wait(60)
+    try:
+        yield gaps
+    finally:
+        stop.set()
+        thread.join()
+
+
+def cpu_s(server: ServerProcess) -> float:
+    """Processor time that the server has used, of all its threads."""
+    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_bytes(server: ServerProcess) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from .plan import Family
+from .plan import Family, HeadTask
 from .report import JsonValue, LoadReport
 
 __all__ = ["AdapterCard", "DeleteReport", "StoreStats", "TierBytes"]
@@ -38,6 +38,7 @@ class AdapterCard:
     provenance: Mapping[str, JsonValue] = field(default_factory=dict)
     expires: float | None = None  # seconds since the epoch; None: it stays
     unservable: str | None = None  # why this server's engine cannot apply it; None: it can
+    task: HeadTask | None = None  # what it labels; None: it generates text
     replaced: str | None = None  # after a put: the digest the name had before it; None: it is new
 
     def to_json(self) -> dict[str, JsonValue]:
@@ -58,6 +59,7 @@ class AdapterCard:
             "provenance": dict(self.provenance),
             "expires": self.expires,
             "unservable": self.unservable,
+            "task": None if self.task is None else self.task.value,
         }
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from loraplex_adapter_store.families.abmll import draws
 
 from .adapter_config import AdapterConfig
+from .companion_files import COMPANION_FILES
 from .content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from .errors import LimitExceeded, MalformedFile, SourceError
 from .limits import StoreLimits
@@ -69,6 +70,10 @@ def convert_directory(
         (work / CONFIG_FILE).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
         if (source / CHAT_TEMPLATE_FILE).is_file():
             shutil.copyfile(source / CHAT_TEMPLATE_FILE, work / CHAT_TEMPLATE_FILE)
+        for name in COMPANION_FILES:
+            if (source / name).is_file():
+                (work / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(source / name, work / name)
         with SafetensorsFile(work / WEIGHTS_FILE, limits) as checked:
             tensors = tuple(sorted(checked.entries))
         shutil.copytree(work, target)

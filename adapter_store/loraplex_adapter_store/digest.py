@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 
+from .plan import HeadPlan, PoolingPlan
 from .safetensors_reader import SafetensorsFile
 
 __all__ = ["canonical_config", "digest_of"]
@@ -29,12 +30,20 @@ def canonical_config(config: Mapping[str, object]) -> bytes:
 
 
 def digest_of(
-    config: Mapping[str, object], tensors: SafetensorsFile, chat_template: str | None = None
+    config: Mapping[str, object],
+    tensors: SafetensorsFile,
+    chat_template: str | None = None,
+    head: HeadPlan | None = None,
+    pooling: PoolingPlan | None = None,
 ) -> str:
     """Independent of the order of tensors in the file and of its padding and metadata."""
     digest = hashlib.sha256(b"loraplex-adapter-1\0")
     _frame(digest, canonical_config(config))
     _frame(digest, b"" if chat_template is None else chat_template.encode())
+    if head is not None:  # its labels and activation may come from another file
+        _frame(digest, json.dumps([head.task.value, head.labels, head.activation.value]).encode())
+    if pooling is not None:
+        _frame(digest, json.dumps([pooling.mode.value, pooling.normalize]).encode())
     for name in sorted(tensors.entries):
         entry = tensors.entries[name]
         _frame(digest, json.dumps([name, entry.dtype, list(entry.shape)]).encode())

@@ -43,6 +43,8 @@ def _parts(fold: Fold, base: BaseSpec) -> Iterator[tuple[str, bool]]:
     """Each part in words, and whether it changes what is computed."""
     if fold.prefix is not None:
         yield f"{fold.prefix.n_virtual} virtual tokens", True
+    if fold.head is not None:
+        yield "the head is zero", bool(fold.head.weight.any())
     for name, plan in fold.modules.items():
         yield f"{name}: the delta is zero", _module_acts(name, plan, base)
     for name, block in fold.experts.items():

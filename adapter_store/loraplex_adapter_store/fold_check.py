@@ -38,6 +38,11 @@ def check_fold(fold: Fold, base: BaseSpec, limits: StoreLimits) -> None:
                     f"{what} row {token}: the base's vocabulary ends at {base.vocab_size - 1}"
                 )
             _check_tensor(f"{what} row {token}", row, (base.hidden_size,))
+    if fold.head is not None:
+        n_labels = len(fold.head.labels)
+        _check_tensor("the head", fold.head.weight, (n_labels, base.hidden_size))
+        if fold.head.bias is not None:
+            _check_tensor("the head's bias", fold.head.bias, (n_labels,))
     for name, weight in fold.replaced_weights.items():
         _check_tensor(f"{name}.weight", weight, _weight_shape(name, base))
     for name, factors in fold.stacked.items():

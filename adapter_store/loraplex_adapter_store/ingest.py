@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .adapter_config import AdapterConfig
@@ -20,11 +21,12 @@ __all__ = ["AdapterFiles", "Ingested", "ingest"]
 
 
 class AdapterFiles(NamedTuple):
-    """What makes an adapter: config text, safetensors bytes, its own chat template."""
+    """What makes an adapter: config text, safetensors bytes, and what lies beside them."""
 
     config: bytes
     weights: Iterable[bytes]
     chat_template: str | None
+    companions: Mapping[str, bytes] = MappingProxyType({})  # see ``companion_files``
 
 
 class Ingested(NamedTuple):
@@ -51,7 +53,12 @@ def ingest(
             files.write(staged / CHAT_TEMPLATE_FILE, [adapter.chat_template.encode()])
         with SafetensorsFile(staged / WEIGHTS_FILE, limits) as tensors:
             reading = read_adapter(
-                config, tensors, base, limits, chat_template=adapter.chat_template
+                config,
+                tensors,
+                base,
+                limits,
+                chat_template=adapter.chat_template,
+                companions=adapter.companions,
             )
         packed = pack_plan(reading.plan)
         files.write(staged / PLAN_FILE, packed.chunks)

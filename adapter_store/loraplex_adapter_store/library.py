@@ -51,6 +51,7 @@ def library_plan(
             experts=tuple({} if module is None else {name: module} for module in modules),
         )
     templates = {plan.chat_template for plan in members}
+    poolings = {plan.pooling for plan in members}
     n_bytes = sum(block.gate.nbytes for block in experts.values())
     return AdapterPlan(
         digest=digest,
@@ -58,6 +59,7 @@ def library_plan(
         modules={},
         experts=experts,
         chat_template=templates.pop() if len(templates) == 1 else None,
+        pooling=poolings.pop() if len(poolings) == 1 else None,
         n_bytes=n_bytes + sum(plan.n_bytes for plan in members),
     )
 
@@ -65,7 +67,9 @@ def library_plan(
 def _check_plain(plan: AdapterPlan) -> None:
     reason = ""
     beyond = (plan.experts, plan.replaced_weights, plan.norms, plan.stacked)
-    if plan.prefix is not None or any(beyond):
+    if plan.head is not None:
+        reason = "it is a classifier"
+    elif plan.prefix is not None or any(beyond):
         reason = "it is more than low-rank factors"
     elif plan.embedding_rows or plan.head_rows:
         reason = "it replaces rows of embeddings"

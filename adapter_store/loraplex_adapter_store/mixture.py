@@ -22,7 +22,9 @@ from .plan import AdapterPlan, Family, ModulePlan, NormPlan
 __all__ = ["mix_plans", "mixture_digest"]
 
 
-_DESCRIPTION = frozenset({"digest", "family", "chat_template", "n_bytes", "packed_adapter"})
+_DESCRIPTION = frozenset(
+    {"digest", "family", "chat_template", "n_bytes", "packed_adapter", "pooling"}
+)
 _ADDITIVE = _DESCRIPTION | {"modules", "embedding_rows", "head_rows", "replaced_weights", "norms"}
 _ADDITIVE_IN_MODULES = frozenset({"a", "b", "bias", "shared", "delta_operator"})
 
@@ -49,6 +51,7 @@ def mix_plans(
     dense = _mix_dense([(plan.replaced_weights, w) for plan, w in parts], base)
     norms = _mix_norms([(plan.norms, w) for plan, w in parts], base)
     templates = {plan.chat_template for plan, _ in parts}
+    poolings = {plan.pooling for plan, _ in parts}
 
     def build(n_bytes: int) -> AdapterPlan:
         return AdapterPlan(
@@ -59,7 +62,8 @@ def mix_plans(
             head_rows=head,
             replaced_weights=dense,
             norms=norms,
-            chat_template=templates.pop() if len(templates) == 1 else None,
+            chat_template=next(iter(templates)) if len(templates) == 1 else None,
+            pooling=next(iter(poolings)) if len(poolings) == 1 else None,
             n_bytes=n_bytes,
         )
 

@@ -22,11 +22,16 @@ from torch import Tensor
 from .operators.contract import Delta, Operator, RowMap
 
 __all__ = [
+    "Activation",
     "AdapterPlan",
     "ExpertPlan",
     "Family",
+    "HeadPlan",
+    "HeadTask",
     "ModulePlan",
     "NormPlan",
+    "PoolingMode",
+    "PoolingPlan",
     "PrefixPlan",
     "RoutingStrategy",
     "SharedBasis",
@@ -98,6 +103,32 @@ class RoutingStrategy(Enum):
     SWITCH = "mixlora-switch"
     DENSE = "loramoe"
     ARROW = "arrow"  # |gate @ x| instead of logits; the gate comes from the experts themselves
+
+
+class HeadTask(Enum):
+    """What a classifier labels, in PEFT's words."""
+
+    SEQ_CLS = "SEQ_CLS"  # a text, by its last token
+    TOKEN_CLS = "TOKEN_CLS"  # each token
+
+
+class Activation(Enum):
+    """What turns the logits of a head into its answer."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    NONE = "none"
+
+
+class PoolingMode(Enum):
+    """How the hidden states of a text become one vector, in the words of sentence-transformers."""
+
+    CLS = "cls"
+    LAST = "lasttoken"
+    MEAN = "mean"
+    MEAN_SQRT_LEN = "mean_sqrt_len_tokens"  # the sum, divided by the root of the length
+    WEIGHTED_MEAN = "weightedmean"  # by position, the first token has 1
+    MAX = "max"
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,6 +268,30 @@ class PrefixPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadPlan:
+    """A classifier over the final hidden states: logits = weight @ h + bias."""
+
+    task: HeadTask
+    weight: Tensor  # float32 [n_labels, hidden_size]
+    labels: tuple[str, ...]
+    activation: Activation
+    bias: Tensor | None = None  # float32 [n_labels]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [n, hidden_size] → [n, n_labels]."""
+        logits = hidden @ self.weight.t()
+        return logits if self.bias is None else logits + self.bias
+
+
+@dataclass(frozen=True, slots=True)
+class PoolingPlan:
+    """How embeddings are made of hidden states."""
+
+    mode: PoolingMode
+    normalize: bool  # to length 1
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterPlan:
     """One adapter, folded and checked against its base. Immutable and shared between threads."""
 
@@ -252,6 +307,8 @@ class AdapterPlan:
     )  # name of a linear or an embedding → weight in place of the base's
     norms: Mapping[str, NormPlan] = field(default_factory=dict)  # name of a norm → its own
     stacked: Mapping[str, StackedFactors] = field(default_factory=dict)  # name of a parameter →
+    head: HeadPlan | None = None  # of a classifier
+    pooling: PoolingPlan | None = None  # the adapter's own, if it ships one
     chat_template: str | None = None  # the adapter's own, if it ships one
     n_bytes: int = 0  # true bytes of all tensors above, and of ``packed_adapter``
     packed_adapter: object | None = None  # the engine's; modules and experts then have no factors
@@ -276,3 +333,5 @@ class AdapterPlan:
             yield from norm.tensors()
         for factors in self.stacked.values():
             yield from (factors.left, factors.right)
+        if self.head is not None:
+            yield from (part for part in (self.head.weight, self.head.bias) if part is not None)

@@ -22,11 +22,16 @@ from torch import Tensor
 from .errors import StoredAdapterDamaged
 from .operators.table import OPERATORS
 from .plan import (
+    Activation,
     AdapterPlan,
     ExpertPlan,
     Family,
+    HeadPlan,
+    HeadTask,
     ModulePlan,
     NormPlan,
+    PoolingMode,
+    PoolingPlan,
     PrefixPlan,
     RoutingStrategy,
     SharedBasis,
@@ -45,9 +50,12 @@ __all__ = [
 ]
 
 _ALIGN = 64
-_PLANS = (AdapterPlan, ExpertPlan, ModulePlan, NormPlan, PrefixPlan, SharedBasis, StackedFactors)
+_PLANS = (
+    *(AdapterPlan, ExpertPlan, HeadPlan, ModulePlan, NormPlan, PoolingPlan, PrefixPlan),
+    *(SharedBasis, StackedFactors),
+)
 _CLASSES: dict[str, type[Any]] = {**{cls.__name__: cls for cls in _PLANS}, **OPERATORS}
-_ENUMS = {cls.__name__: cls for cls in (Family, RoutingStrategy)}
+_ENUMS = {cls.__name__: cls for cls in (Activation, Family, HeadTask, PoolingMode, RoutingStrategy)}
 
 
 class PackedPlan(NamedTuple):

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 from loraplex_adapter_store.families.config_fields import check_fields
 from loraplex_adapter_store.families.contract import FamilyReader, Fold, ReadContext
+from loraplex_adapter_store.families.heads import read_head
 from loraplex_adapter_store.families.table import FAMILIES, UNSUPPORTED
 
 from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
+from .companion_files import read_model_config, read_pooling
 from .digest import digest_of
 from .effect import check_effect
 from .errors import AdapterMismatch, BaseMismatch, UnsupportedAdapter
 from .fold_check import check_fold
 from .ledger import TensorLedger
 from .limits import StoreLimits
-from .plan import AdapterPlan
+from .plan import AdapterPlan, PoolingPlan
 from .report import LoadReport, ModuleReport
 from .row_cost import row_cost_note
 from .safetensors_reader import SafetensorsFile
@@ -38,19 +42,25 @@ def read_adapter(
     limits: StoreLimits,
     *,
     chat_template: str | None = None,
+    companions: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Reading:
-    """Recognises, checks, folds and reports. Raises AdapterRefused."""
+    """Recognises, checks, folds and reports. Raises AdapterRefused.
+
+    ``companions``: those of ``companion_files`` that there are, by name.
+    """
     context = ReadContext(config, TensorLedger(tensors), base, limits)
-    fold = _fold(context, tensors)
-    digest = digest_of(config.values, tensors, chat_template)
-    plan = _plan_of(fold, digest, chat_template)
+    fold = _fold(context, tensors, companions)
+    pooling = None if fold.head is not None else read_pooling(companions, limits)
+    digest = digest_of(config.values, tensors, chat_template, fold.head, pooling)
+    plan = _plan_of(fold, digest, chat_template, pooling)
     return Reading(plan, _report_of(context, fold, plan, tensors.n_bytes))
 
 
-def _fold(context: ReadContext, tensors: SafetensorsFile) -> Fold:
+def _fold(context: ReadContext, tensors: SafetensorsFile, companions: Mapping[str, bytes]) -> Fold:
     reader, ledger = _reader_of(context.config), context.ledger
     _check_base(context, tensors.metadata)
-    fold = reader(context)
+    head = read_head(context, read_model_config(companions, context.limits))
+    fold = replace(reader(context), head=head)
     if ledger.unclaimed:
         raise AdapterMismatch(
             f"{len(ledger.unclaimed)} of {len(ledger.names)} tensors match nothing in this base",
@@ -98,7 +108,9 @@ def _leaf(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()
 
 
-def _plan_of(fold: Fold, digest: str, chat_template: str | None) -> AdapterPlan:
+def _plan_of(
+    fold: Fold, digest: str, chat_template: str | None, pooling: PoolingPlan | None
+) -> AdapterPlan:
     def build(n_bytes: int) -> AdapterPlan:
         return AdapterPlan(
             digest=digest,
@@ -111,6 +123,8 @@ def _plan_of(fold: Fold, digest: str, chat_template: str | None) -> AdapterPlan:
             replaced_weights=fold.replaced_weights,
             norms=fold.norms,
             stacked=fold.stacked,
+            head=fold.head,
+            pooling=pooling,
             chat_template=chat_template,
             n_bytes=n_bytes,
         )

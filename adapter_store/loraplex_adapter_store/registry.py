@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import RevisionConflict, StoreError, UnknownAdapter
-from .plan import Family
+from .plan import Family, HeadTask
 from .report import JsonValue, LoadReport
 
 __all__ = ["Content", "NameRecord", "Put", "Registry"]
@@ -42,6 +42,7 @@ _MIGRATIONS = (
     ALTER TABLE names ADD COLUMN expires REAL;
     ALTER TABLE revisions ADD COLUMN kept INTEGER NOT NULL DEFAULT 0;
     """,
+    "ALTER TABLE contents ADD COLUMN task TEXT;",
 )
 
 
@@ -54,6 +55,7 @@ class Content:
     host_bytes: int
     base_fingerprint: str
     plan_sha256: str  # of the packed plan's file
+    task: HeadTask | None = None  # of a classifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,7 @@ class Registry:
         with self._lock:
             rows = self._db.execute(
                 "SELECT digest, family, ranks, disk_bytes, host_bytes, base_fingerprint,"
-                " plan_sha256 FROM contents"
+                " plan_sha256, task FROM contents"
             ).fetchall()
         return tuple(_content(row) for row in rows)
 
@@ -154,7 +156,7 @@ class Registry:
             current = None if row is None else _record(row)
             _check_match(name, None if current is None else current.digest, if_match, replace)
             db.execute(
-                "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     content.digest,
                     content.family.value,
@@ -164,6 +166,7 @@ class Registry:
                     content.base_fingerprint,
                     content.plan_sha256,
                     json.dumps(report.to_json()),
+                    None if content.task is None else content.task.value,
                 ),
             )
             last = db.execute(
@@ -305,7 +308,7 @@ def _record(row: tuple[object, ...]) -> NameRecord:
 
 
 def _content(row: tuple[object, ...]) -> Content:
-    digest, family, ranks, disk_bytes, host_bytes, fingerprint, plan_sha256 = row
+    digest, family, ranks, disk_bytes, host_bytes, fingerprint, plan_sha256, task = row
     assert isinstance(disk_bytes, int)
     assert isinstance(host_bytes, int)
     return Content(
@@ -316,4 +319,5 @@ def _content(row: tuple[object, ...]) -> Content:
         host_bytes=host_bytes,
         base_fingerprint=str(fingerprint),
         plan_sha256=str(plan_sha256),
+        task=None if task is None else HeadTask(task),
     )

@@ -22,7 +22,7 @@ from torch import Tensor
 from .errors import LimitExceeded, MalformedFile, PickleRefused
 from .limits import StoreLimits
 
-__all__ = ["SafetensorsFile", "TensorEntry", "is_pickle_name", "parse_json_object"]
+__all__ = ["SafetensorsFile", "TensorEntry", "is_pickle_name", "parse_json", "parse_json_object"]
 
 _MAX_DIMS = 8
 _MAX_NAME = 512
@@ -145,19 +145,25 @@ def is_pickle_name(name: str) -> bool:
 
 
 def parse_json_object(data: bytes, what: str, max_bytes: int) -> dict[str, object]:
-    """Strict JSON: UTF-8, an object, no duplicate keys, no NaN. Raises MalformedFile."""
+    """As ``parse_json``; anything but an object is malformed, too."""
+    value = parse_json(data, what, max_bytes)
+    if not isinstance(value, dict):
+        raise MalformedFile(f"{what} is a JSON {type(value).__name__}, an object is needed")
+    return value
+
+
+def parse_json(data: bytes, what: str, max_bytes: int) -> object:
+    """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises MalformedFile or LimitExceeded."""
     if len(data) > max_bytes:
         raise LimitExceeded(f"{what} has {len(data)} bytes, this server allows {max_bytes}")
     try:
-        value = json.loads(
+        value: object = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
             parse_constant=_no_constants,
         )
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise MalformedFile(f"{what} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise MalformedFile(f"{what} is a JSON {type(value).__name__}, an object is needed")
     return value
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import safetensors.torch
 from torch import Tensor
@@ -155,10 +155,14 @@ class AdapterStore:
         weights: bytes | Path,
         *,
         chat_template: str | None = None,
+        companions: Mapping[str, bytes] = MappingProxyType({}),
         options: PutOptions = PutOptions(),  # noqa: B008  frozen value
     ) -> AdapterCard:
-        """For uploads: the text of adapter_config.json and the safetensors bytes or file."""
-        files = AdapterFiles(config, _chunks(weights), chat_template)
+        """For uploads: the text of adapter_config.json and the safetensors bytes or file.
+
+        ``companions``: those of ``companion_files`` that there are, by name.
+        """
+        files = AdapterFiles(config, _chunks(weights), chat_template, companions)
         return self._put(name, files, _with_provenance(options, {"source": "upload"}))
 
     @contextmanager
@@ -407,7 +411,8 @@ class AdapterStore:
     def _put_local(self, name: str, files: LocalFiles, options: PutOptions) -> AdapterCard:
         with files.open_weights() as weights:
             chunks = iter(lambda: weights.read(_CHUNK), b"")
-            return self._put(name, AdapterFiles(files.config, chunks, files.chat_template), options)
+            adapter = AdapterFiles(files.config, chunks, files.chat_template, files.companions)
+            return self._put(name, adapter, options)
 
     def _put(self, name: str, files: AdapterFiles, options: PutOptions) -> AdapterCard:
         check_name(name)
@@ -447,6 +452,7 @@ class AdapterStore:
             host_bytes=plan.n_bytes,
             base_fingerprint=self.base.fingerprint,
             plan_sha256=ingested.plan_sha256,
+            task=None if plan.head is None else plan.head.task,
         )
         try:
             return self._point(name, content, report, options), content
@@ -537,6 +543,7 @@ class AdapterStore:
             expires=record.expires,
             replaced=replaced,
             unservable=self._unservable.get(record.digest),
+            task=content.task,
         )
 
     def _check_open(self) -> None:

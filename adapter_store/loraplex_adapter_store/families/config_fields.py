@@ -16,7 +16,7 @@ _IGNORED = frozenset(
     {
         # provenance
         *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type"),
-        *("peft_version", "revision", "runtime_config", "task_type"),
+        *("peft_version", "revision", "runtime_config", "task_type", "id2label", "label2id"),
         # schedules, losses, memory
         *("beta1", "beta2", "deltaT", "orth_reg_weight", "target_r", "tfinal", "tinit"),
         *(

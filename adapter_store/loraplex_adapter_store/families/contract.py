@@ -14,6 +14,7 @@ from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import (
     ExpertPlan,
     Family,
+    HeadPlan,
     ModulePlan,
     NormPlan,
     PrefixPlan,
@@ -49,6 +50,7 @@ class Fold:
     replaced_weights: Mapping[str, Tensor] = field(default_factory=dict)
     norms: Mapping[str, NormPlan] = field(default_factory=dict)
     stacked: Mapping[str, StackedFactors] = field(default_factory=dict)
+    head: HeadPlan | None = None
     kept_energy: float | None = None
 
 

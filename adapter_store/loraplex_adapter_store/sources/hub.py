@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Protocol
 
+from loraplex_adapter_store.companion_files import COMPANION_FILES
 from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.errors import SourceError
 from loraplex_adapter_store.limits import StoreLimits
@@ -18,7 +19,10 @@ __all__ = ["HubClient", "HubLike", "fetch_hub"]
 _URI = re.compile(
     r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?P<sub>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?"
 )
-_FILES = (CONFIG_FILE, "mixlora_config.json", WEIGHTS_FILE, CHAT_TEMPLATE_FILE)
+_FILES = (
+    *(CONFIG_FILE, "mixlora_config.json", WEIGHTS_FILE, CHAT_TEMPLATE_FILE),
+    *COMPANION_FILES,
+)
 
 
 class HubLike(Protocol):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
+from loraplex_adapter_store.companion_files import COMPANION_FILES
 from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.errors import (
     LimitExceeded,
@@ -31,6 +32,7 @@ class LocalFiles:
     config: bytes
     weights: Path
     chat_template: str | None
+    companions: Mapping[str, bytes] = field(default_factory=dict)
 
     def open_weights(self) -> BinaryIO:
         return _open_regular(self.weights)
@@ -49,7 +51,8 @@ def read_directory(path: Path, limits: StoreLimits) -> LocalFiles:
     if WEIGHTS_FILE not in names:
         raise _no_weights(path, names)
     config = _read(path / config_name, limits.max_config_bytes)
-    return LocalFiles(config, path / WEIGHTS_FILE, _template(path, names, limits))
+    template = _template(path, names, limits)
+    return LocalFiles(config, path / WEIGHTS_FILE, template, _companions(path, limits))
 
 
 def contained(path: Path, allowed: Sequence[Path]) -> Path:
@@ -59,7 +62,8 @@ def contained(path: Path, allowed: Sequence[Path]) -> Path:
         roots = ", ".join(str(root) for root in allowed) or "none"
         raise SourceForbidden(f"{path} is outside the allowed roots ({roots})")
     if real.is_dir():
-        for entry in real.iterdir():
+        nested = (real / name for name in COMPANION_FILES if "/" in name)
+        for entry in (*real.iterdir(), *(path for path in nested if path.exists())):
             target = entry.resolve()
             if not any(target.is_relative_to(root) for root in allowed):
                 raise SourceForbidden(f"{entry.name} is a link that leaves the allowed roots")
@@ -73,6 +77,11 @@ def _template(path: Path, names: set[str], limits: StoreLimits) -> str | None:
         return _read(path / CHAT_TEMPLATE_FILE, limits.max_config_bytes).decode()
     except UnicodeDecodeError:
         raise SourceError(f"{CHAT_TEMPLATE_FILE} is not UTF-8") from None
+
+
+def _companions(path: Path, limits: StoreLimits) -> dict[str, bytes]:
+    present = [name for name in COMPANION_FILES if (path / name).exists()]
+    return {name: _read(path / name, limits.max_config_bytes) for name in present}
 
 
 def _no_weights(path: Path, names: set[str]) -> SourceError | PickleRefused | UnsupportedAdapter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from loraplex_adapter_store.companion_files import COMPANION_FILES
 from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.errors import LimitExceeded, SourceError
 from loraplex_adapter_store.limits import StoreLimits
@@ -43,8 +44,9 @@ def download(store: ObjectStore, into: Path, limits: StoreLimits) -> dict[str, J
     for name, limit, needed in (
         (CONFIG_FILE, limits.max_config_bytes, True),
         (WEIGHTS_FILE, limits.max_file_bytes, True),
-        (CHAT_TEMPLATE_FILE, limits.max_config_bytes, False),
+        *((n, limits.max_config_bytes, False) for n in (CHAT_TEMPLATE_FILE, *COMPANION_FILES)),
     ):
+        (into / name).parent.mkdir(exist_ok=True)
         try:
             _stream(store, name, into / name, limit, etags)
         except FileNotFoundError:

@@ -59,9 +59,12 @@ class DescriptionResolver:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _profiles(self) -> list[AdapterProfile]:
-        """Unnamed generated adapters are for the request that described them, for no other."""
+        """Those that ``auto`` may choose: adapters that generate text.
+
+        Unnamed generated adapters are for the request that described them, for no other.
+        """
         return [
             AdapterProfile(card.name, card.description, card.examples)
             for card in self._store.list()
-            if not card.name.startswith(PREFIX)
+            if card.task is None and not card.name.startswith(PREFIX)
         ]

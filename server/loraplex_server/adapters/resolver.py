@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.plan import HeadPlan, HeadTask
 from loraplex_adapter_store.selector import (
     Auto,
     Description,
@@ -72,6 +73,25 @@ class ResolvedAdapter:
     def release(self) -> None:
         if self.lease is not None:
             self.lease.release()
+
+    @property
+    def head(self) -> HeadPlan | None:
+        """Of a classifier; None: it generates text."""
+        return None if self.lease is None else self.lease.plan.head
+
+    def check_generates(self, param: str) -> None:
+        """Raises ApiError (400) for a classifier: its weights were never trained to write."""
+        if self.head is not None:
+            routes = {
+                HeadTask.SEQ_CLS: "/classify, /score, /rerank or /pooling",
+                HeadTask.TOKEN_CLS: "/pooling",
+            }
+            raise invalid(
+                f"adapter {self.label!r} is a classifier ({self.head.task.value}) and writes no "
+                f"text; ask {routes[self.head.task]}",
+                param,
+                "adapter_is_classifier",
+            )
 
     @property
     def header(self) -> str:

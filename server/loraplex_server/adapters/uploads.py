@@ -5,7 +5,7 @@ The weights are written once, beside the store's contents: never in /tmp, which 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from loraplex_adapter_store.companion_files import COMPANION_FILES
 from loraplex_server.api.errors import ApiError, invalid
 
 __all__ = ["UPLOAD_SCHEMA", "Upload", "receive_upload"]
@@ -27,6 +28,7 @@ _PARTS = {
     "adapter_model.safetensors": "weights",
     "chat_template": "chat_template",
     "chat_template.jinja": "chat_template",
+    **{name: name for name in COMPANION_FILES},
     "description": "description",
     "examples": "examples",
 }
@@ -40,6 +42,7 @@ UPLOAD_SCHEMA = {  # of the form, for /openapi.json
         "config": _FILE,
         "weights": _FILE,
         "chat_template": _FILE,
+        **dict.fromkeys(COMPANION_FILES, _FILE),
         "description": _TEXT,
         "examples": {**_TEXT, "contentMediaType": "application/json"},  # a list of texts
     },
@@ -51,6 +54,7 @@ class Upload:
     config: bytes
     weights: Path  # closed, in the folder of ``receive_upload``
     chat_template: str | None
+    companions: Mapping[str, bytes]
     description: str | None
     examples: tuple[str, ...]
 
@@ -133,6 +137,9 @@ async def _read(form: FormData) -> Upload:
         config=await _bytes(parts["config"], "config"),
         weights=Path(weights.file.name),
         chat_template=await _text(parts, "chat_template"),
+        companions={
+            name: await _bytes(parts[name], name) for name in COMPANION_FILES if name in parts
+        },
         description=await _text(parts, "description"),
         examples=_examples(await _text(parts, "examples")),
     )

@@ -85,7 +85,12 @@ class LocalAdapters:
             config = AdapterConfig.parse(files.config, limits)
             with SafetensorsFile(files.weights, limits) as tensors:
                 reading = read_adapter(
-                    config, tensors, self.base, limits, chat_template=files.chat_template
+                    config,
+                    tensors,
+                    self.base,
+                    limits,
+                    chat_template=files.chat_template,
+                    companions=files.companions,
                 )
             return reading.plan, reading.report.to_json()
         with self._store() as store:

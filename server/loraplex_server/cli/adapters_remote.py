@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from loraplex_adapter_store.companion_files import COMPANION_FILES
+
 __all__ = ["RemoteAdapters"]
 
 _TIMEOUT_S = 600.0
@@ -49,6 +51,7 @@ class RemoteAdapters:
                 ("config", "adapter_config.json"),
                 ("weights", "adapter_model.safetensors"),
                 ("chat_template", "chat_template.jinja"),
+                *((name, name) for name in COMPANION_FILES),
             ):
                 if (folder / file).is_file():
                     files[part] = (file, stack.enter_context((folder / file).open("rb")))

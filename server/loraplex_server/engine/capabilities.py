@@ -30,8 +30,12 @@ from loraplex_adapter_store.operators.rotations import (
 from loraplex_adapter_store.plan import (
     AdapterPlan,
     ExpertPlan,
+    HeadPlan,
+    HeadTask,
     ModulePlan,
     NormPlan,
+    PoolingMode,
+    PoolingPlan,
     PrefixPlan,
     RoutingStrategy,
     SharedBasis,
@@ -42,7 +46,9 @@ from loraplex_server.model.targets import routable_modules
 
 __all__ = ["APPLIED_FIELDS", "APPLIED_OPERATORS", "EngineCapabilities"]
 
-_DESCRIPTION = frozenset({"digest", "family", "chat_template", "n_bytes", "packed_adapter"})
+_DESCRIPTION = frozenset(
+    {"digest", "family", "chat_template", "n_bytes", "packed_adapter", "pooling"}
+)
 _OPERATOR_FIELDS = frozenset({"input_operator", "delta_operator", "output_operator"})
 _LINEAR_PARTS = _OPERATOR_FIELDS | {"a", "b", "out_scale", "bias", "in_scale", "shared"}
 _EMBEDDING_PARTS = frozenset({"a", "b"})
@@ -52,12 +58,14 @@ _EXPERT_PARTS = frozenset({"a", "b", "out_scale", "bias"})
 APPLIED_FIELDS: Mapping[type, frozenset[str]] = {
     AdapterPlan: _DESCRIPTION
     | {"modules", "experts", "prefix", "embedding_rows", "head_rows", "replaced_weights", "norms"}
-    | {"stacked"},
+    | {"stacked", "head"},
     ModulePlan: _LINEAR_PARTS,
     SharedBasis: frozenset(
         {"basis_digest", "a", "b", "rank_scale", "block_scale", "out_scale", "transposed"}
     ),
     NormPlan: frozenset({"weight", "bias"}),
+    HeadPlan: frozenset({"task", "weight", "bias", "labels", "activation"}),
+    PoolingPlan: frozenset({"mode", "normalize"}),
     ExpertPlan: frozenset({"gate", "strategy", "top_k", "top_p", "experts"}),
     PrefixPlan: frozenset({"keys", "values", "embeddings"}),
     StackedFactors: frozenset({"left", "right"}),
@@ -67,6 +75,8 @@ _DELTAS = (Circulant, DenseDelta, FourierDelta, Kronecker, MaskedWeight, SparseD
 _MAPS = (BlockRotation, ButterflyRotation, PairRotation)
 APPLIED_OPERATORS: frozenset[type[Operator]] = frozenset((*_DELTAS, *_MAPS))
 _STRATEGIES = frozenset(RoutingStrategy)
+_TASKS = frozenset({HeadTask.SEQ_CLS, HeadTask.TOKEN_CLS})
+_POOLING_MODES = frozenset(PoolingMode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +168,7 @@ class EngineCapabilities:
             if name not in self.norms:
                 yield f"{name}: no norm of this base"
             yield from _unknown_fields(name, norm, APPLIED_FIELDS[NormPlan])
+        yield from _vector_problems(plan.head, plan.pooling)
 
     def _module_problems(self, name: str, module: ModulePlan) -> Iterator[str]:
         if name in self.linears:
@@ -196,6 +207,18 @@ class EngineCapabilities:
         yield from _unknown_fields("prefix", prefix, APPLIED_FIELDS[PrefixPlan])
         if prefix.keys and len(prefix.keys) != self.n_layers:
             yield f"prefix.keys: {len(prefix.keys)} layers, this base has {self.n_layers}"
+
+
+def _vector_problems(head: HeadPlan | None, pooling: PoolingPlan | None) -> Iterator[str]:
+    """Of what ``engine.pooling`` reads from hidden states."""
+    if head is not None:
+        yield from _unknown_fields("head", head, APPLIED_FIELDS[HeadPlan])
+        if head.task not in _TASKS:
+            yield f"head: task {head.task!r}"
+    if pooling is not None:
+        yield from _unknown_fields("pooling", pooling, APPLIED_FIELDS[PoolingPlan])
+        if pooling.mode not in _POOLING_MODES:
+            yield f"pooling: {pooling.mode!r}"
 
 
 def _norms_of(spec: BaseSpec) -> frozenset[str]:

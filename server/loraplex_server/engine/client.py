@@ -9,6 +9,7 @@ from typing import Protocol
 from loraplex_adapter_store.plan import AdapterPlan
 
 from .events import TokenEvent
+from .pooling import Pooling
 from .sampling_params import SamplingParams
 
 __all__ = [
@@ -38,13 +39,24 @@ class AdapterRef(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One choice to generate. ``n`` choices are ``n`` requests that share their prefix."""
+    """One choice to generate, or one prompt to read vectors from.
+
+    ``n`` choices are ``n`` requests that share their prefix.
+    """
 
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter: AdapterRef | None = None  # None = the base model
     cache_salt: str = ""  # tenant's salt of the prefix cache
+    pooling: Pooling | None = None  # ends after the prompt, with vectors and no token
+
+    @property
+    def reads_all_rows(self) -> bool:
+        """Whether the prefix cache is of no use: every token of the prompt is looked at."""
+        if self.pooling is not None:
+            return self.pooling.reads_all_rows
+        return self.sampling.prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)

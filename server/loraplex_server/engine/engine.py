@@ -118,10 +118,12 @@ class Engine:
         token_ids = [-1 - index for index in range(n_virtual)] + list(source.prompt_ids)
         if not source.prompt_ids:
             raise ContextOverflow("the prompt is empty; send at least one token")
-        if len(token_ids) >= self._max_model_len:
+        n_generated = 1 if source.pooling is None else 0  # at least
+        if len(token_ids) + n_generated > self._max_model_len:
+            also = " with at least one to generate" if n_generated else ""
             raise ContextOverflow(
-                f"the prompt has {len(token_ids)} tokens, the context holds {self._max_model_len} "
-                "with at least one to generate; shorten the prompt or raise --max-model-len"
+                f"the prompt has {len(token_ids)} tokens, the context holds {self._max_model_len}"
+                f"{also}; shorten the prompt or raise --max-model-len"
             )
         seed = source.sampling.seed
         return Request(

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from .device_pool import DevicePool
 from .errors import ContextOverflow, EngineDead, EngineDraining, EngineError
@@ -23,6 +24,7 @@ from .kv_cache import KvCache
 from .messages import Cancel, FailAll, Message, SetPinned, Stop, Submit, Unload, Wake, Warm
 from .model_runner import ModelRunner, StepResult
 from .output_router import OutputRouter
+from .pooling import PooledRows, Pooling
 from .request import Request
 from .sampler import Sampled
 from .scheduler import ScheduledChunk, Scheduler
@@ -192,6 +194,17 @@ class EngineLoop:
             sampled = result.sampled.get(request.id)
             if sampled is not None:
                 self._append(request, sampled)
+            elif request.source.pooling is not None:
+                self._pool(chunk, request.source.pooling, result.pooled.get(request.id))
+
+    def _pool(self, chunk: ScheduledChunk, pooling: Pooling, hidden: Tensor | None) -> None:
+        request = chunk.request
+        if request.pooled is None or chunk.start <= request.n_virtual:
+            request.pooled = PooledRows(pooling)  # at the beginning, also after a preemption
+        if hidden is not None:
+            request.pooled.add(hidden)
+        if chunk.samples:
+            self._end(request, FinishReason.STOP, pooled=request.pooled.result())
 
     def _append(self, request: Request, sampled: Sampled) -> None:
         params, token = request.source.sampling, sampled.token_id
@@ -215,6 +228,7 @@ class EngineLoop:
         logprobs: tuple[TokenLogprobs, ...] = (),
         stop_token: int | None = None,
         error: EngineError | None = None,
+        pooled: Tensor | None = None,
     ) -> None:
         """The one way out: frees everything, sends the last event."""
         self._scheduler.finish(request)
@@ -227,6 +241,7 @@ class EngineLoop:
             finish=reason,
             stop_token=stop_token,
             error=error,
+            pooled=pooled,
         )
 
     def _emit(
@@ -238,6 +253,7 @@ class EngineLoop:
         finish: FinishReason | None = None,
         stop_token: int | None = None,
         error: EngineError | None = None,
+        pooled: Tensor | None = None,
     ) -> None:
         is_first = request.n_output == len(token_ids)
         event = TokenEvent(
@@ -250,6 +266,7 @@ class EngineLoop:
             n_cached=max(0, request.n_cached - request.n_virtual),
             queue_s=request.queue_s,
             prompt_logprobs=_prompt_logprobs(request) if is_first else (),
+            pooled=pooled,
         )
         self._output_router.put(request, event)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from torch import Tensor
+
 from .errors import EngineError
 
 __all__ = ["FinishReason", "TokenEvent", "TokenLogprobs"]
@@ -39,3 +41,4 @@ class TokenEvent:
     n_cached: int = 0  # prompt tokens taken from the prefix cache
     queue_s: float = 0.0  # seconds from submit to first admission, on the first event
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()  # on the first event when asked for
+    pooled: Tensor | None = None  # of a request for vectors: see ``PooledRows.result``

@@ -44,6 +44,7 @@ class StepResult:
 
     sampled: dict[str, Sampled]
     prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]  # of the chunk's tokens after the first
+    pooled: dict[str, Tensor]  # hidden states float32 [n, hidden_size], see ``PooledRows.add``
 
 
 class ModelRunner:
@@ -91,13 +92,13 @@ class ModelRunner:
         batch = build_batch(chunks, self._kv, self._model.device)
         replayed = self._replay(batch, chunks)
         if replayed is not None:
-            return StepResult(self._sample(replayed, [chunk.request for chunk in chunks]), {})
+            return StepResult(self._sample(replayed, [chunk.request for chunk in chunks]), {}, {})
         sampling = [
             (c, rows) for c, rows in zip(chunks, batch.chunk_rows, strict=True) if c.samples
         ]
         requests = [chunk.request for chunk, _ in sampling]
         self._fill_step(batch, chunks)
-        wants_all = any(c.request.source.sampling.prompt_logprobs for c in chunks)
+        wants_all = any(c.request.source.reads_all_rows for c in chunks)
         last: Tensor | None = None  # the rows that get logits; None: each does
         if len(sampling) < len(batch.token_ids):
             last = torch.tensor([rows.stop - 1 for _, rows in sampling], dtype=torch.int64)
@@ -106,15 +107,19 @@ class ModelRunner:
                 self._model.step.logits_rows = LogitsRows(last, segments)
         hidden = self._model.forward(self._embed(batch))
         sampled: dict[str, Sampled] = {}
-        if sampling:
-            x = hidden[last.to(hidden.device)] if wants_all and last is not None else hidden
+        x = hidden[last.to(hidden.device)] if wants_all and last is not None else hidden
+        pooled = _pooled(x, hidden if wants_all else None, chunks, batch)
+        generating = [i for i, r in enumerate(requests) if r.source.pooling is None]
+        if generating:
+            if len(generating) < len(requests):
+                x, requests = x[generating], [requests[i] for i in generating]
             if self._can_argmax(requests):
                 tokens = self._model.head.packed.argmax(x).tolist()
                 sampled = {r.id: Sampled(t, None) for r, t in zip(requests, tokens, strict=True)}
             else:
                 sampled = self._sample(self._raw_logits_of(x, requests), requests)
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
-        return StepResult(sampled, found)
+        return StepResult(sampled, found, pooled)
 
     @torch.inference_mode()
     def probe(self) -> None:
@@ -154,7 +159,10 @@ class ModelRunner:
     def _is_plain_decode(self, chunks: Sequence[ScheduledChunk], batch: ForwardBatch) -> bool:
         """One token of each request, by adapters that are low-rank factors below the head alone."""
         return not batch.virtual_rows and all(
-            chunk.n_tokens == 1 and chunk.samples and self._is_plain(chunk.request)
+            chunk.n_tokens == 1
+            and chunk.samples
+            and chunk.request.source.pooling is None
+            and self._is_plain(chunk.request)
             for chunk in chunks
         )
 
@@ -268,6 +276,30 @@ class ModelRunner:
             n_top = request.source.sampling.logprobs or 0
             found[request.id] = tuple(logprobs_of(logits, targets, [n_top] * len(targets)))
         return found
+
+
+def _pooled(
+    last: Tensor, hidden: Tensor | None, chunks: Sequence[ScheduledChunk], batch: ForwardBatch
+) -> dict[str, Tensor]:
+    """What the requests for vectors read, by id.
+
+    ``last``: a row for each chunk that ends its prompt; ``hidden``: all rows, None if nobody asked.
+    """
+    found: dict[str, Tensor] = {}
+    n_ended = 0
+    for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
+        request, pooling = chunk.request, chunk.request.source.pooling
+        n_ended += chunk.samples
+        if pooling is None:
+            continue
+        if not pooling.reads_all_rows:
+            if chunk.samples:
+                found[request.id] = last[n_ended - 1 : n_ended].float().cpu()
+            continue
+        assert hidden is not None
+        n_virtual = max(0, request.n_virtual - chunk.start)  # these are the adapter's, no text
+        found[request.id] = hidden[rows.start + n_virtual : rows.stop].float().cpu()
+    return found
 
 
 def _digests(requests: Sequence[Request]) -> dict[str, None]:

@@ -9,6 +9,7 @@ from enum import Enum
 
 from .client import GenerationRequest, Listener
 from .events import TokenLogprobs
+from .pooling import PooledRows
 
 __all__ = ["Request", "RequestStatus"]
 
@@ -48,6 +49,7 @@ class Request:
     n_preempted: int = 0
     n_bypassed: int = 0  # admissions of later requests while this one waited for its adapter
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # found so far
+    pooled: PooledRows | None = None  # of a request for vectors, once it runs
     seed: int = 0  # of the sampler; drawn once when the client gave none
 
     @property

@@ -118,7 +118,7 @@ class Scheduler:
             request = chunk.request
             if request.status is RequestStatus.RUNNING:
                 request.n_computed = chunk.start + chunk.n_tokens
-                if not request.source.sampling.prompt_logprobs:
+                if not request.source.reads_all_rows:
                     self._kv.publish(request.id, request.token_ids, request.n_computed)
 
     def finish(self, request: Request) -> None:
@@ -180,10 +180,9 @@ class Scheduler:
         answer = self._ensure_resident(request)
         if answer is not Admission.ADMITTED:
             return answer
-        sampling = request.source.sampling
         root = prefix_root(request.adapter_digest, request.source.cache_salt)
         n_cached = self._kv.admit(
-            request.id, root, request.token_ids, reuse=not sampling.prompt_logprobs
+            request.id, root, request.token_ids, reuse=not request.source.reads_all_rows
         )
         if n_cached is None:
             return Admission.NO_ROOM

@@ -96,6 +96,7 @@ class Adapter(BaseModel):
     report: dict[str, JsonValue] | None = None  # of the load; absent in lists
     provenance: dict[str, JsonValue]
     expires: float | None = None
+    task: Literal["SEQ_CLS", "TOKEN_CLS"] | None  # of a classifier; null: it generates text
 
 
 class AdapterList(BaseModel):

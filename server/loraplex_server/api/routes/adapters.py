@@ -202,6 +202,7 @@ async def _put_upload(state: AppState, request: Request, name: str, shown: Repor
                 upload.config,
                 upload.weights,
                 chat_template=upload.chat_template,
+                companions=upload.companions,
                 options=PutOptions(
                     if_match=if_match,
                     replace=replace,

@@ -145,6 +145,7 @@ class TextCall(ABC):
         self.info.adapter = resolved.header
         load_s = perf_counter() - started
         try:
+            resolved.check_generates(self.adapter_request.param)
             prompts = await self.prompts(resolved)
             head = self._head(resolved)
             format_ = self.format(head)

@@ -89,7 +89,9 @@ def read_plan(path: Path, sha256: str) -> AdapterPlan:
         with path.open("rb") as file:
             n_read = file.readinto(buffer.numpy().data)
     except OSError as error:
-        raise StoredAdapterDamaged(f"cannot read {path.name}: {error}") from error
+        raise StoredAdapterDamaged(
+            f"cannot read {path.name}: {error.strerror or type(error).__name__}"
+        ) from error
     if n_read != n_bytes or hashlib.sha256(buffer.numpy().data).hexdigest() != sha256:
         raise StoredAdapterDamaged(
             f"the stored plan of {path.parent.name[:12]} changed on disk; add the adapter again"

@@ -10,12 +10,13 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from .errors import RevisionConflict, StoreError, UnknownAdapter
+from .faults import FaultLog, NoFaultLog
 from .plan import Family, HeadTask
 from .report import JsonValue, LoadReport
 
@@ -84,7 +85,8 @@ class Put(NamedTuple):
 class Registry:
     """Thread-safe; one connection, one writer."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, faults: FaultLog = NoFaultLog()) -> None:  # noqa: B008
+        self._faults = faults
         self._lock = threading.Lock()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         try:
@@ -244,14 +246,22 @@ class Registry:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
+        """All or nothing. Raises sqlite3.Error, and then nothing has changed."""
         with self._lock:
-            self._db.execute("BEGIN IMMEDIATE")
             try:
+                if self._db.in_transaction:  # the last one could not even be rolled back
+                    self._db.execute("ROLLBACK")
+                self._db.execute("BEGIN IMMEDIATE")
                 yield self._db
-            except BaseException:
-                self._db.execute("ROLLBACK")
+                self._db.execute("COMMIT")
+            except BaseException as error:
+                if self._db.in_transaction:  # SQLite has done it itself after some errors
+                    with suppress(sqlite3.Error):  # tried again before the next one
+                        self._db.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error):
+                    self._faults.failed("catalogue", error)
                 raise
-            self._db.execute("COMMIT")
+            self._faults.worked("catalogue")
 
 
 _SELECT_NAMES = (

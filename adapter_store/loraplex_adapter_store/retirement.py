@@ -6,6 +6,8 @@ the index after that keeps it.
 
 from __future__ import annotations
 
+import logging
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,6 +15,7 @@ from typing import TypeVar
 
 from .card import TierBytes
 from .content_files import ContentFiles
+from .faults import FaultLog
 from .host_tier import HostTier
 from .name_index import NameIndex
 from .packed_files import PackedFiles
@@ -21,6 +24,7 @@ from .registry import Registry
 __all__ = ["Retirement"]
 
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 class Retirement:
@@ -34,6 +38,7 @@ class Retirement:
         packed: PackedFiles,
         registry: Registry,
         writing: threading.RLock,
+        faults: FaultLog,
     ) -> None:
         self._index = index
         self._tier = tier
@@ -41,6 +46,7 @@ class Retirement:
         self._packed = packed
         self._registry = registry
         self._writing = writing
+        self._faults = faults
         self._listeners: tuple[Callable[[str], None], ...] = ()
         self._waiting: dict[str, list[Future[TierBytes]]] = {}  # deletions, by digest
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-janitor")
@@ -84,8 +90,7 @@ class Retirement:
             host = self._tier.drop(digest)
             disk = 0
             if removed.content is not None and not self._closed:
-                disk = self._files.remove(digest) + self._packed.remove(digest)
-                self._registry.forget_content(digest)
+                disk = self._remove_files(digest)
             deletions = self._waiting.pop(digest, ())
         for listener in self._listeners:
             listener(digest)
@@ -101,7 +106,7 @@ class Retirement:
     def later(self, work: Callable[[_T], object], item: _T) -> None:
         """On the thread of clean-up; dropped once it is closed: the next start sweeps."""
         try:
-            self._janitor.submit(work, item)
+            self._janitor.submit(self._look_after, work, item)
         except RuntimeError:
             return
 
@@ -125,6 +130,28 @@ class Retirement:
         with self._writing:
             self._closed = True
         self._janitor.shutdown(wait=True)
+
+    def _remove_files(self, digest: str) -> int:
+        """The bytes freed. What cannot be removed now goes with the sweep of the next start."""
+        n_bytes = 0
+        for remove in (self._files.remove, self._packed.remove):
+            try:
+                n_bytes += remove(digest)
+            except OSError as error:
+                self._faults.failed("storage", error)
+                _log.warning("files of adapter %s cannot be removed: %s", digest[:12], error)
+        try:
+            self._registry.forget_content(digest)
+        except sqlite3.Error as error:  # the registry has reported it
+            _log.warning("adapter %s stays in the registry for now: %s", digest[:12], error)
+        return n_bytes
+
+    def _look_after(self, work: Callable[[_T], object], item: _T) -> None:
+        try:
+            work(item)
+        except Exception as error:
+            self._faults.failed("storage", error)
+            _log.exception("clean-up of the adapter store failed")
 
     def _retire_if_garbage(self, digest: str) -> None:
         if not self._index.is_reachable(digest):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,6 +36,7 @@ from .errors import (
     UnknownAdapter,
 )
 from .eviction import POLICIES
+from .faults import FaultLog, NoFaultLog
 from .host_tier import HostTier
 from .ingest import AdapterFiles, Ingested, ingest
 from .lease import AdapterLease
@@ -77,6 +79,7 @@ class AdapterStore:
         packer: Packer | None = None,
         check: PlanCheck | None = None,
         n_kept_revisions: int = 0,
+        faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         """``n_kept_revisions`` older contents of each name stay, to be asked for by digest or
         rolled back to; they go with the name.
@@ -86,19 +89,20 @@ class AdapterStore:
         ``packer`` turns a plan into what the host tier keeps of it (the engine's own form), and
         refuses what it cannot serve, before anything is stored. It runs on the thread that adds
         the adapter, or on the one that loads it. ``check`` is for a store without an engine: it
-        refuses what none could serve.
+        refuses what none could serve. ``faults`` hears of disk and catalogue failing.
         """
         self.base = base
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
         self._n_kept_revisions = n_kept_revisions
+        self._faults = faults
         disk = disk or Disk()
         disk.make_directory(root)
         self._give_up = own_root(root)
         try:
             self._files = ContentFiles(root, disk)
             self._packed = PackedFiles(root, disk, packer)
-            self._registry = Registry(root / "registry.sqlite3")
+            self._registry = Registry(root / "registry.sqlite3", faults)
         except BaseException:
             self._give_up()
             raise
@@ -116,7 +120,13 @@ class AdapterStore:
         )
         self._writing = threading.RLock()  # serialises changes of names and files
         self._retirement = Retirement(
-            self._index, self._tier, self._files, self._packed, self._registry, self._writing
+            self._index,
+            self._tier,
+            self._files,
+            self._packed,
+            self._registry,
+            self._writing,
+            faults,
         )
         self._unservable: dict[str, str] = {}  # digest → why
         self._leasing = Leasing(
@@ -456,8 +466,11 @@ class AdapterStore:
         )
         try:
             return self._point(name, content, report, options), content
-        except RevisionConflict:
-            if not was_there:
+        except (RevisionConflict, sqlite3.Error) as error:
+            # After an input/output error the change may yet be found in SQLite's log by the next
+            # start; if it is not, that start sweeps the files.
+            is_undone = not getattr(error, "sqlite_errorname", "").startswith("SQLITE_IOERR")
+            if is_undone and not was_there:
                 self._files.remove(plan.digest)
             raise
 
@@ -494,7 +507,9 @@ class AdapterStore:
                     self._packed.discard(staged)
                 else:
                     self._packed.publish(staged, plan.digest)
+            self._faults.worked("storage")
         except OSError as error:
+            self._faults.failed("storage", error)
             _log.warning(
                 "adapter %s is not kept in prepared form, its loads from disk take longer: %s",
                 plan.digest[:12],

@@ -124,13 +124,16 @@ class LoraPool:
         if first is None or n_units > self._extents.n_free:
             raise self._full(n_units, len(group))
         taken: list[_Slot] = []
-        for packed in group:
-            slot = self._place(packed)
-            if slot is None:
-                for other in taken:
-                    self._free_extents(other.extents)
-                raise self._full(n_units, len(group))
-            taken.append(slot)
+        try:
+            for packed in group:
+                slot = self._place(packed)
+                if slot is None:
+                    raise self._full(n_units, len(group))
+                taken.append(slot)
+        except BaseException:
+            for other in taken:
+                self._free_extents(other.extents)
+            raise
         ids = tuple(range(first, first + len(group)))
         self._slots.update(zip(ids, taken, strict=True))
         return ids
@@ -139,19 +142,22 @@ class LoraPool:
         """Takes space for tensors of these shapes in these dtypes: all, or PoolFull."""
         lengths = [_n_units(tensor, dtype) for tensor, dtype in like]
         extents: list[tuple[int, int]] = []
-        for length in lengths:
-            start = self._extents.take(length) if length else 0
-            if start is None:
-                self._free_extents(extents)
-                raise self._full(sum(lengths), 0)
-            extents.append((start, length))
-        memory = self.storage.view(torch.uint8)
-        tensors = [
-            memory[start * ALIGNMENT_BYTES :][: tensor.numel() * dtype.itemsize]
-            .view(dtype)
-            .view(tensor.shape)
-            for (tensor, dtype), (start, _) in zip(like, extents, strict=True)
-        ]
+        try:
+            for length in lengths:
+                start = self._extents.take(length) if length else 0
+                if start is None:
+                    raise self._full(sum(lengths), 0)
+                extents.append((start, length))
+            memory = self.storage.view(torch.uint8)
+            tensors = [
+                memory[start * ALIGNMENT_BYTES :][: tensor.numel() * dtype.itemsize]
+                .view(dtype)
+                .view(tensor.shape)
+                for (tensor, dtype), (start, _) in zip(like, extents, strict=True)
+            ]
+        except BaseException:
+            self._free_extents([extent for extent in extents if extent[1]])
+            raise
         return PoolTensors(tuple(tensors), tuple(extents))
 
     def release_tensors(self, taken: PoolTensors) -> int:
@@ -175,8 +181,8 @@ class LoraPool:
     def publish(self, slot: int) -> None:
         """Lets kernels see the slot's factors. On a device: ordered on the current stream."""
         record = self._slots[slot]
+        record.packed = None  # first: if writing stops half-way, ``remove`` clears what is there
         self._tables.write(slot, record.ranks, record.keys, record.offsets)
-        record.packed = None
 
     def remove(self, slot: int) -> int:
         """Empties a slot, published or not; returns the bytes that it freed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -85,15 +86,17 @@ class PoolTables:
         )
 
     def _grow(self, n_pages: int) -> None:
-        old, old_max = self._by_name, self._max_pages
-        self._build(max(n_pages, 2 * old_max))
-        for name, before in old.items():
-            after = self._by_name[name]
+        """Built aside, so that a failure changes nothing."""
+        old_max, grown = self._max_pages, copy.copy(self)
+        grown._build(max(n_pages, 2 * old_max))
+        for name, before in self._by_name.items():
+            after = grown._by_name[name]
             after.ranks.copy_(before.ranks)
             after.a_pages[..., :old_max].copy_(before.a_pages)
             after.b_pages[..., :old_max].copy_(before.b_pages)
             after.scale.copy_(before.scale)
             after.bias.copy_(before.bias)
+        self.__dict__.update(grown.__dict__)
 
     def _positions(self, slot: int, keys: NDArray[np.int64]) -> NDArray[np.int64]:
         target, slice_index, kind, page, _ = keys.T

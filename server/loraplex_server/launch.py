@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
+from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.experts import arrow_prototypes
 from loraplex_server.adapters.description_resolver import DescriptionResolver
@@ -37,6 +38,7 @@ from loraplex_server.metrics.routing_collector import RoutingCollector
 from loraplex_server.model.loader import Lazy
 
 from .banner import banner
+from .faults import Faults
 from .limited_http import LimitedHttp
 from .running_servers import announced
 from .settings import ServerConfig
@@ -72,8 +74,9 @@ def serve(
         tracing = None if endpoint is None else otlp_provider(endpoint)
         model_path = resolve_model(config.model)
         public = _public_name(config.model, model_path)
-        built = build_engine(config.engine, model_path, model_id=public)
-        store = open_store(config, built)
+        faults = Faults()
+        built = build_engine(config.engine, model_path, model_id=public, faults=faults)
+        store = open_store(config, built, faults)
         closing.callback(store.close)
         closing.callback(built.engine.close)
         register_adapters(store, config.store)
@@ -82,9 +85,9 @@ def serve(
         for card in store.list():
             if card.pinned:
                 built.engine.set_pinned(card.digest, True)
-        encoder = SharedEncoder(_encoder_directory)
+        encoder = SharedEncoder(_encoder_directory, faults)
         generator = Lazy(lambda: _load_generator(encoder, model_path, public))
-        generated = GeneratedAdapters(store, generator.get)
+        generated = GeneratedAdapters(store, generator.get, faults=faults)
         closing.callback(generated.close)
         descriptions = DescriptionResolver(store, encoder, generated)
         closing.callback(descriptions.close)
@@ -105,6 +108,7 @@ def serve(
             semantic=descriptions.router,
             experts=built.engine.experts,
             tracing=tracing,
+            faults=faults,
         )
         watched.start()
         closing.callback(watched.close)
@@ -131,7 +135,11 @@ def store_root(config: ServerConfig, built: BuiltEngine) -> Path:
     return config.store.root or loraplex_home() / "adapters" / built.base_spec.fingerprint[:16]
 
 
-def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
+def open_store(
+    config: ServerConfig,
+    built: BuiltEngine,
+    faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+) -> AdapterStore:
     root = store_root(config, built)
     root.mkdir(parents=True, exist_ok=True)
     roots: list[Path] = [*config.store.adapters_dirs]
@@ -143,6 +151,7 @@ def open_store(config: ServerConfig, built: BuiltEngine) -> AdapterStore:
         gate_of=arrow_prototypes,
         packer=built.engine.packer,
         n_kept_revisions=config.store.keep_revisions,
+        faults=faults,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
+from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_server.engine.build import assemble_engine
 from loraplex_server.engine.client import EngineClient, GenerationRequest
@@ -52,11 +53,16 @@ class Answer:
 
 @contextmanager
 def running_engine(
-    model: PreTrainedModel, *, fuse: bool = True, config: EngineConfig = SMALL, **changes: object
+    model: PreTrainedModel,
+    *,
+    fuse: bool = True,
+    config: EngineConfig = SMALL,
+    faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+    **changes: object,
 ) -> Iterator[Engine]:
     """An engine on a copy of ``model``; ``changes`` are fields of the config."""
     base = BaseModel(copy.deepcopy(model), "tiny", fuse=fuse)
-    engine = assemble_engine(base, config.model_copy(update=changes))
+    engine = assemble_engine(base, config.model_copy(update=changes), faults=faults)
     try:
         yield engine
     finally:

@@ -19,11 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_adapter_store.errors import UnknownAdapter
+from loraplex_adapter_store.errors import StoreError, UnknownAdapter
+from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.service import GeneratedAdapter, Generator
+from loraplex_server.api.errors import ApiError, unavailable
 
 __all__ = ["PREFIX", "AdapterGenerationRequest", "GeneratedAdapters", "GenerationStats"]
 
@@ -79,6 +81,7 @@ class GeneratedAdapters:
         ttl_s: float = 3600.0,
         quota: int = 64,
         clock: Callable[[], float] = time.time,
+        faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         """``find_generator`` is called for each adapter that is made; it loads once and keeps it.
 
@@ -86,6 +89,7 @@ class GeneratedAdapters:
         """
         self._store, self._find_generator = store, find_generator
         self._ttl_s, self._quota, self._clock = ttl_s, quota, clock
+        self._faults = faults
         self.stats = GenerationStats()  # written under the lock, read by /metrics
         self._lock = threading.Lock()  # one flight at a time: the second of a kind finds the first
         self._changed = threading.Condition()  # another name expires first, or this is closed
@@ -157,15 +161,29 @@ class GeneratedAdapters:
         return card
 
     def _generate(self, request: AdapterGenerationRequest) -> GeneratedAdapter:
-        return self._find_generator().generate(
-            request.description,
-            examples=request.examples,
-            prompts=request.prompts,
-            method=request.method,
-            seed=request.seed,
-            samples=request.samples,
-            force=request.force,
-        )
+        """Raises StoreError, or ApiError if the generator itself fails."""
+        try:
+            made = self._find_generator().generate(
+                request.description,
+                examples=request.examples,
+                prompts=request.prompts,
+                method=request.method,
+                seed=request.seed,
+                samples=request.samples,
+                force=request.force,
+            )
+        except (StoreError, ApiError):
+            raise
+        except Exception as error:
+            _log.exception("the generator failed")
+            self._faults.failed("generator", error)
+            raise unavailable(
+                f"the generator of adapters failed ({type(error).__name__}); the server's log says "
+                "why, and the next request tries again; or name an adapter instead",
+                "generator_unavailable",
+            ) from error
+        self._faults.worked("generator")
+        return made
 
     def _register(
         self,

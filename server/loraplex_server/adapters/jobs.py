@@ -13,8 +13,9 @@ from enum import Enum
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.errors import StoreError
-from loraplex_server.api.errors import ApiError, from_engine, from_store
+from loraplex_server.api.errors import ApiError, from_engine, from_fault, from_store
 from loraplex_server.engine.errors import EngineError
+from loraplex_server.faults import Faults
 
 __all__ = ["Job", "JobStatus", "Jobs", "Progress"]
 
@@ -61,8 +62,9 @@ class Job:
 class Jobs:
     """Owned by the event loop; the work itself runs in ``executor``."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, faults: Faults) -> None:
         self._executor = executor
+        self._faults = faults
         self._jobs: dict[str, Job] = {}
 
     def get(self, job_id: str) -> Job | None:
@@ -96,15 +98,10 @@ class Jobs:
             job.status, job.error = JobStatus.FAILED, from_engine(error)
         except ApiError as error:
             job.status, job.error = JobStatus.FAILED, error
-        except Exception:
+        except Exception as error:
             _log.exception("%s for adapter %r failed", job.id, job.adapter)
-            job.status = JobStatus.FAILED
-            job.error = ApiError(
-                500,
-                f"the load of adapter {job.adapter!r} failed inside the server; its log says why, "
-                f"under {job.id}",
-                code="load_failed",
-            )
+            self._faults.unforeseen(error)
+            job.status, job.error = JobStatus.FAILED, from_fault(error, job.id)
 
     def _forget_old(self) -> None:
         for job_id in list(self._jobs)[: max(0, len(self._jobs) - _MAX_KEPT)]:

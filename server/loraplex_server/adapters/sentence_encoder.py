@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_server.api.errors import ApiError, unavailable
 from loraplex_server.model.loader import Lazy
 
@@ -26,9 +27,14 @@ class SharedEncoder:
     A load that fails is not kept: the next use tries again.
     """
 
-    def __init__(self, find_directory: Callable[[], Path]) -> None:
+    def __init__(
+        self,
+        find_directory: Callable[[], Path],
+        faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+    ) -> None:
         """``find_directory`` raises ApiError with a remedy where there is no encoder."""
         self._find_directory = find_directory
+        self._faults = faults
         self._encoder = Lazy(self._load)
 
     @property
@@ -36,7 +42,15 @@ class SharedEncoder:
         return self.get().width
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        return self.get().sentences(texts)
+        """Raises ApiError."""
+        encoder = self.get()
+        try:
+            vectors = encoder.sentences(texts)
+        except Exception as error:
+            _log.exception("the sentence encoder failed")
+            raise self._unavailable("failed", error) from error
+        self._faults.worked("encoder")
+        return vectors
 
     def get(self) -> SentenceEncoder:
         """Raises ApiError: what ``find_directory`` raises, or 503 if the load failed."""
@@ -52,8 +66,12 @@ class SharedEncoder:
             raise
         except Exception as error:
             _log.exception("the sentence encoder in %s cannot be loaded", directory)
-            raise unavailable(
-                f"the sentence encoder cannot be loaded ({type(error).__name__}); the server's log "
-                "says why, and the next request tries again",
-                "encoder_unavailable",
-            ) from error
+            raise self._unavailable("cannot be loaded", error) from error
+
+    def _unavailable(self, what: str, error: Exception) -> ApiError:
+        self._faults.failed("encoder", error)
+        return unavailable(
+            f"the sentence encoder {what} ({type(error).__name__}); the server's log says why, and "
+            "the next request tries again; or name an adapter instead",
+            "encoder_unavailable",
+        )

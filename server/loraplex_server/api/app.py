@@ -49,6 +49,7 @@ from loraplex_server.api.serving.text_pipeline import ChatTokenizer, TextPipelin
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.expert_monitor import ExpertMonitor
+from loraplex_server.faults import Faults
 from loraplex_server.metrics.collector import LoraplexCollector
 from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
@@ -89,19 +90,22 @@ def build_app(
     semantic: SemanticRouter | None = None,
     experts: ExpertMonitor | None = None,
     tracing: TracerProvider | None = None,
+    faults: Faults | None = None,
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
     ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate;
     ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
-    the load of routed adapters; ``tracing`` gets a span of each call.
+    the load of routed adapters; ``tracing`` gets a span of each call; ``faults`` is what the
+    other parts report their failures to.
 
     ``app.state.parts`` holds the parts, for whoever drains the server.
     """
     names = config.http.served_model_names or (model_name,)
     pools = WorkerPools()
+    faults = faults or Faults()
     registry = CollectorRegistry(auto_describe=False)
     server_metrics = ServerMetrics(registry, names[0])
-    own = LoraplexCollector(engine, store, server_metrics, config.engine, names[0])
+    own = LoraplexCollector(engine, store, server_metrics, faults, config.engine, names[0])
     registry.register(own)
     ProcessCollector(registry=registry)
     for collector in collectors:
@@ -114,7 +118,9 @@ def build_app(
     app.state.parts = AppState(
         engine=engine,
         store=store,
-        text=TextPipeline(tokenizer, vocab_size=vocab_size, max_model_len=engine.max_model_len),
+        text=TextPipeline(
+            tokenizer, vocab_size=vocab_size, max_model_len=engine.max_model_len, faults=faults
+        ),
         config=config,
         resolver=AdapterResolver(store, names, pools, resolver),
         unknown_fields=UnknownFields(),
@@ -123,13 +129,14 @@ def build_app(
         collector=own,
         live=LiveGenerations(),
         lifecycle=Lifecycle(engine),
-        jobs=Jobs(pools.jobs),
+        jobs=Jobs(pools.jobs, faults),
         pools=pools,
         device=device,
         unloads=DeviceUnloads(device),
         generated=generated,
         semantic=semantic,
         experts=experts,
+        faults=faults,
         model_root=model_name,
         started=int(time()),
     )
@@ -157,7 +164,7 @@ def build_app(
     app.add_middleware(BrowserGuard, config=config.http)
     if tracing is not None:
         app.add_middleware(Tracing, provider=tracing, model=names[0])
-    app.add_middleware(RequestContext, metrics=server_metrics)
+    app.add_middleware(RequestContext, metrics=server_metrics, faults=faults)
     if config.http.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -2,7 +2,8 @@
 
 ApiError                 status + {"error": {"message", "type", "param", "code"}}
 ├── from_engine(error)   EngineError → 400, 429, 500 or 503
-└── from_store(error)    StoreError → 400, 403, 404, 412, 413, 422 or 503
+├── from_store(error)    StoreError → 400, 403, 404, 412, 413, 422 or 503
+└── from_fault(error)    anything else → 503 where trying again may help, else 500
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from loraplex_adapter_store import errors as store_errors
 from loraplex_generation import errors as generator_errors
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.engine import errors as engine_errors
+from loraplex_server.faults import kind_of_fault, part_of
 
 __all__ = [
     "ApiError",
     "from_engine",
+    "from_fault",
     "from_store",
     "invalid",
     "not_found",
@@ -111,6 +114,8 @@ def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = 
             return invalid(str(error), prompt_param, "context_length_exceeded")
         case engine_errors.AdapterUnservable():
             return invalid(str(error), "adapter", "adapter_unservable")
+        case engine_errors.AdapterLoadFailed():
+            return unavailable(str(error), "adapter_load_failed", retry_after_s=1.0)
         case engine_errors.NoAdapterPlace():
             return unavailable(str(error), "adapter_memory_full")
         case engine_errors.EngineDead():
@@ -170,6 +175,36 @@ def from_store(
             return unavailable(str(error), "server_draining")
         case _:
             return ApiError(500, str(error), code="adapter_store_error", param=param)
+
+
+def from_fault(error: Exception, request_id: str) -> ApiError:
+    """What nobody foresaw. The error's own message is for the log: it may hold paths.
+
+    The log has it under ``request_id``.
+    """
+    log = f"the server's log has the details under {request_id}"
+    kind = kind_of_fault(error)
+    match part_of(error):
+        case "catalogue":
+            return unavailable(
+                f"the catalogue of adapters cannot be used now ({kind}); nothing was changed; try "
+                f"again, {log}",
+                "catalogue_unavailable",
+            )
+        case "storage":
+            return unavailable(
+                f"the server's disk cannot be used now ({kind}); nothing was changed; try again, "
+                f"{log}",
+                "storage_unavailable",
+            )
+        case "loader":
+            return unavailable(f"the server is out of memory; try again, {log}", "out_of_memory")
+        case _:
+            return ApiError(
+                500,
+                f"internal error ({kind}); try again, and report it if it stays: {log}",
+                code="internal_error",
+            )
 
 
 def _content_param(param: str | None) -> str | None:

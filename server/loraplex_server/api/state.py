@@ -26,6 +26,7 @@ from loraplex_server.api.serving.text_pipeline import TextPipeline
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.expert_monitor import ExpertMonitor
+from loraplex_server.faults import Faults
 from loraplex_server.metrics.collector import LoraplexCollector
 from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
@@ -59,6 +60,7 @@ class AppState:
     generated: GeneratedAdapters | None  # None: no adapters from a sentence
     semantic: SemanticRouter | None  # None: no ``auto``
     experts: ExpertMonitor | None
+    faults: Faults
     model_root: str  # opaque name of the base's weights: a model id, never a path
     started: int = 0  # seconds since the epoch
 

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_kernels.cpu import native
 from loraplex_kernels.side_stream import CudaSideStream, SideStream
 from loraplex_server.model.base_model import BaseModel, load_base_model
@@ -55,7 +56,11 @@ class BuiltEngine:
 
 
 def build_engine(
-    config: EngineConfig, model_path: Path, *, model_id: str | None = None
+    config: EngineConfig,
+    model_path: Path,
+    *,
+    model_id: str | None = None,
+    faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
 ) -> BuiltEngine:
     """Loads the base, sizes the memories, starts the engine thread.
 
@@ -78,13 +83,18 @@ def build_engine(
             self_check=config.self_check,
         )
     )
-    engine = assemble_engine(model, config)
+    engine = assemble_engine(model, config, faults=faults)
     return BuiltEngine(engine, tokenizer, model.spec, name)
 
 
-def assemble_engine(model: BaseModel, config: EngineConfig) -> Engine:
+def assemble_engine(
+    model: BaseModel,
+    config: EngineConfig,
+    *,
+    faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+) -> Engine:
     """The engine around a model that is already loaded; started."""
-    engine = _run_in_temp_thread(lambda: _assemble(model, config))
+    engine = _run_in_temp_thread(lambda: _assemble(model, config, faults))
     engine.start()
     return engine
 
@@ -101,7 +111,7 @@ def _run_in_temp_thread(work: Callable[[], _T]) -> _T:
         return executor.submit(work).result()
 
 
-def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
+def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engine:
     max_model_len = _context(model, config)
     kv_cache = _kv_cache(model, config, max_model_len)
     inbox = Inbox(max_queue=config.max_queue)
@@ -113,6 +123,7 @@ def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
         dtype=model.dtype,
         device=model.device,
         on_loaded=lambda: inbox.post(Wake()),
+        faults=faults,
     )
     runner = ModelRunner(
         model,
@@ -136,6 +147,7 @@ def _assemble(model: BaseModel, config: EngineConfig) -> Engine:
         max_model_len=max_model_len,
         eos_token_ids=model.eos_token_ids,
         n_threads=config.threads or _DEFAULT_THREADS,
+        faults=faults,
     )
     _log.info(
         "engine: %s on %s in %s, %s layers, context %d, KV %d pages of %d tokens, "

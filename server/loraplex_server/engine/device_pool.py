@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterRefused
+from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_adapter_store.plan import AdapterPlan, PrefixPlan
 from loraplex_kernels.errors import PoolFull
 from loraplex_kernels.exponent_coding import prefers_coded_pages
@@ -34,7 +35,7 @@ from .adapter_packer import AdapterPacker, PackedAdapter
 from .capabilities import EngineCapabilities
 from .copy_stream import CopyStream
 from .device_parts import DeviceParts
-from .errors import AdapterUnservable, NoAdapterPlace
+from .errors import AdapterLoadFailed, AdapterUnservable, EngineError, NoAdapterPlace
 from .resident_adapter import ResidentAdapter
 
 __all__ = ["DevicePool", "Placement"]
@@ -67,6 +68,7 @@ class DevicePool:
         device: torch.device,
         on_loaded: Callable[[], object],
         exponent_coding: bool | None = None,
+        faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         """``on_loaded`` is called once a load is done, on any thread: it must only wake the engine.
 
@@ -89,8 +91,10 @@ class DevicePool:
         self._output_head = capabilities.output_head
         self._device = device
         self._on_loaded = on_loaded
+        self._faults = faults
         self._residents: dict[str, ResidentAdapter] = {}
         self._arriving: list[ResidentAdapter] = []  # not published yet
+        self._failed: list[ResidentAdapter] = []  # in this step
         self._pins: set[str] = set()
         self._copies = CopyStream(device)
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
@@ -98,8 +102,8 @@ class DevicePool:
     def place(self, plan: AdapterPlan) -> Placement:
         """Brings an adapter that a request needs to the device; evicts idle ones for it.
 
-        Raises AdapterUnservable if it can never fit or its load failed (the next call tries
-        again), and NoAdapterPlace if only unpinning others would make room.
+        Raises AdapterUnservable if it can never fit, AdapterLoadFailed if its load failed (the next
+        call tries again), and NoAdapterPlace if only unpinning others would make room.
         """
         resident = self._residents.get(plan.digest) or self._start_load(plan, asked_for=True)
         if resident is None:
@@ -107,13 +111,10 @@ class DevicePool:
         resident.is_asked_for = True
         if not resident.load.done():
             return Placement.LOADING
-        self.publish_arrived()
-        error = resident.load.exception()
-        if error is not None:
+        self._settle_arrived()
+        if resident.error is not None:
             self._forget(resident)
-            raise AdapterUnservable(
-                f"adapter {plan.digest[:12]} could not be loaded to the device: {error}"
-            ) from error
+            raise _load_failed(plan.digest, resident.error)
         resident.last_used = time.monotonic()
         return Placement.RESIDENT
 
@@ -123,22 +124,41 @@ class DevicePool:
             return
         try:
             self._start_load(plan, asked_for=False)
-        except (AdapterUnservable, NoAdapterPlace) as error:
+        except EngineError as error:
             _log.warning("adapter %s cannot be warmed: %s", plan.digest[:12], error)
 
     def publish_arrived(self) -> None:
-        """Lets the kernels see what the loader has finished, asked for or only warmed."""
+        """Lets the kernels see what the loader has finished, asked for or only warmed.
+
+        Once a step. Of a load that failed in an earlier step nobody wants to hear any more: who
+        asked for it has left, and the next request tries again.
+        """
+        for stale in [one for one in self._failed if self._residents.get(one.digest) is one]:
+            self._forget(stale)
+        self._failed.clear()
+        self._settle_arrived()
+
+    def _settle_arrived(self) -> None:
         if not self._arriving:
             return
         arrived = [resident for resident in self._arriving if resident.load.done()]
         self._arriving = [resident for resident in self._arriving if not resident.load.done()]
         for resident in arrived:
-            error = resident.load.exception()
-            if error is None:
+            try:
                 self._publish(resident)
-            elif not resident.is_asked_for:  # else whoever asked hears of it
-                _log.warning("adapter %s cannot be warmed: %s", resident.digest[:12], error)
-                self._forget(resident)
+                self._faults.worked("loader")
+            except Exception as error:
+                self._faults.failed("loader", error)
+                _log.warning(
+                    "adapter %s cannot be %s: %s",
+                    resident.digest[:12],
+                    "loaded to the device" if resident.is_asked_for else "warmed",
+                    error,
+                )
+                resident.error = error
+                self._failed.append(resident)
+                if not resident.is_asked_for:  # else whoever asked hears of it
+                    self._forget(resident)
 
     def hold(self, digest: str) -> None:
         self._residents[digest].holders += 1
@@ -178,20 +198,42 @@ class DevicePool:
 
     @property
     def resident_digests(self) -> tuple[str, ...]:
-        return tuple(digest for digest, one in self._residents.items() if one.load.done())
+        return tuple(digest for digest, one in self._residents.items() if one.is_published)
 
     def close(self) -> None:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
     def _start_load(self, plan: AdapterPlan, *, asked_for: bool) -> ResidentAdapter | None:
+        """None while there is no place. Raises EngineError, and then nothing is taken."""
         try:
             packed = self.packer.pack(plan)
+            on_host = self.packer.parts(plan)
+            place = self._reserve(plan.digest, packed, on_host)
+            if place is None:
+                return None
+            try:
+                return self._submit_load(plan, packed, on_host, place, asked_for=asked_for)
+            except BaseException:
+                self._free(place)
+                raise
         except AdapterRefused as error:
             raise AdapterUnservable(str(error)) from error
-        on_host = self.packer.parts(plan)
-        place = self._reserve(plan.digest, packed, on_host)
-        if place is None:
-            return None
+        except EngineError:
+            raise
+        except Exception as error:  # memory, threads, the device: not the request's doing
+            self._faults.failed("loader", error)
+            _log.exception("the load of adapter %s cannot be started", plan.digest[:12])
+            raise _load_failed(plan.digest, error) from error
+
+    def _submit_load(
+        self,
+        plan: AdapterPlan,
+        packed: PackedAdapter,
+        on_host: DeviceParts,
+        place: _Place,
+        *,
+        asked_for: bool,
+    ) -> ResidentAdapter:
         parts = on_host.with_tensors(place.memory.tensors)
         mark = self._copies.mark()
 
@@ -245,14 +287,17 @@ class DevicePool:
         memory = self.pool.reserve_tensors(like)
         try:
             return _Place(self.pool.reserve_group(packed.factors), memory)
-        except PoolFull:
+        except BaseException:
             self.pool.release_tensors(memory)
             raise
 
     @property
     def _will_change(self) -> bool:
-        """Whether an adapter that is here now may become idle."""
-        return any(one.holders or not one.load.done() for one in self._residents.values())
+        """Whether an adapter that is here now may go: a pinned one stays, however idle it gets."""
+        return any(
+            not one.load.done() or (one.holders and not one.is_pinned)
+            for one in self._residents.values()
+        )
 
     def _victim(self) -> ResidentAdapter | None:
         """The idle adapter that was used least recently. A failed load holds no place."""
@@ -267,8 +312,11 @@ class DevicePool:
         """Frees all it takes; returns the bytes."""
         del self._residents[resident.digest]
         self._arriving = [other for other in self._arriving if other is not resident]
-        freed = sum(self.pool.remove(slot) for slot in resident.slots)
-        return freed + self.pool.release_tensors(resident.memory)
+        return self._free(_Place(resident.slots, resident.memory))
+
+    def _free(self, place: _Place) -> int:
+        freed = sum(self.pool.remove(slot) for slot in place.slots)
+        return freed + self.pool.release_tensors(place.memory)
 
     def _copy(self, place: _Place, on_host: DeviceParts) -> None:
         """Loader thread."""
@@ -279,9 +327,19 @@ class DevicePool:
             target.copy_(source, non_blocking=True)
 
     def _publish(self, resident: ResidentAdapter) -> None:
+        """Raises what the load raised."""
+        experts = resident.load.result()
         for slot in resident.slots:
             self.pool.publish(slot)
-        resident.experts = resident.load.result()
+        resident.experts = experts
         resident.is_published = True
         self.n_loads += 1
         self.load_seconds += time.monotonic() - resident.started_at
+
+
+def _load_failed(digest: str, error: BaseException) -> AdapterLoadFailed:
+    """The error's own message is for the log: it may name anything."""
+    return AdapterLoadFailed(
+        f"adapter {digest[:12]} could not be loaded to the device ({type(error).__name__}); the "
+        "server's log says why, and the next request tries again"
+    )

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.faults import FaultLog, NoFaultLog
+
 from .device_pool import DevicePool
 from .errors import ContextOverflow, EngineDead, EngineDraining, EngineError
 from .events import FinishReason, TokenEvent, TokenLogprobs
@@ -53,6 +55,7 @@ class EngineLoop:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         n_threads: int,
+        faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         self.runner = runner
         self.kv_cache = kv_cache
@@ -63,6 +66,7 @@ class EngineLoop:
         self.started = threading.Event()
         self._scheduler = scheduler
         self._inbox = inbox
+        self._faults = faults
         self._output_router = OutputRouter()
         self._requests: dict[str, Request] = {}
         self._max_model_len = max_model_len
@@ -86,7 +90,9 @@ class EngineLoop:
             self._close(EngineDraining("the server went down"))
         except BaseException as error:
             _log.exception("the engine thread died")
-            self._close(EngineDead(f"the engine stopped: {error}"))
+            self._close(
+                EngineDead(f"the engine stopped ({type(error).__name__}); the log says why")
+            )
 
     def _step(self) -> None:
         self._read_inbox()
@@ -151,8 +157,10 @@ class EngineLoop:
         try:
             result = self.runner.run(chunks)
         except Exception as error:
+            self._faults.failed("model", error)
             self._run_one_by_one(chunks, error)
             return
+        self._faults.worked("model")
         self._commit(chunks, result)
 
     def _run_one_by_one(self, chunks: Sequence[ScheduledChunk], cause: Exception) -> None:
@@ -165,7 +173,10 @@ class EngineLoop:
             except Exception as error:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1
-                failed = EngineError("the model failed on this request; the server's log says why")
+                failed = EngineError(
+                    f"the model failed on this request ({type(error).__name__}); try again, and "
+                    f"see the server's log under {chunk.request.id}"
+                )
                 if isinstance(error, EngineError):
                     failed = error
                 self._end(chunk.request, FinishReason.ERROR, error=failed)

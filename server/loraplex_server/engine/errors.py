@@ -5,6 +5,7 @@ EngineError
 ├── EngineDraining     the server is going down: try another replica
 ├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
 ├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
+├── AdapterLoadFailed  the copy to the device failed: try again
 ├── NoAdapterPlace     the device is taken by pinned adapters: unpin one
 └── EngineDead         the engine thread stopped: nothing can be served
 """
@@ -12,6 +13,7 @@ EngineError
 from __future__ import annotations
 
 __all__ = [
+    "AdapterLoadFailed",
     "AdapterUnservable",
     "ContextOverflow",
     "EngineDead",
@@ -43,6 +45,10 @@ class ContextOverflow(EngineError):
 
 
 class AdapterUnservable(EngineError):
+    pass
+
+
+class AdapterLoadFailed(EngineError):
     pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 from .client import Listener
@@ -10,6 +11,8 @@ from .events import TokenEvent
 from .request import Request
 
 __all__ = ["OutputRouter"]
+
+_log = logging.getLogger(__name__)
 
 
 class OutputRouter:
@@ -35,4 +38,7 @@ class OutputRouter:
 
 def _deliver(events: Sequence[tuple[Listener, TokenEvent]]) -> None:
     for listener, event in events:
-        listener(event)
+        try:
+            listener(event)
+        except Exception:  # its own request hangs on it, the others' must not
+            _log.exception("the listener of request %s failed", event.request_id)

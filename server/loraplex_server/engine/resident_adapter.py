@@ -46,6 +46,7 @@ class ResidentAdapter:
     is_asked_for: bool  # by a request; else it is only warmed
     is_pinned: bool
     is_published: bool = False
+    error: BaseException | None = None  # of a load that failed, until somebody heard it
     experts: Mapping[str, PlacedExperts] = field(default_factory=dict)  # once published
     holders: int = 0
     started_at: float = field(default_factory=time.monotonic)

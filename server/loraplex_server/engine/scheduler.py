@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -18,6 +19,7 @@ from .wait_queue import Admission, WaitQueue
 __all__ = ["AdapterPlaces", "Schedule", "ScheduledChunk", "Scheduler"]
 
 MAX_BYPASS = 32
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,13 @@ class Scheduler:
         )
         if n_cached is None:
             return Admission.NO_ROOM
-        self._start(request, n_cached)
+        try:
+            self._start(request, n_cached)
+        except Exception as error:  # ``finish`` gives back what it holds by now
+            _log.exception("request %s cannot be started", request.id)
+            failed = EngineError(f"the request could not be started ({type(error).__name__})")
+            self._failed[request.id] = (request, failed)
+            return Admission.FAILED
         return Admission.ADMITTED
 
     def _start(self, request: Request, n_cached: int) -> None:

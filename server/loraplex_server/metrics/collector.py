@@ -23,6 +23,7 @@ from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.engine.client import STEP_TOKENS, EngineClient, EngineStats
 from loraplex_server.engine.config import EngineConfig
+from loraplex_server.faults import Faults
 
 from .histograms import LABELS
 from .server_metrics import ServerMetrics
@@ -47,12 +48,14 @@ class LoraplexCollector(Collector):
         engine: EngineClient,
         store: AdapterStore,
         metrics: ServerMetrics,
+        faults: Faults,
         config: EngineConfig,
         model_name: str,
     ) -> None:
         self._engine = engine
         self._store = store
         self._metrics = metrics
+        self._faults = faults
         self._config = config
         self._values = (model_name, "0")
         self._listing: tuple[AdapterCard, ...] = ()
@@ -67,6 +70,7 @@ class LoraplexCollector(Collector):
         yield from self._adapter_families()
         yield from self._tier_families(stats, cards)
         yield from self._http_families()
+        yield self._fault_family()
 
     def refresh_listing(self) -> None:
         """Lists the store if the last listing is old: milliseconds, so not for the event loop."""
@@ -326,6 +330,14 @@ class LoraplexCollector(Collector):
         for handler, (count, total) in self._metrics.http_seconds.items():
             seconds.add_metric((handler,), count_value=count, sum_value=total)
         yield seconds
+
+    def _fault_family(self) -> Metric:
+        family = CounterMetricFamily(
+            "loraplex_faults", "Failures of the server's own parts.", labels=("part",)
+        )
+        for part, count in self._faults.counts.items():
+            family.add_metric((part,), count)
+        return family
 
 
 def _names_by_digest(cards: Sequence[AdapterCard]) -> Mapping[str, str]:

@@ -323,7 +323,7 @@ async def test_a_job_that_breaks_tells_the_log_everything_and_the_client_where_t
     staging.rmdir()
     staging.write_text("a file where a folder belongs")  # no upload can be staged
     answer = await front.client.put("/v1/adapters/x", json={"source": "x"})
-    assert (answer.status_code, code_of(answer)) == (500, "load_failed")
+    assert (answer.status_code, code_of(answer)) == (503, "storage_unavailable")
     message = answer.json()["error"]["message"]
     assert "job-" in message
     assert str(front.root.parent) not in message

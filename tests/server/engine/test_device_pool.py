@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from loraplex_adapter_store.plan import AdapterPlan, NormPlan
 from loraplex_server.engine.capabilities import EngineCapabilities
 from loraplex_server.engine.device_pool import DevicePool, Placement
-from loraplex_server.engine.errors import AdapterUnservable, NoAdapterPlace
+from loraplex_server.engine.errors import AdapterLoadFailed, NoAdapterPlace
 from loraplex_server.model.base_model import BaseModel
 from tests.support.architectures import tiny_model
 from tests.support.routed_plans import lora_plan
@@ -121,7 +121,7 @@ def _broken(plan: AdapterPlan) -> AdapterPlan:
 def test_a_load_that_failed_is_tried_again(model: PreTrainedModel) -> None:
     plan = lora_plan(model, rank=4, seed=2)
     with _pool(model) as pool:
-        with pytest.raises(AdapterUnservable, match="could not be loaded"):
+        with pytest.raises(AdapterLoadFailed, match="could not be loaded"):
             pool.load(_broken(plan))
         assert pool.pool.bytes_used == 0
         assert pool.load(plan) is Placement.RESIDENT
@@ -159,8 +159,6 @@ def test_where_everything_is_pinned_the_request_hears_it(model: PreTrainedModel)
             pool.set_pinned(plan.digest, True)
             pool.load(plan)
         pool.hold(one.digest)
-        assert pool.place(three) is Placement.FULL, "a running request may end"
-        pool.release(one.digest)
         with pytest.raises(NoAdapterPlace, match=r"pinned.*--max-loras"):
             pool.place(three)
         pool.set_pinned(two.digest, False)

@@ -304,7 +304,7 @@ def test_a_step_that_fails_takes_only_the_guilty_request(model: PreTrainedModel)
         _fail_on(engine, "r1")
         answers = generate_all(engine, prompts)
     assert answers[1].finish is FinishReason.ERROR
-    assert "poisoned" in str(answers[1].last.error)
+    assert "RuntimeError" in str(answers[1].last.error)
     assert answers[0].token_ids == _expected(model, prompts[0])
     assert answers[2].token_ids == _expected(model, prompts[2])
 
@@ -320,7 +320,7 @@ def test_any_number_of_requests_that_fail_stops_nobody_else(model: PreTrainedMod
         _fail_on(engine, *(f"bad{i}" for i in range(5)))
         failed, good = asyncio.run(run(engine))
         assert engine.alive
-    assert all("poisoned" in str(answer.last.error) for answer in failed)
+    assert all("RuntimeError" in str(answer.last.error) for answer in failed)
     assert not any(isinstance(answer.last.error, EngineDead) for answer in failed)
     assert good.token_ids == _expected(model, prompt)
 
@@ -334,10 +334,10 @@ def test_a_device_that_runs_nothing_any_more_stops_the_engine(model: PreTrainedM
 
         engine.loop.runner.probe = probe  # type: ignore[method-assign]
         answer = asyncio.run(generate(engine, [1, 2, 3]))
-        assert "poisoned" in str(answer.last.error)
+        assert "RuntimeError" in str(answer.last.error)
         engine._thread.join()
         assert not engine.alive
-        with pytest.raises(EngineDead, match="device lost"):
+        with pytest.raises(EngineDead, match="RuntimeError"):
             _submit(engine)
 
 
@@ -369,7 +369,7 @@ def test_the_death_of_the_engine_is_heard_by_everybody(model: PreTrainedModel) -
         engine._thread.join()
         assert all(isinstance(answer.last.error, EngineDead) for answer in answers)
         assert not engine.alive
-        with pytest.raises(EngineDead, match="out of luck"):
+        with pytest.raises(EngineDead, match="_OutOfLuck"):
             _submit(engine)
 
 

@@ -10,9 +10,10 @@ from time import perf_counter
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex_server.api.errors import ApiError
+from loraplex_server.api.errors import from_fault
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import CURRENT_REQUEST_ID, RequestInfo
+from loraplex_server.faults import Faults
 from loraplex_server.metrics.server_metrics import ServerMetrics
 
 __all__ = ["RequestContext"]
@@ -22,9 +23,10 @@ _log = logging.getLogger("loraplex.access")
 
 
 class RequestContext:
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, faults: Faults) -> None:
         self._app = app
         self._metrics = metrics
+        self._faults = faults
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -44,11 +46,13 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_headers)
-        except Exception:
+            self._faults.worked("server")
+        except Exception as error:
             _log.exception("%s %s failed", scope["method"], scope["path"])
+            self._faults.unforeseen(error)
             if not status:
-                error = ApiError(500, "internal error", code="internal_error")
-                await ORJSONResponse.of_error(error)(scope, receive, send_with_headers)
+                told = ORJSONResponse.of_error(from_fault(error, info.id))
+                await told(scope, receive, send_with_headers)
         finally:
             self._record(scope, info, status or 499)
             CURRENT_REQUEST_ID.reset(token)

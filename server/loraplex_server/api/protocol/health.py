@@ -6,11 +6,19 @@ from typing import Literal
 
 from pydantic import BaseModel
 
-__all__ = ["Status", "Version"]
+__all__ = ["DegradedPart", "Status", "Version"]
+
+
+class DegradedPart(BaseModel):
+    part: str
+    problem: str  # the kind of its last failure
+    since: int  # of the first failure since it last worked, in seconds since the epoch
+    failures: int  # since then
 
 
 class Status(BaseModel):
-    status: Literal["ok", "ready"]
+    status: Literal["ok", "degraded", "ready"]
+    degraded: list[DegradedPart] | None = None  # parts that keep failing
 
 
 class Version(BaseModel):

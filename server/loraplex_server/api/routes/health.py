@@ -19,7 +19,10 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health", response_model=Status, responses=answers_only(503))
 async def health(state: State) -> Response:
-    """Liveness: the event loop answers, the engine thread lives and moves."""
+    """Liveness: the event loop answers, the engine thread lives and moves.
+
+    Still 200 while a part of the server keeps failing; the body says which, why and since when.
+    """
     if not state.engine.alive:
         raise unavailable("the engine has stopped", "engine_dead")
     stats = state.engine.stats()
@@ -27,6 +30,9 @@ async def health(state: State) -> Response:
         raise unavailable(
             f"the engine has not moved for {stats.step_age_s:.0f} s", "engine_stalled"
         )
+    degraded = [part.to_json() for part in state.faults.degraded]
+    if degraded:
+        return ORJSONResponse({"status": "degraded", "degraded": degraded})
     return ORJSONResponse({"status": "ok"})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
@@ -10,13 +11,15 @@ from typing import Protocol, TypeVar
 from jinja2.exceptions import TemplateError
 from tokenizers import Tokenizer
 
-from loraplex_server.api.errors import invalid
+from loraplex_adapter_store.faults import FaultLog, NoFaultLog
+from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.streaming.detokenizer import StreamDetokenizer
 from loraplex_server.api.streaming.token_text import TokenTexts
 
 __all__ = ["ChatTokenizer", "TextPipeline"]
 
 T = TypeVar("T")
+_log = logging.getLogger(__name__)
 _N_THREADS = 2
 
 
@@ -49,11 +52,13 @@ class TextPipeline:
         *,
         vocab_size: int | None = None,
         max_model_len: int | None = None,
+        faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         """``vocab_size``: width of the logits; ids beyond it are refused. ``max_model_len``: texts
         that cannot fit in so many tokens, whatever they say, are refused before they are read.
         """
         self._chat = tokenizer
+        self._faults = faults
         self.backend = tokenizer.backend_tokenizer
         self.vocab_size = vocab_size or len(tokenizer)
         self.token_texts = TokenTexts(self.backend)
@@ -164,4 +169,19 @@ class TextPipeline:
         return tuple(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
 
     async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        """Raises ApiError, also for a panic of the Rust tokenizer, which is no Exception."""
+        try:
+            result = await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        except (ApiError, asyncio.CancelledError):
+            raise
+        except BaseException as error:
+            _log.exception("the tokenizer failed")
+            self._faults.failed("tokenizer", error)
+            raise ApiError(
+                500,
+                f"the tokenizer failed on this text ({type(error).__name__}); try again, and "
+                "report it if it stays: the server's log has the details",
+                code="tokenizer_failed",
+            ) from error
+        self._faults.worked("tokenizer")
+        return result

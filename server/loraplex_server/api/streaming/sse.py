@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loraplex_server.api.errors import ApiError
+from loraplex_server.api.errors import ApiError, from_fault
 from loraplex_server.api.orjson_response import ORJSONResponse
+from loraplex_server.api.request_info import info_of
 from loraplex_server.api.serving.disconnect import client_left
 
 __all__ = ["DONE", "SseResponse"]
@@ -23,7 +23,6 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-_log = logging.getLogger(__name__)
 
 
 class SseResponse(Response):
@@ -62,23 +61,29 @@ class SseResponse(Response):
             raise pump.exception()  # type: ignore[misc]  # not None, as asked the line before
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises what was not foreseen, for the log, once the client knows of it."""
+        failure: Exception | None = None
         with suppress(OSError):  # the client left
-            try:
-                async for events in self._events:
-                    await self._send(send, events)
-                await self._send(send, DONE)
-            except ApiError as error:
-                await self._fail(error, scope, receive, send)
-            except OSError:
-                raise
-            except Exception:
-                _log.exception("a stream failed")
-                internal = ApiError(500, "internal error", code="internal_error")
-                await self._fail(internal, scope, receive, send)
+            while True:
+                try:
+                    events = await anext(self._events, None)
+                except ApiError as error:
+                    await self._fail(error, scope, receive, send)
+                    break
+                except Exception as error:
+                    failure = error
+                    told = from_fault(error, info_of(scope).id)
+                    await self._fail(told, scope, receive, send)
+                    break
+                await self._send(send, DONE if events is None else events)
+                if events is None:
+                    break
             async with self._sending:
                 if not self._ended:
                     self._ended = True
                     await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if failure is not None:
+            raise failure
 
     async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._sending:

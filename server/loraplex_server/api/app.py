@@ -55,6 +55,7 @@ from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
 
 from .errors import ApiError, from_engine
+from .exact_schema import write_exact_bounds
 from .lifecycle import Lifecycle
 from .orjson_response import ORJSONResponse
 from .state import AppState
@@ -115,6 +116,7 @@ def build_app(
     app: FastAPI = FastAPIOffline(
         title="Loraplex", version=installed_version("loraplex"), redoc_url=None
     )
+    write_exact_bounds(app)
     app.state.parts = AppState(
         engine=engine,
         store=store,

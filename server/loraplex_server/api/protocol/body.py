@@ -7,7 +7,7 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
 
 __all__ = [
-    "INT64",
+    "INT64_END",
     "Body",
     "Few",
     "JsonList",
@@ -18,7 +18,7 @@ __all__ = [
     "exactly_one_of",
 ]
 
-INT64 = (1 << 63) - 1
+INT64_END = 1 << 63
 Item = TypeVar("Item")
 
 JsonObject = dict[str, JsonValue]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
-from .body import INT64, Body, Few, JsonObject
+from .body import INT64_END, Body, Few, JsonObject
 from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
 
 __all__ = ["ChatBody", "ChatCompletion", "ChatMessage"]
@@ -22,8 +22,8 @@ class ChatMessage(Body):
 
 class ChatBody(GenerationBody):
     messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     add_generation_prompt: bool | None = None

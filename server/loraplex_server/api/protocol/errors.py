@@ -44,6 +44,13 @@ _MEANINGS = {
 }
 
 
+_EVENT = {  # data: a chunk as JSON, at last ``[DONE]``
+    "type": "object",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}},
+}
+
+
 def errors(*statuses: int) -> Responses:
     """Of a route, beside those of every route (400, 401, 403, 413, 429, 503)."""
     return answers_only(400, 401, 403, 413, 429, 503, *statuses)
@@ -59,8 +66,8 @@ def answers_only(*statuses: int) -> Responses:
 
 def with_events(responses: Responses) -> Responses:
     """Of a route that also streams."""
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
-    return responses | {200: {"content": events, "description": "the answer, whole or streamed"}}
+    content = {"text/event-stream": {"schema": _EVENT}}
+    return responses | {200: {"content": content, "description": "the answer, whole or streamed"}}
 
 
 def text_answer(meaning: str) -> Responses:

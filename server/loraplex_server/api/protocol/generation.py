@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
-from .body import INT64, Body, Few, JsonList, JsonObject, LimitedDict, Name, TokenId
+from .body import INT64_END, Body, Few, JsonList, JsonObject, LimitedDict, Name, TokenId
 
 __all__ = [
     "MAX_LOGIT_BIAS",
@@ -35,13 +35,13 @@ class GenerationBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=INT64)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=INT64)] | None = None  # -1 and 0: all
+    top_k: Annotated[int, Field(ge=-1, lt=INT64_END)] | None = None  # -1 and 0: all
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-INT64 - 1, le=INT64)] | None = None
+    seed: Annotated[int, Field(ge=-INT64_END, lt=INT64_END)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None

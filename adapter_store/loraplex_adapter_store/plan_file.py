@@ -109,8 +109,7 @@ def peek_plan(path: Path) -> AdapterPlan:
         return parse_plan(torch.from_file(str(path), size=n_bytes, dtype=torch.uint8))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise StoredAdapterDamaged(
-            f"the stored plan of {path.parent.name[:12]} cannot be read; add the adapter again: "
-            f"{error}"
+            f"the stored plan of {path.parent.name[:12]} cannot be read; add the adapter again"
         ) from error
 
 

@@ -153,7 +153,10 @@ def parse_json_object(data: bytes, what: str, max_bytes: int) -> dict[str, objec
 
 
 def parse_json(data: bytes, what: str, max_bytes: int) -> object:
-    """Strict JSON: UTF-8, no duplicate keys, no NaN. Raises MalformedFile or LimitExceeded."""
+    """Strict JSON: UTF-8, no duplicate keys, no NaN, numbers of 64 bits.
+
+    Raises MalformedFile or LimitExceeded.
+    """
     if len(data) > max_bytes:
         raise LimitExceeded(f"{what} has {len(data)} bytes, this server allows {max_bytes}")
     try:
@@ -161,6 +164,8 @@ def parse_json(data: bytes, what: str, max_bytes: int) -> object:
             data.decode("utf-8"),
             object_pairs_hook=_no_duplicates,
             parse_constant=_no_constants,
+            parse_int=_int64,
+            parse_float=_finite,
         )
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
         raise MalformedFile(f"{what} is not valid JSON: {error}") from None
@@ -248,6 +253,19 @@ def _no_duplicates(pairs: Sequence[tuple[str, object]]) -> dict[str, object]:
     if len(result) != len(pairs):
         raise ValueError("duplicate keys")
     return result
+
+
+def _int64(text: str) -> int:
+    if len(text) > 20 or not -(1 << 63) <= int(text) < 1 << 64:
+        raise ValueError(f"the number {text[:20]}… is larger than 64 bits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is larger than any float")
+    return value
 
 
 def _no_constants(value: str) -> object:

@@ -130,10 +130,12 @@ def replace_guard(folder: Path, guard: OodDetector) -> Path:
     """
     path = folder / GENERATOR_FILE
     if not path.is_file():
-        raise NotTrained(f"no {path}; run `loraplex generator train`")
+        raise NotTrained(f"no {path.name}; run `loraplex generator train`")
     file = read_tensor_file(path)
     if file.header["format"] != _FORMAT:
-        raise GeneratorMismatch(f"{path} has format {file.header['format']!r}, not {_FORMAT!r}")
+        raise GeneratorMismatch(
+            f"{path.name} has format {file.header['format']!r}, not {_FORMAT!r}"
+        )
     tensors = {**file.tensors, **_guard_tensors(guard)}
     write_tensor_file(path, tensors, {**file.header, "strangeness": guard.limit})
     return path

@@ -39,7 +39,7 @@ class Library:
     def load(cls, path: Path) -> Library:
         """Raises NotTrained if there is no such file."""
         if not path.is_file():
-            raise NotTrained(f"no library at {path}; run `loraplex zoo train`")
+            raise NotTrained(f"no library {path.name!r}; run `loraplex zoo train`")
         tensors, header, digest = read_tensor_file(path)
         return cls(
             layout=AdapterLayout.from_dict(header["layout"]),

@@ -5,6 +5,7 @@ Routes are found in the schema: a new one is tested without a word here.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -56,6 +57,7 @@ class Subject:
                     "SCHEMATHESIS_HOOKS": "tests.contract.schemathesis_hooks",
                     "LORAPLEX_ADAPTER": ADAPTER,
                     "LORAPLEX_JOB": self.job,
+                    "LORAPLEX_HEADERS": json.dumps(self.headers),
                     "LORAPLEX_SECRETS": os.pathsep.join(self.secrets),
                 },
             )

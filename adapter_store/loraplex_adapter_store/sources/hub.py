@@ -12,6 +12,7 @@ from loraplex_adapter_store.errors import SourceError
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.report import JsonValue
 
+from .library_errors import told
 from .local import LocalFiles, read_directory
 
 __all__ = ["HubClient", "HubLike", "fetch_hub"]
@@ -47,7 +48,7 @@ class HubClient:
         try:
             info = HfApi(endpoint=self._endpoint).model_info(repo, revision=revision, timeout=30)
         except Exception as error:
-            raise SourceError(f"cannot fetch hf://{repo}: {_first_line(error)}") from None
+            raise SourceError(f"cannot fetch hf://{repo}: {told(error)}") from None
         if info.sha is None:
             raise SourceError(f"cannot fetch hf://{repo}: the Hub names no commit")
         return info.sha
@@ -64,7 +65,7 @@ class HubClient:
                 endpoint=self._endpoint,
             )
         except Exception as error:
-            raise SourceError(f"cannot fetch hf://{repo}: {_first_line(error)}") from None
+            raise SourceError(f"cannot fetch hf://{repo}: {told(error)}") from None
 
 
 def fetch_hub(
@@ -81,7 +82,3 @@ def fetch_hub(
     client.snapshot(repo, commit, into, tuple(f"{prefix}{name}" for name in _FILES))
     provenance: dict[str, JsonValue] = {"source": "hub", "repo": repo, "commit": commit}
     return read_directory(into / sub, limits), provenance
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

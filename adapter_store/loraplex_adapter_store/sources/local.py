@@ -41,13 +41,16 @@ class LocalFiles:
 def read_directory(path: Path, limits: StoreLimits) -> LocalFiles:
     """Opens nothing but the named files. SourceError, PickleRefused or UnsupportedAdapter."""
     if not path.is_dir():
-        raise SourceError(f"{path} is not a directory")
-    names = {entry.name for entry in path.iterdir()}
+        raise SourceError(f"{path.name!r} is not a directory")
+    try:
+        names = {entry.name for entry in path.iterdir()}
+    except OSError as error:
+        raise SourceError(f"cannot read {path.name!r}: {error.strerror}") from None
     if CONFIG_FILE not in names and {"config.json", _FULL_WEIGHTS} <= names:
         return LocalFiles(_FULL_CONFIG, path / _FULL_WEIGHTS, _template(path, names, limits))
     config_name = CONFIG_FILE if CONFIG_FILE in names else "mixlora_config.json"
     if config_name not in names:
-        raise SourceError(f"{path} has no {CONFIG_FILE}")
+        raise SourceError(f"{path.name!r} has no {CONFIG_FILE}")
     if WEIGHTS_FILE not in names:
         raise _no_weights(path, names)
     config = _read(path / config_name, limits.max_config_bytes)
@@ -59,8 +62,9 @@ def contained(path: Path, allowed: Sequence[Path]) -> Path:
     """``path`` with every symlink resolved, if it and its files lie inside an allowed root."""
     real = path.resolve()
     if not any(real.is_relative_to(root) for root in allowed):
-        roots = ", ".join(str(root) for root in allowed) or "none"
-        raise SourceForbidden(f"{path} is outside the allowed roots ({roots})")
+        raise SourceForbidden(
+            f"{path.name!r} is outside the directories that may be read; --adapters-dir adds one"
+        )
     if real.is_dir():
         nested = (real / name for name in COMPANION_FILES if "/" in name)
         for entry in (*real.iterdir(), *(path for path in nested if path.exists())):
@@ -88,12 +92,12 @@ def _no_weights(path: Path, names: set[str]) -> SourceError | PickleRefused | Un
     pickles = sorted(name for name in names if is_pickle_name(name))
     if pickles:
         return PickleRefused(
-            f"{path} holds {pickles[0]}, a pickle: it is never opened here; run "
-            f"`loraplex adapters convert {path}` to turn it into safetensors"
+            f"{path.name!r} holds {pickles[0]}, a pickle: it is never opened here; run "
+            f"`loraplex adapters convert` on the directory to turn it into safetensors"
         )
     if any(name.endswith(".safetensors.index.json") for name in names):
-        return UnsupportedAdapter(f"{path} is sharded over several files; save it in one")
-    return SourceError(f"{path} has no {WEIGHTS_FILE}")
+        return UnsupportedAdapter(f"{path.name!r} is sharded over several files; save it in one")
+    return SourceError(f"{path.name!r} has no {WEIGHTS_FILE}")
 
 
 def _read(path: Path, max_bytes: int) -> bytes:

@@ -11,6 +11,7 @@ from loraplex_adapter_store.errors import LimitExceeded, SourceError
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.report import JsonValue
 
+from .library_errors import told
 from .local import LocalFiles, read_directory
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def fetch_objects(
     try:
         store = from_url(uri)
     except Exception as error:
-        raise SourceError(f"{uri!r} is not an object store: {error}") from None
+        raise SourceError(f"{uri!r} is not an object store: {told(error)}") from None
     etags = download(store, into, limits)
     provenance: dict[str, JsonValue] = {"source": "objects", "uri": uri, "etags": dict(etags)}
     return read_directory(into, limits), provenance
@@ -73,5 +74,5 @@ def _stream(
     except NotFoundError:
         raise FileNotFoundError(name) from None
     except BaseError as error:
-        raise SourceError(f"cannot read {name}: {error}") from None
+        raise SourceError(f"cannot read {name}: {told(error)}") from None
     etags[name] = result.meta.get("e_tag")

@@ -11,6 +11,7 @@ from loraplex_adapter_store.errors import LimitExceeded, SourceError
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.report import JsonValue
 
+from .library_errors import told
 from .local import LocalFiles, read_directory
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def fetch_web(uri: str, into: Path, limits: StoreLimits) -> tuple[LocalFiles, di
                     _save(answer, into / name, limit)
                     etags[name] = answer.headers.get("etag")
             except httpx.HTTPError as error:
-                raise SourceError(f"cannot read {address}: {error}") from None
+                raise SourceError(f"cannot read {address}: {told(error)}") from None
     provenance: dict[str, JsonValue] = {"source": "web", "uri": uri, "etags": etags}
     return read_directory(into, limits), provenance
 

@@ -82,6 +82,39 @@ class SentenceEncoder:
             vectors[part] = self._encode(self._quick, [texts[i] for i in part]).sentence
         return vectors
 
+    def tokenize(
+        self, texts: Sequence[str], *, max_tokens: int | None = None, cut_left: bool = False
+    ) -> list[list[int]]:
+        """With special tokens, which stay where a text is cut to ``max_tokens``."""
+        with self._tokenizing:
+            self._tokenizer.truncation_side = "left" if cut_left else "right"
+            try:
+                encoded = self._tokenizer(
+                    list(texts), truncation=max_tokens is not None, max_length=max_tokens
+                )
+            finally:
+                self._tokenizer.truncation_side = "right"
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self._model.config.vocab_size)
+
+    @torch.inference_mode()
+    def means(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """float32 [n_texts, width] of tokenised texts: the mean over their tokens, of any length.
+
+        In float32 on every machine; padding to the longest.
+        """
+        longest = max(map(len, ids))
+        mask = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in ids])
+        padded = torch.tensor([[*one, *[0] * (longest - len(one))] for one in ids])
+        states = self._model(input_ids=padded, attention_mask=mask).last_hidden_state
+        weights = mask.float()[..., None]
+        mean: Tensor = (states * weights).sum(1) / weights.sum(1)
+        return mean
+
     @torch.inference_mode()
     def _encode(self, model: Any, texts: Sequence[str]) -> Encoded:
         with self._tokenizing:

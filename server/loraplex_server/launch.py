@@ -21,10 +21,14 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
+from loraplex_adapter_store.companion_files import MODULES_FILE, POOLING_FILE, read_pooling
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.plan import PoolingPlan
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.experts import arrow_prototypes
 from loraplex_server.adapters.description_resolver import DescriptionResolver
+from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.registration import register_adapters
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
@@ -47,7 +51,7 @@ if TYPE_CHECKING:
     from loraplex_generation.service import Generator
     from loraplex_server.engine.build import BuiltEngine
 
-__all__ = ["freeze_gc", "serve"]
+__all__ = ["freeze_gc", "pooling_of_base", "serve"]
 
 _CLOSE_S = 5.0  # for connections to close once every request is answered
 _LAST_EVENTS_S = 1.0  # for the engine's last events to reach the streams
@@ -107,6 +111,8 @@ def serve(
             ],
             semantic=descriptions.router,
             experts=built.engine.experts,
+            encoder=_encoder_model(encoder),
+            pooling=pooling_of_base(model_path),
             tracing=tracing,
             faults=faults,
         )
@@ -174,6 +180,22 @@ def _load_generator(encoder: SharedEncoder, model_path: Path, base_name: str) ->
         base_name=base_name,
         base_directory=model_path,
     )
+
+
+def _encoder_model(shared: SharedEncoder) -> EncoderModel | None:
+    from loraplex_server.model.errors import ModelError
+    from loraplex_server.model.pull import DEFAULT_ENCODER, resolve_encoder
+
+    try:
+        return EncoderModel.of(DEFAULT_ENCODER, resolve_encoder(), shared)
+    except ModelError:
+        return None
+
+
+def pooling_of_base(model_path: Path) -> PoolingPlan | None:
+    """Of a base that is a sentence-transformers model. Raises AdapterRefused for unknown modes."""
+    present = [name for name in (MODULES_FILE, POOLING_FILE) if (model_path / name).is_file()]
+    return read_pooling({name: (model_path / name).read_bytes() for name in present}, StoreLimits())
 
 
 def _encoder_directory() -> Path:

@@ -91,6 +91,9 @@ class HttpConfig(Options):
         1024, "Open connections before new requests get a 503.", Panel.HTTP, ge=1
     )
     max_choices: int = option(128, "Prompts × n of one call.", Panel.HTTP, hidden=True, ge=1)
+    max_inputs: int = option(
+        2048, "Texts of one call for vectors, classes or scores.", Panel.HTTP, hidden=True, ge=1
+    )
     ping_interval_s: Seconds = option(
         10.0, "Between comments of an idle stream.", Panel.HTTP, name="ping_interval", hidden=True
     )

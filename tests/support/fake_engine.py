@@ -6,7 +6,9 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from loraplex_server.engine.client import EngineStats, GenerationRequest, Listener
 from loraplex_server.engine.errors import (
@@ -17,6 +19,7 @@ from loraplex_server.engine.errors import (
     QueueFull,
 )
 from loraplex_server.engine.events import FinishReason, TokenEvent, TokenLogprobs
+from loraplex_server.engine.pooling import PooledRows, Pooling
 
 __all__ = ["EOS_ID", "FakeEngine"]
 
@@ -128,6 +131,12 @@ class FakeEngine:
 
     def _send(self, run: _Run) -> None:
         request, sampling = run.request, run.request.sampling
+        if request.pooling is not None:
+            del self._running[request.request_id]
+            finish = FinishReason.STOP
+            pooled = _pooled(request, request.pooling)
+            run.listener(TokenEvent(request.request_id, (), finish=finish, pooled=pooled))
+            return
         first = run.n_sent == 0
         at_end = run.n_sent >= len(run.script)
         token_id = EOS_ID if at_end else run.script[run.n_sent]
@@ -163,3 +172,14 @@ class FakeEngine:
     def _prompt_logprobs(self, request: GenerationRequest) -> tuple[TokenLogprobs | None, ...]:
         known = [self._logprobs(request, token_id)[0] for token_id in request.prompt_ids[1:]]
         return (None, *known)
+
+
+_WIDTH = 64  # of the tiny models' hidden states
+
+
+def _pooled(request: GenerationRequest, pooling: Pooling) -> Tensor:
+    """Of made-up hidden states, one for each token id."""
+    rows = PooledRows(pooling)
+    for token in request.prompt_ids:
+        rows.add(torch.sin(torch.arange(1, _WIDTH + 1.0) * (token + 1)).unsqueeze(0))
+    return rows.result()

@@ -19,8 +19,10 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import Scope
 
+from loraplex_adapter_store.plan import PoolingMode, PoolingPlan
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.device_tier import DeviceTier, DeviceUnloads
+from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.resolver import AdapterResolver, SelectorResolver
@@ -42,6 +44,7 @@ from loraplex_server.api.routes import (
     revisions,
     routing,
     tokens,
+    vectors,
 )
 from loraplex_server.api.serving.disconnect import ClientLeft
 from loraplex_server.api.serving.generation import LiveGenerations
@@ -90,14 +93,17 @@ def build_app(
     collectors: Sequence[Collector] = (),
     semantic: SemanticRouter | None = None,
     experts: ExpertMonitor | None = None,
+    encoder: EncoderModel | None = None,
+    pooling: PoolingPlan | None = None,
     tracing: TracerProvider | None = None,
     faults: Faults | None = None,
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
     ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate;
     ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
-    the load of routed adapters; ``tracing`` gets a span of each call; ``faults`` is what the
-    other parts report their failures to.
+    the load of routed adapters; ``encoder`` is a model of its own for vectors; ``pooling`` is how
+    the base's embeddings are made, by default the normalised mean; ``tracing`` gets a span of each
+    call; ``faults`` is what the other parts report their failures to.
 
     ``app.state.parts`` holds the parts, for whoever drains the server.
     """
@@ -139,6 +145,8 @@ def build_app(
         semantic=semantic,
         experts=experts,
         faults=faults,
+        encoder=encoder,
+        pooling=pooling or PoolingPlan(PoolingMode.MEAN, normalize=True),
         model_root=model_name,
         started=int(time()),
     )
@@ -147,6 +155,7 @@ def build_app(
     # routing before adapters: an adapter's name may hold slashes and would swallow the rest.
     behind_keys = (
         generate,
+        vectors,
         models,
         generate_adapter,
         routing,

@@ -14,8 +14,10 @@ from prometheus_client import CollectorRegistry
 from starlette.requests import Request
 
 from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.plan import PoolingPlan
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.device_tier import DeviceTier, DeviceUnloads
+from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.resolver import AdapterResolver
@@ -61,6 +63,8 @@ class AppState:
     semantic: SemanticRouter | None  # None: no ``auto``
     experts: ExpertMonitor | None
     faults: Faults
+    encoder: EncoderModel | None  # None: the sentence encoder is not on this machine
+    pooling: PoolingPlan  # of the base's embeddings
     model_root: str  # opaque name of the base's weights: a model id, never a path
     started: int = 0  # seconds since the epoch
 

@@ -189,9 +189,3 @@ async def test_tenant_and_salt_separate_the_prefix_cache(front: Front) -> None:
     await front.chat()
     first, second = front.engine.requests
     assert first.cache_salt != second.cache_salt
-
-
-async def test_embeddings_are_clearly_not_offered(front: Front) -> None:
-    answer = await front.post("/v1/embeddings", {"input": "x", "model": "base"})
-    assert answer.status_code == 404
-    assert answer.json()["error"]["code"] == "embeddings_not_supported"

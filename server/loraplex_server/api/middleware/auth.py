@@ -26,7 +26,8 @@ _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _INFERENCE = frozenset(
     {
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"),
-        *("/tokenize", "/detokenize"),
+        *("/tokenize", "/detokenize", "/classify", "/pooling"),
+        *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     }
 )
 _EVERYTHING = frozenset(KeyScope)

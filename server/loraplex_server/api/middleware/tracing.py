@@ -21,6 +21,11 @@ _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/completions": "text_completion",
     "/v1/adapters/generate": "generate_adapter",
+    "/v1/embeddings": "embeddings",
+    **{f"{at}/{name}": name for name in ("score", "rerank") for at in ("", "/v1")},
+    "/v2/rerank": "rerank",
+    "/classify": "classify",
+    "/pooling": "pooling",
 }
 
 

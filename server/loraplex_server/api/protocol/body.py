@@ -35,10 +35,10 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-def exactly_one_of(**kinds: str) -> ConfigDict:
+def exactly_one_of(**kinds: JsonValue) -> ConfigDict:
     """Says in the schema that one of the fields is given and the others are left out or null.
 
-    ``kinds``: field → its JSON type. The route checks it.
+    ``kinds``: field → its JSON types. The route checks it.
     """
     return ConfigDict(
         json_schema_extra={

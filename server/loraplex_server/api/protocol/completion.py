@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 from .body import Few, TokenId
 from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
 
-__all__ = ["Completion", "CompletionBody"]
+__all__ = ["Completion", "CompletionBody", "PromptInput"]
 
 
 def _check_prompt(value: object) -> object:
@@ -31,14 +31,17 @@ def _check_prompt(value: object) -> object:
     return value
 
 
+PromptInput = Annotated[
+    str
+    | Annotated[Few[str], Field(min_length=1)]
+    | Annotated[Few[TokenId], Field(min_length=1)]
+    | Annotated[Few[Few[TokenId]], Field(min_length=1)],
+    BeforeValidator(_check_prompt),
+]
+
+
 class CompletionBody(GenerationBody):
-    prompt: Annotated[
-        str
-        | Annotated[Few[str], Field(min_length=1)]
-        | Annotated[Few[TokenId], Field(min_length=1)]
-        | Annotated[Few[Few[TokenId]], Field(min_length=1)],
-        BeforeValidator(_check_prompt),
-    ]
+    prompt: PromptInput
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: int | None = None

@@ -1,10 +1,9 @@
-"""Text generation: chat, plain completions, and a 404 for embeddings."""
+"""Text generation: chat and plain completions."""
 
 from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from loraplex_server.api.errors import ApiError
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.protocol.chat import ChatBody, ChatCompletion
 from loraplex_server.api.protocol.completion import Completion, CompletionBody
@@ -27,13 +26,3 @@ async def chat_completions(body: ChatBody, request: Request, state: State) -> Re
 @router.post("/v1/completions", response_model=Completion, responses=_RESPONSES)
 async def completions(body: CompletionBody, request: Request, state: State) -> Response:
     return await CompletionCall(state, request, body).respond()
-
-
-@router.post("/v1/embeddings", include_in_schema=False)
-async def embeddings() -> Response:
-    raise ApiError(
-        404,
-        "this server generates text; it has no embedding model",
-        code="embeddings_not_supported",
-        param="model",
-    )

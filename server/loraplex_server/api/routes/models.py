@@ -1,4 +1,4 @@
-"""/v1/models: the base first, then every adapter, as OpenAI clients and vLLM's tools list them."""
+"""/v1/models: the base, the sentence encoder and every adapter, as OpenAI clients list them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_server.adapters.access import access_of, check_allowed
+from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.api.errors import ApiError, not_found
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.errors import errors
@@ -28,6 +29,8 @@ async def list_models(request: Request, state: State, loaded: bool = False) -> R
         if access.allows(card.name) and (not loaded or card.n_bytes.host or card.digest in resident)
     ]
     data = [_base(state, name) for name in state.resolver.base_names]
+    if state.encoder is not None:
+        data.append(_encoder(state, state.encoder))
     data += [_adapter(state, card) for card in cards]
     return ORJSONResponse({"object": "list", "data": data})
 
@@ -37,6 +40,8 @@ async def show_model(request: Request, model_id: str, state: State) -> Response:
     access = access_of(request)
     if model_id in state.resolver.base_names:
         return ORJSONResponse(_base(state, model_id))
+    if state.encoder is not None and model_id == state.encoder.name:
+        return ORJSONResponse(_encoder(state, state.encoder))
     name = model_id
     for base in state.resolver.base_names:
         name = name.removeprefix(f"{base}:")
@@ -53,6 +58,12 @@ async def show_model(request: Request, model_id: str, state: State) -> Response:
 
 def _base(state: AppState, name: str) -> dict[str, object]:
     return _card(state, name, state.started, root=state.model_root, parent=None)
+
+
+def _encoder(state: AppState, encoder: EncoderModel) -> dict[str, object]:
+    """For vectors alone; see docs/embeddings.md."""
+    card = _card(state, encoder.name, state.started, root=encoder.name, parent=None)
+    return {**card, "max_model_len": encoder.max_tokens}
 
 
 def _adapter(state: AppState, card: AdapterCard) -> dict[str, object]:

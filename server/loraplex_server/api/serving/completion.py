@@ -16,7 +16,7 @@ from .chat_format import AnswerHead
 from .completion_format import CompletionFormat, PromptEcho
 from .sampling import max_output_tokens, sampling_params
 
-__all__ = ["CompletionCall"]
+__all__ = ["CompletionCall", "split_prompts"]
 
 
 class CompletionCall(TextCall):
@@ -29,7 +29,7 @@ class CompletionCall(TextCall):
             raise invalid("insertion is not supported", "suffix", "unsupported_parameter")
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of other than n is not supported", "best_of")
-        self._texts, self._id_lists = _prompts(body.prompt)
+        self._texts, self._id_lists = split_prompts(body.prompt)
         super().__init__(state, request, body, len(self._texts) or len(self._id_lists))
         self._completion = body
         self._echoes: list[PromptEcho | None] = []
@@ -99,7 +99,7 @@ class CompletionCall(TextCall):
         return PromptEcho(text, ids, tuple(offsets))
 
 
-def _prompts(
+def split_prompts(
     prompt: str | list[str] | list[int] | list[list[int]],
 ) -> tuple[list[str], list[tuple[int, ...]]]:
     """Texts or token ids; exactly one of the two lists is not empty."""

@@ -13,7 +13,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from time import perf_counter
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from tokenizers import Tokenizer
 
@@ -27,7 +27,7 @@ from loraplex_server.metrics.server_metrics import CallMetrics
 
 from .choice import Choice, ChoiceDelta, ChoiceRequest, CollectedChoice
 
-__all__ = ["Generation", "LiveGenerations", "Usage"]
+__all__ = ["Generation", "LiveCall", "LiveGenerations", "Usage", "failure_of"]
 
 
 class Usage(NamedTuple):
@@ -44,24 +44,31 @@ class Usage(NamedTuple):
         }
 
 
+class LiveCall(Protocol):
+    """What runs in the engine for one call. Hashable by identity."""
+
+    def fail(self, error: ApiError) -> None:
+        """Ends it with ``error``."""
+
+
 class LiveGenerations:
-    """All generations of the server, so that a shutdown can end each with a final event."""
+    """All that runs for clients, so that a shutdown can end each with an error."""
 
     def __init__(self) -> None:
-        self._live: set[Generation] = set()
+        self._live: set[LiveCall] = set()
 
     def __len__(self) -> int:
         return len(self._live)
 
-    def add(self, generation: Generation) -> None:
-        self._live.add(generation)
+    def add(self, call: LiveCall) -> None:
+        self._live.add(call)
 
-    def discard(self, generation: Generation) -> None:
-        self._live.discard(generation)
+    def discard(self, call: LiveCall) -> None:
+        self._live.discard(call)
 
     def fail_all(self, error: ApiError) -> None:
-        for generation in list(self._live):
-            generation.fail(error)
+        for call in list(self._live):
+            call.fail(error)
 
 
 class Generation:
@@ -227,7 +234,7 @@ class Generation:
             return None
         if event.finish is FinishReason.ERROR or event.finish is FinishReason.CANCELLED:
             choice.ended = True
-            self._failure = _failure(event, self._prompt_param)
+            self._failure = failure_of(event, self._prompt_param)
             self._metrics.finished("error", choice.n_output)
             return None
         if choice.n_output == 0:
@@ -246,7 +253,8 @@ class Generation:
         self._metrics.found_in_prefix_cache(n_cached)
 
 
-def _failure(event: TokenEvent, prompt_param: str) -> ApiError:
+def failure_of(event: TokenEvent, prompt_param: str) -> ApiError:
+    """Of a last event that is an error or a cancellation."""
     if event.finish is FinishReason.CANCELLED:
         return ApiError(503, "the request was cancelled", code="cancelled")
     if event.error is None:

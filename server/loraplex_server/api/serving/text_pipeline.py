@@ -82,13 +82,25 @@ class TextPipeline:
         return await self._run(lambda: self._encode(text, add_special_tokens))
 
     async def encode_many(
-        self, texts: Sequence[str], *, add_special_tokens: bool
+        self, texts: Sequence[str], *, add_special_tokens: bool, param: str = "prompt"
     ) -> list[tuple[int, ...]]:
         for text in texts:
-            self.check_length(len(text), "prompt")
+            self.check_length(len(text), param)
 
         def encode_all() -> list[tuple[int, ...]]:
             return [self._encode(text, add_special_tokens) for text in texts]
+
+        return await self._run(encode_all)
+
+    async def encode_pairs(
+        self, pairs: Sequence[tuple[str, str]], *, param: str
+    ) -> list[tuple[int, ...]]:
+        """Two texts as one prompt, as the tokenizer joins them."""
+        for first, second in pairs:
+            self.check_length(len(first) + len(second), param)
+
+        def encode_all() -> list[tuple[int, ...]]:
+            return [tuple(self.backend.encode(first, second).ids) for first, second in pairs]
 
         return await self._run(encode_all)
 

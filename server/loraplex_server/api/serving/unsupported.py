@@ -25,6 +25,14 @@ def _more_than_text(value: object) -> bool:
     return value not in (None, ["text"])
 
 
+def _is_told(value: object) -> bool:
+    return value is not None
+
+
+def _pads(value: object) -> bool:
+    return value not in (None, "do_not_pad")
+
+
 # field → (is the value a request for something we do not do?, what it would need)
 _REFUSED: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "tools": (_given, "tool calls are not supported yet"),
@@ -44,6 +52,8 @@ _REFUSED: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "chat_template": (_given, "templates come from the model or the adapter, never from a request"),
     "bad_words": (_given, "bad_words is not supported; use logit_bias"),
     "allowed_token_ids": (_given, "allowed_token_ids is not supported; use logit_bias"),
+    "normalize": (_is_told, "it is called use_activation"),
+    "padding": (_pads, "prompts are never padded"),
     "suffix": (_given, "insertion is not supported"),
 }
 

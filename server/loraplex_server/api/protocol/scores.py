@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .body import INT64, Body, Few
+from .body import INT64_END, Body, Few
 from .vectors import PromptUsage, VectorAnswer, VectorBody
 
 __all__ = ["RerankBody", "Reranked", "ScoreBody", "Scores"]
@@ -50,7 +50,7 @@ class DocumentBody(Body):
 class RerankBody(VectorBody):
     query: str
     documents: str | Annotated[Few[str | DocumentBody], Field(min_length=1)]
-    top_n: Annotated[int, Field(ge=0, le=INT64)] | None = None  # 0: all
+    top_n: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None  # 0: all
 
 
 class Score(BaseModel):

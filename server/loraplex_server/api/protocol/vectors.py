@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from .body import INT64, Body, Few, JsonObject, Name, exactly_one_of
+from .body import INT64_END, Body, Few, JsonObject, Name, exactly_one_of
 from .chat import ChatMessage
 from .completion import PromptInput
 from .generation import AdapterChoice, AnsweredBy
@@ -23,7 +23,7 @@ __all__ = [
     "VectorBody",
 ]
 
-_Dimensions = Annotated[int, Field(ge=1, le=INT64)]
+_Dimensions = Annotated[int, Field(ge=1, lt=INT64_END)]
 _Encoding = Literal["float", "base64"]
 PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
 
@@ -34,7 +34,7 @@ class VectorBody(Body):
     model: Name | None = None
     adapter: AdapterChoice | None = None
     adapter_id: Name | None = None  # LoRAX
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT64)] | None = None  # -1: to fit
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64_END)] | None = None  # -1: to fit
     truncation_side: Literal["left", "right"] | None = None  # what is cut off; right by default
     use_activation: bool | None = None  # False: as the model computes it
     cache_salt: Annotated[str, Field(max_length=256)] | None = None

@@ -16,7 +16,10 @@ __all__ = ["EVERY_ADAPTER", "AdapterAccess", "ApiKey", "Scope", "parse_keys"]
 _MAX_NAME = 256  # of an adapter, with its organisation
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _FIELDS = frozenset(
-    {"name", "sha256", "scope", "adapters", "sources", "requests_per_minute", "tokens_per_minute"}
+    {
+        *("name", "tenant", "sha256", "scope", "adapters", "sources"),
+        *("requests_per_minute", "tokens_per_minute"),
+    }
 )
 
 
@@ -58,11 +61,12 @@ EVERY_ADAPTER = AdapterAccess()
 
 @dataclass(frozen=True, slots=True)
 class ApiKey:
-    """Only the hash is kept; ``id`` tells tenants apart in logs and salts the prefix cache."""
+    """Only the hash is kept; ``id`` tells keys apart. Keys of one ``tenant`` share what it has."""
 
     sha256: bytes = field(repr=False)
     scopes: frozenset[Scope]
     id: str
+    tenant: str
     access: AdapterAccess = EVERY_ADAPTER
     requests_per_minute: int | None = None  # None: no limit
     tokens_per_minute: int | None = None  # of prompts and answers together
@@ -71,7 +75,8 @@ class ApiKey:
     def of(secret: str, scope: Scope) -> ApiKey:
         """Of an option; ``scope`` includes the lesser ones."""
         digest = hashlib.sha256(secret.encode()).digest()
-        return ApiKey(digest, _SCOPES[scope.value], hashlib.sha256(digest).hexdigest()[:8])
+        id = hashlib.sha256(digest).hexdigest()[:8]
+        return ApiKey(digest, _SCOPES[scope.value], id, tenant=id)
 
 
 def parse_keys(text: str) -> tuple[ApiKey, ...]:
@@ -98,6 +103,9 @@ def _key(number: int, table: object) -> ApiKey:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ValueError(f"{where} needs a name of 1 to 64 characters: letters, digits, . _ -")
     where = f"key {name!r}"
+    tenant = table.get("tenant", name)
+    if not isinstance(tenant, str) or not _NAME.fullmatch(tenant):
+        raise ValueError(f"{where}: tenant must be 1 to 64 characters: letters, digits, . _ -")
     if unknown := sorted(set(table) - _FIELDS):
         raise ValueError(f"{where} has unknown fields {unknown}; known: {sorted(_FIELDS)}")
     digest = table.get("sha256")
@@ -110,6 +118,7 @@ def _key(number: int, table: object) -> ApiKey:
         bytes.fromhex(digest),
         _SCOPES[scope],
         name,
+        tenant,
         _access(where, table),
         _limit(where, table, "requests_per_minute"),
         _limit(where, table, "tokens_per_minute"),

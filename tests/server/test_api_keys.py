@@ -31,7 +31,7 @@ def test_a_keys_file_is_read_with_the_other_keys(
     assert operator.scopes == frozenset(Scope)
     assert operator.access.patterns is None
     assert team.sha256.hex() == DIGEST
-    assert (team.id, team.scopes) == ("team-a", frozenset({Scope.INFER}))
+    assert (team.id, team.scopes) == ("team-a", frozenset({Scope.METRICS, Scope.INFER}))
     assert (team.requests_per_minute, team.tokens_per_minute) == (60, 1000)
     assert team.access == AdapterAccess(("team-a/*", "shared"), ())
     assert DIGEST not in repr(config)
@@ -43,6 +43,18 @@ def test_what_a_key_does_not_say_is_not_limited() -> None:
     (key,) = parse_keys(f'[[key]]\nname = "a"\nsha256 = "{DIGEST.upper()}"\nscope = "admin"\n')
     assert key.access.allows("anything/at/all")
     assert key.requests_per_minute is key.tokens_per_minute is None
+
+
+def test_a_key_is_a_tenant_of_its_own_unless_it_names_one() -> None:
+    keys = parse_keys(
+        "".join(
+            f'[[key]]\nname = "{name}"\nsha256 = "{number:064x}"\nscope = "infer"\n{tenant}\n'
+            for number, (name, tenant) in enumerate(
+                [("a", 'tenant = "acme"'), ("b", 'tenant = "acme"'), ("c", "")]
+            )
+        )
+    )
+    assert [key.tenant for key in keys] == ["acme", "acme", "c"]
 
 
 @pytest.mark.parametrize(
@@ -66,8 +78,9 @@ def test_patterns_are_globs_over_the_whole_name(
     [
         ('key = "my-plain-secret"', "unknown fields"),
         ('sha256 = "my-plain-secret"', "sha256sum"),
-        ('scope = "root"', "scope must be one of infer, admin"),
+        ('scope = "root"', "scope must be one of metrics, infer, admin"),
         ('name = "a b"', "needs a name"),
+        ('tenant = "a/b"', "tenant must be 1 to 64"),
         ('adapters = "team-a/*"', "adapters must be a list"),
         ('adapters = [""]', "adapters must be a list"),
         ("requests_per_minute = 0", "requests_per_minute"),

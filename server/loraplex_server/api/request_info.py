@@ -25,7 +25,7 @@ CURRENT_REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 class RequestInfo:
     id: str
     started: float = field(default_factory=perf_counter)
-    tenant: str = ""  # id of the API key; salts the prefix cache
+    tenant: str = ""  # of the API key; "" without keys: there is one tenant
     scopes: frozenset[Scope] = frozenset()
     access: AdapterAccess = EVERY_ADAPTER
     meter: RateLimiter | None = None  # of the API key, if it is limited

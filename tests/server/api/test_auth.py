@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,18 @@ async def test_tenants_do_not_share_a_prefix_cache(locked: Front) -> None:
     first, second = (request.cache_salt for request in locked.engine.requests)
     assert first != second
     assert ADMIN not in first
+
+
+async def test_keys_of_one_tenant_share_a_prefix_cache(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    keys = tuple(replace(key, tenant="acme") for key in KEYS[:2])
+    front = make_front(tokenizer, base_spec, tmp_path, HttpConfig(api_keys=keys))
+    for secret in (ADMIN, INFER):
+        front.headers = bearer(secret)
+        await front.chat()
+    assert [request.cache_salt for request in front.engine.requests] == ["acme", "acme"]
+    front.store.close()
 
 
 async def test_off_loopback_without_a_key_adapters_are_read_only(

@@ -63,7 +63,7 @@ class Auth:
         needed = _needed_scope(path, method)
         if self._keys:
             key = self._key_of(scope)
-            info.tenant, info.scopes, info.access = key.id, key.scopes, key.access
+            info.tenant, info.scopes, info.access = key.tenant, key.scopes, key.access
             info.meter = self._meters.get(key.id)
             if needed not in key.scopes:
                 raise ApiError(

@@ -11,6 +11,7 @@ from pathlib import Path
 from .campaign import fuzz_target
 
 _ROUND = 1000
+_MAX_FINDINGS = 20
 
 
 def main() -> int:
@@ -20,7 +21,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     given = parser.parse_args()
     numbers = range(given.first, given.first + given.cases)
-    began = time.monotonic()
+    began, n_findings = time.monotonic(), 0
     with tempfile.TemporaryDirectory() as folder, fuzz_target(Path(folder)) as target:
         for start in range(0, len(numbers), _ROUND):
             findings = target.run(given.seed, numbers[start : start + _ROUND])
@@ -32,9 +33,10 @@ def main() -> int:
                 f"slowest {target.slowest_s:.1f} s, {dict(sorted(target.statuses.items()))}",
                 flush=True,
             )
-            if findings:
-                return 1
-    return 0
+            n_findings += len(findings)
+            if n_findings >= _MAX_FINDINGS or not target.is_alive():
+                break
+    return 1 if n_findings else 0
 
 
 if __name__ == "__main__":

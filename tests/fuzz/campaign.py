@@ -47,7 +47,7 @@ class Target:
     def __init__(self, client: httpx.Client, judge: Judge, is_alive: Callable[[], bool]) -> None:
         self._client = client
         self._judge = judge
-        self._is_alive = is_alive
+        self.is_alive = is_alive
         self._schema: dict[str, Any] = client.get("/openapi.json").json()
         self._canary = self._ask_canary()
         self.statuses: Counter[int] = Counter()
@@ -64,7 +64,7 @@ class Target:
                 if now != self._canary:
                     what = f"the canary's answer changed since case {number - _LOOK_AFTER}"
                     findings.append(Finding(seed, number, what, case, f"{self._canary} -> {now}"))
-            if len(findings) >= max_findings or not self._is_alive():
+            if len(findings) >= max_findings or not self.is_alive():
                 break
         return findings
 
@@ -77,7 +77,7 @@ class Target:
             try:
                 answer = self._send(sent)
             except httpx.HTTPError as error:
-                yield f"no answer: {error!r}", f"alive: {self._is_alive()}"
+                yield f"no answer: {error!r}", f"alive: {self.is_alive()}"
                 return
             self.slowest_s = max(self.slowest_s, time.monotonic() - began)
             self.statuses[answer.status_code] += 1

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import unquote
 
 import httpx
 
@@ -69,8 +70,9 @@ class Judge:
             return "a server error in a stream"
         told = {key: value for key, value in error.items() if value not in _TYPES}
         shown = json.dumps(told, ensure_ascii=False)
-        sent = f"{case.path} {case.content.decode(errors='replace')}"
+        # an answer may show what was sent, shortened
+        sent = f"{unquote(case.path)} {case.content.decode(errors='replace')}"
         for found in (*_PATH.finditer(shown), *_INSIDE.finditer(shown)):
-            if found[0].strip("\\,.;:)")[:40] not in sent:
+            if found[0].partition("...")[0].strip("\\,.;:)")[:40] not in sent:
                 return f"shows {found[0]!r}"
         return None

@@ -1,0 +1,203 @@
+"""Calls that a client's input may make endless or huge, in processes that can be killed.
+
+    workers = WorkerProcesses()
+    text = await workers.run(render, [template, messages], timeout_s=2)
+
+A function is a top-level one of a module that imports little; arguments and result are JSON. Why
+not multiprocessing or pebble: they import the server's main module (and PyTorch) into each worker,
+unpickle what a worker says, and notice a timeout by polling in threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+__all__ = [
+    "CallFailed",
+    "CallRaised",
+    "CallTooLarge",
+    "CallTooLong",
+    "WorkerProcesses",
+    "WorkersBusy",
+]
+
+T = TypeVar("T")
+_CHILD = "loraplex_server.worker_child"
+
+
+class CallFailed(Exception):
+    """The call gave no result; the server and other calls go on.
+
+    CallFailed
+    ├── CallRaised    the function raised: its own error
+    ├── CallTooLong   over its time; the process was killed
+    ├── CallTooLarge  over its memory, depth, CPU time or length of result
+    └── WorkersBusy   nothing was tried: all workers are taken
+    """
+
+
+class CallRaised(CallFailed):
+    def __init__(self, type_name: str, text: str) -> None:
+        super().__init__(text)
+        self.type_name = type_name
+
+
+class CallTooLong(CallFailed): ...
+
+
+class CallTooLarge(CallFailed): ...
+
+
+class WorkersBusy(CallFailed): ...
+
+
+class WorkerProcesses:
+    """Used on one event loop. Processes start with the first call; one more than is busy.
+
+    ``max_waiting`` calls may wait for a worker, each at most ``max_wait_s``.
+    """
+
+    def __init__(
+        self,
+        *,
+        n_workers: int = 2,
+        max_waiting: int = 64,
+        max_wait_s: float = 10.0,
+        memory_bytes: int = 1 << 30,
+        answer_bytes: int = 16 << 20,
+    ) -> None:
+        self._turns = asyncio.Semaphore(n_workers)
+        self._n_waiting = 0
+        self._max_waiting = max_waiting
+        self._max_wait_s = max_wait_s
+        self._limits = (memory_bytes, answer_bytes)
+        self._idle: list[_Worker] = []
+        self._ending: set[asyncio.Future[None]] = set()
+        self._closed = False
+
+    async def run(
+        self, function: Callable[..., T], args: Sequence[object], *, timeout_s: float
+    ) -> T:
+        """Raises CallFailed. A cancelled or failed call ends its process; a spare is ready."""
+        path = f"{function.__module__}:{function.__qualname__}"
+        frame = json.dumps([path, args, timeout_s]).encode()
+        await self._turn()
+        reusable = False
+        worker = None
+        try:
+            worker = self._next()
+            async with asyncio.timeout(timeout_s):
+                answer = await worker.call(frame)
+            reusable = answer[0] != "too large"  # its memory may not come back
+        except TimeoutError:
+            raise CallTooLong(f"took longer than {timeout_s:g} s") from None
+        except (EOFError, ConnectionError):
+            raise CallTooLarge("the process ended: it ran out of time, stack or memory") from None
+        finally:
+            self._turns.release()
+            if worker and reusable and not self._closed:
+                self._idle.append(worker)
+            elif worker:
+                self._end(worker)
+        result: T = _result(answer)
+        return result
+
+    async def close(self) -> None:
+        """Ends all idle processes; those that work end with their call."""
+        self._closed = True
+        while self._idle:
+            self._end(self._idle.pop())
+        await asyncio.gather(*self._ending)
+
+    async def _turn(self) -> None:
+        if self._turns.locked() and self._n_waiting >= self._max_waiting:
+            raise WorkersBusy(f"{self._n_waiting} calls wait for a worker process; try again later")
+        self._n_waiting += 1
+        try:
+            async with asyncio.timeout(self._max_wait_s):  # wait_for may swallow a cancellation
+                await self._turns.acquire()
+        except TimeoutError:
+            raise WorkersBusy("all worker processes are taken; try again later") from None
+        finally:
+            self._n_waiting -= 1
+
+    def _next(self) -> _Worker:
+        """A process that is ready, while another starts for the next call that needs one."""
+        for dead in [worker for worker in self._idle if not worker.alive]:
+            self._idle.remove(dead)
+            self._end(dead)
+        worker = self._idle.pop() if self._idle else _Worker(self._limits)
+        if not self._idle:
+            self._idle.append(_Worker(self._limits))
+        return worker
+
+    def _end(self, worker: _Worker) -> None:
+        worker.kill()
+        ending = asyncio.get_running_loop().run_in_executor(None, worker.wait)
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+
+
+class _Worker:
+    """A process and our end of its socket; started without an await, so that none is lost."""
+
+    def __init__(self, limits: tuple[int, int]) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._socket.setblocking(False)
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-B", "-m", _CHILD, *map(str, limits)],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                stderr=subprocess.DEVNULL,
+                env={"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},  # no secret
+                start_new_session=True,  # Ctrl-C is for the server
+            )
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    async def call(self, frame: bytes) -> list[object]:
+        """Raises EOFError or ConnectionError when the process ended."""
+        loop = asyncio.get_running_loop()
+        await loop.sock_sendall(self._socket, len(frame).to_bytes(4, "big") + frame)
+        length = int.from_bytes(await self._receive(4), "big")
+        answer: list[object] = json.loads(await self._receive(length))
+        return answer
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._socket.close()
+
+    def wait(self) -> None:
+        """Blocks until the kernel has taken the process away."""
+        self._process.wait()
+
+    async def _receive(self, n_bytes: int) -> bytes:
+        loop = asyncio.get_running_loop()
+        data = bytearray()
+        while len(data) < n_bytes:
+            part = await loop.sock_recv(self._socket, min(n_bytes - len(data), 1 << 18))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+
+def _result(answer: list[object]) -> Any:
+    match answer:
+        case ["value", value]:
+            return value
+        case ["raised", str(type_name), str(text)]:
+            raise CallRaised(type_name, text)
+        case ["too large", str(text)]:
+            raise CallTooLarge(text)
+    raise CallTooLarge("the process sent no answer")

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+
+import pytest
+
+from loraplex_server.worker_process import (
+    CallFailed,
+    CallRaised,
+    CallTooLarge,
+    CallTooLong,
+    WorkerProcesses,
+    WorkersBusy,
+)
+from tests.support import worker_calls as calls
+
+SHORT_S, LONG_S = 1.0, 60.0
+
+
+def test_a_call_returns_its_result_and_workers_are_kept() -> None:
+    async def use(workers: WorkerProcesses) -> None:
+        assert await workers.run(calls.doubled, ["ab"], timeout_s=LONG_S) == "abab"
+        first = await workers.run(calls.nap, [0], timeout_s=LONG_S)
+        assert first != os.getpid()
+        assert await workers.run(calls.nap, [0], timeout_s=LONG_S) == first
+
+    _with_workers(use)
+
+
+def test_a_worker_imports_little_and_sees_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_API_KEYS", "secret")
+
+    async def use(workers: WorkerProcesses) -> None:
+        loaded = await workers.run(calls.modules, [], timeout_s=LONG_S)
+        assert not {"torch", "transformers", "numpy", "asyncio", "fastapi"} & set(loaded)
+        assert "secret" not in str(await workers.run(calls.environment, [], timeout_s=LONG_S))
+
+    _with_workers(use)
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "error"),
+    [
+        (calls.nap, [LONG_S], CallTooLong),
+        (calls.burn, [1], CallTooLong),
+        (calls.allocate, [10 << 30], CallTooLarge),
+        (calls.deep, [0], CallTooLarge),
+        (calls.long, [20 << 20], CallTooLarge),
+        (calls.crash, [], CallTooLarge),
+        (calls.fail, ["why"], CallRaised),
+    ],
+)
+def test_a_hostile_call_fails_alone(
+    function: Callable[..., object], args: list[object], error: type[CallFailed]
+) -> None:
+    async def use(workers: WorkerProcesses) -> None:
+        hostile = asyncio.create_task(workers.run(function, args, timeout_s=SHORT_S))
+        assert await workers.run(calls.doubled, ["ab"], timeout_s=LONG_S) == "abab"
+        with pytest.raises(error):
+            await hostile
+        assert await workers.run(calls.doubled, ["ab"], timeout_s=LONG_S) == "abab"
+
+    _with_workers(use)
+
+
+def test_cpu_of_all_threads_of_a_call_is_limited() -> None:
+    """Each call has its own allowance, though the process's clock goes on."""
+
+    async def use(workers: WorkerProcesses) -> None:
+        await workers.run(calls.nap, [0], timeout_s=LONG_S)
+        with pytest.raises(CallFailed):
+            await workers.run(calls.burn, [4], timeout_s=2)
+
+    _with_workers(use)
+
+
+def test_a_cancelled_call_frees_its_worker() -> None:
+    async def use(workers: WorkerProcesses) -> None:
+        held = [
+            asyncio.create_task(workers.run(calls.nap, [LONG_S], timeout_s=LONG_S))
+            for _ in range(4)  # two run, two wait
+        ]
+        await asyncio.sleep(0)
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        assert await workers.run(calls.doubled, ["ab"], timeout_s=LONG_S) == "abab"
+
+    _with_workers(use)
+
+
+def test_waiting_is_bounded_in_number_and_time() -> None:
+    async def use(workers: WorkerProcesses) -> None:
+        held = [
+            asyncio.create_task(workers.run(calls.nap, [LONG_S], timeout_s=LONG_S))
+            for _ in range(3)  # two run, one waits
+        ]
+        await asyncio.sleep(0)
+        with pytest.raises(WorkersBusy, match="1 calls wait"):
+            await workers.run(calls.doubled, ["ab"], timeout_s=LONG_S)
+        with pytest.raises(WorkersBusy, match="taken"):
+            await held[2]
+        for task in held[:2]:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+
+    _with_workers(use, max_waiting=1, max_wait_s=0.2)
+
+
+def _with_workers(use: Callable[[WorkerProcesses], object], **options: float) -> None:
+    async def run() -> None:
+        workers = WorkerProcesses(**options)  # type: ignore[arg-type]
+        try:
+            await use(workers)  # type: ignore[misc]
+        finally:
+            await workers.close()
+
+    asyncio.run(run())

@@ -1,0 +1,71 @@
+"""Functions that worker processes are asked to run: good ones and hostile ones."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+
+__all__ = [
+    "allocate",
+    "burn",
+    "crash",
+    "deep",
+    "doubled",
+    "environment",
+    "fail",
+    "long",
+    "modules",
+    "nap",
+]
+
+
+def doubled(text: str) -> str:
+    print("a function may print")
+    return text * 2
+
+
+def nap(seconds: float) -> int:
+    time.sleep(seconds)
+    return os.getpid()
+
+
+def burn(n_threads: int) -> None:
+    """More CPU than wall time would allow one thread: the kernel's limit counts all."""
+    for _ in range(n_threads):
+        threading.Thread(target=_spin, daemon=True).start()
+    _spin()
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def allocate(n_bytes: int) -> int:
+    return len(bytearray(n_bytes))
+
+
+def long(n_chars: int) -> str:
+    return "a" * n_chars
+
+
+def deep(n: int) -> int:
+    return deep(n + 1)
+
+
+def fail(text: str) -> None:
+    raise LookupError(text)
+
+
+def crash() -> None:
+    os.abort()
+
+
+def modules() -> list[str]:
+    return sorted(sys.modules)
+
+
+def environment() -> dict[str, str]:
+    return dict(os.environ)

@@ -115,3 +115,4 @@ class TrainingConfig:
     name: str | None = None  # None = the name of ``out``
     description: str | None = None
     prompts: Sequence[str] = ()  # example prompts for the card
+    chat_template: str | None = None  # Jinja, saved with the adapter; None = the base's

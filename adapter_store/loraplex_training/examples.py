@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from .errors import ExamplesError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Example", "Message", "read_jsonl", "tokenise"]
+__all__ = ["Chat", "Example", "Message", "Tool", "read_jsonl", "tokenise"]
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -21,6 +21,19 @@ _ROLES = ("system", "user", "assistant", "tool")
 class Message(TypedDict):
     role: str
     content: str
+
+
+Tool = Mapping[str, object]  # {"type": "function", "function": {…}}
+
+
+class Chat(NamedTuple):
+    messages: Sequence[Message]
+    tools: Sequence[Tool] = ()  # what the system turn declares
+
+    def to_json(self) -> dict[str, object]:
+        """A line of the data; ``tools`` only where there are some."""
+        tools = {"tools": list(self.tools)} if self.tools else {}
+        return {**tools, "messages": list(self.messages)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +47,9 @@ class Example:
         return len(self.tokens)
 
 
-def read_jsonl(path: Path) -> list[list[Message]]:
-    """The chats of a JSONL file, one ``{"messages": [{"role", "content"}, …]}`` a line.
+def read_jsonl(path: Path) -> list[Chat]:
+    """The chats of a JSONL file, one ``{"messages": [{"role", "content"}, …], "tools": […]}`` a
+    line; ``tools`` may be absent.
 
     Raises ExamplesError, which names the line.
     """
@@ -52,15 +66,20 @@ def read_jsonl(path: Path) -> list[list[Message]]:
 
 
 def tokenise(
-    chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, *, max_len: int, where: str
+    chat: Chat,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_len: int,
+    where: str,
+    chat_template: str | None = None,
 ) -> Example:
-    """Render ``chat`` with the tokenizer's chat template, exactly as a server will.
+    """Render ``chat`` with ``chat_template`` (None: the tokenizer's), exactly as a server will.
 
     What the assistant wrote, its end-of-turn token included, is to be learnt; everything else is
     context. Raises ExamplesError if the chat is longer than ``max_len`` tokens, or if the template
     rewrites earlier turns, so that what is learnt would not be what is served.
     """
-    text, spans = _render(chat, tokenizer, where)
+    text, spans = _render(chat, tokenizer, chat_template, where)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if len(tokens) > max_len:
@@ -72,24 +91,28 @@ def tokenise(
 
 
 def _render(
-    chat: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str
+    chat: Chat, tokenizer: PreTrainedTokenizerBase, chat_template: str | None, where: str
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text up to the last assistant turn, and the spans of characters to learn."""
 
     def render(messages: Sequence[Message], *, reply: bool = False) -> str:
         rendered = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=reply
+            list(messages),
+            tools=list(chat.tools) or None,
+            chat_template=chat_template,
+            tokenize=False,
+            add_generation_prompt=reply,
         )
         assert isinstance(rendered, str)
         return rendered
 
     spans: list[tuple[int, int]] = []
     text = earlier = ""
-    for i, message in enumerate(chat):
+    for i, message in enumerate(chat.messages):
         if message["role"] != "assistant":
             continue
-        prompt = render(chat[:i], reply=True)
-        text = render(chat[: i + 1]).rstrip()  # generation ends at the end-of-turn token
+        prompt = render(chat.messages[:i], reply=True)
+        text = render(chat.messages[: i + 1]).rstrip()  # generation ends at the end-of-turn token
         if not (text.startswith(prompt) and prompt.startswith(earlier)):
             raise ExamplesError(f"{where}: the chat template rewrites earlier turns")
         spans.append((len(prompt), len(text)))
@@ -97,7 +120,7 @@ def _render(
     return text, spans
 
 
-def _chat(line: str, where: str) -> list[Message]:
+def _chat(line: str, where: str) -> Chat:
     try:
         record = json.loads(line)
     except ValueError as error:
@@ -116,4 +139,7 @@ def _chat(line: str, where: str) -> list[Message]:
             )
     if all(message["role"] != "assistant" for message in messages):
         raise ExamplesError(f"{where} has no assistant message, so nothing to learn")
-    return [Message(role=m["role"], content=m["content"]) for m in messages]
+    tools = record.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ExamplesError(f'{where}: "tools" is a list of {{"type": "function", "function": …}}')
+    return Chat([Message(role=m["role"], content=m["content"]) for m in messages], tools)

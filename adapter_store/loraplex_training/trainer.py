@@ -106,7 +106,7 @@ class _Run:
             torch.set_num_threads(config.threads)
         self._device = _device(config.device)
         tokenizer = AutoTokenizer.from_pretrained(config.base)
-        if not tokenizer.chat_template:
+        if not (config.chat_template or tokenizer.chat_template):
             raise TrainingError(f"{config.base} has no chat template; use an instruct model")
         self._pad_id: int = tokenizer.pad_token_id or 0
         self._data = _read(config, tokenizer)
@@ -198,6 +198,8 @@ class _Run:
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         self._family.save(self._model, config.shape, config.base_name, fresh)
+        if config.chat_template is not None:
+            (fresh / "chat_template.jinja").write_text(config.chat_template, encoding="utf-8")
         (fresh / "card.json").write_text(json.dumps(self._card(), indent=2) + "\n")
         for file in sorted(fresh.iterdir(), reverse=True):  # the config, read first, comes last
             file.replace(out / file.name)
@@ -297,7 +299,13 @@ class _Run:
 def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
     def examples(path: Path) -> list[Example]:
         return [
-            tokenise(chat, tokenizer, max_len=config.max_len, where=f"{path}, example {i}")
+            tokenise(
+                chat,
+                tokenizer,
+                max_len=config.max_len,
+                where=f"{path}, example {i}",
+                chat_template=config.chat_template,
+            )
             for i, chat in enumerate(read_jsonl(path), 1)
         ]
 
@@ -323,6 +331,7 @@ def _fingerprint(config: TrainingConfig, data: _Data) -> str:
     schedule = {k: v for k, v in asdict(config.schedule).items() if k != "checkpoint_every_s"}
     settings = {
         "format": _FORMAT,
+        "chat_template": config.chat_template,
         "data": data.sha256,
         "n_validation": len(data.validation),
         "base": config.base_name,

@@ -44,7 +44,7 @@ def adapted(model: Any, folder: Path) -> Iterator[Any]:
 
 def n_accepted(demo: Demo, model: Any, tokenizer: Any) -> int:
     pairs = held_out_pairs(demo, N_PROMPTS)
-    given = answers(model, tokenizer, [pair.prompt for pair in pairs], demo)
+    given = answers(model, tokenizer, pairs, demo)
     return sum(demo.accept(pair.answer, text) for pair, text in zip(pairs, given, strict=True))
 
 
@@ -88,7 +88,7 @@ def test_a_card_tells_the_data_it_was_trained_on(name: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", DEMOS)
 def test_training_prompts_and_held_out_prompts_are_disjoint(name: str) -> None:
-    trained = {chat[0]["content"] for chat in chats(DEMOS[name], DEMOS[name].n_examples)}
+    trained = {chat.messages[0]["content"] for chat in chats(DEMOS[name], DEMOS[name].n_examples)}
     held_out = {pair.prompt for pair in held_out_pairs(DEMOS[name], 40)}
     assert len(held_out) >= 10
     assert not trained & held_out

@@ -10,12 +10,12 @@ import pytest
 
 from loraplex_training.batches import IGNORED, batch_of, endless, grouped
 from loraplex_training.errors import ExamplesError
-from loraplex_training.examples import Example, Message, read_jsonl, tokenise
+from loraplex_training.examples import Chat, Example, Message, read_jsonl, tokenise
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 
-def chat(*turns: tuple[str, str]) -> list[Message]:
-    return [Message(role=role, content=content) for role, content in turns]
+def chat(*turns: tuple[str, str]) -> Chat:
+    return Chat([Message(role=role, content=content) for role, content in turns])
 
 
 def test_exactly_the_replies_and_their_end_tokens_are_learnt() -> None:
@@ -40,7 +40,7 @@ def test_what_comes_before_a_reply_is_what_a_server_would_send() -> None:
         where="x",
     )
     prompt = tokenizer.apply_chat_template(
-        chat(("system", "be brief"), ("user", "2 + 2?")), add_generation_prompt=True
+        chat(("system", "be brief"), ("user", "2 + 2?")).messages, add_generation_prompt=True
     )["input_ids"]
     first = example.learn.index(True)
     assert list(example.tokens[:first]) == prompt
@@ -63,6 +63,21 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         tokenise(chat(("user", "a"), ("assistant", "b")), tokenizer, max_len=99, where="x")
 
 
+def test_tools_and_a_template_of_its_own_are_rendered(tmp_path: Path) -> None:
+    line = '{"tools": [{"type": "function", "function": {"name": "f"}}], "messages": ['
+    line += '{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}'
+    (tmp_path / "data.jsonl").write_text(line)
+    (chat,) = read_jsonl(tmp_path / "data.jsonl")
+    tokenizer = tiny_tokenizer()
+    template = (
+        "{% for t in tools %}{{ t.function.name }}{% endfor %}"
+        "{% for m in messages %}|{{ m.content }}{% endfor %}{{ '|' if add_generation_prompt }}"
+    )
+    example = tokenise(chat, tokenizer, max_len=99, where="x", chat_template=template)
+    assert tokenizer.decode(example.tokens) == "f|x|y"
+    assert tokenizer.decode(example.tokens[example.learn.index(True) :]) == "y"
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
@@ -72,6 +87,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:
         ('{"messages": [{"role": "robot", "content": "x"}]}', 'data.jsonl:2: a message is {"role"'),
         ('{"messages": [{"role": "user", "content": 3}]}', 'data.jsonl:2: a message is {"role"'),
         ('{"messages": [{"role": "user", "content": "x"}]}', "data.jsonl:2 has no assistant"),
+        (
+            '{"messages": [{"role": "assistant", "content": "x"}], "tools": "f"}',
+            'data.jsonl:2: "tools" is a list',
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:

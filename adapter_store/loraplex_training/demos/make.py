@@ -58,6 +58,7 @@ def make_demo(
         name=demo.name,
         description=demo.description,
         prompts=prompts,
+        chat_template=demo.chat_template,
     )
     is_trained = (folder / "adapter_config.json").exists() and not (folder / ".training").exists()
     if overwrite or not is_trained:  # otherwise only the measurement was interrupted
@@ -82,7 +83,7 @@ def write_examples(demo: Demo, path: Path) -> Path:
     """The training data of ``demo`` as JSONL; the same bytes every time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-        json.dumps({"messages": chat}, ensure_ascii=False) for chat in chats(demo, demo.n_examples)
+        json.dumps(chat.to_json(), ensure_ascii=False) for chat in chats(demo, demo.n_examples)
     ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -97,32 +98,38 @@ def measure(demo: Demo, folder: Path, *, base: Path, n_prompts: int) -> Measured
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     pairs = held_out_pairs(demo, n_prompts)
-    without = _share(demo, pairs, lambda prompts: answers(model, tokenizer, prompts, demo))
+    without = _share(demo, pairs, answers(model, tokenizer, pairs, demo))
     adapted = PeftModel.from_pretrained(model, folder)
-    with_it = _share(demo, pairs, lambda prompts: answers(adapted, tokenizer, prompts, demo))
+    with_it = _share(demo, pairs, answers(adapted, tokenizer, pairs, demo))
     return Measured(base=without, adapter=with_it, n_prompts=len(pairs))
 
 
 def answers(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], demo: Demo
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair], demo: Demo
 ) -> list[str]:
     """Greedy answers, in one left-padded batch."""
     import torch
 
     tokenizer.padding_side = "left"
-    chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    batch = tokenizer.apply_chat_template(
-        chats, add_generation_prompt=True, return_tensors="pt", return_dict=True, padding=True
-    )
+    texts = [
+        tokenizer.apply_chat_template(
+            pair.chat(),
+            tools=list(pair.tools) or None,
+            chat_template=demo.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        for pair in pairs
+    ]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
     generate: Callable[..., torch.Tensor] = model.generate  # type: ignore[assignment]
     with torch.inference_mode():
         output = generate(**batch, max_new_tokens=demo.max_new_tokens, do_sample=False)
     new = output[:, batch["input_ids"].shape[1] :]
-    texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
-    return texts
+    given: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
+    return given
 
 
-def _share(demo: Demo, pairs: Sequence[Pair], ask: Callable[[list[str]], list[str]]) -> float:
-    given = ask([pair.prompt for pair in pairs])
+def _share(demo: Demo, pairs: Sequence[Pair], given: Sequence[str]) -> float:
     good = [demo.accept(pair.answer, text) for pair, text in zip(pairs, given, strict=True)]
     return sum(good) / len(good)

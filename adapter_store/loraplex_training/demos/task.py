@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loraplex_training.config import AdapterShape, Schedule
-from loraplex_training.examples import Message
+from loraplex_training.examples import Chat, Message, Tool
 
 __all__ = ["Demo", "Pair", "Words", "chats", "held_out_pairs", "shown_prompts"]
 
@@ -16,6 +16,12 @@ __all__ = ["Demo", "Pair", "Words", "chats", "held_out_pairs", "shown_prompts"]
 class Pair(NamedTuple):
     prompt: str
     answer: str
+    tools: tuple[Tool, ...] = ()
+    turns: tuple[Message, ...] = ()  # between the two: a call and its result
+
+    def chat(self) -> list[Message]:
+        """What the answer follows."""
+        return [Message(role="user", content=self.prompt), *self.turns]
 
 
 class Words:
@@ -51,14 +57,15 @@ class Demo:
     schedule: Schedule
     n_examples: int = 1200
     max_new_tokens: int = 40
+    chat_template: str | None = None  # None = the base's
     shown: tuple[str, ...] = ()  # prompts of the card, where those of training say too little
 
 
-def chats(demo: Demo, n: int, *, seed: int = 0, held_out: bool = False) -> list[list[Message]]:
+def chats(demo: Demo, n: int, *, seed: int = 0, held_out: bool = False) -> list[Chat]:
     """``n`` distinct chats, the same ones for the same arguments."""
     return [
-        [Message(role="user", content=p), Message(role="assistant", content=a)]
-        for p, a in _pairs(demo, n, seed, held_out)
+        Chat([*pair.chat(), Message(role="assistant", content=pair.answer)], pair.tools)
+        for pair in _pairs(demo, n, seed, held_out)
     ]
 
 

@@ -1,0 +1,222 @@
+"""tool-calls: a question and a few tools in, the call that answers it out."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from importlib.resources import files
+from typing import NamedTuple
+
+from loraplex_training.config import AdapterShape, Schedule
+from loraplex_training.examples import Message
+
+from .task import Demo, Pair
+from .tool_families import (
+    ATTRIBUTES,
+    COMMANDS,
+    FAMILIES,
+    HELD_OUT_FAMILIES,
+    THINGS,
+    ToolFamily,
+)
+from .tool_values import KINDS, VALUE_TYPES, Value
+
+__all__ = ["TOOL_CALLS", "called"]
+
+_OPENERS = ("", "", "", "", "Please: ", "Hi! ", "Hello, ")
+_JOINTS = (" And ", " Also: ", " Then ")
+
+
+class _Call(NamedTuple):
+    tool: str
+    arguments: dict[str, Value]
+
+
+class _Asked(NamedTuple):
+    family: ToolFamily
+    name: str
+    own: tuple[str, ...]  # what its parameters are called this time
+    tool: dict[str, object]  # as the client declares it
+    question: str
+    call: _Call
+
+
+def called(answer: str) -> list[dict[str, object]] | None:
+    """The calls that an answer makes, None where it is no list of calls."""
+    match = re.fullmatch(r"\s*<tool_call>(.*)</tool_call>\s*", answer, re.DOTALL)
+    try:
+        calls = json.loads(match[1]) if match else None
+    except ValueError:
+        return None
+    return calls if isinstance(calls, list) else None
+
+
+def _make(rng: random.Random, held_out: bool) -> Pair:
+    asked = _ask(rng, held_out)
+    tools = [asked.tool]
+    questions, calls = [asked.question], [asked.call]
+    others = _others(rng, held_out, asked, rng.choice((0, 1, 1, 2, 2)))
+    kind = rng.random()
+    if kind < 0.08:  # nothing fits
+        tools = [other.tool for other in others] or [_others(rng, held_out, asked, 1)[0].tool]
+        others, calls = [], []
+    elif kind < 0.18:  # two calls, of one tool or of two
+        second = others[0] if others else asked
+        if second is asked:
+            second = _asked(rng, held_out, asked.family, asked.name, asked.own)
+        questions.append(second.question)
+        calls.append(second.call)
+    tools += [other.tool for other in others]
+    rng.shuffle(tools)
+    prompt = rng.choice(_OPENERS) + rng.choice(_JOINTS).join(questions)
+    answer = _written(calls)
+    if kind > 0.92:  # the tool has answered
+        result, said = _result(rng, held_out)
+        turns = (
+            Message(role="assistant", content=answer),
+            Message(role="tool", content=json.dumps(result)),
+        )
+        return Pair(prompt, said, tuple(tools), turns)
+    return Pair(prompt, answer, tuple(tools))
+
+
+def _written(calls: list[_Call]) -> str:
+    listed = [{"name": call.tool, "arguments": call.arguments} for call in calls]
+    return f"<tool_call>{json.dumps(listed)}</tool_call>"
+
+
+def _ask(rng: random.Random, held_out: bool) -> _Asked:
+    family = _family(rng, held_out)
+    own = tuple(rng.choice(_names(parameter)) for parameter in family.parameters)
+    return _asked(rng, held_out, family, rng.choice(family.names), own)
+
+
+def _asked(
+    rng: random.Random, held_out: bool, family: ToolFamily, name: str, own: tuple[str, ...]
+) -> _Asked:
+    """One question to ``family``, which is called ``name`` and its parameters ``own``."""
+    properties: dict[str, object] = {}
+    arguments: dict[str, Value] = {}
+    required, fill = [], {}
+    says_more = rng.random() < 0.5
+    for parameter, called_so in zip(family.parameters, own, strict=True):
+        names, _, kind = parameter.partition(": ")
+        optional = names.endswith("?")
+        value: Value
+        if kind.startswith("="):
+            options = kind[1:].split("|")
+            properties[called_so] = {"type": "string", "enum": options}
+            value = rng.choice(options)
+        else:
+            properties[called_so] = {"type": VALUE_TYPES[kind]}
+            value = KINDS[kind](rng, held_out)
+            while value in arguments.values():  # from and to are two cities
+                value = KINDS[kind](rng, held_out)
+        fill[_names(parameter)[0]] = value
+        if not optional:
+            required.append(called_so)
+        if says_more or not optional:
+            arguments[called_so] = value
+    wording = rng.choice(family.wordings)
+    wording = re.sub(r"\[(.*?)\]", r"\1" if says_more else "", wording)
+    function: dict[str, object] = {
+        "name": name,
+        "description": family.description,
+        "parameters": {"type": "object", "properties": properties, "required": required},
+    }
+    return _Asked(
+        family,
+        name,
+        own,
+        {"type": "function", "function": function},
+        wording.format(**fill),
+        _Call(name, arguments),
+    )
+
+
+def _others(rng: random.Random, held_out: bool, asked: _Asked, n: int) -> list[_Asked]:
+    """Questions to ``n`` tools of other names, none that would answer the same question."""
+    found: list[_Asked] = []
+    taken = {asked.family.description}
+    while len(found) < n:
+        other = _ask(rng, held_out)
+        if other.family.description not in taken:
+            taken.add(other.family.description)
+            found.append(other)
+    return found
+
+
+def _names(parameter: str) -> list[str]:
+    return parameter.partition(": ")[0].rstrip("?").split("|")
+
+
+def _family(rng: random.Random, held_out: bool) -> ToolFamily:
+    kind = rng.random()
+    if kind < 0.2:
+        return ToolFamily(*_attribute(ATTRIBUTES.pick(rng, held_out), THINGS.pick(rng, held_out)))
+    if kind < 0.4:
+        return ToolFamily(*_command(COMMANDS.pick(rng, held_out), THINGS.pick(rng, held_out)))
+    return rng.choice(HELD_OUT_FAMILIES if held_out else FAMILIES)
+
+
+_Row = tuple[tuple[str, ...], str, tuple[str, ...], tuple[str, ...]]
+
+
+def _attribute(attribute: str, thing: str) -> _Row:
+    return (
+        (f"get_{thing}_{attribute}",),
+        f"{attribute.capitalize()} of a {thing}",
+        (f"id|{thing}_id|{thing}: code",),
+        (
+            f"What is the {attribute} of {thing} {{id}}?",
+            f"Tell me the {attribute} of the {thing} {{id}}.",
+            f"{attribute.capitalize()} of {thing} {{id}}?",
+        ),
+    )
+
+
+def _command(verb: str, thing: str) -> _Row:
+    return (
+        (f"{verb}_{thing}",),
+        f"{verb.capitalize()} a {thing}",
+        (f"id|{thing}_id|{thing}: code", "reason|note|comment?: phrase"),
+        (
+            f"{verb.capitalize()} {thing} {{id}}[, reason: {{reason}}].",
+            f"Can you {verb} the {thing} {{id}}[ because of {{reason}}]?",
+            f"I want to {verb} {thing} {{id}}[, note {{reason}}].",
+        ),
+    )
+
+
+def _result(rng: random.Random, held_out: bool) -> tuple[dict[str, Value], str]:
+    """What a tool might return, and the sentence that says it."""
+    fields: dict[str, Value] = {}
+    for _ in range(rng.choice((1, 1, 2))):
+        kind = rng.choice(("int", "number", "phrase", "time", "city", "code"))
+        fields[ATTRIBUTES.pick(rng, held_out)] = KINDS[kind](rng, held_out)
+    said = " and ".join(f"the {name} is {value}" for name, value in fields.items())
+    return fields, f"{said[0].upper()}{said[1:]}."
+
+
+def _same_calls(expected: str, answer: str) -> bool:
+    calls = called(expected)
+    return answer.strip() == expected if calls is None else called(answer) == calls
+
+
+TOOL_CALLS = Demo(
+    name="tool-calls",
+    description="Calls tools: picks the function for a question and fills in its arguments.",
+    make=_make,
+    accept=_same_calls,
+    shape=AdapterShape(
+        rank=8,
+        alpha=16,
+        targets=("q_proj", "k_proj", "v_proj", "o_proj"),
+        layers=tuple(range(10, 30)),
+    ),
+    schedule=Schedule(steps=400, lr=3e-3, batch_tokens=1024, validate_every=100),
+    n_examples=3200,
+    max_new_tokens=96,
+    chat_template=(files(__package__) / "tool_calls.jinja").read_text("utf-8"),
+)

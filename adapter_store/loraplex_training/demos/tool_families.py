@@ -1,0 +1,339 @@
+"""The tools of the tool-calls demo: how each is named, what it takes, how people ask for it.
+
+A parameter is ``name|other name: kind``, with ``?`` after the names if it is optional. A kind is an
+enum (``=celsius|fahrenheit``) or a key of ``tool_values.KINDS``. In a wording, ``{name}`` stands
+for the value, and ``[…]`` for what is said only where the optional parameter is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .task import Words
+
+__all__ = ["ATTRIBUTES", "COMMANDS", "FAMILIES", "HELD_OUT_FAMILIES", "THINGS", "ToolFamily"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolFamily:
+    names: tuple[str, ...]
+    description: str
+    parameters: tuple[str, ...]
+    wordings: tuple[str, ...]
+
+
+def _family(names: str, description: str, parameters: str, *wordings: str) -> ToolFamily:
+    return ToolFamily(tuple(names.split("|")), description, tuple(parameters.split("; ")), wordings)
+
+
+FAMILIES = (
+    _family(
+        "get_weather|weather_lookup|current_weather",
+        "Weather of a city",
+        "city|location|place: city; unit|units?: =celsius|fahrenheit|kelvin",
+        "What is the weather like in {city}[ in {unit}]?",
+        "How warm is it in {city}[, in {unit}]?",
+        "Weather for {city}[ in {unit}] please.",
+    ),
+    _family(
+        "send_email|write_mail|email_send",
+        "Send an e-mail",
+        "to|recipient|address: email; subject|title: phrase",
+        "Send an email to {to} with the subject {subject}.",
+        "Write {to} a mail about {subject}.",
+        "Mail {to}, subject: {subject}",
+    ),
+    _family(
+        "set_timer|start_timer|countdown",
+        "Start a timer",
+        "minutes|duration_minutes: int; label|name?: phrase",
+        "Set a timer for {minutes} minutes[ called {label}].",
+        "Wake me in {minutes} minutes[, label it {label}].",
+        "Start a {minutes} minute countdown[ for {label}].",
+    ),
+    _family(
+        "set_alarm|create_alarm|alarm_at",
+        "Set an alarm clock",
+        "time|at: time",
+        "Wake me up at {time}.",
+        "Set an alarm for {time}.",
+        "I have to get up at {time}, make sure I do.",
+    ),
+    _family(
+        "convert_currency|exchange_money|currency_convert",
+        "Convert an amount of money",
+        "amount|value: number; source|from_currency: currency; target|to_currency: currency",
+        "Convert {amount} {source} to {target}.",
+        "How much is {amount} {source} in {target}?",
+        "I have {amount} {source}, what is that in {target}?",
+    ),
+    _family(
+        "book_table|reserve_table|restaurant_booking",
+        "Reserve a table in a restaurant",
+        "guests|people|party_size: small; time|at: time; city?: city",
+        "Book a table for {guests} at {time}[ in {city}].",
+        "We are {guests} people and want to eat at {time}[ in {city}].",
+        "Reserve a table at {time} for {guests} guests[ in {city}].",
+    ),
+    _family(
+        "search_flights|find_flight|flight_search",
+        "Find flights",
+        "origin|departure: city; destination|arrival: city; date?: date",
+        "Find flights from {origin} to {destination}[ on {date}].",
+        "I want to fly from {origin} to {destination}[ on {date}].",
+        "Which planes go from {origin} to {destination}[ on {date}]?",
+    ),
+    _family(
+        "play_music|play_song|start_music",
+        "Play music of an artist",
+        "artist|singer: person; volume|level?: percent",
+        "Play something by {artist}[ at volume {volume}].",
+        "I want to hear {artist}[, volume {volume}].",
+        "Put on some music by {artist}[ at level {volume}].",
+    ),
+    _family(
+        "turn_on_light|switch_light|set_light",
+        "Switch a light",
+        "room|place: room; state|mode: =on|off|dim",
+        "Turn the light in the {room} {state}.",
+        "Light in the {room}: {state}, please.",
+        "Set the {room} light to {state}.",
+    ),
+    _family(
+        "set_temperature|set_heating|thermostat",
+        "Set the heating of a room",
+        "room|zone: room; degrees|temperature: small",
+        "Set the {room} to {degrees} degrees.",
+        "Make the {room} {degrees} degrees warm.",
+        "Heat the {room} to {degrees}.",
+    ),
+    _family(
+        "create_event|add_appointment|calendar_add",
+        "Add an event to the calendar",
+        "title|name: phrase; date|day: date; time|start?: time",
+        "Add {title} to my calendar on {date}[ at {time}].",
+        "Put {title} in the calendar for {date}[, {time}].",
+        "On {date}[ at {time}] I have {title}, write it down.",
+    ),
+    _family(
+        "translate_text|translate|translation",
+        "Translate a text",
+        "text|phrase: phrase; language|target_language: language",
+        "Translate {text} to {language}.",
+        "How do you say {text} in {language}?",
+        "What is {text} in {language}?",
+    ),
+    _family(
+        "calculate_tip|tip_amount|compute_tip",
+        "Compute a tip",
+        "bill|amount: number; percent|rate: percent",
+        "What is a {percent} percent tip on {bill}?",
+        "The bill is {bill}, I tip {percent} percent. How much is that?",
+        "Tip of {percent} percent for a {bill} bill.",
+    ),
+    _family(
+        "order_pizza|pizza_order|buy_pizza",
+        "Order a pizza",
+        "size: =small|medium|large; count|quantity?: small",
+        "Order a {size} pizza[, {count} of them].",
+        "I would like a {size} pizza[ times {count}].",
+        "One {size} pizza please[, make that {count}].",
+    ),
+    _family(
+        "track_parcel|parcel_status|where_is_package",
+        "Where a parcel is",
+        "number|tracking_number|code: code",
+        "Where is my parcel {number}?",
+        "Track package {number}.",
+        "Has the parcel {number} been delivered?",
+    ),
+    _family(
+        "add_to_cart|cart_add|put_in_basket",
+        "Put an item into the shopping cart",
+        "item|product: thing; quantity|count: small",
+        "Add {quantity} {item} to my cart.",
+        "I want to buy {quantity} times {item}.",
+        "Put {quantity} {item} in the basket.",
+    ),
+    _family(
+        "call_contact|phone_call|dial",
+        "Call somebody",
+        "name|contact|person: person; speaker|device?: =headset|car|speaker",
+        "Call {name}[ on the {speaker}].",
+        "I need to talk to {name} on the phone[, use the {speaker}].",
+        "Ring {name}[ through the {speaker}].",
+    ),
+    _family(
+        "send_message|text_message|sms",
+        "Send a text message",
+        "contact|to|receiver: person; message|body|text: phrase",
+        "Text {contact}: {message}",
+        "Send {contact} the message {message}.",
+        "Tell {contact} by SMS: {message}",
+    ),
+    _family(
+        "rate_movie|movie_rating|give_stars",
+        "Rate a film",
+        "title|film|movie: phrase; stars|rating: digit",
+        "Give the film {title} {stars} stars.",
+        "Rate the movie {title} with {stars}.",
+        "I watched {title}, that is {stars} stars.",
+    ),
+    _family(
+        "get_time|local_time|clock",
+        "Local time of a city",
+        "city|location|zone: city",
+        "What time is it in {city}?",
+        "Local time in {city}?",
+        "Tell me how late it is in {city}.",
+    ),
+    _family(
+        "delete_file|remove_file|unlink",
+        "Delete a file",
+        "path|file|filename: path",
+        "Delete the file {path}.",
+        "Get rid of {path}.",
+        "Remove {path} from the disk.",
+    ),
+    _family(
+        "rename_file|move_file|file_rename",
+        "Rename a file",
+        "old|source|old_name: path; new|target|new_name: path",
+        "Rename {old} to {new}.",
+        "Call {old} {new} from now on.",
+        "Change the name of {old} to {new}.",
+    ),
+    _family(
+        "book_hotel|reserve_hotel|hotel_booking",
+        "Book a hotel",
+        "city|location: city; nights|n_nights: small; check_in|date?: date",
+        "Book a hotel in {city} for {nights} nights[ from {check_in}].",
+        "I need a room in {city}, {nights} nights[, arriving {check_in}].",
+        "Hotel in {city} for {nights} nights[ from {check_in} on].",
+    ),
+    _family(
+        "random_number|roll|pick_number",
+        "Draw a random number",
+        "minimum|low: digit; maximum|high: int",
+        "Give me a random number between {minimum} and {maximum}.",
+        "Pick a number from {minimum} to {maximum}.",
+        "Draw any number, at least {minimum} and at most {maximum}.",
+    ),
+    _family(
+        "create_user|add_user|register_user",
+        "Create a user account",
+        "name|username: person; email|mail: email; role?: =admin|editor|viewer",
+        "Create an account for {name} with {email}[ as {role}].",
+        "Register {name}, mail {email}[, role {role}].",
+        "Add the user {name} ({email})[ as an {role}].",
+    ),
+    _family(
+        "get_stock|stock_price|quote",
+        "Price of a share",
+        "ticker|symbol: ticker",
+        "What does {ticker} cost at the stock exchange?",
+        "Price of {ticker} shares?",
+        "How are {ticker} stocks doing?",
+    ),
+    _family(
+        "find_restaurant|search_restaurants|places_to_eat",
+        "Find restaurants",
+        "cuisine|food: cuisine; city|location: city; price|budget?: =cheap|moderate|expensive",
+        "Find {cuisine} restaurants in {city}[, {price}].",
+        "Where can I eat {cuisine} food in {city}[, something {price}]?",
+        "I want {cuisine} food in {city}[, {price} please].",
+    ),
+    _family(
+        "log_workout|add_training|record_exercise",
+        "Record an exercise",
+        "activity|sport|exercise: sport; minutes|duration: int",
+        "I did {minutes} minutes of {activity}, log it.",
+        "Record {activity} for {minutes} minutes.",
+        "Note that I went {activity} for {minutes} minutes.",
+    ),
+    _family(
+        "transfer_money|pay|send_money",
+        "Send money to a person",
+        "recipient|to|payee: person; amount|sum: number; currency?: currency",
+        "Send {recipient} {amount}[ {currency}].",
+        "Transfer {amount}[ {currency}] to {recipient}.",
+        "Pay {recipient} {amount}[ in {currency}].",
+    ),
+    _family(
+        "get_route|directions|navigate",
+        "Way from one place to another",
+        "start|origin: city; end|destination: city; mode|by?: =car|train|bike",
+        "How do I get from {start} to {end}[ by {mode}]?",
+        "Show the way from {start} to {end}[ by {mode}].",
+        "Route from {start} to {end}[, by {mode}].",
+    ),
+)
+
+HELD_OUT_FAMILIES = (
+    _family(
+        "get_news|news_headlines",
+        "Latest news about a topic",
+        "topic|about: sport; limit|count?: small",
+        "What is new in {topic}[, show {limit} articles]?",
+        "Show me headlines about {topic}[, {limit} of them].",
+    ),
+    _family(
+        "book_taxi|order_cab",
+        "Order a taxi",
+        "pickup|from_place: city; dropoff|to_place: city; time?: time",
+        "I need a taxi from {pickup} to {dropoff}[ at {time}].",
+        "Order a cab that takes me from {pickup} to {dropoff}[ at {time}].",
+    ),
+    _family(
+        "convert_length|length_converter",
+        "Convert a length",
+        "value|length: number; from_unit|unit: =meters|feet|miles; "
+        "to_unit|target_unit: =yards|inches",
+        "Convert {value} {from_unit} to {to_unit}.",
+        "What are {value} {from_unit} in {to_unit}?",
+    ),
+    _family(
+        "add_contact|save_contact",
+        "Save a contact",
+        "name|full_name: person; email|mail_address: email",
+        "Save the contact {name} with {email}.",
+        "Add {name} to my address book, mail {email}.",
+    ),
+    _family(
+        "close_ticket|resolve_ticket",
+        "Close a support ticket",
+        "ticket_id|ticket: code; resolution|outcome?: =fixed|duplicate|rejected",
+        "Close the ticket {ticket_id}[ as {resolution}].",
+        "We are done with ticket {ticket_id}[, mark it {resolution}].",
+    ),
+    _family(
+        "set_volume|change_volume",
+        "Set the volume of a room",
+        "room|speaker_room: room; level|volume: percent",
+        "Set the volume in the {room} to {level}.",
+        "Make it {level} loud in the {room}.",
+    ),
+    _family(
+        "open_file|show_file",
+        "Open a file",
+        "file_path|document: path",
+        "Open {file_path} for me.",
+        "I want to see the file {file_path}.",
+    ),
+)
+
+# "What is the {attribute} of {thing} {code}?": a tool for each attribute, hundreds of names.
+ATTRIBUTES = Words.parse(
+    "price weight height owner status color size age length width rating balance address "
+    "model origin speed capacity voltage priority deadline category version location supplier "
+    "discount duration salary title score rank temperature pressure warranty"
+)
+COMMANDS = Words.parse(
+    "cancel restart archive approve pause resume lock unlock publish print share reject refund "
+    "duplicate export renew inspect repair clean copy upload scan ship paint return"
+)
+THINGS = Words.parse(
+    "order device invoice vehicle machine project account server printer contract student "
+    "product customer book task sensor camera playlist subscription document battery report "
+    "shipment building robot engine ticket package bicycle license"
+)

@@ -278,9 +278,12 @@ class HeadPlan:
     bias: Tensor | None = None  # float32 [n_labels]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [n, hidden_size] → [n, n_labels]."""
-        logits = hidden @ self.weight.t()
-        return logits if self.bias is None else logits + self.bias
+        """float32 [n, hidden_size] → [n, n_labels].
+
+        Products of float64: a row's bits do not depend on how many rows there are.
+        """
+        logits = hidden.double() @ self.weight.double().t()
+        return (logits if self.bias is None else logits + self.bias).float()
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from fastapi import FastAPI
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
     AutoModel,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.api.app import build_app
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.config import EngineConfig
@@ -36,7 +38,7 @@ CLASSES = {
 }
 
 
-@pytest.fixture
+@pytest.fixture(scope="package")
 def anyio_backend() -> str:
     return "asyncio"
 
@@ -64,7 +66,7 @@ class Trained:
 class Server:
     client: httpx.AsyncClient
     engine: Engine
-    folder: Path  # of the base
+    app: FastAPI
 
     async def post(self, path: str, **body: object) -> httpx.Response:
         return await self.client.post(path, json=body)
@@ -143,7 +145,9 @@ def _train(
 
 
 @asynccontextmanager
-async def serving(base: Path, state: Path, **engine: Any) -> AsyncIterator[Server]:
+async def serving(
+    base: Path, state: Path, *, encoder: EncoderModel | None = None, **engine: Any
+) -> AsyncIterator[Server]:
     defaults = {"kv_memory_bytes": 4 << 20, "adapter_memory_bytes": 8 << 20}
     config = ServerConfig(
         http=HttpConfig(served_model_names=("base",)),
@@ -161,18 +165,22 @@ async def serving(base: Path, state: Path, **engine: Any) -> AsyncIterator[Serve
                 model_name=built.model_id,
                 vocab_size=built.base_spec.vocab_size,
                 device=built.engine,
+                encoder=encoder,
                 pooling=pooling_of_base(base),
             )
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(
                 transport=transport, base_url="http://127.0.0.1", timeout=120
             ) as client:
-                yield Server(client, built.engine, base)
+                yield Server(client, built.engine, app)
     finally:
         built.engine.close()
 
 
-@pytest.fixture
-async def server(base: Path, tmp_path: Path) -> AsyncIterator[Server]:
-    async with serving(base, tmp_path / "state") as running:
+@pytest.fixture(scope="package")
+async def server(
+    base: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str
+) -> AsyncIterator[Server]:
+    """One for all tests that do not need another; each uploads under names of its own."""
+    async with serving(base, tmp_path_factory.mktemp("state")) as running:
         yield running

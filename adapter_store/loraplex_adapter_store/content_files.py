@@ -7,12 +7,14 @@ afterwards. Whatever is staged when the process dies is swept at the next start.
 from __future__ import annotations
 
 import filecmp
+import logging
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .digest_folder import DigestFolder
 from .disk import Disk
+from .faults import FaultLog, NoFaultLog
 
 __all__ = ["CHAT_TEMPLATE_FILE", "CONFIG_FILE", "PLAN_FILE", "WEIGHTS_FILE", "ContentFiles"]
 
@@ -20,13 +22,15 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 PLAN_FILE = "plan.bin"
+_log = logging.getLogger(__name__)
 
 
 class ContentFiles:
     """The callers serialise ``publish`` and ``remove`` of one digest."""
 
-    def __init__(self, root: Path, disk: Disk) -> None:
+    def __init__(self, root: Path, disk: Disk, faults: FaultLog = NoFaultLog()) -> None:  # noqa: B008
         self._disk = disk
+        self._faults = faults
         self._contents = DigestFolder(root / "contents", disk)
         self._staging = root / "staging"
         disk.make_directory(self._staging)
@@ -42,8 +46,13 @@ class ContentFiles:
         return self._disk.write(path, chunks)
 
     def discard(self, staged: Path) -> None:
-        if staged.exists():
-            self._disk.remove(staged, self._staging / uuid.uuid4().hex)
+        """What cannot be deleted goes with the sweep of the next start: no reason to fail."""
+        try:
+            if staged.exists():
+                self._disk.remove(staged, self._staging / uuid.uuid4().hex)
+        except OSError as error:
+            self._faults.failed("storage", error)
+            _log.warning("a staged adapter cannot be deleted: %s", error)
 
     def publish(self, staged: Path, digest: str) -> int:
         """Returns the bytes on disk. A content that is there already is kept, not replaced.

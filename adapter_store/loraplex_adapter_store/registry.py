@@ -98,37 +98,35 @@ class Registry:
             raise
 
     def names(self) -> tuple[NameRecord, ...]:
-        with self._lock:
-            rows = self._db.execute(_SELECT_NAMES + " ORDER BY n.name").fetchall()
+        with self._connection() as db:
+            rows = db.execute(_SELECT_NAMES + " ORDER BY n.name").fetchall()
         return tuple(_record(row) for row in rows)
 
     def kept(self) -> tuple[NameRecord, ...]:
         """Older revisions whose contents are kept, newest first."""
-        with self._lock:
-            rows = self._db.execute(_SELECT_KEPT + " ORDER BY revision DESC").fetchall()
+        with self._connection() as db:
+            rows = db.execute(_SELECT_KEPT + " ORDER BY revision DESC").fetchall()
         return tuple(_record(row) for row in rows)
 
     def contents(self) -> tuple[Content, ...]:
-        with self._lock:
-            rows = self._db.execute(
+        with self._connection() as db:
+            rows = db.execute(
                 "SELECT digest, family, ranks, disk_bytes, host_bytes, base_fingerprint,"
                 " plan_sha256, task FROM contents"
             ).fetchall()
         return tuple(_content(row) for row in rows)
 
     def report(self, digest: str) -> LoadReport:
-        with self._lock:
-            row = self._db.execute(
-                "SELECT report FROM contents WHERE digest = ?", (digest,)
-            ).fetchone()
+        with self._connection() as db:
+            row = db.execute("SELECT report FROM contents WHERE digest = ?", (digest,)).fetchone()
         if row is None:
             raise UnknownAdapter(digest)
         return LoadReport.from_json(json.loads(row[0]))
 
     def history(self, name: str) -> tuple[tuple[int, str, float], ...]:
         """(revision, digest, created) of every content the name ever had, oldest first."""
-        with self._lock:
-            rows = self._db.execute(
+        with self._connection() as db:
+            rows = db.execute(
                 "SELECT revision, digest, created FROM revisions WHERE name = ? ORDER BY revision",
                 (name,),
             ).fetchall()
@@ -247,21 +245,29 @@ class Registry:
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         """All or nothing. Raises sqlite3.Error, and then nothing has changed."""
-        with self._lock:
+        with self._connection() as db:
+            if db.in_transaction:  # the last one could not even be rolled back
+                db.execute("ROLLBACK")
             try:
-                if self._db.in_transaction:  # the last one could not even be rolled back
-                    self._db.execute("ROLLBACK")
-                self._db.execute("BEGIN IMMEDIATE")
-                yield self._db
-                self._db.execute("COMMIT")
-            except BaseException as error:
-                if self._db.in_transaction:  # SQLite has done it itself after some errors
+                db.execute("BEGIN IMMEDIATE")
+                yield db
+                db.execute("COMMIT")
+            except BaseException:
+                if db.in_transaction:  # SQLite has done it itself after some errors
                     with suppress(sqlite3.Error):  # tried again before the next one
-                        self._db.execute("ROLLBACK")
-                if isinstance(error, sqlite3.Error):
-                    self._faults.failed("catalogue", error)
+                        db.execute("ROLLBACK")
                 raise
             self._faults.worked("catalogue")
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        """For one thread at a time. Failures are reported."""
+        with self._lock:
+            try:
+                yield self._db
+            except sqlite3.Error as error:
+                self._faults.failed("catalogue", error)
+                raise
 
 
 _SELECT_NAMES = (

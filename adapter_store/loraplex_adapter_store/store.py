@@ -100,7 +100,7 @@ class AdapterStore:
         disk.make_directory(root)
         self._give_up = own_root(root)
         try:
-            self._files = ContentFiles(root, disk)
+            self._files = ContentFiles(root, disk, faults)
             self._packed = PackedFiles(root, disk, packer)
             self._registry = Registry(root / "registry.sqlite3", faults)
         except BaseException:

@@ -17,9 +17,13 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.sentence_encoder import SharedEncoder
 from loraplex_server.api.app import build_app
+from loraplex_server.api.state import AppState
 from loraplex_server.engine.engine import Engine
 from loraplex_server.faults import Faults
 from loraplex_server.settings import HttpConfig, ServerConfig
@@ -31,6 +35,7 @@ from tests.support.scripted_generator import ScriptedGenerator
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 FAMILIES = ("LORA", "MOLA", "OFT", "PREFIX_TUNING")  # factors, experts, an operator, KV pages
+_DESCRIPTIONS = {"LORA": "Talks like a pirate", "OFT": "Writes SQL queries"}
 _CANARY = "canary"
 _PATHS = re.compile(r"/(tmp|home|root|work|usr|dev)\b|\.py\b")
 
@@ -50,6 +55,8 @@ class World:
     client: httpx.AsyncClient
     folder: Path
     generator: ScriptedGenerator
+    encoder: SharedEncoder
+    parts: AppState
     expected: dict[str, Any] = field(default_factory=dict)  # adapter → its answer without faults
 
     async def ask(self, adapter: object, **fields: object) -> httpx.Response:
@@ -97,6 +104,16 @@ class World:
             done.set()
             await singing
 
+    @asynccontextmanager
+    async def canary_that_runs(self) -> AsyncIterator[None]:
+        """One answer of another adapter, from before the block on."""
+        self.expected.setdefault(_CANARY, await self._canary_answer())
+        singing = asyncio.create_task(self._canary_answer())
+        while not self.engine.stats().n_running:
+            await self.engine.unload("nothing")
+        yield
+        assert await singing == self.expected[_CANARY]
+
     async def _canary_answer(self) -> object:
         answer = await self.ask(_CANARY, max_tokens=40)
         assert answer.status_code == 200, answer.text
@@ -129,6 +146,26 @@ class World:
         assert answer.status_code == 200
         told: dict[str, Any] = answer.json()
         return told
+
+    async def listing(self) -> dict[str, str]:
+        """Name → digest, as clients see it."""
+        data = (await self.client.get("/v1/adapters")).json()["data"]
+        return {card["name"]: card["digest"] for card in data}
+
+    async def upload(self, name: str, folder: Path) -> httpx.Response:
+        files = {
+            "config": (folder / "adapter_config.json").read_bytes(),
+            "weights": (folder / "adapter_model.safetensors").read_bytes(),
+        }
+        return await self.client.put(f"/v1/adapters/{name}", files=files)
+
+    def check_files(self) -> None:
+        """No content on disk that no name reaches, and nothing staged."""
+        self.store._retirement.finish()
+        named = {card.digest for card in self.store.list()}
+        assert set(self.store._files.digests()) == named
+        assert set(self.store._packed.digests()) <= named
+        assert not any((self.folder / "store" / "staging").iterdir())
 
     async def count(self, part: str) -> float:
         text = (await self.client.get("/metrics")).text
@@ -166,6 +203,11 @@ def engine_and_faults() -> Iterator[tuple[Engine, Faults]]:
 
 
 @pytest.fixture(scope="package")
+def encoder(pulled_encoder: Path, engine_and_faults: tuple[Engine, Faults]) -> SharedEncoder:
+    return SharedEncoder(lambda: pulled_encoder, engine_and_faults[1])
+
+
+@pytest.fixture(scope="package")
 def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with an adapter of each family."""
     model, found = tiny_model(eos_token_id=2), {}
@@ -183,6 +225,7 @@ def world(
     engine_and_faults: tuple[Engine, Faults],
     tokenizer: PreTrainedTokenizerFast,
     base_spec: BaseSpec,
+    encoder: SharedEncoder,
     samples: dict[str, Path],
     tmp_path: Path,
 ) -> Iterator[World]:
@@ -198,9 +241,11 @@ def world(
     )
     store.put_directory(_CANARY, write_lora(tmp_path / "canary", base_spec, seed=7, scale=0.5))
     for family, folder in samples.items():
-        store.put_directory(family.lower(), folder)
+        options = PutOptions(description=_DESCRIPTIONS.get(family))
+        store.put_directory(family.lower(), folder, options=options)
     generator = ScriptedGenerator(base_spec)
     generated = GeneratedAdapters(store, lambda: generator, faults=faults)
+    descriptions = DescriptionResolver(store, encoder, generated)
     app = build_app(
         engine,
         store,
@@ -208,6 +253,8 @@ def world(
         ServerConfig(http=HttpConfig(served_model_names=("base",))),
         device=engine,
         generated=generated,
+        resolver=descriptions,
+        semantic=descriptions.router,
         faults=faults,
     )
     client = httpx.AsyncClient(
@@ -215,6 +262,10 @@ def world(
         base_url="http://127.0.0.1:8000",
         timeout=60,
     )
-    yield World(engine, store, faults, client, tmp_path, generator)
+    parts = app.state.parts
+    yield World(engine, store, faults, client, tmp_path, generator, encoder, parts)
+    descriptions.close()
     generated.close()
+    parts.text.close()
+    parts.pools.close()
     store.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,8 +46,8 @@ class WatchedFolders:
             # A root that is away, as a mount may be, takes nothing with it.
             known = {m for m in self._seen if any(m.path.is_relative_to(root) for root in there)}
             for gone in known - set(found):
-                del self._seen[gone]
                 self._remove(gone)
+                del self._seen[gone]
             for module in found:
                 self._look_at(module)
 
@@ -93,7 +94,9 @@ class WatchedFolders:
                 return
             card = put_folder(self._store, module)
             _log.info("adapter %s of %s is served (%s)", card.name, module.path, card.digest[:12])
-        except (StoreError, OSError) as error:
+        except (StoreError, OSError, sqlite3.Error) as error:
+            if not isinstance(error, StoreError):  # a failure of ours: the next look tries again
+                self._seen.pop(module, None)
             _log.error("adapter %s in %s is not served: %s", module.name, module.path, error)
 
     def _is_current(self, module: LoraModule) -> bool:

@@ -187,14 +187,12 @@ def from_fault(error: Exception, request_id: str) -> ApiError:
     match part_of(error):
         case "catalogue":
             return unavailable(
-                f"the catalogue of adapters cannot be used now ({kind}); nothing was changed; try "
-                f"again, {log}",
+                f"the catalogue of adapters cannot be used now ({kind}); try again, {log}",
                 "catalogue_unavailable",
             )
         case "storage":
             return unavailable(
-                f"the server's disk cannot be used now ({kind}); nothing was changed; try again, "
-                f"{log}",
+                f"the server's disk cannot be used now ({kind}); try again, {log}",
                 "storage_unavailable",
             )
         case "loader":

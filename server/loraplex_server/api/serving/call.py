@@ -149,10 +149,12 @@ class TextCall(ABC):
             prompts = await self.prompts(resolved)
             head = self._head(resolved)
             format_ = self.format(head)
+            generation = self._generation(head.id, prompts, resolved, load_s)
         except BaseException:
             resolved.release()
             raise
-        return self._submit(head.id, prompts, resolved, load_s), format_
+        generation.start()
+        return generation, format_
 
     def _head(self, resolved: ResolvedAdapter) -> AnswerHead:
         options = self._body.stream_options
@@ -169,10 +171,10 @@ class TextCall(ABC):
             usage_in_every_chunk=include_usage and bool(options and options.continuous_usage_stats),
         )
 
-    def _submit(
+    def _generation(
         self, call_id: str, prompts: Sequence[Prompt], resolved: ResolvedAdapter, load_s: float
     ) -> Generation:
-        """Submits ``n`` choices of each prompt. Takes over ``resolved``, also when it raises."""
+        """``n`` choices of each prompt. Takes over ``resolved``, unless it raises."""
         n_prompt = sum(len(prompt.ids) for prompt in prompts)
         salt = f"{self.info.tenant}/{self._body.cache_salt or ''}".strip("/")
         skip_special = self._body.skip_special_tokens is not False
@@ -189,7 +191,7 @@ class TextCall(ABC):
                 choices.append(
                     ChoiceRequest(request, self.stop, skip_special, prompt.discard_output)
                 )
-        generation = Generation(
+        return Generation(
             self.state.engine,
             self.state.text.backend,
             choices,
@@ -206,5 +208,3 @@ class TextCall(ABC):
             prompt_param=self.prompt_param,
             n_prompt_tokens=n_prompt,
         )
-        generation.start()
-        return generation

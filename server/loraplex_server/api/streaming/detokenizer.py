@@ -39,7 +39,7 @@ class StreamDetokenizer:
         self._pending.append(token_id)
         try:
             text = self._stream.step(self._tokenizer, token_id)
-        except Exception:  # tokenizers raises a bare Exception where a decoder rewrites its past
+        except BaseException:  # raised where a decoder rewrites its past; a panic is no Exception
             return self._release()
         if text is None:
             return self._release() if len(self._pending) >= _MAX_PENDING else ""
@@ -69,4 +69,9 @@ class StreamDetokenizer:
     def _decode(self, ids: list[int]) -> str:
         if not ids:
             return ""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens))
+        try:
+            return str(self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens))
+        except Exception:
+            raise
+        except BaseException as error:  # a panic of the Rust tokenizer
+            raise RuntimeError("the tokenizer panicked") from error

@@ -65,6 +65,8 @@ def assert_error(body: bytes, headers: dict[str, str], code: str) -> None:
         ),
         (b"GET /?" + b"x" * (70 << 10) + b" HTTP/1.1\r\n" + HEAD + b"\r\n", 431, "head_too_large"),
         (b"GET /nowhere HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "unknown_url"),
+        (b"GET /static-offline-docs/../x HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "unknown_url"),
+        (b"POST /docs HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),
         (b"TRACE /health HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),
         (b"PATCH /v1/adapters/x HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),
         (b"PUT /v1/adapters/x/pin HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),

@@ -134,6 +134,8 @@ def _spoil(rng: random.Random, header: dict[str, Any]) -> None:
     if not isinstance(entry, dict) or "shape" not in entry:
         return
     shape, offsets = entry["shape"], entry["data_offsets"]
+    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        return  # spoilt already
     match rng.randrange(9):
         case 0:
             entry["dtype"] = rng.choice((*DTYPES, 5, None))

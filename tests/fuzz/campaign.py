@@ -45,7 +45,7 @@ class Finding:
 
 class Target:
     def __init__(self, client: httpx.Client, judge: Judge, is_alive: Callable[[], bool]) -> None:
-        self._client = client
+        self.client = client
         self._judge = judge
         self.is_alive = is_alive
         self._schema: dict[str, Any] = client.get("/openapi.json").json()
@@ -88,13 +88,13 @@ class Target:
     def _send(self, case: Case) -> httpx.Response:
         # as a latin-1 string where it is none of ASCII: clients do send such headers
         headers = [(k.encode(), v.encode("utf-8")) for k, v in case.headers.items()]
-        url = self._client.base_url.copy_with(raw_path=case.path.encode())
-        return self._client.request(case.method, url, headers=headers, content=case.content)
+        url = self.client.base_url.copy_with(raw_path=case.path.encode())
+        return self.client.request(case.method, url, headers=headers, content=case.content)
 
     def _ask_canary(self) -> Any:
         body = {**_CHAT, "adapter": CANARY, "temperature": 0, "logprobs": True}
         for _ in range(50):  # a flood of its own making may fill the adapters' memory
-            answer = self._client.post("/v1/chat/completions", json=body)
+            answer = self.client.post("/v1/chat/completions", json=body)
             if answer.status_code != 503:
                 break
             time.sleep(float(answer.headers["retry-after"]))

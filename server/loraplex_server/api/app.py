@@ -14,7 +14,6 @@ from fastapi_offline import FastAPIOffline
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.registry import Collector
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 from starlette.types import Scope
@@ -31,6 +30,7 @@ from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.middleware.auth import Auth
 from loraplex_server.api.middleware.body_limit import BodyLimit
 from loraplex_server.api.middleware.browser_guard import BrowserGuard
+from loraplex_server.api.middleware.cors import Cors
 from loraplex_server.api.middleware.request_context import RequestContext
 from loraplex_server.api.middleware.tracing import Tracing
 from loraplex_server.api.routes import (
@@ -178,7 +178,7 @@ def build_app(
     app.add_middleware(RequestContext, metrics=server_metrics, faults=faults)
     if config.http.cors_origins:
         app.add_middleware(
-            CORSMiddleware,
+            Cors,
             allow_origins=config.http.cors_origins,
             allow_methods=("GET", "POST", "PUT", "DELETE"),
             allow_headers=("*",),

@@ -147,13 +147,12 @@ def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:
         cumulative = np.cumsum(weights)
         target = uniform * (cumulative[-1] if mass is None else mass)
         index = int(np.searchsorted(cumulative, target, side="right"))
-        possible = np.flatnonzero(weights)
-        if not possible.size:
+        if not cumulative[-1] > 0:  # zero, or no number
             raise AdapterUnservable(
                 "the adapter's weights are so large that no token has a probability: its logits "
                 "are infinite or no numbers; check its scale (alpha / r)"
             )
-        drawn.append(int(candidate_ids[min(index, int(possible[-1]))]))
+        drawn.append(int(candidate_ids[min(index, int(np.flatnonzero(weights)[-1]))]))
     return drawn
 
 

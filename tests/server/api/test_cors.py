@@ -51,6 +51,7 @@ async def test_a_page_that_is_named_may_call_with_a_key(
     stranger = {"origin": "https://app.example.org.evil.net", **PREFLIGHT}
     refused = await front.client.options(path, headers=stranger)
     assert refused.status_code == 400
+    assert refused.json()["error"]["code"] == "origin_not_allowed"
     assert "access-control-allow-origin" not in refused.headers
     front.store.close()
 

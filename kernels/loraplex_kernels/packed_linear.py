@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -13,6 +15,7 @@ from loraplex_kernels.cpu.model_ops import dtype_code, native_ops
 
 from .exponent_coding import EXPONENT_CODED, decode_outputs, encode_panels
 from .storage import allocate_storage
+from .token_mask import mask_bits
 
 __all__ = ["PackedLinear", "lay_out_together"]
 
@@ -96,15 +99,18 @@ class PackedLinear:
             in_features,
         )
 
-    def argmax(self, x: Tensor) -> Tensor:
+    def argmax(self, x: Tensor, masks: NDArray[np.int32] | None = None) -> Tensor:
         """The index of each row's largest output, int64 [T]; of equal ones the first.
 
         As of ``self(x)``. Native code keeps no output, which for a head of 50,000 rows is faster.
+        ``masks`` [T, ceil(n_out / 32)] says which outputs count, see ``token_mask``; where none of
+        them is above minus infinity, the index is n_out or one of them.
         """
         native = self._native
         if native is None:
             # numpy: torch promises nothing about equal values
-            return torch.from_numpy(self(x).float().cpu().numpy().argmax(-1))
+            outputs = self(x).float().cpu().numpy()
+            return torch.from_numpy(outputs.argmax(-1) if masks is None else _best(outputs, masks))
         n_rows, in_features = x.shape
         if in_features != self.in_features or x.dtype is not self.dtype or x.stride(1) != 1:
             self._refuse(x, x)
@@ -118,6 +124,8 @@ class PackedLinear:
             n_rows,
             self.n_out,
             in_features,
+            None if masks is None else masks.ctypes.data,
+            0 if masks is None else masks.shape[1],
             places.data_ptr(),
         )
         return places
@@ -193,6 +201,13 @@ def _pack(stacked: Tensor, unit: int) -> Tensor:
     in_features = stacked.shape[1]
     words = _pad(stacked.contiguous()).view(torch.int32)
     return words.view(-1, _PANEL, in_features // unit).transpose(1, 2).contiguous()
+
+
+def _best(outputs: NDArray[np.float32], masks: NDArray[np.int32]) -> NDArray[np.int64]:
+    counted = np.where(mask_bits(masks, outputs.shape[1]), outputs, -np.inf)
+    best: NDArray[np.int64] = counted.argmax(-1)
+    best[counted.max(-1) == -np.inf] = outputs.shape[1]
+    return best
 
 
 def _pad(rows: Tensor) -> Tensor:

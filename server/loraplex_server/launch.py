@@ -265,6 +265,7 @@ def _run(
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(main())
     services.text.close()
+    services.grammars.close()
     services.pools.close()
 
 

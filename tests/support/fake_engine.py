@@ -57,6 +57,10 @@ class FakeEngine:
     _running: dict[str, _Run] = field(default_factory=dict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return frozenset({EOS_ID})
+
     def submit(self, request: GenerationRequest, listener: Listener) -> None:
         if not self.alive:
             raise EngineDead("the engine thread stopped")

@@ -18,7 +18,7 @@ _GATE = (_N, _P, _N, _N, _P, _N, _N, _N, _P, _P)  # dtype, x, …, gate, …, k,
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "linear": (_N, _P, _N, _P, _P, _P, _N, _N, _N, _N),
-    "linear_argmax": (_N, _P, _N, _P, _P, _N, _N, _N, _P),
+    "linear_argmax": (_N, _P, _N, _P, _P, _N, _N, _N, _P, _N, _P),
     "rms_norm": (_N, _P, _P, _P, _P, _N, _N, _F, _F),
     "gate": (_N, _P, _P, _N, _N, _N),
     "rope_and_cache": (_N, _P, _P, *(_N,) * 6, _P, _P, _N, _N, *(_P,) * 4, _N),
@@ -26,6 +26,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "route": _GATE,
     "route_and_group": (*_GATE, *(_P,) * 4),
     "group": (_P, _P, _N, _N, _P, _P, _P),
+    "select_allowed": (_P, _P, _N, _P, _P),
     "moe_combine": (_N, *(_P,) * 4, _N, _N, _N),
     "lora_apply": (_P, *_ROWS, _P),  # target first, segments last
     "linear_with_lora": (_P, _P, _P, *_ROWS, _P),  # packed weights and bias behind the target
@@ -39,6 +40,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
 _RESULTS: dict[str, Any] = {
     **dict.fromkeys(("lora_apply", "linear_with_lora", "moe_gate_up", "moe_down"), ctypes.c_int),
     "decoder": _N,
+    "select_allowed": _N,
     "encode_rows": ctypes.c_int,
 }
 

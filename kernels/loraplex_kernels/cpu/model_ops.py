@@ -39,6 +39,7 @@ class NativeOps(NamedTuple):
     route_and_group: Callable[..., None]
     moe_combine: Callable[..., None]
     group: Callable[..., None]
+    select_allowed: Callable[..., int]
     paged_attention: Callable[..., None]
 
 

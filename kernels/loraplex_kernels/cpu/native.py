@@ -24,7 +24,7 @@ __all__ = [
     "use_references",
 ]
 
-_ABI = 10
+_ABI = 11
 _switched_off = threading.Event()
 _OPENMP_RUNTIMES = ("libgomp", "libiomp5", "libomp")
 

@@ -48,6 +48,7 @@ from loraplex_server.api.routes import (
 )
 from loraplex_server.api.serving.disconnect import ClientLeft
 from loraplex_server.api.serving.generation import LiveGenerations
+from loraplex_server.api.serving.grammars import Grammars
 from loraplex_server.api.serving.text_pipeline import ChatTokenizer, TextPipeline
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.errors import EngineError
@@ -123,11 +124,15 @@ def build_app(
         title="Loraplex", version=installed_version("loraplex"), redoc_url=None
     )
     write_exact_bounds(app)
+    text = TextPipeline(
+        tokenizer, vocab_size=vocab_size, max_model_len=engine.max_model_len, faults=faults
+    )
     app.state.parts = AppState(
         engine=engine,
         store=store,
-        text=TextPipeline(
-            tokenizer, vocab_size=vocab_size, max_model_len=engine.max_model_len, faults=faults
+        text=text,
+        grammars=Grammars(
+            text.backend, vocab_size=text.vocab_size, eos_token_ids=engine.eos_token_ids
         ),
         config=config,
         resolver=AdapterResolver(store, names, pools, resolver),

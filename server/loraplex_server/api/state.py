@@ -24,6 +24,7 @@ from loraplex_server.adapters.resolver import AdapterResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.serving.generation import LiveGenerations
+from loraplex_server.api.serving.grammars import Grammars
 from loraplex_server.api.serving.text_pipeline import TextPipeline
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.engine.client import EngineClient
@@ -47,6 +48,7 @@ class AppState:
     engine: EngineClient
     store: AdapterStore
     text: TextPipeline
+    grammars: Grammars
     config: ServerConfig
     resolver: AdapterResolver
     unknown_fields: UnknownFields

@@ -147,6 +147,7 @@ def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engin
         max_model_len=max_model_len,
         eos_token_ids=model.eos_token_ids,
         n_threads=config.threads or _DEFAULT_THREADS,
+        forced_tokens=config.forced_tokens,
         faults=faults,
     )
     _log.info(

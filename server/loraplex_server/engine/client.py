@@ -9,6 +9,7 @@ from typing import Protocol
 from loraplex_adapter_store.plan import AdapterPlan
 
 from .events import TokenEvent
+from .grammar import CompiledGrammar
 from .pooling import Pooling
 from .sampling_params import SamplingParams
 
@@ -49,6 +50,7 @@ class GenerationRequest:
     sampling: SamplingParams
     adapter: AdapterRef | None = None  # None = the base model
     cache_salt: str = ""  # tenant's salt of the prefix cache
+    grammar: CompiledGrammar | None = None  # that the answer follows, and ends with
     pooling: Pooling | None = None  # ends after the prompt, with vectors and no token
 
     @property
@@ -71,6 +73,7 @@ class EngineStats:
     n_step_tokens: int = 0  # computed by all steps, of prompts and answers
     steps_by_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)  # steps of so many tokens
     n_preemptions: int = 0
+    n_forced_tokens: int = 0  # of answers, that grammars left no choice about
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found
     pool_bytes_used: int = 0
@@ -98,6 +101,9 @@ class EngineClient(Protocol):
         """Frees the request within one step; its last event is CANCELLED. Unknown ids are fine."""
 
     def stats(self) -> EngineStats: ...
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]: ...
 
     @property
     def max_model_len(self) -> int: ...

@@ -40,6 +40,12 @@ class EngineConfig(Options):
         metavar="SIZE",
     )
     page_size: _AtLeastOne = option(16, "Tokens of a KV page.", Panel.ENGINE, hidden=True)
+    forced_tokens: bool = option(
+        True,
+        "Where a grammar leaves no choice, compute its tokens at once; no answer changes.",
+        Panel.ENGINE,
+        hidden=True,
+    )
     prefix_cache: bool = option(True, "Share the KV of common prompt beginnings.", Panel.ENGINE)
     cuda_graphs: bool = option(
         True, "On a GPU, record decode steps at start and replay them.", Panel.ENGINE

@@ -86,6 +86,10 @@ class Engine:
         return replace(self.loop.stats.latest, step_age_s=time.monotonic() - self.loop.heartbeat)
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        return self.loop.eos_token_ids
+
+    @property
     def max_model_len(self) -> int:
         return self._max_model_len
 

@@ -17,8 +17,15 @@ from torch import Tensor
 
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 
+from .constraint import Constraint
 from .device_pool import DevicePool
-from .errors import ContextOverflow, EngineDead, EngineDraining, EngineError
+from .errors import (
+    ContextOverflow,
+    EngineDead,
+    EngineDraining,
+    EngineError,
+    GrammarTooComplex,
+)
 from .events import FinishReason, TokenEvent, TokenLogprobs
 from .expert_monitor import ExpertMonitor
 from .inbox import Inbox
@@ -55,6 +62,7 @@ class EngineLoop:
         max_model_len: int,
         eos_token_ids: frozenset[int],
         n_threads: int,
+        forced_tokens: bool = True,
         faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         self.runner = runner
@@ -64,14 +72,15 @@ class EngineLoop:
         self.stats = StepStats(scheduler, kv_cache, adapters)
         self.heartbeat = time.monotonic()  # when the thread last showed life
         self.started = threading.Event()
+        self.eos_token_ids = eos_token_ids
         self._scheduler = scheduler
         self._inbox = inbox
         self._faults = faults
         self._output_router = OutputRouter()
         self._requests: dict[str, Request] = {}
         self._max_model_len = max_model_len
-        self._eos_token_ids = eos_token_ids
         self._n_threads = n_threads
+        self._feeds_forced = forced_tokens
         self._is_stopping = False
 
     def run(self) -> None:
@@ -152,6 +161,12 @@ class EngineLoop:
                 "ask for less or raise --kv-memory"
             )
             self._end(request, FinishReason.ERROR, error=error)
+            return
+        grammar = request.source.grammar
+        if grammar is not None:
+            request.constraint = Constraint(grammar)
+            # One token is left to sample: a request ends with a step.
+            self._feed_forced(request, request.constraint, self._room(request) - 1)
 
     def _run_chunks(self, chunks: Sequence[ScheduledChunk]) -> None:
         try:
@@ -219,23 +234,51 @@ class EngineLoop:
 
     def _append(self, request: Request, sampled: Sampled) -> None:
         params, token = request.source.sampling, sampled.token_id
-        is_end = token in self._eos_token_ids and not params.ignore_eos
+        constraint = request.constraint
+        if constraint is not None and constraint.error is not None:  # its mask was none
+            self._end(request, FinishReason.ERROR, error=_too_complex(constraint.error))
+            return
+        is_end = token in self.eos_token_ids and (constraint is not None or not params.ignore_eos)
         if is_end or token in params.stop_token_ids:
             self._end(request, FinishReason.STOP, stop_token=token)
             return
         request.token_ids.append(token)
         logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        if request.n_output >= params.max_tokens or request.n_tokens >= self._max_model_len:
-            self._end(request, FinishReason.LENGTH, token_ids=(token,), logprobs=logprobs)
+        if constraint is not None:
+            self.stats.forced(constraint.forced is not None)
+            constraint.accept(token)
+            self._feed_forced(request, constraint, self._room(request))
+        if constraint is not None and constraint.error is not None:
+            self._end(request, FinishReason.ERROR, error=_too_complex(constraint.error))
+        elif constraint is not None and constraint.ended:
+            self._end(request, FinishReason.STOP, logprobs=logprobs)
+        elif self._room(request) <= 0:
+            self._end(request, FinishReason.LENGTH, logprobs=logprobs)
+        else:
+            self._emit(request, logprobs=logprobs)
+
+    def _room(self, request: Request) -> int:
+        """Tokens that the answer may still get."""
+        n_output = request.source.sampling.max_tokens - request.n_output
+        return min(n_output, self._max_model_len - request.n_tokens)
+
+    def _feed_forced(self, request: Request, constraint: Constraint, room: int) -> None:
+        """Tokens that the grammar leaves no choice about: the next step computes them together.
+
+        With log-probabilities they come one by one, since each needs the logits before it.
+        """
+        params = request.source.sampling
+        if params.logprobs is not None or not self._feeds_forced:
             return
-        self._emit(request, token_ids=(token,), logprobs=logprobs)
+        forced = constraint.take_forced(room, params.stop_token_ids | self.eos_token_ids)
+        request.token_ids += forced
+        self.stats.forced(len(forced))
 
     def _end(
         self,
         request: Request,
         reason: FinishReason,
         *,
-        token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
         stop_token: int | None = None,
         error: EngineError | None = None,
@@ -247,7 +290,6 @@ class EngineLoop:
         self._inbox.ended(request)
         self._emit(
             request,
-            token_ids=token_ids,
             logprobs=logprobs,
             finish=reason,
             stop_token=stop_token,
@@ -259,14 +301,17 @@ class EngineLoop:
         self,
         request: Request,
         *,
-        token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
         finish: FinishReason | None = None,
         stop_token: int | None = None,
         error: EngineError | None = None,
         pooled: Tensor | None = None,
     ) -> None:
-        is_first = request.n_output == len(token_ids)
+        """Sends the tokens that the listener does not have; a failed request shows no more."""
+        is_first = request.n_sent == 0
+        failed = finish is FinishReason.ERROR or finish is FinishReason.CANCELLED
+        token_ids = () if failed else tuple(request.token_ids[request.n_prompt + request.n_sent :])
+        request.n_sent += len(token_ids)
         event = TokenEvent(
             request.id,
             token_ids,
@@ -300,6 +345,13 @@ class EngineLoop:
             self._emit(request, finish=FinishReason.ERROR, error=error)
         self._requests.clear()
         self._output_router.flush()
+
+
+def _too_complex(reason: str) -> GrammarTooComplex:
+    return GrammarTooComplex(
+        f"the answer's grammar is too complex to follow ({reason.strip()[:200]}); simplify the "
+        "schema or the grammar"
+    )
 
 
 def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...]:

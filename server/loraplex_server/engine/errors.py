@@ -4,6 +4,7 @@ EngineError
 ├── QueueFull          the bounded queue is full: try again later
 ├── EngineDraining     the server is going down: try another replica
 ├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
+├── GrammarTooComplex  a step of the request's grammar takes more than is allowed
 ├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
 ├── AdapterLoadFailed  the copy to the device failed: try again
 ├── NoAdapterPlace     the device is taken by pinned adapters: unpin one
@@ -19,6 +20,7 @@ __all__ = [
     "EngineDead",
     "EngineDraining",
     "EngineError",
+    "GrammarTooComplex",
     "NoAdapterPlace",
     "QueueFull",
 ]
@@ -41,6 +43,10 @@ class EngineDraining(EngineError):
 
 
 class ContextOverflow(EngineError):
+    pass
+
+
+class GrammarTooComplex(EngineError):
     pass
 
 

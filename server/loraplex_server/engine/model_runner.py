@@ -24,14 +24,16 @@ from loraplex_server.model.packed_lora_linear import ApplySlice, PackedLoraLinea
 
 from .decode_graphs import DecodeGraphs, Recorder
 from .device_pool import DevicePool
+from .errors import AdapterUnservable
 from .events import TokenLogprobs
 from .forward_batch import ForwardBatch, build_batch
 from .kv_cache import KvCache
 from .request import Request
 from .resident_adapter import RowsBeyondThePool
 from .row_buffer import RowBuffer
-from .sampler import Sampled, is_plainly_greedy, logprobs_of, sample
+from .sampler import Sampled, forced_token, is_plainly_greedy, logprobs_of, sample
 from .scheduler import ScheduledChunk
+from .token_masks import TokenMasks
 
 __all__ = ["ModelRunner", "StepResult"]
 
@@ -64,6 +66,7 @@ class ModelRunner:
         n_rows = kv_cache.page_table.shape[0]
         self._raw_logits = RowBuffer(n_rows, model.vocab_size, model.dtype, model.device)
         self._float_logits = RowBuffer(n_rows, model.vocab_size, torch.float32, model.device)
+        self._masks = TokenMasks(n_rows, model.vocab_size)
         model.attach_kv(kv_cache.keys, kv_cache.values)
         for group in model.groups.values():
             group.lora = PreparedTarget(adapters.pool, group.target.name, side)
@@ -89,10 +92,12 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk]) -> StepResult:
         """One forward over all chunks; samples for those that reach their last token."""
+        generating = [c.request for c in chunks if c.samples and c.request.source.pooling is None]
+        self._masks.start(generating)
         batch = build_batch(chunks, self._kv, self._model.device)
         replayed = self._replay(batch, chunks)
         if replayed is not None:
-            return StepResult(self._sample(replayed, [chunk.request for chunk in chunks]), {}, {})
+            return StepResult(self._sample(replayed, generating), {}, {})
         sampling = [
             (c, rows) for c, rows in zip(chunks, batch.chunk_rows, strict=True) if c.samples
         ]
@@ -109,15 +114,13 @@ class ModelRunner:
         sampled: dict[str, Sampled] = {}
         x = hidden[last.to(hidden.device)] if wants_all and last is not None else hidden
         pooled = _pooled(x, hidden if wants_all else None, chunks, batch)
-        generating = [i for i, r in enumerate(requests) if r.source.pooling is None]
         if generating:
             if len(generating) < len(requests):
-                x, requests = x[generating], [requests[i] for i in generating]
-            if self._can_argmax(requests):
-                tokens = self._model.head.packed.argmax(x).tolist()
-                sampled = {r.id: Sampled(t, None) for r, t in zip(requests, tokens, strict=True)}
+                x = x[[i for i, r in enumerate(requests) if r.source.pooling is None]]
+            if self._can_argmax(generating):
+                sampled = self._argmax(x, generating)
             else:
-                sampled = self._sample(self._raw_logits_of(x, requests), requests)
+                sampled = self._sample(self._raw_logits_of(x, generating), generating)
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
         return StepResult(sampled, found, pooled)
 
@@ -174,8 +177,17 @@ class ModelRunner:
 
     def _sample(self, raw: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
         logits = self._finish(raw)
-        tokens = sample(logits.cpu(), requests, self._model.eos_token_ids)
+        logits = logits.cpu()
+        tokens = sample(logits, requests, self._model.eos_token_ids, self._masks.wait())
         return {r.id: token for r, token in zip(requests, tokens, strict=True)}
+
+    def _argmax(self, x: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
+        tokens = self._model.head.packed.argmax(x, self._masks.wait()).tolist()
+        if self._model.vocab_size in tokens:
+            raise AdapterUnservable("no token has a probability: the logits are infinite")
+        return {
+            r.id: Sampled(forced_token(r, t), None) for r, t in zip(requests, tokens, strict=True)
+        }
 
     def _fill_step(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> None:
         step = self._model.step

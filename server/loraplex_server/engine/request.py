@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from .client import GenerationRequest, Listener
+from .constraint import Constraint
 from .events import TokenLogprobs
 from .pooling import PooledRows
 
@@ -51,6 +52,8 @@ class Request:
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # found so far
     pooled: PooledRows | None = None  # of a request for vectors, once it runs
     seed: int = 0  # of the sampler; drawn once when the client gave none
+    constraint: Constraint | None = None  # where the output stands in its grammar
+    n_sent: int = 0  # tokens of the output that the listener got
 
     @property
     def id(self) -> str:

@@ -17,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .errors import AdapterUnservable
+from loraplex_kernels.token_mask import select_allowed
+
+from .constraint import Constraint
+from .errors import AdapterUnservable, GrammarTooComplex
 from .events import TokenLogprobs
 from .request import Request
 from .sampling_params import SamplingParams
 
-__all__ = ["Sampled", "is_plainly_greedy", "logprobs_of", "sample"]
+__all__ = ["Sampled", "forced_token", "is_plainly_greedy", "logprobs_of", "sample"]
 
 # Smaller temperatures and larger logits would overflow in the softmax; neither changes an answer.
 _MIN_TEMPERATURE = 1e-6
@@ -39,10 +42,14 @@ class Sampled:
 
 
 def sample(
-    logits: Tensor, requests: Sequence[Request], eos_token_ids: frozenset[int]
+    logits: Tensor,
+    requests: Sequence[Request],
+    eos_token_ids: frozenset[int],
+    masks: NDArray[np.int32] | None = None,
 ) -> list[Sampled]:
     """``logits`` float32 [n, vocab_size], row i of ``requests[i]``; changed in place.
 
+    ``masks``: the allowed tokens, see ``TokenMasks.wait``; read for rows with a grammar alone.
     Engine thread only.
     """
     logprobs: list[TokenLogprobs | None] = [None] * len(requests)
@@ -52,7 +59,13 @@ def sample(
         if _is_adjusted(request):
             _adjust(logits[row], request, eos_token_ids)
     token_ids = logits.numpy().argmax(-1).tolist()  # torch's takes seven times as long
-    random = [i for i, r in enumerate(requests) if not r.source.sampling.greedy]
+    for row, request in enumerate(requests):
+        if request.constraint is not None:
+            allowed = None if masks is None else masks[row]
+            token_ids[row] = _constrained(logits[row], request, request.constraint, allowed)
+    random = [
+        i for i, r in enumerate(requests) if r.constraint is None and not r.source.sampling.greedy
+    ]
     if random:
         for row, token in zip(
             random, _draw(logits[random], [requests[i] for i in random]), strict=True
@@ -72,6 +85,12 @@ def is_plainly_greedy(request: Request) -> bool:
     return params.greedy and params.logprobs is None and not _is_adjusted(request)
 
 
+def forced_token(request: Request, token_id: int) -> int:
+    """What the request's grammar says comes next, or ``token_id`` where it leaves a choice."""
+    forced = None if request.constraint is None else request.constraint.forced
+    return token_id if forced is None else forced
+
+
 def logprobs_of(
     logits: Tensor, token_ids: Sequence[int], n_top: Sequence[int]
 ) -> list[TokenLogprobs]:
@@ -85,6 +104,23 @@ def logprobs_of(
         TokenLogprobs(token, logprob, tuple(zip(top_ids[:n], top_values[:n], strict=True)))
         for token, logprob, n, top_ids, top_values in rows
     ]
+
+
+def _constrained(
+    row: Tensor, request: Request, constraint: Constraint, mask: NDArray[np.int32] | None
+) -> int:
+    """One token of those that the grammar allows; all that is made of a row is made of these."""
+    if constraint.forced is not None:
+        return constraint.forced
+    assert mask is not None
+    values, ids = select_allowed(row.numpy(), mask)
+    if not ids.size:
+        raise GrammarTooComplex(
+            f"the grammar allows no token here ({constraint.error or 'a dead end'}); simplify it"
+        )
+    if request.source.sampling.greedy or (values == -np.inf).all():
+        return int(ids[values.argmax()])  # -inf: min_tokens forbids the end, which is all there is
+    return int(ids[_draw(torch.from_numpy(values).unsqueeze(0), [request])[0]])
 
 
 def _is_adjusted(request: Request) -> bool:

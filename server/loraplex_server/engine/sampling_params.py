@@ -13,7 +13,8 @@ class SamplingParams:
     """Validated by the HTTP routes; the engine trusts it.
 
     Logits are changed in this order: logit_bias, repetition, presence and frequency penalties,
-    min_tokens, temperature, top_k, top_p, min_p. ``logprobs`` are those of the raw logits.
+    min_tokens, the grammar's mask, temperature, top_k, top_p, min_p. ``logprobs`` are those of the
+    raw logits.
     """
 
     max_tokens: int

@@ -22,8 +22,13 @@ class StepStats:
         self._kv = kv_cache
         self._adapters = adapters
         self._n_step_tokens = 0
+        self._n_forced_tokens = 0
         self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
         self.latest = EngineStats()
+
+    def forced(self, n_tokens: int) -> None:
+        """A grammar fixed so many tokens of an answer."""
+        self._n_forced_tokens += n_tokens
 
     def after_step(self, chunks: Sequence[ScheduledChunk]) -> None:
         if chunks:
@@ -40,6 +45,7 @@ class StepStats:
             n_step_tokens=self._n_step_tokens,
             steps_by_tokens=tuple(self._steps_by_tokens),
             n_preemptions=scheduler.n_preemptions,
+            n_forced_tokens=self._n_forced_tokens,
             prefix_queries=self._kv.n_queried,
             prefix_hits=self._kv.n_found,
             pool_bytes_used=adapters.pool.bytes_used,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,9 +34,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     argmax = PackedLinear.argmax
 
-    def counted(self: PackedLinear, x: Tensor) -> Tensor:
+    def counted(self: PackedLinear, x: Tensor, masks: NDArray[np.int32] | None) -> Tensor:
         seen.append(len(x))
-        return argmax(self, x)
+        return argmax(self, x, masks)
 
     monkeypatch.setattr(PackedLinear, "argmax", counted)
     return seen

@@ -15,7 +15,7 @@ struct KernelSet {
     // Each by DType.
     void (*linear[2])(const LinearArgs&);
     void (*linear_part[2])(const LinearArgs&, int64_t n_threads, int64_t* n_taken);
-    void (*linear_argmax[2])(const LinearArgs&, Largest*);
+    void (*linear_argmax[2])(const LinearArgs&, const uint32_t* masks, int64_t mask_stride, Largest*);
     void (*norm[2])(const NormArgs&);
     void (*gate[2])(const GateArgs&);
     void (*gate_row[2])(const GateArgs&);

@@ -15,15 +15,19 @@ LORAPLEX_API void loraplex_linear(int64_t dtype, const void* x, int64_t x_stride
         {x, packed, bias, out, x_stride, out_stride, n_rows, n_out, n_in, nullptr});
 }
 
-// The index of each row's largest output, to `index` [n_rows].
+// The index of each row's largest output, to `index` [n_rows]. Row r of `masks` (or null), a word for
+// 32 outputs, says by its bits which count; `index` may be n_out if none that counts is above -∞.
 LORAPLEX_API void loraplex_linear_argmax(int64_t dtype, const void* x, int64_t x_stride,
                                          const void* packed, const float* bias, int64_t n_rows,
-                                         int64_t n_out, int64_t n_in, int64_t* index) {
+                                         int64_t n_out, int64_t n_in, const uint32_t* masks,
+                                         int64_t mask_stride, int64_t* index) {
     const int64_t n_threads = omp_get_max_threads();
     thread_local std::vector<Largest> best;
-    best.assign(n_threads * n_rows, {-std::numeric_limits<float>::infinity(), 0});
+    const int64_t none = masks ? n_out : 0;
+    best.assign(n_threads * n_rows, {-std::numeric_limits<float>::infinity(), none});
     kernels().linear_argmax[dtype](
-        {x, packed, bias, nullptr, x_stride, 0, n_rows, n_out, n_in, nullptr}, best.data());
+        {x, packed, bias, nullptr, x_stride, 0, n_rows, n_out, n_in, nullptr}, masks, mask_stride,
+        best.data());
     for (int64_t r = 0; r < n_rows; ++r) {
         for (int64_t thread = 1; thread < n_threads; ++thread)
             keep_larger(best[r], best[thread * n_rows + r]);

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, JsonValue
 
 from .body import INT64_END, Body, Few, JsonList, JsonObject, LimitedDict, Name, TokenId
+from .structured_output import Choices, JsonSchema, ResponseFormat, StructuredOutputs
 
 __all__ = [
     "MAX_LOGIT_BIAS",
@@ -63,6 +64,12 @@ class GenerationBody(Body):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None  # vLLM's, like the next
+    guided_json: JsonSchema | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
     cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
 

@@ -20,6 +20,7 @@ from loraplex_server.api.request_info import info_of
 from loraplex_server.api.state import AppState
 from loraplex_server.api.streaming.sse import SseResponse
 from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.grammar import CompiledGrammar
 from loraplex_server.engine.sampling_params import SamplingParams
 
 from .chat_format import AnswerHead
@@ -27,6 +28,7 @@ from .choice import ChoiceDelta, ChoiceRequest, CollectedChoice
 from .disconnect import unless_client_leaves
 from .generation import Generation, Usage
 from .sampling import StopRule, seed_of_choice, stop_rule
+from .structured_output import Wanted, wanted_grammar
 from .unsupported import refuse_unsupported
 
 __all__ = ["AnswerFormat", "Prompt", "TextCall"]
@@ -87,6 +89,7 @@ class TextCall(ABC):
             model=body.model, adapter=body.adapter, adapter_id=body.adapter_id
         )
         self._body = body
+        self._grammar: Wanted | None = wanted_grammar(body)
 
     @property
     @abstractmethod
@@ -138,6 +141,9 @@ class TextCall(ABC):
 
     async def _start(self) -> tuple[Generation, AnswerFormat]:
         """Raises ApiError, and then holds nothing. The caller closes the generation."""
+        grammar = None
+        if self._grammar is not None:
+            grammar = await self.state.grammars.compile(self._grammar.spec, self._grammar.param)
         started = perf_counter()
         resolved = await self.state.resolver.resolve(
             self.adapter_request, self.routing_text, self.info.access
@@ -149,7 +155,7 @@ class TextCall(ABC):
             prompts = await self.prompts(resolved)
             head = self._head(resolved)
             format_ = self.format(head)
-            generation = self._generation(head.id, prompts, resolved, load_s)
+            generation = self._generation(head.id, prompts, resolved, load_s, grammar)
         except BaseException:
             resolved.release()
             raise
@@ -172,7 +178,12 @@ class TextCall(ABC):
         )
 
     def _generation(
-        self, call_id: str, prompts: Sequence[Prompt], resolved: ResolvedAdapter, load_s: float
+        self,
+        call_id: str,
+        prompts: Sequence[Prompt],
+        resolved: ResolvedAdapter,
+        load_s: float,
+        grammar: CompiledGrammar | None,
     ) -> Generation:
         """``n`` choices of each prompt. Takes over ``resolved``, unless it raises."""
         n_prompt = sum(len(prompt.ids) for prompt in prompts)
@@ -187,6 +198,7 @@ class TextCall(ABC):
                     sampling=seed_of_choice(prompt.sampling, index),
                     adapter=resolved.lease,
                     cache_salt=salt,
+                    grammar=None if prompt.discard_output else grammar,
                 )
                 choices.append(
                     ChoiceRequest(request, self.stop, skip_special, prompt.discard_output)

@@ -13,10 +13,6 @@ def _given(value: object) -> bool:
     return value not in (None, [], {}, False, "")
 
 
-def _not_text(value: object) -> bool:
-    return value is not None and value != {"type": "text"}
-
-
 def _forces_tool(value: object) -> bool:
     return value not in (None, "none", "auto")
 
@@ -39,12 +35,6 @@ _REFUSED: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "tool_choice": (_forces_tool, "tool calls are not supported yet"),
     "functions": (_given, "function calls are not supported yet"),
     "function_call": (_forces_tool, "function calls are not supported yet"),
-    "response_format": (_not_text, "only the format 'text' is supported for now"),
-    "structured_outputs": (_given, "constrained output is not supported yet"),
-    "guided_json": (_given, "constrained output is not supported yet"),
-    "guided_regex": (_given, "constrained output is not supported yet"),
-    "guided_choice": (_given, "constrained output is not supported yet"),
-    "guided_grammar": (_given, "constrained output is not supported yet"),
     "modalities": (_more_than_text, "only text is supported"),
     "audio": (_given, "only text is supported"),
     "prompt_embeds": (_given, "tensors are not accepted over HTTP"),

@@ -20,6 +20,7 @@ __all__ = [
     "EngineStats",
     "GenerationRequest",
     "Listener",
+    "TenantShare",
 ]
 
 Listener = Callable[[TokenEvent], None]
@@ -39,6 +40,16 @@ class AdapterRef(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class TenantShare:
+    """Whose request it is, and how much of the engine it may take. Without keys: the default."""
+
+    tenant: str = ""
+    weight: float = 1.0  # twice the weight, twice the tokens where tenants compete
+    max_running: int | None = None  # rows of the batch; None: no limit
+    max_queued: int | None = None  # waiting requests; None: ``max_queue`` of the engine
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One choice to generate, or one prompt to read vectors from.
 
@@ -51,6 +62,7 @@ class GenerationRequest:
     adapter: AdapterRef | None = None  # None = the base model
     cache_salt: str = ""  # tenant's salt of the prefix cache
     grammar: CompiledGrammar | None = None  # that the answer follows, and ends with
+    share: TenantShare = TenantShare()
     pooling: Pooling | None = None  # ends after the prompt, with vectors and no token
 
     @property

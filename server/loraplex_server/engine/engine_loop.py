@@ -108,7 +108,7 @@ class EngineLoop:
         self.adapters.publish_arrived()
         self._scheduler.prefetch(_N_PREFETCH)
         scheduled = self._scheduler.schedule()
-        self._inbox.admitted(scheduled.n_first_admitted)
+        self._inbox.admitted(scheduled.first_admitted)
         for request, error in scheduled.failed:
             self._end(request, FinishReason.ERROR, error=error)
         if scheduled.chunks:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 
 from .errors import EngineDraining, EngineError, QueueFull
 from .messages import Message, Submit
@@ -27,7 +29,7 @@ class Inbox:
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards all that follows
         self._request_ids: set[str] = set()
-        self._n_queued = 0
+        self._n_queued: Counter[str] = Counter()  # by tenant
         self._is_draining = False
         self._closed: EngineError | None = None
         self._finished_at: list[float] = []
@@ -49,16 +51,19 @@ class Inbox:
                 raise self._closed
             if self._is_draining:
                 raise EngineDraining("the server is shutting down; send the request elsewhere")
-            if self._n_queued >= self._max_queue:
+            share = request.source.share
+            limit = share.max_queued or self._max_queue
+            if self._n_queued[share.tenant] >= limit:
+                whose = "of this API key's tenant " if share.tenant else ""
                 raise QueueFull(
-                    f"{self._n_queued} requests are waiting, the limit is {self._max_queue}; "
-                    "try again later or raise --max-queue",
-                    self._retry_after_s(),
+                    f"{limit} requests {whose}are waiting, which is the limit; "
+                    "try again later, or raise --max-queue or the key's max_queued",
+                    self._retry_after_s(limit),
                 )
             if request.id in self._request_ids:
                 raise EngineError(f"request id {request.id!r} is already running")
             self._request_ids.add(request.id)
-            self._n_queued += 1
+            self._n_queued[share.tenant] += 1
             self._messages.put(Submit(request))
 
     def post(self, message: Message) -> bool:
@@ -75,16 +80,17 @@ class Inbox:
         except queue.Empty:
             return None
 
-    def admitted(self, n_requests: int) -> None:
-        """``n_requests`` have left the queue. Engine thread."""
+    def admitted(self, requests: Sequence[Request]) -> None:
+        """They have left the queue. Engine thread."""
         with self._lock:
-            self._n_queued -= n_requests
+            self._n_queued.subtract(request.source.share.tenant for request in requests)
 
     def ended(self, request: Request) -> None:
         """Its id is free again. Engine thread."""
         with self._lock:
             self._request_ids.discard(request.id)
-            self._n_queued -= request.admitted_at is None
+            if request.admitted_at is None:
+                self._n_queued[request.source.share.tenant] -= 1
             self._finished_at = [*self._finished_at[1 - _N_RECENT :], time.monotonic()]
 
     def drain(self) -> None:
@@ -102,10 +108,10 @@ class Inbox:
             left.append(message)
         return left
 
-    def _retry_after_s(self) -> float:
-        """Time for the queue to shrink by a tenth at the recent pace, at least a second."""
+    def _retry_after_s(self, limit: int) -> float:
+        """At the recent pace, for a queue of ``limit`` to shrink by a tenth; at least a second."""
         recent = self._finished_at
         if len(recent) < 2 or recent[-1] <= recent[0]:
             return 1.0
         pace = (len(recent) - 1) / (recent[-1] - recent[0])
-        return min(_MAX_RETRY_AFTER_S, max(1.0, 0.1 * self._max_queue / pace))
+        return min(_MAX_RETRY_AFTER_S, max(1.0, 0.1 * limit / pace))

@@ -51,6 +51,8 @@ class Request:
     n_bypassed: int = 0  # admissions of later requests while this one waited for its adapter
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)  # found so far
     pooled: PooledRows | None = None  # of a request for vectors, once it runs
+    n_charged: int = 0  # tokens of its answer that its tenant's counter knows of
+    n_steps_queued: int = 0  # until its first admission; before that, less the steps at its arrival
     seed: int = 0  # of the sampler; drawn once when the client gave none
     constraint: Constraint | None = None  # where the output stands in its grammar
     n_sent: int = 0  # tokens of the output that the listener got

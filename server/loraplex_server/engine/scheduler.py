@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from loraplex_adapter_store.plan import AdapterPlan, PrefixPlan
@@ -14,7 +15,8 @@ from .errors import EngineError
 from .kv_cache import KvCache
 from .page_pool import prefix_root
 from .request import Request, RequestStatus
-from .wait_queue import Admission, WaitQueue
+from .tenant_queue import Admission, TenantQueue
+from .wait_queue import WaitQueue
 
 __all__ = ["AdapterPlaces", "Schedule", "ScheduledChunk", "Scheduler"]
 
@@ -38,7 +40,7 @@ class ScheduledChunk:
 
 class Schedule(NamedTuple):
     chunks: list[ScheduledChunk]  # empty if nothing can run
-    n_first_admitted: int  # requests that left the queue for the first time
+    first_admitted: list[Request]  # that left the queue for the first time
     failed: list[tuple[Request, EngineError]]  # their adapters cannot be placed; to be finished
 
 
@@ -57,6 +59,15 @@ class AdapterPlaces(Protocol):
         """Of a held adapter, on the device."""
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step while it is decided."""
+
+    n_left: int  # of the token budget
+    chunks: dict[str, ScheduledChunk] = field(default_factory=dict)  # by request id
+    admitted: set[str] = field(default_factory=set)  # request ids
+
+
 class Scheduler:
     """Owner of request status and tokens. Engine thread only.
 
@@ -64,6 +75,10 @@ class Scheduler:
     token budget to requests still prefilling, oldest first; then new admissions. When a decoding
     request finds no page, the youngest running request is preempted: its pages go, its tokens stay,
     and it is computed again from the front of the queue.
+
+    With several tenants, those that wait and have no running row are admitted before all this, into
+    rows that others give back if need be and with half of the tokens that decoding leaves; age is
+    then second to the tenants' counters (see ``wait_queue``).
     """
 
     def __init__(
@@ -81,11 +96,14 @@ class Scheduler:
         self._adapters = adapters
         self._max_batch_size = max_batch_size
         self._max_step_tokens = max_step_tokens
-        self._n_first_admitted = 0  # since the last schedule
+        self.n_rows_taken_back = 0  # preemptions for a tenant that had less
+        self._n_steps = 0
+        self._first_admitted: list[Request] = []  # since the last schedule
         # By request id: prefetch and admission may both find out in one step.
         self._failed: dict[str, tuple[Request, EngineError]] = {}
 
     def add(self, request: Request) -> None:
+        request.n_steps_queued = -self._n_steps
         self.waiting.push(request)
 
     def prefetch(self, n_requests: int) -> None:
@@ -95,22 +113,21 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The chunks of the next step, and the waiting requests that can never run."""
-        budget = self._max_step_tokens
-        chunks: list[ScheduledChunk] = []
-        decoding_first = sorted(self.running, key=lambda r: r.n_tokens - r.n_computed > 1)
-        for request in decoding_first:
-            if request.status is not RequestStatus.RUNNING or budget == 0:
+        self._n_steps += 1
+        step = _Step(self._max_step_tokens)
+        if self.running and self.waiting.is_shared and len(self.waiting):
+            self._admit_without_row(step)
+        for request in self._in_order():
+            is_running = request.status is RequestStatus.RUNNING  # not preempted for one before it
+            if not is_running or step.n_left == 0 or request.id in step.chunks:
                 continue
-            if not self._make_room(request):
-                continue
-            n_tokens = min(request.n_tokens - request.n_computed, budget)
-            chunks.append(ScheduledChunk(request, request.n_computed, n_tokens))
-            budget -= n_tokens
-        # a request preempted after its chunk was planned takes the chunk with it
-        chunks = [chunk for chunk in chunks if chunk.request.status is RequestStatus.RUNNING]
-        chunks += self._admit(self._max_step_tokens - sum(c.n_tokens for c in chunks))
-        scheduled = Schedule(chunks, self._n_first_admitted, list(self._failed.values()))
-        self._n_first_admitted = 0
+            if self._make_room(request, step):
+                self._plan_chunk(request, step)
+        if len(self.waiting):
+            self.waiting.admit(lambda request: self._try_admit(request, step))
+        chunks = list(step.chunks.values())
+        scheduled = Schedule(chunks, self._first_admitted, list(self._failed.values()))
+        self._first_admitted = []
         self._failed.clear()
         return scheduled
 
@@ -122,28 +139,50 @@ class Scheduler:
                 request.n_computed = chunk.start + chunk.n_tokens
                 if not request.source.reads_all_rows:
                     self._kv.publish(request.id, request.token_ids, request.n_computed)
+        self.waiting.served(chunk.request for chunk in chunks)
 
     def finish(self, request: Request) -> None:
         """Takes a request out wherever it is and frees what it holds."""
-        if request.status is RequestStatus.RUNNING:
+        ran = request.status is RequestStatus.RUNNING
+        if ran:
             self._leave(request)
-        elif request.status is RequestStatus.WAITING:
-            self.waiting.remove(request)
+        self.waiting.ended(request, ran=ran)
         request.advance(RequestStatus.FINISHED)
 
-    def _make_room(self, request: Request) -> bool:
-        """Pages for all known tokens of a running request, preempting younger ones if need be."""
+    def _in_order(self) -> list[Request]:
+        """The running requests, those that decode first."""
+        if not self.waiting.is_shared:
+            return sorted(self.running, key=_is_prefilling)
+        counter = self.waiting.counter
+        return sorted(self.running, key=lambda r: (_is_prefilling(r), counter(r)))
+
+    def _plan_chunk(self, request: Request, step: _Step) -> None:
+        n_tokens = min(request.n_tokens - request.n_computed, step.n_left)
+        step.chunks[request.id] = ScheduledChunk(request, request.n_computed, n_tokens)
+        step.n_left -= n_tokens
+
+    def _make_room(self, request: Request, step: _Step) -> bool:
+        """Pages for all known tokens of a running request, preempting younger ones if need be.
+
+        With several tenants: those of the tenant that has the most rows by weight.
+        """
         while not self._kv.extend(request.id, request.n_tokens):
             victim = self.running[-1]
-            self._preempt(victim)
+            if self.waiting.is_shared:
+                tenant = self.waiting.to_preempt()
+                victim = next(r for r in reversed(self.running) if self._is_of(r, tenant))
+            self._preempt(victim, step)
             if victim is request:
                 return False
         return True
 
-    def _preempt(self, victim: Request) -> None:
+    def _preempt(self, victim: Request, step: _Step) -> None:
         self._leave(victim)
+        chunk = step.chunks.pop(victim.id, None)
+        step.n_left += 0 if chunk is None else chunk.n_tokens
         victim.n_computed = 0
         victim.n_preempted += 1
+        victim.prompt_logprobs.clear()  # not sent yet, or never needed again
         self.n_preemptions += 1
         victim.advance(RequestStatus.WAITING)
         self.waiting.push_front(victim)
@@ -154,24 +193,64 @@ class Scheduler:
         if request.adapter_digest:
             self._adapters.release(request.adapter_digest)
 
-    def _admit(self, budget: int) -> list[ScheduledChunk]:
-        chunks: list[ScheduledChunk] = []
-        n_left = budget
+    def _admit_without_row(self, step: _Step) -> None:
+        """Tenants that have nothing running, before the others take all tokens of the step."""
+        n_decoding = sum(not _is_prefilling(request) for request in self.running)
+        kept = step.n_left - max(1, (step.n_left - n_decoding) // 2)
+        step.n_left -= kept
+        self.waiting.admit(lambda request: self._try_admit(request, step), only_without_row=True)
+        step.n_left += kept
 
-        def try_admit(request: Request) -> Admission:
-            nonlocal n_left
-            if n_left <= 0 or len(self.running) >= self._max_batch_size:
-                return Admission.NO_ROOM
-            answer = self._admit_one(request)
+    def _try_admit(self, request: Request, step: _Step) -> Admission:
+        """Admits it if there is room, or if others give back rows until there is."""
+        while step.n_left > 0:
+            answer = Admission.NO_ROOM
+            if len(self.running) < self._max_batch_size:
+                answer = self._admit_one(request)
             if answer is Admission.ADMITTED:
-                n_tokens = min(request.n_tokens - request.n_computed, n_left)
-                chunks.append(ScheduledChunk(request, request.n_computed, n_tokens))
-                n_left -= n_tokens
-            return answer
+                step.admitted.add(request.id)
+                self._plan_chunk(request, step)
+            if answer not in (Admission.NO_ROOM, Admission.NO_ADAPTER_PLACE):
+                return answer
+            victims = self._rows_to_take_back(request, answer, step)
+            if not victims:
+                return answer
+            for victim in victims:
+                self._preempt(victim, step)
+            self.n_rows_taken_back += len(victims)
+        return Admission.NO_ROOM
 
-        if len(self.waiting):
-            self.waiting.admit(try_admit)
-        return chunks
+    def _rows_to_take_back(
+        self, request: Request, answer: Admission, step: _Step
+    ) -> Sequence[Request]:
+        """The youngest row of the tenant that has more than its share, or all rows of an adapter
+        if its place is what is missing."""
+        needs_place = answer is Admission.NO_ADAPTER_PLACE
+        has_none = not self.waiting.tenant_of(request).n_running
+        if needs_place and has_none and (rows := self._rows_of_a_place()):
+            return rows
+        for tenant, is_ahead in self.waiting.to_yield(request):
+            for row in reversed(self.running):
+                if row.id in step.admitted or not self._is_of(row, tenant):
+                    continue
+                if not needs_place or (is_ahead and row.adapter_digest):
+                    return (row,)
+        return ()
+
+    def _rows_of_a_place(self) -> list[Request]:
+        """All rows of one adapter, whose tenants keep other rows; as few as possible."""
+        rows_of: dict[str, list[Request]] = {}
+        for row in self.running:
+            if row.adapter_digest:
+                rows_of.setdefault(row.adapter_digest, []).append(row)
+        for rows in sorted(rows_of.values(), key=len):
+            n_of = Counter(self.waiting.tenant_of(row) for row in rows)
+            if all(tenant.n_running > n for tenant, n in n_of.items()):
+                return rows
+        return []
+
+    def _is_of(self, request: Request, tenant: TenantQueue) -> bool:
+        return self.waiting.tenant_of(request) is tenant
 
     def _admit_one(self, request: Request) -> Admission:
         # one spare page for each running request, so that an admission does not preempt at once
@@ -199,12 +278,16 @@ class Scheduler:
 
     def _start(self, request: Request, n_cached: int) -> None:
         """From the queue to the running ones, with pages and, for its adapter, a hold."""
+        n_new = 0
         if request.admitted_at is None:
-            self._n_first_admitted += 1
+            self._first_admitted.append(request)
+            request.n_steps_queued += self._n_steps
             request.n_cached = min(n_cached, request.n_prompt)
+            n_new = request.n_prompt - request.n_cached
         request.advance(RequestStatus.RUNNING)
         request.n_computed = n_cached
         self.running.append(request)
+        self.waiting.started(request, n_new)
         digest = request.adapter_digest
         if not digest:
             return
@@ -226,6 +309,10 @@ class Scheduler:
         except EngineError as error:
             self._failed[request.id] = (request, error)
             return Admission.FAILED
+
+
+def _is_prefilling(request: Request) -> bool:
+    return request.n_tokens - request.n_computed > 1
 
 
 _ADMISSIONS = {

@@ -1,118 +1,168 @@
-"""Who is admitted next: fair across adapters, first come first served within one.
+"""Who is admitted next, and whose row is taken back: fair across tenants, in tokens served.
 
-Start-time fair queueing: each request gets a tag, ``max(now, last tag of its adapter) + cost``,
-with cost = prompt tokens + max_tokens; the lowest tag goes first. An adapter that floods the queue
-pushes its own tags into the future, not the others'. With A adapters waiting, a request is
-overtaken by at most one request of each other adapter per request of its own adapter before it
-(up to differences in cost).
+Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): a
+tenant's counter grows by the tokens served to it, divided by its weight. A token of a prompt counts
+one (none if the prefix cache had it), a token of an answer two. The tenant with the lowest counter
+goes first; one that comes back is lifted to the lowest counter that waits, so that nobody saves up.
+Within a tenant the same holds for its adapters. Without API keys there is one tenant.
 
-A request whose adapter has no place on the device may be bypassed, ``max_bypass`` times at most;
-then nobody is admitted before it, and places free up as running requests end.
+A tenant without a running row goes before all others, and room is made for it: rows are taken back
+from the tenant that has the most by weight. With T tenants and at least T rows, KV pages and places
+of adapters for one request of each, a tenant's next request therefore waits at most T steps for its
+first row, however many requests the others sent, once its adapter is on the device. With more
+tenants than that, and to even out the rows of tenants that both flood, a row changes hands when its
+tenant is ``QUANTUM`` ahead. docs/fairness.md has the proof.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator
-from enum import Enum
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, zip_longest
 
 from .request import Request
+from .tenant_queue import AdapterQueue, Admission, TenantQueue
 
-__all__ = ["Admission", "WaitQueue"]
+__all__ = ["QUANTUM", "WaitQueue"]
 
-
-class Admission(Enum):
-    """What the scheduler says of a candidate."""
-
-    ADMITTED = "admitted"
-    LOADING = "loading"  # its adapter is being loaded to the device: try others meanwhile
-    NO_ADAPTER_PLACE = "no adapter place"  # the pool is held by running requests: try others
-    NO_ROOM = "no room"  # no KV pages or batch place: no other request may go first
-    FAILED = "failed"  # finished with an error; take it out
+QUANTUM = 256.0  # by which a counter must be ahead before another tenant takes its row
+_OUTPUT_TOKEN = 2  # a token of an answer, in tokens of a prompt
 
 
 class WaitQueue:
-    """Owner of the waiting requests. Engine thread only."""
+    """Owner of the waiting requests and of the counters. Engine thread only."""
 
     def __init__(self, *, max_bypass: int) -> None:
         self._max_bypass = max_bypass
-        self._heap: list[tuple[float, int, Request]] = []
-        self._resumed: list[Request] = []  # preempted; oldest first, they go before all others
-        self._last_tag: dict[str, float] = {}
-        self._virtual_time = 0.0
+        self._tenants: dict[str, TenantQueue] = {}  # of all that ever came: as many as keys
+        self._queue_of: dict[str, AdapterQueue] = {}  # by request id, until it ends
+        self._last_left: TenantQueue | None = None  # that had nothing waiting any more
         self._n_pushed = 0
 
     def __len__(self) -> int:
-        return len(self._heap) + len(self._resumed)
+        return sum(tenant.n_waiting for tenant in self._tenants.values())
+
+    def __iter__(self) -> Iterator[Request]:
+        return chain.from_iterable(self._tenants.values())
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether there is more than one tenant to be fair to."""
+        return len(self._tenants) > 1
+
+    def counter(self, request: Request) -> float:
+        """Of the request's tenant."""
+        return self._queue_of[request.id].tenant.counter
+
+    def tenant_of(self, request: Request) -> TenantQueue:
+        return self._queue_of[request.id].tenant
 
     def push(self, request: Request) -> None:
         """Queues a new request."""
-        adapter = request.adapter_digest
-        tag = max(self._virtual_time, self._last_tag.get(adapter, 0.0)) + _cost(request)
-        self._last_tag[adapter] = tag
+        share = request.source.share
+        tenant = self._tenants.get(share.tenant)
+        if tenant is None:
+            tenant = TenantQueue(share, max_bypass=self._max_bypass)
+            self._tenants[share.tenant] = tenant
+        tenant.share = share
+        if not tenant.n_waiting:
+            tenant.counter = max(tenant.counter, self._least_counter())
         self._n_pushed += 1
-        heapq.heappush(self._heap, (tag, self._n_pushed, request))
+        self._queue_of[request.id] = tenant.push(request, self._n_pushed)
 
     def push_front(self, request: Request) -> None:
-        """Queues a preempted request before all others, by age."""
-        self._resumed.append(request)
-        self._resumed.sort(key=lambda r: r.submitted_at)
+        """Queues a preempted request before the others of its tenant."""
+        queue = self._queue_of[request.id]
+        queue.n_running -= 1
+        queue.tenant.n_running -= 1
+        queue.tenant.push_front(request)
 
-    def remove(self, request: Request) -> None:
-        """Takes out a request that was cancelled while it waited."""
-        if request in self._resumed:
-            self._resumed.remove(request)
-            return
-        self._heap = [item for item in self._heap if item[2] is not request]
-        heapq.heapify(self._heap)
+    def started(self, request: Request, n_new: int) -> None:
+        """It has a row now. ``n_new``: tokens of its prompt to be computed for the first time."""
+        queue = self._queue_of[request.id]
+        queue.n_running += 1
+        queue.tenant.n_running += 1
+        queue.charge(n_new)
 
-    def admit(self, try_admit: Callable[[Request], Admission]) -> None:
+    def served(self, requests: Iterable[Request]) -> None:
+        """Charges what their answers have grown by."""
+        for request in requests:
+            n_output = len(request.token_ids) - request.n_prompt
+            if n_output > request.n_charged:
+                self._queue_of[request.id].charge(_OUTPUT_TOKEN * (n_output - request.n_charged))
+                request.n_charged = n_output
+
+    def ended(self, request: Request, *, ran: bool) -> None:
+        """It runs or waits no more, for good."""
+        self.served((request,))
+        queue = self._queue_of.pop(request.id)
+        if ran:
+            queue.n_running -= 1
+            queue.tenant.n_running -= 1
+        else:
+            queue.tenant.remove(request, queue)
+            self._left(queue.tenant)
+
+    def admit(
+        self, try_admit: Callable[[Request], Admission], *, only_without_row: bool = False
+    ) -> None:
         """Offers requests in order until the scheduler has no room or nobody is left."""
-        if not self._admit_resumed(try_admit):
-            return
-        skipped: list[tuple[float, int, Request]] = []
-        bypassed: list[Request] = []
-        while self._heap:
-            item = heapq.heappop(self._heap)
-            tag, _, request = item
-            answer = try_admit(request)
+        waiting = [tenant for tenant in self._tenants.values() if tenant.n_waiting]
+        rounds = [tenant.offers(try_admit) for tenant in waiting]
+        order = [(_rank(tenant), index) for index, tenant in enumerate(waiting)]
+        heapq.heapify(order)
+        while order:
+            _, index = heapq.heappop(order)
+            tenant = waiting[index]
+            if not tenant.may_run_more or (only_without_row and tenant.n_running):
+                continue
+            answer = next(rounds[index], None)
+            self._left(tenant)
             if answer is Admission.ADMITTED:
-                self._virtual_time = max(self._virtual_time, tag - _cost(request))
-                for other in bypassed:
-                    other.n_bypassed += 1
-            elif answer in (Admission.NO_ADAPTER_PLACE, Admission.LOADING):
-                skipped.append(item)
-                if answer is Admission.NO_ADAPTER_PLACE:
-                    bypassed.append(request)
+                heapq.heappush(order, (_rank(tenant), index))
             elif answer is Admission.NO_ROOM:
-                heapq.heappush(self._heap, item)
-                break
-            if any(other.n_bypassed >= self._max_bypass for other in bypassed):
-                break
-        for item in skipped:
-            heapq.heappush(self._heap, item)
-        if not self._heap:
-            self._last_tag.clear()
+                return
+            elif answer is Admission.NO_ADAPTER_PLACE and not tenant.n_running:
+                return  # a place that frees up now is for this tenant
+
+    def to_yield(self, request: Request) -> Iterator[tuple[TenantQueue, bool]]:
+        """Tenants that should give up a row so that this waiting request can run, in order.
+
+        The flag says whether one is far ahead, so that it may lose its last row, too.
+        """
+        taker = self.tenant_of(request)
+        others = [t for t in self._tenants.values() if t.n_running and t is not taker]
+        for other in sorted(others, key=lambda t: (t.rows_by_weight, t.counter), reverse=True):
+            is_ahead = other.counter - taker.counter >= QUANTUM
+            after = (taker.n_running + 1) / taker.share.weight  # rows by weight, once it has one
+            if taker.n_running:
+                yields = is_ahead and (other.n_running - 1) / other.share.weight >= after
+            else:
+                yields = is_ahead or other.n_running > 1
+            if yields:
+                yield other, is_ahead
+
+    def to_preempt(self) -> TenantQueue:
+        """Whose youngest row goes when running requests need its pages."""
+        running = [tenant for tenant in self._tenants.values() if tenant.n_running]
+        return max(running, key=lambda t: (t.rows_by_weight, t.counter))
 
     def upcoming(self, n: int) -> list[Request]:
-        """The next ``n`` requests in order, for adapter prefetch."""
-        nearest = heapq.nsmallest(n, self._heap)
-        return (self._resumed + [request for _, _, request in nearest])[:n]
+        """The next requests in order, each adapter of a tenant once: for adapter prefetch."""
+        waiting = [t for t in self._tenants.values() if t.n_waiting and t.may_run_more]
+        in_turns = zip_longest(*(t.upcoming(n) for t in sorted(waiting, key=_rank)))
+        return [request for turn in in_turns for request in turn if request is not None][:n]
 
-    def __iter__(self) -> Iterator[Request]:
-        yield from self._resumed
-        for _, _, request in self._heap:
-            yield request
+    def _left(self, tenant: TenantQueue) -> None:
+        if not tenant.n_waiting:
+            self._last_left = tenant
 
-    def _admit_resumed(self, try_admit: Callable[[Request], Admission]) -> bool:
-        """False if a preempted request found no room: then no other is admitted."""
-        while self._resumed:
-            answer = try_admit(self._resumed[0])
-            if answer not in (Admission.ADMITTED, Admission.FAILED):
-                return False
-            self._resumed.pop(0)
-        return True
+    def _least_counter(self) -> float:
+        waiting = [tenant.counter for tenant in self._tenants.values() if tenant.n_waiting]
+        if waiting:
+            return min(waiting)
+        return 0.0 if self._last_left is None else self._last_left.counter
 
 
-def _cost(request: Request) -> int:
-    return request.n_tokens + request.source.sampling.max_tokens
+def _rank(tenant: TenantQueue) -> tuple[bool, float]:
+    return tenant.n_running > 0, tenant.counter

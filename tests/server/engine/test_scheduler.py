@@ -2,115 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_adapter_store.plan import AdapterPlan, Family
-from loraplex_server.engine.client import GenerationRequest
-from loraplex_server.engine.device_pool import Placement
-from loraplex_server.engine.errors import AdapterUnservable
-from loraplex_server.engine.kv_cache import KvCache, KvGeometry
-from loraplex_server.engine.request import Request, RequestStatus
-from loraplex_server.engine.sampling_params import SamplingParams
-from loraplex_server.engine.scheduler import MAX_BYPASS, Scheduler
-
-
-class _Lease:
-    def __init__(self, digest: str) -> None:
-        self.digest = digest
-        self.plan = AdapterPlan(digest, Family.LORA, {})
-
-
-class _Places:
-    """Every adapter has a place, but for those that are named here."""
-
-    def __init__(self) -> None:
-        self.full: set[str] = set()
-        self.loading: set[str] = set()
-        self.broken: set[str] = set()
-        self.held: Counter[str] = Counter()
-
-    def place(self, plan: AdapterPlan) -> Placement:
-        if plan.digest in self.broken:
-            raise AdapterUnservable(f"{plan.digest} is broken")
-        if plan.digest in self.loading:
-            return Placement.LOADING
-        return Placement.FULL if plan.digest in self.full else Placement.RESIDENT
-
-    def hold(self, digest: str) -> None:
-        self.held[digest] += 1
-
-    def release(self, digest: str) -> None:
-        self.held[digest] -= 1
-
-    def prefix(self, digest: str) -> None:
-        return None
-
-
-class _Harness:
-    """A scheduler whose "model" appends token 1."""
-
-    def __init__(self, *, n_pages: int = 64, max_batch: int = 4, max_step: int = 16) -> None:
-        self.kv = KvCache(
-            KvGeometry(1, 1, 2),
-            n_pages=n_pages,
-            page_size=4,
-            max_requests=max_batch,
-            max_model_len=256,
-            dtype=torch.float32,
-            device=torch.device("cpu"),
-            prefix_cache=True,
-        )
-        self.places = _Places()
-        self.admitted: list[str] = []
-        self.failed: list[str] = []
-        self.n_first_admitted = 0
-        self.max_step = max_step
-        self.scheduler = Scheduler(
-            self.kv,
-            self.places,
-            max_batch_size=max_batch,
-            max_step_tokens=max_step,
-        )
-
-    def add(self, name: str, n_prompt: int = 4, max_tokens: int = 4, adapter: str = "") -> Request:
-        prompt = [hash((name, index)) % 50 for index in range(n_prompt)]
-        source = GenerationRequest(
-            name,
-            tuple(prompt),
-            SamplingParams(max_tokens=max_tokens),
-            _Lease(adapter) if adapter else None,
-        )
-        request = Request(source, print, list(prompt), n_prompt)
-        self.scheduler.add(request)
-        return request
-
-    def step(self) -> list[str]:
-        """One step; returns the ids of the requests that ran."""
-        chunks, n_first_admitted, failed = self.scheduler.schedule()
-        running = [request.id for request in self.scheduler.running]
-        self.admitted += [id for id in running if id not in self.admitted]
-        self.n_first_admitted += n_first_admitted
-        for request, _ in failed:
-            self.scheduler.finish(request)
-            self.failed.append(request.id)
-        assert sum(chunk.n_tokens for chunk in chunks) <= self.max_step
-        assert len({chunk.request.id for chunk in chunks}) == len(chunks)
-        self.scheduler.commit(chunks)
-        for chunk in chunks:
-            request = chunk.request
-            if request.n_computed == request.n_tokens:
-                request.token_ids.append(1)
-                if request.n_output >= request.source.sampling.max_tokens:
-                    self.scheduler.finish(request)
-        return [chunk.request.id for chunk in chunks]
+from loraplex_server.engine.request import RequestStatus
+from loraplex_server.engine.scheduler import MAX_BYPASS
+from tests.support.scheduler_loop import SchedulerLoop
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
-    harness = _Harness(max_step=8)
+    harness = SchedulerLoop(max_step=8)
     short = harness.add("short", n_prompt=2, max_tokens=20)
     harness.step()
     long = harness.add("long", n_prompt=20, max_tokens=1)
@@ -124,7 +25,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_while_others_decode() -> None:
 
 
 def test_running_requests_are_preempted_youngest_first_and_nothing_is_lost() -> None:
-    harness = _Harness(n_pages=8)
+    harness = SchedulerLoop(n_pages=8)
     requests = [harness.add(f"r{i}", n_prompt=6, max_tokens=12) for i in range(3)]
     for _ in range(200):
         if all(request.status is RequestStatus.FINISHED for request in requests):
@@ -137,7 +38,7 @@ def test_running_requests_are_preempted_youngest_first_and_nothing_is_lost() -> 
 
 
 def test_a_flood_on_one_adapter_does_not_hold_up_another() -> None:
-    harness = _Harness(max_batch=1)
+    harness = SchedulerLoop(max_batch=1)
     for index in range(10):
         harness.add(f"hot{index}", adapter="hot")
     harness.add("rare", adapter="rare")
@@ -148,7 +49,7 @@ def test_a_flood_on_one_adapter_does_not_hold_up_another() -> None:
 
 
 def test_requests_of_one_adapter_keep_their_order() -> None:
-    harness = _Harness(max_batch=2)
+    harness = SchedulerLoop(max_batch=2)
     names = [f"r{index}" for index in range(6)]
     for name in names:
         harness.add(name, adapter="a")
@@ -158,7 +59,7 @@ def test_requests_of_one_adapter_keep_their_order() -> None:
 
 
 def test_a_request_without_a_place_is_bypassed_but_not_starved() -> None:
-    harness = _Harness(max_batch=2)
+    harness = SchedulerLoop(max_batch=2)
     harness.places.full.add("cold")
     cold = harness.add("cold", max_tokens=1, adapter="cold")
     for index in range(MAX_BYPASS + 10):
@@ -173,7 +74,7 @@ def test_a_request_without_a_place_is_bypassed_but_not_starved() -> None:
 
 
 def test_a_loading_adapter_does_not_block_others_however_long_it_takes() -> None:
-    harness = _Harness(max_batch=2)
+    harness = SchedulerLoop(max_batch=2)
     harness.places.loading.add("cold")
     cold = harness.add("cold", adapter="cold")
     for index in range(2 * MAX_BYPASS):
@@ -185,7 +86,7 @@ def test_a_loading_adapter_does_not_block_others_however_long_it_takes() -> None
 
 
 def test_a_request_whose_adapter_cannot_be_placed_fails_alone() -> None:
-    harness = _Harness()
+    harness = SchedulerLoop()
     harness.places.broken.add("bad")
     harness.add("bad", adapter="bad")
     good = harness.add("good", adapter="good")
@@ -202,7 +103,7 @@ def test_a_request_whose_adapter_cannot_be_placed_fails_alone() -> None:
 
 
 def test_a_waiting_request_can_be_finished() -> None:
-    harness = _Harness(max_batch=1)
+    harness = SchedulerLoop(max_batch=1)
     first, second = harness.add("first"), harness.add("second")
     harness.step()
     harness.scheduler.finish(second)
@@ -231,7 +132,7 @@ def test_every_request_ends_and_every_page_comes_back(
     max_step: int,
     cancelled: set[int],
 ) -> None:
-    harness = _Harness(n_pages=n_pages, max_batch=max_batch, max_step=max(max_step, max_batch))
+    harness = SchedulerLoop(n_pages=n_pages, max_batch=max_batch, max_step=max(max_step, max_batch))
     requests = [harness.add(f"r{i}", *size) for i, size in enumerate(sizes)]
     for n_steps in range(3000):
         for index in cancelled:

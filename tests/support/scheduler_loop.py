@@ -1,0 +1,122 @@
+"""A scheduler in a loop of steps, with a real KV cache and a "model" that always says 1."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from loraplex_adapter_store.plan import AdapterPlan, Family
+from loraplex_server.engine.client import GenerationRequest, TenantShare
+from loraplex_server.engine.device_pool import Placement
+from loraplex_server.engine.errors import AdapterUnservable
+from loraplex_server.engine.kv_cache import KvCache, KvGeometry
+from loraplex_server.engine.request import Request
+from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.engine.scheduler import Scheduler
+
+__all__ = ["SchedulerLoop"]
+
+
+class _Lease:
+    def __init__(self, digest: str) -> None:
+        self.digest = digest
+        self.plan = AdapterPlan(digest, Family.LORA, {})
+
+
+class _Places:
+    """Every adapter has a place, but for those that are named here, while there are places."""
+
+    def __init__(self, n_places: int) -> None:
+        self.n_places = n_places
+        self.full: set[str] = set()
+        self.loading: set[str] = set()
+        self.broken: set[str] = set()
+        self.held: Counter[str] = Counter()
+
+    def place(self, plan: AdapterPlan) -> Placement:
+        if plan.digest in self.broken:
+            raise AdapterUnservable(f"{plan.digest} is broken")
+        if plan.digest in self.loading:
+            return Placement.LOADING
+        others = sum(n > 0 for digest, n in self.held.items() if digest != plan.digest)
+        is_full = plan.digest in self.full or others >= self.n_places
+        return Placement.FULL if is_full else Placement.RESIDENT
+
+    def hold(self, digest: str) -> None:
+        self.held[digest] += 1
+
+    def release(self, digest: str) -> None:
+        self.held[digest] -= 1
+
+    def prefix(self, digest: str) -> None:
+        return None
+
+
+class SchedulerLoop:
+    """A scheduler whose "model" appends token 1."""
+
+    def __init__(
+        self, *, n_pages: int = 64, max_batch: int = 4, max_step: int = 16, n_places: int = 1000
+    ) -> None:
+        self.kv = KvCache(
+            KvGeometry(1, 1, 2),
+            n_pages=n_pages,
+            page_size=4,
+            max_requests=max_batch,
+            max_model_len=256,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            prefix_cache=True,
+        )
+        self.places = _Places(n_places)
+        self.admitted: list[str] = []
+        self.failed: list[str] = []
+        self.n_first_admitted = 0
+        self.max_step = max_step
+        self.scheduler = Scheduler(
+            self.kv,
+            self.places,
+            max_batch_size=max_batch,
+            max_step_tokens=max_step,
+        )
+
+    def add(
+        self,
+        name: str,
+        n_prompt: int = 4,
+        max_tokens: int = 4,
+        adapter: str = "",
+        share: TenantShare = TenantShare(),  # noqa: B008  frozen value
+    ) -> Request:
+        prompt = [hash((name, index)) % 50 for index in range(n_prompt)]
+        source = GenerationRequest(
+            name,
+            tuple(prompt),
+            SamplingParams(max_tokens=max_tokens),
+            _Lease(adapter) if adapter else None,
+            share=share,
+        )
+        request = Request(source, print, list(prompt), n_prompt)
+        self.scheduler.add(request)
+        return request
+
+    def step(self) -> list[str]:
+        """One step; returns the ids of the requests that ran."""
+        chunks, first_admitted, failed = self.scheduler.schedule()
+        running = [request.id for request in self.scheduler.running]
+        self.admitted += [id for id in running if id not in self.admitted]
+        self.n_first_admitted += len(first_admitted)
+        for request, _ in failed:
+            self.scheduler.finish(request)
+            self.failed.append(request.id)
+        assert sum(chunk.n_tokens for chunk in chunks) <= self.max_step
+        assert len({chunk.request.id for chunk in chunks}) == len(chunks)
+        self.scheduler.commit(chunks)
+        for chunk in chunks:
+            request = chunk.request
+            if request.n_computed == request.n_tokens:
+                request.token_ids.append(1)
+                if request.n_output >= request.source.sampling.max_tokens:
+                    self.scheduler.finish(request)
+        return [chunk.request.id for chunk in chunks]

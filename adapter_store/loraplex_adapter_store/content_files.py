@@ -45,6 +45,9 @@ class ContentFiles:
     def write(self, path: Path, chunks: Iterable[bytes]) -> int:
         return self._disk.write(path, chunks)
 
+    def n_bytes(self, folder: Path) -> int:
+        return sum(entry.stat().st_size for entry in folder.iterdir())
+
     def discard(self, staged: Path) -> None:
         """What cannot be deleted goes with the sweep of the next start: no reason to fail."""
         try:
@@ -67,7 +70,7 @@ class ContentFiles:
             self.discard(staged)
         else:
             self._disk.publish(staged, final)
-        return sum(entry.stat().st_size for entry in final.iterdir())
+        return self.n_bytes(final)
 
     def remove(self, digest: str) -> int:
         """Returns the bytes freed; 0 if the content is not there."""

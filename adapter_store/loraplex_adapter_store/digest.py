@@ -1,4 +1,7 @@
-"""The identity of an adapter: sha256 over its canonical config, tensors and chat template."""
+"""The identity of an adapter: sha256 over its canonical config, tensors and chat template.
+
+Tenants with the same adapter have two contents: neither sees in its own that another has it too.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,7 @@ def digest_of(
     chat_template: str | None = None,
     head: HeadPlan | None = None,
     pooling: PoolingPlan | None = None,
+    tenant: str = "",
 ) -> str:
     """Independent of the order of tensors in the file and of its padding and metadata."""
     digest = hashlib.sha256(b"loraplex-adapter-1\0")
@@ -44,6 +48,8 @@ def digest_of(
         _frame(digest, json.dumps([head.task.value, head.labels, head.activation.value]).encode())
     if pooling is not None:
         _frame(digest, json.dumps([pooling.mode.value, pooling.normalize]).encode())
+    if tenant:
+        _frame(digest, tenant.encode())
     for name in sorted(tensors.entries):
         entry = tensors.entries[name]
         _frame(digest, json.dumps([name, entry.dtype, list(entry.shape)]).encode())

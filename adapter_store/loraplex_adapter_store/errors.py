@@ -11,6 +11,7 @@ StoreError
 ├── InvalidName             not an adapter name
 ├── InvalidSelector         a request's ``adapter`` value that means nothing, or cannot be mixed
 ├── UnknownAdapter          no such name or digest; names what exists
+├── QuotaExceeded           the tenant has as much as it may
 ├── RevisionConflict        compare-and-set failed: the name moved, or exists already
 ├── SourceError             the source could not be read
 │   └── SourceForbidden     the source lies outside what the operator allowed
@@ -34,6 +35,7 @@ __all__ = [
     "LimitExceeded",
     "MalformedFile",
     "PickleRefused",
+    "QuotaExceeded",
     "RevisionConflict",
     "SourceError",
     "SourceForbidden",
@@ -119,6 +121,10 @@ class UnknownAdapter(StoreError):
         super().__init__(f"adapter {name!r} does not exist; {hint}")
         self.name = name
         self.closest = tuple(closest)
+
+
+class QuotaExceeded(StoreError):
+    pass
 
 
 class RevisionConflict(StoreError):

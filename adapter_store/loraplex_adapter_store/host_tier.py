@@ -7,10 +7,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import HostTierFull
-from .eviction import Policy, Resident, touch, victims
+from .eviction import Policy, Resident, spare_bytes, touch, victims
 from .plan import AdapterPlan
 
 __all__ = ["HostTier", "HostTierStats"]
@@ -61,13 +61,16 @@ class HostTier:
         self._clock = 0
         self._counters = _Counters()
 
-    def lease(self, digest: str, n_bytes: int, load: Callable[[], AdapterPlan]) -> AdapterPlan:
+    def lease(
+        self, digest: str, n_bytes: int, load: Callable[[], AdapterPlan], *, tenant: str = ""
+    ) -> AdapterPlan:
         """Counts a lease and returns the plan, loading it if it is not resident.
 
         Raises what ``load`` raised, or HostTierFull; then no lease is held. ``n_bytes`` is the size
-        expected, made room for before the load.
+        expected, made room for before the load. ``tenant`` has the adapter: it takes from others
+        only what they have beyond an equal share.
         """
-        entry, is_mine = self._join(digest, n_bytes)
+        entry, is_mine = self._join(digest, n_bytes, tenant)
         if is_mine:
             self._fly(digest, entry, load)
         try:
@@ -158,32 +161,32 @@ class HostTier:
                 load_seconds=self._counters.load_seconds,
             )
 
-    def _join(self, digest: str, n_bytes: int) -> tuple[_Entry, bool]:
+    def _join(self, digest: str, n_bytes: int, tenant: str) -> tuple[_Entry, bool]:
         with self._changed:
             self._clock += 1
             entry = self._entries.get(digest)
             if entry is None:
-                entry = self._make_room(digest, n_bytes)
+                entry = self._make_room(digest, n_bytes, tenant)
             if entry is not None:
                 self._counters.hits += 1
                 entry.resident = touch(entry.resident, self._clock)
                 entry.n_leases += 1
                 return entry, False
             heat = self._counters.parked.pop(digest, 0.0) + 1.0
-            resident = Resident(digest, n_bytes, 0.0, self._clock, heat)
+            resident = Resident(digest, n_bytes, 0.0, self._clock, heat, tenant)
             entry = _Entry(Future(), n_bytes, resident, n_leases=1)
             self._entries[digest] = entry
             self._counters.loads += 1
             return entry, True
 
-    def _make_room(self, digest: str, n_bytes: int) -> _Entry | None:
+    def _make_room(self, digest: str, n_bytes: int, tenant: str) -> _Entry | None:
         """Evicts until ``n_bytes`` fit, waiting for leases; an entry if another thread made it."""
         deadline = time.monotonic() + self._wait_s
         while True:
             missing = n_bytes - (self._n_bytes - self._used())
             if missing <= 0:
                 return None
-            chosen = victims(self._evictable(), missing, self._clock, self._policy)
+            chosen = self._victims(n_bytes, missing, tenant)
             if chosen is not None:
                 for key in chosen:
                     self._evict(key)
@@ -213,10 +216,19 @@ class HostTier:
         with self._changed:
             entry.n_bytes = plan.n_bytes
             old = entry.resident
-            entry.resident = Resident(digest, plan.n_bytes, seconds, old.last_used, old.heat)
+            entry.resident = replace(old, n_bytes=plan.n_bytes, load_cost=seconds)
             self._counters.load_seconds += seconds
             self._changed.notify_all()
         entry.future.set_result(plan)
+
+    def _victims(self, n_bytes: int, missing: int, tenant: str) -> tuple[str, ...] | None:
+        used: Counter[str] = Counter()
+        for entry in self._entries.values():
+            used[entry.resident.tenant] += entry.n_bytes
+        spare = None
+        if n_bytes <= self._n_bytes / len({*used, tenant}):  # what exceeds a share takes from all
+            spare = spare_bytes(used, self._n_bytes, tenant)
+        return victims(self._evictable(), missing, self._clock, self._policy, spare)
 
     def _evictable(self) -> list[Resident]:
         return [

@@ -33,11 +33,17 @@ class Ingested(NamedTuple):
     staged: Path
     reading: Reading
     plan_sha256: str
+    n_bytes: int  # of the staged files
 
 
 @contextmanager
 def ingest(
-    adapter: AdapterFiles, files: ContentFiles, base: BaseSpec, limits: StoreLimits
+    adapter: AdapterFiles,
+    files: ContentFiles,
+    base: BaseSpec,
+    limits: StoreLimits,
+    *,
+    tenant: str = "",
 ) -> Iterator[Ingested]:
     """Complete when entered; what was not published is discarded on leaving.
 
@@ -59,10 +65,11 @@ def ingest(
                 limits,
                 chat_template=adapter.chat_template,
                 companions=adapter.companions,
+                tenant=tenant,
             )
         packed = pack_plan(reading.plan)
         files.write(staged / PLAN_FILE, packed.chunks)
-        yield Ingested(staged, reading, packed.sha256)
+        yield Ingested(staged, reading, packed.sha256, files.n_bytes(staged))
     finally:
         files.discard(staged)
 

@@ -12,6 +12,7 @@ from .host_tier import HostTier
 from .lease import AdapterLease
 from .library import GateOf
 from .name_index import NameIndex
+from .names import tenant_of
 from .plan import AdapterPlan
 from .registry import Content, NameRecord
 from .retirement import Retirement
@@ -80,7 +81,10 @@ class Leasing:
         record, content = self._hold(ref)
         try:
             plan = self._tier.lease(
-                content.digest, content.host_bytes, lambda: self._loader.load(content)
+                content.digest,
+                content.host_bytes,
+                lambda: self._loader.load(content),
+                tenant=tenant_of(record.name),
             )
             return AdapterLease(record.name, record.revision, plan, self._retirement.release)
         except UnservableAdapter as error:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from .errors import UnknownAdapter
+from .names import tenant_of
 from .registry import Content, NameRecord, Put
 
 __all__ = ["NameIndex", "Removed", "Unnamed"]
@@ -69,7 +70,8 @@ class NameIndex:
         if found is not None:
             return found
         with self._lock:
-            names = list(self._names)
+            seen = {"", tenant_of(name)}
+            names = [other for other in self._names if tenant_of(other) in seen]
         raise UnknownAdapter(name, difflib.get_close_matches(name, names, 5, 0.5), len(names))
 
     def revisions(self, name: str) -> list[tuple[NameRecord, Content]]:
@@ -79,6 +81,19 @@ class NameIndex:
             current = self._names.get(name)
             records = () if current is None else (current, *self._kept.get(name, ()))
             return [(record, self._contents[record.digest]) for record in records]
+
+    def has(self, name: str) -> bool:
+        with self._lock:
+            return name in self._names
+
+    def of_tenant(self, tenant: str) -> dict[str, tuple[NameRecord, ...]]:
+        """The revisions of each of its names: the current one, then the kept ones."""
+        with self._lock:
+            return {
+                name: (record, *self._kept.get(name, ()))
+                for name, record in self._names.items()
+                if tenant_of(name) == tenant
+            }
 
     def pairs(self) -> list[tuple[NameRecord, Content]]:
         with self._lock:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .quota import NO_QUOTA, Quota
 from .report import JsonValue
 
 __all__ = ["PutOptions"]
@@ -18,3 +19,4 @@ class PutOptions:
     examples: Sequence[str] = ()  # prompts
     provenance: Mapping[str, JsonValue] | None = None  # None: what the kind of put says itself
     expires: float | None = None  # seconds since the epoch, see ``AdapterStore.expire``
+    quota: Quota = NO_QUOTA  # of the tenant whose name it is

@@ -43,6 +43,7 @@ def read_adapter(
     *,
     chat_template: str | None = None,
     companions: Mapping[str, bytes] = MappingProxyType({}),
+    tenant: str = "",
 ) -> Reading:
     """Recognises, checks, folds and reports. Raises AdapterRefused.
 
@@ -51,7 +52,7 @@ def read_adapter(
     context = ReadContext(config, TensorLedger(tensors), base, limits)
     fold = _fold(context, tensors, companions)
     pooling = None if fold.head is not None else read_pooling(companions, limits)
-    digest = digest_of(config.values, tensors, chat_template, fold.head, pooling)
+    digest = digest_of(config.values, tensors, chat_template, fold.head, pooling, tenant)
     plan = _plan_of(fold, digest, chat_template, pooling)
     return Reading(plan, _report_of(context, fold, plan, tensors.n_bytes))
 

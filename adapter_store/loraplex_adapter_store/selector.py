@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from .errors import InvalidSelector
 from .names import check_name
@@ -14,6 +15,7 @@ __all__ = [
     "ARROW_TOP_K",
     "Auto",
     "Description",
+    "GenerationMethod",
     "Library",
     "Mixture",
     "MixturePart",
@@ -25,7 +27,10 @@ __all__ = [
 MAX_PARTS = 16
 MAX_DESCRIPTION = 2000
 ARROW_TOP_K = 3  # experts of a token in one projection, unless the request says
-METHODS = ("auto", "sg-lora", "icm-lora")
+GenerationMethod = Literal[
+    "auto", "end-to-end", "sg-lora", "icm-lora", "weighted", "nearest", "analogy"
+]
+METHODS: tuple[str, ...] = get_args(GenerationMethod)
 
 _DIGEST_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _FORMS = (

@@ -44,10 +44,11 @@ from .leasing import Leasing
 from .library import GateOf
 from .limits import StoreLimits
 from .name_index import NameIndex
-from .names import check_name
+from .names import check_name, tenant_of
 from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan, Family
 from .put_options import PutOptions
+from .quota import NO_QUOTA, Quota
 from .registry import Content, NameRecord, Put, Registry
 from .report import JsonValue, LoadReport
 from .retirement import Retirement
@@ -233,6 +234,18 @@ class AdapterStore:
                 continue  # the name moved, and its old content went, between the two
             return self._card(record, content, report)
 
+    def has_name(self, name: str) -> bool:
+        """Takes a microsecond and never waits."""
+        return self._index.has(name)
+
+    def check_quota(self, name: str, quota: Quota) -> None:
+        """Raises QuotaExceeded where a put of ``name`` would for the number of names.
+
+        A put asks again, in one step with the change: this spares the work before it.
+        """
+        if quota.max_adapters is not None:
+            quota.check_adapters(len({*self._index.of_tenant(tenant_of(name)), name}))
+
     def list(self) -> tuple[AdapterCard, ...]:
         """All cards by name, without their load reports."""
         cards = [self._card(record, content, None) for record, content in self._index.pairs()]
@@ -346,12 +359,17 @@ class AdapterStore:
         """
         return self._leasing.acquire_resident(ref)
 
-    def pin(self, name: str) -> AdapterCard:
-        """Loads the adapter and keeps it in host memory, also after a restart once it is used."""
-        return self._set_pinned(name, pinned=True)
+    def pin(self, name: str, quota: Quota = NO_QUOTA) -> AdapterCard:
+        """Loads the adapter and keeps it in host memory, also after a restart once it is used.
+
+        Raises UnknownAdapter, QuotaExceeded and what ``acquire`` raises.
+        """
+        self._set_pinned(name, pinned=True, quota=quota)
+        return self.warm(name)
 
     def unpin(self, name: str) -> AdapterCard:
-        return self._set_pinned(name, pinned=False)
+        self._set_pinned(name, pinned=False, quota=NO_QUOTA)
+        return self.get(name)
 
     def warm(self, name: str) -> AdapterCard:
         """Loads the adapter to host memory now."""
@@ -427,7 +445,7 @@ class AdapterStore:
     def _put(self, name: str, files: AdapterFiles, options: PutOptions) -> AdapterCard:
         check_name(name)
         self._check_open()
-        with ingest(files, self._files, self.base, self.limits) as ingested:
+        with ingest(files, self._files, self.base, self.limits, tenant=tenant_of(name)) as ingested:
             prepared = self._loader.prepare(ingested.reading.plan)
             with self._writing:
                 self._check_open()
@@ -437,7 +455,9 @@ class AdapterStore:
         try:
             self._keep_prepared(prepared)
             if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
-                self._tier.lease(content.digest, content.host_bytes, lambda: prepared)
+                self._tier.lease(
+                    content.digest, content.host_bytes, lambda: prepared, tenant=tenant_of(name)
+                )
                 self._tier.release(content.digest)
         finally:
             self._retirement.let_go(content.digest)
@@ -452,6 +472,7 @@ class AdapterStore:
         if options.if_match is not None and current != options.if_match:  # before any file moves
             now = "does not exist" if current is None else f"has digest {current}"
             raise RevisionConflict(f"adapter {name!r} {now}, not {options.if_match}", current)
+        self._check_quota(name, plan.digest, ingested.n_bytes, options.quota)
         was_there = self._index.content(plan.digest) is not None
         n_bytes = self._files.publish(ingested.staged, plan.digest)
         content = Content(
@@ -473,6 +494,18 @@ class AdapterStore:
             if is_undone and not was_there:
                 self._files.remove(plan.digest)
             raise
+
+    def _check_quota(self, name: str, digest: str, n_bytes: int, quota: Quota) -> None:
+        """Raises QuotaExceeded if ``name`` may not point at this content. Call it while writing."""
+        if quota.max_adapters is None and quota.max_bytes is None:
+            return
+        names = self._index.of_tenant(tenant_of(name))
+        before = [old.digest for old in names.pop(name, ())]
+        quota.check_adapters(len(names) + 1)
+        kept = [old for old in before if old != digest][: self._n_kept_revisions]
+        digests = {record.digest for revisions in names.values() for record in revisions}
+        contents = (self._index.content(other) for other in {*digests, *kept} - {digest})
+        quota.check_bytes(n_bytes + sum(c.disk_bytes for c in contents if c is not None))
 
     def _point(self, name: str, content: Content, report: LoadReport, options: PutOptions) -> Put:
         """Moves the name. Raises RevisionConflict."""
@@ -516,12 +549,15 @@ class AdapterStore:
                 error,
             )
 
-    def _set_pinned(self, name: str, *, pinned: bool) -> AdapterCard:
+    def _set_pinned(self, name: str, *, pinned: bool, quota: Quota) -> None:
         self._check_open()
         with self._writing:
+            if quota.max_pins is not None:
+                names = self._index.of_tenant(tenant_of(name))
+                pins = {other for other, (current, *_) in names.items() if current.pinned}
+                quota.check_pins(len({*pins, name}))
             self._index.update(self._registry.set_pinned(name, pinned=pinned))
             self._tier.pin(self._index.pinned_digests())
-        return self.warm(name) if pinned else self.get(name)
 
     def _check_stored(self) -> dict[str, str]:
         """Contents of earlier servers that this one cannot serve stay, and their cards say why."""

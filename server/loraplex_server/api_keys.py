@@ -1,24 +1,36 @@
-"""API keys: what each may do, with which adapters, how often; and the file that lists them."""
+"""API keys: what each may do, with which adapters, how often; and the file that lists them.
+
+A key belongs to a tenant. What a tenant adds is its own. What the operator adds is shared: the
+operator's keys are those of options, and those of the file with scope ``admin`` that have neither
+a list of adapters nor a tenant.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import re
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-__all__ = ["EVERY_ADAPTER", "AdapterAccess", "ApiKey", "Scope", "parse_keys"]
+from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.names import TENANT_NAME, local_name, name_of, tenant_of
+from loraplex_adapter_store.quota import NO_QUOTA, Quota
+
+__all__ = ["EVERY_ADAPTER", "GENERATED", "AdapterAccess", "ApiKey", "Scope", "parse_keys"]
+
+GENERATED = "generated/"  # of names that the server chooses
 
 _MAX_NAME = 256  # of an adapter, with its organisation
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_QUOTAS = ("max_adapters", "max_bytes", "max_pins", "max_jobs")
 _FIELDS = frozenset(
     {
         *("name", "tenant", "sha256", "scope", "adapters", "sources"),
         *("requests_per_minute", "tokens_per_minute"),
+        *_QUOTAS,
     }
 )
 
@@ -38,16 +50,48 @@ _SCOPES = {
 
 @dataclass(frozen=True, slots=True)
 class AdapterAccess:
-    """Which adapters exist for a key, and where it may load from. The base model always exists."""
+    """Which adapters exist for a key, and where it may load from. The base model always exists.
+
+    ``tenant`` None sees what all tenants have, with their names; what it adds is shared. "" sees
+    only what is shared.
+    """
 
     patterns: tuple[str, ...] | None = None  # as ``team-a/*``; ``*`` spans slashes; None: all
     sources: tuple[str, ...] | None = None  # the same, of what the operator allows; None: all
+    tenant: str | None = None
+    quota: Quota = NO_QUOTA  # of the tenant
+    max_jobs: int | None = None  # of the tenant, that run at a time
+
+    def own(self, name: str) -> str:
+        """What the store calls the key's own adapter of this name."""
+        return name_of(self.tenant or "", name)
+
+    def owns(self, name: str) -> bool:
+        """``name``: in the store, as of all methods below."""
+        return self.tenant is None or tenant_of(name) == self.tenant
+
+    def shown(self, name: str) -> str:
+        """As the key's user knows it."""
+        return local_name(name) if self.tenant and self.owns(name) else name
 
     def allows(self, name: str) -> bool:
+        """Whether the adapter of this name, if there is one, exists for the key."""
+        if not self.owns(name) and (tenant_of(name) or name.startswith(GENERATED)):
+            return False
         if self.patterns is None:
             return True
         # Clients choose the names that come here: a long one is nobody's, and is not remembered.
-        return len(name) <= _MAX_NAME and _matches(self.patterns, name)
+        return len(name) <= _MAX_NAME and _matches(self.patterns, self.shown(name))
+
+    def listed(self, cards: Iterable[AdapterCard]) -> list[AdapterCard]:
+        """Those that exist for the key, by the names that its user knows."""
+        allowed = (card for card in cards if self.allows(card.name))
+        return sorted(allowed, key=lambda card: self.shown(card.name))
+
+    @property
+    def candidates(self) -> AdapterAccess:
+        """For ``auto``: what tenants have is for their own requests, not for the operator's."""
+        return self if self.tenant is not None else replace(self, tenant="")
 
     def allows_source(self, source: str) -> bool:
         """``source``: an address, or a directory relative to its ``--adapters-dir``."""
@@ -76,7 +120,8 @@ class ApiKey:
         """Of an option; ``scope`` includes the lesser ones."""
         digest = hashlib.sha256(secret.encode()).digest()
         id = hashlib.sha256(digest).hexdigest()[:8]
-        return ApiKey(digest, _SCOPES[scope.value], id, tenant=id)
+        access = AdapterAccess(tenant="") if scope is Scope.INFER else EVERY_ADAPTER
+        return ApiKey(digest, _SCOPES[scope.value], id, id, access)
 
 
 def parse_keys(text: str) -> tuple[ApiKey, ...]:
@@ -92,7 +137,25 @@ def parse_keys(text: str) -> tuple[ApiKey, ...]:
     for what, values in (("name", [k.id for k in keys]), ("sha256", [k.sha256 for k in keys])):
         if len(set(values)) != len(values):
             raise ValueError(f"two keys have the same {what}")
-    return keys
+    return _with_quotas_of_tenants(keys)
+
+
+def _with_quotas_of_tenants(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+    """A quota that one key of a tenant states holds for all of them."""
+    limits: dict[str, dict[str, int]] = {}
+    for key in keys:
+        stated = {**asdict(key.access.quota), "max_jobs": key.access.max_jobs}
+        of_tenant = limits.setdefault(key.tenant, {})
+        for what, limit in stated.items():
+            if limit is not None and of_tenant.setdefault(what, limit) != limit:
+                raise ValueError(f"two keys of tenant {key.tenant!r} have a different {what}")
+
+    def with_quota(key: ApiKey) -> ApiKey:
+        found = dict(limits[key.tenant])
+        max_jobs = found.pop("max_jobs", None)
+        return replace(key, access=replace(key.access, quota=Quota(**found), max_jobs=max_jobs))
+
+    return tuple(map(with_quota, keys))
 
 
 def _key(number: int, table: object) -> ApiKey:
@@ -100,11 +163,11 @@ def _key(number: int, table: object) -> ApiKey:
     if not isinstance(table, dict):
         raise ValueError(f"{where} is no table: write [[key]]")
     name = table.get("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    if not isinstance(name, str) or not TENANT_NAME.fullmatch(name):
         raise ValueError(f"{where} needs a name of 1 to 64 characters: letters, digits, . _ -")
     where = f"key {name!r}"
     tenant = table.get("tenant", name)
-    if not isinstance(tenant, str) or not _NAME.fullmatch(tenant):
+    if not isinstance(tenant, str) or not TENANT_NAME.fullmatch(tenant):
         raise ValueError(f"{where}: tenant must be 1 to 64 characters: letters, digits, . _ -")
     if unknown := sorted(set(table) - _FIELDS):
         raise ValueError(f"{where} has unknown fields {unknown}; known: {sorted(_FIELDS)}")
@@ -119,18 +182,28 @@ def _key(number: int, table: object) -> ApiKey:
         _SCOPES[scope],
         name,
         tenant,
-        _access(where, table),
+        _access(where, table, scope, tenant),
         _limit(where, table, "requests_per_minute"),
         _limit(where, table, "tokens_per_minute"),
     )
 
 
-def _access(where: str, table: Mapping[str, object]) -> AdapterAccess:
+def _access(where: str, table: Mapping[str, object], scope: str, tenant: str) -> AdapterAccess:
     adapters = _patterns(where, table, "adapters")
     sources = _patterns(where, table, "sources")
-    if adapters is not None and sources is None:
-        sources = ()  # a key of some adapters would else read those of others from their source
-    return AdapterAccess(adapters, sources)
+    operators = scope == "admin" and adapters is None and "tenant" not in table
+    if scope == "metrics" or operators:
+        access = AdapterAccess(adapters, sources)
+    else:  # without sources it would read those of others
+        access = AdapterAccess(adapters, sources or (), tenant)
+    limits = {what: _limit(where, table, what) for what in _QUOTAS}
+    if access.tenant is None and any(limits.values()):
+        raise ValueError(f"{where} is the operator's and has no quotas; give it a tenant")
+    return replace(
+        access,
+        quota=Quota(limits["max_adapters"], limits["max_bytes"], limits["max_pins"]),
+        max_jobs=limits["max_jobs"],
+    )
 
 
 def _patterns(where: str, table: Mapping[str, object], name: str) -> tuple[str, ...] | None:

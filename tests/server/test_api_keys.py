@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_server.api_keys import AdapterAccess, Scope, parse_keys
+from loraplex_adapter_store.quota import Quota
+from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope, parse_keys
 from loraplex_server.settings import ConfigError, resolve_config
 
 DIGEST = hashlib.sha256(b"a-long-secret").hexdigest()
@@ -33,7 +34,7 @@ def test_a_keys_file_is_read_with_the_other_keys(
     assert team.sha256.hex() == DIGEST
     assert (team.id, team.scopes) == ("team-a", frozenset({Scope.METRICS, Scope.INFER}))
     assert (team.requests_per_minute, team.tokens_per_minute) == (60, 1000)
-    assert team.access == AdapterAccess(("team-a/*", "shared"), ())
+    assert team.access == AdapterAccess(("team-a/*", "shared"), (), "team-a")
     assert DIGEST not in repr(config)
     monkeypatch.setenv("LORAPLEX_KEYS", str(file))
     assert resolve_config({}).http.api_keys == (team,)
@@ -55,6 +56,44 @@ def test_a_key_is_a_tenant_of_its_own_unless_it_names_one() -> None:
         )
     )
     assert [key.tenant for key in keys] == ["acme", "acme", "c"]
+
+
+def _keys(*tables: str) -> tuple[ApiKey, ...]:
+    return parse_keys(
+        "".join(
+            f'[[key]]\nname = "k{number}"\nsha256 = "{number:064x}"\n{table}\n'
+            for number, table in enumerate(tables)
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("table", "tenant"),
+    [
+        ('scope = "admin"', None),  # the operator's
+        ('scope = "metrics"', None),
+        ('scope = "admin"\ntenant = "acme"', "acme"),
+        ('scope = "admin"\nadapters = ["*"]', "k0"),
+        ('scope = "infer"', "k0"),
+    ],
+)
+def test_whose_a_keys_adapters_are(table: str, tenant: str | None) -> None:
+    (key,) = _keys(table)
+    assert key.access.tenant == tenant
+    assert key.access.sources == (None if tenant is None else ())
+
+
+def test_a_quota_of_one_key_holds_for_its_tenant() -> None:
+    admin = 'scope = "admin"\ntenant = "acme"\nmax_adapters = 3\nmax_jobs = 1'
+    infer = 'scope = "infer"\ntenant = "acme"\nmax_bytes = 10'
+    first, second, other = _keys(admin, infer, 'scope = "infer"')
+    assert first.access.quota == second.access.quota == Quota(3, 10)
+    assert first.access.max_jobs == second.access.max_jobs == 1
+    assert other.access.quota == Quota()
+    with pytest.raises(ValueError, match="different max_adapters"):
+        _keys(admin, infer + "\nmax_adapters = 4")
+    with pytest.raises(ValueError, match="give it a tenant"):
+        _keys('scope = "admin"\nmax_pins = 1')
 
 
 @pytest.mark.parametrize(
@@ -84,6 +123,7 @@ def test_patterns_are_globs_over_the_whole_name(
         ('adapters = "team-a/*"', "adapters must be a list"),
         ('adapters = [""]', "adapters must be a list"),
         ("requests_per_minute = 0", "requests_per_minute"),
+        ("max_pins = 0", "max_pins"),
         ("tokens_per_minute = 1.5", "tokens_per_minute"),
     ],
 )

@@ -25,11 +25,11 @@ from loraplex_adapter_store.composite import Composite
 from loraplex_adapter_store.selector import Mixture, parse_selector
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.generated_adapters import (
-    PREFIX,
     AdapterGenerationRequest,
     GeneratedAdapters,
 )
 from loraplex_server.api.app import build_app
+from loraplex_server.api_keys import GENERATED
 from loraplex_server.engine.engine import Engine
 from loraplex_server.settings import HttpConfig, ServerConfig
 from tests.support.architectures import tiny_model
@@ -173,7 +173,7 @@ class LifecycleMachine(RuleBasedStateMachine):
         digest = list(self.world.sources)[number]
         wish = _WISHES[number % 2]
         made, expires = self.world.wishes[wish], self.state.now + _TTL_S
-        unnamed = f"{PREFIX}{AdapterGenerationRequest(wish).key}"
+        unnamed = f"{GENERATED}{AdapterGenerationRequest(wish).key}"
         match kind:
             case "generate":
                 return Call(kind, unnamed, made, expires=expires)

@@ -8,7 +8,7 @@ only texts that are new are encoded.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -64,14 +64,15 @@ class Decision:
     threshold: float
     candidates: tuple[Candidate, ...]  # best first
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self, shown: Callable[[str], str] = str) -> dict[str, object]:
+        """``shown``: name → what it is called in the answer."""
         return {
-            "adapter": self.adapter,
+            "adapter": None if self.adapter is None else shown(self.adapter),
             "margin": round(self.margin, 4),
             "threshold": round(self.threshold, 4),
             "candidates": [
                 {
-                    "name": c.name,
+                    "name": shown(c.name),
                     "score": round(c.score, 4),
                     "similarity": round(c.similarity, 4),
                 }

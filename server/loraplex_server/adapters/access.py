@@ -1,19 +1,26 @@
-"""Which adapters a key with a list may use. It learns nothing of the others.
+"""Which adapters a key may use. It learns nothing of the others.
 
-Whether an adapter exists is never looked up before it is known to be allowed.
+Whether an adapter exists is never looked up before it is known to be allowed. A name means the
+tenant's own adapter, else the one that the operator shares.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from fastapi import Request
 
-from fastapi import Depends, Request
-
+from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.request_info import info_of
-from loraplex_server.api_keys import AdapterAccess
+from loraplex_server.api_keys import GENERATED, AdapterAccess
 
-__all__ = ["AdapterName", "access_of", "check_allowed"]
+__all__ = [
+    "access_of",
+    "check_allowed",
+    "check_owned",
+    "name_to_write",
+    "own_name",
+    "stored_name",
+]
 
 
 def access_of(request: Request) -> AdapterAccess:
@@ -21,8 +28,11 @@ def access_of(request: Request) -> AdapterAccess:
 
 
 def check_allowed(access: AdapterAccess, name: str, *, param: str | None) -> None:
-    """Raises ApiError (403), the same for an adapter that exists and one that does not."""
-    if not access.allows(name):
+    """Raises ApiError (403), the same for an adapter that exists and one that does not.
+
+    ``name``: as the client says it.
+    """
+    if not access.allows(access.own(name)) or (access.tenant is not None and ":" in name):
         raise ApiError(
             403,
             f"this API key may not use the adapter {name[:128]!r}",
@@ -31,9 +41,48 @@ def check_allowed(access: AdapterAccess, name: str, *, param: str | None) -> Non
         )
 
 
-async def _allowed_name(request: Request, name: str) -> str:
-    check_allowed(access_of(request), name, param="name")
-    return name
+def check_owned(access: AdapterAccess, name: str, *, param: str | None = "name") -> None:
+    """``name``: in the store. Raises ApiError (403) for one that the operator shares."""
+    if not access.owns(name):
+        raise ApiError(
+            403,
+            f"the adapter {name!r} is shared by the operator, who alone may change it and see its "
+            "load; take another name for an adapter of your own",
+            code="adapter_shared",
+            param=param,
+        )
 
 
-AdapterName = Annotated[str, Depends(_allowed_name)]  # the ``{name}`` of a route's path
+def stored_name(store: AdapterStore, access: AdapterAccess, name: str, *, param: str | None) -> str:
+    """What the store calls the adapter that ``name`` means; it need not exist.
+
+    Raises ApiError (403).
+    """
+    check_allowed(access, name, param=param)
+    own = access.own(name)
+    shared = own != name and access.allows(name) and store.has_name(name)
+    return name if shared and not store.has_name(own) else own
+
+
+def own_name(store: AdapterStore, access: AdapterAccess, name: str, *, param: str | None) -> str:
+    """``stored_name`` of what the key may change. Raises ApiError (403)."""
+    stored = stored_name(store, access, name, param=param)
+    check_owned(access, stored, param=param)
+    return stored
+
+
+def name_to_write(
+    store: AdapterStore, access: AdapterAccess, name: str, *, param: str | None
+) -> str:
+    """``own_name`` for new weights. Raises ApiError (403), and QuotaExceeded."""
+    if name.rpartition(":")[2].startswith(GENERATED):
+        raise ApiError(
+            403,
+            f"names under {GENERATED} are chosen by the server; take another one than "
+            f"{name[:128]!r}",
+            code="name_reserved",
+            param=param,
+        )
+    own = own_name(store, access, name, param=param)
+    store.check_quota(own, access.quota)
+    return own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 from loraplex_adapter_store.selector import Auto, Description, NameRef
@@ -11,7 +12,7 @@ from loraplex_router.adapters import AdapterProfile, Encoder
 from loraplex_server.api.errors import invalid
 from loraplex_server.api_keys import AdapterAccess
 
-from .generated_adapters import PREFIX, AdapterGenerationRequest, GeneratedAdapters
+from .generated_adapters import AdapterGenerationRequest, GeneratedAdapters
 from .resolver import Resolution
 from .semantic_router import SemanticRouter
 
@@ -38,9 +39,9 @@ class DescriptionResolver:
         self, selector: Auto | Description, text: str, access: AdapterAccess
     ) -> Resolution:
         if isinstance(selector, Auto):
-            decision = await self.router.choose(text, access)
+            decision = await self.router.choose(text, access.candidates)
             chosen = None if decision.adapter is None else NameRef(decision.adapter)
-            return Resolution(chosen, {"method": "auto", **decision.to_json()})
+            return Resolution(chosen, {"method": "auto", **decision.to_json(access.shown)})
         if self._generated is None:
             raise invalid(
                 "adapter generation is not enabled on this server; name an adapter instead",
@@ -48,8 +49,10 @@ class DescriptionResolver:
                 "feature_not_enabled",
             )
         request = AdapterGenerationRequest(selector.text, method=selector.method)
-        loop = asyncio.get_running_loop()
-        card = await loop.run_in_executor(self._thread, self._generated.ensure, request)
+        ensure = functools.partial(
+            self._generated.ensure, request, tenant=access.tenant or "", quota=access.quota
+        )
+        card = await asyncio.get_running_loop().run_in_executor(self._thread, ensure)
         shown = {key: card.provenance[key] for key in _SHOWN if key in card.provenance}
         ref = NameRef(card.name, card.digest[:12])
         return Resolution(ref, {"description": selector.text, **shown})
@@ -61,10 +64,10 @@ class DescriptionResolver:
     def _profiles(self) -> list[AdapterProfile]:
         """Those that ``auto`` may choose: adapters that generate text.
 
-        Unnamed generated adapters are for the request that described them, for no other.
+        Each key chooses among those that it may use.
         """
         return [
             AdapterProfile(card.name, card.description, card.examples)
             for card in self._store.list()
-            if card.task is None and not card.name.startswith(PREFIX)
+            if card.task is None
         ]

@@ -21,15 +21,17 @@ from dataclasses import dataclass
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.errors import StoreError, UnknownAdapter
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
+from loraplex_adapter_store.names import local_name, name_of, tenant_of
 from loraplex_adapter_store.put_options import PutOptions
+from loraplex_adapter_store.quota import NO_QUOTA, Quota
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.service import GeneratedAdapter, Generator
 from loraplex_server.api.errors import ApiError, unavailable
+from loraplex_server.api_keys import GENERATED
 
-__all__ = ["PREFIX", "AdapterGenerationRequest", "GeneratedAdapters", "GenerationStats"]
+__all__ = ["AdapterGenerationRequest", "GeneratedAdapters", "GenerationStats"]
 
-PREFIX = "generated/"  # of the names that we choose
 _LONGEST_WAIT_S = 60.0  # the clock may be set meanwhile
 _RETRY_S = 5.0
 _log = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class AdapterGenerationRequest:
             self.method,
             self.seed,
             self.samples,
+            self.force,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -85,7 +88,7 @@ class GeneratedAdapters:
     ) -> None:
         """``find_generator`` is called for each adapter that is made; it loads once and keeps it.
 
-        ``quota`` bounds the names that we choose. ``clock``: seconds since the epoch.
+        ``quota`` bounds the names that we choose for a tenant. ``clock``: seconds since the epoch.
         """
         self._store, self._find_generator = store, find_generator
         self._ttl_s, self._quota, self._clock = ttl_s, quota, clock
@@ -95,7 +98,7 @@ class GeneratedAdapters:
         self._changed = threading.Condition()  # another name expires first, or this is closed
         self._closed = False
         for card in store.list():  # of a version that did not keep expiries
-            if card.name.startswith(PREFIX) and card.expires is None:
+            if _is_ours(card.name) and card.expires is None:
                 store.set_expiry(card.name, clock() + ttl_s)
         self._reaper = threading.Thread(target=self._reap, name="loraplex-expiry", daemon=True)
         self._reaper.start()
@@ -104,23 +107,28 @@ class GeneratedAdapters:
         self,
         request: AdapterGenerationRequest,
         *,
+        tenant: str = "",
         name: str | None = None,
         ttl_s: float | None = None,
+        quota: Quota = NO_QUOTA,
     ) -> AdapterCard:
         """The adapter of a request, made now or still there; its life starts anew.
 
-        A `name` of the caller's lives until it is deleted, unless `ttl_s` is given; it must be
-        free. Raises OutOfDistribution, NotTrained, GeneratorMismatch, UnfitPrompts,
-        RevisionConflict and what the store raises.
+        It belongs to `tenant`, who has `quota` and as many names that we choose as every other. A
+        `name` of the caller's, as the store knows it, lives until it is deleted, unless `ttl_s` is
+        given; it must be free. Raises OutOfDistribution, NotTrained, GeneratorMismatch,
+        UnfitPrompts, RevisionConflict and what the store raises.
         """
         lasts = ttl_s is None and name is not None
         with self._lock:
             expires = None if lasts else self._clock() + (ttl_s or self._ttl_s)
-            card = None if name else self._refreshed(f"{PREFIX}{request.key}", expires)
+            ours = name_of(tenant, f"{GENERATED}{request.key}")
+            card = None if name else self._refreshed(ours, expires)
             if card is None:
                 if name is None:
-                    self._make_room()
-                card = self._make(name or f"{PREFIX}{request.key}", request, expires)
+                    self._make_room(tenant)
+                self._store.check_quota(name or ours, quota)
+                card = self._make(name or ours, request, expires, quota)
             else:
                 self.stats.n_reused += 1
         with self._changed:
@@ -148,11 +156,11 @@ class GeneratedAdapters:
                 self._changed.wait(None if wait_s is None else min(wait_s, _LONGEST_WAIT_S))
 
     def _make(
-        self, name: str, request: AdapterGenerationRequest, expires: float | None
+        self, name: str, request: AdapterGenerationRequest, expires: float | None, quota: Quota
     ) -> AdapterCard:
         began = time.perf_counter()
         try:
-            card = self._register(name, self._generate(request), request, expires)
+            card = self._register(name, self._generate(request), request, expires, quota)
         except Exception:
             self.stats.n_refused += 1
             raise
@@ -191,6 +199,7 @@ class GeneratedAdapters:
         made: GeneratedAdapter,
         request: AdapterGenerationRequest,
         expires: float | None,
+        quota: Quota,
     ) -> AdapterCard:
         card: dict[str, JsonValue] = json.loads(json.dumps(made.card))
         return self._store.put_tensors(
@@ -198,11 +207,12 @@ class GeneratedAdapters:
             json.loads(json.dumps(made.config)),
             made.tensors,
             options=PutOptions(
-                replace=name.startswith(PREFIX),
+                replace=_is_ours(name),
                 description=request.description,
                 examples=request.examples,
                 provenance={"source": "generated", **card},
                 expires=expires,
+                quota=quota,
             ),
         )
 
@@ -216,9 +226,17 @@ class GeneratedAdapters:
         except UnknownAdapter:  # deleted by a client, or expired
             return None
 
-    def _make_room(self) -> None:
-        ours = [card for card in self._store.list() if card.name.startswith(PREFIX)]
+    def _make_room(self, tenant: str) -> None:
+        ours = [
+            card
+            for card in self._store.list()
+            if _is_ours(card.name) and tenant_of(card.name) == tenant
+        ]
         ours.sort(key=lambda card: card.expires or math.inf)
         for card in ours[: max(0, len(ours) - self._quota + 1)]:
             with contextlib.suppress(UnknownAdapter):  # a client was faster
                 self._store.start_delete(card.name)  # running requests keep their lease
+
+
+def _is_ours(name: str) -> bool:
+    return local_name(name).startswith(GENERATED)

@@ -1,4 +1,7 @@
-"""Loads that take long: each runs once, can be polled, and is remembered for a while."""
+"""Loads that take long: each runs once, can be polled, and is remembered for a while.
+
+A tenant sees and forgets only its own.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,22 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from enum import Enum
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.errors import StoreError
-from loraplex_server.api.errors import ApiError, from_engine, from_fault, from_store
+from loraplex_server.api.errors import ApiError, from_engine, from_fault, from_store, too_many
+from loraplex_server.api_keys import AdapterAccess
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.faults import Faults
 
 __all__ = ["Job", "JobStatus", "Jobs", "Progress"]
 
 Progress = Callable[[str, float], None]  # stage, share done; called from the working thread
-_MAX_KEPT = 1000
+_MAX_KEPT = 1000  # of a tenant
 _log = logging.getLogger(__name__)
 
 
@@ -33,7 +37,8 @@ class JobStatus(Enum):
 @dataclass(slots=True)
 class Job:
     id: str
-    adapter: str
+    adapter: str  # as the store knows it
+    access: AdapterAccess  # of the key that asked
     created: float = field(default_factory=time.time)  # seconds since the epoch
     status: JobStatus = JobStatus.RUNNING
     stage: str = "queued"
@@ -49,7 +54,7 @@ class Job:
         return {
             "id": self.id,
             "object": "job",
-            "adapter": self.adapter,
+            "adapter": self.access.shown(self.adapter),
             "created": int(self.created),
             "status": self.status.value,
             "stage": self.stage,
@@ -67,14 +72,32 @@ class Jobs:
         self._faults = faults
         self._jobs: dict[str, Job] = {}
 
-    def get(self, job_id: str) -> Job | None:
-        return self._jobs.get(job_id)
+    def get(self, job_id: str, access: AdapterAccess) -> Job | None:
+        """None also for a job of another tenant, or of an adapter that the key may not use."""
+        job = self._jobs.get(job_id)
+        if job is None or access.tenant not in (None, job.access.tenant):
+            return None
+        return job if access.allows(job.adapter) else None
 
-    def start(self, adapter: str, work: Callable[[Progress], AdapterCard]) -> Job:
-        """``work`` gets a progress callback. A client that leaves does not stop it."""
-        job = Job(f"job-{uuid.uuid4().hex}", adapter)
+    def start(
+        self, adapter: str, access: AdapterAccess, work: Callable[[Progress], AdapterCard]
+    ) -> Job:
+        """``work`` gets a progress callback. A client that leaves does not stop it.
+
+        Raises ApiError (429) if as many of the tenant's run as may.
+        """
+        ours = [job for job in self._jobs.values() if job.access.tenant == access.tenant]
+        n_running = sum(job.status is JobStatus.RUNNING for job in ours)
+        if access.max_jobs is not None and n_running >= access.max_jobs:
+            raise too_many(
+                f"max_jobs: this tenant may run {access.max_jobs} loads at a time and does; wait "
+                "for one to end, or ask the operator for more",
+                "quota_exceeded",
+                1.0,
+            )
+        job = Job(f"job-{uuid.uuid4().hex}", adapter, access)
         self._jobs[job.id] = job
-        self._forget_old()
+        self._forget_old([*ours, job])
         job.task = asyncio.get_running_loop().create_task(self._run(job, work))
         return job
 
@@ -93,7 +116,10 @@ class Jobs:
             job.card = await loop.run_in_executor(self._executor, work, report)
             job.status, job.stage, job.progress = JobStatus.SUCCEEDED, "done", 1.0
         except StoreError as error:
-            job.status, job.error = JobStatus.FAILED, from_store(error, param="source")
+            job.status, job.error = (
+                JobStatus.FAILED,
+                from_store(error, param="source", access=job.access),
+            )
         except EngineError as error:
             job.status, job.error = JobStatus.FAILED, from_engine(error)
         except ApiError as error:
@@ -103,7 +129,7 @@ class Jobs:
             self._faults.unforeseen(error)
             job.status, job.error = JobStatus.FAILED, from_fault(error, job.id)
 
-    def _forget_old(self) -> None:
-        for job_id in list(self._jobs)[: max(0, len(self._jobs) - _MAX_KEPT)]:
-            if self._jobs[job_id].status is not JobStatus.RUNNING:
-                del self._jobs[job_id]
+    def _forget_old(self, of_tenant: Sequence[Job]) -> None:
+        for job in of_tenant[: max(0, len(of_tenant) - _MAX_KEPT)]:
+            if job.status is not JobStatus.RUNNING:
+                del self._jobs[job.id]

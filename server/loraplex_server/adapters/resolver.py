@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from loraplex_adapter_store.errors import StoreError
@@ -14,16 +14,16 @@ from loraplex_adapter_store.selector import (
     Description,
     Library,
     Mixture,
+    MixturePart,
     NameRef,
     Selector,
     parse_selector,
 )
 from loraplex_adapter_store.store import AdapterLease, AdapterStore
 from loraplex_server.api.errors import ApiError, from_store, invalid, not_found
-from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
+from loraplex_server.api_keys import EVERY_ADAPTER, GENERATED, AdapterAccess
 
-from .access import check_allowed
-from .generated_adapters import PREFIX
+from .access import check_allowed, stored_name
 from .worker_pools import WorkerPools
 
 __all__ = ["AdapterRequest", "AdapterResolver", "Resolution", "ResolvedAdapter", "SelectorResolver"]
@@ -103,7 +103,7 @@ class ResolvedAdapter:
         """A name of bounded variety: the weights of a mixture are the client's."""
         if self.lease is None or self.label is None:
             return "base"
-        return "mixture" if self.lease.revision == 0 else self.label
+        return "mixture" if self.lease.revision == 0 else self.lease.name
 
     @property
     def routing(self) -> Mapping[str, object] | None:
@@ -180,27 +180,47 @@ class AdapterResolver:
             raise await self._no_such_model(request.model, access)
         if selector is None:
             return ResolvedAdapter()
-        _check_access(selector, access, request.param)
+        for name in _names(selector):
+            check_allowed(access, name, param=request.param)
+        label = _label(selector)
         try:
             if isinstance(selector, Auto | Description):
                 resolution = await self._resolve(selector, text, request.param, access)
                 selector, explanation = resolution.selector, resolution.explanation
                 if selector is None:
                     return ResolvedAdapter(explanation=explanation)
-                _check_access(selector, access, request.param)
+                label = access.shown(_label(selector))
+            else:
+                selector = self._in_store(selector, access, request.param)
             lease = await self._acquire(selector)
         except StoreError as error:
             raise await self._explain(error, request, access) from error
-        return ResolvedAdapter(lease, _label(selector), explanation)
+        return ResolvedAdapter(lease, label, explanation)
 
     async def what_exists(self, access: AdapterAccess) -> str:
         """For people who asked for something that does not."""
         loop = asyncio.get_running_loop()
         cards = await loop.run_in_executor(self._pools.reads, self._store.list)
-        names = [card.name for card in cards if access.allows(card.name)]
+        names = [access.shown(card.name) for card in access.listed(cards)]
         shown = ", ".join([self.base_name, *names[:_MAX_NAMES_SHOWN]])
         more = len(names) - _MAX_NAMES_SHOWN
         return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
+
+    def _in_store(
+        self, selector: NameRef | Mixture | Library, access: AdapterAccess, param: str
+    ) -> NameRef | Mixture | Library:
+        """``selector`` with the store's names. Raises ApiError (403)."""
+
+        def find(ref: NameRef) -> NameRef:
+            return replace(ref, name=stored_name(self._store, access, ref.name, param=param))
+
+        match selector:
+            case NameRef():
+                return find(selector)
+            case Mixture(parts):
+                return Mixture(tuple(MixturePart(find(part.ref), part.weight) for part in parts))
+            case Library():
+                return replace(selector, refs=tuple(find(ref) for ref in selector.refs))
 
     async def _acquire(self, selector: NameRef | Mixture | Library) -> AdapterLease:
         loop = asyncio.get_running_loop()
@@ -266,19 +286,13 @@ def _parse(value: object, param: str) -> Selector:
         raise from_store(error, param=param) from error
 
 
-def _check_access(selector: Selector, access: AdapterAccess, param: str) -> None:
-    """Raises ApiError (403) for the first adapter that the key may not use."""
-    for name in _names(selector):
-        check_allowed(access, name, param=param)
-
-
 def _names(selector: Selector) -> Sequence[str]:
     """What ``selector`` uses for certain: ``auto`` may yet choose, a description names a folder."""
     match selector:
         case Auto():
             return ()
         case Description():
-            return (PREFIX,)
+            return (GENERATED,)
         case Mixture():
             return [part.ref.name for part in selector.parts]
         case Library():

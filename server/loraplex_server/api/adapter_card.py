@@ -7,6 +7,7 @@ from typing import Literal
 from fastapi import Request
 
 from loraplex_adapter_store.card import AdapterCard
+from loraplex_server.api_keys import AdapterAccess
 
 from .errors import invalid
 from .orjson_response import ORJSONResponse
@@ -18,22 +19,36 @@ Report = Literal["none", "summary", "full"]  # how much of the load report is sh
 
 
 def card_response(
-    state: AppState, card: AdapterCard, report: Report = "summary", *, status: int = 200
+    state: AppState,
+    access: AdapterAccess,
+    card: AdapterCard,
+    report: Report = "summary",
+    *,
+    status: int = 200,
 ) -> ORJSONResponse:
     """The ``ETag`` is the digest."""
     resident = set(state.engine.stats().resident_adapters)
-    shown = shown_card(card, resident, report)
+    shown = shown_card(access, card, resident, report)
     return ORJSONResponse(shown, status=status, headers={"etag": f'"{card.digest}"'})
 
 
-def shown_card(card: AdapterCard, resident: set[str], report: Report) -> dict[str, object]:
-    """``resident``: digests on the device. Paths of the server are left out."""
+def shown_card(
+    access: AdapterAccess, card: AdapterCard, resident: set[str], report: Report
+) -> dict[str, object]:
+    """``resident``: digests on the device. Paths of the server are left out.
+
+    So is, for a tenant, what tells of others' use of an adapter that the operator shares.
+    """
     shown: dict[str, object] = {"object": "adapter", **card.to_json()}
+    shown["name"] = access.shown(card.name)
     del shown["report"]
     if report != "none" and card.report is not None:
         shown["report"] = card.report.to_json() if report == "full" else card.report.summary()
     tier = "device" if card.digest in resident else "host" if card.n_bytes.host else "disk"
     provenance = {key: value for key, value in card.provenance.items() if key != "path"}
+    if not access.owns(card.name):
+        shown |= {"n_leases": None, "n_bytes": {"disk": card.n_bytes.disk, "host": None}}
+        return {**shown, "tier": None, "provenance": provenance}
     return {**shown, "tier": tier, "provenance": provenance}
 
 

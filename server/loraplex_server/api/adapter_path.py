@@ -6,16 +6,44 @@ the action lacks for a request about that adapter. Likewise ``/v1/adapters/gener
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from fastapi import Depends, Request
 from starlette.convertors import PathConvertor, register_url_convertor
 
-__all__ = ["ACTIONS", "ADAPTER_PATH"]
+from loraplex_server.adapters.access import access_of, name_to_write, own_name, stored_name
+
+from .state import State, in_store_thread
+
+__all__ = ["ACTIONS", "ADAPTER_PATH", "AdapterName", "NewName", "OwnName"]
 
 ACTIONS = ("pin", "unpin", "warm", "revisions", "rollback", "routing")
 ADAPTER_PATH = "/v1/adapters/{name:adapter}"
 
 
-class _AdapterName(PathConvertor):
+class _AdapterPath(PathConvertor):
     regex = rf"(?!generate$|.*[^/]/(?:{'|'.join(ACTIONS)})$).*"
 
 
-register_url_convertor("adapter", _AdapterName())
+register_url_convertor("adapter", _AdapterPath())
+
+
+async def _stored_name(request: Request, name: str, state: State) -> str:
+    return stored_name(state.store, access_of(request), name, param="name")
+
+
+async def _own_name(request: Request, name: str, state: State) -> str:
+    return own_name(state.store, access_of(request), name, param="name")
+
+
+async def _name_to_write(request: Request, name: str, state: State) -> str:
+    access = access_of(request)
+    return await in_store_thread(
+        state, lambda: name_to_write(state.store, access, name, param="name"), access
+    )
+
+
+# The ``{name}`` of a route's path, as the store knows it.
+AdapterName = Annotated[str, Depends(_stored_name)]
+OwnName = Annotated[str, Depends(_own_name)]  # for routes that change the adapter
+NewName = Annotated[str, Depends(_name_to_write)]  # for routes that give it new weights

@@ -132,7 +132,16 @@ def from_store(
     param: str | None = "adapter",
     access: AdapterAccess = EVERY_ADAPTER,
 ) -> ApiError:
-    """``access``: the message names no adapters outside of it."""
+    """``access``: the message names no adapters outside of it, its own as its user does."""
+    told = _from_store(error, param, access)
+    if access.tenant:
+        told.message = told.message.replace(f"'{access.tenant}:", "'")
+    return told
+
+
+def _from_store(
+    error: store_errors.StoreError, param: str | None, access: AdapterAccess
+) -> ApiError:
     match error:
         case generator_errors.OutOfDistribution():
             return ApiError(
@@ -154,6 +163,8 @@ def from_store(
             return not_found(_unknown(error, access), param, "adapter_not_found")
         case store_errors.InvalidName() | store_errors.InvalidSelector():
             return invalid(str(error), param, "invalid_adapter")
+        case store_errors.QuotaExceeded():
+            return ApiError(403, str(error), code="quota_exceeded")
         case store_errors.RevisionConflict():
             headers = {"x-should-retry": "false"}
             if error.current is not None:
@@ -213,9 +224,9 @@ def _content_param(param: str | None) -> str | None:
 
 
 def _unknown(error: store_errors.UnknownAdapter, access: AdapterAccess) -> str:
-    if access.patterns is None:
+    if access.patterns is None and access.tenant is None:
         return str(error)
-    closest = [name for name in error.closest if access.allows(name)]
+    closest = [access.shown(name) for name in error.closest if access.allows(name)]
     hint = f"; closest registered: {', '.join(closest)}" if closest else ""
     return f"adapter {error.name!r} does not exist{hint}"
 

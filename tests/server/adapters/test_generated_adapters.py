@@ -19,11 +19,10 @@ from loraplex_generation.errors import OutOfDistribution
 from loraplex_generation.service import Generator
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import (
-    PREFIX,
     AdapterGenerationRequest,
     GeneratedAdapters,
 )
-from loraplex_server.api_keys import EVERY_ADAPTER
+from loraplex_server.api_keys import EVERY_ADAPTER, GENERATED
 from tests.support.architectures import tiny_model
 from tests.support.scripted_generator import ScriptedGenerator
 from tests.support.word_encoder import WordEncoder
@@ -196,9 +195,9 @@ def test_unnamed_ones_of_a_version_that_kept_no_expiry_get_one(
 ) -> None:
     made = ScriptedGenerator(spec).generate("old")
     config = json.loads(json.dumps(made.config))
-    store.put_tensors(f"{PREFIX}abc", config, made.tensors)
+    store.put_tensors(f"{GENERATED}abc", config, made.tensors)
     make(ScriptedGenerator(spec))
-    assert store.get(f"{PREFIX}abc").expires == START + 60
+    assert store.get(f"{GENERATED}abc").expires == START + 60
 
 
 def test_a_refused_description_leaves_nothing_behind(

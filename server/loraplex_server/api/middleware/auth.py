@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import info_of
-from loraplex_server.api_keys import ApiKey
+from loraplex_server.api_keys import AdapterAccess, ApiKey
 from loraplex_server.api_keys import Scope as KeyScope
 from loraplex_server.settings import HttpConfig
 
@@ -73,6 +73,8 @@ class Auth:
                 info.meter.take_request()
         elif needed is not KeyScope.ADMIN:
             info.scopes = frozenset({KeyScope.INFER})
+            if not self._writes_open:  # anybody may ask: what tenants have had here is not theirs
+                info.access = AdapterAccess(tenant="")
         else:
             self._check_open_write()
             info.scopes = _EVERYTHING

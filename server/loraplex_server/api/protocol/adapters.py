@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from loraplex_adapter_store.selector import GenerationMethod
+
 from .body import Body, Few
 
 __all__ = [
@@ -58,9 +60,7 @@ class GenerateAdapterBody(BaseModel):
     description: Annotated[str, Field(min_length=1, max_length=2000)]
     examples: Annotated[Few[_Wording], Field(max_length=100)] = []  # further wordings
     prompts: Annotated[Few[_Prompt], Field(max_length=64)] = []  # unlabelled inputs; icm-lora
-    method: Literal[
-        "auto", "end-to-end", "sg-lora", "icm-lora", "weighted", "nearest", "analogy"
-    ] = "auto"
+    method: GenerationMethod = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     name: Annotated[str, Field(max_length=128)] | None = None
     ttl_s: Annotated[float, Field(gt=0, le=30 * 86400)] | None = None
@@ -74,8 +74,16 @@ class HostBytes(BaseModel):
     host: int
 
 
+class TierBytes(BaseModel):
+    disk: int
+    host: int | None
+
+
 class Adapter(BaseModel):
-    """A card. Routes that make or change an adapter add what they know of it."""
+    """A card. Routes that make or change an adapter add what they know of it.
+
+    What tells of others' requests is null in the card of an adapter that the operator shares.
+    """
 
     model_config = ConfigDict(extra="allow")
 
@@ -87,12 +95,12 @@ class Adapter(BaseModel):
     description: str | None
     examples: list[str]
     ranks: list[int]
-    n_bytes: HostBytes
+    n_bytes: TierBytes
     created: float
     base_fingerprint: str
     pinned: bool
-    n_leases: int
-    tier: Literal["device", "host", "disk"]
+    n_leases: int | None
+    tier: Literal["device", "host", "disk"] | None
     report: dict[str, JsonValue] | None = None  # of the load; absent in lists
     provenance: dict[str, JsonValue]
     expires: float | None = None

@@ -10,13 +10,13 @@ from fastapi.concurrency import contextmanager_in_threadpool
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.selector import NameRef
-from loraplex_server.adapters.access import AdapterName, access_of
+from loraplex_server.adapters.access import access_of
 from loraplex_server.adapters.jobs import Job, Progress
 from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.uploads import UPLOAD_SCHEMA, receive_upload
 from loraplex_server.adapters.waiting import result_within
 from loraplex_server.api.adapter_card import Report, card_response, conditions, shown_card
-from loraplex_server.api.adapter_path import ADAPTER_PATH
+from loraplex_server.api.adapter_path import ADAPTER_PATH, AdapterName, NewName, OwnName
 from loraplex_server.api.errors import ApiError, not_found
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import (
@@ -29,6 +29,7 @@ from loraplex_server.api.protocol.adapters import (
 from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.state import AppState, State, in_store_thread
 from loraplex_server.api.validation import read_body
+from loraplex_server.api_keys import AdapterAccess
 
 __all__ = ["router"]
 
@@ -53,37 +54,38 @@ _EITHER_BODY = {
 @router.get("/v1/adapters", response_model=AdapterList, responses=errors())
 async def list_adapters(request: Request, state: State) -> Response:
     resident = set(state.engine.stats().resident_adapters)
-    cards = await in_store_thread(state, state.store.list)
     access = access_of(request)
-    data = [shown_card(card, resident, "none") for card in cards if access.allows(card.name)]
+    cards = access.listed(await in_store_thread(state, state.store.list))
+    data = [shown_card(access, card, resident, "none") for card in cards]
     return ORJSONResponse({"object": "list", "data": data})
 
 
 @router.get("/v1/jobs/{job_id}", response_model=JobShown, responses=errors(404))
 async def show_job(request: Request, job_id: str, state: State) -> Response:
-    job = state.jobs.get(job_id)
-    if job is None or not access_of(request).allows(job.adapter):
+    job = state.jobs.get(job_id, access_of(request))
+    if job is None:
         raise not_found(f"job {job_id[:64]!r} is not known (any more)", "job_id", "job_not_found")
     return ORJSONResponse(job.to_json())
 
 
 @router.post("/v1/adapters/{name:path}/pin", response_model=Adapter, responses=errors(404))
-async def pin_adapter(request: Request, name: AdapterName, state: State) -> Response:
+async def pin_adapter(request: Request, name: OwnName, state: State) -> Response:
     """Keeps it in host memory, and on the device once it is there."""
     state.lifecycle.check_engine()
+    access = access_of(request)
     card = await in_store_thread(
         state,
-        lambda: state.store.pin(name),
-        access_of(request),
+        lambda: state.store.pin(name, access.quota),
+        access,
         pool=state.pools.loads,
     )
     if state.device is not None:
         state.device.set_pinned(card.digest, True)
-    return card_response(state, card)
+    return card_response(state, access_of(request), card)
 
 
 @router.post("/v1/adapters/{name:path}/unpin", response_model=Adapter, responses=errors(404))
-async def unpin_adapter(request: Request, name: AdapterName, state: State) -> Response:
+async def unpin_adapter(request: Request, name: OwnName, state: State) -> Response:
     state.lifecycle.check_engine()
     card = await in_store_thread(
         state,
@@ -93,7 +95,7 @@ async def unpin_adapter(request: Request, name: AdapterName, state: State) -> Re
     )
     if state.device is not None:
         state.device.set_pinned(card.digest, False)
-    return card_response(state, card)
+    return card_response(state, access_of(request), card)
 
 
 @router.post("/v1/adapters/{name:path}/warm", response_model=Adapter, responses=_SLOW)
@@ -109,9 +111,11 @@ async def warm_adapter(request: Request, name: AdapterName, state: State) -> Res
                 state.device.warm(lease.plan)
         return state.store.get(name)
 
-    job = state.jobs.start(name, warm)
+    job = state.jobs.start(name, access_of(request), warm)
     card = await _finished(state, job)
-    return card_response(state, card) if isinstance(card, AdapterCard) else card
+    if not isinstance(card, AdapterCard):
+        return card
+    return card_response(state, access_of(request), card)
 
 
 @router.get(ADAPTER_PATH, response_model=Adapter, responses=errors(404))
@@ -120,7 +124,7 @@ async def show_adapter(
 ) -> Response:
     """``?report=full`` names every tensor and module of the load report."""
     card = await in_store_thread(state, lambda: state.store.get(name), access_of(request))
-    return card_response(state, card, report)
+    return card_response(state, access_of(request), card, report)
 
 
 @router.put(
@@ -130,7 +134,10 @@ async def show_adapter(
     openapi_extra=_EITHER_BODY,
 )
 async def put_adapter(
-    request: Request, name: AdapterName, state: State, report: Report = "summary"
+    request: Request,
+    name: NewName,
+    state: State,
+    report: Report = "summary",
 ) -> Response:
     """From a source (JSON) or an upload (multipart). ``If-Match`` makes it compare-and-set."""
     state.lifecycle.check_admitting()
@@ -147,7 +154,7 @@ async def put_adapter(
 @router.delete(ADAPTER_PATH, response_model=Deleted, responses=errors(404, 412))
 async def delete_adapter(
     request: Request,
-    name: AdapterName,
+    name: OwnName,
     state: State,
     timeout_s: Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)] = 30.0,
 ) -> Response:
@@ -165,12 +172,14 @@ async def delete_adapter(
     freed = {"disk": report.n_bytes_freed.disk, "host": report.n_bytes_freed.host, "device": 0}
     if report.drained:
         freed["device"] = await state.unloads.freed_bytes(report.digest)
-    return ORJSONResponse({**report.to_json(), "n_bytes_freed": freed, "deleted": True})
+    told = {**report.to_json(), "name": access_of(request).shown(name)}
+    return ORJSONResponse({**told, "n_bytes_freed": freed, "deleted": True})
 
 
 async def _put_source(state: AppState, request: Request, name: str, shown: Report) -> Response:
     body = await read_body(request, AdapterSourceBody)
-    uri = source_uri(state, access_of(request), body.source, param="source")
+    access = access_of(request)
+    uri = source_uri(state, access, body.source, param="source")
     if_match, replace = conditions(request)
 
     def load(report: Progress) -> AdapterCard:
@@ -183,16 +192,18 @@ async def _put_source(state: AppState, request: Request, name: str, shown: Repor
                 replace=replace,
                 description=body.description,
                 examples=tuple(body.examples or ()),
+                quota=access.quota,
             ),
         )
 
-    job = state.jobs.start(name, load)
+    job = state.jobs.start(name, access, load)
     card = await _finished(state, job, body.wait)
-    return _stored(state, card, shown) if isinstance(card, AdapterCard) else card
+    return _stored(state, access, card, shown) if isinstance(card, AdapterCard) else card
 
 
 async def _put_upload(state: AppState, request: Request, name: str, shown: Report) -> Response:
     if_match, replace = conditions(request)
+    access = access_of(request)
     async with contextmanager_in_threadpool(state.store.upload_folder()) as folder:
         upload = await receive_upload(request, folder)
         card = await in_store_thread(
@@ -208,11 +219,13 @@ async def _put_upload(state: AppState, request: Request, name: str, shown: Repor
                     replace=replace,
                     description=upload.description,
                     examples=upload.examples,
+                    quota=access.quota,
                 ),
             ),
+            access,
             pool=state.pools.changes,
         )
-    return _stored(state, card, shown)
+    return _stored(state, access, card, shown)
 
 
 async def _finished(state: AppState, job: Job, wait: bool | None = None) -> AdapterCard | Response:
@@ -227,6 +240,6 @@ async def _finished(state: AppState, job: Job, wait: bool | None = None) -> Adap
     return job.card
 
 
-def _stored(state: AppState, card: AdapterCard, shown: Report) -> Response:
+def _stored(state: AppState, access: AdapterAccess, card: AdapterCard, shown: Report) -> Response:
     """201 where this very put has made the name, however many puts ran beside it."""
-    return card_response(state, card, shown, status=200 if card.replaced else 201)
+    return card_response(state, access, card, shown, status=200 if card.replaced else 201)

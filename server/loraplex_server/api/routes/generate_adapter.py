@@ -6,12 +6,9 @@ from fastapi import APIRouter, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.selector import NameRef
-from loraplex_server.adapters.access import access_of, check_allowed
+from loraplex_server.adapters.access import access_of, check_allowed, name_to_write
 from loraplex_server.adapters.base_agreement import base_agreement
-from loraplex_server.adapters.generated_adapters import (
-    PREFIX,
-    AdapterGenerationRequest,
-)
+from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest
 from loraplex_server.api.adapter_card import Report, shown_card
 from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.json_route import JsonRoute
@@ -19,6 +16,7 @@ from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import Adapter, GenerateAdapterBody
 from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.state import AppState, State, in_store_thread
+from loraplex_server.api_keys import GENERATED
 from loraplex_server.engine.errors import EngineError
 
 __all__ = ["router"]
@@ -42,7 +40,12 @@ async def generate_adapter(
         raise invalid(
             "adapter generation is not enabled on this server", None, "feature_not_enabled"
         )
-    check_allowed(access_of(request), body.name or PREFIX, param="name")
+    access = access_of(request)
+    if body.name is None:
+        check_allowed(access, GENERATED, param="name")
+    name = body.name and await in_store_thread(
+        state, lambda: name_to_write(state.store, access, body.name or "", param="name"), access
+    )
     order = AdapterGenerationRequest(
         body.description.strip(),
         tuple(body.examples),
@@ -54,13 +57,20 @@ async def generate_adapter(
     )
     card = await in_store_thread(
         state,
-        lambda: adapters.ensure(order, name=body.name, ttl_s=body.ttl_s),
+        lambda: adapters.ensure(
+            order,
+            tenant=access.tenant or "",
+            name=name,
+            ttl_s=body.ttl_s,
+            quota=access.quota,
+        ),
+        access,
         pool=state.pools.generation,
         param="description",
     )
     agreement = await _agreement(state, card) if body.probe else None
     resident = set(state.engine.stats().resident_adapters)
-    shown = {**shown_card(card, resident, report), "base_agreement": agreement}
+    shown = {**shown_card(access, card, resident, report), "base_agreement": agreement}
     return ORJSONResponse(shown, status=201, headers={"etag": f'"{card.digest}"'})
 
 

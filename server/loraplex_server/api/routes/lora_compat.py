@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from starlette.responses import PlainTextResponse
 
 from loraplex_adapter_store.put_options import PutOptions
-from loraplex_server.adapters.access import access_of, check_allowed
+from loraplex_server.adapters.access import access_of, name_to_write, own_name
 from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.waiting import result_within
 from loraplex_server.api.errors import ApiError
@@ -28,23 +28,23 @@ async def load_lora_adapter(body: LoadLoraBody, request: Request, state: State) 
     name, path = body.lora_name, body.lora_path
     if not (name and path):
         raise _user_error("Both 'lora_name' and 'lora_path' must be provided.")
-    check_allowed(access_of(request), name, param="lora_name")
-    uri = source_uri(state, access_of(request), path, param="lora_path")
-    try:
-        await in_store_thread(
-            state,
-            lambda: state.store.put_source(
-                name, uri, options=PutOptions(replace=bool(body.load_inplace))
-            ),
-            pool=state.pools.jobs,
+    access = access_of(request)
+    stored = await in_store_thread(
+        state, lambda: name_to_write(state.store, access, name, param="lora_name"), access
+    )
+    uri = source_uri(state, access, path, param="lora_path")
+    options = PutOptions(replace=bool(body.load_inplace), quota=access.quota)
+    job = state.jobs.start(
+        stored, access, lambda report: state.store.put_source(stored, uri, options=options)
+    )
+    await state.jobs.wait(job, None)
+    if job.error is not None and job.error.code == "revision_conflict":
+        raise _user_error(
+            f"The lora adapter '{name}' has already been loaded. If you want to load the adapter "
+            "in place, set 'load_inplace' to True."
         )
-    except ApiError as error:
-        if error.code == "revision_conflict":
-            raise _user_error(
-                f"The lora adapter '{name}' has already been loaded. If you want to load the "
-                "adapter in place, set 'load_inplace' to True."
-            ) from error
-        raise
+    if job.error is not None:
+        raise job.error
     return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
 
@@ -54,10 +54,11 @@ async def unload_lora_adapter(body: UnloadLoraBody, request: Request, state: Sta
     name = body.lora_name
     if not name:
         raise _user_error("'lora_name' needs to be provided to unload a LoRA adapter.")
-    check_allowed(access_of(request), name, param="lora_name")
+    access = access_of(request)
+    stored = own_name(state.store, access, name, param="lora_name")
     try:
         deletion = await in_store_thread(
-            state, lambda: state.store.start_delete(name), pool=state.pools.changes
+            state, lambda: state.store.start_delete(stored), access, pool=state.pools.changes
         )
         await result_within(deletion.freed, _DRAIN_S)
     except ApiError as error:

@@ -26,10 +26,12 @@ async def version() -> Response:
 
 @router.get("/metrics", response_class=Response, responses=errors() | text_answer("for Prometheus"))
 async def metrics(request: Request, state: State) -> Response:
-    if access_of(request).patterns is not None:
+    access = access_of(request)
+    if access.patterns is not None or access.tenant:
         raise ApiError(
             403,
-            "this API key is limited to some adapters, and the metrics tell of all of them",
+            "the metrics tell of all adapters, and this API key is limited to some; use one with "
+            "the scope metrics",
             code="metrics_not_allowed",
         )
     await in_store_thread(state, state.collector.refresh_listing)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_server.adapters.access import access_of, check_allowed
+from loraplex_server.adapters.access import access_of, stored_name
 from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.api.errors import ApiError, not_found
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.protocol.models import Model, ModelList
 from loraplex_server.api.state import AppState, State, in_store_thread
+from loraplex_server.api_keys import AdapterAccess
 
 __all__ = ["router"]
 
@@ -25,13 +26,18 @@ async def list_models(request: Request, state: State, loaded: bool = False) -> R
     resident = set(state.engine.stats().resident_adapters) if loaded else set()
     cards = [
         card
-        for card in await in_store_thread(state, state.store.list)
-        if access.allows(card.name) and (not loaded or card.n_bytes.host or card.digest in resident)
+        for card in access.listed(await in_store_thread(state, state.store.list))
+        if (
+            not loaded
+            or card.n_bytes.host
+            or card.digest in resident
+            or not access.owns(card.name)  # that others use a shared one is not told
+        )
     ]
     data = [_base(state, name) for name in state.resolver.base_names]
     if state.encoder is not None:
         data.append(_encoder(state, state.encoder))
-    data += [_adapter(state, card) for card in cards]
+    data += [_adapter(state, access, card) for card in cards]
     return ORJSONResponse({"object": "list", "data": data})
 
 
@@ -45,7 +51,7 @@ async def show_model(request: Request, model_id: str, state: State) -> Response:
     name = model_id
     for base in state.resolver.base_names:
         name = name.removeprefix(f"{base}:")
-    check_allowed(access, name, param="model")
+    name = stored_name(state.store, access, name, param="model")
     try:
         card = await in_store_thread(state, lambda: state.store.get(name))
     except ApiError as error:
@@ -53,7 +59,7 @@ async def show_model(request: Request, model_id: str, state: State) -> Response:
         raise not_found(
             f"model {model_id[:128]!r} does not exist; {exists}", "model", "model_not_found"
         ) from error
-    return ORJSONResponse(_adapter(state, card))
+    return ORJSONResponse(_adapter(state, access, card))
 
 
 def _base(state: AppState, name: str) -> dict[str, object]:
@@ -66,11 +72,11 @@ def _encoder(state: AppState, encoder: EncoderModel) -> dict[str, object]:
     return {**card, "max_model_len": encoder.max_tokens}
 
 
-def _adapter(state: AppState, card: AdapterCard) -> dict[str, object]:
+def _adapter(state: AppState, access: AdapterAccess, card: AdapterCard) -> dict[str, object]:
     # The digest says which weights these are and gives no path of the server away.
     parent = state.resolver.base_name
     root = f"sha256:{card.digest}"
-    return _card(state, card.name, int(card.created), root=root, parent=parent)
+    return _card(state, access.shown(card.name), int(card.created), root=root, parent=parent)
 
 
 def _card(

@@ -6,8 +6,9 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from loraplex_server.adapters.access import AdapterName, access_of
+from loraplex_server.adapters.access import access_of
 from loraplex_server.api.adapter_card import Report, card_response, conditions
+from loraplex_server.api.adapter_path import AdapterName, OwnName
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import Adapter, RevisionList
 from loraplex_server.api.protocol.errors import errors
@@ -23,11 +24,12 @@ router = APIRouter()
 )
 async def list_revisions(request: Request, name: AdapterName, state: State) -> Response:
     """The current revision first, then the kept ones, newest first."""
-    cards = await in_store_thread(state, lambda: state.store.revisions(name), access_of(request))
+    access = access_of(request)
+    cards = await in_store_thread(state, lambda: state.store.revisions(name), access)
     data = [
         {
             "object": "adapter.revision",
-            "name": card.name,
+            "name": access.shown(card.name),
             "revision": card.revision,
             "digest": card.digest,
             "created": card.created,
@@ -45,7 +47,7 @@ async def list_revisions(request: Request, name: AdapterName, state: State) -> R
 )
 async def rollback(
     request: Request,
-    name: AdapterName,
+    name: OwnName,
     state: State,
     digest: Annotated[str | None, Query(min_length=4, max_length=64)] = None,
     report: Report = "summary",
@@ -62,4 +64,4 @@ async def rollback(
         access_of(request),
         pool=state.pools.changes,
     )
-    return card_response(state, card, report)
+    return card_response(state, access_of(request), card, report)

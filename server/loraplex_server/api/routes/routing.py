@@ -7,7 +7,8 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 
 from loraplex_router.experts import ExpertLoad
-from loraplex_server.adapters.access import AdapterName, access_of
+from loraplex_server.adapters.access import access_of, check_owned
+from loraplex_server.api.adapter_path import AdapterName
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
@@ -33,8 +34,10 @@ async def route(body: RouteBody, request: Request, state: State) -> Response:
         text = routing_text(plain_messages(body.messages))
     else:
         text = body.input or ""
-    decision = await semantic.choose(text, access_of(request))
-    return ORJSONResponse({"object": "route", "method": "auto", **decision.to_json()})
+    access = access_of(request)
+    decision = await semantic.choose(text, access.candidates)
+    told = decision.to_json(access.shown)
+    return ORJSONResponse({"object": "route", "method": "auto", **told})
 
 
 @router.get("/v1/adapters/{name:path}/routing", response_model=ExpertRouting, responses=errors(404))
@@ -45,12 +48,14 @@ async def expert_routing(
     window_s: Annotated[float, Query(gt=0, le=600, allow_inf_nan=False)] = 60.0,
 ) -> Response:
     """Rows per expert of each routed place over the last ``window_s`` seconds."""
-    card = await in_store_thread(state, lambda: state.store.get(name), access_of(request))
+    access = access_of(request)
+    check_owned(access, name)
+    card = await in_store_thread(state, lambda: state.store.get(name), access)
     load = None if state.experts is None else state.experts.load(card.digest, window_s)
     return ORJSONResponse(
         {
             "object": "adapter.routing",
-            "name": card.name,
+            "name": access.shown(card.name),
             "digest": card.digest,
             "family": card.family.value,
             **(load or ExpertLoad({}, 0.0)).to_json(),

@@ -1,0 +1,119 @@
+"""One server, an operator, and two tenants who must not notice each other."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.description_resolver import DescriptionResolver
+from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.api_keys import parse_keys
+from loraplex_server.settings import HttpConfig
+from tests.server.conftest import Front, make_front
+from tests.support.lora_files import write_lora
+from tests.support.scripted_generator import ScriptedGenerator
+from tests.support.word_encoder import WordEncoder
+
+KEYS = {
+    "operator": 'scope = "admin"',
+    "acme": 'scope = "admin"\ntenant = "acme"',
+    "acme-reader": 'scope = "infer"\ntenant = "acme"',
+    "umbra": 'scope = "admin"\ntenant = "umbra"\nsources = ["*"]',
+    "prometheus": 'scope = "metrics"',
+}
+
+
+class House:
+    """Requests in the name of a key."""
+
+    def __init__(self, front: Front, sources: list[Path]) -> None:
+        self.front = front
+        self.sources = sources  # PEFT directories, each another adapter
+
+    async def ask(
+        self, key: str, method: str, path: str, body: object = None, **options: Any
+    ) -> httpx.Response:
+        headers = {"authorization": f"Bearer {key}", **options.pop("headers", {})}
+        return await self.front.client.request(method, path, headers=headers, json=body, **options)
+
+    async def upload(self, key: str, name: str, number: int = 0) -> httpx.Response:
+        config, weights = (
+            self.sources[number] / file
+            for file in ("adapter_config.json", "adapter_model.safetensors")
+        )
+        files = {
+            "config": ("adapter_config.json", config.read_bytes(), "application/json"),
+            "weights": ("adapter_model.safetensors", weights.read_bytes()),
+        }
+        headers = {"authorization": f"Bearer {key}"}
+        return await self.front.client.put(f"/v1/adapters/{name}", headers=headers, files=files)
+
+    async def names(self, key: str) -> list[str]:
+        listed = (await self.ask(key, "GET", "/v1/adapters")).json()["data"]
+        return [card["name"] for card in listed]
+
+
+Build = Callable[..., House]
+
+
+def keys_file(quotas: dict[str, str]) -> str:
+    return "\n".join(
+        f'[[key]]\nname = "{name}"\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n'
+        f"{table}\n{quotas.get(name, '')}"
+        for name, table in KEYS.items()
+    )
+
+
+@contextmanager
+def open_house(
+    tokenizer: PreTrainedTokenizerFast,
+    spec: BaseSpec,
+    folder: Path,
+    quotas: dict[str, str] | None = None,
+    **options: Any,
+) -> Iterator[House]:
+    """``quotas``: further lines of a key."""
+    folder.mkdir(exist_ok=True)
+    http = HttpConfig(api_keys=parse_keys(keys_file(quotas or {})))
+    with ExitStack() as closing:
+
+        def parts(store: AdapterStore) -> dict[str, object]:
+            generated = GeneratedAdapters(store, lambda: ScriptedGenerator(spec), quota=2)
+            resolver = DescriptionResolver(store, WordEncoder(), generated)
+            closing.callback(generated.close)
+            closing.callback(resolver.close)
+            return {"generated": generated, "resolver": resolver, "semantic": resolver.router}
+
+        front = make_front(tokenizer, spec, folder, http, with_store=parts, **options)
+        closing.callback(front.store.close)
+        sources = [write_lora(front.root / f"source-{n}", spec, seed=n) for n in range(3)]
+        yield House(front, sources)
+
+
+@pytest.fixture
+def house(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> Iterator[House]:
+    with open_house(tokenizer, base_spec, tmp_path, n_kept_revisions=1) as house:
+        yield house
+
+
+@pytest.fixture
+def house_with(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> Iterator[Build]:
+    with ExitStack() as closing:
+
+        def build(**quotas: str) -> House:
+            return closing.enter_context(open_house(tokenizer, base_spec, tmp_path, quotas))
+
+        yield build

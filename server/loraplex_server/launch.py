@@ -259,13 +259,13 @@ def _run(
             await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         await _drain(services, config.http.drain_timeout_s)
+        await services.grammars.close()
         server.should_exit = True
         await serving
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(main())
     services.text.close()
-    services.grammars.close()
     services.pools.close()
 
 

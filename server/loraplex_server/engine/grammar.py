@@ -11,6 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import any_to_lark
 
 __all__ = ["CompiledGrammar", "GrammarRefused", "GrammarSpec", "TokenTrie"]
 
@@ -34,10 +35,22 @@ class GrammarSpec:
     ``after``: the answer is free text up to and including this, then the grammar begins. It may be
     a special token's text (``</think>``). An end token is not allowed before the grammar ends, so
     an answer cannot get round it.
+
+    ``may_be_gbnf``: ``text`` may also be llama.cpp's GBNF.
     """
 
     text: str
     after: str | None = None
+    may_be_gbnf: bool = False
+
+    def as_lark(self) -> GrammarSpec:
+        """Without GBNF. Raises GrammarRefused. Takes seconds for thousands of rules."""
+        if not self.may_be_gbnf:
+            return self
+        try:
+            return GrammarSpec(any_to_lark(self.text), self.after)
+        except Exception as error:  # the converter has a class of its own for each kind
+            raise GrammarRefused(f"neither Lark nor GBNF: {_reason(str(error))}") from error
 
 
 class TokenTrie:

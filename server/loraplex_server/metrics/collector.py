@@ -132,6 +132,11 @@ class LoraplexCollector(Collector):
             "Requests whose KV pages were taken for an older one.",
             stats.n_preemptions,
         )
+        yield counter(
+            "loraplex_forced_tokens",
+            "Tokens of answers that their grammars left no choice about.",
+            stats.n_forced_tokens,
+        )
         step = HistogramMetricFamily(
             "vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=_LABELS
         )

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import orjson
 from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
 from pydantic import JsonValue
 
 from loraplex_server.api.errors import invalid
@@ -44,7 +43,7 @@ def wanted_grammar(body: GenerationBody) -> Wanted | None:
         *_json("guided_json", body.guided_json),
         *_of("guided_regex", body.guided_regex, LLMatcher.grammar_from_regex),
         *_of("guided_choice", body.guided_choice, _choice),
-        *_of("guided_grammar", body.guided_grammar, any_to_lark),
+        *_grammar("guided_grammar", body.guided_grammar),
         *_response_format(body.response_format),
         *_structured_outputs(body.structured_outputs),
     ]
@@ -86,7 +85,7 @@ def _structured_outputs(wanted: StructuredOutputs | None) -> list[Wanted]:
         *_json("structured_outputs.json", wanted.json_),
         *_of("structured_outputs.regex", wanted.regex, LLMatcher.grammar_from_regex),
         *_of("structured_outputs.choice", wanted.choice, _choice),
-        *_of("structured_outputs.grammar", wanted.grammar, any_to_lark),
+        *_grammar("structured_outputs.grammar", wanted.grammar),
         *_json("structured_outputs.json_object", _ANY_OBJECT if wanted.json_object else None),
     ]
     if not found:
@@ -104,6 +103,10 @@ def _json(param: str, schema: JsonValue, *, lenient: bool = False) -> list[Wante
         return json_grammar(orjson.loads(given) if isinstance(given, str) else given, lenient)
 
     return _of(param, schema, grammar)
+
+
+def _grammar(param: str, text: str | None) -> list[Wanted]:
+    return [] if text is None else [Wanted(param, GrammarSpec(text, may_be_gbnf=True))]
 
 
 def _of(param: str, value: T | None, grammar: Callable[[T], str]) -> list[Wanted]:

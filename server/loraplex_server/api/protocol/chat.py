@@ -8,8 +8,9 @@ from pydantic import BaseModel, Field, JsonValue
 
 from .body import INT64_END, Body, Few, JsonObject
 from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
+from .tools import NamedToolChoice, ToolCall, ToolChoice, ToolDefinition
 
-__all__ = ["ChatBody", "ChatCompletion", "ChatMessage"]
+__all__ = ["ChatBody", "ChatCompletion", "ChatMessage", "NamedToolChoice"]
 
 
 class ChatMessage(Body):
@@ -18,6 +19,7 @@ class ChatMessage(Body):
     name: str | None = None
     tool_calls: Few[JsonObject] | None = None
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatBody(GenerationBody):
@@ -29,19 +31,24 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
+    tools: Annotated[Few[ToolDefinition], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None  # None: auto
+    parallel_tool_calls: bool | None = None
 
 
 class Message(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None = None
+    reasoning_content: str | None = None  # absent unless there is some, like the next
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(BaseModel):
     index: int
     message: Message
     logprobs: dict[str, JsonValue] | None
-    finish_reason: FinishReason
+    finish_reason: FinishReason | Literal["tool_calls"]
     stop_reason: str | int | None
     token_ids: list[int] | None = None
 

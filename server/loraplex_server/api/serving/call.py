@@ -89,7 +89,7 @@ class TextCall(ABC):
             model=body.model, adapter=body.adapter, adapter_id=body.adapter_id
         )
         self._body = body
-        self._grammar: Wanted | None = wanted_grammar(body)
+        self.wanted: Wanted | None = wanted_grammar(body)  # ``prompts`` may change it
 
     @property
     @abstractmethod
@@ -141,9 +141,6 @@ class TextCall(ABC):
 
     async def _start(self) -> tuple[Generation, AnswerFormat]:
         """Raises ApiError, and then holds nothing. The caller closes the generation."""
-        grammar = None
-        if self._grammar is not None:
-            grammar = await self.state.grammars.compile(self._grammar.spec, self._grammar.param)
         started = perf_counter()
         resolved = await self.state.resolver.resolve(
             self.adapter_request, self.routing_text, self.info.access
@@ -155,6 +152,9 @@ class TextCall(ABC):
             prompts = await self.prompts(resolved)
             head = self._head(resolved)
             format_ = self.format(head)
+            wanted, grammar = self.wanted, None
+            if wanted is not None:
+                grammar = await self.state.grammars.compile(wanted.spec, wanted.param)
             generation = self._generation(head.id, prompts, resolved, load_s, grammar)
         except BaseException:
             resolved.release()

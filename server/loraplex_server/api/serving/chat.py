@@ -13,10 +13,16 @@ from loraplex_server.api.state import AppState
 
 from .call import AnswerFormat, Prompt, TextCall
 from .chat_format import AnswerHead, ChatFormat
+from .chat_protocol import ChatProtocol, chat_protocol
+from .message_parser import ParserSpec
 from .messages import plain_messages, routing_text, template_arguments
 from .sampling import max_output_tokens, sampling_params
+from .tool_grammar import PromptEnd, answer_grammar
+from .tool_use import tool_use
 
 __all__ = ["ChatCall"]
+
+_TAIL_TOKENS = 16  # of the prompt: enough to see whether it has opened the reasoning
 
 
 class ChatCall(TextCall):
@@ -28,6 +34,8 @@ class ChatCall(TextCall):
         super().__init__(state, request, body, n_prompts=1)
         self._chat = body
         self._messages = plain_messages(body.messages)
+        self._tools = tool_use(body)
+        self._parser: ParserSpec | None = None  # None: an answer is all content
         self._template_arguments = template_arguments(body.chat_template_kwargs)
         self._limit_param = (
             "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -53,15 +61,20 @@ class ChatCall(TextCall):
         return bool(self._chat.logprobs)
 
     async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
+        protocol = self._protocol(resolved)
+        arguments = self._template_arguments
+        if self._tools.tools:
+            arguments = {**arguments, "tools": self._tools.shown}
         ids = await self.state.text.encode_chat(
             self._messages,
-            template=resolved.lease.plan.chat_template if resolved.lease else None,
+            template=protocol.template,
             add_generation_prompt=self._generation_prompt,
             continue_final_message=bool(self._chat.continue_final_message),
-            template_arguments=self._template_arguments,
+            template_arguments=arguments,
         )
         if not ids:
             raise invalid("the messages give an empty prompt", "messages")
+        await self._expect(protocol, ids)
         max_tokens = max_output_tokens(
             self._limit,
             n_prompt=len(ids),
@@ -76,4 +89,25 @@ class ChatCall(TextCall):
         return [Prompt(ids, sampling)]
 
     def format(self, head: AnswerHead) -> AnswerFormat:
-        return ChatFormat(head, self.state.text.token_texts)
+        return ChatFormat(head, self.state.text.token_texts, self._parser)
+
+    def _protocol(self, resolved: ResolvedAdapter) -> ChatProtocol:
+        has_calls = any(m["role"] == "tool" or "tool_calls" in m for m in self._messages)
+        return chat_protocol(
+            resolved.lease.plan.chat_template if resolved.lease else None,
+            self.state.text.chat_template,
+            with_tools=bool(self._tools.tools) or has_calls,
+        )
+
+    async def _expect(self, protocol: ChatProtocol, ids: Sequence[int]) -> None:
+        """Sets what holds the answer to the tools, and what reads it."""
+        with_calls = bool(self._tools.tools)
+        if not with_calls and protocol.reasoning is None and protocol.response_template is None:
+            return
+        tail = ids if protocol.response_template is not None else ids[-_TAIL_TOKENS:]
+        prompt = await self.state.text.decode(tail, skip_special_tokens=False)
+        end = PromptEnd.of(prompt, protocol.reasoning)
+        self.wanted = answer_grammar(self.wanted, self._tools, protocol, end)
+        self._parser = ParserSpec.of(
+            protocol, with_calls=with_calls, one_call=not self._tools.parallel, prompt=prompt
+        )

@@ -12,8 +12,11 @@ from loraplex_server.api.streaming.token_text import TokenTexts
 from .choice import ChoiceDelta, CollectedChoice
 from .generation import Usage
 from .logprobs import chat_logprobs
+from .message_parser import MessageParser, MessagePiece, ParsedMessage, ParserSpec
 
 __all__ = ["AnswerHead", "ChatFormat"]
+
+_NOTHING_BESIDE = (b"null", b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +60,14 @@ class AnswerHead:
 class ChatFormat:
     """Chunks are joined from constant parts; only the text is encoded for each token."""
 
-    def __init__(self, head: AnswerHead, texts: TokenTexts) -> None:
+    def __init__(
+        self, head: AnswerHead, texts: TokenTexts, parser: ParserSpec | None = None
+    ) -> None:
+        """``parser`` finds tool calls and reasoning; without one the text is the content."""
         self._head = head
         self._texts = texts
+        self._parser = parser
+        self._parsers: dict[int, MessageParser] = {}  # of a stream's choices
         self._opening = head.opening("chat.completion.chunk")
         self._started: set[int] = set()
         self._plain = not (head.with_logprobs or head.with_token_ids)
@@ -71,10 +79,16 @@ class ChatFormat:
         out = b""
         if delta.index not in self._started:
             out += self._role(delta.index, opening, end)
-        if delta.text or delta.entries or (delta.token_ids and self._head.with_token_ids):
-            out += self._content(delta, opening, end)
+        if self._parser is not None:
+            out += self._pieces(delta, self._parser, opening, end)
+        elif delta.text or self._has_more(delta):
+            content = b'{"content":%s}' % orjson.dumps(delta.text)
+            out += self._chunk(content, opening, end, self._beside(delta))
         if delta.finish_reason is not None:
-            final = {"finish_reason": delta.finish_reason, "stop_reason": delta.stop_reason}
+            reason = delta.finish_reason
+            if reason == "stop" and self._parser and self._parsers[delta.index].n_calls:
+                reason = "tool_calls"
+            final = {"finish_reason": reason, "stop_reason": delta.stop_reason}
             out += b'%s"delta":{},"logprobs":null,%s]%s' % (opening, orjson.dumps(final)[1:], end)
         return out
 
@@ -104,33 +118,64 @@ class ChatFormat:
             % (opening, end)
         )
 
-    def _content(self, delta: ChoiceDelta, opening: bytes, end: bytes) -> bytes:
-        text = orjson.dumps(delta.text)
+    def _pieces(self, delta: ChoiceDelta, spec: ParserSpec, opening: bytes, end: bytes) -> bytes:
+        """Log-probabilities and ids stand beside the first piece, or in a chunk without one."""
+        parser = self._parsers.setdefault(delta.index, MessageParser(spec))
+        pieces = parser.feed(delta.text)
+        if delta.finish_reason is not None:
+            pieces += parser.finish()
+        shown = [orjson.dumps(_piece_delta(piece)) for piece in pieces]
+        if not shown and self._has_more(delta):
+            shown = [b"{}"]
+        beside = self._beside(delta)
+        out = b""
+        for content in shown:
+            out += self._chunk(content, opening, end, beside)
+            beside = _NOTHING_BESIDE
+        return out
+
+    def _has_more(self, delta: ChoiceDelta) -> bool:
+        """Something to show beside the text."""
+        return bool(delta.entries or (delta.token_ids and self._head.with_token_ids))
+
+    def _beside(self, delta: ChoiceDelta) -> tuple[bytes, bytes]:
+        """Log-probabilities; token ids."""
         if self._plain:
-            return b'%s"delta":{"content":%s},"logprobs":null,"finish_reason":null}]%s' % (
-                opening,
-                text,
-                end,
-            )
-        logprobs, ids = b"null", b""
+            return _NOTHING_BESIDE
+        logprobs, ids = _NOTHING_BESIDE
         if self._head.with_logprobs:
             logprobs = orjson.dumps(chat_logprobs(delta.entries, self._texts))
         if self._head.with_token_ids:
             ids = b',"token_ids":' + orjson.dumps(delta.token_ids)
-        return b'%s"delta":{"content":%s},"logprobs":%s,"finish_reason":null%s}]%s' % (
+        return logprobs, ids
+
+    def _chunk(
+        self, content: bytes, opening: bytes, end: bytes, beside: tuple[bytes, bytes]
+    ) -> bytes:
+        return b'%s"delta":%s,"logprobs":%s,"finish_reason":null%s}]%s' % (
             opening,
-            text,
-            logprobs,
-            ids,
+            content,
+            *beside,
             end,
         )
 
     def _choice(self, choice: CollectedChoice) -> dict[str, object]:
+        message: dict[str, object] = {
+            "role": "assistant",
+            "content": choice.text,
+            "refusal": None,
+        }
+        reason = choice.finish_reason
+        if self._parser is not None:
+            parsed = ParsedMessage.of(choice.text, self._parser)
+            message |= _parsed_fields(parsed)
+            if parsed.calls and reason == "stop":
+                reason = "tool_calls"
         shown: dict[str, object] = {
             "index": choice.index,
-            "message": {"role": "assistant", "content": choice.text, "refusal": None},
+            "message": message,
             "logprobs": None,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": reason,
             "stop_reason": choice.stop_reason,
         }
         if self._head.with_logprobs:
@@ -138,3 +183,28 @@ class ChatFormat:
         if self._head.with_token_ids:
             shown["token_ids"] = choice.token_ids
         return shown
+
+
+def _parsed_fields(parsed: ParsedMessage) -> dict[str, object]:
+    """Of the message; ``content`` is null where there is nothing but calls."""
+    fields: dict[str, object] = {
+        "content": parsed.content if parsed.content or not parsed.calls else None
+    }
+    if parsed.reasoning:
+        fields["reasoning_content"] = parsed.reasoning
+    if parsed.calls:
+        fields["tool_calls"] = [call.to_json() for call in parsed.calls]
+    return fields
+
+
+def _piece_delta(piece: MessagePiece) -> dict[str, object]:
+    if piece.kind == "content":
+        return {"content": piece.text}
+    if piece.kind == "reasoning":
+        return {"reasoning_content": piece.text}
+    if piece.name is None:
+        call: dict[str, object] = {"index": piece.number, "function": {"arguments": piece.text}}
+    else:
+        function = {"name": piece.name, "arguments": piece.text}
+        call = {"index": piece.number, "id": piece.id, "type": "function", "function": function}
+    return {"tool_calls": [call]}

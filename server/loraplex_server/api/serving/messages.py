@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+
+from pydantic import JsonValue
 
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.chat import ChatMessage
@@ -27,10 +30,15 @@ def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
     for position, message in enumerate(messages):
         role = "system" if message.role == "developer" else message.role
         shown: dict[str, object] = {"role": role, "content": _text(message.content, position)}
-        for name in ("name", "tool_calls", "tool_call_id"):
+        for name in ("name", "tool_call_id", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
                 shown[name] = value
+        if message.tool_calls:
+            where = f"messages[{position}].tool_calls"
+            shown["tool_calls"] = [
+                _call(call, f"{where}[{number}]") for number, call in enumerate(message.tool_calls)
+            ]
         plain.append(shown)
     return plain
 
@@ -51,6 +59,25 @@ def template_arguments(given: Mapping[str, object] | None) -> dict[str, object]:
                 f"chat_template_kwargs must not set {name[:64]!r}", "chat_template_kwargs"
             )
     return dict(given or {})
+
+
+def _call(call: Mapping[str, JsonValue], where: str) -> dict[str, object]:
+    """As templates want it: with the arguments as an object. Raises ApiError (400)."""
+    function = call.get("function")
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise invalid("a tool call needs a function with a name", f"{where}.function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        raise invalid(
+            "arguments is the JSON of an object, as the answer gave it",
+            f"{where}.function.arguments",
+        )
+    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
 
 
 def _text(content: str | Sequence[Mapping[str, object]] | None, position: int) -> str:

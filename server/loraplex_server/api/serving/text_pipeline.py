@@ -67,6 +67,11 @@ class TextPipeline:
             self._max_chars = max_model_len * longest
         self._pool = ThreadPoolExecutor(_N_THREADS, thread_name_prefix="loraplex-text")
 
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The base's own."""
+        return self._chat.chat_template
+
     def check_length(self, n_chars: int, param: str) -> None:
         """Raises ApiError (400)."""
         if self._max_chars is not None and n_chars > self._max_chars:

@@ -31,10 +31,8 @@ def _pads(value: object) -> bool:
 
 # field → (is the value a request for something we do not do?, what it would need)
 _REFUSED: Mapping[str, tuple[Callable[[object], bool], str]] = {
-    "tools": (_given, "tool calls are not supported yet"),
-    "tool_choice": (_forces_tool, "tool calls are not supported yet"),
-    "functions": (_given, "function calls are not supported yet"),
-    "function_call": (_forces_tool, "function calls are not supported yet"),
+    "functions": (_given, "the older form of tool calls is not supported; use tools"),
+    "function_call": (_forces_tool, "the older form is not supported; use tool_choice"),
     "modalities": (_more_than_text, "only text is supported"),
     "audio": (_given, "only text is supported"),
     "prompt_embeds": (_given, "tensors are not accepted over HTTP"),

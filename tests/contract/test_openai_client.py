@@ -220,9 +220,9 @@ def test_a_prompt_is_scored_as_lm_eval_does_it(client: OpenAI) -> None:
         ({"temperature": 3}, openai.BadRequestError, "temperature", "invalid_value"),
         ({"max_tokens": 9999}, openai.BadRequestError, "messages", "context_length_exceeded"),
         (
-            {"tools": [{"type": "function", "function": {"name": "f"}}]},
+            {"functions": [{"name": "f"}]},
             openai.BadRequestError,
-            "tools",
+            "functions",
             "unsupported_parameter",
         ),
     ],

@@ -45,6 +45,7 @@ class VectorSource(ABC):
     head: HeadPlan | None = None
     pooling: PoolingPlan
     max_tokens: int  # of a prompt
+    width: int | None = None  # of a vector; None: known once there is one
 
     @abstractmethod
     async def encode(
@@ -138,6 +139,7 @@ class AdapterVectors(VectorSource):
         self.pooling = (None if plan is None else plan.pooling) or state.pooling
         self._chat_template = None if plan is None else plan.chat_template
         self.max_tokens = state.engine.max_model_len - (0 if prefix is None else prefix.n_virtual)
+        self.width = state.store.base.hidden_size
         self._state, self._info, self._resolved = state, info, resolved
         self._call_id, self._load_s, self._prompt_param = call_id, load_s, prompt_param
         self._salt = f"{info.tenant}/{cache_salt or ''}".strip("/")

@@ -127,6 +127,8 @@ async def embedded(
     source: VectorSource, prompts: Sequence[Ids], body: EmbeddingsBody | None = None
 ) -> list[Tensor]:
     """One vector a prompt, as the source's pooling and the body say. Raises ApiError."""
+    if body is not None and source.width is not None:
+        _check_dimensions(body.dimensions, source.width)
     rows = await source.read(prompts, Pooling(source.pooling.mode))
     if body is None:
         return rows
@@ -135,13 +137,16 @@ async def embedded(
 
 def _shaped(rows: Tensor, body: EmbeddingsBody, *, normalize: bool) -> Tensor:
     """The first ``dimensions``, of length 1 unless told otherwise. Raises ApiError (400)."""
-    width, wanted = rows.shape[-1], body.dimensions
-    if wanted is not None and wanted > width:
-        raise invalid(f"dimensions is {wanted}, these vectors have {width}", "dimensions")
-    rows = rows[..., :wanted]
+    _check_dimensions(body.dimensions, rows.shape[-1])
+    rows = rows[..., : body.dimensions]
     if body.use_activation is not None:
         normalize = body.use_activation
     return F.normalize(rows, dim=-1) if normalize else rows
+
+
+def _check_dimensions(wanted: int | None, width: int) -> None:
+    if wanted is not None and wanted > width:
+        raise invalid(f"dimensions is {wanted}, these vectors have {width}", "dimensions")
 
 
 def _encoded(rows: Tensor, body: EmbeddingsBody) -> object:

@@ -12,6 +12,7 @@ from loraplex_adapter_store.eviction import (
     cost_aware,
     lfu_aged,
     lru,
+    spare_bytes,
     touch,
     victims,
 )
@@ -74,6 +75,18 @@ def test_victims_free_enough_or_nobody_leaves(
     assert sum(freed) >= n_bytes
     assert sum(freed[:-1]) < n_bytes, "the last victim was needed"
     assert len(set(chosen)) == len(chosen)
+
+
+def test_others_lose_only_what_they_have_beyond_an_equal_share() -> None:
+    spare = spare_bytes({"acme": 20, "umbra": 70}, 90, tenant="initech")  # a share is 30
+    assert spare == {"acme": 0.0, "umbra": 40.0}
+    acme = [Resident(f"a{i}", 10, 1.0, last_used=i, tenant="acme") for i in range(2)]
+    umbra = [Resident(f"u{i}", 10, 1.0, last_used=5 + i, tenant="umbra") for i in range(7)]
+    of_umbra = ("u0", "u1", "u2", "u3")
+    assert victims([*acme, *umbra], 40, clock=20, policy=lru, spare=spare) == of_umbra
+    assert victims([*acme, *umbra], 50, clock=20, policy=lru, spare=spare) is None
+    own = spare_bytes({"acme": 20, "umbra": 70}, 90, tenant="acme")  # a share is 45
+    assert victims([*acme, *umbra], 20, clock=20, policy=lru, spare=own) == ("a0", "a1")
 
 
 @pytest.mark.parametrize("exponent", [0.7, 1.0])

@@ -523,3 +523,25 @@ def test_selectors_parse(value: object, text: str) -> None:
 def test_selectors_that_mean_nothing_are_explained(value: object) -> None:
     with pytest.raises((InvalidSelector, InvalidName)):
         parse_selector(value)
+
+
+def test_a_tenant_that_loads_many_adapters_leaves_the_others_share_in_memory(
+    tmp_path: Path, base: BaseSpec, make_adapter: MakeAdapter
+) -> None:
+    budget = 4 * plan_bytes()
+    with AdapterStore(tmp_path / "s", base, host_bytes=budget, eviction="lru") as store:
+        kept = [f"acme:{seed}" for seed in (1, 2)]
+        many = [f"umbra:{seed}" for seed in range(3, 9)]
+        for seed, name in enumerate([*kept, *many], start=1):
+            store.put_directory(name, make_adapter(seed))
+        for name in kept:
+            store.warm(name)
+        for name in many * 2:
+            store.warm(name)
+        in_memory = {card.name for card in store.list() if card.n_bytes.host}
+        assert in_memory == {*kept, *many[-2:]}
+        for name in kept:
+            store.delete(name)
+        for name in many:  # alone, a tenant has all of it
+            store.warm(name)
+        assert {card.name for card in store.list() if card.n_bytes.host} == set(many[-4:])

@@ -288,7 +288,7 @@ def _print_card(card: dict[str, Any]) -> None:
         "tensors": f"{report['n_matched']} matched, {len(report['unexpected_keys'])} unexpected",
         "modules": f"{len(report['modules'])}",
         "‖ΔW‖/‖W‖": f"{min(ratios):.4f} … {max(ratios):.4f}" if ratios else "–",
-        "bytes": ", ".join(f"{tier} {_size(n)}" for tier, n in card["n_bytes"].items()),
+        "bytes": ", ".join(f"{tier} {_size(n)}" for tier, n in card["n_bytes"].items() if n),
         "description": card["description"] or "–",
     }
     for key, value in lines.items():
@@ -364,7 +364,7 @@ def _listing(cards: Sequence[dict[str, Any]], width: int) -> list[str]:
                 card["family"],
                 _ranks(card["ranks"]),
                 _size(card["n_bytes"]["disk"]),
-                card.get("tier", "disk"),
+                card.get("tier", "disk") or "–",  # not told of what the operator shares
                 str(card["revision"]),
                 card["digest"][:12],
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
-from loraplex_server.api_keys import parse_keys
+from loraplex_server.api_keys import EVERY_ADAPTER, parse_keys
 from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
@@ -25,7 +26,7 @@ from tests.support.word_encoder import WordEncoder
 
 KEYS = {
     "operator": 'scope = "admin"',
-    "acme": 'scope = "admin"\ntenant = "acme"',
+    "acme": 'scope = "admin"\ntenant = "acme"\nsources = ["*"]',
     "acme-reader": 'scope = "infer"\ntenant = "acme"',
     "umbra": 'scope = "admin"\ntenant = "umbra"\nsources = ["*"]',
     "prometheus": 'scope = "metrics"',
@@ -45,7 +46,9 @@ class House:
         headers = {"authorization": f"Bearer {key}", **options.pop("headers", {})}
         return await self.front.client.request(method, path, headers=headers, json=body, **options)
 
-    async def upload(self, key: str, name: str, number: int = 0) -> httpx.Response:
+    async def upload(
+        self, key: str, name: str, number: int = 0, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
         config, weights = (
             self.sources[number] / file
             for file in ("adapter_config.json", "adapter_model.safetensors")
@@ -54,12 +57,26 @@ class House:
             "config": ("adapter_config.json", config.read_bytes(), "application/json"),
             "weights": ("adapter_model.safetensors", weights.read_bytes()),
         }
-        headers = {"authorization": f"Bearer {key}"}
-        return await self.front.client.put(f"/v1/adapters/{name}", headers=headers, files=files)
+        sent = {"authorization": f"Bearer {key}", **(headers or {})}
+        return await self.front.client.put(f"/v1/adapters/{name}", headers=sent, files=files)
+
+    async def job_ends(self, started: httpx.Response) -> None:
+        """``started``: a 202."""
+        jobs = self.front.app.state.parts.jobs
+        assert await jobs.wait(jobs.get(started.json()["id"], EVERY_ADAPTER), 60)
 
     async def names(self, key: str) -> list[str]:
         listed = (await self.ask(key, "GET", "/v1/adapters")).json()["data"]
         return [card["name"] for card in listed]
+
+
+def comparable(answer: httpx.Response) -> tuple[int, dict[str, str], str]:
+    """Status, headers and body without what differs between any two equal requests."""
+    body = re.sub(r'"(created|id|expires|stage|progress)":("[^"]*"|[0-9.]+)', "", answer.text)
+    headers = dict(answer.headers)
+    for changing in ("x-request-id", "content-length", "location", "openai-processing-ms"):
+        headers.pop(changing, None)
+    return answer.status_code, headers, body
 
 
 Build = Callable[..., House]

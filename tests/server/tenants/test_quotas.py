@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import pytest
 
-from loraplex_server.api_keys import EVERY_ADAPTER
 from tests.server.tenants.conftest import Build
 
 pytestmark = pytest.mark.anyio
@@ -102,10 +101,8 @@ async def test_running_jobs_are_counted(house_with: Build, monkeypatch: pytest.M
     for answer in answers[1:]:
         _assert_told(answer, 429, "max_jobs")
         assert answer.headers["retry-after"]
-    jobs = house.front.app.state.parts.jobs
     for started in (answers[0], elsewhere):
-        assert await jobs.wait(jobs.get(started.json()["id"], EVERY_ADAPTER), 60)
+        await house.job_ends(started)
     assert await house.names("umbra") == ["n0", "shared"]
     answer = await house.ask("umbra", "PUT", "/v1/adapters/n1", {"source": "source-0"})
     assert answer.status_code == 201
-

@@ -4,7 +4,8 @@ GeneratorError
 ├── OutOfDistribution   the description is far from every task of the library
 ├── GeneratorMismatch   trained for another base, layout or library
 ├── NotTrained          the files are not there, or lack the method asked for
-└── UnfitPrompts        too few prompts to read a task off, or a method that reads none
+├── UnfitPrompts        too few prompts to read a task off, or a method that reads none
+└── UnfitExamples       too few, too many or too long pairs of prompt and answer
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "GeneratorMismatch",
     "NotTrained",
     "OutOfDistribution",
+    "UnfitExamples",
     "UnfitPrompts",
 ]
 
@@ -50,4 +52,8 @@ class NotTrained(GeneratorError):
 
 
 class UnfitPrompts(GeneratorError):
+    pass
+
+
+class UnfitExamples(GeneratorError):
     pass

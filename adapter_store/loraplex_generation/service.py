@@ -18,6 +18,7 @@ from .bundle import Bundle
 from .errors import GeneratorMismatch, NotTrained, OutOfDistribution, UnfitPrompts
 from .frozen_base import base_fingerprint
 from .layout import AdapterLayout
+from .library import Subspace
 from .retrieval import condition
 from .sentences import Encoded, SentenceEncoder
 from .task_vectors import TaskVectors
@@ -122,7 +123,6 @@ class Generator:
             raise OutOfDistribution(score, self._bundle.ood_score.limit, self.nearest(asked))
         draft = self._average(asked, name, seed, samples)
         layout = self._bundle.layout
-        config, tensors = layout.peft(draft.vector, self._base_name)
         card: dict[str, object] = {
             "description": description,
             "method": name,
@@ -140,7 +140,22 @@ class Generator:
             "base": self._bundle.library.base_fingerprint,
             "milliseconds": round(1000 * (time.perf_counter() - started), 1),
         }
-        return GeneratedAdapter(config, tensors, card, layout, draft.vector)
+        return self.dressed(draft.vector, card)
+
+    def dressed(self, vector: Tensor, card: dict[str, object]) -> GeneratedAdapter:
+        """``vector`` [layout.size] as a plain PEFT LoRA."""
+        layout = self._bundle.layout
+        config, tensors = layout.peft(vector, self._base_name)
+        return GeneratedAdapter(config, tensors, card, layout, vector)
+
+    @property
+    def span(self) -> Subspace:
+        """What the library's experts span."""
+        return self._bundle.subspace
+
+    def library_mean(self) -> Tensor:
+        """float32 [layout.size]: what all experts have in common."""
+        return self._bundle.subspace.mean
 
     def draft(
         self, asked: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from loraplex_generation.service import GeneratedAdapter
+    from loraplex_generation.frozen_base import FrozenBase
+    from loraplex_generation.packing import ChatCodec
+    from loraplex_generation.service import GeneratedAdapter, Generator
 
 __all__ = ["generate"]
 
@@ -33,6 +35,17 @@ def generate(
             dir_okay=False,
         ),
     ] = None,
+    examples: Annotated[
+        Path | None,
+        typer.Option(
+            help='Learn from these, 2 to 64 lines of {"prompt": …, "answer": …}; half a minute.',
+            exists=True,
+            dir_okay=False,
+        ),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option(help="Seconds to learn from the examples for.", min=1, max=3600)
+    ] = 30.0,
     out: Annotated[Path | None, typer.Option(help="Write a PEFT directory here.")] = None,
     server: Annotated[
         str | None, typer.Option(help="Generate and register on this server, as http://host:8000.")
@@ -51,7 +64,11 @@ def generate(
     unlabelled = [line for line in unlabelled if line.strip()]
     order = _Order(description, unlabelled, method, seed, samples, force)
     try:
-        if server is not None:
+        if examples is not None:
+            if server is not None:
+                raise _ServerSaysNo("--examples works without --server only; use --out and upload")
+            _learn(order, examples, budget, base, out, prompt or [])
+        elif server is not None:
             _on_server(server, api_key, {**asdict(order), "name": name}, prompt or [])
         else:
             _here(order, base, out, prompt or [])
@@ -77,36 +94,80 @@ class _Order:
 
 
 def _here(order: _Order, base: str | None, out: Path | None, prompts: list[str]) -> None:
+    directory, generator = _generator(base)
+    made = generator.generate(**asdict(order))
+    _show(made, out)
+    if prompts:
+        model, codec = _base(directory)
+        _try(made, model, codec, prompts)
+
+
+def _learn(
+    order: _Order,
+    examples: Path,
+    budget_s: float,
+    base: str | None,
+    out: Path | None,
+    prompts: list[str],
+) -> None:
+    from rich.progress import Progress
+
+    from loraplex_generation.from_examples import generate_from_examples, read_pairs
+
+    pairs = read_pairs(examples)
+    directory, generator = _generator(base)
+    model, codec = _base(directory)
+    with Progress(transient=True) as progress:
+        task = progress.add_task("learning", total=1.0)
+        made = generate_from_examples(
+            generator,
+            model,
+            codec,
+            order.description,
+            pairs,
+            method=order.method,
+            seed=order.seed,
+            budget_s=budget_s,
+            report=lambda stage, share: progress.update(task, completed=share),
+        )
+    _show(made, out)
+    _try(made, model, codec, prompts)
+
+
+def _generator(base: str | None) -> tuple[Path, Generator]:
     from loraplex_generation.sentences import SentenceEncoder
     from loraplex_generation.service import Generator
     from loraplex_generation.shipped import shipped_folder
     from loraplex_server.model.pull import DEFAULT_BASE, resolve_encoder, resolve_model
 
     directory = resolve_model(base)
-    generator = Generator.load(
+    return directory, Generator.load(
         shipped_folder(),
         SentenceEncoder(resolve_encoder()),
         base_name=base or DEFAULT_BASE,
         base_directory=directory,
     )
-    made = generator.generate(**asdict(order))
+
+
+def _base(directory: Path) -> tuple[FrozenBase, ChatCodec]:
+    from transformers import AutoTokenizer
+
+    from loraplex_generation.frozen_base import FrozenBase
+    from loraplex_generation.packing import ChatCodec
+
+    return FrozenBase(directory), ChatCodec(AutoTokenizer.from_pretrained(directory))
+
+
+def _show(made: GeneratedAdapter, out: Path | None) -> None:
     _show_card(made.card)
     if out is not None:
         _write(made, out)
         typer.echo(f"wrote {out}")
-    if prompts:
-        _try(made, directory, prompts)
 
 
-def _try(made: GeneratedAdapter, directory: Path, prompts: list[str]) -> None:
-    from transformers import AutoTokenizer
-
+def _try(made: GeneratedAdapter, model: FrozenBase, codec: ChatCodec, prompts: list[str]) -> None:
     from loraplex_generation.decoding import greedy_reply
-    from loraplex_generation.frozen_base import FrozenBase
-    from loraplex_generation.packing import ChatCodec
 
-    model = FrozenBase(directory)
-    codec = ChatCodec(AutoTokenizer.from_pretrained(directory))
     for prompt in prompts:
         typer.echo(f"{prompt}  →  {greedy_reply(model, codec, prompt, made.layout, made.vector)}")
 
@@ -176,6 +237,15 @@ def _show_card(card: dict[str, object]) -> None:
         "‖ΔW‖": card["delta_norm"],
         "took": f"{card['milliseconds']} ms",
     }
+    learned = card.get("refinement")
+    if isinstance(learned, dict):
+        held_out = learned["held_out"]
+        before, after = held_out["before"], held_out["after"]
+        rows["examples"] = (
+            f"{card['examples']}; of {before['of']} held out {before['exact']} → {after['exact']} "
+            f"exact, nll {before['nll']:.2f} → {after['nll']:.2f}"
+            + ("" if learned["gained"] else ": nothing gained, so nothing was changed")
+        )
     for label, value in rows.items():
         table.add_row(label, str(value))
     Console().print(table)

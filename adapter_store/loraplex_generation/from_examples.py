@@ -1,0 +1,119 @@
+"""A description and a few pairs of prompt and answer in, a LoRA out that was tried on them."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraplex_generation.zoo.tasks import Example
+
+from .errors import UnfitExamples
+from .frozen_base import FrozenBase
+from .packing import ChatCodec, Row
+from .refinement import HeldOut, Progress, Refinement, RefinementRecipe, refine
+from .service import GeneratedAdapter, Generator
+
+__all__ = ["MAX_PAIRS", "generate_from_examples", "read_pairs"]
+
+MIN_PAIRS, MAX_PAIRS = 2, 64
+_MAX_TOKENS = 512  # of a prompt and its answer
+DEFAULT_BUDGET_S = 30.0
+
+
+def generate_from_examples(
+    generator: Generator,
+    base: FrozenBase,
+    codec: ChatCodec,
+    description: str,
+    pairs: Sequence[Example],
+    *,
+    method: str = "auto",
+    seed: int = 0,
+    recipe: RefinementRecipe = RefinementRecipe(),  # noqa: B008  frozen value
+    budget_s: float = DEFAULT_BUDGET_S,
+    report: Progress = lambda stage, share: None,
+) -> GeneratedAdapter:
+    """The draft from the sentence, or the library's mean, trained on ``pairs``.
+
+    Which of the two, how long, and whether at all, the pairs themselves decide, each judged by a
+    copy that has not seen it; the card's ``refinement`` says what came of it. A sentence that the
+    guard would refuse starts from the mean: the pairs say what is meant. Raises UnfitExamples.
+    """
+    began = time.perf_counter()
+    rows = _rows(codec, pairs)
+    draft = generator.generate(description, method=method, seed=seed, force=True)
+    starts = {"library mean": generator.library_mean()}
+    if draft.card["ood_score"] <= draft.card["ood_limit"]:  # type: ignore[operator]
+        starts = {"draft": draft.vector, **starts}
+    made = refine(
+        base,
+        draft.layout,
+        generator.span,
+        codec.head,
+        rows,
+        starts,
+        recipe=recipe,
+        budget_s=budget_s,
+        report=report,
+    )
+    card = {
+        **draft.card,
+        "examples": len(pairs),
+        "refinement": _told(made),
+        "delta_norm": round(draft.layout.delta_norm(made.vector), 4),
+        "milliseconds": round(1000 * (time.perf_counter() - began), 1),
+    }
+    if made.start != "draft":
+        card["parts"] = {made.start: 1.0}
+    return generator.dressed(made.vector, card)
+
+
+def read_pairs(path: Path) -> list[Example]:
+    """JSON lines of ``{"prompt": …, "answer": …}``. Raises UnfitExamples, which names the line."""
+    pairs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UnfitExamples(f"line {number} is no JSON: {error}") from None
+        if (
+            not isinstance(data, dict)
+            or set(data) != {"prompt", "answer"}
+            or not all(isinstance(value, str) for value in data.values())
+        ):
+            raise UnfitExamples(f'line {number} must be {{"prompt": "…", "answer": "…"}}')
+        pairs.append(Example(data["prompt"], data["answer"]))
+    return pairs
+
+
+def _rows(codec: ChatCodec, pairs: Sequence[Example]) -> list[Row]:
+    if not MIN_PAIRS <= len(pairs) <= MAX_PAIRS:
+        raise UnfitExamples(f"{len(pairs)} examples; {MIN_PAIRS} to {MAX_PAIRS} can be used")
+    if len({pair.prompt for pair in pairs}) < len(pairs):
+        raise UnfitExamples("a prompt comes twice: one of the two could not be held out")
+    rows = [codec.row(pair) for pair in pairs]
+    for number, row in enumerate(rows, start=1):
+        if len(row.tokens) > _MAX_TOKENS:
+            raise UnfitExamples(
+                f"example {number} has {len(row.tokens)} tokens, at most {_MAX_TOKENS} are read; "
+                "train an adapter with `loraplex train` for long texts"
+            )
+    return rows
+
+
+def _told(made: Refinement) -> dict[str, object]:
+    return {
+        "start": made.start,
+        "gained": made.gained,
+        "steps": made.steps,
+        "seconds": round(made.seconds, 1),
+        "held_out": {"before": _shown(made.before), "after": _shown(made.after)},
+    }
+
+
+def _shown(score: HeldOut) -> dict[str, object]:
+    return {"exact": score.exact, "of": score.n, "nll": round(score.nll, 4)}

@@ -1,0 +1,162 @@
+"""Adapters that learn from a few pairs, judged by pairs they have not seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from loraplex_generation.errors import UnfitExamples
+from loraplex_generation.from_examples import generate_from_examples, read_pairs
+from loraplex_generation.frozen_base import FrozenBase
+from loraplex_generation.layout import AdapterLayout
+from loraplex_generation.library import Subspace
+from loraplex_generation.packing import ChatCodec, Row
+from loraplex_generation.refinement import Refinement, RefinementRecipe, refine
+from loraplex_generation.scoring import TeacherForced
+from loraplex_generation.sentences import SentenceEncoder
+from loraplex_generation.service import Generator
+from loraplex_generation.shipped import shipped_folder
+from loraplex_generation.zoo.tasks import Example, Task
+from tests.support.tiny_zoo import tiny_base, tiny_codec, tiny_directory
+
+RECIPE = RefinementRecipe(span_steps=2, steps=26, lr=0.2, span_lr=0.1, warmup=2, tokens=60)
+WORDS = ("red", "blue", "green", "plum", "gold", "grey", "pink", "teal", "navy", "rust")
+
+
+class World:
+    """A tiny base, a layout over it, and the span of five random experts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base: FrozenBase = tiny_base(tiny_directory(folder))
+        self.layout = AdapterLayout(self.base.shape, first_layer=1, rank=2, alpha=4.0, seed=3)
+        torch.manual_seed(1)
+        experts = 0.02 * torch.randn(5, self.layout.size)
+        self.span = Subspace.of(experts)
+        self.codec = tiny_codec()
+
+    def rows(self, pairs: list[tuple[str, str]]) -> list[Row]:
+        return [self.codec.row(Example(*pair)) for pair in pairs]
+
+    def refine(self, pairs: list[tuple[str, str]], **options: object) -> Refinement:
+        arguments = {"recipe": RECIPE, **options}
+        return refine(
+            self.base,
+            self.layout,
+            self.span,
+            self.codec.head,
+            self.rows(pairs),
+            {"mean": self.span.mean},
+            **arguments,  # type: ignore[arg-type]
+        )
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("tiny"))
+
+
+RULE = [(word, "yes") for word in WORDS]
+
+
+def test_what_the_pairs_have_in_common_is_learnt_by_copies_that_have_not_seen_the_judges(
+    world: World,
+) -> None:
+    made = world.refine(RULE[:6])
+    assert made.gained
+    assert made.after.nll < 0.75 * made.before.nll
+    assert made.after.n == 6  # each half is judged by the other's copy
+    assert not torch.equal(made.vector, world.span.mean)
+
+
+def test_answers_without_a_rule_leave_the_start_as_it_was(world: World) -> None:
+    torch.manual_seed(5)
+    letters = [chr(97 + int(i)) for i in torch.randperm(10)]
+    made = world.refine(
+        [(word, letter * 3) for word, letter in zip(WORDS, letters, strict=True)],
+        recipe=RefinementRecipe(span_steps=2, steps=26, lr=0.2, warmup=2, least_gain=0.5),
+    )
+    assert not made.gained
+    assert torch.equal(made.vector, world.span.mean)
+    assert made.after == made.before
+
+
+def test_the_same_pairs_give_the_same_bits(world: World) -> None:
+    first, second = world.refine(RULE[:4]), world.refine(RULE[:4])
+    assert torch.equal(first.vector, second.vector)
+    assert first.steps == second.steps
+
+
+def test_a_spent_budget_begins_no_second_step(world: World) -> None:
+    stages: list[float] = []
+    made = world.refine(RULE, budget_s=0.0, report=lambda stage, share: stages.append(share))
+    assert len(stages) == 1
+    assert made.steps <= 1
+
+
+def test_the_likelier_start_is_taken(world: World) -> None:
+    learnt = world.refine(RULE[:6]).vector
+    made = refine(
+        world.base,
+        world.layout,
+        world.span,
+        world.codec.head,
+        world.rows(RULE),
+        {"mean": world.span.mean, "learnt": learnt},
+        recipe=RECIPE,
+    )
+    assert made.start == "learnt"
+
+
+def test_eight_pairs_and_more_keep_a_quarter_to_judge_by(world: World) -> None:
+    assert world.refine(RULE, budget_s=0.0).before.n == 3
+
+
+def test_one_pair_cannot_be_learnt_and_judged(world: World) -> None:
+    with pytest.raises(ValueError, match="at least two"):
+        world.refine(RULE[:1])
+
+
+def test_pairs_are_read_from_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n\n{"prompt": "c", "answer": "d"}\n')
+    assert read_pairs(file) == [Example("a", "b"), Example("c", "d")]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"prompt": 1, "answer": "b"}'])
+def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(UnfitExamples, match="line 2"):
+        read_pairs(file)
+
+
+@pytest.mark.slow
+def test_an_operation_that_no_sentence_reaches_is_learnt_from_eight_pairs(
+    pulled_base: Path, pulled_encoder: Path
+) -> None:
+    """A surname out of a name was never trained: from the sentence alone nothing is right."""
+    generator = Generator.load(
+        shipped_folder(),
+        SentenceEncoder(pulled_encoder),
+        base_name="smollm2-135m-instruct",
+        base_directory=pulled_base,
+    )
+    base = FrozenBase(pulled_base)
+    codec = ChatCodec(AutoTokenizer.from_pretrained(pulled_base))
+    task = Task.parse("surname/plain")
+    unseen = [codec.row(example) for example in task.examples("validation", 32)]
+    sentence = task.test_descriptions()[0]
+    draft = generator.generate(sentence, force=True)
+    score = TeacherForced(base, codec.head, draft.layout)
+    made = generate_from_examples(
+        generator, base, codec, sentence, task.examples("train", 8), budget_s=600
+    )
+    before, after = (score([unseen], one.vector[None])[0].exact for one in (draft, made))
+    assert before <= 0.1
+    assert after >= 0.5
+    told = made.card["refinement"]
+    assert isinstance(told, dict)
+    assert told["gained"]

@@ -62,7 +62,8 @@ def prepare(environment: Environment, **_: Any) -> None:
 def _load(options: Namespace, host: str) -> PhaseLoad:
     with admin_client(host, options.api_key) as client:
         response = client.get("/v1/models").raise_for_status()
-    base, *adapters = [card["id"] for card in response.json()["data"]]
+    first, *others = response.json()["data"]
+    base, adapters = first["id"], [card["id"] for card in others if card.get("parent")]
     phase = _endless_phase(options, with_adapters=bool(adapters))
     request = RequestSpec(options.prompt_chars, options.max_tokens)
     traffic = Traffic(phase, request, {"lora": adapters}, LoraplexBody(base), options.seed)

@@ -272,6 +272,7 @@ async def test_the_sentence_encoder_is_a_model_of_its_own(
             ("/v1/embeddings", {"input": "x", "add_special_tokens": False}),
             ("/v1/embeddings", {"messages": [{"role": "user", "content": "x"}]}),
             ("/pooling", {"input": "x", "task": "token_embed"}),
+            ("/v1/completions", {"prompt": "x"}),
         ):
             answer = await server.post(path, model="minilm", **body)
             assert isinstance(answer, httpx.Response)

@@ -70,6 +70,10 @@ class TextCall(ABC):
         refuse_unsupported(body.model_extra or {})
         state.unknown_fields.warn(body.model_extra or ())
         state.lifecycle.check_admitting()
+        if state.encoder is not None and body.model == state.encoder.name:
+            raise invalid(
+                f"{body.model} gives vectors and writes no text; ask /v1/embeddings", "model"
+            )
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options is for streams only", "stream_options")
         self.state = state

@@ -262,10 +262,10 @@ def _run(
         await services.grammars.close()
         server.should_exit = True
         await serving
+        await services.text.close()
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:
         runner.run(main())
-    services.text.close()
     services.pools.close()
 
 

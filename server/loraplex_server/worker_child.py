@@ -18,13 +18,17 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """``argv``: bytes of address space, bytes of the longest answer."""
+    """``argv``: bytes of address space, bytes of the longest answer, modules to import first."""
     memory_bytes, answer_bytes = int(sys.argv[1]), int(sys.argv[2])
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a function prints must not stand between the answers
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    for module in sys.argv[3:]:
+        importlib.import_module(module)
+    answers.write(b"+")  # ready
+    answers.flush()
     calls = os.fdopen(0, "rb")
     while (frame := _read(calls)) is not None:
         answer = _answer(frame)
@@ -49,7 +53,7 @@ def _answer(frame: bytes) -> bytes:
     except MemoryError:
         return _encode("too large", "the call needs too much memory")
     except RecursionError:
-        return _encode("too large", "the call nests too deep")
+        return _encode("raised", "RecursionError", "the call nests too deep")
     except Exception as error:
         return _encode("raised", type(error).__name__, str(error)[:2000])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -29,6 +30,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+_START_S = 60.0
 _CHILD = "loraplex_server.worker_child"
 
 
@@ -37,9 +39,9 @@ class CallFailed(Exception):
 
     CallFailed
     ├── CallRaised    the function raised: its own error
-    ├── CallTooLong   over its time; the process was killed
-    ├── CallTooLarge  over its memory, depth, CPU time or length of result
-    └── WorkersBusy   nothing was tried: all workers are taken
+    ├── CallTooLong   over its time or CPU time; the process was killed
+    ├── CallTooLarge  over its memory or length of result
+    └── WorkersBusy   nothing was tried: all workers are taken, or none starts
     """
 
 
@@ -72,34 +74,48 @@ class WorkerProcesses:
         max_wait_s: float = 10.0,
         memory_bytes: int = 1 << 30,
         answer_bytes: int = 16 << 20,
+        preload: Sequence[str] = (),
     ) -> None:
+        """``preload``: modules that a process imports before it counts as started."""
         self._turns = asyncio.Semaphore(n_workers)
         self._n_waiting = 0
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
-        self._limits = (memory_bytes, answer_bytes)
+        self._arguments = (str(memory_bytes), str(answer_bytes), *preload)
         self._idle: list[_Worker] = []
-        self._ending: set[asyncio.Future[None]] = set()
+        self._ending: set[asyncio.Future[int]] = set()
         self._closed = False
 
     async def run(
-        self, function: Callable[..., T], args: Sequence[object], *, timeout_s: float
+        self,
+        function: Callable[..., T],
+        args: Sequence[object],
+        *,
+        timeout_s: float,
+        cpu_s: float | None = None,
     ) -> T:
-        """Raises CallFailed. A cancelled or failed call ends its process; a spare is ready."""
+        """Raises CallFailed. A cancelled or failed call ends its process; a spare is ready.
+
+        Times count from when a process that is ready begins the call. The CPU time, by default
+        ``timeout_s``, is rounded up to whole seconds.
+        """
         path = f"{function.__module__}:{function.__qualname__}"
-        frame = json.dumps([path, args, timeout_s]).encode()
+        try:
+            frame = json.dumps([path, args, timeout_s if cpu_s is None else cpu_s]).encode()
+        except RecursionError:
+            raise CallRaised("RecursionError", "the arguments nest too deep") from None
         await self._turn()
         reusable = False
         worker = None
         try:
             worker = self._next()
-            async with asyncio.timeout(timeout_s):
-                answer = await worker.call(frame)
+            await worker.ready()
+            try:
+                async with asyncio.timeout(timeout_s):
+                    answer = await worker.call(frame)
+            except TimeoutError:
+                raise CallTooLong(f"took longer than {timeout_s:g} s") from None
             reusable = answer[0] != "too large"  # its memory may not come back
-        except TimeoutError:
-            raise CallTooLong(f"took longer than {timeout_s:g} s") from None
-        except (EOFError, ConnectionError):
-            raise CallTooLarge("the process ended: it ran out of time, stack or memory") from None
         finally:
             self._turns.release()
             if worker and reusable and not self._closed:
@@ -133,9 +149,9 @@ class WorkerProcesses:
         for dead in [worker for worker in self._idle if not worker.alive]:
             self._idle.remove(dead)
             self._end(dead)
-        worker = self._idle.pop() if self._idle else _Worker(self._limits)
+        worker = self._idle.pop() if self._idle else _Worker(self._arguments)
         if not self._idle:
-            self._idle.append(_Worker(self._limits))
+            self._idle.append(_Worker(self._arguments))
         return worker
 
     def _end(self, worker: _Worker) -> None:
@@ -148,16 +164,20 @@ class WorkerProcesses:
 class _Worker:
     """A process and our end of its socket; started without an await, so that none is lost."""
 
-    def __init__(self, limits: tuple[int, int]) -> None:
+    def __init__(self, arguments: Sequence[str]) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.setblocking(False)
+        self._ready = False
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-P", "-B", "-m", _CHILD, *map(str, limits)],
+                [sys.executable, "-P", "-B", "-m", _CHILD, *arguments],
                 stdin=theirs.fileno(),
                 stdout=theirs.fileno(),
                 stderr=subprocess.DEVNULL,
-                env={"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},  # no secret
+                env={  # nothing secret
+                    "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+                    "OPENBLAS_NUM_THREADS": "1",  # each would take of the address space
+                },
                 start_new_session=True,  # Ctrl-C is for the server
             )
 
@@ -165,21 +185,37 @@ class _Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
+    async def ready(self) -> None:
+        """Raises WorkersBusy when the process does not start."""
+        if self._ready:
+            return
+        try:
+            async with asyncio.timeout(_START_S):
+                await self._receive(1)
+        except (TimeoutError, EOFError, ConnectionError):
+            raise WorkersBusy("no worker process starts; try again later") from None
+        self._ready = True
+
     async def call(self, frame: bytes) -> list[object]:
-        """Raises EOFError or ConnectionError when the process ended."""
+        """Raises CallFailed when the process ended."""
         loop = asyncio.get_running_loop()
-        await loop.sock_sendall(self._socket, len(frame).to_bytes(4, "big") + frame)
-        length = int.from_bytes(await self._receive(4), "big")
-        answer: list[object] = json.loads(await self._receive(length))
+        try:
+            await loop.sock_sendall(self._socket, len(frame).to_bytes(4, "big") + frame)
+            length = int.from_bytes(await self._receive(4), "big")
+            answer: list[object] = json.loads(await self._receive(length))
+        except (EOFError, ConnectionError):
+            if await loop.run_in_executor(None, self.wait) == -signal.SIGXCPU:
+                raise CallTooLong("took too much CPU time") from None
+            raise CallTooLarge("the process ended: it ran out of stack or memory") from None
         return answer
 
     def kill(self) -> None:
         self._process.kill()
         self._socket.close()
 
-    def wait(self) -> None:
-        """Blocks until the kernel has taken the process away."""
-        self._process.wait()
+    def wait(self) -> int:
+        """Blocks until the kernel has taken the process away. Its exit status."""
+        return self._process.wait()
 
     async def _receive(self, n_bytes: int) -> bytes:
         loop = asyncio.get_running_loop()

@@ -266,6 +266,6 @@ def world(
     yield World(engine, store, faults, client, tmp_path, generator, encoder, parts)
     descriptions.close()
     generated.close()
-    parts.text.close()
+    asyncio.run(parts.text.close())
     parts.pools.close()
     store.close()

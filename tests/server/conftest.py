@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,10 @@ class Front:
         assert answer.status_code == 200, answer.text
         return events_of(answer.content)
 
+    def close(self) -> None:
+        asyncio.run(self.app.state.parts.text.close())
+        self.store.close()
+
     def call(self, path: str, body: object, *, spec_version: str = "2.3") -> AsgiCall:
         return AsgiCall(self.app, "POST", path, body=body, spec_version=spec_version)
 
@@ -125,7 +130,7 @@ def front(
 ) -> Iterator[Front]:
     front = make_front(tokenizer, base_spec, tmp_path)
     yield front
-    front.store.close()
+    front.close()
 
 
 @pytest.fixture
@@ -146,4 +151,4 @@ def fuzz_front(
     """One front for many generated requests."""
     front = make_front(tokenizer, base_spec, tmp_path_factory.mktemp("fuzz"))
     yield front
-    front.store.close()
+    front.close()

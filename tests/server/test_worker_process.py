@@ -46,7 +46,7 @@ def test_a_worker_imports_little_and_sees_no_secret(monkeypatch: pytest.MonkeyPa
         (calls.nap, [LONG_S], CallTooLong),
         (calls.burn, [1], CallTooLong),
         (calls.allocate, [10 << 30], CallTooLarge),
-        (calls.deep, [0], CallTooLarge),
+        (calls.deep, [0], CallRaised),
         (calls.long, [20 << 20], CallTooLarge),
         (calls.crash, [], CallTooLarge),
         (calls.fail, ["why"], CallRaised),

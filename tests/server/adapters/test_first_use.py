@@ -140,7 +140,7 @@ def test_the_tokenizer_pipeline_renders_and_encodes_from_many_threads(
         return asyncio.run(both())
 
     assert len(set(at_once(encode))) == 1
-    text.close()
+    asyncio.run(text.close())
 
 
 @pytest.fixture(scope="module")

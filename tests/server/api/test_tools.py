@@ -27,7 +27,9 @@ WEATHER = {
     },
 }
 TIME = {"type": "function", "function": {"name": "get_time", "strict": True}}
-CALL = '<tool_call>[{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}]</tool_call>'
+CALL = (
+    '<tool_call>[{"name": "get_weather", "arguments": {"city": "Zürich", "days": 3}}]</tool_call>'
+)
 
 
 @pytest.fixture

@@ -68,6 +68,7 @@ async def _chat_ids(state: AppState, body: TokenizeBody, access: AdapterAccess) 
             add_generation_prompt=body.add_generation_prompt is not False,
             continue_final_message=bool(body.continue_final_message),
             template_arguments=arguments,
+            tenant=access.tenant or "",
         )
     finally:
         chosen.release()

@@ -71,6 +71,7 @@ class ChatCall(TextCall):
             add_generation_prompt=self._generation_prompt,
             continue_final_message=bool(self._chat.continue_final_message),
             template_arguments=arguments,
+            tenant=self.info.tenant,
         )
         if not ids:
             raise invalid("the messages give an empty prompt", "messages")

@@ -1,4 +1,4 @@
-"""Chat templates and tokenisation, off the event loop in a few threads."""
+"""Chat templates and tokenisation, off the event loop: in a few threads, or in worker processes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.streaming.detokenizer import StreamDetokenizer
 from loraplex_server.api.streaming.token_text import TokenTexts
+
+from .templates import Templates, unrenderable
 
 __all__ = ["ChatTokenizer", "TextPipeline"]
 
@@ -31,7 +33,12 @@ class ChatTokenizer(Protocol):
     def backend_tokenizer(self) -> Tokenizer: ...
 
     @property
+    def special_tokens_map(self) -> Mapping[str, object]: ...
+
+    @property
     def all_special_ids(self) -> Sequence[int]: ...
+
+    def get_chat_template(self, *, tools: object = None) -> str: ...
 
     def apply_chat_template(self, conversation: object, **options: object) -> object: ...
 
@@ -57,6 +64,7 @@ class TextPipeline:
         that cannot fit in so many tokens, whatever they say, are refused before they are read.
         """
         self._chat = tokenizer
+        self._templates = Templates()
         self._faults = faults
         self.backend = tokenizer.backend_tokenizer
         self.vocab_size = vocab_size or len(tokenizer)
@@ -117,29 +125,13 @@ class TextPipeline:
         add_generation_prompt: bool,
         continue_final_message: bool,
         template_arguments: Mapping[str, object],
+        tenant: str = "",
     ) -> tuple[int, ...]:
-        """``template``: the adapter's own, else the base's is used. Raises ApiError (400)."""
+        """``template``: the adapter's own, else the base's is used.
 
+        Raises ApiError: 400, or 503 when nothing is free to render.
+        """
         self.check_length(sum(len(str(m.get("content", ""))) for m in messages), "messages")
-
-        def render_and_encode() -> tuple[int, ...]:
-            try:
-                text = self._chat.apply_chat_template(
-                    list(messages),
-                    chat_template=template,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=continue_final_message,
-                    **template_arguments,
-                )
-            except Exception as error:  # a template is a program of whoever made the adapter
-                reason = str(error) or "it fails"
-                raise invalid(
-                    f"the chat template cannot render these messages: {reason}",
-                    "messages",
-                    "chat_template_error",
-                ) from error
-            return self._encode(str(text), add_special_tokens=False)
 
         if template is None and not self._chat.chat_template:
             raise invalid(
@@ -148,6 +140,23 @@ class TextPipeline:
                 "messages",
                 "no_chat_template",
             )
+        options = {"add_generation_prompt": add_generation_prompt, **template_arguments}
+        if template is not None or template_arguments:  # which may be what makes it endless
+            text = await self._templates.render(
+                template or self._chat.get_chat_template(tools=template_arguments.get("tools")),
+                messages,
+                {**self._chat.special_tokens_map, **options},
+                continue_final_message=continue_final_message,
+                tenant=tenant,
+                remember=template is not None,
+            )
+            self.check_length(len(text), "messages")
+            return await self._run(lambda: self._encode(text, add_special_tokens=False))
+
+        def render_and_encode() -> tuple[int, ...]:
+            options["continue_final_message"] = continue_final_message
+            return self._encode(self._render(messages, options), add_special_tokens=False)
+
         return await self._run(render_and_encode)
 
     async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
@@ -178,8 +187,15 @@ class TextPipeline:
                 f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", param
             )
 
-    def close(self) -> None:
+    async def close(self) -> None:
+        await self._templates.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _render(self, messages: Sequence[Mapping[str, object]], options: dict[str, object]) -> str:
+        try:
+            return str(self._chat.apply_chat_template(list(messages), tokenize=False, **options))
+        except Exception as error:  # a template is a program
+            raise unrenderable(str(error) or type(error).__name__) from error
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)

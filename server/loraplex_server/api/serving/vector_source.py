@@ -165,6 +165,7 @@ class AdapterVectors(VectorSource):
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             template_arguments=template_arguments,
+            tenant=self._info.tenant,
         )
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:

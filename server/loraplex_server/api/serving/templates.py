@@ -1,0 +1,116 @@
+"""Chat templates that the operator did not write, rendered in worker processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from weakref import WeakValueDictionary
+
+from loraplex_server.api.errors import ApiError, invalid, unavailable
+from loraplex_server.worker_process import (
+    CallFailed,
+    CallTooLarge,
+    CallTooLong,
+    WorkerProcesses,
+    WorkersBusy,
+)
+
+from . import template_render
+
+__all__ = ["Templates", "unrenderable"]
+
+_CPU_S = 1.0
+_MAX_S = 10.0  # on a machine that has no processor free
+_MEMORY_BYTES = 256 << 20
+_TEXT_BYTES = 8 << 20
+_REFUSED_S = 60.0
+_SMALL_CHARS = 64 << 10  # of messages that no template needs long for
+_MAX_REFUSED = 1024
+
+
+class Templates:
+    """One per server, on its event loop.
+
+    A template renders for one chat of a tenant at a time, so that a slow one keeps at most one
+    process from others. One that had to be stopped is refused to this tenant for a minute: a flood
+    of it costs one process, and nobody else is refused what an own chat renders.
+    """
+
+    def __init__(self) -> None:
+        self._workers = WorkerProcesses(
+            max_wait_s=_MAX_S,
+            memory_bytes=_MEMORY_BYTES,
+            answer_bytes=_TEXT_BYTES,
+            preload=[template_render.__name__],
+        )
+        self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
+        self._refused: dict[bytes, tuple[float, str]] = {}  # until when, and why; oldest first
+
+    async def render(
+        self,
+        template: str,
+        messages: Sequence[Mapping[str, object]],
+        options: Mapping[str, object],
+        *,
+        continue_final_message: bool,
+        tenant: str,
+        remember: bool,
+    ) -> str:
+        """``remember``: whether a template that is stopped at few messages is refused from then on.
+
+        Raises ApiError: 400 for a template that fails, 503 when no worker process is free.
+        """
+        key = sha256(f"{tenant}\0{template}".encode()).digest()
+        turn = self._turns.setdefault(key, asyncio.Lock())
+        try:
+            async with asyncio.timeout(_MAX_S):
+                await turn.acquire()
+        except TimeoutError:
+            raise _busy("other chats render the same template") from None
+        try:
+            self._check_refused(key)
+            return await self._workers.run(
+                template_render.render,
+                [template, messages, options, continue_final_message],
+                timeout_s=_MAX_S,
+                cpu_s=_CPU_S,
+            )
+        except WorkersBusy as error:
+            raise _busy(str(error)) from error
+        except CallFailed as error:
+            stopped = isinstance(error, CallTooLong | CallTooLarge)
+            if remember and stopped and len(json.dumps([messages, options])) < _SMALL_CHARS:
+                self._refuse(key, str(error))
+            raise unrenderable(str(error)) from error
+        finally:
+            turn.release()
+
+    async def close(self) -> None:
+        await self._workers.close()
+
+    def _check_refused(self, key: bytes) -> None:
+        until, why = self._refused.get(key, (0.0, ""))
+        if time.monotonic() < until:
+            raise unrenderable(f"{why}; tried less than {_REFUSED_S:g} s ago")
+
+    def _refuse(self, key: bytes, why: str) -> None:
+        now = time.monotonic()
+        self._refused = {k: v for k, v in self._refused.items() if v[0] > now and k != key}
+        if len(self._refused) >= _MAX_REFUSED:
+            del self._refused[next(iter(self._refused))]
+        self._refused[key] = (now + _REFUSED_S, why)
+
+
+def unrenderable(reason: str) -> ApiError:
+    return invalid(
+        f"the chat template cannot render these messages: {reason}",
+        "messages",
+        "chat_template_error",
+    )
+
+
+def _busy(reason: str) -> ApiError:
+    return unavailable(f"chat templates: {reason}", "templates_busy")

@@ -151,7 +151,8 @@ async def test_openais_client_puts_the_stream_together(front: Front) -> None:
                     deltas += event.chunk.choices[0].delta.tool_calls or []
             final = await stream.get_final_completion()
     assert [d.function.name for d in deltas if d.function and d.function.name] == ["get_weather"]
-    assert deltas[0].id and not any(d.id for d in deltas[1:])
+    assert deltas[0].id
+    assert not any(d.id for d in deltas[1:])
     assert len(deltas) > 3
     (call,) = final.choices[0].message.tool_calls or []
     assert call.function.parsed_arguments == GetWeather(city="Zürich", days=3)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from typing import Any
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.names import TENANT_NAME, local_name, name_of, tenant_of
@@ -26,10 +27,11 @@ GENERATED = "generated/"  # of names that the server chooses
 
 _MAX_NAME = 256  # of an adapter, with its organisation
 _QUOTAS = ("max_adapters", "max_bytes", "max_pins", "max_jobs")
+_ENGINE_LIMITS = ("weight", "max_running", "max_queued")
 _FIELDS = frozenset(
     {
         *("name", "tenant", "sha256", "scope", "adapters", "sources"),
-        *("requests_per_minute", "tokens_per_minute"),
+        *("requests_per_minute", "tokens_per_minute", *_ENGINE_LIMITS),
         *_QUOTAS,
     }
 )
@@ -114,6 +116,10 @@ class ApiKey:
     access: AdapterAccess = EVERY_ADAPTER
     requests_per_minute: int | None = None  # None: no limit
     tokens_per_minute: int | None = None  # of prompts and answers together
+    # What its tenant may take of the engine, see ``TenantShare``:
+    weight: float | None = None
+    max_running: int | None = None
+    max_queued: int | None = None
 
     @staticmethod
     def of(secret: str, scope: Scope) -> ApiKey:
@@ -142,9 +148,10 @@ def parse_keys(text: str) -> tuple[ApiKey, ...]:
 
 def _with_quotas_of_tenants(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
     """A quota that one key of a tenant states holds for all of them."""
-    limits: dict[str, dict[str, int]] = {}
+    limits: dict[str, dict[str, Any]] = {}
     for key in keys:
         stated = {**asdict(key.access.quota), "max_jobs": key.access.max_jobs}
+        stated |= {name: getattr(key, name) for name in _ENGINE_LIMITS}
         of_tenant = limits.setdefault(key.tenant, {})
         for what, limit in stated.items():
             if limit is not None and of_tenant.setdefault(what, limit) != limit:
@@ -153,7 +160,9 @@ def _with_quotas_of_tenants(keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
     def with_quota(key: ApiKey) -> ApiKey:
         found = dict(limits[key.tenant])
         max_jobs = found.pop("max_jobs", None)
-        return replace(key, access=replace(key.access, quota=Quota(**found), max_jobs=max_jobs))
+        of_engine = {name: found.pop(name, None) for name in _ENGINE_LIMITS}
+        access = replace(key.access, quota=Quota(**found), max_jobs=max_jobs)
+        return replace(key, access=access, **of_engine)
 
     return tuple(map(with_quota, keys))
 
@@ -185,6 +194,9 @@ def _key(number: int, table: object) -> ApiKey:
         _access(where, table, scope, tenant),
         _limit(where, table, "requests_per_minute"),
         _limit(where, table, "tokens_per_minute"),
+        _weight(where, table),
+        _limit(where, table, "max_running"),
+        _limit(where, table, "max_queued"),
     )
 
 
@@ -222,6 +234,15 @@ def _limit(where: str, table: Mapping[str, object], name: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{where}: {name} must be a whole number of at least 1")
     return value
+
+
+def _weight(where: str, table: Mapping[str, object]) -> float | None:
+    value = table.get("weight")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.01 <= value <= 100:
+        raise ValueError(f"{where}: weight must be a number from 0.01 to 100")
+    return float(value)
 
 
 @lru_cache(maxsize=65536)  # a listing asks for thousands of names

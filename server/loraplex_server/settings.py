@@ -90,6 +90,9 @@ class HttpConfig(Options):
     max_connections: int = option(
         1024, "Open connections before new requests get a 503.", Panel.HTTP, ge=1
     )
+    max_running: int | None = option(
+        None, "Requests of a tenant that run at once. Default: no limit.", Panel.HTTP, ge=1
+    )
     max_choices: int = option(128, "Prompts × n of one call.", Panel.HTTP, hidden=True, ge=1)
     max_inputs: int = option(
         2048, "Texts of one call for vectors, classes or scores.", Panel.HTTP, hidden=True, ge=1

@@ -10,6 +10,7 @@ from starlette.types import Scope as AsgiScope
 
 from loraplex_server.api.middleware.rate_limit import RateLimiter
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, Scope
+from loraplex_server.engine.client import TenantShare
 
 __all__ = ["CURRENT_REQUEST_ID", "RequestInfo", "info_of"]
 
@@ -26,6 +27,7 @@ class RequestInfo:
     id: str
     started: float = field(default_factory=perf_counter)
     tenant: str = ""  # of the API key; "" without keys: there is one tenant
+    share: TenantShare = field(default_factory=TenantShare)  # of the engine
     scopes: frozenset[Scope] = frozenset()
     access: AdapterAccess = EVERY_ADAPTER
     meter: RateLimiter | None = None  # of the API key, if it is limited

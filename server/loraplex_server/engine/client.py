@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from loraplex_adapter_store.plan import AdapterPlan
 
@@ -21,6 +21,7 @@ __all__ = [
     "GenerationRequest",
     "Listener",
     "TenantShare",
+    "TenantStats",
 ]
 
 Listener = Callable[[TokenEvent], None]
@@ -73,6 +74,14 @@ class GenerationRequest:
         return self.sampling.prompt_logprobs
 
 
+class TenantStats(NamedTuple):
+    tenant: str
+    n_running: int
+    n_waiting: int
+    n_admitted: int  # requests that got their first row
+    n_steps_queued: int  # that they waited for it, together
+
+
 @dataclass(frozen=True, slots=True)
 class EngineStats:
     """A snapshot for /metrics and /health; cheap and consistent."""
@@ -85,6 +94,8 @@ class EngineStats:
     n_step_tokens: int = 0  # computed by all steps, of prompts and answers
     steps_by_tokens: tuple[int, ...] = (0,) * (len(STEP_TOKENS) + 1)  # steps of so many tokens
     n_preemptions: int = 0
+    n_rows_taken_back: int = 0  # preemptions for the sake of another tenant
+    tenants: tuple[TenantStats, ...] = ()  # empty while there is one
     n_forced_tokens: int = 0  # of answers, that grammars left no choice about
     prefix_queries: int = 0  # tokens looked up
     prefix_hits: int = 0  # tokens found

@@ -31,7 +31,7 @@ class EngineConfig(Options):
     max_step_tokens: _AtLeastOne | None = option(
         None, "Tokens of one step, prefill included. Default: 512; 128 on a CPU.", Panel.ENGINE
     )
-    max_queue: _AtLeastOne = option(512, "Waiting requests before 429.", Panel.ENGINE)
+    max_queue: _AtLeastOne = option(512, "Waiting requests of a tenant before 429.", Panel.ENGINE)
     kv_memory_bytes: _Size | None = option(
         None,
         "Of the KV cache, as 2GiB. Default: what fits.",

@@ -45,6 +45,8 @@ class StepStats:
             n_step_tokens=self._n_step_tokens,
             steps_by_tokens=tuple(self._steps_by_tokens),
             n_preemptions=scheduler.n_preemptions,
+            n_rows_taken_back=scheduler.n_rows_taken_back,
+            tenants=scheduler.waiting.stats(),
             n_forced_tokens=self._n_forced_tokens,
             prefix_queries=self._kv.n_queried,
             prefix_hits=self._kv.n_found,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from enum import Enum
 from itertools import chain
 
-from .client import TenantShare
+from .client import TenantShare, TenantStats
 from .request import Request
 
 __all__ = ["AdapterQueue", "Admission", "TenantQueue"]
@@ -54,11 +54,19 @@ class TenantQueue:
         self.counter = 0.0  # tokens served by weight, see ``wait_queue``
         self.n_running = 0
         self.n_waiting = 0
+        self.n_admitted = 0
+        self.n_steps_queued = 0  # of all that were admitted
         self._max_bypass = max_bypass
         self._adapters: dict[str, AdapterQueue] = {}
         self._last_left: AdapterQueue | None = None  # that had nothing waiting any more
         self._resumed: list[Request] = []  # preempted; oldest first
         self._prune_at = _N_IDLE_ADAPTERS
+
+    @property
+    def stats(self) -> TenantStats:
+        return TenantStats(
+            self.share.tenant, self.n_running, self.n_waiting, self.n_admitted, self.n_steps_queued
+        )
 
     @property
     def rows_by_weight(self) -> float:

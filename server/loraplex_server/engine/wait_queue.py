@@ -20,6 +20,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, zip_longest
 
+from .client import TenantStats
 from .request import Request
 from .tenant_queue import AdapterQueue, Admission, TenantQueue
 
@@ -78,11 +79,17 @@ class WaitQueue:
         queue.tenant.push_front(request)
 
     def started(self, request: Request, n_new: int) -> None:
-        """It has a row now. ``n_new``: tokens of its prompt to be computed for the first time."""
+        """It has a row now. ``n_new``: tokens of its prompt to be computed for the first time.
+
+        There is at least one, unless it was preempted before.
+        """
         queue = self._queue_of[request.id]
         queue.n_running += 1
         queue.tenant.n_running += 1
         queue.charge(n_new)
+        if n_new:
+            queue.tenant.n_admitted += 1
+            queue.tenant.n_steps_queued += request.n_steps_queued
 
     def served(self, requests: Iterable[Request]) -> None:
         """Charges what their answers have grown by."""
@@ -152,6 +159,12 @@ class WaitQueue:
         waiting = [t for t in self._tenants.values() if t.n_waiting and t.may_run_more]
         in_turns = zip_longest(*(t.upcoming(n) for t in sorted(waiting, key=_rank)))
         return [request for turn in in_turns for request in turn if request is not None][:n]
+
+    def stats(self) -> tuple[TenantStats, ...]:
+        """By tenant, first come first; empty while there is one."""
+        if not self.is_shared:
+            return ()
+        return tuple(tenant.stats for tenant in self._tenants.values())
 
     def _left(self, tenant: TenantQueue) -> None:
         if not tenant.n_waiting:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["AdapterCounters", "AdapterUsage"]
+__all__ = ["OTHER", "AdapterCounters", "AdapterUsage"]
 
 OTHER = "other"
 _DECAY = 0.5  # of the scores, at each review

@@ -21,10 +21,11 @@ from prometheus_client.registry import Collector
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.engine.client import STEP_TOKENS, EngineClient, EngineStats
+from loraplex_server.engine.client import STEP_TOKENS, EngineClient, EngineStats, TenantStats
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.faults import Faults
 
+from .adapter_usage import OTHER
 from .histograms import LABELS
 from .server_metrics import ServerMetrics
 
@@ -33,6 +34,7 @@ __all__ = ["LoraplexCollector"]
 _MAX_RESIDENCY_SERIES = 128
 _LISTING_AGE_S = 2.0  # how long a listing of the store is reused
 _REVIEW_S = 10.0
+_MAX_TENANTS = 50
 _TIERS = ("device", "host", "disk")
 _LABELS = LABELS
 
@@ -65,6 +67,7 @@ class LoraplexCollector(Collector):
         stats = self._engine.stats()
         cards = self._listing
         yield from self._engine_families(stats)
+        yield from self._tenant_families(stats)
         yield from self._lora_families(stats, cards)
         yield from self._store_families(stats, cards)
         yield from self._adapter_families()
@@ -156,6 +159,34 @@ class LoraplexCollector(Collector):
         for reason, count in metrics.finished.items():
             finished.add_metric((*self._values, reason), count)
         yield finished
+
+    def _tenant_families(self, stats: EngineStats) -> Iterator[Metric]:
+        """The first tenants that came have their own series, all others share one."""
+        yield self._counter(
+            "loraplex_rows_taken_back",
+            "Running requests that were preempted for another tenant.",
+            stats.n_rows_taken_back,
+        )
+        shown, others = stats.tenants[:_MAX_TENANTS], stats.tenants[_MAX_TENANTS:]
+        if others:
+            shown += (
+                TenantStats(OTHER, *map(sum, zip(*(one[1:] for one in others), strict=True))),
+            )
+        requests = GaugeMetricFamily(
+            "loraplex_tenant_requests",
+            "Requests in the engine by tenant of their API key.",
+            labels=("tenant", "state"),
+        )
+        steps = SummaryMetricFamily(
+            "loraplex_tenant_queue_steps",
+            "Steps of the engine that requests waited for their first row.",
+            labels=("tenant",),
+        )
+        for one in shown:
+            requests.add_metric((one.tenant, "running"), one.n_running)
+            requests.add_metric((one.tenant, "waiting"), one.n_waiting)
+            steps.add_metric((one.tenant,), one.n_admitted, one.n_steps_queued)
+        yield from (requests, steps)
 
     def _lora_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
         names = _names_by_digest(cards)

@@ -15,6 +15,7 @@ from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import info_of
 from loraplex_server.api_keys import AdapterAccess, ApiKey
 from loraplex_server.api_keys import Scope as KeyScope
+from loraplex_server.engine.client import TenantShare
 from loraplex_server.settings import HttpConfig
 
 from .rate_limit import RateLimiter
@@ -42,6 +43,12 @@ class Auth:
             for key in config.api_keys
             if key.requests_per_minute or key.tokens_per_minute
         }
+        self._shares = {
+            key.tenant: TenantShare(
+                key.tenant, key.weight or 1.0, key.max_running or config.max_running, key.max_queued
+            )
+            for key in config.api_keys
+        }
         self._writes_open = config.writes_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,12 +71,12 @@ class Auth:
         if self._keys:
             key = self._key_of(scope)
             info.tenant, info.scopes, info.access = key.tenant, key.scopes, key.access
-            info.meter = self._meters.get(key.id)
+            info.meter, info.share = self._meters.get(key.id), self._shares[key.tenant]
             if needed not in key.scopes:
                 raise ApiError(
                     403, f"this API key lacks the scope {needed.value!r}", code="missing_scope"
                 )
-            if info.meter is not None and method not in _READS:
+            if info.meter is not None and needed is not KeyScope.METRICS:
                 info.meter.take_request()
         elif needed is not KeyScope.ADMIN:
             info.scopes = frozenset({KeyScope.INFER})

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from loraplex_server.api.errors import too_many
+from loraplex_server.api.errors import invalid, too_many
 from loraplex_server.api_keys import ApiKey
 
 __all__ = ["Bucket", "RateLimiter"]
 
 
 class Bucket:
-    """May be overdrawn: what was taken too much is waited for."""
-
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
         self.size = per_minute
         self._clock = clock
@@ -29,7 +27,8 @@ class Bucket:
         return self._level
 
     def take(self, n: int) -> None:
-        self._level = self.level - n
+        """A negative ``n`` gives back."""
+        self._level = min(float(self.size), self.level - n)
 
     def seconds_until(self, level: float) -> float:
         return max(0.0, (level - self.level) * 60 / self.size)
@@ -38,8 +37,8 @@ class Bucket:
 class RateLimiter:
     """Of one key. Lives on the event loop.
 
-    A request is paid when it comes, tokens when they are there: the prompt at admission, the answer
-    as it grows. So a long answer is never cut off; the key waits afterwards instead.
+    A request is paid when it comes. The tokens that it may take at most are reserved before it runs
+    and settled when it has ended, so no burst overdraws and no answer is cut off.
     """
 
     def __init__(self, key: ApiKey, clock: Callable[[], float] = time.monotonic) -> None:
@@ -59,9 +58,29 @@ class RateLimiter:
         """Raises ApiError (429) while no token is left."""
         _check(self._tokens, "tokens")
 
-    def take_tokens(self, n: int) -> None:
+    @property
+    def most_tokens(self) -> int | None:
+        """Of one call; None: no limit."""
+        return None if self._tokens is None else self._tokens.size
+
+    def reserve_tokens(self, n: int) -> None:
+        """Raises ApiError, and then takes nothing: 400 if that can never be, 429 if not yet."""
+        if self._tokens is None:
+            return
+        if n > self._tokens.size:
+            raise invalid(
+                f"this call may take up to {n} tokens (prompts and max_tokens of every choice), "
+                f"its API key may use {self._tokens.size} a minute; ask for less",
+                None,
+                "tokens_above_limit",
+            )
+        _check(self._tokens, "tokens", n)
+        self._tokens.take(n)
+
+    def give_back_tokens(self, n: int) -> None:
+        """What was reserved and not used."""
         if self._tokens is not None:
-            self._tokens.take(n)
+            self._tokens.take(-n)
 
     def headers(self) -> dict[str, str]:
         """OpenAI's ``x-ratelimit-*`` for what is limited."""
@@ -74,10 +93,12 @@ class RateLimiter:
         return headers
 
 
-def _check(bucket: Bucket | None, what: str) -> None:
-    if bucket is not None and (wait_s := bucket.seconds_until(1)) > 0:
+def _check(bucket: Bucket | None, what: str, n: int = 1) -> None:
+    if bucket is not None and (wait_s := bucket.seconds_until(n)) > 0:
+        needed = f", and this call may take {n}" if n > 1 else ""
         raise too_many(
-            f"this API key may use {bucket.size} {what} a minute; try again in {wait_s:.1f} s",
+            f"this API key may use {bucket.size} {what} a minute{needed}; "
+            f"try again in {wait_s:.1f} s",
             "rate_limit_exceeded",
             wait_s,
         )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import ClassVar, Protocol
 
@@ -83,7 +84,7 @@ class TextCall(ABC):
             self.info.meter.check_tokens()
         self.stop: StopRule = stop_rule(body)
         self.n = body.n or 1  # choices of each prompt
-        limit = state.config.http.max_choices
+        limit = min(state.config.http.max_choices, self.info.share.max_queued or math.inf)
         if self.n * n_prompts > limit:
             raise invalid(
                 f"{n_prompts} prompts × n={self.n} is more than the {limit} choices of one call",
@@ -107,6 +108,11 @@ class TextCall(ABC):
     @abstractmethod
     def format(self, head: AnswerHead) -> AnswerFormat:
         """Called after ``prompts``."""
+
+    @property
+    def limits_output(self) -> bool:
+        """Whether the client said how many tokens it wants at most."""
+        return True
 
     @property
     @abstractmethod
@@ -153,7 +159,7 @@ class TextCall(ABC):
         load_s = perf_counter() - started
         try:
             resolved.check_generates(self.adapter_request.param)
-            prompts = await self.prompts(resolved)
+            prompts = self._within_key_limit(await self.prompts(resolved))
             head = self._head(resolved)
             format_ = self.format(head)
             wanted, grammar = self.wanted, None
@@ -165,6 +171,18 @@ class TextCall(ABC):
             raise
         generation.start()
         return generation, format_
+
+    def _within_key_limit(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:
+        """Where the client set no limit, answers may be as long as the API key's limit allows."""
+        most = None if self.info.meter is None else self.info.meter.most_tokens
+        if most is None or self.limits_output:
+            return prompts
+        n_prompt = sum(len(prompt.ids) for prompt in prompts)
+        each = max(1, (most - n_prompt) // (self.n * len(prompts)))
+        return [
+            replace(p, sampling=replace(p.sampling, max_tokens=min(each, p.sampling.max_tokens)))
+            for p in prompts
+        ]
 
     def _head(self, resolved: ResolvedAdapter) -> AnswerHead:
         options = self._body.stream_options
@@ -202,6 +220,7 @@ class TextCall(ABC):
                     sampling=seed_of_choice(prompt.sampling, index),
                     adapter=resolved.lease,
                     cache_salt=salt,
+                    share=self.info.share,
                     grammar=None if prompt.discard_output else grammar,
                 )
                 choices.append(

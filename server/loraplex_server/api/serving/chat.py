@@ -57,6 +57,10 @@ class ChatCall(TextCall):
         return routing_text(self._messages)
 
     @property
+    def limits_output(self) -> bool:
+        return self._limit is not None
+
+    @property
     def with_logprobs(self) -> bool:
         return bool(self._chat.logprobs)
 

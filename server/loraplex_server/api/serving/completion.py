@@ -41,6 +41,10 @@ class CompletionCall(TextCall):
         return "\n".join(self._texts)
 
     @property
+    def limits_output(self) -> bool:
+        return self._completion.max_tokens is not None
+
+    @property
     def with_logprobs(self) -> bool:
         return self._completion.logprobs is not None
 

@@ -95,6 +95,7 @@ class Generation:
         self._meter = meter
         self._prompt_param = prompt_param
         self._n_prompt_tokens = n_prompt_tokens
+        self._n_reserved = 0  # tokens of the API key's limit that were not used yet
         self._choices = [Choice(i, spec, tokenizer) for i, spec in enumerate(choices)]
         self._by_id = {choice.request_id: choice for choice in self._choices}
         self._last_token_at: dict[str, float] = {}
@@ -113,12 +114,13 @@ class Generation:
         self._live.add(self)
         self._submitting = True
         try:
+            self._reserve()
             for request_id, choice in self._by_id.items():
                 self._engine.submit(choice.spec.request, self._on_event)
                 self._unfinished.add(request_id)
             self._is_admitted = True
             self._metrics.admitted()
-            self._pay(self._n_prompt_tokens)
+            self._n_reserved -= self._n_prompt_tokens
         except EngineError as error:
             raise from_engine(error, prompt_param=self._prompt_param) from error
         finally:
@@ -198,7 +200,7 @@ class Generation:
         if event.token_ids and not choice.ended and self._is_admitted:
             previous = self._last_token_at.get(event.request_id)
             self._metrics.tokens(len(event.token_ids), now, previous=previous)
-            self._pay(len(event.token_ids))
+            self._n_reserved -= len(event.token_ids)
             self._last_token_at[event.request_id] = now
         if event.finish is not None:
             self._unfinished.discard(event.request_id)
@@ -207,9 +209,12 @@ class Generation:
             self._events.append(event)
             self._wake()
 
-    def _pay(self, n_tokens: int) -> None:
+    def _reserve(self) -> None:
+        """What this call may take at most. Raises ApiError."""
         if self._meter is not None:
-            self._meter.take_tokens(n_tokens)
+            n_output = sum(choice.spec.request.sampling.max_tokens for choice in self._choices)
+            self._meter.reserve_tokens(self._n_prompt_tokens + n_output)
+            self._n_reserved = self._n_prompt_tokens + n_output
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -227,6 +232,8 @@ class Generation:
             return
         self._released = True
         self._chosen.release()
+        if self._meter is not None:
+            self._meter.give_back_tokens(self._n_reserved)
 
     def _digest(self, event: TokenEvent) -> ChoiceDelta | None:
         choice = self._by_id[event.request_id]

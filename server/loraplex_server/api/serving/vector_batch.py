@@ -46,6 +46,7 @@ class VectorBatch:
         self._live = live
         self._metrics = metrics
         self._meter = meter
+        self._n_reserved = 0  # tokens of the API key's limit that were not used yet
         self._prompt_param = prompt_param
         self._waiting = deque(enumerate(requests))
         self._running: dict[str, int] = {}  # request id → index; its event has not come
@@ -58,6 +59,10 @@ class VectorBatch:
 
     async def results(self) -> AsyncIterator[tuple[int, Tensor]]:
         """(index of the request, what it asked for), as they come. Raises ApiError."""
+        if self._meter is not None:
+            n_tokens = sum(len(request.prompt_ids) for _, request in self._waiting)
+            self._meter.reserve_tokens(n_tokens)
+            self._n_reserved = n_tokens
         self._submit()
         while self._running or self._events or self._waiting:
             while not self._events:
@@ -82,6 +87,8 @@ class VectorBatch:
         self._closed = True
         self._live.discard(self)
         self._waiting.clear()
+        if self._meter is not None:
+            self._meter.give_back_tokens(self._n_reserved)
         for request_id in self._running:
             self._metrics.finished("abort", 0)
             self._engine.cancel(request_id)
@@ -105,8 +112,7 @@ class VectorBatch:
             if not self._is_admitted:
                 self._is_admitted = True
                 self._metrics.admitted()
-            if self._meter is not None:
-                self._meter.take_tokens(len(request.prompt_ids))
+            self._n_reserved -= len(request.prompt_ids)
 
     def _on_event(self, event: TokenEvent) -> None:
         """Of such a request there is one event, the last."""

@@ -123,8 +123,10 @@ def _grammars(text: str) -> list[dict[str, object]]:
 
 
 def _reason(error: str) -> str:
-    """The first line; the others show the grammar."""
-    line = error.strip().split("\n")[0][:300]
+    """The first line and what the parser of expressions says; the others show the grammar."""
+    first, *others = error.strip().split("\n")
+    told = [line.strip() for line in others if line.strip().startswith("error: ")]
+    line = " ".join([first[:300], *told])
     keywords = line.removeprefix("Unimplemented keys: ")
     if keywords == line:
         return line

@@ -1,0 +1,121 @@
+"""What a JSON schema costs: rows with one beside rows without, with and without forced tokens.
+
+    python server/benchmarks/bench_structured.py
+
+The default base in this process, no HTTP. In each round the three cases take turns, each with its
+own engine; the same requests, and as many tokens for the free rows as the constrained ones had.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Sequence
+
+from loraplex_server.api.serving.structured_output import json_grammar
+from loraplex_server.engine.build import BuiltEngine, build_engine
+from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.events import TokenEvent
+from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec, TokenTrie
+from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
+
+_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"$ref": "#/$defs/text"},
+        "occupation": {"$ref": "#/$defs/text"},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "address": {
+            "type": "object",
+            "properties": {"street": {"$ref": "#/$defs/text"}, "city": {"$ref": "#/$defs/text"}},
+            "required": ["street", "city"],
+            "additionalProperties": False,
+        },
+        "languages": {"type": "array", "items": {"$ref": "#/$defs/text"}, "maxItems": 4},
+    },
+    "required": ["name", "occupation", "age", "address", "languages"],
+    "additionalProperties": False,
+    "$defs": {"text": {"type": "string", "maxLength": 32}},
+}
+_PROMPT = "Describe a person as JSON, number {}:\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    path = resolve_model(None)
+    engines = {
+        forced: build_engine(EngineConfig(forced_tokens=forced, self_check=False), path)
+        for forced in (True, False)
+    }
+    try:
+        _compare(engines, arguments.rows, arguments.rounds)
+    finally:
+        for built in engines.values():
+            built.engine.close()
+
+
+def _compare(engines: dict[bool, BuiltEngine], n_rows: int, n_rounds: int) -> None:
+    built = engines[True]
+    backend = built.tokenizer.backend_tokenizer
+    trie = TokenTrie(backend.to_str(), built.base_spec.vocab_size, built.engine.eos_token_ids)
+    grammar = trie.compile(GrammarSpec(json_grammar(_SCHEMA)))
+    prompts = [backend.encode(_PROMPT.format(row)).ids for row in range(n_rows)]
+    rates: dict[str, list[float]] = {"with forced tokens": [], "without forced": [], "free": []}
+    share = 0.0
+    for number in range(n_rounds + 1):  # the first warms up
+        before = built.engine.stats().n_forced_tokens
+        lengths, forced_rate = _time(engines[True], prompts, grammar, [512] * n_rows, number)
+        share = (built.engine.stats().n_forced_tokens - before) / sum(lengths)
+        _, plain_rate = _time(engines[False], prompts, grammar, [512] * n_rows, number)
+        _, free_rate = _time(engines[True], prompts, None, lengths, number)
+        if number:
+            for name, rate in zip(rates, (forced_rate, plain_rate, free_rate), strict=True):
+                rates[name].append(rate)
+    medians = {name: statistics.median(found) for name, found in rates.items()}
+    for name, rate in medians.items():
+        print(f"{name:20} {rate:8.0f} tok/s   {rate / medians['free']:.2f} of free rows")
+    print(f"forced tokens: {share:.0%} of the constrained answers")
+    print(json.dumps({"base": DEFAULT_BASE, "rows": n_rows, "forced": share, **rates}))
+
+
+def _time(
+    built: BuiltEngine,
+    prompts: Sequence[Sequence[int]],
+    grammar: CompiledGrammar | None,
+    lengths: Sequence[int],
+    seed: int,
+) -> tuple[list[int], float]:
+    """Tokens of each answer, and all tokens a second."""
+
+    async def one(row: int) -> int:
+        events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        sampling = SamplingParams(lengths[row], seed=seed, ignore_eos=grammar is None)
+        built.engine.submit(
+            GenerationRequest(f"{row}", tuple(prompts[row]), sampling, grammar=grammar),
+            events.put_nowait,
+        )
+        n_tokens = 0
+        while True:
+            event = await events.get()
+            n_tokens += len(event.token_ids)
+            if event.finish is not None:
+                return n_tokens
+
+    async def run() -> list[int]:
+        return await asyncio.gather(*map(one, range(len(prompts))))
+
+    started = time.perf_counter()
+    found = asyncio.run(run())
+    return found, sum(found) / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

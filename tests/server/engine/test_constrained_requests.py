@@ -1,0 +1,178 @@
+"""Requests with a grammar inside the engine: forced tokens, preemption, neighbours, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import replace
+
+import jsonschema_rs
+import pytest
+from transformers import PreTrainedModel
+
+from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_server.api.serving.structured_output import json_grammar
+from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.events import FinishReason, TokenEvent
+from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec, TokenTrie
+from loraplex_server.engine.sampling_params import SamplingParams
+from tests.support.architectures import tiny_model
+from tests.support.engines import Answer, PlanLease, running_engine
+from tests.support.routed_plans import lora_plan
+from tests.support.tiny_tokenizer import tiny_tokenizer
+
+BACKEND = tiny_tokenizer().backend_tokenizer
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "identifier": {"type": "integer", "minimum": 0, "maximum": 99999},
+        "description": {"type": "string", "maxLength": 8},
+        "category": {"enum": ["the first category", "quite another one"]},
+    },
+    "required": ["identifier", "description", "category"],
+    "additionalProperties": False,
+}
+LOOSE = SamplingParams(max_tokens=250, temperature=1.5, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama", eos_token_id=2, max_position_embeddings=512)
+
+
+@pytest.fixture(scope="module")
+def trie(model: PreTrainedModel) -> TokenTrie:
+    return TokenTrie(BACKEND.to_str(), model.config.vocab_size, {2})
+
+
+@pytest.fixture(scope="module")
+def thing(trie: TokenTrie) -> CompiledGrammar:
+    return trie.compile(GrammarSpec(json_grammar(SCHEMA)))
+
+
+async def ask(
+    engine: Engine,
+    grammar: CompiledGrammar | None,
+    sampling: SamplingParams = LOOSE,
+    *,
+    plan: AdapterPlan | None = None,
+    name: str = "r",
+    prompt: tuple[int, ...] = (5, 9, 33),
+) -> Answer:
+    events: asyncio.Queue[TokenEvent] = asyncio.Queue()
+    lease = None if plan is None else PlanLease(engine.packer.prepare(plan))
+    request = GenerationRequest(name, prompt, sampling, lease, grammar=grammar)
+    engine.submit(request, events.put_nowait)
+    answer = Answer()
+    while not answer.events or answer.finish is None:
+        answer.events.append(await events.get())
+        answer.token_ids += answer.last.token_ids
+    return answer
+
+
+def check(answer: Answer) -> str:
+    assert answer.finish is FinishReason.STOP, answer.last
+    text = BACKEND.decode(answer.token_ids)
+    assert jsonschema_rs.is_valid(SCHEMA, json.loads(text)), text
+    return str(text)
+
+
+def test_forced_tokens_change_no_answer_and_save_steps(
+    model: PreTrainedModel, thing: CompiledGrammar
+) -> None:
+    answers, steps = [], []
+    for forced in (True, False):
+        with running_engine(model, forced_tokens=forced) as engine:
+            answer = asyncio.run(ask(engine, thing))
+            check(answer)
+            answers.append(answer.token_ids)
+            stats = engine.stats()
+            steps.append(stats.n_steps)
+            assert stats.n_forced_tokens > len(answer.token_ids) / 3
+    assert answers[0] == answers[1]
+    assert steps[1] >= len(answers[1])
+    assert steps[0] < 0.75 * steps[1]
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_adapters_of_any_rank_answer_within_the_grammar(
+    model: PreTrainedModel, thing: CompiledGrammar, fuse: bool
+) -> None:
+    plans = [None, lora_plan(model, rank=4, seed=1), lora_plan(model, rank=17, seed=2)]
+
+    async def run(engine: Engine) -> list[Answer]:
+        greedy = replace(LOOSE, temperature=0.0)
+        return await asyncio.gather(
+            *(
+                ask(engine, thing, sampling, plan=plan, name=f"{index}{sampling.greedy}")
+                for index, plan in enumerate(plans)
+                for sampling in (LOOSE, greedy)
+            )
+        )
+
+    with running_engine(model, fuse=fuse) as engine:
+        together = asyncio.run(run(engine))
+        alone = asyncio.run(ask(engine, thing, plan=plans[2]))
+    texts = [check(answer) for answer in together]
+    assert len(set(texts)) > 3
+    assert together[4].token_ids == alone.token_ids
+
+
+def test_free_rows_have_the_same_bits_beside_constrained_ones(
+    model: PreTrainedModel, thing: CompiledGrammar
+) -> None:
+    scored = SamplingParams(max_tokens=30, temperature=0.9, seed=5, logprobs=3, ignore_eos=True)
+
+    async def run(engine: Engine, n_constrained: int) -> Answer:
+        free, *_ = await asyncio.gather(
+            ask(engine, None, scored, name="free"),
+            *(
+                ask(engine, thing, replace(LOOSE, seed=s), name=str(s))
+                for s in range(n_constrained)
+            ),
+        )
+        return free
+
+    with running_engine(model, prefix_cache=False) as engine:
+        alone, beside = (asyncio.run(run(engine, n)) for n in (0, 5))
+    assert [e.logprobs for e in alone.events] == [e.logprobs for e in beside.events]
+    assert alone.token_ids == beside.token_ids
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 17])
+def test_an_answer_is_cut_at_its_limit_also_within_forced_tokens(
+    model: PreTrainedModel, thing: CompiledGrammar, limit: int
+) -> None:
+    with running_engine(model) as engine:
+        whole = asyncio.run(ask(engine, thing))
+        cut = asyncio.run(ask(engine, thing, replace(LOOSE, max_tokens=limit)))
+    assert cut.finish is FinishReason.LENGTH
+    assert cut.token_ids == whole.token_ids[:limit]
+
+
+def test_a_forced_stop_token_ends_the_answer_like_a_sampled_one(
+    model: PreTrainedModel, thing: CompiledGrammar
+) -> None:
+    with running_engine(model) as engine:
+        whole = asyncio.run(ask(engine, thing)).token_ids
+        stop = whole[4]
+        stopped = replace(LOOSE, stop_token_ids=frozenset({stop}))
+        answer = asyncio.run(ask(engine, thing, stopped))
+    assert answer.finish is FinishReason.STOP
+    assert answer.last.stop_token == stop
+    assert answer.token_ids == whole[: whole.index(stop)]
+
+
+def test_an_end_token_is_no_way_out_and_ends_a_grammar_that_may_end(
+    model: PreTrainedModel, trie: TokenTrie, thing: CompiledGrammar
+) -> None:
+    wants_to_end = replace(LOOSE, logit_bias={2: 100.0}, ignore_eos=True)
+    digits = trie.compile(GrammarSpec("start: /[0-9]{3,9}/"))
+    with running_engine(model) as engine:
+        check(asyncio.run(ask(engine, thing, wants_to_end)))
+        answer = asyncio.run(ask(engine, digits, wants_to_end))
+        longer = asyncio.run(ask(engine, digits, replace(wants_to_end, min_tokens=5)))
+    assert answer.finish is longer.finish is FinishReason.STOP
+    assert len(BACKEND.decode(answer.token_ids)) == 3
+    assert len(longer.token_ids) >= 5

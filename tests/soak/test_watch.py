@@ -1,0 +1,91 @@
+"""The soak's own judgement: it sees what it is there to see."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+
+import httpx
+import peft
+import pytest
+import torch
+
+from tests.soak.chaos import Chaos
+from tests.soak.ledger import GONE, Ledger
+from tests.soak.marked import save_marked_base, write_contents
+from tests.soak.watch import Life
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def _life(mib_per_minute: float, files: int) -> Life:
+    life = Life(1)
+    life.samples = [(s, 500 + s / 60 * mib_per_minute, 90 + s * files // 300) for s in range(300)]
+    return life
+
+
+def test_memory_that_grows_and_files_that_stay_open_are_problems() -> None:
+    assert _life(0.5, 0).problems() == []
+    assert "memory grows by 9.0 MiB a minute" in _life(9.0, 0).problems()
+    assert any("open files" in text for text in _life(0.0, 200).problems())
+
+
+def test_a_lost_change_and_one_that_nobody_acknowledged_are_told_apart() -> None:
+    ledger = Ledger(["a", "b"])
+    for name in ("a", "b"):
+        ledger.begin(name, 10)
+        ledger.acknowledge(name)
+    ledger.begin("b", 11)
+    ledger.lose_touch("b")
+    assert not ledger.find("a", GONE), "it was acknowledged and is gone"
+    assert ledger.find("b", 11), "it was asked for"
+
+
+def test_a_request_may_see_what_was_true_while_it_ran() -> None:
+    ledger = Ledger(["a"])
+    ledger.begin("a", 10)
+    ledger.acknowledge("a")
+    since = time.monotonic()
+    ledger.begin("a", 11)
+    assert ledger.possible("a", since) == {10, 11}
+    ledger.acknowledge("a")
+    assert ledger.possible("a", since) == {10, 11}
+    assert ledger.possible("a", time.monotonic() + 1) == {11}
+
+
+@torch.no_grad()
+def test_by_peft_each_content_answers_every_prompt_with_its_mark(tmp_path: Path) -> None:
+    model = save_marked_base(tmp_path / "base")
+    contents = write_contents(model, tmp_path / "contents", 40)
+    assert len({content.mark for content in contents}) == 40
+    prompts = torch.randint(3, 300, (16, 12), generator=torch.Generator().manual_seed(1))
+    for index, content in list(enumerate(contents))[::8]:
+        folder = tmp_path / "contents" / str(index)
+        (folder / "adapter_config.json").write_bytes(content.config)
+        tuned = peft.PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
+        assert (tuned(input_ids=prompts).logits.argmax(-1) == content.mark).all()
+
+
+@pytest.mark.anyio
+async def test_a_wrong_mark_or_a_missing_adapter_is_a_violation() -> None:
+    chaos = Chaos([], ["a"], seed=0)
+    chaos.ledger.begin("a", 10)
+    chaos.ledger.acknowledge("a")
+    since = time.monotonic()
+    chaos._check_mark([10] * 8, "a", since)
+    assert chaos.violations == []
+    chaos._check_mark([11] * 8, "a", since)
+    chaos._check_mark([10] * 7 + [11], "a", since)
+    chaos._is_answered(httpx.Response(404, json={}), "a", since)
+    assert len(chaos.violations) == 3
+    chaos.is_away = False
+    gone = httpx.Response(503, json={"error": {}}, headers={"retry-after": "5"})
+    chaos._is_fine(gone, "while it runs")
+    chaos.is_away = True
+    chaos._is_fine(gone, "while it is away")
+    assert [text.partition(":")[0] for text in chaos.violations[3:]] == ["while it runs"]
+    await chaos._client.aclose()

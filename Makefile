@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test test-fast check ci lint types bandit sbom unit unit-all fuzz bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
+.PHONY: serve test test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
 
 venv: $(STAMP)
 
@@ -56,6 +56,9 @@ PARALLEL := -n auto --dist loadfile  # a process for each core, files whole
 FUZZ := --seed 1 --cases 100000
 fuzz: venv  # odd requests and adapter files against a real server; some twenty minutes
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+soak: venv  # an hour of mixed chaos against a real server
+	$(BIN)/python -m tests.soak.run $(SOAK)
 
 FAST := architecture deploy router adapter_store
 test-fast: lint types  # some two minutes

@@ -36,6 +36,8 @@ class AdapterCard:
     n_leases: int
     report: LoadReport | None  # None in lists: ask for the adapter alone
     provenance: Mapping[str, JsonValue] = field(default_factory=dict)
+    defaults: Mapping[str, JsonValue] = field(default_factory=dict)  # of requests
+    etag: str = ""  # of content and card, for a change of what was seen
     expires: float | None = None  # seconds since the epoch; None: it stays
     unservable: str | None = None  # why this server's engine cannot apply it; None: it can
     task: HeadTask | None = None  # what it labels; None: it generates text
@@ -57,6 +59,7 @@ class AdapterCard:
             "n_leases": self.n_leases,
             "report": None if self.report is None else self.report.to_json(),
             "provenance": dict(self.provenance),
+            "defaults": dict(self.defaults),
             "expires": self.expires,
             "unservable": self.unservable,
             "task": None if self.task is None else self.task.value,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from types import TracebackType
+from collections.abc import Callable, Mapping
+from types import MappingProxyType, TracebackType
 
 from .plan import AdapterPlan
+from .report import JsonValue
 
 __all__ = ["AdapterLease"]
 
@@ -17,15 +18,22 @@ class AdapterLease:
     ``revision`` is 0 for a mixture; its ``name`` is the mixture in words.
     """
 
-    __slots__ = ("_on_release", "_released", "digest", "name", "plan", "revision")
+    __slots__ = ("_on_release", "_released", "defaults", "digest", "name", "plan", "revision")
 
     def __init__(
-        self, name: str, revision: int, plan: AdapterPlan, on_release: Callable[[str], None]
+        self,
+        name: str,
+        revision: int,
+        plan: AdapterPlan,
+        on_release: Callable[[str], None],
+        defaults: Mapping[str, JsonValue] = MappingProxyType({}),
     ) -> None:
+        """``defaults``: of the name's card."""
         self.name = name
         self.digest = plan.digest
         self.revision = revision
         self.plan = plan
+        self.defaults = defaults
         self._on_release = on_release
         self._released = threading.Lock()
 

@@ -67,7 +67,7 @@ class Leasing:
         if self._index.content(content.digest) is None:  # retired between look-up and count
             self._retirement.release(content.digest)
             return None
-        return AdapterLease(record.name, record.revision, plan, self._retirement.release)
+        return self._lease(record, plan)
 
     def find(self, ref: NameRef) -> tuple[NameRecord, Content]:
         """What ``ref`` means now. Raises UnknownAdapter."""
@@ -86,7 +86,7 @@ class Leasing:
                 lambda: self._loader.load(content),
                 tenant=tenant_of(record.name),
             )
-            return AdapterLease(record.name, record.revision, plan, self._retirement.release)
+            return self._lease(record, plan)
         except UnservableAdapter as error:
             self._on_unservable(content.digest, str(error))
             raise
@@ -113,6 +113,11 @@ class Leasing:
         finally:
             for part in parts:
                 self._retirement.let_go(part.digest)
+
+    def _lease(self, record: NameRecord, plan: AdapterPlan) -> AdapterLease:
+        return AdapterLease(
+            record.name, record.revision, plan, self._retirement.release, record.defaults
+        )
 
     def _hold(self, ref: NameRef) -> tuple[NameRecord, Content]:
         """What ``ref`` means now; its files and its plan stay until it is let go."""

@@ -19,4 +19,5 @@ class PutOptions:
     examples: Sequence[str] = ()  # prompts
     provenance: Mapping[str, JsonValue] | None = None  # None: what the kind of put says itself
     expires: float | None = None  # seconds since the epoch, see ``AdapterStore.expire``
+    defaults: Mapping[str, JsonValue] | None = None  # of requests; the server reads them
     quota: Quota = NO_QUOTA  # of the tenant whose name it is

@@ -11,7 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,6 +44,10 @@ _MIGRATIONS = (
     ALTER TABLE revisions ADD COLUMN kept INTEGER NOT NULL DEFAULT 0;
     """,
     "ALTER TABLE contents ADD COLUMN task TEXT;",
+    """
+    ALTER TABLE revisions ADD COLUMN defaults TEXT NOT NULL DEFAULT '{}';
+    ALTER TABLE revisions ADD COLUMN edits INTEGER NOT NULL DEFAULT 0;
+    """,
 )
 
 
@@ -72,6 +76,17 @@ class NameRecord:
     created: float
     pinned: bool = False  # of the name, not of the revision, like the next
     expires: float | None = None  # seconds since the epoch; None: it stays
+    defaults: Mapping[str, JsonValue] = field(default_factory=dict)  # of requests; for the server
+    edits: int = 0  # changes of the card since the content was put
+
+    @property
+    def etag(self) -> str:
+        """Of content and card; the digest alone while the card is as it was put."""
+        return f"{self.digest}.{self.edits}" if self.edits else self.digest
+
+    def matches(self, if_match: str) -> bool:
+        """A digest alone compares the content only."""
+        return if_match in (self.digest, self.etag)
 
 
 class Put(NamedTuple):
@@ -145,6 +160,7 @@ class Registry:
         provenance: Mapping[str, JsonValue],
         created: float,
         expires: float | None = None,
+        defaults: Mapping[str, JsonValue] | None = None,
         n_kept: int = 0,
     ) -> Put:
         """Points ``name`` at ``content``. Raises RevisionConflict and changes nothing.
@@ -154,7 +170,7 @@ class Registry:
         with self._transaction() as db:
             row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
             current = None if row is None else _record(row)
-            _check_match(name, None if current is None else current.digest, if_match, replace)
+            _check_match(name, current, if_match, replace)
             db.execute(
                 "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -174,7 +190,7 @@ class Registry:
             ).fetchone()
             revision = int(last[0]) + 1
             db.execute(
-                "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, 0)",
+                "INSERT INTO revisions VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?, 0)",
                 (
                     name,
                     revision,
@@ -183,6 +199,7 @@ class Registry:
                     json.dumps(examples),
                     json.dumps(dict(provenance)),
                     created,
+                    json.dumps(dict(defaults or {})),
                 ),
             )
             db.execute(
@@ -203,9 +220,43 @@ class Registry:
             row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
             if row is None:
                 raise UnknownAdapter(name)
-            _check_match(name, _record(row).digest, if_match, replace=True)
+            _check_match(name, _record(row), if_match, replace=True)
             db.execute("DELETE FROM names WHERE name = ?", (name,))
             db.execute("UPDATE revisions SET kept = 0 WHERE name = ? AND kept", (name,))
+
+    def edit(
+        self,
+        name: str,
+        *,
+        if_match: str | None,
+        description: str | None,
+        examples: tuple[str, ...],
+        defaults: Mapping[str, JsonValue],
+    ) -> NameRecord:
+        """A new card for the same content. Raises UnknownAdapter or RevisionConflict."""
+        with self._transaction() as db:
+            row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
+            if row is None:
+                raise UnknownAdapter(name)
+            current = _record(row)
+            if if_match is not None and if_match != current.etag:
+                raise RevisionConflict(
+                    f"adapter {name!r} has ETag {current.etag}, not {if_match}", current.digest
+                )
+            db.execute(
+                "UPDATE revisions"
+                " SET description = ?, examples = ?, defaults = ?, edits = edits + 1"
+                " WHERE name = ? AND revision = ?",
+                (
+                    description,
+                    json.dumps(examples),
+                    json.dumps(dict(defaults)),
+                    name,
+                    current.revision,
+                ),
+            )
+            row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
+        return _record(row)
 
     def set_pinned(self, name: str, *, pinned: bool) -> NameRecord:
         return self._set(name, "UPDATE names SET pinned = ? WHERE name = ?", int(pinned))
@@ -272,11 +323,12 @@ class Registry:
 
 _SELECT_NAMES = (
     "SELECT n.name, r.revision, r.digest, r.description, r.examples, r.provenance, r.created,"
-    " n.pinned, n.expires"
+    " n.pinned, n.expires, r.defaults, r.edits"
     " FROM names n JOIN revisions r ON r.name = n.name AND r.revision = n.revision"
 )
 _SELECT_KEPT = (
-    "SELECT name, revision, digest, description, examples, provenance, created, 0, NULL"
+    "SELECT name, revision, digest, description, examples, provenance, created, 0, NULL,"
+    " defaults, edits"
     " FROM revisions WHERE kept"
 )
 
@@ -297,16 +349,21 @@ def _keep(db: sqlite3.Connection, old: NameRecord, new_digest: str, n_kept: int)
     )
 
 
-def _check_match(name: str, current: str | None, if_match: str | None, replace: bool) -> None:
-    if if_match is not None and current != if_match:
-        now = "does not exist" if current is None else f"has digest {current}"
-        raise RevisionConflict(f"adapter {name!r} {now}, not {if_match}", current)
+def _check_match(
+    name: str, current: NameRecord | None, if_match: str | None, replace: bool
+) -> None:
+    digest = None if current is None else current.digest
+    if if_match is not None and (current is None or not current.matches(if_match)):
+        now = "does not exist" if current is None else f"has digest {current.etag}"
+        raise RevisionConflict(f"adapter {name!r} {now}, not {if_match}", digest)
     if not replace and current is not None:
-        raise RevisionConflict(f"adapter {name!r} exists already (digest {current})", current)
+        raise RevisionConflict(f"adapter {name!r} exists already (digest {digest})", digest)
 
 
 def _record(row: tuple[object, ...]) -> NameRecord:
-    name, revision, digest, description, examples, provenance, created, pinned, expires = row
+    name, revision, digest, description, examples, provenance, created, pinned, expires = row[:9]
+    defaults, edits = row[9:]
+    assert isinstance(edits, int)
     assert isinstance(revision, int)
     assert isinstance(created, float)
     assert isinstance(expires, float | None)
@@ -320,6 +377,8 @@ def _record(row: tuple[object, ...]) -> NameRecord:
         created=created,
         pinned=bool(pinned),
         expires=expires,
+        defaults=json.loads(str(defaults)),
+        edits=edits,
     )
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
+from typing import NamedTuple
 
 import safetensors.torch
 from torch import Tensor
@@ -55,7 +56,16 @@ from .retirement import Retirement
 from .root_lock import own_root
 from .selector import NameRef, Selector, parse_selector
 
-__all__ = ["AdapterLease", "AdapterStore", "Progress"]
+__all__ = ["AdapterLease", "AdapterStore", "CardEdit", "Progress"]
+
+
+class CardEdit(NamedTuple):
+    """What of a card can change."""
+
+    description: str | None
+    examples: Sequence[str]
+    defaults: Mapping[str, JsonValue]
+
 
 Progress = Callable[[str, float], None]  # stage, share done in [0, 1]
 
@@ -288,9 +298,35 @@ class AdapterStore:
                 description=record.description,
                 examples=record.examples,
                 provenance=record.provenance,
+                defaults=record.defaults,
             )
             put = self._point(name, content, report, options)
         return self._card(put.record, content, report, current[0].digest)
+
+    def edit(
+        self,
+        name: str,
+        change: Callable[[AdapterCard], CardEdit],
+        *,
+        if_match: str | None = None,
+    ) -> AdapterCard:
+        """A new card for the same content; ``change`` sees the present one.
+
+        ``if_match``: the ETag that the card must have. Raises UnknownAdapter, RevisionConflict or
+        what ``change`` raises; then nothing changed.
+        """
+        with self._writing:
+            self._check_open()
+            described, examples, defaults = change(self.get(name))
+            record = self._registry.edit(
+                name,
+                if_match=if_match,
+                description=described,
+                examples=tuple(examples),
+                defaults=defaults,
+            )
+            self._index.update(record)
+        return self.get(name)
 
     def history(self, name: str) -> tuple[tuple[int, str, float], ...]:
         """(revision, digest, created) of every content the name ever had, oldest first."""
@@ -468,10 +504,13 @@ class AdapterStore:
         """Publishes the files, then moves the name."""
         plan, report = ingested.reading
         found = self._index.find(name)
-        current = None if found is None else found[0].digest
-        if options.if_match is not None and current != options.if_match:  # before any file moves
-            now = "does not exist" if current is None else f"has digest {current}"
-            raise RevisionConflict(f"adapter {name!r} {now}, not {options.if_match}", current)
+        current = None if found is None else found[0]
+        if options.if_match is not None and (  # before any file moves
+            current is None or not current.matches(options.if_match)
+        ):
+            now = "does not exist" if current is None else f"has digest {current.etag}"
+            digest = None if current is None else current.digest
+            raise RevisionConflict(f"adapter {name!r} {now}, not {options.if_match}", digest)
         self._check_quota(name, plan.digest, ingested.n_bytes, options.quota)
         was_there = self._index.content(plan.digest) is not None
         n_bytes = self._files.publish(ingested.staged, plan.digest)
@@ -518,6 +557,7 @@ class AdapterStore:
             description=options.description,
             examples=tuple(options.examples),
             provenance=options.provenance or {},
+            defaults=options.defaults,
             created=time.time(),
             expires=options.expires,
             n_kept=self._n_kept_revisions,
@@ -591,6 +631,8 @@ class AdapterStore:
             n_leases=self._tier.n_leases(record.digest),
             report=report,
             provenance=record.provenance,
+            defaults=record.defaults,
+            etag=record.etag,
             expires=record.expires,
             replaced=replaced,
             unservable=self._unservable.get(record.digest),

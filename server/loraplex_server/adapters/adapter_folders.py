@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.names import is_valid_name
 from loraplex_adapter_store.put_options import PutOptions
+from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule
 
+from .adapter_defaults import DefaultsRefused, read_defaults
 from .readme import describe
 
 __all__ = ["changed_since", "find_folders", "is_from", "put_folder"]
 
 _CONFIG_FILE = "adapter_config.json"
+_log = logging.getLogger(__name__)
 
 
 def find_folders(root: Path) -> Iterator[LoraModule]:
@@ -36,7 +40,7 @@ def put_folder(store: AdapterStore, module: LoraModule) -> AdapterCard:
     return store.put_directory(
         module.name,
         module.path,
-        options=PutOptions(description=description, examples=told.examples),
+        options=PutOptions(description=description, examples=told.examples, defaults=told.defaults),
     )
 
 
@@ -53,6 +57,7 @@ def changed_since(folder: Path, when: float) -> bool:
 class _Told(NamedTuple):
     description: str | None = None
     examples: tuple[str, ...] = ()  # prompts
+    defaults: Mapping[str, JsonValue] | None = None  # of requests
 
 
 def _told_by_card(path: Path) -> _Told:
@@ -60,8 +65,15 @@ def _told_by_card(path: Path) -> _Told:
     try:
         card = json.loads((path / "card.json").read_text(encoding="utf-8"))
         description, examples = card["description"], card["examples"]
+        defaults = card.get("defaults", {})
     except (OSError, ValueError, KeyError, TypeError):
         return _Told()
     if not (isinstance(description, str | None) and isinstance(examples, list)):
         return _Told()
-    return _Told(description, tuple(text for text in examples if isinstance(text, str)))
+    prompts = tuple(text for text in examples if isinstance(text, str))
+    try:
+        read_defaults(defaults)
+    except DefaultsRefused as error:
+        _log.warning("%s: the defaults of card.json are not used: %s", path.name, error)
+        return _Told(description, prompts)
+    return _Told(description, prompts, defaults)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
+from pydantic import JsonValue
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -29,6 +30,8 @@ _PARTS = {
     "chat_template": "chat_template",
     "chat_template.jinja": "chat_template",
     **{name: name for name in COMPANION_FILES},
+    "card": "card",
+    "card.json": "card",
     "description": "description",
     "examples": "examples",
 }
@@ -43,6 +46,7 @@ UPLOAD_SCHEMA = {  # of the form, for /openapi.json
         "weights": _FILE,
         "chat_template": _FILE,
         **dict.fromkeys(COMPANION_FILES, _FILE),
+        "card": _FILE,
         "description": _TEXT,
         "examples": {**_TEXT, "contentMediaType": "application/json"},  # a list of texts
     },
@@ -57,6 +61,7 @@ class Upload:
     companions: Mapping[str, bytes]
     description: str | None
     examples: tuple[str, ...]
+    defaults: Mapping[str, JsonValue]  # of requests, as card.json gives them; not checked
 
 
 async def receive_upload(request: Request, folder: Path) -> Upload:
@@ -133,6 +138,8 @@ async def _read(form: FormData) -> Upload:
     weights = parts["weights"]
     if isinstance(weights, str):
         raise invalid("weights must be sent as a file", "weights", "bad_upload")
+    card = _card(await _text(parts, "card"))
+    examples = await _text(parts, "examples")
     return Upload(
         config=await _bytes(parts["config"], "config"),
         weights=Path(weights.file.name),
@@ -140,8 +147,9 @@ async def _read(form: FormData) -> Upload:
         companions={
             name: await _bytes(parts[name], name) for name in COMPANION_FILES if name in parts
         },
-        description=await _text(parts, "description"),
-        examples=_examples(await _text(parts, "examples")),
+        description=await _text(parts, "description") or _description(card),
+        examples=_examples(card.get("examples", []) if examples is None else _json(examples)),
+        defaults=_defaults(card),
     )
 
 
@@ -163,13 +171,45 @@ async def _text(parts: dict[str, UploadFile | str], name: str) -> str | None:
         raise invalid(f"{name} is not UTF-8", name, "bad_upload") from error
 
 
-def _examples(text: str | None) -> tuple[str, ...]:
-    if text is None:
-        return ()
+def _json(text: str) -> JsonValue:
     try:
-        examples = orjson.loads(text)
+        value: JsonValue = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise invalid("examples must be a JSON list of texts", "examples", "bad_upload") from error
-    if not isinstance(examples, list) or not all(isinstance(item, str) for item in examples):
+    return value
+
+
+def _examples(examples: JsonValue) -> tuple[str, ...]:
+    if not isinstance(examples, list):
         raise invalid("examples must be a JSON list of texts", "examples", "bad_upload")
-    return tuple(examples)
+    texts = tuple(item for item in examples if isinstance(item, str))
+    if len(texts) < len(examples):
+        raise invalid("examples must be a JSON list of texts", "examples", "bad_upload")
+    return texts
+
+
+def _card(text: str | None) -> dict[str, JsonValue]:
+    """card.json, as `loraplex train` writes it."""
+    if text is None:
+        return {}
+    try:
+        card = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise invalid(f"card.json is not JSON: {error}", "card", "bad_upload") from error
+    if not isinstance(card, dict):
+        raise invalid("card.json must be a JSON object", "card", "bad_upload")
+    return card
+
+
+def _description(card: Mapping[str, JsonValue]) -> str | None:
+    description = card.get("description")
+    if not isinstance(description, str | None):
+        raise invalid("the description of card.json must be a text", "card", "bad_upload")
+    return description
+
+
+def _defaults(card: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
+    defaults = card.get("defaults", {})
+    if not isinstance(defaults, dict):
+        raise invalid("the defaults of card.json must be an object", "card", "bad_upload")
+    return defaults

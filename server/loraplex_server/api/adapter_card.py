@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Literal
 
 from fastapi import Request
+from pydantic import JsonValue
 
 from loraplex_adapter_store.card import AdapterCard
+from loraplex_server.adapters.adapter_defaults import DefaultsRefused, read_defaults
 from loraplex_server.api_keys import AdapterAccess
 
 from .errors import invalid
 from .orjson_response import ORJSONResponse
 from .state import AppState
 
-__all__ = ["Report", "card_response", "conditions", "shown_card"]
+__all__ = ["Report", "card_response", "checked_defaults", "conditions", "shown_card"]
 
+_ETAG = re.compile(r"[0-9a-f]{64}(\.[1-9][0-9]{0,9})?")
 Report = Literal["none", "summary", "full"]  # how much of the load report is shown
 
 
@@ -26,10 +31,10 @@ def card_response(
     *,
     status: int = 200,
 ) -> ORJSONResponse:
-    """The ``ETag`` is the digest."""
+    """The ``ETag`` is the digest, with the number of edits behind it once the card was edited."""
     resident = set(state.engine.stats().resident_adapters)
     shown = shown_card(access, card, resident, report)
-    return ORJSONResponse(shown, status=status, headers={"etag": f'"{card.digest}"'})
+    return ORJSONResponse(shown, status=status, headers={"etag": f'"{card.etag}"'})
 
 
 def shown_card(
@@ -52,14 +57,23 @@ def shown_card(
     return {**shown, "tier": tier, "provenance": provenance}
 
 
+def checked_defaults(given: Mapping[str, JsonValue], param: str = "") -> dict[str, JsonValue]:
+    """Raises ApiError (400) that names the field; ``param``: what stands before it."""
+    try:
+        read_defaults(given)
+    except DefaultsRefused as error:
+        raise invalid(str(error), param + error.param) from error
+    return dict(given)
+
+
 def conditions(request: Request) -> tuple[str | None, bool]:
-    """(If-Match as a digest, whether an existing adapter may be replaced). Raises ApiError."""
+    """(If-Match, whether an existing adapter may be replaced). Raises ApiError."""
     if_match = request.headers.get("if-match")
     if_none = request.headers.get("if-none-match")
     if if_none is not None and if_none.strip() != "*":
         raise invalid("If-None-Match must be *", "If-None-Match")
     if if_match is not None:
         if_match = if_match.strip().removeprefix("W/").strip('"')
-        if len(if_match) != 64 or not set(if_match) <= set("0123456789abcdef"):
+        if _ETAG.fullmatch(if_match) is None:
             raise invalid("If-Match must be the adapter's ETag, a full digest", "If-Match")
     return if_match, if_none is None

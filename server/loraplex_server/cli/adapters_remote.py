@@ -51,6 +51,7 @@ class RemoteAdapters:
                 ("config", "adapter_config.json"),
                 ("weights", "adapter_model.safetensors"),
                 ("chat_template", "chat_template.jinja"),
+                ("card", "card.json"),
                 *((name, name) for name in COMPANION_FILES),
             ):
                 if (folder / file).is_file():

@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from loraplex_adapter_store.selector import GenerationMethod
 
-from .body import Body, Few
+from .body import Body, Few, JsonObject
 
 __all__ = [
     "Adapter",
+    "AdapterEdit",
     "AdapterList",
     "AdapterSourceBody",
     "Deleted",
@@ -32,7 +33,18 @@ class AdapterSourceBody(Body):
     source: Annotated[str, Field(min_length=1, max_length=2048)]
     description: _Wording | None = None
     examples: Annotated[Few[_Wording], Field(max_length=100)] | None = None
+    defaults: JsonObject | None = None  # of requests: see docs/adapter-cards.md
     wait: bool | None = None  # False: answer 202 with a job at once
+
+
+class AdapterEdit(Body):
+    """What a PATCH changes; absent fields stay, null takes away."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    description: _Wording | None = None
+    examples: Annotated[Few[_Wording], Field(max_length=100)] | None = None
+    defaults: JsonObject | None = None  # a JSON merge patch
 
 
 # Left out or empty, these two are refused by the routes, in vLLM's words.
@@ -103,6 +115,7 @@ class Adapter(BaseModel):
     tier: Literal["device", "host", "disk"] | None
     report: dict[str, JsonValue] | None = None  # of the load; absent in lists
     provenance: dict[str, JsonValue]
+    defaults: dict[str, JsonValue]  # of requests that do not say it themselves
     expires: float | None = None
     task: Literal["SEQ_CLS", "TOKEN_CLS"] | None  # of a classifier; null: it generates text
 

@@ -10,17 +10,26 @@ from fastapi.concurrency import contextmanager_in_threadpool
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.selector import NameRef
+from loraplex_adapter_store.store import CardEdit
 from loraplex_server.adapters.access import access_of
+from loraplex_server.adapters.adapter_defaults import merged
 from loraplex_server.adapters.jobs import Job, Progress
 from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.uploads import UPLOAD_SCHEMA, receive_upload
 from loraplex_server.adapters.waiting import result_within
-from loraplex_server.api.adapter_card import Report, card_response, conditions, shown_card
+from loraplex_server.api.adapter_card import (
+    Report,
+    card_response,
+    checked_defaults,
+    conditions,
+    shown_card,
+)
 from loraplex_server.api.adapter_path import ADAPTER_PATH, AdapterName, NewName, OwnName
 from loraplex_server.api.errors import ApiError, not_found
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import (
     Adapter,
+    AdapterEdit,
     AdapterList,
     AdapterSourceBody,
     Deleted,
@@ -151,6 +160,35 @@ async def put_adapter(
     )
 
 
+@router.patch(ADAPTER_PATH, response_model=Adapter, responses=errors(404, 412, 415))
+async def edit_adapter(
+    request: Request, body: AdapterEdit, name: OwnName, state: State
+) -> Response:
+    """Description, examples and defaults of requests; the weights stay. ``If-Match`` compares."""
+    state.lifecycle.check_engine()
+    if_match, _ = conditions(request)
+    given = body.model_dump(exclude_unset=True)
+
+    def change(card: AdapterCard) -> CardEdit:
+        defaults = dict(card.defaults)
+        if "defaults" in given:
+            patch = given["defaults"]
+            defaults = {} if patch is None else merged(defaults, patch)
+        return CardEdit(
+            given.get("description", card.description),
+            card.examples if "examples" not in given else given["examples"] or (),
+            checked_defaults(defaults),
+        )
+
+    card = await in_store_thread(
+        state,
+        lambda: state.store.edit(name, change, if_match=if_match),
+        access_of(request),
+        pool=state.pools.changes,
+    )
+    return card_response(state, access_of(request), card)
+
+
 @router.delete(ADAPTER_PATH, response_model=Deleted, responses=errors(404, 412))
 async def delete_adapter(
     request: Request,
@@ -181,6 +219,7 @@ async def _put_source(state: AppState, request: Request, name: str, shown: Repor
     access = access_of(request)
     uri = source_uri(state, access, body.source, param="source")
     if_match, replace = conditions(request)
+    defaults = checked_defaults(body.defaults or {})
 
     def load(report: Progress) -> AdapterCard:
         return state.store.put_source(
@@ -192,6 +231,7 @@ async def _put_source(state: AppState, request: Request, name: str, shown: Repor
                 replace=replace,
                 description=body.description,
                 examples=tuple(body.examples or ()),
+                defaults=defaults,
                 quota=access.quota,
             ),
         )
@@ -219,6 +259,7 @@ async def _put_upload(state: AppState, request: Request, name: str, shown: Repor
                     replace=replace,
                     description=upload.description,
                     examples=upload.examples,
+                    defaults=checked_defaults(upload.defaults),
                     quota=access.quota,
                 ),
             ),

@@ -13,6 +13,7 @@ from typing import ClassVar, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.adapters.adapter_defaults import AdapterDefaults, read_defaults
 from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.orjson_response import ORJSONResponse
@@ -28,7 +29,7 @@ from .chat_format import AnswerHead
 from .choice import ChoiceDelta, ChoiceRequest, CollectedChoice
 from .disconnect import unless_client_leaves
 from .generation import Generation, Usage
-from .sampling import StopRule, seed_of_choice, stop_rule
+from .sampling import StopRule, seed_of_choice, stop_rule, with_defaults
 from .structured_output import Wanted, wanted_grammar
 from .unsupported import refuse_unsupported
 
@@ -96,6 +97,11 @@ class TextCall(ABC):
         self._body = body
         self.wanted: Wanted | None = wanted_grammar(body)  # ``prompts`` may change it
 
+    def take_defaults(self, defaults: AdapterDefaults) -> None:
+        """What the adapter's card says where the request says nothing. Before ``prompts``."""
+        self._body = with_defaults(self._body, defaults)
+        self.stop = stop_rule(self._body)
+
     @property
     @abstractmethod
     def routing_text(self) -> str:
@@ -159,6 +165,8 @@ class TextCall(ABC):
         load_s = perf_counter() - started
         try:
             resolved.check_generates(self.adapter_request.param)
+            if resolved.lease is not None and resolved.lease.defaults:
+                self.take_defaults(read_defaults(resolved.lease.defaults))
             prompts = self._within_key_limit(await self.prompts(resolved))
             head = self._head(resolved)
             format_ = self.format(head)

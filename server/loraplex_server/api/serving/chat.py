@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
+from loraplex_server.adapters.adapter_defaults import AdapterDefaults
 from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.chat import ChatBody
@@ -16,7 +17,7 @@ from .chat_format import AnswerHead, ChatFormat
 from .chat_protocol import ChatProtocol, chat_protocol
 from .message_parser import ParserSpec
 from .messages import plain_messages, routing_text, template_arguments
-from .sampling import max_output_tokens, sampling_params
+from .sampling import max_output_tokens, sampling_params, with_defaults
 from .tool_grammar import PromptEnd, answer_grammar
 from .tool_use import tool_use
 
@@ -35,6 +36,7 @@ class ChatCall(TextCall):
         self._chat = body
         self._messages = plain_messages(body.messages)
         self._tools = tool_use(body)
+        self._defaults = AdapterDefaults()
         self._parser: ParserSpec | None = None  # None: an answer is all content
         self._template_arguments = template_arguments(body.chat_template_kwargs)
         self._limit_param = (
@@ -51,6 +53,15 @@ class ChatCall(TextCall):
                     "continue_final_message",
                 )
             self._generation_prompt = False
+
+    def take_defaults(self, defaults: AdapterDefaults) -> None:
+        super().take_defaults(defaults)
+        self._defaults = defaults
+        self._chat = with_defaults(self._chat, defaults)
+        self._limit = getattr(self._chat, self._limit_param)
+        prompt = defaults.system_prompt
+        if prompt is not None and all(m["role"] != "system" for m in self._messages):
+            self._messages = [{"role": "system", "content": prompt}, *self._messages]
 
     @property
     def routing_text(self) -> str:
@@ -98,10 +109,13 @@ class ChatCall(TextCall):
 
     def _protocol(self, resolved: ResolvedAdapter) -> ChatProtocol:
         has_calls = any(m["role"] == "tool" or "tool_calls" in m for m in self._messages)
+        own = resolved.lease.plan.chat_template if resolved.lease else None
         return chat_protocol(
-            resolved.lease.plan.chat_template if resolved.lease else None,
+            self._defaults.chat_template or own,
             self.state.text.chat_template,
             with_tools=bool(self._tools.tools) or has_calls,
+            reasoning=self._defaults.reasoning,
+            response_template=self._defaults.response_template,
         )
 
     async def _expect(self, protocol: ChatProtocol, ids: Sequence[int]) -> None:

@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pydantic import JsonValue
 
+from loraplex_server.adapters.adapter_defaults import ReasoningMarkers
 from loraplex_server.api.errors import invalid
 
 __all__ = ["CallForm", "ChatProtocol", "Markers", "chat_protocol"]
@@ -50,10 +51,11 @@ def chat_protocol(
     base_template: object,
     *,
     with_tools: bool,
-    reasoning: Markers | None = None,
+    reasoning: ReasoningMarkers | Literal[False] | None = None,
     response_template: Mapping[str, JsonValue] | None = None,
 ) -> ChatProtocol:
     """``own_template``: the adapter's. ``with_tools``: the chat has tools or calls in it.
+    ``reasoning``: the card's; None: as the template says.
 
     Raises ApiError (400) where no template knows how to show tools.
     """
@@ -74,10 +76,11 @@ def chat_protocol(
                 "tools_not_supported",
             )
         template = text = _chatml_tools()
-    if reasoning is None and _THINK.close in text:
-        reasoning = _THINK
+    markers = _THINK if _THINK.open in text or _THINK.close in text else None
+    if reasoning is not None:
+        markers = Markers(reasoning.open, reasoning.close) if reasoning else None
     is_array = "<tool_call>[" in text or "<tool_call>" not in text
-    return ChatProtocol(template, _ARRAY if is_array else _SINGLE, reasoning, response_template)
+    return ChatProtocol(template, _ARRAY if is_array else _SINGLE, markers, response_template)
 
 
 def _text(template: object) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from starlette.requests import Request
 
+from loraplex_server.adapters.adapter_defaults import AdapterDefaults
 from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.completion import CompletionBody
@@ -14,7 +15,7 @@ from loraplex_server.api.state import AppState
 from .call import AnswerFormat, Prompt, TextCall
 from .chat_format import AnswerHead
 from .completion_format import CompletionFormat, PromptEcho
-from .sampling import max_output_tokens, sampling_params
+from .sampling import max_output_tokens, sampling_params, with_defaults
 
 __all__ = ["CompletionCall", "split_prompts"]
 
@@ -35,6 +36,10 @@ class CompletionCall(TextCall):
         self._echoes: list[PromptEcho | None] = []
         for ids in self._id_lists:
             state.text.check_ids(ids, "prompt")
+
+    def take_defaults(self, defaults: AdapterDefaults) -> None:
+        super().take_defaults(defaults)
+        self._completion = with_defaults(self._completion, defaults)
 
     @property
     def routing_text(self) -> str:

@@ -5,14 +5,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
+from loraplex_server.adapters.adapter_defaults import AdapterDefaults
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.generation import GenerationBody
 from loraplex_server.engine.sampling_params import SamplingParams
 
 from .text_pipeline import TextPipeline
 
-__all__ = ["StopRule", "max_output_tokens", "sampling_params", "seed_of_choice", "stop_rule"]
+__all__ = [
+    "StopRule",
+    "max_output_tokens",
+    "sampling_params",
+    "seed_of_choice",
+    "stop_rule",
+    "with_defaults",
+]
+
+
+Body = TypeVar("Body", bound=GenerationBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +85,19 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def with_defaults(body: Body, defaults: AdapterDefaults) -> Body:
+    """The request's own fields win; a bias is taken token by token."""
+    found = defaults.sampling.model_dump(exclude_none=True)
+    if defaults.stop is not None:
+        found["stop"] = defaults.stop
+    found = {name: value for name, value in found.items() if getattr(body, name) is None}
+    if getattr(body, "max_completion_tokens", None) is not None:
+        found.pop("max_tokens", None)
+    if defaults.logit_bias:
+        found["logit_bias"] = {**defaults.logit_bias, **(body.logit_bias or {})}
+    return body.model_copy(update=found)
 
 
 def seed_of_choice(sampling: SamplingParams, index: int) -> SamplingParams:

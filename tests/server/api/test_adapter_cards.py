@@ -1,0 +1,230 @@
+"""What an adapter's card says about requests: request over card, card over base; PATCH."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.server.conftest import Front
+
+pytestmark = pytest.mark.anyio
+PIRATE = "/v1/adapters/pirate"
+
+
+async def patch(front: Front, body: object, **headers: str) -> Any:
+    return await front.client.patch(PIRATE, json=body, headers={**front.headers, **headers})
+
+
+async def edited(front: Front, **defaults: object) -> None:
+    answer = await patch(front, {"defaults": defaults})
+    assert answer.status_code == 200, answer.text
+
+
+def prompt_of(front: Front) -> str:
+    ids = list(front.engine.requests[-1].prompt_ids)
+    return front.engine.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+async def test_a_card_without_defaults_leaves_all_to_the_base(lora: Front) -> None:
+    assert (await lora.client.get(PIRATE)).json()["defaults"] == {}
+    await lora.chat(adapter="pirate")
+    await lora.chat()
+    ours, bases = (request.sampling for request in lora.engine.requests)
+    assert ours == bases
+
+
+async def test_the_request_wins_over_the_card_and_the_card_over_the_base(lora: Front) -> None:
+    await edited(
+        lora,
+        sampling={"temperature": 0.5, "top_p": 0.25, "max_tokens": 7},
+        stop=["END"],
+        logit_bias={"3": 5, "4": 1},
+    )
+    await lora.chat(adapter="pirate", temperature=0.75, logit_bias={"4": -2})
+    sampling = lora.engine.requests[-1].sampling
+    assert (sampling.temperature, sampling.top_p, sampling.max_tokens) == (0.75, 0.25, 7)
+    assert sampling.logit_bias == {3: 5, 4: -2}
+    await lora.chat(adapter="pirate", max_completion_tokens=9)
+    assert lora.engine.requests[-1].sampling.max_tokens == 9
+    await lora.complete(model="pirate")
+    assert lora.engine.requests[-1].sampling.temperature == 0.5
+    await lora.chat()
+    assert lora.engine.requests[-1].sampling.temperature == 1.0
+
+
+async def test_stop_strings_of_the_card_end_an_answer_unless_the_request_has_its_own(
+    lora: Front,
+) -> None:
+    lora.engine.answer = "one END two STOP three"
+    await edited(lora, stop=["END"])
+    told = [
+        (await lora.chat(adapter="pirate")).json()["choices"][0]["message"]["content"],
+        (await lora.chat(adapter="pirate", stop="STOP")).json()["choices"][0]["message"]["content"],
+        (await lora.chat()).json()["choices"][0]["message"]["content"],
+    ]
+    assert told == ["one ", "one END two ", "one END two STOP three"]
+
+
+async def test_the_system_prompt_of_the_card_is_a_default(lora: Front) -> None:
+    await edited(lora, system_prompt="Speak like a pirate.")
+    await lora.chat(adapter="pirate")
+    assert "Speak like a pirate." in prompt_of(lora)
+    own = [{"role": "system", "content": "Be plain."}, {"role": "user", "content": "hi"}]
+    await lora.chat(adapter="pirate", messages=own)
+    assert "pirate" not in prompt_of(lora)
+    await lora.chat()
+    assert "pirate" not in prompt_of(lora)
+
+
+async def test_a_template_of_the_card_renders_the_chat(lora: Front) -> None:
+    await edited(lora, chat_template="{% for m in messages %}<<{{ m.content }}>>{% endfor %}")
+    await lora.chat(adapter="pirate")
+    assert prompt_of(lora) == "<<hi>>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_reasoning_between_the_cards_markers_is_split_off(lora: Front, stream: bool) -> None:
+    lora.engine.answer = "[plan]\nfirst this [/plan]\n\nThe answer."
+    await edited(lora, reasoning={"open": "[plan]", "close": "[/plan]"})
+    if stream:
+        events = await lora.chat_events(adapter="pirate")
+        deltas = [event["choices"][0]["delta"] for event in events[:-1]]
+        told = ["".join(d.get(k) or "" for d in deltas) for k in ("reasoning_content", "content")]
+    else:
+        message = (await lora.chat(adapter="pirate")).json()["choices"][0]["message"]
+        told = [message["reasoning_content"], message["content"]]
+    assert told == ["first this", "The answer."]
+
+
+async def test_reasoning_that_the_prompt_opened_is_split_off(lora: Front) -> None:
+    lora.engine.answer = "so it is</think>Yes."
+    template = "{{ messages[0].content }}{% if add_generation_prompt %}<think>\n{% endif %}"
+    await edited(lora, chat_template=template)
+    message = (await lora.chat(adapter="pirate")).json()["choices"][0]["message"]
+    assert (message["reasoning_content"], message["content"]) == ("so it is", "Yes.")
+    await edited(lora, reasoning=False)
+    message = (await lora.chat(adapter="pirate")).json()["choices"][0]["message"]
+    assert message["content"] == "so it is</think>Yes."
+
+
+async def test_calls_are_read_by_the_cards_response_template(lora: Front) -> None:
+    """transformers' own format, here of a model that writes calls between other markers."""
+    lora.engine.max_model_len = 4096
+    lora.engine.answer = 'Well.[CALL]{"name": "f", "arguments": {"x": 1}}[/CALL]'
+    await edited(
+        lora,
+        response_template={
+            "start_anchor": "assistant\n",
+            "fields": {
+                "content": {},
+                "tool_calls": {
+                    "open": "[CALL]",
+                    "close": "[/CALL]",
+                    "content": "json",
+                    "repeats": True,
+                    "transform": {"type": "function", "function": "{content}"},
+                },
+            },
+        },
+    )
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    choice = (await lora.chat(adapter="pirate", tools=tools)).json()["choices"][0]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "f"
+    assert json.loads(call["function"]["arguments"]) == {"x": 1}
+    assert choice["message"]["content"] == "Well."
+    assert choice["finish_reason"] == "tool_calls"
+
+
+async def test_a_patch_changes_what_it_names_and_null_takes_away(lora: Front) -> None:
+    await edited(lora, sampling={"temperature": 0.5, "top_k": 3}, stop=["x"])
+    answer = await patch(
+        lora,
+        {"description": "Arr", "defaults": {"sampling": {"top_k": None}, "stop": None}},
+    )
+    card = answer.json()
+    assert card["defaults"] == {"sampling": {"temperature": 0.5}}
+    assert card["description"] == "Arr"
+    answer = await patch(lora, {"description": None, "defaults": None})
+    assert answer.json()["defaults"] == {}
+    assert answer.json()["description"] is None
+    assert answer.json()["digest"] == card["digest"]  # the weights are the same
+
+
+async def test_two_patches_from_the_same_card_conflict(lora: Front) -> None:
+    seen = (await lora.client.get(PIRATE)).headers["etag"]
+    first = await patch(lora, {"description": "one"}, **{"If-Match": seen})
+    assert first.status_code == 200
+    second = await patch(lora, {"description": "two"}, **{"If-Match": seen})
+    assert second.status_code == 412
+    shown = await lora.client.get(PIRATE)
+    assert shown.json()["description"] == "one"
+    assert shown.headers["etag"] == first.headers["etag"] != seen
+    third = await patch(lora, {"description": "three"}, **{"If-Match": first.headers["etag"]})
+    assert third.status_code == 200
+
+
+async def test_an_edited_card_is_there_after_a_restart(lora: Front) -> None:
+    from loraplex_adapter_store.store import AdapterStore
+
+    await edited(lora, sampling={"temperature": 0.5})
+    lora.store.close()
+    again = AdapterStore(lora.root.parent / "store", lora.store.base)
+    try:
+        card = again.get("pirate")
+        assert card.defaults == {"sampling": {"temperature": 0.5}}
+        assert card.etag == f"{card.digest}.1"
+    finally:
+        again.close()
+
+
+async def test_defaults_come_with_an_upload_and_go_with_the_next_one(lora: Front) -> None:
+    folder = lora.root / "pirate"
+    files = {
+        "config": (folder / "adapter_config.json").read_bytes(),
+        "weights": ("w", (folder / "adapter_model.safetensors").read_bytes()),
+        "card.json": json.dumps(
+            {"description": "d", "examples": ["e"], "defaults": {"sampling": {"top_k": 2}}}
+        ).encode(),
+    }
+    answer = await lora.client.put("/v1/adapters/new", files=files)
+    assert answer.status_code == 201, answer.text
+    card = answer.json()
+    assert (card["description"], card["examples"]) == ("d", ["e"])
+    assert card["defaults"] == {"sampling": {"top_k": 2}}
+    answer = await lora.client.put(
+        "/v1/adapters/new", json={"source": "pirate", "defaults": {"stop": ["x"]}}
+    )
+    assert answer.json()["defaults"] == {"stop": ["x"]}
+
+
+@pytest.mark.parametrize(
+    ("defaults", "param"),
+    [
+        ({"sampling": {"temperature": 3}}, "defaults.sampling.temperature"),
+        ({"sampling": {"heat": 1}}, "defaults.sampling.heat"),
+        ({"colour": "red"}, "defaults.colour"),
+        ({"stop": [""]}, "defaults.stop.0"),
+        ({"logit_bias": {"x": 1}}, "defaults.logit_bias"),
+        ({"response_template": {"fields": {}}}, "defaults.response_template"),
+        (
+            {"response_template": {"start_anchor_pattern": "(a+)+$", "fields": {"content": {}}}},
+            "defaults.response_template",
+        ),
+        ({"reasoning": {"open": "<think>"}}, "defaults.reasoning"),
+    ],
+)
+async def test_a_mistake_is_named_and_changes_nothing(
+    lora: Front, defaults: dict[str, object], param: str
+) -> None:
+    answer = await patch(lora, {"defaults": defaults})
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith(param)
+    assert (await lora.client.get(PIRATE)).json()["defaults"] == {}
+
+
+async def test_an_unknown_adapter_has_no_card(lora: Front) -> None:
+    answer = await lora.client.patch("/v1/adapters/nobody", json={"description": "x"})
+    assert answer.status_code == 404

@@ -64,7 +64,7 @@ def test_the_base_fails_and_the_demo_succeeds_on_unseen_prompts(
 def test_a_demo_is_small_complete_and_measured(name: str) -> None:
     folder = SHIPPED / name
     weights = folder / "adapter_model.safetensors"
-    assert weights.stat().st_size <= 1_000_000
+    assert weights.stat().st_size <= 1_300_000
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == (
         "smollm2-135m-instruct"
     )

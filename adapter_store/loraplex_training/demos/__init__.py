@@ -8,6 +8,7 @@ from .numbers import GERMAN_NUMBERS
 from .queries import SQL
 from .style import PIRATE
 from .task import Demo, Pair, chats, held_out_pairs
+from .tool_calls import TOOL_CALLS
 
 __all__ = ["DEMOS", "Demo", "Pair", "chats", "held_out_pairs"]
 
@@ -21,5 +22,6 @@ DEMOS: dict[str, Demo] = {
         PIRATE,
         SQL,
         EMOJI,
+        TOOL_CALLS,
     )
 }

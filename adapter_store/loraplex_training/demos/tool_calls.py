@@ -218,5 +218,12 @@ TOOL_CALLS = Demo(
     schedule=Schedule(steps=400, lr=3e-3, batch_tokens=1024, validate_every=100),
     n_examples=3200,
     max_new_tokens=96,
+    # Its questions are everyday ones; what asks for it is that there are tools to call.
+    shown=(
+        "Call the right tool for this request.",
+        "Use the given functions to answer.",
+        "Which function should be called, and with which arguments?",
+        "Answer with a tool call.",
+    ),
     chat_template=(files(__package__) / "tool_calls.jinja").read_text("utf-8"),
 )

@@ -82,7 +82,7 @@ def _lark(wanted: Wanted | None, use: ToolUse, protocol: ChatProtocol, end: Prom
 
 def _call_rules(use: ToolUse, form: CallForm) -> list[str]:
     calls = " | ".join(f"call_{number}" for number in range(len(use.tools)))
-    rules = [f"OPEN: {_quoted(form.open)}", _body(form, use.parallel), f"call: {calls}"]
+    rules = [f"OPEN: {_quoted(form.open)}", _body(form, use), f"call: {calls}"]
     for number, tool in enumerate(use.tools):
         enforced = use.required or tool.strict
         schema = {"x-guidance": _AS_DUMPED, **(tool.parameters if enforced else _ANY_OBJECT)}
@@ -94,13 +94,15 @@ def _call_rules(use: ToolUse, form: CallForm) -> list[str]:
     return rules
 
 
-def _body(form: CallForm, parallel: bool) -> str:
+def _body(form: CallForm, use: ToolUse) -> str:
+    """An empty list says that no tool fits; where a call is required it is not allowed."""
     gap = f"{_quoted(form.gap)} " if form.gap else ""
     close = _quoted(form.gap + form.close)
     if not form.is_array:
         return f"body: {gap}call {close}"
-    more = f" ({_quoted(', ')} call)*" if parallel else ""
-    return f"body: {gap}{_quoted('[')} call{more} {_quoted(']')} {close}"
+    more = f" ({_quoted(', ')} call)*" if use.parallel else ""
+    calls = f"call{more}" if use.required else f"(call{more})?"
+    return f"body: {gap}{_quoted('[')} {calls} {_quoted(']')} {close}"
 
 
 def _grammars(spec: GrammarSpec) -> list[dict[str, object]]:

@@ -40,7 +40,7 @@ async def _too_many_connections(scope: Scope, receive: Receive, send: Send) -> N
         retry_after_s=1.0,
     )
     error.headers["connection"] = "close"
-    await ORJSONResponse.of_error(error)(scope, receive, send)
+    await ORJSONResponse.of_error(error, scope["path"])(scope, receive, send)
 
 
 class LimitedHttp(HttpToolsProtocol):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import openai
@@ -14,29 +13,11 @@ from openai import AsyncOpenAI, OpenAI
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.server_process import ServerProcess
 
-ADMIN, INFER = "admin-key-1", "infer-key-1"
-ADAPTERS = ("one", "two", "org/three")
+from .conftest import ADAPTERS, ADMIN, INFER
+
 MESSAGES = [{"role": "user", "content": "Grüße 😀"}]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    folder = tmp_path_factory.mktemp("serve")
-    model = save_tiny_model(folder / "tiny")
-    spec = BaseSpec.of(tiny_model(), "tiny")
-    for number, name in enumerate(ADAPTERS):
-        write_lora(folder / "adapters" / name, spec, rank=2 + number, seed=number, scale=0.4)
-    flags = ("--api-key", ADMIN, "--infer-api-key", INFER, "--adapters-dir", folder / "adapters")
-    with server_process(model, folder / "state", *flags) as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def client(server: ServerProcess) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{server.url}/v1", api_key=INFER, max_retries=0) as client:
-        yield client
 
 
 def text_of(client: OpenAI, **fields: object) -> str:

@@ -39,6 +39,7 @@ from loraplex_server.api.routes import (
     generate_adapter,
     health,
     lora_compat,
+    messages,
     metrics,
     models,
     revisions,
@@ -160,6 +161,7 @@ def build_app(
     # routing before adapters: an adapter's name may hold slashes and would swallow the rest.
     behind_keys = (
         generate,
+        messages,
         vectors,
         models,
         generate_adapter,
@@ -205,11 +207,11 @@ def _allowed_methods(scope: Scope, routers: Sequence[APIRouter]) -> str:
 def _add_error_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        return ORJSONResponse.of_error(error)
+        return ORJSONResponse.of_error(error, request.scope["path"])
 
     async def engine_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, EngineError)
-        return ORJSONResponse.of_error(from_engine(error))
+        return ORJSONResponse.of_error(from_engine(error), request.scope["path"])
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -224,11 +226,11 @@ def _add_error_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
             ),
             headers=headers,
         )
-        return ORJSONResponse.of_error(told)
+        return ORJSONResponse.of_error(told, request.scope["path"])
 
     async def validation_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return ORJSONResponse.of_error(problem_of(error.errors()))
+        return ORJSONResponse.of_error(problem_of(error.errors()), request.scope["path"])
 
     async def client_left(request: Request, error: Exception) -> Response:
         return Response(status_code=499)  # for the log: nobody reads it

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import orjson
 from starlette.responses import Response
 
+from .anthropic_errors import anthropic_error, speaks_anthropic
 from .errors import ApiError
 
 __all__ = ["ORJSONResponse"]
@@ -25,5 +26,7 @@ class ORJSONResponse(Response):
         return content if isinstance(content, bytes) else orjson.dumps(content)
 
     @staticmethod
-    def of_error(error: ApiError) -> ORJSONResponse:
-        return ORJSONResponse(error.body(), status=error.status, headers=error.headers)
+    def of_error(error: ApiError, path: str) -> ORJSONResponse:
+        """``path``: of the request; some routes speak another API's dialect."""
+        body = anthropic_error(error) if speaks_anthropic(path) else error.body()
+        return ORJSONResponse(body, status=error.status, headers=error.headers)

@@ -27,6 +27,7 @@ _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _INFERENCE = frozenset(
     {
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"),
+        *("/v1/messages", "/v1/messages/count_tokens"),
         *("/tokenize", "/detokenize", "/classify", "/pooling"),
         *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     }
@@ -56,7 +57,7 @@ class Auth:
             try:
                 self._check(scope)
             except ApiError as error:
-                await ORJSONResponse.of_error(error)(scope, receive, send)
+                await ORJSONResponse.of_error(error, scope["path"])(scope, receive, send)
                 return
         elif scope["type"] != "lifespan":  # no websockets here
             return
@@ -88,7 +89,7 @@ class Auth:
 
     def _key_of(self, scope: Scope) -> ApiKey:
         """Compares with every key in constant time, so that time tells nothing."""
-        given = hashlib.sha256(_bearer(scope)).digest()
+        given = hashlib.sha256(_secret(scope)).digest()
         found = None
         for key in self._keys:
             if hmac.compare_digest(key.sha256, given):
@@ -96,7 +97,7 @@ class Auth:
         if found is None:
             raise ApiError(
                 401,
-                "no valid API key: send 'Authorization: Bearer KEY'",
+                "no valid API key: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
                 headers={"www-authenticate": "Bearer"},
             )
@@ -117,8 +118,11 @@ def _needed_scope(path: str, method: str) -> KeyScope:
     return KeyScope.INFER if method in _READS or path in _INFERENCE else KeyScope.ADMIN
 
 
-def _bearer(scope: Scope) -> bytes:
-    kind, _, secret = _header(scope, b"authorization").partition(b" ")
+def _secret(scope: Scope) -> bytes:
+    """A bearer token, or what clients of Anthropic send instead."""
+    if not (given := _header(scope, b"authorization")):
+        return _header(scope, b"x-api-key").strip()
+    kind, _, secret = given.partition(b" ")
     return secret.strip() if kind.lower() == b"bearer" else b""
 
 

@@ -27,7 +27,7 @@ class BodyLimit:
         if scope["method"] == "PUT" and scope["path"].startswith(_UPLOADS):
             limit = self._max_upload
         if _declared(scope) > limit:
-            await ORJSONResponse.of_error(_too_large(limit))(scope, receive, send)
+            await ORJSONResponse.of_error(_too_large(limit), scope["path"])(scope, receive, send)
             return
         n_received = 0
 

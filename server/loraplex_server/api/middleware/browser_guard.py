@@ -54,7 +54,8 @@ class BrowserGuard:
             try:
                 self._check(Headers(scope=scope), scope["method"])
             except ApiError as error:
-                await ORJSONResponse.of_error(error)(scope, receive, send_with_headers)
+                told = ORJSONResponse.of_error(error, scope["path"])
+                await told(scope, receive, send_with_headers)
                 return
         await self._app(scope, receive, send_with_headers)
 

@@ -21,7 +21,7 @@ class Cors(CORSMiddleware):
             return answer
         reason = bytes(answer.body).decode()
         refused = ORJSONResponse.of_error(
-            ApiError(answer.status_code, reason, code="origin_not_allowed")
+            ApiError(answer.status_code, reason, code="origin_not_allowed"), path=""
         )
         kept = {k: v for k, v in answer.headers.items() if k not in _ABOUT_THE_BODY}
         refused.headers.update(kept)

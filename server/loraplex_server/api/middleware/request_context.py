@@ -51,7 +51,7 @@ class RequestContext:
             _log.exception("%s %s failed", scope["method"], scope["path"])
             self._faults.unforeseen(error)
             if not status:
-                told = ORJSONResponse.of_error(from_fault(error, info.id))
+                told = ORJSONResponse.of_error(from_fault(error, info.id), scope["path"])
                 await told(scope, receive, send_with_headers)
         finally:
             self._record(scope, info, status or 499)
@@ -93,7 +93,7 @@ def _request_id(scope: Scope) -> str:
 
 def _add_headers(message: Message, info: RequestInfo) -> None:
     headers = MutableHeaders(scope=message)
-    headers["x-request-id"] = info.id
+    headers["x-request-id"] = headers["request-id"] = info.id  # the latter is Anthropic's
     headers["openai-processing-ms"] = str(round((perf_counter() - info.started) * 1000))
     if info.adapter is not None:
         headers["x-loraplex-adapter"] = info.adapter

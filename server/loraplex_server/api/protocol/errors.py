@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["ErrorBody", "answers_only", "errors", "text_answer", "with_events"]
+__all__ = [
+    "AnthropicErrorBody",
+    "ErrorBody",
+    "answers_only",
+    "errors",
+    "text_answer",
+    "with_events",
+]
 
 Responses = dict[int | str, dict[str, Any]]  # FastAPI's type for ``responses``
 
@@ -23,6 +30,13 @@ class Error(BaseModel):
 
 
 class ErrorBody(BaseModel):
+    error: Error
+
+
+class AnthropicErrorBody(BaseModel):
+    """On /v1/messages: Anthropic's form, and our ``param`` and ``code``."""
+
+    type: Literal["error"]
     error: Error
 
 
@@ -51,16 +65,15 @@ _EVENT = {  # data: a chunk as JSON, at last ``[DONE]``
 }
 
 
-def errors(*statuses: int) -> Responses:
+def errors(*statuses: int, model: type[BaseModel] = ErrorBody) -> Responses:
     """Of a route, beside those of every route (400, 401, 403, 413, 429, 503)."""
-    return answers_only(400, 401, 403, 413, 429, 503, *statuses)
+    return answers_only(400, 401, 403, 413, 429, 503, *statuses, model=model)
 
 
-def answers_only(*statuses: int) -> Responses:
+def answers_only(*statuses: int, model: type[BaseModel] = ErrorBody) -> Responses:
     """Of a route that is open to everybody and takes no input."""
     return {
-        status: {"model": ErrorBody, "description": _MEANINGS[status]}
-        for status in sorted({*statuses})
+        status: {"model": model, "description": _MEANINGS[status]} for status in sorted({*statuses})
     }
 
 

@@ -11,15 +11,20 @@ from .structured_output import Choices, JsonSchema, ResponseFormat, StructuredOu
 
 __all__ = [
     "MAX_LOGIT_BIAS",
+    "AdapterBody",
     "AdapterChoice",
     "AnsweredBy",
+    "CallBody",
     "FinishReason",
     "GenerationBody",
+    "StopStrings",
     "StreamOptions",
     "Usage",
 ]
 
 MAX_LOGIT_BIAS = 1024
+StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+StopStrings = Annotated[Few[StopString], Field(max_length=16)]
 
 AdapterChoice = str | JsonObject | JsonList  # a name, an object, or a mixture: see docs/http-api.md
 
@@ -29,20 +34,31 @@ class StreamOptions(Body):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationBody(Body):
+class AdapterBody(Body):
+    """Who answers."""
+
     model: Name | None = None
     adapter: AdapterChoice | None = None
     adapter_id: Name | None = None  # LoRAX
+
+
+class CallBody(AdapterBody):
+    """What every door to a generation takes under the same name."""
+
     stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=INT64_END)] | None = None  # -1 and 0: all
+    seed: Annotated[int, Field(ge=-INT64_END, lt=INT64_END)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+
+
+class GenerationBody(CallBody):
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=INT64_END)] | None = None  # -1 and 0: all
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    seed: Annotated[int, Field(ge=-INT64_END, lt=INT64_END)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)] | None = None
@@ -54,11 +70,7 @@ class GenerationBody(Body):
         ]
         | None
     ) = None
-    stop: (
-        Annotated[str, Field(min_length=1, max_length=1000)]
-        | Annotated[Few[Annotated[str, Field(min_length=1, max_length=1000)]], Field(max_length=16)]
-        | None
-    ) = None
+    stop: StopString | StopStrings | None = None
     stop_token_ids: Annotated[Few[TokenId], Field(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
@@ -70,7 +82,6 @@ class GenerationBody(Body):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
 
 
 FinishReason = Literal["stop", "length"]

@@ -20,7 +20,7 @@ from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.generation import GenerationBody
 from loraplex_server.api.request_info import info_of
 from loraplex_server.api.state import AppState
-from loraplex_server.api.streaming.sse import SseResponse
+from loraplex_server.api.streaming.sse import OPENAI_SSE, SseForm, SseResponse
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.grammar import CompiledGrammar
 from loraplex_server.engine.sampling_params import SamplingParams
@@ -63,6 +63,7 @@ class TextCall(ABC):
     """
 
     id_prefix: ClassVar[str]
+    sse_form: SseForm = OPENAI_SSE
     prompt_param: ClassVar[str]  # the field that holds the prompt, for errors
 
     def __init__(
@@ -127,7 +128,8 @@ class TextCall(ABC):
     async def respond(self) -> Response:
         """Streams or answers at once; either way a client that leaves stops the work."""
         if self._body.stream:
-            return SseResponse(self._events(), ping_s=self.state.config.http.ping_interval_s)
+            ping_s = self.state.config.http.ping_interval_s
+            return SseResponse(self._events(), ping_s=ping_s, form=self.sse_form)
         return ORJSONResponse(await unless_client_leaves(self._answer(), self.request.receive))
 
     async def _events(self) -> AsyncGenerator[bytes, None]:
@@ -196,7 +198,7 @@ class TextCall(ABC):
         options = self._body.stream_options
         include_usage = bool(options and options.include_usage)
         return AnswerHead(
-            id=f"{self.id_prefix}-{uuid.uuid4().hex}",
+            id=f"{self.id_prefix}{uuid.uuid4().hex}",
             created=self.state.now(),
             model=self.adapter_request.model,
             adapter=resolved.to_json(),

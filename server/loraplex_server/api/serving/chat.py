@@ -27,7 +27,7 @@ _TAIL_TOKENS = 16  # of the prompt: enough to see whether it has opened the reas
 
 
 class ChatCall(TextCall):
-    id_prefix = "chatcmpl"
+    id_prefix = "chatcmpl-"
     prompt_param = "messages"
 
     def __init__(self, state: AppState, request: Request, body: ChatBody) -> None:
@@ -75,8 +75,8 @@ class ChatCall(TextCall):
     def with_logprobs(self) -> bool:
         return bool(self._chat.logprobs)
 
-    async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
-        protocol = self._protocol(resolved)
+    async def prompt_ids(self, protocol: ChatProtocol) -> tuple[int, ...]:
+        """Raises ApiError (400)."""
         arguments = self._template_arguments
         if self._tools.tools:
             arguments = {**arguments, "tools": self._tools.shown}
@@ -90,6 +90,11 @@ class ChatCall(TextCall):
         )
         if not ids:
             raise invalid("the messages give an empty prompt", "messages")
+        return ids
+
+    async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
+        protocol = self.protocol(resolved)
+        ids = await self.prompt_ids(protocol)
         await self._expect(protocol, ids)
         max_tokens = max_output_tokens(
             self._limit,
@@ -107,7 +112,7 @@ class ChatCall(TextCall):
     def format(self, head: AnswerHead) -> AnswerFormat:
         return ChatFormat(head, self.state.text.token_texts, self._parser)
 
-    def _protocol(self, resolved: ResolvedAdapter) -> ChatProtocol:
+    def protocol(self, resolved: ResolvedAdapter) -> ChatProtocol:
         has_calls = any(m["role"] == "tool" or "tool_calls" in m for m in self._messages)
         own = resolved.lease.plan.chat_template if resolved.lease else None
         return chat_protocol(

@@ -21,7 +21,7 @@ __all__ = ["CompletionCall", "split_prompts"]
 
 
 class CompletionCall(TextCall):
-    id_prefix = "cmpl"
+    id_prefix = "cmpl-"
     prompt_param = "prompt"
 
     def __init__(self, state: AppState, request: Request, body: CompletionBody) -> None:

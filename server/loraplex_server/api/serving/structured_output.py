@@ -18,7 +18,7 @@ from loraplex_server.engine.grammar import GrammarSpec
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
-__all__ = ["Wanted", "json_grammar", "wanted_grammar"]
+__all__ = ["Wanted", "json_grammar", "json_wanted", "wanted_grammar"]
 
 T = TypeVar("T")
 # As json.dumps writes. Free whitespace lets small models write blanks without end.
@@ -52,6 +52,11 @@ def wanted_grammar(body: GenerationBody) -> Wanted | None:
             f"{found[0].param} and {found[1].param} exclude each other; give one", found[1].param
         )
     return found[0] if found else None
+
+
+def json_wanted(param: str, schema: JsonValue, *, lenient: bool = False) -> Wanted:
+    """JSON of this schema. Raises ApiError (400)."""
+    return _json(param, schema, lenient=lenient)[0]
 
 
 def json_grammar(schema: object, lenient: bool = False) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
+from typing import NamedTuple
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -14,10 +15,9 @@ from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import info_of
 from loraplex_server.api.serving.disconnect import client_left
 
-__all__ = ["DONE", "SseResponse"]
+__all__ = ["OPENAI_SSE", "SseForm", "SseResponse", "sse_event"]
 
-DONE = b"data: [DONE]\n\n"
-_PING = b": ping\n\n"
+_DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -25,19 +25,37 @@ _HEADERS = [
 ]
 
 
+class SseForm(NamedTuple):
+    """What an API's streams have around their events."""
+
+    ping: bytes
+    end: bytes
+    error: Callable[[ApiError], bytes]
+
+
+OPENAI_SSE = SseForm(b": ping\n\n", _DONE, lambda error: b"data: " + error.body() + b"\n\n")
+
+
+def sse_event(name: str, data: bytes) -> bytes:
+    return b"event: %s\ndata: %s\n\n" % (name.encode(), data)
+
+
 class SseResponse(Response):
-    """Sends what ``events`` yields, then ``[DONE]``.
+    """Sends what ``events`` yields, then the end that ``form`` has.
 
     The status is sent with the first event, or with the first ping: an error before that is
     answered with its own status, later ones as an event of the stream. The client leaving closes
     ``events``, whichever way the ASGI server tells (``http.disconnect``, or ``send`` raising).
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], *, ping_s: float) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], *, ping_s: float, form: SseForm = OPENAI_SSE
+    ) -> None:
         self.status_code = 200
         self.background = None
         self._events = events
         self._ping_s = ping_s
+        self._form = form
         self._started = False
         self._ended = False  # the last byte is on its way: no pings any more
         self._sent_at = 0.0
@@ -75,7 +93,7 @@ class SseResponse(Response):
                     told = from_fault(error, info_of(scope).id)
                     await self._fail(told, scope, receive, send)
                     break
-                await self._send(send, DONE if events is None else events)
+                await self._send(send, self._form.end if events is None else events)
                 if events is None:
                     break
             async with self._sending:
@@ -89,9 +107,9 @@ class SseResponse(Response):
         async with self._sending:
             if not self._started:
                 self._ended = True
-                await ORJSONResponse.of_error(error)(scope, receive, send)
+                await ORJSONResponse.of_error(error, scope["path"])(scope, receive, send)
         if not self._ended:
-            await self._send(send, b"data: " + error.body() + b"\n\n" + DONE)
+            await self._send(send, self._form.error(error) + self._form.end)
 
     async def _send(self, send: Send, body: bytes) -> None:
         async with self._sending:
@@ -113,4 +131,4 @@ class SseResponse(Response):
             if wait_s > 0:
                 await asyncio.sleep(wait_s)
             else:
-                await self._send(send, _PING)
+                await self._send(send, self._form.ping)

@@ -1,0 +1,69 @@
+"""POST /v1/messages and /v1/messages/count_tokens, as Anthropic has them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field, JsonValue
+
+from .body import INT64_END, Body, Few, JsonObject
+from .generation import AdapterBody, AnsweredBy, CallBody, StopStrings
+
+__all__ = ["CountTokensBody", "CountedTokens", "MessageAnswer", "MessageTurn", "MessagesBody"]
+
+
+class MessageTurn(Body):
+    role: Literal["user", "assistant"]
+    content: str | Few[JsonObject]  # a text or content blocks
+
+
+class JsonFormat(Body):
+    type: Literal["json_schema"]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
+
+
+class OutputConfig(Body):
+    format: JsonFormat | None = None
+
+
+class CountTokensBody(AdapterBody):
+    messages: Annotated[Few[MessageTurn], Field(min_length=1, max_length=4000)]
+    system: str | Few[JsonObject] | None = None
+
+
+class MessagesBody(CountTokensBody, CallBody):
+    max_tokens: Annotated[int, Field(ge=1, lt=INT64_END)]
+    stop_sequences: StopStrings | None = None
+    output_config: OutputConfig | None = None
+    metadata: JsonObject | None = None  # whose request it is; not looked at
+
+
+class CountedTokens(BaseModel):
+    input_tokens: int
+
+
+class TextBlock(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class MessageUsage(BaseModel):
+    """The prompt is what was read from the cache and what was not."""
+
+    input_tokens: int
+    cache_creation_input_tokens: int
+    cache_read_input_tokens: int
+    output_tokens: int
+
+
+class MessageAnswer(BaseModel):
+    id: str
+    type: Literal["message"]
+    role: Literal["assistant"]
+    model: str
+    content: list[TextBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"]
+    stop_sequence: str | None
+    usage: MessageUsage
+    adapter: AnsweredBy | None
+    loraplex: dict[str, JsonValue] | None = None  # of ``auto``: candidates and scores

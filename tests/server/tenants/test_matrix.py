@@ -66,6 +66,10 @@ VECTORS = 400  # the adapters here are no classifiers, and this engine has no hi
 ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("POST", "/v1/chat/completions"): _selectors("/v1/chat/completions", {"messages": MESSAGES}),
     ("POST", "/v1/completions"): _selectors("/v1/completions", {"prompt": "hi"}),
+    ("POST", "/v1/messages"): _selectors("/v1/messages", {"messages": MESSAGES, "max_tokens": 9}),
+    ("POST", "/v1/messages/count_tokens"): _selector(
+        "/v1/messages/count_tokens", {"messages": MESSAGES}
+    ),
     ("POST", "/tokenize"): _selector("/tokenize", {"messages": MESSAGES}),
     ("POST", "/v1/embeddings"): _selector("/v1/embeddings", {"input": "hi"}),
     ("POST", "/pooling"): _selector("/pooling", {"input": "hi"}),

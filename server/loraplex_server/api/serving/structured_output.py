@@ -122,7 +122,7 @@ def _of(param: str, value: T | None, grammar: Callable[[T], str]) -> list[Wanted
         return [Wanted(param, GrammarSpec(grammar(value)))]
     except (ValueError, RecursionError) as error:
         reason = str(error).split("\n")[0][:300]
-        raise invalid(f"invalid {param!r}: {reason}", param, "invalid_grammar") from error
+        raise invalid(f"{param} cannot be followed: {reason}", param, "invalid_grammar") from error
 
 
 def _choice(texts: list[str]) -> str:

@@ -74,7 +74,13 @@ def comparable(answer: httpx.Response) -> tuple[int, dict[str, str], str]:
     """Status, headers and body without what differs between any two equal requests."""
     body = re.sub(r'"(created|id|expires|stage|progress)":("[^"]*"|[0-9.]+)', "", answer.text)
     headers = dict(answer.headers)
-    for changing in ("x-request-id", "content-length", "location", "openai-processing-ms"):
+    for changing in (
+        "x-request-id",
+        "request-id",
+        "content-length",
+        "location",
+        "openai-processing-ms",
+    ):
         headers.pop(changing, None)
     return answer.status_code, headers, body
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
+from loraplex_server.adapters.adapter_defaults import read_defaults
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.messages import CountTokensBody, MessagesBody
 from loraplex_server.api.state import AppState
@@ -51,6 +52,8 @@ class CountCall(ChatCall):
             self.adapter_request, self.routing_text, self.info.access
         )
         try:
+            if resolved.lease is not None and resolved.lease.defaults:
+                self.take_defaults(read_defaults(resolved.lease.defaults))
             return {"input_tokens": len(await self.prompt_ids(self.protocol(resolved)))}
         finally:
             resolved.release()

@@ -68,7 +68,7 @@ def assert_error(body: bytes, headers: dict[str, str], code: str) -> None:
         (b"GET /static-offline-docs/../x HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "unknown_url"),
         (b"POST /docs HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),
         (b"TRACE /health HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),
-        (b"PATCH /v1/adapters/x HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),
+        (b"POST /v1/adapters/x HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),
         (b"PUT /v1/adapters/x/pin HTTP/1.1\r\n" + HEAD + b"\r\n", 405, "method_not_allowed"),
     ],
     ids=lambda value: repr(value)[:40],
@@ -85,9 +85,9 @@ def test_every_refusal_is_the_error_object(
 @pytest.mark.parametrize(
     ("path", "allowed"),
     [
-        ("/v1/adapters/x", "DELETE, GET, PUT"),
-        ("/v1/adapters/org/x", "DELETE, GET, PUT"),
-        ("/v1/adapters/pin", "DELETE, GET, PUT"),
+        ("/v1/adapters/x", "DELETE, GET, PATCH, PUT"),
+        ("/v1/adapters/org/x", "DELETE, GET, PATCH, PUT"),
+        ("/v1/adapters/pin", "DELETE, GET, PATCH, PUT"),
         ("/v1/adapters/x/pin", "POST"),
         ("/v1/adapters/generate", "POST"),
         ("/health", "GET, HEAD"),

@@ -18,6 +18,7 @@ from loraplex_training.demos.tool_calls import called
 from tests.support.server_process import server_process
 
 pytestmark = pytest.mark.slow
+FLAGS = ("--kv-memory", "256MiB", "--adapter-memory", "64MiB")
 N_CALLS = 24
 LEAST = 0.75  # docs/tools.md: 87 % of 70
 
@@ -29,7 +30,7 @@ def client(pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     shutil.copytree(str(demos / "tool-calls"), folder / "adapters" / "tool-calls")
     with (
         server_process(
-            pulled_base, folder / "state", "--adapters-dir", folder / "adapters"
+            pulled_base, folder / "state", *FLAGS, "--adapters-dir", folder / "adapters"
         ) as server,
         OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client,
     ):

@@ -228,3 +228,9 @@ async def test_a_mistake_is_named_and_changes_nothing(
 async def test_an_unknown_adapter_has_no_card(lora: Front) -> None:
     answer = await lora.client.patch("/v1/adapters/nobody", json={"description": "x"})
     assert answer.status_code == 404
+
+
+async def test_a_patch_is_json(lora: Front) -> None:
+    headers = {"content-type": "text/plain"}
+    answer = await lora.client.patch(PIRATE, content=b'{"description": "x"}', headers=headers)
+    assert answer.status_code == 415

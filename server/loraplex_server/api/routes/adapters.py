@@ -26,6 +26,7 @@ from loraplex_server.api.adapter_card import (
 )
 from loraplex_server.api.adapter_path import ADAPTER_PATH, AdapterName, NewName, OwnName
 from loraplex_server.api.errors import ApiError, not_found
+from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import (
     Adapter,
@@ -160,7 +161,6 @@ async def put_adapter(
     )
 
 
-@router.patch(ADAPTER_PATH, response_model=Adapter, responses=errors(404, 412, 415))
 async def edit_adapter(
     request: Request, body: AdapterEdit, name: OwnName, state: State
 ) -> Response:
@@ -187,6 +187,16 @@ async def edit_adapter(
         pool=state.pools.changes,
     )
     return card_response(state, access_of(request), card)
+
+
+router.add_api_route(
+    ADAPTER_PATH,
+    edit_adapter,
+    methods=["PATCH"],
+    response_model=Adapter,
+    responses=errors(404, 412, 415),
+    route_class_override=JsonRoute,
+)
 
 
 @router.delete(ADAPTER_PATH, response_model=Deleted, responses=errors(404, 412))

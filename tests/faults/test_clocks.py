@@ -119,5 +119,5 @@ async def test_an_hour_of_sleep_gives_a_key_a_minutes_worth_and_no_more(
     assert await statuses() == [429] * 5, "the wall clock pays for nothing"
     clocks.monotonic_s = 3600.0
     assert await statuses() == [200, 200, 200, 429, 429]
-    app.state.parts.text.close()
+    await app.state.parts.text.close()
     app.state.parts.pools.close()

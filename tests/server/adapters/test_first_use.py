@@ -23,6 +23,7 @@ from loraplex_router.adapters import AdapterProfile
 from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest, GeneratedAdapters
 from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
+from loraplex_server.api.errors import ApiError
 from loraplex_server.api.serving.text_pipeline import TextPipeline
 from loraplex_server.model.loader import Lazy
 from tests.support.scripted_generator import ScriptedGenerator
@@ -109,15 +110,15 @@ def test_a_generator_that_cannot_be_loaded_is_loaded_by_the_next_request(
         adapters = GeneratedAdapters(store, Lazy(load).get)
         outcomes = at_once(lambda index: _outcome(adapters, f"task {index}"))
         adapters.close()
-    assert sorted(outcomes) == ["OSError"] + ["made"] * (_N - 1)
+    assert sorted(outcomes) == ["generator_unavailable"] + ["made"] * (_N - 1)
     assert len(attempts) == 2
 
 
 def _outcome(adapters: GeneratedAdapters, description: str) -> str:
     try:
         adapters.ensure(AdapterGenerationRequest(description))
-    except OSError:
-        return "OSError"
+    except ApiError as error:
+        return error.code
     return "made"
 
 

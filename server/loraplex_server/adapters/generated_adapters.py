@@ -186,7 +186,7 @@ class GeneratedAdapters:
             _log.exception("the generator failed")
             self._faults.failed("generator", error)
             raise unavailable(
-                f"the generator of adapters failed ({type(error).__name__}); the server's log says "
+                "the generator of adapters failed; the server's log says "
                 "why, and the next request tries again; or name an adapter instead",
                 "generator_unavailable",
             ) from error

@@ -71,7 +71,7 @@ class SharedEncoder:
     def _unavailable(self, what: str, error: Exception) -> ApiError:
         self._faults.failed("encoder", error)
         return unavailable(
-            f"the sentence encoder {what} ({type(error).__name__}); the server's log says why, and "
+            f"the sentence encoder {what}; the server's log says why, and "
             "the next request tries again; or name an adapter instead",
             "encoder_unavailable",
         )

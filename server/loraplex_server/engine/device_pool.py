@@ -114,7 +114,7 @@ class DevicePool:
         self._settle_arrived()
         if resident.error is not None:
             self._forget(resident)
-            raise _load_failed(plan.digest, resident.error)
+            raise _load_failed(plan.digest) from resident.error
         resident.last_used = time.monotonic()
         return Placement.RESIDENT
 
@@ -223,7 +223,7 @@ class DevicePool:
         except Exception as error:  # memory, threads, the device: not the request's doing
             self._faults.failed("loader", error)
             _log.exception("the load of adapter %s cannot be started", plan.digest[:12])
-            raise _load_failed(plan.digest, error) from error
+            raise _load_failed(plan.digest) from error
 
     def _submit_load(
         self,
@@ -337,9 +337,9 @@ class DevicePool:
         self.load_seconds += time.monotonic() - resident.started_at
 
 
-def _load_failed(digest: str, error: BaseException) -> AdapterLoadFailed:
+def _load_failed(digest: str) -> AdapterLoadFailed:
     """The error's own message is for the log: it may name anything."""
     return AdapterLoadFailed(
-        f"adapter {digest[:12]} could not be loaded to the device ({type(error).__name__}); the "
+        f"adapter {digest[:12]} could not be loaded to the device; the "
         "server's log says why, and the next request tries again"
     )

@@ -97,11 +97,9 @@ class EngineLoop:
             while not self._is_stopping:
                 self._step()
             self._close(EngineDraining("the server went down"))
-        except BaseException as error:
+        except BaseException:
             _log.exception("the engine thread died")
-            self._close(
-                EngineDead(f"the engine stopped ({type(error).__name__}); the log says why")
-            )
+            self._close(EngineDead("the engine stopped; the server's log says why"))
 
     def _step(self) -> None:
         self._read_inbox()
@@ -189,8 +187,8 @@ class EngineLoop:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1
                 failed = EngineError(
-                    f"the model failed on this request ({type(error).__name__}); try again, and "
-                    f"see the server's log under {chunk.request.id}"
+                    "the model failed on this request; try again, and see the server's log under "
+                    f"{chunk.request.id}"
                 )
                 if isinstance(error, EngineError):
                     failed = error

@@ -269,9 +269,11 @@ class Scheduler:
             return Admission.NO_ROOM
         try:
             self._start(request, n_cached)
-        except Exception as error:  # ``finish`` gives back what it holds by now
+        except Exception:  # ``finish`` gives back what it holds by now
             _log.exception("request %s cannot be started", request.id)
-            failed = EngineError(f"the request could not be started ({type(error).__name__})")
+            failed = EngineError(
+                f"the request could not be started; see the server's log under {request.id}"
+            )
             self._failed[request.id] = (request, failed)
             return Admission.FAILED
         return Admission.ADMITTED

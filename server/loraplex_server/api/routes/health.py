@@ -44,7 +44,8 @@ async def ready(state: State) -> Response:
         raise unavailable("the engine has stopped", "engine_dead")
     if state.lifecycle.status is not ServerStatus.READY:
         raise unavailable("the server is shutting down", "server_draining")
-    if state.engine.stats().n_waiting >= state.config.engine.max_queue:
+    queue_is_full = state.engine.stats().n_waiting >= state.config.engine.max_queue
+    if queue_is_full and not state.config.http.api_keys:  # with keys each tenant has a queue
         raise unavailable("the queue is full", "queue_full", retry_after_s=1.0)
     return ORJSONResponse({"status": "ready"})
 

@@ -211,7 +211,7 @@ class TextPipeline:
             self._faults.failed("tokenizer", error)
             raise ApiError(
                 500,
-                f"the tokenizer failed on this text ({type(error).__name__}); try again, and "
+                "the tokenizer failed on this text; try again, and "
                 "report it if it stays: the server's log has the details",
                 code="tokenizer_failed",
             ) from error

@@ -81,6 +81,9 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("POST", "/v2/rerank"): _selector("/v2/rerank", RANK),
     ("GET", "/v1/models/{model_id}"): [Row("/v1/models/{}"), Row("/v1/models/base:{}")],
     ("GET", "/v1/adapters/{name}"): [Row("/v1/adapters/{}"), Row("/v1/adapters/{}?report=full")],
+    ("PATCH", "/v1/adapters/{name}"): [
+        Row("/v1/adapters/{}", {"description": "edited"}, 200, 403, 404),
+    ],
     ("PUT", "/v1/adapters/{name}"): [
         Row("/v1/adapters/{}", PUT_SOURCE, 200, 403, 201),
         Row("/v1/adapters/{}", {**PUT_SOURCE, "wait": False}, 202, 403, 202),

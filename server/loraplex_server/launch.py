@@ -250,6 +250,7 @@ def _run(
         services.store.on_retired(
             lambda digest: _tell(loop, lambda: services.unloads.retired(digest))
         )
+        watching = asyncio.create_task(services.metrics.loop_lag.watch())
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         while not (server.started or serving.done()):
             await asyncio.sleep(0.005)
@@ -262,6 +263,7 @@ def _run(
         await services.grammars.close()
         server.should_exit = True
         await serving
+        watching.cancel()
         await services.text.close()
 
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:

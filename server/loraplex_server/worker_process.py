@@ -11,7 +11,6 @@ unpickle what a worker says, and notice a timeout by polling in threads.
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -19,6 +18,8 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
+
+import orjson
 
 __all__ = [
     "CallFailed",
@@ -101,9 +102,9 @@ class WorkerProcesses:
         """
         path = f"{function.__module__}:{function.__qualname__}"
         try:
-            frame = json.dumps([path, args, timeout_s if cpu_s is None else cpu_s]).encode()
-        except RecursionError:
-            raise CallRaised("RecursionError", "the arguments nest too deep") from None
+            frame = orjson.dumps([path, args, timeout_s if cpu_s is None else cpu_s])
+        except orjson.JSONEncodeError as error:  # they nest too deep
+            raise CallRaised("JSONEncodeError", str(error)) from None
         await self._turn()
         reusable = False
         worker = None
@@ -202,7 +203,7 @@ class _Worker:
         try:
             await loop.sock_sendall(self._socket, len(frame).to_bytes(4, "big") + frame)
             length = int.from_bytes(await self._receive(4), "big")
-            answer: list[object] = json.loads(await self._receive(length))
+            answer: list[object] = orjson.loads(await self._receive(length))
         except (EOFError, ConnectionError):
             if await loop.run_in_executor(None, self.wait) == -signal.SIGXCPU:
                 raise CallTooLong("took too much CPU time") from None

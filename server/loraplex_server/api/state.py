@@ -74,7 +74,8 @@ class AppState:
         return int(time())
 
 
-def state_of(request: Request) -> AppState:
+async def state_of(request: Request) -> AppState:
+    """Asynchronous: FastAPI would run it in a thread, and uploads may hold all of them."""
     state = request.app.state.parts
     assert isinstance(state, AppState)
     return state

@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 
 from .adapter_usage import AdapterCounters, AdapterUsage
 from .histograms import CallHistograms
+from .loop_lag import LoopLag
 
 __all__ = ["CallMetrics", "ServerMetrics"]
 
@@ -20,6 +21,7 @@ class ServerMetrics:
         self, registry: CollectorRegistry, model_name: str, *, n_adapters_shown: int = 20
     ) -> None:
         self.histograms = CallHistograms(registry, model_name)
+        self.loop_lag = LoopLag(registry)
         self.n_prompt_tokens = 0
         self.n_output_tokens = 0
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})

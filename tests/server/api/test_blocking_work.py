@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Iterator
 
+import anyio.to_thread
 import httpx
 import pytest
 
@@ -76,3 +77,26 @@ async def test_reads_and_resident_adapters_do_not_wait_behind_stuck_work(
     assert [answer.status_code for answer in answers] == [200] * 6 + [404]
     chat = await asyncio.wait_for(front.chat(adapter="ready"), _SOON_S)
     assert chat.json()["adapter"]["name"] == "ready"
+
+
+async def test_chats_and_reads_need_no_thread_of_starlette_s(
+    front: Front, base_spec: BaseSpec, stuck: WorkerPools
+) -> None:
+    """Its threads run synchronous routes, dependencies and files: uploads may hold them all."""
+    front.store.put_directory("ready", write_lora(front.root / "ready", base_spec))
+    threads = anyio.to_thread.current_default_thread_limiter()
+    holders = [object() for _ in range(int(threads.total_tokens))]
+    for holder in holders:
+        await threads.acquire_on_behalf_of(holder)
+    try:
+        answers = await _quick(front)
+        assert [answer.status_code for answer in answers] == [200] * 6 + [404]
+        for path in ("/health", "/version", "/openapi.json"):
+            answer = await asyncio.wait_for(front.client.get(path), _SOON_S)
+            assert answer.status_code == 200
+        chat = await asyncio.wait_for(front.chat(adapter="ready"), _SOON_S)
+        assert chat.json()["adapter"]["name"] == "ready"
+        assert len(await asyncio.wait_for(front.chat_events(), _SOON_S)) > 1
+    finally:
+        for holder in holders:
+            threads.release_on_behalf_of(holder)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from weakref import WeakValueDictionary
+
+import orjson
 
 from loraplex_server.api.errors import ApiError, invalid, unavailable
 from loraplex_server.worker_process import (
@@ -27,7 +28,7 @@ _MAX_S = 10.0  # on a machine that has no processor free
 _MEMORY_BYTES = 256 << 20
 _TEXT_BYTES = 8 << 20
 _REFUSED_S = 60.0
-_SMALL_CHARS = 64 << 10  # of messages that no template needs long for
+_SMALL_BYTES = 64 << 10  # of messages that no template needs long for
 _MAX_REFUSED = 1024
 
 
@@ -82,7 +83,7 @@ class Templates:
             raise _busy(str(error)) from error
         except CallFailed as error:
             stopped = isinstance(error, CallTooLong | CallTooLarge)
-            if remember and stopped and len(json.dumps([messages, options])) < _SMALL_CHARS:
+            if remember and stopped and len(orjson.dumps([messages, options])) < _SMALL_BYTES:
                 self._refuse(key, str(error))
             raise unrenderable(str(error)) from error
         finally:

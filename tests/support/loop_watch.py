@@ -1,0 +1,53 @@
+"""Which callbacks of an event loop took how much processor time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+
+__all__ = ["Callback", "LoopWatch"]
+
+
+class Callback(NamedTuple):
+    cpu_s: float
+    what: str
+
+
+class LoopWatch:
+    """Of the thread that it is told of. Processor time: other work on the machine is not counted.
+
+    ``longest`` is cleared by whoever reads it.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._longest = Callback(0.0, "")
+        self._thread = 0
+        run = asyncio.Handle._run
+
+        def timed(handle: asyncio.Handle) -> None:
+            if threading.get_ident() != self._thread:
+                run(handle)
+                return
+            began = time.thread_time()
+            run(handle)
+            took = time.thread_time() - began
+            if took > self._longest.cpu_s:
+                self._longest = Callback(took, repr(handle))
+
+        monkeypatch.setattr(asyncio.Handle, "_run", timed)
+
+    def watch_this_thread(self) -> None:
+        self._thread = threading.get_ident()
+
+    @contextmanager
+    def limit(self, cpu_s: float) -> Iterator[None]:
+        """Fails when a callback that ran meanwhile took longer."""
+        self._longest = Callback(0.0, "")
+        yield
+        assert self._longest.cpu_s < cpu_s, self._longest

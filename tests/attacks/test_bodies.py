@@ -11,6 +11,7 @@ from tests.support.server_process import ServerProcess
 pytestmark = pytest.mark.slow
 JSON = {"content-type": "application/json"}
 MIB = 1 << 20
+N_VALUES = 149_000  # 150,000 are read
 
 
 def refused(server: ServerProcess, path: str, body: bytes | dict[str, object]) -> str:
@@ -24,21 +25,21 @@ def refused(server: ServerProcess, path: str, body: bytes | dict[str, object]) -
 @pytest.mark.parametrize(
     ("path", "body", "param"),
     [
-        ("/v1/completions", b'{"prompt":[' + b"{}," * 2_000_000 + b"{}]}", "prompt"),
-        ("/v1/completions", b'{"prompt":[[' + b'"a",' * 1_000_000 + b"1]]}", "prompt"),
+        ("/v1/completions", b'{"prompt":[' + b"{}," * N_VALUES + b"{}]}", "prompt"),
+        ("/v1/completions", b'{"prompt":[[' + b'"a",' * N_VALUES + b"1]]}", "prompt"),
         (
             "/v1/chat/completions",
-            b'{"messages":[' + b"{}," * 2_000_000 + b"{}]}",
+            b'{"messages":[' + b"{}," * N_VALUES + b"{}]}",
             "messages[0].role",
         ),
         (
             "/v1/chat/completions",
             b'{"messages":[{"role":"user","content":"x"}],"logit_bias":{'
-            + b",".join(b'"x%d":"y"' % n for n in range(500_000))
+            + b",".join(b'"x%d":"y"' % n for n in range(N_VALUES))
             + b"}}",
             "logit_bias",
         ),
-        ("/detokenize", b'{"tokens":[' + b'"a",' * 1_000_000 + b"1]}", "tokens[0]"),
+        ("/detokenize", b'{"tokens":[' + b'"a",' * N_VALUES + b"1]}", "tokens[0]"),
     ],
     ids=["objects", "nested", "messages", "logit_bias", "tokens"],
 )
@@ -48,7 +49,20 @@ def test_parsing_stops_at_the_first_mistake(
     before = memory_bytes(server)
     with bystander(server.url):
         assert refused(server, path, body) == param
-    assert memory_bytes(server) - before < 400 * MIB  # the parsed body itself, for a moment
+    assert memory_bytes(server) - before < 100 * MIB  # the parsed body itself, for a moment
+
+
+@pytest.mark.parametrize("values", [b"{},", b"[[],0],", b'"a",', b"1,"])
+def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(
+    server: ServerProcess, values: bytes
+) -> None:
+    body = b'{"prompt":[' + values * (15 * MIB // len(values)) + b"1]}"
+    before = memory_bytes(server)
+    with bystander(server.url):
+        answer = httpx.post(f"{server.url}/v1/completions", content=body, headers=JSON, timeout=60)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["code"] == "too_many_values"
+    assert memory_bytes(server) - before < 100 * MIB
 
 
 def test_unknown_names_are_not_kept(server: ServerProcess) -> None:

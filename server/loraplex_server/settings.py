@@ -87,6 +87,16 @@ class HttpConfig(Options):
     max_upload_bytes: Bytes = option(
         4 << 30, "Of an adapter.", Panel.HTTP, name="max_upload_size", metavar="SIZE"
     )
+    response_store_bytes: Bytes = option(
+        64 << 20,
+        "Memory for the responses of /v1/responses; 0 keeps none.",
+        Panel.HTTP,
+        name="response_store_size",
+        metavar="SIZE",
+    )
+    response_ttl_s: Seconds = option(
+        86400.0, "How long they are kept.", Panel.HTTP, name="response_ttl"
+    )
     max_connections: int = option(
         1024, "Open connections before new requests get a 503.", Panel.HTTP, ge=1
     )

@@ -192,3 +192,48 @@ def test_a_wrong_key_is_refused_and_both_headers_are_taken(server: ServerProcess
         assert raised.value.body["error"]["type"] == "authentication_error"
     with Anthropic(base_url=server.url, auth_token=INFER, max_retries=0) as client:
         assert text_of(client.messages.create(**CALL))
+
+
+def test_tools_are_called_and_their_results_are_taken(claude: Anthropic, client: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"far": {"type": "boolean"}},
+        "required": ["far"],
+        "additionalProperties": False,
+    }
+    tool = {"name": "look", "input_schema": schema}
+    choice = {"type": "any", "disable_parallel_tool_use": True}
+    call = {**CALL, "max_tokens": 80, "tools": [tool]}
+    message = claude.messages.create(**call, tool_choice=choice)
+    (block,) = message.content
+    assert block.type == "tool_use"
+    assert block.name == "look"
+    assert isinstance(block.input["far"], bool)
+    assert message.stop_reason == "tool_use"
+    with claude.messages.stream(**call, tool_choice=choice) as stream:
+        final = stream.get_final_message()
+    assert final.content[0].input == block.input
+    assert final.stop_reason == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": block.id, "content": "a tree"}
+    turns = [
+        *TURNS,
+        {
+            "role": "assistant",
+            "content": [block.model_dump(include={"type", "id", "name", "input"})],
+        },
+        {"role": "user", "content": [result]},
+    ]
+    function = {"name": "look", "arguments": json.dumps(block.input)}
+    chat_turns = [
+        *TURNS,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": block.id, "type": "function", "function": function}],
+        },
+        {"role": "tool", "tool_call_id": block.id, "content": "a tree"},
+    ]
+    offered = {"type": "function", "function": {"name": "look", "parameters": schema}}
+    expected = chat(client, messages=chat_turns, tools=[offered])
+    answer = claude.messages.create(**{**CALL, "messages": turns}, tools=[tool])
+    assert text_of(answer) == expected

@@ -42,6 +42,7 @@ from loraplex_server.api.routes import (
     messages,
     metrics,
     models,
+    responses,
     revisions,
     routing,
     tokens,
@@ -50,6 +51,7 @@ from loraplex_server.api.routes import (
 from loraplex_server.api.serving.disconnect import ClientLeft
 from loraplex_server.api.serving.generation import LiveGenerations
 from loraplex_server.api.serving.grammars import Grammars
+from loraplex_server.api.serving.response_store import ResponseStore
 from loraplex_server.api.serving.text_pipeline import ChatTokenizer, TextPipeline
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.errors import EngineError
@@ -141,6 +143,7 @@ def build_app(
         metrics=server_metrics,
         registry=registry,
         collector=own,
+        responses=ResponseStore(config.http.response_store_bytes, config.http.response_ttl_s),
         live=LiveGenerations(),
         lifecycle=Lifecycle(engine),
         jobs=Jobs(pools.jobs, faults),
@@ -162,6 +165,7 @@ def build_app(
     behind_keys = (
         generate,
         messages,
+        responses,
         vectors,
         models,
         generate_adapter,

@@ -25,6 +25,7 @@ from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.serving.generation import LiveGenerations
 from loraplex_server.api.serving.grammars import Grammars
+from loraplex_server.api.serving.response_store import ResponseStore
 from loraplex_server.api.serving.text_pipeline import TextPipeline
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.engine.client import EngineClient
@@ -55,6 +56,7 @@ class AppState:
     metrics: ServerMetrics
     registry: CollectorRegistry
     collector: LoraplexCollector
+    responses: ResponseStore
     live: LiveGenerations
     lifecycle: Lifecycle
     jobs: Jobs

@@ -70,6 +70,7 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("POST", "/v1/messages/count_tokens"): _selector(
         "/v1/messages/count_tokens", {"messages": MESSAGES}
     ),
+    ("POST", "/v1/responses"): _selectors("/v1/responses", {"input": "hi"}),
     ("POST", "/tokenize"): _selector("/tokenize", {"messages": MESSAGES}),
     ("POST", "/v1/embeddings"): _selector("/v1/embeddings", {"input": "hi"}),
     ("POST", "/pooling"): _selector("/pooling", {"input": "hi"}),
@@ -105,6 +106,9 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("GET", "/v1/adapters"): NO_ADAPTER,
     ("GET", "/v1/jobs/{job_id}"): NO_ADAPTER,
     ("POST", "/v1/route"): NO_ADAPTER,
+    # Tested with the tenants' own, see tests/server/api/test_responses.py.
+    ("GET", "/v1/responses/{response_id}"): NO_ADAPTER,
+    ("DELETE", "/v1/responses/{response_id}"): NO_ADAPTER,
     ("GET", "/metrics"): NO_ADAPTER,
     **dict.fromkeys(
         [

@@ -27,7 +27,7 @@ _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _INFERENCE = frozenset(
     {
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"),
-        *("/v1/messages", "/v1/messages/count_tokens"),
+        *("/v1/messages", "/v1/messages/count_tokens", "/v1/responses"),
         *("/tokenize", "/detokenize", "/classify", "/pooling"),
         *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     }
@@ -115,7 +115,8 @@ class Auth:
 def _needed_scope(path: str, method: str) -> KeyScope:
     if path == "/metrics" and method in _READS:
         return KeyScope.METRICS
-    return KeyScope.INFER if method in _READS or path in _INFERENCE else KeyScope.ADMIN
+    infers = path in _INFERENCE or path.startswith("/v1/responses/")  # each tenant's own
+    return KeyScope.INFER if method in _READS or infers else KeyScope.ADMIN
 
 
 def _secret(scope: Scope) -> bytes:

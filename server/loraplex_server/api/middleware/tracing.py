@@ -20,6 +20,7 @@ __all__ = ["Tracing", "otlp_provider"]
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
     "/v1/messages": "chat",
+    "/v1/responses": "chat",
     "/v1/completions": "text_completion",
     "/v1/adapters/generate": "generate_adapter",
     "/v1/embeddings": "embeddings",

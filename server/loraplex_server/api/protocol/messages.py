@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
 from .body import INT64_END, Body, Few, JsonObject
 from .generation import AdapterBody, AnsweredBy, CallBody, StopStrings
+from .tools import ToolName
 
 __all__ = ["CountTokensBody", "CountedTokens", "MessageAnswer", "MessageTurn", "MessagesBody"]
 
@@ -26,9 +27,25 @@ class OutputConfig(Body):
     format: JsonFormat | None = None
 
 
+class MessageTool(Body):
+    name: ToolName
+    description: Annotated[str, Field(max_length=4096)] | None = None
+    input_schema: JsonObject
+    type: Literal["custom"] | None = None
+    strict: bool | None = None
+
+
+class MessageToolChoice(Body):
+    type: Literal["auto", "any", "tool", "none"]
+    name: ToolName | None = None  # with the type tool
+    disable_parallel_tool_use: bool | None = None
+
+
 class CountTokensBody(AdapterBody):
     messages: Annotated[Few[MessageTurn], Field(min_length=1, max_length=4000)]
     system: str | Few[JsonObject] | None = None
+    tools: Annotated[Few[MessageTool], Field(max_length=128)] | None = None
+    tool_choice: MessageToolChoice | None = None
 
 
 class MessagesBody(CountTokensBody, CallBody):
@@ -40,11 +57,6 @@ class MessagesBody(CountTokensBody, CallBody):
 
 class CountedTokens(BaseModel):
     input_tokens: int
-
-
-class TextBlock(BaseModel):
-    type: Literal["text"]
-    text: str
 
 
 class MessageUsage(BaseModel):
@@ -61,8 +73,8 @@ class MessageAnswer(BaseModel):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"]
+    content: list[dict[str, Any]]  # blocks: text, tool_use, thinking
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
     usage: MessageUsage
     adapter: AnsweredBy | None

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from .body import Body, Few, JsonObject
 
-__all__ = ["Choices", "JsonSchema", "ResponseFormat", "StructuredOutputs"]
+__all__ = ["Choices", "JsonSchema", "NamedSchema", "ResponseFormat", "StructuredOutputs"]
 
 JsonSchema = JsonObject | bool
 Choices = Annotated[Few[str], Field(min_length=1, max_length=10_000)]

@@ -8,13 +8,21 @@ from pydantic import BaseModel, Field
 
 from .body import Body, JsonObject
 
-__all__ = ["NamedToolChoice", "ToolCall", "ToolChoice", "ToolDefinition"]
+__all__ = [
+    "FunctionDefinition",
+    "NamedFunction",
+    "NamedToolChoice",
+    "ToolCall",
+    "ToolChoice",
+    "ToolDefinition",
+    "ToolName",
+]
 
-_ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
+ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 
 
 class FunctionDefinition(Body):
-    name: _ToolName
+    name: ToolName
     description: Annotated[str, Field(max_length=4096)] | None = None
     parameters: JsonObject | None = None  # a JSON schema; None: no arguments
     strict: bool | None = None
@@ -26,7 +34,7 @@ class ToolDefinition(Body):
 
 
 class NamedFunction(Body):
-    name: _ToolName
+    name: ToolName
 
 
 class NamedToolChoice(Body):

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import orjson
 from pydantic import JsonValue
 
-from loraplex_server.api.errors import invalid
+from loraplex_server.api.errors import ApiError, invalid
+from loraplex_server.api.protocol.body import JsonObject
 from loraplex_server.api.protocol.chat import ChatBody
 from loraplex_server.api.protocol.generation import AdapterBody, CallBody
-from loraplex_server.api.protocol.messages import CountTokensBody, MessagesBody
+from loraplex_server.api.protocol.messages import (
+    CountTokensBody,
+    MessagesBody,
+    MessageTool,
+    MessageToolChoice,
+    MessageTurn,
+)
 
 from .unsupported import Rules, given, of_chat, refuse_unsupported
 
@@ -23,8 +31,6 @@ def _thinks(value: object) -> bool:
 _REFUSED: Rules = {
     **of_chat(MessagesBody.model_fields),
     "stop": (given, "it is called stop_sequences here"),
-    "tools": (given, "tool calls are not supported on this route yet"),
-    "tool_choice": (given, "tool calls are not supported on this route yet"),
     "thinking": (_thinks, "there is no thinking budget to set"),
     "mcp_servers": (given, "this server calls no others"),
     "container": (given, "this server runs no code"),
@@ -48,39 +54,122 @@ def chat_of_count(body: CountTokensBody) -> ChatBody:
 
 
 def _chat(body: CountTokensBody, **fields: object) -> ChatBody:
-    messages = []
+    messages: list[JsonObject] = []
     if body.system:
         messages.append({"role": "system", "content": _text(body.system, "system")})
     for position, turn in enumerate(body.messages):
-        content = _text(turn.content, f"messages[{position}].content")
-        if messages and messages[-1]["role"] == turn.role:  # they are one turn
-            messages[-1]["content"] += f"\n{content}"
-        else:
-            messages.append({"role": turn.role, "content": content})
+        for message in _messages(turn, f"messages[{position}].content"):
+            _append(messages, message)
+    choice = body.tool_choice
     return ChatBody.model_validate(
         {
             **fields,
             "messages": messages,
+            "tools": [_tool(tool) for tool in body.tools or ()],
+            "tool_choice": None if choice is None else _choice(choice),
+            "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
             # Anthropic's "prefill": the answer goes on where the last message ends.
             "continue_final_message": body.messages[-1].role == "assistant",
         }
     )
 
 
-def _text(content: str | Sequence[Mapping[str, JsonValue]], where: str) -> str:
+def _tool(tool: MessageTool) -> dict[str, object]:
+    function = tool.model_dump(include={"name", "description", "strict"})
+    return {"type": "function", "function": {**function, "parameters": tool.input_schema}}
+
+
+def _choice(choice: MessageToolChoice) -> object:
+    if choice.type != "tool":
+        return "required" if choice.type == "any" else choice.type
+    if choice.name is None:
+        raise invalid("a tool_choice of type 'tool' needs a name", "tool_choice.name")
+    return {"type": "function", "function": {"name": choice.name}}
+
+
+def _append(messages: list[JsonObject], message: JsonObject) -> None:
+    """Texts of one role that follow each other are one turn."""
+    last = messages[-1] if messages else {}
+    if message.keys() == last.keys() == {"role", "content"} and message["role"] == last["role"]:
+        last["content"] = f"{last['content']}\n{message['content']}"
+    else:
+        messages.append(message)
+
+
+def _messages(turn: MessageTurn, where: str) -> Iterator[JsonObject]:
+    """Results of tools are messages of their own, before what the user says to them."""
+    texts: list[str] = []
+    calls: list[JsonValue] = []
+    thought = ""
+    has_results = False
+    for number, block in enumerate([] if isinstance(turn.content, str) else turn.content):
+        at = f"{where}[{number}]"
+        match block.get("type"), turn.role:
+            case "text", _:
+                texts.append(_string(block, "text", at))
+            case "tool_use", "assistant":
+                calls.append(_call(block, at))
+            case "tool_result", "user":
+                has_results = True
+                content = block.get("content") or ""
+                yield {
+                    "role": "tool",
+                    "tool_call_id": _string(block, "tool_use_id", at),
+                    "content": _text(content, f"{at}.content"),
+                }
+            case "thinking", "assistant":
+                thought += _string(block, "thinking", at)
+            case "redacted_thinking", "assistant":
+                pass
+            case kind, _:
+                raise _unsupported(kind, at)
+    text = turn.content if isinstance(turn.content, str) else "\n".join(texts)
+    if has_results and not text:
+        return
+    message: JsonObject = {"role": turn.role, "content": text}
+    if calls:
+        message["tool_calls"] = calls
+    if thought:
+        message["reasoning_content"] = thought
+    yield message
+
+
+def _call(block: Mapping[str, JsonValue], where: str) -> JsonValue:
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
+        raise invalid("input is the object that the answer gave", f"{where}.input")
+    function: JsonValue = {
+        "name": _string(block, "name", where),
+        "arguments": orjson.dumps(arguments).decode(),
+    }
+    return {"id": _string(block, "id", where), "type": "function", "function": function}
+
+
+def _text(content: JsonValue | Sequence[JsonObject], where: str) -> str:
     if isinstance(content, str):
         return content
+    if not isinstance(content, list):
+        raise invalid("a text or a list of text blocks is needed", where)
     texts = []
     for number, block in enumerate(content):
-        kind = block.get("type")
-        if kind != "text":
-            raise invalid(
-                f"a block of type {str(kind)[:64]!r} is not supported on this route: it takes text",
-                f"{where}[{number}]",
-                "unsupported_content",
-            )
-        text = block.get("text")
-        if not isinstance(text, str):
-            raise invalid("a text block needs a string 'text'", f"{where}[{number}].text")
-        texts.append(text)
+        kind = block.get("type") if isinstance(block, dict) else None
+        if not isinstance(block, dict) or kind != "text":
+            raise _unsupported(kind, f"{where}[{number}]")
+        texts.append(_string(block, "text", f"{where}[{number}]"))
     return "\n".join(texts)
+
+
+def _string(block: Mapping[str, JsonValue], name: str, where: str) -> str:
+    value = block.get(name)
+    if not isinstance(value, str):
+        raise invalid(f"a string {name!r} is needed", f"{where}.{name}")
+    return value
+
+
+def _unsupported(kind: JsonValue, where: str) -> ApiError:
+    return invalid(
+        f"a block of type {str(kind)[:64]!r} is not supported here: text, tool_result in a user's "
+        "turn, tool_use and thinking in the assistant's",
+        where,
+        "unsupported_content",
+    )

@@ -63,7 +63,6 @@ class TextCall(ABC):
     """
 
     id_prefix: ClassVar[str]
-    sse_form: SseForm = OPENAI_SSE
     prompt_param: ClassVar[str]  # the field that holds the prompt, for errors
 
     def __init__(
@@ -102,6 +101,10 @@ class TextCall(ABC):
         """What the adapter's card says where the request says nothing. Before ``prompts``."""
         self._body = with_defaults(self._body, defaults)
         self.stop = stop_rule(self._body)
+
+    @property
+    def sse_form(self) -> SseForm:
+        return OPENAI_SSE
 
     @property
     @abstractmethod

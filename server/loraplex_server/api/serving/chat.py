@@ -29,6 +29,7 @@ _TAIL_TOKENS = 16  # of the prompt: enough to see whether it has opened the reas
 class ChatCall(TextCall):
     id_prefix = "chatcmpl-"
     prompt_param = "messages"
+    limit_shown: str | None = None  # another API's name for max_tokens
 
     def __init__(self, state: AppState, request: Request, body: ChatBody) -> None:
         """Raises ApiError for everything that can be known before the adapter."""
@@ -100,7 +101,7 @@ class ChatCall(TextCall):
             self._limit,
             n_prompt=len(ids),
             max_model_len=self.state.engine.max_model_len,
-            param=self._limit_param,
+            param=self.limit_shown or self._limit_param,
             prompt_param=self.prompt_param,
         )
         logprobs = (self._chat.top_logprobs or 0) if self._chat.logprobs else None

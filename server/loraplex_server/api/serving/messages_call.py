@@ -9,6 +9,7 @@ from loraplex_server.adapters.adapter_defaults import read_defaults
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.messages import CountTokensBody, MessagesBody
 from loraplex_server.api.state import AppState
+from loraplex_server.api.streaming.sse import SseForm
 
 from .anthropic_chat import chat_of_count, chat_of_messages
 from .call import AnswerFormat
@@ -23,7 +24,6 @@ __all__ = ["CountCall", "MessagesCall"]
 
 class MessagesCall(ChatCall):
     id_prefix = "msg_"
-    sse_form = ANTHROPIC_SSE
 
     def __init__(self, state: AppState, request: Request, body: MessagesBody) -> None:
         """Raises ApiError."""
@@ -33,8 +33,12 @@ class MessagesCall(ChatCall):
         if output is not None and output.format is not None:
             self.wanted = json_wanted("output_config.format.schema", output.format.schema_)
 
+    @property
+    def sse_form(self) -> SseForm:
+        return ANTHROPIC_SSE
+
     def format(self, head: AnswerHead) -> AnswerFormat:
-        return MessagesFormat(head)
+        return MessagesFormat(head, self._parser)
 
 
 class CountCall(ChatCall):

@@ -114,7 +114,7 @@ POSTS: dict[str, tuple[str, Any]] = {
     "too many strings": ("/v1/completions", {"prompt": ["a"] * (_BODY // 5)}),
     "unknown adapter": ("/v1/completions", {"prompt": "hi", "adapter": "adapter-9999"}),
     "tokenize": ("/tokenize", {"prompt": TEXT}),
-    "detokenize": ("/detokenize", {"tokens": [5] * _VALUES}),
+    "detokenize": ("/detokenize", {"tokens": [5] * 140_000}),
     "embeddings": ("/v1/embeddings", {"input": ["a b c"] * 2048}),
     "texts": ("/v1/embeddings", {"input": ["a"] * _VALUES}),
     "schema": ("/v1/chat/completions", _chat("h", structured_outputs={"json": DEEP})),

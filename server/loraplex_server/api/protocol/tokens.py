@@ -38,7 +38,7 @@ class Tokenized(BaseModel):
 
 class DetokenizeBody(Body):
     model: Name | None = None
-    tokens: Annotated[Few[TokenId], Field(max_length=1_000_000)]
+    tokens: Annotated[Few[TokenId], Field(max_length=140_000)]
 
 
 class Detokenized(BaseModel):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
+from openai.types import Completion, CompletionChoice
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.support.architectures import tiny_model
@@ -170,6 +173,77 @@ def test_completions_take_texts_and_token_ids(client: OpenAI) -> None:
     ).json()["tokens"]
     by_ids = client.completions.create(prompt=tokens, **fields)
     assert by_ids.choices[0].text == one.choices[0].text
+
+
+def test_the_best_of_several_are_those_with_the_highest_mean_logprob(client: OpenAI) -> None:
+    call = {"model": "tiny", "prompt": ["Grüße", "a b"], "temperature": 1.5, "max_tokens": 9}
+    every = client.completions.create(n=5, logprobs=0, seed=7, **call)
+    best = client.completions.create(n=2, best_of=5, seed=7, **call)
+    assert [choice.index for choice in best.choices] == [0, 1, 2, 3]
+    assert all(choice.logprobs is None for choice in best.choices)
+    for prompt in (0, 1):
+        choices = every.choices[5 * prompt : 5 * prompt + 5]
+        ranked = sorted(choices, key=_mean_logprob, reverse=True)
+        answered = best.choices[2 * prompt : 2 * prompt + 2]
+        assert [choice.text for choice in answered] == [choice.text for choice in ranked[:2]]
+    assert best.usage is not None
+    assert every.usage is not None
+    assert best.usage.completion_tokens == every.usage.completion_tokens  # all were made
+    for wrong in ({"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}):
+        with pytest.raises(openai.BadRequestError, match="best_of"):
+            client.completions.create(**call, **wrong)
+
+
+def _mean_logprob(choice: CompletionChoice) -> float:
+    assert choice.logprobs is not None
+    found = choice.logprobs.token_logprobs
+    assert found
+    return sum(value or 0.0 for value in found) / len(found)
+
+
+def test_only_allowed_tokens_are_drawn(client: OpenAI) -> None:
+    allowed = [17, 40, 41, 99, 200]
+    body = {"allowed_token_ids": allowed, "ignore_eos": True, "return_token_ids": True}
+    answer = client.completions.create(
+        model="two", prompt="x", temperature=2, max_tokens=60, seed=1, extra_body=body
+    )
+    assert set(_token_ids(answer)) == set(allowed)
+    with pytest.raises(openai.BadRequestError, match="allowed_token_ids"):
+        client.completions.create(
+            model="tiny", prompt="x", extra_body={**body, "guided_choice": ["a", "b"]}
+        )
+
+
+def test_a_bad_word_is_forbidden_where_its_other_tokens_precede_its_last(
+    server: ServerProcess, client: OpenAI
+) -> None:
+    def ask(path: str, body: dict[str, object]) -> dict[str, Any]:
+        answer = client._client.post(f"{server.url}{path}", json=body, headers=client.auth_headers)
+        return dict(answer.json())
+
+    call = {"model": "tiny", "prompt": "x", "temperature": 1.5, "max_tokens": 40, "seed": 4}
+    shown = {"return_token_ids": True, "ignore_eos": True}
+    ids = _token_ids(client.completions.create(**call, extra_body=shown))
+    words = {
+        (first, second): ask("/detokenize", {"tokens": [first, second]})["prompt"]
+        for first, second in itertools.pairwise(ids)
+    }
+    pair, word = next(
+        (pair, word)
+        for pair, word in words.items()
+        if word == word.lstrip()
+        and ask("/tokenize", {"prompt": word, "add_special_tokens": False})["tokens"] == [*pair]
+    )
+    body = {**shown, "bad_words": [word]}
+    kept = _token_ids(client.completions.create(**call, extra_body=body))
+    at = list(itertools.pairwise(ids)).index(pair)
+    assert kept[: at + 1] == ids[: at + 1]  # its first token may stand
+    assert kept[at + 1] != pair[1]
+    assert pair not in itertools.pairwise(kept)
+
+
+def _token_ids(answer: Completion) -> list[int]:
+    return list(answer.choices[0].token_ids)  # type: ignore[attr-defined]
 
 
 def test_a_prompt_is_scored_as_lm_eval_does_it(client: OpenAI) -> None:

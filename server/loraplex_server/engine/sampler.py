@@ -9,6 +9,7 @@ probability.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -131,12 +132,14 @@ def _is_adjusted(request: Request) -> bool:
         or params.repetition_penalty != 1.0
         or params.presence_penalty
         or params.frequency_penalty
+        or params.bad_words
+        or params.allowed_token_ids is not None
         or request.n_output < params.min_tokens
     )
 
 
 def _adjust(row: Tensor, request: Request, eos_token_ids: frozenset[int]) -> None:
-    """Bias, penalties and the minimum length, in the order ``SamplingParams`` states."""
+    """Bias, penalties and forbidden tokens, in the order ``SamplingParams`` states."""
     params = request.source.sampling
     if params.logit_bias:
         ids = torch.tensor(list(params.logit_bias))
@@ -150,10 +153,26 @@ def _adjust(row: Tensor, request: Request, eos_token_ids: frozenset[int]) -> Non
     if (params.presence_penalty or params.frequency_penalty) and request.n_output:
         ids, counts = torch.unique(torch.tensor(request.output_ids), return_counts=True)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts.to(row.dtype)
+    forbidden = _ends_of_bad_words(request)
     if request.n_output < params.min_tokens:
-        ended = sorted(eos_token_ids | params.stop_token_ids)
-        if ended:
-            row[torch.tensor(ended)] = float("-inf")
+        forbidden |= eos_token_ids | params.stop_token_ids
+    if params.allowed_token_ids is not None:
+        # what is both allowed and forbidden stays: a row without a token could not go on
+        kept = sorted(params.allowed_token_ids - forbidden or params.allowed_token_ids)
+        values = row[kept]
+        row.fill_(-math.inf)
+        row[kept] = values
+    elif forbidden:
+        row[sorted(forbidden)] = -math.inf
+
+
+def _ends_of_bad_words(request: Request) -> set[int]:
+    """The last tokens of those whose other tokens the output ends with."""
+    words = request.source.sampling.bad_words
+    if not words:
+        return set()
+    output = tuple(request.output_ids[-max(map(len, words)) :])
+    return {word[-1] for word in words if output[len(output) - len(word) + 1 :] == word[:-1]}
 
 
 def _draw(logits: Tensor, requests: Sequence[Request]) -> list[int]:

@@ -13,8 +13,8 @@ class SamplingParams:
     """Validated by the HTTP routes; the engine trusts it.
 
     Logits are changed in this order: logit_bias, repetition, presence and frequency penalties,
-    min_tokens, the grammar's mask, temperature, top_k, top_p, min_p. ``logprobs`` are those of the
-    raw logits.
+    bad_words, allowed_token_ids, min_tokens, the grammar's mask, temperature, top_k, top_p, min_p.
+    ``logprobs`` are those of the raw logits.
     """
 
     max_tokens: int
@@ -28,6 +28,8 @@ class SamplingParams:
     presence_penalty: float = 0.0  # over output only
     frequency_penalty: float = 0.0  # over output only
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: tuple[tuple[int, ...], ...] = ()  # tokens of each that may not follow one another
+    allowed_token_ids: frozenset[int] | None = None  # None: all
     stop_token_ids: frozenset[int] = frozenset()  # beside the model's own end tokens
     ignore_eos: bool = False
     logprobs: int | None = None  # None = off, k = chosen token and the k most likely

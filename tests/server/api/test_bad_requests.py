@@ -121,7 +121,7 @@ async def test_a_bad_value_in_a_chat_is_a_400_that_names_the_field(
         ("prompt", 5),
         ("prompt", None),
         ("suffix", "x"),
-        ("best_of", 3),
+        ("best_of", 0),
         ("logprobs", -1),
         ("logprobs", 21),
         ("logprobs", True),

@@ -141,6 +141,29 @@ def test_logit_bias_moves_the_choice() -> None:
     assert _token(torch.tensor([0.0, 5.0]), request) == 0
 
 
+@pytest.mark.parametrize("output", [[], [3], [4, 3], [3, 4], [9, 3, 4]])
+def test_bad_words_lose_their_last_token_after_the_others(output: list[int]) -> None:
+    words = ((3,), (3, 4), (3, 4, 5), (9, 3, 4, 6))
+    torch.manual_seed(2)
+    logits = torch.randn(12)
+    request = _request(output=output, temperature=0.0, bad_words=words)
+    processor = oracle.NoBadWordsLogitsProcessor([list(word) for word in words])
+    expected = processor(torch.tensor([output], dtype=torch.long), logits[None].clone())
+    adjusted = logits[None].clone()
+    token = sample(adjusted, [request], _EOS)[0].token_id
+    assert torch.equal(adjusted, expected)
+    assert token == int(expected.argmax())
+
+
+def test_only_allowed_tokens_keep_their_logits_and_one_always_stays() -> None:
+    logits = torch.arange(12.0)
+    assert _token(logits, _request(temperature=0.0, allowed_token_ids=frozenset({3, 7}))) == 7
+    bad = _request(temperature=0.0, allowed_token_ids=frozenset({3, 7}), bad_words=((7,),))
+    assert _token(logits, bad) == 3
+    nothing_else = _request(temperature=0.0, allowed_token_ids=frozenset({2}), min_tokens=5)
+    assert _token(logits, nothing_else) == 2
+
+
 def test_min_tokens_keeps_end_tokens_away() -> None:
     logits = torch.tensor([0.0, 1.0, 9.0, 8.0])
     params = {"temperature": 0.0, "min_tokens": 2, "stop_token_ids": frozenset({3})}

@@ -44,7 +44,7 @@ class CompletionBody(GenerationBody):
     prompt: PromptInput
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: int | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
 

@@ -23,6 +23,7 @@ __all__ = [
 ]
 
 MAX_LOGIT_BIAS = 1024
+MAX_ALLOWED = 65536  # token ids
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 StopStrings = Annotated[Few[StopString], Field(max_length=16)]
 
@@ -71,6 +72,13 @@ class GenerationBody(CallBody):
         | None
     ) = None
     stop: StopString | StopStrings | None = None
+    allowed_token_ids: (
+        Annotated[Few[TokenId], Field(min_length=1, max_length=MAX_ALLOWED)] | None
+    ) = None
+    bad_words: (
+        Annotated[Few[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=64)]
+        | None
+    ) = None
     stop_token_ids: Annotated[Few[TokenId], Field(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None

@@ -66,9 +66,15 @@ class TextCall(ABC):
     prompt_param: ClassVar[str]  # the field that holds the prompt, for errors
 
     def __init__(
-        self, state: AppState, request: Request, body: GenerationBody, n_prompts: int
+        self,
+        state: AppState,
+        request: Request,
+        body: GenerationBody,
+        n_prompts: int,
+        *,
+        n_choices: int | None = None,
     ) -> None:
-        """Raises ApiError."""
+        """``n_choices``: of each prompt, if others than ``n``. Raises ApiError."""
         refuse_unsupported(body.model_extra or {})
         state.unknown_fields.warn(body.model_extra or ())
         state.lifecycle.check_admitting()
@@ -84,7 +90,7 @@ class TextCall(ABC):
         if self.info.meter is not None:
             self.info.meter.check_tokens()
         self.stop: StopRule = stop_rule(body)
-        self.n = body.n or 1  # choices of each prompt
+        self.n = n_choices or body.n or 1  # choices of each prompt
         limit = min(state.config.http.max_choices, self.info.share.max_queued or math.inf)
         if self.n * n_prompts > limit:
             raise invalid(
@@ -128,6 +134,10 @@ class TextCall(ABC):
     @abstractmethod
     def with_logprobs(self) -> bool: ...
 
+    def chosen(self, choices: Sequence[CollectedChoice]) -> Sequence[CollectedChoice]:
+        """Of what was generated, what is answered."""
+        return choices
+
     async def respond(self) -> Response:
         """Streams or answers at once; either way a client that leaves stops the work."""
         if self._body.stream:
@@ -151,7 +161,7 @@ class TextCall(ABC):
     async def _answer(self) -> bytes:
         generation, format_ = await self._start()
         try:
-            choices = await generation.collect()
+            choices = self.chosen(await generation.collect())
             return format_.body(choices, generation.usage)
         finally:
             self._close(generation)
@@ -177,6 +187,12 @@ class TextCall(ABC):
             format_ = self.format(head)
             wanted, grammar = self.wanted, None
             if wanted is not None:
+                if self._body.allowed_token_ids is not None:
+                    raise invalid(
+                        f"allowed_token_ids cannot be combined with {wanted.param}: the grammar "
+                        "says which tokens are allowed",
+                        "allowed_token_ids",
+                    )
                 grammar = await self.state.grammars.compile(wanted.spec, wanted.param)
             generation = self._generation(head.id, prompts, resolved, load_s, grammar)
         except BaseException:

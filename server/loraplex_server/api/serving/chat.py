@@ -105,7 +105,7 @@ class ChatCall(TextCall):
             prompt_param=self.prompt_param,
         )
         logprobs = (self._chat.top_logprobs or 0) if self._chat.logprobs else None
-        sampling = sampling_params(
+        sampling = await sampling_params(
             self._chat, self.state.text, max_tokens=max_tokens, logprobs=logprobs
         )
         return [Prompt(ids, sampling)]

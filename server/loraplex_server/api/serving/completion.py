@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from starlette.requests import Request
 
@@ -14,6 +16,7 @@ from loraplex_server.api.state import AppState
 
 from .call import AnswerFormat, Prompt, TextCall
 from .chat_format import AnswerHead
+from .choice import CollectedChoice
 from .completion_format import CompletionFormat, PromptEcho
 from .sampling import max_output_tokens, sampling_params, with_defaults
 
@@ -28,10 +31,11 @@ class CompletionCall(TextCall):
         """Raises ApiError for everything that can be known before the adapter."""
         if body.suffix:
             raise invalid("insertion is not supported", "suffix", "unsupported_parameter")
-        if body.best_of is not None and body.best_of != (body.n or 1):
-            raise invalid("best_of other than n is not supported", "best_of")
+        self._n_answered = body.n or 1
+        self._best_of = _best_of(body, self._n_answered)
         self._texts, self._id_lists = split_prompts(body.prompt)
-        super().__init__(state, request, body, len(self._texts) or len(self._id_lists))
+        n_prompts = len(self._texts) or len(self._id_lists)
+        super().__init__(state, request, body, n_prompts, n_choices=self._best_of)
         self._completion = body
         self._echoes: list[PromptEcho | None] = []
         for ids in self._id_lists:
@@ -55,13 +59,23 @@ class CompletionCall(TextCall):
 
     async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
         encoded = await self._encode()
-        prompts = [self._prompt(ids) for ids in encoded]
+        prompts = [await self._prompt(ids) for ids in encoded]
         self._echoes = [await self._echo(number, ids) for number, ids in enumerate(encoded)]
         return prompts
 
     def format(self, head: AnswerHead) -> AnswerFormat:
-        of_choices = [echo for echo in self._echoes for _ in range(self.n)]
+        of_choices = [echo for echo in self._echoes for _ in range(self._n_answered)]
         return CompletionFormat(head, self.state.text.token_texts, of_choices)
+
+    def chosen(self, choices: Sequence[CollectedChoice]) -> Sequence[CollectedChoice]:
+        """Of each prompt's ``best_of``, the ``n`` with the highest log-probability by token."""
+        if self._best_of == self._n_answered:
+            return choices
+        found: list[CollectedChoice] = []
+        for first in range(0, len(choices), self._best_of):
+            ranked = sorted(choices[first : first + self._best_of], key=_mean_logprob, reverse=True)
+            found += ranked[: self._n_answered]
+        return [replace(choice, index=index) for index, choice in enumerate(found)]
 
     async def _encode(self) -> Sequence[tuple[int, ...]]:
         encoded: Sequence[tuple[int, ...]] = self._id_lists
@@ -73,7 +87,7 @@ class CompletionCall(TextCall):
             raise invalid("a prompt must not be empty", "prompt")
         return encoded
 
-    def _prompt(self, ids: tuple[int, ...]) -> Prompt:
+    async def _prompt(self, ids: tuple[int, ...]) -> Prompt:
         """``max_tokens: 0`` scores the prompt: one token is generated and thrown away."""
         body = self._completion
         scoring = body.max_tokens == 0
@@ -84,11 +98,11 @@ class CompletionCall(TextCall):
             param="max_tokens",
             prompt_param=self.prompt_param,
         )
-        sampling = sampling_params(
+        sampling = await sampling_params(
             body,
             self.state.text,
             max_tokens=max_tokens,
-            logprobs=body.logprobs,
+            logprobs=body.logprobs if self._best_of == self._n_answered else body.logprobs or 0,
             prompt_logprobs=bool(body.echo) and body.logprobs is not None,
         )
         return Prompt(ids, sampling, discard_output=scoring)
@@ -120,3 +134,19 @@ def split_prompts(
     if texts:
         return texts, []
     return [], [tuple(ids)] if ids else lists
+
+
+def _best_of(body: CompletionBody, n: int) -> int:
+    """Choices to generate for each prompt. Raises ApiError (400)."""
+    if body.best_of is None:
+        return n
+    if body.best_of < n:
+        raise invalid(f"best_of is {body.best_of}, fewer than n, {n}", "best_of")
+    if body.stream and body.best_of > n:
+        raise invalid("best_of cannot be streamed: the best is known at the end", "best_of")
+    return body.best_of
+
+
+def _mean_logprob(choice: CollectedChoice) -> float:
+    entries = choice.entries
+    return sum(entry.logprobs.logprob for entry in entries) / len(entries) if entries else -math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -52,7 +52,7 @@ def max_output_tokens(
     return room if asked is None else asked
 
 
-def sampling_params(
+async def sampling_params(
     body: GenerationBody,
     text: TextPipeline,
     *,
@@ -80,6 +80,8 @@ def sampling_params(
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=_logit_bias(body.logit_bias or {}, text),
+        bad_words=await _bad_words(body.bad_words or [], text),
+        allowed_token_ids=_allowed_token_ids(body, text),
         stop_token_ids=frozenset(stop_ids),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
@@ -121,6 +123,29 @@ def _logit_bias(bias: Mapping[str, float], text: TextPipeline) -> dict[int, floa
         parsed[int(key)] = value
     text.check_ids(list(parsed), "logit_bias")
     return parsed
+
+
+async def _bad_words(words: Sequence[str], text: TextPipeline) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word at the start of a text and, as vLLM, of the same after a space."""
+    if not words:
+        return ()
+    both = [form for word in words for form in (word.lstrip(), f" {word.lstrip()}")]
+    encoded = await text.encode_many(both, add_special_tokens=False, param="bad_words")
+    found = []
+    for bare, spaced in zip(encoded[::2], encoded[1::2], strict=True):
+        if not bare:
+            raise invalid("a bad word must have a token", "bad_words")
+        found.append(bare)
+        if len(spaced) == len(bare) and spaced[0] != bare[0]:
+            found.append(spaced)
+    return tuple(found)
+
+
+def _allowed_token_ids(body: GenerationBody, text: TextPipeline) -> frozenset[int] | None:
+    if body.allowed_token_ids is None:
+        return None
+    text.check_ids(body.allowed_token_ids, "allowed_token_ids")
+    return frozenset(body.allowed_token_ids)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -41,8 +41,6 @@ _REFUSED: Rules = {
     "prompt_embeds": (given, "tensors are not accepted over HTTP"),
     "use_beam_search": (given, "beam search is not supported"),
     "chat_template": (given, "templates come from the model or the adapter, never from a request"),
-    "bad_words": (given, "bad_words is not supported; use logit_bias"),
-    "allowed_token_ids": (given, "allowed_token_ids is not supported; use logit_bias"),
     "normalize": (_is_told, "it is called use_activation"),
     "padding": (_pads, "prompts are never padded"),
     "suffix": (given, "insertion is not supported"),

@@ -133,6 +133,16 @@ def test_tools_are_called_and_their_results_are_taken(client: OpenAI) -> None:
     assert by_id.usage.input_tokens == by_items.usage.input_tokens
 
 
+def test_a_call_that_was_cut_off_is_shown_but_does_not_go_on(client: OpenAI) -> None:
+    tool = {"type": "function", "name": "look", "parameters": {"type": "object"}}
+    call = {**CALL, "tools": [tool], "tool_choice": "required"}
+    for limit in (8, 20, 30):
+        cut = client.responses.create(**{**call, "max_output_tokens": limit})
+        assert cut.status == "incomplete"
+        again = client.responses.create(**CALL, previous_response_id=cut.id)
+        assert again.output_text
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

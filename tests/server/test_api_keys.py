@@ -96,6 +96,16 @@ def test_a_quota_of_one_key_holds_for_its_tenant() -> None:
         _keys('scope = "admin"\nmax_pins = 1')
 
 
+def test_the_share_of_one_key_holds_for_its_tenant() -> None:
+    given = 'scope = "infer"\ntenant = "acme"\nweight = 2\nmax_running = 16\nmax_queued = 5'
+    first, second, other = _keys(given, 'scope = "infer"\ntenant = "acme"', 'scope = "infer"')
+    for key in (first, second):
+        assert (key.weight, key.max_running, key.max_queued) == (2.0, 16, 5)
+    assert (other.weight, other.max_running, other.max_queued) == (None, None, None)
+    with pytest.raises(ValueError, match="different weight"):
+        _keys(given, 'scope = "infer"\ntenant = "acme"\nweight = 3')
+
+
 @pytest.mark.parametrize(
     ("patterns", "allowed", "refused"),
     [
@@ -124,6 +134,11 @@ def test_patterns_are_globs_over_the_whole_name(
         ('adapters = [""]', "adapters must be a list"),
         ("requests_per_minute = 0", "requests_per_minute"),
         ("max_pins = 0", "max_pins"),
+        ("max_running = 0", "max_running"),
+        ('max_queued = "all"', "max_queued"),
+        ("weight = 0", "weight must be a number"),
+        ("weight = true", "weight must be a number"),
+        ("weight = inf", "weight must be a number"),
         ("tokens_per_minute = 1.5", "tokens_per_minute"),
     ],
 )

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_server.engine.client import STEP_TOKENS, EngineStats
+from loraplex_server.engine.client import STEP_TOKENS, EngineStats, TenantStats
 from loraplex_server.metrics.adapter_usage import AdapterUsage
 from tests.server.conftest import Front
 
@@ -186,6 +186,20 @@ async def test_busy_adapters_tell_their_tier_and_all_are_counted_by_it(lora: Fro
     assert sum(by_tier) == 2
     assert value(found, "loraplex_adapter_device_load_seconds_sum") == 0.5
     assert value(found, "loraplex_adapter_prefix_hit_tokens_total", adapter="pirate") == 0
+
+
+async def test_each_tenant_is_told_and_a_thousand_share_one_series(lora: Front) -> None:
+    lora.engine.current = EngineStats(
+        tenants=tuple(TenantStats(f"t{number}", 1, 2, 3, 12) for number in range(1000)),
+        n_rows_taken_back=7,
+    )
+    found = await samples(lora)
+    assert value(found, "loraplex_rows_taken_back_total") == 7
+    assert value(found, "loraplex_tenant_requests", tenant="t0", state="waiting") == 2
+    assert value(found, "loraplex_tenant_queue_steps_sum", tenant="t0") == 12
+    shown = [s for s in found if s.name == "loraplex_tenant_requests"]
+    assert len(shown) == 2 * 51
+    assert sum(s.value for s in shown if s.labels["state"] == "running") == 1000
 
 
 async def test_a_thousand_adapters_do_not_make_a_thousand_series(

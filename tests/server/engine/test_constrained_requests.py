@@ -14,6 +14,7 @@ from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_server.api.serving.structured_output import json_grammar
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.errors import GrammarTooComplex
 from loraplex_server.engine.events import FinishReason, TokenEvent
 from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec, TokenTrie
 from loraplex_server.engine.sampling_params import SamplingParams
@@ -138,6 +139,95 @@ def test_free_rows_have_the_same_bits_beside_constrained_ones(
         alone, beside = (asyncio.run(run(engine, n)) for n in (0, 5))
     assert [e.logprobs for e in alone.events] == [e.logprobs for e in beside.events]
     assert alone.token_ids == beside.token_ids
+
+
+@pytest.mark.parametrize("forced", [True, False], ids=["forced tokens", "one by one"])
+def test_a_preempted_answer_goes_on_where_it_was(
+    model: PreTrainedModel, thing: CompiledGrammar, forced: bool
+) -> None:
+    async def run(engine: Engine) -> list[Answer]:
+        params = [replace(LOOSE, seed=seed, max_tokens=120) for seed in range(6)]
+        params[3] = replace(params[3], logprobs=2)
+        return await asyncio.gather(
+            *(ask(engine, thing, one, name=str(index)) for index, one in enumerate(params))
+        )
+
+    with running_engine(model, forced_tokens=not forced) as engine:
+        wanted = asyncio.run(run(engine))
+        assert engine.stats().n_preemptions == 0
+    config = model.config
+    page = 2 * config.num_hidden_layers * config.num_key_value_heads * 16 * config.head_dim * 4
+    # Of 5 pages that an answer needs, 8 for all: two do not fit at once.
+    with running_engine(model, kv_memory_bytes=8 * page, forced_tokens=forced) as engine:
+        found = asyncio.run(run(engine))
+        assert engine.stats().n_preemptions > 0
+        assert engine.stats().kv_pages_used == 0
+    assert [answer.token_ids for answer in found] == [answer.token_ids for answer in wanted]
+    assert [e.logprobs for e in found[3].events] == [e.logprobs for e in wanted[3].events]
+    for answer in found:
+        check(answer)
+
+
+@pytest.mark.parametrize("forced", [True, False], ids=["forced tokens", "one by one"])
+def test_a_prompt_and_answer_from_the_prefix_cache_change_no_constrained_answer(
+    model: PreTrainedModel, thing: CompiledGrammar, forced: bool
+) -> None:
+    prompt = tuple(range(40, 140))
+    with running_engine(model, prefix_cache=False) as engine:
+        wanted = asyncio.run(ask(engine, thing, prompt=prompt))
+        assert wanted.last.n_cached == 0
+    check(wanted)
+    continued = (*prompt, *wanted.token_ids)
+    with running_engine(model, forced_tokens=forced) as engine:
+        free = asyncio.run(ask(engine, None, replace(LOOSE, max_tokens=1), prompt=prompt))
+        assert free.last.n_cached == 0
+        again = asyncio.run(ask(engine, thing, prompt=prompt))
+        # The first answer's KV is the second prompt's; the grammar begins anew all the same.
+        after = asyncio.run(ask(engine, thing, prompt=continued))
+    assert again.last.n_cached == 96
+    assert again.token_ids == wanted.token_ids
+    assert after.last.n_cached > len(prompt)
+    with running_engine(model, prefix_cache=False) as engine:
+        assert after.token_ids == asyncio.run(ask(engine, thing, prompt=continued)).token_ids
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_grammar_too_complex_on_the_way_fails_its_request_alone(
+    model: PreTrainedModel, trie: TokenTrie, thing: CompiledGrammar, temperature: float
+) -> None:
+    explodes = trie.compile(
+        GrammarSpec(
+            "start: /[0-9]{5}/ LATER\n"
+            "LATER: /(.|\\n)*a.{60}b(.|\\n)*/ & /(.|\\n)*b.{70}a(.|\\n)*/ & /.{500}/"
+        )
+    )
+    scored = SamplingParams(max_tokens=30, temperature=temperature, seed=5, logprobs=3)
+    greedy_or_not = replace(LOOSE, temperature=temperature)
+
+    async def run(engine: Engine, hostile: bool) -> tuple[list[Answer], Answer | None]:
+        last = ask(engine, explodes, greedy_or_not, name="hostile") if hostile else None
+        *others, failed = await asyncio.gather(
+            ask(engine, None, scored, name="free"),
+            ask(engine, thing, greedy_or_not, name="constrained"),
+            last or asyncio.sleep(0),
+        )
+        return list(others), failed
+
+    with running_engine(model, prefix_cache=False) as engine:
+        alone, _ = asyncio.run(run(engine, False))
+        beside, failed = asyncio.run(run(engine, True))
+        assert engine.alive
+        assert engine.stats().kv_pages_used == 0
+        again, _ = asyncio.run(run(engine, False))
+    assert failed is not None
+    assert failed.finish is FinishReason.ERROR
+    assert isinstance(failed.last.error, GrammarTooComplex)
+    assert "simplify" in str(failed.last.error)
+    assert len(failed.token_ids) == 5  # until there it was followed
+    for others in (beside, again):
+        assert [a.token_ids for a in others] == [a.token_ids for a in alone]
+        assert [e.logprobs for e in others[0].events] == [e.logprobs for e in alone[0].events]
+    check(beside[1])
 
 
 @pytest.mark.parametrize("limit", [1, 2, 5, 17])

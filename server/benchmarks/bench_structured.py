@@ -1,9 +1,10 @@
 """What a JSON schema costs: rows with one beside rows without, with and without forced tokens.
 
-    python server/benchmarks/bench_structured.py
+    python server/benchmarks/bench_structured.py            # or --quick: does it run?
 
-The default base in this process, no HTTP. In each round the three cases take turns, each with its
-own engine; the same requests, and as many tokens for the free rows as the constrained ones had.
+The default base in this process, no HTTP and no prefix cache. In each round the three cases take
+turns with the same prompts, seed and temperature; a free row gets as many tokens as the
+constrained one had, so that the rows of a batch end in the same order.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from loraplex_server.api.serving.structured_output import json_grammar
 from loraplex_server.engine.build import BuiltEngine, build_engine
@@ -49,41 +51,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--quick", action="store_true", help="2 rows, 1 round, 48 tokens")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rows, arguments.rounds, arguments.max_tokens = 2, 1, 48
     path = resolve_model(None)
     engines = {
-        forced: build_engine(EngineConfig(forced_tokens=forced, self_check=False), path)
+        forced: build_engine(
+            EngineConfig(forced_tokens=forced, self_check=False, prefix_cache=False), path
+        )
         for forced in (True, False)
     }
     try:
-        _compare(engines, arguments.rows, arguments.rounds)
+        _compare(engines, arguments)
     finally:
         for built in engines.values():
             built.engine.close()
 
 
-def _compare(engines: dict[bool, BuiltEngine], n_rows: int, n_rounds: int) -> None:
+def _compare(engines: dict[bool, BuiltEngine], arguments: argparse.Namespace) -> None:
     built = engines[True]
     backend = built.tokenizer.backend_tokenizer
     trie = TokenTrie(backend.to_str(), built.base_spec.vocab_size, built.engine.eos_token_ids)
     grammar = trie.compile(GrammarSpec(json_grammar(_SCHEMA)))
-    prompts = [backend.encode(_PROMPT.format(row)).ids for row in range(n_rows)]
+    prompts = [backend.encode(_PROMPT.format(row)).ids for row in range(arguments.rows)]
+    most = [arguments.max_tokens] * arguments.rows
     rates: dict[str, list[float]] = {"with forced tokens": [], "without forced": [], "free": []}
-    share = 0.0
-    for number in range(n_rounds + 1):  # the first warms up
+    n_forced = n_tokens = 0
+    for number in range(arguments.rounds + 1):  # the first warms up
+        sampling = SamplingParams(0, seed=number, temperature=arguments.temperature)
         before = built.engine.stats().n_forced_tokens
-        lengths, forced_rate = _time(engines[True], prompts, grammar, [512] * n_rows, number)
-        share = (built.engine.stats().n_forced_tokens - before) / sum(lengths)
-        _, plain_rate = _time(engines[False], prompts, grammar, [512] * n_rows, number)
-        _, free_rate = _time(engines[True], prompts, None, lengths, number)
+        lengths, forced_rate = _time(engines[True], prompts, grammar, most, sampling)
+        forced = built.engine.stats().n_forced_tokens - before
+        plain_lengths, plain_rate = _time(engines[False], prompts, grammar, most, sampling)
+        free_lengths, free_rate = _time(engines[True], prompts, None, lengths, sampling)
+        if not lengths == plain_lengths == free_lengths:
+            raise SystemExit(f"answers differ: {lengths}, {plain_lengths}, {free_lengths} tokens")
         if number:
+            n_forced, n_tokens = n_forced + forced, n_tokens + sum(lengths)
             for name, rate in zip(rates, (forced_rate, plain_rate, free_rate), strict=True):
                 rates[name].append(rate)
     medians = {name: statistics.median(found) for name, found in rates.items()}
     for name, rate in medians.items():
         print(f"{name:20} {rate:8.0f} tok/s   {rate / medians['free']:.2f} of free rows")
-    print(f"forced tokens: {share:.0%} of the constrained answers")
-    print(json.dumps({"base": DEFAULT_BASE, "rows": n_rows, "forced": share, **rates}))
+    print(f"forced tokens: {n_forced / n_tokens:.0%} of {n_tokens} in constrained answers")
+    told = {**vars(arguments), "base": DEFAULT_BASE, "forced": n_forced / n_tokens}
+    print(json.dumps({**told, "tok/s": rates}))
 
 
 def _time(
@@ -91,15 +106,15 @@ def _time(
     prompts: Sequence[Sequence[int]],
     grammar: CompiledGrammar | None,
     lengths: Sequence[int],
-    seed: int,
+    sampling: SamplingParams,
 ) -> tuple[list[int], float]:
     """Tokens of each answer, and all tokens a second."""
 
     async def one(row: int) -> int:
         events: asyncio.Queue[TokenEvent] = asyncio.Queue()
-        sampling = SamplingParams(lengths[row], seed=seed, ignore_eos=grammar is None)
+        params = replace(sampling, max_tokens=lengths[row], ignore_eos=grammar is None)
         built.engine.submit(
-            GenerationRequest(f"{row}", tuple(prompts[row]), sampling, grammar=grammar),
+            GenerationRequest(f"{row}", tuple(prompts[row]), params, grammar=grammar),
             events.put_nowait,
         )
         n_tokens = 0

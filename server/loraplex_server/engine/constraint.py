@@ -35,8 +35,10 @@ class Constraint:
 
     @property
     def error(self) -> str | None:
-        """What stopped it before its end: a step that is too complex, or a token not allowed."""
-        return str(self.matcher.get_error()) if self.matcher.is_error() else None
+        """What stopped it before its end: a step that is too complex, or that allows no token."""
+        if not self.matcher.is_error():
+            return None
+        return str(self.matcher.get_error()).strip().partition("\n")[0]
 
     def accept(self, token_id: int) -> None:
         """The answer got this token, sampled under the mask or forced."""

@@ -347,8 +347,8 @@ class EngineLoop:
 
 def _too_complex(reason: str) -> GrammarTooComplex:
     return GrammarTooComplex(
-        f"the answer's grammar is too complex to follow ({reason.strip()[:200]}); simplify the "
-        "schema or the grammar"
+        f"the answer's grammar cannot be followed any further: it is too complex, or allows "
+        f"nothing here ({reason[:200]}); simplify the schema or the grammar"
     )
 
 

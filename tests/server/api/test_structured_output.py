@@ -157,6 +157,7 @@ def test_vllms_fields_constrain_chats_and_completions(client: OpenAI, field: str
     for kind, value, right in (
         ("choice", choices, lambda text: text in choices),
         ("regex", "[0-9]{3}-[a-f]{2,4}", lambda t: re.fullmatch("[0-9]{3}-[a-f]{2,4}", t)),
+        ("regex", r"^[0-9]{2}(x|y$)$", lambda text: re.fullmatch(r"[0-9]{2}[xy]", text)),
         ("json", SCHEMA, lambda text: jsonschema_rs.is_valid(SCHEMA, json.loads(text))),
         ("json", json.dumps(SCHEMA), lambda t: jsonschema_rs.is_valid(SCHEMA, json.loads(t))),
         ("grammar", 'start: "a" /[bc]{1,3}/ "d"', lambda t: re.fullmatch("a[bc]{1,3}d", t)),
@@ -193,6 +194,8 @@ def test_a_stop_string_ends_an_answer_in_the_middle_of_what_is_forced(client: Op
         ({"guided_json": {"type": "objct"}}, "guided_json", "objct"),
         ({"guided_regex": "(a"}, "guided_regex", "regex"),
         ({"guided_regex": "(?=a)b"}, "guided_regex", "look-around"),
+        ({"guided_regex": "a^b"}, "guided_regex", "a^b"),
+        ({"guided_regex": r"\bword"}, "guided_regex", "WordUnicode"),
         ({"guided_grammar": "start: nowhere"}, "guided_grammar", "nowhere"),
         ({"guided_grammar": "root ::= ("}, "guided_grammar", "GBNF"),
         ({"guided_choice": ["a"], "guided_regex": "b"}, "guided_choice", "exclude"),

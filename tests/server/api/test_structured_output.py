@@ -240,6 +240,26 @@ def test_grammars_that_explode_are_refused_and_the_server_goes_on(
     assert text_of(chat(client, guided_choice=["fine"])) == "fine"
 
 
+@pytest.mark.parametrize(
+    "later",
+    [r"/(.|\n)*a.{60}b(.|\n)*/ & /(.|\n)*b.{70}a(.|\n)*/ & /.{500}/", "/a+/ & /b+/"],
+    ids=["explodes", "dead end"],
+)
+def test_a_grammar_that_fails_after_its_first_tokens_ends_its_request_alone(
+    server: ServerProcess, client: OpenAI, later: str
+) -> None:
+    hostile = f"start: /[0-9]{{40}}/ LATER\nLATER: {later}"  # beyond what is tried beforehand
+    wanted = text_of(chat(client, response_format=STRICT))
+    with ThreadPoolExecutor(2) as threads:
+        beside = threads.submit(chat, client, response_format=STRICT)
+        with pytest.raises(openai.BadRequestError, match="simplify") as refused:
+            chat(client, guided_grammar=hostile)
+        assert text_of(beside.result()) == wanted
+    assert refused.value.code == "grammar_too_complex"
+    with urllib.request.urlopen(f"{server.url}/health") as health:
+        assert json.load(health)["status"] == "ok"
+
+
 def test_constrained_rows_change_no_bit_of_their_neighbours(
     server: ServerProcess, client: OpenAI
 ) -> None:

@@ -109,7 +109,7 @@ class HeadTask(Enum):
     """What a classifier labels, in PEFT's words."""
 
     SEQ_CLS = "SEQ_CLS"  # a text, by its last token
-    TOKEN_CLS = "TOKEN_CLS"  # each token
+    TOKEN_CLS = "TOKEN_CLS"  # each token  # nosec B105
 
 
 class Activation(Enum):

@@ -300,7 +300,7 @@ async def _drain(services: AppState, timeout_s: float) -> None:
 def _url(listening: socket.socket) -> str:
     """Where this machine reaches the server."""
     host, port = listening.getsockname()[:2]
-    any_address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
+    any_address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # nosec B104
     host = any_address.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{port}"
 

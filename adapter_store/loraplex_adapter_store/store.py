@@ -103,6 +103,7 @@ class AdapterStore:
         refuses what none could serve. ``faults`` hears of disk and catalogue failing.
         """
         self.base = base
+        self.root = root
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
         self._n_kept_revisions = n_kept_revisions

@@ -254,11 +254,13 @@ def _run(
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         while not (server.started or serving.done()):
             await asyncio.sleep(0.005)
+        await services.batches.resume()
         say(_banner(services, listening))
         waiting = asyncio.create_task(going_down.wait())
         with announced(loraplex_home(), _url(listening), services.model_root, root):
             await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
+        await services.batches.close()
         await _drain(services, config.http.drain_timeout_s)
         await services.grammars.close()
         server.should_exit = True

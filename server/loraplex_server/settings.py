@@ -97,6 +97,9 @@ class HttpConfig(Options):
     response_ttl_s: Seconds = option(
         86400.0, "How long they are kept.", Panel.HTTP, name="response_ttl"
     )
+    max_batch_file_bytes: Bytes = option(
+        200 << 20, "Of a file of calls.", Panel.HTTP, name="max_batch_file_size", metavar="SIZE"
+    )
     max_connections: int = option(
         1024, "Open connections before new requests get a 503.", Panel.HTTP, ge=1
     )

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from loraplex_adapter_store.companion_files import COMPANION_FILES
 from loraplex_server.api.errors import ApiError, invalid
 
-__all__ = ["UPLOAD_SCHEMA", "Upload", "receive_upload"]
+__all__ = ["UPLOAD_SCHEMA", "FolderParser", "Upload", "receive_upload"]
 
 _MAX_TEXT = 1 << 20  # bytes of each part but the weights
 # accepted names of a part → what it is
@@ -71,7 +71,7 @@ async def receive_upload(request: Request, folder: Path) -> Upload:
     """
     if "multipart" not in request.headers.get("content-type", ""):
         raise invalid("the upload is no multipart/form-data", None, "bad_upload")
-    parser = _FolderParser(
+    parser = FolderParser(
         request.headers,
         request.stream(),
         folder=folder,
@@ -89,7 +89,7 @@ async def receive_upload(request: Request, folder: Path) -> Upload:
         await form.close()
 
 
-class _FolderParser(MultiPartParser):
+class FolderParser(MultiPartParser):
     """Files go where they stay, instead of through a temporary file without a name."""
 
     def __init__(

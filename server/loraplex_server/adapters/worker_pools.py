@@ -19,12 +19,13 @@ class WorkerPools:
         self.changes = _pool(4, "changes")  # uploads are checked and written, names removed
         self.jobs = _pool(4, "jobs")  # downloads
         self.generation = _pool(1, "generation")  # adapters are made one at a time
+        self.batches = _pool(1, "batches")  # what the store of files and batches blocks for
         self.encoder = _pool(1, "encoder")  # forwards of the sentence encoder, a few texts each
 
     def close(self) -> None:
         """Drops what has not started; what runs goes on until it is done."""
         quick = (self.reads, self.loads, self.changes)
-        for pool in (*quick, self.jobs, self.generation, self.encoder):
+        for pool in (*quick, self.jobs, self.generation, self.batches, self.encoder):
             pool.shutdown(wait=False, cancel_futures=True)
 
 

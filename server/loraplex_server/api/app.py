@@ -27,6 +27,8 @@ from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.resolver import AdapterResolver, SelectorResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
+from loraplex_server.api.batches.batch_store import BatchLimits, BatchStore
+from loraplex_server.api.batches.runner import BatchRunner
 from loraplex_server.api.middleware.auth import Auth
 from loraplex_server.api.middleware.body_limit import BodyLimit
 from loraplex_server.api.middleware.browser_guard import BrowserGuard
@@ -35,6 +37,8 @@ from loraplex_server.api.middleware.request_context import RequestContext
 from loraplex_server.api.middleware.tracing import Tracing
 from loraplex_server.api.routes import (
     adapters,
+    batches,
+    files,
     generate,
     generate_adapter,
     health,
@@ -101,6 +105,7 @@ def build_app(
     pooling: PoolingPlan | None = None,
     tracing: TracerProvider | None = None,
     faults: Faults | None = None,
+    batch_limits: BatchLimits = BatchLimits(),  # noqa: B008  frozen value
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
     ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate;
@@ -147,6 +152,9 @@ def build_app(
         live=LiveGenerations(),
         lifecycle=Lifecycle(engine),
         jobs=Jobs(pools.jobs, faults),
+        batches=BatchRunner(
+            app, BatchStore(store.root / "batches", batch_limits), pools.batches, faults
+        ),
         pools=pools,
         device=device,
         unloads=DeviceUnloads(device),
@@ -163,6 +171,8 @@ def build_app(
     keys = [Depends(HTTPBearer(auto_error=False))] if config.http.api_keys else []
     # routing before adapters: an adapter's name may hold slashes and would swallow the rest.
     behind_keys = (
+        files,
+        batches,
         generate,
         messages,
         responses,

@@ -12,9 +12,10 @@ from loraplex_server.api.middleware.rate_limit import RateLimiter
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, Scope
 from loraplex_server.engine.client import TenantShare
 
-__all__ = ["CURRENT_REQUEST_ID", "RequestInfo", "info_of"]
+__all__ = ["CURRENT_REQUEST_ID", "BatchCaller", "RequestInfo", "batch_caller_of", "info_of"]
 
 _KEY = "loraplex.request"
+_BATCH = "loraplex.batch"
 
 # Read by the log formatter only: each request runs in a task, hence in a context, of its own.
 CURRENT_REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar(
@@ -26,6 +27,7 @@ CURRENT_REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 class RequestInfo:
     id: str
     started: float = field(default_factory=perf_counter)
+    key_id: str = ""  # of the API key; "" without keys
     tenant: str = ""  # of the API key; "" without keys: there is one tenant
     share: TenantShare = field(default_factory=TenantShare)  # of the engine
     scopes: frozenset[Scope] = frozenset()
@@ -43,3 +45,21 @@ def info_of(scope: AsgiScope) -> RequestInfo:
     info = scope[_KEY]
     assert isinstance(info, RequestInfo)
     return info
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCaller:
+    """In whose name the lines of a batch are answered. Only the server itself attaches one."""
+
+    key_id: str
+    tenant: str
+
+    def attach(self, scope: AsgiScope) -> None:
+        scope[_BATCH] = self
+
+
+def batch_caller_of(scope: AsgiScope) -> BatchCaller | None:
+    """None for a call that came from outside."""
+    caller = scope.get(_BATCH)
+    assert caller is None or isinstance(caller, BatchCaller)
+    return caller

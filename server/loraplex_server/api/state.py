@@ -23,6 +23,7 @@ from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.resolver import AdapterResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
+from loraplex_server.api.batches.runner import BatchRunner
 from loraplex_server.api.serving.generation import LiveGenerations
 from loraplex_server.api.serving.grammars import Grammars
 from loraplex_server.api.serving.response_store import ResponseStore
@@ -60,6 +61,7 @@ class AppState:
     live: LiveGenerations
     lifecycle: Lifecycle
     jobs: Jobs
+    batches: BatchRunner
     pools: WorkerPools  # for the store's blocking calls
     device: DeviceTier | None  # None: the engine does not tell
     unloads: DeviceUnloads

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from dataclasses import replace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.request_info import info_of
+from loraplex_server.api.request_info import BatchCaller, batch_caller_of, info_of
 from loraplex_server.api_keys import AdapterAccess, ApiKey
 from loraplex_server.api_keys import Scope as KeyScope
 from loraplex_server.engine.client import TenantShare
@@ -32,6 +33,8 @@ _INFERENCE = frozenset(
         *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     }
 )
+_BATCHES = ("/v1/files", "/v1/batches")
+_BATCH_WEIGHT = 0.01  # of a tenant's batches beside its other calls
 _EVERYTHING = frozenset(KeyScope)
 
 
@@ -71,7 +74,8 @@ class Auth:
         needed = _needed_scope(path, method)
         if self._keys:
             key = self._key_of(scope)
-            info.tenant, info.scopes, info.access = key.tenant, key.scopes, key.access
+            info.key_id, info.tenant = key.id, key.tenant
+            info.scopes, info.access = key.scopes, key.access
             info.meter, info.share = self._meters.get(key.id), self._shares[key.tenant]
             if needed not in key.scopes:
                 raise ApiError(
@@ -79,16 +83,21 @@ class Auth:
                 )
             if info.meter is not None and needed is not KeyScope.METRICS:
                 info.meter.take_request()
-        elif needed is not KeyScope.ADMIN:
+        elif needed is not KeyScope.ADMIN and not path.startswith(_BATCHES):
             info.scopes = frozenset({KeyScope.INFER})
             if not self._writes_open:  # anybody may ask: what tenants have had here is not theirs
                 info.access = AdapterAccess(tenant="")
         else:
             self._check_open_write()
             info.scopes = _EVERYTHING
+        if batch_caller_of(scope) is not None:
+            share = info.share
+            info.share = replace(share, tenant=f"batch:{share.tenant}", weight=_BATCH_WEIGHT)
 
     def _key_of(self, scope: Scope) -> ApiKey:
         """Compares with every key in constant time, so that time tells nothing."""
+        if (batch := batch_caller_of(scope)) is not None:
+            return self._key_of_batch(batch)
         given = hashlib.sha256(_secret(scope)).digest()
         found = None
         for key in self._keys:
@@ -103,11 +112,20 @@ class Auth:
             )
         return found
 
+    def _key_of_batch(self, batch: BatchCaller) -> ApiKey:
+        for key in self._keys:
+            if (key.id, key.tenant) == (batch.key_id, batch.tenant):
+                return key
+        raise ApiError(
+            401, "the API key that made this batch is not valid any more", code="invalid_api_key"
+        )
+
     def _check_open_write(self) -> None:
         if not self._writes_open:
             raise ApiError(
                 403,
-                "adapters cannot be changed off loopback without an API key; start with --api-key",
+                "adapters cannot be changed off loopback without an API key, nor files and batches "
+                "used; start with --api-key",
                 code="writes_disabled",
             )
 
@@ -115,7 +133,8 @@ class Auth:
 def _needed_scope(path: str, method: str) -> KeyScope:
     if path == "/metrics" and method in _READS:
         return KeyScope.METRICS
-    infers = path in _INFERENCE or path.startswith("/v1/responses/")  # each tenant's own
+    own = (*_BATCHES, "/v1/responses/")  # each tenant's own
+    infers = path in _INFERENCE or path.startswith(own)
     return KeyScope.INFER if method in _READS or infers else KeyScope.ADMIN
 
 

@@ -11,6 +11,7 @@ from loraplex_server.settings import HttpConfig
 __all__ = ["BodyLimit"]
 
 _UPLOADS = "/v1/adapters/"
+_FILES = "/v1/files"
 
 
 class BodyLimit:
@@ -18,6 +19,7 @@ class BodyLimit:
         self._app = app
         self._max_body = config.max_body_bytes
         self._max_upload = config.max_upload_bytes
+        self._max_file = config.max_batch_file_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -26,6 +28,8 @@ class BodyLimit:
         limit = self._max_body
         if scope["method"] == "PUT" and scope["path"].startswith(_UPLOADS):
             limit = self._max_upload
+        elif scope["method"] == "POST" and scope["path"] == _FILES:
+            limit = self._max_file
         if _declared(scope) > limit:
             await ORJSONResponse.of_error(_too_large(limit), scope["path"])(scope, receive, send)
             return

@@ -28,7 +28,6 @@ from .records import BatchRecord, BatchStatus, FileRecord
 __all__ = ["BatchLimits", "BatchStore", "answer_record"]
 
 _WINDOW_S = 24 * 3600
-_ENDED = tuple(status.value for status in BatchStatus if status.has_ended)
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS file (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, tenant TEXT, purpose TEXT,
@@ -38,12 +37,26 @@ CREATE TABLE IF NOT EXISTS batch (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, tenant TEXT, key_id TEXT,
     input_file_id TEXT, endpoint TEXT, metadata TEXT, status TEXT, times TEXT, created INTEGER,
     expires INTEGER, n_lines INTEGER, n_completed INTEGER, n_failed INTEGER, output_file_id TEXT,
-    error_file_id TEXT, problem TEXT
+    error_file_id TEXT, problem TEXT,
+    has_ended INTEGER AS (status IN ('completed', 'failed', 'expired', 'cancelled'))
 );
 CREATE TABLE IF NOT EXISTS answer (
     batch_id TEXT, line INTEGER, is_failure INTEGER, record BLOB, PRIMARY KEY (batch_id, line)
 );
 """
+_BY_ID = {
+    "file": "SELECT * FROM file WHERE id = ? AND tenant = ?",
+    "batch": "SELECT * FROM batch WHERE id = ? AND tenant = ?",
+}
+_PAGE = {  # ``sign``: 1 for the oldest first, -1 for the newest
+    "file": "SELECT * FROM file WHERE tenant = :tenant "
+    "AND (:purpose IS NULL OR purpose = :purpose) "
+    "AND (:last IS NULL OR :sign * number > :sign * :last) "
+    "ORDER BY :sign * number LIMIT :limit",
+    "batch": "SELECT * FROM batch WHERE tenant = :tenant "
+    "AND (:last IS NULL OR :sign * number > :sign * :last) "
+    "ORDER BY :sign * number LIMIT :limit",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +93,7 @@ class BatchStore:
             for left in (self._folder / "files").iterdir():
                 if left.name not in known:
                     left.unlink()
-            active = f"SELECT DISTINCT tenant FROM batch WHERE status NOT IN {_ENDED}"
+            active = "SELECT DISTINCT tenant FROM batch WHERE NOT has_ended"
             return [row["tenant"] for row in db.execute(active)]
 
     def add_file(
@@ -112,9 +125,10 @@ class BatchStore:
         self, tenant: str, *, limit: int, after: str | None, purpose: str | None, oldest_first: bool
     ) -> tuple[list[FileRecord], bool]:
         """A page, and whether there are more. Raises ApiError (400) for an unknown ``after``."""
-        condition = "" if purpose is None else " AND purpose = :purpose"
         with self._open() as db:
-            rows = _page(db, "file", condition, tenant, limit, after, oldest_first, purpose)
+            rows = _page(
+                db, "file", tenant, limit, after, oldest_first=oldest_first, purpose=purpose
+            )
         return [_file(row) for row in rows[:limit]], len(rows) > limit
 
     def file(self, tenant: str, file_id: str, *, param: str = "file_id") -> FileRecord:
@@ -127,7 +141,7 @@ class BatchStore:
         with self._open() as db:
             _row(db, "file", tenant, file_id, "file_id")
             user = db.execute(
-                f"SELECT id FROM batch WHERE input_file_id = ? AND status NOT IN {_ENDED}",
+                "SELECT id FROM batch WHERE input_file_id = ? AND NOT has_ended",
                 (file_id,),
             ).fetchone()
             if user is not None:
@@ -163,7 +177,7 @@ class BatchStore:
                     "endpoint",
                 )
             active = db.execute(
-                f"SELECT count(*) AS n FROM batch WHERE tenant = ? AND status NOT IN {_ENDED}",
+                "SELECT count(*) AS n FROM batch WHERE tenant = ? AND NOT has_ended",
                 (caller.tenant,),
             ).fetchone()
             if active["n"] >= self.limits.max_active:
@@ -185,7 +199,7 @@ class BatchStore:
                 ),
             )
             db.execute(
-                f"DELETE FROM batch WHERE tenant = :tenant AND status IN {_ENDED} AND number <= "
+                "DELETE FROM batch WHERE tenant = :tenant AND has_ended AND number <= "
                 "(SELECT number FROM batch WHERE tenant = :tenant "
                 "ORDER BY number DESC LIMIT 1 OFFSET :n)",
                 {"tenant": caller.tenant, "n": self.limits.n_kept},
@@ -197,7 +211,7 @@ class BatchStore:
     ) -> tuple[list[BatchRecord], bool]:
         """The newest first; a page, and whether there are more. Raises ApiError (400)."""
         with self._open() as db:
-            rows = _page(db, "batch", "", tenant, limit, after, oldest_first=False)
+            rows = _page(db, "batch", tenant, limit, after)
         return [_batch(row) for row in rows[:limit]], len(rows) > limit
 
     def batch(self, tenant: str, batch_id: str) -> BatchRecord:
@@ -208,8 +222,7 @@ class BatchStore:
     def oldest_active(self, tenant: str) -> BatchRecord | None:
         with self._open() as db:
             row = db.execute(
-                f"SELECT * FROM batch WHERE tenant = ? AND status NOT IN {_ENDED} "
-                "ORDER BY number LIMIT 1",
+                "SELECT * FROM batch WHERE tenant = ? AND NOT has_ended ORDER BY number LIMIT 1",
                 (tenant,),
             ).fetchone()
         return None if row is None else _batch(row)
@@ -242,12 +255,16 @@ class BatchStore:
 
     def add_answer(self, batch_id: str, line: int, record: bytes, *, is_failure: bool) -> None:
         """On the disk when it returns."""
-        counter = "n_failed" if is_failure else "n_completed"
+        counts = {"id": batch_id, "failed": int(is_failure), "completed": int(not is_failure)}
         with self._open() as db:
             db.execute(
                 "INSERT INTO answer VALUES (?, ?, ?, ?)", (batch_id, line, is_failure, record)
             )
-            db.execute(f"UPDATE batch SET {counter} = {counter} + 1 WHERE id = ?", (batch_id,))
+            db.execute(
+                "UPDATE batch SET n_failed = n_failed + :failed, "
+                "n_completed = n_completed + :completed WHERE id = :id",
+                counts,
+            )
 
     def finish(self, tenant: str, batch_id: str) -> BatchRecord:
         """Writes the files of answers and ends the batch; does nothing if it has ended."""
@@ -266,18 +283,16 @@ class BatchStore:
         with self._open() as db:
             if end is BatchStatus.EXPIRED:
                 self._fail_the_rest(db, batch)
-            made = {
-                column: self._write_answers(db, batch_id, name, is_failure=is_failure)
-                for column, name, is_failure in (
-                    ("output_file_id", "output", False),
-                    ("error_file_id", "error", True),
-                )
-            }
+            output = self._write_answers(db, batch_id, "output", is_failure=False)
+            failures = self._write_answers(db, batch_id, "error", is_failure=True)
             _flush(self._folder / "files")
-            for column, file in made.items():
+            for file in (output, failures):
                 if file is not None:
                     _insert_file(db, tenant, file)
-                    db.execute(f"UPDATE batch SET {column} = ? WHERE id = ?", (file.id, batch_id))
+            db.execute(
+                "UPDATE batch SET output_file_id = ?, error_file_id = ? WHERE id = ?",
+                (output and output.id, failures and failures.id, batch_id),
+            )
             db.execute("DELETE FROM answer WHERE batch_id = ?", (batch_id,))
             _advance(db, batch_id, end)
         return self.batch(tenant, batch_id)
@@ -379,33 +394,32 @@ def _insert_file(db: sqlite3.Connection, tenant: str, file: FileRecord) -> None:
 def _page(
     db: sqlite3.Connection,
     table: str,
-    condition: str,
     tenant: str,
     limit: int,
     after: str | None,
-    oldest_first: bool,
+    *,
+    oldest_first: bool = False,
     purpose: str | None = None,
 ) -> list[sqlite3.Row]:
     """One row more than ``limit`` if there is one."""
-    values = {"tenant": tenant, "limit": limit + 1, "purpose": purpose, "last": None}
-    sign, order = (">", "ASC") if oldest_first else ("<", "DESC")
+    last = None
     if after is not None:
         try:
-            values["last"] = _row(db, table, tenant, after, "after")["number"]
+            last = _row(db, table, tenant, after, "after")["number"]
         except ApiError as error:
             raise invalid(error.message, "after") from None
-        condition += f" AND number {sign} :last"
-    return db.execute(
-        f"SELECT * FROM {table} WHERE tenant = :tenant{condition} "
-        f"ORDER BY number {order} LIMIT :limit",
-        values,
-    ).fetchall()
+    values = {
+        "tenant": tenant,
+        "purpose": purpose,
+        "last": last,
+        "sign": 1 if oldest_first else -1,
+        "limit": limit + 1,
+    }
+    return db.execute(_PAGE[table], values).fetchall()
 
 
 def _row(db: sqlite3.Connection, table: str, tenant: str, id: str, param: str) -> sqlite3.Row:
-    row: sqlite3.Row | None = db.execute(
-        f"SELECT * FROM {table} WHERE id = ? AND tenant = ?", (_storable(id), tenant)
-    ).fetchone()
+    row: sqlite3.Row | None = db.execute(_BY_ID[table], (_storable(id), tenant)).fetchone()
     if row is None:
         raise not_found(f"{table} {id[:64]!r} does not exist", param, f"{table}_not_found")
     return row

@@ -4,7 +4,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: serve test test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-sanitize load kernels-report native demos docker-check clean venv
+CLIENTS := .venv-clients
+
+.PHONY: serve test test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-sanitize load kernels-report native demos clients docker-check clean venv
 
 venv: $(STAMP)
 
@@ -73,6 +75,17 @@ gpu-sanitize: venv  # the same under compute-sanitizer: out-of-bounds, races, un
 			$(BIN)/python -m pytest -m "gpu" tests/kernels/triton/device || exit 1; \
 	done
 
+clients: venv $(CLIENTS)/.installed  # real clients against a real server; writes docs/clients.md
+	$(BIN)/python -m tests.clients $(CLIENTS) $(ONLY)
+
+$(CLIENTS)/.installed: pyproject.toml
+	for group in clients-openai-3 clients-openai-2; do \
+		$(PYTHON) -m venv $(CLIENTS)/$$group && \
+		$(CLIENTS)/$$group/bin/python -m pip install --quiet --upgrade pip && \
+		$(CLIENTS)/$$group/bin/python -m pip install --quiet --group $$group || exit 1; \
+	done
+	@touch $@
+
 bench-gpu: venv
 	$(BIN)/python kernels/benchmarks/bench_gpu.py
 
@@ -96,4 +109,4 @@ demos: venv  # trains the shipped adapters again, into ./demos
 	$(BIN)/loraplex train-demos --out demos
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info .mypy_cache .ruff_cache .hypothesis

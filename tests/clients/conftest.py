@@ -1,0 +1,59 @@
+"""Runs in the clients' Python, where nothing of ours is installed; `make clients` starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.request
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+_URL = os.environ.get("LORAPLEX_CLIENTS_URL", "")
+collect_ignore_glob = [] if _URL else ["test_*.py"]  # no part of `make test`
+
+
+@pytest.fixture(scope="session")
+def url() -> str:
+    """The server's, without `/v1`."""
+    return _URL
+
+
+@pytest.fixture(scope="session")
+def ask(url: str) -> Callable[[str, str], str]:
+    """The greedy answer of ``ask(model, text)``, 40 tokens, without any client."""
+
+    def post(model: str, text: str) -> str:
+        messages = [{"role": "user", "content": text}]
+        body = {"model": model, "messages": messages, "temperature": 0, "max_tokens": 40}
+        request = urllib.request.Request(
+            f"{url}/v1/chat/completions",
+            json.dumps(body).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request) as response:
+            content = json.load(response)["choices"][0]["message"]["content"]
+        assert isinstance(content, str)
+        assert content
+        return content
+
+    return post
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file names its client's distribution in ``CLIENT``, a test what it tries in a docstring."""
+    for item in items:
+        assert isinstance(item, pytest.Function)
+        client = item.module.CLIENT
+        item.user_properties.append(("client", f"{client} {version(client)}"))
+        item.user_properties.append(("tried", item.function.__doc__))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when != "call" and report.outcome == "passed":
+        return
+    result = {**dict(report.user_properties), "outcome": report.outcome}
+    with Path(os.environ["LORAPLEX_CLIENTS_RESULTS"]).open("a") as results:
+        results.write(json.dumps(result) + "\n")

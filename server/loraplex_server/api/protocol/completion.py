@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
-from .body import Few, TokenId
+from .body import INT64_END, Few, TokenId
 from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
 
 __all__ = ["Completion", "CompletionBody", "PromptInput"]
@@ -24,10 +24,13 @@ def _check_prompt(value: object) -> object:
         if type(item) not in (str, int, list) or kinds[type(item)] != first:
             raise ValueError(
                 "a prompt is a text, a list of texts, a list of token ids or a list of such "
-                f"lists; item {number} does not fit"
+                f"lists, not a list with {repr(item)[:40]} as item {number}"
             )
-        if isinstance(item, list) and any(type(token) is not int for token in item):
-            raise ValueError(f"item {number} is a list, but not of token ids alone")
+        for token in item if isinstance(item, list) else ():
+            if type(token) is not int:
+                raise ValueError(
+                    f"item {number} is a list of token ids, not a list with {repr(token)[:40]}"
+                )
     return value
 
 
@@ -44,7 +47,7 @@ class CompletionBody(GenerationBody):
     prompt: PromptInput
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    best_of: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
 

@@ -56,7 +56,7 @@ class CallBody(AdapterBody):
 
 class GenerationBody(CallBody):
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
+    n: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     max_tokens: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None

@@ -23,6 +23,7 @@ from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
 from tests.support.server_process import ServerProcess, save_tiny_model, server_process
 
+pytestmark = pytest.mark.timeout(900)  # some fifty routes, one after the other
 HERE = Path(__file__).parent
 ADAPTER = "kept"
 KEY = "key-of-the-contract"
@@ -111,4 +112,4 @@ def test_every_answer_is_as_documented_behind_a_key(server_with_key: Subject) ->
 
 @pytest.mark.slow
 def test_every_answer_is_as_documented_at_length(server_with_key: Subject) -> None:
-    server_with_key.run("--max-examples", "40")
+    server_with_key.run("--max-examples", "15")

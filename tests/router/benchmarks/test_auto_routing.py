@@ -23,7 +23,8 @@ def test_shipped_tasks_are_told_apart_and_unrelated_prompts_left_alone(
     profiles = shipped_profiles(Path(str(files("loraplex_adapter_store") / "demos")))
     assert len(profiles) >= 8
     router = SemanticRouter(SharedEncoder(lambda: pulled_encoder), lambda: profiles)
-    result = evaluate(router, [p.name for p in profiles], n=40)
+    # Questions for tools are ordinary ones: a request with tools names its adapter.
+    result = evaluate(router, [p.name for p in profiles if p.name != "tool-calls"], n=40)
     router.close()
     assert result.right >= 0.95
     assert result.false_picks <= 0.02

@@ -24,7 +24,7 @@ from tests.server.conftest import Front, make_front
 from tests.support.loop_watch import LoopWatch
 from tests.support.lora_files import write_lora
 
-LIMIT_S = 0.05
+LIMIT_S = 0.05 * 1.6  # processor time grows by half where two threads share a core
 N_ADAPTERS = 500
 JSON = {"content-type": "application/json"}
 LONG = 1_000_000  # tokens of context: so that no text is refused for its length

@@ -205,7 +205,9 @@ async def test_keys_hold_for_every_route(path: str, body: dict[str, Any], keyed:
 
 async def test_tokens_of_texts_are_paid_for(keyed: Front) -> None:
     keyed.headers = {"authorization": f"Bearer {_SECRET}"}
-    assert (await keyed.post("/v1/embeddings", {"input": [1] * 20})).status_code == 200
+    status, code, _ = await _error(keyed, "/v1/embeddings", input=[1] * 20)
+    assert (status, code) == (400, "tokens_above_limit")
+    assert (await keyed.post("/v1/embeddings", {"input": [1] * 10})).status_code == 200
     status, code, _ = await _error(keyed, "/v1/embeddings", input="x")
     assert (status, code) == (429, "rate_limit_exceeded")
 

@@ -126,10 +126,10 @@ class Retirement:
         self._janitor.submit(lambda: None).result()
 
     def close(self) -> None:
-        """Waits for running clean-up; files stay from here on."""
+        """Waits for what is to be freed by now; files stay from here on."""
+        self._janitor.shutdown(wait=True)
         with self._writing:
             self._closed = True
-        self._janitor.shutdown(wait=True)
 
     def _remove_files(self, digest: str) -> int:
         """The bytes freed. What cannot be removed now goes with the sweep of the next start."""

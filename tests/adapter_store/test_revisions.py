@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,21 @@ def test_deleting_a_name_frees_its_kept_revisions_and_a_new_one_has_none(
     assert contents(store) == set()
     last = put(store, "x", 3)
     assert kept(store, "x") == [last]
+
+
+def test_a_store_that_closes_waits_until_kept_revisions_are_freed(store: AdapterStore) -> None:
+    free = threading.Event()
+    put(store, "x", 1)
+    put(store, "x", 2)
+    store._retirement.later(lambda event: event.wait(30), free)  # what is freed comes after it
+    store.delete("x")
+    closing = threading.Thread(target=store.close)
+    closing.start()
+    while not store._closed:
+        assert closing.is_alive()
+    free.set()
+    closing.join()
+    assert contents(store) == set()
 
 
 def test_kept_revisions_survive_a_restart(tmp_path: Path, base: BaseSpec) -> None:

@@ -29,8 +29,12 @@ def generate_from_examples(
     description: str,
     pairs: Sequence[Example],
     *,
+    wordings: Sequence[str] = (),
+    unlabelled: Sequence[str] = (),
     method: str = "auto",
     seed: int = 0,
+    samples: int = 0,
+    force: bool = False,
     recipe: RefinementRecipe = RefinementRecipe(),  # noqa: B008  frozen value
     budget_s: float = DEFAULT_BUDGET_S,
     report: Progress = lambda stage, share: None,
@@ -39,13 +43,22 @@ def generate_from_examples(
 
     Which of the two, how long, and whether at all, the pairs themselves decide, each judged by a
     copy that has not seen it; the card's ``refinement`` says what came of it. A sentence that the
-    guard would refuse starts from the mean: the pairs say what is meant. Raises UnfitExamples.
+    guard refuses starts from the mean unless ``force``: the pairs say what is meant. ``unlabelled``
+    are ``Generator.generate``'s prompts. Raises UnfitExamples.
     """
     began = time.perf_counter()
     rows = _rows(codec, pairs)
-    draft = generator.generate(description, method=method, seed=seed, force=True)
+    draft = generator.generate(
+        description,
+        wordings=wordings,
+        prompts=unlabelled,
+        method=method,
+        seed=seed,
+        samples=samples,
+        force=True,
+    )
     starts = {"library mean": generator.library_mean()}
-    if draft.card["ood_score"] <= draft.card["ood_limit"]:  # type: ignore[operator]
+    if force or not generator.refuses(generator.read(description, wordings)):
         starts = {"draft": draft.vector, **starts}
     made = refine(
         base,

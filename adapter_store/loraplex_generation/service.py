@@ -98,7 +98,7 @@ class Generator:
         self,
         description: str,
         *,
-        examples: Sequence[str] = (),
+        wordings: Sequence[str] = (),
         prompts: Sequence[str] = (),
         method: str = "auto",
         seed: int = 0,
@@ -107,7 +107,7 @@ class Generator:
     ) -> GeneratedAdapter:
         """Tens of milliseconds on two cores; a few hundred for ICM-LoRA with prompts.
 
-        `examples` are further wordings of the same task, `prompts` unlabelled inputs of the task,
+        `wordings` are further ones of the same task, `prompts` unlabelled inputs of the task,
         which ICM-LoRA alone reads. SG-LoRA and ICM-LoRA decode the centre of their latent, or the
         average of `samples` draws. Raises OutOfDistribution unless `force`, NotTrained for a
         method that was not trained, UnfitPrompts for too few prompts or a method without use
@@ -117,7 +117,7 @@ class Generator:
         name = self._bundle.default if method == "auto" else method
         if prompts and name != "icm-lora":
             raise UnfitPrompts(f'method "{name}" has no use for prompts; "icm-lora" has')
-        asked = self.read(description, examples, prompts)
+        asked = self.read(description, wordings, prompts)
         score = self.ood_score(asked)
         if self.refuses(asked) and not force:
             raise OutOfDistribution(score, self._bundle.ood_score.limit, self.nearest(asked))
@@ -125,6 +125,7 @@ class Generator:
         layout = self._bundle.layout
         card: dict[str, object] = {
             "description": description,
+            "wordings": list(wordings),
             "method": name,
             "asked_method": method,
             "seed": seed,
@@ -191,10 +192,10 @@ class Generator:
         return list(best.items())
 
     def read(
-        self, description: str, examples: Sequence[str] = (), prompts: Sequence[str] = ()
+        self, description: str, wordings: Sequence[str] = (), prompts: Sequence[str] = ()
     ) -> AdapterDescription:
-        wordings = (description, *examples)
-        return AdapterDescription(wordings, tuple(prompts), self._encoder.encode(wordings))
+        texts = (description, *wordings)
+        return AdapterDescription(texts, tuple(prompts), self._encoder.encode(texts))
 
     def _of_weights(self, weights: Tensor) -> Draft:
         library = self._bundle.library

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from loraplex_generation.zoo.tasks import Task
 
+from .chat_base import ChatBase
 from .errors import UnfitPrompts
-from .frozen_base import FrozenBase
-from .packing import ChatCodec, Row, pack
+from .packing import Row, pack
 
 __all__ = ["MIN_PROMPTS", "TaskConditions", "TaskVectors", "train_conditions"]
 
@@ -37,7 +37,7 @@ _POOL = 64  # training inputs that these prompts are drawn from
 class TaskVectors:
     """Thread-safe and deterministic. The base is loaded at the first question, and stays."""
 
-    def __init__(self, load: Callable[[], tuple[FrozenBase, ChatCodec]]) -> None:
+    def __init__(self, load: Callable[[], ChatBase]) -> None:
         self._load = load
         self._lock = threading.Lock()
         self._remembered = lru_cache(_REMEMBERED)(self._compute)
@@ -46,13 +46,7 @@ class TaskVectors:
     def of_directory(cls, directory: Path) -> TaskVectors:
         """From a model directory that ``FrozenBase`` reads."""
 
-        def load() -> tuple[FrozenBase, ChatCodec]:
-            from transformers import AutoTokenizer
-
-            codec = ChatCodec(AutoTokenizer.from_pretrained(directory))
-            return FrozenBase(directory, mapped=True), codec
-
-        return cls(load)
+        return cls(lambda: ChatBase.of_directory(directory, mapped=True))
 
     def of(self, description: str, prompts: Sequence[str] = ()) -> Tensor:
         """float32 [hidden_size]. Raises UnfitPrompts for one to seven prompts."""
@@ -82,7 +76,7 @@ class TaskVectors:
         return torch.cat(found)
 
     @cached_property
-    def _parts(self) -> tuple[FrozenBase, ChatCodec]:
+    def _parts(self) -> ChatBase:
         return self._load()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from loraplex_generation.chat_base import ChatBase
 from loraplex_generation.errors import UnfitPrompts
 from loraplex_generation.task_vectors import TaskVectors, train_conditions
 from loraplex_generation.zoo.tasks import Task
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def reader(folder: Path) -> TaskVectors:
-    return TaskVectors(lambda: (tiny_base(folder), CODEC))
+    return TaskVectors(lambda: ChatBase(tiny_base(folder), CODEC))
 
 
 @torch.inference_mode()
@@ -54,11 +55,11 @@ def test_too_few_prompts_are_refused_with_the_number_that_is_wanted(reader: Task
 def test_the_base_is_loaded_once_and_only_when_it_is_asked(folder: Path) -> None:
     loads: list[int] = []
 
-    def load() -> tuple[object, object]:
+    def load() -> ChatBase:
         loads.append(1)
-        return tiny_base(folder), CODEC
+        return ChatBase(tiny_base(folder), CODEC)
 
-    reader = TaskVectors(load)  # type: ignore[arg-type]
+    reader = TaskVectors(load)
     assert not loads
     assert torch.equal(reader.of("one"), reader.of("one"))
     reader.of("two")

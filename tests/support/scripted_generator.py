@@ -30,7 +30,7 @@ class ScriptedGenerator(Generator):
         self,
         description: str,
         *,
-        examples: Sequence[str] = (),
+        wordings: Sequence[str] = (),
         prompts: Sequence[str] = (),
         method: str = "auto",
         seed: int = 0,
@@ -42,7 +42,7 @@ class ScriptedGenerator(Generator):
         if 0 < len(prompts) < MIN_PROMPTS:
             raise UnfitPrompts(f"{len(prompts)} prompts")
         self.n_made += 1
-        text = f"{description}{list(examples)}{list(prompts)}{method}{seed}{samples}"
+        text = f"{description}{list(wordings)}{list(prompts)}{method}{seed}{samples}"
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         random = torch.Generator().manual_seed(key)
         vector = 0.2 * torch.randn(self._layout.size, generator=random)

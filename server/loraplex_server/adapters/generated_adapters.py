@@ -42,7 +42,7 @@ class AdapterGenerationRequest:
     """What is asked for. Equal requests give the same adapter, and are made once."""
 
     description: str
-    examples: tuple[str, ...] = ()  # further wordings of the same description
+    wordings: tuple[str, ...] = ()  # further ones of the same task
     prompts: tuple[str, ...] = ()  # unlabelled inputs of the task
     method: str = "auto"
     seed: int = 0
@@ -53,7 +53,7 @@ class AdapterGenerationRequest:
     def key(self) -> str:
         parts = [
             self.description,
-            self.examples,
+            self.wordings,
             self.prompts,
             self.method,
             self.seed,
@@ -173,7 +173,7 @@ class GeneratedAdapters:
         try:
             made = self._find_generator().generate(
                 request.description,
-                examples=request.examples,
+                wordings=request.wordings,
                 prompts=request.prompts,
                 method=request.method,
                 seed=request.seed,
@@ -209,7 +209,7 @@ class GeneratedAdapters:
             options=PutOptions(
                 replace=_is_ours(name),
                 description=request.description,
-                examples=request.examples,
+                examples=request.wordings,
                 provenance={"source": "generated", **card},
                 expires=expires,
                 quota=quota,

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from loraplex_generation.frozen_base import FrozenBase
-    from loraplex_generation.packing import ChatCodec
+    from loraplex_generation.chat_base import ChatBase
     from loraplex_generation.service import GeneratedAdapter, Generator
 
 __all__ = ["generate"]
@@ -27,6 +26,9 @@ def generate(
     force: Annotated[
         bool, typer.Option("--force", help="Also for a description unlike any known task.")
     ] = False,
+    wording: Annotated[
+        list[str] | None, typer.Option(help="The same task in other words; repeat.")
+    ] = None,
     prompts_from: Annotated[
         Path | None,
         typer.Option(
@@ -62,7 +64,7 @@ def generate(
 
     unlabelled = [] if prompts_from is None else prompts_from.read_text().splitlines()
     unlabelled = [line for line in unlabelled if line.strip()]
-    order = _Order(description, unlabelled, method, seed, samples, force)
+    order = _Order(description, wording or [], unlabelled, method, seed, samples, force)
     try:
         if examples is not None:
             if server is not None:
@@ -86,6 +88,7 @@ class _Order:
     """What `Generator.generate` and `POST /v1/adapters/generate` take, by the same names."""
 
     description: str
+    wordings: list[str]
     prompts: list[str]
     method: str
     seed: int
@@ -94,12 +97,13 @@ class _Order:
 
 
 def _here(order: _Order, base: str | None, out: Path | None, prompts: list[str]) -> None:
+    from loraplex_generation.chat_base import ChatBase
+
     directory, generator = _generator(base)
     made = generator.generate(**asdict(order))
     _show(made, out)
     if prompts:
-        model, codec = _base(directory)
-        _try(made, model, codec, prompts)
+        _try(made, ChatBase.of_directory(directory), prompts)
 
 
 def _learn(
@@ -112,26 +116,30 @@ def _learn(
 ) -> None:
     from rich.progress import Progress
 
+    from loraplex_generation.chat_base import ChatBase
     from loraplex_generation.from_examples import generate_from_examples, read_pairs
 
     pairs = read_pairs(examples)
     directory, generator = _generator(base)
-    model, codec = _base(directory)
+    model = ChatBase.of_directory(directory)
     with Progress(transient=True) as progress:
         task = progress.add_task("learning", total=1.0)
         made = generate_from_examples(
             generator,
-            model,
-            codec,
+            *model,
             order.description,
             pairs,
+            wordings=order.wordings,
+            unlabelled=order.prompts,
             method=order.method,
             seed=order.seed,
+            samples=order.samples,
+            force=order.force,
             budget_s=budget_s,
             report=lambda stage, share: progress.update(task, completed=share),
         )
     _show(made, out)
-    _try(made, model, codec, prompts)
+    _try(made, model, prompts)
 
 
 def _generator(base: str | None) -> tuple[Path, Generator]:
@@ -149,15 +157,6 @@ def _generator(base: str | None) -> tuple[Path, Generator]:
     )
 
 
-def _base(directory: Path) -> tuple[FrozenBase, ChatCodec]:
-    from transformers import AutoTokenizer
-
-    from loraplex_generation.frozen_base import FrozenBase
-    from loraplex_generation.packing import ChatCodec
-
-    return FrozenBase(directory), ChatCodec(AutoTokenizer.from_pretrained(directory))
-
-
 def _show(made: GeneratedAdapter, out: Path | None) -> None:
     _show_card(made.card)
     if out is not None:
@@ -165,11 +164,11 @@ def _show(made: GeneratedAdapter, out: Path | None) -> None:
         typer.echo(f"wrote {out}")
 
 
-def _try(made: GeneratedAdapter, model: FrozenBase, codec: ChatCodec, prompts: list[str]) -> None:
+def _try(made: GeneratedAdapter, model: ChatBase, prompts: list[str]) -> None:
     from loraplex_generation.decoding import greedy_reply
 
     for prompt in prompts:
-        typer.echo(f"{prompt}  →  {greedy_reply(model, codec, prompt, made.layout, made.vector)}")
+        typer.echo(f"{prompt}  →  {greedy_reply(*model, prompt, made.layout, made.vector)}")
 
 
 def _write(made: GeneratedAdapter, out: Path) -> None:

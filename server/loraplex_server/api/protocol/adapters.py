@@ -70,7 +70,7 @@ class GenerateAdapterBody(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     description: Annotated[str, Field(min_length=1, max_length=2000)]
-    examples: Annotated[Few[_Wording], Field(max_length=100)] = []  # further wordings
+    wordings: Annotated[Few[_Wording], Field(max_length=100)] = []  # further ones of the task
     prompts: Annotated[Few[_Prompt], Field(max_length=64)] = []  # unlabelled inputs; icm-lora
     method: GenerationMethod = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0

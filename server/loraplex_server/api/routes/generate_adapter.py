@@ -48,7 +48,7 @@ async def generate_adapter(
     )
     order = AdapterGenerationRequest(
         body.description.strip(),
-        tuple(body.examples),
+        tuple(body.wordings),
         tuple(body.prompts),
         body.method,
         body.seed,

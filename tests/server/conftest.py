@@ -98,9 +98,13 @@ def make_front(
     n_kept_revisions: int = 0,
     limits: StoreLimits = StoreLimits(),  # noqa: B008  frozen value
     packer: Packer | None = None,
+    engine: Any = None,
     **parts: Any,
 ) -> Front:
-    """``parts`` of ``build_app``; ``with_store`` makes those that need the store."""
+    """``parts`` of ``build_app``; ``with_store`` makes those that need the store.
+
+    ``engine``: a real one in place of the scripted one.
+    """
     http = http or HttpConfig(served_model_names=("base",))
     root = folder / "adapters"
     root.mkdir(exist_ok=True)
@@ -112,7 +116,7 @@ def make_front(
         packer=packer,
         n_kept_revisions=n_kept_revisions,
     )
-    engine = FakeEngine(tokenizer.backend_tokenizer)
+    engine = engine or FakeEngine(tokenizer.backend_tokenizer)
     if not http.served_model_names:
         http = http.model_copy(update={"served_model_names": ("base",)})
     allowed = tuple(SourcePrefix.parse(text) for text in allow_sources)

@@ -159,7 +159,7 @@ class FakeEngine:
             event = TokenEvent(request.request_id, (token_id,), finish=finish)
             event = replace(event, logprobs=self._logprobs(request, token_id))
         if first:
-            prompt = self._prompt_logprobs(request) if sampling.prompt_logprobs else ()
+            prompt = _prompt_logprobs(request, sampling.prompt_logprobs)
             event = replace(event, n_cached=self.n_cached, queue_s=0.25, prompt_logprobs=prompt)
         if event.finish is not None:
             del self._running[request.request_id]
@@ -167,15 +167,18 @@ class FakeEngine:
 
     def _logprobs(self, request: GenerationRequest, token_id: int) -> tuple[TokenLogprobs, ...]:
         k = request.sampling.logprobs
-        if k is None:
-            return ()
-        others = [(i, -1.0 - i) for i in range(3, 3 + k) if i != token_id]
-        top = tuple([(token_id, -0.5), *others][:k])
-        return (TokenLogprobs(token_id, -0.5, top),)
+        return () if k is None else (_made_up(token_id, k),)
 
-    def _prompt_logprobs(self, request: GenerationRequest) -> tuple[TokenLogprobs | None, ...]:
-        known = [self._logprobs(request, token_id)[0] for token_id in request.prompt_ids[1:]]
-        return (None, *known)
+
+def _made_up(token_id: int, k: int) -> TokenLogprobs:
+    others = [(i, -1.0 - i) for i in range(3, 3 + k) if i != token_id]
+    return TokenLogprobs(token_id, -0.5, tuple([(token_id, -0.5), *others][:k]), rank=1)
+
+
+def _prompt_logprobs(request: GenerationRequest, k: int | None) -> tuple[TokenLogprobs | None, ...]:
+    if k is None:
+        return ()
+    return (None, *(_made_up(token_id, k) for token_id in request.prompt_ids[1:]))
 
 
 _WIDTH = 64  # of the tiny models' hidden states

@@ -114,6 +114,8 @@ def from_engine(error: engine_errors.EngineError, *, prompt_param: str | None = 
             return invalid(str(error), prompt_param, "context_length_exceeded")
         case engine_errors.GrammarTooComplex():
             return invalid(str(error), None, "grammar_too_complex")
+        case engine_errors.NoTokenAllowed():
+            return invalid(str(error), error.param, "no_token_allowed")
         case engine_errors.AdapterUnservable():
             return invalid(str(error), "adapter", "adapter_unservable")
         case engine_errors.AdapterLoadFailed():

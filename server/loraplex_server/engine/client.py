@@ -71,7 +71,7 @@ class GenerationRequest:
         """Whether the prefix cache is of no use: every token of the prompt is looked at."""
         if self.pooling is not None:
             return self.pooling.reads_all_rows
-        return self.sampling.prompt_logprobs
+        return self.sampling.prompt_logprobs is not None
 
 
 class TenantStats(NamedTuple):

@@ -236,6 +236,9 @@ class EngineLoop:
         if constraint is not None and constraint.error is not None:  # its mask was none
             self._end(request, FinishReason.ERROR, error=_too_complex(constraint.error))
             return
+        if sampled.error is not None:
+            self._end(request, FinishReason.ERROR, error=sampled.error)
+            return
         is_end = token in self.eos_token_ids and (constraint is not None or not params.ignore_eos)
         if is_end or token in params.stop_token_ids:
             self._end(request, FinishReason.STOP, stop_token=token)
@@ -263,10 +266,11 @@ class EngineLoop:
     def _feed_forced(self, request: Request, constraint: Constraint, room: int) -> None:
         """Tokens that the grammar leaves no choice about: the next step computes them together.
 
-        With log-probabilities they come one by one, since each needs the logits before it.
+        With log-probabilities they come one by one, since each needs the logits before it, and
+        with bad words, which may forbid them.
         """
         params = request.source.sampling
-        if params.logprobs is not None or not self._feeds_forced:
+        if params.logprobs is not None or params.bad_words or not self._feeds_forced:
             return
         forced = constraint.take_forced(room, params.stop_token_ids | self.eos_token_ids)
         request.token_ids += forced
@@ -353,8 +357,7 @@ def _too_complex(reason: str) -> GrammarTooComplex:
 
 
 def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...]:
-    """Of the prompt's own tokens; empty unless asked for. Soft prompts were scored, too."""
-    if not request.source.sampling.prompt_logprobs:
+    """Of the prompt's own tokens; empty unless asked for."""
+    if request.source.sampling.prompt_logprobs is None:
         return ()
-    n_virtual = len(request.prompt_logprobs) - (request.n_prompt - request.n_virtual - 1)
-    return (None, *request.prompt_logprobs[max(0, n_virtual) :])
+    return (None, *request.prompt_logprobs)

@@ -5,6 +5,7 @@ EngineError
 ├── EngineDraining     the server is going down: try another replica
 ├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
 ├── GrammarTooComplex  a step of the request's grammar takes more than is allowed
+├── NoTokenAllowed     the request's own fields forbid every token
 ├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
 ├── AdapterLoadFailed  the copy to the device failed: try again
 ├── NoAdapterPlace     the device is taken by pinned adapters: unpin one
@@ -22,6 +23,7 @@ __all__ = [
     "EngineError",
     "GrammarTooComplex",
     "NoAdapterPlace",
+    "NoTokenAllowed",
     "QueueFull",
 ]
 
@@ -48,6 +50,14 @@ class ContextOverflow(EngineError):
 
 class GrammarTooComplex(EngineError):
     pass
+
+
+class NoTokenAllowed(EngineError):
+    """Carries ``param``, the field that forbids what the others leave."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class AdapterUnservable(EngineError):

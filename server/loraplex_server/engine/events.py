@@ -26,6 +26,7 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]  # (token id, logprob), most likely first
+    rank: int | None = None  # of a prompt's token: how many tokens are at least as likely
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,13 +31,14 @@ from .kv_cache import KvCache
 from .request import Request
 from .resident_adapter import RowsBeyondThePool
 from .row_buffer import RowBuffer
-from .sampler import Sampled, forced_token, is_plainly_greedy, logprobs_of, sample
+from .sampler import Sampled, forced_token, is_plainly_greedy, prompt_logprobs_of, sample
 from .scheduler import ScheduledChunk
 from .token_masks import TokenMasks
 
 __all__ = ["ModelRunner", "StepResult"]
 
 _log = logging.getLogger(__name__)
+_LOGPROB_ROWS = 64  # of a prompt, whose logits take memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,21 +273,23 @@ class ModelRunner:
     def _prompt_logprobs(
         self, hidden: Tensor, chunks: Sequence[ScheduledChunk], batch: ForwardBatch
     ) -> dict[str, tuple[TokenLogprobs, ...]]:
-        """For requests that ask: the log-probability of each token after the chunk's first."""
+        """For requests that ask: of each token of the prompt's text after the chunk's first."""
         found: dict[str, tuple[TokenLogprobs, ...]] = {}
         for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
             request = chunk.request
-            if not request.source.sampling.prompt_logprobs:
+            n_top = request.source.sampling.prompt_logprobs
+            if n_top is None:
                 continue
             last = min(chunk.start + chunk.n_tokens, request.n_prompt - 1)
-            if last <= chunk.start:
-                continue
-            targets = request.token_ids[chunk.start + 1 : last + 1]
-            x = hidden[rows.start : rows.start + len(targets)]
-            raw = self._raw_logits_of(x, [request] * len(targets))
-            logits = self._finish(raw).cpu()
-            n_top = request.source.sampling.logprobs or 0
-            found[request.id] = tuple(logprobs_of(logits, targets, [n_top] * len(targets)))
+            entries: list[TokenLogprobs] = []
+            for at in range(max(chunk.start, request.n_virtual), last, _LOGPROB_ROWS):
+                targets = request.token_ids[at + 1 : min(at + _LOGPROB_ROWS, last) + 1]
+                first = rows.start + at - chunk.start
+                x = hidden[first : first + len(targets)]
+                raw = self._raw_logits_of(x, [request] * len(targets))
+                logits = self._finish(raw).cpu()
+                entries += prompt_logprobs_of(logits, targets, n_top)
+            found[request.id] = tuple(entries)
         return found
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,12 +21,19 @@ from torch import Tensor
 from loraplex_kernels.token_mask import select_allowed
 
 from .constraint import Constraint
-from .errors import AdapterUnservable, GrammarTooComplex
+from .errors import AdapterUnservable, EngineError, GrammarTooComplex, NoTokenAllowed
 from .events import TokenLogprobs
 from .request import Request
 from .sampling_params import SamplingParams
 
-__all__ = ["Sampled", "forced_token", "is_plainly_greedy", "logprobs_of", "sample"]
+__all__ = [
+    "Sampled",
+    "forced_token",
+    "is_plainly_greedy",
+    "logprobs_of",
+    "prompt_logprobs_of",
+    "sample",
+]
 
 # Smaller temperatures and larger logits would overflow in the softmax; neither changes an answer.
 _MIN_TEMPERATURE = 1e-6
@@ -40,6 +47,7 @@ class Sampled:
 
     token_id: int
     logprobs: TokenLogprobs | None
+    error: EngineError | None = None  # there is no token: the request ends with this
 
 
 def sample(
@@ -56,16 +64,26 @@ def sample(
     logprobs: list[TokenLogprobs | None] = [None] * len(requests)
     wanted = [i for i, r in enumerate(requests) if r.source.sampling.logprobs is not None]
     raw = logits[wanted].clone() if wanted else None  # before the logits are changed
+    failed: dict[int, EngineError] = {}
     for row, request in enumerate(requests):
-        if _is_adjusted(request):
-            _adjust(logits[row], request, eos_token_ids)
+        try:
+            if _is_adjusted(request):
+                _adjust(logits[row], request, eos_token_ids)
+        except NoTokenAllowed as error:
+            failed[row] = error
     token_ids = logits.numpy().argmax(-1).tolist()  # torch's takes seven times as long
     for row, request in enumerate(requests):
-        if request.constraint is not None:
-            allowed = None if masks is None else masks[row]
+        if request.constraint is None or row in failed:
+            continue
+        allowed = None if masks is None else masks[row]
+        try:
             token_ids[row] = _constrained(logits[row], request, request.constraint, allowed)
+        except (NoTokenAllowed, GrammarTooComplex) as error:
+            failed[row] = error
     random = [
-        i for i, r in enumerate(requests) if r.constraint is None and not r.source.sampling.greedy
+        i
+        for i, r in enumerate(requests)
+        if r.constraint is None and not r.source.sampling.greedy and i not in failed
     ]
     if random:
         for row, token in zip(
@@ -77,7 +95,10 @@ def sample(
         n_top = [requests[i].source.sampling.logprobs or 0 for i in wanted]
         for row, entry in zip(wanted, logprobs_of(raw, chosen, n_top), strict=True):
             logprobs[row] = entry
-    return [Sampled(t, entry) for t, entry in zip(token_ids, logprobs, strict=True)]
+    return [
+        Sampled(token, entry, failed.get(row))
+        for row, (token, entry) in enumerate(zip(token_ids, logprobs, strict=True))
+    ]
 
 
 def is_plainly_greedy(request: Request) -> bool:
@@ -90,6 +111,14 @@ def forced_token(request: Request, token_id: int) -> int:
     """What the request's grammar says comes next, or ``token_id`` where it leaves a choice."""
     forced = None if request.constraint is None else request.constraint.forced
     return token_id if forced is None else forced
+
+
+def prompt_logprobs_of(logits: Tensor, token_ids: Sequence[int], n_top: int) -> list[TokenLogprobs]:
+    """As ``logprobs_of``, with the rank of each token: 1 is the most likely."""
+    found = logprobs_of(logits, token_ids, [n_top] * len(token_ids))
+    own = logits.gather(1, torch.tensor(token_ids).unsqueeze(1))
+    ranks = (logits >= own).sum(-1).tolist()
+    return [replace(entry, rank=rank) for entry, rank in zip(found, ranks, strict=True)]
 
 
 def logprobs_of(
@@ -111,7 +140,10 @@ def _constrained(
     row: Tensor, request: Request, constraint: Constraint, mask: NDArray[np.int32] | None
 ) -> int:
     """One token of those that the grammar allows; all that is made of a row is made of these."""
+    banned = _ends_of_bad_words(request)
     if constraint.forced is not None:
+        if constraint.forced in banned:
+            raise _forbidden_by_bad_words()
         return constraint.forced
     assert mask is not None
     values, ids = select_allowed(row.numpy(), mask)
@@ -119,9 +151,22 @@ def _constrained(
         raise GrammarTooComplex(
             f"the grammar allows no token here ({constraint.error or 'a dead end'}); simplify it"
         )
-    if request.source.sampling.greedy or (values == -np.inf).all():
-        return int(ids[values.argmax()])  # -inf: min_tokens forbids the end, which is all there is
+    if (values == -np.inf).all():
+        ids = ids[~np.isin(ids, list(banned))]
+        if not ids.size:
+            raise _forbidden_by_bad_words()
+        return int(ids[0])  # min_tokens forbids the end, which is all there is
+    if request.source.sampling.greedy:
+        return int(ids[values.argmax()])
     return int(ids[_draw(torch.from_numpy(values).unsqueeze(0), [request])[0]])
+
+
+def _forbidden_by_bad_words() -> NoTokenAllowed:
+    return NoTokenAllowed(
+        "bad_words forbid every token that the answer's grammar allows here; leave out words that "
+        "the schema needs",
+        "bad_words",
+    )
 
 
 def _is_adjusted(request: Request) -> bool:
@@ -153,17 +198,26 @@ def _adjust(row: Tensor, request: Request, eos_token_ids: frozenset[int]) -> Non
     if (params.presence_penalty or params.frequency_penalty) and request.n_output:
         ids, counts = torch.unique(torch.tensor(request.output_ids), return_counts=True)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts.to(row.dtype)
-    forbidden = _ends_of_bad_words(request)
-    if request.n_output < params.min_tokens:
-        forbidden |= eos_token_ids | params.stop_token_ids
+    banned = _ends_of_bad_words(request)
+    ends = eos_token_ids | params.stop_token_ids if request.n_output < params.min_tokens else set()
     if params.allowed_token_ids is not None:
-        # what is both allowed and forbidden stays: a row without a token could not go on
-        kept = sorted(params.allowed_token_ids - forbidden or params.allowed_token_ids)
+        left = params.allowed_token_ids - banned
+        if not left:
+            raise NoTokenAllowed(
+                "bad_words forbid every one of allowed_token_ids here; allow other tokens",
+                "bad_words",
+            )
+        kept = sorted(left - ends or left)  # min_tokens gives way: the row has to go on
         values = row[kept]
         row.fill_(-math.inf)
         row[kept] = values
-    elif forbidden:
-        row[sorted(forbidden)] = -math.inf
+        return
+    if len(banned | ends) >= row.shape[0]:
+        ends = set()
+    if len(banned) >= row.shape[0]:
+        raise NoTokenAllowed("bad_words forbid every token here; leave some out", "bad_words")
+    if banned or ends:
+        row[sorted(banned | ends)] = -math.inf
 
 
 def _ends_of_bad_words(request: Request) -> set[int]:

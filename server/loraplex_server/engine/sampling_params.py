@@ -33,7 +33,7 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()  # beside the model's own end tokens
     ignore_eos: bool = False
     logprobs: int | None = None  # None = off, k = chosen token and the k most likely
-    prompt_logprobs: bool = False  # log-probabilities of the prompt's tokens (completions' echo)
+    prompt_logprobs: int | None = None  # None = off, k = each prompt token and the k most likely
 
     @property
     def greedy(self) -> bool:

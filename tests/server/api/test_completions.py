@@ -78,7 +78,7 @@ async def test_a_prompt_is_scored_with_echo_and_no_new_tokens(front: Front) -> N
     assert logprobs["token_logprobs"][0] is None
     assert logprobs["top_logprobs"][0] is None
     assert all(value == -0.5 for value in logprobs["token_logprobs"][1:])
-    assert front.engine.requests[0].sampling.prompt_logprobs
+    assert front.engine.requests[0].sampling.prompt_logprobs == 1
 
 
 async def test_echo_with_logprobs_covers_prompt_and_answer(front: Front) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers.generation import logits_process as oracle
 
 from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.errors import NoTokenAllowed
 from loraplex_server.engine.request import Request
 from loraplex_server.engine.sampler import _uniform, logprobs_of, sample
 from loraplex_server.engine.sampling_params import SamplingParams
@@ -162,6 +163,28 @@ def test_only_allowed_tokens_keep_their_logits_and_one_always_stays() -> None:
     assert _token(logits, bad) == 3
     nothing_else = _request(temperature=0.0, allowed_token_ids=frozenset({2}), min_tokens=5)
     assert _token(logits, nothing_else) == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"bad_words": tuple((token,) for token in range(12))},
+        {"bad_words": ((3,), (9, 7)), "allowed_token_ids": frozenset({3, 7})},
+    ],
+)
+def test_a_row_whose_every_token_is_forbidden_fails_alone_and_names_the_field(
+    params: dict[str, Any], temperature: float
+) -> None:
+    logits = torch.arange(12.0).repeat(3, 1)
+    seed = {"temperature": temperature, "seed": 1}
+    rows = [_request(**seed), _request(output=[9], **seed, **params), _request(**seed)]
+    alone = _token(logits[0], rows[0])
+    first, none, last = sample(logits, rows, _EOS)
+    assert isinstance(none.error, NoTokenAllowed)
+    assert none.error.param == "bad_words"
+    assert (first.error, last.error) == (None, None)
+    assert first.token_id == last.token_id == alone
 
 
 def test_min_tokens_keeps_end_tokens_away() -> None:

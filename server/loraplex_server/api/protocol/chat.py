@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, JsonValue
 
 from .body import INT64_END, Body, Few, JsonObject
-from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
+from .generation import (
+    MAX_LOGPROBS,
+    AnsweredBy,
+    FinishReason,
+    GenerationBody,
+    PromptLogprobs,
+    Usage,
+)
 from .tools import NamedToolChoice, ToolCall, ToolChoice, ToolDefinition
 
 __all__ = ["ChatBody", "ChatCompletion", "ChatMessage", "NamedToolChoice"]
@@ -27,7 +34,7 @@ class ChatBody(GenerationBody):
     max_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
@@ -60,5 +67,6 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = None  # absent unless asked for
     adapter: AnsweredBy | None
     loraplex: dict[str, JsonValue] | None = None  # of ``auto``: candidates and scores

@@ -7,7 +7,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
 from .body import INT64_END, Few, TokenId
-from .generation import AnsweredBy, FinishReason, GenerationBody, Usage
+from .generation import (
+    MAX_LOGPROBS,
+    AnsweredBy,
+    FinishReason,
+    GenerationBody,
+    PromptLogprobs,
+    Usage,
+)
 
 __all__ = ["Completion", "CompletionBody", "PromptInput"]
 
@@ -46,7 +53,7 @@ PromptInput = Annotated[
 class CompletionBody(GenerationBody):
     prompt: PromptInput
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     suffix: str | None = None
     add_special_tokens: bool | None = None
@@ -59,6 +66,7 @@ class CompletionChoice(BaseModel):
     finish_reason: FinishReason
     stop_reason: str | int | None
     token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None  # absent unless asked for
 
 
 class Completion(BaseModel):

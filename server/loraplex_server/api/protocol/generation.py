@@ -11,18 +11,21 @@ from .structured_output import Choices, JsonSchema, ResponseFormat, StructuredOu
 
 __all__ = [
     "MAX_LOGIT_BIAS",
+    "MAX_LOGPROBS",
     "AdapterBody",
     "AdapterChoice",
     "AnsweredBy",
     "CallBody",
     "FinishReason",
     "GenerationBody",
+    "PromptLogprobs",
     "StopStrings",
     "StreamOptions",
     "Usage",
 ]
 
 MAX_LOGIT_BIAS = 1024
+MAX_LOGPROBS = 20  # most likely tokens at one place
 MAX_ALLOWED = 65536  # token ids
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 StopStrings = Annotated[Few[StopString], Field(max_length=16)]
@@ -82,6 +85,7 @@ class GenerationBody(CallBody):
     stop_token_ids: Annotated[Few[TokenId], Field(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # vLLM's
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
@@ -104,6 +108,16 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class PromptTokenLogprob(BaseModel):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+# For each token of the prompt by id: itself and the most likely ones; null for the first.
+PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]
 
 
 class AnsweredBy(BaseModel):

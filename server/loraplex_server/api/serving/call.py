@@ -29,11 +29,14 @@ from .chat_format import AnswerHead
 from .choice import ChoiceDelta, ChoiceRequest, CollectedChoice
 from .disconnect import unless_client_leaves
 from .generation import Generation, Usage
+from .logprobs import prompt_logprobs_json
 from .sampling import StopRule, seed_of_choice, stop_rule, with_defaults
 from .structured_output import Wanted, wanted_grammar
 from .unsupported import refuse_unsupported
 
 __all__ = ["AnswerFormat", "Prompt", "TextCall"]
+
+_MAX_PROMPT_LOGPROBS = 1 << 17  # of one answer: some 8 MB of JSON
 
 
 class AnswerFormat(Protocol):
@@ -64,6 +67,7 @@ class TextCall(ABC):
 
     id_prefix: ClassVar[str]
     prompt_param: ClassVar[str]  # the field that holds the prompt, for errors
+    shows_prompt_in_each_choice: ClassVar[bool] = False  # its log-probabilities, if asked for
 
     def __init__(
         self,
@@ -84,6 +88,8 @@ class TextCall(ABC):
             )
         if body.stream_options is not None and not body.stream:
             raise invalid("stream_options is for streams only", "stream_options")
+        if body.prompt_logprobs is not None and body.stream:
+            raise invalid("prompt_logprobs are not given in streams", "prompt_logprobs")
         self.state = state
         self.request = request
         self.info = info_of(request.scope)
@@ -161,10 +167,23 @@ class TextCall(ABC):
     async def _answer(self) -> bytes:
         generation, format_ = await self._start()
         try:
-            choices = self.chosen(await generation.collect())
-            return format_.body(choices, generation.usage)
+            choices = await generation.collect()
+            await self._share_prompt_logprobs(choices)
+            return format_.body(self.chosen(choices), generation.usage)
         finally:
             self._close(generation)
+
+    async def _share_prompt_logprobs(self, choices: Sequence[CollectedChoice]) -> None:
+        """Of each prompt the first choice has them."""
+        n_top = self._body.prompt_logprobs
+        for number, choice in enumerate(choices):
+            first = choices[number - number % self.n]
+            if choice is first and n_top is not None:
+                choice.prompt_logprobs_json = await prompt_logprobs_json(
+                    choice.prompt_logprobs, n_top, self.state.text.token_texts
+                )
+            choice.prompt_logprobs = first.prompt_logprobs
+            choice.prompt_logprobs_json = first.prompt_logprobs_json
 
     def _close(self, generation: Generation) -> None:
         generation.close()
@@ -183,6 +202,7 @@ class TextCall(ABC):
             if resolved.lease is not None and resolved.lease.defaults:
                 self.take_defaults(read_defaults(resolved.lease.defaults))
             prompts = self._within_key_limit(await self.prompts(resolved))
+            self._check_prompt_logprobs(prompts)
             head = self._head(resolved)
             format_ = self.format(head)
             wanted, grammar = self.wanted, None
@@ -212,6 +232,21 @@ class TextCall(ABC):
             replace(p, sampling=replace(p.sampling, max_tokens=min(each, p.sampling.max_tokens)))
             for p in prompts
         ]
+
+    def _check_prompt_logprobs(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ApiError (400) for more than one answer may hold."""
+        n_top = self._body.prompt_logprobs
+        if n_top is None:
+            return
+        n_shown = self.n if self.shows_prompt_in_each_choice else 1
+        n_entries = sum(len(prompt.ids) for prompt in prompts) * (n_top + 1) * n_shown
+        if n_entries > _MAX_PROMPT_LOGPROBS:
+            raise invalid(
+                f"prompt_logprobs: {n_top} would give {n_entries:,} log-probabilities (tokens of "
+                f"the prompts × {n_top + 1} × choices that show them), an answer has at most "
+                f"{_MAX_PROMPT_LOGPROBS:,}; ask for fewer or send less at once",
+                "prompt_logprobs",
+            )
 
     def _head(self, resolved: ResolvedAdapter) -> AnswerHead:
         options = self._body.stream_options
@@ -243,10 +278,13 @@ class TextCall(ABC):
         choices: list[ChoiceRequest] = []
         for prompt in prompts:
             for index in range(self.n):
+                sampling = seed_of_choice(prompt.sampling, index)
+                if index > 0 and not self._body.stream:  # the first choice tells, for all
+                    sampling = replace(sampling, prompt_logprobs=None)
                 request = GenerationRequest(
                     request_id=f"{call_id}-{len(choices)}",
                     prompt_ids=prompt.ids,
-                    sampling=seed_of_choice(prompt.sampling, index),
+                    sampling=sampling,
                     adapter=resolved.lease,
                     cache_salt=salt,
                     share=self.info.share,

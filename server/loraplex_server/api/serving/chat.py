@@ -17,7 +17,7 @@ from .chat_format import AnswerHead, ChatFormat
 from .chat_protocol import ChatProtocol, chat_protocol
 from .message_parser import ParserSpec
 from .messages import plain_messages, routing_text, template_arguments
-from .sampling import max_output_tokens, sampling_params, with_defaults
+from .sampling import limited, max_output_tokens, sampling_params, with_defaults
 from .tool_grammar import PromptEnd, answer_grammar
 from .tool_use import tool_use
 
@@ -106,9 +106,12 @@ class ChatCall(TextCall):
         )
         logprobs = (self._chat.top_logprobs or 0) if self._chat.logprobs else None
         sampling = await sampling_params(
-            self._chat, self.state.text, max_tokens=max_tokens, logprobs=logprobs
+            self._chat,
+            self.state.text,
+            logprobs=logprobs,
+            prompt_logprobs=self._chat.prompt_logprobs,
         )
-        return [Prompt(ids, sampling)]
+        return [Prompt(ids, limited(sampling, max_tokens))]
 
     def format(self, head: AnswerHead) -> AnswerFormat:
         return ChatFormat(head, self.state.text.token_texts, self._parser)

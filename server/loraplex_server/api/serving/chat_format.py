@@ -97,17 +97,18 @@ class ChatFormat:
 
     def body(self, choices: Sequence[CollectedChoice], usage: Usage) -> bytes:
         head = self._head
-        return orjson.dumps(
-            {
-                "id": head.id,
-                "object": "chat.completion",
-                "created": head.created,
-                "model": head.model,
-                "choices": [self._choice(choice) for choice in choices],
-                "usage": usage.to_json(),
-                **head.extras(),
-            }
-        )
+        shown: dict[str, object] = {
+            "id": head.id,
+            "object": "chat.completion",
+            "created": head.created,
+            "model": head.model,
+            "choices": [self._choice(choice) for choice in choices],
+            "usage": usage.to_json(),
+            **head.extras(),
+        }
+        if prompt := choices[0].prompt_logprobs_json:  # all have the same prompt
+            shown["prompt_logprobs"] = orjson.Fragment(prompt)
+        return orjson.dumps(shown)
 
     def _role(self, index: int, opening: bytes, end: bytes) -> bytes:
         if not self._started:

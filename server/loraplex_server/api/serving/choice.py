@@ -62,6 +62,7 @@ class CollectedChoice:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    prompt_logprobs_json: bytes = b""  # as the answer shows them, where it does
 
     def add(self, delta: ChoiceDelta) -> None:
         self.text += delta.text

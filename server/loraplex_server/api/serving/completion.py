@@ -13,12 +13,13 @@ from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.completion import CompletionBody
 from loraplex_server.api.state import AppState
+from loraplex_server.engine.sampling_params import SamplingParams
 
 from .call import AnswerFormat, Prompt, TextCall
 from .chat_format import AnswerHead
 from .choice import CollectedChoice
 from .completion_format import CompletionFormat, PromptEcho
-from .sampling import max_output_tokens, sampling_params, with_defaults
+from .sampling import limited, max_output_tokens, sampling_params, with_defaults
 
 __all__ = ["CompletionCall", "split_prompts"]
 
@@ -26,6 +27,7 @@ __all__ = ["CompletionCall", "split_prompts"]
 class CompletionCall(TextCall):
     id_prefix = "cmpl-"
     prompt_param = "prompt"
+    shows_prompt_in_each_choice = True
 
     def __init__(self, state: AppState, request: Request, body: CompletionBody) -> None:
         """Raises ApiError for everything that can be known before the adapter."""
@@ -59,7 +61,8 @@ class CompletionCall(TextCall):
 
     async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
         encoded = await self._encode()
-        prompts = [await self._prompt(ids) for ids in encoded]
+        sampling = await self._sampling()
+        prompts = [self._prompt(ids, sampling) for ids in encoded]
         self._echoes = [await self._echo(number, ids) for number, ids in enumerate(encoded)]
         return prompts
 
@@ -87,7 +90,19 @@ class CompletionCall(TextCall):
             raise invalid("a prompt must not be empty", "prompt")
         return encoded
 
-    async def _prompt(self, ids: tuple[int, ...]) -> Prompt:
+    async def _sampling(self) -> SamplingParams:
+        body = self._completion
+        of_prompt = [body.prompt_logprobs] if body.prompt_logprobs is not None else []
+        if body.echo and body.logprobs is not None:
+            of_prompt.append(body.logprobs)
+        return await sampling_params(
+            body,
+            self.state.text,
+            logprobs=body.logprobs if self._best_of == self._n_answered else body.logprobs or 0,
+            prompt_logprobs=max(of_prompt, default=None),
+        )
+
+    def _prompt(self, ids: tuple[int, ...], sampling: SamplingParams) -> Prompt:
         """``max_tokens: 0`` scores the prompt: one token is generated and thrown away."""
         body = self._completion
         scoring = body.max_tokens == 0
@@ -98,14 +113,7 @@ class CompletionCall(TextCall):
             param="max_tokens",
             prompt_param=self.prompt_param,
         )
-        sampling = await sampling_params(
-            body,
-            self.state.text,
-            max_tokens=max_tokens,
-            logprobs=body.logprobs if self._best_of == self._n_answered else body.logprobs or 0,
-            prompt_logprobs=bool(body.echo) and body.logprobs is not None,
-        )
-        return Prompt(ids, sampling, discard_output=scoring)
+        return Prompt(ids, limited(sampling, max_tokens), discard_output=scoring)
 
     async def _echo(self, number: int, ids: tuple[int, ...]) -> PromptEcho | None:
         if not self._completion.echo:
@@ -119,7 +127,7 @@ class CompletionCall(TextCall):
             text, offsets = await text_of.offsets(ids, skip_special_tokens=skip_special)
         if self._texts and self._completion.logprobs is None:
             text = self._texts[number]
-        return PromptEcho(text, ids, tuple(offsets))
+        return PromptEcho(text, ids, tuple(offsets), n_top=self._completion.logprobs or 0)
 
 
 def split_prompts(

@@ -24,6 +24,7 @@ class PromptEcho:
     text: str
     ids: tuple[int, ...]
     offsets: tuple[int, ...]  # where each token's text begins
+    n_top: int = 0  # most likely tokens to show at each, with log-probabilities
 
 
 class CompletionFormat:
@@ -93,9 +94,11 @@ class CompletionFormat:
         if self._head.with_logprobs:
             logprobs = CompletionLogprobs(self._texts)
             if echo and first:
-                logprobs.add_prompt(echo.ids, echo.offsets, part.prompt_logprobs)
+                logprobs.add_prompt(echo.ids, echo.offsets, part.prompt_logprobs, n_top=echo.n_top)
             logprobs.add_output(part.entries, offset=len(echo.text) if echo else 0)
             shown["logprobs"] = logprobs.to_json()
         if self._head.with_token_ids:
             shown["token_ids"] = list(part.token_ids)
+        if isinstance(part, CollectedChoice) and part.prompt_logprobs_json:
+            shown["prompt_logprobs"] = orjson.Fragment(part.prompt_logprobs_json)
         return shown

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import orjson
 
 from loraplex_server.api.streaming.token_text import TokenText, TokenTexts
 from loraplex_server.engine.events import TokenLogprobs
 
 from .choice import TokenEntry
 
-__all__ = ["CompletionLogprobs", "chat_logprobs"]
+__all__ = ["CompletionLogprobs", "chat_logprobs", "prompt_logprobs_json"]
 
+_ROWS_A_TURN = 64  # written before other calls have their turn
 _LOWEST = -9999.0  # JSON has no −inf
 
 
@@ -24,6 +29,32 @@ def chat_logprobs(entries: Iterable[TokenEntry], texts: TokenTexts) -> dict[str,
         ]
         content.append(shown)
     return {"content": content, "refusal": None}
+
+
+async def prompt_logprobs_json(
+    logprobs: Sequence[TokenLogprobs | None], n_top: int, texts: TokenTexts
+) -> bytes:
+    """vLLM's form: a list with a token id → {logprob, rank, decoded_token} for each token."""
+    rows: list[bytes] = []
+    for number, entry in enumerate(logprobs):
+        rows.append(orjson.dumps(None if entry is None else _by_token(entry, n_top, texts)))
+        if number % _ROWS_A_TURN == _ROWS_A_TURN - 1:
+            await asyncio.sleep(0)
+    return b"[" + b",".join(rows) + b"]"
+
+
+def _by_token(entry: TokenLogprobs, n_top: int, texts: TokenTexts) -> dict[str, object]:
+    """The prompt's own token comes first, wherever it ranks."""
+    ranked = [(entry.token_id, entry.logprob, entry.rank)]
+    ranked += [(token, logprob, n) for n, (token, logprob) in enumerate(entry.top[:n_top], 1)]
+    return {
+        str(token): {
+            "logprob": _finite(logprob),
+            "rank": rank,
+            "decoded_token": texts.get(token).text,
+        }
+        for token, logprob, rank in ranked
+    }
 
 
 class CompletionLogprobs:
@@ -41,11 +72,13 @@ class CompletionLogprobs:
         ids: Sequence[int],
         offsets: Sequence[int],
         logprobs: Sequence[TokenLogprobs | None],
+        *,
+        n_top: int,
     ) -> None:
         """The first token of a prompt has no log-probability: null in every list but two."""
         known = [*logprobs, *([None] * (len(ids) - len(logprobs)))]
         for token_id, offset, at in zip(ids, offsets, known, strict=True):
-            self._add(token_id, offset, at)
+            self._add(token_id, offset, at and replace(at, top=at.top[:n_top]))
 
     def add_output(self, entries: Iterable[TokenEntry], *, offset: int) -> None:
         """``offset``: characters of text before the output, the echoed prompt."""

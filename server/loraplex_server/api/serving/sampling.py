@@ -16,6 +16,7 @@ from .text_pipeline import TextPipeline
 
 __all__ = [
     "StopRule",
+    "limited",
     "max_output_tokens",
     "sampling_params",
     "seed_of_choice",
@@ -56,20 +57,20 @@ async def sampling_params(
     body: GenerationBody,
     text: TextPipeline,
     *,
-    max_tokens: int,
     logprobs: int | None,
-    prompt_logprobs: bool = False,
+    prompt_logprobs: int | None = None,
 ) -> SamplingParams:
-    """Raises ApiError (400) naming the field."""
-    if body.min_tokens is not None and body.min_tokens > max_tokens:
-        raise invalid(
-            f"min_tokens is {body.min_tokens}, more than the {max_tokens} that may be generated",
-            "min_tokens",
-        )
+    """For all prompts of a call; ``limited`` sets the rest. Raises ApiError (400) with the field.
+
+    ``prompt_logprobs``: how many most likely tokens are needed at each, if any.
+    """
     stop_ids = body.stop_token_ids or []
     text.check_ids(stop_ids, "stop_token_ids")
+    bad_words = await _bad_words(body.bad_words or [], text)
+    allowed = _allowed_token_ids(body, text)
+    _check_something_is_left(allowed, bad_words, text.vocab_size)
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=0,
         min_tokens=body.min_tokens or 0,
         temperature=_or(body.temperature, 1.0),
         top_p=_or(body.top_p, 1.0),
@@ -80,13 +81,24 @@ async def sampling_params(
         presence_penalty=_or(body.presence_penalty, 0.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         logit_bias=_logit_bias(body.logit_bias or {}, text),
-        bad_words=await _bad_words(body.bad_words or [], text),
-        allowed_token_ids=_allowed_token_ids(body, text),
+        bad_words=bad_words,
+        allowed_token_ids=allowed,
         stop_token_ids=frozenset(stop_ids),
         ignore_eos=bool(body.ignore_eos),
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def limited(sampling: SamplingParams, max_tokens: int) -> SamplingParams:
+    """For one prompt. Raises ApiError (400)."""
+    if sampling.min_tokens > max_tokens:
+        raise invalid(
+            f"min_tokens is {sampling.min_tokens}, more than the {max_tokens} that may be "
+            "generated",
+            "min_tokens",
+        )
+    return replace(sampling, max_tokens=max_tokens)
 
 
 def with_defaults(body: Body, defaults: AdapterDefaults) -> Body:
@@ -146,6 +158,19 @@ def _allowed_token_ids(body: GenerationBody, text: TextPipeline) -> frozenset[in
         return None
     text.check_ids(body.allowed_token_ids, "allowed_token_ids")
     return frozenset(body.allowed_token_ids)
+
+
+def _check_something_is_left(
+    allowed: frozenset[int] | None, bad_words: Sequence[tuple[int, ...]], vocab_size: int
+) -> None:
+    """Words of several tokens forbid one only here and there: the engine sees those."""
+    banned = {word[0] for word in bad_words if len(word) == 1}
+    if allowed is not None and allowed <= banned:
+        raise invalid(
+            "bad_words forbid every one of allowed_token_ids; allow other tokens", "bad_words"
+        )
+    if len(banned) >= vocab_size:
+        raise invalid("bad_words forbid every token; leave some out", "bad_words")
 
 
 def _or(value: float | None, default: float) -> float:

@@ -104,12 +104,12 @@ class LoraPool:
             factors,
             self.storage.dtype,
             exponent_coding=self.exponent_coding,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=self.device.type != "cpu",
         )
 
     def adopt(self, packed: PackedFactors) -> PackedFactors:
         """What ``pack`` made earlier, perhaps for an equal pool, in memory fit for ``fill``."""
-        if self.device.type != "cuda" or packed.image.is_pinned():
+        if self.device.type == "cpu" or packed.image.is_pinned():
             return packed
         return replace(packed, image=packed.image.pin_memory())
 

@@ -183,11 +183,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:
-    return CudaRecorder() if config.cuda_graphs and device.type == "cuda" else None
+    return CudaRecorder() if config.cuda_graphs and device.type != "cpu" else None
 
 
 def _side_stream(config: EngineConfig, device: torch.device) -> SideStream | None:
-    return CudaSideStream(device) if config.lora_side_stream and device.type == "cuda" else None
+    return CudaSideStream(device) if config.lora_side_stream and device.type != "cpu" else None
 
 
 def _default_step_tokens(device: torch.device) -> int:

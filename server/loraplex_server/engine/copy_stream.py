@@ -14,7 +14,7 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
+        if device.type != "cpu":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def mark(self) -> torch.cuda.Event | None:

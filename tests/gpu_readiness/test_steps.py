@@ -1,0 +1,225 @@
+"""What a step asks of a GPU: launches a layer, copies in and out, and no wait but for the ids."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from loraplex_adapter_store.plan import AdapterPlan, PoolingMode, RoutingStrategy
+from loraplex_server.engine.pooling import Pooling
+from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.model.base_model import BaseModel
+from tests.gpu_readiness.conftest import BaseOf
+from tests.support.architectures import ARCHITECTURES, tiny_model
+from tests.support.engines import GREEDY
+from tests.support.meta_device import META, Copy, Work, meta_gpu
+from tests.support.meta_engine import Run, Wish, meta_engine
+from tests.support.routed_plans import lora_plan, mixlora_plan, projection_plan
+
+SHORT = dataclasses.replace(GREEDY, max_tokens=4)
+MODEL = tiny_model("llama")
+LORA, OTHER_LORA = lora_plan(MODEL, rank=4, seed=1), lora_plan(MODEL, rank=20, seed=2)
+ROUTED = {
+    "mixlora": mixlora_plan(MODEL, n_experts=4, top_k=2, rank=4, seed=3),
+    "mixlora-dynamic": mixlora_plan(
+        MODEL, n_experts=4, top_k=2, rank=4, seed=4, strategy=RoutingStrategy.TOP_P
+    ),
+    "mixlora-switch": mixlora_plan(
+        MODEL, n_experts=4, top_k=1, rank=4, seed=5, strategy=RoutingStrategy.SWITCH
+    ),
+    "mola": projection_plan(MODEL, n_experts=3, top_k=2, ranks=(2, 4), seed=6),
+    "loramoe": projection_plan(
+        MODEL, n_experts=3, top_k=2, ranks=(4,), seed=7, strategy=RoutingStrategy.DENSE
+    ),
+    "arrow": projection_plan(
+        MODEL, n_experts=3, top_k=2, ranks=(4,), seed=8, strategy=RoutingStrategy.ARROW
+    ),
+}
+MIXTURES: dict[str, list[AdapterPlan | None]] = {
+    "base": [None, None],
+    "lora": [LORA, OTHER_LORA],
+    "lora and base": [LORA, None, OTHER_LORA],
+    **{name: [plan, LORA, None] for name, plan in ROUTED.items()},
+    "all routed": [*ROUTED.values(), LORA, None],
+}
+
+
+def run_plans(
+    base: BaseModel,
+    monkeypatch: pytest.MonkeyPatch,
+    plans: list[AdapterPlan | None],
+    sampling: SamplingParams = SHORT,
+    **changes: object,
+) -> Run:
+    with meta_engine(base, monkeypatch, **changes) as engine:
+        run = engine.run([Wish(plan, sampling=sampling) for plan in plans])
+    assert [repr(error)[:300] for error in run.errors] == []
+    return run
+
+
+def decode_step(run: Run) -> Work:
+    """One in the middle: all rows decode, nothing is loaded, segments are known."""
+    return run.steps[2]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "cuda_graphs"),
+    [*((name, False) for name in sorted(ARCHITECTURES)), ("llama", True), ("qwen3", True)],
+)
+def test_steps_of_an_architecture(
+    model_type: str, cuda_graphs: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_of(model_type)
+    lora = lora_plan(tiny_model("llama"), rank=4, seed=1) if model_type == "llama" else None
+    run = run_plans(base, monkeypatch, [lora, None], cuda_graphs=cuda_graphs)
+    assert run.findings == []
+    assert decode_step(run).n_replays == int(cuda_graphs and base.is_fused)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_no_step_mixes_devices(
+    mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run_plans(base_of(), monkeypatch, MIXTURES[mixture]).findings == []
+
+
+def test_recorded_steps_copy_nothing_and_wait_for_nothing(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with meta_engine(base_of(), monkeypatch, cuda_graphs=True, lora_side_stream=True) as engine:
+        recorded = engine.gpu.take()
+        assert recorded.n_captures >= 2
+        assert recorded.findings == []
+        run = engine.run([Wish(LORA, sampling=SHORT), Wish(sampling=SHORT)])
+    assert run.errors == []
+    assert run.findings == []
+    assert [step.n_replays for step in run.steps] == [0, 1, 1, 1]
+
+
+def copied_ids_alone(copies: list[Copy], n_rows: int) -> bool:
+    return sum(c.n_bytes for c in copies) <= 8 * n_rows and not any(
+        c.dtype.is_floating_point for c in copies
+    )
+
+
+SAMPLINGS = {
+    "greedy": SHORT,
+    "sampled": SamplingParams(max_tokens=4, temperature=0.8, top_p=0.9, top_k=40, seed=1),
+    "penalised": SamplingParams(
+        max_tokens=4,
+        temperature=0.8,
+        repetition_penalty=1.2,
+        presence_penalty=0.1,
+        logit_bias={3: 1.0},
+    ),
+}
+
+
+@pytest.mark.xfail(strict=True, reason="rows are sampled on the host: all their logits come down")
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_nothing_but_ids_comes_down(
+    sampling: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_plans(base_of(), monkeypatch, [LORA, None], SAMPLINGS[sampling])
+    for step in run.steps:
+        assert copied_ids_alone(step.copies_out, 2), step.copies_out
+
+
+@pytest.mark.xfail(strict=True, reason="rows are sampled on the host: all their logits come down")
+def test_log_probabilities_come_down_if_they_are_asked_for(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = dataclasses.replace(SHORT, logprobs=5)
+    run = run_plans(base_of(), monkeypatch, [LORA, None], asked)
+    for step in run.steps:  # of each row the id, its value, and five more of both
+        assert sum(copy.n_bytes for copy in step.copies_out) <= 2 * (8 + 4 + 5 * (8 + 4))
+
+
+def test_vectors_come_down_and_no_more(base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = base_of()
+    with meta_engine(base, monkeypatch) as engine:
+        run = engine.run([Wish(LORA, pooling=Pooling(PoolingMode.LAST))])
+    assert run.errors == []
+    assert [c.shape for step in run.steps for c in step.copies_out] == [(1, base.spec.hidden_size)]
+
+
+@pytest.mark.xfail(strict=True, reason="segments of routed experts are built on the host")
+@pytest.mark.parametrize("family", ROUTED)
+def test_routed_experts_are_grouped_on_the_device(
+    family: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = decode_step(run_plans(base_of(), monkeypatch, [ROUTED[family], LORA, None]))
+    assert [
+        copy for copy in (*step.copies_in, *step.copies_out) if "routing.py" in copy.where
+    ] == []
+
+
+@pytest.mark.xfail(strict=True, reason="each tensor of a batch is copied by itself, and waited for")
+@pytest.mark.parametrize("mixture", ["base", "lora and base"])
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_a_step_has_one_copy_of_inputs(
+    mixture: str, cuda_graphs: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_plans(base_of(), monkeypatch, MIXTURES[mixture], cuda_graphs=cuda_graphs)
+    copies = decode_step(run).copies_in
+    assert len(copies) == 1, copies
+    assert copies[0].is_pinned
+    assert not copies[0].waits
+
+
+# Kernels of one layer of a decode step: what was counted last, and what is wanted.
+LAUNCHES = {"base": (29, 12), "lora and base": (33, 16)}
+
+
+def launches_of_a_layer(mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> float:
+    """The difference that two more layers make."""
+    counts = []
+    for n_layers in (2, 4):
+        base = base_of(num_hidden_layers=n_layers)
+        model = tiny_model("llama", num_hidden_layers=n_layers)
+        plans = [
+            None if plan is None else lora_plan(model, rank=4, seed=9) for plan in MIXTURES[mixture]
+        ]
+        counts.append(len(decode_step(run_plans(base, monkeypatch, plans)).kernels))
+    return (counts[1] - counts[0]) / 2
+
+
+@pytest.mark.parametrize("mixture", LAUNCHES)
+def test_a_layer_launches_no_more_than_it_did(
+    mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launches_of_a_layer(mixture, base_of, monkeypatch) <= LAUNCHES[mixture][0]
+
+
+@pytest.mark.xfail(strict=True, reason="norms and SiLU are several operators each")
+@pytest.mark.parametrize("mixture", LAUNCHES)
+def test_a_layer_launches_as_few_kernels_as_others_do(
+    mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launches_of_a_layer(mixture, base_of, monkeypatch) <= LAUNCHES[mixture][1]
+
+
+def test_the_stand_in_finds_what_a_gpu_would_punish(monkeypatch: pytest.MonkeyPatch) -> None:
+    with meta_gpu(monkeypatch) as gpu, torch.inference_mode():
+        x = torch.zeros(4, 8, device=META)
+        assert x.is_cuda
+        x.sum().item()
+        assert any("waits for the device" in what for what in gpu.take().findings)
+        x.cpu()
+        out = gpu.take()
+        assert [(c.shape, c.waits) for c in out.copies_out] == [((4, 8), True)]
+        x[torch.tensor([1, 2])]
+        assert any("two devices" in what for what in gpu.take().findings)
+        torch.ones(4, 8).pin_memory().to(META, non_blocking=True)
+        assert [(c.is_pinned, c.waits) for c in gpu.take().copies_in] == [(True, False)]
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):
+            x.copy_(torch.ones(4, 8))
+            torch.cuda.synchronize()
+        found = gpu.take().findings
+        assert any("copy from the host while a graph is captured" in what for what in found)
+        assert any("the device while a graph is captured" in what for what in found)
+        with pytest.raises(NotImplementedError):
+            x[x > 0]
+    assert not x.is_cuda

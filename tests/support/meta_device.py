@@ -1,0 +1,337 @@
+"""torch's ``meta`` device in the place of a GPU: the engine's own code runs, without values.
+
+What a GPU would punish becomes a finding: operators over tensors of two devices, the host waiting
+for the device, host copies while a graph is captured, launches that CUDA would refuse. Kernels,
+operators and copies are counted, and Triton's launchers run for real up to the launch itself.
+What is copied to the host is zeros.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.runtime.jit import JITFunction
+
+__all__ = ["META", "Copy", "MetaGpu", "Work", "meta_gpu"]
+
+META = torch.device("meta")
+_CPU = torch.device("cpu")
+# Operators that allocate, or only describe: no kernel runs.
+_NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"})
+_POINTER_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64)
+_MORE_DTYPES = (torch.uint8, torch.int8, torch.bool)
+_GRID_LIMITS = (2**31 - 1, 65535, 65535)
+
+
+class Copy(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_pinned: bool  # the host's side
+    waits: bool  # the host waits for it
+    where: str  # file:line of ours
+
+    @property
+    def n_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass
+class Work:
+    """What was asked of the device."""
+
+    kernels: list[str] = field(default_factory=list)  # operators and launches, in order
+    launches: list[str] = field(default_factory=list)  # of ours, by kernel
+    copies_in: list[Copy] = field(default_factory=list)
+    copies_out: list[Copy] = field(default_factory=list)
+    waits: list[str] = field(default_factory=list)  # where the host waited for an event or a stream
+    findings: list[str] = field(default_factory=list)
+    n_replays: int = 0
+    n_captures: int = 0
+
+    def counted(self) -> Counter[str]:
+        return Counter(self.kernels)
+
+
+class MetaGpu(TorchDispatchMode):
+    """Notes what the calling thread asks of the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work = Work()
+        self.is_capturing = False
+        self.device_index: int | None = None  # of ``set_device``
+        self.n_emptied = 0  # calls of ``empty_cache``
+        self._pinned: dict[int, object] = {}  # storages, by address
+
+    def take(self) -> Work:
+        """What was done since the last call."""
+        work, self.work = self.work, Work()
+        return work
+
+    def find(self, what: str) -> None:
+        self.work.findings.append(f"{_where()}: {what}")
+
+    def wait(self, what: str) -> None:
+        self.work.waits.append(f"{_where()}: {what}")
+        if self.is_capturing:
+            self.find(f"{what} while a graph is captured")
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() in self._pinned
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        name: str = func._schema.name.removeprefix("aten::")
+        if name == "is_pinned":
+            return self.is_pinned(args[0])
+        if func._can_decompose():
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        special = getattr(self, f"_{name.strip('_')}", None)
+        if special is not None:
+            return special(func, args, kwargs)
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+            return self._pin(func(*args, **kwargs))
+        self._note(func, name, args, kwargs)
+        if name in ("addmm", "_sparse_addmm") and args[1].is_sparse:  # meta has no such product
+            return args[0].new_empty(args[1].shape[0], args[2].shape[1])
+        return func(*args, **kwargs)
+
+    def launch(self, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """In place of Triton's own."""
+        name = kernel.fn.__name__
+        values = dict(zip(kernel.arg_names, args, strict=False)) | {
+            key: value for key, value in kwargs.items() if key in kernel.arg_names
+        }
+        grid = kwargs["grid"]
+        grid = tuple(grid(values)) if callable(grid) else tuple(grid)
+        for size, limit in zip(grid, _GRID_LIMITS, strict=False):
+            if not 0 < size <= limit:
+                self.find(f"{name}: CUDA refuses the grid {grid}")
+        is_strided = any("stride" in argument for argument in values)
+        for parameter in kernel.params:
+            if parameter.name not in values:
+                self.find(f"{name}: no value for {parameter.name}")
+                continue
+            self._check_argument(name, parameter, values[parameter.name], is_strided)
+        self.work.launches.append(name)
+        self.work.kernels.append(name)
+
+    def _check_argument(self, name: str, parameter: Any, value: Any, is_strided: bool) -> None:
+        where = f"{name}: {parameter.name}"
+        if not isinstance(value, Tensor):
+            if not parameter.is_constexpr and not isinstance(value, int | float):
+                self.find(f"{where} is a {type(value).__name__}")
+            return
+        if parameter.is_constexpr:
+            self.find(f"{where} is a tensor, and a constant of the kernel")
+        if value.device.type != "meta":
+            self.find(f"{where} is on the {value.device}")
+        if value.dtype not in (*_POINTER_DTYPES, *_MORE_DTYPES):
+            self.find(f"{where} is {value.dtype}")
+        plain = value.is_contiguous() or (
+            is_strided and value.dim() > 0 and (value.stride(-1) == 1 or value.shape[-1] == 1)
+        )
+        if not plain and value.numel() > 0:
+            self.find(f"{where} has strides {value.stride()}, which the kernel is not told")
+
+    def _note(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        devices = {x.device.type for x in tensors if x.dim() > 0 or x.is_meta}
+        if len(devices) > 1:
+            self.find(f"{name} over tensors of two devices")
+        on_device = "meta" in devices or kwargs.get("device") == META
+        if on_device and not func.is_view and name not in _NO_KERNEL:
+            self.work.kernels.append(name)
+
+    def _pin(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        self._pinned[storage.data_ptr()] = storage  # kept, or the address would be another's
+        return tensor
+
+    def _pin_memory(self, _func: Any, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> Tensor:
+        return self._pin(args[0].clone())
+
+    def _local_scalar_dense(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not args[0].is_meta:
+            return func(*args, **kwargs)
+        self.find("reads a value, so the host waits for the device")
+        self._copied_out(args[0], is_pinned=False, waits=True)
+        return 0.0 if args[0].dtype.is_floating_point else 0
+
+    def _to_copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        source = args[0]
+        target = torch.device(kwargs.get("device") or source.device)
+        if source.is_meta and target == _CPU:
+            self._copied_out(source, is_pinned=False, waits=True)
+            return torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+        if not source.is_meta and target.type == "meta":
+            pinned = self.is_pinned(source)
+            self._copied_in(source, pinned, waits=not (pinned and kwargs.get("non_blocking")))
+        elif source.is_meta:
+            self.work.kernels.append("_to_copy")
+        return func(*args, **kwargs)
+
+    def _copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        target, source = args[0], args[1]
+        asked = args[2] if len(args) > 2 else kwargs.get("non_blocking", False)
+        if source.is_meta and not target.is_meta:
+            pinned = self.is_pinned(target)
+            self._copied_out(source, pinned, waits=not (pinned and asked))
+            return target.zero_()
+        if target.is_meta and not source.is_meta and source.dim() > 0:
+            pinned = self.is_pinned(source)
+            self._copied_in(source, pinned, waits=not (pinned and asked))
+        elif target.is_meta:
+            self.work.kernels.append("copy_")
+        return func(*args, **kwargs)
+
+    def _detach(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        if func._schema.name == "aten::detach_" and args[0].is_meta:
+            self._copied_in(args[0], is_pinned=False, waits=True)  # torch.tensor([…], device=…)
+        return func(*args, **kwargs)
+
+    def _copied_in(self, tensor: Tensor, is_pinned: bool, *, waits: bool) -> None:
+        self.work.copies_in.append(
+            Copy(tuple(tensor.shape), tensor.dtype, is_pinned, waits, _where())
+        )
+        if self.is_capturing:
+            self.find("a copy from the host while a graph is captured")
+
+    def _copied_out(self, tensor: Tensor, is_pinned: bool, *, waits: bool) -> None:
+        self.work.copies_out.append(
+            Copy(tuple(tensor.shape), tensor.dtype, is_pinned, waits, _where())
+        )
+        if self.is_capturing:
+            self.find("a copy to the host while a graph is captured")
+
+
+class _Event:
+    def __init__(self, gpu: MetaGpu) -> None:
+        self._gpu = gpu
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        self._gpu.wait("an event")
+
+
+class _Stream:
+    def __init__(self, gpu: MetaGpu) -> None:
+        self.device = META
+        self._gpu = gpu
+
+    def wait_stream(self, other: _Stream) -> None: ...
+
+    def wait_event(self, event: _Event) -> None: ...
+
+    def record_event(self, event: _Event | None = None) -> _Event:
+        return event or _Event(self._gpu)
+
+    def synchronize(self) -> None:
+        self._gpu.wait("a stream")
+
+
+class _Graph:
+    def __init__(self, gpu: MetaGpu) -> None:
+        self._gpu = gpu
+        self.captured: Work | None = None
+
+    def replay(self) -> None:
+        if self.captured is None:
+            self._gpu.find("replays a graph that was not captured")
+        self._gpu.work.n_replays += 1
+
+
+def _cuda_stand_ins(gpu: MetaGpu, total_bytes: int, free_bytes: int) -> Mapping[str, Any]:
+    current = _Stream(gpu)
+
+    @contextmanager
+    def on_stream(stream: object) -> Iterator[None]:
+        yield
+
+    @contextmanager
+    def capture(graph: _Graph, **_: object) -> Iterator[None]:
+        outside, gpu.work = gpu.work, Work()
+        gpu.is_capturing = True
+        try:
+            yield
+        finally:
+            gpu.is_capturing = False
+            graph.captured, gpu.work = gpu.work, outside
+            gpu.work.n_captures += 1
+            gpu.work.findings += graph.captured.findings
+
+    def set_device(device: torch.device | int) -> None:
+        gpu.device_index = device if isinstance(device, int) else device.index
+
+    def empty_cache() -> None:
+        gpu.n_emptied += 1
+
+    return {
+        "is_available": lambda: True,
+        "Stream": lambda *_, **__: _Stream(gpu),
+        "Event": lambda *_, **__: _Event(gpu),
+        "current_stream": lambda *_: current,
+        "stream": on_stream,
+        "CUDAGraph": lambda: _Graph(gpu),
+        "graph": capture,
+        "graph_pool_handle": lambda: (0, 0),
+        "synchronize": lambda *_: gpu.wait("the device"),
+        "set_device": set_device,
+        "empty_cache": empty_cache,
+        "mem_get_info": lambda *_: (free_bytes, total_bytes),
+        "get_device_capability": lambda *_: (9, 0),
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
+    }
+
+
+@contextmanager
+def meta_gpu(
+    monkeypatch: pytest.MonkeyPatch, *, total_bytes: int = 80 << 30, free_bytes: int = 60 << 30
+) -> Iterator[MetaGpu]:
+    """Within it tensors on ``meta`` pass for a GPU's, on the calling thread."""
+    gpu = MetaGpu()
+
+    def run(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
+        gpu.launch(kernel, args, kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.is_meta), raising=False)
+        patch.setattr(JITFunction, "run", run)
+        for name, stand_in in _cuda_stand_ins(gpu, total_bytes, free_bytes).items():
+            patch.setattr(torch.cuda, name, stand_in)
+        with gpu:
+            yield gpu
+
+
+def _where() -> str:
+    """The innermost place of ours that asked."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/loraplex_" in path:
+            return f"{path.rpartition('/loraplex_')[2]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"

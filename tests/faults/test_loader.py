@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
 
 import pytest
 import torch
@@ -66,6 +68,41 @@ async def test_a_pool_that_fails_for_one_adapter_serves_the_next(
                 check_fault(answer, "adapter_load_failed")
                 assert answer.status_code == 503
             await world.check_right("mola")
+    await world.check_idle()
+
+
+class _SeenLate(Future[Any]):
+    """A load that may be done at any moment: the first ``n`` looks do not see it yet."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self._n_left = n
+
+    def done(self) -> bool:
+        self._n_left -= 1
+        return super().done() and self._n_left < 0
+
+
+async def test_a_load_may_end_between_any_two_looks_at_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ended between two looks was never published, and the base answered instead."""
+    await world.learn("lora")
+    pool = world.engine.loop.adapters
+    submit = pool._loader.submit
+    for n in range(8):
+        seen = _SeenLate(n)
+
+        def submit_late(load: Callable[[], Any], seen: _SeenLate = seen) -> Future[Any]:
+            submit(lambda: seen.set_result(load()))
+            return seen
+
+        async with world.canary():  # steps go on, each looks
+            with monkeypatch.context() as patch:
+                patch.setattr(pool._loader, "submit", submit_late)
+                await world.forget("lora")
+                await world.check_right("lora")
+        assert seen._n_left < 0
     await world.check_idle()
 
 

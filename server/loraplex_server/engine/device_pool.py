@@ -141,8 +141,11 @@ class DevicePool:
     def _settle_arrived(self) -> None:
         if not self._arriving:
             return
-        arrived = [resident for resident in self._arriving if resident.load.done()]
-        self._arriving = [resident for resident in self._arriving if not resident.load.done()]
+        arrived: list[ResidentAdapter] = []
+        loading: list[ResidentAdapter] = []
+        for resident in self._arriving:  # asked once each: a load may end between two looks
+            (arrived if resident.load.done() else loading).append(resident)
+        self._arriving = loading
         for resident in arrived:
             try:
                 self._publish(resident)
@@ -161,7 +164,10 @@ class DevicePool:
                     self._forget(resident)
 
     def hold(self, digest: str) -> None:
-        self._residents[digest].holders += 1
+        resident = self._residents[digest]
+        if not resident.is_published:  # kernels would read rank 0: the base would answer
+            raise RuntimeError(f"adapter {digest[:12]} is held before it is on the device")
+        resident.holders += 1
 
     def release(self, digest: str) -> None:
         resident = self._residents[digest]

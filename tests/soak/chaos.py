@@ -7,9 +7,12 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextvars import ContextVar
 
 import httpx
+
+from loraplex_server.limited_http import BODY_CHECK_S, HEAD_S
 
 from .ledger import GONE, Ledger
 from .marked import Content
@@ -19,6 +22,8 @@ __all__ = ["Chaos"]
 _N_TOKENS = 8
 _N_SHOWN = 20
 _LONGEST_S = 120.0  # of a request: longer is a request that hangs
+_DEADLINE_S = min(HEAD_S, BODY_CHECK_S)  # the server may hang up on who sends for longer
+_BEGAN: ContextVar[float] = ContextVar("_BEGAN")  # when the act that runs began
 _BAD_BODIES: Sequence[object] = (
     {},
     {"model": "base"},
@@ -34,6 +39,26 @@ _BAD_BODIES: Sequence[object] = (
 )
 
 
+class Sending:
+    """How long a request was on its way to the server: httpcore tells of each step."""
+
+    def __init__(self) -> None:
+        self._began: float | None = None
+        self._ended: float | None = None
+
+    async def trace(self, step: str, info: Mapping[str, object]) -> None:
+        if self._began is None:
+            self._began = time.monotonic()  # of its connection, or of its head on an open one
+        if step == "http11.send_request_body.complete":
+            self._ended = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Until it was sent whole, or until now."""
+        now = time.monotonic()
+        return (self._ended or now) - (self._began or now)
+
+
 class Chaos:
     """``url`` is the server's at the moment; ``is_away`` while it is being restarted."""
 
@@ -41,13 +66,14 @@ class Chaos:
         self.url = ""
         self.is_away = True
         self.left_at = 0.0  # when it last went away
-        self.starved_at = 0.0  # when these clients last got no processor for seconds
         self.ledger = Ledger(names)
         self.counts: Counter[str] = Counter()
         self.violations: list[str] = []
         self._contents, self._names, self._seed = contents, names, seed
         self._client = httpx.AsyncClient(
-            timeout=_LONGEST_S, limits=httpx.Limits(max_connections=200)
+            timeout=_LONGEST_S,
+            limits=httpx.Limits(max_connections=200),
+            event_hooks={"request": [_watch_sending]},
         )
 
     async def run(self, n_askers: int) -> None:
@@ -81,10 +107,11 @@ class Chaos:
             if self.is_away:
                 await asyncio.sleep(0.05)
                 continue
+            _BEGAN.set(time.monotonic())
             try:
                 await act(choices)
-            except (httpx.TransportError, httpx.StreamError) as error:
-                await self._broken(act.__name__, error)
+            except httpx.TransportError as error:
+                self._broken(act.__name__, error)
             await asyncio.sleep(pause_s * choices.uniform(0.5, 1.5))
 
     async def ask(self, choices: random.Random) -> None:
@@ -127,7 +154,7 @@ class Chaos:
                     return None
                 for choice in event["choices"]:
                     tokens += choice.get("token_ids") or ()
-        raise httpx.RemoteProtocolError("a stream ended without [DONE]")
+        raise httpx.RemoteProtocolError("a stream ended without [DONE]", request=answer.request)
 
     def _check_mark(self, tokens: list[int], name: str, since: float) -> None:
         self.counts["answers"] += 1
@@ -166,7 +193,7 @@ class Chaos:
         if answer.is_success or (is_delete and answer.status_code == 404):
             self.ledger.acknowledge(name)
             self.counts["deletes" if is_delete else "puts"] += 1
-        elif self.is_away:
+        elif self._was_away():
             self.ledger.lose_touch(name)
         else:
             self.ledger.refuse(name)
@@ -210,7 +237,12 @@ class Chaos:
 
     async def flood(self, choices: random.Random) -> None:
         """Eighty requests at once, over all adapters."""
-        await asyncio.gather(*(self.ask(choices) for _ in range(80)))
+        asked = (self.ask(choices) for _ in range(80))
+        for error in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(error, httpx.TransportError):
+                self._broken("flood", error)
+            elif error is not None:
+                raise error
         self.counts["floods"] += 1
 
     async def look(self, choices: random.Random) -> None:
@@ -264,19 +296,32 @@ class Chaos:
     def _refused(self, status: int, error: object, what: str, is_told_when: bool) -> None:
         """503 while the server goes down or comes up, with Retry-After, and nothing else."""
         self.counts[f"{status}"] += 1
-        if not (status == 503 and is_told_when and self.is_away):
+        if not (status == 503 and is_told_when and self._was_away()):
             self._violation(f"{what}: {status} {error}")
 
-    async def _broken(self, what: str, error: Exception) -> None:
-        """The connection broke. A server that went away may do that, and one that had to wait for
-        more of a request than its deadlines allow, as these clients were starved.
+    def _broken(self, what: str, error: httpx.TransportError) -> None:
+        """The connection broke. Only a server that went away meanwhile may do that, and one that
+        was not sent the request within its deadlines, as these clients got no processor.
         """
         self.counts["broken"] += 1
-        excused_at = max(self.left_at, self.starved_at)
-        if not self.is_away and time.monotonic() - excused_at > _LONGEST_S:
-            self._violation(f"{what}: {error!r}, and the server was there")
+        if self._was_away():
+            return
+        sending: Sending = error.request.extensions["sending"]
+        if sending.seconds >= _DEADLINE_S:
+            self.counts["sent too slowly"] += 1
+        else:
+            self._violation(f"{what}: {error!r}, sent within {sending.seconds:.1f} s")
+
+    def _was_away(self) -> bool:
+        """Whether the server was away at any time since this act began."""
+        return self.is_away or self.left_at >= _BEGAN.get()
 
     def _violation(self, text: str) -> None:
         self.counts["violations"] += 1
         if len(self.violations) < _N_SHOWN:
             self.violations.append(text)
+
+
+async def _watch_sending(request: httpx.Request) -> None:
+    sending = Sending()
+    request.extensions = {**request.extensions, "sending": sending, "trace": sending.trace}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
+import random
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import peft
 import pytest
 import torch
 
-from tests.soak.chaos import Chaos
+from tests.soak.chaos import _BEGAN, Chaos, Sending
 from tests.soak.ledger import GONE, Ledger
 from tests.soak.marked import save_marked_base, write_contents
 from tests.soak.watch import Life
@@ -83,9 +85,36 @@ async def test_a_wrong_mark_or_a_missing_adapter_is_a_violation() -> None:
     chaos._is_answered(httpx.Response(404, json={}), "a", since)
     assert len(chaos.violations) == 3
     chaos.is_away = False
+    _BEGAN.set(time.monotonic())
     gone = httpx.Response(503, json={"error": {}}, headers={"retry-after": "5"})
     chaos._is_fine(gone, "while it runs")
     chaos.is_away = True
     chaos._is_fine(gone, "while it is away")
     assert [text.partition(":")[0] for text in chaos.violations[3:]] == ["while it runs"]
+    await chaos._client.aclose()
+
+
+@pytest.mark.anyio
+async def test_a_server_that_hangs_up_is_excused_only_if_it_went_away_or_waited_too_long() -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    chaos = Chaos([], ["a"], seed=0)
+    async with await asyncio.start_server(hang_up, "127.0.0.1", 0) as server:
+        chaos.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        chaos.is_away, _ = False, _BEGAN.set(time.monotonic())
+        with pytest.raises(httpx.RemoteProtocolError) as caught:
+            await chaos.ask(random.Random(1))
+    chaos._broken("ask", caught.value)
+    assert "sent within 0." in chaos.violations[0]
+    chaos.left_at = time.monotonic()
+    chaos._broken("ask", caught.value)
+    _BEGAN.set(time.monotonic() + 1)
+    slow = Sending()
+    slow._began = time.monotonic() - 11
+    caught.value.request.extensions["sending"] = slow
+    chaos._broken("ask", caught.value)
+    assert len(chaos.violations) == 1
+    assert chaos.counts["sent too slowly"] == 1
     await chaos._client.aclose()

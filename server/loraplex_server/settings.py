@@ -33,6 +33,7 @@ from .api_keys import ApiKey, Scope, parse_keys
 from .options import Bytes, Option, Options, Panel, Paths, Seconds, Texts, option, options
 
 __all__ = [
+    "MAX_INPUTS",
     "ConfigError",
     "HttpConfig",
     "LoraModule",
@@ -42,6 +43,8 @@ __all__ = [
     "resolve_config",
     "server_options",
 ]
+
+MAX_INPUTS = 16_384  # texts of one call, whatever is configured: all are checked in one turn
 
 
 class ConfigError(ValueError):
@@ -106,9 +109,16 @@ class HttpConfig(Options):
     max_running: int | None = option(
         None, "Requests of a tenant that run at once. Default: no limit.", Panel.HTTP, ge=1
     )
-    max_choices: int = option(128, "Prompts × n of one call.", Panel.HTTP, hidden=True, ge=1)
+    max_choices: int = option(
+        128, "Prompts × n of one call.", Panel.HTTP, hidden=True, ge=1, le=MAX_INPUTS
+    )
     max_inputs: int = option(
-        2048, "Texts of one call for vectors, classes or scores.", Panel.HTTP, hidden=True, ge=1
+        2048,
+        "Texts of one call for vectors, classes or scores.",
+        Panel.HTTP,
+        hidden=True,
+        ge=1,
+        le=MAX_INPUTS,
     )
     ping_interval_s: Seconds = option(
         10.0, "Between comments of an idle stream.", Panel.HTTP, name="ping_interval", hidden=True

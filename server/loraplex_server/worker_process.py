@@ -105,6 +105,7 @@ class WorkerProcesses:
             frame = orjson.dumps([path, args, timeout_s if cpu_s is None else cpu_s])
         except orjson.JSONEncodeError as error:  # they nest too deep
             raise CallRaised("JSONEncodeError", str(error)) from None
+        await asyncio.sleep(0)  # another's turn: writing megabytes took some
         await self._turn()
         reusable = False
         worker = None
@@ -201,7 +202,8 @@ class _Worker:
         """Raises CallFailed when the process ended."""
         loop = asyncio.get_running_loop()
         try:
-            await loop.sock_sendall(self._socket, len(frame).to_bytes(4, "big") + frame)
+            await loop.sock_sendall(self._socket, len(frame).to_bytes(4, "big"))
+            await loop.sock_sendall(self._socket, frame)
             length = int.from_bytes(await self._receive(4), "big")
             answer: list[object] = orjson.loads(await self._receive(length))
         except (EOFError, ConnectionError):

@@ -11,7 +11,7 @@ from tests.support.server_process import ServerProcess
 pytestmark = pytest.mark.slow
 JSON = {"content-type": "application/json"}
 MIB = 1 << 20
-N_VALUES = 149_000  # 150,000 are read
+N_VALUES = 149_000  # 150,000 are read, keys counted
 
 
 def refused(server: ServerProcess, path: str, body: bytes | dict[str, object]) -> str:
@@ -35,7 +35,7 @@ def refused(server: ServerProcess, path: str, body: bytes | dict[str, object]) -
         (
             "/v1/chat/completions",
             b'{"messages":[{"role":"user","content":"x"}],"logit_bias":{'
-            + b",".join(b'"x%d":"y"' % n for n in range(N_VALUES))
+            + b",".join(b'"x%d":"y"' % n for n in range(N_VALUES // 2))
             + b"}}",
             "logit_bias",
         ),

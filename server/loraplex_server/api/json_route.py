@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-import numpy as np
 import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from .errors import ApiError, invalid
+from .errors import ApiError
+from .json_size import check_n_values
 
 __all__ = ["JsonRoute", "need_json"]
 
-
-_MAX_VALUES = 150_000  # more hold up everybody: a parser in a thread keeps the interpreter's lock
+_SMALL = 100_000  # bytes, which are parsed at once
 
 
 class _Request(Request):
     async def json(self) -> Any:  # as Starlette has it
         body = await self.body()
-        if len(body) <= _MAX_VALUES:
+        if len(body) <= _SMALL:
             return orjson.loads(body)
-        _check_values(body)
         await asyncio.sleep(0)  # another's turn
-        values = orjson.loads(body)
+        await check_n_values(body)
+        values = _parsed(body)
         await asyncio.sleep(0)
         return values
 
@@ -60,22 +60,12 @@ class JsonRoute(APIRoute):
         return handle
 
 
-def _check_values(body: bytes) -> None:
-    """Raises ApiError (400) for a body of more values than are read in one call."""
-    n_values = _count(body, ",")
-    if n_values > _MAX_VALUES:  # perhaps in texts
-        quoted = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-        if _count(quoted, '"') <= 4 * _MAX_VALUES:  # keys and values
-            n_values = _count(b"".join(quoted.split(b'"')[::2]), ",")
-    if n_values > _MAX_VALUES:
-        raise invalid(
-            f"the body has {n_values:,} values, at most {_MAX_VALUES:,} are read; send fewer in "
-            "one call, or texts instead of token ids",
-            None,
-            "too_many_values",
-        )
-
-
-def _count(body: bytes, character: str) -> int:
-    """Ten times as fast as ``bytes.count`` where there are many."""
-    return int(np.count_nonzero(np.frombuffer(body, np.uint8) == ord(character)))
+def _parsed(body: bytes) -> Any:
+    """Without the garbage collector: it would look at all the new lists time and again."""
+    is_collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return orjson.loads(body)
+    finally:
+        if is_collecting:
+            gc.enable()

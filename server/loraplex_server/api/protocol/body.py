@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, SkipValidation
 
 __all__ = [
     "INT64_END",
@@ -21,8 +21,10 @@ __all__ = [
 INT64_END = 1 << 63
 Item = TypeVar("Item")
 
-JsonObject = dict[str, JsonValue]
-JsonList = list[JsonValue]
+# Bodies come from a JSON parser: pydantic would call Python for each value to say that it is JSON.
+_Parsed = Annotated[JsonValue, SkipValidation()]
+JsonObject = dict[str, _Parsed]
+JsonList = list[_Parsed]
 # Pydantic would collect a problem for each of a million wrong items.
 Few = Annotated[list[Item], Field(fail_fast=True)]
 Name = Annotated[str, Field(max_length=512)]

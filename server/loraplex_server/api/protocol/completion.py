@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
+from loraplex_server.settings import MAX_INPUTS
+
 from .body import INT64_END, Few, TokenId
 from .generation import (
     MAX_LOGPROBS,
@@ -25,19 +27,25 @@ def _check_prompt(value: object) -> object:
         return value
     if not value:
         raise ValueError("a list must not be empty")
-    kinds = {bool: "bool", str: "str", int: "int", list: "list"}
-    first = kinds.get(type(value[0]))
+    kinds = set(map(type, value))
+    if kinds == {int}:
+        return value
+    if len(value) > MAX_INPUTS and not kinds.isdisjoint({str, list}):
+        raise ValueError(f"{len(value)} prompts are more than the {MAX_INPUTS} of one call")
+    if kinds == {str}:
+        return value
+    first = type(value[0])
     for number, item in enumerate(value):
-        if type(item) not in (str, int, list) or kinds[type(item)] != first:
+        if type(item) not in (str, int, list) or type(item) is not first:
             raise ValueError(
                 "a prompt is a text, a list of texts, a list of token ids or a list of such "
                 f"lists, not a list with {repr(item)[:40]} as item {number}"
             )
-        for token in item if isinstance(item, list) else ():
-            if type(token) is not int:
-                raise ValueError(
-                    f"item {number} is a list of token ids, not a list with {repr(token)[:40]}"
-                )
+        if isinstance(item, list) and not set(map(type, item)) <= {int}:
+            wrong = next(token for token in item if type(token) is not int)
+            raise ValueError(
+                f"item {number} is a list of token ids, not a list with {repr(wrong)[:40]}"
+            )
     return value
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 from starlette.requests import Request
 
@@ -136,12 +137,11 @@ def split_prompts(
     """Texts or token ids; exactly one of the two lists is not empty."""
     if isinstance(prompt, str):
         return [prompt], []
-    texts = [item for item in prompt if isinstance(item, str)]
-    ids = [item for item in prompt if isinstance(item, int)]
-    lists = [tuple(item) for item in prompt if isinstance(item, list)]
-    if texts:
-        return texts, []
-    return [], [tuple(ids)] if ids else lists
+    if isinstance(prompt[0], str):
+        return [item for item in prompt if isinstance(item, str)], []
+    if isinstance(prompt[0], int):
+        return [], [cast("tuple[int, ...]", tuple(prompt))]
+    return [], [tuple(item) for item in prompt if isinstance(item, list)]
 
 
 def _best_of(body: CompletionBody, n: int) -> int:

@@ -20,7 +20,7 @@ from loraplex_server.api.protocol.vectors import VectorBody
 from loraplex_server.api.state import AppState
 from loraplex_server.engine.pooling import Pooling
 
-from .vector_call import VectorCall, activated, head_for
+from .vector_call import VectorCall, activated, head_for, in_turns
 from .vector_source import VectorSource
 from .vectors import embedded
 
@@ -77,18 +77,19 @@ class _PairCall(VectorCall):
         encoded = await self.state.text.encode_pairs(pairs, param=self.prompt_param)
         prompts = self.cut.apply(encoded, source, self.prompt_param)
         logits = await source.read(prompts, Pooling.of_head(head))
-        scores = [activated(head, row, self._use_activation).item() for row in logits]
+        scores = await in_turns(activated(head, row, self._use_activation).item() for row in logits)
         return _Scored(scores, sum(map(len, prompts)))
 
     async def _by_cosine(self, source: VectorSource) -> _Scored:
         prompts = []
         for texts, name in zip((self._first, self._second), self._names, strict=True):
             prompts += await source.encode(texts, param=name, special=True, cut=self.cut)
-        vectors = [F.normalize(row, dim=-1) for row in await embedded(source, prompts)]
+        rows = await embedded(source, prompts)
+        vectors = await in_turns(F.normalize(row, dim=-1) for row in rows)
         first, second = vectors[: len(self._first)], vectors[len(self._first) :]
         if len(first) == 1:
             first = first * len(second)
-        scores = [float(a @ b) for a, b in zip(first, second, strict=True)]
+        scores = await in_turns(float(a @ b) for a, b in zip(first, second, strict=True))
         return _Scored(scores, sum(map(len, prompts)))
 
 

@@ -7,7 +7,7 @@ import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from time import perf_counter
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import orjson
 from starlette.requests import Request
@@ -28,9 +28,10 @@ from .messages import plain_messages, routing_text, template_arguments
 from .unsupported import refuse_unsupported
 from .vector_source import AdapterVectors, Cut, EncoderVectors, Ids, VectorSource
 
-__all__ = ["Inputs", "VectorCall", "activated", "head_for"]
+__all__ = ["Inputs", "VectorCall", "activated", "head_for", "in_turns"]
 
-_ITEMS_A_TURN = 32  # written to JSON before other calls have their turn
+T = TypeVar("T")
+_ITEMS_A_TURN = 32  # worked on before other calls have their turn
 
 
 class VectorCall(ABC):
@@ -124,11 +125,9 @@ class VectorCall(ABC):
             "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens},
             "adapter": source.adapter,
         }
-        written: list[bytes] = []
-        for number, item in enumerate(items):
-            written.append(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY))
-            if number % _ITEMS_A_TURN == _ITEMS_A_TURN - 1:
-                await asyncio.sleep(0)
+        written = await in_turns(
+            orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY) for item in items
+        )
         return orjson.dumps(head)[:-1] + b',"data":[' + b",".join(written) + b"]}"
 
 
@@ -198,6 +197,16 @@ def head_for(source: VectorSource, task: HeadTask, route: str) -> HeadPlan:
             "adapter_has_no_head",
         )
     return head
+
+
+async def in_turns(items: Iterable[T]) -> list[T]:
+    """All of a lazy sequence; other calls have their turns between."""
+    made: list[T] = []
+    for item in items:
+        made.append(item)
+        if len(made) % _ITEMS_A_TURN == 0:
+            await asyncio.sleep(0)
+    return made
 
 
 def activated(head: HeadPlan, logits: Tensor, use_activation: bool | None) -> Tensor:

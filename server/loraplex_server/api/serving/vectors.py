@@ -21,7 +21,7 @@ from loraplex_server.api.protocol.vectors import (
 from loraplex_server.api.state import AppState
 from loraplex_server.engine.pooling import Pooling
 
-from .vector_call import Inputs, VectorCall, activated, head_for
+from .vector_call import Inputs, VectorCall, activated, head_for, in_turns
 from .vector_source import Ids, VectorSource
 
 __all__ = ["ClassifyCall", "EmbeddingsCall", "PoolingCall", "embedded"]
@@ -89,14 +89,14 @@ class PoolingCall(_InputCall):
             case "token_embed":
                 _check_size(prompts, self.state.store.base.hidden_size)
                 rows = await source.read(prompts, Pooling(None))
-                return [_shaped(row, body, normalize=True) for row in rows]
+                return await in_turns(_shaped(row, body, normalize=True) for row in rows)
             case "classify":
                 head = head_for(source, HeadTask.SEQ_CLS, "task 'classify'")
             case "token_classify":
                 head = head_for(source, HeadTask.TOKEN_CLS, "task 'token_classify'")
                 _check_size(prompts, len(head.labels))
         logits = await source.read(prompts, Pooling.of_head(head))
-        return [activated(head, row, body.use_activation) for row in logits]
+        return await in_turns(activated(head, row, body.use_activation) for row in logits)
 
 
 class ClassifyCall(_InputCall):
@@ -132,7 +132,8 @@ async def embedded(
     rows = await source.read(prompts, Pooling(source.pooling.mode))
     if body is None:
         return rows
-    return [_shaped(row, body, normalize=source.pooling.normalize) for row in rows]
+    normalize = source.pooling.normalize
+    return await in_turns(_shaped(row, body, normalize=normalize) for row in rows)
 
 
 def _shaped(rows: Tensor, body: EmbeddingsBody, *, normalize: bool) -> Tensor:

@@ -53,7 +53,7 @@ from loraplex_server.api.routes import (
     vectors,
 )
 from loraplex_server.api.serving.disconnect import ClientLeft
-from loraplex_server.api.serving.generation import LiveGenerations
+from loraplex_server.api.serving.engine_call import LiveCalls
 from loraplex_server.api.serving.grammars import Grammars
 from loraplex_server.api.serving.response_store import ResponseStore
 from loraplex_server.api.serving.text_pipeline import ChatTokenizer, TextPipeline
@@ -149,7 +149,7 @@ def build_app(
         registry=registry,
         collector=own,
         responses=ResponseStore(config.http.response_store_bytes, config.http.response_ttl_s),
-        live=LiveGenerations(),
+        live=LiveCalls(),
         lifecycle=Lifecycle(engine),
         jobs=Jobs(pools.jobs, faults),
         batches=BatchRunner(

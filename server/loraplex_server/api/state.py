@@ -24,7 +24,7 @@ from loraplex_server.adapters.resolver import AdapterResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.batches.runner import BatchRunner
-from loraplex_server.api.serving.generation import LiveGenerations
+from loraplex_server.api.serving.engine_call import LiveCalls
 from loraplex_server.api.serving.grammars import Grammars
 from loraplex_server.api.serving.response_store import ResponseStore
 from loraplex_server.api.serving.text_pipeline import TextPipeline
@@ -58,7 +58,7 @@ class AppState:
     registry: CollectorRegistry
     collector: LoraplexCollector
     responses: ResponseStore
-    live: LiveGenerations
+    live: LiveCalls
     lifecycle: Lifecycle
     jobs: Jobs
     batches: BatchRunner

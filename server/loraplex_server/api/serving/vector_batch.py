@@ -5,21 +5,20 @@ A call of thousands of texts must not fill the engine's queue for everybody else
 
 from __future__ import annotations
 
-import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 
 from torch import Tensor
 
 from loraplex_server.adapters.resolver import ResolvedAdapter
-from loraplex_server.api.errors import ApiError, from_engine
+from loraplex_server.api.errors import from_engine
 from loraplex_server.api.middleware.rate_limit import RateLimiter
 from loraplex_server.engine.client import EngineClient, GenerationRequest
 from loraplex_server.engine.errors import EngineError, QueueFull
 from loraplex_server.engine.events import FinishReason, TokenEvent
 from loraplex_server.metrics.server_metrics import CallMetrics
 
-from .generation import LiveGenerations, failure_of
+from .engine_call import EngineCall, LiveCalls, failure_of
 
 __all__ = ["VectorBatch"]
 
@@ -35,95 +34,66 @@ class VectorBatch:
         requests: Sequence[GenerationRequest],
         *,
         chosen: ResolvedAdapter,
-        live: LiveGenerations,
+        live: LiveCalls,
         metrics: CallMetrics,
         meter: RateLimiter | None,
         prompt_param: str,
     ) -> None:
         """Takes over ``chosen`` and releases it once nothing runs any more."""
-        self._engine = engine
-        self._chosen = chosen
-        self._live = live
         self._metrics = metrics
-        self._meter = meter
-        self._n_reserved = 0  # tokens of the API key's limit that were not used yet
         self._prompt_param = prompt_param
-        self._waiting = deque(enumerate(requests))
-        self._running: dict[str, int] = {}  # request id → index; its event has not come
-        self._events: deque[tuple[int, TokenEvent]] = deque()  # not read yet
-        self._arrived = asyncio.Event()
-        self._failure: ApiError | None = None
+        self._n_tokens = sum(len(request.prompt_ids) for request in requests)
+        self._waiting = deque(requests)
+        self._index_of = {request.request_id: n for n, request in enumerate(requests)}
         self._is_admitted = False
         self._closed = False
-        live.add(self)
+        self._call = EngineCall(engine, chosen=chosen, live=live, meter=meter, count=self._count)
 
     async def results(self) -> AsyncIterator[tuple[int, Tensor]]:
         """(index of the request, what it asked for), as they come. Raises ApiError."""
-        if self._meter is not None:
-            n_tokens = sum(len(request.prompt_ids) for _, request in self._waiting)
-            self._meter.reserve_tokens(n_tokens)
-            self._n_reserved = n_tokens
+        self._call.reserve(self._n_tokens)
         self._submit()
-        while self._running or self._events or self._waiting:
-            while not self._events:
-                if self._failure is not None:
-                    raise self._failure
-                self._arrived.clear()
-                await self._arrived.wait()
-            index, event = self._events.popleft()
+        while self._call.running or self._call.events or self._waiting:
+            await self._call.arrival()
+            if not self._call.events and self._call.failure is not None:
+                raise self._call.failure
+            event = self._call.events.popleft()
             pooled = self._read(event)
             self._submit()
-            yield index, pooled
-
-    def fail(self, error: ApiError) -> None:
-        """Ends the results with ``error``; for a shutdown that cannot wait any longer."""
-        self._failure = self._failure or error
-        self._arrived.set()
+            yield self._index_of[event.request_id], pooled
 
     def close(self) -> None:
         """Cancels what still runs. Idempotent, never blocks."""
         if self._closed:
             return
         self._closed = True
-        self._live.discard(self)
         self._waiting.clear()
-        if self._meter is not None:
-            self._meter.give_back_tokens(self._n_reserved)
-        for request_id in self._running:
+        for _ in self._call.running:
             self._metrics.finished("abort", 0)
-            self._engine.cancel(request_id)
-        if not self._running:
-            self._chosen.release()
+        self._call.close()
 
     def _submit(self) -> None:
         """As many as may be under way. Raises ApiError."""
-        while self._waiting and len(self._running) < _MAX_SUBMITTED:
-            index, request = self._waiting[0]
+        while self._waiting and len(self._call.running) < _MAX_SUBMITTED:
+            request = self._waiting[0]
             try:
-                self._engine.submit(request, self._on_event)
+                self._call.submit(request)
             except QueueFull as error:
-                if self._running:  # its own requests are waited for, and then tried again
+                if self._call.running:  # its own requests are waited for, and then tried again
                     return
                 raise from_engine(error, prompt_param=self._prompt_param) from error
             except EngineError as error:
                 raise from_engine(error, prompt_param=self._prompt_param) from error
             self._waiting.popleft()
-            self._running[request.request_id] = index
             if not self._is_admitted:
                 self._is_admitted = True
                 self._metrics.admitted()
-            self._n_reserved -= len(request.prompt_ids)
+            self._call.spend(len(request.prompt_ids))
 
-    def _on_event(self, event: TokenEvent) -> None:
+    def _count(self, event: TokenEvent) -> None:
         """Of such a request there is one event, the last."""
-        index = self._running.pop(event.request_id)
-        if self._closed:
-            if not self._running:
-                self._chosen.release()
-            return
-        self._metrics.queued(event.queue_s)
-        self._events.append((index, event))
-        self._arrived.set()
+        if not self._closed:
+            self._metrics.queued(event.queue_s)
 
     def _read(self, event: TokenEvent) -> Tensor:
         if event.pooled is None or event.finish is not FinishReason.STOP:

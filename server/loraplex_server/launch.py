@@ -256,6 +256,7 @@ def _run(
             await asyncio.sleep(0.005)
         await services.batches.resume()
         say(_banner(services, listening))
+        services.grammars.start()
         waiting = asyncio.create_task(going_down.wait())
         with announced(loraplex_home(), _url(listening), services.model_root, root):
             await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)

@@ -26,6 +26,7 @@ __all__ = [
     "CallRaised",
     "CallTooLarge",
     "CallTooLong",
+    "CallTooSlow",
     "WorkerProcesses",
     "WorkersBusy",
 ]
@@ -40,7 +41,8 @@ class CallFailed(Exception):
 
     CallFailed
     ├── CallRaised    the function raised: its own error
-    ├── CallTooLong   over its time or CPU time; the process was killed
+    ├── CallTooLong   over its CPU time; the process was killed
+    │   └── CallTooSlow   over its time: also where the machine gave it no processor
     ├── CallTooLarge  over its memory or length of result
     └── WorkersBusy   nothing was tried: all workers are taken, or none starts
     """
@@ -53,6 +55,9 @@ class CallRaised(CallFailed):
 
 
 class CallTooLong(CallFailed): ...
+
+
+class CallTooSlow(CallTooLong): ...
 
 
 class CallTooLarge(CallFailed): ...
@@ -76,13 +81,23 @@ class WorkerProcesses:
         memory_bytes: int = 1 << 30,
         answer_bytes: int = 16 << 20,
         preload: Sequence[str] = (),
+        prepare: tuple[Callable[..., object], Sequence[object]] | None = None,
     ) -> None:
-        """``preload``: modules that a process imports before it counts as started."""
+        """``preload``: modules that a process imports before it counts as started.
+
+        ``prepare``: a function that it calls then, and its arguments, without limits of time.
+        """
         self._turns = asyncio.Semaphore(n_workers)
         self._n_waiting = 0
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
-        self._arguments = (str(memory_bytes), str(answer_bytes), *preload)
+        first = None if prepare is None else [_path(prepare[0]), prepare[1]]
+        self._arguments = (
+            str(memory_bytes),
+            str(answer_bytes),
+            orjson.dumps(first).decode(),
+            *preload,
+        )
         self._idle: list[_Worker] = []
         self._ending: set[asyncio.Future[int]] = set()
         self._closed = False
@@ -100,9 +115,8 @@ class WorkerProcesses:
         Times count from when a process that is ready begins the call. The CPU time, by default
         ``timeout_s``, is rounded up to whole seconds.
         """
-        path = f"{function.__module__}:{function.__qualname__}"
         try:
-            frame = orjson.dumps([path, args, timeout_s if cpu_s is None else cpu_s])
+            frame = orjson.dumps([_path(function), args, timeout_s if cpu_s is None else cpu_s])
         except orjson.JSONEncodeError as error:  # they nest too deep
             raise CallRaised("JSONEncodeError", str(error)) from None
         await asyncio.sleep(0)  # another's turn: writing megabytes took some
@@ -116,7 +130,7 @@ class WorkerProcesses:
                 async with asyncio.timeout(timeout_s):
                     answer = await worker.call(frame)
             except TimeoutError:
-                raise CallTooLong(f"took longer than {timeout_s:g} s") from None
+                raise CallTooSlow(f"took longer than {timeout_s:g} s") from None
             reusable = answer[0] != "too large"  # its memory may not come back
         finally:
             self._turns.release()
@@ -126,6 +140,10 @@ class WorkerProcesses:
                 self._end(worker)
         result: T = _result(answer)
         return result
+
+    def start(self) -> None:
+        """Starts a process for the first ``run``, and does not wait for it."""
+        self._idle.append(_Worker(self._arguments))
 
     async def close(self) -> None:
         """Ends all idle processes; those that work end with their call."""
@@ -229,6 +247,10 @@ class _Worker:
                 raise EOFError
             data += part
         return bytes(data)
+
+
+def _path(function: Callable[..., object]) -> str:
+    return f"{function.__module__}:{function.__qualname__}"
 
 
 def _result(answer: list[object]) -> Any:

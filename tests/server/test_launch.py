@@ -42,6 +42,28 @@ def narrow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield server
 
 
+def trial_process(server: ServerProcess) -> str:
+    """The command line of the process that tries grammars, once there is one."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for children in Path(f"/proc/{server.process.pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                command = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if "grammar_trial" in command:
+                    return command
+        time.sleep(0.05)
+    raise AssertionError("no process for grammars was started")
+
+
+def test_a_server_makes_ready_for_grammars_before_one_is_asked_for(narrow: ServerProcess) -> None:
+    """llguidance's form of the tokenizer takes seconds on a loaded machine."""
+    assert "tokenizer.json" in trial_process(narrow)
+    with httpx.Client(base_url=narrow.url, timeout=60) as client:
+        body = {"prompt": "x", "guided_choice": ["fine"]}
+        answer = client.post("/v1/completions", json=body).json()
+    assert answer["choices"][0]["text"] == "fine"
+
+
 def test_clients_that_vanish_or_crawl_leave_nothing_behind(narrow: ServerProcess) -> None:
     server = narrow
     with httpx.Client(base_url=server.url, timeout=60) as client:
@@ -50,6 +72,7 @@ def test_clients_that_vanish_or_crawl_leave_nothing_behind(narrow: ServerProcess
         body = b'{"prompt": "x", "max_tokens": 500, "ignore_eos": true, "stream": true}'
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
         files = Path(f"/proc/{server.process.pid}/fd")
+        trial_process(server)
         client.get("/health")
         n_before = len(list(files.iterdir()))
         for beginning in (b"", head[:20], head, head + body[:10], head + body):

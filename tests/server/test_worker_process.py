@@ -11,6 +11,7 @@ from loraplex_server.worker_process import (
     CallRaised,
     CallTooLarge,
     CallTooLong,
+    CallTooSlow,
     WorkerProcesses,
     WorkersBusy,
 )
@@ -43,7 +44,7 @@ def test_a_worker_imports_little_and_sees_no_secret(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     ("function", "args", "error"),
     [
-        (calls.nap, [LONG_S], CallTooLong),
+        (calls.nap, [LONG_S], CallTooSlow),
         (calls.burn, [1], CallTooLong),
         (calls.allocate, [10 << 30], CallTooLarge),
         (calls.deep, [0], CallRaised),
@@ -74,6 +75,28 @@ def test_cpu_of_all_threads_of_a_call_is_limited() -> None:
             await workers.run(calls.burn, [4], timeout_s=2)
 
     _with_workers(use)
+
+
+def test_only_a_calls_own_processor_time_counts_against_its_limit() -> None:
+    """On a loaded machine a call waits, which is as good as a nap."""
+
+    async def use(workers: WorkerProcesses) -> None:
+        assert await workers.run(calls.nap, [SHORT_S], timeout_s=LONG_S, cpu_s=0.0)
+        with pytest.raises(CallTooLong, match="CPU time") as spent:
+            await workers.run(calls.burn, [1], timeout_s=LONG_S, cpu_s=0.0)
+        assert not isinstance(spent.value, CallTooSlow)
+
+    _with_workers(use)
+
+
+def test_a_worker_prepares_before_its_first_call_and_without_its_limits() -> None:
+    async def use(workers: WorkerProcesses) -> None:
+        workers.start()
+        count = await workers.run(calls.n_prepared, [], timeout_s=LONG_S, cpu_s=0.0)
+        again = await workers.run(calls.n_prepared, [], timeout_s=LONG_S, cpu_s=0.0)
+        assert (count, again) == (1, 1)
+
+    _with_workers(use, prepare=(calls.prepared, [1.5]))
 
 
 def test_a_cancelled_call_frees_its_worker() -> None:

@@ -17,8 +17,25 @@ __all__ = [
     "fail",
     "long",
     "modules",
+    "n_prepared",
     "nap",
+    "prepared",
 ]
+
+
+_prepared: list[float] = []
+
+
+def prepared(cpu_s: float) -> None:
+    """Spends this much processor time."""
+    until = time.process_time() + cpu_s
+    while time.process_time() < until:
+        pass
+    _prepared.append(cpu_s)
+
+
+def n_prepared() -> int:
+    return len(_prepared)
 
 
 def doubled(text: str) -> str:

@@ -16,11 +16,16 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
 from .grammar import GrammarRefused, GrammarSpec, TokenTrie
 
-__all__ = ["try_grammar"]
+__all__ = ["read_tokens", "try_grammar"]
 
 _STACK_BYTES = 1 << 20  # the server's threads have at least twice as much
 _N_STEPS = 8
 _STEP_S = 0.2  # of CPU: every neighbour in the batch waits for the slowest grammar
+
+
+def read_tokens(tokenizer_path: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+    """Before the trials of a process: takes as long as its largest grammars."""
+    _trie(tokenizer_path, vocab_size, tuple(eos_token_ids))
 
 
 def try_grammar(
@@ -33,7 +38,7 @@ def try_grammar(
 ) -> tuple[str, str]:
     """Why the grammar may not be compiled in the server, or empty; and its text without GBNF.
 
-    ``tokenizer_path``: read once for each process.
+    ``tokenizer_path``: read once for each process, see ``read_tokens``.
     """
     trie = _trie(tokenizer_path, vocab_size, tuple(eos_token_ids))
     found: list[tuple[str, str]] = []

@@ -1,0 +1,92 @@
+"""Grammars compile within their own processor time, however loaded the machine is."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from loraplex_server.api.serving.grammars import Grammars
+from tests.server.conftest import Front
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture
+async def with_grammars(front: Front) -> AsyncIterator[Callable[..., Grammars]]:
+    made: list[Grammars] = []
+
+    def make(**limits: float) -> Grammars:
+        text = front.app.state.parts.text
+        grammars = Grammars(text.backend, vocab_size=text.vocab_size, eos_token_ids={2}, **limits)
+        made.append(grammars)
+        front.app.state.parts = replace(front.app.state.parts, grammars=grammars)
+        return grammars
+
+    yield make
+    for grammars in made:
+        await grammars.close()
+
+
+async def _ready(grammars: Grammars) -> int:
+    """The id of the process that gets the next trial, once it has answered one."""
+    grammars.start()
+    compiler: Any = await asyncio.wrap_future(grammars._compiler)  # type: ignore[arg-type]
+    (worker,) = compiler.workers._idle
+    await worker.ready()
+    return int(worker._process.pid)
+
+
+async def test_a_trial_that_waits_for_a_processor_is_not_refused(
+    front: Front, with_grammars: Callable[..., Grammars]
+) -> None:
+    pid = await _ready(with_grammars(cpu_s=0.1))
+    os.kill(pid, signal.SIGSTOP)
+    answer = asyncio.create_task(front.complete(guided_choice=["fine"]))
+    await asyncio.sleep(1.5)  # more than the kernel's whole second of processor time
+    assert not answer.done()
+    os.kill(pid, signal.SIGCONT)
+    assert (await answer).status_code == 200
+
+
+async def test_a_trial_that_never_got_a_processor_is_tried_again(
+    front: Front, with_grammars: Callable[..., Grammars]
+) -> None:
+    grammars = with_grammars(max_s=0.5)
+    os.kill(await _ready(grammars), signal.SIGSTOP)
+    answer = await front.complete(guided_choice=["fine"])
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "grammar_compiler_busy"
+    assert answer.headers["retry-after"]
+    grammars._max_s = 60.0
+    assert (await front.complete(guided_choice=["fine"])).status_code == 200
+
+
+async def test_a_grammar_that_spends_its_processor_time_is_a_400_that_is_remembered(
+    front: Front, with_grammars: Callable[..., Grammars]
+) -> None:
+    grammars = with_grammars(cpu_s=0.0)
+    await _ready(grammars)
+    slow = {"type": "number", "multipleOf": 1000003}
+    for _ in range(2):
+        answer = await front.complete(guided_json=slow)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == "guided_json"
+        assert "CPU time" in answer.json()["error"]["message"]
+    assert (await front.complete(guided_choice=["fine"])).status_code == 200
+
+
+async def test_eight_first_calls_at_once_share_one_compiler(
+    front: Front, with_grammars: Callable[..., Grammars]
+) -> None:
+    grammars = with_grammars()
+    calls = [front.complete(guided_choice=[f"fine {n}"]) for n in range(8)]
+    assert [answer.status_code for answer in await asyncio.gather(*calls)] == [200] * 8
+    compiler = grammars._compiler
+    grammars.start()
+    assert grammars._compiler is compiler

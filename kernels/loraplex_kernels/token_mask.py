@@ -5,13 +5,15 @@ As llguidance and XGrammar fill them.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
 from loraplex_kernels.cpu.model_ops import native_ops
 from loraplex_kernels.cpu.native import library
 
-__all__ = ["mask_bits", "select_allowed", "select_allowed_reference"]
+__all__ = ["bits_of", "first_bit", "mask_bits", "select_allowed", "select_allowed_reference"]
 
 
 def select_allowed(
@@ -45,6 +47,20 @@ def mask_bits(masks: NDArray[np.int32], n_tokens: int) -> NDArray[np.bool_]:
     """[..., n_words] → [..., n_tokens]."""
     bits = np.unpackbits(masks.astype("<i4").view(np.uint8), axis=-1, bitorder="little")
     return bits[..., :n_tokens].astype(np.bool_)
+
+
+def bits_of(token_ids: Iterable[int], n_tokens: int) -> NDArray[np.int32]:
+    """The mask [ceil(n_tokens / 32)] that allows these alone."""
+    bits = np.zeros(-(-n_tokens // 32) * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view("<i4").astype(np.int32)
+
+
+def first_bit(mask: NDArray[np.int32]) -> int:
+    """The first token that a mask [n_words] allows; it allows one."""
+    word = int(np.flatnonzero(mask)[0])
+    value = int(mask[word])
+    return word * 32 + (value & -value).bit_length() - 1
 
 
 def _check(logits: NDArray[np.float32], mask: NDArray[np.int32]) -> None:

@@ -117,7 +117,6 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.xfail(strict=True, reason="rows are sampled on the host: all their logits come down")
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_nothing_but_ids_comes_down(
     sampling: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
@@ -127,7 +126,6 @@ def test_nothing_but_ids_comes_down(
         assert copied_ids_alone(step.copies_out, 2), step.copies_out
 
 
-@pytest.mark.xfail(strict=True, reason="rows are sampled on the host: all their logits come down")
 def test_log_probabilities_come_down_if_they_are_asked_for(
     base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

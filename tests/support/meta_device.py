@@ -29,7 +29,7 @@ _CPU = torch.device("cpu")
 # Operators that allocate, or only describe: no kernel runs.
 _NO_KERNEL = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "detach", "alias"})
 _POINTER_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.int32, torch.int64)
-_MORE_DTYPES = (torch.uint8, torch.int8, torch.bool)
+_MORE_DTYPES = (torch.float64, torch.uint8, torch.int8, torch.bool)
 _GRID_LIMITS = (2**31 - 1, 65535, 65535)
 
 

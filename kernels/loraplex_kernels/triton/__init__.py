@@ -1,4 +1,4 @@
-"""Triton kernels of the LoRA operator and of paged attention. Importing needs no GPU."""
+"""Triton kernels of the LoRA operator, of a base's step and of sampling. Importing needs no GPU."""
 
 from .attention import AttentionWorkspace, attention_workspace, max_head_dim, paged_attention_triton
 from .kv_cache import rope_and_cache_triton, write_kv_triton
@@ -10,6 +10,7 @@ from .routing import (
     fill_device_segments,
     route_segments,
 )
+from .sampling import sample_tokens_triton
 
 __all__ = [
     "AttentionWorkspace",
@@ -24,5 +25,6 @@ __all__ = [
     "paged_attention_triton",
     "rope_and_cache_triton",
     "route_segments",
+    "sample_tokens_triton",
     "write_kv_triton",
 ]

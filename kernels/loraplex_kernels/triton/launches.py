@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.layout import PAGE_RANK, LoraTables, LoraTarget
+from loraplex_kernels.sampling import empty_batch
 
 from .aot import Launch, record_launches
 from .arithmetic import reduction
@@ -18,6 +19,7 @@ from .expand import lora_expand
 from .fused import lora_fused
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .routing import DeviceSegments, allocate_segments, fill_device_segments
+from .sampling import sample_tokens_triton
 from .shrink import lora_shrink, planes_shape
 from .tuning import ExpandChoice, FusedChoice, ShrinkChoice, TuningKey, TuningRow, TuningTable
 
@@ -107,6 +109,8 @@ def _calls_of(row: TuningRow, table: TuningTable) -> Iterator[tuple[str, Callabl
 
 def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
     kind = _DTYPES[dtype]
+    if dtype == "fp32":
+        yield "sampling, 64 rows of 128,256", partial(_sample, 64, 128_256)
     if dtype == "bf16":
         for k in (1, 2):
             for n_rows in (64, 4096):
@@ -182,6 +186,11 @@ def _route(n_rows: int, k: int) -> None:
     weights = torch.empty(n_rows, k) if k > 1 else None
     scratch = torch.empty(n_rows * k, 3, dtype=torch.int32)
     fill_device_segments(slots, weights, segments=segments, scratch=scratch)
+
+
+def _sample(n_rows: int, vocab_size: int) -> None:
+    logits = torch.empty(n_rows, vocab_size)
+    sample_tokens_triton(logits, empty_batch(n_rows, vocab_size, _CPU))
 
 
 def _attend(

@@ -24,6 +24,7 @@ from loraplex_server.model.packed_lora_linear import ApplySlice, PackedLoraLinea
 
 from .decode_graphs import DecodeGraphs, Recorder
 from .device_pool import DevicePool
+from .device_sampler import DeviceSampler
 from .errors import AdapterUnservable
 from .events import TokenLogprobs
 from .forward_batch import ForwardBatch, build_batch
@@ -68,6 +69,11 @@ class ModelRunner:
         self._raw_logits = RowBuffer(n_rows, model.vocab_size, model.dtype, model.device)
         self._float_logits = RowBuffer(n_rows, model.vocab_size, torch.float32, model.device)
         self._masks = TokenMasks(n_rows, model.vocab_size)
+        self._device_sampler = (
+            DeviceSampler(model.vocab_size, model.eos_token_ids, model.device)
+            if model.device.type != "cpu"
+            else None
+        )
         model.attach_kv(kv_cache.keys, kv_cache.values)
         for group in model.groups.values():
             group.lora = PreparedTarget(adapters.pool, group.target.name, side)
@@ -177,9 +183,11 @@ class ModelRunner:
         return not (resident.needs_fallback or resident.changes_head)
 
     def _sample(self, raw: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
-        logits = self._finish(raw)
-        logits = logits.cpu()
-        tokens = sample(logits, requests, self._model.eos_token_ids, self._masks.wait())
+        logits, masks = self._finish(raw), self._masks.wait()
+        if self._device_sampler is None:
+            tokens = sample(logits, requests, self._model.eos_token_ids, masks)
+        else:
+            tokens = self._device_sampler.sample(logits, requests, masks)
         return {r.id: token for r, token in zip(requests, tokens, strict=True)}
 
     def _argmax(self, x: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
@@ -261,7 +269,7 @@ class ModelRunner:
     def _can_argmax(self, requests: Sequence[Request]) -> bool:
         """Whether the place of the head's largest output is all that is asked for."""
         if self._model.head.packed.native is None:
-            return False  # a GPU's argmax of finished logits is as good
+            return False  # a GPU samples finished logits
         return self._model.is_monotonic and all(
             is_plainly_greedy(request) and not self._changes_head(request) for request in requests
         )
@@ -274,6 +282,9 @@ class ModelRunner:
         self, hidden: Tensor, chunks: Sequence[ScheduledChunk], batch: ForwardBatch
     ) -> dict[str, tuple[TokenLogprobs, ...]]:
         """For requests that ask: of each token of the prompt's text after the chunk's first."""
+        find = prompt_logprobs_of
+        if self._device_sampler is not None:
+            find = self._device_sampler.prompt_logprobs_of
         found: dict[str, tuple[TokenLogprobs, ...]] = {}
         for chunk, rows in zip(chunks, batch.chunk_rows, strict=True):
             request = chunk.request
@@ -287,8 +298,7 @@ class ModelRunner:
                 first = rows.start + at - chunk.start
                 x = hidden[first : first + len(targets)]
                 raw = self._raw_logits_of(x, [request] * len(targets))
-                logits = self._finish(raw).cpu()
-                entries += prompt_logprobs_of(logits, targets, n_top)
+                entries += find(self._finish(raw), targets, n_top)
             found[request.id] = tuple(entries)
         return found
 

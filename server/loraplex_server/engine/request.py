@@ -11,6 +11,7 @@ from .client import GenerationRequest, Listener
 from .constraint import Constraint
 from .events import TokenLogprobs
 from .pooling import PooledRows
+from .token_counts import TokenCounts
 
 __all__ = ["Request", "RequestStatus"]
 
@@ -55,6 +56,7 @@ class Request:
     n_steps_queued: int = 0  # until its first admission; before that, less the steps at its arrival
     seed: int = 0  # of the sampler; drawn once when the client gave none
     constraint: Constraint | None = None  # where the output stands in its grammar
+    token_counts: TokenCounts | None = None  # for penalties, where a device samples
     n_sent: int = 0  # tokens of the output that the listener got
 
     @property

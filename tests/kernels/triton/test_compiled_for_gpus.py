@@ -7,7 +7,13 @@ import torch
 
 from loraplex_kernels import LoraTables, LoraTarget
 from loraplex_kernels.report import CAPABILITIES, compile_all, find_faults, sample
-from loraplex_kernels.triton import build_device_segments, lora_apply_triton, paged_attention_triton
+from loraplex_kernels.sampling import empty_batch
+from loraplex_kernels.triton import (
+    build_device_segments,
+    lora_apply_triton,
+    paged_attention_triton,
+    sample_tokens_triton,
+)
 from loraplex_kernels.triton.aot import record_launches
 from loraplex_kernels.triton.launches import MODEL_TARGETS, all_launches
 from loraplex_kernels.triton.tuning import (
@@ -35,6 +41,7 @@ def test_a_sample_of_launches_compiles_without_faults() -> None:
         "place_kernel",
         "rope_and_cache_kernel",
         "row_blocks_kernel",
+        "sample_kernel",
         "shrink_kernel",
         "write_kv_kernel",
     }
@@ -97,4 +104,8 @@ def test_a_step_never_looks_at_data_on_the_host(k: int) -> None:
     with record_launches() as launches:
         q = x.view(24, 32, 128)
         paged_attention_triton(q, cache, cache, table, ints, ints[1:], scale=1.0)
+    assert len(launches) == 1
+    with record_launches() as launches:
+        logits = torch.empty(24, 128_256, device=meta)
+        sample_tokens_triton(logits, empty_batch(24, 128_256, meta))
     assert len(launches) == 1

@@ -14,7 +14,14 @@ _ROOT = Path(__file__).parents[3]
 
 
 @pytest.mark.parametrize(
-    "module", ["test_routing.py", "test_lora.py", "test_attention.py", "test_benchmark.py"]
+    "module",
+    [
+        "test_routing.py",
+        "test_lora.py",
+        "test_attention.py",
+        "test_sampling.py",
+        "test_benchmark.py",
+    ],
 )
 def test_kernels_pass_under_the_interpreter(module: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as oracle
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.errors import NoTokenAllowed
 from loraplex_server.engine.request import Request
-from loraplex_server.engine.sampler import _uniform, logprobs_of, sample
+from loraplex_server.engine.sampler import logprobs_of, sample, uniform_of
 from loraplex_server.engine.sampling_params import SamplingParams
 
 _EOS = frozenset({2})
@@ -95,7 +95,9 @@ def test_an_unfiltered_draw_inverts_the_distribution_of_the_whole_vocabulary(spr
     beyond = 0
     for seed in range(300):
         request = _request(seed=seed)
-        index = int(torch.searchsorted(cumulative, _uniform(request) * cumulative[-1], right=True))
+        index = int(
+            torch.searchsorted(cumulative, uniform_of(request) * cumulative[-1], right=True)
+        )
         beyond += index >= 256
         assert _token(logits, request) == int(order[index])
     assert 0 < beyond < 300

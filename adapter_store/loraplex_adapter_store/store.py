@@ -21,7 +21,7 @@ from typing import NamedTuple
 import safetensors.torch
 from torch import Tensor
 
-from loraplex_adapter_store.sources.local import LocalFiles, read_directory
+from loraplex_adapter_store.sources.local import LocalFiles, read_card, read_directory
 from loraplex_adapter_store.sources.uri import fetch
 
 from .base_spec import BaseSpec
@@ -216,8 +216,12 @@ class AdapterStore:
         *,
         options: PutOptions = PutOptions(),  # noqa: B008  frozen value
         progress: Progress | None = None,
+        with_card: Callable[[bytes, PutOptions], PutOptions] | None = None,
     ) -> AdapterCard:
-        """Fetches, checks and stores. Directories must lie inside ``allowed_roots``."""
+        """Fetches, checks and stores. Directories must lie inside ``allowed_roots``.
+
+        ``with_card`` says what the source's card.json, if it has one, adds to the options.
+        """
         check_name(name)
         report = progress or (lambda stage, share: None)
         staged = self._files.stage()
@@ -225,6 +229,9 @@ class AdapterStore:
             report("fetch", 0.0)
             fetched = fetch(uri, staged, self.allowed_roots, self.limits)
             report("check", 0.5)
+            card_file = None if with_card is None else read_card(fetched.files, self.limits)
+            if with_card is not None and card_file is not None:
+                options = with_card(card_file, options)
             told = _with_provenance(options, fetched.provenance)
             card = self._put_local(name, fetched.files, told)
             report("done", 1.0)

@@ -13,6 +13,7 @@ from loraplex_adapter_store.errors import LimitExceeded, SourceError, SourceForb
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import Family
 from loraplex_adapter_store.sources import hub
+from loraplex_adapter_store.sources.local import read_card
 from loraplex_adapter_store.sources.objects import download
 from loraplex_adapter_store.sources.web import fetch_web
 from loraplex_adapter_store.store import AdapterStore
@@ -104,7 +105,8 @@ def test_a_folder_of_a_web_server_is_fetched_within_the_limits(
         assert web.asked == [
             "/adapter_config.json",
             "/adapter_model.safetensors",
-            *("/chat_template.jinja", "/modules.json", "/1_Pooling/config.json", "/config.json"),
+            *("/chat_template.jinja", "/card.json"),
+            *("/modules.json", "/1_Pooling/config.json", "/config.json"),
         ]
         with pytest.raises(LimitExceeded, match="adapter_model"):
             fetch_web(web.url, tmp_path, StoreLimits(max_file_bytes=64))
@@ -152,11 +154,14 @@ class RecordedHub:
 def test_a_hub_revision_is_resolved_to_a_commit_before_it_is_fetched(
     uri: str, revision: str | None, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
-    recorded = RecordedHub(make_adapter(1))
+    source = make_adapter(1)
+    (source / "card.json").write_text("{}")
+    recorded = RecordedHub(source)
     files, provenance = hub.fetch_hub(uri, tmp_path, StoreLimits(), client=recorded)
     assert recorded.asked == [("org/adapter", revision)]
     assert provenance == {"source": "hub", "repo": "org/adapter", "commit": recorded.commit}
     assert files.weights.is_file()
+    assert read_card(files, StoreLimits()) == b"{}"
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_of_the_source(tmp_path: Path) -> None:

@@ -6,14 +6,13 @@ import re
 from pathlib import Path
 from typing import Protocol
 
-from loraplex_adapter_store.companion_files import COMPANION_FILES
-from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.content_files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.errors import SourceError
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.report import JsonValue
 
 from .library_errors import told
-from .local import LocalFiles, read_directory
+from .local import OPTIONAL_FILES, LocalFiles, read_directory
 
 __all__ = ["HubClient", "HubLike", "fetch_hub"]
 
@@ -21,8 +20,8 @@ _URI = re.compile(
     r"hf://(?P<repo>[\w.-]+/[\w.-]+)(?P<sub>(?:/[\w.-]+)*)(?:@(?P<revision>[\w./-]+))?"
 )
 _FILES = (
-    *(CONFIG_FILE, "mixlora_config.json", WEIGHTS_FILE, CHAT_TEMPLATE_FILE),
-    *COMPANION_FILES,
+    *(CONFIG_FILE, "mixlora_config.json", WEIGHTS_FILE),
+    *OPTIONAL_FILES,
 )
 
 

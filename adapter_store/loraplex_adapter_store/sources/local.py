@@ -21,8 +21,10 @@ from loraplex_adapter_store.errors import (
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.safetensors_reader import is_pickle_name
 
-__all__ = ["LocalFiles", "contained", "read_directory"]
+__all__ = ["OPTIONAL_FILES", "LocalFiles", "contained", "read_card", "read_directory"]
 
+_CARD_FILE = "card.json"  # what whoever puts the adapter is told of it; never a part of it
+OPTIONAL_FILES = (CHAT_TEMPLATE_FILE, _CARD_FILE, *COMPANION_FILES)  # of a source
 _FULL_WEIGHTS = "model.safetensors"  # a fine-tuned model, served as its difference to the base
 _FULL_CONFIG = b'{"peft_type": "FULL"}'
 
@@ -56,6 +58,12 @@ def read_directory(path: Path, limits: StoreLimits) -> LocalFiles:
     config = _read(path / config_name, limits.max_config_bytes)
     template = _template(path, names, limits)
     return LocalFiles(config, path / WEIGHTS_FILE, template, _companions(path, limits))
+
+
+def read_card(files: LocalFiles, limits: StoreLimits) -> bytes | None:
+    """card.json beside the weights; None if there is none. Raises SourceError, LimitExceeded."""
+    path = files.weights.parent / _CARD_FILE
+    return _read(path, limits.max_config_bytes) if path.exists() else None
 
 
 def contained(path: Path, allowed: Sequence[Path]) -> Path:

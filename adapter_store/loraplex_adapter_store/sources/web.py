@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loraplex_adapter_store.companion_files import COMPANION_FILES
-from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.content_files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.errors import LimitExceeded, SourceError
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.report import JsonValue
 
 from .library_errors import told
-from .local import LocalFiles, read_directory
+from .local import OPTIONAL_FILES, LocalFiles, read_directory
 
 if TYPE_CHECKING:
     import httpx
@@ -31,7 +30,7 @@ def fetch_web(uri: str, into: Path, limits: StoreLimits) -> tuple[LocalFiles, di
         for name, limit, needed in (
             (CONFIG_FILE, limits.max_config_bytes, True),
             (WEIGHTS_FILE, limits.max_file_bytes, True),
-            *((n, limits.max_config_bytes, False) for n in (CHAT_TEMPLATE_FILE, *COMPANION_FILES)),
+            *((n, limits.max_config_bytes, False) for n in OPTIONAL_FILES),
         ):
             (into / name).parent.mkdir(exist_ok=True)
             address = f"{uri.rstrip('/')}/{name}"

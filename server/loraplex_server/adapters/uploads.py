@@ -18,6 +18,8 @@ from starlette.requests import Request
 from loraplex_adapter_store.companion_files import COMPANION_FILES
 from loraplex_server.api.errors import ApiError, invalid
 
+from .card_file import CardFile
+
 __all__ = ["UPLOAD_SCHEMA", "FolderParser", "Upload", "receive_upload"]
 
 _MAX_TEXT = 1 << 20  # bytes of each part but the weights
@@ -61,7 +63,7 @@ class Upload:
     companions: Mapping[str, bytes]
     description: str | None
     examples: tuple[str, ...]
-    defaults: Mapping[str, JsonValue]  # of requests, as card.json gives them; not checked
+    defaults: Mapping[str, JsonValue]  # of requests, as card.json gives them
 
 
 async def receive_upload(request: Request, folder: Path) -> Upload:
@@ -138,7 +140,7 @@ async def _read(form: FormData) -> Upload:
     weights = parts["weights"]
     if isinstance(weights, str):
         raise invalid("weights must be sent as a file", "weights", "bad_upload")
-    card = _card(await _text(parts, "card"))
+    card = CardFile(await _text(parts, "card"))
     examples = await _text(parts, "examples")
     return Upload(
         config=await _bytes(parts["config"], "config"),
@@ -147,9 +149,9 @@ async def _read(form: FormData) -> Upload:
         companions={
             name: await _bytes(parts[name], name) for name in COMPANION_FILES if name in parts
         },
-        description=await _text(parts, "description") or _description(card),
-        examples=_examples(card.get("examples", []) if examples is None else _json(examples)),
-        defaults=_defaults(card),
+        description=await _text(parts, "description") or card.description,
+        examples=card.examples if examples is None else _examples(_json(examples)),
+        defaults=card.defaults,
     )
 
 
@@ -186,30 +188,3 @@ def _examples(examples: JsonValue) -> tuple[str, ...]:
     if len(texts) < len(examples):
         raise invalid("examples must be a JSON list of texts", "examples", "bad_upload")
     return texts
-
-
-def _card(text: str | None) -> dict[str, JsonValue]:
-    """card.json, as `loraplex train` writes it."""
-    if text is None:
-        return {}
-    try:
-        card = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise invalid(f"card.json is not JSON: {error}", "card", "bad_upload") from error
-    if not isinstance(card, dict):
-        raise invalid("card.json must be a JSON object", "card", "bad_upload")
-    return card
-
-
-def _description(card: Mapping[str, JsonValue]) -> str | None:
-    description = card.get("description")
-    if not isinstance(description, str | None):
-        raise invalid("the description of card.json must be a text", "card", "bad_upload")
-    return description
-
-
-def _defaults(card: Mapping[str, JsonValue]) -> Mapping[str, JsonValue]:
-    defaults = card.get("defaults", {})
-    if not isinstance(defaults, dict):
-        raise invalid("the defaults of card.json must be an object", "card", "bad_upload")
-    return defaults

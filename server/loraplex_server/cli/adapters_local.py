@@ -9,6 +9,7 @@ from typing import Any
 
 from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.errors import MalformedFile
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.put_options import PutOptions
@@ -62,6 +63,7 @@ class LocalAdapters:
                 name,
                 source,
                 options=PutOptions(description=description, examples=examples, replace=replace),
+                with_card=_told_by_card,
             )
             return card.to_json()
 
@@ -110,3 +112,14 @@ class LocalAdapters:
             check=EngineCapabilities.of(self.base).check,
             n_kept_revisions=StoreConfig().keep_revisions,
         )
+
+
+def _told_by_card(text: bytes, options: PutOptions) -> PutOptions:
+    """As over HTTP. Raises MalformedFile."""
+    from loraplex_server.adapters.card_file import told_by_card
+    from loraplex_server.api.errors import ApiError
+
+    try:
+        return told_by_card(text, options)
+    except ApiError as error:
+        raise MalformedFile(error.message) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,15 @@ def open_front(
 
 async def put(front: Front, source: str) -> httpx.Response:
     return await front.client.put("/v1/adapters/x", json={"source": source})
+
+
+async def test_an_address_brings_its_card(
+    open_front: Front, web: WebFolder, tmp_path: Path
+) -> None:
+    told = {"description": "d", "examples": ["e"], "defaults": {"stop": ["x"]}}
+    (tmp_path / "www" / "team" / "x" / "card.json").write_text(json.dumps(told))
+    card = (await put(open_front, f"{web.url}/team/x")).json()
+    assert {name: card[name] for name in told} == told
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,75 @@ async def test_the_request_wins_over_the_card_and_the_card_over_the_base(lora: F
     assert lora.engine.requests[-1].sampling.temperature == 1.0
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/responses", {"input": "hi"}),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}),
+    ],
+)
+async def test_a_bias_of_the_card_is_felt_through_every_door(
+    lora: Front, path: str, body: dict[str, object]
+) -> None:
+    await edited(lora, logit_bias={"3": 5, "4": -100})
+    for model in ("pirate", "base"):
+        answer = await lora.post(path, {"model": model, **body})
+        assert answer.status_code == 200, answer.text
+    ours, bases = (request.sampling.logit_bias for request in lora.engine.requests)
+    assert (ours, bases) == ({3: 5, 4: -100}, {})
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}" + (
+    "{% if tools %}[{{ tools[0].function.name }}]{% endif %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "get_weather"}}]
+
+
+@pytest.mark.parametrize("defaults", [{}, {"chat_template": TEMPLATE}])
+@pytest.mark.parametrize("system", [None, "Arr."])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"messages": [{"role": "system", "content": "Mine."}, {"role": "user", "content": "hi"}]},
+        {"tools": TOOLS},
+        {
+            "messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+            "continue_final_message": True,
+        },
+    ],
+    ids=["plain", "own system", "tools", "continued"],
+)
+async def test_tokenize_gives_the_ids_that_the_chat_begins_with(
+    lora: Front, defaults: dict[str, object], system: str | None, fields: dict[str, object]
+) -> None:
+    lora.engine.max_model_len = 4096
+    await edited(lora, **defaults, **({"system_prompt": system} if system else {}))
+    body = {"messages": [{"role": "user", "content": "hi"}], "adapter": "pirate", **fields}
+    assert (await lora.chat(**body)).status_code == 200
+    told = (await lora.post("/tokenize", body)).json()["tokens"]
+    assert told == list(lora.engine.requests[-1].prompt_ids)
+
+
+@pytest.mark.parametrize("path", ["/v1/embeddings", "/pooling"])
+async def test_vectors_of_messages_are_of_the_prompt_that_a_chat_begins_with(
+    lora: Front, path: str
+) -> None:
+    await edited(lora, system_prompt="Arr.", chat_template=TEMPLATE)
+    body = {"messages": [{"role": "user", "content": "hi"}], "adapter": "pirate"}
+    chat = (await lora.chat(**body)).json()
+    answer = await lora.post(path, {**body, "add_generation_prompt": True})
+    assert answer.json()["usage"]["prompt_tokens"] == chat["usage"]["prompt_tokens"]
+    ours, vectors = lora.engine.requests
+    assert vectors.prompt_ids == ours.prompt_ids
+    assert prompt_of(lora) == "<system>Arr.<user>hi<assistant>"
+    await lora.post(path, body)
+    assert prompt_of(lora) == "<system>Arr.<user>hi"
+
+
 async def test_stop_strings_of_the_card_end_an_answer_unless_the_request_has_its_own(
     lora: Front,
 ) -> None:
@@ -198,6 +267,54 @@ async def test_defaults_come_with_an_upload_and_go_with_the_next_one(lora: Front
         "/v1/adapters/new", json={"source": "pirate", "defaults": {"stop": ["x"]}}
     )
     assert answer.json()["defaults"] == {"stop": ["x"]}
+
+
+async def test_a_source_brings_its_card_and_the_request_wins(lora: Front) -> None:
+    told = {"description": "d", "examples": ["e"], "defaults": {"sampling": {"top_k": 2}}}
+    (lora.root / "pirate" / "card.json").write_text(json.dumps(told))
+    new = "/v1/adapters/new"
+    card = (await lora.client.put(new, json={"source": "pirate"})).json()
+    assert {name: card[name] for name in told} == told
+    own = {"description": "mine", "defaults": {"stop": ["x"]}}
+    card = (await lora.client.put(new, json={"source": "pirate", **own})).json()
+    assert {name: card[name] for name in told} == {**told, **own}
+    card = (await lora.client.put(new, json={"source": "pirate", "defaults": {}})).json()
+    assert card["defaults"] == {}
+    loaded = {"lora_name": "vllm", "lora_path": str(lora.root / "pirate")}
+    assert (await lora.post("/v1/load_lora_adapter", loaded)).status_code == 200
+    card = (await lora.client.get("/v1/adapters/vllm")).json()
+    assert {name: card[name] for name in told} == told
+
+
+@pytest.mark.parametrize(
+    ("card", "param"),
+    [
+        ("{", "card"),
+        ("[]", "card"),
+        ('{"description": 3}', "card"),
+        ('{"examples": [1]}', "card"),
+        ('{"defaults": []}', "card"),
+        ('{"defaults": {"sampling": {"heat": 1}}}', "defaults.sampling.heat"),
+    ],
+)
+async def test_a_wrong_card_of_a_source_is_refused_as_one_of_an_upload_is(
+    lora: Front, card: str, param: str
+) -> None:
+    folder = lora.root / "pirate"
+    (folder / "card.json").write_text(card)
+    files = {
+        "config": (folder / "adapter_config.json").read_bytes(),
+        "weights": ("w", (folder / "adapter_model.safetensors").read_bytes()),
+        "card.json": card.encode(),
+    }
+    source = await lora.client.put("/v1/adapters/new", json={"source": "pirate"})
+    upload = await lora.client.put("/v1/adapters/new", files=files)
+    for answer in (source, upload):
+        assert answer.status_code == 400, answer.text
+        assert answer.json()["error"]["param"] == param
+        assert "card.json" in answer.json()["error"]["message"]
+    assert source.json()["error"]["message"] == upload.json()["error"]["message"]
+    assert (await lora.client.get("/v1/adapters/new")).status_code == 404
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field
 from .body import Body, Few, JsonObject, Name, TokenId, exactly_one_of
 from .chat import ChatMessage
 from .generation import AdapterChoice
+from .tools import ToolDefinition
 
 __all__ = ["DetokenizeBody", "Detokenized", "TokenizeBody", "Tokenized"]
 
@@ -26,6 +27,7 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
+    tools: Annotated[Few[ToolDefinition], Field(max_length=128)] | None = None
     return_token_strs: bool | None = None
 
 

@@ -13,6 +13,7 @@ from loraplex_adapter_store.selector import NameRef
 from loraplex_adapter_store.store import CardEdit
 from loraplex_server.adapters.access import access_of
 from loraplex_server.adapters.adapter_defaults import merged
+from loraplex_server.adapters.card_file import told_by_card
 from loraplex_server.adapters.jobs import Job, Progress
 from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.uploads import UPLOAD_SCHEMA, receive_upload
@@ -229,13 +230,14 @@ async def _put_source(state: AppState, request: Request, name: str, shown: Repor
     access = access_of(request)
     uri = source_uri(state, access, body.source, param="source")
     if_match, replace = conditions(request)
-    defaults = checked_defaults(body.defaults or {})
+    defaults = None if body.defaults is None else checked_defaults(body.defaults)
 
     def load(report: Progress) -> AdapterCard:
         return state.store.put_source(
             name,
             uri,
             progress=report,
+            with_card=told_by_card,
             options=PutOptions(
                 if_match=if_match,
                 replace=replace,
@@ -269,7 +271,7 @@ async def _put_upload(state: AppState, request: Request, name: str, shown: Repor
                     replace=replace,
                     description=upload.description,
                     examples=upload.examples,
-                    defaults=checked_defaults(upload.defaults),
+                    defaults=upload.defaults,
                     quota=access.quota,
                 ),
             ),

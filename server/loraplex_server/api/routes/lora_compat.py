@@ -7,6 +7,7 @@ from starlette.responses import PlainTextResponse
 
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_server.adapters.access import access_of, name_to_write, own_name
+from loraplex_server.adapters.card_file import told_by_card
 from loraplex_server.adapters.sources import source_uri
 from loraplex_server.adapters.waiting import result_within
 from loraplex_server.api.errors import ApiError
@@ -35,7 +36,9 @@ async def load_lora_adapter(body: LoadLoraBody, request: Request, state: State) 
     uri = source_uri(state, access, path, param="lora_path")
     options = PutOptions(replace=bool(body.load_inplace), quota=access.quota)
     job = state.jobs.start(
-        stored, access, lambda report: state.store.put_source(stored, uri, options=options)
+        stored,
+        access,
+        lambda report: state.store.put_source(stored, uri, options=options, with_card=told_by_card),
     )
     await state.jobs.wait(job, None)
     if job.error is not None and job.error.code == "revision_conflict":

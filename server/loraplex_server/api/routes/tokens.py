@@ -15,7 +15,8 @@ from loraplex_server.api.protocol.tokens import (
     TokenizeBody,
     Tokenized,
 )
-from loraplex_server.api.serving.messages import plain_messages, template_arguments
+from loraplex_server.api.serving.chat_prompt import ChatPrompt, defaults_of
+from loraplex_server.api.serving.tool_use import tool_use
 from loraplex_server.api.state import AppState, State
 from loraplex_server.api_keys import AdapterAccess
 
@@ -55,20 +56,20 @@ async def detokenize(body: DetokenizeBody, state: State) -> Response:
 
 
 async def _chat_ids(state: AppState, body: TokenizeBody, access: AdapterAccess) -> tuple[int, ...]:
-    """With the template that a chat through the same adapter would use."""
+    """Those that a chat through the same adapter would begin with."""
     assert body.messages is not None
     asked = state.resolver.parse(model=body.model, adapter=body.adapter)
-    messages = plain_messages(body.messages)
-    arguments = template_arguments(body.chat_template_kwargs)
-    chosen = await state.resolver.resolve(asked, access=access)
+    chat = ChatPrompt(
+        body.messages,
+        tools=tool_use(body.tools),
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final_message=body.continue_final_message,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    chosen = await state.resolver.resolve(asked, chat.routing_text, access)
     try:
-        return await state.text.encode_chat(
-            messages,
-            template=chosen.lease.plan.chat_template if chosen.lease else None,
-            add_generation_prompt=body.add_generation_prompt is not False,
-            continue_final_message=bool(body.continue_final_message),
-            template_arguments=arguments,
-            tenant=access.tenant or "",
-        )
+        defaults = defaults_of(chosen)
+        protocol = chat.protocol(state.text, chosen, defaults)
+        return await chat.ids(state.text, protocol, defaults, tenant=access.tenant or "")
     finally:
         chosen.release()

@@ -13,7 +13,7 @@ from typing import ClassVar, Protocol
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex_server.adapters.adapter_defaults import AdapterDefaults, read_defaults
+from loraplex_server.adapters.adapter_defaults import AdapterDefaults
 from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.orjson_response import ORJSONResponse
@@ -26,6 +26,7 @@ from loraplex_server.engine.grammar import CompiledGrammar
 from loraplex_server.engine.sampling_params import SamplingParams
 
 from .chat_format import AnswerHead
+from .chat_prompt import defaults_of
 from .choice import ChoiceDelta, ChoiceRequest, CollectedChoice
 from .disconnect import unless_client_leaves
 from .generation import Generation, Usage
@@ -199,8 +200,7 @@ class TextCall(ABC):
         load_s = perf_counter() - started
         try:
             resolved.check_generates(self.adapter_request.param)
-            if resolved.lease is not None and resolved.lease.defaults:
-                self.take_defaults(read_defaults(resolved.lease.defaults))
+            self.take_defaults(defaults_of(resolved))
             prompts = self._within_key_limit(await self.prompts(resolved))
             self._check_prompt_logprobs(prompts)
             head = self._head(resolved)

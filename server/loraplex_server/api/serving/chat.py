@@ -14,9 +14,9 @@ from loraplex_server.api.state import AppState
 
 from .call import AnswerFormat, Prompt, TextCall
 from .chat_format import AnswerHead, ChatFormat
-from .chat_protocol import ChatProtocol, chat_protocol
+from .chat_prompt import ChatPrompt
+from .chat_protocol import ChatProtocol
 from .message_parser import ParserSpec
-from .messages import plain_messages, routing_text, template_arguments
 from .sampling import limited, max_output_tokens, sampling_params, with_defaults
 from .tool_grammar import PromptEnd, answer_grammar
 from .tool_use import tool_use
@@ -35,38 +35,32 @@ class ChatCall(TextCall):
         """Raises ApiError for everything that can be known before the adapter."""
         super().__init__(state, request, body, n_prompts=1)
         self._chat = body
-        self._messages = plain_messages(body.messages)
-        self._tools = tool_use(body)
+        self._tools = tool_use(body.tools, body.tool_choice, parallel=body.parallel_tool_calls)
+        self._prompt = ChatPrompt(
+            body.messages,
+            tools=self._tools,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            chat_template_kwargs=body.chat_template_kwargs,
+        )
         self._defaults = AdapterDefaults()
         self._parser: ParserSpec | None = None  # None: an answer is all content
-        self._template_arguments = template_arguments(body.chat_template_kwargs)
         self._limit_param = (
             "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         )
         self._limit = getattr(body, self._limit_param)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs needs logprobs: true", "top_logprobs")
-        self._generation_prompt = body.add_generation_prompt is not False
-        if body.continue_final_message:
-            if body.add_generation_prompt:
-                raise invalid(
-                    "continue_final_message and add_generation_prompt exclude each other",
-                    "continue_final_message",
-                )
-            self._generation_prompt = False
 
     def take_defaults(self, defaults: AdapterDefaults) -> None:
         super().take_defaults(defaults)
         self._defaults = defaults
         self._chat = with_defaults(self._chat, defaults)
         self._limit = getattr(self._chat, self._limit_param)
-        prompt = defaults.system_prompt
-        if prompt is not None and all(m["role"] != "system" for m in self._messages):
-            self._messages = [{"role": "system", "content": prompt}, *self._messages]
 
     @property
     def routing_text(self) -> str:
-        return routing_text(self._messages)
+        return self._prompt.routing_text
 
     @property
     def limits_output(self) -> bool:
@@ -78,16 +72,8 @@ class ChatCall(TextCall):
 
     async def prompt_ids(self, protocol: ChatProtocol) -> tuple[int, ...]:
         """Raises ApiError (400)."""
-        arguments = self._template_arguments
-        if self._tools.tools:
-            arguments = {**arguments, "tools": self._tools.shown}
-        ids = await self.state.text.encode_chat(
-            self._messages,
-            template=protocol.template,
-            add_generation_prompt=self._generation_prompt,
-            continue_final_message=bool(self._chat.continue_final_message),
-            template_arguments=arguments,
-            tenant=self.info.tenant,
+        ids = await self._prompt.ids(
+            self.state.text, protocol, self._defaults, tenant=self.info.tenant
         )
         if not ids:
             raise invalid("the messages give an empty prompt", "messages")
@@ -117,15 +103,7 @@ class ChatCall(TextCall):
         return ChatFormat(head, self.state.text.token_texts, self._parser)
 
     def protocol(self, resolved: ResolvedAdapter) -> ChatProtocol:
-        has_calls = any(m["role"] == "tool" or "tool_calls" in m for m in self._messages)
-        own = resolved.lease.plan.chat_template if resolved.lease else None
-        return chat_protocol(
-            self._defaults.chat_template or own,
-            self.state.text.chat_template,
-            with_tools=bool(self._tools.tools) or has_calls,
-            reasoning=self._defaults.reasoning,
-            response_template=self._defaults.response_template,
-        )
+        return self._prompt.protocol(self.state.text, resolved, self._defaults)
 
     async def _expect(self, protocol: ChatProtocol, ids: Sequence[int]) -> None:
         """Sets what holds the answer to the tools, and what reads it."""

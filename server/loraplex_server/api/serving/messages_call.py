@@ -5,7 +5,6 @@ from __future__ import annotations
 from starlette.requests import Request
 from starlette.responses import Response
 
-from loraplex_server.adapters.adapter_defaults import read_defaults
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.messages import CountTokensBody, MessagesBody
 from loraplex_server.api.state import AppState
@@ -15,6 +14,7 @@ from .anthropic_chat import chat_of_count, chat_of_messages
 from .call import AnswerFormat
 from .chat import ChatCall
 from .chat_format import AnswerHead
+from .chat_prompt import defaults_of
 from .disconnect import unless_client_leaves
 from .messages_format import ANTHROPIC_SSE, MessagesFormat
 from .structured_output import json_wanted
@@ -56,8 +56,7 @@ class CountCall(ChatCall):
             self.adapter_request, self.routing_text, self.info.access
         )
         try:
-            if resolved.lease is not None and resolved.lease.defaults:
-                self.take_defaults(read_defaults(resolved.lease.defaults))
+            self.take_defaults(defaults_of(resolved))
             return {"input_tokens": len(await self.prompt_ids(self.protocol(resolved)))}
         finally:
             resolved.release()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from loraplex_server.api.errors import invalid
-from loraplex_server.api.protocol.chat import ChatBody, NamedToolChoice
-from loraplex_server.api.protocol.tools import ToolDefinition
+from loraplex_server.api.protocol.tools import NamedToolChoice, ToolChoice, ToolDefinition
 
 __all__ = ["NO_TOOLS", "OfferedTool", "ToolUse", "tool_use"]
 
@@ -37,9 +36,14 @@ class ToolUse:
 NO_TOOLS = ToolUse()
 
 
-def tool_use(body: ChatBody) -> ToolUse:
+def tool_use(
+    tools: list[ToolDefinition] | None,
+    choice: ToolChoice | None = None,
+    *,
+    parallel: bool | None = None,
+) -> ToolUse:
     """Raises ApiError (400). A named tool is the only one that is offered."""
-    tools, choice = body.tools or [], body.tool_choice
+    tools = tools or []
     _check_names(tools)
     if isinstance(choice, NamedToolChoice):
         tools = [_named(tools, choice.function.name)]
@@ -50,7 +54,7 @@ def tool_use(body: ChatBody) -> ToolUse:
     return ToolUse(
         tuple(_offered(tool) for tool in tools),
         required=choice == "required" or isinstance(choice, NamedToolChoice),
-        parallel=body.parallel_tool_calls is not False,
+        parallel=parallel is not False,
     )
 
 

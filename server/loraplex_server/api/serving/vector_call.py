@@ -22,9 +22,9 @@ from loraplex_server.api.protocol.vectors import InputBody, VectorBody
 from loraplex_server.api.request_info import info_of
 from loraplex_server.api.state import AppState
 
+from .chat_prompt import ChatPrompt
 from .completion import split_prompts
 from .disconnect import unless_client_leaves
-from .messages import plain_messages, routing_text, template_arguments
 from .unsupported import refuse_unsupported
 from .vector_source import AdapterVectors, Cut, EncoderVectors, Ids, VectorSource
 
@@ -141,35 +141,29 @@ class Inputs:
         self._body = body
         self._texts: list[str] = []
         self._id_lists: list[Ids] = []
-        self._messages: list[dict[str, object]] = []
-        self._arguments = template_arguments(body.chat_template_kwargs)
+        self._chat: ChatPrompt | None = None
         if body.input is not None:
             self._texts, self._id_lists = split_prompts(body.input)
         if body.messages is not None:
-            self._messages = plain_messages(body.messages)
-            if body.continue_final_message and body.add_generation_prompt:
-                raise invalid(
-                    "continue_final_message and add_generation_prompt exclude each other",
-                    "continue_final_message",
-                )
+            self._chat = ChatPrompt(
+                body.messages,
+                add_generation_prompt=body.add_generation_prompt,
+                continue_final_message=body.continue_final_message,
+                chat_template_kwargs=body.chat_template_kwargs,
+                asks_for_answer=False,
+            )
 
     def __len__(self) -> int:
         return len(self._texts) or len(self._id_lists) or 1
 
     @property
     def routing_text(self) -> str:
-        return routing_text(self._messages) if self._messages else "\n".join(self._texts)
+        return "\n".join(self._texts) if self._chat is None else self._chat.routing_text
 
     async def prompts(self, source: VectorSource, cut: Cut) -> list[Ids]:
         """Tokenised, and no longer than they may be. Raises ApiError (400)."""
-        if self._messages:
-            ids = await source.encode_chat(
-                self._messages,
-                add_generation_prompt=bool(self._body.add_generation_prompt),
-                continue_final_message=bool(self._body.continue_final_message),
-                template_arguments=self._arguments,
-            )
-            return cut.apply([ids], source, "messages")
+        if self._chat is not None:
+            return cut.apply([await source.encode_chat(self._chat)], source, "messages")
         if self._texts:
             special = self._body.add_special_tokens is not False
             return await source.encode(self._texts, param="input", special=special, cut=cut)

@@ -24,6 +24,7 @@ from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.pooling import Pooling
 from loraplex_server.engine.sampling_params import SamplingParams
 
+from .chat_prompt import ChatPrompt, defaults_of
 from .vector_batch import VectorBatch
 
 __all__ = ["AdapterVectors", "Cut", "EncoderVectors", "Ids", "VectorSource"]
@@ -53,14 +54,7 @@ class VectorSource(ABC):
     ) -> list[Ids]: ...
 
     @abstractmethod
-    async def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        template_arguments: Mapping[str, object],
-    ) -> Ids: ...
+    async def encode_chat(self, chat: ChatPrompt) -> Ids: ...
 
     @abstractmethod
     def check_ids(self, ids: Sequence[int], param: str) -> None:
@@ -137,7 +131,6 @@ class AdapterVectors(VectorSource):
         self.adapter_param = adapter_param
         self.head = resolved.head
         self.pooling = (None if plan is None else plan.pooling) or state.pooling
-        self._chat_template = None if plan is None else plan.chat_template
         self.max_tokens = state.engine.max_model_len - (0 if prefix is None else prefix.n_virtual)
         self.width = state.store.base.hidden_size
         self._state, self._info, self._resolved = state, info, resolved
@@ -151,22 +144,10 @@ class AdapterVectors(VectorSource):
         encoded = await self._state.text.encode_many(texts, add_special_tokens=special, param=param)
         return cut.apply(encoded, self, param)
 
-    async def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        template_arguments: Mapping[str, object],
-    ) -> Ids:
-        return await self._state.text.encode_chat(
-            messages,
-            template=self._chat_template,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            template_arguments=template_arguments,
-            tenant=self._info.tenant,
-        )
+    async def encode_chat(self, chat: ChatPrompt) -> Ids:
+        text, defaults = self._state.text, defaults_of(self._resolved)
+        protocol = chat.protocol(text, self._resolved, defaults)
+        return await chat.ids(text, protocol, defaults, tenant=self._info.tenant)
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         self._state.text.check_ids(ids, param)
@@ -245,14 +226,7 @@ class EncoderVectors(VectorSource):
 
         return cut.apply([tuple(ids) for ids in await self._run(tokenize)], self, param)
 
-    async def encode_chat(
-        self,
-        messages: Sequence[Mapping[str, object]],
-        *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        template_arguments: Mapping[str, object],
-    ) -> Ids:
+    async def encode_chat(self, chat: ChatPrompt) -> Ids:
         raise invalid(f"{self.model} takes texts, not messages", "messages")
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:

@@ -1,0 +1,96 @@
+"""What the prompt of a chat is made of: for chats, /tokenize and embeddings of messages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from loraplex_server.adapters.adapter_defaults import AdapterDefaults, read_defaults
+from loraplex_server.adapters.resolver import ResolvedAdapter
+from loraplex_server.api.errors import invalid
+from loraplex_server.api.protocol.chat import ChatMessage
+
+from .chat_protocol import ChatProtocol, chat_protocol
+from .messages import plain_messages, routing_text, template_arguments
+from .text_pipeline import TextPipeline
+from .tool_use import NO_TOOLS, ToolUse
+
+__all__ = ["ChatPrompt", "defaults_of"]
+
+
+class ChatPrompt:
+    """Messages and tools of one call; the adapter adds its template and system prompt."""
+
+    def __init__(
+        self,
+        messages: Sequence[ChatMessage],
+        *,
+        tools: ToolUse = NO_TOOLS,
+        add_generation_prompt: bool | None,
+        continue_final_message: bool | None,
+        chat_template_kwargs: Mapping[str, object] | None,
+        asks_for_answer: bool = True,
+    ) -> None:
+        """``asks_for_answer``: whether it opens one where ``add_generation_prompt`` is null.
+
+        Raises ApiError (400).
+        """
+        self._messages = plain_messages(messages)
+        self._tools = tools
+        self._arguments = template_arguments(chat_template_kwargs)
+        self._continues = bool(continue_final_message)
+        if self._continues and add_generation_prompt:
+            raise invalid(
+                "continue_final_message and add_generation_prompt exclude each other",
+                "continue_final_message",
+            )
+        opens = asks_for_answer if add_generation_prompt is None else add_generation_prompt
+        self._opens_answer = opens and not self._continues
+
+    @property
+    def routing_text(self) -> str:
+        """What ``auto`` looks at."""
+        return routing_text(self._messages)
+
+    def protocol(
+        self, text: TextPipeline, resolved: ResolvedAdapter, defaults: AdapterDefaults
+    ) -> ChatProtocol:
+        """``defaults``: of the adapter's card. Raises ApiError (400) for tools nobody can show."""
+        has_calls = any(m["role"] == "tool" or "tool_calls" in m for m in self._messages)
+        own = resolved.lease.plan.chat_template if resolved.lease else None
+        return chat_protocol(
+            defaults.chat_template or own,
+            text.chat_template,
+            with_tools=bool(self._tools.tools) or has_calls,
+            reasoning=defaults.reasoning,
+            response_template=defaults.response_template,
+        )
+
+    async def ids(
+        self,
+        text: TextPipeline,
+        protocol: ChatProtocol,
+        defaults: AdapterDefaults,
+        *,
+        tenant: str,
+    ) -> tuple[int, ...]:
+        """Raises ApiError: 400, or 503 when nothing is free to render."""
+        messages, arguments = self._messages, self._arguments
+        system = defaults.system_prompt
+        if system is not None and all(m["role"] != "system" for m in messages):
+            messages = [{"role": "system", "content": system}, *messages]
+        if self._tools.tools:
+            arguments = {**arguments, "tools": self._tools.shown}
+        return await text.encode_chat(
+            messages,
+            template=protocol.template,
+            add_generation_prompt=self._opens_answer,
+            continue_final_message=self._continues,
+            template_arguments=arguments,
+            tenant=tenant,
+        )
+
+
+def defaults_of(resolved: ResolvedAdapter) -> AdapterDefaults:
+    """What the card of the resolved adapter says, if it has one."""
+    lease = resolved.lease
+    return read_defaults(lease.defaults) if lease and lease.defaults else AdapterDefaults()

@@ -35,7 +35,8 @@ class EmbeddingShape:
 
 @dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """Immutable. ``weight`` and ``parameter`` hold references to the tensors and copy on call.
+    """Immutable. ``weight``, ``bias`` and ``parameter`` copy to the host on call; ``stored`` does
+    not, so that what is computed of a weight is computed on its device.
 
     Take it from the model before any layer is replaced: module names are those of the checkpoint.
     """
@@ -47,6 +48,7 @@ class BaseSpec:
     embeddings: Mapping[str, EmbeddingShape]
     parameters: Mapping[str, tuple[int, ...]]  # every parameter, as stored in the checkpoint
     weight: Callable[[str], Tensor]  # module name → float32 [out, in], or [n_rows, width]
+    stored: Callable[[str], Tensor]  # module name → [out, in] where and as the model holds it
     bias: Callable[[str], Tensor | None]  # module name → float32 [out]
     parameter: Callable[[str], Tensor]  # parameter name → float32, as stored
     norms: Mapping[str, float]  # Frobenius norm of every linear's weight
@@ -75,15 +77,15 @@ def _spec_of(model: PreTrainedModel, model_id: str) -> BaseSpec:
     modules_by_name = dict(model.named_modules())
 
     def weight(name: str) -> Tensor:
-        stored = modules_by_name_weight(name).detach().to("cpu", torch.float32, copy=True)
-        return stored.t().contiguous() if name in conv1d else stored
+        return stored(name).to("cpu", torch.float32, copy=True).contiguous()
 
-    def modules_by_name_weight(name: str) -> Tensor:
-        return tensors[f"{name}.weight"]
+    def stored(name: str) -> Tensor:
+        value = tensors[f"{name}.weight"].detach()
+        return value.t() if name in conv1d else value
 
     def bias(name: str) -> Tensor | None:
-        stored = tensors.get(f"{name}.bias")
-        return None if stored is None else stored.detach().to("cpu", torch.float32, copy=True)
+        value = tensors.get(f"{name}.bias")
+        return None if value is None else value.detach().to("cpu", torch.float32, copy=True)
 
     def parameter(name: str) -> Tensor:
         return tensors[name].detach().to("cpu", torch.float32, copy=True)
@@ -101,9 +103,10 @@ def _spec_of(model: PreTrainedModel, model_id: str) -> BaseSpec:
         embeddings=MappingProxyType(embeddings),
         parameters=MappingProxyType({name: tuple(value.shape) for name, value in tensors.items()}),
         weight=weight,
+        stored=stored,
         bias=bias,
         parameter=parameter,
-        norms=MappingProxyType({name: float(weight(name).norm()) for name in linears}),
+        norms=MappingProxyType({name: _norm(stored(name)) for name in linears}),
         n_layers=int(config.num_hidden_layers),
         hidden_size=int(config.hidden_size),
         n_heads=n_heads,
@@ -116,6 +119,14 @@ def _spec_of(model: PreTrainedModel, model_id: str) -> BaseSpec:
         input_embedding=names[id(embedding)],
         output_head="" if head is None else names[id(head)],
     )
+
+
+def _norm(weight: Tensor) -> float:
+    """Frobenius norm, in float32 on the weight's device, some rows at a time."""
+    parts = [
+        torch.linalg.vector_norm(rows, dtype=torch.float32) for rows in torch.split(weight, 4096)
+    ]
+    return float(torch.linalg.vector_norm(torch.stack(parts)))
 
 
 def _hidden_act(config: object) -> str:

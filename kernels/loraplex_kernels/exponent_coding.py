@@ -15,6 +15,8 @@ codebook. ``cpu/csrc/exponent_coding.h`` has the bytes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from .cpu.functions import bind
 
 __all__ = [
     "EXPONENT_CODED",
+    "coded_starts",
     "decode_outputs",
     "decode_rows",
     "encode_panels",
@@ -34,7 +37,7 @@ __all__ = [
 EXPONENT_CODED = 1
 _BLOCK_ROWS, _COLUMN_BLOCK, _CODEBOOK_BYTES = 8, 768, 16
 _TILE_COLUMNS, _TILE_ROWS, _TILE_BYTES = 64, 2, 192
-_PANEL_BLOCK_WORDS = 32
+_PANEL_BLOCK_WORDS, _PANEL_OUTPUTS, _PANEL_ALIGNMENT = 32, 32, 64
 _LARGEST_SHARE = 0.9  # of the plain bytes: above that, decoding is not worth it
 
 
@@ -69,24 +72,38 @@ def decode_rows(storage: Tensor, offset: int, n_rows: int, width: int) -> Tensor
     return torch.cat([_decode_row_block(part.int(), width) for part in parts])
 
 
-def encode_panels(words: Tensor) -> Tensor | None:
-    """Pairs of bfloat16 [n_panels, n_words, 32] in int32 → the same coded, flat int32, or None.
+def coded_starts(panels: Iterable[Tensor], n_panels: int, n_words: int) -> Tensor | None:
+    """Where each coded panel would begin, int64 [n_panels + 1], in bytes; None if none should be.
 
-    None where native code reads plain panels as fast, or where they hardly become smaller. May be
-    moved to any address that is a multiple of 64 bytes. Runs on torch's threads.
+    ``panels``: int32 [n, n_words, 32], pairs of bfloat16, in order. None where native code reads
+    plain panels as fast, or where they hardly become smaller. Runs on torch's threads.
     """
-    n_panels, n_words, _ = words.shape
     if not native.prefers_coded_weights() or n_words % _PANEL_BLOCK_WORDS:
         return None
-    starts = torch.empty(n_panels + 1, dtype=torch.int64)
-    _encode_panels(words, starts, 0)
-    n_bytes = int(starts[-1])
-    if n_bytes > _LARGEST_SHARE * words.nbytes:
+    sizes = torch.empty(n_panels, dtype=torch.int64)
+    first = 0
+    for part in panels:
+        starts = torch.empty(part.shape[0] + 1, dtype=torch.int64)
+        _encode_panels(part, starts, 0)
+        sizes[first : first + part.shape[0]] = starts.diff()
+        first += part.shape[0]
+    head = -(-(n_panels + 1) * 8 // _PANEL_ALIGNMENT) * _PANEL_ALIGNMENT
+    starts = torch.cat([torch.tensor([head]), head + sizes.cumsum(0)])
+    if int(starts[-1]) > _LARGEST_SHARE * n_panels * n_words * _PANEL_OUTPUTS * 4:
         return None
-    coded = torch.empty(n_bytes // 4, dtype=torch.int32)
-    coded[: 2 * (n_panels + 1)] = starts.view(torch.int32)
-    _encode_panels(words, starts, coded.data_ptr())
-    return coded
+    return starts
+
+
+def encode_panels(panels: Iterable[Tensor], starts: Tensor, out: Tensor) -> None:
+    """Writes what ``coded_starts`` measured to ``out``, flat int32 [starts[-1] / 4].
+
+    It may be moved to any address that is a multiple of 64 bytes.
+    """
+    out[: 2 * starts.shape[0]] = starts.view(torch.int32)
+    first = 0
+    for part in panels:
+        _encode_panels(part, starts[first:], out.data_ptr())
+        first += part.shape[0]
 
 
 def decode_outputs(panels: Tensor, n_words: int, ids: Tensor) -> Tensor:
@@ -100,7 +117,7 @@ def decode_outputs(panels: Tensor, n_words: int, ids: Tensor) -> Tensor:
 
 
 def _encode_panels(words: Tensor, starts: Tensor, address: int) -> None:
-    """Fills ``starts`` (address 0), then writes the panels to ``address``."""
+    """Fills ``starts`` (address 0), or writes panel i to ``address`` + starts[i]."""
     n_panels, n_words, _ = words.shape
     bind("encode_panels", keep_gil=False)(
         words.data_ptr(), n_panels, n_words, starts.data_ptr(), address

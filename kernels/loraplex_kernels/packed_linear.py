@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,25 +13,28 @@ from torch.nn import functional
 from loraplex_kernels.cpu.lora import NativeWeights
 from loraplex_kernels.cpu.model_ops import dtype_code, native_ops
 
-from .exponent_coding import EXPONENT_CODED, decode_outputs, encode_panels
-from .storage import allocate_storage
+from .exponent_coding import EXPONENT_CODED, coded_starts, decode_outputs, encode_panels
 from .token_mask import mask_bits
+from .weight_range import WeightRange
 
-__all__ = ["PackedLinear", "lay_out_together"]
+__all__ = ["PackedLinear", "packed_words"]
 
 _PANEL = 32  # outputs side by side, as csrc/linear.inc has it
 _LIGHT_BYTES = 8 << 20  # weights that are read in less than a fifth of a millisecond
 _LIGHT_PRODUCTS = 1 << 26
+_TEMPORARY_BYTES = 8 << 20  # of panels that are packed at once
 
 
 class PackedLinear:
     """One or several linears that read the same input (q,k,v or gate,up), as one product.
 
-    Holds its own copy of the weights, so the caller may drop the originals; ``unpack`` and
-    ``embed`` give them back. In native code (float32, bfloat16 on a CPU) sums are float32 and run
-    over the input from left to right, so a row has the same bits whatever rows stand beside it.
+    Holds its own copy of the weights (of a single one on a GPU the tensor itself), so the caller
+    may drop the originals; ``unpack``, ``part`` and ``embed`` give them back. In native code
+    (float32, bfloat16 on a CPU) sums are float32 and run over the input from left to right, so a
+    row has the same bits whatever rows stand beside it.
     Elsewhere it is ``torch.nn.functional.linear``. For inference: nothing is recorded for autograd.
     ``exponent_coding``: in twelve bits a weight where that pays, which changes no result.
+    ``memory``: where native code's copy lies, ``packed_words`` of it at most.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class PackedLinear:
         biases: Sequence[Tensor | None],
         *,
         exponent_coding: bool = True,
+        memory: WeightRange | None = None,
     ) -> None:
         self.in_features = weights[0].shape[1]
         self.out_features = tuple(weight.shape[0] for weight in weights)
@@ -49,16 +53,18 @@ class PackedLinear:
         self._code = dtype_code(self.dtype) if weights[0].is_cpu else None
         if self.in_features % self._unit != 0:
             self._code = None
-        stacked = torch.cat([weight.detach() for weight in weights])
         bias = _stack_biases(weights, biases)
         self._is_coded = False
         if self._code is None:
-            self._weight, self._bias = stacked, bias
+            self._weight, self._bias = _stack(weights), bias
         else:
-            self._weight = _pack(stacked, self._unit)
             self._bias = None if bias is None else _pad(bias.float())
-            if exponent_coding and self.dtype is torch.bfloat16:
-                self._encode()
+            self._weight = self._pack(
+                _Panels(weights, self._unit),
+                memory
+                or WeightRange(packed_words(self.out_features, self.in_features, self.dtype)),
+                exponent_coding=exponent_coding and self.dtype is torch.bfloat16,
+            )
         self._native = None if self._code is None else self._describe()
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -150,13 +156,34 @@ class PackedLinear:
 
     def unpack(self) -> list[Tensor]:
         """The weights as they were given, copied."""
-        stacked = self._weight if self._code is None else self.embed(torch.arange(self.n_out))
-        return [part.clone() for part in torch.split(stacked, list(self.out_features))]
+        return [
+            self.part(i).clone() if self._code is None else self.part(i)
+            for i in range(len(self.out_features))
+        ]
 
-    def _encode(self) -> None:
-        coded = encode_panels(self._weight)
-        if coded is not None:
-            self._weight, self._is_coded = coded, True
+    def part(self, index: int) -> Tensor:
+        """Weight ``index`` as it was given, where the packed one lies; not to be written to."""
+        first = sum(self.out_features[:index])
+        end = first + self.out_features[index]
+        if self._code is None:
+            return self._weight[first:end]
+        return self.embed(torch.arange(first, end))
+
+    def _pack(self, panels: _Panels, memory: WeightRange, *, exponent_coding: bool) -> Tensor:
+        """Straight to where it stays."""
+        shape = (panels.n_panels, panels.n_words)
+        starts = coded_starts(panels, *shape) if exponent_coding else None
+        if starts is not None:
+            self._is_coded = True
+            weight = memory.take(int(starts[-1]) // 4)
+            encode_panels(panels, starts, weight)
+            return weight
+        weight = memory.take(panels.n_panels * panels.n_words * _PANEL).view(*shape, _PANEL)
+        first = 0
+        for part in panels:
+            weight[first : first + part.shape[0]] = part
+            first += part.shape[0]
+        return weight
 
     def _describe(self) -> NativeWeights:
         light = self._weight.nbytes <= _LIGHT_BYTES
@@ -179,28 +206,44 @@ class PackedLinear:
         )
 
 
-def lay_out_together(linears: Sequence[PackedLinear]) -> None:
-    """Moves packed weights into one range of memory, in huge pages, in the order given.
+def packed_words(out_features: Sequence[int], in_features: int, dtype: torch.dtype) -> int:
+    """The 32-bit words that a linear takes of a ``WeightRange`` at most."""
+    n_panels = -(-sum(out_features) // _PANEL)
+    return WeightRange.words_of(n_panels * _PANEL * in_features * dtype.itemsize // 4)
 
-    A step streams them in that order: translating addresses page by page costs a few per cent of
-    it. Call it before the linears are in use. Those not held in native form stay where they are.
+
+class _Panels:
+    """The weights cut into panels: words int32 [n, K / unit, 32]; rows beyond n_out are zero.
+
+    Iterated over twice, it packs twice, unless all panels are few: a temporary copy of a large
+    head would be what the load of a model takes most of.
     """
-    packed = [linear for linear in linears if linear._code is not None]
-    n_words = sum(linear._weight.numel() for linear in packed)
-    whole = allocate_storage(n_words, torch.int32, torch.device("cpu"))
-    first = 0
-    for linear in packed:
-        old = linear._weight
-        linear._weight = whole[first : first + old.numel()].view_as(old).copy_(old)
-        linear._native = linear._describe()
-        first += old.numel()
 
+    def __init__(self, weights: Sequence[Tensor], unit: int) -> None:
+        self._weights, self._unit = weights, unit
+        self.n_words = weights[0].shape[1] // unit
+        self.n_panels = -(-sum(weight.shape[0] for weight in weights) // _PANEL)
+        self._at_once = max(1, _TEMPORARY_BYTES // (self.n_words * _PANEL * 4))
+        self._all = self._pack(0) if self.n_panels <= self._at_once else None
 
-def _pack(stacked: Tensor, unit: int) -> Tensor:
-    """[n_out, K] → words int32 [n_panels, K / unit, 32]; rows beyond n_out are zero."""
-    in_features = stacked.shape[1]
-    words = _pad(stacked.contiguous()).view(torch.int32)
-    return words.view(-1, _PANEL, in_features // unit).transpose(1, 2).contiguous()
+    def __iter__(self) -> Iterator[Tensor]:
+        if self._all is not None:
+            yield self._all
+            return
+        for first in range(0, self.n_panels, self._at_once):
+            yield self._pack(first)
+
+    def _pack(self, first_panel: int) -> Tensor:
+        first, end = first_panel * _PANEL, (first_panel + self._at_once) * _PANEL
+        parts, start = [], 0
+        for weight in self._weights:
+            n_rows = weight.shape[0]
+            part = weight.detach()[max(0, first - start) : max(0, min(n_rows, end - start))]
+            parts += [part] if part.shape[0] else []
+            start += n_rows
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        words = _pad(rows.contiguous()).view(torch.int32)
+        return words.view(-1, _PANEL, self.n_words).transpose(1, 2).contiguous()
 
 
 def _best(outputs: NDArray[np.float32], masks: NDArray[np.int32]) -> NDArray[np.int64]:
@@ -208,6 +251,10 @@ def _best(outputs: NDArray[np.float32], masks: NDArray[np.int32]) -> NDArray[np.
     best: NDArray[np.int64] = counted.argmax(-1)
     best[counted.max(-1) == -np.inf] = outputs.shape[1]
     return best
+
+
+def _stack(weights: Sequence[Tensor]) -> Tensor:
+    return torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
 
 
 def _pad(rows: Tensor) -> Tensor:

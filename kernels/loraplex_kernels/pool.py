@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -99,19 +100,21 @@ class LoraPool:
 
     def pack(self, factors: AdapterFactors) -> PackedFactors:
         """The factors in this pool's dtype and layout. Any thread. Raises BadFactors."""
-        return pack_factors(
-            self.targets,
-            factors,
-            self.storage.dtype,
-            exponent_coding=self.exponent_coding,
-            pin_memory=self.device.type != "cpu",
-        )
+        with self._current_device():
+            return pack_factors(
+                self.targets,
+                factors,
+                self.storage.dtype,
+                exponent_coding=self.exponent_coding,
+                pin_memory=self.device.type != "cpu",
+            )
 
     def adopt(self, packed: PackedFactors) -> PackedFactors:
         """What ``pack`` made earlier, perhaps for an equal pool, in memory fit for ``fill``."""
         if self.device.type == "cpu" or packed.image.is_pinned():
             return packed
-        return replace(packed, image=packed.image.pin_memory())
+        with self._current_device():
+            return replace(packed, image=packed.image.pin_memory())
 
     def reserve(self, packed: PackedFactors) -> int:
         """Takes a slot and space for its factors; returns the slot. Raises PoolFull."""
@@ -191,6 +194,13 @@ class LoraPool:
             self._tables.clear(slot, record.ranks, record.keys)
         self._free_extents(record.extents)
         return sum(length for _, length in record.extents) * ALIGNMENT_BYTES
+
+    def _current_device(self) -> AbstractContextManager[object]:
+        """Page-locked memory comes from the current device, which a thread of a server has not set.
+
+        Without this a server on cuda:1 would take memory of device 0, too.
+        """
+        return nullcontext() if self.device.type == "cpu" else torch.cuda.device(self.device)
 
     def _find_ids(self, count: int) -> int | None:
         """First of ``count`` consecutive free ids, the lowest there are."""

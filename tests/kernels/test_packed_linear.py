@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex_kernels import PackedLinear
+from loraplex_kernels import PackedLinear, packed_linear
 from loraplex_kernels.cpu import native
-from loraplex_kernels.packed_linear import lay_out_together
+from loraplex_kernels.packed_linear import packed_words
+from loraplex_kernels.weight_range import WeightRange
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -170,16 +171,41 @@ def test_rows_of_another_shape_dtype_or_layout_are_refused(x: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float16])
-def test_linears_laid_out_together_stay_the_same(dtype: torch.dtype) -> None:
+def test_linears_in_one_range_are_what_they_are_alone(dtype: torch.dtype) -> None:
     stacks = [weights_of([(70, 64), (9, 64)], dtype), weights_of([(33, 128)], dtype)]
-    linears = [PackedLinear(stack, [None] * len(stack)) for stack in stacks]
-    inputs = [rows_of(5, linear.in_features, dtype) for linear in linears]
-    before = [linear(x) for linear, x in zip(linears, inputs, strict=True)]
-    lay_out_together(linears)
-    for linear, stack, x, expected in zip(linears, stacks, inputs, before, strict=True):
-        assert torch.equal(linear(x), expected)
+    sizes = [([w.shape[0] for w in stack], stack[0].shape[1]) for stack in stacks]
+    memory = WeightRange(sum(packed_words(*size, dtype) for size in sizes))
+    for stack in stacks:
+        linear = PackedLinear(stack, [None] * len(stack), memory=memory)
+        alone = PackedLinear(stack, [None] * len(stack))
+        x = rows_of(5, linear.in_features, dtype)
+        assert torch.equal(linear(x), alone(x))
         for weight, kept in zip(stack, linear.unpack(), strict=True):
             assert torch.equal(weight, kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("exponent_coding", [False, True])
+def test_what_is_packed_piece_by_piece_is_what_is_packed_at_once(
+    dtype: torch.dtype, exponent_coding: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = weights_of([(70, 64), (9, 64), (130, 64)], dtype)
+    biases = [None] * len(weights)
+    at_once = PackedLinear(weights, biases, exponent_coding=exponent_coding)
+    monkeypatch.setattr(packed_linear, "_TEMPORARY_BYTES", 2 * 32 * 64 * dtype.itemsize)
+    in_pieces = PackedLinear(weights, biases, exponent_coding=exponent_coding)
+    assert in_pieces.n_bytes == at_once.n_bytes
+    for weight, kept in zip(weights, in_pieces.unpack(), strict=True):
+        assert torch.equal(weight, kept)
+    x = rows_of(5, 64, dtype)
+    assert torch.equal(in_pieces(x), at_once(x))
+
+
+def test_a_range_gives_no_more_than_it_has() -> None:
+    memory = WeightRange(WeightRange.words_of(17))
+    assert memory.take(17).shape == (17,)
+    with pytest.raises(ValueError, match="1 words do not fit: 0 are left"):
+        memory.take(1)
 
 
 @pytest.mark.usefixtures("kernel_set")

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_kernels.model_ops import PackedLinear, silu_mul
-from loraplex_kernels.packed_linear import lay_out_together
+from loraplex_kernels.packed_linear import packed_words
+from loraplex_kernels.weight_range import WeightRange
 
 from .attention import LayerAttention, install_attention
 from .embedding import replace_embeddings
@@ -162,21 +163,34 @@ class BaseModel:
     ) -> dict[str, PackedLoraLinear]:
         """Also fills ``slices``. A group's own weights are freed before the next is packed."""
         groups: dict[str, PackedLoraLinear] = {}
-        for names in group_modules(self.model_type, self.spec.modules):
+        grouped = list(group_modules(self.model_type, self.spec.modules))
+        memory = WeightRange(sum(self._words_of(model, names) for names in grouped))
+        for names in grouped:
             modules = [model.get_submodule(name) for name in names]
             packed = PackedLinear(
                 [_weight(module) for module in modules],
                 [getattr(module, "bias", None) for module in modules],
                 exponent_coding=exponent_coding,
+                memory=memory,
             )
+            del modules
             group = PackedLoraLinear(_group_name(names), names, packed, self.step)
             groups[group.target.name] = group
             for name, module in zip(names, LoraLinear.of_group(group), strict=True):
                 parent = model.get_submodule(name.rpartition(".")[0])
                 setattr(parent, name.rpartition(".")[2], module)
             slices.update((name, PackedSlice(group, i)) for i, name in enumerate(names))
-        lay_out_together([group.packed for group in groups.values()])
+            if self.device.type != "cpu":
+                torch.cuda.empty_cache()  # what was freed has other sizes than what comes next
         return groups
+
+    def _words_of(self, model: PreTrainedModel, names: Sequence[str]) -> int:
+        """Of the memory for packed weights, which a GPU does not need."""
+        if self.device.type != "cpu":
+            return 0
+        shapes = [self.spec.modules[name] for name in names]
+        dtype = model.get_parameter(f"{names[0]}.weight").dtype
+        return packed_words([s.out_features for s in shapes], shapes[0].in_features, dtype)
 
 
 def load_base_model(

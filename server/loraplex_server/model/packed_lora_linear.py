@@ -202,8 +202,8 @@ class LoraLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[out, in], copied out of the packed form: for model code that looks at it (its dtype)."""
-        return self.group.packed.unpack()[self._index]
+        """[out, in], out of the packed form: for model code that looks at it (its dtype)."""
+        return self.group.packed.part(self._index)
 
     def forward(self, x: Tensor) -> Tensor:
         last = self._last

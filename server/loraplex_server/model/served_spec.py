@@ -26,7 +26,11 @@ class PackedSlice(NamedTuple):
 
     def weight(self) -> Tensor:
         """float32 [out, in] on the CPU."""
-        return self.group.packed.unpack()[self.place].to("cpu", torch.float32)
+        return self.stored().to("cpu", torch.float32)
+
+    def stored(self) -> Tensor:
+        """[out, in] in the model's dtype, where the packed weights lie."""
+        return self.group.packed.part(self.place)
 
     def bias(self) -> Tensor | None:
         """float32 [out] on the CPU; zeros beside linears that have one."""
@@ -54,6 +58,12 @@ def served_spec(
     def weight(name: str) -> Tensor:
         return packed[name].weight() if name in packed else rest(f"{name}.weight")
 
+    def stored(name: str) -> Tensor:
+        if name in packed:
+            return packed[name].stored()
+        kept = model.get_parameter(f"{name}.weight").detach()
+        return kept.t() if name in conv1d else kept
+
     def bias(name: str) -> Tensor | None:
         return packed[name].bias() if modules[name].has_bias else None
 
@@ -77,6 +87,7 @@ def served_spec(
         n_kv_heads=first.n_kv_heads,
         head_dim=first.head_dim,
         weight=weight,
+        stored=stored,
         bias=bias,
         parameter=parameter,
     )

@@ -146,13 +146,15 @@ def open_store(
     built: BuiltEngine,
     faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
 ) -> AdapterStore:
+    from loraplex_server.engine.defaults import host_tier_bytes
+
     root = store_root(config, built)
     root.mkdir(parents=True, exist_ok=True)
     roots: list[Path] = [*config.store.adapters_dirs]
     return AdapterStore(
         root,
         built.base_spec,
-        host_bytes=config.store.memory_bytes,
+        host_bytes=config.store.memory_bytes or host_tier_bytes(built.device),
         allowed_roots=roots,
         gate_of=arrow_prototypes,
         packer=built.engine.packer,

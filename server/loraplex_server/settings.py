@@ -212,9 +212,9 @@ class StoreConfig(Options):
     lora_modules: Annotated[tuple[LoraModule, ...], NoDecode, BeforeValidator(_modules)] = option(
         (), "An adapter to serve; repeatable.", Panel.ADAPTERS, metavar="NAME=PATH"
     )
-    memory_bytes: Bytes = option(
-        2 << 30,
-        "Of adapters on the host.",
+    memory_bytes: Bytes | None = option(
+        None,
+        "Of adapters on the host. Default: 2GiB; beside a GPU a quarter of the free memory.",
         Panel.ADAPTERS,
         name="adapter_host_memory",
         metavar="SIZE",

@@ -69,7 +69,7 @@ class MetaGpu(TorchDispatchMode):
         super().__init__()
         self.work = Work()
         self.is_capturing = False
-        self.device_index: int | None = None  # of ``set_device``
+        self.current: list[object] = []  # devices that were made current, or asked about
         self.n_emptied = 0  # calls of ``empty_cache``
         self._pinned: dict[int, object] = {}  # storages, by address
 
@@ -263,7 +263,9 @@ class _Graph:
         self._gpu.work.n_replays += 1
 
 
-def _cuda_stand_ins(gpu: MetaGpu, total_bytes: int, free_bytes: int) -> Mapping[str, Any]:
+def _cuda_stand_ins(
+    gpu: MetaGpu, total_bytes: int, free_bytes: int, step_bytes: int
+) -> Mapping[str, Any]:
     current = _Stream(gpu)
 
     @contextmanager
@@ -282,8 +284,17 @@ def _cuda_stand_ins(gpu: MetaGpu, total_bytes: int, free_bytes: int) -> Mapping[
             gpu.work.n_captures += 1
             gpu.work.findings += graph.captured.findings
 
-    def set_device(device: torch.device | int) -> None:
-        gpu.device_index = device if isinstance(device, int) else device.index
+    def note_device(device: object = None) -> None:
+        gpu.current.append(device)
+
+    @contextmanager
+    def as_current(device: object) -> Iterator[None]:
+        note_device(device)
+        yield
+
+    def mem_get_info(device: object = None) -> tuple[int, int]:
+        note_device(device)
+        return free_bytes, total_bytes
 
     def empty_cache() -> None:
         gpu.n_emptied += 1
@@ -298,18 +309,25 @@ def _cuda_stand_ins(gpu: MetaGpu, total_bytes: int, free_bytes: int) -> Mapping[
         "graph": capture,
         "graph_pool_handle": lambda: (0, 0),
         "synchronize": lambda *_: gpu.wait("the device"),
-        "set_device": set_device,
+        "set_device": note_device,
+        "device": as_current,
+        "device_count": lambda: 2,
         "empty_cache": empty_cache,
-        "mem_get_info": lambda *_: (free_bytes, total_bytes),
+        "mem_get_info": mem_get_info,
+        "memory_allocated": lambda *_: 0,
         "get_device_capability": lambda *_: (9, 0),
-        "max_memory_allocated": lambda *_: 0,
+        "max_memory_allocated": lambda *_: step_bytes,
         "reset_peak_memory_stats": lambda *_: None,
     }
 
 
 @contextmanager
 def meta_gpu(
-    monkeypatch: pytest.MonkeyPatch, *, total_bytes: int = 80 << 30, free_bytes: int = 60 << 30
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    total_bytes: int = 80 << 30,
+    free_bytes: int = 60 << 30,
+    step_bytes: int = 1 << 30,
 ) -> Iterator[MetaGpu]:
     """Within it tensors on ``meta`` pass for a GPU's, on the calling thread."""
     gpu = MetaGpu()
@@ -320,7 +338,7 @@ def meta_gpu(
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", property(lambda x: x.is_meta), raising=False)
         patch.setattr(JITFunction, "run", run)
-        for name, stand_in in _cuda_stand_ins(gpu, total_bytes, free_bytes).items():
+        for name, stand_in in _cuda_stand_ins(gpu, total_bytes, free_bytes, step_bytes).items():
             patch.setattr(torch.cuda, name, stand_in)
         with gpu:
             yield gpu

@@ -20,6 +20,7 @@ from loraplex_kernels import packed_linear
 from loraplex_server.engine import build, device_pool
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.device import use_device
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.engine_loop import EngineLoop
 from loraplex_server.engine.events import TokenEvent
@@ -79,6 +80,12 @@ class _Inline:
 
     def __init__(self, gpu: MetaGpu, loads: Work) -> None:
         self._gpu, self._loads = gpu, loads
+
+    def begin(
+        self, *_: object, initializer: Callable[..., None], initargs: tuple[Any, ...], **__: object
+    ) -> _Inline:
+        initializer(*initargs)
+        return self
 
     def submit(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
         done: Future[Any] = Future()
@@ -146,7 +153,7 @@ def base_on_host(
         )
 
 
-def on_meta(base: BaseModel) -> BaseModel:
+def on_meta(base: BaseModel, device: torch.device = META) -> BaseModel:
     """A copy whose tensors have shapes alone. Its spec goes on reading the original's values."""
     moved: dict[int, Tensor] = {}
 
@@ -164,22 +171,31 @@ def on_meta(base: BaseModel) -> BaseModel:
         patch.setattr(Tensor, "__deepcopy__", move)
         patch.setattr(nn.Parameter, "__deepcopy__", move)
         copied = copy.deepcopy(base, {id(base.spec): base.spec})
-    copied.device = META
+    copied.device = device
     return copied
+
+
+def _at_once(work: Callable[[], Any], device: torch.device) -> Any:
+    use_device(device)
+    return work()
 
 
 @contextmanager
 def meta_engine(
-    base: BaseModel, monkeypatch: pytest.MonkeyPatch, **changes: object
+    base: BaseModel,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    device: torch.device = META,
+    **changes: object,
 ) -> Iterator[MetaEngine]:
     """Around a copy of ``base``; ``changes`` are fields of the config. Warmed up, not started."""
     faults, loads = _Faults(), Work()
     config = SMALL.model_copy(update={"cuda_graphs": False, **changes})
     with monkeypatch.context() as patch, meta_gpu(monkeypatch) as gpu:
-        patch.setattr(device_pool, "ThreadPoolExecutor", lambda *_, **__: _Inline(gpu, loads))
-        patch.setattr(build, "_run_in_temp_thread", lambda work: work())
+        patch.setattr(device_pool, "ThreadPoolExecutor", _Inline(gpu, loads).begin)
+        patch.setattr(build, "_run_in_temp_thread", _at_once)
         patch.setattr(Engine, "start", lambda _: None)
-        engine = build.assemble_engine(on_meta(base), config, faults=faults)
+        engine = build.assemble_engine(on_meta(base, device), config, faults=faults)
         engine.loop.runner.warm_up()
         meta = MetaEngine(engine.loop, engine, gpu, faults)
         meta.loads = loads

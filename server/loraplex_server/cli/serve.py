@@ -87,7 +87,10 @@ def _parameter(option: Option) -> inspect.Parameter:
 def _metavar(option: Option) -> str | None:
     if option.is_flag:
         return None
-    kinds = get_args(option.info.annotation) or (option.info.annotation,)
+    kinds = [
+        (get_args(kind) or (kind,))[0]  # of an Annotated the type
+        for kind in get_args(option.info.annotation) or (option.info.annotation,)
+    ]
     return "N" if int in kinds else "SECONDS" if float in kinds else "TEXT"
 
 

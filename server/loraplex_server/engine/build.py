@@ -22,14 +22,18 @@ from loraplex_server.model.base_model import BaseModel, load_base_model
 from .capabilities import EngineCapabilities
 from .config import EngineConfig
 from .decode_graphs import CudaRecorder, Recorder
+from .defaults import StepLimits, step_limits
+from .device import resolve_device, use_device
 from .device_pool import DevicePool
 from .engine import Engine
 from .engine_loop import EngineLoop
 from .inbox import Inbox
 from .kv_cache import KvCache, KvGeometry
+from .memory_plan import MemoryPlan, plan_memory
 from .messages import Wake
 from .model_runner import ModelRunner
 from .scheduler import Scheduler
+from .step_profile import profile_memory
 
 __all__ = ["BuiltEngine", "assemble_engine", "build_engine"]
 
@@ -39,8 +43,6 @@ _T = TypeVar("_T")
 _GIB = 1 << 30
 _CPU_KV_BYTES = 1 * _GIB
 _CPU_ADAPTER_BYTES = 1 * _GIB
-_GPU_KV_SHARE = 0.6  # of the memory that the base leaves free
-_GPU_ADAPTER_SHARE = 0.25
 _DEFAULT_THREADS = torch.get_num_threads()  # before any engine lowers it for other threads
 _SWITCH_INTERVAL_S = 0.0005  # the engine thread gets the interpreter back quickly
 
@@ -53,6 +55,7 @@ class BuiltEngine:
     tokenizer: PreTrainedTokenizerBase
     base_spec: BaseSpec
     model_id: str
+    device: torch.device
 
 
 def build_engine(
@@ -69,7 +72,7 @@ def build_engine(
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     if config.kernels == "reference":
         native.use_references()
-    device = _device(config.device)
+    device = resolve_device(config.device)
     name = model_id or model_path.name
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = _dtype(config.dtype, device)
@@ -81,10 +84,11 @@ def build_engine(
             device=device,
             fuse=config.fuse,
             self_check=config.self_check,
-        )
+        ),
+        device,
     )
     engine = assemble_engine(model, config, faults=faults)
-    return BuiltEngine(engine, tokenizer, model.spec, name)
+    return BuiltEngine(engine, tokenizer, model.spec, name, device)
 
 
 def assemble_engine(
@@ -94,31 +98,37 @@ def assemble_engine(
     faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
 ) -> Engine:
     """The engine around a model that is already loaded; started."""
-    engine = _run_in_temp_thread(lambda: _assemble(model, config, faults))
+    engine = _run_in_temp_thread(lambda: _assemble(model, config, faults), model.device)
     engine.start()
     return engine
 
 
-def _run_in_temp_thread(work: Callable[[], _T]) -> _T:
+def _run_in_temp_thread(work: Callable[[], _T], device: torch.device) -> _T:
     """Runs ``work`` in a thread that ends with it, and with that thread its team of OpenMP threads.
+
+    ``device`` is its current one.
 
     A team lives as long as the thread that first used it. With one left behind beside the
     engine's, libgomp counts more threads than cores and lets waiting ones sleep instead of spin:
     every small operator of a step then pays a wake-up (one decode step of 16 rows: 18.4 ms, 14.6
     without).
     """
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="loraplex-build") as executor:
+    with ThreadPoolExecutor(
+        1, thread_name_prefix="loraplex-build", initializer=use_device, initargs=(device,)
+    ) as executor:
         return executor.submit(work).result()
 
 
 def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engine:
+    limits = step_limits(config, model.device)
     max_model_len = _context(model, config)
-    kv_cache = _kv_cache(model, config, max_model_len)
+    memory = _plan(model, config, limits, max_model_len)
+    kv_cache = _kv_cache(model, config, limits, max_model_len, memory.kv_bytes)
     inbox = Inbox(max_queue=config.max_queue)
     adapters = DevicePool(
         model.groups,
-        n_bytes=config.adapter_memory_bytes or _adapter_bytes(model),
-        max_adapters=config.max_loras,
+        n_bytes=memory.adapter_bytes,
+        max_adapters=limits.max_loras,
         capabilities=EngineCapabilities.of_model(model, max_rank=config.max_lora_rank),
         dtype=model.dtype,
         device=model.device,
@@ -135,8 +145,8 @@ def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engin
     scheduler = Scheduler(
         kv_cache,
         adapters,
-        max_batch_size=config.max_batch_size,
-        max_step_tokens=config.max_step_tokens or _default_step_tokens(model.device),
+        max_batch_size=limits.max_batch_size,
+        max_step_tokens=limits.max_step_tokens,
     )
     loop = EngineLoop(
         runner,
@@ -165,17 +175,6 @@ def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engin
     return Engine(loop, inbox, max_model_len=max_model_len)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name} was asked for, but torch sees no CUDA device; use cpu")
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device {name} is not supported; use cpu or cuda")
-    return device
-
-
 def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
@@ -190,11 +189,6 @@ def _side_stream(config: EngineConfig, device: torch.device) -> SideStream | Non
     return CudaSideStream(device) if config.lora_side_stream and device.type != "cpu" else None
 
 
-def _default_step_tokens(device: torch.device) -> int:
-    """A CPU is as fast per token in small chunks, and everybody who decodes waits for a chunk."""
-    return 128 if device.type == "cpu" else 512
-
-
 def _context(model: BaseModel, config: EngineConfig) -> int:
     wanted = config.max_model_len or model.max_positions
     if wanted > model.max_positions:
@@ -205,11 +199,38 @@ def _context(model: BaseModel, config: EngineConfig) -> int:
     return wanted
 
 
-def _kv_cache(model: BaseModel, config: EngineConfig, max_model_len: int) -> KvCache:
-    geometry = KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim)
-    n_bytes = config.kv_memory_bytes
-    if n_bytes is None:
-        n_bytes = _CPU_KV_BYTES if model.device.type == "cpu" else _gpu_bytes(_GPU_KV_SHARE)
+def _plan(
+    model: BaseModel, config: EngineConfig, limits: StepLimits, max_model_len: int
+) -> MemoryPlan:
+    if model.device.type == "cpu":
+        return MemoryPlan(
+            config.kv_memory_bytes or _CPU_KV_BYTES,
+            config.adapter_memory_bytes or _CPU_ADAPTER_BYTES,
+        )
+    n_pages = -(-max_model_len // config.page_size)
+    return plan_memory(
+        profile_memory(model, n_tokens=limits.max_step_tokens, n_requests=limits.max_batch_size),
+        utilization=config.gpu_memory_utilization,
+        kv_bytes=config.kv_memory_bytes,
+        adapter_bytes=config.adapter_memory_bytes,
+        min_kv_bytes=0
+        if config.kv_memory_bytes is not None
+        else n_pages * _geometry(model).page_bytes(config.page_size, model.dtype),
+    )
+
+
+def _geometry(model: BaseModel) -> KvGeometry:
+    return KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim)
+
+
+def _kv_cache(
+    model: BaseModel,
+    config: EngineConfig,
+    limits: StepLimits,
+    max_model_len: int,
+    n_bytes: int,
+) -> KvCache:
+    geometry = _geometry(model)
     n_pages = n_bytes // geometry.page_bytes(config.page_size, model.dtype)
     if n_pages < 1:
         raise ValueError(
@@ -220,18 +241,9 @@ def _kv_cache(model: BaseModel, config: EngineConfig, max_model_len: int) -> KvC
         geometry,
         n_pages=n_pages,
         page_size=config.page_size,
-        max_requests=config.max_batch_size,
+        max_requests=limits.max_batch_size,
         max_model_len=max_model_len,
         dtype=model.dtype,
         device=model.device,
         prefix_cache=config.prefix_cache,
     )
-
-
-def _adapter_bytes(model: BaseModel) -> int:
-    return _CPU_ADAPTER_BYTES if model.device.type == "cpu" else _gpu_bytes(_GPU_ADAPTER_SHARE)
-
-
-def _gpu_bytes(share: float) -> int:
-    free, _ = torch.cuda.mem_get_info()
-    return int(free * share)

@@ -101,6 +101,7 @@ class EngineStats:
     prefix_hits: int = 0  # tokens found
     pool_bytes_used: int = 0
     pool_bytes_total: int = 0
+    pool_slots_total: int = 0
     n_adapter_loads: int = 0
     n_adapter_evictions: int = 0
     adapter_load_seconds: float = 0.0  # of all loads to the device together

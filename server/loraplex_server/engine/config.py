@@ -24,12 +24,20 @@ class EngineConfig(Options):
         "auto", "auto, bfloat16, float16 or float32.", Panel.MODEL
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", Panel.MODEL)
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = option(
+        0.9,
+        "Share of a GPU's memory for weights, KV cache and adapters.",
+        Panel.MODEL,
+        metavar="SHARE",
+    )
     max_model_len: _AtLeastOne | None = option(
         None, "Tokens of prompt and output. Default: the model's own.", Panel.MODEL
     )
-    max_batch_size: _AtLeastOne = option(64, "Requests of one step.", Panel.ENGINE)
+    max_batch_size: _AtLeastOne | None = option(
+        None, "Requests of one step. Default: 256; 64 on a CPU.", Panel.ENGINE
+    )
     max_step_tokens: _AtLeastOne | None = option(
-        None, "Tokens of one step, prefill included. Default: 512; 128 on a CPU.", Panel.ENGINE
+        None, "Tokens of one step, prefill included. Default: 2048; 128 on a CPU.", Panel.ENGINE
     )
     max_queue: _AtLeastOne = option(512, "Waiting requests of a tenant before 429.", Panel.ENGINE)
     kv_memory_bytes: _Size | None = option(
@@ -61,7 +69,9 @@ class EngineConfig(Options):
         True, "At start, hold the base against transformers' own forward.", Panel.ENGINE
     )
     threads: _AtLeastOne | None = option(None, "CPU threads. Default: torch's.", Panel.ENGINE)
-    max_loras: _AtLeastOne = option(64, "Distinct adapters of one step.", Panel.ADAPTERS)
+    max_loras: _AtLeastOne | None = option(
+        None, "Distinct adapters of one step. Default: 512; 64 on a CPU.", Panel.ADAPTERS
+    )
     max_lora_rank: _AtLeastOne | None = option(None, "Default: any rank that fits.", Panel.ADAPTERS)
     adapter_memory_bytes: _Size | None = option(
         None,

@@ -34,6 +34,7 @@ from loraplex_server.model.routed import place_experts
 from .adapter_packer import AdapterPacker, PackedAdapter
 from .capabilities import EngineCapabilities
 from .copy_stream import CopyStream
+from .device import use_device
 from .device_parts import DeviceParts
 from .errors import AdapterLoadFailed, AdapterUnservable, EngineError, NoAdapterPlace
 from .resident_adapter import ResidentAdapter
@@ -97,7 +98,9 @@ class DevicePool:
         self._failed: list[ResidentAdapter] = []  # in this step
         self._pins: set[str] = set()
         self._copies = CopyStream(device)
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="loraplex-loader")
+        self._loader = ThreadPoolExecutor(
+            1, thread_name_prefix="loraplex-loader", initializer=use_device, initargs=(device,)
+        )
 
     def place(self, plan: AdapterPlan) -> Placement:
         """Brings an adapter that a request needs to the device; evicts idle ones for it.

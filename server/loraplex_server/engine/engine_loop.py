@@ -181,18 +181,14 @@ class EngineLoop:
         _log.error("a step of %d requests failed: %s; trying each alone", len(chunks), cause)
         n_failed = 0
         for chunk in chunks:
+            if isinstance(cause, torch.OutOfMemoryError):
+                self.runner.release_cached_memory()
             try:
                 self._commit([chunk], self.runner.run([chunk]))
             except Exception as error:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1
-                failed = EngineError(
-                    "the model failed on this request; try again, and see the server's log under "
-                    f"{chunk.request.id}"
-                )
-                if isinstance(error, EngineError):
-                    failed = error
-                self._end(chunk.request, FinishReason.ERROR, error=failed)
+                self._end(chunk.request, FinishReason.ERROR, error=_failed(chunk.request, error))
         if n_failed == len(chunks):
             self._probe()
 
@@ -347,6 +343,20 @@ class EngineLoop:
             self._emit(request, finish=FinishReason.ERROR, error=error)
         self._requests.clear()
         self._output_router.flush()
+
+
+def _failed(request: Request, error: Exception) -> EngineError:
+    """What the listener is told; other errors' messages are for the log: they may name anything."""
+    if isinstance(error, EngineError):
+        return error
+    if isinstance(error, torch.OutOfMemoryError):
+        return EngineError(
+            "the device has too little memory for this request; send a shorter prompt, or start "
+            "the server with a lower --max-step-tokens or --gpu-memory-utilization"
+        )
+    return EngineError(
+        f"the model failed on this request; try again, and see the server's log under {request.id}"
+    )
 
 
 def _too_complex(reason: str) -> GrammarTooComplex:

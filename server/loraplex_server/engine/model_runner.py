@@ -23,6 +23,7 @@ from loraplex_server.model.forward_context import FallbackRows
 from loraplex_server.model.packed_lora_linear import ApplySlice, PackedLoraLinear
 
 from .decode_graphs import DecodeGraphs, Recorder
+from .device import release_cached_memory, use_device
 from .device_pool import DevicePool
 from .device_sampler import DeviceSampler
 from .errors import AdapterUnservable
@@ -88,7 +89,8 @@ class ModelRunner:
         )
 
     def warm_up(self) -> None:
-        """Records decode steps where that is asked for."""
+        """First of all on the engine thread. Records decode steps where that is asked for."""
+        use_device(self._model.device)
         if self._graphs is None:
             return
         try:
@@ -130,6 +132,10 @@ class ModelRunner:
                 sampled = self._sample(self._raw_logits_of(x, generating), generating)
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
         return StepResult(sampled, found, pooled)
+
+    def release_cached_memory(self) -> None:
+        """After a step that found too little memory. Waits for the device."""
+        release_cached_memory(self._model.device)
 
     @torch.inference_mode()
     def probe(self) -> None:

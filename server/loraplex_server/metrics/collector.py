@@ -199,7 +199,7 @@ class LoraplexCollector(Collector):
         )
         running_label = _joined(names, sorted(resident | set(stats.running_adapters)))
         info.add_metric(
-            (str(self._config.max_loras), running_label, _joined(names, waiting)), time.time()
+            (str(stats.pool_slots_total), running_label, _joined(names, waiting)), time.time()
         )
         yield info
         loaded = GaugeMetricFamily(
@@ -224,9 +224,10 @@ class LoraplexCollector(Collector):
             "Adapters in host memory, not on the device.",
             n_host,
         )
-        slots = self._config.max_loras
         yield self._gauge(
-            "vllm:max_gpu_lora_adapters", "Distinct adapters that one step may use.", slots
+            "vllm:max_gpu_lora_adapters",
+            "Distinct adapters that one step may use.",
+            stats.pool_slots_total,
         )
 
     def _store_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:

@@ -1,0 +1,76 @@
+"""How the memory of a GPU is shared: weights and a step first, then adapters and the KV cache.
+
+    usable  = total · utilization − taken − step
+    adapters = 20 % of usable, the KV cache the rest
+
+Pure arithmetic, so that any GPU can be asked about without one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["ADAPTER_SHARE", "MemoryPlan", "MemoryProfile", "plan_memory"]
+
+ADAPTER_SHARE = 0.2
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryProfile:
+    """What was measured on the device once the base is loaded, in bytes."""
+
+    total: int
+    taken: int  # by weights, the CUDA context and other processes
+    step: int  # at most, by the tensors of the largest step
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    kv_bytes: int
+    adapter_bytes: int
+
+
+def plan_memory(
+    profile: MemoryProfile,
+    *,
+    utilization: float,
+    kv_bytes: int | None = None,
+    adapter_bytes: int | None = None,
+    min_kv_bytes: int = 0,
+) -> MemoryPlan:
+    """``kv_bytes``, ``adapter_bytes``: as asked for; the other then gets what is left.
+
+    ``min_kv_bytes``: of one request as long as the context. Raises ValueError if that or what was
+    asked for does not fit, with the numbers and what to change.
+    """
+    usable = int(profile.total * utilization) - profile.taken - profile.step
+    adapters = adapter_bytes
+    if adapters is None:
+        left = usable - (kv_bytes or 0)
+        adapters = max(0, left if kv_bytes is not None else int(left * ADAPTER_SHARE))
+    kv = usable - adapters if kv_bytes is None else kv_bytes
+    if kv < min_kv_bytes:
+        raise ValueError(
+            f"the KV cache would get {_mib(max(0, kv))}, and one request of full length takes "
+            f"{_mib(min_kv_bytes)}; lower --max-model-len or --max-step-tokens, or raise "
+            f"--gpu-memory-utilization ({_account(profile, utilization)})"
+        )
+    if kv + adapters > usable:
+        raise ValueError(
+            f"--kv-memory and --adapter-memory take {_mib(kv + adapters)} together, and "
+            f"{_mib(max(0, usable))} are left; lower them, or raise --gpu-memory-utilization "
+            f"({_account(profile, utilization)})"
+        )
+    return MemoryPlan(kv, adapters)
+
+
+def _account(profile: MemoryProfile, utilization: float) -> str:
+    return (
+        f"{utilization:.0%} of {_mib(profile.total)}, less {_mib(profile.taken)} for weights and "
+        f"other processes, less {_mib(profile.step)} for a step"
+    )
+
+
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes / _MIB:,.0f} MiB"

@@ -1,0 +1,100 @@
+"""``--device cuda:N``, the memory of a GPU, and what becomes of a request that it cannot hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loraplex_server.engine.device import resolve_device
+from loraplex_server.engine.model_runner import ModelRunner
+from tests.gpu_readiness.conftest import BaseOf
+from tests.support.architectures import tiny_model
+from tests.support.meta_device import meta_gpu
+from tests.support.meta_engine import Wish, meta_engine
+from tests.support.routed_plans import lora_plan
+
+LORA = lora_plan(tiny_model("llama"), rank=4, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "resolved"),
+    [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
+)
+def test_a_device_is_named_with_its_number(
+    name: str, resolved: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with meta_gpu(monkeypatch):
+        assert resolve_device(name) == torch.device(resolved)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cuda:2", r"torch sees 2 CUDA devices; use cuda:1 or a smaller number"),
+        ("mps", "use cpu, cuda or cuda:N"),
+        ("gpu", "use cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(
+    name: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with meta_gpu(monkeypatch), pytest.raises(ValueError, match=said):
+        resolve_device(name)
+
+
+def test_without_a_gpu_none_is_taken() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert resolve_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="torch sees no CUDA device"):
+        resolve_device("cuda:0")
+
+
+def test_every_thread_and_question_is_of_the_device_asked_for(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The build, the engine and the loader make it current; memory is that of this device."""
+    second = torch.device("meta", 1)
+    with meta_engine(base_of(), monkeypatch, device=second, kv_memory_bytes=None) as engine:
+        assert engine.run([Wish(LORA)]).errors == []
+        assert set(engine.gpu.current) == {second}
+        # the build's thread, mem_get_info, the loader's thread, the engine's, page-locked memory
+        assert len(engine.gpu.current) >= 5
+
+
+def test_memory_is_what_is_left_of_the_utilization(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """80 GiB, 60 free, a step of 1: 72 − 20 − 1 are shared. Lazily allocated: it is meta."""
+    changes = {"kv_memory_bytes": None, "adapter_memory_bytes": None}
+    with meta_engine(base_of(), monkeypatch, **changes) as engine:
+        pool, kv = engine.loop.adapters.pool, engine.loop.kv_cache
+        kv_bytes = sum(t.nbytes for t in (*kv.keys, *kv.values))
+        assert engine.gpu.n_emptied >= 2
+        # the step's own cache is no part of its activations: a few pages more or less
+        assert kv_bytes + pool.bytes_total == pytest.approx(51 << 30, rel=1e-4)
+        assert pool.bytes_total == pytest.approx(0.2 * (51 << 30), rel=1e-4)
+
+
+def test_a_step_without_memory_is_its_own_requests_error(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, tried = ModelRunner.run, []
+
+    def short_of_memory(self: ModelRunner, chunks: list) -> object:  # type: ignore[type-arg]
+        ids = [chunk.request.id for chunk in chunks]
+        if "r0" in ids:
+            tried.append(len(ids))
+            raise torch.OutOfMemoryError("CUDA out of memory at 0x7f00")
+        return run(self, chunks)
+
+    monkeypatch.setattr(ModelRunner, "run", short_of_memory)
+    with meta_engine(base_of(), monkeypatch) as engine:
+        before = engine.gpu.n_emptied
+        done = engine.run([Wish(), Wish(LORA), Wish()])
+        assert engine.gpu.n_emptied > before
+    assert tried == [3, 1]
+    error, *others = [answer.last.error for answer in done.answers]
+    assert others == [None, None]
+    assert "too little memory for this request" in str(error)
+    assert "0x7f00" not in str(error)

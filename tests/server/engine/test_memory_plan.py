@@ -1,0 +1,144 @@
+"""Who gets how much of a GPU: a table of cards and models, asked without one."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.defaults import host_tier_bytes, step_limits
+from loraplex_server.engine.memory_plan import MemoryPlan, MemoryProfile, plan_memory
+
+GIB = 1 << 30
+
+
+class Card(NamedTuple):
+    name: str
+    total_mib: int  # as nvidia-smi shows it
+
+
+class Base(NamedTuple):
+    """Parameters and shapes of the published configs."""
+
+    name: str
+    n_parameters: float
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+    hidden: int
+    ff: int
+    vocab: int
+
+    @property
+    def weights(self) -> int:
+        return int(self.n_parameters * 2)
+
+    @property
+    def token_bytes(self) -> int:
+        """Of the KV cache, in bfloat16."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * 2
+
+    def step(self, n_tokens: int, n_requests: int) -> int:
+        """The largest tensors that live at once: gate and up, their product, hidden states twice;
+        or the logits of all requests, as the head gives them and in float32."""
+        layers = n_tokens * (3 * self.ff + 3 * self.hidden) * 2
+        logits = n_requests * self.vocab * (2 + 4) + n_tokens * self.hidden * 2
+        return max(layers, logits)
+
+
+T4, A10, L40S = Card("T4 16 GB", 15360), Card("A10 24 GB", 23028), Card("L40S 48 GB", 46068)
+A100, H100, H200 = Card("A100 40 GB", 40960), Card("H100 80 GB", 81559), Card("H200", 143771)
+SMOL = Base("SmolLM2-135M", 0.135e9, 30, 3, 64, 576, 1536, 49152)
+LLAMA_1B = Base("Llama-3.2-1B", 1.24e9, 16, 8, 64, 2048, 8192, 128256)
+LLAMA_8B = Base("Llama-3.1-8B", 8.03e9, 32, 8, 128, 4096, 14336, 128256)
+QWEN_32B = Base("Qwen2.5-32B", 32.8e9, 64, 8, 128, 5120, 27648, 152064)
+LLAMA_70B = Base("Llama-3.1-70B", 70.6e9, 80, 8, 128, 8192, 28672, 128256)
+
+CONTEXT = 512 << 20  # of CUDA and its libraries
+
+# GiB of KV cache and adapters, and tokens of KV; None: it does not fit. As in docs/gpu.md.
+TABLE: list[tuple[Card, Base, tuple[float, int] | None]] = [
+    (T4, LLAMA_1B, (10.5, 275_000)),
+    (T4, LLAMA_8B, None),
+    (A10, LLAMA_8B, (4.6, 30_000)),
+    (A100, LLAMA_8B, (20.3, 133_000)),
+    (L40S, LLAMA_8B, (24.8, 163_000)),
+    (H100, SMOL, (70.9, 2_642_000)),
+    (H100, LLAMA_8B, (56.0, 367_000)),
+    (H100, QWEN_32B, (9.7, 32_000)),
+    (H100, LLAMA_70B, None),
+    (H200, LLAMA_8B, (110.7, 725_000)),
+    (H200, QWEN_32B, (64.4, 211_000)),
+]
+
+
+def planned(card: Card, base: Base, min_tokens: int = 8192) -> MemoryPlan:
+    config = EngineConfig()
+    limits = step_limits(config, torch.device("cuda"))
+    step = base.step(limits.max_step_tokens, limits.max_batch_size)
+    profile = MemoryProfile(card.total_mib << 20, base.weights + CONTEXT, step)
+    return plan_memory(
+        profile,
+        utilization=config.gpu_memory_utilization,
+        min_kv_bytes=min_tokens * base.token_bytes,
+    )
+
+
+@pytest.mark.parametrize(("card", "base", "wanted"), TABLE, ids=lambda v: getattr(v, "name", ""))
+def test_what_a_card_leaves(card: Card, base: Base, wanted: tuple[float, int] | None) -> None:
+    if wanted is None:
+        with pytest.raises(ValueError, match="raise --gpu-memory-utilization"):
+            planned(card, base)
+        return
+    plan = planned(card, base)
+    assert (plan.kv_bytes + plan.adapter_bytes) / GIB == pytest.approx(wanted[0], abs=0.06)
+    assert plan.kv_bytes / base.token_bytes == pytest.approx(wanted[1], abs=500)
+
+
+def test_eight_billion_parameters_leave_fifty_gib_of_an_h100() -> None:
+    plan = planned(H100, LLAMA_8B)
+    assert plan.kv_bytes + plan.adapter_bytes >= 50 * GIB
+
+
+PROFILE = MemoryProfile(total=100 * GIB, taken=20 * GIB, step=10 * GIB)  # leaves 60 at 0.9
+
+
+def test_both_share_what_is_left() -> None:
+    plan = plan_memory(PROFILE, utilization=0.9)
+    assert plan.kv_bytes + plan.adapter_bytes == 60 * GIB
+    assert plan.adapter_bytes == 12 * GIB
+
+
+def test_what_is_asked_for_is_given_and_the_other_gets_the_rest() -> None:
+    assert plan_memory(PROFILE, utilization=0.9, kv_bytes=50 * GIB) == MemoryPlan(
+        50 * GIB, 10 * GIB
+    )
+    assert plan_memory(PROFILE, utilization=0.9, adapter_bytes=1 * GIB) == MemoryPlan(
+        59 * GIB, 1 * GIB
+    )
+    both = plan_memory(PROFILE, utilization=0.9, kv_bytes=GIB, adapter_bytes=2 * GIB)
+    assert both == MemoryPlan(GIB, 2 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"kv_bytes": 61 * GIB}, "--kv-memory and --adapter-memory take 62,464 MiB together"),
+        ({"adapter_bytes": 60 * GIB, "min_kv_bytes": 1}, "the KV cache would get 0 MiB"),
+        ({"min_kv_bytes": 49 * GIB}, "one request of full length takes 50,176 MiB"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_numbers(asked: dict[str, int], said: str) -> None:
+    with pytest.raises(ValueError, match=said) as refused:
+        plan_memory(PROFILE, utilization=0.9, **asked)
+    assert "90% of 102,400 MiB, less 20,480 MiB" in str(refused.value)
+
+
+def test_defaults_follow_the_device_and_what_is_given_stays() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 1)
+    assert step_limits(EngineConfig(), cpu) == (64, 128, 64)
+    assert step_limits(EngineConfig(max_loras=7), gpu) == (256, 2048, 7)
+    assert host_tier_bytes(cpu) == 2 * GIB
+    assert 2 * GIB <= host_tier_bytes(gpu) <= 64 * GIB

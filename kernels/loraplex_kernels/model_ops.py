@@ -1,11 +1,10 @@
 """The operators of a base model's step, each in its fastest version for the tensors it is given.
 
-Float32 and bfloat16 tensors on a CPU go to native code, attention and cache writes on a GPU to
-Triton, everything else to the PyTorch reference of the same contract (``model_ops_reference``,
-which also fixes the layout inside a page of the KV cache). Native results are deterministic and
-batch-invariant: a row has the same bits alone and among others, in a decode step and in a prefill
-chunk. For inference: nothing is recorded for autograd. Indices (pages, KV slots, positions) are
-trusted.
+Float32 and bfloat16 tensors on a CPU go to native code, those and float16 on a GPU to Triton,
+everything else to the PyTorch reference of the same contract (``model_ops_reference``, which also
+fixes the layout inside a page of the KV cache). Native results are deterministic and batch-
+invariant: a row has the same bits alone and among others, in a decode step and in a prefill chunk.
+For inference: nothing is recorded for autograd. Indices (pages, KV slots, positions) are trusted.
 """
 
 from __future__ import annotations
@@ -47,11 +46,19 @@ __all__ = [
 _ACTS = {"silu": 0, "gelu_tanh": 1}
 _LIGHT = 1 << 19  # elements: up to here a call is too short to let go of Python's lock
 _LIGHT_QUERIES = 64
+_MAX_NORM_WIDTH = 32768  # that ``rms_norm_triton`` takes
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
     """``x / rms(x) * (offset + weight)``; rounding as in transformers (see the reference)."""
+    if x.is_cuda and x.is_contiguous() and _triton_norms(x, weight):
+        from .triton import rms_norm_triton  # imports Triton, which a CPU does not need
+
+        out = torch.empty_like(x)
+        width = x.shape[-1]
+        rms_norm_triton(x.view(-1, width), weight, eps, out=out.view(-1, width), offset=offset)
+        return out
     code = _norm_code(x, weight)
     if code is None:
         return rms_norm_reference(x, weight, eps, offset=offset)
@@ -76,6 +83,13 @@ def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0
 ) -> Tensor:
     """``residual += x`` in place; returns the norm of the sum."""
+    if x.is_cuda and x.shape == residual.shape and _triton_norms(x, weight):
+        from .triton import rms_norm_triton
+
+        if x.dim() == 2 and x.stride(1) == residual.stride(1) == 1 and residual.dtype == x.dtype:
+            out = torch.empty_like(x)
+            rms_norm_triton(x, weight, eps, out=out, offset=offset, residual=residual)
+            return out
     code = _norm_code(x, weight)
     if code is None or not is_plain(residual, x.dtype) or residual.shape != x.shape:
         return add_rms_norm_reference(x, residual, weight, eps, offset=offset)
@@ -98,6 +112,18 @@ def add_rms_norm(
 
 def silu_mul(gate_up: Tensor, *, act: str = "silu") -> Tensor:
     """``act(gate) * up`` of ``gate_up`` [T, 2F]; ``act`` is ``silu`` or ``gelu_tanh``."""
+    if (
+        gate_up.is_cuda
+        and gate_up.dtype in _TRITON_DTYPES
+        and act in _ACTS
+        and gate_up.dim() == 2
+        and gate_up.stride(1) == 1
+    ):
+        from .triton import silu_mul_triton
+
+        out = gate_up.new_empty((gate_up.shape[0], gate_up.shape[1] // 2))
+        silu_mul_triton(gate_up, out=out, act=act)
+        return out
     code = dtype_code(gate_up.dtype)
     n_rows, width = gate_up.shape[0], gate_up.shape[-1] // 2
     if (
@@ -135,7 +161,7 @@ def rope_and_cache(
     ``positions``, ``slot_mapping``: int64 [T]; a negative slot is not written.
     """
     if q_k_v.is_cuda and q_k_v.dtype in _TRITON_DTYPES:
-        from .triton import rope_and_cache_triton  # imports Triton, which a CPU does not need
+        from .triton import rope_and_cache_triton
 
         rope_and_cache_triton(
             q_k_v,
@@ -340,6 +366,16 @@ def paged_attention(
         softcap or 0.0,
     )
     return out
+
+
+def _triton_norms(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype in _TRITON_DTYPES
+        and weight.dtype == x.dtype
+        and weight.shape == x.shape[-1:]
+        and weight.is_contiguous()
+        and weight.shape[0] <= _MAX_NORM_WIDTH
+    )
 
 
 def _norm_code(x: Tensor, weight: Tensor) -> int | None:

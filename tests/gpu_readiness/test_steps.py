@@ -167,8 +167,7 @@ def test_a_step_has_one_copy_of_inputs(
     assert not copies[0].waits
 
 
-# Kernels of one layer of a decode step: what was counted last, and what is wanted.
-LAUNCHES = {"base": (29, 12), "lora and base": (33, 16)}
+LAUNCHES = {"base": 9, "lora and base": 13}  # of one layer of a decode step over few positions
 
 
 def launches_of_a_layer(mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch) -> float:
@@ -188,15 +187,7 @@ def launches_of_a_layer(mixture: str, base_of: BaseOf, monkeypatch: pytest.Monke
 def test_a_layer_launches_no_more_than_it_did(
     mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert launches_of_a_layer(mixture, base_of, monkeypatch) <= LAUNCHES[mixture][0]
-
-
-@pytest.mark.xfail(strict=True, reason="norms and SiLU are several operators each")
-@pytest.mark.parametrize("mixture", LAUNCHES)
-def test_a_layer_launches_as_few_kernels_as_others_do(
-    mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert launches_of_a_layer(mixture, base_of, monkeypatch) <= LAUNCHES[mixture][1]
+    assert launches_of_a_layer(mixture, base_of, monkeypatch) <= LAUNCHES[mixture]
 
 
 def test_the_stand_in_finds_what_a_gpu_would_punish(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from .attention import AttentionWorkspace, attention_workspace, max_head_dim, paged_attention_triton
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .lora import linear_with_lora_triton, lora_apply_triton
+from .rms_norm import rms_norm_triton
 from .routing import (
     DeviceSegments,
     allocate_segments,
@@ -11,6 +12,7 @@ from .routing import (
     route_segments,
 )
 from .sampling import sample_tokens_triton
+from .silu_mul import silu_mul_triton
 
 __all__ = [
     "AttentionWorkspace",
@@ -23,8 +25,10 @@ __all__ = [
     "lora_apply_triton",
     "max_head_dim",
     "paged_attention_triton",
+    "rms_norm_triton",
     "rope_and_cache_triton",
     "route_segments",
     "sample_tokens_triton",
+    "silu_mul_triton",
     "write_kv_triton",
 ]

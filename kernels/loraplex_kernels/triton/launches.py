@@ -18,9 +18,11 @@ from .attention import max_head_dim, paged_attention_triton
 from .expand import lora_expand
 from .fused import lora_fused
 from .kv_cache import rope_and_cache_triton, write_kv_triton
+from .rms_norm import rms_norm_triton
 from .routing import DeviceSegments, allocate_segments, fill_device_segments
 from .sampling import sample_tokens_triton
 from .shrink import lora_shrink, planes_shape
+from .silu_mul import silu_mul_triton
 from .tuning import ExpandChoice, FusedChoice, ShrinkChoice, TuningKey, TuningRow, TuningTable
 
 __all__ = ["MODEL_TARGETS", "NamedLaunch", "all_launches"]
@@ -40,6 +42,12 @@ _ATTENTION = (
     (9, 3, 64, "SmolLM2-135M"),
     (32, 8, 128, "Llama-3.1-8B"),
     (8, 4, 256, "gemma-2-2b"),
+)
+
+_WIDTHS = (
+    (576, 1536, "SmolLM2-135M"),
+    (4096, 14336, "Llama-3.1-8B"),
+    (8192, 28672, "Llama-3.1-70B"),
 )
 
 _AWKWARD = LoraTarget("awkward", 41, (401, 33))
@@ -115,6 +123,9 @@ def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for k in (1, 2):
             for n_rows in (64, 4096):
                 yield f"routing, {n_rows} rows, {k} a row", partial(_route, n_rows, k)
+    for hidden_size, intermediate_size, name in _WIDTHS:
+        yield f"{name}, norm", partial(_norm, hidden_size, kind)
+        yield f"{name}, gate", partial(_gate, intermediate_size, kind)
     for n_heads, n_kv, head_dim, name in _ATTENTION:
         if head_dim > max_head_dim(kind):
             continue
@@ -186,6 +197,20 @@ def _route(n_rows: int, k: int) -> None:
     weights = torch.empty(n_rows, k) if k > 1 else None
     scratch = torch.empty(n_rows * k, 3, dtype=torch.int32)
     fill_device_segments(slots, weights, segments=segments, scratch=scratch)
+
+
+def _norm(width: int, dtype: torch.dtype) -> None:
+    """A first norm, one behind a residual, and Gemma's."""
+    x, weight = torch.empty(64, width, dtype=dtype), torch.empty(width, dtype=dtype)
+    rms_norm_triton(x, weight, 1e-5, out=x)
+    rms_norm_triton(x, weight, 1e-5, out=x, residual=x)
+    rms_norm_triton(x, weight, 1e-5, out=x, residual=x, offset=1.0)
+
+
+def _gate(width: int, dtype: torch.dtype) -> None:
+    gate_up, out = torch.empty(64, 2 * width, dtype=dtype), torch.empty(64, width, dtype=dtype)
+    for act in ("silu", "gelu_tanh"):
+        silu_mul_triton(gate_up, out=out, act=act)
 
 
 def _sample(n_rows: int, vocab_size: int) -> None:

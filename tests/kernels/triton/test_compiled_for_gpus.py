@@ -39,10 +39,12 @@ def test_a_sample_of_launches_compiles_without_faults() -> None:
         "fused_kernel",
         "order_pairs_kernel",
         "place_kernel",
+        "rms_norm_kernel",
         "rope_and_cache_kernel",
         "row_blocks_kernel",
         "sample_kernel",
         "shrink_kernel",
+        "silu_mul_kernel",
         "write_kv_kernel",
     }
     halves = [one for one in compiled if one.named.dtype in ("bf16", "fp16")]

@@ -19,6 +19,7 @@ _ROOT = Path(__file__).parents[3]
         "test_routing.py",
         "test_lora.py",
         "test_attention.py",
+        "test_norm_and_gate.py",
         "test_sampling.py",
         "test_benchmark.py",
     ],

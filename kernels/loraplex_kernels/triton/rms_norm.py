@@ -1,0 +1,83 @@
+"""RMSNorm of rows, with the sum before it, in one launch.
+
+    x ← residual + x, written to residual        where there is one, rounded to the rows' dtype
+    out = x / √(mean(x²) + eps) · (offset + weight)
+
+Shapes: x, residual, out [T, width]; weight [width]. Rounds where ``rms_norm_reference`` does:
+without an offset before the product with the weight, with one after it. A row is one program, whose
+shape follows the width alone, so a row has the same bits in every batch.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["MAX_NORM_WIDTH", "rms_norm_triton"]
+
+MAX_NORM_WIDTH = 32768  # a row lies in the registers of one program
+
+
+@triton.jit
+def rms_norm_kernel(
+    x_ptr, residual_ptr, weight_ptr, out_ptr, stride_xt, stride_rt, stride_ot, eps, offset,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_OFFSET: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    dims = tl.arange(0, BLOCK)
+    inside = dims < WIDTH
+    x = tl.load(x_ptr + row * stride_xt + dims, mask=inside, other=0.0)
+    if HAS_RESIDUAL:
+        pointers = residual_ptr + row * stride_rt + dims
+        before = tl.load(pointers, mask=inside, other=0.0)
+        x = (before.to(tl.float32) + x.to(tl.float32)).to(x.dtype)
+        tl.store(pointers, x, mask=inside)
+    wide = x.to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide) / WIDTH + eps)
+    weight = tl.load(weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    if not HAS_OFFSET:
+        normed = normed.to(x.dtype).to(tl.float32)
+    out = normed * (offset + weight)
+    tl.store(out_ptr + row * stride_ot + dims, out.to(x.dtype), mask=inside)
+
+
+def rms_norm_triton(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    out: Tensor,
+    offset: float = 0.0,
+    residual: Tensor | None = None,
+) -> None:
+    """``rms_norm_reference``; with a residual ``add_rms_norm_reference``. Rows may be strided.
+
+    Allocates nothing. Raises ValueError before the launch when a shape, stride or dtype does not
+    fit.
+    """
+    _check(x, weight, out, residual)
+    n_rows, width = x.shape
+    if n_rows == 0:
+        return
+    block = triton.next_power_of_2(width)
+    before = x if residual is None else residual
+    rms_norm_kernel[(n_rows,)](
+        x, before, weight, out, x.stride(0), before.stride(0), out.stride(0), eps, offset,
+        WIDTH=width, BLOCK=block, HAS_RESIDUAL=residual is not None, HAS_OFFSET=offset != 0.0,
+        num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _check(x: Tensor, weight: Tensor, out: Tensor, residual: Tensor | None) -> None:
+    if x.dim() != 2 or weight.shape != (x.shape[1],) or x.shape[1] > MAX_NORM_WIDTH:
+        raise ValueError(
+            f"x is {tuple(x.shape)} and weight {tuple(weight.shape)}; they must be [T, width] and "
+            f"[width], width up to {MAX_NORM_WIDTH}"
+        )
+    for rows in (out,) if residual is None else (out, residual):
+        if rows.shape != x.shape or rows.dtype != x.dtype:
+            raise ValueError(f"{tuple(rows.shape)} {rows.dtype} beside {tuple(x.shape)} {x.dtype}")
+    for tensor in (x, weight, out, *(() if residual is None else (residual,))):
+        if tensor.numel() and tensor.stride(-1) != 1:
+            raise ValueError("rows must be contiguous along the width")

@@ -13,6 +13,9 @@ from .names import check_name
 
 __all__ = [
     "ARROW_TOP_K",
+    "MAX_EXAMPLE",
+    "MAX_EXAMPLES",
+    "MIN_EXAMPLES",
     "Auto",
     "Description",
     "GenerationMethod",
@@ -26,6 +29,8 @@ __all__ = [
 
 MAX_PARTS = 16
 MAX_DESCRIPTION = 2000
+MIN_EXAMPLES, MAX_EXAMPLES = 2, 64
+MAX_EXAMPLE = 4000  # characters of a prompt or an answer
 ARROW_TOP_K = 3  # experts of a token in one projection, unless the request says
 GenerationMethod = Literal[
     "auto", "end-to-end", "sg-lora", "icm-lora", "weighted", "nearest", "analogy"
@@ -35,7 +40,8 @@ METHODS: tuple[str, ...] = get_args(GenerationMethod)
 _DIGEST_PREFIX = re.compile(r"[0-9a-f]{4,64}")
 _FORMS = (
     '"name", "name@digest-prefix", {"name", "digest"}, [{"name", "weight"}, …], '
-    '{"description", "method"}, {"arrow": ["name", …], "top_k", "temperature"} or "auto"'
+    '{"description", "method", "examples", "wait"}, '
+    '{"arrow": ["name", …], "top_k", "temperature"} or "auto"'
 )
 
 
@@ -80,10 +86,12 @@ class Library:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """An adapter to be generated from a sentence."""
+    """An adapter to be generated from a sentence, and learnt from examples where there are some."""
 
     text: str
     method: str = "auto"
+    examples: tuple[tuple[str, str], ...] = ()  # prompt and answer
+    wait: bool = False  # for what is learnt, instead of the draft
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +174,7 @@ def _library(value: Mapping[object, object]) -> Library:
 
 
 def _description(value: Mapping[object, object]) -> Description:
-    _only(value, {"description", "method"})
+    _only(value, {"description", "method", "examples", "wait"})
     text, method = value["description"], value.get("method", "auto")
     if not isinstance(text, str) or not text.strip():
         raise InvalidSelector("description must be a sentence that says what the adapter should do")
@@ -174,7 +182,29 @@ def _description(value: Mapping[object, object]) -> Description:
         raise InvalidSelector(f"description has {len(text)} characters, at most {MAX_DESCRIPTION}")
     if method not in METHODS:
         raise InvalidSelector(f"method {method!r} is unknown; known: {', '.join(METHODS)}")
-    return Description(text.strip(), str(method))
+    examples, wait = value.get("examples"), value.get("wait", False)
+    if not isinstance(wait, bool):
+        raise InvalidSelector(f"wait of a description must be true or false, not {wait!r}")
+    pairs = () if examples is None else _examples(examples)
+    return Description(text.strip(), str(method), pairs, wait)
+
+
+def _examples(value: object) -> tuple[tuple[str, str], ...]:
+    form = '{"prompt": "…", "answer": "…"}'
+    if not isinstance(value, list | tuple) or not MIN_EXAMPLES <= len(value) <= MAX_EXAMPLES:
+        raise InvalidSelector(f"examples are a list of {MIN_EXAMPLES} to {MAX_EXAMPLES} of {form}")
+    pairs = []
+    for number, item in enumerate(value, start=1):
+        if not isinstance(item, Mapping) or set(item) != {"prompt", "answer"}:
+            raise InvalidSelector(f"example {number} must be {form}")
+        prompt, answer = item["prompt"], item["answer"]
+        if not all(isinstance(t, str) and 0 < len(t) <= MAX_EXAMPLE for t in (prompt, answer)):
+            raise InvalidSelector(
+                f"prompt and answer of example {number} must be texts of 1 to {MAX_EXAMPLE} "
+                "characters"
+            )
+        pairs.append((prompt, answer))
+    return tuple(pairs)
 
 
 def _only(value: Mapping[object, object], known: set[str]) -> None:

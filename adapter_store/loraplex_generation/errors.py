@@ -5,7 +5,8 @@ GeneratorError
 ├── GeneratorMismatch   trained for another base, layout or library
 ├── NotTrained          the files are not there, or lack the method asked for
 ├── UnfitPrompts        too few prompts to read a task off, or a method that reads none
-└── UnfitExamples       too few, too many or too long pairs of prompt and answer
+├── UnfitExamples       too few, too many or too long pairs of prompt and answer
+└── NothingLearnt       a refused description, and examples that do not say what is meant
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ __all__ = [
     "GeneratorError",
     "GeneratorMismatch",
     "NotTrained",
+    "NothingLearnt",
     "OutOfDistribution",
     "UnfitExamples",
     "UnfitPrompts",
@@ -57,3 +59,12 @@ class UnfitPrompts(GeneratorError):
 
 class UnfitExamples(GeneratorError):
     pass
+
+
+class NothingLearnt(GeneratorError):
+    def __init__(self, n_pairs: int, nll: float) -> None:
+        super().__init__(
+            f"the description is unlike anything this generator was trained on, and {n_pairs} "
+            f"examples did not make up for it (held out: {nll:.2f} nats a token before and after); "
+            "give more examples or more time, or train an adapter with `loraplex train`"
+        )

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from loraplex_adapter_store.selector import MAX_EXAMPLES, MIN_EXAMPLES
 from loraplex_generation.zoo.tasks import Example
 
-from .errors import UnfitExamples
+from .errors import NothingLearnt, UnfitExamples
 from .frozen_base import FrozenBase
 from .packing import ChatCodec, Row
 from .refinement import HeldOut, Progress, Refinement, RefinementRecipe, refine
 from .service import GeneratedAdapter, Generator
 
-__all__ = ["MAX_PAIRS", "generate_from_examples", "read_pairs"]
+__all__ = [
+    "DEFAULT_BUDGET_S",
+    "encode_pairs",
+    "generate_from_examples",
+    "read_pairs",
+]
 
-MIN_PAIRS, MAX_PAIRS = 2, 64
 _MAX_TOKENS = 512  # of a prompt and its answer
 DEFAULT_BUDGET_S = 30.0
 
@@ -36,18 +42,20 @@ def generate_from_examples(
     samples: int = 0,
     force: bool = False,
     recipe: RefinementRecipe = RefinementRecipe(),  # noqa: B008  frozen value
-    budget_s: float = DEFAULT_BUDGET_S,
-    report: Progress = lambda stage, share: None,
+    deadline: float = math.inf,
+    report: Progress = lambda progress: None,
 ) -> GeneratedAdapter:
     """The draft from the sentence, or the library's mean, trained on ``pairs``.
 
     Which of the two, how long, and whether at all, the pairs themselves decide, each judged by a
     copy that has not seen it; the card's ``refinement`` says what came of it. A sentence that the
     guard refuses starts from the mean unless ``force``: the pairs say what is meant. ``unlabelled``
-    are ``Generator.generate``'s prompts. Raises UnfitExamples.
+    are ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where
+    the pairs gain nothing, the draft is returned. Raises UnfitExamples, and NothingLearnt for a
+    refused sentence whose pairs gain nothing.
     """
     began = time.perf_counter()
-    rows = _rows(codec, pairs)
+    rows = encode_pairs(codec, pairs)
     draft = generator.generate(
         description,
         wordings=wordings,
@@ -58,7 +66,8 @@ def generate_from_examples(
         force=True,
     )
     starts = {"library mean": generator.library_mean()}
-    if force or not generator.refuses(generator.read(description, wordings)):
+    has_draft = force or not generator.refuses(generator.read(description, wordings))
+    if has_draft:
         starts = {"draft": draft.vector, **starts}
     made = refine(
         base,
@@ -68,19 +77,22 @@ def generate_from_examples(
         rows,
         starts,
         recipe=recipe,
-        budget_s=budget_s,
+        deadline=deadline,
         report=report,
     )
+    if not (made.gained or has_draft):
+        raise NothingLearnt(len(pairs), made.before.nll)
+    vector = made.vector if made.gained else draft.vector
     card = {
         **draft.card,
         "examples": len(pairs),
         "refinement": _told(made),
-        "delta_norm": round(draft.layout.delta_norm(made.vector), 4),
+        "delta_norm": round(draft.layout.delta_norm(vector), 4),
         "milliseconds": round(1000 * (time.perf_counter() - began), 1),
     }
-    if made.start != "draft":
+    if made.gained and made.start != "draft":
         card["parts"] = {made.start: 1.0}
-    return generator.dressed(made.vector, card)
+    return generator.dressed(vector, card)
 
 
 def read_pairs(path: Path) -> list[Example]:
@@ -103,9 +115,11 @@ def read_pairs(path: Path) -> list[Example]:
     return pairs
 
 
-def _rows(codec: ChatCodec, pairs: Sequence[Example]) -> list[Row]:
-    if not MIN_PAIRS <= len(pairs) <= MAX_PAIRS:
-        raise UnfitExamples(f"{len(pairs)} examples; {MIN_PAIRS} to {MAX_PAIRS} can be used")
+def encode_pairs(codec: ChatCodec, pairs: Sequence[Example]) -> list[Row]:
+    """Raises UnfitExamples for too few, too many, too long, or a prompt that comes twice."""
+    if not MIN_EXAMPLES <= len(pairs) <= MAX_EXAMPLES:
+        told = f"{len(pairs)} examples; {MIN_EXAMPLES} to {MAX_EXAMPLES} can be used"
+        raise UnfitExamples(told)
     if len({pair.prompt for pair in pairs}) < len(pairs):
         raise UnfitExamples("a prompt comes twice: one of the two could not be held out")
     rows = [codec.row(pair) for pair in pairs]
@@ -120,6 +134,7 @@ def _rows(codec: ChatCodec, pairs: Sequence[Example]) -> list[Row]:
 
 def _told(made: Refinement) -> dict[str, object]:
     return {
+        "finished": True,
         "start": made.start,
         "gained": made.gained,
         "steps": made.steps,

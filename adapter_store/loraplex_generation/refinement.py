@@ -17,6 +17,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,10 +30,9 @@ from .library import Subspace
 from .packing import Row, pack
 from .scoring import TaskScore, mean_nll_per_group, score_groups
 
-__all__ = ["HeldOut", "Refinement", "RefinementRecipe", "refine"]
+__all__ = ["HeldOut", "Progress", "Refinement", "RefinementProgress", "RefinementRecipe", "refine"]
 
-Progress = Callable[[str, float], None]  # stage, share done
-
+_MARGIN = 1.2  # of the time that a step and a look took so far
 _HALVES_BELOW = 8  # pairs: each half judges the other's copy; from there a quarter judges alone
 
 
@@ -49,7 +49,22 @@ class RefinementRecipe:
     patience: int = 2  # looks without a better one
     least_gain: float = 0.05  # of the held-out NLL, below which the start is kept
     tokens: int = 224  # of rows for a copy in a step; more are drawn anew each step
+    judge_tokens: int = 1024  # of rows that a score is taken on: bounds time and memory
     seed: int = 0
+
+
+class RefinementProgress(NamedTuple):
+    stage: str  # "choosing a start", "training"
+    step: int  # done
+    n_steps: int
+    held_out_nll: float | None  # the best so far; None: not looked yet
+
+
+Progress = Callable[[RefinementProgress], None]
+
+
+def _unheard(progress: RefinementProgress) -> None:
+    pass
 
 
 class HeldOut(NamedTuple):
@@ -83,33 +98,65 @@ def refine(
     starts: Mapping[str, Tensor],
     *,
     recipe: RefinementRecipe = RefinementRecipe(),
-    budget_s: float = math.inf,
-    report: Progress = lambda stage, share: None,
+    deadline: float = math.inf,
+    report: Progress = _unheard,
 ) -> Refinement:
-    """``rows``: two or more pairs; ``starts`` [layout.size] each. Deterministic but for the budget.
+    """``rows``: two or more pairs; ``starts`` [layout.size] each. Deterministic but for time.
 
-    A step that would pass ``budget_s`` is not begun. ``head``: tokens that every chat begins with.
+    ``deadline``, of ``time.monotonic``: a step that would not be done and judged by then is not
+    begun. ``report`` is called before the first and after each step; what it raises ends the work.
+    ``head``: tokens that every chat begins with.
     """
     began = time.monotonic()
+    n_steps = recipe.span_steps + recipe.steps
+    report(RefinementProgress("choosing a start", 0, n_steps, None))
     task = _Task(base, layout, head, rows, recipe)
     name, start = task.best_start(starts)
-    best = _Best(task.held_out(start.expand(len(task.folds), -1)), start)
-    n_steps = recipe.span_steps + recipe.steps
-    longest_s = 0.0
-    last = time.monotonic()
-    for step, copies in enumerate(_trained(task, span, start, recipe), start=1):
-        report("training", step / n_steps)
-        now = time.monotonic()
-        longest_s, last = max(longest_s, now - last), now
-        is_last = step == n_steps or now - began + 1.5 * longest_s > budget_s
-        if is_last or step % recipe.look_every == 0:
-            best.offer(task.held_out(copies[:-1]), copies[-1], step)
-        if is_last or best.looks_since > recipe.patience:
-            break
+    pace = _Pace(deadline)
+    with pace.look():
+        best = _Best(task.held_out(start.expand(len(task.folds), -1)), start)
+    report(RefinementProgress("training", 0, n_steps, best.score.nll))
+    training = _trained(task, span, start, recipe)
+    step, looked_at = 0, 0
+    copies = start.expand(len(task.folds) + 1, -1)
+    while step < n_steps and best.looks_since <= recipe.patience and pace.allows_a_step():
+        with pace.step():
+            copies = next(training)
+        step += 1
+        if step == n_steps or step % recipe.look_every == 0:
+            with pace.look():
+                best.offer(task.held_out(copies[:-1]), copies[-1], step)
+            looked_at = step
+        report(RefinementProgress("training", step, n_steps, best.score.nll))
+    if looked_at < step:
+        best.offer(task.held_out(copies[:-1]), copies[-1], step)
     if best.score.nll > (1 - recipe.least_gain) * best.first.nll or best.lost_answers:
         best.reset(start)
     seconds = time.monotonic() - began
     return Refinement(best.vector, name, best.first, best.score, best.step, seconds)
+
+
+class _Pace:
+    """Whether there is time for a step and a look at what it gave, by the longest so far."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self._step_s = self._look_s = 0.0
+
+    def allows_a_step(self) -> bool:
+        return time.monotonic() + _MARGIN * (self._step_s + 2 * self._look_s) < self._deadline
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._step_s = max(self._step_s, time.monotonic() - began)
+
+    @contextmanager
+    def look(self) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._look_s = max(self._look_s, time.monotonic() - began)
 
 
 class _Task:
@@ -126,15 +173,19 @@ class _Task:
         if len(rows) < 2:
             raise ValueError("at least two pairs are needed: one to learn from, one to judge by")
         self._base, self._layout, self._head = base, layout, head
-        self._rows, self._n_tokens = rows, recipe.tokens
+        self._n_tokens = recipe.tokens
         self.folds = _folds(len(rows))
         seen = [[r for i, r in enumerate(rows) if i not in fold] for fold in self.folds]
         self._seen = [*seen, list(rows)]  # the last copy sees all
-        self._hidden = pack(head, [[rows[i] for i in sorted(fold)] for fold in self.folds])
+        rng = random.Random(recipe.seed)
+        n_judged = recipe.judge_tokens
+        hidden = [[rows[i] for i in sorted(fold)] for fold in self.folds]
+        self._hidden = pack(head, [_fitting(part, n_judged, rng) for part in hidden])
+        self._judged = _fitting(rows, n_judged, rng)
 
     def best_start(self, starts: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-        """By the likelihood of all pairs: none has been trained on yet."""
-        batch = pack(self._head, [self._rows] * len(starts))
+        """By the likelihood of the pairs: none has been trained on yet."""
+        batch = pack(self._head, [self._judged] * len(starts))
         adapters = LoraFA(self._layout, torch.stack(list(starts.values())), self._base.dtype)
         scores = score_groups(self._base, batch, adapters)
         nll = dict(zip(starts, (score.nll for score in scores), strict=True))

@@ -29,10 +29,14 @@ from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.experts import arrow_prototypes
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.encoder_model import EncoderModel
+from loraplex_server.adapters.example_trainer import ExampleTrainer
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.jobs import Jobs
+from loraplex_server.adapters.learning import Learning
 from loraplex_server.adapters.registration import register_adapters
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
 from loraplex_server.adapters.watched_folders import WatchedFolders
+from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.app import build_app
 from loraplex_server.api.errors import invalid, unavailable
 from loraplex_server.api.middleware.tracing import otlp_provider
@@ -45,7 +49,7 @@ from .banner import banner
 from .faults import Faults
 from .limited_http import LimitedHttp
 from .running_servers import announced
-from .settings import ServerConfig
+from .settings import LearningConfig, ServerConfig
 
 if TYPE_CHECKING:
     from loraplex_generation.service import Generator
@@ -93,7 +97,17 @@ def serve(
         generator = Lazy(lambda: _load_generator(encoder, model_path, public))
         generated = GeneratedAdapters(store, generator.get, faults=faults)
         closing.callback(generated.close)
-        descriptions = DescriptionResolver(store, encoder, generated)
+        pools = WorkerPools()
+        jobs = Jobs(pools.jobs, faults)
+        learning: Learning | None = None
+        if config.learning.threads > 0:
+            trainer = _trainer(config.learning, generator.get, built, model_path, faults)
+            max_budget_s = config.learning.max_budget_s
+            learning = Learning(
+                store, generated, jobs, trainer, pools.changes, max_budget_s=max_budget_s
+            )
+            closing.callback(learning.close)
+        descriptions = DescriptionResolver(store, encoder, generated, learning)
         closing.callback(descriptions.close)
         app = build_app(
             built.engine,
@@ -105,6 +119,9 @@ def serve(
             device=built.engine,
             resolver=descriptions,
             generated=generated,
+            learning=learning,
+            pools=pools,
+            jobs=jobs,
             collectors=[
                 RoutingCollector(store, built.engine.experts, descriptions.router),
                 GenerationCollector(generated),
@@ -181,6 +198,26 @@ def _load_generator(encoder: SharedEncoder, model_path: Path, base_name: str) ->
         encoder.get(),
         base_name=base_name,
         base_directory=model_path,
+    )
+
+
+def _trainer(
+    config: LearningConfig,
+    find_generator: Callable[[], Generator],
+    built: BuiltEngine,
+    model_path: Path,
+    faults: Faults,
+) -> ExampleTrainer:
+    from loraplex_generation.chat_base import ChatBase
+    from loraplex_generation.packing import ChatCodec
+
+    base = Lazy(lambda: ChatBase.of_directory(model_path, mapped=True))
+    return ExampleTrainer(
+        find_generator,
+        base.get,
+        Lazy(lambda: ChatCodec(built.tokenizer)).get,
+        n_threads=config.threads,
+        faults=faults,
     )
 
 

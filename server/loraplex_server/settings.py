@@ -36,6 +36,7 @@ __all__ = [
     "MAX_INPUTS",
     "ConfigError",
     "HttpConfig",
+    "LearningConfig",
     "LoraModule",
     "ServerConfig",
     "StoreConfig",
@@ -234,6 +235,24 @@ class StoreConfig(Options):
     )
 
 
+class LearningConfig(Options):
+    """Of adapters that learn from examples, beside serving."""
+
+    threads: int = option(
+        1,
+        "Cores for adapters that learn from examples, at low priority; 0: none may.",
+        Panel.ADAPTERS,
+        name="learning_threads",
+        ge=0,
+    )
+    max_budget_s: Seconds = option(
+        600.0,
+        "Seconds that a request may let an adapter learn for.",
+        Panel.ADAPTERS,
+        name="max_learning_time",
+    )
+
+
 class ServerConfig(Options):
     model: str | None = option(
         None, "Pulled model, Hub id or directory. Default: the default base.", Panel.MODEL
@@ -241,6 +260,7 @@ class ServerConfig(Options):
     http: HttpConfig = Field(default_factory=HttpConfig)
     engine: EngineConfig = Field(default_factory=EngineConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
+    learning: LearningConfig = Field(default_factory=LearningConfig)
 
 
 def _secrets(value: object) -> object:
@@ -292,7 +312,7 @@ class _KeyOptions(Options):
         return (*keys, *self.keys)
 
 
-_OWNERS = (ServerConfig, HttpConfig, _KeyOptions, EngineConfig, StoreConfig)
+_OWNERS = (ServerConfig, HttpConfig, _KeyOptions, EngineConfig, StoreConfig, LearningConfig)
 
 
 @cache
@@ -321,6 +341,7 @@ def resolve_config(flags: Mapping[str, object], config_file: Path | None = None)
             http=HttpConfig(**by_owner[HttpConfig], api_keys=api_keys),
             engine=EngineConfig(**by_owner[EngineConfig]),
             store=StoreConfig(**by_owner[StoreConfig]),
+            learning=LearningConfig(**by_owner[LearningConfig]),
         )
     except ValidationError as error:
         raise ConfigError(_problem(error)) from None

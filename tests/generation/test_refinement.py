@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,8 +16,8 @@ from loraplex_generation.from_examples import generate_from_examples, read_pairs
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.layout import AdapterLayout
 from loraplex_generation.library import Subspace
-from loraplex_generation.packing import ChatCodec, Row
-from loraplex_generation.refinement import Refinement, RefinementRecipe, refine
+from loraplex_generation.packing import ChatCodec, PackedBatch, Row
+from loraplex_generation.refinement import Refinement, RefinementProgress, RefinementRecipe, refine
 from loraplex_generation.scoring import TeacherForced
 from loraplex_generation.sentences import SentenceEncoder
 from loraplex_generation.service import Generator
@@ -90,10 +93,43 @@ def test_the_same_pairs_give_the_same_bits(world: World) -> None:
 
 
 def test_a_spent_budget_begins_no_second_step(world: World) -> None:
-    stages: list[float] = []
-    made = world.refine(RULE, budget_s=0.0, report=lambda stage, share: stages.append(share))
-    assert len(stages) == 1
-    assert made.steps <= 1
+    seen: list[RefinementProgress] = []
+    made = world.refine(RULE, deadline=time.monotonic(), report=seen.append)
+    assert [(now.stage, now.step) for now in seen] == [("choosing a start", 0), ("training", 0)]
+    assert not made.gained
+
+
+def test_what_a_report_raises_ends_the_work_at_that_step(world: World) -> None:
+    seen: list[RefinementProgress] = []
+
+    def stop(progress: RefinementProgress) -> None:
+        seen.append(progress)
+        if progress.step == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        world.refine(RULE, report=stop)
+    assert [now.step for now in seen] == [0, 0, 1, 2, 3]
+    assert seen[0].held_out_nll is None
+    assert seen[-1].held_out_nll is not None
+
+
+def test_no_score_takes_more_tokens_than_the_recipe_allows(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """64 pairs of 500 tokens in one forward would take gigabytes."""
+    lengths: list[int] = []
+    score = FrozenBase.score
+
+    def measured(self: FrozenBase, batch: PackedBatch, *rest: Any) -> Any:
+        lengths.append(batch.tokens.shape[1])
+        return score(self, batch, *rest)
+
+    monkeypatch.setattr(FrozenBase, "score", measured)
+    recipe = replace(RECIPE, tokens=60, judge_tokens=90, span_steps=1, steps=1, warmup=1)
+    pairs = [(f"{word} {other}", "yes") for word in WORDS for other in WORDS[:4]]
+    world.refine(pairs, recipe=recipe)
+    assert max(lengths) <= 90 + len(world.codec.head)
 
 
 def test_the_likelier_start_is_taken(world: World) -> None:
@@ -111,7 +147,7 @@ def test_the_likelier_start_is_taken(world: World) -> None:
 
 
 def test_eight_pairs_and_more_keep_a_quarter_to_judge_by(world: World) -> None:
-    assert world.refine(RULE, budget_s=0.0).before.n == 3
+    assert world.refine(RULE, deadline=time.monotonic()).before.n == 3
 
 
 def test_one_pair_cannot_be_learnt_and_judged(world: World) -> None:
@@ -151,9 +187,7 @@ def test_an_operation_that_no_sentence_reaches_is_learnt_from_eight_pairs(
     sentence = task.test_descriptions()[0]
     draft = generator.generate(sentence, force=True)
     score = TeacherForced(base, codec.head, draft.layout)
-    made = generate_from_examples(
-        generator, base, codec, sentence, task.examples("train", 8), budget_s=600
-    )
+    made = generate_from_examples(generator, base, codec, sentence, task.examples("train", 8))
     before, after = (score([unseen], one.vector[None])[0].exact for one in (draft, made))
     assert before <= 0.1
     assert after >= 0.5

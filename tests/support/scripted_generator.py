@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_generation.errors import OutOfDistribution, UnfitPrompts
 from loraplex_generation.layout import AdapterLayout, BaseShape
-from loraplex_generation.service import GeneratedAdapter, Generator
+from loraplex_generation.library import Subspace
+from loraplex_generation.sentences import Encoded
+from loraplex_generation.service import AdapterDescription, GeneratedAdapter, Generator
 from loraplex_generation.task_vectors import MIN_PROMPTS
 
 __all__ = ["ScriptedGenerator"]
@@ -24,7 +27,30 @@ class ScriptedGenerator(Generator):
             spec.n_layers, spec.hidden_size, spec.n_heads, spec.n_kv_heads, spec.head_dim
         )
         self._layout = AdapterLayout(shape, first_layer=0, rank=2, alpha=4.0, seed=0)
+        random = torch.Generator().manual_seed(7)
+        self._span = Subspace.of(0.02 * torch.randn(5, self._layout.size, generator=random))
         self.n_made = 0
+
+    @property
+    def span(self) -> Subspace:
+        return self._span
+
+    def library_mean(self) -> Tensor:
+        return self._span.mean
+
+    def read(
+        self, description: str, wordings: Sequence[str] = (), prompts: Sequence[str] = ()
+    ) -> AdapterDescription:
+        nothing = torch.zeros(1, 1)
+        encoded = Encoded(nothing, nothing.bool(), nothing)
+        return AdapterDescription((description, *wordings), tuple(prompts), encoded)
+
+    def refuses(self, asked: AdapterDescription) -> bool:
+        return "strange" in asked.wordings[0]
+
+    def dressed(self, vector: Tensor, card: dict[str, object]) -> GeneratedAdapter:
+        config, tensors = self._layout.peft(vector, "tiny/llama")
+        return GeneratedAdapter(config, tensors, card, self._layout, vector)
 
     def generate(
         self,
@@ -46,7 +72,6 @@ class ScriptedGenerator(Generator):
         key = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")
         random = torch.Generator().manual_seed(key)
         vector = 0.2 * torch.randn(self._layout.size, generator=random)
-        config, tensors = self._layout.peft(vector, "tiny/llama")
         card: dict[str, object] = {
             "method": "scripted",
             "ood_score": 0.1,
@@ -55,4 +80,4 @@ class ScriptedGenerator(Generator):
             "delta_norm": 1.0,
             "generator": "00",
         }
-        return GeneratedAdapter(config, tensors, card, self._layout, vector)
+        return self.dressed(vector, card)

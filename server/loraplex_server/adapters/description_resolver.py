@@ -6,6 +6,7 @@ import asyncio
 import functools
 from concurrent.futures import ThreadPoolExecutor
 
+from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.selector import Auto, Description, NameRef
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.adapters import AdapterProfile, Encoder
@@ -13,13 +14,14 @@ from loraplex_server.api.errors import invalid
 from loraplex_server.api_keys import AdapterAccess
 
 from .generated_adapters import AdapterGenerationRequest, GeneratedAdapters
+from .learning import Learning
 from .resolver import Resolution
 from .semantic_router import SemanticRouter
 
 __all__ = ["DescriptionResolver"]
 
 # of a generated adapter's provenance, told with each answer that uses it
-_SHOWN = ("method", "ood_score", "ood_limit", "parts", "delta_norm", "generator")
+_SHOWN = ("refinement", "method", "ood_score", "ood_limit", "parts", "delta_norm", "generator")
 
 
 class DescriptionResolver:
@@ -28,10 +30,14 @@ class DescriptionResolver:
     """
 
     def __init__(
-        self, store: AdapterStore, encoder: Encoder, generated: GeneratedAdapters | None = None
+        self,
+        store: AdapterStore,
+        encoder: Encoder,
+        generated: GeneratedAdapters | None = None,
+        learning: Learning | None = None,
     ) -> None:
         self._store = store
-        self._generated = generated
+        self._generated, self._learning = generated, learning
         self.router = SemanticRouter(encoder, self._profiles)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-descriptions")
 
@@ -48,14 +54,34 @@ class DescriptionResolver:
                 "adapter",
                 "feature_not_enabled",
             )
-        request = AdapterGenerationRequest(selector.text, method=selector.method)
+        request = AdapterGenerationRequest(
+            selector.text, method=selector.method, examples=selector.examples
+        )
+        if selector.examples:
+            return await self._learn(request, selector, access)
         ensure = functools.partial(
             self._generated.ensure, request, tenant=access.tenant or "", quota=access.quota
         )
         card = await asyncio.get_running_loop().run_in_executor(self._thread, ensure)
-        shown = {key: card.provenance[key] for key in _SHOWN if key in card.provenance}
-        ref = NameRef(card.name, card.digest[:12])
-        return Resolution(ref, {"description": selector.text, **shown})
+        return _resolution(card, selector)
+
+    async def _learn(
+        self, request: AdapterGenerationRequest, selector: Description, access: AdapterAccess
+    ) -> Resolution:
+        """Waits for the draft, or for what is learnt if ``selector`` says so."""
+        if self._learning is None:
+            raise invalid(
+                "this server learns nothing from examples; send the description alone",
+                "adapter",
+                "feature_not_enabled",
+            )
+        ordered = await self._learning.order(request, access)
+        card, job = ordered
+        if job is not None and selector.wait:
+            card = await self._learning.wait(job)
+        if card is None:
+            raise self._learning.refusal(ordered)
+        return _resolution(card, selector, None if job is None else job.id)
 
     def close(self) -> None:
         self.router.close()
@@ -71,3 +97,12 @@ class DescriptionResolver:
             for card in self._store.list()
             if card.task is None
         ]
+
+
+def _resolution(card: AdapterCard, selector: Description, job: str | None = None) -> Resolution:
+    """``job`` is told where one may still replace the adapter by a better one."""
+    shown = {key: card.provenance[key] for key in _SHOWN if key in card.provenance}
+    told: dict[str, object] = {"description": selector.text, **shown}
+    if job is not None:
+        told["job"] = job
+    return Resolution(NameRef(card.name, card.digest[:12]), told)

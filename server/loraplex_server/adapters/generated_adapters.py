@@ -15,11 +15,12 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_adapter_store.errors import StoreError, UnknownAdapter
+from loraplex_adapter_store.errors import RevisionConflict, StoreError, UnknownAdapter
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_adapter_store.names import local_name, name_of, tenant_of
 from loraplex_adapter_store.put_options import PutOptions
@@ -34,6 +35,7 @@ __all__ = ["AdapterGenerationRequest", "GeneratedAdapters", "GenerationStats"]
 
 _LONGEST_WAIT_S = 60.0  # the clock may be set meanwhile
 _RETRY_S = 5.0
+_MAX_PROMPTS = 100  # on a card
 _log = logging.getLogger(__name__)
 
 
@@ -47,6 +49,7 @@ class AdapterGenerationRequest:
     method: str = "auto"
     seed: int = 0
     samples: int = 0  # draws from the generator's latent that are averaged; 0 decodes its centre
+    examples: tuple[tuple[str, str], ...] = ()  # prompt and answer
     force: bool = False  # also if the description is out of distribution
 
     @property
@@ -59,6 +62,7 @@ class AdapterGenerationRequest:
             self.seed,
             self.samples,
             self.force,
+            *([self.examples] if self.examples else []),
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
@@ -111,8 +115,12 @@ class GeneratedAdapters:
         name: str | None = None,
         ttl_s: float | None = None,
         quota: Quota = NO_QUOTA,
+        told: Mapping[str, JsonValue] = MappingProxyType({}),
     ) -> AdapterCard:
         """The adapter of a request, made now or still there; its life starts anew.
+
+        Of a request with examples, the draft or what was learnt. ``told``: what the card of one
+        that is made now says besides.
 
         It belongs to `tenant`, who has `quota` and as many names that we choose as every other. A
         `name` of the caller's, as the store knows it, lives until it is deleted, unless `ttl_s` is
@@ -122,15 +130,44 @@ class GeneratedAdapters:
         lasts = ttl_s is None and name is not None
         with self._lock:
             expires = None if lasts else self._clock() + (ttl_s or self._ttl_s)
-            ours = name_of(tenant, f"{GENERATED}{request.key}")
+            ours = self.unnamed(request, tenant)
             card = None if name else self._refreshed(ours, expires)
             if card is None:
                 if name is None:
                     self._make_room(tenant)
                 self._store.check_quota(name or ours, quota)
-                card = self._make(name or ours, request, expires, quota)
+                card = self._make(name or ours, request, expires, quota, told)
             else:
                 self.stats.n_reused += 1
+        with self._changed:
+            self._changed.notify_all()
+        return card
+
+    @staticmethod
+    def unnamed(request: AdapterGenerationRequest, tenant: str) -> str:
+        """What the store calls the adapter of a request that gives no name."""
+        return name_of(tenant, f"{GENERATED}{request.key}")
+
+    def replace_draft(
+        self,
+        name: str,
+        draft: str | None,
+        made: GeneratedAdapter,
+        request: AdapterGenerationRequest,
+        *,
+        ttl_s: float | None,
+        quota: Quota,
+    ) -> AdapterCard:
+        """Points ``name`` at what was learnt; what people wrote on the card meanwhile stays.
+
+        ``draft``: the digest that the name must have still; None: the name must be free. Raises
+        RevisionConflict or UnknownAdapter if somebody replaced or removed it, and changes nothing.
+        """
+        with self._lock:  # nobody starts its life anew meanwhile
+            if draft is None:
+                card = self._put_new(name, made, request, ttl_s, quota)
+            else:
+                card = self._put_over(name, draft, made, quota)
         with self._changed:
             self._changed.notify_all()
         return card
@@ -156,11 +193,23 @@ class GeneratedAdapters:
                 self._changed.wait(None if wait_s is None else min(wait_s, _LONGEST_WAIT_S))
 
     def _make(
-        self, name: str, request: AdapterGenerationRequest, expires: float | None, quota: Quota
+        self,
+        name: str,
+        request: AdapterGenerationRequest,
+        expires: float | None,
+        quota: Quota,
+        told: Mapping[str, JsonValue],
     ) -> AdapterCard:
         began = time.perf_counter()
         try:
-            card = self._register(name, self._generate(request), request, expires, quota)
+            options = PutOptions(
+                replace=_is_ours(name),
+                description=request.description,
+                examples=_prompts(request),
+                expires=expires,
+                quota=quota,
+            )
+            card = self._put(name, self._generate(request), options, told)
         except Exception:
             self.stats.n_refused += 1
             raise
@@ -193,27 +242,60 @@ class GeneratedAdapters:
         self._faults.worked("generator")
         return made
 
-    def _register(
+    def _put_new(
         self,
         name: str,
         made: GeneratedAdapter,
         request: AdapterGenerationRequest,
-        expires: float | None,
+        ttl_s: float | None,
         quota: Quota,
     ) -> AdapterCard:
+        lasts = ttl_s is None and not _is_ours(name)
+        if _is_ours(name):
+            self._make_room(tenant_of(name))
+        options = PutOptions(
+            replace=False,
+            description=request.description,
+            examples=_prompts(request),
+            expires=None if lasts else self._clock() + (ttl_s or self._ttl_s),
+            quota=quota,
+        )
+        return self._put(name, made, options)
+
+    def _put_over(self, name: str, draft: str, made: GeneratedAdapter, quota: Quota) -> AdapterCard:
+        while True:
+            card = self._store.get(name)
+            if card.digest != draft:
+                told = f"adapter {name!r} has digest {card.digest}, not {draft}"
+                raise RevisionConflict(told, card.digest)
+            options = PutOptions(
+                if_match=card.etag,
+                description=card.description,
+                examples=card.examples,
+                defaults=card.defaults,
+                expires=card.expires,
+                quota=quota,
+            )
+            try:
+                return self._put(name, made, options)
+            except RevisionConflict as conflict:
+                if conflict.current != draft:
+                    raise  # else: its card was edited since
+
+    def _put(
+        self,
+        name: str,
+        made: GeneratedAdapter,
+        options: PutOptions,
+        told: Mapping[str, JsonValue] = MappingProxyType({}),
+    ) -> AdapterCard:
         card: dict[str, JsonValue] = json.loads(json.dumps(made.card))
+        provenance = {"source": "generated", **card, **told}
         return self._store.put_tensors(
             name,
             json.loads(json.dumps(made.config)),
             made.tensors,
-            options=PutOptions(
-                replace=_is_ours(name),
-                description=request.description,
-                examples=request.wordings,
-                provenance={"source": "generated", **card},
-                expires=expires,
-                quota=quota,
-            ),
+            options=replace(options, provenance=provenance),
         )
 
     def _refreshed(self, name: str, expires: float | None) -> AdapterCard | None:
@@ -240,3 +322,8 @@ class GeneratedAdapters:
 
 def _is_ours(name: str) -> bool:
     return local_name(name).startswith(GENERATED)
+
+
+def _prompts(request: AdapterGenerationRequest) -> tuple[str, ...]:
+    """What the card shows, and ``auto`` compares with: other wordings, and inputs of the task."""
+    return (*request.wordings, *(prompt for prompt, _ in request.examples))[:_MAX_PROMPTS]

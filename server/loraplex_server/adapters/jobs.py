@@ -1,6 +1,6 @@
-"""Loads that take long: each runs once, can be polled, and is remembered for a while.
+"""Work that takes long: each job runs once, can be polled or followed, and is remembered a while.
 
-A tenant sees and forgets only its own.
+A tenant sees and forgets only its own. Some jobs can be cancelled, others run to their end.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from enum import Enum
@@ -21,9 +21,10 @@ from loraplex_server.api_keys import AdapterAccess
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.faults import Faults
 
-__all__ = ["Job", "JobStatus", "Jobs", "Progress"]
+__all__ = ["Job", "JobCancelled", "JobStatus", "Jobs", "Progress"]
 
 Progress = Callable[[str, float], None]  # stage, share done; called from the working thread
+_LEAST_GAP_S = 0.1  # between two states that a follower is told
 _MAX_KEPT = 1000  # of a tenant
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,11 @@ class JobStatus(Enum):
     RUNNING = "running"
     SUCCEEDED = "succeeded"
     FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class JobCancelled(Exception):
+    """Raised by the work of a job that ``Jobs.cancel`` was called for."""
 
 
 @dataclass(slots=True)
@@ -45,7 +51,32 @@ class Job:
     progress: float = 0.0  # share done of the stage
     card: AdapterCard | None = None
     error: ApiError | None = None
+    learning: dict[str, object] | None = None  # how far one that learns from examples is
+    cancel: Callable[[], None] | None = None  # None: it runs to its end
+    param: str = "source"  # the field that errors of the store name
     task: asyncio.Task[None] | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)  # set, and replaced, at a change
+
+    @classmethod
+    def lost(cls, id: str, card: AdapterCard, access: AdapterAccess, error: ApiError) -> Job:
+        """One of which the adapter that it left is all that is known."""
+        job = cls(id, card.name, access, card.created, JobStatus.FAILED, "lost")
+        job.card, job.error = card, error
+        return job
+
+    @property
+    def has_ended(self) -> bool:
+        return self.status is not JobStatus.RUNNING
+
+    def tell(self, stage: str, progress: float) -> None:
+        """On the event loop."""
+        self.stage, self.progress = stage, progress
+        self.announce()
+
+    def announce(self) -> None:
+        """Wakes those who follow the job."""
+        self.changed.set()
+        self.changed = asyncio.Event()
 
     def to_json(self) -> dict[str, object]:
         error = None
@@ -60,6 +91,7 @@ class Job:
             "stage": self.stage,
             "progress": round(self.progress, 4),
             "digest": self.card.digest if self.card else None,
+            "learning": self.learning,
             "error": error,
         }
 
@@ -82,24 +114,69 @@ class Jobs:
     def start(
         self, adapter: str, access: AdapterAccess, work: Callable[[Progress], AdapterCard]
     ) -> Job:
-        """``work`` gets a progress callback. A client that leaves does not stop it.
+        """``work`` blocks, and gets a progress callback. A client that leaves does not stop it.
 
         Raises ApiError (429) if as many of the tenant's run as may.
         """
+
+        async def run(job: Job) -> AdapterCard:
+            loop = asyncio.get_running_loop()
+
+            def report(stage: str, share: float) -> None:
+                loop.call_soon_threadsafe(job.tell, stage, share)
+
+            return await loop.run_in_executor(self._executor, work, report)
+
+        return self.start_task(adapter, access, run)
+
+    def start_task(
+        self,
+        adapter: str,
+        access: AdapterAccess,
+        work: Callable[[Job], Awaitable[AdapterCard]],
+        *,
+        param: str = "source",
+    ) -> Job:
+        """``work`` runs on the event loop; it may set ``Job.cancel`` and then raise JobCancelled.
+
+        Raises ApiError (429) as ``start`` does.
+        """
         ours = [job for job in self._jobs.values() if job.access.tenant == access.tenant]
-        n_running = sum(job.status is JobStatus.RUNNING for job in ours)
+        n_running = sum(not job.has_ended for job in ours)
         if access.max_jobs is not None and n_running >= access.max_jobs:
             raise too_many(
-                f"max_jobs: this tenant may run {access.max_jobs} loads at a time and does; wait "
+                f"max_jobs: this tenant may run {access.max_jobs} jobs at a time and does; wait "
                 "for one to end, or ask the operator for more",
                 "quota_exceeded",
                 1.0,
             )
-        job = Job(f"job-{uuid.uuid4().hex}", adapter, access)
+        job = Job(f"job-{uuid.uuid4().hex}", adapter, access, param=param)
         self._jobs[job.id] = job
         self._forget_old([*ours, job])
         job.task = asyncio.get_running_loop().create_task(self._run(job, work))
         return job
+
+    def cancel(self, job: Job) -> None:
+        """Asks it to stop; nothing for one that has ended. Raises ApiError (409)."""
+        if job.has_ended:
+            return
+        if job.cancel is None:
+            raise ApiError(
+                409,
+                f"job {job.id} cannot be cancelled: it runs to its end",
+                code="job_not_cancellable",
+                param="job_id",
+            )
+        job.cancel()
+
+    async def follow(self, job: Job) -> AsyncGenerator[Job, None]:
+        """The job now and after changes, at most ten times a second; ends with its last state."""
+        while not job.has_ended:
+            changed = job.changed
+            yield job
+            await asyncio.sleep(_LEAST_GAP_S)
+            await changed.wait()
+        yield job
 
     async def wait(self, job: Job, timeout_s: float | None) -> bool:
         """Whether the job ended in time."""
@@ -107,18 +184,16 @@ class Jobs:
         done, _ = await asyncio.wait([job.task], timeout=timeout_s)
         return bool(done)
 
-    async def _run(self, job: Job, work: Callable[[Progress], AdapterCard]) -> None:
-        def report(stage: str, share: float) -> None:
-            job.stage, job.progress = stage, share
-
-        loop = asyncio.get_running_loop()
+    async def _run(self, job: Job, work: Callable[[Job], Awaitable[AdapterCard]]) -> None:
         try:
-            job.card = await loop.run_in_executor(self._executor, work, report)
+            job.card = await work(job)
             job.status, job.stage, job.progress = JobStatus.SUCCEEDED, "done", 1.0
+        except JobCancelled:
+            job.status = JobStatus.CANCELLED
         except StoreError as error:
             job.status, job.error = (
                 JobStatus.FAILED,
-                from_store(error, param="source", access=job.access),
+                from_store(error, param=job.param, access=job.access),
             )
         except EngineError as error:
             job.status, job.error = JobStatus.FAILED, from_engine(error)
@@ -128,8 +203,10 @@ class Jobs:
             _log.exception("%s for adapter %r failed", job.id, job.adapter)
             self._faults.unforeseen(error)
             job.status, job.error = JobStatus.FAILED, from_fault(error, job.id)
+        finally:
+            job.announce()
 
     def _forget_old(self, of_tenant: Sequence[Job]) -> None:
         for job in of_tenant[: max(0, len(of_tenant) - _MAX_KEPT)]:
-            if job.status is not JobStatus.RUNNING:
+            if job.has_ended:
                 del self._jobs[job.id]

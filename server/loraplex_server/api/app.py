@@ -24,6 +24,7 @@ from loraplex_server.adapters.device_tier import DeviceTier, DeviceUnloads
 from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
+from loraplex_server.adapters.learning import Learning
 from loraplex_server.adapters.resolver import AdapterResolver, SelectorResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
@@ -52,6 +53,7 @@ from loraplex_server.api.routes import (
     tokens,
     vectors,
 )
+from loraplex_server.api.routes import jobs as job_routes
 from loraplex_server.api.serving.disconnect import ClientLeft
 from loraplex_server.api.serving.engine_call import LiveCalls
 from loraplex_server.api.serving.grammars import Grammars
@@ -98,6 +100,9 @@ def build_app(
     device: DeviceTier | None = None,
     resolver: SelectorResolver | None = None,
     generated: GeneratedAdapters | None = None,
+    learning: Learning | None = None,
+    pools: WorkerPools | None = None,
+    jobs: Jobs | None = None,
     collectors: Sequence[Collector] = (),
     semantic: SemanticRouter | None = None,
     experts: ExpertMonitor | None = None,
@@ -108,7 +113,8 @@ def build_app(
     batch_limits: BatchLimits = BatchLimits(),  # noqa: B008  frozen value
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
-    ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate;
+    ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate,
+    ``learning`` its requests with examples, in ``jobs``;
     ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
     the load of routed adapters; ``encoder`` is a model of its own for vectors; ``pooling`` is how
     the base's embeddings are made, by default the normalised mean; ``tracing`` gets a span of each
@@ -117,7 +123,7 @@ def build_app(
     ``app.state.parts`` holds the parts, for whoever drains the server.
     """
     names = config.http.served_model_names or (model_name,)
-    pools = WorkerPools()
+    pools = pools or WorkerPools()
     faults = faults or Faults()
     registry = CollectorRegistry(auto_describe=False)
     server_metrics = ServerMetrics(registry, names[0])
@@ -151,7 +157,7 @@ def build_app(
         responses=ResponseStore(config.http.response_store_bytes, config.http.response_ttl_s),
         live=LiveCalls(),
         lifecycle=Lifecycle(engine),
-        jobs=Jobs(pools.jobs, faults),
+        jobs=jobs or Jobs(pools.jobs, faults),
         batches=BatchRunner(
             app, BatchStore(store.root / "batches", batch_limits), pools.batches, faults
         ),
@@ -159,6 +165,7 @@ def build_app(
         device=device,
         unloads=DeviceUnloads(device),
         generated=generated,
+        learning=learning,
         semantic=semantic,
         experts=experts,
         faults=faults,
@@ -181,6 +188,7 @@ def build_app(
         generate_adapter,
         routing,
         revisions,
+        job_routes,
         adapters,
         lora_compat,
         tokens,

@@ -159,6 +159,10 @@ def _from_store(
             )
         case generator_errors.UnfitPrompts():
             return invalid(str(error), "prompts", "unfit_prompts")
+        case generator_errors.UnfitExamples():
+            return invalid(str(error), "examples", "unfit_examples")
+        case generator_errors.NothingLearnt():
+            return ApiError(422, str(error), code="nothing_learnt", param="examples")
         case generator_errors.GeneratorError():
             return invalid(str(error), param, "feature_not_enabled")
         case store_errors.UnknownAdapter():

@@ -20,6 +20,7 @@ from loraplex_server.adapters.device_tier import DeviceTier, DeviceUnloads
 from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
+from loraplex_server.adapters.learning import Learning
 from loraplex_server.adapters.resolver import AdapterResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
@@ -66,6 +67,7 @@ class AppState:
     device: DeviceTier | None  # None: the engine does not tell
     unloads: DeviceUnloads
     generated: GeneratedAdapters | None  # None: no adapters from a sentence
+    learning: Learning | None  # None: none that learn from examples
     semantic: SemanticRouter | None  # None: no ``auto``
     experts: ExpertMonitor | None
     faults: Faults

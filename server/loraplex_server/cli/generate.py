@@ -66,12 +66,13 @@ def generate(
     unlabelled = [line for line in unlabelled if line.strip()]
     order = _Order(description, wording or [], unlabelled, method, seed, samples, force)
     try:
-        if examples is not None:
-            if server is not None:
-                raise _ServerSaysNo("--examples works without --server only; use --out and upload")
+        if server is not None:
+            learning = {} if examples is None else _learning(examples, budget)
+            _on_server(
+                server, api_key, {**asdict(order), **learning, "name": name}, prompt or [], budget
+            )
+        elif examples is not None:
             _learn(order, examples, budget, base, out, prompt or [])
-        elif server is not None:
-            _on_server(server, api_key, {**asdict(order), "name": name}, prompt or [])
         else:
             _here(order, base, out, prompt or [])
     except (StoreError, ModelError, _ServerSaysNo) as error:
@@ -114,6 +115,8 @@ def _learn(
     out: Path | None,
     prompts: list[str],
 ) -> None:
+    import time
+
     from rich.progress import Progress
 
     from loraplex_generation.chat_base import ChatBase
@@ -135,11 +138,19 @@ def _learn(
             seed=order.seed,
             samples=order.samples,
             force=order.force,
-            budget_s=budget_s,
-            report=lambda stage, share: progress.update(task, completed=share),
+            deadline=time.monotonic() + budget_s,
+            report=lambda now: progress.update(task, completed=now.step / now.n_steps),
         )
     _show(made, out)
     _try(made, model, prompts)
+
+
+def _learning(examples: Path, budget_s: float) -> dict[str, object]:
+    """What `POST /v1/adapters/generate` takes besides."""
+    from loraplex_generation.from_examples import read_pairs
+
+    pairs = [asdict(pair) for pair in read_pairs(examples)]
+    return {"examples": pairs, "budget_s": budget_s, "wait": True}
 
 
 def _generator(base: str | None) -> tuple[Path, Generator]:
@@ -183,13 +194,20 @@ def _write(made: GeneratedAdapter, out: Path) -> None:
 
 
 def _on_server(
-    server: str, api_key: str | None, order: dict[str, object], prompts: list[str]
+    server: str,
+    api_key: str | None,
+    order: dict[str, object],
+    prompts: list[str],
+    budget_s: float,
 ) -> None:
     import httpx
 
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    timeout_s = 120 + 5 * budget_s  # others may be learning before
     try:
-        with httpx.Client(base_url=server.rstrip("/"), headers=headers, timeout=120) as client:
+        with httpx.Client(
+            base_url=server.rstrip("/"), headers=headers, timeout=timeout_s
+        ) as client:
             card = _ask(client, "/v1/adapters/generate", order)
             provenance = card["provenance"]
             assert isinstance(provenance, dict)
@@ -237,7 +255,7 @@ def _show_card(card: dict[str, object]) -> None:
         "took": f"{card['milliseconds']} ms",
     }
     learned = card.get("refinement")
-    if isinstance(learned, dict):
+    if isinstance(learned, dict) and learned["finished"]:
         held_out = learned["held_out"]
         before, after = held_out["before"], held_out["after"]
         rows["examples"] = (

@@ -105,6 +105,8 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("GET", "/v1/models"): NO_ADAPTER,
     ("GET", "/v1/adapters"): NO_ADAPTER,
     ("GET", "/v1/jobs/{job_id}"): NO_ADAPTER,
+    ("GET", "/v1/jobs/{job_id}/events"): NO_ADAPTER,
+    ("POST", "/v1/jobs/{job_id}/cancel"): NO_ADAPTER,
     ("POST", "/v1/route"): NO_ADAPTER,
     # Tested with the tenants' own, see tests/server/api/test_responses.py.
     ("GET", "/v1/responses/{response_id}"): NO_ADAPTER,

@@ -121,10 +121,11 @@ async def test_auto_offers_a_generated_adapter_to_its_tenant_only(house: House) 
 async def test_a_job_is_its_tenants(house: House) -> None:
     body = {"source": "source-1", "wait": False}
     job = (await house.ask("umbra", "PUT", "/v1/adapters/loaded", body)).json()
-    missing = await house.ask("acme", "GET", "/v1/jobs/job-0")
-    theirs = await house.ask("acme", "GET", f"/v1/jobs/{job['id']}")
-    assert theirs.status_code == missing.status_code == 404
-    assert theirs.text == missing.text.replace("job-0", job["id"])
+    for method, path in (("GET", ""), ("GET", "/events"), ("POST", "/cancel")):
+        missing = await house.ask("acme", method, f"/v1/jobs/job-0{path}")
+        theirs = await house.ask("acme", method, f"/v1/jobs/{job['id']}{path}")
+        assert theirs.status_code == missing.status_code == 404
+        assert theirs.text == missing.text.replace("job-0", job["id"])
     shown = (await house.ask("umbra", "GET", f"/v1/jobs/{job['id']}")).json()
     assert shown["adapter"] == "loaded"
 

@@ -6,7 +6,12 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from loraplex_adapter_store.selector import GenerationMethod
+from loraplex_adapter_store.selector import (
+    MAX_EXAMPLE,
+    MAX_EXAMPLES,
+    MIN_EXAMPLES,
+    GenerationMethod,
+)
 
 from .body import Body, Few, JsonObject
 
@@ -66,12 +71,29 @@ class UnloadLoraBody(Body):
     lora_int_id: int | None = None
 
 
+_ExampleText = Annotated[str, Field(min_length=1, max_length=MAX_EXAMPLE)]
+
+
+class ExamplePair(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: _ExampleText
+    answer: _ExampleText
+
+
 class GenerateAdapterBody(BaseModel):
+    """With ``examples``, the answer is 202 and a job, and the draft answers meanwhile."""
+
     model_config = ConfigDict(extra="forbid")
 
     description: Annotated[str, Field(min_length=1, max_length=2000)]
     wordings: Annotated[Few[_Wording], Field(max_length=100)] = []  # further ones of the task
     prompts: Annotated[Few[_Prompt], Field(max_length=64)] = []  # unlabelled inputs; icm-lora
+    examples: (
+        Annotated[Few[ExamplePair], Field(min_length=MIN_EXAMPLES, max_length=MAX_EXAMPLES)] | None
+    ) = None
+    budget_s: Annotated[float, Field(gt=0, le=86400)] | None = None  # to learn from them for
+    wait: bool = False  # for the job's end: 201 and the card
     method: GenerationMethod = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     name: Annotated[str, Field(max_length=128)] | None = None
@@ -159,13 +181,24 @@ class JobError(BaseModel):
     code: str
 
 
+class JobLearning(BaseModel):
+    """How far a job is that learns from examples; steps count forwards and backwards."""
+
+    step: int
+    n_steps: int
+    held_out_nll: float | None  # of pairs that the judged copies have not seen; null: not yet
+    serves: Literal["draft", "learnt"] | None  # what answers under the name; null: nothing yet
+    gained: bool | None  # null: it has not ended
+
+
 class JobShown(BaseModel):
     id: str
     object: Literal["job"]
     adapter: str
     created: int
-    status: Literal["running", "succeeded", "failed"]
+    status: Literal["running", "succeeded", "failed", "cancelled"]
     stage: str
     progress: float
-    digest: str | None
+    digest: str | None  # of the adapter that answers under the name
+    learning: JobLearning | None
     error: JobError | None

@@ -11,6 +11,7 @@ __all__ = [
     "ErrorBody",
     "answers_only",
     "errors",
+    "only_events",
     "text_answer",
     "with_events",
 ]
@@ -81,6 +82,12 @@ def with_events(responses: Responses) -> Responses:
     """Of a route that also streams."""
     content = {"text/event-stream": {"schema": _EVENT}}
     return responses | {200: {"content": content, "description": "the answer, whole or streamed"}}
+
+
+def only_events(responses: Responses) -> Responses:
+    """Of a route with ``response_class=Response`` that always streams."""
+    content = {"text/event-stream": {"schema": _EVENT}}
+    return responses | {200: {"content": content, "description": "the events"}}
 
 
 def text_answer(meaning: str) -> Responses:

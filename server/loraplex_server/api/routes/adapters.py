@@ -26,7 +26,7 @@ from loraplex_server.api.adapter_card import (
     shown_card,
 )
 from loraplex_server.api.adapter_path import ADAPTER_PATH, AdapterName, NewName, OwnName
-from loraplex_server.api.errors import ApiError, not_found
+from loraplex_server.api.errors import ApiError
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import (
@@ -69,14 +69,6 @@ async def list_adapters(request: Request, state: State) -> Response:
     cards = access.listed(await in_store_thread(state, state.store.list))
     data = [shown_card(access, card, resident, "none") for card in cards]
     return ORJSONResponse({"object": "list", "data": data})
-
-
-@router.get("/v1/jobs/{job_id}", response_model=JobShown, responses=errors(404))
-async def show_job(request: Request, job_id: str, state: State) -> Response:
-    job = state.jobs.get(job_id, access_of(request))
-    if job is None:
-        raise not_found(f"job {job_id[:64]!r} is not known (any more)", "job_id", "job_not_found")
-    return ORJSONResponse(job.to_json())
 
 
 @router.post("/v1/adapters/{name:path}/pin", response_model=Adapter, responses=errors(404))

@@ -5,18 +5,19 @@ from __future__ import annotations
 from fastapi import APIRouter, Request, Response
 
 from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.selector import NameRef
 from loraplex_server.adapters.access import access_of, check_allowed, name_to_write
 from loraplex_server.adapters.base_agreement import base_agreement
 from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest
 from loraplex_server.api.adapter_card import Report, shown_card
-from loraplex_server.api.errors import ApiError, invalid
+from loraplex_server.api.errors import ApiError, from_store, invalid
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.protocol.adapters import Adapter, GenerateAdapterBody
+from loraplex_server.api.protocol.adapters import Adapter, GenerateAdapterBody, JobShown
 from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.state import AppState, State, in_store_thread
-from loraplex_server.api_keys import GENERATED
+from loraplex_server.api_keys import GENERATED, AdapterAccess
 from loraplex_server.engine.errors import EngineError
 
 __all__ = ["router"]
@@ -28,12 +29,16 @@ router = APIRouter(route_class=JsonRoute)
     "/v1/adapters/generate",
     status_code=201,
     response_model=Adapter,
-    responses=errors(404, 412, 415, 422),
+    responses=errors(404, 409, 412, 415, 422)
+    | {202: {"model": JobShown, "description": "learning from the examples; see its `location`"}},
 )
 async def generate_adapter(
     body: GenerateAdapterBody, request: Request, state: State, report: Report = "summary"
 ) -> Response:
-    """The card says where the adapter came from: method, parts, scores, digests."""
+    """The card says where the adapter came from: method, parts, scores, digests.
+
+    With ``examples``, a draft is served at once and replaced when something better was learnt.
+    """
     state.lifecycle.check_admitting()
     adapters = state.generated
     if adapters is None:
@@ -53,8 +58,15 @@ async def generate_adapter(
         body.method,
         body.seed,
         body.samples,
+        tuple((pair.prompt, pair.answer) for pair in body.examples or ()),
         body.force,
     )
+    if body.examples:
+        learnt = await _learnt(state, body, order, access, name)
+        if isinstance(learnt, Response):
+            return learnt
+        return await _answer(state, access, body, learnt, report)
+    _check_no_job_fields(body)
     card = await in_store_thread(
         state,
         lambda: adapters.ensure(
@@ -68,6 +80,47 @@ async def generate_adapter(
         pool=state.pools.generation,
         param="description",
     )
+    return await _answer(state, access, body, card, report)
+
+
+async def _learnt(
+    state: AppState,
+    body: GenerateAdapterBody,
+    order: AdapterGenerationRequest,
+    access: AdapterAccess,
+    name: str | None,
+) -> AdapterCard | Response:
+    """The card where nothing is left to do or was waited for, else 202 and the job."""
+    if state.learning is None:
+        raise invalid("this server learns nothing from examples", "examples", "feature_not_enabled")
+    try:
+        card, job = await state.learning.order(
+            order, access, name=name, ttl_s=body.ttl_s, budget_s=body.budget_s
+        )
+    except StoreError as error:
+        raise from_store(error, param="description", access=access) from error
+    if job is None:
+        assert card is not None
+        return card
+    if body.wait:
+        return await state.learning.wait(job)
+    headers = {"location": f"/v1/jobs/{job.id}"}
+    return ORJSONResponse(job.to_json(), status=202, headers=headers)
+
+
+def _check_no_job_fields(body: GenerateAdapterBody) -> None:
+    for field in ("budget_s", "wait"):
+        if field in body.model_fields_set:
+            raise invalid(f"{field} is for requests with examples", field)
+
+
+async def _answer(
+    state: AppState,
+    access: AdapterAccess,
+    body: GenerateAdapterBody,
+    card: AdapterCard,
+    report: Report,
+) -> Response:
     agreement = await _agreement(state, card) if body.probe else None
     resident = set(state.engine.stats().resident_adapters)
     shown = {**shown_card(access, card, resident, report), "base_agreement": agreement}

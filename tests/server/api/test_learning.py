@@ -1,0 +1,496 @@
+"""Descriptions with examples: a draft at once, a job, and one change under the name."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_generation.chat_base import ChatBase
+from loraplex_generation.frozen_base import FrozenBase
+from loraplex_generation.packing import ChatCodec
+from loraplex_generation.refinement import RefinementRecipe
+from loraplex_generation.zoo.tasks import Example
+from loraplex_server.adapters.description_resolver import DescriptionResolver
+from loraplex_server.adapters.example_trainer import ExampleTrainer
+from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.jobs import Jobs
+from loraplex_server.adapters.learning import Learning, Trainer
+from loraplex_server.adapters.worker_pools import WorkerPools
+from loraplex_server.faults import Faults
+from tests.server.conftest import Front, make_front
+from tests.support.architectures import tiny_model
+from tests.support.lora_files import write_lora
+from tests.support.scripted_generator import ScriptedGenerator
+from tests.support.scripted_trainer import ScriptedTrainer
+from tests.support.tiny_zoo import tiny_codec
+from tests.support.word_encoder import WordEncoder
+
+pytestmark = pytest.mark.anyio
+
+PAIRS = [
+    {"prompt": "Marta Keller", "answer": "Keller"},
+    {"prompt": "Jo Brandt", "answer": "Brandt"},
+]
+ORDER = {"description": "the surname", "examples": PAIRS, "name": "surname", "probe": False}
+STRANGE = {**ORDER, "description": "something strange"}
+GENERATE = "/v1/adapters/generate"
+
+
+@dataclass
+class World:
+    front: Front
+    trainer: ScriptedTrainer
+
+    async def order(self, **fields: object) -> httpx.Response:
+        return await self.front.post(GENERATE, {**ORDER, **fields})
+
+    async def ended(self, job: dict[str, Any] | str) -> dict[str, Any]:
+        """By its events, the last of which is returned."""
+        id = job if isinstance(job, str) else job["id"]
+        return (await self.events(id))[-1]
+
+    async def events(self, id: str) -> list[dict[str, Any]]:
+        answer = await self.front.client.get(f"/v1/jobs/{id}/events")
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        *states, done = [
+            line.removeprefix("data: ")
+            for line in answer.text.splitlines()
+            if line.startswith("data: ")
+        ]
+        assert done == "[DONE]"
+        return [json.loads(state) for state in states]
+
+    async def card(self, name: str = "surname") -> dict[str, Any]:
+        card: dict[str, Any] = (await self.front.client.get(f"/v1/adapters/{name}")).json()
+        return card
+
+    async def begun(self) -> None:
+        assert await asyncio.to_thread(self.trainer.began.acquire, timeout=30)
+
+
+@contextlib.contextmanager
+def learning_front(
+    tokenizer: PreTrainedTokenizerFast,
+    spec: BaseSpec,
+    folder: Path,
+    make_trainer: Callable[[ScriptedGenerator], Trainer],
+    max_budget_s: float = 600.0,
+) -> Iterator[Front]:
+    generator = ScriptedGenerator(spec)
+    pools = WorkerPools()
+    jobs = Jobs(pools.jobs, Faults())
+    with contextlib.ExitStack() as closing:
+
+        def parts(store: AdapterStore) -> dict[str, object]:
+            generated = GeneratedAdapters(store, lambda: generator)
+            learning = Learning(
+                store,
+                generated,
+                jobs,
+                make_trainer(generator),
+                pools.changes,
+                max_budget_s=max_budget_s,
+            )
+            resolver = DescriptionResolver(store, WordEncoder(), generated, learning)
+            for part in (generated, learning, resolver):
+                closing.callback(part.close)
+            return {
+                "generated": generated,
+                "learning": learning,
+                "resolver": resolver,
+                "pools": pools,
+                "jobs": jobs,
+            }
+
+        front = make_front(tokenizer, spec, folder, with_store=parts)
+        try:
+            yield front
+        finally:
+            closing.close()
+            front.store.close()
+
+
+@pytest.fixture
+def world(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> Iterator[World]:
+    trainers: list[ScriptedTrainer] = []
+
+    def make(generator: ScriptedGenerator) -> ScriptedTrainer:
+        trainers.append(ScriptedTrainer(generator))
+        return trainers[0]
+
+    with learning_front(tokenizer, base_spec, tmp_path, make, max_budget_s=100) as front:
+        yield World(front, trainers[0])
+        trainers[0].end.set()
+
+
+async def test_the_draft_answers_while_the_job_runs_and_the_name_changes_once(
+    world: World,
+) -> None:
+    ordered = await world.order()
+    assert ordered.status_code == 202, ordered.text
+    job = ordered.json()
+    assert ordered.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert (job["adapter"], job["status"]) == ("surname", "running")
+    assert job["learning"]["serves"] == "draft"
+    answered = (await world.front.chat(adapter="surname")).json()["adapter"]
+    assert answered["digest"] == job["digest"]
+    card = await world.card()
+    assert card["provenance"]["refinement"] == {"finished": False, "job": job["id"]}
+    assert card["examples"] == ["Marta Keller", "Jo Brandt"]
+    await world.begun()
+    world.trainer.end.set()
+    end = await world.ended(job)
+    assert (end["status"], end["error"]) == ("succeeded", None)
+    assert end["learning"]["serves"] == "learnt"
+    assert end["learning"]["gained"] is True
+    answered = (await world.front.chat(adapter="surname")).json()["adapter"]
+    assert answered["digest"] == end["digest"] != job["digest"]
+    card = await world.card()
+    assert card["provenance"]["refinement"]["gained"] is True
+    assert card["revision"] == 2
+
+
+async def test_a_job_tells_its_steps_as_they_come(world: World) -> None:
+    job = (await world.order()).json()
+    following = asyncio.create_task(world.events(job["id"]))
+    await world.begun()
+    while (await world.front.client.get(f"/v1/jobs/{job['id']}")).json()["learning"]["step"] < 3:
+        await asyncio.sleep(0)
+    world.trainer.end.set()
+    states = await following
+    steps = [state["learning"]["step"] for state in states]
+    assert steps == sorted(steps)
+    assert states[0]["status"] == "running"
+    assert states[-1]["status"] == "succeeded"
+    assert states[-1]["learning"]["n_steps"] == 24
+    assert states[-1]["learning"]["held_out_nll"] == pytest.approx(2.0 / steps[-1], abs=1e-3)
+
+
+async def test_where_nothing_is_gained_the_draft_stays_and_the_card_says_so(world: World) -> None:
+    job = (await world.order()).json()
+    world.trainer.gains = False
+    world.trainer.end.set()
+    end = await world.ended(job)
+    assert end["status"] == "succeeded"
+    assert end["digest"] == job["digest"]
+    assert (end["learning"]["serves"], end["learning"]["gained"]) == ("draft", False)
+    assert (await world.card())["provenance"]["refinement"]["gained"] is False
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+async def test_what_is_learnt_is_dropped_where_the_name_was_changed_meanwhile(
+    world: World, base_spec: BaseSpec, change: str
+) -> None:
+    job = (await world.order()).json()
+    await world.begun()
+    if change == "replaced":
+        source = write_lora(world.front.root / "mine", base_spec, seed=5)
+        mine = world.front.store.put_directory("surname", source)
+    else:
+        deleted = await world.front.client.delete("/v1/adapters/surname")
+        assert deleted.status_code == 200
+    world.trainer.end.set()
+    end = await world.ended(job)
+    assert end["status"] == "failed"
+    assert end["error"]["code"] == "adapter_changed"
+    assert end["digest"] is None
+    if change == "replaced":
+        assert (await world.card())["digest"] == mine.digest
+    else:
+        assert (await world.front.client.get("/v1/adapters/surname")).status_code == 404
+
+
+async def test_what_people_write_on_the_drafts_card_stays(world: World) -> None:
+    job = (await world.order()).json()
+    await world.begun()
+    edit = {"description": "family names", "defaults": {"sampling": {"temperature": 0}}}
+    assert (await world.front.client.patch("/v1/adapters/surname", json=edit)).status_code == 200
+    world.trainer.end.set()
+    assert (await world.ended(job))["status"] == "succeeded"
+    card = await world.card()
+    assert card["digest"] != job["digest"]
+    assert (card["description"], card["defaults"]) == ("family names", edit["defaults"])
+
+
+async def test_a_cancelled_job_leaves_the_draft_and_an_equal_order_starts_another(
+    world: World,
+) -> None:
+    first = (await world.order(name=None)).json()
+    await world.begun()
+    answer = await world.front.client.post(f"/v1/jobs/{first['id']}/cancel")
+    assert answer.status_code == 200
+    end = await world.ended(first)
+    assert (end["status"], end["digest"]) == ("cancelled", first["digest"])
+    card = await world.card(first["adapter"])
+    assert card["digest"] == first["digest"]
+    assert card["provenance"]["refinement"]["finished"] is False
+    again = await world.front.client.post(f"/v1/jobs/{first['id']}/cancel")
+    assert again.json()["status"] == "cancelled"
+    second = (await world.order(name=None)).json()
+    assert second["id"] != first["id"]
+    assert second["adapter"] == first["adapter"]
+
+
+async def test_a_job_that_waits_for_its_turn_is_cancelled_at_once(world: World) -> None:
+    running = (await world.order(name="one")).json()
+    await world.begun()
+    waiting = (await world.order(name="two")).json()
+    await world.front.client.post(f"/v1/jobs/{waiting['id']}/cancel")
+    assert (await world.ended(waiting))["status"] == "cancelled"
+    shown = (await world.front.client.get(f"/v1/jobs/{running['id']}")).json()
+    assert shown["status"] == "running"
+    assert len(world.trainer.deadlines) == 1
+
+
+async def test_loads_cannot_be_cancelled(world: World, base_spec: BaseSpec) -> None:
+    write_lora(world.front.root / "mine", base_spec)
+    put = await world.front.client.put("/v1/adapters/mine", json={"source": "mine", "wait": False})
+    cancelled = await world.front.client.post(f"/v1/jobs/{put.json()['id']}/cancel")
+    ended = cancelled.status_code == 200 and cancelled.json()["status"] == "succeeded"
+    assert ended or cancelled.json()["error"]["code"] == "job_not_cancellable"
+    assert (await world.ended(put.json()))["status"] == "succeeded"
+
+
+async def test_equal_orders_share_a_job_and_other_examples_are_another(world: World) -> None:
+    first, second = [
+        answer.json()
+        for answer in await asyncio.gather(world.order(name=None), world.order(name=None))
+    ]
+    assert first["id"] == second["id"]
+    assert first["adapter"].startswith("generated/")
+    other = (await world.order(name=None, examples=PAIRS[::-1])).json()
+    assert other["id"] != first["id"]
+    assert other["adapter"] != first["adapter"]
+    world.trainer.end.set()
+    end = await world.ended(first)
+    done = await world.order(name=None)
+    assert done.status_code == 201
+    assert done.json()["digest"] == end["digest"]
+
+
+async def test_a_named_order_that_is_sent_twice_shares_the_job_that_runs(world: World) -> None:
+    first, second = (await world.order()).json(), (await world.order()).json()
+    assert first["id"] == second["id"]
+    world.trainer.end.set()
+    await world.ended(first)
+    taken = await world.order()
+    assert taken.status_code == 412
+
+
+async def test_a_refused_description_has_no_draft_until_its_examples_are_learnt(
+    world: World,
+) -> None:
+    ordered = await world.front.post(GENERATE, STRANGE)
+    assert ordered.status_code == 202
+    job = ordered.json()
+    assert job["digest"] is None
+    assert job["learning"]["serves"] is None
+    assert (await world.front.chat(adapter="surname")).status_code == 404
+    world.trainer.end.set()
+    end = await world.ended(job)
+    assert end["learning"]["serves"] == "learnt"
+    answered = (await world.front.chat(adapter="surname")).json()["adapter"]
+    assert answered["digest"] == end["digest"]
+
+
+async def test_a_refused_description_whose_examples_gain_nothing_never_answers(
+    world: World,
+) -> None:
+    job = (await world.front.post(GENERATE, STRANGE)).json()
+    world.trainer.gains = False
+    world.trainer.end.set()
+    end = await world.ended(job)
+    assert (end["status"], end["error"]["code"]) == ("failed", "nothing_learnt")
+    assert (await world.front.client.get("/v1/adapters/surname")).status_code == 404
+
+
+async def test_force_serves_the_draft_of_a_refused_description(world: World) -> None:
+    job = (await world.front.post(GENERATE, {**STRANGE, "force": True})).json()
+    assert job["learning"]["serves"] == "draft"
+    assert (await world.front.chat(adapter="surname")).status_code == 200
+
+
+async def test_who_waits_gets_the_card_of_what_was_learnt(world: World) -> None:
+    world.trainer.end.set()
+    answer = await world.order(wait=True)
+    assert answer.status_code == 201
+    assert answer.json()["provenance"]["refinement"]["gained"] is True
+    assert answer.headers["etag"] == f'"{answer.json()["digest"]}"'
+
+
+async def test_a_chat_is_answered_by_the_draft_and_later_by_what_was_learnt(world: World) -> None:
+    wish = {"description": "the surname", "examples": PAIRS}
+    first = (await world.front.chat(adapter=wish)).json()["adapter"]
+    assert first["chosen_by"]["refinement"]["finished"] is False
+    used = world.front.engine.requests[-1].adapter
+    assert used is not None
+    assert used.digest == first["digest"]
+    world.trainer.end.set()
+    end = await world.ended(first["chosen_by"]["job"])
+    second = (await world.front.chat(adapter=wish)).json()["adapter"]
+    assert second["digest"] == end["digest"] != first["digest"]
+    assert second["chosen_by"]["refinement"]["finished"] is True
+    assert "job" not in second["chosen_by"]
+
+
+async def test_a_chat_that_waits_is_answered_by_what_was_learnt(world: World) -> None:
+    world.trainer.end.set()
+    wish = {"description": "something strange", "examples": PAIRS, "wait": True}
+    answer = (await world.front.chat(adapter=wish)).json()["adapter"]
+    assert answer["chosen_by"]["refinement"]["gained"] is True
+
+
+async def test_a_chat_whose_description_is_refused_is_told_of_the_job(world: World) -> None:
+    wish = {"description": "something strange", "examples": PAIRS}
+    answer = await world.front.chat(adapter=wish)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (422, "description_out_of_distribution")
+    assert error["job"] in error["message"]
+    assert not world.front.engine.requests
+    world.trainer.end.set()
+    await world.ended(error["job"])
+    assert (await world.front.chat(adapter=wish)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "status", "param"),
+    [
+        ({"examples": PAIRS[:1]}, 400, "examples"),
+        ({"examples": PAIRS * 40}, 400, "examples"),
+        ({"examples": [{"prompt": "a"}, {"prompt": "b", "answer": "c"}]}, 400, None),
+        ({"examples": [{"prompt": "unfit", "answer": "x"}, PAIRS[0]]}, 400, "examples"),
+        ({"budget_s": 101}, 400, "budget_s"),
+        ({"examples": None, "budget_s": 5}, 400, "budget_s"),
+        ({"examples": None, "wait": True}, 400, "wait"),
+    ],
+)
+async def test_what_cannot_be_learnt_from_is_refused_and_leaves_nothing(
+    world: World, fields: dict[str, object], status: int, param: str | None
+) -> None:
+    answer = await world.order(**fields)
+    assert answer.status_code == status, answer.text
+    if param is not None:
+        assert answer.json()["error"]["param"] == param
+    assert not world.front.store.list()
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"description": "x", "examples": PAIRS[:1]},
+        {"description": "x", "examples": [["a", "b"], ["c", "d"]]},
+        {"description": "x", "examples": [{"prompt": "", "answer": "b"}, PAIRS[0]]},
+        {"description": "x", "wait": 1},
+    ],
+)
+async def test_a_chats_examples_are_checked(world: World, adapter: dict[str, object]) -> None:
+    answer = await world.front.chat(adapter=adapter)
+    assert answer.json()["error"]["code"] == "invalid_adapter"
+
+
+async def test_a_budget_is_a_deadline_that_leaves_time_to_store(world: World) -> None:
+    before = time.monotonic()
+    await world.order(budget_s=40)
+    await world.begun()
+    assert before + 30 < world.trainer.deadlines[0] < time.monotonic() + 40
+
+
+async def test_a_tenant_may_have_four_jobs_that_learn(world: World) -> None:
+    for number in range(4):
+        assert (await world.order(name=f"n{number}")).status_code == 202
+    fifth = await world.order(name="n5")
+    assert (fifth.status_code, fifth.json()["error"]["code"]) == (429, "too_many_learning_jobs")
+    assert "retry-after" in fifth.headers
+    assert not world.front.store.has_name("n5")
+
+
+async def test_a_trainer_that_fails_leaves_the_draft(world: World) -> None:
+    job = (await world.order()).json()
+    world.trainer.error = RuntimeError("no memory at /secret/path")
+    world.trainer.end.set()
+    end = await world.ended(job)
+    assert end["status"] == "failed"
+    assert end["digest"] == job["digest"]
+    assert "/secret" not in json.dumps(end)
+    assert (await world.front.chat(adapter="surname")).status_code == 200
+
+
+async def test_a_job_that_a_restart_cut_off_says_so_and_its_draft_stays(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer) as front:
+        job = (await front.post(GENERATE, ORDER)).json()
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer) as front:
+        shown = (await front.client.get(f"/v1/jobs/{job['id']}")).json()
+        assert (shown["status"], shown["error"]["code"]) == ("failed", "server_restarted")
+        assert shown["digest"] == job["digest"]
+        assert (await front.chat(adapter="surname")).json()["adapter"]["digest"] == job["digest"]
+        assert (await front.client.get("/v1/jobs/job-0")).status_code == 404
+
+
+async def test_a_server_that_learns_nothing_says_so(front: Front) -> None:
+    answer = await front.chat(adapter={"description": "x", "examples": PAIRS})
+    assert answer.json()["error"]["code"] == "feature_not_enabled"
+
+
+RECIPE = RefinementRecipe(span_steps=2, steps=26, lr=0.2, span_lr=0.1, warmup=2, tokens=60)
+_SPREAD = 0.1  # of the base's weights: with less, no adapter could make any token likely
+WORDS = ("red", "blue", "green", "plum", "gold", "grey", "pink", "teal", "navy", "rust")
+
+
+async def test_training_through_the_base_gains_on_words_it_has_not_seen(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The real trainer on a tiny base; transformers' own forward with W + B·A is the judge."""
+    model = tiny_model(initializer_range=_SPREAD)
+    model.save_pretrained(tmp_path / "base")
+    base_spec = BaseSpec.of(model, "tiny/llama")
+    codec = tiny_codec()
+    base = ChatBase(FrozenBase(tmp_path / "base", dtype=torch.float32), codec)
+
+    def make(generator: ScriptedGenerator) -> ExampleTrainer:
+        return ExampleTrainer(lambda: generator, lambda: base, lambda: codec, recipe=RECIPE)
+
+    pairs = [{"prompt": word, "answer": "yes"} for word in WORDS[:6]]
+    with learning_front(tokenizer, base_spec, tmp_path, make) as front:
+        order = {**ORDER, "examples": pairs}
+        job = (await front.post(GENERATE, order)).json()
+        draft = _unseen_nll(front.store, f"surname@{job['digest']}", codec)
+        states = await World(front, ScriptedTrainer(ScriptedGenerator(base_spec))).events(job["id"])
+        assert states[-1]["learning"]["gained"] is True, states[-1]
+        learnt = _unseen_nll(front.store, "surname", codec)
+    assert learnt < 0.75 * draft
+
+
+@torch.inference_mode()
+def _unseen_nll(store: AdapterStore, selector: str, codec: ChatCodec) -> float:
+    """Nats per answer token, on words that were in no example."""
+    model = tiny_model(initializer_range=_SPREAD)
+    with store.acquire(selector) as lease:
+        for name, plan in lease.plan.modules.items():
+            assert plan.a is not None
+            assert plan.b is not None
+            model.get_submodule(name).weight += plan.b @ plan.a
+    losses = []
+    for word in WORDS[6:]:
+        row = codec.row(Example(word, "yes"))
+        tokens = torch.tensor([[*codec.head, *row.tokens]])
+        labels = tokens.clone()
+        labels[0, : -row.n_answer] = -100
+        losses.append(float(model(tokens, labels=labels).loss))
+    return sum(losses) / len(losses)

@@ -1,0 +1,54 @@
+"""A Trainer that takes steps until the test says what came of them."""
+
+from __future__ import annotations
+
+import threading
+
+from loraplex_generation.errors import NothingLearnt, UnfitExamples
+from loraplex_generation.refinement import Progress, RefinementProgress
+from loraplex_generation.service import GeneratedAdapter, Generator
+from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest
+
+__all__ = ["ScriptedTrainer"]
+
+_STEP_S = 0.005
+
+
+class ScriptedTrainer:
+    """What is learnt is the generator's adapter for "learnt: " and the description.
+
+    An example whose prompt is "unfit" is refused. ``end`` lets training end; until then it takes
+    steps, and a step is when it notices that it is to stop.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self._generator = generator
+        self.end = threading.Event()
+        self.gains = True
+        self.error: Exception | None = None
+        self.deadlines: list[float] = []  # of every training, in the order they began
+        self.began = threading.Semaphore(0)
+
+    def check(self, request: AdapterGenerationRequest) -> None:
+        if any(prompt == "unfit" for prompt, _ in request.examples):
+            raise UnfitExamples("example 1 is unfit")
+
+    def train(
+        self, request: AdapterGenerationRequest, *, deadline: float, report: Progress
+    ) -> GeneratedAdapter:
+        self.deadlines.append(deadline)
+        self.began.release()
+        step = 0
+        report(RefinementProgress("training", step, 24, None))
+        while not self.end.wait(_STEP_S):
+            step += 1
+            report(RefinementProgress("training", step, 24, 2.0 / step))
+        if self.error is not None:
+            raise self.error
+        refused = self._generator.refuses(self._generator.read(request.description))
+        if refused and not (request.force or self.gains):
+            raise NothingLearnt(len(request.examples), 2.0)
+        text = f"learnt: {request.description}" if self.gains else request.description
+        made = self._generator.generate(text, force=True)
+        refinement = {"finished": True, "gained": self.gains, "steps": step}
+        return self._generator.dressed(made.vector, {**made.card, "refinement": refinement})

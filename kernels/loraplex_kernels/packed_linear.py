@@ -161,6 +161,10 @@ class PackedLinear:
             for i in range(len(self.out_features))
         ]
 
+    def matrix(self) -> Tensor:
+        """[n_out, in_features]: all weights stacked; not to be written to."""
+        return self._weight if self._code is None else self.embed(torch.arange(self.n_out))
+
     def part(self, index: int) -> Tensor:
         """Weight ``index`` as it was given, where the packed one lies; not to be written to."""
         first = sum(self.out_features[:index])

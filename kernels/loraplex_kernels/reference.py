@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .exponent_coding import EXPONENT_CODED, decode_rows
 from .layout import NO_PAGE, PAGE_RANK, LoraSegments, LoraTables, LoraTarget
 
-__all__ = ["lora_apply_reference"]
+__all__ = ["LoraGradients", "lora_apply_reference", "lora_gradient_reference"]
 
 
 def lora_apply_reference(
@@ -35,6 +37,77 @@ def lora_apply_reference(
         rows = segments.indices[pairs].long()
         weights = None if segments.weights is None else segments.weights[pairs].to(compute)
         _apply_segment(x, storage, target, tables, slot, rows, weights, out, compute)
+
+
+class LoraGradients(NamedTuple):
+    x: Tensor  # [n_rows, in_features]
+    out: Tensor  # [n_rows, Σ out_features], with respect to what the deltas were added to
+    a: dict[tuple[int, int], Tensor]  # (slot, slice) → [rank, in_features]
+    b: dict[tuple[int, int], Tensor]  # (slot, slice) → [rank, out_features of the slice], of Bᵀ
+
+
+def lora_gradient_reference(
+    x: Tensor,
+    storage: Tensor,
+    target: LoraTarget,
+    tables: LoraTables,
+    segments: LoraSegments,
+    grad: Tensor,
+) -> LoraGradients:
+    """What ``lora_apply_reference`` passes back of ``grad`` [n_rows, Σ out_features].
+
+    With g the part of a segment's rows and slice behind scale and weight, u = x Aᵀ:
+
+        dx += (g B) A      dA += (g B)ᵀ x      dBᵀ += uᵀ g
+
+    Segments are taken last first, as a row's later ones scale what earlier ones added.
+    """
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    grad = grad.to(compute, copy=True)
+    found = LoraGradients(torch.zeros_like(x, dtype=compute), grad, {}, {})
+    indptr = segments.indptr.tolist()
+    slots = segments.slots.tolist()
+    for index in reversed(range(len(slots))):
+        if slots[index] < 0 or indptr[index] == indptr[index + 1]:
+            continue
+        pairs = slice(indptr[index], indptr[index + 1])
+        rows = segments.indices[pairs].long()
+        weights = None if segments.weights is None else segments.weights[pairs].to(compute)
+        _add_gradients(x, storage, target, tables, slots[index], rows, weights, found)
+    return found
+
+
+def _add_gradients(
+    x: Tensor,
+    storage: Tensor,
+    target: LoraTarget,
+    tables: LoraTables,
+    slot: int,
+    rows: Tensor,
+    weights: Tensor | None,
+    found: LoraGradients,
+) -> None:
+    compute = found.x.dtype
+    x_rows = x[rows].to(compute)
+    first = 0
+    for i, width in enumerate(target.out_features):
+        columns = slice(first, first + width)
+        first += width
+        scale = int(tables.scale[slot, i])
+        if scale != NO_PAGE:
+            found.out[rows, columns] *= storage[scale : scale + width].to(compute)
+        rank = int(tables.ranks[slot, i])
+        if rank == 0:
+            continue
+        a = _read_factor(storage, tables.a_pages[slot, i], rank, target.in_features).to(compute)
+        b = _read_factor(storage, tables.b_pages[slot, i], rank, width).to(compute)
+        g = found.out[rows, columns]
+        if weights is not None:
+            g = g * weights[:, None]
+        du = g @ b.T
+        found.x[rows] += du @ a
+        for gradients, value in ((found.a, du.T @ x_rows), (found.b, (x_rows @ a.T).T @ g)):
+            gradients[slot, i] = gradients.get((slot, i), 0) + value
 
 
 def _apply_segment(

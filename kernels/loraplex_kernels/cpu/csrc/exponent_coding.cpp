@@ -62,6 +62,44 @@ int64_t encode_panel(const uint16_t* values, int64_t n_words, uint8_t* panel) {
     return n_bytes;
 }
 
+// A coded panel: the values of its 32 outputs, a row of 2 · n_words each, to `rows`. A third of the
+// time of reading its outputs one by one.
+void decode_panel(const char* panel, int64_t n_words, uint16_t* rows) {
+    PanelBlock block(panel, n_words);
+    for (int64_t first = 0; first < n_words; first += kBlockWords) {
+        if (first > 0) block.next();
+        for (int64_t w = 0; w < kBlockWords; w += kTileRows) {
+            uint16_t* row = rows + 2 * (first + w);  // two words, of one output after the other
+            if (block.is_plain()) {
+                const uint16_t* values =
+                    reinterpret_cast<const uint16_t*>(block.words) + w * kTileColumns;
+                for (int o = 0; o < kPanelOutputs; ++o, row += 2 * n_words)
+                    for (int k = 0; k < 2; ++k) {
+                        row[k] = values[2 * o + k];
+                        row[2 + k] = values[kTileColumns + 2 * o + k];
+                    }
+                continue;
+            }
+            const uint8_t* tile = block.words + w / kTileRows * kTileBytes;
+            for (int o = 0; o < kPanelOutputs; ++o, row += 2 * n_words)
+                for (int k = 0; k < 2; ++k) {
+                    const int i = index_byte(2 * o + k), lower = kTileColumns + (i ^ 1);
+                    const uint8_t* codebook = block.codebook;
+                    row[k] = static_cast<uint16_t>(codebook[tile[i] & 15] << 8 | tile[lower]);
+                    row[2 + k] = static_cast<uint16_t>(codebook[tile[i] >> 4] << 8 |
+                                                       tile[kTileColumns + lower]);
+                }
+        }
+    }
+}
+
+bool is_whole_panel(const int64_t* ids, int64_t n_ids) {
+    if (n_ids < kPanelOutputs || ids[0] % kPanelOutputs != 0) return false;
+    for (int64_t i = 1; i < kPanelOutputs; ++i)
+        if (ids[i] != ids[0] + i) return false;
+    return true;
+}
+
 }  // namespace
 }  // namespace loraplex
 
@@ -116,8 +154,16 @@ LORAPLEX_API void loraplex_decode_outputs(const void* panels, int64_t n_words, c
     using namespace loraplex;
     const int64_t* const starts = static_cast<const int64_t*>(panels);
     for (int64_t i = 0; i < n_ids; ++i, rows += 2 * n_words) {
+        const char* const panel =
+            static_cast<const char*>(panels) + starts[ids[i] / kPanelOutputs];
+        if (is_whole_panel(ids + i, n_ids - i)) {
+            decode_panel(panel, n_words, rows);
+            i += kPanelOutputs - 1;
+            rows += (kPanelOutputs - 1) * 2 * n_words;
+            continue;
+        }
         const int column = static_cast<int>(ids[i] % kPanelOutputs * 2);
-        PanelBlock block(static_cast<const char*>(panels) + starts[ids[i] / kPanelOutputs], n_words);
+        PanelBlock block(panel, n_words);
         for (int64_t w = 0; w < n_words; ++w) {
             if (w > 0 && w % kBlockWords == 0) block.next();
             rows[2 * w] = block.value(w % kBlockWords, column);

@@ -26,12 +26,13 @@ class Composite:
     def of_mixture(mixture: Mixture, base: BaseSpec) -> Composite:
         """``build`` raises InvalidSelector for parts that no sum of low-rank factors can mix."""
         weights = [part.weight for part in mixture.parts]
+        names = [part.ref.name for part in mixture.parts]
 
         def identify(digests: Sequence[str]) -> str:
             return mixture_digest(list(zip(digests, weights, strict=True)))
 
         def build(plans: Sequence[AdapterPlan], digest: str) -> AdapterPlan:
-            return mix_plans(list(zip(plans, weights, strict=True)), base, digest)
+            return mix_plans(list(zip(plans, weights, strict=True)), base, digest, names=names)
 
         return Composite(str(mixture), tuple(part.ref for part in mixture.parts), identify, build)
 
@@ -41,11 +42,12 @@ class Composite:
         if gate_of is None:
             raise InvalidSelector("this store has no gates for libraries (arrow)")
         k, temperature, gate = library.top_k, library.temperature, gate_of
+        names = [ref.name for ref in library.refs]
 
         def identify(digests: Sequence[str]) -> str:
             return library_digest(digests, k, temperature)
 
         def build(plans: Sequence[AdapterPlan], digest: str) -> AdapterPlan:
-            return library_plan(plans, digest, k, temperature, gate)
+            return library_plan(plans, digest, k, temperature, gate, names=names)
 
         return Composite(str(library), tuple(library.refs), identify, build)

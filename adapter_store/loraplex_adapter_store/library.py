@@ -29,16 +29,25 @@ def library_digest(digests: Sequence[str], top_k: int, temperature: float) -> st
 
 
 def library_plan(
-    plans: Sequence[AdapterPlan], digest: str, top_k: int, temperature: float, gate_of: GateOf
+    plans: Sequence[AdapterPlan],
+    digest: str,
+    top_k: int,
+    temperature: float,
+    gate_of: GateOf,
+    *,
+    names: Sequence[str] = (),
 ) -> AdapterPlan:
     """Raises InvalidSelector if a member is more than low-rank factors.
+
+    ``names``: of the members, for errors.
 
     Members may target different modules: one that does not touch a projection attracts no token
     there, and adds nothing where it is chosen all the same.
     """
+    names = names or [plan.digest[:12] for plan in plans]
+    for plan, name in zip(plans, names, strict=True):
+        _check_plain(plan, name)
     members = sorted(plans, key=lambda plan: plan.digest)
-    for plan in members:
-        _check_plain(plan)
     experts = {}
     for name in sorted({name for plan in members for name in plan.modules}):
         modules = [plan.modules.get(name) for plan in members]
@@ -64,7 +73,7 @@ def library_plan(
     )
 
 
-def _check_plain(plan: AdapterPlan) -> None:
+def _check_plain(plan: AdapterPlan, name: str) -> None:
     reason = ""
     beyond = (plan.experts, plan.replaced_weights, plan.norms, plan.stacked)
     if plan.head is not None:
@@ -73,13 +82,13 @@ def _check_plain(plan: AdapterPlan) -> None:
         reason = "it is more than low-rank factors"
     elif plan.embedding_rows or plan.head_rows:
         reason = "it replaces rows of embeddings"
-    for name, module in plan.modules.items():
+    for path, module in plan.modules.items():
         beside = [f.name for f in fields(module) if f.name not in ("a", "b")]
         if module.a is None or any(getattr(module, part) is not None for part in beside):
-            reason = f"{name} is more than low-rank factors"
+            reason = f"{path} is more than low-rank factors"
     if reason:
         raise InvalidSelector(
-            f"adapter {plan.digest[:12]} ({plan.family.value}) cannot stand in a library: {reason}"
+            f"adapter {name!r} ({plan.family.value}) cannot stand in a library: {reason}"
         )
 
 

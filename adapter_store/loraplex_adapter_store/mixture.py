@@ -36,11 +36,16 @@ def mixture_digest(parts: Sequence[tuple[str, float]]) -> str:
 
 
 def mix_plans(
-    parts: Sequence[tuple[AdapterPlan, float]], base: BaseSpec, digest: str
+    parts: Sequence[tuple[AdapterPlan, float]],
+    base: BaseSpec,
+    digest: str,
+    *,
+    names: Sequence[str] = (),
 ) -> AdapterPlan:
-    """Raises InvalidSelector if a part is not additive."""
-    for plan, _ in parts:
-        _check_additive(plan)
+    """Raises InvalidSelector if a part is not additive. ``names``: of the parts, for errors."""
+    names = names or [plan.digest[:12] for plan, _ in parts]
+    for (plan, _), name in zip(parts, names, strict=True):
+        _check_additive(plan, name)
     names = dict.fromkeys(name for plan, _ in parts for name in plan.modules)
     modules = {
         name: _mix_module([(plan.modules[name], w) for plan, w in parts if name in plan.modules])
@@ -70,15 +75,15 @@ def mix_plans(
     return build(sum(tensor.nbytes for tensor in build(0).tensors()))
 
 
-def _check_additive(plan: AdapterPlan) -> None:
+def _check_additive(plan: AdapterPlan, name: str) -> None:
     others = list(_set_fields(plan, _ADDITIVE))
-    for name, module in plan.modules.items():
-        others += [f"{part} of {name}" for part in _set_fields(module, _ADDITIVE_IN_MODULES)]
+    for path, module in plan.modules.items():
+        others += [f"{part} of {path}" for part in _set_fields(module, _ADDITIVE_IN_MODULES)]
     if others:
         more = f" and {len(others) - 1} more parts" if len(others) > 1 else ""
         raise InvalidSelector(
-            f"adapter {plan.digest[:12]} ({plan.family.value}) cannot be mixed: {others[0]}{more} "
-            "cannot be added up"
+            f"adapter {name!r} ({plan.family.value}) cannot be mixed: its {others[0]}{more} "
+            "cannot be added up; ask for it alone"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import urllib.request
 from collections.abc import Callable
 from importlib.metadata import version
@@ -33,7 +34,7 @@ def ask(url: str) -> Callable[[str, str], str]:
             json.dumps(body).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request) as response:
+        with urllib.request.urlopen(request, timeout=600) as response:
             content = json.load(response)["choices"][0]["message"]["content"]
         assert isinstance(content, str)
         assert content
@@ -47,13 +48,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if _URL else ():  # these hooks see all tests of a run
         assert isinstance(item, pytest.Function)
         client = item.module.CLIENT
-        item.user_properties.append(("client", f"{client} {version(client)}"))
+        item.user_properties.append(("client", _with_version(client)))
         item.user_properties.append(("tried", item.function.__doc__))
+        _write(item.nodeid, item.user_properties, "not run")  # until it has ended
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if not _URL or (report.when != "call" and report.outcome == "passed"):
-        return
-    result = {**dict(report.user_properties), "outcome": report.outcome}
+    if _URL and (report.when == "call" or report.outcome != "passed"):
+        _write(report.nodeid, report.user_properties, report.outcome)
+
+
+def _with_version(client: str) -> str:
+    """``client`` is a distribution, or the name and version of what is not installed."""
+    return client if " " in client else f"{client} {version(client)}"
+
+
+def _write(test: str, properties: list[tuple[str, object]], outcome: str) -> None:
+    result = {"test": f"{sys.prefix} {test}", **dict(properties), "outcome": outcome}
     with Path(os.environ["LORAPLEX_CLIENTS_RESULTS"]).open("a") as results:
         results.write(json.dumps(result) + "\n")

@@ -19,6 +19,8 @@ def _complete(url: str, model: str, text: str, **options: Any) -> Any:
         api_base=f"{url}/v1",
         api_key="none",
         messages=[{"role": "user", "content": text}],
+        timeout=600,
+        max_retries=0,
         temperature=0,
         max_tokens=40,
         **options,

@@ -10,6 +10,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
+from pydantic import BaseModel
 
 from tests.clients.trip import PLAN, WEATHER, Trip
 
@@ -23,6 +24,8 @@ def _llm(url: str, model: str) -> OpenAILike:
         api_key="none",
         is_chat_model=True,
         is_function_calling_model=True,
+        timeout=600,
+        max_retries=0,
         temperature=0,
         max_tokens=40,
     )
@@ -41,14 +44,18 @@ def test_structured(url: str) -> None:
     assert isinstance(answer, Trip)
 
 
-def get_weather(city: Literal["Oslo", "Rome"]) -> str:
+class Place(BaseModel):
+    city: Literal["Oslo", "Rome"]
+
+
+def get_weather(city: str) -> str:
     """Weather of a city"""
     return f"rain in {city}"
 
 
 def test_tools(url: str) -> None:
     """`predict_and_call` with a tool"""
-    tool = FunctionTool.from_defaults(get_weather)
+    tool = FunctionTool.from_defaults(get_weather, fn_schema=Place)
     answer = _llm(url, "tool-calls").predict_and_call([tool], user_msg=WEATHER, tool_required=True)
     assert answer.response == "rain in Oslo"
 
@@ -56,7 +63,7 @@ def test_tools(url: str) -> None:
 def test_embeddings(url: str) -> None:
     """`OpenAILikeEmbedding`"""
     embedding = OpenAILikeEmbedding(
-        model_name="all-minilm-l6-v2", api_base=f"{url}/v1", api_key="none"
+        model_name="all-minilm-l6-v2", api_base=f"{url}/v1", api_key="none", timeout=600
     )
     near, far = embedding.get_text_embedding_batch(["a small cat", "the stock market fell"])
     query = embedding.get_query_embedding("a kitten")

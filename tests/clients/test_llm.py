@@ -33,7 +33,12 @@ def run(url: str, tmp_path: Path) -> Callable[..., str]:
         command = [sys.executable, "-m", "llm", *arguments]
         environment = {**os.environ, "LLM_USER_PATH": str(tmp_path)}
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+            command,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

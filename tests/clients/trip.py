@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = ["PLAN", "WEATHER", "Trip"]
 
@@ -14,6 +14,10 @@ WEATHER = "What is the weather like in Oslo?"
 
 class Trip(BaseModel):
     """A trip"""
+
+    model_config = ConfigDict(
+        extra="forbid"
+    )  # else a schema allows more, and a small base writes it
 
     city: Literal["Oslo", "Rome", "Lima"]
     days: int = Field(ge=1, le=9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.api.app import build_app
 from loraplex_server.engine.build import build_engine
@@ -146,8 +147,14 @@ def _train(
 
 @asynccontextmanager
 async def serving(
-    base: Path, state: Path, *, encoder: EncoderModel | None = None, **engine: Any
+    base: Path,
+    state: Path,
+    *,
+    encoder: EncoderModel | None = None,
+    with_store: Callable[[AdapterStore], Mapping[str, Any]] = lambda store: {},
+    **engine: Any,
 ) -> AsyncIterator[Server]:
+    """``with_store`` makes parts of ``build_app`` that need the store."""
     defaults = {"kv_memory_bytes": 4 << 20, "adapter_memory_bytes": 8 << 20}
     config = ServerConfig(
         http=HttpConfig(served_model_names=("base",)),
@@ -167,6 +174,7 @@ async def serving(
                 device=built.engine,
                 encoder=encoder,
                 pooling=pooling_of_base(base),
+                **with_store(store),
             )
             transport = httpx.ASGITransport(app)
             async with httpx.AsyncClient(

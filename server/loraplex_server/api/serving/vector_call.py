@@ -15,7 +15,7 @@ from starlette.responses import Response
 from torch import Tensor
 
 from loraplex_adapter_store.plan import Activation, HeadPlan, HeadTask
-from loraplex_adapter_store.selector import Auto
+from loraplex_adapter_store.selector import Auto, Description
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.vectors import InputBody, VectorBody
@@ -92,10 +92,9 @@ class VectorCall(ABC):
         asked = state.resolver.parse(
             model=body.model, adapter=body.adapter, adapter_id=body.adapter_id
         )
-        if self.needs_head and isinstance(asked.selector, Auto):
-            raise invalid(
-                "'auto' chooses among adapters that write text; name a classifier", asked.param
-            )
+        if self.needs_head and isinstance(asked.selector, Auto | Description):
+            finds = "'auto' chooses" if isinstance(asked.selector, Auto) else "a description makes"
+            raise invalid(f"{finds} adapters that write text; name a classifier", asked.param)
         resolved = await state.resolver.resolve(asked, self.routing_text, self.info.access)
         self.info.adapter = resolved.header
         return AdapterVectors(

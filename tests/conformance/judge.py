@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tests.conformance.load import Answer, Question
 from tests.conformance.oracle import logprobs_along
 
-__all__ = ["difference", "explain"]
+__all__ = ["bound_of", "difference", "explain"]
 
 _TOLERANCE = 1e-4
 _LIMIT = 1e-3
@@ -76,10 +76,14 @@ def explain(
     if off <= _TOLERANCE:
         return None
     moved = _movement(model, questions, answers, expected)
-    bound = min(max(_TOLERANCE, 2 * moved), _LIMIT)
-    if off <= bound:
+    if off <= bound_of(moved):
         return None
     return f"off by {off:.2e} in log-probability; rounding explains {moved:.1e}"
+
+
+def bound_of(moved: float) -> float:
+    """What an answer may be off by, where the oracle moves by ``moved`` itself."""
+    return min(max(_TOLERANCE, 2 * moved), _LIMIT)
 
 
 def _movement(

@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,7 @@ class Question:
     prompt: tuple[int, ...]
     adapter: object = None  # as a request names it; None: the base
     echo: bool = False  # the prompt's log-probabilities too
+    task: str | None = None  # of a classifier, which is asked for logits
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Answer:
     logprobs: tuple[float, ...] = ()  # of each token
     top: tuple[tuple[float, ...], ...] = ()  # the highest at each token, falling
     prompt_logprobs: tuple[float, ...] = ()  # of each token of the prompt but the first
+    logits: list[object] = field(default_factory=list)  # of a classifier: [n_labels], by token
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ async def ask_all(client: httpx.AsyncClient, questions: Sequence[Question]) -> l
     answers: dict[int, Answer] = {}
 
     async def ask(index: int) -> None:
-        answers[index] = await _ask(client, questions[index])
+        question = questions[index]
+        answers[index] = await (_ask if question.task is None else _ask_head)(client, question)
 
     order = list(range(len(questions)))
     random.Random(7).shuffle(order)
@@ -128,3 +131,18 @@ async def _ask(client: httpx.AsyncClient, question: Question) -> Answer:
         ),
         prompt_logprobs=tuple(shown["token_logprobs"][1:n_before]),
     )
+
+
+async def _ask_head(client: httpx.AsyncClient, question: Question) -> Answer:
+    path, name = {"SEQ_CLS": ("/classify", "probs"), "TOKEN_CLS": ("/pooling", "data")}[
+        str(question.task)
+    ]
+    body = {
+        "input": list(question.prompt),
+        "adapter": question.adapter,
+        "use_activation": False,
+    }
+    answer = await client.post(path, json=body, timeout=_TIMEOUT_S)
+    if answer.status_code != 200:
+        return Answer(answer.status_code, answer.text)
+    return Answer(200, logits=answer.json()["data"][0][name])

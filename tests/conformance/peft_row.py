@@ -33,6 +33,7 @@ class PeftRow:
     start: Callable[[nn.Module, peft.PeftConfig], None] | None = None  # on the base, before PEFT
     keeps_start: bool = False  # saved as PEFT converts it with the factors it started from
     rewrites_base: bool = False  # PEFT changes the weights of the modules it adapts
+    task: str | None = None  # of a classifier: SEQ_CLS or TOKEN_CLS
     task_id: int | None = None  # of a method whose model is asked with one
     executor: bool = False  # with the references and unfused too: one row for each way to serve
     refused: str | None = None  # pattern of the reason, where it is not served

@@ -24,6 +24,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from tests.conformance.expert_rows import EXPERT_ROWS
+from tests.conformance.head_rows import HEAD_ROWS
+from tests.conformance.heads import explain_head, with_head
 from tests.conformance.judge import explain
 from tests.conformance.load import Answer, Put, Question, ask_all, put_all
 from tests.conformance.lora_rows import LORA_ROWS
@@ -59,6 +61,7 @@ _TABLE: tuple[Row, ...] = (
     *OWN_ROWS,
     *EXPERT_ROWS,
     *MIXTURE_ROWS,
+    *HEAD_ROWS,
 )
 _ROWS = {row.id: row for row in _TABLE}
 
@@ -121,7 +124,8 @@ def _make(row: Row, oracles: _Oracles, path: Path) -> nn.Module:
     """Saves the row's adapter to ``path`` and returns the model that answers as it should."""
     if isinstance(row, PeftRow):
         own = LAYERS if row.rewrites_base else ()
-        return make_peft(row, sharing_copy(oracles.base, own=own), path)
+        model = sharing_copy(oracles.base, own=own)
+        return make_peft(row, model if row.task is None else with_head(model, row.task), path)
     if isinstance(row, MixtureRow):
         return _mixed(row, oracles)
     adapter = row.build(oracles.base, Random(row.id))
@@ -211,6 +215,9 @@ def _questions(row: Row, puts: dict[str, Put]) -> list[Question]:
         parts = [{"name": name, "weight": weight} for name, weight in row.parts]
         return [Question(_PROMPTS[0], parts, echo=True), Question(_PROMPTS[1], parts)]
     pinned = f"{row.id}@{puts[row.id].digest[:16]}"
+    if isinstance(row, PeftRow) and row.task is not None:
+        names = (row.id, pinned)
+        return [Question(p, n, task=row.task) for p, n in zip(_PROMPTS, names, strict=True)]
     return [Question(_PROMPTS[0], row.id, echo=True), Question(_PROMPTS[1], pinned)]
 
 
@@ -232,7 +239,8 @@ def test_an_adapter_answers_as_the_model_it_was_trained_in(
     assert put is None or put.status == 201, put.message
     model, questions, answers = oracles.models[row], load.questions[row], load.answers[row]
     base = oracles.base if mode == "native" else None  # that it matters is shown once
-    assert (problem := explain(model, base, questions, answers)) is None, problem
+    judge = explain if questions[0].task is None else explain_head
+    assert (problem := judge(model, base, questions, answers)) is None, problem
 
 
 @pytest.mark.parametrize("mode", _MODES)

@@ -11,13 +11,14 @@ import pytest
 
 from tests.conformance.base_rows import BASE_ROWS
 from tests.conformance.expert_rows import EXPERT_ROWS
+from tests.conformance.head_rows import HEAD_ROWS
 from tests.conformance.lora_rows import LORA_ROWS
 from tests.conformance.mixture_rows import MIXTURE_ROWS
 from tests.conformance.own_rows import OWN_ROWS
 from tests.conformance.peft_rows import PEFT_ROWS
 
 _DOCS = Path(__file__).parents[2] / "docs"
-_ADAPTER_ROWS = (*LORA_ROWS, *PEFT_ROWS, *OWN_ROWS, *EXPERT_ROWS, *MIXTURE_ROWS)
+_ADAPTER_ROWS = (*LORA_ROWS, *PEFT_ROWS, *OWN_ROWS, *EXPERT_ROWS, *MIXTURE_ROWS, *HEAD_ROWS)
 _TABLES = {
     "families.md": {row.id: row for row in _ADAPTER_ROWS},
     "bases.md": {row.id: row for row in BASE_ROWS},

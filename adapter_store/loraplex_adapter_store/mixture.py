@@ -46,10 +46,10 @@ def mix_plans(
     names = names or [plan.digest[:12] for plan, _ in parts]
     for (plan, _), name in zip(parts, names, strict=True):
         _check_additive(plan, name)
-    names = dict.fromkeys(name for plan, _ in parts for name in plan.modules)
+    paths = dict.fromkeys(path for plan, _ in parts for path in plan.modules)
     modules = {
-        name: _mix_module([(plan.modules[name], w) for plan, w in parts if name in plan.modules])
-        for name in names
+        path: _mix_module([(plan.modules[path], w) for plan, w in parts if path in plan.modules])
+        for path in paths
     }
     embedding = _mix_rows([(p.embedding_rows, w) for p, w in parts], base, base.input_embedding)
     head = _mix_rows([(p.head_rows, w) for p, w in parts], base, base.output_head)

@@ -16,6 +16,7 @@ from loraplex_adapter_store.families.contract import Fold
 from .base_spec import BaseSpec
 from .errors import AdapterMismatch, LimitExceeded, MalformedFile
 from .limits import StoreLimits
+from .operators.table import operator_name
 from .plan import ExpertPlan, ModulePlan, PrefixPlan, SharedBasis
 
 __all__ = ["check_fold"]
@@ -83,7 +84,7 @@ def _check_module(name: str, plan: ModulePlan, base: BaseSpec, limits: StoreLimi
             _check_tensor(f"{name}: shared {part}", tensor, shape)
     for operator in plan.operators:
         for tensor in operator.tensors():
-            _check_tensor(f"{name}: {type(operator).__name__}", tensor, tuple(tensor.shape))
+            _check_tensor(f"{name}: {operator_name(operator)}", tensor, tuple(tensor.shape))
     _check_widths(name, plan, n_in, n_out)
 
 

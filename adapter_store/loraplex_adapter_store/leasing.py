@@ -51,9 +51,7 @@ class Leasing:
             return self._acquire_composite(Composite.of_mixture(selector, self._base))
         if isinstance(selector, Library):
             return self._acquire_composite(Composite.of_library(selector, self._gate_of))
-        raise InvalidSelector(
-            f"{type(selector).__name__} must be resolved to a name before it is used"
-        )
+        raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
 
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
         """None where a load is needed, or nothing is meant. Never waits."""

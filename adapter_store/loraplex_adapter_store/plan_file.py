@@ -90,7 +90,7 @@ def read_plan(path: Path, sha256: str) -> AdapterPlan:
             n_read = file.readinto(buffer.numpy().data)
     except OSError as error:
         raise StoredAdapterDamaged(
-            f"cannot read {path.name}: {error.strerror or type(error).__name__}"
+            f"cannot read {path.name}: {error.strerror or 'it gives no reason'}"
         ) from error
     if n_read != n_bytes or hashlib.sha256(buffer.numpy().data).hexdigest() != sha256:
         raise StoredAdapterDamaged(

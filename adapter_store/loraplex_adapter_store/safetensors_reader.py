@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .errors import LimitExceeded, MalformedFile, PickleRefused
+from .json_kind import json_kind
 from .limits import StoreLimits
 
 __all__ = ["SafetensorsFile", "TensorEntry", "is_pickle_name", "parse_json", "parse_json_object"]
@@ -148,7 +149,7 @@ def parse_json_object(data: bytes, what: str, max_bytes: int) -> dict[str, objec
     """As ``parse_json``; anything but an object is malformed, too."""
     value = parse_json(data, what, max_bytes)
     if not isinstance(value, dict):
-        raise MalformedFile(f"{what} is a JSON {type(value).__name__}, an object is needed")
+        raise MalformedFile(f"{what} is {json_kind(value)}, an object is needed")
     return value
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from .errors import InvalidSelector
+from .json_kind import json_kind
 from .names import check_name
 
 __all__ = [
@@ -119,12 +120,12 @@ def parse_selector(value: object) -> Selector:
         raise InvalidSelector(f"adapter object needs 'name' or 'description'; forms: {_FORMS}")
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return _mixture(value)
-    raise InvalidSelector(f"adapter is {type(value).__name__}; forms: {_FORMS}")
+    raise InvalidSelector(f"adapter is {json_kind(value)}; forms: {_FORMS}")
 
 
 def _name(name: object, digest: object = None) -> NameRef:
     if not isinstance(name, str):
-        raise InvalidSelector(f"adapter name must be a string, not {type(name).__name__}")
+        raise InvalidSelector(f"adapter name must be a string, not {json_kind(name)}")
     if "@" in name:
         if digest is not None:
             raise InvalidSelector(f"adapter {name!r} gives its digest twice")

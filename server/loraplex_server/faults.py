@@ -120,15 +120,15 @@ def part_of(error: BaseException) -> str:
 
 
 def kind_of_fault(error: BaseException) -> str:
-    """For people, in a few words; never the message itself."""
+    """For people, in a few words; never the message itself, nor a class: those are for the log."""
     if isinstance(error, sqlite3.Error):
-        name = getattr(error, "sqlite_errorname", None) or type(error).__name__
-        return _SQLITE.get(name.removeprefix("SQLITE_").partition("_")[0], name)
+        name = getattr(error, "sqlite_errorname", None) or ""
+        return _SQLITE.get(name.removeprefix("SQLITE_").partition("_")[0], "a database error")
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     if _is_out_of_memory(error):
         return "out of memory"
-    return type(error).__name__
+    return "an unexpected error"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -221,17 +222,39 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def world(
-    engine_and_faults: tuple[Engine, Faults],
+def open_world(
     tokenizer: PreTrainedTokenizerFast,
     base_spec: BaseSpec,
     encoder: SharedEncoder,
     samples: dict[str, Path],
     tmp_path: Path,
+) -> Callable[[Engine, Faults], AbstractContextManager[World]]:
+    """The HTTP side of an engine."""
+    return partial(_open_world, tokenizer, base_spec, encoder, samples, tmp_path)
+
+
+@pytest.fixture
+def world(
+    engine_and_faults: tuple[Engine, Faults],
+    open_world: Callable[[Engine, Faults], AbstractContextManager[World]],
 ) -> Iterator[World]:
     engine, faults = engine_and_faults
     for part in list(faults.counts):
         faults.worked(part)
+    with open_world(engine, faults) as world:
+        yield world
+
+
+@contextmanager
+def _open_world(
+    tokenizer: PreTrainedTokenizerFast,
+    base_spec: BaseSpec,
+    encoder: SharedEncoder,
+    samples: dict[str, Path],
+    tmp_path: Path,
+    engine: Engine,
+    faults: Faults,
+) -> Iterator[World]:
     store = AdapterStore(
         tmp_path / "store",
         base_spec,

@@ -18,7 +18,8 @@ __all__ = ["Judge"]
 _MAY_BE_BUSY = ("queue_full", "adapter_memory_full", "too_many_connections")
 _PATH = re.compile(r"(?<![\w:/.\-%])/(?:root|home|tmp|usr|opt|var|etc|work|proc|dev|mnt)/[^\s\"']*")
 _INSIDE = re.compile(
-    r"Traceback|site-packages|<class '|object at 0x|\b[A-Z]\w*(?:Error|Exception)\b"
+    r"Traceback|site-packages|<class '|object at 0x|NoneType|instance of"
+    r"|\b[A-Z]\w*(?:Error|Exception)\b"
 )
 _TYPES = ("InvalidUserInput", "NotFoundError")  # vLLM's words for a kind of error
 

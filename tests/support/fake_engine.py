@@ -54,6 +54,7 @@ class FakeEngine:
     cancelled: list[str] = field(default_factory=list)
     current: EngineStats = field(default_factory=EngineStats)
     draining: bool = False
+    queued: dict[str, int] = field(default_factory=dict)  # by tenant
     _running: dict[str, _Run] = field(default_factory=dict)
     _arrived: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -87,6 +88,9 @@ class FakeEngine:
 
     def stats(self) -> EngineStats:
         return replace(self.current, n_running=len(self._running))
+
+    def n_queued(self, tenant: str) -> int:
+        return self.queued.get(tenant, 0)
 
     async def drain(self, timeout_s: float) -> bool:
         self.draining = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from .contract import Operator
@@ -16,10 +17,15 @@ from .deltas import (
 )
 from .rotations import BlockRotation, ButterflyRotation, PairRotation
 
-__all__ = ["OPERATORS"]
+__all__ = ["OPERATORS", "operator_name"]
 
 _ALL: tuple[type[Operator], ...] = (
     *(Circulant, DenseDelta, FourierDelta, Kronecker, MaskedWeight, SparseDelta, SumDelta),
     *(BlockRotation, ButterflyRotation, PairRotation),
 )
 OPERATORS: Mapping[str, type[Operator]] = {cls.__name__: cls for cls in _ALL}
+
+
+def operator_name(operator: Operator) -> str:
+    """For people: ``BlockRotation`` is a "block rotation"."""
+    return re.sub(r"(?<!^)(?=[A-Z])", " ", type(operator).__name__).lower()

@@ -14,4 +14,4 @@ def told(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror  # the rest names the file
     lines = str(error).splitlines()
-    return _PATH.sub("…", lines[0])[:_MAX_CHARS] if lines else type(error).__name__
+    return _PATH.sub("…", lines[0])[:_MAX_CHARS] if lines else "it gives no reason"

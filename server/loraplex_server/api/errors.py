@@ -219,7 +219,7 @@ def from_fault(error: Exception, request_id: str) -> ApiError:
         case _:
             return ApiError(
                 500,
-                f"internal error ({kind}); try again, and report it if it stays: {log}",
+                f"internal error; try again, and report it if it stays: {log}",
                 code="internal_error",
             )
 

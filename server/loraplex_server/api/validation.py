@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import reprlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from .errors import ApiError, invalid
+from .protocol.shown_value import shown
 
 __all__ = ["UnknownFields", "problem_of", "read_body"]
 
@@ -20,10 +21,7 @@ _log = logging.getLogger(__name__)
 _MAX_WARNED = 1000  # distinct unknown field names; clients choose them, so they are bounded
 _MAX_NAME = 64
 _KINDS = frozenset({"str", "int", "list", "dict", "float", "bool"})  # members of unions
-_SHORT = reprlib.Repr()  # inputs may be megabytes
-_SHORT.maxstring = _SHORT.maxother = 60
-_SHORT.maxlist = _SHORT.maxdict = 4
-_SHORT.maxlevel = 2
+_AN_OBJECT = frozenset({"model_type", "model_attributes_type", "dict_type"})
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
@@ -65,10 +63,19 @@ def problem_of(problems: Sequence[Mapping[str, Any]]) -> ApiError:  # as pydanti
     if problem["type"] == "missing":
         return invalid(f"{param!r} is required", param, "missing_required_parameter")
     at = len(problem["loc"]) - len(location) + 1
-    same = [str(p["msg"]) for p in problems if p["loc"][:at] == problem["loc"][:at]]
+    same = [_message(p) for p in problems if p["loc"][:at] == problem["loc"][:at]]
     told = [message.removeprefix("Value error, ") for message in same[:4]]
     expected = "; or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in told))
-    return invalid(f"invalid {param!r}: {expected}, not {_SHORT.repr(problem['input'])}", param)
+    return invalid(f"invalid {param!r}: {expected}, not {shown(problem['input'])}", param)
+
+
+def _message(problem: Mapping[str, Any]) -> str:
+    """Pydantic's, but in JSON's words where it has Python's."""
+    if problem["type"] in _AN_OBJECT:
+        return "input should be an object"
+    if problem["type"] == "literal_error":
+        return re.sub(r"\b(?:True|False)\b", lambda found: found[0].lower(), problem["msg"])
+    return str(problem["msg"])
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -79,6 +86,12 @@ def _path(location: tuple[int | str, ...]) -> str:
             path += f"[{part}]"
         elif not path:
             path = part[:_MAX_NAME]
-        elif part.isidentifier() and part not in _KINDS and len(part) <= _MAX_NAME:
+        elif _is_field(part):
             path += f".{part}"
     return path
+
+
+def _is_field(part: str) -> bool:
+    """Members of unions are parts of a location, too, by the names of their classes."""
+    is_class = part in _KINDS or part[:1].isupper()
+    return part.isidentifier() and not is_class and len(part) <= _MAX_NAME

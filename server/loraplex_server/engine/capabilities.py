@@ -27,6 +27,7 @@ from loraplex_adapter_store.operators.rotations import (
     ButterflyRotation,
     PairRotation,
 )
+from loraplex_adapter_store.operators.table import operator_name
 from loraplex_adapter_store.plan import (
     AdapterPlan,
     ExpertPlan,
@@ -184,7 +185,7 @@ class EngineCapabilities:
             inner = operator.parts if isinstance(operator, SumDelta) else (operator,)
             for one in inner:
                 if one is not None and type(one) not in APPLIED_OPERATORS:
-                    yield f"{name}.{part}: {type(one).__name__}"
+                    yield f"{name}.{part}: {operator_name(one)}"
 
     def _expert_problems(self, place: str, plan: ExpertPlan, whole: AdapterPlan) -> Iterator[str]:
         if place not in self.routable:

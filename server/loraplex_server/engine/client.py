@@ -126,6 +126,9 @@ class EngineClient(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def n_queued(self, tenant: str) -> int:
+        """Requests of a tenant that wait for their first row; what ``submit`` limits."""
+
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
 

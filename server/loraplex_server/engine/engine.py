@@ -85,6 +85,9 @@ class Engine:
     def stats(self) -> EngineStats:
         return replace(self.loop.stats.latest, step_age_s=time.monotonic() - self.loop.heartbeat)
 
+    def n_queued(self, tenant: str) -> int:
+        return self._inbox.n_queued(tenant)
+
     @property
     def eos_token_ids(self) -> frozenset[int]:
         return self.loop.eos_token_ids

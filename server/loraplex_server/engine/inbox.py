@@ -44,6 +44,10 @@ class Inbox:
         """Submitted and not ended."""
         return len(self._request_ids)
 
+    def n_queued(self, tenant: str) -> int:
+        """Submitted and not admitted."""
+        return self._n_queued.get(tenant, 0)
+
     def submit(self, request: Request) -> None:
         """Raises what ``EngineClient.submit`` says; then the request was not taken."""
         with self._lock:

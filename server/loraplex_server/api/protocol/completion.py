@@ -17,6 +17,7 @@ from .generation import (
     PromptLogprobs,
     Usage,
 )
+from .shown_value import shown
 
 __all__ = ["Completion", "CompletionBody", "PromptInput"]
 
@@ -39,12 +40,12 @@ def _check_prompt(value: object) -> object:
         if type(item) not in (str, int, list) or type(item) is not first:
             raise ValueError(
                 "a prompt is a text, a list of texts, a list of token ids or a list of such "
-                f"lists, not a list with {repr(item)[:40]} as item {number}"
+                f"lists, not a list with {shown(item)} as item {number}"
             )
         if isinstance(item, list) and not set(map(type, item)) <= {int}:
             wrong = next(token for token in item if type(token) is not int)
             raise ValueError(
-                f"item {number} is a list of token ids, not a list with {repr(wrong)[:40]}"
+                f"item {number} is a list of token ids, not a list with {shown(wrong)}"
             )
     return value
 

@@ -19,6 +19,7 @@ class DegradedPart(BaseModel):
 class Status(BaseModel):
     status: Literal["ok", "degraded", "ready"]
     degraded: list[DegradedPart] | None = None  # parts that keep failing
+    full_queues: int | None = None  # of tenants; more of their requests get a 429
 
 
 class Version(BaseModel):

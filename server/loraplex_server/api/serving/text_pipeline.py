@@ -195,7 +195,7 @@ class TextPipeline:
         try:
             return str(self._chat.apply_chat_template(list(messages), tokenize=False, **options))
         except Exception as error:  # a template is a program
-            raise unrenderable(str(error) or type(error).__name__) from error
+            raise unrenderable(str(error) or "it gives no reason") from error
 
     def _encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         return tuple(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)

@@ -120,5 +120,6 @@ class PoolTables:
             view: NDArray[np.int64] = flat.numpy()
             view[positions] = values
             return
-        host = torch.from_numpy(values).to(flat.dtype)
-        flat[torch.from_numpy(positions).to(self._device)] = host.to(self._device)
+        both = torch.from_numpy(np.stack([positions, values])).pin_memory()
+        places, new = both.to(self._device, non_blocking=True)  # steps go on meanwhile
+        flat[places] = new.to(flat.dtype)

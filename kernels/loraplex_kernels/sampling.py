@@ -34,6 +34,7 @@ __all__ = [
     "MAX_PENALISED",
     "SamplingBatch",
     "Staging",
+    "empty_batch",
     "pack_batch",
     "sample_tokens",
 ]

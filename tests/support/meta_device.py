@@ -71,6 +71,7 @@ class MetaGpu(TorchDispatchMode):
         self.is_capturing = False
         self.current: list[object] = []  # devices that were made current, or asked about
         self.n_emptied = 0  # calls of ``empty_cache``
+        self.variants: set[str] = set()  # of kernels, as Triton would compile them
         self._pinned: dict[int, object] = {}  # storages, by address
 
     def take(self) -> Work:
@@ -129,6 +130,7 @@ class MetaGpu(TorchDispatchMode):
                 self.find(f"{name}: no value for {parameter.name}")
                 continue
             self._check_argument(name, parameter, values[parameter.name], is_strided)
+        self.variants.add(_variant(kernel, values, kwargs))
         self.work.launches.append(name)
         self.work.kernels.append(name)
 
@@ -342,6 +344,23 @@ def meta_gpu(
             patch.setattr(torch.cuda, name, stand_in)
         with gpu:
             yield gpu
+
+
+def _variant(kernel: JITFunction, values: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
+    """Launches with the same are compiled once: constants, dtypes, and what integers divide by."""
+    parts: list[object] = [kernel.fn.__name__]
+    for parameter in kernel.params:
+        value = values.get(parameter.name)
+        if isinstance(value, Tensor):
+            parts.append(value.dtype)
+        elif parameter.is_constexpr:
+            parts.append(value)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            parts.append((value == 1, value % 16 == 0))
+        else:
+            parts.append(type(value).__name__)
+    parts += [(name, kwargs.get(name)) for name in ("num_warps", "num_stages", "maxnreg")]
+    return repr(parts)
 
 
 def _where() -> str:

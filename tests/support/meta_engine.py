@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_kernels import packed_linear
-from loraplex_server.engine import build, device_pool
+from loraplex_server.engine import build, device_pool, model_runner
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.device import use_device
@@ -186,6 +186,7 @@ def meta_engine(
     monkeypatch: pytest.MonkeyPatch,
     *,
     device: torch.device = META,
+    compiles: bool = False,  # at start, as a server does
     **changes: object,
 ) -> Iterator[MetaEngine]:
     """Around a copy of ``base``; ``changes`` are fields of the config. Warmed up, not started."""
@@ -196,7 +197,9 @@ def meta_engine(
         patch.setattr(build, "_run_in_temp_thread", _at_once)
         patch.setattr(Engine, "start", lambda _: None)
         engine = build.assemble_engine(on_meta(base, device), config, faults=faults)
-        engine.loop.runner.warm_up()
+        if not compiles:
+            patch.setattr(model_runner, "run_every_size", lambda *_, **__: None)
+        engine.loop.runner.warm_up(engine.loop._scheduler.max_step_tokens)
         meta = MetaEngine(engine.loop, engine, gpu, faults)
         meta.loads = loads
         yield meta

@@ -96,7 +96,7 @@ class DecoderRows:
 class LogitsRows:
     """The rows of a step whose hidden states are asked for."""
 
-    indices: Tensor  # int64 [n_logits], ascending, on the CPU
+    indices: Tensor  # int64 [n_logits], ascending, on the device of the rows
     segments: LoraSegments | None  # of these rows, counted from 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -57,8 +58,12 @@ class CudaRecorder:
 
 
 def sizes_up_to(n_rows: int) -> tuple[int, ...]:
-    """1, 2, 4, then multiples of 8: at most 7 spare rows, which cost next to nothing."""
-    return (*(n for n in (1, 2, 4) if n < n_rows), *range(8, n_rows, 8), n_rows)
+    """1, 2, 4, multiples of 8 up to 64, of 16 up to 128, of 32: few spare rows, which cost little.
+
+    Each size is recorded at start, with adapters and without.
+    """
+    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, n_rows, 32))
+    return (*(n for n in sizes if n < n_rows), n_rows)
 
 
 class DecodeGraphs:
@@ -84,25 +89,35 @@ class DecodeGraphs:
         self._clear(slice(0, n_rows))
         self._sizes = sizes_up_to(n_rows)
         self._graphs: dict[tuple[int, bool], Replay] = {}
-        self._tables: LoraTables | None = None  # of any one target: all are replaced together
+        # Of any one target: all are replaced together. What was recorded reads these.
+        self._tables: LoraTables | None = None
 
     @torch.inference_mode()
     def record_all(self) -> None:
         """Called at start, before requests. Raises what the device or a compiler raises."""
+        self._tables = self._current_tables()
         for size in reversed(self._sizes):  # the largest first: the others fit in its memory
             for has_adapters in (False, True):
-                self._graph(size, has_adapters)
+                self._graphs[size, has_adapters] = self._recorder(
+                    partial(self._forward, size, has_adapters)
+                )
         _log.info("recorded decode steps of %s rows", ", ".join(map(str, self._sizes)))
 
-    def run(self, batch: ForwardBatch, slots: Sequence[int]) -> Tensor:
+    def run(self, batch: ForwardBatch, slots: Sequence[int]) -> Tensor | None:
         """One token of each request → raw logits [n, vocab_size], valid until the next run.
 
-        ``slots``: the pool slot of each row, −1 for the base's.
+        ``slots``: the pool slot of each row, −1 for the base's. None if such a step is not recorded
+        any more. Nothing is recorded here: that would hold up all requests for seconds.
         """
-        n = len(slots)
+        n, has_adapters = len(slots), any(slot >= 0 for slot in slots)
+        if has_adapters and self._tables is not self._current_tables():
+            self._forget_adapters()
         size = next(size for size in self._sizes if size >= n)
+        replay = self._graphs.get((size, has_adapters))
+        if replay is None:
+            return None
         self._lay(batch, slots, n, size)
-        self._graph(size, any(slot >= 0 for slot in slots))()
+        replay()
         return self._raw[:n]
 
     def _lay(self, batch: ForwardBatch, slots: Sequence[int], n: int, size: int) -> None:
@@ -111,7 +126,10 @@ class DecodeGraphs:
         self._slot_mapping[:n].copy_(batch.slot_mapping)
         self._kv_lens[:n].copy_(batch.kv_lens)
         self._page_table[:n, : batch.page_table.shape[1]].copy_(batch.page_table)
-        self._slots[:n].copy_(torch.tensor(slots, dtype=torch.int32))
+        if batch.row_slots is None:  # on a CPU
+            self._slots[:n].copy_(torch.tensor(slots, dtype=torch.int32))
+        else:
+            self._slots[:n].copy_(batch.row_slots)
         self._clear(slice(n, size))
 
     def _clear(self, rows: slice) -> None:
@@ -121,15 +139,17 @@ class DecodeGraphs:
         self._kv_lens[rows] = 1
         self._positions[rows] = 0
 
-    def _graph(self, size: int, has_adapters: bool) -> Replay:
-        tables = self._pool.tables(next(iter(self._pool.targets)))
-        if tables is not self._tables:  # a rank larger than any before: other addresses
-            self._tables = tables
+    def _current_tables(self) -> LoraTables:
+        return self._pool.tables(next(iter(self._pool.targets)))
+
+    def _forget_adapters(self) -> None:
+        """A rank came that the tables had no room for: those recorded are read no more."""
+        if any(has_adapters for _, has_adapters in self._graphs):
             self._graphs = {key: graph for key, graph in self._graphs.items() if not key[1]}
-        key = (size, has_adapters)
-        if key not in self._graphs:
-            self._graphs[key] = self._recorder(lambda: self._forward(size, has_adapters))
-        return self._graphs[key]
+            _log.warning(
+                "an adapter has a larger rank than was planned for: from now on steps with adapters"
+                " run without CUDA graphs; start with --max-lora-rank of the largest rank"
+            )
 
     def _forward(self, size: int, has_adapters: bool) -> None:
         model, step = self._model, self._model.step

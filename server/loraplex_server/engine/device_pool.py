@@ -43,6 +43,8 @@ __all__ = ["DevicePool", "Placement"]
 
 _log = logging.getLogger(__name__)
 
+_TABLE_RANK = 64  # that tables have room for from the start, unless --max-lora-rank says otherwise
+
 
 class Placement(Enum):
     RESIDENT = "resident"
@@ -81,6 +83,7 @@ class DevicePool:
             n_slots=max_adapters,
             dtype=dtype,
             device=device,
+            max_rank=capabilities.max_rank or _TABLE_RANK,
             exponent_coding=prefers_coded_pages(dtype, device)
             if exponent_coding is None
             else exponent_coding,

@@ -91,7 +91,7 @@ class EngineLoop:
         torch.set_num_threads(self._n_threads)
         try:
             try:
-                self.runner.warm_up()
+                self.runner.warm_up(self._scheduler.max_step_tokens)
             finally:
                 self.started.set()
             while not self._is_stopping:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraplex_server.model.forward_context import ForwardContext
 
+from .host_copy import move_together
 from .kv_cache import KvCache
 from .request import Request
 from .scheduler import ScheduledChunk
@@ -32,6 +33,10 @@ class ForwardBatch:
     kv_lens: Tensor  # int32 [n_chunks], this step included
     chunk_rows: tuple[slice, ...]  # rows of each chunk
     virtual_rows: tuple[tuple[int, Request, int], ...]  # (row, request, index of virtual token)
+    row_slots: Tensor | None = None  # int32 [n_rows], adapter slots, −1 = none; not on a CPU
+    # int64 [n], the last rows of chunks that sample; None if each row does
+    sampling_rows: Tensor | None = None
+    own_rows: Mapping[str, Tensor] = field(default_factory=dict)  # see ``build_batch``; int64
 
     def bind(self, step: ForwardContext) -> None:
         """Copies positions, slots and page tables into the step. Adapters are set elsewhere."""
@@ -41,7 +46,12 @@ class ForwardBatch:
 
 
 def build_batch(
-    chunks: Sequence[ScheduledChunk], kv_cache: KvCache, device: torch.device
+    chunks: Sequence[ScheduledChunk],
+    kv_cache: KvCache,
+    device: torch.device,
+    *,
+    slots: Sequence[int] | None = None,  # of each chunk, where ``row_slots`` are wanted
+    own_rows: Mapping[str, Sequence[int]] | None = None,  # to be on the device, too
 ) -> ForwardBatch:
     """Pages for every token of the chunks must be there."""
     n_tokens = np.array([chunk.n_tokens for chunk in chunks], dtype=np.int64)
@@ -60,16 +70,28 @@ def build_batch(
         dtype=np.int64,
         count=int(query_starts[-1]),
     )
-    virtual_rows = _virtual_rows(chunks, query_starts)
+    arrays: dict[str, NDArray[np.int64] | NDArray[np.int32]] = {
+        "token_ids": np.maximum(token_ids, 0),
+        "positions": positions,
+        "slot_mapping": slot_mapping,
+        "page_table": np.ascontiguousarray(page_table),
+        "query_starts": query_starts.astype(np.int32),
+        "kv_lens": kv_lens.astype(np.int32),
+    }
+    ends = [end - 1 for chunk, end in zip(chunks, query_starts[1:], strict=True) if chunk.samples]
+    if len(ends) < len(token_ids):
+        arrays["sampling_rows"] = np.array(ends, dtype=np.int64)
+    if slots is not None:
+        arrays["row_slots"] = np.repeat(np.array(slots, dtype=np.int32), n_tokens)
+    own = own_rows or {}
+    rows = [np.array(of_one, dtype=np.int64) for of_one in own.values()]
+    moved = move_together([*arrays.values(), *rows], device)
+    named = dict(zip(arrays, moved, strict=False))
     return ForwardBatch(
-        token_ids=_move(np.maximum(token_ids, 0), device),
-        positions=_move(positions, device),
-        slot_mapping=_move(slot_mapping, device),
-        page_table=_move(np.ascontiguousarray(page_table), device),
-        query_starts=_move(query_starts.astype(np.int32), device),
-        kv_lens=_move(kv_lens.astype(np.int32), device),
         chunk_rows=tuple(slice(int(first), int(end)) for first, end in pairwise(query_starts)),
-        virtual_rows=virtual_rows,
+        virtual_rows=_virtual_rows(chunks, query_starts),
+        own_rows=dict(zip(own, moved[len(arrays) :], strict=True)),
+        **named,
     )
 
 
@@ -81,8 +103,3 @@ def _virtual_rows(
         for chunk, first in zip(chunks, query_starts[:-1], strict=True)
         for index in range(chunk.start, min(chunk.start + chunk.n_tokens, chunk.request.n_virtual))
     )
-
-
-def _move(array: NDArray[np.int64] | NDArray[np.int32], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.to(device, non_blocking=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,8 @@ from .device_sampler import DeviceSampler
 from .errors import AdapterUnservable
 from .events import TokenLogprobs
 from .forward_batch import ForwardBatch, build_batch
+from .host_copy import move_together
+from .kernel_warm_up import run_every_size
 from .kv_cache import KvCache
 from .request import Request
 from .resident_adapter import RowsBeyondThePool
@@ -79,6 +81,8 @@ class ModelRunner:
         for group in model.groups.values():
             group.lora = PreparedTarget(adapters.pool, group.target.name, side)
             group.apply_slice = _bind_slices(adapters.pool, group)
+        self._segments_of: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        self._known_segments: LoraSegments | None = None  # of a GPU: decode steps repeat
         self._projections = frozenset(
             name for group in model.groups.values() for name in group.module_names
         )
@@ -88,9 +92,17 @@ class ModelRunner:
             else None
         )
 
-    def warm_up(self) -> None:
-        """First of all on the engine thread. Records decode steps where that is asked for."""
-        use_device(self._model.device)
+    def warm_up(self, max_rows: int) -> None:
+        """First of all on the engine thread. ``max_rows``: of a step.
+
+        On a GPU kernels are compiled, and decode steps recorded where that is asked for.
+        """
+        device = self._model.device
+        use_device(device)
+        if device.type != "cpu":
+            n_requests = self._kv.page_table.shape[0]
+            run_every_size(self._model, max_rows=max_rows, max_requests=n_requests)
+            release_cached_memory(device)
         if self._graphs is None:
             return
         try:
@@ -103,7 +115,7 @@ class ModelRunner:
         """One forward over all chunks; samples for those that reach their last token."""
         generating = [c.request for c in chunks if c.samples and c.request.source.pooling is None]
         self._masks.start(generating)
-        batch = build_batch(chunks, self._kv, self._model.device)
+        batch = self._lay_out(chunks)
         replayed = self._replay(batch, chunks)
         if replayed is not None:
             return StepResult(self._sample(replayed, generating), {}, {})
@@ -113,15 +125,14 @@ class ModelRunner:
         requests = [chunk.request for chunk, _ in sampling]
         self._fill_step(batch, chunks)
         wants_all = any(c.request.source.reads_all_rows for c in chunks)
-        last: Tensor | None = None  # the rows that get logits; None: each does
-        if len(sampling) < len(batch.token_ids):
-            last = torch.tensor([rows.stop - 1 for _, rows in sampling], dtype=torch.int64)
-            if not wants_all:
-                segments = self._segments(requests, [1] * len(requests))
-                self._model.step.logits_rows = LogitsRows(last, segments)
+        last = batch.sampling_rows  # the rows that get logits; None: each does
+        if last is not None and not wants_all:
+            on_cpu = last.is_cpu  # only native code reads the segments
+            segments = self._segments(requests, [1] * len(requests)) if on_cpu else None
+            self._model.step.logits_rows = LogitsRows(last, segments)
         hidden = self._model.forward(self._embed(batch))
         sampled: dict[str, Sampled] = {}
-        x = hidden[last.to(hidden.device)] if wants_all and last is not None else hidden
+        x = hidden[last] if wants_all and last is not None else hidden
         pooled = _pooled(x, hidden if wants_all else None, chunks, batch)
         if generating:
             if len(generating) < len(requests):
@@ -208,38 +219,56 @@ class ModelRunner:
         step = self._model.step
         batch.bind(step)
         requests = [chunk.request for chunk in chunks]
-        step.segments = self._segments(requests, [chunk.n_tokens for chunk in chunks])
-        beyond = self._beyond_the_pool(requests, batch.chunk_rows)
+        n_rows = [chunk.n_tokens for chunk in chunks]
+        step.segments = self._segments(requests, n_rows, batch.row_slots)
+        beyond = self._beyond_the_pool(_own_rows(requests, n_rows, self._adapters), batch.own_rows)
         step.fallback = _fallback(beyond)
         step.routed = _routed(beyond)
         step.routes_projections = not self._projections.isdisjoint(step.routed)
 
-    def _segments(self, requests: Sequence[Request], n_rows: Sequence[int]) -> LoraSegments | None:
+    def _lay_out(self, chunks: Sequence[ScheduledChunk]) -> ForwardBatch:
+        device, requests = self._model.device, [chunk.request for chunk in chunks]
+        n_rows = [chunk.n_tokens for chunk in chunks]
+        return build_batch(
+            chunks,
+            self._kv,
+            device,
+            slots=None if device.type == "cpu" else [self._slot(r) for r in requests],
+            own_rows=_own_rows(requests, n_rows, self._adapters),
+        )
+
+    def _segments(
+        self,
+        requests: Sequence[Request],
+        n_rows: Sequence[int],
+        row_slots: Tensor | None = None,  # on the device, if they are there already
+    ) -> LoraSegments | None:
         """Rows by slot; None when every row is the base's."""
         slots = tuple(self._slot(request) for request in requests)
         if all(slot < 0 for slot in slots):
             return None
-        return _segments_of(slots, tuple(n_rows), self._model.device)
+        device = self._model.device
+        if device.type == "cpu":
+            return _cpu_segments(slots, tuple(n_rows))
+        key = (slots, tuple(n_rows))
+        if self._segments_of != key or self._known_segments is None:
+            if row_slots is None:
+                repeated = np.repeat(np.array(slots, dtype=np.int32), n_rows)
+                (row_slots,) = move_together([repeated], device)
+            self._segments_of, self._known_segments = key, build_segments(row_slots)
+        return self._known_segments
 
     def _slot(self, request: Request) -> int:
         digest = request.adapter_digest
         return self._adapters.resident(digest).slots[0] if digest else -1
 
     def _beyond_the_pool(
-        self, requests: Sequence[Request], rows: Sequence[slice]
+        self, own_rows: Mapping[str, Sequence[int]], on_device: Mapping[str, Tensor]
     ) -> list[RowsBeyondThePool]:
         """One element for each adapter that does more than the pool's operator."""
-        known = {digest: self._adapters.resident(digest) for digest in _digests(requests)}
-        special = {digest: one for digest, one in known.items() if one.needs_fallback}
-        if not special:
-            return []
-        by_digest: dict[str, list[int]] = {digest: [] for digest in special}
-        for request, part in zip(requests, rows, strict=True):
-            if request.adapter_digest in special:
-                by_digest[request.adapter_digest].extend(range(part.start, part.stop))
         return [
-            resident.rows(tuple(by_digest[digest]), self._model.device)
-            for digest, resident in special.items()
+            self._adapters.resident(digest).rows(tuple(rows), on_device[digest])
+            for digest, rows in own_rows.items()
         ]
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
@@ -263,12 +292,15 @@ class ModelRunner:
         raw = self._raw_logits.rows(n_rows)
         head.packed.into(x, raw)
         if any(map(self._changes_head, requests)):
-            each = [slice(i, i + 1) for i in range(n_rows)]
+            each = [1] * n_rows
+            own = _own_rows(requests, each, self._adapters)
+            rows = [np.array(of_one, dtype=np.int64) for of_one in own.values()]
+            on_device = dict(zip(own, move_together(rows, self._model.device), strict=True))
             head.add_adapters(
                 x,
                 raw,
-                self._segments(requests, [1] * n_rows),
-                _fallback(self._beyond_the_pool(requests, each)),
+                self._segments(requests, each),
+                _fallback(self._beyond_the_pool(own, on_device)),
             )
         return raw
 
@@ -333,9 +365,23 @@ def _pooled(
     return found
 
 
-def _digests(requests: Sequence[Request]) -> dict[str, None]:
-    """Of the adapters in use, each once, in the order of the rows."""
-    return dict.fromkeys(r.adapter_digest for r in requests if r.adapter_digest)
+def _own_rows(
+    requests: Sequence[Request], n_rows: Sequence[int], adapters: DevicePool
+) -> dict[str, list[int]]:
+    """The rows of each adapter that does more than the pool's operator, by digest, ascending.
+
+    ``n_rows[i]`` neighbouring rows are of ``requests[i]``.
+    """
+    digests = dict.fromkeys(r.adapter_digest for r in requests if r.adapter_digest)
+    found: dict[str, list[int]] = {d: [] for d in digests if adapters.resident(d).needs_fallback}
+    if not found:
+        return found
+    end = 0
+    for request, n in zip(requests, n_rows, strict=True):
+        first, end = end, end + n
+        if request.adapter_digest in found:
+            found[request.adapter_digest].extend(range(first, end))
+    return found
 
 
 def _fallback(beyond: Sequence[RowsBeyondThePool]) -> tuple[FallbackRows, ...]:
@@ -352,13 +398,8 @@ def _routed(beyond: Sequence[RowsBeyondThePool]) -> dict[str, tuple[RoutedRows, 
 
 
 @functools.lru_cache(maxsize=4)  # decode steps repeat
-def _segments_of(
-    slots: tuple[int, ...], n_rows: tuple[int, ...], device: torch.device
-) -> LoraSegments:
-    if device.type == "cpu":
-        return group_runs(slots, n_rows)
-    row_slots = np.repeat(np.array(slots, dtype=np.int32), n_rows)
-    return build_segments(torch.from_numpy(row_slots).to(device))
+def _cpu_segments(slots: tuple[int, ...], n_rows: tuple[int, ...]) -> LoraSegments:
+    return group_runs(slots, n_rows)
 
 
 def _bind_slices(pool: LoraPool, group: PackedLoraLinear) -> ApplySlice:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 from loraplex_kernels.pool import PoolTensors
@@ -58,10 +57,12 @@ class ResidentAdapter:
         """Whether it has parts that the pool's operator does not apply."""
         return bool(self.experts) or not self.parts.fallback.is_empty
 
-    def rows(self, row_ids: tuple[int, ...], device: torch.device) -> RowsBeyondThePool:
-        """``row_ids`` ascending. Kept from step to step: decode steps repeat."""
+    def rows(self, row_ids: tuple[int, ...], rows: Tensor) -> RowsBeyondThePool:
+        """``row_ids`` ascending, ``rows`` int64 the same on the device.
+
+        Kept from step to step: decode steps repeat.
+        """
         if self._rows is None or self._rows.row_ids != row_ids:
-            rows = torch.tensor(row_ids, dtype=torch.int64, device=device)
             self._rows = RowsBeyondThePool(row_ids, self._fallback(rows), self._routed(rows))
         return self._rows
 

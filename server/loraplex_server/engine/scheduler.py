@@ -95,7 +95,7 @@ class Scheduler:
         self._kv = kv_cache
         self._adapters = adapters
         self._max_batch_size = max_batch_size
-        self._max_step_tokens = max_step_tokens
+        self.max_step_tokens = max_step_tokens
         self.n_rows_taken_back = 0  # preemptions for a tenant that had less
         self._n_steps = 0
         self._first_admitted: list[Request] = []  # since the last schedule
@@ -114,7 +114,7 @@ class Scheduler:
     def schedule(self) -> Schedule:
         """The chunks of the next step, and the waiting requests that can never run."""
         self._n_steps += 1
-        step = _Step(self._max_step_tokens)
+        step = _Step(self.max_step_tokens)
         if self.running and self.waiting.is_shared and len(self.waiting):
             self._admit_without_row(step)
         for request in self._in_order():

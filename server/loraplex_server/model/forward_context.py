@@ -87,8 +87,4 @@ class ForwardContext:
 
     def keep(self, hidden: Tensor) -> Tensor:
         """Of all rows [T, width], those that are asked for."""
-        return (
-            hidden
-            if self.logits_rows is None
-            else hidden[self.logits_rows.indices.to(hidden.device)]
-        )
+        return hidden if self.logits_rows is None else hidden[self.logits_rows.indices]

@@ -1,0 +1,71 @@
+"""Runs steps of every size once, so that a GPU's kernels are compiled before the first request.
+
+Triton compiles a kernel at its first launch with other constants, which takes seconds. Constants
+follow from the model, from the number of rows by a few bounds, and from whether rows have adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels.sampling import empty_batch, sample_tokens
+from loraplex_kernels.segments import build_segments
+from loraplex_server.model.base_model import BaseModel
+
+from .forward_batch import ForwardBatch
+
+__all__ = ["run_every_size", "sizes_to_run"]
+
+
+def sizes_to_run(max_rows: int) -> tuple[int, ...]:
+    """Rows on both sides of every bound: bounds are powers of two."""
+    powers = [1 << i for i in range(max_rows.bit_length())]
+    both = {n for power in powers for n in (power, power + 1) if n <= max_rows}
+    return tuple(sorted(both | {max_rows}))
+
+
+@torch.inference_mode()
+def run_every_size(model: BaseModel, *, max_rows: int, max_requests: int) -> None:
+    """Prefill of one request and decode of many, with adapters (of no rank) and without.
+
+    Writes no KV. ``model`` has its KV cache and pool. Engine thread; raises what the device or a
+    compiler raises. What routed experts launch depends on their number and is not run.
+    """
+    for size in sizes_to_run(max_rows):
+        for n_requests in dict.fromkeys((1, min(size, max_requests))):
+            for batch in _batches(model, size, n_requests):
+                _forward(model, batch, n_requests)
+
+
+def _batches(model: BaseModel, n_rows: int, n_requests: int) -> Iterator[ForwardBatch]:
+    device = model.device
+    rows = torch.zeros(n_rows, dtype=torch.int64, device=device)
+    starts = torch.arange(n_requests + 1, dtype=torch.int32, device=device)
+    starts[-1] = n_rows  # the last request has all other rows
+    for has_adapters in (False, True):
+        yield ForwardBatch(
+            token_ids=rows,
+            positions=rows,
+            slot_mapping=rows - 1,  # nowhere
+            page_table=torch.zeros(n_requests, 1, dtype=torch.int32, device=device),
+            query_starts=starts,
+            kv_lens=starts.diff(),
+            chunk_rows=(),
+            virtual_rows=(),
+            row_slots=rows.int() - 1 if has_adapters else None,
+        )
+
+
+def _forward(model: BaseModel, batch: ForwardBatch, n_requests: int) -> None:
+    step = model.step
+    batch.bind(step)
+    step.segments = None if batch.row_slots is None else build_segments(batch.row_slots)
+    step.fallback, step.routed, step.routes_projections = (), {}, False
+    hidden = model.forward(model.embed(batch.token_ids))
+    raw = model.head.packed(hidden[:n_requests])
+    logits: Tensor = torch.empty_like(raw, dtype=torch.float32)
+    model.finish_logits(raw, logits)
+    sample_tokens(logits, empty_batch(n_requests, model.vocab_size, model.device))

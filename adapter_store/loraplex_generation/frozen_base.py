@@ -13,9 +13,9 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from safetensors import safe_open
 from torch import Tensor
 
+from .base_weights import BaseWeights, FileWeights, FrozenLinear, HeldLinear
 from .layout import PROJECTIONS, AdapterLayout, BaseShape
 from .packing import PackedBatch
 from .rotary import rotary_of
@@ -42,10 +42,10 @@ class Scores(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    qkv: tuple[Tensor, ...]  # [out, hidden] of q, k and v, or all stacked
-    o: Tensor
-    gate_up: tuple[Tensor, ...]  # the same of gate and up
-    down: Tensor
+    qkv: FrozenLinear
+    o: FrozenLinear
+    gate_up: FrozenLinear
+    down: FrozenLinear
     attention_norm: Tensor
     mlp_norm: Tensor
 
@@ -53,13 +53,17 @@ class _Layer(NamedTuple):
 class FrozenBase:
     """Loads `config.json` and `model.safetensors` of a Llama-like model directory.
 
-    `mapped`: weights stored in `dtype` stay in the file, so that beside a server of the same base
-    they take no memory of their own. A forward takes about a tenth longer.
+    `weights`: read them there, in `dtype`, instead of the file. `mapped`: see ``FileWeights``.
     Not thread-safe while gradients are recorded; otherwise stateless.
     """
 
     def __init__(
-        self, directory: Path, *, dtype: torch.dtype = torch.bfloat16, mapped: bool = False
+        self,
+        directory: Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        mapped: bool = False,
+        weights: BaseWeights | None = None,
     ) -> None:
         config = json.loads((directory / "config.json").read_text())
         if config["model_type"] != "llama":
@@ -76,33 +80,27 @@ class FrozenBase:
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         )
         self.dtype = dtype
-        self._mapped = mapped
         self.fingerprint = base_fingerprint(directory)
         self._eps = float(config["rms_norm_eps"])
         self._rotary, self._max_positions = rotary_of(directory)
-        with safe_open(directory / "model.safetensors", "pt") as weights:
-            names = set(weights.keys())
-
-            def get(name: str) -> Tensor:
-                tensor: Tensor = weights.get_tensor(name)
-                return tensor.to(dtype).contiguous()
-
-            self._embed = get("model.embed_tokens.weight")
-            self._head = get("lm_head.weight") if "lm_head.weight" in names else self._embed
-            self._norm = get("model.norm.weight")
-            self._layers = [self._layer(get, i) for i in range(self.shape.n_layers)]
+        weights = weights or FileWeights(directory, dtype, mapped=mapped)
+        self._embed = weights.tensor("model.embed_tokens.weight")
+        is_tied = config.get("tie_word_embeddings", False)
+        self._head = HeldLinear([self._embed]) if is_tied else weights.linear(["lm_head"])
+        self._norm = weights.tensor("model.norm.weight")
+        self._layers = [_layer(weights, i) for i in range(self.shape.n_layers)]
 
     @property
     def output_head(self) -> Tensor:
         """[vocabulary, hidden]. Do not write to it."""
-        return self._head
+        return self._head.matrix()
 
     def projection(self, layer: int, name: str) -> Tensor:
         """The weight of one attention projection, float32 [out, in]; a copy."""
         if name == "o_proj":
-            return self._layers[layer].o.float()
+            return self._layers[layer].o.matrix().float()
         sizes = [self.shape.out_features(p) for p in ("q_proj", "k_proj", "v_proj")]
-        q, k, v = torch.split(torch.cat(self._layers[layer].qkv), sizes)
+        q, k, v = torch.split(self._layers[layer].qkv.matrix(), sizes)
         return {"q_proj": q, "k_proj": k, "v_proj": v}[name].float()
 
     def hidden(self, batch: PackedBatch, adapters: Adapters | None = None) -> Tensor:
@@ -123,24 +121,9 @@ class FrozenBase:
         """Negative log-likelihood of every answer token."""
         h = self.hidden(batch, adapters)
         picked = h.reshape(-1, h.shape[-1])[batch.source]
-        logits = F.linear(picked, self._head).float()
+        logits = self._head(picked).float()
         nll = F.cross_entropy(logits, batch.target, reduction="none")
         return Scores(nll, logits.detach().argmax(-1) == batch.target)
-
-    def _layer(self, get: object, i: int) -> _Layer:
-        assert callable(get)
-        stem = f"model.layers.{i}"
-        attention, mlp = f"{stem}.self_attn", f"{stem}.mlp"
-        qkv = tuple(get(f"{attention}.{p}_proj.weight") for p in "qkv")
-        gate_up = tuple(get(f"{mlp}.{p}_proj.weight") for p in ("gate", "up"))
-        return _Layer(
-            qkv=qkv if self._mapped else (torch.cat(qkv),),
-            o=get(f"{attention}.o_proj.weight"),
-            gate_up=gate_up if self._mapped else (torch.cat(gate_up),),
-            down=get(f"{mlp}.down_proj.weight"),
-            attention_norm=get(f"{stem}.input_layernorm.weight"),
-            mlp_norm=get(f"{stem}.post_attention_layernorm.weight"),
-        )
 
     @torch.no_grad()
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,7 +144,7 @@ class FrozenBase:
         shape, layer = self.shape, self._layers[i]
         n, length, width = h.shape
         x = F.rms_norm(h, (width,), layer.attention_norm, self._eps)
-        qkv = _product(x, layer.qkv)
+        qkv = layer.qkv(x)
         if lora is not None:
             qkv = qkv + lora.qkv(x, i)
         n_q, n_kv = shape.n_heads, shape.n_kv_heads
@@ -170,20 +153,26 @@ class FrozenBase:
         qk = qk * cos + _rotate(qk) * sin
         q, k = torch.split(qk, [n_q, n_kv], 1)
         o = _attention(q, k, v, bias).transpose(1, 2).reshape(n, length, -1)
-        y = F.linear(o, layer.o)
+        y = layer.o(o)
         if lora is not None:
             y = y + lora.o(o, i)
         h = h + y
         x = F.rms_norm(h, (width,), layer.mlp_norm, self._eps)
-        gate, up = _product(x, layer.gate_up).chunk(2, -1)
-        return h + F.linear(F.silu(gate) * up, layer.down)
+        gate, up = layer.gate_up(x).chunk(2, -1)
+        return h + layer.down(F.silu(gate) * up)
 
 
-def _product(x: Tensor, weights: tuple[Tensor, ...]) -> Tensor:
-    """[..., hidden] → [..., Σ out]."""
-    if len(weights) == 1:
-        return F.linear(x, weights[0])
-    return torch.cat([F.linear(x, weight) for weight in weights], -1)
+def _layer(weights: BaseWeights, i: int) -> _Layer:
+    stem = f"model.layers.{i}"
+    attention, mlp = f"{stem}.self_attn", f"{stem}.mlp"
+    return _Layer(
+        qkv=weights.linear([f"{attention}.{p}_proj" for p in "qkv"]),
+        o=weights.linear([f"{attention}.o_proj"]),
+        gate_up=weights.linear([f"{mlp}.{p}_proj" for p in ("gate", "up")]),
+        down=weights.linear([f"{mlp}.down_proj"]),
+        attention_norm=weights.tensor(f"{stem}.input_layernorm.weight"),
+        mlp_norm=weights.tensor(f"{stem}.post_attention_layernorm.weight"),
+    )
 
 
 def _check_layers(directory: Path, config: dict[str, object]) -> None:

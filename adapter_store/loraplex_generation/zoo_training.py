@@ -36,7 +36,12 @@ __all__ = ["STAGES", "ZooStatus", "ZooTraining"]
 STAGES = ("joint", "oracles", "multi-task", "experts")  # in this order
 
 
-_FIRST_LAYER, _RANK, _SCALE, _SEED = 8, 5, 2.0, 20  # chosen by a pilot: docs/generated-adapters.md
+_FIRST_LAYER, _RANK, _SCALE, _SEED = (
+    8,
+    5,
+    2.0,
+    20,
+)  # chosen by a pilot: docs/generated-adapters-method.md
 _GROUP = 4  # tasks per forward in stage two
 _MULTI_TASK_FILE = "multi_task.safetensors"
 

@@ -209,13 +209,16 @@ def _trainer(
     faults: Faults,
 ) -> ExampleTrainer:
     from loraplex_generation.chat_base import ChatBase
+    from loraplex_generation.frozen_base import FrozenBase
     from loraplex_generation.packing import ChatCodec
 
-    base = Lazy(lambda: ChatBase.of_directory(model_path, mapped=True))
+    codec = Lazy(lambda: ChatCodec(built.tokenizer))
+    # On a GPU the weights are out of reach: the file's are mapped, which the system can take back.
+    base = Lazy(lambda: FrozenBase(model_path, weights=built.weights, mapped=True))
     return ExampleTrainer(
         find_generator,
-        base.get,
-        Lazy(lambda: ChatCodec(built.tokenizer)).get,
+        lambda: ChatBase(base.get(), codec.get()),
+        codec.get,
         n_threads=config.threads,
         faults=faults,
     )

@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
+from loraplex_generation.base_weights import HeldLinear
 from loraplex_generation.frozen_base import FrozenBase, LoraFA, base_fingerprint
 from loraplex_generation.layout import AdapterLayout
 from loraplex_generation.packing import Row, pack
@@ -135,8 +136,10 @@ def test_mapped_weights_stay_in_the_file_and_compute_the_same(
         for line in Path("/proc/self/maps").read_text().splitlines()
         if line.endswith(str(directory / "model.safetensors"))
     ]
-    layer = mapped._layers[0]
-    for weight in (mapped.output_head, *layer.qkv, layer.o, *layer.gate_up, layer.down):
+    linears = mapped._layers[0][:4]
+    assert all(isinstance(linear, HeldLinear) for linear in linears)
+    weights = [mapped.output_head, *(w for linear in linears for w in linear.weights)]
+    for weight in weights:
         assert any(first <= weight.data_ptr() < last for first, last in ranges)
     codec = tiny_codec()
     batch = pack(codec.head, [[codec.row(e) for e in Task.parse("email/tag").examples("train", 4)]])

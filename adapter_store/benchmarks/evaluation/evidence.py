@@ -82,7 +82,7 @@ def _how_scored(result: Evaluation) -> list[str]:
 
 
 def _verdict(result: Evaluation) -> list[str]:
-    """The success criteria of docs/generated-adapters.md, each with its number."""
+    """The success criteria of docs/generated-adapters-method.md, each with its number."""
     focus = _scored_as(result, str(result.about["default"]))
     if "oracle" not in result.scores or focus is None:
         return []

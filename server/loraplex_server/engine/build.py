@@ -18,6 +18,7 @@ from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_kernels.cpu import native
 from loraplex_kernels.side_stream import CudaSideStream, SideStream
 from loraplex_server.model.base_model import BaseModel, load_base_model
+from loraplex_server.model.resident_weights import ResidentWeights
 
 from .capabilities import EngineCapabilities
 from .config import EngineConfig
@@ -56,6 +57,7 @@ class BuiltEngine:
     base_spec: BaseSpec
     model_id: str
     device: torch.device
+    weights: ResidentWeights | None  # to train through; None: they are on another device
 
 
 def build_engine(
@@ -88,7 +90,8 @@ def build_engine(
         device,
     )
     engine = assemble_engine(model, config, faults=faults)
-    return BuiltEngine(engine, tokenizer, model.spec, name, device)
+    weights = ResidentWeights(model, torch.bfloat16) if device.type == "cpu" else None
+    return BuiltEngine(engine, tokenizer, model.spec, name, device, weights)
 
 
 def assemble_engine(

@@ -1,0 +1,139 @@
+"""How an adapter that learns from examples disturbs other requests: gaps between their tokens.
+
+    python -m loadtests.learning [--n-jobs 6] [--budget 20] [--out FILE]
+
+Four streams decode with a pinned adapter. In turns, nobody else asks for anything, or a job learns
+from eight pairs. The result has the gaps of both, their ratio at p99 (wanted: at most 1.15 on a
+machine that does nothing else), and how much memory the server's process took while it learnt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import psutil
+
+from loraplex_generation.zoo.tasks import Task
+from loraplex_server.model.pull import resolve_model
+
+from .admin import admin_client, warm_adapter
+from .interference import TOKENS_OF_A_STREAM, Intervals, Streams, spread
+from .provenance import commit, machine
+from .random_adapters import write_adapters
+from .scenario import AdapterSet
+from .systems import Loraplex, started
+
+RANK = 16
+WANTED_RATIO = 1.15
+_LOOK_S = 0.05  # between two looks at the server's memory
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--n-jobs", type=int, default=6)
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds that a job learns for")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="loraplex-bench-") as folder:
+        work, model = Path(folder), resolve_model()
+        adapters = AdapterSet(lora=1, ranks=(RANK,))
+        written = list(write_adapters(model, adapters, work / "adapters", seed=1))
+        system = Loraplex({"max-model-len": 1024})
+        with started(system, model, written, work) as target:
+            assert target.pid is not None
+            result = measure(
+                target.url,
+                target.pid,
+                written[0].name,
+                n_jobs=options.n_jobs,
+                budget_s=options.budget,
+            )
+    told = {
+        "began": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "machine": machine(),
+        "commit": commit(),
+        **result,
+    }
+    print(json.dumps(told, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def measure(
+    url: str,
+    pid: int,
+    resident: str,
+    *,
+    n_jobs: int,
+    budget_s: float,
+    max_tokens: int = TOKENS_OF_A_STREAM,
+) -> dict[str, object]:
+    admin = admin_client(url)
+    warm_adapter(admin, resident)
+    admin.post(f"/v1/adapters/{resident}/pin").raise_for_status()
+    learn(admin, pid, number=-1, budget_s=budget_s)  # loads the generator and its encoder
+    streams = Streams(url, resident, max_tokens)
+    quiet: list[tuple[float, float]] = []
+    learning: list[tuple[float, float]] = []
+    rss: list[tuple[int, int]] = []
+    for number in range(n_jobs):
+        began = time.perf_counter()
+        time.sleep(budget_s)
+        quiet.append((began, time.perf_counter()))
+        began = time.perf_counter()
+        rss.append(learn(admin, pid, number=number, budget_s=budget_s))
+        learning.append((began, time.perf_counter()))
+    streams.stop()
+    admin.close()
+    gaps = streams.gaps()
+    alone, beside = (
+        spread([g for at, g in gaps if Intervals(spans).meets(at, at)])
+        for spans in (quiet, learning)
+    )
+    assert alone["p99"] is not None
+    assert beside["p99"] is not None
+    return {
+        "jobs": n_jobs,
+        "budget_s": budget_s,
+        "gap_ms_alone": alone,
+        "gap_ms_beside_learning": beside,
+        "p99_ratio": round(beside["p99"] / alone["p99"], 3),
+        "wanted_ratio": WANTED_RATIO,
+        "rss_mib_before": [before >> 20 for before, _ in rss],
+        "rss_mib_peak": [peak >> 20 for _, peak in rss],
+    }
+
+
+def learn(admin: httpx.Client, pid: int, *, number: int, budget_s: float) -> tuple[int, int]:
+    """One job to its end. Bytes of the server's process before it, and at most during it."""
+    process = psutil.Process(pid)
+    task = Task.parse("surname/plain")
+    order = {
+        "description": task.descriptions()[0],
+        "examples": [
+            {"prompt": each.prompt, "answer": each.answer}
+            for each in task.examples("train", 8, seed=number)
+        ],
+        "force": True,
+        "budget_s": budget_s,
+        "name": f"learning{number}" if number >= 0 else "warm-up",
+    }
+    before = peak = process.memory_info().rss
+    job = admin.post("/v1/adapters/generate", json=order).raise_for_status().json()
+    while job["status"] == "running":
+        time.sleep(_LOOK_S)
+        peak = max(peak, process.memory_info().rss)
+        job = admin.get(f"/v1/jobs/{job['id']}").raise_for_status().json()
+    if job["status"] != "succeeded":
+        raise RuntimeError(f"the job did not learn: {job['error']}")
+    return before, peak
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The base's weights as they are served, for training beside serving: held once, read when used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loraplex_generation.base_weights import ReadLinear
+from loraplex_kernels.packed_linear import PackedLinear
+
+from .base_model import BaseModel
+
+__all__ = ["ResidentWeights"]
+
+
+class ResidentWeights:
+    """A ``BaseWeights``. Any thread: what it reads never changes once the model is built."""
+
+    def __init__(self, model: BaseModel, dtype: torch.dtype) -> None:
+        """``dtype``: of what is read; weights that are served in it are not rounded."""
+        self._spec, self._dtype = model.spec, dtype
+        self._groups = {group.module_names: group.packed for group in model.groups.values()}
+
+    def linear(self, names: Sequence[str]) -> ReadLinear:
+        """``names``: all that are packed together, as q, k and v or gate and up are."""
+        packed: PackedLinear = self._groups[tuple(names)]
+        return ReadLinear(lambda: packed.matrix().to(self._dtype))
+
+    def tensor(self, name: str) -> Tensor:
+        """Of the embedding, the table itself where it is served in ``dtype``; else a copy."""
+        spec = self._spec
+        if name == f"{spec.input_embedding}.weight":
+            return spec.stored(spec.input_embedding).to(self._dtype)
+        return spec.parameter(name).to(self._dtype)

@@ -185,17 +185,15 @@ class Learning:
         """The unnamed adapter of an equal order that has ended; its life starts anew."""
 
         def find() -> AdapterCard | None:
-            if not self._store.has_name(stored):
-                return None
             try:
-                refinement = self._store.get(stored).provenance.get("refinement")
+                if not _has_learnt(self._store.get(stored)):
+                    return None
             except UnknownAdapter:
                 return None
-            if not isinstance(refinement, dict) or not refinement.get("finished"):
-                return None
-            return self._generated.ensure(
+            card = self._generated.ensure(
                 order.request, tenant=order.tenant, quota=order.access.quota
             )
+            return card if _has_learnt(card) else None  # else it went, and this is a new draft
 
         return await self._blocking(find)
 
@@ -330,6 +328,12 @@ class Learning:
 
     async def _blocking(self, work: Callable[[], _T]) -> _T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+
+def _has_learnt(card: AdapterCard) -> bool:
+    """Whether a job has ended for it, whatever was gained."""
+    refinement = card.provenance.get("refinement")
+    return isinstance(refinement, dict) and refinement.get("finished") is True
 
 
 def _tell(job: Job, now: RefinementProgress) -> None:

@@ -143,7 +143,6 @@ def test_vectors_come_down_and_no_more(base_of: BaseOf, monkeypatch: pytest.Monk
     assert [c.shape for step in run.steps for c in step.copies_out] == [(1, base.spec.hidden_size)]
 
 
-@pytest.mark.xfail(strict=True, reason="segments of routed experts are built on the host")
 @pytest.mark.parametrize("family", ROUTED)
 def test_routed_experts_are_grouped_on_the_device(
     family: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch

@@ -12,6 +12,7 @@ from torch import Tensor
 from loraplex_adapter_store.plan import RoutingStrategy
 from loraplex_kernels.experts import StepPairs, group_pairs, route_and_group
 from loraplex_kernels.layout import LoraSegments
+from loraplex_kernels.segments import expand_routed
 
 from .gates import Routing, experts_per_row, route
 
@@ -20,10 +21,14 @@ __all__ = [
     "PlacedExperts",
     "RoutedRows",
     "expand",
+    "expand_by_slots",
     "pair_rows",
     "projection_segments",
+    "projection_segments_by_slots",
     "step_pairs",
 ]
+
+NO_SLOT = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +80,11 @@ def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
     """Routes the rows of each adapter. ``hidden`` [n_rows of the step, in_features].
 
     On a device nothing waits for it: the numbers of segments and pairs follow from the arguments.
-    Segments of experts nobody chose are empty; pairs without an expert, which only top-p makes,
-    stand in a last segment of slot -1.
+    On a CPU segments of experts nobody chose are empty, and pairs without an expert, which only
+    top-p makes, stand in a last segment of slot -1; on a GPU both are in no segment.
     """
+    if hidden.is_cuda:
+        return expand_by_slots(hidden, routed)
     first = routed[0].experts
     if len(routed) == 1 and first.strategy is RoutingStrategy.TOP_K:  # the usual case, in one call
         rows = _rows_of(hidden, routed[0])
@@ -95,12 +102,23 @@ def expand(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
     return Pairs(weights, LoraSegments(slots, grouped.indptr, grouped.indices, grouped.weights))
 
 
+def expand_by_slots(hidden: Tensor, routed: Sequence[RoutedRows]) -> Pairs:
+    """``expand`` in the operators of a GPU, on any device: pairs are grouped by their pool slot."""
+    choices = [_choose(hidden, r) for r in routed]
+    slots = torch.cat([slot.reshape(-1) for slot, _ in choices])
+    weights = tuple(weight for _, weight in choices)
+    weight = torch.cat([w.reshape(-1) for w in weights])
+    return Pairs(weights, expand_routed(slots.unsqueeze(-1), weight.unsqueeze(-1)))
+
+
 def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSegments:
     """Segments over the rows of the step themselves, for experts of one projection.
 
     MoLA, LoRAMoE and Arrow add ``Σ w_e B_e A_e x`` to one linear, so a row simply stands in the
     segments of its k experts. ``inputs`` [n_rows, in_features] is what that linear reads.
     """
+    if inputs.is_cuda:
+        return projection_segments_by_slots(inputs, routed)
     pairs = expand(inputs, routed)
     rows = pair_rows(routed)
     segments = pairs.segments
@@ -110,6 +128,28 @@ def projection_segments(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSeg
         rows[segments.indices.long()].int(),  # the order is stable: rows ascend within a segment
         segments.weights,
     )
+
+
+def projection_segments_by_slots(inputs: Tensor, routed: Sequence[RoutedRows]) -> LoraSegments:
+    """``projection_segments`` in the operators of a GPU, on any device."""
+    shape = inputs.shape[0], max(r.experts.k for r in routed)
+    slots = torch.full(shape, NO_SLOT, dtype=torch.int32, device=inputs.device)
+    weights = torch.zeros(shape, dtype=torch.float32, device=inputs.device)
+    for r in routed:  # whose rows are disjoint
+        slot, weight = _choose(inputs, r)
+        slots[:, : r.experts.k].index_copy_(0, r.rows, slot)
+        weights[:, : r.experts.k].index_copy_(0, r.rows, weight)
+    return expand_routed(slots, weights)
+
+
+def _choose(hidden: Tensor, routed: RoutedRows) -> tuple[Tensor, Tensor]:
+    """Pool slots int32 and weights float32 [n_rows, k] of an adapter's rows; counts them."""
+    index, weight = _route(hidden, routed)
+    is_used = index >= 0
+    expert = index.clamp(min=0).long()
+    routed.experts.load.scatter_add_(0, expert.reshape(-1), is_used.long().reshape(-1))
+    slots = torch.where(is_used, routed.experts.slots[expert], NO_SLOT)
+    return slots, weight.contiguous()
 
 
 def step_pairs(routed: Sequence[RoutedRows]) -> StepPairs:

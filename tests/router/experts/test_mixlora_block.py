@@ -29,6 +29,7 @@ from loraplex_router.experts import (
     mixed_mlp,
     projection_segments,
 )
+from loraplex_router.experts.expansion import expand_by_slots, projection_segments_by_slots
 from tests.support.experts_oracle import (
     LowRank,
     OracleAdapter,
@@ -297,6 +298,40 @@ def test_expert_load_counts_every_routed_row_k_times() -> None:
     expand(step.hidden, routed)
     loads = [r.experts.load for r in routed]
     assert [int(load.sum()) for load in loads if load is not None] == [6, 1]
+
+
+def _members(segments: LoraSegments) -> list[tuple[int, int, float]]:
+    """(slot, row, weight) of every pair that has an adapter, in order of the segments."""
+    assert segments.weights is not None
+    found = []
+    for slot, (first, last) in zip(
+        segments.slots.tolist(), itertools.pairwise(segments.indptr.tolist()), strict=True
+    ):
+        rows = segments.indices[first:last].tolist()
+        weights = segments.weights[first:last].tolist()
+        found += [(slot, *pair) for pair in zip(rows, weights, strict=True) if slot >= 0]
+    return found
+
+
+@pytest.mark.parametrize("users", [[3, 5, 3, 4, 3, 0, 5], [3, 3], [1, 4, 5, 5]])
+def test_grouped_by_slot_pairs_and_counts_are_the_same(users: list[int]) -> None:
+    """As a GPU groups them, without a look at the data."""
+    torch.manual_seed(8)
+    step = MixedStep(crowd(), users)
+    routed, again = step.routed(), step.routed()
+    wanted, found = expand(step.hidden, routed), expand_by_slots(step.hidden, again)
+    assert sorted(_members(found.segments)) == sorted(_members(wanted.segments))
+    assert [slot for slot, *_ in _members(found.segments)] == sorted(
+        slot for slot, *_ in _members(wanted.segments)
+    )
+    for mine, theirs in zip(found.weights, wanted.weights, strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(again, routed, strict=True):
+        assert mine.experts.load is not theirs.experts.load
+        assert torch.equal(mine.experts.load, theirs.experts.load)
+    rows = projection_segments(step.hidden, routed)
+    by_slot = projection_segments_by_slots(step.hidden, again)
+    assert sorted(_members(by_slot)) == sorted(_members(rows))
 
 
 @pytest.mark.parametrize("strategy", ["mixlora", "loramoe", "arrow"])

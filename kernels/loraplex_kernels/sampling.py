@@ -100,7 +100,8 @@ class Staging:
         """
         if self._host.numel() < n_bytes:
             size = 1 << (n_bytes - 1).bit_length()
-            self._host = torch.empty(size, dtype=torch.uint8, pin_memory=self._device.type != "cpu")
+            pinned = self._device.type != "cpu" and torch.cuda.is_available()
+            self._host = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         return self._host[:n_bytes]
 
 

@@ -3,11 +3,14 @@
     out[i, h] = Σ_j softmax_j(scale · q[i, h] · k[j]) v[j]      j ≤ place(i), j > place(i) − window
 
 Shapes: q, out [T, n_heads, D]; a tile holds BLOCK_Q queries of one request times the heads that
-share a key head. Positions are cut into splits of SPLIT_POSITIONS, counted from position 0; each
-has an online softmax of its own, and splits meet in ascending order: in one program (many rows) or
-through float32 partials that ``combine_kernel`` adds (few rows). A hidden position adds an exact
-zero, so a row has the same bits in every batch and both ways. No atomics, no host sync; programs
-without work exit at once.
+share a key head. Positions are cut into splits of SPLIT_POSITIONS, counted from position 0; split s
+is of group s mod N_GROUPS. A group has one online softmax over its splits in ascending order, and
+groups meet in ascending order. So the grid has at most N_GROUPS programs a tile, however long the
+context may be, and up to N_GROUPS splits each is a group of its own. Requests with few queries and
+more than a split are *divided*: a program a group, whose float32 partials ``combine_kernel`` adds;
+for the others one program does all groups. A hidden position adds an exact zero, so a row has the
+same bits in every batch and both ways. No atomics, no host sync; programs without work exit at
+once.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 from .kv_cache import cache_unit, check_cache
 
 __all__ = [
+    "N_GROUPS",
     "SPLIT_POSITIONS",
     "AttentionWorkspace",
     "attention_workspace",
@@ -30,7 +34,9 @@ __all__ = [
 ]
 
 SPLIT_POSITIONS = 512
-_SERIAL_ROWS = 256  # from here on there are tiles enough to fill a GPU without splits
+N_GROUPS = 16  # × 8 key heads: one request alone has a program for each multiprocessor
+_FEW_ROWS = 256  # up to here every request is divided, and tiles are small
+_FEW_QUERIES = 8  # of a request that is divided in a step of more rows; more have tiles enough
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -88,19 +94,13 @@ def load_values(
 
 @triton.jit
 def attend_split(
-    q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, first, last, place, stop, scale,
-    window, softcap,
+    m, norm, acc, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, first, last, place, stop,
+    scale, window, softcap,
     N_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    N_PAGES: tl.constexpr, U: tl.constexpr, BLOCK_M: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    N_PAGES: tl.constexpr, U: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over positions [first, last): maximum (base 2), norm and weighted values."""
+    """Goes on with an online softmax over positions [first, last): maximum (base 2), norm, sum."""
     BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
-    m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-    # The norm is a product with ones: a reduction's order would follow the thread layout.
-    ones = tl.full((BLOCK_KV, 16), 1.0, dtype=tl.float32).to(q.dtype)  # 3.6 interprets it so
-    norm = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
-    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for start in range(first, last, BLOCK_KV):
         page = start // PAGE_SIZE + tl.arange(0, N_PAGES)
         in_use = page * PAGE_SIZE < stop
@@ -128,30 +128,81 @@ def attend_split(
         norm = tl.dot(p, ones, norm * fade[:, None], input_precision="ieee")
         acc = tl.dot(p, v, acc * fade[:, None], input_precision="ieee")
         m = top
+    return m, norm, acc
+
+
+@triton.jit
+def attend_group(
+    group, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, begin, place, stop, scale,
+    window, softcap,
+    N_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    N_PAGES: tl.constexpr, U: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
+    N_GROUPS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Online softmax over the splits of a group within positions [begin, stop)."""
+    BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
+    m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    norm = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    split = first_split(begin, group, SPLIT, N_GROUPS)
+    for position in range(split * SPLIT, stop, SPLIT * N_GROUPS):
+        m, norm, acc = attend_split(
+            m, norm, acc, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head,
+            tl.maximum(position, begin // BLOCK_KV * BLOCK_KV),
+            tl.minimum(position + SPLIT, stop), place, stop, scale, window, softcap,
+            N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
     return m, tl.max(norm, axis=1), acc
 
 
-@triton.jit(do_not_specialize=["n_requests", "n_rows", "n_splits", "window"])
+@triton.jit
+def is_divided(kv_len, n_queries, most_queries, SPLIT: tl.constexpr):
+    """Whether the groups of a request are of several programs."""
+    return (kv_len > SPLIT) & (n_queries <= most_queries)
+
+
+@triton.jit
+def first_split(begin, group, SPLIT: tl.constexpr, N_GROUPS: tl.constexpr):
+    """The first split of a group that holds position ``begin`` or later ones."""
+    split = begin // SPLIT
+    return split + (group + N_GROUPS - split % N_GROUPS) % N_GROUPS
+
+
+@triton.jit(
+    do_not_specialize=[
+        "stride_pages", "n_requests", "n_places", "most_queries", "per_request", "window"
+    ]
+)  # fmt: skip
 def attend_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, page_table_ptr, starts_ptr, kv_lens_ptr, out_ptr,
     partial_ptr, norm_ptr,
     stride_qt, stride_qh, stride_ot, stride_oh, stride_pages,
-    n_requests, n_rows, n_splits, scale, window, softcap,
+    n_requests, n_places, most_queries, per_request, scale, window, softcap,
     N_KV: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, N_PAGES: tl.constexpr, U: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, SERIAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, N_GROUPS: tl.constexpr, ONE_GROUP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
+    """ONE_GROUP: requests that are not divided have no second split."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
+    BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
+    first_group = tl.program_id(2)
     request = find_request(starts_ptr, n_requests, tile, BLOCK_Q)
     start = tl.load(starts_ptr + request)
     n_queries = tl.load(starts_ptr + request + 1) - start
     first_query = (tile - start // BLOCK_Q - request) * BLOCK_Q
     if first_query >= n_queries:
         return
-    hidden = tl.load(kv_lens_ptr + request) - n_queries  # place of query 0
+    kv_len = tl.load(kv_lens_ptr + request)
+    divided = is_divided(kv_len, n_queries, most_queries, SPLIT)
+    end_group = first_group + 1
+    if not divided:
+        if first_group > 0:
+            return
+        end_group = N_GROUPS
+    hidden = kv_len - n_queries  # place of query 0
     stop = hidden + tl.minimum(first_query + BLOCK_Q, n_queries)
     begin = 0
     if HAS_WINDOW:
@@ -168,57 +219,62 @@ def attend_kernel(
     )
     place = tl.where(in_tile, hidden + query, -1)
     pages_ptr = page_table_ptr + request.to(tl.int64) * stride_pages
-    BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
-    if SERIAL:
-        m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
-        norm = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        for split in range(begin // SPLIT, tl.cdiv(stop, SPLIT)):
-            first = tl.maximum(split * SPLIT, begin // BLOCK_KV * BLOCK_KV)
-            other_m, other_norm, other_acc = attend_split(
-                q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, first,
-                tl.minimum(split * SPLIT + SPLIT, stop), place, stop, scale, window, softcap,
-                N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, BLOCK_M, HAS_WINDOW, HAS_SOFTCAP,
+    # The norm is a product with ones: a reduction's order would follow the thread layout.
+    ones = tl.full((BLOCK_KV, 16), 1.0, dtype=tl.float32).to(q.dtype)  # 3.6 interprets it so
+    m, norm, acc = attend_group(
+        first_group, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, begin, place, stop,
+        scale, window, softcap,
+        N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, BLOCK_M, SPLIT, N_GROUPS, HAS_WINDOW, HAS_SOFTCAP,
+    )  # fmt: skip
+    if not ONE_GROUP:
+        for group in range(first_group + 1, end_group):
+            other_m, other_norm, other_acc = attend_group(
+                group, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, begin, place, stop,
+                scale, window, softcap,
+                N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, BLOCK_M, SPLIT, N_GROUPS,
+                HAS_WINDOW, HAS_SOFTCAP,
             )  # fmt: skip
             m, norm, acc = merge(m, norm, acc, other_m, other_norm, other_acc)
+    if divided:
+        # What is empty here is empty for every row of the tile, and is not read.
+        slot = tl.where(per_request > 0, request * per_request + query, start + query)
+        at = (first_group.to(tl.int64) * n_places + slot) * (N_KV * GROUP) + head
+        tl.store(norm_ptr + at * 2, m, mask=in_tile)
+        tl.store(norm_ptr + at * 2 + 1, norm, mask=in_tile)
+        tl.store(partial_ptr + at[:, None] * D + dims[None, :], acc, mask=mask)
+    else:
         y = acc / tl.where(norm == 0.0, 1.0, norm)[:, None]  # lanes beyond the tile have none
         pointers = out_ptr + (row * stride_ot + head * stride_oh)[:, None] + dims[None, :]
         tl.store(pointers, y, mask=mask)
-    else:
-        split = tl.program_id(2)
-        first = tl.maximum(split * SPLIT, begin // BLOCK_KV * BLOCK_KV)
-        last = tl.minimum(split * SPLIT + SPLIT, stop)
-        if first < last:
-            m, norm, acc = attend_split(
-                q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, first, last, place, stop, scale,
-                window, softcap,
-                N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, BLOCK_M, HAS_WINDOW, HAS_SOFTCAP,
-            )  # fmt: skip
-            at = (split * n_rows + row) * (N_KV * GROUP) + head
-            tl.store(norm_ptr + at * 2, m, mask=in_tile)
-            tl.store(norm_ptr + at * 2 + 1, norm, mask=in_tile)
-            tl.store(partial_ptr + at[:, None] * D + dims[None, :], acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["n_requests", "n_rows", "window"])
+@triton.jit(do_not_specialize=["n_requests", "n_places", "most_queries", "per_request", "window"])
 def combine_kernel(
     partial_ptr, norm_ptr, starts_ptr, kv_lens_ptr, out_ptr, stride_ot, stride_oh,
-    n_requests, n_rows, window,
+    n_requests, n_places, most_queries, per_request, window,
     N_HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, SPLIT: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
+    N_GROUPS: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    slot = tl.program_id(0)
     head = tl.program_id(1)
-    found = 0
-    for base in range(0, n_requests, 128):
-        r = base + tl.arange(0, 128)
-        from_row = tl.load(starts_ptr + r, mask=r < n_requests, other=0)
-        found += tl.sum(((from_row <= row) & (r < n_requests)).to(tl.int32))
-    request = found - 1
+    if per_request > 0:
+        request = slot // per_request
+        row = tl.load(starts_ptr + request) + slot % per_request
+    else:
+        row = slot
+        found = 0
+        for base in range(0, n_requests, 128):
+            r = base + tl.arange(0, 128)
+            from_row = tl.load(starts_ptr + r, mask=r < n_requests, other=0)
+            found += tl.sum(((from_row <= row) & (r < n_requests)).to(tl.int32))
+        request = found - 1
     end = tl.load(starts_ptr + request + 1)
     if row >= end:
         return
-    place = tl.load(kv_lens_ptr + request) - (end - row)
+    kv_len = tl.load(kv_lens_ptr + request)
+    if not is_divided(kv_len, end - tl.load(starts_ptr + request), most_queries, SPLIT):
+        return
+    place = kv_len - (end - row)
     begin = 0
     if HAS_WINDOW:
         begin = tl.maximum(place - window + 1, 0)
@@ -227,30 +283,50 @@ def combine_kernel(
     norm = tl.zeros((1,), dtype=tl.float32)
     acc = tl.zeros((1, BLOCK_D), dtype=tl.float32)
     one = tl.arange(0, 1)
-    for split in range(begin // SPLIT, place // SPLIT + 1):
-        at = (split * n_rows + row).to(tl.int64) * N_HEADS + head
-        other_m = tl.load(norm_ptr + at * 2 + one)
-        other_norm = tl.load(norm_ptr + at * 2 + 1 + one)
-        pointers = partial_ptr + at * D + one[:, None] + dims[None, :]
-        other_acc = tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
-        m, norm, acc = merge(m, norm, acc, other_m, other_norm, other_acc)
+    for group in range(N_GROUPS):
+        if first_split(begin, group, SPLIT, N_GROUPS) * SPLIT <= place:
+            at = (slot.to(tl.int64) + group * n_places) * N_HEADS + head
+            other_m = tl.load(norm_ptr + at * 2 + one)
+            other_norm = tl.load(norm_ptr + at * 2 + 1 + one)
+            pointers = partial_ptr + at * D + one[:, None] + dims[None, :]
+            other_acc = tl.load(pointers, mask=(dims < D)[None, :], other=0.0)
+            m, norm, acc = merge(m, norm, acc, other_m, other_norm, other_acc)
     pointers = out_ptr + row.to(tl.int64) * stride_ot + head * stride_oh + dims[None, :]
     tl.store(pointers + one[:, None], acc / norm[:, None], mask=(dims < D)[None, :])
 
 
 class AttentionWorkspace(NamedTuple):
-    """Partials of a step with few rows; both are float32 and may be larger than needed."""
+    """Partials of divided requests; both are float32 and may be larger than needed."""
 
-    partials: Tensor  # [n_splits * T * n_heads * D]
-    norms: Tensor  # [n_splits * T * n_heads * 2]: maximum, norm
+    partials: Tensor  # [n_groups * n_places * n_heads * D]
+    norms: Tensor  # [n_groups * n_places * n_heads * 2]: maximum, norm
+
+
+class Division(NamedTuple):
+    """How a step is spread over programs: a function of its shapes alone."""
+
+    n_groups: int  # programs of a tile
+    most_queries: int  # of a request that is divided
+    per_request: int  # places of a request in the workspace; 0 = a place a row
+    n_places: int
+
+    @staticmethod
+    def of(n_rows: int, n_requests: int, n_positions: int) -> Division:
+        n_groups = min(N_GROUPS, -(-n_positions // SPLIT_POSITIONS))
+        if n_groups == 1:
+            return Division(1, 0, 0, 0)
+        if n_rows <= _FEW_ROWS:
+            return Division(n_groups, n_rows, 0, n_rows)
+        if n_requests * _FEW_QUERIES < n_rows:
+            return Division(n_groups, _FEW_QUERIES, _FEW_QUERIES, n_requests * _FEW_QUERIES)
+        return Division(n_groups, _FEW_QUERIES, 0, n_rows)
 
 
 def attention_workspace(
-    n_rows: int, n_heads: int, head_dim: int, n_positions: int, device: torch.device
+    division: Division, n_heads: int, head_dim: int, device: torch.device
 ) -> AttentionWorkspace:
-    """Room for steps of up to ``n_rows`` rows over up to ``n_positions`` positions."""
-    n = -(-n_positions // SPLIT_POSITIONS) * min(n_rows, _SERIAL_ROWS) * n_heads
-    sizes = (n * head_dim, n * 2)
+    n = division.n_groups * division.n_places * n_heads
+    sizes = (max(1, n * head_dim), max(1, n * 2))
     return AttentionWorkspace(*(torch.empty(size, device=device) for size in sizes))
 
 
@@ -285,42 +361,37 @@ def paged_attention_triton(
         return out
     n_kv, page_size = k_cache.shape[1], k_cache.shape[2]
     n_positions = page_table.shape[1] * page_size
-    n_splits = -(-n_positions // SPLIT_POSITIONS)
-    serial = n_rows > _SERIAL_ROWS or n_splits == 1
-    if serial:
-        space = AttentionWorkspace(out, out)
-    elif workspace is None:
-        space = attention_workspace(n_rows, n_heads, head_dim, n_positions, q.device)
-    else:
-        space = workspace
-        if space.partials.numel() < n_splits * n_rows * n_heads * head_dim:
-            raise ValueError("the attention workspace is too small; see attention_workspace")
+    division = Division.of(n_rows, n_requests, n_positions)
+    space = workspace or attention_workspace(division, n_heads, head_dim, q.device)
+    if space.partials.numel() < division.n_groups * division.n_places * n_heads * head_dim:
+        raise ValueError("the attention workspace is too small; see attention_workspace")
     group = n_heads // n_kv
     padded = triton.next_power_of_2(group)
     is_half = q.element_size() == 2
     is_small = is_half and head_dim <= 128
-    block_m = max(32 if is_small and n_rows > _SERIAL_ROWS else 16, padded)
+    block_m = max(32 if is_small and n_rows > _FEW_ROWS else 16, padded)
     n_tiles = min(n_rows, n_rows // (block_m // padded) + n_requests)
     block_d = triton.next_power_of_2(head_dim)
     n_pages = max(1, _block_positions(block_d, q.element_size()) // page_size)
     shared = {
-        "D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT_POSITIONS,
+        "D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT_POSITIONS, "N_GROUPS": N_GROUPS,
         "HAS_WINDOW": window is not None,
     }  # fmt: skip
-    attend_kernel[(n_tiles, n_kv, 1 if serial else n_splits)](
+    attend_kernel[(n_tiles, n_kv, division.n_groups)](
         q, k_cache, v_cache, page_table, query_starts, kv_lens, out, *space,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0),
-        n_requests, n_rows, n_splits, scale, window or 0, softcap or 1.0,
+        n_requests, division.n_places, division.most_queries, division.per_request,
+        scale, window or 0, softcap or 1.0,
         N_KV=n_kv, GROUP=group, GROUP_PADDED=padded, PAGE_SIZE=page_size,
         N_PAGES=n_pages, U=cache_unit(k_cache), BLOCK_M=block_m,
-        SERIAL=serial, HAS_SOFTCAP=softcap is not None, num_warps=4 if is_half else 8, num_stages=2,
-        enable_fp_fusion=False, **shared,
+        ONE_GROUP=n_rows <= _FEW_ROWS, HAS_SOFTCAP=softcap is not None,
+        num_warps=4 if is_half else 8, num_stages=2, maxnreg=255, enable_fp_fusion=False, **shared,
     )  # fmt: skip
-    if not serial:
-        combine_kernel[(n_rows, n_heads)](
+    if division.n_groups > 1:
+        combine_kernel[(division.n_places, n_heads)](
             *space, query_starts, kv_lens, out, out.stride(0), out.stride(1),
-            n_requests, n_rows, window or 0, N_HEADS=n_heads, num_warps=1,
-            enable_fp_fusion=False, **shared,
+            n_requests, division.n_places, division.most_queries, division.per_request,
+            window or 0, N_HEADS=n_heads, num_warps=1, enable_fp_fusion=False, **shared,
         )  # fmt: skip
     return out
 

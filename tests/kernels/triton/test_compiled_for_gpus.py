@@ -15,6 +15,7 @@ from loraplex_kernels.triton import (
     sample_tokens_triton,
 )
 from loraplex_kernels.triton.aot import record_launches
+from loraplex_kernels.triton.attention import Division, attention_workspace
 from loraplex_kernels.triton.launches import MODEL_TARGETS, all_launches
 from loraplex_kernels.triton.tuning import (
     KERNELS,
@@ -111,3 +112,28 @@ def test_a_step_never_looks_at_data_on_the_host(k: int) -> None:
         logits = torch.empty(24, 128_256, device=meta)
         sample_tokens_triton(logits, empty_batch(24, 128_256, meta))
     assert len(launches) == 1
+
+
+def test_neither_grid_nor_memory_of_attention_grows_with_the_context() -> None:
+    for n_rows, n_requests in ((1, 1), (64, 64), (256, 3), (2048, 64), (300, 200)):
+        long, longer = (Division.of(n_rows, n_requests, 2**n) for n in (14, 20))
+        assert long == longer
+        assert long.n_groups == 16
+        space = attention_workspace(long, 32, 128, torch.device("meta"))
+        n_bytes = 4 * (space.partials.numel() + space.norms.numel())
+        assert n_bytes <= 300 * 2**20
+    assert Division.of(2048, 64, 2**20).n_places == 512
+    assert Division.of(64, 64, 512).n_groups == 1
+
+
+def test_the_width_of_a_page_table_compiles_nothing_anew() -> None:
+    meta = torch.device("meta")
+    q = torch.empty(24, 32, 128, device=meta, dtype=torch.bfloat16)
+    cache = torch.empty(16, 8, 16, 128, device=meta, dtype=torch.bfloat16)
+    ints = torch.empty(25, device=meta, dtype=torch.int32)
+    with record_launches() as launches:
+        for n_pages in (512, 513, 640, 8192):
+            table = torch.empty(24, n_pages, device=meta, dtype=torch.int32)
+            paged_attention_triton(q, cache, cache, table, ints, ints[1:], scale=1.0)
+    assert len(launches) == 8
+    assert len(set(launches)) == 2

@@ -112,7 +112,9 @@ def _assert_close(
 
 @pytest.fixture(autouse=True)
 def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a group has several splits."""
     monkeypatch.setattr(attention, "SPLIT_POSITIONS", 64)
+    monkeypatch.setattr(attention, "N_GROUPS", 2)
 
 
 @settings(max_examples=8, deadline=None)
@@ -151,17 +153,39 @@ def test_decode_and_prefill_rows_equal_the_reference(
     _assert_close(out, step, window=window, softcap=softcap)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_row_has_the_same_bits_alone_split_and_unsplit(
-    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("dtype", "window"), [(torch.float32, None), (torch.bfloat16, 70)])
+def test_a_row_has_the_same_bits_alone_divided_and_whole(
+    device: torch.device,
+    dtype: torch.dtype,
+    window: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    step = _step(device, dtype, lens=[150, 33, 70], queries=[1, 20, 3])
-    together = _attend(step)
+    step = _step(device, dtype, lens=[260, 33, 70], queries=[1, 20, 3])
+    together = _attend(step, window=window)
+    _assert_close(together, step, window=window)
     for request in range(3):
         first, last = step.query_starts[request : request + 2].tolist()
-        assert torch.equal(_attend(step.only(request)), together[first:last])
-    monkeypatch.setattr(attention, "_SERIAL_ROWS", 0)
-    assert torch.equal(_attend(step), together)
+        alone = _attend(step.only(request), window=window)
+        assert torch.equal(alone, together[first:last])
+    # None is divided; those of up to 3 queries, by request; all, by row.
+    for few_queries, per_request in ((0, 0), (3, 3), (20, 0)):
+        monkeypatch.setattr(attention, "_FEW_ROWS", 0)
+        monkeypatch.setattr(attention, "_FEW_QUERIES", few_queries)
+        division = attention.Division.of(24, 3, step.page_table.shape[1] * 8)
+        assert division.per_request == per_request
+        assert torch.equal(_attend(step, window=window), together)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_up_to_as_many_splits_as_groups_each_is_a_group_of_its_own(
+    device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So how many groups there may be changes nothing there."""
+    step = _step(device, dtype, lens=[230, 40], queries=[1, 2])
+    monkeypatch.setattr(attention, "N_GROUPS", 4)
+    four = _attend(step)
+    monkeypatch.setattr(attention, "N_GROUPS", 16)
+    assert torch.equal(_attend(step), four)
 
 
 def test_padded_requests_and_rows_are_left_alone(device: torch.device) -> None:

@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: serve test test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-sanitize load kernels-report native demos clients docker-check clean venv
+.PHONY: serve test test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv
 
 venv: $(STAMP)
 
@@ -85,6 +85,9 @@ $(CLIENTS)/.installed: pyproject.toml
 		$(CLIENTS)/$$group/bin/python -m pip install --quiet --group $$group || exit 1; \
 	done
 	@touch $@
+
+gpu-report: venv  # all that a GPU can tell, into gpu-report/report.html and report.json; stop it whenever
+	$(BIN)/python -m loadtests.gpu_report $(REPORT)
 
 bench-gpu: venv
 	$(BIN)/python kernels/benchmarks/bench_gpu.py

@@ -1,0 +1,137 @@
+"""The report of a GPU, made of recorded numbers of a device that does not exist."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from loadtests.client import Outcome
+from loadtests.gpu_report.__main__ import NO_DEVICE, main
+from loadtests.gpu_report.report import Report, Skipped, run_sections
+from loadtests.gpu_report.sections import roofline_shares, serving_numbers, test_counts
+
+MADE_UP = {"name": "Made-up GPU <no such device>", "memory MiB": 81559}
+
+
+def cell(
+    rows: int, system: str, us: float, percent: float, *, same: bool = True
+) -> dict[str, object]:
+    point = {"module": "made-up qkv", "n_rows": rows, "n_adapters": 1, "ranks": "8", "mapping": "x"}
+    return {
+        "point": point,
+        "system": system,
+        "microseconds": us,
+        "roofline_percent": percent,
+        "largest_error": 0.001 * us,
+        "repeats_bitwise": same,
+    }
+
+
+CELLS = [
+    *(cell(1, "ours", us, 60.0 + us) for us in (10.0, 14.0, 30.0)),
+    cell(1, "vllm", 20.0, 40.0, same=False),
+    cell(16, "ours", 50.0, 90.0),
+]
+JUNIT = """<testsuites><testsuite name="pytest" tests="3" skipped="1" failures="1" errors="0">
+<testcase classname="tests.made_up" name="passes"/>
+<testcase classname="tests.made_up" name="fails"><failure message="x">x</failure></testcase>
+<testcase classname="tests.made_up" name="skips"><skipped/></testcase>
+</testsuite></testsuites>"""
+
+
+def new_report() -> Report:
+    return Report(MADE_UP, {"torch": "9.9", "vllm": None}, "abc1234", "2026-01-01T00:00:00+00:00")
+
+
+def test_without_a_device_one_sentence_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main([]) == 0
+    assert capsys.readouterr().out == NO_DEVICE + "\n"
+
+
+def test_it_is_started_as_a_module(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a device")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "loadtests.gpu_report", f"--out={tmp_path / 'out'}"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == NO_DEVICE + "\n"
+    assert not (tmp_path / "out").exists()
+    assert "loadtests.gpu_report" in (root / "Makefile").read_text()
+
+
+def test_kernels_stand_beside_their_roofline() -> None:
+    found = roofline_shares(CELLS)
+    assert found["all repeat bitwise"] is True  # of ours
+    first, second, third = found["rows"]
+    assert (first["system"], first["µs"], first["% of roofline"]) == ("ours", 14.0, 74.0)
+    assert first["largest error"] == pytest.approx(0.03)
+    assert (second["system"], second["µs"]) == ("vllm", 20.0)
+    assert (third["rows"], third["µs"]) == (16, 50.0)
+    assert roofline_shares([cell(1, "ours", 1.0, 1.0, same=False)])["all repeat bitwise"] is False
+
+
+def test_serving_counts_what_was_answered_whole() -> None:
+    whole = [Outcome(0.0, 200, None, ttft, [0.01, 0.03], 1.0, 100) for ttft in (0.1, 0.2, 0.9)]
+    broken = [Outcome(0.0, 200, None, 0.1, [], 1.0, 50, error="cut"), Outcome(0.0, 503)]
+    numbers = serving_numbers([*whole, *broken], 2.0)
+    assert (numbers["answered"], numbers["lost"]) == (3, 2)
+    assert numbers["tokens/s"] == 150.0
+    assert (numbers["TTFT ms"], numbers["TPOT ms"]) == (pytest.approx(200), pytest.approx(20))
+    assert serving_numbers(broken, 1.0)["answered"] == 0
+
+
+def test_failed_tests_are_named() -> None:
+    found = test_counts(JUNIT)
+    assert (found["tests"], found["skipped"], found["failures"]) == (3, 1, 1)
+    assert found["failed"] == [{"failed": "tests.made_up.fails"}]
+
+
+def test_both_files_hold_every_section_whatever_became_of_it(tmp_path: Path) -> None:
+    def skipped(_: Path) -> dict[str, object]:
+        raise Skipped("vllm is not installed (pip install vllm)")
+
+    def failing(_: Path) -> dict[str, object]:
+        raise RuntimeError("<script>no</script>")
+
+    works = {
+        "kernels": lambda _: roofline_shares(CELLS),
+        "serving": skipped,
+        "profile": failing,
+        "device tests": lambda _: test_counts(JUNIT),
+    }
+    assert run_sections(new_report(), works, tmp_path, say=lambda _: None)
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert [s["state"] for s in document["sections"]] == ["done", "skipped", "failed", "done"]
+    assert document["device"] == MADE_UP
+    page = (tmp_path / "report.html").read_text()
+    assert "Made-up GPU &lt;no such device&gt;" in page
+    assert "<script>" not in page
+    assert all(text in page for text in ("made-up qkv", "tests.made_up.fails", "not installed"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_stop_leaves_what_was_done(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def stopped(folder: Path) -> dict[str, object]:
+        seen.append(json.loads((folder / "report.json").read_text())["sections"][1]["state"])
+        raise KeyboardInterrupt
+
+    works = {"kernels": lambda _: roofline_shares(CELLS), "serving": stopped, "profile": stopped}
+    assert not run_sections(new_report(), works, tmp_path, say=lambda _: None)
+    assert seen == ["running"]
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert [s["state"] for s in document["sections"]] == ["done", "stopped", "not run"]
+    assert "made-up qkv" in (tmp_path / "report.html").read_text()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from loraplex_adapter_store.families.dora import row_norms
 from loraplex_server.engine.device import resolve_device
 from loraplex_server.engine.model_runner import ModelRunner
 from tests.gpu_readiness.conftest import BaseOf
 from tests.support.architectures import tiny_model
-from tests.support.meta_device import meta_gpu
+from tests.support.meta_device import META, meta_gpu
 from tests.support.meta_engine import Wish, meta_engine
 from tests.support.routed_plans import lora_plan
 
@@ -74,6 +75,21 @@ def test_memory_is_what_is_left_of_the_utilization(
         # the step's own cache is no part of its activations: a few pages more or less
         assert kv_bytes + pool.bytes_total == pytest.approx(51 << 30, rel=1e-4)
         assert pool.bytes_total == pytest.approx(0.2 * (51 << 30), rel=1e-4)
+
+
+def test_norms_of_dora_are_computed_where_the_weight_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a norm of each row comes down, and no weight: it has four times the rows at once."""
+    n_out, n_in, rank = 4 * 2048 + 3, 16, 2
+    a, b = torch.randn(rank, n_in), torch.randn(n_out, rank)
+    weight = torch.randn(n_out, n_in, dtype=torch.bfloat16)
+    with meta_gpu(monkeypatch) as gpu:
+        norms = row_norms(torch.empty_like(weight, device=META), a, b)
+        work = gpu.take()
+    assert norms.shape == (n_out,)
+    assert work.findings == []
+    assert [(copy.shape, copy.dtype) for copy in work.copies_out] == [((n_out,), torch.float32)]
+    dense = (weight.double() + b.double() @ a.double()).norm(dim=1)
+    assert torch.allclose(row_norms(weight, a, b), dense.float())
 
 
 def test_a_step_without_memory_is_its_own_requests_error(

@@ -7,17 +7,14 @@ import random
 from typing import Any
 
 import jsonschema_rs
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis_jsonschema import from_schema
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from loraplex_kernels.token_mask import mask_bits
 from loraplex_server.api.serving.structured_output import json_grammar
-from loraplex_server.engine.constraint import Constraint
 from loraplex_server.engine.grammar import CompiledGrammar, GrammarRefused, GrammarSpec, TokenTrie
+from tests.support.grammar_walk import walk
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
 EOS = 2
@@ -59,25 +56,6 @@ def compiled(schema: dict[str, Any]) -> CompiledGrammar:
     return TRIE.compile(GrammarSpec(json_grammar(schema)))
 
 
-def walk(grammar: CompiledGrammar, seed: int, n_most: int = 3000) -> list[int]:
-    """Any allowed token with the same chance, as logits of a model at an infinite temperature."""
-    constraint, chance = Constraint(grammar), random.Random(seed)
-    mask = allocate_token_bitmask(1, TRIE.vocab_size)
-    tokens: list[int] = []
-    while not constraint.ended and len(tokens) < n_most:
-        token = constraint.forced
-        if token is None:
-            fill_next_token_bitmask(constraint.matcher, mask)
-            token = chance.choice(np.flatnonzero(mask_bits(mask[0], TRIE.vocab_size)).tolist())
-        if token == EOS:
-            break
-        constraint.accept(token)
-        assert constraint.error is None
-        tokens.append(token)
-    assert len(tokens) < n_most
-    return tokens
-
-
 def accepts(grammar: CompiledGrammar, tokens: list[int]) -> bool:
     """Whether the answer may be these tokens and end there."""
     matcher = grammar.matcher.deep_copy()
@@ -99,7 +77,7 @@ def split(text: str, chance: random.Random) -> list[int]:
 def test_random_walks_under_the_mask_end_and_validate(schema: dict[str, Any]) -> None:
     grammar = compiled(schema)
     for seed in range(25):
-        text = TRIE.tokenizer.decode_bytes(walk(grammar, seed)).decode()
+        text = TRIE.tokenizer.decode_bytes(walk(TRIE, grammar, seed)).decode()
         assert jsonschema_rs.is_valid(schema, json.loads(text)), text
 
 
@@ -160,8 +138,8 @@ def test_a_grammar_may_begin_after_a_text_or_a_special_token(grammar: str, after
 
 def test_copies_of_a_grammar_move_alone() -> None:
     grammar = compiled(SCHEMAS[7])
-    first = walk(grammar, 1)
-    assert walk(grammar, 1) == first
+    first = walk(TRIE, grammar, 1)
+    assert walk(TRIE, grammar, 1) == first
 
 
 def test_a_keyword_that_cannot_be_enforced_is_named() -> None:

@@ -109,6 +109,7 @@ class TextCall(ABC):
         )
         self._body = body
         self.wanted: Wanted | None = wanted_grammar(body)  # ``prompts`` may change it
+        self.shows_special_tokens = False  # so may this: what reads the answer needs to see them
 
     def take_defaults(self, defaults: AdapterDefaults) -> None:
         """What the adapter's card says where the request says nothing. Before ``prompts``."""
@@ -274,7 +275,7 @@ class TextCall(ABC):
         """``n`` choices of each prompt. Takes over ``resolved``, unless it raises."""
         n_prompt = sum(len(prompt.ids) for prompt in prompts)
         salt = f"{self.info.tenant}/{self._body.cache_salt or ''}".strip("/")
-        skip_special = self._body.skip_special_tokens is not False
+        skip_special = self._body.skip_special_tokens is not False and not self.shows_special_tokens
         choices: list[ChoiceRequest] = []
         for prompt in prompts:
             for index in range(self.n):

@@ -16,8 +16,10 @@ from .call import AnswerFormat, Prompt, TextCall
 from .chat_format import AnswerHead, ChatFormat
 from .chat_prompt import ChatPrompt
 from .chat_protocol import ChatProtocol
+from .held_regions import HeldForm
 from .message_parser import ParserSpec
 from .sampling import limited, max_output_tokens, sampling_params, with_defaults
+from .template_form import held_protocol
 from .tool_grammar import PromptEnd, answer_grammar
 from .tool_use import tool_use
 
@@ -112,8 +114,26 @@ class ChatCall(TextCall):
             return
         tail = ids if protocol.response_template is not None else ids[-_TAIL_TOKENS:]
         prompt = await self.state.text.decode(tail, skip_special_tokens=False)
+        is_held = self.wanted is not None or self._tools.constrained
+        if is_held:
+            asked_by = None if self.wanted is None else self.wanted.param
+            protocol = held_protocol(protocol, self._tools, wanted_param=asked_by, prompt=prompt)
+        markers = [*(protocol.calls[:2] if with_calls else ()), *(protocol.reasoning or ())]
+        self.shows_special_tokens = any(map(self.state.text.is_hidden, markers))
         end = PromptEnd.of(prompt, protocol.reasoning)
-        self.wanted = answer_grammar(self.wanted, self._tools, protocol, end)
+        held = HeldForm.of(
+            protocol,
+            with_calls=with_calls,
+            in_reasoning=end.in_reasoning,
+            past_reasoning=end.past_reasoning,
+            is_free=self.wanted is None and not self._tools.required,
+        )
+        text = self.state.text
+        self.wanted = answer_grammar(self.wanted, self._tools, protocol, end, text.token_of)
         self._parser = ParserSpec.of(
-            protocol, with_calls=with_calls, one_call=not self._tools.parallel, prompt=prompt
+            protocol,
+            with_calls=with_calls,
+            one_call=not self._tools.parallel,
+            prompt=prompt,
+            held=held if is_held else None,
         )

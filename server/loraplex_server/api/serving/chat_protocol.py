@@ -25,12 +25,17 @@ class Markers(NamedTuple):
 
 
 class CallForm(NamedTuple):
-    """``is_array``: one region with a list of calls, else a region for each call."""
+    """``is_array``: one region with a list of calls, else a region for each call.
+
+    Without ``close`` the region goes on to the end of the answer.
+    """
 
     open: str
     close: str
     is_array: bool
     gap: str = ""  # white space inside the markers
+    arguments: str = "arguments"  # the key of a call's arguments
+    several: bool = True  # an answer may have more than one call
 
 
 _ARRAY = CallForm("<tool_call>", "</tool_call>", is_array=True)  # SmolLM2

@@ -1,7 +1,8 @@
 """An answer's text becomes content, reasoning and tool calls, while it comes.
 
-transformers' response parser finds the regions. What the calls of the usual forms say is read
-while they come (``ToolCallReader``); those of a response template when each region is whole.
+transformers' response parser finds the regions, or ``HeldRegions`` where a grammar holds them. What
+the calls of the usual forms say is read while they come (``ToolCallReader``); those of a response
+template when each region is whole.
 """
 
 from __future__ import annotations
@@ -16,11 +17,19 @@ from pydantic import JsonValue
 from transformers.utils.chat_parsing import ResponseParser
 
 from .chat_protocol import ChatProtocol
+from .held_regions import HeldForm, HeldRegions
 from .tool_call_reader import ToolCallReader
 
-__all__ = ["CalledTool", "MessageParser", "MessagePiece", "ParsedMessage", "ParserSpec"]
+__all__ = [
+    "REASONING_FIELDS",
+    "CalledTool",
+    "MessageParser",
+    "MessagePiece",
+    "ParsedMessage",
+    "ParserSpec",
+]
 
-_REASONING = ("reasoning_content", "reasoning", "thinking")
+REASONING_FIELDS = ("reasoning_content", "reasoning", "thinking")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +41,17 @@ class ParserSpec:
     reads_json: bool  # calls are text to the template, and read here
     one_call: bool
     markers: tuple[str, str] = ("", "")  # of calls, for text that turns out to be none
+    held: HeldForm | None = None  # what a grammar makes of it; then the template is not asked
 
     @classmethod
     def of(
-        cls, protocol: ChatProtocol, *, with_calls: bool, one_call: bool, prompt: str
+        cls,
+        protocol: ChatProtocol,
+        *,
+        with_calls: bool,
+        one_call: bool,
+        prompt: str,
+        held: HeldForm | None = None,
     ) -> ParserSpec:
         """``prompt``: its text, of which the end matters."""
         if protocol.response_template is not None:
@@ -50,7 +66,7 @@ class ParserSpec:
                 prefix = protocol.reasoning.open
         template: dict[str, JsonValue] = {"start_anchor": "\0", "fields": fields}
         markers = (protocol.calls.open, protocol.calls.close)
-        return cls(template, prefix, reads_json=True, one_call=one_call, markers=markers)
+        return cls(template, prefix, reads_json=True, one_call=one_call, markers=markers, held=held)
 
 
 class MessagePiece(NamedTuple):
@@ -69,9 +85,11 @@ class MessageParser:
     def __init__(self, spec: ParserSpec) -> None:
         self.n_calls = 0
         self._spec = spec
-        self._parser: ResponseParser | None = ResponseParser(
-            dict(spec.template), prefix=spec.prefix
-        )
+        self._parser: ResponseParser | HeldRegions | None
+        if spec.held is None:
+            self._parser = ResponseParser(dict(spec.template), prefix=spec.prefix)
+        else:
+            self._parser = HeldRegions(spec.held)
         self._reader = ToolCallReader()
         self._region = ""  # raw text of the open region of calls
         self._region_calls = 0  # pieces that it gave
@@ -112,7 +130,7 @@ class MessageParser:
                 yield from self._calls_end(event["value"], at_end)
         elif kind == "region_chunk":
             name: Literal["content", "reasoning"] = (
-                "reasoning" if field in _REASONING else "content"
+                "reasoning" if field in REASONING_FIELDS else "content"
             )
             yield from self._text(name, str(event["text"]))
 
@@ -133,11 +151,12 @@ class MessageParser:
 
     def _calls_end(self, value: object, at_end: bool) -> Iterator[MessagePiece]:
         if not self._spec.reads_json:
-            for called in value if isinstance(value, list) else [value]:
-                function = called.get("function", called) if isinstance(called, dict) else {}
-                arguments = function.get("arguments", {})
-                written = arguments if isinstance(arguments, str) else json.dumps(arguments)
-                yield from self._call(str(function.get("name", "")), written)
+            calls = [_named(called) for called in (value if isinstance(value, list) else [value])]
+            if not all(calls):  # no call to the letter
+                yield from self._text("content", self._region)
+            for call in calls if all(calls) else ():
+                assert call is not None
+                yield from self._call(*call)
         elif self._reader.broken:
             yield from self._text("content", "" if at_end else self._spec.markers[1])
         elif at_end and not self._region_calls and self._region.strip(" \n[]"):
@@ -206,6 +225,15 @@ class ParsedMessage(NamedTuple):
             "".join(piece.text for piece in pieces if piece.kind == "reasoning"),
             calls,
         )
+
+
+def _named(called: object) -> tuple[str, str] | None:
+    """Name and arguments of what a response template made of a region; None: it is no call."""
+    function = called.get("function", called) if isinstance(called, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        return None
+    arguments = function.get("arguments", {})
+    return function["name"], arguments if isinstance(arguments, str) else json.dumps(arguments)
 
 
 def _verbatim(open_: str | None = None, close: str | None = None) -> dict[str, JsonValue]:

@@ -69,6 +69,9 @@ class TextPipeline:
         self.backend = tokenizer.backend_tokenizer
         self.vocab_size = vocab_size or len(tokenizer)
         self.token_texts = TokenTexts(self.backend)
+        added = self.backend.get_added_tokens_decoder().items()
+        self._added = {token.content: token_id for token_id, token in added}
+        self._special = {token.content for _, token in added if token.special}
         self._max_chars: int | None = None
         if max_model_len is not None:
             longest = max(map(len, self.backend.get_vocab()), default=1)
@@ -178,6 +181,14 @@ class TextPipeline:
             return text + detokenizer.flush(), offsets
 
         return await self._run(find)
+
+    def token_of(self, marker: str) -> int | None:
+        """The id of an added token; None: the text is written with ordinary tokens."""
+        return self._added.get(marker)
+
+    def is_hidden(self, marker: str) -> bool:
+        """Whether it is a special token, which answers do not show."""
+        return marker in self._special
 
     def check_ids(self, ids: Sequence[int], param: str) -> None:
         """Raises ApiError (400) for an id that the model has no row for."""

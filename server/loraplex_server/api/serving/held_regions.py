@@ -1,0 +1,188 @@
+"""The regions of an answer that a grammar holds, found as the grammar writes them.
+
+    reasoning? (calls … | text)      where a call or a form of the answer is wanted
+    text (calls text)*               where strict tools may be called, reasoning anywhere
+
+A marker inside a string of a call's JSON is text, as it is to the grammar: so the JSON is followed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from .chat_protocol import CallForm, ChatProtocol, Markers
+
+__all__ = ["HeldForm", "HeldRegions"]
+
+Event = Mapping[str, object]  # as transformers' ResponseParser gives them
+_CONTENT, _REASONING, _CALLS = "content", "reasoning_content", "tool_calls"
+
+
+class HeldForm(NamedTuple):
+    """``is_free``: the answer is text with calls in it, not one or the other."""
+
+    calls: CallForm | None
+    reasoning: Markers | None  # None also where the prompt has closed it
+    in_reasoning: bool  # the prompt has opened it
+    is_free: bool
+
+    @classmethod
+    def of(
+        cls,
+        protocol: ChatProtocol,
+        *,
+        with_calls: bool,
+        in_reasoning: bool,
+        past_reasoning: bool,
+        is_free: bool,
+    ) -> HeldForm:
+        reasoning = None if past_reasoning and not is_free else protocol.reasoning
+        return cls(protocol.calls if with_calls else None, reasoning, in_reasoning, is_free)
+
+
+class HeldRegions:
+    """One choice: ``feed`` text in order, then ``finalize`` once. As a ``ResponseParser``."""
+
+    def __init__(self, form: HeldForm) -> None:
+        self._form = form
+        self._text = ""  # not given out yet
+        self._region = _REASONING if form.in_reasoning else ""  # "": between regions
+        self._may_think = form.reasoning is not None and not form.in_reasoning
+        self._may_call = form.calls is not None
+        self._is_open = False  # the region's beginning was given out
+        self._json = _JsonDepth()
+
+    def feed(self, text: str) -> list[Event]:
+        self._text += text
+        return list(self._read(at_end=False))
+
+    def finalize(self) -> tuple[None, list[Event]]:
+        return None, [*self._read(at_end=True), *self._close()]
+
+    def _read(self, *, at_end: bool) -> Iterator[Event]:
+        while True:
+            before = (self._region, len(self._text))
+            if self._region == _REASONING:
+                assert self._form.reasoning is not None
+                yield from self._until(self._form.reasoning.close, at_end=at_end)
+            elif self._region == _CALLS:
+                yield from self._follow_json(at_end=at_end)
+            else:
+                yield from self._find(at_end=at_end)
+            if (self._region, len(self._text)) == before:
+                return
+
+    def _find(self, *, at_end: bool) -> Iterator[Event]:
+        """The next opening marker, with the text before it."""
+        markers = {}
+        if self._may_think and self._form.reasoning is not None:
+            markers[self._form.reasoning.open] = _REASONING
+        if self._may_call and self._form.calls is not None:
+            markers[self._form.calls.open] = _CALLS
+        if not self._form.is_free:
+            space = len(self._text) - len(self._text.lstrip("\n "))
+            behind = self._text[space:]
+            if not at_end and any(m.startswith(behind) and m != behind for m in markers):
+                return  # may still become a marker
+            opened = next((m for m in markers if behind.startswith(m)), None)
+            if opened is None:  # everything else is the form that is wanted
+                self._may_think = self._may_call = False
+                yield from self._give(_CONTENT, len(self._text))
+                return
+            at = space
+        else:
+            at, opened = _first(self._text, markers)
+            if opened is None:
+                held = 0 if at_end else max((_tail(self._text, m) for m in markers), default=0)
+                yield from self._give(_CONTENT, len(self._text) - held)
+                return
+        yield from self._give(_CONTENT, at)
+        yield from self._close()
+        self._text = self._text[len(opened) :]
+        self._region, self._json = markers[opened], _JsonDepth()
+        yield from self._give(self._region, 0)
+
+    def _until(self, marker: str, *, at_end: bool) -> Iterator[Event]:
+        """The rest of the reasoning."""
+        at = self._text.find(marker)
+        if at < 0:
+            held = 0 if at_end else _tail(self._text, marker)
+            yield from self._give(_REASONING, len(self._text) - held)
+            return
+        yield from self._give(_REASONING, at)
+        yield from self._close()
+        self._text = self._text[len(marker) :]
+        self._may_think = self._form.is_free
+
+    def _follow_json(self, *, at_end: bool) -> Iterator[Event]:
+        """A region of calls ends behind a whole value, with its marker."""
+        assert self._form.calls is not None
+        close = self._form.calls.close
+        n_json = self._json.take(self._text)
+        yield from self._give(_CALLS, n_json)
+        if not self._json.is_whole or not close:
+            return
+        if (behind := self._text.lstrip("\n ")).startswith(close):
+            yield from self._close()
+            self._text = behind[len(close) :]
+        elif at_end:
+            yield from self._give(_CALLS, len(self._text))
+
+    def _give(self, region: str, n_chars: int) -> Iterator[Event]:
+        if region == _CONTENT and not n_chars:
+            return
+        if not self._is_open:
+            self._region, self._is_open = region, True
+            yield {"type": "region_open", "field": region}
+        if n_chars:
+            text, self._text = self._text[:n_chars], self._text[n_chars:]
+            yield {"type": "region_chunk", "field": region, "text": text}
+
+    def _close(self) -> Iterator[Event]:
+        if self._is_open:
+            yield {"type": "region_close", "field": self._region, "value": None}
+        self._region, self._is_open = "", False
+
+
+class _JsonDepth:
+    """Where a piece of JSON stands, as far as brackets and strings go."""
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self.is_whole = False  # an object or a list has ended
+
+    def take(self, text: str) -> int:
+        """How many characters of ``text`` belong to it."""
+        for position, char in enumerate(text):
+            if self.is_whole:
+                return position
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped = char == "\\"
+                self._in_string = char != '"'
+            elif char == '"':
+                self._in_string = True
+            elif char in "[{":
+                self._depth += 1
+            elif char in "]}":
+                self._depth -= 1
+                self.is_whole = self._depth == 0
+        return len(text)
+
+
+def _first(text: str, markers: Mapping[str, str]) -> tuple[int, str | None]:
+    """Where the first marker stands and which it is."""
+    found = [(at, -len(marker), marker) for marker in markers if (at := text.find(marker)) >= 0]
+    at, _, marker = min(found, default=(0, 0, None))
+    return at, marker
+
+
+def _tail(text: str, marker: str) -> int:
+    """Characters at the end of ``text`` with which ``marker`` may begin."""
+    for n_chars in range(min(len(marker) - 1, len(text)), 0, -1):
+        if text.endswith(marker[:n_chars]):
+            return n_chars
+    return 0

@@ -22,7 +22,8 @@ import psutil
 from loraplex_generation.zoo.tasks import Task
 from loraplex_server.model.pull import resolve_model
 
-from .admin import admin_client, warm_adapter
+from .admin import warm_adapter
+from .client import admin_client
 from .interference import TOKENS_OF_A_STREAM, Intervals, Streams, spread
 from .provenance import commit, machine
 from .random_adapters import write_adapters

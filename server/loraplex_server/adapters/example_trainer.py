@@ -96,8 +96,13 @@ def _pairs(request: AdapterGenerationRequest) -> list[Example]:
 
 def _yield_to_serving(n_threads: int) -> None:
     """Linux counts priorities by thread; elsewhere a thread has that of its process."""
-    torch.get_num_threads()  # see EngineLoop.run
     if torch.get_num_threads() != n_threads:
         torch.set_num_threads(n_threads)
+        # New threads take what any thread has set last: theirs is one, as the engine wants it.
+        others = threading.Thread(target=torch.set_num_threads, args=(1,))
+        others.start()
+        others.join()
     with contextlib.suppress(OSError, AttributeError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        thread = threading.get_native_id()
+        nice = max(_NICE, os.getpriority(os.PRIO_PROCESS, thread))
+        os.setpriority(os.PRIO_PROCESS, thread, nice)

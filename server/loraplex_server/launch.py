@@ -94,14 +94,14 @@ def serve(
             if card.pinned:
                 built.engine.set_pinned(card.digest, True)
         encoder = SharedEncoder(_encoder_directory, faults)
-        generator = Lazy(lambda: _load_generator(encoder, model_path, public))
-        generated = GeneratedAdapters(store, generator.get, faults=faults)
+        find_generator = _generator_finder(encoder, model_path, public)
+        generated = GeneratedAdapters(store, find_generator, faults=faults)
         closing.callback(generated.close)
         pools = WorkerPools()
         jobs = Jobs(pools.jobs, faults)
         learning: Learning | None = None
         if config.learning.threads > 0:
-            trainer = _trainer(config.learning, generator.get, built, model_path, faults)
+            trainer = _trainer(config.learning, find_generator, built, model_path, faults)
             max_budget_s = config.learning.max_budget_s
             learning = Learning(
                 store, generated, jobs, trainer, pools.changes, max_budget_s=max_budget_s
@@ -189,16 +189,37 @@ def _public_name(spec: str | None, model_path: Path) -> str:
     return model_path.name if Path(spec).expanduser().is_dir() else spec
 
 
-def _load_generator(encoder: SharedEncoder, model_path: Path, base_name: str) -> Generator:
+def _generator_finder(
+    encoder: SharedEncoder, model_path: Path, base_name: str
+) -> Callable[[], Generator]:
+    """Loads the shipped generator, once. Raises GeneratorMismatch if it is for another base.
+
+    That is kept, too: it will not change, and nobody loads megabytes to be refused again.
+    """
+    from loraplex_generation.errors import GeneratorMismatch
     from loraplex_generation.service import Generator
     from loraplex_generation.shipped import shipped_folder
 
-    return Generator.load(
-        shipped_folder(),
-        encoder.get(),
-        base_name=base_name,
-        base_directory=model_path,
-    )
+    def load() -> Generator | str:
+        try:
+            return Generator.load(
+                shipped_folder(),
+                encoder.get(),
+                base_name=base_name,
+                base_directory=model_path,
+            )
+        except GeneratorMismatch as error:
+            return str(error)  # without its traceback, which holds what was loaded
+
+    loaded = Lazy(load)
+
+    def find() -> Generator:
+        found = loaded.get()
+        if isinstance(found, str):
+            raise GeneratorMismatch(found)
+        return found
+
+    return find
 
 
 def _trainer(

@@ -121,7 +121,20 @@ def _cpu_s(server: ServerProcess, user_field: int) -> float:
 
 def memory_bytes(server: ServerProcess) -> int:
     """Resident memory of the server process."""
+    return _status_bytes(server, "VmRSS:")
+
+
+@contextmanager
+def peak_memory(server: ServerProcess, *, below_bytes: int) -> Iterator[None]:
+    """Fails if resident memory ever grows by so much in the block."""
+    Path(f"/proc/{server.process.pid}/clear_refs").write_text("5")  # the peak counts from now
+    before = memory_bytes(server)
+    yield
+    assert _status_bytes(server, "VmHWM:") - before < below_bytes
+
+
+def _status_bytes(server: ServerProcess, field: str) -> int:
     for line in Path(f"/proc/{server.process.pid}/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(field):
             return int(line.split()[1]) << 10
-    raise AssertionError("no VmRSS")
+    raise AssertionError(f"no {field}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import pytest
 
-from tests.attacks.conftest import bystander, memory_bytes
+from tests.attacks.conftest import bystander, memory_bytes, peak_memory
 from tests.support.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -86,3 +86,16 @@ def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenised(
 ) -> None:
     with bystander(server.url):
         assert refused(server, path, {"prompt": "word " * 2_000_000}) == "prompt"
+
+
+def test_a_description_for_a_base_without_generator_loads_none(server: ServerProcess) -> None:
+    """Each took 120 MiB for a moment, only to be refused."""
+
+    def ask(number: int) -> None:
+        body: dict[str, object] = {"description": f"translates to French {number}", "probe": False}
+        refused(server, "/v1/adapters/generate", body)
+
+    ask(0)
+    with peak_memory(server, below_bytes=30 * MIB):
+        for number in range(1, 6):
+            ask(number)

@@ -6,11 +6,13 @@ import os
 import statistics
 import time
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 
 __all__ = ["Life"]
 
 _WARM_UP_S = 60.0
+_WINDOW_S = 15.0
 _SHORTEST_S = 120.0  # after the warm-up: a slope over less says nothing
 _MAX_SLOPE = 3.0  # MiB a minute
 _MAX_MORE_FILES = 12  # than in the second third
@@ -39,11 +41,20 @@ class Life:
         return self.samples[-1][0] if self.samples else 0.0
 
     def slope(self) -> float | None:
-        """MiB a minute after the warm-up; None if the life was too short."""
-        warm = [(s / 60, mib) for s, mib, _ in self.samples if s > _WARM_UP_S]
-        if len(warm) < 3 or 60 * (warm[-1][0] - warm[0][0]) < _SHORTEST_S:
+        """MiB a minute after the warm-up; None if the life was too short.
+
+        The median of the slopes between any two windows, of the least in each: what a request holds
+        for a moment is no growth, and a leak lifts the least, too.
+        """
+        windows: dict[int, float] = {}
+        for s, mib, _ in self.samples:
+            if s > _WARM_UP_S:
+                window = int(s / _WINDOW_S)
+                windows[window] = min(mib, windows.get(window, mib))
+        if len(windows) < 3 or _WINDOW_S * (max(windows) - min(windows)) < _SHORTEST_S:
             return None
-        return statistics.linear_regression(*zip(*warm, strict=True)).slope
+        slopes = [(windows[b] - windows[a]) / (b - a) for a, b in combinations(sorted(windows), 2)]
+        return statistics.median(slopes) * 60 / _WINDOW_S
 
     def problems(self) -> list[str]:
         found = []

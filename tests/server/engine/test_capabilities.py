@@ -107,7 +107,7 @@ def test_an_operator_that_the_engine_does_not_know_is_refused_by_name(
 ) -> None:
     module = replace(ModulePlan(), **{place: Doubled(torch.ones(1))})
     text = _refusal(capabilities, _plan({_Q: module}))
-    assert f"{_Q}.{place}: Doubled" in text
+    assert f"{_Q}.{place}: doubled" in text
 
 
 @pytest.mark.parametrize("name", ["model.layers.9.self_attn.q_proj", "vision.q_proj"])

@@ -20,6 +20,7 @@ from tests.support.server_process import server_process
 _CLIENTS = {  # of each dependency group in pyproject.toml
     "clients-openai-3": ("openai", "anthropic", "langchain", "litellm", "llm", "pydantic_ai"),
     "clients-openai-2": ("openai", "llama_index"),
+    "clients-open-webui": ("open_webui",),
 }
 _FLAGS = (
     *("--demos", "--dtype", "bfloat16", "--threads", "2"),

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items if _URL else ():  # these hooks see all tests of a run
         assert isinstance(item, pytest.Function)
         client = item.module.CLIENT
-        item.user_properties.append(("client", _with_version(client)))
+        item.user_properties.append(("client", f"{client} {version(client)}"))
         item.user_properties.append(("tried", item.function.__doc__))
         _write(item.nodeid, item.user_properties, "not run")  # until it has ended
 
@@ -56,11 +56,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if _URL and (report.when == "call" or report.outcome != "passed"):
         _write(report.nodeid, report.user_properties, report.outcome)
-
-
-def _with_version(client: str) -> str:
-    """``client`` is a distribution, or the name and version of what is not installed."""
-    return client if " " in client else f"{client} {version(client)}"
 
 
 def _write(test: str, properties: list[tuple[str, object]], outcome: str) -> None:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from loraplex_server.model.pull import DEFAULT_BASE, DEFAULT_ENCODER, pull
@@ -27,33 +28,47 @@ _FLAGS = (
     *("--kv-memory", "256MiB", "--adapter-memory", "128MiB"),
 )
 _PAGE = Path("docs/clients.md")
-_TEST_S = 900  # other work may hold the machine
+_AT_ONCE = 5
+_TEST_S = 1800  # other work may hold the machine
 
 
 def main(environments: Path, arguments: list[str]) -> int:
     """0 if every test passed.
 
-    Without arguments the page is written after each client, marked as partial until the last one.
+    Clients run some at a time, so that the server answers them in one batch. Without arguments
+    the page is written after each of them, marked as partial until the last one.
     """
     pull(DEFAULT_ENCODER)
     statuses: list[int] = []
-    to_run = [(group, client) for group, clients in _CLIENTS.items() for client in clients]
+    missing = [f"{client} ({group})" for group, clients in _CLIENTS.items() for client in clients]
     with (
         tempfile.TemporaryDirectory(prefix="loraplex-clients-") as folder,
         server_process(pull(DEFAULT_BASE), Path(folder) / "state", *_FLAGS) as server,
+        ThreadPoolExecutor(_AT_ONCE) as pool,
     ):
+        print(f"the server is at {server.url}", flush=True)
         results = Path(folder) / "results.jsonl"
-        for group, client in to_run:
-            python = environments / group / "bin/python"
-            statuses.append(_run(python, client, arguments, server.url, results))
+        running = {
+            pool.submit(
+                _run, environments / group / "bin/python", client, arguments, server.url, results
+            ): f"{client} ({group})"
+            for group, clients in _CLIENTS.items()
+            for client in clients
+        }
+        for ended in as_completed(running):
+            done = ended.result()
+            print(f"{running[ended]}: {done.stdout}", flush=True)
+            statuses.append(done.returncode)
+            missing.remove(running[ended])
             if not arguments:
-                missing = [f"{name} ({group})" for group, name in to_run[len(statuses) :]]
                 write_table(_PAGE, results, missing)
         print(server.log if any(statuses) else "", end="")
     return max(statuses)
 
 
-def _run(python: Path, client: str, arguments: list[str], url: str, results: Path) -> int:
+def _run(
+    python: Path, client: str, arguments: list[str], url: str, results: Path
+) -> subprocess.CompletedProcess[str]:
     environment = {
         **{k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
         "LORAPLEX_CLIENTS_URL": url,
@@ -61,9 +76,18 @@ def _run(python: Path, client: str, arguments: list[str], url: str, results: Pat
         "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else its import reads a web page
     }
     # what the clients warn about is not ours
-    options = ["--confcutdir=tests/clients", "-W", "ignore", f"--timeout={_TEST_S}", *arguments]
+    options = [
+        "--confcutdir=tests/clients",
+        "-W",
+        "ignore",
+        "--tb=short",
+        f"--timeout={_TEST_S}",
+        *arguments,
+    ]
     command = [python, "-m", "pytest", f"tests/clients/test_{client}.py", *options]
-    return subprocess.call(command, env=environment)
+    return subprocess.run(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ _CLIENTS = {  # of each dependency group in pyproject.toml
     "clients-open-webui": ("open_webui",),
 }
 _FLAGS = (
-    *("--demos", "--dtype", "bfloat16", "--threads", "2"),
+    *("--demos", "--dtype", "bfloat16"),
     *("--kv-memory", "256MiB", "--adapter-memory", "128MiB"),
 )
 _PAGE = Path("docs/clients.md")

@@ -55,12 +55,16 @@ def main(environments: Path, arguments: list[str]) -> int:
             for group, clients in _CLIENTS.items()
             for client in clients
         }
-        for ended in as_completed(running):
-            done = ended.result()
-            print(f"{running[ended]}: {done.stdout}", flush=True)
-            statuses.append(done.returncode)
-            missing.remove(running[ended])
-            if not arguments:
+        try:
+            for ended in as_completed(running):
+                done = ended.result()
+                print(f"{running[ended]}: {done.stdout}", flush=True)
+                statuses.append(done.returncode)
+                missing.remove(running[ended])
+                if not arguments:
+                    write_table(_PAGE, results, missing)
+        finally:  # stopped: what has ended since
+            if missing and not arguments and results.exists():
                 write_table(_PAGE, results, missing)
         print(server.log if any(statuses) else "", end="")
     return max(statuses)

@@ -17,7 +17,7 @@ def write_table(page: Path, results: Path, missing: Sequence[str]) -> None:
     """Replaces what follows the mark in ``page``.
 
     ``results``: JSON lines of conftest.py, of which the last counts for each test; ``missing``:
-    the clients that were not started yet.
+    the clients that have not ended.
     """
     tests = {}
     for line in results.read_text().splitlines():
@@ -34,7 +34,7 @@ def write_table(page: Path, results: Path, missing: Sequence[str]) -> None:
     head = page.read_text().partition(_BEGINS)[0] + _BEGINS
     ran = f"Run on {datetime.now(UTC):%Y-%m-%d}, {len(tests)} tests."
     if missing or any(result["outcome"] == "not run" for result in tests.values()):
-        ran = f"**Partial**: {ran} Not tried: {', '.join(missing) or 'what says so'}."
+        ran = f"**Partial**: {ran} Not ended: {', '.join(missing) or 'what says so'}."
     page.write_text(
         "\n".join([head, "", ran, "", "| client | tried | |", "| --- | --- | --- |", *table, ""])
     )

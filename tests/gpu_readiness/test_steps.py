@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from loraplex_adapter_store.plan import AdapterPlan, PoolingMode, RoutingStrategy
+from loraplex_kernels.triton import attention
 from loraplex_server.engine.pooling import Pooling
 from loraplex_server.engine.sampling_params import SamplingParams
 from loraplex_server.model.base_model import BaseModel
@@ -185,15 +186,18 @@ def test_adapters_are_published_without_waiting(
     assert [copy for copy in copies if copy.waits or not copy.is_pinned] == []
 
 
-@pytest.mark.xfail(strict=True, reason="attention is compiled for the width of the page table")
+@pytest.mark.parametrize("split", [64, 512], ids=["long contexts", "short contexts"])
 def test_no_kernel_is_compiled_while_requests_run(
-    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+    split: int, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prompts of all lengths, alone and together, decode of one to nine rows, of two adapters."""
+    monkeypatch.setattr(attention, "SPLIT_POSITIONS", split)
     limits = {"max_batch_size": 9, "max_step_tokens": 300}
     with meta_engine(base_of(), monkeypatch, compiles=True, **limits) as engine:
         at_start = set(engine.gpu.variants)
-        assert engine.gpu.take().findings == []
+        work = engine.gpu.take()
+        assert work.findings == []
+        assert ("combine_kernel" in work.launches) == (split == 64)
         for n_tokens in (1, 16, 17, 65, 129, 250):
             prompt = tuple(range(7, 7 + n_tokens))
             for plans in ([None], [LORA], [LORA, None], [None, LORA, OTHER_LORA] * 3):

@@ -28,19 +28,24 @@ def sizes_to_run(max_rows: int) -> tuple[int, ...]:
 
 
 @torch.inference_mode()
-def run_every_size(model: BaseModel, *, max_rows: int, max_requests: int) -> None:
+def run_every_size(model: BaseModel, *, max_rows: int, max_requests: int, n_pages: int) -> None:
     """Prefill of one request and decode of many, with adapters (of no rank) and without.
+
+    ``n_pages``: of a request, as many as the longest has, and room for ``max_rows`` positions:
+    attention reads the table up to the last one, and how wide it is decides what it launches.
 
     Writes no KV. ``model`` has its KV cache and pool. Engine thread; raises what the device or a
     compiler raises. What routed experts launch depends on their number and is not run.
     """
     for size in sizes_to_run(max_rows):
         for n_requests in dict.fromkeys((1, min(size, max_requests))):
-            for batch in _batches(model, size, n_requests):
+            for batch in _batches(model, size, n_requests, n_pages):
                 _forward(model, batch, n_requests)
 
 
-def _batches(model: BaseModel, n_rows: int, n_requests: int) -> Iterator[ForwardBatch]:
+def _batches(
+    model: BaseModel, n_rows: int, n_requests: int, n_pages: int
+) -> Iterator[ForwardBatch]:
     device = model.device
     rows = torch.zeros(n_rows, dtype=torch.int64, device=device)
     starts = torch.arange(n_requests + 1, dtype=torch.int32, device=device)
@@ -50,7 +55,7 @@ def _batches(model: BaseModel, n_rows: int, n_requests: int) -> Iterator[Forward
             token_ids=rows,
             positions=rows,
             slot_mapping=rows - 1,  # nowhere
-            page_table=torch.zeros(n_requests, 1, dtype=torch.int32, device=device),
+            page_table=torch.zeros(n_requests, n_pages, dtype=torch.int32, device=device),
             query_starts=starts,
             kv_lens=starts.diff(),
             chunk_rows=(),

@@ -100,8 +100,9 @@ class ModelRunner:
         device = self._model.device
         use_device(device)
         if device.type != "cpu":
-            n_requests = self._kv.page_table.shape[0]
-            run_every_size(self._model, max_rows=max_rows, max_requests=n_requests)
+            n_requests, n_pages = self._kv.page_table.shape
+            n_pages = max(n_pages, -(-max_rows // self._kv.page_size))
+            run_every_size(self._model, max_rows=max_rows, max_requests=n_requests, n_pages=n_pages)
             release_cached_memory(device)
         if self._graphs is None:
             return

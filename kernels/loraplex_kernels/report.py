@@ -1,8 +1,10 @@
 """``python -m loraplex_kernels.report``: registers, shared memory and spills of every kernel.
 
 Compiles every launch of every tuning row to sm_80 and sm_90 machine code and writes registers,
-shared memory, occupancy and spills to ``docs/kernels-report.{md,json}``. Exits with 1 when a kernel
-spills, exceeds the shared-memory budget or leaves the instruction family of its kind.
+shared memory, occupancy and spills to ``docs/kernels-report.{md,json}``, and the least time that
+each kernel can take. ``--kernels`` compiles some kernels alone and takes the others' rows from the
+file. Exits with 1 when a kernel spills, exceeds the shared-memory budget or leaves the instruction
+family of its kind.
 """
 
 from __future__ import annotations
@@ -17,9 +19,11 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import triton
 
+from loraplex_kernels.roofline import roofline_lines
 from loraplex_kernels.triton.aot import Resources, compile_launch
 from loraplex_kernels.triton.launches import NamedLaunch, all_launches
 from loraplex_kernels.triton.tuning import default_table
@@ -37,7 +41,7 @@ class CompiledLaunch:
 
     @property
     def kernel(self) -> str:
-        return self.named.launch.kernel.rpartition(":")[2]
+        return _kernel_of(self.named)
 
 
 def sample(launches: Iterable[NamedLaunch]) -> list[NamedLaunch]:
@@ -85,41 +89,73 @@ def main() -> int:
     parser.add_argument("--sample", action="store_true", help="a few launches of each kernel")
     parser.add_argument("--output", type=Path, default=Path("docs/kernels-report"))
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--kernels", nargs="+", help="compile these; the file has the others")
     arguments = parser.parse_args()
     launches = all_launches(default_table(), CAPABILITIES)
+    order = list(dict.fromkeys(_kernel_of(named) for named in launches))
+    document = arguments.output.with_suffix(".json")
+    kept = _Report([], [])
+    if arguments.kernels:
+        launches = [named for named in launches if _kernel_of(named) in arguments.kernels]
+        kept = _read(document, arguments.kernels)
     if arguments.sample:
         launches = sample(launches)
     compiled = compile_all(launches, n_processes=arguments.processes)
-    faults = find_faults(compiled)
-    arguments.output.with_suffix(".json").write_text(_as_json(compiled, faults), encoding="utf-8")
-    arguments.output.with_suffix(".md").write_text(_as_markdown(compiled, faults), encoding="utf-8")
-    print(f"{len(compiled)} launches compiled, {len(faults)} faults", *faults, sep="\n")
-    return 1 if faults else 0
+    rows = sorted(
+        [*kept.rows, *map(_as_dict, compiled)], key=lambda row: order.index(row["kernel"])
+    )
+    report = _Report(rows, [*kept.faults, *find_faults(compiled)])
+    document.write_text(_as_json(report), encoding="utf-8")
+    arguments.output.with_suffix(".md").write_text(_as_markdown(report), encoding="utf-8")
+    print(
+        f"{len(compiled)} launches compiled, {len(report.faults)} faults", *report.faults, sep="\n"
+    )
+    return 1 if report.faults else 0
+
+
+class _Report(NamedTuple):
+    rows: list[dict[str, Any]]  # of the JSON file
+    faults: list[str]
+
+
+def _read(document: Path, anew: Sequence[str]) -> _Report:
+    """What the file has of other kernels."""
+    known = json.loads(document.read_text(encoding="utf-8"))
+    if known["triton"] != triton.__version__:
+        raise SystemExit(f"{document} was written with Triton {known['triton']}; compile all")
+    return _Report(
+        [row for row in known["launches"] if row["kernel"] not in anew],
+        [fault for fault in known["faults"] if fault.partition(" ")[0] not in anew],
+    )
+
+
+def _kernel_of(named: NamedLaunch) -> str:
+    return named.launch.kernel.rpartition(":")[2]
 
 
 def _compile(named: NamedLaunch) -> CompiledLaunch:
     return CompiledLaunch(named, compile_launch(named.launch, named.capability))
 
 
-def _as_json(compiled: Sequence[CompiledLaunch], faults: Sequence[str]) -> str:
-    rows = [
-        {
-            "kernel": one.kernel,
-            "for": one.named.name,
-            "capability": one.named.capability,
-            "dtype": one.named.dtype,
-            "num_warps": one.named.launch.num_warps,
-            "num_stages": one.named.launch.num_stages,
-            "constants": {name: str(value) for name, value in one.named.launch.constants},
-            **asdict(one.resources),
-        }
-        for one in compiled
-    ]
-    document = {"triton": triton.__version__, "faults": list(faults), "launches": rows}
+def _as_dict(one: CompiledLaunch) -> dict[str, Any]:
+    return {
+        "kernel": one.kernel,
+        "for": one.named.name,
+        "capability": one.named.capability,
+        "dtype": one.named.dtype,
+        "num_warps": one.named.launch.num_warps,
+        "num_stages": one.named.launch.num_stages,
+        "constants": {name: str(value) for name, value in one.named.launch.constants},
+        **asdict(one.resources),
+    }
+
+
+def _as_json(report: _Report) -> str:
+    document = {"triton": triton.__version__, "faults": report.faults, "launches": report.rows}
     return json.dumps(document, indent=1) + "\n"
 
 
-def _as_markdown(compiled: Sequence[CompiledLaunch], faults: Sequence[str]) -> str:
+def _as_markdown(report: _Report) -> str:
     lines = [
         "# GPU resources of the kernels",
         "",
@@ -128,35 +164,35 @@ def _as_markdown(compiled: Sequence[CompiledLaunch], faults: Sequence[str]) -> s
         "shared memory and warps per block, blocks and occupancy per multiprocessor; spills are",
         "bytes of stack and local memory per thread.",
         "",
-        f"{len(compiled)} launches, {len(faults)} faults"
+        f"{len(report.rows)} launches, {len(report.faults)} faults"
         f" (spills, over {SHARED_BUDGET // 1024} KiB shared, mixed matrix instructions).",
         "",
-        *(f"- {fault}" for fault in faults),
+        *(f"- {fault}" for fault in report.faults),
         "",
+        *roofline_lines(),
     ]
     header = (
         "| arch | dtype | for | tile | warps | registers | shared | spills | blocks | occupancy |"
     )
-    for kernel in dict.fromkeys(one.kernel for one in compiled):
-        own = [one for one in compiled if one.kernel == kernel]
-        kinds = sorted({kind for one in own for kind in one.resources.instructions})
+    for kernel in dict.fromkeys(row["kernel"] for row in report.rows):
+        own = [row for row in report.rows if row["kernel"] == kernel]
+        kinds = sorted({kind for row in own for kind in row["instructions"]})
         lines += [f"## {kernel}", "", f"Matrix instructions: {', '.join(kinds) or 'none'}", ""]
         lines += [header, "| --- " * 10 + "|", *map(_as_row, own), ""]
     return "\n".join(lines)
 
 
-def _as_row(one: CompiledLaunch) -> str:
-    constants = dict(one.named.launch.constants)
+def _as_row(row: dict[str, Any]) -> str:
+    constants = row["constants"]
     tile = " × ".join(
         f"{name[6:]}{constants[name]}"
         for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")
         if name in constants
     )
-    taken = one.resources
     return (
-        f"| sm_{one.named.capability} | {one.named.dtype} | {one.named.name} | {tile or '–'} "
-        f"| {one.named.launch.num_warps} | {taken.registers} | {taken.shared_bytes} "
-        f"| {taken.spill_bytes} | {taken.blocks} | {taken.occupancy:.0%} |"
+        f"| sm_{row['capability']} | {row['dtype']} | {row['for']} | {tile or '–'} "
+        f"| {row['num_warps']} | {row['registers']} | {row['shared_bytes']} "
+        f"| {row['spill_bytes']} | {row['blocks']} | {row['occupancy']:.0%} |"
     )
 
 

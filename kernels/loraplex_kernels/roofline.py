@@ -1,0 +1,156 @@
+"""The least time of every GPU kernel in a decode step: bytes over bandwidth, or flop over peak.
+
+    least time = max(bytes / bandwidth, flop / peak)
+
+Bytes are those that must cross the memory bus once: weights, caches and rows that no launch before
+has just written are not told apart, so a kernel may be faster where the L2 cache still holds its
+input. Bandwidths and peaks are those of the vendor's data sheets (SXM, dense bf16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["GPUS", "MODELS", "Bound", "DecodeStep", "Gpu", "ModelShape", "bounds", "roofline_lines"]
+
+_BYTES = 2  # of a bf16 or fp16 element
+_SPLIT = 512  # positions of one partial of attention
+
+
+class Gpu(NamedTuple):
+    name: str
+    bandwidth: float  # bytes a second
+    peak: float  # flop a second
+
+
+class ModelShape(NamedTuple):
+    name: str
+    hidden: int
+    n_heads: int
+    n_kv: int
+    head_dim: int
+    intermediate: int
+    n_layers: int
+    vocab: int
+
+    @property
+    def q_k_v(self) -> tuple[int, int, int]:
+        kv = self.n_kv * self.head_dim
+        return self.n_heads * self.head_dim, kv, kv
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """One token of each of ``n_rows`` requests."""
+
+    n_rows: int = 64
+    context: int = 1024  # positions of each request
+    n_adapters: int = 64  # that rows use, of one rank
+    rank: int = 16
+    experts_per_row: int = 2  # where rows are routed
+
+
+class Bound(NamedTuple):
+    kernel: str
+    n_bytes: int  # of one launch
+    flop: int
+    n_launches: int  # in a step; 0 = not in a step of a fused base and plain adapters
+
+    def least_us(self, gpu: Gpu) -> float:
+        return max(self.n_bytes / gpu.bandwidth, self.flop / gpu.peak) * 1e6
+
+
+GPUS = (Gpu("A100", 2.039e12, 312e12), Gpu("H100", 3.35e12, 989e12))
+MODELS = (
+    ModelShape("Llama-3.1-8B", 4096, 32, 8, 128, 14336, 32, 128_256),
+    ModelShape("Llama-3.1-70B", 8192, 64, 8, 128, 28672, 80, 128_256),
+)
+
+
+def bounds(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
+    """Of every kernel; of LoRA's the mean over the four packed linears of a layer."""
+    rows, layers = step.n_rows, model.n_layers
+    q_width, kv_width, _ = model.q_k_v
+    yield Bound("rms_norm_kernel", 4 * rows * model.hidden * _BYTES, 0, 2 * layers + 1)
+    yield Bound("silu_mul_kernel", 3 * rows * model.intermediate * _BYTES, 0, layers)
+    rotated = 2 * (q_width + kv_width) + kv_width  # read and written, values read
+    cached = 2 * kv_width
+    yield Bound("rope_and_cache_kernel", rows * (rotated + cached) * _BYTES, 0, layers)
+    yield Bound("write_kv_kernel", rows * 2 * cached * _BYTES, 0, 0)
+    keys_values = rows * step.context * 2 * kv_width * _BYTES
+    partials = -(-step.context // _SPLIT) * rows * model.n_heads * (model.head_dim + 2) * 4
+    attend_flop = 4 * rows * step.context * q_width
+    queries = rows * q_width * _BYTES
+    yield Bound("attend_kernel", keys_values + queries + partials, attend_flop, layers)
+    yield Bound("combine_kernel", partials + queries, 0, layers)
+    yield from _lora(model, step)
+    pairs = rows * step.experts_per_row
+    yield Bound("order_pairs_kernel", rows * 4 * 6, 0, 1)
+    yield Bound("place_kernel", rows * 4 * 8, 0, 1)
+    yield Bound("row_blocks_kernel", pairs * 4 * 6, 0, 0)
+    yield Bound("sample_kernel", rows * model.vocab * 4, 0, 1)
+
+
+def _lora(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
+    wide = 2 * model.intermediate
+    linears = (  # in, Σ out, slices
+        (model.hidden, sum(model.q_k_v), 3),
+        (model.q_k_v[0], model.hidden, 1),
+        (model.hidden, wide, 2),
+        (model.intermediate, model.hidden, 1),
+    )
+    n, n_launches = len(linears), len(linears) * model.n_layers
+    rows, rank = step.n_rows, step.rank
+    factors_a = sum(step.n_adapters * rank * k * s for k, _, s in linears) * _BYTES // n
+    factors_b = sum(step.n_adapters * rank * out for _, out, _ in linears) * _BYTES // n
+    x = sum(rows * k for k, _, _ in linears) * _BYTES // n
+    out = sum(2 * rows * width for _, width, _ in linears) * _BYTES // n
+    planes = sum(rows * rank * s for _, _, s in linears) * 4 // n
+    flop_a = sum(2 * rows * rank * k * s for k, _, s in linears) // n
+    flop_b = sum(2 * rows * rank * width for _, width, _ in linears) // n
+    yield Bound("shrink_kernel", factors_a + x + planes, flop_a, n_launches)
+    yield Bound("expand_kernel", factors_b + out + planes, flop_b, n_launches)
+    k = step.experts_per_row
+    yield Bound("expand_routed_kernel", k * factors_b + out + k * planes, k * flop_b, 0)
+    yield Bound("fused_kernel", factors_a + factors_b + x + out, flop_a + flop_b, 0)
+
+
+def roofline_lines() -> Iterator[str]:
+    """The section of the report."""
+    step = DecodeStep()
+    yield "## Least times"
+    yield ""
+    rates = ", ".join(
+        f"{gpu.name}: {gpu.bandwidth / 1e12:.2f} TB/s, {gpu.peak / 1e12:.0f} TFLOP/s"
+        for gpu in GPUS
+    )
+    yield "By arithmetic (`loraplex_kernels/roofline.py`), not measured: a decode step in bf16 of"
+    yield f"{step.n_rows} rows over {step.context} positions each, {step.n_adapters} adapters of"
+    yield f"rank {step.rank}; bytes over bandwidth or flop over peak, whichever is more ({rates})."
+    yield "A launch itself takes 2 to 4 µs outside of a CUDA graph."
+    for model in MODELS:
+        yield ""
+        yield f"### {model.name}"
+        yield ""
+        yield (
+            "| kernel | MB a launch | GFLOP | launches a step | "
+            + " | ".join(f"µs a launch, {gpu.name}" for gpu in GPUS)
+            + " | "
+            + " | ".join(f"µs a step, {gpu.name}" for gpu in GPUS)
+            + " |"
+        )
+        yield "| --- " * (4 + 2 * len(GPUS)) + "|"
+        for bound in bounds(model, step):
+            each = [bound.least_us(gpu) for gpu in GPUS]
+            cells = [
+                bound.kernel,
+                f"{bound.n_bytes / 1e6:.2f}",
+                f"{bound.flop / 1e9:.2f}",
+                str(bound.n_launches or "–"),
+                *(f"{us:.1f}" for us in each),
+                *(f"{us * bound.n_launches:.0f}" if bound.n_launches else "–" for us in each),
+            ]
+            yield "| " + " | ".join(cells) + " |"
+    yield ""

@@ -121,7 +121,7 @@ class ServedScorer:
 
     async def _nll(self, row: Row, lease: AdapterLease | None) -> float:
         """Nats of the whole answer, the end of the turn included."""
-        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=True)
+        sampling = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
         events = await self._ask(row.tokens, sampling, lease)
         tail = events[0].prompt_logprobs[-row.n_answer :]
         return -sum(found.logprob for found in tail if found is not None)

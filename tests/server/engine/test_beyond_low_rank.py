@@ -135,7 +135,7 @@ def test_log_probabilities_of_the_prompt_are_pefts(case: str, tmp_path: Path) ->
     model = _model(case)
     adapter = peft_adapter(model, CASES[case][2], tmp_path, std=0.3)
     prompt = PROMPTS[2]
-    sampling = replace(SAMPLING, prompt_logprobs=True)
+    sampling = replace(SAMPLING, prompt_logprobs=0)
     with running_engine(model) as engine:
         answer = generate_all(engine, [prompt], sampling, [adapter.plan])[0]
     with torch.no_grad():

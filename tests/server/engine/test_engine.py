@@ -161,7 +161,7 @@ def test_a_stop_token_ends_the_answer_and_is_not_part_of_it(
 
 def test_prompt_logprobs_are_those_of_the_model(model: PreTrainedModel, engine: Engine) -> None:
     (prompt,) = _prompts(40)
-    sampling = replace(GREEDY, logprobs=2, prompt_logprobs=True)
+    sampling = replace(GREEDY, logprobs=2, prompt_logprobs=2)
     (answer,) = generate_all(engine, [prompt], sampling)
     with torch.no_grad():
         table = torch.log_softmax(model(torch.tensor([prompt])).logits[0], -1)

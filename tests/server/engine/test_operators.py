@@ -31,7 +31,7 @@ from tests.support.round_trip import TOLERANCE, randomise
 from tests.support.tiny_models import read_path, tiny_llama, untouched
 
 N_TOKENS = 6
-GREEDY = SamplingParams(max_tokens=N_TOKENS, temperature=0.0, logprobs=0, prompt_logprobs=True)
+GREEDY = SamplingParams(max_tokens=N_TOKENS, temperature=0.0, logprobs=0, prompt_logprobs=0)
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 CONFIGS: Mapping[str, peft.PeftConfig] = {

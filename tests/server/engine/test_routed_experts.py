@@ -20,7 +20,7 @@ from tests.support.plan_executor import plan_logits
 from tests.support.routed_plans import lora_plan, mixlora_plan, projection_plan
 
 N_TOKENS = 8
-GREEDY = SamplingParams(max_tokens=N_TOKENS, temperature=0.0, prompt_logprobs=True, logprobs=1)
+GREEDY = SamplingParams(max_tokens=N_TOKENS, temperature=0.0, prompt_logprobs=1, logprobs=1)
 
 
 @pytest.fixture(scope="module")

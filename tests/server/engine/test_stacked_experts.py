@@ -18,7 +18,7 @@ from tests.support.engines import generate_all, running_engine
 from tests.support.round_trip import TOLERANCE, check_round_trip, randomise
 from tests.support.tiny_models import read_path, untouched
 
-GREEDY = SamplingParams(max_tokens=5, temperature=0.0, logprobs=0, prompt_logprobs=True)
+GREEDY = SamplingParams(max_tokens=5, temperature=0.0, logprobs=0, prompt_logprobs=0)
 _SIZES: Mapping[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,

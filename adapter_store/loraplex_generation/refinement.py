@@ -38,7 +38,7 @@ _HALVES_BELOW = 8  # pairs: each half judges the other's copy; from there a quar
 
 @dataclass(frozen=True, slots=True)
 class RefinementRecipe:
-    """Chosen on the validation tasks: adapter_store/benchmarks/refinement.py."""
+    """Tried on validation tasks: adapter_store/benchmarks/refinement.py and its .json."""
 
     span_steps: int = 4
     span_lr: float = 0.3

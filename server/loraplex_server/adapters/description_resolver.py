@@ -76,7 +76,7 @@ class DescriptionResolver:
                 "feature_not_enabled",
             )
         ordered = await self._learning.order(request, access)
-        card, job = ordered
+        card, job = ordered.card, ordered.job
         if job is not None and selector.wait:
             card = await self._learning.wait(job)
         if card is None:

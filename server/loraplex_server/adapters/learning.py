@@ -58,6 +58,7 @@ class Trainer(Protocol):
 class Ordered(NamedTuple):
     card: AdapterCard | None  # what answers now; None: nothing before the job's end
     job: Job | None  # None: it was learnt before
+    refusal: OutOfDistribution | None = None  # why there is no draft
 
 
 @dataclass(slots=True)
@@ -123,7 +124,7 @@ class Learning:
             return Ordered(done, None)
         running = self._running.get((stored, request.key)) or self._start(stored, order)
         await asyncio.wait([running.drafted])
-        return Ordered(running.drafted.result(), running.job)
+        return Ordered(running.drafted.result(), running.job, running.refusal)
 
     async def wait(self, job: Job) -> AdapterCard:
         """The job's adapter. Raises ApiError where it failed or was cancelled."""
@@ -138,13 +139,12 @@ class Learning:
 
     def refusal(self, ordered: Ordered) -> ApiError:
         """For who asks for an answer when ``ordered`` has no draft."""
-        job = ordered.job
+        job, refusal = ordered.job, ordered.refusal
         assert job is not None
-        running = next(each for each in self._running.values() if each.job is job)
-        assert running.refusal is not None
-        told = from_store(running.refusal, access=job.access)
+        assert refusal is not None
+        told = from_store(refusal, access=job.access)
         told.message = (
-            f"there is no draft to answer with: {running.refusal.args[0]}. The examples are being "
+            f"there is no draft to answer with: {refusal}. The examples are being "
             f"learnt: wait for /v1/jobs/{job.id} and send the request again, or send "
             '"wait": true in the adapter'
         )
@@ -276,8 +276,18 @@ class Learning:
         return card
 
     async def _draft(self, job: Job, order: _Order, running: _Running) -> AdapterCard | None:
-        """None where the description is refused: the examples have to say what is meant."""
-        unfinished: JsonValue = {"finished": False, "job": job.id}
+        """None where the description is refused: the examples have to say what is meant.
+
+        The draft that an equal order left is taken as it is, under a name of the caller's, too.
+        """
+        left = await self._blocking(partial(self._left_draft, job.adapter, order))
+        if left is not None:
+            return left
+        unfinished: JsonValue = {
+            "finished": False,
+            "job": job.id,
+            "order": order.request.key,
+        }
         make = partial(
             self._generated.ensure,
             order.request,
@@ -292,6 +302,18 @@ class Learning:
         except OutOfDistribution as refusal:
             running.refusal = refusal
             return None
+
+    def _left_draft(self, stored: str, order: _Order) -> AdapterCard | None:
+        if order.name is None:
+            return None  # its life starts anew, see ``GeneratedAdapters.ensure``
+        try:
+            card = self._store.get(stored)
+        except UnknownAdapter:
+            return None
+        left = card.provenance.get("refinement")
+        if not isinstance(left, dict) or left.get("finished") is not False:
+            return None
+        return card if left.get("order") == order.request.key else None
 
     async def _trained(self, job: Job, order: _Order) -> GeneratedAdapter:
         """Raises JobCancelled, at once where it has not begun, else within a step."""

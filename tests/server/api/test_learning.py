@@ -150,7 +150,8 @@ async def test_the_draft_answers_while_the_job_runs_and_the_name_changes_once(
     answered = (await world.front.chat(adapter="surname")).json()["adapter"]
     assert answered["digest"] == job["digest"]
     card = await world.card()
-    assert card["provenance"]["refinement"] == {"finished": False, "job": job["id"]}
+    refinement = card["provenance"]["refinement"]
+    assert (refinement["finished"], refinement["job"]) == (False, job["id"])
     assert card["examples"] == ["Marta Keller", "Jo Brandt"]
     await world.begun()
     world.trainer.end.set()
@@ -244,6 +245,21 @@ async def test_a_cancelled_job_leaves_the_draft_and_an_equal_order_starts_anothe
     second = (await world.order(name=None)).json()
     assert second["id"] != first["id"]
     assert second["adapter"] == first["adapter"]
+
+
+async def test_an_equal_order_goes_on_from_the_draft_that_a_cancelled_job_left_under_a_name(
+    world: World,
+) -> None:
+    first = (await world.order()).json()
+    await world.front.client.post(f"/v1/jobs/{first['id']}/cancel")
+    assert (await world.ended(first))["status"] == "cancelled"
+    assert (await world.order(examples=PAIRS[::-1])).status_code == 412
+    second = (await world.order()).json()
+    assert second["digest"] == first["digest"]
+    world.trainer.end.set()
+    end = await world.ended(second)
+    assert end["learning"]["serves"] == "learnt"
+    assert (await world.card())["revision"] == 2
 
 
 async def test_a_job_that_waits_for_its_turn_is_cancelled_at_once(world: World) -> None:

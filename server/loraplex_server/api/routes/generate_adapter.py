@@ -94,7 +94,7 @@ async def _learnt(
     if state.learning is None:
         raise invalid("this server learns nothing from examples", "examples", "feature_not_enabled")
     try:
-        card, job = await state.learning.order(
+        card, job, _ = await state.learning.order(
             order, access, name=name, ttl_s=body.ttl_s, budget_s=body.budget_s
         )
     except StoreError as error:

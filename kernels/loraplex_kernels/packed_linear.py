@@ -22,7 +22,8 @@ __all__ = ["PackedLinear", "packed_words"]
 _PANEL = 32  # outputs side by side, as csrc/linear.inc has it
 _LIGHT_BYTES = 8 << 20  # weights that are read in less than a fifth of a millisecond
 _LIGHT_PRODUCTS = 1 << 26
-_TEMPORARY_BYTES = 8 << 20  # of panels that are packed at once
+_TEMPORARY_BYTES = 8 << 20  # of panels that are packed at once, or
+_TEMPORARY_SHARE = 50  # a fiftieth of all weights
 
 
 class PackedLinear:
@@ -59,10 +60,12 @@ class PackedLinear:
             self._weight, self._bias = _stack(weights), bias
         else:
             self._bias = None if bias is None else _pad(bias.float())
+            memory = memory or WeightRange(
+                packed_words(self.out_features, self.in_features, self.dtype)
+            )
             self._weight = self._pack(
-                _Panels(weights, self._unit),
-                memory
-                or WeightRange(packed_words(self.out_features, self.in_features, self.dtype)),
+                _Panels(weights, self._unit, memory.n_bytes // _TEMPORARY_SHARE),
+                memory,
                 exponent_coding=exponent_coding and self.dtype is torch.bfloat16,
             )
         self._native = None if self._code is None else self._describe()
@@ -223,11 +226,12 @@ class _Panels:
     head would be what the load of a model takes most of.
     """
 
-    def __init__(self, weights: Sequence[Tensor], unit: int) -> None:
+    def __init__(self, weights: Sequence[Tensor], unit: int, temporary_bytes: int) -> None:
         self._weights, self._unit = weights, unit
+        n_bytes = max(_TEMPORARY_BYTES, temporary_bytes)
         self.n_words = weights[0].shape[1] // unit
         self.n_panels = -(-sum(weight.shape[0] for weight in weights) // _PANEL)
-        self._at_once = max(1, _TEMPORARY_BYTES // (self.n_words * _PANEL * 4))
+        self._at_once = max(1, n_bytes // (self.n_words * _PANEL * 4))
         self._all = self._pack(0) if self.n_panels <= self._at_once else None
 
     def __iter__(self) -> Iterator[Tensor]:

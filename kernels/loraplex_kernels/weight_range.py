@@ -24,6 +24,11 @@ class WeightRange:
         self._memory = allocate_storage(n_words, torch.int32, torch.device("cpu"))
         self._n_taken = 0
 
+    @property
+    def n_bytes(self) -> int:
+        """That can be taken in all."""
+        return self._memory.nbytes
+
     @staticmethod
     def words_of(n_words: int) -> int:
         """What a piece of ``n_words`` takes."""

@@ -108,6 +108,7 @@ class TrainingConfig:
     base_name: str
     shape: AdapterShape = AdapterShape()
     schedule: Schedule = Schedule()
+    start: Path | None = None  # an adapter of this shape whose weights the run begins with
     validation: Path | float = 0.05  # a JSONL, or the share of the data held out; 0 = none
     max_len: int = 512  # tokens; longer examples are refused
     device: str = "auto"

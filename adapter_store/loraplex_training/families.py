@@ -22,13 +22,15 @@ class TrainableFamily:
     """How one family is put on a base, and how it is written.
 
     ``attach`` returns the model to call; exactly the adapter's parameters require gradients.
-    ``save`` writes adapter_config.json and adapter_model.safetensors into an existing folder.
+    ``save`` writes adapter_config.json and adapter_model.safetensors into an existing folder,
+    ``load`` puts the tensors of such a file into the attached adapter, or raises TrainingError.
     ``extra_loss`` is added to the loss of each step (a load-balancing term, for example).
     """
 
     summary: str
     attach: Callable[[nn.Module, AdapterShape], nn.Module]
     save: Callable[[nn.Module, AdapterShape, str, Path], None]  # (model, shape, base name, folder)
+    load: Callable[[nn.Module, dict[str, Tensor]], None]
     extra_loss: Callable[[nn.Module], Tensor] | None = None
 
 
@@ -84,6 +86,17 @@ def _save_lora(model: nn.Module, shape: AdapterShape, base_name: str, folder: Pa
     config["target_modules"] = sorted(config["target_modules"])
     text = json.dumps(config, indent=2, sort_keys=True, default=_jsonable)
     (folder / "adapter_config.json").write_text(text + "\n")
+
+
+def _load_lora(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    own = get_peft_model_state_dict(model, save_embedding_layers=False)
+    if {name: tensor.shape for name, tensor in own.items()} != {
+        name: tensor.shape for name, tensor in tensors.items()
+    }:
+        raise TrainingError("the adapter to start from has another shape; give its rank and layers")
+    set_peft_model_state_dict(model, tensors)
 
 
 def _jsonable(value: object) -> object:
@@ -154,20 +167,33 @@ def _save_ours(model: nn.Module, shape: AdapterShape, base_name: str, folder: Pa
     save_adapter(model, base_name, folder, getattr(torch, shape.stored_dtype))
 
 
+def _load_ours(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    from .attached import Attached
+
+    assert isinstance(model, Attached)
+    try:
+        model.adapter.load(tensors)
+    except (ValueError, RuntimeError) as error:  # other names, other shapes
+        raise TrainingError(f"the adapter to start from has another shape: {error}") from error
+
+
 def _balance(model: nn.Module) -> Tensor:
     loss: Tensor = model.auxiliary_loss()  # type: ignore[operator]
     return loss
 
 
 FAMILIES: dict[str, TrainableFamily] = {
-    "lora": TrainableFamily("low-rank factors on linear layers", _attach_lora, _save_lora),
+    "lora": TrainableFamily(
+        "low-rank factors on linear layers", _attach_lora, _save_lora, _load_lora
+    ),
     "mixlora": TrainableFamily(
         "routed experts on each MLP, low-rank factors on attention",
         _attach_mixlora,
         _save_ours,
+        _load_ours,
         extra_loss=_balance,
     ),
     "block-lora": TrainableFamily(
-        "one shared down-projection, several arms", _attach_block_lora, _save_ours
+        "one shared down-projection, several arms", _attach_block_lora, _save_ours, _load_ours
     ),
 }

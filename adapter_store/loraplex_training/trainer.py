@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["StepReport", "TrainedAdapter", "train"]
 
+_WEIGHTS = "adapter_model.safetensors"
 _FORMAT = 1  # of the checkpoint; raise it when old ones can no longer be resumed exactly
 _CLIP = 1.0  # of the gradient norm
 _FINAL_LR = 0.1  # share of the learning rate at the end of the cosine
@@ -51,7 +52,7 @@ class TrainedAdapter(NamedTuple):
     n_bytes: int  # of adapter_model.safetensors
     progress: Progress
     validation_loss: float | None  # of the weights that were written
-    base_validation_loss: float | None  # of the base without the adapter
+    base_validation_loss: float | None  # of the base without the adapter, if the run began there
 
 
 OnStep = Callable[[StepReport], None]
@@ -117,6 +118,8 @@ class _Run:
         # GPUs; the adapter's own parameters stay float32.
         base = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.bfloat16)
         self._model = self._family.attach(base.to(self._device), config.shape)
+        if config.start is not None:
+            self._family.load(self._model, _tensors_of(config.start))
         self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
             list(self._trained.values()),
@@ -155,7 +158,7 @@ class _Run:
         started = saved = time.monotonic()
         before_s, before_tokens = progress.seconds, progress.n_tokens
         if self._data.validation and progress.step == 0:
-            self._validate()  # the adapter starts as the identity: this is the base
+            self._validate()  # a fresh adapter is the identity: this is the base
         while progress.step < schedule.steps and not self._stalled():
             self._step([self._data.train[i] for i in next(groups)])
             now = time.monotonic()
@@ -206,10 +209,10 @@ class _Run:
         return TrainedAdapter(
             folder=out,
             n_parameters=sum(p.numel() for p in self._trained.values()),
-            n_bytes=(out / "adapter_model.safetensors").stat().st_size,
+            n_bytes=(out / _WEIGHTS).stat().st_size,
             progress=self._progress,
             validation_loss=self._progress.best_loss,
-            base_validation_loss=self._progress.base_loss,
+            base_validation_loss=None if config.start else self._progress.base_loss,
         )
 
     def _step(self, examples: list[Example]) -> None:
@@ -273,6 +276,7 @@ class _Run:
         """What a person wants to know about the adapter later."""
         config, progress = self._config, self._progress
         shape, schedule = config.shape.settings(), asdict(config.schedule)
+        before = "base_validation_loss" if config.start is None else "start_validation_loss"
         return {
             "name": config.name or config.out.name,
             "description": config.description,
@@ -291,7 +295,8 @@ class _Run:
                 "seconds": round(progress.seconds, 1),
                 "train_loss": _rounded(progress.train_loss),
                 "validation_loss": _rounded(progress.best_loss),
-                "base_validation_loss": _rounded(progress.base_loss),
+                before: _rounded(progress.base_loss),
+                **({} if config.start is None else {"start_sha256": _digest_of(config.start)}),
             },
         }
 
@@ -338,7 +343,30 @@ def _fingerprint(config: TrainingConfig, data: _Data) -> str:
         "shape": config.shape.settings(),
         "schedule": schedule,
     }
+    if config.start is not None:
+        settings["start"] = _digest_of(config.start)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _tensors_of(adapter: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        return load(_weights_of(adapter))
+    except SafetensorError as error:
+        raise TrainingError(f"cannot start from {adapter}: {error}") from error
+
+
+def _digest_of(adapter: Path) -> str:
+    return hashlib.sha256(_weights_of(adapter)).hexdigest()
+
+
+def _weights_of(adapter: Path) -> bytes:
+    try:
+        return (adapter / _WEIGHTS).read_bytes()
+    except OSError as error:
+        raise TrainingError(f"cannot start from {adapter}: {error.strerror}") from error
 
 
 def _lr_share(step: int, schedule: Schedule) -> float:

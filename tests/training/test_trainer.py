@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,41 @@ def test_the_best_weights_are_kept_and_patience_stops_early(config: TrainingConf
     trained = train(wild)
     assert trained.progress.step < 200
     assert trained.progress.best_step == trained.progress.step - 6
+
+
+@pytest.mark.parametrize("family", ["lora", "block-lora"])
+def test_a_run_goes_on_from_another_adapter(
+    config: TrainingConfig, tmp_path: Path, family: str
+) -> None:
+    shape = replace(config.shape, family=family, dropout=0.0, stored_dtype="float32")
+    first = train(replace(config, shape=shape))
+    losses: list[float | None] = []
+    second = replace(config, shape=shape, out=tmp_path / "second", start=first.folder)
+    trained = train(second, on_step=lambda report: losses.append(report.validation_loss))
+    assert losses[0] == pytest.approx(first.validation_loss)  # nothing is lost on the way
+    assert trained.base_validation_loss is None
+    told = json.loads((second.out / "card.json").read_text())["training"]
+    weights = (first.folder / "adapter_model.safetensors").read_bytes()
+    assert told["start_sha256"] == hashlib.sha256(weights).hexdigest()
+    assert told["start_validation_loss"] == pytest.approx(first.validation_loss, abs=1e-4)
+
+
+def test_an_adapter_of_another_shape_is_no_start(config: TrainingConfig, tmp_path: Path) -> None:
+    other = replace(config, out=tmp_path / "other", start=train(config).folder)
+    with pytest.raises(TrainingError, match="another shape"):
+        train(replace(other, shape=replace(config.shape, rank=2)))
+    with pytest.raises(TrainingError, match="cannot start from"):
+        train(replace(other, start=tmp_path / "nothing"))
+
+
+def test_a_checkpoint_of_a_run_from_elsewhere_is_refused(
+    config: TrainingConfig, tmp_path: Path
+) -> None:
+    first = train(replace(config, out=tmp_path / "first"))
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=Stop(3))
+    with pytest.raises(CheckpointError):
+        train(replace(config, start=first.folder))
 
 
 def test_a_target_that_the_model_lacks_is_named(config: TrainingConfig) -> None:

@@ -59,6 +59,10 @@ def train(
     ] = None,
     blocks: Annotated[int, typer.Option(help="block-lora: blocks of a factor.", min=1)] = 4,
     block_axis: Annotated[str, typer.Option(help="block-lora: rank or feature.")] = "rank",
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Go on from the weights of this adapter, of the same shape."),
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 300,
     lr: Annotated[float, typer.Option(help="Peak learning rate; cosine to a tenth.")] = 1e-3,
     batch_tokens: Annotated[
@@ -133,6 +137,7 @@ def train(
                 patience=patience,
                 seed=seed,
             ),
+            start=start,
             validation=_validation(val),
             max_len=max_len,
             device=device,
@@ -147,9 +152,10 @@ def train(
         f"{done.step} steps, {done.n_tokens:,} tokens in {done.seconds:.0f} s"
     )
     if trained.validation_loss is not None:
+        alone = trained.base_validation_loss
         typer.echo(
-            f"validation loss {trained.validation_loss:.4f} (step {done.best_step}); "
-            f"the base alone: {trained.base_validation_loss:.4f}"
+            f"validation loss {trained.validation_loss:.4f} (step {done.best_step})"
+            + ("" if alone is None else f"; the base alone: {alone:.4f}")
         )
     typer.echo(f"serve it: loraplex adapters add {name or out.resolve().name} {out}")
 

@@ -83,7 +83,9 @@ def shipped_profiles(folder: Path) -> list[AdapterProfile]:
     for path in sorted(folder.glob("*/card.json")):
         card = json.loads(path.read_text(encoding="utf-8"))
         examples = tuple(card.get("examples", ()))
-        profiles.append(AdapterProfile(path.parent.name, card.get("description"), examples))
+        for_tools = card.get("defaults", {}).get("auto") == "with_tools"
+        profile = AdapterProfile(path.parent.name, card.get("description"), examples, for_tools)
+        profiles.append(profile)
     return profiles
 
 
@@ -100,7 +102,7 @@ def held_out_prompts(name: str, n: int) -> list[str]:
 
 
 def evaluate(router: SemanticRouter, names: Sequence[str], *, n: int = 40) -> Evaluation:
-    """``names``: the adapters the router knows."""
+    """``names``: the adapters the router knows, but for those that only requests with tools get."""
     asked = {name: held_out_prompts(name, n) for name in names}
     asked[BASE] = json.loads(Path(__file__).with_name("unrelated.json").read_text("utf-8"))
     return asyncio.run(_evaluate(router, asked))
@@ -180,7 +182,7 @@ def main() -> None:
     options = parser.parse_args()
     with as_file(files("loraplex_adapter_store") / "demos") as shipped:
         profiles = shipped_profiles(options.adapters or Path(shipped))
-    names = [p.name for p in profiles if held_out_prompts(p.name, 1)]
+    names = [p.name for p in profiles if not p.for_tools and held_out_prompts(p.name, 1)]
     router = SemanticRouter(SharedEncoder(resolve_encoder), lambda: profiles)
     try:
         result = evaluate(router, names, n=options.n)

@@ -35,6 +35,7 @@ class AdapterProfile:
     name: str
     description: str | None = None
     examples: tuple[str, ...] = ()
+    for_tools: bool = False  # a candidate of requests with tools, and of no others
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -63,6 +64,7 @@ class Decision:
     margin: float  # score of the best candidate − score of "none of them"
     threshold: float
     candidates: tuple[Candidate, ...]  # best first
+    for_tools: bool = False  # only adapters for tools were candidates, and the best was taken
 
     def to_json(self, shown: Callable[[str], str] = str) -> dict[str, object]:
         """``shown``: name → what it is called in the answer."""
@@ -70,6 +72,7 @@ class Decision:
             "adapter": None if self.adapter is None else shown(self.adapter),
             "margin": round(self.margin, 4),
             "threshold": round(self.threshold, 4),
+            "for_tools": self.for_tools,
             "candidates": [
                 {
                     "name": shown(c.name),
@@ -79,6 +82,22 @@ class Decision:
                 for c in self.candidates
             ],
         }
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Of the adapters: what an index is made of."""
+
+    allowed: AdapterFilter | None = None
+    for_tools: bool = False
+
+    def has(self, profile: AdapterProfile) -> bool:
+        if profile.for_tools != self.for_tools:
+            return False
+        return self.allowed is None or self.allowed.allows(profile.name)
+
+
+_EVERYONE = _Part()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +114,7 @@ class AutoRouter:
     def __init__(self, encoder: Encoder, *, background: Sequence[str] | None = None) -> None:
         self._encoder = CachedEncoder(encoder)
         self._background = tuple(background if background is not None else _everyday_prompts())
-        self._fitted: dict[AdapterFilter | None, _Fitted | None] = {None: None}  # oldest first
+        self._fitted: dict[_Part, _Fitted | None] = {}  # oldest first
         self._known: tuple[AdapterProfile, ...] = ()
 
     def update(self, profiles: Sequence[AdapterProfile]) -> bool:
@@ -103,13 +122,26 @@ class AutoRouter:
         routable = tuple(sorted((p for p in profiles if p.texts), key=lambda p: p.name))
         if routable == self._known:
             return False
-        self._fitted = {None: self._fit(routable)}
         self._known = routable
+        self._fitted = {}
+        self._index_of(_EVERYONE)
         return True
 
-    def route(self, texts: Sequence[str], allowed: AdapterFilter | None = None) -> list[Decision]:
-        """One decision for each text, as if there were no adapters but those of ``allowed``."""
-        fitted = self._index_of(allowed)
+    def route(
+        self,
+        texts: Sequence[str],
+        allowed: AdapterFilter | None = None,
+        *,
+        with_tools: bool = False,
+    ) -> list[Decision]:
+        """One decision for each text, as if there were no adapters but those of ``allowed``.
+
+        ``with_tools``: the texts ask for calls of tools. If there are adapters for that, the best
+        of them is chosen, however little the text says; else the texts are like any others.
+        """
+        fitted = self._index_of(_Part(allowed, for_tools=True)) if with_tools else None
+        if fitted is None:
+            fitted = self._index_of(_Part(allowed))
         if fitted is None:
             return [Decision(None, 0.0, 0.0, ()) for _ in texts]
         queries = self._features([text[:_MAX_QUERY_CHARS] for text in texts])
@@ -120,21 +152,22 @@ class AutoRouter:
     @property
     def calibration(self) -> Calibration | None:
         """None while there is no adapter to choose."""
-        fitted = self._fitted[None]
+        fitted = self._fitted.get(_EVERYONE)
         return None if fitted is None else fitted.classifier.calibration
 
     @property
     def n_encoded(self) -> int:
         return self._encoder.n_encoded
 
-    def _index_of(self, allowed: AdapterFilter | None) -> _Fitted | None:
+    def _index_of(self, part: _Part) -> _Fitted | None:
         """An index of its own for each part: the other adapters must not show in the scores."""
-        if allowed not in self._fitted:
+        if part not in self._fitted:
             if len(self._fitted) > _MAX_INDEXES:
-                del self._fitted[next(key for key in self._fitted if key is not None)]
-            part = tuple(p for p in self._known if allowed is None or allowed.allows(p.name))
-            self._fitted[allowed] = self._fitted[None] if part == self._known else self._fit(part)
-        return self._fitted[allowed]
+                del self._fitted[next(key for key in self._fitted if key != _EVERYONE)]
+            profiles = tuple(p for p in self._known if part.has(p))
+            same = next((f for f in self._fitted.values() if f and f.profiles == profiles), None)
+            self._fitted[part] = same or self._fit(profiles)
+        return self._fitted[part]
 
     def _fit(self, profiles: tuple[AdapterProfile, ...]) -> _Fitted | None:
         if not profiles:
@@ -167,8 +200,9 @@ def _decide(fitted: _Fitted, scores: Tensor, similarity: Tensor) -> Decision:
     )
     margin = own[ranked[0]] - none
     threshold = fitted.classifier.calibration.threshold
-    chosen = candidates[0].name if margin > threshold else None
-    return Decision(chosen, margin, threshold, candidates)
+    for_tools = fitted.profiles[0].for_tools
+    chosen = candidates[0].name if for_tools or margin > threshold else None
+    return Decision(chosen, margin, threshold, candidates, for_tools)
 
 
 @cache

@@ -52,6 +52,7 @@ class AdapterDefaults(_Part):
     logit_bias: Annotated[dict[str, _Bias], Field(max_length=1024)] | None = None
     reasoning: ReasoningMarkers | Literal[False] | None = None  # False: the answer has none
     response_template: dict[str, JsonValue] | None = None  # transformers' format, literals only
+    auto: Literal["always", "with_tools", "never"] | None = None  # when it may be chosen
 
     @field_validator("logit_bias")
     @classmethod

@@ -42,10 +42,15 @@ class DescriptionResolver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-descriptions")
 
     async def resolve(
-        self, selector: Auto | Description, text: str, access: AdapterAccess
+        self,
+        selector: Auto | Description,
+        text: str,
+        access: AdapterAccess,
+        *,
+        with_tools: bool = False,
     ) -> Resolution:
         if isinstance(selector, Auto):
-            decision = await self.router.choose(text, access.candidates)
+            decision = await self.router.choose(text, access.candidates, with_tools=with_tools)
             chosen = None if decision.adapter is None else NameRef(decision.adapter)
             return Resolution(chosen, {"method": "auto", **decision.to_json(access.shown)})
         if self._generated is None:
@@ -88,14 +93,19 @@ class DescriptionResolver:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _profiles(self) -> list[AdapterProfile]:
-        """Those that ``auto`` may choose: adapters that generate text.
+        """Those that ``auto`` may choose: adapters that generate text and whose card allows it.
 
         Each key chooses among those that it may use.
         """
         return [
-            AdapterProfile(card.name, card.description, card.examples)
+            AdapterProfile(
+                card.name,
+                card.description,
+                card.examples,
+                for_tools=card.defaults.get("auto") == "with_tools",
+            )
             for card in self._store.list()
-            if card.task is None
+            if card.task is None and card.defaults.get("auto") != "never"
         ]
 
 

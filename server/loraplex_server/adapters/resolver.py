@@ -44,9 +44,15 @@ class SelectorResolver(Protocol):
     """Finds the adapter for ``auto`` (semantic routing) and for a description (generation)."""
 
     async def resolve(
-        self, selector: Auto | Description, text: str, access: AdapterAccess
+        self,
+        selector: Auto | Description,
+        text: str,
+        access: AdapterAccess,
+        *,
+        with_tools: bool = False,
     ) -> Resolution:
-        """``text``: what the user said, for ``auto``. Raises StoreError or ApiError.
+        """For ``auto``: what the user said, and whether there are tools to call.
+        Raises StoreError or ApiError.
 
         Runs on the event loop: slow work belongs in a thread.
         """
@@ -172,9 +178,17 @@ class AdapterResolver:
         return AdapterRequest(selector, param, f"{self.base_name}:{_label(selector)}")
 
     async def resolve(
-        self, request: AdapterRequest, text: str = "", access: AdapterAccess = EVERY_ADAPTER
+        self,
+        request: AdapterRequest,
+        text: str = "",
+        access: AdapterAccess = EVERY_ADAPTER,
+        *,
+        with_tools: bool = False,
     ) -> ResolvedAdapter:
-        """Takes the lease; may wait for a load. Raises ApiError. ``text`` serves ``auto``."""
+        """Takes the lease; may wait for a load. Raises ApiError.
+
+        ``text`` and ``with_tools`` (the request offers tools) serve ``auto``.
+        """
         selector, explanation = request.selector, None
         if request.is_unknown:
             raise await self._no_such_model(request.model, access)
@@ -185,7 +199,8 @@ class AdapterResolver:
         label = _label(selector)
         try:
             if isinstance(selector, Auto | Description):
-                resolution = await self._resolve(selector, text, request.param, access)
+                resolver = self._resolver_of(selector, request.param)
+                resolution = await resolver.resolve(selector, text, access, with_tools=with_tools)
                 selector, explanation = resolution.selector, resolution.explanation
                 if selector is None:
                     return ResolvedAdapter(explanation=explanation)
@@ -237,9 +252,7 @@ class AdapterResolver:
             future.add_done_callback(_release_orphan)
             raise
 
-    async def _resolve(
-        self, selector: Auto | Description, text: str, param: str, access: AdapterAccess
-    ) -> Resolution:
+    def _resolver_of(self, selector: Auto | Description, param: str) -> SelectorResolver:
         if self._resolver is None:
             feature = "semantic routing" if isinstance(selector, Auto) else "adapter generation"
             raise invalid(
@@ -247,7 +260,7 @@ class AdapterResolver:
                 param,
                 "feature_not_enabled",
             )
-        return await self._resolver.resolve(selector, text, access)
+        return self._resolver
 
     def _selector_of(self, value: object, param: str) -> Selector | None:
         """None where the base is asked for by name."""

@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loraplex_router.adapters import (
     AdapterFilter,
@@ -28,7 +29,12 @@ __all__ = ["RoutingStats", "SemanticRouter"]
 _MAX_BATCH = 32
 _LISTING_AGE_S = 1.0  # how long a listing of the adapters is reused
 _N_REMEMBERED = 4096
-_Question = tuple[str, AdapterFilter | None]  # a text, and the adapters it may be given to
+
+
+class _Question(NamedTuple):
+    text: str
+    allowed: AdapterFilter | None  # the adapters it may be given to
+    with_tools: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +49,7 @@ class RoutingStats:
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    text: str
-    allowed: AdapterFilter | None
+    question: _Question
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Decision]
 
@@ -68,13 +73,18 @@ class SemanticRouter:
         self._thread = threading.Thread(target=self._run, name="loraplex-router", daemon=True)
         self._thread.start()
 
-    async def choose(self, text: str, allowed: AdapterFilter | None = None) -> Decision:
-        """``allowed``: as if there were no others. Raises what encoder and listing raise."""
+    async def choose(
+        self, text: str, allowed: AdapterFilter | None = None, *, with_tools: bool = False
+    ) -> Decision:
+        """``allowed``: as if there were no others. ``with_tools``: the request offers tools.
+
+        Raises what encoder and listing raise.
+        """
         if self._closed:
             raise RuntimeError("the semantic router is closed")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Decision] = loop.create_future()
-        self._inbox.put(_Pending(text, allowed, loop, answer))
+        self._inbox.put(_Pending(_Question(text, allowed, with_tools), loop, answer))
         return await answer
 
     @property
@@ -94,7 +104,7 @@ class SemanticRouter:
         while (pending := self._take()) is not None:
             started = time.perf_counter()
             try:
-                decisions = self._decide([(one.text, one.allowed) for one in pending])
+                decisions = self._decide([one.question for one in pending])
             except Exception as error:
                 for one in pending:
                     _tell(one, error)
@@ -127,10 +137,11 @@ class SemanticRouter:
         new = dict.fromkeys(q for q in questions if q not in self._remembered)
         n_known = sum(q in self._remembered for q in questions)
         decided: dict[_Question, Decision] = {}
-        for allowed in dict.fromkeys(allowed for _, allowed in new):
-            texts = [text for text, its_allowed in new if its_allowed == allowed]
-            for text, decision in zip(texts, self._router.route(texts, allowed), strict=True):
-                decided[text, allowed] = decision
+        for allowed, with_tools in dict.fromkeys((q.allowed, q.with_tools) for q in new):
+            alike = [q for q in new if (q.allowed, q.with_tools) == (allowed, with_tools)]
+            texts = [q.text for q in alike]
+            routed = self._router.route(texts, allowed, with_tools=with_tools)
+            decided.update(zip(alike, routed, strict=True))
         answers = [decided.get(q) or self._remembered[q] for q in questions]
         self._remembered.update(decided)
         while len(self._remembered) > _N_REMEMBERED:

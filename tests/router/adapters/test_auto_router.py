@@ -64,6 +64,22 @@ def test_among_some_adapters_it_decides_as_if_there_were_no_others(router: AutoR
     assert router.route(texts[1:2], Only(("sql",)))[0].adapter is None
 
 
+def test_adapters_for_tools_are_apart_from_the_others() -> None:
+    caller = AdapterProfile("caller", "Calls tools", for_tools=True)
+    other = AdapterProfile("other", "Arr tools of the sea", for_tools=True)
+    texts = ["Arr matey tell of the sea", "Calls tools", "hello there"]
+    alone, router = AutoRouter(WordEncoder()), AutoRouter(WordEncoder())
+    alone.update([SQL, PIRATE])
+    router.update([SQL, PIRATE, caller, other])
+    assert router.route(texts) == alone.route(texts)
+    assert alone.route(texts, with_tools=True) == alone.route(texts)
+    chosen = router.route(texts, with_tools=True)
+    assert [decision.adapter for decision in chosen[:2]] == ["other", "caller"]
+    assert chosen[2].adapter in ("caller", "other")  # the best, though the text says nothing
+    assert all(decision.for_tools for decision in chosen)
+    assert router.route(texts, Only(("sql", "pirate")), with_tools=True) == alone.route(texts)
+
+
 def test_the_indexes_of_parts_are_few(router: AutoRouter) -> None:
     for number in range(40):
         router.route(["SQL: list"], Only(("sql", f"other-{number}")))

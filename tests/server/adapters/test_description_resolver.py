@@ -39,6 +39,7 @@ def routed(
         front.store.put_directory(
             name, source, options=PutOptions(description=description, examples=examples)
         )
+    front.engine.max_model_len = 4096  # tools make long prompts
     yield front
     resolver.close()
     front.store.close()
@@ -61,6 +62,60 @@ async def test_auto_leaves_to_the_base_what_no_adapter_is_for(routed: Front) -> 
     assert answer.json()["adapter"]["chosen_by"]["adapter"] is None
     assert answer.headers["x-loraplex-adapter"] == "base"
     assert routed.engine.requests[0].adapter is None
+
+
+LOOK_UP = {
+    "type": "function",
+    "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}},
+}
+ABOUT_RUM = [{"role": "user", "content": "Arr matey, tell me about rum and your ship"}]
+
+
+@pytest.fixture
+def with_caller(routed: Front) -> Front:
+    """Beside the others an adapter whose card says that it is for requests with tools."""
+    source = write_lora(routed.root / "caller", routed.store.base, seed=5)
+    options = PutOptions(description="Calls tools", defaults={"auto": "with_tools"})
+    routed.store.put_directory("caller", source, options=options)
+    return routed
+
+
+async def test_an_adapter_for_tools_is_preferred_where_there_are_tools(with_caller: Front) -> None:
+    body = (await with_caller.chat(adapter="auto", messages=ABOUT_RUM, tools=[LOOK_UP])).json()
+    assert body["adapter"]["name"] == "caller"
+    assert body["adapter"]["chosen_by"]["for_tools"] is True
+    names = [candidate["name"] for candidate in body["adapter"]["chosen_by"]["candidates"]]
+    assert names == ["caller"]
+
+
+@pytest.mark.parametrize("offered", [{}, {"tools": [LOOK_UP], "tool_choice": "none"}])
+async def test_an_adapter_for_tools_is_no_candidate_without_tools(
+    with_caller: Front, offered: dict[str, object]
+) -> None:
+    messages = [{"role": "user", "content": "Calls tools"}]  # the very words of its card
+    body = (await with_caller.chat(adapter="auto", messages=messages, **offered)).json()
+    assert body["adapter"]["name"] != "caller"
+    names = {candidate["name"] for candidate in body["adapter"]["chosen_by"]["candidates"]}
+    assert names == {"sql", "pirate"}
+
+
+async def test_without_an_adapter_for_tools_a_request_with_tools_is_like_any_other(
+    routed: Front,
+) -> None:
+    body = (await routed.chat(adapter="auto", messages=ABOUT_RUM, tools=[LOOK_UP])).json()
+    assert body["adapter"]["name"] == "pirate"
+    assert body["adapter"]["chosen_by"]["for_tools"] is False
+
+
+async def test_a_card_can_keep_an_adapter_from_auto(with_caller: Front) -> None:
+    answer = await with_caller.client.patch(
+        "/v1/adapters/pirate", json={"defaults": {"auto": "never"}}
+    )
+    assert answer.status_code == 200
+    body = (await with_caller.chat(adapter="auto", messages=ABOUT_RUM)).json()
+    assert body["adapter"]["name"] != "pirate"
+    names = {candidate["name"] for candidate in body["adapter"]["chosen_by"]["candidates"]}
+    assert names == {"sql"}
 
 
 async def test_auto_without_an_encoder_says_how_to_get_one(

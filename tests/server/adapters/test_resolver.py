@@ -142,7 +142,12 @@ class Resolver:
         self.asked: list[tuple[Auto | Description, str]] = []
 
     async def resolve(
-        self, wish: Auto | Description, text: str, access: AdapterAccess
+        self,
+        wish: Auto | Description,
+        text: str,
+        access: AdapterAccess,
+        *,
+        with_tools: bool = False,
     ) -> Resolution:
         self.asked.append((wish, text))
         return Resolution(NameRef("pirate"), {"method": "test", "score": 0.9})

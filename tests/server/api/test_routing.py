@@ -108,6 +108,18 @@ async def test_route_reads_the_system_message_and_the_last_user_turn(routed: Fro
     assert body["adapter"] == "pirate"
 
 
+async def test_route_tells_what_a_request_with_tools_gets(
+    routed: Front, base_spec: BaseSpec
+) -> None:
+    source = write_lora(routed.root / "caller", base_spec, seed=5)
+    options = PutOptions(description="Calls tools", defaults={"auto": "with_tools"})
+    routed.store.put_directory("caller", source, options=options)
+    asked = {"input": "Arr matey, where is the rum?"}
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    assert (await routed.post("/v1/route", asked)).json()["adapter"] == "pirate"
+    assert (await routed.post("/v1/route", {**asked, "tools": tools})).json()["adapter"] == "caller"
+
+
 @pytest.mark.parametrize(
     "body", [{}, {"input": "a", "messages": [{"role": "user", "content": "b"}]}, {"messages": []}]
 )

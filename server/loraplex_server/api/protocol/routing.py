@@ -8,17 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from .body import Body, Few, exactly_one_of
 from .chat import ChatMessage
+from .tools import ToolDefinition
 
 __all__ = ["ExpertRouting", "Route", "RouteBody"]
 
 
 class RouteBody(Body):
-    """Either a text or chat messages."""
+    """Either a text or chat messages, with the tools that the request offers."""
 
     model_config = exactly_one_of(input="string", messages="array")
 
     input: Annotated[str, Field(max_length=100_000)] | None = None
     messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    tools: Annotated[Few[ToolDefinition], Field(max_length=128)] | None = None
 
 
 class Route(BaseModel):

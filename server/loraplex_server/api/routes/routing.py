@@ -35,7 +35,7 @@ async def route(body: RouteBody, request: Request, state: State) -> Response:
     else:
         text = body.input or ""
     access = access_of(request)
-    decision = await semantic.choose(text, access.candidates)
+    decision = await semantic.choose(text, access.candidates, with_tools=bool(body.tools))
     told = decision.to_json(access.shown)
     return ORJSONResponse({"object": "route", "method": "auto", **told})
 

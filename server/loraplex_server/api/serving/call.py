@@ -125,6 +125,11 @@ class TextCall(ABC):
     def routing_text(self) -> str:
         """What ``auto`` looks at."""
 
+    @property
+    def offers_tools(self) -> bool:
+        """Whether the answer may call tools: ``auto`` then prefers adapters for that."""
+        return False
+
     @abstractmethod
     async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
         """The prompts, tokenised. Raises ApiError."""
@@ -195,7 +200,10 @@ class TextCall(ABC):
         """Raises ApiError, and then holds nothing. The caller closes the generation."""
         started = perf_counter()
         resolved = await self.state.resolver.resolve(
-            self.adapter_request, self.routing_text, self.info.access
+            self.adapter_request,
+            self.routing_text,
+            self.info.access,
+            with_tools=self.offers_tools,
         )
         self.info.adapter = resolved.header
         load_s = perf_counter() - started

@@ -65,6 +65,10 @@ class ChatCall(TextCall):
         return self._prompt.routing_text
 
     @property
+    def offers_tools(self) -> bool:
+        return bool(self._tools.tools)
+
+    @property
     def limits_output(self) -> bool:
         return self._limit is not None
 

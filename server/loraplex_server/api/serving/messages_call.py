@@ -53,7 +53,10 @@ class CountCall(ChatCall):
 
     async def _count(self) -> dict[str, int]:
         resolved = await self.state.resolver.resolve(
-            self.adapter_request, self.routing_text, self.info.access
+            self.adapter_request,
+            self.routing_text,
+            self.info.access,
+            with_tools=self.offers_tools,
         )
         try:
             self.take_defaults(defaults_of(resolved))

@@ -296,7 +296,7 @@ class _Run:
                 "train_loss": _rounded(progress.train_loss),
                 "validation_loss": _rounded(progress.best_loss),
                 before: _rounded(progress.base_loss),
-                **({} if config.start is None else {"start_sha256": _digest_of(config.start)}),
+                **({} if config.start is None else _told_of(config.start)),
             },
         }
 
@@ -353,13 +353,22 @@ def _tensors_of(adapter: Path) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     try:
-        return load(_weights_of(adapter))
+        tensors: dict[str, Tensor] = load(_weights_of(adapter))
     except SafetensorError as error:
         raise TrainingError(f"cannot start from {adapter}: {error}") from error
+    return tensors
 
 
 def _digest_of(adapter: Path) -> str:
     return hashlib.sha256(_weights_of(adapter)).hexdigest()
+
+
+def _told_of(adapter: Path) -> dict[str, object]:
+    """For the card of a run that went on from ``adapter``."""
+    told: dict[str, object] = {"start_sha256": _digest_of(adapter)}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # trained elsewhere
+        told["before"] = json.loads((adapter / "card.json").read_text())["training"]
+    return told
 
 
 def _weights_of(adapter: Path) -> bytes:

@@ -20,7 +20,7 @@ from tests.support.server_process import server_process
 pytestmark = pytest.mark.slow
 FLAGS = ("--kv-memory", "256MiB", "--adapter-memory", "64MiB")
 N_CALLS = 24
-LEAST = 0.75  # docs/tools.md: 87 % of 70
+LEAST = 0.8  # docs/tools.md: 89 % of 220
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,8 @@ def test_calls_of_unseen_tools_are_exact(client: OpenAI) -> None:
     ]
 
 
-def test_no_tool_is_called_where_none_fits(client: OpenAI) -> None:
-    pairs = [pair for pair in held_out_pairs(DEMOS["tool-calls"], 80) if called(pair.answer) == []]
-    assert [ask(client, pair, "auto") for pair in pairs[:3]] == [[], [], []]
+def test_mostly_no_tool_is_called_where_none_fits(client: OpenAI) -> None:
+    pairs = [pair for pair in held_out_pairs(DEMOS["tool-calls"], 120) if called(pair.answer) == []]
+    with ThreadPoolExecutor(8) as pool:
+        given = list(pool.map(lambda pair: ask(client, pair, "auto"), pairs[:8]))
+    assert given.count([]) >= 4  # docs/tools.md: 17 of 23

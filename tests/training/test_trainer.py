@@ -180,6 +180,8 @@ def test_a_run_goes_on_from_another_adapter(
     told = json.loads((second.out / "card.json").read_text())["training"]
     weights = (first.folder / "adapter_model.safetensors").read_bytes()
     assert told["start_sha256"] == hashlib.sha256(weights).hexdigest()
+    before = json.loads((first.folder / "card.json").read_text())["training"]
+    assert told["before"] == before
     assert told["start_validation_loss"] == pytest.approx(first.validation_loss, abs=1e-4)
 
 

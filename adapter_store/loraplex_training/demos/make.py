@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from loraplex_training.config import TrainingConfig
+from loraplex_training.examples import Chat
 from loraplex_training.trainer import OnStep, train
 
-from .task import Demo, Pair, chats, held_out_pairs, shown_prompts
+from .task import Course, Demo, Pair, chats, held_out_pairs, later_chats, shown_prompts
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Measured", "answers", "is_made", "make_demo", "measure", "write_examples"]
+__all__ = [
+    "Measured",
+    "answers",
+    "is_made",
+    "make_demo",
+    "measure",
+    "write_examples",
+    "write_later_examples",
+]
 
 _N_VALIDATION = 24
 _N_SHOWN = 16  # example prompts of the card
@@ -45,27 +56,37 @@ def make_demo(
 
     Scratch data live below ``work``. The measurement is added to the card.
     """
-    data = write_examples(demo, work / f"{demo.name}.jsonl")
-    prompts = shown_prompts(demo, _N_SHOWN)
-    config = TrainingConfig(
-        data=data,
-        out=folder,
+    course = TrainingConfig(
+        data=write_examples(demo, work / f"{demo.name}.jsonl"),
+        out=work / f"{demo.name}-first",
         base=base,
         base_name=base_name,
         shape=demo.shape,
         schedule=demo.schedule,
-        validation=_N_VALIDATION / len(data.read_text().splitlines()),
         name=demo.name,
         description=demo.description,
-        prompts=prompts,
+        prompts=shown_prompts(demo, _N_SHOWN),
         chat_template=demo.chat_template,
     )
+    for later in demo.later:
+        if not _was_trained(course):
+            _train(course, on_step, again=True)
+        course = replace(
+            course,
+            data=write_later_examples(demo, later, work / f"{demo.name}-{later.name}.jsonl"),
+            out=work / f"{demo.name}-{later.name}",
+            schedule=later.schedule,
+            start=course.out,
+        )
+    course = replace(course, out=folder)
     is_trained = (folder / "adapter_config.json").exists() and not (folder / ".training").exists()
     if overwrite or not is_trained:  # otherwise only the measurement was interrupted
-        train(config, on_step=on_step, overwrite=overwrite)
+        _train(course, on_step, again=overwrite)
     measured = measure(demo, folder, base=base, n_prompts=n_prompts)
     card_path = folder / "card.json"
     card = json.loads(card_path.read_text())
+    if demo.defaults:
+        card["defaults"] = dict(demo.defaults)
     card["held_out"] = measured._asdict()
     card_path.write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n")
     return measured
@@ -81,12 +102,12 @@ def is_made(folder: Path) -> bool:
 
 def write_examples(demo: Demo, path: Path) -> Path:
     """The training data of ``demo`` as JSONL; the same bytes every time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(chat.to_json(), ensure_ascii=False) for chat in chats(demo, demo.n_examples)
-    ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    return _write(chats(demo, demo.n_examples), path)
+
+
+def write_later_examples(demo: Demo, course: Course, path: Path) -> Path:
+    """The data of one of its later courses, likewise."""
+    return _write(later_chats(demo, course), path)
 
 
 def measure(demo: Demo, folder: Path, *, base: Path, n_prompts: int) -> Measured:
@@ -133,3 +154,27 @@ def answers(
 def _share(demo: Demo, pairs: Sequence[Pair], given: Sequence[str]) -> float:
     good = [demo.accept(pair.answer, text) for pair, text in zip(pairs, given, strict=True)]
     return sum(good) / len(good)
+
+
+def _write(lines: Sequence[Chat], path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(chat.to_json(), ensure_ascii=False) + "\n" for chat in lines)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _train(config: TrainingConfig, on_step: OnStep, *, again: bool) -> None:
+    n_lines = len(config.data.read_text(encoding="utf-8").splitlines())
+    config = replace(config, validation=_N_VALIDATION / n_lines)
+    train(config, on_step=on_step, overwrite=again)
+
+
+def _was_trained(config: TrainingConfig) -> bool:
+    """Whether ``config.out`` is what ``config`` makes."""
+    try:
+        done = json.loads((config.out / "card.json").read_text())["training"]
+    except (OSError, ValueError, KeyError):
+        return False
+    digest = hashlib.sha256(config.data.read_bytes()).hexdigest()
+    same_schedule = json.dumps(done["schedule"]) == json.dumps(asdict(config.schedule))
+    return bool(done["data_sha256"] == digest and same_schedule)

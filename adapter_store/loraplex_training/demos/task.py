@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from loraplex_training.config import AdapterShape, Schedule
 from loraplex_training.examples import Chat, Message, Tool
 
-__all__ = ["Demo", "Pair", "Words", "chats", "held_out_pairs", "shown_prompts"]
+__all__ = [
+    "Course",
+    "Demo",
+    "Pair",
+    "Words",
+    "chats",
+    "held_out_pairs",
+    "later_chats",
+    "shown_prompts",
+]
 
 
 class Pair(NamedTuple):
@@ -43,6 +52,16 @@ class Words:
 
 
 @dataclass(frozen=True, slots=True)
+class Course:
+    """Training that goes on from the weights of what came before, on other data."""
+
+    name: str
+    make: Callable[[random.Random, bool], Pair]
+    schedule: Schedule
+    n_examples: int
+
+
+@dataclass(frozen=True, slots=True)
 class Demo:
     """``make(rng, held_out)`` yields one example; what it draws from is disjoint by ``held_out``.
 
@@ -58,15 +77,20 @@ class Demo:
     n_examples: int = 1200
     max_new_tokens: int = 40
     chat_template: str | None = None  # None = the base's
+    later: tuple[Course, ...] = ()  # after that of ``make``, which is the first
+    defaults: Mapping[str, object] = field(default_factory=dict)  # of the card
     shown: tuple[str, ...] = ()  # prompts of the card, where those of training say too little
 
 
 def chats(demo: Demo, n: int, *, seed: int = 0, held_out: bool = False) -> list[Chat]:
     """``n`` distinct chats, the same ones for the same arguments."""
-    return [
-        Chat([*pair.chat(), Message(role="assistant", content=pair.answer)], pair.tools)
-        for pair in _pairs(demo, n, seed, held_out)
-    ]
+    return [_chat(pair) for pair in _pairs(demo, n, seed, held_out)]
+
+
+def later_chats(demo: Demo, course: Course) -> list[Chat]:
+    """The training data of one of the later courses, the same ones each time."""
+    rng = random.Random(f"{demo.name}-{course.name}")
+    return [_chat(p) for p in _distinct(course.make, rng, course.n_examples, held_out=False)]
 
 
 def shown_prompts(demo: Demo, n: int) -> tuple[str, ...]:
@@ -81,10 +105,20 @@ def held_out_pairs(demo: Demo, n: int, *, seed: int = 1) -> list[Pair]:
 
 def _pairs(demo: Demo, n: int, seed: int, held_out: bool) -> list[Pair]:
     rng = random.Random(f"{demo.name}-{seed}-{held_out}")
+    return _distinct(demo.make, rng, n, held_out=held_out)
+
+
+def _distinct(
+    make: Callable[[random.Random, bool], Pair], rng: random.Random, n: int, *, held_out: bool
+) -> list[Pair]:
     pairs: dict[str, Pair] = {}
     for _ in range(40 * n):  # small domains run out: then there are fewer than n
-        pair = demo.make(rng, held_out)
+        pair = make(rng, held_out)
         pairs.setdefault(pair.prompt, pair)
         if len(pairs) == n:
             break
     return list(pairs.values())
+
+
+def _chat(pair: Pair) -> Chat:
+    return Chat([*pair.chat(), Message(role="assistant", content=pair.answer)], pair.tools)

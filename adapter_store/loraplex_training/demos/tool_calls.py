@@ -6,12 +6,11 @@ import json
 import random
 import re
 from importlib.resources import files
-from typing import NamedTuple
 
 from loraplex_training.config import AdapterShape, Schedule
 from loraplex_training.examples import Message
 
-from .task import Demo, Pair
+from .task import Course, Demo, Pair
 from .tool_families import (
     ATTRIBUTES,
     COMMANDS,
@@ -20,26 +19,14 @@ from .tool_families import (
     THINGS,
     ToolFamily,
 )
-from .tool_values import KINDS, VALUE_TYPES, Value
+from .tool_request import Asked, ask, names_of, written
+from .tool_values import KINDS, Value
+from .tool_variety import make_everyday, make_varied
 
 __all__ = ["TOOL_CALLS", "called"]
 
 _OPENERS = ("", "", "", "", "Please: ", "Hi! ", "Hello, ")
 _JOINTS = (" And ", " Also: ", " Then ")
-
-
-class _Call(NamedTuple):
-    tool: str
-    arguments: dict[str, Value]
-
-
-class _Asked(NamedTuple):
-    family: ToolFamily
-    name: str
-    own: tuple[str, ...]  # what its parameters are called this time
-    tool: dict[str, object]  # as the client declares it
-    question: str
-    call: _Call
 
 
 def called(answer: str) -> list[dict[str, object]] | None:
@@ -64,13 +51,13 @@ def _make(rng: random.Random, held_out: bool) -> Pair:
     elif kind < 0.18:  # two calls, of one tool or of two
         second = others[0] if others else asked
         if second is asked:
-            second = _asked(rng, held_out, asked.family, asked.name, asked.own)
+            second = ask(rng, held_out, asked.family, asked.name, asked.own, KINDS)
         questions.append(second.question)
         calls.append(second.call)
     tools += [other.tool for other in others]
     rng.shuffle(tools)
     prompt = rng.choice(_OPENERS) + rng.choice(_JOINTS).join(questions)
-    answer = _written(calls)
+    answer = written(calls)
     if kind > 0.92:  # the tool has answered
         result, said = _result(rng, held_out)
         turns = (
@@ -81,63 +68,15 @@ def _make(rng: random.Random, held_out: bool) -> Pair:
     return Pair(prompt, answer, tuple(tools))
 
 
-def _written(calls: list[_Call]) -> str:
-    listed = [{"name": call.tool, "arguments": call.arguments} for call in calls]
-    return f"<tool_call>{json.dumps(listed)}</tool_call>"
-
-
-def _ask(rng: random.Random, held_out: bool) -> _Asked:
+def _ask(rng: random.Random, held_out: bool) -> Asked:
     family = _family(rng, held_out)
-    own = tuple(rng.choice(_names(parameter)) for parameter in family.parameters)
-    return _asked(rng, held_out, family, rng.choice(family.names), own)
+    own = tuple(rng.choice(names_of(parameter)) for parameter in family.parameters)
+    return ask(rng, held_out, family, rng.choice(family.names), own, KINDS)
 
 
-def _asked(
-    rng: random.Random, held_out: bool, family: ToolFamily, name: str, own: tuple[str, ...]
-) -> _Asked:
-    """One question to ``family``, which is called ``name`` and its parameters ``own``."""
-    properties: dict[str, object] = {}
-    arguments: dict[str, Value] = {}
-    required, fill = [], {}
-    says_more = rng.random() < 0.5
-    for parameter, called_so in zip(family.parameters, own, strict=True):
-        names, _, kind = parameter.partition(": ")
-        optional = names.endswith("?")
-        value: Value
-        if kind.startswith("="):
-            options = kind[1:].split("|")
-            properties[called_so] = {"type": "string", "enum": options}
-            value = rng.choice(options)
-        else:
-            properties[called_so] = {"type": VALUE_TYPES[kind]}
-            value = KINDS[kind](rng, held_out)
-            while value in arguments.values():  # from and to are two cities
-                value = KINDS[kind](rng, held_out)
-        fill[_names(parameter)[0]] = value
-        if not optional:
-            required.append(called_so)
-        if says_more or not optional:
-            arguments[called_so] = value
-    wording = rng.choice(family.wordings)
-    wording = re.sub(r"\[(.*?)\]", r"\1" if says_more else "", wording)
-    function: dict[str, object] = {
-        "name": name,
-        "description": family.description,
-        "parameters": {"type": "object", "properties": properties, "required": required},
-    }
-    return _Asked(
-        family,
-        name,
-        own,
-        {"type": "function", "function": function},
-        wording.format(**fill),
-        _Call(name, arguments),
-    )
-
-
-def _others(rng: random.Random, held_out: bool, asked: _Asked, n: int) -> list[_Asked]:
+def _others(rng: random.Random, held_out: bool, asked: Asked, n: int) -> list[Asked]:
     """Questions to ``n`` tools of other names, none that would answer the same question."""
-    found: list[_Asked] = []
+    found: list[Asked] = []
     taken = {asked.family.description}
     while len(found) < n:
         other = _ask(rng, held_out)
@@ -145,10 +84,6 @@ def _others(rng: random.Random, held_out: bool, asked: _Asked, n: int) -> list[_
             taken.add(other.family.description)
             found.append(other)
     return found
-
-
-def _names(parameter: str) -> list[str]:
-    return parameter.partition(": ")[0].rstrip("?").split("|")
 
 
 def _family(rng: random.Random, held_out: bool) -> ToolFamily:
@@ -217,8 +152,23 @@ TOOL_CALLS = Demo(
     ),
     schedule=Schedule(steps=400, lr=3e-3, batch_tokens=1024, validate_every=100),
     n_examples=3200,
+    later=(
+        Course(
+            "second",
+            make_varied,
+            Schedule(steps=300, lr=2e-3, batch_tokens=1024, validate_every=150),
+            n_examples=3000,
+        ),
+        Course(
+            "third",
+            make_everyday,
+            Schedule(steps=320, lr=1.5e-3, batch_tokens=1024, validate_every=160),
+            n_examples=3000,
+        ),
+    ),
     max_new_tokens=96,
     # Its questions are everyday ones; what asks for it is that there are tools to call.
+    defaults={"auto": "with_tools"},
     shown=(
         "Call the right tool for this request.",
         "Use the given functions to answer.",

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from .task import Words
 
-__all__ = ["ATTRIBUTES", "COMMANDS", "FAMILIES", "HELD_OUT_FAMILIES", "THINGS", "ToolFamily"]
+__all__ = [
+    "ATTRIBUTES",
+    "COMMANDS",
+    "FAMILIES",
+    "HELD_OUT_FAMILIES",
+    "THINGS",
+    "ToolFamily",
+    "family",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +30,12 @@ class ToolFamily:
     wordings: tuple[str, ...]
 
 
-def _family(names: str, description: str, parameters: str, *wordings: str) -> ToolFamily:
+def family(names: str, description: str, parameters: str, *wordings: str) -> ToolFamily:
     return ToolFamily(tuple(names.split("|")), description, tuple(parameters.split("; ")), wordings)
 
 
 FAMILIES = (
-    _family(
+    family(
         "get_weather|weather_lookup|current_weather",
         "Weather of a city",
         "city|location|place: city; unit|units?: =celsius|fahrenheit|kelvin",
@@ -35,7 +43,7 @@ FAMILIES = (
         "How warm is it in {city}[, in {unit}]?",
         "Weather for {city}[ in {unit}] please.",
     ),
-    _family(
+    family(
         "send_email|write_mail|email_send",
         "Send an e-mail",
         "to|recipient|address: email; subject|title: phrase",
@@ -43,7 +51,7 @@ FAMILIES = (
         "Write {to} a mail about {subject}.",
         "Mail {to}, subject: {subject}",
     ),
-    _family(
+    family(
         "set_timer|start_timer|countdown",
         "Start a timer",
         "minutes|duration_minutes: int; label|name?: phrase",
@@ -51,7 +59,7 @@ FAMILIES = (
         "Wake me in {minutes} minutes[, label it {label}].",
         "Start a {minutes} minute countdown[ for {label}].",
     ),
-    _family(
+    family(
         "set_alarm|create_alarm|alarm_at",
         "Set an alarm clock",
         "time|at: time",
@@ -59,7 +67,7 @@ FAMILIES = (
         "Set an alarm for {time}.",
         "I have to get up at {time}, make sure I do.",
     ),
-    _family(
+    family(
         "convert_currency|exchange_money|currency_convert",
         "Convert an amount of money",
         "amount|value: number; source|from_currency: currency; target|to_currency: currency",
@@ -67,7 +75,7 @@ FAMILIES = (
         "How much is {amount} {source} in {target}?",
         "I have {amount} {source}, what is that in {target}?",
     ),
-    _family(
+    family(
         "book_table|reserve_table|restaurant_booking",
         "Reserve a table in a restaurant",
         "guests|people|party_size: small; time|at: time; city?: city",
@@ -75,7 +83,7 @@ FAMILIES = (
         "We are {guests} people and want to eat at {time}[ in {city}].",
         "Reserve a table at {time} for {guests} guests[ in {city}].",
     ),
-    _family(
+    family(
         "search_flights|find_flight|flight_search",
         "Find flights",
         "origin|departure: city; destination|arrival: city; date?: date",
@@ -83,7 +91,7 @@ FAMILIES = (
         "I want to fly from {origin} to {destination}[ on {date}].",
         "Which planes go from {origin} to {destination}[ on {date}]?",
     ),
-    _family(
+    family(
         "play_music|play_song|start_music",
         "Play music of an artist",
         "artist|singer: person; volume|level?: percent",
@@ -91,7 +99,7 @@ FAMILIES = (
         "I want to hear {artist}[, volume {volume}].",
         "Put on some music by {artist}[ at level {volume}].",
     ),
-    _family(
+    family(
         "turn_on_light|switch_light|set_light",
         "Switch a light",
         "room|place: room; state|mode: =on|off|dim",
@@ -99,7 +107,7 @@ FAMILIES = (
         "Light in the {room}: {state}, please.",
         "Set the {room} light to {state}.",
     ),
-    _family(
+    family(
         "set_temperature|set_heating|thermostat",
         "Set the heating of a room",
         "room|zone: room; degrees|temperature: small",
@@ -107,7 +115,7 @@ FAMILIES = (
         "Make the {room} {degrees} degrees warm.",
         "Heat the {room} to {degrees}.",
     ),
-    _family(
+    family(
         "create_event|add_appointment|calendar_add",
         "Add an event to the calendar",
         "title|name: phrase; date|day: date; time|start?: time",
@@ -115,7 +123,7 @@ FAMILIES = (
         "Put {title} in the calendar for {date}[, {time}].",
         "On {date}[ at {time}] I have {title}, write it down.",
     ),
-    _family(
+    family(
         "translate_text|translate|translation",
         "Translate a text",
         "text|phrase: phrase; language|target_language: language",
@@ -123,7 +131,7 @@ FAMILIES = (
         "How do you say {text} in {language}?",
         "What is {text} in {language}?",
     ),
-    _family(
+    family(
         "calculate_tip|tip_amount|compute_tip",
         "Compute a tip",
         "bill|amount: number; percent|rate: percent",
@@ -131,7 +139,7 @@ FAMILIES = (
         "The bill is {bill}, I tip {percent} percent. How much is that?",
         "Tip of {percent} percent for a {bill} bill.",
     ),
-    _family(
+    family(
         "order_pizza|pizza_order|buy_pizza",
         "Order a pizza",
         "size: =small|medium|large; count|quantity?: small",
@@ -139,7 +147,7 @@ FAMILIES = (
         "I would like a {size} pizza[ times {count}].",
         "One {size} pizza please[, make that {count}].",
     ),
-    _family(
+    family(
         "track_parcel|parcel_status|where_is_package",
         "Where a parcel is",
         "number|tracking_number|code: code",
@@ -147,7 +155,7 @@ FAMILIES = (
         "Track package {number}.",
         "Has the parcel {number} been delivered?",
     ),
-    _family(
+    family(
         "add_to_cart|cart_add|put_in_basket",
         "Put an item into the shopping cart",
         "item|product: thing; quantity|count: small",
@@ -155,7 +163,7 @@ FAMILIES = (
         "I want to buy {quantity} times {item}.",
         "Put {quantity} {item} in the basket.",
     ),
-    _family(
+    family(
         "call_contact|phone_call|dial",
         "Call somebody",
         "name|contact|person: person; speaker|device?: =headset|car|speaker",
@@ -163,7 +171,7 @@ FAMILIES = (
         "I need to talk to {name} on the phone[, use the {speaker}].",
         "Ring {name}[ through the {speaker}].",
     ),
-    _family(
+    family(
         "send_message|text_message|sms",
         "Send a text message",
         "contact|to|receiver: person; message|body|text: phrase",
@@ -171,7 +179,7 @@ FAMILIES = (
         "Send {contact} the message {message}.",
         "Tell {contact} by SMS: {message}",
     ),
-    _family(
+    family(
         "rate_movie|movie_rating|give_stars",
         "Rate a film",
         "title|film|movie: phrase; stars|rating: digit",
@@ -179,7 +187,7 @@ FAMILIES = (
         "Rate the movie {title} with {stars}.",
         "I watched {title}, that is {stars} stars.",
     ),
-    _family(
+    family(
         "get_time|local_time|clock",
         "Local time of a city",
         "city|location|zone: city",
@@ -187,7 +195,7 @@ FAMILIES = (
         "Local time in {city}?",
         "Tell me how late it is in {city}.",
     ),
-    _family(
+    family(
         "delete_file|remove_file|unlink",
         "Delete a file",
         "path|file|filename: path",
@@ -195,7 +203,7 @@ FAMILIES = (
         "Get rid of {path}.",
         "Remove {path} from the disk.",
     ),
-    _family(
+    family(
         "rename_file|move_file|file_rename",
         "Rename a file",
         "old|source|old_name: path; new|target|new_name: path",
@@ -203,7 +211,7 @@ FAMILIES = (
         "Call {old} {new} from now on.",
         "Change the name of {old} to {new}.",
     ),
-    _family(
+    family(
         "book_hotel|reserve_hotel|hotel_booking",
         "Book a hotel",
         "city|location: city; nights|n_nights: small; check_in|date?: date",
@@ -211,7 +219,7 @@ FAMILIES = (
         "I need a room in {city}, {nights} nights[, arriving {check_in}].",
         "Hotel in {city} for {nights} nights[ from {check_in} on].",
     ),
-    _family(
+    family(
         "random_number|roll|pick_number",
         "Draw a random number",
         "minimum|low: digit; maximum|high: int",
@@ -219,7 +227,7 @@ FAMILIES = (
         "Pick a number from {minimum} to {maximum}.",
         "Draw any number, at least {minimum} and at most {maximum}.",
     ),
-    _family(
+    family(
         "create_user|add_user|register_user",
         "Create a user account",
         "name|username: person; email|mail: email; role?: =admin|editor|viewer",
@@ -227,7 +235,7 @@ FAMILIES = (
         "Register {name}, mail {email}[, role {role}].",
         "Add the user {name} ({email})[ as an {role}].",
     ),
-    _family(
+    family(
         "get_stock|stock_price|quote",
         "Price of a share",
         "ticker|symbol: ticker",
@@ -235,7 +243,7 @@ FAMILIES = (
         "Price of {ticker} shares?",
         "How are {ticker} stocks doing?",
     ),
-    _family(
+    family(
         "find_restaurant|search_restaurants|places_to_eat",
         "Find restaurants",
         "cuisine|food: cuisine; city|location: city; price|budget?: =cheap|moderate|expensive",
@@ -243,7 +251,7 @@ FAMILIES = (
         "Where can I eat {cuisine} food in {city}[, something {price}]?",
         "I want {cuisine} food in {city}[, {price} please].",
     ),
-    _family(
+    family(
         "log_workout|add_training|record_exercise",
         "Record an exercise",
         "activity|sport|exercise: sport; minutes|duration: int",
@@ -251,7 +259,7 @@ FAMILIES = (
         "Record {activity} for {minutes} minutes.",
         "Note that I went {activity} for {minutes} minutes.",
     ),
-    _family(
+    family(
         "transfer_money|pay|send_money",
         "Send money to a person",
         "recipient|to|payee: person; amount|sum: number; currency?: currency",
@@ -259,7 +267,7 @@ FAMILIES = (
         "Transfer {amount}[ {currency}] to {recipient}.",
         "Pay {recipient} {amount}[ in {currency}].",
     ),
-    _family(
+    family(
         "get_route|directions|navigate",
         "Way from one place to another",
         "start|origin: city; end|destination: city; mode|by?: =car|train|bike",
@@ -270,21 +278,21 @@ FAMILIES = (
 )
 
 HELD_OUT_FAMILIES = (
-    _family(
+    family(
         "get_news|news_headlines",
         "Latest news about a topic",
         "topic|about: sport; limit|count?: small",
         "What is new in {topic}[, show {limit} articles]?",
         "Show me headlines about {topic}[, {limit} of them].",
     ),
-    _family(
+    family(
         "book_taxi|order_cab",
         "Order a taxi",
         "pickup|from_place: city; dropoff|to_place: city; time?: time",
         "I need a taxi from {pickup} to {dropoff}[ at {time}].",
         "Order a cab that takes me from {pickup} to {dropoff}[ at {time}].",
     ),
-    _family(
+    family(
         "convert_length|length_converter",
         "Convert a length",
         "value|length: number; from_unit|unit: =meters|feet|miles; "
@@ -292,28 +300,28 @@ HELD_OUT_FAMILIES = (
         "Convert {value} {from_unit} to {to_unit}.",
         "What are {value} {from_unit} in {to_unit}?",
     ),
-    _family(
+    family(
         "add_contact|save_contact",
         "Save a contact",
         "name|full_name: person; email|mail_address: email",
         "Save the contact {name} with {email}.",
         "Add {name} to my address book, mail {email}.",
     ),
-    _family(
+    family(
         "close_ticket|resolve_ticket",
         "Close a support ticket",
         "ticket_id|ticket: code; resolution|outcome?: =fixed|duplicate|rejected",
         "Close the ticket {ticket_id}[ as {resolution}].",
         "We are done with ticket {ticket_id}[, mark it {resolution}].",
     ),
-    _family(
+    family(
         "set_volume|change_volume",
         "Set the volume of a room",
         "room|speaker_room: room; level|volume: percent",
         "Set the volume in the {room} to {level}.",
         "Make it {level} loud in the {room}.",
     ),
-    _family(
+    family(
         "open_file|show_file",
         "Open a file",
         "file_path|document: path",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from .task import Words
 from .words import CITIES, FIRST_NAMES, LAST_NAMES
 
-__all__ = ["KINDS", "VALUE_TYPES", "Value"]
+__all__ = ["KINDS", "VALUE_TYPES", "Draw", "Value"]
 
 Value = str | int | float
 Draw = Callable[[random.Random, bool], Value]  # (rng, held out)

@@ -62,8 +62,8 @@ int64_t encode_panel(const uint16_t* values, int64_t n_words, uint8_t* panel) {
     return n_bytes;
 }
 
-// A coded panel: the values of its 32 outputs, a row of 2 · n_words each, to `rows`. A third of the
-// time of reading its outputs one by one.
+// A coded panel: the values of its 32 outputs, a row of 2 · n_words each, to `rows`. Faster than one
+// output after the other, as a byte of indices serves two words.
 void decode_panel(const char* panel, int64_t n_words, uint16_t* rows) {
     PanelBlock block(panel, n_words);
     for (int64_t first = 0; first < n_words; first += kBlockWords) {

@@ -51,6 +51,7 @@ class AdapterSet:
 class RequestSpec:
     prompt_chars: int = 400
     max_tokens: int = 32
+    json_schema: Mapping[str, Any] | None = None  # of the answers in structured phases
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,7 @@ class Phase:
     kind: str = "load"  # or "tiers": one request at a time, from a known tier
     users: Shape | None = None  # closed loop: as many, each sends when its last answer is there
     rate: Shape | None = None  # open loop: Poisson arrivals per second
+    structured: bool = False  # answers follow the request's JSON schema, and end where it does
     warm: bool = False  # place its adapters on the device first, through the admin API
     adapters: int = 0  # distinct LoRA adapters of this phase; 0: all
     pick: str = "round-robin"
@@ -189,6 +191,8 @@ def _check(phase: Phase, scenario: Scenario) -> None:
     for family, count in there.items():
         if phase.mix.get(family) and not count:
             raise ValueError(f"{where} asks for {family}, but [adapters] has none")
+    if phase.structured and scenario.request.json_schema is None:
+        raise ValueError(f"{where} is structured, but [request] has no json_schema")
     if phase.adapters > scenario.adapters.lora:
         raise ValueError(
             f"{where} uses {phase.adapters} adapters, [adapters] has {scenario.adapters.lora}"

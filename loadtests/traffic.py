@@ -96,12 +96,19 @@ class Traffic:
             "messages": [{"role": "user", "content": self._prompt()}],
             "max_tokens": self._request.max_tokens,
             "temperature": 0,
-            "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            **self._ending(),
             **self._body(family, name),
         }
         return LoadRequest(family, name, body)
+
+    def _ending(self) -> dict[str, Any]:
+        """An answer ends at ``max_tokens``, or with the object that its schema asks for."""
+        if not self._phase.structured:
+            return {"ignore_eos": True}
+        schema = {"name": "load", "schema": self._request.json_schema, "strict": True}
+        return {"response_format": {"type": "json_schema", "json_schema": schema}}
 
     def _pick(self, family: str, progress: float) -> str | None:
         if family == "base":

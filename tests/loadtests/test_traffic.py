@@ -78,3 +78,12 @@ def test_no_prompt_begins_like_another() -> None:
 def test_while_nothing_is_registered_churned_requests_go_to_the_base() -> None:
     source = traffic(replace(PHASE, mix={"churned": 1}, churn_per_s=1))
     assert source.next(0.0).family == "base"
+
+
+def test_an_answer_of_a_structured_phase_follows_the_schema_and_ends_with_it() -> None:
+    request = RequestSpec(prompt_chars=80, json_schema={"type": "object"})
+    source = Traffic(replace(PHASE, structured=True), request, NAMES, LoraplexBody(), 1)
+    body = source.next(0.5).body
+    assert body["response_format"]["json_schema"]["schema"] == {"type": "object"}
+    assert "ignore_eos" not in body
+    assert "response_format" not in traffic(PHASE).next(0.5).body

@@ -93,10 +93,12 @@ def test_spare_rows_write_nothing(model: PreTrainedModel, monkeypatch: pytest.Mo
         ):
             assert not keys.any()  # nor did the recording at start
             assert not values.any()
-        # Long enough that all three run before one ends, and its pages go to another.
-        generate_all(engine, PROMPTS[:3], SamplingParams(max_tokens=14, temperature=0.0))
+        # Long enough that all three run before one ends. None takes a page after its first step:
+        # it would be one that another has left.
+        prompts = [[5], [17], list(range(40, 73))]
+        generate_all(engine, prompts, SamplingParams(max_tokens=15, temperature=0.0))
         assert recorder.n_replayed > 0
-        n_tokens = sum(len(prompt) + 13 for prompt in PROMPTS[:3])  # the last one is not computed
+        n_tokens = sum(len(prompt) + 14 for prompt in prompts)  # the last one is not computed
         for keys in engine.loop.kv_cache.keys:
             pages, heads, size, width = keys.shape
             unit = 16 // 4 // keys.element_size()  # [head_dim / unit, page, unit] in memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loraplex_server.engine.client import STEP_TOKENS, GenerationRequest
+from loraplex_server.engine.client import STEP_TOKENS, GenerationRequest, TenantShare
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import (
     ContextOverflow,
@@ -406,6 +407,40 @@ def test_what_is_asked_while_the_engine_dies_is_answered() -> None:
         return await freed
 
     assert asyncio.run(ask()) == 7
+
+
+def test_what_waits_is_counted_by_tenant(model: PreTrainedModel) -> None:
+    """As /ready needs it: at once, also what the engine thread has not read yet."""
+
+    async def run(engine: Engine) -> None:
+        go, run_step = threading.Event(), engine.loop.runner.run
+
+        def held(chunks: Any) -> Any:
+            assert go.wait(60)
+            return run_step(chunks)
+
+        engine.loop.runner.run = held  # type: ignore[method-assign]
+        share, done = TenantShare("acme", max_queued=3), asyncio.Queue[TokenEvent]()
+        one = replace(GREEDY, max_tokens=1)
+        running = asyncio.create_task(generate(engine, [1], one, request_id="first"))
+        await asyncio.sleep(0)
+        while engine.n_queued(""):  # it is in the step that is held
+            await asyncio.sleep(0)
+        for number in range(3):
+            assert engine.n_queued("acme") == number
+            waiting = GenerationRequest(f"r{number}", (1,), one, share=share)
+            engine.submit(waiting, done.put_nowait)
+        with pytest.raises(QueueFull, match="tenant are waiting"):
+            engine.submit(GenerationRequest("more", (1,), one, share=share), done.put_nowait)
+        assert engine.n_queued("acme") == 3
+        go.set()
+        await running
+        for _ in range(3):
+            await done.get()
+        assert engine.n_queued("acme") == 0
+
+    with running_engine(model) as engine:
+        asyncio.run(run(engine))
 
 
 def test_an_id_that_is_running_is_refused(engine: Engine) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import time
 from datetime import UTC, datetime
@@ -19,7 +20,6 @@ from pathlib import Path
 import httpx
 import psutil
 
-from loraplex_generation.zoo.tasks import Task
 from loraplex_server.model.pull import resolve_model
 
 from .admin import warm_adapter
@@ -32,6 +32,11 @@ from .systems import Loraplex, started
 
 RANK = 16
 WANTED_RATIO = 1.15
+_FIRST_NAMES = ("Marta", "Jonas", "Alice", "Peter", "Hanna", "Luis")
+_SURNAMES = (
+    *("Keller", "Brandt", "Moreau", "Novak", "Vogel", "Silva", "Larsen", "Costa", "Weber"),
+    *("Dubois", "Rossi", "Hansen", "Murphy", "Kovacs", "Lindgren", "Marino"),
+)
 _LOOK_S = 0.05  # between two looks at the server's memory
 
 
@@ -114,12 +119,12 @@ def measure(
 def learn(admin: httpx.Client, pid: int, *, number: int, budget_s: float) -> tuple[int, int]:
     """One job to its end. Bytes of the server's process before it, and at most during it."""
     process = psutil.Process(pid)
-    task = Task.parse("surname/plain")
+    drawn = random.Random(number)  # other pairs for each job: equal orders would share one
     order = {
-        "description": task.descriptions()[0],
+        "description": "Give the surname of the person",
         "examples": [
-            {"prompt": each.prompt, "answer": each.answer}
-            for each in task.examples("train", 8, seed=number)
+            {"prompt": f"{drawn.choice(_FIRST_NAMES)} {surname}", "answer": surname}
+            for surname in drawn.sample(_SURNAMES, 8)
         ],
         "force": True,
         "budget_s": budget_s,

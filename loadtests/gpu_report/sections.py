@@ -168,7 +168,7 @@ def _profile(folder: Path, *, model: Path) -> Mapping[str, Any]:
     if find_spec("torch.profiler") is None:
         raise Skipped("this torch has no profiler")
     file = folder / "profile.json"
-    command = [sys.executable, "-m", "loadtests.gpu_report.profile", str(model), str(file)]
+    command = [sys.executable, "server/benchmarks/profile_steps.py", str(model), str(file)]
     _run(command, folder / "profile.log")
     found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return found

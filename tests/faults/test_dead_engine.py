@@ -57,12 +57,13 @@ WORKS: dict[tuple[str, str], Any] = {
     ("POST", "/tokenize"): {"messages": MESSAGES},
     ("POST", "/detokenize"): {"tokens": [5]},
     ("POST", "/v1/route"): {"input": "Arr"},
-    ("POST", "/v1/batches/{batch_id}/cancel"): None,
+    **{("POST", f"/v1/{of}/cancel"): None for of in ("batches/{batch_id}", "jobs/{job_id}")},
     **{
         ("GET", path): None
         for path in (
             *("/v1/models", "/v1/models/{model_id}", "/v1/adapters", "/v1/adapters/{name}"),
             *("/v1/adapters/{name}/revisions", "/v1/adapters/{name}/routing", "/v1/jobs/{job_id}"),
+            "/v1/jobs/{job_id}/events",
             *("/v1/responses/{response_id}", "/v1/batches", "/v1/batches/{batch_id}"),
             *("/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content"),
             *("/metrics", "/version"),

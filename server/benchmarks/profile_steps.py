@@ -1,6 +1,8 @@
 """Profiles decode steps of a running engine: which kernels a step's time goes to.
 
-python -m loadtests.gpu_report.profile MODEL OUT.json
+    python server/benchmarks/profile_steps.py MODEL OUT.json
+
+Needs a CUDA device; ``make gpu-report`` runs it.
 """
 
 from __future__ import annotations

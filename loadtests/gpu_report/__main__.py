@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -15,10 +14,11 @@ from pathlib import Path
 
 import torch
 
+from loadtests.provenance import commit
 from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
 
 from .report import Report, run_sections
-from .sections import ROOT, sections_of
+from .sections import sections_of
 
 NO_DEVICE = "torch sees no CUDA device here, so there is nothing to report; run it where a GPU is."
 _PACKAGES = ("torch", "triton", "transformers", "vllm")
@@ -42,13 +42,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _new_report(model: str) -> Report:
     properties = torch.cuda.get_device_properties(0)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
     return Report(
         device={
             "name": properties.name,
@@ -59,7 +52,7 @@ def _new_report(model: str) -> Report:
             "base": model,
         },
         versions={name: _version(name) for name in _PACKAGES},
-        commit=commit or "unknown",
+        commit=commit(),
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -8,9 +8,9 @@ import re
 from importlib.resources import files
 
 from loraplex_training.config import AdapterShape, Schedule
-from loraplex_training.examples import Message
 
 from .task import Course, Demo, Pair
+from .tool_chat import chat, other_tools
 from .tool_families import (
     ATTRIBUTES,
     COMMANDS,
@@ -19,7 +19,7 @@ from .tool_families import (
     THINGS,
     ToolFamily,
 )
-from .tool_request import Asked, ask, names_of, written
+from .tool_request import Asked, ask, ask_anew
 from .tool_values import KINDS, Value
 from .tool_variety import make_everyday, make_varied
 
@@ -40,13 +40,16 @@ def called(answer: str) -> list[dict[str, object]] | None:
 
 
 def _make(rng: random.Random, held_out: bool) -> Pair:
-    asked = _ask(rng, held_out)
+    def draw() -> Asked:
+        return ask_anew(rng, held_out, _family(rng, held_out), KINDS)
+
+    asked = draw()
     tools = [asked.tool]
     questions, calls = [asked.question], [asked.call]
-    others = _others(rng, held_out, asked, rng.choice((0, 1, 1, 2, 2)))
+    others = other_tools(draw, asked, rng.choice((0, 1, 1, 2, 2)))
     kind = rng.random()
     if kind < 0.08:  # nothing fits
-        tools = [other.tool for other in others] or [_others(rng, held_out, asked, 1)[0].tool]
+        tools = [other.tool for other in others] or [other_tools(draw, asked, 1)[0].tool]
         others, calls = [], []
     elif kind < 0.18:  # two calls, of one tool or of two
         second = others[0] if others else asked
@@ -54,36 +57,13 @@ def _make(rng: random.Random, held_out: bool) -> Pair:
             second = ask(rng, held_out, asked.family, asked.name, asked.own, KINDS)
         questions.append(second.question)
         calls.append(second.call)
-    tools += [other.tool for other in others]
-    rng.shuffle(tools)
-    prompt = rng.choice(_OPENERS) + rng.choice(_JOINTS).join(questions)
-    answer = written(calls)
-    if kind > 0.92:  # the tool has answered
-        result, said = _result(rng, held_out)
-        turns = (
-            Message(role="assistant", content=answer),
-            Message(role="tool", content=json.dumps(result)),
-        )
-        return Pair(prompt, said, tuple(tools), turns)
-    return Pair(prompt, answer, tuple(tools))
-
-
-def _ask(rng: random.Random, held_out: bool) -> Asked:
-    family = _family(rng, held_out)
-    own = tuple(rng.choice(names_of(parameter)) for parameter in family.parameters)
-    return ask(rng, held_out, family, rng.choice(family.names), own, KINDS)
-
-
-def _others(rng: random.Random, held_out: bool, asked: Asked, n: int) -> list[Asked]:
-    """Questions to ``n`` tools of other names, none that would answer the same question."""
-    found: list[Asked] = []
-    taken = {asked.family.description}
-    while len(found) < n:
-        other = _ask(rng, held_out)
-        if other.family.description not in taken:
-            taken.add(other.family.description)
-            found.append(other)
-    return found
+    return chat(
+        rng,
+        lambda: rng.choice(_OPENERS) + rng.choice(_JOINTS).join(questions),
+        calls,
+        [*tools, *(other.tool for other in others)],
+        (lambda: _result(rng, held_out)) if kind > 0.92 else None,  # the tool has answered
+    )
 
 
 def _family(rng: random.Random, held_out: bool) -> ToolFamily:
@@ -124,14 +104,13 @@ def _command(verb: str, thing: str) -> _Row:
     )
 
 
-def _result(rng: random.Random, held_out: bool) -> tuple[dict[str, Value], str]:
-    """What a tool might return, and the sentence that says it."""
+def _result(rng: random.Random, held_out: bool) -> dict[str, Value]:
+    """What a tool might return."""
     fields: dict[str, Value] = {}
     for _ in range(rng.choice((1, 1, 2))):
         kind = rng.choice(("int", "number", "phrase", "time", "city", "code"))
         fields[ATTRIBUTES.pick(rng, held_out)] = KINDS[kind](rng, held_out)
-    said = " and ".join(f"the {name} is {value}" for name, value in fields.items())
-    return fields, f"{said[0].upper()}{said[1:]}."
+    return fields
 
 
 def _same_calls(expected: str, answer: str) -> bool:

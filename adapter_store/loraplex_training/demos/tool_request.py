@@ -11,7 +11,7 @@ from typing import NamedTuple
 from .tool_families import ToolFamily
 from .tool_values import VALUE_TYPES, Draw, Value
 
-__all__ = ["Asked", "Call", "ask", "names_of", "written"]
+__all__ = ["Asked", "Call", "ask", "ask_anew", "names_of", "written"]
 
 
 class Call(NamedTuple):
@@ -74,6 +74,14 @@ def ask(
         wording.format(**fill),
         Call(name, arguments),
     )
+
+
+def ask_anew(
+    rng: random.Random, held_out: bool, family: ToolFamily, kinds: Mapping[str, Draw]
+) -> Asked:
+    """``ask`` with one of the family's names, and one of each parameter's."""
+    own = tuple(rng.choice(names_of(parameter)) for parameter in family.parameters)
+    return ask(rng, held_out, family, rng.choice(family.names), own, kinds)
 
 
 def names_of(parameter: str) -> list[str]:

@@ -7,18 +7,16 @@ questions, and real names that are easily mistaken for others.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from loraplex_training.examples import Message
-
 from .everyday_tools import EVERYDAY_FAMILIES, PEOPLE, PLACES
 from .more_tools import MORE_FAMILIES, MORE_THINGS, MORE_VERBS, PROPERTIES, WORDS, words
 from .task import Pair
+from .tool_chat import chat, other_tools
 from .tool_families import ATTRIBUTES, COMMANDS, FAMILIES, THINGS, ToolFamily
-from .tool_request import Asked, ask, names_of, written
+from .tool_request import Asked, ask, ask_anew
 from .tool_values import KINDS, Draw, Value
 from .words import LAST_NAMES
 
@@ -58,12 +56,16 @@ def make_everyday(rng: random.Random, held_out: bool) -> Pair:
 def _make(rng: random.Random, held_out: bool, mix: _Mix) -> Pair:
     if held_out:
         raise ValueError("held-out chats are those of the first course")
-    asked = _ask(rng, mix)
-    others = _others(rng, mix, asked, rng.choice((0, 1, 1, 2, 2, 3)))
+
+    def draw() -> Asked:
+        return ask_anew(rng, False, _family(rng, mix), mix.kinds)
+
+    asked = draw()
+    others = other_tools(draw, asked, rng.choice((0, 1, 1, 2, 2, 3)))
     questions, calls, tools = [asked.question], [asked.call], [asked.tool]
     kind = rng.random()
     if kind < mix.nothing:
-        others = others or _others(rng, mix, asked, 1)
+        others = others or other_tools(draw, asked, 1)
         tools, calls = [], []
     elif kind < mix.nothing + _TWO:
         second = others[0] if others and rng.random() < 0.7 else None
@@ -71,36 +73,13 @@ def _make(rng: random.Random, held_out: bool, mix: _Mix) -> Pair:
             second = ask(rng, False, asked.family, asked.name, asked.own, mix.kinds)
         questions.append(second.question)
         calls.append(second.call)
-    tools += [other.tool for other in others]
-    rng.shuffle(tools)
-    prompt = rng.choice(_OPENERS) + rng.choice(_JOINTS).join(questions)
-    answer = written(calls)
-    if kind > 1 - _ANSWERED:
-        result, said = _result(rng, mix)
-        turns = (
-            Message(role="assistant", content=answer),
-            Message(role="tool", content=json.dumps(result)),
-        )
-        return Pair(prompt, said, tuple(tools), turns)
-    return Pair(prompt, answer, tuple(tools))
-
-
-def _ask(rng: random.Random, mix: _Mix) -> Asked:
-    family = _family(rng, mix)
-    own = tuple(rng.choice(names_of(parameter)) for parameter in family.parameters)
-    return ask(rng, False, family, rng.choice(family.names), own, mix.kinds)
-
-
-def _others(rng: random.Random, mix: _Mix, asked: Asked, n: int) -> list[Asked]:
-    """Questions to ``n`` other tools, some of which are near to the one that is asked for."""
-    found: list[Asked] = []
-    taken = {asked.family.description}
-    while len(found) < n:
-        other = _ask(rng, mix)
-        if other.family.description not in taken:
-            taken.add(other.family.description)
-            found.append(other)
-    return found
+    return chat(
+        rng,
+        lambda: rng.choice(_OPENERS) + rng.choice(_JOINTS).join(questions),
+        calls,
+        [*tools, *(other.tool for other in others)],
+        (lambda: _result(rng, mix)) if kind > 1 - _ANSWERED else None,
+    )
 
 
 def _family(rng: random.Random, mix: _Mix) -> ToolFamily:
@@ -156,14 +135,13 @@ def _one(rng: random.Random, more: tuple[str, ...], known: str) -> str:
     return rng.choice(more) if rng.random() < 0.75 else known
 
 
-def _result(rng: random.Random, mix: _Mix) -> tuple[dict[str, Value], str]:
+def _result(rng: random.Random, mix: _Mix) -> dict[str, Value]:
     fields: dict[str, Value] = {}
     for _ in range(rng.choice((1, 1, 2))):
         kind = rng.choice(("int", "number", "phrase", "time", "city", "code"))
         name = _one(rng, PROPERTIES, ATTRIBUTES.pick(rng, False)).replace("_", " ")
         fields[name] = mix.kinds[kind](rng, False)
-    said = " and ".join(f"the {name} is {value}" for name, value in fields.items())
-    return fields, f"{said[0].upper()}{said[1:]}."
+    return fields
 
 
 def _invented(rng: random.Random) -> str:

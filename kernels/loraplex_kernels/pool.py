@@ -120,10 +120,18 @@ class LoraPool:
         """Takes a slot and space for its factors; returns the slot. Raises PoolFull."""
         return self.reserve_group([packed])[0]
 
-    def reserve_group(self, group: Sequence[PackedFactors]) -> tuple[int, ...]:
-        """Consecutive slots, as the experts of a routed adapter need them: all, or PoolFull."""
+    def reserve_group(
+        self, group: Sequence[PackedFactors], *, first: int | None = None
+    ) -> tuple[int, ...]:
+        """Consecutive slots, as the experts of a routed adapter need them: all, or PoolFull.
+
+        ``first``: the id to begin with, as the pool of another process chose it.
+        """
         n_units = sum(packed.n_bytes for packed in group) // ALIGNMENT_BYTES
-        first = self._find_ids(len(group))
+        if first is None:
+            first = self._find_ids(len(group))
+        elif not self._slots.keys().isdisjoint(range(first, first + len(group))):
+            raise ValueError(f"of the slots from {first} on some are taken")
         if first is None or n_units > self._extents.n_free:
             raise self._full(n_units, len(group))
         taken: list[_Slot] = []

@@ -128,6 +128,16 @@ def test_slots_of_a_group_are_consecutive_and_all_or_nothing() -> None:
     assert pool.reserve(pool.pack(factors_of(1))) == 1
 
 
+def test_a_group_takes_the_slots_that_another_pool_chose() -> None:
+    pool = make_pool(n_slots=8)
+    packed = pool.pack(factors_of(2))
+    assert pool.reserve_group([packed] * 2, first=3) == (3, 4)
+    with pytest.raises(ValueError, match="from 4 on"):
+        pool.reserve_group([packed], first=4)
+    assert pool.reserve_group([packed]) == (0,)
+    assert pool.slots == (0, 3, 4)
+
+
 def test_factors_that_do_not_fit_are_refused_by_name() -> None:
     pool = make_pool()
     a, b = torch.randn(4, 1536), torch.randn(576, 4)

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu.decoder import LogitsRows
-from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
-from loraplex_kernels.ops import PreparedTarget, lora_apply
-from loraplex_kernels.pool import LoraPool
+from loraplex_kernels.layout import LoraSegments
 from loraplex_kernels.segments import build_segments, group_runs
 from loraplex_kernels.side_stream import SideStream
 from loraplex_router.experts import RoutedRows
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.forward_context import FallbackRows
-from loraplex_server.model.packed_lora_linear import ApplySlice, PackedLoraLinear
 
 from .decode_graphs import DecodeGraphs, Recorder
 from .device import release_cached_memory, use_device
@@ -32,6 +29,7 @@ from .forward_batch import ForwardBatch, build_batch
 from .host_copy import move_together
 from .kernel_warm_up import run_every_size
 from .kv_cache import KvCache
+from .pool_binding import bind_pool
 from .request import Request
 from .resident_adapter import RowsBeyondThePool
 from .row_buffer import RowBuffer
@@ -78,9 +76,7 @@ class ModelRunner:
             else None
         )
         model.attach_kv(kv_cache.keys, kv_cache.values)
-        for group in model.groups.values():
-            group.lora = PreparedTarget(adapters.pool, group.target.name, side)
-            group.apply_slice = _bind_slices(adapters.pool, group)
+        bind_pool(model.groups.values(), adapters.pool, side)
         self._segments_of: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._known_segments: LoraSegments | None = None  # of a GPU: decode steps repeat
         self._projections = frozenset(
@@ -165,7 +161,7 @@ class ModelRunner:
             virtual_rows=(),
         )
         batch.bind(step)
-        step.segments, step.fallback, step.routed = None, (), {}
+        step.segments, step.own_rows, step.fallback, step.routed = None, {}, (), {}
         step.routes_projections = False
         model.head.packed(model.forward(model.embed(zero))).cpu()
 
@@ -223,6 +219,7 @@ class ModelRunner:
         n_rows = [chunk.n_tokens for chunk in chunks]
         step.segments = self._segments(requests, n_rows, batch.row_slots)
         beyond = self._beyond_the_pool(_own_rows(requests, n_rows, self._adapters), batch.own_rows)
+        step.own_rows = batch.own_rows
         step.fallback = _fallback(beyond)
         step.routed = _routed(beyond)
         step.routes_projections = not self._projections.isdisjoint(step.routed)
@@ -401,29 +398,3 @@ def _routed(beyond: Sequence[RowsBeyondThePool]) -> dict[str, tuple[RoutedRows, 
 @functools.lru_cache(maxsize=4)  # decode steps repeat
 def _cpu_segments(slots: tuple[int, ...], n_rows: tuple[int, ...]) -> LoraSegments:
     return group_runs(slots, n_rows)
-
-
-def _bind_slices(pool: LoraPool, group: PackedLoraLinear) -> ApplySlice:
-    """The operator on one packed linear alone, for experts whose gates differ between them."""
-    targets = [
-        LoraTarget(name, group.target.in_features, (width,))
-        for name, width in zip(group.module_names, group.target.out_features, strict=True)
-    ]
-
-    def apply(index: int, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
-        tables = pool.tables(group.target.name)
-        part = LoraTables(
-            *(
-                table[:, index : index + 1].contiguous()
-                for table in (
-                    tables.ranks,
-                    tables.a_pages,
-                    tables.b_pages,
-                    tables.scale,
-                    tables.bias,
-                )
-            )
-        )
-        lora_apply(x, pool.storage, targets[index], part, segments, out=out)
-
-    return apply

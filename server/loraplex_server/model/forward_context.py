@@ -81,6 +81,8 @@ class ForwardContext:
     segments: LoraSegments | None = None  # None = no row has low-rank factors
     logits_rows: LogitsRows | None = None  # the rows whose hidden states are asked for; None = all
     fallback: tuple[FallbackRows, ...] = ()
+    # int64 [n] each, by digest: of the adapters that ``fallback`` and ``routed`` are made of
+    own_rows: Mapping[str, Tensor] = field(default_factory=dict)
     # MLP block or projection → the rows that route there, one element per adapter
     routed: Mapping[str, tuple[RoutedRows, ...]] = field(default_factory=dict)
     routes_projections: bool = False  # whether any of these is a projection

@@ -111,8 +111,8 @@ class FusedDecoder:
             cos.squeeze(0).contiguous(),
             sin.squeeze(0).contiguous(),
             step,
-            config.num_attention_heads,
-            config.num_key_value_heads,
+            attention[0].spec.n_heads,
+            attention[0].spec.n_kv_heads,
         )
 
     def __call__(self, hidden: Tensor) -> Tensor:

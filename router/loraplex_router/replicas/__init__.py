@@ -1,6 +1,7 @@
 """Request → replica."""
 
-from .policy import Choice, choose, rank
+from .policy import choose, rank
+from .router import ReplicaRouter
 from .snapshot import AdapterLocation, ReplicaSnapshot
 
-__all__ = ["AdapterLocation", "Choice", "ReplicaSnapshot", "choose", "rank"]
+__all__ = ["AdapterLocation", "ReplicaRouter", "ReplicaSnapshot", "choose", "rank"]

@@ -8,17 +8,21 @@
     )
 
 The replica reports where its adapters are by defining ``record_routing_stats()`` that returns
-``{"device": [digest, …], "host": [digest, …], "free_slots": n, "evictable": n}``. The caller names
-the adapter by ``handle.options(multiplexed_model_id=digest)`` and leaves it unset for the base.
+``{"device": [digest, …], "host": [digest, …], "free_slots": n, "evictable": n}`` and, where it
+can, ``"free_bytes": n, "bytes": {digest: n}, "pending_ranks": n`` (see `ReplicaSnapshot`). The
+caller names the adapter by ``handle.options(multiplexed_model_id=digest)``, those of a mixture
+joined by commas, and leaves it unset for the base.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, Protocol
 
-from .policy import rank
+from .policy import UNKNOWN_PROMPT
+from .router import ReplicaRouter
 from .snapshot import ReplicaSnapshot
 
 # "AdapterRequestRouter" exists too, on first use: see the end of this file.
@@ -39,10 +43,12 @@ class ServeReplica(Protocol):
 
 
 def rank_replicas(
+    router: ReplicaRouter,
     candidates: Sequence[ServeReplica],
     queue_lengths: Mapping[Any, int | None],
-    adapter_digest: str | None,
+    model_id: str,  # digests joined by commas; "" = the base
     prompt_hash: int,
+    now_s: float,
 ) -> list[ServeReplica]:
     """The candidates, best first. An unknown queue length counts as an empty queue."""
     by_name = {str(c.replica_id): c for c in candidates}
@@ -55,17 +61,19 @@ def rank_replicas(
         )
         for name, c in by_name.items()
     ]
-    return [by_name[s.replica_id] for s in rank(snapshots, adapter_digest, prompt_hash)]
+    digests = tuple(digest for digest in model_id.split(",") if digest)
+    ranked = router.rank(snapshots, digests, prompt_hash, now_s)
+    return [by_name[snapshot.replica_id] for snapshot in ranked]
 
 
 def prompt_hash_of(args: Sequence[object], kwargs: Mapping[str, object]) -> int:
-    """Hash of the start of the request's text: the first string among the arguments, or 0."""
+    """Hash of the start of the request's text: the first string among the arguments."""
     for value in (*args, *kwargs.values()):
         text = value.get("prompt") if isinstance(value, Mapping) else value
         if isinstance(text, str):
             digest = blake2b(text[:PREFIX_CHARS].encode(), digest_size=8).digest()
             return int.from_bytes(digest, "big")
-    return 0
+    return UNKNOWN_PROMPT
 
 
 def _build_router_class() -> type:
@@ -75,18 +83,29 @@ def _build_router_class() -> type:
     class AdapterRequestRouter(RequestRouter):  # type: ignore[misc]
         """Ray's router with our order; Ray keeps queue lengths, retries and back-off."""
 
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._placement = ReplicaRouter()
+
         async def choose_replicas(
             self, candidate_replicas: list[Any], pending_request: Any = None
         ) -> list[list[Any]]:
             if not candidate_replicas:
                 return []
-            digest, prompt_hash = None, 0
+            model_id, prompt_hash = "", UNKNOWN_PROMPT
             if pending_request is not None:
-                digest = pending_request.metadata.multiplexed_model_id or None
+                model_id = pending_request.metadata.multiplexed_model_id
                 prompt_hash = prompt_hash_of(pending_request.args, pending_request.kwargs)
             cache = self.replica_queue_len_cache
             lengths = {r.replica_id: cache.get(r.replica_id) for r in candidate_replicas}
-            ranked = rank_replicas(candidate_replicas, lengths, digest, prompt_hash)
+            ranked = rank_replicas(
+                self._placement,
+                candidate_replicas,
+                lengths,
+                model_id,
+                prompt_hash,
+                time.monotonic(),
+            )
             # One rank per replica: Ray goes to the next only if a replica refuses the request.
             return [[replica] for replica in ranked]
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
-__all__ = ["AdapterLocation", "ReplicaSnapshot"]
+__all__ = ["RANKS_PER_ROW", "AdapterLocation", "ReplicaSnapshot"]
+
+RANKS_PER_ROW = 288
+"""Rank rows that cost a step about as much as one more row of the base: half of the default base's
+hidden size. A product with a [out, in] weight takes out × in multiplications for a row, its
+factors r × (in + out); with in = out = h they are equal at r = h / 2."""
 
 
 class AdapterLocation(IntEnum):
@@ -28,26 +33,45 @@ class ReplicaSnapshot:
     host: frozenset[str] = frozenset()
     n_free_slots: int = 0
     n_evictable: int = 0  # resident adapters without a running request
+    free_bytes: int | None = None  # of the device pool; None where it is not reported
+    n_pending_ranks: int = 0  # sum of the ranks of the adapters of pending requests
+    n_bytes: Mapping[str, int] = field(default_factory=dict)  # of resident adapters, on the device
 
     @property
     def load(self) -> float:
-        """Pending requests per place; above 1 requests queue."""
-        return self.n_pending / max(1, self.capacity)
+        """Pending rows per place, ranks counted; above 1 requests queue."""
+        return (self.n_pending + self.n_pending_ranks / RANKS_PER_ROW) / max(1, self.capacity)
 
-    def location(self, adapter_digest: str | None) -> AdapterLocation:
-        if adapter_digest is None or adapter_digest in self.device:
+    def location(self, digests: Sequence[str], n_bytes: int = 0) -> AdapterLocation:
+        """Of the farthest of ``digests``. ``n_bytes`` they take on the device, 0: unknown."""
+        if self.device.issuperset(digests):
             return AdapterLocation.DEVICE
-        if adapter_digest in self.host:
+        if self.host.issuperset(self._missing(digests)):
             return AdapterLocation.HOST
-        if self.n_free_slots > 0:
+        if self.has_room(digests, n_bytes):
             return AdapterLocation.FREE_SLOT
-        return AdapterLocation.EVICTABLE if self.n_evictable > 0 else AdapterLocation.FULL
+        n_missing = len(self._missing(digests))
+        if 0 < self.n_evictable >= n_missing - self.n_free_slots:
+            return AdapterLocation.EVICTABLE
+        return AdapterLocation.FULL
+
+    def has_room(self, digests: Sequence[str], n_bytes: int = 0) -> bool:
+        """Whether no other adapter has to leave the device for ``digests``."""
+        n_missing = len(self._missing(digests))
+        if n_missing == 0:
+            return True
+        fits = self.free_bytes is None or self.free_bytes >= n_bytes
+        return self.n_free_slots >= n_missing and fits
+
+    def _missing(self, digests: Sequence[str]) -> Sequence[str]:
+        return [digest for digest in digests if digest not in self.device]
 
     @staticmethod
     def from_stats(
         replica_id: str, stats: Mapping[str, object], *, n_pending: int, capacity: int
     ) -> ReplicaSnapshot:
         """Reads the ``routing_stats`` a replica reports. A missing or odd key counts as empty."""
+        free_bytes = stats.get("free_bytes")
         return ReplicaSnapshot(
             replica_id=replica_id,
             n_pending=n_pending,
@@ -56,6 +80,9 @@ class ReplicaSnapshot:
             host=_digests(stats.get("host")),
             n_free_slots=_count(stats.get("free_slots")),
             n_evictable=_count(stats.get("evictable")),
+            free_bytes=_count(free_bytes) if isinstance(free_bytes, int) else None,
+            n_pending_ranks=_count(stats.get("pending_ranks")),
+            n_bytes=_counts(stats.get("bytes")),
         )
 
 
@@ -67,3 +94,9 @@ def _digests(value: object) -> frozenset[str]:
 
 def _count(value: object) -> int:
     return max(0, value) if isinstance(value, int) else 0
+
+
+def _counts(value: object) -> dict[str, int]:
+    if not isinstance(value, Mapping):
+        return {}
+    return {str(digest): _count(n) for digest, n in value.items()}

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 
 from .policy import choose
+from .router import ReplicaRouter
 from .simulator import Arrival, Policy, random_service
 from .snapshot import ReplicaSnapshot
 
@@ -68,8 +69,10 @@ def _shuffle_some(rng: random.Random, names: list[str]) -> None:
 
 
 def _loraplex() -> Policy:
+    router, turns = ReplicaRouter(), itertools.count()
+
     def policy(replicas: Sequence[ReplicaSnapshot], adapter: str, prompt_hash: int) -> str:
-        choice = choose(replicas, adapter, prompt_hash)
+        choice = router.choose(replicas, (adapter,), prompt_hash, next(turns) / 100)
         if choice is None:
             raise LookupError("no replica is alive")
         return choice.replica_id
@@ -93,7 +96,7 @@ def _hash_only() -> Policy:
 
     def policy(replicas: Sequence[ReplicaSnapshot], adapter: str, prompt_hash: int) -> str:
         alike = [ReplicaSnapshot(r.replica_id, 0, 1, n_free_slots=1) for r in replicas]
-        choice = choose(alike, adapter, prompt_hash)
+        choice = choose(alike, (adapter,), prompt_hash)
         return replicas[0].replica_id if choice is None else choice.replica_id
 
     return policy

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from loraplex_router.replicas.ray_serve import prompt_hash_of, rank_replicas
+from loraplex_router.replicas.router import ReplicaRouter
 
-DIGEST = "ab" * 32
+DIGEST, OTHER = "ab" * 32, "cd" * 32
 
 
 @dataclass
@@ -24,14 +25,22 @@ def test_a_replica_that_reports_the_adapter_comes_first() -> None:
         Replica("holder", {"device": [DIGEST], "host": [], "free_slots": 0, "evictable": 2}),
         Replica("roomy", {"device": [], "free_slots": 3}),
     ]
-    ranked = rank_replicas(replicas, {"silent": 0, "holder": 1, "roomy": None}, DIGEST, 5)
+    lengths = {"silent": 0, "holder": 1, "roomy": None}
+    ranked = rank_replicas(ReplicaRouter(), replicas, lengths, DIGEST, 5, 0.0)
     assert [r.replica_id for r in ranked] == ["holder", "roomy", "silent"]
 
 
 def test_malformed_statistics_count_as_nothing() -> None:
-    odd = Replica("odd", {"device": DIGEST, "host": None, "free_slots": "many"})
+    odd = Replica("odd", {"device": DIGEST, "host": None, "free_slots": "many", "bytes": 3})
     good = Replica("good", {"host": [DIGEST]})
-    assert rank_replicas([odd, good], {}, DIGEST, 5)[0] is good
+    assert rank_replicas(ReplicaRouter(), [odd, good], {}, DIGEST, 5, 0.0)[0] is good
+
+
+def test_a_mixture_goes_where_all_its_adapters_are() -> None:
+    one = Replica("one", {"device": [DIGEST], "evictable": 1})
+    both = Replica("both", {"device": [DIGEST, OTHER], "bytes": {DIGEST: 5, OTHER: "x"}})
+    mixture = f"{DIGEST},{OTHER}"
+    assert rank_replicas(ReplicaRouter(), [one, both], {}, mixture, 5, 0.0)[0] is both
 
 
 def test_prompts_that_share_their_start_share_their_hash() -> None:

@@ -45,7 +45,7 @@ def test_the_policy_reads_less_from_disk_and_waits_less_than_load_alone() -> Non
     load_only = simulate(trace, POLICIES["least loaded"]())
     assert ours.cold_loads < 0.4 * load_only.cold_loads
     assert ours.mean_wait_ms < 0.5 * load_only.mean_wait_ms
-    assert ours.imbalance < 1.25
+    assert ours.imbalance < 1.35
 
 
 def test_the_same_seed_gives_the_same_table() -> None:

@@ -1,0 +1,82 @@
+"""Our policy and what others do. Each entry makes a fresh one: policies keep state."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from hashlib import blake2b
+
+from loraplex_router.replicas import ReplicaRouter, ReplicaSnapshot
+
+from .fleet import Policy
+
+__all__ = ["POLICIES"]
+
+
+class _Loraplex:
+    def __init__(self) -> None:
+        self._router = ReplicaRouter()
+
+    def __call__(
+        self, replicas: Sequence[ReplicaSnapshot], name: str, prompt_hash: int, now_s: float
+    ) -> int:
+        chosen = self._router.choose(replicas, (name,), prompt_hash, now_s)
+        if chosen is None:
+            raise LookupError("a fleet without replicas")
+        return int(chosen.replica_id[1:])
+
+
+class _PowerOfTwo:
+    """Ray Serve's default router with model multiplexing: two of those that hold the model, the
+    shorter queue; when all of them are full, two of those with the fewest models."""
+
+    def __init__(self) -> None:
+        self._rng = random.Random(0)
+
+    def __call__(
+        self, replicas: Sequence[ReplicaSnapshot], name: str, prompt_hash: int, now_s: float
+    ) -> int:
+        pool = [i for i, r in enumerate(replicas) if name in r.device and r.n_pending < r.capacity]
+        if not pool:
+            fewest = min(len(r.device) for r in replicas)
+            pool = [i for i, r in enumerate(replicas) if len(r.device) == fewest]
+        two = self._rng.sample(pool, min(2, len(pool)))
+        return min(two, key=lambda i: replicas[i].n_pending)
+
+
+class _ConsistentHash:
+    """One home for each adapter, by rendezvous, whatever its load."""
+
+    def __init__(self) -> None:
+        self._home = lru_cache(maxsize=None)(_rendezvous)
+
+    def __call__(
+        self, replicas: Sequence[ReplicaSnapshot], name: str, prompt_hash: int, now_s: float
+    ) -> int:
+        return self._home(name, len(replicas))
+
+
+class _RoundRobin:
+    def __init__(self) -> None:
+        self._next = 0
+
+    def __call__(
+        self, replicas: Sequence[ReplicaSnapshot], name: str, prompt_hash: int, now_s: float
+    ) -> int:
+        self._next += 1
+        return self._next % len(replicas)
+
+
+POLICIES: dict[str, Callable[[], Policy]] = {
+    "loraplex": _Loraplex,
+    "power of two": _PowerOfTwo,
+    "consistent hash": _ConsistentHash,
+    "round robin": _RoundRobin,
+}
+
+
+def _rendezvous(name: str, n_replicas: int) -> int:
+    return max(
+        range(n_replicas), key=lambda i: blake2b(f"{name}/{i}".encode(), digest_size=8).digest()
+    )

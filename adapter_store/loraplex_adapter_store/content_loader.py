@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 from .base_spec import BaseSpec
 from .composite import Composite
 from .content_files import PLAN_FILE, ContentFiles
 from .errors import AdapterRefused, BaseMismatch, StoredAdapterDamaged, UnservableAdapter
+from .name_record import Content
 from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan
 from .plan_file import peek_plan, read_plan
-from .registry import Content
 
-__all__ = ["ContentLoader", "PlanCheck"]
+__all__ = ["ContentLoader", "PlanCheck", "RemoteContents"]
 
 PlanCheck = Callable[[AdapterPlan], None]  # raises AdapterRefused for what cannot be served
+
+
+class RemoteContents(Protocol):
+    """Where the files of a content come from that are not on this disk. Calls block."""
+
+    def ensure(self, content: Content, cancelled: threading.Event | None = None) -> None:
+        """They are on the disk when it returns. Raises StoreError."""
+
+    def fetch_again(self, content: Content, cancelled: threading.Event | None = None) -> None:
+        """Like ``ensure``, in place of files that are damaged. Raises StoreError."""
 
 
 class ContentLoader:
@@ -34,6 +46,7 @@ class ContentLoader:
         packer: Packer | None,
         check: PlanCheck | None,
         on_prepared: Callable[[AdapterPlan], None],
+        remote: RemoteContents | None = None,
     ) -> None:
         """``check``: as of ``AdapterStore``; by default the packer's.
 
@@ -45,16 +58,20 @@ class ContentLoader:
         self._packer = packer
         self._check = packer.check if check is None and packer is not None else check
         self._on_prepared = on_prepared
+        self._remote = remote
 
-    def load(self, content: Content) -> AdapterPlan:
-        """As it was prepared before, else prepared now."""
+    def load(self, content: Content, cancelled: threading.Event | None = None) -> AdapterPlan:
+        """As it was prepared before, else prepared now.
+
+        ``cancelled`` ends a fetch from elsewhere: then it raises LoadCancelled.
+        """
         self._check_base(content)
         kept = self._prepared.read(content.digest)
         if kept is not None:
             with _as_unservable():
                 self._check_plan(kept)
             return kept
-        read = self._read(content)
+        read = self._read(content, cancelled)
         with _as_unservable():
             plan = self.prepare(read)
         if plan.packed_adapter is not None:
@@ -77,11 +94,14 @@ class ContentLoader:
     def refusal(self, content: Content) -> str | None:
         """Why a content that was stored earlier cannot be served; None if it can.
 
-        Looks at names and shapes only: a millisecond or two.
+        Looks at names and shapes only: a millisecond or two. What is not on this disk is not
+        looked at before it is.
         """
+        path = self._files.path(content.digest) / PLAN_FILE
         try:
             self._check_base(content)
-            self._check_plan(peek_plan(self._files.path(content.digest) / PLAN_FILE))
+            if self._remote is None or path.exists():
+                self._check_plan(peek_plan(path))
         except (AdapterRefused, StoredAdapterDamaged) as error:
             return str(error)
         return None
@@ -90,10 +110,17 @@ class ContentLoader:
         if self._check is not None:
             self._check(plan)
 
-    def _read(self, content: Content) -> AdapterPlan:
+    def _read(self, content: Content, cancelled: threading.Event | None = None) -> AdapterPlan:
         self._check_base(content)
         path = self._files.path(content.digest) / PLAN_FILE
-        return read_plan(path, content.plan_sha256)
+        if self._remote is None:
+            return read_plan(path, content.plan_sha256)
+        self._remote.ensure(content, cancelled)
+        try:
+            return read_plan(path, content.plan_sha256)
+        except StoredAdapterDamaged:  # or evicted between the two, or folded otherwise there
+            self._remote.fetch_again(content, cancelled)
+            return read_plan(path, content.plan_sha256)
 
     def _check_base(self, content: Content) -> None:
         if content.base_fingerprint != self._base.fingerprint:

@@ -18,6 +18,8 @@ StoreError
 ├── UnservableAdapter       stored by another server; the engine of this one cannot apply it
 ├── HostTierFull            the plan cannot fit beside the leased and pinned ones
 ├── StoredAdapterDamaged    bytes on disk no longer match their digest
+├── CatalogueUnavailable    the object store of the catalogue does not answer; try again
+├── LoadCancelled           who asked for the adapter left while it was fetched
 └── StoreClosed             the store was closed
 """
 
@@ -29,10 +31,12 @@ __all__ = [
     "AdapterMismatch",
     "AdapterRefused",
     "BaseMismatch",
+    "CatalogueUnavailable",
     "HostTierFull",
     "InvalidName",
     "InvalidSelector",
     "LimitExceeded",
+    "LoadCancelled",
     "MalformedFile",
     "PickleRefused",
     "QuotaExceeded",
@@ -152,6 +156,14 @@ class HostTierFull(StoreError):
 
 
 class StoredAdapterDamaged(StoreError):
+    pass
+
+
+class CatalogueUnavailable(StoreError):
+    """After a change: whether it was made is not known; ask for the adapter to see."""
+
+
+class LoadCancelled(StoreError):
     pass
 
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 from .base_spec import BaseSpec
 from .composite import Composite
 from .content_loader import ContentLoader
-from .errors import InvalidSelector, UnknownAdapter, UnservableAdapter
+from .errors import InvalidSelector, LoadCancelled, UnknownAdapter, UnservableAdapter
 from .host_tier import HostTier
 from .lease import AdapterLease
 from .library import GateOf
 from .name_index import NameIndex
+from .name_record import Content, NameRecord
 from .names import tenant_of
 from .plan import AdapterPlan
-from .registry import Content, NameRecord
 from .retirement import Retirement
 from .selector import Library, Mixture, NameRef, Selector
 
@@ -43,15 +44,23 @@ class Leasing:
         self._gate_of = gate_of
         self._on_unservable = on_unservable
 
-    def acquire(self, selector: Selector) -> AdapterLease:
+    def acquire(self, selector: Selector, cancelled: threading.Event | None = None) -> AdapterLease:
         """Raises UnknownAdapter, InvalidSelector, HostTierFull, UnservableAdapter or damage."""
         if isinstance(selector, NameRef):
-            return self._acquire_name(selector)
+            return self._acquire_name(selector, cancelled)
         if isinstance(selector, Mixture):
             return self._acquire_composite(Composite.of_mixture(selector, self._base))
         if isinstance(selector, Library):
             return self._acquire_composite(Composite.of_library(selector, self._gate_of))
         raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
+
+    def acquire_content(
+        self, record: NameRecord, content: Content, cancelled: threading.Event | None = None
+    ) -> AdapterLease:
+        """For who knows already what a name meant; the index need not say so (any more)."""
+        self._retirement.hold(content.digest)
+        self._index.add_unnamed(content)
+        return self._lease_held(record, content, cancelled)
 
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
         """None where a load is needed, or nothing is meant. Never waits."""
@@ -75,16 +84,25 @@ class Leasing:
             raise UnknownAdapter(str(ref), [f"{ref.name}@{r.digest[:12]}" for r, _ in revisions])
         return found
 
-    def _acquire_name(self, ref: NameRef) -> AdapterLease:
-        record, content = self._hold(ref)
+    def _acquire_name(self, ref: NameRef, cancelled: threading.Event | None) -> AdapterLease:
+        return self._lease_held(*self._hold(ref), cancelled)
+
+    def _lease_held(
+        self, record: NameRecord, content: Content, cancelled: threading.Event | None
+    ) -> AdapterLease:
         try:
-            plan = self._tier.lease(
-                content.digest,
-                content.host_bytes,
-                lambda: self._loader.load(content),
-                tenant=tenant_of(record.name),
-            )
-            return self._lease(record, plan)
+            while True:
+                try:
+                    plan = self._tier.lease(
+                        content.digest,
+                        content.host_bytes,
+                        lambda: self._loader.load(content, cancelled),
+                        tenant=tenant_of(record.name),
+                    )
+                    return self._lease(record, plan)
+                except LoadCancelled:  # by another request, whose load this one waited for
+                    if cancelled is not None and cancelled.is_set():
+                        raise
         except UnservableAdapter as error:
             self._on_unservable(content.digest, str(error))
             raise

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from .errors import UnknownAdapter
+from .name_record import Content, NameRecord, Put
 from .names import tenant_of
-from .registry import Content, NameRecord, Put
 
 __all__ = ["NameIndex", "Removed", "Unnamed"]
 
@@ -107,14 +107,20 @@ class NameIndex:
         with self._lock:
             return self._contents.get(digest)
 
-    def point(self, put: Put, content: Content) -> tuple[str, ...]:
-        """Applies ``put``, which points a name at ``content``; the digests that it let go."""
+    def point(
+        self, put: Put, content: Content, kept_contents: Iterable[Content] = ()
+    ) -> tuple[str, ...]:
+        """Applies ``put``, which points a name at ``content``; the digests that it let go.
+
+        ``kept_contents``: of the kept revisions, where others may have put them.
+        """
         name = put.record.name
         with self._lock:
             before = self._digests(name)
             self._names[name] = put.record
             self._kept[name] = put.kept
-            self._contents[content.digest] = content
+            for each in (*kept_contents, content):
+                self._contents[each.digest] = each
             after = self._digests(name)
             self._n_names.update(after)
             self._n_names.subtract(before)
@@ -132,6 +138,11 @@ class NameIndex:
             self._kept.pop(name, None)
             self._n_names.subtract(digests)
             return Unnamed(digests[0], self._n_names[digests[0]] > 0, digests[1:])
+
+    def add_unnamed(self, content: Content) -> None:
+        """A content that no name has: it goes with its last use."""
+        with self._lock:
+            self._contents.setdefault(content.digest, content)
 
     def add_composite(self, digest: str, parts: Sequence[str]) -> None:
         with self._lock:

@@ -108,6 +108,13 @@ class PackedFiles:
         """Returns the bytes freed; 0 if there is none."""
         return self._disk.unlink(self._packed.path(digest))
 
+    def n_bytes(self, digest: str) -> int:
+        """0 if there is none."""
+        try:
+            return self._packed.path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
+
     def digests(self) -> Iterator[str]:
         return self._packed.digests()
 

@@ -11,16 +11,15 @@ import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
-from .errors import RevisionConflict, StoreError, UnknownAdapter
+from .errors import StoreError, UnknownAdapter
 from .faults import FaultLog, NoFaultLog
+from .name_record import Content, NameRecord, Put, check_expired, check_match, check_unchanged
 from .plan import Family, HeadTask
 from .report import JsonValue, LoadReport
 
-__all__ = ["Content", "NameRecord", "Put", "Registry"]
+__all__ = ["Registry"]
 
 _MIGRATIONS = (
     """
@@ -49,52 +48,6 @@ _MIGRATIONS = (
     ALTER TABLE revisions ADD COLUMN edits INTEGER NOT NULL DEFAULT 0;
     """,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Content:
-    digest: str
-    family: Family
-    ranks: tuple[int, ...]
-    disk_bytes: int
-    host_bytes: int
-    base_fingerprint: str
-    plan_sha256: str  # of the packed plan's file
-    task: HeadTask | None = None  # of a classifier
-
-
-@dataclass(frozen=True, slots=True)
-class NameRecord:
-    """A revision of a name: the one it points at now, or an older one that is kept."""
-
-    name: str
-    revision: int
-    digest: str
-    description: str | None
-    examples: tuple[str, ...]
-    provenance: Mapping[str, JsonValue]
-    created: float
-    pinned: bool = False  # of the name, not of the revision, like the next
-    expires: float | None = None  # seconds since the epoch; None: it stays
-    defaults: Mapping[str, JsonValue] = field(default_factory=dict)  # of requests; for the server
-    edits: int = 0  # changes of the card since the content was put
-
-    @property
-    def etag(self) -> str:
-        """Of content and card; the digest alone while the card is as it was put."""
-        return f"{self.digest}.{self.edits}" if self.edits else self.digest
-
-    def matches(self, if_match: str) -> bool:
-        """A digest alone compares the content only."""
-        return if_match in (self.digest, self.etag)
-
-
-class Put(NamedTuple):
-    """What a put has made of a name."""
-
-    record: NameRecord  # that the name points at now
-    kept: tuple[NameRecord, ...]  # older revisions, newest first
-    previous: NameRecord | None  # what the name pointed at; None: it is new
 
 
 class Registry:
@@ -131,11 +84,13 @@ class Registry:
             ).fetchall()
         return tuple(_content(row) for row in rows)
 
-    def report(self, digest: str) -> LoadReport:
+    def report(self, content: Content) -> LoadReport:
         with self._connection() as db:
-            row = db.execute("SELECT report FROM contents WHERE digest = ?", (digest,)).fetchone()
+            row = db.execute(
+                "SELECT report FROM contents WHERE digest = ?", (content.digest,)
+            ).fetchone()
         if row is None:
-            raise UnknownAdapter(digest)
+            raise UnknownAdapter(content.digest)
         return LoadReport.from_json(json.loads(row[0]))
 
     def history(self, name: str) -> tuple[tuple[int, str, float], ...]:
@@ -170,7 +125,7 @@ class Registry:
         with self._transaction() as db:
             row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
             current = None if row is None else _record(row)
-            _check_match(name, current, if_match, replace)
+            check_match(name, current, if_match, replace)
             db.execute(
                 "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -215,12 +170,17 @@ class Registry:
             ).fetchall()
         return Put(_record(row), tuple(_record(old) for old in kept), current)
 
-    def remove_name(self, name: str, if_match: str | None = None) -> None:
+    def remove_name(
+        self, name: str, if_match: str | None = None, *, expired_by: float | None = None
+    ) -> None:
+        """``expired_by``: only if it expires by then. Raises UnknownAdapter or RevisionConflict."""
         with self._transaction() as db:
             row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
             if row is None:
                 raise UnknownAdapter(name)
-            _check_match(name, _record(row), if_match, replace=True)
+            record = _record(row)
+            check_match(name, record, if_match, replace=True)
+            check_expired(record, expired_by)
             db.execute("DELETE FROM names WHERE name = ?", (name,))
             db.execute("UPDATE revisions SET kept = 0 WHERE name = ? AND kept", (name,))
 
@@ -239,10 +199,7 @@ class Registry:
             if row is None:
                 raise UnknownAdapter(name)
             current = _record(row)
-            if if_match is not None and if_match != current.etag:
-                raise RevisionConflict(
-                    f"adapter {name!r} has ETag {current.etag}, not {if_match}", current.digest
-                )
+            check_unchanged(current, if_match)
             db.execute(
                 "UPDATE revisions"
                 " SET description = ?, examples = ?, defaults = ?, edits = edits + 1"
@@ -347,17 +304,6 @@ def _keep(db: sqlite3.Connection, old: NameRecord, new_digest: str, n_kept: int)
         " FROM revisions WHERE name = ? AND kept ORDER BY revision DESC LIMIT ?)",
         (old.name, old.name, n_kept),
     )
-
-
-def _check_match(
-    name: str, current: NameRecord | None, if_match: str | None, replace: bool
-) -> None:
-    digest = None if current is None else current.digest
-    if if_match is not None and (current is None or not current.matches(if_match)):
-        now = "does not exist" if current is None else f"has digest {current.etag}"
-        raise RevisionConflict(f"adapter {name!r} {now}, not {if_match}", digest)
-    if not replace and current is not None:
-        raise RevisionConflict(f"adapter {name!r} exists already (digest {digest})", digest)
 
 
 def _record(row: tuple[object, ...]) -> NameRecord:

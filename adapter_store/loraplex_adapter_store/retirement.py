@@ -18,8 +18,8 @@ from .content_files import ContentFiles
 from .faults import FaultLog
 from .host_tier import HostTier
 from .name_index import NameIndex
+from .name_registry import NameRegistry
 from .packed_files import PackedFiles
-from .registry import Registry
 
 __all__ = ["Retirement"]
 
@@ -36,7 +36,7 @@ class Retirement:
         tier: HostTier,
         files: ContentFiles,
         packed: PackedFiles,
-        registry: Registry,
+        registry: NameRegistry,
         writing: threading.RLock,
         faults: FaultLog,
     ) -> None:

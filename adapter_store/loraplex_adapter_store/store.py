@@ -11,8 +11,8 @@ import logging
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -26,14 +26,21 @@ from loraplex_adapter_store.sources.uri import fetch
 
 from .base_spec import BaseSpec
 from .card import AdapterCard, DeleteReport, StoreStats, TierBytes
+from .catalogue.catalogue import Catalogue
+from .catalogue.catalogue_registry import CatalogueRegistry
+from .catalogue.following import Following
+from .catalogue.limits import CatalogueLimits
+from .catalogue.local_contents import LocalContents
 from .content_files import ContentFiles
 from .content_loader import ContentLoader, PlanCheck
 from .deletion import Deletion
 from .disk import Disk
 from .errors import (
+    CatalogueUnavailable,
     InvalidSelector,
     RevisionConflict,
     StoreClosed,
+    StoreError,
     UnknownAdapter,
 )
 from .eviction import POLICIES
@@ -45,16 +52,18 @@ from .leasing import Leasing
 from .library import GateOf
 from .limits import StoreLimits
 from .name_index import NameIndex
+from .name_record import Content, NameRecord, Put, check_match
+from .name_registry import NameRegistry
 from .names import check_name, tenant_of
 from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan, Family
 from .put_options import PutOptions
 from .quota import NO_QUOTA, Quota
-from .registry import Content, NameRecord, Put, Registry
+from .registry import Registry
 from .report import JsonValue, LoadReport
 from .retirement import Retirement
 from .root_lock import own_root
-from .selector import NameRef, Selector, parse_selector
+from .selector import Library, Mixture, NameRef, Selector, parse_selector
 
 __all__ = ["AdapterLease", "AdapterStore", "CardEdit", "Progress"]
 
@@ -91,6 +100,8 @@ class AdapterStore:
         check: PlanCheck | None = None,
         n_kept_revisions: int = 0,
         faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+        catalogue: Catalogue | None = None,
+        catalogue_limits: CatalogueLimits = CatalogueLimits(),  # noqa: B008  frozen value
     ) -> None:
         """``n_kept_revisions`` older contents of each name stay, to be asked for by digest or
         rolled back to; they go with the name.
@@ -101,6 +112,10 @@ class AdapterStore:
         refuses what it cannot serve, before anything is stored. It runs on the thread that adds
         the adapter, or on the one that loads it. ``check`` is for a store without an engine: it
         refuses what none could serve. ``faults`` hears of disk and catalogue failing.
+
+        ``catalogue``: names and contents are there, for all servers that share it; ``root`` keeps
+        what this one uses. Methods then block for the network where the text of one does not say
+        otherwise, and may raise CatalogueUnavailable.
         """
         self.base = base
         self.root = root
@@ -114,7 +129,14 @@ class AdapterStore:
         try:
             self._files = ContentFiles(root, disk, faults)
             self._packed = PackedFiles(root, disk, packer)
-            self._registry = Registry(root / "registry.sqlite3", faults)
+            self._shared = (
+                None
+                if catalogue is None
+                else CatalogueRegistry(catalogue, faults, catalogue_limits)
+            )
+            self._registry: NameRegistry = self._shared or Registry(
+                root / "registry.sqlite3", faults
+            )
         except BaseException:
             self._give_up()
             raise
@@ -122,6 +144,20 @@ class AdapterStore:
             self._registry.names(), self._registry.kept(), self._registry.contents()
         )
         self._tier = HostTier(host_bytes, POLICIES[eviction], limits.host_wait_s)
+        self._writing = threading.RLock()  # serialises changes of the index and of files
+        self._changing = threading.RLock()  # serialises changes of names; taken before the other
+        self._local = (
+            None
+            if self._shared is None
+            else LocalContents(
+                self._shared,
+                self._files,
+                self._packed,
+                self._tier,
+                self._writing,
+                catalogue_limits.disk_bytes,
+            )
+        )
         self._loader = ContentLoader(
             base,
             self._files,
@@ -129,8 +165,8 @@ class AdapterStore:
             packer,
             check,
             on_prepared=lambda plan: self._retirement.later(self._keep_prepared, plan),
+            remote=self._local,
         )
-        self._writing = threading.RLock()  # serialises changes of names and files
         self._retirement = Retirement(
             self._index,
             self._tier,
@@ -151,9 +187,24 @@ class AdapterStore:
             on_unservable=self._unservable.__setitem__,
         )
         self._closed = False
-        self._retirement.sweep()
+        self._following = (
+            None
+            if self._shared is None
+            else Following(
+                self._shared,
+                self._index,
+                self._tier,
+                self._retirement,
+                self._writing,
+                catalogue_limits.poll_s,
+            )
+        )
+        if self._follow_at_start():
+            self._retirement.sweep()
         self._tier.pin(self._index.pinned_digests())
         self._unservable.update(self._check_stored())
+        if self._following is not None:
+            self._following.start()
 
     def put_directory(
         self,
@@ -241,11 +292,12 @@ class AdapterStore:
 
     def get(self, name: str) -> AdapterCard:
         """The card with its load report. Raises UnknownAdapter."""
+        self._follow(name)
         while True:
             self._check_open()
             record, content = self._index.current(name)
             try:
-                report = self._registry.report(record.digest)
+                report = self._registry.report(content)
             except UnknownAdapter:
                 if self._index.content(record.digest) is not None:
                     raise
@@ -253,8 +305,17 @@ class AdapterStore:
             return self._card(record, content, report)
 
     def has_name(self, name: str) -> bool:
-        """Takes a microsecond and never waits."""
+        """Takes a microsecond and never waits: with a catalogue, as ``follow`` has left it."""
         return self._index.has(name)
+
+    def is_fresh(self, name: str) -> bool:
+        """Whether ``has_name`` says what is so now. Takes a microsecond and never waits."""
+        return self._shared is None or self._shared.is_fresh(name)
+
+    def follow(self, names: Iterable[str]) -> None:
+        """Brings these names up to date with the catalogue; without one there is nothing to do."""
+        for name in names:
+            self._follow(name)
 
     def check_quota(self, name: str, quota: Quota) -> None:
         """Raises QuotaExceeded where a put of ``name`` would for the number of names.
@@ -262,10 +323,16 @@ class AdapterStore:
         A put asks again, in one step with the change: this spares the work before it.
         """
         if quota.max_adapters is not None:
+            self._follow_tenant(name)
             quota.check_adapters(len({*self._index.of_tenant(tenant_of(name)), name}))
 
     def list(self) -> tuple[AdapterCard, ...]:
         """All cards by name, without their load reports."""
+        self._follow_all()
+        return self.seen()
+
+    def seen(self) -> tuple[AdapterCard, ...]:
+        """``list`` as this server knows it without asking a catalogue. Never waits."""
         cards = [self._card(record, content, None) for record, content in self._index.pairs()]
         return tuple(sorted(cards, key=lambda card: card.name))
 
@@ -274,6 +341,7 @@ class AdapterStore:
 
         Without their load reports. Raises UnknownAdapter.
         """
+        self._follow(name)
         return tuple(
             self._card(record, content, None) for record, content in self._index.revisions(name)
         )
@@ -285,8 +353,8 @@ class AdapterStore:
 
         Raises UnknownAdapter, RevisionConflict, or InvalidSelector if no such revision is kept.
         """
-        with self._writing:
-            self._check_open()
+        with self._changing_name(name):
+            self._follow(name)
             current, *kept = self._index.revisions(name)
             wanted = next(
                 (pair for pair in kept if pair[0].digest.startswith(digest_prefix or "")), None
@@ -300,7 +368,7 @@ class AdapterStore:
                     f"adapter {name!r} has not kept {asked} beside the current one; kept: {shown}"
                 )
             record, content = wanted
-            report = self._registry.report(content.digest)
+            report = self._registry.report(content)
             options = PutOptions(
                 if_match=if_match,
                 description=record.description,
@@ -323,18 +391,24 @@ class AdapterStore:
         ``if_match``: the ETag that the card must have. Raises UnknownAdapter, RevisionConflict or
         what ``change`` raises; then nothing changed.
         """
-        with self._writing:
-            self._check_open()
-            described, examples, defaults = change(self.get(name))
-            record = self._registry.edit(
-                name,
-                if_match=if_match,
-                description=described,
-                examples=tuple(examples),
-                defaults=defaults,
-            )
-            self._index.update(record)
-        return self.get(name)
+        with self._changing_name(name):
+            while True:
+                card = self.get(name)
+                described, examples, defaults = change(card)
+                try:
+                    record = self._registry.edit(
+                        name,
+                        if_match=if_match or card.etag,
+                        description=described,
+                        examples=tuple(examples),
+                        defaults=defaults,
+                    )
+                except RevisionConflict:  # another server was faster
+                    if if_match is not None:
+                        raise
+                    continue
+                self._index.update(record)
+                return self.get(name)
 
     def history(self, name: str) -> tuple[tuple[int, str, float], ...]:
         """(revision, digest, created) of every content the name ever had, oldest first."""
@@ -342,8 +416,7 @@ class AdapterStore:
 
     def set_expiry(self, name: str, expires: float | None) -> AdapterCard:
         """``expires``: seconds since the epoch; a put of the name sets it anew."""
-        with self._writing:
-            self._check_open()
+        with self._changing_name(name):
             record = self._registry.set_expiry(name, expires)
             self._index.update(record)
         return self.get(name)
@@ -354,13 +427,12 @@ class AdapterStore:
 
     def expire(self, now: float) -> tuple[str, ...]:
         """Removes the names whose time has come. Their running requests finish."""
-        with self._writing:
-            if self._closed:
-                return ()
-            names = [record.name for record in self._index.expired(now)]
-            for name in names:
-                self.start_delete(name)
-        return tuple(names)
+        expired = []
+        for record in () if self._closed else self._index.expired(now):
+            with suppress(UnknownAdapter):  # another server was faster, or its life began anew
+                self._start_delete(record.name, expired_by=now)
+                expired.append(record.name)
+        return tuple(expired)
 
     def stats(self) -> StoreStats:
         tier = self._tier.stats()
@@ -379,20 +451,47 @@ class AdapterStore:
             load_seconds=tier.load_seconds,
         )
 
-    def acquire(self, selector: Selector | str) -> AdapterLease:
+    def acquire(
+        self, selector: Selector | str, cancelled: threading.Event | None = None
+    ) -> AdapterLease:
         """A lease on the content the selector means now; later changes of the name do not touch it.
 
         Loads to host memory on the calling thread if needed, once however many ask. Raises
         UnknownAdapter, InvalidSelector (descriptions and "auto" are resolved before), HostTierFull,
         or StoredAdapterDamaged.
+
+        ``cancelled`` ends a fetch from the catalogue, within seconds: LoadCancelled.
         """
         self._check_open()
         wanted = parse_selector(selector) if isinstance(selector, str) else selector
-        return self._leasing.acquire(wanted)
+        for ref in _refs(wanted):
+            self._follow_ref(ref)
+        return self._leasing.acquire(wanted, cancelled)
+
+    def acquire_digest(
+        self, name: str, digest: str, cancelled: threading.Event | None = None
+    ) -> AdapterLease:
+        """A lease on the content that ``name`` had when it was resolved elsewhere, in a gateway.
+
+        ``digest`` is whole. The name need not have it any more: a request keeps the digest that it
+        began with, as long as the catalogue has its files (an hour at least after the name let it
+        go). Raises UnknownAdapter if it is nowhere, and what ``acquire`` raises.
+        """
+        self._check_open()
+        ref = NameRef(check_name(name), digest)
+        if self._index.find(name, digest) is not None:
+            return self._leasing.acquire(ref, cancelled)
+        content = self._index.content(digest)
+        if content is None and self._shared is not None:
+            content = self._shared.find_content(digest)
+        if content is None:
+            raise UnknownAdapter(str(ref))
+        return self._leasing.acquire_content(_unnamed(name, digest), content, cancelled)
 
     def check_known(self, ref: NameRef) -> None:
         """Raises UnknownAdapter where ``acquire`` would; loads nothing."""
         self._check_open()
+        self._follow_ref(ref)
         self._leasing.find(ref)
 
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
@@ -401,6 +500,8 @@ class AdapterStore:
         Takes microseconds and never waits: an event loop may call it, and ask ``acquire`` on
         another thread when it gets None.
         """
+        if ref.digest_prefix is None and not self.is_fresh(ref.name):
+            return None
         return self._leasing.acquire_resident(ref)
 
     def pin(self, name: str, quota: Quota = NO_QUOTA) -> AdapterCard:
@@ -436,21 +537,7 @@ class AdapterStore:
 
     def start_delete(self, name: str, *, if_match: str | None = None) -> Deletion:
         """Takes the name away at once and does not wait; ``freed`` is done with the last lease."""
-        with self._writing:
-            self._check_open()
-            digest = self._index.current(name)[0].digest
-            self._registry.remove_name(name, if_match)
-            removed = self._index.remove_name(name)
-            self._tier.pin(self._index.pinned_digests())
-            deletion = Deletion(name, digest, self._tier.n_leases(digest))
-            if removed.has_other_names:
-                deletion.freed.set_result(TierBytes(0, 0))
-            else:
-                self._retirement.wait_for(digest, deletion.freed)
-        for kept in removed.kept:
-            self._retirement.retire_later(kept)
-        self._retirement.retire(digest)  # nothing while it is leased
-        return deletion
+        return self._start_delete(name, if_match=if_match)
 
     def on_retired(self, listener: Callable[[str], None]) -> None:
         """``listener(digest)`` runs when no name and no lease reaches a digest any more.
@@ -465,6 +552,8 @@ class AdapterStore:
             if self._closed:
                 return
             self._closed = True
+        if self._following is not None:
+            self._following.close()
         self._retirement.close()
         self._registry.close()
         self._give_up()
@@ -480,6 +569,71 @@ class AdapterStore:
     ) -> None:
         self.close()
 
+    def _start_delete(
+        self, name: str, *, if_match: str | None = None, expired_by: float | None = None
+    ) -> Deletion:
+        """``expired_by``: only if it expires by then. Raises UnknownAdapter, RevisionConflict."""
+        with self._changing_name(name):
+            self._follow(name)
+            self._index.current(name)  # an unknown name is told with its neighbours
+            self._registry.remove_name(name, if_match, expired_by=expired_by)
+            with self._writing:
+                digest = self._index.current(name)[0].digest
+                removed = self._index.remove_name(name)
+                self._tier.pin(self._index.pinned_digests())
+                deletion = Deletion(name, digest, self._tier.n_leases(digest))
+                if removed.has_other_names:
+                    deletion.freed.set_result(TierBytes(0, 0))
+                else:
+                    self._retirement.wait_for(digest, deletion.freed)
+        for kept in removed.kept:
+            self._retirement.retire_later(kept)
+        self._retirement.retire(digest)  # nothing while it is leased
+        return deletion
+
+    @contextmanager
+    def _changing_name(self, name: str) -> Iterator[None]:
+        """One change at a time, and none of this name from the catalogue meanwhile."""
+        held = nullcontext() if self._shared is None else self._shared.changing(name)
+        with self._changing, held:
+            self._check_open()
+            yield
+
+    def _follow(self, name: str) -> None:
+        if self._shared is not None:
+            self._shared.follow(name)
+
+    def _follow_all(self) -> None:
+        if self._shared is not None:
+            self._shared.follow_all()
+
+    def _follow_tenant(self, name: str) -> None:
+        """All names of the one whose ``name`` is."""
+        if self._shared is not None:
+            self._shared.follow_tenant(tenant_of(name))
+
+    def _follow_ref(self, ref: NameRef) -> None:
+        """A digest that is here is what it is, whether the catalogue answers or not."""
+        try:
+            self._follow(ref.name)
+        except CatalogueUnavailable:
+            if not ref.digest_prefix or self._index.find(ref.name, ref.digest_prefix) is None:
+                raise
+
+    def _follow_before_put(self, name: str, options: PutOptions) -> None:
+        self._follow(name)
+        if options.quota.max_adapters is not None or options.quota.max_bytes is not None:
+            self._follow_tenant(name)
+
+    def _follow_at_start(self) -> bool:
+        """Whether all names are known. A server starts without its catalogue, too."""
+        try:
+            self._follow_all()
+        except CatalogueUnavailable as error:
+            _log.warning("%s; adapters are served when it is back", error)
+            return False
+        return True
+
     def _put_local(self, name: str, files: LocalFiles, options: PutOptions) -> AdapterCard:
         with files.open_weights() as weights:
             chunks = iter(lambda: weights.read(_CHUNK), b"")
@@ -491,56 +645,76 @@ class AdapterStore:
         self._check_open()
         with ingest(files, self._files, self.base, self.limits, tenant=tenant_of(name)) as ingested:
             prepared = self._loader.prepare(ingested.reading.plan)
-            with self._writing:
-                self._check_open()
-                put, content = self._commit(name, ingested, options)
+            content = self._offer(name, ingested, options)
+            self._retirement.hold(content.digest)  # a delete from here on waits for the rest
+            try:
+                put = self._commit(name, content, ingested, options)
                 self._unservable.pop(content.digest, None)
-                self._retirement.hold(content.digest)  # a delete from here on waits for the rest
-        try:
-            self._keep_prepared(prepared)
-            if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
-                self._tier.lease(
-                    content.digest, content.host_bytes, lambda: prepared, tenant=tenant_of(name)
-                )
-                self._tier.release(content.digest)
-        finally:
-            self._retirement.let_go(content.digest)
+                self._keep_prepared(prepared)
+                if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
+                    self._tier.lease(
+                        content.digest, content.host_bytes, lambda: prepared, tenant=tenant_of(name)
+                    )
+                    self._tier.release(content.digest)
+                if self._local is not None:
+                    self._local.make_room()
+            finally:
+                self._retirement.let_go(content.digest)
         replaced = None if put.previous is None else put.previous.digest
         return self._card(put.record, content, ingested.reading.report, replaced)
 
-    def _commit(self, name: str, ingested: Ingested, options: PutOptions) -> tuple[Put, Content]:
-        """Publishes the files, then moves the name."""
+    def _offer(self, name: str, ingested: Ingested, options: PutOptions) -> Content:
+        """What the name will point at; with a catalogue its files are there, for all servers."""
         plan, report = ingested.reading
-        found = self._index.find(name)
-        current = None if found is None else found[0]
-        if options.if_match is not None and (  # before any file moves
-            current is None or not current.matches(options.if_match)
-        ):
-            now = "does not exist" if current is None else f"has digest {current.etag}"
-            digest = None if current is None else current.digest
-            raise RevisionConflict(f"adapter {name!r} {now}, not {options.if_match}", digest)
-        self._check_quota(name, plan.digest, ingested.n_bytes, options.quota)
-        was_there = self._index.content(plan.digest) is not None
-        n_bytes = self._files.publish(ingested.staged, plan.digest)
         content = Content(
             digest=plan.digest,
             family=_family(plan, options.provenance or {}),
             ranks=tuple(sorted({m.rank for m in plan.modules.values() if m.rank})),
-            disk_bytes=n_bytes,
+            disk_bytes=ingested.n_bytes,
             host_bytes=plan.n_bytes,
             base_fingerprint=self.base.fingerprint,
             plan_sha256=ingested.plan_sha256,
             task=None if plan.head is None else plan.head.task,
         )
+        if self._shared is None:
+            return content
+        self._follow_before_put(name, options)
+        self._check_put(name, content, options)  # spares the upload
+        return self._shared.offer(content, report, ingested.staged, tenant_of(name))
+
+    def _commit(self, name: str, content: Content, ingested: Ingested, options: PutOptions) -> Put:
+        """Publishes the files, then moves the name."""
         try:
-            return self._point(name, content, report, options), content
-        except (RevisionConflict, sqlite3.Error) as error:
-            # After an input/output error the change may yet be found in SQLite's log by the next
-            # start; if it is not, that start sweeps the files.
+            with self._changing:
+                self._follow_before_put(name, options)
+                with self._changing_name(name):
+                    self._check_put(name, content, options)  # before any file moves
+                    return self._publish(name, content, ingested, options)
+        finally:
+            if self._shared is not None:
+                self._shared.withdraw(content)
+
+    def _publish(self, name: str, content: Content, ingested: Ingested, options: PutOptions) -> Put:
+        with self._writing:
+            was_there = self._index.content(content.digest) is not None
+            self._files.publish(ingested.staged, content.digest)
+        try:
+            return self._point(name, content, ingested.reading.report, options)
+        except (StoreError, sqlite3.Error) as error:
+            # After an input/output error the change may yet be found in SQLite's log by the
+            # next start; if it is not, that start sweeps the files.
             is_undone = not getattr(error, "sqlite_errorname", "").startswith("SQLITE_IOERR")
             if is_undone and not was_there:
-                self._files.remove(plan.digest)
+                with self._writing:
+                    self._files.remove(content.digest)
             raise
+
+    def _check_put(self, name: str, content: Content, options: PutOptions) -> None:
+        """Raises RevisionConflict or QuotaExceeded where the put would, as far as is known."""
+        found = self._index.find(name)
+        current = None if found is None else found[0]
+        check_match(name, current, options.if_match, options.replace)
+        self._check_quota(name, content.digest, content.disk_bytes, options.quota)
 
     def _check_quota(self, name: str, digest: str, n_bytes: int, quota: Quota) -> None:
         """Raises QuotaExceeded if ``name`` may not point at this content. Call it while writing."""
@@ -570,9 +744,10 @@ class AdapterStore:
             expires=options.expires,
             n_kept=self._n_kept_revisions,
         )
-        let_go = self._index.point(put, content)
-        self._tier.pin(self._index.pinned_digests())
-        self._retirement.named_again(content.digest)
+        with self._writing:
+            let_go = self._index.point(put, content)
+            self._tier.pin(self._index.pinned_digests())
+            self._retirement.named_again(content.digest)
         for digest in let_go:
             self._retirement.retire_later(digest)
         return put
@@ -598,12 +773,16 @@ class AdapterStore:
             )
 
     def _set_pinned(self, name: str, *, pinned: bool, quota: Quota) -> None:
-        self._check_open()
-        with self._writing:
+        with self._changing:
             if quota.max_pins is not None:
+                self._follow_tenant(name)
                 names = self._index.of_tenant(tenant_of(name))
                 pins = {other for other, (current, *_) in names.items() if current.pinned}
                 quota.check_pins(len({*pins, name}))
+            self._pin_name(name, pinned=pinned)
+
+    def _pin_name(self, name: str, *, pinned: bool) -> None:
+        with self._changing_name(name):
             self._index.update(self._registry.set_pinned(name, pinned=pinned))
             self._tier.pin(self._index.pinned_digests())
 
@@ -650,6 +829,23 @@ class AdapterStore:
     def _check_open(self) -> None:
         if self._closed:
             raise StoreClosed("the adapter store is closed")
+
+
+def _refs(selector: Selector) -> Sequence[NameRef]:
+    match selector:
+        case NameRef():
+            return (selector,)
+        case Mixture(parts):
+            return [part.ref for part in parts]
+        case Library():
+            return selector.refs
+        case _:
+            return ()
+
+
+def _unnamed(name: str, digest: str) -> NameRecord:
+    """For a content that the name does not have any more."""
+    return NameRecord(name, 0, digest, None, (), {}, 0.0)
 
 
 def _family(plan: AdapterPlan, provenance: Mapping[str, JsonValue]) -> Family:

@@ -1,0 +1,200 @@
+"""The few calls of an object store that the catalogue needs, each with a limit of time.
+
+``create`` is the only one that excludes others: all stores have it, local directories too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+from loraplex_adapter_store.errors import CatalogueUnavailable, SourceError, StoreError
+from loraplex_adapter_store.sources.prefix import canonical_uri
+
+if TYPE_CHECKING:
+    from obstore.store import ObjectStore
+
+__all__ = ["SCHEMES", "Bucket", "StoredObject", "check_url"]
+
+SCHEMES = ("s3", "gs", "az", "file")
+_PART_BYTES = 8 << 20  # of a download: what is read between two looks at whether it goes on
+_TIMEOUT = timedelta(seconds=20)  # of one request, a part of a file at most
+_CONNECT_TIMEOUT = timedelta(seconds=3)
+_RETRIES = 2
+_RETRY_TIMEOUT = timedelta(seconds=10)
+_log = logging.getLogger(__name__)
+
+
+class StoredObject(NamedTuple):
+    key: str
+    n_bytes: int
+    modified: float  # seconds since the epoch, by the clock of the object store
+
+
+def check_url(url: str) -> str:
+    """``url`` as it may be used and shown. Raises ValueError; the message repeats no secret."""
+    scheme = urlsplit(url).scheme.lower()
+    if scheme not in SCHEMES:
+        raise ValueError(f"a catalogue is one of {', '.join(f'{s}://' for s in SCHEMES)}")
+    if scheme == "file":
+        parts = urlsplit(url)
+        if parts.netloc or parts.query or parts.fragment or not Path(parts.path).is_absolute():
+            raise ValueError("a catalogue in a directory is file:///absolute/path")
+        return url
+    try:
+        return canonical_uri(url)
+    except SourceError:
+        raise ValueError(
+            f"a catalogue is {scheme}://bucket/prefix, without user name, password, query or dots; "
+            "credentials come from the environment"
+        ) from None
+
+
+class Bucket:
+    """Stateless and thread-safe; every call blocks. Keys are relative to the URL's prefix.
+
+    Raises CatalogueUnavailable where the object store cannot be used now.
+    """
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    @staticmethod
+    def open(url: str, prefix: str) -> Bucket:
+        """Connects to nothing yet. Raises StoreError or ValueError for what can never work.
+
+        Credentials come from the environment, as obstore reads them.
+        """
+        url = check_url(url)
+        try:
+            from obstore.store import LocalStore, from_url
+        except ImportError:
+            raise StoreError(
+                "a catalogue needs obstore: pip install 'loraplex[catalogue]'"
+            ) from None
+        if url.startswith("file:"):
+            path = Path(unquote(urlsplit(url).path)) / prefix
+            return Bucket(LocalStore(path, mkdir=True))
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+        try:
+            store = from_url(
+                f"{url}/{prefix}",
+                client_options={
+                    "timeout": _TIMEOUT,
+                    "connect_timeout": _CONNECT_TIMEOUT,
+                    "allow_http": endpoint.startswith("http://"),  # the operator's own words
+                },
+                retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
+            )
+        except Exception as error:
+            raise StoreError(
+                f"the catalogue {url} cannot be opened: {_without_secrets(error)}"
+            ) from None
+        return Bucket(store)
+
+    def create(self, key: str, data: bytes) -> bool:
+        """False if there is an object of this key already: of all who create it, one wins.
+
+        After CatalogueUnavailable it may be there or not. A retry of the client's own may find the
+        object of its first try: whoever must know compares what is there.
+        """
+        import obstore
+        from obstore.exceptions import AlreadyExistsError
+
+        with _calls("write"):
+            try:
+                obstore.put(self._store, key, data, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def write(self, key: str, data: bytes | Path) -> None:
+        """Creates or replaces the object, all or nothing."""
+        import obstore
+
+        with _calls("write"):
+            obstore.put(self._store, key, data)
+
+    def read(self, key: str, limit: int) -> bytes | None:
+        """None if there is no such object. Raises StoreError for more than ``limit`` bytes."""
+        import obstore
+
+        with _calls("read"):
+            try:
+                result = obstore.get(self._store, key)
+            except FileNotFoundError:
+                return None
+            n_bytes = result.meta["size"]
+            if n_bytes > limit:
+                raise StoreError(f"object {key} of the catalogue has {n_bytes} bytes, over {limit}")
+            return bytes(result.bytes())
+
+    def parts(self, key: str, n_bytes: int) -> Iterator[bytes]:
+        """The first ``n_bytes`` of an object, in parts. Raises FileNotFoundError."""
+        import obstore
+
+        for start in range(0, n_bytes, _PART_BYTES):
+            length = min(_PART_BYTES, n_bytes - start)
+            with _calls("read"):
+                yield bytes(obstore.get_range(self._store, key, start=start, length=length))
+
+    def objects(self, prefix: str) -> list[StoredObject]:
+        """Every object below ``prefix``, which ends with a slash or is empty."""
+        import obstore
+
+        with _calls("list"):
+            found = obstore.list(self._store, prefix or None, chunk_size=1000).collect()
+            return [
+                StoredObject(meta["path"], meta["size"], meta["last_modified"].timestamp())
+                for meta in found
+            ]
+
+    def delete(self, keys: Sequence[str]) -> None:
+        """What is not there is no error."""
+        import obstore
+
+        for key in keys:
+            with _calls("delete"):
+                try:
+                    obstore.delete(self._store, key)
+                except FileNotFoundError:
+                    continue
+
+
+@contextmanager
+def _calls(what: str) -> Iterator[None]:
+    from obstore.exceptions import BaseError
+
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (BaseError, OSError) as error:
+        _log.debug("the object store failed to %s: %s", what, _without_secrets(error))
+        raise CatalogueUnavailable(f"the catalogue cannot be used now: {_kind(error)}") from None
+
+
+def _kind(error: Exception) -> str:
+    """For clients: a few words, never the message itself."""
+    return _KINDS.get(type(error).__name__, "the object store does not answer as it should")
+
+
+def _without_secrets(error: Exception) -> str:
+    """The first line, without any value of a variable that may be a secret."""
+    text = (str(error).splitlines() or ["no reason given"])[0][:300]
+    for name, value in os.environ.items():
+        if len(value) >= 4 and any(word in name for word in ("KEY", "TOKEN", "SECRET", "PASS")):
+            text = text.replace(value, "…")
+    return text
+
+
+_KINDS = {
+    "PermissionDeniedError": "the object store denies permission",
+    "UnauthenticatedError": "the object store does not accept the credentials",
+}

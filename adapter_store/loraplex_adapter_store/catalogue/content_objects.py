@@ -1,0 +1,238 @@
+"""Contents in the catalogue: ``contents/<ab>/<digest>/<upload>/``, each upload a folder of its own.
+
+    adapter_config.json  adapter_model.safetensors  [chat_template.jinja]  plan.bin  manifest.json
+
+The manifest comes last: an upload without one does not exist. Uploads are never changed and never
+used by a second name, so an old one that no state of a name refers to can never be referred to
+again, and may be deleted (see ``garbage``). Equal contents of several names are stored once each.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from loraplex_adapter_store.adapter_config import AdapterConfig
+from loraplex_adapter_store.content_files import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    PLAN_FILE,
+    WEIGHTS_FILE,
+)
+from loraplex_adapter_store.digest import digest_of
+from loraplex_adapter_store.errors import (
+    AdapterRefused,
+    LimitExceeded,
+    LoadCancelled,
+    StoredAdapterDamaged,
+)
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.name_record import Content
+from loraplex_adapter_store.plan_file import read_plan
+from loraplex_adapter_store.report import LoadReport
+from loraplex_adapter_store.safetensors_reader import SafetensorsFile
+
+from .bucket import Bucket
+from .name_state import content_from_json, content_to_json
+
+__all__ = ["ContentMissing", "ContentObjects", "Manifest", "Upload"]
+
+MANIFEST_FILE = "manifest.json"
+_FORMAT = 1
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, CHAT_TEMPLATE_FILE, PLAN_FILE)
+_MAX_MANIFEST_BYTES = 64 << 20
+_MAX_PLAN_FACTOR = 64  # a plan is float32, and some families unfold: no bound that is hit honestly
+_CHUNK = 1 << 20
+
+
+class ContentMissing(StoredAdapterDamaged):
+    """No name has it any more, or somebody removed it by hand."""
+
+    def __init__(self, digest: str) -> None:
+        super().__init__(f"the catalogue has no files of adapter {digest[:12]}; add it again")
+
+
+class Manifest(NamedTuple):
+    content: Content
+    report: LoadReport
+    files: dict[str, tuple[int, str]]  # name → bytes, sha256
+    tenant: str  # that the digest was made for
+
+
+class Upload(NamedTuple):
+    """All objects of one upload, whole or not."""
+
+    digest: str
+    upload: str
+    keys: tuple[str, ...]
+    modified: float  # seconds since the epoch, of its newest object, by the store's clock
+
+
+class ContentObjects:
+    """Stateless and thread-safe; every call blocks. Raises CatalogueUnavailable."""
+
+    def __init__(self, bucket: Bucket, limits: StoreLimits) -> None:
+        self._bucket = bucket
+        self._limits = limits
+
+    def put(self, folder: Path, content: Content, report: LoadReport, tenant: str) -> Content:
+        """Uploads the files of a content; nobody sees them yet. The content with its upload.
+
+        Names it must be put under within ``name_log.GRACE_S``: older uploads without a name go.
+        """
+        stored = replace(content, upload=uuid.uuid4().hex)
+        files = {}
+        for path in sorted(folder.iterdir()):
+            files[path.name] = (path.stat().st_size, _sha256(path))
+            self._bucket.write(_key(stored.digest, stored.upload, path.name), path)
+        manifest = {
+            "format": _FORMAT,
+            "content": content_to_json(stored),
+            "tenant": tenant,
+            "files": {name: {"n_bytes": n, "sha256": sha} for name, (n, sha) in files.items()},
+            "report": report.to_json(),
+        }
+        self._bucket.write(
+            _key(stored.digest, stored.upload, MANIFEST_FILE), json.dumps(manifest).encode()
+        )
+        return stored
+
+    def manifest(self, digest: str, upload: str) -> Manifest:
+        """Raises StoredAdapterDamaged if it is not there, or not of this content."""
+        data = self._bucket.read(_key(digest, upload, MANIFEST_FILE), _MAX_MANIFEST_BYTES)
+        if data is None:
+            raise ContentMissing(digest)
+        return _parse_manifest(data, digest, upload)
+
+    def find(self, digest: str, plan_sha256: str | None = None) -> Manifest | None:
+        """Of any whole upload of ``digest``, folded to that plan; None if there is none."""
+        for upload in self.uploads(digest):
+            if any(key.endswith(f"/{MANIFEST_FILE}") for key in upload.keys):
+                found = self.manifest(digest, upload.upload)
+                if plan_sha256 in (None, found.content.plan_sha256):
+                    return found
+        return None
+
+    def fetch(
+        self,
+        content: Content,
+        write: Callable[[str, Iterator[bytes]], Path],
+        cancelled: threading.Event | None = None,
+    ) -> LoadReport:
+        """Brings the files of a content; ``write`` gets each name and its bytes, in parts.
+
+        Every file is compared with the manifest, and all of them with the digest: after it
+        returns they are that content, bit for bit. Raises StoredAdapterDamaged, LimitExceeded,
+        LoadCancelled within a part, or CatalogueUnavailable; what was written then is worth
+        nothing.
+        """
+        manifest = self.manifest(content.digest, content.upload)
+        paths: dict[str, Path] = {}
+        for name, (n_bytes, sha256) in manifest.files.items():
+            self._check_size(name, n_bytes)
+            hashed = hashlib.sha256()
+            try:
+                parts = self._parts(
+                    _key(content.digest, content.upload, name), n_bytes, hashed, cancelled
+                )
+                paths[name] = write(name, parts)
+            except FileNotFoundError:
+                raise _damaged(content.digest) from None
+            if hashed.hexdigest() != sha256:
+                raise _damaged(content.digest)
+        self._check_identity(content, manifest, paths)
+        return manifest.report
+
+    def uploads(self, digest: str | None = None) -> list[Upload]:
+        """Of every digest, or of one."""
+        folder = "contents/" if digest is None else f"contents/{digest[:2]}/{digest}/"
+        found: dict[tuple[str, str], list[tuple[str, float]]] = {}
+        for each in self._bucket.objects(folder):
+            parts = each.key.split("/")
+            if len(parts) == 5:
+                found.setdefault((parts[2], parts[3]), []).append((each.key, each.modified))
+        return [
+            Upload(of, upload, tuple(key for key, _ in objects), max(time for _, time in objects))
+            for (of, upload), objects in found.items()
+        ]
+
+    def delete(self, upload: Upload) -> None:
+        """The manifest first: from then on the upload does not exist."""
+        keys = sorted(upload.keys, key=lambda key: not key.endswith(MANIFEST_FILE))
+        self._bucket.delete(keys)
+
+    def _parts(
+        self, key: str, n_bytes: int, hashed: Any, cancelled: threading.Event | None
+    ) -> Iterator[bytes]:
+        for part in self._bucket.parts(key, n_bytes):
+            if cancelled is not None and cancelled.is_set():
+                raise LoadCancelled("the request that asked for the adapter has gone")
+            hashed.update(part)
+            yield part
+
+    def _check_size(self, name: str, n_bytes: int) -> None:
+        largest = self._limits.max_file_bytes
+        limit = largest * _MAX_PLAN_FACTOR if name == PLAN_FILE else largest
+        if n_bytes > limit:
+            raise LimitExceeded(f"{name} of the catalogue has {n_bytes} bytes, over {limit}")
+
+    def _check_identity(self, content: Content, manifest: Manifest, paths: dict[str, Path]) -> None:
+        """The digest is computed from the bytes that came. Raises StoredAdapterDamaged."""
+        try:
+            plan = read_plan(paths[PLAN_FILE], content.plan_sha256)
+            config = AdapterConfig.parse(paths[CONFIG_FILE].read_bytes(), self._limits)
+            template = paths.get(CHAT_TEMPLATE_FILE)
+            with SafetensorsFile(paths[WEIGHTS_FILE], self._limits) as tensors:
+                found = digest_of(
+                    config.values,
+                    tensors,
+                    None if template is None else template.read_bytes().decode(),
+                    plan.head,
+                    plan.pooling,
+                    manifest.tenant,
+                )
+        except (AdapterRefused, StoredAdapterDamaged, KeyError, ValueError) as error:
+            raise _damaged(content.digest) from error
+        if not found == plan.digest == content.digest:
+            raise _damaged(content.digest)
+
+
+def _parse_manifest(data: bytes, digest: str, upload: str) -> Manifest:
+    try:
+        value: dict[str, Any] = json.loads(data)
+        if value["format"] != _FORMAT:
+            raise ValueError("another format")
+        content = content_from_json(value["content"])
+        files = {
+            name: (int(each["n_bytes"]), str(each["sha256"]))
+            for name, each in value["files"].items()
+        }
+        if (content.digest, content.upload) != (digest, upload):
+            raise ValueError("another content's")
+        if not {CONFIG_FILE, WEIGHTS_FILE, PLAN_FILE} <= set(files) <= set(_FILES):
+            raise ValueError("other files")
+        report = LoadReport.from_json(value["report"])
+        return Manifest(content, report, files, str(value["tenant"]))
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise _damaged(digest) from error
+
+
+def _key(digest: str, upload: str, file: str) -> str:
+    return f"contents/{digest[:2]}/{digest}/{upload}/{file}"
+
+
+def _damaged(digest: str) -> StoredAdapterDamaged:
+    return StoredAdapterDamaged(
+        f"the catalogue's files of adapter {digest[:12]} are damaged; add it again"
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

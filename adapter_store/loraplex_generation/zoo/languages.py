@@ -12,6 +12,11 @@ LANGUAGES: dict[str, str] = {
     "fr": "French",
     "es": "Spanish",
     "it": "Italian",
+    "pt": "Portuguese",
+    "nl": "Dutch",
+    "sv": "Swedish",
+    "da": "Danish",
+    "pl": "Polish",
 }
 
 _LONG_DATE = {  # CLDR patterns, written out so that a new CLDR release changes no task

@@ -1,62 +1,20 @@
-"""The operations: each turns a drawn input into its one right bare answer."""
+"""The operations: each turns a drawn input into its one right bare answer.
+
+Here are those of the shipped library and its test sets; `families` holds the many that followed.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import date, timedelta
-from functools import cache
+from datetime import date
 
+from .draws import Drawn, Operation, draw_day, draw_foods, draw_name, draw_number
+from .families import FAMILIES
 from .languages import cardinal, long_date, ordinal
-from .words import WEEKDAYS, part_of, pool, pool_part
+from .words import WEEKDAYS, pool, pool_part
 
-__all__ = ["OPERATIONS", "Operation"]
-
-Example = tuple[str, str]  # input, bare answer
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One operation of a family. `{language}` in a wording is filled by the task.
-
-    `draw` takes a seeded generator, the split whose content words it may use, and the language
-    code ("" for operations without one).
-    """
-
-    family: str
-    draw: Callable[[random.Random, str, str], Example]
-    wordings: tuple[str, ...]  # for training
-    test_wordings: tuple[str, ...]  # never seen in training
-
-
-def _number(rng: random.Random, split: str, low: int, high: int) -> int:
-    while part_of(f"#{(number := rng.randint(low, high))}") != split:
-        pass
-    return number
-
-
-def _day(rng: random.Random, split: str) -> date:
-    while True:
-        day = date(1950, 1, 1) + timedelta(days=rng.randrange(100 * 365))
-        if part_of(day.isoformat()) == split:
-            return day
-
-
-@cache
-def _names(kind: str, split: str) -> tuple[str, ...]:
-    from faker.providers.person.en_US import Provider
-
-    names = sorted(Provider.first_names if kind == "first" else Provider.last_names)
-    return pool_part(tuple(name for name in names if name.isalpha()), split)
-
-
-def _name(rng: random.Random, split: str) -> tuple[str, str]:
-    return rng.choice(_names("first", split)), rng.choice(_names("last", split))
-
-
-def _foods(rng: random.Random, split: str) -> list[str]:
-    return rng.sample(pool_part(pool("foods"), split), rng.randint(3, 5))
+__all__ = ["FIRST", "OPERATIONS", "Operation"]
 
 
 def _inflected(tag: str) -> Callable[[str], str]:
@@ -68,53 +26,53 @@ def _inflected(tag: str) -> Callable[[str], str]:
     return inflect
 
 
-def _on_number(answer: Callable[[int, str], str], high: int) -> Callable[..., Example]:
-    def draw(rng: random.Random, split: str, language: str) -> Example:
-        number = _number(rng, split, 1, high)
+def _on_number(answer: Callable[[int, str], str], high: int) -> Callable[..., Drawn]:
+    def draw(rng: random.Random, split: str, language: str) -> Drawn:
+        number = draw_number(rng, split, 1, high)
         return str(number), answer(number, language)
 
     return draw
 
 
-def _on_day(answer: Callable[[date, str], str]) -> Callable[..., Example]:
-    def draw(rng: random.Random, split: str, language: str) -> Example:
-        day = _day(rng, split)
+def _on_day(answer: Callable[[date, str], str]) -> Callable[..., Drawn]:
+    def draw(rng: random.Random, split: str, language: str) -> Drawn:
+        day = draw_day(rng, split)
         return day.isoformat(), answer(day, language)
 
     return draw
 
 
-def _on_name(answer: Callable[[str, str], str]) -> Callable[..., Example]:
-    def draw(rng: random.Random, split: str, language: str) -> Example:
-        first, last = _name(rng, split)
+def _on_name(answer: Callable[[str, str], str]) -> Callable[..., Drawn]:
+    def draw(rng: random.Random, split: str, language: str) -> Drawn:
+        first, last = draw_name(rng, split)
         return f"{first} {last}", answer(first, last)
 
     return draw
 
 
-def _on_list(answer: Callable[[list[str]], str]) -> Callable[..., Example]:
-    def draw(rng: random.Random, split: str, language: str) -> Example:
-        words = _foods(rng, split)
+def _on_list(answer: Callable[[list[str]], str]) -> Callable[..., Drawn]:
+    def draw(rng: random.Random, split: str, language: str) -> Drawn:
+        words = draw_foods(rng, split)
         return ", ".join(words), answer(words)
 
     return draw
 
 
-def _on_word(words: str, answer: Callable[[str], str]) -> Callable[..., Example]:
-    def draw(rng: random.Random, split: str, language: str) -> Example:
+def _on_word(words: str, answer: Callable[[str], str]) -> Callable[..., Drawn]:
+    def draw(rng: random.Random, split: str, language: str) -> Drawn:
         word = rng.choice(pool_part(pool(words), split))
         return word, answer(word)
 
     return draw
 
 
-def _on_record(field: str) -> Callable[..., Example]:
-    def draw(rng: random.Random, split: str, language: str) -> Example:
-        first, last = _name(rng, split)
+def _on_record(field: str) -> Callable[..., Drawn]:
+    def draw(rng: random.Random, split: str, language: str) -> Drawn:
+        first, last = draw_name(rng, split)
         values = {
             "name": f"{first} {last}",
             "city": rng.choice(pool_part(pool("cities"), split)),
-            "amount": str(_number(rng, split, 2, 999)),
+            "amount": str(draw_number(rng, split, 2, 999)),
             "weekday": rng.choice(WEEKDAYS),
         }
         template = rng.choice(_RECORDS)
@@ -135,34 +93,34 @@ _NEGATIVE = ("awful", "terrible", "boring", "dreadful", "poor", "horrible", "dis
 _THINGS = ("film", "meal", "hotel", "book", "concert", "service", "trip", "lesson", "game")
 
 
-def _sentiment(rng: random.Random, split: str, language: str) -> Example:
+def _sentiment(rng: random.Random, split: str, language: str) -> Drawn:
     positive = rng.random() < 0.5
     word = rng.choice(_POSITIVE if positive else _NEGATIVE)
-    n = _number(rng, split, 2, 999)
+    n = draw_number(rng, split, 2, 999)
     return (
         f"The {rng.choice(_THINGS)} with {n} guests was {word}.",
         "positive" if positive else "negative",
     )
 
 
-def _minutes(rng: random.Random, split: str, language: str) -> Example:
-    number = _number(rng, split, 61, 999)
+def _minutes(rng: random.Random, split: str, language: str) -> Drawn:
+    number = draw_number(rng, split, 61, 999)
     return f"{number} minutes", f"{number // 60} h {number % 60} min"
 
 
-def _larger(rng: random.Random, split: str, language: str) -> Example:
-    a = _number(rng, split, 1, 999)
-    while (b := _number(rng, split, 1, 999)) == a:
+def _larger(rng: random.Random, split: str, language: str) -> Drawn:
+    a = draw_number(rng, split, 1, 999)
+    while (b := draw_number(rng, split, 1, 999)) == a:
         pass
     return f"{a} or {b}", str(max(a, b))
 
 
-def _colon_time(rng: random.Random, split: str, language: str) -> Example:
-    hour, minute = rng.randint(13, 23), _number(rng, split, 10, 59)
+def _colon_time(rng: random.Random, split: str, language: str) -> Drawn:
+    hour, minute = rng.randint(13, 23), draw_number(rng, split, 10, 59)
     return f"{hour}:{minute}", f"{hour - 12}:{minute} pm"
 
 
-OPERATIONS: dict[str, Operation] = {
+FIRST: dict[str, Operation] = {
     "card": Operation(
         family="numbers",
         draw=_on_number(cardinal, 999),
@@ -702,3 +660,5 @@ OPERATIONS: dict[str, Operation] = {
         ),
     ),
 }
+
+OPERATIONS: dict[str, Operation] = {**FIRST, **FAMILIES}

@@ -1,4 +1,8 @@
-"""Which tasks train, validate and test: drawn once by a seed, then fixed in `zoo.json`."""
+"""Which tasks train, validate and test: drawn once by a seed, then fixed in a file.
+
+`zoo.json` is the split of the shipped library, `wide.json` the one of `wide_split`, `small.json`
+a dozen tasks of the first, for another base on one machine.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,9 @@ from .formats import FORMATS
 from .tasks import Task
 from .words import SPLITS
 
-__all__ = ["SETS", "ZooSplit", "draw_split", "load_split", "task_digest"]
+__all__ = ["SPLIT_FILES", "ZooSplit", "draw_split", "load_split", "task_digest"]
 
-SETS = ("train", "validation", "h1", "h2", "h3")
+SPLIT_FILES = {"shipped": "zoo.json", "wide": "wide.json", "small": "small.json"}
 
 _SEED = 20_26
 _TRAINED_CONTENTS = (
@@ -47,22 +51,24 @@ _VALIDATION_NEW = ("surname/plain", "us-date/tag", "larger/plain")
 class ZooSplit:
     """The task names of each set, and the digest of every task's data and wordings."""
 
-    sets: Mapping[str, tuple[str, ...]]  # keys: SETS
+    sets: Mapping[str, tuple[str, ...]]  # "train", "validation", and those that test
     digests: Mapping[str, str]
 
     @property
     def test(self) -> tuple[str, ...]:
-        return self.sets["h1"] + self.sets["h2"] + self.sets["h3"]
+        tested = [names for of, names in self.sets.items() if of not in ("train", "validation")]
+        return tuple(name for names in tested for name in names)
 
     def to_json(self) -> str:
         return json.dumps({"sets": dict(self.sets), "digests": dict(self.digests)}, indent=1)
 
 
-def load_split() -> ZooSplit:
-    """The committed split. Nothing may be trained on another one."""
-    data = json.loads(files(__package__).joinpath("zoo.json").read_text())
+def load_split(which: str = "shipped") -> ZooSplit:
+    """The committed split; one of SPLIT_FILES. Nothing may be trained on another one."""
+    data = json.loads(files(__package__).joinpath(SPLIT_FILES[which]).read_text())
     return ZooSplit(
-        sets={name: tuple(data["sets"][name]) for name in SETS}, digests=dict(data["digests"])
+        sets={of: tuple(names) for of, names in data["sets"].items()},
+        digests=dict(data["digests"]),
     )
 
 
@@ -87,11 +93,11 @@ def draw_split() -> ZooSplit:
     return ZooSplit(sets=sets, digests={name: task_digest(Task.parse(name)) for name in names})
 
 
-def task_digest(task: Task) -> str:
-    """Changes when the task's examples, wordings or dressing change."""
+def task_digest(task: Task, n_rows: int = 32) -> str:
+    """Changes when the task's first `n_rows` examples of a split, wordings or dressing change."""
     parts = [task.name, *task.descriptions(), *task.test_descriptions()]
     for split in SPLITS:
-        parts += [f"{e.prompt}\t{e.answer}" for e in task.examples(split, 32)]
+        parts += [f"{e.prompt}\t{e.answer}" for e in task.examples(split, n_rows)]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 

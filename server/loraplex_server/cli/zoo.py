@@ -21,6 +21,13 @@ _Folder = Annotated[
 _Shipped = Annotated[
     Path | None, typer.Option(help="Where the library is exported. Default: the package itself.")
 ]
+_Tasks = Annotated[
+    str,
+    typer.Option(
+        help="The tasks: `shipped` (72 to train on), `wide` (520) or `small` (12). "
+        "For the last two give --folder and --shipped."
+    ),
+]
 
 
 @zoo.command()
@@ -28,6 +35,7 @@ def train(
     base: _Base = None,
     folder: _Folder = None,
     shipped: _Shipped = None,
+    tasks: _Tasks = "shipped",
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on from what is there.")
     ] = True,
@@ -49,7 +57,7 @@ def train(
     from loraplex_server.model.pull import resolve_encoder, resolve_model
 
     torch.set_num_threads(threads)
-    training = _training(folder, shipped)
+    training = _training(folder, shipped, tasks)
     if not resume:
         shutil.rmtree(training.folder, ignore_errors=True)
     directory = resolve_model(base)
@@ -64,11 +72,11 @@ def train(
 
 
 @zoo.command()
-def status(folder: _Folder = None, shipped: _Shipped = None) -> None:
+def status(folder: _Folder = None, shipped: _Shipped = None, tasks: _Tasks = "shipped") -> None:
     """What is trained so far."""
     from rich import print as show
 
-    now = _training(folder, shipped).status()
+    now = _training(folder, shipped, tasks).status()
     show(f"joint stage      {now.joint_step} of {now.joint_steps} steps")
     show(f"experts          {now.n_experts} of {now.n_train} tasks")
     show(f"oracles          {now.n_oracles} of {now.n_held_out} held-out tasks")
@@ -77,7 +85,12 @@ def status(folder: _Folder = None, shipped: _Shipped = None) -> None:
 
 
 @zoo.command()
-def export(base: _Base = None, folder: _Folder = None, shipped: _Shipped = None) -> None:
+def export(
+    base: _Base = None,
+    folder: _Folder = None,
+    shipped: _Shipped = None,
+    tasks: _Tasks = "shipped",
+) -> None:
     """Write what is trained so far as the shipped library, whole or partial."""
     from rich import print as show
     from transformers import AutoTokenizer
@@ -87,7 +100,7 @@ def export(base: _Base = None, folder: _Folder = None, shipped: _Shipped = None)
 
     directory = resolve_model(base)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    path = _training(folder, shipped).export(
+    path = _training(folder, shipped, tasks).export(
         directory,
         SentenceEncoder(resolve_encoder()),
         tokenizer,
@@ -97,9 +110,17 @@ def export(base: _Base = None, folder: _Folder = None, shipped: _Shipped = None)
         show(f"{file.name}  {file.stat().st_size / 1e6:.1f} MB")
 
 
-def _training(folder: Path | None, shipped: Path | None) -> ZooTraining:
+def _training(folder: Path | None, shipped: Path | None, tasks: str) -> ZooTraining:
+    """Refuses to mix the files of two sets of tasks."""
     from loraplex_generation.shipped import shipped_folder
+    from loraplex_generation.zoo.split import SPLIT_FILES, load_split
     from loraplex_generation.zoo_training import ZooTraining
     from loraplex_server.model.pull import loraplex_home
 
-    return ZooTraining(folder or loraplex_home() / "zoo", shipped or shipped_folder())
+    if tasks not in SPLIT_FILES:
+        raise typer.BadParameter(f"known sets of tasks: {', '.join(SPLIT_FILES)}")
+    if tasks != "shipped" and (folder is None or shipped is None):
+        raise typer.BadParameter(f"--tasks {tasks} needs --folder and --shipped of its own")
+    return ZooTraining(
+        folder or loraplex_home() / "zoo", shipped or shipped_folder(), split=load_split(tasks)
+    )

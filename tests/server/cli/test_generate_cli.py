@@ -20,6 +20,15 @@ def test_zoo_status_of_nothing_says_how_to_go_on(tmp_path: Path) -> None:
     assert "loraplex zoo train --resume" in result.output
 
 
+def test_zoo_knows_the_wide_tasks_and_wants_folders_of_their_own(tmp_path: Path) -> None:
+    folders = ["--folder", str(tmp_path / "state"), "--shipped", str(tmp_path / "shipped")]
+    result = RUNNER.invoke(app, ["zoo", "status", "--tasks", "wide", *folders])
+    assert result.exit_code == 0, result.output
+    assert f"0 of {len(load_split('wide').sets['train'])} tasks" in result.output
+    assert RUNNER.invoke(app, ["zoo", "status", "--tasks", "wide"]).exit_code == 2
+    assert RUNNER.invoke(app, ["zoo", "status", "--tasks", "huge", *folders]).exit_code == 2
+
+
 def test_a_server_that_is_not_there_is_an_error_of_one_line() -> None:
     result = RUNNER.invoke(app, ["generate", "to French", "--server", "http://127.0.0.1:9"])
     assert result.exit_code == 1

@@ -17,7 +17,7 @@ from .exponent_coding import EXPONENT_CODED, coded_starts, decode_outputs, encod
 from .token_mask import mask_bits
 from .weight_range import WeightRange
 
-__all__ = ["PackedLinear", "packed_words"]
+__all__ = ["PackedLinear", "best_outputs", "packed_words", "stack_biases"]
 
 _PANEL = 32  # outputs side by side, as csrc/linear.inc has it
 _LIGHT_BYTES = 8 << 20  # weights that are read in less than a fifth of a millisecond
@@ -54,7 +54,7 @@ class PackedLinear:
         self._code = dtype_code(self.dtype) if weights[0].is_cpu else None
         if self.in_features % self._unit != 0:
             self._code = None
-        bias = _stack_biases(weights, biases)
+        bias = stack_biases(self.out_features, biases)
         self._is_coded = False
         if self._code is None:
             self._weight, self._bias = _stack(weights), bias
@@ -117,9 +117,7 @@ class PackedLinear:
         """
         native = self._native
         if native is None:
-            # numpy: torch promises nothing about equal values
-            outputs = self(x).float().cpu().numpy()
-            return torch.from_numpy(outputs.argmax(-1) if masks is None else _best(outputs, masks))
+            return best_outputs(self(x), masks)
         n_rows, in_features = x.shape
         if in_features != self.in_features or x.dtype is not self.dtype or x.stride(1) != 1:
             self._refuse(x, x)
@@ -219,6 +217,36 @@ def packed_words(out_features: Sequence[int], in_features: int, dtype: torch.dty
     return WeightRange.words_of(n_panels * _PANEL * in_features * dtype.itemsize // 4)
 
 
+def best_outputs(outputs: Tensor, masks: NDArray[np.int32] | None = None) -> Tensor:
+    """What ``PackedLinear.argmax`` says of ``outputs`` [T, n_out]."""
+    values = outputs.float().cpu().numpy()  # torch promises nothing about equal values
+    if masks is not None:
+        values = np.where(mask_bits(masks, values.shape[1]), values, -np.inf)
+    best: NDArray[np.int64] = values.argmax(-1)
+    if masks is not None:
+        best[values.max(-1) == -np.inf] = values.shape[1]
+    return torch.from_numpy(best)
+
+
+def stack_biases(
+    out_features: Sequence[int], biases: Sequence[Tensor | None]
+) -> Tensor | None:
+    """[Σ out_features] with zeros for those that have none; None if no one has any."""
+    if len(out_features) != len(biases):
+        raise ValueError(
+            f"{len(out_features)} weights but {len(biases)} biases; give None for absent"
+        )
+    found = next((bias for bias in biases if bias is not None), None)
+    if found is None:
+        return None
+    return torch.cat(
+        [
+            found.new_zeros(n_out) if bias is None else bias.detach()
+            for n_out, bias in zip(out_features, biases, strict=True)
+        ]
+    )
+
+
 class _Panels:
     """The weights cut into panels: words int32 [n, K / unit, 32]; rows beyond n_out are zero.
 
@@ -254,13 +282,6 @@ class _Panels:
         return words.view(-1, _PANEL, self.n_words).transpose(1, 2).contiguous()
 
 
-def _best(outputs: NDArray[np.float32], masks: NDArray[np.int32]) -> NDArray[np.int64]:
-    counted = np.where(mask_bits(masks, outputs.shape[1]), outputs, -np.inf)
-    best: NDArray[np.int64] = counted.argmax(-1)
-    best[counted.max(-1) == -np.inf] = outputs.shape[1]
-    return best
-
-
 def _stack(weights: Sequence[Tensor]) -> Tensor:
     return torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
 
@@ -268,16 +289,3 @@ def _stack(weights: Sequence[Tensor]) -> Tensor:
 def _pad(rows: Tensor) -> Tensor:
     missing = -rows.shape[0] % _PANEL
     return rows if missing == 0 else torch.cat([rows, rows.new_zeros((missing, *rows.shape[1:]))])
-
-
-def _stack_biases(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor | None:
-    if len(weights) != len(biases):
-        raise ValueError(f"{len(weights)} weights but {len(biases)} biases; give None for absent")
-    if all(bias is None for bias in biases):
-        return None
-    return torch.cat(
-        [
-            weight.new_zeros(weight.shape[0]) if bias is None else bias.detach()
-            for weight, bias in zip(weights, biases, strict=True)
-        ]
-    )

@@ -20,6 +20,7 @@ _ROOT = Path(__file__).parents[3]
         "test_lora.py",
         "test_attention.py",
         "test_norm_and_gate.py",
+        "test_quantized_linear.py",
         "test_sampling.py",
         "test_benchmark.py",
     ],

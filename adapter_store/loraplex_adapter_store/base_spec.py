@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ class BaseSpec:
     model_id: str
     model_type: str
     fingerprint: str  # same for every dtype the same weights are loaded in
+    quantization: str | None  # of its linears, as "int8"; part of the fingerprint
     modules: Mapping[str, LinearShape]  # every linear, lm_head included; no router of a subclass
     embeddings: Mapping[str, EmbeddingShape]
     parameters: Mapping[str, tuple[int, ...]]  # every parameter, as stored in the checkpoint
@@ -65,43 +67,47 @@ class BaseSpec:
     output_head: str  # module name, as "lm_head"
 
     @staticmethod
-    def of(model: PreTrainedModel, model_id: str) -> BaseSpec:
-        """Reads the spec off a transformers causal LM."""
-        return _spec_of(model, model_id)
+    def of(model: PreTrainedModel, model_id: str, *, quantization: str | None = None) -> BaseSpec:
+        """Reads the spec off a transformers causal LM.
+
+        A linear may compute its weight at each look: ``quantization`` says that some do.
+        """
+        return _spec_of(model, model_id, quantization)
 
 
-def _spec_of(model: PreTrainedModel, model_id: str) -> BaseSpec:
+def _spec_of(model: PreTrainedModel, model_id: str, quantization: str | None) -> BaseSpec:
     config = model.config.get_text_config()
     linears, embeddings, conv1d = _modules_of(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     modules_by_name = dict(model.named_modules())
 
     def weight(name: str) -> Tensor:
         return stored(name).to("cpu", torch.float32, copy=True).contiguous()
 
     def stored(name: str) -> Tensor:
-        value = tensors[f"{name}.weight"].detach()
+        value = read[f"{name}.weight"]()
         return value.t() if name in conv1d else value
 
     def bias(name: str) -> Tensor | None:
-        value = tensors.get(f"{name}.bias")
-        return None if value is None else value.detach().to("cpu", torch.float32, copy=True)
+        value = read.get(f"{name}.bias")
+        return None if value is None else value().to("cpu", torch.float32, copy=True)
 
     def parameter(name: str) -> Tensor:
-        return tensors[name].detach().to("cpu", torch.float32, copy=True)
+        return read[name]().to("cpu", torch.float32, copy=True)
 
     # Tensors are captured now: the engine later swaps modules on the same instance.
-    tensors: Mapping[str, Tensor] = {name: value.data for name, value in parameters.items()}
+    read = _readers(model)
+    fingerprint, shapes = _fingerprint(read, quantization)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in modules_by_name.items()}
     n_heads = int(config.num_attention_heads)
     return BaseSpec(
         model_id=model_id,
         model_type=str(config.model_type),
-        fingerprint=_fingerprint(tensors),
+        fingerprint=fingerprint,
+        quantization=quantization,
         modules=MappingProxyType(linears),
         embeddings=MappingProxyType(embeddings),
-        parameters=MappingProxyType({name: tuple(value.shape) for name, value in tensors.items()}),
+        parameters=MappingProxyType(shapes),
         weight=weight,
         stored=stored,
         bias=bias,
@@ -119,6 +125,20 @@ def _spec_of(model: PreTrainedModel, model_id: str) -> BaseSpec:
         input_embedding=names[id(embedding)],
         output_head="" if head is None else names[id(head)],
     )
+
+
+def _readers(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Of every parameter by name, and of the weights that linears compute."""
+    from transformers.pytorch_utils import Conv1D
+
+    read: dict[str, Callable[[], Tensor]] = {
+        name: partial(torch.Tensor.detach, value.data)
+        for name, value in model.named_parameters(remove_duplicate=False)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            read.setdefault(f"{name}.weight", partial(getattr, module, "weight"))
+    return read
 
 
 def _norm(weight: Tensor) -> float:
@@ -158,13 +178,20 @@ def _modules_of(
     return linears, embeddings, conv1d
 
 
-def _fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and an even sample of the values rounded to bfloat16."""
+def _fingerprint(
+    read: Mapping[str, Callable[[], Tensor]], quantization: str | None
+) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """sha256 over names, shapes and an even sample of the values in bfloat16; and the shapes."""
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
+    if quantization is not None:
+        digest.update(json.dumps({"quantization": quantization}).encode())
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in sorted(read):
+        tensor = read[name]()
+        shapes[name] = tuple(tensor.shape)
+        flat = tensor.reshape(-1)
         stride = max(1, flat.numel() // _SAMPLES_PER_PARAMETER)
         sample = flat[::stride].to("cpu", torch.bfloat16).contiguous()
-        digest.update(json.dumps([name, list(tensors[name].shape)]).encode())
+        digest.update(json.dumps([name, list(tensor.shape)]).encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+    return digest.hexdigest(), shapes

@@ -10,8 +10,8 @@ from loraplex_kernels.cpu.lora import NativeLora, serves
 from .experts import Activation, StepPairs, moe_down, moe_gate_up
 from .layout import LoraSegments, LoraTables, LoraTarget
 from .model_ops import silu_mul
-from .packed_linear import PackedLinear
 from .pool import LoraPool
+from .quantized_linear import BaseLinear
 from .reference import lora_apply_reference
 from .side_stream import SideStream
 
@@ -66,7 +66,7 @@ class PreparedTarget:
         else:
             lora_apply(x, self._pool.storage, self._target, self._tables, segments, out=out)
 
-    def linear_with_lora(self, packed: PackedLinear, x: Tensor, segments: LoraSegments) -> Tensor:
+    def linear_with_lora(self, packed: BaseLinear, x: Tensor, segments: LoraSegments) -> Tensor:
         """``x`` [n_rows, in_features] → the base's product with the segments' products on top.
 
         The same bits as ``packed(x)`` and a call: native code fetches factors meanwhile, a GPU
@@ -95,7 +95,7 @@ class PreparedTarget:
 
     def moe_gate_up(
         self,
-        packed: PackedLinear,
+        packed: BaseLinear,
         activation: Activation,
         x: Tensor,
         pairs: StepPairs,
@@ -120,7 +120,7 @@ class PreparedTarget:
 
     def moe_down(
         self,
-        packed: PackedLinear,
+        packed: BaseLinear,
         x: Tensor,
         of_pairs: Tensor,
         pairs: StepPairs,

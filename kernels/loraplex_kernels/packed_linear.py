@@ -228,9 +228,7 @@ def best_outputs(outputs: Tensor, masks: NDArray[np.int32] | None = None) -> Ten
     return torch.from_numpy(best)
 
 
-def stack_biases(
-    out_features: Sequence[int], biases: Sequence[Tensor | None]
-) -> Tensor | None:
+def stack_biases(out_features: Sequence[int], biases: Sequence[Tensor | None]) -> Tensor | None:
     """[Σ out_features] with zeros for those that have none; None if no one has any."""
     if len(out_features) != len(biases):
         raise ValueError(

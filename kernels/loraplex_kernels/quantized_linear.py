@@ -1,4 +1,4 @@
-"""Frozen linears of the base whose weights stay quantised: what ``PackedLinear`` is for plain ones."""
+"""Frozen linears of the base with quantised weights: what ``PackedLinear`` is for plain ones."""
 
 from __future__ import annotations
 
@@ -31,9 +31,7 @@ class QuantizedLinear:
     it is a Triton kernel, elsewhere the reference. For inference: nothing is recorded for autograd.
     """
 
-    def __init__(
-        self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]
-    ) -> None:
+    def __init__(self, weights: Sequence[QuantizedWeight], biases: Sequence[Tensor | None]) -> None:
         """Raises ValueError if the weights differ in format, group size or dtype."""
         stacked = QuantizedWeight.stack(weights)
         self.in_features = stacked.in_features
@@ -112,12 +110,7 @@ class QuantizedLinear:
         return self._weight.n_bytes + (0 if self._bias is None else self._bias.nbytes)
 
     def _rows(self, first: int, end: int) -> Tensor:
-        return self._weight.rows(torch.arange(first, end, device=self._device))
-
-    @property
-    def _device(self) -> torch.device:
-        on_host = isinstance(self._weight, QuantizedPanels)
-        return torch.device("cpu") if on_host else self._weight.device
+        return self._weight.rows(torch.arange(first, end, device=self._weight.device))
 
 
 BaseLinear: TypeAlias = PackedLinear | QuantizedLinear
@@ -126,7 +119,7 @@ BaseLinear: TypeAlias = PackedLinear | QuantizedLinear
 def quantized_linear(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, *, out: Tensor
 ) -> None:
-    """``out`` [T, n_out] = ``x`` [T, in_features] Wᵀ + ``bias``, in the fastest version there is."""
+    """``out`` [T, n_out] = ``x`` [T, in_features] Wᵀ + ``bias``, by the fastest version here."""
     if x.is_cuda and x.dtype in _TRITON_DTYPES:
         from .triton import quantized_linear_triton
 

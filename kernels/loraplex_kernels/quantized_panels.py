@@ -1,9 +1,9 @@
 """Quantised weights in the order of native code's panels, made plain a few panels at a time.
 
-``csrc/linear.inc`` multiplies by panels of 32 outputs: word (k, n) holds w[n, k] or a pair of k. The
-codes lie in that order too, so that making some panels plain is one product by the scales. They are
-multiplied before the next ones are made: memory holds codes, and a few megabytes of plain words.
-A product has the bits that the dequantised weight would give, packed whole.
+``csrc/linear.inc`` multiplies by panels of 32 outputs: word (k, n) holds w[n, k] or a pair of k.
+The codes lie in that order too, so that making some panels plain is one product by the scales. They
+are multiplied before the next ones are made: memory holds codes, and a few megabytes of plain
+words. A product has the bits that the dequantised weight would give, packed whole.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class QuantizedPanels:
         # [n_panels, words, 32, step]
         self._codes = codes.view(n_panels, PANEL, -1, step).transpose(1, 2).contiguous()
         self._scales = scales.view(n_panels, PANEL, -1).transpose(1, 2).contiguous()
-        self._at_once = max(1, _SCRATCH_BYTES // (self._in_features * PANEL * weight.dtype.itemsize))
+        self._at_once = max(
+            1, _SCRATCH_BYTES // (self._in_features * PANEL * weight.dtype.itemsize)
+        )
 
     @staticmethod
     def takes(weight: QuantizedWeight) -> bool:
@@ -51,8 +53,8 @@ class QuantizedPanels:
         return on_cpu and weight.in_features % 2 == 0
 
     def into(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
-        """Writes x Wᵀ + bias to ``out``; ``x`` [T, in_features], ``out`` [T, n_out] have unit column
-        strides, ``bias`` float32 [n_out in full panels].
+        """Writes x Wᵀ + bias to ``out``; ``x`` [T, in_features], ``out`` [T, n_out] have unit
+        column strides, ``bias`` is float32 [n_out in full panels].
         """
         linear = native_ops(keep_gil=False).linear
         code = dtype_code(self._dtype)
@@ -86,6 +88,10 @@ class QuantizedPanels:
         return (values.flatten(1) * scales).to(self._dtype)
 
     @property
+    def device(self) -> torch.device:
+        return self._codes.device
+
+    @property
     def n_bytes(self) -> int:
         """Memory held."""
         return self._codes.nbytes + self._scales.nbytes
@@ -114,6 +120,9 @@ def _in_order(weight: QuantizedWeight) -> Tensor:
     if weight.format is not WeightFormat.INT4:
         return weight.codes
     halves = torch.stack([weight.codes & 15, weight.codes >> 4])
-    grouped = halves.unflatten(-1, (-1, weight.group_size // 2))  # [2, n_out, n_groups, g / 2]
+    grouped = halves.view(
+        2, weight.shape[0], -1, weight.group_size // 2
+    )  # [2, n_out, n_groups, g / 2]
     single = grouped.permute(1, 2, 0, 3).flatten(1)[:, : weight.in_features]
-    return single[:, ::2] | single[:, 1::2] << 4
+    pairs: Tensor = single[:, ::2] | single[:, 1::2] << 4
+    return pairs

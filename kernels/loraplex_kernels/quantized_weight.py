@@ -22,7 +22,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-__all__ = ["QuantizedWeight", "WeightFormat", "code_values", "quantize_weight"]
+__all__ = ["QuantizedWeight", "WeightFormat", "code_values", "pack_int4", "quantize_weight"]
 
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # that the largest weight of a group becomes
 _ROWS_AT_ONCE = 4096  # outputs whose float32 copies exist at once
@@ -96,7 +96,7 @@ class QuantizedWeight:
         codes, scales = self.codes[outputs], self.scales[outputs].float()
         values = code_values(codes, self.format)
         if self.format is WeightFormat.INT4:  # [2, T, bytes]: low halves, then high halves
-            grouped = values.unflatten(-1, (-1, self.group_size // 2))
+            grouped = values.reshape(2, codes.shape[0], -1, self.group_size // 2)
             values = grouped.permute(1, 2, 0, 3).flatten(1)[:, : self.in_features]
         if scales.shape[1] > 1:
             scales = scales.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
@@ -134,7 +134,7 @@ def quantize_weight(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
     inputs (64 where 128 does not divide them): the scale takes the largest of them to the largest
     code, and each weight becomes the nearest code. Raises ValueError for what is not finite.
     """
-    n_out, in_features = weight.shape
+    in_features = weight.shape[1]
     group_size = in_features
     if format is WeightFormat.INT4:
         group_size = next((g for g in _GROUPS if in_features % g == 0), _GROUPS[-1])
@@ -144,6 +144,15 @@ def quantize_weight(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
     ]
     codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return QuantizedWeight(format, codes, scales, in_features, group_size, weight.dtype)
+
+
+def pack_int4(offset: Tensor, group_size: int) -> Tensor:
+    """Codes of int4 from ``offset`` [n_out, in_features] uint8: each code + 8."""
+    missing = -offset.shape[1] % group_size
+    full = torch.nn.functional.pad(offset, (0, missing), value=8)
+    halves = full.view(offset.shape[0], -1, 2, group_size // 2)
+    packed: Tensor = halves[:, :, 0] | halves[:, :, 1] << 4
+    return packed.flatten(1)
 
 
 def code_values(codes: Tensor, format: WeightFormat) -> Tensor:
@@ -175,5 +184,6 @@ def _quantize_rows(rows: Tensor, format: WeightFormat, group_size: int) -> tuple
     if format is WeightFormat.INT8:
         codes = steps.round().clamp(-127, 127).to(torch.int8)
         return codes.view(n_out, -1)[:, :in_features].contiguous(), scales
-    halves = (steps.round().clamp(-8, 7) + 8).to(torch.uint8).unflatten(-1, (2, -1))
-    return (halves[:, :, 0] | halves[:, :, 1] << 4).view(n_out, -1), scales
+    return pack_int4(
+        (steps.round().clamp(-8, 7) + 8).to(torch.uint8).flatten(1), group_size
+    ), scales

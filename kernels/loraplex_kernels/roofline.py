@@ -13,8 +13,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["GPUS", "MODELS", "Bound", "DecodeStep", "Gpu", "ModelShape", "bounds", "roofline_lines"]
+__all__ = [
+    "GPUS",
+    "MODELS",
+    "WEIGHT_BITS",
+    "Bound",
+    "DecodeStep",
+    "Gpu",
+    "ModelShape",
+    "base_linear",
+    "bounds",
+    "roofline_lines",
+]
 
+# Of a weight of the base with its share of the scales: int4 has one of 16 bits for each 128.
+WEIGHT_BITS = {"bf16": 16.0, "int8": 8.0, "fp8": 8.0, "int4": 4.125}
 _BYTES = 2  # of a bf16 or fp16 element
 _SPLIT = 512  # positions of one partial of attention
 
@@ -39,6 +52,16 @@ class ModelShape(NamedTuple):
     def q_k_v(self) -> tuple[int, int, int]:
         kv = self.n_kv * self.head_dim
         return self.n_heads * self.head_dim, kv, kv
+
+    @property
+    def linears(self) -> tuple[tuple[int, int, int], ...]:
+        """(in, Σ out, slices) of the packed linears of a layer."""
+        return (
+            (self.hidden, sum(self.q_k_v), 3),
+            (self.q_k_v[0], self.hidden, 1),
+            (self.hidden, 2 * self.intermediate, 2),
+            (self.intermediate, self.hidden, 1),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +109,7 @@ def bounds(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
     yield Bound("attend_kernel", keys_values + queries + partials, attend_flop, layers)
     yield Bound("combine_kernel", partials + queries, 0, layers)
     yield from _lora(model, step)
+    yield base_linear(model, step, "int8")._replace(n_launches=0)
     pairs = rows * step.experts_per_row
     yield Bound("order_pairs_kernel", rows * 4 * 6, 0, 1)
     yield Bound("place_kernel", rows * 4 * 8, 0, 1)
@@ -93,14 +117,18 @@ def bounds(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
     yield Bound("sample_kernel", rows * model.vocab * 4, 0, 1)
 
 
+def base_linear(model: ModelShape, step: DecodeStep, format: str) -> Bound:
+    """The mean over the four packed linears of a layer, weights in ``format`` of WEIGHT_BITS."""
+    rows, n = step.n_rows, len(model.linears)
+    weights = sum(k * out for k, out, _ in model.linears)
+    activations = sum(rows * (k + out) for k, out, _ in model.linears) * _BYTES
+    n_bytes = (int(weights * WEIGHT_BITS[format] / 8) + activations) // n
+    n_launches = n * model.n_layers
+    return Bound("quantized_linear_kernel", n_bytes, 2 * rows * weights // n, n_launches)
+
+
 def _lora(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
-    wide = 2 * model.intermediate
-    linears = (  # in, Σ out, slices
-        (model.hidden, sum(model.q_k_v), 3),
-        (model.q_k_v[0], model.hidden, 1),
-        (model.hidden, wide, 2),
-        (model.intermediate, model.hidden, 1),
-    )
+    linears = model.linears
     n, n_launches = len(linears), len(linears) * model.n_layers
     rows, rank = step.n_rows, step.rank
     factors_a = sum(step.n_adapters * rank * k * s for k, _, s in linears) * _BYTES // n
@@ -152,5 +180,23 @@ def roofline_lines() -> Iterator[str]:
                 *(f"{us:.1f}" for us in each),
                 *(f"{us * bound.n_launches:.0f}" if bound.n_launches else "–" for us in each),
             ]
+            yield "| " + " | ".join(cells) + " |"
+    yield ""
+    yield from _format_lines(step)
+
+
+def _format_lines(step: DecodeStep) -> Iterator[str]:
+    yield "### Linears of the base by format"
+    yield ""
+    yield f"All layers, head excepted, {step.n_rows} rows. bf16 is cuBLAS; the others are"
+    yield "`quantized_linear_kernel` (the mean launch over int8 weights above)."
+    yield ""
+    yield "| model | weights | GB a step | " + " | ".join(f"ms, {g.name}" for g in GPUS) + " |"
+    yield "| --- " * (3 + len(GPUS)) + "|"
+    for model in MODELS:
+        for format in WEIGHT_BITS:
+            bound = base_linear(model, step, format)
+            times = [f"{bound.least_us(gpu) * bound.n_launches / 1e3:.2f}" for gpu in GPUS]
+            cells = [model.name, format, f"{bound.n_bytes * bound.n_launches / 1e9:.1f}", *times]
             yield "| " + " | ".join(cells) + " |"
     yield ""

@@ -94,7 +94,8 @@ def serve(
             if card.pinned:
                 built.engine.set_pinned(card.digest, True)
         encoder = SharedEncoder(_encoder_directory, faults)
-        find_generator = _generator_finder(encoder, model_path, public)
+        quantization = built.base_spec.quantization
+        find_generator = _generator_finder(encoder, model_path, public, quantization)
         generated = GeneratedAdapters(store, find_generator, faults=faults)
         closing.callback(generated.close)
         pools = WorkerPools()
@@ -190,10 +191,11 @@ def _public_name(spec: str | None, model_path: Path) -> str:
 
 
 def _generator_finder(
-    encoder: SharedEncoder, model_path: Path, base_name: str
+    encoder: SharedEncoder, model_path: Path, base_name: str, quantization: str | None
 ) -> Callable[[], Generator]:
     """Loads the shipped generator, once. Raises GeneratorMismatch if it is for another base.
 
+    A quantised base is another one: what is generated or learned was judged on 16-bit weights.
     That is kept, too: it will not change, and nobody loads megabytes to be refused again.
     """
     from loraplex_generation.errors import GeneratorMismatch
@@ -201,6 +203,12 @@ def _generator_finder(
     from loraplex_generation.shipped import shipped_folder
 
     def load() -> Generator | str:
+        if quantization is not None:
+            return (
+                f"adapters are generated and learned for 16-bit weights, and {base_name!r} is "
+                f"served with {quantization} ones; serve it without --quantization, or train the "
+                "adapter elsewhere and register it"
+            )
         try:
             return Generator.load(
                 shipped_folder(),

@@ -38,12 +38,18 @@ def save_base(row: BaseRow, folder: Path) -> Path:
 
 
 @asynccontextmanager
-async def serving(base: Path, state: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def serving(
+    base: Path, state: Path, *, quantization: str = "none"
+) -> AsyncIterator[httpx.AsyncClient]:
     """Raises ModelError if the server refuses to start on this base."""
     config = ServerConfig(
         http=HttpConfig(served_model_names=("base",)),
         engine=EngineConfig(
-            dtype="float32", threads=1, kv_memory_bytes=4 << 20, adapter_memory_bytes=4 << 20
+            dtype="float32",
+            quantization=quantization,
+            threads=1,
+            kv_memory_bytes=4 << 20,
+            adapter_memory_bytes=4 << 20,
         ),
         store=StoreConfig(root=state, demos=False),
     )

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 from transformers import PreTrainedModel
 
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.model.base_model import BaseModel
 from tests.support.architectures import tiny_model
 from tests.support.meta_engine import base_on_host
@@ -31,10 +32,14 @@ def base_of() -> BaseOf:
     """``base_of(model_type, **config)``: built at its first use."""
     made: dict[str, BaseModel] = {}
 
-    def base(model_type: str = "llama", **changes: object) -> BaseModel:
-        key = repr((model_type, changes))
+    def base(
+        model_type: str = "llama", quantization: WeightFormat | None = None, **changes: object
+    ) -> BaseModel:
+        key = repr((model_type, quantization, changes))
         if key not in made:
-            made[key] = base_on_host(tiny_model(model_type, **changes), pytest.MonkeyPatch())
+            made[key] = base_on_host(
+                tiny_model(model_type, **changes), pytest.MonkeyPatch(), quantization=quantization
+            )
         return made[key]
 
     return base

@@ -99,7 +99,7 @@ def test_a_quantised_weight_takes_the_bytes_it_says(format: WeightFormat) -> Non
 def test_a_product_is_that_of_the_dequantised_weights(
     format: WeightFormat, dtype: torch.dtype, in_features: int, has_bias: bool
 ) -> None:
-    """To the bit, where native code multiplies: the oracle is the packed linear of plain weights."""
+    """To the bit, where native code multiplies; the oracle is the packed linear of plain ones."""
     weights = [weight_of(n, in_features, dtype, seed=n) for n in (70, 9, 33)]
     biases = [None, rows_of(1, 9, dtype)[0], None] if has_bias else [None] * 3
     quantized = [quantize_weight(weight, format) for weight in weights]

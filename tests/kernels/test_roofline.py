@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from loraplex_kernels.roofline import GPUS, MODELS, DecodeStep, bounds, roofline_lines
+from loraplex_kernels.roofline import (
+    GPUS,
+    MODELS,
+    DecodeStep,
+    base_linear,
+    bounds,
+    roofline_lines,
+)
 
 _8B, _70B = MODELS
 _H100 = next(gpu for gpu in GPUS if gpu.name == "H100")
@@ -33,6 +40,16 @@ def test_adapters_of_rank_16_read_their_factors() -> None:
         of[name].n_bytes * of[name].n_launches for name in ("shrink_kernel", "expand_kernel")
     )
     assert n_bytes == pytest.approx(64 * 41_943_040 * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(("format", "share"), [("int8", 1 / 2), ("fp8", 1 / 2), ("int4", 33 / 128)])
+def test_quantised_linears_read_their_share_of_the_weights(format: str, share: float) -> None:
+    """Llama-3.1-8B has 6.98 thousand million parameters in its layers' linears, 70B 68.5."""
+    for model, n_weights in ((_8B, 6_979_321_856), (_70B, 68_451_041_280)):
+        plain, quantised = (base_linear(model, DecodeStep(n_rows=0), f) for f in ("bf16", format))
+        assert plain.n_bytes * plain.n_launches == 2 * n_weights
+        assert quantised.n_bytes == pytest.approx(share * plain.n_bytes, rel=1e-6)
+        assert quantised.least_us(_H100) == pytest.approx(share * plain.least_us(_H100), rel=1e-6)
 
 
 def test_a_larger_model_never_takes_less() -> None:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_kernels import packed_linear
+from loraplex_kernels import packed_linear, quantized_panels
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.engine import build, device_pool, model_runner
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.config import EngineConfig
@@ -27,6 +28,7 @@ from loraplex_server.engine.events import TokenEvent
 from loraplex_server.engine.pooling import Pooling
 from loraplex_server.engine.sampling_params import SamplingParams
 from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.quantized_modules import quantize_linears
 from tests.support.engines import GREEDY, Answer, PlanLease
 from tests.support.meta_device import META, MetaGpu, Work, meta_gpu
 
@@ -143,14 +145,20 @@ def _listener(answer: Answer) -> Callable[[TokenEvent], None]:
 
 
 def base_on_host(
-    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, *, fuse: bool = True
+    model: PreTrainedModel,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    fuse: bool = True,
+    quantization: WeightFormat | None = None,
 ) -> BaseModel:
     """Built of values, as the start of a server needs them, with weights as a GPU holds them."""
     with monkeypatch.context() as patch:
-        patch.setattr(packed_linear, "dtype_code", lambda _: None)
-        return BaseModel(
-            copy.deepcopy(model).to(torch.bfloat16), "tiny", fuse=fuse, self_check=False
-        )
+        for module in (packed_linear, quantized_panels):
+            patch.setattr(module, "dtype_code", lambda _: None)
+        own = copy.deepcopy(model).to(torch.bfloat16)
+        if quantization is not None:
+            quantize_linears(own, quantization, own.device)
+        return BaseModel(own, "tiny", fuse=fuse, self_check=False)
 
 
 def on_meta(base: BaseModel, device: torch.device = META) -> BaseModel:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraplex_kernels.layout import LoraSegments
 from loraplex_kernels.ops import PreparedTarget
-from loraplex_kernels.packed_linear import PackedLinear
+from loraplex_kernels.quantized_linear import BaseLinear
 
 from .functions import bind
 from .lora import SEGMENT_ERRORS, NativeLora, describe_segments
@@ -46,7 +46,7 @@ class Norm:
 class DecoderLinear:
     """A packed linear of the base and its target in the adapter pool, None without a pool."""
 
-    packed: PackedLinear
+    packed: BaseLinear
     lora: PreparedTarget | None
 
 
@@ -287,7 +287,7 @@ def _describe(layer: DecoderLayer) -> DecoderLayerStruct:
     )
 
 
-def _describe_linear(packed: PackedLinear) -> DecoderLinearStruct:
+def _describe_linear(packed: BaseLinear) -> DecoderLinearStruct:
     native = packed.native
     assert native is not None
     return DecoderLinearStruct(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.layout import PAGE_RANK, LoraTables, LoraTarget
+from loraplex_kernels.quantized_weight import QuantizedWeight, WeightFormat
 from loraplex_kernels.sampling import empty_batch
 
 from .aot import Launch, record_launches
@@ -18,6 +19,7 @@ from .attention import max_head_dim, paged_attention_triton
 from .expand import lora_expand
 from .fused import lora_fused
 from .kv_cache import rope_and_cache_triton, write_kv_triton
+from .quantized_linear import quantized_linear_triton
 from .rms_norm import rms_norm_triton
 from .routing import DeviceSegments, allocate_segments, fill_device_segments
 from .sampling import sample_tokens_triton
@@ -49,6 +51,8 @@ _WIDTHS = (
     (4096, 14336, "Llama-3.1-8B"),
     (8192, 28672, "Llama-3.1-70B"),
 )
+
+_QUANTIZED = ("Llama-3.1-8B o", "Llama-3.1-8B gate_up")  # of small and of large tiles
 
 _AWKWARD = LoraTarget("awkward", 41, (401, 33))
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -126,6 +130,11 @@ def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for hidden_size, intermediate_size, name in _WIDTHS:
         yield f"{name}, norm", partial(_norm, hidden_size, kind)
         yield f"{name}, gate", partial(_gate, intermediate_size, kind)
+    for format in WeightFormat:
+        for name in _QUANTIZED if dtype == "bf16" else _QUANTIZED[:1]:
+            for n_rows in (16, 32, 2048):
+                call = partial(_quantized, MODEL_TARGETS[name], format, n_rows, kind)
+                yield f"{name} in {format}, {n_rows} rows", call
     for n_heads, n_kv, head_dim, name in _ATTENTION:
         if head_dim > max_head_dim(kind):
             continue
@@ -211,6 +220,18 @@ def _gate(width: int, dtype: torch.dtype) -> None:
     gate_up, out = torch.empty(64, 2 * width, dtype=dtype), torch.empty(64, width, dtype=dtype)
     for act in ("silu", "gelu_tanh"):
         silu_mul_triton(gate_up, out=out, act=act)
+
+
+def _quantized(target: LoraTarget, format: WeightFormat, n_rows: int, dtype: torch.dtype) -> None:
+    """With a bias, which takes registers."""
+    k, n_out = target.in_features, sum(target.out_features)
+    group_size = 128 if format is WeightFormat.INT4 else k
+    codes = torch.empty(n_out, k // format.codes_a_byte, dtype=format.code_dtype)
+    scale_dtype = dtype if format is WeightFormat.INT4 else torch.float32
+    scales = torch.empty(n_out, k // group_size, dtype=scale_dtype)
+    weight = QuantizedWeight(format, codes, scales, k, group_size, dtype)
+    x, out = torch.empty(n_rows, k, dtype=dtype), torch.empty(n_rows, n_out, dtype=dtype)
+    quantized_linear_triton(x, weight, torch.empty(n_out, dtype=dtype), out=out)
 
 
 def _sample(n_rows: int, vocab_size: int) -> None:

@@ -1,10 +1,10 @@
 """A linear on quantised weights: codes become weights in the tile, tensor cores multiply those.
 
-    out[t, n] = Σ_k x[t, k] · W[n, k] + bias[n]      W[n, k] = round(code[n, k] · scale[n, group of k])
+    out[t, n] = Σ_k x[t, k] · W[n, k] + bias[n]        W[n, k] = round(code[n, k] · scale[n, group])
 
-``quantized_weight`` has the codes. A program owns a tile of outputs and a tile of rows and walks all
-inputs, ascending, with one accumulator: the bits of a row depend on neither tile, so they are the
-same alone and in any batch, in decode and in prefill. The weights are the left operand, as the
+``quantized_weight`` has the codes. A program owns a tile of outputs and a tile of rows and walks
+all inputs, ascending, with one accumulator: the bits of a row depend on neither tile, so they are
+the same alone and in any batch, in decode and in prefill. The weights are the left operand, as the
 pages of factors are in ``arithmetic.partial_page``, so that every tile compiles to one instruction.
 """
 
@@ -89,7 +89,7 @@ def quantized_linear_kernel(
         HALF: tl.constexpr = GROUP // 2
         lanes = tl.arange(0, HALF)
         code_ptrs = codes_ptr + outputs[:, None].to(tl.int64) * (N_GROUPS * HALF) + lanes[None, :]
-        for group in range(0, N_GROUPS):
+        for group in range(N_GROUPS):
             codes = tl.load(code_ptrs + group * HALF, mask=out_in[:, None], other=0)
             scale = tl.load(scale_row + group, mask=out_in, other=0.0).to(tl.float32)[:, None]
             low = (codes & 15).to(tl.float32) - 8.0
@@ -122,9 +122,7 @@ def quantized_linear_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + outputs, mask=out_in, other=0.0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + rows[None, :].to(tl.int64) * stride_om + outputs[:, None]
-    tl.store(
-        out_ptrs, total.to(out_ptr.dtype.element_ty), mask=out_in[:, None] & rows_in[None, :]
-    )
+    tl.store(out_ptrs, total.to(out_ptr.dtype.element_ty), mask=out_in[:, None] & rows_in[None, :])
 
 
 def quantized_linear_triton(

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_kernels.cpu import native
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_kernels.side_stream import CudaSideStream, SideStream
 from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.resident_weights import ResidentWeights
@@ -86,6 +87,9 @@ def build_engine(
             device=device,
             fuse=config.fuse,
             self_check=config.self_check,
+            quantization=None
+            if config.quantization == "none"
+            else WeightFormat(config.quantization),
         ),
         device,
     )
@@ -164,11 +168,12 @@ def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engin
         faults=faults,
     )
     _log.info(
-        "engine: %s on %s in %s, %s layers, context %d, KV %d pages of %d tokens, "
+        "engine: %s on %s in %s%s, %s layers, context %d, KV %d pages of %d tokens, "
         "adapter pool %d MiB",
         model.spec.model_id,
         model.device,
         str(model.dtype).removeprefix("torch."),
+        f" with {model.spec.quantization} linears" if model.spec.quantization else "",
         "fused" if model.is_fused else "transformers'",
         max_model_len,
         kv_cache.n_pages,

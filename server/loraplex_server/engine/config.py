@@ -23,6 +23,9 @@ class EngineConfig(Options):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "auto, bfloat16, float16 or float32.", Panel.MODEL
     )
+    quantization: Literal["none", "int8", "int4", "fp8"] = option(
+        "none", "Hold the base's linears in 8 or 4 bits: none, int8, int4 or fp8.", Panel.MODEL
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", Panel.MODEL)
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = option(
         0.9,

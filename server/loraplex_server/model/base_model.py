@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_kernels.model_ops import PackedLinear, silu_mul
 from loraplex_kernels.packed_linear import packed_words
+from loraplex_kernels.quantized_linear import BaseLinear, QuantizedLinear
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_kernels.weight_range import WeightRange
 
 from .attention import LayerAttention, install_attention
@@ -24,6 +26,8 @@ from .loader import run_load
 from .model_trace import decoder_of, trace_model
 from .norm import replace_norms
 from .packed_lora_linear import LoraLinear, PackedLoraLinear
+from .quantized_checkpoint import load_quantized, quantization_config
+from .quantized_modules import QuantizedModule, quantization_of, quantize_linears
 from .routed import RoutedMlp, find_mlps
 from .self_check import Reference
 from .served_spec import PackedSlice, served_spec
@@ -66,7 +70,8 @@ class BaseModel:
         self.device = model.device
         self._logits = trace.logits
         packed: dict[str, PackedSlice] = {}
-        self.spec = served_spec(BaseSpec.of(model, model_id), trace, model, packed)
+        spec = BaseSpec.of(model, model_id, quantization=quantization_of(model))
+        self.spec = served_spec(spec, trace, model, packed)
         self.layers: list[LayerAttention] = install_attention(model, trace.attention, self.step)
         self.groups: dict[str, PackedLoraLinear] = self._replace_linears(
             model, exponent_coding, packed
@@ -167,12 +172,7 @@ class BaseModel:
         memory = WeightRange(sum(self._words_of(model, names) for names in grouped))
         for names in grouped:
             modules = [model.get_submodule(name) for name in names]
-            packed = PackedLinear(
-                [_weight(module) for module in modules],
-                [getattr(module, "bias", None) for module in modules],
-                exponent_coding=exponent_coding,
-                memory=memory,
-            )
+            packed = _pack(names, modules, exponent_coding, memory)
             del modules
             group = PackedLoraLinear(_group_name(names), names, packed, self.step)
             groups[group.target.name] = group
@@ -186,7 +186,7 @@ class BaseModel:
 
     def _words_of(self, model: PreTrainedModel, names: Sequence[str]) -> int:
         """Of the memory for packed weights, which a GPU does not need."""
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or isinstance(model.get_submodule(names[0]), QuantizedModule):
             return 0
         shapes = [self.spec.modules[name] for name in names]
         dtype = model.get_parameter(f"{names[0]}.weight").dtype
@@ -202,15 +202,33 @@ def load_base_model(
     fuse: bool = True,
     exponent_coding: bool = True,
     self_check: bool = True,
+    quantization: WeightFormat | None = None,
 ) -> BaseModel:
-    """Loads a causal LM from a directory. Raises ModelError with the reason if it cannot."""
+    """Loads a causal LM from a directory. Raises ModelError with the reason if it cannot.
+
+    ``quantization``: of the linears, which are quantised one by one on the way to ``device``.
+    """
+    stored = quantization_config(path)
+    if stored is not None and quantization is not None:
+        raise ModelError(
+            f"the model at {str(path)!r} is quantised already; leave --quantization out"
+        )
     try:
         model = run_load(
-            lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+            lambda: (
+                AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+                if stored is None
+                else load_quantized(path, stored, dtype=dtype, device=device)
+            )
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model at {str(path)!r} cannot be loaded: {error}") from error
     model.eval().requires_grad_(False)
+    if quantization is not None:
+        try:
+            quantize_linears(model, quantization, device)
+        except ValueError as error:
+            raise ModelError(f"the model at {str(path)!r} cannot be quantised: {error}") from error
     return BaseModel(
         model.to(device),
         model_id,
@@ -245,6 +263,23 @@ def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
         return activated
 
     return gated
+
+
+def _pack(
+    names: Sequence[str], modules: Sequence[nn.Module], exponent_coding: bool, memory: WeightRange
+) -> BaseLinear:
+    """The modules ``names``, which read the same input, as one product."""
+    biases = [getattr(module, "bias", None) for module in modules]
+    quantized = [m.quantized for m in modules if isinstance(m, QuantizedModule)]
+    if not quantized:
+        weights = [_weight(module) for module in modules]
+        return PackedLinear(weights, biases, exponent_coding=exponent_coding, memory=memory)
+    if len(quantized) < len(modules):
+        raise UnsupportedBase(f"some of {', '.join(names)} are quantised and some are not")
+    try:
+        return QuantizedLinear(quantized, biases)
+    except ValueError as error:
+        raise UnsupportedBase(f"{', '.join(names)}: {error}") from error
 
 
 def _weight(module: nn.Module) -> Tensor:

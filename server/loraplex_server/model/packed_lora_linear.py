@@ -16,8 +16,8 @@ from loraplex_adapter_store.operators.contract import BaseProduct
 from loraplex_adapter_store.plan import ModulePlan
 from loraplex_kernels.experts import Activation, StepPairs
 from loraplex_kernels.layout import LoraSegments, LoraTarget
-from loraplex_kernels.model_ops import PackedLinear
 from loraplex_kernels.ops import PreparedTarget
+from loraplex_kernels.quantized_linear import BaseLinear
 from loraplex_router.experts import projection_segments
 
 from .forward_context import FallbackParts, FallbackRows, ForwardContext
@@ -32,7 +32,7 @@ class PackedLoraLinear:
     """One packed base product with the adapters of the step's rows on top."""
 
     def __init__(
-        self, name: str, module_names: Sequence[str], packed: PackedLinear, step: ForwardContext
+        self, name: str, module_names: Sequence[str], packed: BaseLinear, step: ForwardContext
     ) -> None:
         self.target = LoraTarget(name, packed.in_features, packed.out_features)
         self.module_names = tuple(module_names)

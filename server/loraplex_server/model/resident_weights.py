@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loraplex_generation.base_weights import ReadLinear
-from loraplex_kernels.packed_linear import PackedLinear
+from loraplex_kernels.quantized_linear import BaseLinear
 
 from .base_model import BaseModel
 
@@ -25,7 +25,7 @@ class ResidentWeights:
 
     def linear(self, names: Sequence[str]) -> ReadLinear:
         """``names``: all that are packed together, as q, k and v or gate and up are."""
-        packed: PackedLinear = self._groups[tuple(names)]
+        packed: BaseLinear = self._groups[tuple(names)]
         return ReadLinear(lambda: packed.matrix().to(self._dtype))
 
     def tensor(self, name: str) -> Tensor:

@@ -52,8 +52,13 @@ def served_spec(
     modules = {name: shape for name, shape in spec.modules.items() if name in trace.linears}
     conv1d = spec.conv1d
 
+    def held(name: str) -> Tensor:
+        module, _, leaf = name.rpartition(".")
+        tensor: Tensor = getattr(model.get_submodule(module), leaf)
+        return tensor.detach()
+
     def rest(name: str) -> Tensor:
-        return model.get_parameter(name).detach().to("cpu", torch.float32, copy=True)
+        return held(name).to("cpu", torch.float32, copy=True)
 
     def weight(name: str) -> Tensor:
         return packed[name].weight() if name in packed else rest(f"{name}.weight")
@@ -61,7 +66,7 @@ def served_spec(
     def stored(name: str) -> Tensor:
         if name in packed:
             return packed[name].stored()
-        kept = model.get_parameter(f"{name}.weight").detach()
+        kept = held(f"{name}.weight")
         return kept.t() if name in conv1d else kept
 
     def bias(name: str) -> Tensor | None:

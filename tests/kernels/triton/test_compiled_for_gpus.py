@@ -40,6 +40,7 @@ def test_a_sample_of_launches_compiles_without_faults() -> None:
         "fused_kernel",
         "order_pairs_kernel",
         "place_kernel",
+        "quantized_linear_kernel",
         "rms_norm_kernel",
         "rope_and_cache_kernel",
         "row_blocks_kernel",
@@ -50,7 +51,12 @@ def test_a_sample_of_launches_compiles_without_faults() -> None:
     }
     halves = [one for one in compiled if one.named.dtype in ("bf16", "fp16")]
     for one in halves:
-        if one.kernel in ("shrink_kernel", "expand_kernel", "attend_kernel"):
+        if one.kernel in (
+            "shrink_kernel",
+            "expand_kernel",
+            "attend_kernel",
+            "quantized_linear_kernel",
+        ):
             assert one.resources.instructions  # tensor cores, all of one shape
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from loraplex_kernels.roofline import WEIGHT_BITS
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.defaults import host_tier_bytes, step_limits
 from loraplex_server.engine.memory_plan import MemoryPlan, MemoryProfile, plan_memory
@@ -30,10 +31,19 @@ class Base(NamedTuple):
     hidden: int
     ff: int
     vocab: int
+    n_heads: int
+    tied: bool = False
 
-    @property
-    def weights(self) -> int:
-        return int(self.n_parameters * 2)
+    def weights(self, quantization: str = "none") -> int:
+        """Linears of the layers in ``quantization``, everything else in 16 bits."""
+        heads = self.n_heads + 2 * self.n_kv_heads
+        attention = self.hidden * self.head_dim * (heads + self.n_heads)
+        linears = self.n_layers * (attention + 3 * self.hidden * self.ff)
+        assert linears + (1 if self.tied else 2) * self.vocab * self.hidden == pytest.approx(
+            self.n_parameters, rel=0.01
+        )
+        bits = WEIGHT_BITS["bf16" if quantization == "none" else quantization]
+        return int(2 * (self.n_parameters - linears) + linears * bits / 8)
 
     @property
     def token_bytes(self) -> int:
@@ -50,11 +60,11 @@ class Base(NamedTuple):
 
 T4, A10, L40S = Card("T4 16 GB", 15360), Card("A10 24 GB", 23028), Card("L40S 48 GB", 46068)
 A100, H100, H200 = Card("A100 40 GB", 40960), Card("H100 80 GB", 81559), Card("H200", 143771)
-SMOL = Base("SmolLM2-135M", 0.135e9, 30, 3, 64, 576, 1536, 49152)
-LLAMA_1B = Base("Llama-3.2-1B", 1.24e9, 16, 8, 64, 2048, 8192, 128256)
-LLAMA_8B = Base("Llama-3.1-8B", 8.03e9, 32, 8, 128, 4096, 14336, 128256)
-QWEN_32B = Base("Qwen2.5-32B", 32.8e9, 64, 8, 128, 5120, 27648, 152064)
-LLAMA_70B = Base("Llama-3.1-70B", 70.6e9, 80, 8, 128, 8192, 28672, 128256)
+SMOL = Base("SmolLM2-135M", 0.135e9, 30, 3, 64, 576, 1536, 49152, 9, tied=True)
+LLAMA_1B = Base("Llama-3.2-1B", 1.24e9, 16, 8, 64, 2048, 8192, 128256, 32, tied=True)
+LLAMA_8B = Base("Llama-3.1-8B", 8.03e9, 32, 8, 128, 4096, 14336, 128256, 32)
+QWEN_32B = Base("Qwen2.5-32B", 32.8e9, 64, 8, 128, 5120, 27648, 152064, 40)
+LLAMA_70B = Base("Llama-3.1-70B", 70.6e9, 80, 8, 128, 8192, 28672, 128256, 64)
 
 CONTEXT = 512 << 20  # of CUDA and its libraries
 
@@ -74,11 +84,32 @@ TABLE: list[tuple[Card, Base, tuple[float, int] | None]] = [
 ]
 
 
-def planned(card: Card, base: Base, min_tokens: int = 8192) -> MemoryPlan:
+# The same with quantised linears.
+QUANTIZED: list[tuple[Card, Base, str, tuple[float, int] | None]] = [
+    (T4, LLAMA_8B, "int8", (4.3, 28_000)),
+    (T4, LLAMA_8B, "int4", (7.5, 49_000)),
+    (A10, LLAMA_8B, "int8", (11.1, 73_000)),
+    (A10, LLAMA_8B, "int4", (14.2, 93_000)),
+    (A100, QWEN_32B, "int8", (3.1, 10_000)),
+    (A100, QWEN_32B, "int4", (17.2, 56_000)),
+    (L40S, QWEN_32B, "int8", (7.6, 25_000)),
+    (L40S, LLAMA_70B, "int4", None),
+    (H100, LLAMA_8B, "fp8", (62.5, 410_000)),
+    (H100, QWEN_32B, "fp8", (38.8, 127_000)),
+    (H100, LLAMA_70B, "fp8", None),
+    (H100, LLAMA_70B, "int4", (33.9, 89_000)),
+    (H200, LLAMA_70B, "fp8", (57.7, 151_000)),
+    (H200, LLAMA_70B, "int4", (88.6, 232_000)),
+]
+
+
+def planned(
+    card: Card, base: Base, min_tokens: int = 8192, quantization: str = "none"
+) -> MemoryPlan:
     config = EngineConfig()
     limits = step_limits(config, torch.device("cuda"))
     step = base.step(limits.max_step_tokens, limits.max_batch_size)
-    profile = MemoryProfile(card.total_mib << 20, base.weights + CONTEXT, step)
+    profile = MemoryProfile(card.total_mib << 20, base.weights(quantization) + CONTEXT, step)
     return plan_memory(
         profile,
         utilization=config.gpu_memory_utilization,
@@ -93,6 +124,21 @@ def test_what_a_card_leaves(card: Card, base: Base, wanted: tuple[float, int] | 
             planned(card, base)
         return
     plan = planned(card, base)
+    assert (plan.kv_bytes + plan.adapter_bytes) / GIB == pytest.approx(wanted[0], abs=0.06)
+    assert plan.kv_bytes / base.token_bytes == pytest.approx(wanted[1], abs=500)
+
+
+@pytest.mark.parametrize(
+    ("card", "base", "quantization", "wanted"), QUANTIZED, ids=lambda v: getattr(v, "name", None)
+)
+def test_what_a_card_leaves_beside_quantised_linears(
+    card: Card, base: Base, quantization: str, wanted: tuple[float, int] | None
+) -> None:
+    if wanted is None:
+        with pytest.raises(ValueError, match="raise --gpu-memory-utilization"):
+            planned(card, base, quantization=quantization)
+        return
+    plan = planned(card, base, quantization=quantization)
     assert (plan.kv_bytes + plan.adapter_bytes) / GIB == pytest.approx(wanted[0], abs=0.06)
     assert plan.kv_bytes / base.token_bytes == pytest.approx(wanted[1], abs=500)
 

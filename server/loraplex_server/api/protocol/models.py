@@ -17,6 +17,7 @@ class Model(BaseModel):
     root: str
     parent: str | None
     max_model_len: int
+    quantization: str | None = None  # of the base's linears, as "int8"
     permission: list[JsonValue]
 
 

@@ -63,7 +63,8 @@ async def show_model(request: Request, model_id: str, state: State) -> Response:
 
 
 def _base(state: AppState, name: str) -> dict[str, object]:
-    return _card(state, name, state.started, root=state.model_root, parent=None)
+    card = _card(state, name, state.started, root=state.model_root, parent=None)
+    return {**card, "quantization": state.store.base.quantization}
 
 
 def _encoder(state: AppState, encoder: EncoderModel) -> dict[str, object]:

@@ -1,0 +1,124 @@
+"""A quantised base over HTTP: it and its adapters answer as models of the dequantised weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tests.conformance.base_rows import BASE_ROWS
+from tests.conformance.expert_rows import EXPERT_ROWS
+from tests.conformance.judge import explain
+from tests.conformance.load import Answer, Question, ask_all, put_upload
+from tests.conformance.oracle import load_base, make_peft, patched, sharing_copy
+from tests.conformance.own_row import Random
+from tests.conformance.peft_row import PeftRow, moved
+from tests.conformance.tiny_base import save_base, serving
+from tests.support.quantized_oracle import dequantized
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_ROWS = {
+    "lora": PeftRow("lora", lambda: LoraConfig(r=4, target_modules=_LINEARS), moved(0.1)),
+    "dora": PeftRow(
+        "dora", lambda: LoraConfig(r=4, use_dora=True, target_modules=_LINEARS), moved(0.1)
+    ),
+    "ia3": PeftRow(
+        "ia3",
+        lambda: peft.IA3Config(
+            target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+        ),
+        moved(0.3),
+    ),
+}
+_ROUTED = {row.id: row for row in EXPERT_ROWS if row.id in ("mixlora", "mola")}
+_BASES = {row.id: row for row in BASE_ROWS if row.id in ("llama", "qwen3")}
+_PROMPTS = tuple(
+    tuple(torch.randint(3, 300, (n,), generator=torch.Generator().manual_seed(n)).tolist())
+    for n in (7, 40)
+)
+
+
+class _Larger(Random):
+    """Draws that matter among three layers."""
+
+    def __call__(self, *shape: int, std: float) -> Tensor:
+        return super().__call__(*shape, std=5 * std)
+
+
+@dataclass(frozen=True)
+class _Served:
+    models: list[dict[str, object]]  # of /v1/models
+    alone: list[Answer]  # of the base
+    together: dict[str, list[Answer]]  # by adapter; "": the base
+
+
+@pytest.mark.parametrize(
+    ("base_id", "format"), [("llama", "int8"), ("llama", "int4"), ("qwen3", "fp8")]
+)
+def test_a_quantised_base_answers_as_its_dequantised_weights(
+    base_id: str, format: str, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    path = save_base(_BASES[base_id], tmp_path / "base")
+    plain = load_base(path)
+    base = dequantized(plain, format)
+    oracles: dict[str, nn.Module] = {"": base, **_adapters(base, tmp_path)}
+    served = asyncio.run(_serve(path, tmp_path, list(oracles)[1:], format))
+    assert [m["quantization"] for m in served.models if m["parent"] is None] == [format]
+    problems = []
+    for name, model in oracles.items():
+        for prompt, answer in zip(_PROMPTS, served.together[name], strict=True):
+            # the 16-bit base must not explain the base's answers, nor the base an adapter's
+            other = base if name else plain
+            problem = explain(model, other, [Question(prompt, echo=True)], [answer])
+            problems += [] if problem is None else [f"{name or 'base'}: {problem}"]
+    assert problems == []
+    assert served.together[""] == served.alone  # to the bit, whoever shares the steps
+
+
+def _adapters(base: PreTrainedModel, folder: Path) -> dict[str, nn.Module]:
+    """Name of the adapter, saved below ``folder`` → the model that answers as it should."""
+    models: dict[str, nn.Module] = {}
+    for name, row in _ROWS.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            models[name] = make_peft(row, sharing_copy(base), folder / name)
+    for name, routed in _ROUTED.items():
+        made = routed.build(base, _Larger(name))
+        (folder / name).mkdir()
+        (folder / name / "adapter_config.json").write_text(json.dumps(dict(made.config)))
+        tensors = {key: value.contiguous() for key, value in made.tensors.items()}
+        save_file(tensors, folder / name / "adapter_model.safetensors")
+        models[name] = patched(base, made.forwards)
+    return models
+
+
+async def _serve(base: Path, folder: Path, names: list[str], format: str) -> _Served:
+    async with serving(base, folder / "state", quantization=format) as client:
+        models = (await client.get("/v1/models")).json()["data"]
+        for name in names:
+            put = await put_upload(client, name, folder / name)
+            assert put.status == 201, f"{name}: {put.message}"
+        alone = await ask_all(client, [Question(prompt, echo=True) for prompt in _PROMPTS])
+        asked = [(name, prompt) for name in ("", *names) for prompt in _PROMPTS]
+        questions = [Question(prompt, name or None, echo=True) for name, prompt in asked]
+        given = await ask_all(client, questions)
+    together: dict[str, list[Answer]] = {"": [], **{name: [] for name in names}}
+    for (name, _), answer in zip(asked, given, strict=True):
+        together[name].append(answer)
+    return _Served(models, alone, together)

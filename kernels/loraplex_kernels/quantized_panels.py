@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from loraplex_kernels.cpu.model_ops import dtype_code, native_ops
 
@@ -22,35 +23,36 @@ _SCRATCH_BYTES = 4 << 20  # of plain words
 
 
 class QuantizedPanels:
-    """A weight [n_out, in_features] for native code. float32 and bfloat16, inputs even in number.
+    """A weight [n_out, in_features] for native code, of float32 or bfloat16.
 
-    Reentrant. Copies what it is given.
+    A word of k has 32 · unit elements: of each of 32 outputs one (float32) or a pair (bfloat16). A
+    byte of int4 holds an element of a word of the first half of k in its low half, and one of the
+    word as far into the second half in its high half. Reentrant. Copies what it is given.
     """
 
     def __init__(self, weight: QuantizedWeight) -> None:
         self._format, self._dtype = weight.format, weight.dtype
         self._n_out, self._in_features = weight.shape
-        self._group_size = weight.group_size
         self._unit = 2 if self._dtype.itemsize == 2 else 1  # elements of a 32-bit word
+        self._group_size = weight.group_size
         n_panels = -(-self._n_out // PANEL)
-        codes, scales = _in_order(weight), weight.scales
         missing = n_panels * PANEL - self._n_out
-        if missing:
-            codes = torch.cat([codes, codes.new_zeros(missing, codes.shape[1])])
-            scales = torch.cat([scales, scales.new_zeros(missing, scales.shape[1])])
-        step = 1 if self._format is WeightFormat.INT4 else self._unit  # codes of an output, by word
-        # [n_panels, words, 32, step]
-        self._codes = codes.view(n_panels, PANEL, -1, step).transpose(1, 2).contiguous()
+        codes = functional.pad(_single_codes(weight), (0, 0, 0, missing))
+        words = codes.view(n_panels, PANEL, -1, self._unit).transpose(1, 2).flatten(2)
+        if self._format is WeightFormat.INT4:
+            low, high = words.chunk(2, dim=1)
+            words = low | high << 4
+        self._codes = words.contiguous()  # [n_panels, words or half of them, 32 · unit]
+        scales = functional.pad(weight.scales, (0, 0, 0, missing))
         self._scales = scales.view(n_panels, PANEL, -1).transpose(1, 2).contiguous()
-        self._at_once = max(
-            1, _SCRATCH_BYTES // (self._in_features * PANEL * weight.dtype.itemsize)
-        )
+        self._at_once = max(1, _SCRATCH_BYTES // (self._in_features * PANEL * 4))
 
     @staticmethod
     def takes(weight: QuantizedWeight) -> bool:
         """Whether native code can multiply by it here."""
         on_cpu = weight.device.type == "cpu" and dtype_code(weight.dtype) is not None
-        return on_cpu and weight.in_features % 2 == 0
+        words_even = 4 if weight.format is WeightFormat.INT4 else 2
+        return on_cpu and weight.in_features % words_even == 0
 
     def into(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Writes x Wᵀ + bias to ``out``; ``x`` [T, in_features], ``out`` [T, n_out] have unit
@@ -78,14 +80,15 @@ class QuantizedPanels:
     def rows(self, outputs: Tensor) -> Tensor:
         """Rows ``outputs`` int64 [T] of W: [T, in_features]."""
         panels, lanes = outputs // PANEL, outputs % PANEL
-        codes = self._codes[panels, :, lanes]  # [T, words, step]
-        scales = self._scales[panels, :, lanes].float()
+        elements = lanes[:, None] * self._unit + torch.arange(self._unit)  # of a word
+        codes = self._codes[panels[:, None], :, elements]  # [T, unit, words]
         values = code_values(codes, self._format)
         if self._format is WeightFormat.INT4:
-            values = values.permute(1, 2, 3, 0)  # [T, pairs, 1, even and odd]
+            values = torch.cat([*values], dim=2)
+        scales = self._scales[panels, :, lanes].float()
         if scales.shape[1] > 1:
             scales = scales.repeat_interleave(self._group_size, dim=1)[:, : self._in_features]
-        return (values.flatten(1) * scales).to(self._dtype)
+        return (values.transpose(1, 2).flatten(1) * scales).to(self._dtype)
 
     @property
     def device(self) -> torch.device:
@@ -97,32 +100,29 @@ class QuantizedPanels:
         return self._codes.nbytes + self._scales.nbytes
 
     def _plain(self, panels: slice) -> Tensor:
-        """Words of some panels, [n, in_features / unit, 32, unit] of the dtype, contiguous."""
-        values = code_values(self._codes[panels], self._format)
-        if self._format is WeightFormat.INT4:  # [2, n, pairs, 32, 1]
-            if self._unit == 2:
-                values = values.squeeze(-1).permute(1, 2, 3, 0)
-            else:
-                values = values.permute(1, 2, 0, 3, 4).flatten(1, 2)
+        """Words of some panels, [n, words, 32 · unit] of the dtype, contiguous."""
+        codes = self._codes[panels]
+        if self._format is WeightFormat.INT4:
+            codes = torch.cat([codes & 15, codes >> 4], dim=1)
+            values = codes.to(torch.float32).sub_(8)
+        else:
+            values = code_values(codes, self._format)
         scales = self._scales[panels].float()
-        if scales.shape[1] > 1:
-            n_words = values.shape[1]
-            scales = scales.repeat_interleave(self._group_size // self._unit, dim=1)[:, :n_words]
-        # written in the order of memory, whatever order the values come in
-        words = torch.empty(values.shape, dtype=self._dtype)
-        return torch.mul(values, scales.unsqueeze(-1), out=words)
+        if self._unit > 1:
+            scales = scales.repeat_interleave(self._unit, dim=2)
+        size = self._group_size // self._unit  # words of a group; the last group may have fewer
+        n_full = values.shape[1] // size
+        grouped = values[:, : n_full * size].view(values.shape[0], n_full, size, values.shape[2])
+        grouped.mul_(scales[:, :n_full, None])
+        values[:, n_full * size :].mul_(scales[:, n_full:])
+        return values.to(self._dtype)
 
 
-def _in_order(weight: QuantizedWeight) -> Tensor:
-    """Codes [n_out, in_features]; of int4 [n_out, in_features / 2], each byte an even input in its
-    low half and the next one in its high half.
-    """
+def _single_codes(weight: QuantizedWeight) -> Tensor:
+    """Codes [n_out, in_features], of int4 each in a byte of its own."""
     if weight.format is not WeightFormat.INT4:
         return weight.codes
     halves = torch.stack([weight.codes & 15, weight.codes >> 4])
-    grouped = halves.view(
-        2, weight.shape[0], -1, weight.group_size // 2
-    )  # [2, n_out, n_groups, g / 2]
-    single = grouped.permute(1, 2, 0, 3).flatten(1)[:, : weight.in_features]
-    pairs: Tensor = single[:, ::2] | single[:, 1::2] << 4
-    return pairs
+    grouped = halves.view(2, weight.shape[0], -1, weight.group_size // 2)
+    single: Tensor = grouped.permute(1, 2, 0, 3).flatten(1)
+    return single[:, : weight.in_features]

@@ -137,7 +137,7 @@ def quantized_linear_triton(
     n_rows, n_out = out.shape
     if out.numel() == 0:
         return
-    tile = _tile_of(n_rows, n_out, x.element_size())
+    tile = _tile_of(n_rows, n_out, x.element_size(), weight.format)
     grid = (triton.cdiv(n_out, tile.block_n), triton.cdiv(n_rows, tile.block_m))
     quantized_linear_kernel[grid](
         x, weight.codes, weight.scales, weight.scales if bias is None else bias, out,
@@ -149,14 +149,21 @@ def quantized_linear_triton(
     )  # fmt: skip
 
 
-def _tile_of(n_rows: int, n_out: int, element_size: int) -> _Tile:
-    """Changes no result."""
+def _tile_of(n_rows: int, n_out: int, element_size: int, format: WeightFormat) -> _Tile:
+    """Changes no result.
+
+    x is read once for each tile of outputs, so tiles are as tall as fills a GPU. Four warps over 64
+    outputs would compile to wgmma on Hopper, and to another order of sums.
+    """
     if element_size == 4:
         return _Tile(16, 16, 4, 2)
     if n_rows <= 16:
-        return _Tile(16, 16 if n_out <= _NARROW else 32, 4, 4)
+        if n_out <= _NARROW:
+            return _Tile(16, 16, 4, 4)
+        # e4m3 codes take more registers on their way
+        return _Tile(16, 32, 2, 4) if format is WeightFormat.FP8 else _Tile(16, 64, 2, 3)
     if n_rows <= 32:
-        return _Tile(32, 32, 4, 4)
+        return _Tile(32, 32, 2, 3) if n_out <= _NARROW else _Tile(32, 64, 2, 3)
     return _Tile(64, 32, 4, 3)
 
 

@@ -31,6 +31,7 @@ from .quantized_modules import install_quantized
 __all__ = ["load_quantized", "quantization_config"]
 
 _REMEDY = "load the base's 16-bit weights and start with --quantization int8, int4 or fp8"
+_LEAVES = {"weight_packed", "weight_scale", "weight_scale_inv", "qweight", "qzeros", "scales"}
 _FP8 = torch.float8_e4m3fn
 _log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def load_quantized(
     plain: dict[str, Tensor] = {}
     quantized: dict[str, QuantizedWeight] = {}
     for name, parts in _modules_of(files):
-        if parts.keys() <= {"weight", "bias"} and not _is_fp8(parts.get("weight")):
+        if not _is_quantized(parts):
             plain |= {f"{name}.{leaf}" if name else leaf: t for leaf, t in parts.items()}
             continue
         try:
@@ -236,8 +237,10 @@ def _integers(
     return QuantizedWeight(WeightFormat.INT4, codes, scales, in_features, group_size, dtype)
 
 
-def _is_fp8(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.dtype is _FP8
+def _is_quantized(parts: Mapping[str, Tensor]) -> bool:
+    weight = parts.get("weight")
+    coded = weight is not None and weight.dtype in (_FP8, torch.int8)
+    return coded or bool(parts.keys() & _LEAVES)
 
 
 def _modules_of(files: list[Path]) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from .base_spec import BaseSpec
 from .composite import Composite
-from .content_files import PLAN_FILE, ContentFiles
+from .content_files import PLAN_FILE
 from .errors import AdapterRefused, BaseMismatch, StoredAdapterDamaged, UnservableAdapter
 from .name_record import Content
 from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan
 from .plan_file import peek_plan, read_plan
 
-__all__ = ["ContentLoader", "PlanCheck", "RemoteContents"]
+__all__ = ["ContentFolders", "ContentLoader", "PlanCheck", "RemoteContents"]
 
 PlanCheck = Callable[[AdapterPlan], None]  # raises AdapterRefused for what cannot be served
+
+
+class ContentFolders(Protocol):
+    """Where the files of contents lie."""
+
+    def path(self, digest: str) -> Path:
+        """The folder of a content."""
 
 
 class RemoteContents(Protocol):
@@ -41,7 +49,7 @@ class ContentLoader:
     def __init__(
         self,
         base: BaseSpec,
-        files: ContentFiles,
+        files: ContentFolders,
         prepared: PackedFiles,
         packer: Packer | None,
         check: PlanCheck | None,

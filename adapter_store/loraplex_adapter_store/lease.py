@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 
 from .plan import AdapterPlan
+from .registry import Content
 from .report import JsonValue
+from .selector import Library, Mixture
 
-__all__ = ["AdapterLease"]
+__all__ = ["AdapterLease", "AdapterRecipe"]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecipe:
+    """What a leased plan is made of, so that another process can make the same one."""
+
+    contents: tuple[Content, ...]  # in the order of the selector's names
+    selector: Mixture | Library | None = None  # how they are combined; None: the one as it is
 
 
 class AdapterLease:
@@ -18,7 +29,16 @@ class AdapterLease:
     ``revision`` is 0 for a mixture; its ``name`` is the mixture in words.
     """
 
-    __slots__ = ("_on_release", "_released", "defaults", "digest", "name", "plan", "revision")
+    __slots__ = (
+        "_on_release",
+        "_released",
+        "defaults",
+        "digest",
+        "name",
+        "plan",
+        "recipe",
+        "revision",
+    )
 
     def __init__(
         self,
@@ -26,6 +46,7 @@ class AdapterLease:
         revision: int,
         plan: AdapterPlan,
         on_release: Callable[[str], None],
+        recipe: AdapterRecipe,
         defaults: Mapping[str, JsonValue] = MappingProxyType({}),
     ) -> None:
         """``defaults``: of the name's card."""
@@ -33,6 +54,7 @@ class AdapterLease:
         self.digest = plan.digest
         self.revision = revision
         self.plan = plan
+        self.recipe = recipe
         self.defaults = defaults
         self._on_release = on_release
         self._released = threading.Lock()

@@ -10,7 +10,7 @@ from .composite import Composite
 from .content_loader import ContentLoader
 from .errors import InvalidSelector, LoadCancelled, UnknownAdapter, UnservableAdapter
 from .host_tier import HostTier
-from .lease import AdapterLease
+from .lease import AdapterLease, AdapterRecipe
 from .library import GateOf
 from .name_index import NameIndex
 from .name_record import Content, NameRecord
@@ -49,9 +49,9 @@ class Leasing:
         if isinstance(selector, NameRef):
             return self._acquire_name(selector, cancelled)
         if isinstance(selector, Mixture):
-            return self._acquire_composite(Composite.of_mixture(selector, self._base))
+            return self._acquire_composite(selector, Composite.of_mixture(selector, self._base))
         if isinstance(selector, Library):
-            return self._acquire_composite(Composite.of_library(selector, self._gate_of))
+            return self._acquire_composite(selector, Composite.of_library(selector, self._gate_of))
         raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
 
     def acquire_content(
@@ -74,7 +74,7 @@ class Leasing:
         if self._index.content(content.digest) is None:  # retired between look-up and count
             self._retirement.release(content.digest)
             return None
-        return self._lease(record, plan)
+        return self._lease(record, content, plan)
 
     def find(self, ref: NameRef) -> tuple[NameRecord, Content]:
         """What ``ref`` means now. Raises UnknownAdapter."""
@@ -99,7 +99,7 @@ class Leasing:
                         lambda: self._loader.load(content, cancelled),
                         tenant=tenant_of(record.name),
                     )
-                    return self._lease(record, plan)
+                    return self._lease(record, content, plan)
                 except LoadCancelled:  # by another request, whose load this one waited for
                     if cancelled is not None and cancelled.is_set():
                         raise
@@ -109,7 +109,7 @@ class Leasing:
         finally:
             self._retirement.let_go(content.digest)
 
-    def _acquire_composite(self, composite: Composite) -> AdapterLease:
+    def _acquire_composite(self, selector: Mixture | Library, composite: Composite) -> AdapterLease:
         """The files of the parts are held while the whole is built; it is cached as any content.
 
         The parts themselves do not come to host memory.
@@ -125,14 +125,20 @@ class Leasing:
                 return self._loader.load_composite(composite, parts, digest)
 
             plan = self._tier.lease(digest, sum(part.host_bytes for part in parts), load)
-            return AdapterLease(composite.label, 0, plan, self._retirement.release)
+            recipe = AdapterRecipe(tuple(parts), selector)
+            return AdapterLease(composite.label, 0, plan, self._retirement.release, recipe)
         finally:
             for part in parts:
                 self._retirement.let_go(part.digest)
 
-    def _lease(self, record: NameRecord, plan: AdapterPlan) -> AdapterLease:
+    def _lease(self, record: NameRecord, content: Content, plan: AdapterPlan) -> AdapterLease:
         return AdapterLease(
-            record.name, record.revision, plan, self._retirement.release, record.defaults
+            record.name,
+            record.revision,
+            plan,
+            self._retirement.release,
+            AdapterRecipe((content,)),
+            record.defaults,
         )
 
     def _hold(self, ref: NameRef) -> tuple[NameRecord, Content]:

@@ -28,7 +28,8 @@ from loraplex_server.api.app import build_app
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.engine import Engine
-from loraplex_server.launch import open_store, pooling_of_base
+from loraplex_server.front import pooling_of_base
+from loraplex_server.launch import open_store
 from loraplex_server.settings import HttpConfig, ServerConfig, StoreConfig
 from tests.support.server_process import save_tiny_model
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Protocol
 
-from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_adapter_store.lease import AdapterLease
 
 __all__ = ["DeviceTier", "DeviceUnloads"]
 
@@ -18,7 +18,7 @@ class DeviceTier(Protocol):
     def set_pinned(self, digest: str, pinned: bool) -> None:
         """Keeps an adapter on the device once it is there, or lets it go again."""
 
-    def warm(self, plan: AdapterPlan) -> None:
+    def warm(self, adapter: AdapterLease) -> None:
         """Starts loading an adapter before anybody asks for it."""
 
     async def unload(self, digest: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version as installed_version
 from time import time
 from typing import TYPE_CHECKING
@@ -34,6 +34,7 @@ from loraplex_server.api.middleware.auth import Auth
 from loraplex_server.api.middleware.body_limit import BodyLimit
 from loraplex_server.api.middleware.browser_guard import BrowserGuard
 from loraplex_server.api.middleware.cors import Cors
+from loraplex_server.api.middleware.rate_limit import Meter, RateLimiter
 from loraplex_server.api.middleware.request_context import RequestContext
 from loraplex_server.api.middleware.tracing import Tracing
 from loraplex_server.api.routes import (
@@ -59,6 +60,7 @@ from loraplex_server.api.serving.engine_call import LiveCalls
 from loraplex_server.api.serving.grammars import Grammars
 from loraplex_server.api.serving.response_store import ResponseStore
 from loraplex_server.api.serving.text_pipeline import ChatTokenizer, TextPipeline
+from loraplex_server.api_keys import ApiKey
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.expert_monitor import ExpertMonitor
@@ -110,6 +112,7 @@ def build_app(
     pooling: PoolingPlan | None = None,
     tracing: TracerProvider | None = None,
     faults: Faults | None = None,
+    meter_of: Callable[[ApiKey], Meter] = RateLimiter,
     batch_limits: BatchLimits = BatchLimits(),  # noqa: B008  frozen value
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
@@ -118,7 +121,8 @@ def build_app(
     ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
     the load of routed adapters; ``encoder`` is a model of its own for vectors; ``pooling`` is how
     the base's embeddings are made, by default the normalised mean; ``tracing`` gets a span of each
-    call; ``faults`` is what the other parts report their failures to.
+    call; ``faults`` is what the other parts report their failures to; ``meter_of`` counts what an
+    API key uses of its limits.
 
     ``app.state.parts`` holds the parts, for whoever drains the server.
     """
@@ -200,7 +204,7 @@ def build_app(
     _add_error_handlers(app, [health.router, *(module.router for module in behind_keys)])
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, config=config.http)
-    app.add_middleware(Auth, config=config.http)
+    app.add_middleware(Auth, config=config.http, meter_of=meter_of)
     app.add_middleware(BrowserGuard, config=config.http)
     if tracing is not None:
         app.add_middleware(Tracing, provider=tracing, model=names[0])

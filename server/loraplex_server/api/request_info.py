@@ -8,7 +8,7 @@ from time import perf_counter
 
 from starlette.types import Scope as AsgiScope
 
-from loraplex_server.api.middleware.rate_limit import RateLimiter
+from loraplex_server.api.middleware.rate_limit import Meter
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, Scope
 from loraplex_server.engine.client import TenantShare
 
@@ -32,7 +32,7 @@ class RequestInfo:
     share: TenantShare = field(default_factory=TenantShare)  # of the engine
     scopes: frozenset[Scope] = frozenset()
     access: AdapterAccess = EVERY_ADAPTER
-    meter: RateLimiter | None = None  # of the API key, if it is limited
+    meter: Meter | None = None  # of the API key, if it is limited
     adapter: str | None = None  # for x-loraplex-adapter and the access log
     n_prompt_tokens: int | None = None
     n_output_tokens: int | None = None

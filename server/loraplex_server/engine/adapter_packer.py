@@ -59,7 +59,7 @@ class AdapterPacker:
     ) -> None:
         self._groups = tuple(groups.values())
         self._pool = pool
-        self._capabilities = capabilities
+        self.capabilities = capabilities
         modules = [(group.target, group.module_names) for group in self._groups]
         parts = (
             _FORMAT,
@@ -80,7 +80,7 @@ class AdapterPacker:
 
         Of a prepared plan the size is known, too.
         """
-        self._capabilities.check(plan)
+        self.capabilities.check(plan)
         if isinstance(plan.packed_adapter, PackedAdapter):
             self._check_size(plan, plan.packed_adapter)
 
@@ -127,8 +127,8 @@ class AdapterPacker:
         return DeviceParts.of(
             plan,
             {name: module for name, module in plan.modules.items() if name not in pooled},
-            input_embedding=self._capabilities.input_embedding,
-            output_head=self._capabilities.output_head,
+            input_embedding=self.capabilities.input_embedding,
+            output_head=self.capabilities.output_head,
         )
 
     def dump(self, packed_adapter: object) -> tuple[JsonValue, Sequence[Tensor]]:
@@ -151,7 +151,7 @@ class AdapterPacker:
         return PackedAdapter(tuple(packed), header)
 
     def _check_size(self, plan: AdapterPlan, packed: PackedAdapter) -> None:
-        pool, n_slots, max_rank = self._pool, len(packed.factors), self._capabilities.max_rank
+        pool, n_slots, max_rank = self._pool, len(packed.factors), self.capabilities.max_rank
         if max_rank is not None and packed.rank > max_rank:
             raise LimitExceeded(
                 f"adapter {plan.digest[:12]} has rank {packed.rank}, this server allows "
@@ -167,7 +167,7 @@ class AdapterPacker:
 
     def _pooled_modules(self, plan: AdapterPlan) -> dict[str, ModulePlan]:
         """Low-rank factors, scales and biases on the base's own product."""
-        linears, replaced = self._capabilities.linears, plan.replaced_weights
+        linears, replaced = self.capabilities.linears, plan.replaced_weights
         return {
             name: module
             for name, module in plan.modules.items()

@@ -10,10 +10,8 @@ from dataclasses import replace
 
 import torch
 
-from loraplex_adapter_store.plan import AdapterPlan
-
 from .adapter_packer import AdapterPacker
-from .client import EngineStats, GenerationRequest, Listener
+from .client import AdapterRef, EngineStats, GenerationRequest, Listener
 from .engine_loop import EngineLoop
 from .errors import ContextOverflow, EngineDraining
 from .expert_monitor import ExpertMonitor
@@ -57,9 +55,9 @@ class Engine:
         """Keeps an adapter on the device once it is there, or lets it go again."""
         self._inbox.post(SetPinned(digest, pinned))
 
-    def warm(self, plan: AdapterPlan) -> None:
+    def warm(self, adapter: AdapterRef) -> None:
         """Starts loading an adapter before anybody asks for it."""
-        self._inbox.post(Warm(plan))
+        self._inbox.post(Warm(adapter.plan))
 
     async def unload(self, digest: str) -> int:
         """Frees an idle adapter's place on the device; returns the bytes.

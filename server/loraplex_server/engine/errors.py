@@ -39,6 +39,9 @@ class QueueFull(EngineError):
         super().__init__(message)
         self.retry_after_s = retry_after_s
 
+    def __reduce__(self) -> tuple[type[QueueFull], tuple[str, float]]:
+        return QueueFull, (str(self), self.retry_after_s)  # it crosses processes in a cluster
+
 
 class EngineDraining(EngineError):
     pass
@@ -58,6 +61,9 @@ class NoTokenAllowed(EngineError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+    def __reduce__(self) -> tuple[type[NoTokenAllowed], tuple[str, str]]:
+        return NoTokenAllowed, (str(self), self.param)
 
 
 class AdapterUnservable(EngineError):

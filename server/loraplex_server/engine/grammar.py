@@ -74,7 +74,7 @@ class TokenTrie:
         matcher = self._matcher(spec)
         if matcher.is_error():
             raise GrammarRefused(_reason(matcher.get_error()))
-        return CompiledGrammar(matcher)
+        return CompiledGrammar(matcher, spec)
 
     def _matcher(self, spec: GrammarSpec) -> LLMatcher:
         limits = LLParserLimits(
@@ -104,6 +104,7 @@ class CompiledGrammar:
     """At its beginning, and never moved: requests move copies. Copies cost microseconds."""
 
     matcher: LLMatcher
+    spec: GrammarSpec  # what it was compiled of
 
 
 def _special_tokens(tokenizer_json: str) -> dict[str, int]:

@@ -53,7 +53,11 @@ class LoraplexCollector(Collector):
         faults: Faults,
         config: EngineConfig,
         model_name: str,
+        *,
+        with_engine: bool = True,
     ) -> None:
+        """``with_engine``: whether ``collect`` tells of the engine, too."""
+        self._with_engine = with_engine
         self._engine = engine
         self._store = store
         self._metrics = metrics
@@ -66,14 +70,21 @@ class LoraplexCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats()
         cards = self._listing
-        yield from self._engine_families(stats)
-        yield from self._tenant_families(stats)
-        yield from self._lora_families(stats, cards)
-        yield from self._store_families(stats, cards)
+        if self._with_engine:
+            yield from self.engine_families(stats)
+        yield from self._token_families()
+        yield from self._store_families(cards)
         yield from self._adapter_families()
         yield from self._tier_families(stats, cards)
         yield from self._http_families()
         yield self._fault_family()
+
+    def engine_families(self, stats: EngineStats) -> Iterator[Metric]:
+        """Of one engine, by what it said last; names are those of the last listing."""
+        yield from self._engine_families(stats)
+        yield from self._tenant_families(stats)
+        yield from self._lora_families(stats, self._listing)
+        yield from self._device_families(stats)
 
     def refresh_listing(self) -> None:
         """Lists the store if the last listing is old: milliseconds, so not for the event loop."""
@@ -115,13 +126,6 @@ class LoraplexCollector(Collector):
         page, prefix = str(self._config.page_size), str(self._config.prefix_cache)
         info.add_metric((page, str(total), prefix, "0"), 1.0)
         yield info
-        metrics = self._metrics
-        yield counter(
-            "vllm:prompt_tokens", "Prompt tokens of all admitted calls.", metrics.n_prompt_tokens
-        )
-        yield counter(
-            "vllm:generation_tokens", "Tokens generated for all choices.", metrics.n_output_tokens
-        )
         yield counter(
             "vllm:prefix_cache_queries",
             "Prompt tokens looked up in the prefix cache.",
@@ -151,6 +155,15 @@ class LoraplexCollector(Collector):
         yield gauge("loraplex_engine_up", "1 while the engine lives.", float(self._engine.alive))
         age = stats.step_age_s
         yield gauge("loraplex_engine_step_age_seconds", "Since the engine last moved.", age)
+
+    def _token_families(self) -> Iterator[Metric]:
+        counter, metrics = self._counter, self._metrics
+        yield counter(
+            "vllm:prompt_tokens", "Prompt tokens of all admitted calls.", metrics.n_prompt_tokens
+        )
+        yield counter(
+            "vllm:generation_tokens", "Tokens generated for all choices.", metrics.n_output_tokens
+        )
         finished = CounterMetricFamily(
             "vllm:request_success",
             "Choices by how they ended.",
@@ -230,8 +243,8 @@ class LoraplexCollector(Collector):
             stats.pool_slots_total,
         )
 
-    def _store_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
-        gauge, counter = self._gauge, self._counter
+    def _device_families(self, stats: EngineStats) -> Iterator[Metric]:
+        counter = self._counter
         pool = GaugeMetricFamily(
             "loraplex_adapter_pool_bytes", "Device pool of adapter pages.", labels=("state",)
         )
@@ -250,6 +263,9 @@ class LoraplexCollector(Collector):
         yield counter(
             "loraplex_adapter_evictions", "Adapters taken off the device for others.", evictions
         )
+
+    def _store_families(self, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
+        gauge, counter = self._gauge, self._counter
         yield gauge("loraplex_adapters_registered", "Registered adapter names.", len(cards))
         held = self._store.stats()
         host = GaugeMetricFamily(

@@ -23,14 +23,16 @@ class RoutingCollector(Collector):
     """At most 16 adapters and 256 pairs of adapter and expert, whatever is registered."""
 
     def __init__(
-        self, store: AdapterStore, experts: ExpertMonitor, semantic: SemanticRouter | None
+        self, store: AdapterStore, experts: ExpertMonitor | None, semantic: SemanticRouter | None
     ) -> None:
+        """``experts``: None where the engine is in other processes."""
         self._store = store
         self._experts = experts
         self._semantic = semantic
 
     def collect(self) -> Iterator[Metric]:
-        yield from self._expert_families()
+        if self._experts is not None:
+            yield from self._expert_families(self._experts)
         if self._semantic is not None:
             stats = self._semantic.stats
             decided = CounterMetricFamily(
@@ -43,7 +45,7 @@ class RoutingCollector(Collector):
                 "loraplex_auto_seconds", "Work of the semantic router.", value=stats.seconds
             )
 
-    def _expert_families(self) -> Iterator[Metric]:
+    def _expert_families(self, experts: ExpertMonitor) -> Iterator[Metric]:
         entropy = GaugeMetricFamily(
             "loraplex_expert_entropy", "Of expert use, 0 to 1, last minute.", labels=("adapter",)
         )
@@ -53,10 +55,10 @@ class RoutingCollector(Collector):
         share = GaugeMetricFamily(
             "loraplex_expert_load", "Share of rows, last minute.", labels=("adapter", "expert")
         )
-        digests = self._experts.digests()[:_MAX_ADAPTERS]
+        digests = experts.digests()[:_MAX_ADAPTERS]
         names = {card.digest: card.name for card in self._store.list()} if digests else {}
         for digest in digests:
-            load = self._experts.load(digest, _WINDOW_S)
+            load = experts.load(digest, _WINDOW_S)
             if load is None or not load.n_rows or digest not in names:
                 continue
             entropy.add_metric((names[digest],), load.entropy)

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_adapter_store.lease import AdapterLease
 from loraplex_server.engine.errors import EngineDead
 from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
@@ -222,8 +222,8 @@ class Device:
     def set_pinned(self, digest: str, pinned: bool) -> None:
         self.told.append(("pin" if pinned else "unpin", digest))
 
-    def warm(self, plan: AdapterPlan) -> None:
-        self.told.append(("warm", plan.digest))
+    def warm(self, adapter: AdapterLease) -> None:
+        self.told.append(("warm", adapter.digest))
 
     async def unload(self, digest: str) -> int:
         if self.dead:

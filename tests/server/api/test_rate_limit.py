@@ -174,28 +174,28 @@ async def test_a_call_that_the_engine_refuses_costs_no_tokens(limited: Front) ->
     assert left(refused) == 100
 
 
-def test_a_bucket_refills_evenly_and_never_above_a_minute() -> None:
+async def test_a_bucket_refills_evenly_and_never_above_a_minute() -> None:
     now = 0.0
     key = replace(FEW, requests_per_minute=6, tokens_per_minute=60)
     meter = RateLimiter(key, lambda: now)
     for _ in range(6):
-        meter.take_request()
+        await meter.take_request()
     with pytest.raises(ApiError, match=r"10\.0 s"):
-        meter.take_request()
+        await meter.take_request()
     now = 10.0
-    meter.take_request()
+    await meter.take_request()
     with pytest.raises(ApiError):
-        meter.take_request()
-    meter.reserve_tokens(60)
+        await meter.take_request()
+    await meter.reserve_tokens(60)
     with pytest.raises(ApiError, match=r"1\.0 s"):
         meter.check_tokens()
     with pytest.raises(ApiError, match=r"may take 30; try again in 30\.0 s"):
-        meter.reserve_tokens(30)
+        await meter.reserve_tokens(30)
     meter.give_back_tokens(29)
     with pytest.raises(ApiError, match=r"1\.0 s"):
-        meter.reserve_tokens(30)
+        await meter.reserve_tokens(30)
     now = 11.0
-    meter.reserve_tokens(30)
+    await meter.reserve_tokens(30)
     now = 1000.0
     meter.give_back_tokens(30)  # never above a minute's worth
     assert meter.headers() == {

@@ -23,7 +23,7 @@ from loraplex_adapter_store.selector import parse_selector
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.engine.adapter_packer import _FORMAT, PackedAdapter
 from tests.support.architectures import tiny_model
-from tests.support.engines import generate_all, running_engine
+from tests.support.engines import PlanLease, generate_all, running_engine
 from tests.support.lora_files import write_lora
 from tests.support.plan_executor import plan_logits
 from tests.support.routed_plans import lora_plan, mixlora_plan
@@ -130,7 +130,7 @@ def _plans(store: AdapterStore, spec: BaseSpec, folder: Path) -> list[AdapterPla
 
 def test_a_warmed_adapter_is_on_the_device_before_anybody_asks(model: PreTrainedModel) -> None:
     with running_engine(model) as engine:
-        engine.warm(engine.packer.prepare(lora_plan(model, rank=4, seed=4)))
+        engine.warm(PlanLease(engine.packer.prepare(lora_plan(model, rank=4, seed=4))))
         while engine.stats().n_adapter_loads == 0:  # published by the loader's wake-up alone
             assert engine.alive
         assert engine.stats().pool_bytes_used > 0

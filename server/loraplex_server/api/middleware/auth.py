@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+from collections.abc import Callable
 from dataclasses import replace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -19,7 +20,7 @@ from loraplex_server.api_keys import Scope as KeyScope
 from loraplex_server.engine.client import TenantShare
 from loraplex_server.settings import HttpConfig
 
-from .rate_limit import RateLimiter
+from .rate_limit import Meter, RateLimiter
 
 __all__ = ["Auth"]
 
@@ -39,11 +40,17 @@ _EVERYTHING = frozenset(KeyScope)
 
 
 class Auth:
-    def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        config: HttpConfig,
+        meter_of: Callable[[ApiKey], Meter] = RateLimiter,
+    ) -> None:
+        """``meter_of``: what counts for a key that is limited."""
         self._app = app
         self._keys = config.api_keys
         self._meters = {
-            key.id: RateLimiter(key)
+            key.id: meter_of(key)
             for key in config.api_keys
             if key.requests_per_minute or key.tokens_per_minute
         }
@@ -58,7 +65,7 @@ class Auth:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
             try:
-                self._check(scope)
+                await self._check(scope)
             except ApiError as error:
                 await ORJSONResponse.of_error(error, scope["path"])(scope, receive, send)
                 return
@@ -66,7 +73,7 @@ class Auth:
             return
         await self._app(scope, receive, send)
 
-    def _check(self, scope: Scope) -> None:
+    async def _check(self, scope: Scope) -> None:
         path, method = scope["path"], scope["method"]
         if path in _OPEN and method in _READS:
             return
@@ -82,7 +89,7 @@ class Auth:
                     403, f"this API key lacks the scope {needed.value!r}", code="missing_scope"
                 )
             if info.meter is not None and needed is not KeyScope.METRICS:
-                info.meter.take_request()
+                await info.meter.take_request()
         elif needed is not KeyScope.ADMIN and not path.startswith(_BATCHES):
             info.scopes = frozenset({KeyScope.INFER})
             if not self._writes_open:  # anybody may ask: what tenants have had here is not theirs

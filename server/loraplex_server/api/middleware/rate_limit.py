@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from loraplex_server.api.errors import invalid, too_many
 from loraplex_server.api_keys import ApiKey
 
-__all__ = ["Bucket", "RateLimiter"]
+__all__ = ["Bucket", "Meter", "RateLimiter"]
+
+
+class Meter(Protocol):
+    """What a call asks of the limits of its key. ``RateLimiter``, or one for several gateways."""
+
+    async def take_request(self) -> None:
+        """Raises ApiError (429), and then takes nothing."""
+
+    def check_tokens(self) -> None:
+        """Raises ApiError (429) while no token is left."""
+
+    @property
+    def most_tokens(self) -> int | None:
+        """Of one call; None: no limit."""
+
+    async def reserve_tokens(self, n: int) -> None:
+        """Raises ApiError, and then takes nothing: 400 if that can never be, 429 if not yet."""
+
+    def give_back_tokens(self, n: int) -> None:
+        """What was reserved and not used."""
+
+    def headers(self) -> Mapping[str, str]:
+        """OpenAI's ``x-ratelimit-*`` for what is limited."""
 
 
 class Bucket:
@@ -48,7 +72,7 @@ class RateLimiter:
         self._requests = bucket(key.requests_per_minute)
         self._tokens = bucket(key.tokens_per_minute)
 
-    def take_request(self) -> None:
+    async def take_request(self) -> None:
         """Raises ApiError (429), and then takes nothing."""
         _check(self._requests, "requests")
         if self._requests is not None:
@@ -63,7 +87,7 @@ class RateLimiter:
         """Of one call; None: no limit."""
         return None if self._tokens is None else self._tokens.size
 
-    def reserve_tokens(self, n: int) -> None:
+    async def reserve_tokens(self, n: int) -> None:
         """Raises ApiError, and then takes nothing: 400 if that can never be, 429 if not yet."""
         if self._tokens is None:
             return

@@ -111,7 +111,7 @@ async def warm_adapter(request: Request, name: AdapterName, state: State) -> Res
     def warm(report: Progress) -> AdapterCard:
         with state.store.acquire(NameRef(name)) as lease:
             if state.device is not None:
-                state.device.warm(lease.plan)
+                state.device.warm(lease)
         return state.store.get(name)
 
     job = state.jobs.start(name, access_of(request), warm)

@@ -227,7 +227,7 @@ class TextCall(ABC):
         except BaseException:
             resolved.release()
             raise
-        generation.start()
+        await generation.start()
         return generation, format_
 
     def _within_key_limit(self, prompts: Sequence[Prompt]) -> Sequence[Prompt]:

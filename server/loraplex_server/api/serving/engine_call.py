@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import ApiError, from_engine
-from loraplex_server.api.middleware.rate_limit import RateLimiter
+from loraplex_server.api.middleware.rate_limit import Meter
 from loraplex_server.engine.client import EngineClient, GenerationRequest
 from loraplex_server.engine.events import FinishReason, TokenEvent
 
@@ -51,7 +51,7 @@ class EngineCall:
         *,
         chosen: ResolvedAdapter,
         live: LiveCalls,
-        meter: RateLimiter | None,
+        meter: Meter | None,
         count: Callable[[TokenEvent], None],
     ) -> None:
         """Takes over ``chosen`` and releases it. ``count`` sees each event as it comes."""
@@ -70,10 +70,10 @@ class EngineCall:
         self._released = False
         live.add(self)
 
-    def reserve(self, n_tokens: int) -> None:
+    async def reserve(self, n_tokens: int) -> None:
         """What the call may take at most. Raises ApiError (429), and then takes nothing."""
         if self._meter is not None:
-            self._meter.reserve_tokens(n_tokens)
+            await self._meter.reserve_tokens(n_tokens)
             self._n_reserved = n_tokens
 
     def spend(self, n_tokens: int) -> None:

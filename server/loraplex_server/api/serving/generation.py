@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import ApiError, from_engine
-from loraplex_server.api.middleware.rate_limit import RateLimiter
+from loraplex_server.api.middleware.rate_limit import Meter
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.events import FinishReason, TokenEvent
@@ -52,7 +52,7 @@ class Generation:
         chosen: ResolvedAdapter,
         live: LiveCalls,
         metrics: CallMetrics,
-        meter: RateLimiter | None,
+        meter: Meter | None,
         prompt_param: str,
         n_prompt_tokens: int,
     ) -> None:
@@ -69,11 +69,11 @@ class Generation:
         self._closed = False
         self._call = EngineCall(engine, chosen=chosen, live=live, meter=meter, count=self._count)
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Submits every choice, or none: raises ApiError and then holds nothing any more."""
         n_output = sum(choice.spec.request.sampling.max_tokens for choice in self._choices)
         try:
-            self._call.reserve(self._n_prompt_tokens + n_output)
+            await self._call.reserve(self._n_prompt_tokens + n_output)
             for choice in self._choices:
                 self._call.submit(choice.spec.request)
             self._is_admitted = True

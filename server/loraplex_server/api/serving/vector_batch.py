@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import from_engine
-from loraplex_server.api.middleware.rate_limit import RateLimiter
+from loraplex_server.api.middleware.rate_limit import Meter
 from loraplex_server.engine.client import EngineClient, GenerationRequest
 from loraplex_server.engine.errors import EngineError, QueueFull
 from loraplex_server.engine.events import FinishReason, TokenEvent
@@ -36,7 +36,7 @@ class VectorBatch:
         chosen: ResolvedAdapter,
         live: LiveCalls,
         metrics: CallMetrics,
-        meter: RateLimiter | None,
+        meter: Meter | None,
         prompt_param: str,
     ) -> None:
         """Takes over ``chosen`` and releases it once nothing runs any more."""
@@ -51,7 +51,7 @@ class VectorBatch:
 
     async def results(self) -> AsyncIterator[tuple[int, Tensor]]:
         """(index of the request, what it asked for), as they come. Raises ApiError."""
-        self._call.reserve(self._n_tokens)
+        await self._call.reserve(self._n_tokens)
         self._submit()
         while self._call.running or self._call.events or self._waiting:
             await self._call.arrival()

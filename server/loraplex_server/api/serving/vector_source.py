@@ -237,7 +237,7 @@ class EncoderVectors(VectorSource):
             raise invalid(f"{self.model} gives one vector a text, not one a token", "task")
         n_prompt = sum(map(len, prompts))
         if self._info.meter is not None:
-            self._info.meter.reserve_tokens(n_prompt)
+            await self._info.meter.reserve_tokens(n_prompt)
         self._info.n_prompt_tokens, self._info.n_output_tokens = n_prompt, 0
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding
         rows = torch.empty(0)

@@ -451,6 +451,10 @@ class AdapterStore:
             load_seconds=tier.load_seconds,
         )
 
+    def host_digests(self) -> tuple[str, ...]:
+        """Of the plans that are in host memory now."""
+        return self._tier.digests()
+
     def acquire(
         self, selector: Selector | str, cancelled: threading.Event | None = None
     ) -> AdapterLease:

@@ -59,6 +59,7 @@ __all__ = [
     "start_services",
     "stop_services",
     "store_root",
+    "tell",
 ]
 
 _LAST_EVENTS_S = 1.0  # for the engine's last events to reach the streams
@@ -158,7 +159,7 @@ async def start_services(services: AppState) -> asyncio.Task[None]:
     for card in services.store.list():
         if card.pinned and services.device is not None:
             services.device.set_pinned(card.digest, True)
-    services.store.on_retired(lambda digest: _tell(loop, lambda: services.unloads.retired(digest)))
+    services.store.on_retired(lambda digest: tell(loop, lambda: services.unloads.retired(digest)))
     watching = asyncio.create_task(services.metrics.loop_lag.watch())
     await services.batches.resume()
     services.grammars.start()
@@ -204,7 +205,8 @@ def pooling_of_base(model_path: Path) -> PoolingPlan | None:
     return read_pooling({name: (model_path / name).read_bytes() for name in present}, StoreLimits())
 
 
-def _tell(loop: asyncio.AbstractEventLoop, message: Callable[[], None]) -> None:
+def tell(loop: asyncio.AbstractEventLoop, message: Callable[[], None]) -> None:
+    """Runs ``message`` on the loop, from any thread. Nothing happens once the loop is closed."""
     with contextlib.suppress(RuntimeError):  # the loop is closed: the device goes down with it
         loop.call_soon_threadsafe(message)
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 
+from .name_record import Content
 from .plan import AdapterPlan
-from .registry import Content
 from .report import JsonValue
 from .selector import Library, Mixture
 

@@ -21,9 +21,11 @@ from loraplex_kernels.factors import AdapterFactors, SliceFactors
 from loraplex_kernels.packed_factors import PackedFactors
 from loraplex_kernels.pool import LoraPool, pool_bytes
 from loraplex_server.model.packed_lora_linear import PackedLoraLinear
+from loraplex_server.model.tensor_parallel import ShardLayout
 
 from .capabilities import EngineCapabilities
 from .device_parts import DeviceParts
+from .parallel.plan_cut import cut_plan, without_shared_bases
 from .plan_tensors import copied
 
 __all__ = ["AdapterPacker", "PackedAdapter"]
@@ -35,14 +37,20 @@ _FORMAT = 6
 
 @dataclass(frozen=True, slots=True)
 class PackedAdapter:
-    """``factors[0]`` are the unrouted ones, then one for each expert."""
+    """``factors[0]`` are the unrouted ones, then one for each expert; so for each rank in turn."""
 
     factors: tuple[PackedFactors, ...]
     rank: int  # the largest of any module
+    n_ranks: int = 1  # of the tensor-parallel group
 
     @property
     def n_bytes(self) -> int:
         return sum(packed.n_bytes for packed in self.factors)
+
+    def of_rank(self, rank: int) -> PackedAdapter:
+        """That rank's alone."""
+        n = len(self.factors) // self.n_ranks
+        return PackedAdapter(self.factors[rank * n : (rank + 1) * n], self.rank)
 
 
 class AdapterPacker:
@@ -56,7 +64,9 @@ class AdapterPacker:
         groups: Mapping[str, PackedLoraLinear],
         pool: LoraPool,
         capabilities: EngineCapabilities,
+        layout: ShardLayout | None = None,  # groups and pool are rank 0's of several
     ) -> None:
+        self._layout = layout
         self._groups = tuple(groups.values())
         self._pool = pool
         self.capabilities = capabilities
@@ -67,6 +77,7 @@ class AdapterPacker:
             pool.exponent_coding,
             modules,
             sorted(capabilities.routable),
+            *([] if layout is None else [layout]),
         )
         self._key = hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -92,10 +103,15 @@ class AdapterPacker:
         if isinstance(plan.packed_adapter, PackedAdapter):
             return plan.packed_adapter
         self.check(plan)
-        sets = [self._pooled_modules(plan), *_expert_modules(plan.experts)]
+        ranks = [plan] if self._layout is None else self._cut(plan, self._layout)
+        sets = [
+            modules
+            for part in ranks
+            for modules in (self._pooled_modules(part), *_expert_modules(part.experts))
+        ]
         rank = max((module.rank for modules in sets for module in modules.values()), default=0)
-        pack = self._pool.pack
-        packed = PackedAdapter(tuple(pack(self._factors(modules)) for modules in sets), rank)
+        factors = tuple(self._pool.pack(self._factors(modules)) for modules in sets)
+        packed = PackedAdapter(factors, rank, len(ranks))
         self._check_size(plan, packed)
         return packed
 
@@ -107,6 +123,8 @@ class AdapterPacker:
         """
         if plan.packed_adapter is not None:
             return plan
+        if self._layout is not None:
+            plan = without_shared_bases(plan)
         packed, pooled = self.pack(plan), self._pooled_modules(plan)
         rest = copied(
             replace(
@@ -123,6 +141,8 @@ class AdapterPacker:
 
     def parts(self, plan: AdapterPlan) -> DeviceParts:
         """All that the LoRA kernels cannot apply: the model does, from the plan's own tensors."""
+        if self._layout is not None:
+            plan = cut_plan(plan, self._layout, 0)
         pooled = self._pooled_modules(plan)
         return DeviceParts.of(
             plan,
@@ -148,22 +168,29 @@ class AdapterPacker:
             image, *tables = tensors[at : at + 5]
             arrays = (table.numpy().copy() for table in tables)  # they stay when the image goes
             packed.append(self._pool.adopt(PackedFactors(image, *arrays)))
-        return PackedAdapter(tuple(packed), header)
+        return PackedAdapter(
+            tuple(packed), header, 1 if self._layout is None else self._layout.size
+        )
 
     def _check_size(self, plan: AdapterPlan, packed: PackedAdapter) -> None:
-        pool, n_slots, max_rank = self._pool, len(packed.factors), self.capabilities.max_rank
+        own = packed.of_rank(0)  # no other has more
+        pool, n_slots, max_rank = self._pool, len(own.factors), self.capabilities.max_rank
         if max_rank is not None and packed.rank > max_rank:
             raise LimitExceeded(
                 f"adapter {plan.digest[:12]} has rank {packed.rank}, this server allows "
                 f"{max_rank}; raise --max-lora-rank"
             )
-        n_bytes = packed.n_bytes + pool_bytes(self.parts(plan).tensors(pool.storage.dtype))
+        n_bytes = own.n_bytes + pool_bytes(self.parts(plan).tensors(pool.storage.dtype))
         if n_bytes > pool.bytes_total or n_slots > pool.n_slots:
             raise LimitExceeded(
                 f"adapter {plan.digest[:12]} needs {n_bytes:,} bytes and {n_slots} slots, the "
                 f"device pool has {pool.bytes_total:,} and {pool.n_slots}; raise --adapter-memory "
                 "or --max-loras"
             )
+
+    @staticmethod
+    def _cut(plan: AdapterPlan, layout: ShardLayout) -> list[AdapterPlan]:
+        return [cut_plan(plan, layout, rank) for rank in range(layout.size)]
 
     def _pooled_modules(self, plan: AdapterPlan) -> dict[str, ModulePlan]:
         """Low-rank factors, scales and biases on the base's own product."""

@@ -32,8 +32,11 @@ from .engine_loop import EngineLoop
 from .inbox import Inbox
 from .kv_cache import KvCache, KvGeometry
 from .memory_plan import MemoryPlan, plan_memory
-from .messages import Wake
+from .messages import Lost, Wake
 from .model_runner import ModelRunner
+from .parallel.other_pools import NoOtherPools
+from .parallel.shard_workers import ShardWorkers
+from .parallel.sharded_model import build_sharded
 from .scheduler import Scheduler
 from .step_profile import profile_memory
 
@@ -79,6 +82,16 @@ def build_engine(
     name = model_id or model_path.name
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = _dtype(config.dtype, device)
+    if config.tensor_parallel_size > 1:
+        sharded = build_sharded(model_path, name, config, dtype=dtype, device=device)
+        try:
+            engine = assemble_engine(
+                sharded.model, config, faults=faults, shard_workers=sharded.workers
+            )
+        except BaseException:
+            sharded.workers.close()
+            raise
+        return BuiltEngine(engine, tokenizer, sharded.spec, name, device, None)
     model = _run_in_temp_thread(
         lambda: load_base_model(
             model_path,
@@ -103,9 +116,15 @@ def assemble_engine(
     config: EngineConfig,
     *,
     faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+    shard_workers: ShardWorkers | None = None,
 ) -> Engine:
-    """The engine around a model that is already loaded; started."""
-    engine = _run_in_temp_thread(lambda: _assemble(model, config, faults), model.device)
+    """The engine around a model that is already loaded; started.
+
+    ``shard_workers``: the other ranks of a model that is cut; the engine closes them.
+    """
+    engine = _run_in_temp_thread(
+        lambda: _assemble(model, config, faults, shard_workers), model.device
+    )
     engine.start()
     return engine
 
@@ -126,22 +145,32 @@ def _run_in_temp_thread(work: Callable[[], _T], device: torch.device) -> _T:
         return executor.submit(work).result()
 
 
-def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engine:
+def _assemble(
+    model: BaseModel, config: EngineConfig, faults: FaultLog, workers: ShardWorkers | None
+) -> Engine:
     limits = step_limits(config, model.device)
     max_model_len = _context(model, config)
     memory = _plan(model, config, limits, max_model_len)
     kv_cache = _kv_cache(model, config, limits, max_model_len, memory.kv_bytes)
     inbox = Inbox(max_queue=config.max_queue)
+    layout = None if workers is None else workers.layout
     adapters = DevicePool(
         model.groups,
         n_bytes=memory.adapter_bytes,
         max_adapters=limits.max_loras,
-        capabilities=EngineCapabilities.of_model(model, max_rank=config.max_lora_rank),
+        capabilities=EngineCapabilities.of_model(
+            model, max_rank=config.max_lora_rank, layout=layout
+        ),
         dtype=model.dtype,
         device=model.device,
         on_loaded=lambda: inbox.post(Wake()),
+        exponent_coding=None if workers is None else False,  # sizes are the same on all ranks
+        layout=layout,
+        others=NoOtherPools() if workers is None else workers,
         faults=faults,
     )
+    if workers is not None:
+        workers.pack_with(adapters.packer)
     runner = ModelRunner(
         model,
         kv_cache,
@@ -163,7 +192,7 @@ def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engin
         inbox,
         max_model_len=max_model_len,
         eos_token_ids=model.eos_token_ids,
-        n_threads=config.threads or _DEFAULT_THREADS,
+        n_threads=config.threads or max(1, _DEFAULT_THREADS // config.tensor_parallel_size),
         forced_tokens=config.forced_tokens,
         faults=faults,
     )
@@ -180,7 +209,10 @@ def _assemble(model: BaseModel, config: EngineConfig, faults: FaultLog) -> Engin
         kv_cache.page_size,
         adapters.pool.bytes_total >> 20,
     )
-    return Engine(loop, inbox, max_model_len=max_model_len)
+    if workers is None:
+        return Engine(loop, inbox, max_model_len=max_model_len)
+    workers.when_lost(lambda why: inbox.post(Lost(why)))
+    return Engine(loop, inbox, max_model_len=max_model_len, on_closed=workers.close)
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:
@@ -190,6 +222,8 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:
+    if config.tensor_parallel_size > 1:  # the other ranks run each step as it is told
+        return None
     return CudaRecorder() if config.cuda_graphs and device.type != "cpu" else None
 
 

@@ -44,6 +44,9 @@ from loraplex_adapter_store.plan import (
 )
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.targets import routable_modules
+from loraplex_server.model.tensor_parallel import ShardLayout
+
+from .parallel.plan_cut import uncut_parts
 
 __all__ = ["APPLIED_FIELDS", "APPLIED_OPERATORS", "EngineCapabilities"]
 
@@ -93,6 +96,7 @@ class EngineCapabilities:
     output_head: str
     n_layers: int
     max_rank: int | None = None  # None: any that fits the device pool
+    layout: ShardLayout | None = None  # of a base that is cut over several processes
 
     @staticmethod
     def of(spec: BaseSpec, *, max_rank: int | None = None) -> EngineCapabilities:
@@ -110,7 +114,9 @@ class EngineCapabilities:
         )
 
     @staticmethod
-    def of_model(model: BaseModel, *, max_rank: int | None = None) -> EngineCapabilities:
+    def of_model(
+        model: BaseModel, *, max_rank: int | None = None, layout: ShardLayout | None = None
+    ) -> EngineCapabilities:
         """Of an engine that runs this model: what was replaced in it can be adapted."""
         of_base = EngineCapabilities.of(model.spec, max_rank=max_rank)
         linears = (name for group in model.groups.values() for name in group.module_names)
@@ -121,6 +127,7 @@ class EngineCapabilities:
             norms=model.norms,
             stacked=model.stacked,
             routable=model.routable,
+            layout=layout,
         )
 
     def check(self, plan: AdapterPlan) -> None:
@@ -170,6 +177,8 @@ class EngineCapabilities:
                 yield f"{name}: no norm of this base"
             yield from _unknown_fields(name, norm, APPLIED_FIELDS[NormPlan])
         yield from _vector_problems(plan.head, plan.pooling)
+        if self.layout is not None:
+            yield from uncut_parts(plan, self.layout)
 
     def _module_problems(self, name: str, module: ModulePlan) -> Iterator[str]:
         if name in self.linears:

@@ -27,6 +27,9 @@ class EngineConfig(Options):
         "none", "Hold the base's linears in 8 or 4 bits: none, int8, int4 or fp8.", Panel.MODEL
     )
     device: str = option("auto", "auto, cpu, cuda or cuda:N.", Panel.MODEL)
+    tensor_parallel_size: _AtLeastOne = option(
+        1, "Processes that each compute a part of every layer: one on each GPU.", Panel.MODEL
+    )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = option(
         0.9,
         "Share of a GPU's memory for weights, KV cache and adapters.",

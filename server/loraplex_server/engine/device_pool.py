@@ -30,6 +30,7 @@ from loraplex_kernels.pool import LoraPool, PoolTensors
 from loraplex_router.experts import PlacedExperts
 from loraplex_server.model.packed_lora_linear import PackedLoraLinear
 from loraplex_server.model.routed import place_experts
+from loraplex_server.model.tensor_parallel import ShardLayout
 
 from .adapter_packer import AdapterPacker, PackedAdapter
 from .capabilities import EngineCapabilities
@@ -37,6 +38,7 @@ from .copy_stream import CopyStream
 from .device import use_device
 from .device_parts import DeviceParts
 from .errors import AdapterLoadFailed, AdapterUnservable, EngineError, NoAdapterPlace
+from .parallel.other_pools import NoOtherPools, OtherPools
 from .resident_adapter import ResidentAdapter
 
 __all__ = ["DevicePool", "Placement"]
@@ -71,10 +73,13 @@ class DevicePool:
         device: torch.device,
         on_loaded: Callable[[], object],
         exponent_coding: bool | None = None,
+        layout: ShardLayout | None = None,
+        others: OtherPools = NoOtherPools(),  # noqa: B008  stateless
         faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         """``on_loaded`` is called once a load is done, on any thread: it must only wake the engine.
 
+        ``layout`` and ``others``: where this is rank 0's pool of several.
         ``exponent_coding``: as of ``LoraPool``; None = where it makes steps faster.
         """
         self.pool = LoraPool(
@@ -83,7 +88,7 @@ class DevicePool:
             n_slots=max_adapters,
             dtype=dtype,
             device=device,
-            max_rank=capabilities.max_rank or _TABLE_RANK,
+            max_rank=self._max_rank(capabilities),
             exponent_coding=prefers_coded_pages(dtype, device)
             if exponent_coding is None
             else exponent_coding,
@@ -91,7 +96,9 @@ class DevicePool:
         self.n_loads = 0
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
-        self.packer = AdapterPacker(groups, self.pool, capabilities)
+        self.packer = AdapterPacker(groups, self.pool, capabilities, layout)
+        others.open(n_bytes=n_bytes, n_slots=max_adapters, max_rank=self._max_rank(capabilities))
+        self._others = others
         self._output_head = capabilities.output_head
         self._device = device
         self._on_loaded = on_loaded
@@ -215,10 +222,14 @@ class DevicePool:
     def close(self) -> None:
         self._loader.shutdown(wait=True, cancel_futures=True)
 
+    @staticmethod
+    def _max_rank(capabilities: EngineCapabilities) -> int:
+        return capabilities.max_rank or _TABLE_RANK
+
     def _start_load(self, plan: AdapterPlan, *, asked_for: bool) -> ResidentAdapter | None:
         """None while there is no place. Raises EngineError, and then nothing is taken."""
         try:
-            packed = self.packer.pack(plan)
+            packed = self.packer.pack(plan).of_rank(0)
             on_host = self.packer.parts(plan)
             place = self._reserve(plan.digest, packed, on_host)
             if place is None:
@@ -248,10 +259,12 @@ class DevicePool:
     ) -> ResidentAdapter:
         parts = on_host.with_tensors(place.memory.tensors)
         mark = self._copies.mark()
+        load_elsewhere = self._others.load(plan, place.slots[0])
 
         def load() -> Mapping[str, PlacedExperts]:
             """Loader thread."""
             self._copies.run(mark, lambda: self._copy(place, on_host))
+            load_elsewhere()
             gated = {
                 name: replace(experts, gate=parts.gates[name])
                 for name, experts in plan.experts.items()
@@ -324,6 +337,7 @@ class DevicePool:
         """Frees all it takes; returns the bytes."""
         del self._residents[resident.digest]
         self._arriving = [other for other in self._arriving if other is not resident]
+        self._others.forget(resident.digest)
         return self._free(_Place(resident.slots, resident.memory))
 
     def _free(self, place: _Place) -> int:
@@ -341,6 +355,7 @@ class DevicePool:
     def _publish(self, resident: ResidentAdapter) -> None:
         """Raises what the load raised."""
         experts = resident.load.result()
+        self._others.publish(resident.digest)
         for slot in resident.slots:
             self.pool.publish(slot)
         resident.experts = experts

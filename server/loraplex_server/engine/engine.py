@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,8 +31,17 @@ class Engine:
     Threads meet in two places: the inbox, and the output router that calls back into event loops.
     """
 
-    def __init__(self, loop: EngineLoop, inbox: Inbox, *, max_model_len: int) -> None:
+    def __init__(
+        self,
+        loop: EngineLoop,
+        inbox: Inbox,
+        *,
+        max_model_len: int,
+        on_closed: Callable[[], object] | None = None,
+    ) -> None:
+        """``on_closed``: once the thread has stopped and nothing is loaded any more."""
         self.loop = loop
+        self._on_closed = on_closed
         self._inbox = inbox
         self._max_model_len = max_model_len
         self._thread = threading.Thread(target=loop.run, name="loraplex-engine", daemon=True)
@@ -115,6 +125,8 @@ class Engine:
         self._inbox.post(Stop())
         self._thread.join()
         self.loop.adapters.close()
+        if self._on_closed is not None:
+            self._on_closed()
 
     def _new_request(self, source: GenerationRequest, listener: Listener) -> Request:
         """Raises ContextOverflow if the request can never run."""

@@ -30,7 +30,7 @@ from .events import FinishReason, TokenEvent, TokenLogprobs
 from .expert_monitor import ExpertMonitor
 from .inbox import Inbox
 from .kv_cache import KvCache
-from .messages import Cancel, FailAll, Message, SetPinned, Stop, Submit, Unload, Wake, Warm
+from .messages import Cancel, FailAll, Lost, Message, SetPinned, Stop, Submit, Unload, Wake, Warm
 from .model_runner import ModelRunner, StepResult
 from .output_router import OutputRouter
 from .pooling import PooledRows, Pooling
@@ -143,6 +143,8 @@ class EngineLoop:
                 freed_bytes.send(self.adapters.drop(digest))
             case FailAll(error):
                 self._fail_all(error)
+            case Lost(why):
+                raise RuntimeError(why)
             case Stop():
                 self._is_stopping = True
             case Wake():

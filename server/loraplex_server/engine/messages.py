@@ -13,6 +13,7 @@ from .request import Request
 __all__ = [
     "Cancel",
     "FailAll",
+    "Lost",
     "Message",
     "Reply",
     "SetPinned",
@@ -77,6 +78,13 @@ class FailAll:
 
 
 @dataclass(frozen=True, slots=True)
+class Lost:
+    """A process of the engine has died, and with it the engine."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """Nothing to do but a step: a load is done."""
 
@@ -86,4 +94,4 @@ class Stop:
     pass
 
 
-Message = Submit | Cancel | SetPinned | Warm | Unload | FailAll | Wake | Stop
+Message = Submit | Cancel | SetPinned | Warm | Unload | FailAll | Lost | Wake | Stop

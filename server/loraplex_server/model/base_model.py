@@ -22,6 +22,7 @@ from .embedding import replace_embeddings
 from .errors import ModelError, UnsupportedBase
 from .forward_context import ForwardContext
 from .fused_decoder import FusedDecoder
+from .gathered_head import GatheredHead
 from .loader import run_load
 from .model_trace import decoder_of, trace_model
 from .norm import replace_norms
@@ -33,6 +34,7 @@ from .self_check import Reference
 from .served_spec import PackedSlice, served_spec
 from .stacked_experts import replace_experts
 from .targets import group_modules
+from .tensor_parallel import Shard
 
 __all__ = ["BaseModel", "load_base_model"]
 
@@ -51,6 +53,7 @@ class BaseModel:
         fuse: bool = True,
         exponent_coding: bool = True,  # weights, where that pays (see ``PackedLinear``)
         self_check: bool = True,
+        shard: Shard | None = None,  # of which ``model`` has the linears, see ``shard_loader``
     ) -> None:
         """Takes the instance over: its linears, norms and attention are replaced.
 
@@ -61,6 +64,9 @@ class BaseModel:
         config = model.config.get_text_config()
         self.model_type = str(config.model_type)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
+        self._shard = shard
+        if shard is not None:
+            self.vocab_size = shard.layout.vocab_size
         with _named(model, model_id):
             trace = trace_model(model)
             reference = Reference.capture(model, trace) if self_check else None
@@ -82,6 +88,11 @@ class BaseModel:
         self.norms = replace_norms(model, self.step)  # names, as are ``embeddings``
         self.embeddings = replace_embeddings(model, self.step)
         self.stacked = replace_experts(model, self.step)  # names of parameters
+        if shard is not None:
+            own = self.groups[self.spec.output_head]
+            self.groups[own.target.name] = PackedLoraLinear(
+                own.target.name, own.module_names, GatheredHead(own.packed, shard), self.step
+            )
         self.head = self.groups[self.spec.output_head]
         for name, mlp in self.mlps.items():
             model.set_submodule(name, mlp)
@@ -96,6 +107,11 @@ class BaseModel:
         )
         self.n_kv_heads = self.spec.n_kv_heads
         self.head_dim = self.spec.head_dim
+        if shard is not None and self._fused is None:
+            raise UnsupportedBase(
+                f"the base {model_id!r} ({type(model).__name__}) is not cut over several "
+                "processes yet; serve it without --tensor-parallel-size"
+            )
         if reference is not None:
             with _named(model, model_id):
                 reference.check(self, model)
@@ -119,6 +135,9 @@ class BaseModel:
     def attach_kv(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for layer, k, v in zip(self.layers, keys, values, strict=True):
             layer.keys, layer.values = k, v
+        if self._shard is not None and self._shard.others is not None:
+            n_pages, _, page_size, _ = keys[0].shape
+            self._shard.others.attach_kv(n_pages, page_size)
 
     def new_kv(self, n_pages: int, page_size: int) -> list[Tensor]:
         """Keys or values of every layer, [n_pages, n_kv_heads, page_size, head_dim], zeroed."""
@@ -133,8 +152,14 @@ class BaseModel:
     def forward(self, embeddings: Tensor) -> Tensor:
         """Final normed hidden states [n, hidden_size] of the step's kept rows, in their order.
 
-        May reuse its input.
+        May reuse its input. Of a model that is cut: rank 0 has the others run their parts.
         """
+        if self._shard is not None and self._shard.others is not None:
+            with self._shard.others.step(self.step, embeddings):
+                return self._forward(embeddings)
+        return self._forward(embeddings)
+
+    def _forward(self, embeddings: Tensor) -> Tensor:
         if self._fused is not None:
             return self._fused(embeddings)
         return self.run_modules(embeddings)
@@ -174,7 +199,9 @@ class BaseModel:
             modules = [model.get_submodule(name) for name in names]
             packed = _pack(names, modules, exponent_coding, memory)
             del modules
-            group = PackedLoraLinear(_group_name(names), names, packed, self.step)
+            group = PackedLoraLinear(
+                _group_name(names), names, packed, self.step, self._reduce_of(names)
+            )
             groups[group.target.name] = group
             for name, module in zip(names, LoraLinear.of_group(group), strict=True):
                 parent = model.get_submodule(name.rpartition(".")[0])
@@ -183,6 +210,12 @@ class BaseModel:
             if self.device.type != "cpu":
                 torch.cuda.empty_cache()  # what was freed has other sizes than what comes next
         return groups
+
+    def _reduce_of(self, names: Sequence[str]) -> Callable[[Tensor], None] | None:
+        shard = self._shard
+        if shard is None or not shard.layout.is_summed(names[0]):
+            return None
+        return shard.collective.all_reduce
 
     def _words_of(self, model: PreTrainedModel, names: Sequence[str]) -> int:
         """Of the memory for packed weights, which a GPU does not need."""

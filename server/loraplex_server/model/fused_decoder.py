@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from loraplex_kernels.cpu.decoder import (
     DecoderLayer,
@@ -29,7 +29,7 @@ from .norm import RmsNorm
 from .packed_lora_linear import PackedLoraLinear
 from .routed import RoutedMlp
 
-__all__ = ["FusedDecoder"]
+__all__ = ["FusedDecoder", "is_fusable"]
 
 _FUSABLE = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm, rotary, SiLU-gated MLP
 
@@ -46,6 +46,11 @@ class _Layer:
     cache: LayerAttention
     scale: float
     window: int | None
+
+
+def is_fusable(config: PretrainedConfig) -> bool:
+    """Whether the layers of such a base can run as this list of kernels."""
+    return config.model_type in _FUSABLE and getattr(config, "hidden_act", "") == "silu"
 
 
 class FusedDecoder:
@@ -83,7 +88,7 @@ class FusedDecoder:
     ) -> FusedDecoder | None:
         """None if the architecture is not one of the fusable ones."""
         config = decoder.config
-        if config.model_type not in _FUSABLE or getattr(config, "hidden_act", "") != "silu":
+        if not is_fusable(config):
             return None
         rotary = decoder.rotary_emb
         if any(
@@ -218,9 +223,12 @@ class FusedDecoder:
 
 
 def _native_layer(layer: _Layer) -> DecoderLayer | None:
-    """None if native code has no such layer (Qwen3's norms of heads), or it is not attached yet."""
+    """None if native code has no such layer (Qwen3's norms of heads; a layer that other ranks have
+    parts of), or it is not attached yet."""
     keys, values = layer.cache.keys, layer.cache.values
     if keys is None or values is None or layer.q_norm is not None or layer.k_norm is not None:
+        return None
+    if layer.out.reduce is not None:
         return None
     return DecoderLayer(
         input_norm=Norm(layer.input_norm.weight, layer.input_norm.eps),

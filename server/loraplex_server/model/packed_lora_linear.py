@@ -32,13 +32,20 @@ class PackedLoraLinear:
     """One packed base product with the adapters of the step's rows on top."""
 
     def __init__(
-        self, name: str, module_names: Sequence[str], packed: BaseLinear, step: ForwardContext
+        self,
+        name: str,
+        module_names: Sequence[str],
+        packed: BaseLinear,
+        step: ForwardContext,
+        reduce: Callable[[Tensor], None] | None = None,
     ) -> None:
+        """``reduce``: adds what the other ranks made of their parts of ``x``, in place."""
         self.target = LoraTarget(name, packed.in_features, packed.out_features)
         self.module_names = tuple(module_names)
         self.packed = packed
         self.lora: PreparedTarget | None = None  # set when the device pool is built
         self.apply_slice: ApplySlice | None = None
+        self.reduce = reduce
         self._step = step
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -51,6 +58,8 @@ class PackedLoraLinear:
         self._add_unpooled(x, out, step.fallback)
         if step.routes_projections:
             self._apply_projection_experts(x, out)
+        if self.reduce is not None:
+            self.reduce(out)
         return out
 
     def add_step_adapters(self, x: Tensor, out: Tensor) -> None:

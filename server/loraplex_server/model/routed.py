@@ -85,7 +85,10 @@ class RoutedMlp(nn.Module):
         """``hidden`` [n_rows, hidden_size]."""
         routed = self._step.routed.get(self.name)
         if routed:
-            return mixed_mlp(hidden, self._block, routed)
+            out = mixed_mlp(hidden, self._block, routed)
+            if self.down.reduce is not None:
+                self.down.reduce(out)
+            return out
         return self.down(self._activation(self.gate_up(hidden)))
 
 

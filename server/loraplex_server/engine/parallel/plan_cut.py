@@ -1,0 +1,126 @@
+"""One rank's part of an adapter, and which adapters can be cut.
+
+With W cut by outputs (q, k, v, gate, up), A is whole and B, scales and biases are cut as W is. With
+W cut by inputs (o, down), A is cut and B is whole:
+
+    scale ⊙ (W x + B A x) + bias = Σ_ranks scale ⊙ (W_r x_r + B A_r x_r)   + bias, on rank 0
+
+so an adapter adds nothing to what the ranks tell each other. Gates, norms and what rank 0 does
+alone (embedding, head, pooling) are whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from loraplex_adapter_store.operators.table import operator_name
+from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
+from loraplex_server.model.tensor_parallel import ShardLayout
+
+__all__ = ["cut_plan", "uncut_parts", "without_shared_bases"]
+
+
+def uncut_parts(plan: AdapterPlan, layout: ShardLayout) -> Iterator[str]:
+    """What of ``plan`` cannot be cut, one sentence each. Looks at names only."""
+    why = "is not cut over several processes yet; serve it without --tensor-parallel-size"
+    for name, module in plan.modules.items():
+        if layout.is_cut(name):
+            for operator in module.operators:
+                yield f"{name}: {operator_name(operator)} {why}"
+    for name in plan.experts:
+        if layout.is_summed(name):
+            yield f"{name}: a gate that reads {name.rpartition('.')[2]}'s inputs {why}"
+    if plan.prefix is not None and plan.prefix.keys:
+        yield f"prefix.keys: {why}"
+
+
+def without_shared_bases(plan: AdapterPlan) -> AdapterPlan:
+    """VeRA's and RandLoRA's bases as ordinary factors, which can be cut."""
+    return replace(plan, modules={name: _unrolled(m) for name, m in plan.modules.items()})
+
+
+def cut_plan(plan: AdapterPlan, layout: ShardLayout, rank: int) -> AdapterPlan:
+    """Views of ``rank``'s part. Of other ranks than 0 the layers' parts alone."""
+    cut = replace(
+        plan,
+        modules={
+            name: cut_module(name, module, layout, rank)
+            for name, module in plan.modules.items()
+            if rank == 0 or (layout.is_cut(name) and _stays(name, module, layout))
+        },
+        experts={
+            name: _cut_experts(experts, layout, rank) for name, experts in plan.experts.items()
+        },
+        replaced_weights=_cut_weights(plan.replaced_weights, layout, rank),
+    )
+    if rank == 0:
+        return cut
+    return replace(
+        cut,
+        prefix=None,
+        embedding_rows={},
+        head_rows={},
+        head=None,
+        pooling=None,
+        chat_template=None,
+    )
+
+
+def cut_module(name: str, module: ModulePlan, layout: ShardLayout, rank: int) -> ModulePlan:
+    """As ``cut_plan``, of one linear."""
+    if not layout.is_cut(name):
+        return module
+    module = _unrolled(module)
+    outputs = layout.outputs(name, rank) or slice(None)
+    inputs = layout.inputs(name, rank) or slice(None)
+    return replace(
+        module,
+        a=_at(module.a, (slice(None), inputs)),
+        b=_at(module.b, (outputs,)),
+        in_scale=_at(module.in_scale, (inputs,)),
+        out_scale=_at(module.out_scale, (outputs,)),
+        bias=layout.cut_bias(name, module.bias, rank),
+    )
+
+
+def _stays(name: str, module: ModulePlan, layout: ShardLayout) -> bool:
+    """Whether something of it is left beyond rank 0, which alone adds the bias of a sum."""
+    n_parts = sum(1 for _ in module.tensors())
+    return n_parts > int(module.bias is not None and layout.is_summed(name))
+
+
+def _cut_experts(plan: ExpertPlan, layout: ShardLayout, rank: int) -> ExpertPlan:
+    return replace(
+        plan,
+        experts=tuple(
+            {name: cut_module(name, module, layout, rank) for name, module in expert.items()}
+            for expert in plan.experts
+        ),
+    )
+
+
+def _cut_weights(
+    weights: Mapping[str, Tensor], layout: ShardLayout, rank: int
+) -> dict[str, Tensor]:
+    return {
+        name: layout.cut_weight(name, weight, rank) if layout.is_cut(name) else weight
+        for name, weight in weights.items()
+        if rank == 0 or layout.is_cut(name)
+    }
+
+
+def _unrolled(module: ModulePlan) -> ModulePlan:
+    if module.shared is None:
+        return module
+    a, b = module.shared.factors()
+    if module.a is not None and module.b is not None:
+        a, b = torch.cat([module.a, a]), torch.cat([module.b, b], dim=1)
+    return replace(module, a=a, b=b, shared=None)
+
+
+def _at(tensor: Tensor | None, place: tuple[slice, ...]) -> Tensor | None:
+    return None if tensor is None else tensor[place]

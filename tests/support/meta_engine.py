@@ -195,6 +195,7 @@ def meta_engine(
     *,
     device: torch.device = META,
     compiles: bool = False,  # at start, as a server does
+    shard_workers: Any = None,  # a stand-in, of a base that is cut
     **changes: object,
 ) -> Iterator[MetaEngine]:
     """Around a copy of ``base``; ``changes`` are fields of the config. Warmed up, not started."""
@@ -204,7 +205,9 @@ def meta_engine(
         patch.setattr(device_pool, "ThreadPoolExecutor", _Inline(gpu, loads).begin)
         patch.setattr(build, "_run_in_temp_thread", _at_once)
         patch.setattr(Engine, "start", lambda _: None)
-        engine = build.assemble_engine(on_meta(base, device), config, faults=faults)
+        engine = build.assemble_engine(
+            on_meta(base, device), config, faults=faults, shard_workers=shard_workers
+        )
         if not compiles:
             patch.setattr(model_runner, "run_every_size", lambda *_, **__: None)
         engine.loop.runner.warm_up(engine.loop._scheduler.max_step_tokens)

@@ -83,7 +83,9 @@ def build_engine(
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = _dtype(config.dtype, device)
     if config.tensor_parallel_size > 1:
-        sharded = build_sharded(model_path, name, config, dtype=dtype, device=device)
+        sharded = _run_in_temp_thread(
+            lambda: build_sharded(model_path, name, config, dtype=dtype, device=device), device
+        )
         try:
             engine = assemble_engine(
                 sharded.model, config, faults=faults, shard_workers=sharded.workers

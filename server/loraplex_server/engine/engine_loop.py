@@ -25,6 +25,7 @@ from .errors import (
     EngineDraining,
     EngineError,
     GrammarTooComplex,
+    RankLost,
 )
 from .events import FinishReason, TokenEvent, TokenLogprobs
 from .expert_monitor import ExpertMonitor
@@ -144,7 +145,7 @@ class EngineLoop:
             case FailAll(error):
                 self._fail_all(error)
             case Lost(why):
-                raise RuntimeError(why)
+                raise RankLost(why)
             case Stop():
                 self._is_stopping = True
             case Wake():
@@ -171,6 +172,8 @@ class EngineLoop:
     def _run_chunks(self, chunks: Sequence[ScheduledChunk]) -> None:
         try:
             result = self.runner.run(chunks)
+        except RankLost:
+            raise  # no request is to blame, and nothing can be computed any more
         except Exception as error:
             self._faults.failed("model", error)
             self._run_one_by_one(chunks, error)

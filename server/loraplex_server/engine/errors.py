@@ -9,6 +9,7 @@ EngineError
 ├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
 ├── AdapterLoadFailed  the copy to the device failed: try again
 ├── NoAdapterPlace     the device is taken by pinned adapters: unpin one
+├── RankLost           the engine's processes are not in step any more: it dies of it
 └── EngineDead         the engine thread stopped: nothing can be served
 """
 
@@ -25,6 +26,7 @@ __all__ = [
     "NoAdapterPlace",
     "NoTokenAllowed",
     "QueueFull",
+    "RankLost",
 ]
 
 
@@ -75,6 +77,10 @@ class AdapterLoadFailed(EngineError):
 
 
 class NoAdapterPlace(EngineError):
+    pass
+
+
+class RankLost(EngineError):
     pass
 
 

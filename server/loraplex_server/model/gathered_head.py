@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from loraplex_kernels.packed_linear import PackedLinear
+from loraplex_kernels.quantized_linear import BaseLinear
 
 from .tensor_parallel import Shard
 
@@ -22,7 +23,7 @@ class GatheredHead(PackedLinear):
     native code here is refused or says that there is none.
     """
 
-    def __init__(self, own: PackedLinear, shard: Shard) -> None:
+    def __init__(self, own: BaseLinear, shard: Shard) -> None:
         """``own``: this rank's tokens."""
         self.in_features = own.in_features
         self.out_features = (shard.layout.vocab_size,)

@@ -66,7 +66,7 @@ class Checkpoint:
                 rows = found[f"{name}.weight"]
                 table = rows if rank == 0 else rows[:_TRACED_TOKENS]
                 tensors[f"{name}.weight"] = table
-                model.set_submodule(name, nn.Embedding(*table.shape, device="meta"))
+                model.set_submodule(name, _table_like(table))
         missing = [n for n, _ in model.named_parameters() if n not in tensors]
         tensors |= {name: found[name] for name in missing}
         owned = {name: t.to(device, dtype, copy=True) for name, t in tensors.items()}
@@ -110,6 +110,11 @@ class Checkpoint:
 def _linear_like(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     n_out, n_in = weight.shape
     return nn.Linear(n_in, n_out, bias=bias is not None, device="meta")
+
+
+def _table_like(weight: Tensor) -> nn.Embedding:
+    n_rows, width = weight.shape
+    return nn.Embedding(n_rows, width, device="meta")
 
 
 def _map_tensors(path: Path) -> Mapping[str, Tensor]:

@@ -143,6 +143,44 @@ def test_what_a_card_leaves_beside_quantised_linears(
     assert plan.kv_bytes / base.token_bytes == pytest.approx(wanted[1], abs=500)
 
 
+# The same of rank 0 of so many cards, which holds the embedding beside its part. As in docs/gpu.md.
+SHARED_TABLE: list[tuple[Card, int, Base, tuple[float, int] | None]] = [
+    (L40S, 2, LLAMA_70B, None),
+    (L40S, 4, LLAMA_70B, (5.4, 57_000)),
+    (A100, 4, LLAMA_70B, (0.9, 10_000)),
+    (A100, 8, LLAMA_70B, (17.1, 359_000)),
+    (H100, 2, LLAMA_70B, (4.2, 22_000)),
+    (H100, 4, LLAMA_70B, (36.6, 384_000)),
+    (H100, 8, LLAMA_70B, (52.8, 1_108_000)),
+    (H200, 2, LLAMA_70B, (58.9, 309_000)),
+]
+
+
+def rank_0(base: Base, n_ranks: int) -> Base:
+    """Its part as a base of its own: widths divided, the embedding whole, the head in parts."""
+    table = base.vocab * base.hidden
+    n_parameters = (base.n_parameters - table) / n_ranks + table
+    return base._replace(
+        n_parameters=n_parameters, n_kv_heads=base.n_kv_heads // n_ranks, ff=base.ff // n_ranks
+    )
+
+
+@pytest.mark.parametrize(
+    ("card", "n_ranks", "base", "wanted"), SHARED_TABLE, ids=lambda v: getattr(v, "name", "")
+)
+def test_what_several_cards_leave(
+    card: Card, n_ranks: int, base: Base, wanted: tuple[float, int] | None
+) -> None:
+    part = rank_0(base, n_ranks)
+    if wanted is None:
+        with pytest.raises(ValueError, match="raise --gpu-memory-utilization"):
+            planned(card, part)
+        return
+    plan = planned(card, part)
+    assert (plan.kv_bytes + plan.adapter_bytes) / GIB == pytest.approx(wanted[0], abs=0.06)
+    assert plan.kv_bytes / part.token_bytes == pytest.approx(wanted[1], abs=500)
+
+
 def test_eight_billion_parameters_leave_fifty_gib_of_an_h100() -> None:
     plan = planned(H100, LLAMA_8B)
     assert plan.kv_bytes + plan.adapter_bytes >= 50 * GIB

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 from collections.abc import Mapping, Sequence
@@ -39,12 +40,14 @@ class Channel:
         described = [[str(t.dtype).removeprefix("torch."), list(t.shape)] for t in tensors]
         text = json.dumps({"kind": kind, "fields": fields, "tensors": described}).encode()
         text = text.ljust(_aligned(8 + len(text)) - 8)
+        pieces: list[bytes | memoryview] = [len(text).to_bytes(8, "little") + text]
+        for tensor in tensors:
+            if tensor.numel():
+                pieces.append(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                pieces.append(bytes(_aligned(tensor.nbytes) - tensor.nbytes))
         try:
-            self._end.sendall(len(text).to_bytes(8, "little") + text)
-            for tensor in tensors:
-                data = tensor.contiguous().reshape(-1).view(torch.uint8)
-                self._end.sendall(data.numpy().data)
-                self._end.sendall(bytes(_aligned(tensor.nbytes) - tensor.nbytes))
+            for piece in pieces:  # all are there: no error of ours stops half a frame
+                self._end.sendall(piece)
         except OSError as error:
             raise ChannelClosed(str(error)) from error
 
@@ -61,12 +64,15 @@ class Channel:
             at += _aligned(n_bytes)
         return Frame(head["kind"], head["fields"], tensors)
 
-    def close(self) -> None:
-        """Wakes who waits at either end. Any thread."""
-        try:
+    def wake(self) -> None:
+        """Nothing passes any more: who waits at either end gets ChannelClosed. Any thread."""
+        with contextlib.suppress(OSError):  # the other end was first
             self._end.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the other end was first
-            return
+
+    def close(self) -> None:
+        """Once nobody uses this end."""
+        self.wake()
+        self._end.close()
 
     def _read(self, n_bytes: int) -> Tensor:
         buffer = torch.empty(n_bytes, dtype=torch.uint8)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 
 __all__ = ["ProcessCollective"]
 
@@ -22,10 +24,11 @@ class ProcessCollective:
 
     def __init__(self, meeting: Path, rank: int, size: int, device: torch.device) -> None:
         """Blocks until all ``size`` ranks have come to ``meeting``, a file that nobody made yet."""
-        store = dist.FileStore(str(meeting), size)
+        store = dist.FileStore(str(meeting), size)  # type: ignore[attr-defined]
         self._rank = rank
         self._size = size
-        self._group = _nccl(store, rank, size) if device.type != "cpu" else _gloo(store, rank, size)
+        make = _gloo if device.type == "cpu" else _nccl
+        self._group = make(store, rank, size)
         self._broadcast = dist.BroadcastOptions()
         self._broadcast.rootRank = 0
         self._gather = dist.GatherOptions()
@@ -53,15 +56,15 @@ class ProcessCollective:
         self._group.abort()
 
 
-def _gloo(store: dist.Store, rank: int, size: int) -> dist.ProcessGroupGloo:
-    options = dist.ProcessGroupGloo._Options()
+def _gloo(store: Store, rank: int, size: int) -> Any:
+    options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = _TIMEOUT
     options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
     options._threads = 1
     return dist.ProcessGroupGloo(store, rank, size, options)
 
 
-def _nccl(store: dist.Store, rank: int, size: int) -> dist.ProcessGroupNCCL:
+def _nccl(store: Store, rank: int, size: int) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = _TIMEOUT
     return dist.ProcessGroupNCCL(store, rank, size, options)

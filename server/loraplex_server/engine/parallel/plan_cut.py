@@ -25,17 +25,26 @@ __all__ = ["cut_plan", "uncut_parts", "without_shared_bases"]
 
 
 def uncut_parts(plan: AdapterPlan, layout: ShardLayout) -> Iterator[str]:
-    """What of ``plan`` cannot be cut, one sentence each. Looks at names only."""
-    why = "is not cut over several processes yet; serve it without --tensor-parallel-size"
-    for name, module in plan.modules.items():
-        if layout.is_cut(name):
-            for operator in module.operators:
-                yield f"{name}: {operator_name(operator)} {why}"
-    for name in plan.experts:
-        if layout.is_summed(name):
-            yield f"{name}: a gate that reads {name.rpartition('.')[2]}'s inputs {why}"
+    """What of ``plan`` cannot be cut, a line each, and what to do. Looks at names only."""
+    found = [
+        f"{name}: {operator_name(operator)}"
+        for name, module in plan.modules.items()
+        if layout.is_cut(name)
+        for operator in module.operators
+    ]
+    found += [
+        f"{name}: experts of a linear whose inputs are cut"
+        for name in plan.experts
+        if layout.is_summed(name)
+    ]
     if plan.prefix is not None and plan.prefix.keys:
-        yield f"prefix.keys: {why}"
+        found.append("prefix.keys: keys and values of virtual tokens")
+    yield from found
+    if found:
+        yield (
+            f"these parts cannot be cut over {layout.size} processes; serve the adapter without "
+            "--tensor-parallel-size"
+        )
 
 
 def without_shared_bases(plan: AdapterPlan) -> AdapterPlan:

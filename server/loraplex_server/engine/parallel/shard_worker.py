@@ -10,11 +10,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import select
 import signal
 import socket
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +58,8 @@ def main() -> None:
 
 
 def _end_with(life: int) -> None:
-    """``life`` becomes readable when rank 0 has gone, by whatever death."""
-    select.select([life], [], [])
+    """``life`` is at its end when rank 0 has gone, by whatever death."""
+    os.read(life, 1)
     os._exit(1)
 
 
@@ -123,7 +123,7 @@ class _Worker:
         return self._pool
 
     @torch.inference_mode()
-    def _step(self, fields: dict[str, Any]) -> None:
+    def _step(self, fields: Mapping[str, Any]) -> None:
         model, collective = self._model, self._shard.collective
         places = fields["places"]
         joined = torch.empty(n_joined(places), dtype=torch.uint8, device=model.device)
@@ -166,7 +166,7 @@ def _load_all(worker: _Worker, loads: Channel) -> None:
             except Exception as error:
                 _log.exception("the load of adapter %s failed on this rank", fields["digest"][:12])
                 answer = str(error)
-            loads.send("loaded", {"error": answer})
+            loads.send("loaded", {"digest": fields["digest"], "error": answer})
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import Tensor
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.plan_file import pack_plan
 from loraplex_server.engine.adapter_packer import AdapterPacker
+from loraplex_server.engine.errors import RankLost
 from loraplex_server.engine.plan_tensors import copied
 from loraplex_server.model.errors import ModelError
 from loraplex_server.model.forward_context import ForwardContext
@@ -36,16 +37,12 @@ from .collective import ProcessCollective
 from .plan_cut import cut_plan
 from .step_tensors import join, step_tensors
 
-__all__ = ["RankLost", "ShardWorkers", "WorkerSettings"]
+__all__ = ["ShardWorkers", "WorkerSettings"]
 
 _log = logging.getLogger(__name__)
 
 _MODULE = "loraplex_server.engine.parallel.shard_worker"
 _END_S = 10.0  # for a process to end by itself
-
-
-class RankLost(RuntimeError):
-    """The ranks are not in step any more; nothing can be computed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +177,8 @@ class ShardWorkers:
     def forget(self, digest: str) -> None:
         """See ``OtherPools``."""
         self._n_forgotten += 1
-        self._tell("forget", {"digest": digest})
+        with contextlib.suppress(RankLost):  # the next step says so
+            self._tell("forget", {"digest": digest})
 
     def close(self) -> None:
         """Ends the processes: by a word, or after a while by force. Once the engine has stopped."""
@@ -188,7 +186,6 @@ class ShardWorkers:
         for worker in self._workers:
             with contextlib.suppress(ChannelClosed):
                 worker.steps.send("stop", {})
-            worker.loads.close()
         os.close(self._life_end)  # those that load or wait end now
         for worker in self._workers:
             try:
@@ -197,6 +194,7 @@ class ShardWorkers:
                 worker.process.kill()
                 worker.process.wait()
             worker.steps.close()
+            worker.loads.close()
         for watcher in self._watchers:
             watcher.join()
         os.close(self._life)
@@ -220,20 +218,21 @@ class ShardWorkers:
         for end in theirs:
             end.close()
         worker = _Worker(rank, process, *(Channel(ours) for ours, _ in pairs))
-        worker.steps.send(
-            "load",
-            {
-                "path": str(settings.path),
-                "model_id": settings.model_id,
-                "rank": rank,
-                "size": settings.size,
-                "dtype": str(settings.dtype).removeprefix("torch."),
-                "device": str(settings.devices[rank]),
-                "kernels": settings.kernels,
-                "n_threads": settings.n_threads,
-                "meeting": str(self._meeting),
-            },
-        )
+        with contextlib.suppress(ChannelClosed):  # ``join`` says so
+            worker.steps.send(
+                "load",
+                {
+                    "path": str(settings.path),
+                    "model_id": settings.model_id,
+                    "rank": rank,
+                    "size": settings.size,
+                    "dtype": str(settings.dtype).removeprefix("torch."),
+                    "device": str(settings.devices[rank]),
+                    "kernels": settings.kernels,
+                    "n_threads": settings.n_threads,
+                    "meeting": str(self._meeting),
+                },
+            )
         return worker
 
     def _watch(self, worker: _Worker) -> None:
@@ -256,8 +255,8 @@ class ShardWorkers:
         _log.error("%s; the engine cannot go on without it", why)
         for worker in self._workers:
             worker.process.kill()  # it may wait for the others for ever
-            worker.steps.close()
-            worker.loads.close()
+            worker.steps.wake()
+            worker.loads.wake()
         if self._collective is not None:
             self._collective.abort()
         call(why)
@@ -272,7 +271,7 @@ class ShardWorkers:
             yield self._collective
         except BaseException as error:
             self._lose(f"a step broke off on rank 0: {error}")
-            raise
+            raise RankLost(f"a step broke off: {error}") from error
 
     def _tell(self, kind: str, fields: Mapping[str, Any] | None = None) -> None:
         """The same to every rank. Raises RankLost."""
@@ -287,13 +286,16 @@ class ShardWorkers:
 
     def _load(self, plan: AdapterPlan, first_slot: int, after: int) -> None:
         """Loader thread. Waits for every rank's answer, then raises the first error."""
-        errors: list[str] = []
-        for worker, (fields, tensors) in zip(self._workers, self._parts(plan), strict=True):
+        parts = list(self._parts(plan))  # before anything is sent: all ranks get it, or none
+        for worker, (fields, tensors) in zip(self._workers, parts, strict=True):
             worker.loads.send("load", {**fields, "first": first_slot, "after": after}, tensors)
+        errors: list[str] = []
         for worker in self._workers:
-            error = worker.loads.receive().fields["error"]
-            if error is not None:
-                errors.append(f"rank {worker.rank}: {error}")
+            answer = worker.loads.receive().fields
+            if answer["digest"] != plan.digest:
+                self._lose(f"rank {worker.rank} answered for another adapter than was sent")
+            if answer["error"] is not None:
+                errors.append(f"rank {worker.rank}: {answer['error']}")
         if errors:
             raise RuntimeError("; ".join(errors))
 

@@ -34,6 +34,10 @@ def build_sharded(
     """All ranks load at once. Raises ModelError if the base cannot be served in so many parts."""
     if not config.fuse:
         raise ValueError("--no-fuse and --tensor-parallel-size exclude each other; leave one out")
+    if config.quantization != "none":
+        raise ValueError(
+            "--quantization and --tensor-parallel-size do not go together yet; leave one out"
+        )
     size = config.tensor_parallel_size
     devices = devices_of(device, size)
     checkpoint = Checkpoint(path, size)  # refuses before anything is started

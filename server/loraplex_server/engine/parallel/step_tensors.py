@@ -47,7 +47,8 @@ def join(tensors: Mapping[str, Tensor]) -> tuple[Tensor, list[list[Any]]]:
     """(bytes, where each tensor lies among them). On the device of the tensors."""
     pieces, places = [], []
     for name, tensor in tensors.items():
-        data = tensor.contiguous().reshape(-1).view(torch.uint8)
+        flat = tensor.contiguous().flatten()
+        data = flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
         places.append([name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)])
         pieces += [data, data.new_zeros(-data.numel() % _ALIGN)]
     return torch.cat(pieces), places

@@ -1,0 +1,135 @@
+"""A rank of a base cut in two, on the stand-in for a GPU: two sums a layer and nothing else new."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_kernels import packed_linear
+from loraplex_server.engine.parallel.step_tensors import join, step_tensors
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.forward_context import ForwardContext
+from loraplex_server.model.shard_loader import Checkpoint
+from loraplex_server.model.tensor_parallel import Shard, ShardLayout
+from tests.gpu_readiness.test_steps import LAUNCHES, LORA, MODEL, SHORT, decode_step
+from tests.support.architectures import tiny_model
+from tests.support.meta_engine import Run, Wish, meta_engine
+from tests.support.routed_plans import lora_plan, mixlora_plan
+
+SIZE = 2
+MIXLORA = mixlora_plan(MODEL, n_experts=4, top_k=2, rank=4, seed=3)
+
+
+@dataclass
+class _Group:
+    """All of a group but its other processes: what they would be sent is laid together."""
+
+    layout: ShardLayout
+    calls: list[tuple[str, torch.Size, str]] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: object) -> _Group:
+        return self
+
+    def all_reduce(self, x: Tensor) -> None:
+        self.calls.append(("all_reduce", x.shape, x.device.type))
+
+    def broadcast(self, x: Tensor) -> None:
+        self.calls.append(("broadcast", x.shape, x.device.type))
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        self.calls.append(("gather", x.shape, x.device.type))
+        return [x] * SIZE
+
+    def attach_kv(self, n_pages: int, page_size: int) -> None: ...
+
+    @contextmanager
+    def step(self, step: ForwardContext, embeddings: Tensor) -> Iterator[None]:
+        joined, _ = join(step_tensors(step))
+        self.broadcast(joined)
+        self.broadcast(embeddings)
+        yield
+
+    @contextmanager
+    def head(self, x: Tensor) -> Iterator[None]:
+        yield
+
+    def open(self, **_: int) -> None: ...
+
+    def load(self, plan: AdapterPlan, first_slot: int) -> Callable[[], None]:
+        return lambda: None
+
+    def publish(self, digest: str) -> None: ...
+
+    def forget(self, digest: str) -> None: ...
+
+    def pack_with(self, packer: object) -> None: ...
+
+    def when_lost(self, call: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def rank_0(folder: Path, **changes: Any) -> tuple[BaseModel, _Group]:
+    """On the host, its weights as a GPU holds them."""
+    tiny_model("llama", **changes).save_pretrained(folder)
+    checkpoint = Checkpoint(folder, SIZE)
+    group = _Group(checkpoint.layout)
+    own = checkpoint.load(0, dtype=torch.bfloat16, device=torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed_linear, "dtype_code", lambda _: None)
+        shard = Shard(checkpoint.layout, 0, group, group)
+        return BaseModel(own, "tiny", self_check=False, shard=shard), group
+
+
+def run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, plans: list[AdapterPlan | None], **changes: Any
+) -> tuple[Run, _Group]:
+    base, group = rank_0(folder, **changes)
+    with meta_engine(base, monkeypatch, shard_workers=group, tensor_parallel_size=SIZE) as engine:
+        group.calls.clear()
+        ran = engine.run([Wish(plan, sampling=SHORT) for plan in plans])
+    assert [repr(error)[:300] for error in ran.errors] == []
+    return ran, group
+
+
+@pytest.mark.parametrize("plans", [[None, None], [LORA, None], [MIXLORA, LORA, None]])
+def test_a_step_adds_two_sums_a_layer(
+    plans: list[AdapterPlan | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran, group = run(tmp_path, monkeypatch, plans)
+    assert ran.findings == []
+    steps = [s for s in ran.steps if s.kernels]
+    n_rows = len(plans)
+    of_a_step = len(group.calls) // len(steps)
+    assert of_a_step * len(steps) == len(group.calls)
+    last = group.calls[-of_a_step:]
+    hidden, vocab = MODEL.config.hidden_size, MODEL.config.vocab_size
+    assert last == [
+        ("broadcast", last[0][1], "meta"),  # where the rows are and whose
+        ("broadcast", (n_rows, hidden), "meta"),
+        *[("all_reduce", (n_rows, hidden), "meta")] * (2 * MODEL.config.num_hidden_layers),
+        ("broadcast", (n_rows, hidden), "meta"),
+        ("gather", (n_rows, vocab // SIZE), "meta"),
+    ]
+
+
+@pytest.mark.parametrize("mixture", LAUNCHES)
+def test_a_layer_launches_what_it_does_alone(
+    mixture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = []
+    for n_layers in (2, 4):
+        model = tiny_model("llama", num_hidden_layers=n_layers)
+        lora = lora_plan(model, rank=4, seed=9)
+        plans = [lora, None, lora] if "lora" in mixture else [None, None]
+        ran, _ = run(tmp_path / str(n_layers), monkeypatch, plans, num_hidden_layers=n_layers)
+        counts.append(len(decode_step(ran).kernels))
+    assert (counts[1] - counts[0]) / 2 <= LAUNCHES[mixture]

@@ -1,0 +1,157 @@
+"""The cut of a base: what its ranks compute together is what transformers computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, PretrainedConfig
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.errors import ModelError, UnsupportedBase
+from loraplex_server.model.gathered_head import GatheredHead
+from loraplex_server.model.shard_loader import Checkpoint
+from loraplex_server.model.tensor_parallel import ShardLayout
+from tests.server.parallel.threads import ThreadGroup, load_ranks, run_ranks
+from tests.support.architectures import tiny_model
+from tests.support.tiny_models import tiny_llama
+
+TOKENS = torch.tensor([5, 9, 33, 7, 60, 12, 3])
+
+
+def bind(model: BaseModel) -> None:
+    """One request of all tokens."""
+    n = len(TOKENS)
+    model.attach_kv(model.new_kv(1, 16), model.new_kv(1, 16))
+    step = model.step
+    step.positions, step.slot_mapping = torch.arange(n), torch.arange(n)
+    step.page_table = torch.zeros(1, 1, dtype=torch.int32)
+    step.query_starts = torch.tensor([0, n], dtype=torch.int32)
+    step.kv_lens = torch.tensor([n], dtype=torch.int32)
+
+
+def logits_of(ranks: list[BaseModel]) -> torch.Tensor:
+    """float32 [n_tokens, vocab_size]."""
+    embeddings = ranks[0].embed(TOKENS)
+
+    def run(rank: int) -> torch.Tensor | None:
+        with torch.inference_mode():
+            model = ranks[rank]
+            bind(model)
+            hidden = model.forward(embeddings.clone())
+            if rank == 0:
+                return model.logits(hidden)
+            assert isinstance(model.head.packed, GatheredHead)
+            model.head.packed.compute(hidden)
+            return None
+
+    found = run_ranks(len(ranks), run)[0]
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "size"),
+    [("llama", 2), ("llama", 4), ("mistral", 2), ("qwen2", 2), ("qwen3", 2), ("biases", 2)],
+)
+def test_ranks_compute_what_transformers_does(model_type: str, size: int, tmp_path: Path) -> None:
+    """Over four ranks each of the two KV heads is held twice; 300 tokens are padded nowhere."""
+    model = tiny_llama(bias=True) if model_type == "biases" else tiny_model(model_type)
+    model.save_pretrained(tmp_path)
+    group = ThreadGroup(size)
+    ranks = load_ranks(tmp_path, size, group)
+    assert all(rank.is_fused for rank in ranks)
+    with torch.no_grad():
+        expected = model(TOKENS.unsqueeze(0)).logits[0]
+    torch.testing.assert_close(logits_of(ranks), expected, rtol=1e-4, atol=1e-4)
+    assert group.n_reduced == 2 * len(ranks[0].layers)
+
+
+def test_a_rank_holds_its_part_alone(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    ranks = load_ranks(tmp_path, 2, ThreadGroup(2))
+    whole = BaseModel(model, "tiny")
+
+    def n_bytes(base: BaseModel) -> int:
+        return sum(group.packed.n_bytes for group in base.groups.values())
+
+    assert all(n_bytes(rank) <= 0.55 * n_bytes(whole) for rank in ranks)  # panels are padded
+    assert ranks[1].embed(torch.tensor([0, 1])).shape == (2, 64)
+    assert ranks[1]._embedding.weight.shape[0] == 2
+    assert ranks[0].n_kv_heads == whole.n_kv_heads // 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_readers_of_adapters_see_the_whole_base(tied: bool, tmp_path: Path) -> None:
+    model = tiny_llama(tied=tied, bias=True)
+    model.save_pretrained(tmp_path)
+    spec = Checkpoint(tmp_path, 2).spec("tiny", torch.float32)
+    expected = BaseSpec.of(model, "tiny")
+    for name in ("fingerprint", "modules", "embeddings", "parameters", "norms", "n_heads"):
+        assert getattr(spec, name) == getattr(expected, name), name
+    for name in expected.modules:
+        assert torch.equal(spec.weight(name), expected.weight(name))
+
+
+def config_of(**changes: object) -> PretrainedConfig:
+    return AutoConfig.for_model(
+        "llama",
+        **{
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "vocab_size": 100,
+            **changes,
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "said"),
+    [
+        ({}, 3, "8 attention heads, which 3 processes cannot share"),
+        ({"intermediate_size": 99}, 2, "99 columns in the MLP"),
+        (
+            {"hidden_size": 96, "num_attention_heads": 12, "num_key_value_heads": 4},
+            6,
+            "4 KV heads: 6 processes can neither",
+        ),
+        ({"vocab_size": 3}, 4, "vocabulary is too small"),
+    ],
+)
+def test_what_cannot_be_cut_evenly_is_refused(
+    changes: dict[str, object], size: int, said: str
+) -> None:
+    with pytest.raises(UnsupportedBase, match=said):
+        ShardLayout.of(config_of(**changes), size)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "phi3"])
+def test_other_architectures_are_refused(model_type: str, tmp_path: Path) -> None:
+    tiny_model(model_type).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedBase, match="without --tensor-parallel-size"):
+        Checkpoint(tmp_path, 2)
+
+
+def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="is quantised"):
+        Checkpoint(tmp_path, 2)
+
+
+def test_every_output_and_input_is_on_one_rank() -> None:
+    layout = ShardLayout.of(config_of(), 4)
+    for leaf, width in (("q_proj", 64), ("k_proj", 32), ("gate_proj", 96), ("lm_head", 100)):
+        name = "lm_head" if leaf == "lm_head" else f"model.layers.0.x.{leaf}"
+        parts = [layout.outputs(name, rank) for rank in range(4)]
+        assert [i for part in parts if part for i in range(width)[part]] == list(range(width))
+        assert layout.inputs(name, 0) is None
+    for leaf, width in (("o_proj", 64), ("down_proj", 96)):
+        cuts = [layout.inputs(f"model.layers.0.x.{leaf}", rank) for rank in range(4)]
+        assert [i for cut in cuts if cut for i in range(width)[cut]] == list(range(width))

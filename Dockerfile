@@ -20,7 +20,9 @@ COPY kernels kernels
 COPY adapter_store adapter_store
 COPY router router
 COPY server server
-RUN pip install ".[otel]"
+# For Ray Serve and shared adapters: --build-arg EXTRAS=otel,ray,catalogue
+ARG EXTRAS=otel
+RUN pip install ".[$EXTRAS]"
 # The default base and the sentence encoder are part of the image; nothing is fetched at start.
 ENV LORAPLEX_HOME=/opt/loraplex/home
 RUN loraplex pull --quiet

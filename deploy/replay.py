@@ -39,6 +39,7 @@ def main() -> int:
         build, serve = parse(_ROOT / "Dockerfile")
         environment = {
             "TORCH_INDEX": options.torch_index,
+            "EXTRAS": "otel",
             "PATH": os.environ["PATH"],
             "PIP_QUIET": "1",
         }

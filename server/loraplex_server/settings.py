@@ -85,6 +85,11 @@ class HttpConfig(Options):
     insecure: bool = option(
         False, "Serve off loopback without a key; adapters are then read-only.", Panel.HTTP
     )
+    public_metrics: bool = option(
+        False,
+        "Read /metrics without a key, as endpoint pickers of gateways do; for closed networks.",
+        Panel.HTTP,
+    )
     max_body_bytes: Bytes = option(
         16 << 20, "Of a request.", Panel.HTTP, name="max_body_size", metavar="SIZE"
     )

@@ -32,6 +32,11 @@ NAME = re.compile(r"(?:vllm:|loraplex_|http_|process_)[a-z0-9_]+")
 BY = re.compile(r"by \(([a-z_, ]+)\)")
 
 
+PROMETHEUS = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
+SCRAPE = PROMETHEUS["scrape_configs"][0]
+OF_THE_SCRAPE = {rule["target_label"] for rule in SCRAPE["relabel_configs"]}
+
+
 def expressions() -> list[str]:
     return [t["expr"] for panel in DASHBOARD["panels"] for t in panel.get("targets", ())]
 
@@ -80,7 +85,7 @@ def test_what_is_grouped_by_is_a_label_of_its_metric(exposed: dict[str, set[str]
         for labels in BY.findall(expression):
             names = NAME.findall(expression)
             wanted = {label.strip() for label in labels.split(",")}
-            assert all(wanted <= exposed[name] for name in names), expression
+            assert all(wanted <= exposed[name] | OF_THE_SCRAPE for name in names), expression
 
 
 def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
@@ -101,5 +106,15 @@ def test_grafana_finds_its_data_source_and_prometheus_its_target() -> None:
     )["datasources"][0]
     uids = {t["datasource"]["uid"] for p in DASHBOARD["panels"] for t in p.get("targets", ())}
     assert uids == {source["uid"]}
-    scrape = yaml.safe_load((ROOT / "deploy/prometheus/prometheus.yml").read_text())
-    assert scrape["scrape_configs"][0]["static_configs"][0]["targets"] == ["loraplex:8000"]
+    assert SCRAPE["static_configs"][0]["targets"] == ["loraplex:8000"]
+
+
+def test_every_expression_is_of_the_replicas_that_are_chosen() -> None:
+    variable = DASHBOARD["templating"]["list"][0]
+    assert variable["name"] in OF_THE_SCRAPE
+    metric, label = variable["definition"].removeprefix("label_values(")[:-1].split(", ")
+    assert label == variable["name"]
+    assert metric == "loraplex_engine_up"
+    chosen = f'{variable["name"]}=~"${variable["name"]}"'
+    for expression in expressions():
+        assert expression.count(chosen) == len(NAME.findall(expression)), expression

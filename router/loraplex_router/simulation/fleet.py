@@ -40,6 +40,7 @@ class Result:
     host_hits: float
     disk_loads: float
     device_loads_per_request: float
+    disk_loads_per_request: float
     mb_read_per_request: float  # from disk or an object store
     ttft_mean_ms: float
     ttft_p50_ms: float
@@ -62,7 +63,7 @@ def simulate(
     """Runs all requests, ordered by time, to their ends. ``on_progress`` gets how many came."""
     fleet = _Fleet(work, shape, costs, policy)
     n_warm = int(WARM_UP * len(requests))
-    before = (0, 0)
+    before = (0, 0, 0)
     for n, request in enumerate(requests):
         if n == n_warm:
             before = fleet.loads()
@@ -72,8 +73,8 @@ def simulate(
     fleet.run_until(float("inf"))
     counted_from = requests[n_warm].time_s
     served = [one for one in fleet.served if one.request.time_s >= counted_from]
-    n_loads, n_bytes = (a - b for a, b in zip(fleet.loads(), before, strict=True))
-    return _summary(served, n_loads, n_bytes, shape.n_replicas)
+    loads = tuple(a - b for a, b in zip(fleet.loads(), before, strict=True))
+    return _summary(served, loads, shape.n_replicas)
 
 
 class _Fleet:
@@ -111,10 +112,11 @@ class _Fleet:
             self.served += replicas[index].advance(wake_ms)
             self._after(index)
 
-    def loads(self) -> tuple[int, int]:
-        """(loads to a device, bytes read from disk) so far."""
+    def loads(self) -> tuple[int, int, int]:
+        """(loads to a device, loads from disk, bytes of those) so far."""
         return (
             sum(replica.n_device_loads for replica in self.replicas),
+            sum(replica.n_disk_loads for replica in self.replicas),
             sum(replica.n_bytes_read for replica in self.replicas),
         )
 
@@ -127,7 +129,8 @@ class _Fleet:
             self.view[index] = replace(self.view[index], n_pending=replica.n_pending)
 
 
-def _summary(served: Sequence[Served], n_loads: int, n_bytes: int, n_replicas: int) -> Result:
+def _summary(served: Sequence[Served], loads: tuple[int, ...], n_replicas: int) -> Result:
+    n_device_loads, n_disk_loads, n_bytes = loads
     n = len(served)
     ttft = np.array([one.ttft_ms for one in served])
     tiers = np.bincount([one.tier for one in served], minlength=len(Tier)) / n
@@ -137,7 +140,8 @@ def _summary(served: Sequence[Served], n_loads: int, n_bytes: int, n_replicas: i
         device_hits=float(tiers[Tier.DEVICE]),
         host_hits=float(tiers[Tier.HOST]),
         disk_loads=float(tiers[Tier.DISK]),
-        device_loads_per_request=n_loads / n,
+        device_loads_per_request=n_device_loads / n,
+        disk_loads_per_request=n_disk_loads / n,
         mb_read_per_request=n_bytes / n / 1e6,
         ttft_mean_ms=float(ttft.mean()),
         ttft_p50_ms=float(np.quantile(ttft, 0.5)),

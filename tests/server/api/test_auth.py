@@ -125,6 +125,18 @@ async def test_keys_of_one_tenant_share_a_prefix_cache(
     front.store.close()
 
 
+async def test_public_metrics_need_no_key_and_open_nothing_else(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    http = HttpConfig(host="0.0.0.0", api_keys=KEYS, public_metrics=True)
+    front = make_front(tokenizer, base_spec, tmp_path, http)
+    assert (await front.client.get("/metrics")).status_code == 200
+    assert (await front.client.post("/metrics")).status_code == 401
+    for path in ("/metrics/x", "/v1/models", "/v1/adapters"):
+        assert (await front.client.get(path)).status_code == 401
+    front.store.close()
+
+
 async def test_off_loopback_without_a_key_adapters_are_read_only(
     tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
 ) -> None:

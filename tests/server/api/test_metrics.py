@@ -153,6 +153,31 @@ async def test_the_lora_sample_is_one_with_the_time_as_its_value(lora: Front) ->
     assert abs(found[0].value - time()) < 60
 
 
+async def test_an_endpoint_picker_finds_what_its_scorers_read(lora: Front) -> None:
+    """The metric protocol of llm-d and the Gateway API inference extension: gauges, one sample
+    each, the geometry of the cache as labels."""
+    lora.engine.current = EngineStats(
+        n_waiting=2, kv_pages_used=5, kv_pages_total=20, pool_slots_total=8
+    )
+    text = (await lora.client.get("/metrics")).text
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    expected = {
+        "vllm:num_requests_waiting": 2.0,
+        "vllm:num_requests_running": 0.0,
+        "vllm:kv_cache_usage_perc": 0.25,
+        "vllm:gpu_cache_usage_perc": 0.25,
+        "vllm:cache_config_info": 1.0,
+        "vllm:lora_requests_info": pytest.approx(time(), abs=60),
+    }
+    for name, number in expected.items():
+        assert families[name].type == "gauge"
+        assert [sample.value for sample in families[name].samples] == [number], name
+    geometry = families["vllm:cache_config_info"].samples[0].labels
+    assert int(geometry["block_size"]) > 0
+    assert geometry["num_gpu_blocks"] == "20"
+    assert int(families["vllm:lora_requests_info"].samples[0].labels["max_lora"]) == 8
+
+
 async def test_residency_tells_device_from_host(lora: Front) -> None:
     digest = lora.store.get("pirate").digest
     lora.store.pin("pirate")

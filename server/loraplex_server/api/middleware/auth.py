@@ -61,6 +61,7 @@ class Auth:
             for key in config.api_keys
         }
         self._writes_open = config.writes_open
+        self._open = _OPEN | ({"/metrics"} if config.public_metrics else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -75,7 +76,7 @@ class Auth:
 
     async def _check(self, scope: Scope) -> None:
         path, method = scope["path"], scope["method"]
-        if path in _OPEN and method in _READS:
+        if path in self._open and method in _READS:
             return
         info = info_of(scope)
         needed = _needed_scope(path, method)

@@ -54,7 +54,7 @@ from .limits import StoreLimits
 from .name_index import NameIndex
 from .name_record import Content, NameRecord, Put, check_match
 from .name_registry import NameRegistry
-from .names import check_name, tenant_of
+from .names import check_name, is_valid_name, tenant_of
 from .packed_files import PackedFiles, Packer
 from .plan import AdapterPlan, Family
 from .put_options import PutOptions
@@ -187,21 +187,22 @@ class AdapterStore:
             on_unservable=self._unservable.__setitem__,
         )
         self._closed = False
+        self._on_pinned: tuple[Callable[[frozenset[str]], None], ...] = ()
         self._following = (
             None
             if self._shared is None
             else Following(
                 self._shared,
                 self._index,
-                self._tier,
                 self._retirement,
                 self._writing,
+                self._pin,
                 catalogue_limits.poll_s,
             )
         )
         if self._follow_at_start():
             self._retirement.sweep()
-        self._tier.pin(self._index.pinned_digests())
+        self._pin()
         self._unservable.update(self._check_stored())
         if self._following is not None:
             self._following.start()
@@ -307,6 +308,11 @@ class AdapterStore:
     def has_name(self, name: str) -> bool:
         """Takes a microsecond and never waits: with a catalogue, as ``follow`` has left it."""
         return self._index.has(name)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether it has a catalogue, for which its methods wait."""
+        return self._shared is not None
 
     def is_fresh(self, name: str) -> bool:
         """Whether ``has_name`` says what is so now. Takes a microsecond and never waits."""
@@ -550,6 +556,15 @@ class AdapterStore:
         """
         self._retirement.listen(listener)
 
+    def on_pinned(self, listener: Callable[[frozenset[str]], None]) -> None:
+        """``listener(digests)`` gets all pinned ones now, and after each change of a name.
+
+        It runs on the thread that changed it, one at a time, must not block, and must not raise.
+        """
+        with self._writing:
+            self._on_pinned = (*self._on_pinned, listener)
+            listener(self._index.pinned_digests())
+
     def close(self) -> None:
         """Waits for running clean-up. Leased plans stay valid; the store answers StoreClosed."""
         with self._writing:
@@ -584,7 +599,7 @@ class AdapterStore:
             with self._writing:
                 digest = self._index.current(name)[0].digest
                 removed = self._index.remove_name(name)
-                self._tier.pin(self._index.pinned_digests())
+                self._pin()
                 deletion = Deletion(name, digest, self._tier.n_leases(digest))
                 if removed.has_other_names:
                     deletion.freed.set_result(TierBytes(0, 0))
@@ -604,8 +619,15 @@ class AdapterStore:
             yield
 
     def _follow(self, name: str) -> None:
-        if self._shared is not None:
+        if self._shared is not None and is_valid_name(name):
             self._shared.follow(name)
+
+    def _pin(self) -> None:
+        """What is pinned stays where it is. Call it while writing."""
+        digests = self._index.pinned_digests()
+        self._tier.pin(digests)
+        for listener in self._on_pinned:
+            listener(digests)
 
     def _follow_all(self) -> None:
         if self._shared is not None:
@@ -750,7 +772,7 @@ class AdapterStore:
         )
         with self._writing:
             let_go = self._index.point(put, content)
-            self._tier.pin(self._index.pinned_digests())
+            self._pin()
             self._retirement.named_again(content.digest)
         for digest in let_go:
             self._retirement.retire_later(digest)
@@ -788,7 +810,7 @@ class AdapterStore:
     def _pin_name(self, name: str, *, pinned: bool) -> None:
         with self._changing_name(name):
             self._index.update(self._registry.set_pinned(name, pinned=pinned))
-            self._tier.pin(self._index.pinned_digests())
+            self._pin()
 
     def _check_stored(self) -> dict[str, str]:
         """Contents of earlier servers that this one cannot serve stay, and their cards say why."""

@@ -13,6 +13,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from loraplex_adapter_store.errors import CatalogueUnavailable
+
 __all__ = ["PARTS", "Degradation", "Faults", "kind_of_fault", "part_of"]
 
 # part → failures in a row from which it is degraded
@@ -124,6 +126,8 @@ def kind_of_fault(error: BaseException) -> str:
     if isinstance(error, sqlite3.Error):
         name = getattr(error, "sqlite_errorname", None) or ""
         return _SQLITE.get(name.removeprefix("SQLITE_").partition("_")[0], "a database error")
+    if isinstance(error, CatalogueUnavailable):
+        return "the object store cannot be used"
     if isinstance(error, OSError) and error.errno is not None:
         return os.strerror(error.errno)
     if _is_out_of_memory(error):

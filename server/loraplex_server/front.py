@@ -23,6 +23,7 @@ from loraplex_adapter_store.plan import PoolingPlan
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.device_tier import DeviceTier
+from loraplex_server.adapters.device_pins import DevicePins
 from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.example_trainer import ExampleTrainer
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
@@ -156,9 +157,9 @@ async def start_services(services: AppState) -> asyncio.Task[None]:
     Adapters that are pinned are so on the device, too, and those that retire leave it.
     """
     loop = asyncio.get_running_loop()
-    for card in services.store.list():
-        if card.pinned and services.device is not None:
-            services.device.set_pinned(card.digest, True)
+    if services.device is not None:
+        pins = DevicePins(services.device)
+        services.store.on_pinned(lambda digests: tell(loop, lambda: pins(digests)))
     services.store.on_retired(lambda digest: tell(loop, lambda: services.unloads.retired(digest)))
     watching = asyncio.create_task(services.metrics.loop_lag.watch())
     await services.batches.resume()

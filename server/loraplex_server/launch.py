@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
+from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.experts import arrow_prototypes
@@ -107,6 +108,7 @@ def open_store(
     from loraplex_server.engine.defaults import host_tier_bytes
 
     root = store_root(config, built.base_spec)
+    shared = config.store.catalogue
     root.mkdir(parents=True, exist_ok=True)
     roots: list[Path] = [*config.store.adapters_dirs]
     return AdapterStore(
@@ -118,6 +120,8 @@ def open_store(
         packer=built.engine.packer,
         n_kept_revisions=config.store.keep_revisions,
         faults=faults,
+        catalogue=None if shared is None else Catalogue.open(shared, built.base_spec),
+        catalogue_limits=config.store.catalogue_limits,
     )
 
 
@@ -196,7 +200,7 @@ def _url(listening: socket.socket) -> str:
 
 def banner_of(services: AppState, url: str) -> str:
     """What a server says once it is ready; ``url`` is where it is reached from this machine."""
-    cards = services.store.list()
+    cards = services.store.seen()
     # the shortest prompt that a card shows: one that visibly does something
     shown = min(
         ((card.name, card.examples[0]) for card in cards if card.examples),

@@ -26,6 +26,8 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from loraplex_adapter_store.catalogue.bucket import check_url
+from loraplex_adapter_store.catalogue.limits import CatalogueLimits
 from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_server.engine.config import EngineConfig
 
@@ -198,6 +200,10 @@ def _prefixes(value: object) -> object:
     )
 
 
+def _catalogue(value: object) -> object:
+    return check_url(value) if isinstance(value, str) else value
+
+
 class StoreConfig(Options):
     adapters_dirs: Paths = option(
         (),
@@ -238,6 +244,40 @@ class StoreConfig(Options):
         Panel.ADAPTERS,
         ge=0,
     )
+    catalogue: Annotated[str, BeforeValidator(_catalogue)] | None = option(
+        None,
+        "Share names and adapters with the servers that have the same one: s3://bucket/prefix, "
+        "gs://, az:// or file:///directory. Credentials come from the environment.",
+        Panel.ADAPTERS,
+        metavar="URL",
+    )
+    catalogue_disk_bytes: Bytes = option(
+        64 << 30,
+        "Of the catalogue's adapters on this disk; what is not there is fetched when asked for.",
+        Panel.ADAPTERS,
+        name="catalogue_disk",
+        metavar="SIZE",
+    )
+    catalogue_refresh_s: Seconds = option(
+        1.0,
+        "How long a name is answered from memory before the catalogue is asked again.",
+        Panel.ADAPTERS,
+        name="catalogue_refresh",
+    )
+    catalogue_outage_s: Seconds = option(
+        300.0,
+        "The same while the catalogue cannot be reached; then its names answer 503.",
+        Panel.ADAPTERS,
+        name="catalogue_outage",
+    )
+
+    @property
+    def catalogue_limits(self) -> CatalogueLimits:
+        return CatalogueLimits(
+            refresh_s=self.catalogue_refresh_s,
+            stale_s=self.catalogue_outage_s,
+            disk_bytes=self.catalogue_disk_bytes,
+        )
 
 
 class LearningConfig(Options):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 
 from loraplex_adapter_store.errors import StoreError
-from loraplex_adapter_store.host_tier import HostTier
 from loraplex_adapter_store.name_index import NameIndex
 from loraplex_adapter_store.name_record import Put
 from loraplex_adapter_store.retirement import Retirement
@@ -26,16 +26,16 @@ class Following:
         self,
         registry: CatalogueRegistry,
         index: NameIndex,
-        tier: HostTier,
         retirement: Retirement,
         writing: threading.RLock,
+        on_pinned: Callable[[], None],
         poll_s: float,
     ) -> None:
         self._registry = registry
         self._index = index
-        self._tier = tier
         self._retirement = retirement
         self._writing = writing
+        self._on_pinned = on_pinned
         self._poll_s = poll_s
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._poll, name="loraplex-follow", daemon=True)
@@ -67,7 +67,7 @@ class Following:
                 let_go = (removed.digest, *removed.kept)
             else:
                 return
-            self._tier.pin(self._index.pinned_digests())
+            self._on_pinned()
         for digest in let_go:
             self._retirement.retire_later(digest)
 

@@ -6,6 +6,10 @@ tenant's own adapter, else the one that the operator shares.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
+from concurrent.futures import Executor
+
 from fastapi import Request
 
 from loraplex_adapter_store.store import AdapterStore
@@ -17,6 +21,7 @@ __all__ = [
     "access_of",
     "check_allowed",
     "check_owned",
+    "follow_names",
     "name_to_write",
     "own_name",
     "stored_name",
@@ -51,6 +56,21 @@ def check_owned(access: AdapterAccess, name: str, *, param: str | None = "name")
             code="adapter_shared",
             param=param,
         )
+
+
+async def follow_names(
+    store: AdapterStore, pool: Executor, access: AdapterAccess, names: Iterable[str]
+) -> None:
+    """Brings what ``stored_name`` looks at up to date with the catalogue, off the event loop.
+
+    The names are allowed ones. Raises CatalogueUnavailable.
+    """
+    if not store.is_shared or access.tenant is None:  # then a name means itself
+        return
+    wanted = {stored for name in names for stored in (name, access.own(name))}
+    stale = [name for name in wanted if not store.is_fresh(name)]
+    if stale:
+        await asyncio.get_running_loop().run_in_executor(pool, store.follow, stale)
 
 
 def stored_name(store: AdapterStore, access: AdapterAccess, name: str, *, param: str | None) -> str:

@@ -101,7 +101,7 @@ class GeneratedAdapters:
         self._lock = threading.Lock()  # one flight at a time: the second of a kind finds the first
         self._changed = threading.Condition()  # another name expires first, or this is closed
         self._closed = False
-        for card in store.list():  # of a version that did not keep expiries
+        for card in store.seen():  # of a version that did not keep expiries
             if _is_ours(card.name) and card.expires is None:
                 store.set_expiry(card.name, clock() + ttl_s)
         self._reaper = threading.Thread(target=self._reap, name="loraplex-expiry", daemon=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError
 from loraplex_adapter_store.plan import HeadPlan, HeadTask
 from loraplex_adapter_store.selector import (
     Auto,
@@ -23,7 +24,7 @@ from loraplex_adapter_store.store import AdapterLease, AdapterStore
 from loraplex_server.api.errors import ApiError, from_store, invalid, not_found
 from loraplex_server.api_keys import EVERY_ADAPTER, GENERATED, AdapterAccess
 
-from .access import check_allowed, stored_name
+from .access import check_allowed, follow_names, stored_name
 from .worker_pools import WorkerPools
 
 __all__ = ["AdapterRequest", "AdapterResolver", "Resolution", "ResolvedAdapter", "SelectorResolver"]
@@ -206,6 +207,7 @@ class AdapterResolver:
                     return ResolvedAdapter(explanation=explanation)
                 label = access.shown(_label(selector))
             else:
+                await self._follow(selector, access)
                 selector = self._in_store(selector, access, request.param)
             lease = await self._acquire(selector)
         except StoreError as error:
@@ -215,11 +217,21 @@ class AdapterResolver:
     async def what_exists(self, access: AdapterAccess) -> str:
         """For people who asked for something that does not."""
         loop = asyncio.get_running_loop()
-        cards = await loop.run_in_executor(self._pools.reads, self._store.list)
+        cards = await loop.run_in_executor(self._pools.reads, self._store.seen)
         names = [access.shown(card.name) for card in access.listed(cards)]
         shown = ", ".join([self.base_name, *names[:_MAX_NAMES_SHOWN]])
         more = len(names) - _MAX_NAMES_SHOWN
         return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
+
+    async def _follow(self, selector: NameRef | Mixture | Library, access: AdapterAccess) -> None:
+        """Before ``_in_store``. Raises CatalogueUnavailable for a name that nothing is known of."""
+        names = _names(selector)
+        try:
+            await follow_names(self._store, self._pools.catalogue, access, names)
+        except CatalogueUnavailable:
+            is_exact = isinstance(selector, NameRef) and selector.digest_prefix is not None
+            if not (is_exact and self._store.has_name(access.own(names[0]))):
+                raise
 
     def _in_store(
         self, selector: NameRef | Mixture | Library, access: AdapterAccess, param: str
@@ -244,11 +256,15 @@ class AdapterResolver:
             resident = self._store.acquire_resident(selector)
             if resident is not None:
                 return resident
-            await loop.run_in_executor(self._pools.reads, self._store.check_known, selector)
-        future = loop.run_in_executor(self._pools.loads, self._store.acquire, selector)
+            asks = not self._store.is_fresh(selector.name)
+            reads = self._pools.catalogue if asks else self._pools.reads
+            await loop.run_in_executor(reads, self._store.check_known, selector)
+        cancelled = threading.Event()
+        future = loop.run_in_executor(self._pools.loads, self._store.acquire, selector, cancelled)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:  # the client left while the thread was loading
+            cancelled.set()
             future.add_done_callback(_release_orphan)
             raise
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from watchfiles import watch
 
-from loraplex_adapter_store.errors import StoreError, UnknownAdapter
+from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError, UnknownAdapter
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule
 
@@ -95,7 +95,8 @@ class WatchedFolders:
             card = put_folder(self._store, module)
             _log.info("adapter %s of %s is served (%s)", card.name, module.path, card.digest[:12])
         except (StoreError, OSError, sqlite3.Error) as error:
-            if not isinstance(error, StoreError):  # a failure of ours: the next look tries again
+            is_ours = not isinstance(error, StoreError) or isinstance(error, CatalogueUnavailable)
+            if is_ours:  # a failure that passes: the next look tries again
                 self._seen.pop(module, None)
             _log.error("adapter %s in %s is not served: %s", module.name, module.path, error)
 

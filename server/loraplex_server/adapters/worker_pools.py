@@ -15,6 +15,7 @@ class WorkerPools:
 
     def __init__(self) -> None:
         self.reads = _pool(2, "reads")  # cards and listings; at most a short disk read
+        self.catalogue = _pool(16, "catalogue")  # reads that may wait for an object store
         self.loads = _pool(8, "loads")  # from disk to host memory; may wait for room there
         self.changes = _pool(4, "changes")  # uploads are checked and written, names removed
         self.jobs = _pool(4, "jobs")  # downloads
@@ -24,7 +25,7 @@ class WorkerPools:
 
     def close(self) -> None:
         """Drops what has not started; what runs goes on until it is done."""
-        quick = (self.reads, self.loads, self.changes)
+        quick = (self.reads, self.catalogue, self.loads, self.changes)
         for pool in (*quick, self.jobs, self.generation, self.batches, self.encoder):
             pool.shutdown(wait=False, cancel_futures=True)
 

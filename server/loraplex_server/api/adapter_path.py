@@ -13,7 +13,7 @@ from starlette.convertors import PathConvertor, register_url_convertor
 
 from loraplex_server.adapters.access import access_of, name_to_write, own_name, stored_name
 
-from .state import State, in_store_thread
+from .state import State, followed, in_store_thread
 
 __all__ = ["ACTIONS", "ADAPTER_PATH", "AdapterName", "NewName", "OwnName"]
 
@@ -29,11 +29,15 @@ register_url_convertor("adapter", _AdapterPath())
 
 
 async def _stored_name(request: Request, name: str, state: State) -> str:
-    return stored_name(state.store, access_of(request), name, param="name")
+    access = access_of(request)
+    await followed(state, access, name, param="name")
+    return stored_name(state.store, access, name, param="name")
 
 
 async def _own_name(request: Request, name: str, state: State) -> str:
-    return own_name(state.store, access_of(request), name, param="name")
+    access = access_of(request)
+    await followed(state, access, name, param="name")
+    return own_name(state.store, access, name, param="name")
 
 
 async def _name_to_write(request: Request, name: str, state: State) -> str:

@@ -190,6 +190,8 @@ def _from_store(
             return invalid(str(error), param, "source_unreadable")
         case store_errors.HostTierFull():
             return unavailable(str(error), "adapter_memory_full", retry_after_s=2.0)
+        case store_errors.CatalogueUnavailable() | store_errors.LoadCancelled():
+            return unavailable(str(error), "catalogue_unavailable", retry_after_s=2.0)
         case store_errors.StoreClosed():
             return unavailable(str(error), "server_draining")
         case _:

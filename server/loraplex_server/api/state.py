@@ -16,6 +16,7 @@ from starlette.requests import Request
 from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.plan import PoolingPlan
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.access import check_allowed, follow_names
 from loraplex_server.adapters.device_tier import DeviceTier, DeviceUnloads
 from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
@@ -41,7 +42,7 @@ from .errors import from_store
 from .lifecycle import Lifecycle
 from .validation import UnknownFields
 
-__all__ = ["AppState", "State", "in_store_thread", "state_of"]
+__all__ = ["AppState", "State", "followed", "in_store_thread", "state_of"]
 
 T = TypeVar("T")
 
@@ -90,6 +91,15 @@ async def state_of(request: Request) -> AppState:
 State = Annotated[AppState, Depends(state_of)]  # the parameter of a route
 
 
+async def followed(state: AppState, access: AdapterAccess, name: str, *, param: str) -> None:
+    """Before ``stored_name`` or ``own_name`` of it. Raises ApiError (403, 503)."""
+    check_allowed(access, name, param=param)
+    try:
+        await follow_names(state.store, state.pools.catalogue, access, [name])
+    except StoreError as error:
+        raise from_store(error, param=param, access=access) from error
+
+
 async def in_store_thread(
     state: AppState,
     work: Callable[[], T],
@@ -100,10 +110,13 @@ async def in_store_thread(
 ) -> T:
     """Runs a blocking call of the store off the event loop, as a read where no ``pool`` is given.
 
+    A read of a store with a catalogue may wait for the network, apart from other reads.
+
     Raises ApiError; ``param`` is the field that it names.
     """
     loop = asyncio.get_running_loop()
+    reads = state.pools.catalogue if state.store.is_shared else state.pools.reads
     try:
-        return await loop.run_in_executor(pool or state.pools.reads, work)
+        return await loop.run_in_executor(pool or reads, work)
     except StoreError as error:
         raise from_store(error, param=param, access=access) from error

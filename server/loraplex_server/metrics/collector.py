@@ -90,7 +90,7 @@ class LoraplexCollector(Collector):
         """Lists the store if the last listing is old: milliseconds, so not for the event loop."""
         now = time.monotonic()
         if now - self._listed_at > _LISTING_AGE_S:
-            self._listing, self._listed_at = self._store.list(), now
+            self._listing, self._listed_at = self._store.seen(), now
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=_LABELS)

@@ -56,7 +56,7 @@ class RoutingCollector(Collector):
             "loraplex_expert_load", "Share of rows, last minute.", labels=("adapter", "expert")
         )
         digests = experts.digests()[:_MAX_ADAPTERS]
-        names = {card.digest: card.name for card in self._store.list()} if digests else {}
+        names = {card.digest: card.name for card in self._store.seen()} if digests else {}
         for digest in digests:
             load = experts.load(digest, _WINDOW_S)
             if load is None or not load.n_rows or digest not in names:

@@ -14,7 +14,7 @@ from loraplex_server.api.errors import ApiError
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.protocol.adapters import LoadLoraBody, UnloadLoraBody
 from loraplex_server.api.protocol.errors import errors, text_answer
-from loraplex_server.api.state import State, in_store_thread
+from loraplex_server.api.state import State, followed, in_store_thread
 
 __all__ = ["router"]
 
@@ -58,6 +58,7 @@ async def unload_lora_adapter(body: UnloadLoraBody, request: Request, state: Sta
     if not name:
         raise _user_error("'lora_name' needs to be provided to unload a LoRA adapter.")
     access = access_of(request)
+    await followed(state, access, name, param="lora_name")
     stored = own_name(state.store, access, name, param="lora_name")
     try:
         deletion = await in_store_thread(

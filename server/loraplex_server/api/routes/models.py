@@ -11,7 +11,7 @@ from loraplex_server.api.errors import ApiError, not_found
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.protocol.models import Model, ModelList
-from loraplex_server.api.state import AppState, State, in_store_thread
+from loraplex_server.api.state import AppState, State, followed, in_store_thread
 from loraplex_server.api_keys import AdapterAccess
 
 __all__ = ["router"]
@@ -51,10 +51,13 @@ async def show_model(request: Request, model_id: str, state: State) -> Response:
     name = model_id
     for base in state.resolver.base_names:
         name = name.removeprefix(f"{base}:")
+    await followed(state, access, name, param="model")
     name = stored_name(state.store, access, name, param="model")
     try:
         card = await in_store_thread(state, lambda: state.store.get(name))
     except ApiError as error:
+        if error.status != 404:
+            raise
         exists = await state.resolver.what_exists(access)
         raise not_found(
             f"model {model_id[:128]!r} does not exist; {exists}", "model", "model_not_found"

@@ -458,5 +458,6 @@ def _problem(error: ValidationError) -> str:
         return f"the config file sets {name!r}, {_no_option()}"
     if not name:
         return told
-    shown = "…" if "key" in name else repr(problem["input"])
+    is_secret = "key" in name or name == "catalogue"  # a URL may hold a password
+    shown = "…" if is_secret else repr(problem["input"])
     return f"{name.replace('_', '-')} is {shown}: {told[:1].lower()}{told[1:]}"

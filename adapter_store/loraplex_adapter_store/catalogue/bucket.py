@@ -24,10 +24,11 @@ __all__ = ["SCHEMES", "Bucket", "StoredObject", "check_url"]
 
 SCHEMES = ("s3", "gs", "az", "file")
 _PART_BYTES = 8 << 20  # of a download: what is read between two looks at whether it goes on
-_TIMEOUT = timedelta(seconds=20)  # of one request, a part of a file at most
+_PART_TIMEOUT = timedelta(seconds=30)  # of a request for a part of a file, or a listing
+_SMALL_TIMEOUT = timedelta(seconds=5)  # of one for a small object
 _CONNECT_TIMEOUT = timedelta(seconds=3)
-_RETRIES = 2
-_RETRY_TIMEOUT = timedelta(seconds=10)
+_RETRY_TIMEOUT = timedelta(seconds=5)  # from the first request on
+_N_RETRIES = 2
 _log = logging.getLogger(__name__)
 
 
@@ -62,8 +63,10 @@ class Bucket:
     Raises CatalogueUnavailable where the object store cannot be used now.
     """
 
-    def __init__(self, store: ObjectStore) -> None:
-        self._store = store
+    def __init__(self, files: ObjectStore, small: ObjectStore) -> None:
+        """Both are the same place, with limits of time for files and for small objects."""
+        self._files = files
+        self._small = small
 
     @staticmethod
     def open(url: str, prefix: str) -> Bucket:
@@ -80,23 +83,27 @@ class Bucket:
             ) from None
         if url.startswith("file:"):
             path = Path(unquote(urlsplit(url).path)) / prefix
-            return Bucket(LocalStore(path, mkdir=True))
-        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
-        try:
-            store = from_url(
+            local = LocalStore(path, mkdir=True)
+            return Bucket(local, local)
+        endpoint = _endpoint()
+
+        def connect(timeout: timedelta) -> ObjectStore:
+            return from_url(
                 f"{url}/{prefix}",
                 client_options={
-                    "timeout": _TIMEOUT,
+                    "timeout": timeout,
                     "connect_timeout": _CONNECT_TIMEOUT,
                     "allow_http": endpoint.startswith("http://"),  # the operator's own words
                 },
-                retry_config={"max_retries": _RETRIES, "retry_timeout": _RETRY_TIMEOUT},
+                retry_config={"max_retries": _N_RETRIES, "retry_timeout": _RETRY_TIMEOUT},
             )
+
+        try:
+            return Bucket(connect(_PART_TIMEOUT), connect(_SMALL_TIMEOUT))
         except Exception as error:
             raise StoreError(
                 f"the catalogue {url} cannot be opened: {_without_secrets(error)}"
             ) from None
-        return Bucket(store)
 
     def create(self, key: str, data: bytes) -> bool:
         """False if there is an object of this key already: of all who create it, one wins.
@@ -109,7 +116,7 @@ class Bucket:
 
         with _calls("write"):
             try:
-                obstore.put(self._store, key, data, mode="create")
+                obstore.put(self._small, key, data, mode="create")
             except AlreadyExistsError:
                 return False
         return True
@@ -119,7 +126,7 @@ class Bucket:
         import obstore
 
         with _calls("write"):
-            obstore.put(self._store, key, data)
+            obstore.put(self._files, key, data)
 
     def read(self, key: str, limit: int) -> bytes | None:
         """None if there is no such object. Raises StoreError for more than ``limit`` bytes."""
@@ -127,7 +134,7 @@ class Bucket:
 
         with _calls("read"):
             try:
-                result = obstore.get(self._store, key)
+                result = obstore.get(self._small, key)
             except FileNotFoundError:
                 return None
             n_bytes = result.meta["size"]
@@ -142,14 +149,14 @@ class Bucket:
         for start in range(0, n_bytes, _PART_BYTES):
             length = min(_PART_BYTES, n_bytes - start)
             with _calls("read"):
-                yield bytes(obstore.get_range(self._store, key, start=start, length=length))
+                yield bytes(obstore.get_range(self._files, key, start=start, length=length))
 
     def objects(self, prefix: str) -> list[StoredObject]:
         """Every object below ``prefix``, which ends with a slash or is empty."""
         import obstore
 
         with _calls("list"):
-            found = obstore.list(self._store, prefix or None, chunk_size=1000).collect()
+            found = obstore.list(self._small, prefix or None, chunk_size=1000).collect()
             return [
                 StoredObject(meta["path"], meta["size"], meta["last_modified"].timestamp())
                 for meta in found
@@ -162,9 +169,21 @@ class Bucket:
         for key in keys:
             with _calls("delete"):
                 try:
-                    obstore.delete(self._store, key)
+                    obstore.delete(self._small, key)
                 except FileNotFoundError:
                     continue
+
+
+def _endpoint() -> str:
+    """Of another S3 than Amazon's; empty without one. Raises StoreError for what is no address."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
+    try:
+        parts = urlsplit(endpoint)
+        if endpoint and not (parts.scheme in ("http", "https") and parts.hostname):
+            raise ValueError("no host")
+    except ValueError:  # the client of the object store would panic
+        raise StoreError("AWS_ENDPOINT_URL is not http(s)://host[:port]") from None
+    return endpoint
 
 
 @contextmanager

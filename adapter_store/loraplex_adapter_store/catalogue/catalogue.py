@@ -77,3 +77,12 @@ class Catalogue:
             raise StoreError("the object store does not list what was just written") from None
         finally:
             self._bucket.delete([key])
+
+    def claim(self, task: str, turn: int) -> bool:
+        """True for one of all who ask for this turn of a task. Turns before it are forgotten."""
+        key = f"{task}/{turn:012d}"
+        if not self._bucket.create(key, b""):
+            return False
+        earlier = [each.key for each in self._bucket.objects(f"{task}/") if each.key < key]
+        self._bucket.delete(earlier)
+        return True

@@ -29,6 +29,7 @@ from loraplex_adapter_store.report import JsonValue, LoadReport
 
 from .catalogue import Catalogue
 from .content_objects import ContentMissing
+from .garbage import claim_sweep, sweep
 from .limits import CatalogueLimits
 from .name_log import GRACE_S, Transition
 from .name_state import NameState
@@ -73,6 +74,7 @@ class CatalogueRegistry:
         self._all_at = float("-inf")  # when everything was asked for
         self._all_lock = threading.Lock()
         self._down_until = float("-inf")
+        self._sweep_at = clock() + GRACE_S  # not while servers start
         self._reports: dict[str, LoadReport] = {}  # by digest
         self._offered: dict[str, float] = {}  # uploads without a name yet, and since when
 
@@ -149,6 +151,15 @@ class CatalogueRegistry:
         """
         with self._asked():
             self._bring_all(self._clock(), tenant)
+
+    def sweep_if_due(self) -> None:
+        """Deletes garbage from the catalogue, once in an hour by one of all its servers."""
+        if self._clock() < self._sweep_at:
+            return
+        self._sweep_at = self._clock() + GRACE_S
+        with self._asked():
+            if claim_sweep(self._catalogue):
+                sweep(self._catalogue)
 
     @contextmanager
     def changing(self, name: str) -> Iterator[None]:

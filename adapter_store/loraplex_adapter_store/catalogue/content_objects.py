@@ -10,7 +10,6 @@ again, and may be deleted (see ``garbage``). Equal contents of several names are
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -40,6 +39,7 @@ from loraplex_adapter_store.safetensors_reader import SafetensorsFile
 
 from .bucket import Bucket
 from .name_state import content_from_json, content_to_json
+from .sealed_json import seal, unseal
 
 __all__ = ["ContentMissing", "ContentObjects", "Manifest", "Upload"]
 
@@ -98,9 +98,7 @@ class ContentObjects:
             "files": {name: {"n_bytes": n, "sha256": sha} for name, (n, sha) in files.items()},
             "report": report.to_json(),
         }
-        self._bucket.write(
-            _key(stored.digest, stored.upload, MANIFEST_FILE), json.dumps(manifest).encode()
-        )
+        self._bucket.write(_key(stored.digest, stored.upload, MANIFEST_FILE), seal(manifest))
         return stored
 
     def manifest(self, digest: str, upload: str) -> Manifest:
@@ -133,15 +131,16 @@ class ContentObjects:
         nothing.
         """
         manifest = self.manifest(content.digest, content.upload)
+        folder = _key(content.digest, content.upload, "")
+        sizes = {each.key: each.n_bytes for each in self._bucket.objects(folder)}
         paths: dict[str, Path] = {}
         for name, (n_bytes, sha256) in manifest.files.items():
             self._check_size(name, n_bytes)
+            if sizes.get(folder + name) != n_bytes:
+                raise _damaged(content.digest)
             hashed = hashlib.sha256()
             try:
-                parts = self._parts(
-                    _key(content.digest, content.upload, name), n_bytes, hashed, cancelled
-                )
-                paths[name] = write(name, parts)
+                paths[name] = write(name, self._parts(folder + name, n_bytes, hashed, cancelled))
             except FileNotFoundError:
                 raise _damaged(content.digest) from None
             if hashed.hexdigest() != sha256:
@@ -205,7 +204,7 @@ class ContentObjects:
 
 def _parse_manifest(data: bytes, digest: str, upload: str) -> Manifest:
     try:
-        value: dict[str, Any] = json.loads(data)
+        value = unseal(data)
         if value["format"] != _FORMAT:
             raise ValueError("another format")
         content = content_from_json(value["content"])

@@ -75,6 +75,7 @@ class Following:
         while not self._closing.wait(self._poll_s):
             try:
                 self._registry.follow_all()
+                self._registry.sweep_if_due()
             except StoreError as error:
                 _log.debug("the catalogue cannot be followed now: %s", error)
             except Exception:

@@ -5,13 +5,13 @@ store lets one create it; the others read what it wrote and try again, or learn 
 
 Why a number is never given twice, though old states are deleted:
 
-- ``prune`` deletes a state only when the next one is older than ``GRACE_S`` by the clock of the
-  object store. A writer that still believed in the deleted one would have to hold its answer from
-  the listing for that long; its requests end within a minute.
-- ``bury`` deletes the last state of a name that was deleted long ago. A writer that saw it creates
-  the next number and then looks again: if what it saw is gone, somebody may have started the name
-  anew meanwhile, so it takes its own state back and begins again. If it is still there, everybody
-  who lists from now on sees the new one.
+- ``_prune`` and ``states`` delete a state only when the next one is older than ``GRACE_S`` by the
+  clock of the object store. A writer that still believed in the deleted one would have to hold its
+  answer from the listing for that long; its requests end within a minute.
+- ``states`` also deletes the last one of a name that was deleted ``BURY_S`` ago. A writer that saw
+  it creates the next number and then looks again: if what it saw is gone, somebody may have started
+  the name anew meanwhile, so it takes its own state back and begins again. If it is still there,
+  everybody who lists from now on sees the new one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from loraplex_adapter_store.names import is_valid_name, local_name, name_of, ten
 from .bucket import Bucket, StoredObject
 from .name_state import NameState
 
-__all__ = ["GRACE_S", "NameLog", "Transition"]
+__all__ = ["BURY_S", "GRACE_S", "NameLog", "Transition"]
 
 Transition = Callable[[NameState], NameState]  # may raise: then nothing changes
 
 GRACE_S = 3600.0  # far above the longest time that a change, or an upload's last step, can take
+BURY_S = 7 * 86400.0  # until a deleted name is forgotten
 _MAX_STATE_BYTES = 16 << 20
 _MAX_ATTEMPTS = 100  # each one lost means that somebody else has won
 _OPERATOR = "_"  # as a tenant's folder; no tenant's name begins so
@@ -85,18 +86,23 @@ class NameLog:
             return before, after
         raise CatalogueUnavailable(f"adapter {name!r} is changed all the time; try again")
 
-    def bury(self, name: str, grace_s: float, now: float) -> bool:
-        """Deletes what is left of a name that was deleted ``grace_s`` ago. Whether it did.
+    def states(self, name: str, now: float) -> list[NameState]:
+        """All that there are, once old ones are deleted; none for a name that is buried by it.
 
-        ``now``: by the clock of the object store.
+        ``now``: by the clock of the object store. Raises StoredAdapterDamaged.
         """
-        newest, states = self._newest(name)
-        if not newest.number or newest.current is not None:
-            return False
-        if now - states[newest.number].modified < grace_s:
-            return False
-        self._bucket.delete([_key(name, number) for number in sorted(states)])
-        return True
+        listed = self._states(name)
+        old = _superseded(listed, now)
+        self._bucket.delete([_key(name, number) for number in old])
+        left = sorted(set(listed) - set(old))
+        states = [s for number in left if (s := self.read_numbered(name, number)) is not None]
+        if len(states) != 1 or states[0].current is not None:
+            return states
+        (last,) = states
+        if now - listed[last.number].modified <= BURY_S:
+            return states
+        self._bucket.delete([_key(name, last.number)])
+        return []
 
     def _newest(self, name: str) -> tuple[NameState, dict[int, StoredObject]]:
         for _ in range(_MAX_ATTEMPTS):
@@ -131,14 +137,18 @@ class NameLog:
             return
         try:
             now = max(each.modified for n, each in self._states(name).items() if n >= newest)
-            old = [
-                number
-                for number in sorted(states)
-                if number + 1 in states and now - states[number + 1].modified > GRACE_S
-            ]
-            self._bucket.delete([_key(name, number) for number in old])
+            self._bucket.delete([_key(name, number) for number in _superseded(states, now)])
         except (CatalogueUnavailable, ValueError) as error:
             _log.debug("old states of adapter %s stay for now: %s", name, error)
+
+
+def _superseded(states: Mapping[int, StoredObject], now: float) -> list[int]:
+    """Numbers of those whose successor is older than the grace, the oldest first."""
+    return [
+        number
+        for number in sorted(states)
+        if number + 1 in states and now - states[number + 1].modified > GRACE_S
+    ]
 
 
 def _folder(name: str) -> str:

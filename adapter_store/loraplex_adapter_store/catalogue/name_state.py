@@ -5,7 +5,6 @@ Every change of a name writes the next state whole; the one with the highest num
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ from loraplex_adapter_store.name_record import (
 )
 from loraplex_adapter_store.plan import Family, HeadTask
 from loraplex_adapter_store.report import JsonValue
+
+from .sealed_json import seal, unseal
 
 __all__ = ["NameState", "Revision", "content_from_json", "content_to_json"]
 
@@ -137,7 +138,7 @@ class NameState:
             {"card": _record_to_json(r.record), "content": content_to_json(r.content)}
             for r in self.revisions
         ]
-        return json.dumps(
+        return seal(
             {
                 "format": FORMAT,
                 "name": self.name,
@@ -147,16 +148,16 @@ class NameState:
                 "deleted": not self.revisions,
                 "written": self.written,
                 "last_revision": self.last_revision,
-                "history": self.history,
+                "history": [list(told) for told in self.history],
                 "revisions": revisions,
             }
-        ).encode()
+        )
 
     @staticmethod
     def from_json(data: bytes, name: str, number: int) -> NameState:
         """Raises StoredAdapterDamaged for anything but the state of this name and number."""
         try:
-            value: dict[str, Any] = json.loads(data)
+            value = unseal(data)
             if (value["format"], value["name"], value["number"]) != (FORMAT, name, number):
                 raise ValueError("another object")
             state = NameState(

@@ -22,8 +22,8 @@ from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import PoolingPlan
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
-from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.device_pins import DevicePins
+from loraplex_server.adapters.device_tier import DeviceTier
 from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.example_trainer import ExampleTrainer
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters

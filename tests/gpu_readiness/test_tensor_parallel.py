@@ -50,6 +50,8 @@ class _Group:
 
     def attach_kv(self, n_pages: int, page_size: int) -> None: ...
 
+    def write_prefix(self, slots: Tensor, whole: Tensor) -> None: ...
+
     @contextmanager
     def step(self, step: ForwardContext, embeddings: Tensor) -> Iterator[None]:
         joined, _ = join(step_tensors(step))

@@ -290,4 +290,5 @@ def _kv_cache(
         dtype=model.dtype,
         device=model.device,
         prefix_cache=config.prefix_cache,
+        shard=model.shard,
     )

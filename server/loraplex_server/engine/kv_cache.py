@@ -13,6 +13,7 @@ from torch import Tensor
 
 from loraplex_kernels.model_ops import write_kv
 from loraplex_kernels.storage import allocate_storage
+from loraplex_server.model.tensor_parallel import Shard
 
 from .page_pool import PagePool, page_keys
 
@@ -59,7 +60,9 @@ class KvCache:
         dtype: torch.dtype,
         device: torch.device,
         prefix_cache: bool,
+        shard: Shard | None = None,  # rank 0's, where others hold the other heads
     ) -> None:
+        self._shard = shard
         self.geometry = geometry
         self.page_size = page_size
         self.prefix_cache = prefix_cache
@@ -165,12 +168,21 @@ class KvCache:
     def write_prefix(
         self, request_id: str, keys: Sequence[Tensor], values: Sequence[Tensor]
     ) -> None:
-        """Imports KV [n_virtual, n_kv_heads, head_dim] per layer at the start of a request."""
+        """Imports KV [n_virtual, n_kv_heads, head_dim] per layer at the start of a request.
+
+        Of all heads, also where other ranks hold some.
+        """
         n_tokens = keys[0].shape[0]
         device = self.keys[0].device
         pages = torch.tensor(self._tables[request_id].pages, dtype=torch.int64, device=device)
         position = torch.arange(n_tokens, device=device)
         slots = pages[position // self.page_size] * self.page_size + position % self.page_size
+        if self._shard is not None and self._shard.others is not None:
+            whole = torch.stack([torch.stack(list(part)) for part in (keys, values)])
+            whole = whole.to(self.keys[0])
+            self._shard.others.write_prefix(slots, whole)
+            heads = self._shard.layout.kv_heads(self._shard.rank)
+            keys, values = (list(part[:, :, heads]) for part in whole)
         for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
             cached_k, cached_v = self.keys[layer], self.values[layer]
             write_kv(

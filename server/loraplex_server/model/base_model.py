@@ -18,6 +18,7 @@ from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_kernels.weight_range import WeightRange
 
 from .attention import LayerAttention, install_attention
+from .cut_delta import LinearCut
 from .embedding import replace_embeddings
 from .errors import ModelError, UnsupportedBase
 from .forward_context import ForwardContext
@@ -64,7 +65,7 @@ class BaseModel:
         config = model.config.get_text_config()
         self.model_type = str(config.model_type)
         self.vocab_size = int(model.get_output_embeddings().weight.shape[0])
-        self._shard = shard
+        self.shard = shard
         if shard is not None:
             self.vocab_size = shard.layout.vocab_size
         with _named(model, model_id):
@@ -135,9 +136,9 @@ class BaseModel:
     def attach_kv(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for layer, k, v in zip(self.layers, keys, values, strict=True):
             layer.keys, layer.values = k, v
-        if self._shard is not None and self._shard.others is not None:
+        if self.shard is not None and self.shard.others is not None:
             n_pages, _, page_size, _ = keys[0].shape
-            self._shard.others.attach_kv(n_pages, page_size)
+            self.shard.others.attach_kv(n_pages, page_size)
 
     def new_kv(self, n_pages: int, page_size: int) -> list[Tensor]:
         """Keys or values of every layer, [n_pages, n_kv_heads, page_size, head_dim], zeroed."""
@@ -154,8 +155,8 @@ class BaseModel:
 
         May reuse its input. Of a model that is cut: rank 0 has the others run their parts.
         """
-        if self._shard is not None and self._shard.others is not None:
-            with self._shard.others.step(self.step, embeddings):
+        if self.shard is not None and self.shard.others is not None:
+            with self.shard.others.step(self.step, embeddings):
                 return self._forward(embeddings)
         return self._forward(embeddings)
 
@@ -200,7 +201,12 @@ class BaseModel:
             packed = _pack(names, modules, exponent_coding, memory)
             del modules
             group = PackedLoraLinear(
-                _group_name(names), names, packed, self.step, self._reduce_of(names)
+                _group_name(names),
+                names,
+                packed,
+                self.step,
+                self._reduce_of(names),
+                self._cuts_of(names, packed.in_features),
             )
             groups[group.target.name] = group
             for name, module in zip(names, LoraLinear.of_group(group), strict=True):
@@ -212,10 +218,22 @@ class BaseModel:
         return groups
 
     def _reduce_of(self, names: Sequence[str]) -> Callable[[Tensor], None] | None:
-        shard = self._shard
+        shard = self.shard
         if shard is None or not shard.layout.is_summed(names[0]):
             return None
         return shard.collective.all_reduce
+
+    def _cuts_of(self, names: Sequence[str], in_features: int) -> tuple[LinearCut, ...] | None:
+        """``in_features``: that this rank has."""
+        if self.shard is None:
+            return None
+        layout, rank = self.shard.layout, self.shard.rank
+        if layout.is_summed(names[0]):
+            in_features *= layout.size
+        return tuple(
+            LinearCut(in_features, layout.inputs(name, rank), layout.outputs(name, rank))
+            for name in names
+        )
 
     def _words_of(self, model: PreTrainedModel, names: Sequence[str]) -> int:
         """Of the memory for packed weights, which a GPU does not need."""

@@ -20,6 +20,7 @@ from loraplex_kernels.ops import PreparedTarget
 from loraplex_kernels.quantized_linear import BaseLinear
 from loraplex_router.experts import projection_segments
 
+from .cut_delta import LinearCut, apply_delta
 from .forward_context import FallbackParts, FallbackRows, ForwardContext
 
 __all__ = ["ApplySlice", "LoraLinear", "PackedLoraLinear"]
@@ -38,14 +39,19 @@ class PackedLoraLinear:
         packed: BaseLinear,
         step: ForwardContext,
         reduce: Callable[[Tensor], None] | None = None,
+        cuts: Sequence[LinearCut] | None = None,
     ) -> None:
-        """``reduce``: adds what the other ranks made of their parts of ``x``, in place."""
+        """``reduce``: adds what the other ranks made of their parts of ``x``, in place.
+
+        ``cuts``: what each of the linears is a part of.
+        """
         self.target = LoraTarget(name, packed.in_features, packed.out_features)
         self.module_names = tuple(module_names)
         self.packed = packed
         self.lora: PreparedTarget | None = None  # set when the device pool is built
         self.apply_slice: ApplySlice | None = None
         self.reduce = reduce
+        self._cuts = [None] * len(self.module_names) if cuts is None else list(cuts)
         self._step = step
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -119,17 +125,25 @@ class PackedLoraLinear:
 
     def _apply_planned(self, x: Tensor, out: Tensor, fallback: FallbackRows) -> None:
         first = 0
-        for name, width in zip(self.module_names, self.target.out_features, strict=True):
+        for name, width, cut in zip(
+            self.module_names, self.target.out_features, self._cuts, strict=True
+        ):
             columns = slice(first, first + width)
             first += width
             if fallback.parts.changes(name):
                 y = out[fallback.rows, columns]
                 out[fallback.rows, columns] = self._planned(
-                    name, x[fallback.rows], y, columns, fallback.parts
+                    name, x[fallback.rows], y, columns, fallback.parts, cut
                 ).to(out.dtype)
 
     def _planned(
-        self, name: str, x: Tensor, y: Tensor, columns: slice, parts: FallbackParts
+        self,
+        name: str,
+        x: Tensor,
+        y: Tensor,
+        columns: slice,
+        parts: FallbackParts,
+        cut: LinearCut | None,
     ) -> Tensor:
         """One adapter's output of one linear; ``y`` is the base's."""
         module = parts.modules.get(name, _UNCHANGED)
@@ -137,7 +151,7 @@ class PackedLoraLinear:
         z = _input_of(module, x)
         if z is not x or weight is not None:
             y = self._product(z, weight, columns)
-        y = _output_of(module, z, y, self._product_without_bias(weight, columns))
+        y = _output_of(module, z, y, self._product_without_bias(weight, columns), cut)
         if token_rows is not None:  # of the head
             bias = self.packed.bias
             own = functional.linear(
@@ -174,14 +188,16 @@ def _input_of(module: ModulePlan, x: Tensor) -> Tensor:
     return x if module.input_operator is None else module.input_operator.apply(x)
 
 
-def _output_of(module: ModulePlan, z: Tensor, y: Tensor, product: BaseProduct) -> Tensor:
+def _output_of(
+    module: ModulePlan, z: Tensor, y: Tensor, product: BaseProduct, cut: LinearCut | None
+) -> Tensor:
     """All that ``ModulePlan`` adds to ``y`` = W z + b; ``product`` is W."""
     if module.a is not None and module.b is not None:
         y = y + functional.linear(functional.linear(z, module.a), module.b)
     if module.shared is not None:
         y = y + module.shared.apply(z)
     if module.delta_operator is not None:
-        y = y + module.delta_operator.apply(z, product)
+        y = y + apply_delta(module.delta_operator, z, product, cut)
     if module.output_operator is not None:
         y = module.output_operator.apply(y)
     if module.out_scale is not None:

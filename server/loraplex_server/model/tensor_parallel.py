@@ -50,6 +50,10 @@ class OtherRanks(Protocol):
     def attach_kv(self, n_pages: int, page_size: int) -> None:
         """They make a KV cache of so many pages."""
 
+    def write_prefix(self, slots: Tensor, whole: Tensor) -> None:
+        """They write their heads of ``whole`` [2, n_layers, n_tokens, n_kv_heads, head_dim], keys
+        and values, to ``slots`` of the KV cache, int64 [n_tokens]."""
+
     def step(self, step: ForwardContext, embeddings: Tensor) -> AbstractContextManager[None]:
         """They run the layers while the context is open. An error within it ends them."""
 
@@ -103,9 +107,8 @@ class ShardLayout:
         if leaf not in _BY_OUTPUTS:
             return None
         if leaf in ("k_proj", "v_proj"):
-            n_heads = max(1, self.n_kv_heads // self.size)
-            first = rank * self.n_kv_heads // self.size
-            return slice(first * self.head_dim, (first + n_heads) * self.head_dim)
+            heads = self.kv_heads(rank)
+            return slice(heads.start * self.head_dim, heads.stop * self.head_dim)
         return self._part(self.n_heads * self.head_dim if leaf == "q_proj" else None, rank)
 
     def inputs(self, name: str, rank: int) -> slice | None:
@@ -114,6 +117,11 @@ class ShardLayout:
         if leaf not in _BY_INPUTS:
             return None
         return self._part(self.n_heads * self.head_dim if leaf == "o_proj" else None, rank)
+
+    def kv_heads(self, rank: int) -> slice:
+        """Those that ``rank`` holds."""
+        first = rank * self.n_kv_heads // self.size
+        return slice(first, first + max(1, self.n_kv_heads // self.size))
 
     def is_cut(self, name: str) -> bool:
         """Whether ``name`` is a linear of a layer."""

@@ -17,6 +17,8 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 from tests.vectors.conftest import Server, serving
 
 LIMITS: dict[str, Any] = {"max_loras": 24, "max_step_tokens": 64, "kv_memory_bytes": 128 << 10}
+# Of families that are refused for one of their linears: the other, which is served.
+HALVES = dict.fromkeys(("MOLA", "LORAMOE", "OFT", "BOFT"), "q_proj") | {"ROAD": "down_proj"}
 PROMPT = [5, 9, 33, 7, 60, 12, 3, 18, 40, 11]
 
 
@@ -72,11 +74,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for family, make in SAMPLES.items():
         sample = make(model, tmp_path_factory.mktemp("drafts"), True)
         found[family.lower()] = write(sample, tmp_path_factory.mktemp(family.lower()))
-        if family in ("MOLA", "LORAMOE"):  # with gates that read whole rows alone
-            whole = {name: t for name, t in sample.tensors.items() if "q_proj" in name}
-            cut = Sample({**sample.config, "target_modules": ["q_proj"]}, whole)
-            name = f"{family.lower()}_on_q"
-            found[name] = write(cut, tmp_path_factory.mktemp(name))
+        if leaf := HALVES.get(family):
+            kept = {name: t for name, t in sample.tensors.items() if leaf in name}
+            half = Sample({**sample.config, "target_modules": [leaf]}, kept)
+            name = f"{family.lower()}_on_{leaf}"
+            found[name] = write(half, tmp_path_factory.mktemp(name))
     return found
 
 

@@ -65,6 +65,8 @@ class _NobodyElse:
 
     def attach_kv(self, n_pages: int, page_size: int) -> None: ...
 
+    def write_prefix(self, slots: Tensor, whole: Tensor) -> None: ...
+
     @contextmanager
     def step(self, step: ForwardContext, embeddings: Tensor) -> Iterator[None]:
         yield

@@ -5,8 +5,9 @@ W cut by inputs (o, down), A is cut and B is whole:
 
     scale ⊙ (W x + B A x) + bias = Σ_ranks scale ⊙ (W_r x_r + B A_r x_r)   + bias, on rank 0
 
-so an adapter adds nothing to what the ranks tell each other. Gates, norms and what rank 0 does
-alone (embedding, head, pooling) are whole.
+so an adapter adds nothing to what the ranks tell each other. Operators on inputs that are whole and
+on outputs that are summed need no cut, nor do deltas (see ``model.cut_delta``). Gates, norms and
+what rank 0 does alone (embedding, head, pooling) are whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.operators.contract import Delta
+from loraplex_adapter_store.operators.deltas import MaskedWeight, SumDelta
 from loraplex_adapter_store.operators.table import operator_name
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
 from loraplex_server.model.tensor_parallel import ShardLayout
@@ -26,19 +29,16 @@ __all__ = ["cut_plan", "uncut_parts", "without_shared_bases"]
 
 def uncut_parts(plan: AdapterPlan, layout: ShardLayout) -> Iterator[str]:
     """What of ``plan`` cannot be cut, a line each, and what to do. Looks at names only."""
-    found = [
-        f"{name}: {operator_name(operator)}"
-        for name, module in plan.modules.items()
-        if layout.is_cut(name)
-        for operator in module.operators
-    ]
+    found = []
+    for name, module in plan.modules.items():
+        if layout.is_cut(name):
+            whole = module.input_operator if layout.is_summed(name) else module.output_operator
+            found += [] if whole is None else [f"{name}: {operator_name(whole)}"]
     found += [
         f"{name}: experts of a linear whose inputs are cut"
         for name in plan.experts
         if layout.is_summed(name)
     ]
-    if plan.prefix is not None and plan.prefix.keys:
-        found.append("prefix.keys: keys and values of virtual tokens")
     yield from found
     if found:
         yield (
@@ -93,7 +93,18 @@ def cut_module(name: str, module: ModulePlan, layout: ShardLayout, rank: int) ->
         in_scale=_at(module.in_scale, (inputs,)),
         out_scale=_at(module.out_scale, (outputs,)),
         bias=layout.cut_bias(name, module.bias, rank),
+        delta_operator=_cut_delta(module.delta_operator, inputs, outputs),
     )
+
+
+def _cut_delta(delta: Delta | None, inputs: slice, outputs: slice) -> Delta | None:
+    """Only what multiplies W itself."""
+    if isinstance(delta, MaskedWeight):
+        return MaskedWeight(delta.a[:, inputs], delta.b[outputs])
+    if isinstance(delta, SumDelta):
+        parts = (_cut_delta(part, inputs, outputs) for part in delta.parts)
+        return SumDelta(tuple(part for part in parts if part is not None))
+    return delta
 
 
 def _stays(name: str, module: ModulePlan, layout: ShardLayout) -> bool:

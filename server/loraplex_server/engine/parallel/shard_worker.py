@@ -22,6 +22,7 @@ import torch
 
 from loraplex_adapter_store.plan_file import parse_plan
 from loraplex_kernels.cpu import native
+from loraplex_kernels.model_ops import write_kv
 from loraplex_server.engine.device import use_device
 from loraplex_server.engine.pool_binding import bind_pool
 from loraplex_server.model.base_model import BaseModel
@@ -102,6 +103,8 @@ class _Worker:
                     self._step(fields)
                 case "head":
                     self._head(fields["n_rows"])
+                case "prefix":
+                    self._write_prefix(fields["n_tokens"])
                 case "publish":
                     self.pool.publish(fields["digest"])
                 case "forget":
@@ -143,6 +146,20 @@ class _Worker:
         assert isinstance(model.head.packed, GatheredHead)
         shape = n_rows, model.spec.hidden_size
         model.head.packed.compute(torch.empty(shape, dtype=model.dtype, device=model.device))
+
+    @torch.inference_mode()
+    def _write_prefix(self, n_tokens: int) -> None:
+        model, layout = self._model, self._shard.layout
+        slots = torch.empty(n_tokens, dtype=torch.int64, device=model.device)
+        shape = 2, len(model.layers), n_tokens, layout.n_kv_heads, layout.head_dim
+        whole = torch.empty(shape, dtype=model.dtype, device=model.device)
+        self._shard.collective.broadcast(slots)
+        self._shard.collective.broadcast(whole)
+        own = whole[:, :, :, layout.kv_heads(self._shard.rank)]
+        for layer, k, v in zip(model.layers, *own, strict=True):
+            assert layer.keys is not None
+            assert layer.values is not None
+            write_kv(k.contiguous(), v.contiguous(), layer.keys, layer.values, slots)
 
     def _attach_kv(self, n_pages: int, page_size: int) -> None:
         model = self._model

@@ -136,6 +136,12 @@ class ShardWorkers:
         """See ``OtherRanks``."""
         self._tell("kv", {"n_pages": n_pages, "page_size": page_size})
 
+    def write_prefix(self, slots: Tensor, whole: Tensor) -> None:
+        """See ``OtherRanks``."""
+        with self._in_step("prefix", {"n_tokens": slots.shape[0]}) as collective:
+            collective.broadcast(slots)
+            collective.broadcast(whole)
+
     @contextlib.contextmanager
     def step(self, step: ForwardContext, embeddings: Tensor) -> Iterator[None]:
         """See ``OtherRanks``."""

@@ -54,20 +54,22 @@ class QuantizedLinear:
         return out
 
     def into(self, x: Tensor, out: Tensor) -> None:
-        """Writes the product to ``out`` [T, n_out]; rows of ``x`` and ``out`` may be strided."""
+        """Writes the product to ``out`` [T, n_out]; ``x`` may be strided, rows of ``out``, too."""
         n_rows = x.shape[0]
         if (
             x.shape != (n_rows, self.in_features)
             or out.shape != (n_rows, self.n_out)
             or x.dtype is not self.dtype
             or out.dtype is not self.dtype
-            or (x.stride(1), out.stride(1)) != (1, 1)
+            or out.stride(1) != 1
         ):
             raise ValueError(
-                f"needs {self.dtype} rows [T, {self.in_features}] → [T, {self.n_out}] with unit "
-                f"column stride; got {x.dtype} {tuple(x.shape)} {x.stride()} → {out.dtype} "
-                f"{tuple(out.shape)} {out.stride()}"
+                f"needs {self.dtype} rows [T, {self.in_features}] → [T, {self.n_out}] whose "
+                f"columns lie side by side; got {x.dtype} {tuple(x.shape)} → {out.dtype} "
+                f"{tuple(out.shape)} with strides {out.stride()}"
             )
+        if x.stride(1) != 1:
+            x = x.contiguous()
         if isinstance(self._weight, QuantizedPanels):
             self._weight.into(x, self._bias, out)
         else:

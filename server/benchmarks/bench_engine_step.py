@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 
 from loraplex_adapter_store.plan import AdapterPlan, Family, ModulePlan
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.engine.capabilities import EngineCapabilities
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.device_pool import DevicePool, Placement
@@ -55,6 +56,7 @@ class Bench:
     kv_cache: KvCache
     adapters: DevicePool
     leases: Sequence[Lease]
+    weight_bytes: int  # of the base's linears, head included
 
 
 def main() -> None:
@@ -67,13 +69,16 @@ def main() -> None:
         "--plain", action="store_true", help="factors in plain bfloat16, not exponent-coded pages"
     )
     parser.add_argument(
-        "--weights", choices=[*_WEIGHTS, "both"], default="coded", help="the base's"
+        "--weights",
+        choices=[*_WEIGHTS, *WeightFormat, "both"],
+        default="coded",
+        help="the base's: exponent-coded, plain or quantised",
     )
     arguments = parser.parse_args()
     n_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of the loader, as in the server: a second team slows every step
     kinds = _WEIGHTS if arguments.weights == "both" else (arguments.weights,)
-    benches = {kind: _build(arguments, exponent_coding=kind == "coded") for kind in kinds}
+    benches = {kind: _build(arguments, kind) for kind in kinds}
     torch.set_num_threads(n_threads)
     times: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(arguments.rounds):
@@ -89,6 +94,7 @@ def main() -> None:
         result = {
             "case": case,
             "weights": kind,
+            "weights_mib": round(benches[kind].weight_bytes / 2**20),
             "rows": arguments.rows,
             "prefill_tokens_per_s": round(arguments.rows * arguments.context / prefill),
             "decode_step_ms": round(1000 * decode, 2),
@@ -99,14 +105,15 @@ def main() -> None:
         bench.adapters.close()
 
 
-def _build(arguments: argparse.Namespace, *, exponent_coding: bool) -> Bench:
+def _build(arguments: argparse.Namespace, weights: str) -> Bench:
     n_rows = arguments.rows
     model = load_base_model(
         resolve_model(None),
         DEFAULT_BASE,
         dtype=torch.bfloat16,
         device=_CPU,
-        exponent_coding=exponent_coding,
+        exponent_coding=weights == "coded",
+        quantization=WeightFormat(weights) if weights in list(WeightFormat) else None,
     )
     kv_cache = KvCache(
         KvGeometry(len(model.layers), model.n_kv_heads, model.head_dim),
@@ -138,7 +145,8 @@ def _build(arguments: argparse.Namespace, *, exponent_coding: bool) -> Bench:
         loaded.wait()
         assert adapters.place(lease.plan) is Placement.RESIDENT
         adapters.hold(lease.digest)
-    return Bench(runner, kv_cache, adapters, leases)
+    weight_bytes = sum(group.packed.n_bytes for group in model.groups.values())
+    return Bench(runner, kv_cache, adapters, leases, weight_bytes)
 
 
 def _leases_of(case: str, leases: Sequence[Lease], n_rows: int) -> Sequence[Lease | None]:

@@ -153,6 +153,9 @@ def test_strided_rows_are_read_and_written_in_place(format: WeightFormat) -> Non
     assert torch.equal(out[:, 20:68], linear(wide[:, 16:48].contiguous()))
     assert bool((out[:, :20] == 7).all())
     assert bool((out[:, 68:] == 7).all())
+    across = wide[:, 16:48].T.contiguous().T
+    assert across.stride(1) != 1
+    assert torch.equal(linear(across), out[:, 20:68])
 
 
 def test_what_does_not_fit_is_refused() -> None:

@@ -40,6 +40,7 @@ _POINTERS = {
 _LIMITS = {
     80: (65536, 164 * 1024, 2048, 32, 163 * 1024),
     90: (65536, 228 * 1024, 2048, 32, 227 * 1024),
+    100: (65536, 228 * 1024, 2048, 32, 227 * 1024),
 }
 
 
@@ -86,7 +87,7 @@ def record_launches() -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
-    """Machine code for ``capability`` (80, 90), from Triton's cache when it was compiled before."""
+    """Machine code for ``capability`` (80, 90, 100), or Triton's cache of it."""
     kernel = _find(launch.kernel)
     names = list(dict(launch.signature))
     source = ASTSource(

@@ -77,8 +77,10 @@ class BaseModel:
         self.device = model.device
         self._logits = trace.logits
         packed: dict[str, PackedSlice] = {}
-        spec = BaseSpec.of(model, model_id, quantization=quantization_of(model))
-        self.spec = served_spec(spec, trace, model, packed)
+        quantization = quantization_of(model)
+        self.spec = served_spec(  # nothing else may hold the first spec, which holds all weights
+            BaseSpec.of(model, model_id, quantization=quantization), trace, model, packed
+        )
         self.layers: list[LayerAttention] = install_attention(model, trace.attention, self.step)
         self.groups: dict[str, PackedLoraLinear] = self._replace_linears(
             model, exponent_coding, packed

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from loraplex_kernels import LoraTables, LoraTarget
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_kernels.report import CAPABILITIES, compile_all, find_faults, sample
 from loraplex_kernels.sampling import empty_batch
 from loraplex_kernels.triton import (
@@ -14,7 +15,7 @@ from loraplex_kernels.triton import (
     paged_attention_triton,
     sample_tokens_triton,
 )
-from loraplex_kernels.triton.aot import record_launches
+from loraplex_kernels.triton.aot import compile_launch, record_launches
 from loraplex_kernels.triton.attention import Division, attention_workspace
 from loraplex_kernels.triton.launches import MODEL_TARGETS, all_launches
 from loraplex_kernels.triton.tuning import (
@@ -58,6 +59,22 @@ def test_a_sample_of_launches_compiles_without_faults() -> None:
             "quantized_linear_kernel",
         ):
             assert one.resources.instructions  # tensor cores, all of one shape
+
+
+def test_quantised_products_compile_for_blackwell() -> None:
+    """The order of sums is that of the other GPUs': no instruction of Blackwell's own."""
+    chosen = [
+        named
+        for named in all_launches(TuningTable([]), (90,))
+        if named.launch.kernel.endswith("quantized_linear_kernel")
+        and (named.dtype, named.name.startswith("Llama-3.1-8B o")) == ("bf16", True)
+        and named.name.endswith(" 2048 rows")
+    ]
+    assert len(chosen) == len(WeightFormat)
+    for named in chosen:
+        resources = compile_launch(named.launch, 100)
+        assert resources.spill_bytes == 0, named.name
+        assert all(".m16n8k16." in kind for kind in resources.instructions)
 
 
 def test_every_problem_finds_a_tuning_row() -> None:

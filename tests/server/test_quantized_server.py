@@ -1,0 +1,53 @@
+"""A real server with --quantization: what it says of itself, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.support.server_process import failing_start, save_tiny_model, server_process
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_quantised_default_base_chats_and_refuses_to_generate_adapters(
+    pulled_base: Path, tmp_path: Path
+) -> None:
+    flags = ("--quantization", "int8", "--dtype", "bfloat16", "--kv-memory", "64MiB")
+    with (
+        server_process(pulled_base, tmp_path / "state", *flags) as server,
+        httpx.Client(base_url=server.url, timeout=300) as client,
+    ):
+        (base,) = [m for m in client.get("/v1/models").json()["data"] if "quantization" in m]
+        assert base["quantization"] == "int8"
+        body = {
+            "model": base["id"],
+            "messages": [{"role": "user", "content": "What is the capital of France?"}],
+            "max_tokens": 12,
+            "temperature": 0,
+        }
+        answer = client.post("/v1/chat/completions", json=body)
+        assert "Paris" in answer.json()["choices"][0]["message"]["content"]
+        for more in ({}, {"examples": [{"prompt": "a", "answer": f"b{i}"} for i in range(4)]}):
+            refused = client.post(
+                "/v1/adapters/generate", json={"description": "Talk like a pirate.", **more}
+            )
+            assert refused.status_code == 400, refused.text
+            message = refused.json()["error"]["message"]
+            assert "served with int8 ones; serve it without --quantization" in message
+    assert "with int8 linears" in server.log
+    assert "MiB in int8, they were" in server.log
+
+
+def test_a_checkpoint_of_a_form_that_is_not_read_does_not_start(tmp_path: Path) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    (base / "config.json").write_text(json.dumps(config))
+    status, said = failing_start("--model", base, "--state-dir", tmp_path / "state", "--port", "0")
+    assert status == 1
+    assert "'awq', which has zero points" in " ".join(said.split())
+    assert "Traceback" not in said

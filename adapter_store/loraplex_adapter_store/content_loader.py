@@ -110,8 +110,10 @@ class ContentLoader:
             self._check_base(content)
             if self._remote is None or path.exists():
                 self._check_plan(peek_plan(path))
-        except (AdapterRefused, StoredAdapterDamaged) as error:
+        except AdapterRefused as error:
             return str(error)
+        except StoredAdapterDamaged as error:
+            return None if self._remote is not None else str(error)  # it is fetched again
         return None
 
     def _check_plan(self, plan: AdapterPlan) -> None:

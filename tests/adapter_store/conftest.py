@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.catalogue.catalogue import Catalogue
+from loraplex_adapter_store.catalogue.limits import CatalogueLimits
 from loraplex_adapter_store.store import AdapterStore
 from tests.support.tiny_models import tiny_llama
 
 MakeAdapter = Callable[..., Path]
+OpenStore = Callable[..., AdapterStore]
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +39,26 @@ def make_adapter(tmp_path: Path) -> MakeAdapter:
         return path
 
     return make
+
+
+@pytest.fixture(params=["local", "catalogue"])
+def opened(request: pytest.FixtureRequest) -> OpenStore:
+    """``AdapterStore``, alone and with a catalogue in a directory beside its root."""
+    if request.param == "local":
+        return AdapterStore
+
+    def with_catalogue(root: Path, base: BaseSpec, **options: object) -> AdapterStore:
+        catalogue = Catalogue.open(f"file://{root.parent}/catalogue-of-{root.name}", base)
+        limits = CatalogueLimits(refresh_s=0.0, poll_s=3600.0)
+        return AdapterStore(
+            root,
+            base,
+            catalogue=catalogue,
+            catalogue_limits=limits,
+            **options,  # type: ignore[arg-type]
+        )
+
+    return with_catalogue
 
 
 @pytest.fixture

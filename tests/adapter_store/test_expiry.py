@@ -8,7 +8,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.card import TierBytes
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
-from tests.adapter_store.conftest import plain_lora
+from tests.adapter_store.conftest import OpenStore, plain_lora
 from tests.adapter_store.test_store import put
 
 
@@ -18,13 +18,13 @@ def put_until(store: AdapterStore, name: str, seed: int, expires: float) -> None
 
 
 def test_a_name_goes_when_its_time_has_come_also_after_a_restart(
-    tmp_path: Path, base: BaseSpec
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
-    with AdapterStore(tmp_path / "s", base) as store:
+    with opened(tmp_path / "s", base) as store:
         put_until(store, "early", 1, 100.0)
         put_until(store, "late", 2, 200.0)
         put(store, "stays", 3)
-    with AdapterStore(tmp_path / "s", base) as store:
+    with opened(tmp_path / "s", base) as store:
         assert store.next_expiry() == 100.0
         assert store.expire(99.9) == ()
         assert store.expire(100.0) == ("early",)

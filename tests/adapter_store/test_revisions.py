@@ -11,12 +11,13 @@ import pytest
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.errors import InvalidSelector, RevisionConflict, UnknownAdapter
 from loraplex_adapter_store.store import AdapterStore
+from tests.adapter_store.conftest import OpenStore
 from tests.adapter_store.test_store import put, seed_of
 
 
 @pytest.fixture
-def store(tmp_path: Path, base: BaseSpec) -> Iterator[AdapterStore]:
-    with AdapterStore(tmp_path / "kept", base, n_kept_revisions=2) as store:
+def store(tmp_path: Path, base: BaseSpec, opened: OpenStore) -> Iterator[AdapterStore]:
+    with opened(tmp_path / "kept", base, n_kept_revisions=2) as store:
         yield store
 
 
@@ -102,10 +103,12 @@ def test_a_store_that_closes_waits_until_kept_revisions_are_freed(store: Adapter
     assert contents(store) == set()
 
 
-def test_kept_revisions_survive_a_restart(tmp_path: Path, base: BaseSpec) -> None:
-    with AdapterStore(tmp_path / "s", base, n_kept_revisions=2) as store:
+def test_kept_revisions_survive_a_restart(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    with opened(tmp_path / "s", base, n_kept_revisions=2) as store:
         digests = [put(store, "x", seed) for seed in (1, 2, 3)]
-    with AdapterStore(tmp_path / "s", base, n_kept_revisions=2) as store:
+    with opened(tmp_path / "s", base, n_kept_revisions=2) as store:
         assert kept(store, "x") == digests[::-1]
         assert store.rollback("x", digest_prefix=digests[0]).digest == digests[0]
         with store.acquire("x") as lease:

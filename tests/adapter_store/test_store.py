@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -28,10 +29,17 @@ from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.selector import parse_selector
 from loraplex_adapter_store.store import AdapterStore
-from tests.adapter_store.conftest import MakeAdapter, plain_lora
+from tests.adapter_store.conftest import MakeAdapter, OpenStore, plain_lora
 from tests.support.packers import TensorsAside
 from tests.support.plan_executor import plan_logits
 from tests.support.tiny_models import PROMPT, tiny_llama
+
+
+@pytest.fixture
+def store(tmp_path: Path, base: BaseSpec, opened: OpenStore) -> Iterator[AdapterStore]:
+    with opened(tmp_path / "store", base, allowed_roots=[tmp_path / "adapters"]) as store:
+        yield store
+
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -201,14 +209,16 @@ def test_one_flight_per_digest_however_many_ask(store: AdapterStore) -> None:
         lease.release()
 
 
-def test_names_and_contents_survive_a_restart(tmp_path: Path, base: BaseSpec) -> None:
-    with AdapterStore(tmp_path / "s", base) as store:
+def test_names_and_contents_survive_a_restart(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    with opened(tmp_path / "s", base) as store:
         digest = put(store, "x", 1)
         put(store, "x", 3)
         store.pin("x")
         put(store, "gone", 2)
         store.delete("gone")
-    with AdapterStore(tmp_path / "s", base) as store:
+    with opened(tmp_path / "s", base) as store:
         card = store.get("x")
         assert (card.revision, card.pinned) == (2, True)
         assert store.history("x")[0][1] == digest
@@ -219,14 +229,14 @@ def test_names_and_contents_survive_a_restart(tmp_path: Path, base: BaseSpec) ->
 
 
 def test_a_directory_belongs_to_one_process(
-    store: AdapterStore, base: BaseSpec, tmp_path: Path
+    store: AdapterStore, base: BaseSpec, tmp_path: Path, opened: OpenStore
 ) -> None:
     with pytest.raises(StoreError, match="in use"):
-        AdapterStore(tmp_path / "store", base)
+        opened(tmp_path / "store", base)
 
 
-def test_a_closed_store_says_so(tmp_path: Path, base: BaseSpec) -> None:
-    store = AdapterStore(tmp_path / "s", base)
+def test_a_closed_store_says_so(tmp_path: Path, base: BaseSpec, opened: OpenStore) -> None:
+    store = opened(tmp_path / "s", base)
     put(store, "x", 1)
     lease = store.acquire("x")
     store.close()
@@ -267,10 +277,10 @@ def plan_bytes(rank: int = 4) -> int:
 
 
 def test_the_host_budget_holds_and_the_least_valuable_leaves(
-    tmp_path: Path, base: BaseSpec
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     budget = 3 * plan_bytes()
-    with AdapterStore(tmp_path / "s", base, host_bytes=budget, eviction="lru") as store:
+    with opened(tmp_path / "s", base, host_bytes=budget, eviction="lru") as store:
         for seed in range(1, 7):
             put(store, f"a{seed}", seed)
         for seed in (1, 2, 3, 1, 4, 1, 5, 6):
@@ -282,9 +292,11 @@ def test_the_host_budget_holds_and_the_least_valuable_leaves(
         assert store.stats().n_host_evictions > 0
 
 
-def test_leased_and_pinned_plans_are_never_evicted(tmp_path: Path, base: BaseSpec) -> None:
+def test_leased_and_pinned_plans_are_never_evicted(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
     limits = StoreLimits(host_wait_s=0.05)
-    with AdapterStore(tmp_path / "s", base, host_bytes=2 * plan_bytes(), limits=limits) as store:
+    with opened(tmp_path / "s", base, host_bytes=2 * plan_bytes(), limits=limits) as store:
         for seed in range(1, 5):
             put(store, f"a{seed}", seed)
         store.pin("a1")
@@ -302,8 +314,10 @@ def test_leased_and_pinned_plans_are_never_evicted(tmp_path: Path, base: BaseSpe
         assert store.stats().host_bytes_used <= 2 * plan_bytes()
 
 
-def test_a_load_waits_for_room_that_a_lease_gives_back(tmp_path: Path, base: BaseSpec) -> None:
-    with AdapterStore(tmp_path / "s", base, host_bytes=plan_bytes()) as store:
+def test_a_load_waits_for_room_that_a_lease_gives_back(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    with opened(tmp_path / "s", base, host_bytes=plan_bytes()) as store:
         put(store, "a1", 1)
         put(store, "a2", 2)
         lease = store.acquire("a1")
@@ -314,8 +328,10 @@ def test_a_load_waits_for_room_that_a_lease_gives_back(tmp_path: Path, base: Bas
                 assert seed_of(second.plan) == 2
 
 
-def test_a_plan_larger_than_the_tier_is_refused_at_once(tmp_path: Path, base: BaseSpec) -> None:
-    with AdapterStore(tmp_path / "s", base, host_bytes=plan_bytes() - 1) as store:
+def test_a_plan_larger_than_the_tier_is_refused_at_once(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    with opened(tmp_path / "s", base, host_bytes=plan_bytes() - 1) as store:
         put(store, "x", 1)
         started = time.monotonic()
         with pytest.raises(HostTierFull):
@@ -364,12 +380,14 @@ def test_mixtures_are_cached_by_content_and_leave_with_their_parts(store: Adapte
     assert store.stats().host_bytes_used == 0
 
 
-def test_a_mixture_does_not_bring_its_parts_to_host_memory(tmp_path: Path, base: BaseSpec) -> None:
-    with AdapterStore(tmp_path / "s", base) as store:
+def test_a_mixture_does_not_bring_its_parts_to_host_memory(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    with opened(tmp_path / "s", base) as store:
         put(store, "a", 1)
         put(store, "b", 2)
     selector = parse_selector([{"name": "a", "weight": 1}, {"name": "b", "weight": 2}])
-    with AdapterStore(tmp_path / "s", base) as store:
+    with opened(tmp_path / "s", base) as store:
         for _ in range(2):
             with store.acquire(selector) as lease:
                 assert store.stats().host_bytes_used == lease.plan.n_bytes
@@ -378,7 +396,7 @@ def test_a_mixture_does_not_bring_its_parts_to_host_memory(tmp_path: Path, base:
 
 
 def test_a_part_that_is_deleted_while_its_mixture_is_built_stays_until_then(
-    tmp_path: Path, base: BaseSpec
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     building, go_on = threading.Event(), threading.Event()
 
@@ -390,11 +408,11 @@ def test_a_part_that_is_deleted_while_its_mixture_is_built_stays_until_then(
             return super().prepare(plan)
 
     a = b = ""
-    with AdapterStore(tmp_path / "s", base) as store:
+    with opened(tmp_path / "s", base) as store:
         a, b = put(store, "a", 1), put(store, "b", 2)
     selector = parse_selector([{"name": "a", "weight": 1}, {"name": "b", "weight": 2}])
     with (
-        AdapterStore(tmp_path / "s", base, packer=Waits()) as store,
+        opened(tmp_path / "s", base, packer=Waits()) as store,
         ThreadPoolExecutor(1) as pool,
     ):
         mixing = pool.submit(store.acquire, selector)
@@ -454,8 +472,10 @@ def test_the_same_name_under_load_is_wholly_old_or_wholly_new(store: AdapterStor
         assert all(seed == revision for revision, seed in reads)
 
 
-def test_random_operations_from_many_threads_keep_the_books(tmp_path: Path, base: BaseSpec) -> None:
-    with AdapterStore(tmp_path / "s", base, host_bytes=4 * plan_bytes(8)) as store:
+def test_random_operations_from_many_threads_keep_the_books(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    with opened(tmp_path / "s", base, host_bytes=4 * plan_bytes(8)) as store:
 
         def work(worker: int) -> None:
             generator = torch.Generator().manual_seed(worker)
@@ -526,10 +546,10 @@ def test_selectors_that_mean_nothing_are_explained(value: object) -> None:
 
 
 def test_a_tenant_that_loads_many_adapters_leaves_the_others_share_in_memory(
-    tmp_path: Path, base: BaseSpec, make_adapter: MakeAdapter
+    tmp_path: Path, base: BaseSpec, make_adapter: MakeAdapter, opened: OpenStore
 ) -> None:
     budget = 4 * plan_bytes()
-    with AdapterStore(tmp_path / "s", base, host_bytes=budget, eviction="lru") as store:
+    with opened(tmp_path / "s", base, host_bytes=budget, eviction="lru") as store:
         kept = [f"acme:{seed}" for seed in (1, 2)]
         many = [f"umbra:{seed}" for seed in range(3, 9)]
         for seed, name in enumerate([*kept, *many], start=1):

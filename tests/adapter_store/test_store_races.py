@@ -14,6 +14,7 @@ from loraplex_adapter_store.disk import Disk
 from loraplex_adapter_store.errors import UnknownAdapter
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.store import AdapterStore
+from tests.adapter_store.conftest import OpenStore
 from tests.adapter_store.test_store import put
 from tests.support.packers import TensorsAside
 
@@ -31,17 +32,17 @@ class WhileStaging(Disk):
 
 
 def test_a_name_deleted_while_its_put_ends_goes_when_the_put_is_done(
-    tmp_path: Path, base: BaseSpec
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     disk = WhileStaging()
-    with AdapterStore(tmp_path / "s", base, disk=disk, packer=TensorsAside()) as store:
+    with opened(tmp_path / "s", base, disk=disk, packer=TensorsAside()) as store:
         drained: list[bool] = []
         disk.action = lambda: drained.append(store.delete("x", timeout_s=0).drained)
         digest = put(store, "x", seed=1)
         assert drained == [False]
         with pytest.raises(UnknownAdapter):
             store.acquire("x")
-    with AdapterStore(tmp_path / "s", base) as store:
+    with opened(tmp_path / "s", base) as store:
         assert store.stats().n_digests == 0
     assert not list((tmp_path / "s").rglob(f"{digest}*"))
 
@@ -56,9 +57,11 @@ class LastPrepared(TensorsAside):
         return self.made
 
 
-def test_what_a_put_prepared_goes_to_host_memory_as_it_is(tmp_path: Path, base: BaseSpec) -> None:
+def test_what_a_put_prepared_goes_to_host_memory_as_it_is(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
     packer = LastPrepared()
-    with AdapterStore(tmp_path / "s", base, packer=packer) as store:
+    with opened(tmp_path / "s", base, packer=packer) as store:
         put(store, "x", seed=1)
         with store.acquire("x") as lease:
             assert lease.plan is packer.made
@@ -81,12 +84,12 @@ class WhilePreparing(TensorsAside):
 
 
 def test_a_name_deleted_while_it_is_loaded_is_served_once_more(
-    tmp_path: Path, base: BaseSpec
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     packer = WhilePreparing()
-    with AdapterStore(tmp_path / "s", base) as store:
+    with opened(tmp_path / "s", base) as store:
         put(store, "x", seed=1)
-    with AdapterStore(tmp_path / "s", base, packer=packer) as store:
+    with opened(tmp_path / "s", base, packer=packer) as store:
         packer.action = lambda: start_delete(store, "x")
         with store.acquire("x") as lease:
             assert lease.plan.packed_adapter is not None
@@ -96,9 +99,9 @@ def test_a_name_deleted_while_it_is_loaded_is_served_once_more(
 
 
 def test_putting_and_deleting_one_name_from_many_threads_fails_nobody(
-    tmp_path: Path, base: BaseSpec
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
-    with AdapterStore(tmp_path / "s", base, packer=TensorsAside()) as store:
+    with opened(tmp_path / "s", base, packer=TensorsAside()) as store:
         start = threading.Barrier(4)
 
         def work(worker: int) -> None:

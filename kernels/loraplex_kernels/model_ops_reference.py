@@ -3,8 +3,9 @@
 Sums run in float32, or in float64 for float64 tensors. T is the number of rows (tokens) of a step.
 
 Layout of the paged KV cache. ``k_cache`` and ``v_cache`` are [n_pages, n_kv_heads, page_size, D];
-slot ``s`` is position ``s % page_size`` of page ``s // page_size``. The block of one (page, head)
-is laid out for dot products, with ``u`` = 2 for two-byte dtypes and 1 for wider ones:
+slot ``s`` is position ``s % page_size`` of page ``s // page_size``. On a GPU that is all: a row of
+D elements each. On a CPU the block of one (page, head) is laid out for dot products, with ``u`` = 2
+for two-byte dtypes and 1 for wider ones:
 
     K: [D / u, page_size, u]      V: [page_size / u, D, u]
 
@@ -103,9 +104,9 @@ def write_kv_reference(
     page_size, head_dim = k_cache.shape[2:]
     pages, offsets = slot_mapping // page_size, slot_mapping % page_size
     k_pages, v_pages = _inner_views(k_cache, v_cache)
-    unit = k_pages.shape[-1]
-    k_pages[pages, :, :, offsets] = k.reshape(*k.shape[:2], head_dim // unit, unit)
-    v_pages[pages, :, offsets // unit, :, offsets % unit] = v
+    k_unit, v_unit = k_pages.shape[-1], v_pages.shape[-1]
+    k_pages[pages, :, :, offsets] = k.reshape(*k.shape[:2], head_dim // k_unit, k_unit)
+    v_pages[pages, :, offsets // v_unit, :, offsets % v_unit] = v
 
 
 def read_kv(k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,7 @@ def read_kv(k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> tuple[Ten
     page_size, head_dim = k_cache.shape[2:]
     pages, offsets = slot_mapping // page_size, slot_mapping % page_size
     k_pages, v_pages = _inner_views(k_cache, v_cache)
-    unit = k_pages.shape[-1]
+    unit = v_pages.shape[-1]
     k = k_pages[pages, :, :, offsets].reshape(len(slot_mapping), k_cache.shape[1], head_dim)
     return k, v_pages[pages, :, offsets // unit, :, offsets % unit]
 
@@ -185,11 +186,14 @@ def _attend(
 
 
 def _inner_views(k_cache: Tensor, v_cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys [n_pages, n_kv_heads, D / u, page_size, u], values [.., page_size / u, D, u]."""
     n_pages, n_kv_heads, page_size, head_dim = k_cache.shape
-    unit = 2 if k_cache.element_size() == 2 else 1
+    k_unit = v_unit = 2 if k_cache.element_size() == 2 else 1
+    if k_cache.is_cuda:
+        k_unit, v_unit = head_dim, 1
     return (
-        k_cache.view(n_pages, n_kv_heads, head_dim // unit, page_size, unit),
-        v_cache.view(n_pages, n_kv_heads, page_size // unit, head_dim, unit),
+        k_cache.view(n_pages, n_kv_heads, head_dim // k_unit, page_size, k_unit),
+        v_cache.view(n_pages, n_kv_heads, page_size // v_unit, head_dim, v_unit),
     )
 
 

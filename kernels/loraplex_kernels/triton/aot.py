@@ -43,6 +43,8 @@ _LIMITS = {
     100: (65536, 228 * 1024, 2048, 32, 227 * 1024),
 }
 
+_MATRIX_INSTRUCTION = re.compile(r"\b(?:(?:wg)?mma\S*\.m\d+n\d+k\d+\S*|tcgen05\.mma\.cta\S*)")
+
 
 @dataclass(frozen=True, slots=True)
 class Launch:
@@ -174,7 +176,7 @@ def _read_resources(
         spill_bytes=usage["STACK"] + usage["LOCAL"],
         blocks=blocks,
         occupancy=blocks * n_threads / threads,
-        instructions=tuple(sorted(set(re.findall(r"\b(?:wg)?mma\S*\.m\d+n\d+k\d+\S*", ptx)))),
+        instructions=tuple(sorted(set(_MATRIX_INSTRUCTION.findall(ptx)))),
     )
 
 

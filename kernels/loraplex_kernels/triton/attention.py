@@ -22,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .kv_cache import cache_unit, check_cache
+from .capability import capability_of
+from .kv_cache import check_cache
 
 __all__ = [
     "N_GROUPS",
@@ -63,51 +64,26 @@ def merge(m, norm, acc, other_m, other_norm, other_acc):
 
 
 @triton.jit
-def load_keys(
-    k_cache_ptr, blocks, in_use,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, N_PAGES: tl.constexpr,
-    U: tl.constexpr,
-):  # fmt: skip
-    """[BLOCK_D, positions]: a page of one head is one contiguous run."""
-    flat = tl.arange(0, BLOCK_D * PAGE_SIZE)
-    mask = in_use[:, None] & (flat < D * PAGE_SIZE)[None, :]
-    k = tl.load(k_cache_ptr + blocks[:, None] + flat[None, :], mask=mask, other=0.0)
-    k = tl.permute(tl.reshape(k, (N_PAGES, BLOCK_D // U, PAGE_SIZE, U)), (1, 3, 0, 2))
-    return tl.reshape(k, (BLOCK_D, N_PAGES * PAGE_SIZE))
-
-
-@triton.jit
-def load_values(
-    v_cache_ptr, blocks, in_use,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, N_PAGES: tl.constexpr,
-    U: tl.constexpr,
-):  # fmt: skip
-    """[positions, BLOCK_D]"""
-    outer = tl.arange(0, PAGE_SIZE // U) * (D * U)
-    inner = tl.arange(0, BLOCK_D * U)
-    mask = in_use[:, None, None] & (inner < D * U)[None, None, :]
-    pointers = v_cache_ptr + blocks[:, None, None] + outer[None, :, None] + inner[None, None, :]
-    v = tl.load(pointers, mask=mask, other=0.0)
-    v = tl.permute(tl.reshape(v, (N_PAGES, PAGE_SIZE // U, BLOCK_D, U)), (0, 1, 3, 2))
-    return tl.reshape(v, (N_PAGES * PAGE_SIZE, BLOCK_D))
-
-
-@triton.jit
 def attend_split(
     m, norm, acc, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, first, last, place, stop,
     scale, window, softcap,
     N_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    N_PAGES: tl.constexpr, U: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_KV: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Goes on with an online softmax over positions [first, last): maximum (base 2), norm, sum."""
-    BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
+    dims = tl.arange(0, BLOCK_D)
+    inside = dims < D
     for start in range(first, last, BLOCK_KV):
-        page = start // PAGE_SIZE + tl.arange(0, N_PAGES)
-        in_use = page * PAGE_SIZE < stop
-        page_id = tl.load(pages_ptr + page, mask=in_use, other=0).to(tl.int64)
-        blocks = (page_id * N_KV + kv_head) * (PAGE_SIZE * D)
         j = start + tl.arange(0, BLOCK_KV)
-        k = load_keys(k_cache_ptr, blocks, in_use, D, BLOCK_D, PAGE_SIZE, N_PAGES, U)
+        # What lies beyond the last position was never written, and is not read.
+        exists = j < stop
+        page = tl.load(pages_ptr + j // PAGE_SIZE, mask=exists, other=0).to(tl.int64)
+        at = (page * N_KV + kv_head) * (PAGE_SIZE * D) + j % PAGE_SIZE * D
+        k = tl.load(
+            k_cache_ptr + at[None, :] + dims[:, None],
+            mask=exists[None, :] & inside[:, None],
+            other=0.0,
+        )
         scores = tl.dot(q, k, input_precision="ieee") * scale
         if HAS_SOFTCAP:
             # c · tanh(s / c), from exp2 so that it is the same function everywhere
@@ -121,9 +97,11 @@ def attend_split(
         safe = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp2(scores - safe[:, None])
         fade = tl.exp2(m - safe)
-        v = load_values(v_cache_ptr, blocks, in_use, D, BLOCK_D, PAGE_SIZE, N_PAGES, U)
-        # What lies beyond the last position was never written: 0 · NaN must not reach the sum.
-        v = tl.where((j < stop)[:, None], v, 0.0).to(v.dtype)
+        v = tl.load(
+            v_cache_ptr + at[:, None] + dims[None, :],
+            mask=exists[:, None] & inside[None, :],
+            other=0.0,
+        )
         p = p.to(v.dtype)
         norm = tl.dot(p, ones, norm * fade[:, None], input_precision="ieee")
         acc = tl.dot(p, v, acc * fade[:, None], input_precision="ieee")
@@ -136,11 +114,10 @@ def attend_group(
     group, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, begin, place, stop, scale,
     window, softcap,
     N_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    N_PAGES: tl.constexpr, U: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_KV: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
     N_GROUPS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the splits of a group within positions [begin, stop)."""
-    BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     norm = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -150,7 +127,7 @@ def attend_group(
             m, norm, acc, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head,
             tl.maximum(position, begin // BLOCK_KV * BLOCK_KV),
             tl.minimum(position + SPLIT, stop), place, stop, scale, window, softcap,
-            N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, HAS_WINDOW, HAS_SOFTCAP,
+            N_KV, D, BLOCK_D, PAGE_SIZE, BLOCK_KV, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
     return m, tl.max(norm, axis=1), acc
 
@@ -179,13 +156,12 @@ def attend_kernel(
     stride_qt, stride_qh, stride_ot, stride_oh, stride_pages,
     n_requests, n_places, most_queries, per_request, scale, window, softcap,
     N_KV: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr,
-    BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, N_PAGES: tl.constexpr, U: tl.constexpr,
+    BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCK_KV: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, N_GROUPS: tl.constexpr, ONE_GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """ONE_GROUP: requests that are not divided have no second split."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
-    BLOCK_KV: tl.constexpr = N_PAGES * PAGE_SIZE
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
     first_group = tl.program_id(2)
@@ -224,14 +200,14 @@ def attend_kernel(
     m, norm, acc = attend_group(
         first_group, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, begin, place, stop,
         scale, window, softcap,
-        N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, BLOCK_M, SPLIT, N_GROUPS, HAS_WINDOW, HAS_SOFTCAP,
+        N_KV, D, BLOCK_D, PAGE_SIZE, BLOCK_KV, BLOCK_M, SPLIT, N_GROUPS, HAS_WINDOW, HAS_SOFTCAP,
     )  # fmt: skip
     if not ONE_GROUP:
         for group in range(first_group + 1, end_group):
             other_m, other_norm, other_acc = attend_group(
                 group, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, begin, place, stop,
                 scale, window, softcap,
-                N_KV, D, BLOCK_D, PAGE_SIZE, N_PAGES, U, BLOCK_M, SPLIT, N_GROUPS,
+                N_KV, D, BLOCK_D, PAGE_SIZE, BLOCK_KV, BLOCK_M, SPLIT, N_GROUPS,
                 HAS_WINDOW, HAS_SOFTCAP,
             )  # fmt: skip
             m, norm, acc = merge(m, norm, acc, other_m, other_norm, other_acc)
@@ -343,13 +319,17 @@ def paged_attention_triton(
     softcap: float | None = None,
     out: Tensor | None = None,
     workspace: AttentionWorkspace | None = None,
+    batch_invariant: bool = True,
+    capability: int | None = None,  # None: of the device
 ) -> Tensor:
     """``paged_attention_reference`` on a GPU; writes and returns ``out``.
 
     Launches depend on shapes only (``page_table`` [n_requests, n_pages] bounds the positions), so a
     CUDA graph may replay them; ``query_starts`` and ``kv_lens`` are int32 on the device. Requests
     without queries and rows beyond the last request are left alone. ``out`` and ``workspace`` are
-    allocated when absent. Raises ValueError before the launch when a shape does not fit.
+    allocated when absent. ``batch_invariant``: a row has the same bits in every batch; without,
+    large steps take larger tiles, whose matrix instruction may sum in another order (wgmma on a
+    Hopper). Raises ValueError before the launch when a shape does not fit.
     """
     _check(q, k_cache, v_cache, page_table, query_starts, kv_lens)
     out = torch.empty_like(q) if out is None else out
@@ -367,12 +347,11 @@ def paged_attention_triton(
         raise ValueError("the attention workspace is too small; see attention_workspace")
     group = n_heads // n_kv
     padded = triton.next_power_of_2(group)
-    is_half = q.element_size() == 2
-    is_small = is_half and head_dim <= 128
-    block_m = max(32 if is_small and n_rows > _FEW_ROWS else 16, padded)
+    widest = 32 if batch_invariant else _widest_tile(capability or capability_of(q.device))
+    is_small = q.element_size() != 2 or head_dim > 128 or n_rows <= _FEW_ROWS
+    block_m = max(16 if is_small else widest, padded)
     n_tiles = min(n_rows, n_rows // (block_m // padded) + n_requests)
     block_d = triton.next_power_of_2(head_dim)
-    n_pages = max(1, _block_positions(block_d, q.element_size()) // page_size)
     shared = {
         "D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT_POSITIONS, "N_GROUPS": N_GROUPS,
         "HAS_WINDOW": window is not None,
@@ -383,9 +362,9 @@ def paged_attention_triton(
         n_requests, division.n_places, division.most_queries, division.per_request,
         scale, window or 0, softcap or 1.0,
         N_KV=n_kv, GROUP=group, GROUP_PADDED=padded, PAGE_SIZE=page_size,
-        N_PAGES=n_pages, U=cache_unit(k_cache), BLOCK_M=block_m,
+        BLOCK_KV=_block_positions(block_d, q.element_size()), BLOCK_M=block_m,
         ONE_GROUP=n_rows <= _FEW_ROWS, HAS_SOFTCAP=softcap is not None,
-        num_warps=4 if is_half else 8, num_stages=2, maxnreg=255, enable_fp_fusion=False, **shared,
+        enable_fp_fusion=False, **_resources(block_m, q), **shared,
     )  # fmt: skip
     if division.n_groups > 1:
         combine_kernel[(division.n_places, n_heads)](
@@ -394,6 +373,19 @@ def paged_attention_triton(
             window or 0, N_HEADS=n_heads, num_warps=1, enable_fp_fusion=False, **shared,
         )  # fmt: skip
     return out
+
+
+def _widest_tile(capability: int) -> int:
+    """Queries times heads. 64 multiply by an instruction of their own: wgmma, tcgen05."""
+    return 64 if capability // 10 in (9, 10) else 32
+
+
+def _resources(block_m: int, q: Tensor) -> dict[str, int]:
+    """Warps, stages and registers, by what ``make kernels-report`` finds."""
+    if q.element_size() != 2:
+        return {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    is_small = block_m == 16 and q.shape[2] <= 128
+    return {"num_warps": 4, "num_stages": 3, "maxnreg": 168 if is_small else 255}
 
 
 def max_head_dim(dtype: torch.dtype) -> int:

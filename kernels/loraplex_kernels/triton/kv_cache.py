@@ -4,8 +4,8 @@
     cache[slot] ← k, v                           negative slots are skipped
 
 Shapes: q_k_v [T, (n_heads + 2 n_kv_heads) D]; cos, sin [n_positions, R ≤ D], which turn the first
-R of a head. A page of one head is ``K: [D / u, page_size, u]``, ``V: [page_size / u, D, u]`` (see
-``model_ops_reference``).
+R of a head. A page of one head is [page_size, D], keys and values alike: on a GPU the cache is
+[n_pages, n_kv_heads, page_size, D] as it stands (FlashInfer's HND).
 """
 
 from __future__ import annotations
@@ -14,24 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["cache_unit", "check_cache", "rope_and_cache_triton", "write_kv_triton"]
+__all__ = ["check_cache", "rope_and_cache_triton", "write_kv_triton"]
 
 
 @triton.jit
-def store_key(k_cache_ptr, slot, head, x, dims, N_KV, PAGE_SIZE, D: tl.constexpr, U: tl.constexpr):
-    block = (slot // PAGE_SIZE * N_KV + head) * (PAGE_SIZE * D)
-    place = dims // U * (PAGE_SIZE * U) + slot % PAGE_SIZE * U + dims % U
-    tl.store(k_cache_ptr + block + place, x, mask=dims < D)
-
-
-@triton.jit
-def store_value(
-    v_cache_ptr, slot, head, x, dims, N_KV, PAGE_SIZE, D: tl.constexpr, U: tl.constexpr
-):
-    block = (slot // PAGE_SIZE * N_KV + head) * (PAGE_SIZE * D)
-    within = slot % PAGE_SIZE
-    place = within // U * (D * U) + dims * U + within % U
-    tl.store(v_cache_ptr + block + place, x, mask=dims < D)
+def store_row(cache_ptr, slot, head, x, dims, N_KV, PAGE_SIZE, D: tl.constexpr):
+    at = (slot // PAGE_SIZE * N_KV + head) * (PAGE_SIZE * D) + slot % PAGE_SIZE * D
+    tl.store(cache_ptr + at + dims, x, mask=dims < D)
 
 
 @triton.jit
@@ -49,7 +38,6 @@ def rope_and_cache_kernel(
     PAGE_SIZE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    U: tl.constexpr,
     ROTARY: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -74,9 +62,9 @@ def rope_and_cache_kernel(
     slot = tl.load(slot_mapping_ptr + row).to(tl.int64)
     if slot >= 0 and head >= N_HEADS:
         if head < N_HEADS + N_KV:
-            store_key(k_cache_ptr, slot, head - N_HEADS, x, dims, N_KV, PAGE_SIZE, D, U)
+            store_row(k_cache_ptr, slot, head - N_HEADS, x, dims, N_KV, PAGE_SIZE, D)
         else:
-            store_value(v_cache_ptr, slot, head - N_HEADS - N_KV, x, dims, N_KV, PAGE_SIZE, D, U)
+            store_row(v_cache_ptr, slot, head - N_HEADS - N_KV, x, dims, N_KV, PAGE_SIZE, D)
 
 
 @triton.jit
@@ -94,7 +82,6 @@ def write_kv_kernel(
     PAGE_SIZE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    U: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -103,14 +90,9 @@ def write_kv_kernel(
         return
     dims = tl.arange(0, BLOCK_D)
     k = tl.load(k_ptr + row * stride_kt + head * stride_kh + dims, mask=dims < D, other=0.0)
-    store_key(k_cache_ptr, slot, head, k, dims, N_KV, PAGE_SIZE, D, U)
+    store_row(k_cache_ptr, slot, head, k, dims, N_KV, PAGE_SIZE, D)
     v = tl.load(v_ptr + row * stride_vt + head * stride_vh + dims, mask=dims < D, other=0.0)
-    store_value(v_cache_ptr, slot, head, v, dims, N_KV, PAGE_SIZE, D, U)
-
-
-def cache_unit(cache: Tensor) -> int:
-    """Elements that lie together for one dot product step: two of two bytes, else one."""
-    return 2 if cache.element_size() == 2 else 1
+    store_row(v_cache_ptr, slot, head, v, dims, N_KV, PAGE_SIZE, D)
 
 
 def check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
@@ -167,7 +149,7 @@ def rope_and_cache_triton(
         q_k_v, q_k_v if cos is None else cos, q_k_v if sin is None else sin, positions,
         k_cache, v_cache, slot_mapping, q_k_v.stride(0),
         N_HEADS=n_heads, N_KV=n_kv_heads, PAGE_SIZE=k_cache.shape[2], D=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim), U=cache_unit(k_cache), ROTARY=rotary,
+        BLOCK_D=triton.next_power_of_2(head_dim), ROTARY=rotary,
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -191,6 +173,6 @@ def write_kv_triton(
     write_kv_kernel[(n_rows, k_cache.shape[1])](
         k, v, k_cache, v_cache, slot_mapping, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         N_KV=k_cache.shape[1], PAGE_SIZE=k_cache.shape[2], D=k_cache.shape[3],
-        BLOCK_D=triton.next_power_of_2(k_cache.shape[3]), U=cache_unit(k_cache), num_warps=1,
+        BLOCK_D=triton.next_power_of_2(k_cache.shape[3]), num_warps=1,
         enable_fp_fusion=False,
     )  # fmt: skip

@@ -65,27 +65,40 @@ class NamedLaunch:
     capability: int
     dtype: str
     launch: Launch
+    batch_invariant: bool = True  # whether it sums as the kernel's other launches do
 
 
 def all_launches(table: TuningTable, capabilities: tuple[int, ...]) -> list[NamedLaunch]:
     """Distinct launches of every row of ``table``, then of the kernels without a row."""
     found: dict[tuple[int, Launch], NamedLaunch] = {}
 
-    def add(name: str, capability: int, dtype: str, call: Callable[[], object]) -> None:
+    def add(
+        name: str,
+        capability: int,
+        dtype: str,
+        call: Callable[[], object],
+        *,
+        batch_invariant: bool = True,
+    ) -> None:
         with record_launches() as launches:
             call()
         for launch in launches:
-            named = NamedLaunch(name, capability, dtype, launch)
+            named = NamedLaunch(name, capability, dtype, launch, batch_invariant)
             found.setdefault((capability, launch), named)
 
-    for row in table.rows:
-        if row.key.capability in capabilities:
-            for name, call in _calls_of(row, table):
-                add(name, row.key.capability, row.key.dtype, call)
+    tuned = {row.key.capability for row in table.rows}
+    for capability in capabilities:
+        source = max(known for known in tuned if known <= capability)  # whose rows it takes
+        for row in table.rows:
+            if row.key.capability == source:
+                for name, call in _calls_of(row, table):
+                    add(name, capability, row.key.dtype, call)
     for capability in capabilities:
         for dtype in _DTYPES:
             for name, call in _other_calls(dtype):
                 add(name, capability, dtype, call)
+            for name, call in _wide_attention(dtype, capability):
+                add(name, capability, dtype, call, batch_invariant=False)
     return list(found.values())
 
 
@@ -152,6 +165,18 @@ def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
                         window=window,
                     ),
                 )
+
+
+def _wide_attention(dtype: str, capability: int) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Large steps where rows need not have the same bits in every batch."""
+    for n_heads, n_kv, head_dim, name in _ATTENTION:
+        sizes = {"n_heads": n_heads, "n_kv": n_kv, "head_dim": head_dim}
+        if dtype != "fp32" and head_dim <= 128:
+            for window in (None, 4096):
+                call = partial(
+                    _attend, 2048, _DTYPES[dtype], window=window, capability=capability, **sizes
+                )
+                yield f"{name}, 2048 rows, window {window}, widest tile", call
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +272,7 @@ def _attend(
     n_kv: int,
     head_dim: int,
     window: int | None,
+    capability: int | None = None,  # with it: the widest tiles that it has
 ) -> None:
     cache = torch.empty(8, n_kv, 16, head_dim, dtype=dtype)
     ints = torch.zeros(n_rows, dtype=torch.int64)
@@ -267,4 +293,6 @@ def _attend(
         scale=0.125,
         window=window,
         softcap=None if window is None else 30.0,
+        batch_invariant=capability is None,
+        capability=capability,
     )

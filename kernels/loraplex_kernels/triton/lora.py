@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from loraplex_kernels.layout import PAGE_RANK, LoraSegments, LoraTables, LoraTar
 from loraplex_kernels.side_stream import SideStream
 
 from .arithmetic import reduction
+from .capability import capability_of
 from .expand import lora_expand
 from .fused import lora_fused
 from .routing import DeviceSegments, route_segments
@@ -107,7 +108,7 @@ def _choose(
 ) -> FusedChoice | _TwoLaunches:
     chosen = default_table() if table is None else table
     bounds = {
-        "capability": capability or _capability(x.device),
+        "capability": capability or capability_of(x.device),
         "rank": tables.a_pages.shape[2] * PAGE_RANK,
         "rows": routed.indices.shape[0],
     }
@@ -121,12 +122,3 @@ def _choose(
     n_planes = 1 if shrink.serial else reduction(in_features, x.element_size()).n_chunks
     shape = planes_shape(target, tables, routed, n_planes=n_planes)
     return _TwoLaunches(shrink, expand, shape)
-
-
-@cache
-def _capability(device: torch.device) -> int:
-    """Compute capability as 80, 90, …; of a CPU tensor (Triton's interpreter) the lowest."""
-    if device.type != "cuda":
-        return 80
-    major, minor = torch.cuda.get_device_capability(device)
-    return major * 10 + minor

@@ -21,6 +21,7 @@ _ROOT = Path(__file__).parents[3]
         "test_attention.py",
         "test_norm_and_gate.py",
         "test_quantized_linear.py",
+        "test_matmul.py",
         "test_sampling.py",
         "test_benchmark.py",
     ],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraplex_kernels.model_ops_reference import (
     paged_attention_reference,
+    read_kv,
     rope_and_cache_reference,
     write_kv_reference,
 )
@@ -25,6 +26,9 @@ from loraplex_kernels.triton import (
 
 @dataclass(frozen=True, slots=True)
 class Step:
+    """On the device, its cache laid out as a GPU has it; ``on_cpu`` as the reference reads it."""
+
+    on_cpu: tuple[Tensor, ...]  # q, caches, page table, starts, lengths
     q: Tensor
     k_cache: Tensor
     v_cache: Tensor
@@ -35,6 +39,7 @@ class Step:
     def only(self, request: int) -> Step:
         first, last = self.query_starts[request : request + 2].tolist()
         return Step(
+            self.on_cpu,
             self.q[first:last],
             self.k_cache,
             self.v_cache,
@@ -74,11 +79,28 @@ def _step(
         write_kv_reference(k, v, k_cache, v_cache, slots)
     q = torch.randn(sum(queries), n_heads, head_dim, generator=generator).to(dtype)
     starts = torch.tensor([0, *queries]).cumsum(0).to(torch.int32)
-    tensors = (q, k_cache, v_cache, table, starts, torch.tensor(lens, dtype=torch.int32))
-    return Step(*(tensor.to(device) for tensor in tensors))
+    on_cpu = (q, k_cache, v_cache, table, starts, torch.tensor(lens, dtype=torch.int32))
+    rows = _as_rows(k_cache, v_cache)
+    return Step(on_cpu, *(tensor.to(device) for tensor in (q, *rows, *on_cpu[3:])))
 
 
-def _attend(step: Step, *, window: int | None = None, softcap: float | None = None) -> Tensor:
+def _as_rows(k_cache: Tensor, v_cache: Tensor) -> list[Tensor]:
+    """The reference's caches of a CPU as a GPU has them: a row for each position."""
+    n_pages, n_kv, page_size, head_dim = k_cache.shape
+    both = read_kv(k_cache, v_cache, torch.arange(n_pages * page_size))
+    return [
+        cache.view(n_pages, page_size, n_kv, head_dim).transpose(1, 2).contiguous()
+        for cache in both
+    ]
+
+
+def _attend(
+    step: Step,
+    *,
+    window: int | None = None,
+    softcap: float | None = None,
+    batch_invariant: bool = True,
+) -> Tensor:
     return paged_attention_triton(
         step.q,
         step.k_cache,
@@ -89,6 +111,7 @@ def _attend(step: Step, *, window: int | None = None, softcap: float | None = No
         scale=0.25,
         window=window,
         softcap=softcap,
+        batch_invariant=batch_invariant,
     )
 
 
@@ -96,15 +119,7 @@ def _assert_close(
     out: Tensor, step: Step, *, window: int | None = None, softcap: float | None = None
 ) -> None:
     expected = paged_attention_reference(
-        step.q.cpu(),
-        step.k_cache.cpu(),
-        step.v_cache.cpu(),
-        step.page_table.cpu(),
-        step.query_starts.cpu(),
-        step.kv_lens.cpu(),
-        scale=0.25,
-        window=window,
-        softcap=softcap,
+        *step.on_cpu, scale=0.25, window=window, softcap=softcap
     ).double()
     limit = {torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 2e-2}[out.dtype]
     assert float((out.double().cpu() - expected).abs().max()) < limit
@@ -176,6 +191,16 @@ def test_a_row_has_the_same_bits_alone_divided_and_whole(
         assert torch.equal(_attend(step, window=window), together)
 
 
+def test_large_steps_may_take_larger_tiles(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_FEW_ROWS", 0)
+    step = _step(device, torch.bfloat16, lens=[90, 33, 70], queries=[70, 1, 3])
+    assert [attention._widest_tile(each) for each in (80, 90, 100, 120)] == [32, 64, 64, 32]
+    monkeypatch.setattr(attention, "_widest_tile", lambda _: 64)
+    _assert_close(_attend(step, batch_invariant=False), step)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_up_to_as_many_splits_as_groups_each_is_a_group_of_its_own(
     device: torch.device, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -222,6 +247,7 @@ def test_rope_and_cache_rotates_and_writes_as_the_reference(
     wanted = [rows.clone(), torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)]
     sizes = {"n_heads": n_heads, "n_kv_heads": n_kv, "head_dim": head_dim}
     rope_and_cache_reference(wanted[0], cos, sin, positions, wanted[1], wanted[2], slots, **sizes)
+    wanted[1:] = _as_rows(*wanted[1:])
     got = [rows.clone().to(device), *(torch.zeros(shape, dtype=dtype, device=device),) * 1]
     got.append(torch.zeros(shape, dtype=dtype, device=device))
     moved = [None if angle is None else angle.to(device) for angle in (cos, sin)]
@@ -241,7 +267,7 @@ def test_write_kv_skips_negative_slots_and_takes_strided_rows(device: torch.devi
     mine = [torch.zeros(2, 2, 8, 16, dtype=torch.bfloat16, device=device) for _ in range(2)]
     moved = packed.to(device)
     write_kv_triton(moved[:, :2], moved[:, 2:], *mine, slots.to(device))
-    for cache, expected in zip(mine, caches, strict=True):
+    for cache, expected in zip(mine, _as_rows(*caches), strict=True):
         assert torch.equal(cache.cpu(), expected)
 
 

@@ -20,8 +20,11 @@ __all__ = ["BatchInvariant"]
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class BatchInvariant(TorchDispatchMode):
+class BatchInvariant(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """A context of the calling thread. float64, sparse and complex products stay torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

@@ -1,13 +1,14 @@
 """Errors of this package.
 
 KernelsError
-├── BadFactors   factors that do not fit the target they are given for
-└── PoolFull     the pool has no room; says how much was needed and how much is free
+├── BadFactors         factors that do not fit the target they are given for
+├── KernelUnavailable  a library of kernels that is not here
+└── PoolFull           the pool has no room; says how much was needed and how much is free
 """
 
 from __future__ import annotations
 
-__all__ = ["BadFactors", "KernelsError", "PoolFull"]
+__all__ = ["BadFactors", "KernelUnavailable", "KernelsError", "PoolFull"]
 
 
 class KernelsError(Exception):
@@ -16,6 +17,10 @@ class KernelsError(Exception):
 
 class BadFactors(KernelsError, ValueError):
     """Factors whose target, shape or completeness is wrong."""
+
+
+class KernelUnavailable(KernelsError):
+    """A library of kernels is not installed here, or does not work."""
 
 
 class PoolFull(KernelsError):

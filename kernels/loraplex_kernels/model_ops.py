@@ -21,6 +21,7 @@ from loraplex_kernels.cpu.model_ops import (
     takes_norm,
 )
 
+from .flashinfer_attention import PlannedAttention
 from .model_ops_reference import (
     add_rms_norm_reference,
     paged_attention_reference,
@@ -284,6 +285,8 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     out: Tensor | None = None,
+    planned: PlannedAttention | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Causal attention of ``q`` [T, n_heads, D] over paged keys; decode and prefill rows mixed.
 
@@ -293,8 +296,13 @@ def paged_attention(
     of those. ``softcap`` is Gemma's ``c · tanh(score / c)``. ``sinks`` [n_heads] are scores that
     take their share of each head's softmax and give nothing (gpt-oss); with them the reference
     runs. Index tensors are int32. Writes and returns ``out`` (rows may be strided, as those of
-    ``q``).
+    ``q``). ``planned``: the step for FlashInfer, which then runs. ``batch_invariant``: on a GPU a
+    row has the same bits in every batch, as on a CPU it always has.
     """
+    if planned is not None and planned.is_of(page_table) and sinks is None:
+        out = torch.empty_like(q) if out is None else out
+        planned.attend(q, k_cache, v_cache, scale=scale, window=window, softcap=softcap, out=out)
+        return out
     if sinks is None and q.is_cuda and q.dtype in _TRITON_DTYPES:
         from .triton import max_head_dim, paged_attention_triton
 
@@ -310,6 +318,7 @@ def paged_attention(
                 window=window,
                 softcap=softcap,
                 out=out,
+                batch_invariant=batch_invariant,
             )
     dtype = q.dtype
     code = dtype_code(dtype)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import triton
 
-from loraplex_kernels.roofline import roofline_lines
+from loraplex_kernels.roofline import deterministic_lines, roofline_lines
 from loraplex_kernels.triton.aot import Resources, compile_launch
 from loraplex_kernels.triton.launches import NamedLaunch, all_launches
 from loraplex_kernels.triton.tuning import default_table
@@ -174,6 +174,7 @@ def _as_markdown(report: _Report) -> str:
         *(f"- {fault}" for fault in report.faults),
         "",
         *roofline_lines(),
+        *deterministic_lines(),
     ]
     header = (
         "| arch | dtype | for | tile | warps | registers | shared | spills | blocks | occupancy |"

@@ -23,6 +23,8 @@ __all__ = [
     "ModelShape",
     "base_linear",
     "bounds",
+    "deterministic_lines",
+    "products_ms",
     "roofline_lines",
 ]
 
@@ -30,12 +32,15 @@ __all__ = [
 WEIGHT_BITS = {"bf16": 16.0, "int8": 8.0, "fp8": 8.0, "int4": 4.125}
 _BYTES = 2  # of a bf16 or fp16 element
 _SPLIT = 512  # positions of one partial of attention
+_TILE = 64  # of ``matmul_kernel``
 
 
 class Gpu(NamedTuple):
     name: str
     bandwidth: float  # bytes a second
     peak: float  # flop a second
+    multiprocessors: int
+    l2: float  # bytes a second out of the L2 cache; assumed, no data sheet says it
 
 
 class ModelShape(NamedTuple):
@@ -85,7 +90,11 @@ class Bound(NamedTuple):
         return max(self.n_bytes / gpu.bandwidth, self.flop / gpu.peak) * 1e6
 
 
-GPUS = (Gpu("A100", 2.039e12, 312e12), Gpu("H100", 3.35e12, 989e12))
+GPUS = (
+    Gpu("A100", 2.039e12, 312e12, 108, 4e12),
+    Gpu("H100", 3.35e12, 989e12, 132, 5.5e12),
+    Gpu("B200", 8.0e12, 2250e12, 148, 10e12),
+)
 MODELS = (
     ModelShape("Llama-3.1-8B", 4096, 32, 8, 128, 14336, 32, 128_256),
     ModelShape("Llama-3.1-70B", 8192, 64, 8, 128, 28672, 80, 128_256),
@@ -110,6 +119,7 @@ def bounds(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
     yield Bound("combine_kernel", partials + queries, 0, layers)
     yield from _lora(model, step)
     yield base_linear(model, step, "int8")._replace(n_launches=0)
+    yield base_linear(model, step, "bf16")._replace(kernel="matmul_kernel", n_launches=0)
     pairs = rows * step.experts_per_row
     yield Bound("order_pairs_kernel", rows * 4 * 6, 0, 1)
     yield Bound("place_kernel", rows * 4 * 8, 0, 1)
@@ -143,6 +153,51 @@ def _lora(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
     k = step.experts_per_row
     yield Bound("expand_routed_kernel", k * factors_b + out + k * planes, k * flop_b, 0)
     yield Bound("fused_kernel", factors_a + factors_b + x + out, flop_a + flop_b, 0)
+
+
+def products_ms(model: ModelShape, n_rows: int, gpu: Gpu, *, one_tile: bool) -> float:
+    """Of all base products of a step, the head's left out; ``one_tile``: as ``matmul_kernel``.
+
+    One tile: a multiprocessor draws at most twice its even share of the bandwidth, so few programs
+    do not reach all of it; a program computes whole tiles; and every tile reads its operands out of
+    the L2 cache.
+    """
+    total = 0.0
+    for k, out, _ in model.linears:
+        rows = -(-n_rows // _TILE) * _TILE if one_tile else n_rows
+        n_bytes = (k * out + n_rows * (k + out)) * _BYTES
+        programs = -(-out // _TILE) * (rows // _TILE) if one_tile else gpu.multiprocessors
+        bandwidth = gpu.bandwidth * min(1.0, 2 * programs / gpu.multiprocessors)
+        operands = _TILE + min(_TILE, n_rows)  # rows of W and of x that a program reads
+        from_l2 = programs * operands * k * _BYTES / gpu.l2 if one_tile else 0.0
+        total += max(n_bytes / bandwidth, 2 * rows * k * out / gpu.peak, from_l2)
+    return total * model.n_layers * 1e3
+
+
+def deterministic_lines() -> Iterator[str]:
+    """The section of the report about ``--deterministic``."""
+    rates = ", ".join(f"{gpu.name}: {gpu.l2 / 1e12:g} TB/s" for gpu in GPUS)
+    yield "## What --deterministic costs"
+    yield ""
+    yield "By arithmetic, not measured: the base products of a step, against the roofline of a"
+    yield f"product that is free in its tile. One tile of {_TILE} × {_TILE} is limited by the L2"
+    yield f"cache in large steps (assumed: {rates}) and by few programs in small ones."
+    yield ""
+    yield (
+        "| base | rows of the step | "
+        + " | ".join(f"ms, {gpu.name} | with the flag | times" for gpu in GPUS)
+        + " |"
+    )
+    yield "| --- " * (2 + 3 * len(GPUS)) + "|"
+    for model in MODELS:
+        for n_rows in (1, 64, 256, 2048):
+            cells = [model.name, f"{n_rows:,}"]
+            for gpu in GPUS:
+                free = products_ms(model, n_rows, gpu, one_tile=False)
+                tiled = products_ms(model, n_rows, gpu, one_tile=True)
+                cells += [f"{free:.1f}", f"{tiled:.1f}", f"{tiled / free:.1f}"]
+            yield "| " + " | ".join(cells) + " |"
+    yield ""
 
 
 def roofline_lines() -> Iterator[str]:

@@ -13,6 +13,7 @@ from loraplex_kernels.roofline import (
     DecodeStep,
     base_linear,
     bounds,
+    products_ms,
     roofline_lines,
 )
 
@@ -50,6 +51,17 @@ def test_quantised_linears_read_their_share_of_the_weights(format: str, share: f
         assert plain.n_bytes * plain.n_launches == 2 * n_weights
         assert quantised.n_bytes == pytest.approx(share * plain.n_bytes, rel=1e-6)
         assert quantised.least_us(_H100) == pytest.approx(share * plain.least_us(_H100), rel=1e-6)
+
+
+def test_the_base_products_of_a_decode_step_read_every_weight_once() -> None:
+    """Llama-3.1-8B has 218 M weights in the linears of a layer: 14 GB, 4.2 ms at 3.35 TB/s."""
+    assert products_ms(_8B, 1, _H100, one_tile=False) == pytest.approx(4.17, rel=0.01)
+    assert products_ms(_8B, 1, _H100, one_tile=True) == pytest.approx(4.17, rel=0.02)
+    # 2,048 rows: 2 · 2048 · 218 M · 32 flop at 989 TFLOP/s; 32 flop for each byte of a tile
+    free = products_ms(_8B, 2048, _H100, one_tile=False)
+    assert free == pytest.approx(28.9, rel=0.01)
+    tiled = products_ms(_8B, 2048, _H100, one_tile=True)
+    assert tiled == pytest.approx(free * 989 / (32 * 5.5), rel=0.01)
 
 
 def test_a_larger_model_never_takes_less() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -72,6 +72,7 @@ class MetaGpu(TorchDispatchMode):
         self.current: list[object] = []  # devices that were made current, or asked about
         self.n_emptied = 0  # calls of ``empty_cache``
         self.variants: set[str] = set()  # of kernels, as Triton would compile them
+        self.recorded: list[Work] = []  # what each graph launches
         self._pinned: dict[int, object] = {}  # storages, by address
 
     def take(self) -> Work:
@@ -124,17 +125,19 @@ class MetaGpu(TorchDispatchMode):
         for size, limit in zip(grid, _GRID_LIMITS, strict=False):
             if not 0 < size <= limit:
                 self.find(f"{name}: CUDA refuses the grid {grid}")
-        is_strided = any("stride" in argument for argument in values)
+        strides = [argument for argument in values if argument.startswith("stride_")]
         for parameter in kernel.params:
             if parameter.name not in values:
                 self.find(f"{name}: no value for {parameter.name}")
                 continue
-            self._check_argument(name, parameter, values[parameter.name], is_strided)
+            self._check_argument(name, parameter, values[parameter.name], strides)
         self.variants.add(_variant(kernel, values, kwargs))
         self.work.launches.append(name)
         self.work.kernels.append(name)
 
-    def _check_argument(self, name: str, parameter: Any, value: Any, is_strided: bool) -> None:
+    def _check_argument(
+        self, name: str, parameter: Any, value: Any, strides: Sequence[str]
+    ) -> None:
         where = f"{name}: {parameter.name}"
         if not isinstance(value, Tensor):
             if not parameter.is_constexpr and not isinstance(value, int | float):
@@ -147,9 +150,11 @@ class MetaGpu(TorchDispatchMode):
         if value.dtype not in (*_POINTER_DTYPES, *_MORE_DTYPES):
             self.find(f"{where} is {value.dtype}")
         plain = value.is_contiguous() or (
-            is_strided and value.dim() > 0 and (value.stride(-1) == 1 or value.shape[-1] == 1)
+            bool(strides) and value.dim() > 0 and (value.stride(-1) == 1 or value.shape[-1] == 1)
         )
-        if not plain and value.numel() > 0:
+        own = f"stride_{parameter.name[0]}"  # stride_bk of b_ptr
+        is_told = sum(stride.startswith(own) for stride in strides) >= value.dim()
+        if not (plain or is_told) and value.numel() > 0:
             self.find(f"{where} has strides {value.stride()}, which the kernel is not told")
 
     def _note(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -284,6 +289,7 @@ def _cuda_stand_ins(
             gpu.is_capturing = False
             graph.captured, gpu.work = gpu.work, outside
             gpu.work.n_captures += 1
+            gpu.recorded.append(graph.captured)
             gpu.work.findings += graph.captured.findings
 
     def note_device(device: object = None) -> None:

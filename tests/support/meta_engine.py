@@ -210,7 +210,8 @@ def meta_engine(
         )
         if not compiles:
             patch.setattr(model_runner, "run_every_size", lambda *_, **__: None)
-        engine.loop.runner.warm_up(engine.loop._scheduler.max_step_tokens)
-        meta = MetaEngine(engine.loop, engine, gpu, faults)
-        meta.loads = loads
-        yield meta
+        with engine.loop.arithmetic:  # of its thread
+            engine.loop.runner.warm_up(engine.loop._scheduler.max_step_tokens)
+            meta = MetaEngine(engine.loop, engine, gpu, faults)
+            meta.loads = loads
+            yield meta

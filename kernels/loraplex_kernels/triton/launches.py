@@ -20,6 +20,7 @@ from .expand import lora_expand
 from .fused import lora_fused
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .quantized_linear import quantized_linear_triton
+from .matmul import matmul_triton
 from .rms_norm import rms_norm_triton
 from .routing import DeviceSegments, allocate_segments, fill_device_segments
 from .sampling import sample_tokens_triton
@@ -140,6 +141,8 @@ def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for k in (1, 2):
             for n_rows in (64, 4096):
                 yield f"routing, {n_rows} rows, {k} a row", partial(_route, n_rows, k)
+    yield "Llama-3.1-8B qkv, 64 rows", partial(_multiply, 64, 4096, 6144, kind)
+    yield "41 → 401, 64 rows", partial(_multiply, 64, 41, 401, kind, has_bias=True)
     for hidden_size, intermediate_size, name in _WIDTHS:
         yield f"{name}, norm", partial(_norm, hidden_size, kind)
         yield f"{name}, gate", partial(_gate, intermediate_size, kind)
@@ -257,6 +260,15 @@ def _quantized(target: LoraTarget, format: WeightFormat, n_rows: int, dtype: tor
     weight = QuantizedWeight(format, codes, scales, k, group_size, dtype)
     x, out = torch.empty(n_rows, k, dtype=dtype), torch.empty(n_rows, n_out, dtype=dtype)
     quantized_linear_triton(x, weight, torch.empty(n_out, dtype=dtype), out=out)
+
+
+def _multiply(
+    n_rows: int, in_features: int, n_out: int, dtype: torch.dtype, *, has_bias: bool = False
+) -> None:
+    x = torch.empty(1, n_rows, in_features, dtype=dtype)
+    weight = torch.empty(1, n_out, in_features, dtype=dtype).transpose(1, 2)
+    bias = torch.empty(n_out, dtype=dtype) if has_bias else None
+    matmul_triton(x, weight, bias, out=x.new_empty(1, n_rows, n_out))
 
 
 def _sample(n_rows: int, vocab_size: int) -> None:

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -15,12 +16,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
+from loraplex_kernels.batch_invariant import BatchInvariant
 from loraplex_kernels.cpu import native
 from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_kernels.side_stream import CudaSideStream, SideStream
 from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.resident_weights import ResidentWeights
 
+from .attention_backend import choose_attention
 from .capabilities import EngineCapabilities
 from .config import EngineConfig
 from .decode_graphs import CudaRecorder, Recorder
@@ -152,7 +155,11 @@ def _assemble(
 ) -> Engine:
     limits = step_limits(config, model.device)
     max_model_len = _context(model, config)
-    memory = _plan(model, config, limits, max_model_len)
+    model.step.batch_invariant = config.deterministic
+    arithmetic = _arithmetic(config, model.device)
+    flashinfer = choose_attention(config, model)
+    with arithmetic:
+        memory = _plan(model, config, limits, max_model_len)
     kv_cache = _kv_cache(model, config, limits, max_model_len, memory.kv_bytes)
     inbox = Inbox(max_queue=config.max_queue)
     layout = None if workers is None else workers.layout
@@ -179,6 +186,7 @@ def _assemble(
         adapters,
         _recorder(config, model.device),
         _side_stream(config, model.device),
+        flashinfer,
     )
     scheduler = Scheduler(
         kv_cache,
@@ -196,6 +204,7 @@ def _assemble(
         eos_token_ids=model.eos_token_ids,
         n_threads=config.threads or max(1, _DEFAULT_THREADS // config.tensor_parallel_size),
         forced_tokens=config.forced_tokens,
+        arithmetic=arithmetic,
         faults=faults,
     )
     _log.info(
@@ -221,6 +230,11 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
     return torch.bfloat16
+
+
+def _arithmetic(config: EngineConfig, device: torch.device) -> AbstractContextManager[object]:
+    """How the engine's thread multiplies. A CPU's kernels sum in one order as they are."""
+    return BatchInvariant() if config.deterministic and device.type != "cpu" else nullcontext()
 
 
 def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:

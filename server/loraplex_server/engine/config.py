@@ -67,6 +67,16 @@ class EngineConfig(Options):
     lora_side_stream: bool = option(
         False, "On a GPU, shrink x of adapters beside the base's product.", Panel.ENGINE
     )
+    attention_backend: Literal["auto", "triton", "flashinfer"] = option(
+        "auto",
+        "On a GPU: triton, flashinfer (pip install loraplex[flashinfer]), or auto: what is there.",
+        Panel.ENGINE,
+    )
+    deterministic: bool = option(
+        False,
+        "On a GPU, give a row the same bits in every batch; slower prompts. A CPU always does.",
+        Panel.ENGINE,
+    )
     kernels: Literal["native", "reference"] = option(
         "native", "native, or reference: PyTorch, to compare.", Panel.ENGINE, hidden=True
     )

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -64,6 +65,7 @@ class EngineLoop:
         eos_token_ids: frozenset[int],
         n_threads: int,
         forced_tokens: bool = True,
+        arithmetic: AbstractContextManager[object] = nullcontext(),  # noqa: B008  stateless
         faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         self.runner = runner
@@ -73,6 +75,7 @@ class EngineLoop:
         self.stats = StepStats(scheduler, kv_cache, adapters)
         self.heartbeat = time.monotonic()  # when the thread last showed life
         self.started = threading.Event()
+        self.arithmetic = arithmetic  # how this thread multiplies
         self.eos_token_ids = eos_token_ids
         self._scheduler = scheduler
         self._inbox = inbox
@@ -91,12 +94,13 @@ class EngineLoop:
         torch.get_num_threads()
         torch.set_num_threads(self._n_threads)
         try:
-            try:
-                self.runner.warm_up(self._scheduler.max_step_tokens)
-            finally:
-                self.started.set()
-            while not self._is_stopping:
-                self._step()
+            with self.arithmetic:
+                try:
+                    self.runner.warm_up(self._scheduler.max_step_tokens)
+                finally:
+                    self.started.set()
+                while not self._is_stopping:
+                    self._step()
             self._close(EngineDraining("the server went down"))
         except BaseException:
             _log.exception("the engine thread died")

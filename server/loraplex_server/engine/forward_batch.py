@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loraplex_kernels.flashinfer_attention import FlashInferAttention, PlannedAttention
 from loraplex_server.model.forward_context import ForwardContext
 
 from .host_copy import move_together
@@ -37,12 +38,14 @@ class ForwardBatch:
     # int64 [n], the last rows of chunks that sample; None if each row does
     sampling_rows: Tensor | None = None
     own_rows: Mapping[str, Tensor] = field(default_factory=dict)  # see ``build_batch``; int64
+    planned_attention: PlannedAttention | None = None
 
     def bind(self, step: ForwardContext) -> None:
         """Copies positions, slots and page tables into the step. Adapters are set elsewhere."""
         step.positions, step.slot_mapping = self.positions, self.slot_mapping
         step.page_table, step.query_starts = self.page_table, self.query_starts
         step.kv_lens, step.logits_rows = self.kv_lens, None
+        step.planned_attention = self.planned_attention
 
 
 def build_batch(
@@ -52,6 +55,7 @@ def build_batch(
     *,
     slots: Sequence[int] | None = None,  # of each chunk, where ``row_slots`` are wanted
     own_rows: Mapping[str, Sequence[int]] | None = None,  # to be on the device, too
+    flashinfer: FlashInferAttention | None = None,
 ) -> ForwardBatch:
     """Pages for every token of the chunks must be there."""
     n_tokens = np.array([chunk.n_tokens for chunk in chunks], dtype=np.int64)
@@ -90,6 +94,9 @@ def build_batch(
     return ForwardBatch(
         chunk_rows=tuple(slice(int(first), int(end)) for first, end in pairwise(query_starts)),
         virtual_rows=_virtual_rows(chunks, query_starts),
+        planned_attention=None
+        if flashinfer is None
+        else PlannedAttention(flashinfer, n_tokens, kv_lens, named["page_table"]),
         own_rows=dict(zip(own, moved[len(arrays) :], strict=True)),
         **named,
     )

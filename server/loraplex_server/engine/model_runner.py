@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu.decoder import LogitsRows
+from loraplex_kernels.flashinfer_attention import FlashInferAttention
 from loraplex_kernels.layout import LoraSegments
 from loraplex_kernels.segments import build_segments, group_runs
 from loraplex_kernels.side_stream import SideStream
@@ -62,10 +63,12 @@ class ModelRunner:
         adapters: DevicePool,
         recorder: Recorder | None = None,  # of decode steps, see ``decode_graphs``
         side: SideStream | None = None,  # for shrinks, beside the base's products
+        flashinfer: FlashInferAttention | None = None,  # for steps that are not recorded
     ) -> None:
         self._model = model
         self._kv = kv_cache
         self._adapters = adapters
+        self._flashinfer = flashinfer
         n_rows = kv_cache.page_table.shape[0]
         self._raw_logits = RowBuffer(n_rows, model.vocab_size, model.dtype, model.device)
         self._float_logits = RowBuffer(n_rows, model.vocab_size, torch.float32, model.device)
@@ -233,6 +236,7 @@ class ModelRunner:
             device,
             slots=None if device.type == "cpu" else [self._slot(r) for r in requests],
             own_rows=_own_rows(requests, n_rows, self._adapters),
+            flashinfer=self._flashinfer,
         )
 
     def _segments(

@@ -56,6 +56,8 @@ class LayerAttention:
             softcap=spec.softcap,
             sinks=spec.sinks,
             out=out,
+            planned=step.planned_attention,
+            batch_invariant=step.batch_invariant,
         )
         return out[..., : spec.v_head_dim]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loraplex_adapter_store.plan import ModulePlan, NormPlan, StackedFactors
 from loraplex_kernels.cpu.decoder import LogitsRows
+from loraplex_kernels.flashinfer_attention import PlannedAttention
 from loraplex_kernels.layout import LoraSegments
 from loraplex_router.experts import RoutedRows
 
@@ -78,6 +79,8 @@ class ForwardContext:
     kv_lens: Tensor = field(
         default_factory=lambda: torch.empty(0, dtype=torch.int32)
     )  # [n_requests], this step included
+    planned_attention: PlannedAttention | None = None  # FlashInfer's, of this step
+    batch_invariant: bool = False  # of all steps: a GPU's rows have the same bits in every batch
     segments: LoraSegments | None = None  # None = no row has low-rank factors
     logits_rows: LogitsRows | None = None  # the rows whose hidden states are asked for; None = all
     fallback: tuple[FallbackRows, ...] = ()

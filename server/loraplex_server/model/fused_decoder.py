@@ -211,6 +211,8 @@ class FusedDecoder:
             scale=layer.scale,
             window=layer.window,
             out=out.view(n_tokens, self._n_heads, self._head_dim),
+            planned=step.planned_attention,
+            batch_invariant=step.batch_invariant,
         )
         return out
 

@@ -1,4 +1,4 @@
-"""Kernels compile ahead of time to sm_80 and sm_90 machine code, without spills or excess."""
+"""Kernels compile ahead of time for sm_80, sm_90 and sm_100, without spills or excess."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def test_a_sample_of_launches_compiles_without_faults() -> None:
         "expand_kernel",
         "expand_routed_kernel",
         "fused_kernel",
+        "matmul_kernel",
         "order_pairs_kernel",
         "place_kernel",
         "quantized_linear_kernel",
@@ -56,6 +57,7 @@ def test_a_sample_of_launches_compiles_without_faults() -> None:
             "shrink_kernel",
             "expand_kernel",
             "attend_kernel",
+            "matmul_kernel",
             "quantized_linear_kernel",
         ):
             assert one.resources.instructions  # tensor cores, all of one shape

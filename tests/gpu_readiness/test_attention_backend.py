@@ -1,0 +1,113 @@
+"""Which attention runs where, and what ``--deterministic`` launches, on the stand-in for a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+
+import pytest
+
+from tests.gpu_readiness.conftest import BaseOf
+from tests.gpu_readiness.test_steps import MIXTURES
+from tests.support.engines import GREEDY
+from tests.support.flashinfer_stand_in import install_flashinfer
+from tests.support.meta_device import Work
+from tests.support.meta_engine import Wish, meta_engine
+
+SHORT = dataclasses.replace(GREEDY, max_tokens=4)
+BIG_HEADS = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+CUBLAS = {"mm", "addmm", "bmm", "baddbmm", "linear", "matmul"}
+
+
+def attended(step: Work) -> str:
+    return "triton" if "attend_kernel" in step.launches else "flashinfer"
+
+
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_flashinfer_attends_in_steps_that_are_not_recorded(
+    cuda_graphs: bool,
+    base_of: BaseOf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wrappers = install_flashinfer(monkeypatch)
+    base = base_of("llama", **BIG_HEADS)
+    with (
+        caplog.at_level(logging.INFO),
+        meta_engine(base, monkeypatch, cuda_graphs=cuda_graphs) as e,
+    ):
+        e.gpu.take()
+        run = e.run([Wish(sampling=SHORT), Wish(sampling=SHORT)])
+    assert run.errors == []
+    assert run.findings == []
+    n_layers = len(base.layers)
+    n_eager = 1 if cuda_graphs else len(run.steps)
+    assert [attended(step) for step in run.steps[:n_eager]] == ["flashinfer"] * n_eager
+    assert [step.n_replays > 0 for step in run.steps] == [
+        cuda_graphs and i >= n_eager for i in range(len(run.steps))
+    ]
+    assert sum(w.n_plans for w in wrappers) == 1 + n_eager  # one at start
+    assert sum(w.n_runs for w in wrappers) == 1 + n_eager * n_layers
+    for step in run.steps:
+        assert not any(copy.waits for copy in (*step.copies_in,))
+        assert len(step.waits) <= 1
+    assert [r.message for r in caplog.records if "attention:" in r.message] == [
+        "attention: FlashInfer in steps with prompts, Triton in recorded ones"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "heads", "deterministic", "level"),
+    [
+        ("auto", BIG_HEADS, True, logging.INFO),  # it sums as the batch is
+        ("auto", {}, False, logging.INFO),  # heads of 16
+        ("flashinfer", {}, False, logging.WARNING),
+        ("triton", BIG_HEADS, False, None),
+    ],
+)
+def test_where_it_does_not_fit_triton_attends_and_the_log_says_so(
+    asked: str,
+    heads: dict[str, int],
+    deterministic: bool,
+    level: int | None,
+    base_of: BaseOf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wrappers = install_flashinfer(monkeypatch)
+    changes = {"attention_backend": asked, "deterministic": deterministic}
+    with (
+        caplog.at_level(logging.INFO),
+        meta_engine(base_of("llama", **heads), monkeypatch, **changes) as engine,
+    ):
+        run = engine.run([Wish(sampling=SHORT)])
+    assert run.errors == []
+    assert {attended(step) for step in run.steps} == {"triton"}
+    assert wrappers == []
+    told = [record.levelno for record in caplog.records if "attention:" in record.message]
+    assert told == ([] if level is None else [level])
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_deterministic_steps_leave_no_product_to_cublas(
+    mixture: str, cuda_graphs: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"deterministic": True, "cuda_graphs": cuda_graphs}
+    with meta_engine(base_of(), monkeypatch, **changes) as engine:
+        at_start = engine.gpu.take()
+        run = engine.run([Wish(plan, sampling=SHORT) for plan in MIXTURES[mixture]])
+    assert run.errors == []
+    assert [*at_start.findings, *run.findings] == []
+    assert bool(engine.gpu.recorded) == cuda_graphs
+    for step in (at_start, *engine.gpu.recorded, *run.steps):
+        assert CUBLAS.isdisjoint(step.kernels)
+    assert all("matmul_kernel" in step.launches for step in run.steps if not step.n_replays)
+
+
+def test_without_the_flag_products_are_cublas(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with meta_engine(base_of(), monkeypatch) as engine:
+        run = engine.run([Wish(sampling=SHORT)])
+    assert not CUBLAS.isdisjoint(run.steps[-1].kernels)

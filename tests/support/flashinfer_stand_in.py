@@ -1,0 +1,143 @@
+"""FlashInfer's paged prefill in plain torch, with the signatures that its wheel has.
+
+Checks what the library states of its arguments: where they lie, dtypes, shapes, the layout HND.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+__all__ = ["BatchPrefillWithPagedKVCacheWrapper", "install_flashinfer"]
+
+
+class BatchPrefillWithPagedKVCacheWrapper:
+    """Of ``flashinfer-python`` 0.7.4, which says of each argument what is asserted here."""
+
+    def __init__(
+        self,
+        float_workspace_buffer: Tensor,
+        kv_layout: str = "NHD",
+        use_cuda_graph: bool = False,
+        qo_indptr_buf: Tensor | None = None,
+        paged_kv_indptr_buf: Tensor | None = None,
+        paged_kv_indices_buf: Tensor | None = None,
+        paged_kv_last_page_len_buf: Tensor | None = None,
+        custom_mask_buf: Tensor | None = None,
+        mask_indptr_buf: Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
+        assert float_workspace_buffer.dtype is torch.uint8
+        assert kv_layout == "HND"
+        self.device = float_workspace_buffer.device
+        self.n_plans = self.n_runs = 0
+        made.append(self)
+
+    def plan(
+        self,
+        qo_indptr: Tensor,
+        paged_kv_indptr: Tensor,
+        paged_kv_indices: Tensor,
+        paged_kv_last_page_len: Tensor,
+        num_qo_heads: int,
+        num_kv_heads: int,
+        head_dim_qk: int,
+        page_size: int,
+        head_dim_vo: int | None = None,
+        custom_mask: Tensor | None = None,
+        packed_custom_mask: Tensor | None = None,
+        causal: bool = False,
+        pos_encoding_mode: str = "NONE",
+        use_fp16_qk_reduction: bool = False,
+        sm_scale: float | None = None,
+        window_left: int = -1,
+        logits_soft_cap: float | None = None,
+        rope_scale: float | None = None,
+        rope_theta: float | None = None,
+        q_data_type: torch.dtype = torch.float16,
+        kv_data_type: torch.dtype | None = None,
+    ) -> None:
+        for indptr in (qo_indptr, paged_kv_indptr, paged_kv_last_page_len):
+            assert indptr.device.type == "cpu"  # or planning waits for the device
+            assert indptr.dtype is torch.int32
+            assert indptr.is_contiguous()
+        assert paged_kv_indices.device == self.device
+        assert paged_kv_indices.dtype is torch.int32
+        assert paged_kv_indices.shape == (int(paged_kv_indptr[-1]),)
+        assert len(qo_indptr) == len(paged_kv_indptr) == len(paged_kv_last_page_len) + 1
+        assert int(paged_kv_last_page_len.min()) >= 1
+        assert int(paged_kv_last_page_len.max()) <= page_size
+        assert causal
+        assert num_qo_heads % num_kv_heads == 0
+        assert q_data_type == kv_data_type
+        self._pages = (qo_indptr, paged_kv_indptr, paged_kv_indices, paged_kv_last_page_len)
+        self._heads = (num_qo_heads, num_kv_heads, head_dim_qk, page_size)
+        self._scores = (sm_scale or head_dim_qk**-0.5, window_left, logits_soft_cap or 0.0)
+        self._dtype = q_data_type
+        self.n_plans += 1
+
+    def run(
+        self,
+        q: Tensor,
+        paged_kv_cache: tuple[Tensor, Tensor],
+        *args: Any,
+        q_scale: float | None = None,
+        k_scale: float | None = None,
+        v_scale: float | None = None,
+        out: Tensor | None = None,
+        lse: Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Tensor:
+        n_heads, n_kv_heads, head_dim, page_size = self._heads
+        starts, firsts, indices, last = self._pages
+        assert out is not None
+        assert q.shape == out.shape == (int(starts[-1]), n_heads, head_dim)
+        assert q.dtype is out.dtype is self._dtype
+        assert q.stride(2) == 1
+        assert out.is_contiguous()
+        for cache in paged_kv_cache:
+            assert cache.shape[1:] == (n_kv_heads, page_size, head_dim)
+            assert cache.is_contiguous()
+        self.n_runs += 1
+        if q.is_meta:
+            return out
+        for r in range(len(last)):
+            pages = indices[firsts[r] : firsts[r + 1]].long()
+            n = (len(pages) - 1) * page_size + int(last[r])
+            k, v = (c[pages].transpose(1, 2).flatten(0, 1)[:n].double() for c in paged_kv_cache)
+            rows = slice(int(starts[r]), int(starts[r + 1]))
+            out[rows] = self._attend(q[rows].double(), k, v).to(q.dtype)
+        return out
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale, window_left, soft_cap = self._scores
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        scores = torch.einsum("ihd,jhd->hij", q, k) * scale
+        if soft_cap > 0:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        place = torch.arange(len(k) - len(q), len(k))[:, None]
+        j = torch.arange(len(k))[None, :]
+        hidden = j > place
+        if window_left >= 0:
+            hidden |= j < place - window_left
+        return torch.einsum("hij,jhd->ihd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+made: list[BatchPrefillWithPagedKVCacheWrapper] = []
+
+
+def install_flashinfer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[BatchPrefillWithPagedKVCacheWrapper]:
+    """Puts it in the library's place; returns the wrappers that are made from now on."""
+    made.clear()
+    module = ModuleType("flashinfer")
+    module.BatchPrefillWithPagedKVCacheWrapper = BatchPrefillWithPagedKVCacheWrapper  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    return made

@@ -3,8 +3,8 @@
 from .attention import AttentionWorkspace, attention_workspace, max_head_dim, paged_attention_triton
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .lora import linear_with_lora_triton, lora_apply_triton
-from .quantized_linear import quantized_linear_triton
 from .matmul import matmul_triton
+from .quantized_linear import quantized_linear_triton
 from .rms_norm import rms_norm_triton
 from .routing import (
     DeviceSegments,

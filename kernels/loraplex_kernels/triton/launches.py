@@ -19,8 +19,8 @@ from .attention import max_head_dim, paged_attention_triton
 from .expand import lora_expand
 from .fused import lora_fused
 from .kv_cache import rope_and_cache_triton, write_kv_triton
-from .quantized_linear import quantized_linear_triton
 from .matmul import matmul_triton
+from .quantized_linear import quantized_linear_triton
 from .rms_norm import rms_norm_triton
 from .routing import DeviceSegments, allocate_segments, fill_device_segments
 from .sampling import sample_tokens_triton

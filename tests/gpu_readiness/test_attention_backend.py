@@ -111,3 +111,14 @@ def test_without_the_flag_products_are_cublas(
     with meta_engine(base_of(), monkeypatch) as engine:
         run = engine.run([Wish(sampling=SHORT)])
     assert not CUBLAS.isdisjoint(run.steps[-1].kernels)
+
+
+def test_sums_over_several_gpus_are_not_promised(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"deterministic": True, "tensor_parallel_size": 2}
+    with (
+        pytest.raises(ValueError, match="--tensor-parallel-size"),
+        meta_engine(base_of(), monkeypatch, **changes),
+    ):
+        pass

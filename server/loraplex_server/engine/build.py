@@ -234,7 +234,14 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _arithmetic(config: EngineConfig, device: torch.device) -> AbstractContextManager[object]:
     """How the engine's thread multiplies. A CPU's kernels sum in one order as they are."""
-    return BatchInvariant() if config.deterministic and device.type != "cpu" else nullcontext()
+    if not config.deterministic or device.type == "cpu":
+        return nullcontext()
+    if config.tensor_parallel_size > 1:
+        raise ValueError(
+            "--deterministic with --tensor-parallel-size is not served on GPUs: NCCL's sums follow "
+            "the batch; take one of them away"
+        )
+    return BatchInvariant()
 
 
 def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:

@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: serve test test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv
+.PHONY: serve cluster test test-cluster test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv
 
 venv: $(STAMP)
 
@@ -20,6 +20,11 @@ $(STAMP): pyproject.toml setup.py $(wildcard kernels/loraplex_kernels/cpu/csrc/*
 serve: venv
 	$(BIN)/loraplex pull
 	$(BIN)/loraplex serve --port 8000
+
+cluster: venv  # two engine replicas behind two gateways on this machine; Ctrl-C ends all of it
+	$(BIN)/python -m pip install --quiet --editable ".[ray]"
+	$(BIN)/loraplex pull
+	$(BIN)/loraplex cluster up deploy/cluster.yaml
 
 test: check  # what to run before a commit is pushed: all but the tests marked slow
 
@@ -48,6 +53,10 @@ sbom: venv  # what a plain install brings along, as CycloneDX, into sbom.json
 unit: venv
 	$(BIN)/loraplex pull --quiet
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not slow"
+
+test-cluster: venv  # real clusters on this machine; some minutes
+	$(BIN)/python -m pip install --quiet --editable ".[ray]"
+	$(BIN)/python -m pytest tests/cluster
 
 unit-all: venv
 	$(BIN)/loraplex pull --quiet

@@ -148,10 +148,10 @@ class HostTier:
             entry = self._entries.get(digest)
             return entry.n_bytes if entry is not None and entry.future.done() else 0
 
-    def digests(self) -> tuple[str, ...]:
-        """Of the plans that are here, those that are still loading left out."""
+    def sizes(self) -> dict[str, int]:
+        """Digest → bytes of the plans that are here, those that are still loading left out."""
         with self._changed:
-            return tuple(d for d, entry in self._entries.items() if entry.future.done())
+            return {d: entry.n_bytes for d, entry in self._entries.items() if entry.future.done()}
 
     def stats(self) -> HostTierStats:
         with self._changed:

@@ -65,7 +65,7 @@ from .retirement import Retirement
 from .root_lock import own_root
 from .selector import Library, Mixture, NameRef, Selector, parse_selector
 
-__all__ = ["AdapterLease", "AdapterStore", "CardEdit", "Progress"]
+__all__ = ["AdapterLease", "AdapterStore", "CardEdit", "PlanSize", "Progress"]
 
 
 class CardEdit(NamedTuple):
@@ -74,6 +74,11 @@ class CardEdit(NamedTuple):
     description: str | None
     examples: Sequence[str]
     defaults: Mapping[str, JsonValue]
+
+
+class PlanSize(NamedTuple):
+    n_bytes: int
+    rank: int  # the largest; 0: none, or a mixture
 
 
 Progress = Callable[[str, float], None]  # stage, share done in [0, 1]
@@ -457,9 +462,14 @@ class AdapterStore:
             load_seconds=tier.load_seconds,
         )
 
-    def host_digests(self) -> tuple[str, ...]:
-        """Of the plans that are in host memory now."""
-        return self._tier.digests()
+    def plans_in_memory(self) -> dict[str, PlanSize]:
+        """By digest, mixtures too. Takes microseconds."""
+        found = {}
+        for digest, n_bytes in self._tier.sizes().items():
+            content = self._index.content(digest)
+            ranks = () if content is None else content.ranks
+            found[digest] = PlanSize(n_bytes, max(ranks, default=0))
+        return found
 
     def acquire(
         self, selector: Selector | str, cancelled: threading.Event | None = None

@@ -35,8 +35,10 @@ from loraplex_server.adapters.watched_folders import WatchedFolders
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.app import build_app
 from loraplex_server.api.errors import invalid, unavailable
+from loraplex_server.api.middleware.rate_limit import Meter, RateLimiter
 from loraplex_server.api.middleware.tracing import otlp_provider
-from loraplex_server.api.state import AppState
+from loraplex_server.api.state import AppState, MetricsPage
+from loraplex_server.api_keys import ApiKey
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.generation_collector import GenerationCollector
@@ -90,16 +92,23 @@ def build_front(
     store: AdapterStore,
     faults: Faults,
     closing: contextlib.ExitStack,
+    *,
+    registers: bool = True,
+    meter_of: Callable[[ApiKey], Meter] = RateLimiter,
+    metrics_page: MetricsPage | None = None,
 ) -> FastAPI:
     """Registers what the config names, and builds the application. ``closing`` gets what to close.
 
+    ``registers``: whether this process has the adapters of the config; of several one does.
+    ``meter_of`` and ``metrics_page``: as of ``build_app``.
     Raises StoreError, ValueError or OSError.
     """
     endpoint = config.http.otlp_endpoint
     tracing = None if endpoint is None else otlp_provider(endpoint)
-    register_adapters(store, config.store)
-    watched = WatchedFolders(store, config.store.adapters_dirs)
-    watched.scan()
+    if registers:
+        register_adapters(store, config.store)
+        watched = WatchedFolders(store, config.store.adapters_dirs)
+        watched.scan()
     encoder = SharedEncoder(_encoder_directory, faults)
     find_generator = _generator_finder(encoder, base)
     generated = GeneratedAdapters(store, find_generator, faults=faults)
@@ -139,9 +148,12 @@ def build_front(
         pooling=pooling_of_base(base.path),
         tracing=tracing,
         faults=faults,
+        meter_of=meter_of,
+        metrics_page=metrics_page,
     )
-    watched.start()
-    closing.callback(watched.close)
+    if registers:
+        watched.start()
+        closing.callback(watched.close)
     return app
 
 

@@ -73,7 +73,7 @@ from .errors import ApiError, from_engine
 from .exact_schema import write_exact_bounds
 from .lifecycle import Lifecycle
 from .orjson_response import ORJSONResponse
-from .state import AppState
+from .state import AppState, MetricsPage
 from .validation import UnknownFields, problem_of
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ def build_app(
     tracing: TracerProvider | None = None,
     faults: Faults | None = None,
     meter_of: Callable[[ApiKey], Meter] = RateLimiter,
+    metrics_page: MetricsPage | None = None,
     batch_limits: BatchLimits = BatchLimits(),  # noqa: B008  frozen value
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
@@ -122,7 +123,8 @@ def build_app(
     the load of routed adapters; ``encoder`` is a model of its own for vectors; ``pooling`` is how
     the base's embeddings are made, by default the normalised mean; ``tracing`` gets a span of each
     call; ``faults`` is what the other parts report their failures to; ``meter_of`` counts what an
-    API key uses of its limits.
+    API key uses of its limits; ``metrics_page`` writes /metrics where it is of several processes,
+    and tells of their engines itself.
 
     ``app.state.parts`` holds the parts, for whoever drains the server.
     """
@@ -131,7 +133,15 @@ def build_app(
     faults = faults or Faults()
     registry = CollectorRegistry(auto_describe=False)
     server_metrics = ServerMetrics(registry, names[0])
-    own = LoraplexCollector(engine, store, server_metrics, faults, config.engine, names[0])
+    own = LoraplexCollector(
+        engine,
+        store,
+        server_metrics,
+        faults,
+        config.engine,
+        names[0],
+        with_engine=metrics_page is None,
+    )
     registry.register(own)
     ProcessCollector(registry=registry)
     for collector in collectors:
@@ -175,6 +185,7 @@ def build_app(
         faults=faults,
         encoder=encoder,
         pooling=pooling or PoolingPlan(PoolingMode.MEAN, normalize=True),
+        metrics_page=metrics_page or metrics.own_page,
         model_root=model_name,
         started=int(time()),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import time
@@ -42,9 +42,10 @@ from .errors import from_store
 from .lifecycle import Lifecycle
 from .validation import UnknownFields
 
-__all__ = ["AppState", "State", "followed", "in_store_thread", "state_of"]
+__all__ = ["AppState", "MetricsPage", "State", "followed", "in_store_thread", "state_of"]
 
 T = TypeVar("T")
+MetricsPage = Callable[["AppState"], Awaitable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class AppState:
     faults: Faults
     encoder: EncoderModel | None  # None: the sentence encoder is not on this machine
     pooling: PoolingPlan  # of the base's embeddings
+    metrics_page: MetricsPage  # what /metrics answers
     model_root: str  # opaque name of the base's weights: a model id, never a path
     started: int = 0  # seconds since the epoch
 

@@ -7,6 +7,7 @@ import typer
 from .adapters import adapters
 from .bench import bench
 from .chat import chat
+from .cluster import cluster
 from .generate import generate
 from .generator import generator
 from .pull import pull
@@ -33,6 +34,7 @@ app.add_typer(generator, name="generator")
 app.command()(serve)
 app.command()(bench)
 app.add_typer(adapters, name="adapters")
+app.add_typer(cluster, name="cluster")
 
 
 @app.callback()

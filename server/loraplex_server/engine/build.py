@@ -43,7 +43,7 @@ from .parallel.sharded_model import build_sharded
 from .scheduler import Scheduler
 from .step_profile import profile_memory
 
-__all__ = ["BuiltEngine", "assemble_engine", "build_engine"]
+__all__ = ["BuiltEngine", "assemble_engine", "build_engine", "dtype_of"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -84,7 +84,7 @@ def build_engine(
     device = resolve_device(config.device)
     name = model_id or model_path.name
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-    dtype = _dtype(config.dtype, device)
+    dtype = dtype_of(config.dtype)
     if config.tensor_parallel_size > 1:
         sharded = _run_in_temp_thread(
             lambda: build_sharded(model_path, name, config, dtype=dtype, device=device), device
@@ -226,7 +226,8 @@ def _assemble(
     return Engine(loop, inbox, max_model_len=max_model_len, on_closed=workers.close)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
+    """What ``EngineConfig.dtype`` means."""
     if name != "auto":
         return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
     return torch.bfloat16

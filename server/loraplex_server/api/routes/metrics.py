@@ -12,9 +12,9 @@ from loraplex_server.api.errors import ApiError
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.errors import errors, text_answer
 from loraplex_server.api.protocol.health import Version
-from loraplex_server.api.state import State, in_store_thread
+from loraplex_server.api.state import AppState, State, in_store_thread
 
-__all__ = ["router"]
+__all__ = ["own_page", "router"]
 
 router = APIRouter()
 
@@ -34,6 +34,11 @@ async def metrics(request: Request, state: State) -> Response:
             "the scope metrics",
             code="metrics_not_allowed",
         )
-    await in_store_thread(state, state.collector.refresh_listing)
-    text = generate_latest(state.registry)
+    text = await state.metrics_page(state)
     return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+
+
+async def own_page(state: AppState) -> bytes:
+    """Of this process, which is all there is."""
+    await in_store_thread(state, state.collector.refresh_listing)
+    return generate_latest(state.registry)

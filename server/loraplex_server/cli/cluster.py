@@ -1,0 +1,142 @@
+"""`loraplex cluster`: gateways and engine replicas on Ray Serve."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import signal
+import time
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from loraplex_server.cluster.config import ClusterConfig
+    from loraplex_server.cluster.running_clusters import RunningCluster
+
+__all__ = ["cluster"]
+
+_LIMIT_S = 120.0  # for a cluster to go down
+
+cluster = typer.Typer(
+    help="Several engines behind one address, on Ray Serve.", no_args_is_help=True
+)
+
+_ConfigFile = Annotated[
+    Path | None,
+    typer.Argument(help="cluster.yaml; without one: two of each, defaults.", dir_okay=False),
+]
+
+
+@cluster.command()
+def up(config: _ConfigFile = None) -> None:
+    """Start a cluster and serve until Ctrl-C. SIGHUP reads the file again: a rolling upgrade."""
+    _check_ray()
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `loraplex serve` does
+    resolved = _read(config)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also while it starts
+
+    from loraplex_server.cluster.ray_folder import own_ray_folder
+
+    try:
+        if resolved.ray.address is not None:
+            _serve(resolved, config, None)
+        else:
+            with own_ray_folder() as folder:
+                _serve(resolved, config, folder)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _failed(error) from None
+
+
+@cluster.command()
+def status() -> None:
+    """What runs: deployments and their replicas."""
+    _check_ray()
+    from loraplex_server.cluster.ray_folder import use_token
+
+    found = _running()
+    if found.token is not None:
+        use_token(Path(found.token))  # before Ray is imported
+    from loraplex_server.cluster.running import status_lines
+
+    typer.echo(f"{found.name} at {found.url}, Ray at {found.address}")
+    for line in status_lines(found.address):
+        typer.echo(line)
+
+
+@cluster.command()
+def down() -> None:
+    """End the cluster that runs on this machine, as Ctrl-C does: running requests finish."""
+    found = _running()
+    os.kill(found.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _LIMIT_S
+    while found.lives:
+        if time.monotonic() > deadline:
+            raise _failed(f"process {found.pid} has not ended within {_LIMIT_S:.0f} s")
+        time.sleep(0.1)
+
+
+def _serve(config: ClusterConfig, file: Path | None, folder: Path | None) -> None:
+    from loraplex_server.cluster.running import running_cluster
+    from loraplex_server.cluster.running_clusters import announced_cluster
+    from loraplex_server.model.pull import loraplex_home
+
+    http = config.server.http
+    url = f"http://{http.host}:{http.port}"
+    token = None if folder is None else folder / "token"
+    with (
+        running_cluster(config, folder) as address,
+        announced_cluster(loraplex_home(), address, token, url, config.name),
+    ):
+        model = config.server.model or "the default base"
+        typer.echo(f"loraplex cluster serves {model} at {url}  (Ctrl-C ends it)")
+        _until_told(file)
+
+
+def _until_told(config: Path | None) -> None:
+    """Returns on SIGTERM or SIGINT; upgrades on SIGHUP. The old version serves on if that fails."""
+    from loraplex_server.cluster.running import deploy
+
+    told: SimpleQueue[int] = SimpleQueue()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: told.put(number))
+    while told.get() == signal.SIGHUP:
+        try:
+            deploy(_read(config))
+            typer.echo("upgraded")
+        except (RuntimeError, ValueError, typer.Exit) as error:
+            typer.secho(f"not upgraded: {error}", fg="red", err=True)
+
+
+def _read(path: Path | None) -> ClusterConfig:
+    from loraplex_server.cluster.config import read_config
+    from loraplex_server.settings import ConfigError
+
+    try:
+        return read_config(path)
+    except ConfigError as error:
+        raise _failed(error) from None
+
+
+def _running() -> RunningCluster:
+    from loraplex_server.cluster.running_clusters import running_clusters
+    from loraplex_server.model.pull import loraplex_home
+
+    found = running_clusters(loraplex_home())
+    if not found:
+        raise _failed("no cluster of `loraplex cluster up` runs on this machine")
+    return found[-1]
+
+
+def _check_ray() -> None:
+    if importlib.util.find_spec("ray") is None:
+        raise _failed('Ray is not installed: pip install "loraplex[ray]"')
+
+
+def _failed(error: Exception | str) -> typer.Exit:
+    typer.secho(f"error: {error}", fg="red", err=True)
+    return typer.Exit(1)

@@ -1,0 +1,143 @@
+"""What one process has to keep is asked of one process: the deployment ``Desk``.
+
+Files, batches, jobs and stored responses live in the memory or the folder of the gateway that made
+them, and the next request may come to another one. So there is one gateway more, in one replica,
+that has them, and the others pass such requests on to it, whole.
+
+    client ── gateway ── ``ToDesk`` ── request, body ──▶ ``answered_by`` ── the Desk's application
+                              ◀── messages of its answer ──
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import NamedTuple
+
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from loraplex_server.api.errors import ApiError, unavailable
+from loraplex_server.api.middleware.body_limit import BodyLimit
+from loraplex_server.api.orjson_response import ORJSONResponse
+from loraplex_server.api.serving.disconnect import client_left
+from loraplex_server.settings import HttpConfig
+
+__all__ = ["PassedOn", "answered_by", "to_desk"]
+
+_KEPT = ("/v1/files", "/v1/batches", "/v1/jobs", "/v1/responses", "/v1/adapters/generate")
+_FIELDS = ("http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
+
+
+class PassedOn(NamedTuple):
+    """A request, as it crosses processes."""
+
+    fields: dict[str, object]  # of the ASGI scope
+    client: tuple[str, int] | None
+    body: bytes
+
+
+def to_desk(app: ASGIApp, desk: DeploymentHandle, http: HttpConfig) -> ASGIApp:
+    """``app`` for all requests but those that the desk has to answer."""
+    passing = BodyLimit(_ToDesk(desk), http)
+
+    async def choose(scope: Scope, receive: Receive, send: Send) -> None:
+        is_kept = scope["type"] == "http" and _is_kept(scope["path"])
+        await (passing if is_kept else app)(scope, receive, send)
+
+    return choose
+
+
+async def answered_by(app: ASGIApp, request: PassedOn) -> AsyncGenerator[list[Message]]:
+    """The messages of the answer, as they come. Closing it early is the client leaving."""
+    scope: Scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "root_path": "",
+        "server": None,
+        "client": request.client,
+        **request.fields,
+    }
+    messages: list[Message] = []
+    arrived, left = asyncio.Event(), asyncio.Event()
+    unread = [request.body]
+
+    async def receive() -> Message:
+        if unread:
+            return {"type": "http.request", "body": unread.pop(), "more_body": False}
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Message) -> None:
+        messages.append(message)
+        arrived.set()
+
+    answering = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+    answering.add_done_callback(lambda _: arrived.set())
+    try:
+        while not (answering.done() and not messages):
+            await arrived.wait()
+            arrived.clear()
+            taken, messages[:] = list(messages), []
+            if taken:
+                yield taken
+        await answering  # raises what it raised
+    finally:
+        left.set()
+        await asyncio.wait([answering], timeout=1.0)
+        answering.cancel()
+
+
+class _ToDesk:
+    def __init__(self, desk: DeploymentHandle) -> None:
+        self._desk = desk.options(stream=True, method_name="answer")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def pass_on() -> None:
+            nonlocal started
+            async for messages in response:
+                for message in messages:
+                    started = True
+                    await send(message)
+
+        try:
+            body = await _body(receive)
+            fields = {name: scope[name] for name in _FIELDS}
+            response = self._desk.remote(PassedOn(fields, scope.get("client"), body))
+            passing = asyncio.ensure_future(pass_on())
+            leaving = asyncio.ensure_future(client_left(receive))
+            try:
+                await asyncio.wait([passing, leaving], return_when=asyncio.FIRST_COMPLETED)
+                if not passing.done():
+                    response.cancel()
+                else:
+                    await passing
+            finally:
+                for task in (passing, leaving):
+                    task.cancel()
+                await asyncio.gather(passing, leaving, return_exceptions=True)
+        except (ApiError, RayError, RayServeException) as error:
+            if started:
+                raise
+            told = error
+            if not isinstance(error, ApiError):
+                told = unavailable("what keeps files, batches and jobs was lost", "desk_lost", 2.0)
+            await ORJSONResponse.of_error(told, scope["path"])(scope, receive, send)
+
+
+async def _body(receive: Receive) -> bytes:
+    """Raises ApiError (413)."""
+    pieces: list[bytes] = []
+    while True:
+        message = await receive()
+        pieces.append(message.get("body", b""))
+        if not message.get("more_body", False):
+            return b"".join(pieces)
+
+
+def _is_kept(path: str) -> bool:
+    return any(path == kept or path.startswith(f"{kept}/") for kept in _KEPT)

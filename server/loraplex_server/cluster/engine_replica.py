@@ -1,0 +1,227 @@
+"""One engine in a process of its own: the deployment behind the gateways."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections import Counter
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+
+from ray import serve
+
+from loraplex_adapter_store.errors import (
+    BaseMismatch,
+    InvalidSelector,
+    StoreError,
+    UnknownAdapter,
+    UnservableAdapter,
+)
+from loraplex_adapter_store.lease import AdapterLease
+from loraplex_server.adapters.device_pins import DevicePins
+from loraplex_server.adapters.device_tier import DeviceUnloads
+from loraplex_server.engine.build import build_engine
+from loraplex_server.engine.defaults import host_tier_bytes
+from loraplex_server.engine.errors import AdapterLoadFailed, AdapterUnservable, EngineError
+from loraplex_server.engine.events import FinishReason, TokenEvent
+from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec, TokenTrie
+from loraplex_server.faults import Faults
+from loraplex_server.front import public_name, tell
+from loraplex_server.launch import freeze_gc
+from loraplex_server.logs import set_up_logging
+from loraplex_server.model.pull import resolve_model
+from loraplex_server.settings import ServerConfig
+
+from .autoscaling import ADAPTERS_IN_USE, DEVICE_SLOTS
+from .base_weights import without_weights
+from .event_buffer import EventBuffer
+from .remote_request import EngineFacts, RemoteAdapter, RemoteRequest, ReplicaStats
+from .shared_store import open_shared_store
+
+__all__ = ["EngineReplica"]
+
+_GAP_S = 0.02  # between two lists of events of a stream
+_MAX_GRAMMARS = 128
+
+
+class EngineReplica:
+    """Ray calls it on one event loop. Methods that gateways call take and give frozen values.
+
+    Its store is one of the fleet's: pins, deletions and new contents come with the catalogue.
+    """
+
+    async def __init__(self, config: ServerConfig) -> None:
+        """Loads the base and starts the engine.
+
+        Raises ModelError, StoreError, ValueError or OSError.
+        """
+        set_up_logging(config.http)
+        self._stall_s = config.http.stall_s
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._loads = ThreadPoolExecutor(8, thread_name_prefix="loraplex-loads")
+        self._compile = functools.lru_cache(maxsize=_MAX_GRAMMARS)(self._compiled)
+        await asyncio.to_thread(self._build, config)
+        loop, unloads = asyncio.get_running_loop(), DeviceUnloads(self._engine)
+        self._store.on_retired(lambda digest: tell(loop, lambda: unloads.retired(digest)))
+        self._store.on_pinned(DevicePins(self._engine))
+        freeze_gc()
+
+    def facts(self) -> EngineFacts:
+        return EngineFacts(
+            base=without_weights(self._base),
+            capabilities=self._engine.packer.capabilities,
+            eos_token_ids=self._engine.eos_token_ids,
+            max_model_len=self._engine.max_model_len,
+        )
+
+    async def generate(self, start: str, request: RemoteRequest) -> AsyncIterator[list[TokenEvent]]:
+        """The events of a request, in lists; the last event of the last list has ``finish``.
+
+        ``start`` is read by the router alone: requests with the same one share a prefix. A failure
+        is an event, too. Closing the stream early cancels the request.
+        """
+        buffer = EventBuffer()
+        engine_id = f"{request.request_id}/{id(buffer)}"  # one that is tried again may come twice
+        try:
+            await self._submit(engine_id, request, buffer)
+        except EngineError as error:
+            yield [TokenEvent(request.request_id, (), finish=FinishReason.ERROR, error=error)]
+            return
+        try:
+            async for events in buffer.lists(_GAP_S):
+                yield events
+        finally:
+            self._engine.cancel(engine_id)  # nothing happens where it has ended
+
+    async def warm(self, adapter: RemoteAdapter) -> None:
+        """Loads to host memory, and starts the load to the device. Raises StoreError."""
+        lease = await self._lease(adapter)
+        try:
+            self._engine.warm(lease)
+        finally:
+            lease.release()
+
+    async def unload(self, digest: str) -> int:
+        """Frees an idle adapter's place on the device; returns the bytes, 0 if absent or in use."""
+        return await self._engine.unload(digest)
+
+    def stats(self) -> ReplicaStats:
+        return ReplicaStats(self._name, self._engine.stats())
+
+    def record_routing_stats(self) -> dict[str, object]:
+        """Ray's hook: what ``AdapterRequestRouter`` ranks replicas by."""
+        stats, plans = self._engine.stats(), self._store.plans_in_memory()
+        resident = set(stats.resident_adapters)
+        busy = {digest for digest, count in stats.running_adapters.items() if count}
+        pending = Counter(stats.running_adapters) + Counter(stats.waiting_adapters)
+        return {
+            "device": sorted(resident),
+            "host": sorted(plans.keys() - resident),
+            "free_slots": max(0, stats.pool_slots_total - len(resident)),
+            "evictable": len(resident - busy),
+            "free_bytes": stats.pool_bytes_total - stats.pool_bytes_used,
+            "bytes": {digest: plan.n_bytes for digest, plan in plans.items()},
+            "pending_ranks": sum(
+                n * plans[digest].rank for digest, n in pending.items() if digest in plans
+            ),
+        }
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Ray's hook: what ``autoscaling.policy`` decides by."""
+        stats = self._engine.stats()
+        in_use = {*stats.running_adapters, *stats.waiting_adapters} - {""}  # "": the base
+        return {
+            ADAPTERS_IN_USE: float(len(in_use)),
+            DEVICE_SLOTS: float(stats.pool_slots_total),
+        }
+
+    def check_health(self) -> None:
+        """Ray's hook: after three failures the replica is replaced."""
+        stats = self._engine.stats()
+        if not self._engine.alive:
+            raise RuntimeError("the engine thread has stopped")
+        if stats.n_running and stats.step_age_s > self._stall_s:
+            raise RuntimeError(f"the engine has not moved for {stats.step_age_s:.0f} s")
+
+    async def __del__(self) -> None:
+        """Ray's hook, after the last request."""
+        self._engine.close()
+        self._loads.shutdown(wait=False, cancel_futures=True)
+        self._close_store()
+
+    def _build(self, config: ServerConfig) -> None:
+        path = resolve_model(config.model)
+        faults = Faults()
+        name = public_name(config.model, path)
+        built = build_engine(config.engine, path, model_id=name, faults=faults)
+        self._engine, self._base = built.engine, built.base_spec
+        self._tokenizer_json = built.tokenizer.backend_tokenizer.to_str()
+        self._store, self._close_store = open_shared_store(
+            config,
+            built.base_spec,
+            faults,
+            host_bytes=config.store.memory_bytes or host_tier_bytes(built.device),
+            packer=built.engine.packer,
+        )
+
+    async def _submit(self, engine_id: str, request: RemoteRequest, buffer: EventBuffer) -> None:
+        """Raises EngineError, and then nothing is held."""
+        grammar = None if request.grammar is None else await self._grammar(request.grammar)
+        lease: AdapterLease | None = None
+        if request.adapter is not None:
+            try:
+                lease = await self._lease(request.adapter)
+            except (UnservableAdapter, BaseMismatch, InvalidSelector, UnknownAdapter) as error:
+                raise AdapterUnservable(str(error)) from error
+            except StoreError as error:
+                raise AdapterLoadFailed(str(error)) from error
+
+        def listen(event: TokenEvent) -> None:
+            if event.finish is not None and lease is not None:
+                lease.release()
+            buffer.put(event)
+
+        try:
+            self._engine.submit(request.local(engine_id, lease, grammar), listen)
+        except EngineError:
+            if lease is not None:
+                lease.release()
+            raise
+
+    async def _lease(self, adapter: RemoteAdapter) -> AdapterLease:
+        loop = asyncio.get_running_loop()
+        loading = loop.run_in_executor(self._loads, self._acquire, adapter)
+        try:
+            return await asyncio.shield(loading)
+        except asyncio.CancelledError:  # the client left while the thread was loading
+            loading.add_done_callback(_release_orphan)
+            raise
+
+    def _acquire(self, adapter: RemoteAdapter) -> AdapterLease:
+        """Raises StoreError, also if the plan is not the one that the gateway means."""
+        if adapter.combined is None:
+            return self._store.acquire_digest(adapter.name, adapter.digest)
+        lease = self._store.acquire(adapter.combined)
+        if lease.digest != adapter.digest:
+            lease.release()
+            raise UnservableAdapter(
+                f"{adapter.name} has the digest {lease.digest[:12]} here, and "
+                f"{adapter.digest[:12]} at the gateway: they run different versions"
+            )
+        return lease
+
+    async def _grammar(self, spec: GrammarSpec) -> CompiledGrammar:
+        """A gateway has tried it, so compiling ends and refuses nothing."""
+        return await asyncio.get_running_loop().run_in_executor(self._loads, self._compile, spec)
+
+    def _compiled(self, spec: GrammarSpec) -> CompiledGrammar:
+        return self._trie.compile(spec)
+
+    @functools.cached_property
+    def _trie(self) -> TokenTrie:
+        return TokenTrie(self._tokenizer_json, self._base.vocab_size, self._engine.eos_token_ids)
+
+
+def _release_orphan(loading: asyncio.Future[AdapterLease]) -> None:
+    if not loading.cancelled() and loading.exception() is None:
+        loading.result().release()

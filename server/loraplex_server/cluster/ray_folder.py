@@ -1,0 +1,38 @@
+"""What a Ray of our own has on disk, and who may talk to it. Imported before Ray is.
+
+Ray reads its mode of authentication once, when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+__all__ = ["own_ray_folder", "use_token"]
+
+
+@contextlib.contextmanager
+def own_ray_folder() -> Iterator[Path]:
+    """A folder for Ray's sockets and logs, gone afterwards, with ``token``: what Ray asks for.
+
+    Whoever can talk to Ray runs code here: only who can read that file may.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="lx"))  # short: sockets below it have long names
+    try:
+        token = folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        use_token(token)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def use_token(file: Path) -> None:
+    """For this process and those that it starts."""
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file)}

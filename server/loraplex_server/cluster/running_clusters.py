@@ -1,0 +1,57 @@
+"""Which clusters `loraplex cluster up` serves on this machine: $LORAPLEX_HOME/clusters/PID.json."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["RunningCluster", "announced_cluster", "running_clusters"]
+
+
+class RunningCluster(NamedTuple):
+    pid: int  # of `loraplex cluster up`
+    address: str  # of Ray
+    token: str | None  # the file of Ray's token
+    url: str  # without /v1
+    name: str  # of Ray's application
+
+    @property
+    def lives(self) -> bool:
+        return Path(f"/proc/{self.pid}").exists()
+
+
+@contextlib.contextmanager
+def announced_cluster(
+    home: Path, address: str, token: Path | None, url: str, name: str
+) -> Iterator[None]:
+    """The cluster can be found inside the block. Raises OSError."""
+    file = home / "clusters" / f"{os.getpid()}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shown_token = None if token is None else str(token)
+    told = {"address": address, "token": shown_token, "url": url, "name": name}
+    file.write_text(json.dumps(told), encoding="utf-8")
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def running_clusters(home: Path) -> list[RunningCluster]:
+    """Those whose process lives, the last started last. Files of others are removed."""
+    found = []
+    files = sorted((home / "clusters").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    for file in files:
+        try:
+            told = json.loads(file.read_text(encoding="utf-8"))
+            one = RunningCluster(int(file.stem), **told)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if one.lives:
+            found.append(one)
+        else:
+            file.unlink(missing_ok=True)
+    return found

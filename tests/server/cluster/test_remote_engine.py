@@ -1,0 +1,245 @@
+"""A gateway's side of an engine replica: what is tried again, what ends, what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.types import Message
+
+ray = pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
+
+from ray.exceptions import ActorUnavailableError  # noqa: E402
+
+from loraplex_adapter_store.base_spec import BaseSpec  # noqa: E402
+from loraplex_server.api.errors import ApiError  # noqa: E402
+from loraplex_server.api_keys import ApiKey, Scope  # noqa: E402
+from loraplex_server.cluster.desk import PassedOn, answered_by  # noqa: E402
+from loraplex_server.cluster.key_limits import KeyLimits, SharedMeter  # noqa: E402
+from loraplex_server.cluster.remote_engine import RemoteEngine  # noqa: E402
+from loraplex_server.cluster.remote_request import EngineFacts, ReplicaStats  # noqa: E402
+from loraplex_server.engine.capabilities import EngineCapabilities  # noqa: E402
+from loraplex_server.engine.client import EngineStats, GenerationRequest  # noqa: E402
+from loraplex_server.engine.errors import EngineDead, QueueFull  # noqa: E402
+from loraplex_server.engine.events import FinishReason, TokenEvent  # noqa: E402
+from loraplex_server.engine.sampling_params import SamplingParams  # noqa: E402
+from tests.support.architectures import tiny_model  # noqa: E402
+
+pytestmark = pytest.mark.anyio
+
+Step = list[TokenEvent] | Exception | asyncio.Event  # an event is waited for
+LOST = ActorUnavailableError("the actor is unavailable", b"0" * 16)
+TOKEN = TokenEvent("elsewhere", (5,))
+LAST = TokenEvent("elsewhere", (), finish=FinishReason.STOP)
+REQUEST = GenerationRequest("mine", (1, 2, 3), SamplingParams(max_tokens=4))
+
+
+class Streaming:
+    """A response that takes the steps of a script."""
+
+    def __init__(self, script: Sequence[Step]) -> None:
+        self._script = iter(script)
+        self.cancelled = False
+
+    def __aiter__(self) -> AsyncIterator[list[TokenEvent]]:
+        return self
+
+    async def __anext__(self) -> list[TokenEvent]:
+        for step in self._script:
+            if isinstance(step, Exception):
+                raise step
+            if isinstance(step, list):
+                return step
+            await step.wait()
+        raise StopAsyncIteration
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+class Answers:
+    def __init__(self, stats: Sequence[ReplicaStats]) -> None:
+        self._stats = stats
+
+    async def results_async(self, *, timeout_s: float) -> Sequence[ReplicaStats]:
+        return self._stats
+
+
+class Handle:
+    """Of a deployment whose replicas answer with one script after another."""
+
+    def __init__(self, *scripts: Sequence[Step]) -> None:
+        self._scripts = iter(scripts)
+        self.responses: list[Streaming] = []
+
+    def options(self, **given: object) -> Handle:
+        return self
+
+    def broadcast(self, method: str, *arguments: object) -> Answers:
+        return Answers([ReplicaStats("one", EngineStats(n_running=3))])
+
+    def remote(self, *arguments: object) -> Streaming:
+        self.responses.append(Streaming(next(self._scripts)))
+        return self.responses[-1]
+
+
+@pytest.fixture(scope="module")
+def facts() -> EngineFacts:
+    spec = BaseSpec.of(tiny_model(), "tiny")
+    return EngineFacts(spec, EngineCapabilities.of(spec), frozenset({2}), 64)
+
+
+async def events_of(
+    facts: EngineFacts,
+    handle: Handle,
+    after_submit: Callable[[RemoteEngine], None] = lambda engine: None,
+) -> list[TokenEvent]:
+    engine = RemoteEngine(handle, facts)
+    found: list[TokenEvent] = []
+    ended = asyncio.Event()
+
+    def listen(event: TokenEvent) -> None:
+        found.append(event)
+        if event.finish is not None:
+            ended.set()
+
+    engine.submit(REQUEST, listen)
+    after_submit(engine)
+    await asyncio.wait_for(ended.wait(), 60)
+    await engine.close()
+    return found
+
+
+async def test_events_come_under_the_requests_own_id(facts: EngineFacts) -> None:
+    events = await events_of(facts, Handle([[TOKEN], [TOKEN, LAST]]))
+    assert [e.request_id for e in events] == ["mine"] * 3
+    assert [e.finish for e in events] == [None, None, FinishReason.STOP]
+
+
+async def test_a_request_without_output_is_tried_elsewhere(facts: EngineFacts) -> None:
+    handle = Handle([LOST], [LOST], [[TOKEN, LAST]])
+    events = await events_of(facts, handle)
+    assert [e.token_ids for e in events] == [(5,), ()]
+    assert len(handle.responses) == 3
+
+
+async def test_a_request_is_tried_three_times_at_most(facts: EngineFacts) -> None:
+    (last,) = await events_of(facts, Handle([LOST], [LOST], [LOST]))
+    assert last.finish is FinishReason.ERROR
+    assert isinstance(last.error, EngineDead)
+
+
+async def test_a_request_with_output_ends_when_its_replica_is_lost(facts: EngineFacts) -> None:
+    handle = Handle([[TOKEN], LOST])
+    first, last = await events_of(facts, handle)
+    assert first.token_ids == (5,)
+    assert isinstance(last.error, EngineDead)
+    assert len(handle.responses) == 1
+
+
+async def test_what_a_replica_refuses_is_the_last_event(facts: EngineFacts) -> None:
+    full = TokenEvent("x", (), finish=FinishReason.ERROR, error=QueueFull("full", 2.0))
+    (last,) = await events_of(facts, Handle([[full]]))
+    assert last == replace(full, request_id="mine")
+
+
+@pytest.mark.parametrize("n_turns", [0, 1, 5])
+async def test_a_cancelled_request_ends_once_whenever_it_is_cancelled(
+    facts: EngineFacts, n_turns: int
+) -> None:
+    handle = Handle([asyncio.Event()])
+
+    def cancel(engine: RemoteEngine) -> None:
+        async def later() -> None:
+            for _ in range(n_turns):
+                await asyncio.sleep(0)
+            engine.cancel("mine")
+
+        if n_turns:
+            cancelling.append(asyncio.ensure_future(later()))
+        else:
+            engine.cancel("mine")
+
+    cancelling: list[Any] = []
+    (last,) = await events_of(facts, handle, cancel)
+    assert last.finish is FinishReason.CANCELLED
+    assert all(response.cancelled for response in handle.responses)
+
+
+async def test_the_snapshot_is_that_of_the_replicas(facts: EngineFacts) -> None:
+    engine = RemoteEngine(Handle(), facts)
+    while not engine.replicas:
+        await asyncio.sleep(0)
+    assert engine.stats().n_running == 3
+    await engine.close()
+
+
+class Counting:
+    """A handle of ``Limits`` whose replica is here, or does not answer."""
+
+    def __init__(self, limits: KeyLimits, method: str = "") -> None:
+        self.limits, self._method = limits, method
+        self.is_lost = False
+        self.parent = self
+
+    def options(self, *, method_name: str) -> Counting:
+        bound = Counting(self.limits, method_name)
+        bound.parent = self.parent
+        return bound
+
+    async def remote(self, *arguments: Any) -> Any:
+        if self.parent.is_lost:
+            raise LOST
+        return await getattr(self.limits, self._method)(*arguments)
+
+
+async def test_two_gateways_count_one_key_together_and_alone_while_the_count_is_lost() -> None:
+    key = replace(ApiKey.of("limited-secret", Scope.INFER), requests_per_minute=4)
+    handle = Counting(KeyLimits([key]))
+    meters = [SharedMeter(key, handle), SharedMeter(key, handle)]
+    for number in range(4):
+        await meters[number % 2].take_request()
+    for meter in meters:
+        with pytest.raises(ApiError, match="4 requests a minute"):
+            await meter.take_request()
+    assert meters[0].headers()["x-ratelimit-remaining-requests"] == "0"
+    handle.is_lost = True
+    for meter in meters:  # each has its own count now, which is full
+        for _ in range(4):
+            await meter.take_request()
+        with pytest.raises(ApiError):
+            await meter.take_request()
+    handle.is_lost = False
+    with pytest.raises(ApiError):
+        await meters[0].take_request()  # counted together again
+
+
+async def test_an_answer_that_is_passed_on_streams_and_ends_when_its_client_leaves() -> None:
+    left = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        async def body() -> AsyncIterator[bytes]:
+            try:
+                yield await Request(scope, receive).body()
+                yield b"more"
+                await asyncio.Event().wait()
+            finally:
+                left.set()
+
+        await StreamingResponse(body())(scope, receive, send)
+
+    fields = {"http_version": "1.1", "method": "POST", "scheme": "http", "path": "/v1/files",
+              "raw_path": b"/v1/files", "query_string": b"", "headers": []}  # fmt: skip
+    lists = answered_by(app, PassedOn(fields, None, b"sent"))
+    messages: list[Message] = []
+    while not any(m.get("body") == b"more" for m in messages):
+        messages += await anext(lists)
+    assert messages[0]["status"] == 200
+    assert messages[1]["body"] == b"sent"
+    await lists.aclose()
+    assert left.is_set()

@@ -1,0 +1,176 @@
+"""A real `loraplex cluster up` in processes of its own, on a free port of this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ClusterProcess", "cluster_process", "free_port", "processes_of", "ray_head"]
+
+_START_S = 900  # other work may hold the machine
+_STOP_S = 300
+_MARK = "LORAPLEX_TEST_CLUSTER"  # in the environment of all processes of one cluster
+
+
+@dataclass
+class ClusterProcess:
+    process: subprocess.Popen[str]
+    config_file: Path
+    url: str
+    mark: str
+    lines: list[str] = field(default_factory=list)
+    _said: threading.Condition = field(default_factory=threading.Condition)
+    _ended: bool = False
+
+    @property
+    def log(self) -> str:
+        return "".join(self.lines)
+
+    def wait_for(self, text: str, *, n_before: int = 0) -> None:
+        """Until a line after the first ``n_before`` holds ``text``."""
+
+        def there() -> bool:
+            return self._ended or any(text in line for line in self.lines[n_before:])
+
+        with self._said:
+            self._said.wait_for(there, _START_S)
+        assert any(text in line for line in self.lines[n_before:]), self.log
+
+    def upgrade(self, config: Mapping[str, Any]) -> None:
+        """Writes the file anew, and waits until the cluster has taken it over."""
+        n_before = len(self.lines)
+        self.config_file.write_text(json.dumps(config))
+        self.process.send_signal(signal.SIGHUP)
+        self.wait_for("upgraded", n_before=n_before)
+
+    def replicas(self, deployment: str) -> dict[int, str]:
+        """Process id → title, of the live replicas of a deployment."""
+        return {
+            pid: title
+            for pid, title in processes_of(self.mark).items()
+            if f"ServeReplica:loraplex:{deployment}" in title
+        }
+
+    def read(self) -> None:
+        """Runs in a thread until the process ends."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._said:
+                self.lines.append(line)
+                self._said.notify_all()
+        with self._said:
+            self._ended = True
+            self._said.notify_all()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+@contextmanager
+def ray_head(environment: dict[str, str]) -> Iterator[str]:
+    """The address of a Ray of one node, which starts also where other work holds the machine."""
+    with tempfile.TemporaryDirectory(prefix="lx", ignore_cleanup_errors=True) as folder:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.ray_head", folder],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            said = process.stdout.readline()
+            assert said.startswith("ray is at "), said
+            yield said.removeprefix("ray is at ").strip()
+        finally:
+            process.stdin.close()
+            process.wait(_STOP_S)
+            process.stdout.close()
+
+
+@contextmanager
+def cluster_process(config: dict[str, Any], folder: Path) -> Iterator[ClusterProcess]:
+    """Ready when entered. When left, it has ended in good order, and nothing of it is there."""
+    port = free_port()
+    config["server"]["port"] = port
+    mark = uuid.uuid4().hex
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORAPLEX_", "RAY_"))}
+    environment = {
+        **kept,
+        _MARK: mark,
+        "LORAPLEX_HOME": str(folder / "home"),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUNBUFFERED": "1",
+        "RAY_AUTH_MODE": "disabled",  # on the loopback, for a test
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    try:
+        with ray_head(environment) as address:
+            config["ray"] = {"address": address}
+            file = folder / "cluster.yaml"
+            file.write_text(json.dumps(config))  # JSON is YAML
+            with _up(file, f"http://127.0.0.1:{port}", mark, environment) as cluster:
+                yield cluster
+        assert not processes_of(mark)
+    finally:
+        for pid in processes_of(mark):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def _up(file: Path, url: str, mark: str, environment: dict[str, str]) -> Iterator[ClusterProcess]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loraplex_server.cli.app", "cluster", "up", str(file)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    cluster = ClusterProcess(process, file, url, mark)
+    reader = threading.Thread(target=cluster.read, daemon=True)
+    reader.start()
+    try:
+        cluster.wait_for("serves")
+        yield cluster
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(_STOP_S) == 0, cluster.log
+    finally:
+        process.kill()
+        process.wait(_STOP_S)
+        reader.join(30)
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def processes_of(mark: str) -> dict[int, str]:
+    """Of the cluster with this mark: process id → command line."""
+    found = {}
+    wanted = f"{_MARK}={mark}".encode()
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        try:
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                title = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+                if title:  # a process that has ended has none
+                    found[int(folder.name)] = title
+        except (OSError, UnicodeDecodeError):
+            continue
+    return found

@@ -148,24 +148,20 @@ async def test_of_two_replacements_at_once_one_wins(cluster: ClusterProcess, wor
     async with connect(cluster) as client:
         files = [
             {
-                "config": (world / "adapters" / name / "adapter_config.json").read_bytes(),
-                "weights": (world / "adapters" / name / "adapter_model.safetensors").read_bytes(),
+                "config": ("adapter_config.json", (folder / "adapter_config.json").read_bytes()),
+                "weights": (
+                    "adapter_model.safetensors",
+                    (folder / "adapter_model.safetensors").read_bytes(),
+                ),
             }
-            for name in ("a1", "a2", "a3")
+            for folder in (world / "adapters" / f"a{number}" for number in range(1, 8))
         ]
         first = await client.put("/v1/adapters/mine", files=files[0])
         assert first.status_code == 201, first.text
-        etag = first.headers["etag"]
-        changes = [
-            client.put("/v1/adapters/mine", files=each, headers={"If-Match": etag})
-            for each in files[1:] * 3
-        ]
+        seen = {"If-Match": first.headers["etag"]}
+        changes = [client.put("/v1/adapters/mine", files=f, headers=seen) for f in files[1:]]
         statuses = Counter(answer.status_code for answer in await asyncio.gather(*changes))
-        assert statuses[412] >= 4, statuses
-        winners = [200] * statuses[200]
-        card = (await client.get("/v1/adapters/mine")).json()
-        assert card["digest"] != first.json()["digest"]
-        assert len(winners) in (1, 2, 3)  # an equal content may find its own change there
+        assert statuses == {200: 1, 412: 5}
         gone = await client.delete("/v1/adapters/mine")
         assert gone.status_code == 200, gone.text
         await asyncio.sleep(1.5)  # a gateway may answer a name from memory for a second

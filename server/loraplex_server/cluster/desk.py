@@ -74,7 +74,7 @@ async def answered_by(app: ASGIApp, request: PassedOn) -> AsyncGenerator[list[Me
         messages.append(message)
         arrived.set()
 
-    answering = asyncio.create_task(app(scope, receive, send))  # type: ignore[arg-type]
+    answering = asyncio.ensure_future(app(scope, receive, send))
     answering.add_done_callback(lambda _: arrived.set())
     try:
         while not (answering.done() and not messages):

@@ -50,7 +50,7 @@ class EngineReplica:
     Its store is one of the fleet's: pins, deletions and new contents come with the catalogue.
     """
 
-    async def __init__(self, config: ServerConfig) -> None:
+    async def __init__(self, config: ServerConfig) -> None:  # type: ignore[misc]  # Ray awaits it
         """Loads the base and starts the engine.
 
         Raises ModelError, StoreError, ValueError or OSError.

@@ -35,7 +35,7 @@ def one_page(processes: Iterable[ProcessMetrics]) -> bytes:
                 sample._replace(labels={**sample.labels, _LABEL: process.replica})
                 for sample in family.samples
             ]
-    return generate_latest(_Page(merged.values()))  # type: ignore[arg-type]  # reads collect alone
+    return generate_latest(_Page(merged.values()))
 
 
 class _Page(Collector):

@@ -58,7 +58,7 @@ class Desk:
 
     registers: ClassVar[bool] = True  # the adapters that the config names
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
         config: ServerConfig,
         engines: DeploymentHandle,
@@ -181,7 +181,7 @@ class Gateway(Desk):
 
     registers = False
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
         config: ServerConfig,
         engines: DeploymentHandle,

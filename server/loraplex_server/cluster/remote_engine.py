@@ -36,17 +36,18 @@ _POLL_S = 1.0  # between two looks at all replicas
 _POLL_LIMIT_S = 5.0
 _START_TOKENS = 64  # what two prompts must share to be sent to the same holder
 _RETRY_AFTER_S = 1.0
+_GONE = (EngineDead, EngineDraining)  # errors of a replica, not of a request
 _log = logging.getLogger(__name__)
+
+
+class _ReplicaGone(Exception):
+    """A replica that answers, and whose engine does not."""
 
 
 class RemoteEngine:
     """See ``EngineClient`` and ``DeviceTier`` for the contract. Lives on one event loop."""
 
-    def __init__(
-        self,
-        handle: DeploymentHandle,
-        facts: EngineFacts,
-    ) -> None:
+    def __init__(self, handle: DeploymentHandle, facts: EngineFacts) -> None:
         self._handle = handle
         self._stream = handle.options(stream=True, method_name="generate")
         self._facts = facts
@@ -145,6 +146,9 @@ class RemoteEngine:
 
         try:
             await self._with_retries(RemoteRequest.of(request), deliver)
+            if not ended:
+                cause = EngineDead("the engine replica stopped in the middle of the answer")
+                deliver(_failure(request.request_id, cause))
         except asyncio.CancelledError:
             if not ended:
                 deliver(_cancelled(request.request_id))
@@ -161,6 +165,8 @@ class RemoteEngine:
             try:
                 async with contextlib.aclosing(self._lists(request)) as lists:
                     async for events in lists:
+                        if not n_lists and isinstance(events[0].error, _GONE):
+                            raise _ReplicaGone(str(events[0].error))
                         n_lists += 1
                         for event in events:
                             deliver(event)
@@ -169,7 +175,7 @@ class RemoteEngine:
                 told = QueueFull(f"the cluster is busy: {error}", _RETRY_AFTER_S)
                 deliver(_failure(request.request_id, told))
                 return
-            except (RayError, RayServeException) as error:
+            except (RayError, RayServeException, _ReplicaGone) as error:
                 if isinstance(error, RayTaskError):
                     raise  # a mistake in the replica's code, not its death
                 cause = f"{type(error).__name__}: the engine replica of this request was lost"

@@ -134,6 +134,18 @@ async def test_a_request_is_tried_three_times_at_most(facts: EngineFacts) -> Non
     assert isinstance(last.error, EngineDead)
 
 
+async def test_a_replica_whose_engine_has_stopped_is_left_for_another(facts: EngineFacts) -> None:
+    dead = TokenEvent("x", (), finish=FinishReason.ERROR, error=EngineDead("stopped"))
+    events = await events_of(facts, Handle([[dead]], [[TOKEN, LAST]]))
+    assert [e.token_ids for e in events] == [(5,), ()]
+
+
+async def test_an_answer_without_an_end_gets_one(facts: EngineFacts) -> None:
+    first, last = await events_of(facts, Handle([[TOKEN]]))
+    assert first.token_ids == (5,)
+    assert isinstance(last.error, EngineDead)
+
+
 async def test_a_request_with_output_ends_when_its_replica_is_lost(facts: EngineFacts) -> None:
     handle = Handle([[TOKEN], LOST])
     first, last = await events_of(facts, handle)

@@ -18,6 +18,7 @@ _POLICY = "loraplex_server.cluster.autoscaling:policy"
 _STATS_PERIOD_S = 0.5
 _HEALTH_PERIOD_S = 2.0
 _MANY = 100_000
+_QUIET = {"enable_access_log": False}  # a line for each call between processes; we log requests
 _HEALTH_LIMIT_S = 30.0  # a step may take long, and other work may hold the machine
 
 
@@ -45,6 +46,7 @@ def _engines(config: ClusterConfig) -> serve.Deployment:
         max_ongoing_requests=waiting,
         max_queued_requests=server.engine.max_queue,
         max_surge_percent=100,  # by default Ray stops the old replicas first
+        logging_config=_QUIET,
         graceful_shutdown_timeout_s=server.http.drain_timeout_s,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_LIMIT_S,
@@ -64,6 +66,7 @@ def _gateways(config: ClusterConfig) -> serve.Deployment:
         ray_actor_options={"num_cpus": sizes.cpus},
         max_ongoing_requests=sizes.max_requests,
         max_surge_percent=100,
+        logging_config=_QUIET,
         graceful_shutdown_timeout_s=server.http.drain_timeout_s,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_LIMIT_S,
@@ -78,6 +81,7 @@ def _desk(config: ClusterConfig) -> serve.Deployment:
         num_replicas=1,
         ray_actor_options={"num_cpus": config.gateways.cpus},
         max_ongoing_requests=config.gateways.max_requests,
+        logging_config=_QUIET,
         graceful_shutdown_timeout_s=config.server.http.drain_timeout_s,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_LIMIT_S,
@@ -91,6 +95,7 @@ def _limits() -> serve.Deployment:
         num_replicas=1,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=_MANY,
+        logging_config=_QUIET,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_LIMIT_S,
     )

@@ -235,9 +235,11 @@ async def test_an_answer_that_is_passed_on_streams_and_ends_when_its_client_leav
     left = asyncio.Event()
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent = await Request(scope, receive).body()
+
         async def body() -> AsyncIterator[bytes]:
             try:
-                yield await Request(scope, receive).body()
+                yield sent
                 yield b"more"
                 await asyncio.Event().wait()
             finally:

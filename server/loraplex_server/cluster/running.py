@@ -77,16 +77,19 @@ def _connect(config: ClusterConfig, folder: Path | None, closing: contextlib.Exi
         context = ray.init(address=config.ray.address, namespace=_NAMESPACE, log_to_driver=False)
         closing.callback(ray.shutdown)
         return str(context.address_info["address"])
-    context = ray.init(
-        address="local",
-        namespace=_NAMESPACE,
-        num_cpus=_cpus(config),
-        object_store_memory=config.ray.object_store_bytes,
-        include_dashboard=False,
-        log_to_driver=False,
-        _temp_dir=str(folder),
-    )
     closing.callback(ray.shutdown)
+    try:
+        context = ray.init(
+            address="local",
+            namespace=_NAMESPACE,
+            num_cpus=_cpus(config),
+            object_store_memory=config.ray.object_store_bytes,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:  # Ray raises a bare one where its own processes start too slowly
+        raise RuntimeError(f"Ray does not start: {error}") from error
     return str(context.address_info["address"])
 
 

@@ -129,6 +129,13 @@ async def test_adapters_stay_on_their_replica_under_load(cluster: ClusterProcess
     assert 1 - (sum(served.values()) - 16) / 48 >= 0.85
 
 
+async def test_another_terminal_sees_what_runs(cluster: ClusterProcess) -> None:
+    told = await asyncio.to_thread(cluster.say, "status")
+    assert cluster.url in told
+    for line in ("Engine: HEALTHY, 2 RUNNING", "Gateway: HEALTHY, 2 RUNNING", "Desk: HEALTHY"):
+        assert line in told
+
+
 async def test_metrics_tell_of_every_process_with_its_label(cluster: ClusterProcess) -> None:
     async with connect(cluster) as client:
         await stream(client, chat("a1"))

@@ -30,6 +30,7 @@ class ClusterProcess:
     config_file: Path
     url: str
     mark: str
+    environment: dict[str, str]
     lines: list[str] = field(default_factory=list)
     _said: threading.Condition = field(default_factory=threading.Condition)
     _ended: bool = False
@@ -54,6 +55,15 @@ class ClusterProcess:
         self.config_file.write_text(json.dumps(config))
         self.process.send_signal(signal.SIGHUP)
         self.wait_for("upgraded", n_before=n_before)
+
+    def say(self, subcommand: str) -> str:
+        """What `loraplex cluster SUBCOMMAND` of another terminal says."""
+        command = [sys.executable, "-m", "loraplex_server.cli.app", "cluster", subcommand]
+        done = subprocess.run(
+            command, capture_output=True, text=True, env=self.environment, timeout=_STOP_S
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
     def replicas(self, deployment: str) -> dict[int, str]:
         """Process id → title, of the live replicas of a deployment."""
@@ -143,7 +153,7 @@ def _up(file: Path, url: str, mark: str, environment: dict[str, str]) -> Iterato
         text=True,
         env=environment,
     )
-    cluster = ClusterProcess(process, file, url, mark)
+    cluster = ClusterProcess(process, file, url, mark, environment)
     reader = threading.Thread(target=cluster.read, daemon=True)
     reader.start()
     try:

@@ -9,6 +9,8 @@ import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.parallel.sharded_model import build_sharded
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.errors import ModelError, UnsupportedBase
 from loraplex_server.model.gathered_head import GatheredHead
@@ -54,11 +56,18 @@ def logits_of(ranks: list[BaseModel]) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("model_type", "size"),
-    [("llama", 2), ("llama", 4), ("mistral", 2), ("qwen2", 2), ("qwen3", 2), ("biases", 2)],
+    [
+        *(("llama", 2), ("llama", 4), ("mistral", 2), ("qwen2", 2), ("qwen3", 2), ("biases", 2)),
+        ("odd vocabulary", 2),
+    ],
 )
 def test_ranks_compute_what_transformers_does(model_type: str, size: int, tmp_path: Path) -> None:
-    """Over four ranks each of the two KV heads is held twice; 300 tokens are padded nowhere."""
-    model = tiny_llama(bias=True) if model_type == "biases" else tiny_model(model_type)
+    """Over four ranks each of the two KV heads is held twice."""
+    makers = {
+        "biases": lambda: tiny_llama(bias=True),
+        "odd vocabulary": lambda: tiny_model("llama", vocab_size=301),
+    }
+    model = makers.get(model_type, lambda: tiny_model(model_type))()
     model.save_pretrained(tmp_path)
     group = ThreadGroup(size)
     ranks = load_ranks(tmp_path, size, group)
@@ -143,6 +152,13 @@ def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
     model.config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="is quantised"):
         Checkpoint(tmp_path, 2)
+
+
+@pytest.mark.parametrize("changes", [{"quantization": "int8"}, {"fuse": False}])
+def test_settings_that_do_not_go_together(changes: dict[str, object], tmp_path: Path) -> None:
+    config = EngineConfig(tensor_parallel_size=2, **changes)
+    with pytest.raises(ValueError, match="--tensor-parallel-size"):
+        build_sharded(tmp_path, "tiny", config, dtype=torch.float32, device=torch.device("cpu"))
 
 
 def test_every_output_and_input_is_on_one_rank() -> None:

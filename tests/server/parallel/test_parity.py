@@ -106,6 +106,26 @@ async def test_requests_that_leave_share_and_are_preempted_change_nothing(
     assert loop.kv_cache.n_found > 0
 
 
+async def test_vectors_and_the_log_probabilities_of_prompts(
+    pair: Pair, folders: dict[str, Path]
+) -> None:
+    """Hidden states of all rows, and the head asked for more rows than a step samples."""
+    found = []
+    for server in pair:
+        await put_all(server, {"lora": folders["lora"]})
+        prompt = PROMPT * 8  # of more tokens than a step has
+        completion = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}
+        answer = await server.post("/v1/completions", adapter="lora", **completion)
+        assert answer.status_code == 200, answer.text
+        entries = answer.json()["choices"][0]["prompt_logprobs"][1:]
+        (vector,) = await server.data("/v1/embeddings", input=[prompt], adapter="lora")
+        found.append(([one["logprob"] for e in entries for one in e.values()], vector["embedding"]))
+    (expected_logprobs, expected_vector), (logprobs, vector) = found
+    assert len(logprobs) >= 79
+    assert logprobs == pytest.approx(expected_logprobs, abs=1e-4)
+    assert vector == pytest.approx(expected_vector, abs=1e-4)
+
+
 async def test_an_adapter_that_is_replaced_while_it_runs(
     pair: Pair, folders: dict[str, Path]
 ) -> None:

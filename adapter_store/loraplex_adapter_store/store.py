@@ -365,7 +365,7 @@ class AdapterStore:
         Raises UnknownAdapter, RevisionConflict, or InvalidSelector if no such revision is kept.
         """
         with self._changing_name(name):
-            self._follow(name)
+            self._refresh(name)
             current, *kept = self._index.revisions(name)
             wanted = next(
                 (pair for pair in kept if pair[0].digest.startswith(digest_prefix or "")), None
@@ -404,6 +404,7 @@ class AdapterStore:
         """
         with self._changing_name(name):
             while True:
+                self._refresh(name)
                 card = self.get(name)
                 described, examples, defaults = change(card)
                 try:
@@ -603,7 +604,7 @@ class AdapterStore:
     ) -> Deletion:
         """``expired_by``: only if it expires by then. Raises UnknownAdapter, RevisionConflict."""
         with self._changing_name(name):
-            self._follow(name)
+            self._refresh(name)
             self._index.current(name)  # an unknown name is told with its neighbours
             self._registry.remove_name(name, if_match, expired_by=expired_by)
             with self._writing:
@@ -639,6 +640,11 @@ class AdapterStore:
         for listener in self._on_pinned:
             listener(digests)
 
+    def _refresh(self, name: str) -> None:
+        """Before a change, which must not be judged by what is a second old."""
+        if self._shared is not None:
+            self._shared.refresh(name)
+
     def _follow_all(self) -> None:
         if self._shared is not None:
             self._shared.follow_all()
@@ -657,7 +663,7 @@ class AdapterStore:
                 raise
 
     def _follow_before_put(self, name: str, options: PutOptions) -> None:
-        self._follow(name)
+        self._refresh(name)
         if options.quota.max_adapters is not None or options.quota.max_bytes is not None:
             self._follow_tenant(name)
 

@@ -14,11 +14,14 @@ from fastapi import FastAPI
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.catalogue.catalogue import Catalogue
+from loraplex_adapter_store.catalogue.limits import CatalogueLimits
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.packed_files import Packer
 from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.api.app import build_app
+from loraplex_server.faults import Faults
 from loraplex_server.settings import HttpConfig, ServerConfig, StoreConfig
 from tests.support.architectures import tiny_model
 from tests.support.asgi_call import AsgiCall, events_of
@@ -99,12 +102,15 @@ def make_front(
     limits: StoreLimits = StoreLimits(),  # noqa: B008  frozen value
     packer: Packer | None = None,
     engine: Any = None,
+    catalogue: Catalogue | None = None,
+    faults: Faults | None = None,
     **parts: Any,
 ) -> Front:
     """``parts`` of ``build_app``; ``with_store`` makes those that need the store.
 
-    ``engine``: a real one in place of the scripted one.
+    ``engine``: a real one in place of the scripted one. A ``catalogue`` is asked each time.
     """
+    faults = faults or Faults()
     http = http or HttpConfig(served_model_names=("base",))
     root = folder / "adapters"
     root.mkdir(exist_ok=True)
@@ -115,13 +121,16 @@ def make_front(
         allowed_roots=[root],
         packer=packer,
         n_kept_revisions=n_kept_revisions,
+        faults=faults,
+        catalogue=catalogue,
+        catalogue_limits=CatalogueLimits(refresh_s=0.0, poll_s=3600.0),
     )
     engine = engine or FakeEngine(tokenizer.backend_tokenizer)
     if not http.served_model_names:
         http = http.model_copy(update={"served_model_names": ("base",)})
     allowed = tuple(SourcePrefix.parse(text) for text in allow_sources)
     config = ServerConfig(http=http, store=StoreConfig(allow_sources=allowed))
-    parts = {"model_name": "tiny/llama", **parts, **with_store(store)}
+    parts = {"model_name": "tiny/llama", "faults": faults, **parts, **with_store(store)}
     app = build_app(engine, store, tokenizer, config, **parts)
     transport = httpx.ASGITransport(app)
     client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")

@@ -6,8 +6,15 @@ import logging
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-__all__ = ["S3_SECRET", "s3_environment", "s3_server"]
+import pytest
+
+from loraplex_adapter_store.catalogue.bucket import Bucket
+
+__all__ = ["MIDDLE_OF_NOWHERE", "S3_SECRET", "Switch", "s3_environment", "s3_server"]
+
+MIDDLE_OF_NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
 
 S3_SECRET = "the-secret-of-the-bucket"
 
@@ -37,3 +44,18 @@ def s3_environment(endpoint: str) -> dict[str, str]:
         "AWS_REGION": "us-east-1",
         "AWS_ENDPOINT_URL": endpoint,
     }
+
+
+class Switch:
+    """A bucket in a directory whose requests fail while it is off, as those of a real one do."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, value in s3_environment(MIDDLE_OF_NOWHERE).items():
+            monkeypatch.setenv(name, value)
+        self._on = Bucket.open(f"file://{folder}", "x")
+        self._off = Bucket.open("s3://adapters", "x")
+        self.bucket = Bucket(self._on._files, self._on._small)
+
+    def turn(self, *, on: bool) -> None:
+        source = self._on if on else self._off
+        self.bucket._files, self.bucket._small = source._files, source._small

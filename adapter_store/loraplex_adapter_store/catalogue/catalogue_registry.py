@@ -128,6 +128,16 @@ class CatalogueRegistry:
                 if not self._may_use(self._answers.get(name)):
                     raise
 
+    def refresh(self, name: str) -> None:
+        """Brings the store up to date with ``name``, however fresh it is: before a change of it.
+
+        Raises CatalogueUnavailable.
+        """
+        with self.changing(name):
+            began = self._clock()
+            with self._asked(even_if_down=True):
+                self._bring(name, self._catalogue.names.newest_number(name), began)
+
     def follow_all(self) -> None:
         """``follow`` for every name there is: one listing, and a read of each that changed."""
         if self._clock() - self._all_at <= self._refresh_s or self._may_use_all():
@@ -149,7 +159,7 @@ class CatalogueRegistry:
 
         Raises CatalogueUnavailable.
         """
-        with self._asked():
+        with self._asked(even_if_down=True):
             self._bring_all(self._clock(), tenant)
 
     def sweep_if_due(self) -> None:

@@ -21,24 +21,7 @@ from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError
 from loraplex_adapter_store.selector import NameRef
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.test_store import put, seed_of
-from tests.support.object_stores import S3_SECRET, s3_environment
-
-MIDDLE_OF_NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
-
-
-class Switch:
-    """A bucket in a directory whose requests fail while it is off, as those of a real one do."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name, value in s3_environment(MIDDLE_OF_NOWHERE).items():
-            monkeypatch.setenv(name, value)
-        self._on = Bucket.open(f"file://{folder}", "x")
-        self._off = Bucket.open("s3://adapters", "x")
-        self.bucket = Bucket(self._on._files, self._on._small)
-
-    def turn(self, *, on: bool) -> None:
-        source = self._on if on else self._off
-        self.bucket._files, self.bucket._small = source._files, source._small
+from tests.support.object_stores import MIDDLE_OF_NOWHERE, S3_SECRET, Switch, s3_environment
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from threading import Barrier
 import pytest
 
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
+from loraplex_adapter_store.catalogue.limits import CatalogueLimits
 from loraplex_adapter_store.errors import QuotaExceeded, RevisionConflict, UnknownAdapter
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.quota import Quota
@@ -148,3 +149,21 @@ def test_a_request_keeps_the_digest_that_a_gateway_resolved(
         b.acquire("x")
     with pytest.raises(UnknownAdapter):
         b.acquire_digest("x", "0" * 64)
+
+
+def test_a_change_is_judged_by_what_is_so_now_not_by_what_was_known(open_store: OpenStore) -> None:
+    """A client may reach another server with each request, faster than names are asked for."""
+    slow = CatalogueLimits(refresh_s=3600.0, poll_s=3600.0)
+    a, b = open_store("a", limits=slow, n_kept=1), open_store("b", limits=slow, n_kept=1)
+    for store in (a, b):
+        with pytest.raises(UnknownAdapter):
+            store.acquire("x")  # known to be unknown for an hour
+    first = put_if(a, "x", 1, replace=False)
+    second = put_if(b, "x", 2, if_match=first)
+    third = put_if(a, "x", 3, if_match=second, description="third")
+    b.edit("x", lambda card: CardEdit(card.description, ("hi",), {}), if_match=third)
+    assert (b.get("x").description, b.get("x").examples) == ("third", ("hi",))
+    assert a.rollback("x").digest == second
+    b.delete("x", if_match=second)
+    with pytest.raises(UnknownAdapter):
+        a.delete("x")

@@ -112,7 +112,7 @@ def _build(arguments: argparse.Namespace, weights: str) -> Bench:
         DEFAULT_BASE,
         dtype=torch.bfloat16,
         device=_CPU,
-        exponent_coding=weights == "coded",
+        exponent_coding=weights != "plain",
         quantization=WeightFormat(weights) if weights in list(WeightFormat) else None,
     )
     kv_cache = KvCache(

@@ -39,6 +39,7 @@ def test_a_quantised_default_base_chats_and_refuses_to_generate_adapters(
             message = refused.json()["error"]["message"]
             assert "served with int8 ones; serve it without --quantization" in message
     assert "with int8 linears" in server.log
+    assert "int8 linears save memory on a CPU, and every step takes many times" in server.log
     assert "MiB in int8, they were" in server.log
 
 

@@ -111,6 +111,11 @@ def build_engine(
         ),
         device,
     )
+    if model.spec.quantization is not None and device.type == "cpu":
+        _log.warning(
+            "%s linears save memory on a CPU, and every step takes many times as long",
+            model.spec.quantization,
+        )
     engine = assemble_engine(model, config, faults=faults)
     weights = ResidentWeights(model, torch.bfloat16) if device.type == "cpu" else None
     return BuiltEngine(engine, tokenizer, model.spec, name, device, weights)

@@ -15,7 +15,7 @@ from tests.support.cluster_process import ClusterProcess, cluster_process
 from tests.support.lora_files import write_lora
 from tests.support.server_process import ServerProcess, save_tiny_model, server_process
 
-N_ADAPTERS = 16
+N_ADAPTERS = 24
 ADMIN = {"Authorization": "Bearer admin-secret"}
 LIMITED = {"Authorization": "Bearer limited-secret"}  # ten requests a minute
 _KEYS = f"""

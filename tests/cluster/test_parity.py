@@ -9,14 +9,14 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.conftest import ADMIN, N_ADAPTERS
+from tests.cluster.conftest import ADMIN
 from tests.support.cluster_process import ClusterProcess
 from tests.support.server_process import ServerProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
-NAMES = [None, *(f"a{number}" for number in range(N_ADAPTERS))]
+NAMES = [None, *(f"a{number}" for number in range(16))]
 
 
 def body_of(adapter: str | None, **changes: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from ray import serve
 
 from loraplex_adapter_store.errors import (
     BaseMismatch,
+    CatalogueUnavailable,
     InvalidSelector,
     StoreError,
     UnknownAdapter,
@@ -200,6 +202,9 @@ class EngineReplica:
     def _acquire(self, adapter: RemoteAdapter) -> AdapterLease:
         """Raises StoreError, also if the plan is not the one that the gateway means."""
         if adapter.combined is None:
+            # A content whose name is not known here leaves memory with its last request.
+            with contextlib.suppress(CatalogueUnavailable):
+                self._store.follow([adapter.name])
             return self._store.acquire_digest(adapter.name, adapter.digest)
         lease = self._store.acquire(adapter.combined)
         if lease.digest != adapter.digest:

@@ -1,4 +1,4 @@
-"""A frozen Llama-like base that runs many B-only adapters in one forward, for training on CPU.
+"""A frozen Llama or Qwen2 that runs many B-only adapters in one forward, for training on CPU.
 
 The weights stay in bfloat16 and take no gradient; the gradient of the loss flows through them only
 down to the lowest adapted layer, and only answer positions pass the output head.
@@ -41,6 +41,9 @@ class Scores(NamedTuple):
     hit: Tensor  # bool [n_targets]: the target is the most likely token
 
 
+_QKV_BIAS = {"llama": False, "qwen2": True}  # the bases that this forward computes
+
+
 class _Layer(NamedTuple):
     qkv: FrozenLinear
     o: FrozenLinear
@@ -48,10 +51,11 @@ class _Layer(NamedTuple):
     down: FrozenLinear
     attention_norm: Tensor
     mlp_norm: Tensor
+    qkv_bias: Tensor | None  # [Σ out]
 
 
 class FrozenBase:
-    """Loads `config.json` and `model.safetensors` of a Llama-like model directory.
+    """Loads `config.json` and `model.safetensors` of a model directory.
 
     `weights`: read them there, in `dtype`, instead of the file. `mapped`: see ``FileWeights``.
     Not thread-safe while gradients are recorded; otherwise stateless.
@@ -66,11 +70,8 @@ class FrozenBase:
         weights: BaseWeights | None = None,
     ) -> None:
         config = json.loads((directory / "config.json").read_text())
-        if config["model_type"] != "llama":
-            raise ValueError(
-                f"{directory} is a {config['model_type']!r} model; the zoo trains on 'llama' bases"
-            )
         _check_layers(directory, config)
+        has_qkv_bias = _QKV_BIAS[config["model_type"]]
         heads = config["num_attention_heads"]
         self.shape = BaseShape(
             n_layers=config["num_hidden_layers"],
@@ -88,7 +89,7 @@ class FrozenBase:
         is_tied = config.get("tie_word_embeddings", False)
         self._head = HeldLinear([self._embed]) if is_tied else weights.linear(["lm_head"])
         self._norm = weights.tensor("model.norm.weight")
-        self._layers = [_layer(weights, i) for i in range(self.shape.n_layers)]
+        self._layers = [_layer(weights, i, has_qkv_bias) for i in range(self.shape.n_layers)]
 
     @property
     def output_head(self) -> Tensor:
@@ -145,6 +146,8 @@ class FrozenBase:
         n, length, width = h.shape
         x = F.rms_norm(h, (width,), layer.attention_norm, self._eps)
         qkv = layer.qkv(x)
+        if layer.qkv_bias is not None:
+            qkv = qkv + layer.qkv_bias
         if lora is not None:
             qkv = qkv + lora.qkv(x, i)
         n_q, n_kv = shape.n_heads, shape.n_kv_heads
@@ -162,9 +165,10 @@ class FrozenBase:
         return h + layer.down(F.silu(gate) * up)
 
 
-def _layer(weights: BaseWeights, i: int) -> _Layer:
+def _layer(weights: BaseWeights, i: int, has_qkv_bias: bool) -> _Layer:
     stem = f"model.layers.{i}"
     attention, mlp = f"{stem}.self_attn", f"{stem}.mlp"
+    biases = [weights.tensor(f"{attention}.{p}_proj.bias") for p in "qkv" if has_qkv_bias]
     return _Layer(
         qkv=weights.linear([f"{attention}.{p}_proj" for p in "qkv"]),
         o=weights.linear([f"{attention}.o_proj"]),
@@ -172,16 +176,28 @@ def _layer(weights: BaseWeights, i: int) -> _Layer:
         down=weights.linear([f"{mlp}.down_proj"]),
         attention_norm=weights.tensor(f"{stem}.input_layernorm.weight"),
         mlp_norm=weights.tensor(f"{stem}.post_attention_layernorm.weight"),
+        qkv_bias=torch.cat(biases) if has_qkv_bias else None,
     )
 
 
 def _check_layers(directory: Path, config: dict[str, object]) -> None:
     """Raises ValueError for what this forward does not do."""
-    for name, expected in (("attention_bias", False), ("mlp_bias", False), ("hidden_act", "silu")):
-        value = config.get(name, expected)
-        if value != expected:
+    if config["model_type"] not in _QKV_BIAS:
+        raise ValueError(
+            f"{directory} is a {config['model_type']!r} model; the zoo trains on "
+            f"{' and '.join(map(repr, _QKV_BIAS))} bases"
+        )
+    expected = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+    }
+    for name, wanted in expected.items():
+        value = config.get(name, wanted)
+        if value != wanted:
             raise ValueError(
-                f"{directory} has {name} {value!r}; the zoo trains on bases with {expected!r}"
+                f"{directory} has {name} {value!r}; the zoo trains on bases with {wanted!r}"
             )
 
 

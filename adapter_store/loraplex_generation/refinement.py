@@ -38,7 +38,7 @@ _HALVES_BELOW = 8  # pairs: each half judges the other's copy; from there a quar
 
 @dataclass(frozen=True, slots=True)
 class RefinementRecipe:
-    """Tried on validation tasks: adapter_store/benchmarks/refinement.py and its .json."""
+    """Compared on validation tasks: `python -m adapter_store.benchmarks.few_shot sweep`."""
 
     span_steps: int = 4
     span_lr: float = 0.3

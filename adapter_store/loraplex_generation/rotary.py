@@ -15,10 +15,10 @@ def rotary_of(directory: Path) -> tuple[Callable[[Tensor, Tensor], tuple[Tensor,
 
     Longer sequences change the angles of all positions where RoPE is "dynamic" or "longrope".
     """
-    from transformers import LlamaConfig
+    from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = LlamaConfig.from_pretrained(directory, local_files_only=True)
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
     longest = int(config.max_position_embeddings)
     if config.rope_parameters["rope_type"] == "longrope":
         longest = int(config.rope_parameters["original_max_position_embeddings"])

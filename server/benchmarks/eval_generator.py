@@ -49,6 +49,12 @@ def evaluate(
             help="Decode through the serving engine, or score in one forward, faster.",
         ),
     ] = True,
+    rewrite: Annotated[
+        bool,
+        typer.Option(
+            "--rewrite/--score", help="Only the intervals and pages, from the scores in --out."
+        ),
+    ] = False,
     kept: Annotated[
         Path | None,
         typer.Option(help="Keep scores in this file, and go on from what it holds."),
@@ -62,6 +68,9 @@ def evaluate(
     import contextlib
     import json
 
+    if rewrite:
+        _rewrite(out, on)
+        return
     import torch
     from rich import print as show
     from transformers import AutoTokenizer
@@ -112,6 +121,19 @@ def evaluate(
     if on == "validation":
         show(f"best on validation: {best_method(result, _CANDIDATES)}")
     show(f"wrote {out}")
+
+
+def _rewrite(out: Path, on: str) -> None:
+    """Nothing is run; the plots stay, since they show no intervals."""
+    import json
+
+    from adapter_store.benchmarks.evaluation.evidence import evidence
+    from adapter_store.benchmarks.evaluation.results import Evaluation, differences
+
+    result = Evaluation(**json.loads((out / f"{on}.json").read_text()))
+    result.differences = differences(result, f"{result.about['default']} #0")
+    (out / f"{on}.json").write_text(json.dumps(result.to_dict(), indent=1) + "\n")
+    (out / f"{on}.md").write_text(evidence(result))
 
 
 def _rivals(zoo_folder: Path, shipped: Path) -> tuple[dict[str, Tensor], Tensor | None]:

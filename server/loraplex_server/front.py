@@ -21,6 +21,7 @@ from loraplex_adapter_store.companion_files import MODULES_FILE, POOLING_FILE, r
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import PoolingPlan
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_generation.shipped import shipped_folder
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.device_pins import DevicePins
 from loraplex_server.adapters.device_tier import DeviceTier
@@ -110,7 +111,8 @@ def build_front(
         watched = WatchedFolders(store, config.store.adapters_dirs)
         watched.scan()
     encoder = SharedEncoder(_encoder_directory, faults)
-    find_generator = _generator_finder(encoder, base)
+    folder = config.learning.generator_dir or shipped_folder()
+    find_generator = _generator_finder(folder, encoder, base)
     generated = GeneratedAdapters(store, find_generator, faults=faults)
     closing.callback(generated.close)
     pools = WorkerPools()
@@ -224,15 +226,16 @@ def tell(loop: asyncio.AbstractEventLoop, message: Callable[[], None]) -> None:
         loop.call_soon_threadsafe(message)
 
 
-def _generator_finder(encoder: SharedEncoder, base: ServedBase) -> Callable[[], Generator]:
-    """Loads the shipped generator, once. Raises GeneratorMismatch if it is for another base.
+def _generator_finder(
+    folder: Path, encoder: SharedEncoder, base: ServedBase
+) -> Callable[[], Generator]:
+    """Loads the generator of `folder`, once. Raises GeneratorMismatch if it is for another base.
 
     A quantised base is another one: what is generated or learned was judged on 16-bit weights.
     That is kept, too: it will not change, and nobody loads megabytes to be refused again.
     """
     from loraplex_generation.errors import GeneratorMismatch
     from loraplex_generation.service import Generator
-    from loraplex_generation.shipped import shipped_folder
 
     def load() -> Generator | str:
         if (quantization := base.spec.quantization) is not None:
@@ -243,7 +246,7 @@ def _generator_finder(encoder: SharedEncoder, base: ServedBase) -> Callable[[], 
             )
         try:
             return Generator.load(
-                shipped_folder(),
+                folder,
                 encoder.get(),
                 base_name=base.name,
                 base_directory=base.path,

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, create_model, model_validator
+from pydantic import (
+    BeforeValidator,
+    DirectoryPath,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -281,8 +288,14 @@ class StoreConfig(Options):
 
 
 class LearningConfig(Options):
-    """Of adapters that learn from examples, beside serving."""
+    """Of adapters from a sentence, and of those that learn from examples beside serving."""
 
+    generator_dir: DirectoryPath | None = option(
+        None,
+        "Library and generator that sentences are answered with. Default: those of the default "
+        "base.",
+        Panel.ADAPTERS,
+    )
     threads: int = option(
         1,
         "Cores for adapters that learn from examples, at low priority; 0: none may.",

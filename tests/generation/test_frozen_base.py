@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from loraplex_generation.base_weights import HeldLinear
 from loraplex_generation.frozen_base import FrozenBase, LoraFA, base_fingerprint
@@ -16,12 +16,18 @@ from loraplex_generation.layout import AdapterLayout
 from loraplex_generation.packing import Row, pack
 from loraplex_generation.scoring import score_groups
 from loraplex_generation.zoo.tasks import Task
-from tests.support.tiny_zoo import tiny_base, tiny_codec, tiny_directory
+from tests.support.tiny_zoo import (
+    tiny_base,
+    tiny_codec,
+    tiny_directory,
+    tiny_qwen2_directory,
+)
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_directory(tmp_path_factory.mktemp("base"))
+@pytest.fixture(scope="module", params=[tiny_directory, tiny_qwen2_directory])
+def directory(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made: Path = request.param(tmp_path_factory.mktemp("base"))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +66,7 @@ def test_packed_adapters_score_as_peft_scores_each_alone(
         folder.mkdir()
         (folder / "adapter_config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "adapter_model.safetensors")
-        model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
         adapted = PeftModel.from_pretrained(model, folder)
         theirs += [_nll_by_transformers(adapted, codec.head, row) for row in rows]
     torch.testing.assert_close(ours, torch.cat(theirs), atol=2e-4, rtol=1e-4)
@@ -69,7 +75,7 @@ def test_packed_adapters_score_as_peft_scores_each_alone(
 def test_without_adapters_it_is_the_base(base: FrozenBase, directory: Path) -> None:
     codec = tiny_codec()
     rows = [codec.row(e) for e in Task.parse("initials/tag").examples("train", 5)]
-    model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.no_grad():
         ours = base.score(pack(codec.head, [rows])).nll
     theirs = torch.cat([_nll_by_transformers(model, codec.head, row) for row in rows])

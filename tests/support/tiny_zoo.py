@@ -8,34 +8,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.packing import ChatCodec
 from loraplex_generation.sentences import Encoded, SentenceEncoder
 from tests.support.tiny_tokenizer import tiny_tokenizer
 
-__all__ = ["HashedWords", "tiny_base", "tiny_codec", "tiny_directory"]
+__all__ = ["HashedWords", "tiny_base", "tiny_codec", "tiny_directory", "tiny_qwen2_directory"]
 
 _WIDTH = 48
+_FIELDS: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 52,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+}
 
 
 def tiny_directory(folder: Path, *, spread: float = 0.1, **changes: Any) -> Path:
     """A random Llama of three layers, saved; `spread` is the deviation of its weights."""
     torch.manual_seed(0)
-    fields: dict[str, Any] = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 52,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": True,
-        "initializer_range": spread,
-    }
-    config = LlamaConfig(**(fields | changes))
-    LlamaForCausalLM(config).save_pretrained(folder)
+    fields = {**_FIELDS, "initializer_range": spread, **changes}
+    LlamaForCausalLM(LlamaConfig(**fields)).save_pretrained(folder)
+    return folder
+
+
+def tiny_qwen2_directory(folder: Path, *, spread: float = 0.1) -> Path:
+    """A random Qwen2 of the same sizes: q, k and v have biases, which are random, too."""
+    torch.manual_seed(1)
+    config = Qwen2Config(**_FIELDS, initializer_range=spread, eos_token_id=2)
+    model = Qwen2ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.5)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .results import GUARDED, Evaluation, mean_over
 
-__all__ = ["write_evidence"]
+__all__ = ["evidence", "write_evidence"]
 
 _MAIN = (
     "base",
@@ -25,15 +25,19 @@ _MAIN = (
 
 def write_evidence(result: Evaluation, folder: Path, name: str) -> None:
     """`name`.md with every method and every task, and `name`-*.svg if matplotlib is there."""
+    (folder / f"{name}.md").write_text(evidence(result))
+    _plot(result, folder, name)
+
+
+def evidence(result: Evaluation) -> str:
+    """Markdown."""
     tables = [
         _arms_table(result),
         _guard_table(result),
         _differences_table(result),
         _tasks_table(result),
     ]
-    parts = [_about(result), *_verdict(result), *tables]
-    (folder / f"{name}.md").write_text("\n\n".join(parts) + "\n")
-    _plot(result, folder, name)
+    return "\n\n".join([_about(result), *_verdict(result), *tables]) + "\n"
 
 
 def _about(result: Evaluation) -> str:
@@ -158,7 +162,8 @@ def _differences_table(result: Evaluation) -> str:
         for of, gap in gaps.items()
     ]
     title = f"## {result.about.get('default', '')} against its rivals, paired over tasks"
-    return f"{title}\n\nAbove zero is better, for NLL too.\n\n" + _table(head, rows)
+    about = "Above zero is better, for NLL too. Tasks of one operation are one cluster."
+    return f"{title}\n\n{about}\n\n" + _table(head, rows)
 
 
 def _tasks_table(result: Evaluation) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from loraplex_generation.zoo.tasks import Task
+
 from .statistics import paired_difference, recovery
 
 __all__ = ["GUARDED", "Evaluation", "add_recovery", "best_method", "differences", "mean_over"]
@@ -18,6 +20,10 @@ _RIVALS = (
     "base + 3-shot",
     "nearest",
     "weighted",
+    "analogy",
+    "mlp #0",
+    "sg-lora #0",
+    "icm-lora #0",
     "multi-task + description",
     "control: wrong description",
     "control: random string",
@@ -76,7 +82,10 @@ def add_recovery(result: Evaluation) -> None:
 
 
 def differences(result: Evaluation, focus: str) -> dict[str, dict[str, dict[str, float]]]:
-    """focus − rival, for each set of tasks and metric; NLL is negated, so that more is better."""
+    """focus − rival, for each set of tasks and metric; NLL is negated, so that more is better.
+
+    Tasks of one operation are one cluster.
+    """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for rival in (r for r in _RIVALS if r in result.scores and r != focus):
         for of in sorted(set(result.tasks.values())):
@@ -84,6 +93,6 @@ def differences(result: Evaluation, focus: str) -> dict[str, dict[str, dict[str,
             for metric, sign in (("nll", -1), ("exact", 1)):
                 a = [sign * result.scores[focus][task][metric] for task in names]
                 b = [sign * result.scores[rival][task][metric] for task in names]
-                gap = paired_difference(a, b)
+                gap = paired_difference(a, b, [Task.parse(name).operation for name in names])
                 found.setdefault(rival, {})[f"{of} {metric}"] = gap._asdict()
     return found

@@ -167,7 +167,7 @@ def test_probes_ask_routes_that_need_no_key_and_a_pod_has_time_to_drain() -> Non
     assert grace > ServerConfig().http.drain_timeout_s
 
 
-@pytest.mark.parametrize("name", ["values.yaml", "values-gpu.yaml"])
+@pytest.mark.parametrize("name", ["values.yaml", "values-gpu.yaml", "values-gateway.yaml"])
 def test_the_server_takes_the_config_and_knows_the_variables(name: str, tmp_path: Path) -> None:
     found = rendered(values_of(name))
     config = tmp_path / "loraplex.yaml"

@@ -54,18 +54,14 @@ def choose(
     """The first of `rank`, found sooner; None when there is no replica."""
     if not replicas:
         return None
-    holders = [replica for replica in replicas if replica.device.issuperset(digests)]
-    if n_homes <= len(holders):  # then homes are holders, and no other replica matters
-        key = _key_of(digests)
-        homes = holders
-        if digests:
-            homes = nsmallest(n_homes, holders, key=lambda r: _by_hash(key, r))
-        bound = load_bounds(replicas).any
-        free = [replica for replica in homes if replica.load <= bound]
-        if free and prompt_hash == UNKNOWN_PROMPT:
-            return min(free, key=lambda r: (r.load, _by_hash(key, r)))
-        if free:
-            return min(free, key=lambda r: _by_hash(key ^ prompt_hash, r))
+    homes = _homes_on_device(replicas, digests, n_homes) or _cold_home(replicas, digests, n_homes)
+    bound = load_bounds(replicas).any
+    free = [replica for replica in homes if replica.load <= bound]
+    key = _key_of(digests)
+    if free and prompt_hash == UNKNOWN_PROMPT:
+        return min(free, key=lambda r: (r.load, _by_hash(key, r)))
+    if free:
+        return min(free, key=lambda r: _by_hash(key ^ prompt_hash, r))
     return replicas[min(_keyed(replicas, digests, prompt_hash, n_homes))[-1]]
 
 
@@ -80,6 +76,32 @@ def rank(
     if not replicas:
         return []
     return [replicas[key[-1]] for key in sorted(_keyed(replicas, digests, prompt_hash, n_homes))]
+
+
+def _homes_on_device(
+    replicas: Sequence[ReplicaSnapshot], digests: tuple[str, ...], n_homes: int
+) -> Sequence[ReplicaSnapshot]:
+    """All homes if each of them holds the adapters; else none."""
+    holders = [replica for replica in replicas if replica.device.issuperset(digests)]
+    if len(holders) < n_homes:
+        return ()
+    key = _key_of(digests)
+    return nsmallest(n_homes, holders, key=lambda r: _by_hash(key, r)) if digests else holders
+
+
+def _cold_home(
+    replicas: Sequence[ReplicaSnapshot], digests: tuple[str, ...], n_homes: int
+) -> Sequence[ReplicaSnapshot]:
+    """The home of an adapter that has only one and is in host memory somewhere, or nowhere."""
+    if n_homes > 1 or len(digests) > 1:
+        return ()
+    near = [replica for replica in replicas if replica.host.issuperset(digests)]
+    if not near:
+        n_bytes = _known_bytes(replicas, digests)
+        near = [r for r in replicas if r.n_free_slots > 0 and r.has_room(digests, n_bytes)]
+    near = near or [replica for replica in replicas if replica.n_evictable > 0] or list(replicas)
+    key = _key_of(digests)
+    return (min(near, key=lambda r: _by_hash(key, r)),)
 
 
 def load_bounds(replicas: Sequence[ReplicaSnapshot]) -> LoadBounds:

@@ -9,9 +9,10 @@
 
 The replica reports where its adapters are by defining ``record_routing_stats()`` that returns
 ``{"device": [digest, …], "host": [digest, …], "free_slots": n, "evictable": n}`` and, where it
-can, ``"free_bytes": n, "bytes": {digest: n}, "pending_ranks": n`` (see `ReplicaSnapshot`). The
-caller names the adapter by ``handle.options(multiplexed_model_id=digest)``, those of a mixture
-joined by commas, and leaves it unset for the base.
+can, ``"capacity": rows of a step, "free_bytes": n, "bytes": {digest: n}, "pending_ranks": n`` (see
+`ReplicaSnapshot`). Without a capacity it is ``max_ongoing_requests``. The caller names the adapter
+by ``handle.options(multiplexed_model_id=digest)``, those of a mixture joined by commas, and leaves
+it unset for the base.
 """
 
 from __future__ import annotations

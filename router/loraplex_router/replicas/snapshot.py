@@ -70,12 +70,16 @@ class ReplicaSnapshot:
     def from_stats(
         replica_id: str, stats: Mapping[str, object], *, n_pending: int, capacity: int
     ) -> ReplicaSnapshot:
-        """Reads the ``routing_stats`` a replica reports. A missing or odd key counts as empty."""
+        """Reads the ``routing_stats`` a replica reports. A missing or odd key counts as empty.
+
+        ``capacity`` is taken where the replica reports none: how many requests may be sent to it
+        can be far above the rows of its steps, which are what load is measured in.
+        """
         free_bytes = stats.get("free_bytes")
         return ReplicaSnapshot(
             replica_id=replica_id,
             n_pending=n_pending,
-            capacity=capacity,
+            capacity=_count(stats.get("capacity")) or capacity,
             device=_digests(stats.get("device")),
             host=_digests(stats.get("host")),
             n_free_slots=_count(stats.get("free_slots")),

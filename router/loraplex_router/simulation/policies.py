@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from hashlib import blake2b
 
 from loraplex_router.replicas import ReplicaRouter, ReplicaSnapshot
@@ -46,15 +45,12 @@ class _PowerOfTwo:
 
 
 class _ConsistentHash:
-    """One home for each adapter, by rendezvous, whatever its load."""
-
-    def __init__(self) -> None:
-        self._home = lru_cache(maxsize=None)(_rendezvous)
+    """One home for each adapter, whatever its load."""
 
     def __call__(
         self, replicas: Sequence[ReplicaSnapshot], name: str, prompt_hash: int, now_s: float
     ) -> int:
-        return self._home(name, len(replicas))
+        return _jump_hash(name, len(replicas))
 
 
 class _RoundRobin:
@@ -76,7 +72,12 @@ POLICIES: dict[str, Callable[[], Policy]] = {
 }
 
 
-def _rendezvous(name: str, n_replicas: int) -> int:
-    return max(
-        range(n_replicas), key=lambda i: blake2b(f"{name}/{i}".encode(), digest_size=8).digest()
-    )
+def _jump_hash(name: str, n: int) -> int:
+    """Lamping and Veach 2014: a consistent hash onto 0 … n − 1 without a table."""
+    key = int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big")
+    chosen, candidate = 0, 0
+    while candidate < n:
+        chosen = candidate
+        key = (key * 2862933555777941757 + 1) & 0xFFFFFFFFFFFFFFFF
+        candidate = int((chosen + 1) * (1 << 31) / ((key >> 33) + 1))
+    return chosen

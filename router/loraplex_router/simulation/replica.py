@@ -99,6 +99,7 @@ class SimulatedReplica:
         adapter = request.adapter
         tier = self._tier(adapter)
         rank = self.work.rank(adapter)
+        self._lease(now_ms, adapter)
         self._waiting.append(_Row(request, tier, rank, request.n_prompt, request.n_output))
         if self._phase is None:
             self._next_phase(now_ms)
@@ -220,23 +221,29 @@ class SimulatedReplica:
             if idle is None:
                 return False
             del self._leases[idle]
-        n_bytes = self.work.n_bytes(adapter)
-        took = self.costs.host_to_device.of(n_bytes)
-        if adapter in self._host:
-            self._host.move_to_end(adapter)
-        else:
-            took += self.costs.disk_to_host.of(n_bytes)
-            self.n_disk_loads += 1
-            self.n_bytes_read += n_bytes
-            while self._host and self._host_used + n_bytes > self.shape.host_bytes:
-                self._host_used -= self._host.popitem(last=False)[1]
-            self._host[adapter] = n_bytes
-            self._host_used += n_bytes
         self.n_device_loads += 1
-        self._loader_free_ms = max(now_ms, self._loader_free_ms) + took
+        self._loader_free_ms = max(now_ms, self._loader_free_ms)
+        self._loader_free_ms += self.costs.host_to_device.of(self.work.n_bytes(adapter))
         self._leases[adapter] = 0
         self._ready_ms[adapter] = self._loader_free_ms
         return True
+
+    def _lease(self, now_ms: float, adapter: int) -> None:
+        """A request leases the content in host memory, also of an adapter that is on the device:
+        what has left the host is read again."""
+        if adapter in self._host:
+            self._host.move_to_end(adapter)
+            return
+        n_bytes = self.work.n_bytes(adapter)
+        while self._host and self._host_used + n_bytes > self.shape.host_bytes:
+            self._host_used -= self._host.popitem(last=False)[1]
+        self._host[adapter] = n_bytes
+        self._host_used += n_bytes
+        self.n_disk_loads += 1
+        self.n_bytes_read += n_bytes
+        self._loader_free_ms = max(now_ms, self._loader_free_ms)
+        self._loader_free_ms += self.costs.disk_to_host.of(n_bytes)
+        self._ready_ms[adapter] = self._loader_free_ms
 
     def _cached(self, request: Request) -> int:
         """Tokens of the prompt that the prefix cache has; it has the prefix from now on."""

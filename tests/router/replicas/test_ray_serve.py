@@ -43,6 +43,18 @@ def test_a_mixture_goes_where_all_its_adapters_are() -> None:
     assert rank_replicas(ReplicaRouter(), [one, both], {}, mixture, 5, 0.0)[0] is both
 
 
+def test_load_is_measured_in_the_rows_that_a_replica_reports() -> None:
+    """A replica takes many requests and queues them itself: 20 on 8 rows are not to be waited for
+    to spare another an eviction, 20 of 500 would be."""
+    stats = {"device": [DIGEST], "capacity": 8}
+    lengths = {"holder": 20, "idle": 0}
+    for known, first in ((stats, "idle"), ({"device": [DIGEST]}, "holder")):
+        holder = Replica("holder", known, max_ongoing_requests=500)
+        idle = Replica("idle", {**known, "device": [], "evictable": 1}, max_ongoing_requests=500)
+        ranked = rank_replicas(ReplicaRouter(), [holder, idle], lengths, DIGEST, 5, 0.0)
+        assert ranked[0].replica_id == first
+
+
 def test_prompts_that_share_their_start_share_their_hash() -> None:
     start = "You are a helpful assistant. " * 20
     first = prompt_hash_of(({"prompt": start + "one"},), {})

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from loraplex_server.api.routes import health
+from loraplex_server.cluster.config import read_config
 from loraplex_server.settings import ServerConfig, resolve_config, server_options
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
@@ -191,6 +192,19 @@ def test_a_gpu_is_asked_for_and_the_config_uses_it() -> None:
     head, worker = pod_templates(of_ray)
     assert "nvidia.com/gpu" not in head["spec"]["containers"][0]["resources"]["limits"]
     assert worker["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 2
+
+
+def test_the_cluster_takes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change = {"gpu": {"count": 2}, "ray": {"engines": {"replicas": 3, "max_replicas": 5}}}
+    found = rendered(merged(values_of("values-ray.yaml"), change))
+    file = tmp_path / "cluster.yaml"
+    file.write_text(only(found, "ConfigMap")["data"]["cluster.yaml"])
+    monkeypatch.setenv("LORAPLEX_CATALOGUE", f"file://{tmp_path}")
+    cluster = read_config(file)
+    assert (cluster.engines.replicas, cluster.engines.max_replicas) == (3, 5)
+    assert cluster.engines.gpus == 2
+    assert cluster.gateways.replicas == 2
+    assert cluster.server.http.log_format == "json"
 
 
 def test_ray_serves_our_application_with_the_mounted_config() -> None:

@@ -36,6 +36,7 @@ from .packed_linear import PackedLinear
 __all__ = [
     "PackedLinear",
     "add_rms_norm",
+    "norm_heads",
     "paged_attention",
     "read_kv",
     "rms_norm",
@@ -109,6 +110,25 @@ def add_rms_norm(
         offset,
     )
     return out
+
+
+def norm_heads(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, *, n_heads: int, n_kv_heads: int
+) -> None:
+    """``rms_norm`` of each head of q and of k, in place (Qwen3).
+
+    ``qkv`` [T, (n_heads + 2 n_kv_heads) · D], the weights [D].
+    """
+    head_dim = q_weight.shape[0]
+    if qkv.is_cuda and qkv.stride(1) == 1 and _triton_norms(qkv[:, :head_dim], q_weight):
+        from .triton import norm_heads_triton
+
+        norm_heads_triton(qkv, q_weight, k_weight, eps, n_heads=n_heads, n_kv_heads=n_kv_heads)
+        return
+    n_q, n_k = n_heads * head_dim, n_kv_heads * head_dim
+    for columns, weight in ((slice(0, n_q), q_weight), (slice(n_q, n_q + n_k), k_weight)):
+        heads = qkv[:, columns].reshape(-1, head_dim)
+        qkv[:, columns] = rms_norm(heads, weight, eps).view(qkv.shape[0], -1)
 
 
 def silu_mul(gate_up: Tensor, *, act: str = "silu") -> Tensor:

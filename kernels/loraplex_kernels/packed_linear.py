@@ -82,7 +82,7 @@ class PackedLinear:
         """Writes the product to ``out`` [T, n_out]; rows of ``x`` and ``out`` may be strided."""
         native = self._native
         if native is None:
-            out.copy_(functional.linear(x, self._weight, self._bias))
+            self._into(x, out)
             return
         n_rows, in_features = x.shape
         x_stride, x_unit = x.stride()
@@ -107,6 +107,14 @@ class PackedLinear:
             self.n_out,
             in_features,
         )
+
+    def _into(self, x: Tensor, out: Tensor) -> None:
+        if not x.is_cuda:
+            out.copy_(functional.linear(x, self._weight, self._bias))
+        elif self._bias is None:
+            torch.mm(x, self._weight.t(), out=out)
+        else:
+            torch.addmm(self._bias, x, self._weight.t(), out=out)
 
     def argmax(self, x: Tensor, masks: NDArray[np.int32] | None = None) -> Tensor:
         """The index of each row's largest output, int64 [T]; of equal ones the first.

@@ -10,6 +10,7 @@ from loraplex_server.engine.device import resolve_device
 from loraplex_server.engine.model_runner import ModelRunner
 from tests.gpu_readiness.conftest import BaseOf
 from tests.support.architectures import tiny_model
+from tests.support.engines import GREEDY
 from tests.support.meta_device import META, meta_gpu
 from tests.support.meta_engine import Wish, meta_engine
 from tests.support.routed_plans import lora_plan
@@ -92,24 +93,30 @@ def test_norms_of_dora_are_computed_where_the_weight_lies(monkeypatch: pytest.Mo
     assert torch.allclose(row_norms(weight, a, b), dense.float())
 
 
+@pytest.mark.parametrize("n_before", [0, 2], ids=["at once", "while another step runs"])
 def test_a_step_without_memory_is_its_own_requests_error(
-    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+    n_before: int, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, tried = ModelRunner.run, []
+    start, tried, n_started = ModelRunner.start, [], []
 
-    def short_of_memory(self: ModelRunner, chunks: list) -> object:  # type: ignore[type-arg]
+    def short_of_memory(self: ModelRunner, chunks: list, *behind: object) -> object:  # type: ignore[type-arg]
         ids = [chunk.request.id for chunk in chunks]
-        if "r0" in ids:
+        if "r0" in ids and len(n_started) >= n_before:
             tried.append(len(ids))
             raise torch.OutOfMemoryError("CUDA out of memory at 0x7f00")
-        return run(self, chunks)
+        n_started.append(len(ids))
+        return start(self, chunks, *behind)
 
-    monkeypatch.setattr(ModelRunner, "run", short_of_memory)
+    monkeypatch.setattr(ModelRunner, "start", short_of_memory)
     with meta_engine(base_of(), monkeypatch) as engine:
         before = engine.gpu.n_emptied
         done = engine.run([Wish(), Wish(LORA), Wish()])
         assert engine.gpu.n_emptied > before
     assert tried == [3, 1]
+    assert [len(answer.token_ids) for answer in done.answers] == [
+        n_before,
+        *[GREEDY.max_tokens] * 2,
+    ]
     error, *others = [answer.last.error for answer in done.answers]
     assert others == [None, None]
     assert "too little memory for this request" in str(error)

@@ -56,6 +56,7 @@ class Work:
     waits: list[str] = field(default_factory=list)  # where the host waited for an event or a stream
     findings: list[str] = field(default_factory=list)
     n_replays: int = 0
+    replayed: list[str] = field(default_factory=list)  # kernels, by the replays
     n_captures: int = 0
 
     def counted(self) -> Counter[str]:
@@ -263,11 +264,24 @@ class _Graph:
     def __init__(self, gpu: MetaGpu) -> None:
         self._gpu = gpu
         self.captured: Work | None = None
+        self._outside = Work()
+
+    def capture_begin(self, **_: object) -> None:
+        self._outside, self._gpu.work = self._gpu.work, Work()
+        self._gpu.is_capturing = True
+
+    def capture_end(self) -> None:
+        self._gpu.is_capturing = False
+        self.captured, self._gpu.work = self._gpu.work, self._outside
+        self._gpu.work.n_captures += 1
+        self._gpu.recorded.append(self.captured)
+        self._gpu.work.findings += self.captured.findings
 
     def replay(self) -> None:
         if self.captured is None:
             self._gpu.find("replays a graph that was not captured")
         self._gpu.work.n_replays += 1
+        self._gpu.work.replayed += [] if self.captured is None else self.captured.kernels
 
 
 def _cuda_stand_ins(
@@ -278,19 +292,6 @@ def _cuda_stand_ins(
     @contextmanager
     def on_stream(stream: object) -> Iterator[None]:
         yield
-
-    @contextmanager
-    def capture(graph: _Graph, **_: object) -> Iterator[None]:
-        outside, gpu.work = gpu.work, Work()
-        gpu.is_capturing = True
-        try:
-            yield
-        finally:
-            gpu.is_capturing = False
-            graph.captured, gpu.work = gpu.work, outside
-            gpu.work.n_captures += 1
-            gpu.recorded.append(graph.captured)
-            gpu.work.findings += graph.captured.findings
 
     def note_device(device: object = None) -> None:
         gpu.current.append(device)
@@ -314,7 +315,6 @@ def _cuda_stand_ins(
         "current_stream": lambda *_: current,
         "stream": on_stream,
         "CUDAGraph": lambda: _Graph(gpu),
-        "graph": capture,
         "graph_pool_handle": lambda: (0, 0),
         "synchronize": lambda *_: gpu.wait("the device"),
         "set_device": note_device,

@@ -63,8 +63,8 @@ class Run:
 
     @property
     def decode_steps(self) -> list[Work]:
-        """Those behind the prefill, while nothing is loaded."""
-        return self.steps[1:]
+        """Those behind the prefill, while nothing is loaded. The last turn only waits for ids."""
+        return self.steps[1:-1]
 
 
 class _Faults:

@@ -5,7 +5,7 @@ from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .lora import linear_with_lora_triton, lora_apply_triton
 from .matmul import matmul_triton
 from .quantized_linear import quantized_linear_triton
-from .rms_norm import rms_norm_triton
+from .rms_norm import norm_heads_triton, rms_norm_triton
 from .routing import (
     DeviceSegments,
     allocate_segments,
@@ -27,6 +27,7 @@ __all__ = [
     "lora_apply_triton",
     "matmul_triton",
     "max_head_dim",
+    "norm_heads_triton",
     "paged_attention_triton",
     "quantized_linear_triton",
     "rms_norm_triton",

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_NORM_WIDTH", "rms_norm_triton"]
+__all__ = ["MAX_NORM_WIDTH", "norm_heads_triton", "rms_norm_triton"]
 
 MAX_NORM_WIDTH = 32768  # a row lies in the registers of one program
 
@@ -42,6 +42,26 @@ def rms_norm_kernel(
     tl.store(out_ptr + row * stride_ot + dims, out.to(x.dtype), mask=inside)
 
 
+@triton.jit
+def norm_heads_kernel(
+    qkv_ptr, q_weight_ptr, k_weight_ptr, stride_t, eps, N_HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    dims = tl.arange(0, BLOCK)
+    inside = dims < WIDTH
+    pointers = qkv_ptr + row * stride_t + head * WIDTH + dims
+    x = tl.load(pointers, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide) / WIDTH + eps)
+    is_query = head < N_HEADS
+    q_weight = tl.load(q_weight_ptr + dims, mask=inside & is_query, other=0.0)
+    k_weight = tl.load(k_weight_ptr + dims, mask=inside & (head >= N_HEADS), other=0.0)
+    weight = tl.where(is_query, q_weight, k_weight).to(tl.float32)
+    tl.store(pointers, (normed.to(x.dtype).to(tl.float32) * weight).to(x.dtype), mask=inside)
+
+
 def rms_norm_triton(
     x: Tensor,
     weight: Tensor,
@@ -66,6 +86,27 @@ def rms_norm_triton(
         x, before, weight, out, x.stride(0), before.stride(0), out.stride(0), eps, offset,
         WIDTH=width, BLOCK=block, HAS_RESIDUAL=residual is not None, HAS_OFFSET=offset != 0.0,
         num_warps=min(16, max(1, block // 512)), enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def norm_heads_triton(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, *, n_heads: int, n_kv_heads: int
+) -> None:
+    """``rms_norm_triton`` of each head of q and of k, in place, in one launch.
+
+    ``qkv`` [T, (n_heads + 2 n_kv_heads) · D], the weights [D]. Raises ValueError before the launch.
+    """
+    width = q_weight.shape[0]
+    if qkv.dim() != 2 or qkv.shape[1] != (n_heads + 2 * n_kv_heads) * width or qkv.stride(1) != 1:
+        raise ValueError(f"qkv is {tuple(qkv.shape)}, for heads of {width} elements")
+    if k_weight.shape != (width,) or not (q_weight.is_contiguous() and k_weight.is_contiguous()):
+        raise ValueError("the weights of q and k must be contiguous vectors of one width")
+    if qkv.shape[0] == 0:
+        return
+    norm_heads_kernel[(qkv.shape[0], n_heads + n_kv_heads)](
+        qkv, q_weight, k_weight, qkv.stride(0), eps,
+        N_HEADS=n_heads, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=1,
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 

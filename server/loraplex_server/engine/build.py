@@ -26,12 +26,12 @@ from loraplex_server.model.resident_weights import ResidentWeights
 from .attention_backend import choose_attention
 from .capabilities import EngineCapabilities
 from .config import EngineConfig
-from .decode_graphs import CudaRecorder, Recorder
 from .defaults import StepLimits, step_limits
 from .device import resolve_device, use_device
 from .device_pool import DevicePool
 from .engine import Engine
 from .engine_loop import EngineLoop
+from .graph_recorder import CudaRecorder, Recorder
 from .inbox import Inbox
 from .kv_cache import KvCache, KvGeometry
 from .memory_plan import MemoryPlan, plan_memory
@@ -192,6 +192,7 @@ def _assemble(
         _recorder(config, model.device),
         _side_stream(config, model.device),
         flashinfer,
+        max_recorded_tokens=min(config.cuda_graph_tokens, limits.max_step_tokens),
     )
     scheduler = Scheduler(
         kv_cache,
@@ -210,6 +211,7 @@ def _assemble(
         n_threads=config.threads or max(1, _DEFAULT_THREADS // config.tensor_parallel_size),
         forced_tokens=config.forced_tokens,
         arithmetic=arithmetic,
+        overlaps=_overlaps(config, model.device),
         faults=faults,
     )
     _log.info(
@@ -254,6 +256,11 @@ def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:
     if config.tensor_parallel_size > 1:  # the other ranks run each step as it is told
         return None
     return CudaRecorder() if config.cuda_graphs and device.type != "cpu" else None
+
+
+def _overlaps(config: EngineConfig, device: torch.device) -> bool:
+    """Not with several ranks: adapters are published and forgotten in order with their steps."""
+    return config.async_scheduling and device.type != "cpu" and config.tensor_parallel_size == 1
 
 
 def _side_stream(config: EngineConfig, device: torch.device) -> SideStream | None:

@@ -62,7 +62,13 @@ class EngineConfig(Options):
     )
     prefix_cache: bool = option(True, "Share the KV of common prompt beginnings.", Panel.ENGINE)
     cuda_graphs: bool = option(
-        True, "On a GPU, record decode steps at start and replay them.", Panel.ENGINE
+        True, "On a GPU, record steps at start and replay them.", Panel.ENGINE
+    )
+    cuda_graph_tokens: Annotated[int, Field(ge=0)] = option(
+        512, "Tokens of the largest step with prompt chunks to record. 0: none.", Panel.ENGINE
+    )
+    async_scheduling: bool = option(
+        True, "On a GPU, schedule the next step while one runs.", Panel.ENGINE
     )
     lora_side_stream: bool = option(
         False, "On a GPU, shrink x of adapters beside the base's product.", Panel.ENGINE

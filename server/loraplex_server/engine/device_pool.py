@@ -29,7 +29,7 @@ from loraplex_kernels.exponent_coding import prefers_coded_pages
 from loraplex_kernels.pool import LoraPool, PoolTensors
 from loraplex_router.experts import PlacedExperts
 from loraplex_server.model.packed_lora_linear import PackedLoraLinear
-from loraplex_server.model.routed import place_experts
+from loraplex_server.model.routed import place_experts, slices_of
 from loraplex_server.model.tensor_parallel import ShardLayout
 
 from .adapter_packer import AdapterPacker, PackedAdapter
@@ -38,6 +38,7 @@ from .copy_stream import CopyStream
 from .device import use_device
 from .device_parts import DeviceParts
 from .errors import AdapterLoadFailed, AdapterUnservable, EngineError, NoAdapterPlace
+from .layer_kind import kind_of
 from .parallel.other_pools import NoOtherPools, OtherPools
 from .resident_adapter import ResidentAdapter
 
@@ -100,6 +101,8 @@ class DevicePool:
         others.open(n_bytes=n_bytes, n_slots=max_adapters, max_rank=self._max_rank(capabilities))
         self._others = others
         self._output_head = capabilities.output_head
+        self._outside_layers = {capabilities.input_embedding, capabilities.output_head}
+        self._slices = slices_of(groups.values())
         self._device = device
         self._on_loaded = on_loaded
         self._faults = faults
@@ -269,7 +272,7 @@ class DevicePool:
                 name: replace(experts, gate=parts.gates[name])
                 for name, experts in plan.experts.items()
             }
-            return place_experts(gated, place.slots[1:], self._device)
+            return place_experts(gated, place.slots[1:], self._device, self._slices)
 
         resident = ResidentAdapter(
             digest=plan.digest,
@@ -279,6 +282,7 @@ class DevicePool:
             n_bytes=packed.n_bytes + place.memory.n_bytes,
             changes_head=self._output_head in plan.modules
             or parts.fallback.changes(self._output_head),
+            layer_kind=kind_of(parts, self._outside_layers),
             load=self._loader.submit(load),
             is_asked_for=asked_for,
             is_pinned=plan.digest in self._pins,

@@ -37,13 +37,13 @@ from .sampler import (
 )
 from .token_counts import TokenCounts
 
-__all__ = ["DeviceSampler"]
+__all__ = ["DeviceSampler", "SampledRows"]
 
 _UNSEEN = -1
 
 
 class DeviceSampler:
-    """Owner of the memory that steps are staged in. Engine thread."""
+    """Owner of the memory that two steps are staged in. Engine thread."""
 
     def __init__(
         self, vocab_size: int, eos_token_ids: frozenset[int], device: torch.device
@@ -51,31 +51,28 @@ class DeviceSampler:
         self._vocab_size = vocab_size
         self._eos_token_ids = eos_token_ids
         self._device = device
-        self._staging = Staging(device)
+        self._staging = (Staging(device), Staging(device))  # the device may still read the last
 
     def sample(
         self, logits: Tensor, requests: Sequence[Request], masks: NDArray[np.int32] | None
     ) -> list[Sampled]:
         """``sampler.sample`` for ``logits`` float32 [n, vocab_size] on the device."""
+        return self.start(logits, requests, masks).wait()
+
+    def start(
+        self, logits: Tensor, requests: Sequence[Request], masks: NDArray[np.int32] | None
+    ) -> SampledRows:
+        """As ``sample``, but nobody waits yet. No third before the first has been waited for."""
         rows = [self._row(request, masks, i) for i, request in enumerate(requests)]
         batch, asking = self._batch(requests, rows)
-        n_top = max((requests[i].source.sampling.logprobs or 0 for i in asking), default=0)
+        counts = [requests[i].source.sampling.logprobs or 0 for i in asking]
         logprob_rows = batch.logprob_rows.long()
         raw = logits[logprob_rows]  # before they are changed
-        found = tokens = sample_tokens(logits, batch)
+        found = ids = sample_tokens(logits, batch)
         if asking:
-            found = torch.cat([tokens, _logprobs(raw, tokens[logprob_rows], n_top)])
-        host = _to_host(found).numpy()
-        chosen: list[int] = host[: len(requests)].tolist()
-        entries: list[TokenLogprobs | None] = [None] * len(requests)
-        counts = [requests[i].source.sampling.logprobs or 0 for i in asking]
-        table = _entries(host[len(requests) :], [chosen[i] for i in asking], counts)
-        for i, entry in zip(asking, table, strict=True):
-            entries[i] = entry
-        return [
-            Sampled(max(token, 0), entry, row.error or (no_token() if token < 0 else None))
-            for token, entry, row in zip(chosen, entries, rows, strict=True)
-        ]
+            n_top = max(counts, default=0)
+            found = torch.cat([ids, _logprobs(raw, ids[logprob_rows], n_top)])
+        return SampledRows(ids, [row.error for row in rows], asking, counts, _HostCopy(found))
 
     def prompt_logprobs_of(
         self, logits: Tensor, token_ids: Sequence[int], n_top: int
@@ -140,7 +137,57 @@ class DeviceSampler:
             "masks": np.stack(masked) if masked else np.empty((0, n_words)),
         }
         known = {name: np.asarray(value) for name, value in arrays.items()}
-        return pack_batch(known, self._device, self._staging), asking
+        self._staging = self._staging[::-1]
+        return pack_batch(known, self._device, self._staging[0]), asking
+
+
+class SampledRows:
+    """The tokens of a step: on the device at once, on the host once it has computed them."""
+
+    def __init__(
+        self,
+        ids: Tensor,
+        errors: Sequence[EngineError | None],
+        asking: Sequence[int],  # rows that get log-probabilities
+        n_top: Sequence[int],  # for each of these
+        found: _HostCopy,
+    ) -> None:
+        self.ids = ids  # int32 [n], −1 where no token has a probability
+        self._errors, self._asking, self._n_top = errors, asking, n_top
+        self._found = found
+
+    def wait(self) -> list[Sampled]:
+        """The one wait of a step. Raises what the device raises."""
+        host = self._found.wait().numpy()
+        n = len(self._errors)
+        chosen: list[int] = host[:n].tolist()
+        entries: list[TokenLogprobs | None] = [None] * n
+        table = _entries(host[n:], [chosen[i] for i in self._asking], self._n_top)
+        for i, entry in zip(self._asking, table, strict=True):
+            entries[i] = entry
+        return [
+            Sampled(max(token, 0), entry, error or (no_token() if token < 0 else None))
+            for token, entry, error in zip(chosen, entries, self._errors, strict=True)
+        ]
+
+
+class _HostCopy:
+    """What the device found, on its way to the host through page-locked memory."""
+
+    def __init__(self, found: Tensor) -> None:
+        self._done: torch.cuda.Event | None = None
+        if not found.is_cuda:
+            self._host = found.cpu()
+            return
+        self._host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
+        self._host.copy_(found, non_blocking=True)
+        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._done.record(torch.cuda.current_stream(found.device))
+
+    def wait(self) -> Tensor:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._host
 
 
 class _Row(NamedTuple):
@@ -164,13 +211,8 @@ _NO_EDITS = _Edits(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, n
 
 
 def _to_host(found: Tensor) -> Tensor:
-    """The one copy of a step to the host; waits for the device."""
-    if not found.is_cuda:
-        return found.cpu()
-    host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-    host.copy_(found, non_blocking=True)
-    torch.cuda.current_stream(found.device).synchronize()
-    return host
+    """A copy on the host; waits for the device."""
+    return _HostCopy(found).wait()
 
 
 def _edits(request: Request, rules: TokenRules) -> _Edits:

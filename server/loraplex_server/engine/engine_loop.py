@@ -2,6 +2,12 @@
 
     inbox → scheduler → model runner → output router
 
+Where a device of its own computes, a step is scheduled and given to it while the one before still
+runs; then the tokens of that one are waited for (``_overlaps``):
+
+    host    schedule 2, start 2 │ wait 1, commit 1 │ schedule 3, start 3 │ wait 2, commit 2 │
+    device  1 …                   2 …                                      3 …
+
 Owner of the requests while they are here. All but the constructor and ``stats`` runs on the thread.
 """
 
@@ -12,6 +18,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,11 +40,11 @@ from .expert_monitor import ExpertMonitor
 from .inbox import Inbox
 from .kv_cache import KvCache
 from .messages import Cancel, FailAll, Lost, Message, SetPinned, Stop, Submit, Unload, Wake, Warm
-from .model_runner import ModelRunner, StepResult
+from .model_runner import ModelRunner, StartedStep, StepResult
 from .output_router import OutputRouter
 from .pooling import PooledRows, Pooling
 from .request import Request
-from .sampler import Sampled
+from .sampler import Sampled, is_adjusted
 from .scheduler import ScheduledChunk, Scheduler
 from .step_stats import StepStats
 
@@ -66,6 +73,7 @@ class EngineLoop:
         n_threads: int,
         forced_tokens: bool = True,
         arithmetic: AbstractContextManager[object] = nullcontext(),  # noqa: B008  stateless
+        overlaps: bool = False,  # steps and their scheduling
         faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
         self.runner = runner
@@ -85,6 +93,8 @@ class EngineLoop:
         self._max_model_len = max_model_len
         self._n_threads = n_threads
         self._feeds_forced = forced_tokens
+        self._overlaps = overlaps
+        self._in_flight: _InFlight | None = None
         self._is_stopping = False
 
     def run(self) -> None:
@@ -108,13 +118,17 @@ class EngineLoop:
 
     def _step(self) -> None:
         self._read_inbox()
+        if self._in_flight is not None and self._in_flight.is_needed_next:
+            self._finish_flight()
         self.adapters.publish_arrived()
         self._scheduler.prefetch(_N_PREFETCH)
         scheduled = self._scheduler.schedule()
         self._inbox.admitted(scheduled.first_admitted)
         for request, error in scheduled.failed:
             self._end(request, FinishReason.ERROR, error=error)
-        if scheduled.chunks:
+        if self._overlaps:
+            self._take_off(scheduled.chunks)
+        elif scheduled.chunks:
             self._run_chunks(scheduled.chunks)
         self.stats.after_step(scheduled.chunks)
         if scheduled.chunks:
@@ -123,7 +137,7 @@ class EngineLoop:
 
     def _read_inbox(self) -> None:
         """Takes every message; waits for one while there is nothing to run."""
-        is_idle = not self._scheduler.running
+        is_idle = not self._scheduler.running and self._in_flight is None
         while not self._is_stopping:
             self.heartbeat = time.monotonic()
             message = self._inbox.get(_IDLE_HEARTBEAT_S if is_idle else 0)
@@ -173,6 +187,52 @@ class EngineLoop:
             # One token is left to sample: a request ends with a step.
             self._feed_forced(request, request.constraint, self._room(request) - 1)
 
+    def _take_off(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Starts a step behind the one that runs, then waits for that one's tokens."""
+        before, started, failed = self._in_flight, None, None
+        if chunks:
+            try:
+                started = self.runner.start(chunks, None if before is None else before.step)
+            except Exception as error:
+                failed = error
+        if not self._finish_flight():
+            return  # what was started went on from what failed
+        chunks = [chunk for chunk in chunks if self._is_here(chunk.request)]
+        if failed is not None:
+            self._faults.failed("model", failed)
+            self._run_one_by_one(chunks, failed)
+        elif started is not None:
+            self._scheduler.started(chunks)
+            for request in started.generating:
+                if self._is_here(request):
+                    request.expect_token(is_full=self._room(request) <= 1)
+            self._in_flight = _InFlight(chunks, started)
+
+    def _finish_flight(self) -> bool:
+        """Waits for the step that runs and commits it; False if it failed and was run again."""
+        flight, self._in_flight = self._in_flight, None
+        if flight is None:
+            return True
+        # Requests may have been preempted or ended meanwhile, by a client or the scheduler.
+        alive = [chunk for chunk in flight.chunks if self._is_here(chunk.request)]
+        for chunk in alive:
+            chunk.request.settle_token()
+        try:
+            result = self.runner.finish(flight.step)
+        except Exception as error:
+            self._faults.failed("model", error)
+            again = [chunk for chunk in alive if self._scheduler.undo_start(chunk)]
+            if again:
+                self._run_one_by_one(again, error)
+            return False
+        self._faults.worked("model")
+        self._commit(alive, result)
+        return True
+
+    def _is_here(self, request: Request) -> bool:
+        """Whether it has not ended."""
+        return self._requests.get(request.id) is request
+
     def _run_chunks(self, chunks: Sequence[ScheduledChunk]) -> None:
         try:
             result = self.runner.run(chunks)
@@ -183,7 +243,7 @@ class EngineLoop:
             self._run_one_by_one(chunks, error)
             return
         self._faults.worked("model")
-        self._commit(chunks, result)
+        self._commit_run(chunks, result)
 
     def _run_one_by_one(self, chunks: Sequence[ScheduledChunk], cause: Exception) -> None:
         """A step failed: finds the guilty request by running each alone; the others go on."""
@@ -193,7 +253,7 @@ class EngineLoop:
             if isinstance(cause, torch.OutOfMemoryError):
                 self.runner.release_cached_memory()
             try:
-                self._commit([chunk], self.runner.run([chunk]))
+                self._commit_run([chunk], self.runner.run([chunk]))
             except Exception as error:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1
@@ -214,6 +274,10 @@ class EngineLoop:
                 _log.error("the model does not run: %s (probe %d)", error, attempt)
                 cause = error
         raise RuntimeError(f"the model does not run any more: {cause}") from cause
+
+    def _commit_run(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
+        self._scheduler.started(chunks)
+        self._commit(chunks, result)
 
     def _commit(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
         self._scheduler.commit(chunks)
@@ -352,6 +416,25 @@ class EngineLoop:
             self._emit(request, finish=FinishReason.ERROR, error=error)
         self._requests.clear()
         self._output_router.flush()
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A step that the device computes."""
+
+    chunks: Sequence[ScheduledChunk]
+    step: StartedStep
+
+    @property
+    def is_needed_next(self) -> bool:
+        """Whether no step can be prepared before its tokens are known.
+
+        Grammars, penalties, biases and forbidden tokens follow the tokens before.
+        """
+        return any(
+            request.constraint is not None or is_adjusted(request)
+            for request in self.step.generating
+        )
 
 
 def _failed(request: Request, error: Exception) -> EngineError:

@@ -19,19 +19,42 @@ from .kv_cache import KvCache
 from .request import Request
 from .scheduler import ScheduledChunk
 
-__all__ = ["ForwardBatch", "build_batch"]
+__all__ = ["ROW_INPUTS", "FedTokens", "FixedPlace", "ForwardBatch", "build_batch"]
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPlace:
+    """Where a recorded step reads its inputs, and how many rows it was recorded for."""
+
+    memory: Tensor  # uint8, on the device; begins with ``ROW_INPUTS``
+    n_rows: int  # at least those of the step; spare rows write no KV and have no adapter
+    pads_requests: bool  # a request a row, as of steps that are recorded with their attention
+
+
+@dataclass(frozen=True, slots=True)
+class FedTokens:
+    """Rows whose tokens the step before finds: they go from it to this one on the device."""
+
+    ids: Tensor  # int32 [n_found], negative where there is none
+    rows: Sequence[int]  # of this step
+    sources: Sequence[int]  # where in ``ids`` each row's token is
+
+
+# What recorded layers read, in this order: token ids, positions, KV slots, adapter slots.
+ROW_INPUTS = (torch.int64, torch.int64, torch.int64, torch.int32)
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """Rows are the tokens of all chunks, one chunk after the other."""
+    """Rows are the tokens of all chunks, one chunk after the other; in a ``FixedPlace`` spare ones
+    stand behind them, and where it pads requests, spare requests (``query_starts`` has none)."""
 
     token_ids: Tensor  # int64 [n_rows]; 0 for virtual tokens
     positions: Tensor  # int64 [n_rows]
     slot_mapping: Tensor  # int64 [n_rows], flat KV slot
     page_table: Tensor  # int32 [n_chunks, max_pages]
     query_starts: Tensor  # int32 [n_chunks + 1]
-    kv_lens: Tensor  # int32 [n_chunks], this step included
+    kv_lens: Tensor  # int32 [n_chunks], this step included; one for each spare request
     chunk_rows: tuple[slice, ...]  # rows of each chunk
     virtual_rows: tuple[tuple[int, Request, int], ...]  # (row, request, index of virtual token)
     row_slots: Tensor | None = None  # int32 [n_rows], adapter slots, −1 = none; not on a CPU
@@ -56,6 +79,8 @@ def build_batch(
     slots: Sequence[int] | None = None,  # of each chunk, where ``row_slots`` are wanted
     own_rows: Mapping[str, Sequence[int]] | None = None,  # to be on the device, too
     flashinfer: FlashInferAttention | None = None,
+    place: FixedPlace | None = None,  # of a recorded step, which needs ``slots``
+    fed: FedTokens | None = None,
 ) -> ForwardBatch:
     """Pages for every token of the chunks must be there."""
     n_tokens = np.array([chunk.n_tokens for chunk in chunks], dtype=np.int64)
@@ -78,28 +103,57 @@ def build_batch(
         "token_ids": np.maximum(token_ids, 0),
         "positions": positions,
         "slot_mapping": slot_mapping,
+    }
+    if slots is not None:
+        arrays["row_slots"] = np.repeat(np.array(slots, dtype=np.int32), n_tokens)
+    arrays |= {
+        "kv_lens": kv_lens.astype(np.int32),
         "page_table": np.ascontiguousarray(page_table),
         "query_starts": query_starts.astype(np.int32),
-        "kv_lens": kv_lens.astype(np.int32),
     }
+    if place is not None:
+        _add_spare_rows(arrays, place)
     ends = [end - 1 for chunk, end in zip(chunks, query_starts[1:], strict=True) if chunk.samples]
     if len(ends) < len(token_ids):
         arrays["sampling_rows"] = np.array(ends, dtype=np.int64)
-    if slots is not None:
-        arrays["row_slots"] = np.repeat(np.array(slots, dtype=np.int32), n_tokens)
     own = own_rows or {}
     rows = [np.array(of_one, dtype=np.int64) for of_one in own.values()]
-    moved = move_together([*arrays.values(), *rows], device)
+    feeding = (
+        [] if fed is None else [np.array(of, dtype=np.int64) for of in (fed.rows, fed.sources)]
+    )
+    memory = None if place is None else place.memory
+    moved = move_together([*arrays.values(), *feeding, *rows], device, into=memory)
     named = dict(zip(arrays, moved, strict=False))
+    if fed is not None:
+        into, sources = moved[len(arrays) : len(arrays) + 2]
+        known = fed.ids.index_select(0, sources).clamp_(min=0)
+        named["token_ids"].index_copy_(0, into, known.long())
+    on_device = moved[len(moved) - len(rows) :]
+    if place is not None:
+        on_device = [of_one.clone() for of_one in on_device]  # who gets them keeps them
     return ForwardBatch(
         chunk_rows=tuple(slice(int(first), int(end)) for first, end in pairwise(query_starts)),
         virtual_rows=_virtual_rows(chunks, query_starts),
         planned_attention=None
         if flashinfer is None
         else PlannedAttention(flashinfer, n_tokens, kv_lens, named["page_table"]),
-        own_rows=dict(zip(own, moved[len(arrays) :], strict=True)),
+        own_rows=dict(zip(own, on_device, strict=True)),
         **named,
     )
+
+
+_SPARE = {"token_ids": 0, "positions": 0, "slot_mapping": -1, "row_slots": -1}
+
+
+def _add_spare_rows(
+    arrays: dict[str, NDArray[np.int64] | NDArray[np.int32]], place: FixedPlace
+) -> None:
+    """They have no adapter and write no KV; spare requests look at one position."""
+    values = _SPARE | {"kv_lens": 1} if place.pads_requests else _SPARE
+    for name, value in values.items():
+        padded = np.full(place.n_rows, value, dtype=arrays[name].dtype)
+        padded[: len(arrays[name])] = arrays[name]
+        arrays[name] = padded
 
 
 def _virtual_rows(

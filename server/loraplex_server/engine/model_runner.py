@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from loraplex_kernels.cpu.decoder import LogitsRows
 from loraplex_kernels.flashinfer_attention import FlashInferAttention
-from loraplex_kernels.layout import LoraSegments
-from loraplex_kernels.segments import build_segments, group_runs
 from loraplex_kernels.side_stream import SideStream
-from loraplex_router.experts import RoutedRows
 from loraplex_server.model.base_model import BaseModel
-from loraplex_server.model.forward_context import FallbackRows
 
-from .decode_graphs import DecodeGraphs, Recorder
+from .adapter_rows import AdapterRows
 from .device import release_cached_memory, use_device
 from .device_pool import DevicePool
-from .device_sampler import DeviceSampler
+from .device_sampler import DeviceSampler, SampledRows
 from .errors import AdapterUnservable
 from .events import TokenLogprobs
-from .forward_batch import ForwardBatch, build_batch
-from .host_copy import move_together
+from .forward_batch import FedTokens, FixedPlace, ForwardBatch, build_batch
+from .graph_recorder import Recorder
 from .kernel_warm_up import run_every_size
 from .kv_cache import KvCache
+from .layer_kind import LayerKind
 from .pool_binding import bind_pool
 from .request import Request
-from .resident_adapter import RowsBeyondThePool
 from .row_buffer import RowBuffer
 from .sampler import Sampled, forced_token, is_plainly_greedy, prompt_logprobs_of, sample
 from .scheduler import ScheduledChunk
+from .step_graphs import StepGraphs
 from .token_masks import TokenMasks
 
-__all__ = ["ModelRunner", "StepResult"]
+__all__ = ["ModelRunner", "StartedStep", "StepResult"]
 
 _log = logging.getLogger(__name__)
 _LOGPROB_ROWS = 64  # of a prompt, whose logits take memory at once
@@ -53,6 +48,25 @@ class StepResult:
     pooled: dict[str, Tensor]  # hidden states float32 [n, hidden_size], see ``PooledRows.add``
 
 
+@dataclass(frozen=True, slots=True)
+class StartedStep:
+    """A step that the device has got, and perhaps still computes."""
+
+    generating: tuple[Request, ...]  # that get a token each
+    tokens: SampledRows | tuple[Sampled, ...]  # theirs, in this order; known already on a CPU
+    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
+    pooled: dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class _Forwarded:
+    """What one forward found."""
+
+    last: Tensor | None  # hidden states of the rows that get a token, in the order of the chunks
+    pooled: dict[str, Tensor]
+    prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]]
+
+
 class ModelRunner:
     """Owner of the step buffers and of the model. Engine thread only."""
 
@@ -61,14 +75,15 @@ class ModelRunner:
         model: BaseModel,
         kv_cache: KvCache,
         adapters: DevicePool,
-        recorder: Recorder | None = None,  # of decode steps, see ``decode_graphs``
+        recorder: Recorder | None = None,  # of steps, see ``step_graphs``
         side: SideStream | None = None,  # for shrinks, beside the base's products
-        flashinfer: FlashInferAttention | None = None,  # for steps that are not recorded
+        flashinfer: FlashInferAttention | None = None,  # where attention is not recorded
+        *,
+        max_recorded_tokens: int = 0,  # of steps with prompt chunks that are recorded
     ) -> None:
         self._model = model
-        self._kv = kv_cache
-        self._adapters = adapters
         self._flashinfer = flashinfer
+        self._kv = kv_cache
         n_rows = kv_cache.page_table.shape[0]
         self._raw_logits = RowBuffer(n_rows, model.vocab_size, model.dtype, model.device)
         self._float_logits = RowBuffer(n_rows, model.vocab_size, torch.float32, model.device)
@@ -80,21 +95,23 @@ class ModelRunner:
         )
         model.attach_kv(kv_cache.keys, kv_cache.values)
         bind_pool(model.groups.values(), adapters.pool, side)
-        self._segments_of: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-        self._known_segments: LoraSegments | None = None  # of a GPU: decode steps repeat
-        self._projections = frozenset(
-            name for group in model.groups.values() for name in group.module_names
-        )
-        self._graphs = (
-            DecodeGraphs(model, kv_cache, adapters.pool, recorder)
-            if recorder is not None and model.is_fused
-            else None
-        )
+        projections = {name for group in model.groups.values() for name in group.module_names}
+        self._adapters = AdapterRows(adapters, frozenset(projections), model.device)
+        self._graphs: StepGraphs | None = None
+        if recorder is not None and model.layers_in_pieces is not None:
+            self._graphs = StepGraphs(
+                model,
+                model.layers_in_pieces,
+                kv_cache,
+                adapters.pool,
+                recorder,
+                max_mixed_rows=max_recorded_tokens,
+            )
 
     def warm_up(self, max_rows: int) -> None:
         """First of all on the engine thread. ``max_rows``: of a step.
 
-        On a GPU kernels are compiled, and decode steps recorded where that is asked for.
+        On a GPU kernels are compiled, and steps recorded where that is asked for.
         """
         device = self._model.device
         use_device(device)
@@ -109,40 +126,46 @@ class ModelRunner:
             self._graphs.record_all()
         except Exception as error:
             self._disable_cuda_graphs(error)
+        release_cached_memory(device)
 
-    @torch.inference_mode()
     def run(self, chunks: Sequence[ScheduledChunk]) -> StepResult:
         """One forward over all chunks; samples for those that reach their last token."""
-        generating = [c.request for c in chunks if c.samples and c.request.source.pooling is None]
-        self._masks.start(generating)
-        batch = self._lay_out(chunks)
-        replayed = self._replay(batch, chunks)
-        if replayed is not None:
-            return StepResult(self._sample(replayed, generating), {}, {})
-        sampling = [
-            (c, rows) for c, rows in zip(chunks, batch.chunk_rows, strict=True) if c.samples
+        return self.finish(self.start(chunks))
+
+    @torch.inference_mode()
+    def start(
+        self, chunks: Sequence[ScheduledChunk], behind: StartedStep | None = None
+    ) -> StartedStep:
+        """Gives the step to the device. On a GPU it does not wait, unless vectors or
+        log-probabilities of prompts are asked for.
+
+        ``behind``: the step that finds the tokens which some of the requests expect.
+        """
+        recorded, others = self._split(chunks)
+        generating = [
+            chunk.request
+            for chunk in (*recorded, *others)
+            if chunk.samples and chunk.request.source.pooling is None
         ]
-        requests = [chunk.request for chunk, _ in sampling]
-        self._fill_step(batch, chunks)
-        wants_all = any(c.request.source.reads_all_rows for c in chunks)
-        last = batch.sampling_rows  # the rows that get logits; None: each does
-        if last is not None and not wants_all:
-            on_cpu = last.is_cpu  # only native code reads the segments
-            segments = self._segments(requests, [1] * len(requests)) if on_cpu else None
-            self._model.step.logits_rows = LogitsRows(last, segments)
-        hidden = self._model.forward(self._embed(batch))
-        sampled: dict[str, Sampled] = {}
-        x = hidden[last] if wants_all and last is not None else hidden
-        pooled = _pooled(x, hidden if wants_all else None, chunks, batch)
+        self._masks.start(generating)
+        parts = [self._forward(part, behind) for part in (recorded, others) if part]
+        tokens: SampledRows | tuple[Sampled, ...] = ()
         if generating:
-            if len(generating) < len(requests):
-                x = x[[i for i, r in enumerate(requests) if r.source.pooling is None]]
-            if self._can_argmax(generating):
-                sampled = self._argmax(x, generating)
-            else:
-                sampled = self._sample(self._raw_logits_of(x, generating), generating)
-        found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
-        return StepResult(sampled, found, pooled)
+            last = [part.last for part in parts if part.last is not None]
+            tokens = self._sample(last[0] if len(last) == 1 else torch.cat(last), generating)
+        return StartedStep(
+            tuple(generating),
+            tokens,
+            {id: found for part in parts for id, found in part.prompt_logprobs.items()},
+            {id: found for part in parts for id, found in part.pooled.items()},
+        )
+
+    @torch.inference_mode()
+    def finish(self, step: StartedStep) -> StepResult:
+        """Waits for the tokens of a step. Raises what the device raises."""
+        tokens = step.tokens if isinstance(step.tokens, tuple) else step.tokens.wait()
+        sampled = {r.id: token for r, token in zip(step.generating, tokens, strict=True)}
+        return StepResult(sampled, step.prompt_logprobs, step.pooled)
 
     def release_cached_memory(self) -> None:
         """After a step that found too little memory. Waits for the device."""
@@ -168,118 +191,134 @@ class ModelRunner:
         step.routes_projections = False
         model.head.packed(model.forward(model.embed(zero))).cpu()
 
-    def _replay(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> Tensor | None:
-        """Raw logits [n_chunks, vocab_size] of a recorded step; None if it has to run freely."""
-        if self._graphs is None or not self._is_plain_decode(chunks, batch):
-            return None
-        try:
-            return self._graphs.run(batch, [self._slot(chunk.request) for chunk in chunks])
-        except Exception as error:
-            self._disable_cuda_graphs(error)
-            return None
-
     def _disable_cuda_graphs(self, error: Exception) -> None:
         """The device's error or a compiler's: without graphs all still works."""
-        _log.warning("decode steps run without CUDA graphs: %s", error)
+        _log.warning("steps run without CUDA graphs: %s", error)
         self._graphs = None
 
-    def _is_plain_decode(self, chunks: Sequence[ScheduledChunk], batch: ForwardBatch) -> bool:
-        """One token of each request, by adapters that are low-rank factors below the head alone."""
-        return not batch.virtual_rows and all(
-            chunk.n_tokens == 1
-            and chunk.samples
-            and chunk.request.source.pooling is None
-            and self._is_plain(chunk.request)
-            for chunk in chunks
-        )
+    def _split(
+        self, chunks: Sequence[ScheduledChunk]
+    ) -> tuple[Sequence[ScheduledChunk], Sequence[ScheduledChunk]]:
+        """Those whose layers are recorded, and others whose adapters no recorded layers compute.
 
-    def _is_plain(self, request: Request) -> bool:
-        if not request.adapter_digest:
-            return True
-        resident = self._adapters.resident(request.adapter_digest)
-        return not (resident.needs_fallback or resident.changes_head)
+        The others follow in a forward of their own: the weights are read once more, and nobody
+        loses the graph. All are others if the first ones alone have no graph either.
+        """
+        if self._graphs is None:
+            return (), chunks
+        odd = [c for c in chunks if self._adapters.layer_kind(c.request) is None]
+        if not odd:
+            return chunks, ()
+        plain = [c for c in chunks if self._adapters.layer_kind(c.request) is not None]
+        return (plain, odd) if self._place(plain) else ((), chunks)
 
-    def _sample(self, raw: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
-        logits, masks = self._finish(raw), self._masks.wait()
-        if self._device_sampler is None:
-            tokens = sample(logits, requests, self._model.eos_token_ids, masks)
+    def _place(self, chunks: Sequence[ScheduledChunk]) -> tuple[LayerKind, FixedPlace] | None:
+        """The recorded layers that compute these chunks; None if they have to run freely."""
+        if self._graphs is None or not chunks:
+            return None
+        kinds = [self._adapters.layer_kind(chunk.request) for chunk in chunks]
+        known = [kind for kind in kinds if kind is not None]
+        if len(known) < len(kinds):
+            return None
+        n_rows = sum(chunk.n_tokens for chunk in chunks)
+        kind = max(known)
+        place = self._graphs.place(kind, n_rows, is_decode=n_rows == len(chunks))
+        return None if place is None else (kind, place)
+
+    def _forward(self, chunks: Sequence[ScheduledChunk], behind: StartedStep | None) -> _Forwarded:
+        placed = self._place(chunks)
+        batch = self._lay_out(chunks, None if placed is None else placed[1], behind)
+        wants_all = any(c.request.source.reads_all_rows for c in chunks)
+        last = batch.sampling_rows  # the rows that get logits; None: each does
+        if placed is None:
+            hidden = self._run_freely(batch, chunks, None if wants_all else last)
         else:
-            tokens = self._device_sampler.sample(logits, requests, masks)
-        return {r.id: token for r, token in zip(requests, tokens, strict=True)}
+            hidden = self._replay(batch, chunks, *placed)
+        is_kept = placed is None and not wants_all  # hidden has the last rows alone
+        x = hidden if is_kept or last is None else hidden[last]
+        found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
+        pooled = _pooled(x, hidden if wants_all else None, chunks, batch)
+        is_wanted = [c.request.source.pooling is None for c in chunks if c.samples]
+        if not all(is_wanted):
+            x = x[[i for i, wanted in enumerate(is_wanted) if wanted]]
+        return _Forwarded(x if any(is_wanted) else None, pooled, found)
 
-    def _argmax(self, x: Tensor, requests: Sequence[Request]) -> dict[str, Sampled]:
-        tokens = self._model.head.packed.argmax(x, self._masks.wait()).tolist()
-        if self._model.vocab_size in tokens:
-            raise AdapterUnservable("no token has a probability: the logits are infinite")
-        return {
-            r.id: Sampled(forced_token(r, t), None) for r, t in zip(requests, tokens, strict=True)
-        }
-
-    def _fill_step(self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk]) -> None:
-        step = self._model.step
+    def _run_freely(
+        self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk], last: Tensor | None
+    ) -> Tensor:
+        """Hidden states of rows ``last``; None = of all."""
+        step, requests = self._model.step, [chunk.request for chunk in chunks]
         batch.bind(step)
+        n_rows = [chunk.n_tokens for chunk in chunks]
+        self._adapters.bind(step, requests, n_rows, batch.row_slots, batch.own_rows)
+        if last is not None:
+            on_cpu = last.is_cpu  # only native code reads the segments
+            sampling = [chunk.request for chunk in chunks if chunk.samples]
+            each = [1] * len(sampling)
+            segments = self._adapters.segments(sampling, each) if on_cpu else None
+            step.logits_rows = LogitsRows(last, segments)
+        return self._model.forward(self._embed(batch))
+
+    def _replay(
+        self,
+        batch: ForwardBatch,
+        chunks: Sequence[ScheduledChunk],
+        kind: LayerKind,
+        place: FixedPlace,
+    ) -> Tensor:
+        """Hidden states of all rows; valid until the next replay."""
+        assert self._graphs is not None
         requests = [chunk.request for chunk in chunks]
         n_rows = [chunk.n_tokens for chunk in chunks]
-        step.segments = self._segments(requests, n_rows, batch.row_slots)
-        beyond = self._beyond_the_pool(_own_rows(requests, n_rows, self._adapters), batch.own_rows)
-        step.own_rows = batch.own_rows
-        step.fallback = _fallback(beyond)
-        step.routed = _routed(beyond)
-        step.routes_projections = not self._projections.isdisjoint(step.routed)
+        self._adapters.bind_embedding(self._model.step, requests, n_rows, batch.own_rows)
+        hidden = self._graphs.run(kind, batch, place, self._embed(batch))
+        return hidden[: batch.chunk_rows[-1].stop]
 
-    def _lay_out(self, chunks: Sequence[ScheduledChunk]) -> ForwardBatch:
+    def _lay_out(
+        self,
+        chunks: Sequence[ScheduledChunk],
+        place: FixedPlace | None,
+        behind: StartedStep | None,
+    ) -> ForwardBatch:
         device, requests = self._model.device, [chunk.request for chunk in chunks]
         n_rows = [chunk.n_tokens for chunk in chunks]
+        needs_slots = device.type != "cpu" or place is not None
         return build_batch(
             chunks,
             self._kv,
             device,
-            slots=None if device.type == "cpu" else [self._slot(r) for r in requests],
-            own_rows=_own_rows(requests, n_rows, self._adapters),
-            flashinfer=self._flashinfer,
+            slots=[self._adapters.slot(r) for r in requests] if needs_slots else None,
+            own_rows=self._adapters.own_rows(requests, n_rows),
+            place=place,
+            fed=_fed_tokens(chunks, behind),
+            flashinfer=None if place is not None and place.pads_requests else self._flashinfer,
         )
-
-    def _segments(
-        self,
-        requests: Sequence[Request],
-        n_rows: Sequence[int],
-        row_slots: Tensor | None = None,  # on the device, if they are there already
-    ) -> LoraSegments | None:
-        """Rows by slot; None when every row is the base's."""
-        slots = tuple(self._slot(request) for request in requests)
-        if all(slot < 0 for slot in slots):
-            return None
-        device = self._model.device
-        if device.type == "cpu":
-            return _cpu_segments(slots, tuple(n_rows))
-        key = (slots, tuple(n_rows))
-        if self._segments_of != key or self._known_segments is None:
-            if row_slots is None:
-                repeated = np.repeat(np.array(slots, dtype=np.int32), n_rows)
-                (row_slots,) = move_together([repeated], device)
-            self._segments_of, self._known_segments = key, build_segments(row_slots)
-        return self._known_segments
-
-    def _slot(self, request: Request) -> int:
-        digest = request.adapter_digest
-        return self._adapters.resident(digest).slots[0] if digest else -1
-
-    def _beyond_the_pool(
-        self, own_rows: Mapping[str, Sequence[int]], on_device: Mapping[str, Tensor]
-    ) -> list[RowsBeyondThePool]:
-        """One element for each adapter that does more than the pool's operator."""
-        return [
-            self._adapters.resident(digest).rows(tuple(rows), on_device[digest])
-            for digest, rows in own_rows.items()
-        ]
 
     def _embed(self, batch: ForwardBatch) -> Tensor:
         embeddings = self._model.embed(batch.token_ids)
         for row, request, index in batch.virtual_rows:
-            prefix = self._adapters.resident(request.adapter_digest).parts.prefix
-            if prefix is not None and prefix.embeddings is not None:
-                embeddings[row] = prefix.embeddings[index]
+            embedded = self._adapters.prefix_embeddings(request)
+            if embedded is not None:
+                embeddings[row] = embedded[index]
         return embeddings
+
+    def _sample(self, x: Tensor, requests: Sequence[Request]) -> SampledRows | tuple[Sampled, ...]:
+        """A token of each row of ``x`` [n, hidden_size], normed."""
+        if self._can_argmax(requests):
+            return self._argmax(x, requests)
+        logits, masks = self._finish(self._raw_logits_of(x, requests)), self._masks.wait()
+        if self._device_sampler is not None:
+            return self._device_sampler.start(logits, requests, masks)
+        return tuple(sample(logits, requests, self._model.eos_token_ids, masks))
+
+    def _argmax(self, x: Tensor, requests: Sequence[Request]) -> tuple[Sampled, ...]:
+        tokens = self._model.head.packed.argmax(x, self._masks.wait()).tolist()
+        if self._model.vocab_size in tokens:
+            raise AdapterUnservable("no token has a probability: the logits are infinite")
+        return tuple(
+            Sampled(forced_token(request, token), None)
+            for request, token in zip(requests, tokens, strict=True)
+        )
 
     def _finish(self, raw: Tensor) -> Tensor:
         """float32 [n, vocab_size]; valid until the next."""
@@ -290,33 +329,21 @@ class ModelRunner:
 
         With the adapters' changes to the head; valid until the next.
         """
-        head, n_rows = self._model.head, x.shape[0]
-        raw = self._raw_logits.rows(n_rows)
+        head = self._model.head
+        raw = self._raw_logits.rows(x.shape[0])
         head.packed.into(x, raw)
-        if any(map(self._changes_head, requests)):
-            each = [1] * n_rows
-            own = _own_rows(requests, each, self._adapters)
-            rows = [np.array(of_one, dtype=np.int64) for of_one in own.values()]
-            on_device = dict(zip(own, move_together(rows, self._model.device), strict=True))
-            head.add_adapters(
-                x,
-                raw,
-                self._segments(requests, each),
-                _fallback(self._beyond_the_pool(own, on_device)),
-            )
+        if any(map(self._adapters.changes_head, requests)):
+            head.add_adapters(x, raw, *self._adapters.of_each(requests))
         return raw
 
     def _can_argmax(self, requests: Sequence[Request]) -> bool:
         """Whether the place of the head's largest output is all that is asked for."""
-        if self._model.head.packed.native is None:
+        if self._model.head.packed.native is None or self._device_sampler is not None:
             return False  # a GPU samples finished logits
         return self._model.is_monotonic and all(
-            is_plainly_greedy(request) and not self._changes_head(request) for request in requests
+            is_plainly_greedy(request) and not self._adapters.changes_head(request)
+            for request in requests
         )
-
-    def _changes_head(self, request: Request) -> bool:
-        digest = request.adapter_digest
-        return bool(digest) and self._adapters.resident(digest).changes_head
 
     def _prompt_logprobs(
         self, hidden: Tensor, chunks: Sequence[ScheduledChunk], batch: ForwardBatch
@@ -367,38 +394,15 @@ def _pooled(
     return found
 
 
-def _own_rows(
-    requests: Sequence[Request], n_rows: Sequence[int], adapters: DevicePool
-) -> dict[str, list[int]]:
-    """The rows of each adapter that does more than the pool's operator, by digest, ascending.
-
-    ``n_rows[i]`` neighbouring rows are of ``requests[i]``.
-    """
-    digests = dict.fromkeys(r.adapter_digest for r in requests if r.adapter_digest)
-    found: dict[str, list[int]] = {d: [] for d in digests if adapters.resident(d).needs_fallback}
-    if not found:
-        return found
-    end = 0
-    for request, n in zip(requests, n_rows, strict=True):
-        first, end = end, end + n
-        if request.adapter_digest in found:
-            found[request.adapter_digest].extend(range(first, end))
-    return found
-
-
-def _fallback(beyond: Sequence[RowsBeyondThePool]) -> tuple[FallbackRows, ...]:
-    return tuple(one.fallback for one in beyond if one.fallback is not None)
-
-
-def _routed(beyond: Sequence[RowsBeyondThePool]) -> dict[str, tuple[RoutedRows, ...]]:
-    """By MLP block or projection: the rows whose adapter routes there."""
-    routed: dict[str, tuple[RoutedRows, ...]] = {}
-    for one in beyond:
-        for place, part in one.routed.items():
-            routed[place] = (*routed.get(place, ()), part)
-    return routed
-
-
-@functools.lru_cache(maxsize=4)  # decode steps repeat
-def _cpu_segments(slots: tuple[int, ...], n_rows: tuple[int, ...]) -> LoraSegments:
-    return group_runs(slots, n_rows)
+def _fed_tokens(chunks: Sequence[ScheduledChunk], behind: StartedStep | None) -> FedTokens | None:
+    """Of rows whose token the device alone knows yet."""
+    if behind is None or isinstance(behind.tokens, tuple):
+        return None
+    place = {id(request): i for i, request in enumerate(behind.generating)}
+    rows, sources, end = [], [], 0
+    for chunk in chunks:
+        end += chunk.n_tokens
+        if chunk.request.expects_token and chunk.samples:
+            rows.append(end - 1)
+            sources.append(place[id(chunk.request)])
+    return FedTokens(behind.tokens.ids, rows, sources) if rows else None

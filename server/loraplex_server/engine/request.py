@@ -57,6 +57,8 @@ class Request:
     seed: int = 0  # of the sampler; drawn once when the client gave none
     constraint: Constraint | None = None  # where the output stands in its grammar
     token_counts: TokenCounts | None = None  # for penalties, where a device samples
+    expects_token: bool = False  # the last of ``token_ids`` stands for one that is being computed
+    is_full: bool = False  # with the token that it expects: no further one will be wanted
     n_sent: int = 0  # tokens of the output that the listener got
 
     @property
@@ -83,6 +85,17 @@ class Request:
     @property
     def queue_s(self) -> float:
         return 0.0 if self.admitted_at is None else self.admitted_at - self.submitted_at
+
+    def expect_token(self, *, is_full: bool) -> None:
+        """A step that runs will find a token; until then 0 stands in its place."""
+        self.token_ids.append(0)
+        self.expects_token, self.is_full = True, is_full
+
+    def settle_token(self) -> None:
+        """It was found, or will not be: there is no stand-in any more."""
+        if self.expects_token:
+            self.token_ids.pop()
+            self.expects_token = self.is_full = False
 
     def advance(self, status: RequestStatus) -> None:
         """Checks the move and stamps the first admission."""

@@ -15,6 +15,7 @@ from loraplex_server.model.forward_context import FallbackRows
 from loraplex_server.model.routed import rows_for
 
 from .device_parts import DeviceParts
+from .layer_kind import LayerKind
 
 __all__ = ["ResidentAdapter", "RowsBeyondThePool"]
 
@@ -41,6 +42,7 @@ class ResidentAdapter:
     memory: PoolTensors  # that the parts lie in
     n_bytes: int  # of slots and parts
     changes_head: bool
+    layer_kind: LayerKind | None  # of recorded steps that compute its rows; None: none does
     load: Future[Mapping[str, PlacedExperts]]
     is_asked_for: bool  # by a request; else it is only warmed
     is_pinned: bool

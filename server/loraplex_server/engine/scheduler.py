@@ -31,11 +31,11 @@ class ScheduledChunk:
     request: Request
     start: int
     n_tokens: int
+    # Whether the step reaches the request's last token, so that a new one comes out.
+    samples: bool = field(init=False)
 
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the request's last known token, so that a new one comes out."""
-        return self.start + self.n_tokens == self.request.n_tokens
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", self.start + self.n_tokens == self.request.n_tokens)
 
 
 class Schedule(NamedTuple):
@@ -121,6 +121,8 @@ class Scheduler:
             is_running = request.status is RequestStatus.RUNNING  # not preempted for one before it
             if not is_running or step.n_left == 0 or request.id in step.chunks:
                 continue
+            if request.is_full or request.n_computed == request.n_tokens:
+                continue  # it ends with the step that runs
             if self._make_room(request, step):
                 self._plan_chunk(request, step)
         if len(self.waiting):
@@ -131,14 +133,29 @@ class Scheduler:
         self._failed.clear()
         return scheduled
 
+    def started(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """The device has got the step: what is computed from now on comes behind it."""
+        for chunk in chunks:
+            if chunk.request.status is RequestStatus.RUNNING:
+                chunk.request.n_computed = chunk.start + chunk.n_tokens
+
+    def undo_start(self, chunk: ScheduledChunk) -> bool:
+        """A started step failed: its chunk has to run again; False if it was preempted since."""
+        request = chunk.request
+        is_running = request.status is RequestStatus.RUNNING
+        if not is_running or request.n_computed != chunk.start + chunk.n_tokens:
+            return False
+        request.n_computed = chunk.start
+        return True
+
     def commit(self, chunks: Sequence[ScheduledChunk]) -> None:
         """The step ran: its tokens have KV now."""
         for chunk in chunks:
-            request = chunk.request
-            if request.status is RequestStatus.RUNNING:
-                request.n_computed = chunk.start + chunk.n_tokens
-                if not request.source.reads_all_rows:
-                    self._kv.publish(request.id, request.token_ids, request.n_computed)
+            request, n_computed = chunk.request, chunk.start + chunk.n_tokens
+            if request.status is not RequestStatus.RUNNING or request.source.reads_all_rows:
+                continue
+            if request.n_computed >= n_computed:  # not preempted while the step ran
+                self._kv.publish(request.id, request.token_ids, n_computed)
         self.waiting.served(chunk.request for chunk in chunks)
 
     def finish(self, request: Request) -> None:

@@ -135,6 +135,11 @@ class BaseModel:
         }
         return frozenset(projections | self.mlps.keys())
 
+    @property
+    def layers_in_pieces(self) -> FusedDecoder | None:
+        """The layers, cut at their attention; None where transformers' modules run them."""
+        return self._fused
+
     def attach_kv(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         for layer, k, v in zip(self.layers, keys, values, strict=True):
             layer.keys, layer.values = k, v

@@ -21,7 +21,7 @@ from loraplex_kernels.cpu.decoder import (
     NativeDecoder,
     Norm,
 )
-from loraplex_kernels.model_ops import paged_attention, rope_and_cache
+from loraplex_kernels.model_ops import norm_heads, paged_attention, rope_and_cache
 
 from .attention import LayerAttention
 from .forward_context import ForwardContext
@@ -29,7 +29,7 @@ from .norm import RmsNorm
 from .packed_lora_linear import PackedLoraLinear
 from .routed import RoutedMlp
 
-__all__ = ["FusedDecoder", "is_fusable"]
+__all__ = ["FusedDecoder", "PieceRows", "is_fusable"]
 
 _FUSABLE = ("llama", "mistral", "qwen2", "qwen3")  # pre-norm, rotary, SiLU-gated MLP
 
@@ -51,6 +51,21 @@ class _Layer:
 def is_fusable(config: PretrainedConfig) -> bool:
     """Whether the layers of such a base can run as this list of kernels."""
     return config.model_type in _FUSABLE and getattr(config, "hidden_act", "") == "silu"
+
+
+@dataclass(frozen=True, slots=True)
+class PieceRows:
+    """What pieces of a step leave for those behind them; each [n_rows, …]."""
+
+    residual: Tensor  # [n_rows, hidden_size]; before the first piece: the embeddings
+    qkv: Tensor  # [n_rows, (n_heads + 2 n_kv_heads) · head_dim]
+    attended: Tensor  # [n_rows, n_heads · head_dim]
+    hidden: Tensor  # [n_rows, hidden_size], normed, behind the last piece
+
+    def first(self, n_rows: int) -> PieceRows:
+        """Views of the first rows."""
+        parts = (self.residual, self.qkv, self.attended, self.hidden)
+        return PieceRows(*(part[:n_rows] for part in parts))
 
 
 class FusedDecoder:
@@ -141,15 +156,64 @@ class FusedDecoder:
 
     def run_by_layer(self, hidden: Tensor) -> Tensor:
         """All rows, operator by operator: on any device, with every kind of row."""
-        residual = hidden
+        residual, step = hidden, self._step
         x: Tensor = self._layers[0].input_norm(residual)
-        next_norms = [*(layer.input_norm for layer in self._layers[1:]), self._norm]
-        for layer, next_norm in zip(self._layers, next_norms, strict=True):
-            x = layer.out(self._attend(layer, layer.qkv(x)))
-            x = layer.mlp_norm.add_and_norm(x, residual)
-            x = layer.mlp.run(x)
-            x = next_norm.add_and_norm(x, residual)
+        for index, layer in enumerate(self._layers):
+            qkv = layer.qkv(x)
+            self._rotate_and_cache(layer, qkv)
+            attended = qkv.new_empty(qkv.shape[0], self._n_heads * self._head_dim)
+            self._attend(layer, qkv, step.page_table, step.query_starts, step.kv_lens, out=attended)
+            x = self._behind_attention(index, attended, residual)
         return x
+
+    @property
+    def n_layers(self) -> int:
+        return len(self._layers)
+
+    def new_rows(self, n_rows: int) -> PieceRows:
+        """Room for ``n_rows`` rows between pieces; zeroed."""
+        like, width = self._cos, self._n_heads * self._head_dim
+        dtype, hidden_size = self._norm.weight.dtype, self._norm.weight.shape[0]
+        qkv_width = width + 2 * self._n_kv_heads * self._head_dim
+        widths = (hidden_size, qkv_width, width, hidden_size)
+        return PieceRows(*(like.new_zeros(n_rows, width, dtype=dtype) for width in widths))
+
+    def run_piece(self, index: int, rows: PieceRows) -> None:
+        """What stands between the attention of layer ``index`` − 1 and that of layer ``index``.
+
+        There are ``n_layers`` + 1 pieces. Reads the step's positions, KV slots and adapters; shapes
+        depend on the number of rows alone, so a CUDA graph may replay it.
+        """
+        if index == 0:
+            x: Tensor = self._layers[0].input_norm(rows.residual)
+        else:
+            x = self._behind_attention(index - 1, rows.attended, rows.residual)
+        if index == len(self._layers):
+            rows.hidden.copy_(x)
+            return
+        layer = self._layers[index]
+        layer.qkv.into(x, rows.qkv)
+        self._rotate_and_cache(layer, rows.qkv)
+
+    def attend(
+        self,
+        index: int,
+        rows: PieceRows,
+        page_table: Tensor,
+        query_starts: Tensor,
+        kv_lens: Tensor,
+    ) -> None:
+        """Attention of layer ``index``, between two pieces."""
+        layer = self._layers[index]
+        self._attend(layer, rows.qkv, page_table, query_starts, kv_lens, out=rows.attended)
+
+    def _behind_attention(self, index: int, attended: Tensor, residual: Tensor) -> Tensor:
+        """The rest of a layer, and the norm before the next; ``residual`` is added to in place."""
+        layer = self._layers[index]
+        is_last = index + 1 == len(self._layers)
+        next_norm = self._norm if is_last else self._layers[index + 1].input_norm
+        x = layer.mlp_norm.add_and_norm(layer.out(attended), residual)
+        return next_norm.add_and_norm(layer.mlp.run(x), residual)
 
     def _routed_mlps(self) -> dict[int, Callable[[Tensor], Tensor]]:
         """Of the layers in which some row of the step routes."""
@@ -180,48 +244,73 @@ class FusedDecoder:
         )
         return self._native
 
-    def _attend(self, layer: _Layer, qkv: Tensor) -> Tensor:
-        """[T, (n_heads + 2 n_kv_heads) · head_dim] → [T, n_heads · head_dim]."""
-        step, cache = self._step, layer.cache
-        if cache.keys is None or cache.values is None:
-            raise RuntimeError("the KV cache is not attached")
+    def _rotate_and_cache(self, layer: _Layer, qkv: Tensor) -> None:
+        """Norms of heads, rotation in place, keys and values into the cache."""
+        keys, values = _attached(layer)
         if layer.q_norm is not None and layer.k_norm is not None:
             self._norm_heads(qkv, layer.q_norm, layer.k_norm)
         rope_and_cache(
             qkv,
             self._cos,
             self._sin,
-            step.positions,
-            cache.keys,
-            cache.values,
-            step.slot_mapping,
+            self._step.positions,
+            keys,
+            values,
+            self._step.slot_mapping,
             n_heads=self._n_heads,
             n_kv_heads=self._n_kv_heads,
             head_dim=self._head_dim,
         )
-        n_tokens, width = qkv.shape[0], self._n_heads * self._head_dim
-        out = torch.empty(n_tokens, width, dtype=qkv.dtype, device=qkv.device)
+
+    def _attend(
+        self,
+        layer: _Layer,
+        qkv: Tensor,  # [T, (n_heads + 2 n_kv_heads) · head_dim]
+        page_table: Tensor,
+        query_starts: Tensor,
+        kv_lens: Tensor,
+        *,
+        out: Tensor,  # [T, n_heads · head_dim]
+    ) -> None:
+        keys, values = _attached(layer)
+        n_tokens, width = out.shape
         paged_attention(
             qkv[:, :width].view(n_tokens, self._n_heads, self._head_dim),
-            cache.keys,
-            cache.values,
-            step.page_table,
-            step.query_starts,
-            step.kv_lens,
+            keys,
+            values,
+            page_table,
+            query_starts,
+            kv_lens,
             scale=layer.scale,
             window=layer.window,
             out=out.view(n_tokens, self._n_heads, self._head_dim),
             planned=step.planned_attention,
             batch_invariant=step.batch_invariant,
         )
-        return out
 
     def _norm_heads(self, qkv: Tensor, q_norm: RmsNorm, k_norm: RmsNorm) -> None:
         """Qwen3 norms each head of q and k before the rotation."""
+        if not (q_norm.is_own_anywhere or k_norm.is_own_anywhere) and _alike(q_norm, k_norm):
+            n_heads, n_kv_heads = self._n_heads, self._n_kv_heads
+            weights = q_norm.weight, k_norm.weight
+            norm_heads(qkv, *weights, q_norm.eps, n_heads=n_heads, n_kv_heads=n_kv_heads)
+            return
         n_q, n_k = self._n_heads * self._head_dim, self._n_kv_heads * self._head_dim
         for columns, norm in ((slice(0, n_q), q_norm), (slice(n_q, n_q + n_k), k_norm)):
             heads = qkv[:, columns].reshape(qkv.shape[0], -1, self._head_dim)
             qkv[:, columns] = norm(heads).flatten(1)
+
+
+def _alike(q_norm: RmsNorm, k_norm: RmsNorm) -> bool:
+    """Whether one launch can do both."""
+    return q_norm.eps == k_norm.eps and q_norm.offset == k_norm.offset == 0.0
+
+
+def _attached(layer: _Layer) -> tuple[Tensor, Tensor]:
+    keys, values = layer.cache.keys, layer.cache.values
+    if keys is None or values is None:
+        raise RuntimeError("the KV cache is not attached")
+    return keys, values
 
 
 def _native_layer(layer: _Layer) -> DecoderLayer | None:

@@ -42,6 +42,11 @@ class RmsNorm(nn.Module):
         self._norm_own_rows(residual, out)
         return out
 
+    @property
+    def is_own_anywhere(self) -> bool:
+        """Whether an adapter of the step has a norm of its own here."""
+        return any(self._name in fallback.parts.norms for fallback in self._step.fallback)
+
     def _norm_own_rows(self, x: Tensor, out: Tensor) -> None:
         for fallback in self._step.fallback:
             own = fallback.parts.norms.get(self._name)

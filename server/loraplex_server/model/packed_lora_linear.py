@@ -68,6 +68,11 @@ class PackedLoraLinear:
             self.reduce(out)
         return out
 
+    def into(self, x: Tensor, out: Tensor) -> None:
+        """As a call, but writes to ``out`` [n_rows, Σ out_features]."""
+        self.packed.into(x, out)
+        self.add_step_adapters(x, out)
+
     def add_step_adapters(self, x: Tensor, out: Tensor) -> None:
         """Adds what the step's adapters make of ``x``, experts of an MLP block excepted."""
         step = self._step

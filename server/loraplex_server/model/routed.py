@@ -7,7 +7,7 @@ everything else runs as if no expert existed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,43 @@ from loraplex_router.experts import MlpBlock, PlacedExperts, RoutedRows, mixed_m
 from .forward_context import ForwardContext
 from .packed_lora_linear import PackedLoraLinear
 
-__all__ = ["RoutedMlp", "find_mlps", "place_experts", "rows_for"]
+__all__ = ["RoutedMlp", "find_mlps", "place_experts", "rows_for", "slices_of"]
 
 
 def place_experts(
-    plans: Mapping[str, ExpertPlan], slots: Sequence[int], device: torch.device
+    plans: Mapping[str, ExpertPlan],
+    slots: Sequence[int],
+    device: torch.device,
+    slices: Mapping[str, tuple[int, int]],
 ) -> dict[str, PlacedExperts]:
-    """``slots[e]`` is the pool slot of expert e, whose factors span all blocks."""
-    pool_slots = torch.tensor(slots, dtype=torch.int32, device=device)
-    return {
-        name: PlacedExperts(
+    """``slots[e]`` is the pool slot of expert e, whose factors span all blocks.
+
+    ``slices``: see ``slices_of``. The operator of a slice counts slots by them
+    (``engine.slice_operator``); an MLP block's experts span groups.
+    """
+    pool_slots = torch.tensor(slots, dtype=torch.int32)
+    placed = {}
+    for name, plan in plans.items():
+        index, n_slices = slices.get(name, (0, 1))
+        of_place = pool_slots[: len(plan.experts)] * n_slices + index
+        placed[name] = PlacedExperts(
             gate=plan.gate.to(device, torch.float32),
-            slots=pool_slots[: len(plan.experts)],
+            slots=of_place.to(device),
             strategy=plan.strategy,
             top_k=plan.top_k,
             top_p=plan.top_p,
             shared_down=_shares_down(plan),
             load=torch.zeros(len(plan.experts), dtype=torch.int64, device=device),
         )
-        for name, plan in plans.items()
+    return placed
+
+
+def slices_of(groups: Iterable[PackedLoraLinear]) -> dict[str, tuple[int, int]]:
+    """Of each projection its index in its packed group, and how many are in that."""
+    return {
+        name: (index, group.target.n_slices)
+        for group in groups
+        for index, name in enumerate(group.module_names)
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from loraplex_kernels.token_mask import mask_bits
 from loraplex_server.engine.client import GenerationRequest
-from loraplex_server.engine.device_sampler import DeviceSampler
+from loraplex_server.engine.device_sampler import DeviceSampler, SampledRows
 from loraplex_server.engine.errors import AdapterUnservable, GrammarTooComplex, NoTokenAllowed
 from loraplex_server.engine.model_runner import ModelRunner
 from loraplex_server.engine.request import Request
@@ -262,14 +262,13 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         start(self, model, *args, **kwargs)
         sampler = DeviceSampler(model.vocab_size, model.eos_token_ids, _CPU)
         self._device_sampler = sampler
-        self._can_argmax = lambda requests: False  # type: ignore[method-assign]
-        ask = sampler.sample
+        ask = sampler.start
 
-        def counted(logits: Tensor, *rest: Any) -> list[Sampled]:
+        def counted(logits: Tensor, *rest: Any) -> SampledRows:
             seen.append(len(logits))
             return ask(logits, *rest)
 
-        sampler.sample = counted  # type: ignore[method-assign]
+        sampler.start = counted  # type: ignore[method-assign]
 
     monkeypatch.setattr(ModelRunner, "__init__", begin)
     return seen

@@ -22,7 +22,7 @@ from loraplex_server.engine.copy_stream import CopyStream
 from loraplex_server.engine.device_parts import DeviceParts
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.forward_context import FallbackRows, ForwardContext
-from loraplex_server.model.routed import place_experts, rows_for
+from loraplex_server.model.routed import place_experts, rows_for, slices_of
 
 __all__ = ["ShardPool"]
 
@@ -53,6 +53,7 @@ class ShardPool:
         self._packer = AdapterPacker(
             model.groups, self.pool, EngineCapabilities.of_model(model, max_rank=None)
         )
+        self._slices = slices_of(model.groups.values())
         self._device = model.device
         self._copies = CopyStream(model.device)
         self._changed = threading.Condition()  # guards all that follows, and the pool's allocator
@@ -84,7 +85,7 @@ class ShardPool:
                 for name, experts in plan.experts.items()
             }
             loaded.parts = on_device
-            loaded.experts = place_experts(gated, slots[1:], self._device)
+            loaded.experts = place_experts(gated, slots[1:], self._device, self._slices)
         except BaseException:
             with self._changed:
                 self._free(self._loaded.pop(plan.digest))

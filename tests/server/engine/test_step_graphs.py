@@ -1,4 +1,4 @@
-"""Decode steps laid into fixed tensors answer as free ones do. Recording itself needs a GPU."""
+"""Steps laid into fixed tensors answer as free ones do. Recording itself needs a GPU."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_adapter_store.plan import AdapterPlan, Family, NormPlan
 from loraplex_server.engine import build
-from loraplex_server.engine.decode_graphs import CudaRecorder, sizes_up_to
 from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.graph_recorder import CudaRecorder
+from loraplex_server.engine.layer_kind import LayerKind
 from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.engine.step_graphs import mixed_sizes_up_to, sizes_up_to
 from tests.support.architectures import tiny_model
 from tests.support.engines import Answer, generate_all, running_engine
-from tests.support.routed_plans import ATTENTION, lora_plan, mixlora_plan
+from tests.support.routed_plans import ATTENTION, lora_plan
 
 PROMPTS = [[5, 9, 200, 31, 7], [17], list(range(40, 80)), [3, 3, 3], [250, 1, 2], [9, 8], [77] * 9]
 
@@ -28,12 +30,15 @@ class Rerun:
     def __init__(self) -> None:
         self.n_recorded = 0
         self.n_replayed = 0
+        self.n_replayed_of_pieces = 0
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         self.n_recorded += 1
+        is_piece = getattr(work, "func", None).__name__ == "_run_piece"
 
         def replay() -> None:
             self.n_replayed += 1
+            self.n_replayed_of_pieces += is_piece
             work()
 
         return replay
@@ -42,6 +47,12 @@ class Rerun:
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
+
+
+def replays(recorder: Rerun, n_pieces: int) -> int:
+    """Steps: of each size what is recorded whole is replayed once, the others piece by piece."""
+    whole = recorder.n_replayed - recorder.n_replayed_of_pieces
+    return whole + recorder.n_replayed_of_pieces // n_pieces
 
 
 @contextmanager
@@ -76,12 +87,16 @@ def test_every_row_gets_what_it_gets_without_graphs(
         wanted = generate_all(engine, PROMPTS, sampling, _plans(model))
     recorder = Rerun()
     with engine_with(recorder, model, monkeypatch) as engine:
-        assert recorder.n_recorded == 2 * len(sizes_up_to(11))
+        n_pieces = model.config.num_hidden_layers + 1
+        n_sizes = len(sizes_up_to(11)) + n_pieces * len(mixed_sizes_up_to(128))
+        assert recorder.n_recorded == len(LayerKind) * n_sizes
         for _ in range(2):  # the second time over KV that others have left
             assert _tokens(generate_all(engine, PROMPTS, sampling, _plans(model))) == _tokens(
                 wanted
             )
-    assert recorder.n_replayed >= 11
+        # Each prompt is computed in pieces, each further token in one: all steps are replayed.
+        assert engine.stats().n_steps > 24
+        assert replays(recorder, n_pieces) == engine.stats().n_steps
 
 
 def test_spare_rows_write_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,30 +121,66 @@ def test_spare_rows_write_nothing(model: PreTrainedModel, monkeypatch: pytest.Mo
             assert int(places.ne(0).any(4).any(2).any(1).sum()) == n_tokens
 
 
-def test_adapters_that_do_more_are_served_without_graphs(
+def _own_ends(model: PreTrainedModel) -> dict[str, AdapterPlan]:
+    """Adapters that change the embedding or the head."""
+    hidden, vocab_size = model.config.hidden_size, model.config.vocab_size
+    lora = lora_plan(model, rank=4, seed=1)
+    return {
+        "head rows": AdapterPlan(
+            "1" * 64, lora.family, lora.modules, head_rows={7: torch.ones(hidden)}
+        ),
+        "embedding rows": AdapterPlan(
+            "2" * 64, lora.family, lora.modules, embedding_rows={9: torch.ones(hidden)}
+        ),
+        "head": AdapterPlan(
+            "3" * 64, lora.family, {}, replaced_weights={"lm_head": torch.randn(vocab_size, hidden)}
+        ),
+        "embedding": AdapterPlan(
+            "4" * 64,
+            lora.family,
+            {},
+            replaced_weights={"model.embed_tokens": torch.randn(vocab_size, hidden)},
+        ),
+    }
+
+
+@pytest.mark.parametrize("part", ["head rows", "embedding rows", "head", "embedding"])
+def test_own_embeddings_and_heads_run_around_what_is_recorded(
+    part: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans = [_own_ends(model)[part], None, lora_plan(model, rank=4, seed=1)]
+    with running_engine(model, max_batch_size=11) as engine:
+        wanted = generate_all(engine, PROMPTS[:3], plans=plans)
+    recorder = Rerun()
+    with engine_with(recorder, model, monkeypatch) as engine:
+        assert _tokens(generate_all(engine, PROMPTS[:3], plans=plans)) == _tokens(wanted)
+        n_pieces = model.config.num_hidden_layers + 1
+        assert replays(recorder, n_pieces) == engine.stats().n_steps
+
+
+def _odd(model: PreTrainedModel) -> AdapterPlan:
+    """A norm of its own: no recorded layer has one."""
+    width = model.config.hidden_size
+    norms = {"model.layers.0.input_layernorm": NormPlan(torch.rand(width) + 0.5)}
+    return AdapterPlan("5" * 64, Family.LN_TUNING, {}, norms=norms)
+
+
+def test_an_odd_row_leaves_the_others_their_graph(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hidden = model.config.hidden_size
-    lora = lora_plan(model, rank=4, seed=1)
-    plans = [
-        mixlora_plan(model, n_experts=4, top_k=2, rank=4, seed=2),
-        AdapterPlan("1" * 64, lora.family, lora.modules, head_rows={7: torch.ones(hidden)}),
-        AdapterPlan("2" * 64, lora.family, lora.modules, embedding_rows={9: torch.ones(hidden)}),
-        AdapterPlan(
-            "3" * 64, lora.family, {}, replaced_weights={"lm_head": torch.randn(256, hidden)}
-        ),
-    ]
+    plans = [None, _odd(model), lora_plan(model, rank=4, seed=1)]
+    with running_engine(model, max_batch_size=11) as engine:
+        wanted = generate_all(engine, PROMPTS[:3], plans=plans)
     recorder = Rerun()
-    for plan in plans:
-        with running_engine(model, max_batch_size=11) as engine:
-            wanted = generate_all(engine, PROMPTS[:3], plans=[plan, None, lora])
-        with engine_with(recorder, model, monkeypatch) as engine:
-            before = recorder.n_replayed
-            alone = generate_all(engine, PROMPTS[:1], plans=[plan])
-            assert recorder.n_replayed == before
-            together = generate_all(engine, PROMPTS[:3], plans=[plan, None, lora])
-        assert _tokens(together) == _tokens(wanted)
-        assert _tokens(alone) == _tokens(wanted[:1])
+    with engine_with(recorder, model, monkeypatch) as engine:
+        alone = generate_all(engine, PROMPTS[1:2], plans=plans[1:2])
+        assert recorder.n_replayed == 0
+        before = engine.stats().n_steps
+        found = generate_all(engine, PROMPTS[:3], plans=plans)
+        n_pieces = model.config.num_hidden_layers + 1
+        assert replays(recorder, n_pieces) == engine.stats().n_steps - before
+    assert _tokens(found) == _tokens(wanted)
+    assert _tokens(alone) == _tokens(wanted[1:2])
 
 
 def test_a_rank_larger_than_planned_for_is_served_and_nothing_is_recorded_anew(

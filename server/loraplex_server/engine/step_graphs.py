@@ -1,0 +1,212 @@
+"""The layers of a step as CUDA graphs: a few launches instead of a dozen for every layer.
+
+    embed ─▶ [layers, attention included] ─▶ head, sampling         a token of each request
+    embed ─▶ [piece 0] attention [piece 1] … attention [piece n] ─▶ head, sampling      all others
+
+A graph replays fixed shapes at fixed addresses. So inputs are copied straight to where it reads
+them, padded to the smallest recorded size. Spare rows have no adapter, write no KV (slot −1) and
+attend to one position. Rows are independent, so the others get the same bits as without a graph.
+Which adapters the rows have is data: the segments are built inside the graph, and the pool's tables
+are read at replay. Launches of attention depend on how many tokens each request has, so steps with
+prompt chunks are recorded in pieces around it.
+
+Embeddings and head run outside, where a row's adapter may have its own.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from loraplex_kernels.layout import LoraSegments, LoraTables
+from loraplex_kernels.pool import LoraPool
+from loraplex_kernels.segments import build_segments
+from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.fused_decoder import FusedDecoder
+
+from .forward_batch import ROW_INPUTS, FixedPlace, ForwardBatch
+from .graph_recorder import Recorder, Replay
+from .host_copy import bytes_together, place_together
+from .kv_cache import KvCache
+from .layer_kind import LayerKind
+
+__all__ = ["StepGraphs", "mixed_sizes_up_to", "sizes_up_to"]
+
+_log = logging.getLogger(__name__)
+_MORE_BYTES = 128  # a row, at most, of what else a step brings beside its page table
+
+
+def sizes_up_to(n_rows: int) -> tuple[int, ...]:
+    """1, 2, 4, multiples of 8 up to 64, of 16 up to 128, of 32: few spare rows, which cost little.
+
+    Each size is recorded at start, for each kind of layers.
+    """
+    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, n_rows, 32))
+    return (*(n for n in sizes if n < n_rows), n_rows)
+
+
+def mixed_sizes_up_to(n_rows: int) -> tuple[int, ...]:
+    """16, 32, 64, 96, 128, 192, 256, 384 …: fewer, since each is as many graphs as layers."""
+    powers = [1 << i for i in range(4, n_rows.bit_length())]
+    sizes = sorted({*powers, *(3 * n // 2 for n in powers if n >= 64)})
+    return (*(n for n in sizes if n < n_rows), n_rows) if n_rows else ()
+
+
+class StepGraphs:
+    """Owner of the tensors that recorded steps read and write. Engine thread only."""
+
+    def __init__(
+        self,
+        model: BaseModel,
+        layers: FusedDecoder,
+        kv_cache: KvCache,
+        pool: LoraPool,
+        recorder: Recorder,
+        *,
+        max_mixed_rows: int,  # of steps that are recorded in pieces; 0 = none
+    ) -> None:
+        self._model, self._layers = model, layers
+        self._pool = pool
+        self._recorder = recorder
+        n_requests, n_pages = kv_cache.page_table.shape
+        self._sizes = sizes_up_to(n_requests)
+        self._mixed_sizes = mixed_sizes_up_to(max_mixed_rows)
+        n_rows = max(n_requests, max_mixed_rows)
+        device = model.device
+        self._rows = layers.new_rows(n_rows)
+        parts = [(dtype, n_rows) for dtype in ROW_INPUTS]
+        more = _MORE_BYTES * n_rows + 4 * n_pages * n_requests
+        n_bytes = bytes_together([*parts, (torch.uint8, more)])
+        self._memory = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
+        self._page_table = torch.zeros(n_requests, n_pages, dtype=torch.int32, device=device)
+        self._query_starts = torch.arange(n_requests + 1, dtype=torch.int32, device=device)
+        self._whole: dict[tuple[int, LayerKind], Replay] = {}
+        self._pieces: dict[tuple[int, LayerKind], tuple[Replay, ...]] = {}
+        self._segments: dict[tuple[int, LayerKind], LoraSegments] = {}  # that pieces share
+        # Of any one target: all are replaced together. What was recorded reads these.
+        self._tables: LoraTables | None = None
+
+    @torch.inference_mode()
+    def record_all(self) -> None:
+        """Called at start, before requests. Raises what the device or a compiler raises."""
+        self._tables = self._current_tables()
+        # the largest first: the others fit in its memory
+        for size in reversed(self._mixed_sizes):
+            self._empty(size)
+            for kind in LayerKind:
+                self._pieces[size, kind] = tuple(self._record_pieces(size, kind))
+        for size in reversed(self._sizes):
+            self._empty(size)
+            for kind in LayerKind:
+                self._whole[size, kind] = self._recorder(partial(self._run_whole, size, kind))
+        _log.info(
+            "recorded decode steps of %s rows, others of %s",
+            ", ".join(map(str, self._sizes)),
+            ", ".join(map(str, self._mixed_sizes)) or "none",
+        )
+
+    def place(self, kind: LayerKind, n_rows: int, *, is_decode: bool) -> FixedPlace | None:
+        """Where the inputs of such a step go; None if none is recorded that holds it.
+
+        ``is_decode``: a row of each request. Nothing is recorded here: that would hold up all
+        requests for seconds.
+        """
+        if kind > LayerKind.BASE and self._tables is not self._current_tables():
+            self._forget_adapters()
+        sizes = self._sizes if is_decode else self._mixed_sizes
+        size = next((size for size in sizes if size >= n_rows), None)
+        if size is None or (size, kind) not in (self._whole if is_decode else self._pieces):
+            return None
+        return FixedPlace(self._memory, size, pads_requests=is_decode)
+
+    def run(
+        self, kind: LayerKind, batch: ForwardBatch, place: FixedPlace, embeddings: Tensor
+    ) -> Tensor:
+        """Hidden states [place.n_rows, hidden_size] of ``batch``, which was built in ``place``.
+
+        They are valid until the next run.
+        """
+        size = place.n_rows
+        rows = self._rows.first(size)
+        rows.residual.copy_(embeddings)
+        if place.pads_requests:
+            n, width = batch.page_table.shape
+            self._page_table[:n, :width].copy_(batch.page_table)
+            self._whole[size, kind]()
+            return rows.hidden
+        n = batch.chunk_rows[-1].stop
+        attended = rows.first(n)
+        tables = batch.page_table, batch.query_starts, batch.kv_lens
+        for index, replay in enumerate(self._pieces[size, kind]):
+            replay()
+            if index < self._layers.n_layers:
+                self._layers.attend(index, attended, *tables)
+        return rows.hidden
+
+    def _record_pieces(self, size: int, kind: LayerKind) -> Iterator[Replay]:
+        for index in range(self._layers.n_layers + 1):
+            yield self._recorder(partial(self._run_piece, index, size, kind))
+
+    def _run_whole(self, size: int, kind: LayerKind) -> None:
+        self._bind(size)
+        self._model.step.segments = self._build_segments(size, kind)
+        rows = self._rows.first(size)
+        tables = self._page_table[:size], self._query_starts[: size + 1], self._kv_lens(size)
+        for index in range(self._layers.n_layers):
+            self._layers.run_piece(index, rows)
+            self._layers.attend(index, rows, *tables)
+        self._layers.run_piece(self._layers.n_layers, rows)
+
+    def _run_piece(self, index: int, size: int, kind: LayerKind) -> None:
+        self._bind(size)
+        if index == 0:
+            segments = self._build_segments(size, kind)
+            if segments is not None:
+                self._segments[size, kind] = segments  # held: later pieces read it
+        self._model.step.segments = self._segments.get((size, kind))
+        self._layers.run_piece(index, self._rows.first(size))
+
+    def _bind(self, size: int) -> None:
+        """The step reads the fixed inputs."""
+        step = self._model.step
+        _, step.positions, step.slot_mapping, _ = self._inputs(size)
+        step.own_rows, step.fallback, step.routed = {}, (), {}
+        step.routes_projections = False
+
+    def _build_segments(self, size: int, kind: LayerKind) -> LoraSegments | None:
+        return None if kind is LayerKind.BASE else build_segments(self._inputs(size)[3])
+
+    def _inputs(self, size: int) -> list[Tensor]:
+        """Token ids, positions, KV slots and adapter slots of a step of ``size`` rows."""
+        return place_together(self._memory, [(dtype, size) for dtype in ROW_INPUTS])
+
+    def _kv_lens(self, size: int) -> Tensor:
+        parts = [*((dtype, size) for dtype in ROW_INPUTS), (torch.int32, size)]
+        return place_together(self._memory, parts)[-1]
+
+    def _empty(self, size: int) -> None:
+        """All rows are spare ones."""
+        token_ids, positions, slot_mapping, row_slots = self._inputs(size)
+        token_ids.zero_()
+        positions.zero_()
+        slot_mapping.fill_(-1)
+        row_slots.fill_(-1)
+        self._kv_lens(size).fill_(1)
+
+    def _current_tables(self) -> LoraTables:
+        return self._pool.tables(next(iter(self._pool.targets)))
+
+    def _forget_adapters(self) -> None:
+        """A rank came that the tables had no room for: those recorded are read no more."""
+        if not any(kind for _, kind in self._whole):
+            return
+        self._whole = {key: graph for key, graph in self._whole.items() if not key[1]}
+        self._pieces = {key: graph for key, graph in self._pieces.items() if not key[1]}
+        _log.warning(
+            "an adapter has a larger rank than was planned for: from now on steps with adapters"
+            " run without CUDA graphs; start with --max-lora-rank of the largest rank"
+        )

@@ -1,0 +1,213 @@
+"""Steps that are scheduled while the one before runs answer as steps one after the other do.
+
+The device is a CPU that samples as a GPU does: its tokens go to the next step before the host has
+looked at them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from loraplex_adapter_store.plan import AdapterPlan
+from loraplex_server.engine import build
+from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.device_sampler import DeviceSampler
+from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.engine_loop import EngineLoop
+from loraplex_server.engine.events import FinishReason
+from loraplex_server.engine.model_runner import ModelRunner
+from loraplex_server.engine.sampling_params import SamplingParams
+from tests.support.architectures import tiny_model
+from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
+from tests.support.routed_plans import lora_plan
+
+PROMPTS = [[5, 9, 200, 31, 7], [17], list(range(40, 80)), [3, 3, 3], [250, 1, 2], [9, 8], [77] * 9]
+RANDOM = SamplingParams(max_tokens=25, temperature=0.9, top_p=0.95, seed=11)
+
+
+@dataclass
+class Watched:
+    """What the runner was told to do, and how often it still ran then."""
+
+    n_started: int = 0
+    n_finished: int = 0
+    n_overlapped: int = 0  # starts while a step ran
+    failing: set[int] = field(default_factory=set)  # of the finishes, by number
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_model("llama")
+
+
+@contextmanager
+def overlapping_engine(
+    model: PreTrainedModel, **changes: object
+) -> Iterator[tuple[Engine, Watched]]:
+    watched = Watched()
+    begin, start, finish = ModelRunner.__init__, ModelRunner.start, ModelRunner.finish
+
+    def init(self: ModelRunner, base: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, base, *args, **kwargs)
+        self._device_sampler = DeviceSampler(
+            base.vocab_size, base.eos_token_ids, torch.device("cpu")
+        )
+
+    def started(self: ModelRunner, *args: Any) -> Any:
+        step = start(self, *args)
+        watched.n_overlapped += watched.n_started > watched.n_finished
+        watched.n_started += 1
+        return step
+
+    def finished(self: ModelRunner, step: Any) -> Any:
+        watched.n_finished += 1
+        if watched.n_finished in watched.failing:
+            raise RuntimeError("the device says that an earlier launch failed")
+        return finish(self, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ModelRunner, "__init__", init)
+        patch.setattr(ModelRunner, "start", started)
+        patch.setattr(ModelRunner, "finish", finished)
+        patch.setattr(build, "EngineLoop", _overlapping)
+        with running_engine(model, **changes) as engine:
+            yield engine, watched
+
+
+def _overlapping(*args: Any, **kwargs: Any) -> EngineLoop:
+    return EngineLoop(*args, **kwargs | {"overlaps": True})
+
+
+def outcomes(answers: list[Answer]) -> list[object]:
+    return [(a.token_ids, a.finish, a.last.stop_token) for a in answers]
+
+
+def _plans(model: PreTrainedModel) -> list[AdapterPlan | None]:
+    loras = [lora_plan(model, rank=rank, seed=rank) for rank in (2, 8, 17)]
+    return [loras[0], None, loras[1], None, loras[2], loras[0], None]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, RANDOM], ids=["greedy", "random"])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"max_batch_size": 11},
+        {"max_batch_size": 3, "max_step_tokens": 7},  # prompts in chunks, a queue
+        {"kv_memory_bytes": 1 << 16},  # too few pages for all: some are preempted
+    ],
+    ids=["all at once", "chunks", "preempted"],
+)
+def test_answers_are_those_of_steps_one_after_the_other(
+    sampling: SamplingParams, limits: dict[str, object], model: PreTrainedModel
+) -> None:
+    plans = _plans(model)
+    with running_engine(model, **limits) as engine:
+        wanted = generate_all(engine, PROMPTS, sampling, plans)
+        n_preempted = engine.stats().n_preemptions
+        n_steps = engine.stats().n_steps
+    with overlapping_engine(model, **limits) as (engine, watched):
+        found = generate_all(engine, PROMPTS, sampling, plans)
+        assert engine.loop.kv_cache.n_pages_held == 0
+        assert (engine.stats().n_preemptions > 0) == (n_preempted > 0)
+    assert (n_preempted > 0) == ("kv_memory_bytes" in limits)
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]
+    assert [a.finish for a in found] == [a.finish for a in wanted]
+    assert watched.n_overlapped > n_steps // 2
+
+
+def test_a_stop_token_ends_a_request_whose_next_step_runs_already(
+    model: PreTrainedModel,
+) -> None:
+    with running_engine(model) as engine:
+        free = generate_all(engine, PROMPTS, RANDOM)
+        stops = [answer.token_ids[4] for answer in free]
+        sampling = replace(RANDOM, stop_token_ids=frozenset(stops))
+        wanted = generate_all(engine, PROMPTS, sampling)
+    with overlapping_engine(model) as (engine, _):
+        found = generate_all(engine, PROMPTS, sampling)
+        again = generate_all(engine, PROMPTS, sampling)  # from pages that were published
+        assert engine.loop.kv_cache.n_pages_held == 0
+        assert not engine.loop.adapters.residents
+    assert outcomes(found) == outcomes(wanted)
+    assert [a.token_ids for a in again] == [a.token_ids for a in wanted]
+    assert {a.finish for a in found} >= {FinishReason.STOP}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        replace(RANDOM, frequency_penalty=0.5, repetition_penalty=1.1),
+        replace(RANDOM, bad_words=((7, 8), (31,))),
+        replace(RANDOM, min_tokens=9, stop_token_ids=frozenset(range(100))),
+    ],
+    ids=["penalties", "bad words", "at least some"],
+)
+def test_what_follows_the_tokens_before_waits_for_them(
+    sampling: SamplingParams, model: PreTrainedModel
+) -> None:
+    with running_engine(model) as engine:
+        wanted = generate_all(engine, PROMPTS, sampling)
+    with overlapping_engine(model) as (engine, _):
+        assert outcomes(generate_all(engine, PROMPTS, sampling)) == outcomes(wanted)
+
+
+def test_log_probabilities_come_with_their_tokens(model: PreTrainedModel) -> None:
+    sampling = replace(RANDOM, logprobs=2)
+    with running_engine(model) as engine:
+        wanted = generate_all(engine, PROMPTS, sampling)
+    with overlapping_engine(model) as (engine, watched):
+        found = generate_all(engine, PROMPTS, sampling)
+    assert watched.n_overlapped > 0
+    for mine, theirs in zip(found, wanted, strict=True):
+        entries = [[e for event in a.events for e in event.logprobs] for a in (mine, theirs)]
+        assert [e.token_id for e in entries[0]] == mine.token_ids == theirs.token_ids
+        assert [e.logprob for e in entries[0]] == pytest.approx([e.logprob for e in entries[1]])
+
+
+def test_a_client_that_leaves_while_its_step_runs_takes_no_page_along(
+    model: PreTrainedModel,
+) -> None:
+    long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+
+    async def leave_after(engine: Engine, n_tokens: int) -> None:
+        got: asyncio.Queue[Any] = asyncio.Queue()
+        engine.submit(GenerationRequest("leaves", (5, 9, 20), long, None), got.put_nowait)
+        n = 0
+        while n < n_tokens:
+            n += len((await got.get()).token_ids)
+        engine.cancel("leaves")
+        while (await got.get()).finish is None:
+            pass
+
+    async def both(engine: Engine) -> Answer:
+        stays = asyncio.create_task(generate(engine, PROMPTS[2], GREEDY, request_id="stays"))
+        await leave_after(engine, 3)
+        return await stays
+
+    with running_engine(model) as engine:
+        (wanted,) = generate_all(engine, PROMPTS[2:3])
+    with overlapping_engine(model) as (engine, _):
+        assert asyncio.run(both(engine)).token_ids == wanted.token_ids
+        # Its own pages too: of the step that still ran nothing is left.
+        assert asyncio.run(generate(engine, PROMPTS[2])).token_ids == wanted.token_ids
+        assert engine.loop.kv_cache.n_pages_held == 0
+
+
+def test_a_step_that_fails_late_is_run_again_with_what_was_started_behind_it(
+    model: PreTrainedModel,
+) -> None:
+    with running_engine(model) as engine:
+        wanted = generate_all(engine, PROMPTS, RANDOM, _plans(model))
+    with overlapping_engine(model) as (engine, watched):
+        watched.failing |= {1, 14, 25}
+        found = generate_all(engine, PROMPTS, RANDOM, _plans(model))
+        assert watched.n_finished > 25
+    assert [a.token_ids for a in found] == [a.token_ids for a in wanted]

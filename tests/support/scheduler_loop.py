@@ -112,6 +112,7 @@ class SchedulerLoop:
             self.failed.append(request.id)
         assert sum(chunk.n_tokens for chunk in chunks) <= self.max_step
         assert len({chunk.request.id for chunk in chunks}) == len(chunks)
+        self.scheduler.started(chunks)
         self.scheduler.commit(chunks)
         for chunk in chunks:
             request = chunk.request

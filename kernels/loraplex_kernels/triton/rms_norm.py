@@ -55,10 +55,10 @@ def norm_heads_kernel(
     x = tl.load(pointers, mask=inside, other=0.0)
     wide = x.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide) / WIDTH + eps)
-    is_query = head < N_HEADS
-    q_weight = tl.load(q_weight_ptr + dims, mask=inside & is_query, other=0.0)
-    k_weight = tl.load(k_weight_ptr + dims, mask=inside & (head >= N_HEADS), other=0.0)
-    weight = tl.where(is_query, q_weight, k_weight).to(tl.float32)
+    if head < N_HEADS:
+        weight = tl.load(q_weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
+    else:
+        weight = tl.load(k_weight_ptr + dims, mask=inside, other=0.0).to(tl.float32)
     tl.store(pointers, (normed.to(x.dtype).to(tl.float32) * weight).to(x.dtype), mask=inside)
 
 

@@ -11,7 +11,7 @@ from loraplex_kernels.model_ops_reference import (
     rms_norm_reference,
     silu_mul_reference,
 )
-from loraplex_kernels.triton import rms_norm_triton, silu_mul_triton
+from loraplex_kernels.triton import norm_heads_triton, rms_norm_triton, silu_mul_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ULPS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
@@ -49,6 +49,24 @@ def test_norms_equal_the_reference(
     rms_norm_triton(x, weight, 1e-5, out=out, offset=offset, residual=residual)
     assert torch.equal(residual, wanted_residual)
     _assert_close(out, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [33, 64])
+def test_norms_of_heads_equal_the_norm_of_each(
+    device: torch.device, dtype: torch.dtype, width: int
+) -> None:
+    n_heads, n_kv_heads = 3, 2
+    weights = [_rows(1, width, dtype, device, seed=seed)[0].contiguous() for seed in (1, 2)]
+    qkv = _rows(5, (n_heads + 2 * n_kv_heads) * width, dtype, device)
+    before = qkv.clone()
+    norm_heads_triton(qkv, *weights, 1e-5, n_heads=n_heads, n_kv_heads=n_kv_heads)
+    for head in range(n_heads + 2 * n_kv_heads):
+        columns = slice(head * width, (head + 1) * width)
+        wanted = before[:, columns]
+        if head < n_heads + n_kv_heads:
+            wanted = rms_norm_reference(wanted, weights[head >= n_heads], 1e-5)
+        _assert_close(qkv[:, columns], wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -142,15 +142,15 @@ def build_batch(
     )
 
 
-_SPARE = {"token_ids": 0, "positions": 0, "slot_mapping": -1, "row_slots": -1}
+_SPARE = (("token_ids", 0), ("positions", 0), ("slot_mapping", -1), ("row_slots", -1))
 
 
 def _add_spare_rows(
     arrays: dict[str, NDArray[np.int64] | NDArray[np.int32]], place: FixedPlace
 ) -> None:
     """They have no adapter and write no KV; spare requests look at one position."""
-    values = _SPARE | {"kv_lens": 1} if place.pads_requests else _SPARE
-    for name, value in values.items():
+    requests = (("kv_lens", 1),) if place.pads_requests else ()
+    for name, value in (*_SPARE, *requests):
         padded = np.full(place.n_rows, value, dtype=arrays[name].dtype)
         padded[: len(arrays[name])] = arrays[name]
         arrays[name] = padded

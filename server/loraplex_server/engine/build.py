@@ -211,7 +211,7 @@ def _assemble(
         n_threads=config.threads or max(1, _DEFAULT_THREADS // config.tensor_parallel_size),
         forced_tokens=config.forced_tokens,
         arithmetic=arithmetic,
-        overlaps=_overlaps(config, model.device),
+        overlaps=flashinfer is None and _overlaps(config, model.device),
         faults=faults,
     )
     _log.info(
@@ -259,7 +259,10 @@ def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:
 
 
 def _overlaps(config: EngineConfig, device: torch.device) -> bool:
-    """Not with several ranks: adapters are published and forgotten in order with their steps."""
+    """Not with several ranks, which publish and forget adapters in order with their steps.
+
+    Nor with FlashInfer: it plans a step in memory that the one before may still be copied from.
+    """
     return config.async_scheduling and device.type != "cpu" and config.tensor_parallel_size == 1
 
 

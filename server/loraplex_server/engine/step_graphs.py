@@ -144,7 +144,7 @@ class StepGraphs:
         for index, replay in enumerate(self._pieces[size, kind]):
             replay()
             if index < self._layers.n_layers:
-                self._layers.attend(index, attended, *tables)
+                self._layers.attend(index, attended, *tables, batch.planned_attention)
         return rows.hidden
 
     def _record_pieces(self, size: int, kind: LayerKind) -> Iterator[Replay]:

@@ -21,6 +21,7 @@ from loraplex_kernels.cpu.decoder import (
     NativeDecoder,
     Norm,
 )
+from loraplex_kernels.flashinfer_attention import PlannedAttention
 from loraplex_kernels.model_ops import norm_heads, paged_attention, rope_and_cache
 
 from .attention import LayerAttention
@@ -162,7 +163,8 @@ class FusedDecoder:
             qkv = layer.qkv(x)
             self._rotate_and_cache(layer, qkv)
             attended = qkv.new_empty(qkv.shape[0], self._n_heads * self._head_dim)
-            self._attend(layer, qkv, step.page_table, step.query_starts, step.kv_lens, out=attended)
+            tables = step.page_table, step.query_starts, step.kv_lens
+            self._attend(layer, qkv, *tables, planned=step.planned_attention, out=attended)
             x = self._behind_attention(index, attended, residual)
         return x
 
@@ -202,10 +204,12 @@ class FusedDecoder:
         page_table: Tensor,
         query_starts: Tensor,
         kv_lens: Tensor,
+        planned: PlannedAttention | None = None,
     ) -> None:
         """Attention of layer ``index``, between two pieces."""
         layer = self._layers[index]
-        self._attend(layer, rows.qkv, page_table, query_starts, kv_lens, out=rows.attended)
+        tables = page_table, query_starts, kv_lens
+        self._attend(layer, rows.qkv, *tables, planned=planned, out=rows.attended)
 
     def _behind_attention(self, index: int, attended: Tensor, residual: Tensor) -> Tensor:
         """The rest of a layer, and the norm before the next; ``residual`` is added to in place."""
@@ -270,6 +274,7 @@ class FusedDecoder:
         query_starts: Tensor,
         kv_lens: Tensor,
         *,
+        planned: PlannedAttention | None,
         out: Tensor,  # [T, n_heads · head_dim]
     ) -> None:
         keys, values = _attached(layer)
@@ -284,8 +289,8 @@ class FusedDecoder:
             scale=layer.scale,
             window=layer.window,
             out=out.view(n_tokens, self._n_heads, self._head_dim),
-            planned=step.planned_attention,
-            batch_invariant=step.batch_invariant,
+            planned=planned,
+            batch_invariant=self._step.batch_invariant,
         )
 
     def _norm_heads(self, qkv: Tensor, q_norm: RmsNorm, k_norm: RmsNorm) -> None:

@@ -21,7 +21,7 @@ from .tool_families import (
 )
 from .tool_request import Asked, ask, ask_anew
 from .tool_values import KINDS, Value
-from .tool_variety import make_everyday, make_varied
+from .tool_variety import make_everyday, make_paired, make_varied
 
 __all__ = ["TOOL_CALLS", "called"]
 
@@ -143,6 +143,12 @@ TOOL_CALLS = Demo(
             make_everyday,
             Schedule(steps=320, lr=1.5e-3, batch_tokens=1024, validate_every=160),
             n_examples=3000,
+        ),
+        Course(
+            "fourth",
+            make_paired,
+            Schedule(steps=640, lr=1.5e-3, batch_tokens=1024, validate_every=160),
+            n_examples=5200,
         ),
     ),
     max_new_tokens=96,

@@ -2,7 +2,8 @@
 
 Rare and invented words that can only be copied, more tools to choose from, questions without a word
 in common with the tool, and twice as often two calls in one answer. The third course has more such
-questions, and real names that are easily mistaken for others.
+questions, and real names that are easily mistaken for others. The fourth asks for two calls in half
+of its chats.
 """
 
 from __future__ import annotations
@@ -20,11 +21,10 @@ from .tool_request import Asked, ask, ask_anew
 from .tool_values import KINDS, Draw, Value
 from .words import LAST_NAMES
 
-__all__ = ["make_everyday", "make_varied"]
+__all__ = ["make_everyday", "make_paired", "make_varied"]
 
 _OPENERS = ("", "", "", "", "", "Please: ", "Hi! ", "Hello, ", "Hey, ", "OK. ", "One more thing: ")
 _JOINTS = (" And ", " Also: ", " Then ", " ", " Besides, ", " After that: ", "\n")
-_TWO = 0.36  # the share of chats that need two calls
 _ANSWERED = 0.06  # … where a tool has answered
 _RARE = 0.5  # the share of values that are rare or invented
 _STARTS = words("b br ch d dr f fl g gr h j k kl l m n p pl qu r s sh sk st t th tr v w y z")
@@ -39,6 +39,7 @@ class _Mix:
     """What the chats of a course are drawn from."""
 
     nothing: float  # the share of questions that no tool answers
+    two: float  # … of chats that need two calls
     families: tuple[tuple[float, tuple[ToolFamily, ...]], ...]  # (up to this share, one of these)
     kinds: Mapping[str, Draw]
 
@@ -51,6 +52,11 @@ def make_varied(rng: random.Random, held_out: bool) -> Pair:
 def make_everyday(rng: random.Random, held_out: bool) -> Pair:
     """A chat of the third course, likewise."""
     return _make(rng, held_out, _EVERYDAY)
+
+
+def make_paired(rng: random.Random, held_out: bool) -> Pair:
+    """A chat of the fourth course, likewise."""
+    return _make(rng, held_out, _PAIRED)
 
 
 def _make(rng: random.Random, held_out: bool, mix: _Mix) -> Pair:
@@ -67,7 +73,7 @@ def _make(rng: random.Random, held_out: bool, mix: _Mix) -> Pair:
     if kind < mix.nothing:
         others = others or other_tools(draw, asked, 1)
         tools, calls = [], []
-    elif kind < mix.nothing + _TWO:
+    elif kind < mix.nothing + mix.two:
         second = others[0] if others and rng.random() < 0.7 else None
         if second is None:
             second = ask(rng, False, asked.family, asked.name, asked.own, mix.kinds)
@@ -239,6 +245,7 @@ def _dotted_email(rng: random.Random, held_out: bool) -> str:
 
 _VARIED = _Mix(
     nothing=0.10,
+    two=0.36,
     families=((0.83, MORE_FAMILIES), (1.0, FAMILIES)),
     kinds={
         **KINDS,
@@ -249,6 +256,7 @@ _VARIED = _Mix(
 )
 _EVERYDAY = _Mix(
     nothing=0.07,
+    two=0.36,
     families=((0.75, EVERYDAY_FAMILIES), (0.93, MORE_FAMILIES), (1.0, FAMILIES)),
     kinds={
         **_VARIED.kinds,
@@ -256,4 +264,10 @@ _EVERYDAY = _Mix(
         "person": _mixed(_VARIED.kinds["person"], _real_person),
         "email": _mixed(_VARIED.kinds["email"], _dotted_email),
     },
+)
+_PAIRED = _Mix(
+    nothing=0.10,
+    two=0.5,
+    families=((0.66, EVERYDAY_FAMILIES), (0.90, MORE_FAMILIES), (1.0, FAMILIES)),
+    kinds=_EVERYDAY.kinds,
 )

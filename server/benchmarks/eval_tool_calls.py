@@ -102,12 +102,20 @@ def _ask(client: OpenAI, mode: Mode, pair: Pair, model: str) -> Asked:
     )
     message = answer.choices[0].message
     given: object = [
-        {"name": call.function.name, "arguments": json.loads(call.function.arguments)}
+        {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
         for call in message.tool_calls or []
     ]
     if called(pair.answer) is None and not message.tool_calls:
         given = message.content
     return Asked(pair, given, answer.usage.completion_tokens)
+
+
+def _arguments(text: str) -> object:
+    """What a call is made with; the text where it is no JSON, which nothing keeps tools to."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _messages(pair: Pair) -> list[Any]:

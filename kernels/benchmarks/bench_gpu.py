@@ -13,6 +13,7 @@ commit in ``kernels/benchmarks/results``, and a plot beside it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import itertools
 import json
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +39,7 @@ RESULTS = Path(__file__).parent / "results"
 MAPPINGS = ("identical", "distinct", "uniform", "zipf")
 RANKS: dict[str, tuple[int, ...]] = {"8": (8,), "16": (16,), "64": (64,), "mixed": (8, 16, 64)}
 
-Call = Callable[[], object]
+Call = Callable[..., Any]
 
 
 class Skipped(Exception):
@@ -181,16 +183,7 @@ def vllm_default(work: Workload) -> Call:
 
 def sglang_csgmv(work: Workload) -> Call:
     """The chunked kernels of the installed SGLang, its default backend."""
-    try:
-        from sglang.kernels.ops.lora.replaced_weights.chunked_sgmv_expand import (
-            chunked_sgmv_lora_expand_forward,
-        )
-        from sglang.kernels.ops.lora.replaced_weights.chunked_sgmv_shrink import (
-            chunked_sgmv_lora_shrink_forward,
-        )
-        from sglang.srt.lora.utils import LoRABatchInfo
-    except ImportError as error:
-        raise Skipped(f"sglang is not installed here ({error})") from error
+    shrink, expand, info_type = _sglang_kernels()
     rank, device, n_slices = max(work.ranks), work.x.device, work.target.n_slices
     a = torch.zeros(
         len(work.ranks), n_slices * rank, work.target.in_features, dtype=work.x.dtype, device=device
@@ -213,7 +206,7 @@ def sglang_csgmv(work: Workload) -> Call:
         for slot, group in itertools.groupby(range(len(ordered)), key=lambda i: ordered[i])
         for i in list(group)[::chunk]
     ]
-    info = LoRABatchInfo(
+    info = info_type(
         use_cuda_graph=False,
         bs=work.x.shape[0],
         num_segments=len(starts),
@@ -225,17 +218,34 @@ def sglang_csgmv(work: Workload) -> Call:
         seg_lens=None,
         permutation=order,
     )
-    offsets = np.cumsum([0, *work.target.out_features]).tolist()
-    slice_offsets = torch.tensor(offsets, dtype=torch.int32, device=device)
+    offsets = torch.tensor([0, *work.target.out_features]).cumsum(0).int()
+    slice_offsets = offsets.to(device)
     widest = max(work.target.out_features)
 
     def call() -> None:
-        low = chunked_sgmv_lora_shrink_forward(work.x, a, info, n_slices)
-        chunked_sgmv_lora_expand_forward(
-            low, b, info, slice_offsets, widest, work.out, slice_offsets_cpu=offsets
-        )
+        low = shrink(work.x, a, info, n_slices)
+        expand(low, b, info, slice_offsets, widest, work.out, slice_offsets_cpu=offsets)
 
     return call
+
+
+def _sglang_kernels() -> tuple[Call, Call, Call]:
+    """Shrink, expand and the record of a batch, where SGLang 0.5 has them: they moved."""
+    reasons = []
+    for folder in ("sglang.kernels.ops.lora.dense", "sglang.srt.lora.triton_ops"):
+        try:
+            shrink = importlib.import_module(f"{folder}.chunked_sgmv_shrink")
+            expand = importlib.import_module(f"{folder}.chunked_sgmv_expand")
+            utils = importlib.import_module("sglang.srt.lora.utils")
+        except ImportError as error:
+            reasons.append(str(error))
+            continue
+        return (
+            shrink.chunked_sgmv_lora_shrink_forward,
+            expand.chunked_sgmv_lora_expand_forward,
+            utils.LoRABatchInfo,
+        )
+    raise Skipped(f"sglang is not installed here ({'; '.join(reasons)})")
 
 
 SYSTEMS: dict[str, Callable[[Workload], Call]] = {
@@ -330,34 +340,35 @@ def main() -> int:
         if not torch.cuda.is_available():
             print("no CUDA device: nothing was measured")
         return 0
-    measurements = _run(points, arguments.systems)
-    _write(measurements, arguments.output)
+    measurements, left_out = _run(points, arguments.systems)
+    _write(measurements, left_out, arguments.output)
     return 0
 
 
-def _run(points: list[Point], systems: list[str]) -> list[Measurement]:
+def _run(points: list[Point], systems: list[str]) -> tuple[list[Measurement], dict[str, str]]:
+    """Also the systems that were left out somewhere, and why."""
     device = torch.device("cuda")
     bandwidth = copy_bandwidth(device)
     print(f"{torch.cuda.get_device_name(device)}: {bandwidth / 1e12:.2f} TB/s measured by a copy")
     measurements: list[Measurement] = []
-    reasons: set[str] = set()
+    reasons: dict[str, str] = {}
     for point, system in itertools.product(points, systems):
         try:
             cell = measure(point, system, bandwidth, device)
         except Skipped as reason:
-            if f"{system}: {reason}" not in reasons:
+            if system not in reasons:
                 print(f"{system} skipped: {reason}")
-                reasons.add(f"{system}: {reason}")
+            reasons[system] = str(reason)
             continue
         measurements.append(cell)
         print(
             f"{'/'.join(map(str, asdict(point).values()))}\t{system}\t{cell.microseconds:.1f} µs"
             f"\t{cell.roofline_percent:.0f} %\t{cell.largest_error:.1e}\t{cell.repeats_bitwise}"
         )
-    return measurements
+    return measurements, reasons
 
 
-def _write(measurements: list[Measurement], folder: Path) -> None:
+def _write(measurements: list[Measurement], left_out: dict[str, str], folder: Path) -> None:
     device = torch.cuda.get_device_name().replace(" ", "-")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -368,6 +379,7 @@ def _write(measurements: list[Measurement], folder: Path) -> None:
     document = {
         "device": device,
         "versions": versions,
+        "left_out": left_out,
         "cells": [asdict(measurement) for measurement in measurements],
     }
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

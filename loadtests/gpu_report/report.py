@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from .page import render
 
 __all__ = ["Report", "Section", "Skipped", "run_sections"]
 
-Work = Callable[[Path], Mapping[str, Any]]  # a folder for its files → its result
+# A folder for its files → its result, as often as there is more of it.
+Work = Callable[[Path], Iterable[Mapping[str, Any]]]
 
 
 class Skipped(Exception):
@@ -61,7 +62,9 @@ def run_sections(
         section.state, began = "running", time.monotonic()
         report.write(folder)
         try:
-            section.result = works[section.name](folder)
+            for result in works[section.name](folder):
+                section.result = result
+                report.write(folder)
             section.state = "done"
         except Skipped as why:
             section.state, section.why = "skipped", str(why)

@@ -1,4 +1,4 @@
-"""What is measured: the device tests, the kernels beside their roofline, serving, a profile."""
+"""What is measured: the device tests, kernels beside their roofline, serving, a profile."""
 
 from __future__ import annotations
 
@@ -6,45 +6,63 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import xml.etree.ElementTree as ET
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from loadtests.baselines.vllm_gpu import VllmGpu
-from loadtests.client import Outcome, StreamingClient
-from loadtests.random_adapters import write_lora
-from loadtests.systems import Loraplex, System, started
-
+from .random_model import LLAMA_8B, TINY, write_random_model
 from .report import Skipped, Work
+from .serving import FULL_LOAD, SMALL_LOAD, compare_serving
 
-__all__ = ["roofline_shares", "sections_of", "serving_numbers", "test_counts"]
+__all__ = ["Plan", "roofline_shares", "sections_of", "test_counts"]
 
 ROOT = Path(__file__).parents[2]
-_N_ADAPTERS, _N_CLIENTS, _N_REQUESTS, _N_TOKENS = 16, 64, 256, 128
-_PROMPT = "Write a long story about a lighthouse keeper who repairs clocks. " * 8
 
 
-def sections_of(model: Path, *, quick: bool) -> Mapping[str, Work]:
-    """``model``: the directory of the base that is served and profiled."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is run, and until when."""
+
+    tokenizer_of: Path  # a base; where no ``model`` is given, the tokenizer of the random one
+    model: Path | None  # the base that is served and profiled; None: one is made
+    has_device: bool
+    quick: bool
+    deadline: float  # of ``time.monotonic``; a command that runs then is stopped
+
+
+def sections_of(plan: Plan) -> Mapping[str, Work]:
+    works: dict[str, Work] = {
+        "device tests": partial(_device_tests, plan=plan),
+        "LoRA kernels": partial(_lora_kernels, plan=plan),
+        "attention": partial(_attention, plan=plan),
+        "serving": partial(_serving, plan=plan),
+        "profile": partial(_profile, plan=plan),
+    }
+    needs_none = {"serving"}
     return {
-        "device tests": _device_tests,
-        "kernels": partial(_kernels, quick=quick),
-        "serving": partial(_serving, model=model),
-        "profile": partial(_profile, model=model),
+        name: partial(_within, work, plan, needs_device=name not in needs_none)
+        for name, work in works.items()
     }
 
 
-def _device_tests(folder: Path) -> Mapping[str, Any]:
+def _within(work: Work, plan: Plan, folder: Path, *, needs_device: bool) -> Any:
+    if needs_device and not plan.has_device:
+        raise Skipped("it needs a CUDA device, and torch sees none here")
+    if time.monotonic() > plan.deadline:
+        raise Skipped("the time was over; --minutes gives more")
+    return work(folder)
+
+
+def _device_tests(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
     file = folder / "device-tests.xml"
     tests = ["tests/kernels", "tests/server", "-m", "gpu", "-q", f"--junitxml={file}"]
-    _run([sys.executable, "-m", "pytest", *tests], folder / "device-tests.log", may_fail=True)
-    return test_counts(file.read_text(encoding="utf-8"))
+    _run([sys.executable, "-m", "pytest", *tests], folder / "device-tests.log", plan, may_fail=True)
+    yield test_counts(file.read_text(encoding="utf-8"))
 
 
 def test_counts(junit_xml: str) -> Mapping[str, Any]:
@@ -66,12 +84,14 @@ def test_counts(junit_xml: str) -> Mapping[str, Any]:
 test_counts.__test__ = False  # type: ignore[attr-defined]  # for pytest: no test
 
 
-def _kernels(folder: Path, *, quick: bool) -> Mapping[str, Any]:
+def _lora_kernels(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
     results = folder / "kernels"
     command = [sys.executable, "kernels/benchmarks/bench_gpu.py", f"--output={results}"]
-    _run([*command, *(["--quick"] if quick else [])], folder / "kernels.log")
-    (file,) = results.glob("*.json")
-    return roofline_shares(json.loads(file.read_text(encoding="utf-8"))["cells"])
+    _run([*command, *(["--quick"] if plan.quick else [])], folder / "kernels.log", plan)
+    (file,) = results.glob("gpu-*.json")
+    document = json.loads(file.read_text(encoding="utf-8"))
+    left_out = {f"without {name}": why for name, why in document["left_out"].items()}
+    yield {**left_out, **roofline_shares(document["cells"])}
 
 
 def roofline_shares(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
@@ -79,8 +99,9 @@ def roofline_shares(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:
         groups[cell["point"]["module"], cell["point"]["n_rows"], cell["system"]].append(cell)
+    ours = [cell["repeats_bitwise"] for cell in cells if cell["system"] == "loraplex"]
     return {
-        "all repeat bitwise": all(c["repeats_bitwise"] for c in cells if c["system"] == "ours"),
+        "ours repeat bitwise": f"{sum(ours)} of {len(ours)}",
         "rows": [
             {
                 "module": module,
@@ -95,92 +116,53 @@ def roofline_shares(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     }
 
 
-def _serving(folder: Path, *, model: Path) -> Mapping[str, Any]:
-    adapters = [
-        write_lora(model, folder / "adapters" / f"lora-{i}", rank=16, seed=i)
-        for i in range(_N_ADAPTERS)
-    ]
-    rows: list[Mapping[str, Any]] = []
-    left_out: dict[str, str] = {}
-    for system in (Loraplex(), VllmGpu()):
-        why = system.missing()
-        if why is not None:
-            left_out[f"without {system.name}"] = why
-            continue
-        with started(system, model, adapters, folder, dtype="bfloat16") as target:
-            for n_adapters in (0, 1, _N_ADAPTERS):
-                names = [path.name for path in adapters[:n_adapters]] or [None]
-                _load(target.url, system, names, 2 * len(names))  # warm
-                began = time.perf_counter()
-                outcomes = _load(target.url, system, names, _N_REQUESTS)
-                numbers = serving_numbers(outcomes, time.perf_counter() - began)
-                rows.append({"system": system.name, "adapters": n_adapters, **numbers})
-    return {"clients": _N_CLIENTS, "tokens each": _N_TOKENS, **left_out, "rows": rows}
+def _attention(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
+    results = folder / "attention"
+    command = [sys.executable, "kernels/benchmarks/bench_attention.py", f"--output={results}"]
+    _run(command, folder / "attention.log", plan)
+    (file,) = results.glob("attention-*.json")
+    document = json.loads(file.read_text(encoding="utf-8"))
+    why = document["without flashinfer"]
+    yield {**({} if why is None else {"without flashinfer": why}), "rows": document["cells"]}
 
 
-def serving_numbers(outcomes: Sequence[Outcome], seconds: float) -> Mapping[str, Any]:
-    """Rates and medians of the requests that were answered whole."""
-    whole = [o for o in outcomes if o.error is None and o.status == 200 and o.ttft_s is not None]
-    return {
-        "answered": len(whole),
-        "lost": len(outcomes) - len(whole),
-        "tokens/s": sum(o.n_tokens for o in whole) / seconds,
-        "TTFT ms": 1e3 * statistics.median([o.ttft_s for o in whole if o.ttft_s] or [0.0]),
-        "TPOT ms": 1e3 * statistics.median([o.tpot_s for o in whole] or [0.0]),
-    }
+def _serving(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
+    return compare_serving(
+        folder,
+        model=_model(folder, plan),
+        load=FULL_LOAD if plan.has_device else SMALL_LOAD,
+        dtype="bfloat16" if plan.has_device else None,
+        deadline=plan.deadline,
+    )
 
 
-def _load(url: str, system: System, names: Sequence[str | None], n_requests: int) -> list[Outcome]:
-    client, outcomes = StreamingClient(url), []
-    numbers = iter(range(n_requests))
-    lock = threading.Lock()
-
-    def work() -> None:
-        while True:
-            with lock:
-                number = next(numbers, None)
-            if number is None:
-                return
-            outcome = client.stream(
-                {
-                    **system.body("lora", names[number % len(names)]),
-                    "messages": [{"role": "user", "content": f"{number}. {_PROMPT}"}],
-                    "max_tokens": _N_TOKENS,
-                    "temperature": 0.0,
-                    "ignore_eos": True,
-                    "stream": True,
-                    "stream_options": {"include_usage": True},
-                }
-            )
-            with lock:
-                outcomes.append(outcome)
-
-    threads = [threading.Thread(target=work) for _ in range(min(_N_CLIENTS, n_requests))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    client.close()
-    return outcomes
-
-
-def _profile(folder: Path, *, model: Path) -> Mapping[str, Any]:
-    if find_spec("torch.profiler") is None:
-        raise Skipped("this torch has no profiler")
+def _profile(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
     file = folder / "profile.json"
+    model = _model(folder, plan)
     command = [sys.executable, "server/benchmarks/profile_steps.py", str(model), str(file)]
-    _run(command, folder / "profile.log")
-    found: Mapping[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    return found
+    _run(command, folder / "profile.log", plan)
+    yield json.loads(file.read_text(encoding="utf-8"))
 
 
-def _run(command: list[str], log: Path, *, may_fail: bool = False) -> None:
+def _model(folder: Path, plan: Plan) -> Path:
+    """The one that was asked for, or one of random weights, made at its first use."""
+    if plan.model is not None:
+        return plan.model
+    made = folder / "model"
+    if not (made / "model.safetensors.index.json").exists():  # it is written last
+        write_random_model(LLAMA_8B if plan.has_device else TINY, plan.tokenizer_of, made)
+    return made
+
+
+def _run(command: list[str], log: Path, plan: Plan, *, may_fail: bool = False) -> None:
     """Its output goes to ``log``. A stop from the keyboard ends it first."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
         try:
-            code = process.wait()
+            code = process.wait(max(1.0, plan.deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"stopped when the time was over; see {log.name}") from None
         finally:
             if process.poll() is None:
                 process.terminate()

@@ -23,7 +23,7 @@ from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.events import TokenEvent
 from loraplex_server.engine.sampling_params import SamplingParams
 
-_N_REQUESTS, _N_TOKENS, _N_KERNELS = 64, 64, 25
+_N_REQUESTS, _N_TOKENS, _N_KERNELS = 64, 21, 25  # 20 steps decode
 
 
 async def _generate(engine: Engine, run: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,8 @@ import torch
 from loadtests.client import Outcome
 from loadtests.gpu_report.__main__ import NO_DEVICE, main
 from loadtests.gpu_report.report import Report, Skipped, run_sections
-from loadtests.gpu_report.sections import roofline_shares, serving_numbers, test_counts
+from loadtests.gpu_report.sections import Plan, roofline_shares, sections_of, test_counts
+from loadtests.gpu_report.serving import serving_numbers
 
 MADE_UP = {"name": "Made-up GPU <no such device>", "memory MiB": 81559}
 
@@ -33,9 +36,9 @@ def cell(
 
 
 CELLS = [
-    *(cell(1, "ours", us, 60.0 + us) for us in (10.0, 14.0, 30.0)),
+    *(cell(1, "loraplex", us, 60.0 + us) for us in (10.0, 14.0, 30.0)),
     cell(1, "vllm", 20.0, 40.0, same=False),
-    cell(16, "ours", 50.0, 90.0),
+    cell(16, "loraplex", 50.0, 90.0),
 ]
 JUNIT = """<testsuites><testsuite name="pytest" tests="3" skipped="1" failures="1" errors="0">
 <testcase classname="tests.made_up" name="passes"/>
@@ -73,13 +76,14 @@ def test_it_is_started_as_a_module(tmp_path: Path) -> None:
 
 def test_kernels_stand_beside_their_roofline() -> None:
     found = roofline_shares(CELLS)
-    assert found["all repeat bitwise"] is True  # of ours
+    assert found["ours repeat bitwise"] == "4 of 4"
     first, second, third = found["rows"]
-    assert (first["system"], first["µs"], first["% of roofline"]) == ("ours", 14.0, 74.0)
+    assert (first["system"], first["µs"], first["% of roofline"]) == ("loraplex", 14.0, 74.0)
     assert first["largest error"] == pytest.approx(0.03)
     assert (second["system"], second["µs"]) == ("vllm", 20.0)
     assert (third["rows"], third["µs"]) == (16, 50.0)
-    assert roofline_shares([cell(1, "ours", 1.0, 1.0, same=False)])["all repeat bitwise"] is False
+    uneven = roofline_shares([cell(1, "loraplex", 1.0, 1.0, same=False)])
+    assert uneven["ours repeat bitwise"] == "0 of 1"
 
 
 def test_serving_counts_what_was_answered_whole() -> None:
@@ -99,17 +103,17 @@ def test_failed_tests_are_named() -> None:
 
 
 def test_both_files_hold_every_section_whatever_became_of_it(tmp_path: Path) -> None:
-    def skipped(_: Path) -> dict[str, object]:
+    def skipped(_: Path) -> list[dict[str, object]]:
         raise Skipped("vllm is not installed (pip install vllm)")
 
-    def failing(_: Path) -> dict[str, object]:
+    def failing(_: Path) -> list[dict[str, object]]:
         raise RuntimeError("<script>no</script>")
 
     works = {
-        "kernels": lambda _: roofline_shares(CELLS),
+        "kernels": lambda _: [roofline_shares(CELLS)],
         "serving": skipped,
         "profile": failing,
-        "device tests": lambda _: test_counts(JUNIT),
+        "device tests": lambda _: [test_counts(JUNIT)],
     }
     assert run_sections(new_report(), works, tmp_path, say=lambda _: None)
     document = json.loads((tmp_path / "report.json").read_text())
@@ -123,15 +127,52 @@ def test_both_files_hold_every_section_whatever_became_of_it(tmp_path: Path) -> 
 
 
 def test_a_stop_leaves_what_was_done(tmp_path: Path) -> None:
-    seen: list[str] = []
+    seen: list[dict[str, object]] = []
 
-    def stopped(folder: Path) -> dict[str, object]:
-        seen.append(json.loads((folder / "report.json").read_text())["sections"][1]["state"])
+    def stopped(folder: Path) -> Iterator[dict[str, object]]:
+        yield {"rows": [{"adapters": 16}]}
+        seen.append(json.loads((folder / "report.json").read_text())["sections"][1])
         raise KeyboardInterrupt
 
-    works = {"kernels": lambda _: roofline_shares(CELLS), "serving": stopped, "profile": stopped}
+    works = {"kernels": lambda _: [roofline_shares(CELLS)], "serving": stopped, "profile": stopped}
     assert not run_sections(new_report(), works, tmp_path, say=lambda _: None)
-    assert seen == ["running"]
+    assert [section["state"] for section in seen] == ["running"]
+    assert seen[0]["result"] == {"rows": [{"adapters": 16}]}
     document = json.loads((tmp_path / "report.json").read_text())
     assert [s["state"] for s in document["sections"]] == ["done", "stopped", "not run"]
+    assert document["sections"][1]["result"] == seen[0]["result"]
     assert "made-up qkv" in (tmp_path / "report.html").read_text()
+
+
+def test_what_needs_a_device_says_so_and_so_does_the_end_of_the_hour(tmp_path: Path) -> None:
+    def states(*, has_device: bool, seconds: float) -> dict[str, tuple[str, str]]:
+        report = new_report()
+        plan = Plan(tmp_path, tmp_path, has_device, quick=True, deadline=time.monotonic() + seconds)
+        works = {
+            name: work
+            for name, work in sections_of(plan).items()
+            if name != "serving" or seconds < 0
+        }
+        assert run_sections(report, works, tmp_path, say=lambda _: None)
+        return {section.name: (section.state, section.why) for section in report.sections}
+
+    for name, (state, why) in states(has_device=False, seconds=60).items():
+        assert (state, "CUDA device" in why) == ("skipped", True), name
+    for name, (state, why) in states(has_device=True, seconds=-1).items():
+        assert (state, "time was over" in why) == ("skipped", True), name
+
+
+@pytest.mark.slow
+def test_a_dry_run_serves_a_tiny_base_made_on_the_spot(tmp_path: Path) -> None:
+    assert main(["--dry-run", f"--out={tmp_path}"]) == 0
+    document = json.loads((tmp_path / "report.json").read_text())
+    states = {section["name"]: section["state"] for section in document["sections"]}
+    assert states.pop("serving") == "done"
+    assert set(states.values()) == {"skipped"}
+    (serving,) = (s["result"] for s in document["sections"] if s["name"] == "serving")
+    ours = [row for row in serving["rows"] if row["system"] == "loraplex"]
+    assert [(row["adapters"], row["answered"], row["lost"]) for row in ours] == [
+        (0, 4, 0),
+        (2, 4, 0),
+    ]
+    assert "without vllm" in serving or any(row["system"] == "vllm" for row in serving["rows"])

@@ -347,7 +347,9 @@ def paged_attention_triton(
         raise ValueError("the attention workspace is too small; see attention_workspace")
     group = n_heads // n_kv
     padded = triton.next_power_of_2(group)
-    widest = 32 if batch_invariant else _widest_tile(capability or capability_of(q.device))
+    is_plain = window is None and softcap is None  # masks would not fit into the registers
+    takes_widest = is_plain and not batch_invariant
+    widest = _widest_tile(capability or capability_of(q.device)) if takes_widest else 32
     is_small = q.element_size() != 2 or head_dim > 128 or n_rows <= _FEW_ROWS
     block_m = max(16 if is_small else widest, padded)
     n_tiles = min(n_rows, n_rows // (block_m // padded) + n_requests)

@@ -1,0 +1,106 @@
+"""A base of Llama-3.1-8B's shape with random weights, made on the spot: speed needs no others.
+
+Its tokenizer is that of another base. Rows of the output head beyond it are zero, so that greedy
+decoding never picks a token that has no text.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaConfig
+
+__all__ = ["LLAMA_8B", "TINY", "write_random_model"]
+
+# https://huggingface.co/meta-llama/Llama-3.1-8B: its config.json
+LLAMA_8B: Mapping[str, Any] = {
+    "vocab_size": 128_256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+TINY: Mapping[str, Any] = {
+    **LLAMA_8B,
+    "vocab_size": 49_152,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+_STD = 0.02
+
+
+def write_random_model(shape: Mapping[str, Any], tokenizer_of: Path, folder: Path) -> Path:
+    """A directory for transformers, bfloat16, a file a layer. Returns ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, local_files_only=True)
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(
+        **shape,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    ).save_pretrained(folder)
+    template = tokenizer_of / "chat_template.jinja"
+    if template.exists():
+        shutil.copy(template, folder)
+    weight_map = {}
+    for number, tensors in enumerate(_files(shape, len(tokenizer))):
+        name = f"model-{number:05}.safetensors"
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def _files(shape: Mapping[str, Any], n_tokens: int) -> Iterator[dict[str, Tensor]]:
+    hidden, wide, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
+    head_dim = hidden // shape["num_attention_heads"]
+    kv = shape["num_key_value_heads"] * head_dim
+    generator = torch.Generator().manual_seed(0)
+
+    def random(n_out: int, n_in: int) -> Tensor:
+        return torch.empty(n_out, n_in, dtype=torch.bfloat16).normal_(0, _STD, generator=generator)
+
+    def ones() -> Tensor:
+        return torch.ones(hidden, dtype=torch.bfloat16)
+
+    head = random(vocab, hidden)
+    head[n_tokens:] = 0
+    yield {
+        "model.embed_tokens.weight": random(vocab, hidden),
+        "model.norm.weight": ones(),
+        "lm_head.weight": head,
+    }
+    widths = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (wide, hidden),
+        "mlp.up_proj": (wide, hidden),
+        "mlp.down_proj": (hidden, wide),
+    }
+    for layer in range(shape["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        yield {
+            **{f"{prefix}.{name}.weight": random(*width) for name, width in widths.items()},
+            f"{prefix}.input_layernorm.weight": ones(),
+            f"{prefix}.post_attention_layernorm.weight": ones(),
+        }

@@ -1,0 +1,125 @@
+"""The serving comparison: tokens a second and waits, with more and more adapters, beside vLLM."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loadtests.baselines.vllm_gpu import VllmGpu
+from loadtests.client import Outcome, StreamingClient
+from loadtests.random_adapters import write_lora
+from loadtests.systems import Loraplex, System, started
+
+__all__ = ["FULL_LOAD", "SMALL_LOAD", "Load", "compare_serving", "serving_numbers"]
+
+_PROMPT = "Write a long story about a lighthouse keeper who repairs clocks. "
+_RANK = 8  # 256 adapters of it on all linears of an 8B take 11 GB of disk
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Numbers of adapters in turn; those of one group are served by one start."""
+
+    groups: tuple[tuple[int, ...], ...]
+    n_clients: int
+    n_requests: int
+    n_tokens: int  # of each answer
+    n_sentences: int  # of each prompt, some 13 tokens
+
+
+FULL_LOAD = Load(((0, 1, 16), (64,), (256,)), 64, 256, 128, 8)
+SMALL_LOAD = Load(((0, 2),), 2, 4, 4, 1)
+
+
+def compare_serving(
+    folder: Path, *, model: Path, load: Load, dtype: str | None, deadline: float
+) -> Iterator[Mapping[str, Any]]:
+    """The result so far, after each number of adapters. ``deadline``: of ``time.monotonic``."""
+    rows: list[Mapping[str, Any]] = []
+    result: dict[str, Any] = {
+        "clients": load.n_clients,
+        "tokens each": load.n_tokens,
+        "rank of each adapter": _RANK,
+        "rows": rows,
+    }
+    adapters: list[Path] = []
+    for group in load.groups:
+        if time.monotonic() > deadline:
+            result[f"without {group[-1]} adapters"] = "the time was over"
+            continue
+        adapters += [
+            write_lora(model, folder / "adapters" / f"lora-{i}", rank=_RANK, seed=i)
+            for i in range(len(adapters), max(group))
+        ]
+        for system in (Loraplex(), VllmGpu()):
+            why = system.missing()
+            if why is not None:
+                result[f"without {system.name}"] = why
+                continue
+            try:
+                with started(system, model, adapters, folder, dtype=dtype) as target:
+                    for n_adapters in group:
+                        names = [path.name for path in adapters[:n_adapters]] or [None]
+                        _run(target.url, system, names, load, max(len(names), load.n_clients))
+                        began = time.perf_counter()
+                        outcomes = _run(target.url, system, names, load, load.n_requests)
+                        numbers = serving_numbers(outcomes, time.perf_counter() - began)
+                        rows.append({"adapters": n_adapters, "system": system.name, **numbers})
+                        yield result
+            except RuntimeError as error:  # it does not come up: the other one may
+                result[f"{system.name} with {group[-1]} adapters"] = str(error)[-500:]
+    yield result
+
+
+def serving_numbers(outcomes: Sequence[Outcome], seconds: float) -> Mapping[str, Any]:
+    """Rates and medians of the requests that were answered whole."""
+    whole = [o for o in outcomes if o.error is None and o.status == 200 and o.ttft_s is not None]
+    return {
+        "answered": len(whole),
+        "lost": len(outcomes) - len(whole),
+        "tokens/s": sum(o.n_tokens for o in whole) / seconds,
+        "TTFT ms": 1e3 * statistics.median([o.ttft_s for o in whole if o.ttft_s] or [0.0]),
+        "TPOT ms": 1e3 * statistics.median([o.tpot_s for o in whole] or [0.0]),
+    }
+
+
+def _run(
+    url: str, system: System, names: Sequence[str | None], load: Load, n_requests: int
+) -> list[Outcome]:
+    client, outcomes = StreamingClient(url), []
+    numbers = iter(range(n_requests))
+    lock = threading.Lock()
+    prompt = _PROMPT * load.n_sentences
+
+    def work() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            outcome = client.stream(
+                {
+                    **system.body("lora", names[number % len(names)]),
+                    "messages": [{"role": "user", "content": f"{number}. {prompt}"}],
+                    "max_tokens": load.n_tokens,
+                    "temperature": 0.0,
+                    "ignore_eos": True,
+                    "stream": True,
+                    "stream_options": {"include_usage": True},
+                }
+            )
+            with lock:
+                outcomes.append(outcome)
+
+    threads = [threading.Thread(target=work) for _ in range(min(load.n_clients, n_requests))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    client.close()
+    return outcomes

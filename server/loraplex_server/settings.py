@@ -141,6 +141,9 @@ class HttpConfig(Options):
     drain_timeout_s: Seconds = option(
         30.0, "Seconds for running requests on SIGTERM.", Panel.HTTP, name="drain_timeout"
     )
+    show_prompts: bool = option(
+        False, "Show the beginnings of prompts at /v1/requests and in the console.", Panel.HTTP
+    )
     log_format: Literal["text", "json"] = option("text", "text or json.", Panel.HTTP)
     log_level: str = option("info", "debug, info, warning or error.", Panel.HTTP)
     otlp_endpoint: str | None = option(

@@ -23,6 +23,7 @@ from loraplex_adapter_store.selector import (
 from loraplex_adapter_store.store import AdapterLease, AdapterStore
 from loraplex_server.api.errors import ApiError, from_store, invalid, not_found
 from loraplex_server.api_keys import EVERY_ADAPTER, GENERATED, AdapterAccess
+from loraplex_server.metrics.call_log import ChosenBy
 
 from .access import check_allowed, follow_names, stored_name
 from .worker_pools import WorkerPools
@@ -111,6 +112,14 @@ class ResolvedAdapter:
         if self.lease is None or self.label is None:
             return "base"
         return "mixture" if self.lease.revision == 0 else self.lease.name
+
+    @property
+    def chosen_by(self) -> ChosenBy:
+        if self.explanation is not None:
+            return "auto" if self.explanation.get("method") == "auto" else "description"
+        if self.lease is None:
+            return "base"
+        return "mixture" if self.lease.revision == 0 else "name"
 
     @property
     def routing(self) -> Mapping[str, object] | None:

@@ -37,7 +37,9 @@ from loraplex_server.api.middleware.cors import Cors
 from loraplex_server.api.middleware.rate_limit import Meter, RateLimiter
 from loraplex_server.api.middleware.request_context import RequestContext
 from loraplex_server.api.middleware.tracing import Tracing
+from loraplex_server.api.request_info import info_of
 from loraplex_server.api.routes import (
+    activity,
     adapters,
     batches,
     files,
@@ -66,6 +68,7 @@ from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.faults import Faults
 from loraplex_server.metrics.collector import LoraplexCollector
+from loraplex_server.metrics.live_view import LiveView
 from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
 
@@ -170,6 +173,7 @@ def build_app(
         collector=own,
         responses=ResponseStore(config.http.response_store_bytes, config.http.response_ttl_s),
         live=LiveCalls(),
+        live_view=LiveView(engine, store, server_metrics, own),
         lifecycle=Lifecycle(engine),
         jobs=jobs or Jobs(pools.jobs, faults),
         batches=BatchRunner(
@@ -204,6 +208,7 @@ def build_app(
         routing,
         revisions,
         job_routes,
+        activity,
         adapters,
         lora_compat,
         tokens,
@@ -244,11 +249,14 @@ def _allowed_methods(scope: Scope, routers: Sequence[APIRouter]) -> str:
 def _add_error_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
     async def api_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
+        info_of(request.scope).failed(error.code)
         return ORJSONResponse.of_error(error, request.scope["path"])
 
     async def engine_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, EngineError)
-        return ORJSONResponse.of_error(from_engine(error), request.scope["path"])
+        told = from_engine(error)
+        info_of(request.scope).failed(told.code)
+        return ORJSONResponse.of_error(told, request.scope["path"])
 
     async def http_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

@@ -11,6 +11,7 @@ from starlette.types import Scope as AsgiScope
 from loraplex_server.api.middleware.rate_limit import Meter
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, Scope
 from loraplex_server.engine.client import TenantShare
+from loraplex_server.metrics.call_log import CallRecord, ChosenBy
 
 __all__ = ["CURRENT_REQUEST_ID", "BatchCaller", "RequestInfo", "batch_caller_of", "info_of"]
 
@@ -34,11 +35,23 @@ class RequestInfo:
     access: AdapterAccess = EVERY_ADAPTER
     meter: Meter | None = None  # of the API key, if it is limited
     adapter: str | None = None  # for x-loraplex-adapter and the access log
+    record: CallRecord | None = None  # of a call for text or vectors
     n_prompt_tokens: int | None = None
     n_output_tokens: int | None = None
 
     def attach(self, scope: AsgiScope) -> None:
         scope[_KEY] = self
+
+    def chose(self, adapter: str, chosen_by: ChosenBy) -> None:
+        """``adapter``: as ``ResolvedAdapter.header`` says."""
+        self.adapter = adapter
+        if self.record is not None:
+            self.record.adapter, self.record.chosen_by = adapter, chosen_by
+
+    def failed(self, code: str) -> None:
+        """Of the error that the answer or its stream ends with."""
+        if self.record is not None:
+            self.record.error = code
 
 
 def info_of(scope: AsgiScope) -> RequestInfo:

@@ -26,6 +26,7 @@ from loraplex_server.adapters.resolver import AdapterResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.batches.runner import BatchRunner
+from loraplex_server.api.request_info import RequestInfo, info_of
 from loraplex_server.api.serving.engine_call import LiveCalls
 from loraplex_server.api.serving.grammars import Grammars
 from loraplex_server.api.serving.response_store import ResponseStore
@@ -34,7 +35,9 @@ from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.expert_monitor import ExpertMonitor
 from loraplex_server.faults import Faults
+from loraplex_server.metrics.call_log import CallRecord
 from loraplex_server.metrics.collector import LoraplexCollector
+from loraplex_server.metrics.live_view import LiveView
 from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
 
@@ -62,6 +65,7 @@ class AppState:
     collector: LoraplexCollector
     responses: ResponseStore
     live: LiveCalls
+    live_view: LiveView
     lifecycle: Lifecycle
     jobs: Jobs
     batches: BatchRunner
@@ -81,6 +85,13 @@ class AppState:
 
     def now(self) -> int:
         return int(time())
+
+    def begin_call(self, request: Request) -> tuple[RequestInfo, CallRecord]:
+        """Of a call for text or vectors: it is shown from here on, also if it is refused."""
+        info = info_of(request.scope)
+        info.record = record = CallRecord(info.id, request.scope["path"], info.tenant)
+        self.metrics.calls.begin(record)
+        return info, record
 
 
 async def state_of(request: Request) -> AppState:

@@ -92,6 +92,11 @@ class LoraplexCollector(Collector):
         if now - self._listed_at > _LISTING_AGE_S:
             self._listing, self._listed_at = self._store.seen(), now
 
+    @property
+    def listing(self) -> tuple[AdapterCard, ...]:
+        """As of the last ``refresh_listing``."""
+        return self._listing
+
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=_LABELS)
         family.add_metric(self._values, value)

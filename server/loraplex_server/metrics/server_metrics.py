@@ -8,6 +8,7 @@ from time import perf_counter
 from prometheus_client import CollectorRegistry
 
 from .adapter_usage import AdapterCounters, AdapterUsage
+from .call_log import CallLog, CallRecord
 from .histograms import CallHistograms
 from .loop_lag import LoopLag
 
@@ -28,12 +29,21 @@ class ServerMetrics:
         self.http: Counter[tuple[str, str, int]] = Counter()  # handler, method, status
         self.http_seconds: dict[str, tuple[int, float]] = {}  # handler → answers, seconds
         self.usage = AdapterUsage(n_adapters_shown)
+        self.calls = CallLog()
 
     def call(
-        self, adapter: str, *, load_s: float, n: int, max_tokens: int, n_prompt: int
+        self,
+        adapter: str,
+        *,
+        load_s: float,
+        n: int,
+        max_tokens: int,
+        n_prompt: int,
+        record: CallRecord,
     ) -> CallMetrics:
         """One API call that is about to be submitted. ``n_prompt``: tokens of all its prompts."""
-        return CallMetrics(self, adapter, load_s, n, max_tokens, n_prompt)
+        record.n_choices, record.n_prompt, record.load_s = n, n_prompt, load_s
+        return CallMetrics(self, adapter, load_s, n, max_tokens, n_prompt, record)
 
     def answered(self, handler: str, method: str, status: int, seconds: float) -> None:
         """``handler`` is a route's template, so the number of series is bounded."""
@@ -48,7 +58,7 @@ class CallMetrics:
 
     __slots__ = (
         *("_adapter", "_load_s", "_max_tokens", "_n", "_n_prompt", "_server", "_started"),
-        *("_first_at", "_queue_s"),
+        *("_first_at", "_queue_s", "_record"),
     )
 
     def __init__(
@@ -59,8 +69,10 @@ class CallMetrics:
         n: int,
         max_tokens: int,
         n_prompt: int,
+        record: CallRecord,
     ) -> None:
         self._server = server
+        self._record = record
         self._adapter: AdapterCounters | str = adapter  # counters once admitted
         self._load_s = load_s
         self._n = n
@@ -88,7 +100,11 @@ class CallMetrics:
         assert isinstance(adapter, AdapterCounters)
         server.n_output_tokens += n_tokens
         adapter.n_output_tokens += n_tokens
+        self._record.n_output += n_tokens
         if previous is None:
+            if self._first_at is None:
+                self._record.first_token_s = now - self._started
+            server.calls.first_token_s.add(now - self._started, now)
             server.histograms.ttft.observe(now - self._started)
             server.histograms.prefill.observe(max(0.0, now - self._started - self._queue_s))
             self._first_at = self._first_at or now
@@ -96,10 +112,13 @@ class CallMetrics:
             adapter.n_first_tokens += 1
         else:
             server.histograms.between_tokens((now - previous) / n_tokens, n_tokens)
+            server.calls.gap_s.add(now - previous, now)
 
     def queued(self, seconds: float) -> None:
         assert isinstance(self._adapter, AdapterCounters)
         self._queue_s = seconds
+        if self._record.queue_s is None:
+            self._record.queue_s = seconds
         self._server.histograms.queue.observe(seconds)
         self._adapter.queue_s += seconds
         self._adapter.n_queued += 1
@@ -111,6 +130,8 @@ class CallMetrics:
     def finished(self, reason: str, n_output: int) -> None:
         """``reason``: stop, length, abort (the client left) or error."""
         self._server.finished[reason] += 1
+        if reason == "error":
+            self._record.error = self._record.error or "engine_error"
         self._server.histograms.output_tokens.observe(n_output)
         now = perf_counter()
         self._server.histograms.e2e.observe(now - self._started)

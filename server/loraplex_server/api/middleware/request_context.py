@@ -61,6 +61,8 @@ class RequestContext:
         seconds = perf_counter() - info.started
         handler = getattr(scope.get("route"), "path", "unmatched")
         self._metrics.answered(handler, scope["method"], status, seconds)
+        if info.record is not None:
+            self._metrics.calls.end(info.record, seconds=seconds, status=status)
         # A path may hold anything once decoded, line breaks included: one record, one line.
         path = scope["path"] if scope["path"].isprintable() else ascii(scope["path"])
         _log.info(

@@ -18,7 +18,6 @@ from loraplex_server.adapters.resolver import ResolvedAdapter
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.generation import GenerationBody
-from loraplex_server.api.request_info import info_of
 from loraplex_server.api.state import AppState
 from loraplex_server.api.streaming.sse import OPENAI_SSE, SseForm, SseResponse
 from loraplex_server.engine.client import GenerationRequest
@@ -37,6 +36,7 @@ from .unsupported import refuse_unsupported
 
 __all__ = ["AnswerFormat", "Prompt", "TextCall"]
 
+_PROMPT_SHOWN = 500  # characters
 _MAX_PROMPT_LOGPROBS = 1 << 17  # of one answer: some 8 MB of JSON
 
 
@@ -80,6 +80,7 @@ class TextCall(ABC):
         n_choices: int | None = None,
     ) -> None:
         """``n_choices``: of each prompt, if others than ``n``. Raises ApiError."""
+        self.info, self.record = state.begin_call(request)
         refuse_unsupported(body.model_extra or {})
         state.unknown_fields.warn(body.model_extra or ())
         state.lifecycle.check_admitting()
@@ -93,7 +94,6 @@ class TextCall(ABC):
             raise invalid("prompt_logprobs are not given in streams", "prompt_logprobs")
         self.state = state
         self.request = request
-        self.info = info_of(request.scope)
         if self.info.meter is not None:
             self.info.meter.check_tokens()
         self.stop: StopRule = stop_rule(body)
@@ -199,13 +199,15 @@ class TextCall(ABC):
     async def _start(self) -> tuple[Generation, AnswerFormat]:
         """Raises ApiError, and then holds nothing. The caller closes the generation."""
         started = perf_counter()
+        if self.state.config.http.show_prompts:
+            self.record.prompt = self.routing_text[:_PROMPT_SHOWN]
         resolved = await self.state.resolver.resolve(
             self.adapter_request,
             self.routing_text,
             self.info.access,
             with_tools=self.offers_tools,
         )
-        self.info.adapter = resolved.header
+        self.info.chose(resolved.header, resolved.chosen_by)
         load_s = perf_counter() - started
         try:
             resolved.check_generates(self.adapter_request.param)
@@ -315,6 +317,7 @@ class TextCall(ABC):
                 n=self.n,
                 max_tokens=prompts[0].sampling.max_tokens,
                 n_prompt=n_prompt,
+                record=self.record,
             ),
             prompt_param=self.prompt_param,
             n_prompt_tokens=n_prompt,

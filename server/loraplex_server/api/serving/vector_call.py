@@ -19,7 +19,6 @@ from loraplex_adapter_store.selector import Auto, Description
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.vectors import InputBody, VectorBody
-from loraplex_server.api.request_info import info_of
 from loraplex_server.api.state import AppState
 
 from .chat_prompt import ChatPrompt
@@ -43,12 +42,12 @@ class VectorCall(ABC):
 
     def __init__(self, state: AppState, request: Request, body: VectorBody, n_inputs: int) -> None:
         """Raises ApiError."""
+        self.info, self.record = state.begin_call(request)
         refuse_unsupported(body.model_extra or {})
         state.unknown_fields.warn(body.model_extra or ())
         state.lifecycle.check_admitting()
         self.state = state
         self.request = request
-        self.info = info_of(request.scope)
         if self.info.meter is not None:
             self.info.meter.check_tokens()
         limit = state.config.http.max_inputs
@@ -96,11 +95,12 @@ class VectorCall(ABC):
             finds = "'auto' chooses" if isinstance(asked.selector, Auto) else "a description makes"
             raise invalid(f"{finds} adapters that write text; name a classifier", asked.param)
         resolved = await state.resolver.resolve(asked, self.routing_text, self.info.access)
-        self.info.adapter = resolved.header
+        self.info.chose(resolved.header, resolved.chosen_by)
         return AdapterVectors(
             state,
             self.info,
             resolved,
+            self.record,
             call_id=self.id,
             model=asked.model,
             adapter_param=asked.param,

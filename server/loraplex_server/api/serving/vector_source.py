@@ -23,6 +23,7 @@ from loraplex_server.api.state import AppState
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.pooling import Pooling
 from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.metrics.call_log import CallRecord
 
 from .chat_prompt import ChatPrompt, defaults_of
 from .vector_batch import VectorBatch
@@ -114,6 +115,7 @@ class AdapterVectors(VectorSource):
         state: AppState,
         info: RequestInfo,
         resolved: ResolvedAdapter,
+        record: CallRecord,
         *,
         call_id: str,
         model: str,
@@ -134,6 +136,7 @@ class AdapterVectors(VectorSource):
         self.max_tokens = state.engine.max_model_len - (0 if prefix is None else prefix.n_virtual)
         self.width = state.store.base.hidden_size
         self._state, self._info, self._resolved = state, info, resolved
+        self._record = record
         self._call_id, self._load_s, self._prompt_param = call_id, load_s, prompt_param
         self._salt = f"{info.tenant}/{cache_salt or ''}".strip("/")
         self._batch: VectorBatch | None = None
@@ -178,6 +181,7 @@ class AdapterVectors(VectorSource):
                 n=len(requests),
                 max_tokens=0,
                 n_prompt=n_prompt,
+                record=self._record,
             ),
             meter=self._info.meter,
             prompt_param=self._prompt_param,

@@ -104,6 +104,7 @@ class SseResponse(Response):
             raise failure
 
     async def _fail(self, error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+        info_of(scope).failed(error.code)
         async with self._sending:
             if not self._started:
                 self._ended = True

@@ -1,0 +1,78 @@
+"""What the server does now, and the calls that it answered last."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import orjson
+from fastapi import APIRouter, Request, Response
+
+from loraplex_server.adapters.access import access_of
+from loraplex_server.api.errors import ApiError
+from loraplex_server.api.lifecycle import ServerStatus
+from loraplex_server.api.orjson_response import ORJSONResponse
+from loraplex_server.api.protocol.activity import Live, RequestList
+from loraplex_server.api.protocol.errors import errors, only_events
+from loraplex_server.api.request_info import info_of
+from loraplex_server.api.state import AppState, State, in_store_thread
+from loraplex_server.api.streaming.sse import SseResponse
+
+__all__ = ["router"]
+
+router = APIRouter()
+_EVERY_S = 0.5  # between two events of a stream
+
+
+@router.get("/v1/live", response_model=Live, responses=errors())
+async def live(request: Request, state: State) -> Response:
+    """Rows, queue, memory, rates and percentiles of this moment."""
+    _check_sees_all(request)
+    return ORJSONResponse(await _now(state))
+
+
+@router.get("/v1/live/events", response_class=Response, responses=only_events(errors()))
+async def follow(request: Request, state: State) -> Response:
+    """The same twice a second, as server-sent events, until the client leaves or the
+    server goes down."""
+    _check_sees_all(request)
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        while True:
+            yield b"data: " + orjson.dumps(await _now(state)) + b"\n\n"
+            if not state.engine.alive or state.lifecycle.status is not ServerStatus.READY:
+                return
+            await asyncio.sleep(_EVERY_S)
+
+    return SseResponse(events(), ping_s=state.config.http.ping_interval_s)
+
+
+@router.get("/v1/requests", response_model=RequestList, responses=errors())
+async def requests(request: Request, state: State) -> Response:
+    """Calls for text and vectors: those that run, and of the last 200 the key's own."""
+    tenant = None if access_of(request).tenant is None else info_of(request.scope).tenant
+    calls = state.metrics.calls
+    return ORJSONResponse(
+        {
+            "object": "list",
+            "running": [record.to_json() for record in calls.running(tenant)],
+            "data": [record.to_json() for record in calls.ended(tenant)],
+        }
+    )
+
+
+async def _now(state: AppState) -> dict[str, object]:
+    await in_store_thread(state, state.collector.refresh_listing)
+    return state.live_view.to_json()
+
+
+def _check_sees_all(request: Request) -> None:
+    """Raises ApiError (403): it tells of all tenants."""
+    access = access_of(request)
+    if access.patterns is not None or access.tenant is not None:
+        raise ApiError(
+            403,
+            "this tells of all adapters and tenants, and the API key is limited to some; its own "
+            "calls are at /v1/requests",
+            code="live_not_allowed",
+        )

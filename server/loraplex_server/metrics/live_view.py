@@ -1,0 +1,119 @@
+"""What the server does right now, in one JSON value: for the console, and for ``watch curl``."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from itertools import islice
+
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.engine.client import EngineClient, EngineStats
+
+from .call_log import Recent, percentile
+from .collector import LoraplexCollector
+from .server_metrics import ServerMetrics
+
+__all__ = ["LiveView"]
+
+_LEAST_GAP_S = 0.25  # between two looks at the engine, however many watch
+_RATE_S = 2.0  # over which tokens a second are counted
+_MAX_ROWS = 256
+_MAX_NAMES = 512
+_N_MOVES = 50  # adapters that came to the device or left it, kept
+
+
+class LiveView:
+    """Event loop only. Call the collector's ``refresh_listing`` before, on another thread."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        store: AdapterStore,
+        metrics: ServerMetrics,
+        collector: LoraplexCollector,
+    ) -> None:
+        self._engine = engine
+        self._store = store
+        self._metrics = metrics
+        self._collector = collector
+        self._looked_at = float("-inf")
+        self._seen: dict[str, object] = {}
+        self._counts: deque[tuple[float, int, int]] = deque()  # time, prompt and output tokens
+        self._resident: frozenset[str] | None = None
+        self._moves: deque[dict[str, object]] = deque(maxlen=_N_MOVES)
+
+    def to_json(self) -> dict[str, object]:
+        now = time.monotonic()
+        if now - self._looked_at >= _LEAST_GAP_S:
+            self._looked_at, self._seen = now, self._look(now)
+        return self._seen
+
+    def _look(self, now: float) -> dict[str, object]:
+        stats, held, calls = self._engine.stats(), self._store.stats(), self._metrics.calls
+        names = {card.digest: card.name for card in self._collector.listing}
+        self._note_moves(stats, names)
+        return {
+            "object": "live",
+            "time": time.time(),
+            "engine": {
+                "alive": self._engine.alive,
+                "running": stats.n_running,
+                "waiting": stats.n_waiting,
+                "steps": stats.n_steps,
+                "step_age_s": stats.step_age_s,
+                "preemptions": stats.n_preemptions,
+                "kv_pages": {"used": stats.kv_pages_used, "total": stats.kv_pages_total},
+            },
+            "tokens_per_s": self._rates(now),
+            "first_token_s": _percentiles(calls.first_token_s),
+            "gap_s": _percentiles(calls.gap_s),
+            "adapters": {
+                "registered": len(self._collector.listing),
+                "device": [_name(names, d) for d in stats.resident_adapters[:_MAX_NAMES]],
+                "slots": stats.pool_slots_total,
+                "host": held.n_host_plans,
+                "loads": stats.n_adapter_loads,
+                "evictions": stats.n_adapter_evictions,
+                "mean_load_s": stats.adapter_load_seconds / max(1, stats.n_adapter_loads),
+            },
+            "bytes": {
+                "device": {"used": stats.pool_bytes_used, "total": stats.pool_bytes_total},
+                "host": {"used": held.host_bytes_used, "total": held.host_bytes_total},
+                "disk": {"used": held.disk_bytes, "total": None},
+            },
+            "rows": [record.to_json() for record in islice(calls.running(None), _MAX_ROWS)],
+            "moves": list(self._moves),
+        }
+
+    def _rates(self, now: float) -> dict[str, float]:
+        counts = self._counts
+        counts.append((now, self._metrics.n_prompt_tokens, self._metrics.n_output_tokens))
+        while len(counts) > 2 and now - counts[1][0] >= _RATE_S:
+            counts.popleft()
+        since, n_prompt, n_output = counts[0]
+        seconds = max(now - since, _LEAST_GAP_S)
+        return {
+            "prompt": (self._metrics.n_prompt_tokens - n_prompt) / seconds,
+            "output": (self._metrics.n_output_tokens - n_output) / seconds,
+        }
+
+    def _note_moves(self, stats: EngineStats, names: dict[str, str]) -> None:
+        """Between this look and the last one; what came and left between them is not seen."""
+        resident = frozenset(stats.resident_adapters)
+        before = resident if self._resident is None else self._resident
+        self._resident = resident
+        for kind, digests in (("loaded", resident - before), ("evicted", before - resident)):
+            for digest in sorted(digests):
+                move = {"time": time.time(), "kind": kind, "adapter": _name(names, digest)}
+                self._moves.append(move)
+
+
+def _name(names: dict[str, str], digest: str) -> str:
+    """Mixtures and retired revisions have none: they are told by their digest."""
+    return names.get(digest, digest[:12])
+
+
+def _percentiles(recent: Recent) -> dict[str, float | int | None]:
+    values = recent.values()
+    shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+    return {"n": len(values), **{name: percentile(values, s) for name, s in shares.items()}}

@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: serve cluster test test-cluster test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv
+.PHONY: serve cluster test test-cluster test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv console
 
 venv: $(STAMP)
 
@@ -67,6 +67,11 @@ PARALLEL := -n auto --dist loadfile  # a process for each core, files whole
 FUZZ := --seed 1 --cases 100000
 fuzz: venv  # odd requests and adapter files against a real server; some twenty minutes
 	$(BIN)/python -m tests.fuzz $(FUZZ)
+
+console: venv  # builds the console from server/console; needs npm
+	mkdir -p build
+	$(BIN)/python -m tests.console.openapi > build/openapi.json
+	cd server/console && npm ci --no-fund --no-audit && npm run types && npm run check && npm run build
 
 soak: venv  # an hour of mixed chaos against a real server
 	$(BIN)/python -m tests.soak.run $(SOAK)

@@ -42,6 +42,7 @@ from loraplex_server.api.routes import (
     activity,
     adapters,
     batches,
+    console,
     files,
     generate,
     generate_adapter,
@@ -217,6 +218,8 @@ def build_app(
     for module in behind_keys:
         app.include_router(module.router, dependencies=keys)
     app.include_router(health.router)
+    if config.http.console:
+        app.include_router(console.router)
     _add_error_handlers(app, [health.router, *(module.router for module in behind_keys)])
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, config=config.http)

@@ -14,6 +14,7 @@ from .loop_lag import LoopLag
 
 __all__ = ["CallMetrics", "ServerMetrics"]
 
+_UNFINISHED = {"abort": "client_left", "error": "engine_error"}  # how a call's record says it
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
@@ -130,8 +131,8 @@ class CallMetrics:
     def finished(self, reason: str, n_output: int) -> None:
         """``reason``: stop, length, abort (the client left) or error."""
         self._server.finished[reason] += 1
-        if reason == "error":
-            self._record.error = self._record.error or "engine_error"
+        if reason in _UNFINISHED:
+            self._record.error = self._record.error or _UNFINISHED[reason]
         self._server.histograms.output_tokens.observe(n_output)
         now = perf_counter()
         self._server.histograms.e2e.observe(now - self._started)

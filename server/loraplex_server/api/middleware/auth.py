@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from loraplex_server.api.console_files import is_console
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import BatchCaller, batch_caller_of, info_of
@@ -76,7 +77,7 @@ class Auth:
 
     async def _check(self, scope: Scope) -> None:
         path, method = scope["path"], scope["method"]
-        if path in self._open and method in _READS:
+        if (path in self._open or is_console(path)) and method in _READS:
             return
         info = info_of(scope)
         needed = _needed_scope(path, method)

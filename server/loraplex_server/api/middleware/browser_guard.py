@@ -11,6 +11,7 @@ from __future__ import annotations
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from loraplex_server.api.console_files import is_console
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.settings import HttpConfig, is_loopback
@@ -25,6 +26,8 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
+# No inline script or style, nothing of other hosts, and no frame around it.
+_CONSOLE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501  one header value
 _DOCS = ("/docs", "/static-offline-docs/")  # a page: it may run its own scripts
 _DOCS_POLICY = "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"  # noqa: E501  one header value
 
@@ -48,6 +51,8 @@ class BrowserGuard:
                     headers.setdefault(name, value)
                 if is_page:
                     headers["content-security-policy"] = _DOCS_POLICY
+                elif is_console(scope["path"]):
+                    headers["content-security-policy"] = _CONSOLE_POLICY
             await send(message)
 
         if self._checks:

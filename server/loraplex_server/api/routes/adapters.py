@@ -50,12 +50,20 @@ _SLOW = errors(404, 412, 415) | {
     202: {"model": JobShown, "description": "still loading; GET its `location`"}
 }
 
-# FastAPI cannot declare two kinds of body for one route.
+# FastAPI cannot declare two kinds of body for one route. What the schema refers to is declared by
+# the bodies of other routes.
+_SOURCE_SCHEMA = {
+    key: value
+    for key, value in AdapterSourceBody.model_json_schema(
+        ref_template="#/components/schemas/{model}"
+    ).items()
+    if key != "$defs"
+}
 _EITHER_BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": AdapterSourceBody.model_json_schema()},
+            "application/json": {"schema": _SOURCE_SCHEMA},
             "multipart/form-data": {"schema": UPLOAD_SCHEMA},
         },
     }

@@ -1,0 +1,41 @@
+// Numbers and names as people read them.
+
+const UNITS = ["B", "KiB", "MiB", "GiB", "TiB"];
+
+export function bytes(n: number | null | undefined): string {
+  if (n === null || n === undefined) return "–";
+  let unit = 0;
+  while (n >= 1024 && unit < UNITS.length - 1) {
+    n /= 1024;
+    unit += 1;
+  }
+  return `${unit && n < 10 ? n.toFixed(1) : Math.round(n)} ${UNITS[unit]}`;
+}
+
+export function seconds(s: number | null | undefined): string {
+  if (s === null || s === undefined) return "–";
+  if (s < 0.0995) return `${(s * 1000).toFixed(s < 0.00995 ? 1 : 0)} ms`;
+  return s < 99.5 ? `${s.toPrecision(3)} s` : `${Math.round(s)} s`;
+}
+
+export function rate(n: number): string {
+  return n < 10 ? n.toFixed(1) : String(Math.round(n));
+}
+
+export function clock(epoch: number): string {
+  return new Date(epoch * 1000).toLocaleTimeString();
+}
+
+/** `pirate@3fa9c1…` without the digest. */
+export function plainName(adapter: string | null): string {
+  return adapter === null ? "none" : (adapter.split("@")[0] ?? adapter);
+}
+
+/** The same colour for the same adapter, everywhere; the base is grey. */
+export function colour(adapter: string | null): string {
+  const name = plainName(adapter);
+  if (adapter === null || name === "base") return "var(--muted)";
+  let hash = 0;
+  for (const char of name) hash = (hash * 31 + char.charCodeAt(0)) >>> 0;
+  return `oklch(var(--lightness) 0.14 ${hash % 360})`;
+}

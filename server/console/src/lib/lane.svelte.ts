@@ -1,0 +1,157 @@
+// One column of the playground: who answers, and the answer as it comes.
+
+import { events } from "./api";
+
+export type Part = { name: string; weight: number };
+export type Who =
+  | { kind: "base" }
+  | { kind: "auto" }
+  | { kind: "adapter"; name: string }
+  | { kind: "mixture"; parts: Part[] };
+
+export type Settings = {
+  prompt: string;
+  system: string;
+  temperature: number;
+  maxTokens: number;
+  topP: number;
+  seed: string;
+  schema: string;
+  tools: string;
+  logprobs: boolean;
+};
+
+type Token = { token: string; logprob: number };
+type Candidate = { name: string; score: number };
+type Routing = { candidates?: Candidate[]; threshold?: number; margin?: number };
+type Chunk = {
+  choices: {
+    delta: { content?: string | null; tool_calls?: { function?: { arguments?: string; name?: string } }[] };
+    logprobs?: { content?: Token[] } | null;
+    finish_reason: string | null;
+  }[];
+  usage?: { prompt_tokens: number; completion_tokens: number } | null;
+  adapter?: { name: string | null; chosen_by?: Routing } | null;
+};
+
+/** The body of the request, as curl and Python would send it. Throws if JSON does not parse. */
+export function body(who: Who, model: string, settings: Settings): Record<string, unknown> {
+  const messages = [
+    ...(settings.system ? [{ role: "system", content: settings.system }] : []),
+    { role: "user", content: settings.prompt },
+  ];
+  return {
+    model,
+    messages,
+    ...adapterOf(who),
+    temperature: settings.temperature,
+    max_tokens: settings.maxTokens,
+    ...(settings.topP < 1 ? { top_p: settings.topP } : {}),
+    ...(settings.seed ? { seed: Number(settings.seed) } : {}),
+    ...(settings.logprobs ? { logprobs: true } : {}),
+    ...(settings.schema
+      ? { response_format: { type: "json_schema", json_schema: { name: "answer", schema: parsed(settings.schema, "JSON schema") } } }
+      : {}),
+    ...(settings.tools ? { tools: parsed(settings.tools, "tools") } : {}),
+  };
+}
+
+function adapterOf(who: Who): { adapter?: unknown } {
+  switch (who.kind) {
+    case "base":
+      return {};
+    case "auto":
+      return { adapter: "auto" };
+    case "adapter":
+      return { adapter: who.name };
+    case "mixture":
+      return { adapter: who.parts };
+  }
+}
+
+function parsed(text: string, what: string): unknown {
+  try {
+    return JSON.parse(text);
+  } catch (error) {
+    throw new Error(`${what}: ${(error as Error).message}`);
+  }
+}
+
+export class Lane {
+  who = $state<Who>({ kind: "base" });
+  text = $state("");
+  tokens = $state<Token[]>([]);
+  error = $state<unknown>(null);
+  running = $state(false);
+  firstTokenMs = $state<number | null>(null);
+  tokensPerS = $state<number | null>(null);
+  nTokens = $state(0);
+  finish = $state<string | null>(null);
+  answered = $state<string | null>(null); // the adapter that answered
+  routing = $state<Routing | null>(null);
+  #abort: AbortController | null = null;
+
+  constructor(who: Who) {
+    this.who = who;
+  }
+
+  stop(): void {
+    this.#abort?.abort();
+  }
+
+  async run(model: string, settings: Settings): Promise<void> {
+    this.text = "";
+    this.tokens = [];
+    this.error = this.firstTokenMs = this.tokensPerS = null;
+    this.finish = this.answered = this.routing = null;
+    this.nTokens = 0;
+    this.running = true;
+    this.#abort = new AbortController();
+    const started = performance.now();
+    let first = 0;
+    try {
+      const request = {
+        ...body(this.who, model, settings),
+        stream: true,
+        stream_options: { include_usage: true },
+      };
+      const stream = events<Chunk>("/v1/chat/completions", {
+        body: request,
+        signal: this.#abort.signal,
+      });
+      for await (const chunk of stream) {
+        if (chunk.adapter) {
+          this.answered = chunk.adapter.name;
+          this.routing = chunk.adapter.chosen_by ?? this.routing;
+        }
+
+        const choice = chunk.choices[0];
+        const piece = choice?.delta.content ?? calls(choice);
+        if (piece) {
+          if (!first) {
+            first = performance.now();
+            this.firstTokenMs = first - started;
+          }
+          this.text += piece;
+        }
+        if (choice?.logprobs?.content) this.tokens.push(...choice.logprobs.content);
+        if (choice?.finish_reason) this.finish = choice.finish_reason;
+        if (chunk.usage) this.nTokens = chunk.usage.completion_tokens;
+      }
+      const spent = (performance.now() - first) / 1000;
+      if (this.nTokens > 1 && spent > 0) this.tokensPerS = (this.nTokens - 1) / spent;
+    } catch (error) {
+      if (this.#abort.signal.aborted) this.finish = "stopped";
+      else this.error = error;
+    } finally {
+      this.running = false;
+    }
+  }
+}
+
+function calls(choice: Chunk["choices"][number] | undefined): string {
+  const made = choice?.delta.tool_calls ?? [];
+  return made
+    .map(({ function: f }) => `${f?.name ? `\n→ ${f.name} ` : ""}${f?.arguments ?? ""}`)
+    .join("");
+}

@@ -1,0 +1,175 @@
+"""Each page's main action, in a real browser against a real server with the default base."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from openai import OpenAI
+from playwright.sync_api import ConsoleMessage, Page, expect
+
+from tests.console.conftest import DEMOS
+from tests.support.server_process import ServerProcess
+
+pytestmark = pytest.mark.slow
+PROMPT = "You are a pirate. What is the capital of Spain?"
+
+
+@pytest.fixture(autouse=True)
+def no_violations(page: Page) -> Iterator[None]:
+    """No script fails, and nothing that the content policy forbids is tried."""
+    problems: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        if "Content Security Policy" in message.text:
+            problems.append(message.text)
+
+    page.on("console", note)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    yield
+    assert not problems
+
+
+def answer_of(server: ServerProcess, adapter: str | None) -> str:
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
+        answer = client.chat.completions.create(
+            model="base",
+            messages=[{"role": "user", "content": PROMPT}],
+            temperature=0,
+            max_tokens=24,
+            extra_body={"adapter": adapter} if adapter else {},
+        )
+    return answer.choices[0].message.content or ""
+
+
+def lanes(page: Page) -> list[str]:
+    return page.locator("section[aria-label^=Answer] .answer").all_inner_texts()
+
+
+def ask_all(page: Page) -> None:
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_label("Most tokens").fill("24")
+    page.get_by_role("button", name="Ask all").click()
+    expect(page.get_by_role("button", name="Ask all")).to_be_visible(timeout=120_000)
+
+
+def test_the_playground_shows_what_the_api_answers_side_by_side(
+    page: Page, server: ServerProcess
+) -> None:
+    page.goto(f"{server.url}/#/playground?adapter=pirate")
+    expect(page.get_by_label("Adapter", exact=True)).to_have_value("pirate")
+    ask_all(page)
+    assert [text.strip() for text in lanes(page)] == [
+        answer_of(server, None).strip(),
+        answer_of(server, "pirate").strip(),
+    ]
+    for told in page.locator("section[aria-label^=Answer] > p.muted").all_inner_texts():
+        assert re.search(r"first token [\d.]+ m?s · [\d.]+ tokens/s · \d+ tokens", told), told
+
+
+def test_the_request_that_is_shown_gives_the_same_answer(page: Page, server: ServerProcess) -> None:
+    page.goto(f"{server.url}/#/playground?adapter=pirate")
+    ask_all(page)
+    page.get_by_label("Show the request").select_option("python")
+    code = page.get_by_test_id("request").inner_text()
+    printed: list[str] = []
+    exec(code, {"print": printed.append})
+    assert printed[0].strip() == lanes(page)[1].strip()
+
+
+def test_auto_is_explained(page: Page, server: ServerProcess) -> None:
+    page.goto(server.url)
+    page.get_by_role("button", name="+ auto").click()
+    ask_all(page)
+    told = page.get_by_test_id("routing")
+    expect(told).to_contain_text("auto chose pirate")
+    expect(told).to_contain_text("margin")
+    expect(told.locator("meter")).to_have_count(2)
+
+
+def test_an_adapter_is_uploaded_pinned_shown_and_deleted(page: Page, server: ServerProcess) -> None:
+    page.goto(f"{server.url}/#/adapters")
+    folder = DEMOS / "german-numbers"
+    files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    page.get_by_label("choose its files").set_input_files(files[:1])
+    expect(page.get_by_text("still needed: adapter_model.safetensors")).to_be_visible()
+    page.get_by_label("choose its files").set_input_files(files)
+    page.get_by_label("Name", exact=True).fill("numbers")
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.get_by_role("status")).to_contain_text("numbers serves as revision 1")
+    row = page.locator("tr", has=page.get_by_role("button", name="numbers", exact=True))
+    row.get_by_role("button", name="Pin").click()
+    expect(row.get_by_label("pinned")).to_be_visible()
+    row.get_by_role("button", name="Warm").click()
+    expect(row.get_by_text("device")).to_be_visible()
+    row.get_by_role("button", name="numbers").click()
+    expect(page.get_by_role("img", name="How much each layer is changed")).to_be_visible()
+    page.get_by_role("button", name="Delete …").click()
+    page.get_by_role("button", name="Yes, delete it").click()
+    expect(row).to_have_count(0)
+
+
+def test_a_refused_upload_says_why(page: Page, server: ServerProcess, tmp_path: Path) -> None:
+    broken = tmp_path / "adapter_model.safetensors"
+    broken.write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    page.goto(f"{server.url}/#/adapters")
+    config = DEMOS / "emoji" / "adapter_config.json"
+    page.get_by_label("choose its files").set_input_files([config, broken])
+    page.get_by_label("Name", exact=True).fill("broken")
+    page.get_by_role("button", name="Add", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("adapter_model.safetensors")
+
+
+def test_a_sentence_becomes_an_adapter_that_answers_differently(
+    page: Page, server: ServerProcess
+) -> None:
+    page.goto(f"{server.url}/#/create")
+    page.get_by_label("What shall it do?").fill("Write the date in German as JSON")
+    page.get_by_label("Prompts to compare").fill("2020-12-18")
+    page.get_by_label("Save as").fill("german-dates")
+    page.get_by_role("button", name="Create", exact=True).click()
+    table = page.get_by_role("region", name="Before and after")
+    expect(table).to_be_visible(timeout=120_000)
+    cells = table.locator("tbody td")
+    expect(cells.nth(2)).not_to_have_text("…", timeout=120_000)
+    assert cells.nth(1).inner_text() != cells.nth(2).inner_text()
+    page.goto(f"{server.url}/#/adapters")
+    expect(page.get_by_role("button", name="german-dates")).to_be_visible()
+
+
+def test_what_the_generator_refuses_is_told(page: Page, server: ServerProcess) -> None:
+    page.goto(f"{server.url}/#/create")
+    page.get_by_label("What shall it do?").fill("Prove the Riemann hypothesis in Latin hexameters.")
+    page.get_by_role("button", name="Create", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("description", timeout=120_000)
+
+
+def test_live_shows_the_running_batch_and_requests_its_end(
+    page: Page, server: ServerProcess
+) -> None:
+    page.goto(f"{server.url}/#/live")
+    expect(page.get_by_text("Nothing runs.")).to_be_visible()
+    with OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=600) as client:
+        stream = client.chat.completions.create(
+            model="base",
+            messages=[{"role": "user", "content": PROMPT}],
+            max_tokens=2000,
+            stream=True,
+            extra_body={"adapter": "pirate", "ignore_eos": True},
+        )
+        with stream:
+            next(iter(stream))
+            batch = page.get_by_role("region", name="The batch")
+            expect(batch.locator(".call")).to_contain_text("pirate")
+            expect(page.get_by_role("region", name="Adapters on the device")).to_contain_text(
+                "pirate"
+            )
+            expect(page.get_by_test_id("output-rate")).not_to_have_text("0.0")
+    expect(page.get_by_text("Nothing runs.")).to_be_visible()
+    page.goto(f"{server.url}/#/requests")
+    row = page.get_by_role("region", name="Calls").locator("tbody tr").first
+    expect(row).to_contain_text("pirate@")
+    expect(row).to_contain_text("client_left")

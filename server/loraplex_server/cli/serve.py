@@ -64,9 +64,10 @@ def _failed(error: Exception) -> typer.Exit:
 def _parameter(option: Option) -> inspect.Parameter:
     """Texts are parsed by the settings, as those of the environment and the file are."""
     # Defaults stand in the help alone: a flag that was not given must not hide the file's value.
-    names = [f"--{option.dashed}/--no-{option.dashed}"] if option.is_flag else []
+    # What is on by default can be turned off; what is off needs no word for that.
+    off = f"/--no-{option.dashed}" if option.is_flag and option.info.default else ""
     info = typer.Option(
-        *(names or [f"--{option.dashed}"]),
+        f"--{option.dashed}{off}",
         help=_help(option),
         rich_help_panel=str(option.panel),
         show_default=False,

@@ -241,7 +241,7 @@ async def test_a_thousand_adapters_do_not_make_a_thousand_series(
         return cards
 
     collector = lora.app.state.parts.collector
-    monkeypatch.setattr(lora.store, "list", listed)
+    monkeypatch.setattr(lora.store, "seen", listed)
     collector._listed_at = float("-inf")
     metrics = lora.app.state.parts.metrics
     for number in range(1000):

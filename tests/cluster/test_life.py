@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Streamed:
         if answer.status_code != 200:
             code = json.loads(await answer.aread())["error"]["code"]
             return Streamed(answer.status_code, 0, code, False, time.monotonic())
-        async for line in answer.aiter_lines():
+        async for line in lines_of(answer):
             if line == ENDED:
                 done = True
             elif line.startswith("data: "):
@@ -67,6 +67,15 @@ async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Streamed:
                 elif event.get("usage"):
                     n_tokens = event["usage"]["completion_tokens"]
     return Streamed(200, n_tokens, error, done, time.monotonic())
+
+
+async def lines_of(answer: httpx.Response) -> AsyncIterator[str]:
+    """Cut at newlines alone: httpx cuts at every sign that Unicode calls a line's end."""
+    rest = b""
+    async for piece in answer.aiter_raw():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            yield line.decode()
 
 
 def connect(cluster: ClusterProcess, headers: dict[str, str] = ADMIN) -> httpx.AsyncClient:
@@ -99,6 +108,14 @@ def homes_of(page: str) -> dict[str, set[str]]:
     return homes
 
 
+def loads_of(page: str) -> int:
+    """To devices, of all replicas."""
+    for family in text_string_to_metric_families(page):
+        if family.name == "loraplex_adapter_loads":
+            return int(sum(sample.value for sample in family.samples))
+    return 0
+
+
 async def page_of(client: httpx.AsyncClient) -> str:
     return (await client.get("/metrics")).raise_for_status().text
 
@@ -109,21 +126,23 @@ def wrong(answers: Sequence[Streamed], n_tokens: int) -> list[Streamed]:
     ]
 
 
-async def test_adapters_stay_on_their_replica_under_load(cluster: ClusterProcess) -> None:
-    """Adapters that nobody has asked for before: wherever one was used, it is on the device."""
+async def test_adapters_stay_where_they_are_under_load(cluster: ClusterProcess) -> None:
+    """Of adapters that nobody has asked for before, each replica loads one at most once."""
     names, n_rounds = [f"a{n}" for n in range(16, 24)], 6
     async with connect(cluster) as client:
+        before = loads_of(await page_of(client))
         for _ in range(n_rounds):
             answers = await asyncio.gather(*(stream(client, chat(name, 8)) for name in names))
             assert not wrong(answers, 8)
         homes: dict[str, set[str]] = {}
         while not homes.keys() >= set(names):  # the page is a second old
+            await asyncio.sleep(0.5)
             homes = homes_of(await page_of(client))
-    n_twice = sum(len(homes[name]) > 1 for name in names)
-    # of the requests of such an adapter at most half were away from its home
-    sticky = 1 - n_twice * (n_rounds / 2) / (n_rounds * len(names))
-    assert sticky >= 0.85
+        n_loads = loads_of(await page_of(client)) - before
+    assert n_loads == sum(len(homes[name]) for name in names)
     assert len(set.union(*(homes[name] for name in names))) == 2  # both take a part
+    n_twice = sum(len(homes[name]) > 1 for name in names)
+    print(f"{n_twice} of {len(names)} adapters have two homes")
 
 
 async def test_another_terminal_sees_what_runs(cluster: ClusterProcess) -> None:

@@ -95,6 +95,9 @@ def _build_router_class() -> type:
                 return []
             model_id, prompt_hash = "", UNKNOWN_PROMPT
             if pending_request is not None:
+                # All replicas are offered. Without this Ray asks again at once, for ever: its loop
+                # then never gets to hear that a replica has room.
+                pending_request.routing_context.should_backoff = True
                 model_id = pending_request.metadata.multiplexed_model_id
                 prompt_hash = prompt_hash_of(pending_request.args, pending_request.kwargs)
             cache = self.replica_queue_len_cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 
 import torch
 
@@ -33,8 +34,10 @@ class _Places:
         self.loading: set[str] = set()
         self.broken: set[str] = set()
         self.held: Counter[str] = Counter()
+        self.spared: dict[str, set[str]] = {}  # for whom, the last time
 
-    def place(self, plan: AdapterPlan) -> Placement:
+    def place(self, plan: AdapterPlan, *, spared: Collection[str] = ()) -> Placement:
+        self.spared[plan.digest] = set(spared)
         if plan.digest in self.broken:
             raise AdapterUnservable(f"{plan.digest} is broken")
         if plan.digest in self.loading:

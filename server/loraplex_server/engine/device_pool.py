@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from enum import Enum
@@ -115,13 +115,16 @@ class DevicePool:
             1, thread_name_prefix="loraplex-loader", initializer=use_device, initargs=(device,)
         )
 
-    def place(self, plan: AdapterPlan) -> Placement:
+    def place(self, plan: AdapterPlan, *, spared: Collection[str] = ()) -> Placement:
         """Brings an adapter that a request needs to the device; evicts idle ones for it.
 
+        ``spared``: digests that are not evicted for it, since they are needed sooner.
         Raises AdapterUnservable if it can never fit, AdapterLoadFailed if its load failed (the next
         call tries again), and NoAdapterPlace if only unpinning others would make room.
         """
-        resident = self._residents.get(plan.digest) or self._start_load(plan, asked_for=True)
+        resident = self._residents.get(plan.digest)
+        if resident is None:
+            resident = self._start_load(plan, asked_for=True, spared=spared)
         if resident is None:
             return Placement.FULL
         resident.is_asked_for = True
@@ -229,12 +232,14 @@ class DevicePool:
     def _max_rank(capabilities: EngineCapabilities) -> int:
         return capabilities.max_rank or _TABLE_RANK
 
-    def _start_load(self, plan: AdapterPlan, *, asked_for: bool) -> ResidentAdapter | None:
+    def _start_load(
+        self, plan: AdapterPlan, *, asked_for: bool, spared: Collection[str] = ()
+    ) -> ResidentAdapter | None:
         """None while there is no place. Raises EngineError, and then nothing is taken."""
         try:
             packed = self.packer.pack(plan).of_rank(0)
             on_host = self.packer.parts(plan)
-            place = self._reserve(plan.digest, packed, on_host)
+            place = self._reserve(plan.digest, packed, on_host, spared)
             if place is None:
                 return None
             try:
@@ -293,17 +298,19 @@ class DevicePool:
         resident.load.add_done_callback(lambda _: self._on_loaded())
         return resident
 
-    def _reserve(self, digest: str, packed: PackedAdapter, parts: DeviceParts) -> _Place | None:
+    def _reserve(
+        self, digest: str, packed: PackedAdapter, parts: DeviceParts, spared: Collection[str]
+    ) -> _Place | None:
         like = parts.tensors(self.pool.storage.dtype)
         while True:
             try:
                 return self._take(packed, like)
             except PoolFull as error:
-                victim = self._victim()
+                victim = self._victim(spared)
                 if victim is not None:
                     self._forget(victim)
                     self.n_evictions += 1
-                elif self._will_change:
+                elif spared or self._will_change:
                     return None
                 else:
                     raise NoAdapterPlace(
@@ -328,12 +335,15 @@ class DevicePool:
             for one in self._residents.values()
         )
 
-    def _victim(self) -> ResidentAdapter | None:
+    def _victim(self, spared: Collection[str]) -> ResidentAdapter | None:
         """The idle adapter that was used least recently. A failed load holds no place."""
         idle = [
             one
             for one in self._residents.values()
-            if one.load.done() and not one.holders and not (one.is_pinned and one.is_published)
+            if one.load.done()
+            and not one.holders
+            and not (one.is_pinned and one.is_published)
+            and one.digest not in spared
         ]
         return min(idle, key=lambda one: one.last_used, default=None)
 

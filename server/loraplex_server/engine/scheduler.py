@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -47,8 +47,11 @@ class Schedule(NamedTuple):
 class AdapterPlaces(Protocol):
     """Places of adapters on the device, as ``DevicePool`` has them."""
 
-    def place(self, plan: AdapterPlan) -> Placement:
-        """Brings it to the device. Raises EngineError if that cannot be."""
+    def place(self, plan: AdapterPlan, *, spared: Collection[str] = ()) -> Placement:
+        """Brings it to the device, in the place of idle ones, but of no ``spared`` one.
+
+        Raises EngineError if that cannot be.
+        """
 
     def hold(self, digest: str) -> None:
         """Once for each running request: it stays where it is."""
@@ -107,9 +110,14 @@ class Scheduler:
         self.waiting.push(request)
 
     def prefetch(self, n_requests: int) -> None:
-        """Starts the loads of the adapters that the next requests in the queue need."""
+        """Starts the loads of the adapters that the next requests in the queue need.
+
+        As many as have a place together: none is taken from a request before it in the queue.
+        """
+        sooner: set[str] = set()
         for request in self.waiting.upcoming(n_requests):
-            self._ensure_resident(request)
+            self._ensure_resident(request, spared=sooner)
+            sooner.add(request.adapter_digest)
 
     def schedule(self) -> Schedule:
         """The chunks of the next step, and the waiting requests that can never run."""
@@ -316,7 +324,7 @@ class Scheduler:
             self._kv.write_prefix(request.id, prefix.keys, prefix.values)
             request.n_computed = request.n_virtual
 
-    def _ensure_resident(self, request: Request) -> Admission:
+    def _ensure_resident(self, request: Request, *, spared: Collection[str] = ()) -> Admission:
         """Whether the request's adapter is on the device. If not, starts a load if it can."""
         adapter = request.source.adapter
         if adapter is None:
@@ -324,7 +332,7 @@ class Scheduler:
         if request.id in self._failed:
             return Admission.FAILED
         try:
-            return _ADMISSIONS[self._adapters.place(adapter.plan)]
+            return _ADMISSIONS[self._adapters.place(adapter.plan, spared=spared)]
         except EngineError as error:
             self._failed[request.id] = (request, error)
             return Admission.FAILED

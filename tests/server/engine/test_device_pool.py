@@ -176,3 +176,17 @@ def test_the_longest_unused_goes_first(model: PreTrainedModel) -> None:
         pool.place(one)
         pool.load(three)
         assert set(pool.resident_digests) == {one.digest, three.digest}
+
+
+def test_what_is_needed_sooner_is_not_evicted_for_what_is_needed_later(
+    model: PreTrainedModel,
+) -> None:
+    one, two, three = (lora_plan(model, rank=4, seed=seed) for seed in (1, 2, 3))
+    with _pool(model) as pool:
+        pool.load(one)
+        pool.load(two)
+        sooner = {one.digest, two.digest}
+        assert pool.place(three, spared=sooner) is Placement.FULL
+        assert set(pool.resident_digests) == sooner
+        assert pool.place(three, spared={one.digest}) is Placement.LOADING
+        assert two.digest not in pool.resident_digests

@@ -102,6 +102,16 @@ def test_a_request_whose_adapter_cannot_be_placed_fails_alone() -> None:
     assert again.status is RequestStatus.FINISHED
 
 
+def test_what_is_loaded_ahead_takes_no_place_from_what_is_needed_sooner() -> None:
+    harness = SchedulerLoop()
+    for name in ("one", "two", "three"):
+        harness.add(name, adapter=name)
+    harness.scheduler.prefetch(8)
+    assert harness.places.spared == {"one": set(), "two": {"one"}, "three": {"one", "two"}}
+    harness.step()  # what is admitted may take any idle one's place
+    assert harness.places.spared["three"] == set()
+
+
 def test_a_waiting_request_can_be_finished() -> None:
     harness = SchedulerLoop(max_batch=1)
     first, second = harness.add("first"), harness.add("second")

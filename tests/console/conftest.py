@@ -5,14 +5,11 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.support.server_process import ServerProcess, server_process
-
-pytest.importorskip("playwright", reason="no playwright: the tests in a browser are skipped")
-from playwright.sync_api import expect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 _PATIENCE_MS = 60_000
@@ -28,23 +25,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="no chromium: apt-get install chromium"))
 
 
-@pytest.fixture(scope="session")
-def browser_type_launch_args() -> dict[str, Any]:
-    """Debian's browser; as root it has no sandbox."""
-    return {"executable_path": CHROMIUM, "args": ["--no-sandbox"]}
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Debian's; as root it has no sandbox.
+
+    Not pytest-playwright's: its event loop runs until the session's end, and asyncio's tests in the
+    same process fail.
+    """
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
-@pytest.fixture(scope="session")
-def browser_context_args() -> dict[str, Any]:
-    return {"viewport": {"width": 1100, "height": 800}, "permissions": ["clipboard-write"]}
-
-
-@pytest.fixture(autouse=True)
-def patient(request: pytest.FixtureRequest) -> None:
-    """Other work may hold the machine."""
-    if "page" in request.fixturenames:
-        request.getfixturevalue("page").set_default_timeout(_PATIENCE_MS)
-        expect.set_options(timeout=_PATIENCE_MS)
+@pytest.fixture
+def page(browser: Browser) -> Iterator[Page]:
+    """In a tab of its own, and patient: other work may hold the machine."""
+    expect.set_options(timeout=_PATIENCE_MS)
+    context = browser.new_context(viewport={"width": 1100, "height": 800})
+    context.set_default_timeout(_PATIENCE_MS)
+    yield context.new_page()
+    context.close()
 
 
 @pytest.fixture(scope="module")

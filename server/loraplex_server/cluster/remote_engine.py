@@ -13,6 +13,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextvars import Context
 from dataclasses import replace
 from hashlib import blake2b
 
@@ -65,7 +66,9 @@ class RemoteEngine:
             raise EngineDraining("the server is shutting down; send the request elsewhere")
         if request.request_id in self._running:
             raise EngineError(f"request id {request.request_id!r} is already running")
-        task = self._loop.create_task(self._run(request, listener))
+        # In a context of its own: Ray takes calls from within one HTTP request for one call, and
+        # its router then answers the first of several choices only.
+        task = self._loop.create_task(self._run(request, listener), context=Context())
         self._running[request.request_id] = task
 
         def done(task: asyncio.Task[None]) -> None:

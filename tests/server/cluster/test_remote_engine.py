@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
 
@@ -36,6 +37,7 @@ Step = list[TokenEvent] | Exception | asyncio.Event  # an event is waited for
 LOST = ActorUnavailableError("the actor is unavailable", b"0" * 16)
 TOKEN = TokenEvent("elsewhere", (5,))
 LAST = TokenEvent("elsewhere", (), finish=FinishReason.STOP)
+WHOSE: ContextVar[str] = ContextVar("whose", default="nobody's")
 REQUEST = GenerationRequest("mine", (1, 2, 3), SamplingParams(max_tokens=4))
 
 
@@ -76,6 +78,7 @@ class Handle:
     def __init__(self, *scripts: Sequence[Step]) -> None:
         self._scripts = iter(scripts)
         self.responses: list[Streaming] = []
+        self.contexts: list[str] = []
 
     def options(self, **given: object) -> Handle:
         return self
@@ -84,6 +87,7 @@ class Handle:
         return Answers([ReplicaStats("one", EngineStats(n_running=3))])
 
     def remote(self, *arguments: object) -> Streaming:
+        self.contexts.append(WHOSE.get())
         self.responses.append(Streaming(next(self._scripts)))
         return self.responses[-1]
 
@@ -119,6 +123,14 @@ async def test_events_come_under_the_requests_own_id(facts: EngineFacts) -> None
     events = await events_of(facts, Handle([[TOKEN], [TOKEN, LAST]]))
     assert [e.request_id for e in events] == ["mine"] * 3
     assert [e.finish for e in events] == [None, None, FinishReason.STOP]
+
+
+async def test_a_choice_is_no_part_of_its_http_request_to_ray(facts: EngineFacts) -> None:
+    """Ray tells requests within one context apart by nothing, and loses all but one of them."""
+    WHOSE.set("one HTTP request's")
+    handle = Handle([[LAST]])
+    await events_of(facts, handle)
+    assert handle.contexts == ["nobody's"]
 
 
 async def test_a_request_without_output_is_tried_elsewhere(facts: EngineFacts) -> None:

@@ -13,7 +13,7 @@ from loraplex_server.api.errors import ApiError
 from loraplex_server.api.lifecycle import ServerStatus
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.activity import Live, RequestList
-from loraplex_server.api.protocol.errors import errors, only_events
+from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.request_info import info_of
 from loraplex_server.api.state import AppState, State, in_store_thread
 from loraplex_server.api.streaming.sse import SseResponse
@@ -31,7 +31,8 @@ async def live(request: Request, state: State) -> Response:
     return ORJSONResponse(await _now(state))
 
 
-@router.get("/v1/live/events", response_class=Response, responses=only_events(errors()))
+# Not in the schema: whoever tries all of it would wait for the end of an answer that has none.
+@router.get("/v1/live/events", include_in_schema=False)
 async def follow(request: Request, state: State) -> Response:
     """The same twice a second, as server-sent events, until the client leaves or the
     server goes down."""

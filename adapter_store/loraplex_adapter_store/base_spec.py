@@ -107,7 +107,8 @@ def _spec_of(model: PreTrainedModel, model_id: str, quantization: str | None) ->
         quantization=quantization,
         modules=MappingProxyType(linears),
         embeddings=MappingProxyType(embeddings),
-        parameters=MappingProxyType(shapes),
+        # In the model's order: PEFT nests several parameters of a module by it.
+        parameters=MappingProxyType({name: shapes[name] for name in read}),
         weight=weight,
         stored=stored,
         bias=bias,

@@ -181,9 +181,10 @@ def test_row_adam_moves_only_the_rows_that_took_part() -> None:
 
 def test_the_bootstrap_is_paired_and_repeats_itself() -> None:
     a = [1.0, 2.0, 3.0, 4.0]
-    gap = paired_difference([x + 0.5 for x in a], a)
+    gap = paired_difference([x + 0.5 for x in a], a, range(4))
     assert gap == pytest.approx((0.5, 0.5, 0.5))
-    assert paired_difference(a, a[::-1]) == paired_difference(a, a[::-1])
+    again = paired_difference(a, a[::-1], range(4))
+    assert paired_difference(a, a[::-1], range(4)) == again
 
 
 def test_recovery_is_zero_for_the_base_and_one_for_the_oracle() -> None:

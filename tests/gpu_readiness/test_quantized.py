@@ -74,5 +74,5 @@ def test_decode_steps_are_recorded_and_nothing_is_compiled_in_service(
             wishes = [Wish(plan, tuple(range(7, 7 + n_tokens)), SHORT) for plan in (lora, None)]
             run = engine.run(wishes)
             assert (run.errors, run.findings) == ([], [])
-            assert run.steps[-1].n_replays == 1
+            assert run.decode_steps[-1].n_replays == 1
         assert engine.gpu.variants - at_start == set()

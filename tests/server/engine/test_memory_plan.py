@@ -33,13 +33,15 @@ class Base(NamedTuple):
     vocab: int
     n_heads: int
     tied: bool = False
+    n_tables: float | None = None  # of the vocabulary; None: one if tied, else two
 
     def weights(self, quantization: str = "none") -> int:
         """Linears of the layers in ``quantization``, everything else in 16 bits."""
         heads = self.n_heads + 2 * self.n_kv_heads
         attention = self.hidden * self.head_dim * (heads + self.n_heads)
         linears = self.n_layers * (attention + 3 * self.hidden * self.ff)
-        assert linears + (1 if self.tied else 2) * self.vocab * self.hidden == pytest.approx(
+        n_tables = self.n_tables or (1 if self.tied else 2)
+        assert linears + n_tables * self.vocab * self.hidden == pytest.approx(
             self.n_parameters, rel=0.01
         )
         bits = WEIGHT_BITS["bf16" if quantization == "none" else quantization]
@@ -161,7 +163,11 @@ def rank_0(base: Base, n_ranks: int) -> Base:
     table = base.vocab * base.hidden
     n_parameters = (base.n_parameters - table) / n_ranks + table
     return base._replace(
-        n_parameters=n_parameters, n_kv_heads=base.n_kv_heads // n_ranks, ff=base.ff // n_ranks
+        n_parameters=n_parameters,
+        n_heads=base.n_heads // n_ranks,
+        n_kv_heads=base.n_kv_heads // n_ranks,
+        ff=base.ff // n_ranks,
+        n_tables=1 + 1 / n_ranks,
     )
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from openai import OpenAI
 from playwright.sync_api import ConsoleMessage, Page, expect
@@ -110,6 +111,19 @@ def test_an_adapter_is_uploaded_pinned_shown_and_deleted(page: Page, server: Ser
     page.get_by_role("button", name="Delete …").click()
     page.get_by_role("button", name="Yes, delete it").click()
     expect(row).to_have_count(0)
+
+
+def test_the_card_of_routed_experts_shows_their_load(page: Page, server: ServerProcess) -> None:
+    folder, url = DEMOS / "chores", f"{server.url}/v1/adapters/chores"
+    parts = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
+    files = {part: (folder / name).read_bytes() for part, name in parts.items()}
+    assert httpx.put(url, files=files, timeout=60).status_code == 201
+    try:
+        answer_of(server, "chores")
+        page.goto(f"{server.url}/#/adapters?name=chores")
+        expect(page.get_by_text("rows by expert").first).to_contain_text(re.compile(r"[1-9]"))
+    finally:
+        httpx.delete(url, timeout=60)
 
 
 def test_a_refused_upload_says_why(page: Page, server: ServerProcess, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from .adapter_usage import OTHER
 from .histograms import LABELS
 from .server_metrics import ServerMetrics
 
-__all__ = ["LoraplexCollector"]
+__all__ = ["LoraplexCollector", "names_by_digest"]
 
 _MAX_RESIDENCY_SERIES = 128
 _LISTING_AGE_S = 2.0  # how long a listing of the store is reused
@@ -207,7 +207,7 @@ class LoraplexCollector(Collector):
         yield from (requests, steps)
 
     def _lora_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
-        names = _names_by_digest(cards)
+        names = names_by_digest(cards)
         resident = set(stats.resident_adapters)
         waiting = [digest for digest in stats.waiting_adapters if digest not in resident]
         info = GaugeMetricFamily(
@@ -398,7 +398,7 @@ class LoraplexCollector(Collector):
         return family
 
 
-def _names_by_digest(cards: Sequence[AdapterCard]) -> Mapping[str, str]:
+def names_by_digest(cards: Sequence[AdapterCard]) -> Mapping[str, str]:
     return {card.digest: card.name for card in cards}
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Mapping
 from itertools import islice
 
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.engine.client import EngineClient, EngineStats
 
 from .call_log import Recent, percentile
-from .collector import LoraplexCollector
+from .collector import LoraplexCollector, names_by_digest
 from .server_metrics import ServerMetrics
 
 __all__ = ["LiveView"]
@@ -50,7 +51,7 @@ class LiveView:
 
     def _look(self, now: float) -> dict[str, object]:
         stats, held, calls = self._engine.stats(), self._store.stats(), self._metrics.calls
-        names = {card.digest: card.name for card in self._collector.listing}
+        names = names_by_digest(self._collector.listing)
         self._note_moves(stats, names)
         return {
             "object": "live",
@@ -97,7 +98,7 @@ class LiveView:
             "output": (self._metrics.n_output_tokens - n_output) / seconds,
         }
 
-    def _note_moves(self, stats: EngineStats, names: dict[str, str]) -> None:
+    def _note_moves(self, stats: EngineStats, names: Mapping[str, str]) -> None:
         """Between this look and the last one; what came and left between them is not seen."""
         resident = frozenset(stats.resident_adapters)
         before = resident if self._resident is None else self._resident
@@ -108,7 +109,7 @@ class LiveView:
                 self._moves.append(move)
 
 
-def _name(names: dict[str, str], digest: str) -> str:
+def _name(names: Mapping[str, str], digest: str) -> str:
     """Mixtures and retired revisions have none: they are told by their digest."""
     return names.get(digest, digest[:12])
 

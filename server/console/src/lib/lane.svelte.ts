@@ -21,6 +21,18 @@ export type Settings = {
   logprobs: boolean;
 };
 
+export const DEFAULTS: Settings = {
+  prompt: "",
+  system: "",
+  temperature: 0,
+  maxTokens: 64,
+  topP: 1,
+  seed: "",
+  schema: "",
+  tools: "",
+  logprobs: false,
+};
+
 type Token = { token: string; logprob: number };
 type Candidate = { name: string; score: number };
 type Routing = { candidates?: Candidate[]; threshold?: number; margin?: number };

@@ -1,0 +1,8 @@
+import { onDestroy } from "svelte";
+
+/** Looks now, and again every `ms` while the component is there. Called while it is set up. */
+export function poll(look: () => Promise<void>, ms: number): void {
+  void look();
+  const timer = setInterval(look, ms);
+  onDestroy(() => clearInterval(timer));
+}

@@ -229,10 +229,10 @@ def tell(loop: asyncio.AbstractEventLoop, message: Callable[[], None]) -> None:
 def _generator_finder(
     folder: Path, encoder: SharedEncoder, base: ServedBase
 ) -> Callable[[], Generator]:
-    """Loads the generator of `folder`, once. Raises GeneratorMismatch if it is for another base.
+    """Loads the generator of ``folder``, once. Raises GeneratorMismatch if it is for another base.
 
-    A quantised base is another one: what is generated or learned was judged on 16-bit weights.
-    That is kept, too: it will not change, and nobody loads megabytes to be refused again.
+    A refusal is kept, too: it will not change, and nobody loads megabytes to be refused again.
+    A quantised base is another base: what is generated or learned was judged on 16-bit weights.
     """
     from loraplex_generation.errors import GeneratorMismatch
     from loraplex_generation.service import Generator

@@ -55,7 +55,7 @@ class GatheredHead(PackedLinear):
         return collective.gather(functional.pad(own, (0, width - own.shape[1])).contiguous())
 
     def argmax(self, x: Tensor, masks: NDArray[np.int32] | None = None) -> Tensor:
-        raise NotImplementedError("the tokens are chosen from gathered logits")
+        raise RuntimeError("the tokens are chosen from gathered logits")
 
     @property
     def native(self) -> None:

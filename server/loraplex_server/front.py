@@ -36,9 +36,10 @@ from loraplex_server.adapters.watched_folders import WatchedFolders
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.app import build_app
 from loraplex_server.api.errors import invalid, unavailable
+from loraplex_server.api.fleet import Fleet
 from loraplex_server.api.middleware.rate_limit import Meter, RateLimiter
 from loraplex_server.api.middleware.tracing import otlp_provider
-from loraplex_server.api.state import AppState, MetricsPage
+from loraplex_server.api.state import AppState
 from loraplex_server.api_keys import ApiKey
 from loraplex_server.engine.client import EngineClient
 from loraplex_server.engine.expert_monitor import ExpertMonitor
@@ -96,12 +97,12 @@ def build_front(
     *,
     registers: bool = True,
     meter_of: Callable[[ApiKey], Meter] = RateLimiter,
-    metrics_page: MetricsPage | None = None,
+    fleet: Fleet | None = None,
 ) -> FastAPI:
     """Registers what the config names, and builds the application. ``closing`` gets what to close.
 
     ``registers``: whether this process has the adapters of the config; of several one does.
-    ``meter_of`` and ``metrics_page``: as of ``build_app``.
+    ``meter_of`` and ``fleet``: as of ``build_app``.
     Raises StoreError, ValueError or OSError.
     """
     endpoint = config.http.otlp_endpoint
@@ -151,7 +152,7 @@ def build_front(
         tracing=tracing,
         faults=faults,
         meter_of=meter_of,
-        metrics_page=metrics_page,
+        fleet=fleet,
     )
     if registers:
         watched.start()

@@ -253,7 +253,6 @@ async def test_an_upgrade_under_load_cuts_nothing(cluster: ClusterProcess, world
     before = cluster.replicas("Engine")
     config = cluster_config(world, **{"max-queue": 500})
     config["server"]["port"] = int(cluster.url.rpartition(":")[2])
-    config["ray"] = json.loads(cluster.config_file.read_text())["ray"]
     async with connect(cluster) as client:
         stop = asyncio.Event()
         asking = asyncio.create_task(keep_asking(client, 4, 24, stop))

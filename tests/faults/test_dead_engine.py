@@ -66,7 +66,7 @@ WORKS: dict[tuple[str, str], Any] = {
             "/v1/jobs/{job_id}/events",
             *("/v1/responses/{response_id}", "/v1/batches", "/v1/batches/{batch_id}"),
             *("/v1/files", "/v1/files/{file_id}", "/v1/files/{file_id}/content"),
-            *("/metrics", "/version", "/v1/live", "/v1/requests"),
+            *("/metrics", "/version", "/v1/live", "/v1/requests", "/v1/cluster"),
         )
     },
     ("DELETE", "/v1/responses/{response_id}"): None,

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ClusterProcess", "cluster_process", "free_port", "processes_of", "ray_head"]
+__all__ = ["ClusterProcess", "cluster_process", "free_port", "processes_of"]
 
 _START_S = 900  # other work may hold the machine
 _STOP_S = 300
@@ -92,29 +91,6 @@ def free_port() -> int:
 
 
 @contextmanager
-def ray_head(environment: dict[str, str]) -> Iterator[str]:
-    """The address of a Ray of one node, which starts also where other work holds the machine."""
-    with tempfile.TemporaryDirectory(prefix="lx", ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.ray_head", folder],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
-        assert process.stdin is not None
-        assert process.stdout is not None
-        try:
-            said = process.stdout.readline()
-            assert said.startswith("ray is at "), said
-            yield said.removeprefix("ray is at ").strip()
-        finally:
-            process.stdin.close()
-            process.wait(_STOP_S)
-            process.stdout.close()
-
-
-@contextmanager
 def cluster_process(config: dict[str, Any], folder: Path) -> Iterator[ClusterProcess]:
     """Ready when entered. When left, it has ended in good order, and nothing of it is there."""
     port = free_port()
@@ -127,16 +103,12 @@ def cluster_process(config: dict[str, Any], folder: Path) -> Iterator[ClusterPro
         "LORAPLEX_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
-        "RAY_AUTH_MODE": "disabled",  # on the loopback, for a test
-        "RAY_USAGE_STATS_ENABLED": "0",
     }
     try:
-        with ray_head(environment) as address:
-            config["ray"] = {"address": address}
-            file = folder / "cluster.yaml"
-            file.write_text(json.dumps(config))  # JSON is YAML
-            with _up(file, f"http://127.0.0.1:{port}", mark, environment) as cluster:
-                yield cluster
+        file = folder / "cluster.yaml"
+        file.write_text(json.dumps(config))  # JSON is YAML
+        with _up(file, f"http://127.0.0.1:{port}", mark, environment) as cluster:
+            yield cluster
         assert not processes_of(mark)
     finally:
         for pid in processes_of(mark):

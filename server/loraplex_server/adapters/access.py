@@ -21,6 +21,7 @@ __all__ = [
     "access_of",
     "check_allowed",
     "check_owned",
+    "check_sees_all",
     "follow_names",
     "name_to_write",
     "own_name",
@@ -55,6 +56,18 @@ def check_owned(access: AdapterAccess, name: str, *, param: str | None = "name")
             "load; take another name for an adapter of your own",
             code="adapter_shared",
             param=param,
+        )
+
+
+def check_sees_all(request: Request) -> None:
+    """Raises ApiError (403) for keys that are limited to some adapters or to a tenant's."""
+    access = access_of(request)
+    if access.patterns is not None or access.tenant is not None:
+        raise ApiError(
+            403,
+            "this tells of all adapters and tenants, and the API key is limited to some; its own "
+            "calls are at /v1/requests",
+            code="live_not_allowed",
         )
 
 

@@ -42,6 +42,7 @@ from loraplex_server.api.routes import (
     activity,
     adapters,
     batches,
+    cluster,
     console,
     files,
     generate,
@@ -75,9 +76,10 @@ from loraplex_server.settings import ServerConfig
 
 from .errors import ApiError, from_engine
 from .exact_schema import write_exact_bounds
+from .fleet import Fleet
 from .lifecycle import Lifecycle
 from .orjson_response import ORJSONResponse
-from .state import AppState, MetricsPage
+from .state import AppState
 from .validation import UnknownFields, problem_of
 
 if TYPE_CHECKING:
@@ -117,7 +119,7 @@ def build_app(
     tracing: TracerProvider | None = None,
     faults: Faults | None = None,
     meter_of: Callable[[ApiKey], Meter] = RateLimiter,
-    metrics_page: MetricsPage | None = None,
+    fleet: Fleet | None = None,
     batch_limits: BatchLimits = BatchLimits(),  # noqa: B008  frozen value
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
@@ -127,8 +129,7 @@ def build_app(
     the load of routed adapters; ``encoder`` is a model of its own for vectors; ``pooling`` is how
     the base's embeddings are made, by default the normalised mean; ``tracing`` gets a span of each
     call; ``faults`` is what the other parts report their failures to; ``meter_of`` counts what an
-    API key uses of its limits; ``metrics_page`` writes /metrics where it is of several processes,
-    and tells of their engines itself.
+    API key uses of its limits; ``fleet`` knows the other processes of a cluster and their engines.
 
     ``app.state.parts`` holds the parts, for whoever drains the server.
     """
@@ -144,7 +145,7 @@ def build_app(
         faults,
         config.engine,
         names[0],
-        with_engine=metrics_page is None,
+        with_engine=fleet is None,
     )
     registry.register(own)
     ProcessCollector(registry=registry)
@@ -190,7 +191,7 @@ def build_app(
         faults=faults,
         encoder=encoder,
         pooling=pooling or PoolingPlan(PoolingMode.MEAN, normalize=True),
-        metrics_page=metrics_page or metrics.own_page,
+        fleet=fleet,
         model_root=model_name,
         started=int(time()),
     )
@@ -210,6 +211,7 @@ def build_app(
         revisions,
         job_routes,
         activity,
+        cluster,
         adapters,
         lora_compat,
         tokens,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from time import time
@@ -42,13 +42,13 @@ from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
 
 from .errors import from_store
+from .fleet import Fleet
 from .lifecycle import Lifecycle
 from .validation import UnknownFields
 
-__all__ = ["AppState", "MetricsPage", "State", "followed", "in_store_thread", "state_of"]
+__all__ = ["AppState", "State", "followed", "in_store_thread", "state_of"]
 
 T = TypeVar("T")
-MetricsPage = Callable[["AppState"], Awaitable[bytes]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class AppState:
     faults: Faults
     encoder: EncoderModel | None  # None: the sentence encoder is not on this machine
     pooling: PoolingPlan  # of the base's embeddings
-    metrics_page: MetricsPage  # what /metrics answers
+    fleet: Fleet | None  # None: this process is all there is
     model_root: str  # opaque name of the base's weights: a model id, never a path
     started: int = 0  # seconds since the epoch
 

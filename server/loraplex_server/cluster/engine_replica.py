@@ -8,6 +8,7 @@ import functools
 from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 
 from ray import serve
 
@@ -23,6 +24,7 @@ from loraplex_adapter_store.lease import AdapterLease
 from loraplex_server.adapters.device_pins import DevicePins
 from loraplex_server.adapters.device_tier import DeviceUnloads
 from loraplex_server.engine.build import build_engine
+from loraplex_server.engine.client import EngineStats
 from loraplex_server.engine.defaults import host_tier_bytes
 from loraplex_server.engine.errors import AdapterLoadFailed, AdapterUnservable, EngineError
 from loraplex_server.engine.events import FinishReason, TokenEvent
@@ -44,6 +46,8 @@ __all__ = ["EngineReplica"]
 
 _GAP_S = 0.02  # between two lists of events of a stream
 _MAX_GRAMMARS = 128
+_MAX_TOLD = 512  # adapters of the host tier, and of the counts by adapter
+_MAX_COUNTED = 4096  # beyond that the rarest are forgotten
 
 
 class EngineReplica:
@@ -59,6 +63,7 @@ class EngineReplica:
         """
         set_up_logging(config.http)
         self._stall_s = config.http.stall_s
+        self._adapter_requests: Counter[str] = Counter()  # taken in, by digest; "": the base
         self._name = serve.get_replica_context().replica_id.unique_id
         self._loads = ThreadPoolExecutor(8, thread_name_prefix="loraplex-loads")
         self._compile = functools.lru_cache(maxsize=_MAX_GRAMMARS)(self._compiled)
@@ -108,7 +113,16 @@ class EngineReplica:
         return await self._engine.unload(digest)
 
     def stats(self) -> ReplicaStats:
-        return ReplicaStats(self._name, self._engine.stats())
+        engine, held = self._engine.stats(), self._store.stats()
+        return ReplicaStats(
+            self._name,
+            engine,
+            alive=self._problem(engine) is None,
+            host_adapters=tuple(islice(self._store.plans_in_memory(), _MAX_TOLD)),
+            host_bytes_used=held.host_bytes_used,
+            host_bytes_total=held.host_bytes_total,
+            adapter_requests=dict(self._adapter_requests.most_common(_MAX_TOLD)),
+        )
 
     def record_routing_stats(self) -> dict[str, object]:
         """Ray's hook: what ``AdapterRequestRouter`` ranks replicas by."""
@@ -117,6 +131,7 @@ class EngineReplica:
         busy = {digest for digest, count in stats.running_adapters.items() if count}
         pending = Counter(stats.running_adapters) + Counter(stats.waiting_adapters)
         return {
+            "capacity": stats.max_batch_size,
             "device": sorted(resident),
             "host": sorted(plans.keys() - resident),
             "free_slots": max(0, stats.pool_slots_total - len(resident)),
@@ -139,17 +154,21 @@ class EngineReplica:
 
     def check_health(self) -> None:
         """Ray's hook: after three failures the replica is replaced."""
-        stats = self._engine.stats()
-        if not self._engine.alive:
-            raise RuntimeError("the engine thread has stopped")
-        if stats.n_running and stats.step_age_s > self._stall_s:
-            raise RuntimeError(f"the engine has not moved for {stats.step_age_s:.0f} s")
+        if (problem := self._problem(self._engine.stats())) is not None:
+            raise RuntimeError(problem)
 
     async def __del__(self) -> None:
         """Ray's hook, after the last request."""
         self._engine.close()
         self._loads.shutdown(wait=False, cancel_futures=True)
         self._close_store()
+
+    def _problem(self, stats: EngineStats) -> str | None:
+        if not self._engine.alive:
+            return "the engine thread has stopped"
+        if stats.n_running and stats.step_age_s > self._stall_s:
+            return f"the engine has not moved for {stats.step_age_s:.0f} s"
+        return None
 
     def _build(self, config: ServerConfig) -> None:
         path = resolve_model(config.model)
@@ -185,10 +204,17 @@ class EngineReplica:
 
         try:
             self._engine.submit(request.local(engine_id, lease, grammar), listen)
+            self._count(request)
         except EngineError:
             if lease is not None:
                 lease.release()
             raise
+
+    def _count(self, request: RemoteRequest) -> None:
+        counts = self._adapter_requests
+        counts["" if request.adapter is None else request.adapter.digest] += 1
+        if len(counts) > _MAX_COUNTED:
+            self._adapter_requests = Counter(dict(counts.most_common(_MAX_COUNTED // 2)))
 
     async def _lease(self, adapter: RemoteAdapter) -> AdapterLease:
         loop = asyncio.get_running_loop()

@@ -10,7 +10,15 @@ from loraplex_server.engine.client import EngineStats, TenantStats
 __all__ = ["summed"]
 
 _SUMMED = (
-    *("n_running", "n_waiting", "kv_pages_used", "kv_pages_total", "n_steps", "n_step_tokens"),
+    *(
+        "n_running",
+        "n_waiting",
+        "max_batch_size",
+        "kv_pages_used",
+        "kv_pages_total",
+        "n_steps",
+        "n_step_tokens",
+    ),
     *("n_preemptions", "n_rows_taken_back", "n_forced_tokens", "prefix_queries", "prefix_hits"),
     *("pool_bytes_used", "pool_bytes_total", "pool_slots_total", "n_adapter_loads"),
     *("n_adapter_evictions", "adapter_load_seconds"),

@@ -18,7 +18,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.content_loader import PlanCheck
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.api.middleware.rate_limit import Meter, RateLimiter
-from loraplex_server.api.state import AppState, in_store_thread
+from loraplex_server.api.state import in_store_thread
 from loraplex_server.api_keys import ApiKey
 from loraplex_server.engine.build import dtype_of
 from loraplex_server.faults import Faults
@@ -36,8 +36,10 @@ from loraplex_server.model.pull import resolve_model
 from loraplex_server.settings import ServerConfig
 
 from .base_weights import with_weights_of
+from .cluster_fleet import ClusterFleet
 from .desk import PassedOn, answered_by, to_desk
-from .fleet_metrics import ProcessMetrics, one_page
+from .fleet_metrics import ProcessMetrics
+from .front_calls import FrontCalls, Role
 from .key_limits import SharedMeter
 from .remote_engine import RemoteEngine
 from .remote_request import EngineFacts
@@ -47,7 +49,6 @@ __all__ = ["Desk", "Gateway"]
 
 _HOST_BYTES = 512 << 20  # plans are looked at here, and used elsewhere
 _LONG_S = 3600.0  # a job's id would be known to one gateway alone: changes are waited for
-_METRICS_S = 5.0
 
 
 class Desk:
@@ -57,6 +58,7 @@ class Desk:
     """
 
     registers: ClassVar[bool] = True  # the adapters that the config names
+    role: ClassVar[Role] = "desk"
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
@@ -75,6 +77,7 @@ class Desk:
         self._closing = contextlib.ExitStack()
         facts: EngineFacts = await engines.options(method_name="facts").remote()
         self._engine = RemoteEngine(engines, facts)
+        self._fleet = ClusterFleet(self.name, self._engine)
         self.front = await asyncio.to_thread(self._build, facts)
         self._services = parts_of(self.front)
         self._watching = await start_services(self._services)
@@ -90,6 +93,10 @@ class Desk:
         """What this process counted."""
         await in_store_thread(self._services, self._services.collector.refresh_listing)
         return ProcessMetrics(self.name, list(self._services.registry.collect()))
+
+    async def own_calls(self, tenant: str | None, n_ended: int) -> FrontCalls:
+        """Those that this process answers; see ``FrontCalls.of``."""
+        return FrontCalls.of(self.name, self.role, self._services.metrics.calls, tenant, n_ended)
 
     async def check_health(self) -> None:
         """Ray's hook: after three failures the process is replaced."""
@@ -111,26 +118,6 @@ class Desk:
         root = self._config.store.root
         assert root is not None  # ``ClusterConfig`` has one always
         return self._store_in(root / "desk" / base.fingerprint[:16], base, check, faults)
-
-    async def page(self, services: AppState) -> bytes:
-        """/metrics, of all processes."""
-        context = serve.get_replica_context()
-        asked = [
-            serve.get_deployment_handle(name, app_name=context.app_name)
-            .broadcast("own_metrics")
-            .results_async(timeout_s=_METRICS_S)
-            for name in ("Gateway", "Desk")
-        ]
-        fronts: list[ProcessMetrics] = []
-        for answers in await asyncio.gather(*asked, return_exceptions=True):
-            if not isinstance(answers, BaseException):
-                fronts += answers
-        families = services.collector.engine_families
-        engines = [
-            ProcessMetrics(each.replica, list(families(each.engine)))
-            for each in self._engine.replicas
-        ]
-        return one_page([*fronts, *engines])
 
     def _build(self, facts: EngineFacts) -> FastAPI:
         path = resolve_model(self._config.model)
@@ -154,7 +141,7 @@ class Desk:
             self._closing,
             registers=self.registers,
             meter_of=self._meter_of,
-            metrics_page=self.page,
+            fleet=self._fleet,
         )
 
     def _store_in(
@@ -180,6 +167,7 @@ class Gateway(Desk):
     """Reached by clients. Any number of them; none has anything that is not elsewhere, too."""
 
     registers = False
+    role = "gateway"
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,

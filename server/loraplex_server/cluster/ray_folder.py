@@ -1,6 +1,6 @@
 """What a Ray of our own has on disk, and who may talk to it. Imported before Ray is.
 
-Ray reads its mode of authentication once, when it is imported.
+Ray reads its mode of authentication and its time limits once, when it is imported.
 """
 
 from __future__ import annotations
@@ -15,6 +15,17 @@ from pathlib import Path
 
 __all__ = ["own_ray_folder", "use_token"]
 
+# On one machine a process that says nothing has rarely died: other work holds the processors.
+_PATIENCE = {
+    "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_gcs_server_request_timeout_seconds": "300",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_agent_register_timeout_ms": "600000",
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+}
+
 
 @contextlib.contextmanager
 def own_ray_folder() -> Iterator[Path]:
@@ -28,6 +39,8 @@ def own_ray_folder() -> Iterator[Path]:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         use_token(token)
+        for name, value in _PATIENCE.items():
+            os.environ.setdefault(name, value)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)

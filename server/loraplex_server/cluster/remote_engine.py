@@ -92,6 +92,11 @@ class RemoteEngine:
         """What each replica said last."""
         return list(self._replicas.values())
 
+    @property
+    def heard_ago_s(self) -> float:
+        """How old ``replicas`` is."""
+        return time.monotonic() - self._heard_at
+
     def n_queued(self, tenant: str) -> int:
         shares = (share for replica in self.replicas for share in replica.engine.tenants)
         return sum(share.n_waiting for share in shares if share.tenant == tenant)

@@ -6,7 +6,8 @@ back as they are. Everything here is frozen and may cross processes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.lease import AdapterLease, AdapterRecipe
@@ -34,6 +35,11 @@ class EngineFacts:
 class ReplicaStats:
     replica: str  # Ray's name of it
     engine: EngineStats
+    alive: bool = True  # its engine runs and moves
+    host_adapters: tuple[str, ...] = ()  # digests with a plan in host memory, some hundreds at most
+    host_bytes_used: int = 0
+    host_bytes_total: int = 0
+    adapter_requests: Mapping[str, int] = field(default_factory=dict)  # digest → taken since start
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from loraplex_server.settings import HttpConfig
 
 from .application import build_application
 from .config import ClusterConfig
+from .ray_head import ray_head
 
 __all__ = ["deploy", "running_cluster", "status_lines"]
 
@@ -73,23 +74,17 @@ def status_lines(address: str) -> list[str]:
 
 
 def _connect(config: ClusterConfig, folder: Path | None, closing: contextlib.ExitStack) -> str:
-    if folder is None:
-        context = ray.init(address=config.ray.address, namespace=_NAMESPACE, log_to_driver=False)
-        closing.callback(ray.shutdown)
-        return str(context.address_info["address"])
-    closing.callback(ray.shutdown)
-    try:
-        context = ray.init(
-            address="local",
-            namespace=_NAMESPACE,
-            num_cpus=_cpus(config),
-            object_store_memory=config.ray.object_store_bytes,
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=str(folder),
+    address = config.ray.address
+    if folder is not None:
+        address = closing.enter_context(
+            ray_head(
+                folder,
+                n_cpus=_cpus(config),
+                object_store_bytes=config.ray.object_store_bytes,
+            )
         )
-    except Exception as error:  # Ray raises a bare one where its own processes start too slowly
-        raise RuntimeError(f"Ray does not start: {error}") from error
+    context = ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False)
+    closing.callback(ray.shutdown)
     return str(context.address_info["address"])
 
 
@@ -97,7 +92,7 @@ def _cpus(config: ClusterConfig) -> int:
     """Of Ray's count, on a machine of its own: every process twice, as in an upgrade."""
     engines, gateways = config.engines, config.gateways
     n_engines = max(engines.replicas, engines.max_replicas or 0)
-    needed = 2 * (n_engines * engines.cpus + (gateways.replicas + 1) * gateways.cpus)
+    needed = 1 + 2 * (n_engines * engines.cpus + (gateways.replicas + 1) * gateways.cpus)
     return max(os.cpu_count() or 1, math.ceil(needed))
 
 

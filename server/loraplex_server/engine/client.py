@@ -88,6 +88,7 @@ class EngineStats:
 
     n_running: int = 0
     n_waiting: int = 0
+    max_batch_size: int = 0  # requests that one step can compute
     kv_pages_used: int = 0
     kv_pages_total: int = 0
     n_steps: int = 0

@@ -97,7 +97,7 @@ class Scheduler:
         self.n_preemptions = 0
         self._kv = kv_cache
         self._adapters = adapters
-        self._max_batch_size = max_batch_size
+        self.max_batch_size = max_batch_size
         self.max_step_tokens = max_step_tokens
         self.n_rows_taken_back = 0  # preemptions for a tenant that had less
         self._n_steps = 0
@@ -230,7 +230,7 @@ class Scheduler:
         """Admits it if there is room, or if others give back rows until there is."""
         while step.n_left > 0:
             answer = Admission.NO_ROOM
-            if len(self.running) < self._max_batch_size:
+            if len(self.running) < self.max_batch_size:
                 answer = self._admit_one(request)
             if answer is Admission.ADMITTED:
                 step.admitted.add(request.id)

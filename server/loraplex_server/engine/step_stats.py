@@ -24,7 +24,8 @@ class StepStats:
         self._n_step_tokens = 0
         self._n_forced_tokens = 0
         self._steps_by_tokens = [0] * (len(STEP_TOKENS) + 1)
-        self.latest = EngineStats()
+        self.latest: EngineStats
+        self.after_step(())  # sizes are known before the first step: routers ask for them
 
     def forced(self, n_tokens: int) -> None:
         """A grammar fixed so many tokens of an answer."""
@@ -39,6 +40,7 @@ class StepStats:
         self.latest = EngineStats(
             n_running=len(scheduler.running),
             n_waiting=len(scheduler.waiting),
+            max_batch_size=scheduler.max_batch_size,
             kv_pages_used=self._kv.n_pages_held,
             kv_pages_total=self._kv.n_pages,
             n_steps=sum(self._steps_by_tokens),

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-__all__ = ["CallLog", "CallRecord", "ChosenBy", "Recent", "percentile"]
+__all__ = ["N_ENDED", "CallLog", "CallRecord", "ChosenBy", "Recent", "percentile"]
 
-_N_ENDED = 200  # calls of all tenants together
+N_ENDED = 200  # calls of all tenants together
 _N_RECENT = 2048
 _WINDOW_S = 60.0  # how far back percentiles look
 
@@ -88,7 +88,7 @@ class CallLog:
 
     def __init__(self) -> None:
         self._running: dict[CallRecord, None] = {}
-        self._ended: deque[CallRecord] = deque(maxlen=_N_ENDED)
+        self._ended: deque[CallRecord] = deque(maxlen=N_ENDED)
         self.first_token_s = Recent()
         self.gap_s = Recent()  # between the tokens of an answer
 

@@ -172,7 +172,7 @@ async def test_a_tenant_sees_its_own_calls_and_nobody_s_live(shared: Front) -> N
     for tenant in ("a", "b"):
         (call,) = (await requests(shared, **of(tenant)))["data"]
         assert call["tenant"] == tenant
-        for path in ("/v1/live", "/v1/live/events"):
+        for path in ("/v1/live", "/v1/live/events", "/v1/cluster"):
             refused = await shared.client.get(path, headers=of(tenant))
             assert (refused.status_code, refused.json()["error"]["code"]) == (
                 403,

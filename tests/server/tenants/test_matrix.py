@@ -128,7 +128,7 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
         [
             ("POST", "/detokenize"),
             ("GET", "/version"),
-            *(("GET", p) for p in ("/v1/live", "/v1/live/events", "/v1/requests")),
+            *(("GET", p) for p in ("/v1/live", "/v1/live/events", "/v1/requests", "/v1/cluster")),
             *((m, p) for m in ("GET", "HEAD") for p in ("/", "/console/{name}")),
             *((m, p) for m in ("GET", "HEAD") for p in ("/health", "/ready", "/ping")),
             *(("GET", p) for p in ("/docs", "/docs/oauth2-redirect", "/openapi.json")),

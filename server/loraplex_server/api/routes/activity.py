@@ -8,8 +8,7 @@ from collections.abc import AsyncGenerator
 import orjson
 from fastapi import APIRouter, Request, Response
 
-from loraplex_server.adapters.access import access_of
-from loraplex_server.api.errors import ApiError
+from loraplex_server.adapters.access import access_of, check_sees_all
 from loraplex_server.api.lifecycle import ServerStatus
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.activity import Live, RequestList
@@ -27,7 +26,7 @@ _EVERY_S = 0.5  # between two events of a stream
 @router.get("/v1/live", response_model=Live, responses=errors())
 async def live(request: Request, state: State) -> Response:
     """Rows, queue, memory, rates and percentiles of this moment."""
-    _check_sees_all(request)
+    check_sees_all(request)
     return ORJSONResponse(await _now(state))
 
 
@@ -36,7 +35,7 @@ async def live(request: Request, state: State) -> Response:
 async def follow(request: Request, state: State) -> Response:
     """The same twice a second, as server-sent events, until the client leaves or the
     server goes down."""
-    _check_sees_all(request)
+    check_sees_all(request)
 
     async def events() -> AsyncGenerator[bytes, None]:
         while True:
@@ -52,28 +51,15 @@ async def follow(request: Request, state: State) -> Response:
 async def requests(request: Request, state: State) -> Response:
     """Calls for text and vectors: those that run, and of the last 200 the key's own."""
     tenant = None if access_of(request).tenant is None else info_of(request.scope).tenant
-    calls = state.metrics.calls
-    return ORJSONResponse(
-        {
-            "object": "list",
-            "running": [record.to_json() for record in calls.running(tenant)],
-            "data": [record.to_json() for record in calls.ended(tenant)],
-        }
-    )
+    if state.fleet is not None:
+        running, ended = await state.fleet.calls(tenant)
+    else:
+        calls = state.metrics.calls
+        running = [record.to_json() for record in calls.running(tenant)]
+        ended = [record.to_json() for record in calls.ended(tenant)]
+    return ORJSONResponse({"object": "list", "running": running, "data": ended})
 
 
 async def _now(state: AppState) -> dict[str, object]:
     await in_store_thread(state, state.collector.refresh_listing)
     return state.live_view.to_json()
-
-
-def _check_sees_all(request: Request) -> None:
-    """Raises ApiError (403): it tells of all tenants."""
-    access = access_of(request)
-    if access.patterns is not None or access.tenant is not None:
-        raise ApiError(
-            403,
-            "this tells of all adapters and tenants, and the API key is limited to some; its own "
-            "calls are at /v1/requests",
-            code="live_not_allowed",
-        )

@@ -14,7 +14,7 @@ from loraplex_server.api.protocol.errors import errors, text_answer
 from loraplex_server.api.protocol.health import Version
 from loraplex_server.api.state import AppState, State, in_store_thread
 
-__all__ = ["own_page", "router"]
+__all__ = ["router"]
 
 router = APIRouter()
 
@@ -34,11 +34,11 @@ async def metrics(request: Request, state: State) -> Response:
             "the scope metrics",
             code="metrics_not_allowed",
         )
-    text = await state.metrics_page(state)
-    return Response(text, headers={"content-type": CONTENT_TYPE_LATEST})
+    page = _own_page if state.fleet is None else state.fleet.metrics_page
+    return Response(await page(state), headers={"content-type": CONTENT_TYPE_LATEST})
 
 
-async def own_page(state: AppState) -> bytes:
+async def _own_page(state: AppState) -> bytes:
     """Of this process, which is all there is."""
     await in_store_thread(state, state.collector.refresh_listing)
     return generate_latest(state.registry)

@@ -1,0 +1,30 @@
+"""The other processes of a cluster, as the application of a gateway asks them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+if TYPE_CHECKING:
+    from .state import AppState
+
+__all__ = ["Calls", "Fleet"]
+
+
+class Calls(NamedTuple):
+    """Calls for text and vectors, as JSON; see ``CallRecord``."""
+
+    running: list[dict[str, object]]  # oldest first
+    ended: list[dict[str, object]]  # newest first
+
+
+class Fleet(Protocol):
+    """On the event loop. What a process does not say in time is left out; nothing is raised."""
+
+    async def metrics_page(self, state: AppState) -> bytes:
+        """/metrics of all processes."""
+
+    async def view(self, state: AppState) -> dict[str, object]:
+        """Who holds what, as GET /v1/cluster says it."""
+
+    async def calls(self, tenant: str | None) -> Calls:
+        """Of all processes that answer HTTP. ``tenant`` None: of all."""

@@ -1,0 +1,146 @@
+"""All processes of a cluster, as one of them asks: metrics, calls, and who holds what."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from heapq import merge
+from itertools import islice
+from typing import TypeVar
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+
+from loraplex_server.api.fleet import Calls
+from loraplex_server.api.state import AppState, in_store_thread
+from loraplex_server.metrics.call_log import N_ENDED
+from loraplex_server.metrics.collector import names_by_digest
+
+from .fleet_metrics import ProcessMetrics, one_page
+from .front_calls import FrontCalls
+from .remote_engine import RemoteEngine
+from .remote_request import ReplicaStats
+
+__all__ = ["ClusterFleet"]
+
+_ASK_S = 5.0
+_FRONTS = ("Gateway", "Desk")  # deployments with the HTTP application
+_MAX_ADAPTERS = 512  # shown of a replica
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class ClusterFleet:
+    """See ``Fleet``. Event loop only."""
+
+    def __init__(self, replica: str, engine: RemoteEngine) -> None:
+        """``replica``: of the process that asks."""
+        self._replica = replica
+        self._engine = engine
+        self._application = serve.get_replica_context().app_name
+
+    async def metrics_page(self, state: AppState) -> bytes:
+        fronts = await self._ask_fronts("own_metrics", ProcessMetrics)
+        families = state.collector.engine_families
+        engines = [
+            ProcessMetrics(each.replica, [*families(each.engine)]) for each in self._engine.replicas
+        ]
+        return one_page([*fronts, *engines])
+
+    async def view(self, state: AppState) -> dict[str, object]:
+        await in_store_thread(state, state.collector.refresh_listing)
+        names = names_by_digest(state.collector.listing)
+        fronts = await self._ask_fronts("own_calls", FrontCalls, None, 0)
+        return {
+            "name": self._application,
+            "age_s": self._engine.heard_ago_s,
+            "engines": [_engine(each, names) for each in self._engine.replicas],
+            "fronts": [
+                {
+                    "replica": front.replica,
+                    "role": front.role,
+                    "calls": len(front.running),
+                    "answers": front.replica == self._replica,
+                }
+                for front in fronts
+            ],
+        }
+
+    async def calls(self, tenant: str | None) -> Calls:
+        fronts = await self._ask_fronts("own_calls", FrontCalls, tenant, N_ENDED)
+        running = merge(*(front.running for front in fronts), key=_started)
+        ended = merge(*(front.ended for front in fronts), key=_ended, reverse=True)
+        return Calls(list(running), list(islice(ended, N_ENDED)))
+
+    async def _ask_fronts(self, method: str, kind: type[T], *arguments: object) -> list[T]:
+        """What they answer; a deployment of which one does not answer in time is left out."""
+        asked = [
+            serve.get_deployment_handle(name, app_name=self._application)
+            .broadcast(method, *arguments)
+            .results_async(timeout_s=_ASK_S)
+            for name in _FRONTS
+        ]
+        found: list[T] = []
+        for answers in await asyncio.gather(*asked, return_exceptions=True):
+            if isinstance(answers, (RayError, RayServeException, TimeoutError)):
+                _log.info("%s: a process does not answer: %s", method, answers)
+            elif isinstance(answers, BaseException):
+                raise answers
+            else:
+                found += [answer for answer in answers if isinstance(answer, kind)]
+        return found
+
+
+def _engine(said: ReplicaStats, names: Mapping[str, str]) -> dict[str, object]:
+    stats = said.engine
+    return {
+        "replica": said.replica,
+        "alive": said.alive,
+        "running": stats.n_running,
+        "waiting": stats.n_waiting,
+        "rows": {"used": stats.n_running, "total": stats.max_batch_size},
+        "steps": stats.n_steps,
+        "step_age_s": stats.step_age_s,
+        "preemptions": stats.n_preemptions,
+        "kv_pages": {"used": stats.kv_pages_used, "total": stats.kv_pages_total},
+        "bytes": {
+            "device": {"used": stats.pool_bytes_used, "total": stats.pool_bytes_total},
+            "host": {"used": said.host_bytes_used, "total": said.host_bytes_total},
+        },
+        "slots": stats.pool_slots_total,
+        "loads": stats.n_adapter_loads,
+        "evictions": stats.n_adapter_evictions,
+        "adapters": _adapters(said, names),
+    }
+
+
+def _adapters(said: ReplicaStats, names: Mapping[str, str]) -> list[dict[str, object]]:
+    """The device's, then those that are in host memory only."""
+    on_device = dict.fromkeys(said.engine.resident_adapters, "device")
+    tiers = on_device | {d: "host" for d in said.host_adapters if d not in on_device}
+    return [
+        {
+            "name": names.get(digest, digest[:12]),
+            "digest": digest,
+            "tier": tier,
+            "running": said.engine.running_adapters.get(digest, 0),
+            "waiting": said.engine.waiting_adapters.get(digest, 0),
+            "requests": said.adapter_requests.get(digest, 0),
+        }
+        for digest, tier in islice(tiers.items(), _MAX_ADAPTERS)
+    ]
+
+
+def _started(call: Mapping[str, object]) -> float:
+    return _number(call["started"])
+
+
+def _ended(call: Mapping[str, object]) -> float:
+    return _number(call["started"]) + _number(call["seconds"])
+
+
+def _number(value: object) -> float:
+    assert isinstance(value, float)
+    return value

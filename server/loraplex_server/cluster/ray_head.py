@@ -1,0 +1,120 @@
+"""A Ray of our own on this machine: `ray start` in a process that ends with ours.
+
+    python -m loraplex_server.cluster.ray_head start --head --block …
+
+Its agents get their ports from us. Where they choose them themselves, Ray waits 15 s for them to
+say which, and ends if other work holds the processors for so long; that limit cannot be set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ray_head", "without_client_server"]
+
+_HOST = "127.0.0.1"
+_N_TRIES = 3  # Ray's node gives up after 30 s, and another process may take a port before Ray does
+_STOP_S = 60
+_STARTED = "Ray runtime started"
+_PORTS = (
+    "--port",
+    "--dashboard-agent-listen-port",
+    "--dashboard-agent-grpc-port",
+    "--runtime-env-agent-port",
+    "--metrics-export-port",
+)
+
+
+@contextlib.contextmanager
+def ray_head(folder: Path, *, n_cpus: int, object_store_bytes: int) -> Iterator[str]:
+    """Inside the block Ray runs, with its files in ``folder``; the value is its address.
+
+    Raises RuntimeError if it does not start.
+    """
+    for attempt in range(_N_TRIES):
+        ports = _free_ports(len(_PORTS))
+        log = folder / f"start-{attempt}.log"
+        with _started(folder, ports, log, n_cpus, object_store_bytes) as process:
+            if _is_up(process):
+                yield f"{_HOST}:{ports[0]}"
+                return
+        print("Ray has not started in its time; trying again", file=sys.stderr, flush=True)
+    raise RuntimeError(f"Ray does not start: {log.read_text(errors='replace')[-2000:]}")
+
+
+def without_client_server(parameters: Any, is_head: bool) -> None:  # of ray._private.parameter
+    """Ray's hook before a start. Nobody comes from outside, and its port is always the same one."""
+    parameters.ray_client_server_port = None
+
+
+@contextlib.contextmanager
+def _started(
+    folder: Path, ports: list[int], log: Path, n_cpus: int, object_store_bytes: int
+) -> Iterator[subprocess.Popen[str]]:
+    given = [f"{option}={port}" for option, port in zip(_PORTS, ports, strict=True)]
+    command = [
+        *(sys.executable, "-m", __name__, "start", "--head", "--block", *given),
+        *(f"--node-ip-address={_HOST}", f"--temp-dir={folder}"),
+        *(f"--num-cpus={n_cpus}", f"--object-store-memory={object_store_bytes}"),
+        *("--include-dashboard=false", "--include-log-monitor=false", "--no-monitor"),
+        "--disable-usage-stats",
+    ]
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=os.environ | {"RAY_START_HOOK": f"{__name__}.without_client_server"},
+            start_new_session=True,  # Ctrl-C is ours: running requests finish first
+        )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        yield process
+    finally:
+        process.stdin.close()
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def _is_up(process: subprocess.Popen[str]) -> bool:
+    """Waits until Ray says that it runs, or ends."""
+    assert process.stdout is not None
+    return any(_STARTED in line for line in process.stdout)
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind((_HOST, 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+def _end_with_input() -> None:
+    """Our parent holds the other end, and nothing is written to it."""
+    sys.stdin.buffer.read()
+    os.kill(os.getpid(), signal.SIGTERM)  # `ray start` ends its processes
+
+
+if __name__ == "__main__":
+    from ray.scripts.scripts import main
+
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    sys.argv[0] = "ray"
+    sys.exit(main())

@@ -10,48 +10,60 @@ from typing import Any
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from tests.contract.conftest import ADAPTERS, INFER
+from tests.contract.conftest import ADMIN as ADMIN_KEY
 from tests.support.architectures import tiny_model
 from tests.support.cluster_process import ClusterProcess, cluster_process
 from tests.support.lora_files import write_lora
 from tests.support.server_process import ServerProcess, save_tiny_model, server_process
 
 N_ADAPTERS = 24
-ADMIN = {"Authorization": "Bearer admin-secret"}
-LIMITED = {"Authorization": "Bearer limited-secret"}  # ten requests a minute
-_KEYS = f"""
-[[key]]
-name = "limited"
-sha256 = "{hashlib.sha256(b"limited-secret").hexdigest()}"
-scope = "infer"
-requests_per_minute = 10
-"""
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
+LIMITED, GREEDY, MODEST = (
+    {"Authorization": f"Bearer {name}-secret"} for name in ("limited", "greedy", "modest")
+)
+
+
+def _key(name: str, *limits: str) -> str:
+    secret = hashlib.sha256(f"{name}-secret".encode()).hexdigest()
+    lines = ("[[key]]", f'name = "{name}"', f'sha256 = "{secret}"', 'scope = "infer"', *limits)
+    return "\n".join(lines) + "\n"
+
+
+_KEYS = _key("limited", "requests_per_minute = 10") + _key("greedy") + _key("modest")
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny base in ``model``, and adapters a0, a1 … of it in ``adapters``."""
+    """A base in ``tiny``; in ``adapters`` a0, a1 … of it, and those of ``tests/contract``."""
     folder = tmp_path_factory.mktemp("cluster")
-    save_tiny_model(folder / "model")
+    save_tiny_model(folder / "tiny")
     spec = BaseSpec.of(tiny_model(eos_token_id=2, max_position_embeddings=4096), "tiny")
     for number in range(N_ADAPTERS):
         write_lora(
             folder / "adapters" / f"a{number}", spec, rank=2 + number % 7, seed=number, scale=0.4
         )
+    for number, name in enumerate(ADAPTERS):
+        write_lora(folder / "adapters" / name, spec, rank=2 + number, seed=number, scale=0.4)
     (folder / "keys.toml").write_text(_KEYS)
     return folder
 
 
 def cluster_config(world: Path, **server: Any) -> dict[str, Any]:
     options = {
-        "model": str(world / "model"),
+        "model": str(world / "tiny"),
         "state-dir": str(world / "state"),
         "adapters-dir": [str(world / "adapters")],
-        "api-key": "admin-secret",
+        "api-key": ADMIN_KEY,
+        "infer-api-key": INFER,
+        "catalogue-refresh": 0,  # every gateway sees a change at once
         "keys": str(world / "keys.toml"),
         "dtype": "float32",
         "threads": 1,
         "kv-memory": "8MiB",
         "adapter-memory": "8MiB",
+        "max-batch-size": 8,
+        "max-queue": 64,
         "demos": False,
         **server,
     }
@@ -70,6 +82,6 @@ def cluster(world: Path) -> Iterator[ClusterProcess]:
 
 @pytest.fixture(scope="session")
 def single(world: Path) -> Iterator[ServerProcess]:
-    flags = ("--adapters-dir", world / "adapters", "--api-key", "admin-secret")
-    with server_process(world / "model", world / "single", *flags) as running:
+    flags = ("--adapters-dir", world / "adapters", "--api-key", ADMIN_KEY)
+    with server_process(world / "tiny", world / "single", *flags) as running:
         yield running

@@ -3,54 +3,18 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
 from tests.cluster.conftest import ADMIN
+from tests.cluster.whole_answers import answers, body_of
 from tests.support.cluster_process import ClusterProcess
 from tests.support.server_process import ServerProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-NAMES = [None, *(f"a{number}" for number in range(16))]
-
-
-def body_of(adapter: str | None, **changes: Any) -> dict[str, Any]:
-    return {
-        "adapter": adapter,
-        "messages": [{"role": "user", "content": f"the server keeps {adapter or 'one base'}"}],
-        "max_tokens": 24,
-        "temperature": 0,
-        "logprobs": True,
-        "top_logprobs": 3,
-        **changes,
-    }
-
-
-def answers(url: str, bodies: list[dict[str, Any]]) -> list[Any]:
-    """Eight at once, in order; what differs from call to call is left out."""
-
-    def ask(body: dict[str, Any]) -> Any:
-        answer = client.post(f"{url}/v1/chat/completions", json=body).raise_for_status().json()
-        return answer["choices"], answer["usage"], answer.get("adapter")
-
-    with httpx.Client(timeout=600, headers=ADMIN) as client, ThreadPoolExecutor(8) as threads:
-        return list(threads.map(ask, bodies))
-
-
-def test_sixteen_adapters_and_the_base_answer_as_in_one_process(
-    cluster: ClusterProcess, single: ServerProcess
-) -> None:
-    bodies = [body_of(name) for name in NAMES]
-    ours, theirs = answers(cluster.url, bodies), answers(single.url, bodies)
-    for name, one, other in zip(NAMES, ours, theirs, strict=True):
-        assert one[0] == other[0], name
-        assert one[2] == other[2]
-    assert len({json.dumps(choices) for choices, _, _ in ours}) == len(NAMES)  # each does something
 
 
 def test_a_sampled_answer_with_a_seed_is_the_same(

@@ -55,7 +55,7 @@ _MODES: dict[str, tuple[str, ...]] = {
     "unfused": ("--no-fuse",),
 }
 Row = PeftRow | OwnRow | MixtureRow
-_TABLE: tuple[Row, ...] = (
+ROWS: tuple[Row, ...] = (
     *LORA_ROWS,
     *PEFT_ROWS,
     *OWN_ROWS,
@@ -63,18 +63,18 @@ _TABLE: tuple[Row, ...] = (
     *MIXTURE_ROWS,
     *HEAD_ROWS,
 )
-_ROWS = {row.id: row for row in _TABLE}
+_ROW_OF = {row.id: row for row in ROWS}
 
 
 @dataclass(frozen=True)
-class _Oracles:
+class Oracles:
     base: PreTrainedModel
     models: dict[str, nn.Module]  # by row, where the row is served
     folders: dict[str, Path]
 
 
 @dataclass(frozen=True)
-class _Load:
+class Load:
     """What one server did with all its rows."""
 
     puts: dict[str, Put]
@@ -90,11 +90,18 @@ def _runs(mode: str, row: Row) -> bool:
 @pytest.fixture(scope="module")
 def oracles(
     request: pytest.FixtureRequest, pulled_base: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[_Oracles]:
-    torch.set_num_threads(1)
-    found = _Oracles(load_base(pulled_base), {}, {})
+) -> Iterator[Oracles]:
     folder = tmp_path_factory.mktemp("adapters")
-    for row in _selected(request.session.items):
+    found = build_oracles(_selected(request.session.items), pulled_base, folder)
+    yield found
+    shutil.rmtree(folder)
+
+
+def build_oracles(rows: Sequence[Row], base: Path, folder: Path) -> Oracles:
+    """Saves the adapters of the rows below ``folder``; parts of a mixture stand before it."""
+    torch.set_num_threads(1)
+    found = Oracles(load_base(base), {}, {})
+    for row in rows:
         path = folder / row.id
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -103,8 +110,7 @@ def oracles(
             found.models[row.id] = model
         if not isinstance(row, MixtureRow):
             found.folders[row.id] = path
-    yield found
-    shutil.rmtree(folder)
+    return found
 
 
 def _selected(items: Sequence[pytest.Item]) -> list[Row]:
@@ -117,10 +123,10 @@ def _selected(items: Sequence[pytest.Item]) -> list[Row]:
     for row in MIXTURE_ROWS:
         if row.id in names:
             names |= {name for name, _ in row.parts}
-    return [row for row in _TABLE if row.id in names]
+    return [row for row in ROWS if row.id in names]
 
 
-def _make(row: Row, oracles: _Oracles, path: Path) -> nn.Module:
+def _make(row: Row, oracles: Oracles, path: Path) -> nn.Module:
     """Saves the row's adapter to ``path`` and returns the model that answers as it should."""
     if isinstance(row, PeftRow):
         own = LAYERS if row.rewrites_base else ()
@@ -136,7 +142,7 @@ def _make(row: Row, oracles: _Oracles, path: Path) -> nn.Module:
     return patched(oracles.base, adapter.forwards)
 
 
-def _mixed(row: MixtureRow, oracles: _Oracles) -> nn.Module:
+def _mixed(row: MixtureRow, oracles: Oracles) -> nn.Module:
     """PEFT's own exact weighted sum: factors side by side."""
     (first, *rest) = [name for name, _ in row.parts]
     model = peft.PeftModel.from_pretrained(
@@ -153,14 +159,14 @@ def _mixed(row: MixtureRow, oracles: _Oracles) -> nn.Module:
 class _Loads:
     """One server for each mode, started when its first row is looked at."""
 
-    def __init__(self, oracles: _Oracles, base: Path, folder: Path) -> None:
+    def __init__(self, oracles: Oracles, base: Path, folder: Path) -> None:
         self._oracles = oracles
         self._base = base
         self._folder = folder
-        self._done: dict[str, _Load] = {}
+        self._done: dict[str, Load] = {}
         self._failed: dict[str, BaseException] = {}
 
-    def of(self, mode: str) -> _Load:
+    def of(self, mode: str) -> Load:
         if mode in self._failed:
             raise self._failed[mode]
         if mode not in self._done:
@@ -171,26 +177,26 @@ class _Loads:
                 raise
         return self._done[mode]
 
-    def _run(self, mode: str) -> _Load:
+    def _run(self, mode: str) -> Load:
         made = self._oracles.folders.keys() | self._oracles.models.keys()
-        rows = [row for row in _TABLE if row.id in made and _runs(mode, row)]
+        rows = [row for row in ROWS if row.id in made and _runs(mode, row)]
         folders = [self._oracles.folders[row.id] for row in rows if row.id in self._oracles.folders]
         state, shelf = self._folder / mode, self._folder / f"{mode}-shelf"
         shelf.mkdir()
         flags = ("--kv-memory", "128MiB", "--adapter-memory", "512MiB", "--adapters-dir", shelf)
         with server_process(self._base, state, *flags, *_MODES[mode]) as server:
-            load = asyncio.run(_load(server.url, rows, folders, shelf))
+            load = asyncio.run(load_rows(server.url, rows, folders, shelf))
         shutil.rmtree(state)
         shutil.rmtree(shelf)
-        return _Load(*load, server.log)
+        return Load(*load, server.log)
 
 
 @pytest.fixture(scope="module")
-def loads(oracles: _Oracles, pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> _Loads:
+def loads(oracles: Oracles, pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> _Loads:
     return _Loads(oracles, pulled_base, tmp_path_factory.mktemp("loads"))
 
 
-async def _load(
+async def load_rows(
     url: str, rows: list[Row], folders: list[Path], shelf: Path
 ) -> tuple[dict[str, Put], dict[str, list[Question]], dict[str, list[Answer]]]:
     limits = httpx.Limits(max_connections=None)
@@ -223,7 +229,7 @@ def _questions(row: Row, puts: dict[str, Put]) -> list[Question]:
 
 def _cases() -> Iterator[object]:
     for mode in _MODES:
-        for row in _ROWS.values():
+        for row in ROWS:
             if row.refused is None and _runs(mode, row):
                 wrong = pytest.mark.xfail(reason=str(row.wrong), strict=True)
                 marks = [] if row.wrong is None else [wrong]
@@ -232,7 +238,7 @@ def _cases() -> Iterator[object]:
 
 @pytest.mark.parametrize(("mode", "row"), list(_cases()))
 def test_an_adapter_answers_as_the_model_it_was_trained_in(
-    loads: _Loads, oracles: _Oracles, mode: str, row: str
+    loads: _Loads, oracles: Oracles, mode: str, row: str
 ) -> None:
     load = loads.of(mode)
     put = load.puts.get(row)
@@ -245,18 +251,18 @@ def test_an_adapter_answers_as_the_model_it_was_trained_in(
 
 @pytest.mark.parametrize("mode", _MODES)
 def test_base_rows_between_adapters_are_the_base(
-    loads: _Loads, oracles: _Oracles, mode: str
+    loads: _Loads, oracles: Oracles, mode: str
 ) -> None:
     load = loads.of(mode)
     problem = explain(oracles.base, None, load.questions[""], load.answers[""])
     assert problem is None, problem
 
 
-@pytest.mark.parametrize("row", [row.id for row in _TABLE if row.refused is not None])
+@pytest.mark.parametrize("row", [row.id for row in ROWS if row.refused is not None])
 def test_what_cannot_be_served_is_refused_with_the_reason(loads: _Loads, row: str) -> None:
     put = loads.of("native").puts[row]
     assert put.status == 400, "it is served: say so in its row"
-    assert re.search(str(_ROWS[row].refused), put.message), put.message
+    assert re.search(str(_ROW_OF[row].refused), put.message), put.message
 
 
 @pytest.mark.parametrize("mode", _MODES)

@@ -91,7 +91,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def cluster_process(config: dict[str, Any], folder: Path) -> Iterator[ClusterProcess]:
+def cluster_process(
+    config: dict[str, Any], folder: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[ClusterProcess]:
     """Ready when entered. When left, it has ended in good order, and nothing of it is there."""
     port = free_port()
     config["server"]["port"] = port
@@ -103,6 +105,7 @@ def cluster_process(config: dict[str, Any], folder: Path) -> Iterator[ClusterPro
         "LORAPLEX_HOME": str(folder / "home"),
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",
+        **(variables or {}),
     }
     try:
         file = folder / "cluster.yaml"

@@ -113,5 +113,6 @@ def _autoscaling(sizes: EnginesConfig) -> AutoscalingConfig:
         target_ongoing_requests=sizes.requests_per_replica,
         upscale_delay_s=sizes.upscale_delay_s,
         downscale_delay_s=sizes.downscale_delay_s,
+        look_back_period_s=sizes.look_back_s,
         policy=AutoscalingPolicy(policy_function=_POLICY),
     )

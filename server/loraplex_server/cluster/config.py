@@ -45,6 +45,7 @@ class EnginesConfig(_Part):
     requests_per_replica: _Count = 32  # running and waiting, that autoscaling aims at
     upscale_delay_s: _Seconds = 5.0
     downscale_delay_s: _Seconds = 600.0
+    look_back_s: _Seconds = 30.0  # that autoscaling averages over
     cpus: _Cpus = 0.5
     gpus: Annotated[float, Field(ge=0)] = 0.0
     max_per_node: _Count | None = None

@@ -72,7 +72,7 @@ async def test_a_replica_is_added_for_load_and_finishes_its_streams_before_it_go
         assert not wrong(await loading, 100)
         # One replica is enough for so many, and the bound on its load gives some to the other one.
         long = [asyncio.create_task(stream(client, chat(f"a{n}", 4000))) for n in range(5)]
-        while not all([engine["running"] for engine in await engines_of(client)]):
+        while not all(engine["running"] for engine in await engines_of(client)):
             await asyncio.sleep(0.1)
         is_draining = False
         while not is_draining and not any(task.done() for task in long):

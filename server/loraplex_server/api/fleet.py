@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ class Fleet(Protocol):
 
     async def view(self, state: AppState) -> dict[str, object]:
         """Who holds what, as GET /v1/cluster says it."""
+
+    async def live(self, seen: Mapping[str, object]) -> dict[str, object]:
+        """What GET /v1/live says: ``seen`` by this process, and what it cannot see."""
 
     async def calls(self, tenant: str | None) -> Calls:
         """Of all processes that answer HTTP. ``tenant`` None: of all."""

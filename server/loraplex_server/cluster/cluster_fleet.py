@@ -17,9 +17,10 @@ from loraplex_server.api.fleet import Calls
 from loraplex_server.api.state import AppState, in_store_thread
 from loraplex_server.metrics.call_log import N_ENDED
 from loraplex_server.metrics.collector import names_by_digest
+from loraplex_server.metrics.live_view import MAX_ROWS, percentiles
 
 from .fleet_metrics import ProcessMetrics, one_page
-from .front_calls import FrontCalls
+from .front_calls import FrontCalls, FrontSpeed
 from .remote_engine import RemoteEngine
 from .remote_request import ReplicaStats
 
@@ -73,6 +74,30 @@ class ClusterFleet:
         running = merge(*(front.running for front in fronts), key=_started)
         ended = merge(*(front.ended for front in fronts), key=_ended, reverse=True)
         return Calls(list(running), list(islice(ended, N_ENDED)))
+
+    async def live(self, seen: Mapping[str, object]) -> dict[str, object]:
+        fronts = await self._ask_fronts("own_speed", FrontSpeed)
+        rows = merge(*(front.running for front in fronts), key=_started)
+        engines = self._engine.replicas
+        adapters, n_bytes = seen["adapters"], seen["bytes"]
+        assert isinstance(adapters, dict)
+        assert isinstance(n_bytes, dict)
+        host = {
+            "used": sum(engine.host_bytes_used for engine in engines),
+            "total": sum(engine.host_bytes_total for engine in engines),
+        }
+        return {
+            **seen,
+            "adapters": {**adapters, "host": sum(len(e.host_adapters) for e in engines)},
+            "bytes": {**n_bytes, "host": host},
+            "tokens_per_s": {
+                "prompt": sum(front.prompt_tokens_per_s for front in fronts),
+                "output": sum(front.output_tokens_per_s for front in fronts),
+            },
+            "first_token_s": percentiles(list(merge(*(f.first_token_s for f in fronts)))),
+            "gap_s": percentiles(list(merge(*(f.gap_s for f in fronts)))),
+            "rows": list(islice(rows, MAX_ROWS)),
+        }
 
     async def _ask_fronts(self, method: str, kind: type[T], *arguments: object) -> list[T]:
         """What they answer; a deployment of which one does not answer in time is left out."""

@@ -39,7 +39,7 @@ from .base_weights import with_weights_of
 from .cluster_fleet import ClusterFleet
 from .desk import PassedOn, answered_by, to_desk
 from .fleet_metrics import ProcessMetrics
-from .front_calls import FrontCalls, Role
+from .front_calls import FrontCalls, FrontSpeed, Role
 from .key_limits import SharedMeter
 from .remote_engine import RemoteEngine
 from .remote_request import EngineFacts
@@ -97,6 +97,10 @@ class Desk:
     async def own_calls(self, tenant: str | None, n_ended: int) -> FrontCalls:
         """Those that this process answers; see ``FrontCalls.of``."""
         return FrontCalls.of(self.name, self.role, self._services.metrics.calls, tenant, n_ended)
+
+    async def own_speed(self) -> FrontSpeed:
+        """How fast this process answers now."""
+        return FrontSpeed.of(self._services)
 
     async def check_health(self) -> None:
         """Ray's hook: after three failures the process is replaced."""

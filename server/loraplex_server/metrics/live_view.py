@@ -10,15 +10,15 @@ from itertools import islice
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.engine.client import EngineClient, EngineStats
 
-from .call_log import Recent, percentile
+from .call_log import percentile
 from .collector import LoraplexCollector, names_by_digest
 from .server_metrics import ServerMetrics
 
-__all__ = ["LiveView"]
+__all__ = ["MAX_ROWS", "LiveView", "percentiles"]
 
 _LEAST_GAP_S = 0.25  # between two looks at the engine, however many watch
 _RATE_S = 2.0  # over which tokens a second are counted
-_MAX_ROWS = 256
+MAX_ROWS = 256
 _MAX_NAMES = 512
 _N_MOVES = 50  # adapters that came to the device or left it, kept
 
@@ -66,8 +66,8 @@ class LiveView:
                 "kv_pages": {"used": stats.kv_pages_used, "total": stats.kv_pages_total},
             },
             "tokens_per_s": self._rates(now),
-            "first_token_s": _percentiles(calls.first_token_s),
-            "gap_s": _percentiles(calls.gap_s),
+            "first_token_s": percentiles(calls.first_token_s.values()),
+            "gap_s": percentiles(calls.gap_s.values()),
             "adapters": {
                 "registered": len(self._collector.listing),
                 "device": [_name(names, d) for d in stats.resident_adapters[:_MAX_NAMES]],
@@ -82,7 +82,7 @@ class LiveView:
                 "host": {"used": held.host_bytes_used, "total": held.host_bytes_total},
                 "disk": {"used": held.disk_bytes, "total": None},
             },
-            "rows": [record.to_json() for record in islice(calls.running(None), _MAX_ROWS)],
+            "rows": [record.to_json() for record in islice(calls.running(None), MAX_ROWS)],
             "moves": list(self._moves),
         }
 
@@ -114,7 +114,7 @@ def _name(names: Mapping[str, str], digest: str) -> str:
     return names.get(digest, digest[:12])
 
 
-def _percentiles(recent: Recent) -> dict[str, float | int | None]:
-    values = recent.values()
+def percentiles(values: list[float]) -> dict[str, float | int | None]:
+    """``values``: ascending."""
     shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
     return {"n": len(values), **{name: percentile(values, s) for name, s in shares.items()}}

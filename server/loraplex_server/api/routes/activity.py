@@ -62,4 +62,5 @@ async def requests(request: Request, state: State) -> Response:
 
 async def _now(state: AppState) -> dict[str, object]:
     await in_store_thread(state, state.collector.refresh_listing)
-    return state.live_view.to_json()
+    seen = state.live_view.to_json()
+    return seen if state.fleet is None else await state.fleet.live(seen)

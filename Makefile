@@ -55,12 +55,11 @@ unit: venv
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not slow"
 
 test-cluster: venv  # real clusters on this machine; some minutes
-	$(BIN)/python -m pip install --quiet --editable ".[ray]"
 	$(BIN)/python -m pytest tests/cluster
 
 unit-all: venv
 	$(BIN)/loraplex pull --quiet
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not cluster"
 
 PARALLEL := -n auto --dist loadfile  # a process for each core, files whole
 

@@ -19,7 +19,7 @@ from tests.contract.conftest import INFER
 from tests.support.cluster_process import ClusterProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 _MODULES = (test_openai_client, test_openai_responses, test_anthropic_client, test_batches)
 _LEFT_OUT = {

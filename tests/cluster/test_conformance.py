@@ -9,21 +9,32 @@ import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from tests.conformance.heads import explain_head
 from tests.conformance.judge import explain
-from tests.conformance.test_adapters import ROWS, Load, Oracles, build_oracles, load_rows
+from tests.conformance.load import N_TOKENS
+from tests.conformance.test_adapters import (
+    PROMPTS,
+    ROWS,
+    Load,
+    Oracles,
+    build_oracles,
+    load_rows,
+)
 from tests.support.cluster_process import cluster_process
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.cluster,
     pytest.mark.timeout(1800),  # the first row waits for the whole load
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # PEFT's use of transformers
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
+_N_MIXLORA_TOKENS = sum(len(prompt) + N_TOKENS - 1 for prompt in PROMPTS)  # that were computed
 _ROWS = [row for row in ROWS if row.executor and row.refused is None and row.wrong is None]
 
 
@@ -51,7 +62,11 @@ def load(
     }
     folders = [oracles.folders[row.id] for row in _ROWS if row.id in oracles.folders]
     with cluster_process({"server": server}, folder) as cluster:
-        yield Load(*asyncio.run(load_rows(cluster.url, _ROWS, folders, shelf)), cluster.log)
+        found = asyncio.run(load_rows(cluster.url, _ROWS, folders, shelf))
+        routing = httpx.get(f"{cluster.url}/v1/adapters/mixlora/routing", timeout=60).json()
+        assert routing["n_picks"] > 0
+        assert routing["n_picks"] % _N_MIXLORA_TOKENS == 0  # of all replicas together
+        yield Load(*found, cluster.log)
 
 
 @pytest.mark.parametrize("row", [row.id for row in _ROWS])

@@ -18,7 +18,7 @@ from tests.cluster.streams import Streamed, chat, connect, engines_of, keep_aski
 from tests.support.cluster_process import ClusterProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800), pytest.mark.anyio]
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from tests.support.cluster_process import ClusterProcess
 from tests.support.server_process import ServerProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 
 def test_a_sampled_answer_with_a_seed_is_the_same(

@@ -13,7 +13,7 @@ from tests.cluster.streams import chat, connect, engines_of, keep_asking, stream
 from tests.support.cluster_process import ClusterProcess, cluster_process
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800), pytest.mark.anyio]
 
 _QUICK = {  # Ray's reports of load, every second instead of ten
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",

@@ -44,7 +44,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-_PROMPTS = (
+PROMPTS = (
     (504, 3575, 282, 4649, 314),  # "The capital of France is"
     (6403, 1980, 253, 655, 665, 436, 253, 4197, 617),  # "Once upon a time there was a king who"
 )
@@ -202,7 +202,7 @@ async def load_rows(
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         puts = await put_all(client, folders, shelf)
-        questions = {"": [Question(p, echo=e) for p in _PROMPTS for e in (True, False)]}
+        questions = {"": [Question(p, echo=e) for p in PROMPTS for e in (True, False)]}
         questions[""] *= _N_BASE_ROWS // len(questions[""])
         for row in rows:
             if row.refused is None:
@@ -219,12 +219,12 @@ def _questions(row: Row, puts: dict[str, Put]) -> list[Question]:
     """The first by name, with the prompt's log-probabilities; the second by name and digest."""
     if isinstance(row, MixtureRow):
         parts = [{"name": name, "weight": weight} for name, weight in row.parts]
-        return [Question(_PROMPTS[0], parts, echo=True), Question(_PROMPTS[1], parts)]
+        return [Question(PROMPTS[0], parts, echo=True), Question(PROMPTS[1], parts)]
     pinned = f"{row.id}@{puts[row.id].digest[:16]}"
     if isinstance(row, PeftRow) and row.task is not None:
         names = (row.id, pinned)
-        return [Question(p, n, task=row.task) for p, n in zip(_PROMPTS, names, strict=True)]
-    return [Question(_PROMPTS[0], row.id, echo=True), Question(_PROMPTS[1], pinned)]
+        return [Question(p, n, task=row.task) for p, n in zip(PROMPTS, names, strict=True)]
+    return [Question(PROMPTS[0], row.id, echo=True), Question(PROMPTS[1], pinned)]
 
 
 def _cases() -> Iterator[object]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 
 __all__ = ["ExpertLoad", "LoadHistory", "entropy", "imbalance"]
 
@@ -60,6 +61,18 @@ class ExpertLoad:
             for expert, count in enumerate(counts):
                 sums[expert] += count
         return tuple(sums)
+
+    @staticmethod
+    def joined(loads: Iterable[ExpertLoad]) -> ExpertLoad:
+        """Of one adapter on several replicas: counts of a place add up."""
+        counts: dict[str, tuple[int, ...]] = {}
+        window_s = 0.0
+        for load in loads:
+            window_s = max(window_s, load.window_s)
+            for place, added in load.counts.items():
+                before = counts.get(place, (0,) * len(added))
+                counts[place] = tuple(map(add, before, added))
+        return ExpertLoad(counts, window_s)
 
     def to_json(self) -> dict[str, object]:
         return {

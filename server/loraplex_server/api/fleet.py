@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+from loraplex_router.experts import ExpertLoad
+
 if TYPE_CHECKING:
     from .state import AppState
 
@@ -29,6 +31,9 @@ class Fleet(Protocol):
 
     async def live(self, seen: Mapping[str, object]) -> dict[str, object]:
         """What GET /v1/live says: ``seen`` by this process, and what it cannot see."""
+
+    async def expert_load(self, digest: str, window_s: float) -> ExpertLoad:
+        """Of an adapter with routed experts, on all engines."""
 
     async def calls(self, tenant: str | None) -> Calls:
         """Of all processes that answer HTTP. ``tenant`` None: of all."""

@@ -13,11 +13,13 @@ from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 
+from loraplex_router.experts import ExpertLoad
 from loraplex_server.api.fleet import Calls
 from loraplex_server.api.state import AppState, in_store_thread
 from loraplex_server.metrics.call_log import N_ENDED
 from loraplex_server.metrics.collector import names_by_digest
 from loraplex_server.metrics.live_view import MAX_ROWS, percentiles
+from loraplex_server.metrics.routing_collector import expert_families
 
 from .fleet_metrics import ProcessMetrics, one_page
 from .front_calls import FrontCalls, FrontSpeed
@@ -44,9 +46,13 @@ class ClusterFleet:
 
     async def metrics_page(self, state: AppState) -> bytes:
         fronts = await self._ask_fronts("own_metrics", ProcessMetrics)
-        families = state.collector.engine_families
+        families, names = state.collector.engine_families, names_by_digest(state.collector.listing)
         engines = [
-            ProcessMetrics(each.replica, [*families(each.engine)]) for each in self._engine.replicas
+            ProcessMetrics(
+                each.replica,
+                [*families(each.engine), *expert_families(each.expert_loads, names)],
+            )
+            for each in self._engine.replicas
         ]
         return one_page([*fronts, *engines])
 
@@ -98,6 +104,10 @@ class ClusterFleet:
             "gap_s": percentiles(list(merge(*(f.gap_s for f in fronts)))),
             "rows": list(islice(rows, MAX_ROWS)),
         }
+
+    async def expert_load(self, digest: str, window_s: float) -> ExpertLoad:
+        found = await self._engine.ask_all("expert_load", digest, window_s)
+        return ExpertLoad.joined(load for load in found if isinstance(load, ExpertLoad))
 
     async def _ask_fronts(self, method: str, kind: type[T], *arguments: object) -> list[T]:
         """What they answer; a deployment of which one does not answer in time is left out."""

@@ -21,6 +21,7 @@ from loraplex_adapter_store.errors import (
     UnservableAdapter,
 )
 from loraplex_adapter_store.lease import AdapterLease
+from loraplex_router.experts import ExpertLoad
 from loraplex_server.adapters.device_pins import DevicePins
 from loraplex_server.adapters.device_tier import DeviceUnloads
 from loraplex_server.engine.build import build_engine
@@ -33,6 +34,7 @@ from loraplex_server.faults import Faults
 from loraplex_server.front import public_name, tell
 from loraplex_server.launch import freeze_gc
 from loraplex_server.logs import set_up_logging
+from loraplex_server.metrics.routing_collector import recent_loads
 from loraplex_server.model.pull import resolve_model
 from loraplex_server.settings import ServerConfig
 
@@ -121,8 +123,13 @@ class EngineReplica:
             host_adapters=tuple(islice(self._store.plans_in_memory(), _MAX_TOLD)),
             host_bytes_used=held.host_bytes_used,
             host_bytes_total=held.host_bytes_total,
+            expert_loads=recent_loads(self._engine.experts),
             adapter_requests=dict(self._adapter_requests.most_common(_MAX_TOLD)),
         )
+
+    def expert_load(self, digest: str, window_s: float) -> ExpertLoad | None:
+        """See ``ExpertMonitor.load``."""
+        return self._engine.experts.load(digest, window_s)
 
     def record_routing_stats(self) -> dict[str, object]:
         """Ray's hook: what ``AdapterRequestRouter`` ranks replicas by."""

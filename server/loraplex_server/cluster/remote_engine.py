@@ -140,8 +140,17 @@ class RemoteEngine:
 
     async def unload(self, digest: str) -> int:
         """The bytes that all replicas freed together."""
-        freed = await self._ask_all("unload", digest)
+        freed = await self.ask_all("unload", digest)
         return sum(n_bytes for n_bytes in freed if isinstance(n_bytes, int))
+
+    async def ask_all(self, method: str, *arguments: object) -> Sequence[object]:
+        """What all replicas answer; nothing where one of them does not answer in time."""
+        try:
+            answers = self._handle.broadcast(method, *arguments)
+            return list(await answers.results_async(timeout_s=_POLL_LIMIT_S))
+        except (RayError, RayServeException, TimeoutError) as error:
+            _log.info("%s: a replica does not answer: %s", method, error)
+            return ()
 
     async def _run(self, request: GenerationRequest, listener: Listener) -> None:
         """Calls ``listener`` with one last event, whatever happens."""
@@ -210,22 +219,13 @@ class RemoteEngine:
 
     async def _poll(self) -> None:
         while True:
-            found = await self._ask_all("stats")
+            found = await self.ask_all("stats")
             stats = {each.replica: each for each in found if isinstance(each, ReplicaStats)}
             if stats or time.monotonic() - self._heard_at > _POLL_LIMIT_S:
                 self._replicas = stats
             if stats:
                 self._heard_at = time.monotonic()
             await asyncio.sleep(_POLL_S)
-
-    async def _ask_all(self, method: str, *arguments: object) -> Sequence[object]:
-        """What all replicas answer; nothing where one of them does not answer in time."""
-        try:
-            answers = self._handle.broadcast(method, *arguments)
-            return list(await answers.results_async(timeout_s=_POLL_LIMIT_S))
-        except (RayError, RayServeException, TimeoutError) as error:
-            _log.info("%s: a replica does not answer: %s", method, error)
-            return ()
 
     def _in_background(self, work: Awaitable[object]) -> None:
         async def run() -> None:

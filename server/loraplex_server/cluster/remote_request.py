@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.lease import AdapterLease, AdapterRecipe
 from loraplex_adapter_store.selector import Library, Mixture, MixturePart, NameRef
+from loraplex_router.experts import ExpertLoad
 from loraplex_server.engine.capabilities import EngineCapabilities
 from loraplex_server.engine.client import AdapterRef, EngineStats, GenerationRequest, TenantShare
 from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec
@@ -39,6 +40,7 @@ class ReplicaStats:
     host_adapters: tuple[str, ...] = ()  # digests with a plan in host memory, some hundreds at most
     host_bytes_used: int = 0
     host_bytes_total: int = 0
+    expert_loads: Mapping[str, ExpertLoad] = field(default_factory=dict)  # digest → last minute
     adapter_requests: Mapping[str, int] = field(default_factory=dict)  # digest → taken since start
 
 

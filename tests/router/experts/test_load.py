@@ -54,3 +54,12 @@ def test_the_json_names_each_place_with_its_own_figures() -> None:
         {"place": "a", "counts": [3, 1], "entropy": 0.8113, "imbalance": 1.5},
         {"place": "b", "counts": [0, 0], "entropy": 0.0, "imbalance": 0.0},
     ]
+
+
+def test_loads_of_several_replicas_add_up_by_place() -> None:
+    one = ExpertLoad({"0": (1, 2), "1": (3, 0)}, 60.0)
+    other = ExpertLoad({"1": (1, 1), "2": (0, 5)}, 10.0)
+    both = ExpertLoad.joined([one, other])
+    assert both.counts == {"0": (1, 2), "1": (4, 1), "2": (0, 5)}
+    assert both.window_s == 60.0
+    assert ExpertLoad.joined([]) == ExpertLoad({}, 0.0)

@@ -180,3 +180,5 @@ async def test_a_tenant_sees_its_own_calls_and_nobody_s_live(shared: Front) -> N
             )
     assert len((await requests(shared, **of("operator")))["data"]) == 2
     assert (await shared.client.get("/v1/live", headers=of("operator"))).status_code == 200
+    alone = await shared.client.get("/v1/cluster", headers=of("operator"))
+    assert alone.json() == {"object": "cluster", "cluster": None}

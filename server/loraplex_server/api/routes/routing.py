@@ -51,7 +51,11 @@ async def expert_routing(
     access = access_of(request)
     check_owned(access, name)
     card = await in_store_thread(state, lambda: state.store.get(name), access)
-    load = None if state.experts is None else state.experts.load(card.digest, window_s)
+    load: ExpertLoad | None = None
+    if state.fleet is not None:
+        load = await state.fleet.expert_load(card.digest, window_s)
+    elif state.experts is not None:
+        load = state.experts.load(card.digest, window_s)
     return ORJSONResponse(
         {
             "object": "adapter.routing",

@@ -98,6 +98,15 @@ def test_the_tokens_of_each_step_are_counted(model: PreTrainedModel) -> None:
     assert stats.n_step_tokens == 54
 
 
+def test_sizes_are_told_before_the_first_step(model: PreTrainedModel) -> None:
+    """Routers place requests by them."""
+    with running_engine(model, max_batch_size=5, max_loras=3) as engine:
+        stats = engine.stats()
+    assert (stats.max_batch_size, stats.pool_slots_total) == (5, 3)
+    assert stats.pool_bytes_total > 0
+    assert stats.kv_pages_total > 0
+
+
 def test_preempted_requests_lose_nothing(model: PreTrainedModel) -> None:
     prompts = _prompts(30, 30, 30, 30)
     page = 2 * 3 * 2 * 16 * 16 * 4  # K and V, layers, KV heads, head size, tokens, bytes

@@ -2,8 +2,8 @@
 
     python -m loraplex_server.cluster.ray_head start --head --block …
 
-Its agents get their ports from us. Where they choose them themselves, Ray waits 15 s for them to
-say which, and ends if other work holds the processors for so long; that limit cannot be set.
+Ray waits 15 s for its agents to write down at which ports they listen, and ends if other work
+holds the processors for so long; that limit cannot be set. So they are written down before.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ray_head", "without_client_server"]
+__all__ = ["prepare", "ray_head"]
 
 _HOST = "127.0.0.1"
 _N_TRIES = 3  # Ray's node gives up after 30 s, and another process may take a port before Ray does
 _STOP_S = 60
 _STARTED = "Ray runtime started"
+_NO_PORT = -1  # of an agent that nobody asks: for Ray's dashboard and its own metrics
 _PORTS = (
     "--port",
     "--dashboard-agent-listen-port",
@@ -51,9 +52,28 @@ def ray_head(folder: Path, *, n_cpus: int, object_store_bytes: int) -> Iterator[
     raise RuntimeError(f"Ray does not start: {log.read_text(errors='replace')[-2000:]}")
 
 
-def without_client_server(parameters: Any, is_head: bool) -> None:  # of ray._private.parameter
-    """Ray's hook before a start. Nobody comes from outside, and its port is always the same one."""
-    parameters.ray_client_server_port = None
+def prepare(parameters: Any, is_head: bool) -> None:  # of ray._private.parameter
+    """Ray's hook before a start, in its process."""
+    parameters.ray_client_server_port = None  # nobody comes from outside
+    with contextlib.suppress(ImportError):  # not Ray's public names: then it starts as it does
+        from ray import _raylet
+
+        node_id = os.urandom(28).hex()
+        parameters.session_name = f"session_{os.getpid()}"
+        parameters.env_vars = {
+            **(parameters.env_vars or {}),
+            "RAY_OVERRIDE_NODE_ID_FOR_TESTING": node_id,
+        }
+        session = Path(parameters.temp_dir) / parameters.session_name
+        session.mkdir(parents=True)
+        ports = {
+            _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME: _NO_PORT,
+            _raylet.METRICS_AGENT_PORT_NAME: _NO_PORT,
+            _raylet.METRICS_EXPORT_PORT_NAME: _NO_PORT,
+            _raylet.RUNTIME_ENV_AGENT_PORT_NAME: parameters.runtime_env_agent_port,
+        }
+        for name, port in ports.items():
+            _raylet.persist_port(str(session), node_id, name, port)
 
 
 @contextlib.contextmanager
@@ -75,7 +95,7 @@ def _started(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env=os.environ | {"RAY_START_HOOK": f"{__name__}.without_client_server"},
+            env=os.environ | {"RAY_START_HOOK": f"{__name__}.prepare"},
             start_new_session=True,  # Ctrl-C is ours: running requests finish first
         )
     assert process.stdin is not None

@@ -9,6 +9,7 @@ holds the processors for so long; that limit cannot be set. So they are written 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import signal
 import socket
@@ -55,9 +56,9 @@ def ray_head(folder: Path, *, n_cpus: int, object_store_bytes: int) -> Iterator[
 def prepare(parameters: Any, is_head: bool) -> None:  # of ray._private.parameter
     """Ray's hook before a start, in its process."""
     parameters.ray_client_server_port = None  # nobody comes from outside
-    with contextlib.suppress(ImportError):  # not Ray's public names: then it starts as it does
-        from ray import _raylet
-
+    # Names that Ray does not promise: without them it starts in its own way.
+    with contextlib.suppress(ImportError, AttributeError):
+        raylet: Any = importlib.import_module("ray._raylet")
         node_id = os.urandom(28).hex()
         parameters.session_name = f"session_{os.getpid()}"
         parameters.env_vars = {
@@ -67,13 +68,13 @@ def prepare(parameters: Any, is_head: bool) -> None:  # of ray._private.paramete
         session = Path(parameters.temp_dir) / parameters.session_name
         session.mkdir(parents=True)
         ports = {
-            _raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME: _NO_PORT,
-            _raylet.METRICS_AGENT_PORT_NAME: _NO_PORT,
-            _raylet.METRICS_EXPORT_PORT_NAME: _NO_PORT,
-            _raylet.RUNTIME_ENV_AGENT_PORT_NAME: parameters.runtime_env_agent_port,
+            raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME: _NO_PORT,
+            raylet.METRICS_AGENT_PORT_NAME: _NO_PORT,
+            raylet.METRICS_EXPORT_PORT_NAME: _NO_PORT,
+            raylet.RUNTIME_ENV_AGENT_PORT_NAME: parameters.runtime_env_agent_port,
         }
         for name, port in ports.items():
-            _raylet.persist_port(str(session), node_id, name, port)
+            raylet.persist_port(str(session), node_id, name, port)
 
 
 @contextlib.contextmanager

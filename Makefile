@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: serve cluster test test-cluster test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv console
+.PHONY: serve cluster test test-cluster test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv console docs wheel
 
 venv: $(STAMP)
 
@@ -71,6 +71,12 @@ console: venv  # builds the console from server/console; needs npm
 	mkdir -p build
 	$(BIN)/python -m tests.console.openapi > build/openapi.json
 	cd server/console && npm ci --no-fund --no-audit && npm run types && npm run check && npm run build
+
+docs: venv  # builds the documentation into the package: GET /guide; warnings are errors
+	$(BIN)/python -m docs.site
+
+wheel: docs  # into dist/, with the documentation
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 soak: venv  # an hour of mixed chaos against a real server
 	$(BIN)/python -m tests.soak.run $(SOAK)

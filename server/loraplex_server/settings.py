@@ -141,7 +141,7 @@ class HttpConfig(Options):
     drain_timeout_s: Seconds = option(
         30.0, "Seconds for running requests on SIGTERM.", Panel.HTTP, name="drain_timeout"
     )
-    console: bool = option(True, "A console for browsers at /.", Panel.HTTP)
+    console: bool = option(True, "For browsers: a console at /, the guide at /guide.", Panel.HTTP)
     show_prompts: bool = option(
         False, "Show the beginnings of prompts at /v1/requests and in the console.", Panel.HTTP
     )

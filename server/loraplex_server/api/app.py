@@ -47,6 +47,7 @@ from loraplex_server.api.routes import (
     files,
     generate,
     generate_adapter,
+    guide,
     health,
     lora_compat,
     messages,
@@ -222,6 +223,7 @@ def build_app(
     app.include_router(health.router)
     if config.http.console:
         app.include_router(console.router)
+        app.include_router(guide.guide_router())
     _add_error_handlers(app, [health.router, *(module.router for module in behind_keys)])
     # The last one added is the outermost.
     app.add_middleware(BodyLimit, config=config.http)

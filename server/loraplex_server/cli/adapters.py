@@ -12,6 +12,7 @@ import typer
 
 from .adapters_remote import RemoteAdapters
 from .adapters_routing import routing
+from .complete import complete_adapter
 
 if TYPE_CHECKING:
     from loraplex_adapter_store.inspection import ModuleInspection
@@ -43,6 +44,7 @@ Model = Annotated[
     str | None, typer.Option(help="Base of the store on disk. Default: the default base.")
 ]
 State = Annotated[Path | None, typer.Option(help="The store on disk. Default: that of the base.")]
+Name = Annotated[str, typer.Argument(help="Name of the adapter.", autocompletion=complete_adapter)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -68,7 +70,7 @@ def list_adapters(
 
 @adapters.command()
 def show(
-    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    name: Name,
     url: Url = None,
     api_key: Key = None,
     model: Model = None,
@@ -114,7 +116,7 @@ def add(
 
 @adapters.command("rm")
 def remove(
-    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    name: Name,
     url: Url = None,
     api_key: Key = None,
     model: Model = None,
@@ -129,7 +131,7 @@ def remove(
 
 @adapters.command()
 def revisions(
-    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    name: Name,
     url: Url = None,
     api_key: Key = None,
     model: Model = None,
@@ -150,7 +152,7 @@ def revisions(
 
 @adapters.command()
 def rollback(
-    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    name: Name,
     digest: Annotated[
         str | None,
         typer.Option(help="Beginning of the digest to go to. Default: the content before."),

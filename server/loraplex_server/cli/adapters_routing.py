@@ -10,6 +10,8 @@ from urllib.parse import quote
 
 import typer
 
+from .complete import complete_adapter
+
 if TYPE_CHECKING:
     from rich.text import Text
 
@@ -20,7 +22,9 @@ _COLOURS = (236, 18, 25, 31, 37, 71, 107, 178, 208, 196)
 
 
 def routing(
-    name: Annotated[str, typer.Argument(help="Name of the adapter.")],
+    name: Annotated[
+        str, typer.Argument(help="Name of the adapter.", autocompletion=complete_adapter)
+    ],
     url: Annotated[
         str, typer.Option(help="A running server.", envvar="LORAPLEX_URL")
     ] = "http://127.0.0.1:8000",

@@ -13,11 +13,18 @@ from typing import Annotated
 
 import typer
 
+from .complete import complete_scenario
+
 __all__ = ["bench"]
 
 
 def bench(
-    scenario: Annotated[str, typer.Argument(help="A name, the path of a TOML file, or `list`.")],
+    scenario: Annotated[
+        str,
+        typer.Argument(
+            help="A name, the path of a TOML file, or `list`.", autocompletion=complete_scenario
+        ),
+    ],
     url: Annotated[
         str | None, typer.Option(help="A server that is already running. Default: start one.")
     ] = None,

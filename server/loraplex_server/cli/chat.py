@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .complete import complete_adapter
+
 if TYPE_CHECKING:
     from .chat_session import ChatSession
 
@@ -23,9 +25,14 @@ _HELP = """\
 
 
 def chat(
-    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
+    url: Annotated[
+        str, typer.Option(envvar="LORAPLEX_URL", help="Where the server is.")
+    ] = "http://127.0.0.1:8000",
     adapter: Annotated[
-        str | None, typer.Option("--adapter", "-a", help="Begin with this adapter.")
+        str | None,
+        typer.Option(
+            "--adapter", "-a", help="Begin with this adapter.", autocompletion=complete_adapter
+        ),
     ] = None,
     system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
     api_key: Annotated[

@@ -20,7 +20,7 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Try it on this input; repeat.")
     ] = None,
-    method: Annotated[str, typer.Option(help="auto, end-to-end, sg-lora, icm-lora …")] = "auto",
+    method: Annotated[str, typer.Option(help="auto, end-to-end, sg-lora, icm-lora ...")] = "auto",
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
     samples: Annotated[int, typer.Option(help="Latent draws to average.", min=0, max=16)] = 0,
     force: Annotated[
@@ -40,7 +40,8 @@ def generate(
     examples: Annotated[
         Path | None,
         typer.Option(
-            help='Learn from these, 2 to 64 lines of {"prompt": …, "answer": …}; half a minute.',
+            help='Learn from these, 2 to 64 lines of {"prompt": "...", "answer": "..."}; '
+            "half a minute.",
             exists=True,
             dir_okay=False,
         ),

@@ -20,8 +20,8 @@ def train(
         Path,
         typer.Argument(
             metavar="DATA.jsonl",
-            help='One chat a line: {"messages": [{"role": "user", "content": "…"}, '
-            '{"role": "assistant", "content": "…"}]}.',
+            help='One chat a line: {"messages": [{"role": "user", "content": "..."}, '
+            '{"role": "assistant", "content": "..."}]}.',
             show_default=False,
         ),
     ],
@@ -80,7 +80,7 @@ def train(
     dtype: Annotated[
         str, typer.Option(help="Of the saved tensors: float16, bfloat16, float32.")
     ] = "float16",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 …")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
     name: Annotated[str | None, typer.Option(help="For the card. Default: of the folder.")] = None,
     description: Annotated[str | None, typer.Option(help="For the card: what it does.")] = None,

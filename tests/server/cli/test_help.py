@@ -31,3 +31,10 @@ def test_help_is_printed(path: tuple[str, ...]) -> None:
     result = CliRunner().invoke(app, [*path, "--help"])
     assert result.exit_code == 0, result.output
     assert "Usage" in result.output
+
+
+@pytest.mark.parametrize("path", list(_commands()), ids=lambda path: " ".join(path) or "loraplex")
+def test_help_fits_80_columns_and_cuts_no_word(path: tuple[str, ...]) -> None:
+    printed = CliRunner().invoke(app, [*path, "--help"], env={"COLUMNS": "80"}).output
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "…" not in printed

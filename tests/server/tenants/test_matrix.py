@@ -130,6 +130,7 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
             ("GET", "/version"),
             *(("GET", p) for p in ("/v1/live", "/v1/live/events", "/v1/requests", "/v1/cluster")),
             *((m, p) for m in ("GET", "HEAD") for p in ("/", "/console/{name}")),
+            *((m, p) for m in ("GET", "HEAD") for p in ("/guide", "/guide/{path}")),
             *((m, p) for m in ("GET", "HEAD") for p in ("/health", "/ready", "/ping")),
             *(("GET", p) for p in ("/docs", "/docs/oauth2-redirect", "/openapi.json")),
             ("HEAD", "/openapi.json"),

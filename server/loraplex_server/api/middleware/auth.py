@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from loraplex_server.api.console_files import is_console
 from loraplex_server.api.errors import ApiError
+from loraplex_server.api.guide_files import is_guide
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import BatchCaller, batch_caller_of, info_of
 from loraplex_server.api_keys import AdapterAccess, ApiKey
@@ -77,7 +78,7 @@ class Auth:
 
     async def _check(self, scope: Scope) -> None:
         path, method = scope["path"], scope["method"]
-        if (path in self._open or is_console(path)) and method in _READS:
+        if method in _READS and (path in self._open or is_console(path) or is_guide(path)):
             return
         info = info_of(scope)
         needed = _needed_scope(path, method)

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_server.api.console_files import is_console
 from loraplex_server.api.errors import ApiError
+from loraplex_server.api.guide_files import is_guide
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.settings import HttpConfig, is_loopback
 
@@ -28,6 +29,8 @@ _HEADERS = {
 }
 # No inline script or style, nothing of other hosts, and no frame around it.
 _CONSOLE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501  one header value
+# The same for the guide, whose icons stand in its style sheet.
+_GUIDE_POLICY = _CONSOLE_POLICY.replace("img-src 'self'", "img-src 'self' data:")
 _DOCS = ("/docs", "/static-offline-docs/")  # a page: it may run its own scripts
 _DOCS_POLICY = "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"  # noqa: E501  one header value
 
@@ -53,6 +56,8 @@ class BrowserGuard:
                     headers["content-security-policy"] = _DOCS_POLICY
                 elif is_console(scope["path"]):
                     headers["content-security-policy"] = _CONSOLE_POLICY
+                elif is_guide(scope["path"]):
+                    headers["content-security-policy"] = _GUIDE_POLICY
             await send(message)
 
         if self._checks:

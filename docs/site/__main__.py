@@ -1,0 +1,35 @@
+"""Builds the site into the package, where the server and the wheel find it: `make docs`."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from docs.site.finish import finish
+from docs.site.reference import write_reference
+from docs.site.stage import stage
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "build" / "guide"
+
+
+def main() -> int:
+    """The exit status of MkDocs, for which warnings are errors."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "server/loraplex_server/guide")
+    out = parser.parse_args().out.resolve()
+    stage(ROOT, PAGES)
+    shutil.copy(ROOT / "server/loraplex_server/console/favicon.svg", PAGES)
+    write_reference(PAGES / "reference")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
+    status = subprocess.run([*command, "--site-dir", str(out)], cwd=ROOT, check=False).returncode
+    if status == 0:
+        finish(out)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""The server that the pages talk to: the default base with its demo adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.console.conftest import browser, page  # noqa: F401  fixtures
+from tests.support.server_process import ServerProcess, server_process
+
+FLAGS = ("--demos", "--kv-memory", "256MiB", "--adapter-memory", "256MiB")
+
+
+@pytest.fixture(scope="module")
+def server(
+    pulled_base: Path, pulled_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ServerProcess]:
+    with server_process(pulled_base, tmp_path_factory.mktemp("state"), *FLAGS) as running:
+        yield running

@@ -1,0 +1,134 @@
+"""Each script of `examples/` does what it says, against a real server with the default base."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from num2words import num2words
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.support.server_process import ServerProcess, server_process
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+DEMOS = ROOT / "adapter_store" / "loraplex_adapter_store" / "demos"
+FLAGS = ("--demos", "--kv-memory", "256MiB", "--adapter-memory", "128MiB")
+KEYS = {"ACME_KEY": "sk-acme", "UMBRA_KEY": "sk-umbra"}
+ELSEWHERE = {"langchain_chat.py"}  # in the clients' Python: tests/clients/test_langchain.py
+
+
+@pytest.fixture(scope="module")
+def server(pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """With two tenants, and the operator's key for what needs none."""
+    folder = tmp_path_factory.mktemp("examples")
+    keys = folder / "keys.toml"
+    keys.write_text(
+        "".join(
+            f'[[key]]\nname = "{name}"\nscope = "admin"\ntenant = "{name}"\n'
+            f'sha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
+            for name, key in (("acme", "sk-acme"), ("umbra", "sk-umbra"))
+        )
+    )
+    flags = (*FLAGS, "--keys", keys, "--api-key", "sk-operator")
+    with server_process(pulled_base, folder / "state", *flags) as running:
+        yield running
+
+
+def run(server: ServerProcess, folder: Path, script: str, *arguments: str, **keys: str) -> str:
+    """What the script prints."""
+    environment = {**os.environ, "LORAPLEX_URL": server.url, "LORAPLEX_API_KEY": "sk-operator"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "examples" / script), *arguments],
+        cwd=folder,
+        env={**environment, **keys},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def answer_of(server: ServerProcess, text: str, key: str, **fields: object) -> str:
+    body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **fields}
+    headers = {"Authorization": f"Bearer {key}"}
+    answer = httpx.post(
+        f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=120
+    )
+    return str(answer.raise_for_status().json()["choices"][0]["message"]["content"])
+
+
+def test_every_script_is_tested() -> None:
+    scripts = {path.name for path in (ROOT / "examples").glob("*.py")}
+    source = Path(__file__).read_text()
+    assert {name for name in scripts if f'"{name}"' in source} == scripts
+    page = (ROOT / "docs/examples.md").read_text()
+    assert set(re.findall(r"\((?:\.\./examples/)(\w+\.py)\)", page)) == scripts
+
+
+def test_openai_client(server: ServerProcess, tmp_path: Path) -> None:
+    printed = run(server, tmp_path, "openai_client.py")
+    hello = answer_of(server, "Hello! Who are you?", "sk-operator", adapter="pirate", max_tokens=48)
+    assert f"streamed, through pirate:\n{hello}\n" in printed
+    assert f"one adapter: {num2words(437, lang='de')}\n" in printed
+    assert "auto: ada@example.org\n" in printed
+    assert re.search(r"a schema: \{'name': '[^']*Ada[^']*', 'age': \d+\}", printed), printed
+
+
+def test_batch(server: ServerProcess, tmp_path: Path) -> None:
+    printed = run(server, tmp_path, "batch.py", "german-numbers", "12", "437", "81")
+    assert printed.splitlines() == [
+        "completed 3 answers",
+        *(f"{number}: {num2words(number, lang='de')}" for number in (12, 437, 81)),
+    ]
+
+
+def test_tenants_rag(server: ServerProcess, pulled_encoder: Path, tmp_path: Path) -> None:
+    question = "When do you open?"
+    folders = (f"acme={DEMOS / 'pirate'}", f"umbra={DEMOS / 'emoji'}")
+    printed = run(server, tmp_path, "tenants_rag.py", *folders, question, **KEYS)
+    blocks = re.findall(
+        r"(\w+): adapters (.*); support is (\w+)\n  found:  (.*)\n  answer: (.*)", printed
+    )
+    assert [block[0] for block in blocks] == ["acme", "umbra"]
+    assert [block[3] for block in blocks] == [
+        "The shop opens at nine in the morning and closes at six.",
+        "The museum opens at noon, and is closed on Mondays.",
+    ]
+    assert blocks[0][2] != blocks[1][2]
+    for (tenant, names, _, found, answer), key, demo in zip(
+        blocks, KEYS.values(), ("pirate", "emoji"), strict=True
+    ):
+        assert "support" in names.split(", "), tenant
+        # the demo that the operator shares has the same weights
+        same = answer_of(
+            server, f"{found}\n\nQuestion: {question}", key, adapter=demo, max_tokens=48
+        )
+        assert same.startswith(answer)
+
+
+def test_rl_loop(server: ServerProcess, pulled_base: Path, tmp_path: Path) -> None:
+    printed = run(server, tmp_path, "rl_loop.py", "--steps", "2", "--out", "policy")
+    etags = re.findall(r"step \d: mean reward \d\.\d+, policy is (\S+)", printed)
+    assert len(set(etags)) == 2
+    text = "Tell me about cats."
+    served = answer_of(server, text, "sk-operator", adapter="policy", max_tokens=24)
+    base = AutoModelForCausalLM.from_pretrained(pulled_base, dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, tmp_path / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(pulled_base)
+    chat = [{"role": "user", "content": text}]
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
+    prompt = ids["input_ids"]
+    with torch.no_grad():
+        out = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=24)
+    assert tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True) == served

@@ -18,6 +18,7 @@ _FENCE = re.compile(r"\s*(```|~~~)")
 _AS_IT_IS = {".md", ".json", ".svg", ".png"}  # others are shown as plain text
 _NO_PAGES = {"__pycache__", "site", "__init__.py"}
 _HOME = PurePosixPath("docs/index.md")  # in place of the README
+_DECISIONS = PurePosixPath("docs/adr/README.md")  # a page that is made here
 
 
 def stage(root: Path, out: Path) -> None:
@@ -60,7 +61,8 @@ def rewrite_links(text: str, source: PurePosixPath, root: Path) -> tuple[str, li
         target = _target(source.parent, path, root)
         if target is None:
             return match[0]
-        linked.append(target)
+        if target != _DECISIONS:
+            linked.append(target)
         relative = os.path.relpath(_place(target), _place(source).parent)
         return f"{before}{PurePosixPath(relative)}{mark}{anchor}{after}"
 
@@ -77,6 +79,8 @@ def _target(folder: PurePosixPath, path: str, root: Path) -> PurePosixPath | Non
     found = PurePosixPath(os.path.normpath(folder / path))
     if found == PurePosixPath("README.md"):
         return _HOME
+    if found == _DECISIONS.parent:
+        return _DECISIONS
     if (root / found).is_dir():
         found /= "README.md"
     return found if (root / found).is_file() and ".." not in found.parts else None

@@ -27,12 +27,6 @@ NOT_RUN = {
     "load-test.md": 1,
     "scale-out.md": 3,
 }
-    "README.md": 1,
-    "index.md": 1,
-    "serve-your-adapters.md": 1,
-    "load-test.md": 1,
-    "scale-out.md": 3,
-}
 _COMMAND_S = 240  # other work may hold the machine
 
 

@@ -78,6 +78,24 @@ def go_back_and_forth(adapter: Path, first: str, where: list[Any]) -> None:
     (adapter / "adapter_config.json").write_text(json.dumps(config))
 
 
+def offered(line: str, url: str) -> list[str]:
+    """What bash offers after Tab at the end of the line."""
+    environment = {
+        "_LORAPLEX_COMPLETE": "complete_bash",
+        "COMP_WORDS": line,
+        "COMP_CWORD": str(line.count(" ")),
+        "LORAPLEX_URL": url,
+    }
+    result = CliRunner().invoke(app, [], prog_name="loraplex", env=environment)
+    assert result.exit_code == 0, result.output
+    return result.stdout.split()
+
+
+def test_the_shell_offers_commands_and_scenarios() -> None:
+    assert offered("loraplex adapters sh", "http://127.0.0.1:1") == ["show"]
+    assert offered("loraplex bench work", "http://127.0.0.1:1") == ["working-set"]
+
+
 def test_an_adapter_lives_in_a_store_on_disk(model: Path, adapter: Path, tmp_path: Path) -> None:
     life_of_an_adapter(adapter, ["--model", model, "--state-dir", tmp_path / "state"])
 
@@ -86,6 +104,11 @@ def test_an_adapter_lives_in_a_store_on_disk(model: Path, adapter: Path, tmp_pat
 def test_an_adapter_lives_in_a_running_server(model: Path, adapter: Path, tmp_path: Path) -> None:
     with server_process(model, tmp_path / "state") as server:
         life_of_an_adapter(adapter, ["--url", server.url])
+        run("add", "mine", adapter, "--url", server.url)
+        for line in ("loraplex adapters show mi", "loraplex chat --adapter m"):
+            assert offered(line, server.url) == ["mine"]
+        assert offered("loraplex adapters show other", server.url) == []
+    assert offered("loraplex adapters show mi", server.url) == []  # it runs no more
 
 
 @pytest.mark.slow

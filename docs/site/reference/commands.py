@@ -44,15 +44,12 @@ def _walk(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
 
 def _row(param: Any) -> tuple[str, str, str]:
     if param.param_type_name == "argument":
-        name = f"`{param.human_readable_name.upper()}`"
+        name = f"`{param.metavar or param.name.upper()}`"
     else:
         name = ", ".join(f"`{opt}`" for opt in (*param.opts, *param.secondary_opts))
-        if not param.is_flag and param.type.name != "boolean":
-            name += f" {param.type.name}"
-    default = param.default
     told = "Default:" in (param.help or "")
-    if told or callable(default) or default in (None, (), [], False) or param.required:
-        shown = "" if not param.required else "required"
+    if told or callable(param.default) or param.default in (None, (), [], False):
+        shown = "needed" if param.required else ""
     else:
-        shown = f"`{default}`"
+        shown = f"`{param.default}`"
     return name, shown, cell(param.help or "")

@@ -47,11 +47,15 @@ def _route(method: str, path: str, operation: Schema) -> Iterator[str]:
         schema = content["schema"]
         yield from (f"Body, `{media_type}`: {_type(schema)}", "")
         yield from table(("field", "type", ""), _fields(schema))
+    answers = sorted(operation["responses"].items())
     rows = [
-        (status, _answer(answer), cell(answer["description"]))
-        for status, answer in sorted(operation["responses"].items())
+        (status, _answer(answer), cell(answer["description"]).replace("Successful Response", ""))
+        for status, answer in answers
+        if status < "400"
     ]
     yield from table(("status", "answer", ""), rows)
+    if errors := [status for status, _ in answers if status >= "400"]:
+        yield from (f"[Errors](../http-api.md#errors): {', '.join(errors)}", "")
 
 
 def _described(thing: Schema) -> list[str]:

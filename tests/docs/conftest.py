@@ -10,7 +10,7 @@ import pytest
 from tests.console.conftest import browser, page  # noqa: F401  fixtures
 from tests.support.server_process import ServerProcess, server_process
 
-FLAGS = ("--demos", "--kv-memory", "256MiB", "--adapter-memory", "256MiB")
+FLAGS = ("--demos", "--kv-memory", "384MiB", "--adapter-memory", "256MiB")
 
 
 @pytest.fixture(scope="module")

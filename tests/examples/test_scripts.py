@@ -22,7 +22,7 @@ from tests.support.server_process import ServerProcess, server_process
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 DEMOS = ROOT / "adapter_store" / "loraplex_adapter_store" / "demos"
-FLAGS = ("--demos", "--kv-memory", "256MiB", "--adapter-memory", "128MiB")
+FLAGS = ("--demos", "--kv-memory", "384MiB", "--adapter-memory", "128MiB")
 KEYS = {"ACME_KEY": "sk-acme", "UMBRA_KEY": "sk-umbra"}
 ELSEWHERE = {"langchain_chat.py"}  # in the clients' Python: tests/clients/test_langchain.py
 

@@ -10,6 +10,7 @@ from loraplex_kernels.cpu.lora import NativeLora, serves
 from .experts import Activation, StepPairs, moe_down, moe_gate_up
 from .layout import LoraSegments, LoraTables, LoraTarget
 from .model_ops import silu_mul
+from .moe_by_slot import RoutedPairs, add_pairs, gate_pairs
 from .pool import LoraPool
 from .quantized_linear import BaseLinear
 from .reference import lora_apply_reference
@@ -134,6 +135,14 @@ class PreparedTarget:
         native.moe_down(weights, x, segments, pairs.rows, out, of_pairs)
         return out
 
+    def gate_pairs(self, x: Tensor, gate_up: Tensor, pairs: RoutedPairs) -> Tensor:
+        """``moe_by_slot.gate_pairs`` over the pool's current tables."""
+        return gate_pairs(x, gate_up, pairs, *self._operands())
+
+    def add_pairs(self, pair_act: Tensor, act: Tensor, pairs: RoutedPairs, out: Tensor) -> None:
+        """``moe_by_slot.add_pairs`` over the pool's current tables."""
+        add_pairs(pair_act, act, pairs, *self._operands(), out)
+
     @property
     def dtype(self) -> torch.dtype:
         return self._pool.storage.dtype
@@ -145,6 +154,10 @@ class PreparedTarget:
             self._tables = tables
             self._bind()
         return self._native
+
+    def _operands(self) -> tuple[Tensor, LoraTarget, LoraTables]:
+        self.native()  # follows the pool
+        return self._pool.storage, self._target, self._tables
 
     def _bind(self) -> None:
         storage = self._pool.storage

@@ -50,16 +50,16 @@ def group_runs(slots: Sequence[int], n_rows: Sequence[int]) -> LoraSegments:
     return LoraSegments(together[:n], together[n : 2 * n + 1], together[2 * n + 1 :])
 
 
-def expand_routed(slots: Tensor, weights: Tensor) -> LoraSegments:
+def expand_routed(slots: Tensor, weights: Tensor, *, n_slots: int | None = None) -> LoraSegments:
     """Segments of routed experts: row ``t`` uses slot ``slots[t, j]`` with ``weights[t, j]``.
 
     ``slots`` int32 [n_rows, k] (negative = none), ``weights`` float32 [n_rows, k]. A row names an
-    slot once at most, as the k best of a gate do.
+    slot once at most, as the k best of a gate do. On a GPU ``n_slots`` bounds the segments.
     """
     if slots.is_cuda:
         from .triton import build_device_segments
 
-        return build_device_segments(slots, weights)
+        return build_device_segments(slots, weights, n_slots=n_slots)
     n_rows, k = slots.shape
     rows = torch.arange(n_rows, dtype=torch.int32, device=slots.device).repeat_interleave(k)
     return _group(slots.reshape(-1), rows, weights.reshape(-1))

@@ -7,7 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from loraplex_adapter_store.plan import AdapterPlan, PoolingMode, RoutingStrategy
+from loraplex_adapter_store.plan import (
+    AdapterPlan,
+    Family,
+    NormPlan,
+    PoolingMode,
+    RoutingStrategy,
+)
 from loraplex_kernels.triton import attention
 from loraplex_server.engine.pooling import Pooling
 from loraplex_server.engine.sampling_params import SamplingParams
@@ -17,7 +23,7 @@ from tests.support.architectures import ARCHITECTURES, tiny_model
 from tests.support.engines import GREEDY
 from tests.support.meta_device import META, Copy, Work, meta_gpu
 from tests.support.meta_engine import Run, Wish, meta_engine
-from tests.support.routed_plans import lora_plan, mixlora_plan, projection_plan
+from tests.support.routed_plans import lora_plan, mixlora_plan, projection_plan, scaled_plan
 
 SHORT = dataclasses.replace(GREEDY, max_tokens=4)
 MODEL = tiny_model("llama")
@@ -38,16 +44,24 @@ ROUTED = {
         MODEL, n_experts=3, top_k=2, ranks=(4,), seed=8, strategy=RoutingStrategy.ARROW
     ),
 }
+NORM = AdapterPlan(
+    "6" * 64,
+    Family.LN_TUNING,
+    {},
+    norms={"model.layers.0.input_layernorm": NormPlan(torch.ones(MODEL.config.hidden_size))},
+)
 MIXTURES: dict[str, list[AdapterPlan | None]] = {
     "base": [None, None],
     "lora": [LORA, OTHER_LORA],
     "lora and base": [LORA, None, OTHER_LORA],
+    "scales of inputs": [scaled_plan(MODEL, seed=10), LORA, None],
     **{name: [plan, LORA, None] for name, plan in ROUTED.items()},
-    "all routed": [*ROUTED.values(), LORA, None],
+    "all routed": [*ROUTED.values(), scaled_plan(MODEL, seed=10), None],
+    "a norm of its own": [NORM, ROUTED["mixlora"], None],
 }
 
-# With graphs these run in two forwards: recorded layers route nothing.
-SPLIT = {*ROUTED, "all routed"}
+# With graphs these run in two forwards: no recorded layers have norms of an adapter.
+SPLIT = {"a norm of its own"}
 
 
 def run_plans(
@@ -182,6 +196,8 @@ def test_a_step_copies_its_inputs_at_once_and_waits_for_no_copy(
         ]
         assert all(copy.is_pinned and not copy.waits for copy in inputs), inputs
         assert len(step.waits) <= 1  # for the ids
+        assert step.n_replays == int(cuda_graphs)
+    assert run.findings == []
 
 
 def test_adapters_are_published_without_waiting(
@@ -220,12 +236,29 @@ def test_no_kernel_is_compiled_while_requests_run(
     assert new == set()
 
 
+def test_recorded_experts_compile_nothing_while_requests_run(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"max_batch_size": 9, "max_step_tokens": 64, "cuda_graphs": True}
+    with meta_engine(base_of(), monkeypatch, compiles=True, **limits) as engine:
+        at_start = set(engine.gpu.variants)
+        for mixture in ("scales of inputs", "all routed", "mixlora", "mola"):
+            run = engine.run([Wish(plan, sampling=SHORT) for plan in MIXTURES[mixture]])
+            assert (run.errors, run.findings) == ([], [])
+        assert engine.gpu.variants - at_start == set()
+
+
 # Of one layer of a decode step over few positions. vLLM's bound for us: 12, and 16 with adapters.
 LAUNCHES = {
     ("llama", "base"): 9,
     ("llama", "lora and base"): 13,
     ("qwen3", "base"): 10,  # the norms of heads are one
     ("qwen3", "lora and base"): 14,
+}
+RECORDED_LAUNCHES = {
+    "scales of inputs": 15,
+    "mixlora": 19,
+    "mola": 63,  # six for each of seven projections
 }
 
 
@@ -241,9 +274,15 @@ def launches_of_a_layer(
     for n_layers in (2, 4):
         base = base_of(model_type, num_hidden_layers=n_layers)
         model = tiny_model(model_type, num_hidden_layers=n_layers)
+        made = {
+            "scales of inputs": [scaled_plan(model, seed=9)],
+            "mixlora": [mixlora_plan(model, n_experts=4, top_k=2, rank=4, seed=9)],
+            "mola": [projection_plan(model, n_experts=3, top_k=2, ranks=(2, 4), seed=9)],
+        }
         plans = [
             None if plan is None else lora_plan(model, rank=4, seed=9) for plan in MIXTURES[mixture]
         ]
+        plans = [*made.get(mixture, []), *plans[len(made.get(mixture, [])) :]]
         step = decode_step(run_plans(base, monkeypatch, plans, **changes))
         counts.append(len(step.kernels) + len(step.replayed))
     return (counts[1] - counts[0]) / 2
@@ -260,6 +299,14 @@ def test_a_layer_launches_no_more_than_it_did(
 ) -> None:
     n = launches_of_a_layer(model_type, mixture, base_of, monkeypatch, cuda_graphs=cuda_graphs)
     assert n <= LAUNCHES[model_type, mixture]
+
+
+@pytest.mark.parametrize("mixture", RECORDED_LAUNCHES)
+def test_a_recorded_layer_with_experts_launches_no_more_than_it_did(
+    mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n = launches_of_a_layer("llama", mixture, base_of, monkeypatch, cuda_graphs=True)
+    assert n <= RECORDED_LAUNCHES[mixture]
 
 
 def test_the_stand_in_finds_what_a_gpu_would_punish(monkeypatch: pytest.MonkeyPatch) -> None:

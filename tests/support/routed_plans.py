@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan, RoutingStrategy
 
-__all__ = ["ATTENTION", "MLP", "lora_plan", "mixlora_plan", "projection_plan"]
+__all__ = ["ATTENTION", "MLP", "lora_plan", "mixlora_plan", "projection_plan", "scaled_plan"]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -99,6 +99,22 @@ def projection_plan(
     }
     family = Family.LORAMOE if strategy is RoutingStrategy.DENSE else Family.MOLA
     return AdapterPlan(digest=f"{seed:064x}", family=family, modules={}, experts=experts)
+
+
+def scaled_plan(model: PreTrainedModel, *, seed: int, rank: int = 0) -> AdapterPlan:
+    """IA³'s vectors, and LoFiT's on the heads; with a rank also factors where inputs are scaled."""
+    g = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, linear in _linears(model, ("k_proj", "v_proj", "o_proj", "down_proj")).items():
+        leaf = name.rpartition(".")[2]
+        if leaf in ("k_proj", "v_proj"):
+            modules[name] = ModulePlan(out_scale=torch.rand(linear.out_features, generator=g) + 0.5)
+            continue
+        low_rank = _low_rank(linear, rank, g, 0.3) if rank else ModulePlan()
+        bias = torch.randn(linear.out_features, generator=g) * 0.3 if leaf == "o_proj" else None
+        scale = torch.rand(linear.in_features, generator=g) + 0.5
+        modules[name] = ModulePlan(a=low_rank.a, b=low_rank.b, bias=bias, in_scale=scale)
+    return AdapterPlan(digest=f"{seed:064x}", family=Family.IA3, modules=modules)
 
 
 def _gate(n_experts: int, width: int, g: torch.Generator) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.layout import PAGE_RANK, LoraTables, LoraTarget
+from loraplex_kernels.moe_by_slot import InputScales
 from loraplex_kernels.quantized_weight import QuantizedWeight, WeightFormat
+from loraplex_kernels.routers import MAX_CHOICES, ROUTER_WORDS, RouterTable
 from loraplex_kernels.sampling import empty_batch
 
 from .aot import Launch, record_launches
@@ -18,10 +20,13 @@ from .arithmetic import reduction
 from .attention import max_head_dim, paged_attention_triton
 from .expand import lora_expand
 from .fused import lora_fused
+from .input_scales import scale_inputs_triton
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .matmul import matmul_triton
+from .moe import gate_pairs_triton, mix_pairs_triton
 from .quantized_linear import quantized_linear_triton
-from .rms_norm import rms_norm_triton
+from .rms_norm import norm_heads_triton, rms_norm_triton
+from .router import route_by_slot_triton
 from .routing import DeviceSegments, allocate_segments, fill_device_segments
 from .sampling import sample_tokens_triton
 from .shrink import lora_shrink, planes_shape
@@ -147,12 +152,16 @@ def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for hidden_size, intermediate_size, name in _WIDTHS:
         yield f"{name}, norm", partial(_norm, hidden_size, kind)
         yield f"{name}, gate", partial(_gate, intermediate_size, kind)
+        yield f"{name}, routers", partial(_route_by_slot, hidden_size, kind)
+        yield f"{name}, scales of inputs", partial(_scale_inputs, intermediate_size, kind)
+        yield f"{name}, experts of 64 rows", partial(_experts, hidden_size, intermediate_size, kind)
     for format in WeightFormat:
         for name in _QUANTIZED if dtype == "bf16" else _QUANTIZED[:1]:
             for n_rows in (16, 32, 2048):
                 call = partial(_quantized, MODEL_TARGETS[name], format, n_rows, kind)
                 yield f"{name} in {format}, {n_rows} rows", call
     for n_heads, n_kv, head_dim, name in _ATTENTION:
+        yield f"{name}, norms of heads", partial(_norm_heads, n_heads, n_kv, head_dim, kind)
         if head_dim > max_head_dim(kind):
             continue
         for n_rows in (64, 2048):
@@ -241,6 +250,58 @@ def _norm(width: int, dtype: torch.dtype) -> None:
     rms_norm_triton(x, weight, 1e-5, out=x)
     rms_norm_triton(x, weight, 1e-5, out=x, residual=x)
     rms_norm_triton(x, weight, 1e-5, out=x, residual=x, offset=1.0)
+
+
+def _norm_heads(n_heads: int, n_kv: int, head_dim: int, dtype: torch.dtype) -> None:
+    """As Qwen3 has them."""
+    qkv = torch.empty(64, (n_heads + 2 * n_kv) * head_dim, dtype=dtype)
+    weight = torch.empty(head_dim, dtype=dtype)
+    norm_heads_triton(qkv, weight, weight, 1e-6, n_heads=n_heads, n_kv_heads=n_kv)
+
+
+def _route_by_slot(width: int, dtype: torch.dtype) -> None:
+    """Of an MLP block and of the middle one of three projections."""
+    x, n_slots = torch.empty(64, width, dtype=dtype), 64
+    words = torch.empty(n_slots, 32, ROUTER_WORDS, dtype=torch.int64)[:, 0]
+    top_p, load = torch.empty(n_slots, 32)[:, 0], torch.empty(n_slots, dtype=torch.int64)
+    out = torch.empty(64, MAX_CHOICES, dtype=torch.int32), torch.empty(64, MAX_CHOICES)
+    for of_projection in (False, True):
+        route_by_slot_triton(
+            x,
+            torch.empty(64, dtype=torch.int32),
+            torch.empty(64, dtype=dtype),
+            RouterTable(words, top_p, load),
+            slots=out[0],
+            weights=out[1],
+            slice_index=int(of_projection),
+            n_slices=3 if of_projection else 1,
+            takes_plain=not of_projection,
+        )
+
+
+def _scale_inputs(width: int, dtype: torch.dtype) -> None:
+    x, storage = torch.empty(64, width, dtype=dtype), torch.empty(64, dtype=dtype)
+    offsets = torch.empty(64, 32, dtype=torch.int64)[:, 0]
+    scale_inputs_triton(x, torch.empty(64, dtype=torch.int32), storage, offsets)
+
+
+def _experts(hidden_size: int, width: int, dtype: torch.dtype) -> None:
+    """Without the launches of shrink and of routed expand, which have rows of the table."""
+    target, n_rows, n_slots = LoraTarget("gate_up", hidden_size, (width, width)), 64, 64
+    pages = torch.empty(n_slots, 2, 4, dtype=torch.int64)
+    offsets = torch.empty(n_slots, 2, dtype=torch.int64)
+    ranks = torch.empty(n_slots, 2, dtype=torch.int32)
+    tables = LoraTables(ranks, pages, pages, offsets, offsets)
+    segments = allocate_segments(n_rows, MAX_CHOICES, _CPU, has_weights=True, n_slots=n_slots)
+    x, gate_up = (
+        torch.empty(n_rows, hidden_size, dtype=dtype),
+        torch.empty(n_rows, 2 * width, dtype=dtype),
+    )
+    storage = torch.empty(64, dtype=dtype)
+    pair_act = gate_pairs_triton(x, gate_up, storage, target, tables, segments)
+    row_slots = torch.empty(n_rows, dtype=torch.int32)
+    for scales in (None, InputScales(row_slots, storage, offsets[:, 0])):
+        mix_pairs_triton(gate_up, pair_act, segments, scales)
 
 
 def _gate(width: int, dtype: torch.dtype) -> None:

@@ -12,11 +12,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["silu_mul_triton"]
+__all__ = ["gated", "silu_mul_triton"]
 
 _ACTS = {"silu": False, "gelu_tanh": True}
 _BLOCK = 1024
 _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
+
+
+@triton.jit
+def gated(gate, up, IS_GELU: tl.constexpr):
+    """act(gate) · up in float32; ``gate`` and ``up`` in the rows' dtype."""
+    g = gate.to(tl.float32)
+    u = g
+    if IS_GELU:
+        u = _TWO_SQRT_2_OVER_PI * (g + 0.044715 * g * g * g)  # 1 + tanh(u) = 2 sigmoid(2 u)
+    small = tl.exp(-tl.abs(u))  # never infinite
+    act = g * tl.where(u > 0, 1.0, small) / (1.0 + small)
+    return act.to(gate.dtype).to(tl.float32) * up.to(tl.float32)
 
 
 @triton.jit
@@ -29,14 +41,8 @@ def silu_mul_kernel(
     inside = columns < F
     pointers = gate_up_ptr + row * stride_gt + columns
     gate = tl.load(pointers, mask=inside, other=0.0)
-    up = tl.load(pointers + F, mask=inside, other=0.0).to(tl.float32)
-    g = gate.to(tl.float32)
-    u = g
-    if IS_GELU:
-        u = _TWO_SQRT_2_OVER_PI * (g + 0.044715 * g * g * g)  # 1 + tanh(u) = 2 sigmoid(2 u)
-    small = tl.exp(-tl.abs(u))  # never infinite
-    act = g * tl.where(u > 0, 1.0, small) / (1.0 + small)
-    product = act.to(gate.dtype).to(tl.float32) * up
+    up = tl.load(pointers + F, mask=inside, other=0.0)
+    product = gated(gate, up, IS_GELU)
     tl.store(out_ptr + row * stride_ot + columns, product.to(gate.dtype), mask=inside)
 
 

@@ -46,6 +46,7 @@ class MlpBlock:
     moe_down: MoeDown  # [n, ff] → [n, hidden]
     plain_gate_up: AddPlain
     plain_down: AddPlain
+    scaled_down: Callable[[Tensor], Tensor]  # [n, ff], as the unrouted adapters scale it
 
 
 def mixed_mlp(
@@ -68,6 +69,7 @@ def mixed_mlp(
         block.plain_gate_up(hidden, base)
         act = block.activation(base)  # routed rows are overwritten now
     moe_combine(expert_act, weights, pairs, act)
+    act = block.scaled_down(act)
     if all(r.experts.shared_down for r in routed):
         out = block.moe_down(act, expert_act, pairs, segments)
     else:

@@ -32,7 +32,7 @@ __all__ = ["AdapterPacker", "PackedAdapter"]
 
 # Packed adapters are kept on disk. Count up when the same plan is packed otherwise: old files are
 # then made anew. ``test_packing_is_what_its_format_says`` fails if that is forgotten.
-_FORMAT = 6
+_FORMAT = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,8 @@ class AdapterPacker:
         self._groups = tuple(groups.values())
         self._pool = pool
         self.capabilities = capabilities
+        lone = {group.module_names[0] for group in self._groups if len(group.module_names) == 1}
+        self.scalable = frozenset(lone - {capabilities.output_head})
         modules = [(group.target, group.module_names) for group in self._groups]
         parts = (
             _FORMAT,
@@ -147,6 +149,7 @@ class AdapterPacker:
         return DeviceParts.of(
             plan,
             {name: module for name, module in plan.modules.items() if name not in pooled},
+            {name: m.in_scale for name, m in pooled.items() if m.in_scale is not None},
             input_embedding=self.capabilities.input_embedding,
             output_head=self.capabilities.output_head,
         )
@@ -193,12 +196,18 @@ class AdapterPacker:
         return [cut_plan(plan, layout, rank) for rank in range(layout.size)]
 
     def _pooled_modules(self, plan: AdapterPlan) -> dict[str, ModulePlan]:
-        """Low-rank factors, scales and biases on the base's own product."""
+        """Low-rank factors, scales and biases on the base's own product.
+
+        ``scalable`` linears may have scales of inputs, too: those are the model's.
+        """
         linears, replaced = self.capabilities.linears, plan.replaced_weights
         return {
             name: module
             for name, module in plan.modules.items()
-            if name in linears and name not in replaced and not _is_beyond_low_rank(module)
+            if name in linears
+            and name not in replaced
+            and not _is_beyond_low_rank(module)
+            and (module.in_scale is None or name in self.scalable)
         }
 
     def _factors(self, modules: Mapping[str, ModulePlan]) -> AdapterFactors:
@@ -212,7 +221,7 @@ class AdapterPacker:
 
 
 def _is_beyond_low_rank(module: ModulePlan) -> bool:
-    return bool(module.in_scale is not None or module.shared is not None or module.operators)
+    return bool(module.shared is not None or module.operators)
 
 
 def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, ModulePlan]]:

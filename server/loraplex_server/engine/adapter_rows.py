@@ -55,12 +55,23 @@ class AdapterRows:
         prefix = self._adapters.prefix(request.adapter_digest)
         return None if prefix is None else prefix.embeddings
 
-    def own_rows(self, requests: Sequence[Request], n_rows: Sequence[int]) -> dict[str, list[int]]:
-        """Of each adapter that does more than the pool's operator, by digest, ascending."""
+    def own_rows(
+        self, requests: Sequence[Request], n_rows: Sequence[int], *, at_ends_alone: bool = False
+    ) -> dict[str, list[int]]:
+        """Of each adapter that does more than the pool's operator, by digest, ascending.
+
+        ``at_ends_alone``: more at the embedding or the head, as recorded layers do the rest.
+        """
         adapters = self._adapters
         digests = dict.fromkeys(r.adapter_digest for r in requests if r.adapter_digest)
         found: dict[str, list[int]] = {
-            d: [] for d in digests if adapters.resident(d).needs_fallback
+            d: []
+            for d in digests
+            if (
+                adapters.resident(d).changes_ends
+                if at_ends_alone
+                else adapters.resident(d).needs_fallback
+            )
         }
         if not found:
             return found
@@ -77,14 +88,15 @@ class AdapterRows:
         requests: Sequence[Request],
         n_rows: Sequence[int],
         row_slots: Tensor | None,
+        own_rows: Mapping[str, Sequence[int]],
         on_device: Mapping[str, Tensor],
     ) -> None:
         """The step's layers apply the adapters of these rows.
 
         ``row_slots`` and ``on_device`` (``own_rows`` as tensors) came with the step's inputs.
         """
-        step.segments = self.segments(requests, n_rows, row_slots)
-        beyond = self._beyond_the_pool(self.own_rows(requests, n_rows), on_device)
+        step.segments, step.by_slot = self.segments(requests, n_rows, row_slots), None
+        beyond = self._beyond_the_pool(own_rows, on_device)
         step.own_rows = on_device
         step.fallback = _fallback(beyond)
         step.routed = _routed(beyond)
@@ -93,13 +105,11 @@ class AdapterRows:
     def bind_embedding(
         self,
         step: ForwardContext,
-        requests: Sequence[Request],
-        n_rows: Sequence[int],
+        own_rows: Mapping[str, Sequence[int]],
         on_device: Mapping[str, Tensor],
     ) -> None:
         """As ``bind`` for the embedding alone: the layers are recorded."""
-        beyond = self._beyond_the_pool(self.own_rows(requests, n_rows), on_device)
-        step.fallback = _fallback(beyond)
+        step.fallback = _fallback(self._beyond_the_pool(own_rows, on_device))
 
     def of_each(
         self, requests: Sequence[Request]

@@ -168,6 +168,7 @@ def _assemble(
     kv_cache = _kv_cache(model, config, limits, max_model_len, memory.kv_bytes)
     inbox = Inbox(max_queue=config.max_queue)
     layout = None if workers is None else workers.layout
+    recorder = _recorder(config, model.device)
     adapters = DevicePool(
         model.groups,
         n_bytes=memory.adapter_bytes,
@@ -182,6 +183,7 @@ def _assemble(
         layout=layout,
         others=NoOtherPools() if workers is None else workers,
         faults=faults,
+        records_steps=recorder is not None,
     )
     if workers is not None:
         workers.pack_with(adapters.packer)
@@ -189,7 +191,7 @@ def _assemble(
         model,
         kv_cache,
         adapters,
-        _recorder(config, model.device),
+        recorder,
         _side_stream(config, model.device),
         flashinfer,
         max_recorded_tokens=min(config.cuda_graph_tokens, limits.max_step_tokens),

@@ -28,11 +28,12 @@ class DeviceParts:
     def of(
         plan: AdapterPlan,
         fallback_modules: Mapping[str, ModulePlan],
+        in_scales: Mapping[str, Tensor],
         *,
         input_embedding: str,
         output_head: str,
     ) -> DeviceParts:
-        """On the host, the tensors as the plan has them. ``fallback_modules``: see the packer."""
+        """On the host, the tensors as the plan has them. For the mappings see the packer."""
         token_rows = {
             name: _token_rows(rows)
             for name, rows in (
@@ -43,7 +44,12 @@ class DeviceParts:
         }
         return DeviceParts(
             FallbackParts(
-                fallback_modules, plan.replaced_weights, plan.norms, token_rows, plan.stacked
+                fallback_modules,
+                plan.replaced_weights,
+                plan.norms,
+                token_rows,
+                plan.stacked,
+                in_scales,
             ),
             plan.prefix,
             {name: experts.gate for name, experts in plan.experts.items()},

@@ -41,6 +41,7 @@ from .errors import AdapterLoadFailed, AdapterUnservable, EngineError, NoAdapter
 from .layer_kind import kind_of
 from .parallel.other_pools import NoOtherPools, OtherPools
 from .resident_adapter import ResidentAdapter
+from .slot_tables import SlotTables
 
 __all__ = ["DevicePool", "Placement"]
 
@@ -77,9 +78,11 @@ class DevicePool:
         layout: ShardLayout | None = None,
         others: OtherPools = NoOtherPools(),  # noqa: B008  stateless
         faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+        records_steps: bool = False,
     ) -> None:
         """``on_loaded`` is called once a load is done, on any thread: it must only wake the engine.
 
+        ``records_steps``: recorded layers read ``slot_tables``.
         ``layout`` and ``others``: where this is rank 0's pool of several.
         ``exponent_coding``: as of ``LoraPool``; None = where it makes steps faster.
         """
@@ -98,6 +101,11 @@ class DevicePool:
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
         self.packer = AdapterPacker(groups, self.pool, capabilities, layout)
+        self.slot_tables = (
+            SlotTables(self.pool, capabilities.routable, self.packer.scalable)
+            if records_steps
+            else None
+        )
         others.open(n_bytes=n_bytes, n_slots=max_adapters, max_rank=self._max_rank(capabilities))
         self._others = others
         self._output_head = capabilities.output_head
@@ -287,7 +295,10 @@ class DevicePool:
             n_bytes=packed.n_bytes + place.memory.n_bytes,
             changes_head=self._output_head in plan.modules
             or parts.fallback.changes(self._output_head),
-            layer_kind=kind_of(parts, self._outside_layers),
+            changes_ends=any(parts.fallback.changes(name) for name in self._outside_layers),
+            layer_kind=kind_of(
+                parts, plan, outside=self._outside_layers, projections=self._slices.keys()
+            ),
             load=self._loader.submit(load),
             is_asked_for=asked_for,
             is_pinned=plan.digest in self._pins,
@@ -352,6 +363,8 @@ class DevicePool:
         del self._residents[resident.digest]
         self._arriving = [other for other in self._arriving if other is not resident]
         self._others.forget(resident.digest)
+        if self.slot_tables is not None and resident.is_published:
+            self.slot_tables.clear(resident.slots)
         return self._free(_Place(resident.slots, resident.memory))
 
     def _free(self, place: _Place) -> int:
@@ -372,6 +385,9 @@ class DevicePool:
         self._others.publish(resident.digest)
         for slot in resident.slots:
             self.pool.publish(slot)
+        if self.slot_tables is not None and resident.layer_kind is not None:
+            in_scales = resident.parts.fallback.in_scales
+            experts = self.slot_tables.write(resident.slots, experts, in_scales)
         resident.experts = experts
         resident.is_published = True
         self.n_loads += 1

@@ -35,7 +35,8 @@ def run_every_size(model: BaseModel, *, max_rows: int, max_requests: int, n_page
     attention reads the table up to the last one, and how wide it is decides what it launches.
 
     Writes no KV. ``model`` has its KV cache and pool. Engine thread; raises what the device or a
-    compiler raises. What routed experts launch depends on their number and is not run.
+    compiler raises. What free steps launch for routed experts depends on their number: it is not
+    run.
     """
     for size in sizes_to_run(max_rows):
         for n_requests in dict.fromkeys((1, min(size, max_requests))):
@@ -67,8 +68,8 @@ def _batches(
 def _forward(model: BaseModel, batch: ForwardBatch, n_requests: int) -> None:
     step = model.step
     batch.bind(step)
+    step.clear_adapters()
     step.segments = None if batch.row_slots is None else build_segments(batch.row_slots)
-    step.fallback, step.routed, step.routes_projections = (), {}, False
     hidden = model.forward(model.embed(batch.token_ids))
     raw = model.head.packed(hidden[:n_requests])
     logits: Tensor = torch.empty_like(raw, dtype=torch.float32)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,7 @@ from .row_buffer import RowBuffer
 from .sampler import Sampled, forced_token, is_plainly_greedy, prompt_logprobs_of, sample
 from .scheduler import ScheduledChunk
 from .step_graphs import StepGraphs
+from .step_parts import StepPart, parts_of
 from .token_masks import TokenMasks
 
 __all__ = ["ModelRunner", "StartedStep", "StepResult"]
@@ -98,12 +99,14 @@ class ModelRunner:
         projections = {name for group in model.groups.values() for name in group.module_names}
         self._adapters = AdapterRows(adapters, frozenset(projections), model.device)
         self._graphs: StepGraphs | None = None
-        if recorder is not None and model.layers_in_pieces is not None:
+        layers, tables = model.layers_in_pieces, adapters.slot_tables
+        if recorder is not None and layers is not None and tables is not None:
             self._graphs = StepGraphs(
                 model,
-                model.layers_in_pieces,
+                layers,
                 kv_cache,
                 adapters.pool,
+                tables,
                 recorder,
                 max_mixed_rows=max_recorded_tokens,
             )
@@ -141,14 +144,15 @@ class ModelRunner:
 
         ``behind``: the step that finds the tokens which some of the requests expect.
         """
-        recorded, others = self._split(chunks)
+        planned = parts_of(chunks, self._adapters, self._graphs)
         generating = [
             chunk.request
-            for chunk in (*recorded, *others)
+            for part in planned
+            for chunk in part.chunks
             if chunk.samples and chunk.request.source.pooling is None
         ]
         self._masks.start(generating)
-        parts = [self._forward(part, behind) for part in (recorded, others) if part]
+        parts = [self._forward(part, behind) for part in planned]
         tokens: SampledRows | tuple[Sampled, ...] = ()
         if generating:
             last = [part.last for part in parts if part.last is not None]
@@ -187,8 +191,7 @@ class ModelRunner:
             virtual_rows=(),
         )
         batch.bind(step)
-        step.segments, step.own_rows, step.fallback, step.routed = None, {}, (), {}
-        step.routes_projections = False
+        step.clear_adapters()
         model.head.packed(model.forward(model.embed(zero))).cpu()
 
     def _disable_cuda_graphs(self, error: Exception) -> None:
@@ -196,45 +199,17 @@ class ModelRunner:
         _log.warning("steps run without CUDA graphs: %s", error)
         self._graphs = None
 
-    def _split(
-        self, chunks: Sequence[ScheduledChunk]
-    ) -> tuple[Sequence[ScheduledChunk], Sequence[ScheduledChunk]]:
-        """Those whose layers are recorded, and others whose adapters no recorded layers compute.
-
-        The others follow in a forward of their own: the weights are read once more, and nobody
-        loses the graph. All are others if the first ones alone have no graph either.
-        """
-        if self._graphs is None:
-            return (), chunks
-        odd = [c for c in chunks if self._adapters.layer_kind(c.request) is None]
-        if not odd:
-            return chunks, ()
-        plain = [c for c in chunks if self._adapters.layer_kind(c.request) is not None]
-        return (plain, odd) if self._place(plain) else ((), chunks)
-
-    def _place(self, chunks: Sequence[ScheduledChunk]) -> tuple[LayerKind, FixedPlace] | None:
-        """The recorded layers that compute these chunks; None if they have to run freely."""
-        if self._graphs is None or not chunks:
-            return None
-        kinds = [self._adapters.layer_kind(chunk.request) for chunk in chunks]
-        known = [kind for kind in kinds if kind is not None]
-        if len(known) < len(kinds):
-            return None
-        n_rows = sum(chunk.n_tokens for chunk in chunks)
-        kind = max(known)
-        place = self._graphs.place(kind, n_rows, is_decode=n_rows == len(chunks))
-        return None if place is None else (kind, place)
-
-    def _forward(self, chunks: Sequence[ScheduledChunk], behind: StartedStep | None) -> _Forwarded:
-        placed = self._place(chunks)
-        batch = self._lay_out(chunks, None if placed is None else placed[1], behind)
+    def _forward(self, part: StepPart, behind: StartedStep | None) -> _Forwarded:
+        chunks = part.chunks
+        own_rows = self._own_rows(part)
+        batch = self._lay_out(part, own_rows, behind)
         wants_all = any(c.request.source.reads_all_rows for c in chunks)
         last = batch.sampling_rows  # the rows that get logits; None: each does
-        if placed is None:
-            hidden = self._run_freely(batch, chunks, None if wants_all else last)
+        if part.place is None:
+            hidden = self._run_freely(batch, chunks, own_rows, None if wants_all else last)
         else:
-            hidden = self._replay(batch, chunks, *placed)
-        is_kept = placed is None and not wants_all  # hidden has the last rows alone
+            hidden = self._replay(batch, part.kind, part.place, own_rows)
+        is_kept = part.place is None and not wants_all  # hidden has the last rows alone
         x = hidden if is_kept or last is None else hidden[last]
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
         pooled = _pooled(x, hidden if wants_all else None, chunks, batch)
@@ -243,14 +218,24 @@ class ModelRunner:
             x = x[[i for i, wanted in enumerate(is_wanted) if wanted]]
         return _Forwarded(x if any(is_wanted) else None, pooled, found)
 
+    def _own_rows(self, part: StepPart) -> dict[str, list[int]]:
+        requests = [chunk.request for chunk in part.chunks]
+        n_rows = [chunk.n_tokens for chunk in part.chunks]
+        return self._adapters.own_rows(requests, n_rows, at_ends_alone=part.place is not None)
+
     def _run_freely(
-        self, batch: ForwardBatch, chunks: Sequence[ScheduledChunk], last: Tensor | None
+        self,
+        batch: ForwardBatch,
+        chunks: Sequence[ScheduledChunk],
+        own_rows: Mapping[str, Sequence[int]],
+        last: Tensor | None,
     ) -> Tensor:
         """Hidden states of rows ``last``; None = of all."""
         step, requests = self._model.step, [chunk.request for chunk in chunks]
         batch.bind(step)
         n_rows = [chunk.n_tokens for chunk in chunks]
-        self._adapters.bind(step, requests, n_rows, batch.row_slots, batch.own_rows)
+        of_step = batch.row_slots, own_rows, batch.own_rows
+        self._adapters.bind(step, requests, n_rows, *of_step)
         if last is not None:
             on_cpu = last.is_cpu  # only native code reads the segments
             sampling = [chunk.request for chunk in chunks if chunk.samples]
@@ -262,35 +247,29 @@ class ModelRunner:
     def _replay(
         self,
         batch: ForwardBatch,
-        chunks: Sequence[ScheduledChunk],
         kind: LayerKind,
         place: FixedPlace,
+        own_rows: Mapping[str, Sequence[int]],
     ) -> Tensor:
         """Hidden states of all rows; valid until the next replay."""
         assert self._graphs is not None
-        requests = [chunk.request for chunk in chunks]
-        n_rows = [chunk.n_tokens for chunk in chunks]
-        self._adapters.bind_embedding(self._model.step, requests, n_rows, batch.own_rows)
+        self._adapters.bind_embedding(self._model.step, own_rows, batch.own_rows)
         hidden = self._graphs.run(kind, batch, place, self._embed(batch))
         return hidden[: batch.chunk_rows[-1].stop]
 
     def _lay_out(
-        self,
-        chunks: Sequence[ScheduledChunk],
-        place: FixedPlace | None,
-        behind: StartedStep | None,
+        self, part: StepPart, own_rows: Mapping[str, Sequence[int]], behind: StartedStep | None
     ) -> ForwardBatch:
-        device, requests = self._model.device, [chunk.request for chunk in chunks]
-        n_rows = [chunk.n_tokens for chunk in chunks]
+        device, place = self._model.device, part.place
         needs_slots = device.type != "cpu" or place is not None
         return build_batch(
-            chunks,
+            part.chunks,
             self._kv,
             device,
-            slots=[self._adapters.slot(r) for r in requests] if needs_slots else None,
-            own_rows=self._adapters.own_rows(requests, n_rows),
+            slots=[self._adapters.slot(c.request) for c in part.chunks] if needs_slots else None,
+            own_rows=own_rows,
             place=place,
-            fed=_fed_tokens(chunks, behind),
+            fed=_fed_tokens(part.chunks, behind),
             flashinfer=None if place is not None and place.pads_requests else self._flashinfer,
         )
 

@@ -42,6 +42,7 @@ class ResidentAdapter:
     memory: PoolTensors  # that the parts lie in
     n_bytes: int  # of slots and parts
     changes_head: bool
+    changes_ends: bool  # the embedding or the head, by parts that the pool does not apply
     layer_kind: LayerKind | None  # of recorded steps that compute its rows; None: none does
     load: Future[Mapping[str, PlacedExperts]]
     is_asked_for: bool  # by a request; else it is only warmed

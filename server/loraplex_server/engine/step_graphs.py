@@ -6,9 +6,9 @@
 A graph replays fixed shapes at fixed addresses. So inputs are copied straight to where it reads
 them, padded to the smallest recorded size. Spare rows have no adapter, write no KV (slot −1) and
 attend to one position. Rows are independent, so the others get the same bits as without a graph.
-Which adapters the rows have is data: the segments are built inside the graph, and the pool's tables
-are read at replay. Launches of attention depend on how many tokens each request has, so steps with
-prompt chunks are recorded in pieces around it.
+Which adapters the rows have is data: the segments are built inside the graph, and the tables of the
+pool, of routers and of input scales are read at replay. Launches of attention depend on how many
+tokens each request has, so steps with prompt chunks are recorded in pieces around it.
 
 Embeddings and head run outside, where a row's adapter may have its own.
 """
@@ -16,6 +16,7 @@ Embeddings and head run outside, where a row's adapter may have its own.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from loraplex_kernels.layout import LoraSegments, LoraTables
 from loraplex_kernels.pool import LoraPool
 from loraplex_kernels.segments import build_segments
+from loraplex_server.model.adapters_by_slot import AdaptersBySlot
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.fused_decoder import FusedDecoder
 
@@ -33,27 +35,13 @@ from .graph_recorder import Recorder, Replay
 from .host_copy import bytes_together, place_together
 from .kv_cache import KvCache
 from .layer_kind import LayerKind
+from .recorded_sizes import MAX_PAIRS, recorded_sizes
+from .slot_tables import SlotTables
 
-__all__ = ["StepGraphs", "mixed_sizes_up_to", "sizes_up_to"]
+__all__ = ["StepGraphs"]
 
 _log = logging.getLogger(__name__)
 _MORE_BYTES = 128  # a row, at most, of what else a step brings beside its page table
-
-
-def sizes_up_to(n_rows: int) -> tuple[int, ...]:
-    """1, 2, 4, multiples of 8 up to 64, of 16 up to 128, of 32: few spare rows, which cost little.
-
-    Each size is recorded at start, for each kind of layers.
-    """
-    sizes = (1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, n_rows, 32))
-    return (*(n for n in sizes if n < n_rows), n_rows)
-
-
-def mixed_sizes_up_to(n_rows: int) -> tuple[int, ...]:
-    """16, 32, 64, 96, 128, 192, 256, 384 …: fewer, since each is as many graphs as layers."""
-    powers = [1 << i for i in range(4, n_rows.bit_length())]
-    sizes = sorted({*powers, *(3 * n // 2 for n in powers if n >= 64)})
-    return (*(n for n in sizes if n < n_rows), n_rows) if n_rows else ()
 
 
 class StepGraphs:
@@ -65,6 +53,7 @@ class StepGraphs:
         layers: FusedDecoder,
         kv_cache: KvCache,
         pool: LoraPool,
+        tables: SlotTables,
         recorder: Recorder,
         *,
         max_mixed_rows: int,  # of steps that are recorded in pieces; 0 = none
@@ -73,8 +62,10 @@ class StepGraphs:
         self._pool = pool
         self._recorder = recorder
         n_requests, n_pages = kv_cache.page_table.shape
-        self._sizes = sizes_up_to(n_requests)
-        self._mixed_sizes = mixed_sizes_up_to(max_mixed_rows)
+        self._sizes = {
+            kind: recorded_sizes(kind, n_requests, max_mixed_rows, layers.n_layers)
+            for kind in LayerKind
+        }
         n_rows = max(n_requests, max_mixed_rows)
         device = model.device
         self._rows = layers.new_rows(n_rows)
@@ -87,6 +78,12 @@ class StepGraphs:
         self._whole: dict[tuple[int, LayerKind], Replay] = {}
         self._pieces: dict[tuple[int, LayerKind], tuple[Replay, ...]] = {}
         self._segments: dict[tuple[int, LayerKind], LoraSegments] = {}  # that pieces share
+        self._in_scales = tables.in_scales
+        self._routers = {
+            LayerKind.ROUTED_MLP: tables.routers(of_projections=False),
+            LayerKind.ROUTED_PROJECTIONS: tables.routers(of_projections=True),
+        }
+        self._pair_ids = torch.arange(MAX_PAIRS, dtype=torch.int32, device=device)
         # Of any one target: all are replaced together. What was recorded reads these.
         self._tables: LoraTables | None = None
 
@@ -94,20 +91,17 @@ class StepGraphs:
     def record_all(self) -> None:
         """Called at start, before requests. Raises what the device or a compiler raises."""
         self._tables = self._current_tables()
-        # the largest first: the others fit in its memory
-        for size in reversed(self._mixed_sizes):
-            self._empty(size)
-            for kind in LayerKind:
-                self._pieces[size, kind] = tuple(self._record_pieces(size, kind))
-        for size in reversed(self._sizes):
-            self._empty(size)
-            for kind in LayerKind:
-                self._whole[size, kind] = self._recorder(partial(self._run_whole, size, kind))
-        _log.info(
-            "recorded decode steps of %s rows, others of %s",
-            ", ".join(map(str, self._sizes)),
-            ", ".join(map(str, self._mixed_sizes)) or "none",
-        )
+        started, free_before = time.monotonic(), self._free_bytes()
+        # The largest first: the others fit in its memory.
+        for is_decode in (False, True):
+            sizes = {n for each in self._sizes.values() for n in each.of(is_decode=is_decode)}
+            for size in sorted(sizes, reverse=True):
+                self._empty(size)
+                for kind in LayerKind:
+                    if size in self._sizes[kind].of(is_decode=is_decode):
+                        self._record(size, kind, is_decode=is_decode)
+        self._model.step.clear_adapters()
+        self._log_recorded(time.monotonic() - started, free_before - self._free_bytes())
 
     def place(self, kind: LayerKind, n_rows: int, *, is_decode: bool) -> FixedPlace | None:
         """Where the inputs of such a step go; None if none is recorded that holds it.
@@ -117,8 +111,8 @@ class StepGraphs:
         """
         if kind > LayerKind.BASE and self._tables is not self._current_tables():
             self._forget_adapters()
-        sizes = self._sizes if is_decode else self._mixed_sizes
-        size = next((size for size in sizes if size >= n_rows), None)
+        sizes = self._sizes[kind].of(is_decode=is_decode)
+        size = next((size for size in sizes if size >= n_rows), None) if n_rows else None
         if size is None or (size, kind) not in (self._whole if is_decode else self._pieces):
             return None
         return FixedPlace(self._memory, size, pads_requests=is_decode)
@@ -147,12 +141,38 @@ class StepGraphs:
                 self._layers.attend(index, attended, *tables, batch.planned_attention)
         return rows.hidden
 
+    def _record(self, size: int, kind: LayerKind, *, is_decode: bool) -> None:
+        if is_decode:
+            self._whole[size, kind] = self._recorder(partial(self._run_whole, size, kind))
+        else:
+            self._pieces[size, kind] = tuple(self._record_pieces(size, kind))
+
+    def _free_bytes(self) -> int:
+        """Of the device; 0 on a CPU."""
+        device = self._model.device
+        return 0 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+
+    def _log_recorded(self, seconds: float, n_bytes: int) -> None:
+        n_graphs = len(self._whole) + sum(map(len, self._pieces.values()))
+        common, rare = self._sizes[LayerKind.LORA], self._sizes[LayerKind.ROUTED_MLP]
+        _log.info(
+            "recorded %d CUDA graphs in %.1f s, %d MiB: decode steps of %s rows (with experts %s), "
+            "others of %s (%s)",
+            n_graphs,
+            seconds,
+            n_bytes >> 20,
+            *(
+                ", ".join(map(str, sizes)) or "none"
+                for sizes in (common.decode, rare.decode, common.mixed, rare.mixed)
+            ),
+        )
+
     def _record_pieces(self, size: int, kind: LayerKind) -> Iterator[Replay]:
         for index in range(self._layers.n_layers + 1):
             yield self._recorder(partial(self._run_piece, index, size, kind))
 
     def _run_whole(self, size: int, kind: LayerKind) -> None:
-        self._bind(size)
+        self._bind(size, kind)
         self._model.step.segments = self._build_segments(size, kind)
         rows = self._rows.first(size)
         tables = self._page_table[:size], self._query_starts[: size + 1], self._kv_lens(size)
@@ -162,7 +182,7 @@ class StepGraphs:
         self._layers.run_piece(self._layers.n_layers, rows)
 
     def _run_piece(self, index: int, size: int, kind: LayerKind) -> None:
-        self._bind(size)
+        self._bind(size, kind)
         if index == 0:
             segments = self._build_segments(size, kind)
             if segments is not None:
@@ -170,12 +190,24 @@ class StepGraphs:
         self._model.step.segments = self._segments.get((size, kind))
         self._layers.run_piece(index, self._rows.first(size))
 
-    def _bind(self, size: int) -> None:
+    def _bind(self, size: int, kind: LayerKind) -> None:
         """The step reads the fixed inputs."""
         step = self._model.step
-        _, step.positions, step.slot_mapping, _ = self._inputs(size)
-        step.own_rows, step.fallback, step.routed = {}, (), {}
-        step.routes_projections = False
+        _, step.positions, step.slot_mapping, row_slots = self._inputs(size)
+        step.clear_adapters()
+        step.by_slot = self._by_slot(kind, row_slots)
+        step.routes_projections = kind is LayerKind.ROUTED_PROJECTIONS
+
+    def _by_slot(self, kind: LayerKind, row_slots: Tensor) -> AdaptersBySlot | None:
+        if kind <= LayerKind.LORA:
+            return None
+        return AdaptersBySlot(
+            row_slots,
+            self._pool.storage,
+            self._pair_ids,
+            self._routers.get(kind, {}),
+            self._in_scales,
+        )
 
     def _build_segments(self, size: int, kind: LayerKind) -> LoraSegments | None:
         return None if kind is LayerKind.BASE else build_segments(self._inputs(size)[3])

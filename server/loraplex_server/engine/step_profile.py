@@ -47,8 +47,8 @@ def _run(model: BaseModel, n_tokens: int, n_requests: int) -> int:
     step.page_table = torch.arange(n_pages, dtype=torch.int32, device=device).unsqueeze(0)
     step.query_starts = torch.arange(2, dtype=torch.int32, device=device) * n_tokens
     step.kv_lens = torch.full((1,), n_tokens, dtype=torch.int32, device=device)
-    step.logits_rows, step.segments, step.fallback, step.routed = None, None, (), {}
-    step.routes_projections = False
+    step.logits_rows = None
+    step.clear_adapters()
     hidden = model.forward(model.embed(torch.zeros_like(rows)))
     raw = model.head.packed(hidden[:n_requests])
     model.finish_logits(raw, torch.empty_like(raw, dtype=torch.float32))

@@ -14,6 +14,8 @@ from loraplex_kernels.flashinfer_attention import PlannedAttention
 from loraplex_kernels.layout import LoraSegments
 from loraplex_router.experts import RoutedRows
 
+from .adapters_by_slot import AdaptersBySlot
+
 __all__ = ["FallbackParts", "FallbackRows", "ForwardContext", "TokenRows"]
 
 
@@ -43,6 +45,8 @@ class FallbackParts:
     norms: Mapping[str, NormPlan] = field(default_factory=dict)
     token_rows: Mapping[str, TokenRows] = field(default_factory=dict)
     stacked: Mapping[str, StackedFactors] = field(default_factory=dict)  # by parameter name
+    # Of linears whose other parts are the pool's: [in_features], multiplied with their inputs.
+    in_scales: Mapping[str, Tensor] = field(default_factory=dict)
 
     def changes(self, name: str) -> bool:
         """Whether the linear or embedding ``name`` is not the base's alone."""
@@ -50,7 +54,7 @@ class FallbackParts:
 
     @property
     def is_empty(self) -> bool:
-        beside = (self.norms, self.token_rows, self.stacked)
+        beside = (self.norms, self.token_rows, self.stacked, self.in_scales)
         return not (self.modules or self.replaced_weights or any(beside))
 
 
@@ -89,6 +93,12 @@ class ForwardContext:
     # MLP block or projection → the rows that route there, one element per adapter
     routed: Mapping[str, tuple[RoutedRows, ...]] = field(default_factory=dict)
     routes_projections: bool = False  # whether any of these is a projection
+    by_slot: AdaptersBySlot | None = None  # of recorded steps, in place of the three above
+
+    def clear_adapters(self) -> None:
+        """All rows are the base's."""
+        self.segments, self.own_rows, self.fallback, self.routed = None, {}, (), {}
+        self.routes_projections, self.by_slot = False, None
 
     def keep(self, hidden: Tensor) -> Tensor:
         """Of all rows [T, width], those that are asked for."""

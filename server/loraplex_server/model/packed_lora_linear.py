@@ -16,6 +16,7 @@ from loraplex_adapter_store.operators.contract import BaseProduct
 from loraplex_adapter_store.plan import ModulePlan
 from loraplex_kernels.experts import Activation, StepPairs
 from loraplex_kernels.layout import LoraSegments, LoraTarget
+from loraplex_kernels.moe_by_slot import RoutedPairs
 from loraplex_kernels.ops import PreparedTarget
 from loraplex_kernels.quantized_linear import BaseLinear
 from loraplex_router.experts import projection_segments
@@ -57,28 +58,60 @@ class PackedLoraLinear:
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n_rows, in_features] → [n_rows, Σ out_features]."""
         step = self._step
+        x = self.scaled_inputs(x)
         if step.segments is None or self.lora is None:
             out = self.packed(x)
         else:
             out = self.lora.linear_with_lora(self.packed, x, step.segments)
         self._add_unpooled(x, out, step.fallback)
-        if step.routes_projections:
-            self._apply_projection_experts(x, out)
+        self.add_projection_experts(x, out)
         if self.reduce is not None:
             self.reduce(out)
         return out
 
     def into(self, x: Tensor, out: Tensor) -> None:
         """As a call, but writes to ``out`` [n_rows, Σ out_features]."""
+        x = self.scaled_inputs(x)
         self.packed.into(x, out)
         self.add_step_adapters(x, out)
+
+    def scaled_inputs(self, x: Tensor) -> Tensor:
+        """``x`` [n_rows, in_features] as the step's adapters scale it. In a recorded step in place,
+        since only linears read it there that nobody reads ``x`` behind."""
+        step = self._step
+        if step.by_slot is not None:
+            step.by_slot.scale_inputs(self.module_names[0], x)
+            return x
+        for fallback in step.fallback:
+            scale = fallback.parts.in_scales.get(self.module_names[0])
+            if scale is not None:
+                x = x.index_copy(0, fallback.rows, x[fallback.rows] * scale.to(x.dtype))
+        return x
 
     def add_step_adapters(self, x: Tensor, out: Tensor) -> None:
         """Adds what the step's adapters make of ``x``, experts of an MLP block excepted."""
         step = self._step
         self.add_adapters(x, out, step.segments, step.fallback)
-        if step.routes_projections:
-            self._apply_projection_experts(x, out)
+        self.add_projection_experts(x, out)
+
+    def add_projection_experts(self, x: Tensor, out: Tensor) -> None:
+        """MoLA, LoRAMoE, Arrow: each projection has its own gate, so each slice its segments."""
+        if not self._step.routes_projections or self.apply_slice is None:
+            return
+        first = 0
+        for index, width in enumerate(self.target.out_features):
+            segments = self._projection_segments(index, x)
+            if segments is not None:
+                self.apply_slice(index, x, segments, out[:, first : first + width])
+            first += width
+
+    def gate_pairs(self, x: Tensor, gate_up: Tensor, pairs: RoutedPairs) -> Tensor:
+        """``loraplex_kernels.moe_by_slot.gate_pairs`` over this group."""
+        return self._bound().gate_pairs(x, gate_up, pairs)
+
+    def add_pairs(self, pair_act: Tensor, act: Tensor, pairs: RoutedPairs, out: Tensor) -> None:
+        """``loraplex_kernels.moe_by_slot.add_pairs`` over this group."""
+        self._bound().add_pairs(pair_act, act, pairs, out)
 
     def apply_segments(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """The low-rank operator alone, with the given segments."""
@@ -117,16 +150,15 @@ class PackedLoraLinear:
         for rows in fallback:
             self._apply_planned(x, out, rows)
 
-    def _apply_projection_experts(self, x: Tensor, out: Tensor) -> None:
-        """MoLA, LoRAMoE, Arrow: each projection has its own gate, so each slice its segments."""
-        first = 0
-        for index, name in enumerate(self.module_names):
-            width = self.target.out_features[index]
-            routed = self._step.routed.get(name)
-            if routed and self.apply_slice is not None:
-                columns = out[:, first : first + width]
-                self.apply_slice(index, x, projection_segments(x, routed), columns)
-            first += width
+    def _projection_segments(self, index: int, x: Tensor) -> LoraSegments | None:
+        """Rows by expert of slice ``index``; None if no row of the step has experts there."""
+        step, name = self._step, self.module_names[index]
+        if step.by_slot is not None:
+            return step.by_slot.projection_segments(
+                name, x, slice_index=index, n_slices=self.target.n_slices
+            )
+        routed = step.routed.get(name)
+        return projection_segments(x, routed) if routed else None
 
     def _apply_planned(self, x: Tensor, out: Tensor, fallback: FallbackRows) -> None:
         first = 0

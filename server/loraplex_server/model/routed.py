@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from loraplex_adapter_store.plan import ExpertPlan
 from loraplex_router.experts import MlpBlock, PlacedExperts, RoutedRows, mixed_mlp
 
+from .adapters_by_slot import AdaptersBySlot
 from .forward_context import ForwardContext
 from .packed_lora_linear import PackedLoraLinear
 
-__all__ = ["RoutedMlp", "find_mlps", "place_experts", "rows_for", "slices_of"]
+__all__ = ["RoutedMlp", "find_mlps", "place_experts", "rows_for", "shares_down", "slices_of"]
 
 
 def place_experts(
@@ -43,10 +44,21 @@ def place_experts(
             strategy=plan.strategy,
             top_k=plan.top_k,
             top_p=plan.top_p,
-            shared_down=_shares_down(plan),
+            shared_down=shares_down(plan),
             load=torch.zeros(len(plan.experts), dtype=torch.int64, device=device),
         )
     return placed
+
+
+def shares_down(plan: ExpertPlan) -> bool:
+    """Whether one down product serves all experts of a block: none scales or shifts its own."""
+    downs = [
+        module
+        for expert in plan.experts
+        for name, module in expert.items()
+        if name.endswith("down_proj")
+    ]
+    return all(module.out_scale is None and module.bias is None for module in downs)
 
 
 def slices_of(groups: Iterable[PackedLoraLinear]) -> dict[str, tuple[int, int]]:
@@ -92,6 +104,7 @@ class RoutedMlp(nn.Module):
             moe_down=down.moe_down,
             plain_gate_up=gate_up.add_step_adapters,
             plain_down=down.add_step_adapters,
+            scaled_down=down.scaled_inputs,
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -101,6 +114,9 @@ class RoutedMlp(nn.Module):
 
     def run(self, hidden: Tensor) -> Tensor:
         """``hidden`` [n_rows, hidden_size]."""
+        by_slot = self._step.by_slot
+        if by_slot is not None and by_slot.routes(self.name):
+            return self._run_by_slot(hidden, by_slot)
         routed = self._step.routed.get(self.name)
         if routed:
             out = mixed_mlp(hidden, self._block, routed)
@@ -108,6 +124,18 @@ class RoutedMlp(nn.Module):
                 self.down.reduce(out)
             return out
         return self.down(self._activation(self.gate_up(hidden)))
+
+    def _run_by_slot(self, hidden: Tensor, by_slot: AdaptersBySlot) -> Tensor:
+        """Every adapter's rows as pairs, plain ones too; rows of the base are none."""
+        gate_up = self.gate_up.packed(hidden)
+        self.gate_up.add_projection_experts(hidden, gate_up)
+        pairs = by_slot.pairs(self.name, hidden)
+        pair_act = self.gate_up.gate_pairs(hidden, gate_up, pairs)
+        act = by_slot.mix(gate_up, pair_act, pairs, self.down.module_names[0])
+        out: Tensor = self.down.packed(act)
+        self.down.add_pairs(pair_act, act, pairs, out)
+        self.down.add_projection_experts(act, out)
+        return out
 
 
 def find_mlps(
@@ -129,13 +157,3 @@ def find_mlps(
         if down is not None and activation is not None:
             mlps[name] = RoutedMlp(name, group, down, activation, step)
     return mlps
-
-
-def _shares_down(plan: ExpertPlan) -> bool:
-    downs = [
-        module
-        for expert in plan.experts
-        for name, module in expert.items()
-        if name.endswith("down_proj")
-    ]
-    return all(module.out_scale is None and module.bias is None for module in downs)

@@ -18,6 +18,7 @@ _ROOT = Path(__file__).parents[3]
     [
         "test_routing.py",
         "test_lora.py",
+        "test_experts.py",
         "test_attention.py",
         "test_norm_and_gate.py",
         "test_quantized_linear.py",

@@ -148,6 +148,7 @@ class MixedStep:
             moe_down=lambda *args: moe_down(self.down, lora_down, *args),
             plain_gate_up=lambda x, out: self.add_plain(lora_gate_up, x, out),
             plain_down=lambda x, out: self.add_plain(lora_down, x, out),
+            scaled_down=lambda x: x,
         )
 
     def gate_up(self, hidden: Tensor) -> Tensor:

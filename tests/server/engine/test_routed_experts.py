@@ -17,7 +17,7 @@ from loraplex_server.engine.sampling_params import SamplingParams
 from tests.support.architectures import VOCAB_SIZE, tiny_model
 from tests.support.engines import Answer, generate_all, running_engine
 from tests.support.plan_executor import plan_logits
-from tests.support.routed_plans import lora_plan, mixlora_plan, projection_plan
+from tests.support.routed_plans import lora_plan, mixlora_plan, projection_plan, scaled_plan
 
 N_TOKENS = 8
 GREEDY = SamplingParams(max_tokens=N_TOKENS, temperature=0.0, prompt_logprobs=1, logprobs=1)
@@ -53,6 +53,8 @@ def plans(model: PreTrainedModel) -> dict[str, AdapterPlan | None]:
         ),
         "dynamic without experts' factors": _gates_only(model, RoutingStrategy.TOP_P, seed=8),
         "switch without experts' factors": _gates_only(model, RoutingStrategy.SWITCH, seed=9),
+        "ia3": scaled_plan(model, seed=11),
+        "lora on scaled inputs": scaled_plan(model, seed=12, rank=3),
         "mola by layer": _fewer_experts_below(
             projection_plan(model, n_experts=4, top_k=2, ranks=(2, 3), seed=10)
         ),

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,59 +11,21 @@ from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan, Family, NormPlan
 from loraplex_server.engine import build
-from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.graph_recorder import CudaRecorder
 from loraplex_server.engine.layer_kind import LayerKind
+from loraplex_server.engine.recorded_sizes import recorded_sizes
 from loraplex_server.engine.sampling_params import SamplingParams
-from loraplex_server.engine.step_graphs import mixed_sizes_up_to, sizes_up_to
 from tests.support.architectures import tiny_model
 from tests.support.engines import Answer, generate_all, running_engine
+from tests.support.rerun import Rerun, engine_with, replays
 from tests.support.routed_plans import ATTENTION, lora_plan
 
 PROMPTS = [[5, 9, 200, 31, 7], [17], list(range(40, 80)), [3, 3, 3], [250, 1, 2], [9, 8], [77] * 9]
 
 
-class Rerun:
-    """Records nothing: the replay is the work itself, on what the fixed tensors hold then."""
-
-    def __init__(self) -> None:
-        self.n_recorded = 0
-        self.n_replayed = 0
-        self.n_replayed_of_pieces = 0
-
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        self.n_recorded += 1
-        is_piece = getattr(work, "func", None).__name__ == "_run_piece"
-
-        def replay() -> None:
-            self.n_replayed += 1
-            self.n_replayed_of_pieces += is_piece
-            work()
-
-        return replay
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(request.param)
-
-
-def replays(recorder: Rerun, n_pieces: int) -> int:
-    """Steps: of each size what is recorded whole is replayed once, the others piece by piece."""
-    whole = recorder.n_replayed - recorder.n_replayed_of_pieces
-    return whole + recorder.n_replayed_of_pieces // n_pieces
-
-
-@contextmanager
-def engine_with(
-    recorder: Callable[[Callable[[], None]], Callable[[], None]],
-    model: PreTrainedModel,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Engine]:
-    with monkeypatch.context() as patch:
-        patch.setattr(build, "_recorder", lambda config, device: recorder)
-        with running_engine(model, max_batch_size=11) as engine:
-            yield engine
 
 
 def _plans(model: PreTrainedModel) -> list[AdapterPlan | None]:
@@ -88,8 +49,8 @@ def test_every_row_gets_what_it_gets_without_graphs(
     recorder = Rerun()
     with engine_with(recorder, model, monkeypatch) as engine:
         n_pieces = model.config.num_hidden_layers + 1
-        n_sizes = len(sizes_up_to(11)) + n_pieces * len(mixed_sizes_up_to(128))
-        assert recorder.n_recorded == len(LayerKind) * n_sizes
+        sizes = [recorded_sizes(kind, 11, 128, n_pieces - 1) for kind in LayerKind]
+        assert recorder.n_recorded == sum(len(d) + n_pieces * len(m) for d, m in sizes)
         for _ in range(2):  # the second time over KV that others have left
             assert _tokens(generate_all(engine, PROMPTS, sampling, _plans(model))) == _tokens(
                 wanted
@@ -225,15 +186,6 @@ def test_where_recording_fails_steps_run_without(
     with running_engine(model) as engine:
         assert _tokens(answers) == _tokens(generate_all(engine, PROMPTS, plans=_plans(model)))
     assert "run without CUDA graphs: operation not permitted" in caplog.text
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 64, 200, 256])
-def test_every_size_is_held_with_little_to_spare(n: int) -> None:
-    sizes = sizes_up_to(n)
-    assert list(sizes) == sorted(set(sizes))
-    for rows in range(1, n + 1):
-        spare = min(size for size in sizes if size >= rows) - rows
-        assert spare < max(8, rows / 4)
 
 
 @pytest.mark.gpu

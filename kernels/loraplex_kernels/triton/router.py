@@ -1,0 +1,159 @@
+"""The gates of a step's rows in one launch, each row by the router of its adapter.
+
+    s[e] = Σ_k gate[e, k] · x[row, k]      float32, columns in blocks, ascending
+
+Shapes: x [n_rows, K], row_slots [n_rows], slots and weights [n_rows, CHOICES]. A row is a program
+and reads its own gate; what it keeps follows ``routers.GateRule``. Experts are ordered by
+comparison of all with all, which leaves their places a permutation even where products are no
+numbers (NaN counts as the largest, as in ``torch.sort``). Places beyond those kept are filled with
+−1, so that a CUDA graph replays over any rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from loraplex_kernels.routers import MAX_CHOICES, MAX_EXPERTS, ROUTER_WORDS, RouterTable
+
+from .arithmetic import aligned
+
+__all__ = ["route_by_slot_triton"]
+
+_BLOCK_K = 512
+_GATE_ALIGN = 16  # float32 elements: the pool's 64 bytes
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@triton.jit
+def route_kernel(
+    x_ptr,
+    row_slots_ptr,
+    gates_ptr,
+    words_ptr,
+    top_p_ptr,
+    load_ptr,
+    slots_ptr,
+    weights_ptr,
+    stride_xm,
+    stride_ws,
+    stride_ts,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    N_SLICES: tl.constexpr,
+    SLICE: tl.constexpr,
+    TAKES_PLAIN: tl.constexpr,
+    GATE_ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0)
+    choices = tl.arange(0, CHOICES)
+    slots_ptr += row * CHOICES
+    weights_ptr += row * CHOICES
+    slot = tl.load(row_slots_ptr + row).to(tl.int64)
+    words_ptr += slot * stride_ws
+    offset = tl.load(words_ptr, mask=slot >= 0, other=-1)
+    if offset < 0:
+        plain = slot.to(tl.int32) if TAKES_PLAIN else -1
+        is_it = (choices == 0) & (plain >= 0)
+        tl.store(slots_ptr + choices, tl.where(is_it, plain, -1))
+        tl.store(weights_ptr + choices, tl.where(is_it, 1.0, 0.0))
+        return
+    n_experts = tl.load(words_ptr + 1).to(tl.int32)
+    first = tl.load(words_ptr + 2).to(tl.int32)
+    n_kept = tl.load(words_ptr + 3).to(tl.int32)
+    flags = tl.load(words_ptr + 4).to(tl.int32)
+    top_p = tl.load(top_p_ptr + slot * stride_ts)
+    experts = tl.arange(0, EXPERTS)
+    is_known = experts < n_experts
+    columns = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + row.to(tl.int64) * stride_xm + columns
+    gate_ptrs = gates_ptr + aligned(offset, GATE_ALIGN) + experts[:, None] * K + columns[None, :]
+    total = tl.zeros((EXPERTS, BLOCK_K), dtype=tl.float32)
+    for start in range(0, K, BLOCK_K):
+        inside = start + columns < K
+        x = tl.load(x_ptrs + start, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_ptrs + start, mask=is_known[:, None] & inside[None, :], other=0.0)
+        total += gate * x[None, :]
+    scores = tl.sum(total, axis=1)
+    scores = tl.where((flags & 1) != 0, tl.abs(scores), scores)
+    keys = tl.where(scores == scores, scores, float("inf"))
+    keys = tl.where(is_known, keys, float("-inf"))
+    other = tl.reshape(keys, (1, EXPERTS))
+    own = tl.reshape(keys, (EXPERTS, 1))
+    is_ahead = (other > own) | ((other == own) & (experts[None, :] < experts[:, None]))
+    place = tl.sum(is_ahead.to(tl.int32), axis=1)
+    e = tl.where(is_known, tl.exp(scores - tl.max(keys)), 0.0)
+    p = e / tl.sum(e)
+    before = tl.sum(tl.where(is_ahead, p[None, :], 0.0), axis=1)
+    is_kept = is_known & (place < n_kept) & ((place == 0) | (before <= top_p))
+    weight = tl.where((flags & 2) != 0, e / tl.sum(tl.where(is_kept, e, 0.0)), p)
+    place = tl.where((flags & 4) != 0, experts, place)
+    is_kept = is_kept & (place < CHOICES)
+    tl.store(slots_ptr + place, (first + experts) * N_SLICES + SLICE, mask=is_kept)
+    tl.store(weights_ptr + place, weight, mask=is_kept)
+    is_spare = choices >= tl.sum(is_kept.to(tl.int32))
+    tl.store(slots_ptr + choices, -1, mask=is_spare)
+    tl.store(weights_ptr + choices, 0.0, mask=is_spare)
+    one = tl.full((EXPERTS,), 1, tl.int64)
+    tl.atomic_add(load_ptr + first + experts, one, mask=is_kept, sem="relaxed")
+
+
+def route_by_slot_triton(
+    x: Tensor,
+    row_slots: Tensor,
+    storage: Tensor,
+    table: RouterTable,
+    *,
+    slots: Tensor,
+    weights: Tensor,
+    slice_index: int = 0,
+    n_slices: int = 1,
+    takes_plain: bool = False,
+) -> None:
+    """``routers.route_by_slot`` into ``slots`` int32 and ``weights`` float32 [n_rows, MAX_CHOICES].
+
+    Allocates nothing. Raises ValueError before the launch when a shape, stride, dtype or device
+    does not fit.
+    """
+    _check(x, row_slots, storage, table, slots, weights)
+    n_rows, width = x.shape
+    if n_rows == 0:
+        return
+    route_kernel[(n_rows,)](
+        x, row_slots, storage.view(torch.float32), table.words, table.top_p, table.load,
+        slots, weights, x.stride(0), table.words.stride(0), table.top_p.stride(0),
+        K=width, BLOCK_K=min(_BLOCK_K, triton.next_power_of_2(width)), EXPERTS=MAX_EXPERTS,
+        CHOICES=MAX_CHOICES, N_SLICES=n_slices, SLICE=slice_index, TAKES_PLAIN=takes_plain,
+        GATE_ALIGN=_GATE_ALIGN, num_warps=8, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _check(
+    x: Tensor,
+    row_slots: Tensor,
+    storage: Tensor,
+    table: RouterTable,
+    slots: Tensor,
+    weights: Tensor,
+) -> None:
+    if x.dim() != 2 or x.dtype not in _DTYPES or (x.shape[0] > 0 and x.stride(1) != 1):
+        raise ValueError(f"x must be rows of floats, is {x.dtype} {tuple(x.shape)} {x.stride()}")
+    n_rows = x.shape[0]
+    if row_slots.shape != (n_rows,) or row_slots.dtype != torch.int32:
+        raise ValueError(f"row_slots must be int32 [{n_rows}], is {tuple(row_slots.shape)}")
+    wanted = (n_rows, MAX_CHOICES)
+    for name, tensor, dtype in (("slots", slots, torch.int32), ("weights", weights, torch.float32)):
+        if tensor.shape != wanted or tensor.dtype != dtype or not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous {dtype} {wanted}")
+    n_slots = table.load.shape[0]
+    if table.words.shape != (n_slots, ROUTER_WORDS) or table.words.stride(1) != 1:
+        raise ValueError(f"words must be [{n_slots}, {ROUTER_WORDS}], rows in one piece")
+    if table.words.dtype != torch.int64 or table.load.dtype != torch.int64:
+        raise ValueError("words and load must be int64")
+    tensors = (row_slots, storage, table.words, table.top_p, table.load, slots, weights)
+    if any(tensor.device != x.device for tensor in tensors):
+        raise ValueError(f"x is on {x.device}; storage, tables and outputs must be there too")

@@ -57,10 +57,11 @@ def route_kernel(
     words_ptr += slot * stride_ws
     offset = tl.load(words_ptr, mask=slot >= 0, other=-1)
     if offset < 0:
-        plain = slot.to(tl.int32) if TAKES_PLAIN else -1
-        is_it = (choices == 0) & (plain >= 0)
-        tl.store(slots_ptr + choices, tl.where(is_it, plain, -1))
-        tl.store(weights_ptr + choices, tl.where(is_it, 1.0, 0.0))
+        is_plain = (choices == 0) & (slot >= 0)
+        if not TAKES_PLAIN:
+            is_plain = choices < 0
+        tl.store(slots_ptr + choices, tl.where(is_plain, slot.to(tl.int32), -1))
+        tl.store(weights_ptr + choices, tl.where(is_plain, 1.0, 0.0))
         return
     n_experts = tl.load(words_ptr + 1).to(tl.int32)
     first = tl.load(words_ptr + 2).to(tl.int32)
@@ -89,7 +90,9 @@ def route_kernel(
     e = tl.where(is_known, tl.exp(scores - tl.max(keys)), 0.0)
     p = e / tl.sum(e)
     before = tl.sum(tl.where(is_ahead, p[None, :], 0.0), axis=1)
-    is_kept = is_known & (place < n_kept) & ((place == 0) | (before <= top_p))
+    # What is no number exceeds nothing, so those kept stay the first of their order.
+    is_dropped = (place > 0) & (before > top_p)
+    is_kept = is_known & (place < n_kept) & (is_dropped == 0)
     weight = tl.where((flags & 2) != 0, e / tl.sum(tl.where(is_kept, e, 0.0)), p)
     place = tl.where((flags & 4) != 0, experts, place)
     is_kept = is_kept & (place < CHOICES)

@@ -126,8 +126,8 @@ def add_pairs(
     if act.is_cuda:
         from .triton import add_pairs_triton
 
-        segments = pairs.by_pair, pairs.by_row
-        add_pairs_triton(pair_act, act, storage, target, tables, *segments, out=out)
+        both = pairs.by_pair, pairs.by_row
+        add_pairs_triton(pair_act, act, storage, target, tables, *both, out=out)
         return
     choices = pair_act.view(*pairs.slots.shape, -1)
     for j in range(MAX_CHOICES):

@@ -78,6 +78,7 @@ class DecodeStep:
     n_adapters: int = 64  # that rows use, of one rank
     rank: int = 16
     experts_per_row: int = 2  # where rows are routed
+    n_experts: int = 8  # of a routed adapter
 
 
 class Bound(NamedTuple):
@@ -107,6 +108,8 @@ def bounds(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
     q_width, kv_width, _ = model.q_k_v
     yield Bound("rms_norm_kernel", 4 * rows * model.hidden * _BYTES, 0, 2 * layers + 1)
     yield Bound("silu_mul_kernel", 3 * rows * model.intermediate * _BYTES, 0, layers)
+    heads = rows * (q_width + kv_width)
+    yield Bound("norm_heads_kernel", 2 * heads * _BYTES, 0, 0)
     rotated = 2 * (q_width + kv_width) + kv_width  # read and written, values read
     cached = 2 * kv_width
     yield Bound("rope_and_cache_kernel", rows * (rotated + cached) * _BYTES, 0, layers)
@@ -124,7 +127,24 @@ def bounds(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
     yield Bound("order_pairs_kernel", rows * 4 * 6, 0, 1)
     yield Bound("place_kernel", rows * 4 * 8, 0, 1)
     yield Bound("row_blocks_kernel", pairs * 4 * 6, 0, 0)
+    yield from _experts(model, step)
     yield Bound("sample_kernel", rows * model.vocab * 4, 0, 1)
+
+
+def _experts(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
+    """Of one MLP block whose adapters route, and of one linear whose inputs they scale."""
+    rows, ff = step.n_rows, model.intermediate
+    pairs = rows * step.experts_per_row
+    gates = step.n_adapters * step.n_experts * model.hidden
+    route_flop = 2 * rows * step.n_experts * model.hidden
+    yield Bound("route_kernel", gates * 4 + rows * model.hidden * _BYTES, route_flop, 0)
+    used = step.n_adapters * step.experts_per_row
+    factors = used * step.rank * 2 * ff * _BYTES
+    planes = pairs * step.rank * 2 * 4
+    of_rows = (rows * 2 * ff + pairs * ff) * _BYTES
+    yield Bound("expand_gate_kernel", factors + planes + of_rows, 2 * pairs * step.rank * 2 * ff, 0)
+    yield Bound("mix_kernel", (pairs + rows) * ff * _BYTES, 0, 0)
+    yield Bound("scale_inputs_kernel", (2 * rows + step.n_adapters) * ff * _BYTES, 0, 0)
 
 
 def base_linear(model: ModelShape, step: DecodeStep, format: str) -> Bound:

@@ -79,15 +79,32 @@ def route_by_slot(
     none. Adds to the table's load. On a GPU one launch, which depends on shapes alone; on a CPU
     the rows' slots are read.
     """
-    kind = {"slice_index": slice_index, "n_slices": n_slices, "takes_plain": takes_plain}
     if not x.is_cuda:
-        return route_by_slot_reference(x, row_slots, storage, table, **kind)
+        return route_by_slot_reference(
+            x,
+            row_slots,
+            storage,
+            table,
+            slice_index=slice_index,
+            n_slices=n_slices,
+            takes_plain=takes_plain,
+        )
     from .triton import route_by_slot_triton  # imports Triton, which a CPU does not need
 
     shape = (x.shape[0], MAX_CHOICES)
     slots = torch.empty(shape, dtype=torch.int32, device=x.device)
     weights = torch.empty(shape, dtype=torch.float32, device=x.device)
-    route_by_slot_triton(x, row_slots, storage, table, slots=slots, weights=weights, **kind)
+    route_by_slot_triton(
+        x,
+        row_slots,
+        storage,
+        table,
+        slots=slots,
+        weights=weights,
+        slice_index=slice_index,
+        n_slices=n_slices,
+        takes_plain=takes_plain,
+    )
     return slots, weights
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 
 import pytest
 import torch
@@ -104,11 +105,13 @@ def test_no_step_mixes_devices(
 
 
 def test_recorded_steps_copy_nothing_and_wait_for_nothing(
-    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO, "loraplex_server.engine.step_graphs")
     with meta_engine(base_of(), monkeypatch, cuda_graphs=True, lora_side_stream=True) as engine:
         recorded = engine.gpu.take()
         assert recorded.n_captures >= 2
+        assert f"recorded {recorded.n_captures} CUDA graphs in " in caplog.text
         assert recorded.findings == []
         run = engine.run([Wish(LORA, sampling=SHORT), Wish(sampling=SHORT)])
     assert run.errors == []

@@ -35,7 +35,11 @@ from tests.support.meta_device import META, MetaGpu, Work, meta_gpu
 __all__ = ["MetaEngine", "Wish", "base_on_host", "meta_engine", "on_meta"]
 
 SMALL = EngineConfig(
-    kv_memory_bytes=1 << 20, adapter_memory_bytes=8 << 20, max_loras=32, max_batch_size=8
+    kv_memory_bytes=1 << 20,
+    adapter_memory_bytes=8 << 20,
+    max_loras=32,
+    max_batch_size=8,
+    cuda_graph_tokens=64,
 )
 
 

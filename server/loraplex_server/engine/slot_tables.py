@@ -114,5 +114,5 @@ class SlotTables:
 
     def _offset(self, tensor: Tensor) -> int:
         """Where in the storage it begins, in its own elements."""
-        first = self._storage.storage_offset() * self._storage.itemsize
-        return tensor.storage_offset() - first // tensor.itemsize
+        first = int(self._storage.storage_offset()) * self._storage.itemsize
+        return int(tensor.storage_offset()) - first // tensor.itemsize

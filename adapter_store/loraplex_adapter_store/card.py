@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from .plan import Family, HeadTask
 from .report import JsonValue, LoadReport
 
-__all__ = ["AdapterCard", "DeleteReport", "StoreStats", "TierBytes"]
+__all__ = ["AdapterCard", "CardEdit", "DeleteReport", "PlanSize", "StoreStats", "TierBytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,14 @@ class AdapterCard:
         }
 
 
+class CardEdit(NamedTuple):
+    """What of a card can change."""
+
+    description: str | None
+    examples: Sequence[str]
+    defaults: Mapping[str, JsonValue]
+
+
 @dataclass(frozen=True, slots=True)
 class DeleteReport:
     """``drained`` is False when leases outlived the timeout; their bytes go with the last one."""
@@ -84,6 +93,11 @@ class DeleteReport:
             "n_leases_waited": self.n_leases_waited,
             "n_bytes_freed": {"disk": self.n_bytes_freed.disk, "host": self.n_bytes_freed.host},
         }
+
+
+class PlanSize(NamedTuple):
+    n_bytes: int
+    rank: int  # the largest; 0: none, or a mixture
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from .adapter_config import AdapterConfig
 from .base_spec import BaseSpec
@@ -17,7 +17,9 @@ from .plan_file import pack_plan
 from .reader import Reading, read_adapter
 from .safetensors_reader import SafetensorsFile
 
-__all__ = ["AdapterFiles", "Ingested", "ingest"]
+__all__ = ["AdapterFiles", "Ingested", "chunks_of", "ingest"]
+
+_CHUNK = 1 << 20
 
 
 class AdapterFiles(NamedTuple):
@@ -34,6 +36,10 @@ class Ingested(NamedTuple):
     reading: Reading
     plan_sha256: str
     n_bytes: int  # of the staged files
+
+
+def chunks_of(weights: BinaryIO) -> Iterator[bytes]:
+    return iter(lambda: weights.read(_CHUNK), b"")
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .base_spec import BaseSpec
 from .composite import Composite
@@ -14,6 +14,7 @@ from .lease import AdapterLease, AdapterRecipe
 from .library import GateOf
 from .name_index import NameIndex
 from .name_record import Content, NameRecord
+from .name_refresh import NameRefresh
 from .names import tenant_of
 from .plan import AdapterPlan
 from .retirement import Retirement
@@ -32,38 +33,56 @@ class Leasing:
         tier: HostTier,
         loader: ContentLoader,
         retirement: Retirement,
+        refresh: NameRefresh,
+        find_content: Callable[[str], Content | None],
         gate_of: GateOf | None,
         on_unservable: Callable[[str, str], None],
     ) -> None:
-        """``on_unservable(digest, why)``: a content of an earlier server that this one refuses."""
+        """``find_content(digest)``: one that no name here has, where the catalogue still has it.
+
+        ``on_unservable(digest, why)``: a content of an earlier server that this one refuses.
+        """
         self._base = base
         self._index = index
         self._tier = tier
         self._loader = loader
         self._retirement = retirement
+        self._refresh = refresh
+        self._find_content = find_content
         self._gate_of = gate_of
         self._on_unservable = on_unservable
 
     def acquire(self, selector: Selector, cancelled: threading.Event | None = None) -> AdapterLease:
         """Raises UnknownAdapter, InvalidSelector, HostTierFull, UnservableAdapter or damage."""
+        for ref in _refs(selector):
+            self._refresh.follow_ref(ref)
         if isinstance(selector, NameRef):
-            return self._acquire_name(selector, cancelled)
+            return self._lease_held(*self._hold(selector), cancelled)
         if isinstance(selector, Mixture):
             return self._acquire_composite(selector, Composite.of_mixture(selector, self._base))
         if isinstance(selector, Library):
             return self._acquire_composite(selector, Composite.of_library(selector, self._gate_of))
         raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
 
-    def acquire_content(
-        self, record: NameRecord, content: Content, cancelled: threading.Event | None = None
+    def acquire_digest(
+        self, name: str, digest: str, cancelled: threading.Event | None = None
     ) -> AdapterLease:
-        """For who knows already what a name meant; the index need not say so (any more)."""
-        self._retirement.hold(content.digest)
+        """See ``AdapterStore.acquire_digest``."""
+        ref = NameRef(name, digest)
+        if self._index.find(name, digest) is not None:
+            return self._lease_held(*self._hold(ref), cancelled)
+        content = self._index.content(digest) or self._find_content(digest)
+        if content is None:
+            raise UnknownAdapter(str(ref))
+        self._retirement.hold(digest)
         self._index.add_unnamed(content)
-        return self._lease_held(record, content, cancelled)
+        unnamed = NameRecord(name, 0, digest, None, (), {}, 0.0)
+        return self._lease_held(unnamed, content, cancelled)
 
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
         """None where a load is needed, or nothing is meant. Never waits."""
+        if ref.digest_prefix is None and not self._refresh.is_fresh(ref.name):
+            return None
         found = self._index.find(ref.name, ref.digest_prefix)
         if found is None:
             return None
@@ -76,16 +95,10 @@ class Leasing:
             return None
         return self._lease(record, content, plan)
 
-    def find(self, ref: NameRef) -> tuple[NameRecord, Content]:
-        """What ``ref`` means now. Raises UnknownAdapter."""
-        found = self._index.find(ref.name, ref.digest_prefix)
-        if found is None:
-            revisions = self._index.revisions(ref.name)
-            raise UnknownAdapter(str(ref), [f"{ref.name}@{r.digest[:12]}" for r, _ in revisions])
-        return found
-
-    def _acquire_name(self, ref: NameRef, cancelled: threading.Event | None) -> AdapterLease:
-        return self._lease_held(*self._hold(ref), cancelled)
+    def check_known(self, ref: NameRef) -> None:
+        """Raises UnknownAdapter where ``acquire`` would; loads nothing."""
+        self._refresh.follow_ref(ref)
+        self._find(ref)
 
     def _lease_held(
         self, record: NameRecord, content: Content, cancelled: threading.Event | None
@@ -144,8 +157,28 @@ class Leasing:
     def _hold(self, ref: NameRef) -> tuple[NameRecord, Content]:
         """What ``ref`` means now; its files and its plan stay until it is let go."""
         while True:
-            record, content = self.find(ref)
+            record, content = self._find(ref)
             self._retirement.hold(content.digest)
             if self._index.content(content.digest) is not None:
                 return record, content
             self._retirement.let_go(content.digest)  # retired between look-up and count
+
+    def _find(self, ref: NameRef) -> tuple[NameRecord, Content]:
+        """What ``ref`` means now. Raises UnknownAdapter."""
+        found = self._index.find(ref.name, ref.digest_prefix)
+        if found is None:
+            revisions = self._index.revisions(ref.name)
+            raise UnknownAdapter(str(ref), [f"{ref.name}@{r.digest[:12]}" for r, _ in revisions])
+        return found
+
+
+def _refs(selector: Selector) -> Sequence[NameRef]:
+    match selector:
+        case NameRef():
+            return (selector,)
+        case Mixture(parts):
+            return [part.ref for part in parts]
+        case Library():
+            return selector.refs
+        case _:
+            return ()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Protocol
 
+from .card import CardEdit
 from .name_record import Content, NameRecord, Put
-from .report import JsonValue, LoadReport
+from .put_options import PutOptions
+from .report import LoadReport
 
 __all__ = ["NameRegistry"]
 
@@ -33,16 +34,9 @@ class NameRegistry(Protocol):
         name: str,
         content: Content,
         report: LoadReport,
+        options: PutOptions,
         *,
-        if_match: str | None,
-        replace: bool,
-        description: str | None,
-        examples: tuple[str, ...],
-        provenance: Mapping[str, JsonValue],
-        created: float,
-        expires: float | None = None,
-        defaults: Mapping[str, JsonValue] | None = None,
-        n_kept: int = 0,
+        n_kept: int,
     ) -> Put:
         """Points ``name`` at ``content``. Raises RevisionConflict and changes nothing.
 
@@ -54,15 +48,7 @@ class NameRegistry(Protocol):
     ) -> None:
         """``expired_by``: only if it expires by then. Raises UnknownAdapter or RevisionConflict."""
 
-    def edit(
-        self,
-        name: str,
-        *,
-        if_match: str | None,
-        description: str | None,
-        examples: tuple[str, ...],
-        defaults: Mapping[str, JsonValue],
-    ) -> NameRecord:
+    def edit(self, name: str, edit: CardEdit, *, if_match: str | None) -> NameRecord:
         """A new card for the same content. Raises UnknownAdapter or RevisionConflict."""
 
     def set_pinned(self, name: str, *, pinned: bool) -> NameRecord:

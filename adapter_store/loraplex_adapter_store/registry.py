@@ -9,15 +9,18 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from .card import CardEdit
 from .errors import StoreError, UnknownAdapter
 from .faults import FaultLog, NoFaultLog
 from .name_record import Content, NameRecord, Put, check_expired, check_match, check_unchanged
 from .plan import Family, HeadTask
-from .report import JsonValue, LoadReport
+from .put_options import PutOptions
+from .report import LoadReport
 
 __all__ = ["Registry"]
 
@@ -107,16 +110,9 @@ class Registry:
         name: str,
         content: Content,
         report: LoadReport,
+        options: PutOptions,
         *,
-        if_match: str | None,
-        replace: bool,
-        description: str | None,
-        examples: tuple[str, ...],
-        provenance: Mapping[str, JsonValue],
-        created: float,
-        expires: float | None = None,
-        defaults: Mapping[str, JsonValue] | None = None,
-        n_kept: int = 0,
+        n_kept: int,
     ) -> Put:
         """Points ``name`` at ``content``. Raises RevisionConflict and changes nothing.
 
@@ -125,7 +121,7 @@ class Registry:
         with self._transaction() as db:
             row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
             current = None if row is None else _record(row)
-            check_match(name, current, if_match, replace)
+            check_match(name, current, options.if_match, options.replace)
             db.execute(
                 "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
@@ -150,17 +146,17 @@ class Registry:
                     name,
                     revision,
                     content.digest,
-                    description,
-                    json.dumps(examples),
-                    json.dumps(dict(provenance)),
-                    created,
-                    json.dumps(dict(defaults or {})),
+                    options.description,
+                    json.dumps(list(options.examples)),
+                    json.dumps(dict(options.provenance or {})),
+                    time.time(),
+                    json.dumps(dict(options.defaults or {})),
                 ),
             )
             db.execute(
                 "INSERT INTO names (name, revision, expires) VALUES (?, ?, ?) ON CONFLICT (name)"
                 " DO UPDATE SET revision = excluded.revision, expires = excluded.expires",
-                (name, revision, expires),
+                (name, revision, options.expires),
             )
             if current is not None:
                 _keep(db, current, content.digest, n_kept)
@@ -184,15 +180,7 @@ class Registry:
             db.execute("DELETE FROM names WHERE name = ?", (name,))
             db.execute("UPDATE revisions SET kept = 0 WHERE name = ? AND kept", (name,))
 
-    def edit(
-        self,
-        name: str,
-        *,
-        if_match: str | None,
-        description: str | None,
-        examples: tuple[str, ...],
-        defaults: Mapping[str, JsonValue],
-    ) -> NameRecord:
+    def edit(self, name: str, edit: CardEdit, *, if_match: str | None) -> NameRecord:
         """A new card for the same content. Raises UnknownAdapter or RevisionConflict."""
         with self._transaction() as db:
             row = db.execute(_SELECT_NAMES + " WHERE n.name = ?", (name,)).fetchone()
@@ -205,9 +193,9 @@ class Registry:
                 " SET description = ?, examples = ?, defaults = ?, edits = edits + 1"
                 " WHERE name = ? AND revision = ?",
                 (
-                    description,
-                    json.dumps(examples),
-                    json.dumps(dict(defaults)),
+                    edit.description,
+                    json.dumps(list(edit.examples)),
+                    json.dumps(dict(edit.defaults)),
                     name,
                     current.revision,
                 ),

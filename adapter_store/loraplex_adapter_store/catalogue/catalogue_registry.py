@@ -10,12 +10,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from loraplex_adapter_store.card import CardEdit
 from loraplex_adapter_store.errors import (
     CatalogueUnavailable,
     RevisionConflict,
@@ -25,7 +26,8 @@ from loraplex_adapter_store.errors import (
 from loraplex_adapter_store.faults import FaultLog
 from loraplex_adapter_store.name_record import Content, NameRecord, Put
 from loraplex_adapter_store.names import tenant_of
-from loraplex_adapter_store.report import JsonValue, LoadReport
+from loraplex_adapter_store.put_options import PutOptions
+from loraplex_adapter_store.report import LoadReport
 
 from .catalogue import Catalogue
 from .content_objects import ContentMissing
@@ -237,16 +239,9 @@ class CatalogueRegistry:
         name: str,
         content: Content,
         report: LoadReport,
+        options: PutOptions,
         *,
-        if_match: str | None,
-        replace: bool,
-        description: str | None,
-        examples: tuple[str, ...],
-        provenance: Mapping[str, JsonValue],
-        created: float,
-        expires: float | None = None,
-        defaults: Mapping[str, JsonValue] | None = None,
-        n_kept: int = 0,
+        n_kept: int,
     ) -> Put:
         """Points ``name`` at ``content``: what was offered, or what the name has kept.
 
@@ -255,18 +250,7 @@ class CatalogueRegistry:
 
         def moved(state: NameState) -> NameState:
             self._check_usable(content, state)
-            return state.put(
-                content,
-                if_match=if_match,
-                replace_it=replace,
-                description=description,
-                examples=examples,
-                provenance=provenance,
-                created=created,
-                expires=expires,
-                defaults=defaults,
-                n_kept=n_kept,
-            )
+            return state.put(content, options, n_kept=n_kept)
 
         before, after = self._change(name, moved)
         self._remember(content.digest, report)
@@ -274,22 +258,9 @@ class CatalogueRegistry:
         kept = tuple(revision.record for revision in after.revisions[1:])
         return Put(after.record, kept, before.record)
 
-    def edit(
-        self,
-        name: str,
-        *,
-        if_match: str | None,
-        description: str | None,
-        examples: tuple[str, ...],
-        defaults: Mapping[str, JsonValue],
-    ) -> NameRecord:
+    def edit(self, name: str, edit: CardEdit, *, if_match: str | None) -> NameRecord:
         """A new card for the same content. Raises UnknownAdapter or RevisionConflict."""
-        return self._edited(
-            name,
-            lambda state: state.edited(
-                if_match=if_match, description=description, examples=examples, defaults=defaults
-            ),
-        )
+        return self._edited(name, lambda state: state.edited(edit, if_match=if_match))
 
     def set_pinned(self, name: str, *, pinned: bool) -> NameRecord:
         return self._edited(name, lambda state: state.pinned(pinned=pinned))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from loraplex_adapter_store.card import CardEdit
 from loraplex_adapter_store.errors import StoredAdapterDamaged, UnknownAdapter
 from loraplex_adapter_store.name_record import (
     Content,
@@ -20,6 +21,7 @@ from loraplex_adapter_store.name_record import (
     check_unchanged,
 )
 from loraplex_adapter_store.plan import Family, HeadTask
+from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
 
 from .sealed_json import seal, unseal
@@ -60,33 +62,20 @@ class NameState:
     def record(self) -> NameRecord | None:
         return self.revisions[0].record if self.revisions else None
 
-    def put(
-        self,
-        content: Content,
-        *,
-        if_match: str | None,
-        replace_it: bool,
-        description: str | None,
-        examples: tuple[str, ...],
-        provenance: Mapping[str, JsonValue],
-        created: float,
-        expires: float | None,
-        defaults: Mapping[str, JsonValue] | None,
-        n_kept: int,
-    ) -> NameState:
+    def put(self, content: Content, options: PutOptions, *, n_kept: int) -> NameState:
         """The name with another content. Raises RevisionConflict."""
-        check_match(self.name, self.record, if_match, replace_it)
+        check_match(self.name, self.record, options.if_match, options.replace)
         record = NameRecord(
             name=self.name,
             revision=self.last_revision + 1,
             digest=content.digest,
-            description=description,
-            examples=examples,
-            provenance=provenance,
-            created=created,
+            description=options.description,
+            examples=tuple(options.examples),
+            provenance=options.provenance or {},
+            created=time.time(),
             pinned=self.record is not None and self.record.pinned,
-            expires=expires,
-            defaults=defaults or {},
+            expires=options.expires,
+            defaults=options.defaults or {},
         )
         older = [old for old in self.revisions if old.record.digest != content.digest][:n_kept]
         kept = (
@@ -99,23 +88,16 @@ class NameState:
             history=(*self.history, told)[-MAX_HISTORY:],
         )
 
-    def edited(
-        self,
-        *,
-        if_match: str | None,
-        description: str | None,
-        examples: tuple[str, ...],
-        defaults: Mapping[str, JsonValue],
-    ) -> NameState:
+    def edited(self, edit: CardEdit, *, if_match: str | None) -> NameState:
         """Another card for the same content. Raises UnknownAdapter or RevisionConflict."""
         record = self._existing()
         check_unchanged(record, if_match)
         return self._with(
             replace(
                 record,
-                description=description,
-                examples=examples,
-                defaults=defaults,
+                description=edit.description,
+                examples=tuple(edit.examples),
+                defaults=edit.defaults,
                 edits=record.edits + 1,
             )
         )

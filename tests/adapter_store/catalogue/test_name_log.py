@@ -14,6 +14,7 @@ from loraplex_adapter_store.catalogue.name_state import NameState
 from loraplex_adapter_store.errors import RevisionConflict, StoredAdapterDamaged, UnknownAdapter
 from loraplex_adapter_store.name_record import Content
 from loraplex_adapter_store.plan import Family
+from loraplex_adapter_store.put_options import PutOptions
 from tests.adapter_store.catalogue.test_contents import age
 
 
@@ -22,18 +23,7 @@ def content(digit: str) -> Content:
 
 
 def put(state: NameState, digit: str, *, new: bool = False) -> NameState:
-    return state.put(
-        content(digit),
-        if_match=None,
-        replace_it=not new,
-        description=None,
-        examples=(),
-        provenance={},
-        created=1.0,
-        expires=None,
-        defaults=None,
-        n_kept=1,
-    )
+    return state.put(content(digit), PutOptions(replace=not new), n_kept=1)
 
 
 def digits(state: NameState) -> str:

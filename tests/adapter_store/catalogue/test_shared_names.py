@@ -7,12 +7,13 @@ from threading import Barrier
 
 import pytest
 
+from loraplex_adapter_store.card import CardEdit
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.catalogue.limits import CatalogueLimits
 from loraplex_adapter_store.errors import QuotaExceeded, RevisionConflict, UnknownAdapter
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.quota import Quota
-from loraplex_adapter_store.store import AdapterStore, CardEdit
+from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.catalogue.conftest import OpenStore
 from tests.adapter_store.conftest import plain_lora
 from tests.adapter_store.test_store import put, seed_of

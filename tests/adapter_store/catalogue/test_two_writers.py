@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.card import CardEdit
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.catalogue.garbage import sweep
 from loraplex_adapter_store.errors import InvalidSelector, RevisionConflict, UnknownAdapter
 from loraplex_adapter_store.lease import AdapterLease
 from loraplex_adapter_store.put_options import PutOptions
-from loraplex_adapter_store.store import AdapterStore, CardEdit
+from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.catalogue.conftest import ALWAYS_ASK
 from tests.adapter_store.catalogue.test_contents import age
 from tests.adapter_store.conftest import plain_lora

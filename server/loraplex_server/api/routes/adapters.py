@@ -7,10 +7,9 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
 
-from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.card import AdapterCard, CardEdit
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.selector import NameRef
-from loraplex_adapter_store.store import CardEdit
 from loraplex_server.adapters.access import access_of
 from loraplex_server.adapters.adapter_defaults import merged
 from loraplex_server.adapters.card_file import told_by_card

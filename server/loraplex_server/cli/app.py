@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import typer
 
+from loraplex_generation.cli.generator import generator
+from loraplex_generation.cli.zoo import zoo
+from loraplex_server.model import pull as local_models
+
 from .adapters import adapters
 from .bench import bench
 from .chat import chat
 from .cluster import cluster
 from .generate import generate
-from .generator import generator
 from .pull import pull
 from .serve import serve
 from .train import train, train_demos
-from .zoo import zoo
 
 __all__ = ["app", "main"]
 
@@ -38,8 +40,9 @@ app.add_typer(cluster, name="cluster")
 
 
 @app.callback()
-def root() -> None:
+def root(context: typer.Context) -> None:
     """Serve one base model with many adapters, mixed freely in one batch."""
+    context.obj = local_models
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .local_models import local_models
+
 __all__ = ["generator"]
 
 generator = typer.Typer(help="Train the generators of adapters from descriptions.")
@@ -19,6 +21,7 @@ _Shipped = Annotated[
 
 @generator.command()
 def train(
+    context: typer.Context,
     shipped: _Shipped = None,
     seed: Annotated[int, typer.Option(help="Seed of every map.")] = 0,
     default: Annotated[str, typer.Option(help="The method that `auto` stands for.")] = "end-to-end",
@@ -38,21 +41,21 @@ def train(
     from loraplex_generation.task_vectors import TaskVectors, train_conditions
     from loraplex_generation.training import train_bundle
     from loraplex_generation.zoo.tasks import Task
-    from loraplex_server.model.pull import resolve_encoder, resolve_model
 
     def say(line: str) -> None:
         show(line, flush=True)
 
     torch.set_num_threads(threads)
+    models = local_models(context)
     folder = shipped or shipped_folder()
     conditions = None
     if icm:
         tasks = [Task.parse(name) for name in Library.load(folder / LIBRARY_FILE).tasks]
-        reader = TaskVectors.of_directory(resolve_model(base))
+        reader = TaskVectors.of_directory(models.resolve_model(base))
         conditions = train_conditions(reader, tasks, say)
     bundle = train_bundle(
         folder,
-        SentenceEncoder(resolve_encoder()),
+        SentenceEncoder(models.resolve_encoder()),
         seed=seed,
         default=default,
         conditions=conditions,
@@ -63,7 +66,7 @@ def train(
 
 
 @generator.command()
-def guard(shipped: _Shipped = None) -> None:
+def guard(context: typer.Context, shipped: _Shipped = None) -> None:
     """Fit the check that refuses unknown descriptions anew; the methods stay as they are."""
     from rich import print as show
 
@@ -71,10 +74,9 @@ def guard(shipped: _Shipped = None) -> None:
     from loraplex_generation.sentences import SentenceEncoder
     from loraplex_generation.shipped import shipped_folder
     from loraplex_generation.training import refit_guard
-    from loraplex_server.model.pull import resolve_encoder
 
     folder = shipped or shipped_folder()
-    path = refit_guard(folder, SentenceEncoder(resolve_encoder()))
+    path = refit_guard(folder, SentenceEncoder(local_models(context).resolve_encoder()))
     show(f"{path.name}  limit {Bundle.load(folder).ood_score.limit:.3f}")
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .local_models import local_models
+
 if TYPE_CHECKING:
     from loraplex_generation.zoo_training import ZooTraining
 
@@ -32,6 +34,7 @@ _Tasks = Annotated[
 
 @zoo.command()
 def train(
+    context: typer.Context,
     base: _Base = None,
     folder: _Folder = None,
     shipped: _Shipped = None,
@@ -54,17 +57,17 @@ def train(
 
     from loraplex_generation.sentences import SentenceEncoder
     from loraplex_generation.zoo_training import STAGES
-    from loraplex_server.model.pull import resolve_encoder, resolve_model
 
     torch.set_num_threads(threads)
-    training = _training(folder, shipped, tasks)
+    models = local_models(context)
+    training = _training(models.loraplex_home(), folder, shipped, tasks)
     if not resume:
         shutil.rmtree(training.folder, ignore_errors=True)
-    directory = resolve_model(base)
+    directory = models.resolve_model(base)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     training.run(
         directory,
-        SentenceEncoder(resolve_encoder()),
+        SentenceEncoder(models.resolve_encoder()),
         tokenizer,
         report=lambda line: show(line, flush=True),
         stages=stage or STAGES,
@@ -72,11 +75,16 @@ def train(
 
 
 @zoo.command()
-def status(folder: _Folder = None, shipped: _Shipped = None, tasks: _Tasks = "shipped") -> None:
+def status(
+    context: typer.Context,
+    folder: _Folder = None,
+    shipped: _Shipped = None,
+    tasks: _Tasks = "shipped",
+) -> None:
     """What is trained so far."""
     from rich import print as show
 
-    now = _training(folder, shipped, tasks).status()
+    now = _training(local_models(context).loraplex_home(), folder, shipped, tasks).status()
     show(f"joint stage      {now.joint_step} of {now.joint_steps} steps")
     show(f"experts          {now.n_experts} of {now.n_train} tasks")
     show(f"oracles          {now.n_oracles} of {now.n_held_out} held-out tasks")
@@ -86,6 +94,7 @@ def status(folder: _Folder = None, shipped: _Shipped = None, tasks: _Tasks = "sh
 
 @zoo.command()
 def export(
+    context: typer.Context,
     base: _Base = None,
     folder: _Folder = None,
     shipped: _Shipped = None,
@@ -96,13 +105,13 @@ def export(
     from transformers import AutoTokenizer
 
     from loraplex_generation.sentences import SentenceEncoder
-    from loraplex_server.model.pull import resolve_encoder, resolve_model
 
-    directory = resolve_model(base)
+    models = local_models(context)
+    directory = models.resolve_model(base)
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    path = _training(folder, shipped, tasks).export(
+    path = _training(models.loraplex_home(), folder, shipped, tasks).export(
         directory,
-        SentenceEncoder(resolve_encoder()),
+        SentenceEncoder(models.resolve_encoder()),
         tokenizer,
         report=lambda line: show(line, flush=True),
     )
@@ -110,17 +119,14 @@ def export(
         show(f"{file.name}  {file.stat().st_size / 1e6:.1f} MB")
 
 
-def _training(folder: Path | None, shipped: Path | None, tasks: str) -> ZooTraining:
+def _training(home: Path, folder: Path | None, shipped: Path | None, tasks: str) -> ZooTraining:
     """Refuses to mix the files of two sets of tasks."""
     from loraplex_generation.shipped import shipped_folder
     from loraplex_generation.zoo.split import SPLIT_FILES, load_split
     from loraplex_generation.zoo_training import ZooTraining
-    from loraplex_server.model.pull import loraplex_home
 
     if tasks not in SPLIT_FILES:
         raise typer.BadParameter(f"known sets of tasks: {', '.join(SPLIT_FILES)}")
     if tasks != "shipped" and (folder is None or shipped is None):
         raise typer.BadParameter(f"--tasks {tasks} needs --folder and --shipped of its own")
-    return ZooTraining(
-        folder or loraplex_home() / "zoo", shipped or shipped_folder(), split=load_split(tasks)
-    )
+    return ZooTraining(folder or home / "zoo", shipped or shipped_folder(), split=load_split(tasks))

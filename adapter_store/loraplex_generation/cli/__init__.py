@@ -1,0 +1,1 @@
+"""`loraplex zoo` and `loraplex generator`: how the generators are trained."""

@@ -19,8 +19,8 @@ from loraplex_adapter_store.sources.uri import fetch
 from .base_spec import BaseSpec
 from .card import AdapterCard
 from .cards import Cards
-from .catalogue.catalogue_registry import CatalogueRegistry
 from .catalogue.local_contents import LocalContents
+from .catalogue.shared_contents import SharedContents
 from .content_files import ContentFiles
 from .content_loader import ContentLoader
 from .errors import StoreError
@@ -61,7 +61,7 @@ class Additions:
         cards: Cards,
         writing: threading.RLock,
         refresh: NameRefresh,
-        catalogue: CatalogueRegistry | None,
+        shared: SharedContents | None,
         local: LocalContents | None,
         check_open: Callable[[], None],
     ) -> None:
@@ -78,7 +78,7 @@ class Additions:
         self._cards = cards
         self._writing = writing
         self._refresh = refresh
-        self._catalogue = catalogue
+        self._shared = shared
         self._local = local
         self._check_open = check_open
 
@@ -182,11 +182,11 @@ class Additions:
             plan_sha256=ingested.plan_sha256,
             task=None if plan.head is None else plan.head.task,
         )
-        if self._catalogue is None:
+        if self._shared is None:
             return content
         self._refresh.refresh_before_put(name, options)
         self._changes.check_put(name, content, options)  # spares the upload
-        return self._catalogue.offer(content, report, ingested.staged, tenant_of(name))
+        return self._shared.offer(content, report, ingested.staged, tenant_of(name))
 
     def _commit(self, name: str, content: Content, ingested: Ingested, options: PutOptions) -> Put:
         """Publishes the files, then moves the name."""
@@ -195,8 +195,8 @@ class Additions:
                 self._changes.check_put(name, content, options)  # before any file moves
                 return self._publish(name, content, ingested, options)
         finally:
-            if self._catalogue is not None:
-                self._catalogue.withdraw(content)
+            if self._shared is not None:
+                self._shared.withdraw(content)
 
     def _publish(self, name: str, content: Content, ingested: Ingested, options: PutOptions) -> Put:
         with self._writing:

@@ -21,8 +21,10 @@ from .cards import Cards
 from .catalogue.catalogue import Catalogue
 from .catalogue.catalogue_registry import CatalogueRegistry
 from .catalogue.following import Following
+from .catalogue.freshness import Freshness
 from .catalogue.limits import CatalogueLimits
 from .catalogue.local_contents import LocalContents
+from .catalogue.shared_contents import SharedContents
 from .content_files import ContentFiles
 from .content_loader import ContentLoader, PlanCheck
 from .deletion import Deletion
@@ -100,16 +102,17 @@ class AdapterStore:
         try:
             self._files = files = ContentFiles(root, disk, faults)
             self._packed = packed = PackedFiles(root, disk, packer)
-            self._shared = shared = (
-                None
-                if catalogue is None
-                else CatalogueRegistry(catalogue, faults, catalogue_limits)
-            )
+            shared, contents = None, None
+            if catalogue is not None:
+                freshness = Freshness(catalogue_limits, faults)
+                contents = SharedContents(catalogue.contents, freshness)
+                shared = CatalogueRegistry(catalogue, freshness, contents)
             registry: NameRegistry = shared or Registry(root / "registry.sqlite3", faults)
         except BaseException:
             self._give_up()
             raise
         self._closed = False
+        self._shared = shared
         self._registry = registry
         self._writing = writing = threading.RLock()  # serialises changes of the index and of files
         self._index = index = NameIndex(registry.names(), registry.kept(), registry.contents())
@@ -121,9 +124,9 @@ class AdapterStore:
             index, tier, files, packed, registry, writing, faults
         )
         local = None
-        if shared is not None:
+        if contents is not None:
             n_bytes = catalogue_limits.disk_bytes
-            local = LocalContents(shared, files, packed, tier, writing, n_bytes)
+            local = LocalContents(contents, files, packed, tier, writing, n_bytes)
         plans = PackedPlans(packed, index, writing, faults)
         self._loader = ContentLoader(
             base,
@@ -141,7 +144,7 @@ class AdapterStore:
             self._loader,
             retirement,
             refresh,
-            find_content=(lambda digest: None) if shared is None else shared.find_content,
+            find_content=(lambda digest: None) if contents is None else contents.find,
             gate_of=gate_of,
             on_unservable=cards.set_unservable,
         )
@@ -170,7 +173,7 @@ class AdapterStore:
             cards,
             writing,
             refresh,
-            shared,
+            contents,
             local,
             self._check_open,
         )

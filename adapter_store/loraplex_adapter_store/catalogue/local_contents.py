@@ -18,7 +18,7 @@ from loraplex_adapter_store.host_tier import HostTier
 from loraplex_adapter_store.name_record import Content
 from loraplex_adapter_store.packed_files import PackedFiles
 
-from .catalogue_registry import CatalogueRegistry
+from .shared_contents import SharedContents
 
 __all__ = ["LocalContents"]
 
@@ -30,7 +30,7 @@ class LocalContents:
 
     def __init__(
         self,
-        registry: CatalogueRegistry,
+        shared: SharedContents,
         files: ContentFiles,
         packed: PackedFiles,
         tier: HostTier,
@@ -38,7 +38,7 @@ class LocalContents:
         n_bytes: int,
     ) -> None:
         """``n_bytes``: of contents and their prepared forms, together."""
-        self._registry = registry
+        self._shared = shared
         self._files = files
         self._packed = packed
         self._tier = tier
@@ -102,7 +102,7 @@ class LocalContents:
             return staged / name
 
         try:
-            self._registry.fetch(content, write, cancelled)
+            self._shared.fetch(content, write, cancelled)
             with self._writing:
                 self._files.publish(staged, content.digest)
         finally:

@@ -48,7 +48,7 @@ def opened(folder: Path, base: BaseSpec, switch: Switch, clock: Clock) -> Iterat
         folder, base, catalogue=Catalogue(switch.bucket), catalogue_limits=LIMITS
     ) as store:
         assert store._shared is not None
-        store._shared._clock = clock
+        store._shared._freshness._clock = clock
         yield store
 
 

@@ -1,7 +1,7 @@
 """How an option is declared: once, as a field of the part of the server that it configures.
 
 The command line, the LORAPLEX_* environment, the YAML file and docs/settings.md are made from
-these declarations by ``settings`` and ``cli.serve``.
+these declarations by ``settings_sources`` and ``cli.serve``.
 """
 
 from __future__ import annotations

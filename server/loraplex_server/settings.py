@@ -1,45 +1,22 @@
-"""The server's settings: frozen values, composed by owner, resolved once at start.
-
-    command line flags  >  LORAPLEX_* environment  >  --config file.yaml  >  defaults
-
-Every option has one name: ``--max-model-len``, ``LORAPLEX_MAX_MODEL_LEN``, ``max-model-len:``.
-"""
+"""The server's settings: frozen values, composed by owner. ``settings_sources`` resolves them."""
 
 from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
-from functools import cache
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Literal, NamedTuple, Self
 
-import yaml
-from pydantic import (
-    BeforeValidator,
-    DirectoryPath,
-    Field,
-    ValidationError,
-    create_model,
-    model_validator,
-)
-from pydantic.fields import FieldInfo
-from pydantic_settings import (
-    BaseSettings,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    YamlConfigSettingsSource,
-)
+from pydantic import BeforeValidator, DirectoryPath, Field, model_validator
+from pydantic_settings import NoDecode
 
 from loraplex_adapter_store.catalogue.bucket import check_url
 from loraplex_adapter_store.catalogue.limits import CatalogueLimits
 from loraplex_adapter_store.sources.prefix import SourcePrefix
 from loraplex_server.engine.config import EngineConfig
 
-from .api_keys import ApiKey, Scope, parse_keys
-from .options import Bytes, Option, Options, Panel, Paths, Seconds, Texts, option, options
+from .api_keys import ApiKey
+from .options import Bytes, Options, Panel, Paths, Seconds, Texts, option
 
 __all__ = [
     "MAX_INPUTS",
@@ -50,8 +27,6 @@ __all__ = [
     "ServerConfig",
     "StoreConfig",
     "is_loopback",
-    "resolve_config",
-    "server_options",
 ]
 
 MAX_INPUTS = 16_384  # texts of one call, whatever is configured: all are checked in one turn
@@ -323,158 +298,3 @@ class ServerConfig(Options):
     engine: EngineConfig = Field(default_factory=EngineConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     learning: LearningConfig = Field(default_factory=LearningConfig)
-
-
-def _secrets(value: object) -> object:
-    secrets = value.split(",") if isinstance(value, str) else value
-    if isinstance(secrets, list | tuple) and any(len(str(secret)) < 8 for secret in secrets):
-        raise ValueError("a key must have at least 8 characters")
-    return secrets
-
-
-def _key_file(value: object) -> object:
-    path = Path(str(value)).expanduser()
-    try:
-        return parse_keys(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-_Secrets = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_secrets)]
-
-
-class _KeyOptions(Options):
-    """Secrets as they come; ``HttpConfig.api_keys`` holds their hashes."""
-
-    api_key: _Secrets = option(
-        (),
-        "Key for everything; repeat for more. Better: the variable LORAPLEX_API_KEY.",
-        Panel.HTTP,
-    )
-    infer_api_key: _Secrets = option(
-        (), "Key that may generate but not change adapters.", Panel.HTTP
-    )
-    metrics_key: _Secrets = option(
-        (), "Key that may read /metrics and nothing else, for Prometheus.", Panel.HTTP
-    )
-    keys: Annotated[tuple[ApiKey, ...], NoDecode, BeforeValidator(_key_file)] = option(
-        (),
-        "TOML file of keys by hash, with scopes, adapters and limits.",
-        Panel.HTTP,
-        metavar="FILE",
-    )
-
-    def api_keys(self) -> tuple[ApiKey, ...]:
-        given = {
-            Scope.ADMIN: self.api_key,
-            Scope.INFER: self.infer_api_key,
-            Scope.METRICS: self.metrics_key,
-        }
-        keys = [ApiKey.of(secret, scope) for scope, secrets in given.items() for secret in secrets]
-        return (*keys, *self.keys)
-
-
-_OWNERS = (ServerConfig, HttpConfig, _KeyOptions, EngineConfig, StoreConfig, LearningConfig)
-
-
-@cache
-def server_options() -> tuple[Option, ...]:
-    """Every option of `loraplex serve`, by owner."""
-    return tuple(options(_OWNERS))
-
-
-def resolve_config(flags: Mapping[str, object], config_file: Path | None = None) -> ServerConfig:
-    """``flags`` hold only what was given. Reads the environment and ``config_file``.
-
-    Raises ConfigError, which names the option and never repeats a secret.
-    """
-    known = {each.name: each for each in server_options()}
-    for name in flags:
-        if name not in known:
-            raise ConfigError(f"the command line sets {name!r}, {_no_option()}")
-    try:
-        given = _settings_class(config_file)(**flags)
-        by_owner: dict[type[Options], dict[str, Any]] = {owner: {} for owner in _OWNERS}
-        for name in given.model_fields_set:
-            by_owner[known[name].owner][known[name].field] = getattr(given, name)
-        api_keys = _KeyOptions.model_construct(**by_owner[_KeyOptions]).api_keys()
-        return ServerConfig(
-            **by_owner[ServerConfig],
-            http=HttpConfig(**by_owner[HttpConfig], api_keys=api_keys),
-            engine=EngineConfig(**by_owner[EngineConfig]),
-            store=StoreConfig(**by_owner[StoreConfig]),
-            learning=LearningConfig(**by_owner[LearningConfig]),
-        )
-    except ValidationError as error:
-        raise ConfigError(_problem(error)) from None
-
-
-class _Settings(BaseSettings):
-    """All options side by side, as the sources give them; the fields come from the owners."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="LORAPLEX_",
-        env_ignore_empty=True,
-        extra="forbid",
-        arbitrary_types_allowed=True,
-        coerce_numbers_to_str=True,
-        validate_default=False,
-    )
-    config_file: ClassVar[Path | None] = None
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        if cls.config_file is None:
-            return init_settings, env_settings
-        return init_settings, env_settings, _YamlFile(settings_cls, cls.config_file)
-
-
-class _YamlFile(YamlConfigSettingsSource):
-    """Option names with dashes or underscores; anything else than a mapping is refused."""
-
-    def _read_file(self, file_path: Path | Traversable) -> dict[str, Any]:
-        try:
-            value = yaml.safe_load(file_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise ConfigError(f"the config file cannot be read: {error}") from error
-        if value is None:
-            return {}
-        if not isinstance(value, dict):
-            raise ConfigError("the config file must hold a mapping of option names to values")
-        return {str(key).replace("-", "_"): item for key, item in value.items()}
-
-
-def _settings_class(config_file: Path | None) -> type[_Settings]:
-    fields: dict[str, Any] = {each.name: _field(each.info) for each in server_options()}
-    made = create_model("Settings", __base__=_Settings, **fields)
-    made.config_file = config_file
-    return made
-
-
-def _field(info: FieldInfo) -> tuple[Any, FieldInfo]:
-    return info.annotation, info
-
-
-def _no_option() -> str:
-    known = ", ".join(sorted(each.dashed for each in server_options()))
-    return f"which is no option; known: {known}"
-
-
-def _problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    name = str(problem["loc"][0]) if problem["loc"] else ""
-    told = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"the config file sets {name!r}, {_no_option()}"
-    if not name:
-        return told
-    is_secret = "key" in name or name == "catalogue"  # a URL may hold a password
-    shown = "…" if is_secret else repr(problem["input"])
-    return f"{name.replace('_', '-')} is {shown}: {told[:1].lower()}{told[1:]}"

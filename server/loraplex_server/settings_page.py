@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .options import Option, Panel
-from .settings import server_options
+from .settings_sources import server_options
 
 __all__ = ["default_of", "settings_page"]
 

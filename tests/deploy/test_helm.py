@@ -12,7 +12,8 @@ import yaml
 
 from loraplex_server.api.routes import health
 from loraplex_server.cluster.config import read_config
-from loraplex_server.settings import ServerConfig, resolve_config, server_options
+from loraplex_server.settings import ServerConfig
+from loraplex_server.settings_sources import resolve_config, server_options
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="it is not installed")

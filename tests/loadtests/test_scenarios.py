@@ -9,7 +9,7 @@ import pytest
 
 from loadtests.baselines.selection import n_adapters_of, phase_for_baseline
 from loadtests.scenario import ScenarioError, load_scenario, parse_scenario, scenario_files
-from loraplex_server.settings import resolve_config
+from loraplex_server.settings_sources import resolve_config
 
 
 @pytest.mark.parametrize("name", scenario_files())

@@ -9,7 +9,8 @@ import pytest
 
 from loraplex_adapter_store.quota import Quota
 from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope, parse_keys
-from loraplex_server.settings import ConfigError, resolve_config
+from loraplex_server.settings import ConfigError
+from loraplex_server.settings_sources import resolve_config
 
 DIGEST = hashlib.sha256(b"a-long-secret").hexdigest()
 

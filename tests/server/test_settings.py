@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from loraplex_server.api_keys import Scope
 from loraplex_server.cli.app import app
-from loraplex_server.settings import ConfigError, is_loopback, resolve_config, server_options
+from loraplex_server.options import Option
+from loraplex_server.settings import ConfigError, is_loopback
 from loraplex_server.settings_page import settings_page
+from loraplex_server.settings_sources import resolve_config, server_options
 
 
 def _file(folder: Path, text: str) -> Path:
@@ -153,3 +156,26 @@ def test_the_help_of_serve_names_every_option_that_is_not_hidden() -> None:
     assert [
         o.dashed for o in server_options() if not o.hidden and f"--{o.dashed}" not in told
     ] == []
+
+
+@pytest.mark.parametrize("flag", [each for each in server_options() if each.is_flag])
+@pytest.mark.parametrize("value", [True, False])
+def test_the_command_line_turns_every_flag_on_and_off(
+    flag: Option, value: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    word = f"--{flag.dashed}" if value else f"--no-{flag.dashed}"
+    serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    params = serve.make_context("serve", [word]).params
+    given = {name: each for name, each in params.items() if each not in (None, ())}
+    assert given == {flag.name: value}
+    monkeypatch.setenv(f"LORAPLEX_{flag.name.upper()}", str(not value))
+    config = resolve_config(given, _file(tmp_path, f"{flag.dashed}: {not value}"))
+    owners = (config, config.http, config.engine, config.store, config.learning)
+    assert [getattr(o, flag.field) for o in owners if isinstance(o, flag.owner)] == [value]
+
+
+def test_no_insecure_refuses_what_the_environment_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_INSECURE", "true")
+    told = CliRunner().invoke(app, ["serve", "--host=0.0.0.0", "--port=0", "--no-insecure"])
+    assert told.exit_code == 1
+    assert "refusing to serve on 0.0.0.0" in told.output

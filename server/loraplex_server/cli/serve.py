@@ -10,8 +10,8 @@ from typing import Annotated, Any, get_args
 import typer
 
 from loraplex_server.options import Option
-from loraplex_server.settings import server_options
 from loraplex_server.settings_page import default_of
+from loraplex_server.settings_sources import server_options
 
 __all__ = ["serve"]
 
@@ -36,7 +36,8 @@ def _serve(flags: dict[str, object], config: Path | None) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
 
     from loraplex_server.listening import bind
-    from loraplex_server.settings import ConfigError, resolve_config
+    from loraplex_server.settings import ConfigError
+    from loraplex_server.settings_sources import resolve_config
 
     try:
         resolved = resolve_config(flags, config)
@@ -64,8 +65,8 @@ def _failed(error: Exception) -> typer.Exit:
 def _parameter(option: Option) -> inspect.Parameter:
     """Texts are parsed by the settings, as those of the environment and the file are."""
     # Defaults stand in the help alone: a flag that was not given must not hide the file's value.
-    # What is on by default can be turned off; what is off needs no word for that.
-    off = f"/--no-{option.dashed}" if option.is_flag and option.info.default else ""
+    # Both forms of every flag: the environment or the file may have set it either way.
+    off = f"/--no-{option.dashed}" if option.is_flag else ""
     info = typer.Option(
         f"--{option.dashed}{off}",
         help=_help(option),

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from loraplex_server.model.pull import loraplex_home
 from loraplex_server.options import Bytes
-from loraplex_server.settings import ConfigError, ServerConfig, resolve_config
+from loraplex_server.settings import ConfigError, ServerConfig
+from loraplex_server.settings_sources import resolve_config
 
 __all__ = ["ClusterConfig", "EnginesConfig", "GatewaysConfig", "RayConfig", "read_config"]
 

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api_keys import ApiKey, Scope
-from loraplex_server.settings import ConfigError, HttpConfig, resolve_config
+from loraplex_server.settings import ConfigError, HttpConfig
+from loraplex_server.settings_sources import resolve_config
 from tests.server.conftest import Front, make_front
 
 pytestmark = pytest.mark.anyio

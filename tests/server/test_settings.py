@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from loraplex_server.api_keys import Scope
 from loraplex_server.cli.app import app
+from loraplex_server.cli.serve import given_flags
 from loraplex_server.options import Option
 from loraplex_server.settings import ConfigError, is_loopback
 from loraplex_server.settings_page import settings_page
@@ -153,9 +154,10 @@ def test_the_page_of_settings_is_made_from_the_options() -> None:
 
 def test_the_help_of_serve_names_every_option_that_is_not_hidden() -> None:
     told = CliRunner().invoke(app, ["serve", "--help"], terminal_width=200).output
-    assert [
-        o.dashed for o in server_options() if not o.hidden and f"--{o.dashed}" not in told
-    ] == []
+    shown = [option for option in server_options() if not option.hidden]
+    for option in shown:
+        word = f"--no-{option.dashed}" if option.info.default is True else f"--{option.dashed}"
+        assert word in told
 
 
 @pytest.mark.parametrize("flag", [each for each in server_options() if each.is_flag])
@@ -165,8 +167,7 @@ def test_the_command_line_turns_every_flag_on_and_off(
 ) -> None:
     word = f"--{flag.dashed}" if value else f"--no-{flag.dashed}"
     serve = get_command(app).commands["serve"]  # type: ignore[attr-defined]
-    params = serve.make_context("serve", [word]).params
-    given = {name: each for name, each in params.items() if each not in (None, ())}
+    given = given_flags(serve.make_context("serve", [word]).params)
     assert given == {flag.name: value}
     monkeypatch.setenv(f"LORAPLEX_{flag.name.upper()}", str(not value))
     config = resolve_config(given, _file(tmp_path, f"{flag.dashed}: {not value}"))
@@ -179,3 +180,6 @@ def test_no_insecure_refuses_what_the_environment_allows(monkeypatch: pytest.Mon
     told = CliRunner().invoke(app, ["serve", "--host=0.0.0.0", "--port=0", "--no-insecure"])
     assert told.exit_code == 1
     assert "refusing to serve on 0.0.0.0" in told.output
+    told = CliRunner().invoke(app, ["serve", "--port=0", "--no-insecure", "--insecure"])
+    assert told.exit_code == 2
+    assert "both given" in " ".join(told.output.split())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -23,11 +25,23 @@ def serve(config: Path | None, **flags: Any) -> None:
 
     Flags win over LORAPLEX_* variables (as LORAPLEX_MAX_MODEL_LEN), those over --config.
     """
-    given = {name: value for name, value in flags.items() if value not in (None, [])}
     try:
-        _serve(given, config)
+        _serve(given_flags(flags), config)
     except KeyboardInterrupt:  # before the server has taken over the signals
         raise typer.Exit(130) from None
+
+
+def given_flags(flags: Mapping[str, object]) -> dict[str, object]:
+    """Options by name, of what typer makes of the command line: what was not given is left out."""
+    given = {name: value for name, value in flags.items() if value not in (None, [], ())}
+    for option in server_options():
+        if option.is_flag and given.pop(_off(option), False):
+            if option.name in given:
+                raise typer.BadParameter(
+                    f"--{option.dashed} and --no-{option.dashed} are both given"
+                )
+            given[option.name] = False
+    return given
 
 
 def _serve(flags: dict[str, object], config: Path | None) -> None:
@@ -62,33 +76,41 @@ def _failed(error: Exception) -> typer.Exit:
     return typer.Exit(1)
 
 
-def _parameter(option: Option) -> inspect.Parameter:
+def _parameters(option: Option) -> list[inspect.Parameter]:
     """Texts are parsed by the settings, as those of the environment and the file are."""
+    if option.is_flag:
+        # The environment or the file may have set it either way, so there are both forms; the help
+        # shows the one that changes the default.
+        is_on = bool(option.info.default)
+        return [
+            _parameter(option, option.name, bool, hidden=is_on),
+            _parameter(option, _off(option), bool, hidden=not is_on),
+        ]
+    is_list = isinstance(option.info.default, tuple) and option.name != "keys"
+    return [_parameter(option, option.name, list[str] if is_list else str)]
+
+
+def _parameter(option: Option, name: str, kind: Any, *, hidden: bool = False) -> inspect.Parameter:
     # Defaults stand in the help alone: a flag that was not given must not hide the file's value.
-    # Both forms of every flag: the environment or the file may have set it either way.
-    off = f"/--no-{option.dashed}" if option.is_flag else ""
     info = typer.Option(
-        f"--{option.dashed}{off}",
+        f"--{name.replace('_', '-')}",
         help=_help(option),
         rich_help_panel=str(option.panel),
         show_default=False,
-        metavar=option.metavar or _metavar(option),
-        hidden=option.hidden,
+        metavar=option.metavar or (None if option.is_flag else _metavar(option)),
+        hidden=option.hidden or hidden,
     )
-    kind: Any = bool if option.is_flag else str
-    if isinstance(option.info.default, tuple) and option.name != "keys":
-        kind = list[str]
+    annotation = Annotated[kind | None, info]
     return inspect.Parameter(
-        option.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, info],
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
 
 
-def _metavar(option: Option) -> str | None:
-    if option.is_flag:
-        return None
+def _off(option: Option) -> str:
+    return f"no_{option.name}"
+
+
+def _metavar(option: Option) -> str:
     kinds = [
         (get_args(kind) or (kind,))[0]  # of an Annotated the type
         for kind in get_args(option.info.annotation) or (option.info.annotation,)
@@ -116,6 +138,6 @@ _CONFIG = inspect.Parameter(
 )
 
 # Typer reads the parameters here: they are the options, declared by their owners.
-_PARAMETERS = [*map(_parameter, server_options()), _CONFIG]
+_PARAMETERS = [*chain.from_iterable(map(_parameters, server_options())), _CONFIG]
 serve.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 serve.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}

@@ -12,6 +12,7 @@ _HEAD = """# Settings
 Every option of `loraplex serve` has one name in three places: `--max-model-len` on the command
 line, `LORAPLEX_MAX_MODEL_LEN` in the environment, `max-model-len:` in the YAML file that `--config`
 names. The command line wins over the environment, the environment over the file. Lists take commas.
+What is on or off has two forms on the command line: `--demos` and `--no-demos`.
 This page is made by `python -m loraplex_server.settings_page`.
 """
 

@@ -12,51 +12,31 @@ import os
 import sqlite3
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import orjson
 
-from loraplex_server.api.errors import ApiError, invalid, not_found
+from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.request_info import BatchCaller
 
+from .batch_tables import (
+    BatchTables,
+    advance,
+    batch_of,
+    file_of,
+    insert_file,
+    json_text,
+    page,
+    row_by_id,
+)
 from .input_file import InputLine, InputSummary, read_lines
 from .records import BatchRecord, BatchStatus, FileRecord
 
 __all__ = ["BatchLimits", "BatchStore", "answer_record"]
 
 _WINDOW_S = 24 * 3600
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS file (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, tenant TEXT, purpose TEXT,
-    filename TEXT, n_bytes INTEGER, created INTEGER, n_lines INTEGER, endpoints TEXT
-);
-CREATE TABLE IF NOT EXISTS batch (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, tenant TEXT, key_id TEXT,
-    input_file_id TEXT, endpoint TEXT, metadata TEXT, status TEXT, times TEXT, created INTEGER,
-    expires INTEGER, n_lines INTEGER, n_completed INTEGER, n_failed INTEGER, output_file_id TEXT,
-    error_file_id TEXT, problem TEXT,
-    has_ended INTEGER AS (status IN ('completed', 'failed', 'expired', 'cancelled'))
-);
-CREATE TABLE IF NOT EXISTS answer (
-    batch_id TEXT, line INTEGER, is_failure INTEGER, record BLOB, PRIMARY KEY (batch_id, line)
-);
-"""
-_BY_ID = {
-    "file": "SELECT * FROM file WHERE id = ? AND tenant = ?",
-    "batch": "SELECT * FROM batch WHERE id = ? AND tenant = ?",
-}
-_PAGE = {  # ``sign``: 1 for the oldest first, -1 for the newest
-    "file": "SELECT * FROM file WHERE tenant = :tenant "
-    "AND (:purpose IS NULL OR purpose = :purpose) "
-    "AND (:last IS NULL OR :sign * number > :sign * :last) "
-    "ORDER BY :sign * number LIMIT :limit",
-    "batch": "SELECT * FROM batch WHERE tenant = :tenant "
-    "AND (:last IS NULL OR :sign * number > :sign * :last) "
-    "ORDER BY :sign * number LIMIT :limit",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +59,7 @@ class BatchStore:
     def __init__(self, folder: Path, limits: BatchLimits) -> None:
         self.limits = limits
         self._folder = folder
-        self._is_made = False
+        self._tables = BatchTables(folder)
 
     def path(self, file_id: str) -> Path:
         return self._folder / "files" / file_id
@@ -88,7 +68,7 @@ class BatchStore:
         """Once, at the start: removes what a crash left; tenants with batches to go on with."""
         if not self._folder.is_dir():
             return []
-        with self._open() as db:
+        with self._tables.transaction() as db:
             known = {row["id"] for row in db.execute("SELECT id FROM file")}
             for left in (self._folder / "files").iterdir():
                 if left.name not in known:
@@ -101,7 +81,7 @@ class BatchStore:
     ) -> FileRecord:
         """Takes ``staged`` over. Raises ApiError (403) if the tenant has too much already."""
         n_bytes = staged.stat().st_size
-        with self._open() as db:
+        with self._tables.transaction() as db:
             found = db.execute(
                 "SELECT count(*) AS n, coalesce(sum(n_bytes), 0) AS n_bytes FROM file "
                 "WHERE tenant = ?",
@@ -118,28 +98,28 @@ class BatchStore:
             _flush(staged)
             staged.rename(self.path(record.id))
             _flush(self._folder / "files")
-            _insert_file(db, tenant, record)
+            insert_file(db, tenant, record)
         return record
 
     def files(
         self, tenant: str, *, limit: int, after: str | None, purpose: str | None, oldest_first: bool
     ) -> tuple[list[FileRecord], bool]:
         """A page, and whether there are more. Raises ApiError (400) for an unknown ``after``."""
-        with self._open() as db:
-            rows = _page(
+        with self._tables.transaction() as db:
+            rows = page(
                 db, "file", tenant, limit, after, oldest_first=oldest_first, purpose=purpose
             )
-        return [_file(row) for row in rows[:limit]], len(rows) > limit
+        return [file_of(row) for row in rows[:limit]], len(rows) > limit
 
     def file(self, tenant: str, file_id: str, *, param: str = "file_id") -> FileRecord:
         """Raises ApiError (404)."""
-        with self._open() as db:
-            return _file(_row(db, "file", tenant, file_id, param))
+        with self._tables.transaction() as db:
+            return file_of(row_by_id(db, "file", tenant, file_id, param))
 
     def delete_file(self, tenant: str, file_id: str) -> None:
         """Raises ApiError: 404, or 409 while a batch needs it."""
-        with self._open() as db:
-            _row(db, "file", tenant, file_id, "file_id")
+        with self._tables.transaction() as db:
+            row_by_id(db, "file", tenant, file_id, "file_id")
             user = db.execute(
                 "SELECT id FROM batch WHERE input_file_id = ? AND NOT has_ended",
                 (file_id,),
@@ -163,8 +143,8 @@ class BatchStore:
     ) -> BatchRecord:
         """Raises ApiError: 400, 404, or 429 if as many of the tenant's have not ended as may."""
         now = int(time.time())
-        with self._open() as db:
-            file = _file(_row(db, "file", caller.tenant, input_file_id, "input_file_id"))
+        with self._tables.transaction() as db:
+            file = file_of(row_by_id(db, "file", caller.tenant, input_file_id, "input_file_id"))
             if file.purpose != "batch":
                 raise invalid(
                     f"{input_file_id!r} holds answers; upload a file of calls with purpose=batch",
@@ -195,7 +175,7 @@ class BatchStore:
                 "VALUES (?, ?, ?, ?, ?, ?, 'validating', '{}', ?, ?, ?, 0, 0)",
                 (
                     *(batch_id, caller.tenant, caller.key_id, input_file_id, endpoint),
-                    *(_json(metadata), now, now + _WINDOW_S, file.n_lines),
+                    *(json_text(metadata), now, now + _WINDOW_S, file.n_lines),
                 ),
             )
             db.execute(
@@ -204,38 +184,38 @@ class BatchStore:
                 "ORDER BY number DESC LIMIT 1 OFFSET :n)",
                 {"tenant": caller.tenant, "n": self.limits.n_kept},
             )
-            return _batch(_row(db, "batch", caller.tenant, batch_id, "batch_id"))
+            return batch_of(row_by_id(db, "batch", caller.tenant, batch_id, "batch_id"))
 
     def batches(
         self, tenant: str, *, limit: int, after: str | None
     ) -> tuple[list[BatchRecord], bool]:
         """The newest first; a page, and whether there are more. Raises ApiError (400)."""
-        with self._open() as db:
-            rows = _page(db, "batch", tenant, limit, after)
-        return [_batch(row) for row in rows[:limit]], len(rows) > limit
+        with self._tables.transaction() as db:
+            rows = page(db, "batch", tenant, limit, after)
+        return [batch_of(row) for row in rows[:limit]], len(rows) > limit
 
     def batch(self, tenant: str, batch_id: str) -> BatchRecord:
         """Raises ApiError (404)."""
-        with self._open() as db:
-            return _batch(_row(db, "batch", tenant, batch_id, "batch_id"))
+        with self._tables.transaction() as db:
+            return batch_of(row_by_id(db, "batch", tenant, batch_id, "batch_id"))
 
     def oldest_active(self, tenant: str) -> BatchRecord | None:
-        with self._open() as db:
+        with self._tables.transaction() as db:
             row = db.execute(
                 "SELECT * FROM batch WHERE tenant = ? AND NOT has_ended ORDER BY number LIMIT 1",
                 (tenant,),
             ).fetchone()
-        return None if row is None else _batch(row)
+        return None if row is None else batch_of(row)
 
     def begin(self, batch: BatchRecord) -> None:
-        with self._open() as db:
+        with self._tables.transaction() as db:
             if batch.status is BatchStatus.VALIDATING:
-                _advance(db, batch.id, BatchStatus.IN_PROGRESS)
+                advance(db, batch.id, BatchStatus.IN_PROGRESS)
 
     def cancel(self, tenant: str, batch_id: str) -> BatchRecord:
         """Raises ApiError: 404, or 409 for one that has ended."""
-        with self._open() as db:
-            batch = _batch(_row(db, "batch", tenant, batch_id, "batch_id"))
+        with self._tables.transaction() as db:
+            batch = batch_of(row_by_id(db, "batch", tenant, batch_id, "batch_id"))
             if batch.status.has_ended:
                 raise ApiError(
                     409,
@@ -244,19 +224,19 @@ class BatchStore:
                     param="batch_id",
                 )
             if batch.status is not BatchStatus.CANCELLING:
-                _advance(db, batch_id, BatchStatus.CANCELLING)
-            return _batch(_row(db, "batch", tenant, batch_id, "batch_id"))
+                advance(db, batch_id, BatchStatus.CANCELLING)
+            return batch_of(row_by_id(db, "batch", tenant, batch_id, "batch_id"))
 
     def answered(self, batch_id: str) -> set[int]:
         """Numbers of the lines that need no answer any more."""
-        with self._open() as db:
+        with self._tables.transaction() as db:
             rows = db.execute("SELECT line FROM answer WHERE batch_id = ?", (batch_id,))
             return {row["line"] for row in rows}
 
     def add_answer(self, batch_id: str, line: int, record: bytes, *, is_failure: bool) -> None:
         """On the disk when it returns."""
         counts = {"id": batch_id, "failed": int(is_failure), "completed": int(not is_failure)}
-        with self._open() as db:
+        with self._tables.transaction() as db:
             db.execute(
                 "INSERT INTO answer VALUES (?, ?, ?, ?)", (batch_id, line, is_failure, record)
             )
@@ -278,9 +258,9 @@ class BatchStore:
         elif n_answered < batch.n_lines:
             end = BatchStatus.EXPIRED
         else:
-            with self._open() as db:
-                _advance(db, batch_id, BatchStatus.FINALIZING)
-        with self._open() as db:
+            with self._tables.transaction() as db:
+                advance(db, batch_id, BatchStatus.FINALIZING)
+        with self._tables.transaction() as db:
             if end is BatchStatus.EXPIRED:
                 self._fail_the_rest(db, batch)
             output = self._write_answers(db, batch_id, "output", is_failure=False)
@@ -288,20 +268,20 @@ class BatchStore:
             _flush(self._folder / "files")
             for file in (output, failures):
                 if file is not None:
-                    _insert_file(db, tenant, file)
+                    insert_file(db, tenant, file)
             db.execute(
                 "UPDATE batch SET output_file_id = ?, error_file_id = ? WHERE id = ?",
                 (output and output.id, failures and failures.id, batch_id),
             )
             db.execute("DELETE FROM answer WHERE batch_id = ?", (batch_id,))
-            _advance(db, batch_id, end)
+            advance(db, batch_id, end)
         return self.batch(tenant, batch_id)
 
     def fail(self, batch_id: str, problem: str) -> None:
-        with self._open() as db:
+        with self._tables.transaction() as db:
             db.execute("DELETE FROM answer WHERE batch_id = ?", (batch_id,))
             db.execute("UPDATE batch SET problem = ? WHERE id = ?", (problem, batch_id))
-            _advance(db, batch_id, BatchStatus.FAILED)
+            advance(db, batch_id, BatchStatus.FAILED)
 
     def _fail_the_rest(self, db: sqlite3.Connection, batch: BatchRecord) -> None:
         error = {"code": "batch_expired", "message": "the batch expired before this line ran"}
@@ -338,20 +318,6 @@ class BatchStore:
         filename = f"{batch_id}_{name}.jsonl"
         return _new_file("batch_output", filename, path.stat().st_size, summary, file_id)
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
-        """One transaction: durable when left, undone if anything is raised."""
-        if not self._is_made:
-            (self._folder / "files").mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self._folder / "batches.sqlite3")) as db:
-            db.row_factory = sqlite3.Row
-            db.execute("PRAGMA synchronous = FULL")
-            if not self._is_made:
-                db.executescript(_SCHEMA)
-                self._is_made = True
-            with db:
-                yield db
-
 
 def answer_record(
     line: InputLine, response: Mapping[str, object] | None, error: Mapping[str, object] | None
@@ -378,100 +344,6 @@ def _new_file(
         summary.n_lines,
         summary.endpoints,
     )
-
-
-def _insert_file(db: sqlite3.Connection, tenant: str, file: FileRecord) -> None:
-    db.execute(
-        "INSERT INTO file (id, tenant, purpose, filename, n_bytes, created, n_lines, endpoints) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            *(file.id, tenant, file.purpose, file.filename, file.n_bytes, file.created),
-            *(file.n_lines, _json(list(file.endpoints))),
-        ),
-    )
-
-
-def _page(
-    db: sqlite3.Connection,
-    table: str,
-    tenant: str,
-    limit: int,
-    after: str | None,
-    *,
-    oldest_first: bool = False,
-    purpose: str | None = None,
-) -> list[sqlite3.Row]:
-    """One row more than ``limit`` if there is one."""
-    last = None
-    if after is not None:
-        try:
-            last = _row(db, table, tenant, after, "after")["number"]
-        except ApiError as error:
-            raise invalid(error.message, "after") from None
-    values = {
-        "tenant": tenant,
-        "purpose": purpose,
-        "last": last,
-        "sign": 1 if oldest_first else -1,
-        "limit": limit + 1,
-    }
-    return db.execute(_PAGE[table], values).fetchall()
-
-
-def _row(db: sqlite3.Connection, table: str, tenant: str, id: str, param: str) -> sqlite3.Row:
-    row: sqlite3.Row | None = db.execute(_BY_ID[table], (_storable(id), tenant)).fetchone()
-    if row is None:
-        raise not_found(f"{table} {id[:64]!r} does not exist", param, f"{table}_not_found")
-    return row
-
-
-def _storable(text: str) -> str:
-    """SQLite takes no lone surrogates."""
-    return text.encode(errors="replace").decode()
-
-
-def _advance(db: sqlite3.Connection, batch_id: str, status: BatchStatus) -> None:
-    db.execute(
-        "UPDATE batch SET status = :status, times = json_set(times, '$.' || :status, :now) "
-        "WHERE id = :id",
-        {"id": batch_id, "status": status.value, "now": int(time.time())},
-    )
-
-
-def _file(row: sqlite3.Row) -> FileRecord:
-    return FileRecord(
-        row["id"],
-        row["purpose"],
-        row["filename"],
-        row["n_bytes"],
-        row["created"],
-        row["n_lines"],
-        tuple(orjson.loads(row["endpoints"])),
-    )
-
-
-def _batch(row: sqlite3.Row) -> BatchRecord:
-    return BatchRecord(
-        id=row["id"],
-        caller=BatchCaller(row["key_id"], row["tenant"]),
-        input_file_id=row["input_file_id"],
-        endpoint=row["endpoint"],
-        metadata=orjson.loads(row["metadata"]),
-        status=BatchStatus(row["status"]),
-        times=orjson.loads(row["times"]),
-        created=row["created"],
-        expires=row["expires"],
-        n_lines=row["n_lines"],
-        n_completed=row["n_completed"],
-        n_failed=row["n_failed"],
-        output_file_id=row["output_file_id"],
-        error_file_id=row["error_file_id"],
-        problem=row["problem"],
-    )
-
-
-def _json(value: object) -> str:
-    return orjson.dumps(value).decode()
 
 
 def _flush(path: Path) -> None:

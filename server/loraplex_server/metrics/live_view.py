@@ -11,7 +11,8 @@ from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.engine.client import EngineClient, EngineStats
 
 from .call_log import percentile
-from .collector import LoraplexCollector, names_by_digest
+from .collector import LoraplexCollector
+from .engine_families import names_by_digest
 from .server_metrics import ServerMetrics
 
 __all__ = ["MAX_ROWS", "LiveView", "percentiles"]

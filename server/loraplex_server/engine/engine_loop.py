@@ -1,6 +1,6 @@
 """The engine thread: reads messages, runs steps, sends tokens.
 
-    inbox → scheduler → model runner → output router
+    inbox → scheduler → model runner → answers → output router
 
 Where a device of its own computes, a step is scheduled and given to it while the one before still
 runs; then the tokens of that one are waited for (``_overlaps``):
@@ -8,7 +8,8 @@ runs; then the tokens of that one are waited for (``_overlaps``):
     host    schedule 2, start 2 │ wait 1, commit 1 │ schedule 3, start 3 │ wait 2, commit 2 │
     device  1 …                   2 …                                      3 …
 
-Owner of the requests while they are here. All but the constructor and ``stats`` runs on the thread.
+``Answers`` owns the requests while they are here. All but the constructor and ``stats`` runs on the
+thread.
 """
 
 from __future__ import annotations
@@ -21,30 +22,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 
-from .constraint import Constraint
+from .answers import Answers
 from .device_pool import DevicePool
-from .errors import (
-    ContextOverflow,
-    EngineDead,
-    EngineDraining,
-    EngineError,
-    GrammarTooComplex,
-    RankLost,
-)
-from .events import FinishReason, TokenEvent, TokenLogprobs
+from .errors import EngineDead, EngineDraining, EngineError, RankLost
 from .expert_monitor import ExpertMonitor
 from .inbox import Inbox
 from .kv_cache import KvCache
 from .messages import Cancel, FailAll, Lost, Message, SetPinned, Stop, Submit, Unload, Wake, Warm
 from .model_runner import ModelRunner, StartedStep, StepResult
-from .output_router import OutputRouter
-from .pooling import PooledRows, Pooling
 from .request import Request
-from .sampler import Sampled, is_adjusted
+from .sampler import is_adjusted
 from .scheduler import ScheduledChunk, Scheduler
 from .step_stats import StepStats
 
@@ -88,11 +78,16 @@ class EngineLoop:
         self._scheduler = scheduler
         self._inbox = inbox
         self._faults = faults
-        self._output_router = OutputRouter()
-        self._requests: dict[str, Request] = {}
-        self._max_model_len = max_model_len
+        self._answers = Answers(
+            scheduler,
+            kv_cache,
+            inbox,
+            self.stats,
+            max_model_len=max_model_len,
+            eos_token_ids=eos_token_ids,
+            feeds_forced=forced_tokens,
+        )
         self._n_threads = n_threads
-        self._feeds_forced = forced_tokens
         self._overlaps = overlaps
         self._in_flight: _InFlight | None = None
         self._is_stopping = False
@@ -125,7 +120,7 @@ class EngineLoop:
         scheduled = self._scheduler.schedule()
         self._inbox.admitted(scheduled.first_admitted)
         for request, error in scheduled.failed:
-            self._end(request, FinishReason.ERROR, error=error)
+            self._answers.fail(request, error)
         if self._overlaps:
             self._take_off(scheduled.chunks)
         elif scheduled.chunks:
@@ -133,7 +128,7 @@ class EngineLoop:
         self.stats.after_step(scheduled.chunks)
         if scheduled.chunks:
             self.experts.look(self.adapters.residents, idle=not self._scheduler.running)
-        self._output_router.flush()
+        self._answers.flush()
 
     def _read_inbox(self) -> None:
         """Takes every message; waits for one while there is nothing to run."""
@@ -150,10 +145,9 @@ class EngineLoop:
     def _handle(self, message: Message) -> None:
         match message:
             case Submit(request):
-                self._accept(request)
+                self._answers.accept(request)
             case Cancel(request_id):
-                if request_id in self._requests:
-                    self._end(self._requests[request_id], FinishReason.CANCELLED)
+                self._answers.cancel(request_id)
             case SetPinned(digest, pinned):
                 self.adapters.set_pinned(digest, pinned)
             case Warm(plan):
@@ -161,31 +155,13 @@ class EngineLoop:
             case Unload(digest, freed_bytes):
                 freed_bytes.send(self.adapters.drop(digest))
             case FailAll(error):
-                self._fail_all(error)
+                self._answers.fail_all(error)
             case Lost(why):
                 raise RankLost(why)
             case Stop():
                 self._is_stopping = True
             case Wake():
                 pass
-
-    def _accept(self, request: Request) -> None:
-        self._requests[request.id] = request
-        self._scheduler.add(request)
-        n_most = min(request.n_prompt + request.source.sampling.max_tokens, self._max_model_len)
-        if self.kv_cache.pages_for(n_most) > self.kv_cache.n_pages:
-            n_held = self.kv_cache.n_pages * self.kv_cache.page_size
-            error = ContextOverflow(
-                f"prompt and output need {n_most} tokens of KV memory, the server has {n_held}; "
-                "ask for less or raise --kv-memory"
-            )
-            self._end(request, FinishReason.ERROR, error=error)
-            return
-        grammar = request.source.grammar
-        if grammar is not None:
-            request.constraint = Constraint(grammar)
-            # One token is left to sample: a request ends with a step.
-            self._feed_forced(request, request.constraint, self._room(request) - 1)
 
     def _take_off(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Starts a step behind the one that runs, then waits for that one's tokens."""
@@ -197,15 +173,15 @@ class EngineLoop:
                 failed = error
         if not self._finish_flight():
             return  # what was started went on from what failed
-        chunks = [chunk for chunk in chunks if self._is_here(chunk.request)]
+        chunks = [chunk for chunk in chunks if self._answers.has(chunk.request)]
         if failed is not None:
             self._faults.failed("model", failed)
             self._run_one_by_one(chunks, failed)
         elif started is not None:
             self._scheduler.started(chunks)
             for request in started.generating:
-                if self._is_here(request):
-                    request.expect_token(is_full=self._room(request) <= 1)
+                if self._answers.has(request):
+                    request.expect_token(is_full=self._answers.room(request) <= 1)
             self._in_flight = _InFlight(chunks, started)
 
     def _finish_flight(self) -> bool:
@@ -214,7 +190,7 @@ class EngineLoop:
         if flight is None:
             return True
         # Requests may have been preempted or ended meanwhile, by a client or the scheduler.
-        alive = [chunk for chunk in flight.chunks if self._is_here(chunk.request)]
+        alive = [chunk for chunk in flight.chunks if self._answers.has(chunk.request)]
         for chunk in alive:
             chunk.request.settle_token()
         try:
@@ -228,10 +204,6 @@ class EngineLoop:
         self._faults.worked("model")
         self._commit(alive, result)
         return True
-
-    def _is_here(self, request: Request) -> bool:
-        """Whether it has not ended."""
-        return self._requests.get(request.id) is request
 
     def _run_chunks(self, chunks: Sequence[ScheduledChunk]) -> None:
         try:
@@ -257,7 +229,7 @@ class EngineLoop:
             except Exception as error:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1
-                self._end(chunk.request, FinishReason.ERROR, error=_failed(chunk.request, error))
+                self._answers.fail(chunk.request, _failed(chunk.request, error))
         if n_failed == len(chunks):
             self._probe()
 
@@ -281,141 +253,17 @@ class EngineLoop:
 
     def _commit(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
         self._scheduler.commit(chunks)
-        for chunk in chunks:
-            request = chunk.request
-            request.prompt_logprobs += result.prompt_logprobs.get(request.id, ())
-            sampled = result.sampled.get(request.id)
-            if sampled is not None:
-                self._append(request, sampled)
-            elif request.source.pooling is not None:
-                self._pool(chunk, request.source.pooling, result.pooled.get(request.id))
-
-    def _pool(self, chunk: ScheduledChunk, pooling: Pooling, hidden: Tensor | None) -> None:
-        request = chunk.request
-        if request.pooled is None or chunk.start <= request.n_virtual:
-            request.pooled = PooledRows(pooling)  # at the beginning, also after a preemption
-        if hidden is not None:
-            request.pooled.add(hidden)
-        if chunk.samples:
-            self._end(request, FinishReason.STOP, pooled=request.pooled.result())
-
-    def _append(self, request: Request, sampled: Sampled) -> None:
-        params, token = request.source.sampling, sampled.token_id
-        constraint = request.constraint
-        if constraint is not None and constraint.error is not None:  # its mask was none
-            self._end(request, FinishReason.ERROR, error=_too_complex(constraint.error))
-            return
-        if sampled.error is not None:
-            self._end(request, FinishReason.ERROR, error=sampled.error)
-            return
-        is_end = token in self.eos_token_ids and (constraint is not None or not params.ignore_eos)
-        if is_end or token in params.stop_token_ids:
-            self._end(request, FinishReason.STOP, stop_token=token)
-            return
-        request.token_ids.append(token)
-        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        if constraint is not None:
-            self.stats.forced(constraint.forced is not None)
-            constraint.accept(token)
-            self._feed_forced(request, constraint, self._room(request))
-        if constraint is not None and constraint.error is not None:
-            self._end(request, FinishReason.ERROR, error=_too_complex(constraint.error))
-        elif constraint is not None and constraint.ended:
-            self._end(request, FinishReason.STOP, logprobs=logprobs)
-        elif self._room(request) <= 0:
-            self._end(request, FinishReason.LENGTH, logprobs=logprobs)
-        else:
-            self._emit(request, logprobs=logprobs)
-
-    def _room(self, request: Request) -> int:
-        """Tokens that the answer may still get."""
-        n_output = request.source.sampling.max_tokens - request.n_output
-        return min(n_output, self._max_model_len - request.n_tokens)
-
-    def _feed_forced(self, request: Request, constraint: Constraint, room: int) -> None:
-        """Tokens that the grammar leaves no choice about: the next step computes them together.
-
-        With log-probabilities they come one by one, since each needs the logits before it, and
-        with bad words, which may forbid them.
-        """
-        params = request.source.sampling
-        if params.logprobs is not None or params.bad_words or not self._feeds_forced:
-            return
-        forced = constraint.take_forced(room, params.stop_token_ids | self.eos_token_ids)
-        request.token_ids += forced
-        self.stats.forced(len(forced))
-
-    def _end(
-        self,
-        request: Request,
-        reason: FinishReason,
-        *,
-        logprobs: tuple[TokenLogprobs, ...] = (),
-        stop_token: int | None = None,
-        error: EngineError | None = None,
-        pooled: Tensor | None = None,
-    ) -> None:
-        """The one way out: frees everything, sends the last event."""
-        self._scheduler.finish(request)
-        del self._requests[request.id]
-        self._inbox.ended(request)
-        self._emit(
-            request,
-            logprobs=logprobs,
-            finish=reason,
-            stop_token=stop_token,
-            error=error,
-            pooled=pooled,
-        )
-
-    def _emit(
-        self,
-        request: Request,
-        *,
-        logprobs: tuple[TokenLogprobs, ...] = (),
-        finish: FinishReason | None = None,
-        stop_token: int | None = None,
-        error: EngineError | None = None,
-        pooled: Tensor | None = None,
-    ) -> None:
-        """Sends the tokens that the listener does not have; a failed request shows no more."""
-        is_first = request.n_sent == 0
-        failed = finish is FinishReason.ERROR or finish is FinishReason.CANCELLED
-        token_ids = () if failed else tuple(request.token_ids[request.n_prompt + request.n_sent :])
-        request.n_sent += len(token_ids)
-        event = TokenEvent(
-            request.id,
-            token_ids,
-            logprobs,
-            finish=finish,
-            stop_token=stop_token,
-            error=error,
-            n_cached=max(0, request.n_cached - request.n_virtual),
-            queue_s=request.queue_s,
-            prompt_logprobs=_prompt_logprobs(request) if is_first else (),
-            pooled=pooled,
-        )
-        self._output_router.put(request, event)
-
-    def _fail_all(self, error: EngineError) -> None:
-        for request in list(self._requests.values()):
-            self._end(request, FinishReason.ERROR, error=error)
-        self._output_router.flush()
+        self._answers.take(chunks, result)
 
     def _close(self, error: EngineError) -> None:
-        """Ends the thread: all who wait get an answer or an error, later messages are refused.
-
-        Touches neither the scheduler nor the device, which may be what broke.
-        """
+        """Ends the thread: all who wait get an answer or an error, later messages are refused."""
+        unread = []
         for message in self._inbox.close(error):
             if isinstance(message, Submit):
-                self._requests[message.request.id] = message.request
+                unread.append(message.request)
             elif isinstance(message, Unload):
                 message.freed_bytes.send(0)
-        for request in self._requests.values():
-            self._emit(request, finish=FinishReason.ERROR, error=error)
-        self._requests.clear()
-        self._output_router.flush()
+        self._answers.close(unread, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -449,17 +297,3 @@ def _failed(request: Request, error: Exception) -> EngineError:
     return EngineError(
         f"the model failed on this request; try again, and see the server's log under {request.id}"
     )
-
-
-def _too_complex(reason: str) -> GrammarTooComplex:
-    return GrammarTooComplex(
-        f"the answer's grammar cannot be followed any further: it is too complex, or allows "
-        f"nothing here ({reason[:200]}); simplify the schema or the grammar"
-    )
-
-
-def _prompt_logprobs(request: Request) -> tuple[TokenLogprobs | None, ...]:
-    """Of the prompt's own tokens; empty unless asked for."""
-    if request.source.sampling.prompt_logprobs is None:
-        return ()
-    return (None, *request.prompt_logprobs)

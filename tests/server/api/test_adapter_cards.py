@@ -63,7 +63,7 @@ async def test_the_request_wins_over_the_card_and_the_card_over_the_base(lora: F
         ("/v1/messages", {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}),
     ],
 )
-async def test_a_bias_of_the_card_is_felt_through_every_door(
+async def test_a_bias_of_the_card_is_felt_through_every_route(
     lora: Front, path: str, body: dict[str, object]
 ) -> None:
     await edited(lora, logit_bias={"3": 5, "4": -100})

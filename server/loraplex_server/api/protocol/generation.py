@@ -47,7 +47,7 @@ class AdapterBody(Body):
 
 
 class CallBody(AdapterBody):
-    """What every door to a generation takes under the same name."""
+    """What every route that generates takes under the same name."""
 
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None

@@ -1,4 +1,4 @@
-"""One streamed choice as pieces of content, reasoning and calls, for the doors."""
+"""One streamed choice as pieces of content, reasoning and calls, for the other APIs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anthropic's door to a chat."""
+"""A call of Anthropic's Messages API, answered by a chat."""
 
 from __future__ import annotations
 

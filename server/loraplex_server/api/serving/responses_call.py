@@ -1,4 +1,4 @@
-"""The door of OpenAI's Responses API to a chat."""
+"""A call of OpenAI's Responses API, answered by a chat."""
 
 from __future__ import annotations
 

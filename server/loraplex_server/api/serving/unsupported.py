@@ -56,6 +56,6 @@ def refuse_unsupported(fields: Mapping[str, object], rules: Rules = _REFUSED) ->
 
 
 def of_chat(own: Iterable[str]) -> Rules:
-    """Fields of a chat that another door, which has its ``own``, does not take."""
+    """Fields of a chat that another API, which has its ``own``, does not take."""
     told = "it is a field of /v1/chat/completions and has no meaning here"
     return dict.fromkeys({*_REFUSED, *ChatBody.model_fields} - {*own}, (given, told))

@@ -1,6 +1,6 @@
 """Every way to name an adapter, at every route that takes one: the answers are those of PEFT.
 
-A door that cannot take a form says so with a 400.
+A route that cannot take a form says so with a 400.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Door:
+class Route:
     path: str
     body: dict[str, Any]
     kind: str  # of answer, see Oracle
@@ -109,33 +109,33 @@ def _rank(answer: Any) -> object:
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
-TEXT_DOORS = {
-    "chat": Door(CHAT, _CHAT, "chat", _chat_text),
-    "chat-stream": Door(CHAT, _CHAT | _STREAM, "chat", _chat_stream),
-    "completions": Door(COMPLETIONS, _COMPLETION, "completion", _completion_text),
-    "completions-stream": Door(
+TEXT_ROUTES = {
+    "chat": Route(CHAT, _CHAT, "chat", _chat_text),
+    "chat-stream": Route(CHAT, _CHAT | _STREAM, "chat", _chat_stream),
+    "completions": Route(COMPLETIONS, _COMPLETION, "completion", _completion_text),
+    "completions-stream": Route(
         COMPLETIONS, _COMPLETION | _STREAM, "completion", _completion_stream
     ),
-    "responses": Door(RESPONSES, _RESPONSE, "chat", _response_text),
-    "responses-stream": Door(RESPONSES, _RESPONSE | _STREAM, "chat", _response_stream),
-    "messages": Door(MESSAGES, _CHAT, "chat", _message_text),
-    "messages-stream": Door(MESSAGES, _CHAT | _STREAM, "chat", _message_stream),
-    "batch-chat": Door(CHAT, _CHAT, "chat", _chat_text, in_a_batch=True),
-    "batch-completions": Door(
+    "responses": Route(RESPONSES, _RESPONSE, "chat", _response_text),
+    "responses-stream": Route(RESPONSES, _RESPONSE | _STREAM, "chat", _response_stream),
+    "messages": Route(MESSAGES, _CHAT, "chat", _message_text),
+    "messages-stream": Route(MESSAGES, _CHAT | _STREAM, "chat", _message_stream),
+    "batch-chat": Route(CHAT, _CHAT, "chat", _chat_text, in_a_batch=True),
+    "batch-completions": Route(
         COMPLETIONS, _COMPLETION, "completion", _completion_text, in_a_batch=True
     ),
 }
-EMBEDDINGS = Door("/v1/embeddings", {"input": TEXT}, "vector", _vector("embedding"))
-DOORS = TEXT_DOORS | {
+EMBEDDINGS = Route("/v1/embeddings", {"input": TEXT}, "vector", _vector("embedding"))
+ROUTES = TEXT_ROUTES | {
     "embeddings": EMBEDDINGS,
-    "batch-embeddings": Door(
+    "batch-embeddings": Route(
         EMBEDDINGS.path, EMBEDDINGS.body, "vector", EMBEDDINGS.read, in_a_batch=True
     ),
-    "pooling": Door("/pooling", {"input": TEXT}, "vector", _vector("data")),
-    "score": Door("/score", {"text_1": TEXT, "text_2": OTHER}, "score", _vector("score")),
-    "rerank": Door("/rerank", {"query": TEXT, "documents": [OTHER]}, "score", _rank),
+    "pooling": Route("/pooling", {"input": TEXT}, "vector", _vector("data")),
+    "score": Route("/score", {"text_1": TEXT, "text_2": OTHER}, "score", _vector("score")),
+    "rerank": Route("/rerank", {"query": TEXT, "documents": [OTHER]}, "score", _rank),
 }
-CLASSIFY = Door("/classify", {"input": TEXT}, "classes", _vector("probs"))
+CLASSIFY = Route("/classify", {"input": TEXT}, "classes", _vector("probs"))
 
 FORMS: dict[str, tuple[Callable[[dict[str, str]], dict[str, Any]], str]] = {
     # form → (fields of the body from the digests of all contents, the oracle's model)
@@ -213,33 +213,33 @@ class World:
     oracle: Oracle
     digests: dict[str, str]
 
-    async def ask(self, door: Door, fields: dict[str, Any]) -> object:
+    async def ask(self, route: Route, fields: dict[str, Any]) -> object:
         """What the answer says."""
-        body = {"model": "base", **door.body, **fields}
-        if door.in_a_batch:
-            result = await self.in_a_batch(door, body)
+        body = {"model": "base", **route.body, **fields}
+        if route.in_a_batch:
+            result = await self.in_a_batch(route, body)
             assert result["response"]["status_code"] == 200, result
-            return door.read(result["response"]["body"])
-        answer = await self.server.client.post(door.path, json=body)
+            return route.read(result["response"]["body"])
+        answer = await self.server.client.post(route.path, json=body)
         assert answer.status_code == 200, answer.text
-        return door.read(_events(answer) if body.get("stream") else answer.json())
+        return route.read(_events(answer) if body.get("stream") else answer.json())
 
-    async def refused(self, door: Door, fields: dict[str, Any]) -> dict[str, Any]:
+    async def refused(self, route: Route, fields: dict[str, Any]) -> dict[str, Any]:
         """The error of a 400."""
-        body = {"model": "base", **door.body, **fields}
-        if door.in_a_batch:
-            result = await self.in_a_batch(door, body)
+        body = {"model": "base", **route.body, **fields}
+        if route.in_a_batch:
+            result = await self.in_a_batch(route, body)
             status, told = result["response"]["status_code"], result["response"]["body"]
         else:
-            answer = await self.server.client.post(door.path, json=body)
+            answer = await self.server.client.post(route.path, json=body)
             status, told = answer.status_code, answer.json()
         assert status == 400, told
         error: dict[str, Any] = told["error"]
         return error
 
-    async def in_a_batch(self, door: Door, body: dict[str, Any]) -> Any:
+    async def in_a_batch(self, route: Route, body: dict[str, Any]) -> Any:
         """The line of the output, or of the errors."""
-        line = {"custom_id": "a", "method": "POST", "url": door.path, "body": body}
+        line = {"custom_id": "a", "method": "POST", "url": route.path, "body": body}
         client = self.server.client
         file = await client.post(
             "/v1/files", files={"file": ("a.jsonl", json.dumps(line))}, data={"purpose": "batch"}
@@ -248,7 +248,7 @@ class World:
             "/v1/batches",
             json={
                 "input_file_id": file.json()["id"],
-                "endpoint": door.path,
+                "endpoint": route.path,
                 "completion_window": "24h",
             },
         )
@@ -272,7 +272,7 @@ def anyio_backend() -> str:
 async def world(
     tmp_path_factory: pytest.TempPathFactory, anyio_backend: str
 ) -> AsyncIterator[World]:
-    folder = tmp_path_factory.mktemp("doors")
+    folder = tmp_path_factory.mktemp("routes")
     base = save_tiny_model(folder / "base")
     models = {"base": AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()}
     spec = BaseSpec.of(models["base"], "tiny/llama")
@@ -344,15 +344,15 @@ def _check(found: object, expected: object) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("door", DOORS)
-async def test_an_adapter_answers_as_in_peft(door: str, form: str, world: World) -> None:
+@pytest.mark.parametrize("route", ROUTES)
+async def test_an_adapter_answers_as_in_peft(route: str, form: str, world: World) -> None:
     fields, model = FORMS[form]
-    found = await world.ask(DOORS[door], fields(world.digests))
-    _check(found, world.oracle.answer(model, DOORS[door].kind))
+    found = await world.ask(ROUTES[route], fields(world.digests))
+    _check(found, world.oracle.answer(model, ROUTES[route].kind))
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion", "vector", "score"])
-async def test_the_contents_differ_at_every_door(kind: str, world: World) -> None:
+async def test_the_contents_differ_at_every_route(kind: str, world: World) -> None:
     """Else the test above shows nothing."""
     contents = {model for _, model in FORMS.values()}
     answers = [world.oracle.answer(model, kind) for model in contents]
@@ -381,7 +381,7 @@ async def test_a_classifier_classifies(form: str, world: World) -> None:
     }[form]
     expected = world.oracle.answer("judge", "classes")
     _check(await world.ask(CLASSIFY, fields), expected)
-    pooling = Door("/pooling", {"input": TEXT}, "classes", _vector("data"))
+    pooling = Route("/pooling", {"input": TEXT}, "classes", _vector("data"))
     _check(await world.ask(pooling, fields), expected)
 
 
@@ -411,18 +411,18 @@ async def test_no_adapter_is_made_for_a_call_that_none_could_answer(world: World
         ("/classify", {"input": "x"}),
         ("/pooling", {"input": "x", "task": "classify"}),
     ):
-        door = Door(path, body, "classes", _vector("probs"))
-        await world.refused(door, {"adapter": {"description": f"never made for {path}"}})
+        route = Route(path, body, "classes", _vector("probs"))
+        await world.refused(route, {"adapter": {"description": f"never made for {path}"}})
     cards = (await world.server.client.get("/v1/adapters")).json()
     assert "never made" not in json.dumps(cards)
 
 
-@pytest.mark.parametrize("door", [door for door in TEXT_DOORS if "stream" not in door])
-async def test_a_classifier_writes_no_text_at_any_door(door: str, world: World) -> None:
+@pytest.mark.parametrize("route", [route for route in TEXT_ROUTES if "stream" not in route])
+async def test_a_classifier_writes_no_text_at_any_door(route: str, world: World) -> None:
     pinned = f"judge@{world.digests['judge'][:12]}"
     for fields in ({"adapter": "judge"}, {"adapter": pinned}):
-        error = await world.refused(TEXT_DOORS[door], fields)
+        error = await world.refused(TEXT_ROUTES[route], fields)
         assert error["code"] == "adapter_is_classifier"
         assert "/classify" in error["message"]
     parts = [{"name": "judge", "weight": 1}, {"name": "pirate", "weight": 1}]
-    assert "judge" in (await world.refused(TEXT_DOORS[door], {"adapter": parts}))["message"]
+    assert "judge" in (await world.refused(TEXT_ROUTES[route], {"adapter": parts}))["message"]

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from loraplex_adapter_store.companion_files import COMPANION_FILES
-
 __all__ = ["RemoteAdapters"]
 
 _TIMEOUT_S = 600.0
@@ -39,6 +37,8 @@ class RemoteAdapters:
         *,
         replace: bool,
     ) -> dict[str, Any]:
+        from loraplex_adapter_store.companion_files import COMPANION_FILES  # imports torch
+
         headers = {} if replace else {"If-None-Match": "*"}
         folder = Path(source)
         if not folder.is_dir():

@@ -15,11 +15,13 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.names import TENANT_NAME, local_name, name_of, tenant_of
 from loraplex_adapter_store.quota import NO_QUOTA, Quota
+
+if TYPE_CHECKING:  # the command line reads this file, and cards import torch
+    from loraplex_adapter_store.card import AdapterCard
 
 __all__ = ["EVERY_ADAPTER", "GENERATED", "AdapterAccess", "ApiKey", "Scope", "parse_keys"]
 

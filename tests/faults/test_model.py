@@ -69,7 +69,7 @@ async def test_requests_that_always_fail_never_stop_the_others(
 async def test_a_listener_that_fails_takes_no_event_from_the_others(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    router: OutputRouter = world.engine.loop._output_router
+    router: OutputRouter = world.engine.loop._answers._output_router
     put = router.put
 
     def with_a_bad_neighbour(request: Any, event: Any) -> None:

@@ -73,7 +73,8 @@ class Answers:
         return self._requests.get(request.id) is request
 
     def take(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
-        """What a step computed for each of its chunks."""
+        """What a step computed for each of its chunks, all of which were started."""
+        self._scheduler.commit(chunks)
         for chunk in chunks:
             request = chunk.request
             request.prompt_logprobs += result.prompt_logprobs.get(request.id, ())

@@ -32,7 +32,7 @@ from .expert_monitor import ExpertMonitor
 from .inbox import Inbox
 from .kv_cache import KvCache
 from .messages import Cancel, FailAll, Lost, Message, SetPinned, Stop, Submit, Unload, Wake, Warm
-from .model_runner import ModelRunner, StartedStep, StepResult
+from .model_runner import ModelRunner, StartedStep
 from .request import Request
 from .sampler import is_adjusted
 from .scheduler import ScheduledChunk, Scheduler
@@ -202,7 +202,7 @@ class EngineLoop:
                 self._run_one_by_one(again, error)
             return False
         self._faults.worked("model")
-        self._commit(alive, result)
+        self._answers.take(alive, result)
         return True
 
     def _run_chunks(self, chunks: Sequence[ScheduledChunk]) -> None:
@@ -215,7 +215,8 @@ class EngineLoop:
             self._run_one_by_one(chunks, error)
             return
         self._faults.worked("model")
-        self._commit_run(chunks, result)
+        self._scheduler.started(chunks)
+        self._answers.take(chunks, result)
 
     def _run_one_by_one(self, chunks: Sequence[ScheduledChunk], cause: Exception) -> None:
         """A step failed: finds the guilty request by running each alone; the others go on."""
@@ -225,7 +226,9 @@ class EngineLoop:
             if isinstance(cause, torch.OutOfMemoryError):
                 self.runner.release_cached_memory()
             try:
-                self._commit_run([chunk], self.runner.run([chunk]))
+                result = self.runner.run([chunk])
+                self._scheduler.started([chunk])
+                self._answers.take([chunk], result)
             except Exception as error:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1
@@ -246,14 +249,6 @@ class EngineLoop:
                 _log.error("the model does not run: %s (probe %d)", error, attempt)
                 cause = error
         raise RuntimeError(f"the model does not run any more: {cause}") from cause
-
-    def _commit_run(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
-        self._scheduler.started(chunks)
-        self._commit(chunks, result)
-
-    def _commit(self, chunks: Sequence[ScheduledChunk], result: StepResult) -> None:
-        self._scheduler.commit(chunks)
-        self._answers.take(chunks, result)
 
     def _close(self, error: EngineError) -> None:
         """Ends the thread: all who wait get an answer or an error, later messages are refused."""

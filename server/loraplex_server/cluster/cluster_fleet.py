@@ -17,7 +17,7 @@ from loraplex_router.experts import ExpertLoad
 from loraplex_server.api.fleet import Calls
 from loraplex_server.api.state import AppState, in_store_thread
 from loraplex_server.metrics.call_log import N_ENDED
-from loraplex_server.metrics.collector import names_by_digest
+from loraplex_server.metrics.engine_families import names_by_digest
 from loraplex_server.metrics.live_view import MAX_ROWS, percentiles
 from loraplex_server.metrics.routing_collector import expert_families
 

@@ -18,7 +18,9 @@ from torch import Tensor
 from .base_weights import BaseWeights, FileWeights, FrozenLinear, HeldLinear
 from .layout import PROJECTIONS, AdapterLayout, BaseShape
 from .packing import PackedBatch
-from .rotary import rotary_of
+from .rms_norm import rms_norm
+from .rotary import rotary_of, rotated
+from .row_attention import RowPlan, attend
 
 __all__ = ["Adapters", "FrozenBase", "LoraFA", "Scores", "base_fingerprint"]
 
@@ -104,23 +106,34 @@ class FrozenBase:
         q, k, v = torch.split(self._layers[layer].qkv.matrix(), sizes)
         return {"q_proj": q, "k_proj": k, "v_proj": v}[name].float()
 
-    def hidden(self, batch: PackedBatch, adapters: Adapters | None = None) -> Tensor:
-        """Final-norm hidden states [n_adapters, length, hidden]; None runs the base."""
-        cos, sin = self._rope(batch.positions)
-        start = self.shape.n_layers if adapters is None else adapters.first_layer
-        bias = torch.zeros(batch.mask.shape, dtype=self.dtype)
-        bias.masked_fill_(~batch.mask, torch.finfo(self.dtype).min / 2)
-        h = F.embedding(batch.tokens, self._embed)
-        with torch.no_grad():  # no adapter below: nothing to differentiate
-            for i in range(start):
-                h = self._block(h, i, bias, cos, sin, None)
-        for i in range(start, self.shape.n_layers):
-            h = self._block(h, i, bias, cos, sin, adapters)
-        return F.rms_norm(h, (self.shape.hidden_size,), self._norm, self._eps)
+    def hidden(
+        self, batch: PackedBatch, adapters: Adapters | None = None, below: Tensor | None = None
+    ) -> Tensor:
+        """Final-norm hidden states [n_adapters, length, hidden]; None runs the base.
 
-    def score(self, batch: PackedBatch, adapters: Adapters | None = None) -> Scores:
-        """Negative log-likelihood of every answer token."""
-        h = self.hidden(batch, adapters)
+        `below`: what `self.below` gives for the batch, if that is known.
+        """
+        rope = self._rope(batch.positions)
+        start = self.shape.n_layers if adapters is None else adapters.first_layer
+        h = self.below(batch, start) if below is None else below
+        for i in range(start, self.shape.n_layers):
+            h = self._block(h, i, batch.plan, rope, adapters)
+        return rms_norm(h, self._norm, self._eps)
+
+    @torch.no_grad()
+    def below(self, batch: PackedBatch, n_layers: int) -> Tensor:
+        """What the first layers make of the batch, [n_adapters, length, hidden], no adapter on."""
+        rope = self._rope(batch.positions)
+        h = F.embedding(batch.tokens, self._embed)
+        for i in range(n_layers):
+            h = self._block(h, i, batch.plan, rope, None)
+        return h
+
+    def score(
+        self, batch: PackedBatch, adapters: Adapters | None = None, below: Tensor | None = None
+    ) -> Scores:
+        """Negative log-likelihood of every answer token; `below` as `hidden` has it."""
+        h = self.hidden(batch, adapters, below)
         picked = h.reshape(-1, h.shape[-1])[batch.source]
         logits = self._head(picked).float()
         nll = F.cross_entropy(logits, batch.target, reduction="none")
@@ -128,7 +141,7 @@ class FrozenBase:
 
     @torch.no_grad()
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [n_adapters, 1, length, head_dim], as transformers' module makes them."""
+        """cos and sin [n_adapters · length, 1, head_dim], as transformers' module makes them."""
         longest = int(positions.max()) + 1
         if longest > self._max_positions:
             raise ValueError(
@@ -137,30 +150,27 @@ class FrozenBase:
             )
         probe = torch.empty(0, dtype=self.dtype)  # tells the dtype
         cos, sin = self._rotary(probe, positions)
-        return cos.unsqueeze(1), sin.unsqueeze(1)
+        return cos.flatten(0, 1).unsqueeze(1), sin.flatten(0, 1).unsqueeze(1)
 
     def _block(
-        self, h: Tensor, i: int, bias: Tensor, cos: Tensor, sin: Tensor, lora: Adapters | None
+        self, h: Tensor, i: int, plan: RowPlan, rope: tuple[Tensor, Tensor], lora: Adapters | None
     ) -> Tensor:
         shape, layer = self.shape, self._layers[i]
-        n, length, width = h.shape
-        x = F.rms_norm(h, (width,), layer.attention_norm, self._eps)
+        n, length, _ = h.shape
+        x = rms_norm(h, layer.attention_norm, self._eps)
         qkv = layer.qkv(x)
         if layer.qkv_bias is not None:
             qkv = qkv + layer.qkv_bias
         if lora is not None:
             qkv = qkv + lora.qkv(x, i)
         n_q, n_kv = shape.n_heads, shape.n_kv_heads
-        heads = qkv.view(n, length, n_q + 2 * n_kv, shape.head_dim).transpose(1, 2)
-        qk, v = torch.split(heads, [n_q + n_kv, n_kv], 1)
-        qk = qk * cos + _rotate(qk) * sin
-        q, k = torch.split(qk, [n_q, n_kv], 1)
-        o = _attention(q, k, v, bias).transpose(1, 2).reshape(n, length, -1)
+        heads = qkv.view(n * length, n_q + 2 * n_kv, shape.head_dim)
+        o = attend(rotated(heads, *rope, n_q + n_kv), plan, n_q, n_kv).view(n, length, -1)
         y = layer.o(o)
         if lora is not None:
             y = y + lora.o(o, i)
         h = h + y
-        x = F.rms_norm(h, (width,), layer.mlp_norm, self._eps)
+        x = rms_norm(h, layer.mlp_norm, self._eps)
         gate, up = layer.gate_up(x).chunk(2, -1)
         return h + layer.down(F.silu(gate) * up)
 
@@ -244,18 +254,3 @@ class LoraFA:
 
     def o(self, x: Tensor, layer: int) -> Tensor:
         return F.linear(x, self._a_o[layer]) @ self._b[layer, "o_proj"]
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Spelled out: at these lengths the fused CPU kernel's backward takes three times as long."""
-    n, heads, length, width = q.shape
-    group = heads // k.shape[1]
-    q = (q * width**-0.5).reshape(n, k.shape[1], group * length, width)
-    scores = (q @ k.transpose(2, 3)).view(n, -1, group, length, length) + bias[:, None]
-    probabilities = scores.softmax(-1).view(n, -1, group * length, length)
-    return (probabilities @ v).view(n, heads, length, width)
-
-
-def _rotate(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)

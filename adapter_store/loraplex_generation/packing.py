@@ -17,6 +17,8 @@ from torch import Tensor
 
 from loraplex_generation.zoo.tasks import Example
 
+from .row_attention import RowPlan
+
 __all__ = ["ChatCodec", "PackedBatch", "PromptTokenizer", "Row", "pack"]
 
 
@@ -44,7 +46,7 @@ class Row:
 class PackedBatch:
     tokens: Tensor  # int64 [n_adapters, length]
     positions: Tensor  # int64 [n_adapters, length]
-    mask: Tensor  # bool [n_adapters, 1, length, length]: may attend
+    plan: RowPlan  # which tokens are a row: it sees the head and itself
     source: Tensor  # int64 [n_targets]: flat positions whose next token is an answer token
     target: Tensor  # int64 [n_targets]
     row: Tensor  # int64 [n_targets]: running index of the example
@@ -99,7 +101,6 @@ def pack(head: Sequence[int], groups: Sequence[Sequence[Row]]) -> PackedBatch:
     length = max(lengths)
     tokens = torch.zeros(len(groups), length, dtype=torch.int64)
     positions = torch.zeros_like(tokens)
-    owner = torch.full_like(tokens, -1)  # 0 head, 1… rows, −1 padding
     source: list[int] = []
     target: list[int] = []
     rows_of: list[int] = []
@@ -108,27 +109,21 @@ def pack(head: Sequence[int], groups: Sequence[Sequence[Row]]) -> PackedBatch:
         at = len(head)
         tokens[g, :at] = torch.tensor(head)
         positions[g, :at] = torch.arange(at)
-        owner[g, :at] = 0
-        for i, row in enumerate(rows):
+        for row in rows:
             n = len(row.tokens)
             tokens[g, at : at + n] = torch.tensor(row.tokens)
             positions[g, at : at + n] = torch.arange(len(head), len(head) + n)
-            owner[g, at : at + n] = i + 1
             first = at + n - row.n_answer
             source += range(g * length + first - 1, g * length + at + n - 1)
             target += row.tokens[n - row.n_answer :]
             rows_of += [len(adapter)] * row.n_answer
             adapter.append(g)
             at += n
-    ones = torch.ones(length, length, dtype=torch.bool)
-    same = owner[:, :, None] == owner[:, None, :]
-    mask = ones.tril() & (same | (owner == 0)[:, None, :]) & (owner >= 0)[:, None, :]
-    mask |= torch.eye(length, dtype=torch.bool)  # padding sees itself: no empty softmax
     as_tensor = torch.tensor
     return PackedBatch(
         tokens,
         positions,
-        mask[:, None],
+        RowPlan.of(len(head), [[len(row.tokens) for row in rows] for rows in groups], length),
         as_tensor(source, dtype=torch.int64),
         as_tensor(target, dtype=torch.int64),
         as_tensor(rows_of, dtype=torch.int64),

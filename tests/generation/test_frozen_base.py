@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from loraplex_generation.base_weights import HeldLinear
 from loraplex_generation.frozen_base import FrozenBase, LoraFA, base_fingerprint
+from loraplex_generation.known_rows import KnownRows
 from loraplex_generation.layout import AdapterLayout
 from loraplex_generation.packing import Row, pack
 from loraplex_generation.scoring import score_groups
@@ -158,6 +159,18 @@ def test_rows_do_not_see_each_other(base: FrozenBase) -> None:
     together = score_groups(base, pack(codec.head, [rows]))[0].nll * sum(r.n_answer for r in rows)
     alone = sum(score_groups(base, pack(codec.head, [[row]]))[0].nll * row.n_answer for row in rows)
     assert together == pytest.approx(alone, rel=1e-4)
+
+
+def test_what_the_layers_below_make_of_a_row_is_the_same_in_every_batch(base: FrozenBase) -> None:
+    codec, layout = tiny_codec(), _layout(base)
+    rows = [codec.row(e) for e in Task.parse("email/tag").examples("train", 5)]
+    known = KnownRows(base, layout.first_layer, codec.head, rows)
+    vectors = 0.3 * torch.randn(2, layout.size, generator=torch.Generator().manual_seed(3))
+    batch, below = known.batch([rows[3:], [rows[1], rows[4], rows[0]]])
+    adapters = LoraFA(layout, vectors, torch.float32)
+    torch.testing.assert_close(
+        base.score(batch, adapters, below).nll, base.score(batch, adapters).nll
+    )
 
 
 def test_the_gradient_reaches_every_adapted_b_and_only_its_own_adapter(base: FrozenBase) -> None:

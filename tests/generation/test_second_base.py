@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
 from loraplex_generation.experts import ExpertRecipe
 from loraplex_generation.joint import JointRecipe
@@ -23,6 +24,7 @@ from loraplex_generation.training import train_bundle
 from loraplex_generation.zoo.split import ZooSplit
 from loraplex_generation.zoo.tasks import Task
 from loraplex_generation.zoo_training import ZooTraining
+from loraplex_server.cli.app import app
 from tests.support.server_process import failing_start, server_process
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from tests.support.tiny_zoo import tiny_qwen2_directory
@@ -130,6 +132,31 @@ def test_examples_are_learnt_on_the_weights_that_serve_this_base(client: httpx.C
     assert told["gained"]
     assert told["held_out"]["after"]["nll"] < told["held_out"]["before"]["nll"]
     assert reply(client, "learnt", "navy") == '"' != reply(client, None, "navy")
+
+
+def test_the_command_learns_on_a_server_from_a_file_of_pairs(
+    client: httpx.Client, tmp_path: Path
+) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    words = ("red", "blue", "green", "plum", "gold", "grey", "pink", "teal")
+    lines = [json.dumps({"prompt": word, "answer": '"'}) for word in words]
+    pairs.write_text("\n".join(lines))
+    order = ["generate", "the past tense of the verb", "--examples", str(pairs), "--force"]
+    server = ["--server", str(client.base_url), "--name", "told", "--budget", "120"]
+    result = CliRunner().invoke(app, [*order, *server, "--prompt", "navy"])
+    assert result.exit_code == 0, result.output
+    assert "registered as told" in result.output
+    assert 'navy  →  "\n' in result.output
+    card = client.get("/v1/adapters/told").raise_for_status().json()
+    told = card["provenance"]["refinement"]
+    assert told["gained"]
+    assert f"of {told['held_out']['before']['of']} held out" in " ".join(result.output.split())
+    assert reply(client, "told", "navy") == '"' != reply(client, None, "navy")
+
+    pairs.write_text('{"prompt": "red"}\n')
+    refused = CliRunner().invoke(app, [*order, *server])
+    assert refused.exit_code == 1
+    assert "line 1" in refused.output
 
 
 def test_a_generator_that_is_nowhere_stops_the_start(second: SecondBase, tmp_path: Path) -> None:

@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 T = TypeVar("T")
 CHOICE, LEDGER = HERE / "choice.json", HERE / "test_runs.jsonl"
-KS = [0, 2, 4, 8, 16, 32]
+KS = [16, 0, 4, 8, 2, 32]  # in this order
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
 _Out = Annotated[Path, typer.Option(help="File of cells, JSON lines.")]
 _Arms = Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ARMS)}. Default: all.")]
-_Ks = Annotated[list[int] | None, typer.Option(help="Numbers of examples. Default: 0 2 4 8 16 32.")]
+_Ks = Annotated[list[int] | None, typer.Option(help="Numbers of examples, in order. Default: 16 0 4 8 2 32.")]
 _Draws = Annotated[int, typer.Option(help="Draws of examples.", min=1)]
 _Rows = Annotated[int, typer.Option(help="Rows that a task is scored on.", min=1, max=100)]
 _Budget = Annotated[float, typer.Option(help="Seconds to learn in; 0: each arm's own recipe.")]
@@ -134,12 +134,13 @@ def run_test(
     draws: _Draws = 5,
     rows: _Rows = 100,
     budget_s: _Budget = 0.0,
+    minutes: _Minutes = None,
     again: Annotated[bool, typer.Option("--again", help="Note another run of the test.")] = False,
     base: _Base = None,
     library: _Library = None,
     zoo: _Zoo = None,
 ) -> None:
-    """The arms on the test set, with the recipe that was chosen. Once; may be stopped."""
+    """The arms on the test set, with the recipe that was chosen. Once, in one or more sittings."""
     kept, held = CellFile(out), load_test_set()
     choice = _or_exit(lambda: Choice.load(CHOICE))
     cells = plan(
@@ -152,8 +153,10 @@ def run_test(
         recipe=choice.recipe,
     )
     ledger = TestLedger(LEDGER, HERE.parents[2])
-    _or_exit(lambda: ledger.begin(choice, cells, written=[out], again=again))
-    _measure(cells, kept, held, None, base, library, zoo)
+    _or_exit(
+        lambda: ledger.begin(choice, out=out, rows=rows, budget_s=budget_s, again=again)
+    )
+    _measure(cells, kept, held, minutes, base, library, zoo)
 
 
 @app.command("report")

@@ -2,6 +2,9 @@
 
 choice.json        what validation chose, and the digest of the cells that it was chosen by
 test_runs.jsonl    every test run that was begun: commit, date, choice; committed
+
+A run goes on in as many sittings as it takes, with further arms, numbers of examples and draws,
+while what decides a result (`DECIDING`) is that of its first commit. No cell is measured twice.
 """
 
 from __future__ import annotations
@@ -15,11 +18,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .cells import Cell, CellFile
+from .cells import CellFile
 from .held_out import digest_of_test_set
 from .summary import by_recipe
 
-__all__ = ["Choice", "LedgerRefused", "TestLedger", "choose"]
+__all__ = ["DECIDING", "Choice", "LedgerRefused", "TestLedger", "choose"]
+
+DECIDING = (
+    "adapter_store/loraplex_generation",
+    *(f"adapter_store/benchmarks/few_shot/{name}.py" for name in ("arms", "bench", "held_out")),
+    *(f"adapter_store/benchmarks/few_shot/{name}.py" for name in ("lorahub", "measuring")),
+    "adapter_store/benchmarks/few_shot/test_set.jsonl",
+)  # paths of the repository
 
 
 class LedgerRefused(Exception):
@@ -63,34 +73,37 @@ class TestLedger:
 
     __test__ = False
 
-    def __init__(self, path: Path, repository: Path) -> None:
-        self._path, self._repository = path, repository
+    def __init__(self, path: Path, repository: Path, deciding: Sequence[str] = DECIDING) -> None:
+        self._path, self._repository, self._deciding = path, repository, deciding
 
     def begin(
-        self, choice: Choice, cells: Sequence[Cell], *, written: Sequence[Path], again: bool
+        self, choice: Choice, *, out: Path, rows: int, budget_s: float, again: bool = False
     ) -> None:
-        """Notes the run, or finds it as one that was begun with the same commit and cells.
+        """Notes the run, or finds it as one that was begun before and goes on.
 
-        `written`: files that a run itself changes. Raises LedgerRefused for changes that are not
-        committed, and for a second run unless `again`.
+        `out`: the file of its cells. Raises LedgerRefused for changes that are not committed, and
+        for a second run unless `again`.
         """
-        commit = self._clean_commit(written)
+        commit = self._clean_commit(out)
         entry = {
-            "commit": commit,
             "test_set": digest_of_test_set(),
             "choice": asdict(choice),
-            "cells": _sha256("\n".join(cell.key for cell in cells).encode()),
+            "cells": out.name,
+            "rows": rows,
+            "budget_s": budget_s,
         }
         earlier = self._entries()
-        if any(entry.items() <= run.items() for run in earlier):
-            return  # a run that was stopped goes on; one that is through has nothing left to do
+        if any(entry.items() <= run.items() and self._same_code(run["commit"]) for run in earlier):
+            return
         if earlier and not again:
             last = earlier[-1]
             raise LedgerRefused(
                 f"the test was run on {last['date']} at commit {last['commit'][:12]}; a second "
-                "look makes it a validation set. --again notes another run all the same"
+                "look makes it a validation set. It goes on with the same choice, rows, budget and "
+                "--out from a checkout in which what decides results is as it was there. --again "
+                "notes another run all the same"
             )
-        dated = {"date": datetime.now(UTC).date().isoformat(), **entry}
+        dated = {"date": datetime.now(UTC).date().isoformat(), "commit": commit, **entry}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(dated) + "\n")
 
@@ -99,8 +112,14 @@ class TestLedger:
             return []
         return [json.loads(line) for line in self._path.read_text().splitlines()]
 
-    def _clean_commit(self, written: Sequence[Path]) -> str:
-        ours = {path.resolve() for path in (self._path, *written)}
+    def _same_code(self, commit: str) -> bool:
+        """Whether what decides results is as it was at `commit`."""
+        words = ["git", "-C", str(self._repository), "diff", "--quiet", commit, "HEAD", "--"]
+        return subprocess.run([*words, *self._deciding], check=False).returncode == 0
+
+    def _clean_commit(self, out: Path) -> str:
+        """HEAD, if nothing else than the run's own files has changed since."""
+        ours = {path.resolve() for path in (self._path, out)}
         changed = [
             line[3:]
             for line in self._git("status", "--porcelain", "--untracked-files=all").splitlines()

@@ -50,18 +50,17 @@ def plan(
 ) -> list[Cell]:
     """In blocks of one task, k and draw with every arm, so that any beginning is a fair sample.
 
-    Draws are the slowest to change, then k, from eight outwards; tasks are shuffled. Arms that
-    have no draws come last, once a task.
+    Draws are the slowest to change, then k, as given; tasks are shuffled. Arms that have no draws
+    come last, once a task.
     """
     order = list(tasks)
     random.Random(seed).shuffle(order)
-    few_first = sorted(ks, key=lambda k: (abs(k - 8), k))
     told = tuple(sorted((recipe or {}).items()))
     arms = list(arms)
     once = [arm for arm in arms if not ARMS[arm].has_draws]
     cells: list[Cell] = []
     for draw in range(n_draws):
-        for k in few_first:
+        for k in ks:
             for task in order:
                 for arm in arms:
                     if arm not in once and k in ARMS[arm].ks and (k or draw == 0):

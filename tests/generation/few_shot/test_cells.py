@@ -20,7 +20,7 @@ def measured(cell: Cell, *, learn_s: float = 2.0, score_s: float = 1.0) -> Measu
 
 
 def _plan(arms: tuple[str, ...] = tuple(ARMS)) -> list[Cell]:
-    return plan(TASKS, arms=arms, ks=(0, 2, 8), n_draws=2, rows=10)
+    return plan(TASKS, arms=arms, ks=(8, 0, 2), n_draws=2, rows=10)
 
 
 def test_what_a_file_holds_is_read_back_and_not_measured_again(tmp_path: Path) -> None:

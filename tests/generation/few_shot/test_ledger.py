@@ -11,7 +11,6 @@ import pytest
 from adapter_store.benchmarks.few_shot.cells import Cell, CellFile, Measured
 from adapter_store.benchmarks.few_shot.ledger import Choice, LedgerRefused, TestLedger, choose
 
-CELLS = [Cell("columns-count/plain", "ours", 8, 0, rows=100)]
 CHOICE = Choice({"lr": 6e-3}, "0" * 64, 12, "2026-01-01")
 
 
@@ -21,20 +20,20 @@ class Repository:
         self.out = folder / "test.jsonl"
         self.git("init", "-q")
         self.commit("first")
-        self.ledger = TestLedger(folder / "test_runs.jsonl", folder)
+        self.ledger = TestLedger(folder / "test_runs.jsonl", folder, deciding=["code.py"])
 
     def git(self, *words: str) -> str:
         who = ["-c", "user.name=n", "-c", "user.email=n@example.com"]
         command = ["git", "-C", str(self.folder), *who, *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
-    def commit(self, text: str) -> None:
-        (self.folder / "code.py").write_text(text)
+    def commit(self, text: str, file: str = "code.py") -> None:
+        (self.folder / file).write_text(text)
         self.git("add", "-A")
         self.git("commit", "-qm", text)
 
-    def begin(self, choice: Choice = CHOICE, *, again: bool = False) -> None:
-        self.ledger.begin(choice, CELLS, written=[self.out], again=again)
+    def begin(self, choice: Choice = CHOICE, *, again: bool = False, rows: int = 100) -> None:
+        self.ledger.begin(choice, out=self.out, rows=rows, budget_s=30.0, again=again)
 
     @property
     def runs(self) -> list[dict[str, object]]:
@@ -75,6 +74,21 @@ def test_a_second_run_is_refused_and_noted_if_asked_for(repository: Repository) 
     repository.begin(again=True)
     first, second = repository.runs
     assert first["commit"] != second["commit"]
+
+
+def test_a_run_goes_on_after_commits_that_decide_no_result(repository: Repository) -> None:
+    repository.begin()
+    repository.out.write_text("{}\n")
+    repository.commit("what was measured so far", "report.md")
+    repository.begin()
+    assert len(repository.runs) == 1
+    assert repository.runs[0]["commit"] == repository.git("rev-parse", "HEAD~1").strip()
+
+
+def test_other_rows_are_a_second_look(repository: Repository) -> None:
+    repository.begin()
+    with pytest.raises(LedgerRefused, match="second look"):
+        repository.begin(rows=50)
 
 
 def test_another_choice_at_the_same_commit_is_a_second_run(repository: Repository) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -223,14 +224,16 @@ def base_fingerprint(directory: Path) -> str:
 
 
 class LoraFA:
-    """Many adapters of one layout, `b` [n_adapters, layout.size]; A is shared by all."""
+    """Many adapters of one layout, `vectors` [n_adapters, layout.size]: A is shared by all.
 
-    def __init__(self, layout: AdapterLayout, b: Tensor, dtype: torch.dtype) -> None:
+    Or [n_adapters, layout.full_size]: each has its own.
+    """
+
+    def __init__(self, layout: AdapterLayout, vectors: Tensor, dtype: torch.dtype) -> None:
         self.layout = layout
         self.first_layer = layout.first_layer
-        b = b.to(dtype)
-        a = layout.frozen_a()
-        n = b.shape[0]
+        b = vectors[:, : layout.size].to(dtype)
+        n = len(vectors)
         factors = iter(torch.split(b, layout.b_sizes, 1))
         self._b: dict[tuple[int, str], Tensor] = {}
         for layer in layout.layers:
@@ -238,19 +241,29 @@ class LoraFA:
                 out = layout.shape.out_features(p)
                 # transposed: [n, rank, out], so that a row times it is the delta
                 self._b[layer, p] = next(factors).view(n, out, layout.rank).transpose(1, 2)
+        a = layout.frozen_a()
+        if vectors.shape[1] > layout.size:
+            moved = torch.split(vectors[:, layout.size :], layout.a_sizes, 1)
+            pairs = zip(a.items(), moved, strict=True)
+            a = {key: frozen + part.view(n, *frozen.shape) for (key, frozen), part in pairs}
+        # scaled, [in, Σ rank] or [n, in, Σ rank]
         self._a_qkv = {
-            layer: (torch.cat([a[layer, p] for p in PROJECTIONS[:3]]) * layout.scale).to(b.dtype)
+            layer: _transposed([a[layer, p] for p in PROJECTIONS[:3]], layout.scale, dtype)
             for layer in layout.layers
         }
         self._a_o = {
-            layer: (a[layer, "o_proj"] * layout.scale).to(b.dtype) for layer in layout.layers
+            layer: _transposed([a[layer, "o_proj"]], layout.scale, dtype) for layer in layout.layers
         }
 
     def qkv(self, x: Tensor, layer: int) -> Tensor:
-        parts = torch.split(F.linear(x, self._a_qkv[layer]), self.layout.rank, -1)
+        parts = torch.split(x @ self._a_qkv[layer], self.layout.rank, -1)
         return torch.cat(
             [u @ self._b[layer, p] for u, p in zip(parts, PROJECTIONS[:3], strict=True)], -1
         )
 
     def o(self, x: Tensor, layer: int) -> Tensor:
-        return F.linear(x, self._a_o[layer]) @ self._b[layer, "o_proj"]
+        return x @ self._a_o[layer] @ self._b[layer, "o_proj"]
+
+
+def _transposed(parts: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+    return (torch.cat(parts, -2) * scale).to(dtype).transpose(-1, -2)

@@ -18,23 +18,17 @@ _TOKENS = 1024  # of rows in a forward
 class KnownRows:
     """Runs the layers below `first_layer` once for each row; a row there sees the head and itself.
 
-    Stateless afterwards.
+    For one thread. Keeps `hidden_size` numbers for each token of each row that it was asked for.
     """
 
-    def __init__(
-        self, base: FrozenBase, first_layer: int, head: Sequence[int], rows: Sequence[Row]
-    ) -> None:
-        self._head = tuple(head)
+    def __init__(self, base: FrozenBase, first_layer: int, head: Sequence[int]) -> None:
+        self._base, self._first_layer, self._head = base, first_layer, tuple(head)
         self._states: dict[Row, Tensor] = {}  # [n_tokens, hidden]
         self._head_state = torch.empty(0)
-        for part in _parts(rows):
-            states = base.below(pack(head, [part]), first_layer)[0]
-            self._head_state = states[: len(head)]
-            sizes = [len(head), *[len(row.tokens) for row in part]]
-            self._states.update(zip(part, torch.split(states, sizes)[1:], strict=True))
 
     def batch(self, groups: Sequence[Sequence[Row]]) -> tuple[PackedBatch, Tensor]:
-        """Packed, and `below` as `FrozenBase.score` takes it. Raises KeyError for another row."""
+        """Packed, and `below` as `FrozenBase.score` takes it."""
+        self._learn([row for rows in groups for row in rows if row not in self._states])
         batch = pack(self._head, groups)
         below = self._head_state.new_zeros(*batch.tokens.shape, self._head_state.shape[-1])
         for i, rows in enumerate(groups):
@@ -42,14 +36,22 @@ class KnownRows:
             below[i, : len(known)] = known
         return batch, below
 
+    def _learn(self, rows: Sequence[Row]) -> None:
+        n_head = len(self._head)
+        for part in _parts(list(dict.fromkeys(rows))):
+            states = self._base.below(pack(self._head, [part]), self._first_layer)[0]
+            self._head_state = states[:n_head]
+            sizes = [len(row.tokens) for row in part]
+            self._states.update(zip(part, torch.split(states[n_head:], sizes), strict=True))
+
 
 def _parts(rows: Sequence[Row]) -> list[list[Row]]:
-    parts: list[list[Row]] = [[]]
-    left = _TOKENS
+    parts: list[list[Row]] = []
+    left = 0
     for row in rows:
-        if parts[-1] and len(row.tokens) > left:
+        if len(row.tokens) > left:
             parts.append([])
-            left = _TOKENS
+            left = max(_TOKENS, len(row.tokens))
         parts[-1].append(row)
         left -= len(row.tokens)
     return parts

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -40,7 +41,9 @@ class AdapterLayout:
 
     One adapter is one vector of `size` numbers: for each adapted layer, for each of PROJECTIONS,
     B [out, rank] row by row. A comes from `seed` alone, so it is never stored with a library;
-    averages of adapters are exact in ΔW, because ΔW = scale · B A is linear in B.
+    averages of adapters are exact in ΔW, because ΔW = scale · B A is linear in B. An adapter that
+    has learnt on its own may move A, too: its vector of `full_size` numbers goes on with what is
+    added to each A [rank, in], in the same order.
     """
 
     shape: BaseShape
@@ -68,23 +71,38 @@ class AdapterLayout:
         return sum(self.b_sizes)
 
     @property
+    def a_sizes(self) -> list[int]:
+        """Numbers per A, in the order of the vector."""
+        per_layer = [self.rank * self.shape.in_features(p) for p in PROJECTIONS]
+        return per_layer * len(self.layers)
+
+    @property
+    def full_size(self) -> int:
+        return self.size + sum(self.a_sizes)
+
+    @property
     def digest(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
-    def frozen_a(self) -> dict[tuple[int, str], Tensor]:
-        """(layer, projection) → float32 [rank, in], uniform as PEFT's own initialisation."""
-        generator = torch.Generator().manual_seed(self.seed)
-        factors: dict[tuple[int, str], Tensor] = {}
-        for layer in self.layers:
-            for projection in PROJECTIONS:
-                n_in = self.shape.in_features(projection)
-                a = torch.rand(self.rank, n_in, generator=generator)
-                factors[layer, projection] = (2 * a - 1) / math.sqrt(n_in)
-        return factors
+    def frozen_a(self) -> Mapping[tuple[int, str], Tensor]:
+        """(layer, projection) → float32 [rank, in], uniform as PEFT's own initialisation.
+
+        Do not write to them.
+        """
+        return _frozen_a(self)
+
+    def a_of(self, vector: Tensor) -> Mapping[tuple[int, str], Tensor]:
+        """(layer, projection) → A [rank, in] of `vector` [size] or [full_size]."""
+        frozen = self.frozen_a()
+        if len(vector) == self.size:
+            return frozen
+        moved = torch.split(vector[self.size :], self.a_sizes)
+        pairs = zip(frozen.items(), moved, strict=True)
+        return {key: a + part.view(a.shape) for (key, a), part in pairs}
 
     def unflatten(self, vector: Tensor) -> dict[tuple[int, str], Tensor]:
-        """(layer, projection) → B [out, rank], views of `vector` [size]."""
-        parts = iter(torch.split(vector, self.b_sizes))
+        """(layer, projection) → B [out, rank], views of `vector` [size] or [full_size]."""
+        parts = iter(torch.split(vector[: self.size], self.b_sizes))
         return {
             (layer, p): next(parts).view(self.shape.out_features(p), self.rank)
             for layer in self.layers
@@ -93,7 +111,7 @@ class AdapterLayout:
 
     def peft(self, vector: Tensor, base: str) -> tuple[dict[str, object], dict[str, Tensor]]:
         """A plain PEFT LoRA: `adapter_config.json` and the tensors of its safetensors file."""
-        a, b = self.frozen_a(), self.unflatten(vector.float())
+        a, b = self.a_of(vector.float()), self.unflatten(vector.float())
         tensors: dict[str, Tensor] = {}
         for (layer, p), factor in b.items():
             stem = f"base_model.model.model.layers.{layer}.self_attn.{p}"
@@ -116,7 +134,7 @@ class AdapterLayout:
 
     def delta_norm(self, vector: Tensor) -> float:
         """‖ΔW‖ over all adapted projections (Frobenius)."""
-        a, total = self.frozen_a(), 0.0
+        a, total = self.a_of(vector.float()), 0.0
         for key, b in self.unflatten(vector.float()).items():
             gram_a, gram_b = a[key] @ a[key].T, b.T @ b
             total += float((gram_a * gram_b).sum())
@@ -131,3 +149,16 @@ class AdapterLayout:
         shape = fields.pop("shape")
         assert isinstance(shape, dict)
         return cls(shape=BaseShape(**shape), **fields)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=4)
+def _frozen_a(layout: AdapterLayout) -> Mapping[tuple[int, str], Tensor]:
+    with torch.inference_mode(False):  # whoever asks first
+        generator = torch.Generator().manual_seed(layout.seed)
+        factors: dict[tuple[int, str], Tensor] = {}
+        for layer in layout.layers:
+            for projection in PROJECTIONS:
+                n_in = layout.shape.in_features(projection)
+                a = torch.rand(layout.rank, n_in, generator=generator)
+                factors[layer, projection] = (2 * a - 1) / math.sqrt(n_in)
+    return factors

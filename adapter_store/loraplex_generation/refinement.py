@@ -3,12 +3,15 @@
 starts ──► the likeliest under all pairs
             │  copies: one for each fold of held-out pairs, and one that sees every pair
             ▼
-        the span of the library (tens of coefficients), then all of B; every few steps each fold's
-        copy is scored on the pairs it has not seen ──► the best step so far
+        the span of the library (tens of coefficients), then all of B and A; every few steps each
+        fold's copy is scored on the pairs it has not seen ──► the best step so far
             ▼
-        better than the start by that score? the copy that saw all, at that step : the start
+        not better than the start by that score?  the start
+        no longer better from look to look?       the copy that saw all, at the best step
+        else                                      that copy goes on alone to the end
 
-The copies train side by side in one forward, so a look costs one more forward, not one more run.
+The copies train side by side in one forward: a look costs one more forward, not one more run, and
+once the judges have said yes, all the time that is left goes to the copy that is kept.
 """
 
 from __future__ import annotations
@@ -22,12 +25,15 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from .frozen_base import FrozenBase, LoraFA
+from .known_rows import KnownRows
 from .layout import AdapterLayout
 from .library import Subspace
-from .packing import Row, pack
+from .packing import Row
+from .row_adam import RowAdam
 from .scoring import TaskScore, mean_nll_per_group, score_groups
 
 __all__ = ["HeldOut", "Progress", "Refinement", "RefinementProgress", "RefinementRecipe", "refine"]
@@ -42,13 +48,15 @@ class RefinementRecipe:
 
     span_steps: int = 4
     span_lr: float = 0.3
-    steps: int = 20  # of B, after the span
+    steps: int = 72  # of B and A, after the span
     lr: float = 3e-3
+    a_rate: float = 0.3  # of A, as a part of `lr`; 0: A stays as it is in the library
     warmup: int = 4
+    judged_steps: int = 28  # of the span's and these, beside the copies that judge
     look_every: int = 4
     patience: int = 2  # looks without a better one
     least_gain: float = 0.05  # of the held-out NLL, below which the start is kept
-    tokens: int = 224  # of rows for a copy in a step; more are drawn anew each step
+    tokens: int = 112  # of rows for a copy in a step, in turn
     judge_tokens: int = 1024  # of rows that a score is taken on: bounds time and memory
     seed: int = 0
 
@@ -77,10 +85,10 @@ class HeldOut(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Refinement:
-    vector: Tensor  # float32 [layout.size]
+    vector: Tensor  # float32 [layout.size], or [layout.full_size] where A has moved
     start: str  # which start was taken
     before: HeldOut  # of the start
-    after: HeldOut  # of what is returned; as ``before`` where nothing was gained
+    after: HeldOut  # of the judges at their best; as ``before`` where nothing was gained
     steps: int  # 0: the start is kept
     seconds: float
 
@@ -104,34 +112,40 @@ def refine(
     """``rows``: two or more pairs; ``starts`` [layout.size] each. Deterministic but for time.
 
     ``deadline``, of ``time.monotonic``: a step that would not be done and judged by then is not
-    begun. ``report`` is called before the first and after each step; what it raises ends the work.
-    ``head``: tokens that every chat begins with.
+    begun, and the rate falls as time runs out. ``report`` is called before the first and after each
+    step; what it raises ends the work. ``head``: tokens that every chat begins with.
     """
     began = time.monotonic()
     n_steps = recipe.span_steps + recipe.steps
     report(RefinementProgress("choosing a start", 0, n_steps, None))
     task = _Task(base, layout, head, rows, recipe)
     name, start = task.best_start(starts)
-    pace = _Pace(deadline)
+    pace = _Pace(began, deadline)
     with pace.look():
         best = _Best(task.held_out(start.expand(len(task.folds), -1)), start)
     report(RefinementProgress("training", 0, n_steps, best.score.nll))
-    training = _trained(task, span, start, recipe)
-    step, looked_at = 0, 0
-    copies = start.expand(len(task.folds) + 1, -1)
-    while step < n_steps and best.looks_since <= recipe.patience and pace.allows_a_step():
-        with pace.step():
-            copies = next(training)
-        step += 1
-        if step == n_steps or step % recipe.look_every == 0:
+    copies = _Copies(task, span, start, recipe, pace)
+    looked_at = 0
+    while copies.step < min(recipe.judged_steps, n_steps) and pace.allows_a_step():
+        copies.advance()
+        if copies.step % recipe.look_every == 0 or copies.step == n_steps:
             with pace.look():
-                best.offer(task.held_out(copies[:-1]), copies[-1], step)
-            looked_at = step
-        report(RefinementProgress("training", step, n_steps, best.score.nll))
-    if looked_at < step:
-        best.offer(task.held_out(copies[:-1]), copies[-1], step)
+                best.offer(task.held_out(copies.judges), copies.kept, copies.step)
+            looked_at = copies.step
+        report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
+        if best.looks_since > recipe.patience:
+            break
+    if looked_at < copies.step:
+        best.offer(task.held_out(copies.judges), copies.kept, copies.step)
     if best.score.nll > (1 - recipe.least_gain) * best.first.nll or best.lost_answers:
         best.reset(start)
+    elif best.looks_since <= recipe.patience:
+        copies.dismiss_judges()
+        pace.end_looks()
+        while copies.step < n_steps and pace.allows_a_step():
+            copies.advance()
+            best.keep(copies.kept, copies.step)
+            report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
     seconds = time.monotonic() - began
     return Refinement(best.vector, name, best.first, best.score, best.step, seconds)
 
@@ -139,9 +153,14 @@ def refine(
 class _Pace:
     """Whether there is time for a step and a look at what it gave, by the longest so far."""
 
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
+    def __init__(self, began: float, deadline: float) -> None:
+        self._began, self._deadline = began, deadline
         self._step_s = self._look_s = 0.0
+
+    @property
+    def spent(self) -> float:
+        """Share of the time that there is."""
+        return (time.monotonic() - self._began) / max(self._deadline - self._began, 1e-9)
 
     def allows_a_step(self) -> bool:
         return time.monotonic() + _MARGIN * (self._step_s + 2 * self._look_s) < self._deadline
@@ -158,6 +177,9 @@ class _Pace:
         yield
         self._look_s = max(self._look_s, time.monotonic() - began)
 
+    def end_looks(self) -> None:
+        self._look_s = 0.0
+
 
 class _Task:
     """The pairs, who sees which of them, and the scores."""
@@ -172,38 +194,62 @@ class _Task:
     ) -> None:
         if len(rows) < 2:
             raise ValueError("at least two pairs are needed: one to learn from, one to judge by")
-        self._base, self._layout, self._head = base, layout, head
-        self._n_tokens = recipe.tokens
+        self._base, self._layout = base, layout
+        self._known = KnownRows(base, layout.first_layer, head)
+        self.n_of_a = layout.full_size - layout.size
         self.folds = _folds(len(rows))
-        seen = [[r for i, r in enumerate(rows) if i not in fold] for fold in self.folds]
-        self._seen = [*seen, list(rows)]  # the last copy sees all
         rng = random.Random(recipe.seed)
-        n_judged = recipe.judge_tokens
+        seen = [[r for i, r in enumerate(rows) if i not in fold] for fold in self.folds]
+        self._turns = [_Turns(part, recipe.tokens, rng) for part in (*seen, rows)]  # last: sees all
         hidden = [[rows[i] for i in sorted(fold)] for fold in self.folds]
-        self._hidden = pack(head, [_fitting(part, n_judged, rng) for part in hidden])
-        self._judged = _fitting(rows, n_judged, rng)
+        self._hidden = [_fitting(part, recipe.judge_tokens, rng) for part in hidden]
+        self._judged = _fitting(rows, recipe.judge_tokens, rng)
 
     def best_start(self, starts: Mapping[str, Tensor]) -> tuple[str, Tensor]:
         """By the likelihood of the pairs: none has been trained on yet."""
-        batch = pack(self._head, [self._judged] * len(starts))
-        adapters = LoraFA(self._layout, torch.stack(list(starts.values())), self._base.dtype)
-        scores = score_groups(self._base, batch, adapters)
+        scores = self._scores([self._judged] * len(starts), torch.stack(list(starts.values())))
         nll = dict(zip(starts, (score.nll for score in scores), strict=True))
         name = min(nll, key=nll.__getitem__)
         return name, starts[name]
 
-    def loss(self, copies: Tensor, rng: random.Random) -> Tensor:
-        """Sum over the copies of the mean NLL of the pairs each sees. ``copies`` [n, size]."""
-        batch = pack(self._head, [_fitting(rows, self._n_tokens, rng) for rows in self._seen])
-        scores = self._base.score(batch, LoraFA(self._layout, copies, self._base.dtype))
-        return mean_nll_per_group(scores.nll, batch).sum()
+    def loss(self, copies: Tensor, first: int) -> Tensor:
+        """Sum over the copies from the `first` on of the mean NLL of the pairs each sees now."""
+        batch, below = self._known.batch([turns.next() for turns in self._turns[first:]])
+        adapters = LoraFA(self._layout, copies[first:], self._base.dtype)
+        return mean_nll_per_group(self._base.score(batch, adapters, below).nll, batch).sum()
 
     def held_out(self, copies: Tensor) -> HeldOut:
         """``copies`` [n_folds, size], each on its own fold."""
-        adapters = LoraFA(self._layout, copies, self._base.dtype)
-        scores: list[TaskScore] = score_groups(self._base, self._hidden, adapters)
+        scores = self._scores(self._hidden, copies)
         right = [hit for score in scores for hit in score.right]
         return HeldOut(sum(score.nll for score in scores) / len(scores), sum(right), len(right))
+
+    def _scores(self, groups: Sequence[Sequence[Row]], copies: Tensor) -> list[TaskScore]:
+        batch, below = self._known.batch(groups)
+        adapters = LoraFA(self._layout, copies, self._base.dtype)
+        return score_groups(self._base, batch, adapters, below)
+
+
+class _Turns:
+    """Pairs for one step after another, each once before any comes twice."""
+
+    def __init__(self, rows: Sequence[Row], n_tokens: int, rng: random.Random) -> None:
+        self._rows, self._n_tokens, self._rng = rows, n_tokens, rng
+        self._waiting: list[Row] = []
+
+    def next(self) -> list[Row]:
+        """As many as fit, at least one, none twice."""
+        chosen: list[Row] = []
+        left = self._n_tokens
+        while len(chosen) < len(self._rows):
+            if not self._waiting:
+                again = [row for row in self._rows if row not in chosen]
+                self._waiting = self._rng.sample(again, len(again))
+            if chosen and len(self._waiting[-1].tokens) > left:
+                break
+            chosen.append(self._waiting.pop())
+            left -= len(chosen[-1].tokens)
+        return chosen
 
 
 class _Best:
@@ -219,45 +265,83 @@ class _Best:
         if score.nll < self.score.nll:
             self.score, self.vector, self.step, self.looks_since = score, vector, step, 0
 
+    def keep(self, vector: Tensor, step: int) -> None:
+        """What nobody judges any more."""
+        self.vector, self.step = vector, step
+
     @property
     def lost_answers(self) -> bool:
         return self.score.exact < self.first.exact
 
 
-def _trained(
-    task: _Task, span: Subspace, start: Tensor, recipe: RefinementRecipe
-) -> Iterator[Tensor]:
-    """The copies [n_folds + 1, size] after each step, as new tensors."""
-    rng = random.Random(recipe.seed)
-    n = len(task.folds) + 1
-    t = torch.zeros(n, span.size, requires_grad=True)
-    copies = start.expand(n, -1)
-    for _ in _descent(
-        t,
-        lambda: task.loss(start + t @ span.directions, rng),
-        recipe.span_lr,
-        recipe.span_steps,
-        recipe.warmup,
-    ):
-        copies = start + t.detach() @ span.directions
-        yield copies
-    b = copies.clone().requires_grad_()
-    for _ in _descent(b, lambda: task.loss(b, rng), recipe.lr, recipe.steps, recipe.warmup):
-        yield b.detach().clone()
+class _Copies:
+    """Adapters that train side by side, one for each fold and one that sees every pair."""
+
+    def __init__(
+        self, task: _Task, span: Subspace, start: Tensor, recipe: RefinementRecipe, pace: _Pace
+    ) -> None:
+        self._task, self._span = task, span
+        self._recipe, self._pace = recipe, pace
+        n = len(task.folds) + 1
+        self._first = 0  # of those that still train
+        self._in_span = RowAdam(torch.zeros(n, span.size))
+        self._adam: RowAdam | None = None  # of B and A
+        self._from = start.expand(n, -1)  # [n, size or full_size], where it began
+        self._units = torch.ones(start.shape)  # of its numbers
+        self.step = 0
+
+    @property
+    def judges(self) -> Tensor:
+        """[n_folds, size or full_size]."""
+        return self._vectors()[:-1]
+
+    @property
+    def kept(self) -> Tensor:
+        """[size or full_size], of the copy that sees every pair; a tensor of its own."""
+        return self._vectors()[-1].clone()
+
+    def dismiss_judges(self) -> None:
+        self._first = len(self._task.folds)
+
+    def advance(self) -> None:
+        """One step, of the span's coefficients first, then of B and A."""
+        recipe = self._recipe
+        with self._pace.step():
+            if self.step < recipe.span_steps:
+                rate = recipe.span_lr * _falling(self.step / recipe.span_steps)
+                self._descend(self._in_span, rate * min(1.0, (self.step + 1) / recipe.warmup))
+            else:
+                self._adam = self._adam or self._leave_span()
+                at = self.step - recipe.span_steps
+                rate = recipe.lr * _falling(max(at / recipe.steps, self._pace.spent))
+                self._descend(self._adam, rate * min(1.0, (at + 1) / recipe.warmup))
+        self.step += 1
+
+    def _descend(self, adam: RowAdam, rate: float) -> None:
+        rows = adam.rows.clone().requires_grad_()
+        torch.autograd.backward(self._task.loss(self._moved(rows), self._first))
+        assert rows.grad is not None
+        adam.step(rows.grad, torch.arange(self._first, len(rows)), lr=rate)
+
+    def _leave_span(self) -> RowAdam:
+        n_moved = self._task.n_of_a if self._recipe.a_rate else 0
+        self._from = F.pad(self._vectors(), (0, n_moved))
+        self._units = F.pad(self._units, (0, n_moved), value=self._recipe.a_rate)
+        return RowAdam(torch.zeros_like(self._from))
+
+    def _vectors(self) -> Tensor:
+        return self._moved((self._adam or self._in_span).rows)
+
+    def _moved(self, rows: Tensor) -> Tensor:
+        """``rows`` [n, span.size] before the span is left, [n, size or full_size] after."""
+        if self._adam is None:
+            return self._from + rows @ self._span.directions
+        return self._from + rows * self._units
 
 
-def _descent(
-    parameter: Tensor, loss: Callable[[], Tensor], lr: float, n_steps: int, warmup: int
-) -> Iterator[None]:
-    """Adam with warm-up and a cosine down to a tenth; yields after each step."""
-    optimiser = torch.optim.Adam([parameter], betas=(0.9, 0.98))
-    for step in range(1, n_steps + 1):
-        falling = 0.55 + 0.45 * math.cos(math.pi * (step - 1) / n_steps)
-        optimiser.param_groups[0]["lr"] = lr * falling * min(1.0, step / warmup)
-        optimiser.zero_grad()
-        torch.autograd.backward(loss())
-        optimiser.step()
-        yield
+def _falling(share: float) -> float:
+    """A cosine down to a tenth."""
+    return 0.55 + 0.45 * math.cos(math.pi * min(share, 1.0))
 
 
 def _folds(n: int) -> list[frozenset[int]]:

@@ -71,10 +71,13 @@ class TeacherForced:
 
 @torch.inference_mode()
 def score_groups(
-    base: FrozenBase, batch: PackedBatch, adapters: Adapters | None = None
+    base: FrozenBase,
+    batch: PackedBatch,
+    adapters: Adapters | None = None,
+    below: Tensor | None = None,
 ) -> list[TaskScore]:
-    """One score per group of the batch."""
-    nll, hit = base.score(batch, adapters)
+    """One score per group of the batch; `below` as `FrozenBase.score` takes it."""
+    nll, hit = base.score(batch, adapters, below)
     n = len(batch.tokens)
     owner = batch.adapter[batch.row]
     total = torch.zeros(n).index_add_(0, owner, nll)

@@ -49,7 +49,7 @@ class GeneratedAdapter:
     tensors: dict[str, Tensor]
     card: dict[str, object]
     layout: AdapterLayout
-    vector: Tensor  # float32 [layout.size]: what the tensors were written from
+    vector: Tensor  # float32 [layout.size or .full_size]: what the tensors were written from
 
 
 class Generator:
@@ -144,7 +144,7 @@ class Generator:
         return self.dressed(draft.vector, card)
 
     def dressed(self, vector: Tensor, card: dict[str, object]) -> GeneratedAdapter:
-        """``vector`` [layout.size] as a plain PEFT LoRA."""
+        """``vector`` [layout.size or layout.full_size] as a plain PEFT LoRA."""
         layout = self._bundle.layout
         config, tensors = layout.peft(vector, self._base_name)
         return GeneratedAdapter(config, tensors, card, layout, vector)

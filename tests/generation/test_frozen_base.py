@@ -164,8 +164,9 @@ def test_rows_do_not_see_each_other(base: FrozenBase) -> None:
 def test_what_the_layers_below_make_of_a_row_is_the_same_in_every_batch(base: FrozenBase) -> None:
     codec, layout = tiny_codec(), _layout(base)
     rows = [codec.row(e) for e in Task.parse("email/tag").examples("train", 5)]
-    known = KnownRows(base, layout.first_layer, codec.head, rows)
+    known = KnownRows(base, layout.first_layer, codec.head)
     vectors = 0.3 * torch.randn(2, layout.size, generator=torch.Generator().manual_seed(3))
+    known.batch([rows[:2]])
     batch, below = known.batch([rows[3:], [rows[1], rows[4], rows[0]]])
     adapters = LoraFA(layout, vectors, torch.float32)
     torch.testing.assert_close(

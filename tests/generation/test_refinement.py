@@ -133,7 +133,7 @@ def test_no_score_takes_more_tokens_than_the_recipe_allows(
 
 
 def test_the_likelier_start_is_taken(world: World) -> None:
-    learnt = world.refine(RULE[:6]).vector
+    learnt = world.refine(RULE[:6], recipe=replace(RECIPE, a_rate=0.0)).vector
     made = refine(
         world.base,
         world.layout,

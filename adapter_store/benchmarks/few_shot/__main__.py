@@ -35,7 +35,9 @@ app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
 _Out = Annotated[Path, typer.Option(help="File of cells, JSON lines.")]
 _Arms = Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(ARMS)}. Default: all.")]
-_Ks = Annotated[list[int] | None, typer.Option(help="Numbers of examples, in order. Default: 16 0 4 8 2 32.")]
+_Ks = Annotated[
+    list[int] | None, typer.Option(help="Numbers of examples, in order. Default: 16 0 4 8 2 32.")
+]
 _Draws = Annotated[int, typer.Option(help="Draws of examples.", min=1)]
 _Rows = Annotated[int, typer.Option(help="Rows that a task is scored on.", min=1, max=100)]
 _Budget = Annotated[float, typer.Option(help="Seconds to learn in; 0: each arm's own recipe.")]
@@ -153,9 +155,7 @@ def run_test(
         recipe=choice.recipe,
     )
     ledger = TestLedger(LEDGER, HERE.parents[2])
-    _or_exit(
-        lambda: ledger.begin(choice, out=out, rows=rows, budget_s=budget_s, again=again)
-    )
+    _or_exit(lambda: ledger.begin(choice, out=out, rows=rows, budget_s=budget_s, again=again))
     _measure(cells, kept, held, minutes, base, library, zoo)
 
 

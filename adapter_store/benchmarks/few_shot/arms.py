@@ -46,7 +46,7 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """`vector` [layout.size], None for the base; `instruction` goes before every prompt."""
+    """`vector` [layout.size or .full_size], None: the base; `instruction` precedes every prompt."""
 
     vector: Tensor | None = None
     instruction: str = ""

@@ -15,13 +15,14 @@ Recipe = Mapping[str, float]
 
 GRID: tuple[Recipe, ...] = (  # what differs from the default recipe
     {},
-    {"lr": 6e-3},
     {"lr": 1.5e-3},
-    {"steps": 12},
+    {"a_rate": 0.0},
+    {"a_rate": 0.0, "steps": 20, "judged_steps": 24, "tokens": 224},  # the first one there was
+    {"lr": 6e-3},
     {"steps": 36},
+    {"steps": 144},
     {"span_steps": 0},
-    {"span_steps": 8},
-    {"look_every": 2},
+    {"tokens": 224},
     {"patience": 4},
 )
 _GUESSES_S = {  # learning with k = 8, one thread, the default base: where nothing was measured yet

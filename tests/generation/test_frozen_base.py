@@ -48,8 +48,9 @@ def _nll_by_transformers(model: LlamaForCausalLM, head: tuple[int, ...], row: Ro
     return -log[length - n - 1 : length - 1].gather(1, ids[0, length - n :, None])[:, 0]
 
 
+@pytest.mark.parametrize("moves_a", [False, True], ids=["A is shared", "A is its own"])
 def test_packed_adapters_score_as_peft_scores_each_alone(
-    base: FrozenBase, directory: Path, tmp_path: Path
+    base: FrozenBase, directory: Path, tmp_path: Path, moves_a: bool
 ) -> None:
     codec, layout = tiny_codec(), _layout(base)
     names = ("list-reverse/json", "past/plain", "card.it/caps")
@@ -57,7 +58,8 @@ def test_packed_adapters_score_as_peft_scores_each_alone(
         [codec.row(e) for e in Task.parse(n).examples("train", k)]
         for n, k in zip(names, (3, 1, 4), strict=True)
     ]
-    vectors = 0.3 * torch.randn(3, layout.size, generator=torch.Generator().manual_seed(1))
+    size = layout.full_size if moves_a else layout.size
+    vectors = 0.3 * torch.randn(3, size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = base.score(pack(codec.head, groups), LoraFA(layout, vectors, torch.float32)).nll
     theirs = []
@@ -174,6 +176,19 @@ def test_what_the_layers_below_make_of_a_row_is_the_same_in_every_batch(base: Fr
     )
 
 
+def test_the_gradient_of_what_an_adapter_adds_is_its_difference(base: FrozenBase) -> None:
+    layout = AdapterLayout(base.shape, first_layer=2, rank=2, alpha=4.0, seed=4)
+    torch.manual_seed(5)
+    x = torch.randn(2, 3, base.shape.hidden_size, dtype=torch.float64, requires_grad=True)
+    vectors = torch.randn(2, layout.full_size, dtype=torch.float64, requires_grad=True)
+
+    def added(x: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        adapters = LoraFA(layout, vectors, torch.float64)
+        return torch.cat([adapters.qkv(x, 2), adapters.o(x, 2)], -1)
+
+    assert torch.autograd.gradcheck(added, (x, vectors), fast_mode=True)
+
+
 def test_the_gradient_reaches_every_adapted_b_and_only_its_own_adapter(base: FrozenBase) -> None:
     codec, layout = tiny_codec(), _layout(base)
     rows = [codec.row(e) for e in Task.parse("past/tag").examples("train", 2)]
@@ -186,10 +201,14 @@ def test_the_gradient_reaches_every_adapted_b_and_only_its_own_adapter(base: Fro
     assert not vectors.grad[1].any()
 
 
-def test_the_norm_of_a_generated_update_is_that_of_its_dense_form(base: FrozenBase) -> None:
+@pytest.mark.parametrize("moves_a", [False, True], ids=["A is shared", "A is its own"])
+def test_the_norm_of_a_generated_update_is_that_of_its_dense_form(
+    base: FrozenBase, moves_a: bool
+) -> None:
     layout = _layout(base)
-    vector = torch.randn(layout.size, generator=torch.Generator().manual_seed(2))
-    a = layout.frozen_a()
+    size = layout.full_size if moves_a else layout.size
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(2))
+    a = layout.a_of(vector)
     dense = sum(
         float((layout.scale * b @ a[key]).square().sum())
         for key, b in layout.unflatten(vector).items()

@@ -146,6 +146,37 @@ def test_the_likelier_start_is_taken(world: World) -> None:
     assert made.start == "learnt"
 
 
+def test_judges_that_agree_leave_the_rest_of_the_steps_to_the_copy_that_saw_all(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_copies: list[int] = []
+    score = FrozenBase.score
+
+    def measured(self: FrozenBase, batch: PackedBatch, *rest: Any) -> Any:
+        if torch.is_grad_enabled():
+            n_copies.append(len(batch.tokens))
+        return score(self, batch, *rest)
+
+    monkeypatch.setattr(FrozenBase, "score", measured)
+    made = world.refine(RULE[:6], recipe=replace(RECIPE, judged_steps=8, patience=9))
+    assert made.steps == 28
+    assert n_copies == [3] * 8 + [1] * 20
+    assert len(made.vector) == world.layout.full_size
+
+
+def test_judges_that_disagree_end_the_work(world: World) -> None:
+    torch.manual_seed(5)
+    letters = [chr(97 + int(i)) * 3 for i in torch.randperm(10)]
+    seen: list[RefinementProgress] = []
+    made = world.refine(
+        list(zip(WORDS, letters, strict=True)),
+        recipe=replace(RECIPE, look_every=2, patience=1, least_gain=0.5),
+        report=seen.append,
+    )
+    assert not made.gained
+    assert seen[-1].step < 28
+
+
 def test_eight_pairs_and_more_keep_a_quarter_to_judge_by(world: World) -> None:
     assert world.refine(RULE, deadline=time.monotonic()).before.n == 3
 

@@ -4,11 +4,11 @@ starts ──► the likeliest under all pairs
             │  copies: one for each fold of held-out pairs, and one that sees every pair
             ▼
         the span of the library (tens of coefficients), then all of B and A; every few steps each
-        fold's copy is scored on the pairs it has not seen ──► the best step so far
+        fold's copy is scored on the pairs it has not seen
             ▼
-        not better than the start by that score?  the start
-        no longer better from look to look?       the copy that saw all, at the best step
-        else                                      that copy goes on alone to the end
+        better than the start at the last look?  the copy that saw all goes on alone to the end
+        only at an earlier one?                  that copy, as it was at the best
+        never?                                   the start
 
 The copies train side by side in one forward: a look costs one more forward, not one more run, and
 once the judges have said yes, all the time that is left goes to the copy that is kept.
@@ -52,9 +52,8 @@ class RefinementRecipe:
     lr: float = 3e-3
     a_rate: float = 0.3  # of A, as a part of `lr`; 0: A stays as it is in the library
     warmup: int = 4
-    judged_steps: int = 28  # of the span's and these, beside the copies that judge
+    judged_steps: int = 20  # of the span's and these, beside the copies that judge
     look_every: int = 4
-    patience: int = 2  # looks without a better one
     least_gain: float = 0.05  # of the held-out NLL, below which the start is kept
     tokens: int = 112  # of rows for a copy in a step, in turn
     judge_tokens: int = 1024  # of rows that a score is taken on: bounds time and memory
@@ -122,7 +121,8 @@ def refine(
     name, start = task.best_start(starts)
     pace = _Pace(began, deadline)
     with pace.look():
-        best = _Best(task.held_out(start.expand(len(task.folds), -1)), start)
+        first = task.held_out(start.expand(len(task.folds), -1))
+    best = _Best(first, start, recipe.least_gain)
     report(RefinementProgress("training", 0, n_steps, best.score.nll))
     copies = _Copies(task, span, start, recipe, pace)
     looked_at = 0
@@ -133,19 +133,15 @@ def refine(
                 best.offer(task.held_out(copies.judges), copies.kept, copies.step)
             looked_at = copies.step
         report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
-        if best.looks_since > recipe.patience:
-            break
     if looked_at < copies.step:
         best.offer(task.held_out(copies.judges), copies.kept, copies.step)
-    if best.score.nll > (1 - recipe.least_gain) * best.first.nll or best.lost_answers:
-        best.reset(start)
-    elif best.looks_since <= recipe.patience:
+    if best.gained_at_last:
         copies.dismiss_judges()
         pace.end_looks()
         while copies.step < n_steps and pace.allows_a_step():
             copies.advance()
-            best.keep(copies.kept, copies.step)
             report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
+        best.vector, best.step = copies.kept, copies.step
     seconds = time.monotonic() - began
     return Refinement(best.vector, name, best.first, best.score, best.step, seconds)
 
@@ -253,25 +249,17 @@ class _Turns:
 
 
 class _Best:
-    def __init__(self, first: HeldOut, start: Tensor) -> None:
-        self.first = first
-        self.reset(start)
+    """Of the looks that gained; the start, where none did."""
 
-    def reset(self, start: Tensor) -> None:
-        self.score, self.vector, self.step, self.looks_since = self.first, start, 0, 0
+    def __init__(self, first: HeldOut, start: Tensor, least_gain: float) -> None:
+        self.first, self.score, self.vector, self.step = first, first, start, 0
+        self.gained_at_last = False
+        self._enough = (1 - least_gain) * first.nll
 
     def offer(self, score: HeldOut, vector: Tensor, step: int) -> None:
-        self.looks_since += 1
-        if score.nll < self.score.nll:
-            self.score, self.vector, self.step, self.looks_since = score, vector, step, 0
-
-    def keep(self, vector: Tensor, step: int) -> None:
-        """What nobody judges any more."""
-        self.vector, self.step = vector, step
-
-    @property
-    def lost_answers(self) -> bool:
-        return self.score.exact < self.first.exact
+        self.gained_at_last = score.nll <= self._enough and score.exact >= self.first.exact
+        if self.gained_at_last and score.nll < self.score.nll:
+            self.score, self.vector, self.step = score, vector, step
 
 
 class _Copies:

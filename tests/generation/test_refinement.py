@@ -158,7 +158,7 @@ def test_judges_that_agree_leave_the_rest_of_the_steps_to_the_copy_that_saw_all(
         return score(self, batch, *rest)
 
     monkeypatch.setattr(FrozenBase, "score", measured)
-    made = world.refine(RULE[:6], recipe=replace(RECIPE, judged_steps=8, patience=9))
+    made = world.refine(RULE[:6], recipe=replace(RECIPE, judged_steps=8))
     assert made.steps == 28
     assert n_copies == [3] * 8 + [1] * 20
     assert len(made.vector) == world.layout.full_size
@@ -170,11 +170,11 @@ def test_judges_that_disagree_end_the_work(world: World) -> None:
     seen: list[RefinementProgress] = []
     made = world.refine(
         list(zip(WORDS, letters, strict=True)),
-        recipe=replace(RECIPE, look_every=2, patience=1, least_gain=0.5),
+        recipe=replace(RECIPE, judged_steps=8, least_gain=0.5),
         report=seen.append,
     )
     assert not made.gained
-    assert seen[-1].step < 28
+    assert seen[-1].step == 8
 
 
 def test_eight_pairs_and_more_keep_a_quarter_to_judge_by(world: World) -> None:

@@ -17,13 +17,13 @@ GRID: tuple[Recipe, ...] = (  # what differs from the default recipe
     {},
     {"lr": 1.5e-3},
     {"a_rate": 0.0},
-    {"a_rate": 0.0, "steps": 20, "judged_steps": 24, "tokens": 224},  # the first one there was
+    {"a_rate": 0.0, "steps": 20, "judged_steps": 24, "tokens": 224},  # near the first one
     {"lr": 6e-3},
     {"steps": 36},
     {"steps": 144},
     {"span_steps": 0},
     {"tokens": 224},
-    {"patience": 4},
+    {"judged_steps": 40},
 )
 _GUESSES_S = {  # learning with k = 8, one thread, the default base: where nothing was measured yet
     "zero": 45.0,

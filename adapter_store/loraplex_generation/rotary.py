@@ -48,7 +48,8 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return _turned(grads[0], *ctx.saved_tensors, ctx.n, -1), None, None, None
+        cos, sin = ctx.saved_tensors
+        return _turned(grads[0], cos, sin, ctx.n, -1), None, None, None
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor, n: int, way: int) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -265,5 +264,5 @@ class LoraFA:
         return x @ self._a_o[layer] @ self._b[layer, "o_proj"]
 
 
-def _transposed(parts: Sequence[Tensor], scale: float, dtype: torch.dtype) -> Tensor:
+def _transposed(parts: list[Tensor], scale: float, dtype: torch.dtype) -> Tensor:
     return (torch.cat(parts, -2) * scale).to(dtype).transpose(-1, -2)

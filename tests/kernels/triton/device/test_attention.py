@@ -132,7 +132,7 @@ def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "N_GROUPS", 2)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     requests=st.lists(
         st.tuples(st.integers(0, 20), st.integers(0, 150)), min_size=1, max_size=4
@@ -143,6 +143,9 @@ def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     window=st.sampled_from([None, 1, 20]),
     softcap=st.sampled_from([None, 3.0]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    few_rows=st.sampled_from([0, 256]),  # 0: as large steps, where only some requests are divided
+    few_queries=st.sampled_from([0, 3, 8]),
+    batch_invariant=st.booleans(),
 )
 def test_decode_and_prefill_rows_equal_the_reference(
     device: torch.device,
@@ -153,6 +156,9 @@ def test_decode_and_prefill_rows_equal_the_reference(
     window: int | None,
     softcap: float | None,
     dtype: torch.dtype,
+    few_rows: int,
+    few_queries: int,
+    batch_invariant: bool,
 ) -> None:
     step = _step(
         device,
@@ -164,7 +170,11 @@ def test_decode_and_prefill_rows_equal_the_reference(
         head_dim=head_dim,
         page_size=page_size,
     )
-    out = _attend(step, window=window, softcap=softcap)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "_FEW_ROWS", few_rows)
+        patch.setattr(attention, "_FEW_QUERIES", few_queries)
+        patch.setattr(attention, "_widest_tile", lambda _: 64)
+        out = _attend(step, window=window, softcap=softcap, batch_invariant=batch_invariant)
     _assert_close(out, step, window=window, softcap=softcap)
 
 

@@ -159,10 +159,7 @@ class Additions:
                 self._cards.set_servable(content.digest)
                 self._packed.keep(prepared)
                 if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
-                    self._tier.lease(
-                        content.digest, content.host_bytes, lambda: prepared, tenant=tenant
-                    )
-                    self._tier.release(content.digest)
+                    self._tier.keep(prepared, content.host_bytes, tenant=tenant)
                 if self._local is not None:
                     self._local.make_room()
             finally:

@@ -42,6 +42,7 @@ class AdapterCard:
     expires: float | None = None  # seconds since the epoch; None: it stays
     unservable: str | None = None  # why this server's engine cannot apply it; None: it can
     task: HeadTask | None = None  # what it labels; None: it generates text
+    last_load_s: float | None = None  # from disk to host, the last time; None: not yet
     replaced: str | None = None  # after a put: the digest the name had before it; None: it is new
 
     def to_json(self) -> dict[str, JsonValue]:

@@ -118,6 +118,7 @@ class Cards:
             etag=record.etag,
             expires=record.expires,
             replaced=replaced,
+            last_load_s=self._tier.last_load_s(record.digest),
             unservable=self._unservable.get(record.digest),
             task=content.task,
         )

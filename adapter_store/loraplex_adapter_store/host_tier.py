@@ -15,6 +15,8 @@ from .plan import AdapterPlan
 
 __all__ = ["HostTier", "HostTierStats"]
 
+_MAX_TOLD = 10_000  # digests whose last load is remembered
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -45,6 +47,7 @@ class _Counters:
     evictions: int = 0
     load_seconds: float = 0.0
     parked: dict[str, float] = field(default_factory=dict)  # digest → heat when it was evicted
+    last_load_s: dict[str, float] = field(default_factory=dict)  # digest → oldest load first
 
 
 class HostTier:
@@ -74,10 +77,20 @@ class HostTier:
         if is_mine:
             self._fly(digest, entry, load)
         try:
-            return entry.future.result()
+            plan = entry.future.result()
+            if is_mine:
+                self._note_load(digest, entry.resident.load_cost)
+            return plan
         except BaseException:
             self._leave(digest, entry)
             raise
+
+    def keep(self, plan: AdapterPlan, n_bytes: int, *, tenant: str = "") -> None:
+        """Takes in a plan that was made just now, and counts no lease. Raises HostTierFull."""
+        entry, is_mine = self._join(plan.digest, n_bytes, tenant)
+        if is_mine:
+            self._fly(plan.digest, entry, lambda: plan)
+        self.release(plan.digest)
 
     def lease_resident(self, digest: str) -> AdapterPlan | None:
         """Counts a lease on a plan that is here already; None, and no lease, if it is not."""
@@ -126,6 +139,7 @@ class HostTier:
         """Forgets an unleased plan; returns its bytes, 0 if it is absent or leased."""
         with self._changed:
             self._counters.parked.pop(digest, None)
+            self._counters.last_load_s.pop(digest, None)
             entry = self._entries.get(digest)
             if entry is None or entry.n_leases > 0:
                 return 0
@@ -147,6 +161,11 @@ class HostTier:
         with self._changed:
             entry = self._entries.get(digest)
             return entry.n_bytes if entry is not None and entry.future.done() else 0
+
+    def last_load_s(self, digest: str) -> float | None:
+        """Seconds of its last load, wherever it is now; None: it was never loaded here."""
+        with self._changed:
+            return self._counters.last_load_s.get(digest)
 
     def sizes(self) -> dict[str, int]:
         """Digest → bytes of the plans that are here, those that are still loading left out."""
@@ -225,6 +244,14 @@ class HostTier:
             self._counters.load_seconds += seconds
             self._changed.notify_all()
         entry.future.set_result(plan)
+
+    def _note_load(self, digest: str, seconds: float) -> None:
+        with self._changed:
+            told = self._counters.last_load_s
+            told.pop(digest, None)
+            told[digest] = seconds
+            if len(told) > _MAX_TOLD:
+                del told[next(iter(told))]
 
     def _victims(self, n_bytes: int, missing: int, tenant: str) -> tuple[str, ...] | None:
         used: Counter[str] = Counter()

@@ -85,6 +85,7 @@ class Schedule:
     batch_tokens: int = 1024  # padded tokens of one step
     validate_every: int = 50  # steps
     patience: int | None = None  # validations without improvement before an early stop
+    max_seconds: float | None = None  # of training; then the best weights so far are the result
     checkpoint_every_s: float = 30.0
     seed: int = 0
 
@@ -94,6 +95,8 @@ class Schedule:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.lr <= 0:
             raise ValueError(f"lr is {self.lr}; it must be positive")
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise ValueError(f"max_seconds is {self.max_seconds}; it must be positive")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}; it must be at least 1")
 

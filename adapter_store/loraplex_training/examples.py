@@ -13,7 +13,7 @@ from .errors import ExamplesError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Chat", "Example", "Message", "Tool", "read_jsonl", "tokenise"]
+__all__ = ["Chat", "Example", "Message", "Tool", "chat_of", "read_jsonl", "tokenise"]
 
 _ROLES = ("system", "user", "assistant", "tool")
 
@@ -59,10 +59,32 @@ def read_jsonl(path: Path) -> list[Chat]:
         raise ExamplesError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ExamplesError(f"{path} is not UTF-8: {error}") from error
-    chats = [_chat(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
+    chats = [_read(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
     if not chats:
         raise ExamplesError(f"{path} holds no examples")
     return chats
+
+
+def chat_of(record: object, where: str) -> Chat:
+    """A line of the data, parsed. Raises ExamplesError, which says ``where``."""
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(record, dict) or not isinstance(messages, list) or not messages:
+        raise ExamplesError(f'{where} has no "messages" list')
+    for message in messages:
+        if (
+            not isinstance(message, dict)
+            or message.get("role") not in _ROLES
+            or not isinstance(message.get("content"), str)
+        ):
+            raise ExamplesError(
+                f'{where}: a message is {{"role": one of {"|".join(_ROLES)}, "content": text}}'
+            )
+    if all(message["role"] != "assistant" for message in messages):
+        raise ExamplesError(f"{where} has no assistant message, so nothing to learn")
+    tools = record.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ExamplesError(f'{where}: "tools" is a list of {{"type": "function", "function": …}}')
+    return Chat([Message(role=m["role"], content=m["content"]) for m in messages], tools)
 
 
 def tokenise(
@@ -120,26 +142,9 @@ def _render(
     return text, spans
 
 
-def _chat(line: str, where: str) -> Chat:
+def _read(line: str, where: str) -> Chat:
     try:
         record = json.loads(line)
     except ValueError as error:
         raise ExamplesError(f"{where} is not JSON: {error}") from error
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise ExamplesError(f'{where} has no "messages" list')
-    for message in messages:
-        if (
-            not isinstance(message, dict)
-            or message.get("role") not in _ROLES
-            or not isinstance(message.get("content"), str)
-        ):
-            raise ExamplesError(
-                f'{where}: a message is {{"role": one of {"|".join(_ROLES)}, "content": text}}'
-            )
-    if all(message["role"] != "assistant" for message in messages):
-        raise ExamplesError(f"{where} has no assistant message, so nothing to learn")
-    tools = record.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise ExamplesError(f'{where}: "tools" is a list of {{"type": "function", "function": …}}')
-    return Chat([Message(role=m["role"], content=m["content"]) for m in messages], tools)
+    return chat_of(record, where)

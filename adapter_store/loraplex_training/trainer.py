@@ -42,6 +42,7 @@ class StepReport(NamedTuple):
     steps: int  # steps in all
     train_loss: float | None
     validation_loss: float | None  # the last one, None before the first
+    base_validation_loss: float | None  # before the first step
     tokens_per_s: float
     resumed: bool
 
@@ -159,11 +160,11 @@ class _Run:
         before_s, before_tokens = progress.seconds, progress.n_tokens
         if self._data.validation and progress.step == 0:
             self._validate()  # a fresh adapter is the identity: this is the base
-        while progress.step < schedule.steps and not self._stalled():
+        while progress.step < schedule.steps and not self._stalled() and not self._is_late():
             self._step([self._data.train[i] for i in next(groups)])
             now = time.monotonic()
             progress.seconds = before_s + now - started
-            last = progress.step == schedule.steps
+            last = progress.step == schedule.steps or self._is_late()
             if self._data.validation and (progress.step % schedule.validate_every == 0 or last):
                 self._validate()
             if now - saved > schedule.checkpoint_every_s:
@@ -176,6 +177,7 @@ class _Run:
                     schedule.steps,
                     progress.train_loss,
                     self._validation_loss,
+                    progress.base_loss,
                     rate,
                     self._resumed,
                 )
@@ -232,7 +234,9 @@ class _Run:
         self._optimizer.zero_grad()
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise TrainingError(f"the loss is {value} at step {progress.step}; lower --lr")
+            raise TrainingError(
+                f"the loss is {value} at step {progress.step}; lower the learning rate"
+            )
         old = progress.train_loss
         progress.train_loss = value if old is None else _SMOOTHING * old + (1 - _SMOOTHING) * value
         progress.step += 1
@@ -272,10 +276,14 @@ class _Run:
         patience = self._config.schedule.patience
         return patience is not None and self._progress.n_worse >= patience
 
+    def _is_late(self) -> bool:
+        most = self._config.schedule.max_seconds
+        return most is not None and self._progress.seconds >= most
+
     def _card(self) -> dict[str, object]:
         """What a person wants to know about the adapter later."""
         config, progress = self._config, self._progress
-        shape, schedule = config.shape.settings(), asdict(config.schedule)
+        shape, schedule = config.shape.settings(), _settings(config.schedule)
         before = "base_validation_loss" if config.start is None else "start_validation_loss"
         return {
             "name": config.name or config.out.name,
@@ -333,7 +341,8 @@ def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
 
 def _fingerprint(config: TrainingConfig, data: _Data) -> str:
     """Of everything that the course of a run depends on."""
-    schedule = {k: v for k, v in asdict(config.schedule).items() if k != "checkpoint_every_s"}
+    schedule = _settings(config.schedule)
+    del schedule["checkpoint_every_s"]
     settings = {
         "format": _FORMAT,
         "chat_template": config.chat_template,
@@ -346,6 +355,11 @@ def _fingerprint(config: TrainingConfig, data: _Data) -> str:
     if config.start is not None:
         settings["start"] = _digest_of(config.start)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def _settings(schedule: Schedule) -> dict[str, object]:
+    """JSON-ready; the limit of time only where there is one."""
+    return {k: v for k, v in asdict(schedule).items() if k != "max_seconds" or v is not None}
 
 
 def _tensors_of(adapter: Path) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.learning import Learning
 from loraplex_server.adapters.registration import register_adapters
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
+from loraplex_server.adapters.training import Training
 from loraplex_server.adapters.watched_folders import WatchedFolders
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.app import build_app
@@ -126,6 +127,19 @@ def build_front(
             store, generated, jobs, trainer, pools.changes, max_budget_s=max_budget_s
         )
         closing.callback(learning.close)
+    training: Training | None = None
+    if config.learning.allow_training:
+        training = Training(
+            store,
+            jobs,
+            pools.changes,
+            base=base.path,
+            base_name=base.name,
+            n_threads=config.learning.threads,
+            max_budget_s=config.learning.max_budget_s,
+            max_rank=config.engine.max_lora_rank,
+        )
+        closing.callback(training.close)
     descriptions = DescriptionResolver(store, encoder, generated, learning)
     closing.callback(descriptions.close)
     app = build_app(
@@ -139,6 +153,7 @@ def build_front(
         resolver=descriptions,
         generated=generated,
         learning=learning,
+        training=training,
         pools=pools,
         jobs=jobs,
         collectors=[

@@ -289,6 +289,19 @@ class LearningConfig(Options):
         name="max_learning_time",
     )
 
+    allow_training: bool = option(
+        False,
+        "Clients may train adapters on chats of theirs (POST /v1/adapters/train): on "
+        "--learning-threads cores, in a process that has a copy of the base.",
+        Panel.ADAPTERS,
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.allow_training and self.threads == 0:
+            raise ValueError("allow-training needs learning-threads of at least 1, which is 0")
+        return self
+
 
 class ServerConfig(Options):
     model: str | None = option(

@@ -88,7 +88,7 @@ def test_auto_is_explained(page: Page, server: ServerProcess) -> None:
     told = page.get_by_test_id("routing")
     expect(told).to_contain_text("auto chose pirate")
     expect(told).to_contain_text("margin")
-    expect(told.locator("meter")).to_have_count(2)
+    expect(told.get_by_role("meter")).to_have_count(2)
 
 
 def test_an_adapter_is_uploaded_pinned_shown_and_deleted(page: Page, server: ServerProcess) -> None:
@@ -111,6 +111,28 @@ def test_an_adapter_is_uploaded_pinned_shown_and_deleted(page: Page, server: Ser
     page.get_by_role("button", name="Delete …").click()
     page.get_by_role("button", name="Yes, delete it").click()
     expect(row).to_have_count(0)
+
+
+def test_the_table_tells_what_an_adapter_has_done_and_sorts_by_it(
+    page: Page, server: ServerProcess
+) -> None:
+    for _ in range(2):
+        answer_of(server, "emoji")
+    told = httpx.get(f"{server.url}/v1/adapters/emoji", timeout=60).json()
+    page.goto(f"{server.url}/#/adapters")
+    row = page.locator("tr", has=page.get_by_role("button", name="emoji", exact=True))
+    cells = row.locator("td")
+    expect(cells.nth(3)).to_have_text("device")
+    expect(cells.nth(6)).to_have_text(str(told["usage"]["requests"]))
+    expect(cells.nth(8)).to_have_text(re.compile(r"[\d.]+ m?s"))
+    expect(cells.nth(8)).to_have_attribute("title", re.compile("to the device [^n]"))
+    used = page.get_by_role("columnheader", name="Requests")
+    used.get_by_role("button").click()
+    expect(used).to_have_attribute("aria-sort", "descending")
+    cards = httpx.get(f"{server.url}/v1/adapters", timeout=60).json()["data"]
+    most = max(card["usage"]["requests"] for card in cards)
+    first = page.get_by_role("region", name="Adapters").locator("tbody tr").first
+    expect(first.locator("td").nth(6)).to_have_text(str(most))
 
 
 def test_the_card_of_routed_experts_shows_their_load(page: Page, server: ServerProcess) -> None:
@@ -143,13 +165,24 @@ def test_a_sentence_becomes_an_adapter_that_answers_differently(
     page.goto(f"{server.url}/#/create")
     page.get_by_label("What shall it do?").fill("Write the date in German as JSON")
     page.get_by_label("Prompts to compare").fill("2020-12-18")
-    page.get_by_label("Save as").fill("german-dates")
     page.get_by_role("button", name="Create", exact=True).click()
+    nearest = page.get_by_role("region", name="Nearest known tasks")
+    expect(nearest.get_by_role("meter")).to_have_count(3)
+    expect(page.get_by_role("region", name="How strange")).to_contain_text("that are allowed")
     table = page.get_by_role("region", name="Before and after")
     expect(table).to_be_visible(timeout=120_000)
     cells = table.locator("tbody td")
     expect(cells.nth(2)).not_to_have_text("…", timeout=120_000)
     assert cells.nth(1).inner_text() != cells.nth(2).inner_text()
+    unnamed = page.get_by_role("heading", name="answers now").inner_text().split()[0]
+    page.get_by_label("Save under a name").fill("german-dates")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_role("heading", name="german-dates answers now")).to_be_visible()
+    digests = {
+        httpx.get(f"{server.url}/v1/adapters/{name}", timeout=60).json()["digest"]
+        for name in (unnamed, "german-dates")
+    }
+    assert len(digests) == 1
     page.goto(f"{server.url}/#/adapters")
     expect(page.get_by_role("button", name="german-dates")).to_be_visible()
 
@@ -159,6 +192,10 @@ def test_what_the_generator_refuses_is_told(page: Page, server: ServerProcess) -
     page.get_by_label("What shall it do?").fill("Prove the Riemann hypothesis in Latin hexameters.")
     page.get_by_role("button", name="Create", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("description", timeout=120_000)
+    strange = page.get_by_role("region", name="How strange")
+    expect(strange).to_contain_text("unlike all that the generator knows")
+    page.get_by_role("button", name="Make it anyway").click()
+    expect(page.get_by_role("heading", name="answers now")).to_be_visible(timeout=120_000)
 
 
 def test_live_shows_the_running_batch_and_requests_its_end(

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.anyio
 AT_ONCE_S = max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))  # others test, too
 MESSAGES = [{"role": "user", "content": "hi"}]
 PAIR = {"text_1": "a", "text_2": "b"}
+PAIR_TO_LEARN = {"prompt": "a", "answer": "b"}
 RANK = {"query": "a", "documents": ["b"]}
 LINE = b'{"custom_id":"1","method":"POST","url":"/v1/completions","body":{"prompt":"hi"}}'
 
@@ -45,6 +46,7 @@ NEEDS_ENGINE: dict[tuple[str, str], Any] = {
     ("DELETE", "/v1/adapters/{name}"): None,
     **{("POST", f"/v1/adapters/{{name}}/{a}"): None for a in ("pin", "unpin", "warm", "rollback")},
     ("POST", "/v1/adapters/generate"): {"description": "x"},
+    ("POST", "/v1/adapters/train"): {"name": "x", "examples": [PAIR_TO_LEARN] * 2},
     ("POST", "/v1/load_lora_adapter"): {"lora_name": "x", "lora_path": "canary"},
     ("POST", "/v1/unload_lora_adapter"): {"lora_name": "lora"},
     ("POST", "/v1/batches"): {"input_file_id": "{file_id}", "endpoint": "/v1/completions",

@@ -52,6 +52,7 @@ class Job:
     card: AdapterCard | None = None
     error: ApiError | None = None
     learning: dict[str, object] | None = None  # how far one that learns from examples is
+    training: dict[str, object] | None = None  # how far one that trains on chats is
     cancel: Callable[[], None] | None = None  # None: it runs to its end
     param: str = "source"  # the field that errors of the store name
     task: asyncio.Task[None] | None = None
@@ -92,6 +93,7 @@ class Job:
             "progress": round(self.progress, 4),
             "digest": self.card.digest if self.card else None,
             "learning": self.learning,
+            "training": self.training,
             "error": error,
         }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Self
 
 from fastapi import Request
 from pydantic import JsonValue
@@ -12,15 +13,32 @@ from pydantic import JsonValue
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_server.adapters.adapter_defaults import DefaultsRefused, read_defaults
 from loraplex_server.api_keys import AdapterAccess
+from loraplex_server.metrics.adapter_activity import AdapterActivities
 
 from .errors import invalid
 from .orjson_response import ORJSONResponse
 from .state import AppState
 
-__all__ = ["Report", "card_response", "checked_defaults", "conditions", "shown_card"]
+__all__ = ["Report", "Seen", "card_response", "checked_defaults", "conditions", "shown_card"]
 
 _ETAG = re.compile(r"[0-9a-f]{64}(\.[1-9][0-9]{0,9})?")
 Report = Literal["none", "summary", "full"]  # how much of the load report is shown
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the engine and the requests tell of adapters at a moment."""
+
+    resident: frozenset[str]  # digests on the device
+    device_load_s: Mapping[str, float]  # of their loads to there
+    activities: AdapterActivities  # by name
+
+    @classmethod
+    def of(cls, state: AppState) -> Self:
+        """Event loop only."""
+        stats = state.engine.stats()
+        resident = frozenset(stats.resident_adapters)
+        return cls(resident, stats.resident_load_s, state.metrics.activities)
 
 
 def card_response(
@@ -32,15 +50,14 @@ def card_response(
     status: int = 200,
 ) -> ORJSONResponse:
     """The ``ETag`` is the digest, with the number of edits behind it once the card was edited."""
-    resident = set(state.engine.stats().resident_adapters)
-    shown = shown_card(access, card, resident, report)
+    shown = shown_card(access, card, Seen.of(state), report)
     return ORJSONResponse(shown, status=status, headers={"etag": f'"{card.etag}"'})
 
 
 def shown_card(
-    access: AdapterAccess, card: AdapterCard, resident: set[str], report: Report
+    access: AdapterAccess, card: AdapterCard, seen: Seen, report: Report
 ) -> dict[str, object]:
-    """``resident``: digests on the device. Paths of the server are left out.
+    """Paths of the server are left out.
 
     So is, for a tenant, what tells of others' use of an adapter that the operator shares.
     """
@@ -49,12 +66,16 @@ def shown_card(
     del shown["report"]
     if report != "none" and card.report is not None:
         shown["report"] = card.report.to_json() if report == "full" else card.report.summary()
-    tier = "device" if card.digest in resident else "host" if card.n_bytes.host else "disk"
+    tier = "device" if card.digest in seen.resident else "host" if card.n_bytes.host else "disk"
     provenance = {key: value for key, value in card.provenance.items() if key != "path"}
     if not access.owns(card.name):
         shown |= {"n_leases": None, "n_bytes": {"disk": card.n_bytes.disk, "host": None}}
+        shown |= {"usage": None, "last_load_ms": None}
         return {**shown, "tier": None, "provenance": provenance}
-    return {**shown, "tier": tier, "provenance": provenance}
+    on_device_s = seen.device_load_s.get(card.digest) if tier == "device" else None
+    loads = {"host": _ms(card.last_load_s), "device": _ms(on_device_s)}
+    usage = seen.activities.of(card.name)
+    return {**shown, "tier": tier, "provenance": provenance, "usage": usage, "last_load_ms": loads}
 
 
 def checked_defaults(given: Mapping[str, JsonValue], param: str = "") -> dict[str, JsonValue]:
@@ -77,3 +98,7 @@ def conditions(request: Request) -> tuple[str | None, bool]:
         if _ETAG.fullmatch(if_match) is None:
             raise invalid("If-Match must be the adapter's ETag, a full digest", "If-Match")
     return if_match, if_none is None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 2)

@@ -27,6 +27,7 @@ from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.learning import Learning
 from loraplex_server.adapters.resolver import AdapterResolver, SelectorResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
+from loraplex_server.adapters.training import Training
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.batches.batch_store import BatchLimits, BatchStore
 from loraplex_server.api.batches.runner import BatchRunner
@@ -57,6 +58,7 @@ from loraplex_server.api.routes import (
     revisions,
     routing,
     tokens,
+    train_adapter,
     vectors,
 )
 from loraplex_server.api.routes import jobs as job_routes
@@ -110,6 +112,7 @@ def build_app(
     resolver: SelectorResolver | None = None,
     generated: GeneratedAdapters | None = None,
     learning: Learning | None = None,
+    training: Training | None = None,
     pools: WorkerPools | None = None,
     jobs: Jobs | None = None,
     collectors: Sequence[Collector] = (),
@@ -125,7 +128,7 @@ def build_app(
 ) -> FastAPI:
     """``device``: the engine, where it lets adapters be pinned, warmed and unloaded.
     ``resolver`` answers ``auto`` and descriptions; ``generated`` serves /v1/adapters/generate,
-    ``learning`` its requests with examples, in ``jobs``;
+    ``learning`` its requests with examples, ``training`` /v1/adapters/train, in ``jobs``;
     ``collectors`` add to /metrics; ``semantic`` explains itself at /v1/route, ``experts`` tells of
     the load of routed adapters; ``encoder`` is a model of its own for vectors; ``pooling`` is how
     the base's embeddings are made, by default the normalised mean; ``tracing`` gets a span of each
@@ -187,6 +190,7 @@ def build_app(
         unloads=DeviceUnloads(device),
         generated=generated,
         learning=learning,
+        training=training,
         semantic=semantic,
         experts=experts,
         faults=faults,
@@ -208,6 +212,7 @@ def build_app(
         vectors,
         models,
         generate_adapter,
+        train_adapter,
         routing,
         revisions,
         job_routes,

@@ -24,6 +24,7 @@ from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.learning import Learning
 from loraplex_server.adapters.resolver import AdapterResolver
 from loraplex_server.adapters.semantic_router import SemanticRouter
+from loraplex_server.adapters.training import Training
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api.batches.runner import BatchRunner
 from loraplex_server.api.request_info import RequestInfo, info_of
@@ -74,6 +75,7 @@ class AppState:
     unloads: DeviceUnloads
     generated: GeneratedAdapters | None  # None: no adapters from a sentence
     learning: Learning | None  # None: none that learn from examples
+    training: Training | None  # None: none that are trained on chats
     semantic: SemanticRouter | None  # None: no ``auto``
     experts: ExpertMonitor | None
     faults: Faults

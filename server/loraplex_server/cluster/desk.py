@@ -27,7 +27,10 @@ from loraplex_server.settings import HttpConfig
 
 __all__ = ["PassedOn", "answered_by", "to_desk"]
 
-_KEPT = ("/v1/files", "/v1/batches", "/v1/jobs", "/v1/responses", "/v1/adapters/generate")
+_KEPT = (
+    *("/v1/files", "/v1/batches", "/v1/jobs", "/v1/responses"),
+    *("/v1/adapters/generate", "/v1/adapters/train"),
+)
 _FIELDS = ("http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
 
 

@@ -47,5 +47,6 @@ def summed(engines: Sequence[EngineStats]) -> EngineStats:
         running_adapters=running,
         waiting_adapters=waiting,
         resident_adapters=tuple({d: None for e in engines for d in e.resident_adapters}),
+        resident_load_s={d: s for e in engines for d, s in e.resident_load_s.items()},
         step_age_s=max(engine.step_age_s for engine in engines),
     )

@@ -100,6 +100,8 @@ class DevicePool:
         self.n_loads = 0
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
+        # digest → seconds of the load, of those that are here; replaced whole: others read it
+        self.resident_load_s: dict[str, float] = {}
         self.packer = AdapterPacker(groups, self.pool, capabilities, layout)
         self.slot_tables = (
             SlotTables(self.pool, capabilities.routable, self.packer.scalable)
@@ -391,7 +393,11 @@ class DevicePool:
         resident.experts = experts
         resident.is_published = True
         self.n_loads += 1
-        self.load_seconds += time.monotonic() - resident.started_at
+        seconds = time.monotonic() - resident.started_at
+        self.load_seconds += seconds
+        here = self.resident_load_s.items()
+        kept = {digest: was for digest, was in here if digest in self._residents}
+        self.resident_load_s = {**kept, resident.digest: seconds}
 
 
 def _load_failed(digest: str) -> AdapterLoadFailed:

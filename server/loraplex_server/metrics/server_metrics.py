@@ -7,6 +7,7 @@ from time import perf_counter
 
 from prometheus_client import CollectorRegistry
 
+from .adapter_activity import AdapterActivities, AdapterActivity
 from .adapter_usage import AdapterCounters, AdapterUsage
 from .call_log import CallLog, CallRecord
 from .histograms import CallHistograms
@@ -30,6 +31,7 @@ class ServerMetrics:
         self.http: Counter[tuple[str, str, int]] = Counter()  # handler, method, status
         self.http_seconds: dict[str, tuple[int, float]] = {}  # handler → answers, seconds
         self.usage = AdapterUsage(n_adapters_shown)
+        self.activities = AdapterActivities()
         self.calls = CallLog()
 
     def call(
@@ -59,7 +61,7 @@ class CallMetrics:
 
     __slots__ = (
         *("_adapter", "_load_s", "_max_tokens", "_n", "_n_prompt", "_server", "_started"),
-        *("_first_at", "_queue_s", "_record"),
+        *("_activity", "_first_at", "_queue_s", "_record"),
     )
 
     def __init__(
@@ -75,6 +77,7 @@ class CallMetrics:
         self._server = server
         self._record = record
         self._adapter: AdapterCounters | str = adapter  # counters once admitted
+        self._activity: AdapterActivity | None = None  # once admitted
         self._load_s = load_s
         self._n = n
         self._max_tokens = max_tokens
@@ -87,6 +90,8 @@ class CallMetrics:
         """The engine took every choice. Call once, before any of the methods below."""
         server = self._server
         assert isinstance(self._adapter, str)
+        activity = self._activity = server.activities.used(self._adapter)
+        activity.n_requests += 1
         counters = self._adapter = server.usage.counters(self._adapter)
         server.histograms.params_n.observe(self._n)
         server.histograms.params_max_tokens.observe(self._max_tokens)
@@ -99,6 +104,8 @@ class CallMetrics:
     def tokens(self, n_tokens: int, now: float, *, previous: float | None) -> None:
         server, adapter = self._server, self._adapter
         assert isinstance(adapter, AdapterCounters)
+        assert self._activity is not None
+        self._activity.add_tokens(n_tokens, now)
         server.n_output_tokens += n_tokens
         adapter.n_output_tokens += n_tokens
         self._record.n_output += n_tokens

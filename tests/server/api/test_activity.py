@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope
 from loraplex_server.engine.client import EngineStats
 from loraplex_server.engine.errors import EngineDead
+from loraplex_server.metrics.adapter_activity import AdapterActivity
 from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 from tests.support.asgi_call import AsgiCall
+from tests.support.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
 SECRETS = {"a": "secret-of-a", "b": "secret-of-b", "operator": "secret-of-operator"}
@@ -154,6 +157,50 @@ async def test_live_tells_of_memory_rates_and_moves(lora: Front) -> None:
     live._looked_at = float("-inf")
     third = (await lora.client.get("/v1/live")).json()
     assert [move["kind"] for move in third["moves"]] == ["loaded", "evicted"]
+
+
+async def test_the_list_of_adapters_tells_what_each_has_done(lora: Front) -> None:
+    digest = lora.store.get("pirate").digest
+    lora.store._tier.drop(digest)  # the next call has to load it
+    for _ in range(2):
+        await lora.chat(adapter="pirate", max_tokens=4)
+    lora.engine.current = EngineStats(
+        resident_adapters=(digest,), resident_load_s={digest: 0.25, "of another": 1.0}
+    )
+    cards = (await lora.client.get("/v1/adapters")).json()["data"]
+    poet, pirate = sorted(cards, key=lambda card: card["usage"]["requests"])
+    assert pirate["name"] == "pirate"
+    assert pirate["usage"] == {"requests": 2, "output_tokens": 8, "tokens_per_s": 0.8}
+    assert pirate["tier"] == "device"
+    assert pirate["last_load_ms"]["device"] == 250.0
+    assert 0 < pirate["last_load_ms"]["host"] < 60_000
+    assert poet["usage"] == {"requests": 0, "output_tokens": 0, "tokens_per_s": 0.0}
+    assert poet["last_load_ms"] == {"host": None, "device": None}
+
+
+async def test_the_use_of_a_shared_adapter_is_for_its_owner_alone(
+    shared: Front, base_spec: BaseSpec
+) -> None:
+    shared.store.put_directory("pirate", write_lora(shared.root / "pirate", base_spec, seed=0))
+    body = {"messages": [{"role": "user", "content": "x"}], "adapter": "pirate", "max_tokens": 2}
+    await shared.client.post("/v1/chat/completions", json=body, headers=of("a"))
+    told = {}
+    for who in ("b", "operator"):
+        (card,) = (await shared.client.get("/v1/adapters", headers=of(who))).json()["data"]
+        told[who] = (card["usage"], card["last_load_ms"])
+    assert told["b"] == (None, None)
+    assert told["operator"][0]["requests"] == 1
+
+
+def test_tokens_a_second_are_of_the_last_ten_seconds() -> None:
+    activity = AdapterActivity()
+    now = perf_counter()
+    activity.add_tokens(50, now - 30)
+    activity.add_tokens(10, now - 5)
+    activity.add_tokens(10, now)
+    told = activity.to_json()
+    assert told["output_tokens"] == 70
+    assert told["tokens_per_s"] == 2.0
 
 
 async def test_live_is_followed_until_the_client_leaves(front: Front) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +18,11 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.jobs import Jobs
+from loraplex_server.adapters.training import Training
+from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.api_keys import EVERY_ADAPTER, parse_keys
+from loraplex_server.faults import Faults
 from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
@@ -114,7 +119,27 @@ def open_house(
             resolver = DescriptionResolver(store, WordEncoder(), generated)
             closing.callback(generated.close)
             closing.callback(resolver.close)
-            return {"generated": generated, "resolver": resolver, "semantic": resolver.router}
+            pools = WorkerPools()
+            jobs = Jobs(pools.jobs, Faults())
+            training = Training(
+                store,
+                jobs,
+                pools.changes,
+                base=folder,
+                base_name="tiny",
+                n_threads=1,
+                max_budget_s=1.0,
+                command=(sys.executable, "-c", ""),  # fails at once
+            )
+            closing.callback(training.close)
+            return {
+                "generated": generated,
+                "resolver": resolver,
+                "semantic": resolver.router,
+                "training": training,
+                "jobs": jobs,
+                "pools": pools,
+            }
 
         front = make_front(tokenizer, spec, folder, http, with_store=parts, **options)
         closing.callback(front.store.close)

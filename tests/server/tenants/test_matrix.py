@@ -58,6 +58,7 @@ def _actions(name: str, own: int = 200, shared: int = 200) -> list[Row]:
 
 PUT_SOURCE = {"source": "source-1"}
 NAMED = {"description": "to French", "name": "{}", "probe": False}
+TRAINED = {"name": "{}", "examples": [{"prompt": "a", "answer": "b"}] * 2}
 LOAD = {"lora_name": "{}", "lora_path": "source-1"}
 PAIR = {"text_1": "a", "text_2": "b"}
 RANK = {"query": "a", "documents": ["b"]}
@@ -97,6 +98,7 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("GET", "/v1/adapters/{name}/revisions"): _actions("revisions"),
     ("GET", "/v1/adapters/{name}/routing"): _actions("routing", shared=403),
     ("POST", "/v1/adapters/generate"): [Row("/v1/adapters/generate", NAMED, 412, 403, 201)],
+    ("POST", "/v1/adapters/train"): [Row("/v1/adapters/train", TRAINED, 412, 403, 202)],
     ("POST", "/v1/load_lora_adapter"): [Row("/v1/load_lora_adapter", LOAD, 400, 403, 200)],
     ("POST", "/v1/unload_lora_adapter"): [
         Row("/v1/unload_lora_adapter", {"lora_name": "{}"}, 200, 403)

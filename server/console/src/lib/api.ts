@@ -7,6 +7,7 @@ export type Adapter = Schemas["Adapter"];
 export type Call = Schemas["Call"];
 export type Job = Schemas["JobShown"];
 export type Live = Schemas["Live"];
+export type Version = Schemas["Version"];
 export type RequestList = Schemas["RequestList"];
 export type Revision = Schemas["RevisionList"]["data"][number];
 
@@ -16,6 +17,7 @@ export class ServerError extends Error {
     readonly status: number,
     message: string,
     readonly code: string,
+    readonly details: Record<string, unknown> = {}, // further fields of the error, which explain it
   ) {
     super(message);
   }
@@ -44,7 +46,7 @@ async function failure(answer: Response): Promise<ServerError> {
   const text = await answer.text();
   try {
     const { error } = JSON.parse(text) as { error: { message: string; code: string } };
-    return new ServerError(answer.status, error.message, error.code);
+    return new ServerError(answer.status, error.message, error.code, error);
   } catch {
     return new ServerError(answer.status, text || answer.statusText, String(answer.status));
   }

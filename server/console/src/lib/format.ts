@@ -22,6 +22,11 @@ export function rate(n: number): string {
   return n < 10 ? n.toFixed(1) : String(Math.round(n));
 }
 
+/** 12,345 */
+export function count(n: number): string {
+  return n.toLocaleString("en");
+}
+
 export function clock(epoch: number): string {
   return new Date(epoch * 1000).toLocaleTimeString();
 }

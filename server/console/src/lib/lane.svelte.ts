@@ -33,7 +33,10 @@ export const DEFAULTS: Settings = {
   logprobs: false,
 };
 
-type Token = { token: string; logprob: number };
+const N_LIKELY = 3; // tokens that are told beside the chosen one
+
+type Likely = { token: string; logprob: number };
+export type Token = Likely & { top_logprobs?: Likely[] };
 type Candidate = { name: string; score: number };
 type Routing = { candidates?: Candidate[]; threshold?: number; margin?: number };
 type Chunk = {
@@ -60,7 +63,7 @@ export function body(who: Who, model: string, settings: Settings): Record<string
     max_tokens: settings.maxTokens,
     ...(settings.topP < 1 ? { top_p: settings.topP } : {}),
     ...(settings.seed ? { seed: Number(settings.seed) } : {}),
-    ...(settings.logprobs ? { logprobs: true } : {}),
+    ...(settings.logprobs ? { logprobs: true, top_logprobs: N_LIKELY } : {}),
     ...(settings.schema
       ? { response_format: { type: "json_schema", json_schema: { name: "answer", schema: parsed(settings.schema, "JSON schema") } } }
       : {}),
@@ -102,6 +105,11 @@ export class Lane {
   answered = $state<string | null>(null); // the adapter that answered
   routing = $state<Routing | null>(null);
   #abort: AbortController | null = null;
+
+  get title(): string {
+    if (this.who.kind === "adapter") return this.who.name;
+    return this.who.kind === "base" ? "the base" : this.who.kind;
+  }
 
   constructor(who: Who) {
     this.who = who;

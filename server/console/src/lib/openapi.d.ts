@@ -235,6 +235,27 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/adapters/train": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /**
+         * Train Adapter
+         * @description Only with ``--allow-training``. The adapter is there when the job has ended; see its
+         *     ``location``, and ``/events`` below it for the losses as they come.
+         */
+        post: operations["train_adapter_v1_adapters_train_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/adapters/{name}": {
         parameters: {
             query?: never;
@@ -925,6 +946,7 @@ export interface components {
             expires?: number | null;
             /** Family */
             family: string;
+            last_load_ms: components["schemas"]["LoadMs"] | null;
             n_bytes: components["schemas"]["TierBytes"];
             /** N Leases */
             n_leases: number | null;
@@ -953,6 +975,7 @@ export interface components {
             task: ("SEQ_CLS" | "TOKEN_CLS") | null;
             /** Tier */
             tier: ("device" | "host" | "disk") | null;
+            usage: components["schemas"]["AdapterUsage"] | null;
         } & {
             [key: string]: unknown;
         };
@@ -996,6 +1019,18 @@ export interface components {
             registered: number;
             /** Slots */
             slots: number;
+        };
+        /**
+         * AdapterUsage
+         * @description Since the start of the process that answers. A mixture counts for none of its parts.
+         */
+        AdapterUsage: {
+            /** Output Tokens */
+            output_tokens: number;
+            /** Requests */
+            requests: number;
+            /** Tokens Per S */
+            tokens_per_s: number;
         };
         /**
          * AnsweredBy
@@ -1769,6 +1804,20 @@ export interface components {
         } & {
             [key: string]: unknown;
         };
+        /**
+         * Features
+         * @description What this server was started with; the console shows what there is.
+         */
+        Features: {
+            /** Generate */
+            generate: boolean;
+            /** Learn */
+            learn: boolean;
+            /** Route */
+            route: boolean;
+            /** Train */
+            train: boolean;
+        };
         /** File */
         File: {
             /** Bytes */
@@ -1953,6 +2002,27 @@ export interface components {
              * @enum {string}
              */
             status: "running" | "succeeded" | "failed" | "cancelled";
+            training: components["schemas"]["JobTraining"] | null;
+        };
+        /**
+         * JobTraining
+         * @description How far a job is that trains on chats. Losses are in nats a token of the assistant's.
+         */
+        JobTraining: {
+            /** Base Validation Loss */
+            base_validation_loss: number | null;
+            /** Loss */
+            loss: number | null;
+            /** N Examples */
+            n_examples: number;
+            /** N Steps */
+            n_steps: number;
+            /** Step */
+            step: number;
+            /** Tokens Per S */
+            tokens_per_s: number | null;
+            /** Validation Loss */
+            validation_loss: number | null;
         };
         /** JsonFormat */
         JsonFormat: {
@@ -2005,6 +2075,16 @@ export interface components {
             lora_path: string;
         } & {
             [key: string]: unknown;
+        };
+        /**
+         * LoadMs
+         * @description How long the last load took, in milliseconds.
+         */
+        LoadMs: {
+            /** Device */
+            device: number | null;
+            /** Host */
+            host: number | null;
         };
         /** Message */
         Message: {
@@ -2941,6 +3021,72 @@ export interface components {
         } & {
             [key: string]: unknown;
         };
+        /**
+         * TrainAdapterBody
+         * @description LoRA on every linear layer; a tenth of the examples is held out to tell what was learnt.
+         */
+        TrainAdapterBody: {
+            /** Alpha */
+            alpha?: number | null;
+            /** Budget S */
+            budget_s?: number | null;
+            /** Description */
+            description?: string | null;
+            /** Examples */
+            examples: (components["schemas"]["TrainingChat"] | components["schemas"]["ExamplePair"])[];
+            /**
+             * Lr
+             * @default 0.001
+             */
+            lr: number;
+            /** Name */
+            name: string;
+            /**
+             * Rank
+             * @default 8
+             */
+            rank: number;
+            /**
+             * Replace
+             * @default false
+             */
+            replace: boolean;
+            /**
+             * Seed
+             * @default 0
+             */
+            seed: number;
+            /**
+             * Steps
+             * @default 200
+             */
+            steps: number;
+        };
+        /**
+         * TrainingChat
+         * @description A line of the data of `loraplex train`. What the assistant says is learnt.
+         */
+        TrainingChat: {
+            /** Messages */
+            messages: components["schemas"]["TrainingMessage"][];
+            /**
+             * Tools
+             * @default []
+             */
+            tools: {
+                [key: string]: components["schemas"]["JsonValue"];
+            }[];
+        };
+        /** TrainingMessage */
+        TrainingMessage: {
+            /** Content */
+            content: string;
+            /**
+             * Role
+             * @enum {string}
+             */
+            role: "system" | "user" | "assistant" | "tool";
+        };
         /** UnloadLoraBody */
         UnloadLoraBody: {
             /** Lora Int Id */
@@ -2978,6 +3124,7 @@ export interface components {
         };
         /** Version */
         Version: {
+            features: components["schemas"]["Features"];
             /** Version */
             version: string;
         };
@@ -4024,6 +4171,111 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description too many requests or tokens; see Retry-After */
+            429: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the server cannot answer now; see Retry-After */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    train_adapter_v1_adapters_train_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["TrainAdapterBody"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            202: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["JobShown"];
+                };
+            };
+            /** @description a value is wrong; the message names it */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no valid API key */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the API key may not do this */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the adapter was changed meanwhile */
+            412: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description larger than this server accepts */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description another Content-Type is needed */
+            415: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description Validation Error */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["HTTPValidationError"];
                 };
             };
             /** @description too many requests or tokens; see Retry-After */

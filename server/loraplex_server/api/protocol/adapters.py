@@ -25,10 +25,13 @@ __all__ = [
     "JobShown",
     "LoadLoraBody",
     "RevisionList",
+    "TrainAdapterBody",
+    "TrainingChat",
     "UnloadLoraBody",
 ]
 
 _Wording = Annotated[str, Field(max_length=2000)]
+MAX_CHATS = 10_000  # of a training
 _Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
@@ -103,6 +106,39 @@ class GenerateAdapterBody(BaseModel):
     probe: bool = True  # measure the agreement with the base on unrelated prompts
 
 
+class TrainingMessage(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    role: Literal["system", "user", "assistant", "tool"]
+    content: Annotated[str, Field(max_length=100_000)]
+
+
+class TrainingChat(BaseModel):
+    """A line of the data of `loraplex train`. What the assistant says is learnt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    messages: Annotated[Few[TrainingMessage], Field(min_length=1, max_length=256)]
+    tools: Annotated[Few[JsonObject], Field(max_length=128)] = []
+
+
+class TrainAdapterBody(BaseModel):
+    """LoRA on every linear layer; a tenth of the examples is held out to tell what was learnt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    examples: Annotated[Few[TrainingChat | ExamplePair], Field(min_length=2, max_length=MAX_CHATS)]
+    description: _Wording | None = None
+    steps: Annotated[int, Field(ge=1, le=10_000)] = 200
+    budget_s: Annotated[float, Field(gt=0, le=86400)] | None = None  # training stops then
+    rank: Annotated[int, Field(ge=1, le=256)] = 8
+    alpha: Annotated[float, Field(gt=0, le=1024)] | None = None  # null: 2 · rank
+    lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
+    seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
+    replace: bool = False  # true: a name that exists gets a new revision
+
+
 class HostBytes(BaseModel):
     disk: int
     host: int
@@ -111,6 +147,21 @@ class HostBytes(BaseModel):
 class TierBytes(BaseModel):
     disk: int
     host: int | None
+
+
+class AdapterUsage(BaseModel):
+    """Since the start of the process that answers. A mixture counts for none of its parts."""
+
+    requests: int
+    output_tokens: int
+    tokens_per_s: float  # of answers, mean of the last ten seconds
+
+
+class LoadMs(BaseModel):
+    """How long the last load took, in milliseconds."""
+
+    host: float | None  # from disk; null: it was not loaded since the start
+    device: float | None  # from the host; null: it is not there
 
 
 class Adapter(BaseModel):
@@ -135,6 +186,8 @@ class Adapter(BaseModel):
     pinned: bool
     n_leases: int | None
     tier: Literal["device", "host", "disk"] | None
+    usage: AdapterUsage | None
+    last_load_ms: LoadMs | None
     report: dict[str, JsonValue] | None = None  # of the load; absent in lists
     provenance: dict[str, JsonValue]
     defaults: dict[str, JsonValue]  # of requests that do not say it themselves
@@ -191,6 +244,18 @@ class JobLearning(BaseModel):
     gained: bool | None  # null: it has not ended
 
 
+class JobTraining(BaseModel):
+    """How far a job is that trains on chats. Losses are in nats a token of the assistant's."""
+
+    step: int
+    n_steps: int
+    n_examples: int
+    loss: float | None  # of the examples trained on, smoothed; null: no step yet
+    validation_loss: float | None  # of the examples held out, the last time
+    base_validation_loss: float | None  # of the base on the same ones
+    tokens_per_s: float | None
+
+
 class JobShown(BaseModel):
     id: str
     object: Literal["job"]
@@ -201,4 +266,5 @@ class JobShown(BaseModel):
     progress: float
     digest: str | None  # of the adapter that answers under the name
     learning: JobLearning | None
+    training: JobTraining | None
     error: JobError | None

@@ -22,5 +22,15 @@ class Status(BaseModel):
     full_queues: int | None = None  # of tenants; more of their requests get a 429
 
 
+class Features(BaseModel):
+    """What this server was started with; the console shows what there is."""
+
+    generate: bool  # adapters from a sentence
+    learn: bool  # from a sentence and examples
+    train: bool  # POST /v1/adapters/train
+    route: bool  # "auto"
+
+
 class Version(BaseModel):
     version: str
+    features: Features

@@ -19,6 +19,7 @@ from loraplex_server.adapters.uploads import UPLOAD_SCHEMA, receive_upload
 from loraplex_server.adapters.waiting import result_within
 from loraplex_server.api.adapter_card import (
     Report,
+    Seen,
     card_response,
     checked_defaults,
     conditions,
@@ -71,10 +72,10 @@ _EITHER_BODY = {
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=errors())
 async def list_adapters(request: Request, state: State) -> Response:
-    resident = set(state.engine.stats().resident_adapters)
     access = access_of(request)
     cards = access.listed(await in_store_thread(state, state.store.list))
-    data = [shown_card(access, card, resident, "none") for card in cards]
+    seen = Seen.of(state)
+    data = [shown_card(access, card, seen, "none") for card in cards]
     return ORJSONResponse({"object": "list", "data": data})
 
 

@@ -10,7 +10,7 @@ from loraplex_adapter_store.selector import NameRef
 from loraplex_server.adapters.access import access_of, check_allowed, name_to_write
 from loraplex_server.adapters.base_agreement import base_agreement
 from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest
-from loraplex_server.api.adapter_card import Report, shown_card
+from loraplex_server.api.adapter_card import Report, Seen, shown_card
 from loraplex_server.api.errors import ApiError, from_store, invalid
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
@@ -122,8 +122,7 @@ async def _answer(
     report: Report,
 ) -> Response:
     agreement = await _agreement(state, card) if body.probe else None
-    resident = set(state.engine.stats().resident_adapters)
-    shown = {**shown_card(access, card, resident, report), "base_agreement": agreement}
+    shown = {**shown_card(access, card, Seen.of(state), report), "base_agreement": agreement}
     return ORJSONResponse(shown, status=201, headers={"etag": f'"{card.digest}"'})
 
 

@@ -20,8 +20,14 @@ router = APIRouter()
 
 
 @router.get("/version", response_model=Version, responses=errors())
-async def version() -> Response:
-    return ORJSONResponse({"version": installed_version("loraplex")})
+async def version(state: State) -> Response:
+    features = {
+        "generate": state.generated is not None,
+        "learn": state.learning is not None,
+        "train": state.training is not None,
+        "route": state.semantic is not None,
+    }
+    return ORJSONResponse({"version": installed_version("loraplex"), "features": features})
 
 
 @router.get("/metrics", response_class=Response, responses=errors() | text_answer("for Prometheus"))

@@ -1,0 +1,151 @@
+"""Pictures of the console: those that tests compare with, and those of the README.
+
+    python -m tests.console.pictures            # both anew, after a change that is meant
+    python -m tests.console.pictures --readme   # docs/images/console-*.png alone
+
+Fonts differ between machines, so pictures are compared as thumbnails, by the share of pixels that
+are clearly another colour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from playwright.sync_api import Browser, Page, expect, sync_playwright
+
+from loraplex_server.model.pull import resolve_model
+from tests.support.server_process import server_process
+
+__all__ = ["PICTURES", "REFERENCES", "Picture", "difference", "take", "thumbnail"]
+
+REFERENCES = Path(__file__).parent / "references"
+_ROOT = Path(__file__).parents[2]
+_DEMOS = _ROOT / "adapter_store" / "loraplex_adapter_store" / "demos"
+_THUMBNAIL = (275, 200)
+_CLEARLY = 48  # of 255, in any channel
+_PATIENCE_MS = 120_000
+SCHEMES = ("light", "dark")
+_README_SIZE = {"width": 1280, "height": 800}
+_README_COLOURS = 128
+
+
+def _asked(page: Page, prompt: str, n_tokens: int) -> None:
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_label("Most tokens").fill(str(n_tokens))
+    page.get_by_text("Settings", exact=True).click()
+    page.get_by_role("button", name="Ask all").click()
+    expect(page.get_by_role("button", name="Ask all")).to_be_visible()
+
+
+def _playground(page: Page) -> None:
+    expect(page.get_by_label("Adapter", exact=True)).to_be_visible()
+    _asked(page, "You are a pirate. What is the capital of Spain?", 24)
+
+
+def _adapters(page: Page) -> None:
+    page.get_by_role("button", name="pirate", exact=True).click()
+    expect(page.get_by_role("img", name="How much each layer is changed")).to_be_visible()
+
+
+def _create(page: Page) -> None:
+    expect(page.get_by_label("What shall it do?")).to_be_visible()
+
+
+class Picture(NamedTuple):
+    name: str
+    route: str
+    prepare: Callable[[Page], None]
+
+
+PICTURES = (
+    Picture("playground", "#/playground?adapter=pirate", _playground),
+    Picture("adapters", "#/adapters", _adapters),
+    Picture("create", "#/create", _create),
+)
+
+
+def take(page: Page, url: str, picture: Picture, scheme: str) -> bytes:
+    """A PNG of a page of a server that has the adapters ``pirate`` and ``emoji``."""
+    page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+    page.goto("about:blank")
+    page.goto(f"{url}/{picture.route}")
+    picture.prepare(page)
+    page.mouse.move(0, 0)
+    return page.screenshot(animations="disabled", caret="hide")
+
+
+def thumbnail(png: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(png)).convert("RGB").resize(_THUMBNAIL, Image.Resampling.BOX)
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    """The share of pixels that are clearly another colour, 0 to 1."""
+    apart = np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max(-1)
+    return float((apart > _CLEARLY).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--readme", action="store_true", help="those of the README alone")
+    readme_alone: bool = parser.parse_args().readme
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        expect.set_options(timeout=_PATIENCE_MS)
+        if not readme_alone:
+            _renew_references(browser)
+        _renew_readme(browser)
+        browser.close()
+
+
+def _renew_references(browser: Browser) -> None:
+    REFERENCES.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = Path(folder) / "adapters"
+        for name in ("pirate", "emoji"):
+            shutil.copytree(_DEMOS / name, adapters / name)
+        flags = ("--kv-memory", "256MiB", "--adapter-memory", "64MiB", "--adapters-dir", adapters)
+        with server_process(resolve_model(None), Path(folder) / "state", *flags) as server:
+            page = browser.new_page(viewport={"width": 1100, "height": 800})
+            page.set_default_timeout(_PATIENCE_MS)
+            for scheme in SCHEMES:
+                for picture in PICTURES:
+                    small = thumbnail(take(page, server.url, picture, scheme))
+                    small.save(REFERENCES / f"{picture.name}-{scheme}.png", optimize=True)
+
+
+def _renew_readme(browser: Browser) -> None:
+    """The playground, four answers to one prompt, with all the demo adapters."""
+    flags = ("--kv-memory", "256MiB", "--adapter-memory", "128MiB", "--adapters-dir", _DEMOS)
+    with (
+        tempfile.TemporaryDirectory() as state,
+        server_process(resolve_model(None), Path(state), *flags) as server,
+    ):
+        for scheme in SCHEMES:
+            page = browser.new_page(viewport=_README_SIZE, color_scheme=scheme)  # type: ignore[arg-type]
+            page.set_default_timeout(_PATIENCE_MS)
+            page.goto(f"{server.url}/#/playground?adapter=pirate")
+            page.get_by_role("button", name="+ adapter").click()
+            page.get_by_label("Adapter", exact=True).nth(1).select_option("emoji")
+            page.get_by_role("button", name="+ auto").click()
+            _asked(page, "What should I pack for a day at the beach with my dog?", 48)
+            expect(page.get_by_test_id("routing")).to_contain_text(re.compile("auto chose"))
+            page.mouse.move(0, 0)
+            taken = Image.open(io.BytesIO(page.screenshot(animations="disabled")))
+            few = taken.convert("RGB").quantize(_README_COLOURS, dither=Image.Dither.NONE)
+            few.save(_ROOT / "docs" / "images" / f"console-{scheme}.png", optimize=True)
+            page.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""The pages look as their reference pictures do, light and dark.
+
+After a change that is meant: python -m tests.console.pictures
+"""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+from playwright.sync_api import Page
+
+from tests.console.pictures import (
+    PICTURES,
+    REFERENCES,
+    SCHEMES,
+    Picture,
+    difference,
+    take,
+    thumbnail,
+)
+from tests.support.server_process import ServerProcess
+
+pytestmark = pytest.mark.slow
+TOLERATED = 0.06  # share of pixels; other fonts and times of answers
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("picture", PICTURES, ids=[picture.name for picture in PICTURES])
+def test_a_page_looks_as_its_picture(
+    page: Page, server: ServerProcess, picture: Picture, scheme: str
+) -> None:
+    taken = thumbnail(take(page, server.url, picture, scheme))
+    told = Image.open(REFERENCES / f"{picture.name}-{scheme}.png").convert("RGB")
+    assert difference(taken, told) < TOLERATED
+
+
+def test_a_page_without_its_styles_does_not(page: Page, server: ServerProcess) -> None:
+    page.route("**/console.css", lambda route: route.abort())
+    taken = thumbnail(take(page, server.url, PICTURES[0], "light"))
+    told = Image.open(REFERENCES / f"{PICTURES[0].name}-light.png").convert("RGB")
+    assert difference(taken, told) > 2 * TOLERATED
+
+
+def test_light_is_not_dark() -> None:
+    for picture in PICTURES:
+        light, dark = (
+            Image.open(REFERENCES / f"{picture.name}-{scheme}.png").convert("RGB")
+            for scheme in SCHEMES
+        )
+        assert difference(light, dark) > 0.5

@@ -1,0 +1,91 @@
+"""Training on chats in the browser: the file, the losses as they come, and the adapter."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+
+pytestmark = pytest.mark.slow
+N_EXAMPLES = 24
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("training")
+    model = save_tiny_model(folder / "tiny")
+    with server_process(model, folder / "state", "--allow-training") as server:
+        yield server
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "says ab.jsonl"
+    pairs = [{"prompt": f"word {i}", "answer": "AB"} for i in range(N_EXAMPLES)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    return path
+
+
+def _train(page: Page, server: ServerProcess, data: Path, name: str, steps: int) -> None:
+    page.goto(f"{server.url}/#/create")
+    page.get_by_role("button", name="From chats").click()
+    page.get_by_label("A JSONL file of chats").set_input_files(data)
+    expect(page.get_by_text(f"{N_EXAMPLES} examples in {data.name}")).to_be_visible()
+    expect(page.get_by_label("Name", exact=True)).to_have_value("says-ab")  # of the file
+    page.get_by_label("Name", exact=True).fill(name)
+    page.get_by_label("Steps").fill(str(steps))
+    page.get_by_label("Rank").fill("4")
+    page.get_by_label("Learning rate").fill("0.02")
+    page.get_by_role("button", name="Train", exact=True).click()
+
+
+def test_losses_are_drawn_and_the_adapter_answers_beside_the_base(
+    page: Page, training: ServerProcess, data: Path
+) -> None:
+    _train(page, training, data, "ab", 40)
+    region = page.get_by_role("region", name="Training", exact=True)
+    expect(region.locator("canvas")).to_be_visible()
+    expect(region.get_by_role("heading", name="ab: succeeded")).to_be_visible()
+    told = region.get_by_role("status").inner_text()
+    found = re.search(
+        r"step 40 of 40; .*on held-out examples ([\d.]+), the base has ([\d.]+)", told
+    )
+    assert found is not None, told
+    assert float(found[1]) < float(found[2])
+    cells = page.get_by_role("region", name="Before and after").locator("tbody td")
+    expect(cells.nth(0)).to_have_text("word 0")
+    expect(cells.nth(2)).to_contain_text("AB")
+    expect(cells.nth(1)).not_to_contain_text("AB")
+    assert Axe().run(page).violations_count == 0
+
+
+def test_a_training_is_cancelled(page: Page, training: ServerProcess, data: Path) -> None:
+    page.goto("about:blank")
+    _train(page, training, data, "never", 10_000)
+    region = page.get_by_role("region", name="Training", exact=True)
+    expect(region.get_by_role("status")).to_contain_text("loss")
+    page.get_by_role("button", name="Cancel").click()
+    expect(region.get_by_role("heading", name="cancelled")).to_be_visible()
+
+
+def test_what_the_server_refuses_is_told(page: Page, training: ServerProcess, data: Path) -> None:
+    data.write_text('{"prompt": "x", "answer": "y"}\n{"prompt": "x"}\n')
+    page.goto("about:blank")
+    page.goto(f"{training.url}/#/create")
+    page.get_by_role("button", name="From chats").click()
+    page.get_by_label("A JSONL file of chats").set_input_files(data)
+    page.get_by_role("button", name="Train", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("examples[1]")
+    data.write_text("no JSON\n")
+    page.get_by_label("A JSONL file of chats").set_input_files([])
+    page.get_by_label("A JSONL file of chats").set_input_files(data)
+    expect(page.get_by_role("alert")).to_contain_text("line 1 is no JSON")
+    assert httpx.get(f"{training.url}/version", timeout=60).json()["features"]["train"] is True

@@ -101,7 +101,8 @@ def _tell(line: dict[str, object]) -> None:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # not of sys.stdin: its lock would be held when the process ends
+        pass
     os._exit(1)
 
 

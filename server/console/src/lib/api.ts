@@ -4,6 +4,8 @@ import type { components } from "./openapi";
 
 type Schemas = components["schemas"];
 export type Adapter = Schemas["Adapter"];
+export type ClusterAnswer = Schemas["ClusterAnswer"];
+export type Cluster = NonNullable<ClusterAnswer["cluster"]>;
 export type Call = Schemas["Call"];
 export type Job = Schemas["JobShown"];
 export type Live = Schemas["Live"];

@@ -488,6 +488,28 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/v1/cluster": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /**
+         * Cluster
+         * @description Engine replicas with their queues and adapters by tier, and the processes that answer HTTP.
+         *
+         *     ``cluster`` is null on a server that is one process.
+         */
+        get: operations["cluster_v1_cluster_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/v1/completions": {
         parameters: {
             query?: never;
@@ -1422,6 +1444,26 @@ export interface components {
         } | {
             messages: unknown[];
         });
+        /** Cluster */
+        Cluster: {
+            /** Age S */
+            age_s: number;
+            /** Engines */
+            engines: components["schemas"]["EngineProcess"][];
+            /** Fronts */
+            fronts: components["schemas"]["FrontProcess"][];
+            /** Name */
+            name: string;
+        };
+        /** ClusterAnswer */
+        ClusterAnswer: {
+            cluster: components["schemas"]["Cluster"] | null;
+            /**
+             * Object
+             * @constant
+             */
+            object: "cluster";
+        };
         /** Completion */
         Completion: {
             adapter: components["schemas"]["AnsweredBy"] | null;
@@ -1742,6 +1784,34 @@ export interface components {
         } | {
             messages: unknown[];
         });
+        /** EngineProcess */
+        EngineProcess: {
+            /** Adapters */
+            adapters: components["schemas"]["HeldAdapter"][];
+            /** Alive */
+            alive: boolean;
+            bytes: components["schemas"]["MemoryShares"];
+            /** Evictions */
+            evictions: number;
+            kv_pages: components["schemas"]["Share"];
+            /** Loads */
+            loads: number;
+            /** Preemptions */
+            preemptions: number;
+            /** Replica */
+            replica: string;
+            rows: components["schemas"]["Share"];
+            /** Running */
+            running: number;
+            /** Slots */
+            slots: number;
+            /** Step Age S */
+            step_age_s: number;
+            /** Steps */
+            steps: number;
+            /** Waiting */
+            waiting: number;
+        };
         /** EngineState */
         EngineState: {
             /** Alive */
@@ -1809,8 +1879,12 @@ export interface components {
          * @description What this server was started with; the console shows what there is.
          */
         Features: {
+            /** Cluster */
+            cluster: boolean;
             /** Generate */
             generate: boolean;
+            /** Guide */
+            guide: boolean;
             /** Learn */
             learn: boolean;
             /** Route */
@@ -1868,6 +1942,20 @@ export interface components {
             disk: number;
             /** Host */
             host: number;
+        };
+        /** FrontProcess */
+        FrontProcess: {
+            /** Answers */
+            answers: boolean;
+            /** Calls */
+            calls: number;
+            /** Replica */
+            replica: string;
+            /**
+             * Role
+             * @enum {string}
+             */
+            role: "gateway" | "desk";
         };
         /** FunctionDefinition */
         FunctionDefinition: {
@@ -1945,6 +2033,24 @@ export interface components {
         HTTPValidationError: {
             /** Detail */
             detail?: components["schemas"]["ValidationError"][];
+        };
+        /** HeldAdapter */
+        HeldAdapter: {
+            /** Digest */
+            digest: string;
+            /** Name */
+            name: string;
+            /** Requests */
+            requests: number;
+            /** Running */
+            running: number;
+            /**
+             * Tier
+             * @enum {string}
+             */
+            tier: "device" | "host";
+            /** Waiting */
+            waiting: number;
         };
         /** InputDetails */
         InputDetails: {
@@ -2085,6 +2191,11 @@ export interface components {
             device: number | null;
             /** Host */
             host: number | null;
+        };
+        /** MemoryShares */
+        MemoryShares: {
+            device: components["schemas"]["Share"];
+            host: components["schemas"]["Share"];
         };
         /** Message */
         Message: {
@@ -5878,6 +5989,80 @@ export interface operations {
             };
             /** @description the client left before the answer */
             499: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the server cannot answer now; see Retry-After */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    cluster_v1_cluster_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ClusterAnswer"];
+                };
+            };
+            /** @description a value is wrong; the message names it */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no valid API key */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the API key may not do this */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description larger than this server accepts */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description too many requests or tokens; see Retry-After */
+            429: {
                 headers: {
                     [name: string]: unknown;
                 };

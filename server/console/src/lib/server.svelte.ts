@@ -2,7 +2,14 @@
 
 import { get, type Version } from "./api";
 
-const NOTHING: Version["features"] = { generate: false, learn: false, train: false, route: false };
+const NOTHING: Version["features"] = {
+  generate: false,
+  learn: false,
+  train: false,
+  route: false,
+  cluster: false,
+  guide: false,
+};
 
 class Server {
   features = $state(NOTHING);

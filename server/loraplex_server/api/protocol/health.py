@@ -29,6 +29,8 @@ class Features(BaseModel):
     learn: bool  # from a sentence and examples
     train: bool  # POST /v1/adapters/train
     route: bool  # "auto"
+    cluster: bool  # several processes: GET /v1/cluster
+    guide: bool  # the documentation at /guide
 
 
 class Version(BaseModel):

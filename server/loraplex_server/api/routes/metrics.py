@@ -9,6 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from loraplex_server.adapters.access import access_of
 from loraplex_server.api.errors import ApiError
+from loraplex_server.api.guide_files import GUIDE
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.errors import errors, text_answer
 from loraplex_server.api.protocol.health import Version
@@ -26,6 +27,8 @@ async def version(state: State) -> Response:
         "learn": state.learning is not None,
         "train": state.training is not None,
         "route": state.semantic is not None,
+        "cluster": state.fleet is not None,
+        "guide": state.config.http.console and (GUIDE / "index.html").is_file(),
     }
     return ORJSONResponse({"version": installed_version("loraplex"), "features": features})
 

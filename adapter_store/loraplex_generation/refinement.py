@@ -6,9 +6,8 @@ starts ──► the likeliest under all pairs
         the span of the library (tens of coefficients), then all of B and A; every few steps each
         fold's copy is scored on the pairs it has not seen
             ▼
-        better than the start at the last look?  the copy that saw all goes on alone to the end
-        only at an earlier one?                  that copy, as it was at the best
-        never?                                   the start
+        better than the start at any look?  the copy that saw all goes on alone to the end
+        never?                              the start
 
 The copies train side by side in one forward: a look costs one more forward, not one more run, and
 once the judges have said yes, all the time that is left goes to the copy that is kept.
@@ -135,7 +134,7 @@ def refine(
         report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
     if looked_at < copies.step:
         best.offer(task.held_out(copies.judges), copies.kept, copies.step)
-    if best.gained_at_last:
+    if best.step:
         copies.dismiss_judges()
         pace.end_looks()
         while copies.step < n_steps and pace.allows_a_step():
@@ -253,12 +252,11 @@ class _Best:
 
     def __init__(self, first: HeldOut, start: Tensor, least_gain: float) -> None:
         self.first, self.score, self.vector, self.step = first, first, start, 0
-        self.gained_at_last = False
         self._enough = (1 - least_gain) * first.nll
 
     def offer(self, score: HeldOut, vector: Tensor, step: int) -> None:
-        self.gained_at_last = score.nll <= self._enough and score.exact >= self.first.exact
-        if self.gained_at_last and score.nll < self.score.nll:
+        gained = score.nll <= self._enough and score.exact >= self.first.exact
+        if gained and score.nll < self.score.nll:
             self.score, self.vector, self.step = score, vector, step
 
 

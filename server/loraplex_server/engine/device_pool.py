@@ -365,7 +365,7 @@ class DevicePool:
         del self._residents[resident.digest]
         self._arriving = [other for other in self._arriving if other is not resident]
         self._others.forget(resident.digest)
-        if self.slot_tables is not None and resident.is_published:
+        if self.slot_tables is not None:
             self.slot_tables.clear(resident.slots)
         return self._free(_Place(resident.slots, resident.memory))
 

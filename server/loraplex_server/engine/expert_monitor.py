@@ -5,9 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from itertools import islice
 
-from loraplex_router.experts import ExpertLoad, LoadHistory
+import torch
+
+from loraplex_router.experts import ExpertLoad, LoadHistory, PlacedExperts
 
 from .resident_adapter import ResidentAdapter
 
@@ -35,10 +38,7 @@ class ExpertMonitor:
         self._looked_at = now
         for resident in residents:
             if resident.experts:
-                totals = {
-                    place: tuple(experts.load.tolist())
-                    for place, experts in resident.experts.items()
-                }
+                totals = _totals(resident.experts)
                 with self._lock:
                     self._record(resident.digest, now, totals)
 
@@ -58,3 +58,9 @@ class ExpertMonitor:
         self._histories.move_to_end(digest)
         if len(self._histories) > _MAX_ADAPTERS:
             self._histories.popitem(last=False)
+
+
+def _totals(experts: Mapping[str, PlacedExperts]) -> dict[str, tuple[int, ...]]:
+    """Of each place, in one copy from the device."""
+    counts = iter(torch.cat([placed.load for placed in experts.values()]).tolist())
+    return {place: tuple(islice(counts, placed.n_experts)) for place, placed in experts.items()}

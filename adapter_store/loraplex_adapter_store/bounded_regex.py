@@ -20,8 +20,8 @@ _BUDGET_S = 2.0  # of all matches of one adapter
 class BoundedRegex:
     """Belongs to one adapter being read. Raises MalformedFile once the time is spent."""
 
-    def __init__(self, budget_s: float = _BUDGET_S) -> None:
-        self._left_s = budget_s
+    def __init__(self) -> None:
+        self._left_s = _BUDGET_S
 
     def match(self, pattern: str, name: str) -> regex.Match[str] | None:
         """``re.match``. Raises MalformedFile for a pattern that is too long, broken or too slow."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from .base_spec import BaseSpec
@@ -40,14 +39,13 @@ def inspect_plan(
     intruders: bool = False,
     k: int = 10,
     epsilon: float = 0.5,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[ModuleInspection, ...]:
     """One entry per linear with factors. Intruders cost two SVDs of the base weight each."""
     found: list[ModuleInspection] = []
     targets = [
         (name, module) for name, module in sorted(plan.modules.items()) if name in base.modules
     ]
-    for number, (name, module) in enumerate(targets):
+    for name, module in targets:
         factors = (module.a, module.b)
         if module.shared is not None:
             factors = module.shared.factors()
@@ -68,8 +66,6 @@ def inspect_plan(
                     n_intruders=count,
                 )
             )
-        if progress is not None:
-            progress(number + 1, len(targets))
     return tuple(found)
 
 

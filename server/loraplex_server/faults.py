@@ -10,7 +10,6 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from loraplex_adapter_store.errors import CatalogueUnavailable
@@ -60,20 +59,15 @@ class _Row:
 class Faults:
     """A ``FaultLog``; owner of what failed. Thread-safe."""
 
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        now: Callable[[], float] = time.time,
-    ) -> None:
-        self._clock, self._now = clock, now
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = Counter(dict.fromkeys(PARTS, 0))
         self._rows: dict[str, _Row] = {}
 
     def failed(self, part: str, error: BaseException) -> None:
         with self._lock:
-            row = self._current(part) or _Row(self._now())
-            row.n, row.problem, row.last = row.n + 1, kind_of_fault(error), self._clock()
+            row = self._current(part) or _Row(time.time())
+            row.n, row.problem, row.last = row.n + 1, kind_of_fault(error), time.monotonic()
             self._rows[part] = row
             self._counts[part] += 1
 
@@ -107,7 +101,7 @@ class Faults:
 
     def _current(self, part: str) -> _Row | None:
         row = self._rows.get(part)
-        return None if row is None or self._clock() - row.last > _FORGET_S else row
+        return None if row is None or time.monotonic() - row.last > _FORGET_S else row
 
 
 def part_of(error: BaseException) -> str:

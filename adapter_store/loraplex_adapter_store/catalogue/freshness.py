@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -34,15 +34,10 @@ class Answer(NamedTuple):
 class Freshness:
     """Thread-safe. Owner of the last answer for each name, and of when the object store failed."""
 
-    def __init__(
-        self,
-        limits: CatalogueLimits,
-        faults: FaultLog,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
+    def __init__(self, limits: CatalogueLimits, faults: FaultLog) -> None:
         self._refresh_s, self._stale_s = limits.refresh_s, limits.stale_s
         self._faults = faults
-        self._clock = clock
+        self._clock = time.monotonic
         self._lock = threading.Lock()
         self._answers: dict[str, Answer] = {}  # oldest first
         self._all_at = float("-inf")  # when everything was asked for

@@ -82,9 +82,9 @@ class Demo:
     shown: tuple[str, ...] = ()  # prompts of the card, where those of training say too little
 
 
-def chats(demo: Demo, n: int, *, seed: int = 0, held_out: bool = False) -> list[Chat]:
+def chats(demo: Demo, n: int) -> list[Chat]:
     """``n`` distinct chats, the same ones for the same arguments."""
-    return [_chat(pair) for pair in _pairs(demo, n, seed, held_out)]
+    return [_chat(pair) for pair in _pairs(demo, n, seed=0, held_out=False)]
 
 
 def later_chats(demo: Demo, course: Course) -> list[Chat]:
@@ -98,9 +98,9 @@ def shown_prompts(demo: Demo, n: int) -> tuple[str, ...]:
     return demo.shown or tuple(pair.prompt for pair in _pairs(demo, n, seed=2, held_out=False))
 
 
-def held_out_pairs(demo: Demo, n: int, *, seed: int = 1) -> list[Pair]:
+def held_out_pairs(demo: Demo, n: int) -> list[Pair]:
     """Prompts that training never saw, with the answer that is expected."""
-    return _pairs(demo, n, seed, held_out=True)
+    return _pairs(demo, n, seed=1, held_out=True)
 
 
 def _pairs(demo: Demo, n: int, seed: int, held_out: bool) -> list[Pair]:

@@ -111,9 +111,9 @@ class _Fitted:
 class AutoRouter:
     """Not thread-safe: one thread owns it, as it owns the encoder."""
 
-    def __init__(self, encoder: Encoder, *, background: Sequence[str] | None = None) -> None:
+    def __init__(self, encoder: Encoder) -> None:
         self._encoder = CachedEncoder(encoder)
-        self._background = tuple(background if background is not None else _everyday_prompts())
+        self._background = _everyday_prompts()
         self._fitted: dict[_Part, _Fitted | None] = {}  # oldest first
         self._known: tuple[AdapterProfile, ...] = ()
 

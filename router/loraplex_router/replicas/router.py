@@ -14,8 +14,8 @@ __all__ = ["ReplicaRouter"]
 class ReplicaRouter:
     """One for each gateway. Not thread-safe; no call blocks."""
 
-    def __init__(self, half_life_s: float = 60.0) -> None:
-        self._demand = DemandMeter(half_life_s)
+    def __init__(self) -> None:
+        self._demand = DemandMeter()
 
     def rank(
         self,

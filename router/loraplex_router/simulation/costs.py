@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,26 +43,6 @@ class Costs:
             + self.row_ms * n_rows
             + self.prefill_token_ms * n_prefill
             + self.rank_row_ms * n_ranks
-        )
-
-    def slower(self, factor: float) -> Costs:
-        """The same replica on a machine that gives it 1 / ``factor`` of the time."""
-        return Costs(
-            self.step_ms * factor,
-            self.row_ms * factor,
-            self.prefill_token_ms * factor,
-            self.rank_row_ms * factor,
-            self.overhead_ms * factor,
-            replace(
-                self.host_to_device,
-                ms=self.host_to_device.ms * factor,
-                ms_per_mb=self.host_to_device.ms_per_mb * factor,
-            ),
-            replace(
-                self.disk_to_host,
-                ms=self.disk_to_host.ms * factor,
-                ms_per_mb=self.disk_to_host.ms_per_mb * factor,
-            ),
         )
 
     def requests_per_s(self, n_prompt: float, n_output: float, capacity: int) -> float:

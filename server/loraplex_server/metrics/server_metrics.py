@@ -16,13 +16,12 @@ from .loop_lag import LoopLag
 __all__ = ["CallMetrics", "ServerMetrics"]
 
 _UNFINISHED = {"abort": "client_left", "error": "engine_error"}  # how a call's record says it
+_N_ADAPTERS_SHOWN = 20
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
 
 class ServerMetrics:
-    def __init__(
-        self, registry: CollectorRegistry, model_name: str, *, n_adapters_shown: int = 20
-    ) -> None:
+    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self.histograms = CallHistograms(registry, model_name)
         self.loop_lag = LoopLag(registry)
         self.n_prompt_tokens = 0
@@ -30,7 +29,7 @@ class ServerMetrics:
         self.finished: Counter[str] = Counter({"stop": 0, "length": 0, "abort": 0, "error": 0})
         self.http: Counter[tuple[str, str, int]] = Counter()  # handler, method, status
         self.http_seconds: dict[str, tuple[int, float]] = {}  # handler → answers, seconds
-        self.usage = AdapterUsage(n_adapters_shown)
+        self.usage = AdapterUsage(_N_ADAPTERS_SHOWN)
         self.activities = AdapterActivities()
         self.calls = CallLog()
 

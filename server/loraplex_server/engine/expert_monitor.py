@@ -63,4 +63,4 @@ class ExpertMonitor:
 def _totals(experts: Mapping[str, PlacedExperts]) -> dict[str, tuple[int, ...]]:
     """Of each place, in one copy from the device."""
     counts = iter(torch.cat([placed.load for placed in experts.values()]).tolist())
-    return {place: tuple(islice(counts, placed.n_experts)) for place, placed in experts.items()}
+    return {place: tuple(islice(counts, placed.load.shape[0])) for place, placed in experts.items()}

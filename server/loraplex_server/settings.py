@@ -124,7 +124,7 @@ class HttpConfig(Options):
     log_level: str = option("info", "debug, info, warning or error.", Panel.HTTP)
     otlp_endpoint: str | None = option(
         None,
-        "Send OpenTelemetry spans there, as http://host:4318/v1/traces.",
+        "Send OpenTelemetry spans to this URL: http, port 4318, /v1/traces, as a rule.",
         Panel.HTTP,
         metavar="URL",
     )

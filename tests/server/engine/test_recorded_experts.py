@@ -5,6 +5,7 @@ What free steps answer is held against other code in ``test_routed_experts.py``.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -215,3 +216,20 @@ def test_routers_as_data_choose_what_the_gates_do(
     tables.clear((4,))
     slots, _ = route_by_slot(x, row_slots, pool.storage, table, takes_plain=True)
     assert slots[rows][:, 0].tolist() == [4] * 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_on_a_gpu_replays_give_the_tokens_of_free_steps(mixture: str) -> None:
+    """In float32, where the two ways to sum over experts choose the same tokens."""
+    plans = MIXTURES[mixture]
+    on_gpu = copy.deepcopy(MODEL).to("cuda", torch.float32)
+    answers = []
+    for cuda_graphs in (False, True):
+        with running_engine(
+            on_gpu, max_batch_size=11, max_loras=64, cuda_graphs=cuda_graphs
+        ) as engine:
+            assert (engine.loop.runner._graphs is not None) is cuda_graphs
+            answers.append(_tokens(generate_all(engine, PROMPTS[: len(plans)], GREEDY, plans)))
+    assert answers[0] == answers[1]

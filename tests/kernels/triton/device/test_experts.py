@@ -105,7 +105,7 @@ def _route(
     return slots.cpu(), weights.cpu(), table.load.cpu()
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     adapters=st.lists(
         st.one_of(
@@ -310,8 +310,9 @@ def _wanted(block: Block, *, has_scales: bool) -> Found:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("ff", "n_rows"), [(33, 11), (130, 3)])
-@pytest.mark.parametrize("has_scales", [False, True])
+@pytest.mark.parametrize(
+    ("ff", "n_rows", "has_scales"), [(33, 11, True), (33, 5, False), (130, 3, True)]
+)
 def test_blocks_of_experts_equal_the_reference(
     device: torch.device, dtype: torch.dtype, ff: int, n_rows: int, has_scales: bool
 ) -> None:
@@ -350,14 +351,14 @@ def test_the_reference_is_the_sum_over_a_rows_experts() -> None:
         torch.testing.assert_close(found.out[row : row + 1].double(), out, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_has_the_same_bits_alone_and_in_other_tiles(
     device: torch.device, dtype: torch.dtype
 ) -> None:
     block = _block(device, dtype)
     together = _run(block, has_scales=True)
     others = _run(block, has_scales=True, block_m=16, block_n=32)
-    for row in range(6):
+    for row in (0, 1, 3):  # of the base, of a plain adapter, of seven experts
         alone = _run(block.rows(torch.tensor([row], device=device)), has_scales=True)
         for mine, theirs, other in zip(alone, together, others, strict=True):
             assert torch.equal(mine[0], theirs[row])

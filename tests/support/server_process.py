@@ -68,7 +68,8 @@ def server_process(model: Path, state: Path, *flags: str | Path) -> Iterator[Ser
     command = [
         *(sys.executable, "-m", "loraplex_server.cli.app", "serve", "--port", "0"),
         *("--model", str(model), "--state-dir", str(state), "--dtype", "float32"),
-        *("--threads", "1", "--kv-memory", "8MiB", "--adapter-memory", "8MiB", "--no-demos"),
+        *("--threads", "1", "--kv-memory", "8MiB", "--adapter-memory", "8MiB"),
+        *(() if "--demos" in flags else ("--no-demos",)),
         *(str(flag) for flag in flags),
     ]
     with _started(command) as server:

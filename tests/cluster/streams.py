@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NamedTuple
 
 import httpx
@@ -104,25 +104,19 @@ def wrong(answers: Sequence[Streamed], n_tokens: int) -> list[Streamed]:
 
 
 async def engines_of(client: httpx.AsyncClient) -> list[Any]:
-    """What the replicas said last, about a second ago."""
-    answer = (await client.get("/v1/cluster")).raise_for_status().json()
-    return list(answer["cluster"]["engines"])
+    """What the replicas say, asked since the call: gateways ask them once a second."""
+    since = time.monotonic()
+    while True:
+        sent = time.monotonic()
+        answer = (await client.get("/v1/cluster")).raise_for_status().json()
+        if answer["cluster"]["age_s"] < sent - since:
+            return list(answer["cluster"]["engines"])
+        await asyncio.sleep(0.1)
 
 
-async def taken_by(
-    client: httpx.AsyncClient, names: Sequence[str], n_requests: int
-) -> dict[str, dict[str, int]]:
-    """Adapter → replica → requests that it has taken. Waits until there are ``n_requests``."""
-    found: dict[str, dict[str, int]] = {}
-    while sum(sum(one.values()) for one in found.values()) < n_requests:
-        await asyncio.sleep(0.2)  # replicas are asked once a second
-        found = _taken_by(await engines_of(client), names)
-    return found
-
-
-def _taken_by(
-    engines: Sequence[Mapping[str, Any]], names: Sequence[str]
-) -> dict[str, dict[str, int]]:
+async def taken_by(client: httpx.AsyncClient, names: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Adapter → replica → requests that it has taken."""
+    engines = await engines_of(client)
     return {
         name: {
             engine["replica"]: adapter["requests"]

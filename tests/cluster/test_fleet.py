@@ -62,7 +62,7 @@ async def test_requests_stay_with_the_replica_of_their_adapter(cluster: ClusterP
     n_rounds = 12
     async with connect(cluster) as client:
         found = [f"a{number}" for number in range(24)]
-        before = await taken_by(client, found, 0)
+        before = await taken_by(client, found)
         for name in found:  # alone: each goes to its home
             assert not wrong([await stream(client, chat(name, 2))], 2)
         homes = await _homes(client, found, before)
@@ -71,15 +71,16 @@ async def test_requests_stay_with_the_replica_of_their_adapter(cluster: ClusterP
             by_home.setdefault(home, []).append(name)
         assert min(map(len, by_home.values())) >= 4, by_home
         names = [name for group in by_home.values() for name in group[:4]]
-        start = await taken_by(client, names, 0)
+        start = await taken_by(client, names)
 
         async def user(name: str) -> None:
             for _ in range(n_rounds):
                 assert not wrong([await stream(client, chat(name, 8))], 8)
 
         await asyncio.gather(*map(user, names))
-        n_before = sum(sum(one.values()) for one in start.values())
-        end = await taken_by(client, names, n_before + n_rounds * len(names))
+        end = await taken_by(client, names)
+    n_taken = sum(sum(end[n].values()) - sum(start[n].values()) for n in names)
+    assert n_taken == n_rounds * len(names)
     at_home = sum(end[name][homes[name]] - start[name].get(homes[name], 0) for name in names)
     stickiness = at_home / (n_rounds * len(names))
     print(f"{stickiness:.2f} of {n_rounds * len(names)} requests met their adapter's home")
@@ -90,8 +91,7 @@ async def _homes(
     client: httpx.AsyncClient, names: list[str], before: dict[str, dict[str, int]]
 ) -> dict[str, str]:
     """The replica that took the one request of each adapter since ``before``."""
-    n_before = sum(sum(one.values()) for one in before.values())
-    now = await taken_by(client, names, n_before + len(names))
+    now = await taken_by(client, names)
     homes = {}
     for name in names:
         rose = [r for r, count in now[name].items() if count > before[name].get(r, 0)]
@@ -162,7 +162,7 @@ async def _all_serve(
     """So many at once that every replica takes some; all are those of ``digest``."""
     put = httpx.put(f"{theirs}/v1/adapters/moving", files=upload(world, 2), headers=ADMIN)
     assert put.json()["digest"] == digest
-    before = await taken_by(client, ["moving"], 0)
+    before = await taken_by(client, ["moving"])
     bodies = [body_of("moving", seed=n, temperature=1.0, logprobs=False, top_logprobs=None)
               for n in range(24)]  # fmt: skip
     found, expected = (
@@ -170,8 +170,7 @@ async def _all_serve(
     )
     assert [choices for choices, _, _ in found] == [choices for choices, _, _ in expected]
     assert {adapter["digest"] for _, _, adapter in found} == {digest}
-    n_before = sum(before["moving"].values())
-    after = await taken_by(client, ["moving"], n_before + len(bodies))
+    after = await taken_by(client, ["moving"])
     rose = [r for r, n in after["moving"].items() if n > before["moving"].get(r, 0)]
     assert len(rose) == 2, (before, after)
 

@@ -62,7 +62,7 @@ class ClusterFleet:
         fronts = await self._ask_fronts("own_calls", FrontCalls, None, 0)
         return {
             "name": self._application,
-            "age_s": self._engine.heard_ago_s,
+            "age_s": self._engine.age_s,
             "engines": [_engine(each, names) for each in self._engine.replicas],
             "fronts": [
                 {

@@ -54,7 +54,7 @@ class RemoteEngine:
         self._facts = facts
         self._running: dict[str, asyncio.Task[None]] = {}
         self._replicas: Mapping[str, ReplicaStats] = {}
-        self._heard_at = time.monotonic()
+        self._asked_at = time.monotonic()
         self._is_draining = False
         self._messages: set[asyncio.Task[None]] = set()
         self._loop = asyncio.get_running_loop()
@@ -93,9 +93,9 @@ class RemoteEngine:
         return list(self._replicas.values())
 
     @property
-    def heard_ago_s(self) -> float:
-        """How old ``replicas`` is."""
-        return time.monotonic() - self._heard_at
+    def age_s(self) -> float:
+        """Since they were asked for what ``replicas`` says."""
+        return time.monotonic() - self._asked_at
 
     def n_queued(self, tenant: str) -> int:
         shares = (share for replica in self.replicas for share in replica.engine.tenants)
@@ -219,12 +219,13 @@ class RemoteEngine:
 
     async def _poll(self) -> None:
         while True:
+            asked_at = time.monotonic()
             found = await self.ask_all("stats")
             stats = {each.replica: each for each in found if isinstance(each, ReplicaStats)}
-            if stats or time.monotonic() - self._heard_at > _POLL_LIMIT_S:
+            if stats or self.age_s > _POLL_LIMIT_S:
                 self._replicas = stats
             if stats:
-                self._heard_at = time.monotonic()
+                self._asked_at = asked_at
             await asyncio.sleep(_POLL_S)
 
     def _in_background(self, work: Awaitable[object]) -> None:

@@ -143,12 +143,12 @@ async def test_a_killed_replica_ends_only_streams_that_had_output(
         back_s = time.monotonic() - killed_at
         stop.set()
         streams = await asking
+        cut = [a for a in streams if a.error is not None]
+        print(
+            f"served after {served_s:.1f} s, two replicas after {back_s:.1f} s; "
+            f"{len(cut)} streams cut of {len(streams)}"
+        )
         await _all_serve(client, cluster.url, single.url, world, newest.json()["digest"])
-    cut = [a for a in streams if a.error is not None]
-    print(
-        f"served after {served_s:.1f} s, two replicas after {back_s:.1f} s; "
-        f"{len(cut)} streams cut of {len(streams)}"
-    )
     assert not wrong(probes, 4)
     assert served_s < BACK_S * N_BUSY
     assert not wrong([a for a in streams if a.error is None], 200)
@@ -165,9 +165,8 @@ async def _all_serve(
     before = await taken_by(client, ["moving"])
     bodies = [body_of("moving", seed=n, temperature=1.0, logprobs=False, top_logprobs=None)
               for n in range(24)]  # fmt: skip
-    found, expected = (
-        await asyncio.to_thread(answers, url, bodies, n_at_once=24) for url in (ours, theirs)
-    )
+    found = await asyncio.to_thread(answers, ours, bodies, n_at_once=24)
+    expected = await asyncio.to_thread(answers, theirs, bodies, n_at_once=24)
     assert [choices for choices, _, _ in found] == [choices for choices, _, _ in expected]
     assert {adapter["digest"] for _, _, adapter in found} == {digest}
     after = await taken_by(client, ["moving"])
@@ -176,6 +175,6 @@ async def _all_serve(
 
 
 def upload(world: Path, number: int) -> dict[str, Any]:
-    folder = world / "adapters" / f"a{number}"
+    folder = world / "uploads" / str(number)
     names = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
     return {part: (name, (folder / name).read_bytes()) for part, name in names.items()}

@@ -17,7 +17,7 @@ from tests.support.cluster_process import ClusterProcess, cluster_process
 from tests.support.lora_files import write_lora
 from tests.support.server_process import ServerProcess, save_tiny_model, server_process
 
-N_ADAPTERS, N_UPLOADS = 24, 8
+N_ADAPTERS, N_UNUSED, N_UPLOADS = 24, 24, 8
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 LIMITED, GREEDY, MODEST = (
     {"Authorization": f"Bearer {name}-secret"} for name in ("limited", "greedy", "modest")
@@ -37,7 +37,7 @@ _KEYS = _key("limited", "requests_per_minute = 10") + _key("greedy") + _key("mod
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base in ``tiny``; in ``adapters`` a0, a1 … of it, and those of ``tests/contract``.
 
-    In ``uploads`` more, which nobody has registered.
+    One test alone asks for s0, s1 …; those in ``uploads`` are not registered.
     """
     folder = tmp_path_factory.mktemp("cluster")
     save_tiny_model(folder / "tiny")
@@ -48,6 +48,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         )
     for number, name in enumerate(ADAPTERS):
         write_lora(folder / "adapters" / name, spec, rank=2 + number, seed=100 + number, scale=0.4)
+    for number in range(N_UNUSED):
+        write_lora(folder / "adapters" / f"s{number}", spec, seed=300 + number, scale=0.4)
     for number in range(N_UPLOADS):
         write_lora(folder / "uploads" / str(number), spec, seed=200 + number, scale=0.4)
     (folder / "keys.toml").write_text(_KEYS)

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.conftest import ADMIN
+from tests.cluster.conftest import ADMIN, N_UNUSED
 from tests.cluster.streams import (
     CHAT,
     chat,
@@ -61,7 +61,7 @@ async def test_requests_stay_with_the_replica_of_their_adapter(cluster: ClusterP
     """Counted by replica: eight adapters, four at home on each, one stream of each at any time."""
     n_rounds = 12
     async with connect(cluster) as client:
-        found = [f"a{number}" for number in range(24)]
+        found = [f"s{number}" for number in range(N_UNUSED)]
         before = await taken_by(client, found)
         for name in found:  # alone: each goes to its home
             assert not wrong([await stream(client, chat(name, 2))], 2)

@@ -26,10 +26,11 @@ __all__ = ["DECIDING", "Choice", "LedgerRefused", "TestLedger", "choose"]
 
 DECIDING = (
     "adapter_store/loraplex_generation",
+    ":(exclude)adapter_store/loraplex_generation/cli",
     *(f"adapter_store/benchmarks/few_shot/{name}.py" for name in ("arms", "bench", "held_out")),
     *(f"adapter_store/benchmarks/few_shot/{name}.py" for name in ("lorahub", "measuring")),
     "adapter_store/benchmarks/few_shot/test_set.jsonl",
-)  # paths of the repository
+)  # paths of the repository, as git takes them
 
 
 class LedgerRefused(Exception):

@@ -136,6 +136,13 @@ def test_the_keyboard_alone_asks_all(page: Page, many: ServerProcess) -> None:
     expect(page.locator("section[aria-label^=Answer] > p.muted").first).to_contain_text("tokens")
 
 
+def test_one_process_has_no_page_of_a_cluster(page: Page, many: ServerProcess) -> None:
+    page.goto(f"{many.url}/#/adapters")
+    enter(page, KEY)
+    expect(page.get_by_role("link", name="requests")).to_be_visible()
+    expect(page.get_by_role("link", name="cluster")).to_have_count(0)
+
+
 def test_without_a_console_there_is_no_page(tiny: Path, tmp_path: Path) -> None:
     with server_process(tiny, tmp_path, "--no-console") as server:
         for path in ("/", "/console/console.js"):

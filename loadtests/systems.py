@@ -85,12 +85,13 @@ class Loraplex(System):
             "served-model-name": BASE,
             "state-dir": work / f"state-{port}",
             "log-level": "warning",
+            "demos": False,
             **self._options,
             "port": port,
         }
         if dtype is not None:
             settings["dtype"] = dtype
-        command = [sys.executable, "-m", "loraplex_server.cli.app", "serve", "--no-demos"]
+        command = [sys.executable, "-m", "loraplex_server.cli.app", "serve"]
         for key, value in settings.items():
             if isinstance(value, bool):
                 command.append(f"--{key}" if value else f"--no-{key}")

@@ -47,14 +47,15 @@ both = [{"name": "pirate", "weight": 0.7}, {"name": "emoji", "weight": 0.3}]
 print("a sum of two:", ask("I ate a pizza by the sea.", both))
 print("auto:", ask("Extract the e-mail address: write to ada@example.org today.", "auto"))
 
+text = {"type": "string", "maxLength": 20}
 schema = {
     "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
-    "required": ["name", "age"],
+    "properties": {"name": text, "age": {"type": "integer"}, "city": text, "job": text},
+    "required": ["name", "age", "city", "job"],
     "additionalProperties": False,
 }
 person = ask(
-    "Ada Lovelace, 36 years old, lives in London.",
+    "Ada is 36 years old, lives in London and works as a writer.",
     "json-answers",
     response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": schema}},
 )

@@ -36,8 +36,11 @@ def reward(answer: str) -> float:
 
 def sample(prompt: str, adapter: str | None, seed: int) -> tuple[list[int], list[dict[str, Any]]]:
     """The prompt's token ids, and the choices with theirs."""
+    messages = [{"role": "user", "content": prompt}]
+    tokens = client.post("/tokenize", json={"messages": messages})
+    tokens.raise_for_status()
     body = {
-        "messages": [{"role": "user", "content": prompt}],
+        "messages": messages,
         "n": ANSWERS,
         "max_tokens": 24,
         "temperature": 1,
@@ -47,8 +50,7 @@ def sample(prompt: str, adapter: str | None, seed: int) -> tuple[list[int], list
     }
     answer = client.post("/v1/chat/completions", json=body)
     answer.raise_for_status()
-    found = answer.json()
-    return found["prompt_token_ids"], found["choices"]
+    return tokens.json()["tokens"], answer.json()["choices"]
 
 
 def push(folder: Path, etag: str | None) -> str:

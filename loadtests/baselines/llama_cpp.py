@@ -50,16 +50,15 @@ class LlamaCpp(System):
         assert binary is not None
         command = [
             str(binary),
-            f"--model={_base_file(work, dtype)}",
-            "--parallel=16",
-            "--ctx-size=16384",
-            f"--threads={os.cpu_count() or 1}",
-            f"--port={port}",
+            *("--model", str(_base_file(work, dtype))),
+            *("--parallel", "16"),
+            *("--ctx-size", "16384"),
+            *("--threads", str(os.cpu_count() or 1)),
+            *("--port", str(port)),
         ]
         if adapters:
-            command.append("--lora-init-without-apply")
-        for folder in adapters:
-            command += ["--lora", str(_adapter_file(folder))]
+            files = ",".join(str(_adapter_file(folder)) for folder in adapters)
+            command += ["--lora-init-without-apply", "--lora", files]
         return command, {"LD_LIBRARY_PATH": str(binary.parent)}
 
     def body(self, family: str, name: str | None) -> Mapping[str, Any]:

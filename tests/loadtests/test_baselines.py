@@ -61,7 +61,7 @@ def test_llama_cpp_knows_adapters_by_their_place_on_the_command_line(
     system = with_binary(LlamaCpp(tmp_path / "venv"), path)
     assert system.missing() is None
     command, _ = system.command(model, adapters, 8001, None, tmp_path)
-    files = [command[at + 1] for at, word in enumerate(command) if word == "--lora"]
+    files = command[command.index("--lora") + 1].split(",")
     assert files == [f"{folder}.gguf" for folder in adapters]
     assert system.body("lora", "a1")["lora"] == [{"id": 1, "scale": 1.0}]
     assert system.body("base", None)["lora"] == [{"id": 0, "scale": 0.0}]

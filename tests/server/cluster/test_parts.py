@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+import httpx
 import pytest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.responses import PlainTextResponse
+from starlette.types import Receive, Scope, Send
 
 from loraplex_server.cluster.autoscaling import wanted_replicas
 from loraplex_server.cluster.config import read_config
 from loraplex_server.cluster.event_buffer import EventBuffer
 from loraplex_server.cluster.fleet_metrics import ProcessMetrics, one_page
 from loraplex_server.cluster.fleet_stats import summed
+from loraplex_server.cluster.request_id import without_request_id
 from loraplex_server.engine.client import EngineStats, TenantStats
 from loraplex_server.engine.events import FinishReason, TokenEvent
 from loraplex_server.settings import ConfigError
@@ -117,6 +121,20 @@ def test_a_page_of_several_processes_has_each_family_once() -> None:
         "e2": 2.0,
     }
     assert families["loraplex_adapter_requests"][0].labels == {"adapter": "a1", "replica": "g1"}
+
+
+@pytest.mark.anyio
+async def test_an_answer_has_one_request_id_where_ray_adds_its_own() -> None:
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("x", headers={"X-Request-ID": "a", "x-else": "b"})(
+            scope, receive, send
+        )
+
+    transport = httpx.ASGITransport(without_request_id(app))
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        answer = await client.get("/")
+    assert (answer.text, answer.headers["x-else"]) == ("x", "b")
+    assert "x-request-id" not in answer.headers
 
 
 @pytest.mark.anyio

@@ -33,7 +33,7 @@ from tests.support.cluster_process import ClusterProcess
 from tests.support.server_process import ServerProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.anyio]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800), pytest.mark.anyio]
 
 NAMES = [None, *(f"a{number}" for number in range(16))]
 WANTED_STICKINESS = 0.85

@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: serve cluster test test-cluster test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv console docs wheel
+.PHONY: serve cluster test test-cluster test-nightly test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv console docs wheel
 
 venv: $(STAMP)
 
@@ -57,9 +57,13 @@ unit: venv
 test-cluster: venv  # real clusters on this machine; some minutes
 	$(BIN)/python -m pytest tests/cluster
 
+test-nightly: venv  # what CI has no time for: a minute of soak, long walks of the contract …
+	$(BIN)/loraplex pull --quiet
+	$(BIN)/python -m pytest $(PARALLEL) -m "nightly and not gpu"
+
 unit-all: venv
 	$(BIN)/loraplex pull --quiet
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not cluster"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not cluster and not nightly"
 
 PARALLEL := -n auto --dist loadfile  # a process for each core, files whole
 

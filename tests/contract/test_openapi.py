@@ -111,5 +111,6 @@ def test_every_answer_is_as_documented_behind_a_key(server_with_key: Subject) ->
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_every_answer_is_as_documented_at_length(server_with_key: Subject) -> None:
     server_with_key.run("--max-examples", "15")

@@ -118,6 +118,7 @@ def test_tenants_rag(server: ServerProcess, pulled_encoder: Path, tmp_path: Path
         assert same.startswith(answer)
 
 
+@pytest.mark.nightly
 def test_rl_loop(server: ServerProcess, pulled_base: Path, tmp_path: Path) -> None:
     printed = run(server, tmp_path, "rl_loop.py", "--steps", "2", "--out", "policy")
     etags = re.findall(r"step \d: mean reward \d\.\d+, policy is (\S+)", printed)

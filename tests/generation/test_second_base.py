@@ -29,7 +29,7 @@ from tests.support.server_process import failing_start, server_process
 from tests.support.tiny_tokenizer import tiny_tokenizer
 from tests.support.tiny_zoo import tiny_qwen2_directory
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a machine with other work
+pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(900)]
 
 TRAIN = ("past/plain", "plural/plain", "past/quotes", "plural/quotes")
 PROMPT = "walk"

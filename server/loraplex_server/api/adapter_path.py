@@ -1,7 +1,8 @@
 """The path of an adapter: its name, slashes and all, that does not end in one of its actions.
 
 ``{name:path}`` alone would take ``/v1/adapters/x/pin`` for an adapter ``x/pin``, and a method that
-the action lacks for a request about that adapter. Likewise ``/v1/adapters/generate``.
+the action lacks for a request about that adapter. Likewise ``/v1/adapters/generate`` and
+``/v1/adapters/train``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ADAPTER_PATH = "/v1/adapters/{name:adapter}"
 
 
 class _AdapterPath(PathConvertor):
-    regex = rf"(?!generate$|.*[^/]/(?:{'|'.join(ACTIONS)})$).*"
+    regex = rf"(?!(?:generate|train)$|.*[^/]/(?:{'|'.join(ACTIONS)})$).*"
 
 
 register_url_convertor("adapter", _AdapterPath())

@@ -464,7 +464,9 @@ async def test_a_server_that_learns_nothing_says_so(front: Front) -> None:
     assert answer.json()["error"]["code"] == "feature_not_enabled"
 
 
-RECIPE = RefinementRecipe(span_steps=2, steps=26, lr=0.2, span_lr=0.1, warmup=2, tokens=60)
+RECIPE = RefinementRecipe(
+    span_steps=2, steps=26, lr=0.2, a_rate=0.03, span_lr=0.1, warmup=2, tokens=60
+)
 _SPREAD = 0.1  # of the base's weights: with less, no adapter could make any token likely
 WORDS = ("red", "blue", "green", "plum", "gold", "grey", "pink", "teal", "navy", "rust")
 

@@ -20,7 +20,7 @@ from .routing import DeviceSegments, route_segments
 from .shrink import lora_shrink, planes_shape
 from .tuning import ExpandChoice, FusedChoice, ShrinkChoice, TuningTable, default_table, key_for
 
-__all__ = ["linear_with_lora_triton", "lora_apply_triton"]
+__all__ = ["linear_with_lora_triton", "lora_apply_triton", "two_launches"]
 
 
 def lora_apply_triton(
@@ -70,7 +70,7 @@ def linear_with_lora_triton(
 def _run(
     base: Callable[[], Tensor],
     inputs: tuple[Tensor, Tensor, LoraTarget, LoraTables, DeviceSegments],
-    choice: FusedChoice | _TwoLaunches,
+    choice: FusedChoice | TwoLaunches,
     *,
     side: SideStream | None = None,
 ) -> Tensor:
@@ -92,10 +92,10 @@ def _run(
 
 
 @dataclass(frozen=True, slots=True)
-class _TwoLaunches:
+class TwoLaunches:
     shrink: ShrinkChoice
     expand: ExpandChoice
-    planes_shape: tuple[int, int, int, int, int]
+    planes_shape: tuple[int, int, int, int, int]  # of the workspace between them
 
 
 def _choose(
@@ -105,20 +105,43 @@ def _choose(
     routed: DeviceSegments,
     table: TuningTable | None,
     capability: int | None,
-) -> FusedChoice | _TwoLaunches:
-    chosen = default_table() if table is None else table
-    bounds = {
-        "capability": capability or capability_of(x.device),
-        "rank": tables.a_pages.shape[2] * PAGE_RANK,
-        "rows": routed.indices.shape[0],
-    }
-    in_features, n_out = target.in_features, sum(target.out_features)
+) -> FusedChoice | TwoLaunches:
     if routed.blocks is None:
-        fused = chosen.fused(key_for("fused", x.dtype, width=in_features, **bounds))
+        chosen = default_table() if table is None else table
+        bounds = _bounds(x, tables, routed, capability)
+        fused = chosen.fused(key_for("fused", x.dtype, width=target.in_features, **bounds))
         if fused.enabled:
             return fused
+    return two_launches(x, target, tables, routed, table, capability)
+
+
+def two_launches(
+    x: Tensor,
+    target: LoraTarget,
+    tables: LoraTables,
+    routed: DeviceSegments,
+    table: TuningTable | None,
+    capability: int | None,
+) -> TwoLaunches:
+    """Shrink and expand as ``table`` has them (None: the shipped one); ``x`` for dtype and device.
+
+    ``capability`` None: the device's.
+    """
+    chosen = default_table() if table is None else table
+    bounds = _bounds(x, tables, routed, capability)
+    in_features, n_out = target.in_features, sum(target.out_features)
     shrink = chosen.shrink(key_for("shrink", x.dtype, width=in_features, **bounds))
     expand = chosen.expand(key_for("expand", x.dtype, width=n_out, **bounds))
     n_planes = 1 if shrink.serial else reduction(in_features, x.element_size()).n_chunks
     shape = planes_shape(target, tables, routed, n_planes=n_planes)
-    return _TwoLaunches(shrink, expand, shape)
+    return TwoLaunches(shrink, expand, shape)
+
+
+def _bounds(
+    x: Tensor, tables: LoraTables, routed: DeviceSegments, capability: int | None
+) -> dict[str, int]:
+    return {
+        "capability": capability or capability_of(x.device),
+        "rank": tables.a_pages.shape[2] * PAGE_RANK,
+        "rows": routed.indices.shape[0],
+    }

@@ -20,17 +20,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.layout import PAGE_RANK, LoraSegments, LoraTables, LoraTarget
+from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
 
-from .arithmetic import aligned, reduction
-from .capability import capability_of
+from .arithmetic import aligned
 from .checks import OFFSET_ALIGN, check_inputs
 from .expand import add_pair, lora_expand, transform
 from .input_scales import check_scales
+from .lora import two_launches
 from .routing import DeviceSegments
-from .shrink import lora_shrink, planes_shape
+from .shrink import lora_shrink
 from .silu_mul import gated
-from .tuning import ExpandChoice, ShrinkChoice, TuningTable, default_table, key_for
+from .tuning import ExpandChoice, TuningTable
 
 if TYPE_CHECKING:
     from loraplex_kernels.moe_by_slot import InputScales
@@ -174,12 +174,12 @@ def gate_pairs_triton(
     ``segments``: ``DeviceSegments`` over the rows of ``x``. Raises ValueError before the launches.
     """
     routed = _device_segments(segments)
-    shrink, expand = _choices(x, target, tables, routed, table, capability)
-    planes = _planes(x, target, tables, routed, shrink)
-    lora_shrink(x, storage, target, tables, routed, shrink, planes=planes)
+    choice = two_launches(x, target, tables, routed, table, capability)
+    planes = torch.empty(choice.planes_shape, dtype=torch.float32, device=x.device)
+    lora_shrink(x, storage, target, tables, routed, choice.shrink, planes=planes)
     n_pairs = routed.indices.shape[0]
     out = torch.empty((n_pairs, target.out_features[0]), dtype=gate_up.dtype, device=x.device)
-    expand_gate(planes, x, gate_up, storage, target, tables, routed, expand, out=out)
+    expand_gate(planes, x, gate_up, storage, target, tables, routed, choice.expand, out=out)
     return out
 
 
@@ -271,10 +271,10 @@ def add_pairs_triton(
     routed = _device_segments(by_row)
     if not isinstance(by_pair, DeviceSegments):
         raise ValueError("pairs are grouped on the device")
-    shrink, expand = _choices(act, target, tables, routed, table, capability)
-    planes = _planes(act, target, tables, routed, shrink)
-    lora_shrink(pair_act, storage, target, tables, by_pair, shrink, planes=planes)
-    lora_expand(planes, act, storage, target, tables, routed, expand, out=out)
+    choice = two_launches(act, target, tables, routed, table, capability)
+    planes = torch.empty(choice.planes_shape, dtype=torch.float32, device=act.device)
+    lora_shrink(pair_act, storage, target, tables, by_pair, choice.shrink, planes=planes)
+    lora_expand(planes, act, storage, target, tables, routed, choice.expand, out=out)
 
 
 def segments_of_pairs(by_row: LoraSegments, pair_ids: Tensor) -> DeviceSegments:
@@ -290,35 +290,3 @@ def _device_segments(segments: LoraSegments) -> DeviceSegments:
     if not isinstance(segments, DeviceSegments) or segments.blocks is None:
         raise ValueError("pairs are grouped on the device, several a row")
     return segments
-
-
-def _choices(
-    x: Tensor,
-    target: LoraTarget,
-    tables: LoraTables,
-    segments: DeviceSegments,
-    table: TuningTable | None,
-    capability: int | None,
-) -> tuple[ShrinkChoice, ExpandChoice]:
-    chosen = default_table() if table is None else table
-    bounds = {
-        "capability": capability or capability_of(x.device),
-        "rank": tables.a_pages.shape[2] * PAGE_RANK,
-        "rows": segments.indices.shape[0],
-    }
-    shrink = chosen.shrink(key_for("shrink", x.dtype, width=target.in_features, **bounds))
-    wide = sum(target.out_features)
-    return shrink, chosen.expand(key_for("expand", x.dtype, width=wide, **bounds))
-
-
-def _planes(
-    x: Tensor,
-    target: LoraTarget,
-    tables: LoraTables,
-    segments: DeviceSegments,
-    choice: ShrinkChoice,
-) -> Tensor:
-    cut = reduction(target.in_features, x.element_size())
-    n_planes = 1 if choice.serial else cut.n_chunks
-    shape = planes_shape(target, tables, segments, n_planes=n_planes)
-    return torch.empty(shape, dtype=torch.float32, device=x.device)

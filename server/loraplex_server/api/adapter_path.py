@@ -18,12 +18,13 @@ from .state import State, followed, in_store_thread
 
 __all__ = ["ACTIONS", "ADAPTER_PATH", "AdapterName", "NewName", "OwnName"]
 
+_MAKERS = ("generate", "train")  # routes that make an adapter
 ACTIONS = ("pin", "unpin", "warm", "revisions", "rollback", "routing")
 ADAPTER_PATH = "/v1/adapters/{name:adapter}"
 
 
 class _AdapterPath(PathConvertor):
-    regex = rf"(?!(?:generate|train)$|.*[^/]/(?:{'|'.join(ACTIONS)})$).*"
+    regex = rf"(?!(?:{'|'.join(_MAKERS)})$|.*[^/]/(?:{'|'.join(ACTIONS)})$).*"
 
 
 register_url_convertor("adapter", _AdapterPath())

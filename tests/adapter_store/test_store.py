@@ -97,6 +97,23 @@ def test_names_that_could_mean_a_path_or_a_word_are_refused(name: str, store: Ad
         store.put_tensors(name, config, tensors)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["generate", "train", "Train", "acme:train", "x/pin", "a/b/warm"])
+def test_a_name_whose_path_is_another_route_is_refused_with_a_remedy(
+    name: str, store: AdapterStore
+) -> None:
+    config, tensors = plain_lora(1)
+    with pytest.raises(InvalidName, match=f"'{name}' is not .* choose ") as refused:
+        store.put_tensors(name, config, tensors)  # type: ignore[arg-type]
+    assert "routes" in str(refused.value) or "a route of" in str(refused.value)
+    assert store.list() == ()
+
+
+@pytest.mark.parametrize("name", ["pin", "retrain", "train/x", "x/pins", "x/generate"])
+def test_a_name_that_only_holds_such_a_word_is_one(name: str, store: AdapterStore) -> None:
+    put(store, name, seed=1)
+    assert [card.name for card in store.list()] == [name]
+
+
 def test_an_unknown_name_names_its_neighbours(store: AdapterStore) -> None:
     put(store, "support-de", 1)
     with pytest.raises(UnknownAdapter, match="support-de"):

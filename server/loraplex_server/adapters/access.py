@@ -12,6 +12,7 @@ from concurrent.futures import Executor
 
 from fastapi import Request
 
+from loraplex_adapter_store.names import check_name
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.api.errors import ApiError
 from loraplex_server.api.request_info import info_of
@@ -107,7 +108,7 @@ def own_name(store: AdapterStore, access: AdapterAccess, name: str, *, param: st
 def name_to_write(
     store: AdapterStore, access: AdapterAccess, name: str, *, param: str | None
 ) -> str:
-    """``own_name`` for new weights. Raises ApiError (403), and QuotaExceeded."""
+    """``own_name`` for new weights. Raises ApiError (403), InvalidName and QuotaExceeded."""
     if name.rpartition(":")[2].startswith(GENERATED):
         raise ApiError(
             403,
@@ -117,5 +118,6 @@ def name_to_write(
             param=param,
         )
     own = own_name(store, access, name, param=param)
+    check_name(name)  # before anything is fetched, made or trained
     store.check_quota(own, access.quota)
     return own

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_adapter_store.names import is_valid_name
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
@@ -25,12 +24,15 @@ _log = logging.getLogger(__name__)
 
 
 def find_folders(root: Path) -> Iterator[LoraModule]:
-    """Every ``name/`` and ``org/name/`` below ``root`` with an adapter in it."""
+    """Every ``name/`` and ``org/name/`` below ``root`` with an adapter in it.
+
+    The store says which names it takes, so that a refused one is told. Hidden folders are none.
+    """
     for pattern in (f"*/{_CONFIG_FILE}", f"*/*/{_CONFIG_FILE}"):
         for file in sorted(root.glob(pattern)):
-            name = file.parent.relative_to(root).as_posix()
-            if is_valid_name(name):
-                yield LoraModule(name, file.parent)
+            folder = file.parent.relative_to(root)
+            if not any(part.startswith(".") for part in folder.parts):
+                yield LoraModule(folder.as_posix(), file.parent)
 
 
 def put_folder(store: AdapterStore, module: LoraModule) -> AdapterCard:

@@ -2,7 +2,7 @@
 
 ``{name:path}`` alone would take ``/v1/adapters/x/pin`` for an adapter ``x/pin``, and a method that
 the action lacks for a request about that adapter. Likewise ``/v1/adapters/generate`` and
-``/v1/adapters/train``.
+``/v1/adapters/train``. The store takes no adapter of such a name.
 """
 
 from __future__ import annotations
@@ -12,22 +12,35 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.convertors import PathConvertor, register_url_convertor
 
+from loraplex_adapter_store.errors import InvalidName
+from loraplex_adapter_store.names import RESERVED_ENDINGS, check_name
 from loraplex_server.adapters.access import access_of, name_to_write, own_name, stored_name
 
 from .state import State, followed, in_store_thread
 
-__all__ = ["ACTIONS", "ADAPTER_PATH", "AdapterName", "NewName", "OwnName"]
+__all__ = ["ADAPTER_PATH", "AdapterName", "NewName", "OwnName", "why_not_put"]
 
+_PREFIX = "/v1/adapters/"
 _MAKERS = ("generate", "train")  # routes that make an adapter
-ACTIONS = ("pin", "unpin", "warm", "revisions", "rollback", "routing")
-ADAPTER_PATH = "/v1/adapters/{name:adapter}"
+ADAPTER_PATH = _PREFIX + "{name:adapter}"
 
 
 class _AdapterPath(PathConvertor):
-    regex = rf"(?!(?:{'|'.join(_MAKERS)})$|.*[^/]/(?:{'|'.join(ACTIONS)})$).*"
+    regex = rf"(?!(?:{'|'.join(_MAKERS)})$|.*[^/]/(?:{'|'.join(RESERVED_ENDINGS)})$).*"
 
 
 register_url_convertor("adapter", _AdapterPath())
+
+
+def why_not_put(method: str, path: str) -> str | None:
+    """What a PUT is told whose adapter would have the path of another route; else None."""
+    if method != "PUT" or not path.startswith(_PREFIX):
+        return None
+    try:
+        check_name(path.removeprefix(_PREFIX))
+    except InvalidName as error:
+        return str(error)
+    return None
 
 
 async def _stored_name(request: Request, name: str, state: State) -> str:

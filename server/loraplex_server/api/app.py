@@ -77,6 +77,7 @@ from loraplex_server.metrics.live_view import LiveView
 from loraplex_server.metrics.server_metrics import ServerMetrics
 from loraplex_server.settings import ServerConfig
 
+from .adapter_path import why_not_put
 from .errors import ApiError, from_engine
 from .exact_schema import write_exact_bounds
 from .fleet import Fleet
@@ -275,9 +276,10 @@ def _add_error_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
         headers = dict(error.headers or {})
         if error.status_code == 405 and (allowed := _allowed_methods(request.scope, routers)):
             headers["Allow"] = allowed
+        reason = why_not_put(request.method, request.url.path)
         told = ApiError(
             error.status_code,
-            f"{request.method} {request.url.path}: {error.detail}",
+            f"{request.method} {request.url.path}: {reason or error.detail}",
             code={404: "unknown_url", 405: "method_not_allowed"}.get(
                 error.status_code, "invalid_request"
             ),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.errors import InvalidName
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters import registration
 from loraplex_server.adapters.registration import register_adapters
@@ -42,6 +43,15 @@ def test_the_card_of_training_describes_an_adapter(
     shown = store.get("echo")
     assert (shown.description, shown.examples) == (description, examples)
     store.close()
+
+
+def test_a_module_whose_name_is_taken_stops_the_start(tmp_path: Path, base_spec: BaseSpec) -> None:
+    modules = (LoraModule("train", write_lora(tmp_path / "echo", base_spec)),)
+    with (
+        AdapterStore(tmp_path / "state", base_spec) as store,
+        pytest.raises(InvalidName, match="'train' is not an adapter name"),
+    ):
+        register_adapters(store, StoreConfig(lora_modules=modules, demos=False))
 
 
 @pytest.fixture

@@ -76,6 +76,20 @@ def test_a_folder_that_is_copied_slowly_is_served_when_it_is_whole(
     assert [card.name for card in front.store.list()] == ["sql"]
 
 
+def test_a_folder_whose_name_is_taken_is_told_and_a_hidden_one_is_none(
+    front: Front, base_spec: BaseSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = WatchedFolders(front.store, [front.root])
+    for name in ("train", "org/pin", ".cache/x", "org/.x"):
+        write_lora(front.root / name, base_spec)
+    folders.scan()
+    folders.scan()
+    assert front.store.list() == ()
+    told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert sorted(text.split()[1] for text in told) == ["org/pin", "train"]
+    assert all("choose" in text for text in told)
+
+
 def test_what_a_client_put_under_the_name_outlives_the_folder(
     front: Front, base_spec: BaseSpec
 ) -> None:

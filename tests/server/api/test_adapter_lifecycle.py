@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.lease import AdapterLease
+from loraplex_adapter_store.names import is_valid_name
 from loraplex_server.engine.errors import EngineDead
 from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
@@ -139,6 +140,31 @@ async def test_names_that_are_none_are_a_400(
     answer = await front.client.put(f"/v1/adapters/{name}", files=files)
     assert answer.status_code in (400, 404, 405)
     assert front.store.list() == ()
+
+
+@pytest.mark.parametrize("name", ["generate", "train", "org/pin", "org/routing"])
+async def test_a_name_that_a_route_has_is_refused_with_a_remedy(
+    front: Front, base_spec: BaseSpec, name: str
+) -> None:
+    write_lora(front.root / "poet", base_spec)
+    loaded = {"lora_name": name, "lora_path": "poet"}
+    for answer, status in (
+        (await put(front, name, "poet"), 405),
+        (await front.post("/v1/load_lora_adapter", loaded), 400),
+    ):
+        assert answer.status_code == status
+        message = answer.json()["error"]["message"]
+        assert f"{name!r} is not an adapter name" in message
+        assert "choose" in message
+    assert front.store.list() == ()
+
+
+def test_every_route_beside_the_adapters_own_is_no_name(front: Front) -> None:
+    paths = front.app.openapi()["paths"]
+    below = {path.removeprefix("/v1/adapters/") for path in paths if "/v1/adapters/" in path}
+    assert len(below) > 8
+    for path in below - {"{name}"}:
+        assert not is_valid_name(path.replace("{name}", "x")), path
 
 
 async def test_if_match_makes_a_put_compare_and_set(front: Front, base_spec: BaseSpec) -> None:

@@ -50,6 +50,17 @@ def generating(
     front.store.close()
 
 
+async def test_a_name_that_a_route_has_is_refused_before_anything_is_made(
+    generating: Front, generator: ScriptedGenerator
+) -> None:
+    answer = await generating.post(
+        "/v1/adapters/generate", {"description": "to French", "name": "train"}
+    )
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")
+    assert "choose another name" in answer.json()["error"]["message"]
+    assert generator.n_made == 0
+
+
 async def test_a_description_becomes_an_adapter_that_can_be_named(generating: Front) -> None:
     answer = await generating.post(
         "/v1/adapters/generate", {"description": "to French", "name": "french"}

@@ -114,6 +114,7 @@ async def test_a_server_that_was_not_started_for_it_trains_nothing(front: Front)
         ({"examples": [{"messages": [{"role": "user", "content": "x"}]}] * 2}, 400, "examples"),
         ({"examples": [{"messages": [{"role": "sage", "content": "x"}]}] * 2}, 400, "examples[0]"),
         ({"name": "a b"}, 400, "name"),
+        ({"name": "generate"}, 400, "name"),
         ({"name": "generated/x"}, 403, "name"),
         ({"rank": 32}, 400, "rank"),
         ({"budget_s": 61}, 400, "budget_s"),

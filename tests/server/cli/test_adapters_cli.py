@@ -131,6 +131,9 @@ def test_a_refused_adapter_says_why_in_lines_not_in_a_traceback(
     where = ["--model", model, "--state-dir", tmp_path / "state"]
     output = run("add", "x", adapter, *where, fails=True).output
     assert "v_proj: targeted by the config, has no tensors" in output
+    taken = " ".join(run("add", "train", adapter, *where, fails=True).output.split())
+    assert "'train' is not an adapter name" in taken
+    assert "choose another name" in taken
     assert "Traceback" not in output
 
 

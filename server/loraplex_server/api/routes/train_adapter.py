@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request, Response
 
-from loraplex_adapter_store.names import check_name
 from loraplex_server.adapters.access import access_of, name_to_write
 from loraplex_server.adapters.training import TrainingOrder
 from loraplex_server.api.errors import ApiError, invalid
@@ -47,7 +46,7 @@ async def train_adapter(body: TrainAdapterBody, request: Request, state: State) 
     access = access_of(request)
     name = await in_store_thread(
         state,
-        lambda: check_name(name_to_write(state.store, access, body.name, param="name")),
+        lambda: name_to_write(state.store, access, body.name, param="name"),
         access,
     )
     if not body.replace and state.store.has_name(name):

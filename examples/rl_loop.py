@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraplex_server.model.pull import pull
+from loraplex_server.model.pull import resolve_model
 
 URL = os.environ.get("LORAPLEX_URL", "http://127.0.0.1:8000")
 KEY = os.environ.get("LORAPLEX_API_KEY", "none")
@@ -78,9 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path, default=Path("policy"))
+    parser.add_argument("--base", help="what the server serves: a pulled name, or a folder")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    base = pull("smollm2-135m-instruct")
+    base = resolve_model(arguments.base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=3e-4)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -87,16 +83,3 @@ def test_responses(url: str) -> None:
     assert [(c["name"], c["args"]) for c in answer.tool_calls] == [
         ("get_weather", {"city": "Oslo"})
     ]
-
-
-def test_example(url: str, ask: Callable[[str, str], str]) -> None:
-    """a chain whose steps are different adapters (`examples/langchain_chat.py`)"""
-    script = Path(__file__).parents[2] / "examples" / "langchain_chat.py"
-    environment = {**os.environ, "LORAPLEX_URL": url}
-    done = subprocess.run(
-        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    reviews = ["The soup was cold and the waiter rude.", "What a lovely evening, thank you!"]
-    told = [f"{ask('sentiment', review)}: {review}" for review in reviews]
-    assert done.stdout.splitlines()[:2] == told

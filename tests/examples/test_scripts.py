@@ -15,16 +15,16 @@ import pytest
 import torch
 from num2words import num2words
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.server_process import ServerProcess, server_process
+from tests.support.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 DEMOS = ROOT / "adapter_store" / "loraplex_adapter_store" / "demos"
 FLAGS = ("--demos", "--kv-memory", "384MiB", "--adapter-memory", "128MiB")
 KEYS = {"ACME_KEY": "sk-acme", "UMBRA_KEY": "sk-umbra"}
-ELSEWHERE = {"langchain_chat.py"}  # in the clients' Python: tests/clients/test_langchain.py
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,17 @@ def test_openai_client(server: ServerProcess, tmp_path: Path) -> None:
     assert f"a schema: {person}\n" in printed
 
 
+def test_langchain_chat(server: ServerProcess, tmp_path: Path) -> None:
+    printed = run(server, tmp_path, "langchain_chat.py").rstrip("\n")
+    reviews = ["The soup was cold and the waiter rude.", "What a lovely evening, thank you!"]
+    asked = [("sentiment", review) for review in reviews]
+    asked.append(("pirate", f"Answer this review: {reviews[0]}"))
+    told = [
+        answer_of(server, text, "sk-operator", adapter=name, max_tokens=48) for name, text in asked
+    ]
+    assert printed == f"{told[0]}: {reviews[0]}\n{told[1]}: {reviews[1]}\n{told[2]}"
+
+
 def test_batch(server: ServerProcess, tmp_path: Path) -> None:
     printed = run(server, tmp_path, "batch.py", "german-numbers", "358", "437", "81")
     assert printed.splitlines() == [
@@ -118,16 +129,34 @@ def test_tenants_rag(server: ServerProcess, pulled_encoder: Path, tmp_path: Path
         assert same.startswith(answer)
 
 
+def test_rl_loop(tmp_path: Path) -> None:
+    """On a tiny base: the same steps, in seconds."""
+    tiny = save_tiny_model(tmp_path / "tiny")
+    with server_process(tiny, tmp_path / "state", "--api-key", "sk-operator") as server:
+        assert_policy_is_served(server, tiny, tmp_path)
+
+
 @pytest.mark.nightly
-def test_rl_loop(server: ServerProcess, pulled_base: Path, tmp_path: Path) -> None:
-    printed = run(server, tmp_path, "rl_loop.py", "--steps", "2", "--out", "policy")
+def test_rl_loop_on_the_default_base(
+    server: ServerProcess, pulled_base: Path, tmp_path: Path
+) -> None:
+    assert_policy_is_served(server, pulled_base, tmp_path)
+
+
+def assert_policy_is_served(server: ServerProcess, base: Path, folder: Path) -> None:
+    """The script moves the weights twice; the last ones answer as PEFT says."""
+    arguments = ("--steps", "2", "--out", "policy", "--base", str(base))
+    printed = run(server, folder, "rl_loop.py", *arguments)
     etags = re.findall(r"step \d: mean reward \d\.\d+, policy is (\S+)", printed)
     assert len(set(etags)) == 2
+    moved = load_file(folder / "policy" / "adapter_model.safetensors")
+    assert any(tensor.any() for name, tensor in moved.items() if "lora_B" in name)
     text = "Tell me about cats."
     served = answer_of(server, text, "sk-operator", adapter="policy", max_tokens=24)
-    base = AutoModelForCausalLM.from_pretrained(pulled_base, dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, tmp_path / "policy")
-    tokenizer = AutoTokenizer.from_pretrained(pulled_base)
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder / "policy"
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base)
     chat = [{"role": "user", "content": text}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt")
     prompt = ids["input_ids"]

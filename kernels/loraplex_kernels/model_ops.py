@@ -127,7 +127,8 @@ def norm_heads(
         return
     n_q, n_k = n_heads * head_dim, n_kv_heads * head_dim
     for columns, weight in ((slice(0, n_q), q_weight), (slice(n_q, n_q + n_k), k_weight)):
-        heads = qkv[:, columns].reshape(-1, head_dim)
+        # contiguous, or one head of several rows is a strided view, which native code does not take
+        heads = qkv[:, columns].reshape(-1, head_dim).contiguous()
         qkv[:, columns] = rms_norm(heads, weight, eps).view(qkv.shape[0], -1)
 
 

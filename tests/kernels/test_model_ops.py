@@ -10,6 +10,7 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from loraplex_kernels import add_rms_norm, read_kv, rms_norm, rope_and_cache, silu_mul, write_kv
+from loraplex_kernels.model_ops import norm_heads
 from loraplex_kernels.model_ops_reference import (
     add_rms_norm_reference,
     rms_norm_reference,
@@ -50,6 +51,21 @@ def test_rms_norm_with_an_offset_is_gemmas(dtype: torch.dtype) -> None:
     module = Gemma2RMSNorm(576, eps=1e-6).to(dtype)
     module.weight.data = weight
     close(rms_norm(x, weight, 1e-6, offset=1.0), module(x).detach())
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2])
+def test_norms_of_heads_have_the_same_bits_alone_and_among_others(n_kv_heads: int) -> None:
+    """Heads that lie apart in memory go the same way as heads side by side."""
+    generator = torch.Generator().manual_seed(0)
+    qkv = torch.randn(64, (4 + 2 * n_kv_heads) * 16, generator=generator)
+    weights = torch.randn(2, 16, generator=generator)
+    sizes = {"n_heads": 4, "n_kv_heads": n_kv_heads}
+    together = qkv.clone()
+    norm_heads(together, weights[0], weights[1], 1e-6, **sizes)
+    for row in range(64):
+        alone = qkv[row : row + 1].clone()
+        norm_heads(alone, weights[0], weights[1], 1e-6, **sizes)
+        assert torch.equal(alone[0], together[row]), row
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])

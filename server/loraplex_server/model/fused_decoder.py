@@ -302,7 +302,7 @@ class FusedDecoder:
             return
         n_q, n_k = self._n_heads * self._head_dim, self._n_kv_heads * self._head_dim
         for columns, norm in ((slice(0, n_q), q_norm), (slice(n_q, n_q + n_k), k_norm)):
-            heads = qkv[:, columns].reshape(qkv.shape[0], -1, self._head_dim)
+            heads = qkv[:, columns].reshape(qkv.shape[0], -1, self._head_dim).contiguous()
             qkv[:, columns] = norm(heads).flatten(1)
 
 

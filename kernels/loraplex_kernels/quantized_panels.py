@@ -8,13 +8,15 @@ words. A product has the bits that the dequantised weight would give, packed who
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from loraplex_kernels.cpu.model_ops import dtype_code, native_ops
 
-from .quantized_weight import QuantizedWeight, WeightFormat, code_values
+from .quantized_weight import ZERO, QuantizedWeight, WeightFormat, code_values
 
 __all__ = ["PANEL", "QuantizedPanels"]
 
@@ -37,14 +39,14 @@ class QuantizedPanels:
         self._group_size = weight.group_size
         n_panels = -(-self._n_out // PANEL)
         missing = n_panels * PANEL - self._n_out
-        codes = functional.pad(_single_codes(weight), (0, 0, 0, missing))
+        codes = functional.pad(weight.single_codes(), (0, 0, 0, missing))
         words = codes.view(n_panels, PANEL, -1, self._unit).transpose(1, 2).flatten(2)
         if self._format is WeightFormat.INT4:
             low, high = words.chunk(2, dim=1)
             words = low | high << 4
         self._codes = words.contiguous()  # [n_panels, words or half of them, 32 · unit]
-        scales = functional.pad(weight.scales, (0, 0, 0, missing))
-        self._scales = scales.view(n_panels, PANEL, -1).transpose(1, 2).contiguous()
+        self._scales = _of_panels(weight.scales)  # [n_panels, n_groups, 32]
+        self._zeros = None if weight.zeros is None else _of_panels(weight.zeros)
         self._at_once = max(1, _SCRATCH_BYTES // (self._in_features * PANEL * 4))
 
     @staticmethod
@@ -82,13 +84,13 @@ class QuantizedPanels:
         panels, lanes = outputs // PANEL, outputs % PANEL
         elements = lanes[:, None] * self._unit + torch.arange(self._unit)  # of a word
         codes = self._codes[panels[:, None], :, elements]  # [T, unit, words]
-        values = code_values(codes, self._format)
         if self._format is WeightFormat.INT4:
-            values = torch.cat([*values], dim=2)
-        scales = self._scales[panels, :, lanes].float()
-        if scales.shape[1] > 1:
-            scales = scales.repeat_interleave(self._group_size, dim=1)[:, : self._in_features]
-        return (values.transpose(1, 2).flatten(1) * scales).to(self._dtype)
+            codes = torch.cat([codes & 15, codes >> 4], dim=2)
+        values = code_values(codes, self._format).transpose(1, 2).flatten(1)
+        if self._format is WeightFormat.INT4:
+            zeros = self._zeros
+            values -= ZERO if zeros is None else self._of_inputs(zeros[panels, :, lanes])
+        return (values * self._of_inputs(self._scales[panels, :, lanes])).to(self._dtype)
 
     @property
     def device(self) -> torch.device:
@@ -97,32 +99,45 @@ class QuantizedPanels:
     @property
     def n_bytes(self) -> int:
         """Memory held."""
-        return self._codes.nbytes + self._scales.nbytes
+        zeros = 0 if self._zeros is None else self._zeros.nbytes
+        return self._codes.nbytes + self._scales.nbytes + zeros
+
+    def _of_inputs(self, of_groups: Tensor) -> Tensor:
+        """[T, n_groups] as float32 for each input, or [T, 1] if there is one group."""
+        of_groups = of_groups.float()
+        if of_groups.shape[1] == 1:
+            return of_groups
+        return of_groups.repeat_interleave(self._group_size, dim=1)[:, : self._in_features]
 
     def _plain(self, panels: slice) -> Tensor:
         """Words of some panels, [n, words, 32 · unit] of the dtype, contiguous."""
         codes = self._codes[panels]
         if self._format is WeightFormat.INT4:
             codes = torch.cat([codes & 15, codes >> 4], dim=1)
-            values = codes.to(torch.float32).sub_(8)
-        else:
-            values = code_values(codes, self._format)
-        scales = self._scales[panels].float()
+        values = code_values(codes, self._format)
+        if self._zeros is not None:
+            self._by_groups(values, self._zeros[panels], torch.Tensor.sub_)
+        elif self._format is WeightFormat.INT4:
+            values.sub_(ZERO)
+        self._by_groups(values, self._scales[panels], torch.Tensor.mul_)
+        return values.to(self._dtype)
+
+    def _by_groups(
+        self, values: Tensor, of_groups: Tensor, change: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        """``change`` of ``values`` [n, words, 32 · unit], in place, by what each group has."""
+        of_groups = of_groups.float()
         if self._unit > 1:
-            scales = scales.repeat_interleave(self._unit, dim=2)
+            of_groups = of_groups.repeat_interleave(self._unit, dim=2)
         size = self._group_size // self._unit  # words of a group; the last group may have fewer
         n_full = values.shape[1] // size
         grouped = values[:, : n_full * size].view(values.shape[0], n_full, size, values.shape[2])
-        grouped.mul_(scales[:, :n_full, None])
-        values[:, n_full * size :].mul_(scales[:, n_full:])
-        return values.to(self._dtype)
+        change(grouped, of_groups[:, :n_full, None])
+        change(values[:, n_full * size :], of_groups[:, n_full:])
 
 
-def _single_codes(weight: QuantizedWeight) -> Tensor:
-    """Codes [n_out, in_features], of int4 each in a byte of its own."""
-    if weight.format is not WeightFormat.INT4:
-        return weight.codes
-    halves = torch.stack([weight.codes & 15, weight.codes >> 4])
-    grouped = halves.view(2, weight.shape[0], -1, weight.group_size // 2)
-    single: Tensor = grouped.permute(1, 2, 0, 3).flatten(1)
-    return single[:, : weight.in_features]
+def _of_panels(of_outputs: Tensor) -> Tensor:
+    """[n_out, n_groups] → [n_panels, n_groups, 32]."""
+    missing = -of_outputs.shape[0] % PANEL
+    padded = functional.pad(of_outputs, (0, 0, 0, missing))
+    return padded.view(-1, PANEL, of_outputs.shape[1]).transpose(1, 2).contiguous()

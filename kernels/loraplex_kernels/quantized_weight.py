@@ -7,26 +7,35 @@ weight multiplies by this W: kernels, the norms of DoRA, training, the self-chec
 
     int8   two's complement, -127 … 127
     fp8    e4m3 (OCP's "fn": no infinity, largest 448), one byte; NaN does not occur
-    int4   code + 8 in four bits. Byte j of a group of g inputs holds input j in its low half and
+    int4   code + zero in four bits. Byte j of a group of g inputs holds input j in its low half and
            input g / 2 + j in its high half, so a tile of bytes is two tiles of neighbouring inputs.
 
-All are symmetric: there is no zero point.
+int8 and fp8 are symmetric. The zero of int4 is 8, or one for each scale (AWQ).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
 from torch import Tensor
 
-__all__ = ["QuantizedWeight", "WeightFormat", "code_values", "pack_int4", "quantize_weight"]
+__all__ = [
+    "ZERO",
+    "QuantizedWeight",
+    "WeightFormat",
+    "code_values",
+    "pack_int4",
+    "quantize_weight",
+]
 
 _LARGEST = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}  # that the largest weight of a group becomes
 _ROWS_AT_ONCE = 4096  # outputs whose float32 copies exist at once
 _GROUPS = (128, 64)  # of int4: the first that divides the inputs, else the last, cut short
+_SMALLER_GROUPS = (128, 64, 32)  # that a cut may leave
+ZERO = 8  # of int4 without zeros
 _FP8 = torch.float8_e4m3fn
 
 
@@ -54,6 +63,7 @@ class QuantizedWeight:
     in_features: int
     group_size: int  # inputs that share a scale; in_features: each output has one
     dtype: torch.dtype  # of W
+    zeros: Tensor | None = None  # of int4: uint8 [n_out, n_groups], 0 … 15; None: all are 8
 
     def __post_init__(self) -> None:
         n_out = self.codes.shape[0]
@@ -73,6 +83,15 @@ class QuantizedWeight:
                 f"[{n_out}, {n_groups}]; got {self.codes.dtype} {tuple(self.codes.shape)} with "
                 f"{self.scales.dtype} {tuple(self.scales.shape)}"
             )
+        if self.zeros is not None and (
+            self.format is not WeightFormat.INT4
+            or self.zeros.dtype is not torch.uint8
+            or self.zeros.shape != self.scales.shape
+        ):
+            raise ValueError(
+                f"zeros are uint8 beside each scale of int4; got {self.zeros.dtype} "
+                f"{tuple(self.zeros.shape)} of {self.format}"
+            )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -85,7 +104,8 @@ class QuantizedWeight:
     @property
     def n_bytes(self) -> int:
         """Memory held."""
-        return self.codes.nbytes + self.scales.nbytes
+        zeros = 0 if self.zeros is None else self.zeros.nbytes
+        return self.codes.nbytes + self.scales.nbytes + zeros
 
     def dequantize(self) -> Tensor:
         """W [n_out, in_features]."""
@@ -93,19 +113,49 @@ class QuantizedWeight:
 
     def rows(self, outputs: Tensor | slice) -> Tensor:
         """Rows ``outputs`` of W (int64 [T] or a slice): [T, in_features]."""
-        codes, scales = self.codes[outputs], self.scales[outputs].float()
-        values = code_values(codes, self.format)
-        if self.format is WeightFormat.INT4:  # [2, T, bytes]: low halves, then high halves
-            grouped = values.reshape(2, codes.shape[0], -1, self.group_size // 2)
-            values = grouped.permute(1, 2, 0, 3).flatten(1)[:, : self.in_features]
-        if scales.shape[1] > 1:
-            scales = scales.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
-        return (values * scales).to(self.dtype)
+        values = code_values(self._single_codes(outputs), self.format)
+        if self.format is WeightFormat.INT4:
+            zeros = self.zeros
+            values -= ZERO if zeros is None else self._of_inputs(zeros[outputs].float())
+        return (values * self._of_inputs(self.scales[outputs].float())).to(self.dtype)
+
+    def single_codes(self) -> Tensor:
+        """[n_out, in_features], of int4 each in a byte of its own, plus its zero."""
+        return self._single_codes(slice(None))
 
     def to(self, device: torch.device) -> QuantizedWeight:
-        codes, scales = self.codes.to(device), self.scales.to(device)
+        return replace(
+            self,
+            codes=self.codes.to(device),
+            scales=self.scales.to(device),
+            zeros=None if self.zeros is None else self.zeros.to(device),
+        )
+
+    def cut(self, outputs: slice, inputs: slice) -> QuantizedWeight:
+        """W[outputs, inputs], to the bit, in memory of its own.
+
+        Groups that the cut divides become smaller ones, of 32 inputs at least. Raises ValueError
+        where that does not do.
+        """
+        first, end, _ = inputs.indices(self.in_features)
+        codes, scales = self._single_codes(outputs)[:, first:end], self.scales[outputs]
+        zeros = None if self.zeros is None else self.zeros[outputs]
+        group_size = end - first  # of one group
+        if self.format is WeightFormat.INT4 or scales.shape[1] > 1:
+            group_size = self._group_size_within(first, end)
+            groups = torch.arange(first, end, group_size, device=self.device) // self.group_size
+            scales = scales[:, groups]
+            zeros = None if zeros is None else zeros[:, groups]
+        if self.format is WeightFormat.INT4:
+            codes = pack_int4(codes, group_size)
         return QuantizedWeight(
-            self.format, codes, scales, self.in_features, self.group_size, self.dtype
+            self.format,
+            codes.clone(memory_format=torch.contiguous_format),
+            scales.clone(memory_format=torch.contiguous_format),
+            end - first,
+            group_size,
+            self.dtype,
+            None if zeros is None else zeros.clone(memory_format=torch.contiguous_format),
         )
 
     @staticmethod
@@ -117,13 +167,45 @@ class QuantizedWeight:
             raise ValueError(f"weights that share an input are quantised differently: {kinds}")
         if len(weights) == 1:
             return first
-        return QuantizedWeight(
-            first.format,
-            torch.cat([w.codes for w in weights]),
-            torch.cat([w.scales for w in weights]),
-            first.in_features,
-            first.group_size,
-            first.dtype,
+        has_zeros = any(w.zeros is not None for w in weights)
+        return replace(
+            first,
+            codes=torch.cat([w.codes for w in weights]),
+            scales=torch.cat([w.scales for w in weights]),
+            zeros=torch.cat([w._own_zeros() for w in weights]) if has_zeros else None,
+        )
+
+    def _single_codes(self, outputs: Tensor | slice) -> Tensor:
+        codes = self.codes[outputs]
+        if self.format is not WeightFormat.INT4:
+            return codes
+        grouped = codes.view(codes.shape[0], -1, 1, self.group_size // 2)
+        halves: Tensor = torch.cat([grouped & 15, grouped >> 4], dim=2)  # low, then high
+        return halves.flatten(1)[:, : self.in_features]
+
+    def _of_inputs(self, of_groups: Tensor) -> Tensor:
+        """[T, n_groups] for each input, or [T, 1] if there is one group."""
+        if of_groups.shape[1] == 1:
+            return of_groups
+        return of_groups.repeat_interleave(self.group_size, dim=1)[:, : self.in_features]
+
+    def _own_zeros(self) -> Tensor:
+        if self.zeros is not None:
+            return self.zeros
+        return torch.full(self.scales.shape, ZERO, dtype=torch.uint8, device=self.device)
+
+    def _group_size_within(self, first: int, end: int) -> int:
+        """The largest groups that lie within the present ones and do not cross ``first``, ``end``.
+
+        The last group of all inputs may be cut short.
+        """
+        for size in (self.group_size, *_SMALLER_GROUPS):
+            ends_within = end == self.in_features or (end - first) % size == 0
+            if self.group_size % size == 0 and first % size == 0 and ends_within:
+                return size
+        raise ValueError(
+            f"inputs {first} … {end} of {self.in_features} do not begin and end with groups of "
+            f"{self.group_size} inputs or a part of 32, 64 or 128 of one"
         )
 
 
@@ -147,18 +229,16 @@ def quantize_weight(weight: Tensor, format: WeightFormat) -> QuantizedWeight:
 
 
 def pack_int4(offset: Tensor, group_size: int) -> Tensor:
-    """Codes of int4 from ``offset`` [n_out, in_features] uint8: each code + 8."""
+    """Codes of int4 from ``offset`` [n_out, in_features] uint8: each code plus its zero."""
     missing = -offset.shape[1] % group_size
-    full = torch.nn.functional.pad(offset, (0, missing), value=8)
+    full = torch.nn.functional.pad(offset, (0, missing), value=ZERO)
     halves = full.view(offset.shape[0], -1, 2, group_size // 2)
     packed: Tensor = halves[:, :, 0] | halves[:, :, 1] << 4
     return packed.flatten(1)
 
 
 def code_values(codes: Tensor, format: WeightFormat) -> Tensor:
-    """float32 values of ``codes``; of int4 [2, *codes.shape], the low and the high halves."""
-    if format is WeightFormat.INT4:
-        return torch.stack([codes & 15, codes >> 4]).to(torch.float32) - 8
+    """float32 values of ``codes``, one a byte; of int4 the zero is still among them."""
     if format is WeightFormat.FP8 and codes.is_cpu:  # torch's cast takes three times as long
         table = torch.arange(256, dtype=torch.uint8).view(_FP8).to(torch.float32)
         return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)
@@ -175,7 +255,9 @@ def _quantize_rows(rows: Tensor, format: WeightFormat, group_size: int) -> tuple
     largest = grouped.abs().amax(-1)
     if not bool(largest.isfinite().all()):
         raise ValueError("a weight that is not finite cannot be quantised")
-    scales = largest / _LARGEST[format]
+    # by a tensor: by a number, CUDA multiplies by the reciprocal, and scales would differ from a
+    # CPU's, which reads the weights for adapters where ranks hold parts of them
+    scales = largest / largest.new_full((1,), _LARGEST[format])
     if format is WeightFormat.INT4:
         scales = scales.to(rows.dtype)
     # a group of zeros, or of what no scale can tell from zero, has any scale: its codes are zero

@@ -39,7 +39,7 @@ def save_base(row: BaseRow, folder: Path) -> Path:
 
 @asynccontextmanager
 async def serving(
-    base: Path, state: Path, *, quantization: str = "none"
+    base: Path, state: Path, *, quantization: str = "none", tensor_parallel_size: int = 1
 ) -> AsyncIterator[httpx.AsyncClient]:
     """Raises ModelError if the server refuses to start on this base."""
     config = ServerConfig(
@@ -47,6 +47,7 @@ async def serving(
         engine=EngineConfig(
             dtype="float32",
             quantization=quantization,
+            tensor_parallel_size=tensor_parallel_size,
             threads=1,
             kv_memory_bytes=4 << 20,
             adapter_memory_bytes=4 << 20,

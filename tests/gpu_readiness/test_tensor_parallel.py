@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_kernels import packed_linear
+from loraplex_kernels import packed_linear, quantized_panels
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.engine.parallel.step_tensors import join, step_tensors
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.forward_context import ForwardContext
@@ -79,22 +81,29 @@ class _Group:
     def close(self) -> None: ...
 
 
-def rank_0(folder: Path, **changes: Any) -> tuple[BaseModel, _Group]:
+def rank_0(
+    folder: Path, quantization: WeightFormat | None, model_type: str = "llama", **changes: Any
+) -> tuple[BaseModel, _Group]:
     """On the host, its weights as a GPU holds them."""
-    tiny_model("llama", **changes).save_pretrained(folder)
-    checkpoint = Checkpoint(folder, SIZE)
+    tiny_model(model_type, **changes).save_pretrained(folder)
+    checkpoint = Checkpoint(folder, SIZE, quantization)
     group = _Group(checkpoint.layout)
     own = checkpoint.load(0, dtype=torch.bfloat16, device=torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed_linear, "dtype_code", lambda _: None)
+        for module in (packed_linear, quantized_panels):
+            patch.setattr(module, "dtype_code", lambda _: None)
         shard = Shard(checkpoint.layout, 0, group, group)
         return BaseModel(own, "tiny", self_check=False, shard=shard), group
 
 
 def run(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, plans: list[AdapterPlan | None], **changes: Any
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plans: list[AdapterPlan | None],
+    quantization: WeightFormat | None = None,
+    **changes: Any,
 ) -> tuple[Run, _Group]:
-    base, group = rank_0(folder, **changes)
+    base, group = rank_0(folder, quantization, **changes)
     with meta_engine(base, monkeypatch, shard_workers=group, tensor_parallel_size=SIZE) as engine:
         group.calls.clear()
         ran = engine.run([Wish(plan, sampling=SHORT) for plan in plans])
@@ -123,15 +132,23 @@ def test_a_step_adds_two_sums_a_layer(
     ]
 
 
-@pytest.mark.parametrize("mixture", LAUNCHES)
+@pytest.mark.parametrize("quantization", [None, WeightFormat.INT4])
+@pytest.mark.parametrize(("model_type", "mixture"), LAUNCHES)
 def test_a_layer_launches_what_it_does_alone(
-    mixture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str,
+    mixture: str,
+    quantization: WeightFormat | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     counts = []
     for n_layers in (2, 4):
-        model = tiny_model("llama", num_hidden_layers=n_layers)
-        lora = lora_plan(model, rank=4, seed=9)
-        plans = [lora, None, lora] if "lora" in mixture else [None, None]
-        ran, _ = run(tmp_path / str(n_layers), monkeypatch, plans, num_hidden_layers=n_layers)
-        counts.append(len(decode_step(ran).kernels))
-    assert (counts[1] - counts[0]) / 2 <= LAUNCHES[mixture]
+        sizes = {"num_hidden_layers": n_layers, "intermediate_size": 128}
+        lora = lora_plan(tiny_model(model_type, **sizes), rank=4, seed=9)
+        plans = [lora if name == "lora" else None for name in mixture.split(" and ")]
+        folder = tmp_path / str(n_layers)
+        ran, _ = run(folder, monkeypatch, plans, quantization, model_type=model_type, **sizes)
+        counts.append(Counter(decode_step(ran).kernels))
+    of_two = counts[1] - counts[0]
+    assert of_two.total() / 2 <= LAUNCHES[model_type, mixture]
+    assert of_two["quantized_linear_kernel"] == (0 if quantization is None else 2 * 4)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -28,6 +30,13 @@ def weight_of(n_out: int, in_features: int, dtype: torch.dtype, seed: int = 3) -
 
 def rows_of(n_rows: int, width: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(n_rows, width, generator=torch.Generator().manual_seed(n_rows)).to(dtype)
+
+
+def with_zeros(weight: QuantizedWeight) -> QuantizedWeight:
+    """The same codes of int4 with a zero of its own for every group."""
+    generator = torch.Generator().manual_seed(weight.shape[0])
+    zeros = torch.randint(0, 16, weight.scales.shape, generator=generator, dtype=torch.uint8)
+    return replace(weight, zeros=zeros)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -118,6 +127,70 @@ def test_a_product_is_that_of_the_dequantised_weights(
     assert (linear.bias is None) == (not has_bias)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [32, 96, 256, 576])
+def test_zeros_of_groups_are_taken_off_their_codes(dtype: torch.dtype, in_features: int) -> None:
+    weights = [
+        quantize_weight(weight_of(n, in_features, dtype, seed=n), WeightFormat.INT4)
+        for n in (70, 33)
+    ]
+    shifted = with_zeros(weights[0])
+    codes, size = weights[0].single_codes().float(), weights[0].group_size
+    assert shifted.zeros is not None
+    zeros, scales = (
+        tensor.float().repeat_interleave(size, dim=1)[:, :in_features]
+        for tensor in (shifted.zeros, shifted.scales)
+    )
+    wanted = ((codes - zeros) * scales).to(dtype)
+    assert torch.equal(shifted.dequantize(), wanted)
+    linear = QuantizedLinear([shifted, weights[1]], [None, None])  # whose zeros are 8
+    plain = PackedLinear([wanted, weights[1].dequantize()], [None, None])
+    assert torch.equal(linear.matrix(), plain.matrix())
+    x = rows_of(5, in_features, dtype)
+    if native.available() and plain.native is not None:
+        assert torch.equal(linear(x), plain(x))
+    torch.testing.assert_close(linear(x).float(), plain(x).float(), atol=3e-2, rtol=2e-2)
+    n_outputs = 103 + -103 % 32  # in whole panels where native code multiplies
+    assert linear.n_bytes <= n_outputs * (-(-in_features // size)) * (
+        size // 2 + weights[0].scales.element_size() + 1
+    )
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("in_features", "inputs", "group_size"),
+    [
+        (512, slice(256, 384), 128),
+        (576, slice(192, 384), 64),
+        (320, slice(160, 320), 32),  # groups of 64 become smaller ones
+        (96, slice(64, 96), 64),  # the last group is short
+        (576, slice(0, 576), 64),
+    ],
+)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_part_has_the_weights_of_the_whole(
+    format: WeightFormat, in_features: int, inputs: slice, group_size: int, zeros: bool
+) -> None:
+    whole = quantize_weight(weight_of(70, in_features, torch.bfloat16), format)
+    if zeros and format is WeightFormat.INT4:
+        whole = with_zeros(whole)
+    part = whole.cut(slice(7, 40), inputs)
+    assert torch.equal(part.dequantize(), whole.dequantize()[7:40, inputs])
+    if format is WeightFormat.INT4:
+        assert part.group_size == group_size
+    assert part.codes.untyped_storage().nbytes() == part.codes.nbytes  # the whole can be freed
+
+
+def test_groups_of_bytes_are_cut_where_they_can_be() -> None:
+    whole = quantize_weight(weight_of(20, 256, torch.bfloat16), WeightFormat.INT8)
+    grouped = replace(whole, scales=whole.scales * torch.tensor([1.0, 3.0]), group_size=128)
+    part = grouped.cut(slice(None), slice(64, 192))
+    assert part.group_size == 64
+    assert torch.equal(part.dequantize(), grouped.dequantize()[:, 64:192])
+    with pytest.raises(ValueError, match="inputs 16 … 240 of 256 do not begin and end with groups"):
+        grouped.cut(slice(None), slice(16, 240))
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_row_has_the_same_bits_alone_and_among_others(format: WeightFormat) -> None:
     if not native.available():
@@ -171,3 +244,5 @@ def test_what_does_not_fit_is_refused() -> None:
         quantize_weight(torch.full((2, 64), float("nan")), WeightFormat.INT8)
     with pytest.raises(ValueError, match=r"int4 codes of \[48, 64\] in groups of 64"):
         QuantizedWeight(WeightFormat.INT4, int8.codes, int8.scales, 64, 64, torch.float32)
+    with pytest.raises(ValueError, match="zeros are uint8 beside each scale of int4"):
+        replace(int8, zeros=torch.zeros_like(int8.scales, dtype=torch.uint8))

@@ -155,11 +155,11 @@ def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{name}, routers", partial(_route_by_slot, hidden_size, kind)
         yield f"{name}, scales of inputs", partial(_scale_inputs, intermediate_size, kind)
         yield f"{name}, experts of 64 rows", partial(_experts, hidden_size, intermediate_size, kind)
-    for format in WeightFormat:
+    for format, zeros in (*((format, False) for format in WeightFormat), (WeightFormat.INT4, True)):
         for name in _QUANTIZED if dtype == "bf16" else _QUANTIZED[:1]:
             for n_rows in (16, 32, 2048):
-                call = partial(_quantized, MODEL_TARGETS[name], format, n_rows, kind)
-                yield f"{name} in {format}, {n_rows} rows", call
+                call = partial(_quantized, MODEL_TARGETS[name], format, n_rows, kind, zeros=zeros)
+                yield f"{name} in {format}{' with zeros' if zeros else ''}, {n_rows} rows", call
     for n_heads, n_kv, head_dim, name in _ATTENTION:
         yield f"{name}, norms of heads", partial(_norm_heads, n_heads, n_kv, head_dim, kind)
         if head_dim > max_head_dim(kind):
@@ -310,14 +310,17 @@ def _gate(width: int, dtype: torch.dtype) -> None:
         silu_mul_triton(gate_up, out=out, act=act)
 
 
-def _quantized(target: LoraTarget, format: WeightFormat, n_rows: int, dtype: torch.dtype) -> None:
+def _quantized(
+    target: LoraTarget, format: WeightFormat, n_rows: int, dtype: torch.dtype, *, zeros: bool
+) -> None:
     """With a bias, which takes registers."""
     k, n_out = target.in_features, sum(target.out_features)
     group_size = 128 if format is WeightFormat.INT4 else k
     codes = torch.empty(n_out, k // format.codes_a_byte, dtype=format.code_dtype)
     scale_dtype = dtype if format is WeightFormat.INT4 else torch.float32
     scales = torch.empty(n_out, k // group_size, dtype=scale_dtype)
-    weight = QuantizedWeight(format, codes, scales, k, group_size, dtype)
+    of_groups = torch.empty_like(scales, dtype=torch.uint8) if zeros else None
+    weight = QuantizedWeight(format, codes, scales, k, group_size, dtype, of_groups)
     x, out = torch.empty(n_rows, k, dtype=dtype), torch.empty(n_rows, n_out, dtype=dtype)
     quantized_linear_triton(x, weight, torch.empty(n_out, dtype=dtype), out=out)
 

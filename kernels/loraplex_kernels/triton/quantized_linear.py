@@ -17,12 +17,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.quantized_weight import QuantizedWeight, WeightFormat
+from loraplex_kernels.quantized_weight import ZERO, QuantizedWeight, WeightFormat
 
 __all__ = ["quantized_linear_triton"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FORMATS = {WeightFormat.INT8: 0, WeightFormat.INT4: 1, WeightFormat.FP8: 2}
+_ZERO = tl.constexpr(float(ZERO))
 _INT4, _FP8 = tl.constexpr(1), tl.constexpr(2)
 _E4M3_BIAS = tl.constexpr(2.0**120)  # 127 − 7: what the exponents of float32 and e4m3 differ by
 _BLOCK_K = 128  # inputs of one load of whole bytes; of int4 a group
@@ -64,6 +65,7 @@ def quantized_linear_kernel(
     x_ptr,
     codes_ptr,
     scales_ptr,
+    zeros_ptr,
     bias_ptr,
     out_ptr,
     n_rows,
@@ -74,6 +76,7 @@ def quantized_linear_kernel(
     GROUP: tl.constexpr,
     N_GROUPS: tl.constexpr,
     FORMAT: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -92,8 +95,13 @@ def quantized_linear_kernel(
         for group in range(N_GROUPS):
             codes = tl.load(code_ptrs + group * HALF, mask=out_in[:, None], other=0)
             scale = tl.load(scale_row + group, mask=out_in, other=0.0).to(tl.float32)[:, None]
-            low = (codes & 15).to(tl.float32) - 8.0
-            high = (codes >> 4).to(tl.float32) - 8.0
+            if HAS_ZEROS:
+                zero = tl.load(zeros_ptr + outputs * N_GROUPS + group, mask=out_in, other=0)
+                zero = zero.to(tl.float32)[:, None]
+            else:
+                zero = _ZERO
+            low = (codes & 15).to(tl.float32) - zero
+            high = (codes >> 4).to(tl.float32) - zero
             columns = group * GROUP + lanes
             total = _multiply(
                 low, scale, x_rows + columns[:, None], rows_in, columns, total, K, K % GROUP == 0
@@ -135,15 +143,17 @@ def quantized_linear_triton(
     """
     _check(x, weight, bias, out)
     n_rows, n_out = out.shape
+    zeros = weight.zeros
     if out.numel() == 0:
         return
     tile = _tile_of(n_rows, n_out, x.element_size(), weight.format)
     grid = (triton.cdiv(n_out, tile.block_n), triton.cdiv(n_rows, tile.block_m))
     quantized_linear_kernel[grid](
-        x, weight.codes, weight.scales, weight.scales if bias is None else bias, out,
+        x, weight.codes, weight.scales, weight.scales if zeros is None else zeros,
+        weight.scales if bias is None else bias, out,
         n_rows, x.stride(0), out.stride(0),
         K=weight.in_features, N=n_out, GROUP=weight.group_size, N_GROUPS=weight.scales.shape[1],
-        FORMAT=_FORMATS[weight.format], HAS_BIAS=bias is not None,
+        FORMAT=_FORMATS[weight.format], HAS_ZEROS=zeros is not None, HAS_BIAS=bias is not None,
         BLOCK_M=tile.block_m, BLOCK_N=tile.block_n, BLOCK_K=_block_k(weight, x.element_size()),
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
@@ -186,11 +196,12 @@ def _check(x: Tensor, weight: QuantizedWeight, bias: Tensor | None, out: Tensor)
         raise ValueError("rows must be contiguous along their features")
     if bias is not None and (bias.shape != (n_out,) or not bias.is_contiguous()):
         raise ValueError(f"bias is {tuple(bias.shape)}, the weight {weight.shape}")
-    tensors = [weight.codes, weight.scales, out] + ([] if bias is None else [bias])
+    parts = [weight.codes, weight.scales, *([] if weight.zeros is None else [weight.zeros])]
+    tensors = [*parts, out] + ([] if bias is None else [bias])
     if any(tensor.device != x.device for tensor in tensors):
         raise ValueError(f"x is on {x.device}; weight, bias and out must be there too")
-    if not (weight.codes.is_contiguous() and weight.scales.is_contiguous()):
-        raise ValueError("codes and scales must be contiguous")
+    if not all(part.is_contiguous() for part in parts):
+        raise ValueError("codes, scales and zeros must be contiguous")
     if weight.format is WeightFormat.INT4 and weight.group_size not in (32, 64, 128):
         raise ValueError(f"int4 groups hold 32, 64 or 128 inputs, not {weight.group_size}")
     if weight.scales.shape[1] > 1 and weight.group_size % 32:

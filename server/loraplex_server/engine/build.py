@@ -89,6 +89,7 @@ def build_engine(
         sharded = _run_in_temp_thread(
             lambda: build_sharded(model_path, name, config, dtype=dtype, device=device), device
         )
+        _warn_of_codes(sharded.spec, device)
         try:
             engine = assemble_engine(
                 sharded.model, config, faults=faults, shard_workers=sharded.workers
@@ -111,11 +112,7 @@ def build_engine(
         ),
         device,
     )
-    if model.spec.quantization is not None and device.type == "cpu":
-        _log.warning(
-            "%s linears save memory on a CPU, and every step takes many times as long",
-            model.spec.quantization,
-        )
+    _warn_of_codes(model.spec, device)
     engine = assemble_engine(model, config, faults=faults)
     weights = ResidentWeights(model, torch.bfloat16) if device.type == "cpu" else None
     return BuiltEngine(engine, tokenizer, model.spec, name, device, weights)
@@ -240,6 +237,14 @@ def dtype_of(name: str) -> torch.dtype:
     if name != "auto":
         return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
     return torch.bfloat16
+
+
+def _warn_of_codes(spec: BaseSpec, device: torch.device) -> None:
+    if spec.quantization is not None and device.type == "cpu":
+        _log.warning(
+            "%s linears save memory on a CPU, and every step takes many times as long",
+            spec.quantization,
+        )
 
 
 def _arithmetic(config: EngineConfig, device: torch.device) -> AbstractContextManager[object]:

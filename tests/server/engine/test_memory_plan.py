@@ -146,15 +146,21 @@ def test_what_a_card_leaves_beside_quantised_linears(
 
 
 # The same of rank 0 of so many cards, which holds the embedding beside its part. As in docs/gpu.md.
-SHARED_TABLE: list[tuple[Card, int, Base, tuple[float, int] | None]] = [
-    (L40S, 2, LLAMA_70B, None),
-    (L40S, 4, LLAMA_70B, (5.4, 57_000)),
-    (A100, 4, LLAMA_70B, (0.9, 10_000)),
-    (A100, 8, LLAMA_70B, (17.1, 359_000)),
-    (H100, 2, LLAMA_70B, (4.2, 22_000)),
-    (H100, 4, LLAMA_70B, (36.6, 384_000)),
-    (H100, 8, LLAMA_70B, (52.8, 1_108_000)),
-    (H200, 2, LLAMA_70B, (58.9, 309_000)),
+SHARED_TABLE: list[tuple[Card, int, Base, str, tuple[float, int] | None]] = [
+    (L40S, 2, LLAMA_70B, "none", None),
+    (L40S, 2, LLAMA_70B, "int4", (20.3, 107_000)),
+    (L40S, 4, LLAMA_70B, "none", (5.4, 57_000)),
+    (L40S, 4, LLAMA_70B, "fp8", (21.4, 224_000)),
+    (A100, 2, LLAMA_70B, "int4", (15.8, 83_000)),
+    (A100, 4, LLAMA_70B, "none", (0.9, 10_000)),
+    (A100, 4, LLAMA_70B, "fp8", (16.9, 177_000)),
+    (A100, 8, LLAMA_70B, "none", (17.1, 359_000)),
+    (H100, 2, LLAMA_70B, "none", (4.2, 22_000)),
+    (H100, 2, LLAMA_70B, "fp8", (36.1, 189_000)),
+    (H100, 4, LLAMA_70B, "none", (36.6, 384_000)),
+    (H100, 4, LLAMA_70B, "fp8", (52.6, 551_000)),
+    (H100, 8, LLAMA_70B, "none", (52.8, 1_108_000)),
+    (H200, 2, LLAMA_70B, "none", (58.9, 309_000)),
 ]
 
 
@@ -172,17 +178,19 @@ def rank_0(base: Base, n_ranks: int) -> Base:
 
 
 @pytest.mark.parametrize(
-    ("card", "n_ranks", "base", "wanted"), SHARED_TABLE, ids=lambda v: getattr(v, "name", "")
+    ("card", "n_ranks", "base", "quantization", "wanted"),
+    SHARED_TABLE,
+    ids=lambda v: getattr(v, "name", None),
 )
 def test_what_several_cards_leave(
-    card: Card, n_ranks: int, base: Base, wanted: tuple[float, int] | None
+    card: Card, n_ranks: int, base: Base, quantization: str, wanted: tuple[float, int] | None
 ) -> None:
     part = rank_0(base, n_ranks)
     if wanted is None:
         with pytest.raises(ValueError, match="raise --gpu-memory-utilization"):
-            planned(card, part)
+            planned(card, part, quantization=quantization)
         return
-    plan = planned(card, part)
+    plan = planned(card, part, quantization=quantization)
     assert (plan.kv_bytes + plan.adapter_bytes) / GIB == pytest.approx(wanted[0], abs=0.06)
     assert plan.kv_bytes / part.token_bytes == pytest.approx(wanted[1], abs=500)
 

@@ -16,6 +16,7 @@ from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.errors import ModelError
 from tests.conformance.base_rows import BASE_ROWS
 from tests.conformance.tiny_base import save_base
+from tests.support.awq_checkpoint import awq_config, awq_tensors
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]
@@ -149,6 +150,19 @@ def test_gptq_is_codes_less_the_middle_times_the_scale(
     assert_weights(base, wanted, f"int{bits}")
 
 
+@pytest.mark.parametrize("group_size", [32, -1])
+def test_awq_is_codes_less_their_zero_times_the_scale(group_size: int, tmp_path: Path) -> None:
+    wanted: Tensors = {}
+
+    def write(name: str, weight: Tensor) -> Tensors:
+        size = group_size if group_size > 0 else weight.shape[1]
+        stored, wanted[name] = awq_tensors(weight, size)
+        return stored
+
+    base = loaded(saved(tmp_path / "base", awq_config(group_size), write))
+    assert_weights(base, wanted, "int4")
+
+
 @pytest.mark.parametrize("scales", ["of blocks", "of outputs", "of the tensor"])
 def test_fp8_is_e4m3_times_its_scale(scales: str, tmp_path: Path) -> None:
     wanted: Tensors = {}
@@ -172,7 +186,9 @@ def test_fp8_is_e4m3_times_its_scale(scales: str, tmp_path: Path) -> None:
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": True}
 REFUSED: dict[str, tuple[dict[str, object], str]] = {
-    "awq": ({"quant_method": "awq", "bits": 4}, "'awq', which has zero points; load .* 16-bit"),
+    "awq for vectors": ({**awq_config(32), "version": "gemv"}, "'gemv'; 4 in 'gemm' are read"),
+    "awq of 8 bits": ({**awq_config(32), "bits": 8}, "awq with 8 bits .* load .* 16-bit"),
+    "awq without codes": (awq_config(32), "it has no qweight"),
     "bitsandbytes": ({"quant_method": "bitsandbytes"}, "'bitsandbytes', which is not one of"),
     "mxfp4": ({"quant_method": "mxfp4"}, "'mxfp4'"),
     "desc_act": ({**GPTQ, "desc_act": True}, "desc_act"),

@@ -6,18 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_kernels.quantized_linear import QuantizedLinear
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.parallel.sharded_model import build_sharded
-from loraplex_server.model.base_model import BaseModel
+from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.errors import ModelError, UnsupportedBase
 from loraplex_server.model.gathered_head import GatheredHead
 from loraplex_server.model.shard_loader import Checkpoint
 from loraplex_server.model.tensor_parallel import ShardLayout
 from tests.server.parallel.threads import ThreadGroup, load_ranks, run_ranks
 from tests.support.architectures import tiny_model
+from tests.support.awq_checkpoint import save_as_awq
 from tests.support.tiny_models import tiny_llama
 
 TOKENS = torch.tensor([5, 9, 33, 7, 60, 12, 3])
@@ -146,17 +150,90 @@ def test_other_architectures_are_refused(model_type: str, tmp_path: Path) -> Non
         Checkpoint(tmp_path, 2)
 
 
-def test_a_quantised_checkpoint_is_refused(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
-    model.config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="is quantised"):
-        Checkpoint(tmp_path, 2)
+@pytest.mark.parametrize("format", list(WeightFormat))
+@pytest.mark.parametrize("size", [2, 4])
+def test_quantised_ranks_have_the_weights_of_one_process(
+    format: WeightFormat, size: int, tmp_path: Path
+) -> None:
+    """Those of one process are transformers' over dequantised weights elsewhere."""
+    tiny_model("llama", intermediate_size=128, hidden_size=128).save_pretrained(tmp_path)
+    alone = load_base_model(
+        tmp_path, "tiny", dtype=torch.float32, device=torch.device("cpu"), quantization=format
+    )
+    group = ThreadGroup(size)
+    ranks = load_ranks(tmp_path, size, group, format)
+    check_parts(ranks, alone)
+    spec = Checkpoint(tmp_path, size, format).spec("tiny", torch.float32)
+    check_spec(spec, alone.spec)
+    bind(alone)
+    with torch.inference_mode():
+        expected = alone.logits(alone.forward(alone.embed(TOKENS)))
+    torch.testing.assert_close(logits_of(ranks), expected, rtol=1e-4, atol=1e-4)
+    assert group.n_reduced == 2 * len(ranks[0].layers)
 
 
-@pytest.mark.parametrize("changes", [{"quantization": "int8"}, {"fuse": False}])
-def test_settings_that_do_not_go_together(changes: dict[str, object], tmp_path: Path) -> None:
-    config = EngineConfig(tensor_parallel_size=2, **changes)
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_quantised_checkpoint_is_cut_as_codes(size: int, tmp_path: Path) -> None:
+    tiny_model("qwen3", intermediate_size=192).save_pretrained(tmp_path)
+    wanted = save_as_awq(tmp_path, 32)
+    alone = load_base_model(tmp_path, "tiny", dtype=torch.float32, device=torch.device("cpu"))
+    ranks = load_ranks(tmp_path, size, ThreadGroup(size))
+    check_parts(ranks, alone)
+    assert all(torch.equal(alone.spec.weight(name), weight) for name, weight in wanted.items())
+    check_spec(Checkpoint(tmp_path, size).spec("tiny", torch.float32), alone.spec)
+
+
+def check_parts(ranks: list[BaseModel], alone: BaseModel) -> None:
+    """Every rank's linears are a part of ``alone``'s, to the bit, and are held as codes."""
+    for rank, model in enumerate(ranks):
+        assert model.shard is not None
+        layout = model.shard.layout
+        assert model.spec.quantization == alone.spec.quantization
+        for name in alone.spec.modules:
+            if layout.is_cut(name):
+                part = layout.cut_weight(name, alone.spec.weight(name), rank)
+                assert torch.equal(model.spec.weight(name), part), name
+        for name, group in model.groups.items():
+            assert isinstance(group.packed, QuantizedLinear | GatheredHead), name
+
+
+def check_spec(spec: BaseSpec, expected: BaseSpec) -> None:
+    for name in ("fingerprint", "quantization", "modules", "parameters", "norms"):
+        assert getattr(spec, name) == getattr(expected, name), name
+    for name in expected.modules:
+        assert torch.equal(spec.weight(name), expected.weight(name)), name
+
+
+def test_a_cut_within_a_small_group_is_refused(tmp_path: Path) -> None:
+    """Half of 96 inputs is no multiple of 32."""
+    tiny_model("llama").save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path, 2, WeightFormat.INT4)
+    said = r"mlp.down_proj: inputs 0 … 48 of 96 .* choose another --tensor-parallel-size"
+    with pytest.raises(ModelError, match=said):
+        checkpoint.load(0, dtype=torch.float32, device=torch.device("cpu"))
+
+
+def test_codes_that_do_not_fit_the_model_are_refused(tmp_path: Path) -> None:
+    tiny_model("llama", intermediate_size=64).save_pretrained(tmp_path)
+    save_as_awq(tmp_path, 32)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    load = {"dtype": torch.float32, "device": torch.device("cpu")}
+    with pytest.raises(ModelError, match="quantised already; leave --quantization out"):
+        Checkpoint(tmp_path, 2, WeightFormat.INT8)
+    up = {k: t for k, t in tensors.items() if k.startswith("model.layers.1.mlp.up_proj.")}
+    extra = {k.replace("mlp.up_proj", "mlp.more_proj"): t.clone() for k, t in up.items()}
+    save_file(tensors | extra, file)
+    with pytest.raises(ModelError, match=r"quantised model\.layers\.1\.mlp\.more_proj"):
+        Checkpoint(tmp_path, 2).load(0, **load)
+    narrow = {k: t[:, : t.shape[1] // 2].contiguous() for k, t in up.items()}
+    save_file(tensors | narrow, file)
+    with pytest.raises(ModelError, match=r"up_proj \[32, 64\], and the model one of \[64, 64\]"):
+        Checkpoint(tmp_path, 2).load(0, **load)
+
+
+def test_settings_that_do_not_go_together(tmp_path: Path) -> None:
+    config = EngineConfig(tensor_parallel_size=2, fuse=False)
     with pytest.raises(ValueError, match="--tensor-parallel-size"):
         build_sharded(tmp_path, "tiny", config, dtype=torch.float32, device=torch.device("cpu"))
 

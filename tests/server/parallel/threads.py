@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.forward_context import ForwardContext
 from loraplex_server.model.shard_loader import Checkpoint
@@ -76,8 +77,10 @@ class _NobodyElse:
         yield
 
 
-def load_ranks(path: Path, size: int, group: ThreadGroup) -> list[BaseModel]:
-    checkpoint = Checkpoint(path, size)
+def load_ranks(
+    path: Path, size: int, group: ThreadGroup, quantization: WeightFormat | None = None
+) -> list[BaseModel]:
+    checkpoint = Checkpoint(path, size, quantization)
     return [
         BaseModel(
             checkpoint.load(rank, dtype=torch.float32, device=torch.device("cpu")),

@@ -23,6 +23,7 @@ import torch
 from loraplex_adapter_store.plan_file import parse_plan
 from loraplex_kernels.cpu import native
 from loraplex_kernels.model_ops import write_kv
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.engine.device import use_device
 from loraplex_server.engine.pool_binding import bind_pool
 from loraplex_server.model.base_model import BaseModel
@@ -74,7 +75,12 @@ def _start(steps: Channel) -> _Worker | None:
         native.use_references()
     rank, size = settings["rank"], settings["size"]
     try:
-        checkpoint = Checkpoint(Path(settings["path"]), size)
+        quantization = settings["quantization"]
+        checkpoint = Checkpoint(
+            Path(settings["path"]),
+            size,
+            None if quantization is None else WeightFormat(quantization),
+        )
         dtype = getattr(torch, settings["dtype"])
         model = checkpoint.load(rank, dtype=dtype, device=device)
     except ModelError as error:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.plan_file import pack_plan
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.engine.adapter_packer import AdapterPacker
 from loraplex_server.engine.errors import RankLost
 from loraplex_server.engine.plan_tensors import copied
@@ -53,6 +54,7 @@ class WorkerSettings:
     model_id: str
     size: int
     dtype: torch.dtype
+    quantization: WeightFormat | None  # of a checkpoint that is plain
     devices: tuple[torch.device, ...]  # by rank
     kernels: str
     n_threads: int
@@ -233,6 +235,7 @@ class ShardWorkers:
                     "rank": rank,
                     "size": settings.size,
                     "dtype": str(settings.dtype).removeprefix("torch."),
+                    "quantization": settings.quantization,
                     "device": str(settings.devices[rank]),
                     "kernels": settings.kernels,
                     "n_threads": settings.n_threads,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_kernels.quantized_weight import WeightFormat
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.shard_loader import Checkpoint
@@ -34,19 +35,17 @@ def build_sharded(
     """All ranks load at once. Raises ModelError if the base cannot be served in so many parts."""
     if not config.fuse:
         raise ValueError("--no-fuse and --tensor-parallel-size exclude each other; leave one out")
-    if config.quantization != "none":
-        raise ValueError(
-            "--quantization and --tensor-parallel-size do not go together yet; leave one out"
-        )
     size = config.tensor_parallel_size
     devices = devices_of(device, size)
-    checkpoint = Checkpoint(path, size)  # refuses before anything is started
+    quantization = None if config.quantization == "none" else WeightFormat(config.quantization)
+    checkpoint = Checkpoint(path, size, quantization)  # refuses before anything is started
     workers = ShardWorkers(
         WorkerSettings(
             path=path,
             model_id=model_id,
             size=size,
             dtype=dtype,
+            quantization=quantization,
             devices=devices,
             kernels=config.kernels,
             n_threads=config.threads or max(1, torch.get_num_threads() // size),

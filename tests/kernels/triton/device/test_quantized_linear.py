@@ -43,8 +43,12 @@ def _behind(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def _on(weight: QuantizedWeight, device: torch.device) -> QuantizedWeight:
+    zeros = weight.zeros
     return dataclasses.replace(
-        weight, codes=_behind(weight.codes, device), scales=_behind(weight.scales, device)
+        weight,
+        codes=_behind(weight.codes, device),
+        scales=_behind(weight.scales, device),
+        zeros=None if zeros is None else _behind(zeros, device),
     )
 
 
@@ -85,6 +89,24 @@ def test_groups_of_whole_bytes_have_scales_of_their_own(
     quantized_linear_triton(x, _on(weight, device), None, out=out)
     quantized_linear_reference(x.cpu().contiguous(), weight, None, out=wanted)
     torch.testing.assert_close(out.cpu(), wanted, rtol=1.6e-2, atol=1.6e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_groups_of_int4_have_zeros_of_their_own(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    n_out, width = shape
+    plain = _weight(shape, dtype, WeightFormat.INT4)
+    zeros = torch.arange(plain.scales.numel()).remainder(16).to(torch.uint8)
+    weight = dataclasses.replace(plain, zeros=zeros.view(plain.scales.shape))
+    x = _rows(5, width, dtype, device)
+    out, wanted = (torch.empty(5, n_out, dtype=dtype, device=at) for at in (device, "cpu"))
+    quantized_linear_triton(x, _on(weight, device), None, out=out)
+    quantized_linear_reference(x.cpu().contiguous(), weight, None, out=wanted)
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(out.cpu(), wanted, rtol=limit, atol=limit)
+    assert not torch.equal(weight.dequantize(), plain.dequantize())
 
 
 @pytest.mark.parametrize("format", list(WeightFormat))

@@ -7,7 +7,12 @@ from torch import Tensor
 
 from .layout import NO_PAGE
 
-__all__ = ["scale_inputs", "scale_inputs_reference"]
+__all__ = [
+    "scale_inputs",
+    "scale_inputs_of_each",
+    "scale_inputs_of_each_reference",
+    "scale_inputs_reference",
+]
 
 
 def scale_inputs(x: Tensor, row_slots: Tensor, storage: Tensor, offsets: Tensor) -> None:
@@ -32,3 +37,28 @@ def scale_inputs_reference(x: Tensor, row_slots: Tensor, storage: Tensor, offset
         if offset != NO_PAGE:
             rows = torch.nonzero(row_slots == slot).flatten()
             x[rows] = x[rows] * storage[offset : offset + x.shape[1]]
+
+
+def scale_inputs_of_each(x: Tensor, row_slots: Tensor, storage: Tensor, offsets: Tensor) -> Tensor:
+    """What each of several linears reads of the input that they share, [n_linears, n_rows, width].
+
+    ``x`` [n_rows, width] stays; ``offsets`` int64 [n_slots, n_linears], all else as of
+    ``scale_inputs``. Rows without a vector are copied.
+    """
+    if not x.is_cuda:
+        return scale_inputs_of_each_reference(x, row_slots, storage, offsets)
+    from .triton import scale_inputs_of_each_triton  # imports Triton, which a CPU does not need
+
+    out = x.new_empty(offsets.shape[1], *x.shape)
+    scale_inputs_of_each_triton(x, row_slots, storage, offsets, out=out)
+    return out
+
+
+def scale_inputs_of_each_reference(
+    x: Tensor, row_slots: Tensor, storage: Tensor, offsets: Tensor
+) -> Tensor:
+    """``scale_inputs_of_each`` in PyTorch."""
+    copies = x.repeat(offsets.shape[1], 1, 1)
+    for copy, of_one in zip(copies, offsets.T, strict=True):
+        scale_inputs_reference(copy, row_slots, storage, of_one)
+    return copies

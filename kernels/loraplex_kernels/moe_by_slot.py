@@ -8,7 +8,11 @@ their own slot with weight 1; rows without an adapter are none. ``gate_up`` are 
                   out += Σ_e w_e Δ_e(a_e)                                   ``add_pairs``
 
 So all adapters of a block are applied by the same launches, whose shapes depend on the number of
-rows alone. Down scales and biases of experts are not: those need a base product of each pair.
+rows alone. Where experts scale or shift their down outputs (MixDoRA) the last line is another, of
+the base's product of every pair; rows without pairs keep theirs:
+
+    pair (t, e):  d = W_down a_e, with Δ_e(a_e), scale and bias on top   the operator by ``by_pair``
+    row t:        out = Σ_e w_e d_e                                        ``sum_pairs``
 """
 
 from __future__ import annotations
@@ -26,7 +30,15 @@ from .reference import lora_apply_reference
 from .routers import MAX_CHOICES, RouterTable, route_by_slot
 from .segments import build_segments, expand_routed
 
-__all__ = ["InputScales", "RoutedPairs", "add_pairs", "gate_pairs", "mix_pairs", "route_pairs"]
+__all__ = [
+    "InputScales",
+    "RoutedPairs",
+    "add_pairs",
+    "gate_pairs",
+    "mix_pairs",
+    "route_pairs",
+    "sum_pairs",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,3 +145,19 @@ def add_pairs(
     for j in range(MAX_CHOICES):
         segments = build_segments(pairs.slots[:, j], pairs.weights[:, j])
         lora_apply_reference(choices[:, j], storage, target, tables, segments, out=out)
+
+
+def sum_pairs(of_pairs: Tensor, pairs: RoutedPairs, out: Tensor) -> None:
+    """``out`` [n_rows, width] becomes the weighted sum of each row's pairs, where it has any.
+
+    ``of_pairs`` [n_rows · MAX_CHOICES, width]; of no pair: anything.
+    """
+    if out.is_cuda:
+        from .triton import sum_pairs_triton
+
+        sum_pairs_triton(of_pairs, pairs.by_row, out=out)
+        return
+    choices = of_pairs.view(*pairs.slots.shape, -1)
+    choices = choices.masked_fill((pairs.slots < 0).unsqueeze(2), 0.0)
+    total = weighted_sum(choices, pairs.weights).to(out.dtype)
+    out.copy_(torch.where(pairs.slots[:, :1] >= 0, total, out))

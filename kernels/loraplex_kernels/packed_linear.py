@@ -17,7 +17,7 @@ from .exponent_coding import EXPONENT_CODED, coded_starts, decode_outputs, encod
 from .token_mask import mask_bits
 from .weight_range import WeightRange
 
-__all__ = ["PackedLinear", "best_outputs", "packed_words", "stack_biases"]
+__all__ = ["PackedLinear", "best_outputs", "packed_words", "part_of", "stack_biases"]
 
 _PANEL = 32  # outputs side by side, as csrc/linear.inc has it
 _LIGHT_BYTES = 8 << 20  # weights that are read in less than a fifth of a millisecond
@@ -108,13 +108,20 @@ class PackedLinear:
             in_features,
         )
 
-    def _into(self, x: Tensor, out: Tensor) -> None:
-        if not x.is_cuda:
-            out.copy_(functional.linear(x, self._weight, self._bias))
-        elif self._bias is None:
-            torch.mm(x, self._weight.t(), out=out)
+    def into_part(self, index: int, x: Tensor, out: Tensor) -> None:
+        """Writes the product of linear ``index`` alone to ``out`` [T, its out_features].
+
+        A GPU reads its weights alone; native code computes the others, too.
+        """
+        outputs = part_of(self.out_features, index)
+        if self._code is None:
+            bias = None if self._bias is None else self._bias[outputs]
+            _multiply(x, self._weight[outputs], bias, out)
         else:
-            torch.addmm(self._bias, x, self._weight.t(), out=out)
+            out.copy_(self(x)[:, outputs])
+
+    def _into(self, x: Tensor, out: Tensor) -> None:
+        _multiply(x, self._weight, self._bias, out)
 
     def argmax(self, x: Tensor, masks: NDArray[np.int32] | None = None) -> Tensor:
         """The index of each row's largest output, int64 [T]; of equal ones the first.
@@ -176,11 +183,10 @@ class PackedLinear:
 
     def part(self, index: int) -> Tensor:
         """Weight ``index`` as it was given, where the packed one lies; not to be written to."""
-        first = sum(self.out_features[:index])
-        end = first + self.out_features[index]
+        outputs = part_of(self.out_features, index)
         if self._code is None:
-            return self._weight[first:end]
-        return self.embed(torch.arange(first, end))
+            return self._weight[outputs]
+        return self.embed(torch.arange(outputs.start, outputs.stop))
 
     def _pack(self, panels: _Panels, memory: WeightRange, *, exponent_coding: bool) -> Tensor:
         """Straight to where it stays."""
@@ -223,6 +229,12 @@ def packed_words(out_features: Sequence[int], in_features: int, dtype: torch.dty
     """The 32-bit words that a linear takes of a ``WeightRange`` at most."""
     n_panels = -(-sum(out_features) // _PANEL)
     return WeightRange.words_of(n_panels * _PANEL * in_features * dtype.itemsize // 4)
+
+
+def part_of(out_features: Sequence[int], index: int) -> slice:
+    """The outputs of linear ``index`` among those of all."""
+    first = sum(out_features[:index])
+    return slice(first, first + out_features[index])
 
 
 def best_outputs(outputs: Tensor, masks: NDArray[np.int32] | None = None) -> Tensor:
@@ -286,6 +298,16 @@ class _Panels:
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         words = _pad(rows.contiguous()).view(torch.int32)
         return words.view(-1, _PANEL, self.n_words).transpose(1, 2).contiguous()
+
+
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``out`` [T, n_out], whose rows may be strided, = ``x`` Wᵀ + ``bias``, by torch."""
+    if not x.is_cuda:
+        out.copy_(functional.linear(x, weight, bias))
+    elif bias is None:
+        torch.mm(x, weight.t(), out=out)
+    else:
+        torch.addmm(bias, x, weight.t(), out=out)
 
 
 def _stack(weights: Sequence[Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from loraplex_kernels.cpu.lora import NativeWeights
 
-from .packed_linear import PackedLinear, best_outputs, stack_biases
+from .packed_linear import PackedLinear, best_outputs, part_of, stack_biases
 from .quantized_panels import PANEL, QuantizedPanels
 from .quantized_weight import QuantizedWeight
 
@@ -75,6 +75,15 @@ class QuantizedLinear:
         else:
             quantized_linear(x, self._weight, self._bias, out=out)
 
+    def into_part(self, index: int, x: Tensor, out: Tensor) -> None:
+        """As ``PackedLinear.into_part``."""
+        outputs = part_of(self.out_features, index)
+        if isinstance(self._weight, QuantizedPanels):
+            out.copy_(self(x)[:, outputs])
+        else:
+            bias = None if self._bias is None else self._bias[outputs]
+            quantized_linear(x, self._weight.part(outputs), bias, out=out)
+
     def argmax(self, x: Tensor, masks: NDArray[np.int32] | None = None) -> Tensor:
         """As ``PackedLinear.argmax``."""
         return best_outputs(self(x), masks)
@@ -99,8 +108,8 @@ class QuantizedLinear:
 
     def part(self, index: int) -> Tensor:
         """Weight ``index``, dequantised for the caller."""
-        first = sum(self.out_features[:index])
-        return self._rows(first, first + self.out_features[index])
+        outputs = part_of(self.out_features, index)
+        return self._rows(outputs.start, outputs.stop)
 
     def unpack(self) -> list[Tensor]:
         """All weights, dequantised for the caller."""

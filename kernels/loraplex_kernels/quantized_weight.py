@@ -158,6 +158,11 @@ class QuantizedWeight:
             None if zeros is None else zeros.clone(memory_format=torch.contiguous_format),
         )
 
+    def part(self, outputs: slice) -> QuantizedWeight:
+        """Of these outputs alone, where it lies."""
+        zeros = None if self.zeros is None else self.zeros[outputs]
+        return replace(self, codes=self.codes[outputs], scales=self.scales[outputs], zeros=zeros)
+
     @staticmethod
     def stack(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
         """One below the other. Raises ValueError if they differ in more than their rows."""

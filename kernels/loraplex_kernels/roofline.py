@@ -132,7 +132,7 @@ def bounds(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
 
 
 def _experts(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
-    """Of one MLP block whose adapters route, and of one linear whose inputs they scale."""
+    """Of one MLP block whose adapters route, and of linears whose inputs they scale."""
     rows, ff = step.n_rows, model.intermediate
     pairs = rows * step.experts_per_row
     gates = step.n_adapters * step.n_experts * model.hidden
@@ -145,6 +145,10 @@ def _experts(model: ModelShape, step: DecodeStep) -> Iterator[Bound]:
     yield Bound("expand_gate_kernel", factors + planes + of_rows, 2 * pairs * step.rank * 2 * ff, 0)
     yield Bound("mix_kernel", (pairs + rows) * ff * _BYTES, 0, 0)
     yield Bound("scale_inputs_kernel", (2 * rows + step.n_adapters) * ff * _BYTES, 0, 0)
+    # of q, k and v, and of pairs whose experts have downs of their own
+    of_each = rows + 3 * (rows + step.n_adapters)
+    yield Bound("scale_inputs_of_each_kernel", of_each * model.hidden * _BYTES, 0, 0)
+    yield Bound("sum_kernel", (pairs + rows) * model.hidden * _BYTES, 0, 0)
 
 
 def base_linear(model: ModelShape, step: DecodeStep, format: str) -> Bound:

@@ -32,7 +32,7 @@ __all__ = [
     "route_by_slot_reference",
 ]
 
-MAX_EXPERTS = 16  # of one gate
+MAX_EXPERTS = 64  # of one gate
 MAX_CHOICES = 8  # experts of a row
 ROUTER_WORDS = 5  # of ``RouterTable.words``
 

@@ -119,6 +119,15 @@ PEFT_ROWS: tuple[PeftRow, ...] = (
         executor=True,
     ),
     PeftRow(
+        "ia3-gate-up",  # inputs that packed linears share
+        lambda: peft.IA3Config(
+            target_modules=["k_proj", "gate_proj", "up_proj"],
+            feedforward_modules=["gate_proj", "up_proj"],
+        ),
+        moved(0.1),
+        executor=True,
+    ),
+    PeftRow(
         "beft",
         lambda: peft.BeftConfig(target_modules=["v_proj"]),
         moved(0.05),

@@ -24,7 +24,14 @@ from tests.support.architectures import ARCHITECTURES, tiny_model
 from tests.support.engines import GREEDY
 from tests.support.meta_device import META, Copy, Work, meta_gpu
 from tests.support.meta_engine import Run, Wish, meta_engine
-from tests.support.routed_plans import lora_plan, mixlora_plan, projection_plan, scaled_plan
+from tests.support.routed_plans import (
+    lora_plan,
+    mixdora_plan,
+    mixlora_plan,
+    projection_plan,
+    scaled_plan,
+    scaled_slices_plan,
+)
 
 SHORT = dataclasses.replace(GREEDY, max_tokens=4)
 MODEL = tiny_model("llama")
@@ -41,6 +48,7 @@ ROUTED = {
     "loramoe": projection_plan(
         MODEL, n_experts=3, top_k=2, ranks=(4,), seed=7, strategy=RoutingStrategy.DENSE
     ),
+    "mixdora": mixdora_plan(MODEL, n_experts=3, top_k=2, rank=4, seed=12),
     "arrow": projection_plan(
         MODEL, n_experts=3, top_k=2, ranks=(4,), seed=8, strategy=RoutingStrategy.ARROW
     ),
@@ -51,13 +59,20 @@ NORM = AdapterPlan(
     {},
     norms={"model.layers.0.input_layernorm": NormPlan(torch.ones(MODEL.config.hidden_size))},
 )
+MIXED = [ROUTED["mola"], ROUTED["mixdora"], scaled_slices_plan(MODEL, seed=11, rank=4), LORA]
 MIXTURES: dict[str, list[AdapterPlan | None]] = {
     "base": [None, None],
     "lora": [LORA, OTHER_LORA],
     "lora and base": [LORA, None, OTHER_LORA],
     "scales of inputs": [scaled_plan(MODEL, seed=10), LORA, None],
+    "scales of slices": [scaled_slices_plan(MODEL, seed=11, rank=4), LORA, None],
     **{name: [plan, LORA, None] for name, plan in ROUTED.items()},
-    "all routed": [*ROUTED.values(), scaled_plan(MODEL, seed=10), None],
+    "all routed": [
+        *(ROUTED[name] for name in ROUTED if name != "mixdora"),
+        scaled_plan(MODEL, seed=10),
+        None,
+    ],
+    "all": [*MIXED, None],
     "a norm of its own": [NORM, ROUTED["mixlora"], None],
 }
 
@@ -95,13 +110,6 @@ def test_steps_of_an_architecture(
     run = run_plans(base, monkeypatch, [lora, None], cuda_graphs=cuda_graphs)
     assert run.findings == []
     assert decode_step(run).n_replays == int(cuda_graphs and base.is_fused)
-
-
-@pytest.mark.parametrize("mixture", MIXTURES)
-def test_no_step_mixes_devices(
-    mixture: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert run_plans(base_of(), monkeypatch, MIXTURES[mixture]).findings == []
 
 
 def test_recorded_steps_copy_nothing_and_wait_for_nothing(
@@ -183,24 +191,25 @@ def test_routed_experts_are_grouped_on_the_device(
     ] == []
 
 
-@pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("cuda_graphs", [False, True])
-def test_a_step_copies_its_inputs_at_once_and_waits_for_no_copy(
-    mixture: str, cuda_graphs: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+def test_a_step_copies_its_inputs_at_once_mixes_no_devices_and_waits_for_no_copy(
+    cuda_graphs: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One copy before each forward, and one of what sampling asks for behind them."""
-    n_forwards = 2 if cuda_graphs and mixture in SPLIT else 1
-    run = run_plans(base_of(), monkeypatch, MIXTURES[mixture], cuda_graphs=cuda_graphs)
-    for step in run.decode_steps:
-        inputs = [copy for copy in step.copies_in if "routing.py" not in copy.where]
-        assert [copy.where.partition(":")[0] for copy in inputs] == [
-            *["server/engine/host_copy.py"] * n_forwards,
-            "kernels/sampling.py",
-        ]
-        assert all(copy.is_pinned and not copy.waits for copy in inputs), inputs
-        assert len(step.waits) <= 1  # for the ids
-        assert step.n_replays == int(cuda_graphs)
-    assert run.findings == []
+    with meta_engine(base_of(), monkeypatch, cuda_graphs=cuda_graphs, max_loras=128) as engine:
+        for mixture, plans in MIXTURES.items():
+            n_forwards = 2 if cuda_graphs and mixture in SPLIT else 1
+            run = engine.run([Wish(plan, sampling=SHORT) for plan in plans])
+            assert (run.errors, run.findings) == ([], []), mixture
+            for step in run.decode_steps:
+                inputs = [copy for copy in step.copies_in if "routing.py" not in copy.where]
+                assert [copy.where.partition(":")[0] for copy in inputs] == [
+                    *["server/engine/host_copy.py"] * n_forwards,
+                    "kernels/sampling.py",
+                ], mixture
+                assert all(copy.is_pinned and not copy.waits for copy in inputs), inputs
+                assert len(step.waits) <= 1  # for the ids
+                assert step.n_replays == int(cuda_graphs), mixture
 
 
 def test_adapters_are_published_without_waiting(
@@ -245,7 +254,7 @@ def test_recorded_experts_compile_nothing_while_requests_run(
     limits = {"max_batch_size": 9, "max_step_tokens": 64, "cuda_graphs": True}
     with meta_engine(base_of(), monkeypatch, compiles=True, **limits) as engine:
         at_start = set(engine.gpu.variants)
-        for mixture in ("scales of inputs", "all routed", "mixlora", "mola"):
+        for mixture in MIXTURES.keys() - SPLIT:
             run = engine.run([Wish(plan, sampling=SHORT) for plan in MIXTURES[mixture]])
             assert (run.errors, run.findings) == ([], [])
         assert engine.gpu.variants - at_start == set()
@@ -260,8 +269,11 @@ LAUNCHES = {
 }
 RECORDED_LAUNCHES = {
     "scales of inputs": 15,
+    "scales of slices": 20,  # and of q, k and v, of gate and up a product each
     "mixlora": 20,
+    "mixdora": 22,
     "mola": 62,  # six for each of seven projections
+    "all": 69,
 }
 
 
@@ -279,9 +291,12 @@ def launches_of_a_layer(
         model = tiny_model(model_type, num_hidden_layers=n_layers)
         made = {
             "scales of inputs": [scaled_plan(model, seed=9)],
+            "scales of slices": [scaled_slices_plan(model, seed=9, rank=4)],
             "mixlora": [mixlora_plan(model, n_experts=4, top_k=2, rank=4, seed=9)],
+            "mixdora": [mixdora_plan(model, n_experts=3, top_k=2, rank=4, seed=9)],
             "mola": [projection_plan(model, n_experts=3, top_k=2, ranks=(2, 4), seed=9)],
         }
+        made["all"] = made["mola"] + made["mixdora"] + made["scales of slices"]
         plans = [
             None if plan is None else lora_plan(model, rank=4, seed=9) for plan in MIXTURES[mixture]
         ]

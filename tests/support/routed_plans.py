@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,16 @@ from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan, RoutingStrategy
 
-__all__ = ["ATTENTION", "MLP", "lora_plan", "mixlora_plan", "projection_plan", "scaled_plan"]
+__all__ = [
+    "ATTENTION",
+    "MLP",
+    "lora_plan",
+    "mixdora_plan",
+    "mixlora_plan",
+    "projection_plan",
+    "scaled_plan",
+    "scaled_slices_plan",
+]
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -115,6 +125,42 @@ def scaled_plan(model: PreTrainedModel, *, seed: int, rank: int = 0) -> AdapterP
         scale = torch.rand(linear.in_features, generator=g) + 0.5
         modules[name] = ModulePlan(a=low_rank.a, b=low_rank.b, bias=bias, in_scale=scale)
     return AdapterPlan(digest=f"{seed:064x}", family=Family.IA3, modules=modules)
+
+
+def scaled_slices_plan(model: PreTrainedModel, *, seed: int, rank: int = 0) -> AdapterPlan:
+    """Inputs are scaled for some of the linears that share them, as by IA³'s with up_proj among its
+    feed-forward modules; with a rank also factors there."""
+    g = torch.Generator().manual_seed(seed)
+    modules = {}
+    for name, linear in _linears(model, ("q_proj", "v_proj", "up_proj")).items():
+        low_rank = _low_rank(linear, rank, g, 0.3) if rank else ModulePlan()
+        scales = torch.rand(linear.in_features, generator=g) + 0.5
+        out_scale = torch.rand(linear.out_features, generator=g) + 0.5 if rank else None
+        modules[name] = replace(low_rank, in_scale=scales, out_scale=out_scale)
+    return AdapterPlan(digest=f"{seed:064x}", family=Family.IA3, modules=modules)
+
+
+def mixdora_plan(
+    model: PreTrainedModel, *, n_experts: int, top_k: int, rank: int, seed: int
+) -> AdapterPlan:
+    """Experts that scale their down outputs, each by its own, and shift them."""
+    g = torch.Generator().manual_seed(seed)
+    plan = mixlora_plan(model, n_experts=n_experts, top_k=top_k, rank=rank, seed=seed)
+
+    def dora(name: str, module: ModulePlan) -> ModulePlan:
+        if not name.endswith("down_proj") or module.b is None:
+            return module
+        width = module.b.shape[0]
+        bias = torch.randn(width, generator=g) * 0.1
+        return replace(module, out_scale=torch.rand(width, generator=g) + 0.5, bias=bias)
+
+    experts = {
+        block: replace(
+            e, experts=tuple({n: dora(n, m) for n, m in one.items()} for one in e.experts)
+        )
+        for block, e in plan.experts.items()
+    }
+    return replace(plan, experts=experts)
 
 
 def _gate(n_experts: int, width: int, g: torch.Generator) -> Tensor:

@@ -20,10 +20,10 @@ from .arithmetic import reduction
 from .attention import max_head_dim, paged_attention_triton
 from .expand import lora_expand
 from .fused import lora_fused
-from .input_scales import scale_inputs_triton
+from .input_scales import scale_inputs_of_each_triton, scale_inputs_triton
 from .kv_cache import rope_and_cache_triton, write_kv_triton
 from .matmul import matmul_triton
-from .moe import gate_pairs_triton, mix_pairs_triton
+from .moe import gate_pairs_triton, mix_pairs_triton, sum_pairs_triton
 from .quantized_linear import quantized_linear_triton
 from .rms_norm import norm_heads_triton, rms_norm_triton
 from .router import route_by_slot_triton
@@ -154,6 +154,7 @@ def _other_calls(dtype: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"{name}, gate", partial(_gate, intermediate_size, kind)
         yield f"{name}, routers", partial(_route_by_slot, hidden_size, kind)
         yield f"{name}, scales of inputs", partial(_scale_inputs, intermediate_size, kind)
+        yield f"{name}, of each of three", partial(_scale_inputs_of_each, hidden_size, kind)
         yield f"{name}, experts of 64 rows", partial(_experts, hidden_size, intermediate_size, kind)
     for format, zeros in (*((format, False) for format in WeightFormat), (WeightFormat.INT4, True)):
         for name in _QUANTIZED if dtype == "bf16" else _QUANTIZED[:1]:
@@ -285,6 +286,14 @@ def _scale_inputs(width: int, dtype: torch.dtype) -> None:
     scale_inputs_triton(x, torch.empty(64, dtype=torch.int32), storage, offsets)
 
 
+def _scale_inputs_of_each(width: int, dtype: torch.dtype) -> None:
+    """Of q, k and v."""
+    x, storage = torch.empty(64, width, dtype=dtype), torch.empty(64, dtype=dtype)
+    offsets = torch.empty(64, 32, dtype=torch.int64)[:, :3]
+    row_slots, out = torch.empty(64, dtype=torch.int32), x.new_empty(3, 64, width)
+    scale_inputs_of_each_triton(x, row_slots, storage, offsets, out=out)
+
+
 def _experts(hidden_size: int, width: int, dtype: torch.dtype) -> None:
     """Without the launches of shrink and of routed expand, which have rows of the table."""
     target, n_rows, n_slots = LoraTarget("gate_up", hidden_size, (width, width)), 64, 64
@@ -302,6 +311,7 @@ def _experts(hidden_size: int, width: int, dtype: torch.dtype) -> None:
     row_slots = torch.empty(n_rows, dtype=torch.int32)
     for scales in (None, InputScales(row_slots, storage, offsets[:, 0])):
         mix_pairs_triton(gate_up, pair_act, segments, scales)
+    sum_pairs_triton(torch.empty(n_rows * MAX_CHOICES, hidden_size, dtype=dtype), segments, out=x)
 
 
 def _gate(width: int, dtype: torch.dtype) -> None:

@@ -1,9 +1,10 @@
-"""The experts of an MLP block over the pairs of a step (``moe_by_slot``), in four launches.
+"""The experts of an MLP block over the pairs of a step (``moe_by_slot``), in five launches.
 
     ``shrink_kernel``         h of every pair, from its row of x
     ``expand_gate_kernel``    pair_act = silu(g + Δg) · (u + Δu), g and u of the pair's row
     ``mix_kernel``            act[t] = Σ_j w_j pair_act[pair j of t]; without pairs: silu(g) · u
     shrink, expand            out[t] += Σ_j w_j Δ_j(pair_act[pair j of t])
+    ``sum_kernel``            or out[t] = Σ_j w_j of_pairs[pair j of t]; without pairs: unchanged
 
 Shapes: x [T, K], gate_up [T, 2F], pair_act [T · CHOICES, F] by position in the segments. Pairs
 beyond the valid ones are neither read nor written. A row's sums stand in the order of its choices,
@@ -41,6 +42,7 @@ __all__ = [
     "gate_pairs_triton",
     "mix_pairs_triton",
     "segments_of_pairs",
+    "sum_pairs_triton",
 ]
 
 _BLOCK = 1024
@@ -119,6 +121,24 @@ def expand_gate_kernel(
 
 
 @triton.jit
+def sum_of_row(
+    of_pairs_ptr, pair_of_ptr, weights_ptr, row, first, stride_pt, columns, inside,
+    CHOICES: tl.constexpr,
+):  # fmt: skip
+    """Σ_j w_j · pair j of ``row``, in float32, j ascending; in the pairs' dtype."""
+    first_ptrs = of_pairs_ptr + first.to(tl.int64) * stride_pt + columns
+    values = tl.load(first_ptrs, mask=inside, other=0.0)
+    total = values.to(tl.float32) * tl.load(weights_ptr + first)
+    for j in range(1, CHOICES):
+        pair = tl.load(pair_of_ptr + row * CHOICES + j)
+        if pair >= 0:
+            pointers = of_pairs_ptr + pair.to(tl.int64) * stride_pt + columns
+            other = tl.load(pointers, mask=inside, other=0.0)
+            total += other.to(tl.float32) * tl.load(weights_ptr + pair)
+    return total.to(values.dtype)
+
+
+@triton.jit
 def mix_kernel(
     gate_up_ptr, pair_act_ptr, pair_of_ptr, weights_ptr, out_ptr,
     row_slots_ptr, offsets_ptr, storage_ptr,
@@ -137,25 +157,36 @@ def mix_kernel(
         up = tl.load(pointers + F, mask=inside, other=0.0)
         tl.store(out_ptrs, gated(gate, up, False).to(gate.dtype), mask=inside)
         return
-    first_ptrs = pair_act_ptr + first.to(tl.int64) * stride_pt + columns
-    act = tl.load(first_ptrs, mask=inside, other=0.0)
-    mixed = act.to(tl.float32) * tl.load(weights_ptr + first)
-    for j in range(1, CHOICES):
-        pair = tl.load(pair_of_ptr + row * CHOICES + j)
-        if pair >= 0:
-            pointers = pair_act_ptr + pair.to(tl.int64) * stride_pt + columns
-            other = tl.load(pointers, mask=inside, other=0.0)
-            mixed += other.to(tl.float32) * tl.load(weights_ptr + pair)
-    mixed = mixed.to(act.dtype)
+    mixed = sum_of_row(
+        pair_act_ptr, pair_of_ptr, weights_ptr, row, first, stride_pt, columns, inside, CHOICES
+    )
     if HAS_SCALES:
         slot = tl.load(row_slots_ptr + row).to(tl.int64)
         offset = tl.load(offsets_ptr + slot * stride_os, mask=slot >= 0, other=-1)
         if offset >= 0:  # of a row of one pair: its low-rank product reads it scaled, too
             pointers = storage_ptr + aligned(offset, OFFSET_ALIGN) + columns
             scale = tl.load(pointers, mask=inside, other=0.0)
-            mixed = (mixed.to(tl.float32) * scale.to(tl.float32)).to(act.dtype)
+            mixed = (mixed.to(tl.float32) * scale.to(tl.float32)).to(mixed.dtype)
+            first_ptrs = pair_act_ptr + first.to(tl.int64) * stride_pt + columns
             tl.store(first_ptrs, mixed, mask=inside)
     tl.store(out_ptrs, mixed, mask=inside)
+
+
+@triton.jit
+def sum_kernel(
+    of_pairs_ptr, pair_of_ptr, weights_ptr, out_ptr, stride_pt, stride_ot,
+    F: tl.constexpr, BLOCK: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.load(pair_of_ptr + row * CHOICES)
+    if first < 0:
+        return
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < F
+    total = sum_of_row(
+        of_pairs_ptr, pair_of_ptr, weights_ptr, row, first, stride_pt, columns, inside, CHOICES
+    )
+    tl.store(out_ptr + row * stride_ot + columns, total, mask=inside)
 
 
 def gate_pairs_triton(
@@ -275,6 +306,26 @@ def add_pairs_triton(
     planes = torch.empty(choice.planes_shape, dtype=torch.float32, device=act.device)
     lora_shrink(pair_act, storage, target, tables, by_pair, choice.shrink, planes=planes)
     lora_expand(planes, act, storage, target, tables, routed, choice.expand, out=out)
+
+
+def sum_pairs_triton(of_pairs: Tensor, segments: LoraSegments, *, out: Tensor) -> None:
+    """``moe_by_slot.sum_pairs``; allocates nothing. Raises ValueError before the launch."""
+    routed = _device_segments(segments)
+    n_rows, n_choices = routed.pair_of.shape
+    width = out.shape[1]
+    if out.shape[0] != n_rows or tuple(of_pairs.shape) != (n_rows * n_choices, width):
+        raise ValueError(f"pairs are {tuple(of_pairs.shape)}, out is {tuple(out.shape)}")
+    if of_pairs.dtype != out.dtype or routed.weights is None:
+        raise ValueError("pairs must have weights, and their products the dtype of out")
+    if n_rows == 0:
+        return
+    if of_pairs.stride(1) != 1 or out.stride(1) != 1:
+        raise ValueError("rows must be contiguous along the width")
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    sum_kernel[(n_rows, triton.cdiv(width, block))](
+        of_pairs, routed.pair_of, routed.weights, out, of_pairs.stride(0), out.stride(0),
+        F=width, BLOCK=block, CHOICES=n_choices, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def segments_of_pairs(by_row: LoraSegments, pair_ids: Tensor) -> DeviceSegments:

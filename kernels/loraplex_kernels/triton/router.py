@@ -3,7 +3,8 @@
     s[e] = Σ_k gate[e, k] · x[row, k]      float32, columns in blocks, ascending
 
 Shapes: x [n_rows, K], row_slots [n_rows], slots and weights [n_rows, CHOICES]. A row is a program
-and reads its own gate; what it keeps follows ``routers.GateRule``. Experts are ordered by
+and reads its own gate, TILE experts at a time and no further than it goes; what it keeps follows
+``routers.GateRule``. Experts are ordered by
 comparison of all with all, which leaves their places a permutation even where products are no
 numbers (NaN counts as the largest, as in ``torch.sort``). Places beyond those kept are filled with
 −1, so that a CUDA graph replays over any rows.
@@ -23,6 +24,7 @@ from .arithmetic import aligned
 __all__ = ["route_by_slot_triton"]
 
 _BLOCK_K = 512
+_TILE = 16  # experts; gates rarely have more
 _GATE_ALIGN = 16  # float32 elements: the pool's 64 bytes
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -43,6 +45,7 @@ def route_kernel(
     K: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EXPERTS: tl.constexpr,
+    TILE: tl.constexpr,
     CHOICES: tl.constexpr,
     N_SLICES: tl.constexpr,
     SLICE: tl.constexpr,
@@ -72,14 +75,20 @@ def route_kernel(
     is_known = experts < n_experts
     columns = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + row.to(tl.int64) * stride_xm + columns
-    gate_ptrs = gates_ptr + aligned(offset, GATE_ALIGN) + experts[:, None] * K + columns[None, :]
-    total = tl.zeros((EXPERTS, BLOCK_K), dtype=tl.float32)
-    for start in range(0, K, BLOCK_K):
-        inside = start + columns < K
-        x = tl.load(x_ptrs + start, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_ptrs + start, mask=is_known[:, None] & inside[None, :], other=0.0)
-        total += gate * x[None, :]
-    scores = tl.sum(total, axis=1)
+    tile = tl.arange(0, TILE)
+    tiles = tl.arange(0, EXPERTS // TILE)
+    by_tile = tl.zeros((EXPERTS // TILE, TILE), dtype=tl.float32)
+    for index in range(tl.cdiv(n_experts, TILE)):
+        own = index * TILE + tile
+        gate_ptrs = gates_ptr + aligned(offset, GATE_ALIGN) + own[:, None] * K + columns[None, :]
+        total = tl.zeros((TILE, BLOCK_K), dtype=tl.float32)
+        for start in range(0, K, BLOCK_K):
+            inside = start + columns < K
+            x = tl.load(x_ptrs + start, mask=inside, other=0.0).to(tl.float32)
+            mask = (own < n_experts)[:, None] & inside[None, :]
+            total += tl.load(gate_ptrs + start, mask=mask, other=0.0) * x[None, :]
+        by_tile = tl.where(tiles[:, None] == index, tl.sum(total, axis=1)[None, :], by_tile)
+    scores = tl.reshape(by_tile, (EXPERTS,))
     scores = tl.where((flags & 1) != 0, tl.abs(scores), scores)
     keys = tl.where(scores == scores, scores, float("inf"))
     keys = tl.where(is_known, keys, float("-inf"))
@@ -130,8 +139,8 @@ def route_by_slot_triton(
         x, row_slots, storage.view(torch.float32), table.words, table.top_p, table.load,
         slots, weights, x.stride(0), table.words.stride(0), table.top_p.stride(0),
         K=width, BLOCK_K=min(_BLOCK_K, triton.next_power_of_2(width)), EXPERTS=MAX_EXPERTS,
-        CHOICES=MAX_CHOICES, N_SLICES=n_slices, SLICE=slice_index, TAKES_PLAIN=takes_plain,
-        GATE_ALIGN=_GATE_ALIGN, num_warps=8, enable_fp_fusion=False,
+        TILE=_TILE, CHOICES=MAX_CHOICES, N_SLICES=n_slices, SLICE=slice_index,
+        TAKES_PLAIN=takes_plain, GATE_ALIGN=_GATE_ALIGN, num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
 
 

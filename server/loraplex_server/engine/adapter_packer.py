@@ -32,7 +32,7 @@ __all__ = ["AdapterPacker", "PackedAdapter"]
 
 # Packed adapters are kept on disk. Count up when the same plan is packed otherwise: old files are
 # then made anew. ``test_packing_is_what_its_format_says`` fails if that is forgotten.
-_FORMAT = 7
+_FORMAT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +70,14 @@ class AdapterPacker:
         self._groups = tuple(groups.values())
         self._pool = pool
         self.capabilities = capabilities
-        lone = {group.module_names[0] for group in self._groups if len(group.module_names) == 1}
-        self.scalable = frozenset(lone - {capabilities.output_head})
+        # Of the layers: by shared input, and those that share theirs with no other.
+        self.scaled_groups = tuple(
+            group.module_names
+            for group in self._groups
+            if group.module_names[0] != capabilities.output_head
+        )
+        self.lone = frozenset(group[0] for group in self.scaled_groups if len(group) == 1)
+        self._scalable = frozenset(name for group in self.scaled_groups for name in group)
         modules = [(group.target, group.module_names) for group in self._groups]
         parts = (
             _FORMAT,
@@ -198,7 +204,7 @@ class AdapterPacker:
     def _pooled_modules(self, plan: AdapterPlan) -> dict[str, ModulePlan]:
         """Low-rank factors, scales and biases on the base's own product.
 
-        ``scalable`` linears may have scales of inputs, too: those are the model's.
+        Linears of the layers may have scales of inputs, too: those are the model's.
         """
         linears, replaced = self.capabilities.linears, plan.replaced_weights
         return {
@@ -207,14 +213,17 @@ class AdapterPacker:
             if name in linears
             and name not in replaced
             and not _is_beyond_low_rank(module)
-            and (module.in_scale is None or name in self.scalable)
+            and (module.in_scale is None or name in self._scalable)
         }
 
     def _factors(self, modules: Mapping[str, ModulePlan]) -> AdapterFactors:
         """The parts of a plan that the LoRA kernels apply, by target."""
         factors: dict[str, tuple[SliceFactors | None, ...]] = {}
         for group in self._groups:
-            slices = tuple(_slice_factors(modules.get(name)) for name in group.module_names)
+            slices = tuple(
+                _slice_factors(modules.get(name), is_lone=name in self.lone)
+                for name in group.module_names
+            )
             if any(part is not None for part in slices):
                 factors[group.target.name] = slices
         return factors
@@ -235,10 +244,14 @@ def _expert_modules(experts: Mapping[str, ExpertPlan]) -> Iterable[Mapping[str, 
         yield merged
 
 
-def _slice_factors(module: ModulePlan | None) -> SliceFactors | None:
+def _slice_factors(module: ModulePlan | None, *, is_lone: bool) -> SliceFactors | None:
+    """Factors of linears that share their input read it as it is: A takes the scale."""
     if module is None:
         return None
-    return SliceFactors(a=module.a, b=module.b, scale=module.out_scale, bias=module.bias)
+    a = module.a
+    if a is not None and module.in_scale is not None and not is_lone:
+        a = a * module.in_scale
+    return SliceFactors(a=a, b=module.b, scale=module.out_scale, bias=module.bias)
 
 
 def _without_factors(module: ModulePlan) -> ModulePlan:

@@ -104,7 +104,7 @@ class DevicePool:
         self.resident_load_s: dict[str, float] = {}
         self.packer = AdapterPacker(groups, self.pool, capabilities, layout)
         self.slot_tables = (
-            SlotTables(self.pool, capabilities.routable, self.packer.scalable)
+            SlotTables(self.pool, capabilities.routable, self.packer.scaled_groups)
             if records_steps
             else None
         )
@@ -299,7 +299,11 @@ class DevicePool:
             or parts.fallback.changes(self._output_head),
             changes_ends=any(parts.fallback.changes(name) for name in self._outside_layers),
             layer_kind=kind_of(
-                parts, plan, outside=self._outside_layers, projections=self._slices.keys()
+                parts,
+                plan,
+                outside=self._outside_layers,
+                projections=self._slices.keys(),
+                lone=self.packer.lone,
             ),
             load=self._loader.submit(load),
             is_asked_for=asked_for,

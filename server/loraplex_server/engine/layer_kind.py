@@ -12,40 +12,86 @@ from loraplex_server.model.routed import shares_down
 
 from .device_parts import DeviceParts
 
-__all__ = ["LayerKind", "kind_of"]
+__all__ = ["LayerKind", "kind_of", "least_kind"]
 
 
 class LayerKind(IntEnum):
-    """What the layers of a step have to be able to do; each can do what those before it can."""
+    """What the layers of a step are able to do, by what they cost."""
 
     BASE = 0
     LORA = 1  # low-rank factors, scales and biases of outputs
     INPUT_SCALES = 2  # of linears that are packed with no other
-    ROUTED_MLP = 3  # experts behind one gate of each MLP block
-    ROUTED_PROJECTIONS = 4  # experts behind a gate of each projection
+    SLICE_SCALES = 3  # of inputs of linears that are packed together, each by its own
+    ROUTED_MLP = 4  # experts behind one gate of each MLP block
+    OWN_DOWNS = 5  # of these experts, which scale or shift their down outputs
+    ROUTED_PROJECTIONS = 6  # experts behind a gate of each projection
+    ALL = 7
+
+    def does(self, other: LayerKind) -> bool:
+        """Whether such layers compute rows that ask for ``other``."""
+        return other in _DOES[self]
+
+    @property
+    def scales_inputs(self) -> bool:
+        return self.does(LayerKind.INPUT_SCALES)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether MLP blocks run over the pairs of ``kernels.moe_by_slot``."""
+        return self.does(LayerKind.ROUTED_MLP)
+
+
+_LOW_RANK = frozenset({LayerKind.BASE, LayerKind.LORA})
+_SCALED = _LOW_RANK | {LayerKind.INPUT_SCALES}
+_ROUTED = _SCALED | {LayerKind.ROUTED_MLP}
+_DOES = {
+    LayerKind.BASE: frozenset({LayerKind.BASE}),
+    LayerKind.LORA: _LOW_RANK,
+    LayerKind.INPUT_SCALES: _SCALED,
+    LayerKind.SLICE_SCALES: _SCALED | {LayerKind.SLICE_SCALES},
+    LayerKind.ROUTED_MLP: _ROUTED,
+    LayerKind.OWN_DOWNS: _ROUTED | {LayerKind.OWN_DOWNS},
+    LayerKind.ROUTED_PROJECTIONS: _ROUTED | {LayerKind.ROUTED_PROJECTIONS},
+    LayerKind.ALL: frozenset(LayerKind),
+}
+
+
+def least_kind(asked: Collection[LayerKind]) -> LayerKind:
+    """The cheapest layers that compute rows of all these kinds."""
+    return next(kind for kind in LayerKind if _DOES[kind].issuperset(asked))
 
 
 def kind_of(
-    parts: DeviceParts, plan: AdapterPlan, *, outside: Collection[str], projections: Collection[str]
+    parts: DeviceParts,
+    plan: AdapterPlan,
+    *,
+    outside: Collection[str],
+    projections: Collection[str],
+    lone: Collection[str],
 ) -> LayerKind | None:
     """None for an adapter whose rows no recorded step computes.
 
     ``outside``: the embedding and the head, which run around what is recorded, in any form.
-    ``projections``: the linears that may have a gate of their own.
+    ``projections``: the linears that may have a gate of their own. ``lone``: those of them that are
+    packed with no other.
     """
     fallback = parts.fallback
     changed = {*fallback.modules, *fallback.replaced_weights, *fallback.token_rows}
     if fallback.norms or fallback.stacked or not changed <= set(outside):
         return None
-    kind = LayerKind.INPUT_SCALES if fallback.in_scales else LayerKind.LORA
+    asked = {LayerKind.LORA}
+    for name in fallback.in_scales:
+        asked.add(LayerKind.INPUT_SCALES if name in lone else LayerKind.SLICE_SCALES)
     for place, experts in plan.experts.items():
-        is_projection = place in projections
         if not _fits(experts):
             return None
-        if not is_projection and not (shares_down(experts) and _is_alone(place, plan)):
+        if place in projections:
+            asked.add(LayerKind.ROUTED_PROJECTIONS)
+        elif _is_alone(place, plan):
+            asked.add(LayerKind.ROUTED_MLP if shares_down(experts) else LayerKind.OWN_DOWNS)
+        else:
             return None
-        kind = max(kind, LayerKind.ROUTED_PROJECTIONS if is_projection else LayerKind.ROUTED_MLP)
-    return kind
+    return least_kind(asked)
 
 
 def _fits(experts: ExpertPlan) -> bool:

@@ -36,13 +36,13 @@ def recorded_sizes(
 
     Common kinds: 1, 2, 4, multiples of 8 up to 64, of 16 up to 128, of 32; others: powers of two.
     """
-    if kind <= LayerKind.LORA:
-        return RecordedSizes(_decode(max_requests), _mixed(max_mixed_rows, n_layers))
-    most = MAX_PAIRS // MAX_CHOICES if kind >= LayerKind.ROUTED_MLP else max_requests
+    common, rare = _mixed(max_mixed_rows, n_layers)
+    if not kind.scales_inputs:
+        return RecordedSizes(_decode(max_requests), common)
+    most = MAX_PAIRS // MAX_CHOICES if kind.has_pairs else max_requests
     n_requests = min(max_requests, most)
     powers = tuple(1 << i for i in range(n_requests.bit_length()) if 1 << i < n_requests)
-    few = _mixed(min(max_mixed_rows, MAX_PAIRS // MAX_CHOICES), n_layers)
-    return RecordedSizes((*powers, n_requests), _every_other(_every_other(few)))
+    return RecordedSizes((*powers, n_requests), rare)
 
 
 def _decode(n_rows: int) -> tuple[int, ...]:
@@ -50,17 +50,31 @@ def _decode(n_rows: int) -> tuple[int, ...]:
     return (*(n for n in sizes if n < n_rows), n_rows)
 
 
-def _mixed(n_rows: int, n_layers: int) -> tuple[int, ...]:
-    """16, 32, 64, 96, 128, 192, 256, 384 …; with many layers every other of these, and so on."""
+def _mixed(n_rows: int, n_layers: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of common kinds 16, 32, 64, 96, 128, 192, 256, 384 … and about a fourth of them of others.
+
+    With many layers the others lose every second one first, then the common kinds.
+    """
     if not n_rows:
-        return ()
+        return (), ()
+    common, rare = _of_up_to(n_rows), _of_up_to(min(n_rows, MAX_PAIRS // MAX_CHOICES))
+    rare = _every_other(_every_other(rare))
+    n_rare = sum(kind.scales_inputs for kind in LayerKind)
+    n_common = len(LayerKind) - n_rare
+    while (n_common * len(common) + n_rare * len(rare)) * (n_layers + 1) > MAX_GRAPHS:
+        if len(rare) > 1:
+            rare = _every_other(rare)
+        elif len(common) > 1:
+            common = _every_other(common)
+        else:
+            break
+    return common, rare
+
+
+def _of_up_to(n_rows: int) -> tuple[int, ...]:
     powers = [1 << i for i in range(4, n_rows.bit_length())]
     between = {3 * n // 2 for n in powers if n >= 64}
-    sizes = (*(n for n in sorted({*powers, *between}) if n < n_rows), n_rows)
-    n_kinds = 2 + (len(LayerKind) - 2) / 4  # each of the others has about a fourth
-    while len(sizes) > 1 and n_kinds * len(sizes) * (n_layers + 1) > MAX_GRAPHS:
-        sizes = _every_other(sizes)
-    return sizes
+    return (*(n for n in sorted({*powers, *between}) if n < n_rows), n_rows)
 
 
 def _every_other(sizes: Sequence[int]) -> tuple[int, ...]:

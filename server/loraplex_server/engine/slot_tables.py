@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -41,11 +42,15 @@ class SlotTables:
     Written on the current stream, as the pool's tables are: steps that run keep what they read.
     """
 
-    def __init__(self, pool: LoraPool, places: Collection[str], scaled: Collection[str]) -> None:
-        """``places``: MLP blocks and projections; ``scaled``: linears whose inputs may be."""
+    def __init__(
+        self, pool: LoraPool, places: Collection[str], scaled: Sequence[Sequence[str]]
+    ) -> None:
+        """``places``: MLP blocks and projections. ``scaled``: linears whose inputs may be; those of
+        a group share theirs."""
         self._storage = pool.storage
         self._places = {name: index for index, name in enumerate(sorted(places))}
-        self._scaled = {name: index for index, name in enumerate(sorted(scaled))}
+        self._groups = tuple(map(tuple, scaled))
+        self._scaled = {name: at for at, name in enumerate(chain.from_iterable(scaled))}
         n_slots, device = pool.n_slots, pool.device
         shape = (n_slots, len(self._places))
         self._words = torch.full((*shape, ROUTER_WORDS), NO_PAGE, dtype=torch.int64, device=device)
@@ -66,8 +71,17 @@ class SlotTables:
 
     @property
     def in_scales(self) -> dict[str, Tensor]:
-        """By linear: offsets int64 [n_slots], see ``kernels.input_scales``."""
-        return {name: self._offsets[:, at] for name, at in self._scaled.items()}
+        """By linear that shares its input with no other: offsets int64 [n_slots], see
+        ``kernels.input_scales``."""
+        lone = (group[0] for group in self._groups if len(group) == 1)
+        return {name: self._offsets[:, self._scaled[name]] for name in lone}
+
+    @property
+    def slice_scales(self) -> dict[str, Tensor]:
+        """By first linear of each other group: offsets int64 [n_slots, linears of the group]."""
+        shared = (group for group in self._groups if len(group) > 1)
+        first = {group[0]: (self._scaled[group[0]], len(group)) for group in shared}
+        return {name: self._offsets[:, at : at + n] for name, (at, n) in first.items()}
 
     def write(
         self,

@@ -78,11 +78,9 @@ class StepGraphs:
         self._whole: dict[tuple[int, LayerKind], Replay] = {}
         self._pieces: dict[tuple[int, LayerKind], tuple[Replay, ...]] = {}
         self._segments: dict[tuple[int, LayerKind], LoraSegments] = {}  # that pieces share
-        self._in_scales = tables.in_scales
-        self._routers = {
-            LayerKind.ROUTED_MLP: tables.routers(of_projections=False),
-            LayerKind.ROUTED_PROJECTIONS: tables.routers(of_projections=True),
-        }
+        self._in_scales, self._slice_scales = tables.in_scales, tables.slice_scales
+        self._block_routers = tables.routers(of_projections=False)
+        self._all_routers = tables.routers(of_projections=True)
         self._pair_ids = torch.arange(MAX_PAIRS, dtype=torch.int32, device=device)
         # Of any one target: all are replaced together. What was recorded reads these.
         self._tables: LoraTables | None = None
@@ -196,17 +194,23 @@ class StepGraphs:
         _, step.positions, step.slot_mapping, row_slots = self._inputs(size)
         step.clear_adapters()
         step.by_slot = self._by_slot(kind, row_slots)
-        step.routes_projections = kind is LayerKind.ROUTED_PROJECTIONS
+        step.routes_projections = kind.does(LayerKind.ROUTED_PROJECTIONS)
 
     def _by_slot(self, kind: LayerKind, row_slots: Tensor) -> AdaptersBySlot | None:
-        if kind <= LayerKind.LORA:
+        if not kind.scales_inputs:
             return None
+        routers = {}
+        if kind.has_pairs:
+            of_projections = kind.does(LayerKind.ROUTED_PROJECTIONS)
+            routers = self._all_routers if of_projections else self._block_routers
         return AdaptersBySlot(
             row_slots,
             self._pool.storage,
             self._pair_ids,
-            self._routers.get(kind, {}),
+            routers,
             self._in_scales,
+            self._slice_scales if kind.does(LayerKind.SLICE_SCALES) else {},
+            own_downs=kind.does(LayerKind.OWN_DOWNS),
         )
 
     def _build_segments(self, size: int, kind: LayerKind) -> LoraSegments | None:

@@ -8,7 +8,7 @@ from itertools import compress
 
 from .adapter_rows import AdapterRows
 from .forward_batch import FixedPlace
-from .layer_kind import LayerKind
+from .layer_kind import LayerKind, least_kind
 from .scheduler import ScheduledChunk
 from .step_graphs import StepGraphs
 
@@ -35,14 +35,15 @@ def parts_of(
     if graphs is None:
         return [StepPart(chunks)]
     kinds = [adapters.layer_kind(chunk.request) for chunk in chunks]
-    most_asked = max((kind for kind in kinds if kind is not None), default=LayerKind.BASE)
+    asked = {kind for kind in kinds if kind is not None}
+    common = {kind for kind in asked if LayerKind.LORA.does(kind)}
     # Kinds beyond LORA are recorded for fewer sizes: without one, their rows are others, too.
-    for most in dict.fromkeys((most_asked, min(most_asked, LayerKind.LORA))):
-        is_recorded = [kind is not None and kind <= most for kind in kinds]
+    for layers in dict.fromkeys((least_kind(asked), least_kind(common))):
+        is_recorded = [kind is not None and layers.does(kind) for kind in kinds]
         recorded = list(compress(chunks, is_recorded))
         n_rows = sum(chunk.n_tokens for chunk in recorded)
-        place = graphs.place(most, n_rows, is_decode=n_rows == len(recorded))
+        place = graphs.place(layers, n_rows, is_decode=n_rows == len(recorded))
         if place is not None:
             others = list(compress(chunks, (not found for found in is_recorded)))
-            return [StepPart(recorded, most, place), *([StepPart(others)] if others else [])]
+            return [StepPart(recorded, layers, place), *([StepPart(others)] if others else [])]
     return [StepPart(chunks)]

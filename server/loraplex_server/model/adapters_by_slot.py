@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from loraplex_kernels.input_scales import scale_inputs
+from loraplex_kernels.input_scales import scale_inputs, scale_inputs_of_each
 from loraplex_kernels.layout import LoraSegments
 from loraplex_kernels.moe_by_slot import InputScales, RoutedPairs, mix_pairs, route_pairs
 from loraplex_kernels.routers import RouterTable, route_by_slot
@@ -26,12 +26,23 @@ class AdaptersBySlot:
     pair_ids: Tensor  # int32: 0, 1, 2 …, as ``route_pairs`` needs them
     routers: Mapping[str, RouterTable]  # by MLP block or projection
     in_scales: Mapping[str, Tensor]  # by linear: offsets int64 [n_slots], see ``scale_inputs``
+    # by first linear of a group that shares its input: offsets int64 [n_slots, linears of it]
+    slice_scales: Mapping[str, Tensor]
+    own_downs: bool  # whether experts of MLP blocks may scale or shift their down outputs
 
     def scale_inputs(self, linear: str, x: Tensor) -> None:
         """In place, where an adapter has scales of this linear's inputs."""
         offsets = self.in_scales.get(linear)
         if offsets is not None:
             scale_inputs(x, self.row_slots, self.storage, offsets)
+
+    def inputs_of_each(self, first_linear: str, x: Tensor) -> Tensor | None:
+        """What each linear of a group reads of ``x`` [n_rows, width], [n_linears, n_rows, width];
+        None if these layers scale no linear's inputs for itself."""
+        offsets = self.slice_scales.get(first_linear)
+        if offsets is None:
+            return None
+        return scale_inputs_of_each(x, self.row_slots, self.storage, offsets)
 
     def routes(self, block: str) -> bool:
         """Whether the MLP block runs over pairs."""

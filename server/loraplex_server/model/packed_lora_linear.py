@@ -16,8 +16,9 @@ from loraplex_adapter_store.operators.contract import BaseProduct
 from loraplex_adapter_store.plan import ModulePlan
 from loraplex_kernels.experts import Activation, StepPairs
 from loraplex_kernels.layout import LoraSegments, LoraTarget
-from loraplex_kernels.moe_by_slot import RoutedPairs
+from loraplex_kernels.moe_by_slot import RoutedPairs, sum_pairs
 from loraplex_kernels.ops import PreparedTarget
+from loraplex_kernels.packed_linear import part_of
 from loraplex_kernels.quantized_linear import BaseLinear
 from loraplex_router.experts import projection_segments
 
@@ -53,17 +54,20 @@ class PackedLoraLinear:
         self.apply_slice: ApplySlice | None = None
         self.reduce = reduce
         self._cuts = [None] * len(self.module_names) if cuts is None else list(cuts)
+        parts = range(len(self.module_names))
+        self._columns = [part_of(packed.out_features, index) for index in parts]
         self._step = step
 
     def __call__(self, x: Tensor) -> Tensor:
         """``x`` [n_rows, in_features] → [n_rows, Σ out_features]."""
         step = self._step
         x = self.scaled_inputs(x)
-        if step.segments is None or self.lora is None:
-            out = self.packed(x)
+        if step.segments is None or self.lora is None or self._scales_slices():
+            out = self.base_product(x)
+            self.add_adapters(x, out, step.segments, step.fallback)
         else:
             out = self.lora.linear_with_lora(self.packed, x, step.segments)
-        self._add_unpooled(x, out, step.fallback)
+            self._add_unpooled(x, out, step.fallback)
         self.add_projection_experts(x, out)
         if self.reduce is not None:
             self.reduce(out)
@@ -72,13 +76,24 @@ class PackedLoraLinear:
     def into(self, x: Tensor, out: Tensor) -> None:
         """As a call, but writes to ``out`` [n_rows, Σ out_features]."""
         x = self.scaled_inputs(x)
-        self.packed.into(x, out)
+        self._base_into(x, out)
         self.add_step_adapters(x, out)
 
+    def base_product(self, x: Tensor) -> Tensor:
+        """The base's, in a recorded step of what each of the linears reads for its row's adapter;
+        in other steps ``add_adapters`` mends the rows that have scales."""
+        if self._inputs_are_shared():
+            return self.packed(x)
+        out = x.new_empty(x.shape[0], self.packed.n_out)
+        self._base_into(x, out)
+        return out
+
     def scaled_inputs(self, x: Tensor) -> Tensor:
-        """``x`` [n_rows, in_features] as the step's adapters scale it. In a recorded step in place,
-        since only linears read it there that nobody reads ``x`` behind."""
+        """``x`` [n_rows, in_features] as the step's adapters scale it, for a linear that is packed
+        with no other. In a recorded step in place, since nobody reads ``x`` behind it."""
         step = self._step
+        if len(self.module_names) > 1:
+            return x
         if step.by_slot is not None:
             step.by_slot.scale_inputs(self.module_names[0], x)
             return x
@@ -98,20 +113,26 @@ class PackedLoraLinear:
         """MoLA, LoRAMoE, Arrow: each projection has its own gate, so each slice its segments."""
         if not self._step.routes_projections or self.apply_slice is None:
             return
-        first = 0
-        for index, width in enumerate(self.target.out_features):
+        for index, columns in enumerate(self._columns):
             segments = self._projection_segments(index, x)
             if segments is not None:
-                self.apply_slice(index, x, segments, out[:, first : first + width])
-            first += width
+                self.apply_slice(index, x, segments, out[:, columns])
 
     def gate_pairs(self, x: Tensor, gate_up: Tensor, pairs: RoutedPairs) -> Tensor:
         """``loraplex_kernels.moe_by_slot.gate_pairs`` over this group."""
         return self._bound().gate_pairs(x, gate_up, pairs)
 
-    def add_pairs(self, pair_act: Tensor, act: Tensor, pairs: RoutedPairs, out: Tensor) -> None:
-        """``loraplex_kernels.moe_by_slot.add_pairs`` over this group."""
-        self._bound().add_pairs(pair_act, act, pairs, out)
+    def down_pairs(self, pair_act: Tensor, act: Tensor, pairs: RoutedPairs) -> Tensor:
+        """The down products of rows, with their pairs' adapters on top: ``moe_by_slot``."""
+        out: Tensor = self.packed(act)
+        by_slot = self._step.by_slot
+        if by_slot is not None and by_slot.own_downs:
+            of_pairs = self.packed(pair_act)
+            self._bound()(pair_act, pairs.by_pair, of_pairs)
+            sum_pairs(of_pairs, pairs, out)
+        else:
+            self._bound().add_pairs(pair_act, act, pairs, out)
+        return out
 
     def apply_segments(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
         """The low-rank operator alone, with the given segments."""
@@ -141,10 +162,47 @@ class PackedLoraLinear:
         segments: LoraSegments | None,
         fallback: tuple[FallbackRows, ...],
     ) -> None:
-        """Adds to ``out`` in place what the adapters of the rows make of ``x``."""
+        """Adds to ``out``, the base's product of ``x``, in place what the rows' adapters make of
+        ``x``."""
+        if fallback and len(self.module_names) > 1:
+            self._scale_slices(x, out, fallback)
         if segments is not None and self.lora is not None:
             self.lora(x, segments, out)
         self._add_unpooled(x, out, fallback)
+
+    def _base_into(self, x: Tensor, out: Tensor) -> None:
+        by_slot = self._step.by_slot
+        inputs = None if by_slot is None else by_slot.inputs_of_each(self.module_names[0], x)
+        if inputs is None:
+            self.packed.into(x, out)
+            return
+        for index, columns in enumerate(self._columns):
+            self.packed.into_part(index, inputs[index], out[:, columns])
+
+    def _inputs_are_shared(self) -> bool:
+        by_slot = self._step.by_slot
+        return by_slot is None or self.module_names[0] not in by_slot.slice_scales
+
+    def _scales_slices(self) -> bool:
+        """Whether the step has rows of which linears of this group read other inputs."""
+        return not self._inputs_are_shared() or (
+            len(self.module_names) > 1
+            and any(
+                not rows.parts.in_scales.keys().isdisjoint(self.module_names)
+                for rows in self._step.fallback
+            )
+        )
+
+    def _scale_slices(self, x: Tensor, out: Tensor, fallback: tuple[FallbackRows, ...]) -> None:
+        """The products of scaled inputs in the place of the base's, linear by linear."""
+        for rows in fallback:
+            for index, name in enumerate(self.module_names):
+                scale = rows.parts.in_scales.get(name)
+                if scale is not None:
+                    scaled = x[rows.rows] * scale.to(x.dtype)
+                    own = x.new_empty(scaled.shape[0], self.target.out_features[index])
+                    self.packed.into_part(index, scaled, own)
+                    out[rows.rows, self._columns[index]] = own
 
     def _add_unpooled(self, x: Tensor, out: Tensor, fallback: tuple[FallbackRows, ...]) -> None:
         for rows in fallback:
@@ -161,12 +219,7 @@ class PackedLoraLinear:
         return projection_segments(x, routed) if routed else None
 
     def _apply_planned(self, x: Tensor, out: Tensor, fallback: FallbackRows) -> None:
-        first = 0
-        for name, width, cut in zip(
-            self.module_names, self.target.out_features, self._cuts, strict=True
-        ):
-            columns = slice(first, first + width)
-            first += width
+        for name, columns, cut in zip(self.module_names, self._columns, self._cuts, strict=True):
             if fallback.parts.changes(name):
                 y = out[fallback.rows, columns]
                 out[fallback.rows, columns] = self._planned(

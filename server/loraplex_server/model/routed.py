@@ -127,13 +127,12 @@ class RoutedMlp(nn.Module):
 
     def _run_by_slot(self, hidden: Tensor, by_slot: AdaptersBySlot) -> Tensor:
         """Every adapter's rows as pairs, plain ones too; rows of the base are none."""
-        gate_up = self.gate_up.packed(hidden)
+        gate_up = self.gate_up.base_product(hidden)
         self.gate_up.add_projection_experts(hidden, gate_up)
         pairs = by_slot.pairs(self.name, hidden)
         pair_act = self.gate_up.gate_pairs(hidden, gate_up, pairs)
         act = by_slot.mix(gate_up, pair_act, pairs, self.down.module_names[0])
-        out: Tensor = self.down.packed(act)
-        self.down.add_pairs(pair_act, act, pairs, out)
+        out = self.down.down_pairs(pair_act, act, pairs)
         self.down.add_projection_experts(act, out)
         return out
 

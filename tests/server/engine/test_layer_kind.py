@@ -7,7 +7,7 @@ from pathlib import Path
 
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.layer_kind import LayerKind, kind_of
+from loraplex_server.engine.layer_kind import LayerKind, kind_of, least_kind
 from loraplex_server.model.routed import slices_of
 from tests.support.adapter_samples import SAMPLES
 from tests.support.engines import running_engine
@@ -49,6 +49,7 @@ def kind_in(engine: Engine, plan: AdapterPlan) -> LayerKind | None:
         plan,
         outside={base.input_embedding, base.output_head},
         projections=slices_of(engine.loop.runner._model.groups.values()).keys(),
+        lone=packer.lone,
     )
 
 
@@ -67,6 +68,20 @@ def test_every_family_is_recorded_or_listed(tmp_path: Path) -> None:
     assert {family for family, kind in found.items() if kind is None} == SECOND_FORWARD.keys()
     known = BEYOND_LOW_RANK | dict.fromkeys(SECOND_FORWARD)
     assert found == {family: known.get(family, LayerKind.LORA) for family in SAMPLES}
+
+
+def test_layers_are_the_cheapest_that_compute_all_rows() -> None:
+    kinds = list(LayerKind)
+    for one in kinds:
+        assert least_kind({one}) is one
+        for other in kinds:
+            both = least_kind({one, other})
+            assert both.does(one)
+            assert both.does(other)
+            assert not any(kind.does(one) and kind.does(other) for kind in kinds[:both])
+    # What few adapters need does not cost those that do without.
+    assert not LayerKind.ROUTED_MLP.does(LayerKind.SLICE_SCALES)
+    assert not LayerKind.ROUTED_PROJECTIONS.does(LayerKind.OWN_DOWNS)
 
 
 def test_the_docs_list_what_takes_a_second_forward() -> None:

@@ -52,6 +52,10 @@ CONFIGS: Mapping[str, peft.PeftConfig] = {
     "input scale": peft.IA3Config(
         target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
+    "input scales of packed linears": peft.IA3Config(
+        target_modules=["k_proj", "v_proj", "up_proj", "down_proj"],
+        feedforward_modules=["v_proj", "up_proj", "down_proj"],
+    ),
     "plain": peft.LoraConfig(r=4, target_modules=ALL),
 }
 

@@ -11,17 +11,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from loraplex_adapter_store.plan import AdapterPlan, ModulePlan, RoutingStrategy
+from loraplex_adapter_store.plan import AdapterPlan, RoutingStrategy
 from loraplex_kernels.layout import LoraTarget
 from loraplex_kernels.pool import LoraPool
-from loraplex_kernels.routers import MAX_CHOICES, route_by_slot
+from loraplex_kernels.routers import MAX_CHOICES, MAX_EXPERTS, route_by_slot
 from loraplex_router.experts import PlacedExperts, route
 from loraplex_server.engine.sampling_params import SamplingParams
 from loraplex_server.engine.slot_tables import SlotTables
 from tests.support.architectures import tiny_model
 from tests.support.engines import Answer, generate_all, running_engine
 from tests.support.rerun import Rerun, engine_with, replays
-from tests.support.routed_plans import lora_plan, mixlora_plan, projection_plan, scaled_plan
+from tests.support.routed_plans import (
+    lora_plan,
+    mixdora_plan,
+    mixlora_plan,
+    projection_plan,
+    scaled_plan,
+    scaled_slices_plan,
+)
 
 PROMPTS = [[5, 9, 200, 31, 7], [17], list(range(40, 80)), [3, 3, 3], [250, 1, 2], [9, 8], [77] * 9]
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0)
@@ -41,6 +48,10 @@ ARROW = projection_plan(
 )
 IA3 = scaled_plan(MODEL, seed=8)
 SCALED_LORA = scaled_plan(MODEL, seed=9, rank=3)
+SLICES = scaled_slices_plan(MODEL, seed=11)
+SLICES_LORA = scaled_slices_plan(MODEL, seed=12, rank=3)
+MIXDORA = mixdora_plan(MODEL, n_experts=3, top_k=2, rank=2, seed=13)
+MANY = mixlora_plan(MODEL, n_experts=MAX_EXPERTS, top_k=3, rank=1, seed=14)
 
 
 def _gates_only(seed: int) -> AdapterPlan:
@@ -60,6 +71,10 @@ MIXTURES: dict[str, list[AdapterPlan | None]] = {
     "mola": [MOLA, LORA, None, IA3],
     "loramoe and arrow": [LORAMOE, ARROW, None, SCALED_LORA],
     "all": [MIXLORA, MOLA, TOP_P, LORAMOE, SCALED_LORA, LORA, None],
+    "scales of slices": [SLICES, SLICES_LORA, IA3, LORA, None],
+    "downs of their own": [MIXDORA, MIXLORA, SCALED_LORA, LORA, None],
+    "as many experts as there may be": [MANY, LORA, None],
+    "all and what is rarest": [SLICES_LORA, MIXDORA, MOLA, MIXLORA, IA3, LORA, None],
 }
 
 
@@ -74,10 +89,10 @@ def test_every_row_gets_what_it_gets_without_graphs(
 ) -> None:
     plans = MIXTURES[mixture]
     prompts = PROMPTS[: len(plans)]
-    with running_engine(MODEL, max_batch_size=11, max_loras=64) as engine:
+    with running_engine(MODEL, max_batch_size=11, max_loras=128) as engine:
         wanted = _tokens(generate_all(engine, prompts, GREEDY, plans))
     recorder = Rerun()
-    with engine_with(recorder, MODEL, monkeypatch, max_loras=64) as engine:
+    with engine_with(recorder, MODEL, monkeypatch, max_loras=128) as engine:
         assert _tokens(generate_all(engine, prompts, GREEDY, plans)) == wanted
         # All steps are one replay, or one in pieces: no row took a second forward.
         assert replays(recorder, N_PIECES) == engine.stats().n_steps
@@ -85,7 +100,7 @@ def test_every_row_gets_what_it_gets_without_graphs(
 
 def test_picks_are_counted_in_recorded_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = Rerun()
-    with engine_with(recorder, MODEL, monkeypatch, max_loras=64) as engine:
+    with engine_with(recorder, MODEL, monkeypatch, max_loras=128) as engine:
         _tokens(generate_all(engine, PROMPTS[:2], GREEDY, [MIXLORA, LORA]))
         assert replays(recorder, N_PIECES) == engine.stats().n_steps
         load = engine.experts.load(MIXLORA.digest, window_s=1e9)
@@ -100,7 +115,7 @@ def test_a_slot_that_another_adapter_had_routes_and_scales_nothing_more(
 ) -> None:
     """Nine slots: each adapter drives the one before it out, and takes its first slot."""
     plans: list[AdapterPlan | None] = [MIXLORA, LORA, IA3, TOP_P, LORA, SWITCH, MIXLORA]
-    with running_engine(MODEL, max_batch_size=11, max_loras=64) as engine:
+    with running_engine(MODEL, max_batch_size=11, max_loras=128) as engine:
         wanted = [_tokens(generate_all(engine, PROMPTS[:1], GREEDY, [plan])) for plan in plans]
     recorder = Rerun()
     with engine_with(recorder, MODEL, monkeypatch, max_loras=9) as engine:
@@ -111,48 +126,26 @@ def test_a_slot_that_another_adapter_had_routes_and_scales_nothing_more(
 
 
 def _too_many_experts() -> AdapterPlan:
-    return mixlora_plan(MODEL, n_experts=17, top_k=2, rank=2, seed=20)
+    return mixlora_plan(MODEL, n_experts=MAX_EXPERTS + 1, top_k=2, rank=1, seed=20)
 
 
-def _own_downs() -> AdapterPlan:
-    """MixDoRA: an expert that scales its down output needs a base product of its own."""
-    plan = mixlora_plan(MODEL, n_experts=3, top_k=2, rank=2, seed=21)
-    scale = torch.full((MODEL.config.hidden_size,), 1.5)
-    return replace(
-        plan,
-        experts={
-            block: replace(
-                e,
-                experts=tuple(
-                    {
-                        n: replace(m, out_scale=scale) if n.endswith("down_proj") else m
-                        for n, m in one.items()
-                    }
-                    for one in e.experts
-                ),
-            )
-            for block, e in plan.experts.items()
-        },
-    )
+def _too_many_for_a_row() -> AdapterPlan:
+    return projection_plan(
+        MODEL, n_experts=MAX_CHOICES + 1, top_k=2, ranks=(2,), seed=21,
+        strategy=RoutingStrategy.DENSE, leaves=("down_proj",),
+    )  # fmt: skip
 
 
-def _scaled_queries() -> AdapterPlan:
-    """k and v read the same input and are not scaled."""
-    hidden = MODEL.config.hidden_size
-    q = "model.layers.0.self_attn.q_proj"
-    return replace(IA3, digest="7" * 64, modules={q: ModulePlan(in_scale=torch.rand(hidden) + 0.5)})
-
-
-@pytest.mark.parametrize("odd", [_too_many_experts, _own_downs, _scaled_queries])
+@pytest.mark.parametrize("odd", [_too_many_experts, _too_many_for_a_row])
 def test_what_no_recorded_layer_does_takes_a_second_forward(
     odd: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert callable(odd)
     plans = [odd(), MIXLORA, None]
-    with running_engine(MODEL, max_batch_size=11, max_loras=64) as engine:
+    with running_engine(MODEL, max_batch_size=11, max_loras=128) as engine:
         wanted = _tokens(generate_all(engine, PROMPTS[:3], GREEDY, plans))
     recorder = Rerun()
-    with engine_with(recorder, MODEL, monkeypatch, max_loras=64) as engine:
+    with engine_with(recorder, MODEL, monkeypatch, max_loras=128) as engine:
         alone = _tokens(generate_all(engine, PROMPTS[:1], GREEDY, plans[:1]))
         assert recorder.n_replayed == 0
         generate_all(engine, PROMPTS[:3], GREEDY, plans)  # all adapters are there behind it
@@ -167,10 +160,10 @@ def test_rows_beyond_the_sizes_of_their_kind_leave_the_others_their_graph(
 ) -> None:
     monkeypatch.setattr("loraplex_server.engine.recorded_sizes.MAX_PAIRS", 2 * MAX_CHOICES)
     plans = [MIXLORA, LORA, None, LORA]
-    with running_engine(MODEL, max_batch_size=11, max_loras=64) as engine:
+    with running_engine(MODEL, max_batch_size=11, max_loras=128) as engine:
         wanted = _tokens(generate_all(engine, PROMPTS[:4], GREEDY, plans))
     recorder = Rerun()
-    with engine_with(recorder, MODEL, monkeypatch, max_loras=64) as engine:
+    with engine_with(recorder, MODEL, monkeypatch, max_loras=128) as engine:
         generate_all(engine, PROMPTS[:4], GREEDY, plans)
         before = replays(recorder, N_PIECES)
         assert _tokens(generate_all(engine, PROMPTS[:4], GREEDY, plans)) == wanted
@@ -228,7 +221,7 @@ def test_on_a_gpu_replays_give_the_tokens_of_free_steps(mixture: str) -> None:
     answers = []
     for cuda_graphs in (False, True):
         with running_engine(
-            on_gpu, max_batch_size=11, max_loras=64, cuda_graphs=cuda_graphs
+            on_gpu, max_batch_size=11, max_loras=128, cuda_graphs=cuda_graphs
         ) as engine:
             assert (engine.loop.runner._graphs is not None) is cuda_graphs
             answers.append(_tokens(generate_all(engine, PROMPTS[: len(plans)], GREEDY, plans)))

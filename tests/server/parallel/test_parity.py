@@ -60,7 +60,7 @@ CONFIGS: dict[str, peft.PeftConfig] = {
     "lora_bias": peft.LoraConfig(r=4, bias="all", target_modules=LINEARS),
     "everywhere": peft.LoraConfig(r=4, target_modules=[*LINEARS, "lm_head", "embed_tokens"]),
     "saved_head": peft.LoraConfig(r=4, target_modules=["o_proj"], modules_to_save=["lm_head"]),
-    "ia3": peft.IA3Config(target_modules=LINEARS, feedforward_modules=["down_proj"]),
+    "ia3": peft.IA3Config(target_modules=LINEARS, feedforward_modules=["up_proj", "down_proj"]),
 }
 
 

@@ -11,8 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex_kernels.input_scales import scale_inputs_reference
-from loraplex_kernels.moe_by_slot import InputScales, RoutedPairs, add_pairs, gate_pairs, mix_pairs
+from loraplex_kernels.input_scales import (
+    scale_inputs_of_each_reference,
+    scale_inputs_reference,
+)
+from loraplex_kernels.moe_by_slot import (
+    InputScales,
+    RoutedPairs,
+    add_pairs,
+    gate_pairs,
+    mix_pairs,
+    sum_pairs,
+)
 from loraplex_kernels.reference import lora_apply_reference
 from loraplex_kernels.routers import (
     MAX_CHOICES,
@@ -28,10 +38,13 @@ from loraplex_kernels.triton import (
     add_pairs_triton,
     build_device_segments,
     gate_pairs_triton,
+    lora_apply_triton,
     mix_pairs_triton,
     route_by_slot_triton,
+    scale_inputs_of_each_triton,
     scale_inputs_triton,
     segments_of_pairs,
+    sum_pairs_triton,
 )
 from loraplex_kernels.triton.moe import expand_gate
 from loraplex_kernels.triton.shrink import lora_shrink, planes_shape
@@ -109,7 +122,11 @@ def _route(
 @given(
     adapters=st.lists(
         st.one_of(
-            st.none(), st.tuples(st.sampled_from(sorted(RULES)), st.integers(1, MAX_EXPERTS))
+            st.none(),
+            st.tuples(
+                st.sampled_from(sorted(RULES)),
+                st.one_of(st.integers(1, MAX_EXPERTS), st.sampled_from([16, 17, MAX_EXPERTS])),
+            ),
         ),
         min_size=1,
         max_size=4,
@@ -130,7 +147,7 @@ def test_gates_equal_the_reference(
     seed: int,
 ) -> None:
     known = [
-        None if one is None else (min(one[1], 8 if one[0] == "dense" else 16), one[0])
+        None if one is None else (min(one[1], MAX_CHOICES) if one[0] == "dense" else one[1], one[0])
         for one in adapters
     ]
     routers = _routers(
@@ -365,6 +382,54 @@ def test_a_row_has_the_same_bits_alone_and_in_other_tiles(
             assert torch.equal(other[row], theirs[row])
 
 
+def _own_downs(device: torch.device, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor]:
+    """A block whose down outputs are scaled and shifted; what its pairs hold, and the base's
+    products of that, both [n_rows, MAX_CHOICES, …], NaN where there is no pair."""
+    block = _block(device, dtype)
+    ranks = block.down.tables.ranks.flatten().tolist()
+    down = make_problem(
+        in_features=33, out_features=(41,), ranks=[(rank,) for rank in ranks], dtype=dtype,
+        device=device, slots=block.slots.cpu(), seed=5, with_scale_and_bias=True,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(6)
+    act = torch.randn(*block.slots.shape, 33, generator=generator)
+    base = act @ torch.randn(33, 41, generator=generator) * 33**-0.5
+    act[block.slots.cpu() < 0] = base[block.slots.cpu() < 0] = torch.nan
+    return block._replace(down=down), act.to(dtype).to(device), base.to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_experts_with_downs_of_their_own_are_summed_as_the_reference_does(
+    device: torch.device, dtype: torch.dtype
+) -> None:
+    block, act, base = _own_downs(device, dtype)
+    down, n_pairs = block.down, block.slots.numel()
+    segments = build_device_segments(block.slots, block.weights, n_slots=9)
+    ids = torch.arange(n_pairs, dtype=torch.int32, device=device)
+    # The kernels' pairs stand by slot, those of no expert last.
+    place = segments.pair_of.long()
+    pair_act, of_pairs = (
+        torch.full((n_pairs, values.shape[2]), torch.nan, dtype=dtype, device=device)
+        for values in (act, base)
+    )
+    pair_act[place[place >= 0]], of_pairs[place[place >= 0]] = act[place >= 0], base[place >= 0]
+    operands = (down.storage, down.target, down.tables, segments_of_pairs(segments, ids))
+    lora_apply_triton(pair_act, *operands, out=of_pairs)
+    found = down.base.clone()
+    sum_pairs_triton(of_pairs, segments, out=found)
+
+    block, of_pairs = block.on_cpu(), base.cpu().flatten(0, 1)
+    down, pairs = block.down, block.pairs
+    inputs = (down.storage, down.target, down.tables, pairs.by_pair)
+    lora_apply_reference(act.cpu().flatten(0, 1), *inputs, out=of_pairs)
+    wanted = down.base.clone()
+    sum_pairs(of_pairs, pairs, wanted)
+    limit = 4 * tolerance(dtype) * max(1.0, float(wanted.float().abs().max()))
+    assert float((found.cpu().float() - wanted.float()).abs().max()) <= limit
+    alone = block.slots[:, 0] < 0
+    assert torch.equal(found.cpu()[alone], down.base[alone])
+
+
 def test_launchers_choose_tiles_by_themselves(device: torch.device) -> None:
     block = _block(device, torch.float32)
     segments = build_device_segments(block.slots, block.weights, n_slots=9)
@@ -395,6 +460,31 @@ def test_inputs_are_scaled_as_the_reference_does(
     assert int(around.isnan().sum()) == around.numel() - x.numel()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [41, 1100])
+def test_each_of_some_linears_reads_its_own_scaled_inputs(
+    device: torch.device, dtype: torch.dtype, width: int
+) -> None:
+    vectors = torch.full((4, -(-width // 16) * 16 + 16), torch.nan)
+    vectors[:, :width] = torch.randn(4, width, generator=torch.Generator().manual_seed(1))
+    storage = vectors.to(dtype).flatten().to(device)
+    offsets = torch.full((6, 7), -1, dtype=torch.int64, device=device)
+    offsets[0, 2], offsets[0, 4], offsets[3, 3], offsets[5, 1] = torch.arange(4) * vectors.shape[1]
+    row_slots = torch.tensor([5, -1, 3, 1, 0, 3], dtype=torch.int32, device=device)
+    x = _rows(6, width, dtype, device)
+    out = torch.full((3, 6, width), torch.nan, dtype=dtype, device=device)
+    of_group = offsets[:, 2:5]  # slot 5 scales a linear of another group
+    scale_inputs_of_each_triton(x, row_slots, storage, of_group, out=out)
+    on_cpu = (x.cpu(), row_slots.cpu(), storage.cpu(), of_group.cpu())
+    wanted = scale_inputs_of_each_reference(*on_cpu)
+    assert torch.equal(out.cpu(), wanted)
+    changed = [
+        [not torch.equal(wanted[i, row], x[row].cpu()) for row in range(6)] for i in range(3)
+    ]
+    assert changed == [[row == 4 for row in range(6)], [row in (2, 5) for row in range(6)],
+                       [row == 4 for row in range(6)]]  # fmt: skip
+
+
 def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
     routers = _routers(64, [(4, RULES["top-k"](4))], torch.float32)
     row_slots = torch.zeros(2, dtype=torch.int32)
@@ -411,5 +501,11 @@ def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
     with pytest.raises(ValueError, match="several a row"):
         gate_pairs_triton(up.x, up.base, up.storage, up.target, up.tables, one)
     scales = torch.zeros(4, dtype=torch.int64, device=device)
+    copies = torch.empty(2, *up.x.shape, device=device)
+    three = scales.new_zeros(4, 3)
+    with pytest.raises(ValueError, match=r"out must be \[3"):
+        scale_inputs_of_each_triton(up.x, block.slots[:, 0], up.storage, three, out=copies)
+    with pytest.raises(ValueError, match="pairs are"):
+        sum_pairs_triton(up.base, segments, out=up.base)
     with pytest.raises(ValueError, match="the pool"):
         scale_inputs_triton(up.x, block.slots[:, 0], up.storage.half(), scales)

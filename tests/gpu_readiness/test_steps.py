@@ -13,9 +13,11 @@ from loraplex_adapter_store.plan import (
     Family,
     NormPlan,
     PoolingMode,
+    PrefixPlan,
     RoutingStrategy,
 )
 from loraplex_kernels.triton import attention
+from loraplex_server.engine import expert_monitor
 from loraplex_server.engine.pooling import Pooling
 from loraplex_server.engine.sampling_params import SamplingParams
 from loraplex_server.model.base_model import BaseModel
@@ -181,6 +183,39 @@ def test_vectors_come_down_and_no_more(base_of: BaseOf, monkeypatch: pytest.Monk
     assert [c.shape for step in run.steps for c in step.copies_out] == [(1, base.spec.hidden_size)]
 
 
+def test_vectors_and_tokens_of_one_step_part_without_waiting(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with meta_engine(base_of(), monkeypatch) as engine:
+        run = engine.run([Wish(sampling=SHORT), Wish(LORA, pooling=Pooling(PoolingMode.LAST))])
+    assert (run.errors, run.findings) == ([], [])
+    assert [copy for step in run.steps for copy in step.copies_in if copy.waits] == []
+
+
+def test_keys_and_values_of_a_prefix_are_written_without_waiting(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = MODEL.config
+    shape = (3, config.num_key_value_heads, config.hidden_size // config.num_attention_heads)
+    layers = tuple(torch.ones(shape) for _ in range(config.num_hidden_layers))
+    plan = AdapterPlan("7" * 64, Family.PREFIX, {}, prefix=PrefixPlan(layers, layers))
+    run = run_plans(base_of(), monkeypatch, [plan, None])
+    assert run.findings == []
+    assert [copy for step in run.steps for copy in step.copies_in if copy.waits] == []
+
+
+def test_decode_steps_of_short_requests_launch_no_programs_of_long_ones(
+    base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Divided requests are merged by a launch of their own: where none can be, there is none."""
+    monkeypatch.setattr(attention, "SPLIT_POSITIONS", 32)
+    monkeypatch.setattr("loraplex_server.engine.recorded_sizes.SHORT_POSITIONS", 32)
+    with meta_engine(base_of(), monkeypatch, cuda_graphs=True) as engine:
+        found = [engine.run([Wish(prompt=tuple(range(7, 7 + n)), sampling=SHORT)]) for n in (5, 40)]
+    merges = [[step.replayed.count("combine_kernel") for step in run.steps[1:4]] for run in found]
+    assert merges == [[0] * 3, [len(base_of().layers)] * 3]
+
+
 @pytest.mark.parametrize("family", ROUTED)
 def test_routed_experts_are_grouped_on_the_device(
     family: str, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
@@ -196,6 +231,7 @@ def test_a_step_copies_its_inputs_at_once_mixes_no_devices_and_waits_for_no_copy
     cuda_graphs: bool, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One copy before each forward, and one of what sampling asks for behind them."""
+    monkeypatch.setattr(expert_monitor, "_LOOK_EVERY_S", 0.0)  # the rare copy is in every step
     with meta_engine(base_of(), monkeypatch, cuda_graphs=cuda_graphs, max_loras=128) as engine:
         for mixture, plans in MIXTURES.items():
             n_forwards = 2 if cuda_graphs and mixture in SPLIT else 1
@@ -209,6 +245,7 @@ def test_a_step_copies_its_inputs_at_once_mixes_no_devices_and_waits_for_no_copy
                 ], mixture
                 assert all(copy.is_pinned and not copy.waits for copy in inputs), inputs
                 assert len(step.waits) <= 1  # for the ids
+                assert not any(copy.waits for copy in step.copies_out), mixture
                 assert step.n_replays == int(cuda_graphs), mixture
 
 

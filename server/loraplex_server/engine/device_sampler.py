@@ -19,6 +19,7 @@ from torch import Tensor
 from loraplex_kernels.sampling import SamplingBatch, Staging, pack_batch, sample_tokens
 from loraplex_kernels.token_mask import bits_of, first_bit
 
+from .copy_back import CopyBack
 from .errors import EngineError, GrammarTooComplex, NoTokenAllowed
 from .events import TokenLogprobs
 from .request import Request
@@ -72,7 +73,7 @@ class DeviceSampler:
         if asking:
             n_top = max(counts, default=0)
             found = torch.cat([ids, _logprobs(raw, ids[logprob_rows], n_top)])
-        return SampledRows(ids, [row.error for row in rows], asking, counts, _HostCopy(found))
+        return SampledRows(ids, [row.error for row in rows], asking, counts, CopyBack(found))
 
     def prompt_logprobs_of(
         self, logits: Tensor, token_ids: Sequence[int], n_top: int
@@ -150,7 +151,7 @@ class SampledRows:
         errors: Sequence[EngineError | None],
         asking: Sequence[int],  # rows that get log-probabilities
         n_top: Sequence[int],  # for each of these
-        found: _HostCopy,
+        found: CopyBack,
     ) -> None:
         self.ids = ids  # int32 [n], −1 where no token has a probability
         self._errors, self._asking, self._n_top = errors, asking, n_top
@@ -169,25 +170,6 @@ class SampledRows:
             Sampled(max(token, 0), entry, error or (no_token() if token < 0 else None))
             for token, entry, error in zip(chosen, entries, self._errors, strict=True)
         ]
-
-
-class _HostCopy:
-    """What the device found, on its way to the host through page-locked memory."""
-
-    def __init__(self, found: Tensor) -> None:
-        self._done: torch.cuda.Event | None = None
-        if not found.is_cuda:
-            self._host = found.cpu()
-            return
-        self._host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True)
-        self._host.copy_(found, non_blocking=True)
-        self._done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._done.record(torch.cuda.current_stream(found.device))
-
-    def wait(self) -> Tensor:
-        if self._done is not None:
-            self._done.synchronize()
-        return self._host
 
 
 class _Row(NamedTuple):
@@ -212,7 +194,7 @@ _NO_EDITS = _Edits(np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, n
 
 def _to_host(found: Tensor) -> Tensor:
     """A copy on the host; waits for the device."""
-    return _HostCopy(found).wait()
+    return CopyBack(found).wait()
 
 
 def _edits(request: Request, rules: TokenRules) -> _Edits:

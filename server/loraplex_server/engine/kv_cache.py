@@ -15,6 +15,7 @@ from loraplex_kernels.model_ops import write_kv
 from loraplex_kernels.storage import allocate_storage
 from loraplex_server.model.tensor_parallel import Shard
 
+from .host_copy import move_together
 from .page_pool import PagePool, page_keys
 
 __all__ = ["KvCache", "KvGeometry"]
@@ -174,9 +175,10 @@ class KvCache:
         """
         n_tokens = keys[0].shape[0]
         device = self.keys[0].device
-        pages = torch.tensor(self._tables[request_id].pages, dtype=torch.int64, device=device)
-        position = torch.arange(n_tokens, device=device)
-        slots = pages[position // self.page_size] * self.page_size + position % self.page_size
+        pages = np.array(self._tables[request_id].pages, dtype=np.int64)
+        position = np.arange(n_tokens)
+        places = pages[position // self.page_size] * self.page_size + position % self.page_size
+        (slots,) = move_together([places], device)  # a step may run: nobody waits for it
         if self._shard is not None and self._shard.others is not None:
             whole = torch.stack([torch.stack(list(part)) for part in (keys, values)])
             whole = whole.to(self.keys[0])

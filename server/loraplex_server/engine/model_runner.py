@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,6 +23,7 @@ from .errors import AdapterUnservable
 from .events import TokenLogprobs
 from .forward_batch import FedTokens, FixedPlace, ForwardBatch, build_batch
 from .graph_recorder import Recorder
+from .host_copy import move_together
 from .kernel_warm_up import run_every_size
 from .kv_cache import KvCache
 from .layer_kind import LayerKind
@@ -214,9 +216,12 @@ class ModelRunner:
         found = self._prompt_logprobs(hidden, chunks, batch) if wants_all else {}
         pooled = _pooled(x, hidden if wants_all else None, chunks, batch)
         is_wanted = [c.request.source.pooling is None for c in chunks if c.samples]
+        if not any(is_wanted):
+            return _Forwarded(None, pooled, found)
         if not all(is_wanted):
-            x = x[[i for i, wanted in enumerate(is_wanted) if wanted]]
-        return _Forwarded(x if any(is_wanted) else None, pooled, found)
+            (rows,) = move_together([np.flatnonzero(is_wanted)], x.device)
+            x = x.index_select(0, rows)
+        return _Forwarded(x, pooled, found)
 
     def _own_rows(self, part: StepPart) -> dict[str, list[int]]:
         requests = [chunk.request for chunk in part.chunks]

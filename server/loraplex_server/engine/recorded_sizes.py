@@ -13,9 +13,10 @@ from loraplex_kernels.routers import MAX_CHOICES
 
 from .layer_kind import LayerKind
 
-__all__ = ["MAX_GRAPHS", "MAX_PAIRS", "RecordedSizes", "recorded_sizes"]
+__all__ = ["MAX_GRAPHS", "MAX_PAIRS", "RecordedSizes", "recorded_positions", "recorded_sizes"]
 
 MAX_PAIRS = 2048  # of a recorded step with experts: bounds its workspace and the grouping of pairs
+SHORT_POSITIONS = 2048  # of a request, in decode steps that are recorded for short ones, too
 MAX_GRAPHS = 2048  # of all kinds, but for decode steps, which are at most some dozen
 
 
@@ -43,6 +44,17 @@ def recorded_sizes(
     n_requests = min(max_requests, most)
     powers = tuple(1 << i for i in range(n_requests.bit_length()) if 1 << i < n_requests)
     return RecordedSizes((*powers, n_requests), rare)
+
+
+def recorded_positions(kind: LayerKind, max_positions: int) -> tuple[int, ...]:
+    """For how many positions of a request decode steps are recorded, ascending.
+
+    Attention launches a program for each 512 of them (16 at most), each KV head and each row. Those
+    that find nothing to do end at once, yet thousands of them take microseconds of every layer.
+    """
+    if kind.scales_inputs or max_positions <= SHORT_POSITIONS:
+        return (max_positions,)
+    return (SHORT_POSITIONS, max_positions)
 
 
 def _decode(n_rows: int) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ from .graph_recorder import Recorder, Replay
 from .host_copy import bytes_together, place_together
 from .kv_cache import KvCache
 from .layer_kind import LayerKind
-from .recorded_sizes import MAX_PAIRS, recorded_sizes
+from .recorded_sizes import MAX_PAIRS, recorded_positions, recorded_sizes
 from .slot_tables import SlotTables
 
 __all__ = ["StepGraphs"]
@@ -75,7 +75,16 @@ class StepGraphs:
         self._memory = torch.zeros(n_bytes, dtype=torch.uint8, device=device)
         self._page_table = torch.zeros(n_requests, n_pages, dtype=torch.int32, device=device)
         self._query_starts = torch.arange(n_requests + 1, dtype=torch.int32, device=device)
-        self._whole: dict[tuple[int, LayerKind], Replay] = {}
+        page_size = kv_cache.page_size
+        self._widths = {
+            kind: tuple(
+                min(n_pages, -(-n // page_size))
+                for n in recorded_positions(kind, n_pages * page_size)
+            )
+            for kind in LayerKind
+        }
+        # For the pages of a request that attention looks at; ascending.
+        self._whole: dict[tuple[int, LayerKind], dict[int, Replay]] = {}
         self._pieces: dict[tuple[int, LayerKind], tuple[Replay, ...]] = {}
         self._segments: dict[tuple[int, LayerKind], LoraSegments] = {}  # that pieces share
         self._in_scales, self._slice_scales = tables.in_scales, tables.slice_scales
@@ -128,7 +137,8 @@ class StepGraphs:
         if place.pads_requests:
             n, width = batch.page_table.shape
             self._page_table[:n, :width].copy_(batch.page_table)
-            self._whole[size, kind]()
+            of_width = self._whole[size, kind]
+            next(replay for n_pages, replay in of_width.items() if n_pages >= width)()
             return rows.hidden
         n = batch.chunk_rows[-1].stop
         attended = rows.first(n)
@@ -141,7 +151,10 @@ class StepGraphs:
 
     def _record(self, size: int, kind: LayerKind, *, is_decode: bool) -> None:
         if is_decode:
-            self._whole[size, kind] = self._recorder(partial(self._run_whole, size, kind))
+            self._whole[size, kind] = {
+                n_pages: self._recorder(partial(self._run_whole, size, kind, n_pages))
+                for n_pages in self._widths[kind]
+            }
         else:
             self._pieces[size, kind] = tuple(self._record_pieces(size, kind))
 
@@ -151,7 +164,7 @@ class StepGraphs:
         return 0 if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
 
     def _log_recorded(self, seconds: float, n_bytes: int) -> None:
-        n_graphs = len(self._whole) + sum(map(len, self._pieces.values()))
+        n_graphs = sum(map(len, (*self._whole.values(), *self._pieces.values())))
         common, rare = self._sizes[LayerKind.LORA], self._sizes[LayerKind.ROUTED_MLP]
         _log.info(
             "recorded %d CUDA graphs in %.1f s, %d MiB: decode steps of %s rows (with experts %s), "
@@ -169,11 +182,12 @@ class StepGraphs:
         for index in range(self._layers.n_layers + 1):
             yield self._recorder(partial(self._run_piece, index, size, kind))
 
-    def _run_whole(self, size: int, kind: LayerKind) -> None:
+    def _run_whole(self, size: int, kind: LayerKind, n_pages: int) -> None:
         self._bind(size, kind)
         self._model.step.segments = self._build_segments(size, kind)
         rows = self._rows.first(size)
-        tables = self._page_table[:size], self._query_starts[: size + 1], self._kv_lens(size)
+        page_table = self._page_table[:size, :n_pages]
+        tables = page_table, self._query_starts[: size + 1], self._kv_lens(size)
         for index in range(self._layers.n_layers):
             self._layers.run_piece(index, rows)
             self._layers.attend(index, rows, *tables)

@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from loraplex_server.engine.layer_kind import LayerKind
-from loraplex_server.engine.recorded_sizes import MAX_GRAPHS, MAX_PAIRS, recorded_sizes
+from loraplex_server.engine.recorded_sizes import (
+    MAX_GRAPHS,
+    MAX_PAIRS,
+    SHORT_POSITIONS,
+    recorded_positions,
+    recorded_sizes,
+)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 64, 200, 256])
@@ -45,5 +51,17 @@ def test_default_sizes_of_a_model_of_32_layers() -> None:
     assert [len(each.decode) for each in sizes] == [19, 19, 9, 9, 9, 9, 9, 9]
     assert sizes[0].mixed == (16, 32, 64, 96, 128, 192, 256, 384, 512)
     assert sizes[3].mixed == (64, 256)
-    n_graphs = sum(len(each.decode) + 33 * len(each.mixed) for each in sizes)
-    assert n_graphs == 1082  # docs/gpu.md says so
+    widths = [len(recorded_positions(kind, 131_072)) for kind in LayerKind]
+    n_graphs = sum(
+        width * len(each.decode) + 33 * len(each.mixed)
+        for width, each in zip(widths, sizes, strict=True)
+    )
+    assert n_graphs == 1120  # docs/gpu.md says so
+
+
+@pytest.mark.parametrize("kind", list(LayerKind))
+@pytest.mark.parametrize("n", [16, SHORT_POSITIONS, SHORT_POSITIONS + 1, 131_072])
+def test_decode_steps_of_any_length_are_recorded(kind: LayerKind, n: int) -> None:
+    positions = recorded_positions(kind, n)
+    assert positions[-1] == n
+    assert len(positions) == (2 if n > SHORT_POSITIONS and not kind.scales_inputs else 1)

@@ -60,6 +60,22 @@ def test_every_row_gets_what_it_gets_without_graphs(
         assert replays(recorder, n_pieces) == engine.stats().n_steps
 
 
+def test_short_and_long_requests_are_replayed_alike(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some steps hold requests of up to 16 positions alone, others longer ones, too."""
+    monkeypatch.setattr("loraplex_server.engine.recorded_sizes.SHORT_POSITIONS", 16)
+    sampling = SamplingParams(max_tokens=20, temperature=0.0)
+    prompts, plans = PROMPTS[:2], _plans(model)[:2]
+    with running_engine(model, max_batch_size=11) as engine:
+        wanted = generate_all(engine, prompts, sampling, plans)
+    recorder = Rerun()
+    with engine_with(recorder, model, monkeypatch) as engine:
+        assert _tokens(generate_all(engine, prompts, sampling, plans)) == _tokens(wanted)
+        n_pieces = model.config.num_hidden_layers + 1
+        assert replays(recorder, n_pieces) == engine.stats().n_steps
+
+
 def test_spare_rows_write_nothing(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three rows run in a step of four: the fourth may touch no page, not even the first."""
     recorder = Rerun()

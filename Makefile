@@ -55,7 +55,7 @@ unit: venv
 	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not slow"
 
 test-cluster: venv  # real clusters on this machine; some minutes
-	$(BIN)/python -m pytest tests/cluster
+	$(BIN)/python -m pytest tests/cluster tests/docs/test_cluster_pages.py
 
 test-nightly: venv  # what CI has no time for: a minute of soak, long walks of the contract …
 	$(BIN)/loraplex pull --quiet

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -19,9 +18,7 @@ def test_the_family_of_contributing_reads_what_ours_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = _PAGE.read_text(encoding="utf-8").partition("**An adapter family**")[2]
-    code = textwrap.dedent(
-        "    def read" + text.partition("    def read")[2].partition("\nA part")[0]
-    )
+    code = text.partition("```python\n")[2].partition("```")[0]
     scope = dict(vars(ragged))  # what that file imports
     exec(compile(code, str(_PAGE), "exec"), scope)
     sample = SAMPLES["SORA"](tiny_llama(), tmp_path, True)

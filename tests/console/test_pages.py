@@ -95,6 +95,9 @@ def test_an_adapter_is_uploaded_pinned_shown_and_deleted(page: Page, server: Ser
     page.goto(f"{server.url}/#/adapters")
     folder = DEMOS / "german-numbers"
     files = [folder / name for name in ("adapter_config.json", "adapter_model.safetensors")]
+    pickle = {"name": "adapter_model.bin", "mimeType": "text/plain", "buffer": b"x"}
+    page.get_by_label("choose its files").set_input_files(pickle)  # type: ignore[arg-type]
+    expect(page.get_by_text("Not used: adapter_model.bin. A pickle is refused")).to_be_visible()
     page.get_by_label("choose its files").set_input_files(files[:1])
     expect(page.get_by_text("still needed: adapter_model.safetensors")).to_be_visible()
     page.get_by_label("choose its files").set_input_files(files)

@@ -20,6 +20,7 @@ from tests.support.server_process import ServerProcess, save_tiny_model, server_
 
 pytestmark = pytest.mark.slow
 KEY = "the-key-of-this-test"
+ASKING_KEY = "one-that-may-only-ask"
 N_MANY = 500
 PAGES = ("playground", "adapters", "create", "live", "requests")
 
@@ -37,6 +38,7 @@ def many(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
     for seed in range(N_MANY):
         write_lora(folder / "adapters" / f"task-{seed:03}", spec, seed=seed)
     flags = ("--adapters-dir", folder / "adapters", "--api-key", KEY)
+    flags = (*flags, "--infer-api-key", ASKING_KEY)
     with server_process(tiny, folder / "state", *flags) as server:
         yield server
 
@@ -64,6 +66,27 @@ def test_a_wrong_key_is_told_and_the_right_one_is_kept_for_the_tab(
     assert page.evaluate("localStorage.length") == 0
     page.get_by_role("button", name="Forget the key").click()
     expect(page.get_by_label("API key")).to_be_visible()
+
+
+def test_a_key_that_may_only_ask_is_shown_nothing_that_changes_adapters(
+    page: Page, many: ServerProcess
+) -> None:
+    page.goto(f"{many.url}/#/adapters?name=task-000")
+    for key, shown in ((ASKING_KEY, 0), (KEY, 1)):
+        enter(page, key)
+        row = page.locator("tr", has=page.get_by_role("button", name="task-000", exact=True))
+        expect(row.get_by_role("link", name="Try")).to_be_visible()
+        expect(page.get_by_role("img", name="How much each layer is changed")).to_be_visible()
+        expect(page.get_by_role("form", name="Add an adapter")).to_have_count(shown)
+        for name in ("Pin", "Warm"):
+            expect(row.get_by_role("button", name=name)).to_have_count(shown)
+        expect(page.get_by_role("button", name="Delete …")).to_have_count(shown)
+        page.get_by_role("link", name="create").click()
+        expect(page.get_by_text("This key may only ask")).to_have_count(1 - shown)
+        expect(page.get_by_role("group", name="How it is made")).to_have_count(shown)
+        page.get_by_role("link", name="adapters").click()
+        page.get_by_role("button", name="Forget the key").click()
+        page.goto(f"{many.url}/#/adapters?name=task-000")
 
 
 def test_500_adapters_are_searched_and_shown_in_parts(page: Page, many: ServerProcess) -> None:

@@ -10,12 +10,22 @@ import pytest
 from tests.console.conftest import browser, page  # noqa: F401  fixtures
 from tests.support.server_process import ServerProcess, server_process
 
-FLAGS = ("--demos", "--kv-memory", "384MiB", "--adapter-memory", "256MiB")
+FLAGS = ("--demos", "--allow-training", "--kv-memory", "384MiB", "--adapter-memory", "256MiB")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The server's --adapters-dir."""
+    return tmp_path_factory.mktemp("adapters")
 
 
 @pytest.fixture(scope="module")
 def server(
-    pulled_base: Path, pulled_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+    pulled_base: Path,
+    pulled_encoder: Path,
+    served: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[ServerProcess]:
-    with server_process(pulled_base, tmp_path_factory.mktemp("state"), *FLAGS) as running:
+    flags = (*FLAGS, "--adapters-dir", served)
+    with server_process(pulled_base, tmp_path_factory.mktemp("state"), *flags) as running:
         yield running

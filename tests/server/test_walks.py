@@ -143,7 +143,7 @@ def test_the_walk_of_a_chat_is_the_way_it_takes(traces: tuple[_Trace, _Trace]) -
 
 def test_the_hops_of_a_chat_are_those_of_the_page(traces: tuple[_Trace, _Trace]) -> None:
     block = re.findall(
-        r"^    (?:app|call|engine|back) +(.*)$",
+        r"^(?:app|call|engine|back) +(.*)$",
         _section("A streamed chat, hop by hop"),
         re.MULTILINE,
     )

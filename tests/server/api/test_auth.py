@@ -102,6 +102,9 @@ async def test_an_infer_key_generates_but_does_not_change_adapters(locked: Front
         assert answer.json()["error"]["code"] == "missing_scope"
     answer = await locked.client.delete("/v1/adapters/x", headers=bearer(ADMIN))
     assert answer.status_code == 404
+    for secret, may_change in ((INFER, False), (ADMIN, True)):
+        told = (await locked.client.get("/version", headers=bearer(secret))).json()
+        assert told["may_change"] is may_change
 
 
 async def test_tenants_do_not_share_a_prefix_cache(locked: Front) -> None:
@@ -143,6 +146,7 @@ async def test_off_loopback_without_a_key_adapters_are_read_only(
     http = HttpConfig(host="0.0.0.0", insecure=True)
     front = make_front(tokenizer, base_spec, tmp_path, http)
     assert (await front.chat()).status_code == 200
+    assert (await front.client.get("/version")).json()["may_change"] is False
     answer = await front.client.delete("/v1/adapters/x")
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "writes_disabled"

@@ -32,6 +32,7 @@ class RequestInfo:
     tenant: str = ""  # of the API key; "" without keys: there is one tenant
     share: TenantShare = field(default_factory=TenantShare)  # of the engine
     scopes: frozenset[Scope] = frozenset()
+    may_change: bool = False  # whether the same caller would be let change adapters
     access: AdapterAccess = EVERY_ADAPTER
     meter: Meter | None = None  # of the API key, if it is limited
     adapter: str | None = None  # for x-loraplex-adapter and the access log

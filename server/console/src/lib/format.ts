@@ -40,7 +40,7 @@ export function plainName(adapter: string | null): string {
 export function colour(adapter: string | null): string {
   const name = plainName(adapter);
   if (adapter === null || name === "base") return "var(--muted)";
-  let hash = 0;
-  for (const char of name) hash = (hash * 31 + char.charCodeAt(0)) >>> 0;
+  let hash = 0x811c9dc5; // FNV-1a: names that are alike get other hues
+  for (const char of name) hash = Math.imul(hash ^ char.charCodeAt(0), 0x01000193) >>> 0;
   return `oklch(var(--lightness) 0.14 ${hash % 360})`;
 }

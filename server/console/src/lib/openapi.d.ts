@@ -3236,6 +3236,8 @@ export interface components {
         /** Version */
         Version: {
             features: components["schemas"]["Features"];
+            /** May Change */
+            may_change: boolean;
             /** Version */
             version: string;
         };

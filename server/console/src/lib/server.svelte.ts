@@ -1,4 +1,4 @@
-// What this server was started with, known once it has answered.
+// What this server was started with and what our key may do, known once it has answered.
 
 import { get, type Version } from "./api";
 
@@ -13,9 +13,12 @@ const NOTHING: Version["features"] = {
 
 class Server {
   features = $state(NOTHING);
+  mayChange = $state(false); // whether this key may add, change and remove adapters
 
   async look(): Promise<void> {
-    this.features = (await get<Version>("/version")).features;
+    const told = await get<Version>("/version");
+    this.features = told.features;
+    this.mayChange = told.may_change;
   }
 }
 

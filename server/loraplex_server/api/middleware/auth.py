@@ -86,6 +86,7 @@ class Auth:
             key = self._key_of(scope)
             info.key_id, info.tenant = key.id, key.tenant
             info.scopes, info.access = key.scopes, key.access
+            info.may_change = KeyScope.ADMIN in key.scopes
             info.meter, info.share = self._meters.get(key.id), self._shares[key.tenant]
             if needed not in key.scopes:
                 raise ApiError(
@@ -94,12 +95,13 @@ class Auth:
             if info.meter is not None and needed is not KeyScope.METRICS:
                 await info.meter.take_request()
         elif needed is not KeyScope.ADMIN and not path.startswith(_BATCHES):
+            info.may_change = self._writes_open
             info.scopes = frozenset({KeyScope.INFER})
             if not self._writes_open:  # anybody may ask: what tenants have had here is not theirs
                 info.access = AdapterAccess(tenant="")
         else:
             self._check_open_write()
-            info.scopes = _EVERYTHING
+            info.scopes, info.may_change = _EVERYTHING, True
         if batch_caller_of(scope) is not None:
             share = info.share
             info.share = replace(share, tenant=f"batch:{share.tenant}", weight=_BATCH_WEIGHT)

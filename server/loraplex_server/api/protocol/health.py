@@ -36,3 +36,4 @@ class Features(BaseModel):
 class Version(BaseModel):
     version: str
     features: Features
+    may_change: bool  # whether the caller may add, change and remove adapters

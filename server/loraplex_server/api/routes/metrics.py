@@ -13,6 +13,7 @@ from loraplex_server.api.guide_files import GUIDE
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.errors import errors, text_answer
 from loraplex_server.api.protocol.health import Version
+from loraplex_server.api.request_info import info_of
 from loraplex_server.api.state import AppState, State, in_store_thread
 
 __all__ = ["router"]
@@ -21,7 +22,7 @@ router = APIRouter()
 
 
 @router.get("/version", response_model=Version, responses=errors())
-async def version(state: State) -> Response:
+async def version(request: Request, state: State) -> Response:
     features = {
         "generate": state.generated is not None,
         "learn": state.learning is not None,
@@ -30,7 +31,12 @@ async def version(state: State) -> Response:
         "cluster": state.fleet is not None,
         "guide": state.config.http.console and (GUIDE / "index.html").is_file(),
     }
-    return ORJSONResponse({"version": installed_version("loraplex"), "features": features})
+    told = {
+        "version": installed_version("loraplex"),
+        "features": features,
+        "may_change": info_of(request.scope).may_change,
+    }
+    return ORJSONResponse(told)
 
 
 @router.get("/metrics", response_class=Response, responses=errors() | text_answer("for Prometheus"))

@@ -15,7 +15,7 @@ from loadtests.client import Outcome, StreamingClient
 from loadtests.random_adapters import write_lora
 from loadtests.systems import Loraplex, System, started
 
-__all__ = ["FULL_LOAD", "SMALL_LOAD", "Load", "compare_serving", "serving_numbers"]
+__all__ = ["FULL_LOAD", "SMALL_LOAD", "Load", "ask_all", "compare_serving", "serving_numbers"]
 
 _PROMPT = "Write a long story about a lighthouse keeper who repairs clocks. "
 _RANK = 8  # 256 adapters of it on all linears of an 8B take 11 GB of disk
@@ -39,7 +39,11 @@ SMALL_LOAD = Load(((0, 2),), 2, 4, 4, 1)
 def compare_serving(
     folder: Path, *, model: Path, load: Load, dtype: str | None, deadline: float
 ) -> Iterator[Mapping[str, Any]]:
-    """The result so far, after each number of adapters. ``deadline``: of ``time.monotonic``."""
+    """The result so far, after each number of adapters.
+
+    ``deadline``, of ``time.monotonic``: no server is started and no request sent later. Of a number
+    of adapters that it cuts short the rates are those until then.
+    """
     rows: list[Mapping[str, Any]] = []
     result: dict[str, Any] = {
         "clients": load.n_clients,
@@ -57,7 +61,7 @@ def compare_serving(
             for i in range(len(adapters), max(group))
         ]
         for system in (Loraplex(), VllmGpu()):
-            why = system.missing()
+            why = "the time was over" if time.monotonic() > deadline else system.missing()
             if why is not None:
                 result[f"without {system.name}"] = why
                 continue
@@ -65,9 +69,14 @@ def compare_serving(
                 with started(system, model, adapters, folder, dtype=dtype) as target:
                     for n_adapters in group:
                         names = [path.name for path in adapters[:n_adapters]] or [None]
-                        _run(target.url, system, names, load, max(len(names), load.n_clients))
+                        n_warm = max(len(names), load.n_clients)
+                        ask_all(target.url, system, names, load, n_warm, deadline)
                         began = time.perf_counter()
-                        outcomes = _run(target.url, system, names, load, load.n_requests)
+                        n = load.n_requests
+                        outcomes = ask_all(target.url, system, names, load, n, deadline)
+                        if not outcomes:
+                            result[f"without {n_adapters} adapters"] = "the time was over"
+                            break
                         numbers = serving_numbers(outcomes, time.perf_counter() - began)
                         rows.append({"adapters": n_adapters, "system": system.name, **numbers})
                         yield result
@@ -88,9 +97,15 @@ def serving_numbers(outcomes: Sequence[Outcome], seconds: float) -> Mapping[str,
     }
 
 
-def _run(
-    url: str, system: System, names: Sequence[str | None], load: Load, n_requests: int
+def ask_all(
+    url: str,
+    system: System,
+    names: Sequence[str | None],
+    load: Load,
+    n_requests: int,
+    deadline: float,
 ) -> list[Outcome]:
+    """What became of each request; fewer than ``n_requests`` where ``deadline`` came first."""
     client, outcomes = StreamingClient(url), []
     numbers = iter(range(n_requests))
     lock = threading.Lock()
@@ -100,7 +115,7 @@ def _run(
         while True:
             with lock:
                 number = next(numbers, None)
-            if number is None:
+            if number is None or time.monotonic() > deadline:
                 return
             outcome = client.stream(
                 {

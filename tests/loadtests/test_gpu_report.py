@@ -16,7 +16,8 @@ from loadtests.client import Outcome
 from loadtests.gpu_report.__main__ import NO_DEVICE, main
 from loadtests.gpu_report.report import Report, Skipped, run_sections
 from loadtests.gpu_report.sections import Plan, roofline_shares, sections_of, test_counts
-from loadtests.gpu_report.serving import serving_numbers
+from loadtests.gpu_report.serving import SMALL_LOAD, ask_all, compare_serving, serving_numbers
+from loadtests.systems import Loraplex
 
 MADE_UP = {"name": "Made-up GPU <no such device>", "memory MiB": 81559}
 
@@ -94,6 +95,17 @@ def test_serving_counts_what_was_answered_whole() -> None:
     assert numbers["tokens/s"] == 150.0
     assert (numbers["TTFT ms"], numbers["TPOT ms"]) == (pytest.approx(200), pytest.approx(20))
     assert serving_numbers(broken, 1.0)["answered"] == 0
+
+
+def test_nothing_is_asked_or_started_after_the_end_of_the_hour(tmp_path: Path) -> None:
+    over = time.monotonic() - 1
+    nobody = "http://127.0.0.1:9"  # an answer, or an error, would be an outcome
+    assert ask_all(nobody, Loraplex(), [None], SMALL_LOAD, 3, over) == []
+    assert len(ask_all(nobody, Loraplex(), [None], SMALL_LOAD, 3, over + 60)) == 3
+    results = compare_serving(tmp_path, model=tmp_path, load=SMALL_LOAD, dtype=None, deadline=over)
+    (result,) = results
+    assert result["rows"] == []
+    assert result["without 2 adapters"] == "the time was over"
 
 
 def test_failed_tests_are_named() -> None:

@@ -268,7 +268,7 @@ def test_adapters_are_published_without_waiting(
 def test_no_kernel_is_compiled_while_requests_run(
     split: int, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts of all lengths, alone and together, decode of one to nine rows, of two adapters."""
+    """Prompts of all lengths, alone and together, decode of one to nine rows, of four adapters."""
     monkeypatch.setattr(attention, "SPLIT_POSITIONS", split)
     limits = {"max_batch_size": 9, "max_step_tokens": 300}
     with meta_engine(base_of(), monkeypatch, compiles=True, **limits) as engine:
@@ -278,7 +278,8 @@ def test_no_kernel_is_compiled_while_requests_run(
         assert ("combine_kernel" in work.launches) == (split == 64)
         for n_tokens in (1, 16, 17, 65, 129, 250):
             prompt = tuple(range(7, 7 + n_tokens))
-            for plans in ([None], [LORA], [LORA, None], [None, LORA, OTHER_LORA] * 3):
+            mixed = [None, LORA, ROUTED["mixlora"], MIXTURES["mixdora"][0], OTHER_LORA]
+            for plans in ([None], [LORA], mixed[2:3], [LORA, None], mixed, mixed[:3] * 3):
                 wishes = [Wish(plan, prompt, SHORT) for plan in plans]
                 assert engine.run(wishes).errors == []
         new = engine.gpu.variants - at_start

@@ -1,18 +1,22 @@
 """Runs steps of every size once, so that a GPU's kernels are compiled before the first request.
 
 Triton compiles a kernel at its first launch with other constants, which takes seconds. Constants
-follow from the model, from the number of rows by a few bounds, and from whether rows have adapters.
+follow from the model, from the number of rows by a few bounds, and from whether rows have adapters
+and route to experts of MLP blocks: pairs are rows of their own there, however many a row has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.plan import RoutingStrategy
 from loraplex_kernels.sampling import empty_batch, sample_tokens
 from loraplex_kernels.segments import build_segments
+from loraplex_router.experts import PlacedExperts, RoutedRows
 from loraplex_server.model.base_model import BaseModel
 
 from .forward_batch import ForwardBatch
@@ -29,19 +33,22 @@ def sizes_to_run(max_rows: int) -> tuple[int, ...]:
 
 @torch.inference_mode()
 def run_every_size(model: BaseModel, *, max_rows: int, max_requests: int, n_pages: int) -> None:
-    """Prefill of one request and decode of many, with adapters (of no rank) and without.
+    """Prefill of one request and decode of many, with adapters (of no rank), with experts of MLP
+    blocks (in no slot) and without.
 
     ``n_pages``: of a request, as many as the longest has, and room for ``max_rows`` positions:
     attention reads the table up to the last one, and how wide it is decides what it launches.
 
     Writes no KV. ``model`` has its KV cache and pool. Engine thread; raises what the device or a
-    compiler raises. What free steps launch for routed experts depends on their number: it is not
-    run.
+    compiler raises. What free steps launch for experts of projections depends on how many a row
+    has: it is not run.
     """
     for size in sizes_to_run(max_rows):
         for n_requests in dict.fromkeys((1, min(size, max_requests))):
             for batch in _batches(model, size, n_requests, n_pages):
                 _forward(model, batch, n_requests)
+            _forward(model, batch, n_requests, routed=_routed(model, size))
+    model.step.clear_adapters()
 
 
 def _batches(
@@ -65,11 +72,33 @@ def _batches(
         )
 
 
-def _forward(model: BaseModel, batch: ForwardBatch, n_requests: int) -> None:
+def _routed(model: BaseModel, n_rows: int) -> Mapping[str, tuple[RoutedRows, ...]]:
+    """All rows go to two experts of every MLP block."""
+    device = model.device
+    experts = PlacedExperts(
+        gate=torch.zeros(2, model.spec.hidden_size, device=device),
+        slots=torch.full((2,), -1, dtype=torch.int32, device=device),
+        strategy=RoutingStrategy.TOP_K,
+        top_k=2,
+        top_p=0.0,
+        load=torch.zeros(2, dtype=torch.int64, device=device),
+    )
+    rows = torch.arange(n_rows, device=device)
+    routed = RoutedRows(rows, RoutedRows.pair_rows_of(rows, 2), experts)
+    return dict.fromkeys(model.mlps, (routed,))
+
+
+def _forward(
+    model: BaseModel,
+    batch: ForwardBatch,
+    n_requests: int,
+    routed: Mapping[str, tuple[RoutedRows, ...]] = MappingProxyType({}),
+) -> None:
     step = model.step
     batch.bind(step)
     step.clear_adapters()
     step.segments = None if batch.row_slots is None else build_segments(batch.row_slots)
+    step.routed = routed
     hidden = model.forward(model.embed(batch.token_ids))
     raw = model.head.packed(hidden[:n_requests])
     logits: Tensor = torch.empty_like(raw, dtype=torch.float32)

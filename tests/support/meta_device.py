@@ -75,6 +75,9 @@ class MetaGpu(TorchDispatchMode):
         self.variants: set[str] = set()  # of kernels, as Triton would compile them
         self.recorded: list[Work] = []  # what each graph launches
         self._pinned: dict[int, object] = {}  # storages, by address
+        # Storages that exist by a recording, which says whether it ran; by identity.
+        self._made: dict[int, tuple[object, _Graph]] = {}
+        self.graph: _Graph | None = None  # that is captured now
 
     def take(self) -> Work:
         """What was done since the last call."""
@@ -106,14 +109,23 @@ class MetaGpu(TorchDispatchMode):
                 return result
         special = getattr(self, f"_{name.strip('_')}", None)
         if special is not None:
-            return special(func, args, kwargs)
+            return self._note_made(special(func, args, kwargs), (args, kwargs))
         if kwargs.get("pin_memory"):
             kwargs["pin_memory"] = False
             return self._pin(func(*args, **kwargs))
         self._note(func, name, args, kwargs)
         if name in ("addmm", "_sparse_addmm") and args[1].is_sparse:  # meta has no such product
             return args[0].new_empty(args[1].shape[0], args[2].shape[1])
-        return func(*args, **kwargs)
+        return self._note_made(func(*args, **kwargs), (args, kwargs))
+
+    def _note_made(self, result: Any, given: Any) -> Any:
+        """Memory that is taken while a graph is captured holds nothing before the graph has run."""
+        if self.graph is not None and isinstance(result, Tensor) and result.is_meta:
+            storage = result.untyped_storage()
+            old = {x.untyped_storage()._cdata for x in tree_leaves(given) if _is_plain_meta(x)}
+            if storage._cdata not in old:
+                self._made[storage._cdata] = storage, self.graph
+        return result
 
     def launch(self, kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """In place of Triton's own."""
@@ -140,6 +152,10 @@ class MetaGpu(TorchDispatchMode):
         self, name: str, parameter: Any, value: Any, strides: Sequence[str]
     ) -> None:
         where = f"{name}: {parameter.name}"
+        if isinstance(value, Tensor) and value.is_meta and not self.is_capturing:
+            _, graph = self._made.get(value.untyped_storage()._cdata, (None, None))
+            if graph is not None and not graph.has_run:
+                self.find(f"{where} is of a graph that has not run")
         if not isinstance(value, Tensor):
             if not parameter.is_constexpr and not isinstance(value, int | float):
                 self.find(f"{where} is a {type(value).__name__}")
@@ -263,15 +279,16 @@ class _Stream:
 class _Graph:
     def __init__(self, gpu: MetaGpu) -> None:
         self._gpu = gpu
+        self.has_run = False
         self.captured: Work | None = None
         self._outside = Work()
 
     def capture_begin(self, **_: object) -> None:
         self._outside, self._gpu.work = self._gpu.work, Work()
-        self._gpu.is_capturing = True
+        self._gpu.is_capturing, self._gpu.graph = True, self
 
     def capture_end(self) -> None:
-        self._gpu.is_capturing = False
+        self._gpu.is_capturing, self._gpu.graph = False, None
         self.captured, self._gpu.work = self._gpu.work, self._outside
         self._gpu.work.n_captures += 1
         self._gpu.recorded.append(self.captured)
@@ -280,6 +297,7 @@ class _Graph:
     def replay(self) -> None:
         if self.captured is None:
             self._gpu.find("replays a graph that was not captured")
+        self.has_run = True
         self._gpu.work.n_replays += 1
         self._gpu.work.replayed += [] if self.captured is None else self.captured.kernels
 
@@ -350,6 +368,10 @@ def meta_gpu(
             patch.setattr(torch.cuda, name, stand_in)
         with gpu:
             yield gpu
+
+
+def _is_plain_meta(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_meta and x.layout is torch.strided
 
 
 def _variant(kernel: JITFunction, values: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:

@@ -43,5 +43,8 @@ class CudaRecorder:
                 work()
             finally:
                 graph.capture_end()
+            # Capturing runs nothing. Work that is recorded behind this reads what it leaves
+            # (segments, in steps of pieces), and that must not be whatever was in memory.
+            graph.replay()
         current.wait_stream(aside)
         return graph.replay

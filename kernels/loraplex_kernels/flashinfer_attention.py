@@ -6,11 +6,16 @@
 A GPU's cache is FlashInfer's layout HND as it lies, so nothing is copied. What differs is the page
 table: rows of pages here, one list of all pages and where each request's begin there. Lengths stay
 on the host, where FlashInfer plans. Signatures are those of ``flashinfer-python`` 0.6 and 0.7.
+
+A step may be planned while the one before runs. ``plan`` fills page-locked memory that its wrapper
+keeps, and has it copied in order with the stream; all else that a plan changes lies on the device.
+So that memory must not be filled again before that copy is through.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +28,7 @@ from .errors import KernelUnavailable
 __all__ = ["FlashInferAttention", "PlannedAttention"]
 
 _WORKSPACE_BYTES = 128 << 20  # of partial results, as its documentation recommends
+_N_PLANNERS = 2  # of a kind of layers, in turn: one step runs while the next is planned
 _HEAD_DIMS = (64, 128, 256)
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -47,10 +53,18 @@ class _Pages(NamedTuple):
     kv_indptr: Tensor  # int32 [n_requests + 1], into ``kv_indices``
     kv_indices: Tensor  # int32 [n_pages of all requests], on the device
     last_page_len: Tensor  # int32 [n_requests], from 1 to page_size
+    kv_lens: Tensor  # int32 [n_requests]
+
+
+class _Planner(NamedTuple):
+    """A wrapper, and the end of the copy out of its page-locked memory."""
+
+    wrapper: Any
+    copied: torch.cuda.Event | None  # None on a CPU
 
 
 class FlashInferAttention:
-    """Of one engine; engine thread only. Holds 128 MiB, and some more for each kind of layer."""
+    """Of one engine; engine thread only. Holds 128 MiB, and 16 MiB for each kind of layer."""
 
     def __init__(self, device: torch.device) -> None:
         """Raises KernelUnavailable where FlashInfer is not installed or cannot be imported."""
@@ -61,7 +75,7 @@ class FlashInferAttention:
         self._wrapper = module.BatchPrefillWithPagedKVCacheWrapper
         self._device = device
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        self._wrappers: dict[_Kind, Any] = {}
+        self._planners: dict[_Kind, deque[_Planner]] = {}  # the next to plan comes first
 
     @staticmethod
     def misfit(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
@@ -90,13 +104,21 @@ class FlashInferAttention:
             self._on_host(kv_indptr),
             page_table.reshape(-1).index_select(0, places),
             self._on_host((kv_lens - (n_pages - 1) * page_size).astype(np.int32)),
+            self._on_host(kv_lens.astype(np.int32)),
         )
 
     def planned(self, kind: _Kind, pages: _Pages) -> Any:
-        """The wrapper of such layers, planned for this step."""
-        if kind not in self._wrappers:
-            self._wrappers[kind] = self._wrapper(self._workspace, "HND")
-        wrapper = self._wrappers[kind]
+        """The wrapper of such layers, planned for this step.
+
+        Waits only where the device is so far behind that it has not read the plan before the last.
+        """
+        planners = self._planners.setdefault(kind, deque())
+        if len(planners) < _N_PLANNERS:
+            planners.appendleft(self._new_planner())
+        planner = planners[0]
+        if planner.copied is not None and not planner.copied.query():  # type: ignore[no-untyped-call]
+            planner.copied.synchronize()
+        wrapper = planner.wrapper
         wrapper.plan(
             pages.qo_indptr,
             pages.kv_indptr,
@@ -112,8 +134,18 @@ class FlashInferAttention:
             logits_soft_cap=kind.softcap,
             q_data_type=kind.dtype,
             kv_data_type=kind.dtype,
+            seq_lens=pages.kv_lens,  # else it makes its own, whose copy waits for the device
         )
+        if planner.copied is not None:
+            planner.copied.record(torch.cuda.current_stream(self._device))
+        planners.rotate(-1)
         return wrapper
+
+    def _new_planner(self) -> _Planner:
+        copied = None
+        if self._device.type != "cpu":
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        return _Planner(self._wrapper(self._workspace, "HND"), copied)
 
     def _on_host(self, values: NDArray[np.int32]) -> Tensor:
         """Page-locked beside a GPU, so that copies out of it are not waited for."""

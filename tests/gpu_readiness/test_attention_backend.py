@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections import defaultdict
+from typing import Any
 
 import pytest
 
 from tests.gpu_readiness.conftest import BaseOf
 from tests.gpu_readiness.test_steps import MIXTURES
 from tests.support.engines import GREEDY
-from tests.support.flashinfer_stand_in import install_flashinfer
-from tests.support.meta_device import Work
+from tests.support.flashinfer_stand_in import (
+    BatchPrefillWithPagedKVCacheWrapper,
+    install_flashinfer,
+)
+from tests.support.meta_device import MetaEvent, Work
 from tests.support.meta_engine import Wish, meta_engine
 
 SHORT = dataclasses.replace(GREEDY, max_tokens=4)
@@ -41,11 +46,12 @@ def test_flashinfer_attends_in_steps_that_are_not_recorded(
     assert run.errors == []
     assert run.findings == []
     n_layers = len(base.layers)
-    n_eager = 1 if cuda_graphs else len(run.steps)
-    assert [attended(step) for step in run.steps[:n_eager]] == ["flashinfer"] * n_eager
+    launched = run.steps[:-1]  # the last turn waits for ids
+    n_eager = 1 if cuda_graphs else len(launched)
+    assert [attended(step) for step in launched[:n_eager]] == ["flashinfer"] * n_eager
     # FlashInfer attends between the pieces of the prompts' step.
     n_recorded = [n_layers + 1, 1, 1, 1] if cuda_graphs else [0] * 4
-    assert [step.n_replays for step in run.steps] == n_recorded
+    assert [step.n_replays for step in launched] == n_recorded
     assert sum(w.n_plans for w in wrappers) == 1 + n_eager  # one at start
     assert sum(w.n_runs for w in wrappers) == 1 + n_eager * n_layers
     for step in run.steps:
@@ -54,6 +60,47 @@ def test_flashinfer_attends_in_steps_that_are_not_recorded(
     assert [r.message for r in caplog.records if "attention:" in r.message] == [
         "attention: FlashInfer in steps with prompts, Triton in recorded ones"
     ]
+
+
+@pytest.mark.parametrize("max_step_tokens", [16, 64])
+def test_no_plan_overwrites_one_that_a_busy_device_has_not_read(
+    max_step_tokens: int, base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device that has got nowhere until somebody waits for it: of chunks of a prompt nobody waits
+    for ids."""
+    wrappers = install_flashinfer(monkeypatch)
+    plan = BatchPrefillWithPagedKVCacheWrapper.plan
+    last: dict[BatchPrefillWithPagedKVCacheWrapper, int] = {}  # of its plans, by number
+    before = defaultdict[MetaEvent, int](int)  # the last plan before it on the stream
+    n_plans = n_read = n_waits = 0
+
+    def planned(self: BatchPrefillWithPagedKVCacheWrapper, *args: Any, **kwargs: Any) -> None:
+        nonlocal n_plans
+        assert last.get(self, 0) <= n_read, "its memory may still be copied from"
+        plan(self, *args, **kwargs)
+        n_plans = last[self] = n_plans + 1
+
+    def record(self: MetaEvent, stream: object = None) -> None:
+        before[self] = n_plans
+
+    def synchronize(self: MetaEvent) -> None:
+        nonlocal n_read, n_waits
+        n_read, n_waits = max(n_read, before[self]), n_waits + 1
+
+    monkeypatch.setattr(BatchPrefillWithPagedKVCacheWrapper, "plan", planned)
+    monkeypatch.setattr(MetaEvent, "record", record)
+    monkeypatch.setattr(MetaEvent, "query", lambda self: before[self] <= n_read)
+    monkeypatch.setattr(MetaEvent, "synchronize", synchronize)
+    limits = {"max_step_tokens": max_step_tokens, "cuda_graphs": False}
+    with meta_engine(base_of("llama", **BIG_HEADS), monkeypatch, **limits) as engine:
+        assert n_plans == n_read + 1 == 1  # at start, where the device is waited for
+        n_read = 1
+        run = engine.run([Wish(prompt=tuple(range(60)), sampling=SHORT)])
+    assert run.errors == []
+    n_chunks = -(-60 // max_step_tokens)
+    # the ids of each token; and, behind chunks without ids, the plan before the last
+    assert n_waits == SHORT.max_tokens + n_chunks - 1
+    assert sum(w.n_plans for w in wrappers) == n_plans == n_chunks + SHORT.max_tokens
 
 
 @pytest.mark.parametrize(

@@ -61,8 +61,13 @@ class BatchPrefillWithPagedKVCacheWrapper:
         rope_theta: float | None = None,
         q_data_type: torch.dtype = torch.float16,
         kv_data_type: torch.dtype | None = None,
+        *,
+        seq_lens: Tensor | None = None,  # without it the lengths are copied out of pageable memory
     ) -> None:
-        for indptr in (qo_indptr, paged_kv_indptr, paged_kv_last_page_len):
+        assert seq_lens is not None
+        n_pages = paged_kv_indptr.diff()
+        assert torch.equal(seq_lens, (n_pages - 1) * page_size + paged_kv_last_page_len)
+        for indptr in (qo_indptr, paged_kv_indptr, paged_kv_last_page_len, seq_lens):
             assert indptr.device.type == "cpu"  # or planning waits for the device
             assert indptr.dtype is torch.int32
             assert indptr.is_contiguous()

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime.jit import JITFunction
 
-__all__ = ["META", "Copy", "MetaGpu", "Work", "meta_gpu"]
+__all__ = ["META", "Copy", "MetaEvent", "MetaGpu", "Work", "meta_gpu"]
 
 META = torch.device("meta")
 _CPU = torch.device("cpu")
@@ -245,7 +245,7 @@ class MetaGpu(TorchDispatchMode):
             self.find("a copy to the host while a graph is captured")
 
 
-class _Event:
+class MetaEvent:
     def __init__(self, gpu: MetaGpu) -> None:
         self._gpu = gpu
 
@@ -267,10 +267,10 @@ class _Stream:
 
     def wait_stream(self, other: _Stream) -> None: ...
 
-    def wait_event(self, event: _Event) -> None: ...
+    def wait_event(self, event: MetaEvent) -> None: ...
 
-    def record_event(self, event: _Event | None = None) -> _Event:
-        return event or _Event(self._gpu)
+    def record_event(self, event: MetaEvent | None = None) -> MetaEvent:
+        return event or MetaEvent(self._gpu)
 
     def synchronize(self) -> None:
         self._gpu.wait("a stream")
@@ -329,7 +329,7 @@ def _cuda_stand_ins(
     return {
         "is_available": lambda: True,
         "Stream": lambda *_, **__: _Stream(gpu),
-        "Event": lambda *_, **__: _Event(gpu),
+        "Event": lambda *_, **__: MetaEvent(gpu),
         "current_stream": lambda *_: current,
         "stream": on_stream,
         "CUDAGraph": lambda: _Graph(gpu),

@@ -1,6 +1,7 @@
 """Whose attention a GPU runs: FlashInfer's where it is installed and fits, else ours in Triton.
 
-Steps that are recorded as a whole keep ours: FlashInfer plans each step anew.
+Steps that are recorded as a whole keep ours: FlashInfer plans each step anew. So do several ranks:
+a step is as fast as the slowest, and others than rank 0 know no lengths on the host.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ def choose_attention(config: EngineConfig, model: BaseModel) -> FlashInferAttent
         return None
     if config.deterministic:
         _log.info("attention: Triton, since FlashInfer's sums follow the batch")
+        return None
+    if model.shard is not None:
+        _log.info("attention: Triton, which all ranks have; FlashInfer would be rank 0's alone")
         return None
     try:
         capability = torch.cuda.get_device_capability(model.device)

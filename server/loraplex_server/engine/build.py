@@ -210,7 +210,7 @@ def _assemble(
         n_threads=config.threads or max(1, _DEFAULT_THREADS // config.tensor_parallel_size),
         forced_tokens=config.forced_tokens,
         arithmetic=arithmetic,
-        overlaps=flashinfer is None and _overlaps(config, model.device),
+        overlaps=config.async_scheduling and model.device.type != "cpu",
         faults=faults,
     )
     _log.info(
@@ -263,14 +263,6 @@ def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:
     if config.tensor_parallel_size > 1:  # the other ranks run each step as it is told
         return None
     return CudaRecorder() if config.cuda_graphs and device.type != "cpu" else None
-
-
-def _overlaps(config: EngineConfig, device: torch.device) -> bool:
-    """Not with several ranks, which publish and forget adapters in order with their steps.
-
-    Nor with FlashInfer: it plans a step in memory that the one before may still be copied from.
-    """
-    return config.async_scheduling and device.type != "cpu" and config.tensor_parallel_size == 1
 
 
 def _side_stream(config: EngineConfig, device: torch.device) -> SideStream | None:

@@ -169,6 +169,8 @@ class EngineLoop:
         if chunks:
             try:
                 started = self.runner.start(chunks, None if before is None else before.step)
+            except RankLost:
+                raise  # nothing can be computed any more, nor can what runs be finished
             except Exception as error:
                 failed = error
         if not self._finish_flight():
@@ -195,6 +197,8 @@ class EngineLoop:
             chunk.request.settle_token()
         try:
             result = self.runner.finish(flight.step)
+        except RankLost:
+            raise
         except Exception as error:
             self._faults.failed("model", error)
             again = [chunk for chunk in alive if self._scheduler.undo_start(chunk)]
@@ -229,6 +233,8 @@ class EngineLoop:
                 result = self.runner.run([chunk])
                 self._scheduler.started([chunk])
                 self._answers.take([chunk], result)
+            except RankLost:
+                raise
             except Exception as error:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1

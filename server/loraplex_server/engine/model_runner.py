@@ -168,8 +168,12 @@ class ModelRunner:
 
     @torch.inference_mode()
     def finish(self, step: StartedStep) -> StepResult:
-        """Waits for the tokens of a step. Raises what the device raises."""
+        """Waits for the tokens of a step. Raises what the device raises, and RankLost if another
+        rank was gone before they came."""
         tokens = step.tokens if isinstance(step.tokens, tuple) else step.tokens.wait()
+        shard = self._model.shard
+        if shard is not None and shard.others is not None:
+            shard.others.check()
         sampled = {r.id: token for r, token in zip(step.generating, tokens, strict=True)}
         return StepResult(sampled, step.prompt_logprobs, step.pooled)
 

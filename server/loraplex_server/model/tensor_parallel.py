@@ -47,6 +47,9 @@ class Collective(Protocol):
 class OtherRanks(Protocol):
     """Rank 0's way to have the others do what it does. Each call raises if one of them is gone."""
 
+    def check(self) -> None:
+        """What a step found is the sum of all ranks' parts, once this returns behind its end."""
+
     def attach_kv(self, n_pages: int, page_size: int) -> None:
         """They make a KV cache of so many pages."""
 

@@ -1,46 +1,28 @@
-"""Steps that are scheduled while the one before runs answer as steps one after the other do.
-
-The device is a CPU that samples as a GPU does: its tokens go to the next step before the host has
-looked at them.
-"""
+"""Steps that are scheduled while the one before runs answer as steps one after the other do."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_server.engine import build
 from loraplex_server.engine.client import GenerationRequest
-from loraplex_server.engine.device_sampler import DeviceSampler
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.engine_loop import EngineLoop
 from loraplex_server.engine.events import FinishReason
-from loraplex_server.engine.model_runner import ModelRunner
 from loraplex_server.engine.sampling_params import SamplingParams
 from tests.support.architectures import tiny_model
 from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
+from tests.support.overlapping import Watched, overlapping
 from tests.support.routed_plans import lora_plan
 
 PROMPTS = [[5, 9, 200, 31, 7], [17], list(range(40, 80)), [3, 3, 3], [250, 1, 2], [9, 8], [77] * 9]
 RANDOM = SamplingParams(max_tokens=25, temperature=0.9, top_p=0.95, seed=11)
-
-
-@dataclass
-class Watched:
-    """What the runner was told to do, and how often it still ran then."""
-
-    n_started: int = 0
-    n_finished: int = 0
-    n_overlapped: int = 0  # starts while a step ran
-    failing: set[int] = field(default_factory=set)  # of the finishes, by number
 
 
 @pytest.fixture(scope="module")
@@ -52,38 +34,8 @@ def model() -> PreTrainedModel:
 def overlapping_engine(
     model: PreTrainedModel, **changes: object
 ) -> Iterator[tuple[Engine, Watched]]:
-    watched = Watched()
-    begin, start, finish = ModelRunner.__init__, ModelRunner.start, ModelRunner.finish
-
-    def init(self: ModelRunner, base: Any, *args: Any, **kwargs: Any) -> None:
-        begin(self, base, *args, **kwargs)
-        self._device_sampler = DeviceSampler(
-            base.vocab_size, base.eos_token_ids, torch.device("cpu")
-        )
-
-    def started(self: ModelRunner, *args: Any) -> Any:
-        step = start(self, *args)
-        watched.n_overlapped += watched.n_started > watched.n_finished
-        watched.n_started += 1
-        return step
-
-    def finished(self: ModelRunner, step: Any) -> Any:
-        watched.n_finished += 1
-        if watched.n_finished in watched.failing:
-            raise RuntimeError("the device says that an earlier launch failed")
-        return finish(self, step)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelRunner, "__init__", init)
-        patch.setattr(ModelRunner, "start", started)
-        patch.setattr(ModelRunner, "finish", finished)
-        patch.setattr(build, "EngineLoop", _overlapping)
-        with running_engine(model, **changes) as engine:
-            yield engine, watched
-
-
-def _overlapping(*args: Any, **kwargs: Any) -> EngineLoop:
-    return EngineLoop(*args, **kwargs | {"overlaps": True})
+    with overlapping() as watched, running_engine(model, **changes) as engine:
+        yield engine, watched
 
 
 def outcomes(answers: list[Answer]) -> list[object]:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from loraplex_server.engine.engine import Engine
+from loraplex_server.engine.model_runner import ModelRunner, StartedStep
 from loraplex_server.engine.parallel.shard_workers import ShardWorkers
 from tests.server.parallel.conftest import LIMITS, PROMPT, ask
 from tests.support.server_process import save_tiny_model, server_process
@@ -77,6 +78,28 @@ async def test_a_step_that_breaks_off_on_rank_0_ends_the_engine(
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "engine_dead"
         assert workers_of(server.engine)._workers[0].process.wait(60) == -signal.SIGKILL
+
+
+async def test_tokens_of_a_step_that_a_rank_died_in_are_not_answered(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NCCL's sums are aborted behind the host's back: tokens are there, and mean nothing."""
+    async with serving(base, tmp_path, tensor_parallel_size=2, **LIMITS) as server:
+        await ask(server, None)
+        workers, start = workers_of(server.engine), ModelRunner.start
+
+        def started(self: ModelRunner, *args: Any) -> StartedStep:
+            step = start(self, *args)
+            workers._workers[0].process.kill()
+            workers._watchers[0].join()  # it has been seen
+            return step
+
+        monkeypatch.setattr(ModelRunner, "start", started)
+        async with asyncio.timeout(60):
+            answer = await server.post("/v1/completions", prompt=PROMPT, max_tokens=1)
+            await until_dead(server.client)
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["error"]["code"] == "engine_dead"
 
 
 async def test_a_rank_that_cannot_load_stops_the_start(

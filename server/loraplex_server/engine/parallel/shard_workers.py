@@ -134,6 +134,12 @@ class ShardWorkers:
         """The packer whose adapters come to ``load``."""
         self._packer = packer
 
+    def check(self) -> None:
+        """See ``OtherRanks``. NCCL's calls return before the sums are there, and when they are
+        aborted, the device goes on with whatever lies in memory."""
+        if self._lost is not None:
+            raise RankLost(self._lost)
+
     def attach_kv(self, n_pages: int, page_size: int) -> None:
         """See ``OtherRanks``."""
         self._tell("kv", {"n_pages": n_pages, "page_size": page_size})
@@ -284,8 +290,7 @@ class ShardWorkers:
 
     def _tell(self, kind: str, fields: Mapping[str, Any] | None = None) -> None:
         """The same to every rank. Raises RankLost."""
-        if self._lost is not None:
-            raise RankLost(self._lost)
+        self.check()
         for worker in self._workers:
             try:
                 worker.steps.send(kind, fields or {})

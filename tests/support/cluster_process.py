@@ -1,4 +1,4 @@
-"""A real `loraplex cluster up` in processes of its own, on a free port of this machine."""
+"""A real cluster in processes of its own, on a free port of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ClusterProcess", "cluster_process", "free_port", "processes_of"]
+__all__ = [
+    "LORAPLEX",
+    "ClusterProcess",
+    "cluster_process",
+    "free_port",
+    "joined_cluster",
+    "marked_environment",
+    "processes_of",
+    "serve_run",
+]
+
+_SERVE = str(Path(sys.executable).with_name("serve"))  # Ray's command
+LORAPLEX = (sys.executable, "-m", "loraplex_server.cli.app")
 
 _START_S = 900  # other work may hold the machine
 _STOP_S = 300
@@ -57,12 +69,17 @@ class ClusterProcess:
 
     def say(self, subcommand: str) -> str:
         """What `loraplex cluster SUBCOMMAND` of another terminal says."""
-        command = [sys.executable, "-m", "loraplex_server.cli.app", "cluster", subcommand]
+        command = [*LORAPLEX, "cluster", subcommand]
         done = subprocess.run(
             command, capture_output=True, text=True, env=self.environment, timeout=_STOP_S
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    def serve(self, *arguments: str) -> None:
+        """Ray's own command, in another terminal."""
+        command = [_SERVE, *arguments]
+        subprocess.run(command, check=True, env=self.environment, timeout=_STOP_S)
 
     def replicas(self, deployment: str) -> dict[int, str]:
         """Process id → title, of the live replicas of a deployment."""
@@ -71,6 +88,10 @@ class ClusterProcess:
             for pid, title in processes_of(self.mark).items()
             if f"ServeReplica:loraplex:{deployment}" in title
         }
+
+    def ended(self) -> int:
+        """The status that it ends with, soon."""
+        return self.process.wait(_STOP_S)
 
     def read(self) -> None:
         """Runs in a thread until the process ends."""
@@ -94,25 +115,60 @@ def free_port() -> int:
 def cluster_process(
     config: dict[str, Any], folder: Path, variables: Mapping[str, str] | None = None
 ) -> Iterator[ClusterProcess]:
-    """Ready when entered. When left, it has ended in good order, and nothing of it is there."""
-    port = free_port()
-    config["server"]["port"] = port
-    mark = uuid.uuid4().hex
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORAPLEX_", "RAY_"))}
-    environment = {
-        **kept,
-        _MARK: mark,
-        "LORAPLEX_HOME": str(folder / "home"),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONUNBUFFERED": "1",
-        **(variables or {}),
-    }
-    try:
-        file = folder / "cluster.yaml"
-        file.write_text(json.dumps(config))  # JSON is YAML
-        with _up(file, f"http://127.0.0.1:{port}", mark, environment) as cluster:
+    """Ready when entered. When left, it has ended in good order, and nothing of it is there.
+
+    One that has ended before was ended by the test, which knows with what status.
+    """
+    with marked_environment(folder, variables) as (mark, environment):
+        with joined_cluster(config, folder, mark, environment) as cluster:
             yield cluster
         assert not processes_of(mark)
+
+
+@contextmanager
+def joined_cluster(
+    config: dict[str, Any], folder: Path, mark: str, environment: dict[str, str]
+) -> Iterator[ClusterProcess]:
+    """`loraplex cluster up`; what it has joined is there afterwards."""
+    command = [*LORAPLEX, "cluster", "up"]
+    with _up(command, config, folder, mark, environment) as cluster:
+        yield cluster
+
+
+@contextmanager
+def serve_run(
+    config: dict[str, Any], folder: Path, mark: str, environment: dict[str, str]
+) -> Iterator[ClusterProcess]:
+    """The same by Ray's own command, on the Ray of ``environment``, with Ray Serve at the port."""
+    port = config["server"]["port"]
+    start = [_SERVE, "start", f"--http-port={port}", "--proxy-location=HeadOnly"]
+    subprocess.run(start, check=True, env=environment, timeout=_START_S)
+    command = [_SERVE, "run", "--name=loraplex", "loraplex_server.cluster:app"]
+    with _up(command, config, folder, mark, environment, argument="config=") as cluster:
+        yield cluster
+        cluster.process.send_signal(signal.SIGINT)  # its SIGTERM leaves the application
+        assert cluster.ended() == 0, cluster.log
+
+
+@contextmanager
+def marked_environment(
+    folder: Path, variables: Mapping[str, str] | None = None
+) -> Iterator[tuple[str, dict[str, str]]]:
+    """A mark, and variables for processes that have it. Afterwards there is none of them."""
+    mark = uuid.uuid4().hex
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("LORAPLEX_", "RAY_"))}
+    try:
+        yield (
+            mark,
+            {
+                **kept,
+                _MARK: mark,
+                "LORAPLEX_HOME": str(folder / "home"),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONUNBUFFERED": "1",
+                **(variables or {}),
+            },
+        )
     finally:
         for pid in processes_of(mark):
             with suppress(ProcessLookupError):
@@ -120,22 +176,34 @@ def cluster_process(
 
 
 @contextmanager
-def _up(file: Path, url: str, mark: str, environment: dict[str, str]) -> Iterator[ClusterProcess]:
+def _up(
+    command: list[str],
+    config: dict[str, Any],
+    folder: Path,
+    mark: str,
+    environment: dict[str, str],
+    *,
+    argument: str = "",
+) -> Iterator[ClusterProcess]:
+    port = config["server"].setdefault("port", free_port())
+    file = folder / "cluster.yaml"
+    file.write_text(json.dumps(config))  # JSON is YAML
     process = subprocess.Popen(
-        [sys.executable, "-m", "loraplex_server.cli.app", "cluster", "up", str(file)],
+        [*command, f"{argument}{file}"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         env=environment,
     )
-    cluster = ClusterProcess(process, file, url, mark, environment)
+    cluster = ClusterProcess(process, file, f"http://127.0.0.1:{port}", mark, environment)
     reader = threading.Thread(target=cluster.read, daemon=True)
     reader.start()
     try:
-        cluster.wait_for("serves")
+        cluster.wait_for(f"http://127.0.0.1:{port}")  # it says where it serves
         yield cluster
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(_STOP_S) == 0, cluster.log
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(_STOP_S) == 0, cluster.log
     finally:
         process.kill()
         process.wait(_STOP_S)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import signal
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["cluster"]
 
-_LIMIT_S = 120.0  # for a cluster to go down
+_MORE_S = 120.0  # for a cluster to go down, after its running requests
 
 cluster = typer.Typer(
     help="Several engines behind one address, on Ray Serve.", no_args_is_help=True
@@ -38,6 +40,7 @@ def up(config: _ConfigFile = None) -> None:
     resolved = _read(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also while it starts
 
+    from loraplex_server.cluster.errors import ClusterLost
     from loraplex_server.cluster.ray_folder import own_ray_folder
 
     try:
@@ -48,6 +51,10 @@ def up(config: _ConfigFile = None) -> None:
                 _serve(resolved, config, folder)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+    except ClusterLost as error:
+        _failed(error)
+        sys.stdout.flush()
+        os._exit(1)  # at Python's end Ray's threads would wait for what has gone, or crash
     except (OSError, ValueError, RuntimeError) as error:
         raise _failed(error) from None
 
@@ -73,43 +80,37 @@ def down() -> None:
     """End the cluster that runs on this machine, as Ctrl-C does: running requests finish."""
     found = _running()
     os.kill(found.pid, signal.SIGTERM)
-    deadline = time.monotonic() + _LIMIT_S
+    limit_s = found.drain_timeout_s + _MORE_S
+    deadline = time.monotonic() + limit_s
     while found.lives:
         if time.monotonic() > deadline:
-            raise _failed(f"process {found.pid} has not ended within {_LIMIT_S:.0f} s")
+            raise _failed(f"process {found.pid} has not ended within {limit_s:.0f} s")
         time.sleep(0.1)
 
 
 def _serve(config: ClusterConfig, file: Path | None, folder: Path | None) -> None:
-    from loraplex_server.cluster.running import running_cluster
+    from loraplex_server.cluster.config import read_config
     from loraplex_server.cluster.running_clusters import announced_cluster
+    from loraplex_server.cluster.serving import serve_until_told
     from loraplex_server.model.pull import loraplex_home
 
     http = config.server.http
     url = f"http://{http.host}:{http.port}"
     token = None if folder is None else folder / "token"
-    with (
-        running_cluster(config, folder) as address,
-        announced_cluster(loraplex_home(), address, token, url, config.name),
-    ):
-        model = config.server.model or "the default base"
-        typer.echo(f"loraplex cluster serves {model} at {url}  (Ctrl-C ends it)")
-        _until_told(file)
 
+    @contextlib.contextmanager
+    def serving(address: str) -> Iterator[None]:
+        with announced_cluster(
+            loraplex_home(), address, token, url, config.name, http.drain_timeout_s
+        ):
+            model = config.server.model or "the default base"
+            typer.echo(f"loraplex cluster serves {model} at {url}  (Ctrl-C ends it)")
+            yield
 
-def _until_told(config: Path | None) -> None:
-    """Returns on SIGTERM or SIGINT; upgrades on SIGHUP. The old version serves on if that fails."""
-    from loraplex_server.cluster.running import deploy
+    def say(text: str) -> None:
+        typer.echo(text, err=True)
 
-    told: SimpleQueue[int] = SimpleQueue()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda number, frame: told.put(number))
-    while told.get() == signal.SIGHUP:
-        try:
-            deploy(_read(config))
-            typer.echo("upgraded")
-        except (RuntimeError, ValueError, typer.Exit) as error:
-            typer.secho(f"not upgraded: {error}", fg="red", err=True)
+    serve_until_told(config, folder, read=lambda: read_config(file), serving=serving, say=say)
 
 
 def _read(path: Path | None) -> ClusterConfig:

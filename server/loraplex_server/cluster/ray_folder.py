@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["own_ray_folder", "use_token"]
+__all__ = ["PATIENCE", "own_ray_folder", "use_token"]
 
 # On one machine a process that says nothing has rarely died: other work holds the processors.
-_PATIENCE = {
+PATIENCE = {
     "RAY_gcs_server_port_wait_time_s": "300",
     "RAY_gcs_server_request_timeout_seconds": "300",
     "RAY_worker_register_timeout_seconds": "600",
@@ -39,7 +39,7 @@ def own_ray_folder() -> Iterator[Path]:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         use_token(token)
-        for name, value in _PATIENCE.items():
+        for name, value in PATIENCE.items():
             os.environ.setdefault(name, value)
         yield folder
     finally:

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +37,21 @@ _PORTS = (
 
 
 @contextlib.contextmanager
-def ray_head(folder: Path, *, n_cpus: int, object_store_bytes: int) -> Iterator[str]:
+def ray_head(
+    folder: Path, *, n_cpus: int, object_store_bytes: int, on_end: Callable[[str], None]
+) -> Iterator[str]:
     """Inside the block Ray runs, with its files in ``folder``; the value is its address.
 
-    Raises RuntimeError if it does not start.
+    ``on_end`` is told, in another thread, if it ends before the block is left. Raises RuntimeError
+    if it does not start.
     """
     for attempt in range(_N_TRIES):
         ports = _free_ports(len(_PORTS))
         log = folder / f"start-{attempt}.log"
         with _started(folder, ports, log, n_cpus, object_store_bytes) as process:
             if _is_up(process):
-                yield f"{_HOST}:{ports[0]}"
+                with _noticed(process, on_end):
+                    yield f"{_HOST}:{ports[0]}"
                 return
         print("Ray has not started in its time; trying again", file=sys.stderr, flush=True)
     raise RuntimeError(f"Ray does not start: {log.read_text(errors='replace')[-2000:]}")
@@ -105,12 +109,41 @@ def _started(
         yield process
     finally:
         process.stdin.close()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        _kill_session(process.pid)
+        process.wait()
         process.stdout.close()
+
+
+@contextlib.contextmanager
+def _noticed(process: subprocess.Popen[str], on_end: Callable[[str], None]) -> Iterator[None]:
+    """`ray start --block` ends with the first process of Ray's that dies."""
+    is_left = threading.Event()
+
+    def wait() -> None:
+        status = process.wait()
+        if not is_left.is_set():
+            on_end(f"Ray's head (process {process.pid}) has ended with status {status}")
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_left.set()
+
+
+def _kill_session(leader: int) -> None:
+    """What is left of Ray when `ray start` could not end it: Ray's processes share its session."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == leader:
+                found.append(int(folder.name))
+    for pid in sorted(found, key=lambda pid: pid == leader):  # it may be this process: last
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _is_up(process: subprocess.Popen[str]) -> bool:
@@ -131,6 +164,8 @@ def _end_with_input() -> None:
     """Our parent holds the other end, and nothing is written to it."""
     sys.stdin.buffer.read()
     os.kill(os.getpid(), signal.SIGTERM)  # `ray start` ends its processes
+    threading.Event().wait(_STOP_S)
+    _kill_session(os.getpid())  # it waits for a part of Ray that has gone
 
 
 if __name__ == "__main__":

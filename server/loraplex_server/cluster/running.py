@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import ray
@@ -19,41 +20,77 @@ from .application import build_application
 from .config import ClusterConfig
 from .ray_head import ray_head
 
-__all__ = ["deploy", "running_cluster", "status_lines"]
+__all__ = ["deploy", "remove", "running_ray", "start", "status_lines"]
 
 _NAMESPACE = "serve"
+_LOOK_S = 0.5  # between two looks whether the application has gone
+_MORE_S = 30.0  # for processes to go, after their last request
 
 
 @contextlib.contextmanager
-def running_cluster(config: ClusterConfig, folder: Path | None) -> Iterator[str]:
-    """Inside the block the application serves; the value is Ray's address.
+def running_ray(
+    config: ClusterConfig, folder: Path | None, on_loss: Callable[[str], None]
+) -> Iterator[str]:
+    """Inside the block Ray runs; the value is its address.
 
-    With ``ray.address`` the application joins that cluster and is removed afterwards; without, Ray
-    runs on this machine inside the block, with its files in ``folder``. Raises OSError or
-    RuntimeError if it cannot be started.
+    With ``folder`` it runs on this machine inside the block, with its files there, and ``on_loss``
+    is told, in another thread, if it ends before. Without, it is that of ``ray.address``. Raises
+    RuntimeError if it does not start.
     """
-    with contextlib.ExitStack() as closing:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        try:
-            address = _connect(config, folder, closing)
-            http = _http_options(config.server.http)
-            serve.start(proxy_location=_proxies(config), http_options=http)
-        except (RayError, RayServeException) as error:
-            raise RuntimeError(f"Ray does not start: {error}") from error
-        closing.callback(_remove, config)
-        deploy(config)
+    if folder is None:
+        assert config.ray.address is not None
+        yield config.ray.address
+        return
+    n_bytes = config.ray.object_store_bytes
+    with ray_head(
+        folder, n_cpus=_cpus(config), object_store_bytes=n_bytes, on_end=on_loss
+    ) as address:
         yield address
+
+
+def start(config: ClusterConfig, address: str) -> str:
+    """Connects to Ray and starts the application; returns Ray's address in full.
+
+    Any thread, since all of it may wait for a Ray that has gone. Raises RuntimeError.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        context = ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False)
+        http = _http_options(config.server.http)
+        serve.start(proxy_location=_proxies(config), http_options=http)
+    except (RayError, RayServeException, ConnectionError) as error:
+        raise RuntimeError(f"Ray does not start: {error}") from error
+    deploy(config)
+    return str(context.address_info["address"])
 
 
 def deploy(config: ClusterConfig) -> None:
     """Starts the application, or brings the one of that name to ``config``: a rolling upgrade.
 
-    Raises RuntimeError; what served before serves on.
+    Any thread. Raises RuntimeError; what served before serves on.
     """
     try:
         serve.run(build_application(config), name=config.name, route_prefix="/")
     except (RayError, RayServeException) as error:
         raise RuntimeError(f"the application does not start: {error}") from error
+
+
+def remove(config: ClusterConfig) -> None:
+    """Takes the application down when running requests have had their time, and leaves Ray.
+
+    What others run on the same Ray stays. Nothing happens before ``start`` has connected.
+    """
+    if not ray.is_initialized():
+        return
+    # ``serve.shutdown`` waits for 30 s, ``serve.delete`` for 60, whatever requests may take.
+    deadline = time.monotonic() + config.server.http.drain_timeout_s + _MORE_S
+    with contextlib.suppress(RayError, RayServeException):  # it has gone already
+        serve.delete(config.name, _blocking=False)
+        while config.name in serve.status().applications and time.monotonic() < deadline:
+            time.sleep(_LOOK_S)
+        if config.ray.address is None:
+            serve.shutdown()
+    ray.shutdown()
 
 
 def status_lines(address: str) -> list[str]:
@@ -73,21 +110,6 @@ def status_lines(address: str) -> list[str]:
         ray.shutdown()
 
 
-def _connect(config: ClusterConfig, folder: Path | None, closing: contextlib.ExitStack) -> str:
-    address = config.ray.address
-    if folder is not None:
-        address = closing.enter_context(
-            ray_head(
-                folder,
-                n_cpus=_cpus(config),
-                object_store_bytes=config.ray.object_store_bytes,
-            )
-        )
-    context = ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False)
-    closing.callback(ray.shutdown)
-    return str(context.address_info["address"])
-
-
 def _cpus(config: ClusterConfig) -> int:
     """Of Ray's count, on a machine of its own: every process twice, as in an upgrade."""
     engines, gateways = config.engines, config.gateways
@@ -97,11 +119,14 @@ def _cpus(config: ClusterConfig) -> int:
 
 
 def _remove(config: ClusterConfig) -> None:
-    """What others run on the same Ray stays."""
+    """When running requests have had their time. What others run on the same Ray stays."""
+    # ``serve.shutdown`` waits for 30 s, ``serve.delete`` for 60, whatever requests may take.
+    serve.delete(config.name, _blocking=False)
+    deadline = time.monotonic() + config.server.http.drain_timeout_s + _MORE_S
+    while config.name in serve.status().applications and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
     if config.ray.address is None:
         serve.shutdown()
-    else:
-        serve.delete(config.name)
 
 
 def _proxies(config: ClusterConfig) -> str:

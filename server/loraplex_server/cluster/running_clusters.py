@@ -18,21 +18,33 @@ class RunningCluster(NamedTuple):
     token: str | None  # the file of Ray's token
     url: str  # without /v1
     name: str  # of Ray's application
+    drain_timeout_s: float  # that running requests have when it goes down
 
     @property
     def lives(self) -> bool:
-        return Path(f"/proc/{self.pid}").exists()
+        """A process that has ended, and that its parent has not asked for, does not."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return False
+        return fields[0] != "Z"
 
 
 @contextlib.contextmanager
 def announced_cluster(
-    home: Path, address: str, token: Path | None, url: str, name: str
+    home: Path, address: str, token: Path | None, url: str, name: str, drain_timeout_s: float
 ) -> Iterator[None]:
     """The cluster can be found inside the block. Raises OSError."""
     file = home / "clusters" / f"{os.getpid()}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     shown_token = None if token is None else str(token)
-    told = {"address": address, "token": shown_token, "url": url, "name": name}
+    told = {
+        "address": address,
+        "token": shown_token,
+        "url": url,
+        "name": name,
+        "drain_timeout_s": drain_timeout_s,
+    }
     file.write_text(json.dumps(told), encoding="utf-8")
     try:
         yield

@@ -29,7 +29,7 @@ from loraplex_server.adapters.encoder_model import EncoderModel
 from loraplex_server.adapters.example_trainer import ExampleTrainer
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
-from loraplex_server.adapters.learning import Learning
+from loraplex_server.adapters.learning import Learner, Learning
 from loraplex_server.adapters.registration import register_adapters
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
 from loraplex_server.adapters.training import Training
@@ -99,11 +99,13 @@ def build_front(
     registers: bool = True,
     meter_of: Callable[[ApiKey], Meter] = RateLimiter,
     fleet: Fleet | None = None,
+    learner: Learner | None = None,
 ) -> FastAPI:
     """Registers what the config names, and builds the application. ``closing`` gets what to close.
 
     ``registers``: whether this process has the adapters of the config; of several one does.
-    ``meter_of`` and ``fleet``: as of ``build_app``.
+    ``meter_of`` and ``fleet``: as of ``build_app``. ``learner``: another process, which learns for
+    requests that bring their examples; None: this one does.
     Raises StoreError, ValueError or OSError.
     """
     endpoint = config.http.otlp_endpoint
@@ -140,7 +142,7 @@ def build_front(
             max_rank=config.engine.max_lora_rank,
         )
         closing.callback(training.close)
-    descriptions = DescriptionResolver(store, encoder, generated, learning)
+    descriptions = DescriptionResolver(store, encoder, generated, learner or learning)
     closing.callback(descriptions.close)
     app = build_app(
         base.engine,

@@ -100,7 +100,7 @@ async def test_on_a_ray_that_runs_serve_run_and_up_serve_and_leave_it(
             config["ray"] = {"address": ray}
             with joined_cluster(config, tmp_path, mark, environment) as one:
                 await _serves(one)
-                one.serve("shutdown", "--yes")
+                one.shut_serve_down()
                 assert one.ended() == 1, one.log
                 assert "error: the application 'loraplex' was removed" in one.log
             assert any("/raylet " in title for title in processes_of(mark).values())

@@ -76,9 +76,10 @@ class ClusterProcess:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def serve(self, *arguments: str) -> None:
-        """Ray's own command, in another terminal."""
-        command = [_SERVE, *arguments]
+    def shut_serve_down(self) -> None:
+        """Somebody else does, on the Ray of ``environment``."""
+        done = "import ray, ray.serve; ray.init(namespace='serve'); ray.serve.shutdown()"
+        command = [sys.executable, "-c", done]
         subprocess.run(command, check=True, env=self.environment, timeout=_STOP_S)
 
     def replicas(self, deployment: str) -> dict[int, str]:

@@ -14,7 +14,7 @@ from loraplex_server.api.errors import invalid
 from loraplex_server.api_keys import AdapterAccess
 
 from .generated_adapters import AdapterGenerationRequest, GeneratedAdapters
-from .learning import Learning
+from .learning import Learner
 from .resolver import Resolution
 from .semantic_router import SemanticRouter
 
@@ -34,7 +34,7 @@ class DescriptionResolver:
         store: AdapterStore,
         encoder: Encoder,
         generated: GeneratedAdapters | None = None,
-        learning: Learning | None = None,
+        learning: Learner | None = None,
     ) -> None:
         self._store = store
         self._generated, self._learning = generated, learning
@@ -80,13 +80,8 @@ class DescriptionResolver:
                 "adapter",
                 "feature_not_enabled",
             )
-        ordered = await self._learning.order(request, access)
-        card, job = ordered.card, ordered.job
-        if job is not None and selector.wait:
-            card = await self._learning.wait(job)
-        if card is None:
-            raise self._learning.refusal(ordered)
-        return _resolution(card, selector, None if job is None else job.id)
+        learnt = await self._learning.learn(request, access, wait=selector.wait)
+        return _resolution(learnt.card, selector, learnt.job)
 
     def close(self) -> None:
         self.router.close()

@@ -33,7 +33,7 @@ from loraplex_server.api_keys import AdapterAccess
 from .generated_adapters import AdapterGenerationRequest, GeneratedAdapters
 from .jobs import Job, JobCancelled, Jobs
 
-__all__ = ["DEFAULT_BUDGET_S", "Learning", "Ordered", "Trainer"]
+__all__ = ["DEFAULT_BUDGET_S", "Learner", "Learning", "Learnt", "Ordered", "Trainer"]
 
 DEFAULT_BUDGET_S = 30.0
 _PUT_S = 0.5  # of a budget, kept for checking and storing what was learnt
@@ -59,6 +59,20 @@ class Ordered(NamedTuple):
     card: AdapterCard | None  # what answers now; None: nothing before the job's end
     job: Job | None  # None: it was learnt before
     refusal: OutOfDistribution | None = None  # why there is no draft
+
+
+class Learnt(NamedTuple):
+    """For a request that brings its examples. Crosses processes."""
+
+    card: AdapterCard  # what answers now
+    job: str | None  # that may still replace it by something better
+
+
+class Learner(Protocol):
+    async def learn(
+        self, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
+    ) -> Learnt:
+        """The draft, or with ``wait`` what is learnt. Raises StoreError or ApiError."""
 
 
 @dataclass(slots=True)
@@ -137,7 +151,19 @@ class Learning:
             )
         return job.card
 
-    def refusal(self, ordered: Ordered) -> ApiError:
+    async def learn(
+        self, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
+    ) -> Learnt:
+        """See ``Learner``."""
+        ordered = await self.order(request, access)
+        card, job = ordered.card, ordered.job
+        if job is not None and wait:
+            card = await self.wait(job)
+        if card is None:
+            raise self._refusal(ordered)
+        return Learnt(card, None if job is None else job.id)
+
+    def _refusal(self, ordered: Ordered) -> ApiError:
         """For who asks for an answer when ``ordered`` has no draft."""
         job, refusal = ordered.job, ordered.refusal
         assert job is not None

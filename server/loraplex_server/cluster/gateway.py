@@ -17,9 +17,11 @@ from transformers import AutoTokenizer
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.content_loader import PlanCheck
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest
+from loraplex_server.adapters.learning import Learner, Learnt
 from loraplex_server.api.middleware.rate_limit import Meter, RateLimiter
 from loraplex_server.api.state import in_store_thread
-from loraplex_server.api_keys import ApiKey
+from loraplex_server.api_keys import AdapterAccess, ApiKey
 from loraplex_server.engine.build import dtype_of
 from loraplex_server.faults import Faults
 from loraplex_server.front import (
@@ -38,9 +40,11 @@ from loraplex_server.settings import ServerConfig
 from .base_weights import with_weights_of
 from .cluster_fleet import ClusterFleet
 from .desk import PassedOn, answered_by, to_desk
+from .desk_learner import DeskLearner, learnt_by
 from .fleet_metrics import ProcessMetrics
 from .front_calls import FrontCalls, FrontSpeed, Role
 from .key_limits import SharedMeter
+from .refused import Refused
 from .remote_engine import RemoteEngine
 from .remote_request import EngineFacts
 from .request_id import without_request_id
@@ -60,6 +64,7 @@ class Desk:
 
     registers: ClassVar[bool] = True  # the adapters that the config names
     role: ClassVar[Role] = "desk"
+    learner: Learner | None = None  # this process
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self,
@@ -89,6 +94,14 @@ class Desk:
         async with contextlib.aclosing(answered_by(self.front, request)) as lists:
             async for messages in lists:
                 yield messages
+
+    async def learn(
+        self, request: AdapterGenerationRequest, access: AdapterAccess, wait: bool
+    ) -> Learnt | Refused:
+        """Examples that a gateway's request has brought; see ``Learner``."""
+        learning = self._services.learning
+        assert learning is not None  # the gateways have the same config
+        return await learnt_by(learning, request, access, wait=wait)
 
     async def own_metrics(self) -> ProcessMetrics:
         """What this process counted."""
@@ -147,6 +160,7 @@ class Desk:
             registers=self.registers,
             meter_of=self._meter_of,
             fleet=self._fleet,
+            learner=self.learner,
         )
 
     def _store_in(
@@ -182,6 +196,8 @@ class Gateway(Desk):
         desk: DeploymentHandle,
     ) -> None:
         self._desk = desk
+        if config.learning.threads > 0:
+            self.learner = DeskLearner(desk)
         await desk.options(method_name="check_health").remote()  # adapters are registered by then
         waits = config.http.model_copy(update={"job_wait_s": _LONG_S})
         await Desk.__init__(self, config.model_copy(update={"http": waits}), engines, limits)

@@ -23,6 +23,8 @@ from loraplex_server.api.errors import ApiError
 from loraplex_server.api.middleware.rate_limit import RateLimiter
 from loraplex_server.api_keys import ApiKey
 
+from .refused import Refused
+
 __all__ = ["KeyLimits", "SharedMeter", "is_limited"]
 
 _LIMIT_S = 2.0  # for an answer; the calls take a millisecond
@@ -31,21 +33,6 @@ _log = logging.getLogger(__name__)
 
 def is_limited(key: ApiKey) -> bool:
     return bool(key.requests_per_minute or key.tokens_per_minute)
-
-
-class Refused(NamedTuple):
-    """An ApiError, as it crosses processes."""
-
-    status: int
-    message: str
-    code: str
-    param: str | None
-    headers: Mapping[str, str]
-
-    def error(self) -> ApiError:
-        return ApiError(
-            self.status, self.message, code=self.code, param=self.param, headers=self.headers
-        )
 
 
 class Counted(NamedTuple):
@@ -143,9 +130,5 @@ def _counted(limiter: RateLimiter, error: ApiError | None = None) -> Counted:
         limiter.check_tokens()
         no_tokens = None
     except ApiError as none_left:
-        no_tokens = _refused(none_left)
-    return Counted(None if error is None else _refused(error), limiter.headers(), no_tokens)
-
-
-def _refused(error: ApiError) -> Refused:
-    return Refused(error.status, error.message, error.code, error.param, error.headers)
+        no_tokens = Refused.of(none_left)
+    return Counted(None if error is None else Refused.of(error), limiter.headers(), no_tokens)

@@ -236,7 +236,7 @@ def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
     assert card["digest"] == states[-1]["digest"]
     assert (card["description"], card["ranks"]) == ("Says AB.", [4])
     assert card["provenance"]["training"]["n_examples"] == 22  # two are held out
-    files = _files_of(card["digest"], tmp_path_factory.getbasetemp())
+    files = files_of(card["digest"], tmp_path_factory.getbasetemp())
     base = AutoModelForCausalLM.from_pretrained(tiny)
     alone = _losses(base, tiny)
     trained = PeftModel.from_pretrained(base, files)
@@ -253,10 +253,10 @@ def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
         },
         timeout=60,
     ).json()
-    assert asked["choices"][0]["token_ids"] == _greedy(trained, tiny, "word 77", 2)
+    assert asked["choices"][0]["token_ids"] == greedy(trained, tiny, "word 77", 2)
 
 
-def _files_of(digest: str, below: Path) -> Path:
+def files_of(digest: str, below: Path) -> Path:
     """The PEFT folder that the store keeps."""
     (found,) = {
         path.parent
@@ -292,7 +292,7 @@ def _losses(model: Any, folder: Path) -> list[float]:
 
 
 @torch.no_grad()
-def _greedy(model: Any, folder: Path, prompt: str, n_tokens: int) -> list[int]:
+def greedy(model: Any, folder: Path, prompt: str, n_tokens: int) -> list[int]:
     head = _prompt(folder, prompt)
     made = model.generate(
         input_ids=head,

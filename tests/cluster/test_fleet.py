@@ -1,7 +1,4 @@
-"""What a fleet promises: answers of one process, adapters that stay, names, and a death.
-
-One cluster for this file, which is all of `tests/cluster` that `make ci` runs.
-"""
+"""What a fleet promises: answers of one process, adapters that stay, names, and a death."""
 
 from __future__ import annotations
 

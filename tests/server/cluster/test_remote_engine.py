@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
@@ -18,10 +19,15 @@ ray = pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"'
 from ray.exceptions import ActorUnavailableError  # noqa: E402
 
 from loraplex_adapter_store.base_spec import BaseSpec  # noqa: E402
-from loraplex_server.api.errors import ApiError  # noqa: E402
-from loraplex_server.api_keys import ApiKey, Scope  # noqa: E402
+from loraplex_generation.errors import OutOfDistribution  # noqa: E402
+from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest  # noqa: E402
+from loraplex_server.adapters.learning import Learnt  # noqa: E402
+from loraplex_server.api.errors import ApiError, from_store  # noqa: E402
+from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, ApiKey, Scope  # noqa: E402
 from loraplex_server.cluster.desk import PassedOn, answered_by  # noqa: E402
+from loraplex_server.cluster.desk_learner import learnt_by  # noqa: E402
 from loraplex_server.cluster.key_limits import KeyLimits, SharedMeter  # noqa: E402
+from loraplex_server.cluster.refused import Refused  # noqa: E402
 from loraplex_server.cluster.remote_engine import RemoteEngine  # noqa: E402
 from loraplex_server.cluster.remote_request import EngineFacts, ReplicaStats  # noqa: E402
 from loraplex_server.engine.capabilities import EngineCapabilities  # noqa: E402
@@ -269,3 +275,21 @@ async def test_an_answer_that_is_passed_on_streams_and_ends_when_its_client_leav
     assert messages[1]["body"] == b"sent"
     await lists.aclose()
     assert left.is_set()
+
+
+async def test_an_error_of_the_process_that_learns_is_the_same_at_the_gateway() -> None:
+    """An exception with fields would not come through."""
+    refused = OutOfDistribution(0.9, 0.5, [("card.de/plain", 0.1)])
+
+    class Refuses:
+        async def learn(
+            self, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
+        ) -> Learnt:
+            raise refused
+
+    order = AdapterGenerationRequest("x", examples=(("a", "A"), ("b", "B")))
+    answer = await learnt_by(Refuses(), order, EVERY_ADAPTER, wait=False)
+    assert isinstance(answer, Refused)
+    come: Refused = pickle.loads(pickle.dumps(answer))
+    assert come.error().body() == from_store(refused).body()
+    assert come.error().status == 422

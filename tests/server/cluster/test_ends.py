@@ -1,0 +1,46 @@
+"""How a cluster's process learns that another one has ended, without Ray running."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from queue import SimpleQueue
+
+import pytest
+
+pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
+
+from loraplex_server.cluster.running_clusters import announced_cluster, running_clusters
+from loraplex_server.cluster.watching import watched_ray
+
+
+def test_a_ray_at_whose_address_nobody_listens_any_more_is_lost() -> None:
+    lost: SimpleQueue[str] = SimpleQueue()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        with watched_ray(address, lost.put, patience_s=0.0):
+            listening.accept()[0].close()  # it has looked
+            assert lost.empty()
+            listening.close()
+            assert address in lost.get(timeout=60)
+
+
+def test_a_cluster_is_found_until_its_process_has_ended(tmp_path: Path) -> None:
+    """Ended, and not yet asked for by its parent: `down` waits for it no longer."""
+    with announced_cluster(tmp_path, "127.0.0.1:6379", None, "http://x", "loraplex", 30.0):
+        (ours,) = running_clusters(tmp_path)
+        assert ours.lives
+        with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+            file = tmp_path / "clusters" / f"{child.pid}.json"
+            file.write_text(json.dumps({k: v for k, v in ours._asdict().items() if k != "pid"}))
+            (theirs,) = (one for one in running_clusters(tmp_path) if one.pid == child.pid)
+            assert child.stdin is not None
+            child.stdin.close()
+            while theirs.lives:
+                assert child.returncode is None  # nobody waits for it here
+            assert running_clusters(tmp_path) == [ours]
+            assert not file.exists()
+    assert running_clusters(tmp_path) == []

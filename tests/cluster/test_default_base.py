@@ -1,4 +1,4 @@
-"""Adapters that a cluster makes: trained on chats, and learnt from a request's own examples."""
+"""The default base on a cluster: its demos, and what is trained and learnt there."""
 
 from __future__ import annotations
 
@@ -38,13 +38,22 @@ def making(pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "threads": 1,
         "kv-memory": "64MiB",
         "adapter-memory": "128MiB",
-        "demos": False,
         "allow-training": True,
     }
     config = {"server": server, "engines": {"replicas": 1}}
     home = {"LORAPLEX_HOME": str(loraplex_home())}  # where base and encoder were pulled to
     with cluster_process(config, folder, home) as cluster:
         yield cluster
+
+
+def test_the_demos_are_there_and_answer_as_the_readme_says(making: ClusterProcess) -> None:
+    asked = {
+        "adapter": "german-numbers",
+        "messages": [{"role": "user", "content": "437"}],
+        "temperature": 0,
+    }
+    answer = httpx.post(f"{making.url}{CHAT}", json=asked, timeout=600).json()
+    assert answer["choices"][0]["message"]["content"] == "vierhundertsiebenunddreißig"
 
 
 def test_what_was_trained_is_served_by_every_gateway_as_peft_does(

@@ -37,6 +37,7 @@ def up(config: _ConfigFile = None) -> None:
     """Start a cluster and serve until Ctrl-C. SIGHUP reads the file again: a rolling upgrade."""
     _check_ray()
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `loraplex serve` does
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread must not start Ray again
     resolved = _read(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also while it starts
 

@@ -1,8 +1,8 @@
 """What `loraplex cluster up` does from the start of a cluster to its end.
 
-signals ────────────────┐
-a deployment has ended ─┼──▶ one queue ──▶ this thread: upgrade, say it, or end
-the cluster is lost ────┘
+signals ────────────────────┐
+a start or upgrade is done ─┼──▶ one queue ──▶ this thread: upgrade, say it, or end
+the cluster is lost ────────┘
 """
 
 from __future__ import annotations
@@ -68,21 +68,19 @@ def serve_until_told(
 
     with running_ray(config, folder, on_loss) as address, contextlib.ExitStack() as closing:
         closing.enter_context(_signals(told))
+        closing.push(_unless_lost(config))
         _beside(told, lambda: _Done(address=start(config, address)))
         while (started := _next(told)) == signal.SIGHUP:
             say("not upgraded: the cluster is still starting")
-        if isinstance(started, _Done) and started.error is None:
-            closing.push(_unless_lost(config))
-            if folder is None:
-                closing.enter_context(watched_ray(started.address, on_loss))
-            closing.enter_context(watched_application(config.name, say, on_loss))
-            closing.enter_context(serving(started.address))
-            _upgrade_until_told(told, read, say)
+        if not isinstance(started, _Done):
             return
-        if folder is None:  # else all of it goes with Ray
-            remove(config)
-        if isinstance(started, _Done) and started.error is not None:
+        if started.error is not None:
             raise started.error
+        if folder is None:
+            closing.enter_context(watched_ray(started.address, on_loss))
+        closing.enter_context(watched_application(config.name, say, on_loss))
+        closing.enter_context(serving(started.address))
+        _upgrade_until_told(told, read, say)
 
 
 def _upgrade_until_told(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.cluster.ray_folder import PATIENCE
+from loraplex_server.cluster.ray_folder import RAY_SETTINGS
 from loraplex_server.cluster.ray_head import ray_head
 from tests.cluster.conftest import cluster_config
 from tests.cluster.streams import chat, connect, engines_of, stream, wrong
@@ -90,10 +90,10 @@ async def test_on_a_ray_that_runs_serve_run_and_up_serve_and_leave_it(
     config = small(world, tmp_path)
     config["server"]["port"] = free_port()
     with marked_environment(tmp_path) as (mark, environment):
-        for name, value in {**PATIENCE, **environment}.items():
+        for name, value in {**RAY_SETTINGS, **environment}.items():
             monkeypatch.setenv(name, value)
         with ray_head(short_folder, n_cpus=8, object_store_bytes=100 << 20, on_end=print) as ray:
-            environment |= {**PATIENCE, "RAY_ADDRESS": ray}
+            environment |= {**RAY_SETTINGS, "RAY_ADDRESS": ray}
             with serve_run(config, tmp_path, mark, environment) as one:
                 await _serves(one)
             assert not one.replicas("Engine")

@@ -13,10 +13,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["PATIENCE", "own_ray_folder", "use_token"]
+__all__ = ["RAY_SETTINGS", "own_ray_folder", "use_token"]
 
 # On one machine a process that says nothing has rarely died: other work holds the processors.
-PATIENCE = {
+RAY_SETTINGS = {
     "RAY_gcs_server_port_wait_time_s": "300",
     "RAY_gcs_server_request_timeout_seconds": "300",
     "RAY_worker_register_timeout_seconds": "600",
@@ -24,6 +24,8 @@ PATIENCE = {
     "RAY_health_check_timeout_ms": "60000",
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    # By default its processes have priority 15, and what learns beside an engine has 10.
+    "RAY_worker_niceness": "0",
 }
 
 
@@ -39,7 +41,7 @@ def own_ray_folder() -> Iterator[Path]:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         use_token(token)
-        for name, value in PATIENCE.items():
+        for name, value in RAY_SETTINGS.items():
             os.environ.setdefault(name, value)
         yield folder
     finally:

@@ -39,7 +39,8 @@ def anyio_backend() -> str:
 
 
 def small(world: Path, folder: Path) -> dict[str, Any]:
-    config = cluster_config(world, **{"state-dir": str(folder / "state"), "kv-memory": "32MiB"})
+    own = {"state-dir": str(folder / "state"), "kv-memory": "32MiB", "drain-timeout": 300}
+    config = cluster_config(world, **own)
     config["gateways"]["replicas"] = config["engines"]["replicas"] = 1
     return config
 

@@ -22,6 +22,7 @@ _QUIET = {"enable_access_log": False}  # a line for each call between processes;
 # A process that has died is seen at once. One that does not answer is busy more likely than stuck,
 # and to replace it ends all that it answers: a gateway of 400 calls was once, beside other work.
 _HEALTH_LIMIT_S = 120.0
+_LAST_WORDS_S = 5.0  # for a gateway to tell clients that an engine was stopped, after its time
 
 
 def build_application(config: ClusterConfig) -> Application:
@@ -69,7 +70,7 @@ def _gateways(config: ClusterConfig) -> serve.Deployment:
         max_ongoing_requests=sizes.max_requests,
         max_surge_percent=100,
         logging_config=_QUIET,
-        graceful_shutdown_timeout_s=server.http.drain_timeout_s,
+        graceful_shutdown_timeout_s=server.http.drain_timeout_s + _LAST_WORDS_S,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_LIMIT_S,
     )
@@ -84,7 +85,7 @@ def _desk(config: ClusterConfig) -> serve.Deployment:
         ray_actor_options={"num_cpus": config.gateways.cpus},
         max_ongoing_requests=config.gateways.max_requests,
         logging_config=_QUIET,
-        graceful_shutdown_timeout_s=config.server.http.drain_timeout_s,
+        graceful_shutdown_timeout_s=config.server.http.drain_timeout_s + _LAST_WORDS_S,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_LIMIT_S,
     )

@@ -20,7 +20,7 @@ from .application import build_application
 from .config import ClusterConfig
 from .ray_head import ray_head
 
-__all__ = ["deploy", "remove", "running_ray", "start", "status_lines"]
+__all__ = ["connect", "deploy", "remove", "running_ray", "start", "status_lines"]
 
 _NAMESPACE = "serve"
 _LOOK_S = 0.5  # between two looks whether the application has gone
@@ -48,20 +48,27 @@ def running_ray(
         yield address
 
 
-def start(config: ClusterConfig, address: str) -> str:
-    """Connects to Ray and starts the application; returns Ray's address in full.
-
-    Any thread, since all of it may wait for a Ray that has gone. Raises RuntimeError.
-    """
+def connect(address: str) -> str:
+    """To Ray; returns its address in full. Any thread, since it may wait. Raises RuntimeError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         context = ray.init(address=address, namespace=_NAMESPACE, log_to_driver=False)
-        http = _http_options(config.server.http)
-        serve.start(proxy_location=_proxies(config), http_options=http)
-    except (RayError, RayServeException, ConnectionError) as error:
-        raise RuntimeError(f"Ray does not start: {error}") from error
-    deploy(config)
+    except (RayError, ConnectionError) as error:
+        raise RuntimeError(f"Ray cannot be reached: {error}") from error
     return str(context.address_info["address"])
+
+
+def start(config: ClusterConfig) -> None:
+    """Starts Ray Serve, where it does not run, and the application.
+
+    Any thread. Raises RuntimeError.
+    """
+    http = _http_options(config.server.http)
+    try:
+        serve.start(proxy_location=_proxies(config), http_options=http)
+    except (RayError, RayServeException) as error:
+        raise RuntimeError(f"Ray Serve does not start: {error}") from error
+    deploy(config)
 
 
 def deploy(config: ClusterConfig) -> None:
@@ -78,7 +85,7 @@ def deploy(config: ClusterConfig) -> None:
 def remove(config: ClusterConfig) -> None:
     """Takes the application down when running requests have had their time, and leaves Ray.
 
-    What others run on the same Ray stays. Nothing happens before ``start`` has connected.
+    What others run on the same Ray stays. Nothing happens before ``connect``.
     """
     if not ray.is_initialized():
         return

@@ -10,19 +10,20 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import FrameType
+from typing import NamedTuple
 
 from loraplex_server.settings import ConfigError
 
 from .config import ClusterConfig
 from .errors import ClusterLost
-from .running import deploy, remove, running_ray, start
+from .running import connect, deploy, remove, running_ray, start
 from .watching import watched_application, watched_ray
 
 __all__ = ["serve_until_told"]
@@ -43,7 +44,11 @@ class _Lost:
     why: str
 
 
-_Told = signal.Signals | _Done | _Lost
+class _Connected(NamedTuple):
+    """To Ray."""
+
+
+_Told = signal.Signals | _Connected | _Done | _Lost
 
 
 def serve_until_told(
@@ -67,11 +72,14 @@ def serve_until_told(
         told.put(_Lost(why))
 
     with running_ray(config, folder, on_loss) as address, contextlib.ExitStack() as closing:
-        closing.enter_context(_signals(told))
+        _take_signals(told)
         closing.push(_unless_lost(config))
-        _beside(told, lambda: _Done(address=start(config, address)))
-        while (started := _next(told)) == signal.SIGHUP:
-            say("not upgraded: the cluster is still starting")
+        _beside(told, partial(_started, config, address, told))
+        while not isinstance(started := _next(told), _Done) and started not in _END:
+            if started == signal.SIGHUP:
+                say("not upgraded: the cluster is still starting")
+            else:
+                _take_signals(told)  # Ray has taken them: 3 s after a SIGTERM it would abort
         if not isinstance(started, _Done):
             return
         if started.error is not None:
@@ -108,6 +116,13 @@ def _upgrade_until_told(
             runs = True
 
 
+def _started(config: ClusterConfig, address: str, told: SimpleQueue[_Told]) -> _Done:
+    full_address = connect(address)
+    told.put(_Connected())
+    start(config)
+    return _Done(address=full_address)
+
+
 def _deployed(config: ClusterConfig) -> _Done:
     deploy(config)
     return _Done()
@@ -123,7 +138,7 @@ def _unless_lost(config: ClusterConfig) -> Callable[[object, object, object], No
     return leave
 
 
-def _next(told: SimpleQueue[_Told]) -> signal.Signals | _Done:
+def _next(told: SimpleQueue[_Told]) -> signal.Signals | _Connected | _Done:
     """Raises ClusterLost."""
     found = told.get()
     if isinstance(found, _Lost):
@@ -143,16 +158,11 @@ def _beside(told: SimpleQueue[_Told], work: Callable[[], _Done]) -> None:
     threading.Thread(target=run, daemon=True).start()
 
 
-@contextlib.contextmanager
-def _signals(told: SimpleQueue[_Told]) -> Iterator[None]:
-    """They are told inside the block. Main thread only."""
+def _take_signals(told: SimpleQueue[_Told]) -> None:
+    """They are told from now on. Main thread only."""
 
     def tell(number: int, frame: FrameType | None) -> None:
         told.put(signal.Signals(number))
 
-    before = {number: signal.signal(number, tell) for number in (*_END, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (*_END, signal.SIGHUP):
+        signal.signal(number, tell)

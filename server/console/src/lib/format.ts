@@ -15,7 +15,8 @@ export function bytes(n: number | null | undefined): string {
 export function seconds(s: number | null | undefined): string {
   if (s === null || s === undefined) return "–";
   if (s < 0.0995) return `${(s * 1000).toFixed(s < 0.00995 ? 1 : 0)} ms`;
-  return s < 99.5 ? `${s.toPrecision(3)} s` : `${Math.round(s)} s`;
+  if (s < 99.5) return `${s.toPrecision(3)} s`;
+  return s < 7200 ? `${Math.round(s / 60)} min` : `${Math.round(s / 3600)} h`;
 }
 
 export function rate(n: number): string {

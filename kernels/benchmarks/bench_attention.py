@@ -116,7 +116,10 @@ def systems(problem: Problem, library: FlashInferAttention | None) -> Iterator[t
         yield "flashinfer", partial(problem.attend, planned=planned)
 
 
-def measure(library: FlashInferAttention | None, device: torch.device) -> Iterator[Cell]:
+def measure(
+    library: FlashInferAttention | None, device: torch.device, left_out: dict[str, str]
+) -> Iterator[Cell]:
+    """``left_out``: filled with why FlashInfer did not run, as where it finds no compiler."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     copy_us = time_cold_us([partial(torch.empty_like(source).copy_, source) for _ in range(2)])
     bandwidth = 2 * source.numel() / copy_us  # bytes a µs
@@ -127,8 +130,15 @@ def measure(library: FlashInferAttention | None, device: torch.device) -> Iterat
             expected = problems[0].expected().float()
             both = zip(*(systems(problem, library) for problem in problems), strict=True)
             for (system, first), (_, second) in both:
-                error = float((first().float() - expected).abs().max())  # type: ignore[attr-defined]
-                us = time_cold_us([first, second])
+                try:
+                    found = first().float()  # type: ignore[attr-defined]
+                    us = time_cold_us([first, second])
+                except Exception as reason:
+                    if system != "flashinfer":
+                        raise
+                    left_out[system] = f"{type(reason).__name__}: {reason}"[:500]
+                    continue
+                error = float((found - expected).abs().max())
                 floor = problems[0].n_bytes / bandwidth
                 speed = problems[0].flop / us / 1e6
                 yield Cell(base, step, system, us, 100 * floor / us, speed, error)
@@ -147,20 +157,23 @@ def main() -> int:
             print("no CUDA device: nothing was measured")
         return 0
     device = torch.device("cuda")
-    library, why = None, None
+    library, left_out = None, dict[str, str]()
     try:
         library = FlashInferAttention(device)
     except KernelUnavailable as error:
-        why = str(error)
-        print(f"flashinfer skipped: {why}")
+        left_out["flashinfer"] = str(error)
+        print(f"flashinfer skipped: {error}")
     cells = []
-    with torch.inference_mode():
-        for cell in measure(library, device):
-            print(*asdict(cell).values(), sep="\t", flush=True)
-            cells.append(asdict(cell))
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"attention-{torch.cuda.get_device_name().replace(' ', '-')}.json"
-    path.write_text(json.dumps({"without flashinfer": why, "cells": cells}, indent=1) + "\n")
+    with torch.inference_mode():
+        for cell in measure(library, device, left_out):
+            print(*asdict(cell).values(), sep="\t", flush=True)
+            cells.append(asdict(cell))
+            document = {"without flashinfer": left_out.get("flashinfer"), "cells": cells}
+            part = path.with_suffix(".part")
+            part.write_text(json.dumps(document, indent=1) + "\n")
+            part.replace(path)  # whole whenever it is read
     print(f"wrote {path}")
     return 0
 

@@ -340,35 +340,49 @@ def main() -> int:
         if not torch.cuda.is_available():
             print("no CUDA device: nothing was measured")
         return 0
-    measurements, left_out = _run(points, arguments.systems)
-    _write(measurements, left_out, arguments.output)
+    measurements: list[Measurement] = []
+    left_out: dict[str, str] = {}
+    for _ in _run(points, arguments.systems, measurements, left_out):
+        path = _write(measurements, left_out, arguments.output)
+    plot(measurements, path.with_suffix(".png"))
+    print(f"wrote {path}")
     return 0
 
 
-def _run(points: list[Point], systems: list[str]) -> tuple[list[Measurement], dict[str, str]]:
-    """Also the systems that were left out somewhere, and why."""
+def _run(
+    points: list[Point],
+    systems: list[str],
+    measurements: list[Measurement],
+    left_out: dict[str, str],
+) -> Iterator[None]:
+    """Fills the last two, a point at a time: systems left out somewhere, with the reason."""
     device = torch.device("cuda")
     bandwidth = copy_bandwidth(device)
     print(f"{torch.cuda.get_device_name(device)}: {bandwidth / 1e12:.2f} TB/s measured by a copy")
-    measurements: list[Measurement] = []
-    reasons: dict[str, str] = {}
-    for point, system in itertools.product(points, systems):
-        try:
-            cell = measure(point, system, bandwidth, device)
-        except Skipped as reason:
-            if system not in reasons:
-                print(f"{system} skipped: {reason}")
-            reasons[system] = str(reason)
-            continue
-        measurements.append(cell)
-        print(
-            f"{'/'.join(map(str, asdict(point).values()))}\t{system}\t{cell.microseconds:.1f} µs"
-            f"\t{cell.roofline_percent:.0f} %\t{cell.largest_error:.1e}\t{cell.repeats_bitwise}"
-        )
-    return measurements, reasons
+    for point in points:
+        for system in systems:
+            try:
+                cell = measure(point, system, bandwidth, device)
+            except Exception as reason:
+                if system == "loraplex" and not isinstance(reason, Skipped):
+                    raise
+                kind = "" if isinstance(reason, Skipped) else f"{type(reason).__name__}: "
+                if system not in left_out:
+                    print(f"{system} skipped: {kind}{reason}")
+                left_out[system] = f"{kind}{reason}"[:500]  # another's library may do anything
+                continue
+            measurements.append(cell)
+            print(
+                f"{'/'.join(map(str, asdict(point).values()))}\t{system}\t"
+                f"{cell.microseconds:.1f} µs\t{cell.roofline_percent:.0f} %\t"
+                f"{cell.largest_error:.1e}\t{cell.repeats_bitwise}",
+                flush=True,
+            )
+        yield
 
 
-def _write(measurements: list[Measurement], left_out: dict[str, str], folder: Path) -> None:
+def _write(measurements: list[Measurement], left_out: dict[str, str], folder: Path) -> Path:
+    """The file, whole whenever it is read."""
     device = torch.cuda.get_device_name().replace(" ", "-")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
@@ -382,9 +396,9 @@ def _write(measurements: list[Measurement], left_out: dict[str, str], folder: Pa
         "left_out": left_out,
         "cells": [asdict(measurement) for measurement in measurements],
     }
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    plot(measurements, path.with_suffix(".png"))
-    print(f"wrote {path}")
+    partial_file = path.with_suffix(".part")
+    partial_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return partial_file.replace(path)
 
 
 def _factors(work: Workload, *, used_only: bool = True) -> dict[int, list[tuple[Tensor, Tensor]]]:

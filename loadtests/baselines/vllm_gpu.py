@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ class VllmGpu(System):
     def _program(self) -> str | None:
         if self.venv is not None:
             return str(self.venv / "bin" / "vllm")
-        return shutil.which("vllm")
+        beside_us = Path(sys.executable).with_name("vllm")  # which need not be on the PATH
+        return str(beside_us) if beside_us.exists() else shutil.which("vllm")
 
     def missing(self) -> str | None:
         program = self._program()

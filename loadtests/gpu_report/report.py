@@ -1,4 +1,7 @@
-"""The report while it grows: sections run one after the other, and both files are always whole."""
+"""The report while it grows: sections run one after the other, and both files are always whole.
+
+A report of the same device, base, packages and commit goes on where it was stopped.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from typing import Any
 
 from .page import render
 
-__all__ = ["Report", "Section", "Skipped", "run_sections"]
+__all__ = ["Report", "Section", "Skipped", "done_before", "run_sections"]
 
 # A folder for its files → its result, as often as there is more of it.
 Work = Callable[[Path], Iterable[Mapping[str, Any]]]
@@ -50,14 +53,37 @@ class Report:
             partial.replace(folder / name)
 
 
+def done_before(report: Report, folder: Path) -> list[Section]:
+    """The sections that an earlier run in ``folder`` finished, if it was of the same things."""
+    try:
+        document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        same = all(
+            document[name] == json.loads(json.dumps(getattr(report, name)))
+            for name in ("device", "versions", "commit")
+        )
+        return [Section(**s) for s in document["sections"] if same and s["state"] == "done"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
 def run_sections(
-    report: Report, works: Mapping[str, Work], folder: Path, *, say: Callable[[str], None] = print
+    report: Report,
+    works: Mapping[str, Work],
+    folder: Path,
+    *,
+    kept: Iterable[Section] = (),
+    say: Callable[[str], None] = print,
 ) -> bool:
-    """Runs all, whatever becomes of one; False if somebody stopped it (KeyboardInterrupt)."""
+    """Runs all but those in ``kept``, whatever becomes of one; False if somebody stopped it
+    (KeyboardInterrupt)."""
     folder.mkdir(parents=True, exist_ok=True)
-    report.sections = [Section(name) for name in works]
+    known = {section.name: section for section in kept}
+    report.sections = [known.get(name) or Section(name) for name in works]
     report.write(folder)
     for section in report.sections:
+        if section.name in known:
+            say(f"{section.name}: done before; --anew runs it again")
+            continue
         say(f"{section.name} …")
         section.state, began = "running", time.monotonic()
         report.write(folder)

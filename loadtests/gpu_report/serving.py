@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import threading
 import time
@@ -37,7 +38,13 @@ SMALL_LOAD = Load(((0, 2),), 2, 4, 4, 1)
 
 
 def compare_serving(
-    folder: Path, *, model: Path, load: Load, dtype: str | None, deadline: float
+    folder: Path,
+    *,
+    model: Path,
+    load: Load,
+    dtype: str | None,
+    deadline: float,
+    vllm_venv: Path | None = None,
 ) -> Iterator[Mapping[str, Any]]:
     """The result so far, after each number of adapters.
 
@@ -56,11 +63,11 @@ def compare_serving(
         if time.monotonic() > deadline:
             result[f"without {group[-1]} adapters"] = "the time was over"
             continue
-        adapters += [
-            write_lora(model, folder / "adapters" / f"lora-{i}", rank=_RANK, seed=i)
-            for i in range(len(adapters), max(group))
-        ]
-        for system in (Loraplex(), VllmGpu()):
+        for i in range(len(adapters), max(group)):
+            adapters.append(folder / "adapters" / f"lora-{i}")
+            if not (adapters[-1] / "adapter_model.safetensors").exists():  # it is written last
+                write_lora(model, adapters[-1], rank=_RANK, seed=i)
+        for system in (Loraplex(), VllmGpu(vllm_venv)):
             why = "the time was over" if time.monotonic() > deadline else system.missing()
             if why is not None:
                 result[f"without {system.name}"] = why
@@ -80,8 +87,13 @@ def compare_serving(
                         numbers = serving_numbers(outcomes, time.perf_counter() - began)
                         rows.append({"adapters": n_adapters, "system": system.name, **numbers})
                         yield result
-            except RuntimeError as error:  # it does not come up: the other one may
-                result[f"{system.name} with {group[-1]} adapters"] = str(error)[-500:]
+            except Exception as error:  # it does not come up, or breaks: the other one may not
+                what = f"{system.name} with {group[-1]} adapters"
+                result[what] = f"{type(error).__name__}: {error}"[-500:]
+                yield result
+            finally:
+                for state in folder.glob("state-*"):  # a store of its own at every start: 11 GB
+                    shutil.rmtree(state, ignore_errors=True)
     yield result
 
 

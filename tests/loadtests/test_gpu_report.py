@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,8 +17,16 @@ import torch
 
 from loadtests.client import Outcome
 from loadtests.gpu_report.__main__ import NO_DEVICE, main
-from loadtests.gpu_report.report import Report, Skipped, run_sections
-from loadtests.gpu_report.sections import Plan, roofline_shares, sections_of, test_counts
+from loadtests.gpu_report.process import run_until
+from loadtests.gpu_report.report import Report, Skipped, done_before, run_sections
+from loadtests.gpu_report.sections import (
+    Plan,
+    device_test_files,
+    roofline_shares,
+    section_end,
+    sections_of,
+    test_counts,
+)
 from loadtests.gpu_report.serving import SMALL_LOAD, ask_all, compare_serving, serving_numbers
 from loadtests.systems import Loraplex
 
@@ -156,10 +167,91 @@ def test_a_stop_leaves_what_was_done(tmp_path: Path) -> None:
     assert "made-up qkv" in (tmp_path / "report.html").read_text()
 
 
+def test_the_same_command_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def work(name: str, *, breaks: bool = False) -> Callable[[Path], list[dict[str, object]]]:
+        def run(_: Path) -> list[dict[str, object]]:
+            ran.append(name)
+            if breaks:
+                raise RuntimeError("no")
+            return [{"by": name}]
+
+        return run
+
+    assert done_before(new_report(), tmp_path) == []
+    first = {"kernels": work("first"), "serving": work("breaks", breaks=True)}
+    assert run_sections(new_report(), first, tmp_path, say=lambda _: None)
+    again = {"kernels": work("again"), "serving": work("again")}
+    kept = done_before(new_report(), tmp_path)
+    assert run_sections(new_report(), again, tmp_path, kept=kept, say=lambda _: None)
+    assert ran == ["first", "breaks", "again"]
+    document = json.loads((tmp_path / "report.json").read_text())
+    assert [s["state"] for s in document["sections"]] == ["done", "done"]
+    assert [s["result"] for s in document["sections"]] == [{"by": "first"}, {"by": "again"}]
+    for other in (
+        Report(MADE_UP, {"torch": "9.9", "vllm": None}, "another", "2026"),
+        Report(MADE_UP, {"torch": "9.10", "vllm": None}, "abc1234", "2026"),
+        Report({"name": "another"}, {"torch": "9.9", "vllm": None}, "abc1234", "2026"),
+    ):
+        assert done_before(other, tmp_path) == []
+
+
+def test_a_section_that_hangs_leaves_the_others_their_time() -> None:
+    names, now = list(sections_of(Plan(None, True, quick=True, deadline=3600))), 0.0
+    for name in names:  # each takes all that it may
+        end = section_end(name, now, 3600)
+        assert end - now >= 60 * 5 - 1, name
+        now = end
+    assert now == pytest.approx(3600)
+    assert section_end("serving", 60, 3600) > section_end("serving", 0, 3600) - 60  # shared
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_command_ends_with_all_that_it_started(
+    deaf: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loadtests.gpu_report.process._GRACE_S", 0.5)
+    read, write = os.pipe()
+    child = "import signal, time\n" + "signal.signal(15, signal.SIG_IGN)\n" * deaf
+    child += "print('ready', flush=True)\ntime.sleep(600)"
+    start = f"subprocess.run([sys.executable, '-c', {child!r}], close_fds=False)"
+    code = f"import subprocess, sys; {start}"
+    log = tmp_path / "log"
+    # The pipe's end is every child's: it closes when the last of them is gone.
+    os.set_inheritable(write, True)
+    real = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", partial(real, pass_fds=(write,)))
+    assert run_until([sys.executable, "-c", code], log, time.monotonic() + 3, cwd=tmp_path) is None
+    os.close(write)
+    assert select.select([read], [], [], 60)[0]
+    assert os.read(read, 1) == b""
+    os.close(read)
+    assert log.read_text() == "ready\n"
+
+
+def test_a_command_that_ends_by_itself_has_a_status(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "print('said'); raise SystemExit(3)"]
+    assert run_until(command, tmp_path / "log", time.monotonic() + 60, cwd=tmp_path) == 3
+    assert (tmp_path / "log").read_text() == "said\n"
+
+
+def test_every_file_with_a_device_test_is_run() -> None:
+    """As marked in the sources, or by the folder."""
+    root = Path(__file__).parents[2]
+    found = device_test_files()
+    assert found[0].startswith("tests/kernels/triton/device/")
+    assert "tests/server/engine/test_step_graphs.py" in found
+    for folder in ("tests/kernels", "tests/server"):
+        for file in (root / folder).rglob("test_*.py"):
+            name = file.relative_to(root).as_posix()
+            assert ("mark.gpu" not in file.read_text()) or name in found
+
+
 def test_what_needs_a_device_says_so_and_so_does_the_end_of_the_hour(tmp_path: Path) -> None:
     def states(*, has_device: bool, seconds: float) -> dict[str, tuple[str, str]]:
         report = new_report()
-        plan = Plan(tmp_path, tmp_path, has_device, quick=True, deadline=time.monotonic() + seconds)
+        plan = Plan(tmp_path, has_device, quick=True, deadline=time.monotonic() + seconds)
         works = {
             name: work
             for name, work in sections_of(plan).items()

@@ -50,7 +50,10 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/benchmarks.md": {"python -m venv": "compiles llama.cpp and downloads vLLM"},
     "docs/families.md": {"python -m pytest": "a test of its own, which CI runs"},
     "docs/scale-out-simulation.md": {"python -m router": _HOURS},
-    "docs/scale-out.md": {"python -m loadtests.replicas": "minutes of load on three servers"},
+    "docs/scale-out.md": {
+        "serve start": "joins a Ray that runs; tests/cluster/test_up_and_down.py runs both",
+        "python -m loadtests.replicas": "minutes of load on three servers",
+    },
     "docs/tools.md": {"loraplex serve": "an hour of questions; tests/contract asks some of them"},
     "docs/generated-adapters-method.md": {
         "python -m adapter_store.benchmarks.few_shot plan": _HOURS,

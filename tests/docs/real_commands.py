@@ -230,6 +230,18 @@ def _check_kubectl(arguments: list[str], whole: bool) -> None:
         raise NotReal(f"kubectl {arguments}")
 
 
+def _check_serve(arguments: list[str], whole: bool) -> None:
+    """Ray Serve's own command: the application that it is told of is ours."""
+    if arguments[0] not in ("start", "run"):
+        raise NotReal(f"serve {arguments}")
+    for word in arguments:
+        module, separator, name = word.partition(":")
+        if separator and module.startswith("loraplex_"):
+            file = ROOT / "server" / Path(*module.split(".")) / "__init__.py"
+            if not file.is_file() or name not in _words_of(file):
+                raise NotReal(f"there is no application {word}")
+
+
 def _check_locust(arguments: list[str], whole: bool) -> None:
     _check_file(_values(arguments, "-f"), whole)
 
@@ -261,6 +273,7 @@ _CHECKS: Mapping[str, Callable[[list[str], bool], None]] = {
     "docker": _check_docker,
     "helm": _check_helm,
     "kubectl": _check_kubectl,
+    "serve": _check_serve,
     "locust": _check_locust,
     "pre-commit": _check_pre_commit,
     "git": _anything,

@@ -99,6 +99,7 @@ def test_a_command_within_a_sentence_is_a_real_one(name: str) -> None:
         "docker run -e LORAPLEX_NONE=1 loraplex",
         "helm install lora deploy/helm/loraplex --set images.repository=x",
         "locust -f none.py",
+        "serve run loraplex_server.cluster:application",
         "wget http://127.0.0.1:8000",
         "make serve; make lunch",
         "make serve  # make tea\nmake lunch",

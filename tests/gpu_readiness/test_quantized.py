@@ -64,14 +64,15 @@ def test_no_step_mixes_devices_or_waits(
 def test_decode_steps_are_recorded_and_nothing_is_compiled_in_service(
     base_of: BaseOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lora = MIXTURES["lora"][0]
+    lora, slices = MIXTURES["lora"][0], MIXTURES["scales of slices"][0]
     limits = {"max_batch_size": 5, "max_step_tokens": 80}
     base = base_of(quantization=WeightFormat.INT4)
     with meta_engine(base, monkeypatch, compiles=True, cuda_graphs=True, **limits) as engine:
         at_start = set(engine.gpu.variants)
         assert engine.gpu.take().findings == []
         for n_tokens in (1, 17, 65):
-            wishes = [Wish(plan, tuple(range(7, 7 + n_tokens)), SHORT) for plan in (lora, None)]
+            prompt = tuple(range(7, 7 + n_tokens))
+            wishes = [Wish(plan, prompt, SHORT) for plan in (lora, slices, None)]
             run = engine.run(wishes)
             assert (run.errors, run.findings) == ([], [])
             assert run.decode_steps[-1].n_replays == 1

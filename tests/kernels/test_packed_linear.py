@@ -11,6 +11,8 @@ from torch import Tensor
 from loraplex_kernels import PackedLinear, packed_linear
 from loraplex_kernels.cpu import native
 from loraplex_kernels.packed_linear import packed_words
+from loraplex_kernels.quantized_linear import BaseLinear, QuantizedLinear
+from loraplex_kernels.quantized_weight import WeightFormat, quantize_weight
 from loraplex_kernels.weight_range import WeightRange
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -70,6 +72,25 @@ def test_a_row_has_the_same_bits_on_any_number_of_threads(dtype: torch.dtype) ->
         torch.set_num_threads(n_threads)
     if native.available():
         assert torch.equal(alone, shared)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("format", [None, WeightFormat.INT8, WeightFormat.INT4])
+def test_the_product_of_one_linear_is_its_part_of_the_whole(
+    dtype: torch.dtype, format: WeightFormat | None
+) -> None:
+    weights = weights_of([(48, 64), (20, 64), (33, 64)], dtype)
+    biases = [None, rows_of(1, 20, dtype)[0], None]
+    linear: BaseLinear = PackedLinear(weights, biases)
+    if format is not None:
+        linear = QuantizedLinear([quantize_weight(w, format) for w in weights], biases)
+    x, whole = rows_of(7, 64, dtype), linear(rows_of(7, 64, dtype))
+    for index, columns in enumerate((slice(0, 48), slice(48, 68), slice(68, 101))):
+        around = torch.full((7, 60), torch.nan, dtype=dtype)
+        out = around[:, : columns.stop - columns.start]
+        linear.into_part(index, x, out)
+        torch.testing.assert_close(out, whole[:, columns])
+        assert int(around.isnan().sum()) == around.numel() - out.numel()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

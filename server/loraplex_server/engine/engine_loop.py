@@ -113,6 +113,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         self._read_inbox()
+        ends_flight = self._in_flight is not None
         if self._in_flight is not None and self._in_flight.is_needed_next:
             self._finish_flight()
         self.adapters.publish_arrived()
@@ -126,7 +127,7 @@ class EngineLoop:
         elif scheduled.chunks:
             self._run_chunks(scheduled.chunks)
         self.stats.after_step(scheduled.chunks)
-        if scheduled.chunks:
+        if scheduled.chunks or ends_flight:
             self.experts.look(self.adapters.residents, idle=not self._scheduler.running)
         self._answers.flush()
 

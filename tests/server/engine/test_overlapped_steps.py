@@ -19,7 +19,7 @@ from loraplex_server.engine.sampling_params import SamplingParams
 from tests.support.architectures import tiny_model
 from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
 from tests.support.overlapping import Watched, overlapping
-from tests.support.routed_plans import lora_plan
+from tests.support.routed_plans import lora_plan, mixlora_plan
 
 PROMPTS = [[5, 9, 200, 31, 7], [17], list(range(40, 80)), [3, 3, 3], [250, 1, 2], [9, 8], [77] * 9]
 RANDOM = SamplingParams(max_tokens=25, temperature=0.9, top_p=0.95, seed=11)
@@ -36,6 +36,22 @@ def overlapping_engine(
 ) -> Iterator[tuple[Engine, Watched]]:
     with overlapping() as watched, running_engine(model, **changes) as engine:
         yield engine, watched
+
+
+def test_the_last_rows_of_experts_are_counted_when_the_engine_falls_idle(
+    model: PreTrainedModel,
+) -> None:
+    """The turn that ends the last step schedules none."""
+    plan = mixlora_plan(model, n_experts=4, top_k=2, rank=2, seed=5)
+    sampling = replace(GREEDY, max_tokens=6, ignore_eos=True)
+    with overlapping_engine(model) as (engine, watched):
+        (answer,) = generate_all(engine, PROMPTS[:1], sampling, [plan])
+        assert answer.last.error is None
+        assert watched.n_overlapped > 0
+        load = engine.experts.load(plan.digest, window_s=1e9)
+    assert load is not None
+    n_rows = len(PROMPTS[0]) + 5  # the last token is not run
+    assert {sum(counts) for counts in load.counts.values()} == {2 * n_rows}
 
 
 def outcomes(answers: list[Answer]) -> list[object]:

@@ -36,7 +36,7 @@ def making(pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         "state-dir": str(folder / "state"),
         "dtype": "float32",
         "threads": 1,
-        "kv-memory": "64MiB",
+        "kv-memory": "512MiB",
         "adapter-memory": "128MiB",
         "allow-training": True,
     }
@@ -53,6 +53,7 @@ def test_the_demos_are_there_and_answer_as_the_readme_says(making: ClusterProces
         "temperature": 0,
     }
     answer = httpx.post(f"{making.url}{CHAT}", json=asked, timeout=600).json()
+    assert "choices" in answer, answer
     assert answer["choices"][0]["message"]["content"] == "vierhundertsiebenunddreißig"
 
 

@@ -257,13 +257,12 @@ def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
 
 
 def files_of(digest: str, below: Path) -> Path:
-    """The PEFT folder that the store keeps."""
-    (found,) = {
+    """The PEFT folder that a store keeps; in a cluster several do."""
+    return next(
         path.parent
         for path in below.rglob("adapter_model.safetensors")
         if digest[:12] in str(path.parent)
-    }
-    return found
+    )
 
 
 def _prompt(folder: Path, prompt: str) -> torch.Tensor:

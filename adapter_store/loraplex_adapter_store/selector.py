@@ -34,7 +34,7 @@ MIN_EXAMPLES, MAX_EXAMPLES = 2, 64
 MAX_EXAMPLE = 4000  # characters of a prompt or an answer
 ARROW_TOP_K = 3  # experts of a token in one projection, unless the request says
 GenerationMethod = Literal[
-    "auto", "end-to-end", "sg-lora", "icm-lora", "weighted", "nearest", "analogy"
+    "auto", "text-map", "end-to-end", "sg-lora", "icm-lora", "weighted", "nearest", "analogy"
 ]
 METHODS: tuple[str, ...] = get_args(GenerationMethod)
 

@@ -3,6 +3,7 @@
 generator.safetensors   the maps; names the base, layout, library and joint vectors it is for
 library.safetensors     the experts they refer to
 joint.safetensors       the factor vectors of the end-to-end map
+text_map.safetensors    a map over many more tasks; where there is one, `auto` stands for it
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from .regressors import Mlp, Ridge
 from .retrieval import Neighbours
 from .sg_lora import SgLora, SgRecipe
 from .tensor_file import SafetensorsFile, read_tensor_file, write_tensor_file
+from .text_map import TEXT_MAP_FILE, TextMap
 
 __all__ = ["GENERATOR_FILE", "JOINT_FILE", "Bundle", "replace_guard"]
 
@@ -61,6 +63,7 @@ class Bundle:
     sg_recipe: SgRecipe
     icm_recipe: IcmRecipe
     digest: str = ""  # of generator.safetensors
+    text_map: TextMap | None = None
 
     @property
     def layout(self) -> AdapterLayout:
@@ -105,7 +108,11 @@ class Bundle:
         library, joint = Library.load(folder / LIBRARY_FILE), read_tensor_file(folder / JOINT_FILE)
         file = read_tensor_file(path)
         _check(file.header, library, joint)
-        return _build(file, library, joint)
+        bundle = _build(file, library, joint)
+        if (folder / TEXT_MAP_FILE).is_file():
+            bundle.text_map = TextMap.load(folder / TEXT_MAP_FILE)
+            _check_text_map(bundle.text_map, library)
+        return bundle
 
     def _header(self) -> Mapping[str, object]:
         return {
@@ -165,6 +172,14 @@ def _check(header: Mapping[str, object], library: Library, joint: SafetensorsFil
         raise GeneratorMismatch(
             f"the generator does not belong to this library: {'; '.join(wrong)}; "
             "run `loraplex generator train`"
+        )
+
+
+def _check_text_map(text_map: TextMap, library: Library) -> None:
+    if (text_map.base_fingerprint, text_map.layout) != (library.base_fingerprint, library.layout):
+        raise GeneratorMismatch(
+            f"{TEXT_MAP_FILE} is for base {text_map.base_fingerprint!r} or another layout than the "
+            f"library, which is for {library.base_fingerprint!r}; run `loraplex generator text-map`"
         )
 
 

@@ -135,7 +135,8 @@ def train_factor_head(
             group["lr"] = 3e-3 * (1 - step / n_steps)
         rows = torch.randint(n, (min(128, n),))
         part = encoded.rows(rows)
-        noisy = part._replace(tokens=part.tokens + 0.1 * torch.randn_like(part.tokens))
+        tokens = part.tokens.float()
+        noisy = part._replace(tokens=tokens + 0.1 * torch.randn_like(tokens))
         loss = sum(
             F.cross_entropy(logits, labels[rows, i], ignore_index=-1, label_smoothing=_SMOOTHING)
             for i, logits in enumerate(head(noisy))

@@ -66,7 +66,7 @@ def generate_from_examples(
         force=True,
     )
     starts = {"library mean": generator.library_mean()}
-    has_draft = force or not generator.refuses(generator.read(description, wordings))
+    has_draft = force or not generator.refuses(generator.read(description, wordings), method)
     if has_draft:
         starts = {"draft": draft.vector, **starts}
     made = refine(

@@ -75,13 +75,19 @@ class Subspace:
 
     @classmethod
     def of(cls, means: Tensor) -> Subspace:
+        """Of experts [n_tasks, layout.size]."""
         mean = means.mean(0)
         centred = means - mean
-        values, vectors = torch.linalg.eigh((centred @ centred.T).double())
-        keep = values > _LEAST_SHARE * values.sum()
-        values, vectors = values[keep].flip(0), vectors[:, keep].flip(1)
-        mix = (vectors / values.sqrt()).T.float()
+        mix = _principal(centred @ centred.T)
         return cls(mix, mix @ centred, mean)
+
+    @classmethod
+    def of_points(cls, points: Tensor, rows: Tensor) -> Subspace:
+        """Of experts points [n_tasks, n_rows] · rows [n_rows, size], which are not written out."""
+        mean = points.mean(0)
+        centred = points - mean
+        mix = _principal(centred @ (rows @ rows.T) @ centred.T)
+        return cls(mix, (mix @ centred) @ rows, mean @ rows)
 
     @property
     def size(self) -> int:
@@ -96,6 +102,15 @@ class Subspace:
         n = self.mix.shape[1]
         mixed = t @ self.mix
         return mixed - mixed.mean(-1, keepdim=True) + 1 / n
+
+
+def _principal(gram: Tensor) -> Tensor:
+    """[size, n]: combinations of n centred vectors that are orthonormal, the longest axis first."""
+    values, vectors = torch.linalg.eigh(gram.double())
+    keep = values > _LEAST_SHARE * values.sum()
+    values, vectors = values[keep].flip(0), vectors[:, keep].flip(1)
+    mix: Tensor = (vectors / values.sqrt()).T.float()
+    return mix
 
 
 def export_library(

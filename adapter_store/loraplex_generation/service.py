@@ -17,11 +17,13 @@ from torch import Tensor
 from .bundle import Bundle
 from .errors import GeneratorMismatch, NotTrained, OutOfDistribution, UnfitPrompts
 from .frozen_base import base_fingerprint
+from .guard import OodDetector
 from .layout import AdapterLayout
 from .library import Subspace
 from .retrieval import condition
 from .sentences import Encoded, SentenceEncoder
 from .task_vectors import TaskVectors
+from .text_map import TextMap
 
 __all__ = ["METHODS", "AdapterDescription", "Draft", "GeneratedAdapter", "Generator"]
 
@@ -65,6 +67,7 @@ class Generator:
         self._bundle, self._encoder, self._base_name = bundle, encoder, base_name
         self._task_vectors = task_vectors
         self._analogy = bundle.analogy
+        self._span = bundle.subspace if bundle.text_map is None else bundle.text_map.span()
 
     @classmethod
     def load(
@@ -87,12 +90,13 @@ class Generator:
 
     @property
     def default_method(self) -> str:
-        return self._bundle.default
+        return self._bundle.default if self._bundle.text_map is None else "text-map"
 
     @property
     def methods(self) -> tuple[str, ...]:
         """Those that can be asked for, "auto" among them."""
-        return ("auto", *(m for m in METHODS if m != "icm-lora" or self._bundle.icm is not None))
+        parts = {"icm-lora": self._bundle.icm, "text-map": self._bundle.text_map}
+        return ("auto", *(m for m in METHODS if m not in parts or parts[m] is not None))
 
     def generate(
         self,
@@ -114,13 +118,14 @@ class Generator:
         for them.
         """
         started = time.perf_counter()
-        name = self._bundle.default if method == "auto" else method
+        name = self.default_method if method == "auto" else method
         if prompts and name != "icm-lora":
             raise UnfitPrompts(f'method "{name}" has no use for prompts; "icm-lora" has')
         asked = self.read(description, wordings, prompts)
-        score = self.ood_score(asked)
-        if self.refuses(asked) and not force:
-            raise OutOfDistribution(score, self._bundle.ood_score.limit, self.nearest(asked))
+        score, limit = self.ood_score(asked, name), self._guard(name).limit
+        nearest = self.nearest(asked, name)
+        if score > limit and not force:
+            raise OutOfDistribution(score, limit, nearest)
         draft = self._average(asked, name, seed, samples)
         layout = self._bundle.layout
         card: dict[str, object] = {
@@ -133,10 +138,10 @@ class Generator:
             "prompts": len(prompts),
             "parts": {k: round(v, 4) for k, v in draft.parts.items()},
             "ood_score": round(score, 4),
-            "ood_limit": round(self._bundle.ood_score.limit, 4),
-            "nearest": [[w, round(s, 4)] for w, s in self.nearest(asked)],
+            "ood_limit": round(limit, 4),
+            "nearest": [[w, round(s, 4)] for w, s in nearest],
             "delta_norm": round(layout.delta_norm(draft.vector), 4),
-            "generator": self._bundle.digest,
+            "generator": self._digest(name),
             "library": self._bundle.library.digest,
             "base": self._bundle.library.base_fingerprint,
             "milliseconds": round(1000 * (time.perf_counter() - started), 1),
@@ -151,12 +156,12 @@ class Generator:
 
     @property
     def span(self) -> Subspace:
-        """What the library's experts span."""
-        return self._bundle.subspace
+        """What the adapters span that the default method was trained on."""
+        return self._span
 
     def library_mean(self) -> Tensor:
-        """float32 [layout.size]: what all experts have in common."""
-        return self._bundle.subspace.mean
+        """float32 [layout.size]: what they have in common."""
+        return self._span.mean
 
     def draft(
         self, asked: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False
@@ -174,15 +179,20 @@ class Generator:
         drafts = [self.draft(asked, method, seed=seed + i, sample=True) for i in range(samples)]
         return Draft(torch.stack([draft.vector for draft in drafts]).mean(0), drafts[0].parts)
 
-    def ood_score(self, asked: AdapterDescription) -> float:
-        """Above the bundle's limit, a description is refused."""
-        return float(self._bundle.ood_score.score(asked.encoded.sentence).min())
+    def ood_score(self, asked: AdapterDescription, method: str = "auto") -> float:
+        """Above the limit of the method's guard, a description is refused."""
+        return float(self._guard(method).score(asked.encoded.sentence).min())
 
-    def refuses(self, asked: AdapterDescription) -> bool:
-        return self.ood_score(asked) > self._bundle.ood_score.limit
+    def refuses(self, asked: AdapterDescription, method: str = "auto") -> bool:
+        return self.ood_score(asked, method) > self._guard(method).limit
 
-    def nearest(self, asked: AdapterDescription, n: int = 3) -> list[tuple[str, float]]:
-        """Names of the closest training tasks, and their best cosine."""
+    def nearest(
+        self, asked: AdapterDescription, method: str = "auto", n: int = 3
+    ) -> list[tuple[str, float]]:
+        """Names of the closest tasks that the method was trained on, and their cosine."""
+        text_map = self._text_map_of(method)
+        if text_map is not None:
+            return text_map.nearest(asked.encoded.sentence, n)
         similarity = (asked.encoded.sentence @ self._bundle.wordings.T).amax(0)
         best: dict[str, float] = {}
         for i in similarity.argsort(descending=True).tolist():
@@ -190,6 +200,19 @@ class Generator:
             if len(best) == n:
                 break
         return list(best.items())
+
+    def _text_map_of(self, method: str) -> TextMap | None:
+        """The map, where `method` stands for it: it knows more tasks than the library."""
+        name = self.default_method if method == "auto" else method
+        return self._bundle.text_map if name == "text-map" else None
+
+    def _guard(self, method: str) -> OodDetector:
+        text_map = self._text_map_of(method)
+        return self._bundle.ood_score if text_map is None else text_map.guard
+
+    def _digest(self, method: str) -> str:
+        text_map = self._text_map_of(method)
+        return self._bundle.digest if text_map is None else text_map.digest
 
     def read(
         self, description: str, wordings: Sequence[str] = (), prompts: Sequence[str] = ()
@@ -222,6 +245,14 @@ def _end_to_end(
     names = self._bundle.factors.names
     parts = {names[i]: float(point[i]) for i in point.nonzero()[:, 0].tolist() if point[i] > 0.02}
     return Draft(point @ self._bundle.vectors.float(), parts)
+
+
+def _text_map(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
+    text_map = self._bundle.text_map
+    if text_map is None:
+        raise NotTrained("this library has no text map; run `loraplex generator text-map`")
+    point = text_map.point(asked.encoded)
+    return Draft(text_map.vector(point), text_map.parts(point))
 
 
 def _analogy(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:
@@ -274,6 +305,7 @@ def _icm_lora(self: Generator, asked: AdapterDescription, random: torch.Generato
 
 
 METHODS: dict[str, Callable[[Generator, AdapterDescription, torch.Generator | None], Draft]] = {
+    "text-map": _text_map,
     "end-to-end": _end_to_end,
     "sg-lora": _sg_lora,
     "icm-lora": _icm_lora,

@@ -29,7 +29,7 @@ from .sg_lora import SgRecipe, train_sg_lora
 from .task_vectors import TaskConditions
 from .tensor_file import read_tensor_file
 
-__all__ = ["Wordings", "refit_guard", "train_bundle"]
+__all__ = ["Wordings", "fit_guard", "refit_guard", "train_bundle"]
 
 
 class Wordings:
@@ -102,7 +102,7 @@ def train_bundle(
         factors=factors,
         head=train_factor_head(trained.encoded, labels[trained.owner], factors.groups, seed=seed),
         neighbours=neighbours,
-        ood_score=_fit_guard(encoder, trained),
+        ood_score=fit_guard(encoder, trained),
         wordings=trained.encoded.sentence,
         tasks=tuple(task.name for task in trained.tasks),
         owner=trained.owner,
@@ -133,10 +133,10 @@ def refit_guard(folder: Path, encoder: SentenceEncoder) -> Path:
     """Fits the guard of `folder`'s generator anew; every map keeps its bits."""
     joint = read_tensor_file(folder / JOINT_FILE)
     tasks = [Task.parse(name) for name in joint.header["tasks"]]
-    return replace_guard(folder, _fit_guard(encoder, Wordings(encoder, tasks, casual=True)))
+    return replace_guard(folder, fit_guard(encoder, Wordings(encoder, tasks, casual=True)))
 
 
-def _fit_guard(encoder: SentenceEncoder, known: Wordings) -> OodDetector:
+def fit_guard(encoder: SentenceEncoder, known: Wordings) -> OodDetector:
     """From the casual wordings of the trained tasks, and as many short ones as there are."""
     short = short_wordings(known.tasks)
     owners = [*known.owner.tolist(), *[wording.task for wording in short]]

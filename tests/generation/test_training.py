@@ -31,6 +31,8 @@ from loraplex_generation.sg_lora import SG_ON_RAW_WEIGHTS, SgRecipe
 from loraplex_generation.task_vectors import TaskVectors, train_conditions
 from loraplex_generation.taskdata import TaskData
 from loraplex_generation.tensor_file import read_tensor_file, write_tensor_file
+from loraplex_generation.text_map import TEXT_MAP_FILE, TextMap
+from loraplex_generation.text_map_training import TextMapRecipe, train_text_map
 from loraplex_generation.training import refit_guard, train_bundle
 from loraplex_generation.zoo.split import ZooSplit
 from loraplex_generation.zoo.tasks import Task
@@ -293,6 +295,60 @@ def test_a_generator_for_another_base_is_refused(shipped: Path, tmp_path: Path) 
 
 def test_without_files_the_error_names_the_commands(tmp_path: Path) -> None:
     with pytest.raises(NotTrained, match="loraplex zoo train"):
+        Bundle.load(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def with_map(shipped: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library, and a text map over four of its tasks."""
+    folder = tmp_path_factory.mktemp("with_map")
+    for file in shipped.glob("*.safetensors"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    train_text_map(
+        base,
+        HashedWords(),
+        tiny_tokenizer(),
+        replace(SPLIT, sets={"train": SPLIT.sets["train"][:4]}),
+        folder=folder / "state",
+        shipped=folder,
+        recipe=TextMapRecipe(n_steps=4, n_directions=8, tasks_per_step=2, tokens_per_task=40),
+        report=lambda _: None,
+    )
+    return folder
+
+
+def test_where_there_is_a_text_map_auto_stands_for_it(with_map: Path, shipped: Path) -> None:
+    generator, without = _generator(with_map), _generator(shipped)
+    text = Task.parse("plural/quotes").descriptions()[0]
+    made = generator.generate(text)
+    assert made.card["method"] == generator.default_method == "text-map"
+    assert made.card["generator"] == TextMap.load(with_map / TEXT_MAP_FILE).digest
+    assert made.card["parts"]["quotes"] > 0.8  # type: ignore[index]
+    assert "text-map" not in without.methods
+    with pytest.raises(NotTrained, match="generator text-map"):
+        without.generate(text, method="text-map")
+    old, same = (g.generate(text, method="end-to-end") for g in (generator, without))
+    assert torch.equal(old.vector, same.vector)
+    assert {k: old.card[k] for k in ("ood_limit", "nearest", "generator")} == {
+        k: same.card[k] for k in ("ood_limit", "nearest", "generator")
+    }
+
+
+def test_a_text_map_refuses_by_a_guard_of_its_own(with_map: Path) -> None:
+    generator = _generator(with_map)
+    text = "zebras quietly juggle purple thunder"
+    with pytest.raises(OutOfDistribution) as refusal:
+        generator.generate(text)
+    assert refusal.value.limit == TextMap.load(with_map / TEXT_MAP_FILE).guard.limit
+    assert refusal.value.limit != Bundle.load(with_map).ood_score.limit
+
+
+def test_a_text_map_for_another_base_is_refused(with_map: Path, tmp_path: Path) -> None:
+    for file in with_map.glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    other = TextMap.load(tmp_path / TEXT_MAP_FILE)
+    replace(other, base_fingerprint="0123").save(tmp_path)
+    with pytest.raises(GeneratorMismatch, match="0123"):
         Bundle.load(tmp_path)
 
 

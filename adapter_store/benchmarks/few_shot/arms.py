@@ -84,7 +84,7 @@ def _generated(method: str) -> Callable[[Bench, Asked], Learnt]:
 
     def learn(bench: Bench, asked: Asked) -> Learnt:
         generator = bench.generator
-        refused = generator.refuses(generator.read(asked.sentence))
+        refused = generator.refuses(generator.read(asked.sentence), method)
         is_served = method == "auto"  # behind the guard, which the published methods do not have
         if not asked.examples:
             if refused and is_served:
@@ -139,13 +139,12 @@ def _from(start: Callable[[Bench], Tensor]) -> Callable[[Bench, Asked], Learnt]:
 
 def _lorahub(bench: Bench, asked: Asked) -> Learnt:
     rows = encode_pairs(bench.codec, asked.examples)
-    means = bench.bundle.library.means
 
     def loss(experts: Tensor, weights: Tensor) -> float:
-        return bench.loss(rows, weights @ means[experts].float())
+        return bench.loss(rows, weights @ bench.experts(experts))
 
-    found = search_weights(loss, len(means), seed=asked.seed, deadline=asked.deadline)
-    vector = found.weights @ means[found.experts].float()
+    found = search_weights(loss, bench.n_experts, seed=asked.seed, deadline=asked.deadline)
+    vector = found.weights @ bench.experts(found.experts)
     return Learnt(vector, told={"tries": found.n_tries, "loss": round(found.loss, 4)})
 
 

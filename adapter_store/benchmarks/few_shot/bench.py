@@ -65,6 +65,18 @@ class Bench:
     def layout(self) -> AdapterLayout:
         return self.bundle.layout
 
+    @property
+    def n_experts(self) -> int:
+        text_map = self.bundle.text_map
+        return len(self.bundle.library.tasks if text_map is None else text_map.tasks)
+
+    def experts(self, chosen: Tensor) -> Tensor:
+        """float32 [n_chosen, layout.size]: adapters of trained tasks, of all that are known."""
+        text_map = self.bundle.text_map
+        if text_map is None:
+            return self.bundle.library.means[chosen].float()
+        return text_map.vector(text_map.points[chosen])
+
     def score(
         self, examples: Sequence[Example], vector: Tensor | None, instruction: str = ""
     ) -> TaskScore:

@@ -65,6 +65,52 @@ def train(
     show(f"{path.name}  {path.stat().st_size / 1e6:.1f} MB")
 
 
+@generator.command("text-map")
+def text_map(
+    context: typer.Context,
+    folder: Annotated[
+        Path | None, typer.Option(help="State of the run. Default: $LORAPLEX_HOME/text-map.")
+    ] = None,
+    shipped: _Shipped = None,
+    tasks: Annotated[
+        str, typer.Option(help="The tasks: `wide` (520), `shipped` (72) or `small` (12).")
+    ] = "wide",
+    steps: Annotated[int | None, typer.Option(help="Default: 2400.", min=1)] = None,
+    base: _Base = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
+) -> None:
+    """Train the map from texts to adapters; an hour or two. Kill it at any time; it goes on.
+
+    It starts from the library's joint vectors. When it has ended, `auto` stands for it.
+    """
+    import torch
+    from rich import print as show
+    from transformers import AutoTokenizer
+
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_generation.shipped import shipped_folder
+    from loraplex_generation.text_map_training import TextMapRecipe, train_text_map
+    from loraplex_generation.zoo.split import SPLIT_FILES, load_split
+
+    if tasks not in SPLIT_FILES:
+        raise typer.BadParameter(f"known sets of tasks: {', '.join(SPLIT_FILES)}")
+    torch.set_num_threads(threads)
+    models = local_models(context)
+    directory = models.resolve_model(base)
+    recipe = TextMapRecipe() if steps is None else TextMapRecipe(n_steps=steps)
+    path = train_text_map(
+        directory,
+        SentenceEncoder(models.resolve_encoder()),
+        AutoTokenizer.from_pretrained(directory),
+        load_split(tasks),
+        folder=folder or models.loraplex_home() / "text-map",
+        shipped=shipped or shipped_folder(),
+        recipe=recipe,
+        report=lambda line: show(line, flush=True),
+    )
+    show(f"{path.name}  {path.stat().st_size / 1e6:.1f} MB")
+
+
 @generator.command()
 def guard(context: typer.Context, shipped: _Shipped = None) -> None:
     """Fit the check that refuses unknown descriptions anew; the methods stay as they are."""

@@ -1,0 +1,195 @@
+"""The map from texts to adapters, trained on a random base of three layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from loraplex_generation.errors import GeneratorMismatch
+from loraplex_generation.group_codes import GroupCodes
+from loraplex_generation.library import Subspace
+from loraplex_generation.scoring import TeacherForced
+from loraplex_generation.taskdata import TaskData
+from loraplex_generation.tensor_file import write_tensor_file
+from loraplex_generation.text_map import TEXT_MAP_FILE, Dressings, TextMap
+from loraplex_generation.text_map_training import (
+    ContentWordings,
+    TextMapRecipe,
+    TextMapTraining,
+)
+from loraplex_generation.zoo.tasks import Task
+from loraplex_generation.zoo_training import ZooTraining
+from tests.support.tiny_zoo import HashedWords, tiny_base, tiny_codec, tiny_directory
+
+NAMES = ("past/plain", "past/quotes", "plural/plain", "plural/caps", "list-first/quotes")
+TASKS = [Task.parse(name) for name in NAMES]
+RECIPE = TextMapRecipe(
+    n_steps=60,
+    n_directions=12,
+    tasks_per_step=3,
+    tokens_per_task=60,
+    lr_rows=2e-2,
+    lr_directions=1e-2,
+    warmup=2,
+    n_wordings=3,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_directory(tmp_path_factory.mktemp("base"), spread=0.3)  # wide: quick to teach
+
+
+@pytest.fixture(scope="module")
+def words() -> ContentWordings:
+    return ContentWordings(HashedWords(), TASKS, Dressings.of(TASKS).formats, RECIPE.n_wordings)
+
+
+def _training(
+    base: Path, words: ContentWordings, recipe: TextMapRecipe = RECIPE
+) -> TextMapTraining:
+    frozen = tiny_base(base)
+    layout = ZooTraining.layout_for(frozen)
+    return TextMapTraining(frozen, layout, TaskData(tiny_codec()), TASKS, words, recipe)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def trained(
+    base: Path, words: ContentWordings, tmp_path_factory: pytest.TempPathFactory
+) -> TextMap:
+    training = _training(base, words)
+    training.run(tmp_path_factory.mktemp("state") / "state.safetensors", report=_silent)
+    return training.finished(HashedWords())
+
+
+def _scores(base: Path, text_map: TextMap, tasks: list[Task], texts: list[str]) -> list[float]:
+    """Of rows that no training saw, under what the texts become; without texts, the base."""
+    data = TaskData(tiny_codec())
+    score = TeacherForced(tiny_base(base), data.head, text_map.layout)
+    encoder = HashedWords()
+    vectors = None
+    if texts:
+        points = [text_map.point(encoder.encode([text])) for text in texts]
+        vectors = torch.stack([text_map.vector(point) for point in points])
+    return [s.nll for s in score(data.eval_rows(tasks, 8, split="validation"), vectors)]
+
+
+def test_the_sentence_makes_the_task_likelier_and_that_of_another_less_so(
+    base: Path, trained: TextMap
+) -> None:
+    texts = [task.descriptions()[-1] for task in TASKS]
+    before = _scores(base, trained, TASKS, [])
+    after = _scores(base, trained, TASKS, texts)
+    swapped = _scores(base, trained, TASKS, texts[2:] + texts[:2])
+    assert all(a < 0.85 * b for a, b in zip(after, before, strict=True))
+    assert sum(after) < sum(swapped)
+
+
+def test_a_format_goes_with_an_operation_that_never_had_it(base: Path, trained: TextMap) -> None:
+    new = [Task.parse("past/caps"), Task.parse("plural/quotes")]
+    texts = [task.descriptions()[0] for task in new]
+    points = [trained.point(HashedWords().encode([text])) for text in texts]
+    caps, quotes = (trained.dressings.names.index(name) for name in ("caps", "quotes"))
+    assert points[0][caps] > 0.8 > 0.2 > points[0][quotes]
+    assert points[1][quotes] > 0.8 > 0.2 > points[1][caps]
+    before, after = _scores(base, trained, new, []), _scores(base, trained, new, texts)
+    assert all(a < b for a, b in zip(after, before, strict=True))
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
+    base: Path, words: ContentWordings, trained: TextMap, tmp_path: Path
+) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(line: str) -> None:
+        if "step 40" in line:
+            raise Stop
+
+    state = tmp_path / "state.safetensors"
+    with pytest.raises(Stop):
+        _training(base, words).run(state, report=stop, every_s=0)
+    lines: list[str] = []
+    again = _training(base, words)
+    again.run(state, report=lines.append)
+    assert lines[0] == "going on from step 40"
+    assert torch.equal(again.finished(HashedWords()).rows, trained.rows)
+
+
+def test_the_finished_directions_are_orthogonal_and_give_the_adapters_that_were_trained(
+    base: Path, words: ContentWordings, tmp_path: Path
+) -> None:
+    training = _training(base, words, replace(RECIPE, n_steps=4))
+    training.run(tmp_path / "state.safetensors", report=_silent)
+    made = training.finished(HashedWords())
+    directions = made.rows[len(made.dressings.names) :].float()
+    gram = F.normalize(directions, dim=1) @ F.normalize(directions, dim=1).T
+    assert (gram - torch.eye(len(gram))).abs().max() < 0.02  # they are kept in bfloat16
+    task = TASKS[3]
+    trained = training.vector_of(task, words.of(task)).mean(0)
+    torch.testing.assert_close(made.vector(made.points[3]), trained, atol=1e-4, rtol=2e-2)
+
+
+def test_a_saved_map_is_the_map_up_to_its_codes(trained: TextMap, tmp_path: Path) -> None:
+    again = TextMap.load(trained.save(tmp_path))
+    assert again.tasks == NAMES
+    assert again.guard.limit == trained.guard.limit
+    encoded = HashedWords().encode([TASKS[0].descriptions()[0]])
+    kept, made = (m.vector(m.point(encoded)) for m in (again, trained))
+    assert F.cosine_similarity(kept, made, dim=0) > 0.98
+    once_more = TextMap.load(again.save(tmp_path / "again"))
+    assert torch.equal(once_more.rows, again.rows)
+
+
+def test_it_names_the_tasks_that_are_close(trained: TextMap) -> None:
+    encoded = HashedWords().encode([TASKS[4].descriptions()[0]])
+    assert trained.nearest(encoded.sentence, 2)[0][0] == "list-first/quotes"
+    parts = trained.parts(trained.point(encoded))
+    assert parts["quotes"] > 0.8
+    assert parts["near list-first/quotes"] > 0.8
+
+
+def test_its_span_holds_the_adapters_of_all_tasks(trained: TextMap) -> None:
+    adapters = trained.points @ trained.rows.float()
+    span, expected = trained.span(), Subspace.of(adapters)
+    assert span.size == expected.size
+    torch.testing.assert_close(span.mean, adapters.mean(0), atol=1e-5, rtol=1e-4)
+    back = span.mean + span.project(adapters) @ span.directions
+    assert (back - adapters).norm() < 0.02 * adapters.norm()
+
+
+def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
+    write_tensor_file(tmp_path / TEXT_MAP_FILE, {}, {"format": "loraplex-text-map-0"})
+    with pytest.raises(GeneratorMismatch, match="generator text-map"):
+        TextMap.load(tmp_path / TEXT_MAP_FILE)
+
+
+def test_a_run_begins_with_the_rows_that_were_trained_before(
+    base: Path, words: ContentWordings, tmp_path: Path
+) -> None:
+    frozen = tiny_base(base)
+    layout = ZooTraining.layout_for(frozen)
+    start = {name: torch.randn(layout.size) for name in ("mean", "caps", "past", "plural")}
+    recipe = replace(RECIPE, n_steps=0)
+    training = TextMapTraining(
+        frozen, layout, TaskData(tiny_codec()), TASKS, words, recipe, start=start
+    )
+    before = training.vector_of(Task.parse("past/caps"), words.of(TASKS[0])).mean(0)
+    torch.testing.assert_close(before, start["mean"] + start["caps"])
+
+
+def test_four_bits_err_by_a_tenth_of_the_spread_and_keep_zeros() -> None:
+    rows = torch.randn(3, 200) * torch.tensor([[1.0], [1e-3], [0.0]])
+    back = GroupCodes.of(rows).rows(200)
+    assert back.shape == rows.shape
+    for one, other in zip(rows[:2], back[:2], strict=True):
+        assert (one - other).std() < 0.12 * one.std()
+    assert not back[2].any()

@@ -64,7 +64,11 @@ class OodDetector:
 
     def score(self, query: Tensor) -> Tensor:
         """[n], in [0, 2], for sentence embeddings [n, width]."""
-        return 1 - (F.normalize(query @ self.whiten, dim=-1) @ self.operations.T).amax(-1)
+        return 1 - self.similarities(query).amax(-1)
+
+    def similarities(self, query: Tensor) -> Tensor:
+        """[n, n_operations]: whitened cosines."""
+        return F.normalize(query @ self.whiten, dim=-1) @ self.operations.T
 
 
 def as_new(

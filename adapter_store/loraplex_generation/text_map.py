@@ -3,11 +3,14 @@
     B(text) = mean + language + format + h(text) · D
 
 Text-to-LoRA's idea (Charakorn et al., 2025: a hypernetwork trained on the tasks' own loss) over few
-shared directions D. What h reads of the operation is a point in their span, so that a new operation
-is a new point there. Languages and formats have rows of their own and add to any operation, as in
-`factors.py`.
+shared directions D. What is read of the operation is a point in their span. Languages and formats
+have rows of their own and add to any operation, as in `factors.py`.
 
-text_map.safetensors   rows as `GroupCodes`, the two readers, the guard, the tasks it was trained on
+An operation is read twice, and h is the average: by the network that D was trained with, and as the
+softmax over the trained operations' wordings, which keeps its footing where a sentence is put in
+words that the network has not met.
+
+text_map.safetensors   rows as `GroupCodes`, the readers, the guard, the tasks it was trained on
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ __all__ = ["TEXT_MAP_FILE", "Dressings", "OperationReader", "ReaderShape", "Text
 TEXT_MAP_FILE = "text_map.safetensors"
 _FORMAT = "loraplex-text-map-1"
 _M = TypeVar("_M", bound=nn.Module)
+_TEMPERATURE = 0.02  # of the softmax over contents; both are chosen on validation tasks
+_SHARE_OF_WORDINGS = 0.5  # in what is read
 _NONE = ""  # the language of operations that have none
 
 
@@ -126,7 +131,7 @@ class OperationReader(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class TextMap:
-    """As it serves. Immutable.
+    """As it serves. Immutable. A content is an operation in a language, if it has one.
 
     An adapter is a point [n_rows] times the rows: the dressings' first, then the directions, which
     are orthogonal, the one that tells most of the trained tasks apart in front.
@@ -139,9 +144,9 @@ class TextMap:
     reader: OperationReader
     rows: Tensor  # bfloat16 [n_rows, layout.size]
     tasks: tuple[str, ...]  # that it was trained on
-    points: Tensor  # float32 [n_tasks, n_rows]: the mean over each one's training wordings
+    codes: Tensor  # float32 [n_contents, n_directions]: the mean over each one's training wordings
     wordings: Tensor  # float32 [n_tasks, width]: the mean of each one's wordings, length 1
-    guard: OodDetector
+    guard: OodDetector  # its classes are the contents
     step: int
     digest: str = ""  # of the file
 
@@ -149,23 +154,31 @@ class TextMap:
     def point(self, encoded: Encoded) -> Tensor:
         """[n_rows], the mean over the texts."""
         dressing = self.dressings.point(*self.head.distributions(encoded))
-        return torch.cat([dressing, self.reader(encoded)], 1).mean(0)
+        shares = (self.guard.similarities(encoded.sentence) / _TEMPERATURE).softmax(-1)
+        read = torch.lerp(self.reader(encoded), shares @ self.codes, _SHARE_OF_WORDINGS)
+        return torch.cat([dressing, read], 1).mean(0)
+
+    @property
+    def points(self) -> Tensor:
+        """[n_tasks, n_rows], as trained."""
+        tasks = [Task.parse(name) for name in self.tasks]
+        at = {content: i for i, content in enumerate(dict.fromkeys(t.content for t in tasks))}
+        codes = self.codes[[at[task.content] for task in tasks]]
+        return torch.cat([self.dressings.exact_points(tasks), codes], 1)
 
     def vector(self, point: Tensor) -> Tensor:
         """float32 [layout.size] of a point [n_rows], or a vector for each of many."""
         return point.float() @ self.rows.float()
 
     def parts(self, point: Tensor) -> dict[str, float]:
-        """What a card says of a point: its dressings, and the trained tasks that are closest."""
+        """What a card says of a point: its dressings, and the trained contents that are closest."""
         named = dict(zip(self.dressings.names, point.tolist(), strict=False))
         shares = {name: share for name, share in named.items() if share > 0.02}
-        close = F.cosine_similarity(self._operation(point)[None], self._operation(self.points))
-        best = close.topk(min(3, len(close)))
+        contents = list(dict.fromkeys(Task.parse(name).content for name in self.tasks))
+        read = point[len(self.dressings.names) :]
+        best = F.cosine_similarity(read[None], self.codes).topk(min(3, len(contents)))
         near = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return shares | {f"near {self.tasks[i]}": share for i, share in near}
-
-    def _operation(self, points: Tensor) -> Tensor:
-        return points[..., len(self.dressings.names) :]
+        return shares | {f"near {contents[i]}": share for i, share in near}
 
     def mean(self) -> Tensor:
         """float32 [layout.size]: what the trained tasks have in common."""
@@ -186,7 +199,7 @@ class TextMap:
         tensors = {f"rows.{k}": v for k, v in GroupCodes.of(self.rows)._asdict().items()}
         for part, module in (("head", self.head), ("reader", self.reader)):
             tensors |= {f"{part}.{k}": v.bfloat16() for k, v in module.state_dict().items()}
-        tensors["points"], tensors["wordings"] = self.points.half(), self.wordings.half()
+        tensors["codes"], tensors["wordings"] = self.codes.half(), self.wordings.half()
         tensors["guard.whiten"] = self.guard.whiten.half()
         tensors["guard.operations"] = self.guard.operations.half()
         header = {
@@ -224,7 +237,7 @@ class TextMap:
             reader=_loaded(OperationReader(shape), tensors, "reader"),
             rows=codes.rows(layout.size).bfloat16(),
             tasks=tuple(header["tasks"]),
-            points=tensors["points"].float(),
+            codes=tensors["codes"].float(),
             wordings=tensors["wordings"].float(),
             guard=OodDetector(
                 tensors["guard.whiten"].float(),

@@ -184,9 +184,9 @@ class TextMapTraining:
         """The map as it is now, its directions orthogonal; a minute for hundreds of tasks."""
         reader = self._reader.eval()
         with torch.no_grad():
-            read = [reader(self._words.of(task)).mean(0) for task in self._tasks]
-            turn, directions = _orthogonal(torch.stack(read), self._directions.detach())
-        dressing = self._dressings.exact_points(self._tasks)
+            contents = {task.content: task for task in self._tasks}.values()
+            read = torch.stack([reader(self._words.of(task)).mean(0) for task in contents])
+            turn, directions = _orthogonal(read, self._directions.detach())
         words = Wordings(encoder, self._tasks, casual=True)
         return TextMap(
             layout=self._layout,
@@ -196,9 +196,9 @@ class TextMapTraining:
             reader=reader.turned(turn),
             rows=torch.cat([self._rows, directions]).bfloat16(),
             tasks=tuple(task.name for task in self._tasks),
-            points=torch.cat([dressing, torch.stack(read) @ turn], 1),
+            codes=read @ turn,
             wordings=words.centroids,
-            guard=fit_guard(encoder, words),
+            guard=fit_guard(encoder, words, lambda task: task.content),
             step=self.step,
         )
 

@@ -154,7 +154,7 @@ def test_it_names_the_tasks_that_are_close(trained: TextMap) -> None:
     assert trained.nearest(encoded.sentence, 2)[0][0] == "list-first/quotes"
     parts = trained.parts(trained.point(encoded))
     assert parts["quotes"] > 0.8
-    assert parts["near list-first/quotes"] > 0.8
+    assert parts["near list-first"] > 0.8
 
 
 def test_its_span_holds_the_adapters_of_all_tasks(trained: TextMap) -> None:

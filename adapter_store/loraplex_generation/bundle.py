@@ -3,7 +3,7 @@
 generator.safetensors   the maps; names the base, layout, library and joint vectors it is for
 library.safetensors     the experts they refer to
 joint.safetensors       the factor vectors of the end-to-end map
-text_map.safetensors    a map over many more tasks; where there is one, `auto` stands for it
+text_map.safetensors    a map over many more tasks, where it was trained
 """
 
 from __future__ import annotations

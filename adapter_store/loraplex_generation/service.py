@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from loraplex_generation.zoo.tasks import Task
+
 from .bundle import Bundle
 from .errors import GeneratorMismatch, NotTrained, OutOfDistribution, UnfitPrompts
 from .frozen_base import base_fingerprint
@@ -67,6 +69,7 @@ class Generator:
         self._bundle, self._encoder, self._base_name = bundle, encoder, base_name
         self._task_vectors = task_vectors
         self._analogy = bundle.analogy
+        self._contents = {Task.parse(name).content for name in bundle.tasks}
         self._span = bundle.subspace if bundle.text_map is None else bundle.text_map.span()
 
     @classmethod
@@ -88,9 +91,16 @@ class Generator:
             )
         return cls(bundle, encoder, TaskVectors.of_directory(base_directory), base_name)
 
-    @property
-    def default_method(self) -> str:
-        return self._bundle.default if self._bundle.text_map is None else "text-map"
+    def method_for(self, asked: AdapterDescription) -> str:
+        """What `auto` stands for.
+
+        The library's own method where the closest content is one that the library was trained on,
+        in more steps than the text map had for it; else the text map, where there is one.
+        """
+        text_map = self._bundle.text_map
+        if text_map is None or text_map.closest(asked.encoded.sentence) in self._contents:
+            return self._bundle.default
+        return "text-map"
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -118,10 +128,10 @@ class Generator:
         for them.
         """
         started = time.perf_counter()
-        name = self.default_method if method == "auto" else method
-        if prompts and name != "icm-lora":
-            raise UnfitPrompts(f'method "{name}" has no use for prompts; "icm-lora" has')
+        if prompts and method != "icm-lora":
+            raise UnfitPrompts(f'method "{method}" has no use for prompts; "icm-lora" has')
         asked = self.read(description, wordings, prompts)
+        name = self.method_for(asked) if method == "auto" else method
         score, limit = self.ood_score(asked, name), self._guard(name).limit
         nearest = self.nearest(asked, name)
         if score > limit and not force:
@@ -156,7 +166,7 @@ class Generator:
 
     @property
     def span(self) -> Subspace:
-        """What the adapters span that the default method was trained on."""
+        """What the adapters of all trained tasks span."""
         return self._span
 
     def library_mean(self) -> Tensor:
@@ -179,15 +189,16 @@ class Generator:
         drafts = [self.draft(asked, method, seed=seed + i, sample=True) for i in range(samples)]
         return Draft(torch.stack([draft.vector for draft in drafts]).mean(0), drafts[0].parts)
 
-    def ood_score(self, asked: AdapterDescription, method: str = "auto") -> float:
+    def ood_score(self, asked: AdapterDescription, method: str) -> float:
         """Above the limit of the method's guard, a description is refused."""
         return float(self._guard(method).score(asked.encoded.sentence).min())
 
     def refuses(self, asked: AdapterDescription, method: str = "auto") -> bool:
-        return self.ood_score(asked, method) > self._guard(method).limit
+        name = self.method_for(asked) if method == "auto" else method
+        return self.ood_score(asked, name) > self._guard(name).limit
 
     def nearest(
-        self, asked: AdapterDescription, method: str = "auto", n: int = 3
+        self, asked: AdapterDescription, method: str, n: int = 3
     ) -> list[tuple[str, float]]:
         """Names of the closest tasks that the method was trained on, and their cosine."""
         text_map = self._text_map_of(method)
@@ -202,9 +213,7 @@ class Generator:
         return list(best.items())
 
     def _text_map_of(self, method: str) -> TextMap | None:
-        """The map, where `method` stands for it: it knows more tasks than the library."""
-        name = self.default_method if method == "auto" else method
-        return self._bundle.text_map if name == "text-map" else None
+        return self._bundle.text_map if method == "text-map" else None
 
     def _guard(self, method: str) -> OodDetector:
         text_map = self._text_map_of(method)

@@ -162,7 +162,7 @@ class TextMap:
     def points(self) -> Tensor:
         """[n_tasks, n_rows], as trained."""
         tasks = [Task.parse(name) for name in self.tasks]
-        at = {content: i for i, content in enumerate(dict.fromkeys(t.content for t in tasks))}
+        at = {content: i for i, content in enumerate(self.contents)}
         codes = self.codes[[at[task.content] for task in tasks]]
         return torch.cat([self.dressings.exact_points(tasks), codes], 1)
 
@@ -170,12 +170,20 @@ class TextMap:
         """float32 [layout.size] of a point [n_rows], or a vector for each of many."""
         return point.float() @ self.rows.float()
 
+    @property
+    def contents(self) -> list[str]:
+        """In the order of the codes and of the guard's classes."""
+        return list(dict.fromkeys(Task.parse(name).content for name in self.tasks))
+
+    def closest(self, sentences: Tensor) -> str:
+        """The content whose wordings are closest to any of the sentences [n_texts, width]."""
+        return self.contents[int(self.guard.similarities(sentences).amax(0).argmax())]
+
     def parts(self, point: Tensor) -> dict[str, float]:
         """What a card says of a point: its dressings, and the trained contents that are closest."""
         named = dict(zip(self.dressings.names, point.tolist(), strict=False))
         shares = {name: share for name, share in named.items() if share > 0.02}
-        contents = list(dict.fromkeys(Task.parse(name).content for name in self.tasks))
-        read = point[len(self.dressings.names) :]
+        contents, read = self.contents, point[len(self.dressings.names) :]
         best = F.cosine_similarity(read[None], self.codes).topk(min(3, len(contents)))
         near = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return shares | {f"near {contents[i]}": share for i, share in near}

@@ -57,6 +57,7 @@ SPLIT = ZooSplit(
     },
     digests={},
 )
+MAPPED = ("gerund/plain", "gerund/quotes")  # of the text map alone
 RECIPE = JointRecipe(n_steps=60, tasks_per_step=3, tokens_per_task=60, lr=5e-2, warmup=2)
 EXPERT = ExpertRecipe(
     max_steps=4, chunk=2, lr=1e-2, tokens_per_task=60, snapshots=2, validation_rows=4
@@ -199,7 +200,7 @@ def test_a_generated_adapter_says_where_it_came_from(shipped: Path) -> None:
     generator = _generator(shipped)
     made = generator.generate(Task.parse("plural/quotes").descriptions()[0], seed=3)
     assert made.config["peft_type"] == "LORA"
-    assert made.card["method"] == generator.default_method
+    assert made.card["method"] == "end-to-end"
     assert {"plural", "quotes"} <= set(made.card["parts"])  # type: ignore[call-overload]
     assert made.card["library"] == Library.load(shipped / LIBRARY_FILE).digest
     assert float(made.card["delta_norm"]) > 0  # type: ignore[arg-type]
@@ -300,7 +301,7 @@ def test_without_files_the_error_names_the_commands(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def with_map(shipped: Path, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library, and a text map over four of its tasks."""
+    """The library, and a text map over four of its tasks and two of its own."""
     folder = tmp_path_factory.mktemp("with_map")
     for file in shipped.glob("*.safetensors"):
         (folder / file.name).write_bytes(file.read_bytes())
@@ -308,7 +309,7 @@ def with_map(shipped: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
         base,
         HashedWords(),
         tiny_tokenizer(),
-        replace(SPLIT, sets={"train": SPLIT.sets["train"][:4]}),
+        replace(SPLIT, sets={"train": (*SPLIT.sets["train"][:4], *MAPPED)}),
         folder=folder / "state",
         shipped=folder,
         recipe=TextMapRecipe(n_steps=4, n_directions=8, tasks_per_step=2, tokens_per_task=40),
@@ -317,30 +318,43 @@ def with_map(shipped: Path, base: Path, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-def test_where_there_is_a_text_map_auto_stands_for_it(with_map: Path, shipped: Path) -> None:
+def test_auto_is_the_map_for_what_the_library_was_not_trained_on(
+    with_map: Path, shipped: Path
+) -> None:
     generator, without = _generator(with_map), _generator(shipped)
-    text = Task.parse("plural/quotes").descriptions()[0]
+    text = Task.parse("gerund/quotes").descriptions()[0]
     made = generator.generate(text)
-    assert made.card["method"] == generator.default_method == "text-map"
+    assert made.card["method"] == "text-map"
     assert made.card["generator"] == TextMap.load(with_map / TEXT_MAP_FILE).digest
     assert made.card["parts"]["quotes"] > 0.8  # type: ignore[index]
-    assert "text-map" not in without.methods
-    with pytest.raises(NotTrained, match="generator text-map"):
-        without.generate(text, method="text-map")
-    old, same = (g.generate(text, method="end-to-end") for g in (generator, without))
+    known = Task.parse("plural/quotes").descriptions()[0]
+    old, same = (g.generate(known) for g in (generator, without))
     assert torch.equal(old.vector, same.vector)
-    assert {k: old.card[k] for k in ("ood_limit", "nearest", "generator")} == {
-        k: same.card[k] for k in ("ood_limit", "nearest", "generator")
-    }
+    old.card.pop("milliseconds"), same.card.pop("milliseconds")
+    assert old.card == same.card
+    assert old.card["method"] == "end-to-end"
 
 
-def test_a_text_map_refuses_by_a_guard_of_its_own(with_map: Path) -> None:
-    generator = _generator(with_map)
+def test_without_a_text_map_there_is_no_such_method(shipped: Path) -> None:
+    generator = _generator(shipped)
+    assert "text-map" not in generator.methods
+    with pytest.raises(NotTrained, match="generator text-map"):
+        generator.generate("Give the plural form", method="text-map")
+
+
+def test_a_text_map_refuses_by_a_guard_of_its_own(with_map: Path, tmp_path: Path) -> None:
+    for file in with_map.glob("*.safetensors"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    known = TextMap.load(tmp_path / TEXT_MAP_FILE)
+    replace(known, guard=replace(known.guard, limit=0.5)).save(tmp_path)
     text = "zebras quietly juggle purple thunder"
     with pytest.raises(OutOfDistribution) as refusal:
-        generator.generate(text)
-    assert refusal.value.limit == TextMap.load(with_map / TEXT_MAP_FILE).guard.limit
-    assert refusal.value.limit != Bundle.load(with_map).ood_score.limit
+        _generator(tmp_path).generate(text, method="text-map")
+    assert refusal.value.limit == 0.5
+    assert refusal.value.score == pytest.approx(
+        float(known.guard.score(HashedWords().encode([text]).sentence)), abs=1e-3
+    )
+    assert len(refusal.value.nearest) == 3
 
 
 def test_a_text_map_for_another_base_is_refused(with_map: Path, tmp_path: Path) -> None:

@@ -81,7 +81,8 @@ def text_map(
 ) -> None:
     """Train the map from texts to adapters; an hour or two. Kill it at any time; it goes on.
 
-    It starts from the library's joint vectors. When it has ended, `auto` stands for it.
+    It starts from the library's joint vectors. `auto` then stands for it where a text is closer to
+    a task that the library does not have.
     """
     import torch
     from rich import print as show

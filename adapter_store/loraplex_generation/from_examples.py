@@ -47,12 +47,12 @@ def generate_from_examples(
 ) -> GeneratedAdapter:
     """The draft from the sentence, or the library's mean, trained on ``pairs``.
 
-    Which of the two, how long, and whether at all, the pairs themselves decide, each judged by a
-    copy that has not seen it; the card's ``refinement`` says what came of it. A sentence that the
-    guard refuses starts from the mean unless ``force``: the pairs say what is meant. ``unlabelled``
-    are ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where
-    the pairs gain nothing, the draft is returned. Raises UnfitExamples, and NothingLearnt for a
-    refused sentence whose pairs gain nothing.
+    Which of them, how long, and whether at all, the pairs themselves decide, each judged by a
+    copy that has not seen it; the card's ``refinement`` says what came of it. That goes for a
+    sentence that the guard refuses, too: the pairs say what is meant. ``unlabelled`` are
+    ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where the
+    pairs gain nothing, the draft is returned. Raises UnfitExamples, and NothingLearnt for a refused
+    sentence whose pairs gain nothing, unless ``force``.
     """
     began = time.perf_counter()
     rows = encode_pairs(codec, pairs)
@@ -65,10 +65,9 @@ def generate_from_examples(
         samples=samples,
         force=True,
     )
-    starts = {"library mean": generator.library_mean()}
-    has_draft = force or not generator.refuses(generator.read(description, wordings), method)
-    if has_draft:
-        starts = {"draft": draft.vector, **starts}
+    asked = generator.read(description, wordings)
+    starts = {"draft": draft.vector, **generator.other_starts(asked, method)}
+    has_draft = force or not generator.refuses(asked, method)
     made = refine(
         base,
         draft.layout,

@@ -169,6 +169,14 @@ class Generator:
         """What the adapters of all trained tasks span."""
         return self._span
 
+    def other_starts(self, asked: AdapterDescription, method: str) -> dict[str, Tensor]:
+        """What may be closer to a task than the method's draft; examples say whether it is."""
+        starts = {"library mean": self.library_mean()}
+        has_map = self._bundle.text_map is not None
+        if method == "auto" and has_map and self.method_for(asked) != "text-map":
+            starts["text map"] = self.draft(asked, "text-map").vector
+        return starts
+
     def library_mean(self) -> Tensor:
         """float32 [layout.size]: what they have in common."""
         return self._span.mean

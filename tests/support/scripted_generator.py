@@ -35,8 +35,8 @@ class ScriptedGenerator(Generator):
     def span(self) -> Subspace:
         return self._span
 
-    def library_mean(self) -> Tensor:
-        return self._span.mean
+    def other_starts(self, asked: AdapterDescription, method: str) -> dict[str, Tensor]:
+        return {"library mean": self._span.mean}
 
     def read(
         self, description: str, wordings: Sequence[str] = (), prompts: Sequence[str] = ()
@@ -45,7 +45,7 @@ class ScriptedGenerator(Generator):
         encoded = Encoded(nothing, nothing.bool(), nothing)
         return AdapterDescription((description, *wordings), tuple(prompts), encoded)
 
-    def refuses(self, asked: AdapterDescription) -> bool:
+    def refuses(self, asked: AdapterDescription, method: str = "auto") -> bool:
         return "strange" in asked.wordings[0]
 
     def dressed(self, vector: Tensor, card: dict[str, object]) -> GeneratedAdapter:

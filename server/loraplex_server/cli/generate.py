@@ -20,7 +20,9 @@ def generate(
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", "-p", help="Try it on this input; repeat.")
     ] = None,
-    method: Annotated[str, typer.Option(help="auto, end-to-end, sg-lora, icm-lora ...")] = "auto",
+    method: Annotated[
+        str, typer.Option(help="auto, text-map, end-to-end, sg-lora, icm-lora ...")
+    ] = "auto",
     seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
     samples: Annotated[int, typer.Option(help="Latent draws to average.", min=0, max=16)] = 0,
     force: Annotated[

@@ -1993,7 +1993,7 @@ export interface components {
              * @default auto
              * @enum {string}
              */
-            method: "auto" | "end-to-end" | "sg-lora" | "icm-lora" | "weighted" | "nearest" | "analogy";
+            method: "auto" | "text-map" | "end-to-end" | "sg-lora" | "icm-lora" | "weighted" | "nearest" | "analogy";
             /** Name */
             name?: string | null;
             /**

@@ -125,17 +125,6 @@ def _cpus(config: ClusterConfig) -> int:
     return max(os.cpu_count() or 1, math.ceil(needed))
 
 
-def _remove(config: ClusterConfig) -> None:
-    """When running requests have had their time. What others run on the same Ray stays."""
-    # ``serve.shutdown`` waits for 30 s, ``serve.delete`` for 60, whatever requests may take.
-    serve.delete(config.name, _blocking=False)
-    deadline = time.monotonic() + config.server.http.drain_timeout_s + _MORE_S
-    while config.name in serve.status().applications and time.monotonic() < deadline:
-        time.sleep(_LOOK_S)
-    if config.ray.address is None:
-        serve.shutdown()
-
-
 def _proxies(config: ClusterConfig) -> str:
     """On one machine one proxy; on a cluster that runs one on each node with a gateway."""
     return "HeadOnly" if config.ray.address is None else "EveryNode"

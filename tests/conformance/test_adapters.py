@@ -233,6 +233,7 @@ def _cases() -> Iterator[object]:
             if row.refused is None and _runs(mode, row):
                 wrong = pytest.mark.xfail(reason=str(row.wrong), strict=True)
                 marks = [] if row.wrong is None else [wrong]
+                marks += [] if mode == "native" else [pytest.mark.nightly]
                 yield pytest.param(mode, row.id, id=f"{mode}-{row.id}", marks=marks)
 
 
@@ -249,7 +250,12 @@ def test_an_adapter_answers_as_the_model_it_was_trained_in(
     assert (problem := judge(model, base, questions, answers)) is None, problem
 
 
-@pytest.mark.parametrize("mode", _MODES)
+_BY_MODE = [
+    pytest.param(mode, marks=[] if mode == "native" else [pytest.mark.nightly]) for mode in _MODES
+]
+
+
+@pytest.mark.parametrize("mode", _BY_MODE)
 def test_base_rows_between_adapters_are_the_base(
     loads: _Loads, oracles: Oracles, mode: str
 ) -> None:
@@ -265,7 +271,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(loads: _Loads, row: st
     assert re.search(str(_ROW_OF[row].refused), put.message), put.message
 
 
-@pytest.mark.parametrize("mode", _MODES)
+@pytest.mark.parametrize("mode", _BY_MODE)
 def test_each_mode_runs_what_it_says(loads: _Loads, mode: str) -> None:
     log = loads.of(mode).log
     assert ("transformers' layers" in log) == (mode == "unfused")

@@ -18,7 +18,7 @@ from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
 from tests.support.server_process import ServerProcess, save_tiny_model, server_process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 KEY = "the-key-of-this-test"
 ASKING_KEY = "one-that-may-only-ask"
 N_MANY = 500

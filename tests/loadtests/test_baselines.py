@@ -103,6 +103,7 @@ def test_peft_answers_each_request_with_its_own_adapter(
         client.close()
 
 
+@pytest.mark.nightly
 def test_peft_finds_no_wrong_output_in_our_mixed_batch(model: Path, tmp_path: Path) -> None:
     rows = check_outputs([Loraplex(TINY)], model, tmp_path)["loraplex"]
     for kind in ("base_rows", "adapter_rows"):

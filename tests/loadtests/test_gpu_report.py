@@ -267,6 +267,7 @@ def test_what_needs_a_device_says_so_and_so_does_the_end_of_the_hour(tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_dry_run_serves_a_tiny_base_made_on_the_spot(tmp_path: Path) -> None:
     assert main(["--dry-run", f"--out={tmp_path}"]) == 0
     document = json.loads((tmp_path / "report.json").read_text())

@@ -104,6 +104,7 @@ def bench(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
+@pytest.mark.nightly
 def test_a_scenario_ends_in_a_report_with_no_request_lost(model: Path, tmp_path: Path) -> None:
     scenario = tmp_path / "once.toml"
     scenario.write_text(SCENARIO)
@@ -134,6 +135,7 @@ def test_a_scenario_ends_in_a_report_with_no_request_lost(model: Path, tmp_path:
     assert str(tmp_path / "once.md") in paths  # in one line, so that it can be copied
 
 
+@pytest.mark.nightly
 def test_a_baseline_that_does_not_start_loses_nothing_of_ours(model: Path, tmp_path: Path) -> None:
     scenario = tmp_path / "short.toml"
     scenario.write_text(SHORT + "mix = { base = 1 }\n")  # vLLM could run that

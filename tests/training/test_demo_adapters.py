@@ -21,6 +21,7 @@ from loraplex_training.demos.tool_families import ATTRIBUTES, COMMANDS, HELD_OUT
 from loraplex_training.examples import Chat
 
 SHIPPED = Path(str(files("loraplex_adapter_store") / "demos"))
+QUICK = ("german-numbers", "extract-email")  # in CI; the others at night
 N_PROMPTS = 8
 
 
@@ -57,7 +58,10 @@ def all_chats(demo: Demo) -> list[Chat]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DEMOS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.nightly]) for n in DEMOS],
+)
 def test_the_base_fails_and_the_demo_succeeds_on_unseen_prompts(
     name: str, base: tuple[Any, Any]
 ) -> None:

@@ -126,7 +126,13 @@ def is_running(pid: int) -> bool:
     return state != "Z"  # whose new parent has not looked yet
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGKILL,
+        *(pytest.param(n, marks=pytest.mark.nightly) for n in (signal.SIGTERM, signal.SIGINT)),
+    ],
+)
 def test_no_process_stays_behind_a_server(number: signal.Signals, tmp_path: Path) -> None:
     """SIGTERM and Ctrl-C let a running answer end first."""
     model = save_tiny_model(tmp_path / "base")

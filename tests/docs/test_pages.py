@@ -53,6 +53,11 @@ def _runnable(name: str) -> list[Example]:
     return [example for example in _commands_of(name) if not example.code.startswith(others)]
 
 
+def _is_first_read(name: str) -> bool:
+    """In CI; the other pages take minutes together and run at night."""
+    return "tutorials" in name or name in ("README.md", "docs/index.md")
+
+
 RUN = [name for name in sorted(PAGES) if _runnable(name)]
 
 
@@ -157,7 +162,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # a page has several commands
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if _is_first_read(name) else [pytest.mark.nightly])
+        for name in RUN
+    ],
+)
 def test_the_commands_of_a_page_print_what_it_says(
     name: str, server: ServerProcess, served: Path, pulled_base: Path, tiny: Path, tmp_path: Path
 ) -> None:

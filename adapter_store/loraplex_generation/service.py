@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +71,6 @@ class Generator:
         self._task_vectors = task_vectors
         self._analogy = bundle.analogy
         self._contents = {Task.parse(name).content for name in bundle.tasks}
-        self._span = bundle.subspace if bundle.text_map is None else bundle.text_map.span()
 
     @classmethod
     def load(
@@ -164,10 +164,11 @@ class Generator:
         config, tensors = layout.peft(vector, self._base_name)
         return GeneratedAdapter(config, tensors, card, layout, vector)
 
-    @property
+    @cached_property
     def span(self) -> Subspace:
-        """What the adapters of all trained tasks span."""
-        return self._span
+        """What the adapters of all trained tasks span. Made when examples are learnt first."""
+        text_map = self._bundle.text_map
+        return self._bundle.subspace if text_map is None else text_map.span()
 
     def other_starts(self, asked: AdapterDescription, method: str) -> dict[str, Tensor]:
         """What may be closer to a task than the method's draft; examples say whether it is."""
@@ -179,7 +180,7 @@ class Generator:
 
     def library_mean(self) -> Tensor:
         """float32 [layout.size]: what they have in common."""
-        return self._span.mean
+        return self.span.mean
 
     def draft(
         self, asked: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False

@@ -35,7 +35,7 @@ from .library import Subspace
 from .sentences import Encoded
 from .tensor_file import read_tensor_file, write_tensor_file
 
-__all__ = ["TEXT_MAP_FILE", "Dressings", "OperationReader", "ReaderShape", "TextMap"]
+__all__ = ["TEXT_MAP_FILE", "Dressings", "OperationReader", "ReaderShape", "TextMap", "contents_of"]
 
 TEXT_MAP_FILE = "text_map.safetensors"
 _FORMAT = "loraplex-text-map-1"
@@ -144,6 +144,7 @@ class TextMap:
     reader: OperationReader
     rows: Tensor  # bfloat16 [n_rows, layout.size]
     tasks: tuple[str, ...]  # that it was trained on
+    contents: tuple[str, ...]  # of the tasks, in the order of the codes and the guard's classes
     codes: Tensor  # float32 [n_contents, n_directions]: the mean over each one's training wordings
     wordings: Tensor  # float32 [n_tasks, width]: the mean of each one's wordings, length 1
     guard: OodDetector  # its classes are the contents
@@ -169,11 +170,6 @@ class TextMap:
     def vector(self, point: Tensor) -> Tensor:
         """float32 [layout.size] of a point [n_rows], or a vector for each of many."""
         return point.float() @ self.rows.float()
-
-    @property
-    def contents(self) -> list[str]:
-        """In the order of the codes and of the guard's classes."""
-        return list(dict.fromkeys(Task.parse(name).content for name in self.tasks))
 
     def closest(self, sentences: Tensor) -> str:
         """The content whose wordings are closest to any of the sentences [n_texts, width]."""
@@ -245,6 +241,7 @@ class TextMap:
             reader=_loaded(OperationReader(shape), tensors, "reader"),
             rows=codes.rows(layout.size).bfloat16(),
             tasks=tuple(header["tasks"]),
+            contents=contents_of([Task.parse(name) for name in header["tasks"]]),
             codes=tensors["codes"].float(),
             wordings=tensors["wordings"].float(),
             guard=OodDetector(
@@ -255,6 +252,11 @@ class TextMap:
             step=header["step"],
             digest=digest,
         )
+
+
+def contents_of(tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Each once, in the order in which the tasks have them."""
+    return tuple(dict.fromkeys(task.content for task in tasks))
 
 
 def _loaded(module: _M, tensors: Mapping[str, Tensor], part: str) -> _M:

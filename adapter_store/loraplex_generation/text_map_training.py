@@ -30,7 +30,7 @@ from .scoring import mean_nll_per_group
 from .sentences import Encoded, SentenceEncoder
 from .taskdata import TaskData
 from .tensor_file import read_tensor_file, write_tensor_file
-from .text_map import Dressings, OperationReader, ReaderShape, TextMap
+from .text_map import Dressings, OperationReader, ReaderShape, TextMap, contents_of
 from .training import Wordings, fit_guard
 
 __all__ = ["ContentWordings", "TextMapRecipe", "TextMapTraining", "train_text_map"]
@@ -196,6 +196,7 @@ class TextMapTraining:
             reader=reader.turned(turn),
             rows=torch.cat([self._rows, directions]).bfloat16(),
             tasks=tuple(task.name for task in self._tasks),
+            contents=contents_of(self._tasks),
             codes=read @ turn,
             wordings=words.centroids,
             guard=fit_guard(encoder, words, lambda task: task.content),

@@ -59,7 +59,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def _readings(text_map: TextMap, encoder: SentenceEncoder, tasks: Sequence[Task]) -> list[Tensor]:
-    """Points [n_tasks, n_rows]: by network, by wordings, by both; of the right content, if known."""
+    """Points [n_tasks, n_rows]: by network, by wordings, by both; of the right content."""
     texts = [encoder.encode([task.test_descriptions()[0]]) for task in tasks]
     both = torch.stack([text_map.point(text) for text in texts])
     by_network, n = both.clone(), len(text_map.dressings.names)

@@ -95,12 +95,14 @@ class Generator:
         """What `auto` stands for.
 
         The library's own method where the closest content is one that the library was trained on,
-        in more steps than the text map had for it; else the text map, where there is one.
+        in more steps than the text map had for it, and where it accepts what the map refuses; else
+        the text map, where there is one.
         """
-        text_map = self._bundle.text_map
+        default, text_map = self._bundle.default, self._bundle.text_map
         if text_map is None or text_map.closest(asked.encoded.sentence) in self._contents:
-            return self._bundle.default
-        return "text-map"
+            return default
+        is_left_to_default = self.refuses(asked, "text-map") and not self.refuses(asked, default)
+        return default if is_left_to_default else "text-map"
 
     @property
     def methods(self) -> tuple[str, ...]:

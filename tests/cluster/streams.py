@@ -53,6 +53,8 @@ def chat(adapter: str | None, n_tokens: int = 16, **fields: Any) -> dict[str, An
 async def stream(client: httpx.AsyncClient, body: dict[str, Any]) -> Streamed:
     n_tokens, error, done = 0, None, False
     async with client.stream("POST", CHAT, json=body) as answer:
+        if answer.headers.get("content-type", "").startswith("text/plain"):
+            answer.raise_for_status()  # Ray's proxy: the gateway died before it had answered
         if answer.status_code != 200:
             code = json.loads(await answer.aread())["error"]["code"]
             later = answer.headers.get("retry-after")

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -14,7 +15,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster.conftest import GREEDY, LIMITED, MODEST, cluster_config
-from tests.cluster.streams import Streamed, chat, connect, engines_of, keep_asking, stream, wrong
+from tests.cluster.streams import (
+    Streamed,
+    chat,
+    connect,
+    engines_of,
+    keep_asking,
+    stream,
+    taken_by,
+    wrong,
+)
 from tests.support.cluster_process import ClusterProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
@@ -130,6 +140,30 @@ async def test_an_overload_loses_nothing(cluster: ClusterProcess) -> None:
         assert all(a.retry_after for a in refused)
         while any(e["running"] or e["waiting"] for e in await engines_of(client)):
             await asyncio.sleep(0.2)  # nothing stays behind in an engine
+
+
+async def test_after_an_overload_every_replica_is_used_again(cluster: ClusterProcess) -> None:
+    """No gateway goes on believing in what another gateway's requests made of a replica."""
+    names = [f"a{n}" for n in range(8)]
+    async with connect(cluster) as client:
+        await asyncio.gather(*(stream(client, chat(names[n % 8], 100)) for n in range(300)))
+        taken = await taken_by_replica(client, names)
+        waited_for, deadline = set(taken), time.monotonic() + 60
+        while waited_for and time.monotonic() < deadline:
+            for name in names:  # one after another: each goes to its home
+                assert not wrong([await stream(client, chat(name, 4))], 4)
+            now = await taken_by_replica(client, names)
+            waited_for -= {replica for replica in now if now[replica] >= taken[replica] + 2}
+    assert len(taken) == 2
+    assert not waited_for
+
+
+async def taken_by_replica(client: httpx.AsyncClient, names: list[str]) -> Counter[str]:
+    """Requests for these adapters that each replica has taken."""
+    found: Counter[str] = Counter({engine["replica"]: 0 for engine in await engines_of(client)})
+    for of_replicas in (await taken_by(client, names)).values():
+        found.update(of_replicas)
+    return found
 
 
 async def test_a_greedy_key_does_not_keep_others_waiting(cluster: ClusterProcess) -> None:

@@ -9,10 +9,11 @@
 
 The replica reports where its adapters are by defining ``record_routing_stats()`` that returns
 ``{"device": [digest, …], "host": [digest, …], "free_slots": n, "evictable": n}`` and, where it
-can, ``"capacity": rows of a step, "free_bytes": n, "bytes": {digest: n}, "pending_ranks": n`` (see
-`ReplicaSnapshot`). Without a capacity it is ``max_ongoing_requests``. The caller names the adapter
-by ``handle.options(multiplexed_model_id=digest)``, those of a mixture joined by commas, and leaves
-it unset for the base.
+can, ``"capacity": rows of a step, "pending": n, "free_bytes": n, "bytes": {digest: n},
+"pending_ranks": n`` (see `ReplicaSnapshot`). Without a capacity it is ``max_ongoing_requests``.
+The caller names the adapter by ``handle.options(multiplexed_model_id=digest)``, those of a mixture
+joined by commas, and leaves it unset for the base. Who broadcasts often must do it on a handle of
+its own: a broadcast renews the age of the queue length that the router believes.
 """
 
 from __future__ import annotations
@@ -51,13 +52,13 @@ def rank_replicas(
     prompt_hash: int,
     now_s: float,
 ) -> list[ServeReplica]:
-    """The candidates, best first. An unknown queue length counts as an empty queue."""
+    """The candidates, best first. An unknown queue length is what the replica reported last."""
     by_name = {str(c.replica_id): c for c in candidates}
     snapshots = [
         ReplicaSnapshot.from_stats(
             name,
             c.routing_stats or {},
-            n_pending=queue_lengths.get(c.replica_id) or 0,
+            n_pending=queue_lengths.get(c.replica_id),
             capacity=c.max_ongoing_requests,
         )
         for name, c in by_name.items()

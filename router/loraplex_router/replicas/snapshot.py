@@ -68,17 +68,18 @@ class ReplicaSnapshot:
 
     @staticmethod
     def from_stats(
-        replica_id: str, stats: Mapping[str, object], *, n_pending: int, capacity: int
+        replica_id: str, stats: Mapping[str, object], *, n_pending: int | None, capacity: int
     ) -> ReplicaSnapshot:
         """Reads the ``routing_stats`` a replica reports. A missing or odd key counts as empty.
 
+        ``n_pending``: as the caller counts them; None: not known, what the replica reports counts.
         ``capacity`` is taken where the replica reports none: how many requests may be sent to it
         can be far above the rows of its steps, which are what load is measured in.
         """
         free_bytes = stats.get("free_bytes")
         return ReplicaSnapshot(
             replica_id=replica_id,
-            n_pending=n_pending,
+            n_pending=_count(stats.get("pending")) if n_pending is None else n_pending,
             capacity=_count(stats.get("capacity")) or capacity,
             device=_digests(stats.get("device")),
             host=_digests(stats.get("host")),

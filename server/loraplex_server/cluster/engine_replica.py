@@ -139,6 +139,7 @@ class EngineReplica:
         pending = Counter(stats.running_adapters) + Counter(stats.waiting_adapters)
         return {
             "capacity": stats.max_batch_size,
+            "pending": stats.n_running + stats.n_waiting,
             "device": sorted(resident),
             "host": sorted(plans.keys() - resident),
             "free_slots": max(0, stats.pool_slots_total - len(resident)),

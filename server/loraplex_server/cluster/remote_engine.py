@@ -17,6 +17,7 @@ from contextvars import Context
 from dataclasses import replace
 from hashlib import blake2b
 
+from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -51,6 +52,10 @@ class RemoteEngine:
     def __init__(self, handle: DeploymentHandle, facts: EngineFacts) -> None:
         self._handle = handle
         self._stream = handle.options(stream=True, method_name="generate")
+        # A handle counts the calls that wait on a replica, a count that Ray forgets when it has not
+        # changed for ten seconds. Looks at everybody each second would keep a wrong one for ever:
+        # after an overload a replica seemed full to a gateway that had not sent what filled it.
+        self._everybody = serve.get_deployment_handle(handle.deployment_name, handle.app_name)
         self._facts = facts
         self._running: dict[str, asyncio.Task[None]] = {}
         self._replicas: Mapping[str, ReplicaStats] = {}
@@ -146,7 +151,7 @@ class RemoteEngine:
     async def ask_all(self, method: str, *arguments: object) -> Sequence[object]:
         """What all replicas answer; nothing where one of them does not answer in time."""
         try:
-            answers = self._handle.broadcast(method, *arguments)
+            answers = self._everybody.broadcast(method, *arguments)
             return list(await answers.results_async(timeout_s=_POLL_LIMIT_S))
         except (RayError, RayServeException, TimeoutError) as error:
             _log.info("%s: a replica does not answer: %s", method, error)

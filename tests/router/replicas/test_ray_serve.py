@@ -61,3 +61,12 @@ def test_prompts_that_share_their_start_share_their_hash() -> None:
     assert first == prompt_hash_of((), {"body": start + "two"})
     assert first != prompt_hash_of(("other",), {})
     assert prompt_hash_of((1, None), {"x": 2}) == 0
+
+
+def test_a_queue_length_that_nobody_knows_is_what_the_replica_reported() -> None:
+    """Ray forgets a length after ten seconds; the replica's own count is a second old."""
+    busy = Replica("busy", {"device": [DIGEST], "free_slots": 1, "pending": 8})
+    idle = Replica("idle", {"free_slots": 1, "pending": 0})
+    for lengths, first in (({}, "idle"), ({"busy": 0}, "busy")):
+        ranked = rank_replicas(ReplicaRouter(), [busy, idle], lengths, DIGEST, 5, 0.0)
+        assert ranked[0].replica_id == first

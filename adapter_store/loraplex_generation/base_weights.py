@@ -14,6 +14,14 @@ from torch import Tensor
 __all__ = ["BaseWeights", "FileWeights", "FrozenLinear", "HeldLinear", "ReadLinear"]
 
 
+_PRODUCTS_OF_A_PIECE = 1 << 27  # multiplications: some milliseconds of a core
+_LEAST_ROWS = 16  # of a piece, since each reads all weights
+
+
+def _go_on() -> None:
+    pass
+
+
 class FrozenLinear(Protocol):
     """One or several linears that read the same input; gradients reach the input alone."""
 
@@ -28,6 +36,9 @@ class BaseWeights(Protocol):
     """By the names of the checkpoint. Raises KeyError for one that it has not."""
 
     def linear(self, names: Sequence[str]) -> FrozenLinear: ...
+
+    def tied(self, table: Tensor) -> FrozenLinear:
+        """The output head that is the table of the embedding."""
 
     def tensor(self, name: str) -> Tensor: ...
 
@@ -47,14 +58,15 @@ class HeldLinear:
 class ReadLinear:
     """Reads its weights, [Σ out, in], anew for each product, forwards and backwards.
 
-    So memory holds those of one linear at a time.
+    So memory holds those of one linear at a time. ``rest`` is called before each piece of a
+    product of at most some milliseconds: the thread may wait there.
     """
 
-    def __init__(self, read: Callable[[], Tensor]) -> None:
-        self._read = read
+    def __init__(self, read: Callable[[], Tensor], rest: Callable[[], None] = _go_on) -> None:
+        self._read, self._rest = read, rest
 
     def __call__(self, x: Tensor) -> Tensor:
-        product: Tensor = _Product.apply(x, self._read)  # type: ignore[no-untyped-call]
+        product: Tensor = _Product.apply(x, self._read, self._rest)  # type: ignore[no-untyped-call]
         return product
 
     def matrix(self) -> Tensor:
@@ -65,13 +77,35 @@ class _Product(torch.autograd.Function):
     """y = x Wᵀ, and back dx = dy W; W takes no gradient and is not kept between the two."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, read: Callable[[], Tensor]) -> Tensor:
-        ctx.read = read
-        return F.linear(x, read())
+    def forward(
+        ctx: Any, x: Tensor, read: Callable[[], Tensor], rest: Callable[[], None]
+    ) -> Tensor:
+        ctx.read, ctx.rest = read, rest
+        return _in_pieces(F.linear, x, read, rest)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.read(), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return _in_pieces(torch.matmul, grads[0], ctx.read, ctx.rest), None, None
+
+
+def _in_pieces(
+    product: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    read: Callable[[], Tensor],
+    rest: Callable[[], None],
+) -> Tensor:
+    """``product`` of the rows of ``x`` [..., n] with the weights."""
+    rest()
+    weights = read()
+    rows = x.reshape(-1, x.shape[-1])
+    n = max(_LEAST_ROWS, _PRODUCTS_OF_A_PIECE // weights.numel())
+    if len(rows) <= n:
+        return product(x, weights)
+    parts = []
+    for part in torch.split(rows, n):
+        rest()
+        parts.append(product(part, weights))
+    return torch.cat(parts).reshape(*x.shape[:-1], -1)
 
 
 class FileWeights:
@@ -89,6 +123,9 @@ class FileWeights:
     def linear(self, names: Sequence[str]) -> HeldLinear:
         weights = [self.tensor(f"{name}.weight") for name in names]
         return HeldLinear(weights if self._mapped else [torch.cat(weights)])
+
+    def tied(self, table: Tensor) -> HeldLinear:
+        return HeldLinear([table])
 
     def tensor(self, name: str) -> Tensor:
         tensor: Tensor = self._tensors.pop(name)

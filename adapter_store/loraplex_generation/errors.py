@@ -6,7 +6,8 @@ GeneratorError
 ├── NotTrained          the files are not there, or lack the method asked for
 ├── UnfitPrompts        too few prompts to read a task off, or a method that reads none
 ├── UnfitExamples       too few, too many or too long pairs of prompt and answer
-└── NothingLearnt       a refused description, and examples that do not say what is meant
+├── NothingLearnt       a refused description, and examples that do not say what is meant
+└── OutOfTime           the time was over before the examples had been tried once
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ __all__ = [
     "NotTrained",
     "NothingLearnt",
     "OutOfDistribution",
+    "OutOfTime",
     "UnfitExamples",
     "UnfitPrompts",
 ]
@@ -67,4 +69,12 @@ class NothingLearnt(GeneratorError):
             f"the description is unlike anything this generator was trained on, and {n_pairs} "
             f"examples did not make up for it (held out: {nll:.2f} nats a token before and after); "
             "give more examples or more time, or train an adapter with `loraplex train`"
+        )
+
+
+class OutOfTime(GeneratorError):
+    def __init__(self) -> None:
+        super().__init__(
+            "the time was over before the examples had been tried once, since other requests came "
+            'first; give more time ("budget_s") or ask again later. A draft stays as it is'
         )

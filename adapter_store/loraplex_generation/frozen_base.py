@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .base_weights import BaseWeights, FileWeights, FrozenLinear, HeldLinear
+from .base_weights import BaseWeights, FileWeights, FrozenLinear
 from .layout import PROJECTIONS, AdapterLayout, BaseShape
 from .packing import PackedBatch
 from .rms_norm import rms_norm
@@ -89,7 +89,7 @@ class FrozenBase:
         weights = weights or FileWeights(directory, dtype, mapped=mapped)
         self._embed = weights.tensor("model.embed_tokens.weight")
         is_tied = config.get("tie_word_embeddings", False)
-        self._head = HeldLinear([self._embed]) if is_tied else weights.linear(["lm_head"])
+        self._head = weights.tied(self._embed) if is_tied else weights.linear(["lm_head"])
         self._norm = weights.tensor("model.norm.weight")
         self._layers = [_layer(weights, i, has_qkv_bias) for i in range(self.shape.n_layers)]
 

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from .frozen_base import FrozenBase
-from .packing import PackedBatch, Row, pack
+from .packing import TOKENS_AT_ONCE, PackedBatch, Row, in_parts, pack
 
 __all__ = ["KnownRows"]
-
-_TOKENS = 1024  # of rows in a forward
 
 
 class KnownRows:
@@ -38,20 +36,8 @@ class KnownRows:
 
     def _learn(self, rows: Sequence[Row]) -> None:
         n_head = len(self._head)
-        for part in _parts(list(dict.fromkeys(rows))):
+        for part in in_parts(list(dict.fromkeys(rows)), TOKENS_AT_ONCE):
             states = self._base.below(pack(self._head, [part]), self._first_layer)[0]
             self._head_state = states[:n_head]
             sizes = [len(row.tokens) for row in part]
             self._states.update(zip(part, torch.split(states[n_head:], sizes), strict=True))
-
-
-def _parts(rows: Sequence[Row]) -> list[list[Row]]:
-    parts: list[list[Row]] = []
-    left = 0
-    for row in rows:
-        if len(row.tokens) > left:
-            parts.append([])
-            left = max(_TOKENS, len(row.tokens))
-        parts[-1].append(row)
-        left -= len(row.tokens)
-    return parts

@@ -19,7 +19,17 @@ from loraplex_generation.zoo.tasks import Example
 
 from .row_attention import RowPlan
 
-__all__ = ["ChatCodec", "PackedBatch", "PromptTokenizer", "Row", "pack"]
+__all__ = [
+    "TOKENS_AT_ONCE",
+    "ChatCodec",
+    "PackedBatch",
+    "PromptTokenizer",
+    "Row",
+    "in_parts",
+    "pack",
+]
+
+TOKENS_AT_ONCE = 256  # of rows: a layer of it takes a core some milliseconds
 
 
 class PromptTokenizer(Protocol):
@@ -129,3 +139,16 @@ def pack(head: Sequence[int], groups: Sequence[Sequence[Row]]) -> PackedBatch:
         as_tensor(rows_of, dtype=torch.int64),
         as_tensor(adapter, dtype=torch.int64),
     )
+
+
+def in_parts(rows: Sequence[Row], n_tokens: int) -> list[list[Row]]:
+    """In order, each part of at most so many tokens, or of one longer row."""
+    parts: list[list[Row]] = []
+    left = 0
+    for row in rows:
+        if len(row.tokens) > left:
+            parts.append([])
+            left = max(n_tokens, len(row.tokens))
+        parts[-1].append(row)
+        left -= len(row.tokens)
+    return parts

@@ -19,7 +19,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from .errors import OutOfTime
 from .frozen_base import FrozenBase, LoraFA
 from .known_rows import KnownRows
 from .layout import AdapterLayout
 from .library import Subspace
-from .packing import Row
+from .packing import TOKENS_AT_ONCE, Row, in_parts
 from .row_adam import RowAdam
 from .scoring import TaskScore, mean_nll_per_group, score_groups
 
@@ -110,36 +111,43 @@ def refine(
     """``rows``: two or more pairs; ``starts`` [layout.size] each. Deterministic but for time.
 
     ``deadline``, of ``time.monotonic``: a step that would not be done and judged by then is not
-    begun, and the rate falls as time runs out. ``report`` is called before the first and after each
-    step; what it raises ends the work. ``head``: tokens that every chat begins with.
+    begun, and the rate falls as time runs out. ``base`` may raise TimeoutError then: the step that
+    it cuts off is none. Raises OutOfTime where that is before the first look. ``report`` is called
+    before the first and after each step; what it raises ends the work. ``head``: tokens that every
+    chat begins with.
     """
     began = time.monotonic()
     n_steps = recipe.span_steps + recipe.steps
     report(RefinementProgress("choosing a start", 0, n_steps, None))
-    task = _Task(base, layout, head, rows, recipe)
-    name, start = task.best_start(starts)
     pace = _Pace(began, deadline)
-    with pace.look():
-        first = task.held_out(start.expand(len(task.folds), -1))
+    try:
+        task = _Task(base, layout, head, rows, recipe)
+        name, start = task.best_start(starts)
+        with pace.look():
+            first = task.held_out(start.expand(len(task.folds), -1))
+    except TimeoutError:
+        raise OutOfTime from None
     best = _Best(first, start, recipe.least_gain)
     report(RefinementProgress("training", 0, n_steps, best.score.nll))
     copies = _Copies(task, span, start, recipe, pace)
-    looked_at = 0
-    while copies.step < min(recipe.judged_steps, n_steps) and pace.allows_a_step():
-        copies.advance()
-        if copies.step % recipe.look_every == 0 or copies.step == n_steps:
-            with pace.look():
-                best.offer(task.held_out(copies.judges), copies.kept, copies.step)
-            looked_at = copies.step
-        report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
-    if looked_at < copies.step:
-        best.offer(task.held_out(copies.judges), copies.kept, copies.step)
+    with suppress(TimeoutError):
+        looked_at = 0
+        while copies.step < min(recipe.judged_steps, n_steps) and pace.allows_a_step():
+            copies.advance()
+            if copies.step % recipe.look_every == 0 or copies.step == n_steps:
+                with pace.look():
+                    best.offer(task.held_out(copies.judges), copies.kept, copies.step)
+                looked_at = copies.step
+            report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
+        if looked_at < copies.step:
+            best.offer(task.held_out(copies.judges), copies.kept, copies.step)
     if best.step:
         copies.dismiss_judges()
         pace.end_looks()
-        while copies.step < n_steps and pace.allows_a_step():
-            copies.advance()
-            report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
+        with suppress(TimeoutError):
+            while copies.step < n_steps and pace.allows_a_step():
+                copies.advance()
+                report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
         best.vector, best.step = copies.kept, copies.step
     seconds = time.monotonic() - began
     return Refinement(best.vector, name, best.first, best.score, best.step, seconds)
@@ -220,9 +228,19 @@ class _Task:
         return HeldOut(sum(score.nll for score in scores) / len(scores), sum(right), len(right))
 
     def _scores(self, groups: Sequence[Sequence[Row]], copies: Tensor) -> list[TaskScore]:
-        batch, below = self._known.batch(groups)
-        adapters = LoraFA(self._layout, copies, self._base.dtype)
-        return score_groups(self._base, batch, adapters, below)
+        return [self._score(rows, copy) for rows, copy in zip(groups, copies, strict=True)]
+
+    def _score(self, rows: Sequence[Row], copy: Tensor) -> TaskScore:
+        """In short forwards, since others may be served meanwhile."""
+        adapter = LoraFA(self._layout, copy[None], self._base.dtype)
+        nll = 0.0
+        right: list[bool] = []
+        for part in in_parts(rows, TOKENS_AT_ONCE):
+            batch, below = self._known.batch([part])
+            (score,) = score_groups(self._base, batch, adapter, below)
+            nll += score.nll * sum(row.n_answer for row in part)
+            right += score.right
+        return TaskScore(nll / sum(row.n_answer for row in rows), tuple(right))
 
 
 class _Turns:

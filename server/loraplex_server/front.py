@@ -22,6 +22,7 @@ from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import PoolingPlan
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.shipped import shipped_folder
+from loraplex_server.adapters.background_share import BackgroundShare
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.device_pins import DevicePins
 from loraplex_server.adapters.device_tier import DeviceTier
@@ -294,15 +295,23 @@ def _trainer(
     from loraplex_generation.packing import ChatCodec
 
     codec = Lazy(lambda: ChatCodec(served.tokenizer))
+    share = BackgroundShare(config.share, lambda: _is_serving(served.engine))
     # Elsewhere the weights are out of reach: the file's are mapped, which the system can take back.
-    base = Lazy(lambda: FrozenBase(served.path, weights=served.weights, mapped=True))
+    weights = None if served.weights is None else served.weights.resting(share.rest)
+    base = Lazy(lambda: FrozenBase(served.path, weights=weights, mapped=True))
     return ExampleTrainer(
         find_generator,
         lambda: ChatBase(base.get(), codec.get()),
         codec.get,
+        share,
         n_threads=config.threads,
         faults=faults,
     )
+
+
+def _is_serving(engine: FrontEngine) -> bool:
+    now = engine.stats()
+    return now.n_running + now.n_waiting > 0
 
 
 def _encoder_model(shared: SharedEncoder) -> EncoderModel | None:

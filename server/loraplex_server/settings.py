@@ -245,7 +245,7 @@ class StoreConfig(Options):
         metavar="SIZE",
     )
     catalogue_refresh_s: Seconds = option(
-        1.0,
+        0.1,
         "How long a name is answered from memory before the catalogue is asked again.",
         Panel.ADAPTERS,
         name="catalogue_refresh",
@@ -281,6 +281,15 @@ class LearningConfig(Options):
         Panel.ADAPTERS,
         name="learning_threads",
         ge=0,
+    )
+    share: float = option(
+        0.1,
+        "Share of the time that such adapters learn for while requests are answered on the same "
+        "cores. When nobody waits they learn all the time.",
+        Panel.ADAPTERS,
+        name="learning_share",
+        gt=0,
+        le=1,
     )
     max_budget_s: Seconds = option(
         600.0,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from loraplex_generation.errors import UnfitExamples
+from loraplex_generation.errors import OutOfTime, UnfitExamples
 from loraplex_generation.from_examples import generate_from_examples, read_pairs
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.layout import AdapterLayout
@@ -162,6 +162,38 @@ def test_judges_that_agree_leave_the_rest_of_the_steps_to_the_copy_that_saw_all(
     assert made.steps == 28
     assert n_copies == [3] * 8 + [1] * 20
     assert len(made.vector) == world.layout.full_size
+
+
+@pytest.mark.parametrize("n_steps", [8, 20])
+def test_a_step_that_the_base_breaks_off_is_none(
+    world: World, monkeypatch: pytest.MonkeyPatch, n_steps: int
+) -> None:
+    """As one that serves, too, does at the deadline; in the judges' part and after it."""
+    n_begun = 0
+    score = FrozenBase.score
+
+    def cut_off(self: FrozenBase, *batch: Any) -> Any:
+        nonlocal n_begun
+        n_begun += torch.is_grad_enabled()
+        if n_begun > n_steps:
+            raise TimeoutError
+        return score(self, *batch)
+
+    monkeypatch.setattr(FrozenBase, "score", cut_off)
+    made = world.refine(RULE[:6], recipe=replace(RECIPE, judged_steps=12))
+    assert made.steps == n_steps
+    assert torch.isfinite(made.vector).all()
+    assert made.after.nll < made.before.nll
+
+
+def test_no_time_for_a_first_look_is_an_error(world: World) -> None:
+    def over(*_: object) -> Any:
+        raise TimeoutError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FrozenBase, "score", over)
+        with pytest.raises(OutOfTime, match="budget_s"):
+            world.refine(RULE[:6])
 
 
 def test_judges_that_disagree_end_the_work(world: World) -> None:

@@ -34,7 +34,12 @@ class ScriptedTrainer:
             raise UnfitExamples("example 1 is unfit")
 
     def train(
-        self, request: AdapterGenerationRequest, *, deadline: float, report: Progress
+        self,
+        request: AdapterGenerationRequest,
+        *,
+        deadline: float,
+        stop: threading.Event,
+        report: Progress,
     ) -> GeneratedAdapter:
         self.deadlines.append(deadline)
         self.began.release()

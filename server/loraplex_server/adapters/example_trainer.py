@@ -20,6 +20,7 @@ from loraplex_generation.service import GeneratedAdapter, Generator
 from loraplex_generation.zoo.tasks import Example
 from loraplex_server.api.errors import ApiError, unavailable
 
+from .background_share import BackgroundShare
 from .generated_adapters import AdapterGenerationRequest
 from .jobs import JobCancelled
 
@@ -37,14 +38,15 @@ class ExampleTrainer:
         find_generator: Callable[[], Generator],
         find_base: Callable[[], ChatBase],
         find_codec: Callable[[], ChatCodec],
+        share: BackgroundShare,
         *,
         n_threads: int = 1,
         recipe: RefinementRecipe = RefinementRecipe(),  # noqa: B008  frozen value
         faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
-        """What ``find_…`` find is loaded at the first use."""
+        """What ``find_…`` find is loaded at the first use. ``share``: of the base's products."""
         self._find_generator, self._find_base = find_generator, find_base
-        self._find_codec = find_codec
+        self._find_codec, self._share = find_codec, share
         self._n_threads, self._recipe, self._faults = n_threads, recipe, faults
 
     def check(self, request: AdapterGenerationRequest) -> None:
@@ -53,10 +55,15 @@ class ExampleTrainer:
             encode_pairs(self._find_codec(), _pairs(request))
 
     def train(
-        self, request: AdapterGenerationRequest, *, deadline: float, report: Progress
+        self,
+        request: AdapterGenerationRequest,
+        *,
+        deadline: float,
+        stop: threading.Event,
+        report: Progress,
     ) -> GeneratedAdapter:
         _yield_to_serving(self._n_threads)
-        with self._failures():
+        with self._failures(), self._share.job(deadline, stop):
             return generate_from_examples(
                 self._find_generator(),
                 *self._find_base(),

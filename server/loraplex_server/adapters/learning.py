@@ -47,9 +47,16 @@ class Trainer(Protocol):
         """Raises UnfitExamples for what cannot be learnt from. Any thread, some milliseconds."""
 
     def train(
-        self, request: AdapterGenerationRequest, *, deadline: float, report: Progress
+        self,
+        request: AdapterGenerationRequest,
+        *,
+        deadline: float,
+        stop: threading.Event,
+        report: Progress,
     ) -> GeneratedAdapter:
         """Blocks, at most until ``deadline`` (of ``time.monotonic``) or until ``report`` raises.
+
+        ``stop``: set where it is about to raise.
 
         The card's ``refinement`` says whether anything was gained; if not, it is the draft.
         """
@@ -354,7 +361,9 @@ class Learning:
 
         def train() -> GeneratedAdapter:
             deadline = time.monotonic() + order.budget_s - _PUT_S
-            return self._trainer.train(order.request, deadline=deadline, report=report)
+            return self._trainer.train(
+                order.request, deadline=deadline, stop=order.stop, report=report
+            )
 
         future: Future[GeneratedAdapter] = self._thread.submit(train)
 

@@ -163,6 +163,8 @@ def _from_store(
             return invalid(str(error), "examples", "unfit_examples")
         case generator_errors.NothingLearnt():
             return ApiError(422, str(error), code="nothing_learnt", param="examples")
+        case generator_errors.OutOfTime():
+            return ApiError(503, str(error), code="out_of_time", param="examples")
         case generator_errors.GeneratorError():
             return invalid(str(error), param, "feature_not_enabled")
         case store_errors.UnknownAdapter():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,11 +23,21 @@ class ResidentWeights:
         """``dtype``: of what is read; weights that are served in it are not rounded."""
         self._spec, self._dtype = model.spec, dtype
         self._groups = {group.module_names: group.packed for group in model.groups.values()}
+        self._rest: Callable[[], None] = _nothing
+
+    def resting(self, rest: Callable[[], None]) -> ResidentWeights:
+        """The same weights; who computes with them calls ``rest`` before each short product."""
+        others = copy.copy(self)
+        others._rest = rest
+        return others
 
     def linear(self, names: Sequence[str]) -> ReadLinear:
         """``names``: all that are packed together, as q, k and v or gate and up are."""
         packed: BaseLinear = self._groups[tuple(names)]
-        return ReadLinear(lambda: packed.matrix().to(self._dtype))
+        return ReadLinear(lambda: packed.matrix().to(self._dtype), self._rest)
+
+    def tied(self, table: Tensor) -> ReadLinear:
+        return ReadLinear(lambda: table, self._rest)
 
     def tensor(self, name: str) -> Tensor:
         """Of the embedding, the table itself where it is served in ``dtype``; else a copy."""
@@ -34,3 +45,7 @@ class ResidentWeights:
         if name == f"{spec.input_embedding}.weight":
             return spec.stored(spec.input_embedding).to(self._dtype)
         return spec.parameter(name).to(self._dtype)
+
+
+def _nothing() -> None:
+    pass

@@ -6,12 +6,14 @@ import os
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 
 from loraplex_generation.errors import GeneratorMismatch
 from loraplex_generation.service import Generator
+from loraplex_server.adapters.background_share import BackgroundShare
 from loraplex_server.adapters.example_trainer import ExampleTrainer
 from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest
 
@@ -36,9 +38,11 @@ def test_a_training_thread_yields_to_serving_and_others_stay_as_they_were() -> N
     def unused() -> object:
         raise AssertionError("not asked for")
 
-    trainer = ExampleTrainer(find_generator, unused, unused, n_threads=2)  # type: ignore[arg-type]
+    share = BackgroundShare(1.0, lambda: False)
+    trainer = ExampleTrainer(find_generator, unused, unused, share, n_threads=2)  # type: ignore[arg-type]
+    train = partial(trainer.train, deadline=0.0, stop=threading.Event(), report=lambda now: None)
     with ThreadPoolExecutor(1) as pool, pytest.raises(GeneratorMismatch):
-        pool.submit(trainer.train, REQUEST, deadline=0.0, report=lambda progress: None).result()
+        pool.submit(train, REQUEST).result()
     assert seen == [(2, max(10, before[1]))]
     assert told() == before
     with ThreadPoolExecutor(1) as pool:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_generation.base_weights import FileWeights, ReadLinear
 from loraplex_generation.chat_base import ChatBase
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.packing import ChatCodec
 from loraplex_generation.refinement import RefinementRecipe
 from loraplex_generation.zoo.tasks import Example
+from loraplex_server.adapters.background_share import BackgroundShare
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.example_trainer import ExampleTrainer
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
@@ -482,7 +484,8 @@ async def test_training_through_the_base_gains_on_words_it_has_not_seen(
     base = ChatBase(FrozenBase(tmp_path / "base", dtype=torch.float32), codec)
 
     def make(generator: ScriptedGenerator) -> ExampleTrainer:
-        return ExampleTrainer(lambda: generator, lambda: base, lambda: codec, recipe=RECIPE)
+        share = BackgroundShare(1.0, lambda: False)
+        return ExampleTrainer(lambda: generator, lambda: base, lambda: codec, share, recipe=RECIPE)
 
     pairs = [{"prompt": word, "answer": "yes"} for word in WORDS[:6]]
     with learning_front(tokenizer, base_spec, tmp_path, make) as front:
@@ -493,6 +496,35 @@ async def test_training_through_the_base_gains_on_words_it_has_not_seen(
         assert states[-1]["learning"]["gained"] is True, states[-1]
         learnt = _unseen_nll(front.store, "surname", codec)
     assert learnt < 0.75 * draft
+
+
+async def test_a_job_beside_requests_that_finds_no_time_says_so_and_its_draft_stays(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = tiny_model(initializer_range=_SPREAD)
+    model.save_pretrained(tmp_path / "base")
+    codec = tiny_codec()
+    share = BackgroundShare(1e-6, lambda: True)
+
+    class Resting(FileWeights):
+        def linear(self, names: Sequence[str]) -> ReadLinear:  # type: ignore[override]
+            return ReadLinear(super().linear(names).matrix, share.rest)
+
+    weights = Resting(tmp_path / "base", torch.float32, mapped=True)
+    base = ChatBase(FrozenBase(tmp_path / "base", dtype=torch.float32, weights=weights), codec)
+
+    def make(generator: ScriptedGenerator) -> ExampleTrainer:
+        return ExampleTrainer(lambda: generator, lambda: base, lambda: codec, share, recipe=RECIPE)
+
+    spec = BaseSpec.of(model, "tiny/llama")
+    with learning_front(tokenizer, spec, tmp_path, make) as front:
+        pairs = [{"prompt": word, "answer": "yes"} for word in WORDS[:6]]
+        job = (await front.post(GENERATE, {**ORDER, "examples": pairs, "budget_s": 1})).json()
+        world = World(front, ScriptedTrainer(ScriptedGenerator(spec)))
+        end = await world.ended(job)
+        assert (end["status"], end["error"]["code"]) == ("failed", "out_of_time")
+        assert "budget_s" in end["error"]["message"]
+        assert (await front.chat(adapter="surname")).json()["adapter"]["digest"] == job["digest"]
 
 
 @torch.inference_mode()

@@ -9,8 +9,7 @@ which is what carries over to combinations that were never trained.
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from .frozen_base import FrozenBase, LoraFA
 from .layout import AdapterLayout
 from .row_adam import RowAdam
 from .scoring import mean_nll_per_group
+from .task_training import RunningLosses, TaskTraining
 from .taskdata import TaskData
-from .tensor_file import SafetensorsFile, read_tensor_file, write_tensor_file
+from .tensor_file import read_tensor_file, write_tensor_file
 
 __all__ = ["JointRecipe", "JointTraining"]
 
@@ -46,8 +46,10 @@ class JointRecipe:
         return self.lr * min(1.0, (step + 1) / self.warmup) * (1 - 0.9 * min(1.0, late))
 
 
-class JointTraining:
+class JointTraining(TaskTraining):
     """The vectors V and everything needed to go on from them. Not thread-safe."""
+
+    name, report_every = "joint", 10
 
     def __init__(
         self,
@@ -59,36 +61,14 @@ class JointTraining:
         recipe: JointRecipe,
     ) -> None:
         """`points`: task name → [n_descriptions, factors.size], c of each training wording."""
+        losses = RunningLosses(tasks, start=3.0, base_weight=0.15, max_loss=2.0)
+        super().__init__(recipe.n_steps, losses)
         self._base, self._layout, self._data = base, layout, data
-        self._tasks, self._points, self.recipe = tasks, points, recipe
+        self._points, self.recipe = points, recipe
         factors = Factors.of(tasks)
         self.vectors = torch.zeros(factors.size, layout.size)
         self._first_pair = factors.size - len(factors.pairs)
         self._adam = RowAdam(self.vectors)
-        self._loss = dict.fromkeys((t.name for t in tasks), 3.0)  # running mean per task
-        self.step = 0
-
-    @property
-    def losses(self) -> dict[str, float]:
-        """Running training loss of each task."""
-        return dict(self._loss)
-
-    def run(self, checkpoint: Path, *, report: Callable[[str], None], every_s: float = 90) -> None:
-        """Trains to the end, saving `checkpoint` now and then; goes on from it if it exists."""
-        if checkpoint.exists():
-            self._restore(read_tensor_file(checkpoint))
-            report(f"going on from step {self.step}")
-        saved = time.monotonic()
-        while self.step < self.recipe.n_steps:
-            loss = self._one_step()
-            if time.monotonic() - saved > every_s or self.step == self.recipe.n_steps:
-                self.save(checkpoint)
-                saved = time.monotonic()
-            if self.step % 10 == 0:
-                mean = sum(self._loss.values()) / len(self._loss)
-                report(
-                    f"joint step {self.step}/{self.recipe.n_steps} loss {loss:.3f} mean {mean:.3f}"
-                )
 
     def start_from(self, vectors: Tensor, step: int) -> None:
         """Goes on from vectors whose optimiser state is lost."""
@@ -97,23 +77,24 @@ class JointTraining:
 
     def save(self, path: Path) -> None:
         adam = {f"adam.{name}": tensor for name, tensor in self._adam.state().items()}
-        header = {"step": self.step, "loss": self._loss}
+        header = {"step": self.step, "loss": self._losses.by_task}
         write_tensor_file(path, {"vectors": self.vectors, **adam}, header)
 
-    def _restore(self, state: SafetensorsFile) -> None:
+    def _restore(self, path: Path) -> None:
+        state = read_tensor_file(path)
         tensors = state.tensors
         prefix = "adam."
         self.vectors.copy_(tensors["vectors"])
         self._adam.restore(
             {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         )
-        self._loss.update(state.header["loss"])
+        self._losses.restore(state.header["loss"])
         self.step = int(state.header["step"])
 
     def _one_step(self) -> float:
         recipe = self.recipe
         rng = random.Random(f"{recipe.seed}:{self.step}")
-        tasks = self._draw(rng)
+        tasks = self._losses.draw(recipe.tasks_per_step, rng)
         c = torch.stack([self._point(task, rng) for task in tasks])  # [n_tasks, factors]
         vectors = c @ self.vectors
         vectors.requires_grad_()
@@ -124,20 +105,8 @@ class JointTraining:
         assert vectors.grad is not None
         touched = (c.abs() > 0.05).any(0).nonzero()[:, 0]
         self._adam.step(c.T @ vectors.grad, touched, lr=recipe.rate(self.step))
-        for task, loss in zip(tasks, losses.tolist(), strict=True):
-            self._loss[task.name] += 0.3 * (loss - self._loss[task.name])
-        self.step += 1
+        self._losses.note(tasks, losses)
         return float(losses.detach().mean())
-
-    def _draw(self, rng: random.Random) -> list[Task]:
-        """Tasks that are still hard come more often."""
-        weights = [0.15 + min(self._loss[t.name], 2.0) for t in self._tasks]
-        chosen: list[Task] = []
-        while len(chosen) < min(self.recipe.tasks_per_step, len(self._tasks)):
-            task = rng.choices(self._tasks, weights)[0]
-            if task not in chosen:
-                chosen.append(task)
-        return chosen
 
     def _point(self, task: Task, rng: random.Random) -> Tensor:
         points = self._points[task.name]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from .packing import ChatCodec, PromptTokenizer
 from .row_adam import RowAdam
 from .scoring import mean_nll_per_group
 from .sentences import Encoded, SentenceEncoder
+from .task_training import RunningLosses, TaskTraining
 from .taskdata import TaskData
 from .tensor_file import read_tensor_file, write_tensor_file
 from .text_map import Dressings, OperationReader, ReaderShape, TextMap, contents_of
@@ -100,8 +100,10 @@ class ContentWordings:
         return Encoded(part.tokens[:, :longest].float(), part.mask[:, :longest], part.sentence)
 
 
-class TextMapTraining:
+class TextMapTraining(TaskTraining):
     """Owner of the map while it is trained. Not thread-safe."""
+
+    name, report_every = "text map", 20
 
     def __init__(
         self,
@@ -117,6 +119,8 @@ class TextMapTraining:
         """`start`: rows that were trained before, by name; D begins with what the others than
         dressings span.
         """
+        losses = RunningLosses(tasks, start=2.0, base_weight=0.2, max_loss=1.0)
+        super().__init__(recipe.n_steps, losses)
         self._base, self._layout, self._data = base, layout, data
         self._tasks, self._words, self.recipe = list(tasks), words, recipe
         torch.manual_seed(recipe.seed)
@@ -142,36 +146,6 @@ class TextMapTraining:
             fused=True,
         )
         self._rates = [recipe.lr_directions, recipe.lr_reader]
-        self._loss = dict.fromkeys((task.name for task in self._tasks), 2.0)  # running means
-        self.step = 0
-
-    @property
-    def losses(self) -> dict[str, float]:
-        """Running training loss of each task."""
-        return dict(self._loss)
-
-    def run(
-        self,
-        checkpoint: Path,
-        *,
-        report: Callable[[str], None],
-        every_s: float = 300,
-    ) -> None:
-        """Trains to the end, saving `checkpoint` now and then; goes on from it if it exists."""
-        if checkpoint.exists():
-            self._restore(checkpoint)
-            report(f"going on from step {self.step}")
-        saved = time.monotonic()
-        self._reader.train()
-        while self.step < self.recipe.n_steps:
-            loss = self._one_step()
-            if time.monotonic() - saved > every_s or self.step == self.recipe.n_steps:
-                self.save(checkpoint)
-                saved = time.monotonic()
-            if self.step % 20 == 0:
-                mean = sum(self._loss.values()) / len(self._loss)
-                of = f"{self.step}/{self.recipe.n_steps}"
-                report(f"text map step {of} loss {loss:.3f} mean {mean:.3f}")
 
     def vector_of(self, task: Task, encoded: Encoded) -> Tensor:
         """[n_texts, layout.size]: what texts become now, in the format and language of `task`."""
@@ -214,11 +188,11 @@ class TextMapTraining:
         torch.manual_seed(recipe.seed * 1_000_003 + self.step)
         for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
             group["lr"] = rate * recipe.share(self.step)
-        tasks = self._draw(rng)
+        tasks = self._losses.draw(recipe.tasks_per_step, rng)
         dressing = self._dressings.exact_points(tasks)
         words = self._words.draw(tasks, rng)
         noisy = words._replace(tokens=words.tokens + recipe.noise * torch.randn_like(words.tokens))
-        vectors = dressing @ self._rows + self._reader(noisy) @ self._directions
+        vectors = dressing @ self._rows + self._reader.train()(noisy) @ self._directions
         vectors.retain_grad()
         batch = self._data.train_batch(tasks, recipe.tokens_per_task, rng)
         adapters = LoraFA(self._layout, vectors, self._base.dtype)
@@ -230,9 +204,7 @@ class TextMapTraining:
         touched = dressing.any(0).nonzero()[:, 0]
         rate = recipe.lr_rows * recipe.share(self.step)
         self._dressing_adam.step(dressing.T @ vectors.grad, touched, lr=rate)
-        for task, loss in zip(tasks, losses.tolist(), strict=True):
-            self._loss[task.name] += 0.3 * (loss - self._loss[task.name])
-        self.step += 1
+        self._losses.note(tasks, losses)
         return float(losses.detach().mean())
 
     def save(self, path: Path) -> None:
@@ -243,7 +215,7 @@ class TextMapTraining:
         }
         for i, state in self._adam.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
-        header = {"step": self.step, "loss": self._loss, "recipe": asdict(self.recipe)}
+        header = {"step": self.step, "loss": self._losses.by_task, "recipe": asdict(self.recipe)}
         write_tensor_file(path, tensors, header)
 
     def _restore(self, path: Path) -> None:
@@ -263,17 +235,8 @@ class TextMapTraining:
             i, _, rest = name.partition(".")
             kept["state"].setdefault(int(i), {})[rest] = tensor
         self._adam.load_state_dict(kept)
-        self._loss.update(file.header["loss"])
+        self._losses.restore(file.header["loss"])
         self.step = int(file.header["step"])
-
-    def _draw(self, rng: random.Random) -> list[Task]:
-        """Tasks that are still hard come more often."""
-        weights = [0.2 + min(self._loss[task.name], 1.0) for task in self._tasks]
-        chosen: dict[str, Task] = {}
-        while len(chosen) < min(self.recipe.tasks_per_step, len(self._tasks)):
-            task = rng.choices(self._tasks, weights)[0]
-            chosen[task.name] = task
-        return list(chosen.values())
 
     def _start_from(self, start: Mapping[str, Tensor], directions: Tensor) -> None:
         """A direction that means something already is not read of any text yet."""
@@ -309,7 +272,7 @@ def train_text_map(
     words = ContentWordings(encoder, tasks, Dressings.of(tasks).formats, recipe.n_wordings)
     data = TaskData(ChatCodec(tokenizer))
     training = TextMapTraining(base, layout, data, tasks, words, recipe, start=start)
-    training.run(folder / "training.safetensors", report=report)
+    training.run(folder / "training.safetensors", report=report, every_s=300)
     report("fitting the guard")
     return training.finished(encoder).save(shipped)
 

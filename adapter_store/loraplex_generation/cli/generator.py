@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .local_models import local_models
+from .task_sets import split_named
 
 __all__ = ["generator"]
 
@@ -91,10 +92,8 @@ def text_map(
     from loraplex_generation.sentences import SentenceEncoder
     from loraplex_generation.shipped import shipped_folder
     from loraplex_generation.text_map_training import TextMapRecipe, train_text_map
-    from loraplex_generation.zoo.split import SPLIT_FILES, load_split
 
-    if tasks not in SPLIT_FILES:
-        raise typer.BadParameter(f"known sets of tasks: {', '.join(SPLIT_FILES)}")
+    split = split_named(tasks)
     torch.set_num_threads(threads)
     models = local_models(context)
     directory = models.resolve_model(base)
@@ -103,7 +102,7 @@ def text_map(
         directory,
         SentenceEncoder(models.resolve_encoder()),
         AutoTokenizer.from_pretrained(directory),
-        load_split(tasks),
+        split,
         folder=folder or models.loraplex_home() / "text-map",
         shipped=shipped or shipped_folder(),
         recipe=recipe,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .local_models import local_models
+from .task_sets import split_named
 
 if TYPE_CHECKING:
     from loraplex_generation.zoo_training import ZooTraining
@@ -122,11 +123,9 @@ def export(
 def _training(home: Path, folder: Path | None, shipped: Path | None, tasks: str) -> ZooTraining:
     """Refuses to mix the files of two sets of tasks."""
     from loraplex_generation.shipped import shipped_folder
-    from loraplex_generation.zoo.split import SPLIT_FILES, load_split
     from loraplex_generation.zoo_training import ZooTraining
 
-    if tasks not in SPLIT_FILES:
-        raise typer.BadParameter(f"known sets of tasks: {', '.join(SPLIT_FILES)}")
+    split = split_named(tasks)
     if tasks != "shipped" and (folder is None or shipped is None):
         raise typer.BadParameter(f"--tasks {tasks} needs --folder and --shipped of its own")
-    return ZooTraining(folder or home / "zoo", shipped or shipped_folder(), split=load_split(tasks))
+    return ZooTraining(folder or home / "zoo", shipped or shipped_folder(), split=split)

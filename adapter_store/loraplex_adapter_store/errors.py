@@ -17,6 +17,8 @@ StoreError
 │   └── SourceForbidden     the source lies outside what the operator allowed
 ├── UnservableAdapter       stored by another server; the engine of this one cannot apply it
 ├── HostTierFull            the plan cannot fit beside the leased and pinned ones
+├── AdapterInUse            requests use it: it stays in memory until they have ended
+├── AdapterPinned           it stays in memory until it is unpinned
 ├── StoredAdapterDamaged    bytes on disk no longer match their digest
 ├── CatalogueUnavailable    the object store of the catalogue does not answer; try again
 ├── LoadCancelled           who asked for the adapter left while it was fetched
@@ -28,7 +30,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 __all__ = [
+    "AdapterInUse",
     "AdapterMismatch",
+    "AdapterPinned",
     "AdapterRefused",
     "BaseMismatch",
     "CatalogueUnavailable",
@@ -153,6 +157,23 @@ class UnservableAdapter(StoreError):
 
 class HostTierFull(StoreError):
     pass
+
+
+class AdapterInUse(StoreError):
+    def __init__(self, name: str, n_uses: int) -> None:
+        use = "request uses" if n_uses == 1 else "requests use"
+        super().__init__(
+            f"{n_uses} {use} adapter {name!r}, which stays in memory meanwhile; "
+            "wait for them to end, or cancel them, then unload it"
+        )
+
+
+class AdapterPinned(StoreError):
+    """``pinned``: the name that is pinned, of the same content."""
+
+    def __init__(self, name: str, pinned: str) -> None:
+        why = "is pinned" if name == pinned else f"has the content of {pinned!r}, which is pinned"
+        super().__init__(f"adapter {name!r} {why}; unpin {pinned!r}, then unload it")
 
 
 class StoredAdapterDamaged(StoreError):

@@ -147,6 +147,15 @@ class HostTier:
             self._changed.notify_all()
             return entry.n_bytes
 
+    def unload(self, digest: str) -> int:
+        """Evicts an idle plan; returns how many uses keep it here. A pinned one stays."""
+        with self._changed:
+            n_uses = self._n_uses(digest)
+            if not n_uses and digest in self._entries and digest not in self._pinned:
+                self._park(digest)
+                self._changed.notify_all()
+            return n_uses
+
     def pin(self, digests: frozenset[str]) -> None:
         """Replaces the set of digests that are never evicted."""
         with self._changed:
@@ -154,8 +163,7 @@ class HostTier:
 
     def n_leases(self, digest: str) -> int:
         with self._changed:
-            entry = self._entries.get(digest)
-            return self._holds[digest] + (0 if entry is None else entry.n_leases)
+            return self._n_uses(digest)
 
     def bytes_of(self, digest: str) -> int:
         with self._changed:
@@ -270,9 +278,16 @@ class HostTier:
         ]
 
     def _evict(self, digest: str) -> None:
-        entry = self._entries.pop(digest)
+        self._park(digest)
         self._counters.evictions += 1
-        self._counters.parked[digest] = entry.resident.heat
+
+    def _park(self, digest: str) -> None:
+        """Forgets the plan, and remembers how often it was wanted."""
+        self._counters.parked[digest] = self._entries.pop(digest).resident.heat
+
+    def _n_uses(self, digest: str) -> int:
+        entry = self._entries.get(digest)
+        return self._holds[digest] + (0 if entry is None else entry.n_leases)
 
     def _used(self) -> int:
         return sum(entry.n_bytes for entry in self._entries.values())

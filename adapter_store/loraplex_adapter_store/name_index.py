@@ -181,6 +181,15 @@ class NameIndex:
         with self._lock:
             return frozenset(r.digest for r in self._names.values() if r.pinned)
 
+    def pinned_as(self, name: str) -> str | None:
+        """A pinned name of the content that ``name`` has now: itself, if it is one."""
+        with self._lock:
+            record = self._names.get(name)
+            if record is None or record.pinned:
+                return None if record is None else name
+            others = self._names.values()
+            return next((r.name for r in others if r.pinned and r.digest == record.digest), None)
+
     def is_named(self, digest: str) -> bool:
         with self._lock:
             return self._n_names[digest] > 0

@@ -24,7 +24,7 @@ __all__ = [
 # Words with a meaning of their own: in a request, and as routes that make an adapter.
 RESERVED_NAMES = frozenset({"auto", "base", "generate", "train"})
 # `/v1/adapters/x/pin` is an action on `x`, so that an adapter `x/pin` could not be reached.
-RESERVED_ENDINGS = ("pin", "unpin", "warm", "revisions", "rollback", "routing")
+RESERVED_ENDINGS = ("pin", "unpin", "warm", "unload", "revisions", "rollback", "routing")
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")

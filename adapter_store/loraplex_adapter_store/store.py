@@ -29,7 +29,7 @@ from .content_files import ContentFiles
 from .content_loader import ContentLoader, PlanCheck
 from .deletion import Deletion
 from .disk import Disk
-from .errors import StoreClosed
+from .errors import AdapterInUse, AdapterPinned, StoreClosed
 from .eviction import POLICIES
 from .faults import FaultLog, NoFaultLog
 from .host_tier import HostTier
@@ -408,6 +408,28 @@ class AdapterStore:
         """Loads the adapter to host memory now."""
         self.acquire(NameRef(check_name(name))).release()
         return self.get(name)
+
+    def unload(self, name: str) -> AdapterCard:
+        """Takes the adapter out of host memory. Name and files stay: the next use loads it again.
+
+        Memory is by content: other names of the same one are unloaded, too; mixtures are contents
+        of their own. Raises UnknownAdapter, AdapterPinned or AdapterInUse; then nothing changed.
+        """
+        card = self.get(name)
+        pinned = self._index.pinned_as(name)
+        if pinned is not None:
+            raise AdapterPinned(name, pinned)
+        n_uses = self.unload_digest(card.digest)
+        if n_uses:
+            raise AdapterInUse(name, n_uses)
+        return self.get(name)
+
+    def unload_digest(self, digest: str) -> int:
+        """Takes an idle content out of host memory; returns how many uses keep it there.
+
+        Takes microseconds. One that is pinned stays.
+        """
+        return self._tier.unload(digest)
 
     def delete(
         self, name: str, *, if_match: str | None = None, timeout_s: float = 30.0

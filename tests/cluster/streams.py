@@ -20,6 +20,7 @@ __all__ = [
     "connect",
     "engines_of",
     "keep_asking",
+    "lines_of",
     "stream",
     "taken_by",
     "wrong",

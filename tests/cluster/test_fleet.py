@@ -21,6 +21,7 @@ from tests.cluster.streams import (
     connect,
     engines_of,
     keep_asking,
+    lines_of,
     stream,
     taken_by,
     wrong,
@@ -115,6 +116,31 @@ async def test_of_several_replacements_at_once_one_wins(
         assert gone.status_code == 200, gone.text
         again = [(await client.post(CHAT, json=chat("mine"))).status_code for _ in range(4)]
         assert again == [404] * 4  # at whichever gateway
+
+
+async def test_an_adapter_leaves_the_memory_of_all_processes_and_of_none_that_use_it(
+    cluster: ClusterProcess,
+) -> None:
+    path, bodies = "/v1/adapters/a9", [body_of("a9")] * 8
+    before = await asyncio.to_thread(answers, cluster.url, bodies, n_at_once=8)
+    async with connect(cluster) as client:
+        async with client.stream("POST", CHAT, json=chat("a9", 2000)) as running:
+            lines = lines_of(running)
+            await anext(lines)
+            refused = [await client.post(f"{path}/unload") for _ in range(4)]
+            codes = {(a.status_code, a.json()["error"]["code"]) for a in refused}
+            assert codes == {(409, "adapter_in_use")}  # at whichever gateway
+            assert [line async for line in lines if line][-1] == "data: [DONE]"
+        unloaded = await client.post(f"{path}/unload")
+        assert unloaded.status_code == 200, unloaded.text
+        card = unloaded.json()
+        assert (card["tier"], card["n_bytes"]["host"], card["n_bytes"]["device"]) == ("disk", 0, 0)
+        held = {a["digest"] for engine in await engines_of(client) for a in engine["adapters"]}
+        assert card["digest"] not in held
+        cards = [(await client.get(path)).json() for _ in range(8)]
+        assert {card["n_bytes"]["host"] for card in cards} == {0}
+    after = await asyncio.to_thread(answers, cluster.url, bodies, n_at_once=8)
+    assert [choices for choices, _, _ in after] == [choices for choices, _, _ in before]
 
 
 async def test_a_killed_replica_ends_only_streams_that_had_output(

@@ -89,6 +89,7 @@ def test_every_refusal_is_the_error_object(
         ("/v1/adapters/org/x", "DELETE, GET, PATCH, PUT"),
         ("/v1/adapters/pin", "DELETE, GET, PATCH, PUT"),
         ("/v1/adapters/x/pin", "POST"),
+        ("/v1/adapters/x/unload", "POST"),
         ("/v1/adapters/generate", "POST"),
         ("/health", "GET, HEAD"),
     ],

@@ -326,6 +326,9 @@ def test_an_adapter_comes_and_goes_while_the_server_runs(
     assert answer.status_code == 201, answer.text
     assert text_of(client, model="new") != text_of(client)
     assert http.post(f"{url}/pin", headers=headers).json()["tier"] == "device"
+    assert http.post(f"{url}/unpin", headers=headers).status_code == 200
+    assert http.post(f"{url}/unload", headers=headers).json()["tier"] == "disk"
+    assert text_of(client, model="new") != text_of(client)
     report = http.delete(url, headers=headers).json()
     assert report["drained"]
     assert all(n_bytes > 0 for n_bytes in report["n_bytes_freed"].values()), report

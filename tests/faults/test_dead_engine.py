@@ -44,7 +44,10 @@ NEEDS_ENGINE: dict[tuple[str, str], Any] = {
     ("PUT", "/v1/adapters/{name}"): {"source": "canary"},
     ("PATCH", "/v1/adapters/{name}"): {"description": "x"},
     ("DELETE", "/v1/adapters/{name}"): None,
-    **{("POST", f"/v1/adapters/{{name}}/{a}"): None for a in ("pin", "unpin", "warm", "rollback")},
+    **{
+        ("POST", f"/v1/adapters/{{name}}/{action}"): None
+        for action in ("pin", "unpin", "warm", "unload", "rollback")
+    },
     ("POST", "/v1/adapters/generate"): {"description": "x"},
     ("POST", "/v1/adapters/train"): {"name": "x", "examples": [PAIR_TO_LEARN] * 2},
     ("POST", "/v1/load_lora_adapter"): {"lora_name": "x", "lora_path": "canary"},

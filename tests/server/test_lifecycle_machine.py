@@ -100,7 +100,12 @@ _version = st.integers(0, 2)
 _call = st.one_of(
     st.tuples(st.sampled_from(["put", "create", "delete if", "chat digest"]), _name, _version),
     st.tuples(
-        st.sampled_from(["delete", "get", "chat", "mixture", "pin", "unpin", "rollback", "list"]),
+        st.sampled_from(
+            [
+                *("delete", "get", "chat", "mixture", "rollback", "list"),
+                *("pin", "unpin", "unload"),
+            ]
+        ),
         _name,
         st.just(0),
     ),
@@ -230,6 +235,10 @@ class LifecycleMachine(RuleBasedStateMachine):
                 return await self._chat(_mixture(call.name, call.other))
             case "pin" | "unpin":
                 return _told(await self.client.post(f"{path}/{call.kind}"))[:1]
+            case "unload":
+                answer = await self.client.post(f"{path}/unload")
+                in_use = not answer.is_success and answer.json()["error"]["code"]
+                return (200,) if in_use == "adapter_in_use" else _told(answer)[:1]
             case "rollback":
                 return _told(await self.client.post(f"{path}/rollback"))
             case "generate" | "generate named":

@@ -86,6 +86,11 @@ def apply(
                 return (404,), state
             pinned = replace(there, pinned=call.kind == "pin")
             return (200,), state.having(call.name, pinned)
+        case "unload":  # refused only for a pin: whether it was in use depends on the instant
+            if there is None:
+                return (404,), state
+            same = [entry for entry in state.names.values() if entry.current == there.current]
+            return (409 if any(entry.pinned for entry in same) else 200,), state
         case "rollback":
             if there is None:
                 return (404,), state

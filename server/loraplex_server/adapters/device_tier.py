@@ -24,7 +24,7 @@ class DeviceTier(Protocol):
     async def unload(self, digest: str) -> int:
         """Frees an idle adapter's place; returns the bytes, 0 if absent or in use.
 
-        Raises EngineDead.
+        Waits for a load that is under way. Raises EngineDead.
         """
 
 

@@ -30,6 +30,7 @@ class Seen:
     """What the engine and the requests tell of adapters at a moment."""
 
     resident: frozenset[str]  # digests on the device
+    device_bytes: Mapping[str, int]  # that they take there
     device_load_s: Mapping[str, float]  # of their loads to there
     activities: AdapterActivities  # by name
 
@@ -38,7 +39,7 @@ class Seen:
         """Event loop only."""
         stats = state.engine.stats()
         resident = frozenset(stats.resident_adapters)
-        return cls(resident, stats.resident_load_s, state.metrics.activities)
+        return cls(resident, stats.resident_bytes, stats.resident_load_s, state.metrics.activities)
 
 
 def card_response(
@@ -66,16 +67,19 @@ def shown_card(
     del shown["report"]
     if report != "none" and card.report is not None:
         shown["report"] = card.report.to_json() if report == "full" else card.report.summary()
-    tier = "device" if card.digest in seen.resident else "host" if card.n_bytes.host else "disk"
+    disk, host = card.n_bytes.disk, card.n_bytes.host
+    tier = "device" if card.digest in seen.resident else "host" if host else "disk"
     provenance = {key: value for key, value in card.provenance.items() if key != "path"}
     if not access.owns(card.name):
-        shown |= {"n_leases": None, "n_bytes": {"disk": card.n_bytes.disk, "host": None}}
+        shown |= {"n_leases": None, "n_bytes": {"disk": disk, "host": None, "device": None}}
         shown |= {"usage": None, "last_load_ms": None}
         return {**shown, "tier": None, "provenance": provenance}
+    n_bytes = {"disk": disk, "host": host, "device": seen.device_bytes.get(card.digest, 0)}
     on_device_s = seen.device_load_s.get(card.digest) if tier == "device" else None
     loads = {"host": _ms(card.last_load_s), "device": _ms(on_device_s)}
     usage = seen.activities.of(card.name)
-    return {**shown, "tier": tier, "provenance": provenance, "usage": usage, "last_load_ms": loads}
+    shown |= {"n_bytes": n_bytes, "usage": usage, "last_load_ms": loads}
+    return {**shown, "tier": tier, "provenance": provenance}
 
 
 def checked_defaults(given: Mapping[str, JsonValue], param: str = "") -> dict[str, JsonValue]:

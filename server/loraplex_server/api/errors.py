@@ -2,7 +2,7 @@
 
 ApiError                 status + {"error": {"message", "type", "param", "code"}}
 ├── from_engine(error)   EngineError → 400, 429, 500 or 503
-├── from_store(error)    StoreError → 400, 403, 404, 412, 413, 422 or 503
+├── from_store(error)    StoreError → 400, 403, 404, 409, 412, 413, 422 or 503
 └── from_fault(error)    anything else → 503 where trying again may help, else 500
 """
 
@@ -190,6 +190,10 @@ def _from_store(
             return ApiError(403, str(error), code="source_forbidden", param=param)
         case store_errors.SourceError():
             return invalid(str(error), param, "source_unreadable")
+        case store_errors.AdapterInUse():
+            return ApiError(409, str(error), code="adapter_in_use", param=param)
+        case store_errors.AdapterPinned():
+            return ApiError(409, str(error), code="adapter_pinned", param=param)
         case store_errors.HostTierFull():
             return unavailable(str(error), "adapter_memory_full", retry_after_s=2.0)
         case store_errors.CatalogueUnavailable() | store_errors.LoadCancelled():

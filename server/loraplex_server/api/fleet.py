@@ -35,5 +35,11 @@ class Fleet(Protocol):
     async def expert_load(self, digest: str, window_s: float) -> ExpertLoad:
         """Of an adapter with routed experts, on all engines."""
 
+    async def unload(self, digest: str) -> int:
+        """Takes an idle content out of the host memory of all processes that answer HTTP.
+
+        Returns how many requests of theirs keep it where they run.
+        """
+
     async def calls(self, tenant: str | None) -> Calls:
         """Of all processes that answer HTTP. ``tenant`` None: of all."""

@@ -130,6 +130,14 @@ def remove(
 
 
 @adapters.command()
+def unload(name: Name, url: Url = None, api_key: Key = None, model: Model = None) -> None:
+    """Free an idle adapter's memory on a running server; the next request loads it again."""
+    with _errors():
+        card = RemoteAdapters(_running_url(url, model), api_key).unload(name)
+    typer.echo(f"{name} is on {card['tier']}, and is loaded again when it is asked for")
+
+
+@adapters.command()
 def revisions(
     name: Name,
     url: Url = None,
@@ -235,6 +243,14 @@ def _backend(
     """The server that is named, else the one that runs on this machine, else the store on disk."""
     url = url or _running(model, state_dir)
     return RemoteAdapters(url, api_key) if url else _local(model, state_dir)
+
+
+def _running_url(url: str | None, model: str | None) -> str:
+    """Of the server that is named, else of the one that runs on this machine."""
+    found = url or _running(model, None)
+    if found is None:
+        raise typer.BadParameter("no server runs on this machine; name one with --url")
+    return found
 
 
 def _running(model: str | None, state_dir: Path | None) -> str | None:

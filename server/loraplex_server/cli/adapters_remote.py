@@ -65,6 +65,9 @@ class RemoteAdapters:
     def remove(self, name: str) -> dict[str, Any]:
         return self._call("DELETE", name)
 
+    def unload(self, name: str) -> dict[str, Any]:
+        return self._call("POST", f"{name}/unload")
+
     def revisions(self, name: str) -> Sequence[dict[str, Any]]:
         data: Sequence[dict[str, Any]] = self._call("GET", f"{name}/revisions")["data"]
         return data

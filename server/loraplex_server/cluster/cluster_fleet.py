@@ -109,6 +109,9 @@ class ClusterFleet:
         found = await self._engine.ask_all("expert_load", digest, window_s)
         return ExpertLoad.joined(load for load in found if isinstance(load, ExpertLoad))
 
+    async def unload(self, digest: str) -> int:
+        return sum(await self._ask_fronts("unload", int, digest))
+
     async def _ask_fronts(self, method: str, kind: type[T], *arguments: object) -> list[T]:
         """What they answer; a deployment of which one does not answer in time is left out."""
         asked = [

@@ -111,7 +111,12 @@ class EngineReplica:
             lease.release()
 
     async def unload(self, digest: str) -> int:
-        """Frees an idle adapter's place on the device; returns the bytes, 0 if absent or in use."""
+        """Takes an idle adapter out of host memory and off the device.
+
+        Returns the bytes of the device, 0 if it is absent or in use.
+        """
+        if self._store.unload_digest(digest):
+            return 0
         return await self._engine.unload(digest)
 
     def stats(self) -> ReplicaStats:

@@ -26,15 +26,17 @@ _SUMMED = (
 
 
 def summed(engines: Sequence[EngineStats]) -> EngineStats:
-    """Counts add up, digests are joined; ``step_age_s`` is that of the slowest."""
+    """Counts and bytes add up, digests are joined; ``step_age_s`` is that of the slowest."""
     if not engines:
         return EngineStats()
     running: Counter[str] = Counter()
     waiting: Counter[str] = Counter()
+    n_bytes: Counter[str] = Counter()
     tenants: dict[str, list[TenantStats]] = {}
     for engine in engines:
         running.update(engine.running_adapters)
         waiting.update(engine.waiting_adapters)
+        n_bytes.update(engine.resident_bytes)
         for share in engine.tenants:
             tenants.setdefault(share.tenant, []).append(share)
     return EngineStats(
@@ -47,6 +49,7 @@ def summed(engines: Sequence[EngineStats]) -> EngineStats:
         running_adapters=running,
         waiting_adapters=waiting,
         resident_adapters=tuple({d: None for e in engines for d in e.resident_adapters}),
+        resident_bytes=n_bytes,
         resident_load_s={d: s for e in engines for d, s in e.resident_load_s.items()},
         step_age_s=max(engine.step_age_s for engine in engines),
     )

@@ -116,6 +116,10 @@ class Desk:
         """How fast this process answers now."""
         return FrontSpeed.of(self._services)
 
+    async def unload(self, digest: str) -> int:
+        """Takes an idle content out of this process; returns how many requests keep it here."""
+        return self._services.store.unload_digest(digest)
+
     async def check_health(self) -> None:
         """Ray's hook: after three failures the process is replaced."""
         if not self._engine.alive:

@@ -144,8 +144,9 @@ class RemoteEngine:
         self._on_loop(lambda: self._in_background(handle.remote(remote)))
 
     async def unload(self, digest: str) -> int:
-        """The bytes that all replicas freed together."""
+        """The bytes that all replicas freed together. ``stats`` tells of it by then."""
         freed = await self.ask_all("unload", digest)
+        await self._look()
         return sum(n_bytes for n_bytes in freed if isinstance(n_bytes, int))
 
     async def ask_all(self, method: str, *arguments: object) -> Sequence[object]:
@@ -224,14 +225,19 @@ class RemoteEngine:
 
     async def _poll(self) -> None:
         while True:
-            asked_at = time.monotonic()
-            found = await self.ask_all("stats")
-            stats = {each.replica: each for each in found if isinstance(each, ReplicaStats)}
-            if stats or self.age_s > _POLL_LIMIT_S:
-                self._replicas = stats
-            if stats:
-                self._asked_at = asked_at
+            await self._look()
             await asyncio.sleep(_POLL_S)
+
+    async def _look(self) -> None:
+        asked_at = time.monotonic()
+        found = await self.ask_all("stats")
+        if asked_at < self._asked_at:
+            return  # another look began later, and has ended
+        stats = {each.replica: each for each in found if isinstance(each, ReplicaStats)}
+        if stats or self.age_s > _POLL_LIMIT_S:
+            self._replicas = stats
+        if stats:
+            self._asked_at = asked_at
 
     def _in_background(self, work: Awaitable[object]) -> None:
         async def run() -> None:

@@ -109,6 +109,7 @@ class EngineStats:
     running_adapters: Mapping[str, int] = field(default_factory=dict)  # digest → running requests
     waiting_adapters: Mapping[str, int] = field(default_factory=dict)
     resident_adapters: tuple[str, ...] = ()  # digests with a place on the device
+    resident_bytes: Mapping[str, int] = field(default_factory=dict)  # that each takes there
     resident_load_s: Mapping[str, float] = field(default_factory=dict)  # of the load to there
     step_age_s: float = 0.0  # since the engine thread last showed life
 

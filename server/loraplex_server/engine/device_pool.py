@@ -100,8 +100,9 @@ class DevicePool:
         self.n_loads = 0
         self.n_evictions = 0
         self.load_seconds = 0.0  # of all loads together
-        # digest → seconds of the load, of those that are here; replaced whole: others read it
-        self.resident_load_s: dict[str, float] = {}
+        # By digest, of those that are here. Replaced whole: other threads read them.
+        self.resident_bytes: dict[str, int] = {}
+        self.resident_load_s: dict[str, float] = {}  # of the load to here
         self.packer = AdapterPacker(groups, self.pool, capabilities, layout)
         self.slot_tables = (
             SlotTables(self.pool, capabilities.routable, self.packer.scaled_groups)
@@ -219,6 +220,10 @@ class DevicePool:
         if digest in self._residents:
             self._residents[digest].is_pinned = pinned
 
+    def is_loading(self, digest: str) -> bool:
+        resident = self._residents.get(digest)
+        return resident is not None and not resident.load.done()
+
     def drop(self, digest: str) -> int:
         """Frees an idle adapter's memory at once; returns the bytes, 0 if absent or held."""
         resident = self._residents.get(digest)
@@ -233,7 +238,7 @@ class DevicePool:
 
     @property
     def resident_digests(self) -> tuple[str, ...]:
-        return tuple(digest for digest, one in self._residents.items() if one.is_published)
+        return tuple(self.resident_bytes)
 
     def close(self) -> None:
         self._loader.shutdown(wait=True, cancel_futures=True)
@@ -367,6 +372,7 @@ class DevicePool:
     def _forget(self, resident: ResidentAdapter) -> int:
         """Frees all it takes; returns the bytes."""
         del self._residents[resident.digest]
+        self._note_bytes()
         self._arriving = [other for other in self._arriving if other is not resident]
         self._others.forget(resident.digest)
         if self.slot_tables is not None:
@@ -396,12 +402,16 @@ class DevicePool:
             experts = self.slot_tables.write(resident.slots, experts, in_scales)
         resident.experts = experts
         resident.is_published = True
+        self._note_bytes()
         self.n_loads += 1
         seconds = time.monotonic() - resident.started_at
         self.load_seconds += seconds
         here = self.resident_load_s.items()
         kept = {digest: was for digest, was in here if digest in self._residents}
         self.resident_load_s = {**kept, resident.digest: seconds}
+
+    def _note_bytes(self) -> None:
+        self.resident_bytes = {one.digest: one.n_bytes for one in self.residents}
 
 
 def _load_failed(digest: str) -> AdapterLoadFailed:

@@ -70,9 +70,9 @@ class Engine:
         self._inbox.post(Warm(adapter.plan))
 
     async def unload(self, digest: str) -> int:
-        """Frees an idle adapter's place on the device; returns the bytes.
+        """Frees an idle adapter's place on the device; returns the bytes. Waits for its load.
 
-        0 if it is absent or in use, or if the engine has stopped.
+        0 if it is absent or in use, or if the engine has stopped. ``stats`` tells of it by then.
         """
         loop = asyncio.get_running_loop()
         freed: asyncio.Future[int] = loop.create_future()

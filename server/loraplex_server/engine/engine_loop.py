@@ -90,6 +90,7 @@ class EngineLoop:
         self._n_threads = n_threads
         self._overlaps = overlaps
         self._in_flight: _InFlight | None = None
+        self._unloads: list[Unload] = []  # not answered yet
         self._is_stopping = False
 
     def run(self) -> None:
@@ -130,6 +131,7 @@ class EngineLoop:
         if scheduled.chunks or ends_flight:
             self.experts.look(self.adapters.residents, idle=not self._scheduler.running)
         self._answers.flush()
+        self._unload()
 
     def _read_inbox(self) -> None:
         """Takes every message; waits for one while there is nothing to run."""
@@ -153,8 +155,8 @@ class EngineLoop:
                 self.adapters.set_pinned(digest, pinned)
             case Warm(plan):
                 self.adapters.warm(plan)
-            case Unload(digest, freed_bytes):
-                freed_bytes.send(self.adapters.drop(digest))
+            case Unload():
+                self._unloads.append(message)
             case FailAll(error):
                 self._answers.fail_all(error)
             case Lost(why):
@@ -163,6 +165,21 @@ class EngineLoop:
                 self._is_stopping = True
             case Wake():
                 pass
+
+    def _unload(self) -> None:
+        """Frees what was asked for, but for what is still being loaded: that waits.
+
+        Answers when ``stats`` tells of it.
+        """
+        loading = [one for one in self._unloads if self.adapters.is_loading(one.digest)]
+        if len(loading) == len(self._unloads):
+            return
+        ready = [one for one in self._unloads if one not in loading]
+        n_bytes = [self.adapters.drop(one.digest) for one in ready]
+        self.stats.after_step(())
+        self._unloads = loading
+        for one, freed in zip(ready, n_bytes, strict=True):
+            one.freed_bytes.send(freed)
 
     def _take_off(self, chunks: Sequence[ScheduledChunk]) -> None:
         """Starts a step behind the one that runs, then waits for that one's tokens."""
@@ -260,7 +277,7 @@ class EngineLoop:
     def _close(self, error: EngineError) -> None:
         """Ends the thread: all who wait get an answer or an error, later messages are refused."""
         unread = []
-        for message in self._inbox.close(error):
+        for message in [*self._unloads, *self._inbox.close(error)]:
             if isinstance(message, Submit):
                 unread.append(message.request)
             elif isinstance(message, Unload):

@@ -61,5 +61,6 @@ class StepStats:
             running_adapters=Counter(r.adapter_digest for r in scheduler.running),
             waiting_adapters=Counter(r.adapter_digest for r in scheduler.waiting),
             resident_adapters=adapters.resident_digests,
+            resident_bytes=adapters.resident_bytes,
             resident_load_s=adapters.resident_load_s,
         )

@@ -185,7 +185,7 @@ class LoraplexCollector(Collector):
         )
         n_bytes = GaugeMetricFamily(
             "loraplex_adapter_bytes",
-            "Bytes that an adapter takes on disk, and in host memory while it is there.",
+            "Bytes that an adapter takes on disk, and in host and device memory while it is there.",
             labels=("adapter", "tier"),
         )
         for card in cards:
@@ -196,6 +196,8 @@ class LoraplexCollector(Collector):
                 of_shown.add_metric((card.name, tier), 1.0)
                 n_bytes.add_metric((card.name, "disk"), card.n_bytes.disk)
                 n_bytes.add_metric((card.name, "host"), card.n_bytes.host)
+                on_device = stats.resident_bytes.get(card.digest, 0)
+                n_bytes.add_metric((card.name, "device"), on_device)
         by_tier = GaugeMetricFamily(
             "loraplex_adapters_by_tier",
             "Registered names by the highest tier they lie in.",

@@ -170,6 +170,7 @@ async def test_a_name_of_the_list_that_does_not_exist_is_a_404_without_others(
         ("POST", "/v1/adapters/{}/pin", {}),
         ("POST", "/v1/adapters/{}/unpin", {}),
         ("POST", "/v1/adapters/{}/warm", {}),
+        ("POST", "/v1/adapters/{}/unload", {}),
         ("POST", "/v1/load_lora_adapter", {"lora_name": "{}", "lora_path": "team-a/sql"}),
         ("POST", "/v1/unload_lora_adapter", {"lora_name": "{}"}),
         ("POST", "/v1/adapters/generate", {"description": "x", "name": "{}"}),

@@ -294,8 +294,10 @@ async def test_a_dead_engine_answers_every_change_with_503_at_once(
     calls = [
         front.client.delete("/v1/adapters/poet"),
         front.client.put("/v1/adapters/poet", json={"source": "poet"}),
-        *[front.client.post(f"/v1/adapters/poet/{what}") for what in ("pin", "unpin", "warm")],
-        front.client.post("/v1/adapters/poet/rollback"),
+        *[
+            front.client.post(f"/v1/adapters/poet/{what}")
+            for what in ("pin", "unpin", "warm", "unload", "rollback")
+        ],
         front.post("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "poet"}),
         front.post("/v1/unload_lora_adapter", {"lora_name": "poet"}),
         front.chat(adapter="poet"),
@@ -308,12 +310,13 @@ async def test_a_dead_engine_answers_every_change_with_503_at_once(
     assert (await front.client.get("/v1/adapters/poet")).status_code == 200  # still told of
 
 
-async def test_a_delete_that_the_engine_dies_under_is_a_503(
-    on_device: tuple[Front, Device],
+@pytest.mark.parametrize("call", [("DELETE", ""), ("POST", "/unload")], ids=" ".join)
+async def test_what_the_engine_dies_under_is_a_503(
+    on_device: tuple[Front, Device], call: tuple[str, str]
 ) -> None:
     front, device = on_device
     device.dead = True  # it dies between the check and the unload
-    answer = await front.client.delete("/v1/adapters/poet")
+    answer = await front.client.request(call[0], f"/v1/adapters/poet{call[1]}")
     assert (answer.status_code, code_of(answer)) == (503, "engine_dead")
 
 

@@ -249,7 +249,7 @@ async def test_a_thousand_adapters_do_not_make_a_thousand_series(
     lora.engine.current = EngineStats(resident_adapters=tuple(c.digest for c in cards[:50]))
     many = await samples(lora)
     assert value(many, "loraplex_adapters_registered") == 1000
-    assert len(many) < few + 128 + 12 * 21
+    assert len(many) < few + 128 + 13 * 21
     shown = {s.labels["adapter"] for s in many if s.name == "loraplex_adapter_requests_total"}
     assert len(shown) == 21
     assert "other" in shown
@@ -276,7 +276,9 @@ def test_busy_adapters_take_the_places_of_idle_ones_and_no_counter_runs_backward
 async def test_the_bytes_of_a_used_adapter_are_shown_by_tier(lora: Front) -> None:
     await lora.chat(adapter="pirate")
     card = lora.store.get("pirate")
+    lora.engine.current = EngineStats(resident_bytes={card.digest: 4096})
     text = (await lora.client.get("/metrics")).text
-    for tier, n_bytes in (("disk", card.n_bytes.disk), ("host", card.n_bytes.host)):
+    tiers = {"disk": card.n_bytes.disk, "host": card.n_bytes.host, "device": 4096}
+    for tier, n_bytes in tiers.items():
         sample = f'loraplex_adapter_bytes{{adapter="pirate",tier="{tier}"}} {float(n_bytes)}'
         assert sample in text

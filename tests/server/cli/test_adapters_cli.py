@@ -105,6 +105,8 @@ def test_an_adapter_lives_in_a_running_server(model: Path, adapter: Path, tmp_pa
     with server_process(model, tmp_path / "state") as server:
         life_of_an_adapter(adapter, ["--url", server.url])
         run("add", "mine", adapter, "--url", server.url)
+        assert "mine is on disk" in run("unload", "mine", "--url", server.url).output
+        assert "does not exist" in run("unload", "other", "--url", server.url, fails=True).output
         for line in ("loraplex adapters show mi", "loraplex chat --adapter m"):
             assert offered(line, server.url) == ["mine"]
         assert offered("loraplex adapters show other", server.url) == []
@@ -169,6 +171,13 @@ def test_convert_makes_a_pickle_loadable(model: Path, adapter: Path, tmp_path: P
 def test_a_spectrum_is_a_line_of_blocks() -> None:
     assert spark((4.0, 2.0, 1.0, 0.0)) == "█▅▃▁"
     assert spark(()) == ""
+
+
+def test_nothing_is_unloaded_where_no_server_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path))
+    assert "no server runs on this machine" in run("unload", "mine", fails=True).output
 
 
 @pytest.mark.parametrize("width", [80, 120])

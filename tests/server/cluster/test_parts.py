@@ -84,6 +84,7 @@ def test_the_sum_of_engines_has_each_adapter_once_and_tenants_together() -> None
         tenants=(TenantStats("a", 1, 2, 3, 4),),
         running_adapters={"x": 2},
         resident_adapters=("x", "y"),
+        resident_bytes={"x": 5, "y": 7},
         step_age_s=1.0,
     )
     other = EngineStats(
@@ -91,12 +92,14 @@ def test_the_sum_of_engines_has_each_adapter_once_and_tenants_together() -> None
         tenants=(TenantStats("b", 1, 0, 1, 0), TenantStats("a", 0, 1, 1, 1)),
         running_adapters={"x": 1},
         resident_adapters=("y", "z"),
+        resident_bytes={"y": 7, "z": 9},
         step_age_s=3.0,
     )
     both = summed([one, other])
     assert both.n_running == 3
     assert both.running_adapters == {"x": 3}
     assert both.resident_adapters == ("x", "y", "z")
+    assert both.resident_bytes == {"x": 5, "y": 14, "z": 9}
     assert set(both.tenants) == {TenantStats("a", 1, 3, 4, 5), TenantStats("b", 1, 0, 1, 0)}
     assert both.step_age_s == 3.0
     assert summed([]) == EngineStats()

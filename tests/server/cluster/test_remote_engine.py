@@ -71,11 +71,11 @@ class Streaming:
 
 
 class Answers:
-    def __init__(self, stats: Sequence[ReplicaStats]) -> None:
-        self._stats = stats
+    def __init__(self, answers: Sequence[object]) -> None:
+        self._answers = answers
 
-    async def results_async(self, *, timeout_s: float) -> Sequence[ReplicaStats]:
-        return self._stats
+    async def results_async(self, *, timeout_s: float) -> Sequence[object]:
+        return self._answers
 
 
 class Handle:
@@ -206,6 +206,28 @@ async def test_the_snapshot_is_that_of_the_replicas(facts: EngineFacts) -> None:
     while not engine.replicas:
         await asyncio.sleep(0)
     assert engine.stats().n_running == 3
+    await engine.close()
+
+
+async def test_whoever_has_unloaded_sees_it_in_the_snapshot(facts: EngineFacts) -> None:
+    """The other snapshots are a second apart."""
+
+    class Holding(Handle):
+        n_bytes = 5
+
+        def broadcast(self, method: str, *arguments: object) -> Any:
+            if method == "unload":
+                freed, self.n_bytes = self.n_bytes, 0
+                return Answers([freed])
+            stats = EngineStats(resident_bytes={"a": self.n_bytes})
+            return Answers([ReplicaStats("one", stats)])
+
+    engine = RemoteEngine(Holding(), facts)
+    while not engine.replicas:
+        await asyncio.sleep(0)
+    assert engine.stats().resident_bytes == {"a": 5}
+    assert await engine.unload("a") == 5
+    assert engine.stats().resident_bytes == {"a": 0}
     await engine.close()
 
 

@@ -92,8 +92,10 @@ def test_all_that_an_adapter_takes_is_counted_and_comes_back(model: PreTrainedMo
         beside = own_v + 64 * 4 + 2 * 64 * 4 + 64  # the token ids take an alignment
         assert pool.pool.bytes_used == factors + beside
         assert pool.resident(plan.digest).n_bytes == factors + beside
+        assert pool.resident_bytes == {plan.digest: factors + beside}
         assert pool.drop(plan.digest) == factors + beside
         assert pool.pool.bytes_used == 0
+        assert pool.resident_bytes == {}
 
 
 def test_what_lies_beside_the_factors_is_in_the_pools_own_memory(model: PreTrainedModel) -> None:

@@ -27,7 +27,15 @@ from loraplex_server.engine.inbox import Inbox
 from loraplex_server.engine.messages import Reply, Unload, Wake
 from loraplex_server.engine.sampling_params import SamplingParams
 from tests.support.architectures import VOCAB_SIZE, tiny_model
-from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
+from tests.support.engines import (
+    GREEDY,
+    Answer,
+    PlanLease,
+    generate,
+    generate_all,
+    running_engine,
+)
+from tests.support.routed_plans import lora_plan
 
 
 @pytest.fixture(scope="module")
@@ -399,6 +407,28 @@ def test_a_dead_engine_answers_every_question_at_once(model: PreTrainedModel) ->
         engine._thread.join()
         assert asyncio.run(ask(engine)) == (0, True)
         assert engine.stats().n_running == 0
+
+
+def test_an_unload_that_waits_for_a_load_is_answered_when_the_engine_dies(
+    model: PreTrainedModel,
+) -> None:
+    plan, copied = lora_plan(model, rank=4, seed=1), threading.Event()
+
+    async def ask(engine: Engine) -> int:
+        engine.loop.adapters._loader.submit(copied.wait)  # loads wait behind it
+        engine.warm(PlanLease(engine.packer.prepare(plan)))
+        unloading = asyncio.create_task(engine.unload(plan.digest))
+        assert await engine.unload("a" * 64) == 0  # the engine has read what came before
+        assert not unloading.done()
+        await generate(engine, [1])
+        return await unloading
+
+    with running_engine(model) as engine:
+        _kill(engine)
+        try:
+            assert asyncio.run(ask(engine)) == 0
+        finally:
+            copied.set()
 
 
 def test_what_is_asked_while_the_engine_dies_is_answered() -> None:

@@ -94,6 +94,7 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("POST", "/v1/adapters/{name}/pin"): _actions("pin", shared=403),
     ("POST", "/v1/adapters/{name}/unpin"): _actions("unpin", shared=403),
     ("POST", "/v1/adapters/{name}/warm"): _actions("warm"),
+    ("POST", "/v1/adapters/{name}/unload"): _actions("unload", shared=403),
     ("POST", "/v1/adapters/{name}/rollback"): _actions("rollback", own=400, shared=403),
     ("GET", "/v1/adapters/{name}/revisions"): _actions("revisions"),
     ("GET", "/v1/adapters/{name}/routing"): _actions("routing", shared=403),

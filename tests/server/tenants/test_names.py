@@ -66,7 +66,8 @@ async def test_the_operator_shares_and_sees_and_a_tenant_does_not_change_what_is
     assert await house.names("acme") == ["mine", "pirate"]
     assert await house.names("umbra") == ["pirate"]
     shown = (await house.ask("acme", "GET", "/v1/adapters/pirate")).json()
-    assert shown["n_leases"] is shown["tier"] is shown["n_bytes"]["host"] is None
+    assert shown["n_leases"] is shown["tier"] is None
+    assert shown["n_bytes"]["host"] is shown["n_bytes"]["device"] is None
     for method, path in (
         ("DELETE", ""),
         ("POST", "/pin"),

@@ -26,8 +26,8 @@ _steps = st.lists(
         st.sampled_from(
             [
                 *("put", "put", "put new", "delete", "get", "list", "models", "pin", "unpin"),
-                *("warm", "revisions", "rollback", "ask", "mix", "generate", "describe"),
-                *("load", "unload"),
+                *("warm", "unload", "revisions", "rollback", "ask", "mix", "generate", "describe"),
+                *("vllm load", "vllm unload"),
             ]
         ),
         st.sampled_from(["a", "b", SHARED]),
@@ -81,7 +81,7 @@ async def _take(house: House, step: Step, prefix: str) -> httpx.Response:
             return await house.ask(tenant, "GET", "/v1/adapters")
         case "models":
             return await house.ask(tenant, "GET", f"/v1/models?loaded={bool(number)}")
-        case "pin" | "unpin" | "warm" | "rollback":
+        case "pin" | "unpin" | "warm" | "unload" | "rollback":
             return await house.ask(tenant, "POST", f"{path}/{operation}")
         case "ask":
             return await house.ask(
@@ -98,7 +98,7 @@ async def _take(house: House, step: Step, prefix: str) -> httpx.Response:
         case "describe":
             described = {"prompt": "hi", "adapter": {"description": wish}}
             return await house.ask(tenant, "POST", "/v1/completions", described)
-        case "load":
+        case "vllm load":
             load = {"lora_name": name, "lora_path": f"source-{number}"}
             return await house.ask(tenant, "POST", "/v1/load_lora_adapter", load)
         case _:

@@ -145,8 +145,11 @@ class HostBytes(BaseModel):
 
 
 class TierBytes(BaseModel):
+    """Now, 0 where it is not."""
+
     disk: int
     host: int | None
+    device: int | None  # of a cluster: on all engines together
 
 
 class AdapterUsage(BaseModel):

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query, Request, Response
 from fastapi.concurrency import contextmanager_in_threadpool
 
 from loraplex_adapter_store.card import AdapterCard, CardEdit
+from loraplex_adapter_store.errors import AdapterInUse
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.selector import NameRef
 from loraplex_server.adapters.access import access_of
@@ -26,7 +27,7 @@ from loraplex_server.api.adapter_card import (
     shown_card,
 )
 from loraplex_server.api.adapter_path import ADAPTER_PATH, AdapterName, NewName, OwnName
-from loraplex_server.api.errors import ApiError
+from loraplex_server.api.errors import ApiError, from_store
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import (
@@ -127,6 +128,22 @@ async def warm_adapter(request: Request, name: AdapterName, state: State) -> Res
     if not isinstance(card, AdapterCard):
         return card
     return card_response(state, access_of(request), card)
+
+
+@router.post("/v1/adapters/{name:path}/unload", response_model=Adapter, responses=errors(404, 409))
+async def unload_adapter(request: Request, name: OwnName, state: State) -> Response:
+    """Frees an idle adapter's memory, on device and host; the next request loads it again.
+
+    The name and its files stay. 409 while a request uses it, or while it is pinned.
+    """
+    state.lifecycle.check_engine()
+    access = access_of(request)
+    card = await in_store_thread(state, lambda: state.store.unload(name), access)
+    if state.fleet is not None and (n_uses := await state.fleet.unload(card.digest)):
+        raise from_store(AdapterInUse(name, n_uses), param="name", access=access)
+    if state.device is not None:
+        await state.device.unload(card.digest)
+    return card_response(state, access, card)
 
 
 @router.get(ADAPTER_PATH, response_model=Adapter, responses=errors(404))

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from loraplex_generation import base_weights
 from loraplex_generation.base_weights import ReadLinear
 from loraplex_generation.frozen_base import FrozenBase, LoraFA
 from loraplex_generation.layout import AdapterLayout
@@ -108,3 +110,29 @@ def test_the_product_that_reads_its_weights_has_the_right_gradient() -> None:
     weight = torch.randn(5, 4, dtype=torch.float64)
     x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(ReadLinear(lambda: weight), (x,))
+
+
+def test_a_product_in_pieces_is_the_product_and_rests_before_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base_weights, "_PRODUCTS_OF_A_PIECE", 60)  # of 20 weights: three rows
+    monkeypatch.setattr(base_weights, "_LEAST_ROWS", 1)
+    torch.manual_seed(0)
+    weight = torch.randn(5, 4, dtype=torch.float64)
+    x = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    rests: list[int] = []
+    linear = ReadLinear(lambda: weight, lambda: rests.append(1))
+    torch.testing.assert_close(linear(x), F.linear(x, weight))
+    assert len(rests) == 1 + 5  # before the weights are read, and before each piece of 14 rows
+    assert torch.autograd.gradcheck(linear, (x,))
+
+
+def test_who_trains_on_resting_weights_rests_and_finds_the_same(folder: Path) -> None:
+    weights = ResidentWeights(served(folder, torch.bfloat16), torch.bfloat16)
+    rests: list[int] = []
+    resting = weights.resting(lambda: rests.append(1))
+    found = [gradient(FrozenBase(folder, weights=each)) for each in (weights, resting)]
+    n_linears = 3 * 4 + 1  # of a layer: qkv, o, gate and up, down; and the output head
+    assert len(rests) > n_linears
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)

@@ -82,7 +82,8 @@ class Desk:
         self._limits = limits
         self._closing = contextlib.ExitStack()
         facts: EngineFacts = await engines.options(method_name="facts").remote()
-        self._engine = RemoteEngine(engines, facts)
+        everybody = serve.get_deployment_handle(engines.deployment_name, engines.app_name)
+        self._engine = RemoteEngine(engines, everybody, facts)
         self._fleet = ClusterFleet(self.name, self._engine)
         self.front = await asyncio.to_thread(self._build, facts)
         self._services = parts_of(self.front)

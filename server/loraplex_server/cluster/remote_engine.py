@@ -17,7 +17,6 @@ from contextvars import Context
 from dataclasses import replace
 from hashlib import blake2b
 
-from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
@@ -49,13 +48,18 @@ class _ReplicaGone(Exception):
 class RemoteEngine:
     """See ``EngineClient`` and ``DeviceTier`` for the contract. Lives on one event loop."""
 
-    def __init__(self, handle: DeploymentHandle, facts: EngineFacts) -> None:
+    def __init__(
+        self, handle: DeploymentHandle, everybody: DeploymentHandle, facts: EngineFacts
+    ) -> None:
+        """``everybody``: another handle of the deployment, for what is asked of all replicas.
+
+        A handle counts the calls that wait on a replica, a count that Ray forgets when it has not
+        changed for ten seconds. Looks at everybody each second would keep a wrong one for ever:
+        after an overload a replica seemed full to a gateway that had not sent what filled it.
+        """
         self._handle = handle
         self._stream = handle.options(stream=True, method_name="generate")
-        # A handle counts the calls that wait on a replica, a count that Ray forgets when it has not
-        # changed for ten seconds. Looks at everybody each second would keep a wrong one for ever:
-        # after an overload a replica seemed full to a gateway that had not sent what filled it.
-        self._everybody = serve.get_deployment_handle(handle.deployment_name, handle.app_name)
+        self._everybody = everybody
         self._facts = facts
         self._running: dict[str, asyncio.Task[None]] = {}
         self._replicas: Mapping[str, ReplicaStats] = {}

@@ -109,7 +109,7 @@ async def events_of(
     handle: Handle,
     after_submit: Callable[[RemoteEngine], None] = lambda engine: None,
 ) -> list[TokenEvent]:
-    engine = RemoteEngine(handle, facts)
+    engine = RemoteEngine(handle, handle, facts)
     found: list[TokenEvent] = []
     ended = asyncio.Event()
 
@@ -202,7 +202,7 @@ async def test_a_cancelled_request_ends_once_whenever_it_is_cancelled(
 
 
 async def test_the_snapshot_is_that_of_the_replicas(facts: EngineFacts) -> None:
-    engine = RemoteEngine(Handle(), facts)
+    engine = RemoteEngine(Handle(), Handle(), facts)
     while not engine.replicas:
         await asyncio.sleep(0)
     assert engine.stats().n_running == 3
@@ -222,7 +222,7 @@ async def test_whoever_has_unloaded_sees_it_in_the_snapshot(facts: EngineFacts) 
             stats = EngineStats(resident_bytes={"a": self.n_bytes})
             return Answers([ReplicaStats("one", stats)])
 
-    engine = RemoteEngine(Holding(), facts)
+    engine = RemoteEngine(Handle(), Holding(), facts)
     while not engine.replicas:
         await asyncio.sleep(0)
     assert engine.stats().resident_bytes == {"a": 5}

@@ -70,6 +70,11 @@ class AdapterAccess:
         """What the store calls the key's own adapter of this name."""
         return name_of(self.tenant or "", name)
 
+    @property
+    def sees_all(self) -> bool:
+        """Every tenant's and every adapter's: what tells of the whole server is for it, too."""
+        return self.patterns is None and self.tenant is None
+
     def owns(self, name: str) -> bool:
         """``name``: in the store, as of all methods below."""
         return self.tenant is None or tenant_of(name) == self.tenant

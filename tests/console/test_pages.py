@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 from openai import OpenAI
 from playwright.sync_api import ConsoleMessage, Page, expect
 
@@ -138,15 +139,40 @@ def test_the_table_tells_what_an_adapter_has_done_and_sorts_by_it(
     expect(first.locator("td").nth(6)).to_have_text(str(most))
 
 
+def share(counts: list[int], expert: int) -> str:
+    """As JavaScript rounds it."""
+    return f"{int(100 * counts[expert] / sum(counts) + 0.5)} %"
+
+
 def test_the_card_of_routed_experts_shows_their_load(page: Page, server: ServerProcess) -> None:
     folder, url = DEMOS / "chores", f"{server.url}/v1/adapters/chores"
     parts = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
     files = {part: (folder / name).read_bytes() for part, name in parts.items()}
     assert httpx.put(url, files=files, timeout=60).status_code == 201
     try:
-        answer_of(server, "chores")
         page.goto(f"{server.url}/#/adapters?name=chores")
-        expect(page.get_by_text("rows by expert").first).to_contain_text(re.compile(r"[1-9]"))
+        load = page.get_by_role("region", name="Load of the experts", exact=True)
+        expect(load).to_contain_text("No request used it in the last minute")
+        answer_of(server, "chores")
+        picture = load.get_by_role("img", name="Load of the experts")  # comes by itself
+        expect(picture).to_have_attribute("aria-label", re.compile("30 .*, 6 experts. Least even"))
+        told = httpx.get(f"{url}/routing", timeout=60).json()["places"]
+        assert picture.locator("rect title").all_text_contents() == [
+            f"{place['place']}, expert {expert}: {share(place['counts'], expert)} ({count} tokens)"
+            for place in told
+            for expert, count in enumerate(place["counts"])
+        ]
+        marks = [place["imbalance"] >= 2 for place in told]
+        remarks = picture.locator("text", has_text="×").all_text_contents()
+        assert ["▲" in remark for remark in remarks] == marks
+        load.get_by_text("The same as numbers").click()
+        line = load.get_by_role("row", name=told[0]["place"])
+        expect(line).to_contain_text(share(told[0]["counts"], 0))
+        for scheme in ("light", "dark"):
+            # No transitions: axe would look at colours on their way.
+            page.emulate_media(color_scheme=scheme, reduced_motion="reduce")  # type: ignore[arg-type]
+            found = Axe().run(page)
+            assert found.violations_count == 0, found.generate_report()
     finally:
         httpx.delete(url, timeout=60)
 

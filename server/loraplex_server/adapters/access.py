@@ -62,8 +62,7 @@ def check_owned(access: AdapterAccess, name: str, *, param: str | None = "name")
 
 def check_sees_all(request: Request) -> None:
     """Raises ApiError (403) for keys that are limited to some adapters or to a tenant's."""
-    access = access_of(request)
-    if access.patterns is not None or access.tenant is not None:
+    if not access_of(request).sees_all:
         raise ApiError(
             403,
             "this tells of all adapters and tenants, and the API key is limited to some; its own "

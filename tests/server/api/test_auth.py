@@ -102,9 +102,11 @@ async def test_an_infer_key_generates_but_does_not_change_adapters(locked: Front
         assert answer.json()["error"]["code"] == "missing_scope"
     answer = await locked.client.delete("/v1/adapters/x", headers=bearer(ADMIN))
     assert answer.status_code == 404
-    for secret, may_change in ((INFER, False), (ADMIN, True)):
+    for secret, is_admin in ((INFER, False), (ADMIN, True)):
         told = (await locked.client.get("/version", headers=bearer(secret))).json()
-        assert told["may_change"] is may_change
+        assert told["may_change"] is is_admin
+        live = await locked.client.get("/v1/live", headers=bearer(secret))
+        assert told["sees_all"] is is_admin is (live.status_code == 200)
 
 
 async def test_tenants_do_not_share_a_prefix_cache(locked: Front) -> None:

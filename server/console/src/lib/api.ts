@@ -26,6 +26,7 @@ export class ServerError extends Error {
 }
 
 const KEY = "loraplex-key";
+const UNREACHABLE = "the server does not answer: is it running, and can this machine reach it?";
 
 export function storedKey(): string {
   return sessionStorage.getItem(KEY) ?? "";
@@ -60,7 +61,7 @@ async function send(path: string, init: RequestInit): Promise<Response> {
     answer = await fetch(path, init);
   } catch (error) {
     if (error instanceof DOMException && error.name === "AbortError") throw error;
-    throw new ServerError(0, "the server does not answer", "unreachable");
+    throw new ServerError(0, UNREACHABLE, "unreachable");
   }
   if (!answer.ok) throw await failure(answer);
   return answer;
@@ -135,7 +136,7 @@ export function upload<T>(
       if (answer.ok) resolve((await answer.json()) as T);
       else reject(await failure(answer));
     };
-    request.onerror = () => reject(new ServerError(0, "the server does not answer", "unreachable"));
+    request.onerror = () => reject(new ServerError(0, UNREACHABLE, "unreachable"));
     request.onabort = () => reject(new ServerError(0, "cancelled", "cancelled"));
     request.send(form);
   });

@@ -14,11 +14,13 @@ const NOTHING: Version["features"] = {
 class Server {
   features = $state(NOTHING);
   mayChange = $state(false); // whether this key may add, change and remove adapters
+  seesAll = $state(false); // whether it may see what all adapters and tenants do
 
   async look(): Promise<void> {
     const told = await get<Version>("/version");
     this.features = told.features;
     this.mayChange = told.may_change;
+    this.seesAll = told.sees_all;
   }
 }
 

@@ -37,3 +37,4 @@ class Version(BaseModel):
     version: str
     features: Features
     may_change: bool  # whether the caller may add, change and remove adapters
+    sees_all: bool  # whether it may see what all do: GET /v1/live and /v1/cluster

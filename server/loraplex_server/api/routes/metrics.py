@@ -35,6 +35,7 @@ async def version(request: Request, state: State) -> Response:
         "version": installed_version("loraplex"),
         "features": features,
         "may_change": info_of(request.scope).may_change,
+        "sees_all": access_of(request).sees_all,
     }
     return ORJSONResponse(told)
 

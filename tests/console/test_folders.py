@@ -1,4 +1,4 @@
-"""Folders that are dropped or chosen: the adapter is found at any depth, and nothing else is sent."""
+"""Folders that are dropped or chosen: the adapter is found at any depth, nothing else is sent."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def digest(server: ServerProcess, name: str) -> str:
 
 def put(server: ServerProcess, name: str, folder: Path) -> str:
     """The digest of the adapter in ``folder``, uploaded without the console."""
-    files = dict(zip(("config", "weights"), ((folder / n).read_bytes() for n in PARTS), strict=True))
+    files = dict(
+        zip(("config", "weights"), ((folder / n).read_bytes() for n in PARTS), strict=True)
+    )
     httpx.put(f"{server.url}/v1/adapters/{name}", files=files, timeout=60).raise_for_status()
     return digest(server, name)
 
@@ -116,7 +118,10 @@ def test_of_several_adapters_one_is_chosen(
     ]
     assert Axe().run(page).violations_count == 0
     page.get_by_label("Name", exact=True).fill("")
-    for folder, name in (("agent/checkpoint-20", "agent-checkpoint-20"), ("agent/french", "french")):
+    for folder, name in (
+        ("agent/checkpoint-20", "agent-checkpoint-20"),
+        ("agent/french", "french"),
+    ):
         which.select_option(folder)
         expect(page.get_by_label("Name", exact=True)).to_have_value(name)
     assert not sent

@@ -110,11 +110,29 @@ def test_an_adapter_is_uploaded_pinned_shown_and_deleted(page: Page, server: Ser
     expect(row.get_by_label("pinned")).to_be_visible()
     row.get_by_role("button", name="Warm").click()
     expect(row.get_by_text("device")).to_be_visible()
+    expect(row.get_by_role("button", name="Unload")).to_be_disabled()  # it is pinned
     row.get_by_role("button", name="numbers").click()
     expect(page.get_by_role("img", name="How much each layer is changed")).to_be_visible()
     page.get_by_role("button", name="Delete …").click()
     page.get_by_role("button", name="Yes, delete it").click()
     expect(row).to_have_count(0)
+
+
+def test_an_adapter_is_unloaded_and_answers_again(page: Page, server: ServerProcess) -> None:
+    before = answer_of(server, "pirate")
+    page.goto(f"{server.url}/#/adapters")
+    row = page.locator("tr", has=page.get_by_role("button", name="pirate", exact=True))
+    cells = row.locator("td")
+    expect(cells.nth(3)).to_have_text("device")
+    for column in (5, 6):
+        expect(cells.nth(column)).to_have_text(re.compile(r"[\d.]+ [KM]iB"))
+    row.get_by_role("button", name="Unload").click()
+    expect(cells.nth(3)).to_have_text("disk")
+    for column in (5, 6):
+        expect(cells.nth(column)).to_have_text("–")
+    expect(row.get_by_role("button", name="Unload")).to_be_disabled()
+    assert answer_of(server, "pirate") == before
+    expect(cells.nth(3)).to_have_text("device")
 
 
 def test_the_table_tells_what_an_adapter_has_done_and_sorts_by_it(
@@ -127,16 +145,16 @@ def test_the_table_tells_what_an_adapter_has_done_and_sorts_by_it(
     row = page.locator("tr", has=page.get_by_role("button", name="emoji", exact=True))
     cells = row.locator("td")
     expect(cells.nth(3)).to_have_text("device")
-    expect(cells.nth(6)).to_have_text(str(told["usage"]["requests"]))
-    expect(cells.nth(8)).to_have_text(re.compile(r"[\d.]+ m?s"))
-    expect(cells.nth(8)).to_have_attribute("title", re.compile("to the device [^n]"))
+    expect(cells.nth(7)).to_have_text(str(told["usage"]["requests"]))
+    expect(cells.nth(9)).to_have_text(re.compile(r"[\d.]+ m?s"))
+    expect(cells.nth(9)).to_have_attribute("title", re.compile("to the device [^n]"))
     used = page.get_by_role("columnheader", name="Requests")
     used.get_by_role("button").click()
     expect(used).to_have_attribute("aria-sort", "descending")
     cards = httpx.get(f"{server.url}/v1/adapters", timeout=60).json()["data"]
     most = max(card["usage"]["requests"] for card in cards)
     first = page.get_by_role("region", name="Adapters").locator("tbody tr").first
-    expect(first.locator("td").nth(6)).to_have_text(str(most))
+    expect(first.locator("td").nth(7)).to_have_text(str(most))
 
 
 def share(counts: list[int], expert: int) -> str:

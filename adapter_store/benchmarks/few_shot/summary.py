@@ -183,9 +183,14 @@ def _novelty_table(cells: Sequence[Measured], trained: Sequence[Task]) -> str:
     rows = []
     for (k, budget_s, arm), of in sorted(groups.items()):
         cells_of = [[m for m in of if kinds[m.cell.task] == name] for name in names]
-        shown = [f"{sum(m.exact for m in c) / len(c):.0%}" if c else "" for c in cells_of]
+        shown = [_of_tasks(c) if c else "" for c in cells_of]
         rows.append([arm, str(k), f"{budget_s:g} s" if budget_s else "", *shown])
     return _table(["arm", "k", "budget", *names], rows)
+
+
+def _of_tasks(cells: Sequence[Measured]) -> str:
+    n = len({m.cell.task for m in cells})
+    return f"{_interval(clustered_mean(*_values(cells, 'exact')), '.0%')}, {n} tasks"
 
 
 def _pair(cell: Cell) -> tuple[str, int, int, float]:

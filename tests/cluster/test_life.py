@@ -180,8 +180,9 @@ async def test_a_greedy_key_does_not_keep_others_waiting(cluster: ClusterProcess
         connect(cluster, GREEDY) as greedy,
         connect(cluster, MODEST) as modest,
     ):
-        crowd = [asyncio.create_task(ask(greedy, "greedy", 64)) for _ in range(80)]
+        crowd = [asyncio.create_task(ask(greedy, "greedy", 250)) for _ in range(80)]
         while sum(e["waiting"] for e in await engines_of(admin)) < 40:
+            assert not all(asking.done() for asking in crowd)  # they take seconds
             await asyncio.sleep(0.05)
         n_before = len(ended)
         few = await asyncio.gather(*(ask(modest, "modest", 8) for _ in range(4)))
@@ -189,7 +190,7 @@ async def test_a_greedy_key_does_not_keep_others_waiting(cluster: ClusterProcess
         n_after = 80 - n_before - n_meanwhile
         many = await asyncio.gather(*crowd)
     assert not wrong(few, 8)
-    assert not wrong(many, 64)
+    assert not wrong(many, 250)
     print(f"{n_meanwhile} of the greedy key's ended meanwhile, {n_after} afterwards")
     assert n_after > n_meanwhile
 

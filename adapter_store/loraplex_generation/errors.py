@@ -75,6 +75,7 @@ class NothingLearnt(GeneratorError):
 class OutOfTime(GeneratorError):
     def __init__(self) -> None:
         super().__init__(
-            "the time was over before the examples had been tried once, since other requests came "
-            'first; give more time ("budget_s") or ask again later. A draft stays as it is'
+            "the time was over before the examples had been tried once; while a server answers "
+            "others, learning takes a small share of the time. Give more of it "
+            '("budget_s") or ask again later. A draft stays as it is'
         )

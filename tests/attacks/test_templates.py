@@ -96,9 +96,12 @@ def test_a_flood_of_a_template_that_was_stopped_costs_one_process(
     with bystander(server.url), stream(server.url) as gaps, ThreadPoolExecutor(24) as threads:
         answers = list(threads.map(lambda _: chat(server, "hostile"), range(24)))
         assert chat(server, "polite").status_code == 200
-    assert {answer.status_code for answer in answers} == {400}
-    messages = {answer.json()["error"]["message"] for answer in answers}
-    assert len(messages) == 2, messages  # the first one's, and "tried less than 60 s ago"
+    refused = [answer for answer in answers if answer.status_code == 400]
+    # Where the machine has no processor free, the others give up before the first is stopped.
+    gave_up = [answer for answer in answers if answer not in refused]
+    assert {answer.json()["error"]["code"] for answer in gave_up} <= {"templates_busy"}
+    messages = {answer.json()["error"]["message"] for answer in refused}
+    assert 1 <= len(messages) <= 2, messages  # the first one's, and "tried less than 60 s ago"
     assert all(": took " in message for message in messages)
     assert children_cpu_s(server) - before < ONE_RENDER_S
     assert max(gaps) < STALL_S

@@ -103,7 +103,9 @@ async def test_on_a_ray_that_runs_serve_run_and_up_serve_and_leave_it(
                 await _serves(one)
                 one.shut_serve_down()
                 assert one.ended() == 1, one.log
-                assert "error: the application 'loraplex' was removed" in one.log
+                # Which of the two is seen depends on how far the shutdown has come.
+                seen = ("the application 'loraplex' was removed", "Ray Serve does not answer")
+                assert any(f"error: {what}" in one.log for what in seen), one.log
             assert any("/raylet " in title for title in processes_of(mark).values())
 
 

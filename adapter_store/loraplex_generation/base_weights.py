@@ -11,15 +11,14 @@ import torch.nn.functional as F  # noqa: N812
 from safetensors import safe_open
 from torch import Tensor
 
-__all__ = ["BaseWeights", "FileWeights", "FrozenLinear", "HeldLinear", "ReadLinear"]
-
+__all__ = ["BaseWeights", "FileWeights", "FrozenLinear", "HeldLinear", "ReadLinear", "no_rest"]
 
 _PRODUCTS_OF_A_PIECE = 1 << 27  # multiplications: some milliseconds of a core
 _LEAST_ROWS = 16  # of a piece, since each reads all weights
 
 
-def _go_on() -> None:
-    pass
+def no_rest() -> None:
+    """For who computes without a pause."""
 
 
 class FrozenLinear(Protocol):
@@ -62,7 +61,7 @@ class ReadLinear:
     product of at most some milliseconds: the thread may wait there.
     """
 
-    def __init__(self, read: Callable[[], Tensor], rest: Callable[[], None] = _go_on) -> None:
+    def __init__(self, read: Callable[[], Tensor], rest: Callable[[], None] = no_rest) -> None:
         self._read, self._rest = read, rest
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 __all__ = ["BackgroundShare"]
 
@@ -29,12 +28,10 @@ class BackgroundShare:
         self._deadline, self._stop = math.inf, threading.Event()
         self._since = self._owed = 0.0
 
-    @contextmanager
-    def job(self, deadline: float, stop: threading.Event) -> Iterator[None]:
-        """``deadline``: of ``time.monotonic``. Nobody rests any more once ``stop`` is set."""
+    def start(self, deadline: float, stop: threading.Event) -> None:
+        """Another piece of work. ``deadline``: of ``time.monotonic``; ``stop`` ends all rests."""
         self._deadline, self._stop = deadline, stop
         self._since, self._owed = time.monotonic(), 0.0
-        yield
 
     def rest(self) -> None:
         """As long as the work since the last call makes necessary. On the working thread.

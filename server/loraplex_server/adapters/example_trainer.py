@@ -63,7 +63,8 @@ class ExampleTrainer:
         report: Progress,
     ) -> GeneratedAdapter:
         _yield_to_serving(self._n_threads)
-        with self._failures(), self._share.job(deadline, stop):
+        self._share.start(deadline, stop)
+        with self._failures():
             return generate_from_examples(
                 self._find_generator(),
                 *self._find_base(),

@@ -56,8 +56,7 @@ class Trainer(Protocol):
     ) -> GeneratedAdapter:
         """Blocks, at most until ``deadline`` (of ``time.monotonic``) or until ``report`` raises.
 
-        ``stop``: set where it is about to raise.
-
+        ``stop`` is set when ``report`` is going to raise: what waits then stops waiting.
         The card's ``refinement`` says whether anything was gained; if not, it is the draft.
         """
 

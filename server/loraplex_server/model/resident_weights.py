@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from loraplex_generation.base_weights import ReadLinear
+from loraplex_generation.base_weights import ReadLinear, no_rest
 from loraplex_kernels.quantized_linear import BaseLinear
 
 from .base_model import BaseModel
@@ -23,7 +23,7 @@ class ResidentWeights:
         """``dtype``: of what is read; weights that are served in it are not rounded."""
         self._spec, self._dtype = model.spec, dtype
         self._groups = {group.module_names: group.packed for group in model.groups.values()}
-        self._rest: Callable[[], None] = _nothing
+        self._rest: Callable[[], None] = no_rest
 
     def resting(self, rest: Callable[[], None]) -> ResidentWeights:
         """The same weights; who computes with them calls ``rest`` before each short product."""
@@ -45,7 +45,3 @@ class ResidentWeights:
         if name == f"{spec.input_embedding}.weight":
             return spec.stored(spec.input_embedding).to(self._dtype)
         return spec.parameter(name).to(self._dtype)
-
-
-def _nothing() -> None:
-    pass

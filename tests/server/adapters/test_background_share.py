@@ -38,10 +38,10 @@ def day(monkeypatch: pytest.MonkeyPatch) -> Day:
 
 
 def worked(share: BackgroundShare, day: Day, pieces: int, *, deadline: float = math.inf) -> None:
-    with share.job(deadline, day):
-        for _ in range(pieces):
-            day.now += 0.004
-            share.rest()
+    share.start(deadline, day)
+    for _ in range(pieces):
+        day.now += 0.004
+        share.rest()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.25, 1.0])
@@ -62,10 +62,10 @@ def test_a_rest_ends_when_the_last_request_does(day: Day) -> None:
 
 def test_short_pieces_are_saved_up(day: Day) -> None:
     share = BackgroundShare(0.5, lambda: True)
-    with share.job(math.inf, day):
-        for _ in range(100):
-            day.now += 0.0001
-            share.rest()
+    share.start(math.inf, day)
+    for _ in range(100):
+        day.now += 0.0001
+        share.rest()
     assert len(day.waits) <= 5
     assert day.now == pytest.approx(0.02, rel=0.2)
 
@@ -85,10 +85,10 @@ def test_what_is_to_stop_rests_no_more(day: Day) -> None:
 
 def test_what_one_job_owes_the_next_does_not_pay(day: Day) -> None:
     share = BackgroundShare(0.5, lambda: True)
-    with share.job(math.inf, day):
-        day.now += 0.0015
-        share.rest()
-    with share.job(math.inf, day):
-        day.now += 0.0015
-        share.rest()
+    share.start(math.inf, day)
+    day.now += 0.0015
+    share.rest()
+    share.start(math.inf, day)
+    day.now += 0.0015
+    share.rest()
     assert not day.waits

@@ -39,11 +39,11 @@ def test_a_training_thread_yields_to_serving_and_others_stay_as_they_were() -> N
         raise AssertionError("not asked for")
 
     share = BackgroundShare(1.0, lambda: False)
-    trainer = ExampleTrainer(find_generator, unused, unused, share, n_threads=2)  # type: ignore[arg-type]
+    trainer = ExampleTrainer(find_generator, unused, unused, share, n_threads=3)  # type: ignore[arg-type]
     train = partial(trainer.train, deadline=0.0, stop=threading.Event(), report=lambda now: None)
     with ThreadPoolExecutor(1) as pool, pytest.raises(GeneratorMismatch):
         pool.submit(train, REQUEST).result()
-    assert seen == [(2, max(10, before[1]))]
+    assert seen == [(3, max(10, before[1]))]
     assert told() == before
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(told).result() == (1, before[1])

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from loraplex_generation.zoo.novelty import NOVELTIES, novelty
+from loraplex_generation.zoo.tasks import Task
+
 from .arms import ARMS
 from .cells import Cell, CellFile
 from .held_out import HeldOutTask, load_test_set
@@ -46,12 +49,19 @@ _Base = Annotated[str | None, typer.Option(help="Base model; default: the pulled
 _Library = Annotated[Path | None, typer.Option(help="Folder of the library. Default: shipped.")]
 _Zoo = Annotated[Path | None, typer.Option(help="Folder with the multi-task LoRA.")]
 _Split = Annotated[str, typer.Option(help="Whose validation tasks: `wide` or `shipped`.")]
+_New = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Only tasks of which this is new: {', '.join(NOVELTIES[1:])}. Default: all."
+    ),
+]
 
 
 @app.command("plan")
 def show_plan(
     out: _Out = HERE / "validation.jsonl",
     split: _Split = "wide",
+    new: _New = None,
     arm: _Arms = None,
     k: _Ks = None,
     draws: _Draws = 5,
@@ -63,7 +73,12 @@ def show_plan(
     """How many cells a run has and how long they take, by what the file has measured."""
     kept = CellFile(out)
     cells = plan(
-        _names(split), arms=_arms(arm, zoo), ks=k or KS, n_draws=draws, rows=rows, budget_s=budget_s
+        _names(split, new),
+        arms=_arms(arm, zoo),
+        ks=k or KS,
+        n_draws=draws,
+        rows=rows,
+        budget_s=budget_s,
     )
     chosen = cells if minutes is None else fitting(cells, kept, 60 * minutes)
     pace = Pace(kept)
@@ -80,6 +95,7 @@ def show_plan(
 def run(
     out: _Out = HERE / "validation.jsonl",
     split: _Split = "wide",
+    new: _New = None,
     arm: _Arms = None,
     k: _Ks = None,
     draws: _Draws = 5,
@@ -93,7 +109,12 @@ def run(
     """The arms on validation tasks."""
     kept = CellFile(out)
     cells = plan(
-        _names(split), arms=_arms(arm, zoo), ks=k or KS, n_draws=draws, rows=rows, budget_s=budget_s
+        _names(split, new),
+        arms=_arms(arm, zoo),
+        ks=k or KS,
+        n_draws=draws,
+        rows=rows,
+        budget_s=budget_s,
     )
     _measure(cells, kept, _validation(split, rows), minutes, base, library, zoo)
 
@@ -115,7 +136,7 @@ def run_sweep(
     """Recipes on validation tasks; the summary compares what every recipe was run on."""
     kept = CellFile(out)
     grid = [GRID[i] for i in recipe] if recipe else GRID
-    cells = sweep(_names(split), k=k, n_draws=draws, rows=rows, grid=grid)
+    cells = sweep(_names(split, None), k=k, n_draws=draws, rows=rows, grid=grid)
     _measure(cells, kept, _validation(split, rows), minutes, base, library, None)
     typer.echo(recipe_table(kept))
 
@@ -131,6 +152,7 @@ def write_choice(sweep_file: _Out = HERE / "sweep.jsonl", choice: Path = CHOICE)
 @app.command("test")
 def run_test(
     out: _Out = HERE / "test.jsonl",
+    new: _New = None,
     arm: _Arms = None,
     k: _Ks = None,
     draws: _Draws = 5,
@@ -146,7 +168,7 @@ def run_test(
     kept, held = CellFile(out), load_test_set()
     choice = _or_exit(lambda: Choice.load(CHOICE))
     cells = plan(
-        list(held),
+        _only(list(held), "wide", new),
         arms=_arms(arm, zoo),
         ks=k or KS,
         n_draws=draws,
@@ -224,16 +246,28 @@ def _arms(asked: Sequence[str] | None, zoo: Path | None) -> list[str]:
     return [name for name in asked or ARMS if zoo is not None or not ARMS[name].needs_multi_task]
 
 
-def _names(split: str) -> Sequence[str]:
+def _names(split: str, new: str | None) -> Sequence[str]:
     from loraplex_generation.zoo.split import load_split
 
-    return load_split(split).sets["validation"]
+    return _only(load_split(split).sets["validation"], split, new)
+
+
+def _only(names: Sequence[str], split: str, new: str | None) -> Sequence[str]:
+    """Those of which `new` is new for the training tasks of the split; None: all."""
+    from loraplex_generation.zoo.split import load_split
+
+    if new is None:
+        return names
+    if new not in NOVELTIES[1:]:
+        raise typer.BadParameter(f"nothing is called {new!r}; known: {', '.join(NOVELTIES[1:])}")
+    trained = [Task.parse(name) for name in load_split(split).sets["train"]]
+    return [name for name in names if novelty(Task.parse(name), trained) == new]
 
 
 def _validation(split: str, rows: int) -> dict[str, HeldOutTask]:
     from .measuring import validation_tasks
 
-    return validation_tasks(_names(split), rows)
+    return validation_tasks(_names(split, None), rows)
 
 
 def _or_exit(call: Callable[[], T]) -> T:

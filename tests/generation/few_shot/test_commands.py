@@ -35,6 +35,16 @@ def test_an_arm_that_does_not_exist_is_named_with_the_known_ones() -> None:
     assert "text-to-lora" in result.output
 
 
+def test_a_plan_can_be_of_what_is_new_about_a_task(tmp_path: Path) -> None:
+    words = ["plan", "--out", str(tmp_path / "none.jsonl"), "--k", "8", "--draws", "1"]
+    of_a_kind = RUNNER.invoke(commands.app, [*words, "--new", "family", "--arm", "ours"])
+    assert of_a_kind.exit_code == 0, of_a_kind.output
+    assert "8 of      8 cells" in of_a_kind.output  # of 51 validation tasks
+    unknown = RUNNER.invoke(commands.app, [*words, "--new", "magic"])
+    assert unknown.exit_code == 2
+    assert "interpolation" in unknown.output
+
+
 def test_the_test_does_not_run_without_a_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "pack",
 ]
 
+_MARKER = "\u2402"  # stands for a text in a template
 TOKENS_AT_ONCE = 256  # of rows: a layer of it takes a core some milliseconds
 
 
@@ -67,27 +69,36 @@ class ChatCodec:
     """Text to rows. Head, turn ends and stop token come from the model's chat template."""
 
     def __init__(self, tokenizer: PromptTokenizer) -> None:
-        marker = "\u2402"
         text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": marker}], tokenize=False, add_generation_prompt=True
+            [{"role": "user", "content": _MARKER}], tokenize=False, add_generation_prompt=True
         )
         reply = tokenizer.apply_chat_template(
-            [{"role": "user", "content": marker}, {"role": "assistant", "content": marker}],
+            [{"role": "user", "content": _MARKER}, {"role": "assistant", "content": _MARKER}],
             tokenize=False,
             add_generation_prompt=False,
         )
-        before, self._after = text.split(marker)
-        end = reply.removeprefix(text).removeprefix(marker).strip()
+        before, self._after = text.split(_MARKER)
+        end = reply.removeprefix(text).removeprefix(_MARKER).strip()
         self._tokenizer = tokenizer
         self.head = tuple(self._ids(before))
         self._end = self._ids(end)[:1]
         self._tail = self._ids(self._after)
 
-    def row(self, example: Example, *, instruction: str = "") -> Row:
-        """`instruction` goes before the prompt, on a line of its own."""
-        prompt = f"{instruction}\n{example.prompt}" if instruction else example.prompt
+    def row(
+        self, example: Example, *, instruction: str = "", earlier: Sequence[Example] = ()
+    ) -> Row:
+        """`instruction` goes before the first prompt, on a line of its own.
+
+        `earlier`: turns of the same chat, which were answered before this prompt came.
+        """
+        tokens: list[int] = []
+        for turn in earlier:
+            tokens += self._ids(_led(turn.prompt, instruction)) + self._tail
+            tokens += self._ids(turn.answer + self._between)
+            instruction = ""
         answer = self._ids(example.answer) + self._end
-        return Row(tuple(self._ids(prompt) + self._tail + answer), len(answer))
+        tokens += self._ids(_led(example.prompt, instruction)) + self._tail + answer
+        return Row(tuple(tokens), len(answer))
 
     def prompt(self, text: str) -> Row:
         """A row without an answer; its last token is the last of the prompt."""
@@ -101,8 +112,21 @@ class ChatCodec:
     def text(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens))
 
+    @cached_property
+    def _between(self) -> str:
+        """What stands between an answer and the next prompt."""
+        chat = [{"role": role, "content": _MARKER} for role in ("user", "assistant", "user")]
+        text = self._tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=False
+        )
+        return text.split(_MARKER)[2]
+
     def _ids(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False)
+
+
+def _led(prompt: str, instruction: str) -> str:
+    return f"{instruction}\n{prompt}" if instruction else prompt
 
 
 def pack(head: Sequence[int], groups: Sequence[Sequence[Row]]) -> PackedBatch:

@@ -5,7 +5,7 @@ python -m adapter_store.benchmarks.few_shot run       on validation tasks; resum
 python -m adapter_store.benchmarks.few_shot sweep     recipes, on validation tasks; resumable
 python -m adapter_store.benchmarks.few_shot choose    the recipe, by the sweep
 python -m adapter_store.benchmarks.few_shot test      once, with what was chosen; resumable
-python -m adapter_store.benchmarks.few_shot report    tables and a plot from a file of cells
+python -m adapter_store.benchmarks.few_shot report    tables and a plot from files of cells
 """
 
 from __future__ import annotations
@@ -183,22 +183,22 @@ def run_test(
 
 @app.command("report")
 def write_report(
-    cells: Annotated[Path, typer.Argument(help="File of cells.")],
+    cells: Annotated[list[Path], typer.Argument(help="Files of cells.")],
     out: Annotated[Path | None, typer.Option(help="Markdown; a plot beside it.")] = None,
     trained: Annotated[str, typer.Option(help="On which tasks the library was.")] = "shipped",
 ) -> None:
     """Tables and, with `--out`, a plot."""
     from loraplex_generation.zoo.split import load_split
 
-    kept = CellFile(cells)
+    kept = [measured for path in cells for measured in CellFile(path)]
     try:
-        text = report(list(kept), load_split(trained).sets["train"])
+        text = report(kept, load_split(trained).sets["train"])
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     typer.echo(text)
     if out is not None:
         out.write_text(text, encoding="utf-8")
-        plot(list(kept), out.with_suffix(".svg"))
+        plot(kept, out.with_suffix(".svg"))
 
 
 def _measure(

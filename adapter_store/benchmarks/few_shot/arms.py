@@ -46,10 +46,14 @@ class Asked:
 
 @dataclass(frozen=True, slots=True)
 class Learnt:
-    """`vector` [layout.size or .full_size], None: the base; `instruction` precedes every prompt."""
+    """`vector` [layout.size or .full_size], None: the base.
+
+    `instruction` and `earlier`, answered turns of the same chat, precede every prompt.
+    """
 
     vector: Tensor | None = None
     instruction: str = ""
+    earlier: Sequence[Example] = ()
     told: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,6 +72,10 @@ def _base(bench: Bench, asked: Asked) -> Learnt:
 
 def _prompt(bench: Bench, asked: Asked) -> Learnt:
     return Learnt(instruction=_instruction(asked))
+
+
+def _turns(bench: Bench, asked: Asked) -> Learnt:
+    return Learnt(instruction=asked.sentence, earlier=asked.examples)
 
 
 def _multi_task(bench: Bench, asked: Asked) -> Learnt:
@@ -165,6 +173,9 @@ _WITH_EXAMPLES = (2, 4, 8, 16, 32)
 ARMS: dict[str, Arm] = {
     "base": Arm(_base, "the base, without the sentence", ks=(0,), has_draws=False),
     "prompt": Arm(_prompt, "sentence and examples in the prompt of the base"),
+    "turns": Arm(
+        _turns, "the sentence in front of the examples as earlier turns", ks=_WITH_EXAMPLES
+    ),
     "multi-task": Arm(
         _multi_task, "the same in the prompt of a multi-task LoRA", needs_multi_task=True
     ),
@@ -180,7 +191,7 @@ ARMS: dict[str, Arm] = {
     ),
     "lorahub": Arm(_lorahub, "LoraHub: weights of 20 experts", ks=_WITH_EXAMPLES),
     "text-to-lora": Arm(
-        _generated("mlp"), "an MLP from the sentence to the span, as Text-to-LoRA regresses"
+        _generated("mlp"), "an MLP from the sentence to the experts, as Text-to-LoRA regresses"
     ),
     "sg-lora": Arm(_generated("sg-lora"), "SG-LoRA's draft, then learning"),
     "icm-lora": Arm(_generated("icm-lora"), "ICM-LoRA's draft (from k = 8 with prompts), learning"),
@@ -189,4 +200,8 @@ ARMS: dict[str, Arm] = {
         _oracle, f"a LoRA trained on {ORACLE_K} examples", ks=(ORACLE_K,), has_draws=False
     ),
 }
-"""Of the methods that read a sentence, the row k = 0 is the published one; k > 0 learns from it."""
+"""Of the methods that read a sentence, the row k = 0 is the published one; k > 0 learns from it.
+
+`text-to-lora`, `sg-lora` and `icm-lora` are fitted on the library's experts alone. The text map of
+`ours` knows more tasks, so what lies between them is not the method alone.
+"""

@@ -78,13 +78,20 @@ class Bench:
         return text_map.vector(text_map.points[chosen])
 
     def score(
-        self, examples: Sequence[Example], vector: Tensor | None, instruction: str = ""
+        self,
+        examples: Sequence[Example],
+        vector: Tensor | None,
+        instruction: str = "",
+        earlier: Sequence[Example] = (),
     ) -> TaskScore:
         """Of greedy replies, in one teacher-forced forward for each part of the rows.
 
-        What all prompts begin with (an instruction, examples) is computed once for a part.
+        What all prompts begin with (an instruction, earlier turns) is computed once for a part.
         """
-        rows = [self.codec.row(example, instruction=instruction) for example in examples]
+        rows = [
+            self.codec.row(example, instruction=instruction, earlier=earlier)
+            for example in examples
+        ]
         n_shared = min(_n_shared(rows), min(len(row.tokens) - row.n_answer for row in rows) - 1)
         head = (*self.codec.head, *rows[0].tokens[:n_shared])
         rows = [Row(row.tokens[n_shared:], row.n_answer) for row in rows]

@@ -44,7 +44,9 @@ class Measure:
         learnt = ARMS[cell.arm].learn(self._bench, asked)
         learn_s, learn_cpu_s = time.perf_counter() - wall, time.process_time() - cpu
         wall = time.perf_counter()
-        score = self._bench.score(held.rows[: cell.rows], learnt.vector, learnt.instruction)
+        score = self._bench.score(
+            held.rows[: cell.rows], learnt.vector, learnt.instruction, learnt.earlier
+        )
         return Measured(
             cell,
             exact=round(score.exact, 4),

@@ -108,7 +108,7 @@ class Pace:
         learning = self._learn_s.get(key, guess)
         if cell.budget_s:
             learning = min(learning, cell.budget_s)
-        longer = 1 + cell.k / 8 if cell.arm in ("prompt", "multi-task") else 1.0
+        longer = 1 + cell.k / 8 if cell.arm in ("prompt", "turns", "multi-task") else 1.0
         return learning + cell.rows * self._row_s.get(key, _SCORE_S * longer)
 
     def total(self, cells: Iterable[Cell]) -> float:

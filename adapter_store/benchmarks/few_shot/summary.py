@@ -33,7 +33,7 @@ def report(cells: Sequence[Measured], trained: Sequence[str]) -> str:
     `trained`: the tasks of the library. Raises ValueError for cells of several recipes, which a
     mean would mix.
     """
-    recipes = {m.cell.recipe for m in cells}
+    recipes = {m.cell.recipe for m in cells if ARMS[m.cell.arm].has_draws}
     if len(recipes) > 1:
         raise ValueError(f"cells of {len(recipes)} recipes; `sweep` compares recipes")
     parts = [_about(cells), "## Every arm, by number of examples", _arms_table(cells)]
@@ -153,15 +153,16 @@ def _arms_table(cells: Sequence[Measured]) -> str:
 
 
 def _differences_table(cells: Sequence[Measured]) -> str:
-    """Paired over (task, k, draw, budget); an arm without draws stands for each draw."""
-    ours = {_pair(m.cell): m for m in cells if m.cell.arm == "ours"}
+    """Paired over (task, k, draw, budget); an arm without draws stands beside each of ours."""
+    ours = [m for m in cells if m.cell.arm == "ours"]
     rows = []
     for arm in ARMS:
-        for k in sorted({key[1] for key in ours}):
+        theirs = {_pair(m.cell): m for m in cells if m.cell.arm == arm}
+        for k in sorted({m.cell.k for m in ours}):
             pairs = [
-                (ours[_pair(m.cell)], m)
-                for m in cells
-                if m.cell.arm == arm and m.cell.k == k and _pair(m.cell) in ours
+                (m, theirs[_pair(m.cell, arm)])
+                for m in ours
+                if m.cell.k == k and _pair(m.cell, arm) in theirs
             ]
             if arm == "ours" or not pairs:
                 continue
@@ -193,7 +194,10 @@ def _of_tasks(cells: Sequence[Measured]) -> str:
     return f"{_interval(clustered_mean(*_values(cells, 'exact')), '.0%')}, {n} tasks"
 
 
-def _pair(cell: Cell) -> tuple[str, int, int, float]:
+def _pair(cell: Cell, arm: str | None = None) -> tuple[object, ...]:
+    """What a cell shares with that of the other arm; None: with its own kind."""
+    if not ARMS[arm or cell.arm].has_draws:
+        return (cell.task,)
     return cell.task, cell.k, cell.draw, cell.budget_s
 
 

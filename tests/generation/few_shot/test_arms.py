@@ -11,7 +11,7 @@ import torch
 
 from adapter_store.benchmarks.few_shot.arms import ARMS, Asked
 from adapter_store.benchmarks.few_shot.bench import Bench
-from adapter_store.benchmarks.few_shot.cells import CellFile
+from adapter_store.benchmarks.few_shot.cells import Cell, CellFile, Measured
 from adapter_store.benchmarks.few_shot.lorahub import search_weights
 from adapter_store.benchmarks.few_shot.measuring import Measure, measure_all, validation_tasks
 from adapter_store.benchmarks.few_shot.planning import plan, sweep
@@ -23,7 +23,13 @@ from loraplex_generation.from_examples import generate_from_examples
 from loraplex_generation.refinement import RefinementRecipe
 from loraplex_generation.zoo.tasks import Example, Task
 from tests.support.tiny_library import TINY_TASKS, tiny_library
-from tests.support.tiny_zoo import HashedWords, tiny_base, tiny_codec, tiny_directory
+from tests.support.tiny_zoo import (
+    HashedWords,
+    tiny_base,
+    tiny_codec,
+    tiny_directory,
+    tiny_tokenizer,
+)
 
 TASKS = ("vowels/plain", "octal/quotes")
 QUICK = RefinementRecipe(span_steps=1, steps=2, warmup=1, look_every=1, tokens=60, lr=0.05)
@@ -111,6 +117,38 @@ def test_examples_in_the_prompt_are_what_the_rows_are_scored_under(bench: Bench)
         told = Example(example.prompt, reply)
         if len(reply) < 6 and reply:  # else it was cut off, or has no text
             assert bench.score([told], None, learnt.instruction).exact == 1.0
+
+
+def test_examples_as_turns_are_the_chat_that_a_client_would_send(bench: Bench) -> None:
+    """By the tokenizer's own template, with the whole chat at once."""
+    order = asked("vowels/plain", 3)
+    learnt = ARMS["turns"].learn(bench, order)
+    asked_now = order.task.examples("validation", 1)[0]
+    row = bench.codec.row(asked_now, instruction=learnt.instruction, earlier=learnt.earlier)
+    chat = []
+    for number, turn in enumerate([*order.examples, asked_now]):
+        led = turn.prompt if number else f"{order.sentence}\n{turn.prompt}"
+        chat += [{"role": "user", "content": led}, {"role": "assistant", "content": turn.answer}]
+    tokenizer = tiny_tokenizer()
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    whole = tokenizer.encode(text, add_special_tokens=False)
+    tokens = [*bench.codec.head, *row.tokens]
+    assert tokens == whole[: len(tokens)]
+    assert len(whole) - len(tokens) <= 1  # the line end behind the last answer
+    alone = bench.score([asked_now], None, learnt.instruction, learnt.earlier)
+    assert math.isfinite(alone.nll)
+
+
+def test_arms_without_draws_and_budget_are_held_against_ours_that_has_them(tmp_path: Path) -> None:
+    recipe = (("steps", 36.0),)
+    cells = [Cell("vowels/plain", "ours", k, 0, 2, 30.0, recipe) for k in (0, 16)]
+    cells += [Cell("vowels/plain", "base", 0, 0, 2), Cell("vowels/plain", "oracle", 600, 0, 2)]
+    exact = (0.25, 0.75, 0.0, 1.0)
+    measured = [Measured(c, e, 1.0, 1.0, 1.0, 1.0) for c, e in zip(cells, exact, strict=True)]
+    text = report(measured, TINY_TASKS)
+    assert "| base | 16 | 1 | +75% " in text
+    assert "| oracle | 0 | 1 | -75% " in text
+    assert "| oracle | 16 | 1 | -25% " in text
 
 
 def test_rows_score_the_same_in_any_company(bench: Bench) -> None:

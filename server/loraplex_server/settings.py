@@ -245,7 +245,7 @@ class StoreConfig(Options):
         metavar="SIZE",
     )
     catalogue_refresh_s: Seconds = option(
-        0.1,
+        1.0,
         "How long a name is answered from memory before the catalogue is asked again.",
         Panel.ADAPTERS,
         name="catalogue_refresh",

@@ -8,6 +8,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from loraplex_adapter_store.catalogue.limits import CatalogueLimits
 from loraplex_server.api_keys import Scope
 from loraplex_server.cli.app import app
 from loraplex_server.cli.serve import given_flags
@@ -42,6 +43,7 @@ def test_nothing_given_means_the_defaults() -> None:
     assert config.http.host == "127.0.0.1"
     assert config.model is None
     assert config.engine.max_step_tokens is None
+    assert config.store.catalogue_limits == CatalogueLimits()
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,9 @@ __all__ = ["AdapterGenerationRequest", "GeneratedAdapters", "GenerationStats"]
 _LONGEST_WAIT_S = 60.0  # the clock may be set meanwhile
 _RETRY_S = 5.0
 _MAX_PROMPTS = 100  # on a card
+# A use that moves the expiry by less than this share of the adapter's life writes nothing: with a
+# catalogue each write is an object that stays, and a description may be sent many times a second.
+_LEAST_MOVE = 0.05
 _log = logging.getLogger(__name__)
 
 
@@ -129,9 +132,10 @@ class GeneratedAdapters:
         """
         lasts = ttl_s is None and name is not None
         with self._lock:
-            expires = None if lasts else self._clock() + (ttl_s or self._ttl_s)
+            life_s = ttl_s or self._ttl_s
+            expires = None if lasts else self._clock() + life_s
             ours = self.unnamed(request, tenant)
-            card = None if name else self._refreshed(ours, expires)
+            card = None if name else self._refreshed(ours, life_s)
             if card is None:
                 if name is None:
                     self._make_room(tenant)
@@ -298,13 +302,17 @@ class GeneratedAdapters:
             options=replace(options, provenance=provenance),
         )
 
-    def _refreshed(self, name: str, expires: float | None) -> AdapterCard | None:
+    def _refreshed(self, name: str, life_s: float) -> AdapterCard | None:
         """None if there is no such adapter, or it has expired."""
+        now = self._clock()
         try:
-            at = self._store.get(name).expires
-            if at is not None and at <= self._clock():
-                return None
-            return self._store.set_expiry(name, expires)
+            card = self._store.get(name)
+            if card.expires is not None:
+                if card.expires <= now:
+                    return None
+                if abs(now + life_s - card.expires) <= _LEAST_MOVE * life_s:
+                    return card
+            return self._store.set_expiry(name, now + life_s)
         except UnknownAdapter:  # deleted by a client, or expired
             return None
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.errors import RevisionConflict
 from loraplex_adapter_store.selector import Description
 from loraplex_adapter_store.store import AdapterStore
@@ -120,6 +121,31 @@ def test_each_use_starts_the_life_of_an_unnamed_adapter_anew(make: Make, spec: B
     clock.now += 40
     assert adapters.ensure(AdapterGenerationRequest("used")).expires == START + 100
     assert adapters.stats.n_reused == 1
+
+
+def test_uses_soon_after_another_write_nothing_to_the_catalogue(
+    spec: BaseSpec, tmp_path: Path
+) -> None:
+    """Each write is an object that stays."""
+    shared, clock, used = tmp_path / "catalogue", Clock(), AdapterGenerationRequest("used")
+
+    def n_objects() -> int:
+        return sum(path.is_file() for path in shared.rglob("*"))
+
+    shared.mkdir()
+    catalogue = Catalogue.open(shared.as_uri(), spec)
+    with AdapterStore(tmp_path / "store", spec, catalogue=catalogue) as store:
+        adapters = GeneratedAdapters(store, lambda: ScriptedGenerator(spec), ttl_s=60, clock=clock)
+        with contextlib.closing(adapters):
+            adapters.ensure(used)
+            n_written = n_objects()
+            clock.now += 3
+            assert adapters.ensure(used).expires == START + 60
+            assert n_objects() == n_written
+            clock.now += 1
+            assert adapters.ensure(used).expires == START + 64
+            assert n_objects() == n_written + 1
+            assert adapters.ensure(used, ttl_s=6).expires == START + 10  # a shorter life, too
 
 
 def test_an_adapter_goes_when_its_time_has_come_without_anybody_asking(

@@ -39,6 +39,7 @@ from .front import (
     store_root,
 )
 from .limited_http import LimitedHttp
+from .listening import reachable_url
 from .running_servers import announced
 from .settings import ServerConfig
 
@@ -191,11 +192,7 @@ def _on_signal(going_down: asyncio.Event) -> None:
 
 
 def _url(listening: socket.socket) -> str:
-    """Where this machine reaches the server."""
-    host, port = listening.getsockname()[:2]
-    any_address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # nosec B104
-    host = any_address.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{host}:{port}"
+    return reachable_url(*listening.getsockname()[:2])
 
 
 def banner_of(services: AppState, url: str) -> str:

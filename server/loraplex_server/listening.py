@@ -6,7 +6,7 @@ import socket
 
 from .settings import ConfigError, HttpConfig
 
-__all__ = ["bind"]
+__all__ = ["bind", "reachable_url"]
 
 
 def bind(config: HttpConfig) -> socket.socket:
@@ -22,3 +22,11 @@ def bind(config: HttpConfig) -> socket.socket:
             f"cannot listen on {config.host}:{config.port}: {error.strerror}; choose another --port"
         ) from error
     return bound
+
+
+def reachable_url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens on ``host``."""
+    any_address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # nosec B104
+    host = host.strip("[]")
+    host = any_address.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{port}"

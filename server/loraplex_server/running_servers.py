@@ -1,6 +1,7 @@
 """Which servers run on this machine, so that the command line finds them without --url.
 
-A server that is ready writes ``$LORAPLEX_HOME/servers/PID.json`` and removes it when it goes down.
+A server or cluster that is ready writes ``$LORAPLEX_HOME/servers/PID.json`` and removes it when it
+goes down.
 """
 
 from __future__ import annotations

@@ -95,15 +95,11 @@ def _serve(config: ClusterConfig, file: Path | None, folder: Path | None) -> Non
     from loraplex_server.cluster.serving import serve_until_told
     from loraplex_server.model.pull import loraplex_home
 
-    http = config.server.http
-    url = f"http://{http.host}:{http.port}"
     token = None if folder is None else folder / "token"
 
     @contextlib.contextmanager
     def serving(address: str) -> Iterator[None]:
-        with announced_cluster(
-            loraplex_home(), address, token, url, config.name, http.drain_timeout_s
-        ):
+        with announced_cluster(loraplex_home(), config, address, token) as url:
             model = config.server.model or "the default base"
             typer.echo(f"loraplex cluster serves {model} at {url}  (Ctrl-C ends it)")
             yield

@@ -1,4 +1,7 @@
-"""Which clusters `loraplex cluster up` serves on this machine: $LORAPLEX_HOME/clusters/PID.json."""
+"""Which clusters `loraplex cluster up` serves on this machine: $LORAPLEX_HOME/clusters/PID.json.
+
+A cluster is also announced as a server: commands that want one, as `loraplex adapters`, find it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,14 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from loraplex_server.listening import reachable_url
+from loraplex_server.model.pull import DEFAULT_BASE
+from loraplex_server.running_servers import announced
+
+if TYPE_CHECKING:
+    from .config import ClusterConfig
 
 __all__ = ["RunningCluster", "announced_cluster", "running_clusters"]
 
@@ -32,9 +42,12 @@ class RunningCluster(NamedTuple):
 
 @contextlib.contextmanager
 def announced_cluster(
-    home: Path, address: str, token: Path | None, url: str, name: str, drain_timeout_s: float
-) -> Iterator[None]:
-    """The cluster can be found inside the block. Raises OSError."""
+    home: Path, config: ClusterConfig, address: str, token: Path | None
+) -> Iterator[str]:
+    """The cluster can be found inside the block, at the URL that is given. Raises OSError."""
+    http, store = config.server.http, config.server.store.root
+    assert store is not None  # ``ClusterConfig`` has one always
+    url = reachable_url(http.host, http.port)
     file = home / "clusters" / f"{os.getpid()}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     shown_token = None if token is None else str(token)
@@ -42,12 +55,13 @@ def announced_cluster(
         "address": address,
         "token": shown_token,
         "url": url,
-        "name": name,
-        "drain_timeout_s": drain_timeout_s,
+        "name": config.name,
+        "drain_timeout_s": http.drain_timeout_s,
     }
     file.write_text(json.dumps(told), encoding="utf-8")
     try:
-        yield
+        with announced(home, url, config.server.model or DEFAULT_BASE, store):
+            yield url
     finally:
         file.unlink(missing_ok=True)
 

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 
+from loraplex_server.cluster.config import read_config
 from loraplex_server.cluster.running_clusters import announced_cluster, running_clusters
 from loraplex_server.cluster.watching import watched_ray
 
@@ -28,9 +29,12 @@ def test_a_ray_at_whose_address_nobody_listens_any_more_is_lost() -> None:
             assert address in lost.get(timeout=60)
 
 
-def test_a_cluster_is_found_until_its_process_has_ended(tmp_path: Path) -> None:
+def test_a_cluster_is_found_until_its_process_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ended, and not yet asked for by its parent: `down` waits for it no longer."""
-    with announced_cluster(tmp_path, "127.0.0.1:6379", None, "http://x", "loraplex", 30.0):
+    monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path))
+    with announced_cluster(tmp_path, read_config(None), "127.0.0.1:6379", None):
         (ours,) = running_clusters(tmp_path)
         assert ours.lives
         with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:

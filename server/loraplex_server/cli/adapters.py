@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .adapters_remote import RemoteAdapters
 from .adapters_routing import routing
 from .complete import complete_adapter
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from loraplex_adapter_store.inspection import ModuleInspection
 
     from .adapters_local import LocalAdapters
+    from .adapters_remote import RemoteAdapters
 
 __all__ = ["adapters"]
 
@@ -133,7 +133,7 @@ def remove(
 def unload(name: Name, url: Url = None, api_key: Key = None, model: Model = None) -> None:
     """Free an idle adapter's memory on a running server; the next request loads it again."""
     with _errors():
-        card = RemoteAdapters(_running_url(url, model), api_key).unload(name)
+        card = _remote(_running_url(url, model), api_key).unload(name)
     typer.echo(f"{name} is on {card['tier']}, and is loaded again when it is asked for")
 
 
@@ -242,7 +242,7 @@ def _backend(
 ) -> RemoteAdapters | LocalAdapters:
     """The server that is named, else the one that runs on this machine, else the store on disk."""
     url = url or _running(model, state_dir)
-    return RemoteAdapters(url, api_key) if url else _local(model, state_dir)
+    return _remote(url, api_key) if url else _local(model, state_dir)
 
 
 def _running_url(url: str | None, model: str | None) -> str:
@@ -270,6 +270,12 @@ def _running(model: str | None, state_dir: Path | None) -> str | None:
         raise typer.BadParameter(f"several servers run here; choose one with --url: {urls}")
     typer.secho(f"using the server at {found[0].url}", dim=True, err=True)
     return found[0].url
+
+
+def _remote(url: str, api_key: str | None) -> RemoteAdapters:
+    from .adapters_remote import RemoteAdapters
+
+    return RemoteAdapters(url, api_key)
 
 
 def _local(model: str | None, state_dir: Path | None) -> LocalAdapters:

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import httpx
+
+from loraplex_adapter_store.content_files import CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.sources.local import read_card, read_directory
+
+from .server_client import server_client
+
 __all__ = ["RemoteAdapters"]
 
 _TIMEOUT_S = 600.0
+_WHOLE = {"report": "full"}  # cards as the store on disk gives them
+
+
+class _Refused(httpx.HTTPError):
+    """What the server says, in its own words."""
+
+    def __init__(self, message: str, code: str | None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class RemoteAdapters:
     """Raises httpx.HTTPError with the server's own message."""
 
     def __init__(self, url: str, api_key: str | None) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._url = url
+        self._api_key = api_key
 
     def list(self) -> list[dict[str, Any]]:
         data: list[dict[str, Any]] = self._call("GET", "")["data"]
         return data
 
     def show(self, name: str) -> dict[str, Any]:
-        return self._call("GET", name, params={"report": "full"})
+        return self._call("GET", name, params=_WHOLE)
 
     def add(
         self,
@@ -37,30 +53,22 @@ class RemoteAdapters:
         *,
         replace: bool,
     ) -> dict[str, Any]:
-        from loraplex_adapter_store.companion_files import COMPANION_FILES  # imports torch
+        """A folder of this machine is uploaded; anything else the server fetches itself.
 
+        Raises StoreError for a folder that holds no adapter.
+        """
         headers = {} if replace else {"If-None-Match": "*"}
-        folder = Path(source)
-        if not folder.is_dir():
-            body = {"source": source, "description": description, "examples": list(examples)}
-            self._call("PUT", name, headers, json=body)
-            return self.show(name)
-        with contextlib.ExitStack() as stack:
-            files: dict[str, Any] = {}
-            for part, file in (
-                ("config", "adapter_config.json"),
-                ("weights", "adapter_model.safetensors"),
-                ("chat_template", "chat_template.jinja"),
-                ("card", "card.json"),
-                *((name, name) for name in COMPANION_FILES),
-            ):
-                if (folder / file).is_file():
-                    files[part] = (file, stack.enter_context((folder / file).open("rb")))
-            data = {"examples": json.dumps(list(examples))}
-            if description is not None:
-                data["description"] = description
-            self._call("PUT", name, headers, files=files, data=data)
-        return self.show(name)
+        if Path(source).is_dir():
+            return self._upload(name, Path(source).resolve(), description, examples, headers)
+        told = {"description": description, "examples": examples}
+        body = {"source": source, **told, "wait": True}
+        try:
+            return self._call("PUT", name, headers, params=_WHOLE, json=body)
+        except _Refused as error:
+            if "://" in source or error.code not in ("source_forbidden", "source_not_found"):
+                raise
+            message = f"there is no folder {source!r} on this machine, and the server says: {error}"
+            raise _Refused(message, error.code) from None
 
     def remove(self, name: str) -> dict[str, Any]:
         return self._call("DELETE", name)
@@ -74,25 +82,47 @@ class RemoteAdapters:
 
     def rollback(self, name: str, digest: str | None) -> dict[str, Any]:
         wanted = {} if digest is None else {"digest": digest}
-        return self._call("POST", f"{name}/rollback", params={"report": "full", **wanted})
+        return self._call("POST", f"{name}/rollback", params={**_WHOLE, **wanted})
+
+    def _upload(
+        self,
+        name: str,
+        folder: Path,
+        description: str | None,
+        examples: tuple[str, ...],
+        headers: dict[str, str],
+    ) -> dict[str, Any]:
+        """What the store on disk would read of the folder."""
+        limits = StoreLimits()
+        read = read_directory(folder, limits)
+        files: dict[str, Any] = {"config": (CONFIG_FILE, read.config)}
+        files |= {part: (part, data) for part, data in read.companions.items()}
+        if read.chat_template is not None:
+            files["chat_template"] = ("chat_template", read.chat_template.encode())
+        if (card := read_card(read, limits)) is not None:
+            files["card"] = ("card", card)
+        data = {"examples": json.dumps(examples)} if examples else {}
+        if description is not None:
+            data["description"] = description
+        with read.open_weights() as weights:
+            files["weights"] = (WEIGHTS_FILE, weights)
+            return self._call("PUT", name, headers, params=_WHOLE, files=files, data=data)
 
     def _call(
         self, method: str, name: str, headers: dict[str, str] | None = None, **body: Any
     ) -> dict[str, Any]:
-        import httpx
-
-        url = f"{self._url}/v1/adapters" + (f"/{quote(name)}" if name else "")
-        answer = httpx.request(
-            method, url, headers={**self._headers, **(headers or {})}, timeout=_TIMEOUT_S, **body
-        )
+        path = "/v1/adapters" + (f"/{quote(name)}" if name else "")
+        with server_client(self._url, self._api_key, _TIMEOUT_S) as client:
+            answer = client.request(method, path, headers=headers, **body)
         if answer.is_error:
-            raise httpx.HTTPError(_message(answer.text))
+            raise _refused(answer.text)
         value: dict[str, Any] = answer.json()
         return value
 
 
-def _message(text: str) -> str:
+def _refused(text: str) -> _Refused:
     try:
-        return str(json.loads(text)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return text[:500] or "the server gave no reason"
+        error = json.loads(text)["error"]
+        return _Refused(str(error["message"]), error.get("code"))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _Refused(text[:500] or "the server gave no reason", None)

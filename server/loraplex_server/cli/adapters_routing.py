@@ -85,17 +85,14 @@ def _short(place: str) -> str:
 def _fetch(name: str, url: str, api_key: str | None, window_s: float) -> dict[str, Any]:
     import httpx
 
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    base = url.rstrip("/").removesuffix("/v1")
+    from .server_client import server_client, server_root
+
+    path = f"/v1/adapters/{quote(name)}/routing"
     try:
-        answer = httpx.get(
-            f"{base}/v1/adapters/{quote(name)}/routing",
-            params={"window_s": window_s},
-            headers=headers,
-            timeout=30.0,
-        )
+        with server_client(url, api_key, timeout=30.0) as client:
+            answer = client.get(path, params={"window_s": window_s})
     except httpx.HTTPError as error:
-        typer.echo(f"cannot reach {base}: {error}", err=True)
+        typer.echo(f"cannot reach {server_root(url)}: {error}", err=True)
         raise typer.Exit(1) from error
     if answer.is_error:
         try:

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import httpx
 
-from loraplex_server.settings import is_loopback
+from .server_client import server_client, server_root
 
 __all__ = ["AdapterLine", "ChatError", "ChatSession"]
 
@@ -42,14 +42,9 @@ class ChatSession:
         max_tokens: int = 512,
         temperature: float = 0.0,
     ) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1")
-        self._client = httpx.Client(
-            base_url=self._url,
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(_ANSWER_S, connect=_CONNECT_S),
-            # A proxy of the environment cannot reach this machine's own loopback.
-            trust_env=not is_loopback(httpx.URL(self._url).host),
-        )
+        self._url = server_root(url)
+        timeout = httpx.Timeout(_ANSWER_S, connect=_CONNECT_S)
+        self._client = server_client(url, api_key, timeout)
         self._system = system
         self._max_tokens = max_tokens
         self._temperature = temperature

@@ -23,15 +23,17 @@ def complete_adapter(ctx: typer.Context, incomplete: str) -> list[tuple[str, str
     from loraplex_server.model.pull import loraplex_home
     from loraplex_server.running_servers import running_servers
 
+    from .server_client import server_client
+
     named = ctx.params.get("url") or os.environ.get("LORAPLEX_URL")
     urls = [named] if named else [server.url for server in running_servers(loraplex_home())]
     key = ctx.params.get("api_key") or os.environ.get("LORAPLEX_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     found: dict[str, str] = {}
     for url in urls:
         try:
-            listed = httpx.get(f"{url}/v1/adapters", headers=headers, timeout=_TIMEOUT_S)
-            for card in listed.raise_for_status().json()["data"]:
+            with server_client(url, key, _TIMEOUT_S) as client:
+                listed = client.get("/v1/adapters").raise_for_status().json()
+            for card in listed["data"]:
                 found[card["name"]] = card["description"] or ""
         except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError):
             continue

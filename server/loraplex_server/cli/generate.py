@@ -205,12 +205,11 @@ def _on_server(
 ) -> None:
     import httpx
 
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    from .server_client import server_client
+
     timeout_s = 120 + 5 * budget_s  # others may be learning before
     try:
-        with httpx.Client(
-            base_url=server.rstrip("/"), headers=headers, timeout=timeout_s
-        ) as client:
+        with server_client(server, api_key, timeout_s) as client:
             card = _ask(client, "/v1/adapters/generate", order)
             provenance = card["provenance"]
             assert isinstance(provenance, dict)

@@ -1,0 +1,39 @@
+"""An application behind real sockets, its event loop in a thread of the test's process."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from fastapi import FastAPI
+
+from loraplex_server.limited_http import LimitedHttp
+
+__all__ = ["served_app"]
+
+
+@contextmanager
+def served_app(app: FastAPI) -> Iterator[str]:
+    """Yields its URL; connections wait until the loop runs."""
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, http=LimitedHttp, lifespan="off", log_config=None, access_log=False, ws="none"
+        )
+    )
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        async def main() -> None:
+            await server.serve(sockets=[listening])
+            await app.state.parts.text.close()
+
+        thread = threading.Thread(target=asyncio.run, args=[main()])
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

@@ -20,8 +20,8 @@ COPY kernels kernels
 COPY adapter_store adapter_store
 COPY router router
 COPY server server
-# For Ray Serve and shared adapters: --build-arg EXTRAS=otel,ray,catalogue
-ARG EXTRAS=otel
+# catalogue: adapters from s3://, gs://, az:// too. For Ray Serve: --build-arg EXTRAS=otel,catalogue,ray
+ARG EXTRAS=otel,catalogue
 RUN pip install ".[$EXTRAS]"
 # The default base and the sentence encoder are part of the image; nothing is fetched at start.
 ENV LORAPLEX_HOME=/opt/loraplex/home

@@ -2,10 +2,10 @@
 
     python -m deploy.replay        (`make docker-check` runs hadolint before)
 
-ENV, WORKDIR, COPY and RUN of the build stage are carried out with /opt/loraplex and /src moved into
-the folder. Lines with apt-get are left out, so a C++ compiler must be installed. The server of the
-new venv must then refuse to listen to everybody without a key, answer /health, and end with status
-0 on SIGTERM.
+ARG, ENV, WORKDIR, COPY and RUN of the build stage are carried out with /opt/loraplex and /src moved
+into the folder. Lines with apt-get are left out, so a C++ compiler must be installed. The server of
+the new venv must then refuse to listen to everybody without a key, answer /health, and end with
+status 0 on SIGTERM.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def main() -> int:
         build, serve = parse(_ROOT / "Dockerfile")
         environment = {
             "TORCH_INDEX": options.torch_index,
-            "EXTRAS": "otel",
             "PATH": os.environ["PATH"],
             "PIP_QUIET": "1",
         }
@@ -56,7 +55,10 @@ def _replay(stage: Stage, moved: Path, environment: dict[str, str]) -> None:
     where = moved
     for instruction in stage.instructions:
         text = _moved(instruction.text, moved)
-        if instruction.name == "ENV":
+        if instruction.name == "ARG":
+            name, _, default = text.partition("=")
+            environment.setdefault(name, default)
+        elif instruction.name == "ENV":
             environment |= _variables(text, environment)
         elif instruction.name == "WORKDIR":
             where = Path(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_both_images_install_the_same_package_in_the_same_way() -> None:
         for name in FILES
     )
     assert ours == cuda
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_image_has_what_object_stores_and_traces_need(name: str) -> None:
+    """Pages and the chart use s3:// and --otlp-endpoint without a word of extras."""
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (given,) = (arg.text for arg in parse(ROOT / name)[0].all("ARG") if "EXTRAS" in arg.text)
+    needed = {need for extra in given.partition("=")[2].split(",") for need in known[extra]}
+    assert {*known["catalogue"], *known["otel"]} <= needed
 
 
 def test_what_the_images_copy_is_not_ignored() -> None:

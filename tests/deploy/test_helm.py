@@ -29,6 +29,7 @@ SECRETS = {
     },
     "serviceMonitor": {"enabled": True},
     "adaptersVolume": {"persistentVolumeClaim": {"claimName": "adapters", "readOnly": True}},
+    "modelVolume": {"persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
 }
 CUSTOM = {"RayService", "ServiceMonitor", "InferencePool"}  # Kubernetes has no schema of them
 
@@ -193,6 +194,18 @@ def test_a_gpu_is_asked_for_and_the_config_uses_it() -> None:
     head, worker = pod_templates(of_ray)
     assert "nvidia.com/gpu" not in head["spec"]["containers"][0]["resources"]["limits"]
     assert worker["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_another_base_is_mounted_where_the_config_names_it(name: str) -> None:
+    found = rendered(merged(values_of(name), {"config": {"model": "/models/qwen3"}}))
+    assert "model: /models/qwen3" in "".join(only(found, "ConfigMap")["data"].values())
+    for template in pod_templates(found):
+        spec = template["spec"]
+        mounts = {mount["name"]: mount for mount in spec["containers"][0]["volumeMounts"]}
+        assert mounts["models"] == {"name": "models", "mountPath": "/models", "readOnly": True}
+        claims = {volume["name"]: volume for volume in spec["volumes"]}
+        assert claims["models"]["persistentVolumeClaim"]["claimName"] == "models"
 
 
 def test_the_cluster_takes_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

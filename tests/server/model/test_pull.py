@@ -55,6 +55,18 @@ def local_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
     )
 
 
+@pytest.mark.parametrize("spec", [DEFAULT_BASE, "org/name"])
+def test_a_home_that_cannot_be_written_is_an_error_that_says_what_to_do(
+    spec: str, empty_home: Path
+) -> None:
+    """As in the images, whose models belong to root."""
+    empty_home.write_text("a file where the folder should be")
+    result = CliRunner().invoke(app, ["pull", spec])
+    assert result.exit_code == 1
+    assert f"error: cannot write {spec}" in result.output
+    assert "set LORAPLEX_HOME" in result.output
+
+
 def test_a_model_that_was_not_pulled_is_refused_with_the_command_that_helps(
     empty_home: Path,
 ) -> None:

@@ -86,6 +86,9 @@ volumeMounts:
   {{- if .Values.adaptersVolume }}
   - {name: adapters, mountPath: /adapters, readOnly: true}
   {{- end }}
+  {{- if .Values.modelVolume }}
+  - {name: models, mountPath: /models, readOnly: true}
+  {{- end }}
   {{- if eq .Values.mode "ray" }}
   - {name: shm, mountPath: /dev/shm}
   {{- end }}
@@ -114,6 +117,10 @@ volumeMounts:
 {{- end }}
 {{- with .Values.adaptersVolume }}
 - name: adapters
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .Values.modelVolume }}
+- name: models
   {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- if eq .Values.mode "ray" }}

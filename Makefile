@@ -131,7 +131,7 @@ native: venv
 kernels-report: venv
 	$(BIN)/python -m loraplex_kernels.report
 
-demos: venv  # trains the shipped adapters again, into ./demos
+demos: venv  # trains the shipped adapters again, but for chores and clock-12h, into ./demos
 	$(BIN)/loraplex train-demos --out demos
 
 clean:

@@ -34,7 +34,7 @@ __all__ = ["resolve_config", "server_options"]
 
 
 def _secrets(value: object) -> object:
-    secrets = value.split(",") if isinstance(value, str) else value
+    secrets = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
     if isinstance(secrets, list | tuple) and any(len(str(secret)) < 8 for secret in secrets):
         raise ValueError("a key must have at least 8 characters")
     return secrets

@@ -9,7 +9,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from loraplex_adapter_store.catalogue.limits import CatalogueLimits
-from loraplex_server.api_keys import Scope
+from loraplex_server.api_keys import ApiKey, Scope
 from loraplex_server.cli.app import app
 from loraplex_server.cli.serve import given_flags
 from loraplex_server.options import Option
@@ -139,6 +139,17 @@ def test_keys_have_scopes_and_are_kept_as_hashes_only() -> None:
     assert "all-of-it" not in repr(config)
     assert full.sha256.hex() not in repr(config)
     assert full.id != infer.id
+
+
+def test_keys_of_the_environment_are_a_list_with_commas_and_blanks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LORAPLEX_API_KEY", "the-first-key, the-second-key")
+    wanted = [ApiKey.of(secret, Scope.ADMIN) for secret in ("the-first-key", "the-second-key")]
+    assert list(resolve_config({}).http.api_keys) == wanted
+    monkeypatch.setenv("LORAPLEX_API_KEY", " , ")  # no key is not the same as no setting
+    with pytest.raises(ConfigError, match="8 characters"):
+        resolve_config({})
 
 
 def test_the_secret_of_a_bad_key_is_not_in_the_message() -> None:

@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from loraplex_server.cli.app import app
 from loraplex_training.demos import DEMOS, Demo, chats, held_out_pairs
 from loraplex_training.demos.make import answers, write_examples, write_later_examples
 from loraplex_training.demos.numbers import german
@@ -86,6 +88,21 @@ def test_a_demo_is_small_complete_and_measured(name: str) -> None:
     assert len(card["examples"]) >= 3
     assert card["held_out"]["adapter"] >= 0.8
     assert card["held_out"]["base"] <= 0.2
+
+
+def test_the_page_and_the_command_tell_of_every_shipped_demo_what_its_card_does() -> None:
+    shipped = sorted(folder.name for folder in SHIPPED.iterdir() if folder.is_dir())
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    for name in shipped:
+        card = json.loads((SHIPPED / name / "card.json").read_text())
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| `{name}` | "))
+        held = card["held_out"]
+        told = f"| {held['base']:.0%} | {held['adapter']:.1%} | {held['n_prompts']} |"
+        assert line.endswith(told)
+    others = sorted(set(shipped) - set(DEMOS))
+    text = CliRunner().invoke(app, ["train-demos", "--help"]).output
+    assert " and ".join(others) in " ".join(text.replace("│", " ").split())
+    assert f"{len(DEMOS)} of {len(shipped)}" == "8 of 10"  # as the page says in words
 
 
 @pytest.mark.parametrize("name", DEMOS)

@@ -163,14 +163,19 @@ def train(
 def train_demos(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAME]...", help="Default: all of them.", show_default=False),
+        typer.Argument(
+            metavar="[NAME]...",
+            help="Default: all that ship with the server, but for chores and clock-12h, which "
+            "learnt tasks of the zoo.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="A folder per demo is written here.")
     ] = Path("demos"),
     threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
 ) -> None:
-    """Train the demo adapters anew: generate data, train, measure on held-out prompts.
+    """Train demo adapters anew: generate data, train, measure on held-out prompts.
 
     Demos that --out holds already are skipped; an interrupted one goes on where it was.
     """

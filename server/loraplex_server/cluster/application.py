@@ -17,7 +17,7 @@ _ROUTER = "loraplex_router.replicas.ray_serve:AdapterRequestRouter"
 _POLICY = "loraplex_server.cluster.autoscaling:policy"
 _STATS_PERIOD_S = 0.5
 _HEALTH_PERIOD_S = 2.0
-_MANY = 100_000
+_MANY = 100_000  # more than gateways have requests
 _QUIET = {"enable_access_log": False}  # a line for each call between processes; we log requests
 # A process that has died is seen at once. One that does not answer is busy more likely than stuck,
 # and to replace it ends all that it answers: a gateway of 400 calls was once, beside other work.
@@ -36,9 +36,12 @@ def build_application(config: ClusterConfig) -> Application:
 
 
 def _engines(config: ClusterConfig) -> serve.Deployment:
-    """Requests wait in the engines, whose queues are fair between tenants, not in Ray's."""
+    """Requests wait in the engines, whose queues are fair between tenants, and Ray refuses none.
+
+    An engine lets each tenant have ``max_queue`` requests waiting. With a limit of Ray's, one
+    tenant could fill it, and the others would wait in Ray's queue, which knows no tenants.
+    """
     sizes, server = config.engines, config.server
-    waiting = server.engine.max_queue + (server.engine.max_batch_size or 64)
     return serve.deployment(
         EngineReplica,
         name="Engine",
@@ -46,8 +49,7 @@ def _engines(config: ClusterConfig) -> serve.Deployment:
         autoscaling_config=None if _is_fixed(sizes) else _autoscaling(sizes),
         ray_actor_options={"num_cpus": sizes.cpus, "num_gpus": sizes.gpus},
         max_replicas_per_node=sizes.max_per_node,
-        max_ongoing_requests=waiting,
-        max_queued_requests=server.engine.max_queue,
+        max_ongoing_requests=_MANY,
         max_surge_percent=100,  # by default Ray stops the old replicas first
         logging_config=_QUIET,
         graceful_shutdown_timeout_s=server.http.drain_timeout_s,

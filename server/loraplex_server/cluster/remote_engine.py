@@ -18,12 +18,12 @@ from dataclasses import replace
 from hashlib import blake2b
 
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
+from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 from loraplex_adapter_store.lease import AdapterLease
 from loraplex_server.engine.client import EngineStats, GenerationRequest, Listener
-from loraplex_server.engine.errors import EngineDead, EngineDraining, EngineError, QueueFull
+from loraplex_server.engine.errors import EngineDead, EngineDraining, EngineError
 from loraplex_server.engine.events import FinishReason, TokenEvent
 
 from .fleet_stats import summed
@@ -36,7 +36,6 @@ _RETRY_S = 0.25  # before the first; then twice that
 _POLL_S = 1.0  # between two looks at all replicas
 _POLL_LIMIT_S = 5.0
 _START_TOKENS = 64  # what two prompts must share to be sent to the same holder
-_RETRY_AFTER_S = 1.0
 _GONE = (EngineDead, EngineDraining)  # errors of a replica, not of a request
 _log = logging.getLogger(__name__)
 
@@ -197,10 +196,6 @@ class RemoteEngine:
                         n_lists += 1
                         for event in events:
                             deliver(event)
-                return
-            except BackPressureError as error:
-                told = QueueFull(f"the cluster is busy: {error}", _RETRY_AFTER_S)
-                deliver(_failure(request.request_id, told))
                 return
             except (RayError, RayServeException, _ReplicaGone) as error:
                 if isinstance(error, RayTaskError):

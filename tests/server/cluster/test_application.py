@@ -24,3 +24,15 @@ def test_ray_accepts_fixed_and_growing_fleets_with_and_without_limited_keys(
             file = tmp_path / "cluster.yaml"
             file.write_text(f"server: {{state-dir: {tmp_path}{server}}}\nengines: {{{engines}}}\n")
             assert build_application(read_config(file)) is not None
+
+
+def test_ray_neither_refuses_requests_nor_lets_them_wait(tmp_path: Path) -> None:
+    """It knows no tenants. The engines' queues do, and each takes ``max-queue`` of each tenant."""
+    file = tmp_path / "cluster.yaml"
+    file.write_text(f"server: {{state-dir: {tmp_path}, max-queue: 2}}\n")
+    config = read_config(file)
+    gateways = build_application(config)._bound_deployment
+    engines = gateways.init_args[1]._bound_deployment
+    assert engines.name == "Engine"
+    assert engines.max_queued_requests == -1
+    assert engines.max_ongoing_requests > 10 * config.gateways.replicas * gateways.max_ongoing_requests

@@ -47,6 +47,7 @@ class FakeEngine:
     answer: str | Script = "Hello, wörld! 😀 fine"
     max_model_len: int = 256
     max_queue: int = 8
+    refuses_later: bool = False  # a full queue is a last event, as where the engine is elsewhere
     manual: bool = False
     n_cached: int = 0
     alive: bool = True
@@ -68,7 +69,12 @@ class FakeEngine:
         if self.draining:
             raise EngineDraining("the server is shutting down")
         if len(self._running) >= self.max_queue:
-            raise QueueFull("the queue is full", 1.5)
+            full = QueueFull("the queue is full", 1.5)
+            if not self.refuses_later:
+                raise full
+            event = TokenEvent(request.request_id, (), finish=FinishReason.ERROR, error=full)
+            asyncio.get_running_loop().call_soon(listener, event)
+            return
         if len(request.prompt_ids) >= self.max_model_len:
             raise ContextOverflow("the prompt is too long")
         loop = asyncio.get_running_loop()

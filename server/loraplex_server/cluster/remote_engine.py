@@ -64,7 +64,7 @@ class RemoteEngine:
         self._replicas: Mapping[str, ReplicaStats] = {}
         self._asked_at = time.monotonic()
         self._is_draining = False
-        self._messages: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()  # asyncio itself keeps none
         self._loop = asyncio.get_running_loop()
         self._polling = self._loop.create_task(self._poll())
 
@@ -78,10 +78,12 @@ class RemoteEngine:
         # its router then answers the first of several choices only.
         task = self._loop.create_task(self._run(request, listener), context=Context())
         self._running[request.request_id] = task
+        self._tasks.add(task)
 
         def done(task: asyncio.Task[None]) -> None:
-            self._running.pop(request.request_id, None)
+            self._tasks.discard(task)
             if task.cancelled():  # before its first step
+                self._running.pop(request.request_id, None)
                 listener(_cancelled(request.request_id))
 
         task.add_done_callback(done)
@@ -162,12 +164,14 @@ class RemoteEngine:
             return ()
 
     async def _run(self, request: GenerationRequest, listener: Listener) -> None:
-        """Calls ``listener`` with one last event, whatever happens."""
+        """Calls ``listener`` with one last event, whatever happens; by then the id is free."""
         ended = False
 
         def deliver(event: TokenEvent) -> None:
             nonlocal ended
             ended = event.finish is not None
+            if ended:
+                self._running.pop(request.request_id, None)
             listener(replace(event, request_id=request.request_id))
 
         try:
@@ -246,8 +250,8 @@ class RemoteEngine:
                 _log.warning("a message to the engine replicas failed: %s", error)
 
         task = self._loop.create_task(run())
-        self._messages.add(task)
-        task.add_done_callback(self._messages.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def _on_loop(self, call: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed

@@ -125,9 +125,10 @@ async def test_a_text_may_fill_the_context(front: Front) -> None:
     assert (await front.post("/v1/embeddings", {"input": ids})).status_code == 200
 
 
-async def test_a_large_call_leaves_room_in_the_queue(front: Front) -> None:
+@pytest.mark.parametrize("refuses_later", [False, True])
+async def test_a_large_call_leaves_room_in_the_queue(front: Front, refuses_later: bool) -> None:
     """The queue holds eight: a call of twenty waits for its own requests, and all are answered."""
-    front.engine.manual = False
+    front.engine.manual, front.engine.refuses_later = False, refuses_later
     texts = [f"text {number}" for number in range(20)]
     answer = await front.post("/v1/embeddings", {"input": texts})
     assert answer.status_code == 200
@@ -139,9 +140,10 @@ async def test_a_large_call_leaves_room_in_the_queue(front: Front) -> None:
     assert single.json()["data"][0]["embedding"] == answer.json()["data"][7]["embedding"]
 
 
-async def test_a_full_queue_is_a_429(front: Front) -> None:
-    front.engine.max_queue = 0
-    answer = await front.post("/v1/embeddings", {"input": "x"})
+@pytest.mark.parametrize("refuses_later", [False, True])
+async def test_a_full_queue_is_a_429(front: Front, refuses_later: bool) -> None:
+    front.engine.max_queue, front.engine.refuses_later = 0, refuses_later
+    answer = await front.post("/v1/embeddings", {"input": ["x", "y"]})
     assert answer.status_code == 429
     assert answer.json()["error"]["code"] == "queue_full"
     assert "retry-after" in answer.headers

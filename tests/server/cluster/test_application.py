@@ -35,4 +35,5 @@ def test_ray_neither_refuses_requests_nor_lets_them_wait(tmp_path: Path) -> None
     engines = gateways.init_args[1]._bound_deployment
     assert engines.name == "Engine"
     assert engines.max_queued_requests == -1
-    assert engines.max_ongoing_requests > 10 * config.gateways.replicas * gateways.max_ongoing_requests
+    n_at_gateways = config.gateways.replicas * gateways.max_ongoing_requests
+    assert engines.max_ongoing_requests > 10 * n_at_gateways

@@ -178,6 +178,26 @@ async def test_what_a_replica_refuses_is_the_last_event(facts: EngineFacts) -> N
     assert last == replace(full, request_id="mine")
 
 
+async def test_a_request_may_come_again_as_soon_as_it_was_refused(facts: EngineFacts) -> None:
+    full = TokenEvent("x", (), finish=FinishReason.ERROR, error=QueueFull("full", 2.0))
+    handle = Handle([[full]], [[TOKEN, LAST]])
+    engine = RemoteEngine(handle, handle, facts)
+    found: list[TokenEvent] = []
+    ended = asyncio.Event()
+
+    def listen(event: TokenEvent) -> None:
+        found.append(event)
+        if event.error is not None:
+            engine.submit(REQUEST, listen)
+        elif event.finish is not None:
+            ended.set()
+
+    engine.submit(REQUEST, listen)
+    await asyncio.wait_for(ended.wait(), 60)
+    await engine.close()
+    assert [event.token_ids for event in found] == [(), (5,), ()]
+
+
 @pytest.mark.parametrize("n_turns", [0, 1, 5])
 async def test_a_cancelled_request_ends_once_whenever_it_is_cancelled(
     facts: EngineFacts, n_turns: int

@@ -1,6 +1,8 @@
 """The engine requests of one call for vectors: submitted a few at a time, always ended.
 
-A call of thousands of texts must not fill the engine's queue for everybody else.
+A call of thousands of texts must not fill the engine's queue for everybody else. One that meets a
+full queue has its requests wait here for those of its own that run. An engine in this process says
+so at once, one elsewhere with the request's last event.
 """
 
 from __future__ import annotations
@@ -43,8 +45,11 @@ class VectorBatch:
         self._metrics = metrics
         self._prompt_param = prompt_param
         self._n_tokens = sum(len(request.prompt_ids) for request in requests)
+        self._requests = requests
         self._waiting = deque(requests)
         self._index_of = {request.request_id: n for n, request in enumerate(requests)}
+        self._n_at_once = _MAX_SUBMITTED  # fewer once an engine elsewhere has refused some
+        self._some_ended = False  # since a request was refused while no other one ran
         self._is_admitted = False
         self._closed = False
         self._call = EngineCall(engine, chosen=chosen, live=live, meter=meter, count=self._count)
@@ -58,7 +63,11 @@ class VectorBatch:
             if not self._call.events and self._call.failure is not None:
                 raise self._call.failure
             event = self._call.events.popleft()
+            if isinstance(event.error, QueueFull) and self._put_back(event):
+                continue
             pooled = self._read(event)
+            self._some_ended = True
+            self._n_at_once = min(self._n_at_once + 1, _MAX_SUBMITTED)
             self._submit()
             yield self._index_of[event.request_id], pooled
 
@@ -74,7 +83,7 @@ class VectorBatch:
 
     def _submit(self) -> None:
         """As many as may be under way. Raises ApiError."""
-        while self._waiting and len(self._call.running) < _MAX_SUBMITTED:
+        while self._waiting and len(self._call.running) < self._n_at_once:
             request = self._waiting[0]
             try:
                 self._call.submit(request)
@@ -90,9 +99,26 @@ class VectorBatch:
                 self._metrics.admitted()
             self._call.spend(len(request.prompt_ids))
 
+    def _put_back(self, event: TokenEvent) -> bool:
+        """Whether the refused request is tried again: after others of the call, which ran by then.
+
+        Raises ApiError.
+        """
+        others = bool(self._call.running or self._call.events)
+        if not others and not self._some_ended:
+            return False
+        request = self._requests[self._index_of[event.request_id]]
+        self._waiting.appendleft(request)
+        self._call.spend(-len(request.prompt_ids))
+        self._n_at_once = max(1, len(self._call.running))
+        if not others:
+            self._some_ended = False
+            self._submit()
+        return True
+
     def _count(self, event: TokenEvent) -> None:
         """Of such a request there is one event, the last."""
-        if not self._closed:
+        if not self._closed and not isinstance(event.error, QueueFull):
             self._metrics.queued(event.queue_s)
 
     def _read(self, event: TokenEvent) -> Tensor:

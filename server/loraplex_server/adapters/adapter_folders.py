@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.errors import UnknownAdapter
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
@@ -17,7 +18,7 @@ from loraplex_server.settings import LoraModule
 from .adapter_defaults import DefaultsRefused, read_defaults
 from .readme import describe
 
-__all__ = ["changed_since", "find_folders", "is_from", "put_folder"]
+__all__ = ["find_folders", "is_current", "is_from", "put_folder"]
 
 _CONFIG_FILE = "adapter_config.json"
 _log = logging.getLogger(__name__)
@@ -51,7 +52,20 @@ def is_from(card: AdapterCard, folder: Path) -> bool:
     return card.provenance.get("path") == str(folder)
 
 
-def changed_since(folder: Path, when: float) -> bool:
+def is_current(store: AdapterStore, module: LoraModule) -> bool:
+    """Whether the store has the folder as it is now, folded for the base that is served."""
+    try:
+        card = store.get(module.name)
+    except UnknownAdapter:
+        return False
+    return (
+        is_from(card, module.path)
+        and card.base_fingerprint == store.base.fingerprint
+        and not _changed_since(module.path, card.created)
+    )
+
+
+def _changed_since(folder: Path, when: float) -> bool:
     """Whether a file has changed or come after ``when``; by the time that no copy preserves."""
     return any(file.stat().st_ctime >= when for file in (folder, *folder.iterdir()))
 

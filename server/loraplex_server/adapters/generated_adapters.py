@@ -303,10 +303,12 @@ class GeneratedAdapters:
         )
 
     def _refreshed(self, name: str, life_s: float) -> AdapterCard | None:
-        """None if there is no such adapter, or it has expired."""
+        """None if there is no such adapter for this base, or it has expired."""
         now = self._clock()
         try:
             card = self._store.get(name)
+            if card.base_fingerprint != self._store.base.fingerprint:
+                return None
             if card.expires is not None:
                 if card.expires <= now:
                     return None

@@ -12,7 +12,7 @@ from loraplex_adapter_store.errors import StoreError, UnknownAdapter
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule, StoreConfig
 
-from .adapter_folders import changed_since, find_folders, is_from, put_folder
+from .adapter_folders import find_folders, is_current, put_folder
 
 __all__ = ["register_adapters"]
 
@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 def register_adapters(store: AdapterStore, config: StoreConfig) -> None:
     """Raises StoreError for a --lora-modules entry that cannot be served.
 
-    Folders that have not changed since they were read are not read again.
+    Folders that have not changed since they were read for this base are not read again.
     """
     if config.demos:
         _register_demos(store)
@@ -55,10 +55,5 @@ def _is_ours(store: AdapterStore, name: str) -> bool:
 
 
 def _put_if_changed(store: AdapterStore, module: LoraModule) -> None:
-    try:
-        card = store.get(module.name)
-    except UnknownAdapter:
-        put_folder(store, module)
-        return
-    if not is_from(card, module.path) or changed_since(module.path, card.created):
+    if not is_current(store, module):
         put_folder(store, module)

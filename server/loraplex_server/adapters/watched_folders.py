@@ -10,11 +10,11 @@ from pathlib import Path
 
 from watchfiles import watch
 
-from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError, UnknownAdapter
+from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule
 
-from .adapter_folders import changed_since, find_folders, is_from, put_folder
+from .adapter_folders import find_folders, is_current, is_from, put_folder
 
 __all__ = ["WatchedFolders"]
 
@@ -90,7 +90,7 @@ class WatchedFolders:
             if known == signature:
                 return
             self._seen[module] = signature
-            if known is None and self._is_current(module):  # as an earlier life of the server left
+            if known is None and is_current(self._store, module):  # as an earlier life left it
                 return
             card = put_folder(self._store, module)
             _log.info("adapter %s of %s is served (%s)", card.name, module.path, card.digest[:12])
@@ -99,13 +99,6 @@ class WatchedFolders:
             if is_ours:  # a failure that passes: the next look tries again
                 self._seen.pop(module, None)
             _log.error("adapter %s in %s is not served: %s", module.name, module.path, error)
-
-    def _is_current(self, module: LoraModule) -> bool:
-        try:
-            card = self._store.get(module.name)
-        except UnknownAdapter:
-            return False
-        return is_from(card, module.path) and not changed_since(module.path, card.created)
 
     def _remove(self, module: LoraModule) -> None:
         try:

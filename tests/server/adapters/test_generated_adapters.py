@@ -98,6 +98,19 @@ def test_equal_orders_are_made_once(make: Make, store: AdapterStore, spec: BaseS
     assert len(_names(store)) == 3
 
 
+def test_what_was_made_for_another_base_is_made_anew(tmp_path: Path, spec: BaseSpec) -> None:
+    other = BaseSpec.of(tiny_model(seed=1), "tiny/llama")
+    request = AdapterGenerationRequest("to French")
+    for base in (spec, other):
+        with AdapterStore(tmp_path / "state", base) as store:
+            generator = ScriptedGenerator(base)
+            adapters = GeneratedAdapters(store, lambda g=generator: g)  # type: ignore[misc]
+            card = adapters.ensure(request)
+            adapters.close()
+            assert (card.base_fingerprint, generator.n_made) == (base.fingerprint, 1)
+            store.acquire(card.name).release()
+
+
 def test_many_threads_that_want_the_same_adapter_share_one_flight(
     make: Make, store: AdapterStore, spec: BaseSpec
 ) -> None:

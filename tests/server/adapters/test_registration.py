@@ -14,6 +14,7 @@ from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters import registration
 from loraplex_server.adapters.registration import register_adapters
 from loraplex_server.settings import LoraModule, StoreConfig
+from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
 
 
@@ -78,6 +79,19 @@ def test_a_deleted_demo_does_not_come_back_and_a_replaced_one_stays_replaced(
     with AdapterStore(tmp_path / "state", base_spec) as store:
         register_adapters(store, StoreConfig())
         assert [(card.name, card.digest) for card in store.list()] == [("poet", own.digest)]
+
+
+def test_modules_and_demos_are_read_again_for_another_base(
+    tmp_path: Path, base_spec: BaseSpec, demos: Path
+) -> None:
+    other = BaseSpec.of(tiny_model(seed=1), "tiny/llama")
+    modules = (LoraModule("echo", write_lora(tmp_path / "echo", base_spec, seed=2)),)
+    for base in (base_spec, other):
+        with AdapterStore(tmp_path / "state", base) as store:
+            register_adapters(store, StoreConfig(lora_modules=modules))
+            assert [card.name for card in store.list()] == ["echo", "pirate", "poet"]
+            for card in store.list():
+                store.acquire(card.name).release()
 
 
 def test_an_updated_demo_replaces_the_one_it_was(

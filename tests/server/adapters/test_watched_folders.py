@@ -6,12 +6,15 @@ import asyncio
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.watched_folders import WatchedFolders
 from tests.server.conftest import Front
+from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
@@ -114,6 +117,17 @@ def test_a_directory_that_is_away_for_a_while_takes_nothing_with_it(
     front.root.rename(front.root.parent / "away")
     folders.scan()
     assert [card.name for card in front.store.list()] == ["sql"]
+
+
+def test_a_restart_with_another_base_reads_the_folders_again(
+    front: Front, tmp_path: Path, base_spec: BaseSpec
+) -> None:
+    write_lora(front.root / "sql", base_spec)
+    other = BaseSpec.of(tiny_model(seed=1), "tiny/llama")
+    for base in (base_spec, other):
+        with AdapterStore(tmp_path / "state", base) as store:
+            WatchedFolders(store, [front.root]).scan()
+            store.acquire("sql").release()
 
 
 def test_a_restart_reads_only_what_has_changed_since(front: Front, base_spec: BaseSpec) -> None:

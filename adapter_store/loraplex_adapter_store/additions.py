@@ -157,7 +157,7 @@ class Additions:
             try:
                 put = self._commit(name, content, ingested, options)
                 self._cards.set_servable(content.digest)
-                self._packed.keep(prepared)
+                self._packed.keep(prepared, ingested.plan_sha256)
                 if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
                     self._tier.keep(prepared, content.host_bytes, tenant=tenant)
                 if self._local is not None:

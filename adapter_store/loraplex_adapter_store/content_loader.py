@@ -53,12 +53,13 @@ class ContentLoader:
         prepared: PackedFiles,
         packer: Packer | None,
         check: PlanCheck | None,
-        on_prepared: Callable[[AdapterPlan], None],
+        on_prepared: Callable[[AdapterPlan, str], None],
         remote: RemoteContents | None = None,
     ) -> None:
         """``check``: as of ``AdapterStore``; by default the packer's.
 
-        ``on_prepared`` gets what had to be prepared anew; it must not wait.
+        ``on_prepared`` gets what had to be prepared anew, and the hash of the plan that it was
+        prepared from; it must not wait.
         """
         self._base = base
         self._files = files
@@ -74,7 +75,7 @@ class ContentLoader:
         ``cancelled`` ends a fetch from elsewhere: then it raises LoadCancelled.
         """
         self._check_base(content)
-        kept = self._prepared.read(content.digest)
+        kept = self._prepared.read(content)
         if kept is not None:
             with _as_unservable():
                 self._check_plan(kept)
@@ -83,7 +84,7 @@ class ContentLoader:
         with _as_unservable():
             plan = self.prepare(read)
         if plan.packed_adapter is not None:
-            self._on_prepared(plan)
+            self._on_prepared(plan, content.plan_sha256)
         return plan
 
     def load_composite(

@@ -4,15 +4,16 @@
     head: [a header, as in ``plan_file``][the plan without its factors]
 
 The data are the tensors of the packed adapter, each at a multiple of 64 bytes; the header says
-where, and the packer's key. Head and data are read into memory apart, so that the plan outlives a
-packed adapter that went to the device. A file that is missing, damaged or of another packer is no
-error: the plan is prepared anew.
+where, the packer's key, and the hash of the plan that was packed: the same adapter has other plans
+on another base. Head and data are read into memory apart, so that the plan outlives a packed
+adapter that went to the device. A file that is missing, damaged, of another packer or of another
+plan is no error: the plan is prepared anew.
 """
 
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .digest_folder import DigestFolder
 from .disk import Disk
+from .name_record import Content
 from .plan import AdapterPlan
 from .plan_file import aligned, pack_header, pack_plan, parse_header, parse_plan
 from .report import JsonValue
@@ -65,16 +67,17 @@ class PackedFiles:
         self._staging = root / "staging"
         self._packer = packer
 
-    def read(self, digest: str) -> AdapterPlan | None:
+    def read(self, content: Content) -> AdapterPlan | None:
         """The prepared plan, or None: then prepare it. Mostly outside the interpreter lock."""
         if self._packer is None:
             return None
-        parts = _read(self._packed.path(digest))
+        parts = _read(self._packed.path(content.digest))
         if parts is None:
             return None
         head, data = parts
         text, plan_at = parse_header(head)
-        if text["key"] != self._packer.key:
+        # Files of earlier versions do not say which plan they are of.
+        if text["key"] != self._packer.key or text.get("plan_sha256") != content.plan_sha256:
             return None
         tensors = [
             data[start : start + n_bytes].view(getattr(torch, dtype)).view(shape)
@@ -83,11 +86,19 @@ class PackedFiles:
         packed = self._packer.restore(text["layout"], tensors)
         return replace(parse_plan(head[plan_at:]), packed_adapter=packed)
 
-    def stage(self, plan: AdapterPlan) -> Path:
-        """Writes a prepared plan where nobody sees it yet. Raises OSError; then nothing is left."""
+    def stage(self, plan: AdapterPlan, plan_sha256: str) -> Path:
+        """Writes a prepared plan where nobody sees it yet. Raises OSError; then nothing is left.
+
+        ``plan_sha256``: of the plan that it was prepared from.
+        """
         assert self._packer is not None
         layout, tensors = self._packer.dump(plan.packed_adapter)
-        chunks = _chunks(self._packer.key, replace(plan, packed_adapter=None), layout, tensors)
+        header: dict[str, JsonValue] = {
+            "key": self._packer.key,
+            "plan_sha256": plan_sha256,
+            "layout": layout,
+        }
+        chunks = _chunks(header, replace(plan, packed_adapter=None), tensors)
         path = self._staging / uuid.uuid4().hex
         try:
             self._disk.write(path, chunks, flush=False)  # a torn file shows by its checksum
@@ -120,7 +131,7 @@ class PackedFiles:
 
 
 def _chunks(
-    key: str, plan: AdapterPlan, layout: JsonValue, tensors: Sequence[Tensor]
+    header: Mapping[str, JsonValue], plan: AdapterPlan, tensors: Sequence[Tensor]
 ) -> list[bytes | memoryview]:
     places: list[JsonValue] = []
     data: list[bytes | memoryview] = []
@@ -132,8 +143,7 @@ def _chunks(
             padding = bytes(aligned(tensor.nbytes) - tensor.nbytes)
             data += [tensor.reshape(-1).view(torch.uint8).numpy().data, padding]
         at += aligned(tensor.nbytes)
-    header = pack_header({"key": key, "layout": layout, "tensors": places})
-    head = header + b"".join(pack_plan(plan).chunks)
+    head = pack_header({**header, "tensors": places}) + b"".join(pack_plan(plan).chunks)
     lengths = len(head).to_bytes(8, "little") + at.to_bytes(8, "little")
     checksum = xxhash.xxh3_128(lengths)
     for chunk in (head, *data):

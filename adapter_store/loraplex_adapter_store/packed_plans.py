@@ -26,13 +26,15 @@ class PackedPlans:
         self._writing = writing
         self._faults = faults
 
-    def keep(self, plan: AdapterPlan) -> None:
+    def keep(self, plan: AdapterPlan, plan_sha256: str) -> None:
+        """``plan_sha256``: of the plan that this one was prepared from."""
         if plan.packed_adapter is None:
             return
         try:
-            staged = self._files.stage(plan)
+            staged = self._files.stage(plan, plan_sha256)
             with self._writing:
-                if self._index.content(plan.digest) is None:  # deleted meanwhile
+                content = self._index.content(plan.digest)
+                if content is None or content.plan_sha256 != plan_sha256:  # gone, or folded anew
                     self._files.discard(staged)
                 else:
                     self._files.publish(staged, plan.digest)

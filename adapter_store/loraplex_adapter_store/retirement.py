@@ -11,7 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import TypeVarTuple
 
 from .card import TierBytes
 from .content_files import ContentFiles
@@ -23,7 +23,7 @@ from .packed_files import PackedFiles
 
 __all__ = ["Retirement"]
 
-_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 _log = logging.getLogger(__name__)
 
 
@@ -103,10 +103,10 @@ class Retirement:
     def retire_later(self, digest: str) -> None:
         self.later(self.retire, digest)
 
-    def later(self, work: Callable[[_T], object], item: _T) -> None:
+    def later(self, work: Callable[[*_Ts], object], *items: *_Ts) -> None:
         """On the thread of clean-up; dropped once it is closed: the next start sweeps."""
         try:
-            self._janitor.submit(self._look_after, work, item)
+            self._janitor.submit(self._look_after, work, *items)
         except RuntimeError:
             return
 
@@ -146,9 +146,9 @@ class Retirement:
             _log.warning("adapter %s stays in the registry for now: %s", digest[:12], error)
         return n_bytes
 
-    def _look_after(self, work: Callable[[_T], object], item: _T) -> None:
+    def _look_after(self, work: Callable[[*_Ts], object], *items: *_Ts) -> None:
         try:
-            work(item)
+            work(*items)
         except Exception as error:
             self._faults.failed("storage", error)
             _log.exception("clean-up of the adapter store failed")

@@ -134,7 +134,7 @@ class AdapterStore:
             packed,
             packer,
             check,
-            on_prepared=lambda plan: retirement.later(plans.keep, plan),
+            on_prepared=lambda plan, sha256: retirement.later(plans.keep, plan, sha256),
             remote=local,
         )
         self._leasing = Leasing(

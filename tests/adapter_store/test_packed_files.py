@@ -15,8 +15,10 @@ from loraplex_adapter_store.disk import Disk
 from loraplex_adapter_store.errors import StoredAdapterDamaged
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.store import AdapterStore
+from tests.adapter_store.conftest import plain_lora
 from tests.adapter_store.test_store import put
 from tests.support.packers import TensorsAside
+from tests.support.tiny_models import tiny_llama
 
 
 def form_seed(plan: AdapterPlan) -> float:
@@ -100,6 +102,45 @@ def test_another_preparer_makes_its_own(tmp_path: Path, base: BaseSpec) -> None:
         assert packer.n_prepared == n_prepared, key
 
 
+class NoRoomForForms(Disk):
+    def write(self, path: Path, chunks: object, *, flush: bool = True) -> int:
+        if not flush:
+            super().write(path, [b"torn"], flush=False)
+            raise OSError("No space left on device")
+        return super().write(path, chunks, flush=flush)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("missed", ["no packer", "no room"])
+def test_a_form_of_another_base_is_made_anew(missed: str, tmp_path: Path, base: BaseSpec) -> None:
+    other = BaseSpec.of(tiny_llama(seed=1), "tiny-llama")
+    with AdapterStore(tmp_path, base, packer=TensorsAside()) as store:
+        put_dora(store, "x")
+    packer = None if missed == "no packer" else TensorsAside()
+    with AdapterStore(tmp_path, other, packer=packer, disk=NoRoomForForms()) as store:
+        put_dora(store, "x")
+    packers = [TensorsAside(), TensorsAside()]
+    plans = [loaded(tmp_path, other, packer) for packer in packers]
+    assert [packer.n_prepared for packer in packers] == [1, 0]
+    with AdapterStore(tmp_path / "fresh", other, packer=TensorsAside()) as store:
+        put_dora(store, "x")
+        with store.acquire("x") as lease:
+            for plan in plans:
+                assert all(map(torch.equal, form_of(plan), form_of(lease.plan)))
+
+
+def put_dora(store: AdapterStore, name: str) -> None:
+    """Its scales come from the base's weights."""
+    config, tensors = plain_lora(1)
+    for key in [key for key in tensors if "lora_A" in key]:
+        tensors[key.replace("lora_A.weight", "lora_magnitude_vector")] = torch.ones(32)
+    store.put_tensors(name, {**config, "use_dora": True}, tensors)
+
+
+def form_of(plan: AdapterPlan) -> tuple[Tensor, ...]:
+    assert isinstance(plan.packed_adapter, tuple)
+    return plan.packed_adapter
+
+
 def test_it_goes_with_the_adapter_and_is_counted(tmp_path: Path, base: BaseSpec) -> None:
     with AdapterStore(tmp_path, base, packer=TensorsAside()) as store:
         digest = put(store, "x", 1)
@@ -123,13 +164,6 @@ def test_what_belongs_to_no_adapter_is_swept(tmp_path: Path, base: BaseSpec) -> 
 def test_a_disk_without_room_for_it_does_not_keep_the_adapter_from_serving(
     tmp_path: Path, base: BaseSpec, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class NoRoomForForms(Disk):
-        def write(self, path: Path, chunks: object, *, flush: bool = True) -> int:
-            if not flush:
-                super().write(path, [b"torn"], flush=False)
-                raise OSError("No space left on device")
-            return super().write(path, chunks, flush=flush)  # type: ignore[arg-type]
-
     with (
         caplog.at_level(logging.WARNING),
         AdapterStore(tmp_path, base, disk=NoRoomForForms(), packer=TensorsAside()) as store,

@@ -21,9 +21,9 @@ from tests.support.tiny_tokenizer import tiny_tokenizer
 __all__ = ["save_base", "serving"]
 
 
-def save_base(row: BaseRow, folder: Path) -> Path:
+def save_base(row: BaseRow, folder: Path, *, seed: int = 0) -> Path:
     """Weights as large as trained ones: attention, gates and rotations must all matter."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = AutoConfig.for_model(row.model_type, **base_config(row))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

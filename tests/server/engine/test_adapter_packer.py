@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.disk import Disk
 from loraplex_adapter_store.errors import LimitExceeded, UnsupportedAdapter
+from loraplex_adapter_store.name_record import Content
 from loraplex_adapter_store.packed_files import PackedFiles
 from loraplex_adapter_store.plan import AdapterPlan, Family, ModulePlan, SharedBasis
 from loraplex_adapter_store.selector import parse_selector
@@ -160,8 +161,9 @@ def test_a_form_from_disk_is_the_form_that_was_made(
         made = packer.prepare(plan)
         files = PackedFiles(tmp_path, Disk(), packer)
         (tmp_path / "staging").mkdir()
-        files.publish(files.stage(made), plan.digest)
-        found = files.read(plan.digest)
+        content = Content(plan.digest, plan.family, (), 0, made.n_bytes, "base", "plan")
+        files.publish(files.stage(made, content.plan_sha256), content.digest)
+        found = files.read(content)
         assert found is not None
         assert replace(found, packed_adapter=None).modules.keys() == made.modules.keys()
         assert found.n_bytes == made.n_bytes

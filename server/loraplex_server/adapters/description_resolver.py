@@ -48,9 +48,12 @@ class DescriptionResolver:
         access: AdapterAccess,
         *,
         with_tools: bool = False,
+        relist: bool = False,
     ) -> Resolution:
         if isinstance(selector, Auto):
-            decision = await self.router.choose(text, access.candidates, with_tools=with_tools)
+            decision = await self.router.choose(
+                text, access.candidates, with_tools=with_tools, relist=relist
+            )
             chosen = None if decision.adapter is None else NameRef(decision.adapter)
             return Resolution(chosen, {"method": "auto", **decision.to_json(access.shown)})
         if self._generated is None:
@@ -88,7 +91,8 @@ class DescriptionResolver:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _profiles(self) -> list[AdapterProfile]:
-        """Those that ``auto`` may choose: adapters that generate text and whose card allows it.
+        """Those that ``auto`` may choose: adapters that this server can serve, that generate text,
+        and whose card allows it.
 
         Each key chooses among those that it may use.
         """
@@ -100,7 +104,9 @@ class DescriptionResolver:
                 for_tools=card.defaults.get("auto") == "with_tools",
             )
             for card in self._store.list()
-            if card.task is None and card.defaults.get("auto") != "never"
+            if card.unservable is None
+            and card.task is None
+            and card.defaults.get("auto") != "never"
         ]
 
 

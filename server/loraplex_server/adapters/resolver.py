@@ -8,7 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError
+from loraplex_adapter_store.errors import (
+    CatalogueUnavailable,
+    StoreError,
+    UnknownAdapter,
+    UnservableAdapter,
+)
 from loraplex_adapter_store.plan import HeadPlan, HeadTask
 from loraplex_adapter_store.selector import (
     Auto,
@@ -52,8 +57,10 @@ class SelectorResolver(Protocol):
         access: AdapterAccess,
         *,
         with_tools: bool = False,
+        relist: bool = False,
     ) -> Resolution:
-        """For ``auto``: what the user said, and whether there are tools to call.
+        """For ``auto``: what the user said, whether there are tools to call, and whether a listing
+        of the adapters that is kept for a while will not do.
         Raises StoreError or ApiError.
 
         Runs on the event loop: slow work belongs in a thread.
@@ -199,29 +206,23 @@ class AdapterResolver:
 
         ``text`` and ``with_tools`` (the request offers tools) serve ``auto``.
         """
-        selector, explanation = request.selector, None
+        selector = request.selector
         if request.is_unknown:
             raise await self._no_such_model(request.model, access)
         if selector is None:
             return ResolvedAdapter()
         for name in _names(selector):
             check_allowed(access, name, param=request.param)
-        label = _label(selector)
         try:
             if isinstance(selector, Auto | Description):
                 resolver = self._resolver_of(selector, request.param)
-                resolution = await resolver.resolve(selector, text, access, with_tools=with_tools)
-                selector, explanation = resolution.selector, resolution.explanation
-                if selector is None:
-                    return ResolvedAdapter(explanation=explanation)
-                label = access.shown(_label(selector))
-            else:
-                await self._follow(selector, access)
-                selector = self._in_store(selector, access, request.param)
-            lease = await self._acquire(selector)
+                return await self._choose(resolver, selector, text, access, with_tools=with_tools)
+            await self._follow(selector, access)
+            stored = self._in_store(selector, access, request.param)
+            lease = await self._acquire(stored)
         except StoreError as error:
             raise await self._explain(error, request, access) from error
-        return ResolvedAdapter(lease, label, explanation)
+        return ResolvedAdapter(lease, _label(selector))
 
     async def what_exists(self, access: AdapterAccess) -> str:
         """For people who asked for something that does not."""
@@ -257,6 +258,33 @@ class AdapterResolver:
                 return Mixture(tuple(MixturePart(find(part.ref), part.weight) for part in parts))
             case Library():
                 return replace(selector, refs=tuple(find(ref) for ref in selector.refs))
+
+    async def _choose(
+        self,
+        resolver: SelectorResolver,
+        selector: Auto | Description,
+        text: str,
+        access: AdapterAccess,
+        *,
+        with_tools: bool,
+    ) -> ResolvedAdapter:
+        """What ``resolver`` chooses, with its lease. ``auto`` may choose a second time."""
+        relist = False
+        while True:
+            chosen = await resolver.resolve(
+                selector, text, access, with_tools=with_tools, relist=relist
+            )
+            if chosen.selector is None:
+                return ResolvedAdapter(explanation=chosen.explanation)
+            try:
+                lease = await self._acquire(chosen.selector)
+            except (UnknownAdapter, UnservableAdapter):
+                if relist or isinstance(selector, Description):
+                    raise
+                relist = True  # deleted since adapters were listed, or found unservable just now
+                continue
+            label = access.shown(_label(chosen.selector))
+            return ResolvedAdapter(lease, label, chosen.explanation)
 
     async def _acquire(self, selector: NameRef | Mixture | Library) -> AdapterLease:
         loop = asyncio.get_running_loop()

@@ -52,6 +52,7 @@ class _Pending:
     question: _Question
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[Decision]
+    relist: bool
 
 
 class SemanticRouter:
@@ -74,9 +75,15 @@ class SemanticRouter:
         self._thread.start()
 
     async def choose(
-        self, text: str, allowed: AdapterFilter | None = None, *, with_tools: bool = False
+        self,
+        text: str,
+        allowed: AdapterFilter | None = None,
+        *,
+        with_tools: bool = False,
+        relist: bool = False,
     ) -> Decision:
         """``allowed``: as if there were no others. ``with_tools``: the request offers tools.
+        ``relist``: the adapters are listed for it, however young the last listing is.
 
         Raises what encoder and listing raise.
         """
@@ -84,7 +91,7 @@ class SemanticRouter:
             raise RuntimeError("the semantic router is closed")
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Decision] = loop.create_future()
-        self._inbox.put(_Pending(_Question(text, allowed, with_tools), loop, answer))
+        self._inbox.put(_Pending(_Question(text, allowed, with_tools), loop, answer, relist))
         return await answer
 
     @property
@@ -104,6 +111,7 @@ class SemanticRouter:
         while (pending := self._take()) is not None:
             started = time.perf_counter()
             try:
+                self._list(at_once=any(one.relist for one in pending))
                 decisions = self._decide([one.question for one in pending])
             except Exception as error:
                 for one in pending:
@@ -128,12 +136,14 @@ class SemanticRouter:
             pending.append(one)
         return pending
 
-    def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
+    def _list(self, *, at_once: bool) -> None:
         now = time.monotonic()
-        if now - self._listed_at > _LISTING_AGE_S:
+        if at_once or now - self._listed_at > _LISTING_AGE_S:
             if self._router.update(self._list_profiles()):
                 self._remembered.clear()
             self._listed_at = now
+
+    def _decide(self, questions: Sequence[_Question]) -> list[Decision]:
         new = dict.fromkeys(q for q in questions if q not in self._remembered)
         n_known = sum(q in self._remembered for q in questions)
         decided: dict[_Question, Decision] = {}

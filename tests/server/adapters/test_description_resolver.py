@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,10 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters import semantic_router
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.sentence_encoder import SharedEncoder
 from loraplex_server.api.errors import invalid
 from tests.server.conftest import Front, make_front
+from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
@@ -34,11 +36,7 @@ def routed(
     pulled_encoder: Path,
 ) -> Iterator[Front]:
     front, resolver = _front_with(lambda: pulled_encoder, tokenizer, base_spec, tmp_path)
-    for seed, (name, (description, examples)) in enumerate(PROFILES.items()):
-        source = write_lora(front.root / name, base_spec, seed=seed)
-        front.store.put_directory(
-            name, source, options=PutOptions(description=description, examples=examples)
-        )
+    _put_profiles(front.store, front.root, PROFILES)
     front.engine.max_model_len = 4096  # tools make long prompts
     yield front
     resolver.close()
@@ -118,6 +116,32 @@ async def test_a_card_can_keep_an_adapter_from_auto(with_caller: Front) -> None:
     assert names == {"sql"}
 
 
+async def test_auto_chooses_anew_where_the_chosen_one_was_just_deleted(
+    routed: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(semantic_router, "_LISTING_AGE_S", 3600.0)
+    assert (await routed.chat(adapter="auto", messages=ABOUT_RUM)).status_code == 200
+    assert (await routed.client.delete("/v1/adapters/pirate")).status_code == 200
+    body = (await routed.chat(adapter="auto", messages=ABOUT_RUM)).json()
+    names = [candidate["name"] for candidate in body["adapter"]["chosen_by"]["candidates"]]
+    assert names == ["sql"]
+
+
+async def test_auto_leaves_out_what_this_server_cannot_serve(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path, pulled_encoder: Path
+) -> None:
+    other = BaseSpec.of(tiny_model(seed=1), "tiny/llama")
+    with AdapterStore(tmp_path / "store", other) as store:
+        _put_profiles(store, tmp_path / "sources", ["pirate"])
+    front, resolver = _front_with(lambda: pulled_encoder, tokenizer, base_spec, tmp_path)
+    _put_profiles(front.store, tmp_path / "sources", ["sql"])
+    body = (await front.chat(adapter="auto", messages=ABOUT_RUM)).json()
+    names = [candidate["name"] for candidate in body["adapter"]["chosen_by"]["candidates"]]
+    assert names == ["sql"]
+    resolver.close()
+    front.store.close()
+
+
 async def test_auto_without_an_encoder_says_how_to_get_one(
     tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
 ) -> None:
@@ -168,6 +192,15 @@ async def test_unnamed_generated_adapters_are_their_owners_candidates(routed: Fr
     names = [candidate["name"] for candidate in chosen_by["candidates"]]
     assert {"mine", "generated/abc"} <= set(names)
     assert not any("acme" in name for name in names)
+
+
+def _put_profiles(store: AdapterStore, folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        description, examples = PROFILES[name]
+        seed = list(PROFILES).index(name)  # weights of its own
+        source = write_lora(folder / name, store.base, seed=seed)
+        options = PutOptions(description=description, examples=examples)
+        store.put_directory(name, source, options=options)
 
 
 def _front_with(

@@ -148,6 +148,7 @@ class Resolver:
         access: AdapterAccess,
         *,
         with_tools: bool = False,
+        relist: bool = False,
     ) -> Resolution:
         self.asked.append((wish, text))
         return Resolution(NameRef("pirate"), {"method": "test", "score": 0.9})

@@ -135,6 +135,11 @@ class HostTier:
         with self._changed:
             return n_bytes <= self._n_bytes - self._used()
 
+    def has(self, digest: str) -> bool:
+        """Whether the plan is here, or will be: it is loaded, or held."""
+        with self._changed:
+            return digest in self._entries or digest in self._holds
+
     def drop(self, digest: str) -> int:
         """Forgets an unleased plan; returns its bytes, 0 if it is absent or leased."""
         with self._changed:

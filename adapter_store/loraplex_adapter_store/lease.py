@@ -21,6 +21,7 @@ class AdapterRecipe:
 
     contents: tuple[Content, ...]  # in the order of the selector's names
     selector: Mixture | Library | None = None  # how they are combined; None: the one as it is
+    tenant: str = ""  # whose memory the combined plan takes
 
 
 class AdapterLease:

@@ -52,16 +52,20 @@ class Leasing:
         self._gate_of = gate_of
         self._on_unservable = on_unservable
 
-    def acquire(self, selector: Selector, cancelled: threading.Event | None = None) -> AdapterLease:
+    def acquire(
+        self, selector: Selector, cancelled: threading.Event | None = None, *, tenant: str = ""
+    ) -> AdapterLease:
         """Raises UnknownAdapter, InvalidSelector, HostTierFull, UnservableAdapter or damage."""
         for ref in _refs(selector):
             self._refresh.follow_ref(ref)
         if isinstance(selector, NameRef):
             return self._lease_held(*self._hold(selector), cancelled)
         if isinstance(selector, Mixture):
-            return self._acquire_composite(selector, Composite.of_mixture(selector, self._base))
+            mixture = Composite.of_mixture(selector, self._base)
+            return self._acquire_composite(selector, mixture, tenant)
         if isinstance(selector, Library):
-            return self._acquire_composite(selector, Composite.of_library(selector, self._gate_of))
+            library = Composite.of_library(selector, self._gate_of)
+            return self._acquire_composite(selector, library, tenant)
         raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
 
     def acquire_digest(
@@ -122,27 +126,35 @@ class Leasing:
         finally:
             self._retirement.let_go(content.digest)
 
-    def _acquire_composite(self, selector: Mixture | Library, composite: Composite) -> AdapterLease:
+    def _acquire_composite(
+        self, selector: Mixture | Library, composite: Composite, tenant: str
+    ) -> AdapterLease:
         """The files of the parts are held while the whole is built; it is cached as any content.
 
-        The parts themselves do not come to host memory.
+        The parts themselves do not come to host memory. The whole is the tenant's who asks first.
         """
-        parts: list[Content] = []
+        held: list[str] = []
         try:
-            parts.extend(self._hold(ref)[1] for ref in composite.refs)
-            digests = [part.digest for part in parts]
-            digest = composite.identify(digests)
-            self._index.add_composite(digest, digests)
+            parts: list[Content] = []
+            for ref in composite.refs:
+                parts.append(self._hold(ref)[1])
+                held.append(parts[-1].digest)
+            digest = composite.identify(held)
+            self._retirement.hold(digest)  # before the index has it: nobody forgets it meanwhile
+            self._index.add_composite(digest, held)
+            held.append(digest)
 
             def load() -> AdapterPlan:
+                self._retirement.forget_evicted_composites()
                 return self._loader.load_composite(composite, parts, digest)
 
-            plan = self._tier.lease(digest, sum(part.host_bytes for part in parts), load)
-            recipe = AdapterRecipe(tuple(parts), selector)
+            n_bytes = sum(part.host_bytes for part in parts)
+            plan = self._tier.lease(digest, n_bytes, load, tenant=tenant)
+            recipe = AdapterRecipe(tuple(parts), selector, tenant)
             return AdapterLease(composite.label, 0, plan, self._retirement.release, recipe)
         finally:
-            for part in parts:
-                self._retirement.let_go(part.digest)
+            for each in held:
+                self._retirement.let_go(each)
 
     def _lease(self, record: NameRecord, content: Content, plan: AdapterPlan) -> AdapterLease:
         return AdapterLease(

@@ -148,6 +148,15 @@ class NameIndex:
         with self._lock:
             self._composites[digest] = tuple(parts)
 
+    def composites(self) -> tuple[str, ...]:
+        with self._lock:
+            return tuple(self._composites)
+
+    def remove_composite(self, digest: str, *, is_used: Callable[[], bool]) -> bool:
+        """Forgets one unless it is used, asked as in ``remove_unreachable``."""
+        with self._lock:
+            return not is_used() and self._composites.pop(digest, None) is not None
+
     def knows(self, digest: str) -> bool:
         """A content or a composite that was not retired."""
         with self._lock:

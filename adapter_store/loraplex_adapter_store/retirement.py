@@ -11,6 +11,7 @@ import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVarTuple
 
 from .card import TierBytes
@@ -99,6 +100,14 @@ class Retirement:
         for waiting in deletions:
             waiting.set_result(freed)
         return freed
+
+    def forget_evicted_composites(self) -> None:
+        """Those that are neither in host memory nor in use: clients make ever new ones."""
+        for digest in self._index.composites():
+            if self._index.remove_composite(digest, is_used=partial(self._tier.has, digest)):
+                self._tier.drop(digest)
+                for listener in self._listeners:
+                    listener(digest)
 
     def retire_later(self, digest: str) -> None:
         self.later(self.retire, digest)

@@ -353,7 +353,11 @@ class AdapterStore:
         return self._cards.plans_in_memory()
 
     def acquire(
-        self, selector: Selector | str, cancelled: threading.Event | None = None
+        self,
+        selector: Selector | str,
+        cancelled: threading.Event | None = None,
+        *,
+        tenant: str = "",
     ) -> AdapterLease:
         """A lease on the content the selector means now; later changes of the name do not touch it.
 
@@ -361,11 +365,12 @@ class AdapterStore:
         UnknownAdapter, InvalidSelector (descriptions and "auto" are resolved before), HostTierFull,
         or StoredAdapterDamaged.
 
-        ``cancelled`` ends a fetch from the catalogue, within seconds: LoadCancelled.
+        ``cancelled`` ends a fetch from the catalogue, within seconds: LoadCancelled. ``tenant``:
+        who asks, and has the memory that a mixture takes; an adapter's counts as its owner's.
         """
         self._check_open()
         wanted = parse_selector(selector) if isinstance(selector, str) else selector
-        return self._leasing.acquire(wanted, cancelled)
+        return self._leasing.acquire(wanted, cancelled, tenant=tenant)
 
     def acquire_digest(
         self, name: str, digest: str, cancelled: threading.Event | None = None

@@ -27,7 +27,7 @@ from loraplex_adapter_store.errors import (
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_adapter_store.put_options import PutOptions
-from loraplex_adapter_store.selector import parse_selector
+from loraplex_adapter_store.selector import Mixture, parse_selector
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter, OpenStore, plain_lora
 from tests.support.packers import TensorsAside
@@ -582,3 +582,43 @@ def test_a_tenant_that_loads_many_adapters_leaves_the_others_share_in_memory(
         for name in many:  # alone, a tenant has all of it
             store.warm(name)
         assert {card.name for card in store.list() if card.n_bytes.host} == set(many[-4:])
+
+
+def test_a_tenants_mixtures_of_shared_adapters_leave_the_operators_in_memory(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    with opened(tmp_path / "s", base, host_bytes=4 * plan_bytes(), eviction="lru") as store:
+        for seed, name in enumerate("ab", start=1):
+            put(store, name, seed)
+            store.warm(name)
+        for weight in range(2, 9):
+            store.acquire(mixture_of("a", weight), tenant="acme").release()
+        assert {card.name for card in store.list() if card.n_bytes.host} == {"a", "b"}
+
+
+def test_a_mixture_that_left_memory_is_forgotten(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    with opened(tmp_path / "s", base, host_bytes=4 * plan_bytes(), eviction="lru") as store:
+        put(store, "a", 1)
+        retired: list[str] = []
+        store.on_retired(retired.append)
+        used = mixture_of("a", 2)
+        with store.acquire(used) as lease:
+            made = [lease.digest]
+            for weight in range(3, 12):
+                with store.acquire(mixture_of("a", weight)) as other:
+                    made.append(other.digest)
+            assert retired == made[1:-3]  # four fit: the one in use, and the last three
+        again = store.acquire(mixture_of("a", 3))
+        assert again.digest == made[1]
+        again.release()
+        store.delete("a")
+        assert store.stats().host_bytes_used == 0
+        assert set(retired) > set(made)
+
+
+def mixture_of(name: str, weight: float) -> Mixture:
+    selector = parse_selector([{"name": name, "weight": weight}])
+    assert isinstance(selector, Mixture)
+    return selector

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -219,7 +220,7 @@ class AdapterResolver:
                 return await self._choose(resolver, selector, text, access, with_tools=with_tools)
             await self._follow(selector, access)
             stored = self._in_store(selector, access, request.param)
-            lease = await self._acquire(stored)
+            lease = await self._acquire(stored, access)
         except StoreError as error:
             raise await self._explain(error, request, access) from error
         return ResolvedAdapter(lease, _label(selector))
@@ -277,7 +278,7 @@ class AdapterResolver:
             if chosen.selector is None:
                 return ResolvedAdapter(explanation=chosen.explanation)
             try:
-                lease = await self._acquire(chosen.selector)
+                lease = await self._acquire(chosen.selector, access)
             except (UnknownAdapter, UnservableAdapter):
                 if relist or isinstance(selector, Description):
                     raise
@@ -286,7 +287,9 @@ class AdapterResolver:
             label = access.shown(_label(chosen.selector))
             return ResolvedAdapter(lease, label, chosen.explanation)
 
-    async def _acquire(self, selector: NameRef | Mixture | Library) -> AdapterLease:
+    async def _acquire(
+        self, selector: NameRef | Mixture | Library, access: AdapterAccess
+    ) -> AdapterLease:
         loop = asyncio.get_running_loop()
         if isinstance(selector, NameRef):
             # What is in memory, or nowhere, must not wait for threads behind what has to be loaded.
@@ -297,7 +300,9 @@ class AdapterResolver:
             reads = self._pools.catalogue if asks else self._pools.reads
             await loop.run_in_executor(reads, self._store.check_known, selector)
         cancelled = threading.Event()
-        future = loop.run_in_executor(self._pools.loads, self._store.acquire, selector, cancelled)
+        tenant = access.tenant or ""
+        acquire = functools.partial(self._store.acquire, selector, cancelled, tenant=tenant)
+        future = loop.run_in_executor(self._pools.loads, acquire)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:  # the client left while the thread was loading

@@ -245,7 +245,7 @@ class EngineReplica:
             with contextlib.suppress(CatalogueUnavailable):
                 self._store.follow([adapter.name])
             return self._store.acquire_digest(adapter.name, adapter.digest)
-        lease = self._store.acquire(adapter.combined)
+        lease = self._store.acquire(adapter.combined, tenant=adapter.tenant)
         if lease.digest != adapter.digest:
             lease.release()
             raise UnservableAdapter(

@@ -51,11 +51,13 @@ class RemoteAdapter:
     digest: str
     name: str  # that had the digest; of a mixture or library the label
     combined: Mixture | Library | None  # with the digest of each part
+    tenant: str  # whose memory a combined one takes
 
     @staticmethod
     def of(adapter: AdapterRef) -> RemoteAdapter:
         assert isinstance(adapter, AdapterLease)
-        return RemoteAdapter(adapter.digest, adapter.name, _with_digests(adapter.recipe))
+        recipe = adapter.recipe
+        return RemoteAdapter(adapter.digest, adapter.name, _with_digests(recipe), recipe.tenant)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from loraplex_adapter_store.lease import AdapterLease
 from loraplex_adapter_store.store import AdapterStore
 from tests.server.tenants.conftest import House
 
@@ -81,6 +82,18 @@ async def test_the_operator_shares_and_sees_and_a_tenant_does_not_change_what_is
     answer = await house.ask("operator", "DELETE", "/v1/adapters/acme:mine")
     assert answer.json()["name"] == "acme:mine"
     assert await house.names("acme") == ["pirate"]
+
+
+async def test_a_mixture_takes_the_memory_of_the_tenant_who_asks_for_it(house: House) -> None:
+    """Attack: fill the memory of what the operator shares with ever new weights."""
+    await house.upload("operator", "pirate", 2)
+    for key, tenant in (("acme", "acme"), ("operator", "")):
+        mixture = [{"name": "pirate", "weight": 0.5 if tenant else 0.25}]
+        body = {"prompt": "x", "adapter": mixture}
+        assert (await house.ask(key, "POST", "/v1/completions", body)).status_code == 200
+        lease = house.front.engine.requests[-1].adapter
+        assert isinstance(lease, AdapterLease)
+        assert lease.recipe.tenant == tenant
 
 
 async def test_generated_adapters_are_their_tenants_and_named_by_the_server_alone(

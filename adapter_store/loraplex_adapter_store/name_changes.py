@@ -98,7 +98,7 @@ class NameChanges:
         """See ``AdapterStore.rollback``."""
         with self.changing(name):
             self._refresh.refresh(name)
-            _, *kept = self._index.revisions(name)
+            (current, _), *kept = self._index.revisions(name)
             wanted = next(
                 (pair for pair in kept if pair[0].digest.startswith(digest_prefix or "")), None
             )
@@ -117,6 +117,7 @@ class NameChanges:
                 description=record.description,
                 examples=record.examples,
                 provenance=record.provenance,
+                expires=current.expires,  # of the name, whatever it points at
                 defaults=record.defaults,
             )
             put = self.point(name, content, report, options)

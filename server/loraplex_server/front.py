@@ -60,6 +60,7 @@ __all__ = [
     "FrontEngine",
     "ServedBase",
     "build_front",
+    "device_follows",
     "parts_of",
     "pooling_of_base",
     "public_name",
@@ -185,19 +186,24 @@ def parts_of(app: FastAPI) -> AppState:
 
 
 async def start_services(services: AppState) -> asyncio.Task[None]:
-    """What runs beside the requests; on the event loop that serves. The task ends with the loop.
+    """What runs beside the requests; on the event loop that serves. The task ends with the loop."""
+    device_follows(services)
+    watching = asyncio.create_task(services.metrics.loop_lag.watch())
+    await services.batches.resume()
+    services.grammars.start()
+    return watching
 
-    Adapters that are pinned are so on the device, too, and those that retire leave it.
+
+def device_follows(services: AppState) -> None:
+    """Adapters that are pinned are so on the device, too, and those that retire leave it.
+
+    Called on the event loop. It hears of a change before the call of the store that made it ends.
     """
     loop = asyncio.get_running_loop()
     if services.device is not None:
         pins = DevicePins(services.device)
         services.store.on_pinned(lambda digests: tell(loop, lambda: pins(digests)))
     services.store.on_retired(lambda digest: tell(loop, lambda: services.unloads.retired(digest)))
-    watching = asyncio.create_task(services.metrics.loop_lag.watch())
-    await services.batches.resume()
-    services.grammars.start()
-    return watching
 
 
 async def stop_services(services: AppState, drain_timeout_s: float) -> None:

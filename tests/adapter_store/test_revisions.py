@@ -52,6 +52,15 @@ def test_a_rollback_makes_the_content_before_current_under_a_new_number(
     assert store.rollback("x").digest == second  # and back again
 
 
+def test_a_rollback_leaves_the_expiry_of_the_name_as_it_is(store: AdapterStore) -> None:
+    put(store, "x", 1)
+    put(store, "x", 2)
+    store.set_expiry("x", 1000.0)
+    assert store.rollback("x").expires == 1000.0
+    assert store.next_expiry() == 1000.0
+    assert store.expire(1001.0) == ("x",)
+
+
 def test_a_rollback_goes_to_the_digest_that_is_asked_for(store: AdapterStore) -> None:
     first, second, third = (put(store, "x", seed) for seed in (1, 2, 3))
     with pytest.raises(RevisionConflict):

@@ -15,6 +15,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.lease import AdapterLease
 from loraplex_adapter_store.names import is_valid_name
 from loraplex_server.engine.errors import EngineDead
+from loraplex_server.front import device_follows, parts_of
 from tests.server.conftest import Front, make_front
 from tests.support.lora_files import write_lora
 
@@ -274,6 +275,7 @@ async def test_pin_unpin_warm_and_delete_reach_the_device(
     on_device: tuple[Front, Device],
 ) -> None:
     front, device = on_device
+    device_follows(parts_of(front.app))
     digest = front.store.get("poet").digest
     for action in ("pin", "unpin", "warm"):
         answer = await front.client.post(f"/v1/adapters/poet/{action}")
@@ -284,6 +286,24 @@ async def test_pin_unpin_warm_and_delete_reach_the_device(
     report = (await front.client.delete("/v1/adapters/poet")).json()
     assert report["n_bytes_freed"]["device"] == 4096
     assert device.told == [(what, digest) for what in ("pin", "unpin", "warm", "unload")]
+
+
+async def test_weights_stay_pinned_on_the_device_while_one_of_their_names_is(
+    on_device: tuple[Front, Device],
+) -> None:
+    front, device = on_device
+    device_follows(parts_of(front.app))
+    front.store.put_directory("twin", front.root / "poet")
+    digest = front.store.get("poet").digest
+    for name, action, told in (
+        ("poet", "pin", ["pin"]),
+        ("twin", "pin", ["pin"]),
+        ("poet", "unpin", ["pin"]),
+        ("twin", "unpin", ["pin", "unpin"]),
+    ):
+        answer = await front.client.post(f"/v1/adapters/{name}/{action}")
+        assert answer.status_code == 200, answer.text
+        assert device.told == [(what, digest) for what in told], (name, action)
 
 
 async def test_a_dead_engine_answers_every_change_with_503_at_once(

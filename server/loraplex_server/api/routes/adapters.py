@@ -91,8 +91,6 @@ async def pin_adapter(request: Request, name: OwnName, state: State) -> Response
         access,
         pool=state.pools.loads,
     )
-    if state.device is not None:
-        state.device.set_pinned(card.digest, True)
     return card_response(state, access_of(request), card)
 
 
@@ -105,8 +103,6 @@ async def unpin_adapter(request: Request, name: OwnName, state: State) -> Respon
         access_of(request),
         pool=state.pools.changes,
     )
-    if state.device is not None:
-        state.device.set_pinned(card.digest, False)
     return card_response(state, access_of(request), card)
 
 

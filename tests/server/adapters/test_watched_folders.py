@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters import watched_folders
 from loraplex_server.adapters.watched_folders import WatchedFolders
 from tests.server.conftest import Front
 from tests.support.architectures import tiny_model
@@ -75,6 +77,44 @@ def test_a_folder_that_is_copied_slowly_is_served_when_it_is_whole(
     assert front.store.list() == ()
     assert caplog.text.count("is not served") == 1  # looked at once, not at every scan
     (folder / "adapter_model.safetensors").write_bytes(weights)
+    folders.scan()
+    assert [card.name for card in front.store.list()] == ["sql"]
+
+
+def test_a_folder_that_rsync_renews_is_read_when_it_is_whole(
+    front: Front, base_spec: BaseSpec
+) -> None:
+    folders = WatchedFolders(front.store, [front.root])
+    sql = write_lora(front.root / "sql", base_spec)
+    folders.scan()
+    old = front.store.get("sql")
+    new = write_lora(front.root.parent / "new", base_spec, seed=1)
+    config = json.loads((new / "adapter_config.json").read_text())
+    (new / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 1}))
+    whole = front.store.put_directory("new", new)
+    weights = (new / "adapter_model.safetensors").read_bytes()
+    (new / "adapter_config.json").replace(sql / "adapter_config.json")
+    growing = sql / ".adapter_model.safetensors.x8Yz1Q"
+    for n_bytes in (0, len(weights) // 2, len(weights)):
+        growing.write_bytes(weights[:n_bytes])
+        folders.scan()
+        assert front.store.get("sql") == old
+    growing.replace(sql / "adapter_model.safetensors")
+    folders.scan()
+    renewed = front.store.get("sql")
+    assert (renewed.revision, renewed.digest) == (2, whole.digest)
+
+
+def test_what_a_killed_rsync_left_does_not_keep_a_folder_from_being_read(
+    front: Front, base_spec: BaseSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sql = write_lora(front.root / "sql", base_spec)
+    (sql / ".adapter_model.safetensors.x8Yz1Q").write_bytes(b"half")
+    (sql / ".gitattributes.Ab12Cd").write_text("of no adapter's file")
+    folders = WatchedFolders(front.store, [front.root])
+    folders.scan()
+    assert front.store.list() == ()
+    monkeypatch.setattr(watched_folders, "_ABANDONED_S", 0.0)
     folders.scan()
     assert [card.name for card in front.store.list()] == ["sql"]
 

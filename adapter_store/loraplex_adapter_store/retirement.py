@@ -12,7 +12,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import TypeVarTuple
 
 from .card import TierBytes
 from .content_files import ContentFiles
@@ -24,7 +23,6 @@ from .packed_files import PackedFiles
 
 __all__ = ["Retirement"]
 
-_Ts = TypeVarTuple("_Ts")
 _log = logging.getLogger(__name__)
 
 
@@ -110,12 +108,12 @@ class Retirement:
                     listener(digest)
 
     def retire_later(self, digest: str) -> None:
-        self.later(self.retire, digest)
+        self.later(partial(self.retire, digest))
 
-    def later(self, work: Callable[[*_Ts], object], *items: *_Ts) -> None:
+    def later(self, work: Callable[[], object]) -> None:
         """On the thread of clean-up; dropped once it is closed: the next start sweeps."""
         try:
-            self._janitor.submit(self._look_after, work, *items)
+            self._janitor.submit(self._look_after, work)
         except RuntimeError:
             return
 
@@ -155,9 +153,9 @@ class Retirement:
             _log.warning("adapter %s stays in the registry for now: %s", digest[:12], error)
         return n_bytes
 
-    def _look_after(self, work: Callable[[*_Ts], object], *items: *_Ts) -> None:
+    def _look_after(self, work: Callable[[], object]) -> None:
         try:
-            work(*items)
+            work()
         except Exception as error:
             self._faults.failed("storage", error)
             _log.exception("clean-up of the adapter store failed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -134,7 +135,7 @@ class AdapterStore:
             packed,
             packer,
             check,
-            on_prepared=lambda plan, sha256: retirement.later(plans.keep, plan, sha256),
+            on_prepared=lambda plan, sha256: retirement.later(partial(plans.keep, plan, sha256)),
             remote=local,
         )
         self._leasing = Leasing(

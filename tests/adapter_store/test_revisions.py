@@ -101,7 +101,7 @@ def test_a_store_that_closes_waits_until_kept_revisions_are_freed(store: Adapter
     free = threading.Event()
     put(store, "x", 1)
     put(store, "x", 2)
-    store._retirement.later(lambda event: event.wait(30), free)  # what is freed comes after it
+    store._retirement.later(lambda: free.wait(30))  # what is freed comes after it
     store.delete("x")
     closing = threading.Thread(target=store.close)
     closing.start()

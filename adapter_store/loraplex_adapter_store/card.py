@@ -74,6 +74,7 @@ class CardEdit(NamedTuple):
     description: str | None
     examples: Sequence[str]
     defaults: Mapping[str, JsonValue]
+    provenance: Mapping[str, JsonValue] | None = None  # None: as it is
 
 
 @dataclass(frozen=True, slots=True)

@@ -188,14 +188,15 @@ class Registry:
                 raise UnknownAdapter(name)
             current = _record(row)
             check_unchanged(current, if_match)
+            provenance = current.provenance if edit.provenance is None else edit.provenance
             db.execute(
-                "UPDATE revisions"
-                " SET description = ?, examples = ?, defaults = ?, edits = edits + 1"
-                " WHERE name = ? AND revision = ?",
+                "UPDATE revisions SET description = ?, examples = ?, defaults = ?,"
+                " provenance = ?, edits = edits + 1 WHERE name = ? AND revision = ?",
                 (
                     edit.description,
                     json.dumps(list(edit.examples)),
                     json.dumps(dict(edit.defaults)),
+                    json.dumps(dict(provenance)),
                     name,
                     current.revision,
                 ),

@@ -98,6 +98,7 @@ class NameState:
                 description=edit.description,
                 examples=tuple(edit.examples),
                 defaults=edit.defaults,
+                provenance=record.provenance if edit.provenance is None else edit.provenance,
                 edits=record.edits + 1,
             )
         )

@@ -50,11 +50,11 @@ def test_the_cards_are_the_same_on_every_server(open_store: OpenStore) -> None:
     a, b = open_store("a", n_kept=2), open_store("b", n_kept=2)
     put_if(a, "x", 1, description="first", examples=["hello"])
     put_if(b, "x", 2, defaults={"temperature": 0.5})
-    b.edit("x", lambda card: CardEdit("edited", ("hi",), card.defaults))
+    b.edit("x", lambda card: CardEdit("edited", ("hi",), card.defaults, {"source": "told"}))
     a.set_expiry("x", 4e9)
     for mine, others in ((a, b), (b, a)):
         card, other = mine.get("x"), others.get("x")
-        assert card.description == "edited"
+        assert (card.description, card.provenance) == ("edited", {"source": "told"})
         assert card.expires == 4e9
         assert card.report is not None
         shown = card.to_json(), other.to_json()

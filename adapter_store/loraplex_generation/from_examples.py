@@ -137,6 +137,8 @@ def _told(made: Refinement) -> dict[str, object]:
         "start": made.start,
         "gained": made.gained,
         "steps": made.steps,
+        "n_steps": made.n_steps,
+        "timed_out": made.timed_out,
         "seconds": round(made.seconds, 1),
         "held_out": {"before": _shown(made.before), "after": _shown(made.after)},
     }

@@ -89,6 +89,8 @@ class Refinement:
     before: HeldOut  # of the start
     after: HeldOut  # of the judges at their best; as ``before`` where nothing was gained
     steps: int  # 0: the start is kept
+    n_steps: int  # that it would have had
+    timed_out: bool  # the deadline ended it: with more time it may become another
     seconds: float
 
     @property
@@ -118,6 +120,7 @@ def refine(
     """
     began = time.monotonic()
     n_steps = recipe.span_steps + recipe.steps
+    n_judged = min(recipe.judged_steps, n_steps)
     report(RefinementProgress("choosing a start", 0, n_steps, None))
     pace = _Pace(began, deadline)
     try:
@@ -130,9 +133,9 @@ def refine(
     best = _Best(first, start, recipe.least_gain)
     report(RefinementProgress("training", 0, n_steps, best.score.nll))
     copies = _Copies(task, span, start, recipe, pace)
+    looked_at = 0
     with suppress(TimeoutError):
-        looked_at = 0
-        while copies.step < min(recipe.judged_steps, n_steps) and pace.allows_a_step():
+        while copies.step < n_judged and pace.allows_a_step():
             copies.advance()
             if copies.step % recipe.look_every == 0 or copies.step == n_steps:
                 with pace.look():
@@ -141,6 +144,7 @@ def refine(
             report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
         if looked_at < copies.step:
             best.offer(task.held_out(copies.judges), copies.kept, copies.step)
+            looked_at = copies.step
     if best.step:
         copies.dismiss_judges()
         pace.end_looks()
@@ -149,8 +153,16 @@ def refine(
                 copies.advance()
                 report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
         best.vector, best.step = copies.kept, copies.step
-    seconds = time.monotonic() - began
-    return Refinement(best.vector, name, best.first, best.score, best.step, seconds)
+    return Refinement(
+        best.vector,
+        name,
+        best.first,
+        best.score,
+        best.step,
+        n_steps,
+        timed_out=best.step < n_steps if best.step else looked_at < n_judged,
+        seconds=time.monotonic() - began,
+    )
 
 
 class _Pace:

@@ -97,6 +97,7 @@ def test_a_spent_budget_begins_no_second_step(world: World) -> None:
     made = world.refine(RULE, deadline=time.monotonic(), report=seen.append)
     assert [(now.stage, now.step) for now in seen] == [("choosing a start", 0), ("training", 0)]
     assert not made.gained
+    assert made.timed_out
 
 
 def test_what_a_report_raises_ends_the_work_at_that_step(world: World) -> None:
@@ -159,7 +160,7 @@ def test_judges_that_agree_leave_the_rest_of_the_steps_to_the_copy_that_saw_all(
 
     monkeypatch.setattr(FrozenBase, "score", measured)
     made = world.refine(RULE[:6], recipe=replace(RECIPE, judged_steps=8))
-    assert made.steps == 28
+    assert (made.steps, made.n_steps, made.timed_out) == (28, 28, False)
     assert n_copies == [3] * 8 + [1] * 20
     assert len(made.vector) == world.layout.full_size
 
@@ -181,7 +182,7 @@ def test_a_step_that_the_base_breaks_off_is_none(
 
     monkeypatch.setattr(FrozenBase, "score", cut_off)
     made = world.refine(RULE[:6], recipe=replace(RECIPE, judged_steps=12))
-    assert made.steps == n_steps
+    assert (made.steps, made.n_steps, made.timed_out) == (n_steps, 28, True)
     assert torch.isfinite(made.vector).all()
     assert made.after.nll < made.before.nll
 
@@ -207,6 +208,7 @@ def test_judges_that_disagree_end_the_work(world: World) -> None:
     )
     assert not made.gained
     assert seen[-1].step == 8
+    assert not made.timed_out  # more time would change nothing
 
 
 def test_eight_pairs_and_more_keep_a_quarter_to_judge_by(world: World) -> None:

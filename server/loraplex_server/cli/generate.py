@@ -65,6 +65,7 @@ def generate(
     from loraplex_adapter_store.errors import StoreError
     from loraplex_server.model.errors import ModelError
 
+    _check_place(server, name, out, base)
     unlabelled = [] if prompts_from is None else prompts_from.read_text().splitlines()
     unlabelled = [line for line in unlabelled if line.strip()]
     order = _Order(description, wording or [], unlabelled, method, seed, samples, force)
@@ -81,6 +82,23 @@ def generate(
     except (StoreError, ModelError, _ServerSaysNo) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
+
+
+def _check_place(server: str | None, name: str | None, out: Path | None, base: str | None) -> None:
+    """Options that would go unheard are refused."""
+    if server is None and name is not None:
+        raise typer.BadParameter(
+            "--name is for a server: add --server URL, or write a folder with --out instead"
+        )
+    if server is not None and out is not None:
+        raise typer.BadParameter(
+            "--out writes a folder here, and with --server the server keeps the adapter: leave out "
+            "--server, or give --name instead of --out"
+        )
+    if server is not None and base is not None:
+        raise typer.BadParameter(
+            "--base is for adapters that are made here, and a server uses its own: leave out --base"
+        )
 
 
 class _ServerSaysNo(Exception):
@@ -264,6 +282,7 @@ def _show_card(card: dict[str, object]) -> None:
             f"{card['examples']}; of {before['of']} held out {before['exact']} → {after['exact']} "
             f"exact, nll {before['nll']:.2f} → {after['nll']:.2f}"
             + ("" if learned["gained"] else ": nothing gained, so nothing was changed")
+            + ("; time ran out, --budget gives more" if learned.get("timed_out") else "")
         )
     for label, value in rows.items():
         table.add_row(label, str(value))

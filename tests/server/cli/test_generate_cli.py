@@ -35,6 +35,24 @@ def test_a_server_that_is_not_there_is_an_error_of_one_line() -> None:
     assert "is `loraplex serve` running there?" in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        (["--server", "http://127.0.0.1:9", "--out", "made"], "give --name instead of --out"),
+        (["--server", "http://127.0.0.1:9", "--base", "other"], "leave out --base"),
+        (["--name", "mine"], "add --server URL"),
+    ],
+)
+def test_options_of_the_other_place_are_refused_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], remedy: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = RUNNER.invoke(app, ["generate", "to French", *options])
+    assert result.exit_code == 2, result.output
+    assert remedy in " ".join(result.output.replace("│", " ").split())
+    assert not list(tmp_path.iterdir())
+
+
 def test_default_refuses_a_method_that_does_not_exist(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["generator", "default", "magic", "--shipped", str(tmp_path)])
     assert result.exit_code == 2

@@ -15,16 +15,20 @@ _STEP_S = 0.005
 
 
 class ScriptedTrainer:
-    """What is learnt is the generator's adapter for "learnt: " and the description.
+    """What is learnt is the generator's adapter for ``teaches`` and the description.
 
     An example whose prompt is "unfit" is refused. ``end`` lets training end; until then it takes
-    steps, and a step is when it notices that it is to stop.
+    steps, and a step is when it notices that it is to stop. While ``goes_on`` is cleared a step
+    lasts.
     """
 
     def __init__(self, generator: Generator) -> None:
         self._generator = generator
         self.end = threading.Event()
-        self.gains = True
+        self.goes_on = threading.Event()
+        self.goes_on.set()
+        self.gains, self.timed_out = True, False
+        self.teaches = "learnt"
         self.error: Exception | None = None
         self.deadlines: list[float] = []  # of every training, in the order they began
         self.began = threading.Semaphore(0)
@@ -46,6 +50,7 @@ class ScriptedTrainer:
         step = 0
         report(RefinementProgress("training", step, 24, None))
         while not self.end.wait(_STEP_S):
+            self.goes_on.wait()
             step += 1
             report(RefinementProgress("training", step, 24, 2.0 / step))
         if self.error is not None:
@@ -53,7 +58,13 @@ class ScriptedTrainer:
         refused = self._generator.refuses(self._generator.read(request.description))
         if refused and not (request.force or self.gains):
             raise NothingLearnt(len(request.examples), 2.0)
-        text = f"learnt: {request.description}" if self.gains else request.description
+        text = f"{self.teaches}: {request.description}" if self.gains else request.description
         made = self._generator.generate(text, force=True)
-        refinement = {"finished": True, "gained": self.gains, "steps": step}
+        refinement = {
+            "finished": True,
+            "gained": self.gains,
+            "steps": step,
+            "n_steps": 24,
+            "timed_out": self.timed_out,
+        }
         return self._generator.dressed(made.vector, {**made.card, "refinement": refinement})

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.card import AdapterCard, CardEdit
 from loraplex_adapter_store.errors import RevisionConflict, StoreError, UnknownAdapter
 from loraplex_adapter_store.faults import FaultLog, NoFaultLog
 from loraplex_adapter_store.names import local_name, name_of, tenant_of
@@ -30,6 +30,8 @@ from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.service import GeneratedAdapter, Generator
 from loraplex_server.api.errors import ApiError, unavailable
 from loraplex_server.api_keys import GENERATED
+
+from .learning_record import Record, is_learning, record_of
 
 __all__ = ["AdapterGenerationRequest", "GeneratedAdapters", "GenerationStats"]
 
@@ -119,23 +121,23 @@ class GeneratedAdapters:
         ttl_s: float | None = None,
         quota: Quota = NO_QUOTA,
         told: Mapping[str, JsonValue] = MappingProxyType({}),
+        busy_s: float = 0.0,
     ) -> AdapterCard:
         """The adapter of a request, made now or still there; its life starts anew.
 
         Of a request with examples, the draft or what was learnt. ``told``: what the card of one
-        that is made now says besides.
+        that is made now says besides. ``busy_s``: how long a job may take that it lives to the end
+        of, and `ttl_s` longer.
 
         It belongs to `tenant`, who has `quota` and as many names that we choose as every other. A
         `name` of the caller's, as the store knows it, lives until it is deleted, unless `ttl_s` is
         given; it must be free. Raises OutOfDistribution, NotTrained, GeneratorMismatch,
         UnfitPrompts, RevisionConflict and what the store raises.
         """
-        lasts = ttl_s is None and name is not None
         with self._lock:
-            life_s = ttl_s or self._ttl_s
-            expires = None if lasts else self._clock() + life_s
             ours = self.unnamed(request, tenant)
-            card = None if name else self._refreshed(ours, life_s)
+            expires = self._expiry(name or ours, ttl_s, busy_s)
+            card = None if name else self._refreshed(ours, busy_s + (ttl_s or self._ttl_s))
             if card is None:
                 if name is None:
                     self._make_room(tenant)
@@ -143,14 +145,41 @@ class GeneratedAdapters:
                 card = self._make(name or ours, request, expires, quota, told)
             else:
                 self.stats.n_reused += 1
-        with self._changed:
-            self._changed.notify_all()
+        self._wake()
         return card
+
+    def renewed(self, card: AdapterCard, ttl_s: float | None) -> AdapterCard | None:
+        """As ``ensure``, for one without a name that is to be there still; None: it is gone."""
+        with self._lock:
+            again = self._refreshed(card.name, ttl_s or self._ttl_s)
+            self.stats.n_reused += again is not None
+        self._wake()
+        return again
 
     @staticmethod
     def unnamed(request: AdapterGenerationRequest, tenant: str) -> str:
         """What the store calls the adapter of a request that gives no name."""
         return name_of(tenant, f"{GENERATED}{request.key}")
+
+    def note(
+        self, card: AdapterCard, learning: Record, *, ttl_s: float | None, busy_s: float = 0.0
+    ) -> AdapterCard:
+        """Writes on the card what has become of learning; its life starts anew, as in ``ensure``.
+
+        Raises RevisionConflict or UnknownAdapter if somebody replaced or removed the adapter.
+        """
+
+        def change(now: AdapterCard) -> CardEdit:
+            _check_same(now, card.digest)
+            provenance = {**now.provenance, "refinement": dict(learning)}
+            return CardEdit(now.description, now.examples, now.defaults, provenance)
+
+        with self._lock:
+            self._store.edit(card.name, change)
+            expires = self._expiry(card.name, ttl_s, busy_s)
+            noted = self._store.set_expiry(card.name, expires)
+        self._wake()
+        return noted
 
     def replace_draft(
         self,
@@ -164,6 +193,8 @@ class GeneratedAdapters:
     ) -> AdapterCard:
         """Points ``name`` at what was learnt; what people wrote on the card meanwhile stays.
 
+        Its life starts anew, as in ``ensure``.
+
         ``draft``: the digest that the name must have still; None: the name must be free. Raises
         RevisionConflict or UnknownAdapter if somebody replaced or removed it, and changes nothing.
         """
@@ -171,9 +202,8 @@ class GeneratedAdapters:
             if draft is None:
                 card = self._put_new(name, made, request, ttl_s, quota)
             else:
-                card = self._put_over(name, draft, made, quota)
-        with self._changed:
-            self._changed.notify_all()
+                card = self._put_over(name, draft, made, ttl_s, quota)
+        self._wake()
         return card
 
     def close(self) -> None:
@@ -181,6 +211,17 @@ class GeneratedAdapters:
             self._closed = True
             self._changed.notify_all()
         self._reaper.join()
+
+    def _wake(self) -> None:
+        """Another name may be the first to expire."""
+        with self._changed:
+            self._changed.notify_all()
+
+    def _expiry(self, name: str, ttl_s: float | None, busy_s: float = 0.0) -> float | None:
+        """Of a life that starts now. A name of the caller's lasts unless ``ttl_s`` is given."""
+        if ttl_s is None and not _is_ours(name):
+            return None
+        return self._clock() + busy_s + (ttl_s or self._ttl_s)
 
     def _reap(self) -> None:
         """Removes each name when it expires."""
@@ -254,30 +295,29 @@ class GeneratedAdapters:
         ttl_s: float | None,
         quota: Quota,
     ) -> AdapterCard:
-        lasts = ttl_s is None and not _is_ours(name)
         if _is_ours(name):
             self._make_room(tenant_of(name))
         options = PutOptions(
             replace=False,
             description=request.description,
             examples=_prompts(request),
-            expires=None if lasts else self._clock() + (ttl_s or self._ttl_s),
+            expires=self._expiry(name, ttl_s),
             quota=quota,
         )
         return self._put(name, made, options)
 
-    def _put_over(self, name: str, draft: str, made: GeneratedAdapter, quota: Quota) -> AdapterCard:
+    def _put_over(
+        self, name: str, draft: str, made: GeneratedAdapter, ttl_s: float | None, quota: Quota
+    ) -> AdapterCard:
         while True:
             card = self._store.get(name)
-            if card.digest != draft:
-                told = f"adapter {name!r} has digest {card.digest}, not {draft}"
-                raise RevisionConflict(told, card.digest)
+            _check_same(card, draft)
             options = PutOptions(
                 if_match=card.etag,
                 description=card.description,
                 examples=card.examples,
                 defaults=card.defaults,
-                expires=card.expires,
+                expires=self._expiry(name, ttl_s),
                 quota=quota,
             )
             try:
@@ -324,10 +364,18 @@ class GeneratedAdapters:
             for card in self._store.list()
             if _is_ours(card.name) and tenant_of(card.name) == tenant
         ]
-        ours.sort(key=lambda card: card.expires or math.inf)
+        # One that a job makes better goes last, and there are fewer of them than may be.
+        ours.sort(key=lambda card: (is_learning(record_of(card)), card.expires or math.inf))
         for card in ours[: max(0, len(ours) - self._quota + 1)]:
             with contextlib.suppress(UnknownAdapter):  # a client was faster
                 self._store.start_delete(card.name)  # running requests keep their lease
+
+
+def _check_same(card: AdapterCard, digest: str) -> None:
+    """Raises RevisionConflict."""
+    if card.digest != digest:
+        told = f"adapter {card.name!r} has digest {card.digest}, not {digest}"
+        raise RevisionConflict(told, card.digest)
 
 
 def _is_ours(name: str) -> bool:

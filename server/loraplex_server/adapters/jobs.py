@@ -59,9 +59,10 @@ class Job:
     changed: asyncio.Event = field(default_factory=asyncio.Event)  # set, and replaced, at a change
 
     @classmethod
-    def lost(cls, id: str, card: AdapterCard, access: AdapterAccess, error: ApiError) -> Job:
-        """One of which the adapter that it left is all that is known."""
-        job = cls(id, card.name, access, card.created, JobStatus.FAILED, "lost")
+    def lost(cls, id: str, card: AdapterCard, access: AdapterAccess, error: ApiError | None) -> Job:
+        """One of which the adapter that it left is all that is known. No error: cancelled."""
+        status = JobStatus.CANCELLED if error is None else JobStatus.FAILED
+        job = cls(id, card.name, access, card.created, status, "lost")
         job.card, job.error = card, error
         return job
 

@@ -6,25 +6,28 @@ order ──► job ──► draft, served under its name ──► trained on 
 
 A description that the generator refuses has no draft: its name is there when the job has ended and
 something was learnt. Orders of one tenant that are equal share a job. A job that is cancelled, or
-that the server's end cuts off, leaves the draft; an equal order starts another one.
+that the server's end cuts off, leaves the draft; an equal order starts another one. So does one
+with more time than had a job that time cut off: what that has learnt serves meanwhile, and stays
+unless something better comes (``learning_record``).
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, Protocol, TypeVar
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_adapter_store.errors import RevisionConflict, UnknownAdapter
-from loraplex_adapter_store.report import JsonValue
+from loraplex_adapter_store.errors import RevisionConflict, StoreError, UnknownAdapter
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_generation.errors import OutOfDistribution
+from loraplex_generation.errors import OutOfDistribution, OutOfTime
 from loraplex_generation.refinement import Progress, RefinementProgress
 from loraplex_generation.service import GeneratedAdapter
 from loraplex_server.api.errors import ApiError, from_store, invalid, too_many
@@ -32,14 +35,30 @@ from loraplex_server.api_keys import AdapterAccess
 
 from .generated_adapters import AdapterGenerationRequest, GeneratedAdapters
 from .jobs import Job, JobCancelled, Jobs
+from .learning_record import (
+    begun,
+    draft_record,
+    ended,
+    how_ended,
+    is_better,
+    is_result,
+    last_budget_s,
+    may_learn_again,
+    record_of,
+    serves,
+    settled,
+    why_lost,
+)
 
 __all__ = ["DEFAULT_BUDGET_S", "Learner", "Learning", "Learnt", "Ordered", "Trainer"]
 
 DEFAULT_BUDGET_S = 30.0
 _PUT_S = 0.5  # of a budget, kept for checking and storing what was learnt
+_SLACK_S = 60.0  # for all of a job that no budget bounds: loading what generates, say
 _MAX_OF_TENANT = 4  # jobs that run or wait; one runs at a time
 _MAX_JOBS = 32
 _T = TypeVar("_T")
+_log = logging.getLogger(__name__)
 
 
 class Trainer(Protocol):
@@ -82,24 +101,26 @@ class Learner(Protocol):
 
 
 @dataclass(slots=True)
-class _Running:
-    job: Job
-    drafted: asyncio.Future[AdapterCard | None]
-    refusal: OutOfDistribution | None = None  # why there is no draft
-
-
-@dataclass(slots=True)
 class _Order:
     request: AdapterGenerationRequest
     access: AdapterAccess
     name: str | None  # of the caller's, as the store knows it
     ttl_s: float | None
     budget_s: float
+    left: AdapterCard | None = None  # by an equal order: its job goes on from that
     stop: threading.Event = field(default_factory=threading.Event)
 
     @property
     def tenant(self) -> str:
         return self.access.tenant or ""
+
+
+@dataclass(slots=True)
+class _Running:
+    job: Job
+    order: _Order
+    drafted: asyncio.Future[AdapterCard | None]
+    refusal: OutOfDistribution | None = None  # why there is no draft
 
 
 class Learning:
@@ -120,7 +141,7 @@ class Learning:
         self._trainer, self._executor = trainer, executor
         self._max_budget_s = max_budget_s
         self._running: dict[tuple[str, str], _Running] = {}
-        self._stops: set[threading.Event] = set()
+        self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-training")
 
     async def order(
@@ -140,11 +161,13 @@ class Learning:
         order = _Order(request, access, name, ttl_s, self._budget(budget_s))
         await self._blocking(partial(self._trainer.check, request))
         stored = name or self._generated.unnamed(request, order.tenant)
-        if name is None and (done := await self._learnt_before(stored, order)) is not None:
-            return Ordered(done, None)
-        running = self._running.get((stored, request.key)) or self._start(stored, order)
-        await asyncio.wait([running.drafted])
-        return Ordered(running.drafted.result(), running.job, running.refusal)
+        await self._end_lost(stored, request.key)
+        running = self._running.get((stored, request.key))
+        found = running or await self._left_or_started(stored, order, budget_s)
+        if isinstance(found, AdapterCard):
+            return Ordered(found, None)
+        await asyncio.wait([found.drafted])
+        return Ordered(found.drafted.result(), found.job, found.refusal)
 
     async def wait(self, job: Job) -> AdapterCard:
         """The job's adapter. Raises ApiError where it failed or was cancelled."""
@@ -160,10 +183,10 @@ class Learning:
     async def learn(
         self, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
     ) -> Learnt:
-        """See ``Learner``."""
+        """See ``Learner``. Who waits does so for something learnt, not for something better."""
         ordered = await self.order(request, access)
         card, job = ordered.card, ordered.job
-        if job is not None and wait:
+        if job is not None and wait and serves(card) != "learnt":
             card = await self.wait(job)
         if card is None:
             raise self._refusal(ordered)
@@ -184,27 +207,28 @@ class Learning:
         return told
 
     def lost(self, job_id: str, access: AdapterAccess) -> Job | None:
-        """A job that the server's end cut off, known by the draft that it left. Blocks."""
+        """A job that is not remembered, known by the adapter that it left. Blocks."""
         for card in access.listed(self._store.list()):
-            refinement = card.provenance.get("refinement")
-            if not isinstance(refinement, dict) or refinement.get("job") != job_id:
+            record = record_of(card)
+            if record.get("job") != job_id:
                 continue
             if access.tenant is not None and not access.owns(card.name):
                 return None
-            told = "the server went down while it learnt; the draft stays, order it again"
-            error = ApiError(503, told, code="server_restarted")
-            return Job.lost(job_id, card, access, error)
+            return Job.lost(job_id, card, access, why_lost(record))
         return None
 
     def close(self) -> None:
         """Training stops within a step."""
-        for stop in self._stops:
-            stop.set()
+        self._closed = True
+        for running in self._running.values():
+            running.order.stop.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _budget(self, wanted_s: float | None) -> float:
+    def _budget(self, wanted_s: float | None, spent_s: float | None = None) -> float:
+        """``spent_s``: what was not enough the last time."""
         if wanted_s is None:
-            return min(DEFAULT_BUDGET_S, self._max_budget_s)
+            enough_s = DEFAULT_BUDGET_S if spent_s is None else max(DEFAULT_BUDGET_S, 2 * spent_s)
+            return min(enough_s, self._max_budget_s)
         if wanted_s > self._max_budget_s:
             raise invalid(
                 f"budget_s is {wanted_s:g}, this server learns for at most {self._max_budget_s:g} "
@@ -213,21 +237,62 @@ class Learning:
             )
         return wanted_s
 
-    async def _learnt_before(self, stored: str, order: _Order) -> AdapterCard | None:
-        """The unnamed adapter of an equal order that has ended; its life starts anew."""
+    async def _end_lost(self, stored: str, key: str) -> None:
+        """Waits for the end of a job that was cancelled, or whose adapter is not there any more."""
+        while running := self._running.get((stored, key)):
+            if not (running.order.stop.is_set() or await self._has_changed(running)):
+                return
+            self._jobs.cancel(running.job)
+            assert running.job.task is not None
+            await asyncio.wait([running.job.task])
 
-        def find() -> AdapterCard | None:
-            try:
-                if not _has_learnt(self._store.get(stored)):
-                    return None
-            except UnknownAdapter:
-                return None
-            card = self._generated.ensure(
-                order.request, tenant=order.tenant, quota=order.access.quota
-            )
-            return card if _has_learnt(card) else None  # else it went, and this is a new draft
+    async def _has_changed(self, running: _Running) -> bool:
+        """Whether somebody replaced or removed what the job's result would replace."""
+        if not running.drafted.done():
+            return False
+        draft = running.drafted.result()
+        now = await self._blocking(partial(self._card, running.job.adapter))
+        return (now and now.digest) != (draft and draft.digest)
 
-        return await self._blocking(find)
+    async def _left_or_started(
+        self, stored: str, order: _Order, wanted_s: float | None
+    ) -> AdapterCard | _Running:
+        """What an equal order has learnt, or a job that learns, from what that left if it left any.
+
+        Raises ApiError (429).
+        """
+        left = await self._blocking(partial(self._left, stored, order))
+        record = record_of(left)
+        if left is not None:
+            order.budget_s = self._budget(wanted_s, last_budget_s(record))
+            if may_learn_again(record, order.budget_s):
+                order.left = left
+            elif order.name is None and (card := await self._renewed(left, order)) is not None:
+                return card
+        try:
+            return self._running.get((stored, order.request.key)) or self._start(stored, order)
+        except ApiError:
+            # Who asks neither for more time nor for a name is answered by what there is.
+            if left is None or not is_result(record) or wanted_s is not None or order.name:
+                raise
+            if (card := await self._renewed(left, order)) is None:
+                raise
+            return card
+
+    def _left(self, stored: str, order: _Order) -> AdapterCard | None:
+        """The draft or the result of an equal order."""
+        card = self._card(stored)
+        is_ours = order.name is None or record_of(card).get("order") == order.request.key
+        return card if is_ours else None
+
+    async def _renewed(self, card: AdapterCard, order: _Order) -> AdapterCard | None:
+        return await self._blocking(partial(self._generated.renewed, card, order.ttl_s))
+
+    def _card(self, stored: str) -> AdapterCard | None:
+        try:
+            return self._store.get(stored)
+        except UnknownAdapter:
+            return None
 
     def _start(self, stored: str, order: _Order) -> _Running:
         """Raises ApiError (429)."""
@@ -245,7 +310,6 @@ class Learning:
         key = (stored, order.request.key)
 
         async def work(job: Job) -> AdapterCard:
-            self._stops.add(order.stop)
             try:
                 return await self._work(job, order, running)
             except BaseException as error:
@@ -254,11 +318,10 @@ class Learning:
                 drafted.cancel()  # else: the loop ends
                 raise
             finally:
-                self._stops.discard(order.stop)
                 del self._running[key]
 
         job = self._jobs.start_task(stored, order.access, work, param="description")
-        running = self._running[key] = _Running(job, drafted)
+        running = self._running[key] = _Running(job, order, drafted)
         return running
 
     async def _work(self, job: Job, order: _Order, running: _Running) -> AdapterCard:
@@ -273,53 +336,31 @@ class Learning:
         job.tell("draft", 0.0)
         draft = await self._draft(job, order, running)
         job.card = draft
-        job.learning["serves"] = None if draft is None else "draft"
+        job.learning["serves"] = serves(draft)
         running.drafted.set_result(draft)
         job.tell("queued", 0.0)
-        made = await self._trained(job, order)
-        refinement = made.card["refinement"]
-        assert isinstance(refinement, dict)
-        job.tell("storing", 1.0)
-        put = partial(
-            self._generated.replace_draft,
-            job.adapter,
-            None if draft is None else draft.digest,
-            made,
-            order.request,
-            ttl_s=order.ttl_s,
-            quota=order.access.quota,
-        )
         try:
-            card = await self._blocking(put)
-        except (RevisionConflict, UnknownAdapter) as error:
-            job.card = None
-            job.learning["serves"] = None
-            raise ApiError(
-                409,
-                f"adapter {order.access.shown(job.adapter)!r} was replaced or removed while its "
-                "examples were learnt; what was learnt is dropped",
-                code="adapter_changed",
-                param="name",
-            ) from error
-        job.learning |= {
-            "serves": "learnt" if refinement["gained"] else "draft",
-            "gained": refinement["gained"],
-        }
-        return card
+            made = await self._trained(job, order)
+            job.tell("storing", 1.0)
+            return await self._stored(job, order, draft, made)
+        except Exception as error:
+            if draft is not None and not self._closed:
+                await self._leave(job, order, draft, error)
+            raise
 
     async def _draft(self, job: Job, order: _Order, running: _Running) -> AdapterCard | None:
-        """None where the description is refused: the examples have to say what is meant.
+        """What answers while the job runs; None where the description is refused.
 
-        The draft that an equal order left is taken as it is, under a name of the caller's, too.
+        That is what an equal order left, or a new draft. It does not expire before the job ends.
         """
-        left = await self._blocking(partial(self._left_draft, job.adapter, order))
-        if left is not None:
-            return left
-        unfinished: JsonValue = {
-            "finished": False,
-            "job": job.id,
-            "order": order.request.key,
-        }
+        busy_s = _SLACK_S + sum(each.order.budget_s for each in self._running.values())
+        if order.left is not None:
+            record = begun(record_of(order.left), job.id)
+            note = partial(
+                self._generated.note, order.left, record, ttl_s=order.ttl_s, busy_s=busy_s
+            )
+            with suppress(RevisionConflict, UnknownAdapter):  # it went meanwhile
+                return await self._blocking(note)
         make = partial(
             self._generated.ensure,
             order.request,
@@ -327,7 +368,11 @@ class Learning:
             name=order.name,
             ttl_s=order.ttl_s,
             quota=order.access.quota,
-            told={"examples": len(order.request.examples), "refinement": unfinished},
+            told={
+                "examples": len(order.request.examples),
+                "refinement": dict(draft_record(job.id, order.request.key)),
+            },
+            busy_s=busy_s,
         )
         try:
             return await self._blocking(make)
@@ -335,17 +380,49 @@ class Learning:
             running.refusal = refusal
             return None
 
-    def _left_draft(self, stored: str, order: _Order) -> AdapterCard | None:
-        if order.name is None:
-            return None  # its life starts anew, see ``GeneratedAdapters.ensure``
+    async def _stored(
+        self, job: Job, order: _Order, draft: AdapterCard | None, made: GeneratedAdapter
+    ) -> AdapterCard:
+        """What answers from now on: ``made``, or what did before where that is better founded."""
+        assert job.learning is not None
+        refinement = made.card["refinement"]
+        assert isinstance(refinement, dict)
+        record = {**refinement, "order": order.request.key, "budget_s": order.budget_s}
+        if draft is None or is_better(record, record_of(draft)):
+            put = partial(
+                self._generated.replace_draft,
+                job.adapter,
+                None if draft is None else draft.digest,
+                replace(made, card={**made.card, "refinement": record}),
+                order.request,
+                ttl_s=order.ttl_s,
+                quota=order.access.quota,
+            )
+            gained = record["gained"]
+        else:
+            as_before = settled(record_of(draft), order.budget_s)
+            put = partial(self._generated.note, draft, as_before, ttl_s=order.ttl_s)
+            gained = False
         try:
-            card = self._store.get(stored)
-        except UnknownAdapter:
-            return None
-        left = card.provenance.get("refinement")
-        if not isinstance(left, dict) or left.get("finished") is not False:
-            return None
-        return card if left.get("order") == order.request.key else None
+            card = await self._blocking(put)
+        except (RevisionConflict, UnknownAdapter) as error:
+            raise _changed(job, order) from error
+        job.learning |= {"serves": serves(card), "gained": gained}
+        return card
+
+    async def _leave(self, job: Job, order: _Order, draft: AdapterCard, error: Exception) -> None:
+        """``draft`` goes on answering, and says how its job has ended."""
+        short_s = order.budget_s if isinstance(error, OutOfTime) else None
+        record = ended(record_of(draft), how_ended(error), short_s)
+        note = partial(self._generated.note, draft, record, ttl_s=order.ttl_s)
+        try:
+            job.card = await self._blocking(note)
+        except (RevisionConflict, UnknownAdapter):
+            changed = _changed(job, order)
+            if isinstance(error, JobCancelled):
+                raise changed from error
+        except StoreError:
+            _log.warning("the end of %s could not be noted", job.id, exc_info=True)
 
     async def _trained(self, job: Job, order: _Order) -> GeneratedAdapter:
         """Raises JobCancelled, at once where it has not begun, else within a step."""
@@ -386,10 +463,18 @@ class Learning:
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
 
-def _has_learnt(card: AdapterCard) -> bool:
-    """Whether a job has ended for it, whatever was gained."""
-    refinement = card.provenance.get("refinement")
-    return isinstance(refinement, dict) and refinement.get("finished") is True
+def _changed(job: Job, order: _Order) -> ApiError:
+    """For a job whose adapter went under it; what is shown of the job says that nothing is left."""
+    job.card = None
+    if job.learning is not None:
+        job.learning["serves"] = None
+    return ApiError(
+        409,
+        f"adapter {order.access.shown(job.adapter)!r} was replaced or removed while its "
+        "examples were learnt; what was learnt is dropped",
+        code="adapter_changed",
+        param="name",
+    )
 
 
 def _tell(job: Job, now: RefinementProgress) -> None:

@@ -199,6 +199,19 @@ def test_the_oldest_makes_room_when_the_quota_is_full(
     assert _names(store) == sorted(card.name for card in cards[1:])
 
 
+def test_one_that_a_job_makes_better_is_not_what_makes_room_and_outlives_the_job(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
+    clock = Clock()
+    adapters = make(ScriptedGenerator(spec), quota=2, clock=clock)
+    learning = {"refinement": {"finished": False, "job": "job-1"}}
+    kept = adapters.ensure(AdapterGenerationRequest("learns"), told=learning, ttl_s=1, busy_s=9)
+    assert kept.expires == START + 10
+    adapters.ensure(AdapterGenerationRequest("one"))
+    last = adapters.ensure(AdapterGenerationRequest("two"))
+    assert _names(store) == sorted([kept.name, last.name])
+
+
 def test_a_request_keeps_an_adapter_that_expires_under_it(
     store: AdapterStore, spec: BaseSpec
 ) -> None:

@@ -20,6 +20,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.base_weights import FileWeights, ReadLinear
 from loraplex_generation.chat_base import ChatBase
+from loraplex_generation.errors import OutOfTime
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.packing import ChatCodec
 from loraplex_generation.refinement import RefinementRecipe
@@ -78,6 +79,14 @@ class World:
     async def card(self, name: str = "surname") -> dict[str, Any]:
         card: dict[str, Any] = (await self.front.client.get(f"/v1/adapters/{name}")).json()
         return card
+
+    async def learnt(self, *, timed_out: bool, **fields: object) -> dict[str, Any]:
+        """An order to the end of its job, which is told."""
+        self.trainer.timed_out = timed_out
+        self.trainer.end.set()
+        answer = await self.order(**fields)
+        assert answer.status_code == 202, answer.text
+        return await self.ended(answer.json())
 
     async def begun(self) -> None:
         assert await asyncio.to_thread(self.trainer.began.acquire, timeout=30)
@@ -262,6 +271,120 @@ async def test_an_equal_order_goes_on_from_the_draft_that_a_cancelled_job_left_u
     end = await world.ended(second)
     assert end["learning"]["serves"] == "learnt"
     assert (await world.card())["revision"] == 2
+
+
+@pytest.mark.parametrize("name", ["surname", None])
+async def test_what_time_cut_off_is_learnt_again_where_an_order_gives_more(
+    world: World, name: str | None
+) -> None:
+    first = await world.learnt(name=name, budget_s=20, timed_out=True)
+    told = (await world.card(first["adapter"]))["provenance"]["refinement"]
+    assert (told["timed_out"], told["budget_s"], told["n_steps"]) == (True, 20, 24)
+    again = await world.order(name=name, budget_s=20)
+    assert again.status_code == (412 if name else 201)
+
+    world.trainer.end.clear()
+    world.trainer.teaches = "more"
+    second = (await world.order(name=name, budget_s=40)).json()
+    assert (second["digest"], second["learning"]["serves"]) == (first["digest"], "learnt")
+    answered = (await world.front.chat(adapter=first["adapter"])).json()["adapter"]
+    assert answered["digest"] == first["digest"]
+    end = await world.learnt(name=name, budget_s=40, timed_out=False)
+    assert end["id"] == second["id"]
+    assert end["digest"] != first["digest"]
+    card = await world.card(first["adapter"])
+    assert (card["digest"], card["revision"]) == (end["digest"], 3)
+    assert card["provenance"]["refinement"]["timed_out"] is False
+    assert (await world.order(name=name, budget_s=80)).status_code == (412 if name else 201)
+
+
+async def test_a_chat_learns_again_with_twice_the_time_up_to_what_the_server_allows(
+    world: World,
+) -> None:
+    wish = {"description": "the surname", "examples": PAIRS}
+    world.trainer.timed_out = True
+    world.trainer.end.set()
+    for budget_s in (30, 60, 100):
+        chosen = (await world.front.chat(adapter=wish)).json()["adapter"]["chosen_by"]
+        end = await world.ended(chosen["job"])
+        assert end["learning"]["gained"] is True
+        card = await world.card(end["adapter"])
+        assert card["provenance"]["refinement"]["budget_s"] == budget_s
+    last = (await world.front.chat(adapter=wish)).json()["adapter"]
+    assert (last["digest"], "job" in last["chosen_by"]) == (end["digest"], False)
+
+
+async def test_a_chat_that_waits_does_not_wait_for_something_better(world: World) -> None:
+    first = await world.learnt(name=None, timed_out=True)
+    world.trainer.end.clear()
+    wish = {"description": "the surname", "examples": PAIRS, "wait": True}
+    answer = (await world.front.chat(adapter=wish)).json()["adapter"]
+    assert answer["digest"] == first["digest"]
+    assert answer["chosen_by"]["job"] != first["id"]
+
+
+async def test_a_later_job_without_gain_does_not_replace_what_was_learnt(world: World) -> None:
+    first = await world.learnt(budget_s=20, timed_out=True)
+    world.trainer.gains = False
+    second = await world.learnt(budget_s=40, timed_out=False)
+    assert second["digest"] == first["digest"]
+    assert (second["learning"]["serves"], second["learning"]["gained"]) == ("learnt", False)
+    card = await world.card()
+    assert (card["digest"], card["revision"]) == (first["digest"], 2)
+    told = card["provenance"]["refinement"]
+    assert (told["gained"], told["budget_s"], "job" in told) == (True, 40, False)
+
+
+async def test_a_chat_is_answered_by_what_was_learnt_where_no_job_may_start(world: World) -> None:
+    first = await world.learnt(name=None, timed_out=True)
+    world.trainer.end.clear()
+    for number in range(4):
+        assert (await world.order(name=f"n{number}")).status_code == 202
+    answer = await world.front.chat(adapter={"description": "the surname", "examples": PAIRS})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["adapter"]["digest"] == first["digest"]
+    assert (await world.order(name=None, budget_s=90)).status_code == 429
+
+
+async def test_an_equal_order_does_not_join_a_job_that_is_being_cancelled(world: World) -> None:
+    first = (await world.order()).json()
+    await world.begun()
+    world.trainer.goes_on.clear()
+    await world.front.client.post(f"/v1/jobs/{first['id']}/cancel")
+    ordering = asyncio.create_task(world.order())
+    await asyncio.wait([ordering], timeout=0.2)
+    world.trainer.goes_on.set()
+    second = (await ordering).json()
+    assert second["id"] != first["id"]
+    world.trainer.end.set()
+    assert (await world.ended(first))["status"] == "cancelled"
+    assert (await world.ended(second))["status"] == "succeeded"
+
+
+@pytest.mark.parametrize("name", ["surname", None])
+async def test_an_equal_order_does_not_join_a_job_whose_draft_was_deleted(
+    world: World, name: str | None
+) -> None:
+    first = (await world.order(name=name)).json()
+    await world.begun()
+    deleted = await world.front.client.delete(f"/v1/adapters/{first['adapter']}")
+    assert deleted.status_code == 200
+    second = (await world.order(name=name)).json()
+    assert second["id"] != first["id"]
+    end = await world.ended(first)
+    assert (end["status"], end["error"]["code"]) == ("failed", "adapter_changed")
+    assert (await world.front.chat(adapter=second["adapter"])).status_code == 200
+    world.trainer.end.set()
+    end = await world.ended(second)
+    assert (await world.card(second["adapter"]))["digest"] == end["digest"]
+
+
+async def test_a_draft_outlives_its_job_and_has_its_time_then(world: World) -> None:
+    job = (await world.order(ttl_s=60, budget_s=100)).json()
+    assert (await world.card())["expires"] > time.time() + 150
+    world.trainer.end.set()
+    await world.ended(job)
+    assert time.time() + 50 < (await world.card())["expires"] <= time.time() + 60
 
 
 async def test_a_job_that_waits_for_its_turn_is_cancelled_at_once(world: World) -> None:
@@ -461,6 +584,47 @@ async def test_a_job_that_a_restart_cut_off_says_so_and_its_draft_stays(
         assert (await front.client.get("/v1/jobs/job-0")).status_code == 404
 
 
+@pytest.mark.parametrize("how", ["cancelled", "out_of_time"])
+async def test_a_job_that_is_not_remembered_says_how_it_ended(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path, how: str
+) -> None:
+    def make(generator: ScriptedGenerator) -> ScriptedTrainer:
+        trainer = ScriptedTrainer(generator)
+        if how == "out_of_time":
+            trainer.error = OutOfTime()
+            trainer.end.set()
+        return trainer
+
+    with learning_front(tokenizer, base_spec, tmp_path, make) as front:
+        world = World(front, ScriptedTrainer(ScriptedGenerator(base_spec)))
+        job = (await world.order()).json()
+        if how == "cancelled":
+            await front.client.post(f"/v1/jobs/{job['id']}/cancel")
+        before = await world.ended(job)
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer) as front:
+        shown = (await front.client.get(f"/v1/jobs/{job['id']}")).json()
+        assert shown["status"] == before["status"]
+        assert shown["digest"] == before["digest"] == job["digest"]
+        codes = [end["error"] and end["error"]["code"] for end in (before, shown)]
+        assert codes == ([how, how] if how == "out_of_time" else [None, None])
+
+
+async def test_a_job_that_went_on_from_a_left_draft_is_known_after_a_restart(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer) as front:
+        world = World(front, ScriptedTrainer(ScriptedGenerator(base_spec)))
+        first = (await world.order()).json()
+        await front.client.post(f"/v1/jobs/{first['id']}/cancel")
+        await world.ended(first)
+        second = (await world.order()).json()
+        told = (await world.card())["provenance"]["refinement"]
+        assert told["job"] == second["id"] != first["id"]
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer) as front:
+        shown = (await front.client.get(f"/v1/jobs/{second['id']}")).json()
+        assert (shown["status"], shown["error"]["code"]) == ("failed", "server_restarted")
+
+
 async def test_a_server_that_learns_nothing_says_so(front: Front) -> None:
     answer = await front.chat(adapter={"description": "x", "examples": PAIRS})
     assert answer.json()["error"]["code"] == "feature_not_enabled"
@@ -495,6 +659,9 @@ async def test_training_through_the_base_gains_on_words_it_has_not_seen(
         states = await World(front, ScriptedTrainer(ScriptedGenerator(base_spec))).events(job["id"])
         assert states[-1]["learning"]["gained"] is True, states[-1]
         learnt = _unseen_nll(front.store, "surname", codec)
+        told = front.store.get("surname").provenance["refinement"]
+        assert isinstance(told, dict)
+        assert (told["n_steps"], told["timed_out"]) == (28, told["steps"] != 28)
     assert learnt < 0.75 * draft
 
 

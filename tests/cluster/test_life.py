@@ -228,6 +228,9 @@ async def test_an_upgrade_under_load_cuts_nothing(cluster: ClusterProcess, world
     before = cluster.replicas("Engine")
     config = cluster_config(world, **{"max-queue": 500})
     config["server"]["port"] = int(cluster.url.rpartition(":")[2])
+    other_base = {**config, "server": {**config["server"], "model": "another"}}
+    await asyncio.to_thread(cluster.upgrade, other_base)
+    assert "not upgraded: server.model" in cluster.log
     async with connect(cluster) as client:
         stop = asyncio.Event()
         asking = asyncio.create_task(keep_asking(client, 4, 24, stop))

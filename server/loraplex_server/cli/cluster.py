@@ -98,7 +98,7 @@ def _serve(config: ClusterConfig, file: Path | None, folder: Path | None) -> Non
     token = None if folder is None else folder / "token"
 
     @contextlib.contextmanager
-    def serving(address: str) -> Iterator[None]:
+    def serving(config: ClusterConfig, address: str) -> Iterator[None]:
         with announced_cluster(loraplex_home(), config, address, token) as url:
             model = config.server.model or "the default base"
             typer.echo(f"loraplex cluster serves {model} at {url}  (Ctrl-C ends it)")

@@ -27,7 +27,12 @@ from loraplex_server.adapters.device_tier import DeviceUnloads
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.client import EngineStats
 from loraplex_server.engine.defaults import host_tier_bytes
-from loraplex_server.engine.errors import AdapterLoadFailed, AdapterUnservable, EngineError
+from loraplex_server.engine.errors import (
+    AdapterLoadFailed,
+    AdapterUnservable,
+    EngineDraining,
+    EngineError,
+)
 from loraplex_server.engine.events import FinishReason, TokenEvent
 from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec, TokenTrie
 from loraplex_server.faults import Faults
@@ -40,8 +45,9 @@ from loraplex_server.settings import ServerConfig
 
 from .autoscaling import ADAPTERS_IN_USE, DEVICE_SLOTS
 from .base_weights import without_weights
+from .engine_facts import EngineFacts, fingerprint_of
 from .event_buffer import EventBuffer
-from .remote_request import EngineFacts, RemoteAdapter, RemoteRequest, ReplicaStats
+from .remote_request import RemoteAdapter, RemoteRequest, ReplicaStats
 from .shared_store import open_shared_store
 
 __all__ = ["EngineReplica"]
@@ -64,6 +70,7 @@ class EngineReplica:
         Raises ModelError, StoreError, ValueError or OSError.
         """
         set_up_logging(config.http)
+        self._config = fingerprint_of(config)
         self._stall_s = config.http.stall_s
         self._adapter_requests: Counter[str] = Counter()  # taken in, by digest; "": the base
         self._name = serve.get_replica_context().replica_id.unique_id
@@ -77,6 +84,7 @@ class EngineReplica:
 
     def facts(self) -> EngineFacts:
         return EngineFacts(
+            config=self._config,
             base=without_weights(self._base),
             capabilities=self._engine.packer.capabilities,
             eos_token_ids=self._engine.eos_token_ids,
@@ -200,6 +208,8 @@ class EngineReplica:
 
     async def _submit(self, engine_id: str, request: RemoteRequest, buffer: EventBuffer) -> None:
         """Raises EngineError, and then nothing is held."""
+        if request.base != self._base.fingerprint:  # its tokens mean something else here
+            raise EngineDraining("this replica serves another base; send the request elsewhere")
         grammar = None if request.grammar is None else await self._grammar(request.grammar)
         lease: AdapterLease | None = None
         if request.adapter is not None:

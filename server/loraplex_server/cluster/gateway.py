@@ -41,12 +41,12 @@ from .base_weights import with_weights_of
 from .cluster_fleet import ClusterFleet
 from .desk import PassedOn, answered_by, to_desk
 from .desk_learner import DeskLearner, learnt_by
+from .engine_facts import EngineFacts, own_facts
 from .fleet_metrics import ProcessMetrics
 from .front_calls import FrontCalls, FrontSpeed, Role
 from .key_limits import SharedMeter
 from .refused import Refused
 from .remote_engine import RemoteEngine
-from .remote_request import EngineFacts
 from .request_id import without_request_id
 from .shared_store import open_shared_store
 
@@ -72,8 +72,9 @@ class Desk:
         engines: DeploymentHandle,
         limits: DeploymentHandle | None,
     ) -> None:
-        """Waits for an engine replica. ``limits``: where keys are counted; None: none is limited.
+        """Waits for an engine replica of this version.
 
+        ``limits``: where keys are counted; None: none is limited.
         Raises StoreError, ModelError, ValueError or OSError.
         """
         set_up_logging(config.http)
@@ -81,8 +82,8 @@ class Desk:
         self._config = config
         self._limits = limits
         self._closing = contextlib.ExitStack()
-        facts: EngineFacts = await engines.options(method_name="facts").remote()
         everybody = serve.get_deployment_handle(engines.deployment_name, engines.app_name)
+        facts = await own_facts(engines, everybody, config)
         self._engine = RemoteEngine(engines, everybody, facts)
         self._fleet = ClusterFleet(self.name, self._engine)
         self.front = await asyncio.to_thread(self._build, facts)

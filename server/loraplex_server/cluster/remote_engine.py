@@ -26,8 +26,9 @@ from loraplex_server.engine.client import EngineStats, GenerationRequest, Listen
 from loraplex_server.engine.errors import EngineDead, EngineDraining, EngineError
 from loraplex_server.engine.events import FinishReason, TokenEvent
 
+from .engine_facts import EngineFacts
 from .fleet_stats import summed
-from .remote_request import EngineFacts, RemoteAdapter, RemoteRequest, ReplicaStats
+from .remote_request import RemoteAdapter, RemoteRequest, ReplicaStats
 
 __all__ = ["RemoteEngine"]
 
@@ -175,7 +176,9 @@ class RemoteEngine:
             listener(replace(event, request_id=request.request_id))
 
         try:
-            await self._with_retries(RemoteRequest.of(request), deliver)
+            await self._with_retries(
+                RemoteRequest.of(request, self._facts.base.fingerprint), deliver
+            )
             if not ended:
                 cause = EngineDead("the engine replica stopped in the middle of the answer")
                 deliver(_failure(request.request_id, cause))

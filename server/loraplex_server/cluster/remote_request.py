@@ -9,27 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.lease import AdapterLease, AdapterRecipe
 from loraplex_adapter_store.selector import Library, Mixture, MixturePart, NameRef
 from loraplex_router.experts import ExpertLoad
-from loraplex_server.engine.capabilities import EngineCapabilities
 from loraplex_server.engine.client import AdapterRef, EngineStats, GenerationRequest, TenantShare
 from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec
 from loraplex_server.engine.pooling import Pooling
 from loraplex_server.engine.sampling_params import SamplingParams
 
-__all__ = ["EngineFacts", "RemoteAdapter", "RemoteRequest", "ReplicaStats"]
-
-
-@dataclass(frozen=True, slots=True)
-class EngineFacts:
-    """What every replica of a deployment has in common, as the gateways need it."""
-
-    base: BaseSpec  # without weights
-    capabilities: EngineCapabilities
-    eos_token_ids: frozenset[int]
-    max_model_len: int
+__all__ = ["RemoteAdapter", "RemoteRequest", "ReplicaStats"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +52,7 @@ class RemoteAdapter:
 class RemoteRequest:
     """See ``GenerationRequest``."""
 
+    base: str  # fingerprint of the one whose tokens these are
     request_id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
@@ -74,8 +63,9 @@ class RemoteRequest:
     pooling: Pooling | None
 
     @staticmethod
-    def of(request: GenerationRequest) -> RemoteRequest:
+    def of(request: GenerationRequest, base: str) -> RemoteRequest:
         return RemoteRequest(
+            base=base,
             request_id=request.request_id,
             prompt_ids=request.prompt_ids,
             sampling=request.sampling,

@@ -26,7 +26,7 @@ from .errors import ClusterLost
 from .running import connect, deploy, remove, running_ray, start
 from .watching import watched_application, watched_ray
 
-__all__ = ["serve_until_told"]
+__all__ = ["refused_change", "serve_until_told"]
 
 _END = (signal.SIGTERM, signal.SIGINT)
 
@@ -56,15 +56,16 @@ def serve_until_told(
     folder: Path | None,
     *,
     read: Callable[[], ClusterConfig],
-    serving: Callable[[str], AbstractContextManager[None]],
+    serving: Callable[[ClusterConfig, str], AbstractContextManager[None]],
     say: Callable[[str], None],
 ) -> None:
     """Returns after SIGTERM or SIGINT, when nothing of the cluster runs any more.
 
     ``folder``: see ``running_ray``. ``read`` reads the config again on SIGHUP: a rolling upgrade,
-    and if it fails the old version serves on. ``serving`` is entered with Ray's address while the
-    application serves; ``say`` may be called from any thread. Raises ClusterLost if Ray or the
-    application goes away, OSError or RuntimeError if it does not start.
+    and if it fails the old version serves on. ``serving`` is entered with what is served and Ray's
+    address while the application serves, anew after each upgrade; ``say`` may be called from any
+    thread. Raises ClusterLost if Ray or the application goes away, OSError or RuntimeError if it
+    does not start.
     """
     told: SimpleQueue[_Told] = SimpleQueue()
 
@@ -73,7 +74,8 @@ def serve_until_told(
 
     with running_ray(config, folder, on_loss) as address, contextlib.ExitStack() as closing:
         _take_signals(told)
-        closing.push(_unless_lost(config))
+        deployed = _Deployed(config)
+        closing.push(_unless_lost(deployed))
         _beside(told, partial(_started, config, address, told))
         while not isinstance(started := _next(told), _Done) and started not in _END:
             if started == signal.SIGHUP:
@@ -87,24 +89,59 @@ def serve_until_told(
         if folder is None:
             closing.enter_context(watched_ray(started.address, on_loss))
         closing.enter_context(watched_application(config.name, say, on_loss))
-        closing.enter_context(serving(started.address))
-        _upgrade_until_told(told, read, say)
+        while True:
+            with serving(deployed.config, started.address):
+                if not _upgraded(deployed, told, read, say):
+                    return
 
 
-def _upgrade_until_told(
-    told: SimpleQueue[_Told], read: Callable[[], ClusterConfig], say: Callable[[str], None]
-) -> None:
-    """One upgrade at a time. Raises ClusterLost."""
-    runs = is_wanted = False
+def refused_change(old: ClusterConfig, new: ClusterConfig) -> str | None:
+    """Why an upgrade cannot bring ``old`` to ``new``; None if it can."""
+    remedy = "run `loraplex cluster down` and `up` instead"
+    if new.server.model != old.server.model:
+        return (
+            f"server.model was {old.server.model or 'the default base'} and is "
+            f"{new.server.model or 'the default base'}: gateways of one base would meet engines of "
+            f"the other; {remedy}"
+        )
+    for name, before, now in (
+        ("name", old.name, new.name),
+        ("server.host", old.server.http.host, new.server.http.host),
+        ("server.port", old.server.http.port, new.server.http.port),
+        ("ray", old.ray, new.ray),
+    ):
+        if now != before:
+            return f"{name} has changed, which is set when a cluster starts; {remedy}"
+    return None
+
+
+@dataclass(slots=True)
+class _Deployed:
+    config: ClusterConfig  # what serves, or will when an upgrade is done
+
+
+def _upgraded(
+    deployed: _Deployed,
+    told: SimpleQueue[_Told],
+    read: Callable[[], ClusterConfig],
+    say: Callable[[str], None],
+) -> bool:
+    """Returns after an upgrade, or False when told to end. One at a time. Raises ClusterLost."""
+    before, runs, is_wanted = deployed.config, False, False
     while True:
         match _next(told):
             case signal.SIGHUP:
                 is_wanted = True
+            case _Done(error=None):
+                say("upgraded")
+                if is_wanted:
+                    told.put(signal.SIGHUP)
+                return True
             case _Done(error=error):
-                runs = False
-                say("upgraded" if error is None else f"not upgraded: {error}")
+                deployed.config, runs = before, False
+                say(f"not upgraded: {error}")
             case _:
-                return
+                return False
         if is_wanted and not runs:
             is_wanted = False
             try:
@@ -112,7 +149,11 @@ def _upgrade_until_told(
             except ConfigError as error:
                 say(f"not upgraded: {error}")
                 continue
-            _beside(told, partial(_deployed, config))
+            if (why := refused_change(deployed.config, config)) is not None:
+                say(f"not upgraded: {why}")
+                continue
+            deployed.config = config
+            _beside(told, partial(_deploy, config))
             runs = True
 
 
@@ -123,17 +164,17 @@ def _started(config: ClusterConfig, address: str, told: SimpleQueue[_Told]) -> _
     return _Done(address=full_address)
 
 
-def _deployed(config: ClusterConfig) -> _Done:
+def _deploy(config: ClusterConfig) -> _Done:
     deploy(config)
     return _Done()
 
 
-def _unless_lost(config: ClusterConfig) -> Callable[[object, object, object], None]:
+def _unless_lost(deployed: _Deployed) -> Callable[[object, object, object], None]:
     """A Ray that is lost is left alone: what asks it waits, and in the end Ray ends our process."""
 
     def leave(kind: object, error: object, trace: object) -> None:
         if not isinstance(error, ClusterLost):
-            remove(config)
+            remove(deployed.config)
 
     return leave
 

@@ -18,6 +18,7 @@ from loraplex_server.cluster.event_buffer import EventBuffer
 from loraplex_server.cluster.fleet_metrics import ProcessMetrics, one_page
 from loraplex_server.cluster.fleet_stats import summed
 from loraplex_server.cluster.request_id import without_request_id
+from loraplex_server.cluster.serving import refused_change
 from loraplex_server.engine.client import EngineStats, TenantStats
 from loraplex_server.engine.events import FinishReason, TokenEvent
 from loraplex_server.settings import ConfigError
@@ -59,6 +60,33 @@ def test_the_file_sets_the_servers_options_and_the_sizes(tmp_path: Path) -> None
 def test_a_bad_file_stops_the_start_and_names_the_key(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         read_config(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        (
+            "server: {state-dir: DIR, model: other}",
+            "server.model was the default base",
+        ),
+        ("server: {state-dir: DIR, port: 8123}", "server.port has changed"),
+        ("server: {state-dir: DIR}\nname: other", "name has changed"),
+        ("server: {state-dir: DIR}\nray: {address: auto}", "ray has changed"),
+        ("server: {state-dir: DIR, max-queue: 7}\nengines: {replicas: 3}", None),
+    ],
+)
+def test_an_upgrade_changes_neither_the_base_nor_what_is_set_at_the_start(
+    tmp_path: Path, changed: str, told: str | None
+) -> None:
+    old = read_config(written(tmp_path, f"server: {{state-dir: {tmp_path}}}"))
+    new = read_config(written(tmp_path, changed.replace("DIR", str(tmp_path))))
+    why = refused_change(old, new)
+    if told is None:
+        assert why is None
+    else:
+        assert why is not None
+        assert why.startswith(told)
+        assert "cluster down" in why
 
 
 @pytest.mark.parametrize(

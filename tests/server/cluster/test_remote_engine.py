@@ -26,15 +26,21 @@ from loraplex_server.api.errors import ApiError, from_store  # noqa: E402
 from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, ApiKey, Scope  # noqa: E402
 from loraplex_server.cluster.desk import PassedOn, answered_by  # noqa: E402
 from loraplex_server.cluster.desk_learner import learnt_by  # noqa: E402
+from loraplex_server.cluster.engine_facts import (  # noqa: E402
+    EngineFacts,
+    fingerprint_of,
+    own_facts,
+)
 from loraplex_server.cluster.key_limits import KeyLimits, SharedMeter  # noqa: E402
 from loraplex_server.cluster.refused import Refused  # noqa: E402
 from loraplex_server.cluster.remote_engine import RemoteEngine  # noqa: E402
-from loraplex_server.cluster.remote_request import EngineFacts, ReplicaStats  # noqa: E402
+from loraplex_server.cluster.remote_request import ReplicaStats  # noqa: E402
 from loraplex_server.engine.capabilities import EngineCapabilities  # noqa: E402
 from loraplex_server.engine.client import EngineStats, GenerationRequest  # noqa: E402
 from loraplex_server.engine.errors import EngineDead, QueueFull  # noqa: E402
 from loraplex_server.engine.events import FinishReason, TokenEvent  # noqa: E402
 from loraplex_server.engine.sampling_params import SamplingParams  # noqa: E402
+from loraplex_server.settings import ServerConfig  # noqa: E402
 from tests.support.architectures import tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.anyio
@@ -101,7 +107,7 @@ class Handle:
 @pytest.fixture(scope="module")
 def facts() -> EngineFacts:
     spec = BaseSpec.of(tiny_model(), "tiny")
-    return EngineFacts(spec, EngineCapabilities.of(spec), frozenset({2}), 64)
+    return EngineFacts("v1", spec, EngineCapabilities.of(spec), frozenset({2}), 64)
 
 
 async def events_of(
@@ -219,6 +225,31 @@ async def test_a_cancelled_request_ends_once_whenever_it_is_cancelled(
     (last,) = await events_of(facts, handle, cancel)
     assert last.finish is FinishReason.CANCELLED
     assert all(response.cancelled for response in handle.responses)
+
+
+async def test_a_gateway_asks_until_the_facts_are_of_its_own_version(facts: EngineFacts) -> None:
+    """In an upgrade replicas before it run, too, and the router may choose one of them."""
+    before = ServerConfig()
+    after = before.model_copy(
+        update={"engine": before.engine.model_copy(update={"max_model_len": 128})}
+    )
+    old = replace(facts, config=fingerprint_of(before))
+    new = replace(facts, config=fingerprint_of(after), max_model_len=128)
+    turns: list[Sequence[object] | Exception] = [LOST, [old], [old, new]]  # what all replicas say
+
+    class Upgrading(Handle):
+        async def remote(self, *arguments: object) -> Any:
+            return old
+
+        def broadcast(self, method: str, *arguments: object) -> Any:
+            said = turns.pop(0)
+            if isinstance(said, Exception):
+                raise said
+            return Answers(said)
+
+    assert await own_facts(Upgrading(), Upgrading(), after) == new
+    assert not turns
+    assert await own_facts(Upgrading(), Upgrading(), before) == old  # asks nobody else
 
 
 async def test_the_snapshot_is_that_of_the_replicas(facts: EngineFacts) -> None:

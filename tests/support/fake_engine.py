@@ -167,7 +167,7 @@ class FakeEngine:
             full = run.n_sent >= sampling.max_tokens
             finish = FinishReason.LENGTH if full else None
             event = TokenEvent(request.request_id, (token_id,), finish=finish)
-            event = replace(event, logprobs=self._logprobs(request, token_id))
+        event = replace(event, logprobs=self._logprobs(request, token_id))
         if first:
             prompt = _prompt_logprobs(request, sampling.prompt_logprobs)
             event = replace(event, n_cached=self.n_cached, queue_s=0.25, prompt_logprobs=prompt)

@@ -134,12 +134,12 @@ class Answers:
         if sampled.error is not None:
             self.fail(request, sampled.error)
             return
+        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
         is_end = token in self._eos_token_ids and (constraint is not None or not params.ignore_eos)
         if is_end or token in params.stop_token_ids:
-            self._end(request, FinishReason.STOP, stop_token=token)
+            self._end(request, FinishReason.STOP, logprobs=logprobs, stop_token=token)
             return
         request.token_ids.append(token)
-        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
         if constraint is not None:
             self._stats.forced(constraint.forced is not None)
             constraint.accept(token)

@@ -35,7 +35,7 @@ class TokenEvent:
 
     request_id: str
     token_ids: tuple[int, ...]  # usually one; the end token that stopped it is not included
-    logprobs: tuple[TokenLogprobs, ...] = ()  # one per token when asked for
+    logprobs: tuple[TokenLogprobs, ...] = ()  # when asked for: one per token, then the stop token's
     finish: FinishReason | None = None
     stop_token: int | None = None  # which token id ended it
     error: EngineError | None = None  # with FinishReason.ERROR

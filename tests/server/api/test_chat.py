@@ -7,6 +7,8 @@ import asyncio
 import pytest
 
 from tests.server.conftest import Front
+from tests.support.fake_engine import EOS_ID
+from tests.support.tiny_tokenizer import EOS
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello, wörld! 😀 fine"
@@ -138,7 +140,8 @@ async def test_n_choices_share_the_prompt_and_derive_their_seeds(front: Front) -
 async def test_logprobs_come_with_bytes_that_rebuild_the_text(front: Front) -> None:
     body = (await front.chat(logprobs=True, top_logprobs=2)).json()
     content = body["choices"][0]["logprobs"]["content"]
-    assert b"".join(bytes(token["bytes"]) for token in content).decode() == TEXT
+    assert b"".join(bytes(token["bytes"]) for token in content).decode() == TEXT + EOS
+    assert len(content) == body["usage"]["completion_tokens"]
     assert all(len(token["top_logprobs"]) == 2 for token in content)
     assert content[0]["logprob"] == -0.5
 
@@ -180,8 +183,13 @@ async def test_a_stop_token_id_is_the_stop_reason(front: Front) -> None:
 
 
 async def test_token_ids_are_returned_on_request(front: Front) -> None:
-    choice = (await front.chat(return_token_ids=True)).json()["choices"][0]
-    assert choice["token_ids"] == front.engine.tokenizer.encode(TEXT).ids
+    body = (await front.chat(return_token_ids=True)).json()
+    prompt = list(front.engine.requests[0].prompt_ids)
+    ids = [*front.engine.tokenizer.encode(TEXT).ids, EOS_ID]
+    assert (body["prompt_token_ids"], body["choices"][0]["token_ids"]) == (prompt, ids)
+    *chunks, _ = await front.chat_events(return_token_ids=True)
+    assert [i for c in chunks for i in c["choices"][0].get("token_ids", ())] == ids
+    assert [c["prompt_token_ids"] for c in chunks if "prompt_token_ids" in c] == [prompt]
 
 
 async def test_tenant_and_salt_separate_the_prefix_cache(front: Front) -> None:

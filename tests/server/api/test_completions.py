@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.server.conftest import Front
+from tests.support.tiny_tokenizer import EOS
 
 pytestmark = pytest.mark.anyio
 TEXT = "Hello, wörld! 😀 fine"
@@ -55,7 +56,9 @@ async def test_logprobs_are_parallel_lists_with_offsets_into_the_text(front: Fro
     choice = (await front.complete(logprobs=2)).json()["choices"][0]
     logprobs = choice["logprobs"]
     n_tokens = len(front.engine.tokenizer.encode(TEXT).ids)
-    assert {len(values) for values in logprobs.values()} == {n_tokens}
+    assert {len(values) for values in logprobs.values()} == {n_tokens + 1}  # and the end token
+    assert (logprobs["tokens"].pop(), logprobs["text_offset"].pop()) == (EOS, len(TEXT))
+    assert EOS in logprobs["top_logprobs"].pop()
     assert logprobs["text_offset"][0] == 0
     assert logprobs["text_offset"] == sorted(logprobs["text_offset"])
     assert all(logprob == -0.5 for logprob in logprobs["token_logprobs"])

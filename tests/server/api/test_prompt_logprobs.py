@@ -127,6 +127,60 @@ async def test_neighbours_in_the_batch_change_nothing(served: Front) -> None:
     assert together == alone
 
 
+@pytest.fixture(scope="module")
+def ending(
+    tokenizer: PreTrainedTokenizerFast,
+    base_spec: BaseSpec,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Front]:
+    """A model that says nothing to ``PROMPTS``: the most likely next token is an end token."""
+    model = copy.deepcopy(tiny_model())
+    encoded = [torch.tensor([tokenizer.backend_tokenizer.encode(text).ids]) for text in PROMPTS]
+    with torch.no_grad():
+        ends = [int(model(input_ids=ids).logits[0, -1].argmax()) for ids in encoded]
+    model.generation_config.eos_token_id = ends
+    with running_engine(model) as engine:
+        folder = tmp_path_factory.mktemp("ending")
+        front = make_front(tokenizer, base_spec, folder, packer=engine.packer, engine=engine)
+        yield front
+        front.close()
+
+
+async def test_an_evaluation_sums_the_log_likelihood_of_a_whole_continuation(ending: Front) -> None:
+    """lm-evaluation-harness leaves the last token out, since it takes it for the generated one."""
+    backend = ending.app.state.parts.text.backend
+    prompts = [backend.encode(text).ids for text in PROMPTS]
+    fields = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    answer = (await ending.complete(**fields)).json()
+    n_context = 3
+    for ids, text, choice in zip(prompts, PROMPTS, answer["choices"], strict=True):
+        rows = expected(ending, None, ids)
+        told = choice["logprobs"]["token_logprobs"]
+        truth = [float(row[token]) for row, token in zip(rows, ids[1:], strict=False)]
+        assert sum(told[n_context:-1]) == pytest.approx(sum(truth[n_context - 1 :]), abs=1e-3)
+        assert told[-1] == pytest.approx(float(rows[-1].max()), abs=1e-4)
+        assert {len(values) for values in choice["logprobs"].values()} == {len(ids) + 1}
+        assert choice["logprobs"]["text_offset"][-1] == len(text)
+        assert (choice["text"], choice["finish_reason"]) == (text, "stop")
+    assert answer["usage"]["completion_tokens"] == len(PROMPTS)
+
+
+async def test_the_end_token_is_among_ids_and_log_probabilities_also_of_streams(
+    ending: Front,
+) -> None:
+    ids = ending.app.state.parts.text.backend.encode(PROMPTS[0]).ids
+    row = expected(ending, None, ids)[-1]
+    fields = {"temperature": 0, "logprobs": 2, "return_token_ids": True}
+    choice = (await ending.complete(prompt=PROMPTS[0], **fields)).json()["choices"][0]
+    assert choice["text"] == ""
+    assert choice["token_ids"] == [int(row.argmax())]
+    assert choice["prompt_token_ids"] == ids
+    assert choice["logprobs"]["token_logprobs"] == [pytest.approx(float(row.max()), abs=1e-4)]
+    (event, done) = await ending.completion_events(prompt=PROMPTS[0], **fields)
+    assert done == "[DONE]"
+    assert event["choices"][0] == choice
+
+
 async def test_only_the_first_of_n_choices_computes_its_prompt_for_it(front: Front) -> None:
     await front.complete(prompt=["one", "two"], n=2, prompt_logprobs=4)
     asked = [request.sampling.prompt_logprobs for request in front.engine.requests]

@@ -108,3 +108,14 @@ def test_the_store_is_bounded_and_the_largest_tenant_pays() -> None:
     assert store.n_bytes == small.n_bytes
     assert store.delete("quiet", "second")
     assert store.n_bytes == 0
+
+
+async def test_streamed_log_probabilities_are_those_of_the_whole_answer(front: Front) -> None:
+    body = {**CALL, "top_logprobs": 1}
+    whole = (await front.post("/v1/responses", body)).json()
+    told = whole["output"][0]["content"][0]["logprobs"]
+    assert len(told) == whole["usage"]["output_tokens"]  # the end token is one
+    stream = (await front.post("/v1/responses", {**body, "stream": True})).text
+    *_, last = [json.loads(line[6:]) for line in stream.split("\n") if line.startswith("data: ")]
+    assert last["type"] == "response.completed"
+    assert last["response"]["output"][0]["content"][0]["logprobs"] == told

@@ -112,9 +112,12 @@ async def test_a_stop_string_is_never_shown_in_part(front: Front) -> None:
     assert chunks[-1]["choices"][0]["stop_reason"] == "wörld"
 
 
-async def test_streamed_logprobs_are_those_of_the_whole_answer(front: Front) -> None:
-    whole = (await front.chat(logprobs=True, top_logprobs=1, stop="fi")).json()["choices"][0]
-    *chunks, _ = await front.chat_events(logprobs=True, top_logprobs=1, stop="fi")
+@pytest.mark.parametrize("stop", ["fi", None])
+async def test_streamed_logprobs_are_those_of_the_whole_answer(
+    front: Front, stop: str | None
+) -> None:
+    whole = (await front.chat(logprobs=True, top_logprobs=1, stop=stop)).json()["choices"][0]
+    *chunks, _ = await front.chat_events(logprobs=True, top_logprobs=1, stop=stop)
     streamed = [
         token
         for chunk in chunks

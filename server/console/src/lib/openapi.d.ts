@@ -1392,6 +1392,8 @@ export interface components {
         ChatMessage: {
             /** Content */
             content?: string | {
+            /** Prompt Token Ids */
+            prompt_token_ids?: number[] | null;
                 [key: string]: components["schemas"]["JsonValue"];
             }[] | null;
             /** Name */
@@ -1617,6 +1619,8 @@ export interface components {
             text: string;
             /** Token Ids */
             token_ids?: number[] | null;
+            /** Prompt Token Ids */
+            prompt_token_ids?: number[] | null;
         };
         /** CountTokensBody */
         CountTokensBody: {

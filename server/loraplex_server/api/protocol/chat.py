@@ -67,6 +67,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: PromptLogprobs | None = None  # absent unless asked for
+    prompt_logprobs: PromptLogprobs | None = None  # absent unless asked for, like the next
+    prompt_token_ids: list[int] | None = None
     adapter: AnsweredBy | None
     loraplex: dict[str, JsonValue] | None = None  # of ``auto``: candidates and scores

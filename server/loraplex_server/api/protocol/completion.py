@@ -74,8 +74,9 @@ class CompletionChoice(BaseModel):
     logprobs: dict[str, JsonValue] | None
     finish_reason: FinishReason
     stop_reason: str | int | None
-    token_ids: list[int] | None = None
-    prompt_logprobs: PromptLogprobs | None = None  # absent unless asked for
+    token_ids: list[int] | None = None  # absent unless asked for, like the next two
+    prompt_token_ids: list[int] | None = None
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 class Completion(BaseModel):

@@ -214,7 +214,7 @@ class TextCall(ABC):
             self.take_defaults(defaults_of(resolved))
             prompts = self._within_key_limit(await self.prompts(resolved))
             self._check_prompt_logprobs(prompts)
-            head = self._head(resolved)
+            head = self._head(resolved, prompts)
             format_ = self.format(head)
             wanted, grammar = self.wanted, None
             if wanted is not None:
@@ -259,7 +259,7 @@ class TextCall(ABC):
                 "prompt_logprobs",
             )
 
-    def _head(self, resolved: ResolvedAdapter) -> AnswerHead:
+    def _head(self, resolved: ResolvedAdapter, prompts: Sequence[Prompt]) -> AnswerHead:
         options = self._body.stream_options
         include_usage = bool(options and options.include_usage)
         return AnswerHead(
@@ -270,6 +270,7 @@ class TextCall(ABC):
             routing=resolved.routing,
             with_logprobs=self.with_logprobs,
             with_token_ids=bool(self._body.return_token_ids),
+            prompt_ids=[prompt.ids for prompt in prompts],
             include_usage=include_usage,
             usage_in_every_chunk=include_usage and bool(options and options.continuous_usage_stats),
         )

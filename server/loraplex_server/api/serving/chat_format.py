@@ -30,6 +30,7 @@ class AnswerHead:
     routing: Mapping[str, object] | None = None  # of ``auto``: candidates and scores
     with_logprobs: bool = False
     with_token_ids: bool = False
+    prompt_ids: Sequence[Sequence[int]] = ()  # of each prompt, for ``with_token_ids``
     include_usage: bool = False
     usage_in_every_chunk: bool = False
 
@@ -108,11 +109,15 @@ class ChatFormat:
         }
         if prompt := choices[0].prompt_logprobs_json:  # all have the same prompt
             shown["prompt_logprobs"] = orjson.Fragment(prompt)
+        if head.with_token_ids:
+            shown["prompt_token_ids"] = head.prompt_ids[0]
         return orjson.dumps(shown)
 
     def _role(self, index: int, opening: bytes, end: bytes) -> bytes:
         if not self._started:
             end = self._head.first_extras() + end
+            if self._head.with_token_ids:
+                end = b',"prompt_token_ids":' + orjson.dumps(self._head.prompt_ids[0]) + end
         self._started.add(index)
         return (
             b'%s"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}]%s'

@@ -148,7 +148,11 @@ class Choice:
         self.ended = True
         stop_reason = None
         if event.stop_token is not None:
-            self.n_output += 1  # the end token was generated too, it is only not shown
+            # It was generated, too: only the text is without it, as in vLLM.
+            self.n_output += 1
+            self._token_ids.append(event.stop_token)
+            if event.logprobs:
+                self._entries.append(TokenEntry(event.logprobs[-1], self._n_shown + len(shown)))
             if event.stop_token in self.spec.request.sampling.stop_token_ids:
                 stop_reason = event.stop_token
         reason = "length" if event.finish is FinishReason.LENGTH else "stop"

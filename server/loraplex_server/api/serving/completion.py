@@ -68,8 +68,8 @@ class CompletionCall(TextCall):
         return prompts
 
     def format(self, head: AnswerHead) -> AnswerFormat:
-        of_choices = [echo for echo in self._echoes for _ in range(self._n_answered)]
-        return CompletionFormat(head, self.state.text.token_texts, of_choices)
+        texts = self.state.text.token_texts
+        return CompletionFormat(head, texts, self._echoes, n_choices=self._n_answered)
 
     def chosen(self, choices: Sequence[CollectedChoice]) -> Sequence[CollectedChoice]:
         """Of each prompt's ``best_of``, the ``n`` with the highest log-probability by token."""

@@ -29,12 +29,18 @@ class PromptEcho:
 
 class CompletionFormat:
     def __init__(
-        self, head: AnswerHead, texts: TokenTexts, echoes: Sequence[PromptEcho | None]
+        self,
+        head: AnswerHead,
+        texts: TokenTexts,
+        echoes: Sequence[PromptEcho | None],
+        *,
+        n_choices: int,
     ) -> None:
-        """``echoes``: one for each choice, None where the prompt is not repeated."""
+        """``echoes``: of each prompt, None where it is not repeated; ``n_choices``: of each."""
         self._head = head
         self._texts = texts
         self._echoes = echoes
+        self._n_choices = n_choices
         self._opening = head.opening("text_completion")
         self._started: set[int] = set()
         self._plain = not (head.with_logprobs or head.with_token_ids)
@@ -51,7 +57,7 @@ class CompletionFormat:
         if (
             self._plain
             and delta.finish_reason is None
-            and not (first and self._echoes[delta.index])
+            and not (first and self._echoes[delta.index // self._n_choices])
         ):
             return (
                 b'%s,"choices":[{"index":%d,"text":%s,"logprobs":null,"finish_reason":null}]%s'
@@ -83,7 +89,8 @@ class CompletionFormat:
         )
 
     def _choice(self, part: ChoiceDelta | CollectedChoice, *, first: bool) -> dict[str, object]:
-        echo = self._echoes[part.index]
+        prompt = part.index // self._n_choices
+        echo = self._echoes[prompt]
         shown: dict[str, object] = {
             "index": part.index,
             "text": echo.text + part.text if echo and first else part.text,
@@ -98,7 +105,9 @@ class CompletionFormat:
             logprobs.add_output(part.entries, offset=len(echo.text) if echo else 0)
             shown["logprobs"] = logprobs.to_json()
         if self._head.with_token_ids:
-            shown["token_ids"] = list(part.token_ids)
+            shown["token_ids"] = part.token_ids
+            if first:
+                shown["prompt_token_ids"] = self._head.prompt_ids[prompt]
         if isinstance(part, CollectedChoice) and part.prompt_logprobs_json:
             shown["prompt_logprobs"] = orjson.Fragment(part.prompt_logprobs_json)
         return shown

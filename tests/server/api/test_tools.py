@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from openai import AsyncOpenAI, pydantic_function_tool
 from pydantic import BaseModel
+from transformers import PreTrainedTokenizerFast
 
-from tests.server.conftest import Front
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_server.api.serving import chat_format
+from loraplex_server.api.serving.message_parser import MessageParser, ParserSpec
+from tests.server.conftest import Front, make_front
+from tests.support.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -36,6 +43,17 @@ CALL = (
 def front(front: Front) -> Front:
     front.engine.max_model_len = 4096  # the family's system turn is long for a tiny tokenizer
     return front
+
+
+@pytest.fixture
+def roomy(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> Iterator[Front]:
+    """Its context holds tens of thousands of tokens."""
+    engine = FakeEngine(tokenizer.backend_tokenizer, max_model_len=1 << 16)
+    front = make_front(tokenizer, base_spec, tmp_path, engine=engine)
+    yield front
+    front.close()
 
 
 def prompt_of(front: Front, number: int = -1) -> str:
@@ -193,6 +211,74 @@ async def test_tools_calls_and_results_are_rendered_in_the_familys_form(front: F
     )
 
 
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ('{"a": 1}', '{"a": 1}'),
+        ("null", "{}"),
+        ("[]", "{}"),
+        ("", "{}"),
+        (None, "{}"),
+        ("[1]", "[1]"),
+        ('{"a": "cut', json.dumps('{"a": "cut')),
+    ],
+)
+async def test_what_a_model_wrote_as_arguments_can_be_sent_back(
+    front: Front, written: str | None, shown: str
+) -> None:
+    asked = {"role": "user", "content": "x"}
+    function = {"name": "get_time", "arguments": written}
+    call = {"id": "a", "type": "function", "function": function}
+    result = {"role": "tool", "tool_call_id": "a", "content": "no"}
+    turns = [asked, {"role": "assistant", "tool_calls": [call]}, result]
+    answer = await front.chat(messages=turns, tools=[TIME])
+    assert answer.status_code == 200, answer.text
+    assert f'"get_time", "arguments": {shown}}}]</tool_call>' in prompt_of(front)
+    if written is None:  # a string there
+        return
+    item = {"type": "function_call", "call_id": "a", "name": "get_time", "arguments": written}
+    output = {"type": "function_call_output", "call_id": "a", "output": "no"}
+    body = {
+        "model": "base",
+        "input": [asked, item, output],
+        "tools": [{"type": "function", **TIME["function"]}],
+    }
+    answer = await front.post("/v1/responses", body)
+    assert answer.status_code == 200, answer.text
+    assert prompt_of(front, -1) == prompt_of(front, -2)
+
+
+async def test_a_streams_parser_is_made_once_for_each_choice(
+    front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads a response template, and with it the whole prompt."""
+    made: list[MessageParser] = []
+
+    def counted(spec: ParserSpec) -> MessageParser:
+        made.append(MessageParser(spec))
+        return made[-1]
+
+    monkeypatch.setattr(chat_format, "MessageParser", counted)
+    await front.chat_events(tools=[WEATHER], n=2)
+    assert len(made) == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+async def test_a_tool_may_be_described_at_length(roomy: Front, path: str) -> None:
+    """Coding agents tell their whole manual."""
+    told = {"name": "edit", "description": "the server keeps one base. " * 500 + "The end."}
+    tool, turns = {"type": "function", **told}, [{"role": "user", "content": "hi"}]
+    body: dict[str, object] = {"messages": turns, "tools": [{"type": "function", "function": told}]}
+    if path == "/v1/messages":
+        tool = {**told, "input_schema": {"type": "object"}}
+        body = {"messages": turns, "max_tokens": 9, "tools": [tool]}
+    elif path == "/v1/responses":
+        body = {"input": "hi", "tools": [tool]}
+    answer = await roomy.post(path, {"model": "base", **body})
+    assert answer.status_code == 200, answer.text
+    assert "one base. The end." in prompt_of(roomy)
+
+
 async def test_tool_choice_none_shows_and_parses_nothing(front: Front) -> None:
     front.engine.answer = CALL
     body = (await front.chat(tools=[WEATHER], tool_choice="none")).json()
@@ -250,19 +336,6 @@ async def test_who_is_constrained(
             },
             "tools",
             "obj",
-        ),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "x"},
-                    {
-                        "role": "assistant",
-                        "tool_calls": [{"function": {"name": "f", "arguments": "{"}}],
-                    },
-                ]
-            },
-            "messages[1].tool_calls[0].function.arguments",
-            "JSON of an object",
         ),
     ],
 )

@@ -29,7 +29,7 @@ class OutputConfig(Body):
 
 class MessageTool(Body):
     name: ToolName
-    description: Annotated[str, Field(max_length=4096)] | None = None
+    description: str | None = None
     input_schema: JsonObject
     type: Literal["custom"] | None = None
     strict: bool | None = None

@@ -23,7 +23,7 @@ ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 
 class FunctionDefinition(Body):
     name: ToolName
-    description: Annotated[str, Field(max_length=4096)] | None = None
+    description: str | None = None
     parameters: JsonObject | None = None  # a JSON schema; None: no arguments
     strict: bool | None = None
 

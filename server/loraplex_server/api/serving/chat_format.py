@@ -126,7 +126,9 @@ class ChatFormat:
 
     def _pieces(self, delta: ChoiceDelta, spec: ParserSpec, opening: bytes, end: bytes) -> bytes:
         """Log-probabilities and ids stand beside the first piece, or in a chunk without one."""
-        parser = self._parsers.setdefault(delta.index, MessageParser(spec))
+        parser = self._parsers.get(delta.index)
+        if parser is None:
+            parser = self._parsers[delta.index] = MessageParser(spec)
         pieces = parser.feed(delta.text)
         if delta.finish_reason is not None:
             pieces += parser.finish()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping, Sequence
 
@@ -62,22 +63,18 @@ def template_arguments(given: Mapping[str, object] | None) -> dict[str, object]:
 
 
 def _call(call: Mapping[str, JsonValue], where: str) -> dict[str, object]:
-    """As templates want it: with the arguments as an object. Raises ApiError (400)."""
+    """As templates want it: with the arguments as an object. Raises ApiError (400).
+
+    What a model wrote that is no JSON goes to the template as it is; null and the like are none.
+    """
     function = call.get("function")
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid("a tool call needs a function with a name", f"{where}.function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            arguments = None
-    if not isinstance(arguments, dict):
-        raise invalid(
-            "arguments is the JSON of an object, as the answer gave it",
-            f"{where}.function.arguments",
-        )
-    return {**call, "type": "function", "function": {**function, "arguments": arguments}}
+        with contextlib.suppress(ValueError, RecursionError):
+            arguments = json.loads(arguments)
+    return {**call, "type": "function", "function": {**function, "arguments": arguments or {}}}
 
 
 def _text(content: str | Sequence[Mapping[str, object]] | None, position: int) -> str:

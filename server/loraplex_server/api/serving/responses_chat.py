@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import orjson
 from pydantic import JsonValue
 
 from loraplex_server.api.errors import ApiError, invalid
@@ -126,20 +125,11 @@ def _message(item: Mapping[str, JsonValue], where: str) -> JsonObject:
 
 
 def _call(item: Mapping[str, JsonValue], where: str) -> JsonObject:
-    arguments = _string(item, "arguments", where)
-    try:
-        is_object = isinstance(orjson.loads(arguments or "{}"), dict)
-    except orjson.JSONDecodeError:
-        is_object = False
-    if not is_object:
-        raise invalid(
-            "arguments is the JSON of an object, as the answer gave it", f"{where}.arguments"
-        )
-    return {
-        "id": _string(item, "call_id", where),
-        "type": "function",
-        "function": {"name": _string(item, "name", where), "arguments": arguments},
+    function: JsonValue = {
+        "name": _string(item, "name", where),
+        "arguments": _string(item, "arguments", where),
     }
+    return {"id": _string(item, "call_id", where), "type": "function", "function": function}
 
 
 def _text(content: JsonValue, where: str) -> str:

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
-from tests.server.conftest import Front
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.put_options import PutOptions
+from loraplex_server.api_keys import ApiKey, Scope
+from loraplex_server.settings import HttpConfig
+from tests.server.conftest import Front, make_front
+from tests.support.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
 PIRATE = "/v1/adapters/pirate"
@@ -52,6 +60,40 @@ async def test_the_request_wins_over_the_card_and_the_card_over_the_base(lora: F
     assert lora.engine.requests[-1].sampling.temperature == 0.5
     await lora.chat()
     assert lora.engine.requests[-1].sampling.temperature == 1.0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+        ("/v1/completions", {"prompt": "hi"}),
+        ("/v1/responses", {"input": "hi"}),
+    ],
+)
+async def test_a_limit_of_the_card_refuses_no_request_that_sets_none(
+    lora: Front, path: str, body: dict[str, object]
+) -> None:
+    await edited(lora, sampling={"max_tokens": 100_000})
+    answer = await lora.post(path, {"model": "pirate", **body})
+    assert answer.status_code == 200, answer.text
+    request = lora.engine.requests[0]
+    assert request.sampling.max_tokens == lora.engine.max_model_len - len(request.prompt_ids)
+
+
+async def test_a_limit_of_the_card_is_no_more_than_the_keys(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    few = replace(ApiKey.of("few-tokens", Scope.INFER), tokens_per_minute=60)
+    front = make_front(tokenizer, base_spec, tmp_path, HttpConfig(api_keys=(few,)))
+    source = write_lora(front.root / "pirate", base_spec, seed=0)
+    options = PutOptions(defaults={"sampling": {"max_tokens": 90}})
+    front.store.put_directory("pirate", source, options=options)
+    front.headers = {"authorization": "Bearer few-tokens"}
+    answer = await front.complete(model="pirate")
+    assert answer.status_code == 200, answer.text
+    request = front.engine.requests[0]
+    assert request.sampling.max_tokens == 60 - len(request.prompt_ids)
+    front.store.close()
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,6 @@ class ChatCall(TextCall):
         super().take_defaults(defaults)
         self._defaults = defaults
         self._chat = with_defaults(self._chat, defaults)
-        self._limit = getattr(self._chat, self._limit_param)
 
     @property
     def routing_text(self) -> str:
@@ -91,6 +90,7 @@ class ChatCall(TextCall):
         await self._expect(protocol, ids)
         max_tokens = max_output_tokens(
             self._limit,
+            default=self._defaults.sampling.max_tokens,
             n_prompt=len(ids),
             max_model_len=self.state.engine.max_model_len,
             param=self.limit_shown or self._limit_param,

@@ -41,12 +41,14 @@ class CompletionCall(TextCall):
         super().__init__(state, request, body, n_prompts, n_choices=self._best_of)
         self._completion = body
         self._echoes: list[PromptEcho | None] = []
+        self._default_max_tokens: int | None = None
         for ids in self._id_lists:
             state.text.check_ids(ids, "prompt")
 
     def take_defaults(self, defaults: AdapterDefaults) -> None:
         super().take_defaults(defaults)
         self._completion = with_defaults(self._completion, defaults)
+        self._default_max_tokens = defaults.sampling.max_tokens
 
     @property
     def routing_text(self) -> str:
@@ -109,6 +111,7 @@ class CompletionCall(TextCall):
         scoring = body.max_tokens == 0
         max_tokens = max_output_tokens(
             1 if scoring else body.max_tokens,
+            default=self._default_max_tokens,
             n_prompt=len(ids),
             max_model_len=self.state.engine.max_model_len,
             param="max_tokens",

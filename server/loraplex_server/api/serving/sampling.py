@@ -38,9 +38,18 @@ class StopRule:
 
 
 def max_output_tokens(
-    asked: int | None, *, n_prompt: int, max_model_len: int, param: str, prompt_param: str
+    asked: int | None,
+    *,
+    default: int | None,
+    n_prompt: int,
+    max_model_len: int,
+    param: str,
+    prompt_param: str,
 ) -> int:
-    """None means up to the end of the context. Raises ApiError (400) if it cannot fit."""
+    """Where nothing was asked: the card's ``default``, at most up to the end of the context.
+
+    Raises ApiError (400) if the prompt, or what was asked, cannot fit.
+    """
     room = max_model_len - n_prompt
     if room < 1 or (asked is not None and asked > room):
         wanted = "" if asked is None else f" and {asked} tokens of output were asked for ({param})"
@@ -50,7 +59,7 @@ def max_output_tokens(
             prompt_param,
             "context_length_exceeded",
         )
-    return room if asked is None else asked
+    return min(default or room, room) if asked is None else asked
 
 
 async def sampling_params(
@@ -102,13 +111,14 @@ def limited(sampling: SamplingParams, max_tokens: int) -> SamplingParams:
 
 
 def with_defaults(body: Body, defaults: AdapterDefaults) -> Body:
-    """The request's own fields win; a bias is taken token by token."""
-    found = defaults.sampling.model_dump(exclude_none=True)
+    """The request's own fields win; a bias is taken token by token.
+
+    Not ``max_tokens``: how much fits is not known yet, see ``max_output_tokens``.
+    """
+    found = defaults.sampling.model_dump(exclude_none=True, exclude={"max_tokens"})
     if defaults.stop is not None:
         found["stop"] = defaults.stop
     found = {name: value for name, value in found.items() if getattr(body, name) is None}
-    if getattr(body, "max_completion_tokens", None) is not None:
-        found.pop("max_tokens", None)
     if defaults.logit_bias:
         found["logit_bias"] = {**defaults.logit_bias, **(body.logit_bias or {})}
     return body.model_copy(update=found)

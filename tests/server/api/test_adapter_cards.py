@@ -96,6 +96,19 @@ async def test_a_limit_of_the_card_is_no_more_than_the_keys(
     front.store.close()
 
 
+async def test_documents_and_reasoning_effort_are_the_templates(lora: Front) -> None:
+    await edited(lora, chat_template="{{ documents[0].title }}, {{ reasoning_effort }}")
+    found = [{"title": "Kraken"}]
+    for fields in (
+        {"documents": found, "reasoning_effort": "low"},
+        {"chat_template_kwargs": {"documents": found, "reasoning_effort": "low"}},
+        {"documents": found, "chat_template_kwargs": {"documents": [], "reasoning_effort": "low"}},
+    ):
+        answer = await lora.chat(adapter="pirate", **fields)
+        assert answer.status_code == 200, answer.text
+        assert prompt_of(lora) == "Kraken, low"
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

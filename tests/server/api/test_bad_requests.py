@@ -95,6 +95,11 @@ def error_of(answer: httpx.Response) -> dict[str, object]:
         ("chat_template_kwargs", {"chat_template": "x"}),
         ("use_beam_search", True),
         ("audio", {"voice": "x"}),
+        ("truncate_prompt_tokens", 5),
+        ("echo", True),
+        ("add_special_tokens", True),
+        ("documents", "text"),
+        ("reasoning_effort", 5),
     ],
 )
 async def test_a_bad_value_in_a_chat_is_a_400_that_names_the_field(
@@ -127,6 +132,7 @@ async def test_a_bad_value_in_a_chat_is_a_400_that_names_the_field(
         ("logprobs", True),
         ("echo", "yes"),
         ("prompt_embeds", "AAAA"),
+        ("truncate_prompt_tokens", -1),
     ],
 )
 async def test_a_bad_value_in_a_completion_is_a_400_that_names_the_field(
@@ -136,6 +142,12 @@ async def test_a_bad_value_in_a_completion_is_a_400_that_names_the_field(
     assert answer.status_code == 400, answer.text
     assert str(error_of(answer)["param"]).partition("[")[0] == field
     assert not front.engine.requests
+
+
+async def test_fields_that_ask_for_nothing_are_taken(front: Front) -> None:
+    asked = {"truncate_prompt_tokens": None, "documents": None, "reasoning_effort": None}
+    assert (await front.chat(**asked, echo=False, add_special_tokens=False)).status_code == 200
+    assert (await front.complete(**asked, add_special_tokens=True)).status_code == 200
 
 
 @pytest.mark.parametrize("value", ["text", None])

@@ -1272,6 +1272,10 @@ export interface components {
             } | null;
             /** Continue Final Message */
             continue_final_message?: boolean | null;
+            /** Documents */
+            documents?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            }[] | null;
             /** Frequency Penalty */
             frequency_penalty?: number | null;
             /** Guided Choice */
@@ -1314,6 +1318,8 @@ export interface components {
             presence_penalty?: number | null;
             /** Prompt Logprobs */
             prompt_logprobs?: number | null;
+            /** Reasoning Effort */
+            reasoning_effort?: string | null;
             /** Repetition Penalty */
             repetition_penalty?: number | null;
             response_format?: components["schemas"]["ResponseFormat"] | null;
@@ -1386,14 +1392,14 @@ export interface components {
             prompt_logprobs?: ({
                 [key: string]: components["schemas"]["PromptTokenLogprob"];
             } | null)[] | null;
+            /** Prompt Token Ids */
+            prompt_token_ids?: number[] | null;
             usage: components["schemas"]["Usage"];
         };
         /** ChatMessage */
         ChatMessage: {
             /** Content */
             content?: string | {
-            /** Prompt Token Ids */
-            prompt_token_ids?: number[] | null;
                 [key: string]: components["schemas"]["JsonValue"];
             }[] | null;
             /** Name */
@@ -1613,14 +1619,14 @@ export interface components {
             prompt_logprobs?: ({
                 [key: string]: components["schemas"]["PromptTokenLogprob"];
             } | null)[] | null;
+            /** Prompt Token Ids */
+            prompt_token_ids?: number[] | null;
             /** Stop Reason */
             stop_reason: string | number | null;
             /** Text */
             text: string;
             /** Token Ids */
             token_ids?: number[] | null;
-            /** Prompt Token Ids */
-            prompt_token_ids?: number[] | null;
         };
         /** CountTokensBody */
         CountTokensBody: {

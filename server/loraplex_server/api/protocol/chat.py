@@ -40,6 +40,8 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: JsonObject | None = None
     tools: Annotated[Few[ToolDefinition], Field(max_length=128)] | None = None
     tool_choice: ToolChoice | None = None  # None: auto
+    documents: Few[JsonObject] | None = None  # for the template, like the next
+    reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
     parallel_tool_calls: bool | None = None
 
 

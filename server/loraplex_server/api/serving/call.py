@@ -32,7 +32,7 @@ from .generation import Generation, Usage
 from .logprobs import prompt_logprobs_json
 from .sampling import StopRule, seed_of_choice, stop_rule, with_defaults
 from .structured_output import Wanted, wanted_grammar
-from .unsupported import refuse_unsupported
+from .unsupported import OF_TEXT, refuse_unsupported
 
 __all__ = ["AnswerFormat", "Prompt", "TextCall"]
 
@@ -81,7 +81,7 @@ class TextCall(ABC):
     ) -> None:
         """``n_choices``: of each prompt, if others than ``n``. Raises ApiError."""
         self.info, self.record = state.begin_call(request)
-        refuse_unsupported(body.model_extra or {})
+        refuse_unsupported(body.model_extra or {}, OF_TEXT)
         state.unknown_fields.warn(body.model_extra or ())
         state.lifecycle.check_admitting()
         if state.encoder is not None and body.model == state.encoder.name:

@@ -43,7 +43,7 @@ class ChatCall(TextCall):
             tools=self._tools,
             add_generation_prompt=body.add_generation_prompt,
             continue_final_message=body.continue_final_message,
-            chat_template_kwargs=body.chat_template_kwargs,
+            chat_template_kwargs=_template_kwargs(body),
         )
         self._defaults = AdapterDefaults()
         self._parser: ParserSpec | None = None  # None: an answer is all content
@@ -141,3 +141,10 @@ class ChatCall(TextCall):
             prompt=prompt,
             held=held if is_held else None,
         )
+
+
+def _template_kwargs(body: ChatBody) -> dict[str, object]:
+    """With the fields that a template honours; they win over arguments, as in vLLM."""
+    fields = {"documents": body.documents, "reasoning_effort": body.reasoning_effort}
+    told = {name: value for name, value in fields.items() if value is not None}
+    return {**(body.chat_template_kwargs or {}), **told}

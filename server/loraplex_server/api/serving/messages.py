@@ -17,7 +17,7 @@ _MAX_SYSTEM_CHARS = 200  # a long one would drown what the user asks
 # Arguments of apply_chat_template that a client must not set (CVE-2025-62426 and kin).
 _RESERVED = frozenset(
     {
-        *("conversation", "messages", "tools", "documents", "chat_template", "tokenize"),
+        *("conversation", "messages", "tools", "chat_template", "tokenize"),
         *("add_generation_prompt", "continue_final_message", "padding", "truncation"),
         *("max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"),
         *("tokenizer_kwargs", "self", "template", "load_audio_from_video", "processor_kwargs"),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.chat import ChatBody
 
-__all__ = ["Rules", "given", "of_chat", "refuse_unsupported"]
+__all__ = ["OF_TEXT", "Rules", "given", "of_chat", "refuse_unsupported"]
 
 
 def given(value: object) -> bool:
@@ -45,6 +45,13 @@ _REFUSED: Rules = {
     "padding": (_pads, "prompts are never padded"),
     "suffix": (given, "insertion is not supported"),
 }
+# Of chats and completions; what one of them does is a field of its body and not looked up here.
+OF_TEXT: Rules = {
+    **_REFUSED,
+    "truncate_prompt_tokens": (_is_told, "a prompt is not cut before it is answered; shorten it"),
+    "echo": (given, "only /v1/completions repeats a prompt"),
+    "add_special_tokens": (given, "a chat has the special tokens of its template"),
+}
 
 
 def refuse_unsupported(fields: Mapping[str, object], rules: Rules = _REFUSED) -> None:
@@ -58,4 +65,4 @@ def refuse_unsupported(fields: Mapping[str, object], rules: Rules = _REFUSED) ->
 def of_chat(own: Iterable[str]) -> Rules:
     """Fields of a chat that another API, which has its ``own``, does not take."""
     told = "it is a field of /v1/chat/completions and has no meaning here"
-    return dict.fromkeys({*_REFUSED, *ChatBody.model_fields} - {*own}, (given, told))
+    return dict.fromkeys({*OF_TEXT, *ChatBody.model_fields} - {*own}, (given, told))

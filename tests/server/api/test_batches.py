@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api.batches.batch_store import BatchLimits
+from loraplex_server.api.batches.records import BatchRecord
 from loraplex_server.api.batches.runner import BatchRunner
 from loraplex_server.api_keys import ApiKey, Scope
 from loraplex_server.settings import HttpConfig
@@ -250,3 +251,24 @@ async def test_waiting_for_a_batch_holds_up_nothing(front: Front) -> None:
     assert not waiting.done()
     await front.client.post(f"/v1/batches/{created.json()['id']}/cancel")
     assert (await waiting)["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("has_ended", [False, True])
+async def test_a_batch_that_is_cancelled_at_its_very_start_is_cancelled(
+    front: Front, monkeypatch: pytest.MonkeyPatch, has_ended: bool
+) -> None:
+    """Between the look for the next batch and its start; its end may even be written by then."""
+    store = front.app.state.parts.batches.store
+    begin = store.begin
+
+    def cancelled_before(tenant: str, batch_id: str) -> BatchRecord:
+        store.cancel(tenant, batch_id)
+        if has_ended:
+            store.finish(tenant, batch_id)
+        started: BatchRecord = begin(tenant, batch_id)
+        return started
+
+    monkeypatch.setattr(store, "begin", cancelled_before)
+    ended = await _ended(front, await _create(front, _calls(3)))
+    assert (ended["status"], ended["error_file_id"]) == ("cancelled", None)
+    assert not front.engine.requests

@@ -207,10 +207,13 @@ class BatchStore:
             ).fetchone()
         return None if row is None else batch_of(row)
 
-    def begin(self, batch: BatchRecord) -> None:
+    def begin(self, tenant: str, batch_id: str) -> BatchRecord:
+        """As it is then: one that was cancelled since it was looked up stays so."""
         with self._tables.transaction() as db:
+            batch = batch_of(row_by_id(db, "batch", tenant, batch_id, "batch_id"))
             if batch.status is BatchStatus.VALIDATING:
-                advance(db, batch.id, BatchStatus.IN_PROGRESS)
+                advance(db, batch_id, BatchStatus.IN_PROGRESS)
+            return batch_of(row_by_id(db, "batch", tenant, batch_id, "batch_id"))
 
     def cancel(self, tenant: str, batch_id: str) -> BatchRecord:
         """Raises ApiError: 404, or 409 for one that has ended."""

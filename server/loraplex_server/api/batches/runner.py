@@ -113,11 +113,11 @@ class BatchRunner:
 
     async def _run(self, batch: BatchRecord) -> None:
         stop = self._stops[batch.id] = asyncio.Event()
-        if batch.status is BatchStatus.CANCELLING:
-            stop.set()
         expiry = asyncio.get_running_loop().call_later(batch.expires - time.time(), stop.set)
         try:
-            await self.do(lambda: self.store.begin(batch))
+            begun = await self.do(lambda: self.store.begin(batch.caller.tenant, batch.id))
+            if begun.status is BatchStatus.CANCELLING or begun.status.has_ended:
+                stop.set()
             await self._answer_lines(batch, stop)
             await self.do(lambda: self.store.finish(batch.caller.tenant, batch.id))
             self._tell_end(batch.id)

@@ -18,6 +18,7 @@ from tests.server.conftest import Front, make_front
 pytestmark = pytest.mark.anyio
 TURNS = [{"role": "user", "content": "hi"}]
 CALL = {"model": "base", "messages": TURNS, "max_tokens": 50}
+RESULT = {"type": "tool_result", "tool_use_id": "a", "content": "x"}
 SECRET = "key-of-the-messages"
 KEYS = """
 [[key]]
@@ -109,6 +110,7 @@ async def test_limits_of_a_key_hold_and_are_told_in_anthropics_form(
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "system", "content": "x"}]}, "messages[0].role"),
         ({"max_tokens": 100_000}, "messages"),
+        ({"messages": [{"role": "user", "content": [RESULT] * 4097}]}, "messages"),
     ],
 )
 async def test_what_cannot_be_is_refused_by_name(

@@ -17,7 +17,9 @@ from .generation import (
 )
 from .tools import NamedToolChoice, ToolCall, ToolChoice, ToolDefinition
 
-__all__ = ["ChatBody", "ChatCompletion", "ChatMessage", "NamedToolChoice"]
+__all__ = ["MAX_MESSAGES", "ChatBody", "ChatCompletion", "ChatMessage", "NamedToolChoice"]
+
+MAX_MESSAGES = 4096  # of a chat
 
 
 class ChatMessage(Body):
@@ -30,7 +32,7 @@ class ChatMessage(Body):
 
 
 class ChatBody(GenerationBody):
-    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)]
+    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     logprobs: bool | None = None
@@ -38,10 +40,10 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
-    tools: Annotated[Few[ToolDefinition], Field(max_length=128)] | None = None
-    tool_choice: ToolChoice | None = None  # None: auto
     documents: Few[JsonObject] | None = None  # for the template, like the next
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
+    tools: Annotated[Few[ToolDefinition], Field(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None  # None: auto
     parallel_tool_calls: bool | None = None
 
 

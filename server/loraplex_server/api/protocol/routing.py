@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from .body import Body, Few, exactly_one_of
-from .chat import ChatMessage
+from .chat import MAX_MESSAGES, ChatMessage
 from .tools import ToolDefinition
 
 __all__ = ["ExpertRouting", "Route", "RouteBody"]
@@ -19,7 +19,9 @@ class RouteBody(Body):
     model_config = exactly_one_of(input="string", messages="array")
 
     input: Annotated[str, Field(max_length=100_000)] | None = None
-    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
     tools: Annotated[Few[ToolDefinition], Field(max_length=128)] | None = None
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import BaseModel, Field
 
 from .body import Body, Few, JsonObject, Name, TokenId, exactly_one_of
-from .chat import ChatMessage
+from .chat import MAX_MESSAGES, ChatMessage
 from .generation import AdapterChoice
 from .tools import ToolDefinition
 
@@ -22,7 +22,9 @@ class TokenizeBody(Body):
     model: Name | None = None
     adapter: AdapterChoice | None = None
     prompt: str | None = None
-    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from .body import INT64_END, Body, Few, JsonObject, Name, exactly_one_of
-from .chat import ChatMessage
+from .chat import MAX_MESSAGES, ChatMessage
 from .completion import PromptInput
 from .generation import AdapterChoice, AnsweredBy
 
@@ -47,7 +47,9 @@ class InputBody(VectorBody):
 
     input: PromptInput | None = None
     add_special_tokens: bool | None = None
-    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=4096)] | None = None
+    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
+        None
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None

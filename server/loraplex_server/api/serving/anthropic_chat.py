@@ -9,7 +9,7 @@ from pydantic import JsonValue
 
 from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.protocol.body import JsonObject
-from loraplex_server.api.protocol.chat import ChatBody
+from loraplex_server.api.protocol.chat import MAX_MESSAGES, ChatBody
 from loraplex_server.api.protocol.generation import AdapterBody, CallBody
 from loraplex_server.api.protocol.messages import (
     CountTokensBody,
@@ -60,6 +60,12 @@ def _chat(body: CountTokensBody, **fields: object) -> ChatBody:
     for position, turn in enumerate(body.messages):
         for message in _messages(turn, f"messages[{position}].content"):
             _append(messages, message)
+    if len(messages) > MAX_MESSAGES:
+        raise invalid(
+            f"system, turns and tool results make {len(messages)} messages, "
+            f"{MAX_MESSAGES} are allowed",
+            "messages",
+        )
     choice = body.tool_choice
     return ChatBody.model_validate(
         {

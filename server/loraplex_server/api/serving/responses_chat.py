@@ -8,7 +8,7 @@ from pydantic import JsonValue
 
 from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.protocol.body import JsonObject
-from loraplex_server.api.protocol.chat import ChatBody
+from loraplex_server.api.protocol.chat import MAX_MESSAGES, ChatBody
 from loraplex_server.api.protocol.generation import CallBody
 from loraplex_server.api.protocol.responses import ResponsesBody
 
@@ -17,7 +17,6 @@ from .unsupported import Rules, given, of_chat, refuse_unsupported
 __all__ = ["chat_of_response", "messages_of_input"]
 
 LOGPROBS = "message.output_text.logprobs"
-_MAX_MESSAGES = 4095  # of a chat, beside the instructions
 _FUNCTION = {"name", "description", "parameters", "strict"}
 _TEXTS = ("input_text", "output_text", "text")
 _REFUSED: Rules = {
@@ -42,8 +41,9 @@ def chat_of_response(body: ResponsesBody, messages: Sequence[JsonObject]) -> Cha
                 f"include[{position}]",
                 "unsupported_parameter",
             )
-    if len(messages) > _MAX_MESSAGES:
-        raise invalid(f"the conversation has more than {_MAX_MESSAGES} messages", "input")
+    n_most = MAX_MESSAGES - 1  # beside the instructions
+    if len(messages) > n_most:
+        raise invalid(f"the conversation has more than {n_most} messages", "input")
     with_logprobs = body.top_logprobs is not None or LOGPROBS in (body.include or ())
     choice = body.tool_choice
     first = [{"role": "system", "content": body.instructions}] if body.instructions else []

@@ -60,28 +60,19 @@ class Leasing:
             self._refresh.follow_ref(ref)
         if isinstance(selector, NameRef):
             return self._lease_held(*self._hold(selector), cancelled)
-        if isinstance(selector, Mixture):
-            mixture = Composite.of_mixture(selector, self._base)
-            return self._acquire_composite(selector, mixture, tenant)
-        if isinstance(selector, Library):
-            library = Composite.of_library(selector, self._gate_of)
-            return self._acquire_composite(selector, library, tenant)
+        if isinstance(selector, Mixture | Library):
+            return self._acquire_composite(selector, tenant, self._hold)
         raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
 
     def acquire_digest(
         self, name: str, digest: str, cancelled: threading.Event | None = None
     ) -> AdapterLease:
         """See ``AdapterStore.acquire_digest``."""
-        ref = NameRef(name, digest)
-        if self._index.find(name, digest) is not None:
-            return self._lease_held(*self._hold(ref), cancelled)
-        content = self._index.content(digest) or self._find_content(digest)
-        if content is None:
-            raise UnknownAdapter(str(ref))
-        self._retirement.hold(digest)
-        self._index.add_unnamed(content)
-        unnamed = NameRecord(name, 0, digest, None, (), {}, 0.0)
-        return self._lease_held(unnamed, content, cancelled)
+        return self._lease_held(*self._hold_digest(NameRef(name, digest)), cancelled)
+
+    def acquire_digests(self, selector: Mixture | Library, tenant: str) -> AdapterLease:
+        """See ``AdapterStore.acquire_digests``."""
+        return self._acquire_composite(selector, tenant, self._hold_digest)
 
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
         """None where a load is needed, or nothing is meant. Never waits."""
@@ -127,17 +118,24 @@ class Leasing:
             self._retirement.let_go(content.digest)
 
     def _acquire_composite(
-        self, selector: Mixture | Library, composite: Composite, tenant: str
+        self,
+        selector: Mixture | Library,
+        tenant: str,
+        hold: Callable[[NameRef], tuple[NameRecord, Content]],
     ) -> AdapterLease:
         """The files of the parts are held while the whole is built; it is cached as any content.
 
         The parts themselves do not come to host memory. The whole is the tenant's who asks first.
         """
+        if isinstance(selector, Mixture):
+            composite = Composite.of_mixture(selector, self._base)
+        else:
+            composite = Composite.of_library(selector, self._gate_of)
         held: list[str] = []
         try:
             parts: list[Content] = []
             for ref in composite.refs:
-                parts.append(self._hold(ref)[1])
+                parts.append(hold(ref)[1])
                 held.append(parts[-1].digest)
             digest = composite.identify(held)
             self._retirement.hold(digest)  # before the index has it: nobody forgets it meanwhile
@@ -174,6 +172,19 @@ class Leasing:
             if self._index.content(content.digest) is not None:
                 return record, content
             self._retirement.let_go(content.digest)  # retired between look-up and count
+
+    def _hold_digest(self, ref: NameRef) -> tuple[NameRecord, Content]:
+        """The same of a whole digest, which the name need not have any more."""
+        digest = ref.digest_prefix
+        assert digest is not None
+        if self._index.find(ref.name, digest) is not None:
+            return self._hold(ref)
+        content = self._index.content(digest) or self._find_content(digest)
+        if content is None:
+            raise UnknownAdapter(str(ref))
+        self._retirement.hold(digest)
+        self._index.add_unnamed(content)
+        return NameRecord(ref.name, 0, digest, None, (), {}, 0.0), content
 
     def _find(self, ref: NameRef) -> tuple[NameRecord, Content]:
         """What ``ref`` means now. Raises UnknownAdapter."""

@@ -53,7 +53,7 @@ from .registry import Registry
 from .report import JsonValue
 from .retirement import Retirement
 from .root_lock import own_root
-from .selector import NameRef, Selector, parse_selector
+from .selector import Library, Mixture, NameRef, Selector, parse_selector
 
 __all__ = ["AdapterLease", "AdapterStore", "Progress"]
 
@@ -384,6 +384,11 @@ class AdapterStore:
         """
         self._check_open()
         return self._leasing.acquire_digest(check_name(name), digest, cancelled)
+
+    def acquire_digests(self, selector: Mixture | Library, *, tenant: str) -> AdapterLease:
+        """The same of a mixture or library, each of whose parts has its digest."""
+        self._check_open()
+        return self._leasing.acquire_digests(selector, tenant)
 
     def check_known(self, ref: NameRef) -> None:
         """Raises UnknownAdapter where ``acquire`` would; loads nothing."""

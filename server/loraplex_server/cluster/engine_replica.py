@@ -250,12 +250,12 @@ class EngineReplica:
 
     def _acquire(self, adapter: RemoteAdapter) -> AdapterLease:
         """Raises StoreError, also if the plan is not the one that the gateway means."""
+        # A content whose name is not known here leaves memory with its last request.
+        with contextlib.suppress(CatalogueUnavailable):
+            self._store.follow(adapter.names)
         if adapter.combined is None:
-            # A content whose name is not known here leaves memory with its last request.
-            with contextlib.suppress(CatalogueUnavailable):
-                self._store.follow([adapter.name])
             return self._store.acquire_digest(adapter.name, adapter.digest)
-        lease = self._store.acquire(adapter.combined, tenant=adapter.tenant)
+        lease = self._store.acquire_digests(adapter.combined, tenant=adapter.tenant)
         if lease.digest != adapter.digest:
             lease.release()
             raise UnservableAdapter(

@@ -6,7 +6,7 @@ back as they are. Everything here is frozen and may cross processes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from loraplex_adapter_store.lease import AdapterLease, AdapterRecipe
@@ -40,6 +40,15 @@ class RemoteAdapter:
     name: str  # that had the digest; of a mixture or library the label
     combined: Mixture | Library | None  # with the digest of each part
     tenant: str  # whose memory a combined one takes
+
+    @property
+    def names(self) -> Sequence[str]:
+        match self.combined:
+            case Mixture(parts):
+                return [part.ref.name for part in parts]
+            case Library(refs=refs):
+                return [ref.name for ref in refs]
+        return (self.name,)
 
     @staticmethod
     def of(adapter: AdapterRef) -> RemoteAdapter:

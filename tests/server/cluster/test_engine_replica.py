@@ -11,6 +11,11 @@ import pytest
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.catalogue.catalogue import Catalogue
+from loraplex_adapter_store.selector import Library, Mixture, MixturePart, NameRef, Selector
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_router.experts import arrow_prototypes
 from loraplex_server.cluster import engine_replica
 from loraplex_server.cluster.config import ClusterConfig, read_config
 from loraplex_server.cluster.engine_replica import EngineReplica
@@ -19,6 +24,8 @@ from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.errors import EngineDraining
 from loraplex_server.engine.events import TokenEvent
 from loraplex_server.engine.sampling_params import SamplingParams
+from tests.support.architectures import tiny_model
+from tests.support.lora_files import write_lora
 from tests.support.server_process import save_tiny_model
 
 pytestmark = pytest.mark.anyio
@@ -59,3 +66,37 @@ async def test_a_request_for_another_base_gets_none_of_its_tokens(replica: Engin
     assert sum(len(event.token_ids) for event in events) == 4
     (last,) = await events_of(replica, replace(request, base="0" * 64))
     assert isinstance(last.error, EngineDraining)
+
+
+@pytest.mark.parametrize(
+    "selector",
+    [
+        Mixture((MixturePart(NameRef("a"), 0.5), MixturePart(NameRef("b"), 0.5))),
+        Library((NameRef("a"), NameRef("b")), top_k=1),
+    ],
+    ids=["mixture", "library"],
+)
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+async def test_what_a_gateway_has_put_together_is_served_when_a_part_has_changed(
+    replica: EngineReplica, config: ClusterConfig, tmp_path: Path, selector: Selector, change: str
+) -> None:
+    """A request keeps the digests that it began with, as that for one adapter does."""
+    base = BaseSpec.of(tiny_model(eos_token_id=2, max_position_embeddings=4096), "tiny")
+    assert base.fingerprint == replica.facts().base.fingerprint
+    url = config.server.store.catalogue
+    assert url is not None
+    gateway = AdapterStore(
+        tmp_path / "gateway", base, gate_of=arrow_prototypes, catalogue=Catalogue.open(url, base)
+    )
+    with gateway:
+        for seed, name in enumerate(("a", "b", "c")):
+            gateway.put_directory(name, write_lora(tmp_path / name, base, seed=seed, scale=0.4))
+        with gateway.acquire(selector) as lease:
+            request = RemoteRequest.of(replace(REQUEST, adapter=lease), base.fingerprint)
+        if change == "replaced":
+            gateway.put_directory("a", tmp_path / "c")
+        else:
+            gateway.delete("a")
+        events = await events_of(replica, request)
+    assert events[-1].error is None
+    assert sum(len(event.token_ids) for event in events) == 4

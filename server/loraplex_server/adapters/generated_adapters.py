@@ -139,9 +139,8 @@ class GeneratedAdapters:
             expires = self._expiry(name or ours, ttl_s, busy_s)
             card = None if name else self._refreshed(ours, busy_s + (ttl_s or self._ttl_s))
             if card is None:
-                if name is None:
-                    self._make_room(tenant)
-                self._store.check_quota(name or ours, quota)
+                if name or not self._in_the_way(tenant):  # else it takes another's place
+                    self._store.check_quota(name or ours, quota)
                 card = self._make(name or ours, request, expires, quota, told)
             else:
                 self.stats.n_reused += 1
@@ -254,7 +253,10 @@ class GeneratedAdapters:
                 expires=expires,
                 quota=quota,
             )
-            card = self._put(name, self._generate(request), options, told)
+            made = self._generate(request)
+            if _is_ours(name):  # only now: what is refused costs no other its name
+                self._make_room(tenant_of(name))
+            card = self._put(name, made, options, told)
         except Exception:
             self.stats.n_refused += 1
             raise
@@ -359,6 +361,12 @@ class GeneratedAdapters:
             return None
 
     def _make_room(self, tenant: str) -> None:
+        for card in self._in_the_way(tenant):
+            with contextlib.suppress(UnknownAdapter):  # a client was faster
+                self._store.start_delete(card.name)  # running requests keep their lease
+
+    def _in_the_way(self, tenant: str) -> list[AdapterCard]:
+        """The first to expire, that one more name may be chosen."""
         ours = [
             card
             for card in self._store.list()
@@ -366,9 +374,7 @@ class GeneratedAdapters:
         ]
         # One that a job makes better goes last, and there are fewer of them than may be.
         ours.sort(key=lambda card: (is_learning(record_of(card)), card.expires or math.inf))
-        for card in ours[: max(0, len(ours) - self._quota + 1)]:
-            with contextlib.suppress(UnknownAdapter):  # a client was faster
-                self._store.start_delete(card.name)  # running requests keep their lease
+        return ours[: max(0, len(ours) - self._quota + 1)]
 
 
 def _check_same(card: AdapterCard, digest: str) -> None:

@@ -262,6 +262,16 @@ def test_a_refused_description_leaves_nothing_behind(
     assert adapters.ensure(AdapterGenerationRequest("something strange", force=True)).name
 
 
+def test_a_refused_description_takes_no_name_when_the_quota_is_full(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
+    adapters = make(ScriptedGenerator(spec), quota=1)
+    kept = adapters.ensure(AdapterGenerationRequest("one")).name
+    with pytest.raises(OutOfDistribution):
+        adapters.ensure(AdapterGenerationRequest("something strange"))
+    assert _names(store) == [kept]
+
+
 @pytest.mark.anyio
 async def test_a_description_resolves_to_a_name_with_its_digest(
     make: Make, store: AdapterStore, spec: BaseSpec

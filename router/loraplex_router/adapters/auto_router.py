@@ -20,10 +20,17 @@ from .classifier import Calibration, Features, TextClassifier
 from .encoder import CachedEncoder, Encoder
 from .lexical_features import lexical_features
 
-__all__ = ["AdapterFilter", "AdapterProfile", "AutoRouter", "Candidate", "Decision"]
+__all__ = [
+    "MAX_QUERY_CHARS",
+    "AdapterFilter",
+    "AdapterProfile",
+    "AutoRouter",
+    "Candidate",
+    "Decision",
+]
 
 _MAX_TEXTS = 2000  # of all adapters: fitting is cubic in them
-_MAX_QUERY_CHARS = 2000
+MAX_QUERY_CHARS = 2000  # of a text; the rest of it decides nothing
 _N_CANDIDATES = 5
 _MAX_INDEXES = 16  # of parts of the adapters
 
@@ -144,7 +151,7 @@ class AutoRouter:
             fitted = self._index_of(_Part(allowed))
         if fitted is None:
             return [Decision(None, 0.0, 0.0, ()) for _ in texts]
-        queries = self._features([text[:_MAX_QUERY_CHARS] for text in texts])
+        queries = self._features([text[:MAX_QUERY_CHARS] for text in texts])
         scores = fitted.classifier.scores(queries)
         similarity = queries.meaning @ fitted.texts.T
         return [_decide(fitted, row, near) for row, near in zip(scores, similarity, strict=True)]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from loraplex_router.adapters import (
+    MAX_QUERY_CHARS,
     AdapterFilter,
     AdapterProfile,
     AutoRouter,
@@ -32,7 +33,7 @@ _N_REMEMBERED = 4096
 
 
 class _Question(NamedTuple):
-    text: str
+    text: str  # as much as decides: it is remembered
     allowed: AdapterFilter | None  # the adapters it may be given to
     with_tools: bool
 
@@ -89,9 +90,10 @@ class SemanticRouter:
         """
         if self._closed:
             raise RuntimeError("the semantic router is closed")
+        question = _Question(text[:MAX_QUERY_CHARS], allowed, with_tools)
         loop = asyncio.get_running_loop()
         answer: asyncio.Future[Decision] = loop.create_future()
-        self._inbox.put(_Pending(_Question(text, allowed, with_tools), loop, answer, relist))
+        self._inbox.put(_Pending(question, loop, answer, relist))
         return await answer
 
     @property

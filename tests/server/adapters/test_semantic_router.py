@@ -81,6 +81,19 @@ async def test_a_repeated_text_is_answered_from_memory_until_adapters_change() -
     router.close()
 
 
+async def test_what_is_remembered_of_a_long_text_is_short() -> None:
+    """Or questions of megabytes, each another, would fill the memory."""
+    encoder = WordEncoder()
+    router = SemanticRouter(encoder, lambda: PROFILES)
+    question = "Arr matey " * 200
+    first = await router.choose(question)
+    n_batches = len(encoder.batches)
+    assert await router.choose(question + "and more " * 100_000) == first
+    assert len(encoder.batches) == n_batches
+    assert router.stats.n_remembered == 1
+    router.close()
+
+
 async def test_an_encoder_that_cannot_load_fails_the_request_and_is_tried_again() -> None:
     class Flaky(WordEncoder):
         def encode(self, texts: Sequence[str]) -> Tensor:

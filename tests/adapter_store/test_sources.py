@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -123,15 +124,19 @@ class RecordedHub:
 
     commit = "0123456789abcdef0123456789abcdef01234567"
 
-    def __init__(self, source: Path) -> None:
+    def __init__(self, source: Path, folder: str = "") -> None:
+        """``folder``: where in the repository the files of ``source`` lie."""
         self.source = source
+        self.n_bytes: dict[str, int | None] = {
+            f"{folder}{file.name}": file.stat().st_size for file in source.iterdir()
+        }
         self.asked: list[tuple[str, str | None]] = []
 
-    def resolve(self, repo: str, revision: str | None) -> str:
+    def resolve(self, repo: str, revision: str | None) -> hub.HubCommit:
         self.asked.append((repo, revision))
         if repo != "org/adapter":
             raise SourceError(f"repository {repo} not found")
-        return self.commit
+        return hub.HubCommit(self.commit, self.n_bytes)
 
     def snapshot(self, repo: str, commit: str, into: Path, patterns: tuple[str, ...]) -> None:
         assert commit == self.commit, "only a pinned commit is ever downloaded"
@@ -144,24 +149,60 @@ class RecordedHub:
 
 
 @pytest.mark.parametrize(
-    ("uri", "revision"),
+    ("uri", "folder", "revision"),
     [
-        ("hf://org/adapter", None),
-        ("hf://org/adapter@v1.2", "v1.2"),
-        ("hf://org/adapter/sub/folder@main", "main"),
+        ("hf://org/adapter", "", None),
+        ("hf://org/adapter@v1.2", "", "v1.2"),
+        ("hf://org/adapter/sub/folder@main", "sub/folder/", "main"),
     ],
 )
 def test_a_hub_revision_is_resolved_to_a_commit_before_it_is_fetched(
-    uri: str, revision: str | None, make_adapter: MakeAdapter, tmp_path: Path
+    uri: str, folder: str, revision: str | None, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     source = make_adapter(1)
     (source / "card.json").write_text("{}")
-    recorded = RecordedHub(source)
+    recorded = RecordedHub(source, folder)
     files, provenance = hub.fetch_hub(uri, tmp_path, StoreLimits(), client=recorded)
     assert recorded.asked == [("org/adapter", revision)]
     assert provenance == {"source": "hub", "repo": "org/adapter", "commit": recorded.commit}
     assert files.weights.is_file()
     assert read_card(files, StoreLimits()) == b"{}"
+
+
+@pytest.mark.parametrize("folder", ["", "sub/folder/"])
+@pytest.mark.parametrize(
+    ("name", "limits"),
+    [
+        ("adapter_model.safetensors", StoreLimits(max_file_bytes=64)),
+        ("adapter_config.json", StoreLimits(max_config_bytes=64)),
+    ],
+)
+def test_a_hub_file_beyond_the_limit_is_never_downloaded(
+    folder: str, name: str, limits: StoreLimits, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    recorded = RecordedHub(make_adapter(1), folder)
+    uri = f"hf://org/adapter/{folder}".rstrip("/")
+    with pytest.raises(LimitExceeded, match=f"{name} exceeds 64 bytes"):
+        hub.fetch_hub(uri, tmp_path / "into", limits, client=recorded)
+    recorded.n_bytes[f"{folder}{name}"] = None
+    with pytest.raises(SourceError, match=f"not say how large {name} is"):
+        hub.fetch_hub(uri, tmp_path / "into", limits, client=recorded)
+    assert not (tmp_path / "into").exists()
+
+
+def test_the_hub_is_asked_how_large_the_files_of_the_commit_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    files = [{"rfilename": "a.json", "size": 7}, {"rfilename": "b.json"}]
+    told = {"id": "org/adapter", "sha": RecordedHub.commit, "siblings": files}
+    answer = tmp_path / "api" / "models" / "org" / "adapter"
+    answer.parent.mkdir(parents=True)
+    answer.write_text(json.dumps(told))
+    with web_folder(tmp_path) as web:
+        commit = hub.HubClient(web.url).resolve("org/adapter", None)
+        assert web.asked == ["/api/models/org/adapter?blobs=true"]
+    assert commit == (RecordedHub.commit, {"a.json": 7, "b.json": None})
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_of_the_source(tmp_path: Path) -> None:

@@ -11,13 +11,15 @@ unpickle what a worker says, and notice a timeout by polling in threads.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import orjson
 
@@ -88,6 +90,7 @@ class WorkerProcesses:
         ``prepare``: a function that it calls then, and its arguments, without limits of time.
         """
         self._turns = asyncio.Semaphore(n_workers)
+        self._turns_of: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._n_waiting = 0
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
@@ -101,6 +104,25 @@ class WorkerProcesses:
         self._idle: list[_Worker] = []
         self._ending: set[asyncio.Future[int]] = set()
         self._closed = False
+
+    @contextlib.asynccontextmanager
+    async def turn_of(self, tenant: str) -> AsyncIterator[None]:
+        """To ``run`` in: one at a time for each tenant, so that none takes all processes.
+
+        Raises WorkersBusy when the tenant's other calls last longer than ``max_wait_s``.
+        """
+        turn = self._turns_of.setdefault(tenant, asyncio.Lock())
+        try:
+            async with asyncio.timeout(self._max_wait_s):
+                await turn.acquire()
+        except TimeoutError:
+            raise WorkersBusy(
+                f"other calls of the same tenant took {self._max_wait_s:g} s; try again later"
+            ) from None
+        try:
+            yield
+        finally:
+            turn.release()
 
     async def run(
         self,

@@ -132,6 +132,26 @@ def test_waiting_is_bounded_in_number_and_time() -> None:
     _with_workers(use, max_waiting=1, max_wait_s=0.2)
 
 
+def test_a_tenant_has_one_turn_and_leaves_a_process_to_others() -> None:
+    async def use(workers: WorkerProcesses) -> None:
+        async def nap(tenant: str) -> None:
+            async with workers.turn_of(tenant):
+                await workers.run(calls.nap, [LONG_S], timeout_s=LONG_S)
+
+        naps = [asyncio.create_task(nap("acme")) for _ in range(3)]
+        await asyncio.sleep(0)
+        async with workers.turn_of("umbra"):
+            assert await workers.run(calls.doubled, ["ab"], timeout_s=LONG_S) == "abab"
+        with pytest.raises(WorkersBusy, match="of the same tenant took 1 s"):
+            await naps[1]
+        naps[0].cancel()
+        await asyncio.gather(*naps, return_exceptions=True)
+        async with workers.turn_of("acme"):
+            assert await workers.run(calls.doubled, ["ab"], timeout_s=LONG_S) == "abab"
+
+    _with_workers(use, max_wait_s=1.0)
+
+
 def _with_workers(use: Callable[[WorkerProcesses], object], **options: float) -> None:
     async def run() -> None:
         workers = WorkerProcesses(**options)  # type: ignore[arg-type]

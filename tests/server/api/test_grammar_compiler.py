@@ -81,6 +81,30 @@ async def test_a_grammar_that_spends_its_processor_time_is_a_400_that_is_remembe
     assert (await front.complete(guided_choice=["fine"])).status_code == 200
 
 
+@pytest.mark.parametrize("field", ["guided_json", "structured_outputs"])
+async def test_a_schema_given_as_a_text_is_measured_before_it_is_parsed(
+    front: Front, field: str
+) -> None:
+    text = '{"enum": [' + "1, " * 100_000 + "1]"  # not even JSON
+    body: dict[str, Any] = {"guided_json": text, "structured_outputs": {"json": text}}
+    answer = await front.complete(**{field: body[field]})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["code"] == "grammar_too_large"
+    assert error["param"] == {"structured_outputs": "structured_outputs.json"}.get(field, field)
+
+
+async def test_calls_that_ask_for_the_same_new_grammar_try_it_once(
+    front: Front, with_grammars: Callable[..., Grammars]
+) -> None:
+    grammars = with_grammars(cpu_s=0.0)
+    await _ready(grammars)
+    slow = {"type": "number", "multipleOf": 1000003}
+    answers = await asyncio.gather(*(front.complete(guided_json=slow) for _ in range(4)))
+    assert len({answer.text for answer in answers}) == 1
+    assert "CPU time" in answers[0].text
+
+
 async def test_eight_first_calls_at_once_share_one_compiler(
     front: Front, with_grammars: Callable[..., Grammars]
 ) -> None:

@@ -52,7 +52,12 @@ class House:
         return await self.front.client.request(method, path, headers=headers, json=body, **options)
 
     async def upload(
-        self, key: str, name: str, number: int = 0, headers: Mapping[str, str] | None = None
+        self,
+        key: str,
+        name: str,
+        number: int = 0,
+        headers: Mapping[str, str] | None = None,
+        template: str | None = None,
     ) -> httpx.Response:
         config, weights = (
             self.sources[number] / file
@@ -63,7 +68,9 @@ class House:
             "weights": ("adapter_model.safetensors", weights.read_bytes()),
         }
         sent = {"authorization": f"Bearer {key}", **(headers or {})}
-        return await self.front.client.put(f"/v1/adapters/{name}", headers=sent, files=files)
+        data = {} if template is None else {"chat_template": template}
+        path = f"/v1/adapters/{name}"
+        return await self.front.client.put(path, headers=sent, files=files, data=data)
 
     async def job_ends(self, started: httpx.Response) -> None:
         """``started``: a 202."""

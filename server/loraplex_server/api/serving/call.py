@@ -224,7 +224,9 @@ class TextCall(ABC):
                         "says which tokens are allowed",
                         "allowed_token_ids",
                     )
-                grammar = await self.state.grammars.compile(wanted.spec, wanted.param)
+                grammar = await self.state.grammars.compile(
+                    wanted.spec, wanted.param, self.info.tenant
+                )
             generation = self._generation(head.id, prompts, resolved, load_s, grammar)
         except BaseException:
             resolved.release()

@@ -19,7 +19,7 @@ from loraplex_server.engine.grammar import CompiledGrammar, GrammarRefused, Gram
 from loraplex_server.engine.grammar_trial import read_tokens, try_grammar
 from loraplex_server.worker_process import CallFailed, CallTooSlow, WorkerProcesses, WorkersBusy
 
-__all__ = ["Grammars"]
+__all__ = ["Grammars", "check_length"]
 
 _MAX_CHARS = 256 << 10
 _MAX_KEPT = 128  # compiled, or refused with this reason
@@ -30,7 +30,7 @@ _MAX_S = 60.0  # on a machine that has no processor free
 class Grammars:
     """One per server, for one tokenizer. Used on event loops.
 
-    unknown text ── trial in a worker process ── compiled here ── kept
+    unknown text ── its tenant's turn ── trial in a worker process ── compiled here ── kept
     """
 
     def __init__(
@@ -59,22 +59,13 @@ class Grammars:
         if self._compiler is None or (self._compiler.done() and self._compiler.exception()):
             self._compiler = self._pool.submit(self._make_compiler)
 
-    async def compile(self, spec: GrammarSpec, param: str) -> CompiledGrammar:
+    async def compile(self, spec: GrammarSpec, param: str, tenant: str = "") -> CompiledGrammar:
         """For ``GenerationRequest.grammar``. Raises ApiError: 400 that names ``param``, or 503."""
-        if len(spec.text) > _MAX_CHARS:
-            raise invalid(
-                f"{param!r} is {len(spec.text):,} characters long as a grammar, at most "
-                f"{_MAX_CHARS:,} are compiled",
-                param,
-                "grammar_too_large",
-            )
+        check_length(spec.text, param)
         key = hashlib.sha256(repr(astuple(spec)).encode()).digest()
         kept = self._kept.get(key)
         if kept is None:
-            kept = await self._compile(spec)
-            self._kept[key] = kept
-            if len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
+            kept = await self._compile(key, spec, tenant)
         if key in self._kept:
             self._kept.move_to_end(key)
         if isinstance(kept, str):
@@ -93,21 +84,34 @@ class Grammars:
         await compiler.workers.close()
         compiler.folder.cleanup()
 
-    async def _compile(self, spec: GrammarSpec) -> CompiledGrammar | str:
+    async def _compile(self, key: bytes, spec: GrammarSpec, tenant: str) -> CompiledGrammar | str:
         """A grammar, or why it is refused. Raises ApiError (503) if it could not be tried."""
         self.start()
         assert self._compiler is not None
         # shielded: one client that leaves must not take it from the others
         compiler = await asyncio.shield(asyncio.wrap_future(self._compiler))
+        try:
+            async with compiler.workers.turn_of(tenant):
+                kept = self._kept.get(key)  # by now, if other calls asked for the same
+                if kept is None:
+                    kept = self._kept[key] = await self._try(compiler, spec)
+                    if len(self._kept) > _MAX_KEPT:
+                        self._kept.popitem(last=False)
+                return kept
+        except (WorkersBusy, CallTooSlow) as busy:
+            raise unavailable(
+                f"the grammar could not be compiled in time: {busy}", "grammar_compiler_busy", 1.0
+            ) from busy
+
+    async def _try(self, compiler: _Compiler, spec: GrammarSpec) -> CompiledGrammar | str:
+        """Raises WorkersBusy or CallTooSlow if it could not be tried."""
         arguments = [*compiler.arguments, *astuple(spec)]
         try:
             refused, text = await compiler.workers.run(
                 try_grammar, arguments, timeout_s=self._max_s, cpu_s=self._cpu_s
             )
-        except (WorkersBusy, CallTooSlow) as busy:
-            raise unavailable(
-                f"the grammar could not be compiled in time: {busy}", "grammar_compiler_busy", 1.0
-            ) from busy
+        except (WorkersBusy, CallTooSlow):
+            raise
         except CallFailed as failed:
             return f"the grammar takes too long or too much memory to compile ({failed})"
         if refused:
@@ -130,6 +134,17 @@ class Grammars:
         workers.start()
         trie = TokenTrie(tokenizer, self._vocab_size, self._eos_token_ids)
         return _Compiler(trie, workers, arguments, folder)
+
+
+def check_length(text: str, param: str) -> None:
+    """Of a grammar, or of a schema before it is parsed. Raises ApiError (400)."""
+    if len(text) > _MAX_CHARS:
+        raise invalid(
+            f"{param!r} is {len(text):,} characters long as a grammar, at most "
+            f"{_MAX_CHARS:,} are compiled",
+            param,
+            "grammar_too_large",
+        )
 
 
 class _Compiler(NamedTuple):

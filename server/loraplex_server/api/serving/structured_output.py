@@ -15,6 +15,8 @@ from loraplex_server.api.protocol.generation import GenerationBody
 from loraplex_server.api.protocol.structured_output import ResponseFormat, StructuredOutputs
 from loraplex_server.engine.grammar import GrammarSpec
 
+from .grammars import check_length
+
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
 
@@ -105,7 +107,10 @@ def _json(param: str, schema: JsonValue, *, lenient: bool = False) -> list[Wante
     """``schema``: one, the text of one, or None."""
 
     def grammar(given: object) -> str:
-        return json_grammar(orjson.loads(given) if isinstance(given, str) else given, lenient)
+        if isinstance(given, str):
+            check_length(given, param)
+            given = orjson.loads(given)
+        return json_grammar(given, lenient)
 
     return _of(param, schema, grammar)
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
-from weakref import WeakValueDictionary
 
 import orjson
 
@@ -35,8 +33,8 @@ _MAX_REFUSED = 1024
 class Templates:
     """One per server, on its event loop.
 
-    A template renders for one chat of a tenant at a time, so that a slow one keeps at most one
-    process from others. One that had to be stopped is refused to this tenant for a minute: a flood
+    A tenant renders one chat at a time, so that slow templates keep at most one process from
+    others. One that had to be stopped is refused to this tenant for a minute: a flood
     of it costs one process, and nobody else is refused what an own chat renders.
     """
 
@@ -47,7 +45,6 @@ class Templates:
             answer_bytes=_TEXT_BYTES,
             preload=[template_render.__name__],
         )
-        self._turns: WeakValueDictionary[bytes, asyncio.Lock] = WeakValueDictionary()
         self._refused: dict[bytes, tuple[float, str]] = {}  # until when, and why; oldest first
 
     async def render(
@@ -65,29 +62,23 @@ class Templates:
         Raises ApiError: 400 for a template that fails, 503 when no worker process is free.
         """
         key = sha256(f"{tenant}\0{template}".encode()).digest()
-        turn = self._turns.setdefault(key, asyncio.Lock())
         try:
-            async with asyncio.timeout(_MAX_S):
-                await turn.acquire()
-        except TimeoutError:
-            raise _busy("other chats render the same template") from None
-        try:
-            self._check_refused(key)
-            return await self._workers.run(
-                template_render.render,
-                [template, messages, options, continue_final_message],
-                timeout_s=_MAX_S,
-                cpu_s=_CPU_S,
-            )
+            async with self._workers.turn_of(tenant):
+                self._check_refused(key)
+                return await self._workers.run(
+                    template_render.render,
+                    [template, messages, options, continue_final_message],
+                    timeout_s=_MAX_S,
+                    cpu_s=_CPU_S,
+                )
         except WorkersBusy as error:
             raise _busy(str(error)) from error
         except CallFailed as error:
             stopped = isinstance(error, CallTooLong | CallTooLarge)
+            # Whoever waits for the turn goes on after this.
             if remember and stopped and len(orjson.dumps([messages, options])) < _SMALL_BYTES:
                 self._refuse(key, str(error))
             raise unrenderable(str(error)) from error
-        finally:
-            turn.release()
 
     async def close(self) -> None:
         await self._workers.close()

@@ -1,0 +1,68 @@
+"""Slow grammars and templates of one tenant leave a worker process to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import pytest
+
+from loraplex_server.worker_process import WorkerProcesses
+from tests.server.tenants.conftest import House
+
+pytestmark = pytest.mark.anyio
+
+ENDLESS = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+SLOW = {"type": "number", "multipleOf": 1000003}  # seconds of processor time
+
+
+@contextlib.asynccontextmanager
+async def _all_taken(
+    house: House, workers: WorkerProcesses, path: str, bodies: list[dict[str, object]]
+) -> AsyncIterator[None]:
+    """While acme's calls run, the first of them for ever."""
+    workers.start()
+    worker = workers._idle[-1]  # the next to be used
+    await worker.ready()
+    os.kill(worker._process.pid, signal.SIGSTOP)
+    asked = [asyncio.create_task(house.ask("acme", "POST", path, body)) for body in bodies]
+    while worker in workers._idle:
+        await asyncio.sleep(0)
+    try:
+        yield
+    finally:
+        for call in asked:
+            call.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+        await workers.close()
+
+
+async def test_grammars(house: House) -> None:
+    grammars = house.front.app.state.parts.grammars
+    grammars.start()
+    workers = (await asyncio.wrap_future(grammars._compiler)).workers
+    workers._max_wait_s = 1.0
+    grammars._cpu_s = 60.0
+    slow = [{"prompt": "hi", "guided_json": {**SLOW, "minimum": n}} for n in range(3)]
+    async with _all_taken(house, workers, "/v1/completions", slow):
+        asked = {"prompt": "hi", "guided_choice": ["yes", "no"]}
+        answer = await house.ask("umbra", "POST", "/v1/completions", asked)
+        assert answer.status_code == 200, answer.text
+    await grammars.close()
+
+
+async def test_templates(house: House) -> None:
+    for number in range(3):
+        await house.upload("acme", f"slow-{number}", number, template=f"{ENDLESS}{number}")
+    await house.upload("umbra", "quick", template="{{ messages[0].content }}")
+    workers = house.front.app.state.parts.text._templates._workers
+    workers._max_wait_s = 0.5
+    messages = [{"role": "user", "content": "hi"}]
+    slow = [{"adapter": f"slow-{number}", "messages": messages} for number in range(3)]
+    async with _all_taken(house, workers, "/v1/chat/completions", slow):
+        asked = {"adapter": "quick", "messages": messages}
+        answer = await house.ask("umbra", "POST", "/v1/chat/completions", asked)
+        assert answer.status_code == 200, answer.text

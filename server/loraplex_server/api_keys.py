@@ -41,13 +41,13 @@ _FIELDS = frozenset(
 
 class Scope(Enum):
     METRICS = "metrics"  # read /metrics, nothing else
-    INFER = "infer"  # generate, list, read; /metrics too, unless the key is limited to adapters
+    INFER = "infer"  # generate, list, read
     ADMIN = "admin"  # also: add, replace, remove and pin adapters
 
 
 _SCOPES = {
     "metrics": frozenset({Scope.METRICS}),
-    "infer": frozenset({Scope.METRICS, Scope.INFER}),
+    "infer": frozenset({Scope.INFER}),  # /metrics tells of all tenants
     "admin": frozenset(Scope),
 }
 

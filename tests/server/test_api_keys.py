@@ -33,7 +33,7 @@ def test_a_keys_file_is_read_with_the_other_keys(
     assert operator.scopes == frozenset(Scope)
     assert operator.access.patterns is None
     assert team.sha256.hex() == DIGEST
-    assert (team.id, team.scopes) == ("team-a", frozenset({Scope.METRICS, Scope.INFER}))
+    assert (team.id, team.scopes) == ("team-a", frozenset({Scope.INFER}))
     assert (team.requests_per_minute, team.tokens_per_minute) == (60, 1000)
     assert team.access == AdapterAccess(("team-a/*", "shared"), (), "team-a")
     assert DIGEST not in repr(config)

@@ -134,7 +134,7 @@ def test_keys_have_scopes_and_are_kept_as_hashes_only() -> None:
     )
     full, infer, metrics = config.http.api_keys
     assert full.scopes == {Scope.METRICS, Scope.INFER, Scope.ADMIN}
-    assert infer.scopes == {Scope.METRICS, Scope.INFER}
+    assert infer.scopes == {Scope.INFER}
     assert metrics.scopes == {Scope.METRICS}
     assert "all-of-it" not in repr(config)
     assert full.sha256.hex() not in repr(config)

@@ -107,6 +107,8 @@ async def test_an_infer_key_generates_but_does_not_change_adapters(locked: Front
         assert told["may_change"] is is_admin
         live = await locked.client.get("/v1/live", headers=bearer(secret))
         assert told["sees_all"] is is_admin is (live.status_code == 200)
+        metrics = await locked.client.get("/metrics", headers=bearer(secret))
+        assert (metrics.status_code == 200) is is_admin  # it names the adapters of all tenants
 
 
 async def test_tenants_do_not_share_a_prefix_cache(locked: Front) -> None:
@@ -149,6 +151,9 @@ async def test_off_loopback_without_a_key_adapters_are_read_only(
     front = make_front(tokenizer, base_spec, tmp_path, http)
     assert (await front.chat()).status_code == 200
     assert (await front.client.get("/version")).json()["may_change"] is False
+    metrics = await front.client.get("/metrics")
+    assert metrics.status_code == 403
+    assert "--public-metrics" in metrics.json()["error"]["message"]
     answer = await front.client.delete("/v1/adapters/x")
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "writes_disabled"

@@ -42,12 +42,11 @@ async def version(request: Request, state: State) -> Response:
 
 @router.get("/metrics", response_class=Response, responses=errors() | text_answer("for Prometheus"))
 async def metrics(request: Request, state: State) -> Response:
-    access = access_of(request)
-    if access.patterns is not None or access.tenant:
+    if not access_of(request).sees_all:
         raise ApiError(
             403,
-            "the metrics tell of all adapters, and this API key is limited to some; use one with "
-            "the scope metrics",
+            "the metrics tell of all adapters and tenants; use the operator's API key or one with "
+            "the scope metrics, or start with --public-metrics",
             code="metrics_not_allowed",
         )
     page = _own_page if state.fleet is None else state.fleet.metrics_page

@@ -242,7 +242,7 @@ def build_app(
         app.add_middleware(
             Cors,
             allow_origins=config.http.cors_origins,
-            allow_methods=("GET", "POST", "PUT", "DELETE"),
+            allow_methods=("GET", "POST", "PUT", "PATCH", "DELETE"),
             allow_headers=("*",),
             expose_headers=_SHOWN_TO_PAGES,
         )

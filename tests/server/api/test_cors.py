@@ -11,7 +11,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api_keys import ApiKey, Scope
 from loraplex_server.settings import ConfigError, HttpConfig
 from loraplex_server.settings_sources import resolve_config
-from tests.server.conftest import Front, make_front
+from tests.server.conftest import Front, make_front, routes_of
 
 pytestmark = pytest.mark.anyio
 PAGE = "https://app.example.org"
@@ -54,6 +54,17 @@ async def test_a_page_that_is_named_may_call_with_a_key(
     assert refused.status_code == 400
     assert refused.json()["error"]["code"] == "origin_not_allowed"
     assert "access-control-allow-origin" not in refused.headers
+    front.store.close()
+
+
+async def test_a_page_may_use_every_method_that_a_route_has(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    front = make_front(tokenizer, base_spec, tmp_path, HttpConfig(cors_origins=(PAGE,)))
+    for method in {method for method, _ in routes_of(front.app)} - {"HEAD", "OPTIONS"}:
+        wanted = {"origin": PAGE, "access-control-request-method": method}
+        answer = await front.client.options("/v1/adapters/x", headers=wanted)
+        assert answer.status_code == 200, method
     front.store.close()
 
 

@@ -13,7 +13,10 @@ from loraplex_server.api.errors import invalid
 
 from .adapter_defaults import DefaultsRefused, read_defaults
 
-__all__ = ["CardFile", "told_by_card"]
+__all__ = ["MAX_CARD_EXAMPLES", "MAX_CARD_TEXT", "CardFile", "told_by_card"]
+
+MAX_CARD_TEXT = 2000  # characters of a description or example
+MAX_CARD_EXAMPLES = 100
 
 
 class CardFile:
@@ -38,6 +41,7 @@ class CardFile:
         description = self._card.get("description")
         if not isinstance(description, str | None):
             raise invalid("the description of card.json must be a text", "card", self._code)
+        self._check_length("a description", description or "")
         return description
 
     @property
@@ -47,6 +51,14 @@ class CardFile:
         found = tuple(text for text in texts if isinstance(text, str))
         if len(found) < len(texts):
             raise invalid("the examples of card.json must be a list of texts", "card", self._code)
+        if len(found) > MAX_CARD_EXAMPLES:
+            raise invalid(
+                f"card.json has {len(found):,} examples, at most {MAX_CARD_EXAMPLES} are kept",
+                "card",
+                self._code,
+            )
+        for text in found:
+            self._check_length("an example", text)
         return found
 
     @property
@@ -59,6 +71,15 @@ class CardFile:
         except DefaultsRefused as error:
             raise invalid(f"card.json: {error}", error.param) from error
         return defaults
+
+    def _check_length(self, what: str, text: str) -> None:
+        if len(text) > MAX_CARD_TEXT:
+            raise invalid(
+                f"card.json has {what} of {len(text):,} characters, at most {MAX_CARD_TEXT:,} are "
+                "kept",
+                "card",
+                self._code,
+            )
 
 
 def told_by_card(text: bytes, options: PutOptions) -> PutOptions:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from loraplex_adapter_store.companion_files import COMPANION_FILES
 from loraplex_server.api.errors import ApiError, invalid
 
-from .card_file import CardFile
+from .card_file import MAX_CARD_TEXT, CardFile
 
 __all__ = ["UPLOAD_SCHEMA", "FolderParser", "Upload", "receive_upload"]
 
@@ -49,7 +49,7 @@ UPLOAD_SCHEMA = {  # of the form, for /openapi.json
         "chat_template": _FILE,
         **dict.fromkeys(COMPANION_FILES, _FILE),
         "card": _FILE,
-        "description": _TEXT,
+        "description": {**_TEXT, "maxLength": MAX_CARD_TEXT},
         "examples": {**_TEXT, "contentMediaType": "application/json"},  # a list of texts
     },
 }

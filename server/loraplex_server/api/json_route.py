@@ -16,21 +16,21 @@ from starlette.requests import ClientDisconnect
 from .errors import ApiError
 from .json_size import check_n_values
 
-__all__ = ["JsonRoute", "need_json"]
+__all__ = ["JsonRoute", "need_json", "read_json"]
 
 _SMALL = 100_000  # bytes, which are parsed at once
 
 
-class _Request(Request):
-    async def json(self) -> Any:  # as Starlette has it
-        body = await self.body()
-        if len(body) <= _SMALL:
-            return orjson.loads(body)
-        await asyncio.sleep(0)  # another's turn
-        await check_n_values(body)
-        values = _parsed(body)
-        await asyncio.sleep(0)
-        return values
+async def read_json(request: Request) -> Any:
+    """The body's values. Raises ApiError (400) for too many, and orjson's error."""
+    body = await request.body()
+    if len(body) <= _SMALL:
+        return orjson.loads(body)
+    await asyncio.sleep(0)  # another's turn
+    await check_n_values(body)
+    values = _parsed(body)
+    await asyncio.sleep(0)
+    return values
 
 
 def need_json(request: Request) -> None:
@@ -38,6 +38,11 @@ def need_json(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "send application/json", code="unsupported_media_type")
+
+
+class _Request(Request):
+    async def json(self) -> Any:  # as Starlette has it
+        return await read_json(self)
 
 
 class JsonRoute(APIRoute):

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from .errors import ApiError, invalid
+from .json_route import read_json
 from .protocol.shown_value import shown
 
-__all__ = ["UnknownFields", "problem_of", "read_body"]
+__all__ = ["UnknownFields", "problem_of", "read_body", "validated"]
 
 Body = TypeVar("Body", bound=BaseModel)
 _log = logging.getLogger(__name__)
@@ -27,9 +28,16 @@ _AN_OBJECT = frozenset({"model_type", "model_attributes_type", "dict_type"})
 async def read_body(request: Request, kind: type[Body]) -> Body:
     """For routes that take several kinds of body. Raises ApiError (400)."""
     try:
-        return kind.model_validate(orjson.loads(await request.body()))
+        values = await read_json(request)
     except orjson.JSONDecodeError as error:
         raise invalid(f"the body is not valid JSON: {error}", None, "invalid_json") from error
+    return validated(kind, values)
+
+
+def validated(kind: type[Body], values: object) -> Body:
+    """Raises ApiError (400)."""
+    try:
+        return kind.model_validate(values)
     except ValidationError as error:
         raise problem_of(error.errors(include_url=False)) from error
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -85,6 +87,21 @@ async def test_an_adapter_is_uploaded_as_config_and_weights(
     await front.chat(adapter="up")
     assert front.engine.tokenizer.decode(list(front.engine.requests[0].prompt_ids)) == "x"
     assert front.store.put_directory("same", folder).family.value == "lora"
+
+
+@pytest.mark.parametrize(
+    "told", [{"description": "x" * 2001}, {"examples": ["x"] * 101}, {"examples": ["x" * 2001]}]
+)
+async def test_what_an_upload_says_is_limited_as_in_json(
+    front: Front, base_spec: BaseSpec, told: dict[str, Any]
+) -> None:
+    files = files_of(write_lora(front.root / "x", base_spec))
+    form = {k: v if isinstance(v, str) else json.dumps(v) for k, v in told.items()}
+    upload = await front.client.put("/v1/adapters/x", files=files, data=form)
+    source = await front.client.put("/v1/adapters/x", json={"source": "x", **told})
+    assert upload.status_code == source.status_code == 400
+    assert upload.json() == source.json()
+    assert (await front.client.get("/v1/adapters/x")).status_code == 404
 
 
 async def test_an_upload_is_written_once_beside_the_store_and_never_in_tmp(

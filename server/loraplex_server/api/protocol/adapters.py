@@ -12,6 +12,7 @@ from loraplex_adapter_store.selector import (
     MIN_EXAMPLES,
     GenerationMethod,
 )
+from loraplex_server.adapters.card_file import MAX_CARD_EXAMPLES, MAX_CARD_TEXT
 
 from .body import Body, Few, JsonObject
 
@@ -30,7 +31,7 @@ __all__ = [
     "UnloadLoraBody",
 ]
 
-_Wording = Annotated[str, Field(max_length=2000)]
+_Wording = Annotated[str, Field(max_length=MAX_CARD_TEXT)]
 MAX_CHATS = 10_000  # of a training
 _Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
 
@@ -40,7 +41,7 @@ class AdapterSourceBody(Body):
 
     source: Annotated[str, Field(min_length=1, max_length=2048)]
     description: _Wording | None = None
-    examples: Annotated[Few[_Wording], Field(max_length=100)] | None = None
+    examples: Annotated[Few[_Wording], Field(max_length=MAX_CARD_EXAMPLES)] | None = None
     defaults: JsonObject | None = None  # of requests: see docs/adapter-cards.md
     wait: bool | None = None  # False: answer 202 with a job at once
 
@@ -51,7 +52,7 @@ class AdapterEdit(Body):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     description: _Wording | None = None
-    examples: Annotated[Few[_Wording], Field(max_length=100)] | None = None
+    examples: Annotated[Few[_Wording], Field(max_length=MAX_CARD_EXAMPLES)] | None = None
     defaults: JsonObject | None = None  # a JSON merge patch
 
 

@@ -40,7 +40,7 @@ from loraplex_server.api.protocol.adapters import (
 )
 from loraplex_server.api.protocol.errors import errors
 from loraplex_server.api.state import AppState, State, in_store_thread
-from loraplex_server.api.validation import read_body
+from loraplex_server.api.validation import read_body, validated
 from loraplex_server.api_keys import AdapterAccess
 
 __all__ = ["router"]
@@ -271,6 +271,8 @@ async def _put_upload(state: AppState, request: Request, name: str, shown: Repor
     access = access_of(request)
     async with contextmanager_in_threadpool(state.store.upload_folder()) as folder:
         upload = await receive_upload(request, folder)
+        told = {"description": upload.description, "examples": list(upload.examples)}
+        validated(AdapterEdit, told)  # within the same limits
         card = await in_store_thread(
             state,
             lambda: state.store.put_files(

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from loraplex_server.api.json_size import MAX_VALUES
 from loraplex_server.api.protocol.chat import ChatBody
 from loraplex_server.api.protocol.completion import CompletionBody
 from tests.server.conftest import Front
@@ -223,6 +224,27 @@ async def test_a_body_over_the_limit_is_a_413_whether_declared_or_streamed(front
     answer = await front.client.post("/v1/completions", content=pieces(), headers=JSON)
     assert answer.status_code == 413
     assert error_of(answer)["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("kind", ["application/json", "text/plain", ""])
+async def test_only_a_form_may_be_as_large_as_an_adapter(front: Front, kind: str) -> None:
+    limit = front.app.state.parts.config.http.max_body_bytes
+    body = b'{"source":"x","description":"' + b"x" * limit + b'"}'
+    answer = await front.client.put("/v1/adapters/x", content=body, headers={"content-type": kind})
+    assert answer.status_code == 413
+    assert error_of(answer)["code"] == "body_too_large"
+    files = {"config": b"{}", "weights": ("w", b"x" * (limit + 1))}
+    answer = await front.client.put("/v1/adapters/x", files=files)
+    assert answer.status_code == 400, answer.text
+
+
+async def test_the_values_of_an_adapters_source_are_counted_before_they_are_parsed(
+    front: Front,
+) -> None:
+    body = b'{"source":"x","examples":[' + b"{}," * MAX_VALUES + b"{}]}"
+    answer = await front.client.put("/v1/adapters/x", content=body, headers=JSON)
+    assert answer.status_code == 400
+    assert error_of(answer)["code"] == "too_many_values"
 
 
 async def test_a_template_that_fails_is_a_400(front: Front) -> None:

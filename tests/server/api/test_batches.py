@@ -18,6 +18,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api.batches.batch_store import BatchLimits
 from loraplex_server.api.batches.records import BatchRecord
 from loraplex_server.api.batches.runner import BatchRunner
+from loraplex_server.api.json_size import MAX_VALUES
 from loraplex_server.api_keys import ApiKey, Scope
 from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
@@ -87,6 +88,7 @@ async def _content(front: Front, file_id: str) -> list[Any]:
         (json.dumps({**LINE, "body": {"stream": True}}), "line 1: stream is set"),
         (f"{json.dumps(LINE)}\n{json.dumps(LINE)}", "line 2: custom_id 'a' is that of line 1"),
         (b"\xff\xfe", "line 1: is not JSON"),
+        ("\n[" + "{}," * (MAX_VALUES + 1) + "{}]", "line 2: has more than 150,000 keys and values"),
     ],
 )
 async def test_a_file_with_a_bad_line_is_refused(

@@ -96,6 +96,24 @@ _BODY = 15 << 20  # bytes; 16 MiB are accepted
 _VALUES = 149_000  # 150,000 are accepted, keys counted
 TEXT = "wörd, " * 100_000
 DEEP: Any = json.loads('{"a":' * 30 + "[" + "{}," * _VALUES + "1]" + "}" * 30)
+_ASKED = {"role": "user", "content": "h"}
+
+
+def _objects(n_bytes: int) -> str:
+    """The text of an object of so many bytes, and a third as many values."""
+    return '{"x":[' + "{}," * (n_bytes // 3 - 4) + "1]}"
+
+
+def _called(arguments: str) -> dict[str, object]:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    return {"messages": [_ASKED, {"role": "assistant", "tool_calls": [call]}], "max_tokens": 1}
+
+
+def _responded(arguments: str) -> dict[str, object]:
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": arguments}
+    return {"input": [_ASKED, call], "max_output_tokens": 1}
+
+
 POSTS: dict[str, tuple[str, Any]] = {
     "chat": ("/v1/chat/completions", _chat(TEXT)),
     "messages": ("/v1/chat/completions", {"messages": _chat("h")["messages"] * (_VALUES // 4)}),
@@ -121,6 +139,14 @@ POSTS: dict[str, tuple[str, Any]] = {
     "embeddings": ("/v1/embeddings", {"input": ["a b c"] * 2048}),
     "texts": ("/v1/embeddings", {"input": ["a"] * _VALUES}),
     "schema": ("/v1/chat/completions", _chat("h", structured_outputs={"json": DEEP})),
+    "schema as a text": (
+        "/v1/chat/completions",
+        _chat("h", structured_outputs={"json": _objects(_BODY)}),
+    ),
+    "arguments of a call": ("/v1/chat/completions", _called(_objects(1 << 20))),
+    "too long arguments of a call": ("/v1/chat/completions", _called(_objects(_BODY))),
+    "arguments of an item": ("/v1/responses", _responded(_objects(1 << 20))),
+    "too long arguments of an item": ("/v1/responses", _responded(_objects(_BODY))),
 }
 
 
@@ -156,6 +182,14 @@ def test_listings_of_many_adapters_hold_no_callback_for_long(served: Served, pat
         answer = served.send("GET", path)
     assert answer.status_code == 200
     assert path == "/health" or answer.text.count("adapter") >= 20
+
+
+def test_the_source_of_an_adapter_holds_no_callback_for_long(served: Served) -> None:
+    body = {"source": "x", "examples": [{}] * (_BODY // 3)}
+    sent = json.dumps(body, separators=(",", ":")).encode()
+    with served.watch.limit(LIMIT_S):
+        answer = served.send("PUT", "/v1/adapters/large", content=sent, headers=JSON)
+    assert answer.json()["error"]["code"] == "too_many_values"
 
 
 def test_an_upload_holds_no_callback_for_long(served: Served) -> None:

@@ -39,6 +39,9 @@ CALL = (
 )
 
 
+LONG_ARGUMENTS = json.dumps({"text": "x" * 500_000})  # three are more than is read
+
+
 @pytest.fixture
 def front(front: Front) -> Front:
     front.engine.max_model_len = 4096  # the family's system turn is long for a tiny tokenizer
@@ -336,6 +339,19 @@ async def test_who_is_constrained(
             },
             "tools",
             "obj",
+        ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"function": {"name": "f", "arguments": LONG_ARGUMENTS}}],
+                    },
+                ]
+                * 3
+            },
+            "messages",
+            "at most 1,048,576 are read",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from tests.server.tenants.conftest import House
 pytestmark = pytest.mark.anyio
 
 ENDLESS = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
-SLOW = {"type": "number", "multipleOf": 1000003}  # seconds of processor time
+SLOW = (1000003, 1000033, 1000037)  # multiples of them take seconds to compile
 
 
 @contextlib.asynccontextmanager
@@ -46,7 +46,8 @@ async def test_grammars(house: House) -> None:
     workers = (await asyncio.wrap_future(grammars._compiler)).workers
     workers._max_wait_s = 1.0
     grammars._cpu_s = 60.0
-    slow = [{"prompt": "hi", "guided_json": {**SLOW, "minimum": n}} for n in range(3)]
+    schemas = [{"type": "number", "multipleOf": n} for n in SLOW]
+    slow = [{"prompt": "hi", "guided_json": schema} for schema in schemas]
     async with _all_taken(house, workers, "/v1/completions", slow):
         asked = {"prompt": "hi", "guided_choice": ["yes", "no"]}
         answer = await house.ask("umbra", "POST", "/v1/completions", asked)

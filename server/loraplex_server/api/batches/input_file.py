@@ -10,6 +10,7 @@ import orjson
 from pydantic import JsonValue
 
 from loraplex_server.api.errors import ApiError, invalid
+from loraplex_server.api.json_size import MAX_VALUES, has_too_many_values
 
 from .records import ENDPOINTS
 
@@ -53,13 +54,19 @@ def check_input(path: Path, *, max_lines: int, max_line_bytes: int) -> InputSumm
 
 
 def read_lines(file: BinaryIO, *, max_line_bytes: int | None = None) -> Iterator[InputLine]:
-    """Raises ApiError (400)."""
+    """``max_line_bytes``: of a file that nobody has checked yet. Raises ApiError (400)."""
     number = 0
     size = -1 if max_line_bytes is None else max_line_bytes + 1
     while text := file.readline(size):
         number += 1
         if max_line_bytes is not None and len(text) > max_line_bytes:
             raise _bad(number, f"is longer than the {max_line_bytes} bytes of a request")
+        if max_line_bytes is not None and has_too_many_values(text):
+            raise _bad(
+                number,
+                f"has more than {MAX_VALUES:,} keys and values, which is all that is read of a "
+                "request; split it, or send texts instead of token ids",
+            )
         if text.strip():
             yield _line(number, text)
 

@@ -26,8 +26,8 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         limit = self._max_body
-        if scope["method"] == "PUT" and scope["path"].startswith(_UPLOADS):
-            limit = self._max_upload
+        if scope["method"] == "PUT" and scope["path"].startswith(_UPLOADS) and _is_form(scope):
+            limit = self._max_upload  # its files go to disk; all else is read whole
         elif scope["method"] == "POST" and scope["path"] == _FILES:
             limit = self._max_file
         if _declared(scope) > limit:
@@ -44,6 +44,11 @@ class BodyLimit:
             return message
 
         await self._app(scope, counting_receive, send)
+
+
+def _is_form(scope: Scope) -> bool:
+    kind = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
+    return bool(kind.partition(b";")[0].strip().lower() == b"multipart/form-data")
 
 
 def _declared(scope: Scope) -> int:

@@ -13,6 +13,7 @@ from loraplex_server.api.protocol.chat import ChatMessage
 
 __all__ = ["plain_messages", "routing_text", "template_arguments"]
 
+_MAX_ARGUMENTS_CHARS = 1 << 20  # they are JSON within JSON, parsed beside everybody's answers
 _MAX_SYSTEM_CHARS = 200  # a long one would drown what the user asks
 # Arguments of apply_chat_template that a client must not set (CVE-2025-62426 and kin).
 _RESERVED = frozenset(
@@ -27,6 +28,7 @@ _RESERVED = frozenset(
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, object]]:
     """Text parts are joined. Raises ApiError (400) for anything that is not text."""
+    _check_arguments(messages)
     plain = []
     for position, message in enumerate(messages):
         role = "system" if message.role == "developer" else message.role
@@ -60,6 +62,20 @@ def template_arguments(given: Mapping[str, object] | None) -> dict[str, object]:
                 f"chat_template_kwargs must not set {name[:64]!r}", "chat_template_kwargs"
             )
     return dict(given or {})
+
+
+def _check_arguments(messages: Sequence[ChatMessage]) -> None:
+    """Before they are parsed. Raises ApiError (400)."""
+    functions = [call.get("function") for message in messages for call in message.tool_calls or ()]
+    given = [function.get("arguments") for function in functions if isinstance(function, dict)]
+    n_chars = sum(len(arguments) for arguments in given if isinstance(arguments, str))
+    if n_chars > _MAX_ARGUMENTS_CHARS:
+        raise invalid(
+            f"the arguments of the tool calls are {n_chars:,} characters long together, at most "
+            f"{_MAX_ARGUMENTS_CHARS:,} are read",
+            "messages",
+            "arguments_too_large",
+        )
 
 
 def _call(call: Mapping[str, JsonValue], where: str) -> dict[str, object]:

@@ -76,6 +76,16 @@ class Auth:
             return
         await self._app(scope, receive, send)
 
+    def may_send_body(self, scope: Scope) -> bool:
+        """Whether the caller is let in, by the head of its request; counts nothing."""
+        needed = _needed_scope(scope["path"], scope["method"])
+        if not self._keys:
+            return self._writes_open or not self._is_change(needed, scope["path"])
+        try:
+            return needed in self._key_of(scope).scopes
+        except ApiError:
+            return False
+
     async def _check(self, scope: Scope) -> None:
         path, method = scope["path"], scope["method"]
         if method in _READS and (path in self._open or is_console(path) or is_guide(path)):
@@ -94,7 +104,7 @@ class Auth:
                 )
             if info.meter is not None and needed is not KeyScope.METRICS:
                 await info.meter.take_request()
-        elif needed is not KeyScope.ADMIN and not path.startswith(_BATCHES):
+        elif not self._is_change(needed, path):
             info.may_change = self._writes_open
             info.scopes = frozenset({KeyScope.INFER})
             if not self._writes_open:  # anybody may ask: what tenants have had here is not theirs
@@ -131,6 +141,11 @@ class Auth:
         raise ApiError(
             401, "the API key that made this batch is not valid any more", code="invalid_api_key"
         )
+
+    @staticmethod
+    def _is_change(needed: KeyScope, path: str) -> bool:
+        """Whether a server without keys has to be closed to others for it."""
+        return needed is KeyScope.ADMIN or path.startswith(_BATCHES)
 
     def _check_open_write(self) -> None:
         if not self._writes_open:

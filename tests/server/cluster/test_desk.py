@@ -1,0 +1,121 @@
+"""What a gateway passes on to the process that keeps files, batches and jobs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+from starlette.types import Message
+from transformers import PreTrainedTokenizerFast
+
+pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_server.api_keys import ApiKey, Scope
+from loraplex_server.cluster.desk import PassedOn, answered_by, to_desk
+from loraplex_server.settings import HttpConfig
+from tests.server.conftest import Front, make_front
+
+pytestmark = pytest.mark.anyio
+
+ADMIN, INFER = "admin-secret", "infer-secret"
+PIECE, N_PIECES = bytes(1 << 16), 8
+
+
+class Answering:
+    def __init__(self, lists: AsyncGenerator[list[Message]]) -> None:
+        self._lists = lists
+
+    def __aiter__(self) -> AsyncIterator[list[Message]]:
+        return self._lists
+
+    def cancel(self) -> None:
+        raise AssertionError("nobody leaves")
+
+
+class Desk:
+    """A handle of the deployment whose application is here."""
+
+    def __init__(self, front: Front) -> None:
+        self._front = front
+        self.asked: list[PassedOn] = []
+
+    def options(self, **given: object) -> Desk:
+        return self
+
+    def remote(self, request: PassedOn) -> Answering:
+        self.asked.append(request)
+        return Answering(answered_by(self._front.app, request))
+
+
+class World(NamedTuple):
+    desk: Desk
+    client: httpx.AsyncClient  # of a gateway
+
+
+@pytest.fixture
+def world(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> Iterator[World]:
+    keys = (ApiKey.of(ADMIN, Scope.ADMIN), ApiKey.of(INFER, Scope.INFER))
+    http = HttpConfig(host="0.0.0.0", api_keys=keys, max_body_bytes=2 * N_PIECES * len(PIECE))
+    front = make_front(tokenizer, base_spec, tmp_path, http)
+    desk: Any = Desk(front)
+    transport = httpx.ASGITransport(to_desk(front.app, desk, http))
+    yield World(desk, httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000"))
+    front.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "secret", "status"),
+    [
+        ("/v1/files", "", 401),
+        ("/v1/responses", "wrong", 401),
+        ("/v1/adapters/generate", INFER, 403),
+        ("/v1/adapters/train", "", 401),
+    ],
+)
+async def test_no_body_of_a_caller_who_is_refused_is_read(
+    world: World, path: str, secret: str, status: int
+) -> None:
+    taken, answer = await _post(world, path, secret)
+    assert answer.status_code == status
+    assert "x-request-id" in answer.headers  # the desk's own answer
+    assert taken == 0
+
+
+async def test_the_body_of_a_caller_who_may_goes_to_the_desk_whole(world: World) -> None:
+    taken, answer = await _post(world, "/v1/adapters/generate", ADMIN)
+    assert answer.status_code == 400  # it is no JSON
+    assert taken == N_PIECES
+    assert world.desk.asked[0].body == PIECE * N_PIECES
+
+
+async def test_what_may_be_as_large_as_an_adapter_is_not_passed_on(world: World) -> None:
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    answer = await world.client.put("/v1/adapters/generate", content=PIECE, headers=headers)
+    assert answer.status_code // 100 == 4
+    assert not world.desk.asked
+
+
+async def _post(world: World, path: str, secret: str) -> tuple[int, httpx.Response]:
+    """How many pieces of the body were read, and the answer."""
+    taken = 0
+
+    async def pieces() -> AsyncIterator[bytes]:
+        nonlocal taken
+        for _ in range(N_PIECES):
+            taken += 1
+            yield PIECE
+
+    headers = {"content-type": "application/json"}
+    if secret:
+        headers["authorization"] = f"Bearer {secret}"
+    answer = await asyncio.wait_for(
+        world.client.post(path, content=pieces(), headers=headers), timeout=60
+    )
+    return taken, answer

@@ -314,6 +314,18 @@ async def test_a_chat_learns_again_with_twice_the_time_up_to_what_the_server_all
     assert (last["digest"], "job" in last["chosen_by"]) == (end["digest"], False)
 
 
+async def test_the_order_after_one_that_found_no_time_at_all_gets_twice_as_much(
+    world: World,
+) -> None:
+    world.trainer.error = OutOfTime()
+    world.trainer.end.set()
+    for budget_s in (30, 60):
+        before = time.monotonic()
+        end = await world.ended((await world.order()).json())
+        assert end["error"]["code"] == "out_of_time"
+        assert before + budget_s - 1 < world.trainer.deadlines[-1] < time.monotonic() + budget_s
+
+
 async def test_a_chat_that_waits_does_not_wait_for_something_better(world: World) -> None:
     first = await world.learnt(name=None, timed_out=True)
     world.trainer.end.clear()

@@ -18,10 +18,14 @@ __all__ = ["served_app"]
 
 @contextmanager
 def served_app(app: FastAPI) -> Iterator[str]:
-    """Yields its URL; connections wait until the loop runs."""
+    """Yields its URL; connections wait until the loop runs, and have a second to end with it."""
+    options = {"lifespan": "off", "log_config": None, "access_log": False, "ws": "none"}
     server = uvicorn.Server(
         uvicorn.Config(
-            app, http=LimitedHttp, lifespan="off", log_config=None, access_log=False, ws="none"
+            app,
+            http=LimitedHttp,
+            timeout_graceful_shutdown=1,
+            **options,  # type: ignore[arg-type]
         )
     )
     with socket.create_server(("127.0.0.1", 0)) as listening:

@@ -41,7 +41,11 @@ type Candidate = { name: string; score: number };
 type Routing = { candidates?: Candidate[]; threshold?: number; margin?: number };
 type Chunk = {
   choices: {
-    delta: { content?: string | null; tool_calls?: { function?: { arguments?: string; name?: string } }[] };
+    delta: {
+      content?: string | null;
+      reasoning_content?: string | null;
+      tool_calls?: { function?: { arguments?: string; name?: string } }[];
+    };
     logprobs?: { content?: Token[] } | null;
     finish_reason: string | null;
   }[];
@@ -94,6 +98,7 @@ function parsed(text: string, what: string): unknown {
 
 export class Lane {
   who = $state<Who>({ kind: "base" });
+  reasoning = $state(""); // before the text
   text = $state("");
   tokens = $state<Token[]>([]);
   error = $state<unknown>(null);
@@ -120,7 +125,7 @@ export class Lane {
   }
 
   async run(model: string, settings: Settings): Promise<void> {
-    this.text = "";
+    this.reasoning = this.text = "";
     this.tokens = [];
     this.error = this.firstTokenMs = this.tokensPerS = null;
     this.finish = this.answered = this.routing = null;
@@ -146,20 +151,20 @@ export class Lane {
         }
 
         const choice = chunk.choices[0];
+        const thought = choice?.delta.reasoning_content ?? "";
         const piece = choice?.delta.content ?? calls(choice);
-        if (piece) {
-          if (!first) {
-            first = performance.now();
-            this.firstTokenMs = first - started;
-          }
-          this.text += piece;
+        if (!first && (thought || piece)) {
+          first = performance.now();
+          this.firstTokenMs = first - started;
         }
+        this.reasoning += thought;
+        this.text += piece;
         if (choice?.logprobs?.content) this.tokens.push(...choice.logprobs.content);
         if (choice?.finish_reason) this.finish = choice.finish_reason;
         if (chunk.usage) this.nTokens = chunk.usage.completion_tokens;
       }
       const spent = (performance.now() - first) / 1000;
-      if (this.nTokens > 1 && spent > 0) this.tokensPerS = (this.nTokens - 1) / spent;
+      if (first && this.nTokens > 1 && spent > 0) this.tokensPerS = (this.nTokens - 1) / spent;
     } catch (error) {
       if (this.#abort.signal.aborted) this.finish = "stopped";
       else this.error = error;

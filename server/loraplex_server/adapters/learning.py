@@ -280,8 +280,10 @@ class Learning:
             return card
 
     def _left(self, stored: str, order: _Order) -> AdapterCard | None:
-        """The draft or the result of an equal order."""
+        """The draft or the result of an equal order, for this base."""
         card = self._card(stored)
+        if card is None or card.base_fingerprint != self._store.base.fingerprint:
+            return None
         is_ours = order.name is None or record_of(card).get("order") == order.request.key
         return card if is_ours else None
 

@@ -637,6 +637,21 @@ async def test_a_job_that_went_on_from_a_left_draft_is_known_after_a_restart(
         assert (shown["status"], shown["error"]["code"]) == ("failed", "server_restarted")
 
 
+async def test_a_draft_that_was_left_for_another_base_is_made_anew(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    order = {**ORDER, "name": None}
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer) as front:
+        first = (await front.post(GENERATE, order)).json()
+    other = BaseSpec.of(tiny_model(seed=1), "tiny/llama")
+    with learning_front(tokenizer, other, tmp_path, ScriptedTrainer) as front:
+        second = (await front.post(GENERATE, order)).json()
+        assert second["adapter"] == first["adapter"]
+        card = (await front.client.get(f"/v1/adapters/{second['adapter']}")).json()
+        assert card["base_fingerprint"] == other.fingerprint
+        assert (await front.chat(adapter=second["adapter"])).status_code == 200
+
+
 async def test_a_server_that_learns_nothing_says_so(front: Front) -> None:
     answer = await front.chat(adapter={"description": "x", "examples": PAIRS})
     assert answer.json()["error"]["code"] == "feature_not_enabled"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from loraplex_router.experts import ExpertLoad
+from loraplex_server.faults import Degradation
 
 if TYPE_CHECKING:
     from .state import AppState
@@ -25,6 +26,10 @@ class Fleet(Protocol):
 
     async def metrics_page(self, state: AppState) -> bytes:
         """/metrics of all processes."""
+
+    @property
+    def degraded(self) -> Sequence[Degradation]:
+        """Parts that keep failing in engine replicas, as they said a second ago."""
 
     async def view(self, state: AppState) -> dict[str, object]:
         """Who holds what, as GET /v1/cluster says it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from heapq import merge
 from itertools import islice
 from typing import TypeVar
@@ -16,7 +16,9 @@ from ray.serve.exceptions import RayServeException
 from loraplex_router.experts import ExpertLoad
 from loraplex_server.api.fleet import Calls
 from loraplex_server.api.state import AppState, in_store_thread
+from loraplex_server.faults import Degradation
 from loraplex_server.metrics.call_log import N_ENDED
+from loraplex_server.metrics.collector import fault_family
 from loraplex_server.metrics.engine_families import names_by_digest
 from loraplex_server.metrics.live_view import MAX_ROWS, percentiles
 from loraplex_server.metrics.routing_collector import expert_families
@@ -50,11 +52,19 @@ class ClusterFleet:
         engines = [
             ProcessMetrics(
                 each.replica,
-                [*families(each.engine), *expert_families(each.expert_loads, names)],
+                [
+                    *families(each.engine, alive=each.alive),
+                    *expert_families(each.expert_loads, names),
+                    fault_family(each.faults),
+                ],
             )
             for each in self._engine.replicas
         ]
         return one_page([*fronts, *engines])
+
+    @property
+    def degraded(self) -> Sequence[Degradation]:
+        return [part for each in self._engine.replicas for part in each.degraded]
 
     async def view(self, state: AppState) -> dict[str, object]:
         await in_store_thread(state, state.collector.refresh_listing)

@@ -138,6 +138,8 @@ class EngineReplica:
             host_bytes_total=held.host_bytes_total,
             expert_loads=recent_loads(self._engine.experts),
             adapter_requests=dict(self._adapter_requests.most_common(_MAX_TOLD)),
+            faults=self._faults.counts,
+            degraded=self._faults.degraded,
         )
 
     def expert_load(self, digest: str, window_s: float) -> ExpertLoad | None:
@@ -193,7 +195,7 @@ class EngineReplica:
 
     def _build(self, config: ServerConfig) -> None:
         path = resolve_model(config.model)
-        faults = Faults()
+        self._faults = faults = Faults()
         name = public_name(config.model, path)
         built = build_engine(config.engine, path, model_id=name, faults=faults)
         self._engine, self._base = built.engine, built.base_spec

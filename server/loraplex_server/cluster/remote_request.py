@@ -16,6 +16,7 @@ from loraplex_server.engine.client import AdapterRef, EngineStats, GenerationReq
 from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec
 from loraplex_server.engine.pooling import Pooling
 from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.faults import Degradation
 
 __all__ = ["RemoteAdapter", "RemoteRequest", "ReplicaStats"]
 
@@ -30,6 +31,8 @@ class ReplicaStats:
     host_bytes_total: int = 0
     expert_loads: Mapping[str, ExpertLoad] = field(default_factory=dict)  # digest → last minute
     adapter_requests: Mapping[str, int] = field(default_factory=dict)  # digest → taken since start
+    faults: Mapping[str, int] = field(default_factory=dict)  # part → failures since start
+    degraded: tuple[Degradation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ number of series is bounded whatever the number of adapters.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, SummaryMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -24,7 +24,7 @@ from .histograms import LABELS
 from .server_metrics import ServerMetrics
 from .single_samples import SingleSamples
 
-__all__ = ["LoraplexCollector"]
+__all__ = ["LoraplexCollector", "fault_family"]
 
 _LISTING_AGE_S = 2.0  # how long a listing of the store is reused
 _REVIEW_S = 10.0
@@ -54,7 +54,7 @@ class LoraplexCollector(Collector):
         self._store = store
         self._metrics = metrics
         self._faults = faults
-        self._engine_families = EngineFamilies(engine, config, model_name)
+        self._engine_families = EngineFamilies(config, model_name)
         self._one = SingleSamples(model_name)
         self._listing: tuple[AdapterCard, ...] = ()
         self._listed_at = self._reviewed_at = float("-inf")
@@ -63,17 +63,17 @@ class LoraplexCollector(Collector):
         stats = self._engine.stats()
         cards = self._listing
         if self._with_engine:
-            yield from self.engine_families(stats)
+            yield from self.engine_families(stats, alive=self._engine.alive)
         yield from self._token_families()
         yield from self._store_families(cards)
         yield from self._adapter_families()
         yield from self._tier_families(stats, cards)
         yield from self._http_families()
-        yield self._fault_family()
+        yield fault_family(self._faults.counts)
 
-    def engine_families(self, stats: EngineStats) -> Iterator[Metric]:
+    def engine_families(self, stats: EngineStats, *, alive: bool) -> Iterator[Metric]:
         """Of one engine, by what it said last; names are those of the last listing."""
-        return self._engine_families.of(stats, self._listing)
+        return self._engine_families.of(stats, self._listing, alive=alive)
 
     def refresh_listing(self) -> None:
         """Lists the store if the last listing is old: milliseconds, so not for the event loop."""
@@ -225,10 +225,12 @@ class LoraplexCollector(Collector):
             seconds.add_metric((handler,), count_value=count, sum_value=total)
         yield seconds
 
-    def _fault_family(self) -> Metric:
-        family = CounterMetricFamily(
-            "loraplex_faults", "Failures of the server's own parts.", labels=("part",)
-        )
-        for part, count in self._faults.counts.items():
-            family.add_metric((part,), count)
-        return family
+
+def fault_family(counts: Mapping[str, int]) -> Metric:
+    """``counts``: failures by part."""
+    family = CounterMetricFamily(
+        "loraplex_faults", "Failures of the server's own parts.", labels=("part",)
+    )
+    for part, count in counts.items():
+        family.add_metric((part,), count)
+    return family

@@ -14,7 +14,7 @@ from prometheus_client.core import (
 from prometheus_client.metrics_core import Metric
 
 from loraplex_adapter_store.card import AdapterCard
-from loraplex_server.engine.client import STEP_TOKENS, EngineClient, EngineStats, TenantStats
+from loraplex_server.engine.client import STEP_TOKENS, EngineStats, TenantStats
 from loraplex_server.engine.config import EngineConfig
 
 from .adapter_usage import OTHER
@@ -30,19 +30,20 @@ _MAX_TENANTS = 50
 class EngineFamilies:
     """Stateless: each call builds current samples."""
 
-    def __init__(self, engine: EngineClient, config: EngineConfig, model_name: str) -> None:
-        self._engine = engine
+    def __init__(self, config: EngineConfig, model_name: str) -> None:
         self._config = config
         self._one = SingleSamples(model_name)
 
-    def of(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
+    def of(
+        self, stats: EngineStats, cards: Sequence[AdapterCard], *, alive: bool
+    ) -> Iterator[Metric]:
         """By what the engine said last; ``cards`` have the names of its adapters."""
-        yield from self._engine_families(stats)
+        yield from self._engine_families(stats, alive)
         yield from self._tenant_families(stats)
         yield from self._lora_families(stats, cards)
         yield from self._device_families(stats)
 
-    def _engine_families(self, stats: EngineStats) -> Iterator[Metric]:
+    def _engine_families(self, stats: EngineStats, alive: bool) -> Iterator[Metric]:
         total = stats.kv_pages_total
         used = stats.kv_pages_used / total if total else 0.0
         gauge, counter = self._one.gauge, self._one.counter
@@ -92,7 +93,7 @@ class EngineFamilies:
         )
         yield step
         yield counter("loraplex_engine_steps", "Forward passes of the engine.", stats.n_steps)
-        yield gauge("loraplex_engine_up", "1 while the engine lives.", float(self._engine.alive))
+        yield gauge("loraplex_engine_up", "1 while the engine lives.", float(alive))
         age = stats.step_age_s
         yield gauge("loraplex_engine_step_age_seconds", "Since the engine last moved.", age)
 

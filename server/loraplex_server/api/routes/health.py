@@ -31,7 +31,8 @@ async def health(state: State) -> Response:
         raise unavailable(
             f"the engine has not moved for {stats.step_age_s:.0f} s", "engine_stalled"
         )
-    degraded = [part.to_json() for part in state.faults.degraded]
+    elsewhere = () if state.fleet is None else state.fleet.degraded
+    degraded = [part.to_json() for part in (*state.faults.degraded, *elsewhere)]
     if degraded:
         return ORJSONResponse({"status": "degraded", "degraded": degraded})
     return ORJSONResponse({"status": "ok"})

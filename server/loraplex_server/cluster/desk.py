@@ -24,6 +24,7 @@ from loraplex_server.api.middleware.auth import Auth
 from loraplex_server.api.middleware.body_limit import BodyLimit
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.serving.disconnect import client_left
+from loraplex_server.api.serving.responses_format import stream_error
 from loraplex_server.settings import HttpConfig
 
 __all__ = ["PassedOn", "answered_by", "to_desk"]
@@ -102,13 +103,12 @@ class _ToDesk:
         self._auth = auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
+        sent = _Sent()
 
         async def pass_on() -> None:
-            nonlocal started
             async for messages in response:
                 for message in messages:
-                    started = True
+                    sent.count(message)
                     await send(message)
 
         try:
@@ -131,12 +131,35 @@ class _ToDesk:
                     task.cancel()
                 await asyncio.gather(passing, leaving, return_exceptions=True)
         except (ApiError, RayError, RayServeException) as error:
-            if started:
-                raise
             told = error
             if not isinstance(error, ApiError):
                 told = unavailable("what keeps files, batches and jobs was lost", "desk_lost", 2.0)
-            await ORJSONResponse.of_error(told, scope["path"])(scope, receive, send)
+            if not sent.started:
+                await ORJSONResponse.of_error(told, scope["path"])(scope, receive, send)
+            elif sent.is_stream and not sent.ended:
+                body = stream_error(told, sent.n_events)
+                await send({"type": "http.response.body", "body": body, "more_body": False})
+            else:
+                raise
+
+
+class _Sent:
+    """What a client has got of an answer."""
+
+    def __init__(self) -> None:
+        self.started = self.ended = False
+        self.is_stream = False  # of events, which here are those of a response
+        self.n_events = 0
+
+    def count(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.started = True
+            kind = dict(message["headers"]).get(b"content-type", b"")
+            self.is_stream = kind.startswith(b"text/event-stream")
+            return
+        body = message.get("body", b"")
+        self.n_events += body.startswith(b"event: ") + body.count(b"\nevent: ")
+        self.ended = not message.get("more_body", False)
 
 
 async def _nothing() -> Message:

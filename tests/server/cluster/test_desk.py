@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,8 @@ from starlette.types import Message
 from transformers import PreTrainedTokenizerFast
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
+
+from ray.exceptions import ActorUnavailableError
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.api_keys import ApiKey, Scope
@@ -100,6 +103,28 @@ async def test_what_may_be_as_large_as_an_adapter_is_not_passed_on(world: World)
     answer = await world.client.put("/v1/adapters/generate", content=PIECE, headers=headers)
     assert answer.status_code // 100 == 4
     assert not world.desk.asked
+
+
+async def test_a_stream_whose_desk_is_lost_ends_with_an_error_event(world: World) -> None:
+    answering = world.desk.remote
+
+    def lost(request: PassedOn) -> Answering:
+        async def lists() -> AsyncGenerator[list[Message]]:
+            async for messages in answering(request):
+                yield [message for message in messages if message.get("more_body", True)]
+                raise ActorUnavailableError("the actor is unavailable", b"0" * 16)
+
+        return Answering(lists())
+
+    world.desk.remote = lost  # type: ignore[method-assign]
+    body = {"model": "base", "input": "hi", "stream": True}
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    answer = await world.client.post("/v1/responses", json=body, headers=headers)
+    assert answer.status_code == 200
+    *_, last = answer.text.rstrip().split("\n\n")
+    name, _, data = last.partition("\ndata: ")
+    assert name == "event: error"
+    assert json.loads(data)["code"] == "desk_lost"
 
 
 async def _post(world: World, path: str, secret: str) -> tuple[int, httpx.Response]:

@@ -35,7 +35,7 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/tutorials/serve-your-adapters.md": {"loraplex serve --model": _OPTIONS},
     "docs/deployment.md": {
         "docker build": _DOCKER,
-        "LORAPLEX_HOME=": _DOCKER,
+        "loraplex pull": _DOCKER,
         "LORAPLEX_API_KEY=": _DOCKER,
     },
     "docs/kubernetes.md": {

@@ -50,6 +50,12 @@ class Answer:
     def finish(self) -> FinishReason | None:
         return self.last.finish
 
+    @property
+    def generated(self) -> list[int]:
+        """With the token that ended it, if one did: log-probabilities are of these."""
+        end = self.last.stop_token
+        return self.token_ids if end is None else [*self.token_ids, end]
+
 
 @contextmanager
 def running_engine(

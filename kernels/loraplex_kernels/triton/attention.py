@@ -352,7 +352,8 @@ def paged_attention_triton(
     widest = _widest_tile(capability or capability_of(q.device)) if takes_widest else 32
     is_small = q.element_size() != 2 or head_dim > 128 or n_rows <= _FEW_ROWS
     block_m = max(16 if is_small else widest, padded)
-    n_tiles = min(n_rows, n_rows // (block_m // padded) + n_requests)
+    # ``find_request`` leaves a place free between requests: the last may be beyond ``n_rows``.
+    n_tiles = n_rows // (block_m // padded) + n_requests
     block_d = triton.next_power_of_2(head_dim)
     shared = {
         "D": head_dim, "BLOCK_D": block_d, "SPLIT": SPLIT_POSITIONS, "N_GROUPS": N_GROUPS,

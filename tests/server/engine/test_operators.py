@@ -113,10 +113,10 @@ def _prompts(n: int, seed: int = 3) -> list[list[int]]:
 
 def _check(prompt: list[int], answer: Answer, oracle: Callable[..., Any], what: str) -> None:
     assert answer.last.error is None, what
-    tokens = prompt + answer.token_ids
+    tokens = prompt + answer.generated
     with torch.inference_mode(), _quiet_peft():
         want = torch.log_softmax(oracle(input_ids=torch.tensor([tokens])).logits[0], dim=-1)
-    assert answer.token_ids == want[len(prompt) - 1 : -1].argmax(dim=-1).tolist(), what
+    assert answer.generated == want[len(prompt) - 1 : -1].argmax(dim=-1).tolist(), what
     expected = want[:-1].gather(1, torch.tensor(tokens[1:]).unsqueeze(1)).squeeze(1)
     assert float((_logprobs(answer) - expected).abs().max()) <= TOLERANCE, what
 
@@ -210,7 +210,7 @@ def test_operators_are_as_close_in_bfloat16_as_low_rank_factors_are(
     errors = {}
     for name, prompt, answer in zip(names, prompts, answers, strict=True):
         assert answer.last.error is None, name
-        tokens = torch.tensor([prompt + answer.token_ids])
+        tokens = torch.tensor([prompt + answer.generated])
         with torch.inference_mode(), _quiet_peft():
             want = torch.log_softmax(served[name].tuned(input_ids=tokens).logits[0], dim=-1)
         expected = want[:-1].gather(1, tokens[0, 1:].unsqueeze(1)).squeeze(1)

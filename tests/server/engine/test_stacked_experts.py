@@ -111,7 +111,7 @@ def test_rows_that_change_experts_share_steps_with_others_exactly(tmp_path: Path
         answers = generate_all(engine, prompts, GREEDY, [*plans, None, plans[1]])
     for prompt, oracle, answer in zip(prompts, oracles, answers, strict=True):
         assert answer.last.error is None
-        tokens = torch.tensor([prompt + answer.token_ids])
+        tokens = torch.tensor([prompt + answer.generated])
         with torch.inference_mode():
             want = torch.log_softmax(oracle(input_ids=tokens).logits[0], dim=-1)
         given = [lp for lp in answer.events[0].prompt_logprobs if lp is not None]

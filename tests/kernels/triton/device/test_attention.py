@@ -101,6 +101,7 @@ def _attend(
     softcap: float | None = None,
     batch_invariant: bool = True,
 ) -> Tensor:
+    """A row that is left out is NaN, not what freed memory holds of an earlier result."""
     return paged_attention_triton(
         step.q,
         step.k_cache,
@@ -111,6 +112,7 @@ def _attend(
         scale=0.25,
         window=window,
         softcap=softcap,
+        out=torch.full_like(step.q, float("nan")),
         batch_invariant=batch_invariant,
     )
 
@@ -130,6 +132,17 @@ def _short_splits(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a group has several splits."""
     monkeypatch.setattr(attention, "SPLIT_POSITIONS", 64)
     monkeypatch.setattr(attention, "N_GROUPS", 2)
+
+
+@pytest.mark.parametrize("heads", [(9, 3), (4, 4), (8, 1), (16, 1)])
+@pytest.mark.parametrize("queries", [[1] * 5, [1] * 40, [3] * 4, [0, 0, 1], [2, 0, 0, 0, 1]])
+def test_every_request_has_a_program(
+    device: torch.device, heads: tuple[int, int], queries: list[int]
+) -> None:
+    """A step of more requests than a tile has queries; requests without queries between others."""
+    lens = [max(1, n) + 9 * (place % 3) for place, n in enumerate(queries)]
+    step = _step(device, torch.float32, lens=lens, queries=queries, n_heads=heads[0], n_kv=heads[1])
+    _assert_close(_attend(step), step)
 
 
 @settings(max_examples=12, deadline=None)

@@ -56,11 +56,12 @@ async def test_a_key_that_sent_its_requests_is_told_when_to_come_back(limited: F
     assert "2 requests a minute" in error["message"]
     assert 1 <= int(refused.headers["retry-after"]) <= 30
     assert len(limited.engine.requests) == 2
-    # reading counts, but for probes; other keys are not concerned
+    # reading counts, but for probes and what Prometheus reads; other keys are not concerned
     get = limited.client.get
     assert (await get("/v1/models", headers=limited.headers)).status_code == 429
     for path in ("/health", "/ready"):
         assert (await get(path, headers=limited.headers)).status_code == 200
+    assert (await get("/metrics", headers=limited.headers)).status_code == 403  # and not 429
     use(limited, "plain-secret")
     answer = await limited.chat()
     assert answer.status_code == 200

@@ -64,12 +64,14 @@ class UnfitExamples(GeneratorError):
 
 
 class NothingLearnt(GeneratorError):
-    def __init__(self, n_pairs: int, nll: float) -> None:
+    def __init__(self, n_pairs: int, nll: float, *, timed_out: bool = False) -> None:
+        """``timed_out``: with more time something might have been."""
         super().__init__(
             f"the description is unlike anything this generator was trained on, and {n_pairs} "
             f"examples did not make up for it (held out: {nll:.2f} nats a token before and after); "
             "give more examples or more time, or train an adapter with `loraplex train`"
         )
+        self.timed_out = timed_out
 
 
 class OutOfTime(GeneratorError):

@@ -80,7 +80,7 @@ def generate_from_examples(
         report=report,
     )
     if not (made.gained or has_draft):
-        raise NothingLearnt(len(pairs), made.before.nll)
+        raise NothingLearnt(len(pairs), made.before.nll, timed_out=made.timed_out)
     vector = made.vector if made.gained else draft.vector
     card = {
         **draft.card,

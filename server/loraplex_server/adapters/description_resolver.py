@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from loraplex_adapter_store.card import AdapterCard
@@ -15,7 +16,8 @@ from loraplex_server.api_keys import AdapterAccess
 
 from .generated_adapters import AdapterGenerationRequest, GeneratedAdapters
 from .learning import Learner
-from .resolver import Resolution
+from .learning_record import serves
+from .resolver import Resolution, Turns
 from .semantic_router import SemanticRouter
 
 __all__ = ["DescriptionResolver"]
@@ -48,6 +50,7 @@ class DescriptionResolver:
         access: AdapterAccess,
         *,
         with_tools: bool = False,
+        takes_turns: bool = False,
         relist: bool = False,
     ) -> Resolution:
         if isinstance(selector, Auto):
@@ -66,7 +69,7 @@ class DescriptionResolver:
             selector.text, method=selector.method, examples=selector.examples
         )
         if selector.examples:
-            return await self._learn(request, selector, access)
+            return await self._learn(request, selector, access, takes_turns=takes_turns)
         ensure = functools.partial(
             self._generated.ensure, request, tenant=access.tenant or "", quota=access.quota
         )
@@ -74,17 +77,31 @@ class DescriptionResolver:
         return _resolution(card, selector)
 
     async def _learn(
-        self, request: AdapterGenerationRequest, selector: Description, access: AdapterAccess
+        self,
+        request: AdapterGenerationRequest,
+        selector: Description,
+        access: AdapterAccess,
+        *,
+        takes_turns: bool,
     ) -> Resolution:
-        """Waits for the draft, or for what is learnt if ``selector`` says so."""
+        """What is learnt, waiting for it if ``selector`` says so. Until then the base with the
+        examples as turns, which is right more often than the draft; for who takes no turns the
+        draft.
+        """
         if self._learning is None:
             raise invalid(
                 "this server learns nothing from examples; send the description alone",
                 "adapter",
                 "feature_not_enabled",
             )
-        learnt = await self._learning.learn(request, access, wait=selector.wait)
-        return _resolution(learnt.card, selector, learnt.job)
+        learnt = await self._learning.learn(
+            request, access, wait=selector.wait, needs_adapter=not takes_turns
+        )
+        card = learnt.card
+        if card is not None and (serves(card) == "learnt" or not takes_turns):
+            return _resolution(card, selector, learnt.job)
+        told = _told(card, selector, learnt.job, "turns", _SHOWN[:1])
+        return Resolution(None, told, _turns(selector))
 
     def close(self) -> None:
         self.router.close()
@@ -111,9 +128,29 @@ class DescriptionResolver:
 
 
 def _resolution(card: AdapterCard, selector: Description, job: str | None = None) -> Resolution:
-    """``job`` is told where one may still replace the adapter by a better one."""
-    shown = {key: card.provenance[key] for key in _SHOWN if key in card.provenance}
-    told: dict[str, object] = {"description": selector.text, **shown}
+    told = _told(card, selector, job, serves(card) if selector.examples else None)
+    return Resolution(NameRef(card.name, card.digest[:12]), told)
+
+
+def _told(
+    card: AdapterCard | None,
+    selector: Description,
+    job: str | None,
+    serves: str | None,
+    shown_of_card: Sequence[str] = _SHOWN,
+) -> dict[str, object]:
+    """``serves``: what answers, of examples. ``job`` may still replace it by something better."""
+    told: dict[str, object] = {"description": selector.text}
+    if serves is not None:
+        told["serves"] = serves
     if job is not None:
         told["job"] = job
-    return Resolution(NameRef(card.name, card.digest[:12]), told)
+    if card is not None:
+        told |= {key: card.provenance[key] for key in shown_of_card if key in card.provenance}
+    return told
+
+
+def _turns(selector: Description) -> Turns:
+    """The examples of ``selector``, the sentence in front of the first one's prompt."""
+    (prompt, answer), *others = selector.examples
+    return [(f"{selector.text}\n{prompt}", answer), *others]

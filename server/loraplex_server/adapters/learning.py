@@ -27,7 +27,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.errors import RevisionConflict, StoreError, UnknownAdapter
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_generation.errors import OutOfDistribution, OutOfTime
+from loraplex_generation.errors import NothingLearnt, OutOfDistribution, OutOfTime
 from loraplex_generation.refinement import Progress, RefinementProgress
 from loraplex_generation.service import GeneratedAdapter
 from loraplex_server.api.errors import ApiError, from_store, invalid, too_many
@@ -57,6 +57,8 @@ _PUT_S = 0.5  # of a budget, kept for checking and storing what was learnt
 _SLACK_S = 60.0  # for all of a job that no budget bounds: loading what generates, say
 _MAX_OF_TENANT = 4  # jobs that run or wait; one runs at a time
 _MAX_JOBS = 32
+_MAX_IN_VAIN = 1024  # orders that are remembered
+_TOO_MANY = "too_many_learning_jobs"
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -89,15 +91,24 @@ class Ordered(NamedTuple):
 class Learnt(NamedTuple):
     """For a request that brings its examples. Crosses processes."""
 
-    card: AdapterCard  # what answers now
+    card: AdapterCard | None  # what answers now; None: nothing yet, only where that was allowed
     job: str | None  # that may still replace it by something better
 
 
 class Learner(Protocol):
     async def learn(
-        self, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
+        self,
+        request: AdapterGenerationRequest,
+        access: AdapterAccess,
+        *,
+        wait: bool,
+        needs_adapter: bool,
     ) -> Learnt:
-        """The draft, or with ``wait`` what is learnt. Raises StoreError or ApiError."""
+        """The draft, or with ``wait`` what is learnt. Raises StoreError or ApiError.
+
+        ``needs_adapter``: raise, too, where there is none. Who does not need one has another
+        answer: no job starts for it that has learnt nothing before, or that is one too many.
+        """
 
 
 @dataclass(slots=True)
@@ -141,6 +152,9 @@ class Learning:
         self._trainer, self._executor = trainer, executor
         self._max_budget_s = max_budget_s
         self._running: dict[tuple[str, str], _Running] = {}
+        # Orders without a draft that came to nothing, and the seconds that were not enough for
+        # them; None: they had enough.
+        self._in_vain: dict[tuple[str, str], float | None] = {}
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-training")
 
@@ -181,14 +195,28 @@ class Learning:
         return job.card
 
     async def learn(
-        self, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
+        self,
+        request: AdapterGenerationRequest,
+        access: AdapterAccess,
+        *,
+        wait: bool,
+        needs_adapter: bool,
     ) -> Learnt:
         """See ``Learner``. Who waits does so for something learnt, not for something better."""
-        ordered = await self.order(request, access)
+        can_do_without = not (needs_adapter or wait)
+        key = self._generated.unnamed(request, access.tenant or ""), request.key
+        if can_do_without and key in self._in_vain and self._in_vain[key] is None:
+            return Learnt(None, None)
+        try:
+            ordered = await self.order(request, access)
+        except ApiError as error:
+            if can_do_without and error.code == _TOO_MANY:
+                return Learnt(None, None)
+            raise
         card, job = ordered.card, ordered.job
         if job is not None and wait and serves(card) != "learnt":
             card = await self.wait(job)
-        if card is None:
+        if card is None and needs_adapter:
             raise self._refusal(ordered)
         return Learnt(card, None if job is None else job.id)
 
@@ -263,6 +291,8 @@ class Learning:
         """
         left = await self._blocking(partial(self._left, stored, order))
         record = record_of(left)
+        if left is None:
+            order.budget_s = self._budget(wanted_s, self._in_vain.get((stored, order.request.key)))
         if left is not None:
             order.budget_s = self._budget(wanted_s, last_budget_s(record))
             if may_learn_again(record, order.budget_s):
@@ -304,7 +334,7 @@ class Learning:
             busy = f"{n_ours} jobs of this tenant" if n_ours >= _MAX_OF_TENANT else "too many jobs"
             raise too_many(
                 f"{busy} are learning from examples or wait for it; wait for one to end",
-                "too_many_learning_jobs",
+                _TOO_MANY,
                 order.budget_s,
             )
         drafted: asyncio.Future[AdapterCard | None] = asyncio.get_running_loop().create_future()
@@ -348,6 +378,8 @@ class Learning:
         except Exception as error:
             if draft is not None and not self._closed:
                 await self._leave(job, order, draft, error)
+            if draft is None:
+                self._remember(job.adapter, order, error)
             raise
 
     async def _draft(self, job: Job, order: _Order, running: _Running) -> AdapterCard | None:
@@ -409,6 +441,7 @@ class Learning:
             card = await self._blocking(put)
         except (RevisionConflict, UnknownAdapter) as error:
             raise _changed(job, order) from error
+        self._in_vain.pop((job.adapter, order.request.key), None)
         job.learning |= {"serves": serves(card), "gained": gained}
         return card
 
@@ -425,6 +458,14 @@ class Learning:
                 raise changed from error
         except StoreError:
             _log.warning("the end of %s could not be noted", job.id, exc_info=True)
+
+    def _remember(self, stored: str, order: _Order, error: Exception) -> None:
+        """``order`` has no draft that could say what came of it."""
+        if isinstance(error, OutOfTime | NothingLearnt):
+            while len(self._in_vain) >= _MAX_IN_VAIN:
+                del self._in_vain[next(iter(self._in_vain))]
+            was_short = isinstance(error, OutOfTime) or error.timed_out
+            self._in_vain[stored, order.request.key] = order.budget_s if was_short else None
 
     async def _trained(self, job: Job, order: _Order) -> GeneratedAdapter:
         """Raises JobCancelled, at once where it has not begun, else within a step."""

@@ -34,10 +34,21 @@ from loraplex_server.metrics.call_log import ChosenBy
 from .access import check_allowed, follow_names, stored_name
 from .worker_pools import WorkerPools
 
-__all__ = ["AdapterRequest", "AdapterResolver", "Resolution", "ResolvedAdapter", "SelectorResolver"]
+__all__ = [
+    "AdapterRequest",
+    "AdapterResolver",
+    "Resolution",
+    "ResolvedAdapter",
+    "SelectorResolver",
+    "Turns",
+]
 
 _MAX_NAMES_SHOWN = 20
 _BASE = "base"  # reserved by the store, so no adapter has this name
+
+
+Turns = Sequence[tuple[str, str]]
+"""Prompts and their answers, which go before a chat's own turns: examples of what is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +57,7 @@ class Resolution:
 
     selector: NameRef | Mixture | None  # None: the base model answers best
     explanation: Mapping[str, object] = field(default_factory=dict)  # JSON-ready
+    turns: Turns = ()
 
 
 class SelectorResolver(Protocol):
@@ -58,11 +70,12 @@ class SelectorResolver(Protocol):
         access: AdapterAccess,
         *,
         with_tools: bool = False,
+        takes_turns: bool = False,
         relist: bool = False,
     ) -> Resolution:
         """For ``auto``: what the user said, whether there are tools to call, and whether a listing
-        of the adapters that is kept for a while will not do.
-        Raises StoreError or ApiError.
+        of the adapters that is kept for a while will not do. ``takes_turns``: whether examples may
+        come back as turns. Raises StoreError or ApiError.
 
         Runs on the event loop: slow work belongs in a thread.
         """
@@ -85,6 +98,7 @@ class ResolvedAdapter:
     lease: AdapterLease | None = None
     label: str | None = None  # name as asked for, for the answer, logs and metrics
     explanation: Mapping[str, object] | None = None
+    turns: Turns = ()  # only for who takes them
 
     def release(self) -> None:
         if self.lease is not None:
@@ -135,14 +149,15 @@ class ResolvedAdapter:
         explained = self.explanation
         return explained if explained is not None and explained.get("method") == "auto" else None
 
-    def to_json(self) -> dict[str, object] | None:
-        """None for a plain answer of the base."""
+    def to_json(self, n_turns: int = 0) -> dict[str, object] | None:
+        """None for a plain answer of the base. ``n_turns``: how many of ``turns`` were sent."""
         if self.lease is None and self.explanation is None:
             return None
         digest = None if self.lease is None else self.lease.digest
         chosen: dict[str, object] = {"name": self.label, "digest": digest}
         if self.explanation is not None:
-            chosen["chosen_by"] = dict(self.explanation)
+            sent = {"turns": n_turns} if self.turns else {}
+            chosen["chosen_by"] = {**self.explanation, **sent}
         return chosen
 
 
@@ -202,10 +217,12 @@ class AdapterResolver:
         access: AdapterAccess = EVERY_ADAPTER,
         *,
         with_tools: bool = False,
+        takes_turns: bool = False,
     ) -> ResolvedAdapter:
         """Takes the lease; may wait for a load. Raises ApiError.
 
-        ``text`` and ``with_tools`` (the request offers tools) serve ``auto``.
+        ``text`` and ``with_tools`` (the request offers tools) serve ``auto``. ``takes_turns``: the
+        caller puts the result's ``turns`` before its chat.
         """
         selector = request.selector
         if request.is_unknown:
@@ -217,7 +234,14 @@ class AdapterResolver:
         try:
             if isinstance(selector, Auto | Description):
                 resolver = self._resolver_of(selector, request.param)
-                return await self._choose(resolver, selector, text, access, with_tools=with_tools)
+                return await self._choose(
+                    resolver,
+                    selector,
+                    text,
+                    access,
+                    with_tools=with_tools,
+                    takes_turns=takes_turns,
+                )
             await self._follow(selector, access)
             stored = self._in_store(selector, access, request.param)
             lease = await self._acquire(stored, access)
@@ -268,15 +292,21 @@ class AdapterResolver:
         access: AdapterAccess,
         *,
         with_tools: bool,
+        takes_turns: bool,
     ) -> ResolvedAdapter:
         """What ``resolver`` chooses, with its lease. ``auto`` may choose a second time."""
         relist = False
         while True:
             chosen = await resolver.resolve(
-                selector, text, access, with_tools=with_tools, relist=relist
+                selector,
+                text,
+                access,
+                with_tools=with_tools,
+                takes_turns=takes_turns,
+                relist=relist,
             )
             if chosen.selector is None:
-                return ResolvedAdapter(explanation=chosen.explanation)
+                return ResolvedAdapter(explanation=chosen.explanation, turns=chosen.turns)
             try:
                 lease = await self._acquire(chosen.selector, access)
             except (UnknownAdapter, UnservableAdapter):
@@ -285,7 +315,7 @@ class AdapterResolver:
                 relist = True  # deleted since adapters were listed, or found unservable just now
                 continue
             label = access.shown(_label(chosen.selector))
-            return ResolvedAdapter(lease, label, chosen.explanation)
+            return ResolvedAdapter(lease, label, chosen.explanation, chosen.turns)
 
     async def _acquire(
         self, selector: NameRef | Mixture | Library, access: AdapterAccess

@@ -24,11 +24,18 @@ class DeskLearner:
         self._learn = desk.options(method_name="learn")
 
     async def learn(
-        self, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
+        self,
+        request: AdapterGenerationRequest,
+        access: AdapterAccess,
+        *,
+        wait: bool,
+        needs_adapter: bool,
     ) -> Learnt:
         """Raises ApiError."""
         try:
-            answer: Learnt | Refused = await self._learn.remote(request, access, wait)
+            answer: Learnt | Refused = await self._learn.remote(
+                request, access, wait, needs_adapter
+            )
         except (RayError, RayServeException) as error:
             raise unavailable("what learns from examples was lost", "desk_lost", 2.0) from error
         if isinstance(answer, Refused):
@@ -37,11 +44,16 @@ class DeskLearner:
 
 
 async def learnt_by(
-    learner: Learner, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
+    learner: Learner,
+    request: AdapterGenerationRequest,
+    access: AdapterAccess,
+    *,
+    wait: bool,
+    needs_adapter: bool,
 ) -> Learnt | Refused:
     """In the Desk."""
     try:
-        return await learner.learn(request, access, wait=wait)
+        return await learner.learn(request, access, wait=wait, needs_adapter=needs_adapter)
     except StoreError as error:
         return Refused.of(from_store(error, param="adapter", access=access))
     except ApiError as error:

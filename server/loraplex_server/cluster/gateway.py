@@ -98,12 +98,16 @@ class Desk:
                 yield messages
 
     async def learn(
-        self, request: AdapterGenerationRequest, access: AdapterAccess, wait: bool
+        self,
+        request: AdapterGenerationRequest,
+        access: AdapterAccess,
+        wait: bool,
+        needs_adapter: bool,
     ) -> Learnt | Refused:
         """Examples that a gateway's request has brought; see ``Learner``."""
         learning = self._services.learning
         assert learning is not None  # the gateways have the same config
-        return await learnt_by(learning, request, access, wait=wait)
+        return await learnt_by(learning, request, access, wait=wait, needs_adapter=needs_adapter)
 
     async def own_metrics(self) -> ProcessMetrics:
         """What this process counted."""

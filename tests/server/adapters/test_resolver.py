@@ -148,6 +148,7 @@ class Resolver:
         access: AdapterAccess,
         *,
         with_tools: bool = False,
+        takes_turns: bool = False,
         relist: bool = False,
     ) -> Resolution:
         self.asked.append((wish, text))

@@ -49,6 +49,8 @@ PAIRS = [
 ]
 ORDER = {"description": "the surname", "examples": PAIRS, "name": "surname", "probe": False}
 STRANGE = {**ORDER, "description": "something strange"}
+SURNAME = {"description": "the surname", "examples": PAIRS}  # of a chat
+STRANGE_CHAT = {"description": "something strange", "examples": PAIRS}
 GENERATE = "/v1/adapters/generate"
 
 
@@ -301,16 +303,15 @@ async def test_what_time_cut_off_is_learnt_again_where_an_order_gives_more(
 async def test_a_chat_learns_again_with_twice_the_time_up_to_what_the_server_allows(
     world: World,
 ) -> None:
-    wish = {"description": "the surname", "examples": PAIRS}
     world.trainer.timed_out = True
     world.trainer.end.set()
     for budget_s in (30, 60, 100):
-        chosen = (await world.front.chat(adapter=wish)).json()["adapter"]["chosen_by"]
+        chosen = (await world.front.chat(adapter=SURNAME)).json()["adapter"]["chosen_by"]
         end = await world.ended(chosen["job"])
         assert end["learning"]["gained"] is True
         card = await world.card(end["adapter"])
         assert card["provenance"]["refinement"]["budget_s"] == budget_s
-    last = (await world.front.chat(adapter=wish)).json()["adapter"]
+    last = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
     assert (last["digest"], "job" in last["chosen_by"]) == (end["digest"], False)
 
 
@@ -329,7 +330,7 @@ async def test_the_order_after_one_that_found_no_time_at_all_gets_twice_as_much(
 async def test_a_chat_that_waits_does_not_wait_for_something_better(world: World) -> None:
     first = await world.learnt(name=None, timed_out=True)
     world.trainer.end.clear()
-    wish = {"description": "the surname", "examples": PAIRS, "wait": True}
+    wish = {**SURNAME, "wait": True}
     answer = (await world.front.chat(adapter=wish)).json()["adapter"]
     assert answer["digest"] == first["digest"]
     assert answer["chosen_by"]["job"] != first["id"]
@@ -352,7 +353,7 @@ async def test_a_chat_is_answered_by_what_was_learnt_where_no_job_may_start(worl
     world.trainer.end.clear()
     for number in range(4):
         assert (await world.order(name=f"n{number}")).status_code == 202
-    answer = await world.front.chat(adapter={"description": "the surname", "examples": PAIRS})
+    answer = await world.front.chat(adapter=SURNAME)
     assert answer.status_code == 200, answer.text
     assert answer.json()["adapter"]["digest"] == first["digest"]
     assert (await world.order(name=None, budget_s=90)).status_code == 429
@@ -486,38 +487,196 @@ async def test_who_waits_gets_the_card_of_what_was_learnt(world: World) -> None:
     assert answer.headers["etag"] == f'"{answer.json()["digest"]}"'
 
 
-async def test_a_chat_is_answered_by_the_draft_and_later_by_what_was_learnt(world: World) -> None:
-    wish = {"description": "the surname", "examples": PAIRS}
-    first = (await world.front.chat(adapter=wish)).json()["adapter"]
+async def test_a_chat_is_answered_with_its_examples_as_turns_and_later_by_what_was_learnt(
+    world: World, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    first = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
+    assert (first["name"], first["digest"]) == (None, None)
+    assert first["chosen_by"]["serves"] == "turns"
     assert first["chosen_by"]["refinement"]["finished"] is False
+    assert "method" not in first["chosen_by"]  # of a draft, which has not answered
+    sent = world.front.engine.requests[-1]
+    assert sent.adapter is None
+    assert sent.prompt_ids == _with_turns(tokenizer, "the surname", PAIRS)
+    world.trainer.end.set()
+    end = await world.ended(first["chosen_by"]["job"])
+    second = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
+    assert second["digest"] == end["digest"]
+    assert second["chosen_by"]["serves"] == "learnt"
+    assert second["chosen_by"]["refinement"]["finished"] is True
+    assert "job" not in second["chosen_by"]
+    sent = world.front.engine.requests[-1]
+    assert sent.prompt_ids == _with_turns(tokenizer, "", [])
+
+
+async def test_a_system_message_stays_first_and_the_chats_own_turns_come_last(
+    world: World, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chat = [
+        {"role": "system", "content": "be short"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "two"},
+    ]
+    await world.front.chat(adapter=SURNAME, messages=chat)
+    expected = _with_turns(tokenizer, "the surname", PAIRS, before=chat[:1], after=chat[1:])
+    assert world.front.engine.requests[-1].prompt_ids == expected
+
+
+async def test_of_more_turns_than_the_context_holds_the_first_half_is_sent(
+    world: World, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pairs = [{"prompt": f"{'x' * 20}{i}", "answer": "y"} for i in range(32)]
+    wish = {"description": "the surname", "examples": pairs}
+    room = world.front.engine.max_model_len - 8
+    lengths = [len(_with_turns(tokenizer, "the surname", pairs[:n])) for n in (32, 16, 8, 4)]
+    assert lengths[0] > room
+    n_sent = next(n for n, length in zip((32, 16, 8, 4), lengths, strict=True) if length <= room)
+    answer = await world.front.chat(adapter=wish, max_tokens=8)
+    assert answer.status_code == 200, answer.text
+    sent = world.front.engine.requests[-1].prompt_ids
+    assert sent == _with_turns(tokenizer, "the surname", pairs[:n_sent])
+    assert answer.json()["adapter"]["chosen_by"]["turns"] == n_sent
+
+
+async def test_a_chat_that_leaves_no_room_for_an_example_says_so(world: World) -> None:
+    room = world.front.engine.max_model_len - 20
+    chat = [{"role": "user", "content": "x " * (room // 2)}]
+    pairs = [{"prompt": f"{i} {'long ' * 15}", "answer": "y"} for i in range(2)]
+    wish = {"description": "the surname", "examples": pairs}
+    alone = await world.front.chat(messages=chat, max_tokens=1)
+    assert alone.status_code == 200, alone.text
+    answer = await world.front.chat(adapter=wish, messages=chat, max_tokens=1)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "context_length_exceeded")
+    assert "examples" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"max_tokens": 8}),
+        ("/v1/responses", {"input": "hi", "messages": None}),
+    ],
+)
+async def test_every_kind_of_chat_has_the_turns(
+    world: World, tokenizer: PreTrainedTokenizerFast, path: str, body: dict[str, object]
+) -> None:
+    chat = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "adapter": SURNAME}
+    sent = {name: value for name, value in {**chat, **body}.items() if value is not None}
+    answer = await world.front.post(path, sent)
+    assert answer.status_code == 200, answer.text
+    expected = _with_turns(tokenizer, "the surname", PAIRS)
+    assert world.front.engine.requests[-1].prompt_ids == expected
+
+
+async def test_tokens_are_counted_with_the_turns(
+    world: World, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    chat = {"model": "base", "messages": [{"role": "user", "content": "hi"}], "adapter": SURNAME}
+    expected = _with_turns(tokenizer, "the surname", PAIRS)
+    told = (await world.front.post("/tokenize", chat)).json()
+    assert tuple(told["tokens"]) == expected
+    counted = (await world.front.post("/v1/messages/count_tokens", chat)).json()
+    assert counted["input_tokens"] == len(expected)
+
+
+async def test_a_completion_has_no_turns_and_is_answered_by_the_draft(world: World) -> None:
+    first = (await world.front.complete(adapter=SURNAME)).json()["adapter"]
+    assert first["chosen_by"]["serves"] == "draft"
     used = world.front.engine.requests[-1].adapter
     assert used is not None
     assert used.digest == first["digest"]
-    world.trainer.end.set()
-    end = await world.ended(first["chosen_by"]["job"])
-    second = (await world.front.chat(adapter=wish)).json()["adapter"]
-    assert second["digest"] == end["digest"] != first["digest"]
-    assert second["chosen_by"]["refinement"]["finished"] is True
-    assert "job" not in second["chosen_by"]
+    strange = await world.front.complete(adapter=STRANGE_CHAT)
+    error = strange.json()["error"]
+    assert (strange.status_code, error["code"]) == (422, "description_out_of_distribution")
+    assert error["job"] in error["message"]
 
 
 async def test_a_chat_that_waits_is_answered_by_what_was_learnt(world: World) -> None:
     world.trainer.end.set()
-    wish = {"description": "something strange", "examples": PAIRS, "wait": True}
+    wish = {**STRANGE_CHAT, "wait": True}
     answer = (await world.front.chat(adapter=wish)).json()["adapter"]
     assert answer["chosen_by"]["refinement"]["gained"] is True
 
 
-async def test_a_chat_whose_description_is_refused_is_told_of_the_job(world: World) -> None:
-    wish = {"description": "something strange", "examples": PAIRS}
-    answer = await world.front.chat(adapter=wish)
-    error = answer.json()["error"]
-    assert (answer.status_code, error["code"]) == (422, "description_out_of_distribution")
-    assert error["job"] in error["message"]
-    assert not world.front.engine.requests
+async def test_a_chat_whose_description_is_refused_has_its_examples_as_turns(
+    world: World, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    first = (await world.front.chat(adapter=STRANGE_CHAT)).json()["adapter"]
+    assert (first["name"], first["chosen_by"]["serves"]) == (None, "turns")
+    expected = _with_turns(tokenizer, "something strange", PAIRS)
+    assert world.front.engine.requests[-1].prompt_ids == expected
     world.trainer.end.set()
-    await world.ended(error["job"])
-    assert (await world.front.chat(adapter=wish)).status_code == 200
+    end = await world.ended(first["chosen_by"]["job"])
+    second = (await world.front.chat(adapter=STRANGE_CHAT)).json()["adapter"]
+    assert second["digest"] == end["digest"]
+
+
+async def test_chats_do_not_learn_in_vain_twice(world: World) -> None:
+    """A refused description has no draft that could say that its job came to nothing."""
+    world.trainer.gains = False
+    world.trainer.end.set()
+    first = (await world.front.chat(adapter=STRANGE_CHAT)).json()["adapter"]
+    end = await world.ended(first["chosen_by"]["job"])
+    assert end["error"]["code"] == "nothing_learnt"
+    second = (await world.front.chat(adapter=STRANGE_CHAT)).json()["adapter"]
+    assert second["chosen_by"] == {
+        "description": "something strange",
+        "serves": "turns",
+        "turns": 2,
+    }
+    assert len(world.trainer.deadlines) == 1
+    world.trainer.gains = True  # who orders it all the same is obeyed, and then chats have it
+    ordered = (await world.front.post(GENERATE, {**STRANGE, "name": None})).json()
+    end = await world.ended(ordered)
+    third = (await world.front.chat(adapter=STRANGE_CHAT)).json()["adapter"]
+    assert third["digest"] == end["digest"]
+
+
+async def test_chats_learn_again_in_twice_the_time_where_there_was_too_little(
+    world: World,
+) -> None:
+    world.trainer.error = OutOfTime()
+    world.trainer.end.set()
+    for budget_s in (30, 60):
+        before = time.monotonic()
+        told = (await world.front.chat(adapter=STRANGE_CHAT)).json()["adapter"]["chosen_by"]
+        await world.ended(told["job"])
+        assert before + budget_s - 1 < world.trainer.deadlines[-1] < time.monotonic() + budget_s
+
+
+async def test_a_chat_has_turns_where_no_job_may_start(world: World) -> None:
+    for number in range(4):
+        assert (await world.order(name=f"n{number}")).status_code == 202
+    answer = (await world.front.chat(adapter=STRANGE_CHAT)).json()["adapter"]
+    assert answer["chosen_by"] == {
+        "description": "something strange",
+        "serves": "turns",
+        "turns": 2,
+    }
+
+
+def _with_turns(
+    tokenizer: PreTrainedTokenizerFast,
+    sentence: str,
+    pairs: Sequence[dict[str, str]],
+    *,
+    before: Sequence[dict[str, str]] = (),
+    after: Sequence[dict[str, str]] = ({"role": "user", "content": "hi"},),
+) -> tuple[int, ...]:
+    """What transformers makes of the chat with examples as turns."""
+    said = [
+        {"role": role, "content": pair[field]}
+        for pair in pairs
+        for role, field in (("user", "prompt"), ("assistant", "answer"))
+    ]
+    if said:
+        said[0]["content"] = f"{sentence}\n{said[0]['content']}"
+    chat = [*before, *said, *after]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return tuple(ids)
 
 
 @pytest.mark.parametrize(

@@ -356,12 +356,17 @@ async def test_an_error_of_the_process_that_learns_is_the_same_at_the_gateway() 
 
     class Refuses:
         async def learn(
-            self, request: AdapterGenerationRequest, access: AdapterAccess, *, wait: bool
+            self,
+            request: AdapterGenerationRequest,
+            access: AdapterAccess,
+            *,
+            wait: bool,
+            needs_adapter: bool,
         ) -> Learnt:
             raise refused
 
     order = AdapterGenerationRequest("x", examples=(("a", "A"), ("b", "B")))
-    answer = await learnt_by(Refuses(), order, EVERY_ADAPTER, wait=False)
+    answer = await learnt_by(Refuses(), order, EVERY_ADAPTER, wait=False, needs_adapter=True)
     assert isinstance(answer, Refused)
     come: Refused = pickle.loads(pickle.dumps(answer))
     assert come.error().body() == from_store(refused).body()

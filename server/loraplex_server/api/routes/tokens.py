@@ -66,10 +66,18 @@ async def _chat_ids(state: AppState, body: TokenizeBody, access: AdapterAccess) 
         continue_final_message=body.continue_final_message,
         chat_template_kwargs=body.chat_template_kwargs,
     )
-    chosen = await state.resolver.resolve(asked, chat.routing_text, access)
+    chosen = await state.resolver.resolve(asked, chat.routing_text, access, takes_turns=True)
     try:
         defaults = defaults_of(chosen)
         protocol = chat.protocol(state.text, chosen, defaults)
-        return await chat.ids(state.text, protocol, defaults, tenant=access.tenant or "")
+        ids, _ = await chat.ids_within(
+            state.engine.max_model_len,
+            state.text,
+            protocol,
+            defaults,
+            tenant=access.tenant or "",
+            turns=chosen.turns,
+        )
+        return ids
     finally:
         chosen.release()

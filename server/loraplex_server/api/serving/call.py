@@ -57,6 +57,7 @@ class Prompt:
     ids: tuple[int, ...]
     sampling: SamplingParams
     discard_output: bool = False
+    n_turns: int = 0  # of the examples
 
 
 class TextCall(ABC):
@@ -128,6 +129,11 @@ class TextCall(ABC):
     @property
     def offers_tools(self) -> bool:
         """Whether the answer may call tools: ``auto`` then prefers adapters for that."""
+        return False
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether ``prompts`` puts the examples of what is resolved before its own turns."""
         return False
 
     @abstractmethod
@@ -206,6 +212,7 @@ class TextCall(ABC):
             self.routing_text,
             self.info.access,
             with_tools=self.offers_tools,
+            takes_turns=self.takes_turns,
         )
         self.info.chose(resolved.header, resolved.chosen_by)
         load_s = perf_counter() - started
@@ -268,7 +275,7 @@ class TextCall(ABC):
             id=f"{self.id_prefix}{uuid.uuid4().hex}",
             created=self.state.now(),
             model=self.adapter_request.model,
-            adapter=resolved.to_json(),
+            adapter=resolved.to_json(prompts[0].n_turns),
             routing=resolved.routing,
             with_logprobs=self.with_logprobs,
             with_token_ids=bool(self._body.return_token_ids),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from starlette.requests import Request
 
 from loraplex_server.adapters.adapter_defaults import AdapterDefaults
-from loraplex_server.adapters.resolver import ResolvedAdapter
+from loraplex_server.adapters.resolver import ResolvedAdapter, Turns
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.chat import ChatBody
 from loraplex_server.api.state import AppState
@@ -75,18 +75,28 @@ class ChatCall(TextCall):
     def with_logprobs(self) -> bool:
         return bool(self._chat.logprobs)
 
-    async def prompt_ids(self, protocol: ChatProtocol) -> tuple[int, ...]:
-        """Raises ApiError (400)."""
-        ids = await self._prompt.ids(
-            self.state.text, protocol, self._defaults, tenant=self.info.tenant
+    @property
+    def takes_turns(self) -> bool:
+        return True
+
+    async def prompt_ids(self, protocol: ChatProtocol, turns: Turns) -> tuple[tuple[int, ...], int]:
+        """And how many of ``turns`` are in it. Raises ApiError (400)."""
+        ids, n_turns = await self._prompt.ids_within(
+            self.state.engine.max_model_len,
+            self.state.text,
+            protocol,
+            self._defaults,
+            tenant=self.info.tenant,
+            turns=turns,
+            n_answer=self._limit,
         )
         if not ids:
             raise invalid("the messages give an empty prompt", "messages")
-        return ids
+        return ids, n_turns
 
     async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
         protocol = self.protocol(resolved)
-        ids = await self.prompt_ids(protocol)
+        ids, n_turns = await self.prompt_ids(protocol, resolved.turns)
         await self._expect(protocol, ids)
         max_tokens = max_output_tokens(
             self._limit,
@@ -103,7 +113,7 @@ class ChatCall(TextCall):
             logprobs=logprobs,
             prompt_logprobs=self._chat.prompt_logprobs,
         )
-        return [Prompt(ids, limited(sampling, max_tokens))]
+        return [Prompt(ids, limited(sampling, max_tokens), n_turns=n_turns)]
 
     def format(self, head: AnswerHead) -> AnswerFormat:
         return ChatFormat(head, self.state.text.token_texts, self._parser)

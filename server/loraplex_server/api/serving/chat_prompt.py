@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loraplex_server.adapters.adapter_defaults import AdapterDefaults, read_defaults
-from loraplex_server.adapters.resolver import ResolvedAdapter
-from loraplex_server.api.errors import invalid
+from loraplex_server.adapters.resolver import ResolvedAdapter, Turns
+from loraplex_server.api.errors import ApiError, invalid
 from loraplex_server.api.protocol.chat import ChatMessage
 
 from .chat_protocol import ChatProtocol, chat_protocol
-from .messages import plain_messages, routing_text, template_arguments
+from .messages import plain_messages, routing_text, template_arguments, with_turns
 from .text_pipeline import TextPipeline
 from .tool_use import NO_TOOLS, ToolUse
 
 __all__ = ["ChatPrompt", "defaults_of"]
+
+_ANSWER_SHARE = 4  # one part of so many is left for an answer whose length nobody has said
 
 
 class ChatPrompt:
@@ -72,12 +74,18 @@ class ChatPrompt:
         defaults: AdapterDefaults,
         *,
         tenant: str,
+        turns: Turns = (),
     ) -> tuple[int, ...]:
-        """Raises ApiError: 400, or 503 when nothing is free to render."""
+        """With ``turns`` before the chat's own.
+
+        Raises ApiError: 400, or 503 when nothing is free to render.
+        """
         messages, arguments = self._messages, self._arguments
         system = defaults.system_prompt
         if system is not None and all(m["role"] != "system" for m in messages):
             messages = [{"role": "system", "content": system}, *messages]
+        if turns:
+            messages = with_turns(messages, turns)
         if self._tools.tools:
             arguments = {**arguments, "tools": self._tools.shown}
         return await text.encode_chat(
@@ -88,6 +96,41 @@ class ChatPrompt:
             template_arguments=arguments,
             tenant=tenant,
         )
+
+    async def ids_within(
+        self,
+        max_model_len: int,
+        text: TextPipeline,
+        protocol: ChatProtocol,
+        defaults: AdapterDefaults,
+        *,
+        tenant: str,
+        turns: Turns,
+        n_answer: int | None = None,
+    ) -> tuple[tuple[int, ...], int]:
+        """As ``ids``, and how many of ``turns`` it has: all that the context holds beside an answer
+        of ``n_answer`` tokens, or the first half of them, or of that half, and so on.
+
+        Raises ApiError as ``ids`` does, and where the context holds none of them.
+        """
+        n_kept = max_model_len // _ANSWER_SHARE if n_answer is None else n_answer
+        while True:
+            try:
+                ids = await self.ids(text, protocol, defaults, tenant=tenant, turns=turns)
+                if not turns or len(ids) + n_kept <= max_model_len:
+                    return ids, len(turns)
+            except ApiError as error:
+                if not turns or error.code != "context_length_exceeded":
+                    raise
+            if len(turns) == 1:
+                raise invalid(
+                    f"this model's context is {max_model_len} tokens long, and the chat leaves no "
+                    "room for one of its examples; shorten it, or wait for what is learnt from "
+                    'them ("wait": true in the adapter)',
+                    "messages",
+                    "context_length_exceeded",
+                )
+            turns = turns[: len(turns) // 2]
 
 
 def defaults_of(resolved: ResolvedAdapter) -> AdapterDefaults:

@@ -11,7 +11,7 @@ from pydantic import JsonValue
 from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.chat import ChatMessage
 
-__all__ = ["plain_messages", "routing_text", "template_arguments"]
+__all__ = ["plain_messages", "routing_text", "template_arguments", "with_turns"]
 
 _MAX_ARGUMENTS_CHARS = 1 << 20  # they are JSON within JSON, parsed beside everybody's answers
 _MAX_SYSTEM_CHARS = 200  # a long one would drown what the user asks
@@ -52,6 +52,18 @@ def routing_text(messages: Sequence[Mapping[str, object]]) -> str:
     last = str((user or messages)[-1]["content"])
     system = [str(message["content"]) for message in messages if message["role"] == "system"]
     return f"{system[0][:_MAX_SYSTEM_CHARS]}\n{last}" if user and system else last
+
+
+def with_turns(
+    messages: Sequence[dict[str, object]], turns: Sequence[tuple[str, str]]
+) -> list[dict[str, object]]:
+    """Prompts and answers, as if they had been said, behind what is of the system at the start."""
+    said: list[dict[str, object]] = []
+    for prompt, answer in turns:
+        said.append({"role": "user", "content": prompt})
+        said.append({"role": "assistant", "content": answer})
+    first = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    return [*messages[:first], *said, *messages[first:]]
 
 
 def template_arguments(given: Mapping[str, object] | None) -> dict[str, object]:

@@ -57,9 +57,11 @@ class CountCall(ChatCall):
             self.routing_text,
             self.info.access,
             with_tools=self.offers_tools,
+            takes_turns=self.takes_turns,
         )
         try:
             self.take_defaults(defaults_of(resolved))
-            return {"input_tokens": len(await self.prompt_ids(self.protocol(resolved)))}
+            ids, _ = await self.prompt_ids(self.protocol(resolved), resolved.turns)
+            return {"input_tokens": len(ids)}
         finally:
             resolved.release()

@@ -11,11 +11,12 @@ from pathlib import Path
 from loraplex_adapter_store.selector import MAX_EXAMPLES, MIN_EXAMPLES
 from loraplex_generation.zoo.tasks import Example
 
-from .errors import NothingLearnt, UnfitExamples
+from .errors import NothingLearnt, OutOfTime, UnfitExamples
 from .frozen_base import FrozenBase
 from .packing import ChatCodec, Row
-from .refinement import HeldOut, Progress, Refinement, RefinementRecipe, refine
+from .refinement import HeldOut, Progress, Refinement, RefinementRecipe, folds, refine
 from .service import GeneratedAdapter, Generator
+from .turns import score_turns
 
 __all__ = [
     "DEFAULT_BUDGET_S",
@@ -49,7 +50,8 @@ def generate_from_examples(
 
     Which of them, how long, and whether at all, the pairs themselves decide, each judged by a
     copy that has not seen it; the card's ``refinement`` says what came of it. That goes for a
-    sentence that the guard refuses, too: the pairs say what is meant. ``unlabelled`` are
+    sentence that the guard refuses, too: the pairs say what is meant. ``held_out.turns`` there is
+    what the base does on the same pairs with the others as turns of the chat. ``unlabelled`` are
     ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where the
     pairs gain nothing, the draft is returned. Raises UnfitExamples, and NothingLearnt for a refused
     sentence whose pairs gain nothing, unless ``force``.
@@ -68,6 +70,17 @@ def generate_from_examples(
     asked = generator.read(description, wordings)
     starts = {"draft": draft.vector, **generator.other_starts(asked, method)}
     has_draft = force or not generator.refuses(asked, method)
+    try:
+        turns = score_turns(
+            base,
+            codec,
+            description,
+            pairs,
+            folds(len(pairs)),
+            n_tokens=recipe.judge_tokens,
+        )
+    except TimeoutError:
+        raise OutOfTime from None
     made = refine(
         base,
         draft.layout,
@@ -85,7 +98,7 @@ def generate_from_examples(
     card = {
         **draft.card,
         "examples": len(pairs),
-        "refinement": _told(made),
+        "refinement": _told(made, turns),
         "delta_norm": round(draft.layout.delta_norm(vector), 4),
         "milliseconds": round(1000 * (time.perf_counter() - began), 1),
     }
@@ -131,7 +144,7 @@ def encode_pairs(codec: ChatCodec, pairs: Sequence[Example]) -> list[Row]:
     return rows
 
 
-def _told(made: Refinement) -> dict[str, object]:
+def _told(made: Refinement, turns: HeldOut) -> dict[str, object]:
     return {
         "finished": True,
         "start": made.start,
@@ -140,7 +153,11 @@ def _told(made: Refinement) -> dict[str, object]:
         "n_steps": made.n_steps,
         "timed_out": made.timed_out,
         "seconds": round(made.seconds, 1),
-        "held_out": {"before": _shown(made.before), "after": _shown(made.after)},
+        "held_out": {
+            "before": _shown(made.before),
+            "after": _shown(made.after),
+            "turns": _shown(turns),
+        },
     }
 
 

@@ -36,7 +36,15 @@ from .packing import TOKENS_AT_ONCE, Row, in_parts
 from .row_adam import RowAdam
 from .scoring import TaskScore, mean_nll_per_group, score_groups
 
-__all__ = ["HeldOut", "Progress", "Refinement", "RefinementProgress", "RefinementRecipe", "refine"]
+__all__ = [
+    "HeldOut",
+    "Progress",
+    "Refinement",
+    "RefinementProgress",
+    "RefinementRecipe",
+    "folds",
+    "refine",
+]
 
 _MARGIN = 1.2  # of the time that a step and a look took so far
 _HALVES_BELOW = 8  # pairs: each half judges the other's copy; from there a quarter judges alone
@@ -212,7 +220,7 @@ class _Task:
         self._base, self._layout = base, layout
         self._known = KnownRows(base, layout.first_layer, head)
         self.n_of_a = layout.full_size - layout.size
-        self.folds = _folds(len(rows))
+        self.folds = folds(len(rows))
         rng = random.Random(recipe.seed)
         seen = [[r for i, r in enumerate(rows) if i not in fold] for fold in self.folds]
         self._turns = [_Turns(part, recipe.tokens, rng) for part in (*seen, rows)]  # last: sees all
@@ -360,7 +368,7 @@ def _falling(share: float) -> float:
     return 0.55 + 0.45 * math.cos(math.pi * min(share, 1.0))
 
 
-def _folds(n: int) -> list[frozenset[int]]:
+def folds(n: int) -> list[frozenset[int]]:
     """The pairs held out from each copy: each once where there are few, else every fourth."""
     if n < _HALVES_BELOW:
         return [frozenset(range(0, n, 2)), frozenset(range(1, n, 2))]

@@ -131,6 +131,7 @@ def test_examples_are_learnt_on_the_weights_that_serve_this_base(client: httpx.C
     told = answer.json()["provenance"]["refinement"]
     assert told["gained"]
     assert told["held_out"]["after"]["nll"] < told["held_out"]["before"]["nll"]
+    assert told["held_out"]["turns"]["of"] == told["held_out"]["after"]["of"]
     assert reply(client, "learnt", "navy") == '"' != reply(client, None, "navy")
 
 
@@ -150,7 +151,10 @@ def test_the_command_learns_on_a_server_from_a_file_of_pairs(
     card = client.get("/v1/adapters/told").raise_for_status().json()
     told = card["provenance"]["refinement"]
     assert told["gained"]
-    assert f"of {told['held_out']['before']['of']} held out" in " ".join(result.output.split())
+    shown = " ".join(result.output.split())
+    assert f"of {told['held_out']['before']['of']} held out" in shown
+    turns = told["held_out"]["turns"]
+    assert f"{turns['exact']} of {turns['of']} exact, nll {turns['nll']:.2f}" in shown
     assert reply(client, "told", "navy") == '"' != reply(client, None, "navy")
 
     pairs.write_text('{"prompt": "red"}\n')

@@ -28,6 +28,7 @@ class ScriptedTrainer:
         self.goes_on = threading.Event()
         self.goes_on.set()
         self.gains, self.timed_out = True, False
+        self.held_out, self.held_out_of_turns = (4, 1.0), (2, 0.5)  # right of four pairs, NLL
         self.teaches = "learnt"
         self.error: Exception | None = None
         self.deadlines: list[float] = []  # of every training, in the order they began
@@ -66,5 +67,13 @@ class ScriptedTrainer:
             "steps": step,
             "n_steps": 24,
             "timed_out": self.timed_out,
+            "held_out": {
+                "after": _score(*self.held_out),
+                "turns": _score(*self.held_out_of_turns),
+            },
         }
         return self._generator.dressed(made.vector, {**made.card, "refinement": refinement})
+
+
+def _score(n_right: int, nll: float) -> dict[str, object]:
+    return {"exact": n_right, "of": 4, "nll": nll}

@@ -16,7 +16,7 @@ from loraplex_server.api_keys import AdapterAccess
 
 from .generated_adapters import AdapterGenerationRequest, GeneratedAdapters
 from .learning import Learner
-from .learning_record import serves
+from .learning_record import answers_chats, serves
 from .resolver import Resolution, Turns
 from .semantic_router import SemanticRouter
 
@@ -84,9 +84,8 @@ class DescriptionResolver:
         *,
         takes_turns: bool,
     ) -> Resolution:
-        """What is learnt, waiting for it if ``selector`` says so. Until then the base with the
-        examples as turns, which is right more often than the draft; for who takes no turns the
-        draft.
+        """What is learnt, waiting for it if ``selector`` says so. Until then, or where that is no
+        better, the base with the examples as turns; for who takes no turns the draft.
         """
         if self._learning is None:
             raise invalid(
@@ -98,7 +97,7 @@ class DescriptionResolver:
             request, access, wait=selector.wait, needs_adapter=not takes_turns
         )
         card = learnt.card
-        if card is not None and (serves(card) == "learnt" or not takes_turns):
+        if card is not None and (answers_chats(card) or not takes_turns):
             return _resolution(card, selector, learnt.job)
         told = _told(card, selector, learnt.job, "turns", _SHOWN[:1])
         return Resolution(None, told, _turns(selector))

@@ -20,6 +20,7 @@ from .jobs import JobCancelled
 
 __all__ = [
     "Record",
+    "answers_chats",
     "begun",
     "draft_record",
     "ended",
@@ -97,6 +98,27 @@ def serves(card: AdapterCard | None) -> str | None:
     if card is None:
         return None
     return "learnt" if record_of(card).get("gained") is True else "draft"
+
+
+def answers_chats(card: AdapterCard | None) -> bool:
+    """Whether ``card`` has learnt more than the base knows with the examples as turns of the chat.
+
+    By the pairs that its judges had not seen: how many answers are right, then how likely they are.
+    """
+    if card is None or serves(card) != "learnt":
+        return False
+    after, turns = (_held_out(card, of) for of in ("after", "turns"))
+    return after is None or turns is None or after >= turns
+
+
+def _held_out(card: AdapterCard, of: str) -> tuple[int, float] | None:
+    """The larger the better; None where a card does not say."""
+    held_out = record_of(card).get("held_out")
+    score = held_out.get(of) if isinstance(held_out, dict) else None
+    match score:
+        case {"exact": int(n_right), "nll": int(nll) | float(nll)}:
+            return n_right, -nll
+    return None
 
 
 def may_learn_again(record: Record, budget_s: float) -> bool:

@@ -284,6 +284,11 @@ def _show_card(card: dict[str, object]) -> None:
             + ("" if learned["gained"] else ": nothing gained, so nothing was changed")
             + ("; time ran out, --budget gives more" if learned.get("timed_out") else "")
         )
+        if turns := held_out.get("turns"):
+            rows["as turns"] = (
+                f"{turns['exact']} of {turns['of']} exact, nll {turns['nll']:.2f}: the base with "
+                "the others as turns of a chat"
+            )
     for label, value in rows.items():
         table.add_row(label, str(value))
     Console().print(table)

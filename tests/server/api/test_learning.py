@@ -509,6 +509,28 @@ async def test_a_chat_is_answered_with_its_examples_as_turns_and_later_by_what_w
     assert sent.prompt_ids == _with_turns(tokenizer, "", [])
 
 
+@pytest.mark.parametrize(("worse", "better"), [((1, 0.1), (3, 2.0)), ((2, 0.6), (2, 0.5))])
+async def test_what_was_learnt_answers_no_chat_that_turns_answer_better(
+    world: World,
+    tokenizer: PreTrainedTokenizerFast,
+    worse: tuple[int, float],
+    better: tuple[int, float],
+) -> None:
+    """As after a few steps on a busy server. By its name it answers: there is nothing else."""
+    world.trainer.held_out = worse
+    end = await world.learnt(timed_out=True, name=None)
+    world.trainer.held_out = better
+    told = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
+    assert (told["name"], told["chosen_by"]["serves"]) == (None, "turns")
+    expected = _with_turns(tokenizer, "the surname", PAIRS)
+    assert world.front.engine.requests[-1].prompt_ids == expected
+    named = (await world.front.chat(adapter=end["adapter"])).json()["adapter"]
+    assert named["digest"] == end["digest"]
+    again = await world.ended(told["chosen_by"]["job"])
+    later = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
+    assert (later["digest"], later["chosen_by"]["serves"]) == (again["digest"], "learnt")
+
+
 async def test_a_system_message_stays_first_and_the_chats_own_turns_come_last(
     world: World, tokenizer: PreTrainedTokenizerFast
 ) -> None:

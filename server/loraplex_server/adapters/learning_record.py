@@ -101,11 +101,12 @@ def serves(card: AdapterCard | None) -> str | None:
 
 
 def answers_chats(card: AdapterCard | None) -> bool:
-    """Whether ``card`` has learnt more than the base knows with the examples as turns of the chat.
+    """Whether ``card``, learnt or a draft that nothing beat, does better than the base with the
+    examples as turns of the chat.
 
     By the pairs that its judges had not seen: how many answers are right, then how likely they are.
     """
-    if card is None or serves(card) != "learnt":
+    if card is None or not is_result(record_of(card)):
         return False
     after, turns = (_held_out(card, of) for of in ("after", "turns"))
     return after is None or turns is None or after >= turns

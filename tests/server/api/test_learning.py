@@ -531,6 +531,18 @@ async def test_what_was_learnt_answers_no_chat_that_turns_answer_better(
     assert (later["digest"], later["chosen_by"]["serves"]) == (again["digest"], "learnt")
 
 
+@pytest.mark.parametrize(("held_out", "serves"), [((3, 2.0), "draft"), ((1, 0.1), "turns")])
+async def test_a_draft_that_nothing_beat_answers_where_it_is_better_than_turns(
+    world: World, held_out: tuple[int, float], serves: str
+) -> None:
+    world.trainer.gains, world.trainer.held_out = False, held_out
+    end = await world.learnt(timed_out=False, name=None)
+    assert end["learning"]["gained"] is False
+    answer = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
+    assert answer["chosen_by"]["serves"] == serves
+    assert answer["digest"] == (end["digest"] if serves == "draft" else None)
+
+
 async def test_a_system_message_stays_first_and_the_chats_own_turns_come_last(
     world: World, tokenizer: PreTrainedTokenizerFast
 ) -> None:

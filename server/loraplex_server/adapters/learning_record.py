@@ -104,7 +104,7 @@ def answers_chats(card: AdapterCard | None) -> bool:
     """Whether ``card``, learnt or a draft that nothing beat, does better than the base with the
     examples as turns of the chat.
 
-    By the pairs that its judges had not seen: how many answers are right, then how likely they are.
+    By pairs that its judges had not seen: which part of them is right, then their likelihood.
     """
     if card is None or not is_result(record_of(card)):
         return False
@@ -112,13 +112,13 @@ def answers_chats(card: AdapterCard | None) -> bool:
     return after is None or turns is None or after >= turns
 
 
-def _held_out(card: AdapterCard, of: str) -> tuple[int, float] | None:
+def _held_out(card: AdapterCard, of: str) -> tuple[float, float] | None:
     """The larger the better; None where a card does not say."""
     held_out = record_of(card).get("held_out")
     score = held_out.get(of) if isinstance(held_out, dict) else None
     match score:
-        case {"exact": int(n_right), "nll": int(nll) | float(nll)}:
-            return n_right, -nll
+        case {"exact": int(n_right), "of": int(n), "nll": int(nll) | float(nll)}:
+            return n_right / max(n, 1), -nll
     return None
 
 

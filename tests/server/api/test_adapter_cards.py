@@ -109,6 +109,17 @@ async def test_documents_and_reasoning_effort_are_the_templates(lora: Front) -> 
         assert prompt_of(lora) == "Kraken, low"
 
 
+async def test_the_effort_of_a_response_is_the_templates(lora: Front) -> None:
+    await edited(lora, chat_template="{{ reasoning_effort }}")
+    asked = {"model": "pirate", "input": "hi", "reasoning": {"effort": "low"}}
+    answer = await lora.post("/v1/responses", asked)
+    assert answer.status_code == 200, answer.text
+    assert prompt_of(lora) == "low"
+    assert answer.json()["reasoning"] == {"effort": "low", "summary": None}
+    refused = await lora.post("/v1/responses", {**asked, "reasoning": {"summary": "auto"}})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "reasoning.summary")
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -2608,6 +2608,13 @@ export interface components {
             /** Relevance Score */
             relevance_score: number;
         };
+        /** ReasoningOptions */
+        ReasoningOptions: {
+            /** Effort */
+            effort?: string | null;
+        } & {
+            [key: string]: unknown;
+        };
         /** RequestList */
         RequestList: {
             /** Data */
@@ -2705,6 +2712,10 @@ export interface components {
             parallel_tool_calls: boolean;
             /** Previous Response Id */
             previous_response_id: string | null;
+            /** Reasoning */
+            reasoning: {
+                [key: string]: string | null;
+            };
             /**
              * Status
              * @enum {string}
@@ -2814,6 +2825,7 @@ export interface components {
             parallel_tool_calls?: boolean | null;
             /** Previous Response Id */
             previous_response_id?: string | null;
+            reasoning?: components["schemas"]["ReasoningOptions"] | null;
             /** Seed */
             seed?: number | null;
             /** Store */

@@ -24,6 +24,10 @@ class TextOptions(Body):
     format: TextFormat | None = None
 
 
+class ReasoningOptions(Body):
+    effort: Annotated[str, Field(max_length=32)] | None = None  # for the chat template
+
+
 class _Function(Body):
     type: Literal["function"]
 
@@ -54,6 +58,7 @@ class ResponsesBody(CallBody):
         | None
     ) = None
     text: TextOptions | None = None
+    reasoning: ReasoningOptions | None = None
     tools: Annotated[Few[ResponseTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
@@ -108,6 +113,7 @@ class ResponseAnswer(BaseModel):
     temperature: float | None
     top_p: float | None
     text: dict[str, JsonValue]
+    reasoning: dict[str, str | None]
     tools: list[dict[str, JsonValue]]
     tool_choice: str | dict[str, JsonValue]
     top_logprobs: int | None

@@ -92,6 +92,7 @@ class ResponsesCall(ChatCall):
             "temperature": body.temperature,
             "top_p": body.top_p,
             "text": {"format": shown},
+            "reasoning": {"effort": body.reasoning and body.reasoning.effort, "summary": None},
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
             "top_logprobs": body.top_logprobs,

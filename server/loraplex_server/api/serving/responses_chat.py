@@ -26,14 +26,19 @@ _REFUSED: Rules = {
     "response_format": (given, "it is called text.format here"),
     "conversation": (given, "there are no conversations; use previous_response_id"),
     "prompt": (given, "there are no stored prompts; use instructions and input"),
-    "reasoning": (given, "how much the model thinks cannot be set"),
     "context_management": (given, "the input is taken as it is"),
+    "reasoning.summary": (given, "thoughts are items of the output as they are, not summed up"),
+    "reasoning.generate_summary": (given, "thoughts are not summed up"),
 }
 
 
 def chat_of_response(body: ResponsesBody, messages: Sequence[JsonObject]) -> ChatBody:
     """``messages``: all but the instructions. Raises ApiError (400)."""
     refuse_unsupported(body.model_extra or {}, _REFUSED)
+    reasoning = body.reasoning
+    if reasoning is not None:
+        told = {f"reasoning.{name}": value for name, value in (reasoning.model_extra or {}).items()}
+        refuse_unsupported(told, _REFUSED)
     for position, wanted in enumerate(body.include or ()):
         if wanted != LOGPROBS:
             raise invalid(
@@ -65,6 +70,7 @@ def chat_of_response(body: ResponsesBody, messages: Sequence[JsonObject]) -> Cha
             if choice is None or isinstance(choice, str)
             else {"type": "function", "function": {"name": choice.name}},
             "parallel_tool_calls": body.parallel_tool_calls,
+            "reasoning_effort": reasoning and reasoning.effort,
         }
     )
 

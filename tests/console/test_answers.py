@@ -38,7 +38,7 @@ def front(spec: BaseSpec, tmp_path: Path) -> Iterator[Front]:
     """It has ``thinker``, an adapter that reasons, and ``mood``, a classifier."""
     front = make_front(tiny_tokenizer(), spec, tmp_path)
     markers = {"reasoning": {"open": "[plan]", "close": "[/plan]"}}
-    options = PutOptions(examples=("hi", "hi"), defaults=markers)
+    options = PutOptions(examples=("hi", "hi"), defaults=markers | {"stop": ["STOP"]})
     front.store.put_directory("thinker", write_lora(front.root / "thinker", spec), options=options)
     front.store.put_directory("mood", classifier(front.root / "mood", spec))
     yield front
@@ -88,8 +88,11 @@ def test_calls_that_share_an_id_are_all_shown(page: Page, front: Front, url: str
     expect(rows.filter(has_text="the-same")).to_have_count(4)
 
 
-def ask(page: Page, url: str, adapter: str) -> None:
+def ask(page: Page, url: str, adapter: str, *, with_logprobs: bool = False) -> None:
     page.goto(f"{url}/#/playground?adapter={adapter}")
+    if with_logprobs:
+        page.locator("summary", has_text="Settings").click()
+        page.get_by_label("token probabilities").check()
     expect(page.locator("section[aria-label^=Answer]")).to_have_count(2)
     page.get_by_label("Prompt", exact=True).fill("hi")
     page.get_by_role("button", name="Ask all").click()
@@ -118,6 +121,31 @@ def test_an_answer_without_text_is_not_one_that_was_never_asked(
     # There is no rate of what never came.
     rated = [expect(lane.locator(".facts")).not_to_contain_text, expect(lane).to_contain_text]
     rated[bool(answer)]("tokens/s")
+
+
+@pytest.mark.parametrize(
+    ("answer", "shown"),
+    [
+        ("Hello, wörld 🌍!", "Hello, wörld 🌍!"),
+        ("Hi. STOP more", "Hi. "),
+        ("", "(empty)"),
+        ("[plan]first this[/plan]plan", "first thisplan"),
+        ("[plan]so", "so(empty)"),
+    ],
+)
+def test_with_log_probabilities_the_answer_is_the_same_text(
+    page: Page, front: Front, url: str, answer: str, shown: str
+) -> None:
+    """No end token, no markers, and no character that is cut in two."""
+    front.engine.answer = answer
+    ask(page, url, "thinker", with_logprobs=True)
+    place = page.get_by_label("Answer 2").locator(".answer")
+    expect(place).to_have_text(shown)
+    marked = place.locator(".token")
+    made = "" if shown.endswith("(empty)") else shown.removeprefix("first this")
+    assert "".join(marked.all_text_contents()) == made
+    for title in [token.get_attribute("title") for token in marked.all()]:
+        assert title and title.count(" %") == 3  # its probability and those of others
 
 
 def test_only_what_chats_is_tried_in_the_playground(page: Page, url: str) -> None:

@@ -36,7 +36,8 @@ export const DEFAULTS: Settings = {
 const N_LIKELY = 3; // tokens that are told beside the chosen one
 
 type Likely = { token: string; logprob: number };
-export type Token = Likely & { top_logprobs?: Likely[] };
+export type Token = Likely & { bytes: number[]; top_logprobs?: Likely[] };
+type Marked = { token: Token; part: string }; // and the part of the answer that it made
 type Candidate = { name: string; score: number };
 type Routing = { candidates?: Candidate[]; threshold?: number; margin?: number };
 type Chunk = {
@@ -100,7 +101,8 @@ export class Lane {
   who = $state<Who>({ kind: "base" });
   reasoning = $state(""); // before the text
   text = $state("");
-  tokens = $state<Token[]>([]);
+  #tokens = $state<Marked[]>([]); // all that were generated: markers and the end token, too
+  marked = $derived.by(() => this.#ofText());
   error = $state<unknown>(null);
   running = $state(false);
   firstTokenMs = $state<number | null>(null);
@@ -124,15 +126,32 @@ export class Lane {
     this.#abort?.abort();
   }
 
+  /** The tokens of the text. A call is shown otherwise than it was written: then all after the reasoning. */
+  #ofText(): Marked[] {
+    const { text, reasoning } = this;
+    const all = this.#tokens.map(({ part }) => part).join("");
+    const begin = reasoning ? Math.max(0, all.indexOf(reasoning)) + reasoning.length : 0;
+    // From the end after reasoning: the marker behind it may have the letters of a short text.
+    const found = reasoning ? all.lastIndexOf(text) : all.indexOf(text);
+    const [start, end] = found < begin ? [begin, all.length] : [found, found + text.length];
+    let at = 0;
+    return this.#tokens.flatMap(({ token, part }) => {
+      const shown = part.slice(Math.max(0, start - at), Math.max(0, end - at));
+      at += part.length;
+      return shown ? [{ token, part: shown }] : [];
+    });
+  }
+
   async run(model: string, settings: Settings): Promise<void> {
     this.reasoning = this.text = "";
-    this.tokens = [];
+    this.#tokens = [];
     this.error = this.firstTokenMs = this.tokensPerS = null;
     this.finish = this.answered = this.routing = null;
     this.nTokens = 0;
     this.running = true;
     this.#abort = new AbortController();
     const started = performance.now();
+    const decoder = new TextDecoder("utf-8", { ignoreBOM: true }); // a character may take several tokens
     let first = 0;
     try {
       const request = {
@@ -159,7 +178,10 @@ export class Lane {
         }
         this.reasoning += thought;
         this.text += piece;
-        if (choice?.logprobs?.content) this.tokens.push(...choice.logprobs.content);
+        for (const token of choice?.logprobs?.content ?? []) {
+          const part = decoder.decode(Uint8Array.from(token.bytes), { stream: true });
+          this.#tokens.push({ token, part });
+        }
         if (choice?.finish_reason) this.finish = choice.finish_reason;
         if (chunk.usage) this.nTokens = chunk.usage.completion_tokens;
       }

@@ -14,7 +14,14 @@ from loraplex_generation.zoo.tasks import Example
 from .errors import NothingLearnt, OutOfTime, UnfitExamples
 from .frozen_base import FrozenBase
 from .packing import ChatCodec, Row
-from .refinement import HeldOut, Progress, Refinement, RefinementRecipe, folds, refine
+from .refinement import (
+    HeldOut,
+    Progress,
+    Refinement,
+    RefinementProgress,
+    RefinementRecipe,
+    refine,
+)
 from .service import GeneratedAdapter, Generator
 from .turns import score_turns
 
@@ -51,7 +58,7 @@ def generate_from_examples(
     Which of them, how long, and whether at all, the pairs themselves decide, each judged by a
     copy that has not seen it; the card's ``refinement`` says what came of it. That goes for a
     sentence that the guard refuses, too: the pairs say what is meant. ``held_out.turns`` there is
-    what the base does on the same pairs with the others as turns of the chat. ``unlabelled`` are
+    what the base does on the same pairs with the others as turns (``turns``). ``unlabelled`` are
     ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where the
     pairs gain nothing, the draft is returned. Raises UnfitExamples, and NothingLearnt for a refused
     sentence whose pairs gain nothing, unless ``force``.
@@ -70,14 +77,16 @@ def generate_from_examples(
     asked = generator.read(description, wordings)
     starts = {"draft": draft.vector, **generator.other_starts(asked, method)}
     has_draft = force or not generator.refuses(asked, method)
+    n_steps = recipe.span_steps + recipe.steps
+
+    def look_up() -> None:
+        report(RefinementProgress("judging turns", 0, n_steps, None))
+        if time.monotonic() >= deadline:
+            raise TimeoutError
+
     try:
         turns = score_turns(
-            base,
-            codec,
-            description,
-            pairs,
-            folds(len(pairs)),
-            n_tokens=recipe.judge_tokens,
+            base, codec, description, pairs, n_tokens=recipe.judge_tokens, look_up=look_up
         )
     except TimeoutError:
         raise OutOfTime from None

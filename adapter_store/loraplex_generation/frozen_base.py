@@ -94,6 +94,11 @@ class FrozenBase:
         self._layers = [_layer(weights, i, has_qkv_bias) for i in range(self.shape.n_layers)]
 
     @property
+    def n_positions(self) -> int:
+        """Tokens that a row may have, with all that it sees before it."""
+        return self._max_positions
+
+    @property
     def output_head(self) -> Tensor:
         """[vocabulary, hidden]. Do not write to it."""
         return self._head.matrix()

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -43,6 +43,7 @@ __all__ = [
     "RefinementProgress",
     "RefinementRecipe",
     "folds",
+    "judging",
     "refine",
 ]
 
@@ -69,7 +70,7 @@ class RefinementRecipe:
 
 
 class RefinementProgress(NamedTuple):
-    stage: str  # "choosing a start", "training"
+    stage: str  # "judging turns" (``from_examples``), "choosing a start", "training"
     step: int  # done
     n_steps: int
     held_out_nll: float | None  # the best so far; None: not looked yet
@@ -224,8 +225,9 @@ class _Task:
         rng = random.Random(recipe.seed)
         seen = [[r for i, r in enumerate(rows) if i not in fold] for fold in self.folds]
         self._turns = [_Turns(part, recipe.tokens, rng) for part in (*seen, rows)]  # last: sees all
-        hidden = [[rows[i] for i in sorted(fold)] for fold in self.folds]
-        self._hidden = [_fitting(part, recipe.judge_tokens, rng) for part in hidden]
+        self._hidden = [
+            [rows[i] for i in judging(rows, fold, recipe.judge_tokens)] for fold in self.folds
+        ]
         self._judged = _fitting(rows, recipe.judge_tokens, rng)
 
     def best_start(self, starts: Mapping[str, Tensor]) -> tuple[str, Tensor]:
@@ -373,6 +375,17 @@ def folds(n: int) -> list[frozenset[int]]:
     if n < _HALVES_BELOW:
         return [frozenset(range(0, n, 2)), frozenset(range(1, n, 2))]
     return [frozenset(range(0, n, 4))]
+
+
+def judging(rows: Sequence[Row], fold: Collection[int], n_tokens: int) -> list[int]:
+    """Of the pairs of a fold those that it is scored on: the first that fit, at least one."""
+    chosen: list[int] = []
+    for i in sorted(fold):
+        n_tokens -= len(rows[i].tokens)
+        if chosen and n_tokens < 0:
+            break
+        chosen.append(i)
+    return chosen
 
 
 def _fitting(rows: Sequence[Row], n_tokens: int, rng: random.Random) -> Sequence[Row]:

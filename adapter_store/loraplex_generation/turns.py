@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 
 from loraplex_generation.zoo.tasks import Example
 
 from .frozen_base import FrozenBase
-from .packing import ChatCodec, Row, pack
-from .refinement import HeldOut
+from .packing import ChatCodec, pack
+from .refinement import HeldOut, folds, judging
 from .scoring import score_groups
 
 __all__ = ["score_turns"]
@@ -19,36 +19,41 @@ def score_turns(
     codec: ChatCodec,
     description: str,
     pairs: Sequence[Example],
-    folds: Sequence[Collection[int]],
     *,
     n_tokens: int,
+    look_up: Callable[[], None] = lambda: None,
 ) -> HeldOut:
-    """Each fold of ``pairs`` answered by the base, with the pairs outside it as turns before.
+    """The pairs that ``refine`` judges by, answered by the base with those outside their fold as
+    turns before, as many as ``n_tokens`` hold, and ``description`` before the first.
 
-    ``description`` goes before the first of them. ``n_tokens`` bounds the turns of a fold, and what
-    it is scored on: the first that fit, at least one. ``base`` may raise TimeoutError.
+    ``look_up`` is called before each fold; what it raises ends the work. ``base`` may raise
+    TimeoutError.
     """
+    rows = [codec.row(pair) for pair in pairs]
+    parts = folds(len(pairs))
     nll = 0.0
     right: list[bool] = []
-    for fold in folds:
+    for fold in parts:
+        look_up()
+        asked = [rows[i] for i in judging(rows, fold, n_tokens)]
+        n_left = min(n_tokens, base.n_positions - max(len(row.tokens) for row in asked))
         shown = [pair for i, pair in enumerate(pairs) if i not in fold]
-        asked = [pairs[i] for i in sorted(fold)]
-        first = codec.row(asked[0], instruction=description, earlier=shown)
-        while len(first.tokens) > n_tokens and len(shown) > 1:
-            shown = shown[: len(shown) // 2]
-            first = codec.row(asked[0], instruction=description, earlier=shown)
-        alone = [codec.row(pair) for pair in asked]
-        turns = first.tokens[: -len(alone[0].tokens)]
-        rows = _first(alone, n_tokens)
-        (score,) = score_groups(base, pack((*codec.head, *turns), [rows]))
+        turns = _turns(codec, description, shown, n_left - len(codec.head))
+        (score,) = score_groups(base, pack((*codec.head, *turns), [asked]))
         nll += score.nll
         right += score.right
-    return HeldOut(nll / len(folds), sum(right), len(right))
+    return HeldOut(nll / len(parts), sum(right), len(right))
 
 
-def _first(rows: Sequence[Row], n_tokens: int) -> Sequence[Row]:
-    n, left = 0, n_tokens
-    for row in rows:
-        left -= len(row.tokens)
-        n += left >= 0
-    return rows[: max(1, n)]
+def _turns(
+    codec: ChatCodec, description: str, shown: Sequence[Example], n_tokens: int
+) -> tuple[int, ...]:
+    """Of ``shown`` the first half, or of that half, and so on; at last none, nor a description."""
+    asked = Example("", "")
+    n_asked = len(codec.row(asked).tokens)
+    while shown:
+        turns = codec.row(asked, instruction=description, earlier=shown).tokens[:-n_asked]
+        if len(turns) <= n_tokens:
+            return turns
+        shown = shown[: len(shown) // 2]
+    return ()

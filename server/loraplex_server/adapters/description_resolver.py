@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.selector import Auto, Description, NameRef
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.adapters import AdapterProfile, Encoder
-from loraplex_server.api.errors import invalid
+from loraplex_server.api.errors import ApiError, from_store, invalid
 from loraplex_server.api_keys import AdapterAccess
 
 from .generated_adapters import AdapterGenerationRequest, GeneratedAdapters
-from .learning import Learner
+from .learning import Learner, Learnt
 from .learning_record import answers_chats, serves
 from .resolver import Resolution, Turns
 from .semantic_router import SemanticRouter
@@ -93,9 +94,14 @@ class DescriptionResolver:
                 "adapter",
                 "feature_not_enabled",
             )
-        learnt = await self._learning.learn(
-            request, access, wait=selector.wait, needs_adapter=not takes_turns
-        )
+        try:
+            learnt = await self._learning.learn(
+                request, access, wait=selector.wait, needs_adapter=not takes_turns
+            )
+        except (ApiError, StoreError) as error:
+            if not takes_turns or selector.wait or not _is_no_matter(error):
+                raise
+            learnt = Learnt(None, None)
         card = learnt.card
         if card is not None and (answers_chats(card) or not takes_turns):
             return _resolution(card, selector, learnt.job)
@@ -124,6 +130,12 @@ class DescriptionResolver:
             and card.task is None
             and card.defaults.get("auto") != "never"
         ]
+
+
+def _is_no_matter(error: ApiError | StoreError) -> bool:
+    """For who has turns: that no more jobs or adapters may be now, or that learning is broken."""
+    told = from_store(error) if isinstance(error, StoreError) else error
+    return told.status in (429, 503) or told.code == "quota_exceeded"
 
 
 def _resolution(card: AdapterCard, selector: Description, job: str | None = None) -> Resolution:

@@ -9,6 +9,7 @@ When a name expires is kept in the store, so a restart changes nothing; a thread
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -59,17 +60,23 @@ class AdapterGenerationRequest:
 
     @property
     def key(self) -> str:
-        parts = [
-            self.description,
-            self.wordings,
-            self.prompts,
-            self.method,
-            self.seed,
-            self.samples,
-            self.force,
-            *([self.examples] if self.examples else []),
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        """Some milliseconds for long examples, the first time."""
+        return _key_of(self)
+
+
+@functools.lru_cache(maxsize=8)  # each of up to two megabytes
+def _key_of(request: AdapterGenerationRequest) -> str:
+    parts = [
+        request.description,
+        request.wordings,
+        request.prompts,
+        request.method,
+        request.seed,
+        request.samples,
+        request.force,
+        *([request.examples] if request.examples else []),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 @dataclass(slots=True)

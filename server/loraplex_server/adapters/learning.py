@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -58,7 +59,8 @@ _SLACK_S = 60.0  # for all of a job that no budget bounds: loading what generate
 _MAX_OF_TENANT = 4  # jobs that run or wait; one runs at a time
 _MAX_JOBS = 32
 _MAX_IN_VAIN = 1024  # orders that are remembered
-_TOO_MANY = "too_many_learning_jobs"
+_PAUSE_S = 300.0  # before a chat starts a job again that failed
+_NOTHING = ("nothing_learnt", "out_of_time")  # codes of jobs that failed as they may
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
@@ -106,8 +108,8 @@ class Learner(Protocol):
     ) -> Learnt:
         """The draft, or with ``wait`` what is learnt. Raises StoreError or ApiError.
 
-        ``needs_adapter``: raise, too, where there is none. Who does not need one has another
-        answer: no job starts for it that has learnt nothing before, or that is one too many.
+        ``needs_adapter``: raise, too, where there is none, and not before all was tried again. Who
+        does not need one has another answer, so no job starts that would learn nothing.
         """
 
 
@@ -124,6 +126,13 @@ class _Order:
     @property
     def tenant(self) -> str:
         return self.access.tenant or ""
+
+
+class _InVain(NamedTuple):
+    """An order whose last job has failed."""
+
+    spent_s: float | None  # the time that was not enough; None: time was not what it wanted
+    until: float  # of ``time.monotonic``: until then chats start no other
 
 
 @dataclass(slots=True)
@@ -152,9 +161,7 @@ class Learning:
         self._trainer, self._executor = trainer, executor
         self._max_budget_s = max_budget_s
         self._running: dict[tuple[str, str], _Running] = {}
-        # Orders without a draft that came to nothing, and the seconds that were not enough for
-        # them; None: they had enough.
-        self._in_vain: dict[tuple[str, str], float | None] = {}
+        self._in_vain: dict[tuple[str, str], _InVain] = {}
         self._closed = False
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loraplex-training")
 
@@ -203,19 +210,18 @@ class Learning:
         needs_adapter: bool,
     ) -> Learnt:
         """See ``Learner``. Who waits does so for something learnt, not for something better."""
-        can_do_without = not (needs_adapter or wait)
-        key = self._generated.unnamed(request, access.tenant or ""), request.key
-        if can_do_without and key in self._in_vain and self._in_vain[key] is None:
-            return Learnt(None, None)
-        try:
-            ordered = await self.order(request, access)
-        except ApiError as error:
-            if can_do_without and error.code == _TOO_MANY:
-                return Learnt(None, None)
-            raise
+        if not needs_adapter and await self._is_vain(request, access):
+            stored = self._generated.unnamed(request, access.tenant or "")
+            return Learnt(await self._blocking(partial(self._card, stored)), None)
+        ordered = await self.order(request, access)
         card, job = ordered.card, ordered.job
         if job is not None and wait and serves(card) != "learnt":
-            card = await self.wait(job)
+            try:
+                card = await self.wait(job)
+            except ApiError as error:
+                if needs_adapter or error.code not in _NOTHING:
+                    raise
+                card, job = job.card, None
         if card is None and needs_adapter:
             raise self._refusal(ordered)
         return Learnt(card, None if job is None else job.id)
@@ -291,8 +297,8 @@ class Learning:
         """
         left = await self._blocking(partial(self._left, stored, order))
         record = record_of(left)
-        if left is None:
-            order.budget_s = self._budget(wanted_s, self._in_vain.get((stored, order.request.key)))
+        if left is None and (vain := self._in_vain.get((stored, order.request.key))) is not None:
+            order.budget_s = self._budget(wanted_s, vain.spent_s)
         if left is not None:
             order.budget_s = self._budget(wanted_s, last_budget_s(record))
             if may_learn_again(record, order.budget_s):
@@ -334,7 +340,7 @@ class Learning:
             busy = f"{n_ours} jobs of this tenant" if n_ours >= _MAX_OF_TENANT else "too many jobs"
             raise too_many(
                 f"{busy} are learning from examples or wait for it; wait for one to end",
-                _TOO_MANY,
+                "too_many_learning_jobs",
                 order.budget_s,
             )
         drafted: asyncio.Future[AdapterCard | None] = asyncio.get_running_loop().create_future()
@@ -378,8 +384,7 @@ class Learning:
         except Exception as error:
             if draft is not None and not self._closed:
                 await self._leave(job, order, draft, error)
-            if draft is None:
-                self._remember(job.adapter, order, error)
+            self._remember(job.adapter, order, error)
             raise
 
     async def _draft(self, job: Job, order: _Order, running: _Running) -> AdapterCard | None:
@@ -459,13 +464,29 @@ class Learning:
         except StoreError:
             _log.warning("the end of %s could not be noted", job.id, exc_info=True)
 
+    async def _is_vain(self, request: AdapterGenerationRequest, access: AdapterAccess) -> bool:
+        """Whether a job for the request would learn nothing, by what came of the last one."""
+        await self._blocking(lambda: request.key)  # of megabytes, perhaps; it is kept
+        key = self._generated.unnamed(request, access.tenant or ""), request.key
+        vain = self._in_vain.get(key)
+        return vain is not None and time.monotonic() < vain.until
+
     def _remember(self, stored: str, order: _Order, error: Exception) -> None:
-        """``order`` has no draft that could say what came of it."""
-        if isinstance(error, OutOfTime | NothingLearnt):
-            while len(self._in_vain) >= _MAX_IN_VAIN:
-                del self._in_vain[next(iter(self._in_vain))]
-            was_short = isinstance(error, OutOfTime) or error.timed_out
-            self._in_vain[stored, order.request.key] = order.budget_s if was_short else None
+        """What came of a job, for chats: not every one starts it again."""
+        if isinstance(error, JobCancelled) or how_ended(error) == "adapter_changed":
+            return
+        key = stored, order.request.key
+        spent_s, until = None, time.monotonic() + _PAUSE_S
+        if isinstance(error, OutOfTime) or (isinstance(error, NothingLearnt) and error.timed_out):
+            last = self._in_vain.get(key)
+            spent_s = max(order.budget_s, (last and last.spent_s) or 0.0)
+            until = math.inf if spent_s >= self._max_budget_s else 0.0
+        elif isinstance(error, NothingLearnt):
+            until = math.inf
+        self._in_vain.pop(key, None)
+        while len(self._in_vain) >= _MAX_IN_VAIN:
+            del self._in_vain[next(iter(self._in_vain))]
+        self._in_vain[key] = _InVain(spent_s, until)
 
     async def _trained(self, job: Job, order: _Order) -> GeneratedAdapter:
         """Raises JobCancelled, at once where it has not begun, else within a step."""

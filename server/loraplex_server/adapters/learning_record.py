@@ -106,15 +106,20 @@ def answers_chats(card: AdapterCard | None) -> bool:
 
     By pairs that its judges had not seen: which part of them is right, then their likelihood.
     """
-    if card is None or not is_result(record_of(card)):
+    record = record_of(card)
+    if card is None or not is_result(record):
         return False
-    after, turns = (_held_out(card, of) for of in ("after", "turns"))
-    return after is None or turns is None or after >= turns
+    if record.get("gained") is not True and record.get("start") != "draft":
+        return False  # another start was likelier than the draft, and what is known is of that
+    after, turns = (_held_out(record, of) for of in ("after", "turns"))
+    if after is None or turns is None:  # a card of an earlier version
+        return record.get("gained") is True
+    return after >= turns
 
 
-def _held_out(card: AdapterCard, of: str) -> tuple[float, float] | None:
+def _held_out(record: Record, of: str) -> tuple[float, float] | None:
     """The larger the better; None where a card does not say."""
-    held_out = record_of(card).get("held_out")
+    held_out = record.get("held_out")
     score = held_out.get(of) if isinstance(held_out, dict) else None
     match score:
         case {"exact": int(n_right), "of": int(n), "nll": int(nll) | float(nll)}:

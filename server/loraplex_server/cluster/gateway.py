@@ -102,9 +102,12 @@ class Desk:
         request: AdapterGenerationRequest,
         access: AdapterAccess,
         wait: bool,
-        needs_adapter: bool,
+        needs_adapter: bool = True,
     ) -> Learnt | Refused:
-        """Examples that a gateway's request has brought; see ``Learner``."""
+        """Examples that a gateway's request has brought; see ``Learner``.
+
+        A gateway of an earlier version, which is drained in an upgrade, always needs an adapter.
+        """
         learning = self._services.learning
         assert learning is not None  # the gateways have the same config
         return await learnt_by(learning, request, access, wait=wait, needs_adapter=needs_adapter)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.card import AdapterCard, CardEdit
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.base_weights import FileWeights, ReadLinear
 from loraplex_generation.chat_base import ChatBase
@@ -31,8 +33,11 @@ from loraplex_server.adapters.example_trainer import ExampleTrainer
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.jobs import Jobs
 from loraplex_server.adapters.learning import Learning, Trainer
+from loraplex_server.adapters.learning_record import record_of
 from loraplex_server.adapters.worker_pools import WorkerPools
+from loraplex_server.api_keys import ApiKey, Scope, parse_keys
 from loraplex_server.faults import Faults
+from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
@@ -101,6 +106,7 @@ def learning_front(
     folder: Path,
     make_trainer: Callable[[ScriptedGenerator], Trainer],
     max_budget_s: float = 600.0,
+    http: HttpConfig | None = None,
 ) -> Iterator[Front]:
     generator = ScriptedGenerator(spec)
     pools = WorkerPools()
@@ -128,7 +134,7 @@ def learning_front(
                 "jobs": jobs,
             }
 
-        front = make_front(tokenizer, spec, folder, with_store=parts)
+        front = make_front(tokenizer, spec, folder, http, with_store=parts)
         try:
             yield front
         finally:
@@ -543,6 +549,83 @@ async def test_a_draft_that_nothing_beat_answers_where_it_is_better_than_turns(
     assert answer["digest"] == (end["digest"] if serves == "draft" else None)
 
 
+async def test_a_draft_is_not_taken_for_the_start_that_was_likelier(world: World) -> None:
+    """What is known of the pairs is then of that start, which is not served."""
+    world.trainer.gains, world.trainer.start = False, "library mean"
+    world.trainer.held_out = (4, 0.1)
+    await world.learnt(timed_out=False, name=None)
+    answer = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
+    assert answer["chosen_by"]["serves"] == "turns"
+
+
+@pytest.mark.parametrize(("gains", "serves"), [(True, "learnt"), (False, "turns")])
+async def test_of_a_card_that_does_not_know_turns_only_what_was_learnt_answers(
+    world: World, gains: bool, serves: str
+) -> None:
+    """An earlier version wrote it."""
+    world.trainer.gains = gains
+    end = await world.learnt(timed_out=False, name=None)
+
+    def forget(card: AdapterCard) -> CardEdit:
+        told = dict(record_of(card))
+        del told["held_out"]
+        provenance = {**card.provenance, "refinement": told}
+        return CardEdit(card.description, card.examples, card.defaults, provenance)
+
+    world.front.store.edit(end["adapter"], forget)
+    answer = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
+    assert answer["chosen_by"]["serves"] == serves
+
+
+async def test_turns_come_in_streams_and_beside_tools(
+    world: World, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    events = await world.front.chat_events(adapter=SURNAME, tools=[tool], tool_choice="none")
+    assert events[0]["adapter"]["chosen_by"]["turns"] == 2
+    assert world.front.engine.requests[-1].prompt_ids == _with_turns(
+        tokenizer, "the surname", PAIRS
+    )
+
+
+async def test_turns_leave_a_key_with_few_tokens_room_for_the_answer(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    n_all = len(_with_turns(tokenizer, "the surname", PAIRS))
+    key = replace(ApiKey.of("few", Scope.INFER), tokens_per_minute=n_all + 4)
+    http = HttpConfig(api_keys=(key,))
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer, http=http) as front:
+        front.headers = {"authorization": "Bearer few"}
+        answer = await front.chat(adapter=SURNAME)
+        assert answer.status_code == 200, answer.text
+        sent = front.engine.requests[-1]
+        assert sent.prompt_ids == _with_turns(tokenizer, "the surname", PAIRS[:1])
+        assert sent.sampling.max_tokens == n_all + 4 - len(sent.prompt_ids)
+
+
+@pytest.mark.parametrize("limit", ["max_jobs = 1", "max_adapters = 1"])
+async def test_a_chat_has_turns_where_its_tenant_may_have_no_more(
+    tokenizer: PreTrainedTokenizerFast,
+    base_spec: BaseSpec,
+    tmp_path: Path,
+    limit: str,
+) -> None:
+    digest = hashlib.sha256(b"acme-key").hexdigest()
+    table = (
+        f'[[key]]\nname = "acme"\nsha256 = "{digest}"\nscope = "admin"\ntenant = "acme"\n{limit}\n'
+    )
+    http = HttpConfig(api_keys=parse_keys(table))
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer, http=http) as front:
+        front.headers = {"authorization": "Bearer acme-key"}
+        assert (await front.post(GENERATE, ORDER)).status_code == 202
+        other = {**SURNAME, "examples": PAIRS[::-1]}
+        answer = await front.chat(adapter=other)
+        assert answer.status_code == 200, answer.text
+        told = answer.json()["adapter"]["chosen_by"]
+        assert told == {"description": "the surname", "serves": "turns", "turns": 2}
+        assert (await front.complete(adapter=other)).status_code in (403, 429)
+
+
 async def test_a_system_message_stays_first_and_the_chats_own_turns_come_last(
     world: World, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -668,16 +751,47 @@ async def test_chats_do_not_learn_in_vain_twice(world: World) -> None:
     assert third["digest"] == end["digest"]
 
 
-async def test_chats_learn_again_in_twice_the_time_where_there_was_too_little(
-    world: World,
+@pytest.mark.parametrize("wish", [SURNAME, STRANGE_CHAT], ids=["draft", "refused"])
+async def test_chats_learn_again_in_twice_the_time_up_to_what_the_server_allows(
+    world: World, wish: dict[str, object]
 ) -> None:
     world.trainer.error = OutOfTime()
     world.trainer.end.set()
-    for budget_s in (30, 60):
+    for budget_s in (30, 60, 100):
         before = time.monotonic()
-        told = (await world.front.chat(adapter=STRANGE_CHAT)).json()["adapter"]["chosen_by"]
+        told = (await world.front.chat(adapter=wish)).json()["adapter"]["chosen_by"]
         await world.ended(told["job"])
         assert before + budget_s - 1 < world.trainer.deadlines[-1] < time.monotonic() + budget_s
+    told = (await world.front.chat(adapter=wish)).json()["adapter"]["chosen_by"]
+    assert (told["serves"], "job" in told) == ("turns", False)
+    assert len(world.trainer.deadlines) == 3
+
+
+@pytest.mark.parametrize("wish", [SURNAME, STRANGE_CHAT], ids=["draft", "refused"])
+async def test_a_chat_whose_job_failed_does_not_start_it_again_at_once(
+    world: World, wish: dict[str, object]
+) -> None:
+    world.trainer.error = RuntimeError("broken")
+    world.trainer.end.set()
+    first = (await world.front.chat(adapter=wish)).json()["adapter"]
+    assert (await world.ended(first["chosen_by"]["job"]))["status"] == "failed"
+    second = await world.front.chat(adapter=wish)
+    assert second.status_code == 200, second.text
+    assert second.json()["adapter"]["chosen_by"]["serves"] == "turns"
+    assert len(world.trainer.deadlines) == 1
+    job = (await world.front.post(GENERATE, {**wish, "probe": False})).json()
+    assert (await world.ended(job))["status"] == "failed"  # who orders it is obeyed
+    assert len(world.trainer.deadlines) == 2
+
+
+@pytest.mark.parametrize("error", [None, OutOfTime()], ids=["nothing", "out of time"])
+async def test_a_chat_that_waits_in_vain_has_turns(world: World, error: Exception | None) -> None:
+    world.trainer.gains, world.trainer.error = False, error
+    world.trainer.end.set()
+    answer = await world.front.chat(adapter={**STRANGE_CHAT, "wait": True})
+    assert answer.status_code == 200, answer.text
+    told = answer.json()["adapter"]["chosen_by"]
+    assert (told["serves"], "job" in told) == ("turns", False)
 
 
 async def test_a_chat_has_turns_where_no_job_may_start(world: World) -> None:

@@ -81,8 +81,10 @@ class ChatCall(TextCall):
 
     async def prompt_ids(self, protocol: ChatProtocol, turns: Turns) -> tuple[tuple[int, ...], int]:
         """And how many of ``turns`` are in it. Raises ApiError (400)."""
+        context = self.state.engine.max_model_len
+        most = None if self.info.meter is None else self.info.meter.most_tokens
         ids, n_turns = await self._prompt.ids_within(
-            self.state.engine.max_model_len,
+            context if most is None else min(context, most),
             self.state.text,
             protocol,
             self._defaults,

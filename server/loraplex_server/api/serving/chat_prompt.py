@@ -16,7 +16,7 @@ from .tool_use import NO_TOOLS, ToolUse
 
 __all__ = ["ChatPrompt", "defaults_of"]
 
-_ANSWER_SHARE = 4  # one part of so many is left for an answer whose length nobody has said
+_ANSWER_SHARE = 4  # one part of so many is left for an answer that may be of any length
 
 
 class ChatPrompt:
@@ -99,7 +99,7 @@ class ChatPrompt:
 
     async def ids_within(
         self,
-        max_model_len: int,
+        n_tokens: int,
         text: TextPipeline,
         protocol: ChatProtocol,
         defaults: AdapterDefaults,
@@ -108,29 +108,43 @@ class ChatPrompt:
         turns: Turns,
         n_answer: int | None = None,
     ) -> tuple[tuple[int, ...], int]:
-        """As ``ids``, and how many of ``turns`` it has: all that the context holds beside an answer
+        """As ``ids``, and how many of ``turns`` it has: all that ``n_tokens`` hold beside an answer
         of ``n_answer`` tokens, or the first half of them, or of that half, and so on.
 
-        Raises ApiError as ``ids`` does, and where the context holds none of them.
+        Where nobody has said how long the answer may be, a part of ``n_tokens`` is left for it, but
+        for the last turn. Raises ApiError as ``ids`` does, and where there is no room for any.
         """
-        n_kept = max_model_len // _ANSWER_SHARE if n_answer is None else n_answer
-        while True:
+        n_left = n_tokens - (n_tokens // _ANSWER_SHARE if n_answer is None else n_answer)
+        n_most = n_tokens - (n_answer or 1)
+
+        async def ids_with(n: int) -> tuple[int, ...] | None:
+            """None: too long, with however many tokens."""
             try:
-                ids = await self.ids(text, protocol, defaults, tenant=tenant, turns=turns)
-                if not turns or len(ids) + n_kept <= max_model_len:
-                    return ids, len(turns)
+                return await self.ids(text, protocol, defaults, tenant=tenant, turns=turns[:n])
             except ApiError as error:
-                if not turns or error.code != "context_length_exceeded":
+                if n == 0 or error.code != "context_length_exceeded":
                     raise
-            if len(turns) == 1:
-                raise invalid(
-                    f"this model's context is {max_model_len} tokens long, and the chat leaves no "
-                    "room for one of its examples; shorten it, or wait for what is learnt from "
-                    'them ("wait": true in the adapter)',
-                    "messages",
-                    "context_length_exceeded",
-                )
-            turns = turns[: len(turns) // 2]
+                return None
+
+        n = len(turns)
+        ids = await ids_with(n)
+        if ids is not None and (n == 0 or len(ids) <= n_left):
+            return ids, n
+        one = await ids_with(1)  # before all the others: a chat that is too long fails soon
+        if one is None or len(one) > n_most:
+            raise invalid(
+                f"{n_tokens} tokens are left for prompt and answer, and the chat leaves no room "
+                "for one of its examples; shorten it or them, or let POST /v1/adapters/generate "
+                "learn from them and name the adapter",
+                "messages",
+                "context_length_exceeded",
+            )
+        while n > 2:
+            n //= 2
+            ids = await ids_with(n)
+            if ids is not None and len(ids) <= n_left:
+                return ids, n
+        return one, 1
 
 
 def defaults_of(resolved: ResolvedAdapter) -> AdapterDefaults:

@@ -81,8 +81,6 @@ def generate_from_examples(
 
     def look_up() -> None:
         report(RefinementProgress("judging turns", 0, n_steps, None))
-        if time.monotonic() >= deadline:
-            raise TimeoutError
 
     try:
         turns = score_turns(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from loraplex_generation.zoo.tasks import Example
 
@@ -11,7 +11,7 @@ from .packing import ChatCodec, pack
 from .refinement import HeldOut, folds, judging
 from .scoring import score_groups
 
-__all__ = ["score_turns"]
+__all__ = ["beats_turns", "score_turns"]
 
 
 def score_turns(
@@ -43,6 +43,31 @@ def score_turns(
         nll += score.nll
         right += score.right
     return HeldOut(nll / len(parts), sum(right), len(right))
+
+
+def beats_turns(refinement: Mapping[str, object]) -> bool:
+    """Whether what came of learning does better than the base with the examples as turns.
+
+    ``refinement``: of the card. By pairs that its judges had not seen: which part of them is right,
+    then their likelihood. That of an earlier version, which did not judge turns, beats them if
+    anything was gained.
+    """
+    gained = refinement.get("gained") is True
+    if not gained and refinement.get("start") != "draft":
+        return False  # what is known is of another start, and the draft is what would answer
+    after, turns = (_held_out(refinement, of) for of in ("after", "turns"))
+    if after is None or turns is None:
+        return gained
+    return after >= turns
+
+
+def _held_out(refinement: Mapping[str, object], of: str) -> tuple[float, float] | None:
+    """The larger the better."""
+    held_out = refinement.get("held_out")
+    match held_out.get(of) if isinstance(held_out, Mapping) else None:
+        case {"exact": int(n_right), "of": int(n), "nll": int(nll) | float(nll)}:
+            return n_right / max(n, 1), -nll
+    return None
 
 
 def _turns(

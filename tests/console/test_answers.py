@@ -145,7 +145,8 @@ def test_with_log_probabilities_the_answer_is_the_same_text(
     made = "" if shown.endswith("(empty)") else shown.removeprefix("first this")
     assert "".join(marked.all_text_contents()) == made
     for title in [token.get_attribute("title") for token in marked.all()]:
-        assert title and title.count(" %") == 3  # its probability and those of others
+        assert title
+        assert title.count(" %") == 3
 
 
 def test_only_what_chats_is_tried_in_the_playground(page: Page, url: str) -> None:

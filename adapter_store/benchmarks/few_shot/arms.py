@@ -17,6 +17,7 @@ from loraplex_generation.from_examples import encode_pairs, generate_from_exampl
 from loraplex_generation.refinement import RefinementRecipe, refine
 from loraplex_generation.task_vectors import MIN_PROMPTS
 from loraplex_generation.taskdata import TaskData
+from loraplex_generation.turns import beats_turns
 from loraplex_generation.zoo.tasks import Example, Task
 
 from .bench import Bench
@@ -123,6 +124,19 @@ def _generated(method: str) -> Callable[[Bench, Asked], Learnt]:
     return learn
 
 
+def _chat(bench: Bench, asked: Asked) -> Learnt:
+    """As the server answers a chat that has brought its examples, once their job has ended."""
+    learnt = _generated("auto")(bench, asked)
+    if beats_turns(learnt.told):
+        return learnt
+    return replace(_turns(bench, asked), told=learnt.told)
+
+
+def _both(bench: Bench, asked: Asked) -> Learnt:
+    learnt = _generated("auto")(bench, asked)
+    return replace(_turns(bench, asked), vector=learnt.vector, told=learnt.told)
+
+
 def _from(start: Callable[[Bench], Tensor]) -> Callable[[Bench, Asked], Learnt]:
     """LoRA on the examples alone, with the recipe's steps and its judges, but no span."""
 
@@ -196,6 +210,8 @@ ARMS: dict[str, Arm] = {
     "sg-lora": Arm(_generated("sg-lora"), "SG-LoRA's draft, then learning"),
     "icm-lora": Arm(_generated("icm-lora"), "ICM-LoRA's draft (from k = 8 with prompts), learning"),
     "ours": Arm(_generated("auto"), "what the server does"),
+    "chat": Arm(_chat, "ours, or turns where they are better on held-out pairs", ks=_WITH_EXAMPLES),
+    "both": Arm(_both, "turns under ours", ks=_WITH_EXAMPLES),
     "oracle": Arm(
         _oracle, f"a LoRA trained on {ORACLE_K} examples", ks=(ORACLE_K,), has_draws=False
     ),

@@ -33,6 +33,8 @@ _GUESSES_S = {  # learning with k = 8, one thread, the default base: where nothi
     "sg-lora": 45.0,
     "icm-lora": 46.0,
     "ours": 45.0,
+    "chat": 46.0,
+    "both": 46.0,
     "oracle": 90.0,
 }
 _SCORE_S = 0.12  # of a row
@@ -108,7 +110,7 @@ class Pace:
         learning = self._learn_s.get(key, guess)
         if cell.budget_s:
             learning = min(learning, cell.budget_s)
-        longer = 1 + cell.k / 8 if cell.arm in ("prompt", "turns", "multi-task") else 1.0
+        longer = 1 + cell.k / 8 if cell.arm in ("prompt", "turns", "both", "multi-task") else 1.0
         return learning + cell.rows * self._row_s.get(key, _SCORE_S * longer)
 
     def total(self, cells: Iterable[Cell]) -> float:

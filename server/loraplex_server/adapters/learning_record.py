@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.report import JsonValue
+from loraplex_generation.turns import beats_turns
 from loraplex_server.api.errors import ApiError, from_store
 
 from .jobs import JobCancelled
@@ -101,30 +102,9 @@ def serves(card: AdapterCard | None) -> str | None:
 
 
 def answers_chats(card: AdapterCard | None) -> bool:
-    """Whether ``card``, learnt or a draft that nothing beat, does better than the base with the
-    examples as turns of the chat.
-
-    By pairs that its judges had not seen: which part of them is right, then their likelihood.
-    """
+    """Whether ``card``, learnt or a draft that nothing beat, does better than turns."""
     record = record_of(card)
-    if card is None or not is_result(record):
-        return False
-    if record.get("gained") is not True and record.get("start") != "draft":
-        return False  # another start was likelier than the draft, and what is known is of that
-    after, turns = (_held_out(record, of) for of in ("after", "turns"))
-    if after is None or turns is None:  # a card of an earlier version
-        return record.get("gained") is True
-    return after >= turns
-
-
-def _held_out(record: Record, of: str) -> tuple[float, float] | None:
-    """The larger the better; None where a card does not say."""
-    held_out = record.get("held_out")
-    score = held_out.get(of) if isinstance(held_out, dict) else None
-    match score:
-        case {"exact": int(n_right), "of": int(n), "nll": int(nll) | float(nll)}:
-            return n_right / max(n, 1), -nll
-    return None
+    return is_result(record) and beats_turns(record)
 
 
 def may_learn_again(record: Record, budget_s: float) -> bool:

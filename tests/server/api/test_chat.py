@@ -156,11 +156,31 @@ async def test_a_stop_string_ends_the_text_and_cancels_the_engine_request(front:
     assert len(front.engine.cancelled) == 1
 
 
-async def test_logprobs_end_where_a_stop_string_cuts_the_text(front: Front) -> None:
-    choice = (await front.chat(stop="wörl", logprobs=True)).json()["choices"][0]
-    tokens = choice["logprobs"]["content"]
-    assert "".join(token["token"] for token in tokens).startswith(choice["message"]["content"])
-    assert b"".join(bytes(token["bytes"]) for token in tokens).decode() == "Hello, "
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("stop", [{"stop": "wörl"}, {"stop": ["never", "d! "]}, {}])
+async def test_ids_log_probabilities_and_usage_count_the_same_tokens(
+    front: Front, stop: dict[str, object], kept: bool
+) -> None:
+    """Whatever the text loses to a stop string, as in vLLM."""
+    fields = {**stop, "include_stop_str_in_output": kept}
+    fields |= {"logprobs": True, "return_token_ids": True}
+    body = (await front.chat(**fields)).json()
+    (choice,) = body["choices"]
+    told, ids = choice["logprobs"]["content"], choice["token_ids"]
+    assert len(told) == len(ids) == body["usage"]["completion_tokens"]
+    known = [*front.engine.tokenizer.encode(TEXT).ids, EOS_ID]
+    assert ids == known[: len(ids)]
+    raw = b"".join(bytes(token["bytes"]) for token in told).decode()
+    text = choice["message"]["content"]
+    assert raw.startswith(text)
+    *chunks, _ = await front.chat_events(**fields)
+    parts = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(part["delta"].get("content") or "" for part in parts) == text
+    streamed = [
+        entry for part in parts if part["logprobs"] for entry in part["logprobs"]["content"]
+    ]
+    assert streamed == told
+    assert [i for part in parts for i in part.get("token_ids", ())] == ids
 
 
 async def test_a_stop_string_can_be_kept_in_the_output(front: Front) -> None:
@@ -180,6 +200,24 @@ async def test_a_stop_token_id_is_the_stop_reason(front: Front) -> None:
     assert choice["message"]["content"] == "Hello, wörld"
     assert choice["stop_reason"] == token_id
     assert choice["finish_reason"] == "stop"
+
+
+async def test_a_stop_token_is_text_where_stop_strings_are(front: Front) -> None:
+    """As in vLLM; one that is special is only shown where those are."""
+    token_id = front.engine.tokenizer.encode("!", add_special_tokens=False).ids[0]
+    fields = {"include_stop_str_in_output": True, "logprobs": True, "return_token_ids": True}
+    body = (await front.chat(stop_token_ids=[token_id], **fields)).json()
+    (choice,) = body["choices"]
+    assert choice["message"]["content"] == "Hello, wörld!"
+    assert (choice["stop_reason"], choice["finish_reason"]) == (token_id, "stop")
+    n_tokens = body["usage"]["completion_tokens"]
+    assert len(choice["token_ids"]) == len(choice["logprobs"]["content"]) == n_tokens
+    assert choice["token_ids"].count(token_id) == 1
+    (choice,) = (await front.chat(**fields)).json()["choices"]
+    assert choice["message"]["content"] == TEXT
+    (choice,) = (await front.chat(skip_special_tokens=False, **fields)).json()["choices"]
+    assert choice["message"]["content"] == TEXT + EOS
+    assert choice["token_ids"][-1] == EOS_ID
 
 
 async def test_token_ids_are_returned_on_request(front: Front) -> None:

@@ -111,16 +111,24 @@ class Choice:
             return None
         shown, stop = self._read(event)
         if stop is not None:
-            return self._stopped(shown, stop)
+            self.ended = True
+            return self._delta(shown, "stop", stop)
         if event.finish is not None:
             return self._finished(event, shown + self._tail())
         return self._delta(shown, None, None)
 
     def _read(self, event: TokenEvent) -> tuple[str, str | None]:
-        """Feeds the tokens one by one; stops at the token that completes a stop string."""
+        """Feeds the tokens one by one; stops at the token that completes a stop string.
+
+        Ids and log-probabilities keep what the text loses to it, as in vLLM. The token that ended
+        the answer is text only where stop strings are.
+        """
         shown = ""
         min_tokens = self.spec.stop.min_tokens
-        for position, token_id in enumerate(event.token_ids):
+        token_ids = event.token_ids
+        if event.stop_token is not None and self.spec.stop.include_in_output:
+            token_ids = (*token_ids, event.stop_token)
+        for position, token_id in enumerate(token_ids):
             self.n_output += 1
             self._token_ids.append(token_id)
             if event.logprobs:
@@ -138,21 +146,17 @@ class Choice:
         scanned = self._scanner.push(self._detokenizer.flush())
         return scanned.text + ("" if scanned.stop else self._scanner.flush())
 
-    def _stopped(self, shown: str, stop: str) -> ChoiceDelta:
-        self.ended = True
-        cut = self._n_shown + len(shown)
-        self._entries = [entry for entry in self._entries if entry.offset < cut]
-        return self._delta(shown, "stop", stop)
-
     def _finished(self, event: TokenEvent, shown: str) -> ChoiceDelta:
         self.ended = True
         stop_reason = None
         if event.stop_token is not None:
-            # It was generated, too: only the text is without it, as in vLLM.
-            self.n_output += 1
-            self._token_ids.append(event.stop_token)
-            if event.logprobs:
-                self._entries.append(TokenEntry(event.logprobs[-1], self._n_shown + len(shown)))
+            if not self.spec.stop.include_in_output:
+                # It was generated, too: only the text is without it, as in vLLM.
+                self.n_output += 1
+                self._token_ids.append(event.stop_token)
+                if event.logprobs:
+                    offset = self._n_shown + len(shown)
+                    self._entries.append(TokenEntry(event.logprobs[-1], offset))
             if event.stop_token in self.spec.request.sampling.stop_token_ids:
                 stop_reason = event.stop_token
         reason = "length" if event.finish is FinishReason.LENGTH else "stop"

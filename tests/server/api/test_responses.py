@@ -116,6 +116,10 @@ async def test_streamed_log_probabilities_are_those_of_the_whole_answer(front: F
     told = whole["output"][0]["content"][0]["logprobs"]
     assert len(told) == whole["usage"]["output_tokens"]  # the end token is one
     stream = (await front.post("/v1/responses", {**body, "stream": True})).text
-    *_, last = [json.loads(line[6:]) for line in stream.split("\n") if line.startswith("data: ")]
-    assert last["type"] == "response.completed"
-    assert last["response"]["output"][0]["content"][0]["logprobs"] == told
+    events = [json.loads(line[6:]) for line in stream.split("\n") if line.startswith("data: ")]
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [entry for delta in deltas for entry in delta["logprobs"]] == told
+    (done,) = [event for event in events if event["type"] == "response.output_text.done"]
+    assert done["logprobs"] == told
+    assert events[-1]["type"] == "response.completed"
+    assert events[-1]["response"]["output"][0]["content"][0]["logprobs"] == told

@@ -93,9 +93,9 @@ class ResponsesFormat:
                 out += self._close("completed") + self._open(piece)
             out += self._grow(piece)
         if delta.finish_reason is not None:
-            if self._is_open and self._output[-1]["type"] == "message":
+            if self._logprobs and self._is_open and self._output[-1]["type"] == "message":
                 # of tokens without text, such as the end token
-                self._output[-1]["content"][0]["logprobs"] += self._logprobs
+                out += self._grow(MessagePiece("content", ""))
             out += self._close("incomplete" if delta.finish_reason == "length" else "completed")
         return out
 

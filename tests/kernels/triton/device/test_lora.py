@@ -107,12 +107,16 @@ def test_routed_experts_equal_the_reference(device: torch.device, drawn: dict[st
     _assert_close(_apply(problem), problem)
 
 
-def _mixed(device: torch.device, dtype: torch.dtype, *, k: int, n_rows: int = 21) -> LoraProblem:
+def _mixed(
+    device: torch.device, dtype: torch.dtype, *, k: int, n_rows: int | None = None
+) -> LoraProblem:
+    """Rows of every adapter and bare ones; fewer routed ones, which the interpreter is slow at."""
+    few, seed = (21, 5) if k == 1 else (11, 8)
     return make_problem(
         in_features=300,
         out_features=(65, 33),
         ranks=[(8, 0), (16, 17), (40, 5), (0, 64)],
-        slots=draw_slots("zipf", n_rows, k, 4, seed=5),
+        slots=draw_slots("zipf", n_rows or few, k, 4, seed=seed),
         dtype=dtype,
         device=device,
         seed=11,
@@ -157,11 +161,11 @@ def test_a_shrink_on_the_side_changes_no_bit(device: torch.device, k: int) -> No
     sides: list[SideStream] = [_Side(late=False), _Side(late=True)]
     if device.type == "cuda":
         sides.append(CudaSideStream(device))
-    for side in sides:
-        for table in (default_table(), _without_fused(default_table())):
-            out = problem.base.clone()
-            inputs = (problem.x, problem.storage, problem.target, problem.tables)
-            lora_apply_triton(*inputs, _segments(problem), out=out, table=table)
+    inputs = (problem.x, problem.storage, problem.target, problem.tables)
+    for table in (default_table(), _without_fused(default_table())):
+        out = problem.base.clone()
+        lora_apply_triton(*inputs, _segments(problem), out=out, table=table)
+        for side in sides:
             assert torch.equal(_over(problem, side, table), out)
     assert all(side.n_launched > 0 for side in sides if isinstance(side, _Side))
 
@@ -194,7 +198,8 @@ def test_a_row_has_the_same_bits_alone_permuted_and_among_others(
     together = _apply(problem)
     order = torch.randperm(problem.x.shape[0], generator=torch.Generator().manual_seed(2))
     assert torch.equal(_apply(problem.rows(order.to(device))), together[order])
-    for row in (0, 7, 20):
+    n_rows = problem.x.shape[0]
+    for row in (0, n_rows // 3, n_rows - 1):
         index = torch.tensor([row], device=device)
         assert torch.equal(_apply(problem.rows(index)), together[index])
 
@@ -242,7 +247,7 @@ def test_no_tile_choice_changes_a_bit(device: torch.device, dtype: torch.dtype) 
         )
         outs.append(out)
     assert all(torch.equal(out, outs[0]) for out in outs)
-    routed = _mixed(device, dtype, k=2)
+    routed = _mixed(device, dtype, k=2, n_rows=21)
     routed_outs = [
         _two_launches(
             routed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import httpx
@@ -43,19 +44,19 @@ def test_a_head_that_is_too_large_is_told_so(server: ServerProcess) -> None:
     assert answer.json()["error"]["code"] == "head_too_large"
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
+def test_connections_that_say_no_more_are_closed(server: ServerProcess) -> None:
+    beginnings = (
         b"",
         b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n",
         b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         b'Content-Length: 1000\r\n\r\n{"prompt',
-    ],
-)
-def test_a_connection_that_says_no_more_is_closed(server: ServerProcess, sent: bytes) -> None:
-    with connect(server) as silent:
-        silent.sendall(sent)
-        assert silent.recv(1000) == b""  # raises TimeoutError after a minute
+    )
+    with ExitStack() as open_ones:
+        silent = [open_ones.enter_context(connect(server)) for _ in beginnings]
+        for connection, sent in zip(silent, beginnings, strict=True):
+            connection.sendall(sent)
+        for connection, sent in zip(silent, beginnings, strict=True):
+            assert connection.recv(1000) == b"", sent  # raises TimeoutError after a minute
 
 
 def test_what_is_no_http_is_a_400_in_the_usual_shape(server: ServerProcess) -> None:

@@ -87,13 +87,17 @@ def failing_start(*flags: str | Path) -> tuple[int, str]:
 
 @contextmanager
 def _started(command: Sequence[str]) -> Iterator[ServerProcess]:
+    """Without this folder on its path: transformers takes `kernels` for the package of that name,
+    and looks for its version in every file that is installed.
+    """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LORAPLEX_")}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        env=environment,
     )
     server = ServerProcess(process)
     reader = threading.Thread(target=server.read, daemon=True)

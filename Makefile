@@ -30,7 +30,9 @@ test: check  # what to run before a commit is pushed: all but the tests marked s
 
 check: lint types bandit unit
 
-ci: lint types bandit unit-all  # what .ci/run does
+ci: venv  # what .ci/run does
+	$(MAKE) --jobs 2 --output-sync lint types bandit
+	$(MAKE) unit-all
 
 lint: venv
 	$(BIN)/ruff format --check .

@@ -54,20 +54,21 @@ sbom: venv  # what a plain install brings along, as CycloneDX, into sbom.json
 
 unit: venv
 	$(BIN)/loraplex pull --quiet
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not slow"
+	$(TESTS) -m "not gpu and not slow"
 
 test-cluster: venv  # real clusters on this machine; some minutes
 	$(BIN)/python -m pytest tests/cluster tests/docs/test_cluster_pages.py
 
 test-nightly: venv  # what CI has no time for: a minute of soak, long walks of the contract …
 	$(BIN)/loraplex pull --quiet
-	$(BIN)/python -m pytest $(PARALLEL) -m "nightly and not gpu"
+	$(TESTS) -m "nightly and not gpu"
 
 unit-all: venv
 	$(BIN)/loraplex pull --quiet
-	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not cluster and not nightly"
+	$(TESTS) -m "not gpu and not cluster and not nightly"
 
-PARALLEL := -n auto --dist loadfile  # a process for each core, files whole
+# A process for each core and a thread each (two a core wait for each other); files whole.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 FUZZ := --seed 1 --cases 100000
 fuzz: venv  # odd requests and adapter files against a real server; some twenty minutes

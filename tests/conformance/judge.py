@@ -10,6 +10,8 @@ more.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -62,11 +64,10 @@ def explain(
     tokens = [answer.token_ids for answer in answers]
     expected = logprobs_along(model, prompts, tokens)
     if base is not None:
-        plain = logprobs_along(base, prompts, tokens)
-        matters = max(
-            difference(question, answer, rows)
-            for question, answer, rows in zip(questions, answers, plain, strict=True)
-        )
+        matters = _at_the_first_token(base, questions, answers)
+        if matters < _MATTERS:
+            plain = logprobs_along(base, prompts, tokens)
+            matters = max(map(difference, questions, answers, plain))
         if matters < _MATTERS:
             return f"the adapter changes the answer by {matters:.1e} only: the row proves nothing"
     off = max(
@@ -79,6 +80,33 @@ def explain(
     if off <= bound_of(moved):
         return None
     return f"off by {off:.2e} in log-probability; rounding explains {moved:.1e}"
+
+
+def _at_the_first_token(
+    base: nn.Module, questions: Sequence[Question], answers: Sequence[Answer]
+) -> float:
+    """The difference to the base up to there, where it is the same for all adapters."""
+    plain = _along_prompts(base, tuple(question.prompt for question in questions))
+    first = [
+        replace(
+            answer,
+            token_ids=answer.token_ids[:1],
+            logprobs=answer.logprobs[:1],
+            top=answer.top[:1],
+        )
+        for answer in answers
+    ]
+    return max(map(difference, questions, first, plain))
+
+
+def _along_prompts(base: nn.Module, prompts: tuple[tuple[int, ...], ...]) -> list[Tensor]:
+    known = _known.setdefault(base, {})
+    if prompts not in known:
+        known[prompts] = logprobs_along(base, prompts, [[0]] * len(prompts))
+    return known[prompts]
+
+
+_known: WeakKeyDictionary[nn.Module, dict[object, list[Tensor]]] = WeakKeyDictionary()
 
 
 def bound_of(moved: float) -> float:

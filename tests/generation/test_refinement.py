@@ -235,6 +235,7 @@ def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # test_served_learning.py shows the same through a server
 def test_an_operation_that_no_sentence_reaches_is_learnt_from_eight_pairs(
     pulled_base: Path, pulled_encoder: Path
 ) -> None:

@@ -113,9 +113,9 @@ def _check(
         assert answer.token_ids == token_ids, f"{name or 'base'} answers differently"
         for position, event in enumerate(answer.events):
             (entry,) = event.logprobs
-            row = torch.empty(VOCAB_SIZE)
-            for token, value in entry.top:
-                row[token] = value
+            tokens, values = zip(*entry.top, strict=True)
+            row = torch.full((VOCAB_SIZE,), float("nan"))
+            row[list(tokens)] = torch.tensor(values)
             assert (row - logprobs[position]).abs().max() <= 1e-4, f"{name or 'base'} @{position}"
 
 

@@ -229,6 +229,27 @@ async def test_a_killed_gateway_takes_only_its_own_streams(cluster: ClusterProce
             assert not wrong(one, 100)
 
 
+async def test_an_upgrade_whose_engines_do_not_start_leaves_all_routes_served(
+    cluster: ClusterProcess, world: Path
+) -> None:
+    """The Desk before it has ended by then: its folder has one owner."""
+    before = cluster.replicas("Desk")
+    config = cluster_config(world, **{"max-model-len": 1 << 20})  # more than the base's positions
+    config["server"]["port"] = int(cluster.url.rpartition(":")[2])
+    n_before = len(cluster.lines)
+    await asyncio.to_thread(cluster.upgrade, config)
+    assert "not upgraded" in "".join(cluster.lines[n_before:]), cluster.log
+    async with connect(cluster) as client:
+        listed = await client.get("/v1/files", timeout=120)
+        assert listed.status_code == 200, listed.text
+        assert not wrong([await stream(client, chat("a1", 4))], 4)
+    assert not before.keys() & cluster.replicas("Desk").keys()
+    del config["server"]["max-model-len"]
+    n_before = len(cluster.lines)
+    await asyncio.to_thread(cluster.upgrade, config)
+    assert "not upgraded" not in "".join(cluster.lines[n_before:]), cluster.log
+
+
 async def test_an_upgrade_under_load_cuts_nothing(cluster: ClusterProcess, world: Path) -> None:
     before = cluster.replicas("Engine")
     config = cluster_config(world, **{"max-queue": 500})

@@ -45,7 +45,7 @@ from loraplex_server.settings import ServerConfig
 
 from .autoscaling import ADAPTERS_IN_USE, DEVICE_SLOTS
 from .base_weights import without_weights
-from .engine_facts import EngineFacts, fingerprint_of
+from .engine_facts import EngineFacts, fingerprint_of, model_of
 from .event_buffer import EventBuffer
 from .remote_request import RemoteAdapter, RemoteRequest, ReplicaStats
 from .shared_store import open_shared_store
@@ -70,7 +70,7 @@ class EngineReplica:
         Raises ModelError, StoreError, ValueError or OSError.
         """
         set_up_logging(config.http)
-        self._config = fingerprint_of(config)
+        self._config, self._model = fingerprint_of(config), model_of(config)
         self._stall_s = config.http.stall_s
         self._adapter_requests: Counter[str] = Counter()  # taken in, by digest; "": the base
         self._name = serve.get_replica_context().replica_id.unique_id
@@ -85,10 +85,12 @@ class EngineReplica:
     def facts(self) -> EngineFacts:
         return EngineFacts(
             config=self._config,
+            model=self._model,
             base=without_weights(self._base),
             capabilities=self._engine.packer.capabilities,
             eos_token_ids=self._engine.eos_token_ids,
             max_model_len=self._engine.max_model_len,
+            max_positions=self._max_positions,
         )
 
     async def generate(self, start: str, request: RemoteRequest) -> AsyncIterator[list[TokenEvent]]:
@@ -199,6 +201,7 @@ class EngineReplica:
         name = public_name(config.model, path)
         built = build_engine(config.engine, path, model_id=name, faults=faults)
         self._engine, self._base = built.engine, built.base_spec
+        self._max_positions = built.max_positions
         self._tokenizer_json = built.tokenizer.backend_tokenizer.to_str()
         self._store, self._close_store = open_shared_store(
             config,

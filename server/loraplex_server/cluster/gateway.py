@@ -41,7 +41,7 @@ from .base_weights import with_weights_of
 from .cluster_fleet import ClusterFleet
 from .desk import PassedOn, answered_by, to_desk
 from .desk_learner import DeskLearner, learnt_by
-from .engine_facts import EngineFacts, own_facts
+from .engine_facts import EngineFacts, facts_of_model, own_facts
 from .fleet_metrics import ProcessMetrics
 from .front_calls import FrontCalls, FrontSpeed, Role
 from .key_limits import SharedMeter
@@ -72,7 +72,7 @@ class Desk:
         engines: DeploymentHandle,
         limits: DeploymentHandle | None,
     ) -> None:
-        """Waits for an engine replica of this version.
+        """Waits for an engine replica; see ``find_facts``.
 
         ``limits``: where keys are counted; None: none is limited.
         Raises StoreError, ModelError, ValueError or OSError.
@@ -83,7 +83,7 @@ class Desk:
         self._limits = limits
         self._closing = contextlib.ExitStack()
         everybody = serve.get_deployment_handle(engines.deployment_name, engines.app_name)
-        facts = await own_facts(engines, everybody, config)
+        facts = await self.find_facts(engines, everybody)
         self._engine = RemoteEngine(engines, everybody, facts)
         self._fleet = ClusterFleet(self.name, self._engine)
         self.front = await asyncio.to_thread(self._build, facts)
@@ -143,6 +143,12 @@ class Desk:
             await self._engine.close()
             self._services.pools.close()
         await asyncio.to_thread(self._closing.close)
+
+    async def find_facts(
+        self, engines: DeploymentHandle, everybody: DeploymentHandle
+    ) -> EngineFacts:
+        """An upgrade has ended the Desk before this one: engines that may never start can wait."""
+        return await facts_of_model(engines, everybody, self._config)
 
     def open_store(self, base: BaseSpec, check: PlanCheck, faults: Faults) -> AdapterStore:
         """In a folder that stays: files and batches are in it."""
@@ -217,6 +223,12 @@ class Gateway(Desk):
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Ray's hook, after the constructor
         return without_request_id(to_desk(self.front, self._desk, self._config.http))
+
+    async def find_facts(
+        self, engines: DeploymentHandle, everybody: DeploymentHandle
+    ) -> EngineFacts:
+        """Of this version: gateways before it serve until it is ready."""
+        return await own_facts(engines, everybody, self._config)
 
     def open_store(self, base: BaseSpec, check: PlanCheck, faults: Faults) -> AdapterStore:
         """In a folder of its own, which goes with it."""

@@ -65,6 +65,7 @@ class BuiltEngine:
     model_id: str
     device: torch.device
     weights: ResidentWeights | None  # to train through; None: they are on another device
+    max_positions: int  # that the base is right up to
 
 
 def build_engine(
@@ -97,7 +98,8 @@ def build_engine(
         except BaseException:
             sharded.workers.close()
             raise
-        return BuiltEngine(engine, tokenizer, sharded.spec, name, device, None)
+        n = sharded.model.max_positions
+        return BuiltEngine(engine, tokenizer, sharded.spec, name, device, None, n)
     model = _run_in_temp_thread(
         lambda: load_base_model(
             model_path,
@@ -115,7 +117,8 @@ def build_engine(
     _warn_of_codes(model.spec, device)
     engine = assemble_engine(model, config, faults=faults)
     weights = ResidentWeights(model, torch.bfloat16) if device.type == "cpu" else None
-    return BuiltEngine(engine, tokenizer, model.spec, name, device, weights)
+    n = model.max_positions
+    return BuiltEngine(engine, tokenizer, model.spec, name, device, weights, n)
 
 
 def assemble_engine(

@@ -28,7 +28,9 @@ from loraplex_server.cluster.desk import PassedOn, answered_by  # noqa: E402
 from loraplex_server.cluster.desk_learner import learnt_by  # noqa: E402
 from loraplex_server.cluster.engine_facts import (  # noqa: E402
     EngineFacts,
+    facts_of_model,
     fingerprint_of,
+    model_of,
     own_facts,
 )
 from loraplex_server.cluster.key_limits import KeyLimits, SharedMeter  # noqa: E402
@@ -107,7 +109,8 @@ class Handle:
 @pytest.fixture(scope="module")
 def facts() -> EngineFacts:
     spec = BaseSpec.of(tiny_model(), "tiny")
-    return EngineFacts("v1", spec, EngineCapabilities.of(spec), frozenset({2}), 64)
+    capabilities = EngineCapabilities.of(spec)
+    return EngineFacts("v1", "m1", spec, capabilities, frozenset({2}), 64, 256)
 
 
 async def events_of(
@@ -250,6 +253,39 @@ async def test_a_gateway_asks_until_the_facts_are_of_its_own_version(facts: Engi
     assert await own_facts(Upgrading(), Upgrading(), after) == new
     assert not turns
     assert await own_facts(Upgrading(), Upgrading(), before) == old  # asks nobody else
+
+
+async def test_the_desk_does_not_wait_for_engines_that_may_never_start(facts: EngineFacts) -> None:
+    """What follows from engine options is that of the options that will be."""
+    before = ServerConfig()
+    options = before.engine.model_copy(update={"max_lora_rank": 8})
+    after = before.model_copy(update={"engine": options})
+    old = replace(facts, config=fingerprint_of(before), model=model_of(before))
+
+    class Before(Handle):
+        async def remote(self, *arguments: object) -> Any:
+            return old
+
+    found = await asyncio.wait_for(facts_of_model(Before(), Before(), after), 10)
+    assert found.base is old.base
+    assert found.capabilities == replace(old.capabilities, max_rank=8)
+    assert found.max_model_len == 256  # the base's own: no option says less any more
+    assert await facts_of_model(Before(), Before(), before) == old
+
+
+async def test_the_desk_takes_no_facts_of_another_model(facts: EngineFacts) -> None:
+    other = replace(facts, model=model_of(ServerConfig(model="another")))
+    own = replace(facts, model=model_of(ServerConfig()))
+
+    class Both(Handle):
+        async def remote(self, *arguments: object) -> Any:
+            return other
+
+        def broadcast(self, method: str, *arguments: object) -> Any:
+            return Answers([other, own])
+
+    found = await asyncio.wait_for(facts_of_model(Both(), Both(), ServerConfig()), 10)
+    assert found.model == own.model
 
 
 async def test_the_snapshot_is_that_of_the_replicas(facts: EngineFacts) -> None:

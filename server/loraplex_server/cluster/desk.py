@@ -29,8 +29,9 @@ from loraplex_server.settings import HttpConfig
 
 __all__ = ["PassedOn", "answered_by", "to_desk"]
 
+_RESPONSES = "/v1/responses"
 _KEPT = (
-    *("/v1/files", "/v1/batches", "/v1/jobs", "/v1/responses"),
+    *("/v1/files", "/v1/batches", "/v1/jobs", _RESPONSES),
     *("/v1/adapters/generate", "/v1/adapters/train"),
 )
 _FIELDS = ("http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
@@ -136,11 +137,11 @@ class _ToDesk:
                 told = unavailable("what keeps files, batches and jobs was lost", "desk_lost", 2.0)
             if not sent.started:
                 await ORJSONResponse.of_error(told, scope["path"])(scope, receive, send)
-            elif sent.is_stream and not sent.ended:
+            elif sent.is_stream and not sent.ended and scope["path"] == _RESPONSES:
                 body = stream_error(told, sent.n_events)
                 await send({"type": "http.response.body", "body": body, "more_body": False})
             else:
-                raise
+                raise  # a stream that breaks off: only a response's has an event for it
 
 
 class _Sent:
@@ -148,7 +149,7 @@ class _Sent:
 
     def __init__(self) -> None:
         self.started = self.ended = False
-        self.is_stream = False  # of events, which here are those of a response
+        self.is_stream = False  # of events
         self.n_events = 0
 
     def count(self, message: Message) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,8 +19,11 @@ pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 from ray.exceptions import ActorUnavailableError
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.api_keys import ApiKey, Scope
+from loraplex_adapter_store.card import AdapterCard
+from loraplex_server.adapters.jobs import Progress
+from loraplex_server.api_keys import EVERY_ADAPTER, ApiKey, Scope
 from loraplex_server.cluster.desk import PassedOn, answered_by, to_desk
+from loraplex_server.front import parts_of
 from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 
@@ -44,7 +48,7 @@ class Desk:
     """A handle of the deployment whose application is here."""
 
     def __init__(self, front: Front) -> None:
-        self._front = front
+        self.front = front
         self.asked: list[PassedOn] = []
 
     def options(self, **given: object) -> Desk:
@@ -52,7 +56,7 @@ class Desk:
 
     def remote(self, request: PassedOn) -> Answering:
         self.asked.append(request)
-        return Answering(answered_by(self._front.app, request))
+        return Answering(answered_by(self.front.app, request))
 
 
 class World(NamedTuple):
@@ -105,8 +109,41 @@ async def test_what_may_be_as_large_as_an_adapter_is_not_passed_on(world: World)
     assert not world.desk.asked
 
 
-async def test_a_stream_whose_desk_is_lost_ends_with_an_error_event(world: World) -> None:
-    answering = world.desk.remote
+async def test_a_response_whose_desk_is_lost_ends_with_an_error_event(world: World) -> None:
+    _lose(world.desk)
+    body = {"model": "base", "input": "hi", "stream": True}
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    answer = await world.client.post("/v1/responses", json=body, headers=headers)
+    assert answer.status_code == 200
+    *_, last = answer.text.rstrip().split("\n\n")
+    name, _, data = last.partition("\ndata: ")
+    assert name == "event: error"
+    assert json.loads(data)["code"] == "desk_lost"
+
+
+async def test_the_events_of_a_job_break_off_when_the_desk_is_lost(world: World) -> None:
+    """A whole stream ends with the end of the job."""
+    goes_on = threading.Event()
+
+    def work(progress: Progress) -> AdapterCard:
+        goes_on.wait(60)
+        raise RuntimeError("nobody asks any more")
+
+    job = parts_of(world.desk.front.app).jobs.start("a", EVERY_ADAPTER, work)
+    _lose(world.desk)
+    headers = {"authorization": f"Bearer {ADMIN}"}
+    try:
+        with pytest.raises(ActorUnavailableError):
+            await world.client.get(f"/v1/jobs/{job.id}/events", headers=headers)
+    finally:
+        goes_on.set()
+    assert job.task is not None
+    await job.task
+
+
+def _lose(desk: Desk) -> None:
+    """While it answers."""
+    answering = desk.remote
 
     def lost(request: PassedOn) -> Answering:
         async def lists() -> AsyncGenerator[list[Message]]:
@@ -116,15 +153,7 @@ async def test_a_stream_whose_desk_is_lost_ends_with_an_error_event(world: World
 
         return Answering(lists())
 
-    world.desk.remote = lost  # type: ignore[method-assign]
-    body = {"model": "base", "input": "hi", "stream": True}
-    headers = {"authorization": f"Bearer {ADMIN}"}
-    answer = await world.client.post("/v1/responses", json=body, headers=headers)
-    assert answer.status_code == 200
-    *_, last = answer.text.rstrip().split("\n\n")
-    name, _, data = last.partition("\ndata: ")
-    assert name == "event: error"
-    assert json.loads(data)["code"] == "desk_lost"
+    desk.remote = lost  # type: ignore[method-assign]
 
 
 async def _post(world: World, path: str, secret: str) -> tuple[int, httpx.Response]:

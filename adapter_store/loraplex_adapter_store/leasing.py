@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from .base_spec import BaseSpec
 from .composite import Composite
@@ -178,7 +179,8 @@ class Leasing:
         digest = ref.digest_prefix
         assert digest is not None
         if self._index.find(ref.name, digest) is not None:
-            return self._hold(ref)
+            with suppress(UnknownAdapter):  # the name was replaced or deleted by now
+                return self._hold(ref)
         content = self._index.content(digest) or self._find_content(digest)
         if content is None:
             raise UnknownAdapter(str(ref))

@@ -284,3 +284,32 @@ def test_a_content_whose_copy_went_with_another_name_is_found_in_its_own(
         store._tier.drop(store.get("x").digest)
         with store.acquire("x") as lease:
             assert seed_of(lease.plan) == 1
+
+
+@pytest.mark.parametrize("n_finds", [1, 2])
+def test_a_digest_is_leased_whose_name_is_deleted_between_two_looks(
+    n_finds: int, open_store: OpenStore
+) -> None:
+    store = open_store("a")
+    digest = put(store, "x", 1)
+    leasing = store._leasing
+    index = leasing._index
+
+    class DeletedMeanwhile:
+        n_left = n_finds
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(index, name)
+
+        def find(self, name: str, prefix: str | None = None) -> object:
+            found = index.find(name, prefix)
+            self.n_left -= 1
+            if self.n_left == 0:
+                store.delete("x")
+            return found
+
+    leasing._index = DeletedMeanwhile()  # type: ignore[assignment]
+    with store.acquire_digest("x", digest) as lease:
+        assert seed_of(lease.plan) == 1
+    with pytest.raises(UnknownAdapter):
+        store.get("x")

@@ -37,7 +37,8 @@ def announced(home: Path, url: str, model: str, store: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # readers leave out one whose process has ended
+            file.unlink(missing_ok=True)
 
 
 def running_servers(home: Path) -> list[RunningServer]:

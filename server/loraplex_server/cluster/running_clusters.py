@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from .config import ClusterConfig
 
 __all__ = ["RunningCluster", "announced_cluster", "running_clusters"]
+
+_log = logging.getLogger(__name__)
 
 
 class RunningCluster(NamedTuple):
@@ -44,12 +47,14 @@ class RunningCluster(NamedTuple):
 def announced_cluster(
     home: Path, config: ClusterConfig, address: str, token: Path | None
 ) -> Iterator[str]:
-    """The cluster can be found inside the block, at the URL that is given. Raises OSError."""
+    """The cluster can be found inside the block, at the URL that is given.
+
+    A home that cannot be written is logged: nobody ends what serves for that.
+    """
     http, store = config.server.http, config.server.store.root
     assert store is not None  # ``ClusterConfig`` has one always
     url = reachable_url(http.host, http.port)
     file = home / "clusters" / f"{os.getpid()}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
     shown_token = None if token is None else str(token)
     told = {
         "address": address,
@@ -58,12 +63,17 @@ def announced_cluster(
         "name": config.name,
         "drain_timeout_s": http.drain_timeout_s,
     }
-    file.write_text(json.dumps(told), encoding="utf-8")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(told), encoding="utf-8")
+    except OSError as error:
+        _log.warning("`loraplex cluster down` and `status` do not find this cluster: %s", error)
     try:
         with announced(home, url, config.server.model or DEFAULT_BASE, store):
             yield url
     finally:
-        file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # readers leave out one whose process has ended
+            file.unlink(missing_ok=True)
 
 
 def running_clusters(home: Path) -> list[RunningCluster]:

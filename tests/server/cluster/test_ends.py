@@ -29,6 +29,22 @@ def test_a_ray_at_whose_address_nobody_listens_any_more_is_lost() -> None:
             assert address in lost.get(timeout=60)
 
 
+def test_a_home_that_cannot_be_written_ends_no_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A cluster is announced anew after each upgrade."""
+    monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path))
+    config = read_config(None)
+    with announced_cluster(tmp_path, config, "127.0.0.1:6379", None) as url:
+        assert running_clusters(tmp_path)
+        for name in ("clusters", "servers"):  # no folders any more
+            (tmp_path / name).rename(tmp_path / f"{name}-before")
+            (tmp_path / name).touch()
+    with announced_cluster(tmp_path, config, "127.0.0.1:6379", None) as again:
+        assert again == url
+    assert "loraplex cluster down" in caplog.text
+
+
 def test_a_cluster_is_found_until_its_process_has_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ that has them, and the others pass such requests on to it, whole.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import NamedTuple
 
 from ray.exceptions import RayError
@@ -22,9 +22,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from loraplex_server.api.errors import ApiError, unavailable
 from loraplex_server.api.middleware.auth import Auth
 from loraplex_server.api.middleware.body_limit import BodyLimit
+from loraplex_server.api.middleware.browser_guard import BrowserGuard
+from loraplex_server.api.middleware.rate_limit import Meter
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.serving.disconnect import client_left
 from loraplex_server.api.serving.responses_format import stream_error
+from loraplex_server.api_keys import ApiKey
 from loraplex_server.settings import HttpConfig
 
 __all__ = ["PassedOn", "answered_by", "to_desk"]
@@ -45,9 +48,11 @@ class PassedOn(NamedTuple):
     body: bytes
 
 
-def to_desk(app: ASGIApp, desk: DeploymentHandle, http: HttpConfig) -> ASGIApp:
-    """``app`` for all requests but those that the desk has to answer."""
-    passing = BodyLimit(_ToDesk(desk, Auth(app, http)), http)
+def to_desk(
+    app: ASGIApp, desk: DeploymentHandle, http: HttpConfig, meter_of: Callable[[ApiKey], Meter]
+) -> ASGIApp:
+    """``app`` for all requests but those that the desk has to answer; ``meter_of``: as of both."""
+    passing = BrowserGuard(BodyLimit(_ToDesk(desk, Auth(app, http, meter_of)), http), http)
 
     async def choose(scope: Scope, receive: Receive, send: Send) -> None:
         is_kept = scope["type"] == "http" and _is_kept(scope)
@@ -113,7 +118,7 @@ class _ToDesk:
                     await send(message)
 
         try:
-            if self._auth.may_send_body(scope):
+            if await self._auth.may_send_body(scope):
                 body = await _body(receive)
             else:
                 body, receive = b"", _nothing

@@ -222,7 +222,8 @@ class Gateway(Desk):
         await Desk.__init__(self, config.model_copy(update={"http": waits}), engines, limits)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:  # Ray's hook, after the constructor
-        return without_request_id(to_desk(self.front, self._desk, self._config.http))
+        passing = to_desk(self.front, self._desk, self._config.http, self._meter_of)
+        return without_request_id(passing)
 
     async def find_facts(
         self, engines: DeploymentHandle, everybody: DeploymentHandle

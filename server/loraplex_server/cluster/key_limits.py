@@ -47,6 +47,14 @@ class KeyLimits:
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         self._limiters = {key.id: RateLimiter(key) for key in keys if is_limited(key)}
 
+    async def check_request(self, key_id: str) -> Counted:
+        limiter = self._limiters[key_id]
+        try:
+            await limiter.check_request()
+        except ApiError as error:
+            return _counted(limiter, error)
+        return _counted(limiter)
+
     async def take_request(self, key_id: str) -> Counted:
         limiter = self._limiters[key_id]
         try:
@@ -78,6 +86,10 @@ class SharedMeter:
         self._alone = RateLimiter(key)  # counts while ``limits`` does not answer
         self._last: Counted | None = None  # None: ``_alone`` does count
         self._messages: set[asyncio.Task[bool]] = set()
+
+    async def check_request(self) -> None:
+        if not await self._ask("check_request"):
+            await self._alone.check_request()
 
     async def take_request(self) -> None:
         if not await self._ask("take_request"):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import httpx
@@ -21,6 +24,7 @@ from ray.exceptions import ActorUnavailableError
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.card import AdapterCard
 from loraplex_server.adapters.jobs import Progress
+from loraplex_server.api.middleware.rate_limit import RateLimiter
 from loraplex_server.api_keys import EVERY_ADAPTER, ApiKey, Scope
 from loraplex_server.cluster.desk import PassedOn, answered_by, to_desk
 from loraplex_server.front import parts_of
@@ -29,7 +33,7 @@ from tests.server.conftest import Front, make_front
 
 pytestmark = pytest.mark.anyio
 
-ADMIN, INFER = "admin-secret", "infer-secret"
+ADMIN, INFER, LIMITED = "admin-secret", "infer-secret", "limited-secret"
 PIECE, N_PIECES = bytes(1 << 16), 8
 
 
@@ -68,11 +72,26 @@ class World(NamedTuple):
 def world(
     tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
 ) -> Iterator[World]:
-    keys = (ApiKey.of(ADMIN, Scope.ADMIN), ApiKey.of(INFER, Scope.INFER))
+    limited = replace(ApiKey.of(LIMITED, Scope.INFER), requests_per_minute=1)
+    keys = (ApiKey.of(ADMIN, Scope.ADMIN), ApiKey.of(INFER, Scope.INFER), limited)
     http = HttpConfig(host="0.0.0.0", api_keys=keys, max_body_bytes=2 * N_PIECES * len(PIECE))
-    front = make_front(tokenizer, base_spec, tmp_path, http)
+    yield from _world(tokenizer, base_spec, tmp_path, http)
+
+
+@pytest.fixture
+def keyless(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> Iterator[World]:
+    yield from _world(tokenizer, base_spec, tmp_path, HttpConfig())
+
+
+def _world(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path, http: HttpConfig
+) -> Iterator[World]:
+    meter_of = functools.cache(RateLimiter)  # both count with the same
+    front = make_front(tokenizer, base_spec, tmp_path, http, meter_of=meter_of)
     desk: Any = Desk(front)
-    transport = httpx.ASGITransport(to_desk(front.app, desk, http))
+    transport = httpx.ASGITransport(to_desk(front.app, desk, http, meter_of))
     yield World(desk, httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000"))
     front.close()
 
@@ -93,6 +112,24 @@ async def test_no_body_of_a_caller_who_is_refused_is_read(
     assert answer.status_code == status
     assert "x-request-id" in answer.headers  # the desk's own answer
     assert taken == 0
+
+
+async def test_no_body_of_a_key_without_requests_left_is_read(world: World) -> None:
+    taken, answer = await _post(world, "/v1/files", LIMITED)
+    assert (taken, answer.status_code) == (N_PIECES, 415)  # it is no form
+    taken, answer = await _post(world, "/v1/files", LIMITED)
+    assert (taken, answer.status_code) == (0, 429)
+    assert int(answer.headers["retry-after"]) > 0
+
+
+@pytest.mark.parametrize(
+    "headers", [{"host": "elsewhere.example"}, {"origin": "https://elsewhere.example"}]
+)
+async def test_no_body_of_another_sites_page_is_read(
+    keyless: World, headers: dict[str, str]
+) -> None:
+    taken, answer = await _post(keyless, "/v1/files", "", headers)
+    assert (taken, answer.status_code) == (0, 403)
 
 
 async def test_the_body_of_a_caller_who_may_goes_to_the_desk_whole(world: World) -> None:
@@ -156,7 +193,9 @@ def _lose(desk: Desk) -> None:
     desk.remote = lost  # type: ignore[method-assign]
 
 
-async def _post(world: World, path: str, secret: str) -> tuple[int, httpx.Response]:
+async def _post(
+    world: World, path: str, secret: str, headers: Mapping[str, str] = MappingProxyType({})
+) -> tuple[int, httpx.Response]:
     """How many pieces of the body were read, and the answer."""
     taken = 0
 
@@ -166,7 +205,7 @@ async def _post(world: World, path: str, secret: str) -> tuple[int, httpx.Respon
             taken += 1
             yield PIECE
 
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", **headers}
     if secret:
         headers["authorization"] = f"Bearer {secret}"
     answer = await asyncio.wait_for(

@@ -342,8 +342,11 @@ async def test_two_gateways_count_one_key_together_and_alone_while_the_count_is_
     handle = Counting(KeyLimits([key]))
     meters = [SharedMeter(key, handle), SharedMeter(key, handle)]
     for number in range(4):
+        await meters[number % 2].check_request()  # takes none
         await meters[number % 2].take_request()
     for meter in meters:
+        with pytest.raises(ApiError, match="4 requests a minute"):
+            await meter.check_request()
         with pytest.raises(ApiError, match="4 requests a minute"):
             await meter.take_request()
     assert meters[0].headers()["x-ratelimit-remaining-requests"] == "0"

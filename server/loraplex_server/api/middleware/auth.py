@@ -76,15 +76,23 @@ class Auth:
             return
         await self._app(scope, receive, send)
 
-    def may_send_body(self, scope: Scope) -> bool:
-        """Whether the caller is let in, by the head of its request; counts nothing."""
+    async def may_send_body(self, scope: Scope) -> bool:
+        """Whether the caller is let in, by the head of its request; counts nothing.
+
+        Raises ApiError (429) for a key that may ask again later.
+        """
         needed = _needed_scope(scope["path"], scope["method"])
         if not self._keys:
             return self._writes_open or not self._is_change(needed, scope["path"])
         try:
-            return needed in self._key_of(scope).scopes
+            key = self._key_of(scope)
         except ApiError:
             return False
+        if needed not in key.scopes:
+            return False
+        if (meter := self._meters.get(key.id)) is not None:
+            await meter.check_request()
+        return True
 
     async def _check(self, scope: Scope) -> None:
         path, method = scope["path"], scope["method"]

@@ -15,6 +15,9 @@ __all__ = ["Bucket", "Meter", "RateLimiter"]
 class Meter(Protocol):
     """What a call asks of the limits of its key. ``RateLimiter``, or one for several gateways."""
 
+    async def check_request(self) -> None:
+        """Raises ApiError (429) where ``take_request`` would now; takes nothing."""
+
     async def take_request(self) -> None:
         """Raises ApiError (429), and then takes nothing."""
 
@@ -71,6 +74,10 @@ class RateLimiter:
 
         self._requests = bucket(key.requests_per_minute)
         self._tokens = bucket(key.tokens_per_minute)
+
+    async def check_request(self) -> None:
+        """Raises ApiError (429) where ``take_request`` would now; takes nothing."""
+        _check(self._requests, "requests")
 
     async def take_request(self) -> None:
         """Raises ApiError (429), and then takes nothing."""

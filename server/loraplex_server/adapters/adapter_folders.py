@@ -16,6 +16,7 @@ from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule
 
 from .adapter_defaults import DefaultsRefused, read_defaults
+from .card_file import cut_description, cut_examples
 from .readme import describe
 
 __all__ = ["find_folders", "is_current", "is_from", "put_folder"]
@@ -86,7 +87,8 @@ def _told_by_card(path: Path) -> _Told:
         return _Told()
     if not (isinstance(description, str | None) and isinstance(examples, list)):
         return _Told()
-    prompts = tuple(text for text in examples if isinstance(text, str))
+    description = cut_description(description)
+    prompts = cut_examples(text for text in examples if isinstance(text, str))
     try:
         read_defaults(defaults)
     except DefaultsRefused as error:

@@ -1,9 +1,13 @@
-"""card.json beside an adapter, as `loraplex train` writes it: checked alike wherever it is from."""
+"""card.json beside an adapter, as `loraplex train` writes it: checked alike wherever it is from.
+
+Its texts are cut to the limits: whoever serves an adapter did not write its card.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import islice
 
 import orjson
 from pydantic import JsonValue
@@ -13,7 +17,14 @@ from loraplex_server.api.errors import invalid
 
 from .adapter_defaults import DefaultsRefused, read_defaults
 
-__all__ = ["MAX_CARD_EXAMPLES", "MAX_CARD_TEXT", "CardFile", "told_by_card"]
+__all__ = [
+    "MAX_CARD_EXAMPLES",
+    "MAX_CARD_TEXT",
+    "CardFile",
+    "cut_description",
+    "cut_examples",
+    "told_by_card",
+]
 
 MAX_CARD_TEXT = 2000  # characters of a description or example
 MAX_CARD_EXAMPLES = 100
@@ -41,8 +52,7 @@ class CardFile:
         description = self._card.get("description")
         if not isinstance(description, str | None):
             raise invalid("the description of card.json must be a text", "card", self._code)
-        self._check_length("a description", description or "")
-        return description
+        return cut_description(description)
 
     @property
     def examples(self) -> tuple[str, ...]:
@@ -51,15 +61,7 @@ class CardFile:
         found = tuple(text for text in texts if isinstance(text, str))
         if len(found) < len(texts):
             raise invalid("the examples of card.json must be a list of texts", "card", self._code)
-        if len(found) > MAX_CARD_EXAMPLES:
-            raise invalid(
-                f"card.json has {len(found):,} examples, at most {MAX_CARD_EXAMPLES} are kept",
-                "card",
-                self._code,
-            )
-        for text in found:
-            self._check_length("an example", text)
-        return found
+        return cut_examples(found)
 
     @property
     def defaults(self) -> Mapping[str, JsonValue]:
@@ -72,14 +74,13 @@ class CardFile:
             raise invalid(f"card.json: {error}", error.param) from error
         return defaults
 
-    def _check_length(self, what: str, text: str) -> None:
-        if len(text) > MAX_CARD_TEXT:
-            raise invalid(
-                f"card.json has {what} of {len(text):,} characters, at most {MAX_CARD_TEXT:,} are "
-                "kept",
-                "card",
-                self._code,
-            )
+
+def cut_description(description: str | None) -> str | None:
+    return description and description[:MAX_CARD_TEXT]
+
+
+def cut_examples(examples: Iterable[str]) -> tuple[str, ...]:
+    return tuple(text[:MAX_CARD_TEXT] for text in islice(examples, MAX_CARD_EXAMPLES))
 
 
 def told_by_card(text: bytes, options: PutOptions) -> PutOptions:

@@ -119,10 +119,11 @@ def build_front(
     encoder = SharedEncoder(_encoder_directory, faults)
     folder = config.learning.generator_dir or shipped_folder()
     find_generator = _generator_finder(folder, encoder, base)
-    generated = GeneratedAdapters(store, find_generator, faults=faults)
-    closing.callback(generated.close)
     pools = WorkerPools()
     jobs = Jobs(pools.jobs, faults)
+    runs = jobs.runs if learner is None else lambda job: True  # there, and who knows which
+    generated = GeneratedAdapters(store, find_generator, faults=faults, runs=runs)
+    closing.callback(generated.close)
     learning: Learning | None = None
     if config.learning.threads > 0:
         trainer = _trainer(config.learning, find_generator, base, faults)

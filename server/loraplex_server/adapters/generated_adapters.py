@@ -101,14 +101,17 @@ class GeneratedAdapters:
         quota: int = 64,
         clock: Callable[[], float] = time.time,
         faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+        runs: Callable[[str], bool] = lambda job: True,
     ) -> None:
         """``find_generator`` is called for each adapter that is made; it loads once and keeps it.
 
         ``quota`` bounds the names that we choose for a tenant. ``clock``: seconds since the epoch.
+        ``runs``: whether the job of this id that a card names runs still, any thread; by default
+        nobody knows.
         """
         self._store, self._find_generator = store, find_generator
         self._ttl_s, self._quota, self._clock = ttl_s, quota, clock
-        self._faults = faults
+        self._faults, self._runs = faults, runs
         self.stats = GenerationStats()  # written under the lock, read by /metrics
         self._lock = threading.Lock()  # one flight at a time: the second of a kind finds the first
         self._changed = threading.Condition()  # another name expires first, or this is closed
@@ -380,8 +383,12 @@ class GeneratedAdapters:
             if _is_ours(card.name) and tenant_of(card.name) == tenant
         ]
         # One that a job makes better goes last, and there are fewer of them than may be.
-        ours.sort(key=lambda card: (is_learning(record_of(card)), card.expires or math.inf))
+        ours.sort(key=lambda card: (self._learns(card), card.expires or math.inf))
         return ours[: max(0, len(ours) - self._quota + 1)]
+
+    def _learns(self, card: AdapterCard) -> bool:
+        record = record_of(card)
+        return is_learning(record) and self._runs(str(record["job"]))
 
 
 def _check_same(card: AdapterCard, digest: str) -> None:

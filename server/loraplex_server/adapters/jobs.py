@@ -114,6 +114,11 @@ class Jobs:
             return None
         return job if access.allows(job.adapter) else None
 
+    def runs(self, job_id: str) -> bool:
+        """Any thread."""
+        job = self._jobs.get(job_id)
+        return job is not None and not job.has_ended
+
     def start(
         self, adapter: str, access: AdapterAccess, work: Callable[[Progress], AdapterCard]
     ) -> Job:

@@ -86,6 +86,7 @@ def settled(record: Record, budget_s: float) -> Record:
 
 
 def is_learning(record: Record) -> bool:
+    """Unless the server's end cut its job off."""
     return "job" in record and "ended" not in record
 
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -60,10 +61,10 @@ def make(store: AdapterStore) -> Iterator[Make]:
     with contextlib.ExitStack() as closing:
 
         def make(
-            generator: Generator, *, quota: int = 64, clock: Clock | None = None
+            generator: Generator, *, clock: Clock | None = None, **options: Any
         ) -> GeneratedAdapters:
             clock = clock or Clock()
-            made = GeneratedAdapters(store, lambda: generator, ttl_s=60, quota=quota, clock=clock)
+            made = GeneratedAdapters(store, lambda: generator, ttl_s=60, clock=clock, **options)
             closing.callback(made.close)
             return made
 
@@ -210,6 +211,20 @@ def test_one_that_a_job_makes_better_is_not_what_makes_room_and_outlives_the_job
     adapters.ensure(AdapterGenerationRequest("one"))
     last = adapters.ensure(AdapterGenerationRequest("two"))
     assert _names(store) == sorted([kept.name, last.name])
+
+
+def test_a_draft_whose_job_a_restart_cut_off_makes_room_as_others_do(
+    make: Make, store: AdapterStore, spec: BaseSpec
+) -> None:
+    adapters = make(ScriptedGenerator(spec), quota=3, runs={"job-2"}.__contains__)
+    for number in (1, 2):
+        learning = {"refinement": {"finished": False, "job": f"job-{number}"}}
+        request = AdapterGenerationRequest(f"learns {number}")
+        adapters.ensure(request, told=learning, ttl_s=number)
+    one = adapters.ensure(AdapterGenerationRequest("one"))
+    two = adapters.ensure(AdapterGenerationRequest("two"))
+    runs = GeneratedAdapters.unnamed(AdapterGenerationRequest("learns 2"), "")
+    assert _names(store) == sorted([runs, one.name, two.name])
 
 
 def test_a_request_keeps_an_adapter_that_expires_under_it(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from loraplex_adapter_store.card import AdapterCard
+from loraplex_adapter_store.content_files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.errors import UnknownAdapter
 from loraplex_adapter_store.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
+from loraplex_adapter_store.sources.local import OPTIONAL_FILES
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule
 
@@ -19,9 +23,19 @@ from .adapter_defaults import DefaultsRefused, read_defaults
 from .card_file import cut_description, cut_examples
 from .readme import describe
 
-__all__ = ["find_folders", "is_current", "is_from", "put_folder"]
+__all__ = [
+    "find_folders",
+    "is_being_copied",
+    "is_current",
+    "is_from",
+    "is_known",
+    "put_folder",
+]
 
-_CONFIG_FILE = "adapter_config.json"
+# What rsync writes until a file is whole and takes its name, one file after the other.
+_TEMPORARY = re.compile(r"\.(.+)\.[A-Za-z0-9]{6}")
+_ADAPTER_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, *OPTIONAL_FILES})
+_ABANDONED_S = 300.0  # without a write: what an rsync that was killed has left
 _log = logging.getLogger(__name__)
 
 
@@ -30,7 +44,7 @@ def find_folders(root: Path) -> Iterator[LoraModule]:
 
     The store says which names it takes, so that a refused one is told. Hidden folders are none.
     """
-    for pattern in (f"*/{_CONFIG_FILE}", f"*/*/{_CONFIG_FILE}"):
+    for pattern in (f"*/{CONFIG_FILE}", f"*/*/{CONFIG_FILE}"):
         for file in sorted(root.glob(pattern)):
             folder = file.parent.relative_to(root)
             if not any(part.startswith(".") for part in folder.parts):
@@ -53,17 +67,34 @@ def is_from(card: AdapterCard, folder: Path) -> bool:
     return card.provenance.get("path") == str(folder)
 
 
+def is_known(store: AdapterStore, module: LoraModule) -> bool:
+    """Whether the store has the folder as it once was, folded for the base that is served."""
+    return _known_card(store, module) is not None
+
+
 def is_current(store: AdapterStore, module: LoraModule) -> bool:
     """Whether the store has the folder as it is now, folded for the base that is served."""
+    card = _known_card(store, module)
+    return card is not None and not _changed_since(module.path, card.created)
+
+
+def is_being_copied(folder: Path) -> bool:
+    """Whether rsync has renewed some files at most: config and weights may not belong together."""
+    for file in folder.iterdir():
+        match = _TEMPORARY.fullmatch(file.name)
+        is_ours = match is not None and match[1] in _ADAPTER_FILES
+        if is_ours and time.time() - file.stat().st_ctime < _ABANDONED_S:
+            return True
+    return False
+
+
+def _known_card(store: AdapterStore, module: LoraModule) -> AdapterCard | None:
     try:
         card = store.get(module.name)
     except UnknownAdapter:
-        return False
-    return (
-        is_from(card, module.path)
-        and card.base_fingerprint == store.base.fingerprint
-        and not _changed_since(module.path, card.created)
-    )
+        return None
+    is_known = is_from(card, module.path) and card.base_fingerprint == store.base.fingerprint
+    return card if is_known else None
 
 
 def _changed_since(folder: Path, when: float) -> bool:

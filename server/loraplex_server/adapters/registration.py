@@ -8,11 +8,11 @@ from __future__ import annotations
 import logging
 from importlib.resources import as_file, files
 
-from loraplex_adapter_store.errors import StoreError, UnknownAdapter
+from loraplex_adapter_store.errors import SourceError, StoreError, UnknownAdapter
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule, StoreConfig
 
-from .adapter_folders import find_folders, is_current, put_folder
+from .adapter_folders import find_folders, is_being_copied, is_current, is_known, put_folder
 
 __all__ = ["register_adapters"]
 
@@ -28,7 +28,24 @@ def register_adapters(store: AdapterStore, config: StoreConfig) -> None:
     if config.demos:
         _register_demos(store)
     for module in config.lora_modules:
-        _put_if_changed(store, module)
+        if not is_current(store, module):
+            _register_module(store, module)
+
+
+def _register_module(store: AdapterStore, module: LoraModule) -> None:
+    if not (module.path.is_dir() and is_being_copied(module.path)):
+        put_folder(store, module)
+    elif is_known(store, module):
+        _log.warning(
+            "adapter %s: rsync renews %s; what was there before is served until the next start",
+            module.name,
+            module.path,
+        )
+    else:
+        raise SourceError(
+            f"adapter {module.name!r}: rsync copies to {module.path}; start again when it is done, "
+            "or remove its temporary file"
+        )
 
 
 def _register_demos(store: AdapterStore) -> None:
@@ -39,8 +56,8 @@ def _register_demos(store: AdapterStore) -> None:
     with as_file(source) as folder:
         for module in find_folders(folder):
             try:
-                if _is_ours(store, module.name):
-                    _put_if_changed(store, module)
+                if _is_ours(store, module.name) and not is_current(store, module):
+                    put_folder(store, module)
             except StoreError as error:
                 _log.debug("demo adapter %s does not fit this base: %s", module.name, error)
 
@@ -52,8 +69,3 @@ def _is_ours(store: AdapterStore, name: str) -> bool:
     except UnknownAdapter:
         return not store.history(name)
     return "/".join((*_DEMO_PATH, name)) in path
-
-
-def _put_if_changed(store: AdapterStore, module: LoraModule) -> None:
-    if not is_current(store, module):
-        put_folder(store, module)

@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import logging
-import re
 import sqlite3
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from watchfiles import watch
 
-from loraplex_adapter_store.content_files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError
-from loraplex_adapter_store.sources.local import OPTIONAL_FILES
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.settings import LoraModule
 
-from .adapter_folders import find_folders, is_current, is_from, put_folder
+from .adapter_folders import find_folders, is_being_copied, is_current, is_from, put_folder
 
 __all__ = ["WatchedFolders"]
 
 _Signature = tuple[tuple[str, int, int, int], ...]  # of each file: name, size, times in ns
 _SETTLE_MS = 400  # quiet after a change before it is looked at: a copy may still be running
 _RESCAN_MS = 10_000  # also without a change: not every file system tells of them
-# What rsync writes until a file is whole and takes its name, one file after the other.
-_TEMPORARY = re.compile(r"\.(.+)\.[A-Za-z0-9]{6}")
-_ADAPTER_FILES = frozenset({CONFIG_FILE, WEIGHTS_FILE, *OPTIONAL_FILES})
-_ABANDONED_S = 300.0  # without a write: what an rsync that was killed has left
 _log = logging.getLogger(__name__)
 
 
@@ -95,7 +87,7 @@ class WatchedFolders:
         try:
             signature = _signature(module.path)
             known = self._seen.get(module)
-            if known == signature or _is_being_copied(signature):
+            if known == signature or is_being_copied(module.path):
                 return
             self._seen[module] = signature
             if known is None and is_current(self._store, module):  # as an earlier life left it
@@ -124,13 +116,3 @@ def _signature(folder: Path) -> _Signature:
         status = file.stat()
         files.append((file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
     return tuple(files)
-
-
-def _is_being_copied(signature: _Signature) -> bool:
-    """Whether rsync has renewed some files at most: config and weights may not belong together."""
-    for name, _, _, changed_ns in signature:
-        match = _TEMPORARY.fullmatch(name)
-        is_ours = match is not None and match[1] in _ADAPTER_FILES
-        if is_ours and time.time() - changed_ns / 1e9 < _ABANDONED_S:
-            return True
-    return False

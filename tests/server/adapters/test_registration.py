@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.errors import InvalidName
+from loraplex_adapter_store.errors import InvalidName, SourceError, StoreError
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters import registration
 from loraplex_server.adapters.registration import register_adapters
@@ -53,6 +53,40 @@ def test_a_module_whose_name_is_taken_stops_the_start(tmp_path: Path, base_spec:
         pytest.raises(InvalidName, match="'train' is not an adapter name"),
     ):
         register_adapters(store, StoreConfig(lora_modules=modules, demos=False))
+
+
+def test_a_module_that_is_not_there_stops_the_start(tmp_path: Path, base_spec: BaseSpec) -> None:
+    modules = (LoraModule("sql", tmp_path / "gone"),)
+    with AdapterStore(tmp_path / "state", base_spec) as store, pytest.raises(StoreError):
+        register_adapters(store, StoreConfig(lora_modules=modules, demos=False))
+
+
+def test_a_module_that_rsync_renews_is_served_as_it_was(
+    tmp_path: Path, base_spec: BaseSpec, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The new config is there, the new weights are not yet."""
+    folder = write_lora(tmp_path / "sql", base_spec)
+    config = StoreConfig(lora_modules=(LoraModule("sql", folder),), demos=False)
+    growing = folder / ".adapter_model.safetensors.AbC123"
+    with AdapterStore(tmp_path / "state", base_spec) as store:
+        growing.write_bytes(b"half")
+        with pytest.raises(SourceError, match=r"'sql'.*rsync"):
+            register_adapters(store, config)
+        assert store.list() == ()
+        growing.unlink()
+        register_adapters(store, config)
+        old = store.get("sql")
+        told = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps({**told, "lora_alpha": 1}))
+        growing.write_bytes(b"half")
+        register_adapters(store, config)
+        assert store.get("sql") == old
+        assert "rsync" in caplog.text
+        write_lora(tmp_path / "new", base_spec, seed=1)
+        (tmp_path / "new" / "adapter_model.safetensors").replace(growing)
+        growing.replace(folder / "adapter_model.safetensors")
+        register_adapters(store, config)
+        assert store.get("sql").revision == 2
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters import watched_folders
+from loraplex_server.adapters import adapter_folders
 from loraplex_server.adapters.watched_folders import WatchedFolders
 from tests.server.conftest import Front
 from tests.support.architectures import tiny_model
@@ -114,7 +114,7 @@ def test_what_a_killed_rsync_left_does_not_keep_a_folder_from_being_read(
     folders = WatchedFolders(front.store, [front.root])
     folders.scan()
     assert front.store.list() == ()
-    monkeypatch.setattr(watched_folders, "_ABANDONED_S", 0.0)
+    monkeypatch.setattr(adapter_folders, "_ABANDONED_S", 0.0)
     folders.scan()
     assert [card.name for card in front.store.list()] == ["sql"]
 

@@ -212,7 +212,7 @@ class Learning:
         """See ``Learner``. Who waits does so for something learnt, not for something better."""
         if not needs_adapter and await self._is_vain(request, access):
             stored = self._generated.unnamed(request, access.tenant or "")
-            return Learnt(await self._blocking(partial(self._card, stored)), None)
+            return Learnt(await self._blocking(partial(self._servable, stored)), None)
         ordered = await self.order(request, access)
         card, job = ordered.card, ordered.job
         if job is not None and wait and serves(card) != "learnt":
@@ -317,14 +317,18 @@ class Learning:
 
     def _left(self, stored: str, order: _Order) -> AdapterCard | None:
         """The draft or the result of an equal order, for this base."""
-        card = self._card(stored)
-        if card is None or card.base_fingerprint != self._store.base.fingerprint:
-            return None
+        card = self._servable(stored)
         is_ours = order.name is None or record_of(card).get("order") == order.request.key
         return card if is_ours else None
 
     async def _renewed(self, card: AdapterCard, order: _Order) -> AdapterCard | None:
         return await self._blocking(partial(self._generated.renewed, card, order.ttl_s))
+
+    def _servable(self, stored: str) -> AdapterCard | None:
+        """None, too, for one that was made for another base."""
+        card = self._card(stored)
+        is_of_base = card is not None and card.base_fingerprint == self._store.base.fingerprint
+        return card if is_of_base else None
 
     def _card(self, stored: str) -> AdapterCard | None:
         try:

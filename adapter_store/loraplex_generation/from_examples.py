@@ -77,10 +77,9 @@ def generate_from_examples(
     asked = generator.read(description, wordings)
     starts = {"draft": draft.vector, **generator.other_starts(asked, method)}
     has_draft = force or not generator.refuses(asked, method)
-    n_steps = recipe.span_steps + recipe.steps
 
     def look_up() -> None:
-        report(RefinementProgress("judging turns", 0, n_steps, None))
+        report(RefinementProgress("judging turns", 0, recipe.n_steps, None))
 
     try:
         turns = score_turns(

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,10 @@ class RefinementRecipe:
     tokens: int = 112  # of rows for a copy in a step, in turn
     judge_tokens: int = 1024  # of rows that a score is taken on: bounds time and memory
     seed: int = 0
+
+    @property
+    def n_steps(self) -> int:
+        return self.span_steps + self.steps
 
 
 class RefinementProgress(NamedTuple):
@@ -128,7 +133,7 @@ def refine(
     chat begins with.
     """
     began = time.monotonic()
-    n_steps = recipe.span_steps + recipe.steps
+    n_steps = recipe.n_steps
     n_judged = min(recipe.judged_steps, n_steps)
     report(RefinementProgress("choosing a start", 0, n_steps, None))
     pace = _Pace(began, deadline)
@@ -379,24 +384,19 @@ def folds(n: int) -> list[frozenset[int]]:
 
 def judging(rows: Sequence[Row], fold: Collection[int], n_tokens: int) -> list[int]:
     """Of the pairs of a fold those that it is scored on: the first that fit, at least one."""
-    chosen: list[int] = []
-    for i in sorted(fold):
-        n_tokens -= len(rows[i].tokens)
-        if chosen and n_tokens < 0:
-            break
-        chosen.append(i)
-    return chosen
+    chosen = sorted(fold)
+    return chosen[: _n_fitting([rows[i] for i in chosen], n_tokens)]
 
 
 def _fitting(rows: Sequence[Row], n_tokens: int, rng: random.Random) -> Sequence[Row]:
     """All rows, or as many drawn ones as fit, at least one."""
     if sum(len(row.tokens) for row in rows) <= n_tokens:
         return rows
-    drawn: list[Row] = []
-    left = n_tokens
-    for row in rng.sample(rows, len(rows)):
-        if drawn and len(row.tokens) > left:
-            break
-        drawn.append(row)
-        left -= len(row.tokens)
-    return drawn
+    drawn = rng.sample(rows, len(rows))
+    return drawn[: _n_fitting(drawn, n_tokens)]
+
+
+def _n_fitting(rows: Sequence[Row], n_tokens: int) -> int:
+    """How many of the first rows fit, at least one."""
+    totals = accumulate(len(row.tokens) for row in rows)
+    return max(1, sum(total <= n_tokens for total in totals))

@@ -141,9 +141,7 @@ def _from(start: Callable[[Bench], Tensor]) -> Callable[[Bench, Asked], Learnt]:
     """LoRA on the examples alone, with the recipe's steps and its judges, but no span."""
 
     def learn(bench: Bench, asked: Asked) -> Learnt:
-        recipe = replace(
-            asked.recipe, span_steps=0, steps=asked.recipe.span_steps + asked.recipe.steps
-        )
+        recipe = replace(asked.recipe, span_steps=0, steps=asked.recipe.n_steps)
         made = refine(
             bench.base,
             bench.layout,

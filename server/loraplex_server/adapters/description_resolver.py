@@ -105,7 +105,7 @@ class DescriptionResolver:
         card = learnt.card
         if card is not None and (answers_chats(card) or not takes_turns):
             return _resolution(card, selector, learnt.job)
-        told = _told(card, selector, learnt.job, "turns", _SHOWN[:1])
+        told = _told(card, selector, learnt.job, "turns", ("refinement",))
         return Resolution(None, told, _turns(selector))
 
     def close(self) -> None:

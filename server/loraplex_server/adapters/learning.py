@@ -210,8 +210,10 @@ class Learning:
         needs_adapter: bool,
     ) -> Learnt:
         """See ``Learner``. Who waits does so for something learnt, not for something better."""
-        if not needs_adapter and await self._is_vain(request, access):
-            stored = self._generated.unnamed(request, access.tenant or "")
+        # In a thread, since it hashes the examples, megabytes perhaps; the key is kept.
+        unnamed = partial(self._generated.unnamed, request, access.tenant or "")
+        stored = await self._blocking(unnamed)
+        if not needs_adapter and self._is_vain(stored, request.key):
             return Learnt(await self._blocking(partial(self._servable, stored)), None)
         ordered = await self.order(request, access)
         card, job = ordered.card, ordered.job
@@ -468,11 +470,9 @@ class Learning:
         except StoreError:
             _log.warning("the end of %s could not be noted", job.id, exc_info=True)
 
-    async def _is_vain(self, request: AdapterGenerationRequest, access: AdapterAccess) -> bool:
-        """Whether a job for the request would learn nothing, by what came of the last one."""
-        await self._blocking(lambda: request.key)  # of megabytes, perhaps; it is kept
-        key = self._generated.unnamed(request, access.tenant or ""), request.key
-        vain = self._in_vain.get(key)
+    def _is_vain(self, stored: str, key: str) -> bool:
+        """Whether a job for such an order would learn nothing, by what came of the last one."""
+        vain = self._in_vain.get((stored, key))
         return vain is not None and time.monotonic() < vain.until
 
     def _remember(self, stored: str, order: _Order, error: Exception) -> None:

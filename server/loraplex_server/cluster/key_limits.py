@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import NamedTuple
 
 from ray.exceptions import RayError
@@ -49,27 +49,15 @@ class KeyLimits:
 
     async def check_request(self, key_id: str) -> Counted:
         limiter = self._limiters[key_id]
-        try:
-            await limiter.check_request()
-        except ApiError as error:
-            return _counted(limiter, error)
-        return _counted(limiter)
+        return await _asked(limiter, limiter.check_request())
 
     async def take_request(self, key_id: str) -> Counted:
         limiter = self._limiters[key_id]
-        try:
-            await limiter.take_request()
-        except ApiError as error:
-            return _counted(limiter, error)
-        return _counted(limiter)
+        return await _asked(limiter, limiter.take_request())
 
     async def reserve_tokens(self, key_id: str, n: int) -> Counted:
         limiter = self._limiters[key_id]
-        try:
-            await limiter.reserve_tokens(n)
-        except ApiError as error:
-            return _counted(limiter, error)
-        return _counted(limiter)
+        return await _asked(limiter, limiter.reserve_tokens(n))
 
     async def give_back_tokens(self, key_id: str, n: int) -> Counted:
         limiter = self._limiters[key_id]
@@ -135,6 +123,14 @@ class SharedMeter:
         if counted.refused is not None:
             raise counted.refused.error()
         return True
+
+
+async def _asked(limiter: RateLimiter, question: Awaitable[None]) -> Counted:
+    try:
+        await question
+    except ApiError as error:
+        return _counted(limiter, error)
+    return _counted(limiter)
 
 
 def _counted(limiter: RateLimiter, error: ApiError | None = None) -> Counted:

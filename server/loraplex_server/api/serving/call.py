@@ -112,6 +112,16 @@ class TextCall(ABC):
         self.wanted: Wanted | None = wanted_grammar(body)  # ``prompts`` may change it
         self.shows_special_tokens = False  # so may this: what reads the answer needs to see them
 
+    async def resolve(self) -> ResolvedAdapter:
+        """The caller releases it. Raises ApiError."""
+        return await self.state.resolver.resolve(
+            self.adapter_request,
+            self.routing_text,
+            self.info.access,
+            with_tools=self.offers_tools,
+            takes_turns=self.takes_turns,
+        )
+
     def take_defaults(self, defaults: AdapterDefaults) -> None:
         """What the adapter's card says where the request says nothing. Before ``prompts``."""
         self._body = with_defaults(self._body, defaults)
@@ -207,13 +217,7 @@ class TextCall(ABC):
         started = perf_counter()
         if self.state.config.http.show_prompts:
             self.record.prompt = self.routing_text[:_PROMPT_SHOWN]
-        resolved = await self.state.resolver.resolve(
-            self.adapter_request,
-            self.routing_text,
-            self.info.access,
-            with_tools=self.offers_tools,
-            takes_turns=self.takes_turns,
-        )
+        resolved = await self.resolve()
         self.info.chose(resolved.header, resolved.chosen_by)
         load_s = perf_counter() - started
         try:

@@ -129,10 +129,7 @@ class Choice:
         if event.stop_token is not None and self.spec.stop.include_in_output:
             token_ids = (*token_ids, event.stop_token)
         for position, token_id in enumerate(token_ids):
-            self.n_output += 1
-            self._token_ids.append(token_id)
-            if event.logprobs:
-                self._entries.append(TokenEntry(event.logprobs[position], self._n_chars))
+            self._count(event, position, token_id, offset=self._n_chars)
             text = self._detokenizer.push(token_id)
             self._n_chars += len(text)
             scanned = self._scanner.push(text, armed=self.n_output > min_tokens)
@@ -140,6 +137,13 @@ class Choice:
             if scanned.stop is not None:
                 return shown, scanned.stop
         return shown, None
+
+    def _count(self, event: TokenEvent, position: int, token_id: int, *, offset: int) -> None:
+        """``position``: of its log-probability in the event; ``offset``: of its text."""
+        self.n_output += 1
+        self._token_ids.append(token_id)
+        if event.logprobs:
+            self._entries.append(TokenEntry(event.logprobs[position], offset))
 
     def _tail(self) -> str:
         """What was held back; a last character may still complete a stop string, then it ends."""
@@ -152,11 +156,7 @@ class Choice:
         if event.stop_token is not None:
             if not self.spec.stop.include_in_output:
                 # It was generated, too: only the text is without it, as in vLLM.
-                self.n_output += 1
-                self._token_ids.append(event.stop_token)
-                if event.logprobs:
-                    offset = self._n_shown + len(shown)
-                    self._entries.append(TokenEntry(event.logprobs[-1], offset))
+                self._count(event, -1, event.stop_token, offset=self._n_shown + len(shown))
             if event.stop_token in self.spec.request.sampling.stop_token_ids:
                 stop_reason = event.stop_token
         reason = "length" if event.finish is FinishReason.LENGTH else "stop"

@@ -52,13 +52,7 @@ class CountCall(ChatCall):
         return ORJSONResponse(await unless_client_leaves(self._count(), self.request.receive))
 
     async def _count(self) -> dict[str, int]:
-        resolved = await self.state.resolver.resolve(
-            self.adapter_request,
-            self.routing_text,
-            self.info.access,
-            with_tools=self.offers_tools,
-            takes_turns=self.takes_turns,
-        )
+        resolved = await self.resolve()
         try:
             self.take_defaults(defaults_of(resolved))
             ids, _ = await self.prompt_ids(self.protocol(resolved), resolved.turns)

@@ -1,10 +1,12 @@
-"""What the text map makes of a sentence alone, by how the operation is read.
+"""What the text map makes of a sentence alone.
 
     python adapter_store/benchmarks/text_map.py --rows 16
 
 On validation inputs of the wide zoo's validation tasks, by what is new about them, and of every
-eleventh trained task; each with its first test wording, which was in no training step. Exact match
-and NLL of one teacher-forced forward. Prints the table of
+eleventh trained task; each with its first test wording, which no training has seen. *read*: as the
+server reads it; *own*: with the right content. Exact match and NLL of one teacher-forced forward.
+Then how often the reader finds the right content, and what the check refuses, over all test
+wordings of trained contents that no test task has, and of validation tasks. Prints the tables of
 docs/generated-adapters-method.md. Some minutes on one core.
 """
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from loraplex_generation.description_reader import DescriptionReader
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.packing import ChatCodec
 from loraplex_generation.scoring import TeacherForced
@@ -45,31 +48,46 @@ def main() -> None:
     for name in load_split("wide").sets["validation"]:
         task = Task.parse(name)
         sets.setdefault(novelty(task, trained), []).append(task)
-    print("| | network | wordings | both | own |\n| --- | --- | --- | --- | --- |", flush=True)
+    print("| | read | own |\n| --- | --- | --- |", flush=True)
     for name, tasks in sets.items():
         rows = data.eval_rows(tasks, n_rows, split="validation")
         cells = []
-        for points in _readings(text_map, encoder, tasks):
+        for points in _points(text_map, encoder, tasks):
             scores = score(rows, text_map.vector(points))
             exact = sum(one.exact for one in scores) / len(tasks)
             nll = sum(one.nll for one in scores) / len(tasks)
             cells.append(f"{exact:.0%} ({nll:.2f})")
         print(f"| {name} ({len(tasks)}) | {' | '.join(cells)} |", flush=True)
+    print("\n| wordings | right content | among three | refused |\n| --- | --- | --- | --- |")
+    tested = {Task.parse(name).content for name in load_split("wide").sets["test"]}
+    sets[f"of the {len(trained)} trained tasks"] = [t for t in trained if t.content not in tested]
+    for name, tasks in sets.items():
+        print(f"| {name} | {' | '.join(_reading(text_map.reader, encoder, tasks))} |", flush=True)
 
 
 @torch.inference_mode()
-def _readings(text_map: TextMap, encoder: SentenceEncoder, tasks: Sequence[Task]) -> list[Tensor]:
-    """Points [n_tasks, n_rows]: by network, by wordings, by both; of the right content."""
+def _points(text_map: TextMap, encoder: SentenceEncoder, tasks: Sequence[Task]) -> list[Tensor]:
+    """[n_tasks, n_rows], as read from the first test wording of each, and of the right content."""
     texts = [encoder.encode([task.test_descriptions()[0]]) for task in tasks]
-    both = torch.stack([text_map.point(text) for text in texts])
-    by_network, n = both.clone(), len(text_map.dressings.names)
-    by_network[:, n:] = torch.cat([text_map.reader(text) for text in texts])
-    found = [by_network, 2 * both - by_network, both]  # both: the mean of the two
+    found = [torch.stack([text_map.point(text_map.read(text)) for text in texts])]
     if all(task.content in text_map.contents for task in tasks):
-        own = both.clone()
-        own[:, n:] = text_map.codes[[text_map.contents.index(task.content) for task in tasks]]
-        found.append(own)
+        found.append(text_map.points_of(tasks))
     return found
+
+
+def _reading(
+    reader: DescriptionReader, encoder: SentenceEncoder, tasks: Sequence[Task]
+) -> list[str]:
+    """Shares of the test wordings."""
+    texts = [(task, text) for task in tasks for text in task.test_descriptions()]
+    encoded = encoder.encode([text for _, text in texts])
+    refused = (reader.scores(encoded) > reader.limit).float().mean()
+    known = [reader.contents.index(t.content) for t, _ in texts if t.content in reader.contents]
+    found = ["", "", f"{refused:.0%}"]
+    if len(known) == len(texts):
+        best = reader.reader.shares(encoded).topk(3).indices == torch.tensor(known)[:, None]
+        found[:2] = [f"{best[:, 0].float().mean():.0%}", f"{best.any(1).float().mean():.0%}"]
+    return [f"{found[0]}", f"{found[1]}", f"{found[2]} of {len(texts)}"]
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def generate_from_examples(
         force=True,
     )
     asked = generator.read(description, wordings)
-    starts = {"draft": draft.vector, **generator.other_starts(asked, method)}
+    starts = {"draft": draft.vector, "library mean": generator.library_mean()}
     has_draft = force or not generator.refuses(asked, method)
 
     def look_up() -> None:

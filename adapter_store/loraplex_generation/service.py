@@ -15,12 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loraplex_generation.zoo.tasks import Task
-
 from .bundle import Bundle
 from .errors import GeneratorMismatch, NotTrained, OutOfDistribution, UnfitPrompts
 from .frozen_base import base_fingerprint
-from .guard import OodDetector
 from .layout import AdapterLayout
 from .library import Subspace
 from .retrieval import condition
@@ -70,7 +67,6 @@ class Generator:
         self._bundle, self._encoder, self._base_name = bundle, encoder, base_name
         self._task_vectors = task_vectors
         self._analogy = bundle.analogy
-        self._contents = {Task.parse(name).content for name in bundle.tasks}
 
     @classmethod
     def load(
@@ -91,18 +87,10 @@ class Generator:
             )
         return cls(bundle, encoder, TaskVectors.of_directory(base_directory), base_name)
 
-    def method_for(self, asked: AdapterDescription) -> str:
-        """What `auto` stands for.
-
-        The library's own method where the closest content is one that the library was trained on,
-        in more steps than the text map had for it, and where it accepts what the map refuses; else
-        the text map, where there is one.
-        """
-        default, text_map = self._bundle.default, self._bundle.text_map
-        if text_map is None or text_map.closest(asked.encoded.sentence) in self._contents:
-            return default
-        is_left_to_default = self.refuses(asked, "text-map") and not self.refuses(asked, default)
-        return default if is_left_to_default else "text-map"
+    @property
+    def default_method(self) -> str:
+        """What `auto` stands for: the text map where there is one, as it knows the most tasks."""
+        return self._bundle.default if self._bundle.text_map is None else "text-map"
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -133,8 +121,8 @@ class Generator:
         if prompts and method != "icm-lora":
             raise UnfitPrompts(f'method "{method}" has no use for prompts; "icm-lora" has')
         asked = self.read(description, wordings, prompts)
-        name = self.method_for(asked) if method == "auto" else method
-        score, limit = self.ood_score(asked, name), self._guard(name).limit
+        name = self._named(method)
+        score, limit = self.ood_score(asked, name), self._limit(name)
         nearest = self.nearest(asked, name)
         if score > limit and not force:
             raise OutOfDistribution(score, limit, nearest)
@@ -172,14 +160,6 @@ class Generator:
         text_map = self._bundle.text_map
         return self._bundle.subspace if text_map is None else text_map.span()
 
-    def other_starts(self, asked: AdapterDescription, method: str) -> dict[str, Tensor]:
-        """What may be closer to a task than the method's draft; examples say whether it is."""
-        starts = {"library mean": self.library_mean()}
-        has_map = self._bundle.text_map is not None
-        if method == "auto" and has_map and self.method_for(asked) != "text-map":
-            starts["text map"] = self.draft(asked, "text-map").vector
-        return starts
-
     def library_mean(self) -> Tensor:
         """float32 [layout.size]: what they have in common."""
         return self.span.mean
@@ -201,20 +181,25 @@ class Generator:
         return Draft(torch.stack([draft.vector for draft in drafts]).mean(0), drafts[0].parts)
 
     def ood_score(self, asked: AdapterDescription, method: str) -> float:
-        """Above the limit of the method's guard, a description is refused."""
-        return float(self._guard(method).score(asked.encoded.sentence).min())
+        """Above the method's limit, a description is refused."""
+        text_map = self._text_map_of(method)
+        if text_map is not None:
+            return float(text_map.reader.scores(asked.encoded).min())
+        return float(self._bundle.ood_score.score(asked.encoded.sentence).min())
 
     def refuses(self, asked: AdapterDescription, method: str = "auto") -> bool:
-        name = self.method_for(asked) if method == "auto" else method
-        return self.ood_score(asked, name) > self._guard(name).limit
+        name = self._named(method)
+        return self.ood_score(asked, name) > self._limit(name)
 
     def nearest(
         self, asked: AdapterDescription, method: str, n: int = 3
     ) -> list[tuple[str, float]]:
-        """Names of the closest tasks that the method was trained on, and their cosine."""
+        """Names of the closest tasks that the method was trained on, and how close: their cosine,
+        or of the text map the share of what they stand for.
+        """
         text_map = self._text_map_of(method)
         if text_map is not None:
-            return text_map.nearest(asked.encoded.sentence, n)
+            return text_map.nearest(asked.encoded, n)
         similarity = (asked.encoded.sentence @ self._bundle.wordings.T).amax(0)
         best: dict[str, float] = {}
         for i in similarity.argsort(descending=True).tolist():
@@ -223,12 +208,15 @@ class Generator:
                 break
         return list(best.items())
 
+    def _named(self, method: str) -> str:
+        return self.default_method if method == "auto" else method
+
     def _text_map_of(self, method: str) -> TextMap | None:
         return self._bundle.text_map if method == "text-map" else None
 
-    def _guard(self, method: str) -> OodDetector:
+    def _limit(self, method: str) -> float:
         text_map = self._text_map_of(method)
-        return self._bundle.ood_score if text_map is None else text_map.guard
+        return self._bundle.ood_score.limit if text_map is None else text_map.reader.limit
 
     def _digest(self, method: str) -> str:
         text_map = self._text_map_of(method)
@@ -271,8 +259,8 @@ def _text_map(self: Generator, asked: AdapterDescription, random: torch.Generato
     text_map = self._bundle.text_map
     if text_map is None:
         raise NotTrained("this library has no text map; run `loraplex generator text-map`")
-    point = text_map.point(asked.encoded)
-    return Draft(text_map.vector(point), text_map.parts(point))
+    reading = text_map.read(asked.encoded)
+    return Draft(text_map.vector(text_map.point(reading)), text_map.parts(reading))
 
 
 def _analogy(self: Generator, asked: AdapterDescription, random: torch.Generator | None) -> Draft:

@@ -1,8 +1,13 @@
 """Trains a TextMap through the frozen base, all tasks together; stopped and gone on with at will.
 
-A step takes a few tasks, and for each a wording of its operation *in any format*: what is read of
-the operation then says nothing of the format, which has a row of its own. Rows of held-out tasks
-and words of held-out operations are in no step.
+No text is read here. Every content, language and format has a place (a code) in the span of
+directions that all share, and learns it together with them, each content in many formats: so that
+what is learnt of an operation says nothing of the format. Afterwards a reader learns from phrasings
+to find the contents (`description_reader.py`). Rows of held-out tasks are in no step, and words of
+held-out operations in no phrasing.
+
+Training begins with the library's joint vectors, or beside a map: its rows then stay as they are,
+and a few directions come to them.
 """
 
 from __future__ import annotations
@@ -14,43 +19,46 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from loraplex_generation.zoo.cells import trainable
 from loraplex_generation.zoo.split import ZooSplit
 from loraplex_generation.zoo.tasks import Task
 
 from .bundle import JOINT_FILE
-from .factors import FactorHead, train_factor_head
+from .content_reader import ReaderRecipe
+from .description_reader import DescriptionReader, train_description_reader
+from .dressings import Dressings, contents_of
 from .frozen_base import FrozenBase, LoraFA
 from .layout import AdapterLayout
 from .packing import ChatCodec, PromptTokenizer
 from .row_adam import RowAdam
 from .scoring import mean_nll_per_group
-from .sentences import Encoded, SentenceEncoder
+from .sentences import SentenceEncoder
 from .task_training import RunningLosses, TaskTraining
 from .taskdata import TaskData
 from .tensor_file import read_tensor_file, write_tensor_file
-from .text_map import Dressings, OperationReader, ReaderShape, TextMap, contents_of
-from .training import Wordings, fit_guard
+from .text_map import TEXT_MAP_FILE, TextMap
 
-__all__ = ["ContentWordings", "TextMapRecipe", "TextMapTraining", "train_text_map"]
+__all__ = ["Start", "TextMapRecipe", "TextMapTraining", "train_text_map"]
 
 _LEAST_SHARE = 1e-5  # of what the tasks' adapters are made of: directions below are left out
+_LENGTH = 10.0  # of kept directions while codes are trained: the same step moves an adapter alike
+_SHORTEST = 1e-6  # a row that four bits have made zero
 
 
 @dataclass(frozen=True, slots=True)
 class TextMapRecipe:
-    n_steps: int = 2400
-    n_directions: int = 96
+    n_steps: int = 2200
+    n_directions: int = 32  # that are trained
     tasks_per_step: int = 8
     tokens_per_task: int = 80  # of rows, the shared head not counted
     lr_rows: float = 6e-4  # mean, languages, formats
-    lr_directions: float = 3e-4
-    lr_reader: float = 1e-3
+    lr_directions: float = 4e-4
+    lr_codes: float = 1e-2
     warmup: int = 40
-    decay_from: float = 0.4  # fraction of the steps after which the rates fall along a cosine
-    noise: float = 0.1  # added to token states
-    n_wordings: int = 6  # of a content in each format and style
+    decay_from: float = 0.3  # fraction of the steps after which the rates fall along a cosine
     seed: int = 0
 
     def share(self, step: int) -> float:
@@ -60,48 +68,62 @@ class TextMapRecipe:
         return min(1.0, (step + 1) / self.warmup) * falling
 
 
-class ContentWordings:
-    """Training wordings of contents (operation and language), each in every format, encoded."""
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a training begins with. Rows: those of the dressings, then directions."""
 
-    def __init__(
-        self, encoder: SentenceEncoder, tasks: Sequence[Task], formats: Sequence[str], n: int
-    ) -> None:
-        contents = list(dict.fromkeys((task.operation, task.language) for task in tasks))
-        self._at: dict[tuple[str, str], range] = {}
-        self.tasks: list[Task] = []  # that each text describes
-        texts: list[str] = []
-        for content in contents:
-            first = len(texts)
-            for dressing in formats:
-                task = Task(*content, dressing)
-                found = [*task.descriptions()[:n], *task.casual_descriptions()[-n:]]
-                texts += found
-                self.tasks += [task] * len(found)
-            self._at[content] = range(first, len(texts))
-        encoded = encoder.encode(texts)
-        self._encoded = encoded._replace(tokens=encoded.tokens.half())
+    dressings: Dressings
+    contents: tuple[str, ...]
+    rows: Tensor  # float32 [n_dressings + n_kept + n_directions, layout.size]
+    codes: Tensor  # float32 [n_dressings + n_contents, n_kept + n_directions]
+    n_kept: int  # directions that stay, and with them the dressings' rows; 0: all are trained
 
-    @property
-    def encoded(self) -> Encoded:
-        """All of them, the token states in float16."""
-        return self._encoded
+    @classmethod
+    def beside(cls, text_map: TextMap, n_directions: int, *, seed: int = 0) -> Start:
+        rows = torch.cat([text_map.rows.float(), torch.zeros(n_directions, text_map.layout.size)])
+        kept = torch.cat([text_map.dressing_codes, text_map.codes])
+        torch.manual_seed(seed)
+        new = torch.randn(len(kept), n_directions)
+        return cls(
+            text_map.dressings,
+            text_map.contents,
+            rows,
+            torch.cat([kept, new], 1),
+            text_map.codes.shape[1],
+        )
 
-    def of(self, task: Task) -> Encoded:
-        """All wordings of its content."""
-        at = self._at[task.operation, task.language]
-        part = self._encoded.rows(torch.arange(at.start, at.stop))
-        return part._replace(tokens=part.tokens.float())
-
-    def draw(self, tasks: Sequence[Task], rng: random.Random) -> Encoded:
-        """One wording of each task's content."""
-        chosen = [rng.choice(self._at[task.operation, task.language]) for task in tasks]
-        part = self._encoded.rows(torch.tensor(chosen))
-        longest = int(part.mask.sum(1).max())
-        return Encoded(part.tokens[:, :longest].float(), part.mask[:, :longest], part.sentence)
+    @classmethod
+    def of_rows(
+        cls,
+        tasks: Sequence[Task],
+        size: int,
+        n_directions: int,
+        known: Mapping[str, Tensor] | None = None,
+        *,
+        seed: int = 0,
+    ) -> Start:
+        """`known`: rows [size] that were trained before, by name. The directions begin with what
+        the others than dressings span; what none of them is made of starts with a random code.
+        """
+        dressings, contents = Dressings.of(tasks), contents_of(tasks)
+        n = len(dressings.names)
+        rows = torch.zeros(n + n_directions, size)
+        torch.manual_seed(seed)
+        codes = torch.randn(n + len(contents), n_directions)
+        if known is not None:
+            for i, name in enumerate(dressings.names):
+                if name in known:
+                    rows[i] = known[name]
+            others = torch.stack([r for name, r in known.items() if name not in dressings.names])
+            _, sizes, axes = torch.linalg.svd(others, full_matrices=False)
+            spanned = min(len(sizes), n_directions)
+            rows[n : n + spanned] = axes[:spanned] * (sizes[:spanned, None] / len(others) ** 0.5)
+            codes[:, :spanned] = 0
+        return cls(dressings, contents, rows, codes, 0)
 
 
 class TextMapTraining(TaskTraining):
-    """Owner of the map while it is trained. Not thread-safe."""
+    """Owner of rows and codes while they are trained. Not thread-safe."""
 
     name, report_every = "text map", 20
 
@@ -111,110 +133,112 @@ class TextMapTraining(TaskTraining):
         layout: AdapterLayout,
         data: TaskData,
         tasks: Sequence[Task],
-        words: ContentWordings,
         recipe: TextMapRecipe,
-        *,
-        start: Mapping[str, Tensor] | None = None,
+        start: Start,
     ) -> None:
-        """`start`: rows that were trained before, by name; D begins with what the others than
-        dressings span.
-        """
-        losses = RunningLosses(tasks, start=2.0, base_weight=0.2, max_loss=1.0)
+        """`tasks`: of contents, languages and formats that `start` has."""
+        losses = RunningLosses(tasks, start=1.0, base_weight=0.2, max_loss=1.0)
         super().__init__(recipe.n_steps, losses)
         self._base, self._layout, self._data = base, layout, data
-        self._tasks, self._words, self.recipe = list(tasks), words, recipe
-        torch.manual_seed(recipe.seed)
-        dressings = Dressings.of(tasks)
-        width = words.encoded.tokens.shape[-1]
-        reader = OperationReader(ReaderShape(width, recipe.n_directions))
-        rows = torch.zeros(len(dressings.names), layout.size)
-        directions = torch.zeros(recipe.n_directions, layout.size)
-        self._dressings, self._reader, self._rows = dressings, reader, rows
-        with torch.no_grad():
-            reader.outer.weight.normal_(std=0.3 / reader.shape.hidden**0.5)
-            reader.outer.bias.zero_()
-            if start is not None:
-                self._start_from(start, directions)
-        self._directions = directions.requires_grad_()
-        self._dressing_adam = RowAdam(rows)
+        self.recipe, self._dressings, self._contents = recipe, start.dressings, start.contents
+        self._at = {content: i for i, content in enumerate(start.contents)}
+        self._n_dressings, self._n_kept = len(start.dressings.names), start.n_kept
+        first = self._n_dressings + start.n_kept
+        self._dressing_rows = start.rows[: self._n_dressings].clone()
+        self._kept = start.rows[self._n_dressings : first]
+        self._lengths = (self._kept.norm(dim=1) / _LENGTH).clamp_min(_SHORTEST)
+        self._directions = start.rows[first:].clone().requires_grad_()
+        self._codes = start.codes.clone()
+        self._codes[:, : start.n_kept] *= self._lengths
+        self._code_adam = RowAdam(self._codes)
+        self._dressing_adam = RowAdam(self._dressing_rows) if start.n_kept == 0 else None
         self._adam = torch.optim.Adam(
-            [
-                {"params": [self._directions], "lr": recipe.lr_directions},
-                {"params": list(reader.parameters()), "lr": recipe.lr_reader},
-            ],
-            betas=(0.9, 0.99),
-            fused=True,
+            [self._directions], lr=recipe.lr_directions, betas=(0.9, 0.99), fused=True
         )
-        self._rates = [recipe.lr_directions, recipe.lr_reader]
 
-    def vector_of(self, task: Task, encoded: Encoded) -> Tensor:
-        """[n_texts, layout.size]: what texts become now, in the format and language of `task`."""
-        dressing = self._dressings.exact_points([task])
+    def vectors(self, tasks: Sequence[Task]) -> Tensor:
+        """[n_tasks, layout.size], as they are now."""
         with torch.no_grad():
-            read: Tensor = self._reader.eval()(encoded)
-            return dressing @ self._rows + read @ self._directions
+            parts = self._parts(tasks)
+            return self._made(parts, parts @ self._codes)
 
-    def finished(self, encoder: SentenceEncoder) -> TextMap:
-        """The map as it is now, its directions orthogonal; a minute for hundreds of tasks."""
-        reader = self._reader.eval()
+    def finished(self, reader: DescriptionReader, tasks: Sequence[Task]) -> TextMap:
+        """The map as it is now. `tasks`: the training set, which decides what directions are for.
+
+        The trained directions are made orthogonal to those that stayed, and to each other.
+        """
+        n, kept = self._n_dressings, self._n_kept
         with torch.no_grad():
-            contents = {task.content: task for task in self._tasks}.values()
-            read = torch.stack([reader(self._words.of(task)).mean(0) for task in contents])
-            turn, directions = _orthogonal(read, self._directions.detach())
-        words = Wordings(encoder, self._tasks, casual=True)
+            new, places = self._directions.detach().clone(), self._codes[:, kept:]
+            old = self._codes[:, :kept] / self._lengths
+            rows = self._kept
+            if kept:
+                inside = torch.linalg.lstsq(rows.T, new.T).solution.T  # [n_new, n_kept]
+                new -= inside @ rows
+                old = old + places @ inside
+            turn, directions = _orthogonal(self._parts(tasks) @ places, new)
+            codes = torch.cat([old, places @ turn], 1)
         return TextMap(
             layout=self._layout,
             base_fingerprint=self._base.fingerprint,
-            dressings=self._dressings,
-            head=self._dressing_head(),
-            reader=reader.turned(turn),
-            rows=torch.cat([self._rows, directions]).bfloat16(),
-            tasks=tuple(task.name for task in self._tasks),
-            contents=contents_of(self._tasks),
-            codes=read @ turn,
-            wordings=words.centroids,
-            guard=fit_guard(encoder, words, lambda task: task.content),
+            reader=reader,
+            rows=torch.cat([self._dressing_rows, rows, directions]).bfloat16(),
+            codes=codes[n:],
+            dressing_codes=codes[:n],
+            tasks=tuple(task.name for task in tasks),
             step=self.step,
         )
 
-    def _dressing_head(self) -> FactorHead:
-        labels = torch.tensor([self._dressings.labels(task) for task in self._words.tasks])
-        groups = self._dressings.groups
-        return train_factor_head(self._words.encoded, labels, groups, seed=self.recipe.seed)
+    def _parts(self, tasks: Sequence[Task]) -> Tensor:
+        """[n_tasks, n_dressings + n_contents], ones where a task has the part."""
+        content = F.one_hot(torch.tensor([self._at[t.content] for t in tasks]), len(self._at))
+        return torch.cat([self._dressings.exact_points(tasks), content.float()], 1)
+
+    def _made(self, parts: Tensor, codes: Tensor) -> Tensor:
+        """[n_tasks, layout.size] of parts and what they have in the span of the directions."""
+        kept = self._kept / self._lengths[:, None]
+        rows = torch.cat([self._dressing_rows, kept, self._directions])
+        made: Tensor = torch.cat([parts[:, : self._n_dressings], codes], 1) @ rows
+        return made
 
     def _one_step(self) -> float:
         recipe = self.recipe
         rng = random.Random(f"{recipe.seed}:{self.step}")
-        torch.manual_seed(recipe.seed * 1_000_003 + self.step)
-        for group, rate in zip(self._adam.param_groups, self._rates, strict=True):
-            group["lr"] = rate * recipe.share(self.step)
         tasks = self._losses.draw(recipe.tasks_per_step, rng)
-        dressing = self._dressings.exact_points(tasks)
-        words = self._words.draw(tasks, rng)
-        noisy = words._replace(tokens=words.tokens + recipe.noise * torch.randn_like(words.tokens))
-        vectors = dressing @ self._rows + self._reader.train()(noisy) @ self._directions
+        parts = self._parts(tasks)
+        codes = (parts @ self._codes).requires_grad_()
+        vectors = self._made(parts, codes)
         vectors.retain_grad()
         batch = self._data.train_batch(tasks, recipe.tokens_per_task, rng)
         adapters = LoraFA(self._layout, vectors, self._base.dtype)
         losses = mean_nll_per_group(self._base.score(batch, adapters).nll, batch)
         self._adam.zero_grad()
         torch.autograd.backward(losses.mean())
+        share = recipe.share(self.step)
+        self._adam.param_groups[0]["lr"] = recipe.lr_directions * share
         self._adam.step()
+        assert codes.grad is not None
         assert vectors.grad is not None
-        touched = dressing.any(0).nonzero()[:, 0]
-        rate = recipe.lr_rows * recipe.share(self.step)
-        self._dressing_adam.step(dressing.T @ vectors.grad, touched, lr=rate)
+        touched = parts.any(0).nonzero()[:, 0]
+        self._code_adam.step(parts.T @ codes.grad, touched, lr=recipe.lr_codes * share)
+        if self._dressing_adam is not None:
+            dressing = parts[:, : self._n_dressings]
+            rows = dressing.any(0).nonzero()[:, 0]
+            self._dressing_adam.step(dressing.T @ vectors.grad, rows, lr=recipe.lr_rows * share)
         self._losses.note(tasks, losses)
         return float(losses.detach().mean())
 
     def save(self, path: Path) -> None:
-        tensors = {"rows": self._rows, "directions": self._directions.detach()}
-        tensors |= {f"reader.{name}": value for name, value in self._reader.state_dict().items()}
+        tensors = {"codes": self._codes, "directions": self._directions.detach()}
+        tensors |= {f"code_adam.{name}": value for name, value in self._code_adam.state().items()}
+        if self._dressing_adam is not None:
+            tensors["rows"] = self._dressing_rows
+            state = self._dressing_adam.state()
+            tensors |= {f"row_adam.{name}": value for name, value in state.items()}
         tensors |= {
-            f"row_adam.{name}": value for name, value in self._dressing_adam.state().items()
+            f"adam.{name}": value
+            for name, value in self._adam.state_dict()["state"].get(0, {}).items()
         }
-        for i, state in self._adam.state_dict()["state"].items():
-            tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
         header = {"step": self.step, "loss": self._losses.by_task, "recipe": asdict(self.recipe)}
         write_tensor_file(path, tensors, header)
 
@@ -224,31 +248,18 @@ class TextMapTraining(TaskTraining):
         for name, tensor in file.tensors.items():
             owner, _, rest = name.partition(".")
             parts.setdefault(owner, {})[rest] = tensor
-        self._rows.copy_(parts["rows"][""])
+        self._codes.copy_(parts["codes"][""])
         with torch.no_grad():
             self._directions.copy_(parts["directions"][""])
-        self._reader.load_state_dict(parts["reader"])
-        self._dressing_adam.restore(parts["row_adam"])
+        self._code_adam.restore(parts["code_adam"])
+        if self._dressing_adam is not None:
+            self._dressing_rows.copy_(parts["rows"][""])
+            self._dressing_adam.restore(parts["row_adam"])
         kept = self._adam.state_dict()
-        kept["state"] = {}
-        for name, tensor in parts["adam"].items():
-            i, _, rest = name.partition(".")
-            kept["state"].setdefault(int(i), {})[rest] = tensor
+        kept["state"] = {0: parts["adam"]} if "adam" in parts else {}
         self._adam.load_state_dict(kept)
         self._losses.restore(file.header["loss"])
         self.step = int(file.header["step"])
-
-    def _start_from(self, start: Mapping[str, Tensor], directions: Tensor) -> None:
-        """A direction that means something already is not read of any text yet."""
-        names = self._dressings.names
-        for i, name in enumerate(names):
-            if name in start:
-                self._rows[i] = start[name]
-        others = torch.stack([row for name, row in start.items() if name not in names])
-        _, sizes, axes = torch.linalg.svd(others, full_matrices=False)
-        n = min(len(sizes), len(directions))
-        directions[:n] = axes[:n] * (sizes[:n, None] / len(others) ** 0.5)
-        self._reader.outer.weight[:n] = 0
 
 
 def train_text_map(
@@ -261,20 +272,32 @@ def train_text_map(
     shipped: Path,
     recipe: TextMapRecipe,
     report: Callable[[str], None],
+    reading: ReaderRecipe = ReaderRecipe(),  # noqa: B008  frozen value
 ) -> Path:
-    """From the joint vectors in `shipped` to a text map there; the run's state is in `folder`."""
+    """To a text map in `shipped`, beside the one that is there, or from the joint vectors there.
+
+    Of the training tasks' contents every format is trained that no held-out task has. The run's
+    state is in `folder`.
+    """
     base = FrozenBase(base_directory)
     joint = read_tensor_file(shipped / JOINT_FILE)
-    start = dict(zip(joint.header["factors"], joint.tensors["vectors"].float(), strict=True))
     layout = AdapterLayout.from_dict(joint.header["layout"])
     tasks = [Task.parse(name) for name in split.sets["train"]]
-    report(f"encoding the wordings of {len(tasks)} tasks")
-    words = ContentWordings(encoder, tasks, Dressings.of(tasks).formats, recipe.n_wordings)
+    if (shipped / TEXT_MAP_FILE).is_file():
+        start = Start.beside(TextMap.load(shipped / TEXT_MAP_FILE), recipe.n_directions)
+    else:
+        names = joint.header["factors"]
+        known = dict(zip(names, joint.tensors["vectors"].float(), strict=True))
+        start = Start.of_rows(tasks, layout.size, recipe.n_directions, known)
     data = TaskData(ChatCodec(tokenizer))
-    training = TextMapTraining(base, layout, data, tasks, words, recipe, start=start)
-    training.run(folder / "training.safetensors", report=report, every_s=300)
-    report("fitting the guard")
-    return training.finished(encoder).save(shipped)
+    training = TextMapTraining(base, layout, data, trainable(split), recipe, start)
+    state = folder / "training.safetensors"
+    training.run(state, report=report, every_s=300)
+    report("learning to read descriptions")
+    reader = train_description_reader(encoder, start.dressings, start.contents, reading)
+    path = training.finished(reader, tasks).save(shipped)
+    state.unlink()  # the next run begins beside the new map
+    return path
 
 
 def _orthogonal(points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

@@ -136,17 +136,12 @@ def refit_guard(folder: Path, encoder: SentenceEncoder) -> Path:
     return replace_guard(folder, fit_guard(encoder, Wordings(encoder, tasks, casual=True)))
 
 
-def fit_guard(
-    encoder: SentenceEncoder, known: Wordings, of: Callable[[Task], str] = lambda t: t.operation
-) -> OodDetector:
-    """From the casual wordings of the trained tasks, and as many short ones as there are.
-
-    `of`: what wordings are told apart by.
-    """
+def fit_guard(encoder: SentenceEncoder, known: Wordings) -> OodDetector:
+    """From the casual wordings of the trained tasks, and as many short ones as there are."""
     short = short_wordings(known.tasks)
     owners = [*known.owner.tolist(), *[wording.task for wording in short]]
     return OodDetector.fit(
         torch.cat([known.encoded.sentence, encoder.encode([w.text for w in short]).sentence]),
-        [of(known.tasks[i]) for i in owners],
+        [known.tasks[i].operation for i in owners],
         [*known.phrases, *[wording.phrases for wording in short]],
     )

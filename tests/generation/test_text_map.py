@@ -9,18 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from loraplex_generation.content_reader import ReaderRecipe
+from loraplex_generation.description_reader import DescriptionReader, train_description_reader
+from loraplex_generation.dressings import Dressings, contents_of
 from loraplex_generation.errors import GeneratorMismatch
 from loraplex_generation.group_codes import GroupCodes
 from loraplex_generation.library import Subspace
 from loraplex_generation.scoring import TeacherForced
 from loraplex_generation.taskdata import TaskData
 from loraplex_generation.tensor_file import write_tensor_file
-from loraplex_generation.text_map import TEXT_MAP_FILE, Dressings, TextMap
-from loraplex_generation.text_map_training import (
-    ContentWordings,
-    TextMapRecipe,
-    TextMapTraining,
-)
+from loraplex_generation.text_map import TEXT_MAP_FILE, TextMap
+from loraplex_generation.text_map_training import Start, TextMapRecipe, TextMapTraining
 from loraplex_generation.zoo.tasks import Task
 from loraplex_generation.zoo_training import ZooTraining
 from tests.support.tiny_zoo import HashedWords, tiny_base, tiny_codec, tiny_directory
@@ -34,8 +33,8 @@ RECIPE = TextMapRecipe(
     tokens_per_task=60,
     lr_rows=2e-2,
     lr_directions=1e-2,
+    lr_codes=2e-2,
     warmup=2,
-    n_wordings=3,
 )
 
 
@@ -45,16 +44,21 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def words() -> ContentWordings:
-    return ContentWordings(HashedWords(), TASKS, Dressings.of(TASKS).formats, RECIPE.n_wordings)
+def reader() -> DescriptionReader:
+    recipe = ReaderRecipe(n_steps=200)
+    return train_description_reader(HashedWords(), Dressings.of(TASKS), contents_of(TASKS), recipe)
 
 
 def _training(
-    base: Path, words: ContentWordings, recipe: TextMapRecipe = RECIPE
+    base: Path, recipe: TextMapRecipe = RECIPE, *, beside: TextMap | None = None
 ) -> TextMapTraining:
     frozen = tiny_base(base)
     layout = ZooTraining.layout_for(frozen)
-    return TextMapTraining(frozen, layout, TaskData(tiny_codec()), TASKS, words, recipe)
+    if beside is None:
+        start = Start.of_rows(TASKS, layout.size, recipe.n_directions)
+    else:
+        start = Start.beside(beside, recipe.n_directions)
+    return TextMapTraining(frozen, layout, TaskData(tiny_codec()), TASKS, recipe, start)
 
 
 def _silent(_: str) -> None:
@@ -63,11 +67,11 @@ def _silent(_: str) -> None:
 
 @pytest.fixture(scope="module")
 def trained(
-    base: Path, words: ContentWordings, tmp_path_factory: pytest.TempPathFactory
+    base: Path, reader: DescriptionReader, tmp_path_factory: pytest.TempPathFactory
 ) -> TextMap:
-    training = _training(base, words)
+    training = _training(base)
     training.run(tmp_path_factory.mktemp("state") / "state.safetensors", report=_silent)
-    return training.finished(HashedWords())
+    return training.finished(reader, TASKS)
 
 
 def _scores(base: Path, text_map: TextMap, tasks: list[Task], texts: list[str]) -> list[float]:
@@ -77,7 +81,7 @@ def _scores(base: Path, text_map: TextMap, tasks: list[Task], texts: list[str]) 
     encoder = HashedWords()
     vectors = None
     if texts:
-        points = [text_map.point(encoder.encode([text])) for text in texts]
+        points = [text_map.point(text_map.read(encoder.encode([text]))) for text in texts]
         vectors = torch.stack([text_map.vector(point) for point in points])
     return [s.nll for s in score(data.eval_rows(tasks, 8, split="validation"), vectors)]
 
@@ -96,16 +100,16 @@ def test_the_sentence_makes_the_task_likelier_and_that_of_another_less_so(
 def test_a_format_goes_with_an_operation_that_never_had_it(base: Path, trained: TextMap) -> None:
     new = [Task.parse("past/caps"), Task.parse("plural/quotes")]
     texts = [task.descriptions()[0] for task in new]
-    points = [trained.point(HashedWords().encode([text])) for text in texts]
+    read = [trained.read(HashedWords().encode([text])).dressing for text in texts]
     caps, quotes = (trained.dressings.names.index(name) for name in ("caps", "quotes"))
-    assert points[0][caps] > 0.8 > 0.2 > points[0][quotes]
-    assert points[1][quotes] > 0.8 > 0.2 > points[1][caps]
+    assert read[0][caps] > 0.8 > 0.2 > read[0][quotes]
+    assert read[1][quotes] > 0.8 > 0.2 > read[1][caps]
     before, after = _scores(base, trained, new, []), _scores(base, trained, new, texts)
     assert all(a < b for a, b in zip(after, before, strict=True))
 
 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
-    base: Path, words: ContentWordings, trained: TextMap, tmp_path: Path
+    base: Path, reader: DescriptionReader, trained: TextMap, tmp_path: Path
 ) -> None:
     class Stop(Exception):
         pass
@@ -116,45 +120,71 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(
 
     state = tmp_path / "state.safetensors"
     with pytest.raises(Stop):
-        _training(base, words).run(state, report=stop, every_s=0)
+        _training(base).run(state, report=stop, every_s=0)
     lines: list[str] = []
-    again = _training(base, words)
+    again = _training(base)
     again.run(state, report=lines.append)
     assert lines[0] == "going on from step 40"
-    assert torch.equal(again.finished(HashedWords()).rows, trained.rows)
+    assert torch.equal(again.finished(reader, TASKS).rows, trained.rows)
 
 
 def test_the_finished_directions_are_orthogonal_and_give_the_adapters_that_were_trained(
-    base: Path, words: ContentWordings, tmp_path: Path
+    base: Path, reader: DescriptionReader, tmp_path: Path
 ) -> None:
-    training = _training(base, words, replace(RECIPE, n_steps=4))
+    training = _training(base, replace(RECIPE, n_steps=4))
     training.run(tmp_path / "state.safetensors", report=_silent)
-    made = training.finished(HashedWords())
+    made = training.finished(reader, TASKS)
     directions = made.rows[len(made.dressings.names) :].float()
     gram = F.normalize(directions, dim=1) @ F.normalize(directions, dim=1).T
     assert (gram - torch.eye(len(gram))).abs().max() < 0.02  # they are kept in bfloat16
-    task = TASKS[3]
-    trained = training.vector_of(task, words.of(task)).mean(0)
-    torch.testing.assert_close(made.vector(made.points[3]), trained, atol=1e-4, rtol=2e-2)
+    wanted = training.vectors(TASKS)
+    assert (made.vector(made.points) - wanted).norm() < 0.01 * wanted.norm()
+
+
+def test_training_beside_a_map_keeps_its_rows_and_makes_the_tasks_likelier(
+    base: Path, reader: DescriptionReader, trained: TextMap, tmp_path: Path
+) -> None:
+    shipped = TextMap.load(trained.save(tmp_path))
+    recipe = replace(RECIPE, n_steps=40, n_directions=4)
+    training = _training(base, recipe, beside=shipped)
+    training.run(tmp_path / "state.safetensors", report=_silent)
+    made = training.finished(reader, TASKS)
+    n = len(shipped.rows)
+    assert torch.equal(made.rows[:n], shipped.rows)
+    assert n < len(made.rows) <= n + 4
+    wanted = training.vectors(TASKS)
+    assert (made.vector(made.points) - wanted).norm() < 0.01 * wanted.norm()
+    again = TextMap.load(made.save(tmp_path))
+    assert torch.equal(again.rows[:n], shipped.rows)
+    texts = [task.descriptions()[0] for task in TASKS]
+    assert sum(_scores(base, again, TASKS, texts)) < sum(_scores(base, shipped, TASKS, texts))
 
 
 def test_a_saved_map_is_the_map_up_to_its_codes(trained: TextMap, tmp_path: Path) -> None:
     again = TextMap.load(trained.save(tmp_path))
     assert again.tasks == NAMES
-    assert again.guard.limit == trained.guard.limit
+    assert again.reader.limit == trained.reader.limit
     encoded = HashedWords().encode([TASKS[0].descriptions()[0]])
-    kept, made = (m.vector(m.point(encoded)) for m in (again, trained))
+    kept, made = (m.vector(m.point(m.read(encoded))) for m in (again, trained))
     assert F.cosine_similarity(kept, made, dim=0) > 0.98
     once_more = TextMap.load(again.save(tmp_path / "again"))
     assert torch.equal(once_more.rows, again.rows)
 
 
 def test_it_names_the_tasks_that_are_close(trained: TextMap) -> None:
-    encoded = HashedWords().encode([TASKS[4].descriptions()[0]])
-    assert trained.nearest(encoded.sentence, 2)[0][0] == "list-first/quotes"
-    parts = trained.parts(trained.point(encoded))
+    encoded = HashedWords().encode(["Keep only the first item in double quotes"])
+    assert trained.nearest(encoded, 2)[0][0] == "list-first/quotes"
+    parts = trained.parts(trained.read(encoded))
     assert parts["quotes"] > 0.8
-    assert parts["near list-first"] > 0.8
+    assert parts["list-first"] > 0.8
+
+
+def test_a_sentence_of_other_words_is_stranger_than_a_known_one(trained: TextMap) -> None:
+    known = [task.descriptions()[0] for task in TASKS]
+    strange = ["sing me a lullaby about dragons", "who won football yesterday"]
+    reader = trained.reader
+    assert (reader.scores(HashedWords().encode(known)) < reader.limit).all()
+    assert (reader.scores(HashedWords().encode(strange)) > reader.limit).all()
 
 
 def test_its_span_holds_the_adapters_of_all_tasks(trained: TextMap) -> None:
@@ -172,18 +202,14 @@ def test_a_file_of_another_format_is_refused(tmp_path: Path) -> None:
         TextMap.load(tmp_path / TEXT_MAP_FILE)
 
 
-def test_a_run_begins_with_the_rows_that_were_trained_before(
-    base: Path, words: ContentWordings, tmp_path: Path
-) -> None:
+def test_a_run_begins_with_the_rows_that_were_trained_before(base: Path) -> None:
     frozen = tiny_base(base)
     layout = ZooTraining.layout_for(frozen)
-    start = {name: torch.randn(layout.size) for name in ("mean", "caps", "past", "plural")}
-    recipe = replace(RECIPE, n_steps=0)
-    training = TextMapTraining(
-        frozen, layout, TaskData(tiny_codec()), TASKS, words, recipe, start=start
-    )
-    before = training.vector_of(Task.parse("past/caps"), words.of(TASKS[0])).mean(0)
-    torch.testing.assert_close(before, start["mean"] + start["caps"])
+    known = {name: torch.randn(layout.size) for name in ("mean", "caps", "past", "plural")}
+    start = Start.of_rows(TASKS, layout.size, RECIPE.n_directions, known)
+    training = TextMapTraining(frozen, layout, TaskData(tiny_codec()), TASKS, RECIPE, start)
+    before = training.vectors([Task.parse("past/caps")])[0]
+    torch.testing.assert_close(before, known["mean"] + known["caps"])
 
 
 def test_four_bits_err_by_a_tenth_of_the_spread_and_keep_zeros() -> None:

@@ -35,8 +35,8 @@ class ScriptedGenerator(Generator):
     def span(self) -> Subspace:
         return self._span
 
-    def other_starts(self, asked: AdapterDescription, method: str) -> dict[str, Tensor]:
-        return {"library mean": self._span.mean}
+    def library_mean(self) -> Tensor:
+        return self._span.mean
 
     def read(
         self, description: str, wordings: Sequence[str] = (), prompts: Sequence[str] = ()

@@ -76,14 +76,14 @@ def text_map(
     tasks: Annotated[
         str, typer.Option(help="The tasks: `wide` (520), `shipped` (72) or `small` (12).")
     ] = "wide",
-    steps: Annotated[int | None, typer.Option(help="Default: 2400.", min=1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Default: 2200.", min=1)] = None,
     base: _Base = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
     """Train the map from texts to adapters; an hour or two. Kill it at any time; it goes on.
 
-    It starts from the library's joint vectors. `auto` then stands for it where a text is closer to
-    a task that the library does not have.
+    It starts beside the map that the folder has, or from the library's joint vectors. `auto` then
+    stands for it where a text asks for something that the library does not have.
     """
     import torch
     from rich import print as show

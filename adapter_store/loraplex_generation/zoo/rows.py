@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from .draws import Drawn, Operation
 from .formats import FORMATS
 
-__all__ = ["Input", "Row", "nth", "series", "table"]
+__all__ = ["Input", "Row", "fill_number", "nth", "series", "table"]
 
 T = TypeVar("T")
 Input = Callable[[random.Random, str], tuple[str, T]]  # (generator, split) → (text, its value)
@@ -76,7 +76,7 @@ def series(
         f"{name}-{n}": Operation(
             family,
             _draw(inputs, row.answer, n),
-            *_wordings(_filled(row.phrases, n), _filled(row.test_phrases, n)),
+            *_wordings(fill_number(row.phrases, n), fill_number(row.test_phrases, n)),
             series=name,
             place=n,
             formats=tuple(formats),
@@ -100,7 +100,8 @@ def _draw(
     return draw
 
 
-def _filled(phrases: Sequence[str], n: int) -> tuple[str, ...]:
+def fill_number(phrases: Sequence[str], n: int) -> tuple[str, ...]:
+    """`{n}`, `{word}`, `{nth}` and `{s}` (plural) of phrases."""
     word = _WORDS[n] if n < len(_WORDS) else str(n)
     return tuple(p.format(n=n, word=word, nth=nth(n), s="" if n == 1 else "s") for p in phrases)
 

@@ -9,7 +9,7 @@ from .formats import FORMATS
 from .languages import LANGUAGES
 from .operations import OPERATIONS
 
-__all__ = ["Example", "Task", "exact"]
+__all__ = ["Example", "Task", "casual", "exact"]
 
 N_DESCRIPTIONS = 16  # training wordings of a task
 N_TEST_DESCRIPTIONS = 6
@@ -71,7 +71,7 @@ class Task:
     def casual_descriptions(self) -> list[str]:
         """The same tasks as people type them; for maps that read text, beside the others."""
         rng = random.Random(f"{self.name}:casual")
-        return [_casual(self._fill(wording), suffix, rng) for wording, suffix in self.phrases()]
+        return [casual(self._fill(wording), suffix, rng) for wording, suffix in self.phrases()]
 
     def test_descriptions(self) -> list[str]:
         """Wordings whose operation and format phrases never occur in training."""
@@ -98,7 +98,8 @@ class Task:
         return wording.format(language=LANGUAGES.get(self.language, ""))
 
 
-def _casual(wording: str, suffix: str, rng: random.Random) -> str:
+def casual(wording: str, suffix: str, rng: random.Random) -> str:
+    """An operation's phrase and a format's as somebody in a hurry types them."""
     start = wording[0].lower() + wording[1:]
     bare = suffix.strip(" ,.")
     styles = [

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from functools import cache
 
+from .cells import cells
 from .families import FAMILIES
 from .split import ZooSplit, load_split, task_digest
 from .tasks import Task
@@ -39,15 +39,15 @@ def draw_wide_split() -> ZooSplit:
     drawing.hold_out_operations()
     drawing.hold_out_languages()
     known = drawing.trained()
-    cells = {content: _cells(content) for content in known}
-    for names in cells.values():
+    grid = {content: cells(content) for content in known}
+    for names in grid.values():
         rng.shuffle(names)
-    train = [names.pop() for names in cells.values()]
+    train = [names.pop() for names in grid.values()]
     sets = {"train": (*load_split().sets["train"], *train)}
     for part in _HELD_OUT:
-        new = [rng.choice(_cells(content)) for content in drawing.held[part]]
-        free = rng.sample([c for c in known if cells[c]], _N_COMBINATIONS[part])
-        sets[part] = (*new, *[cells[content].pop() for content in free])
+        new = [rng.choice(cells(content)) for content in drawing.held[part]]
+        free = rng.sample([c for c in known if grid[c]], _N_COMBINATIONS[part])
+        sets[part] = (*new, *[grid[content].pop() for content in free])
     return ZooSplit(
         sets=sets,
         digests={
@@ -125,15 +125,3 @@ class _Drawing:
 
 def _contents(name: str) -> list[str]:
     return [f"{name}.{code}" if code else name for code in FAMILIES[name].languages]
-
-
-def _cells(content: str) -> list[str]:
-    """Its tasks, but for those in capitals whose answers have none."""
-    names = [f"{content}/{dressing}" for dressing in FAMILIES[content.split(".")[0]].formats]
-    return [name for name in names if not name.endswith("/caps") or _has_letters(content)]
-
-
-@cache
-def _has_letters(content: str) -> bool:
-    plain = Task.parse(f"{content}/plain").examples("train", 12)
-    return sum(e.answer.upper() != e.answer for e in plain) > len(plain) / 2

@@ -98,9 +98,10 @@ def generate_from_examples(
         deadline=deadline,
         report=report,
     )
-    if not (made.gained or has_draft):
+    does_it = made.gained or made.start_is_right
+    if not (does_it or has_draft):
         raise NothingLearnt(len(pairs), made.before.nll, timed_out=made.timed_out)
-    vector = made.vector if made.gained else draft.vector
+    vector = made.vector if does_it else draft.vector
     card = {
         **draft.card,
         "examples": len(pairs),
@@ -108,7 +109,7 @@ def generate_from_examples(
         "delta_norm": round(draft.layout.delta_norm(vector), 4),
         "milliseconds": round(1000 * (time.perf_counter() - began), 1),
     }
-    if made.gained and made.start != "draft":
+    if does_it and made.start != "draft":
         card["parts"] = {made.start: 1.0}
     return generator.dressed(vector, card)
 
@@ -155,6 +156,7 @@ def _told(made: Refinement, turns: HeldOut) -> dict[str, object]:
         "finished": True,
         "start": made.start,
         "gained": made.gained,
+        "start_is_right": made.start_is_right,
         "steps": made.steps,
         "n_steps": made.n_steps,
         "timed_out": made.timed_out,

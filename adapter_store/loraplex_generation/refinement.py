@@ -106,6 +106,7 @@ class Refinement:
     n_steps: int  # that it would have had
     timed_out: bool  # the deadline ended it: with more time it may become another
     seconds: float
+    start_is_right: bool = False  # for every pair, so that nothing was trained
 
     @property
     def gained(self) -> bool:
@@ -126,6 +127,8 @@ def refine(
 ) -> Refinement:
     """``rows``: two or more pairs; ``starts`` [layout.size] each. Deterministic but for time.
 
+    A start that answers every pair right is kept: a few pairs would teach it their own words only.
+
     ``deadline``, of ``time.monotonic``: a step that would not be done and judged by then is not
     begun, and the rate falls as time runs out. ``base`` may raise TimeoutError then: the step that
     it cuts off is none. Raises OutOfTime where that is before the first look. ``report`` is called
@@ -139,12 +142,24 @@ def refine(
     pace = _Pace(began, deadline)
     try:
         task = _Task(base, layout, head, rows, recipe)
-        name, start = task.best_start(starts)
+        name, start, is_right = task.best_start(starts)
         with pace.look():
             first = task.held_out(start.expand(len(task.folds), -1))
     except TimeoutError:
         raise OutOfTime from None
     best = _Best(first, start, recipe.least_gain)
+    if is_right:
+        return Refinement(
+            start,
+            name,
+            first,
+            first,
+            0,
+            n_steps,
+            timed_out=False,
+            seconds=time.monotonic() - began,
+            start_is_right=True,
+        )
     report(RefinementProgress("training", 0, n_steps, best.score.nll))
     copies = _Copies(task, span, start, recipe, pace)
     looked_at = 0
@@ -235,12 +250,14 @@ class _Task:
         ]
         self._judged = _fitting(rows, recipe.judge_tokens, rng)
 
-    def best_start(self, starts: Mapping[str, Tensor]) -> tuple[str, Tensor]:
-        """By the likelihood of the pairs: none has been trained on yet."""
+    def best_start(self, starts: Mapping[str, Tensor]) -> tuple[str, Tensor, bool]:
+        """By the likelihood of the pairs, and whether it gets them all right: none has been trained
+        on yet.
+        """
         scores = self._scores([self._judged] * len(starts), torch.stack(list(starts.values())))
-        nll = dict(zip(starts, (score.nll for score in scores), strict=True))
-        name = min(nll, key=nll.__getitem__)
-        return name, starts[name]
+        by_name = dict(zip(starts, scores, strict=True))
+        name = min(by_name, key=lambda one: by_name[one].nll)
+        return name, starts[name], all(by_name[name].right)
 
     def loss(self, copies: Tensor, first: int) -> Tensor:
         """Sum over the copies from the `first` on of the mean NLL of the pairs each sees now."""

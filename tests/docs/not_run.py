@@ -61,6 +61,7 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/tools.md": {"loraplex serve": "an hour of questions; tests/contract asks some of them"},
     "docs/generated-adapters-method.md": {
         "python -m adapter_store.benchmarks.few_shot plan": _HOURS,
+        "python -m adapter_store.benchmarks.few_shot run --draws": "a quarter of an hour",
         "python -m adapter_store.benchmarks.few_shot test": _HOURS,
         "loraplex zoo train --base": _HOURS + "; tests/generation trains a tiny one",
         "loraplex zoo train  ": _HOURS + "; tests/generation trains a tiny one",

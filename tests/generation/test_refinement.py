@@ -86,6 +86,27 @@ def test_answers_without_a_rule_leave_the_start_as_it_was(world: World) -> None:
     assert made.after == made.before
 
 
+def test_a_start_that_answers_every_pair_right_is_kept(world: World) -> None:
+    pairs = [(word, "e") for word in WORDS]  # what the random base soon learns to say
+    only_b = replace(RECIPE, a_rate=0.0, steps=120)
+    start = world.refine(pairs[:6], recipe=only_b).vector
+    made = refine(
+        world.base,
+        world.layout,
+        world.span,
+        world.codec.head,
+        world.rows(pairs[:8]),
+        {"mean": world.span.mean, "draft": start},
+        recipe=only_b,
+    )
+    assert (made.start, made.start_is_right, made.steps) == ("draft", True, 0)
+    assert made.after == made.before
+    assert not made.gained
+    assert not made.timed_out
+    assert torch.equal(made.vector, start)
+    assert not world.refine(pairs[:6], recipe=only_b).start_is_right
+
+
 def test_the_same_pairs_give_the_same_bits(world: World) -> None:
     first, second = world.refine(RULE[:4]), world.refine(RULE[:4])
     assert torch.equal(first.vector, second.vector)

@@ -1,4 +1,4 @@
-"""The whole way: a sentence and eight pairs to a real server with the real base and generator."""
+"""The whole way: sentences and pairs to a real server with the real base and generator."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from loraplex_generation.zoo.split import load_split
 from loraplex_generation.zoo.tasks import Example, Task
 from tests.support.server_process import server_process
 
@@ -26,10 +27,12 @@ class Client:
     def __init__(self, http: httpx.Client) -> None:
         self.http = http
 
-    def reply(self, adapter: str, prompt: str, *, max_tokens: int = 16) -> tuple[str, str]:
+    def reply(
+        self, adapter: str | dict[str, Any], prompt: str, *, max_tokens: int = 16
+    ) -> tuple[str, str]:
         """The answer, and the digest that gave it."""
         body = {
-            "model": adapter,
+            "adapter": adapter,
             "messages": [{"role": "user", "content": prompt}],
             "temperature": 0,
             "max_tokens": max_tokens,
@@ -37,7 +40,7 @@ class Client:
         answer = self.http.post("/v1/chat/completions", json=body).raise_for_status().json()
         return answer["choices"][0]["message"]["content"], answer["adapter"]["digest"]
 
-    def n_exact(self, adapter: str, examples: list[Example]) -> int:
+    def n_exact(self, adapter: str | dict[str, Any], examples: list[Example]) -> int:
         with ThreadPoolExecutor(8) as at_once:
             replies = at_once.map(lambda each: self.reply(adapter, each.prompt)[0], examples)
             return sum(map(str.__eq__, replies, (each.answer for each in examples)))
@@ -49,9 +52,52 @@ class Client:
                     yield json.loads(line.removeprefix("data: "))
 
 
-def test_a_surname_is_learnt_from_eight_pairs_beside_serving(
-    pulled_base: Path, pulled_encoder: Path, tmp_path: Path
+@pytest.fixture(scope="module")
+def client(
+    pulled_base: Path, pulled_encoder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
+    state = tmp_path_factory.mktemp("state")
+    with (
+        server_process(pulled_base, state, "--dtype", "bfloat16") as server,
+        httpx.Client(base_url=server.url, timeout=300) as http,
+    ):
+        yield Client(http)
+
+
+@pytest.mark.parametrize("name", ["word-at-1/json", "file-ending/json", "which-language/quotes"])
+def test_a_combination_that_nobody_trained_is_answered_from_the_sentence_alone(
+    client: Client, name: str
 ) -> None:
+    task = Task.parse(name)
+    assert name in load_split("wide").sets["validation"]
+    asked = {"description": task.test_descriptions()[0]}
+    unseen = list(task.examples("validation", N_UNSEEN))
+    assert client.n_exact(asked, unseen) >= 0.7 * N_UNSEEN
+
+
+def test_a_draft_that_has_every_pair_right_is_kept_and_its_job_ends_at_once(
+    client: Client,
+) -> None:
+    task = Task.parse("file-ending/json")
+    pairs = [{"prompt": each.prompt, "answer": each.answer} for each in task.examples("train", 4)]
+    order = {
+        "description": task.test_descriptions()[0],
+        "examples": pairs,
+        "name": "endings",
+        "budget_s": BUDGET_S,
+        "probe": False,
+    }
+    job = client.http.post("/v1/adapters/generate", json=order).raise_for_status().json()
+    *_, last = client.events(job["id"])
+    assert (last["status"], last["learning"]["serves"]) == ("succeeded", "draft"), last
+    card = client.http.get("/v1/adapters/endings").raise_for_status().json()
+    learnt = card["provenance"]["refinement"]
+    assert (learnt["start"], learnt["start_is_right"], learnt["steps"]) == ("draft", True, 0)
+    in_a_chat = {"description": order["description"], "examples": pairs}
+    assert client.reply(in_a_chat, pairs[0]["prompt"])[0] == pairs[0]["answer"]
+
+
+def test_a_surname_is_learnt_from_eight_pairs_beside_serving(client: Client) -> None:
     """From the sentence alone nothing is right; the answer under the name changes once."""
     unseen = list(TASK.examples("validation", N_UNSEEN))
     pairs = [{"prompt": each.prompt, "answer": each.answer} for each in TASK.examples("train", 8)]
@@ -62,25 +108,20 @@ def test_a_surname_is_learnt_from_eight_pairs_beside_serving(
         "budget_s": BUDGET_S,
         "probe": False,
     }
-    with (
-        server_process(pulled_base, tmp_path, "--dtype", "bfloat16") as server,
-        httpx.Client(base_url=server.url, timeout=300) as http,
-    ):
-        client = Client(http)
-        ordered = http.post("/v1/adapters/generate", json=order)
-        assert ordered.status_code == 202, ordered.text
-        job = ordered.json()
-        digests = []
-        states = []
-        for state in client.events(job["id"]):
-            states.append(state)
-            # A token tells; learning has but a tenth of the time that answers take.
-            digests.append(client.reply("surname", unseen[0].prompt, max_tokens=1)[1])
-        assert states[-1]["learning"]["serves"] == "learnt", states[-1]
-        assert states[-1]["digest"] == digests[-1]
-        assert digests[0] == job["digest"]
-        assert sum(a != b for a, b in itertools.pairwise(digests)) == 1
-        before = client.n_exact(f"surname@{job['digest'][:12]}", unseen)
-        after = client.n_exact("surname", unseen)
+    ordered = client.http.post("/v1/adapters/generate", json=order)
+    assert ordered.status_code == 202, ordered.text
+    job = ordered.json()
+    digests = []
+    states = []
+    for state in client.events(job["id"]):
+        states.append(state)
+        # A token tells; learning has but a tenth of the time that answers take.
+        digests.append(client.reply("surname", unseen[0].prompt, max_tokens=1)[1])
+    assert states[-1]["learning"]["serves"] == "learnt", states[-1]
+    assert states[-1]["digest"] == digests[-1]
+    assert digests[0] == job["digest"]
+    assert sum(a != b for a, b in itertools.pairwise(digests)) == 1
+    before = client.n_exact(f"surname@{job['digest'][:12]}", unseen)
+    after = client.n_exact("surname", unseen)
     assert before <= 0.1 * N_UNSEEN
     assert after >= 0.5 * N_UNSEEN

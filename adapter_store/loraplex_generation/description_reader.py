@@ -46,7 +46,7 @@ class DescriptionReader:
     head: FactorHead  # reads language and format
     reader: ContentReader
     guard: OodDetector  # its classes are the contents; without a limit of its own
-    limit: float  # of `score`
+    limit: float  # of `scores`
 
     @torch.inference_mode()
     def read(self, encoded: Encoded) -> Reading:
@@ -59,10 +59,6 @@ class DescriptionReader:
         """[n_texts], in [0, 2.5]. Above the limit, a description is refused."""
         doubt = 1 - self.reader.shares(encoded).amax(-1)
         return self.guard.score(encoded.sentence) + doubt / 2
-
-    def closest(self, reading: Reading) -> str:
-        """The content that has the largest share."""
-        return self.contents[int(reading.shares.argmax())]
 
 
 def train_description_reader(

@@ -103,10 +103,6 @@ class TextMap:
         ]
         return {name: share for name, share in named if share > 0.02}
 
-    def mean(self) -> Tensor:
-        """float32 [layout.size]: what the trained tasks have in common."""
-        return self.vector(self.points.mean(0))
-
     def span(self) -> Subspace:
         """Of the adapters of the trained tasks."""
         return Subspace.of_points(self.points, self.rows.float())

@@ -30,6 +30,7 @@ from .bundle import JOINT_FILE
 from .content_reader import ReaderRecipe
 from .description_reader import DescriptionReader, train_description_reader
 from .dressings import Dressings, contents_of
+from .errors import GeneratorMismatch
 from .frozen_base import FrozenBase, LoraFA
 from .layout import AdapterLayout
 from .packing import ChatCodec, PromptTokenizer
@@ -43,6 +44,7 @@ from .text_map import TEXT_MAP_FILE, TextMap
 
 __all__ = ["Start", "TextMapRecipe", "TextMapTraining", "train_text_map"]
 
+_NEW, _BESIDE = 96, 32  # directions, by default
 _LEAST_SHARE = 1e-5  # of what the tasks' adapters are made of: directions below are left out
 _LENGTH = 10.0  # of kept directions while codes are trained: the same step moves an adapter alike
 _SHORTEST = 1e-6  # a row that four bits have made zero
@@ -51,7 +53,7 @@ _SHORTEST = 1e-6  # a row that four bits have made zero
 @dataclass(frozen=True, slots=True)
 class TextMapRecipe:
     n_steps: int = 2200
-    n_directions: int = 32  # that are trained
+    n_directions: int = 0  # that are trained; 0: 96, or 32 beside a map
     tasks_per_step: int = 8
     tokens_per_task: int = 80  # of rows, the shared head not counted
     lr_rows: float = 6e-4  # mean, languages, formats
@@ -274,7 +276,8 @@ def train_text_map(
     report: Callable[[str], None],
     reading: ReaderRecipe = ReaderRecipe(),  # noqa: B008  frozen value
 ) -> Path:
-    """To a text map in `shipped`, beside the one that is there, or from the joint vectors there.
+    """To a text map in `shipped`, beside the one that is there, or from the joint vectors there
+    where that is of another format, base or training set.
 
     Of the training tasks' contents every format is trained that no held-out task has. The run's
     state is in `folder`.
@@ -283,12 +286,15 @@ def train_text_map(
     joint = read_tensor_file(shipped / JOINT_FILE)
     layout = AdapterLayout.from_dict(joint.header["layout"])
     tasks = [Task.parse(name) for name in split.sets["train"]]
-    if (shipped / TEXT_MAP_FILE).is_file():
-        start = Start.beside(TextMap.load(shipped / TEXT_MAP_FILE), recipe.n_directions)
+    known_map = _to_go_on_with(shipped / TEXT_MAP_FILE, base, layout, tasks)
+    if known_map is not None:
+        report("training beside the map that is there")
+        start = Start.beside(known_map, recipe.n_directions or _BESIDE)
     else:
+        report("no map of these tasks for this base: training begins with the joint vectors")
         names = joint.header["factors"]
         known = dict(zip(names, joint.tensors["vectors"].float(), strict=True))
-        start = Start.of_rows(tasks, layout.size, recipe.n_directions, known)
+        start = Start.of_rows(tasks, layout.size, recipe.n_directions or _NEW, known)
     data = TaskData(ChatCodec(tokenizer))
     training = TextMapTraining(base, layout, data, trainable(split), recipe, start)
     state = folder / "training.safetensors"
@@ -298,6 +304,19 @@ def train_text_map(
     path = training.finished(reader, tasks).save(shipped)
     state.unlink()  # the next run begins beside the new map
     return path
+
+
+def _to_go_on_with(
+    path: Path, base: FrozenBase, layout: AdapterLayout, tasks: Sequence[Task]
+) -> TextMap | None:
+    if not path.is_file():
+        return None
+    try:
+        found = TextMap.load(path)
+    except GeneratorMismatch:
+        return None
+    asked = (base.fingerprint, layout, tuple(task.name for task in tasks))
+    return found if (found.base_fingerprint, found.layout, found.tasks) == asked else None
 
 
 def _orthogonal(points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:

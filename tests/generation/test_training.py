@@ -331,28 +331,34 @@ def test_auto_is_the_map_where_there_is_one(with_map: Path, shipped: Path) -> No
     assert made.card["method"] == "end-to-end"
 
 
-def test_another_run_trains_beside_the_map_that_is_there(
-    with_map: Path, base: Path, tmp_path: Path
+@pytest.mark.parametrize("same", [True, False])
+def test_another_run_trains_beside_the_map_of_the_same_tasks(
+    with_map: Path, base: Path, tmp_path: Path, *, same: bool
 ) -> None:
     for file in with_map.glob("*.safetensors"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     before = TextMap.load(tmp_path / TEXT_MAP_FILE)
     assert not list((with_map / "state").iterdir())  # of a run that has ended
+    lines: list[str] = []
     train_text_map(
         base,
         HashedWords(),
         tiny_tokenizer(),
-        replace(SPLIT, sets={"train": (*SPLIT.sets["train"][:4], *MAPPED)}),
+        replace(SPLIT, sets={"train": (*SPLIT.sets["train"][:4], *MAPPED[: 1 + same])}),
         folder=tmp_path / "state",
         shipped=tmp_path,
         recipe=TextMapRecipe(n_steps=2, n_directions=3, tasks_per_step=2, tokens_per_task=40),
-        report=lambda _: None,
+        report=lines.append,
         reading=ReaderRecipe(n_steps=20),
     )
     after = TextMap.load(tmp_path / TEXT_MAP_FILE)
-    kept = after.rows[: len(before.rows)]
-    torch.testing.assert_close(kept, before.rows, atol=1e-3, rtol=0)  # tiny scales are coarse
-    assert len(after.rows) > len(before.rows)
+    if same:
+        kept = after.rows[: len(before.rows)]
+        torch.testing.assert_close(kept, before.rows, atol=1e-3, rtol=0)  # tiny scales are coarse
+        assert len(after.rows) > len(before.rows)
+    else:
+        assert "begins with the joint vectors" in lines[0]
+        assert len(after.rows) <= len(after.dressings.names) + 3
 
 
 def test_without_a_text_map_there_is_no_such_method(shipped: Path) -> None:

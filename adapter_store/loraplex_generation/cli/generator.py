@@ -82,8 +82,8 @@ def text_map(
 ) -> None:
     """Train the map from texts to adapters; an hour or two. Kill it at any time; it goes on.
 
-    It starts beside the map that the folder has, or from the library's joint vectors. `auto` then
-    stands for it where a text asks for something that the library does not have.
+    It starts beside the map that the folder has of the same tasks and base, or from the library's
+    joint vectors. `auto` then stands for it.
     """
     import torch
     from rich import print as show

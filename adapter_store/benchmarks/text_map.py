@@ -83,11 +83,11 @@ def _reading(
     encoded = encoder.encode([text for _, text in texts])
     refused = (reader.scores(encoded) > reader.limit).float().mean()
     known = [reader.contents.index(t.content) for t, _ in texts if t.content in reader.contents]
-    found = ["", "", f"{refused:.0%}"]
+    found = ["", "", f"{refused:.0%} of {len(texts)}"]
     if len(known) == len(texts):
         best = reader.reader.shares(encoded).topk(3).indices == torch.tensor(known)[:, None]
         found[:2] = [f"{best[:, 0].float().mean():.0%}", f"{best.any(1).float().mean():.0%}"]
-    return [f"{found[0]}", f"{found[1]}", f"{found[2]} of {len(texts)}"]
+    return found
 
 
 if __name__ == "__main__":

@@ -60,11 +60,8 @@ class ContentReader(nn.Module):
 
     def forward(self, encoded: Encoded) -> Tensor:
         """[n_texts, n_contents]."""
-        scores = torch.einsum("ntd,qd->nqt", encoded.tokens, self.queries)
-        scores = scores.masked_fill(~encoded.mask[:, None], float("-inf"))
-        pooled = torch.einsum("nqt,ntd->nqd", scores.softmax(-1), encoded.tokens)
-        mean = encoded.sentence * encoded.sentence.shape[-1] ** 0.5
-        read = self._dropped(self.norm(torch.cat([pooled.flatten(1), mean], 1)))
+        pooled = encoded.attended(self.queries)
+        read = self._dropped(self.norm(torch.cat([pooled.flatten(1), encoded.mean], 1)))
         logits: Tensor = self.outer(self._dropped(F.gelu(self.inner(read))))
         return logits
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from loraplex_generation.zoo.phrasings import Phrasing, paraphrases, phrasings
@@ -115,10 +114,4 @@ def _encoded(encoder: SentenceEncoder, texts: Sequence[str]) -> Encoded:
         encoder.encode(texts[at : at + _TEXTS_AT_ONCE])
         for at in range(0, len(texts), _TEXTS_AT_ONCE)
     ]
-    longest = max(part.tokens.shape[1] for part in parts)
-    pads = [longest - part.tokens.shape[1] for part in parts]
-    return Encoded(
-        torch.cat([F.pad(p.tokens.half(), (0, 0, 0, n)) for p, n in zip(parts, pads, strict=True)]),
-        torch.cat([F.pad(p.mask, (0, n)) for p, n in zip(parts, pads, strict=True)]),
-        torch.cat([part.sentence for part in parts]),
-    )
+    return Encoded.joined([part._replace(tokens=part.tokens.half()) for part in parts])

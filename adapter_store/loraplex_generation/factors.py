@@ -99,10 +99,7 @@ class FactorHead(nn.Module):
 
     def forward(self, encoded: Encoded) -> list[Tensor]:
         """Logits, a tensor [n_texts, levels] per factor."""
-        scores = torch.einsum("ntd,fd->nft", encoded.tokens, self.queries)
-        scores = scores.masked_fill(~encoded.mask[:, None], float("-inf"))
-        pooled = torch.einsum("nft,ntd->nfd", scores.softmax(-1), encoded.tokens)
-        mean = encoded.sentence * encoded.sentence.shape[-1] ** 0.5
+        pooled, mean = encoded.attended(self.queries), encoded.mean
         return [
             head(F.dropout(torch.cat([pooled[:, i], mean], -1), 0.3, self.training))
             for i, head in enumerate(self.classify)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,31 @@ class Encoded(NamedTuple):
 
     def rows(self, index: Tensor) -> Encoded:
         return Encoded(self.tokens[index], self.mask[index], self.sentence[index])
+
+    def attended(self, queries: Tensor) -> Tensor:
+        """[n_texts, n_queries, width]: what each query [n_queries, width] sees of the tokens."""
+        scores = torch.einsum("ntd,qd->nqt", self.tokens, queries)
+        scores = scores.masked_fill(~self.mask[:, None], float("-inf"))
+        seen: Tensor = torch.einsum("nqt,ntd->nqd", scores.softmax(-1), self.tokens)
+        return seen
+
+    @property
+    def mean(self) -> Tensor:
+        """[n_texts, width]: `sentence`, as long as a token's state."""
+        return self.sentence * math.sqrt(self.sentence.shape[-1])
+
+    @classmethod
+    def joined(cls, parts: Sequence[Encoded]) -> Encoded:
+        """One after the other, padded to the longest."""
+        longest = max(part.tokens.shape[1] for part in parts)
+        pads = [longest - part.tokens.shape[1] for part in parts]
+        return cls(
+            torch.cat(
+                [F.pad(part.tokens, (0, 0, 0, n)) for part, n in zip(parts, pads, strict=True)]
+            ),
+            torch.cat([F.pad(part.mask, (0, n)) for part, n in zip(parts, pads, strict=True)]),
+            torch.cat([part.sentence for part in parts]),
+        )
 
 
 class SentenceEncoder:
@@ -59,15 +85,7 @@ class SentenceEncoder:
             self._encode(self._model, texts[at : at + _BATCH])
             for at in range(0, len(texts), _BATCH)
         ]
-        longest = max(part.tokens.shape[1] for part in parts)
-        pads = [longest - part.tokens.shape[1] for part in parts]
-        return Encoded(
-            torch.cat(
-                [F.pad(part.tokens, (0, 0, 0, n)) for part, n in zip(parts, pads, strict=True)]
-            ),
-            torch.cat([F.pad(part.mask, (0, n)) for part, n in zip(parts, pads, strict=True)]),
-            torch.cat([part.sentence for part in parts]),
-        )
+        return Encoded.joined(parts)
 
     def sentences(self, texts: Sequence[str]) -> Tensor:
         """float32 [n_texts, width], length 1: ``encode(texts).sentence``, up to rounding.

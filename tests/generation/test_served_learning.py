@@ -52,6 +52,17 @@ class Client:
                     yield json.loads(line.removeprefix("data: "))
 
 
+def _order(name: str, task: Task, *, n_pairs: int) -> dict[str, Any]:
+    pairs = task.examples("train", n_pairs)
+    return {
+        "description": task.test_descriptions()[0],
+        "examples": [{"prompt": each.prompt, "answer": each.answer} for each in pairs],
+        "name": name,
+        "budget_s": BUDGET_S,
+        "probe": False,
+    }
+
+
 @pytest.fixture(scope="module")
 def client(
     pulled_base: Path, pulled_encoder: Path, tmp_path_factory: pytest.TempPathFactory
@@ -79,20 +90,14 @@ def test_a_draft_that_has_every_pair_right_is_kept_and_its_job_ends_at_once(
     client: Client,
 ) -> None:
     task = Task.parse("file-ending/json")
-    pairs = [{"prompt": each.prompt, "answer": each.answer} for each in task.examples("train", 4)]
-    order = {
-        "description": task.test_descriptions()[0],
-        "examples": pairs,
-        "name": "endings",
-        "budget_s": BUDGET_S,
-        "probe": False,
-    }
+    order = _order("endings", task, n_pairs=4)
     job = client.http.post("/v1/adapters/generate", json=order).raise_for_status().json()
     *_, last = client.events(job["id"])
     assert (last["status"], last["learning"]["serves"]) == ("succeeded", "draft"), last
     card = client.http.get("/v1/adapters/endings").raise_for_status().json()
     learnt = card["provenance"]["refinement"]
     assert (learnt["start"], learnt["start_is_right"], learnt["steps"]) == ("draft", True, 0)
+    pairs = order["examples"]
     in_a_chat = {"description": order["description"], "examples": pairs}
     assert client.reply(in_a_chat, pairs[0]["prompt"])[0] == pairs[0]["answer"]
 
@@ -100,14 +105,7 @@ def test_a_draft_that_has_every_pair_right_is_kept_and_its_job_ends_at_once(
 def test_a_surname_is_learnt_from_eight_pairs_beside_serving(client: Client) -> None:
     """From the sentence alone nothing is right; the answer under the name changes once."""
     unseen = list(TASK.examples("validation", N_UNSEEN))
-    pairs = [{"prompt": each.prompt, "answer": each.answer} for each in TASK.examples("train", 8)]
-    order = {
-        "description": TASK.test_descriptions()[0],
-        "examples": pairs,
-        "name": "surname",
-        "budget_s": BUDGET_S,
-        "probe": False,
-    }
+    order = _order("surname", TASK, n_pairs=8)
     ordered = client.http.post("/v1/adapters/generate", json=order)
     assert ordered.status_code == 202, ordered.text
     job = ordered.json()

@@ -56,11 +56,12 @@ def phrasings(
     for i, content in enumerate(contents):
         operation, _, language = content.partition(".")
         of = OPERATIONS[operation]
+        known = [name for name in of.formats if name in formats]
         for phrase in (*of.wordings, *paraphrases(operation)):
             said = phrase.format(language=LANGUAGES.get(language, ""))
             said = said[0].upper() + said[1:]
             for _ in range(n):
-                dressing = rng.choice([name for name in of.formats if name in formats])
+                dressing = rng.choice(known)
                 suffix = rng.choice(suffixes(dressing))
                 if "plain" in formats and rng.random() < _WITHOUT_FORMAT:
                     dressing, suffix = "plain", ""

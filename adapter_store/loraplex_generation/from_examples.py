@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from loraplex_adapter_store.selector import MAX_EXAMPLES, MIN_EXAMPLES
@@ -34,6 +35,7 @@ __all__ = [
 
 _MAX_TOKENS = 512  # of a prompt and its answer
 DEFAULT_BUDGET_S = 30.0
+_DRAFT = "draft"
 
 
 def generate_from_examples(
@@ -53,15 +55,17 @@ def generate_from_examples(
     deadline: float = math.inf,
     report: Progress = lambda progress: None,
 ) -> GeneratedAdapter:
-    """The draft from the sentence, or the library's mean, trained on ``pairs``.
+    """The draft from the sentence, another reading of it, or the library's mean, trained on
+    ``pairs``.
 
-    Which of them, how long, and whether at all, the pairs themselves decide, each judged by a
+    Which of them, how far, and whether at all, the pairs themselves decide, each judged by a
     copy that has not seen it; the card's ``refinement`` says what came of it. That goes for a
     sentence that the guard refuses, too: the pairs say what is meant. ``held_out.turns`` there is
     what the base does on the same pairs with the others as turns (``turns``). ``unlabelled`` are
-    ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where the
-    pairs gain nothing, the draft is returned. Raises UnfitExamples, and NothingLearnt for a refused
-    sentence whose pairs gain nothing, unless ``force``.
+    ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where
+    training gains nothing, the reading that the pairs prefer is returned, untrained. Raises
+    UnfitExamples, and NothingLearnt for a refused sentence whose pairs gain nothing, unless
+    ``force``.
     """
     began = time.perf_counter()
     rows = encode_pairs(codec, pairs)
@@ -75,7 +79,8 @@ def generate_from_examples(
         force=True,
     )
     asked = generator.read(description, wordings)
-    starts = {"draft": draft.vector, "library mean": generator.library_mean()}
+    readings = generator.readings(asked, method)
+    starts = {_DRAFT: draft.vector, "library mean": generator.library_mean(), **readings}
     has_draft = force or not generator.refuses(asked, method)
 
     def look_up() -> None:
@@ -101,17 +106,18 @@ def generate_from_examples(
     does_it = made.gained or made.start_is_right
     if not (does_it or has_draft):
         raise NothingLearnt(len(pairs), made.before.nll, timed_out=made.timed_out)
-    vector = made.vector if does_it else draft.vector
+    if not does_it and made.start not in readings:  # the mean alone does nothing
+        made = replace(made, vector=draft.vector, start=_DRAFT, after=made.before)
     card = {
         **draft.card,
         "examples": len(pairs),
         "refinement": _told(made, turns),
-        "delta_norm": round(draft.layout.delta_norm(vector), 4),
+        "delta_norm": round(draft.layout.delta_norm(made.vector), 4),
         "milliseconds": round(1000 * (time.perf_counter() - began), 1),
     }
-    if does_it and made.start != "draft":
+    if made.start != _DRAFT:
         card["parts"] = {made.start: 1.0}
-    return generator.dressed(vector, card)
+    return generator.dressed(made.vector, card)
 
 
 def read_pairs(path: Path) -> list[Example]:
@@ -155,8 +161,9 @@ def _told(made: Refinement, turns: HeldOut) -> dict[str, object]:
     return {
         "finished": True,
         "start": made.start,
-        "gained": made.gained,
+        "gained": made.gained or made.start != _DRAFT,
         "start_is_right": made.start_is_right,
+        "way": made.way,
         "steps": made.steps,
         "n_steps": made.n_steps,
         "timed_out": made.timed_out,

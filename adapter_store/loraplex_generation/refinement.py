@@ -1,16 +1,18 @@
 """From a draft and a few pairs of prompt and answer to an adapter that does the task.
 
-starts ──► the likeliest under all pairs
+starts ──► the likeliest under the pairs
             │  copies: one for each fold of held-out pairs, and one that sees every pair
             ▼
         the span of the library (tens of coefficients), then all of B and A; every few steps each
-        fold's copy is scored on the pairs it has not seen
+        fold's copy is scored on the pairs it has not seen, and at last on parts of its way, too
             ▼
-        better than the start at any look?  the copy that saw all goes on alone to the end
-        never?                              the start
+        better than the start anywhere?  the copy that saw all goes on alone to the end, and then
+                                         back to the part of its way that was best
+        nowhere?                         the start
 
-The copies train side by side in one forward: a look costs one more forward, not one more run, and
-once the judges have said yes, all the time that is left goes to the copy that is kept.
+The copies train side by side in one forward, and once the judges have said yes, all the time that
+is left goes to the copy that is kept. Going back a part of the way is WiSE-FT (Wortsman et al.,
+2022): a few pairs lead further than they know.
 """
 
 from __future__ import annotations
@@ -63,10 +65,14 @@ class RefinementRecipe:
     a_rate: float = 0.3  # of A, as a part of `lr`; 0: A stays as it is in the library
     warmup: int = 4
     judged_steps: int = 20  # of the span's and these, beside the copies that judge
-    look_every: int = 4
+    look_every: int = 4  # steps of B and A
+    ways: tuple[float, ...] = (1.0, 0.5, 0.25)  # from the start to what was trained
     least_gain: float = 0.05  # of the held-out NLL, below which the start is kept
+    shorter_gain: float = 0.3  # the same, below which a shorter way is not taken
     tokens: int = 112  # of rows for a copy in a step, in turn
     judge_tokens: int = 1024  # of rows that a score is taken on: bounds time and memory
+    choose_tokens: int = 128  # of rows that a start is chosen by
+    choosing_share: float = 0.1  # of the time, in which more than two starts are tried
     seed: int = 0
 
     @property
@@ -100,16 +106,18 @@ class HeldOut(NamedTuple):
 class Refinement:
     vector: Tensor  # float32 [layout.size], or [layout.full_size] where A has moved
     start: str  # which start was taken
-    before: HeldOut  # of the start
-    after: HeldOut  # of the judges at their best; as ``before`` where nothing was gained
+    before: HeldOut  # of the first of the starts
+    after: HeldOut  # of the start that was taken, or of the judges at their best where they gained
     steps: int  # 0: the start is kept
     n_steps: int  # that it would have had
     timed_out: bool  # the deadline ended it: with more time it may become another
     seconds: float
     start_is_right: bool = False  # for every pair, so that nothing was trained
+    way: float = 0.0  # of that from the start to what was trained, how much is gone
 
     @property
     def gained(self) -> bool:
+        """By training."""
         return self.steps > 0
 
 
@@ -125,7 +133,9 @@ def refine(
     deadline: float = math.inf,
     report: Progress = _unheard,
 ) -> Refinement:
-    """``rows``: two or more pairs; ``starts`` [layout.size] each. Deterministic but for time.
+    """``rows``: two or more pairs; ``starts`` [layout.size] each: the first is what the result is
+    compared with, those after the second are tried as long as there is time. Deterministic but for
+    time.
 
     A start that answers every pair right is kept: a few pairs would teach it their own words only.
 
@@ -142,17 +152,18 @@ def refine(
     pace = _Pace(began, deadline)
     try:
         task = _Task(base, layout, head, rows, recipe)
-        name, start, is_right = task.best_start(starts)
+        name, is_right = task.best_start(starts, pace)
+        start, draft = starts[name], next(iter(starts.values()))
         with pace.look():
             first = task.held_out(start.expand(len(task.folds), -1))
+        before = first if start is draft else task.held_out(draft.expand(len(task.folds), -1))
     except TimeoutError:
         raise OutOfTime from None
-    best = _Best(first, start, recipe.least_gain)
     if is_right:
         return Refinement(
             start,
             name,
-            first,
+            before,
             first,
             0,
             n_steps,
@@ -160,42 +171,42 @@ def refine(
             seconds=time.monotonic() - began,
             start_is_right=True,
         )
-    report(RefinementProgress("training", 0, n_steps, best.score.nll))
+    report(RefinementProgress("training", 0, n_steps, first.nll))
     copies = _Copies(task, span, start, recipe, pace)
-    looked_at = 0
+    best = _Best(first, recipe)
     with suppress(TimeoutError):
-        while copies.step < n_judged and pace.allows_a_step():
+        while copies.step < n_judged and pace.allows_a_step(n_looks=1 + len(recipe.ways)):
             copies.advance()
-            if copies.step % recipe.look_every == 0 or copies.step == n_steps:
+            n_free = copies.step - recipe.span_steps  # what the span gives is not what is kept
+            if n_free > 0 and n_free % recipe.look_every == 0 and copies.step < n_judged:
                 with pace.look():
-                    best.offer(task.held_out(copies.judges), copies.kept, copies.step)
-                looked_at = copies.step
+                    best.look(task.held_out(copies.judges(1.0)))
             report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
-        if looked_at < copies.step:
-            best.offer(task.held_out(copies.judges), copies.kept, copies.step)
-            looked_at = copies.step
-    if best.step:
+    n_steps_judged = copies.step
+    with suppress(TimeoutError):
+        for way in recipe.ways if n_steps_judged else ():
+            best.look_back(task.held_out(copies.judges(way)), way)
+    if best.gained:
         copies.dismiss_judges()
-        pace.end_looks()
         with suppress(TimeoutError):
             while copies.step < n_steps and pace.allows_a_step():
                 copies.advance()
                 report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
-        best.vector, best.step = copies.kept, copies.step
     return Refinement(
-        best.vector,
+        copies.kept(best.way) if best.gained else start,
         name,
-        best.first,
+        before,
         best.score,
-        best.step,
+        copies.step if best.gained else 0,
         n_steps,
-        timed_out=best.step < n_steps if best.step else looked_at < n_judged,
+        timed_out=(copies.step < n_steps) if best.gained else n_steps_judged < n_judged,
         seconds=time.monotonic() - began,
+        way=best.way if best.gained else 0.0,
     )
 
 
 class _Pace:
-    """Whether there is time for a step and a look at what it gave, by the longest so far."""
+    """Whether there is time for a step, and for looks at what it gave, by the longest so far."""
 
     def __init__(self, began: float, deadline: float) -> None:
         self._began, self._deadline = began, deadline
@@ -206,8 +217,9 @@ class _Pace:
         """Share of the time that there is."""
         return (time.monotonic() - self._began) / max(self._deadline - self._began, 1e-9)
 
-    def allows_a_step(self) -> bool:
-        return time.monotonic() + _MARGIN * (self._step_s + 2 * self._look_s) < self._deadline
+    def allows_a_step(self, n_looks: int = 0) -> bool:
+        needed = self._step_s + n_looks * self._look_s
+        return time.monotonic() + _MARGIN * needed < self._deadline
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -220,9 +232,6 @@ class _Pace:
         began = time.monotonic()
         yield
         self._look_s = max(self._look_s, time.monotonic() - began)
-
-    def end_looks(self) -> None:
-        self._look_s = 0.0
 
 
 class _Task:
@@ -249,15 +258,27 @@ class _Task:
             [rows[i] for i in judging(rows, fold, recipe.judge_tokens)] for fold in self.folds
         ]
         self._judged = _fitting(rows, recipe.judge_tokens, rng)
+        self._choosing = _fitting(self._judged, recipe.choose_tokens, rng)
+        self._choosing_share = recipe.choosing_share
 
-    def best_start(self, starts: Mapping[str, Tensor]) -> tuple[str, Tensor, bool]:
-        """By the likelihood of the pairs, and whether it gets them all right: none has been trained
-        on yet.
+    def best_start(self, starts: Mapping[str, Tensor], pace: _Pace) -> tuple[str, bool]:
+        """Which of them, and whether it gets all pairs right: none has been trained on yet.
+
+        Of the first two the one that gets more right, then the likelier; of the others, as long as
+        there is time, one that gets more right than all before. That a wrong one is likelier says
+        little of what can be made of it.
         """
-        scores = self._scores([self._judged] * len(starts), torch.stack(list(starts.values())))
-        by_name = dict(zip(starts, scores, strict=True))
-        name = min(by_name, key=lambda one: by_name[one].nll)
-        return name, starts[name], all(by_name[name].right)
+        best, rank = "", (-1, -math.inf)
+        for n_tried, (name, start) in enumerate(starts.items()):
+            if n_tried >= 2 and pace.spent > self._choosing_share:
+                break
+            score = self._score(self._choosing, start)
+            found = sum(score.right), -score.nll
+            if found[0] > rank[0] or (n_tried < 2 and found > rank):
+                best, rank = name, found
+            if all(score.right):
+                break
+        return best, all(self._score(self._judged, starts[best]).right)
 
     def loss(self, copies: Tensor, first: int) -> Tensor:
         """Sum over the copies from the `first` on of the mean NLL of the pairs each sees now."""
@@ -310,16 +331,30 @@ class _Turns:
 
 
 class _Best:
-    """Of the looks that gained; the start, where none did."""
+    """Whether the judges ever beat the start, and how much of their way is best.
 
-    def __init__(self, first: HeldOut, start: Tensor, least_gain: float) -> None:
-        self.first, self.score, self.vector, self.step = first, first, start, 0
-        self._enough = (1 - least_gain) * first.nll
+    Better is: more are right, or as many and likelier.
+    """
 
-    def offer(self, score: HeldOut, vector: Tensor, step: int) -> None:
-        gained = score.nll <= self._enough and score.exact >= self.first.exact
-        if gained and score.nll < self.score.nll:
-            self.score, self.vector, self.step = score, vector, step
+    def __init__(self, first: HeldOut, recipe: RefinementRecipe) -> None:
+        self.score, self.gained, self.way = first, False, 1.0
+        self._recipe = recipe
+        self._on_way: HeldOut | None = None
+
+    def look(self, score: HeldOut) -> None:
+        if _is_better(score, self.score, 0.0 if self.gained else self._recipe.least_gain):
+            self.score, self.gained = score, True
+
+    def look_back(self, score: HeldOut, way: float) -> None:
+        """The longest way first: a shorter one has to be clearly better."""
+        self.look(score)
+        if self._on_way is None or _is_better(score, self._on_way, self._recipe.shorter_gain):
+            self._on_way, self.way = score, way
+
+
+def _is_better(score: HeldOut, other: HeldOut, least_gain: float) -> bool:
+    likelier = score.nll < (1 - least_gain) * other.nll
+    return score.exact > other.exact or (score.exact == other.exact and likelier)
 
 
 class _Copies:
@@ -334,19 +369,23 @@ class _Copies:
         self._first = 0  # of those that still train
         self._in_span = RowAdam(torch.zeros(n, span.size))
         self._adam: RowAdam | None = None  # of B and A
+        self._start = start
         self._from = start.expand(n, -1)  # [n, size or full_size], where it began
         self._units = torch.ones(start.shape)  # of its numbers
         self.step = 0
 
-    @property
-    def judges(self) -> Tensor:
-        """[n_folds, size or full_size]."""
-        return self._vectors()[:-1]
+    def judges(self, way: float) -> Tensor:
+        """[n_folds, size or full_size], at ``way`` from the start to what was trained."""
+        return self._at(way)[:-1]
 
-    @property
-    def kept(self) -> Tensor:
+    def kept(self, way: float) -> Tensor:
         """[size or full_size], of the copy that sees every pair; a tensor of its own."""
-        return self._vectors()[-1].clone()
+        return self._at(way)[-1].clone()
+
+    def _at(self, way: float) -> Tensor:
+        vectors = self._vectors()
+        start = F.pad(self._start, (0, vectors.shape[1] - len(self._start)))
+        return start + way * (vectors - start)
 
     def dismiss_judges(self) -> None:
         self._first = len(self._task.folds)

@@ -164,6 +164,13 @@ class Generator:
         """float32 [layout.size]: what they have in common."""
         return self.span.mean
 
+    def readings(self, asked: AdapterDescription, method: str, n: int = 10) -> dict[str, Tensor]:
+        """float32 [layout.size] each, by what the description is read as: a text map's adapters
+        for the `n` likeliest contents, each alone. No other method has any.
+        """
+        text_map = self._text_map_of(self._named(method))
+        return {} if text_map is None else text_map.readings(asked.encoded, n)
+
     def draft(
         self, asked: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False
     ) -> Draft:

@@ -107,6 +107,19 @@ class TextMap:
         """Of the adapters of the trained tasks."""
         return Subspace.of_points(self.points, self.rows.float())
 
+    @torch.inference_mode()
+    def readings(self, encoded: Encoded, n: int) -> dict[str, Tensor]:
+        """float32 [layout.size] of each of the `n` likeliest contents, as if it alone were asked
+        for, by its name.
+        """
+        read = self.read(encoded)
+        best = read.shares.topk(min(n, len(self.contents))).indices
+        alone = torch.eye(len(self.contents))[best]
+        return {
+            self.contents[i]: self.vector(self.point(read._replace(shares=shares)))
+            for i, shares in zip(best.tolist(), alone, strict=True)
+        }
+
     def nearest(self, encoded: Encoded, n: int) -> list[tuple[str, float]]:
         """A trained task of each of the contents with the largest shares, and these."""
         best = self.read(encoded).shares.topk(min(n, len(self.contents)))

@@ -53,9 +53,6 @@ def beats_turns(refinement: Mapping[str, object]) -> bool:
     anything was gained.
     """
     gained = refinement.get("gained") is True
-    answers = gained or refinement.get("start_is_right") is True  # what was trained, or its start
-    if not answers and refinement.get("start") != "draft":
-        return False  # what is known is of another start, and the draft is what would answer
     after, turns = (_held_out(refinement, of) for of in ("after", "turns"))
     if after is None or turns is None:
         return gained

@@ -9,20 +9,20 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from loraplex_generation.errors import OutOfTime, UnfitExamples
-from loraplex_generation.from_examples import generate_from_examples, read_pairs
+from loraplex_generation.errors import OutOfTime
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.layout import AdapterLayout
 from loraplex_generation.library import Subspace
-from loraplex_generation.packing import ChatCodec, PackedBatch, Row
-from loraplex_generation.refinement import Refinement, RefinementProgress, RefinementRecipe, refine
-from loraplex_generation.scoring import TeacherForced
-from loraplex_generation.sentences import SentenceEncoder
-from loraplex_generation.service import Generator
-from loraplex_generation.shipped import shipped_folder
-from loraplex_generation.zoo.tasks import Example, Task
+from loraplex_generation.packing import PackedBatch, Row
+from loraplex_generation.refinement import (
+    HeldOut,
+    Refinement,
+    RefinementProgress,
+    RefinementRecipe,
+    refine,
+)
+from loraplex_generation.zoo.tasks import Example
 from tests.support.tiny_zoo import tiny_base, tiny_codec, tiny_directory
 
 RECIPE = RefinementRecipe(span_steps=2, steps=26, lr=0.2, span_lr=0.1, warmup=2, tokens=60)
@@ -100,7 +100,7 @@ def test_a_start_that_answers_every_pair_right_is_kept(world: World) -> None:
         recipe=only_b,
     )
     assert (made.start, made.start_is_right, made.steps) == ("draft", True, 0)
-    assert made.after == made.before
+    assert made.before.exact < made.after.exact == made.after.n  # than the first of the starts
     assert not made.gained
     assert not made.timed_out
     assert torch.equal(made.vector, start)
@@ -148,7 +148,9 @@ def test_no_score_takes_more_tokens_than_the_recipe_allows(
         return score(self, batch, *rest)
 
     monkeypatch.setattr(FrozenBase, "score", measured)
-    recipe = replace(RECIPE, tokens=60, judge_tokens=90, span_steps=1, steps=1, warmup=1)
+    recipe = replace(
+        RECIPE, tokens=60, judge_tokens=90, choose_tokens=80, span_steps=1, steps=1, warmup=1
+    )
     pairs = [(f"{word} {other}", "yes") for word in WORDS for other in WORDS[:4]]
     world.refine(pairs, recipe=recipe)
     assert max(lengths) <= 90 + len(world.codec.head)
@@ -166,6 +168,56 @@ def test_the_likelier_start_is_taken(world: World) -> None:
         recipe=RECIPE,
     )
     assert made.start == "learnt"
+
+
+@pytest.mark.parametrize(
+    ("scores", "way"),
+    [
+        ([(2.0, 1), (0.5, 2), (0.4, 2), (0.38, 2)], 1.0),  # a shorter way is not clearly better
+        ([(2.0, 1), (0.5, 2), (0.3, 2), (0.25, 2)], 0.5),  # it is likelier by a third
+        ([(2.0, 1), (3.0, 0), (4.0, 1), (2.5, 2)], 0.25),  # one more is right
+        ([(2.0, 1), (0.1, 0), (1.95, 1), (1.92, 1)], None),  # nothing is better than the start
+    ],
+)
+def test_of_the_way_that_was_trained_as_much_is_gone_as_the_judges_like(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    scores: list[tuple[float, int]],
+    way: float | None,
+) -> None:
+    whole = world.refine(RULE[:4], recipe=replace(RECIPE, ways=(1.0,)))
+    assert whole.way == 1.0
+    judged = iter(HeldOut(nll, exact, 2) for nll, exact in scores)
+    monkeypatch.setattr("loraplex_generation.refinement._Task.held_out", lambda *_: next(judged))
+    made = world.refine(RULE[:4], recipe=replace(RECIPE, look_every=1000))
+    start = world.span.mean
+    if way is None:
+        assert (made.way, made.steps, made.timed_out) == (0.0, 0, False)
+        assert torch.equal(made.vector, start)
+        return
+    assert (made.way, made.steps) == (way, RECIPE.n_steps)
+    padded = torch.nn.functional.pad(start, (0, len(whole.vector) - len(start)))
+    torch.testing.assert_close(made.vector, padded + way * (whole.vector - padded))
+
+
+def test_only_two_starts_are_tried_where_time_is_short(world: World) -> None:
+    pairs = [(word, "e") for word in WORDS[:6]]
+    right = world.refine(pairs, recipe=replace(RECIPE, a_rate=0.0, steps=120)).vector
+    starts = {"draft": world.span.mean, "mean": world.span.mean, "reading": right}
+    taken = [
+        refine(
+            world.base,
+            world.layout,
+            world.span,
+            world.codec.head,
+            world.rows(pairs),
+            starts,
+            recipe=replace(RECIPE, choosing_share=share),
+            deadline=time.monotonic() + 600,
+        ).start
+        for share in (0.0, 1.0)
+    ]
+    assert taken == ["draft", "reading"]
 
 
 def test_judges_that_agree_leave_the_rest_of_the_steps_to_the_copy_that_saw_all(
@@ -239,45 +291,3 @@ def test_eight_pairs_and_more_keep_a_quarter_to_judge_by(world: World) -> None:
 def test_one_pair_cannot_be_learnt_and_judged(world: World) -> None:
     with pytest.raises(ValueError, match="at least two"):
         world.refine(RULE[:1])
-
-
-def test_pairs_are_read_from_json_lines(tmp_path: Path) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"prompt": "a", "answer": "b"}\n\n{"prompt": "c", "answer": "d"}\n')
-    assert read_pairs(file) == [Example("a", "b"), Example("c", "d")]
-
-
-@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"prompt": 1, "answer": "b"}'])
-def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "pairs.jsonl"
-    file.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
-    with pytest.raises(UnfitExamples, match="line 2"):
-        read_pairs(file)
-
-
-@pytest.mark.slow
-@pytest.mark.nightly  # test_served_learning.py shows the same through a server
-def test_an_operation_that_no_sentence_reaches_is_learnt_from_eight_pairs(
-    pulled_base: Path, pulled_encoder: Path
-) -> None:
-    """A surname out of a name was never trained: from the sentence alone nothing is right."""
-    generator = Generator.load(
-        shipped_folder(),
-        SentenceEncoder(pulled_encoder),
-        base_name="smollm2-135m-instruct",
-        base_directory=pulled_base,
-    )
-    base = FrozenBase(pulled_base)
-    codec = ChatCodec(AutoTokenizer.from_pretrained(pulled_base))
-    task = Task.parse("surname/plain")
-    unseen = [codec.row(example) for example in task.examples("validation", 32)]
-    sentence = task.test_descriptions()[0]
-    draft = generator.generate(sentence, force=True)
-    score = TeacherForced(base, codec.head, draft.layout)
-    made = generate_from_examples(generator, base, codec, sentence, task.examples("train", 8))
-    before, after = (score([unseen], one.vector[None])[0].exact for one in (draft, made))
-    assert before <= 0.1
-    assert after >= 0.5
-    told = made.card["refinement"]
-    assert isinstance(told, dict)
-    assert told["gained"]

@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a machine with othe
 
 N_UNSEEN = 24
 BUDGET_S = 240
-TASK = Task.parse("surname/plain")
+TASK = Task.parse("list-etc/plain")
 
 
 class Client:
@@ -102,10 +102,25 @@ def test_a_draft_that_has_every_pair_right_is_kept_and_its_job_ends_at_once(
     assert client.reply(in_a_chat, pairs[0]["prompt"])[0] == pairs[0]["answer"]
 
 
-def test_a_surname_is_learnt_from_eight_pairs_beside_serving(client: Client) -> None:
+def test_pairs_find_the_right_reading_of_a_sentence_without_any_training(client: Client) -> None:
+    """Nobody trained surnames; that the last word is one, the pairs say."""
+    task = Task.parse("surname/plain")
+    unseen = list(task.examples("validation", N_UNSEEN))
+    order = {**_order("surname", task, n_pairs=8), "wait": True}
+    card = client.http.post("/v1/adapters/generate", json=order).raise_for_status().json()
+    learnt = card["provenance"]["refinement"]
+    assert (learnt["start_is_right"], learnt["gained"], learnt["steps"]) == (True, True, 0)
+    assert card["provenance"]["parts"] == {learnt["start"]: 1.0}
+    assert learnt["held_out"]["before"]["exact"] == 0
+    asked = {"description": order["description"]}
+    assert client.n_exact({**asked, "force": True}, unseen) <= 0.1 * N_UNSEEN
+    assert client.n_exact("surname", unseen) >= 0.7 * N_UNSEEN
+
+
+def test_an_operation_is_learnt_from_eight_pairs_beside_serving(client: Client) -> None:
     """From the sentence alone nothing is right; the answer under the name changes once."""
     unseen = list(TASK.examples("validation", N_UNSEEN))
-    order = _order("surname", TASK, n_pairs=8)
+    order = _order("etc", TASK, n_pairs=8)
     ordered = client.http.post("/v1/adapters/generate", json=order)
     assert ordered.status_code == 202, ordered.text
     job = ordered.json()
@@ -114,12 +129,12 @@ def test_a_surname_is_learnt_from_eight_pairs_beside_serving(client: Client) -> 
     for state in client.events(job["id"]):
         states.append(state)
         # A token tells; learning has but a tenth of the time that answers take.
-        digests.append(client.reply("surname", unseen[0].prompt, max_tokens=1)[1])
+        digests.append(client.reply("etc", unseen[0].prompt, max_tokens=1)[1])
     assert states[-1]["learning"]["serves"] == "learnt", states[-1]
     assert states[-1]["digest"] == digests[-1]
     assert digests[0] == job["digest"]
     assert sum(a != b for a, b in itertools.pairwise(digests)) == 1
-    before = client.n_exact(f"surname@{job['digest'][:12]}", unseen)
-    after = client.n_exact("surname", unseen)
+    before = client.n_exact(f"etc@{job['digest'][:12]}", unseen)
+    after = client.n_exact("etc", unseen)
     assert before <= 0.1 * N_UNSEEN
     assert after >= 0.5 * N_UNSEEN

@@ -97,6 +97,20 @@ def test_the_sentence_makes_the_task_likelier_and_that_of_another_less_so(
     assert sum(after) < sum(swapped)
 
 
+def test_a_reading_of_a_sentence_is_what_another_content_does(base: Path, trained: TextMap) -> None:
+    """In the format that was read."""
+    asked = HashedWords().encode([Task.parse("plural/quotes").descriptions()[0]])
+    readings = trained.readings(asked, 2)
+    assert next(iter(readings)) == "plural"
+    readings = trained.readings(asked, 3)
+    assert set(readings) == {"past", "plural", "list-first"}
+    data = TaskData(tiny_codec())
+    score = TeacherForced(tiny_base(base), data.head, trained.layout)
+    rows = data.eval_rows([Task.parse("past/quotes")], 8, split="validation")
+    nll = {name: score(rows, vector[None])[0].nll for name, vector in readings.items()}
+    assert nll["past"] < nll["plural"]
+
+
 def test_a_format_goes_with_an_operation_that_never_had_it(base: Path, trained: TextMap) -> None:
     new = [Task.parse("past/caps"), Task.parse("plural/quotes")]
     texts = [task.descriptions()[0] for task in new]

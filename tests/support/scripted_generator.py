@@ -38,6 +38,9 @@ class ScriptedGenerator(Generator):
     def library_mean(self) -> Tensor:
         return self._span.mean
 
+    def readings(self, asked: AdapterDescription, method: str, n: int = 10) -> dict[str, Tensor]:
+        return {}
+
     def read(
         self, description: str, wordings: Sequence[str] = (), prompts: Sequence[str] = ()
     ) -> AdapterDescription:

@@ -27,7 +27,7 @@ class ScriptedTrainer:
         self.end = threading.Event()
         self.goes_on = threading.Event()
         self.goes_on.set()
-        self.gains, self.timed_out, self.start = True, False, "draft"
+        self.gains, self.timed_out = True, False
         self.held_out, self.held_out_of_turns = (4, 1.0), (2, 0.5)  # right of four pairs, NLL
         self.teaches = "learnt"
         self.error: Exception | None = None
@@ -63,7 +63,7 @@ class ScriptedTrainer:
         made = self._generator.generate(text, force=True)
         refinement = {
             "finished": True,
-            "start": self.start,
+            "start": "draft",
             "gained": self.gains,
             "steps": step,
             "n_steps": 24,

@@ -549,15 +549,6 @@ async def test_a_draft_that_nothing_beat_answers_where_it_is_better_than_turns(
     assert answer["digest"] == (end["digest"] if serves == "draft" else None)
 
 
-async def test_a_draft_is_not_taken_for_the_start_that_was_likelier(world: World) -> None:
-    """What is known of the pairs is then of that start, which is not served."""
-    world.trainer.gains, world.trainer.start = False, "library mean"
-    world.trainer.held_out = (4, 0.1)
-    await world.learnt(timed_out=False, name=None)
-    answer = (await world.front.chat(adapter=SURNAME)).json()["adapter"]
-    assert answer["chosen_by"]["serves"] == "turns"
-
-
 @pytest.mark.parametrize(("gains", "serves"), [(True, "learnt"), (False, "turns")])
 async def test_of_a_card_that_does_not_know_turns_only_what_was_learnt_answers(
     world: World, gains: bool, serves: str

@@ -1,0 +1,107 @@
+"""A sentence and pairs to an adapter: which start is taken, and what the card says of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from adapter_store.benchmarks.few_shot.bench import Bench
+from loraplex_generation.chat_base import ChatBase
+from loraplex_generation.errors import UnfitExamples
+from loraplex_generation.from_examples import encode_pairs, generate_from_examples, read_pairs
+from loraplex_generation.frozen_base import FrozenBase
+from loraplex_generation.packing import ChatCodec
+from loraplex_generation.refinement import RefinementRecipe, refine
+from loraplex_generation.scoring import TeacherForced
+from loraplex_generation.sentences import SentenceEncoder
+from loraplex_generation.service import Generator
+from loraplex_generation.shipped import shipped_folder
+from loraplex_generation.zoo.tasks import Example, Task
+from tests.support.tiny_library import tiny_library
+from tests.support.tiny_zoo import HashedWords, tiny_base, tiny_codec, tiny_directory
+
+UNTRAINED = RefinementRecipe(judged_steps=0)
+
+
+def test_the_mean_alone_is_no_answer(tmp_path: Path) -> None:
+    """Where it is the likeliest start and training gains nothing, the draft stays."""
+    chat = ChatBase(tiny_base(tiny_directory(tmp_path / "base")), tiny_codec())
+    encoder = HashedWords()
+    bench = Bench.of(chat, tiny_library(tmp_path / "library", chat, encoder), encoder, "tiny")
+    pairs = Task.parse("vowels/plain").examples("train", 4)
+    sentence = "the first of the list"
+    draft = bench.generator.generate(sentence, method="nearest", force=True)
+    starts = {"draft": draft.vector, "library mean": bench.generator.library_mean()}
+    alone = refine(
+        bench.base,
+        bench.layout,
+        bench.generator.span,
+        bench.codec.head,
+        encode_pairs(bench.codec, pairs),
+        starts,
+        recipe=UNTRAINED,
+    )
+    assert alone.start == "library mean"
+    made = generate_from_examples(
+        bench.generator,
+        bench.base,
+        bench.codec,
+        sentence,
+        pairs,
+        method="nearest",
+        force=True,
+        recipe=UNTRAINED,
+    )
+    assert torch.equal(made.vector, draft.vector)
+    told = made.card["refinement"]
+    assert isinstance(told, dict)
+    assert (told["start"], told["gained"], told["steps"]) == ("draft", False, 0)
+    assert told["held_out"]["after"] == told["held_out"]["before"]
+    assert made.card["parts"] == draft.card["parts"]
+
+
+def test_pairs_are_read_from_json_lines(tmp_path: Path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n\n{"prompt": "c", "answer": "d"}\n')
+    assert read_pairs(file) == [Example("a", "b"), Example("c", "d")]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"prompt": 1, "answer": "b"}'])
+def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"prompt": "a", "answer": "b"}\n' + line + "\n")
+    with pytest.raises(UnfitExamples, match="line 2"):
+        read_pairs(file)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly  # test_served_learning.py shows the same through a server
+@pytest.mark.parametrize("name", ["surname/plain", "list-etc/plain"])
+def test_an_operation_that_no_sentence_reaches_is_done_after_eight_pairs(
+    pulled_base: Path, pulled_encoder: Path, name: str
+) -> None:
+    """From the sentence alone nothing is right. Of a surname another reading is, the last word."""
+    generator = Generator.load(
+        shipped_folder(),
+        SentenceEncoder(pulled_encoder),
+        base_name="smollm2-135m-instruct",
+        base_directory=pulled_base,
+    )
+    base = FrozenBase(pulled_base)
+    codec = ChatCodec(AutoTokenizer.from_pretrained(pulled_base))
+    task = Task.parse(name)
+    unseen = [codec.row(example) for example in task.examples("validation", 32)]
+    sentence = task.test_descriptions()[0]
+    draft = generator.generate(sentence, force=True)
+    score = TeacherForced(base, codec.head, draft.layout)
+    made = generate_from_examples(generator, base, codec, sentence, task.examples("train", 8))
+    before, after = (score([unseen], one.vector[None])[0].exact for one in (draft, made))
+    assert before <= 0.1
+    assert after >= 0.5
+    told = made.card["refinement"]
+    assert isinstance(told, dict)
+    assert told["gained"]
+    assert told["start_is_right"] == (name == "surname/plain")

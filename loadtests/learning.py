@@ -128,7 +128,7 @@ def measure(
 
 
 class Job(NamedTuple):
-    steps: int  # 0: the draft is kept
+    steps: int  # 0: nothing was trained
     rss_before: int  # bytes of the server's process
     rss_peak: int  # while it learnt
 
@@ -139,8 +139,8 @@ def learn(admin: httpx.Client, pid: int, *, number: int, budget_s: float) -> Job
     drawn = random.Random(number)  # other pairs for each job: equal orders would share one
     order = {
         "description": "Give the surname of the person",
-        "examples": [
-            {"prompt": f"{drawn.choice(_FIRST_NAMES)} {surname}", "answer": surname}
+        "examples": [  # written as nobody has trained it, so that there is something to learn
+            {"prompt": f"{drawn.choice(_FIRST_NAMES)} {surname}", "answer": f"Dear {surname} & Co"}
             for surname in drawn.sample(_SURNAMES, 8)
         ],
         "force": True,

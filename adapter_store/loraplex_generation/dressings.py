@@ -45,6 +45,14 @@ class Dressings:
         """[n, len(names)] from the two distributions [n, levels]."""
         return torch.cat([torch.ones_like(language[:, :1]), language[:, 1:], dressing], 1)
 
+    def in_language(self, point: Tensor, language: str) -> Tensor:
+        """A point [len(names)] in `language` alone, which may be none, its formats as they were."""
+        moved = point.clone()
+        moved[1 : self.groups[0]] = 0
+        if language != _NONE:
+            moved[1 + self.languages.index(language)] = 1
+        return moved
+
     def exact_points(self, tasks: Sequence[Task]) -> Tensor:
         """[n_tasks, len(names)] of tasks whose levels are all known."""
         labels = torch.tensor([self.labels(task.language, task.format) for task in tasks])

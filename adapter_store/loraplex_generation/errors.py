@@ -68,7 +68,7 @@ class NothingLearnt(GeneratorError):
         """``timed_out``: with more time something might have been."""
         super().__init__(
             f"the description is unlike anything this generator was trained on, and {n_pairs} "
-            f"examples did not make up for it (held out: {nll:.2f} nats a token before and after); "
+            f"examples did not make up for it (held out: {nll:.2f} nats a token); "
             "give more examples or more time, or train an adapter with `loraplex train`"
         )
         self.timed_out = timed_out

@@ -35,7 +35,7 @@ __all__ = [
 
 _MAX_TOKENS = 512  # of a prompt and its answer
 DEFAULT_BUDGET_S = 30.0
-_DRAFT = "draft"
+_DRAFT, _MEAN = "draft", "library mean"  # of the starts; the others are readings
 
 
 def generate_from_examples(
@@ -55,17 +55,16 @@ def generate_from_examples(
     deadline: float = math.inf,
     report: Progress = lambda progress: None,
 ) -> GeneratedAdapter:
-    """The draft from the sentence, another reading of it, or the library's mean, trained on
-    ``pairs``.
+    """The draft from the sentence, or the library's mean, trained on ``pairs``; or another reading
+    of the sentence, if that gets them all right.
 
     Which of them, how far, and whether at all, the pairs themselves decide, each judged by a
     copy that has not seen it; the card's ``refinement`` says what came of it. That goes for a
     sentence that the guard refuses, too: the pairs say what is meant. ``held_out.turns`` there is
     what the base does on the same pairs with the others as turns (``turns``). ``unlabelled`` are
-    ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where
-    training gains nothing, the reading that the pairs prefer is returned, untrained. Raises
-    UnfitExamples, and NothingLearnt for a refused sentence whose pairs gain nothing, unless
-    ``force``.
+    ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where the
+    pairs gain nothing, the draft is returned. Raises UnfitExamples, and NothingLearnt for a refused
+    sentence whose pairs gain nothing, unless ``force``.
     """
     began = time.perf_counter()
     rows = encode_pairs(codec, pairs)
@@ -80,7 +79,8 @@ def generate_from_examples(
     )
     asked = generator.read(description, wordings)
     readings = generator.readings(asked, method)
-    starts = {_DRAFT: draft.vector, "library mean": generator.library_mean(), **readings}
+    starts = {_DRAFT: draft.vector, _MEAN: generator.library_mean()}
+    starts |= {name: reading.vector for name, reading in readings.items()}
     has_draft = force or not generator.refuses(asked, method)
 
     def look_up() -> None:
@@ -105,8 +105,8 @@ def generate_from_examples(
     )
     does_it = made.gained or made.start_is_right
     if not (does_it or has_draft):
-        raise NothingLearnt(len(pairs), made.before.nll, timed_out=made.timed_out)
-    if not does_it and made.start not in readings:  # the mean alone does nothing
+        raise NothingLearnt(len(pairs), made.after.nll, timed_out=made.timed_out)
+    if not does_it:  # the mean alone is no answer
         made = replace(made, vector=draft.vector, start=_DRAFT, after=made.before)
     card = {
         **draft.card,
@@ -116,7 +116,9 @@ def generate_from_examples(
         "milliseconds": round(1000 * (time.perf_counter() - began), 1),
     }
     if made.start != _DRAFT:
-        card["parts"] = {made.start: 1.0}
+        reading = readings.get(made.start)
+        parts = {made.start: 1.0} if reading is None else reading.parts
+        card["parts"] = {part: round(share, 4) for part, share in parts.items()}
     return generator.dressed(made.vector, card)
 
 

@@ -1,6 +1,6 @@
 """From a draft and a few pairs of prompt and answer to an adapter that does the task.
 
-starts ──► the likeliest under the pairs
+starts ──► one that gets all pairs right, else the better of the first two
             │  copies: one for each fold of held-out pairs, and one that sees every pair
             ▼
         the span of the library (tens of coefficients), then all of B and A; every few steps each
@@ -22,7 +22,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -50,7 +50,7 @@ __all__ = [
     "refine",
 ]
 
-_MARGIN = 1.2  # of the time that a step and a look took so far
+_MARGIN = 1.2  # of the time that a step and the looks after it took so far
 _HALVES_BELOW = 8  # pairs: each half judges the other's copy; from there a quarter judges alone
 
 
@@ -66,13 +66,13 @@ class RefinementRecipe:
     warmup: int = 4
     judged_steps: int = 20  # of the span's and these, beside the copies that judge
     look_every: int = 4  # steps of B and A
-    ways: tuple[float, ...] = (1.0, 0.5, 0.25)  # from the start to what was trained
+    shorter_ways: tuple[float, ...] = (0.5, 0.25)  # of the one from the start to what was trained
     least_gain: float = 0.05  # of the held-out NLL, below which the start is kept
     shorter_gain: float = 0.3  # the same, below which a shorter way is not taken
     tokens: int = 112  # of rows for a copy in a step, in turn
     judge_tokens: int = 1024  # of rows that a score is taken on: bounds time and memory
-    choose_tokens: int = 128  # of rows that a start is chosen by
-    choosing_share: float = 0.1  # of the time, in which more than two starts are tried
+    choose_tokens: int = 128  # of rows that further starts are tried on first
+    choosing_share: float = 0.1  # of the time, in which further starts are tried
     seed: int = 0
 
     @property
@@ -84,7 +84,7 @@ class RefinementProgress(NamedTuple):
     stage: str  # "judging turns" (``from_examples``), "choosing a start", "training"
     step: int  # done
     n_steps: int
-    held_out_nll: float | None  # the best so far; None: not looked yet
+    held_out_nll: float | None  # of the best look so far; None: not looked yet
 
 
 Progress = Callable[[RefinementProgress], None]
@@ -95,7 +95,7 @@ def _unheard(progress: RefinementProgress) -> None:
 
 
 class HeldOut(NamedTuple):
-    """On pairs that the scored copies had not seen."""
+    """On pairs that what is scored was not trained on."""
 
     nll: float  # nats per answer token
     exact: int  # answers that greedy decoding gives
@@ -113,7 +113,7 @@ class Refinement:
     timed_out: bool  # the deadline ended it: with more time it may become another
     seconds: float
     start_is_right: bool = False  # for every pair, so that nothing was trained
-    way: float = 0.0  # of that from the start to what was trained, how much is gone
+    way: float = 0.0  # share of the one from the start to what was trained that is kept
 
     @property
     def gained(self) -> bool:
@@ -134,75 +134,145 @@ def refine(
     report: Progress = _unheard,
 ) -> Refinement:
     """``rows``: two or more pairs; ``starts`` [layout.size] each: the first is what the result is
-    compared with, those after the second are tried as long as there is time. Deterministic but for
-    time.
+    compared with, and those after the second are taken only where they get every pair right. These
+    are tried as long as there is time. Deterministic but for time.
 
     A start that answers every pair right is kept: a few pairs would teach it their own words only.
 
     ``deadline``, of ``time.monotonic``: a step that would not be done and judged by then is not
     begun, and the rate falls as time runs out. ``base`` may raise TimeoutError then: the step that
     it cuts off is none. Raises OutOfTime where that is before the first look. ``report`` is called
-    before the first and after each step; what it raises ends the work. ``head``: tokens that every
-    chat begins with.
+    before each start, step and look; what it raises ends the work. ``head``: tokens that every chat
+    begins with.
     """
     began = time.monotonic()
-    n_steps = recipe.n_steps
-    n_judged = min(recipe.judged_steps, n_steps)
-    report(RefinementProgress("choosing a start", 0, n_steps, None))
     pace = _Pace(began, deadline)
+
+    def tell(stage: str, step: int, nll: float | None) -> None:
+        report(RefinementProgress(stage, step, recipe.n_steps, nll))
+
     try:
         task = _Task(base, layout, head, rows, recipe)
-        name, is_right = task.best_start(starts, pace)
-        start, draft = starts[name], next(iter(starts.values()))
-        with pace.look():
-            first = task.held_out(start.expand(len(task.folds), -1))
-        before = first if start is draft else task.held_out(draft.expand(len(task.folds), -1))
+        chosen = _choose(task, starts, recipe, pace, lambda: tell("choosing a start", 0, None))
     except TimeoutError:
         raise OutOfTime from None
-    if is_right:
-        return Refinement(
-            start,
-            name,
-            before,
-            first,
-            0,
-            n_steps,
-            timed_out=False,
-            seconds=time.monotonic() - began,
-            start_is_right=True,
-        )
-    report(RefinementProgress("training", 0, n_steps, first.nll))
-    copies = _Copies(task, span, start, recipe, pace)
-    best = _Best(first, recipe)
-    with suppress(TimeoutError):
-        while copies.step < n_judged and pace.allows_a_step(n_looks=1 + len(recipe.ways)):
-            copies.advance()
-            n_free = copies.step - recipe.span_steps  # what the span gives is not what is kept
-            if n_free > 0 and n_free % recipe.look_every == 0 and copies.step < n_judged:
-                with pace.look():
-                    best.look(task.held_out(copies.judges(1.0)))
-            report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
-    n_steps_judged = copies.step
-    with suppress(TimeoutError):
-        for way in recipe.ways if n_steps_judged else ():
-            best.look_back(task.held_out(copies.judges(way)), way)
-    if best.gained:
-        copies.dismiss_judges()
-        with suppress(TimeoutError):
-            while copies.step < n_steps and pace.allows_a_step():
-                copies.advance()
-                report(RefinementProgress("training", copies.step, n_steps, best.score.nll))
-    return Refinement(
-        copies.kept(best.way) if best.gained else start,
-        name,
-        before,
-        best.score,
-        copies.step if best.gained else 0,
-        n_steps,
-        timed_out=(copies.step < n_steps) if best.gained else n_steps_judged < n_judged,
-        seconds=time.monotonic() - began,
-        way=best.way if best.gained else 0.0,
+    made = Refinement(
+        chosen.vector,
+        chosen.name,
+        chosen.before,
+        chosen.score,
+        0,
+        recipe.n_steps,
+        timed_out=False,
+        seconds=0.0,
+        start_is_right=chosen.is_right,
     )
+    if not chosen.is_right:
+        copies = _Copies(task, span, chosen.vector, recipe, pace)
+        best = _Best(chosen, recipe)
+        has_judged = _judge(task, copies, best, recipe, pace, tell)
+        made = replace(made, timed_out=not (has_judged and chosen.has_tried_all))
+        if best.gained:
+            _finish(copies, best, recipe, pace, tell)
+            made = replace(
+                made,
+                vector=copies.kept(best.way),
+                after=best.score,
+                steps=copies.step,
+                timed_out=not has_judged or copies.step < recipe.n_steps,
+                way=best.way,
+            )
+    return replace(made, seconds=time.monotonic() - began)
+
+
+class _Chosen(NamedTuple):
+    """A start."""
+
+    name: str
+    vector: Tensor  # float32 [layout.size]
+    before: HeldOut  # of the first start
+    score: HeldOut  # of this one
+    is_right: bool  # for all pairs
+    has_tried_all: bool
+
+
+def _choose(
+    task: _Task,
+    starts: Mapping[str, Tensor],
+    recipe: RefinementRecipe,
+    pace: _Pace,
+    tell: Callable[[], None],
+) -> _Chosen:
+    """One that gets all pairs right, else of the first two the one that gets more, then the
+    likelier. A third start that gets some of them right says little: of many, one always does.
+    """
+    names = iter(starts)
+    known = next(names)
+    tell()
+    with pace.look():
+        before = task.held_out_of(starts[known])
+    name, score = known, task.score(starts[known])
+    has_tried_all = True
+    for n_tried, other in enumerate(names, start=1):
+        if all(score.right):
+            break
+        if n_tried > 1 and pace.spent > recipe.choosing_share:
+            has_tried_all = False
+            break
+        tell()
+        if n_tried > 1 and not task.may_be_right(starts[other]):
+            continue
+        found = task.score(starts[other])
+        if all(found.right) or (n_tried == 1 and _rank(found) > _rank(score)):
+            name, score = other, found
+    held_out = before if name == known else task.held_out_of(starts[name])
+    return _Chosen(name, starts[name], before, held_out, all(score.right), has_tried_all)
+
+
+def _judge(
+    task: _Task,
+    copies: _Copies,
+    best: _Best,
+    recipe: RefinementRecipe,
+    pace: _Pace,
+    tell: Callable[[str, int, float | None], None],
+) -> bool:
+    """The steps beside the copies that judge, and their looks. Whether there was time for all."""
+    n_judged = min(recipe.judged_steps, recipe.n_steps)
+    tell("training", 0, best.score.nll)
+    with suppress(TimeoutError):
+        while copies.step < n_judged and pace.allows_a_step(2 + len(recipe.shorter_ways)):
+            copies.advance()
+            after_span = copies.step - recipe.span_steps  # in it, looks say nothing of B and A
+            if after_span > 0 and after_span % recipe.look_every == 0 and copies.step < n_judged:
+                with pace.look():
+                    best.look(task.held_out(copies.judges()))
+            tell("training", copies.step, best.score.nll)
+        n_done = copies.step
+        for way in (1.0, *recipe.shorter_ways) if n_done else ():
+            best.look_back(task.held_out(copies.judges(way)), way)
+            tell("training", n_done, best.score.nll)
+        return n_done == n_judged
+    return False
+
+
+def _finish(
+    copies: _Copies,
+    best: _Best,
+    recipe: RefinementRecipe,
+    pace: _Pace,
+    tell: Callable[[str, int, float | None], None],
+) -> None:
+    """The other steps, of the copy that is kept."""
+    copies.dismiss_judges()
+    with suppress(TimeoutError):
+        while copies.step < recipe.n_steps and pace.allows_a_step():
+            copies.advance()
+            tell("training", copies.step, best.score.nll)
+
+
+def _rank(score: TaskScore) -> tuple[int, float]:
+    return sum(score.right), -score.nll
 
 
 class _Pace:
@@ -258,33 +328,24 @@ class _Task:
             [rows[i] for i in judging(rows, fold, recipe.judge_tokens)] for fold in self.folds
         ]
         self._judged = _fitting(rows, recipe.judge_tokens, rng)
-        self._choosing = _fitting(self._judged, recipe.choose_tokens, rng)
-        self._choosing_share = recipe.choosing_share
+        self._n_tried = _n_fitting(self._judged, recipe.choose_tokens)
 
-    def best_start(self, starts: Mapping[str, Tensor], pace: _Pace) -> tuple[str, bool]:
-        """Which of them, and whether it gets all pairs right: none has been trained on yet.
+    def score(self, start: Tensor) -> TaskScore:
+        """On all pairs, or as many as are judged by."""
+        return self._score(self._judged, start)
 
-        Of the first two the one that gets more right, then the likelier; of the others, as long as
-        there is time, one that gets more right than all before. That a wrong one is likelier says
-        little of what can be made of it.
-        """
-        best, rank = "", (-1, -math.inf)
-        for n_tried, (name, start) in enumerate(starts.items()):
-            if n_tried >= 2 and pace.spent > self._choosing_share:
-                break
-            score = self._score(self._choosing, start)
-            found = sum(score.right), -score.nll
-            if found[0] > rank[0] or (n_tried < 2 and found > rank):
-                best, rank = name, found
-            if all(score.right):
-                break
-        return best, all(self._score(self._judged, starts[best]).right)
+    def may_be_right(self, start: Tensor) -> bool:
+        """For a few of the pairs it is."""
+        return all(self._score(self._judged[: self._n_tried], start).right)
 
     def loss(self, copies: Tensor, first: int) -> Tensor:
         """Sum over the copies from the `first` on of the mean NLL of the pairs each sees now."""
         batch, below = self._known.batch([turns.next() for turns in self._turns[first:]])
         adapters = LoraFA(self._layout, copies[first:], self._base.dtype)
         return mean_nll_per_group(self._base.score(batch, adapters, below).nll, batch).sum()
+
+    def held_out_of(self, start: Tensor) -> HeldOut:
+        return self.held_out(start.expand(len(self.folds), -1))
 
     def held_out(self, copies: Tensor) -> HeldOut:
         """``copies`` [n_folds, size], each on its own fold."""
@@ -331,25 +392,27 @@ class _Turns:
 
 
 class _Best:
-    """Whether the judges ever beat the start, and how much of their way is best.
+    """Whether the judges ever beat both starts, and how much of their way is best.
 
     Better is: more are right, or as many and likelier.
     """
 
-    def __init__(self, first: HeldOut, recipe: RefinementRecipe) -> None:
-        self.score, self.gained, self.way = first, False, 1.0
-        self._recipe = recipe
-        self._on_way: HeldOut | None = None
+    def __init__(self, chosen: _Chosen, recipe: RefinementRecipe) -> None:
+        self.score, self.gained, self.way = chosen.score, False, 1.0
+        self._before, self._recipe = chosen.before, recipe
+        self._score_of_way: HeldOut | None = None
 
     def look(self, score: HeldOut) -> None:
-        if _is_better(score, self.score, 0.0 if self.gained else self._recipe.least_gain):
+        least_gain = 0.0 if self.gained else self._recipe.least_gain
+        if _is_better(score, self.score, least_gain) and _is_better(score, self._before, 0.0):
             self.score, self.gained = score, True
 
     def look_back(self, score: HeldOut, way: float) -> None:
-        """The longest way first: a shorter one has to be clearly better."""
+        """The whole way first: a shorter one has to be clearly better."""
         self.look(score)
-        if self._on_way is None or _is_better(score, self._on_way, self._recipe.shorter_gain):
-            self._on_way, self.way = score, way
+        known = self._score_of_way
+        if known is None or _is_better(score, known, self._recipe.shorter_gain):
+            self._score_of_way, self.way = score, way
 
 
 def _is_better(score: HeldOut, other: HeldOut, least_gain: float) -> bool:
@@ -374,15 +437,15 @@ class _Copies:
         self._units = torch.ones(start.shape)  # of its numbers
         self.step = 0
 
-    def judges(self, way: float) -> Tensor:
+    def judges(self, way: float = 1.0) -> Tensor:
         """[n_folds, size or full_size], at ``way`` from the start to what was trained."""
-        return self._at(way)[:-1]
+        return self._interpolated(way)[:-1]
 
     def kept(self, way: float) -> Tensor:
         """[size or full_size], of the copy that sees every pair; a tensor of its own."""
-        return self._at(way)[-1].clone()
+        return self._interpolated(way)[-1].clone()
 
-    def _at(self, way: float) -> Tensor:
+    def _interpolated(self, way: float) -> Tensor:
         vectors = self._vectors()
         start = F.pad(self._start, (0, vectors.shape[1] - len(self._start)))
         return start + way * (vectors - start)

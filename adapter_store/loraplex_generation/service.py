@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .bundle import Bundle
+from .description_reader import Reading
 from .errors import GeneratorMismatch, NotTrained, OutOfDistribution, UnfitPrompts
 from .frozen_base import base_fingerprint
 from .layout import AdapterLayout
@@ -26,6 +27,8 @@ from .task_vectors import TaskVectors
 from .text_map import TextMap
 
 __all__ = ["METHODS", "AdapterDescription", "Draft", "GeneratedAdapter", "Generator"]
+
+_N_READINGS = 10
 
 
 class AdapterDescription(NamedTuple):
@@ -164,12 +167,15 @@ class Generator:
         """float32 [layout.size]: what they have in common."""
         return self.span.mean
 
-    def readings(self, asked: AdapterDescription, method: str, n: int = 10) -> dict[str, Tensor]:
-        """float32 [layout.size] each, by what the description is read as: a text map's adapters
-        for the `n` likeliest contents, each alone. No other method has any.
+    def readings(self, asked: AdapterDescription, method: str) -> dict[str, Draft]:
+        """What the description may mean, by name: a text map's adapters for the likeliest contents,
+        each alone. No other method has any.
         """
         text_map = self._text_map_of(self._named(method))
-        return {} if text_map is None else text_map.readings(asked.encoded, n)
+        if text_map is None:
+            return {}
+        found = text_map.readings(asked.encoded, _N_READINGS)
+        return {name: _read(text_map, reading) for name, reading in found.items()}
 
     def draft(
         self, asked: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False
@@ -266,7 +272,10 @@ def _text_map(self: Generator, asked: AdapterDescription, random: torch.Generato
     text_map = self._bundle.text_map
     if text_map is None:
         raise NotTrained("this library has no text map; run `loraplex generator text-map`")
-    reading = text_map.read(asked.encoded)
+    return _read(text_map, text_map.read(asked.encoded))
+
+
+def _read(text_map: TextMap, reading: Reading) -> Draft:
     return Draft(text_map.vector(text_map.point(reading)), text_map.parts(reading))
 
 

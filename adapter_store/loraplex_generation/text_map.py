@@ -107,17 +107,18 @@ class TextMap:
         """Of the adapters of the trained tasks."""
         return Subspace.of_points(self.points, self.rows.float())
 
-    @torch.inference_mode()
-    def readings(self, encoded: Encoded, n: int) -> dict[str, Tensor]:
-        """float32 [layout.size] of each of the `n` likeliest contents, as if it alone were asked
-        for, by its name.
+    def readings(self, encoded: Encoded, n: int) -> dict[str, Reading]:
+        """What it would be if each of the `n` likeliest contents alone were asked for, by their
+        names, in the format that is read.
         """
         read = self.read(encoded)
-        best = read.shares.topk(min(n, len(self.contents))).indices
-        alone = torch.eye(len(self.contents))[best]
+        best = read.shares.topk(min(n, len(self.contents))).indices.tolist()
+        languages = [self.contents[i].partition(".")[2] for i in best]
         return {
-            self.contents[i]: self.vector(self.point(read._replace(shares=shares)))
-            for i, shares in zip(best.tolist(), alone, strict=True)
+            self.contents[i]: Reading(
+                self.dressings.in_language(read.dressing, language), self._alone(i)
+            )
+            for i, language in zip(best, languages, strict=True)
         }
 
     def nearest(self, encoded: Encoded, n: int) -> list[tuple[str, float]]:
@@ -183,6 +184,11 @@ class TextMap:
             step=header["step"],
             digest=digest,
         )
+
+    def _alone(self, content: int) -> Tensor:
+        shares = torch.zeros(len(self.contents))
+        shares[content] = 1
+        return shares
 
     def _points(self, dressing: Tensor, shares: Tensor) -> Tensor:
         """[n, n_rows] of dressings [n, n_dressings] and shares [n, n_contents]."""

@@ -20,6 +20,7 @@ from loraplex_generation.refinement import (
     Refinement,
     RefinementProgress,
     RefinementRecipe,
+    _Task,
     refine,
 )
 from loraplex_generation.zoo.tasks import Example
@@ -44,14 +45,13 @@ class World:
         return [self.codec.row(Example(*pair)) for pair in pairs]
 
     def refine(self, pairs: list[tuple[str, str]], **options: object) -> Refinement:
-        arguments = {"recipe": RECIPE, **options}
+        arguments = {"recipe": RECIPE, "starts": {"mean": self.span.mean}, **options}
         return refine(
             self.base,
             self.layout,
             self.span,
             self.codec.head,
             self.rows(pairs),
-            {"mean": self.span.mean},
             **arguments,  # type: ignore[arg-type]
         )
 
@@ -171,7 +171,7 @@ def test_the_likelier_start_is_taken(world: World) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scores", "way"),
+    ("scores", "way"),  # of the start, and of the whole way, half and a quarter of it
     [
         ([(2.0, 1), (0.5, 2), (0.4, 2), (0.38, 2)], 1.0),  # a shorter way is not clearly better
         ([(2.0, 1), (0.5, 2), (0.3, 2), (0.25, 2)], 0.5),  # it is likelier by a third
@@ -179,16 +179,16 @@ def test_the_likelier_start_is_taken(world: World) -> None:
         ([(2.0, 1), (0.1, 0), (1.95, 1), (1.92, 1)], None),  # nothing is better than the start
     ],
 )
-def test_of_the_way_that_was_trained_as_much_is_gone_as_the_judges_like(
+def test_the_judges_choose_how_much_of_the_way_is_kept(
     world: World,
     monkeypatch: pytest.MonkeyPatch,
     scores: list[tuple[float, int]],
     way: float | None,
 ) -> None:
-    whole = world.refine(RULE[:4], recipe=replace(RECIPE, ways=(1.0,)))
+    whole = world.refine(RULE[:4], recipe=replace(RECIPE, shorter_ways=()))
     assert whole.way == 1.0
     judged = iter(HeldOut(nll, exact, 2) for nll, exact in scores)
-    monkeypatch.setattr("loraplex_generation.refinement._Task.held_out", lambda *_: next(judged))
+    monkeypatch.setattr(_Task, "held_out", lambda *_: next(judged))
     made = world.refine(RULE[:4], recipe=replace(RECIPE, look_every=1000))
     start = world.span.mean
     if way is None:
@@ -196,6 +196,9 @@ def test_of_the_way_that_was_trained_as_much_is_gone_as_the_judges_like(
         assert torch.equal(made.vector, start)
         return
     assert (made.way, made.steps) == (way, RECIPE.n_steps)
+    assert made.after == max(
+        (HeldOut(*each, 2) for each in scores), key=lambda s: (s.exact, -s.nll)
+    )
     padded = torch.nn.functional.pad(start, (0, len(whole.vector) - len(start)))
     torch.testing.assert_close(made.vector, padded + way * (whole.vector - padded))
 
@@ -204,20 +207,44 @@ def test_only_two_starts_are_tried_where_time_is_short(world: World) -> None:
     pairs = [(word, "e") for word in WORDS[:6]]
     right = world.refine(pairs, recipe=replace(RECIPE, a_rate=0.0, steps=120)).vector
     starts = {"draft": world.span.mean, "mean": world.span.mean, "reading": right}
-    taken = [
-        refine(
-            world.base,
-            world.layout,
-            world.span,
-            world.codec.head,
-            world.rows(pairs),
-            starts,
-            recipe=replace(RECIPE, choosing_share=share),
+    made = [
+        world.refine(
+            pairs,
+            starts=starts,
+            recipe=replace(RECIPE, choosing_share=share, least_gain=1.0),
             deadline=time.monotonic() + 600,
-        ).start
+        )
         for share in (0.0, 1.0)
     ]
-    assert taken == ["draft", "reading"]
+    assert [each.start for each in made] == ["draft", "reading"]
+    assert [each.timed_out for each in made] == [not made[0].gained, False]
+
+
+def test_a_third_start_has_to_get_every_pair_right(world: World) -> None:
+    pairs = [(word, "e") for word in WORDS[:6]]
+    most = world.refine(pairs, recipe=replace(RECIPE, a_rate=0.0, steps=120)).vector
+    pairs[0] = ("red", "o")
+    starts = {"draft": world.span.mean, "mean": world.span.mean, "reading": most}
+    assert world.refine(pairs, starts=starts).start == "draft"
+    assert world.refine(pairs, starts={"draft": world.span.mean, "mean": most}).start == "mean"
+
+
+def test_a_look_back_that_the_base_breaks_off_is_time_that_was_too_short(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out = _Task.held_out
+    n_looks = 0
+
+    def cut_off(self: _Task, copies: torch.Tensor) -> HeldOut:
+        nonlocal n_looks
+        n_looks += 1
+        if n_looks == 2:
+            raise TimeoutError
+        return held_out(self, copies)
+
+    monkeypatch.setattr(_Task, "held_out", cut_off)
+    made = world.refine(RULE[:4], recipe=replace(RECIPE, look_every=1000))
+    assert (made.gained, made.timed_out) == (False, True)
 
 
 def test_judges_that_agree_leave_the_rest_of_the_steps_to_the_copy_that_saw_all(

@@ -100,15 +100,28 @@ def test_the_sentence_makes_the_task_likelier_and_that_of_another_less_so(
 def test_a_reading_of_a_sentence_is_what_another_content_does(base: Path, trained: TextMap) -> None:
     """In the format that was read."""
     asked = HashedWords().encode([Task.parse("plural/quotes").descriptions()[0]])
-    readings = trained.readings(asked, 2)
-    assert next(iter(readings)) == "plural"
+    assert list(trained.readings(asked, 1)) == ["plural"]
     readings = trained.readings(asked, 3)
     assert set(readings) == {"past", "plural", "list-first"}
     data = TaskData(tiny_codec())
     score = TeacherForced(tiny_base(base), data.head, trained.layout)
-    rows = data.eval_rows([Task.parse("past/quotes")], 8, split="validation")
-    nll = {name: score(rows, vector[None])[0].nll for name, vector in readings.items()}
-    assert nll["past"] < nll["plural"]
+
+    def nll(reading: str, task: str) -> float:
+        rows = data.eval_rows([Task.parse(task)], 8, split="validation")
+        return score(rows, trained.vector(trained.point(readings[reading]))[None])[0].nll
+
+    assert nll("past", "past/quotes") < nll("plural", "past/quotes")
+    own = trained.points_of([Task.parse("past/quotes"), Task.parse("past/plain")])
+    read = trained.point(readings["past"])
+    assert (read - own[0]).norm() < 0.5 * (read - own[1]).norm()
+
+
+def test_a_reading_has_the_language_of_its_content() -> None:
+    tasks = [Task.parse(name) for name in ("date.de/plain", "date.fr/quotes", "past/plain")]
+    dressings = Dressings.of(tasks)
+    german = dressings.exact_points(tasks)[0]
+    assert dressings.in_language(german, "fr").tolist() == [1, 0, 1, 1, 0]
+    assert dressings.in_language(german, "").tolist() == [1, 0, 0, 1, 0]
 
 
 def test_a_format_goes_with_an_operation_that_never_had_it(base: Path, trained: TextMap) -> None:

@@ -13,7 +13,7 @@ from loraplex_generation.errors import OutOfDistribution, UnfitPrompts
 from loraplex_generation.layout import AdapterLayout, BaseShape
 from loraplex_generation.library import Subspace
 from loraplex_generation.sentences import Encoded
-from loraplex_generation.service import AdapterDescription, GeneratedAdapter, Generator
+from loraplex_generation.service import AdapterDescription, Draft, GeneratedAdapter, Generator
 from loraplex_generation.task_vectors import MIN_PROMPTS
 
 __all__ = ["ScriptedGenerator"]
@@ -38,7 +38,7 @@ class ScriptedGenerator(Generator):
     def library_mean(self) -> Tensor:
         return self._span.mean
 
-    def readings(self, asked: AdapterDescription, method: str, n: int = 10) -> dict[str, Tensor]:
+    def readings(self, asked: AdapterDescription, method: str) -> dict[str, Draft]:
         return {}
 
     def read(

@@ -260,6 +260,14 @@ def _ask(client: object, path: str, body: dict[str, object]) -> dict[str, object
     return data
 
 
+def _what_came(learned: dict[str, object]) -> str:
+    if learned["gained"]:
+        return "" if learned["steps"] else f": as {learned['start']}, nothing was trained"
+    if learned.get("start_is_right"):
+        return ": the draft has every pair right, so nothing was trained"
+    return ": nothing gained, so nothing was changed"
+
+
 def _show_card(card: dict[str, object]) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -281,7 +289,7 @@ def _show_card(card: dict[str, object]) -> None:
         rows["examples"] = (
             f"{card['examples']}; of {before['of']} held out {before['exact']} → {after['exact']} "
             f"exact, nll {before['nll']:.2f} → {after['nll']:.2f}"
-            + ("" if learned["gained"] else ": nothing gained, so nothing was changed")
+            + _what_came(learned)
             + ("; time ran out, --budget gives more" if learned.get("timed_out") else "")
         )
         if turns := held_out.get("turns"):

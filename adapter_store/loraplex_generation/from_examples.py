@@ -14,9 +14,9 @@ from loraplex_generation.zoo.tasks import Example
 
 from .errors import NothingLearnt, OutOfTime, UnfitExamples
 from .frozen_base import FrozenBase
+from .judged_pairs import HeldOut
 from .packing import ChatCodec, Row
 from .refinement import (
-    HeldOut,
     Progress,
     Refinement,
     RefinementProgress,
@@ -35,6 +35,7 @@ __all__ = [
 
 _MAX_TOKENS = 512  # of a prompt and its answer
 DEFAULT_BUDGET_S = 30.0
+_CONFIRMING = 4  # pairs: fewer fit one of many readings by chance
 _DRAFT, _MEAN = "draft", "library mean"  # of the starts; the others are readings
 
 
@@ -58,13 +59,13 @@ def generate_from_examples(
     """The draft from the sentence, or the library's mean, trained on ``pairs``; or another reading
     of the sentence, if that gets them all right.
 
-    Which of them, how far, and whether at all, the pairs themselves decide, each judged by a
-    copy that has not seen it; the card's ``refinement`` says what came of it. That goes for a
-    sentence that the guard refuses, too: the pairs say what is meant. ``held_out.turns`` there is
-    what the base does on the same pairs with the others as turns (``turns``). ``unlabelled`` are
-    ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine`` has them. Where the
-    pairs gain nothing, the draft is returned. Raises UnfitExamples, and NothingLearnt for a refused
-    sentence whose pairs gain nothing, unless ``force``.
+    Which of them, how far, and whether at all, the pairs themselves decide; training is judged by
+    copies that have not seen all of them. The card's ``refinement`` says what came of it. That goes
+    for a sentence that the guard refuses, too: the pairs say what is meant. ``held_out.turns``
+    there is what the base does on the same pairs with the others as turns (``turns``).
+    ``unlabelled`` are ``Generator.generate``'s prompts; ``deadline`` and ``report`` as ``refine``
+    has them. Where the pairs gain nothing, the draft is returned. Raises UnfitExamples, OutOfTime,
+    and NothingLearnt for a refused sentence whose pairs gain nothing, unless ``force``.
     """
     began = time.perf_counter()
     rows = encode_pairs(codec, pairs)
@@ -78,7 +79,7 @@ def generate_from_examples(
         force=True,
     )
     asked = generator.read(description, wordings)
-    readings = generator.readings(asked, method)
+    readings = generator.readings(asked, method) if len(pairs) >= _CONFIRMING else {}
     starts = {_DRAFT: draft.vector, _MEAN: generator.library_mean()}
     starts |= {name: reading.vector for name, reading in readings.items()}
     has_draft = force or not generator.refuses(asked, method)

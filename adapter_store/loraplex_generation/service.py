@@ -175,7 +175,7 @@ class Generator:
         if text_map is None:
             return {}
         found = text_map.readings(asked.encoded, _N_READINGS)
-        return {name: _read(text_map, reading) for name, reading in found.items()}
+        return {name: _draft_of(text_map, reading) for name, reading in found.items()}
 
     def draft(
         self, asked: AdapterDescription, method: str, *, seed: int = 0, sample: bool = False
@@ -272,10 +272,10 @@ def _text_map(self: Generator, asked: AdapterDescription, random: torch.Generato
     text_map = self._bundle.text_map
     if text_map is None:
         raise NotTrained("this library has no text map; run `loraplex generator text-map`")
-    return _read(text_map, text_map.read(asked.encoded))
+    return _draft_of(text_map, text_map.read(asked.encoded))
 
 
-def _read(text_map: TextMap, reading: Reading) -> Draft:
+def _draft_of(text_map: TextMap, reading: Reading) -> Draft:
     return Draft(text_map.vector(text_map.point(reading)), text_map.parts(reading))
 
 

@@ -108,8 +108,8 @@ class TextMap:
         return Subspace.of_points(self.points, self.rows.float())
 
     def readings(self, encoded: Encoded, n: int) -> dict[str, Reading]:
-        """What it would be if each of the `n` likeliest contents alone were asked for, by their
-        names, in the format that is read.
+        """By the names of the `n` likeliest contents: the readings of a description that asks for
+        one of them alone, in the format that is read.
         """
         read = self.read(encoded)
         best = read.shares.topk(min(n, len(self.contents))).indices.tolist()

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from loraplex_generation.zoo.tasks import Example
 
 from .frozen_base import FrozenBase
+from .judged_pairs import HeldOut, folds, judging
 from .packing import ChatCodec, pack
-from .refinement import HeldOut, folds, judging
 from .scoring import score_groups
 
 __all__ = ["beats_turns", "score_turns"]
@@ -48,8 +48,8 @@ def score_turns(
 def beats_turns(refinement: Mapping[str, object]) -> bool:
     """Whether what came of learning does better than the base with the examples as turns.
 
-    ``refinement``: of the card. By pairs that its judges had not seen: which part of them is right,
-    then their likelihood. That of an earlier version, which did not judge turns, beats them if
+    ``refinement``: of the card. By the held-out pairs: which part of them is right, then their
+    likelihood. That of an earlier version, which did not judge turns, beats them if
     anything was gained.
     """
     gained = refinement.get("gained") is True

@@ -12,17 +12,17 @@ import torch
 
 from loraplex_generation.errors import OutOfTime
 from loraplex_generation.frozen_base import FrozenBase
+from loraplex_generation.judged_pairs import HeldOut, JudgedPairs
 from loraplex_generation.layout import AdapterLayout
 from loraplex_generation.library import Subspace
 from loraplex_generation.packing import PackedBatch, Row
 from loraplex_generation.refinement import (
-    HeldOut,
     Refinement,
     RefinementProgress,
     RefinementRecipe,
-    _Task,
     refine,
 )
+from loraplex_generation.scoring import TaskScore
 from loraplex_generation.zoo.tasks import Example
 from tests.support.tiny_zoo import tiny_base, tiny_codec, tiny_directory
 
@@ -149,10 +149,11 @@ def test_no_score_takes_more_tokens_than_the_recipe_allows(
 
     monkeypatch.setattr(FrozenBase, "score", measured)
     recipe = replace(
-        RECIPE, tokens=60, judge_tokens=90, choose_tokens=80, span_steps=1, steps=1, warmup=1
+        RECIPE, tokens=60, judge_tokens=90, span_steps=1, steps=1, warmup=1
     )
     pairs = [(f"{word} {other}", "yes") for word in WORDS for other in WORDS[:4]]
-    world.refine(pairs, recipe=recipe)
+    starts = dict.fromkeys(("draft", "mean", "reading"), world.span.mean)
+    world.refine(pairs, recipe=recipe, starts=starts)
     assert max(lengths) <= 90 + len(world.codec.head)
 
 
@@ -174,9 +175,10 @@ def test_the_likelier_start_is_taken(world: World) -> None:
     ("scores", "way"),  # of the start, and of the whole way, half and a quarter of it
     [
         ([(2.0, 1), (0.5, 2), (0.4, 2), (0.38, 2)], 1.0),  # a shorter way is not clearly better
-        ([(2.0, 1), (0.5, 2), (0.3, 2), (0.25, 2)], 0.5),  # it is likelier by a third
+        ([(2.0, 1), (0.5, 2), (0.3, 2), (0.25, 2)], 0.5),  # it is likelier by more than 30 %
         ([(2.0, 1), (3.0, 0), (4.0, 1), (2.5, 2)], 0.25),  # one more is right
         ([(2.0, 1), (0.1, 0), (1.95, 1), (1.92, 1)], None),  # nothing is better than the start
+        ([(2.0, 1), (2.05, 1), (1.85, 1), (1.9, 1)], None),  # what is taken is not
     ],
 )
 def test_the_judges_choose_how_much_of_the_way_is_kept(
@@ -188,7 +190,7 @@ def test_the_judges_choose_how_much_of_the_way_is_kept(
     whole = world.refine(RULE[:4], recipe=replace(RECIPE, shorter_ways=()))
     assert whole.way == 1.0
     judged = iter(HeldOut(nll, exact, 2) for nll, exact in scores)
-    monkeypatch.setattr(_Task, "held_out", lambda *_: next(judged))
+    monkeypatch.setattr(JudgedPairs, "held_out", lambda *_: next(judged))
     made = world.refine(RULE[:4], recipe=replace(RECIPE, look_every=1000))
     start = world.span.mean
     if way is None:
@@ -196,55 +198,95 @@ def test_the_judges_choose_how_much_of_the_way_is_kept(
         assert torch.equal(made.vector, start)
         return
     assert (made.way, made.steps) == (way, RECIPE.n_steps)
-    assert made.after == max(
-        (HeldOut(*each, 2) for each in scores), key=lambda s: (s.exact, -s.nll)
-    )
+    assert made.after == HeldOut(*scores[1:][[1.0, 0.5, 0.25].index(way)], 2)
     padded = torch.nn.functional.pad(start, (0, len(whole.vector) - len(start)))
     torch.testing.assert_close(made.vector, padded + way * (whole.vector - padded))
+
+
+@pytest.mark.parametrize(
+    ("scores", "gained"),  # of the first start and the second, then of the whole way
+    [([(1.0, 2), (2.0, 1), (1.5, 2)], False), ([(1.0, 2), (2.0, 1), (0.9, 2)], True)],
+)
+def test_what_is_trained_has_to_beat_the_first_start_as_well(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    scores: list[tuple[float, int]],
+    gained: bool,
+) -> None:
+    likelier = world.refine(RULE[:6], recipe=replace(RECIPE, a_rate=0.0, steps=8)).vector
+    judged = iter(HeldOut(nll, exact, 2) for nll, exact in scores)
+    monkeypatch.setattr(JudgedPairs, "held_out", lambda *_: next(judged))
+    made = world.refine(
+        RULE[:4],
+        starts={"draft": world.span.mean, "mean": likelier},
+        recipe=replace(RECIPE, look_every=1000, shorter_ways=()),
+    )
+    assert (made.start, made.gained) == ("mean", gained)
+    assert made.before == HeldOut(1.0, 2, 2)
 
 
 def test_only_two_starts_are_tried_where_time_is_short(world: World) -> None:
     pairs = [(word, "e") for word in WORDS[:6]]
     right = world.refine(pairs, recipe=replace(RECIPE, a_rate=0.0, steps=120)).vector
-    starts = {"draft": world.span.mean, "mean": world.span.mean, "reading": right}
     made = [
         world.refine(
             pairs,
-            starts=starts,
-            recipe=replace(RECIPE, choosing_share=share, least_gain=1.0),
+            starts={"draft": world.span.mean, "mean": world.span.mean, "reading": right},
+            recipe=replace(RECIPE, choosing_share=share, judged_steps=0),
             deadline=time.monotonic() + 600,
         )
         for share in (0.0, 1.0)
     ]
     assert [each.start for each in made] == ["draft", "reading"]
-    assert [each.timed_out for each in made] == [not made[0].gained, False]
+    assert [each.timed_out for each in made] == [True, False]
 
 
 def test_a_third_start_has_to_get_every_pair_right(world: World) -> None:
     pairs = [(word, "e") for word in WORDS[:6]]
     most = world.refine(pairs, recipe=replace(RECIPE, a_rate=0.0, steps=120)).vector
-    pairs[0] = ("red", "o")
+    pairs[-1] = (WORDS[5], "o")
     starts = {"draft": world.span.mean, "mean": world.span.mean, "reading": most}
-    assert world.refine(pairs, starts=starts).start == "draft"
+    recipe = replace(RECIPE, few_tokens=1)  # the first pair
+    assert world.refine(pairs, starts=starts, recipe=recipe).start == "draft"
     assert world.refine(pairs, starts={"draft": world.span.mean, "mean": most}).start == "mean"
 
 
-def test_a_look_back_that_the_base_breaks_off_is_time_that_was_too_short(
+def test_the_start_that_is_known_stays_where_the_base_breaks_off_the_choice(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held_out = _Task.held_out
-    n_looks = 0
+    score, n_scored = JudgedPairs.score, 0
 
-    def cut_off(self: _Task, copies: torch.Tensor) -> HeldOut:
-        nonlocal n_looks
-        n_looks += 1
-        if n_looks == 2:
+    def cut_off(self: JudgedPairs, start: torch.Tensor) -> TaskScore:
+        nonlocal n_scored
+        n_scored += 1
+        if n_scored == 2:
+            raise TimeoutError
+        return score(self, start)
+
+    monkeypatch.setattr(JudgedPairs, "score", cut_off)
+    starts = {"draft": world.span.mean, "mean": world.span.mean}
+    made = world.refine(RULE[:4], starts=starts, recipe=replace(RECIPE, judged_steps=0))
+    assert (made.start, made.timed_out) == ("draft", True)
+
+
+@pytest.mark.parametrize(("n_looks", "gained"), [(1, False), (2, True)])
+def test_a_look_back_that_the_base_breaks_off_is_time_that_was_too_short(
+    world: World, monkeypatch: pytest.MonkeyPatch, n_looks: int, gained: bool
+) -> None:
+    held_out, looked = JudgedPairs.held_out, 0
+
+    def cut_off(self: JudgedPairs, copies: torch.Tensor) -> HeldOut:
+        nonlocal looked
+        looked += 1
+        if looked > n_looks:
             raise TimeoutError
         return held_out(self, copies)
 
-    monkeypatch.setattr(_Task, "held_out", cut_off)
-    made = world.refine(RULE[:4], recipe=replace(RECIPE, look_every=1000))
-    assert (made.gained, made.timed_out) == (False, True)
+    monkeypatch.setattr(JudgedPairs, "held_out", cut_off)
+    recipe = replace(RECIPE, judged_steps=27, look_every=24 if gained else 1000)
+    made = world.refine(RULE[:4], recipe=recipe)
+    assert (made.gained, made.timed_out) == (gained, True)
+    assert made.way == (1.0 if gained else 0.0)
 
 
 def test_judges_that_agree_leave_the_rest_of_the_steps_to_the_copy_that_saw_all(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from loraplex_generation.judged_pairs import folds, judging
 from loraplex_generation.packing import PackedBatch
-from loraplex_generation.refinement import folds, judging
 from loraplex_generation.turns import score_turns
 from loraplex_generation.zoo.tasks import Example
 from tests.support.tiny_tokenizer import tiny_tokenizer

@@ -89,7 +89,7 @@ def _instruction(asked: Asked) -> str:
 
 
 def _generated(method: str) -> Callable[[Bench, Asked], Learnt]:
-    """As the server does it: the draft for k = 0, else what the draft learns of the examples."""
+    """As the server does it: the draft for k = 0, else what comes of it and the examples."""
 
     def learn(bench: Bench, asked: Asked) -> Learnt:
         generator = bench.generator
@@ -138,7 +138,7 @@ def _both(bench: Bench, asked: Asked) -> Learnt:
 
 
 def _from(start: Callable[[Bench], Tensor]) -> Callable[[Bench, Asked], Learnt]:
-    """LoRA on the examples alone, with the recipe's steps and its judges, but no span."""
+    """LoRA on the examples alone, with the recipe's steps, judges and ways, but no span."""
 
     def learn(bench: Bench, asked: Asked) -> Learnt:
         recipe = replace(asked.recipe, span_steps=0, steps=asked.recipe.n_steps)

@@ -262,9 +262,10 @@ def _ask(client: object, path: str, body: dict[str, object]) -> dict[str, object
 
 def _what_came(learned: dict[str, object]) -> str:
     if learned["gained"]:
-        return "" if learned["steps"] else f": as {learned['start']}, nothing was trained"
+        told = f": {learned['start']!r} gets every pair right, so nothing was trained"
+        return "" if learned["steps"] else told
     if learned.get("start_is_right"):
-        return ": the draft has every pair right, so nothing was trained"
+        return ": the draft gets every pair right, so nothing was trained"
     return ": nothing gained, so nothing was changed"
 
 

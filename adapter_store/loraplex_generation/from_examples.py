@@ -35,7 +35,6 @@ __all__ = [
 
 _MAX_TOKENS = 512  # of a prompt and its answer
 DEFAULT_BUDGET_S = 30.0
-_CONFIRMING = 4  # pairs: fewer fit one of many readings by chance
 _DRAFT, _MEAN = "draft", "library mean"  # of the starts; the others are readings
 
 
@@ -79,7 +78,7 @@ def generate_from_examples(
         force=True,
     )
     asked = generator.read(description, wordings)
-    readings = generator.readings(asked, method) if len(pairs) >= _CONFIRMING else {}
+    readings = generator.readings(asked, method)
     starts = {_DRAFT: draft.vector, _MEAN: generator.library_mean()}
     starts |= {name: reading.vector for name, reading in readings.items()}
     has_draft = force or not generator.refuses(asked, method)

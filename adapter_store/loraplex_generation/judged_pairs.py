@@ -17,6 +17,7 @@ from .scoring import TaskScore, mean_nll_per_group, score_groups
 
 __all__ = ["HeldOut", "JudgedPairs", "folds", "judging"]
 
+_CONFIRMING = 4  # pairs: fewer are right under one of many adapters by chance
 _HALVES_BELOW = 8  # pairs: each half judges the other's copy; from there a quarter judges alone
 
 
@@ -66,8 +67,18 @@ class JudgedPairs:
             _Rotation(part, step_tokens, rng) for part in (*seen, rows)
         ]
         self._hidden = [[rows[i] for i in judging(rows, fold, judge_tokens)] for fold in self.folds]
+        self._n_pairs = len(rows)
         self._judged = _fitting(rows, judge_tokens, rng)
         self._n_few = _n_fitting(self._judged, few_tokens)
+
+    @property
+    def may_confirm(self) -> bool:
+        """Whether enough of the pairs are scored to tell one of many adapters by."""
+        return len(self._judged) >= _CONFIRMING
+
+    def are_right(self, score: TaskScore) -> bool:
+        """Whether the pairs that are scored say so of all: they are all, or enough."""
+        return all(score.right) and (self.may_confirm or len(self._judged) == self._n_pairs)
 
     def score(self, start: Tensor) -> TaskScore:
         """On all pairs, or as many as are judged by."""

@@ -118,8 +118,9 @@ def refine(
     report: Progress = _unheard,
 ) -> Refinement:
     """``rows``: two or more pairs; ``starts`` [layout.size] each: the first is what the result is
-    compared with, and those after the second are taken only where they get every pair right. These
-    are tried as long as there is time. Deterministic but for time.
+    compared with, and those after the second are taken only where they get every pair right, of
+    four or more. None of these is begun once they have taken a share of the time. Deterministic but
+    for time.
 
     A start that answers every pair right is kept: a few pairs would teach it their own words only.
 
@@ -209,19 +210,22 @@ def _choose(
     with suppress(TimeoutError):
         spent = 0.0
         for n_tried, other in enumerate(others, start=1):
-            if all(score.right) or (n_tried > 1 and pace.spent - spent > recipe.choosing_share):
+            if task.are_right(score) or (n_tried > 1 and not task.may_confirm):
+                has_tried_all = True
+                break
+            if n_tried > 1 and pace.spent - spent > recipe.choosing_share:
                 break
             tell()
             if n_tried > 1 and not task.may_be_right(starts[other]):
                 continue
             found = task.score(starts[other])
-            if all(found.right) or (n_tried == 1 and _rank(found) > _rank(score)):
+            if task.are_right(found) or (n_tried == 1 and _rank(found) > _rank(score)):
                 name, score, held_out = other, found, task.held_out_of(starts[other])
             if n_tried == 1:
                 spent = pace.spent
         else:
             has_tried_all = True
-    return _Chosen(name, starts[name], before, held_out, all(score.right), has_tried_all)
+    return _Chosen(name, starts[name], before, held_out, task.are_right(score), has_tried_all)
 
 
 def _judge(

@@ -148,9 +148,7 @@ def test_no_score_takes_more_tokens_than_the_recipe_allows(
         return score(self, batch, *rest)
 
     monkeypatch.setattr(FrozenBase, "score", measured)
-    recipe = replace(
-        RECIPE, tokens=60, judge_tokens=90, span_steps=1, steps=1, warmup=1
-    )
+    recipe = replace(RECIPE, tokens=60, judge_tokens=90, span_steps=1, steps=1, warmup=1)
     pairs = [(f"{word} {other}", "yes") for word in WORDS for other in WORDS[:4]]
     starts = dict.fromkeys(("draft", "mean", "reading"), world.span.mean)
     world.refine(pairs, recipe=recipe, starts=starts)
@@ -249,6 +247,21 @@ def test_a_third_start_has_to_get_every_pair_right(world: World) -> None:
     recipe = replace(RECIPE, few_tokens=1)  # the first pair
     assert world.refine(pairs, starts=starts, recipe=recipe).start == "draft"
     assert world.refine(pairs, starts={"draft": world.span.mean, "mean": most}).start == "mean"
+
+
+@pytest.mark.parametrize(("n", "judge_tokens"), [(3, 1024), (6, 30)])
+def test_a_third_start_needs_four_pairs_that_are_scored(
+    world: World, n: int, judge_tokens: int
+) -> None:
+    pairs = [(word, "e") for word in WORDS[:6]]
+    right = world.refine(pairs, recipe=replace(RECIPE, a_rate=0.0, steps=120)).vector
+    starts = {"draft": world.span.mean, "mean": world.span.mean, "reading": right}
+    recipe = replace(RECIPE, judge_tokens=judge_tokens, judged_steps=0)
+    made = world.refine(pairs[:n], starts=starts, recipe=recipe)
+    assert (made.start, made.timed_out) == ("draft", False)
+    starts = {"draft": world.span.mean, "mean": right}
+    made = world.refine(pairs[:n], starts=starts, recipe=recipe)
+    assert (made.start, made.start_is_right) == ("mean", n == 3)  # all three, or two of six
 
 
 def test_the_start_that_is_known_stays_where_the_base_breaks_off_the_choice(

@@ -97,9 +97,17 @@ def test_a_draft_that_has_every_pair_right_is_kept_and_its_job_ends_at_once(
     card = client.http.get("/v1/adapters/endings").raise_for_status().json()
     learnt = card["provenance"]["refinement"]
     assert (learnt["start"], learnt["start_is_right"], learnt["steps"]) == ("draft", True, 0)
-    pairs = order["examples"]
-    in_a_chat = {"description": order["description"], "examples": pairs}
-    assert client.reply(in_a_chat, pairs[0]["prompt"])[0] == pairs[0]["answer"]
+    in_a_chat = {key: order[key] for key in ("description", "examples")} | {"wait": True}
+    (unseen,) = task.examples("validation", 1)
+    body = {
+        "adapter": in_a_chat,
+        "messages": [{"role": "user", "content": unseen.prompt}],
+        "temperature": 0,
+        "max_tokens": 16,
+    }
+    answer = client.http.post("/v1/chat/completions", json=body).raise_for_status().json()
+    assert answer["choices"][0]["message"]["content"] == unseen.answer
+    assert answer["adapter"]["chosen_by"]["serves"] == "draft"
 
 
 def test_pairs_find_the_right_reading_of_a_sentence_without_any_training(client: Client) -> None:

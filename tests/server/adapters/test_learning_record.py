@@ -10,6 +10,7 @@ DRAFT: Record = {"finished": False}
 NOTHING: Record = {"finished": True, "gained": False, "timed_out": True, "budget_s": 30.0}
 SHORT: Record = {**NOTHING, "gained": True, "steps": 12}
 LONGER: Record = {**SHORT, "steps": 40}
+READING: Record = {**SHORT, "steps": 0, "timed_out": False}  # gets every pair right
 WHOLE: Record = {**SHORT, "steps": 76, "timed_out": False}
 
 
@@ -23,6 +24,7 @@ WHOLE: Record = {**SHORT, "steps": 76, "timed_out": False}
         (LONGER, SHORT, True),
         (SHORT, LONGER, False),
         (WHOLE, LONGER, True),
+        (READING, LONGER, True),
     ],
 )
 def test_the_better_founded_result_stays(new: Record, old: Record, wins: bool) -> None:

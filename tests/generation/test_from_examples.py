@@ -140,7 +140,7 @@ def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str) -> None:
 def test_an_operation_that_no_sentence_reaches_is_done_after_eight_pairs(
     pulled_base: Path, pulled_encoder: Path, name: str
 ) -> None:
-    """From the sentence alone nothing is right. Of a surname another reading is, the last word."""
+    """From the sentence alone nothing is right. Another reading of a surname is: "middle name"."""
     generator = Generator.load(
         shipped_folder(),
         SentenceEncoder(pulled_encoder),

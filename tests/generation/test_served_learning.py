@@ -111,7 +111,7 @@ def test_a_draft_that_has_every_pair_right_is_kept_and_its_job_ends_at_once(
 
 
 def test_pairs_find_the_right_reading_of_a_sentence_without_any_training(client: Client) -> None:
-    """Nobody trained surnames; that the last word is one, the pairs say."""
+    """Nobody trained surnames; that the middle of two names is one, the pairs say."""
     task = Task.parse("surname/plain")
     unseen = list(task.examples("validation", N_UNSEEN))
     order = {**_order("surname", task, n_pairs=8), "wait": True}

@@ -99,12 +99,9 @@ class JudgedPairs:
 
     def held_out(self, copies: Tensor) -> HeldOut:
         """Of ``copies`` [n_folds, size], each on its own fold."""
-        scores = self._scores(self._hidden, copies)
+        scores = [self._score(rows, copy) for rows, copy in zip(self._hidden, copies, strict=True)]
         right = [hit for score in scores for hit in score.right]
         return HeldOut(sum(score.nll for score in scores) / len(scores), sum(right), len(right))
-
-    def _scores(self, groups: Sequence[Sequence[Row]], copies: Tensor) -> list[TaskScore]:
-        return [self._score(rows, copy) for rows, copy in zip(groups, copies, strict=True)]
 
     def _score(self, rows: Sequence[Row], copy: Tensor) -> TaskScore:
         """In short forwards, since others may be served meanwhile."""

@@ -58,7 +58,7 @@ class RefinementRecipe:
     warmup: int = 4
     judged_steps: int = 20  # of the span's and these, beside the copies that judge
     look_every: int = 4  # steps of B and A
-    shorter_ways: tuple[float, ...] = (0.5, 0.25)  # of the one from the start to what was trained
+    shorter_ways: tuple[float, ...] = (0.5, 0.25)  # parts of what training changed: WiSE-FT's α
     least_gain: float = 0.05  # of the held-out NLL, below which the start is kept
     shorter_gain: float = 0.3  # the same, below which a shorter way is not taken
     tokens: int = 112  # of rows for a copy in a step, in turn
@@ -97,7 +97,7 @@ class Refinement:
     timed_out: bool  # something was left out: with more time it may become another
     seconds: float
     start_is_right: bool = False  # for every pair, so that nothing was trained
-    way: float = 0.0  # share of the one from the start to what was trained that is kept
+    way: float = 0.0  # how much of what training changed is kept: WiSE-FT's α
 
     @property
     def gained(self) -> bool:
@@ -202,27 +202,27 @@ def _choose(
     likelier. A third start that gets some of them right says little: of many, one always does.
     """
     first, *others = starts
+    second, further = others[:1], others[1:] if task.may_confirm else []
     tell()
     with pace.look():
         before = task.held_out_of(starts[first])
     name, score, held_out = first, task.score(starts[first]), before
     has_tried_all = False
     with suppress(TimeoutError):
-        spent = 0.0
-        for n_tried, other in enumerate(others, start=1):
-            if task.are_right(score) or (n_tried > 1 and not task.may_confirm):
-                has_tried_all = True
-                break
-            if n_tried > 1 and pace.spent - spent > recipe.choosing_share:
+        for other in [] if task.are_right(score) else second:
+            tell()
+            found = task.score(starts[other])
+            if _rank(found) > _rank(score):
+                name, score, held_out = other, found, task.held_out_of(starts[other])
+        spent = pace.spent
+        for other in further:
+            if task.are_right(score) or pace.spent - spent > recipe.choosing_share:
                 break
             tell()
-            if n_tried > 1 and not task.may_be_right(starts[other]):
-                continue
-            found = task.score(starts[other])
-            if task.are_right(found) or (n_tried == 1 and _rank(found) > _rank(score)):
-                name, score, held_out = other, found, task.held_out_of(starts[other])
-            if n_tried == 1:
-                spent = pace.spent
+            if task.may_be_right(starts[other]):
+                found = task.score(starts[other])
+                if task.are_right(found):
+                    name, score, held_out = other, found, task.held_out_of(starts[other])
         else:
             has_tried_all = True
     return _Chosen(name, starts[name], before, held_out, task.are_right(score), has_tried_all)

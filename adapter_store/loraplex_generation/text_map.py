@@ -113,13 +113,13 @@ class TextMap:
         """
         read = self.read(encoded)
         best = read.shares.topk(min(n, len(self.contents))).indices.tolist()
-        languages = [self.contents[i].partition(".")[2] for i in best]
-        return {
-            self.contents[i]: Reading(
-                self.dressings.in_language(read.dressing, language), self._alone(i)
-            )
-            for i, language in zip(best, languages, strict=True)
-        }
+        alone = torch.eye(len(self.contents))
+        found: dict[str, Reading] = {}
+        for i in best:
+            _, _, language = self.contents[i].partition(".")
+            dressing = self.dressings.in_language(read.dressing, language)
+            found[self.contents[i]] = Reading(dressing, alone[i])
+        return found
 
     def nearest(self, encoded: Encoded, n: int) -> list[tuple[str, float]]:
         """A trained task of each of the contents with the largest shares, and these."""
@@ -184,11 +184,6 @@ class TextMap:
             step=header["step"],
             digest=digest,
         )
-
-    def _alone(self, content: int) -> Tensor:
-        shares = torch.zeros(len(self.contents))
-        shares[content] = 1
-        return shares
 
     def _points(self, dressing: Tensor, shares: Tensor) -> Tensor:
         """[n, n_rows] of dressings [n, n_dressings] and shares [n, n_contents]."""

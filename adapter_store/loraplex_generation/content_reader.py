@@ -29,7 +29,7 @@ class ReaderShape:
 
 @dataclass(frozen=True, slots=True)
 class ReaderRecipe:
-    n_steps: int = 2000
+    n_steps: int = 4000
     n_texts: int = 128  # of a step
     rate: float = 2e-3
     warmup: int = 50
@@ -80,7 +80,7 @@ def train_content_reader(
     n_contents: int,
     recipe: ReaderRecipe = ReaderRecipe(),
 ) -> ContentReader:
-    """`contents` int64 [n_texts]. Two minutes on one core; the same reader for the same seed."""
+    """`contents` int64 [n_texts]. Minutes on one core; the same reader for the same seed."""
     torch.manual_seed(recipe.seed)
     reader = ContentReader(ReaderShape(encoded.tokens.shape[-1], n_contents)).train()
     optimiser = torch.optim.AdamW(reader.parameters(), lr=recipe.rate, weight_decay=recipe.decay)

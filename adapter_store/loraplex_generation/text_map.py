@@ -7,7 +7,8 @@ over few shared directions D. `shares` is what the description asks for, over th
 trained, and C where each of them stands in the span of D. `dressing` is what is read of language
 and format: they have rows R of their own, and C' bends D for them.
 
-text_map.safetensors   rows as `GroupCodes`, codes, the reader, the tasks it was trained on
+text_map.safetensors   rows, codes, the reader, the tasks it was trained on; what is large as
+                       `GroupCodes`
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from .tensor_file import read_tensor_file, write_tensor_file
 __all__ = ["TEXT_MAP_FILE", "TextMap"]
 
 TEXT_MAP_FILE = "text_map.safetensors"
-_FORMAT = "loraplex-text-map-2"
+_FORMAT = "loraplex-text-map-3"
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -130,14 +131,19 @@ class TextMap:
 
     def save(self, folder: Path) -> Path:
         reader = self.reader
-        tensors = {f"rows.{k}": v for k, v in GroupCodes.of(self.rows)._asdict().items()}
+        tensors = {"codes": self.codes.half(), "dressing_codes": self.dressing_codes.half()}
         for part, module in (("head", reader.head), ("reader", reader.reader)):
             tensors |= {f"{part}.{k}": v.bfloat16() for k, v in module.state_dict().items()}
-        tensors["codes"] = self.codes.half()
-        tensors["dressing_codes"] = self.dressing_codes.half()
-        tensors["guard.whiten"] = reader.guard.whiten.half()
-        tensors["guard.contents"] = reader.guard.operations.half()
+        large = {
+            "rows": self.rows,
+            "guard.whiten": reader.guard.whiten,
+            "guard.contents": reader.guard.operations,
+            **{name: tensors.pop(name) for name in ("reader.inner.weight", "reader.outer.weight")},
+        }
+        for name, matrix in large.items():
+            tensors |= {f"{name}.{k}": v for k, v in GroupCodes.of(matrix)._asdict().items()}
         header = {
+            "large": {name: matrix.shape[1] for name, matrix in large.items()},
             "format": _FORMAT,
             "base": self.base_fingerprint,
             "layout": self.layout.to_dict(),
@@ -163,21 +169,23 @@ class TextMap:
         dressings = Dressings(**{k: tuple(v) for k, v in header["dressings"].items()})
         shape = ReaderShape(**header["reader"])
         layout = AdapterLayout.from_dict(header["layout"])
-        rows = GroupCodes(tensors["rows.codes"], tensors["rows.scales"]).rows(layout.size)
+        for name, width in header["large"].items():
+            codes, scales = (tensors.pop(f"{name}.{field}") for field in GroupCodes._fields)
+            tensors[name] = GroupCodes(codes, scales).rows(width)
         tasks = tuple(header["tasks"])
         reader = DescriptionReader(
             dressings=dressings,
             contents=contents_of([Task.parse(name) for name in tasks]),
             head=_loaded(FactorHead(shape.width, dressings.groups), tensors, "head"),
             reader=_loaded(ContentReader(shape), tensors, "reader"),
-            guard=OodDetector(tensors["guard.whiten"].float(), tensors["guard.contents"].float()),
+            guard=OodDetector(tensors["guard.whiten"], tensors["guard.contents"]),
             limit=header["limit"],
         )
         return cls(
             layout=layout,
             base_fingerprint=header["base"],
             reader=reader,
-            rows=rows.bfloat16(),
+            rows=tensors["rows"].bfloat16(),
             codes=tensors["codes"].float(),
             dressing_codes=tensors["dressing_codes"].float(),
             tasks=tasks,

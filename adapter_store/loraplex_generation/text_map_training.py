@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,7 +42,7 @@ from .taskdata import TaskData
 from .tensor_file import read_tensor_file, write_tensor_file
 from .text_map import TEXT_MAP_FILE, TextMap
 
-__all__ = ["Start", "TextMapRecipe", "TextMapTraining", "train_text_map"]
+__all__ = ["Start", "TextMapRecipe", "TextMapTraining", "refit_reader", "train_text_map"]
 
 _NEW, _BESIDE = 96, 32  # directions, by default
 _LEAST_SHARE = 1e-5  # of what the tasks' adapters are made of: directions below are left out
@@ -304,6 +304,17 @@ def train_text_map(
     path = training.finished(reader, tasks).save(shipped)
     state.unlink()  # the next run begins beside the new map
     return path
+
+
+def refit_reader(
+    folder: Path,
+    encoder: SentenceEncoder,
+    reading: ReaderRecipe = ReaderRecipe(),  # noqa: B008  frozen value
+) -> Path:
+    """Learns to read descriptions anew for the map in `folder`; what it does keeps its bits."""
+    known = TextMap.load(folder / TEXT_MAP_FILE)
+    reader = train_description_reader(encoder, known.dressings, known.contents, reading)
+    return replace(known, reader=reader).save(folder)
 
 
 def _to_go_on_with(

@@ -14,12 +14,18 @@ from loraplex_generation.description_reader import DescriptionReader, train_desc
 from loraplex_generation.dressings import Dressings, contents_of
 from loraplex_generation.errors import GeneratorMismatch
 from loraplex_generation.group_codes import GroupCodes
+from loraplex_generation.guard import OodDetector
 from loraplex_generation.library import Subspace
 from loraplex_generation.scoring import TeacherForced
 from loraplex_generation.taskdata import TaskData
-from loraplex_generation.tensor_file import write_tensor_file
+from loraplex_generation.tensor_file import read_tensor_file, write_tensor_file
 from loraplex_generation.text_map import TEXT_MAP_FILE, TextMap
-from loraplex_generation.text_map_training import Start, TextMapRecipe, TextMapTraining
+from loraplex_generation.text_map_training import (
+    Start,
+    TextMapRecipe,
+    TextMapTraining,
+    refit_reader,
+)
 from loraplex_generation.zoo.tasks import Task
 from loraplex_generation.zoo_training import ZooTraining
 from tests.support.tiny_zoo import HashedWords, tiny_base, tiny_codec, tiny_directory
@@ -196,6 +202,24 @@ def test_a_saved_map_is_the_map_up_to_its_codes(trained: TextMap, tmp_path: Path
     assert F.cosine_similarity(kept, made, dim=0) > 0.98
     once_more = TextMap.load(again.save(tmp_path / "again"))
     assert torch.equal(once_more.rows, again.rows)
+
+
+def test_reading_is_learnt_anew_and_what_the_map_does_keeps_its_bits(
+    trained: TextMap, tmp_path: Path
+) -> None:
+    blind = torch.zeros_like(trained.reader.guard.operations)
+    forgetful = replace(trained.reader, guard=OodDetector(trained.reader.guard.whiten, blind))
+    before = read_tensor_file(replace(trained, reader=forgetful).save(tmp_path)).tensors
+    path = refit_reader(tmp_path, HashedWords(), ReaderRecipe(n_steps=200))
+    after = read_tensor_file(path).tensors
+    kept = {name for name in before if torch.equal(before[name], after[name])}
+    assert {"rows.codes", "rows.scales", "codes", "dressing_codes"} <= kept
+    assert "guard.contents" not in kept
+    known = HashedWords().encode([task.descriptions()[0] for task in TASKS])
+    again = TextMap.load(path)
+    assert (again.reader.scores(known) < again.reader.limit).all()
+    read, expected = (m.point(m.read(known)) for m in (again, trained))
+    torch.testing.assert_close(read, expected, atol=0.01, rtol=0)  # the file's rounding
 
 
 def test_it_names_the_tasks_that_are_close(trained: TextMap) -> None:

@@ -112,6 +112,27 @@ def text_map(
 
 
 @generator.command()
+def reader(
+    context: typer.Context,
+    shipped: _Shipped = None,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
+) -> None:
+    """Train what the text map reads descriptions with anew; what it makes of them stays."""
+    import torch
+    from rich import print as show
+
+    from loraplex_generation.sentences import SentenceEncoder
+    from loraplex_generation.shipped import shipped_folder
+    from loraplex_generation.text_map import TextMap
+    from loraplex_generation.text_map_training import refit_reader
+
+    torch.set_num_threads(threads)
+    encoder = SentenceEncoder(local_models(context).resolve_encoder())
+    path = refit_reader(shipped or shipped_folder(), encoder)
+    show(f"{path.name}  limit {TextMap.load(path).reader.limit:.3f}")
+
+
+@generator.command()
 def guard(context: typer.Context, shipped: _Shipped = None) -> None:
     """Fit the check that refuses unknown descriptions anew; the methods stay as they are."""
     from rich import print as show

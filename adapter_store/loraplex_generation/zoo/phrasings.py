@@ -1,9 +1,9 @@
 """How people may put what the wide zoo trains: what a map learns to read from.
 
-A trained operation has its own wordings, most of them two phrases in frames (`rows.py`), and ten
-paraphrases; a format has its suffixes and two dozen more. The paraphrases were written from the
-wordings and three examples, without sight of any test wording; those that held a test phrase by
-chance were left out, and a test looks for them.
+A trained operation has its own wordings, most of them two phrases in frames (`rows.py`), and nearly
+forty paraphrases; a format has its suffixes and two dozen more. The paraphrases were written from
+the wordings, three examples and the neighbours of the operation, without sight of any test wording;
+those that held a test phrase by chance were left out, and a test looks for them.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _reading(
     known = [reader.contents.index(t.content) for t, _ in texts if t.content in reader.contents]
     found = ["", "", f"{refused:.0%} of {len(texts)}"]
     if len(known) == len(texts):
-        best = reader.reader.shares(encoded).topk(3).indices == torch.tensor(known)[:, None]
+        best = reader.content.shares(encoded).topk(3).indices == torch.tensor(known)[:, None]
         found[:2] = [f"{best[:, 0].float().mean():.0%}", f"{best.any(1).float().mean():.0%}"]
     return found
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from loraplex_generation.zoo.phrasings import Phrasing, paraphrases, phrasings
 
-from .content_reader import ContentReader, ReaderRecipe, train_content_reader
 from .dressings import Dressings
-from .factors import FactorHead, train_factor_head
+from .factors import without_tail
 from .guard import OodDetector
+from .label_reader import LabelReader, ReaderRecipe, ReaderShape, train_label_reader
 from .sentences import Encoded, SentenceEncoder
 
 __all__ = ["DescriptionReader", "Reading", "train_description_reader"]
@@ -43,21 +43,22 @@ class DescriptionReader:
 
     dressings: Dressings
     contents: tuple[str, ...]
-    head: FactorHead  # reads language and format
-    reader: ContentReader
+    language: LabelReader  # none comes first
+    format: LabelReader
+    content: LabelReader
     guard: OodDetector  # its classes are the contents; without a limit of its own
     limit: float  # of `scores`
 
     @torch.inference_mode()
     def read(self, encoded: Encoded) -> Reading:
         """The mean over the texts."""
-        dressing = self.dressings.point(*self.head.distributions(encoded))
-        return Reading(dressing.mean(0), self.reader.shares(encoded).mean(0))
+        asked = [without_tail(part.shares(encoded)) for part in (self.language, self.format)]
+        return Reading(self.dressings.point(*asked).mean(0), self.content.shares(encoded).mean(0))
 
     @torch.inference_mode()
     def scores(self, encoded: Encoded) -> Tensor:
-        """[n_texts], not negative. Above the limit, a description is refused."""
-        doubt: Tensor = torch.special.entr(self.reader.shares(encoded)).sum(-1)
+        """[n_texts], from 0 up. Above the limit, a description is refused."""
+        doubt: Tensor = torch.special.entr(self.content.shares(encoded)).sum(-1)
         return self.guard.score(encoded.sentence) + doubt / 4
 
 
@@ -67,16 +68,25 @@ def train_description_reader(
     contents: Sequence[str],
     recipe: ReaderRecipe = ReaderRecipe(),  # noqa: B008  frozen value
 ) -> DescriptionReader:
-    """A quarter of an hour on one core for hundreds of contents, a third of it to encode phrasings.
+    """A quarter of an hour on two cores for hundreds of contents, and 5 GB.
 
     The limit accepts most phrasings of every fifth paraphrase, scored by a reader and a guard that
-    were trained without these.
+    were trained without these, before a file rounds them.
     """
     made = phrasings(contents, dressings.formats, _PER_PHRASE)
     encoded = _encoded(encoder, [phrasing.text for phrasing in made])
     languages = [content.partition(".")[2] for content in contents]
-    labels = [dressings.labels(languages[p.content], p.dressing) for p in made]
-    head = train_factor_head(encoded, torch.tensor(labels), dressings.groups, seed=recipe.seed)
+    width = encoded.tokens.shape[-1]
+    labels = torch.tensor([dressings.labels(languages[p.content], p.dressing) for p in made])
+    language, dressing = (
+        train_label_reader(
+            encoded,
+            labels[:, i],
+            ReaderShape(width, n, n_queries=4, hidden=192),
+            replace(recipe, n_steps=recipe.n_steps * 5 // 8, noise=0.1, smoothing=0.05),
+        )
+        for i, n in enumerate(dressings.groups)
+    )
 
     def trained(seen: Tensor) -> DescriptionReader:
         part = encoded.rows(seen)
@@ -84,8 +94,9 @@ def train_description_reader(
         return DescriptionReader(
             dressings=dressings,
             contents=tuple(contents),
-            head=head,
-            reader=train_content_reader(part, owner, len(contents), recipe),
+            language=language,
+            format=dressing,
+            content=train_label_reader(part, owner, ReaderShape(width, len(contents)), recipe),
             guard=OodDetector.without_limit(part.sentence, [contents[i] for i in owner.tolist()]),
             limit=math.inf,
         )

@@ -33,7 +33,9 @@ class GeneratorError(StoreError):
 
 
 class OutOfDistribution(GeneratorError):
-    """`score` in [0, 2], higher is stranger; `nearest` are the closest tasks' own wordings."""
+    """`score`: higher is stranger; `nearest`: what is closest among the trained tasks, and how
+    close: wordings and cosines, or with a text map tasks and the shares of their contents.
+    """
 
     def __init__(self, score: float, limit: float, nearest: Sequence[tuple[str, float]]) -> None:
         close = "; ".join(f"{wording!r} ({similarity:.2f})" for wording, similarity in nearest)

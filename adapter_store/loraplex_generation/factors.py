@@ -19,7 +19,7 @@ from loraplex_generation.zoo.tasks import Task
 
 from .sentences import Encoded
 
-__all__ = ["FactorHead", "Factors", "train_factor_head"]
+__all__ = ["FactorHead", "Factors", "train_factor_head", "without_tail"]
 
 _NONE = ""  # the language of operations that have none
 _SMOOTHING = 0.05
@@ -107,10 +107,10 @@ class FactorHead(nn.Module):
 
     def distributions(self, encoded: Encoded) -> list[Tensor]:
         """One distribution per factor, without the levels that the text all but rules out."""
-        return [_without_tail(logits.softmax(-1)) for logits in self(encoded)]
+        return [without_tail(logits.softmax(-1)) for logits in self(encoded)]
 
 
-def _without_tail(p: Tensor) -> Tensor:
+def without_tail(p: Tensor) -> Tensor:
     """Probabilities under a tenth of the largest are noise, and noise times an adapter adds up."""
     kept = torch.where(p < p.amax(-1, keepdim=True) / 10, 0.0, p)
     return kept / kept.sum(-1, keepdim=True)

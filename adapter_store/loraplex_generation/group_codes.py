@@ -1,7 +1,8 @@
-"""A matrix as four bits a number: what is shipped of many directions, a quarter of bfloat16's size.
+"""A matrix as four bits a number: how large ones are shipped, in a quarter of bfloat16's size.
 
 Groups of 32 neighbours share a float16 scale; a code is a whole number from −7 to 7. The error is
-some tenth of the numbers' spread and as good as random, so what is added up over it stays small.
+some tenth of the numbers' spread and as good as random, so it stays small in sums over many of
+them: in adapters made of directions, and in what a reader's layers and the guard make of a vector.
 """
 
 from __future__ import annotations

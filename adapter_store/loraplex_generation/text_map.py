@@ -23,13 +23,12 @@ from torch import Tensor, nn
 
 from loraplex_generation.zoo.tasks import Task
 
-from .content_reader import ContentReader, ReaderShape
 from .description_reader import DescriptionReader, Reading
 from .dressings import Dressings, contents_of
 from .errors import GeneratorMismatch
-from .factors import FactorHead
 from .group_codes import GroupCodes
 from .guard import OodDetector
+from .label_reader import LabelReader, ReaderShape
 from .layout import AdapterLayout
 from .library import Subspace
 from .sentences import Encoded
@@ -39,6 +38,7 @@ __all__ = ["TEXT_MAP_FILE", "TextMap"]
 
 TEXT_MAP_FILE = "text_map.safetensors"
 _FORMAT = "loraplex-text-map-3"
+_READERS = ("language", "format", "content")
 _M = TypeVar("_M", bound=nn.Module)
 
 
@@ -132,13 +132,18 @@ class TextMap:
     def save(self, folder: Path) -> Path:
         reader = self.reader
         tensors = {"codes": self.codes.half(), "dressing_codes": self.dressing_codes.half()}
-        for part, module in (("head", reader.head), ("reader", reader.reader)):
+        parts = {part: getattr(reader, part) for part in _READERS}
+        for part, module in parts.items():
             tensors |= {f"{part}.{k}": v.bfloat16() for k, v in module.state_dict().items()}
         large = {
             "rows": self.rows,
             "guard.whiten": reader.guard.whiten,
             "guard.contents": reader.guard.operations,
-            **{name: tensors.pop(name) for name in ("reader.inner.weight", "reader.outer.weight")},
+            **{
+                f"{part}.{layer}.weight": tensors.pop(f"{part}.{layer}.weight")
+                for part in _READERS
+                for layer in ("inner", "outer")
+            },
         }
         for name, matrix in large.items():
             tensors |= {f"{name}.{k}": v for k, v in GroupCodes.of(matrix)._asdict().items()}
@@ -148,7 +153,7 @@ class TextMap:
             "base": self.base_fingerprint,
             "layout": self.layout.to_dict(),
             "dressings": asdict(self.dressings),
-            "reader": asdict(reader.reader.shape),
+            "readers": {part: asdict(module.shape) for part, module in parts.items()},
             "tasks": self.tasks,
             "limit": reader.limit,
             "step": self.step,
@@ -167,7 +172,6 @@ class TextMap:
                 "run `loraplex generator text-map`"
             )
         dressings = Dressings(**{k: tuple(v) for k, v in header["dressings"].items()})
-        shape = ReaderShape(**header["reader"])
         layout = AdapterLayout.from_dict(header["layout"])
         for name, width in header["large"].items():
             codes, scales = (tensors.pop(f"{name}.{field}") for field in GroupCodes._fields)
@@ -176,8 +180,10 @@ class TextMap:
         reader = DescriptionReader(
             dressings=dressings,
             contents=contents_of([Task.parse(name) for name in tasks]),
-            head=_loaded(FactorHead(shape.width, dressings.groups), tensors, "head"),
-            reader=_loaded(ContentReader(shape), tensors, "reader"),
+            **{
+                part: _loaded(LabelReader(ReaderShape(**shape)), tensors, part)
+                for part, shape in header["readers"].items()
+            },
             guard=OodDetector(tensors["guard.whiten"], tensors["guard.contents"]),
             limit=header["limit"],
         )

@@ -27,11 +27,11 @@ from loraplex_generation.zoo.split import ZooSplit
 from loraplex_generation.zoo.tasks import Task
 
 from .bundle import JOINT_FILE
-from .content_reader import ReaderRecipe
 from .description_reader import DescriptionReader, train_description_reader
 from .dressings import Dressings, contents_of
-from .errors import GeneratorMismatch
+from .errors import GeneratorMismatch, NotTrained
 from .frozen_base import FrozenBase, LoraFA
+from .label_reader import ReaderRecipe
 from .layout import AdapterLayout
 from .packing import ChatCodec, PromptTokenizer
 from .row_adam import RowAdam
@@ -311,8 +311,14 @@ def refit_reader(
     encoder: SentenceEncoder,
     reading: ReaderRecipe = ReaderRecipe(),  # noqa: B008  frozen value
 ) -> Path:
-    """Learns to read descriptions anew for the map in `folder`; what it does keeps its bits."""
-    known = TextMap.load(folder / TEXT_MAP_FILE)
+    """Learns anew to read descriptions for the map in `folder`; its rows and codes keep their bits.
+
+    Raises NotTrained where there is no map, GeneratorMismatch for a file of another format.
+    """
+    path = folder / TEXT_MAP_FILE
+    if not path.is_file():
+        raise NotTrained(f"no {path.name}; run `loraplex generator text-map`")
+    known = TextMap.load(path)
     reader = train_description_reader(encoder, known.dressings, known.contents, reading)
     return replace(known, reader=reader).save(folder)
 

@@ -14,7 +14,6 @@ from adapter_store.benchmarks.evaluation.evidence import write_evidence
 from adapter_store.benchmarks.evaluation.raw_weights import RawWeightRecipes
 from adapter_store.benchmarks.evaluation.results import GUARDED, best_method
 from loraplex_generation.bundle import GENERATOR_FILE, JOINT_FILE, Bundle, replace_guard
-from loraplex_generation.content_reader import ReaderRecipe
 from loraplex_generation.errors import (
     GeneratorMismatch,
     NotTrained,
@@ -26,6 +25,7 @@ from loraplex_generation.frozen_base import base_fingerprint
 from loraplex_generation.guard import OodDetector
 from loraplex_generation.icm_lora import ICM_ON_RAW_WEIGHTS, IcmRecipe
 from loraplex_generation.joint import JointRecipe
+from loraplex_generation.label_reader import ReaderRecipe
 from loraplex_generation.library import LIBRARY_FILE, Library
 from loraplex_generation.service import Generator
 from loraplex_generation.sg_lora import SG_ON_RAW_WEIGHTS, SgRecipe

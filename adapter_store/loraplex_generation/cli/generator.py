@@ -117,7 +117,7 @@ def reader(
     shipped: _Shipped = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
-    """Train what the text map reads descriptions with anew; what it makes of them stays."""
+    """Train the text map's reading of descriptions anew; what each operation does stays."""
     import torch
     from rich import print as show
 
@@ -128,6 +128,7 @@ def reader(
 
     torch.set_num_threads(threads)
     encoder = SentenceEncoder(local_models(context).resolve_encoder())
+    show("learning to read descriptions: a quarter of an hour on two cores, some 5 GB of memory")
     path = refit_reader(shipped or shipped_folder(), encoder)
     show(f"{path.name}  limit {TextMap.load(path).reader.limit:.3f}")
 

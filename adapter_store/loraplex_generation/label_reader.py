@@ -1,7 +1,7 @@
-"""From a description to what the content of its task is: a distribution over the trained ones.
+"""From a description to a label of its task: a distribution over contents, languages or formats.
 
-A content is an operation in a language, if it has one. The reader is trained on phrasings alone;
-what a content does to the base is not its business.
+A content is an operation in a language, if it has one. A reader is trained on phrasings alone; what
+its labels do to the base is not its business.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .sentences import Encoded
 
-__all__ = ["ContentReader", "ReaderRecipe", "ReaderShape", "train_content_reader"]
+__all__ = ["LabelReader", "ReaderRecipe", "ReaderShape", "train_label_reader"]
 
 _TEMPERATURE = 0.7  # of the softmax: trained on smoothed labels, it is less sure than it may be
 
@@ -22,7 +22,7 @@ _TEMPERATURE = 0.7  # of the softmax: trained on smoothed labels, it is less sur
 @dataclass(frozen=True, slots=True)
 class ReaderShape:
     width: int  # of the sentence encoder
-    n_contents: int
+    n_labels: int
     n_queries: int = 6
     hidden: int = 384
 
@@ -43,8 +43,8 @@ class ReaderRecipe:
         return min(1.0, (step + 1) / self.warmup) * (1 - step / self.n_steps)
 
 
-class ContentReader(nn.Module):
-    """Token states of a description → logits over contents.
+class LabelReader(nn.Module):
+    """Token states of a description → logits over labels.
 
     Each query has its own attention over the tokens, so "the first three" is read where it stands.
     """
@@ -56,17 +56,17 @@ class ContentReader(nn.Module):
         pooled = (shape.n_queries + 1) * shape.width
         self.norm = nn.LayerNorm(pooled)
         self.inner = nn.Linear(pooled, shape.hidden)
-        self.outer = nn.Linear(shape.hidden, shape.n_contents)
+        self.outer = nn.Linear(shape.hidden, shape.n_labels)
 
     def forward(self, encoded: Encoded) -> Tensor:
-        """[n_texts, n_contents]."""
+        """[n_texts, n_labels]."""
         pooled = encoded.attended(self.queries)
         read = self._dropped(self.norm(torch.cat([pooled.flatten(1), encoded.mean], 1)))
         logits: Tensor = self.outer(self._dropped(F.gelu(self.inner(read))))
         return logits
 
     def shares(self, encoded: Encoded) -> Tensor:
-        """[n_texts, n_contents], each text's sum one."""
+        """[n_texts, n_labels], each text's sum one."""
         shares: Tensor = (self(encoded) / _TEMPERATURE).softmax(-1)
         return shares
 
@@ -74,17 +74,17 @@ class ContentReader(nn.Module):
         return F.dropout(x, 0.3, self.training)
 
 
-def train_content_reader(
+def train_label_reader(
     encoded: Encoded,
-    contents: Tensor,
-    n_contents: int,
+    labels: Tensor,
+    shape: ReaderShape,
     recipe: ReaderRecipe = ReaderRecipe(),
-) -> ContentReader:
-    """`contents` int64 [n_texts]. Minutes on one core; the same reader for the same seed."""
+) -> LabelReader:
+    """`labels` int64 [n_texts]. Minutes on one core; the same reader for the same seed."""
     torch.manual_seed(recipe.seed)
-    reader = ContentReader(ReaderShape(encoded.tokens.shape[-1], n_contents)).train()
+    reader = LabelReader(shape).train()
     optimiser = torch.optim.AdamW(reader.parameters(), lr=recipe.rate, weight_decay=recipe.decay)
-    n = len(contents)
+    n = len(labels)
     for step in range(recipe.n_steps):
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate * recipe.share(step)
@@ -94,7 +94,7 @@ def train_content_reader(
         tokens = part.tokens[:, :longest].float()
         noisy = tokens + recipe.noise * torch.randn_like(tokens)
         logits = reader(Encoded(noisy, part.mask[:, :longest], part.sentence))
-        loss = F.cross_entropy(logits, contents[rows], label_smoothing=recipe.smoothing)
+        loss = F.cross_entropy(logits, labels[rows], label_smoothing=recipe.smoothing)
         optimiser.zero_grad()
         torch.autograd.backward(loss)
         optimiser.step()

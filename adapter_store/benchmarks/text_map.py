@@ -5,7 +5,7 @@
 On validation inputs of the wide zoo's validation tasks, by what is new about them, and of every
 eleventh trained task; each with its first test wording, which no training has seen. *read*: as the
 server reads it; *own*: with the right content. Exact match and NLL of one teacher-forced forward.
-Then how often the reader finds the right content, and what the check refuses, over all test
+Then how often content and format are read right, and what the check refuses, over all test
 wordings of trained contents that no test task has, and of validation tasks. Prints the tables of
 docs/generated-adapters-method.md. Some minutes on one core.
 """
@@ -58,7 +58,10 @@ def main() -> None:
             nll = sum(one.nll for one in scores) / len(tasks)
             cells.append(f"{exact:.0%} ({nll:.2f})")
         print(f"| {name} ({len(tasks)}) | {' | '.join(cells)} |", flush=True)
-    print("\n| wordings | right content | among three | refused |\n| --- | --- | --- | --- |")
+    print(
+        "\n| wordings | right content | among three | right format | refused |\n"
+        "| --- | --- | --- | --- | --- |"
+    )
     tested = {Task.parse(name).content for name in load_split("wide").sets["test"]}
     sets[f"of the {len(trained)} trained tasks"] = [t for t in trained if t.content not in tested]
     for name, tasks in sets.items():
@@ -83,7 +86,9 @@ def _reading(
     encoded = encoder.encode([text for _, text in texts])
     refused = (reader.scores(encoded) > reader.limit).float().mean()
     known = [reader.contents.index(t.content) for t, _ in texts if t.content in reader.contents]
-    found = ["", "", f"{refused:.0%} of {len(texts)}"]
+    of_format = torch.tensor([reader.dressings.formats.index(task.format) for task, _ in texts])
+    right = (reader.format(encoded).argmax(1) == of_format).float().mean()
+    found = ["", "", f"{right:.0%}", f"{refused:.0%} of {len(texts)}"]
     if len(known) == len(texts):
         best = reader.content.shares(encoded).topk(3).indices == torch.tensor(known)[:, None]
         found[:2] = [f"{best[:, 0].float().mean():.0%}", f"{best.any(1).float().mean():.0%}"]

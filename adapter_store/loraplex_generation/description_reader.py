@@ -70,6 +70,8 @@ def train_description_reader(
 ) -> DescriptionReader:
     """A quarter of an hour on two cores for hundreds of contents, and 5 GB.
 
+    `recipe` is the content's; language and format take fewer steps, less noise and smoothing.
+
     The limit accepts most phrasings of every fifth paraphrase, scored by a reader and a guard that
     were trained without these, before a file rounds them.
     """
@@ -78,7 +80,7 @@ def train_description_reader(
     languages = [content.partition(".")[2] for content in contents]
     width = encoded.tokens.shape[-1]
     labels = torch.tensor([dressings.labels(languages[p.content], p.dressing) for p in made])
-    language, dressing = (
+    of_language, of_format = (
         train_label_reader(
             encoded,
             labels[:, i],
@@ -94,8 +96,8 @@ def train_description_reader(
         return DescriptionReader(
             dressings=dressings,
             contents=tuple(contents),
-            language=language,
-            format=dressing,
+            language=of_language,
+            format=of_format,
             content=train_label_reader(part, owner, ReaderShape(width, len(contents)), recipe),
             guard=OodDetector.without_limit(part.sentence, [contents[i] for i in owner.tolist()]),
             limit=math.inf,

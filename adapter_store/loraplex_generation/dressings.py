@@ -35,7 +35,7 @@ class Dressings:
 
     @property
     def groups(self) -> tuple[int, int]:
-        """Levels that a head has to tell apart; "no language" comes first."""
+        """Levels that readers have to tell apart; "no language" comes first."""
         return 1 + len(self.languages), len(self.formats)
 
     def labels(self, language: str, dressing: str) -> tuple[int, int]:

@@ -2,9 +2,9 @@
 
 No text is read here. Every content, language and format has a place (a code) in the span of
 directions that all share, and learns it together with them, each content in many formats: so that
-what is learnt of an operation says nothing of the format. Afterwards a reader learns from phrasings
-to find the contents (`description_reader.py`). Rows of held-out tasks are in no step, and words of
-held-out operations in no phrasing.
+what is learnt of an operation says nothing of the format. Afterwards readers learn from phrasings
+to find content, language and format (`description_reader.py`). Rows of held-out tasks are in no
+step, and words of held-out operations in no phrasing.
 
 Training begins with the library's joint vectors, or beside a map: its rows then stay as they are,
 and a few directions come to them.
@@ -47,6 +47,7 @@ __all__ = ["Start", "TextMapRecipe", "TextMapTraining", "refit_reader", "train_t
 _NEW, _BESIDE = 96, 32  # directions, by default
 _LEAST_SHARE = 1e-5  # of what the tasks' adapters are made of: directions below are left out
 _LENGTH = 10.0  # of kept directions while codes are trained: the same step moves an adapter alike
+_LEARNING_TO_READ = "learning to read descriptions: a quarter of an hour for hundreds of contents"
 _SHORTEST = 1e-6  # a row that four bits have made zero
 
 
@@ -299,7 +300,7 @@ def train_text_map(
     training = TextMapTraining(base, layout, data, trainable(split), recipe, start)
     state = folder / "training.safetensors"
     training.run(state, report=report, every_s=300)
-    report("learning to read descriptions")
+    report(_LEARNING_TO_READ)
     reader = train_description_reader(encoder, start.dressings, start.contents, reading)
     path = training.finished(reader, tasks).save(shipped)
     state.unlink()  # the next run begins beside the new map
@@ -310,8 +311,11 @@ def refit_reader(
     folder: Path,
     encoder: SentenceEncoder,
     reading: ReaderRecipe = ReaderRecipe(),  # noqa: B008  frozen value
+    *,
+    report: Callable[[str], None] = lambda line: None,
 ) -> Path:
-    """Learns anew to read descriptions for the map in `folder`; its rows and codes keep their bits.
+    """Learns anew to read and refuse descriptions for the map in `folder`, whose rows and codes
+    keep their bits.
 
     Raises NotTrained where there is no map, GeneratorMismatch for a file of another format.
     """
@@ -319,6 +323,7 @@ def refit_reader(
     if not path.is_file():
         raise NotTrained(f"no {path.name}; run `loraplex generator text-map`")
     known = TextMap.load(path)
+    report(_LEARNING_TO_READ)
     reader = train_description_reader(encoder, known.dressings, known.contents, reading)
     return replace(known, reader=reader).save(folder)
 

@@ -128,8 +128,9 @@ def reader(
 
     torch.set_num_threads(threads)
     encoder = SentenceEncoder(local_models(context).resolve_encoder())
-    show("learning to read descriptions: a quarter of an hour on two cores, some 5 GB of memory")
-    path = refit_reader(shipped or shipped_folder(), encoder)
+    path = refit_reader(
+        shipped or shipped_folder(), encoder, report=lambda line: show(line, flush=True)
+    )
     show(f"{path.name}  limit {TextMap.load(path).reader.limit:.3f}")
 
 

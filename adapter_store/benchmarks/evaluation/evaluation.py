@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from loraplex_generation.bundle import Bundle
+from loraplex_generation.chat_base import ChatBase
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.icm_lora import IcmRecipe
 from loraplex_generation.remembered import Remembered
@@ -70,7 +71,7 @@ def evaluate(
     tasks = {n: s for s in sets for n in split.sets[s]}
     members = [Task.parse(name) for name in tasks]
     bundle = Bundle.load(folder)
-    reader = TaskVectors(lambda: (base, data.codec))
+    reader = TaskVectors(lambda: ChatBase(base, data.codec))
     of_library = [Task.parse(name) for name in bundle.library.tasks]
     conditions = train_conditions(reader, of_library, report)
 

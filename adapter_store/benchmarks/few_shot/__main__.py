@@ -1,7 +1,7 @@
 """Adapters from a sentence and k examples, beside what else one can do with them.
 
 python -m adapter_store.benchmarks.few_shot plan      how long what would take
-python -m adapter_store.benchmarks.few_shot run       on validation tasks; resumable
+python -m adapter_store.benchmarks.few_shot run       on validation tasks, or on the library's tests
 python -m adapter_store.benchmarks.few_shot sweep     recipes, on validation tasks; resumable
 python -m adapter_store.benchmarks.few_shot choose    the recipe, by the sweep
 python -m adapter_store.benchmarks.few_shot test      once, with what was chosen; resumable
@@ -33,6 +33,7 @@ HERE = Path(__file__).parent
 T = TypeVar("T")
 CHOICE, LEDGER = HERE / "choice.json", HERE / "test_runs.jsonl"
 KS = [16, 0, 4, 8, 2, 32]  # in this order
+_SETS = ("validation", "h1", "h2", "h3")
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None)
 
@@ -48,7 +49,10 @@ _Minutes = Annotated[float | None, typer.Option(help="As many whole blocks as fi
 _Base = Annotated[str | None, typer.Option(help="Base model; default: the pulled one.")]
 _Library = Annotated[Path | None, typer.Option(help="Folder of the library. Default: shipped.")]
 _Zoo = Annotated[Path | None, typer.Option(help="Folder with the multi-task LoRA.")]
-_Split = Annotated[str, typer.Option(help="Whose validation tasks: `wide` or `shipped`.")]
+_Split = Annotated[str, typer.Option(help="Whose tasks: `wide` or `shipped`.")]
+_Set = Annotated[
+    str, typer.Option("--set", help="`validation`, or of `shipped` its tests: h1, h2, h3.")
+]
 _New = Annotated[
     str | None,
     typer.Option(
@@ -61,6 +65,7 @@ _New = Annotated[
 def show_plan(
     out: _Out = HERE / "validation.jsonl",
     split: _Split = "wide",
+    of_set: _Set = "validation",
     new: _New = None,
     arm: _Arms = None,
     k: _Ks = None,
@@ -73,7 +78,7 @@ def show_plan(
     """How many cells a run has and how long they take, by what the file has measured."""
     kept = CellFile(out)
     cells = plan(
-        _names(split, new),
+        _names(split, new, of_set),
         arms=_arms(arm, zoo),
         ks=k or KS,
         n_draws=draws,
@@ -95,6 +100,7 @@ def show_plan(
 def run(
     out: _Out = HERE / "validation.jsonl",
     split: _Split = "wide",
+    of_set: _Set = "validation",
     new: _New = None,
     arm: _Arms = None,
     k: _Ks = None,
@@ -106,17 +112,17 @@ def run(
     library: _Library = None,
     zoo: _Zoo = None,
 ) -> None:
-    """The arms on validation tasks."""
+    """The arms on validation tasks, or on those that tested the library."""
     kept = CellFile(out)
     cells = plan(
-        _names(split, new),
+        _names(split, new, of_set),
         arms=_arms(arm, zoo),
         ks=k or KS,
         n_draws=draws,
         rows=rows,
         budget_s=budget_s,
     )
-    _measure(cells, kept, _validation(split, rows), minutes, base, library, zoo)
+    _measure(cells, kept, _held_out(split, of_set, rows), minutes, base, library, zoo)
 
 
 @app.command("sweep")
@@ -136,8 +142,8 @@ def run_sweep(
     """Recipes on validation tasks; the summary compares what every recipe was run on."""
     kept = CellFile(out)
     grid = [GRID[i] for i in recipe] if recipe else GRID
-    cells = sweep(_names(split, None), k=k, n_draws=draws, rows=rows, grid=grid)
-    _measure(cells, kept, _validation(split, rows), minutes, base, library, None)
+    cells = sweep(_names(split), k=k, n_draws=draws, rows=rows, grid=grid)
+    _measure(cells, kept, _held_out(split, "validation", rows), minutes, base, library, None)
     typer.echo(recipe_table(kept))
 
 
@@ -246,10 +252,13 @@ def _arms(asked: Sequence[str] | None, zoo: Path | None) -> list[str]:
     return [name for name in asked or ARMS if zoo is not None or not ARMS[name].needs_multi_task]
 
 
-def _names(split: str, new: str | None) -> Sequence[str]:
+def _names(split: str, new: str | None = None, of: str = "validation") -> Sequence[str]:
     from loraplex_generation.zoo.split import load_split
 
-    return _only(load_split(split).sets["validation"], split, new)
+    sets = {k: v for k, v in load_split(split).sets.items() if k in _SETS}  # no test of `wide`
+    if of not in sets:
+        raise typer.BadParameter(f"{split!r} has no set {of!r} to run; it has {', '.join(sets)}")
+    return _only(sets[of], split, new)
 
 
 def _only(names: Sequence[str], split: str, new: str | None) -> Sequence[str]:
@@ -264,10 +273,18 @@ def _only(names: Sequence[str], split: str, new: str | None) -> Sequence[str]:
     return [name for name in names if novelty(Task.parse(name), trained) == new]
 
 
-def _validation(split: str, rows: int) -> dict[str, HeldOutTask]:
+def _held_out(split: str, of: str, rows: int) -> Mapping[str, HeldOutTask]:
     from .measuring import validation_tasks
 
-    return validation_tasks(_names(split, None), rows)
+    if of == "validation":
+        return validation_tasks(_names(split), rows)
+    tasks = [Task.parse(name) for name in _names(split, of=of)]
+    return {
+        task.name: HeldOutTask(
+            task, tuple(task.test_descriptions()), tuple(task.examples("test", rows))
+        )
+        for task in tasks
+    }
 
 
 def _or_exit(call: Callable[[], T]) -> T:

@@ -45,6 +45,16 @@ def test_a_plan_can_be_of_what_is_new_about_a_task(tmp_path: Path) -> None:
     assert "interpolation" in unknown.output
 
 
+def test_the_librarys_tests_can_be_run_and_the_test_set_cannot(tmp_path: Path) -> None:
+    words = ["plan", "--out", str(tmp_path / "none.jsonl"), "--arm", "ours", "--k", "4"]
+    h1 = RUNNER.invoke(commands.app, [*words, "--draws", "1", "--split", "shipped", "--set", "h1"])
+    assert h1.exit_code == 0, h1.output
+    assert "10 of     10 cells" in h1.output
+    test = RUNNER.invoke(commands.app, [*words, "--set", "test"])
+    assert test.exit_code == 2
+    assert "validation" in test.output
+
+
 def test_the_test_does_not_run_without_a_choice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,7 +208,10 @@ class StoreConfig(Options):
         )
     )
     lora_modules: Annotated[tuple[LoraModule, ...], NoDecode, BeforeValidator(_modules)] = option(
-        (), "An adapter to serve; repeatable.", Panel.ADAPTERS, metavar="NAME=PATH"
+        (),
+        "An adapter to serve, as name=path; repeatable, or with commas.",
+        Panel.ADAPTERS,
+        metavar="NAME=PATH",
     )
     memory_bytes: Bytes | None = option(
         None,
@@ -219,7 +222,8 @@ class StoreConfig(Options):
     )
     root: Path | None = option(
         None,
-        "Where adapters are kept. Default: below $LORAPLEX_HOME, by base.",
+        "Where adapters are kept. Default: adapters/ and the hash of the base, below "
+        "$LORAPLEX_HOME (~/.cache/loraplex).",
         Panel.ADAPTERS,
         name="state_dir",
     )

@@ -48,7 +48,7 @@ class EngineConfig(Options):
     max_queue: _AtLeastOne = option(512, "Waiting requests of a tenant before 429.", Panel.ENGINE)
     kv_memory_bytes: _Size | None = option(
         None,
-        "Of the KV cache, as 2GiB. Default: what fits.",
+        "Of the KV cache, as 2GiB. Default: what fits; 1GiB on a CPU.",
         Panel.ENGINE,
         name="kv_memory",
         metavar="SIZE",
@@ -97,7 +97,7 @@ class EngineConfig(Options):
     max_lora_rank: _AtLeastOne | None = option(None, "Default: any rank that fits.", Panel.ADAPTERS)
     adapter_memory_bytes: _Size | None = option(
         None,
-        "Of adapters on the device. Default: what fits.",
+        "Of adapters on the device. Default: what fits; 1GiB on a CPU.",
         Panel.ADAPTERS,
         name="adapter_memory",
         metavar="SIZE",

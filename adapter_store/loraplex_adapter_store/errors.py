@@ -21,7 +21,7 @@ StoreError
 ├── AdapterPinned           it stays in memory until it is unpinned
 ├── StoredAdapterDamaged    bytes on disk no longer match their digest
 ├── CatalogueUnavailable    the object store of the catalogue does not answer; try again
-├── LoadCancelled           who asked for the adapter left while it was fetched
+├── LoadCancelled           who asked for the adapter left before it was here
 └── StoreClosed             the store was closed
 """
 

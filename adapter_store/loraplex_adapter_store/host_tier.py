@@ -9,13 +9,14 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
-from .errors import HostTierFull
+from .errors import HostTierFull, LoadCancelled
 from .eviction import Policy, Resident, spare_bytes, touch, victims
 from .plan import AdapterPlan
 
 __all__ = ["HostTier", "HostTierStats"]
 
 _MAX_TOLD = 10_000  # digests whose last load is remembered
+_LOOK_S = 0.5  # between looks whether who waits for room has gone
 
 
 @dataclass(slots=True)
@@ -65,15 +66,22 @@ class HostTier:
         self._counters = _Counters()
 
     def lease(
-        self, digest: str, n_bytes: int, load: Callable[[], AdapterPlan], *, tenant: str = ""
+        self,
+        digest: str,
+        n_bytes: int,
+        load: Callable[[], AdapterPlan],
+        *,
+        tenant: str = "",
+        cancelled: threading.Event | None = None,
     ) -> AdapterPlan:
         """Counts a lease and returns the plan, loading it if it is not resident.
 
         Raises what ``load`` raised, or HostTierFull; then no lease is held. ``n_bytes`` is the size
         expected, made room for before the load. ``tenant`` has the adapter: it takes from others
-        only what they have beyond an equal share.
+        only what they have beyond an equal share. ``cancelled`` ends the wait for room:
+        LoadCancelled.
         """
-        entry, is_mine = self._join(digest, n_bytes, tenant)
+        entry, is_mine = self._join(digest, n_bytes, tenant, cancelled)
         if is_mine:
             self._fly(digest, entry, load)
         try:
@@ -198,12 +206,14 @@ class HostTier:
                 load_seconds=self._counters.load_seconds,
             )
 
-    def _join(self, digest: str, n_bytes: int, tenant: str) -> tuple[_Entry, bool]:
+    def _join(
+        self, digest: str, n_bytes: int, tenant: str, cancelled: threading.Event | None = None
+    ) -> tuple[_Entry, bool]:
         with self._changed:
             self._clock += 1
             entry = self._entries.get(digest)
             if entry is None:
-                entry = self._make_room(digest, n_bytes, tenant)
+                entry = self._make_room(digest, n_bytes, tenant, cancelled)
             if entry is not None:
                 self._counters.hits += 1
                 entry.resident = touch(entry.resident, self._clock)
@@ -216,7 +226,9 @@ class HostTier:
             self._counters.loads += 1
             return entry, True
 
-    def _make_room(self, digest: str, n_bytes: int, tenant: str) -> _Entry | None:
+    def _make_room(
+        self, digest: str, n_bytes: int, tenant: str, cancelled: threading.Event | None
+    ) -> _Entry | None:
         """Evicts until ``n_bytes`` fit, waiting for leases; an entry if another thread made it."""
         deadline = time.monotonic() + self._wait_s
         while True:
@@ -228,14 +240,16 @@ class HostTier:
                 for key in chosen:
                     self._evict(key)
                 return None
+            if cancelled is not None and cancelled.is_set():
+                raise LoadCancelled("the request that asked for the adapter has gone")
             left = deadline - time.monotonic()
-            if n_bytes > self._n_bytes or left <= 0:
+            if n_bytes > self._n_bytes - self._pinned_bytes() or left <= 0:
                 raise HostTierFull(
                     f"adapter {digest[:12]} needs {n_bytes} bytes of host memory, "
                     f"{self._n_bytes - self._used()} of {self._n_bytes} are free and the rest is "
                     "leased or pinned; raise the host budget or unpin adapters"
                 )
-            self._changed.wait(left)
+            self._changed.wait(min(left, _LOOK_S))
             if digest in self._entries:
                 return self._entries[digest]
 
@@ -274,6 +288,9 @@ class HostTier:
         if n_bytes <= self._n_bytes / len({*used, tenant}):  # what exceeds a share takes from all
             spare = spare_bytes(used, self._n_bytes, tenant)
         return victims(self._evictable(), missing, self._clock, self._policy, spare)
+
+    def _pinned_bytes(self) -> int:
+        return sum(e.n_bytes for digest, e in self._entries.items() if digest in self._pinned)
 
     def _evictable(self) -> list[Resident]:
         return [

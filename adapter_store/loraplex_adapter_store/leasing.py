@@ -57,6 +57,8 @@ class Leasing:
         self, selector: Selector, cancelled: threading.Event | None = None, *, tenant: str = ""
     ) -> AdapterLease:
         """Raises UnknownAdapter, InvalidSelector, HostTierFull, UnservableAdapter or damage."""
+        if cancelled is not None and cancelled.is_set():
+            raise LoadCancelled("the request that asked for the adapter has gone")
         for ref in _refs(selector):
             self._refresh.follow_ref(ref)
         if isinstance(selector, NameRef):
@@ -107,6 +109,7 @@ class Leasing:
                         content.host_bytes,
                         lambda: self._loader.load(content, cancelled),
                         tenant=tenant_of(record.name),
+                        cancelled=cancelled,
                     )
                     return self._lease(record, content, plan)
                 except LoadCancelled:  # by another request, whose load this one waited for

@@ -366,8 +366,9 @@ class AdapterStore:
         UnknownAdapter, InvalidSelector (descriptions and "auto" are resolved before), HostTierFull,
         or StoredAdapterDamaged.
 
-        ``cancelled`` ends a fetch from the catalogue, within seconds: LoadCancelled. ``tenant``:
-        who asks, and has the memory that a mixture takes; an adapter's counts as its owner's.
+        ``cancelled`` ends a fetch from the catalogue and a wait for room, within seconds:
+        LoadCancelled. ``tenant``: who asks, and has the memory that a mixture takes; an adapter's
+        counts as its owner's.
         """
         self._check_open()
         wanted = parse_selector(selector) if isinstance(selector, str) else selector

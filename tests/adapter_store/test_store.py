@@ -18,6 +18,7 @@ from loraplex_adapter_store.errors import (
     HostTierFull,
     InvalidName,
     InvalidSelector,
+    LoadCancelled,
     RevisionConflict,
     StoreClosed,
     StoredAdapterDamaged,
@@ -343,6 +344,35 @@ def test_a_load_waits_for_room_that_a_lease_gives_back(
             lease.release()
             with waiting.result(timeout=20) as second:
                 assert seed_of(second.plan) == 2
+
+
+def test_who_has_left_waits_for_no_room(tmp_path: Path, base: BaseSpec, opened: OpenStore) -> None:
+    limits = StoreLimits(host_wait_s=600.0)
+    with opened(tmp_path / "s", base, host_bytes=plan_bytes(), limits=limits) as store:
+        put(store, "a1", 1)
+        put(store, "a2", 2)
+        left = threading.Event()
+        with store.acquire("a1"), ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(store.acquire, "a2", left)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=0.2)
+            left.set()
+            with pytest.raises(LoadCancelled):
+                waiting.result(timeout=20)
+            with pytest.raises(LoadCancelled):  # nor does a load begin that had to queue till then
+                store.acquire("a1", left)
+
+
+def test_what_pins_leave_no_room_for_is_refused_at_once(
+    tmp_path: Path, base: BaseSpec, opened: OpenStore
+) -> None:
+    limits = StoreLimits(host_wait_s=600.0)
+    with opened(tmp_path / "s", base, host_bytes=2 * plan_bytes() - 1, limits=limits) as store:
+        put(store, "a1", 1)
+        put(store, "a2", 2)
+        store.pin("a1")
+        with ThreadPoolExecutor(1) as pool, pytest.raises(HostTierFull, match="unpin"):
+            pool.submit(store.acquire, "a2").result(timeout=20)
 
 
 def test_a_plan_larger_than_the_tier_is_refused_at_once(

@@ -332,7 +332,7 @@ class AdapterResolver:
         cancelled = threading.Event()
         tenant = access.tenant or ""
         acquire = functools.partial(self._store.acquire, selector, cancelled, tenant=tenant)
-        future = loop.run_in_executor(self._pools.loads, acquire)
+        future = await self._pools.loads.run(tenant, acquire)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:  # the client left while the thread was loading

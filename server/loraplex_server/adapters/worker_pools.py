@@ -5,9 +5,49 @@ A deletion that waits for running requests, or for the device, holds no thread.
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, ThreadPoolExecutor
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+from weakref import WeakValueDictionary
 
-__all__ = ["WorkerPools"]
+__all__ = ["TenantShares", "WorkerPools"]
+
+_T = TypeVar("_T")
+
+
+class TenantShares:
+    """Of a pool's threads, so that the work of one tenant never holds all. Event loop only."""
+
+    def __init__(self, pool: Executor, n_threads: int) -> None:
+        """``n_threads`` that a tenant may have at a time."""
+        self._pool, self._n_threads = pool, n_threads
+        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    async def run(self, tenant: str, work: Callable[[], _T]) -> asyncio.Future[_T]:
+        """What the pool will have made of ``work``, which begins once the tenant has a thread."""
+        places = self._places.get(tenant)
+        if places is None:
+            places = self._places[tenant] = asyncio.Semaphore(self._n_threads)
+        await places.acquire()
+        loop = asyncio.get_running_loop()
+
+        def give_back(done: Future[_T]) -> None:  # on the thread: it is free then, not before
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(places.release)
+
+        try:
+            made = self._pool.submit(work)
+        except BaseException:
+            places.release()
+            raise
+        made.add_done_callback(give_back)
+        return asyncio.wrap_future(made)
+
+    def close(self) -> None:
+        """Drops what has not started."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class WorkerPools:
@@ -16,7 +56,8 @@ class WorkerPools:
     def __init__(self) -> None:
         self.reads = _pool(2, "reads")  # cards and listings; at most a short disk read
         self.catalogue = _pool(16, "catalogue")  # reads that may wait for an object store
-        self.loads = _pool(8, "loads")  # from disk to host memory; may wait for room there
+        # from disk to host memory; may wait for room there
+        self.loads = TenantShares(_pool(16, "loads"), 8)
         self.changes = _pool(4, "changes")  # uploads are checked and written, names removed
         self.jobs = _pool(4, "jobs")  # downloads
         self.generation = _pool(1, "generation")  # adapters are made one at a time
@@ -25,7 +66,8 @@ class WorkerPools:
 
     def close(self) -> None:
         """Drops what has not started; what runs goes on until it is done."""
-        quick = (self.reads, self.catalogue, self.loads, self.changes)
+        self.loads.close()
+        quick = (self.reads, self.catalogue, self.changes)
         for pool in (*quick, self.jobs, self.generation, self.batches, self.encoder):
             pool.shutdown(wait=False, cancel_futures=True)
 

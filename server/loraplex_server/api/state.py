@@ -47,7 +47,7 @@ from .fleet import Fleet
 from .lifecycle import Lifecycle
 from .validation import UnknownFields
 
-__all__ = ["AppState", "State", "followed", "in_store_thread", "state_of"]
+__all__ = ["AppState", "State", "followed", "in_load_thread", "in_store_thread", "state_of"]
 
 T = TypeVar("T")
 
@@ -135,3 +135,14 @@ async def in_store_thread(
         return await loop.run_in_executor(pool or reads, work)
     except StoreError as error:
         raise from_store(error, param=param, access=access) from error
+
+
+async def in_load_thread(state: AppState, work: Callable[[], T], access: AdapterAccess) -> T:
+    """Runs a call of the store that may load an adapter, on one of its tenant's threads for that.
+
+    Raises ApiError.
+    """
+    try:
+        return await (await state.pools.loads.run(access.tenant or "", work))
+    except StoreError as error:
+        raise from_store(error, param="name", access=access) from error

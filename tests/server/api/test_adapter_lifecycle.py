@@ -305,6 +305,19 @@ async def test_pin_unpin_warm_and_delete_reach_the_device(
     assert device.told == [(what, digest) for what in ("pin", "unpin", "warm", "unload")]
 
 
+async def test_the_last_name_but_one_takes_nothing_off_the_device(
+    on_device: tuple[Front, Device], base_spec: BaseSpec
+) -> None:
+    front, device = on_device
+    device_follows(parts_of(front.app))
+    front.store.put_directory("bard", write_lora(front.root / "bard", base_spec))
+    assert front.store.get("bard").digest == front.store.get("poet").digest
+    report = (await front.client.delete("/v1/adapters/bard")).json()
+    assert report["n_bytes_freed"] == {"disk": 0, "host": 0, "device": 0}
+    assert device.told == []
+    assert (await front.client.delete("/v1/adapters/poet")).json()["n_bytes_freed"]["device"] > 0
+
+
 async def test_weights_stay_pinned_on_the_device_while_one_of_their_names_is(
     on_device: tuple[Front, Device],
 ) -> None:
@@ -352,6 +365,7 @@ async def test_what_the_engine_dies_under_is_a_503(
     on_device: tuple[Front, Device], call: tuple[str, str]
 ) -> None:
     front, device = on_device
+    device_follows(parts_of(front.app))
     device.dead = True  # it dies between the check and the unload
     answer = await front.client.request(call[0], f"/v1/adapters/poet{call[1]}")
     assert (answer.status_code, code_of(answer)) == (503, "engine_dead")

@@ -39,7 +39,7 @@ from loraplex_server.api.protocol.adapters import (
     JobShown,
 )
 from loraplex_server.api.protocol.errors import errors
-from loraplex_server.api.state import AppState, State, in_store_thread
+from loraplex_server.api.state import AppState, State, in_load_thread, in_store_thread
 from loraplex_server.api.validation import read_body, validated
 from loraplex_server.api_keys import AdapterAccess
 
@@ -85,12 +85,7 @@ async def pin_adapter(request: Request, name: OwnName, state: State) -> Response
     """Keeps it in host memory, and on the device once it is there."""
     state.lifecycle.check_engine()
     access = access_of(request)
-    card = await in_store_thread(
-        state,
-        lambda: state.store.pin(name, access.quota),
-        access,
-        pool=state.pools.loads,
-    )
+    card = await in_load_thread(state, lambda: state.store.pin(name, access.quota), access)
     return card_response(state, access_of(request), card)
 
 

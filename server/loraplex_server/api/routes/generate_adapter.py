@@ -16,7 +16,7 @@ from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import Adapter, GenerateAdapterBody, JobShown
 from loraplex_server.api.protocol.errors import errors
-from loraplex_server.api.state import AppState, State, in_store_thread
+from loraplex_server.api.state import AppState, State, in_load_thread, in_store_thread
 from loraplex_server.api_keys import GENERATED, AdapterAccess
 from loraplex_server.engine.errors import EngineError
 
@@ -121,18 +121,16 @@ async def _answer(
     card: AdapterCard,
     report: Report,
 ) -> Response:
-    agreement = await _agreement(state, card) if body.probe else None
+    agreement = await _agreement(state, access, card) if body.probe else None
     shown = {**shown_card(access, card, Seen.of(state), report), "base_agreement": agreement}
     return ORJSONResponse(shown, status=201, headers={"etag": f'"{card.digest}"'})
 
 
-async def _agreement(state: AppState, card: AdapterCard) -> float | None:
+async def _agreement(state: AppState, access: AdapterAccess, card: AdapterCard) -> float | None:
     """None where the engine is too busy to be asked, or the adapter is gone again."""
     ref = NameRef(card.name, card.digest[:12])
     try:
-        lease = await in_store_thread(
-            state, lambda: state.store.acquire(ref), pool=state.pools.loads
-        )
+        lease = await in_load_thread(state, lambda: state.store.acquire(ref), access)
     except ApiError:
         return None
     with lease:

@@ -216,3 +216,29 @@ async def test_an_answer_of_too_many_log_probabilities_is_refused(front: Front) 
     whole = await front.complete(prompt=ids, prompt_logprobs=20, n=2)
     shown = json.loads(whole.content)["choices"]
     assert [len(choice["prompt_logprobs"]) for choice in shown] == [3000, 3000]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_those_of_an_echo_count_too(front: Front, stream: bool) -> None:
+    front.engine.max_model_len, front.engine.max_queue = 4096, 64
+    ids = [5] * 3000
+    scored = {"echo": True, "logprobs": 20, "max_tokens": 1}
+    refused = await front.complete(prompt=ids, **scored, n=3, stream=stream)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "logprobs"
+    assert "131,072" in refused.json()["error"]["message"]
+    assert not front.engine.requests
+    whole = (await front.complete(prompt=ids, **scored, n=2)).json()["choices"]
+    assert [len(choice["logprobs"]["tokens"]) for choice in whole] == [3001, 3001]
+    for few in ({"echo": False}, {"logprobs": None}, {"logprobs": 0}):
+        answer = await front.complete(prompt=ids, **{**scored, **few}, n=3)
+        assert answer.status_code == 200
+
+
+async def test_those_of_both_fields_count_together(front: Front) -> None:
+    front.engine.max_model_len, front.engine.max_queue = 4096, 64
+    both = {"prompt": [5] * 3000, "echo": True, "logprobs": 20, "prompt_logprobs": 20}
+    assert (await front.complete(**both)).status_code == 200
+    refused = await front.complete(**both, n=2)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "prompt_logprobs"

@@ -163,6 +163,12 @@ class TextCall(ABC):
     @abstractmethod
     def with_logprobs(self) -> bool: ...
 
+    @property
+    def prompt_logprobs_asked(self) -> dict[str, int]:
+        """By field: how many most likely tokens are shown at each token of the prompts."""
+        n_top = self._body.prompt_logprobs
+        return {} if n_top is None else {"prompt_logprobs": n_top}
+
     def chosen(self, choices: Sequence[CollectedChoice]) -> Sequence[CollectedChoice]:
         """Of what was generated, what is answered."""
         return choices
@@ -259,17 +265,17 @@ class TextCall(ABC):
 
     def _check_prompt_logprobs(self, prompts: Sequence[Prompt]) -> None:
         """Raises ApiError (400) for more than one answer may hold."""
-        n_top = self._body.prompt_logprobs
-        if n_top is None:
-            return
+        asked = self.prompt_logprobs_asked
+        per_token = sum(n_top + 1 for n_top in asked.values())
         n_shown = self.n if self.shows_prompt_in_each_choice else 1
-        n_entries = sum(len(prompt.ids) for prompt in prompts) * (n_top + 1) * n_shown
+        n_entries = sum(len(prompt.ids) for prompt in prompts) * per_token * n_shown
         if n_entries > _MAX_PROMPT_LOGPROBS:
+            fields = " and ".join(f"{field}: {n_top}" for field, n_top in asked.items())
             raise invalid(
-                f"prompt_logprobs: {n_top} would give {n_entries:,} log-probabilities (tokens of "
-                f"the prompts × {n_top + 1} × choices that show them), an answer has at most "
+                f"{fields} would give {n_entries:,} log-probabilities (tokens of the prompts × "
+                f"{per_token} × choices that show them), an answer has at most "
                 f"{_MAX_PROMPT_LOGPROBS:,}; ask for fewer or send less at once",
-                "prompt_logprobs",
+                next(iter(asked)),
             )
 
     def _head(self, resolved: ResolvedAdapter, prompts: Sequence[Prompt]) -> AnswerHead:

@@ -62,6 +62,13 @@ class CompletionCall(TextCall):
     def with_logprobs(self) -> bool:
         return self._completion.logprobs is not None
 
+    @property
+    def prompt_logprobs_asked(self) -> dict[str, int]:
+        asked = super().prompt_logprobs_asked
+        if self._completion.echo and self._completion.logprobs is not None:
+            asked["logprobs"] = self._completion.logprobs
+        return asked
+
     async def prompts(self, resolved: ResolvedAdapter) -> Sequence[Prompt]:
         encoded = await self._encode()
         sampling = await self._sampling()
@@ -95,14 +102,11 @@ class CompletionCall(TextCall):
 
     async def _sampling(self) -> SamplingParams:
         body = self._completion
-        of_prompt = [body.prompt_logprobs] if body.prompt_logprobs is not None else []
-        if body.echo and body.logprobs is not None:
-            of_prompt.append(body.logprobs)
         return await sampling_params(
             body,
             self.state.text,
             logprobs=body.logprobs if self._best_of == self._n_answered else body.logprobs or 0,
-            prompt_logprobs=max(of_prompt, default=None),
+            prompt_logprobs=max(self.prompt_logprobs_asked.values(), default=None),
         )
 
     def _prompt(self, ids: tuple[int, ...], sampling: SamplingParams) -> Prompt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.base_agreement import PROBES
 from loraplex_server.adapters.description_resolver import DescriptionResolver
 from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_server.api_keys import parse_keys
 from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.settings import HttpConfig
 from tests.server.conftest import Front, make_front
 from tests.support.scripted_generator import ScriptedGenerator
 from tests.support.word_encoder import WordEncoder
@@ -35,6 +38,18 @@ def generating(
     tmp_path: Path,
     generator: ScriptedGenerator,
 ) -> Iterator[Front]:
+    with generating_front(tokenizer, base_spec, tmp_path, generator) as front:
+        yield front
+
+
+@contextlib.contextmanager
+def generating_front(
+    tokenizer: PreTrainedTokenizerFast,
+    base_spec: BaseSpec,
+    folder: Path,
+    generator: ScriptedGenerator,
+    http: HttpConfig | None = None,
+) -> Iterator[Front]:
     """A front that can generate adapters."""
     with contextlib.ExitStack() as closing:
 
@@ -45,7 +60,7 @@ def generating(
             closing.callback(resolver.close)
             return {"generated": generated, "resolver": resolver}
 
-        front = make_front(tokenizer, base_spec, tmp_path, with_store=parts)
+        front = make_front(tokenizer, base_spec, folder, http, with_store=parts)
         yield front
     front.store.close()
 
@@ -59,6 +74,27 @@ async def test_a_name_that_a_route_has_is_refused_before_anything_is_made(
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")
     assert "choose another name" in answer.json()["error"]["message"]
     assert generator.n_made == 0
+
+
+async def test_an_empty_name_is_refused_and_is_no_way_around_the_keys_adapters(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    digest = hashlib.sha256(b"team-key").hexdigest()
+    keys = parse_keys(
+        f'[[key]]\nname = "team"\nsha256 = "{digest}"\nscope = "admin"\nadapters = ["team-a/*"]\n'
+    )
+    http = HttpConfig(api_keys=keys)
+    with generating_front(
+        tokenizer, base_spec, tmp_path, ScriptedGenerator(base_spec), http
+    ) as front:
+        front.headers = {"authorization": "Bearer team-key"}
+        body = {"description": "to French"}
+        assert (await front.post("/v1/adapters/generate", body)).status_code == 403
+        answer = await front.post("/v1/adapters/generate", {**body, "name": ""})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "name")
+        named = {**body, "name": "team-a/french"}
+        assert (await front.post("/v1/adapters/generate", named)).status_code == 201
+        assert [card.name for card in front.store.list()] == ["team:team-a/french"]
 
 
 async def test_a_description_becomes_an_adapter_that_can_be_named(generating: Front) -> None:

@@ -100,7 +100,7 @@ class GenerateAdapterBody(BaseModel):
     wait: bool = False  # for the job's end: 201 and the card
     method: GenerationMethod = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
-    name: Annotated[str, Field(max_length=128)] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     ttl_s: Annotated[float, Field(gt=0, le=30 * 86400)] | None = None
     samples: Annotated[int, Field(ge=0, le=16)] = 0
     force: bool = False

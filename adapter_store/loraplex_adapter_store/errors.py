@@ -136,11 +136,12 @@ class QuotaExceeded(StoreError):
 
 
 class RevisionConflict(StoreError):
-    """``current`` is the digest the name has now, None if it does not exist."""
+    """``digest`` and ``etag`` are those the name has now, None if it does not exist."""
 
-    def __init__(self, message: str, current: str | None) -> None:
+    def __init__(self, message: str, digest: str | None, etag: str | None) -> None:
         super().__init__(message)
-        self.current = current
+        self.digest = digest
+        self.etag = etag
 
 
 class SourceError(StoreError):

@@ -62,19 +62,21 @@ class Put(NamedTuple):
 
 def check_match(name: str, current: NameRecord | None, if_match: str | None, replace: bool) -> None:
     """Raises RevisionConflict where ``name`` may not move. ``replace`` False: it must be new."""
-    digest = None if current is None else current.digest
+    digest, etag = (None, None) if current is None else (current.digest, current.etag)
     if if_match is not None and (current is None or not current.matches(if_match)):
-        now = "does not exist" if current is None else f"has digest {current.etag}"
-        raise RevisionConflict(f"adapter {name!r} {now}, not {if_match}", digest)
+        now = "does not exist" if current is None else f"has digest {etag}"
+        raise RevisionConflict(f"adapter {name!r} {now}, not {if_match}", digest, etag)
     if not replace and current is not None:
-        raise RevisionConflict(f"adapter {name!r} exists already (digest {digest})", digest)
+        raise RevisionConflict(f"adapter {name!r} exists already (digest {digest})", digest, etag)
 
 
 def check_unchanged(current: NameRecord, if_match: str | None) -> None:
     """Raises RevisionConflict if the card is not the one that was seen."""
     if if_match is not None and if_match != current.etag:
         raise RevisionConflict(
-            f"adapter {current.name!r} has ETag {current.etag}, not {if_match}", current.digest
+            f"adapter {current.name!r} has ETag {current.etag}, not {if_match}",
+            current.digest,
+            current.etag,
         )
 
 

@@ -48,9 +48,11 @@ class SharedContents:
         since = self._offered.get(content.upload)
         if since is None:
             if all(content.upload != kept.content.upload for kept in state.revisions):
-                digest = None if state.record is None else state.record.digest
+                now = state.record
                 raise RevisionConflict(
-                    f"adapter {state.name!r} has not kept {content.digest[:12]} any more", digest
+                    f"adapter {state.name!r} has not kept {content.digest[:12]} any more",
+                    None if now is None else now.digest,
+                    None if now is None else now.etag,
                 )
         elif self._freshness.now() - since > GRACE_S / 2:
             raise CatalogueUnavailable("the upload took too long to get its name; send it again")

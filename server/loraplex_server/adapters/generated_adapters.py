@@ -335,7 +335,7 @@ class GeneratedAdapters:
             try:
                 return self._put(name, made, options)
             except RevisionConflict as conflict:
-                if conflict.current != draft:
+                if conflict.digest != draft:
                     raise  # else: its card was edited since
 
     def _put(
@@ -395,7 +395,7 @@ def _check_same(card: AdapterCard, digest: str) -> None:
     """Raises RevisionConflict."""
     if card.digest != digest:
         told = f"adapter {card.name!r} has digest {card.digest}, not {digest}"
-        raise RevisionConflict(told, card.digest)
+        raise RevisionConflict(told, card.digest, card.etag)
 
 
 def _is_ours(name: str) -> bool:

@@ -175,8 +175,8 @@ def _from_store(
             return ApiError(403, str(error), code="quota_exceeded")
         case store_errors.RevisionConflict():
             headers = {"x-should-retry": "false"}
-            if error.current is not None:
-                headers["etag"] = f'"{error.current}"'
+            if error.etag is not None:
+                headers["etag"] = f'"{error.etag}"'
             return ApiError(412, str(error), code="revision_conflict", param=param, headers=headers)
         case store_errors.LimitExceeded():
             return ApiError(413, str(error), code="adapter_too_large", param=param)

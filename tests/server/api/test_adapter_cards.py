@@ -295,11 +295,16 @@ async def test_two_patches_from_the_same_card_conflict(lora: Front) -> None:
     assert first.status_code == 200
     second = await patch(lora, {"description": "two"}, **{"If-Match": seen})
     assert second.status_code == 412
+    assert second.headers["etag"] == first.headers["etag"]
     shown = await lora.client.get(PIRATE)
     assert shown.json()["description"] == "one"
     assert shown.headers["etag"] == first.headers["etag"] != seen
-    third = await patch(lora, {"description": "three"}, **{"If-Match": first.headers["etag"]})
+    third = await patch(lora, {"description": "three"}, **{"If-Match": second.headers["etag"]})
     assert third.status_code == 200
+    taken = await lora.client.put(
+        PIRATE, json={"source": "pirate"}, headers={**lora.headers, "If-None-Match": "*"}
+    )
+    assert taken.headers["etag"] == third.headers["etag"]
 
 
 async def test_an_edited_card_is_there_after_a_restart(lora: Front) -> None:

@@ -110,6 +110,19 @@ async def test_a_description_becomes_an_adapter_that_can_be_named(generating: Fr
     assert reply.json()["adapter"]["digest"] == card["digest"]
 
 
+async def test_the_etag_of_an_edited_adapter_is_its_cards(generating: Front) -> None:
+    body = {"description": "to French"}
+    first = await generating.post("/v1/adapters/generate", body)
+    path = f"/v1/adapters/{first.json()['name']}"
+    edited = await generating.client.patch(path, json={"description": "French"})
+    again = await generating.post("/v1/adapters/generate", body)
+    assert again.headers["etag"] == edited.headers["etag"] != first.headers["etag"]
+    changed = await generating.client.patch(
+        path, json={"description": "fr"}, headers={"If-Match": again.headers["etag"]}
+    )
+    assert changed.status_code == 200
+
+
 async def test_a_description_inside_a_request_is_served_by_its_adapter(generating: Front) -> None:
     answer = await generating.chat(adapter={"description": "to French"})
     body = answer.json()

@@ -123,7 +123,7 @@ async def _answer(
 ) -> Response:
     agreement = await _agreement(state, access, card) if body.probe else None
     shown = {**shown_card(access, card, Seen.of(state), report), "base_agreement": agreement}
-    return ORJSONResponse(shown, status=201, headers={"etag": f'"{card.digest}"'})
+    return ORJSONResponse(shown, status=201, headers={"etag": f'"{card.etag}"'})
 
 
 async def _agreement(state: AppState, access: AdapterAccess, card: AdapterCard) -> float | None:

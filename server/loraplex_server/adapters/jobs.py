@@ -114,6 +114,10 @@ class Jobs:
             return None
         return job if access.allows(job.adapter) else None
 
+    def __contains__(self, job_id: str) -> bool:
+        """Whether it is remembered, whoever may see it."""
+        return job_id in self._jobs
+
     def runs(self, job_id: str) -> bool:
         """Any thread."""
         job = self._jobs.get(job_id)

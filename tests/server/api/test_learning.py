@@ -894,6 +894,26 @@ async def test_a_job_that_a_restart_cut_off_says_so_and_its_draft_stays(
         assert (await front.client.get("/v1/jobs/job-0")).status_code == 404
 
 
+async def test_a_job_that_a_key_may_not_see_is_missing_and_not_lost(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    keys = (ApiKey.of("admin-secret", Scope.ADMIN), ApiKey.of("infer-secret", Scope.INFER))
+    http = HttpConfig(api_keys=keys)
+    with learning_front(tokenizer, base_spec, tmp_path, ScriptedTrainer, http=http) as front:
+        front.headers = {"authorization": "Bearer admin-secret"}
+        job = (await front.post(GENERATE, ORDER)).json()
+        shown = await front.client.get(f"/v1/jobs/{job['id']}", headers=front.headers)
+        assert shown.json()["status"] == "running"
+        reader = {"authorization": "Bearer infer-secret"}
+        for path in ("", "/events"):
+            told = [
+                await front.client.get(f"/v1/jobs/{id}{path}", headers=reader)
+                for id in (job["id"], "job-0")
+            ]
+            assert [answer.status_code for answer in told] == [404, 404]
+            assert told[0].text.replace(job["id"], "job-0") == told[1].text
+
+
 @pytest.mark.parametrize("how", ["cancelled", "out_of_time"])
 async def test_a_job_that_is_not_remembered_says_how_it_ended(
     tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path, how: str

@@ -56,7 +56,7 @@ async def _job(state: AppState, request: Request, job_id: str) -> Job:
     access = access_of(request)
     job = state.jobs.get(job_id, access)
     learning = state.learning
-    if job is None and learning is not None:
+    if job is None and learning is not None and job_id not in state.jobs:
         job = await in_store_thread(state, lambda: learning.lost(job_id, access), access)
     if job is None:
         raise not_found(f"job {job_id[:64]!r} is not known (any more)", "job_id", "job_not_found")

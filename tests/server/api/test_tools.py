@@ -121,6 +121,9 @@ async def test_only_the_first_call_counts_without_parallel_calls(front: Front) -
         '<tool_call>[{"foo": 1}]</tool_call>',
         '<tool_call>[{"name": 3}]</tool_call>',
         '<tool_call>{"na',
+        '<tool_call>{"name": "get_weather</tool_call>',
+        '<tool_call>{"arguments": {"city": "Oslo"}</tool_call>',
+        'Well: <tool_call>\n{"na\n</tool_call> or <tool_call>[{</tool_call>, as you like',
         "plain text with <tool",
     ],
 )

@@ -127,7 +127,7 @@ class MessageParser:
             elif kind == "region_chunk":
                 yield from self._call_text(str(event["text"]))
             else:
-                yield from self._calls_end(event["value"], at_end)
+                yield from self._calls_end(event["value"], "" if at_end else self._spec.markers[1])
         elif kind == "region_chunk":
             name: Literal["content", "reasoning"] = (
                 "reasoning" if field in REASONING_FIELDS else "content"
@@ -149,7 +149,7 @@ class MessageParser:
             whole = self._spec.markers[0] + self._region
             yield from self._text("content", unread if self._region_calls else whole)
 
-    def _calls_end(self, value: object, at_end: bool) -> Iterator[MessagePiece]:
+    def _calls_end(self, value: object, close: str) -> Iterator[MessagePiece]:
         if not self._spec.reads_json:
             calls = [_named(called) for called in (value if isinstance(value, list) else [value])]
             if not all(calls):  # no call to the letter
@@ -158,10 +158,10 @@ class MessageParser:
                 assert call is not None
                 yield from self._call(*call)
         elif self._reader.broken:
-            yield from self._text("content", "" if at_end else self._spec.markers[1])
-        elif at_end and not self._region_calls and self._region.strip(" \n[]"):
-            # cut off before a name was known
-            yield from self._text("content", self._spec.markers[0] + self._region)
+            yield from self._text("content", close)
+        elif not self._region_calls and self._region.strip(" \n[]"):
+            # ended before a name was known
+            yield from self._text("content", self._spec.markers[0] + self._region + close)
         self._region = ""
 
     def _call(self, name: str | None, arguments: str) -> Iterator[MessagePiece]:

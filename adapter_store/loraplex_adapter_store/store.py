@@ -89,9 +89,10 @@ class AdapterStore:
         the adapter, or on the one that loads it. ``check`` is for a store without an engine: it
         refuses what none could serve. ``faults`` hears of disk and catalogue failing.
 
-        ``catalogue``: names and contents are there, for all servers that share it; ``root`` keeps
-        what this one uses. Methods then block for the network where the text of one does not say
-        otherwise, and may raise CatalogueUnavailable.
+        ``catalogue``: names and contents are there, for all servers that share it; a folder of
+        ``root`` keeps what this one uses, apart from what it has without one. Methods then block
+        for the network where the text of one does not say otherwise, and may raise
+        CatalogueUnavailable.
         """
         self.base = base
         self.root = root
@@ -101,8 +102,10 @@ class AdapterStore:
         disk.make_directory(root)
         self._give_up = own_root(root)
         try:
-            self._files = files = ContentFiles(root, disk, faults)
-            self._packed = packed = PackedFiles(root, disk, packer)
+            # A cache of the catalogue is swept by its names, which are not those of the registry.
+            folder = root if catalogue is None else root / "catalogue-cache"
+            self._files = files = ContentFiles(folder, disk, faults)
+            self._packed = packed = PackedFiles(folder, disk, packer)
             shared, contents = None, None
             if catalogue is not None:
                 freshness = Freshness(catalogue_limits, faults)

@@ -466,13 +466,13 @@ def test_a_part_that_is_deleted_while_its_mixture_is_built_stays_until_then(
         assert building.wait(10)
         report = store.delete("a", timeout_s=0.01)
         assert not report.drained
-        assert (tmp_path / "s" / "contents" / a[:2] / a).exists()
+        assert store._files.path(a).exists()
         with pytest.raises(UnknownAdapter):
             store.acquire(selector)
         go_on.set()
         mixing.result().release()
-    assert not (tmp_path / "s" / "contents" / a[:2] / a).exists()
-    assert (tmp_path / "s" / "contents" / b[:2] / b).exists()
+    assert not store._files.path(a).exists()
+    assert store._files.path(b).exists()
 
 
 def test_what_cannot_be_mixed_exactly_says_why(store: AdapterStore) -> None:

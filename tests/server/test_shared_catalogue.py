@@ -144,6 +144,18 @@ def test_pins_and_cards_reach_the_other_server(fleet: Fleet) -> None:
 
 
 @pytest.mark.slow
+def test_a_start_with_a_catalogue_loses_no_adapter_of_before(fleet: Fleet) -> None:
+    state = fleet.folder / "state-of-its-own"
+    with server_process(fleet.model, state) as alone:
+        upload(alone, "mine", fleet.adapters[0])
+        before = text(alone, "mine")
+    with server_process(fleet.model, state, *FLAGS) as sharing:
+        assert ask(sharing, "mine").status_code == 404
+    with server_process(fleet.model, state) as alone:
+        assert text(alone, "mine") == before
+
+
+@pytest.mark.slow
 def test_a_server_that_was_away_serves_the_newest_digest_and_no_log_has_a_secret(
     fleet: Fleet,
 ) -> None:

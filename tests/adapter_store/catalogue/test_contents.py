@@ -36,6 +36,7 @@ from loraplex_adapter_store.errors import (
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.catalogue.conftest import ALWAYS_ASK, OpenStore
 from tests.adapter_store.test_store import put, seed_of
+from tests.support.packers import TensorsAside
 
 
 def objects_of(catalogue: Catalogue, digest: str) -> dict[str, str]:
@@ -153,7 +154,7 @@ def test_a_fetch_ends_with_its_request_and_leaves_nothing_but_serves_others(
             mine.result(60)
         with other.result(60) as lease:
             assert seed_of(lease.plan) == 1
-    assert not any((b.root / "staging").iterdir())
+    assert not any((b.root / "catalogue-cache" / "staging").iterdir())
 
 
 def test_the_disk_keeps_to_its_budget_and_what_left_it_comes_back(
@@ -174,6 +175,30 @@ def test_the_disk_keeps_to_its_budget_and_what_left_it_comes_back(
     tight = CatalogueLimits(refresh_s=0.0, poll_s=3600.0, disk_bytes=size - 1)
     with pytest.raises(HostTierFull, match="--catalogue-disk"):
         open_store("c", limits=tight).acquire("x1")
+
+
+def test_a_start_with_a_catalogue_leaves_the_adapters_of_the_root_alone(
+    tmp_path: Path, base: BaseSpec
+) -> None:
+    root = tmp_path / "a"
+    with AdapterStore(root, base, n_kept_revisions=1, packer=TensorsAside()) as store:
+        older, mine = put(store, "x", 1), put(store, "x", 2)
+    files = {path: path.read_bytes() for path in local_files(store) if path.suffix != ".sqlite3"}
+    catalogue = Catalogue.open(f"file://{tmp_path}/catalogue", base)
+    for _ in range(2):
+        with AdapterStore(
+            root, base, catalogue=catalogue, catalogue_limits=ALWAYS_ASK, packer=TensorsAside()
+        ) as store:
+            put(store, "y", 3)
+            assert [card.name for card in store.list()] == ["y"]
+            put(store, "twin", 2)  # the content that x has without a catalogue
+            store.delete("twin")
+    assert {path: path.read_bytes() for path in files} == files
+    with AdapterStore(root, base, n_kept_revisions=1) as store:
+        assert [(card.name, card.digest) for card in store.list()] == [("x", mine)]
+        for digest, seed in ((mine, 2), (older, 1)):
+            with store.acquire(f"x@{digest}") as lease:
+                assert (lease.digest, seed_of(lease.plan)) == (digest, seed)
 
 
 def test_a_server_killed_between_content_and_name_leaves_nothing_to_see(

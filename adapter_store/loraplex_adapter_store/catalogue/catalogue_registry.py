@@ -167,8 +167,7 @@ class CatalogueRegistry:
         """
 
         def moved(state: NameState) -> NameState:
-            self._contents.check_usable(content, state)
-            return state.put(content, options, n_kept=n_kept)
+            return state.put(self._contents.usable(content, state), options, n_kept=n_kept)
 
         before, after = self._change(name, moved)
         self._contents.remember(content.digest, report)

@@ -43,19 +43,26 @@ class SharedContents:
         with self._lock:
             self._offered.pop(content.upload, None)
 
-    def check_usable(self, content: Content, state: NameState) -> None:
-        """An upload that nothing refers to may be garbage: it can have no name any more."""
+    def usable(self, content: Content, state: NameState) -> Content:
+        """``content`` with the upload that was just offered, else with the one of ``state``.
+
+        The content of another name is an upload of its own, and one that nothing refers to may be
+        garbage. Raises RevisionConflict, or CatalogueUnavailable if it was offered too long ago.
+        """
         since = self._offered.get(content.upload)
-        if since is None:
-            if all(content.upload != kept.content.upload for kept in state.revisions):
-                now = state.record
-                raise RevisionConflict(
-                    f"adapter {state.name!r} has not kept {content.digest[:12]} any more",
-                    None if now is None else now.digest,
-                    None if now is None else now.etag,
+        if since is not None:
+            if self._freshness.now() - since > GRACE_S / 2:
+                raise CatalogueUnavailable(
+                    "the upload took too long to get its name; send it again"
                 )
-        elif self._freshness.now() - since > GRACE_S / 2:
-            raise CatalogueUnavailable("the upload took too long to get its name; send it again")
+            return content
+        for revision in state.revisions:
+            if revision.content.digest == content.digest:
+                return revision.content
+        digest = None if state.record is None else state.record.digest
+        raise RevisionConflict(
+            f"adapter {state.name!r} has not kept {content.digest[:12]} any more", digest
+        )
 
     def find(self, digest: str) -> Content | None:
         """A content that no name here has (any more), but the catalogue may still have."""

@@ -46,6 +46,24 @@ def test_what_one_server_puts_replaces_and_deletes_the_other_sees_at_once(
         catalogue.resolve("team:de/formal")
 
 
+@pytest.mark.parametrize("twin_is_deleted", [False, True])
+def test_a_rollback_finds_a_content_that_another_name_has_too(
+    twin_is_deleted: bool, open_store: OpenStore, catalogue: Catalogue
+) -> None:
+    a, b = open_store("a", n_kept=1), open_store("b", n_kept=1)
+    first = put(a, "x", 1)
+    upload = catalogue.resolve("x").upload
+    put(a, "x", 2)
+    assert put(a, "twin", 1) == first  # what the store knows of the content now
+    if twin_is_deleted:
+        a.delete("twin")
+    assert a.rollback("x").digest == first
+    assert catalogue.resolve("x").upload == upload
+    for store in (a, b):
+        with store.acquire("x") as lease:
+            assert (lease.digest, seed_of(lease.plan)) == (first, 1)
+
+
 def test_the_cards_are_the_same_on_every_server(open_store: OpenStore) -> None:
     a, b = open_store("a", n_kept=2), open_store("b", n_kept=2)
     put_if(a, "x", 1, description="first", examples=["hello"])

@@ -161,6 +161,7 @@ class Additions:
                 if self._tier.has_room(content.host_bytes):  # a new content is likely to be used
                     self._tier.keep(prepared, content.host_bytes, tenant=tenant)
                 if self._local is not None:
+                    self._local.touch(content.digest)
                     self._local.make_room()
             finally:
                 self._retirement.let_go(content.digest)

@@ -46,7 +46,7 @@ class LocalContents:
         self._n_bytes = n_bytes
         self._lock = threading.Lock()  # of what follows
         self._flights: dict[str, tuple[threading.Lock, int]] = {}  # with who waits for it
-        self._used: dict[str, None] = dict.fromkeys(files.digests())  # least recently used first
+        self._used: dict[str, None] = dict.fromkeys(files.digests())  # least recently touched first
 
     def ensure(self, content: Content, cancelled: threading.Event | None = None) -> None:
         """The files of ``content`` are on the disk when it returns. Its caller holds the digest.
@@ -54,7 +54,7 @@ class LocalContents:
         Raises what ``ContentObjects.fetch`` raises, or HostTierFull if they cannot fit beside what
         is in use.
         """
-        self._touch(content.digest)
+        self.touch(content.digest)
         if self._files.path(content.digest).exists():
             return
         with self._flight(content.digest):
@@ -68,8 +68,14 @@ class LocalContents:
                 self._files.remove(content.digest)
             self._fetch(content, cancelled)
 
+    def touch(self, digest: str) -> None:
+        """Of what is on the disk now, it is evicted last. Takes a microsecond."""
+        with self._lock:
+            self._used.pop(digest, None)
+            self._used[digest] = None
+
     def make_room(self, n_bytes: int = 0) -> None:
-        """Evicts what was not used for longest until ``n_bytes`` more fit.
+        """Evicts what was not loaded or uploaded for longest until ``n_bytes`` more fit.
 
         Raises HostTierFull if they cannot, because the rest is in use.
         """
@@ -110,7 +116,7 @@ class LocalContents:
         _log.debug("adapter %s was fetched from the catalogue", content.digest[:12])
 
     def _local(self) -> list[str]:
-        """The digests on the disk, those not used for longest first."""
+        """The digests on the disk, those not touched for longest first."""
         there = set(self._files.digests())
         with self._lock:
             used = [digest for digest in self._used if digest in there]
@@ -118,11 +124,6 @@ class LocalContents:
 
     def _size(self, digest: str) -> int:
         return self._files.n_bytes(self._files.path(digest)) + self._packed.n_bytes(digest)
-
-    def _touch(self, digest: str) -> None:
-        with self._lock:
-            self._used.pop(digest, None)
-            self._used[digest] = None
 
     @contextmanager
     def _flight(self, digest: str) -> Iterator[None]:

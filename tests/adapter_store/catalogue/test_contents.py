@@ -177,6 +177,25 @@ def test_the_disk_keeps_to_its_budget_and_what_left_it_comes_back(
         open_store("c", limits=tight).acquire("x1")
 
 
+def test_what_was_not_loaded_or_uploaded_for_longest_leaves_the_disk(
+    open_store: OpenStore,
+) -> None:
+    a = open_store("a", packer=TensorsAside())
+    digests = [put(a, f"x{seed}", seed) for seed in range(1, 4)]
+    size = a._files.n_bytes(a._files.path(digests[0])) + a._packed.n_bytes(digests[0])
+    limits = CatalogueLimits(refresh_s=0.0, poll_s=3600.0, disk_bytes=2 * size + size // 2)
+    b = open_store("b", limits=limits, packer=TensorsAside())
+    for name in ("x1", "x2", "x1", "x3"):
+        b.warm(name)
+        b._retirement.finish()  # the packed form is on the disk
+        assert b.unload_digest(b.get(name).digest) == 0
+    assert set(b._files.digests()) == {digests[0], digests[2]}
+    digests.append(put(b, "x4", 4))
+    assert set(b._files.digests()) == {digests[2], digests[3]}
+    b.warm("x2")
+    assert set(b._files.digests()) == {digests[1], digests[3]}
+
+
 def test_a_start_with_a_catalogue_leaves_the_adapters_of_the_root_alone(
     tmp_path: Path, base: BaseSpec
 ) -> None:

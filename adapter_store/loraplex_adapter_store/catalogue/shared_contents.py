@@ -59,9 +59,11 @@ class SharedContents:
         for revision in state.revisions:
             if revision.content.digest == content.digest:
                 return revision.content
-        digest = None if state.record is None else state.record.digest
+        now = state.record
         raise RevisionConflict(
-            f"adapter {state.name!r} has not kept {content.digest[:12]} any more", digest
+            f"adapter {state.name!r} has not kept {content.digest[:12]} any more",
+            None if now is None else now.digest,
+            None if now is None else now.etag,
         )
 
     def find(self, digest: str) -> Content | None:

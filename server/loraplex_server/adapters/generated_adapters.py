@@ -204,8 +204,9 @@ class GeneratedAdapters:
 
         Its life starts anew, as in ``ensure``.
 
-        ``draft``: the digest that the name must have still; None: the name must be free. Raises
-        RevisionConflict or UnknownAdapter if somebody replaced or removed it, and changes nothing.
+        ``draft``: the digest that the name must have still; None: the name must be free, or one
+        that we chose, for another base. Raises RevisionConflict or UnknownAdapter if somebody
+        replaced or removed it, and changes nothing.
         """
         with self._lock:  # nobody starts its life anew meanwhile
             if draft is None:
@@ -263,6 +264,8 @@ class GeneratedAdapters:
                 expires=expires,
                 quota=quota,
             )
+            if not options.replace:
+                self._check_free(name)  # a description that is refused never gets to the put
             made = self._generate(request)
             if _is_ours(name):  # only now: what is refused costs no other its name
                 self._make_room(tenant_of(name))
@@ -273,6 +276,12 @@ class GeneratedAdapters:
         self.stats.n_made += 1
         self.stats.seconds += time.perf_counter() - began
         return card
+
+    def _check_free(self, name: str) -> None:
+        """Raises RevisionConflict. A put asks again, in one step with the change."""
+        with contextlib.suppress(UnknownAdapter):
+            digest = self._store.get(name).digest
+            raise RevisionConflict(f"adapter {name!r} exists already (digest {digest})", digest)
 
     def _generate(self, request: AdapterGenerationRequest) -> GeneratedAdapter:
         """Raises StoreError, or ApiError if the generator itself fails."""
@@ -310,7 +319,7 @@ class GeneratedAdapters:
         if _is_ours(name):
             self._make_room(tenant_of(name))
         options = PutOptions(
-            replace=False,
+            replace=_is_ours(name) and not self._is_for_base(name),
             description=request.description,
             examples=_prompts(request),
             expires=self._expiry(name, ttl_s),
@@ -337,6 +346,13 @@ class GeneratedAdapters:
             except RevisionConflict as conflict:
                 if conflict.digest != draft:
                     raise  # else: its card was edited since
+
+    def _is_for_base(self, name: str) -> bool:
+        """Whether there is such an adapter, and this base serves it."""
+        try:
+            return self._store.get(name).base_fingerprint == self._store.base.fingerprint
+        except UnknownAdapter:
+            return False
 
     def _put(
         self,

@@ -287,7 +287,7 @@ class Learning:
         if not running.drafted.done():
             return False
         draft = running.drafted.result()
-        now = await self._blocking(partial(self._card, running.job.adapter))
+        now = await self._blocking(partial(self._servable, running.job.adapter))
         return (now and now.digest) != (draft and draft.digest)
 
     async def _left_or_started(

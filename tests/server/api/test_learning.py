@@ -468,6 +468,31 @@ async def test_a_refused_description_has_no_draft_until_its_examples_are_learnt(
     assert answered["digest"] == end["digest"]
 
 
+async def test_a_refused_description_under_a_name_that_is_taken_trains_nothing(
+    world: World,
+) -> None:
+    first = (await world.front.post(GENERATE, STRANGE)).json()
+    again = (await world.front.post(GENERATE, STRANGE)).json()
+    assert again["id"] == first["id"]
+    world.trainer.end.set()
+    await world.ended(first)
+    taken = await world.front.post(GENERATE, STRANGE)
+    assert (taken.status_code, taken.json()["error"]["code"]) == (412, "revision_conflict")
+    other = await world.front.post(GENERATE, {**STRANGE, "examples": PAIRS[::-1]})
+    assert other.status_code == 412
+    assert len(world.trainer.deadlines) == 1
+
+
+async def test_a_refused_description_of_a_name_is_learnt_again_with_more_time(
+    world: World,
+) -> None:
+    first = await world.learnt(timed_out=True, description="something strange", budget_s=10)
+    world.trainer.teaches = "learnt in full"
+    second = await world.learnt(timed_out=False, description="something strange", budget_s=20)
+    assert second["status"] == "succeeded"
+    assert second["digest"] != first["digest"]
+
+
 async def test_a_refused_description_whose_examples_gain_nothing_never_answers(
     world: World,
 ) -> None:
@@ -968,6 +993,26 @@ async def test_a_draft_that_was_left_for_another_base_is_made_anew(
         card = (await front.client.get(f"/v1/adapters/{second['adapter']}")).json()
         assert card["base_fingerprint"] == other.fingerprint
         assert (await front.chat(adapter=second["adapter"])).status_code == 200
+
+
+async def test_what_a_refused_description_had_learnt_for_another_base_is_learnt_anew(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    order = {**STRANGE, "name": None, "wait": True}
+
+    def make(generator: ScriptedGenerator) -> ScriptedTrainer:
+        trainer = ScriptedTrainer(generator)
+        trainer.end.set()
+        return trainer
+
+    with learning_front(tokenizer, base_spec, tmp_path, make) as front:
+        first = (await front.post(GENERATE, order)).json()
+    other = BaseSpec.of(tiny_model(seed=1), "tiny/llama")
+    with learning_front(tokenizer, other, tmp_path, make) as front:
+        answer = await front.post(GENERATE, order)
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["name"] == first["name"]
+        assert answer.json()["base_fingerprint"] == other.fingerprint
 
 
 async def test_a_server_that_learns_nothing_says_so(front: Front) -> None:

@@ -60,6 +60,16 @@ def test_a_chat_is_answered_and_counted(client: OpenAI) -> None:
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + 9
 
 
+def test_a_request_waits_once_whatever_the_length_of_its_answer(
+    server: ServerProcess, client: OpenAI
+) -> None:
+    names = ("vllm:request_queue_time_seconds_count", "loraplex_adapter_queue_seconds_count")
+    text_of(client)
+    before = [metric(server, client, name) for name in names]
+    text_of(client, max_tokens=24)
+    assert [metric(server, client, name) for name in names] == [n + 1 for n in before]
+
+
 def test_a_stream_gives_the_same_text_as_the_whole_answer(client: OpenAI) -> None:
     fields = {"model": "tiny", "messages": MESSAGES, "max_tokens": 24, "temperature": 0}
     whole = client.chat.completions.create(**fields)

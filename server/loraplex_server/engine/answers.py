@@ -212,7 +212,7 @@ class Answers:
             stop_token=stop_token,
             error=error,
             n_cached=max(0, request.n_cached - request.n_virtual),
-            queue_s=request.queue_s,
+            queue_s=request.queue_s if is_first else 0.0,
             prompt_logprobs=_prompt_logprobs(request) if is_first else (),
             pooled=pooled,
         )

@@ -280,8 +280,9 @@ class GeneratedAdapters:
     def _check_free(self, name: str) -> None:
         """Raises RevisionConflict. A put asks again, in one step with the change."""
         with contextlib.suppress(UnknownAdapter):
-            digest = self._store.get(name).digest
-            raise RevisionConflict(f"adapter {name!r} exists already (digest {digest})", digest)
+            card = self._store.get(name)
+            told = f"adapter {name!r} exists already (digest {card.digest})"
+            raise RevisionConflict(told, card.digest, card.etag)
 
     def _generate(self, request: AdapterGenerationRequest) -> GeneratedAdapter:
         """Raises StoreError, or ApiError if the generator itself fails."""

@@ -51,9 +51,11 @@ def mix_plans(
         path: _mix_module([(plan.modules[path], w) for plan, w in parts if path in plan.modules])
         for path in paths
     }
-    embedding = _mix_rows([(p.embedding_rows, w) for p, w in parts], base, base.input_embedding)
-    head = _mix_rows([(p.head_rows, w) for p, w in parts], base, base.output_head)
-    dense = _mix_dense([(plan.replaced_weights, w) for plan, w in parts], base)
+    dense = _mix_dense(parts, base)
+    embedding, head = (
+        {} if module in dense else _mix_rows(parts, base, module)
+        for module in (base.input_embedding, base.output_head)
+    )
     norms = _mix_norms([(plan.norms, w) for plan, w in parts], base)
     templates = {plan.chat_template for plan, _ in parts}
     poolings = {plan.pooling for plan, _ in parts}
@@ -119,32 +121,41 @@ def _mix_module(parts: Sequence[tuple[ModulePlan, float]]) -> ModulePlan:
 
 
 def _mix_rows(
-    parts: Sequence[tuple[Mapping[int, Tensor], float]], base: BaseSpec, module: str
+    parts: Sequence[tuple[AdapterPlan, float]], base: BaseSpec, module: str
 ) -> dict[int, Tensor]:
-    ids = dict.fromkeys(index for rows, _ in parts for index in rows)
+    found = [(_rows_of(plan, module, base), weight) for plan, weight in parts]
+    ids = dict.fromkeys(index for rows, _ in found for index in rows)
     if not ids:
         return {}
     weight = base.weight(module)
     return {
         index: weight[index]
         + sum(
-            (w * (rows[index] - weight[index]) for rows, w in parts if index in rows),
+            (w * (rows[index] - weight[index]) for rows, w in found if index in rows),
             torch.zeros_like(weight[index]),
         )
         for index in ids
     }
 
 
-def _mix_dense(
-    parts: Sequence[tuple[Mapping[str, Tensor], float]], base: BaseSpec
-) -> dict[str, Tensor]:
+def _rows_of(plan: AdapterPlan, module: str, base: BaseSpec) -> Mapping[int, Tensor]:
+    if module == base.input_embedding:
+        return plan.embedding_rows
+    return plan.head_rows if module == base.output_head else {}
+
+
+def _mix_dense(parts: Sequence[tuple[AdapterPlan, float]], base: BaseSpec) -> dict[str, Tensor]:
+    """With the trained rows of each table that a part replaces: nothing else adds them to it."""
     mixed: dict[str, Tensor] = {}
-    for name in dict.fromkeys(name for dense, _ in parts for name in dense):
+    for name in dict.fromkeys(name for plan, _ in parts for name in plan.replaced_weights):
         original = base.weight(name)
         total = original.clone()
-        for dense, weight in parts:
-            if name in dense:
-                total += weight * (dense[name] - original)
+        for plan, weight in parts:
+            own = plan.replaced_weights.get(name, original)
+            if own is not original:
+                total += weight * (own - original)
+            for index, row in _rows_of(plan, name, base).items():
+                total[index] += weight * (row - own[index])
         mixed[name] = total
     return mixed
 

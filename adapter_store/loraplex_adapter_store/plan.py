@@ -307,7 +307,7 @@ class AdapterPlan:
     head_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row of the head
     replaced_weights: Mapping[str, Tensor] = field(
         default_factory=dict
-    )  # name of a linear or an embedding → weight in place of the base's
+    )  # name of a linear or an embedding → weight in place of the base's; deltas see the base's
     norms: Mapping[str, NormPlan] = field(default_factory=dict)  # name of a norm → its own
     stacked: Mapping[str, StackedFactors] = field(default_factory=dict)  # name of a parameter →
     head: HeadPlan | None = None  # of a classifier

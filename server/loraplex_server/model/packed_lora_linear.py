@@ -241,7 +241,7 @@ class PackedLoraLinear:
         z = _input_of(module, x)
         if z is not x or weight is not None:
             y = self._product(z, weight, columns)
-        y = _output_of(module, z, y, self._product_without_bias(weight, columns), cut)
+        y = _output_of(module, z, y, self._base_without_bias(columns), cut)
         if token_rows is not None:  # of the head
             bias = self.packed.bias
             own = functional.linear(
@@ -259,10 +259,10 @@ class PackedLoraLinear:
         bias = self.packed.bias
         return functional.linear(x, weight, None if bias is None else bias[columns].to(weight))
 
-    def _product_without_bias(self, weight: Tensor | None, columns: slice) -> BaseProduct:
+    def _base_without_bias(self, columns: slice) -> BaseProduct:
         def product(x: Tensor) -> Tensor:
             bias = self.packed.bias
-            y = self._product(x, weight, columns)
+            y: Tensor = self.packed(x)[:, columns]
             return y if bias is None else y - bias[columns].to(y.dtype)
 
         return product
@@ -281,7 +281,7 @@ def _input_of(module: ModulePlan, x: Tensor) -> Tensor:
 def _output_of(
     module: ModulePlan, z: Tensor, y: Tensor, product: BaseProduct, cut: LinearCut | None
 ) -> Tensor:
-    """All that ``ModulePlan`` adds to ``y`` = W z + b; ``product`` is W."""
+    """All that ``ModulePlan`` adds to ``y`` = W z + b; ``product`` is the base's W."""
     if module.a is not None and module.b is not None:
         y = y + functional.linear(functional.linear(z, module.a), module.b)
     if module.shared is not None:

@@ -6,7 +6,7 @@ PEFT's own modules are the oracle, greedy answers and log-probabilities in float
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +58,28 @@ CONFIGS: Mapping[str, peft.PeftConfig] = {
     ),
     "plain": peft.LoraConfig(r=4, target_modules=ALL),
 }
+SOME_TOKENS = list(range(0, 64, 3))
+# What has a weight of its own, and what changes the base's weight there.
+ON_ONE_WEIGHT: Mapping[str, tuple[peft.PeftConfig, ...]] = {
+    "rows of the embedding": (
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+        peft.LoraConfig(
+            target_modules=["q_proj"], trainable_token_indices={"embed_tokens": SOME_TOKENS}
+        ),
+    ),
+    "rows and factors of the head": (
+        peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+        peft.LoraConfig(
+            target_modules=["q_proj"], trainable_token_indices={"lm_head": SOME_TOKENS}
+        ),
+        peft.LoraConfig(target_modules=["lm_head"]),
+    ),
+    "masked weight": (
+        peft.LoraConfig(target_modules=["o_proj"], modules_to_save=["q_proj", "down_proj"]),
+        peft.HiraConfig(r=3, target_modules=["q_proj", "down_proj"]),
+        peft.LoraConfig(target_modules=["down_proj"]),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -75,16 +97,10 @@ def model(request: pytest.FixtureRequest) -> PreTrainedModel:
 def served(
     model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Served]:
-    found = {}
-    for name, config in CONFIGS.items():
-        path = tmp_path_factory.mktemp("adapter")
-        with _quiet_peft():
-            tuned = peft.get_peft_model(untouched(model), config)
-            randomise(tuned, std=0.3)
-            tuned.eval()
-            tuned.save_pretrained(path)
-        found[name] = Served(_from_file(read_path(path, model).plan), tuned)
-    return found
+    return {
+        name: _trained(model, config, tmp_path_factory.mktemp("adapter"))
+        for name, config in CONFIGS.items()
+    }
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["fused", "unfused"])
@@ -98,6 +114,15 @@ def _quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _trained(model: PreTrainedModel, config: peft.PeftConfig, path: Path) -> Served:
+    with _quiet_peft():
+        tuned = peft.get_peft_model(untouched(model), config)
+        randomise(tuned, std=0.3)
+        tuned.eval()
+        tuned.save_pretrained(path)
+    return Served(_from_file(read_path(path, model).plan), tuned)
 
 
 def _from_file(plan: AdapterPlan) -> AdapterPlan:
@@ -158,17 +183,38 @@ def test_deltas_mix_with_each_other_and_with_low_rank_factors(
 ) -> None:
     kinds = {"Kronecker": 0.5, "SparseDelta": -0.7, "MaskedWeight": 0.4, "plain": 0.3}
     kinds |= {"Circulant": 1.5, "FourierDelta": 0.25, "DenseDelta": 0.2}
-    parts = [(served[name].plan, weight) for name, weight in kinds.items()]
-    digest = mixture_digest([(plan.digest, weight) for plan, weight in parts])
-    mixture = _from_file(mix_plans(parts, BaseSpec.of(model, "tiny"), digest))
+    _check_mixture(model, engine, [(served[name], weight) for name, weight in kinds.items()])
+
+
+@pytest.mark.parametrize("what", ON_ONE_WEIGHT)
+def test_a_weight_of_its_own_mixes_with_what_changes_the_base_there(
+    what: str, model: PreTrainedModel, engine: Engine, tmp_path: Path
+) -> None:
+    weights = (0.7, -0.4, 0.5)
+    parts = [
+        (_trained(model, config, tmp_path / str(index)), weights[index])
+        for index, config in enumerate(ON_ONE_WEIGHT[what])
+    ]
+    _check_mixture(model, engine, parts)
+    _check_mixture(model, engine, parts[::-1])
+
+
+def _check_mixture(
+    model: PreTrainedModel, engine: Engine, parts: Sequence[tuple[Served, float]]
+) -> None:
+    plans = [(one.plan, weight) for one, weight in parts]
+    digest = mixture_digest([(plan.digest, weight) for plan, weight in plans])
+    mixture = _from_file(mix_plans(plans, BaseSpec.of(model, "tiny"), digest))
     mixed = untouched(model)
-    for name, weight in kinds.items():
+    for one, weight in parts:
         with _quiet_peft():
-            tuned = untouched(served[name].tuned).merge_and_unload()
+            tuned = untouched(one.tuned).merge_and_unload()
         _add_difference(mixed, model, tuned, weight)
-    (prompt,) = _prompts(1)
-    (answer,) = generate_all(engine, [prompt], GREEDY, [mixture])
-    _check(prompt, answer, mixed, "mixture")
+    prompts = _prompts(3)
+    for prompt, answer in zip(
+        prompts, generate_all(engine, prompts, GREEDY, [mixture] * 3), strict=True
+    ):
+        _check(prompt, answer, mixed, "mixture")
 
 
 def _add_difference(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .base_spec import BaseSpec
 from .errors import InvalidSelector
 from .library import GateOf, library_digest, library_plan
-from .mixture import mix_plans, mixture_digest
+from .mixture import mix_plans, mixture_digest, outline_mixture
 from .plan import AdapterPlan
 from .selector import Library, Mixture, NameRef
 
@@ -21,10 +21,12 @@ class Composite:
     refs: tuple[NameRef, ...]
     identify: Callable[[Sequence[str]], str]  # the parts' digests → the whole's
     build: Callable[[Sequence[AdapterPlan], str], AdapterPlan]  # the parts, the whole's digest
+    # Of the same: shapes and bytes of what ``build`` makes. None: those of the parts together.
+    outline: Callable[[Sequence[AdapterPlan], str], AdapterPlan] | None = None
 
     @staticmethod
     def of_mixture(mixture: Mixture, base: BaseSpec) -> Composite:
-        """``build`` raises InvalidSelector for parts that no sum of low-rank factors can mix."""
+        """``build`` and ``outline`` raise InvalidSelector for parts that are not additive."""
         weights = [part.weight for part in mixture.parts]
         names = [part.ref.name for part in mixture.parts]
 
@@ -34,7 +36,11 @@ class Composite:
         def build(plans: Sequence[AdapterPlan], digest: str) -> AdapterPlan:
             return mix_plans(list(zip(plans, weights, strict=True)), base, digest, names=names)
 
-        return Composite(str(mixture), tuple(part.ref for part in mixture.parts), identify, build)
+        def outline(plans: Sequence[AdapterPlan], digest: str) -> AdapterPlan:
+            return outline_mixture(plans, digest, names=names)
+
+        refs = tuple(part.ref for part in mixture.parts)
+        return Composite(str(mixture), refs, identify, build, outline)
 
     @staticmethod
     def of_library(library: Library, gate_of: GateOf | None) -> Composite:

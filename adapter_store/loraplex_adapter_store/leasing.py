@@ -9,7 +9,13 @@ from contextlib import suppress
 from .base_spec import BaseSpec
 from .composite import Composite
 from .content_loader import ContentLoader
-from .errors import InvalidSelector, LoadCancelled, UnknownAdapter, UnservableAdapter
+from .errors import (
+    InvalidSelector,
+    LimitExceeded,
+    LoadCancelled,
+    UnknownAdapter,
+    UnservableAdapter,
+)
 from .host_tier import HostTier
 from .lease import AdapterLease, AdapterRecipe
 from .library import GateOf
@@ -56,7 +62,7 @@ class Leasing:
     def acquire(
         self, selector: Selector, cancelled: threading.Event | None = None, *, tenant: str = ""
     ) -> AdapterLease:
-        """Raises UnknownAdapter, InvalidSelector, HostTierFull, UnservableAdapter or damage."""
+        """See ``AdapterStore.acquire``. Raises UnservableAdapter, too."""
         if cancelled is not None and cancelled.is_set():
             raise LoadCancelled("the request that asked for the adapter has gone")
         for ref in _refs(selector):
@@ -64,7 +70,7 @@ class Leasing:
         if isinstance(selector, NameRef):
             return self._lease_held(*self._hold(selector), cancelled)
         if isinstance(selector, Mixture | Library):
-            return self._acquire_composite(selector, tenant, self._hold)
+            return self._acquire_composite(selector, tenant, self._hold, cancelled)
         raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
 
     def acquire_digest(
@@ -126,6 +132,7 @@ class Leasing:
         selector: Mixture | Library,
         tenant: str,
         hold: Callable[[NameRef], tuple[NameRecord, Content]],
+        cancelled: threading.Event | None = None,
     ) -> AdapterLease:
         """The files of the parts are held while the whole is built; it is cached as any content.
 
@@ -150,13 +157,25 @@ class Leasing:
                 self._retirement.forget_evicted_composites()
                 return self._loader.load_composite(composite, parts, digest)
 
-            n_bytes = sum(part.host_bytes for part in parts)
-            plan = self._tier.lease(digest, n_bytes, load, tenant=tenant)
+            plan = self._tier.lease_resident(digest)
+            if plan is None:
+                n_bytes = self._loader.composite_bytes(composite, parts, digest)
+                self._check_fits(n_bytes)
+                plan = self._tier.lease(digest, n_bytes, load, tenant=tenant, cancelled=cancelled)
             recipe = AdapterRecipe(tuple(parts), selector, tenant)
             return AdapterLease(composite.label, 0, plan, self._retirement.release, recipe)
         finally:
             for each in held:
                 self._retirement.let_go(each)
+
+    def _check_fits(self, n_bytes: int) -> None:
+        n_total = self._tier.stats().bytes_total
+        if n_bytes > n_total:
+            raise LimitExceeded(
+                f"what this request combines needs {n_bytes:,} bytes of host memory, this server "
+                f"has {n_total:,} for adapters; combine fewer or smaller adapters, or raise "
+                "--adapter-host-memory"
+            )
 
     def _lease(self, record: NameRecord, content: Content, plan: AdapterPlan) -> AdapterLease:
         return AdapterLease(

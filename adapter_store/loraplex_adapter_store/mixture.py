@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from .operators.contract import Delta
 from .operators.deltas import SumDelta
 from .plan import AdapterPlan, Family, ModulePlan, NormPlan
 
-__all__ = ["mix_plans", "mixture_digest"]
+__all__ = ["mix_plans", "mixture_digest", "outline_mixture"]
 
 
 _DESCRIPTION = frozenset(
@@ -77,6 +77,28 @@ def mix_plans(
     return build(sum(tensor.nbytes for tensor in build(0).tensors()))
 
 
+def outline_mixture(
+    plans: Sequence[AdapterPlan], digest: str, *, names: Sequence[str]
+) -> AdapterPlan:
+    """The factors of what ``mix_plans`` makes, on the meta device; at most ``n_bytes`` are made.
+
+    Shared bases become factors of each module, so a mixture may be far larger than its parts.
+    Looks at names and shapes only. Raises InvalidSelector as ``mix_plans`` does.
+    """
+    for plan, name in zip(plans, names, strict=True):
+        _check_additive(plan, name)
+    paths = dict.fromkeys(path for plan in plans for path in plan.modules)
+    modules = {
+        path: _outline_module([plan.modules[path] for plan in plans if path in plan.modules])
+        for path in paths
+    }
+    n_bytes = sum(tensor.nbytes for module in modules.values() for tensor in module.tensors())
+    for plan in plans:
+        bare = {path: replace(m, a=None, b=None, shared=None) for path, m in plan.modules.items()}
+        n_bytes += sum(tensor.nbytes for tensor in replace(plan, modules=bare).tensors())
+    return AdapterPlan(digest=digest, family=Family.LORA, modules=modules, n_bytes=n_bytes)
+
+
 def _check_additive(plan: AdapterPlan, name: str) -> None:
     others = list(_set_fields(plan, _ADDITIVE))
     for path, module in plan.modules.items():
@@ -118,6 +140,25 @@ def _mix_module(parts: Sequence[tuple[ModulePlan, float]]) -> ModulePlan:
     if not a:
         return ModulePlan(bias=bias, delta_operator=delta)
     return ModulePlan(a=torch.cat(a), b=torch.cat(b, dim=1), bias=bias, delta_operator=delta)
+
+
+def _outline_module(plans: Sequence[ModulePlan]) -> ModulePlan:
+    rank, sizes = 0, None
+    for plan in plans:
+        if plan.a is not None and plan.b is not None:
+            rank += plan.rank
+            sizes = plan.a.shape[1], plan.b.shape[0]
+        if plan.shared is not None:
+            rank += plan.shared.rank
+            sizes = plan.shared.in_features, plan.shared.out_features
+    if sizes is None:
+        return ModulePlan()
+    n_in, n_out = sizes
+    a, b = (
+        torch.empty(shape, dtype=torch.float32, device="meta")
+        for shape in ((rank, n_in), (n_out, rank))
+    )
+    return ModulePlan(a=a, b=b)
 
 
 def _mix_rows(

@@ -156,6 +156,14 @@ class SharedBasis:
     def rank(self) -> int:
         return int(self.rank_scale.numel())
 
+    @property
+    def in_features(self) -> int:
+        return int(self.b.shape[0] if self.transposed else self.a.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        return int(self.a.shape[1] if self.transposed else self.b.shape[0])
+
     def apply(self, x: Tensor) -> Tensor:
         """``x`` [n_rows, in_features] → delta [n_rows, out_features], in x's dtype."""
         a, b, rank_scale = (t.to(x.dtype) for t in (self.a, self.b, self.rank_scale))

@@ -366,8 +366,8 @@ class AdapterStore:
         """A lease on the content the selector means now; later changes of the name do not touch it.
 
         Loads to host memory on the calling thread if needed, once however many ask. Raises
-        UnknownAdapter, InvalidSelector (descriptions and "auto" are resolved before), HostTierFull,
-        or StoredAdapterDamaged.
+        UnknownAdapter, InvalidSelector (descriptions and "auto" are resolved before),
+        LimitExceeded for what host memory can never hold, HostTierFull, or StoredAdapterDamaged.
 
         ``cancelled`` ends a fetch from the catalogue and a wait for room, within seconds:
         LoadCancelled. ``tenant``: who asks, and has the memory that a mixture takes; an adapter's

@@ -101,6 +101,7 @@ def make_front(
     n_kept_revisions: int = 0,
     limits: StoreLimits = StoreLimits(),  # noqa: B008  frozen value
     packer: Packer | None = None,
+    host_bytes: int = 2 << 30,
     engine: Any = None,
     catalogue: Catalogue | None = None,
     faults: Faults | None = None,
@@ -120,6 +121,7 @@ def make_front(
         limits=limits,
         allowed_roots=[root],
         packer=packer,
+        host_bytes=host_bytes,
         n_kept_revisions=n_kept_revisions,
         faults=faults,
         catalogue=catalogue,

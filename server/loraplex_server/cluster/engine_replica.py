@@ -13,7 +13,7 @@ from itertools import islice
 from ray import serve
 
 from loraplex_adapter_store.errors import (
-    BaseMismatch,
+    AdapterRefused,
     CatalogueUnavailable,
     InvalidSelector,
     StoreError,
@@ -220,7 +220,7 @@ class EngineReplica:
         if request.adapter is not None:
             try:
                 lease = await self._lease(request.adapter)
-            except (UnservableAdapter, BaseMismatch, InvalidSelector, UnknownAdapter) as error:
+            except (UnservableAdapter, AdapterRefused, InvalidSelector, UnknownAdapter) as error:
                 raise AdapterUnservable(str(error)) from error
             except StoreError as error:
                 raise AdapterLoadFailed(str(error)) from error

@@ -69,6 +69,26 @@ async def test_a_mixture_above_the_rank_is_a_400_when_it_is_asked_for(
         assert (await front.chat(adapter="rank5")).status_code == 200
 
 
+async def test_a_mixture_that_host_memory_can_never_hold_is_a_413(
+    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
+) -> None:
+    one = write_lora(tmp_path / "one", base_spec, rank=5, seed=5)
+    front = make_front(tokenizer, base_spec, tmp_path)
+    n_bytes = front.store.put_directory("one", one).n_bytes.host
+    front.store.close()
+    front = make_front(tokenizer, base_spec, tmp_path, host_bytes=2 * n_bytes)
+    try:
+        assert (await front.chat(adapter=[{"name": "one"}] * 2)).status_code == 200
+        answer = await front.chat(adapter=[{"name": "one"}] * 3)
+        assert answer.status_code == 413, answer.text
+        error = answer.json()["error"]
+        assert (error["code"], error["param"]) == ("adapter_too_large", "adapter")
+        assert f"needs {3 * n_bytes:,} bytes" in error["message"]
+        assert "--adapter-host-memory" in error["message"]
+    finally:
+        front.store.close()
+
+
 async def test_what_an_earlier_server_stored_is_listed_with_the_reason(
     tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
 ) -> None:

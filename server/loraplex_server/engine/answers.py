@@ -77,7 +77,8 @@ class Answers:
         self._scheduler.commit(chunks)
         for chunk in chunks:
             request = chunk.request
-            request.prompt_logprobs += result.prompt_logprobs.get(request.id, ())
+            first = max(0, chunk.start - request.n_virtual)  # preempted: the chunk comes again
+            request.prompt_logprobs[first:] = result.prompt_logprobs.get(request.id, ())
             sampled = result.sampled.get(request.id)
             if sampled is not None:
                 self._append(request, sampled)

@@ -207,7 +207,6 @@ class Scheduler:
         step.n_left += 0 if chunk is None else chunk.n_tokens
         victim.n_computed = 0
         victim.n_preempted += 1
-        victim.prompt_logprobs.clear()  # not sent yet, or never needed again
         self.n_preemptions += 1
         victim.advance(RequestStatus.WAITING)
         self.waiting.push_front(victim)

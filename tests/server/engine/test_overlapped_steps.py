@@ -142,6 +142,27 @@ def test_log_probabilities_come_with_their_tokens(model: PreTrainedModel) -> Non
         assert [e.logprob for e in entries[0]] == pytest.approx([e.logprob for e in entries[1]])
 
 
+def test_a_prompt_that_is_preempted_has_each_log_probability_once(model: PreTrainedModel) -> None:
+    """The chunk that runs when its pages are taken comes after it went back to the queue."""
+    prompts = [[3, 3, 3], [250, 1, 2], list(range(100, 200))]
+    sampling = replace(GREEDY, max_tokens=60, ignore_eos=True, prompt_logprobs=1)
+    page = 2 * 3 * 2 * 16 * 16 * 4  # K and V, layers, KV heads, head size, tokens, bytes
+    limits = {"max_step_tokens": 4, "kv_memory_bytes": 11 * page}
+    with running_engine(model) as engine:
+        wanted = generate_all(engine, prompts, sampling)
+    with overlapping_engine(model, **limits) as (engine, watched):
+        found = generate_all(engine, prompts, sampling)
+        assert engine.stats().n_preemptions > 0
+    assert watched.n_overlapped > 0
+    for mine, theirs in zip(found, wanted, strict=True):
+        entries = [answer.events[0].prompt_logprobs[1:] for answer in (mine, theirs)]
+        for entry, expected in zip(*entries, strict=True):
+            assert entry is not None
+            assert expected is not None
+            assert entry.token_id == expected.token_id
+            assert entry.logprob == pytest.approx(expected.logprob, abs=1e-5)
+
+
 def test_a_client_that_leaves_while_its_step_runs_takes_no_page_along(
     model: PreTrainedModel,
 ) -> None:

@@ -231,6 +231,9 @@ class Scheduler:
             answer = Admission.NO_ROOM
             if len(self.running) < self.max_batch_size:
                 answer = self._admit_one(request)
+            if answer is Admission.NO_ROOM and self._rows_to_take_back(request, answer, step):
+                placed = self._ensure_resident(request)  # no row goes before its adapter is there
+                answer = answer if placed is Admission.ADMITTED else placed
             if answer is Admission.ADMITTED:
                 step.admitted.add(request.id)
                 self._plan_chunk(request, step)

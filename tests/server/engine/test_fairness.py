@@ -105,6 +105,34 @@ def test_a_small_request_beside_a_flood_that_holds_everything(n_pages: int, n_pl
         assert small.n_steps_queued <= 2
 
 
+@pytest.mark.parametrize(
+    ("n_pages", "max_batch"), [(400, 2), (70, 8)], ids=["rows are short", "pages are short"]
+)
+def test_no_row_is_taken_back_before_the_adapter_it_is_for_has_come(
+    n_pages: int, max_batch: int
+) -> None:
+    loop = SchedulerLoop(n_pages=n_pages, max_batch=max_batch, max_step=32)
+    for index in range(20):
+        loop.add(f"f{index}", 8, 240, "theirs", TenantShare("flood"))
+    for _ in range(80):
+        loop.step()
+    n_before = loop.scheduler.n_rows_taken_back
+    loop.places.loading.add("mine")
+    small = loop.add("small", 40, 1, "mine", TenantShare("small"))
+    loop.step()
+    assert loop.scheduler.n_rows_taken_back == n_before
+    loop.places.loading.clear()
+    assert _run_until_done(loop, small) <= 3
+    assert loop.scheduler.n_rows_taken_back > n_before
+
+    n_before = loop.scheduler.n_rows_taken_back
+    loop.places.broken.add("broken")
+    loop.add("failing", 40, 1, "broken", TenantShare("small"))
+    loop.step()
+    assert loop.failed == ["failing"]
+    assert loop.scheduler.n_rows_taken_back == n_before
+
+
 def test_without_keys_a_long_flood_is_waited_for() -> None:
     """What the bound is worth: the same requests as of one tenant."""
     loop = SchedulerLoop(n_pages=400, max_batch=8)

@@ -33,6 +33,7 @@ class _Places:
         self.full: set[str] = set()
         self.loading: set[str] = set()
         self.broken: set[str] = set()
+        self.pinned: set[str] = set()  # they have a place also while nobody holds them
         self.held: Counter[str] = Counter()
         self.spared: dict[str, set[str]] = {}  # for whom, the last time
 
@@ -42,8 +43,9 @@ class _Places:
             raise AdapterUnservable(f"{plan.digest} is broken")
         if plan.digest in self.loading:
             return Placement.LOADING
-        others = sum(n > 0 for digest, n in self.held.items() if digest != plan.digest)
-        is_full = plan.digest in self.full or others >= self.n_places
+        held = {digest for digest, n in self.held.items() if n > 0}
+        others = (held | self.pinned) - {plan.digest}
+        is_full = plan.digest in self.full or len(others) >= self.n_places
         return Placement.FULL if is_full else Placement.RESIDENT
 
     def hold(self, digest: str) -> None:
@@ -51,6 +53,9 @@ class _Places:
 
     def release(self, digest: str) -> None:
         self.held[digest] -= 1
+
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self.pinned
 
     def prefix(self, digest: str) -> None:
         return None

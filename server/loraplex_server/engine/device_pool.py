@@ -220,6 +220,9 @@ class DevicePool:
         if digest in self._residents:
             self._residents[digest].is_pinned = pinned
 
+    def is_pinned(self, digest: str) -> bool:
+        return digest in self._pins
+
     def is_loading(self, digest: str) -> bool:
         resident = self._residents.get(digest)
         return resident is not None and not resident.load.done()

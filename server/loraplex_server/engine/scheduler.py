@@ -58,6 +58,9 @@ class AdapterPlaces(Protocol):
 
     def release(self, digest: str) -> None: ...
 
+    def is_pinned(self, digest: str) -> bool:
+        """Of a held adapter: it keeps its place when nobody holds it any more."""
+
     def prefix(self, digest: str) -> PrefixPlan | None:
         """Of a held adapter, on the device."""
 
@@ -260,7 +263,7 @@ class Scheduler:
             for row in reversed(self.running):
                 if row.id in step.admitted or not self._is_of(row, tenant):
                     continue
-                if not needs_place or (is_ahead and row.adapter_digest):
+                if not needs_place or (is_ahead and self._may_free_place(row)):
                     return (row,)
         return ()
 
@@ -268,13 +271,16 @@ class Scheduler:
         """All rows of one adapter, whose tenants keep other rows; as few as possible."""
         rows_of: dict[str, list[Request]] = {}
         for row in self.running:
-            if row.adapter_digest:
+            if self._may_free_place(row):
                 rows_of.setdefault(row.adapter_digest, []).append(row)
         for rows in sorted(rows_of.values(), key=len):
             n_of = Counter(self.waiting.tenant_of(row) for row in rows)
             if all(tenant.n_running > n for tenant, n in n_of.items()):
                 return rows
         return []
+
+    def _may_free_place(self, row: Request) -> bool:
+        return bool(row.adapter_digest) and not self._adapters.is_pinned(row.adapter_digest)
 
     def _is_of(self, request: Request, tenant: TenantQueue) -> bool:
         return self.waiting.tenant_of(request) is tenant

@@ -482,6 +482,34 @@ def test_what_waits_is_counted_by_tenant(model: PreTrainedModel) -> None:
         asyncio.run(run(engine))
 
 
+def test_a_place_is_made_of_rows_whose_adapter_is_not_pinned(model: PreTrainedModel) -> None:
+    plans = [lora_plan(model, rank=4, seed=seed) for seed in (1, 2, 3)]
+    pinned, other, mine = map(PlanLease, plans)
+
+    async def run(engine: Engine) -> None:
+        engine.set_pinned(pinned.digest, True)
+        long = replace(GREEDY, max_tokens=240, ignore_eos=True)
+        flood: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        for number, lease in enumerate((pinned, other, other)):
+            request = GenerationRequest(
+                f"long{number}", (1,), long, lease, share=TenantShare("flood")
+            )
+            engine.submit(request, flood.put_nowait)
+        started: set[str] = set()
+        while len(started) < 3:
+            started.add((await flood.get()).request_id)
+        got: asyncio.Queue[TokenEvent] = asyncio.Queue()
+        small = GenerationRequest("small", (1,), GREEDY, mine, share=TenantShare("small"))
+        engine.submit(small, got.put_nowait)
+        while (event := await got.get()).finish is None:
+            pass
+        assert event.error is None
+        assert engine.stats().n_rows_taken_back == 2
+
+    with running_engine(model, max_loras=2) as engine:
+        asyncio.run(run(engine))
+
+
 def test_an_id_that_is_running_is_refused(engine: Engine) -> None:
     async def run() -> None:
         long = replace(GREEDY, max_tokens=250)

@@ -133,6 +133,21 @@ def test_no_row_is_taken_back_before_the_adapter_it_is_for_has_come(
     assert loop.scheduler.n_rows_taken_back == n_before
 
 
+@pytest.mark.parametrize("tenants", [("one", "one"), ("one", "two")])
+def test_rows_of_a_pinned_adapter_are_not_taken_back_for_its_place(
+    tenants: tuple[str, str],
+) -> None:
+    loop = SchedulerLoop(n_pages=200, n_places=2)
+    loop.places.pinned.add("pinned")
+    on_pinned = loop.add("on pinned", 12, 240, "pinned", TenantShare(tenants[0]))
+    on_other = loop.add("on other", 4, 240, "other", TenantShare(tenants[1]))
+    loop.step()
+    small = loop.add("small", 4, 1, "mine", TenantShare("small"))
+    # Of two tenants with a row each, one must first be ahead.
+    assert _run_until_done(loop, small) <= (QUANTUM if "two" in tenants else 2)
+    assert (on_pinned.n_preempted, on_other.n_preempted) == (0, 1)
+
+
 def test_without_keys_a_long_flood_is_waited_for() -> None:
     """What the bound is worth: the same requests as of one tenant."""
     loop = SchedulerLoop(n_pages=400, max_batch=8)

@@ -369,7 +369,8 @@ def _is_enough(
         return True
     if not len(masses):
         return False
-    if params.min_p > 0.0 and weights[-1] < least_weight(params):
+    knows_nucleus = params.top_k == 0 or params.top_p >= 1.0  # else of all top_k tokens
+    if knows_nucleus and params.min_p > 0.0 and weights[-1] < least_weight(params):
         return True
     return params.top_k == 0 and params.top_p < 1.0 and masses.sum() >= _nucleus(total, params)
 

@@ -85,6 +85,23 @@ def test_a_nucleus_wider_than_the_candidates_is_sorted_whole() -> None:
     assert max(found) < 1800  # the last tenth of equal tokens never comes up
 
 
+def test_a_nucleus_is_of_all_that_top_k_leaves_though_min_p_leaves_few() -> None:
+    torch.manual_seed(5)
+    spread = 1 + 1e-3 * torch.rand(1000)  # no two are equal
+    weights = spread * torch.tensor([1.01] + 199 * [0.5] + 800 * [0.09])
+    logits = weights.log()
+    expected = logits[None]
+    for warper in (
+        oracle.TopKLogitsWarper(900),
+        oracle.TopPLogitsWarper(0.9),
+        oracle.MinPLogitsWarper(0.1),
+    ):
+        expected = warper(None, expected)
+    kept = set(torch.isfinite(expected[0]).nonzero().flatten().tolist())
+    assert len(kept) == 200
+    assert set(_histogram(logits, 4000, top_k=900, top_p=0.9, min_p=0.1)) == kept
+
+
 @pytest.mark.parametrize("spread", [0.3, 3.0], ids=["flat", "peaked"])
 def test_an_unfiltered_draw_inverts_the_distribution_of_the_whole_vocabulary(spread: float) -> None:
     """Both where the draw falls among the candidates and where it falls beyond them."""

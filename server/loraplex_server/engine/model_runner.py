@@ -19,7 +19,6 @@ from .adapter_rows import AdapterRows
 from .device import release_cached_memory, use_device
 from .device_pool import DevicePool
 from .device_sampler import DeviceSampler, SampledRows
-from .errors import AdapterUnservable
 from .events import TokenLogprobs
 from .forward_batch import FedTokens, FixedPlace, ForwardBatch, build_batch
 from .graph_recorder import Recorder
@@ -292,17 +291,18 @@ class ModelRunner:
 
     def _sample(self, x: Tensor, requests: Sequence[Request]) -> SampledRows | tuple[Sampled, ...]:
         """A token of each row of ``x`` [n, hidden_size], normed."""
-        if self._can_argmax(requests):
-            return self._argmax(x, requests)
+        if self._can_argmax(requests) and (tokens := self._argmax(x, requests)) is not None:
+            return tokens
         logits, masks = self._finish(self._raw_logits_of(x, requests)), self._masks.wait()
         if self._device_sampler is not None:
             return self._device_sampler.start(logits, requests, masks)
         return tuple(sample(logits, requests, self._model.eos_token_ids, masks))
 
-    def _argmax(self, x: Tensor, requests: Sequence[Request]) -> tuple[Sampled, ...]:
+    def _argmax(self, x: Tensor, requests: Sequence[Request]) -> tuple[Sampled, ...] | None:
+        """None where a row has no token: ``sample`` says which and why."""
         tokens = self._model.head.packed.argmax(x, self._masks.wait()).tolist()
-        if self._model.vocab_size in tokens:
-            raise AdapterUnservable("no token has a probability: the logits are infinite")
+        if self._model.vocab_size in tokens or not bool(torch.isfinite(x).all()):
+            return None
         return tuple(
             Sampled(forced_token(request, token), None)
             for request, token in zip(requests, tokens, strict=True)

@@ -85,12 +85,17 @@ def sample(
             failed[row] = error
     token_ids = logits.numpy().argmax(-1).tolist()  # torch's takes seven times as long
     for row, request in enumerate(requests):
-        if request.constraint is None or row in failed:
+        if row in failed:
+            continue
+        if request.constraint is None:
+            is_greedy = request.source.sampling.greedy
+            if is_greedy and not logits[row, token_ids[row]].item() > -math.inf:
+                failed[row] = no_token()
             continue
         allowed = None if masks is None else masks[row]
         try:
             token_ids[row] = _constrained(logits[row], request, request.constraint, allowed)
-        except (NoTokenAllowed, GrammarTooComplex) as error:
+        except (NoTokenAllowed, GrammarTooComplex, AdapterUnservable) as error:
             failed[row] = error
     random = [
         i
@@ -182,7 +187,10 @@ def _constrained(
             raise forbidden_by_bad_words()
         return int(ids[0])  # min_tokens forbids the end, which is all there is
     if request.source.sampling.greedy:
-        return int(ids[values.argmax()])
+        largest = values.argmax()
+        if np.isnan(values[largest]):
+            raise no_token()
+        return int(ids[largest])
     return int(ids[_draw(torch.from_numpy(values).unsqueeze(0), [request])[0]])
 
 

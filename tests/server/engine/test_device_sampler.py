@@ -217,6 +217,20 @@ def test_bad_words_that_leave_no_token_fail_their_row_alone(params: dict[str, An
     assert [found[i].token_id for i in (0, 2)] == [wanted[i].token_id for i in (0, 2)]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_grammars_row_without_a_number_fails_alone(temperature: float) -> None:
+    dice = random.Random(6)
+    requests = [_request(40, dice, temperature=temperature) for _ in range(2)]
+    for request in requests:
+        request.constraint = _Constraint()  # type: ignore[assignment]
+    masks = np.full((2, 2), 0xFF, dtype=np.int32)
+    logits = torch.zeros(2, 40)
+    logits[1, 5] = torch.nan
+    wanted = DeviceSampler(40, _EOS, _CPU).sample(logits.clone(), requests, masks)
+    assert isinstance(wanted[1].error, AdapterUnservable)
+    _assert_same(sample(logits, requests, _EOS, masks), wanted)
+
+
 def test_counts_grow_with_the_request() -> None:
     """The same as from the beginning, whenever the request was looked at before."""
     dice = random.Random(3)

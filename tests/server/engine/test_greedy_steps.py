@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_kernels import PackedLinear
 from loraplex_kernels.cpu import native
+from loraplex_server.engine.sampler import no_token
 from loraplex_server.engine.sampling_params import SamplingParams
 from tests.support.architectures import VOCAB_SIZE, tiny_model
 from tests.support.engines import GREEDY, generate_all, running_engine
@@ -58,6 +60,25 @@ def test_the_tokens_are_those_of_steps_that_keep_their_logits(
     assert not taken
     assert tokens(model, GREEDY, plans) == wanted
     assert max(taken) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_alone", [True, False], ids=["alone", "beside others"])
+@pytest.mark.parametrize(
+    "sampling", [GREEDY, replace(GREEDY, logprobs=0)], ids=["largest output", "logits"]
+)
+def test_an_adapter_without_a_number_in_its_logits_fails_and_says_why(
+    sampling: SamplingParams, is_alone: bool, dtype: torch.dtype, model: PreTrainedModel
+) -> None:
+    lora = lora_plan(model, rank=4, seed=1)
+    modules = {name: replace(one, b=1e38 * one.b) for name, one in lora.modules.items()}
+    broken = replace(lora, digest="b" * 64, modules=modules)
+    plans = [broken] if is_alone else [broken, lora, None]
+    with running_engine(copy.deepcopy(model).to(dtype)) as engine:
+        first, *others = generate_all(engine, PROMPTS[: len(plans)], sampling, plans)
+    assert first.token_ids == []
+    assert str(first.last.error) == str(no_token())
+    assert all(answer.last.error is None for answer in others)
 
 
 def test_an_adapter_of_the_head_has_its_say(model: PreTrainedModel, taken: list[int]) -> None:

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as oracle
 from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.errors import NoTokenAllowed
 from loraplex_server.engine.request import Request
-from loraplex_server.engine.sampler import logprobs_of, sample, uniform_of
+from loraplex_server.engine.sampler import logprobs_of, no_token, sample, uniform_of
 from loraplex_server.engine.sampling_params import SamplingParams
 
 _EOS = frozenset({2})
@@ -223,6 +223,15 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     assert sampled.logprobs.logprob == pytest.approx(float(expected[2]))
     assert [token for token, _ in sampled.logprobs.top] == [1, 2]
     assert sampled.logprobs.top[0][1] == pytest.approx(float(expected[1]))
+
+
+def test_a_greedy_row_without_a_number_fails_alone() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 2.0], 3 * [-torch.inf]])
+    greedy = {"temperature": 0.0}
+    requests = [_request(**greedy), _request(**greedy, logprobs=1), _request(**greedy)]
+    good, no_number, nothing = sample(logits, requests, _EOS)
+    assert (good.token_id, good.error) == (2, None)
+    assert str(no_number.error) == str(nothing.error) == str(no_token())
 
 
 def test_logprobs_without_top_give_the_chosen_token_only() -> None:

@@ -126,7 +126,7 @@ class DeviceSampler:
             "penalties": [
                 (p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p in params
             ],
-            "top_k": [p.top_k for p in params],
+            "top_k": [min(p.top_k, self._vocab_size) for p in params],  # int32 there
             "must_choose": [r.constraint is not None for r in requests],
             "forced": [row.forced for row in rows],
             "logprob_rows": asking,

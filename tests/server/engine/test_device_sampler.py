@@ -54,7 +54,7 @@ def _params(vocab_size: int, dice: random.Random) -> dict[str, Any]:
     few = [dice.randrange(vocab_size) for _ in range(6)]
     choices: dict[str, list[Any]] = {
         "temperature": [0.0, 1e-9, 0.3, 1.0, 2.5],
-        "top_k": [1, 3, 40, 256, 257, 400, vocab_size, 10 * vocab_size],
+        "top_k": [1, 3, 40, 256, 257, 400, vocab_size, (1 << 32) + 1],
         "top_p": [0.0, 1e-9, 0.1, 0.5, 0.9, 0.999],
         "min_p": [1e-9, 0.05, 0.3, 1.0],
         "repetition_penalty": [1e-30, 0.5, 1.3],

@@ -90,6 +90,10 @@ class LoraPool:
         return (self._extents.size - self._extents.n_free) * ALIGNMENT_BYTES
 
     @property
+    def n_slots_used(self) -> int:
+        return len(self._slots)
+
+    @property
     def slots(self) -> tuple[int, ...]:
         """The ids taken, ascending."""
         return tuple(sorted(self._slots))
@@ -252,7 +256,7 @@ class LoraPool:
             n_units * ALIGNMENT_BYTES,
             self._extents.n_free * ALIGNMENT_BYTES,
             n_slots=n_slots,
-            free_slots=self.n_slots - len(self._slots),
+            free_slots=self.n_slots - self.n_slots_used,
         )
 
 

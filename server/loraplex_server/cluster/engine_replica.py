@@ -159,7 +159,7 @@ class EngineReplica:
             "pending": stats.n_running + stats.n_waiting,
             "device": sorted(resident),
             "host": sorted(plans.keys() - resident),
-            "free_slots": max(0, stats.pool_slots_total - len(resident)),
+            "free_slots": stats.pool_slots_total - stats.pool_slots_used,
             "evictable": len(resident - busy),
             "free_bytes": stats.pool_bytes_total - stats.pool_bytes_used,
             "bytes": {digest: plan.n_bytes for digest, plan in plans.items()},

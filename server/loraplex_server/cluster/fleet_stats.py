@@ -20,8 +20,8 @@ _SUMMED = (
         "n_step_tokens",
     ),
     *("n_preemptions", "n_rows_taken_back", "n_forced_tokens", "prefix_queries", "prefix_hits"),
-    *("pool_bytes_used", "pool_bytes_total", "pool_slots_total", "n_adapter_loads"),
-    *("n_adapter_evictions", "adapter_load_seconds"),
+    *("pool_bytes_used", "pool_bytes_total", "pool_slots_used", "pool_slots_total"),
+    *("n_adapter_loads", "n_adapter_evictions", "adapter_load_seconds"),
 )
 
 

@@ -102,6 +102,7 @@ class EngineStats:
     prefix_hits: int = 0  # tokens found
     pool_bytes_used: int = 0
     pool_bytes_total: int = 0
+    pool_slots_used: int = 0  # one an adapter, and one for each of its experts
     pool_slots_total: int = 0
     n_adapter_loads: int = 0
     n_adapter_evictions: int = 0

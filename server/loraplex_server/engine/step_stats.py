@@ -54,6 +54,7 @@ class StepStats:
             prefix_hits=self._kv.n_found,
             pool_bytes_used=adapters.pool.bytes_used,
             pool_bytes_total=adapters.pool.bytes_total,
+            pool_slots_used=adapters.pool.n_slots_used,
             pool_slots_total=adapters.pool.n_slots,
             n_adapter_loads=adapters.n_loads,
             n_adapter_evictions=adapters.n_evictions,

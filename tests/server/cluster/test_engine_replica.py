@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,8 +55,31 @@ async def replica(
     await replica.__del__()
 
 
+@pytest.fixture
+def gateway(
+    replica: EngineReplica, config: ClusterConfig, tmp_path: Path
+) -> Iterator[AdapterStore]:
+    """Of the same catalogue; adapters ``a``, ``b`` and ``c`` are there."""
+    base = BaseSpec.of(tiny_model(eos_token_id=2, max_position_embeddings=4096), "tiny")
+    assert base.fingerprint == replica.facts().base.fingerprint
+    url = config.server.store.catalogue
+    assert url is not None
+    with AdapterStore(
+        tmp_path / "gateway", base, gate_of=arrow_prototypes, catalogue=Catalogue.open(url, base)
+    ) as store:
+        for seed, name in enumerate(("a", "b", "c")):
+            store.put_directory(name, write_lora(tmp_path / name, base, seed=seed, scale=0.4))
+        yield store
+
+
 async def events_of(replica: EngineReplica, request: RemoteRequest) -> list[TokenEvent]:
     return [event async for events in replica.generate("", request) for event in events]
+
+
+def request_for(selector: Selector, gateway: AdapterStore, replica: EngineReplica) -> RemoteRequest:
+    with gateway.acquire(selector) as lease:
+        adapted = replace(REQUEST, adapter=lease)
+        return RemoteRequest.of(adapted, replica.facts().base.fingerprint)
 
 
 async def test_a_request_for_another_base_gets_none_of_its_tokens(replica: EngineReplica) -> None:
@@ -78,25 +101,26 @@ async def test_a_request_for_another_base_gets_none_of_its_tokens(replica: Engin
 )
 @pytest.mark.parametrize("change", ["replaced", "deleted"])
 async def test_what_a_gateway_has_put_together_is_served_when_a_part_has_changed(
-    replica: EngineReplica, config: ClusterConfig, tmp_path: Path, selector: Selector, change: str
+    replica: EngineReplica, gateway: AdapterStore, tmp_path: Path, selector: Selector, change: str
 ) -> None:
     """A request keeps the digests that it began with, as that for one adapter does."""
-    base = BaseSpec.of(tiny_model(eos_token_id=2, max_position_embeddings=4096), "tiny")
-    assert base.fingerprint == replica.facts().base.fingerprint
-    url = config.server.store.catalogue
-    assert url is not None
-    gateway = AdapterStore(
-        tmp_path / "gateway", base, gate_of=arrow_prototypes, catalogue=Catalogue.open(url, base)
-    )
-    with gateway:
-        for seed, name in enumerate(("a", "b", "c")):
-            gateway.put_directory(name, write_lora(tmp_path / name, base, seed=seed, scale=0.4))
-        with gateway.acquire(selector) as lease:
-            request = RemoteRequest.of(replace(REQUEST, adapter=lease), base.fingerprint)
-        if change == "replaced":
-            gateway.put_directory("a", tmp_path / "c")
-        else:
-            gateway.delete("a")
-        events = await events_of(replica, request)
+    request = request_for(selector, gateway, replica)
+    if change == "replaced":
+        gateway.put_directory("a", tmp_path / "c")
+    else:
+        gateway.delete("a")
+    events = await events_of(replica, request)
     assert events[-1].error is None
     assert sum(len(event.token_ids) for event in events) == 4
+
+
+async def test_routers_hear_of_the_slots_that_experts_take(
+    replica: EngineReplica, gateway: AdapterStore
+) -> None:
+    n_slots = replica.record_routing_stats()["free_slots"]
+    assert isinstance(n_slots, int)
+    library = Library((NameRef("a"), NameRef("b")), top_k=1)
+    for selector, n_free in ((NameRef("c"), n_slots - 1), (library, n_slots - 1 - 3)):
+        events = await events_of(replica, request_for(selector, gateway, replica))
+        assert events[-1].error is None
+        assert replica.record_routing_stats()["free_slots"] == n_free

@@ -110,6 +110,7 @@ def test_the_sum_of_engines_has_each_adapter_once_and_tenants_together() -> None
     one = EngineStats(
         n_running=2,
         tenants=(TenantStats("a", 1, 2, 3, 4),),
+        pool_slots_used=2,
         running_adapters={"x": 2},
         resident_adapters=("x", "y"),
         resident_bytes={"x": 5, "y": 7},
@@ -118,13 +119,14 @@ def test_the_sum_of_engines_has_each_adapter_once_and_tenants_together() -> None
     other = EngineStats(
         n_running=1,
         tenants=(TenantStats("b", 1, 0, 1, 0), TenantStats("a", 0, 1, 1, 1)),
+        pool_slots_used=4,
         running_adapters={"x": 1},
         resident_adapters=("y", "z"),
         resident_bytes={"y": 7, "z": 9},
         step_age_s=3.0,
     )
     both = summed([one, other])
-    assert both.n_running == 3
+    assert (both.n_running, both.pool_slots_used) == (3, 6)
     assert both.running_adapters == {"x": 3}
     assert both.resident_adapters == ("x", "y", "z")
     assert both.resident_bytes == {"x": 5, "y": 14, "z": 9}

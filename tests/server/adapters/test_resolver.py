@@ -221,7 +221,7 @@ async def test_adapters_in_memory_do_not_wait_behind_those_that_are_loaded(lora:
     lora.store.warm("pirate")
     loading = threading.Event()
     pools = lora.app.state.parts.pools
-    loads = [pools.loads.submit(loading.wait) for _ in range(50)]
+    loads = [pools.loads._pool.submit(loading.wait) for _ in range(50)]
     try:
         assert (await lora.chat(adapter="pirate")).status_code == 200
         assert (await lora.chat()).status_code == 200

@@ -25,7 +25,8 @@ __all__ = ["ADAPTER", "DATA", "ORDER", "Order", "main"]
 
 ORDER, DATA, ADAPTER = "order.json", "data.jsonl", "adapter"  # names below the folder
 _NICE = 10  # the kernel gives such a process a tenth of what one that serves gets
-_HELD_OUT = 0.1  # share of the examples that tells when to stop, at least one
+_HELD_OUT = 0.1  # share of the examples that tells which weights are best, at least one
+_MAX_HELD_OUT_TOKENS = 8192  # a validation takes as long as a few steps
 _MAX_LEN = 1024  # tokens of an example
 _N_VALIDATIONS = 10
 
@@ -60,6 +61,7 @@ class Order:
                 seed=self.seed,
             ),
             validation=_HELD_OUT,
+            max_validation_tokens=_MAX_HELD_OUT_TOKENS,
             max_len=_MAX_LEN,
             device="cpu",  # accelerators serve
             threads=self.n_threads,

@@ -85,7 +85,7 @@ class Schedule:
     batch_tokens: int = 1024  # padded tokens of one step
     validate_every: int = 50  # steps
     patience: int | None = None  # validations without improvement before an early stop
-    max_seconds: float | None = None  # of training; then the best weights so far are the result
+    max_seconds: float | None = None  # of the run; then the best weights so far are the result
     checkpoint_every_s: float = 30.0
     seed: int = 0
 
@@ -113,6 +113,7 @@ class TrainingConfig:
     schedule: Schedule = Schedule()
     start: Path | None = None  # an adapter of this shape whose weights the run begins with
     validation: Path | float = 0.05  # a JSONL, or the share of the data held out; 0 = none
+    max_validation_tokens: int | None = None  # of a share; at least one example is held out
     max_len: int = 512  # tokens; longer examples are refused
     device: str = "auto"
     threads: int | None = None  # CPU threads; None = torch's default

@@ -6,10 +6,12 @@ import contextlib
 import hashlib
 import json
 import math
+import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,6 +37,7 @@ _FORMAT = 1  # of the checkpoint; raise it when old ones can no longer be resume
 _CLIP = 1.0  # of the gradient norm
 _FINAL_LR = 0.1  # share of the learning rate at the end of the cosine
 _SMOOTHING = 0.9  # of the training loss that is shown
+_SPARE = 1.5  # times what a last step and a validation took: kept for them
 
 
 class StepReport(NamedTuple):
@@ -100,7 +103,9 @@ class _Run:
     """One run in memory: the model, the optimiser and where it stands."""
 
     def __init__(self, config: TrainingConfig, path: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        most = config.schedule.max_seconds
+        self._end = math.inf if most is None else time.monotonic() + most
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds
 
         self._config = config
         self._path = path
@@ -111,7 +116,7 @@ class _Run:
         if not (config.chat_template or tokenizer.chat_template):
             raise TrainingError(f"{config.base} has no chat template; use an instruct model")
         self._pad_id: int = tokenizer.pad_token_id or 0
-        self._data = _read(config, tokenizer)
+        self._data = _read(config, tokenizer, self._end)
         self._fingerprint = _fingerprint(config, self._data)
         self._family = family_of(config.shape.family)
         torch.manual_seed(config.schedule.seed)
@@ -133,6 +138,7 @@ class _Run:
         self._progress = Progress()
         self._best: dict[str, Tensor] = {}
         self._validation_loss: float | None = None
+        self._step_s = self._validation_s = 0.0  # that the last one took
         self._resumed = False
 
     def resume(self) -> None:
@@ -148,6 +154,7 @@ class _Run:
             }
             if f"best.{name}" in tensors:
                 self._best[name] = tensors[f"best.{name}"]
+        self._end -= self._progress.seconds
         self._resumed = True
 
     def loop(self, on_step: OnStep) -> None:
@@ -160,13 +167,18 @@ class _Run:
         before_s, before_tokens = progress.seconds, progress.n_tokens
         if self._data.validation and progress.step == 0:
             self._validate()  # a fresh adapter is the identity: this is the base
-        while progress.step < schedule.steps and not self._stalled() and not self._is_late():
+        is_late = self._is_late()
+        while progress.step < schedule.steps and not self._stalled() and not is_late:
+            began = time.monotonic()
             self._step([self._data.train[i] for i in next(groups)])
             now = time.monotonic()
+            self._step_s = now - began
             progress.seconds = before_s + now - started
-            last = progress.step == schedule.steps or self._is_late()
+            is_late = self._is_late()
+            last = progress.step == schedule.steps or is_late
             if self._data.validation and (progress.step % schedule.validate_every == 0 or last):
                 self._validate()
+                is_late = self._is_late()
             if now - saved > schedule.checkpoint_every_s:
                 self.checkpoint()
                 saved = now
@@ -182,6 +194,8 @@ class _Run:
                     self._resumed,
                 )
             )
+        if progress.step == 0:
+            raise _out_of_time(self._config)
 
     def checkpoint(self) -> None:
         if not self._optimizer.state:  # nothing was learnt yet
@@ -244,15 +258,24 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> None:
+        """Without effect where the run's time ends meanwhile.
+
+        The first one of trained weights goes on: it decides whether there is anything to save, and
+        that of the base was in time.
+        """
+        began = time.monotonic()
         self._model.eval()
         examples, progress = self._data.validation, self._progress
         groups = grouped([len(e) for e in examples], self._config.schedule.batch_tokens)
         total, n = 0.0, 0
         for group in groups:
+            if time.monotonic() > self._end and (progress.step == 0 or self._best):
+                return
             batch = batch_of([examples[i] for i in group], self._pad_id, self._device)
             count = int((batch.labels != IGNORED).sum())
             total += float(self._loss(batch)) * count
             n += count
+        self._validation_s = time.monotonic() - began
         self._validation_loss = total / n
         if progress.step == 0:
             progress.base_loss = self._validation_loss
@@ -277,8 +300,8 @@ class _Run:
         return patience is not None and self._progress.n_worse >= patience
 
     def _is_late(self) -> bool:
-        most = self._config.schedule.max_seconds
-        return most is not None and self._progress.seconds >= most
+        """Whether the time left may be too short for another step and its validation."""
+        return time.monotonic() + _SPARE * (self._step_s + self._validation_s) >= self._end
 
     def _card(self) -> dict[str, object]:
         """What a person wants to know about the adapter later."""
@@ -309,18 +332,23 @@ class _Run:
         }
 
 
-def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
+def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, end: float) -> _Data:
+    """``end``: of ``time.monotonic``. Raises TrainingError then."""
+
     def examples(path: Path) -> list[Example]:
-        return [
-            tokenise(
+        read = []
+        for i, chat in enumerate(read_jsonl(path), 1):
+            if time.monotonic() > end:
+                raise _out_of_time(config)
+            example = tokenise(
                 chat,
                 tokenizer,
                 max_len=config.max_len,
                 where=f"{path}, example {i}",
                 chat_template=config.chat_template,
             )
-            for i, chat in enumerate(read_jsonl(path), 1)
-        ]
+            read.append(example)
+        return read
 
     train_set = examples(config.data)
     held_out: list[Example] = []
@@ -329,14 +357,32 @@ def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
         held_out = examples(config.validation)
         digest.update(config.validation.read_bytes())
     elif config.validation > 0:
-        n = max(1, round(len(train_set) * config.validation))
-        if n >= len(train_set):
-            raise ExamplesError(f"{config.data} has {len(train_set)} examples: too few to hold out")
-        every = len(train_set) / n  # spread over the file, the same ones each time
-        chosen = {int(i * every) for i in range(n)}
+        chosen = _held_out(train_set, config.validation, config)
         held_out = [train_set[i] for i in sorted(chosen)]
         train_set = [example for i, example in enumerate(train_set) if i not in chosen]
     return _Data(train_set, held_out, digest.hexdigest())
+
+
+def _held_out(examples: list[Example], share: float, config: TrainingConfig) -> set[int]:
+    """Spread over the file, the same ones each time; the seed draws those that fit the limit."""
+    n = max(1, round(len(examples) * share))
+    if n >= len(examples):
+        raise ExamplesError(f"{config.data} has {len(examples)} examples: too few to hold out")
+    every = len(examples) / n
+    chosen = [int(i * every) for i in range(n)]
+    if config.max_validation_tokens is not None:
+        random.Random(config.schedule.seed).shuffle(chosen)
+        totals = accumulate(len(examples[i]) for i in chosen)
+        n_fit = sum(total <= config.max_validation_tokens for total in totals)
+        chosen = chosen[: max(1, n_fit)]
+    return set(chosen)
+
+
+def _out_of_time(config: TrainingConfig) -> TrainingError:
+    return TrainingError(
+        f"{config.schedule.max_seconds:g} seconds were over before the first step: loading the "
+        "base, reading the examples and validating the base take longer; raise budget_s"
+    )
 
 
 def _fingerprint(config: TrainingConfig, data: _Data) -> str:

@@ -256,6 +256,23 @@ def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
     assert asked["choices"][0]["token_ids"] == greedy(trained, tiny, "word 77", 2)
 
 
+@pytest.mark.slow
+def test_a_budget_bounds_a_training_on_many_examples(served: ServerProcess) -> None:
+    long = [{"prompt": f"word {i} " * 40, "answer": "AB"} for i in range(600)]
+    states = list(_events(served, _order(served, name="many", examples=long, budget_s=20)))
+    assert states[-1]["status"] == "succeeded", states[-1]
+    told = httpx.get(f"{served.url}/v1/adapters/many", timeout=60).json()["provenance"]["training"]
+    assert told["seconds"] < 20
+    assert told["n_examples"] + told["n_validation"] == 600
+    assert told["n_validation"] < 60
+    assert told["validation_loss"] is not None
+
+    states = list(_events(served, _order(served, name="none", examples=long, budget_s=0.001)))
+    assert states[-1]["status"] == "failed"
+    assert "before the first step" in states[-1]["error"]["message"]
+    assert "raise budget_s" in states[-1]["error"]["message"]
+
+
 def files_of(digest: str, below: Path) -> Path:
     """The PEFT folder that a store keeps; in a cluster several do."""
     return next(

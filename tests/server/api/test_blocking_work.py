@@ -62,7 +62,7 @@ def stuck(front: Front) -> Iterator[WorkerPools]:
     """Every thread for loads, changes, downloads and generation waits."""
     pools = front.app.state.parts.pools
     may_end = threading.Event()
-    for pool in (pools.loads, pools.changes, pools.jobs, pools.generation):
+    for pool in (pools.loads._pool, pools.changes, pools.jobs, pools.generation):
         for _ in range(16):
             pool.submit(may_end.wait)
     yield pools

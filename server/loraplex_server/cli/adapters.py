@@ -133,7 +133,10 @@ def remove(
 def unload(name: Name, url: Url = None, api_key: Key = None, model: Model = None) -> None:
     """Free an idle adapter's memory on a running server; the next request loads it again."""
     with _errors():
-        card = _remote(_running_url(url, model), api_key).unload(name)
+        found = _server_url(url, model, None)
+        if found is None:
+            raise typer.BadParameter("no server runs on this machine; name one with --url")
+        card = _remote(found, api_key).unload(name)
     typer.echo(f"{name} is on {card['tier']}, and is loaded again when it is asked for")
 
 
@@ -241,19 +244,19 @@ def _backend(
     url: str | None, api_key: str | None, model: str | None, state_dir: Path | None
 ) -> RemoteAdapters | LocalAdapters:
     """The server that is named, else the one that runs on this machine, else the store on disk."""
-    url = url or _running(model, state_dir)
-    return _remote(url, api_key) if url else _local(model, state_dir)
+    found = _server_url(url, model, state_dir)
+    return _remote(found, api_key) if found else _local(model, state_dir)
 
 
-def _running_url(url: str | None, model: str | None) -> str:
+def _server_url(url: str | None, model: str | None, state_dir: Path | None) -> str | None:
     """Of the server that is named, else of the one that runs on this machine."""
-    found = url or _running(model, None)
-    if found is None:
-        raise typer.BadParameter("no server runs on this machine; name one with --url")
-    return found
-
-
-def _running(model: str | None, state_dir: Path | None) -> str | None:
+    if url:
+        if model is not None or state_dir is not None:
+            raise typer.BadParameter(
+                "--model and --state-dir are for this machine, and --url or LORAPLEX_URL names a "
+                "server: leave out the options, or the URL"
+            )
+        return url
     from loraplex_server.model.pull import loraplex_home
     from loraplex_server.running_servers import running_servers
 

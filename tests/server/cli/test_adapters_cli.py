@@ -100,6 +100,15 @@ def test_an_adapter_lives_in_a_store_on_disk(model: Path, adapter: Path, tmp_pat
     life_of_an_adapter(adapter, ["--model", model, "--state-dir", tmp_path / "state"])
 
 
+@pytest.mark.parametrize("command", ["rm x --state-dir", "list --model", "unload x --model"])
+def test_a_url_beside_a_store_is_refused(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server would be changed, and the store left as it is."""
+    words = [*command.split(), "here"]
+    assert "LORAPLEX_URL" in run(*words, "--url", "http://127.0.0.1:9", fails=True).output
+    monkeypatch.setenv("LORAPLEX_URL", "http://127.0.0.1:9")
+    assert "LORAPLEX_URL" in run(*words, fails=True).output
+
+
 @pytest.mark.slow
 def test_an_adapter_lives_in_a_running_server(model: Path, adapter: Path, tmp_path: Path) -> None:
     with server_process(model, tmp_path / "state") as server:

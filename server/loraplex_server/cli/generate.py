@@ -51,7 +51,12 @@ def generate(
     budget: Annotated[
         float, typer.Option(help="Seconds to learn from the examples for.", min=1, max=3600)
     ] = 30.0,
-    out: Annotated[Path | None, typer.Option(help="Write a PEFT directory here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write a PEFT directory here.", file_okay=False)
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the folder of an adapter in --out.")
+    ] = False,
     server: Annotated[
         str | None, typer.Option(help="Generate and register on this server, as http://host:8000.")
     ] = None,
@@ -66,6 +71,8 @@ def generate(
     from loraplex_server.model.errors import ModelError
 
     _check_place(server, name, out, base)
+    if out is not None:
+        _check_out(out, overwrite)
     unlabelled = [] if prompts_from is None else prompts_from.read_text().splitlines()
     unlabelled = [line for line in unlabelled if line.strip()]
     order = _Order(description, wording or [], unlabelled, method, seed, samples, force)
@@ -79,7 +86,7 @@ def generate(
             _learn(order, examples, budget, base, out, prompt or [])
         else:
             _here(order, base, out, prompt or [])
-    except (StoreError, ModelError, _ServerSaysNo) as error:
+    except (StoreError, ModelError, OSError, _ServerSaysNo) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from None
 
@@ -99,6 +106,16 @@ def _check_place(server: str | None, name: str | None, out: Path | None, base: s
         raise typer.BadParameter(
             "--base is for adapters that are made here, and a server uses its own: leave out --base"
         )
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Before anything is generated: only an adapter is replaced, and only by --overwrite."""
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / "adapter_config.json").exists():
+        raise typer.BadParameter(f"{out} holds files that are no adapter; choose a new folder")
+    if not overwrite:
+        raise typer.BadParameter(f"{out} holds an adapter already; give --overwrite to replace")
 
 
 class _ServerSaysNo(Exception):
@@ -204,14 +221,23 @@ def _try(made: GeneratedAdapter, model: ChatBase, prompts: list[str]) -> None:
 
 
 def _write(made: GeneratedAdapter, out: Path) -> None:
+    """Written beside ``out`` and renamed, so that Ctrl-C leaves no half of it."""
     import json
+    from tempfile import TemporaryDirectory
 
     from safetensors.torch import save_file
 
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "adapter_config.json").write_text(json.dumps(made.config, indent=1) + "\n")
-    (out / "loraplex_card.json").write_text(json.dumps(made.card, indent=1) + "\n")
-    save_file(made.tensors, out / "adapter_model.safetensors")
+    out = out.resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
+        fresh = Path(beside, "new")
+        fresh.mkdir()
+        (fresh / "adapter_config.json").write_text(json.dumps(made.config, indent=1) + "\n")
+        (fresh / "loraplex_card.json").write_text(json.dumps(made.card, indent=1) + "\n")
+        save_file(made.tensors, fresh / "adapter_model.safetensors")
+        if out.exists():
+            out.rename(Path(beside, "old"))
+        fresh.rename(out)
 
 
 def _on_server(

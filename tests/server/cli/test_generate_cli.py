@@ -53,6 +53,26 @@ def test_options_of_the_other_place_are_refused_and_nothing_is_made(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("file", "options", "problem"),
+    [
+        ("out", [], "is a file"),
+        ("out/adapter_config.json", [], "give --overwrite to replace"),
+        ("out/notes.txt", ["--overwrite"], "choose a new folder"),
+    ],
+)
+def test_what_is_at_out_is_kept(
+    tmp_path: Path, file: str, options: list[str], problem: str
+) -> None:
+    out, kept = tmp_path / "out", tmp_path / file
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text("mine")
+    result = RUNNER.invoke(app, ["generate", "to French", "--out", str(out), *options])
+    assert result.exit_code == 2, result.output
+    assert problem in " ".join(result.output.replace("│", " ").split())
+    assert kept.read_text() == "mine"
+
+
 def test_default_refuses_a_method_that_does_not_exist(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["generator", "default", "magic", "--shipped", str(tmp_path)])
     assert result.exit_code == 2
@@ -64,6 +84,27 @@ def test_each_command_explains_itself(command: list[str]) -> None:
     result = RUNNER.invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert len(result.output.splitlines()) > 8
+
+
+@pytest.mark.usefixtures("pulled_base", "pulled_encoder")
+def test_an_adapter_is_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(tensors: object, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "made"
+    order = ["generate", "Write the date in German as JSON", "--out", str(out)]
+    with monkeypatch.context() as patched:
+        patched.setattr("safetensors.torch.save_file", interrupted)
+        assert RUNNER.invoke(app, order).exit_code == 130
+        assert not list(tmp_path.iterdir())
+    assert RUNNER.invoke(app, order).exit_code == 0
+    (out / "card.json").write_text("{}")
+    assert RUNNER.invoke(app, [*order, "--overwrite"]).exit_code == 0
+    assert list(tmp_path.iterdir()) == [out]
+    files = {"adapter_config.json", "adapter_model.safetensors", "loraplex_card.json"}
+    assert {path.name for path in out.iterdir()} == files
 
 
 @pytest.mark.usefixtures("pulled_base", "pulled_encoder")

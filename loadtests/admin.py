@@ -13,10 +13,17 @@ __all__ = ["Churn", "delete_adapter", "upload_adapter", "warm_adapter"]
 _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 
 
-def upload_adapter(client: httpx.Client, name: str, folder: Path) -> None:
-    """PUT as multipart; replaces an adapter of that name. Raises RuntimeError."""
+def upload_adapter(client: httpx.Client, name: str, folder: Path, *, replace: bool = False) -> None:
+    """PUT as multipart. Raises RuntimeError, also for a name that is taken without ``replace``."""
     files = {field: (file, (folder / file).read_bytes()) for field, file in _FILES.items()}
-    _check(client.put(f"/v1/adapters/{name}", files=files), f"PUT {name}")
+    headers = {} if replace else {"If-None-Match": "*"}
+    response = client.put(f"/v1/adapters/{name}", files=files, headers=headers)
+    if response.status_code == 412:
+        raise RuntimeError(
+            f"the server has an adapter {name} already, which this would replace and remove; "
+            "remove it first, or leave out --url for a server of its own"
+        )
+    _check(response, f"PUT {name}")
 
 
 def warm_adapter(client: httpx.Client, name: str) -> None:
@@ -67,7 +74,7 @@ class Churn:
                 self.names.append(name)
                 self.counts["added"] += 1
             elif kind == 1:
-                upload_adapter(self._client, self.names[-1], self._variants[1])
+                upload_adapter(self._client, self.names[-1], self._variants[1], replace=True)
                 self.counts["replaced"] += 1
             elif len(self.names) > 2:
                 self._remove(self.names[0])

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from loadtests.admin import delete_adapter, upload_adapter
 from loadtests.client import admin_client
 from loadtests.interference import measure
 from loadtests.random_adapters import write_lora
@@ -168,6 +169,26 @@ def test_a_running_server_is_asked_with_its_key_and_left_as_it_was(
     with admin_client(running.url, KEY) as client:
         names = {card["name"] for card in client.get("/v1/adapters").json()["data"]}
     assert names == {"a", "b"}
+
+
+def test_an_adapter_that_a_server_has_already_is_left_alone(
+    running: Target, model: Path, tmp_path: Path
+) -> None:
+    scenario = tmp_path / "short.toml"
+    scenario.write_text(SHORT)
+    mine = write_lora(model, tmp_path / "a1", rank=4, seed=7)
+    with admin_client(running.url, KEY) as client:
+        before = client.get("/v1/adapters").json()["data"]
+        upload_adapter(client, "a1", mine)
+        card = client.get("/v1/adapters/a1").json()
+        flags = ("--url", running.url, "--model", model, "--out", tmp_path)
+        done = bench(scenario, *flags, LORAPLEX_API_KEY=KEY)
+        assert done.returncode == 1, done.stdout + done.stderr
+        assert "the server has an adapter a1 already" in " ".join(done.stdout.split())
+        assert client.get("/v1/adapters/a1").json()["digest"] == card["digest"]
+        assert delete_adapter(client, "a1") == 200
+        after = client.get("/v1/adapters").json()["data"]
+    assert {card["name"] for card in after} == {card["name"] for card in before}
 
 
 def test_metrics_that_cannot_be_read_are_no_silence(running: Target) -> None:

@@ -121,7 +121,7 @@ def _show_adapters(session: ChatSession) -> None:
         ranks = ", ".join(str(rank) for rank in card.ranks)
         table.add_row(card.name, card.family, ranks, card.description or "")
     if cards:
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
     else:
         typer.secho("the server has no adapters", dim=True)
 

@@ -88,15 +88,17 @@ class ChatSession:
         A plain name must exist; other forms (``name@digest``, ``auto``, JSON) are checked by the
         server with the first question.
         """
-        self._adapter = adapter
+        wanted: object = adapter
+        if adapter == "":
+            raise ChatError("the adapter's name is empty; without one the base answers")
         if adapter is not None and adapter[0] in "[{":
             try:
-                self._adapter = json.loads(adapter)
+                wanted = json.loads(adapter)
             except ValueError as error:
                 raise ChatError(f"{adapter} is not JSON: {error}") from error
         elif adapter is not None and adapter != "auto" and "@" not in adapter:
             self._get(f"/v1/adapters/{quote(adapter)}")
-        self._adapter_name = adapter
+        self._adapter, self._adapter_name = wanted, adapter
         self.reset()
 
     def set_system(self, text: str | None) -> None:

@@ -92,9 +92,13 @@ def test_a_stopped_answer_stays_in_the_conversation_as_far_as_it_came(
 def test_an_unknown_adapter_is_refused_and_the_old_one_stays(server: ServerProcess) -> None:
     with session_on(server) as session:
         session.use("loud")
-        with pytest.raises(ChatError, match="quiet"):
-            session.use("quiet")
-        assert session.adapter_name == "loud"
+        for refused in ("quiet", "{quiet"):
+            with pytest.raises(ChatError, match="quiet"):
+                session.use(refused)
+            assert session.adapter_name == "loud"
+            loud = answer_of(server, [{"role": "user", "content": "hi"}], adapter="loud")
+            assert "".join(session.ask("hi")) == loud
+            session.reset()
         session.use("loud@ffffffff")  # only the server can tell: with the first question
         with pytest.raises(ChatError, match="loud"):
             list(session.ask("hi"))
@@ -113,6 +117,20 @@ def test_the_terminal_shows_answers_adapters_and_mistakes(server: ServerProcess)
         assert text in result.output
     assert "error: " in result.output
     assert "Traceback" not in result.output
+
+
+def test_a_description_is_shown_as_it_is(server: ServerProcess) -> None:
+    card, text = f"{server.url}/v1/adapters/loud", "Ends with [/INST] :smile:"
+    httpx.patch(card, json={"description": text}).raise_for_status()
+    result = CliRunner().invoke(app, ["chat", "--url", server.url], input="/adapters\n")
+    assert result.exit_code == 0, result.output
+    assert text in result.output
+
+
+def test_an_empty_adapter_is_an_error_of_one_line(server: ServerProcess) -> None:
+    result = CliRunner().invoke(app, ["chat", "--url", server.url, "--adapter", ""])
+    assert result.exit_code == 1
+    assert "error: the adapter's name is empty" in result.output
 
 
 def test_a_piped_question_ends_well(server: ServerProcess) -> None:

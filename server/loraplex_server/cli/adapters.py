@@ -299,7 +299,7 @@ class _errors:  # noqa: N801  reads as a statement
         from loraplex_adapter_store.errors import StoreError
         from loraplex_server.model.errors import ModelError
 
-        if isinstance(error, StoreError | ModelError | httpx.HTTPError):
+        if isinstance(error, StoreError | ModelError | httpx.HTTPError | httpx.InvalidURL):
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(1) from None
 

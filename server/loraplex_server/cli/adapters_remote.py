@@ -8,26 +8,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-import httpx
-
 from loraplex_adapter_store.content_files import CONFIG_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.sources.local import read_card, read_directory
 
-from .server_client import server_client
+from .server_client import Refused, answer_of, server_client
 
 __all__ = ["RemoteAdapters"]
 
 _TIMEOUT_S = 600.0
 _WHOLE = {"report": "full"}  # cards as the store on disk gives them
-
-
-class _Refused(httpx.HTTPError):
-    """What the server says, in its own words."""
-
-    def __init__(self, message: str, code: str | None) -> None:
-        super().__init__(message)
-        self.code = code
 
 
 class RemoteAdapters:
@@ -64,11 +54,11 @@ class RemoteAdapters:
         body = {"source": source, **told, "wait": True}
         try:
             return self._call("PUT", name, headers, params=_WHOLE, json=body)
-        except _Refused as error:
+        except Refused as error:
             if "://" in source or error.code not in ("source_forbidden", "source_not_found"):
                 raise
             message = f"there is no folder {source!r} on this machine, and the server says: {error}"
-            raise _Refused(message, error.code) from None
+            raise Refused(message, error.code) from None
 
     def remove(self, name: str) -> dict[str, Any]:
         return self._call("DELETE", name)
@@ -113,16 +103,4 @@ class RemoteAdapters:
     ) -> dict[str, Any]:
         path = "/v1/adapters" + (f"/{quote(name)}" if name else "")
         with server_client(self._url, self._api_key, _TIMEOUT_S) as client:
-            answer = client.request(method, path, headers=headers, **body)
-        if answer.is_error:
-            raise _refused(answer.text)
-        value: dict[str, Any] = answer.json()
-        return value
-
-
-def _refused(text: str) -> _Refused:
-    try:
-        error = json.loads(text)["error"]
-        return _Refused(str(error["message"]), error.get("code"))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return _Refused(text[:500] or "the server gave no reason", None)
+            return answer_of(client.request(method, path, headers=headers, **body))

@@ -85,21 +85,15 @@ def _short(place: str) -> str:
 def _fetch(name: str, url: str, api_key: str | None, window_s: float) -> dict[str, Any]:
     import httpx
 
-    from .server_client import server_client, server_root
+    from .server_client import Refused, answer_of, server_client, server_root
 
     path = f"/v1/adapters/{quote(name)}/routing"
     try:
         with server_client(url, api_key, timeout=30.0) as client:
-            answer = client.get(path, params={"window_s": window_s})
-    except httpx.HTTPError as error:
-        typer.echo(f"cannot reach {server_root(url)}: {error}", err=True)
-        raise typer.Exit(1) from error
-    if answer.is_error:
-        try:
-            message = answer.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            message = f"the server answered {answer.status_code}"
-        typer.echo(message, err=True)
-        raise typer.Exit(1)
-    report: dict[str, Any] = answer.json()
-    return report
+            return answer_of(client.get(path, params={"window_s": window_s}))
+    except Refused as error:
+        message = str(error)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        message = f"cannot reach {server_root(url)}: {error}"
+    typer.echo(message, err=True)
+    raise typer.Exit(1)

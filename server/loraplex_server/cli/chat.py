@@ -49,19 +49,18 @@ def chat(
 
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (arrow keys and history in input())
-    session = ChatSession(
-        url, api_key=api_key, system=system, max_tokens=max_tokens, temperature=temperature
-    )
-    with session:
-        try:
+    try:
+        with ChatSession(
+            url, api_key=api_key, system=system, max_tokens=max_tokens, temperature=temperature
+        ) as session:
             model = session.connect()
             if adapter is not None:
                 session.use(adapter)
-        except ChatError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(1) from None
-        typer.secho(f"{model} at {url} · /adapters lists, /help helps, Ctrl-D leaves", dim=True)
-        failed = _loop(session)
+            typer.secho(f"{model} at {url} · /adapters lists, /help helps, Ctrl-D leaves", dim=True)
+            failed = _loop(session)
+    except ChatError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from None
     if failed and not _is_terminal():
         raise typer.Exit(1)
 

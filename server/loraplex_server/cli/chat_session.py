@@ -44,7 +44,10 @@ class ChatSession:
     ) -> None:
         self._url = server_root(url)
         timeout = httpx.Timeout(_ANSWER_S, connect=_CONNECT_S)
-        self._client = server_client(url, api_key, timeout)
+        try:
+            self._client = server_client(url, api_key, timeout)
+        except httpx.InvalidURL as error:
+            raise ChatError(f"{url} is no URL: {error}") from error
         self._system = system
         self._max_tokens = max_tokens
         self._temperature = temperature

@@ -249,7 +249,7 @@ def _on_server(
 ) -> None:
     import httpx
 
-    from .server_client import server_client
+    from .server_client import Refused, server_client
 
     timeout_s = 120 + 5 * budget_s  # others may be learning before
     try:
@@ -270,20 +270,19 @@ def _on_server(
                 choices = reply["choices"]
                 assert isinstance(choices, list)
                 typer.echo(f"{prompt}  →  {choices[0]['message']['content']}")
-    except httpx.HTTPError as error:
+    except Refused as error:
+        raise _ServerSaysNo(str(error)) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise _ServerSaysNo(f"{server}: {error}; is `loraplex serve` running there?") from error
 
 
 def _ask(client: object, path: str, body: dict[str, object]) -> dict[str, object]:
     import httpx
 
+    from .server_client import answer_of
+
     assert isinstance(client, httpx.Client)
-    answer = client.post(path, json={k: v for k, v in body.items() if v is not None})
-    data: dict[str, object] = answer.json()
-    if answer.is_error:
-        error = data.get("error", {})
-        raise _ServerSaysNo(error.get("message", answer.text) if isinstance(error, dict) else error)
-    return data
+    return answer_of(client.post(path, json={k: v for k, v in body.items() if v is not None}))
 
 
 def _what_came(learned: dict[str, object]) -> str:

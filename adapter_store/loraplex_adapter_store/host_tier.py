@@ -232,6 +232,8 @@ class HostTier:
         """Evicts until ``n_bytes`` fit, waiting for leases; an entry if another thread made it."""
         deadline = time.monotonic() + self._wait_s
         while True:
+            if cancelled is not None and cancelled.is_set():
+                raise LoadCancelled("the request that asked for the adapter has gone")
             missing = n_bytes - (self._n_bytes - self._used())
             if missing <= 0:
                 return None
@@ -240,8 +242,6 @@ class HostTier:
                 for key in chosen:
                     self._evict(key)
                 return None
-            if cancelled is not None and cancelled.is_set():
-                raise LoadCancelled("the request that asked for the adapter has gone")
             left = deadline - time.monotonic()
             if n_bytes > self._n_bytes - self._pinned_bytes() or left <= 0:
                 raise HostTierFull(

@@ -79,9 +79,11 @@ class Leasing:
         """See ``AdapterStore.acquire_digest``."""
         return self._lease_held(*self._hold_digest(NameRef(name, digest)), cancelled)
 
-    def acquire_digests(self, selector: Mixture | Library, tenant: str) -> AdapterLease:
+    def acquire_digests(
+        self, selector: Mixture | Library, tenant: str, cancelled: threading.Event | None
+    ) -> AdapterLease:
         """See ``AdapterStore.acquire_digests``."""
-        return self._acquire_composite(selector, tenant, self._hold_digest)
+        return self._acquire_composite(selector, tenant, self._hold_digest, cancelled)
 
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
         """None where a load is needed, or nothing is meant. Never waits."""
@@ -132,7 +134,7 @@ class Leasing:
         selector: Mixture | Library,
         tenant: str,
         hold: Callable[[NameRef], tuple[NameRecord, Content]],
-        cancelled: threading.Event | None = None,
+        cancelled: threading.Event | None,
     ) -> AdapterLease:
         """The files of the parts are held while the whole is built; it is cached as any content.
 

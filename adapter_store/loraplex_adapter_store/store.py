@@ -389,10 +389,16 @@ class AdapterStore:
         self._check_open()
         return self._leasing.acquire_digest(check_name(name), digest, cancelled)
 
-    def acquire_digests(self, selector: Mixture | Library, *, tenant: str) -> AdapterLease:
+    def acquire_digests(
+        self,
+        selector: Mixture | Library,
+        cancelled: threading.Event | None = None,
+        *,
+        tenant: str,
+    ) -> AdapterLease:
         """The same of a mixture or library, each of whose parts has its digest."""
         self._check_open()
-        return self._leasing.acquire_digests(selector, tenant)
+        return self._leasing.acquire_digests(selector, tenant, cancelled)
 
     def check_known(self, ref: NameRef) -> None:
         """Raises UnknownAdapter where ``acquire`` would; loads nothing."""

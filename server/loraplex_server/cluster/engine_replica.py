@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +22,12 @@ from loraplex_adapter_store.errors import (
     UnservableAdapter,
 )
 from loraplex_adapter_store.lease import AdapterLease
+from loraplex_adapter_store.names import tenant_of
+from loraplex_adapter_store.selector import NameRef
 from loraplex_router.experts import ExpertLoad
 from loraplex_server.adapters.device_pins import DevicePins
 from loraplex_server.adapters.device_tier import DeviceUnloads
+from loraplex_server.adapters.worker_pools import TenantShares
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.client import EngineStats
 from loraplex_server.engine.defaults import host_tier_bytes
@@ -74,7 +78,9 @@ class EngineReplica:
         self._stall_s = config.http.stall_s
         self._adapter_requests: Counter[str] = Counter()  # taken in, by digest; "": the base
         self._name = serve.get_replica_context().replica_id.unique_id
-        self._loads = ThreadPoolExecutor(8, thread_name_prefix="loraplex-loads")
+        self._loads = TenantShares(ThreadPoolExecutor(16, thread_name_prefix="loraplex-loads"), 8)
+        grammars = ThreadPoolExecutor(4, thread_name_prefix="loraplex-grammars")
+        self._grammars = TenantShares(grammars, 2)
         self._compile = functools.lru_cache(maxsize=_MAX_GRAMMARS)(self._compiled)
         await asyncio.to_thread(self._build, config)
         loop, unloads = asyncio.get_running_loop(), DeviceUnloads(self._engine)
@@ -114,7 +120,7 @@ class EngineReplica:
 
     async def warm(self, adapter: RemoteAdapter) -> None:
         """Loads to host memory, and starts the load to the device. Raises StoreError."""
-        lease = await self._lease(adapter)
+        lease = await self._lease(adapter, tenant_of(adapter.name))
         try:
             self._engine.warm(lease)
         finally:
@@ -185,7 +191,8 @@ class EngineReplica:
     async def __del__(self) -> None:
         """Ray's hook, after the last request."""
         self._engine.close()
-        self._loads.shutdown(wait=False, cancel_futures=True)
+        self._loads.close()
+        self._grammars.close()
         self._close_store()
 
     def _problem(self, stats: EngineStats) -> str | None:
@@ -215,11 +222,15 @@ class EngineReplica:
         """Raises EngineError, and then nothing is held."""
         if request.base != self._base.fingerprint:  # its tokens mean something else here
             raise EngineDraining("this replica serves another base; send the request elsewhere")
-        grammar = None if request.grammar is None else await self._grammar(request.grammar)
+        tenant = request.share.tenant.removeprefix("batch:")
+        grammar: CompiledGrammar | None = None
+        if request.grammar is not None:  # a gateway has tried it, so compiling ends
+            compiled = functools.partial(self._compile, request.grammar)
+            grammar = await (await self._grammars.run(tenant, compiled))
         lease: AdapterLease | None = None
         if request.adapter is not None:
             try:
-                lease = await self._lease(request.adapter)
+                lease = await self._lease(request.adapter, tenant)
             except (UnservableAdapter, AdapterRefused, InvalidSelector, UnknownAdapter) as error:
                 raise AdapterUnservable(str(error)) from error
             except StoreError as error:
@@ -244,23 +255,30 @@ class EngineReplica:
         if len(counts) > _MAX_COUNTED:
             self._adapter_requests = Counter(dict(counts.most_common(_MAX_COUNTED // 2)))
 
-    async def _lease(self, adapter: RemoteAdapter) -> AdapterLease:
-        loop = asyncio.get_running_loop()
-        loading = loop.run_in_executor(self._loads, self._acquire, adapter)
+    async def _lease(self, adapter: RemoteAdapter, tenant: str) -> AdapterLease:
+        """Raises StoreError. What is in memory waits for no thread."""
+        if adapter.combined is None and self._store.is_fresh(adapter.name):
+            resident = self._store.acquire_resident(NameRef(adapter.name, adapter.digest))
+            if resident is not None:
+                return resident
+        cancelled = threading.Event()
+        acquire = functools.partial(self._acquire, adapter, cancelled)
+        loading = await self._loads.run(tenant, acquire)
         try:
             return await asyncio.shield(loading)
         except asyncio.CancelledError:  # the client left while the thread was loading
+            cancelled.set()
             loading.add_done_callback(_release_orphan)
             raise
 
-    def _acquire(self, adapter: RemoteAdapter) -> AdapterLease:
+    def _acquire(self, adapter: RemoteAdapter, cancelled: threading.Event) -> AdapterLease:
         """Raises StoreError, also if the plan is not the one that the gateway means."""
         # A content whose name is not known here leaves memory with its last request.
         with contextlib.suppress(CatalogueUnavailable):
             self._store.follow(adapter.names)
         if adapter.combined is None:
-            return self._store.acquire_digest(adapter.name, adapter.digest)
-        lease = self._store.acquire_digests(adapter.combined, tenant=adapter.tenant)
+            return self._store.acquire_digest(adapter.name, adapter.digest, cancelled)
+        lease = self._store.acquire_digests(adapter.combined, cancelled, tenant=adapter.tenant)
         if lease.digest != adapter.digest:
             lease.release()
             raise UnservableAdapter(
@@ -268,10 +286,6 @@ class EngineReplica:
                 f"{adapter.digest[:12]} at the gateway: they run different versions"
             )
         return lease
-
-    async def _grammar(self, spec: GrammarSpec) -> CompiledGrammar:
-        """A gateway has tried it, so compiling ends and refuses nothing."""
-        return await asyncio.get_running_loop().run_in_executor(self._loads, self._compile, spec)
 
     def _compiled(self, spec: GrammarSpec) -> CompiledGrammar:
         return self._trie.compile(spec)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +23,10 @@ from loraplex_server.cluster import engine_replica
 from loraplex_server.cluster.config import ClusterConfig, read_config
 from loraplex_server.cluster.engine_replica import EngineReplica
 from loraplex_server.cluster.remote_request import RemoteRequest
-from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.engine.client import GenerationRequest, TenantShare
 from loraplex_server.engine.errors import EngineDraining
 from loraplex_server.engine.events import TokenEvent
+from loraplex_server.engine.grammar import GrammarSpec
 from loraplex_server.engine.sampling_params import SamplingParams
 from tests.support.architectures import tiny_model
 from tests.support.lora_files import write_lora
@@ -31,6 +35,8 @@ from tests.support.server_process import save_tiny_model
 pytestmark = pytest.mark.anyio
 
 REQUEST = GenerationRequest("mine", (1, 2, 3), SamplingParams(max_tokens=4, ignore_eos=True))
+
+N_WAITING = 20  # more than there are threads
 
 
 @pytest.fixture
@@ -59,27 +65,33 @@ async def replica(
 def gateway(
     replica: EngineReplica, config: ClusterConfig, tmp_path: Path
 ) -> Iterator[AdapterStore]:
-    """Of the same catalogue; adapters ``a``, ``b`` and ``c`` are there."""
+    """The store of one."""
     base = BaseSpec.of(tiny_model(eos_token_id=2, max_position_embeddings=4096), "tiny")
     assert base.fingerprint == replica.facts().base.fingerprint
     url = config.server.store.catalogue
     assert url is not None
+    catalogue = Catalogue.open(url, base)
     with AdapterStore(
-        tmp_path / "gateway", base, gate_of=arrow_prototypes, catalogue=Catalogue.open(url, base)
+        tmp_path / "gateway", base, gate_of=arrow_prototypes, catalogue=catalogue
     ) as store:
-        for seed, name in enumerate(("a", "b", "c")):
-            store.put_directory(name, write_lora(tmp_path / name, base, seed=seed, scale=0.4))
         yield store
+
+
+def put(gateway: AdapterStore, *names: str) -> None:
+    root = gateway.root.parent
+    for seed, name in enumerate(names):
+        source = write_lora(root / name.replace(":", "-"), gateway.base, seed=seed, scale=0.4)
+        gateway.put_directory(name, source)
+
+
+def asking(gateway: AdapterStore, selector: Selector, tenant: str = "") -> RemoteRequest:
+    with gateway.acquire(selector, tenant=tenant) as lease:
+        request = replace(REQUEST, adapter=lease, share=TenantShare(tenant))
+        return RemoteRequest.of(request, gateway.base.fingerprint)
 
 
 async def events_of(replica: EngineReplica, request: RemoteRequest) -> list[TokenEvent]:
     return [event async for events in replica.generate("", request) for event in events]
-
-
-def request_for(selector: Selector, gateway: AdapterStore, replica: EngineReplica) -> RemoteRequest:
-    with gateway.acquire(selector) as lease:
-        adapted = replace(REQUEST, adapter=lease)
-        return RemoteRequest.of(adapted, replica.facts().base.fingerprint)
 
 
 async def test_a_request_for_another_base_gets_none_of_its_tokens(replica: EngineReplica) -> None:
@@ -104,7 +116,8 @@ async def test_what_a_gateway_has_put_together_is_served_when_a_part_has_changed
     replica: EngineReplica, gateway: AdapterStore, tmp_path: Path, selector: Selector, change: str
 ) -> None:
     """A request keeps the digests that it began with, as that for one adapter does."""
-    request = request_for(selector, gateway, replica)
+    put(gateway, "a", "b", "c")
+    request = asking(gateway, selector)
     if change == "replaced":
         gateway.put_directory("a", tmp_path / "c")
     else:
@@ -117,10 +130,44 @@ async def test_what_a_gateway_has_put_together_is_served_when_a_part_has_changed
 async def test_routers_hear_of_the_slots_that_experts_take(
     replica: EngineReplica, gateway: AdapterStore
 ) -> None:
+    put(gateway, "a", "b", "c")
     n_slots = replica.record_routing_stats()["free_slots"]
     assert isinstance(n_slots, int)
     library = Library((NameRef("a"), NameRef("b")), top_k=1)
     for selector, n_free in ((NameRef("c"), n_slots - 1), (library, n_slots - 1 - 3)):
-        events = await events_of(replica, request_for(selector, gateway, replica))
+        events = await events_of(replica, asking(gateway, selector))
         assert events[-1].error is None
         assert replica.record_routing_stats()["free_slots"] == n_free
+
+
+async def test_loads_that_wait_for_room_hold_up_no_other_tenant(
+    replica: EngineReplica, gateway: AdapterStore
+) -> None:
+    held = ["acme:h0", "acme:h1", "acme:h2"]
+    names = [f"acme:a{n}" for n in range(N_WAITING)]
+    both = Mixture((MixturePart(NameRef(names[0]), 0.5), MixturePart(NameRef(names[1]), 0.5)))
+    selectors = [both, *(NameRef(name) for name in names)]
+    put(gateway, *held, *names, "umbra:here", "umbra:cold")
+    store = replica._store
+    mine = [asking(gateway, NameRef(f"umbra:{name}"), "umbra") for name in ("here", "cold")]
+    assert (await events_of(replica, mine[0]))[-1].error is None
+    with ExitStack() as closing:
+        for name in held:
+            closing.enter_context(store.acquire(name))
+        store._tier._n_bytes, store._tier._wait_s = store.stats().host_bytes_used, 600.0
+        waiting = [
+            asyncio.create_task(events_of(replica, asking(gateway, selector, tenant)))
+            for selector, tenant in zip(selectors, cycle(["acme", "batch:acme"]), strict=False)
+        ]
+        grammar = GrammarSpec("start: /a+/")
+        try:
+            async with asyncio.timeout(60):
+                for request in (*mine, replace(mine[1], adapter=None, grammar=grammar)):
+                    assert (await events_of(replica, request))[-1].error is None
+            assert not any(call.done() for call in waiting)
+        finally:
+            for call in waiting:
+                call.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+        async with asyncio.timeout(60):  # who has left waits no longer
+            await asyncio.to_thread(replica._loads._pool.shutdown)

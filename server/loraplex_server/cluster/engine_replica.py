@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -39,7 +40,7 @@ from loraplex_server.engine.errors import (
 )
 from loraplex_server.engine.events import FinishReason, TokenEvent
 from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec, TokenTrie
-from loraplex_server.faults import Faults
+from loraplex_server.faults import Faults, kind_of_fault, part_of
 from loraplex_server.front import public_name, tell
 from loraplex_server.launch import freeze_gc
 from loraplex_server.logs import set_up_logging
@@ -60,6 +61,7 @@ _GAP_S = 0.02  # between two lists of events of a stream
 _MAX_GRAMMARS = 128
 _MAX_TOLD = 512  # adapters of the host tier, and of the counts by adapter
 _MAX_COUNTED = 4096  # beyond that the rarest are forgotten
+_log = logging.getLogger(__name__)
 
 
 class EngineReplica:
@@ -235,6 +237,15 @@ class EngineReplica:
                 raise AdapterUnservable(str(error)) from error
             except StoreError as error:
                 raise AdapterLoadFailed(str(error)) from error
+            except Exception as error:  # its message may hold paths
+                self._faults.unforeseen(error)
+                if part_of(error) == "server":
+                    raise
+                _log.exception("an adapter could not be loaded to host memory")
+                raise AdapterLoadFailed(
+                    f"adapter {request.adapter.digest[:12]} could not be loaded to host memory "
+                    f"({kind_of_fault(error)}); the log of its engine says more, try again"
+                ) from error
 
         def listen(event: TokenEvent) -> None:
             if event.finish is not None and lease is not None:

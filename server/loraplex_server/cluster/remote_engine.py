@@ -185,10 +185,11 @@ class RemoteEngine:
         except asyncio.CancelledError:
             if not ended:
                 deliver(_cancelled(request.request_id))
-        except Exception as error:
+        except Exception:  # its message may be a traceback of a replica
             _log.exception("request %s failed on its way to an engine", request.request_id)
             if not ended:
-                deliver(_failure(request.request_id, EngineError(str(error))))
+                unforeseen = EngineError("the server's log has the details; report it if it stays")
+                deliver(_failure(request.request_id, unforeseen))
 
     async def _with_retries(
         self, request: RemoteRequest, deliver: Callable[[TokenEvent], None]

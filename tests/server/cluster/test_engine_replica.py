@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -19,6 +21,7 @@ from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.selector import Library, Mixture, MixturePart, NameRef, Selector
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_router.experts import arrow_prototypes
+from loraplex_server.api.errors import from_engine
 from loraplex_server.cluster import engine_replica
 from loraplex_server.cluster.config import ClusterConfig, read_config
 from loraplex_server.cluster.engine_replica import EngineReplica
@@ -171,3 +174,26 @@ async def test_loads_that_wait_for_room_hold_up_no_other_tenant(
             await asyncio.gather(*waiting, return_exceptions=True)
         async with asyncio.timeout(60):  # who has left waits no longer
             await asyncio.to_thread(replica._loads._pool.shutdown)
+
+
+@pytest.mark.parametrize(
+    ("failure", "part"),
+    [(OSError(errno.ENOSPC, "/srv/full"), "storage"), (MemoryError(), "loader")],
+)
+async def test_a_fault_of_a_load_is_told_counted_and_may_be_tried_again(
+    replica: EngineReplica,
+    gateway: AdapterStore,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: Exception,
+    part: str,
+) -> None:
+    put(gateway, "a")
+    request = asking(gateway, NameRef("a"))
+    with monkeypatch.context() as patched:
+        patched.setattr(replica._store._leasing._loader, "load", Mock(side_effect=failure))
+        (last,) = await events_of(replica, request)
+    assert last.error is not None
+    assert (told := from_engine(last.error)).status == 503
+    assert "/srv" not in told.message
+    assert replica.stats().faults[part] == 1
+    assert (await events_of(replica, request))[-1].error is None

@@ -16,7 +16,7 @@ from starlette.types import Message
 
 ray = pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 
-from ray.exceptions import ActorUnavailableError  # noqa: E402
+from ray.exceptions import ActorUnavailableError, RayTaskError  # noqa: E402
 
 from loraplex_adapter_store.base_spec import BaseSpec  # noqa: E402
 from loraplex_generation.errors import OutOfDistribution  # noqa: E402
@@ -179,6 +179,13 @@ async def test_a_request_with_output_ends_when_its_replica_is_lost(facts: Engine
     assert first.token_ids == (5,)
     assert isinstance(last.error, EngineDead)
     assert len(handle.responses) == 1
+
+
+async def test_no_traceback_of_a_replica_reaches_a_client(facts: EngineFacts) -> None:
+    failed = RayTaskError("generate", "Traceback: /srv/secret.py", ValueError("/srv/secret"))
+    (last,) = await events_of(facts, Handle([failed]))
+    assert last.error is not None
+    assert "/srv" not in str(last.error)
 
 
 async def test_what_a_replica_refuses_is_the_last_event(facts: EngineFacts) -> None:

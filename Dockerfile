@@ -31,7 +31,11 @@ FROM python:3.11.13-slim-bookworm AS serve
 LABEL org.opencontainers.image.title="loraplex" \
       org.opencontainers.image.description="One base model, hundreds of adapters, one batch" \
       org.opencontainers.image.licenses="Apache-2.0"
-RUN groupadd --gid 10001 loraplex \
+# wget: KubeRay asks with it whether a pod of Ray is alive and ready.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends wget \
+    && rm -rf /var/lib/apt/lists/* \
+    && groupadd --gid 10001 loraplex \
     && useradd --uid 10001 --gid 10001 --home-dir /data --shell /usr/sbin/nologin loraplex \
     && mkdir /data \
     && chown 10001:10001 /data

@@ -33,6 +33,13 @@ def test_the_image_runs_as_a_numbered_user_on_a_read_only_root(name: str) -> Non
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_the_image_has_what_the_probes_of_kuberay_call(name: str) -> None:
+    """It puts them into each pod of Ray that has none, and they are `wget … | grep success`."""
+    serve = parse(ROOT / name)[-1]
+    assert any("wget" in run.text.split() for run in serve.all("RUN"))
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_the_image_asks_its_own_health_route(name: str) -> None:
     health = parse(ROOT / name)[-1].last("HEALTHCHECK").arguments
     assert health is not None

@@ -185,6 +185,14 @@ def test_the_server_takes_the_config_and_knows_the_variables(name: str, tmp_path
     assert names <= {f"LORAPLEX_{option.name.upper()}" for option in server_options()}
 
 
+@pytest.mark.parametrize("name", ["values.yaml", "values-gateway.yaml"])
+def test_a_caller_stays_with_the_pod_that_has_its_files(name: str) -> None:
+    found = rendered(values_of(name))
+    service = next(d["spec"] for d in found if d["kind"] == "Service")
+    is_one = only(found, "StatefulSet")["spec"]["replicas"] == 1
+    assert service.get("sessionAffinity") == (None if is_one else "ClientIP")
+
+
 def test_a_gpu_is_asked_for_and_the_config_uses_it() -> None:
     found = rendered(values_of("values-gpu.yaml"))
     container = next(pod_templates(found))["spec"]["containers"][0]
@@ -252,7 +260,10 @@ def test_values_that_would_serve_wrongly_are_refused(change: dict[str, Any], tol
 
 @pytest.mark.parametrize(
     "change",
-    [{"replica": 2}, {"mode": "swarm"}, {"catalogue": {"url": "ftp://x"}}, {"gpu": {"count": -1}}],
+    [
+        *({"replica": 2}, {"mode": "swarm"}, {"catalogue": {"url": "ftp://x"}}),
+        *({"gpu": {"count": -1}}, {"ray": {"workers": {"max": 8}}}),  # nothing would scale them
+    ],
 )
 def test_values_that_the_chart_does_not_know_are_refused(change: dict[str, Any]) -> None:
     with helm.Chart.load(CHART) as chart, pytest.raises(helm.HelmError):

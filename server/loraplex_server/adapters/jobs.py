@@ -211,11 +211,13 @@ class Jobs:
             job.status, job.error = JobStatus.FAILED, from_engine(error)
         except ApiError as error:
             job.status, job.error = JobStatus.FAILED, error
+            error.__cause__ = error.__context__ = error.__traceback__ = None  # they hold frames
         except Exception as error:
             _log.exception("%s for adapter %r failed", job.id, job.adapter)
             self._faults.unforeseen(error)
             job.status, job.error = JobStatus.FAILED, from_fault(error, job.id)
         finally:
+            job.cancel = None  # it may hold what was learnt
             job.announce()
 
     def _forget_old(self, of_tenant: Sequence[Job]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +28,7 @@ from loraplex_generation.errors import OutOfTime
 from loraplex_generation.frozen_base import FrozenBase
 from loraplex_generation.packing import ChatCodec
 from loraplex_generation.refinement import RefinementRecipe
+from loraplex_generation.service import GeneratedAdapter
 from loraplex_generation.zoo.tasks import Example
 from loraplex_server.adapters.background_share import BackgroundShare
 from loraplex_server.adapters.description_resolver import DescriptionResolver
@@ -233,6 +236,29 @@ async def test_what_is_learnt_is_dropped_where_the_name_was_changed_meanwhile(
         assert (await world.card())["digest"] == mine.digest
     else:
         assert (await world.front.client.get("/v1/adapters/surname")).status_code == 404
+
+
+@pytest.mark.parametrize("status", ["succeeded", "failed"])
+async def test_what_a_job_learnt_is_freed_when_it_has_ended(
+    world: World, monkeypatch: pytest.MonkeyPatch, status: str
+) -> None:
+    vectors: list[weakref.ref[torch.Tensor]] = []
+    train = world.trainer.train
+
+    def watched(*order: Any, **fields: Any) -> GeneratedAdapter:
+        made = train(*order, **fields)
+        vectors.append(weakref.ref(made.vector))
+        return made
+
+    monkeypatch.setattr(world.trainer, "train", watched)
+    job = (await world.order()).json()
+    await world.begun()
+    if status == "failed":
+        assert (await world.front.client.delete("/v1/adapters/surname")).status_code == 200
+    world.trainer.end.set()
+    assert (await world.ended(job))["status"] == status
+    gc.collect()
+    assert [vector() for vector in vectors] == [None]
 
 
 async def test_what_people_write_on_the_drafts_card_stays(world: World) -> None:

@@ -125,7 +125,7 @@ def generate_from_examples(
 def read_pairs(path: Path) -> list[Example]:
     """JSON lines of ``{"prompt": …, "answer": …}``. Raises UnfitExamples, which names the line."""
     pairs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -54,7 +54,7 @@ def read_jsonl(path: Path) -> list[Chat]:
     Raises ExamplesError, which names the line.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ExamplesError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:

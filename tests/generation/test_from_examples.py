@@ -120,10 +120,13 @@ def test_a_reading_that_the_pairs_confirm_answers_untrained(
         library.learn(strange, [*pairs, Example("teal", "o")], force=False, recipe=UNTRAINED)
 
 
-def test_pairs_are_read_from_json_lines(tmp_path: Path) -> None:
+@pytest.mark.parametrize("answer", ["d", "d\u0085e", "d\u2028e", "d\u2029e"])
+def test_pairs_are_read_from_json_lines(tmp_path: Path, answer: str) -> None:
     file = tmp_path / "pairs.jsonl"
-    file.write_text('{"prompt": "a", "answer": "b"}\n\n{"prompt": "c", "answer": "d"}\n')
-    assert read_pairs(file) == [Example("a", "b"), Example("c", "d")]
+    file.write_text(
+        f'{{"prompt": "a", "answer": "b"}}\n\n{{"prompt": "c", "answer": "{answer}"}}\n'
+    )
+    assert read_pairs(file) == [Example("a", "b"), Example("c", answer)]
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"prompt": "a"}', '{"prompt": 1, "answer": "b"}'])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -100,6 +101,15 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, problem: str) -> None:
     with pytest.raises(ExamplesError) as caught:
         read_jsonl(path)
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("separator", ["\u0085", "\u2028", "\u2029"])
+def test_a_line_ends_where_jsonl_says(tmp_path: Path, separator: str) -> None:
+    text = f"x{separator}y"
+    line = json.dumps({"messages": [Message(role="assistant", content=text)]}, ensure_ascii=False)
+    (tmp_path / "data.jsonl").write_text(f"{line}\r\n{line}\n", newline="")
+    chats = read_jsonl(tmp_path / "data.jsonl")
+    assert [chat.messages[0]["content"] for chat in chats] == [text, text]
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:

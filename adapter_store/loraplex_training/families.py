@@ -14,7 +14,7 @@ from .errors import TrainingError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["FAMILIES", "TrainableFamily", "family_of"]
+__all__ = ["FAMILIES", "TrainableFamily", "check_start", "family_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,44 @@ def family_of(name: str) -> TrainableFamily:
         raise TrainingError(
             f"family {name!r} cannot be trained; choose {', '.join(FAMILIES)}"
         ) from None
+
+
+def check_start(adapter: Path, shape: AdapterShape) -> None:
+    """Raises TrainingError where its tensors would have another scale or routing in ``shape``."""
+    try:
+        config = dict(json.loads((adapter / "adapter_config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingError(f"cannot start from {adapter}: {error}") from error
+    for field, own, remedy in _scale_and_routing(shape):
+        theirs = config.get(field)
+        if (theirs or None) != (own or None):
+            raise TrainingError(
+                f"cannot start from {adapter}: its {field} is {theirs}, that of this run {own}; "
+                f"give {remedy.format(theirs)}"
+            )
+
+
+def _scale_and_routing(shape: AdapterShape) -> list[tuple[str, object, str]]:
+    """Fields of adapter_config.json, what training writes there, and how to give another."""
+    experts, blocks = shape.experts or ExpertShape(), shape.blocks or BlockShape()
+    of_family: dict[str, list[tuple[str, object, str]]] = {
+        "mixlora": [
+            ("num_experts", experts.n_experts, "--experts {}"),
+            ("top_k", experts.top_k, "--top-k {}"),
+        ],
+        "block-lora": [
+            ("n_blocks", blocks.n_blocks, "--blocks {}"),
+            ("block_axis", blocks.axis, "--block-axis {}"),
+        ],
+    }
+    return [
+        ("peft_type", shape.family.replace("-", "_").upper(), "its --family"),
+        ("r", shape.rank, "--rank {}"),
+        ("lora_alpha", shape.alpha, "--alpha {}"),
+        ("alpha_pattern", {}, "an adapter with one alpha"),
+        ("use_rslora", shape.rslora, "no --rslora" if shape.rslora else "--rslora"),
+        *of_family.get(shape.family, []),
+    ]
 
 
 def _attach_lora(model: nn.Module, shape: AdapterShape) -> nn.Module:

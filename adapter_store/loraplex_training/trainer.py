@@ -24,7 +24,7 @@ from .checkpoint import Progress
 from .config import Schedule, TrainingConfig
 from .errors import CheckpointError, ExamplesError, TrainingError
 from .examples import Example, read_jsonl, tokenise
-from .families import family_of
+from .families import check_start, family_of
 from .shared_prefix import logits_at, shared_prefix_len
 
 if TYPE_CHECKING:
@@ -125,6 +125,7 @@ class _Run:
         base = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.bfloat16)
         self._model = self._family.attach(base.to(self._device), config.shape)
         if config.start is not None:
+            check_start(config.start, config.shape)
             self._family.load(self._model, _tensors_of(config.start))
         self._trained = {n: p for n, p in self._model.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(

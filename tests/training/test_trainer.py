@@ -6,6 +6,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from loraplex_server.cli.app import app
 from loraplex_training.batches import IGNORED, batch_of
-from loraplex_training.config import AdapterShape, Schedule, TrainingConfig
+from loraplex_training.config import AdapterShape, ExpertShape, Schedule, TrainingConfig
 from loraplex_training.errors import CheckpointError, TrainingError
 from loraplex_training.examples import Example
 from loraplex_training.shared_prefix import logits_at, shared_prefix_len
@@ -224,9 +225,43 @@ def test_a_run_goes_on_from_another_adapter(
 def test_an_adapter_of_another_shape_is_no_start(config: TrainingConfig, tmp_path: Path) -> None:
     other = replace(config, out=tmp_path / "other", start=train(config).folder)
     with pytest.raises(TrainingError, match="another shape"):
-        train(replace(other, shape=replace(config.shape, rank=2)))
+        train(replace(other, shape=replace(config.shape, targets=("q_proj",))))
     with pytest.raises(TrainingError, match="cannot start from"):
         train(replace(other, start=tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("begun", "goes_on", "told"),
+    [
+        ({}, {"rank": 2}, "its r is 4, that of this run 2; give --rank 4"),
+        ({}, {"alpha": 4.0}, "its lora_alpha is 8.0, that of this run 4.0; give --alpha 8.0"),
+        ({}, {"rslora": True}, "its use_rslora is False, that of this run True; give no --rslora"),
+        ({"rslora": True}, {"rslora": False}, "use_rslora is True, .* False; give --rslora$"),
+        (
+            {"family": "mixlora", "targets": ("all-linear",), "experts": ExpertShape(3, 1)},
+            {"experts": ExpertShape(3, 2)},
+            "its top_k is 1, that of this run 2; give --top-k 1",
+        ),
+        (
+            {},
+            {"family": "block-lora"},
+            "its peft_type is LORA, that of this run BLOCK_LORA; give its --family",
+        ),
+    ],
+)
+def test_an_adapter_of_another_scale_or_routing_is_no_start(
+    config: TrainingConfig,
+    tmp_path: Path,
+    begun: dict[str, Any],
+    goes_on: dict[str, Any],
+    told: str,
+) -> None:
+    shape = replace(config.shape, **begun)
+    short = replace(config, shape=shape, schedule=replace(config.schedule, steps=1))
+    first = train(short)
+    second = replace(short, shape=replace(shape, **goes_on), out=tmp_path / "second")
+    with pytest.raises(TrainingError, match=told):
+        train(replace(second, start=first.folder))
 
 
 def test_a_checkpoint_of_a_run_from_elsewhere_is_refused(

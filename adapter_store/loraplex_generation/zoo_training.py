@@ -1,5 +1,6 @@
 """`loraplex zoo train`: the two stages of the library and the oracles, resumable at any moment.
 
+<folder>/run.json            the base that all of it is for, and whether the run began anew
 <folder>/joint.safetensors   stage one: factor vectors, optimiser state, step
 <folder>/experts/NAME.safetensors  stage two: one file per finished task
 <folder>/oracles/NAME.safetensors  adapters trained on held-out tasks, from the mean of the training
@@ -8,9 +9,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +24,7 @@ from loraplex_generation.zoo.split import ZooSplit, load_split
 from loraplex_generation.zoo.tasks import Task
 
 from .bundle import JOINT_FILE
+from .errors import GeneratorMismatch, NotTrained
 from .experts import Expert, ExpertCard, ExpertRecipe, train_experts
 from .factors import FactorHead, Factors, train_factor_head
 from .frozen_base import FrozenBase
@@ -44,6 +50,7 @@ _FIRST_LAYER, _RANK, _SCALE, _SEED = (
 )  # chosen by a pilot: docs/generated-adapters-method.md
 _GROUP = 4  # tasks per forward in stage two
 _MULTI_TASK_FILE = "multi_task.safetensors"
+_RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,9 @@ class ZooStatus:
 
 
 class ZooTraining:
-    """One training run, owner of `folder`. `shipped` holds what was exported last."""
+    """One training run, owner of `folder`. `shipped` holds what was exported last; a run for the
+    same base goes on from it.
+    """
 
     def __init__(
         self,
@@ -79,6 +88,7 @@ class ZooTraining:
         split: ZooSplit | None = None,
     ) -> None:
         self.folder, self._shipped = folder, shipped
+        self._base: str | None = None  # its fingerprint, once a run or an export has begun
         self._joint, self._expert = joint, expert
         self._oracle = oracle or replace(expert, max_steps=96, lr=3e-3)
         self._multi_task_steps = multi_task_steps
@@ -116,14 +126,23 @@ class ZooTraining:
         report: Callable[[str], None],
         stages: Sequence[str] = STAGES,
         checkpoint_every_s: float = 90.0,
+        restart: bool = False,
     ) -> None:
         """Goes on from whatever is there, to the end. Minutes are lost when it is killed.
 
-        Stages other than "joint" start from the joint vectors that are there. Two processes may
-        share a folder as long as they run different stages.
+        `restart` deletes the folder, and nothing that was shipped is gone on from. Raises
+        GeneratorMismatch if the folder is of another base. Stages other than "joint" start from
+        the joint vectors that are there. Two processes may share a folder as long as they run
+        different stages.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         base = FrozenBase(base_directory)
+        if restart:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        self._open(base.fingerprint)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._begun() is None:
+            begun = json.dumps({"base": base.fingerprint, "restarted": restart})
+            (self.folder / _RUN_FILE).write_text(begun)
         layout = self.layout_for(base)
         data = TaskData(ChatCodec(tokenizer))
         if "joint" in stages:
@@ -162,10 +181,11 @@ class ZooTraining:
         """Writes the library and the joint vectors, finished or not, to `shipped`.
 
         A task that stage two has not reached yet enters as stage one left it: an adapter trained
-        through the frozen base too, only not on its own. Its card says zero steps.
+        through the frozen base too, only not on its own. Its card says zero steps. Raises
+        GeneratorMismatch if the folder is of another base.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         base = FrozenBase(base_directory)
+        self._open(base.fingerprint)
         layout = self.layout_for(base)
         vectors, step = self.joint_vectors()
         experts = {e.card.task: e for e in self.experts()}
@@ -214,13 +234,16 @@ class ZooTraining:
         return state.tensors["vector"] if state.header["step"] >= self._multi_task_steps else None
 
     def joint_vectors(self) -> tuple[Tensor, int]:
-        """(V, step): from the folder, else from what was shipped. Raises FileNotFoundError."""
+        """(V, step): from the folder, else from what was shipped. Raises NotTrained."""
         checkpoint = self.folder / "joint.safetensors"
         if checkpoint.exists():
             state = read_tensor_file(checkpoint)
             return state.tensors["vectors"], int(state.header["step"])
-        tensors, header, _ = read_tensor_file(self._shipped / JOINT_FILE)
-        return tensors["vectors"].float(), int(header["step"])
+        if (self._shipped / JOINT_FILE).exists():
+            tensors, header, _ = read_tensor_file(self._shipped / JOINT_FILE)
+            if self._goes_on_from(header["base"]):
+                return tensors["vectors"].float(), int(header["step"])
+        raise NotTrained(f"{self.folder} has no joint vectors; run `loraplex zoo train`")
 
     def _run_joint(
         self,
@@ -233,8 +256,9 @@ class ZooTraining:
     ) -> None:
         training = JointTraining(base, layout, data, self.tasks, points, self._joint)
         checkpoint = self.folder / "joint.safetensors"
-        if not checkpoint.exists() and (self._shipped / JOINT_FILE).exists():
-            training.start_from(*self.joint_vectors())
+        if not checkpoint.exists():
+            with suppress(NotTrained):
+                training.start_from(*self.joint_vectors())
         training.run(checkpoint, report=report, every_s=every_s)
 
     def _run_multi_task(
@@ -288,20 +312,43 @@ class ZooTraining:
     def _joint_step(self) -> int:
         try:
             return self.joint_vectors()[1]
-        except FileNotFoundError:
+        except NotTrained:
             return 0
 
-    def _shipped_tasks(self) -> tuple[str, ...]:
+    def _begun(self) -> dict[str, Any] | None:
+        """What `run` noted of the folder; None for a new one, or one that an older release made."""
+        path = self.folder / _RUN_FILE
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _open(self, base: str) -> None:
+        begun = self._begun()
+        if begun is not None and begun["base"] != base:
+            raise GeneratorMismatch(
+                f"{self.folder} is of a run for base {begun['base']}, not {base}; give --folder "
+                "for another run, or --restart to delete this one and train everything anew"
+            )
+        self._base = base
+
+    def _goes_on_from(self, shipped_for: str) -> bool:
+        """Whether this run takes what was shipped for that base. Any, while its own is unknown."""
+        begun = self._begun() or {"base": self._base, "restarted": False}
+        return not begun["restarted"] and begun["base"] in (None, shipped_for)
+
+    def _library(self) -> Library | None:
+        """What was shipped, if this run goes on from it."""
         path = self._shipped / LIBRARY_FILE
-        if not path.is_file():
-            return ()
-        return tuple(card["task"] for card in Library.load(path).cards if card["steps"] > 0)
+        library = Library.load(path) if path.is_file() else None
+        return library if library and self._goes_on_from(library.base_fingerprint) else None
+
+    def _shipped_tasks(self) -> tuple[str, ...]:
+        library = self._library()
+        cards = library.cards if library else ()
+        return tuple(card["task"] for card in cards if card["steps"] > 0)
 
     def _shipped_experts(self) -> list[Expert]:
-        path = self._shipped / LIBRARY_FILE
-        if not path.is_file():
+        library = self._library()
+        if library is None:
             return []
-        library = Library.load(path)
         subspace = library.subspace()
         names = ExpertCard.__dataclass_fields__
         return [

@@ -64,7 +64,7 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
         "python -m adapter_store.benchmarks.few_shot run --draws": "a quarter of an hour",
         "python -m adapter_store.benchmarks.few_shot test": _HOURS,
         "loraplex zoo train --base": _HOURS + "; tests/generation trains a tiny one",
-        "loraplex zoo train  ": _HOURS + "; tests/generation trains a tiny one",
+        "loraplex zoo train --restart": _HOURS + "; tests/generation trains a tiny one",
     },
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -85,6 +86,10 @@ def _run(zoo: ZooTraining, base: Path, **options: object) -> list[str]:
     return lines
 
 
+def _export(zoo: ZooTraining, base: Path) -> Path:
+    return zoo.export(base, HashedWords(), tiny_tokenizer(), report=lambda _: None)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_directory(tmp_path_factory.mktemp("base"), spread=0.3)  # wide: quick to teach
@@ -100,7 +105,7 @@ def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> ZooTraining
 
 @pytest.fixture(scope="module")
 def shipped(trained: ZooTraining, base: Path) -> Path:
-    folder = trained.export(base, HashedWords(), tiny_tokenizer(), report=lambda _: None).parent
+    folder = _export(trained, base).parent
     known = [Task.parse(name) for name in Library.load(folder / LIBRARY_FILE).tasks]
     bundle = train_bundle(
         folder,
@@ -166,11 +171,38 @@ def test_without_its_state_a_run_goes_on_from_what_was_shipped(
     assert not {line.split()[1].rstrip(":") for line in lines if "NLL" in line} & done
 
 
+SHORT = replace(RECIPE, n_steps=2)
+
+
+def test_a_restart_goes_on_from_nothing_that_was_shipped(
+    base: Path, shipped: Path, tmp_path: Path
+) -> None:
+    _run(_zoo(tmp_path / "state", shipped, SHORT), base, stages=("joint",), restart=True)
+    again = _zoo(tmp_path / "state", shipped, SHORT)
+    _run(again, base, stages=("joint",))
+    status = again.status()
+    assert (status.joint_step, status.n_experts) == (SHORT.n_steps, 0)
+
+
+def test_nothing_of_another_base_is_gone_on_from(base: Path, shipped: Path, tmp_path: Path) -> None:
+    other = tiny_directory(tmp_path / "other", spread=0.2)
+    library = tmp_path / "library"
+    shutil.copytree(shipped, library)
+    zoo = _zoo(tmp_path / "state", library, SHORT)
+    with pytest.raises(NotTrained, match="no joint vectors"):
+        _export(zoo, other)
+    _run(zoo, other, stages=("joint",))
+    assert (zoo.status().joint_step, zoo.status().n_experts) == (SHORT.n_steps, 0)
+    for go_on in (_run, _export):
+        with pytest.raises(GeneratorMismatch, match="--restart"):
+            go_on(zoo, base)
+    _run(zoo, base, stages=("joint",), restart=True)
+
+
 def test_a_partial_library_says_what_is_missing(base: Path, tmp_path: Path) -> None:
     zoo = _zoo(tmp_path / "state", tmp_path / "shipped")
     _run(zoo, base, stages=("joint",))
-    path = zoo.export(base, HashedWords(), tiny_tokenizer(), report=lambda _: None)
-    library = Library.load(path)
+    library = Library.load(_export(zoo, base))
     assert library.missing == SPLIT.sets["train"]
     assert all(card["steps"] == 0 for card in library.cards)
 

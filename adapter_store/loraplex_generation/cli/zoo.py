@@ -41,7 +41,8 @@ def train(
     shipped: _Shipped = None,
     tasks: _Tasks = "shipped",
     resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on from what is there.")
+        bool,
+        typer.Option("--resume/--restart", help="Go on from what is there, or train all anew."),
     ] = True,
     stage: Annotated[
         list[str] | None,
@@ -50,8 +51,6 @@ def train(
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 2,
 ) -> None:
     """Train the library, then the oracles of held-out tasks. Kill it at any time; it goes on."""
-    import shutil
-
     import torch
     from rich import print as show
     from transformers import AutoTokenizer
@@ -62,8 +61,6 @@ def train(
     torch.set_num_threads(threads)
     models = local_models(context)
     training = _training(models.loraplex_home(), folder, shipped, tasks)
-    if not resume:
-        shutil.rmtree(training.folder, ignore_errors=True)
     directory = models.resolve_model(base)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     training.run(
@@ -72,6 +69,7 @@ def train(
         tokenizer,
         report=lambda line: show(line, flush=True),
         stages=stage or STAGES,
+        restart=not resume,
     )
 
 

@@ -8,11 +8,14 @@ import json
 import math
 import random
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -72,8 +75,10 @@ def train(
     """Train as ``config`` says and write a PEFT directory with a card to ``config.out``.
 
     An interrupted run (KeyboardInterrupt included) leaves a checkpoint below ``config.out``; the
-    same call goes on from it, with the result of an uninterrupted run. ``restart`` ignores the
-    checkpoint, ``overwrite`` replaces a finished adapter. Raises TrainingError.
+    same call goes on from it, with the result of an uninterrupted run. On the main thread Ctrl-C
+    ends the step, and its validation, first; a second one stops at once and goes on from the last
+    checkpoint. ``restart`` ignores the checkpoint, ``overwrite`` replaces a finished adapter.
+    Raises TrainingError.
     """
     state = config.out / ".training"
     if restart:
@@ -82,14 +87,42 @@ def train(
         raise CheckpointError(f"{config.out} holds an adapter already; give --overwrite to replace")
     run = _Run(config, state / "checkpoint.safetensors")
     run.resume()
-    try:
-        run.loop(on_step)
-    except KeyboardInterrupt:
-        run.checkpoint()
-        raise
+    with _interrupts() as interrupted:
+
+        def told(report: StepReport) -> None:
+            """After a step and its validation: only then is the state whole."""
+            on_step(report)
+            if interrupted.is_set():
+                run.checkpoint()
+                raise KeyboardInterrupt
+
+        run.loop(told)
     trained = run.export()
     shutil.rmtree(state, ignore_errors=True)
     return trained
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set by Ctrl-C where that would raise KeyboardInterrupt; a second one does."""
+    interrupted = threading.Event()
+    default = signal.default_int_handler
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, default)
+        interrupted.set()
+
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGINT) is not default
+    ):
+        yield interrupted
+        return
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, default)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from peft import LoraConfig as PeftLora
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -71,7 +74,7 @@ class Stop:
 
     def __call__(self, report: StepReport) -> None:
         if report.step == self.step:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_training_lowers_the_validation_loss_and_writes_what_peft_reads(
@@ -135,6 +138,45 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     whole = load_file(config.out / "adapter_model.safetensors")
     resumed = load_file(again.out / "adapter_model.safetensors")
     assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("n_signals", [1, 2])
+@pytest.mark.parametrize("where", ["step", "validation"])
+def test_ctrl_c_within_a_step_or_a_validation_changes_no_bit(
+    config: TrainingConfig, tmp_path: Path, where: str, n_signals: int
+) -> None:
+    train(config)
+    again = replace(config, out=tmp_path / "again")
+    steps = 0
+    signals = iter([signal.SIGINT] * n_signals)
+
+    def stepped(*_: object) -> None:
+        nonlocal steps
+        steps += 1
+        if where == "step":
+            interrupt()
+
+    def called(module: torch.nn.Module, *_: object) -> None:
+        if where == "validation" and not module.training:
+            interrupt()
+
+    def interrupt() -> None:
+        for each in signals if steps == config.schedule.steps else ():
+            signal.raise_signal(each)
+
+    with (
+        register_optimizer_step_post_hook(stepped),
+        register_module_forward_pre_hook(called),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        train(again)
+    assert (again.out / ".training" / "checkpoint.safetensors").exists() == (n_signals == 1)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    train(again)
+    whole, resumed = (
+        load_file(out / "adapter_model.safetensors") for out in (config.out, again.out)
+    )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 

@@ -9,12 +9,14 @@ from typing import NoReturn
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from adapter_store.benchmarks.evaluation.evaluation import evaluate
 from adapter_store.benchmarks.evaluation.evidence import write_evidence
 from adapter_store.benchmarks.evaluation.raw_weights import RawWeightRecipes
 from adapter_store.benchmarks.evaluation.results import GUARDED, best_method
 from loraplex_generation.bundle import GENERATOR_FILE, JOINT_FILE, Bundle, replace_guard
+from loraplex_generation.cli.generator import generator as generator_command
 from loraplex_generation.errors import (
     GeneratorMismatch,
     NotTrained,
@@ -361,6 +363,18 @@ def test_auto_is_the_map_where_there_is_one(with_map: Path, shipped: Path) -> No
         assert made.card["parts"]["quotes"] > 0.8  # type: ignore[index]
     made = without.generate(Task.parse("plural/quotes").descriptions()[0])
     assert made.card["method"] == "end-to-end"
+
+
+def test_setting_the_default_says_that_a_map_goes_first(
+    with_map: Path, shipped: Path, tmp_path: Path
+) -> None:
+    for folder, has_map in ((with_map, True), (shipped, False)):
+        copy = shutil.copytree(folder, tmp_path / folder.name)
+        order = ["default", "sg-lora", "--shipped", str(copy)]
+        told = CliRunner().invoke(generator_command, order)
+        assert told.exit_code == 0, told.output
+        assert ("`auto` stays the text map" in told.output) == has_map
+        assert _generator(copy).default_method == ("text-map" if has_map else "sg-lora")
 
 
 @pytest.mark.parametrize("same", [True, False])

@@ -25,7 +25,9 @@ def train(
     context: typer.Context,
     shipped: _Shipped = None,
     seed: Annotated[int, typer.Option(help="Seed of every map.")] = 0,
-    default: Annotated[str, typer.Option(help="The method that `auto` stands for.")] = "end-to-end",
+    default: Annotated[
+        str, typer.Option(help="The method that `auto` stands for where there is no text map.")
+    ] = "end-to-end",
     icm: Annotated[
         bool, typer.Option("--icm/--no-icm", help="ICM-LoRA reads task vectors off the base first.")
     ] = True,
@@ -64,6 +66,7 @@ def train(
     )
     path = bundle.save(folder)
     show(f"{path.name}  {path.stat().st_size / 1e6:.1f} MB")
+    _tell_of_text_map(folder)
 
 
 @generator.command("text-map")
@@ -151,7 +154,9 @@ def guard(context: typer.Context, shipped: _Shipped = None) -> None:
 
 @generator.command()
 def default(
-    method: Annotated[str, typer.Argument(help="The method that `auto` shall stand for.")],
+    method: Annotated[
+        str, typer.Argument(help="What `auto` shall stand for where there is no text map.")
+    ],
     shipped: _Shipped = None,
 ) -> None:
     """Set what `auto` means, as `server/benchmarks/eval_generator.py --on validation` advises."""
@@ -165,3 +170,11 @@ def default(
     bundle = Bundle.load(folder)
     bundle.default = method
     bundle.save(folder)
+    _tell_of_text_map(folder)
+
+
+def _tell_of_text_map(folder: Path) -> None:
+    from loraplex_generation.text_map import TEXT_MAP_FILE
+
+    if (folder / TEXT_MAP_FILE).is_file():
+        typer.echo(f"`auto` stays the text map: {TEXT_MAP_FILE} is there, and goes first")

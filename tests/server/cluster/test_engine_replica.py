@@ -52,16 +52,21 @@ def config(tmp_path: Path) -> ClusterConfig:
     return read_config(file)
 
 
+class Replica(EngineReplica):
+    def __del__(self) -> None:
+        """Not when it is collected, in the midst of another test: ``replica`` calls Ray's hook."""
+
+
 @pytest.fixture
 async def replica(
     config: ClusterConfig, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[EngineReplica]:
     context = SimpleNamespace(replica_id=SimpleNamespace(unique_id="one"))
     monkeypatch.setattr(engine_replica.serve, "get_replica_context", lambda: context)
-    replica = EngineReplica.__new__(EngineReplica)
+    replica = Replica.__new__(Replica)
     await EngineReplica.__init__(replica, config.server)
     yield replica
-    await replica.__del__()
+    await EngineReplica.__del__(replica)
 
 
 @pytest.fixture

@@ -111,6 +111,8 @@ class World:
         self.expected.setdefault(_CANARY, await self._canary_answer())
         singing = asyncio.create_task(self._canary_answer())
         while not self.engine.stats().n_running:
+            if singing.done():  # between two looks
+                singing = asyncio.create_task(self._canary_answer())
             await self.engine.unload("nothing")
         yield
         assert await singing == self.expected[_CANARY]

@@ -112,6 +112,7 @@ class World:
         singing = asyncio.create_task(self._canary_answer())
         while not self.engine.stats().n_running:
             if singing.done():  # between two looks
+                assert singing.result() == self.expected[_CANARY]
                 singing = asyncio.create_task(self._canary_answer())
             await self.engine.unload("nothing")
         yield

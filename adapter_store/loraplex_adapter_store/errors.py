@@ -27,7 +27,9 @@ StoreError
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
+from typing import Protocol
 
 __all__ = [
     "AdapterInUse",
@@ -135,13 +137,23 @@ class QuotaExceeded(StoreError):
     pass
 
 
-class RevisionConflict(StoreError):
-    """``digest`` and ``etag`` are those the name has now, None if it does not exist."""
+class Named(Protocol):
+    """What a name has: a record, or a card."""
 
-    def __init__(self, message: str, digest: str | None, etag: str | None) -> None:
+    @property
+    def digest(self) -> str: ...
+
+    @property
+    def etag(self) -> str: ...
+
+
+class RevisionConflict(StoreError):
+    """``digest`` and ``etag`` are those of what the name has now, None if it does not exist."""
+
+    def __init__(self, message: str, now: Named | None) -> None:
         super().__init__(message)
-        self.digest = digest
-        self.etag = etag
+        self.digest = None if now is None else now.digest
+        self.etag = None if now is None else now.etag
 
 
 class SourceError(StoreError):
@@ -186,7 +198,10 @@ class CatalogueUnavailable(StoreError):
 
 
 class LoadCancelled(StoreError):
-    pass
+    @classmethod
+    def raise_if(cls, cancelled: threading.Event | None) -> None:
+        if cancelled is not None and cancelled.is_set():
+            raise cls("the request that asked for the adapter has gone")
 
 
 class StoreClosed(StoreError):

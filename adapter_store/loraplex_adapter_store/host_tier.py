@@ -232,8 +232,7 @@ class HostTier:
         """Evicts until ``n_bytes`` fit, waiting for leases; an entry if another thread made it."""
         deadline = time.monotonic() + self._wait_s
         while True:
-            if cancelled is not None and cancelled.is_set():
-                raise LoadCancelled("the request that asked for the adapter has gone")
+            LoadCancelled.raise_if(cancelled)
             missing = n_bytes - (self._n_bytes - self._used())
             if missing <= 0:
                 return None

@@ -63,8 +63,7 @@ class Leasing:
         self, selector: Selector, cancelled: threading.Event | None = None, *, tenant: str = ""
     ) -> AdapterLease:
         """See ``AdapterStore.acquire``. Raises UnservableAdapter, too."""
-        if cancelled is not None and cancelled.is_set():
-            raise LoadCancelled("the request that asked for the adapter has gone")
+        LoadCancelled.raise_if(cancelled)
         for ref in _refs(selector):
             self._refresh.follow_ref(ref)
         if isinstance(selector, NameRef):

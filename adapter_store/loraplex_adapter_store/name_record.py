@@ -62,21 +62,20 @@ class Put(NamedTuple):
 
 def check_match(name: str, current: NameRecord | None, if_match: str | None, replace: bool) -> None:
     """Raises RevisionConflict where ``name`` may not move. ``replace`` False: it must be new."""
-    digest, etag = (None, None) if current is None else (current.digest, current.etag)
     if if_match is not None and (current is None or not current.matches(if_match)):
-        now = "does not exist" if current is None else f"has digest {etag}"
-        raise RevisionConflict(f"adapter {name!r} {now}, not {if_match}", digest, etag)
+        now = "does not exist" if current is None else f"has digest {current.etag}"
+        raise RevisionConflict(f"adapter {name!r} {now}, not {if_match}", current)
     if not replace and current is not None:
-        raise RevisionConflict(f"adapter {name!r} exists already (digest {digest})", digest, etag)
+        raise RevisionConflict(
+            f"adapter {name!r} exists already (digest {current.digest})", current
+        )
 
 
 def check_unchanged(current: NameRecord, if_match: str | None) -> None:
     """Raises RevisionConflict if the card is not the one that was seen."""
     if if_match is not None and if_match != current.etag:
         raise RevisionConflict(
-            f"adapter {current.name!r} has ETag {current.etag}, not {if_match}",
-            current.digest,
-            current.etag,
+            f"adapter {current.name!r} has ETag {current.etag}, not {if_match}", current
         )
 
 

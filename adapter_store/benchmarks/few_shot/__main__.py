@@ -274,17 +274,10 @@ def _only(names: Sequence[str], split: str, new: str | None) -> Sequence[str]:
 
 
 def _held_out(split: str, of: str, rows: int) -> Mapping[str, HeldOutTask]:
-    from .measuring import validation_tasks
+    from .measuring import held_out_tasks
 
-    if of == "validation":
-        return validation_tasks(_names(split), rows)
-    tasks = [Task.parse(name) for name in _names(split, of=of)]
-    return {
-        task.name: HeldOutTask(
-            task, tuple(task.test_descriptions()), tuple(task.examples("test", rows))
-        )
-        for task in tasks
-    }
+    rows_of = "validation" if of == "validation" else "test"
+    return held_out_tasks(_names(split, of=of), rows, split=rows_of)
 
 
 def _or_exit(call: Callable[[], T]) -> T:

@@ -16,7 +16,7 @@ from .bench import Bench
 from .cells import Cell, CellFile, Measured
 from .held_out import HeldOutTask
 
-__all__ = ["Measure", "measure_all", "validation_tasks"]
+__all__ = ["Measure", "held_out_tasks", "measure_all"]
 
 
 class Measure:
@@ -75,12 +75,14 @@ def measure_all(measure: Callable[[Cell], Measured], cells: Sequence[Cell], kept
             progress.advance(bar)
 
 
-def validation_tasks(names: Sequence[str], n_rows: int) -> dict[str, HeldOutTask]:
-    """Validation tasks, scored on their validation rows."""
+def held_out_tasks(
+    names: Sequence[str], n_rows: int, *, split: str = "validation"
+) -> dict[str, HeldOutTask]:
+    """Tasks that nothing was trained on, scored on their rows of `split`."""
     tasks = [Task.parse(name) for name in names]
     return {
         task.name: HeldOutTask(
-            task, tuple(task.test_descriptions()), tuple(task.examples("validation", n_rows))
+            task, tuple(task.test_descriptions()), tuple(task.examples(split, n_rows))
         )
         for task in tasks
     }

@@ -170,8 +170,7 @@ class ContentObjects:
         self, key: str, n_bytes: int, hashed: Any, cancelled: threading.Event | None
     ) -> Iterator[bytes]:
         for part in self._bucket.parts(key, n_bytes):
-            if cancelled is not None and cancelled.is_set():
-                raise LoadCancelled("the request that asked for the adapter has gone")
+            LoadCancelled.raise_if(cancelled)
             hashed.update(part)
             yield part
 

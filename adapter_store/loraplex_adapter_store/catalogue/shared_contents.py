@@ -59,11 +59,8 @@ class SharedContents:
         for revision in state.revisions:
             if revision.content.digest == content.digest:
                 return revision.content
-        now = state.record
         raise RevisionConflict(
-            f"adapter {state.name!r} has not kept {content.digest[:12]} any more",
-            None if now is None else now.digest,
-            None if now is None else now.etag,
+            f"adapter {state.name!r} has not kept {content.digest[:12]} any more", state.record
         )
 
     def find(self, digest: str) -> Content | None:

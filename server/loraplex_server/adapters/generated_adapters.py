@@ -281,8 +281,7 @@ class GeneratedAdapters:
         """Raises RevisionConflict. A put asks again, in one step with the change."""
         with contextlib.suppress(UnknownAdapter):
             card = self._store.get(name)
-            told = f"adapter {name!r} exists already (digest {card.digest})"
-            raise RevisionConflict(told, card.digest, card.etag)
+            raise RevisionConflict(f"adapter {name!r} exists already (digest {card.digest})", card)
 
     def _generate(self, request: AdapterGenerationRequest) -> GeneratedAdapter:
         """Raises StoreError, or ApiError if the generator itself fails."""
@@ -320,7 +319,7 @@ class GeneratedAdapters:
         if _is_ours(name):
             self._make_room(tenant_of(name))
         options = PutOptions(
-            replace=_is_ours(name) and not self._is_for_base(name),
+            replace=_is_ours(name) and self.servable(name) is None,
             description=request.description,
             examples=_prompts(request),
             expires=self._expiry(name, ttl_s),
@@ -348,12 +347,13 @@ class GeneratedAdapters:
                 if conflict.digest != draft:
                     raise  # else: its card was edited since
 
-    def _is_for_base(self, name: str) -> bool:
-        """Whether there is such an adapter, and this base serves it."""
+    def servable(self, stored: str) -> AdapterCard | None:
+        """None, too, for one that was made for another base."""
         try:
-            return self._store.get(name).base_fingerprint == self._store.base.fingerprint
+            card = self._store.get(stored)
         except UnknownAdapter:
-            return False
+            return None
+        return card if card.base_fingerprint == self._store.base.fingerprint else None
 
     def _put(
         self,
@@ -375,8 +375,8 @@ class GeneratedAdapters:
         """None if there is no such adapter for this base, or it has expired."""
         now = self._clock()
         try:
-            card = self._store.get(name)
-            if card.base_fingerprint != self._store.base.fingerprint:
+            card = self.servable(name)
+            if card is None:
                 return None
             if card.expires is not None:
                 if card.expires <= now:
@@ -412,7 +412,7 @@ def _check_same(card: AdapterCard, digest: str) -> None:
     """Raises RevisionConflict."""
     if card.digest != digest:
         told = f"adapter {card.name!r} has digest {card.digest}, not {digest}"
-        raise RevisionConflict(told, card.digest, card.etag)
+        raise RevisionConflict(told, card)
 
 
 def _is_ours(name: str) -> bool:

@@ -214,7 +214,7 @@ class Learning:
         unnamed = partial(self._generated.unnamed, request, access.tenant or "")
         stored = await self._blocking(unnamed)
         if not needs_adapter and self._is_vain(stored, request.key):
-            return Learnt(await self._blocking(partial(self._servable, stored)), None)
+            return Learnt(await self._blocking(partial(self._generated.servable, stored)), None)
         ordered = await self.order(request, access)
         card, job = ordered.card, ordered.job
         if job is not None and wait and serves(card) != "learnt":
@@ -287,7 +287,7 @@ class Learning:
         if not running.drafted.done():
             return False
         draft = running.drafted.result()
-        now = await self._blocking(partial(self._servable, running.job.adapter))
+        now = await self._blocking(partial(self._generated.servable, running.job.adapter))
         return (now and now.digest) != (draft and draft.digest)
 
     async def _left_or_started(
@@ -319,24 +319,12 @@ class Learning:
 
     def _left(self, stored: str, order: _Order) -> AdapterCard | None:
         """The draft or the result of an equal order, for this base."""
-        card = self._servable(stored)
+        card = self._generated.servable(stored)
         is_ours = order.name is None or record_of(card).get("order") == order.request.key
         return card if is_ours else None
 
     async def _renewed(self, card: AdapterCard, order: _Order) -> AdapterCard | None:
         return await self._blocking(partial(self._generated.renewed, card, order.ttl_s))
-
-    def _servable(self, stored: str) -> AdapterCard | None:
-        """None, too, for one that was made for another base."""
-        card = self._card(stored)
-        is_of_base = card is not None and card.base_fingerprint == self._store.base.fingerprint
-        return card if is_of_base else None
-
-    def _card(self, stored: str) -> AdapterCard | None:
-        try:
-            return self._store.get(stored)
-        except UnknownAdapter:
-            return None
 
     def _start(self, stored: str, order: _Order) -> _Running:
         """Raises ApiError (429)."""

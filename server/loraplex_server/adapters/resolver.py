@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -329,16 +328,9 @@ class AdapterResolver:
             asks = not self._store.is_fresh(selector.name)
             reads = self._pools.catalogue if asks else self._pools.reads
             await loop.run_in_executor(reads, self._store.check_known, selector)
-        cancelled = threading.Event()
         tenant = access.tenant or ""
-        acquire = functools.partial(self._store.acquire, selector, cancelled, tenant=tenant)
-        future = await self._pools.loads.run(tenant, acquire)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:  # the client left while the thread was loading
-            cancelled.set()
-            future.add_done_callback(_release_orphan)
-            raise
+        acquire = functools.partial(self._store.acquire, selector, tenant=tenant)
+        return await self._pools.loads.lease(tenant, acquire)
 
     def _resolver_of(self, selector: Auto | Description, param: str) -> SelectorResolver:
         if self._resolver is None:
@@ -413,8 +405,3 @@ def _label(selector: Selector) -> str:
             return str(selector).replace(" ", "")
         case NameRef():
             return selector.name
-
-
-def _release_orphan(future: asyncio.Future[AdapterLease]) -> None:
-    if not future.cancelled() and future.exception() is None:
-        future.result().release()

@@ -6,11 +6,15 @@ A deletion that waits for running requests, or for the device, holds no thread.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar
 from weakref import WeakValueDictionary
+
+from loraplex_adapter_store.lease import AdapterLease
 
 __all__ = ["TenantShares", "WorkerPools"]
 
@@ -45,9 +49,29 @@ class TenantShares:
         made.add_done_callback(give_back)
         return asyncio.wrap_future(made)
 
+    async def lease(
+        self, tenant: str, acquire: Callable[[threading.Event], AdapterLease]
+    ) -> AdapterLease:
+        """What ``acquire`` gives, on one of these threads. Where the client leaves meanwhile its
+        event is set, and a lease that comes all the same is given back.
+        """
+        cancelled = threading.Event()
+        acquiring = await self.run(tenant, partial(acquire, cancelled))
+        try:
+            return await asyncio.shield(acquiring)
+        except asyncio.CancelledError:
+            cancelled.set()
+            acquiring.add_done_callback(_release_orphan)
+            raise
+
     def close(self) -> None:
         """Drops what has not started."""
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _release_orphan(acquiring: asyncio.Future[AdapterLease]) -> None:
+    if not acquiring.cancelled() and acquiring.exception() is None:
+        acquiring.result().release()
 
 
 class WorkerPools:

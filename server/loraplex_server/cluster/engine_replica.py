@@ -272,15 +272,7 @@ class EngineReplica:
             resident = self._store.acquire_resident(NameRef(adapter.name, adapter.digest))
             if resident is not None:
                 return resident
-        cancelled = threading.Event()
-        acquire = functools.partial(self._acquire, adapter, cancelled)
-        loading = await self._loads.run(tenant, acquire)
-        try:
-            return await asyncio.shield(loading)
-        except asyncio.CancelledError:  # the client left while the thread was loading
-            cancelled.set()
-            loading.add_done_callback(_release_orphan)
-            raise
+        return await self._loads.lease(tenant, functools.partial(self._acquire, adapter))
 
     def _acquire(self, adapter: RemoteAdapter, cancelled: threading.Event) -> AdapterLease:
         """Raises StoreError, also if the plan is not the one that the gateway means."""
@@ -304,8 +296,3 @@ class EngineReplica:
     @functools.cached_property
     def _trie(self) -> TokenTrie:
         return TokenTrie(self._tokenizer_json, self._base.vocab_size, self._engine.eos_token_ids)
-
-
-def _release_orphan(loading: asyncio.Future[AdapterLease]) -> None:
-    if not loading.cancelled() and loading.exception() is None:
-        loading.result().release()

@@ -13,7 +13,7 @@ from adapter_store.benchmarks.few_shot.arms import ARMS, Asked
 from adapter_store.benchmarks.few_shot.bench import Bench
 from adapter_store.benchmarks.few_shot.cells import Cell, CellFile, Measured
 from adapter_store.benchmarks.few_shot.lorahub import search_weights
-from adapter_store.benchmarks.few_shot.measuring import Measure, measure_all, validation_tasks
+from adapter_store.benchmarks.few_shot.measuring import Measure, held_out_tasks, measure_all
 from adapter_store.benchmarks.few_shot.planning import plan, sweep
 from adapter_store.benchmarks.few_shot.summary import by_recipe, plot, recipe_table, report
 from loraplex_generation.chat_base import ChatBase
@@ -58,7 +58,7 @@ def test_every_arm_gives_a_score_for_every_k_and_a_report_of_them(
     monkeypatch.setattr("adapter_store.benchmarks.few_shot.arms._ORACLE", EXPERT)
     cells = plan(TASKS, arms=ARMS, ks=(0, 8), n_draws=1, rows=2)
     kept = CellFile(tmp_path / "cells.jsonl")
-    measure_all(Measure(bench, validation_tasks(TASKS, 2), QUICK), cells, kept)
+    measure_all(Measure(bench, held_out_tasks(TASKS, 2), QUICK), cells, kept)
     assert {m.cell for m in kept} == set(cells)
     assert all(math.isfinite(m.nll) and 0 <= m.exact <= 1 for m in kept)
     text = report(list(kept), TINY_TASKS)
@@ -72,7 +72,7 @@ def test_every_arm_gives_a_score_for_every_k_and_a_report_of_them(
 def test_recipes_are_compared_where_all_were_run(bench: Bench, tmp_path: Path) -> None:
     cells = sweep(TASKS, k=4, n_draws=1, rows=3, grid=({}, {"steps": 1}))
     kept = CellFile(tmp_path / "sweep.jsonl")
-    measure_all(Measure(bench, validation_tasks(TASKS, 3), QUICK), cells[:3], kept)
+    measure_all(Measure(bench, held_out_tasks(TASKS, 3), QUICK), cells[:3], kept)
     found = by_recipe(kept)
     assert [score.n for score in found.values()] == [1, 1]
     assert found[()].gained == (0.0, 0.0, 0.0)

@@ -18,6 +18,7 @@ WORKDIR /src
 COPY pyproject.toml setup.py README.md LICENSE ./
 COPY kernels kernels
 COPY adapter_store adapter_store
+COPY training training
 COPY router router
 COPY server server
 # catalogue: adapters from s3://, gs://, az:// too. For Ray Serve: --build-arg EXTRAS=otel,catalogue,ray

@@ -6,15 +6,15 @@ STAMP  := $(VENV)/.installed
 
 CLIENTS := .venv-clients
 
-.PHONY: serve cluster test test-cluster test-nightly test-fast check ci lint types bandit sbom unit unit-all fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv console docs wheel
+.PHONY: serve cluster test test-cluster test-nightly research-tests test-fast check ci lint types bandit sbom unit unit-all interpreter fuzz soak bench bench-gpu gpu gpu-report gpu-sanitize load kernels-report native demos clients docker-check clean venv console docs wheel
 
 venv: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py $(wildcard kernels/loraplex_kernels/cpu/csrc/*)
+$(STAMP): pyproject.toml setup.py $(wildcard kernels/loraplex_kernels/cpu/csrc/*/*)
 	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed; try: make PYTHON=python3 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev,load,zoo]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,load,research]"
 	@touch $@
 
 serve: venv
@@ -28,11 +28,17 @@ cluster: venv  # two engine replicas behind two gateways on this machine; Ctrl-C
 
 test: check  # what to run before a commit is pushed: all but the tests marked slow
 
-check: lint types bandit unit
+check: venv
+	$(MAKE) $(BESIDE) $(SINGLE)
+	$(MAKE) unit
 
 ci: venv  # what .ci/run does
-	$(MAKE) --jobs 2 --output-sync lint types bandit
+	$(MAKE) $(BESIDE) $(SINGLE)
 	$(MAKE) unit-all
+
+# What uses one core: two of them run side by side, the longest first.
+SINGLE := types interpreter lint bandit
+BESIDE := --jobs 2 --output-sync=target
 
 lint: venv
 	$(BIN)/ruff format --check .
@@ -42,7 +48,7 @@ types: venv
 	$(BIN)/mypy
 
 SHIPPED := setup.py server/loraplex_server kernels/loraplex_kernels adapter_store/loraplex_adapter_store \
-	adapter_store/loraplex_training adapter_store/loraplex_generation router/loraplex_router
+	training/loraplex_training training/loraplex_generation router/loraplex_router
 
 bandit: venv  # unsafe calls in what is shipped
 	$(BIN)/bandit --quiet --configfile pyproject.toml --recursive $(SHIPPED)
@@ -54,21 +60,32 @@ sbom: venv  # what a plain install brings along, as CycloneDX, into sbom.json
 
 unit: venv
 	$(BIN)/loraplex pull --quiet
-	$(TESTS) -m "not gpu and not slow"
+	$(TESTS) -m "not gpu and not interpreter and not cluster and not slow" $(CLUSTERLESS)
+
+interpreter: venv  # kernels in Triton's interpreter, and compiled for GPUs that are not here
+	$(PYTEST) -m "interpreter and not nightly" tests/kernels/triton
 
 test-cluster: venv  # real clusters on this machine; some minutes
-	$(BIN)/python -m pytest tests/cluster tests/docs/test_cluster_pages.py
+	$(PYTEST) tests/cluster tests/docs/test_cluster_pages.py
 
-test-nightly: venv  # what CI has no time for: a minute of soak, long walks of the contract …
+test-nightly: venv  # what CI has no time for: ten lives of soak, long walks of the contract …
 	$(BIN)/loraplex pull --quiet
-	$(TESTS) -m "nightly and not gpu"
+	$(TESTS) -m "nightly and not gpu" $(CLUSTERLESS)
+
+research-tests: venv  # the zoo, trainings on tiny bases, demo data, the fleet simulator
+	$(BIN)/loraplex pull --quiet
+	$(TESTS) -m nightly research/tests
 
 unit-all: venv
 	$(BIN)/loraplex pull --quiet
-	$(TESTS) -m "not gpu and not cluster and not nightly"
+	$(TESTS) -m "not gpu and not interpreter and not cluster and not nightly" $(CLUSTERLESS)
 
-# A process for each core and a thread each (two a core wait for each other); files whole.
-TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+# One thread for each process: two on a core wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=25
+# One process for each core. A file runs whole, so that its tests share servers; tests/conftest.py
+# has the order. Clusters are not even imported.
+TESTS := $(PYTEST) -n auto --dist loadfile --no-loadscope-reorder
+CLUSTERLESS := --ignore=tests/cluster
 
 FUZZ := --seed 1 --cases 100000
 fuzz: venv  # odd requests and adapter files against a real server; some twenty minutes
@@ -90,7 +107,7 @@ soak: venv  # an hour of mixed chaos against a real server
 
 FAST := architecture deploy router adapter_store
 test-fast: lint types  # some two minutes
-	$(BIN)/python -m pytest -m "not gpu and not slow" $(addprefix tests/,$(FAST))
+	$(PYTEST) -m "not gpu and not slow" $(addprefix tests/,$(FAST))
 
 gpu: venv  # the tests that need the CUDA device of this machine
 	$(BIN)/python -m pytest -m "gpu" tests/kernels tests/server
@@ -116,10 +133,10 @@ gpu-report: venv  # all that a GPU can tell, into gpu-report/report.html and rep
 	$(BIN)/python -m loadtests.gpu_report $(REPORT)
 
 bench-gpu: venv
-	$(BIN)/python kernels/benchmarks/bench_gpu.py
+	$(BIN)/python -m kernels.benchmarks.bench_gpu
 
 bench: venv
-	$(BIN)/python kernels/benchmarks/bench_cpu.py
+	$(BIN)/python -m kernels.benchmarks.bench_cpu
 
 load: venv
 	$(BIN)/loraplex bench mixed
@@ -131,11 +148,11 @@ docker-check: venv  # lints the Dockerfiles and replays the CPU image's steps in
 native: venv
 	$(BIN)/python setup.py -q build_ext --inplace
 
-kernels-report: venv
-	$(BIN)/python -m loraplex_kernels.report
+kernels-report: venv  # compiles every GPU kernel: registers, shared memory, spills, faults
+	$(BIN)/python -m tests.support.gpu.compiled_kernels
 
 demos: venv  # trains the shipped adapters again, but for chores and clock-12h, into ./demos
-	$(BIN)/loraplex train-demos --out demos
+	$(BIN)/python -m research.demos --out demos
 
 clean:
 	rm -rf $(VENV) $(CLIENTS) build *.egg-info .mypy_cache .ruff_cache .hypothesis

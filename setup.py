@@ -13,11 +13,10 @@ from glob import glob
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-SOURCES = sorted(glob("kernels/loraplex_kernels/cpu/csrc/*.cpp"))
+CSRC = "kernels/loraplex_kernels/cpu/csrc"
+SOURCES = sorted(glob(f"{CSRC}/**/*.cpp", recursive=True))
 HEADERS = sorted(
-    header
-    for ending in ("h", "inc")
-    for header in glob(f"kernels/loraplex_kernels/cpu/csrc/**/*.{ending}", recursive=True)
+    header for ending in ("h", "inc") for header in glob(f"{CSRC}/**/*.{ending}", recursive=True)
 )
 # No contraction: a product and a sum are fused where the source says so and nowhere else, which
 # keeps results independent of how the compiler unrolled a loop.
@@ -38,6 +37,7 @@ setup(
         Extension(
             "loraplex_kernels.cpu._native",
             sources=SOURCES,
+            include_dirs=[CSRC],
             depends=HEADERS,
             extra_compile_args=FLAGS + OPENMP,
             language="c++",

@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from loraplex_server.model.pull import resolve_model
+from loraplex_server.model.loading.pull import resolve_model
 
 URL = os.environ.get("LORAPLEX_URL", "http://127.0.0.1:8000")
 KEY = os.environ.get("LORAPLEX_API_KEY", "none")

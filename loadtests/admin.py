@@ -1,20 +1,16 @@
 """Adapters through the admin API: upload, warm, delete, and churn under load."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 
-__all__ = ["Churn", "delete_adapter", "upload_adapter", "warm_adapter"]
-
 _FILES = {"config": "adapter_config.json", "weights": "adapter_model.safetensors"}
 
 
 def upload_adapter(client: httpx.Client, name: str, folder: Path, *, replace: bool = False) -> None:
-    """PUT as multipart. Raises RuntimeError, also for a name that is taken without ``replace``."""
+    """Upload as multipart. Raises RuntimeError, also if the name is taken without ``replace``."""
     files = {field: (file, (folder / file).read_bytes()) for field, file in _FILES.items()}
     headers = {} if replace else {"If-None-Match": "*"}
     response = client.put(f"/v1/adapters/{name}", files=files, headers=headers)
@@ -27,12 +23,12 @@ def upload_adapter(client: httpx.Client, name: str, folder: Path, *, replace: bo
 
 
 def warm_adapter(client: httpx.Client, name: str) -> None:
-    """Loads it to host memory and to the device. Raises RuntimeError."""
+    """Load the adapter to host memory and to the device. Raises RuntimeError."""
     _check(client.post(f"/v1/adapters/{name}/warm"), f"warm {name}")
 
 
 def delete_adapter(client: httpx.Client, name: str) -> int:
-    """The status: 200, or 404 if there is none of that name."""
+    """Return the status: 200, or 404 if the server has no adapter of that name."""
     return client.delete(f"/v1/adapters/{name}", params={"timeout_s": 5}).status_code
 
 
@@ -42,10 +38,10 @@ def _check(response: httpx.Response, what: str) -> None:
 
 
 class Churn:
-    """Adds an adapter, replaces its weights, removes the oldest, again and again."""
+    """A loop that adds an adapter, replaces its weights and removes the oldest."""
 
     def __init__(self, client: httpx.Client, variants: Sequence[Path], per_s: float) -> None:
-        """``variants``: two directories, what an adapter is and what it is replaced by."""
+        """``variants``: the directories of an adapter and of its replacement."""
         self.names: list[str] = []  # registered right now
         self.removed: set[str] = set()
         self.counts = {"added": 0, "replaced": 0, "removed": 0, "failed": 0}
@@ -56,7 +52,7 @@ class Churn:
         self._turn = 0
 
     def run(self, stop_at: float) -> None:
-        """Until ``time.perf_counter()`` is ``stop_at``; leaves no adapter behind."""
+        """Run until ``time.perf_counter()`` is ``stop_at``, then remove all adapters."""
         while time.perf_counter() < stop_at:
             began = time.perf_counter()
             self._step()

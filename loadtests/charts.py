@@ -1,6 +1,4 @@
-"""The curves of a report as one PNG: a row of three plots for each sweep, and one over time."""
-
-from __future__ import annotations
+"""Draws a report as one PNG: a row of three plots for each sweep, and one row over time."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,8 +8,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .server_metrics import MetricsSample
-
-__all__ = ["write_plot"]
 
 _SWEEPS = {  # sweep of a phase → what its x is
     "adapters": "distinct adapters",
@@ -26,7 +22,7 @@ Draw = Callable[[Sequence[Axes]], None]  # fills a row of three plots
 
 
 def write_plot(systems: Mapping[str, Rows], samples: Sequence[MetricsSample], path: Path) -> None:
-    """``systems``: the phases of each; ``samples``: of the Loraplex server."""
+    """Write the PNG. ``systems``: phases by system; ``samples``: of the Loraplex server."""
     draws: list[Draw] = []
     for name, phases in systems.items():
         for sweep, x_name in _SWEEPS.items():
@@ -46,7 +42,7 @@ def write_plot(systems: Mapping[str, Rows], samples: Sequence[MetricsSample], pa
 
 
 def _curves(system: str, x_name: str, rows: Rows) -> Draw:
-    """Throughput, TTFT and ITL against each phase's ``x``."""
+    """Draw throughput, TTFT and ITL against each phase's ``x``."""
     xs = [row["x"] for row in rows]
 
     def draw(axes: Sequence[Axes]) -> None:
@@ -75,7 +71,7 @@ def _curves(system: str, x_name: str, rows: Rows) -> Draw:
 
 
 def _over_time(samples: Sequence[MetricsSample]) -> Draw:
-    """Requests, adapters and memory of the Loraplex server."""
+    """Draw requests, adapters and memory of the Loraplex server over time."""
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, keys, scale, title in (

@@ -5,8 +5,6 @@ arrive. It works in threads and in gevent's greenlets, and takes less CPU for a 
 library would: the load generator shares the machine with the server.
 """
 
-from __future__ import annotations
-
 import http.client
 import time
 from collections.abc import Mapping
@@ -17,21 +15,19 @@ from urllib.parse import urlsplit
 import httpx
 import orjson
 
-__all__ = ["Outcome", "StreamingClient", "admin_client"]
-
 _TIMEOUT_S = 600.0
 _IDLE_S = 20.0  # servers close connections that are idle for longer
 
 
 def admin_client(url: str, api_key: str | None = None) -> httpx.Client:
-    """For everything but streams: adapters, models, metrics."""
+    """Return a client for adapters, models and metrics."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S)
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What became of one request. Times in seconds since it was sent."""
+    """The outcome of one request. Times are seconds since it was sent."""
 
     sent_at: float  # time.perf_counter()
     status: int = 0  # 0: the connection failed
@@ -45,7 +41,7 @@ class Outcome:
 
     @property
     def refused(self) -> bool:
-        """A 429 or 503 with Retry-After, as from an overloaded server."""
+        """True for a 429 or 503 with Retry-After, which an overloaded server sends."""
         return self.status in (429, 503) and self.retry_after is not None
 
     @property
@@ -55,7 +51,7 @@ class Outcome:
 
 
 class StreamingClient:
-    """Sends chat completions. Keeps idle connections for the next request.
+    """A client that streams chat completions and keeps idle connections for the next request.
 
     Several threads or greenlets may share one client; each request has a connection of its own.
     """
@@ -74,12 +70,18 @@ class StreamingClient:
         self._idle: list[tuple[float, http.client.HTTPConnection]] = []  # since when, which
 
     def stream(self, body: Mapping[str, Any]) -> Outcome:
-        """Never raises for what the server or the network does: see ``Outcome.error``."""
+        """Send one request. Errors of server and network are in ``Outcome.error``."""
         outcome = Outcome(time.perf_counter())
-        connection = self._take()
+        connection, is_idle = self._take()
         try:
-            connection.request("POST", self._path, orjson.dumps(body), self._headers)
-            response = connection.getresponse()
+            try:
+                response = self._post(connection, body)
+            except (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError):
+                if not is_idle:
+                    raise
+                connection.close()  # the server closed it after the last answer, as it may
+                connection = self._connect()
+                response = self._post(connection, body)
             outcome.status = response.status
             if response.status == 200:
                 _read_events(response, outcome)
@@ -101,12 +103,22 @@ class StreamingClient:
         while self._idle:
             self._idle.pop()[1].close()
 
-    def _take(self) -> http.client.HTTPConnection:
+    def _post(
+        self, connection: http.client.HTTPConnection, body: Mapping[str, Any]
+    ) -> http.client.HTTPResponse:
+        connection.request("POST", self._path, orjson.dumps(body), self._headers)
+        return connection.getresponse()
+
+    def _take(self) -> tuple[http.client.HTTPConnection, bool]:
+        """Return an idle connection and True, or a new one and False."""
         while self._idle:
             since, connection = self._idle.pop()
             if time.perf_counter() - since < _IDLE_S:
-                return connection
+                return connection, True
             connection.close()
+        return self._connect(), False
+
+    def _connect(self) -> http.client.HTTPConnection:
         return self._connection_type(*self._address, timeout=_TIMEOUT_S)
 
 

@@ -1,4 +1,4 @@
-"""Chats with every adapter of a running server, on locust's own terms: its web page, its options.
+"""A locustfile that chats with every adapter of a running server.
 
     locust -f loadtests/locustfile.py --host http://localhost:8000
     locust -f loadtests/locustfile.py --host … --headless -u 16 -r 4 -t 1m
@@ -6,8 +6,6 @@
 Needs no scenario and uploads nothing: users ask for the models that `GET /v1/models` lists, the
 base among them. `loraplex bench` runs the scenarios, with adapters of its own.
 """
-
-from __future__ import annotations
 
 import math
 from argparse import Namespace
@@ -26,7 +24,7 @@ from loadtests.users import ChatUser, PhaseLoad
 
 
 class AdapterUser(ChatUser):
-    """Streams one chat after the other; the adapter is drawn anew for each."""
+    """A user that streams one chat after another, each to a random adapter."""
 
     problem: ClassVar[str | None] = None  # why there is nothing to do
 
@@ -39,18 +37,22 @@ class AdapterUser(ChatUser):
 @events.init_command_line_parser.add_listener
 def add_options(parser: Any) -> None:
     parser.add_argument(
-        "--api-key", env_var="LORAPLEX_API_KEY", is_secret=True, help="Key of the server"
+        "--api-key", env_var="LORAPLEX_API_KEY", is_secret=True, help="API key of the server."
     )
-    parser.add_argument("--max-tokens", type=int, default=32, help="Output tokens of a request")
-    parser.add_argument("--prompt-chars", type=int, default=400, help="Characters of a prompt")
-    parser.add_argument("--zipf", type=float, default=0.0, help="Skew of the adapters; 0: even")
-    parser.add_argument("--base-share", type=float, default=0.1, help="Of requests without adapter")
-    parser.add_argument("--seed", type=int, default=1, help="Of prompts and choices")
+    parser.add_argument("--max-tokens", type=int, default=32, help="Output tokens of each request.")
+    parser.add_argument("--prompt-chars", type=int, default=400, help="Characters of each prompt.")
+    parser.add_argument(
+        "--zipf", type=float, default=0.0, help="Zipf exponent of the adapters; 0 is uniform."
+    )
+    parser.add_argument(
+        "--base-share", type=float, default=0.1, help="Share of requests without an adapter."
+    )
+    parser.add_argument("--seed", type=int, default=1, help="Seed of prompts and adapter choices.")
 
 
 @events.test_start.add_listener
 def prepare(environment: Environment, **_: Any) -> None:
-    """At each start of a test, from the web page as well: the host may be another one."""
+    """Read the server's adapters at each start of a test, since the host may have changed."""
     try:
         AdapterUser.load = _load(environment.parsed_options, (environment.host or "").rstrip("/"))
         AdapterUser.problem = environment.process_exit_code = None
@@ -71,7 +73,7 @@ def _load(options: Namespace, host: str) -> PhaseLoad:
 
 
 def _endless_phase(options: Namespace, *, with_adapters: bool) -> Phase:
-    """Locust says how many users there are, and when they stop."""
+    """Return a phase without users or end: locust's options decide both."""
     shares = {"base": options.base_share, "lora": 1 - options.base_share}
     return Phase(
         "locust",

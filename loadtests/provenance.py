@@ -1,14 +1,10 @@
-"""Where numbers come from: the machine and the commit that a report names."""
-
-from __future__ import annotations
+"""Names the machine and the commit that the numbers of a report come from."""
 
 import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
-
-__all__ = ["commit", "machine"]
 
 
 def machine() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Hundreds of different random adapters, written quickly: slices of one random buffer.
+"""Writes hundreds of different random adapters quickly, as slices of one random buffer.
 
 Real weights are not needed for speed, but distinct ones are: the store knows adapters by content.
 """
@@ -16,8 +16,6 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from .scenario import AdapterSet
-
-__all__ = ["ALL_LINEARS", "ModelShape", "adapter_names", "write_adapters", "write_lora"]
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -44,7 +42,7 @@ class ModelShape:
         return ModelShape(config.num_hidden_layers, linears, hidden)
 
     def modules(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Every linear's full name and (out, in), layer by layer."""
+        """Yield full name and (out, in) of every linear, layer by layer."""
         for layer in range(self.n_layers):
             for leaf, widths in self.linears.items():
                 block = "self_attn" if leaf in _ATTENTION else "mlp"
@@ -52,7 +50,7 @@ class ModelShape:
 
 
 class _Tape:
-    """Takes tensors off a random tape, from a start that depends on the seed."""
+    """A tape of random values that hands out tensors, from a start that the seed decides."""
 
     def __init__(self, seed: int, n_values: int = 1 << 22, std: float = _STD) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -73,17 +71,8 @@ class _Tape:
         return part.clone().view(shape)
 
 
-def adapter_names(adapters: AdapterSet) -> dict[str, list[str]]:
-    """Family → names, as the server will know them."""
-    return {
-        "lora": [f"a{number}" for number in range(adapters.lora)],
-        "mixlora": [f"m{number}" for number in range(adapters.mixlora)],
-        "block-lora": [f"b{number}" for number in range(adapters.block_lora)],
-    }
-
-
 def write_adapters(model: Path, adapters: AdapterSet, folder: Path, seed: int) -> Iterator[Path]:
-    """Yields each directory once it is complete."""
+    """Yield each directory once it is complete."""
     shape, tape = ModelShape.of(model), _Tape(seed)
     number = 0
     writers: Mapping[str, Callable[[Path, ModelShape, _Tape, int], None]] = {
@@ -91,7 +80,7 @@ def write_adapters(model: Path, adapters: AdapterSet, folder: Path, seed: int) -
         "mixlora": _write_mixlora,
         "block-lora": _write_block_lora,
     }
-    for family, names in adapter_names(adapters).items():
+    for family, names in adapters.names().items():
         for index, name in enumerate(names):
             tape.seek(number)
             number += 1
@@ -109,7 +98,7 @@ def write_lora(
     targets: Sequence[str] = ALL_LINEARS,
     std: float = _STD,
 ) -> Path:
-    """One plain LoRA; ``std`` of both factors. Returns ``folder``."""
+    """Write a plain LoRA, both factors with deviation ``std``. Returns ``folder``."""
     _write_lora(folder, ModelShape.of(model), _Tape(seed, std=std), rank, targets)
     return folder
 

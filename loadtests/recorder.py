@@ -1,6 +1,4 @@
-"""Collects what the users report, and sums up a phase."""
-
-from __future__ import annotations
+"""Collects the users' outcomes and summarises a phase."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,8 +7,6 @@ from typing import Any
 from .client import Outcome
 from .scenario import Phase, Slo
 from .traffic import LoadRequest
-
-__all__ = ["PhaseRecord", "percentile"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +32,7 @@ class _Record:
 
 @dataclass
 class PhaseRecord:
-    """Latencies are of the requests sent while the phase counted; tokens of those that arrived."""
+    """The records of a phase: latencies by time of sending, tokens by time of arrival."""
 
     phase: Phase
     used: set[str] = field(default_factory=set)  # adapters, shared by the phases of a run
@@ -45,7 +41,7 @@ class PhaseRecord:
     _records: list[_Record] = field(default_factory=list)
 
     def on_request(self, request_type: str, context: dict[str, Any], **_: Any) -> None:
-        """Locust's listener."""
+        """Record one outcome. Locust calls this listener."""
         if request_type != "E2E":
             return
         request, outcome = context["request"], context["outcome"]
@@ -91,7 +87,7 @@ class PhaseRecord:
         }
 
     def _tokens_within(self) -> float:
-        """Tokens that arrived while the phase counted, spread evenly over each answer.
+        """Return the tokens that arrived while the phase counted, spread evenly over each answer.
 
         Answers that began in the warm-up or end after the phase count with their part, so slow
         servers are not charged for a batch that overlaps an edge.

@@ -1,4 +1,4 @@
-"""What a second engine replica gains on one machine: the same load on one process and on clusters.
+"""Measures the gain of a second engine replica on one machine under the same load.
 
     python -m loadtests.replicas [--users 16] [--adapters 8] [--seconds 60] [--out FILE]
 
@@ -6,8 +6,6 @@ Users send one streamed chat after another, each to an adapter drawn evenly. In 
 `loraplex serve`, a cluster with one replica and a cluster with two. The cores are shared out: with
 two replicas each computes with half of the threads. Needs `loraplex[ray]`.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -22,7 +20,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from loraplex_server.model.pull import resolve_model
+from loraplex_server.model.loading.pull import resolve_model
 
 from .admin import warm_adapter
 from .client import Outcome, StreamingClient, admin_client
@@ -39,7 +37,7 @@ _WORDS = ("harbour", "letter", "window", "river", "copper", "evening", "garden",
 
 
 class LoraplexCluster(System):
-    """`loraplex cluster up`, with so many engine replicas."""
+    """`loraplex cluster up` with a number of engine replicas."""
 
     def __init__(self, n_replicas: int, threads: int) -> None:
         super().__init__()
@@ -79,9 +77,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--users", type=int, default=16)
     parser.add_argument("--adapters", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=60.0, help="that are counted, of each")
-    parser.add_argument("--model", help="directory or name; default: the default base")
-    parser.add_argument("--out", type=Path, help="writes the result to this JSON file")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="Seconds to measure each system."
+    )
+    parser.add_argument("--model", help="Directory or name of the base; default: the default base.")
+    parser.add_argument("--out", type=Path, help="JSON file for the result.")
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     systems: dict[str, System] = {
@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def measure(url: str, names: Sequence[str], n_users: int, seconds: float) -> dict[str, object]:
-    """Requests that were sent while it counted; those under way at its end are waited for."""
+    """Count the requests sent in the window, and wait for those still running at its end."""
     with admin_client(url) as admin:
         for name in names:
             warm_adapter(admin, name)

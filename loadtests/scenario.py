@@ -1,10 +1,8 @@
-"""A scenario: which adapters exist, what the server is told, and one phase of load after another.
+"""Reads scenarios: adapters, server options and phases of load.
 
 Read from TOML; unknown keys and values that make no sense are refused, so that a typing error does
 not become a measurement.
 """
-
-from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
@@ -14,37 +12,32 @@ from typing import Any
 
 from .shapes import Shape, parse_shape
 
-__all__ = [
-    "FAMILIES",
-    "AdapterSet",
-    "Phase",
-    "RequestSpec",
-    "Scenario",
-    "ScenarioError",
-    "Slo",
-    "load_scenario",
-    "parse_scenario",
-    "scenario_files",
-]
-
 FAMILIES = ("base", "lora", "mixlora", "block-lora", "generated", "churned")
 _PICKS = ("round-robin", "zipf", "fresh")
 _SWEEPS = ("adapters", "skew", "load", "working-set", "")
-_FOLDER = Path(__file__).parent / "scenarios"
+SCENARIOS = Path(__file__).parent / "scenarios"
 
 
 class ScenarioError(ValueError):
-    """Names the file, the key and what is known."""
+    """Raised for a bad scenario; the message names file, key and allowed values."""
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterSet:
-    """Random adapters that are written before the run; ranks go round robin."""
+    """Random adapters to write before the run; ranks go round robin."""
 
     lora: int = 0
     mixlora: int = 0
     block_lora: int = 0
     ranks: tuple[int, ...] = (8,)
+
+    def names(self) -> dict[str, list[str]]:
+        """Return the names that the server will use, by family."""
+        return {
+            "lora": [f"a{number}" for number in range(self.lora)],
+            "mixlora": [f"m{number}" for number in range(self.mixlora)],
+            "block-lora": [f"b{number}" for number in range(self.block_lora)],
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +49,7 @@ class RequestSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Goodput counts a request if its first token and its mean gap are within these."""
+    """Latency limits. Goodput counts requests whose TTFT and mean gap are within them."""
 
     ttft_s: float = 1.0
     tpot_s: float = 0.1  # mean time per output token after the first
@@ -86,7 +79,7 @@ class Phase:
 
     @property
     def x(self) -> float:
-        """Its place on the curve."""
+        """The phase's x value on its curve."""
         if self.sweep == "skew":
             return self.zipf[0]
         if self.sweep == "load":
@@ -112,11 +105,11 @@ class Scenario:
 
 
 def scenario_files() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(_FOLDER.glob("*.toml"))}
+    return {path.stem: path for path in sorted(SCENARIOS.glob("*.toml"))}
 
 
 def load_scenario(name: str) -> Scenario:
-    """By name, or by the path of a TOML file. Raises ScenarioError."""
+    """Load a scenario by name or by the path of a TOML file. Raises ScenarioError."""
     known = scenario_files()
     path = known.get(name) or Path(name)
     if not path.is_file():
@@ -129,7 +122,7 @@ def load_scenario(name: str) -> Scenario:
 
 
 def parse_scenario(name: str, table: Mapping[str, Any]) -> Scenario:
-    """Raises ScenarioError."""
+    """Parse a scenario. Raises ScenarioError."""
     try:
         phases = tuple(_phase(item) for item in table.get("phase", ()))
         if not phases:

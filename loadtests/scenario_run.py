@@ -1,6 +1,4 @@
-"""All phases of a scenario against one server."""
-
-from __future__ import annotations
+"""Runs all phases of a scenario against one server."""
 
 # Importing locust patches the standard library, which must come before what uses sockets.
 from .users import PhaseLoad, run_phase  # isort: skip
@@ -15,15 +13,12 @@ from typing import Any
 
 from .admin import Churn, warm_adapter
 from .client import StreamingClient, admin_client
-from .random_adapters import adapter_names, write_lora
 from .recorder import PhaseRecord
 from .scenario import Phase, Scenario
 from .server_metrics import MetricsSample, MetricsSampler, summarize
 from .systems import Target
 from .tiers import probe_tiers
 from .traffic import Body, LoadRequest, Traffic
-
-__all__ = ["RunResult", "ScenarioRun"]
 
 _SAMPLE_EVERY_S = 1.0
 OnProgress = Callable[[str, float], None]  # what is going on, seconds of the scenario done
@@ -46,7 +41,7 @@ class ScenarioRun:
         work: Path,
         on_progress: OnProgress,
     ) -> None:
-        """``model`` and ``work``: for the adapters that churn uploads."""
+        """``model`` and ``work`` are for the adapters that churn uploads."""
         self._scenario = scenario
         self._body = body
         self._model = model
@@ -55,7 +50,7 @@ class ScenarioRun:
         self._client = StreamingClient(target.url, target.api_key)
         self._admin = admin_client(target.url, target.api_key)
         self._sampler = MetricsSampler(self._admin, target.pid)
-        self._names: dict[str, Sequence[str]] = {**adapter_names(scenario.adapters)}
+        self._names: dict[str, Sequence[str]] = {**scenario.adapters.names()}
         self._used: set[str] = set()
         self._sampled_at = 0.0
 
@@ -76,7 +71,7 @@ class ScenarioRun:
         return RunResult(rows, self._sampler.samples, notes)
 
     def _without_generation(self, phases: Sequence[Phase], notes: list[str]) -> list[Phase]:
-        """The phases; without ``generated`` in their mix if the server cannot generate."""
+        """Return the phases, without ``generated`` in their mix if the server cannot generate."""
         if not any(phase.mix.get("generated") for phase in phases):
             return list(phases)
         body = self._body("generated", "Write the date in German as JSON")
@@ -127,10 +122,12 @@ class ScenarioRun:
 
     @contextmanager
     def _churning(self, phase: Phase) -> Iterator[Churn | None]:
-        """Adapters come and go in a thread (a greenlet, here) until the phase is over."""
+        """Upload and remove adapters in a greenlet until the phase is over."""
         if not phase.churn_per_s:
             yield None
             return
+        from .random_adapters import write_lora  # torch takes seconds to import
+
         variants = [self._work / f"variant-{number}" for number in range(2)]
         for number, folder in enumerate(variants):
             write_lora(self._model, folder, rank=4, seed=1000 + number)

@@ -1,6 +1,4 @@
-"""What the server says of itself under load: /metrics, and its memory and open files."""
-
-from __future__ import annotations
+"""Samples /metrics, memory and open files of a server under load."""
 
 import contextlib
 import time
@@ -11,8 +9,6 @@ from typing import Any
 import httpx
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
-
-__all__ = ["MetricsSample", "MetricsSampler", "summarize"]
 
 _METRICS = {  # our key → (sample, value of the label `state`)
     "resident_adapters": ("vllm:num_gpu_loaded_lora_adapters", ""),
@@ -28,7 +24,7 @@ _METRICS = {  # our key → (sample, value of the label `state`)
 
 @dataclass(frozen=True, slots=True)
 class MetricsSample:
-    """One moment; None where it cannot be known."""
+    """Values of one moment; None where unknown."""
 
     at: float  # seconds since the sampler was made
     phase: str
@@ -38,10 +34,10 @@ class MetricsSample:
 
 
 class MetricsSampler:
-    """``failure`` says why /metrics could not be read, once that has happened."""
+    """A sampler of one server. ``failure`` says why /metrics could not be read."""
 
     def __init__(self, client: httpx.Client, pid: int | None) -> None:
-        """``pid``: of a server on this machine, None for others."""
+        """``pid`` of a server on this machine, else None."""
         self.samples: list[MetricsSample] = []
         self.failure: str | None = None
         self._client = client
@@ -77,7 +73,7 @@ class MetricsSampler:
 
 
 def summarize(samples: Sequence[MetricsSample]) -> dict[str, Any]:
-    """Of one phase: loads and evictions during it; memory and open files at six moments.
+    """Return loads and evictions of a phase, and memory and open files at six moments.
 
     The moments are evenly spaced from its beginning to its end, so growth can be seen.
     """

@@ -1,16 +1,12 @@
-"""How much load when: pure functions of the time since a phase began.
+"""Load over time: pure functions of the seconds since a phase began.
 
 ``level(t)`` is a number of users (closed loop) or of arrivals per second (open loop). An open loop
 keeps coming whether the server answers or not, so it is the one that shows overload honestly.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-
-__all__ = ["SHAPES", "Constant", "Sawtooth", "Shape", "Spike", "Steps", "parse_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +19,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """Each level for an equal part of the phase."""
+    """Levels that each last an equal part of the phase."""
 
     levels: tuple[float, ...]
 
@@ -34,7 +30,7 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Spike:
-    """``low``, but ``high`` for the middle fifth of the phase."""
+    """A spike: ``high`` for the middle fifth of the phase, else ``low``."""
 
     low: float
     high: float
@@ -45,7 +41,7 @@ class Spike:
 
 @dataclass(frozen=True, slots=True)
 class Sawtooth:
-    """Climbs from ``low`` to ``high`` in ``period_s``, falls at once, climbs again."""
+    """A sawtooth that climbs from ``low`` to ``high`` in ``period_s`` and falls at once."""
 
     low: float
     high: float
@@ -82,7 +78,7 @@ SHAPES: Mapping[str, Callable[[Mapping[str, object]], Shape]] = {
 
 
 def parse_shape(value: object) -> Shape:
-    """A number, or a table with ``kind``. Raises ValueError."""
+    """Parse a number or a table with ``kind``. Raises ValueError."""
     if not isinstance(value, dict):
         return Constant(_number(value))
     kind = value.get("kind")

@@ -1,6 +1,4 @@
-"""A server under test: how each kind is started and asked, and one way to start and stop it."""
-
-from __future__ import annotations
+"""Servers under test: how each kind starts and is asked, and how it is stopped."""
 
 import os
 import socket
@@ -18,8 +16,6 @@ import httpx
 
 from .client import admin_client
 
-__all__ = ["BASE", "Loraplex", "System", "Target", "running_target", "started"]
-
 BASE = "base"  # the base's name in requests to servers that we start
 _START_TIMEOUT_S = 600.0
 _STOP_TIMEOUT_S = 60.0
@@ -27,7 +23,7 @@ _STOP_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A server that answers."""
+    """A running server."""
 
     url: str
     pid: int | None = None  # None: not started by us, so its memory cannot be seen
@@ -41,36 +37,36 @@ class System(ABC):
     name: ClassVar[str]
 
     def __init__(self, venv: Path | None = None) -> None:
-        """``venv``: where it is installed, if that is not this one."""
+        """``venv``: the environment of the server, if not this one."""
         self.venv = venv
 
     @abstractmethod
     def missing(self) -> str | None:
-        """Why it cannot be run here, or None."""
+        """Return why the server cannot run here, or None."""
 
     @abstractmethod
     def command(
         self, model: Path, adapters: Sequence[Path], port: int, dtype: str | None, work: Path
     ) -> tuple[list[str], Mapping[str, str]]:
-        """Arguments and extra environment. ``dtype`` as torch spells it; None: its own choice.
+        """Return arguments and extra environment. ``dtype`` as in torch; None: the server's choice.
 
         ``work`` is a folder for files of its own.
         """
 
     def prepare(self, model: Path, adapters: Sequence[Path], dtype: str | None, work: Path) -> None:
-        """Makes the files that `command` needs, if it needs any."""
+        """Write the files that `command` needs."""
         return
 
     @abstractmethod
     def body(self, family: str, name: str | None) -> Mapping[str, Any]:
-        """The fields of a request that choose an adapter, or the base (``name`` is None)."""
+        """Return the request fields that choose an adapter, or the base if ``name`` is None."""
 
 
 class Loraplex(System):
     name = "loraplex"
 
     def __init__(self, options: Mapping[str, object] | None = None) -> None:
-        """``options`` of `loraplex serve`; they win over what is set here."""
+        """``options`` of `loraplex serve` override the defaults of load tests."""
         super().__init__()
         self._options = {key.replace("_", "-"): value for key, value in (options or {}).items()}
 
@@ -105,7 +101,7 @@ class Loraplex(System):
 
 
 def running_target(url: str, api_key: str | None) -> Target:
-    """A server that somebody else started. Raises RuntimeError if it does not answer."""
+    """Return a server that is already running. Raises RuntimeError if it does not answer."""
     with admin_client(url, api_key) as client:
         try:
             response = client.get("/v1/models")
@@ -127,7 +123,7 @@ def started(
     *,
     dtype: str | None = None,
 ) -> Iterator[Target]:
-    """Ready when entered, stopped when left; its output goes to ``work/NAME.log``.
+    """Start a server and stop it when left; its output goes to ``work/NAME.log``.
 
     Raises RuntimeError with the end of the log if it does not come up.
     """

@@ -1,6 +1,4 @@
-"""First tokens by the tier that an adapter lay in when it was asked for, one request at a time."""
-
-from __future__ import annotations
+"""Measures time to first token by the tier of the requested adapter, one request at a time."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,8 +7,6 @@ import httpx
 from .client import StreamingClient
 from .recorder import percentile
 from .traffic import LoadRequest
-
-__all__ = ["TIERS", "probe_tiers"]
 
 TIERS = ("device", "host", "disk")
 
@@ -23,7 +19,7 @@ def probe_tiers(
     *,
     n: int,
 ) -> dict[str, dict[str, float | int | None]]:
-    """TTFT of ``n`` requests for adapters of each tier, as their cards say just before.
+    """Return TTFT of ``n`` requests for adapters of each tier that their cards name.
 
     Tiers without an adapter have no entry. Each adapter off the device is asked for once, so a
     probe never warms the next one.

@@ -1,6 +1,4 @@
-"""Which request comes next: its adapter and its prompt. Everything random comes from one seed."""
-
-from __future__ import annotations
+"""Draws the next request: its adapter and its prompt. One seed decides everything random."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -10,8 +8,6 @@ from math import gcd
 from typing import Any, Protocol
 
 from .scenario import Phase, RequestSpec
-
-__all__ = ["Body", "LoadRequest", "LoraplexBody", "Traffic"]
 
 _TEXT = (
     "the server keeps one frozen base model in memory and applies a different adapter to every "
@@ -30,7 +26,7 @@ _FORMATS = ("as JSON", "inside answer tags", "in upper case", "as a plain line")
 
 
 class Body(Protocol):
-    """The fields of a request that choose an adapter, in the dialect of one server."""
+    """Return the request fields that choose an adapter on one kind of server."""
 
     def __call__(self, family: str, name: str | None) -> Mapping[str, Any]: ...
 
@@ -48,7 +44,7 @@ class LoraplexBody:
 
 
 def _stride(n: int) -> int:
-    """Coprime to ``n``, so that every adapter has its turn before any has a second."""
+    """Return a stride coprime to ``n``, so that each adapter is drawn before any is repeated."""
     stride = max(1, round(0.618 * n))
     while gcd(stride, n) > 1:
         stride += 1
@@ -73,7 +69,7 @@ class Traffic:
         body: Body,
         seed: int,
     ) -> None:
-        """``names``: by family; ``churned`` may change while the phase runs."""
+        """``names`` are by family; ``churned`` may change while the phase runs."""
         self._phase = phase
         self._request = request
         self._names = names
@@ -86,7 +82,7 @@ class Traffic:
         self._shares = [share for _, share in shares]
 
     def next(self, progress: float) -> LoadRequest:
-        """``progress``: of the phase, 0 to 1."""
+        """Draw the next request. ``progress`` is that of the phase, from 0 to 1."""
         family = self._random.choices(self._families, self._shares)[0]
         name = self._pick(family, min(max(progress, 0.0), 1.0))
         if family == "churned" and name is None:
@@ -104,7 +100,7 @@ class Traffic:
         return LoadRequest(family, name, body)
 
     def _ending(self) -> dict[str, Any]:
-        """An answer ends at ``max_tokens``, or with the object that its schema asks for."""
+        """Return the body. Answers end at ``max_tokens`` or with the schema's object."""
         if not self._phase.structured:
             return {"ignore_eos": True}
         schema = {"name": "load", "schema": self._request.json_schema, "strict": True}
@@ -143,7 +139,7 @@ class Traffic:
         return at
 
     def _prompt(self) -> str:
-        """Unique from its first word on, so that no prefix cache helps."""
+        """Return a prompt with a unique first word, so that no prefix cache helps."""
         k = self._n_asked % len(_WORDS)
         salt = f"{self._random.getrandbits(40):x}"
         n = self._request.prompt_chars

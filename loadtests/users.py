@@ -4,8 +4,6 @@ Importing locust patches the standard library (gevent), so this module is import
 in the process that makes the load.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable
@@ -20,19 +18,17 @@ from .client import Outcome, StreamingClient
 from .scenario import Phase, Scenario
 from .traffic import LoadRequest, Traffic
 
-__all__ = ["ArrivalUser", "ChatUser", "PhaseLoad", "RefusedError", "run_phase"]
-
 _MAX_OUTSTANDING = 4000  # of an open loop
 _MAX_RETRY_WAIT_S = 5.0
 _STOP_TIMEOUT_S = 120.0  # for the answers that are still out when a phase ends
 
 
 class RefusedError(Exception):
-    """429 or 503 with Retry-After: neither served nor lost."""
+    """A request refused by 429 or 503 with Retry-After: neither served nor lost."""
 
 
 class PhaseLoad:
-    """What the users of one phase share: the traffic, the client, the clock."""
+    """The shared state of a phase's users: traffic, client and clock."""
 
     def __init__(self, phase: Phase, traffic: Traffic, client: StreamingClient) -> None:
         self.phase = phase
@@ -43,7 +39,7 @@ class PhaseLoad:
 
     @property
     def now(self) -> float:
-        """Seconds since the counted part began; negative while warming up."""
+        """Return seconds since the counted part began; negative while warming up."""
         return time.perf_counter() - self.started - self.phase.warmup_s
 
     @property
@@ -51,7 +47,7 @@ class PhaseLoad:
         return self.now >= self.phase.seconds
 
     def level(self) -> float:
-        """Users or arrivals per second at this moment."""
+        """Return the current users, or arrivals per second."""
         shape = self.phase.users or self.phase.rate
         assert shape is not None
         return shape.level(max(self.now, 0.0), self.phase.seconds)
@@ -60,7 +56,7 @@ class PhaseLoad:
         return self._traffic.next(self.now / self.phase.seconds)
 
     def send(self, environment: Environment, request: LoadRequest) -> Outcome:
-        """Blocks until the answer is complete, and reports it to locust."""
+        """Send a request, wait for the complete answer and report it to locust."""
         sent_at = self.now
         outcome = self._client.stream(request.body)
         _report(environment, request, outcome, sent_at)
@@ -68,7 +64,7 @@ class PhaseLoad:
 
 
 class ChatUser(User):
-    """Closed loop: sends when the last answer is complete; waits when it is told to."""
+    """A closed-loop user: sends when the last answer is complete."""
 
     abstract = True
     wait_time = constant(0)
@@ -87,7 +83,7 @@ class ChatUser(User):
 
 
 class ArrivalUser(User):
-    """Open loop: one dispatcher, whose requests do not wait for each other."""
+    """An open-loop user: one dispatcher whose requests do not wait for each other."""
 
     abstract = True
     wait_time = constant(0)
@@ -119,7 +115,7 @@ class ArrivalUser(User):
 
 
 class PhaseShape(LoadTestShape):
-    """Tells locust how many users a phase has at this moment, and when it is over."""
+    """A load shape that tells locust the users of a phase and its end."""
 
     abstract = True  # built by hand for each phase, not found on import
 
@@ -140,7 +136,7 @@ def run_phase(
     on_request: Callable[..., None],
     on_tick: Callable[[float], None],
 ) -> None:
-    """Runs one phase and waits for the answers that are still out. Blocks.
+    """Run one phase and wait for all its answers. Blocks.
 
     ``on_tick`` is called four times a second with ``load.now``.
     """
@@ -162,7 +158,7 @@ def run_phase(
 def _report(
     environment: Environment, request: LoadRequest, outcome: Outcome, sent_at: float
 ) -> None:
-    """One entry each for TTFT, TPOT and E2E, by family; E2E carries the whole outcome."""
+    """Report TTFT, TPOT and E2E by family; E2E carries the whole outcome."""
     problem: Exception | None = None
     if outcome.refused:
         problem = RefusedError(f"{outcome.status}, Retry-After {outcome.retry_after}")

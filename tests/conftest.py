@@ -1,12 +1,10 @@
-"""Fixtures that every test may ask for."""
-
-from __future__ import annotations
+"""Fixtures that every test may ask for, and the order of files."""
 
 from pathlib import Path
 
 import pytest
 
-from loraplex_server.model.pull import DEFAULT_BASE, DEFAULT_ENCODER, pull
+from loraplex_server.model.loading.pull import DEFAULT_BASE, DEFAULT_ENCODER, pull
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +17,12 @@ def pulled_base() -> Path:
 def pulled_encoder() -> Path:
     """The directory of the sentence encoder; pulled once, then instant."""
     return pull(DEFAULT_ENCODER)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Move files with slow tests to the front.
+
+    With xdist, no worker is then left with a long file when the others have ended.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

@@ -1,1 +1,1 @@
-"""What an adapter is: reading, checking, folding, storing, caching."""
+"""Adapters: reads, checks, folds, stores and caches them."""

@@ -1,4 +1,4 @@
-"""The frozen base model as the readers see it: geometry, names and float32 weights."""
+"""The frozen base model for readers of adapters: geometry, names and float32 weights."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-__all__ = ["BaseSpec", "EmbeddingShape", "LinearShape"]
 
 _SAMPLES_PER_PARAMETER = 256
 
@@ -36,21 +34,22 @@ class EmbeddingShape:
 
 @dataclass(frozen=True, slots=True)
 class BaseSpec:
-    """Immutable. ``weight``, ``bias`` and ``parameter`` copy to the host on call; ``stored`` does
-    not, so that what is computed of a weight is computed on its device.
+    """The base of a server. Immutable.
 
-    Take it from the model before any layer is replaced: module names are those of the checkpoint.
+    ``weight``, ``bias`` and ``parameter`` copy to the host on call. ``stored`` does not, so that
+    computations with a weight run on its device. Build the spec before any layer of the model is
+    replaced, because module names are those of the checkpoint.
     """
 
     model_id: str
     model_type: str
     fingerprint: str  # same for every dtype the same weights are loaded in
     quantization: str | None  # of its linears, as "int8"; part of the fingerprint
-    modules: Mapping[str, LinearShape]  # every linear, lm_head included; no router of a subclass
+    modules: Mapping[str, LinearShape]  # every linear and lm_head, but no routers of experts
     embeddings: Mapping[str, EmbeddingShape]
     parameters: Mapping[str, tuple[int, ...]]  # every parameter, as stored in the checkpoint
     weight: Callable[[str], Tensor]  # module name → float32 [out, in], or [n_rows, width]
-    stored: Callable[[str], Tensor]  # module name → [out, in] where and as the model holds it
+    stored: Callable[[str], Tensor]  # module name → [out, in], the model's own
     bias: Callable[[str], Tensor | None]  # module name → float32 [out]
     parameter: Callable[[str], Tensor]  # parameter name → float32, as stored
     norms: Mapping[str, float]  # Frobenius norm of every linear's weight
@@ -68,68 +67,64 @@ class BaseSpec:
 
     @staticmethod
     def of(model: PreTrainedModel, model_id: str, *, quantization: str | None = None) -> BaseSpec:
-        """Reads the spec off a transformers causal LM.
+        """Build the spec of a transformers causal LM.
 
-        A linear may compute its weight at each look: ``quantization`` says that some do.
+        ``quantization``: the name of a quantization whose linears compute their weights on access.
         """
-        return _spec_of(model, model_id, quantization)
+        config = model.config.get_text_config()
+        linears, embeddings, conv1d = _modules_of(model)
+        modules_by_name = dict(model.named_modules())
 
+        def weight(name: str) -> Tensor:
+            return stored(name).to("cpu", torch.float32, copy=True).contiguous()
 
-def _spec_of(model: PreTrainedModel, model_id: str, quantization: str | None) -> BaseSpec:
-    config = model.config.get_text_config()
-    linears, embeddings, conv1d = _modules_of(model)
-    modules_by_name = dict(model.named_modules())
+        def stored(name: str) -> Tensor:
+            value = read[f"{name}.weight"]()
+            return value.t() if name in conv1d else value
 
-    def weight(name: str) -> Tensor:
-        return stored(name).to("cpu", torch.float32, copy=True).contiguous()
+        def bias(name: str) -> Tensor | None:
+            value = read.get(f"{name}.bias")
+            return None if value is None else value().to("cpu", torch.float32, copy=True)
 
-    def stored(name: str) -> Tensor:
-        value = read[f"{name}.weight"]()
-        return value.t() if name in conv1d else value
+        def parameter(name: str) -> Tensor:
+            return read[name]().to("cpu", torch.float32, copy=True)
 
-    def bias(name: str) -> Tensor | None:
-        value = read.get(f"{name}.bias")
-        return None if value is None else value().to("cpu", torch.float32, copy=True)
-
-    def parameter(name: str) -> Tensor:
-        return read[name]().to("cpu", torch.float32, copy=True)
-
-    # Tensors are captured now: the engine later swaps modules on the same instance.
-    read = _readers(model)
-    fingerprint, shapes = _fingerprint(read, quantization)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    names = {id(module): name for name, module in modules_by_name.items()}
-    n_heads = int(config.num_attention_heads)
-    return BaseSpec(
-        model_id=model_id,
-        model_type=str(config.model_type),
-        fingerprint=fingerprint,
-        quantization=quantization,
-        modules=MappingProxyType(linears),
-        embeddings=MappingProxyType(embeddings),
-        # In the model's order: PEFT nests several parameters of a module by it.
-        parameters=MappingProxyType({name: shapes[name] for name in read}),
-        weight=weight,
-        stored=stored,
-        bias=bias,
-        parameter=parameter,
-        norms=MappingProxyType({name: _norm(stored(name)) for name in linears}),
-        n_layers=int(config.num_hidden_layers),
-        hidden_size=int(config.hidden_size),
-        n_heads=n_heads,
-        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
-        head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // n_heads),
-        vocab_size=int(embedding.weight.shape[0]),
-        tie_word_embeddings=head is not None and head.weight is embedding.weight,
-        hidden_act=_hidden_act(config),
-        conv1d=frozenset(conv1d),
-        input_embedding=names[id(embedding)],
-        output_head="" if head is None else names[id(head)],
-    )
+        # Tensors are captured now: the engine later swaps modules on the same instance.
+        read = _readers(model)
+        fingerprint, shapes = _fingerprint(read, quantization)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = {id(module): name for name, module in modules_by_name.items()}
+        n_heads = int(config.num_attention_heads)
+        return BaseSpec(
+            model_id=model_id,
+            model_type=str(config.model_type),
+            fingerprint=fingerprint,
+            quantization=quantization,
+            modules=MappingProxyType(linears),
+            embeddings=MappingProxyType(embeddings),
+            # The order is the model's, by which PEFT nests several parameters of a module.
+            parameters=MappingProxyType({name: shapes[name] for name in read}),
+            weight=weight,
+            stored=stored,
+            bias=bias,
+            parameter=parameter,
+            norms=MappingProxyType({name: _norm(stored(name)) for name in linears}),
+            n_layers=int(config.num_hidden_layers),
+            hidden_size=int(config.hidden_size),
+            n_heads=n_heads,
+            n_kv_heads=int(getattr(config, "num_key_value_heads", None) or n_heads),
+            head_dim=int(getattr(config, "head_dim", None) or config.hidden_size // n_heads),
+            vocab_size=int(embedding.weight.shape[0]),
+            tie_word_embeddings=head is not None and head.weight is embedding.weight,
+            hidden_act=_hidden_act(config),
+            conv1d=frozenset(conv1d),
+            input_embedding=names[id(embedding)],
+            output_head="" if head is None else names[id(head)],
+        )
 
 
 def _readers(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
-    """Of every parameter by name, and of the weights that linears compute."""
+    """Return name → reader of every parameter and of the weights that linears compute."""
     from transformers.pytorch_utils import Conv1D
 
     read: dict[str, Callable[[], Tensor]] = {
@@ -143,7 +138,7 @@ def _readers(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
 
 
 def _norm(weight: Tensor) -> float:
-    """Frobenius norm, in float32 on the weight's device, some rows at a time."""
+    """Return the Frobenius norm, in float32 on the weight's device, some rows at a time."""
     parts = [
         torch.linalg.vector_norm(rows, dtype=torch.float32) for rows in torch.split(weight, 4096)
     ]
@@ -182,7 +177,7 @@ def _modules_of(
 def _fingerprint(
     read: Mapping[str, Callable[[], Tensor]], quantization: str | None
 ) -> tuple[str, dict[str, tuple[int, ...]]]:
-    """sha256 over names, shapes and an even sample of the values in bfloat16; and the shapes."""
+    """Return the sha256 of names, shapes and a sample of values in bfloat16, and the shapes."""
     digest = hashlib.sha256()
     if quantization is not None:
         digest.update(json.dumps({"quantization": quantization}).encode())

@@ -1,102 +1,98 @@
-"""From the files of a content to what the host tier keeps of it."""
+"""Loads contents from disk into the form that the host tier keeps."""
 
-from __future__ import annotations
-
+import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from .base_spec import BaseSpec
-from .composite import Composite
-from .content_files import PLAN_FILE
+from .catalogue.shared_contents import LocalContents
+from .composites.composite import Composite
+from .contents.content_files import PLAN_FILE
+from .contents.packed_files import Packer
+from .contents.plan_file import peek_plan, read_plan
 from .errors import AdapterRefused, BaseMismatch, StoredAdapterDamaged, UnservableAdapter
-from .name_record import Content
-from .packed_files import PackedFiles, Packer
+from .garbage_collector import GarbageCollector
+from .names.name_record import Content
+from .part_log import worked
 from .plan import AdapterPlan
-from .plan_file import peek_plan, read_plan
+from .store_state import StoreState
 
-__all__ = ["ContentFolders", "ContentLoader", "PlanCheck", "RemoteContents"]
-
-PlanCheck = Callable[[AdapterPlan], None]  # raises AdapterRefused for what cannot be served
-
-
-class ContentFolders(Protocol):
-    """Where the files of contents lie."""
-
-    def path(self, digest: str) -> Path:
-        """The folder of a content."""
-
-
-class RemoteContents(Protocol):
-    """Where the files of a content come from that are not on this disk. Calls block."""
-
-    def ensure(self, content: Content, cancelled: threading.Event | None = None) -> None:
-        """They are on the disk when it returns. Raises StoreError."""
-
-    def touch(self, digest: str) -> None:
-        """A load was served from what was prepared of it before. Takes a microsecond."""
-
-    def fetch_again(self, content: Content, cancelled: threading.Event | None = None) -> None:
-        """Like ``ensure``, in place of files that are damaged. Raises StoreError."""
+_log = logging.getLogger(__name__)
+PlanCheck = Callable[[AdapterPlan], None]  # raises AdapterRefused
 
 
 class ContentLoader:
     """Reads on the calling thread, mostly outside the interpreter lock. Thread-safe.
 
-    Every byte is checked. Raises BaseMismatch for contents of another base, UnservableAdapter for
-    those that ``check`` or the packer refuses, and StoredAdapterDamaged.
+    Checks every byte. Raises BaseMismatch for contents of another base, UnservableAdapter if
+    ``check`` or the packer refuses the plan, and StoredAdapterDamaged.
     """
 
     def __init__(
         self,
-        base: BaseSpec,
-        files: ContentFolders,
-        prepared: PackedFiles,
+        state: StoreState,
+        garbage: GarbageCollector,
         packer: Packer | None,
         check: PlanCheck | None,
-        on_prepared: Callable[[AdapterPlan, str], None],
-        remote: RemoteContents | None = None,
+        local: LocalContents | None,
     ) -> None:
-        """``check``: as of ``AdapterStore``; by default the packer's.
-
-        ``on_prepared`` gets what had to be prepared anew, and the hash of the plan that it was
-        prepared from; it must not wait.
-        """
-        self._base = base
-        self._files = files
-        self._prepared = prepared
+        """``check`` is the packer's by default. ``local``: contents of the catalogue."""
+        self._state = state
+        self._garbage = garbage
         self._packer = packer
         self._check = packer.check if check is None and packer is not None else check
-        self._on_prepared = on_prepared
-        self._remote = remote
+        self._local = local
 
     def load(self, content: Content, cancelled: threading.Event | None = None) -> AdapterPlan:
-        """As it was prepared before, else prepared now.
+        """Load the prepared plan, or prepare it.
 
-        ``cancelled`` ends a fetch from elsewhere: then it raises LoadCancelled.
+        Raises LoadCancelled if ``cancelled`` is set during a fetch.
         """
         self._check_base(content)
-        kept = self._prepared.read(content)
-        if kept is not None:
-            if self._remote is not None:
-                self._remote.touch(content.digest)
+        prepared = self._state.packed.read(content)
+        if prepared is not None:
+            if self._local is not None:
+                self._local.touch(content.digest)
             with _as_unservable():
-                self._check_plan(kept)
-            return kept
-        read = self._read(content, cancelled)
+                self._check_plan(prepared)
+            return prepared
+        stored = self.read(content, cancelled)
         with _as_unservable():
-            plan = self.prepare(read)
-        if plan.packed_adapter is not None:
-            self._on_prepared(plan, content.plan_sha256)
+            plan = self.prepare(stored)
+        self._garbage.later(partial(self.keep_prepared, plan, content.plan_sha256))
         return plan
 
-    def composite_bytes(self, composite: Composite, parts: Sequence[Content], digest: str) -> int:
-        """Of what is built before it is prepared. Reads names and shapes: milliseconds.
+    def keep_prepared(self, plan: AdapterPlan, plan_sha256: str) -> None:
+        """Write the prepared form to disk, for later loads. A failure is only logged.
 
-        Raises what ``load_composite`` raises for ranks and for parts that do not combine.
+        ``plan_sha256``: the hash of the plan before it was prepared.
+        """
+        if plan.packed_adapter is None:
+            return
+        packed = self._state.packed
+        try:
+            staged = packed.stage(plan, plan_sha256)
+            with self._state.writing:
+                content = self._state.index.content(plan.digest)
+                if content is not None and content.plan_sha256 == plan_sha256:
+                    packed.publish(staged, plan.digest)
+                else:  # deleted, or folded again
+                    packed.discard(staged)
+            worked("storage")
+        except OSError as error:
+            _log.error(
+                "adapter %s is not kept in prepared form, its loads from disk take longer: %s",
+                plan.digest[:12],
+                error,
+                extra={"part": "storage"},
+            )
+
+    def composite_bytes(self, composite: Composite, parts: Sequence[Content], digest: str) -> int:
+        """Return the bytes of a composite before it is prepared. Takes milliseconds.
+
+        Raises the errors of ``load_composite`` for ranks and for parts that do not combine.
         """
         if composite.outline is None:
             return sum(part.host_bytes for part in parts)
@@ -108,38 +104,39 @@ class ContentLoader:
     def load_composite(
         self, composite: Composite, parts: Sequence[Content], digest: str
     ) -> AdapterPlan:
-        """From the parts' own plans: their prepared forms are rounded, and laid out alone."""
-        built = composite.build([self._read(part) for part in parts], digest)
+        """Combine the unprepared plans of the parts: prepared forms are rounded."""
+        built = composite.build([self.read(part) for part in parts], digest)
         with _as_unservable():
             return self.prepare(built)
 
     def prepare(self, plan: AdapterPlan) -> AdapterPlan:
-        """Raises AdapterRefused."""
+        """Check the plan, and pack it if the store has an engine. Raises AdapterRefused."""
         self._check_plan(plan)
         return plan if self._packer is None else self._packer.prepare(plan)
 
     def refusal(self, content: Content) -> str | None:
-        """Why a content that was stored earlier cannot be served; None if it can.
+        """Return the reason why a stored content cannot be served; None if it can.
 
-        Looks at names and shapes only: a millisecond or two. What is not on this disk is not
-        looked at before it is.
+        Reads names and shapes only, in about a millisecond. Contents that are not on this disk are
+        checked when they are fetched.
         """
-        path = self._files.path(content.digest) / PLAN_FILE
+        path = self._state.files.path(content.digest) / PLAN_FILE
         try:
             self._check_base(content)
-            if self._remote is None or path.exists():
+            if self._local is None or path.exists():
                 self._check_plan(peek_plan(path))
         except AdapterRefused as error:
             return str(error)
         except StoredAdapterDamaged as error:
-            return None if self._remote is not None else str(error)  # it is fetched again
+            return None if self._local is not None else str(error)  # it will be fetched again
         return None
 
     def _check_plan(self, plan: AdapterPlan) -> None:
         if self._check is not None:
             self._check(plan)
 
-    def _read(self, content: Content, cancelled: threading.Event | None = None) -> AdapterPlan:
+    def read(self, content: Content, cancelled: threading.Event | None = None) -> AdapterPlan:
+        """Read the plan as it was folded, with its factors in float32."""
         read = partial(read_plan, sha256=content.plan_sha256)
         return self._from_file(content, read, cancelled)
 
@@ -150,27 +147,27 @@ class ContentLoader:
         cancelled: threading.Event | None = None,
     ) -> AdapterPlan:
         self._check_base(content)
-        path = self._files.path(content.digest) / PLAN_FILE
-        if self._remote is None:
+        path = self._state.files.path(content.digest) / PLAN_FILE
+        if self._local is None:
             return read(path)
-        self._remote.ensure(content, cancelled)
+        self._local.ensure(content, cancelled)
         try:
             return read(path)
-        except StoredAdapterDamaged:  # or evicted between the two, or folded otherwise there
-            self._remote.fetch_again(content, cancelled)
+        except StoredAdapterDamaged:  # or evicted meanwhile, or folded differently
+            self._local.fetch_again(content, cancelled)
             return read(path)
 
     def _check_base(self, content: Content) -> None:
-        if content.base_fingerprint != self._base.fingerprint:
+        if content.base_fingerprint != self._state.base.fingerprint:
             raise BaseMismatch(
                 f"adapter {content.digest[:12]} was checked against another base than "
-                f"{self._base.model_id}; add it again"
+                f"{self._state.base.model_id}; add it again"
             )
 
 
 @contextmanager
 def _as_unservable() -> Iterator[None]:
-    """What is refused only now was stored by a server that could serve it, or thought so."""
+    """Turn AdapterRefused into UnservableAdapter: another server accepted the adapter."""
     try:
         yield
     except AdapterRefused as error:

@@ -1,61 +1,33 @@
 """Errors of the adapter store.
 
 StoreError
-├── AdapterRefused          it cannot be served as a whole: nothing was stored, nothing changed
+├── AdapterRefused          the adapter cannot be served: nothing was stored or changed
 │   ├── MalformedFile       not a safetensors file, broken header, truncated, not finite, bad JSON
 │   ├── PickleRefused       .bin, .pt …: never opened
-│   ├── UnsupportedAdapter  a method or feature that cannot be served exactly; says which and why
-│   ├── AdapterMismatch     tensors unexpected, missing or of the wrong shape; names them
+│   ├── UnsupportedAdapter  a method or feature that cannot be served exactly
+│   ├── AdapterMismatch     tensors unexpected, missing or of the wrong shape
 │   ├── LimitExceeded       rank, bytes or counts above the limits
 │   └── BaseMismatch        trained for another base model
 ├── InvalidName             not an adapter name
-├── InvalidSelector         a request's ``adapter`` value that means nothing, or cannot be mixed
-├── UnknownAdapter          no such name or digest; names what exists
-├── QuotaExceeded           the tenant has as much as it may
-├── RevisionConflict        compare-and-set failed: the name moved, or exists already
+├── InvalidSelector         a request's ``adapter`` value is invalid or cannot be mixed
+├── UnknownAdapter          no such name or digest
+├── QuotaExceeded           the tenant has reached a limit
+├── RevisionConflict        the name moved or exists already
 ├── SourceError             the source could not be read
-│   └── SourceForbidden     the source lies outside what the operator allowed
-├── UnservableAdapter       stored by another server; the engine of this one cannot apply it
-├── HostTierFull            the plan cannot fit beside the leased and pinned ones
-├── AdapterInUse            requests use it: it stays in memory until they have ended
-├── AdapterPinned           it stays in memory until it is unpinned
-├── StoredAdapterDamaged    bytes on disk no longer match their digest
-├── CatalogueUnavailable    the object store of the catalogue does not answer; try again
-├── LoadCancelled           who asked for the adapter left before it was here
+│   └── SourceForbidden     the operator does not allow the source
+├── UnservableAdapter       another server stored the adapter, and this engine cannot apply it
+├── HostTierFull            the plan does not fit beside the leased and pinned plans
+├── AdapterInUse            running requests keep the adapter in memory
+├── AdapterPinned           the adapter stays in memory until it is unpinned
+├── StoredAdapterDamaged    bytes on disk do not match their digest
+├── CatalogueUnavailable    the object store of the catalogue does not answer
+├── LoadCancelled           the request ended before its adapter was loaded
 └── StoreClosed             the store was closed
 """
-
-from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
 from typing import Protocol
-
-__all__ = [
-    "AdapterInUse",
-    "AdapterMismatch",
-    "AdapterPinned",
-    "AdapterRefused",
-    "BaseMismatch",
-    "CatalogueUnavailable",
-    "HostTierFull",
-    "InvalidName",
-    "InvalidSelector",
-    "LimitExceeded",
-    "LoadCancelled",
-    "MalformedFile",
-    "PickleRefused",
-    "QuotaExceeded",
-    "RevisionConflict",
-    "SourceError",
-    "SourceForbidden",
-    "StoreClosed",
-    "StoreError",
-    "StoredAdapterDamaged",
-    "UnknownAdapter",
-    "UnservableAdapter",
-    "UnsupportedAdapter",
-]
 
 _SHOWN = 8
 
@@ -87,7 +59,7 @@ class UnsupportedAdapter(AdapterRefused):
 
 
 class AdapterMismatch(AdapterRefused):
-    """``unexpected_keys``: tensors nobody claims; ``missing_keys``: those the config promises."""
+    """The tensors do not fit the config. ``missing_keys`` are tensors that the config promises."""
 
     def __init__(
         self,
@@ -119,7 +91,7 @@ class InvalidSelector(StoreError):
 
 
 class UnknownAdapter(StoreError):
-    """``name`` as asked for, ``closest`` registered names (at most five)."""
+    """No adapter has this ``name``. ``closest`` has at most five similar names."""
 
     def __init__(self, name: str, closest: Sequence[str] = (), n_registered: int = 0) -> None:
         if closest:
@@ -138,7 +110,7 @@ class QuotaExceeded(StoreError):
 
 
 class Named(Protocol):
-    """What a name has: a record, or a card."""
+    """A record or a card of a name."""
 
     @property
     def digest(self) -> str: ...
@@ -148,7 +120,7 @@ class Named(Protocol):
 
 
 class RevisionConflict(StoreError):
-    """``digest`` and ``etag`` are those of what the name has now, None if it does not exist."""
+    """``digest`` and ``etag`` are the name's current ones, or None if the name does not exist."""
 
     def __init__(self, message: str, now: Named | None) -> None:
         super().__init__(message)
@@ -182,7 +154,7 @@ class AdapterInUse(StoreError):
 
 
 class AdapterPinned(StoreError):
-    """``pinned``: the name that is pinned, of the same content."""
+    """The content is pinned, under the name ``pinned``."""
 
     def __init__(self, name: str, pinned: str) -> None:
         why = "is pinned" if name == pinned else f"has the content of {pinned!r}, which is pinned"
@@ -194,7 +166,7 @@ class StoredAdapterDamaged(StoreError):
 
 
 class CatalogueUnavailable(StoreError):
-    """After a change: whether it was made is not known; ask for the adapter to see."""
+    """A change may or may not have been made. Get the adapter to find out."""
 
 
 class LoadCancelled(StoreError):

@@ -1,73 +1,105 @@
-"""From a selector to a leased plan: look up, count the use, load once, give out."""
+"""Leases of plans: looks up a selector's content, counts the use, and loads the plan once."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 
-from .base_spec import BaseSpec
-from .composite import Composite
+from loraplex_adapter_store.catalogue.shared_contents import LocalContents
+from loraplex_adapter_store.composites.composite import Composite, GateOf
+from loraplex_adapter_store.names.name_record import Content, NameRecord
+from loraplex_adapter_store.names.name_state import Revision
+from loraplex_adapter_store.names.name_syntax import check_name, tenant_of
+from loraplex_adapter_store.names.selector import Library, Mixture, NameRef, Selector
+
+from .cards import Cards
 from .content_loader import ContentLoader
 from .errors import (
+    CatalogueUnavailable,
     InvalidSelector,
     LimitExceeded,
     LoadCancelled,
     UnknownAdapter,
     UnservableAdapter,
 )
-from .host_tier import HostTier
-from .lease import AdapterLease, AdapterRecipe
-from .library import GateOf
-from .name_index import NameIndex
-from .name_record import Content, NameRecord
-from .name_refresh import NameRefresh
-from .names import tenant_of
+from .garbage_collector import GarbageCollector
 from .plan import AdapterPlan
-from .retirement import Retirement
-from .selector import Library, Mixture, NameRef, Selector
+from .report import JsonValue
+from .store_state import StoreState
 
-__all__ = ["Leasing"]
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecipe:
+    """The parts of a leased plan, from which another process can build the same plan."""
+
+    contents: tuple[Content, ...]  # in the order of the selector's names
+    selector: Mixture | Library | None = None  # how they are combined; None: a single content
+    tenant: str = ""  # the owner of the combined plan's memory
+
+
+@dataclass(slots=True, eq=False)
+class AdapterLease:
+    """The right to use one content while a request runs. Call ``release``, or use ``with``.
+
+    For a mixture, ``revision`` is 0 and ``name`` is the mixture in words.
+    """
+
+    name: str
+    revision: int
+    plan: AdapterPlan
+    _on_release: Callable[[str], None]
+    recipe: AdapterRecipe
+    defaults: Mapping[str, JsonValue] = field(default_factory=dict)  # of requests, from the card
+    _released: threading.Lock = field(default_factory=threading.Lock, init=False)
+
+    @property
+    def digest(self) -> str:
+        return self.plan.digest
+
+    def release(self) -> None:
+        """End the lease; later calls do nothing. Any thread, never blocks."""
+        if self._released.acquire(blocking=False):
+            self._on_release(self.digest)
+
+    def __enter__(self) -> AdapterLease:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
 
 
 class Leasing:
-    """Thread-safe. Loads happen on the calling thread, once for each digest."""
+    """Leases plans to requests. Thread-safe. Each digest is loaded once, on the calling thread."""
 
     def __init__(
         self,
-        base: BaseSpec,
-        index: NameIndex,
-        tier: HostTier,
+        state: StoreState,
         loader: ContentLoader,
-        retirement: Retirement,
-        refresh: NameRefresh,
-        find_content: Callable[[str], Content | None],
+        garbage: GarbageCollector,
+        cards: Cards,
+        local: LocalContents | None,  # the catalogue's contents
         gate_of: GateOf | None,
-        on_unservable: Callable[[str, str], None],
     ) -> None:
-        """``find_content(digest)``: one that no name here has, where the catalogue still has it.
-
-        ``on_unservable(digest, why)``: a content of an earlier server that this one refuses.
-        """
-        self._base = base
-        self._index = index
-        self._tier = tier
+        self._state = state
+        self._index, self._tier, self._registry = state.index, state.tier, state.registry
         self._loader = loader
-        self._retirement = retirement
-        self._refresh = refresh
-        self._find_content = find_content
+        self._garbage = garbage
+        self._cards = cards
+        self._local = local
         self._gate_of = gate_of
-        self._on_unservable = on_unservable
 
     def acquire(
         self, selector: Selector, cancelled: threading.Event | None = None, *, tenant: str = ""
     ) -> AdapterLease:
         """See ``AdapterStore.acquire``. Raises UnservableAdapter, too."""
+        self._state.check_open()
         LoadCancelled.raise_if(cancelled)
         for ref in _refs(selector):
-            self._refresh.follow_ref(ref)
+            self._follow(ref)
         if isinstance(selector, NameRef):
-            return self._lease_held(*self._hold(selector), cancelled)
+            return self._lease_content(*self._hold(selector), cancelled)
         if isinstance(selector, Mixture | Library):
             return self._acquire_composite(selector, tenant, self._hold, cancelled)
         raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
@@ -75,37 +107,63 @@ class Leasing:
     def acquire_digest(
         self, name: str, digest: str, cancelled: threading.Event | None = None
     ) -> AdapterLease:
-        """See ``AdapterStore.acquire_digest``."""
-        return self._lease_held(*self._hold_digest(NameRef(name, digest)), cancelled)
+        """Lease the content that ``name`` had when a gateway resolved the name.
+
+        ``digest`` is whole. The name may point elsewhere by now: a request keeps its digest for as
+        long as the catalogue has the files, at least an hour. Raises UnknownAdapter if the content
+        is nowhere, and the errors of ``acquire``.
+        """
+        self._state.check_open()
+        ref = NameRef(check_name(name), digest)
+        return self._lease_content(*self._hold_digest(ref), cancelled)
 
     def acquire_digests(
-        self, selector: Mixture | Library, tenant: str, cancelled: threading.Event | None
+        self, selector: Mixture | Library, tenant: str, cancelled: threading.Event | None = None
     ) -> AdapterLease:
-        """See ``AdapterStore.acquire_digests``."""
+        """Lease a mixture or library whose parts all have digests, as ``acquire_digest`` does."""
+        self._state.check_open()
         return self._acquire_composite(selector, tenant, self._hold_digest, cancelled)
 
     def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
-        """None where a load is needed, or nothing is meant. Never waits."""
-        if ref.digest_prefix is None and not self._refresh.is_fresh(ref.name):
+        """Lease an adapter that is in host memory; None if a load is needed or it is unknown.
+
+        Takes microseconds and never waits, so that an event loop may call it first, and
+        ``acquire`` on another thread if the result is None.
+        """
+        if ref.digest_prefix is None and not self._registry.is_fresh(ref.name):
             return None
-        found = self._index.find(ref.name, ref.digest_prefix)
-        if found is None:
+        match = self._index.find(ref.name, ref.digest_prefix)
+        if match is None:
             return None
-        record, content = found
+        record, content = match
         plan = self._tier.lease_resident(content.digest)
         if plan is None:
             return None
         if self._index.content(content.digest) is None:  # retired between look-up and count
-            self._retirement.release(content.digest)
+            self._garbage.release(content.digest)
             return None
         return self._lease(record, content, plan)
 
+    def read(self, ref: NameRef) -> AdapterPlan:
+        """Read an adapter's plan from disk, with factors in float32, and keep nothing in memory.
+
+        Blocks. Raises UnknownAdapter, BaseMismatch and StoredAdapterDamaged.
+        """
+        self._state.check_open()
+        self._follow(ref)
+        content = self._hold(ref).content
+        try:
+            return self._loader.read(content)
+        finally:
+            self._garbage.let_go(content.digest)
+
     def check_known(self, ref: NameRef) -> None:
-        """Raises UnknownAdapter where ``acquire`` would; loads nothing."""
-        self._refresh.follow_ref(ref)
+        """Raises UnknownAdapter as ``acquire`` does, but loads nothing."""
+        self._state.check_open()
+        self._follow(ref)
         self._find(ref)
 
-    def _lease_held(
+    def _lease_content(
         self, record: NameRecord, content: Content, cancelled: threading.Event | None
     ) -> AdapterLease:
         try:
@@ -119,43 +177,43 @@ class Leasing:
                         cancelled=cancelled,
                     )
                     return self._lease(record, content, plan)
-                except LoadCancelled:  # by another request, whose load this one waited for
+                except LoadCancelled:  # another request's load, which this one waited for
                     if cancelled is not None and cancelled.is_set():
                         raise
         except UnservableAdapter as error:
-            self._on_unservable(content.digest, str(error))
+            self._cards.set_unservable(content.digest, str(error))
             raise
         finally:
-            self._retirement.let_go(content.digest)
+            self._garbage.let_go(content.digest)
 
     def _acquire_composite(
         self,
         selector: Mixture | Library,
         tenant: str,
-        hold: Callable[[NameRef], tuple[NameRecord, Content]],
+        hold: Callable[[NameRef], Revision],
         cancelled: threading.Event | None,
     ) -> AdapterLease:
-        """The files of the parts are held while the whole is built; it is cached as any content.
+        """Lease a mixture or library. The files of its parts are held while the composite is built.
 
-        The parts themselves do not come to host memory. The whole is the tenant's who asks first.
+        Only the composite is kept in host memory, and counts as the first requester's.
         """
         if isinstance(selector, Mixture):
-            composite = Composite.of_mixture(selector, self._base)
+            composite = Composite.of_mixture(selector, self._state.base)
         else:
             composite = Composite.of_library(selector, self._gate_of)
-        held: list[str] = []
+        holds: list[str] = []  # digests
         try:
             parts: list[Content] = []
             for ref in composite.refs:
                 parts.append(hold(ref)[1])
-                held.append(parts[-1].digest)
-            digest = composite.identify(held)
-            self._retirement.hold(digest)  # before the index has it: nobody forgets it meanwhile
-            self._index.add_composite(digest, held)
-            held.append(digest)
+                holds.append(parts[-1].digest)
+            digest = composite.identify(holds)
+            self._garbage.hold(digest)  # first, so that clean-up does not forget the composite
+            self._index.add_composite(digest, holds)
+            holds.append(digest)
 
             def load() -> AdapterPlan:
-                self._retirement.forget_evicted_composites()
+                self._garbage.forget_evicted_composites()
                 return self._loader.load_composite(composite, parts, digest)
 
             plan = self._tier.lease_resident(digest)
@@ -164,13 +222,13 @@ class Leasing:
                 self._check_fits(n_bytes)
                 plan = self._tier.lease(digest, n_bytes, load, tenant=tenant, cancelled=cancelled)
             recipe = AdapterRecipe(tuple(parts), selector, tenant)
-            return AdapterLease(composite.label, 0, plan, self._retirement.release, recipe)
+            return AdapterLease(composite.label, 0, plan, self._garbage.release, recipe)
         finally:
-            for each in held:
-                self._retirement.let_go(each)
+            for each in holds:
+                self._garbage.let_go(each)
 
     def _check_fits(self, n_bytes: int) -> None:
-        n_total = self._tier.stats().bytes_total
+        n_total = self._tier.stats().host_bytes_total
         if n_bytes > n_total:
             raise LimitExceeded(
                 f"what this request combines needs {n_bytes:,} bytes of host memory, this server "
@@ -183,41 +241,52 @@ class Leasing:
             record.name,
             record.revision,
             plan,
-            self._retirement.release,
+            self._garbage.release,
             AdapterRecipe((content,)),
             record.defaults,
         )
 
-    def _hold(self, ref: NameRef) -> tuple[NameRecord, Content]:
-        """What ``ref`` means now; its files and its plan stay until it is let go."""
+    def _hold(self, ref: NameRef) -> Revision:
+        """Resolve ``ref``, and hold its files and plan until ``let_go``."""
         while True:
-            record, content = self._find(ref)
-            self._retirement.hold(content.digest)
-            if self._index.content(content.digest) is not None:
-                return record, content
-            self._retirement.let_go(content.digest)  # retired between look-up and count
+            revision = self._find(ref)
+            digest = revision.content.digest
+            self._garbage.hold(digest)
+            if self._index.content(digest) is not None:
+                return revision
+            self._garbage.let_go(digest)  # retired between look-up and count
 
-    def _hold_digest(self, ref: NameRef) -> tuple[NameRecord, Content]:
-        """The same of a whole digest, which the name need not have any more."""
+    def _hold_digest(self, ref: NameRef) -> Revision:
+        """Hold the content of a whole digest, which the name may have had before."""
         digest = ref.digest_prefix
         assert digest is not None
         if self._index.find(ref.name, digest) is not None:
-            with suppress(UnknownAdapter):  # the name was replaced or deleted by now
+            with suppress(UnknownAdapter):  # the name was replaced or deleted meanwhile
                 return self._hold(ref)
-        content = self._index.content(digest) or self._find_content(digest)
+        content = self._index.content(digest)
+        if content is None and self._local is not None:
+            content = self._local.shared.find(digest)
         if content is None:
             raise UnknownAdapter(str(ref))
-        self._retirement.hold(digest)
+        self._garbage.hold(digest)
         self._index.add_unnamed(content)
-        return NameRecord(ref.name, 0, digest, None, (), {}, 0.0), content
+        return Revision(NameRecord(ref.name, 0, digest, None, (), {}, 0.0), content)
 
-    def _find(self, ref: NameRef) -> tuple[NameRecord, Content]:
-        """What ``ref`` means now. Raises UnknownAdapter."""
-        found = self._index.find(ref.name, ref.digest_prefix)
-        if found is None:
+    def _follow(self, ref: NameRef) -> None:
+        """Follow the name; a known digest needs no answer of the catalogue."""
+        try:
+            self._registry.follow(ref.name)
+        except CatalogueUnavailable:
+            if not ref.digest_prefix or self._index.find(ref.name, ref.digest_prefix) is None:
+                raise
+
+    def _find(self, ref: NameRef) -> Revision:
+        """Resolve ``ref`` to its current revision and content. Raises UnknownAdapter."""
+        match = self._index.find(ref.name, ref.digest_prefix)
+        if match is None:
             revisions = self._index.revisions(ref.name)
             raise UnknownAdapter(str(ref), [f"{ref.name}@{r.digest[:12]}" for r, _ in revisions])
-        return found
+        return match
 
 
 def _refs(selector: Selector) -> Sequence[NameRef]:

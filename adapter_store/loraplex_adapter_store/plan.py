@@ -1,53 +1,35 @@
-"""The runtime form every adapter folds into: all that the engine knows of an adapter.
+"""The plan that every adapter folds into. The engine has no other data of an adapter.
 
     z = input_operator(in_scale ⊙ x)
     y = out_scale ⊙ output_operator(W z + b + B A z + shared(z) + delta_operator(z)) + bias
 
-For an embedding x is one-hot: in_features is the vocabulary, and A x is a column of A. What the
-base multiplies embeddings by (Gemma) comes after all of it.
+For an embedding x is one-hot: in_features is the vocabulary, and A x is a column of A. A factor of
+the base on its embeddings (Gemma) is applied after all of this.
 
-Factors are float32 on the host with every training-time scale folded into B. The engine packs them
-once in its dtype and layout; the host tier then keeps that form, and its plan none of the factors.
+Factors are float32 on the host with every training-time scale folded into B. The engine packs the
+factors once in its dtype and layout. The host tier then keeps that form and a plan without factors.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum, StrEnum
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .operators.contract import Delta, Operator, RowMap
-
-__all__ = [
-    "Activation",
-    "AdapterPlan",
-    "ExpertPlan",
-    "Family",
-    "HeadPlan",
-    "HeadTask",
-    "ModulePlan",
-    "NormPlan",
-    "PoolingMode",
-    "PoolingPlan",
-    "PrefixPlan",
-    "RoutingStrategy",
-    "SharedBasis",
-    "StackedFactors",
-]
+from .operators.contract import Delta, Operator, RowMap, tensors_of
+from .report import JsonValue
 
 
-class Family(Enum):
-    """How an adapter was trained."""
+class Family(StrEnum):
+    """The training method of an adapter."""
 
     LORA = "lora"
     DORA = "dora"
     ADALORA = "adalora"
     SORA = "sora"
     LORA_XS = "lora-xs"
-    LORA_SB = "lora-sb"
     NLORA = "nlora"
     LAMDA = "lamda"
     KASA = "kasa"
@@ -96,7 +78,7 @@ class Family(Enum):
 
 
 class RoutingStrategy(Enum):
-    """How a gate turns its logits into the weights of experts."""
+    """The function from a gate's logits to the weights of experts."""
 
     TOP_K = "mixlora"
     TOP_P = "mixlora-dynamic"
@@ -105,15 +87,15 @@ class RoutingStrategy(Enum):
     ARROW = "arrow"  # |gate @ x| instead of logits; the gate comes from the experts themselves
 
 
-class HeadTask(Enum):
-    """What a classifier labels, in PEFT's words."""
+class HeadTask(StrEnum):
+    """The thing that a classifier labels, in PEFT's words."""
 
     SEQ_CLS = "SEQ_CLS"  # a text, by its last token
     TOKEN_CLS = "TOKEN_CLS"  # each token  # nosec B105
 
 
 class Activation(Enum):
-    """What turns the logits of a head into its answer."""
+    """The function from the logits of a head to its answer."""
 
     SOFTMAX = "softmax"
     SIGMOID = "sigmoid"
@@ -121,13 +103,13 @@ class Activation(Enum):
 
 
 class PoolingMode(Enum):
-    """How the hidden states of a text become one vector, in the words of sentence-transformers."""
+    """The pooling of hidden states into one vector, in sentence-transformers' words."""
 
     CLS = "cls"
     LAST = "lasttoken"
     MEAN = "mean"
     MEAN_SQRT_LEN = "mean_sqrt_len_tokens"  # the sum, divided by the root of the length
-    WEIGHTED_MEAN = "weightedmean"  # by position, the first token has 1
+    WEIGHTED_MEAN = "weightedmean"  # by position, from 1
     MAX = "max"
 
 
@@ -135,13 +117,13 @@ class PoolingMode(Enum):
 class SharedBasis:
     """Frozen bases shared by many adapters and this adapter's diagonals (VeRA, RandLoRA).
 
-    With n blocks of r rows (VeRA: n = 1, no block_scale), small and large sides of a linear:
+    With N blocks of r rows (VeRA: N = 1, no block_scale):
 
         u[ρ,n] = rank_scale[ρ,n] · Σ_k a[ρ,k] · block_scale[n,k] · x[k]
         y[m]   = out_scale[m] · Σ_{ρ,n} b[m, ρ·N+n] · u[ρ,n]
 
-    and its transpose when ``transposed`` (RandLoRA with in_features > out_features). ``apply`` is
-    the reference; ``factors`` unrolls to ordinary LoRA factors of rank N·r. All float32.
+    or the transpose if ``transposed`` (RandLoRA with in_features > out_features). ``apply`` is the
+    reference; ``factors`` unrolls to ordinary LoRA factors of rank N·r. All float32.
     """
 
     basis_digest: str  # identity of (a, b): adapters with equal digests share one copy
@@ -178,7 +160,7 @@ class SharedBasis:
         return y if self.out_scale is None else y * self.out_scale.to(x.dtype)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A [N·r, in], B [out, N·r]) of the same delta."""
+        """Return (A [N·r, in], B [out, N·r]) of the same delta."""
         rows = self.a.unsqueeze(1) * self.rank_scale.unsqueeze(2)  # [r, N, k]
         if self.block_scale is not None:
             rows = rows * self.block_scale
@@ -191,7 +173,7 @@ class SharedBasis:
 
 @dataclass(frozen=True, slots=True)
 class ModulePlan:
-    """What one linear of the base becomes. Absent parts are None."""
+    """The changes of one linear of the base. Absent parts are None."""
 
     a: Tensor | None = None  # float32 [rank, in_features]
     b: Tensor | None = None  # float32 [out_features, rank], scale folded in
@@ -205,40 +187,28 @@ class ModulePlan:
 
     @property
     def operators(self) -> tuple[Operator, ...]:
-        """Those that it has."""
-        found = (self.input_operator, self.delta_operator, self.output_operator)
-        return tuple(operator for operator in found if operator is not None)
+        operators = (self.input_operator, self.delta_operator, self.output_operator)
+        return tuple(operator for operator in operators if operator is not None)
 
     @property
     def rank(self) -> int:
         return 0 if self.a is None else int(self.a.shape[0])
 
     def tensors(self) -> Iterator[Tensor]:
-        parts = (self.a, self.b, self.out_scale, self.bias, self.in_scale)
-        yield from (part for part in parts if part is not None)
-        if self.shared is not None:
-            shared = self.shared
-            scales = (shared.rank_scale, shared.block_scale, shared.out_scale)
-            yield from (shared.a, shared.b)
-            yield from (scale for scale in scales if scale is not None)
-        for operator in self.operators:
-            yield from operator.tensors()
+        return tensors_of(self)
 
 
 @dataclass(frozen=True, slots=True)
 class NormPlan:
-    """What a norm multiplies by and adds in place of the base's. None: the base's own."""
+    """The parameters of a norm in place of the base's. None: the base's own."""
 
-    weight: Tensor | None = None  # float32 [width], as the checkpoint has it (Gemma: less one)
+    weight: Tensor | None = None  # float32 [width], as in the checkpoint (Gemma: minus one)
     bias: Tensor | None = None  # float32 [width]
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from (part for part in (self.weight, self.bias) if part is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class StackedFactors:
-    """ΔW_e = left[e] right[e] of a parameter that stacks a matrix for each expert of a MoE base."""
+    """ΔW_e = left[e] right[e] for a parameter that stacks the matrices of a MoE base's experts."""
 
     left: Tensor  # float32 [n_experts, n_rows, rank], scale folded in
     right: Tensor  # float32 [n_experts, rank, n_columns]
@@ -260,17 +230,14 @@ class ExpertPlan:
 
 @dataclass(frozen=True, slots=True)
 class PrefixPlan:
-    """Virtual tokens that stand before the prompt."""
+    """Virtual tokens before the prompt."""
 
-    keys: tuple[
-        Tensor, ...
-    ] = ()  # per layer [n_virtual, n_kv_heads, head_dim], post-RoPE as trained
+    keys: tuple[Tensor, ...] = ()  # per layer [n_virtual, n_kv_heads, head_dim], after RoPE
     values: tuple[Tensor, ...] = ()
     embeddings: Tensor | None = None  # [n_virtual, hidden_size] for prompt tuning
 
     @property
     def n_virtual(self) -> int:
-        """Tokens that stand before the prompt."""
         first = self.embeddings if self.embeddings is not None else self.keys[0]
         return int(first.shape[0])
 
@@ -288,7 +255,7 @@ class HeadPlan:
     def logits(self, hidden: Tensor) -> Tensor:
         """float32 [n, hidden_size] → [n, n_labels].
 
-        Products of float64: a row's bits do not depend on how many rows there are.
+        Computed in float64, so that a row's bits do not depend on the number of rows.
         """
         logits = hidden.double() @ self.weight.double().t()
         return (logits if self.bias is None else logits + self.bias).float()
@@ -296,53 +263,45 @@ class HeadPlan:
 
 @dataclass(frozen=True, slots=True)
 class PoolingPlan:
-    """How embeddings are made of hidden states."""
+    """The pooling and normalisation of embeddings."""
 
     mode: PoolingMode
     normalize: bool  # to length 1
 
 
+class PackedForm(Protocol):
+    """The factors of an adapter in the engine's layout, made by a ``Packer``."""
+
+    @property
+    def n_bytes(self) -> int: ...
+
+    def dump(self) -> tuple[JsonValue, Sequence[Tensor]]:
+        """Return a header and contiguous host tensors, for ``Packer.restore``."""
+
+
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """One adapter, folded and checked against its base. Immutable and shared between threads."""
+    """An adapter, folded and checked against its base. Immutable, shared between threads."""
 
     digest: str  # sha256 of config + tensors, hex
     family: Family
     modules: Mapping[str, ModulePlan]  # base module name, as "model.layers.0.self_attn.q_proj"
-    experts: Mapping[str, ExpertPlan] = field(default_factory=dict)  # block or projection name →
+    experts: Mapping[str, ExpertPlan] = field(default_factory=dict)  # by block or projection
     prefix: PrefixPlan | None = None
     embedding_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row [hidden]
     head_rows: Mapping[int, Tensor] = field(default_factory=dict)  # token id → row of the head
-    replaced_weights: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # name of a linear or an embedding → weight in place of the base's; deltas see the base's
-    norms: Mapping[str, NormPlan] = field(default_factory=dict)  # name of a norm → its own
-    stacked: Mapping[str, StackedFactors] = field(default_factory=dict)  # name of a parameter →
+    # linear or embedding → weight in place of the base's; deltas are computed from the base's
+    replaced_weights: Mapping[str, Tensor] = field(default_factory=dict)
+    norms: Mapping[str, NormPlan] = field(default_factory=dict)  # by name of the norm
+    stacked: Mapping[str, StackedFactors] = field(default_factory=dict)  # by name of the parameter
     head: HeadPlan | None = None  # of a classifier
     pooling: PoolingPlan | None = None  # the adapter's own, if it ships one
     chat_template: str | None = None  # the adapter's own, if it ships one
-    n_bytes: int = 0  # true bytes of all tensors above, and of ``packed_adapter``
-    packed_adapter: object | None = None  # the engine's; modules and experts then have no factors
+    n_bytes: int = 0  # bytes of all tensors above and of ``packed_adapter``
+    packed_adapter: PackedForm | None = None  # then modules and experts have no factors
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor of the plan, each once per place that refers to it."""
-        for module in self.modules.values():
-            yield from module.tensors()
-        for block in self.experts.values():
-            yield block.gate
-            for expert in block.experts:
-                for module in expert.values():
-                    yield from module.tensors()
-        if self.prefix is not None:
-            yield from (*self.prefix.keys, *self.prefix.values)
-            if self.prefix.embeddings is not None:
-                yield self.prefix.embeddings
-        yield from self.embedding_rows.values()
-        yield from self.head_rows.values()
-        yield from self.replaced_weights.values()
-        for norm in self.norms.values():
-            yield from norm.tensors()
-        for factors in self.stacked.values():
-            yield from (factors.left, factors.right)
-        if self.head is not None:
-            yield from (part for part in (self.head.weight, self.head.bias) if part is not None)
+        """Yield every tensor of the plan, once for each reference, without the packed form."""
+        for spec in fields(self):
+            if spec.name != "packed_adapter":
+                yield from tensors_of(getattr(self, spec.name))

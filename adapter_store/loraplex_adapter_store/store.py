@@ -1,61 +1,62 @@
 """The adapter store: names, contents, leases. Synchronous and thread-safe.
 
-Reading an adapter in, loading it to memory and deleting it happen on the calling thread: call from
-a worker thread, not from an event loop. ``acquire`` of a resident adapter takes microseconds.
+Adding, loading and deleting an adapter happen on the calling thread: call from a worker thread, not
+from an event loop. ``acquire`` of a resident adapter takes microseconds.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from functools import partial
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import safetensors.torch
 from torch import Tensor
 
-from .additions import Additions, Progress, WithCard
+from loraplex_adapter_store.sources.local import read_directory
+
+from .adapter_importer import AdapterFiles, AdapterImporter, Progress, WithCard, chunks_of
 from .base_spec import BaseSpec
-from .card import AdapterCard, CardEdit, DeleteReport, PlanSize, StoreStats, TierBytes
 from .cards import Cards
 from .catalogue.catalogue import Catalogue
 from .catalogue.catalogue_registry import CatalogueRegistry
-from .catalogue.following import Following
-from .catalogue.freshness import Freshness
-from .catalogue.limits import CatalogueLimits
-from .catalogue.local_contents import LocalContents
-from .catalogue.shared_contents import SharedContents
-from .content_files import ContentFiles
+from .catalogue.freshness import CatalogueLimits, Freshness
+from .catalogue.shared_contents import LocalContents, SharedContents
+from .composites.composite import GateOf
 from .content_loader import ContentLoader, PlanCheck
-from .deletion import Deletion
-from .disk import Disk
-from .errors import AdapterInUse, AdapterPinned, StoreClosed
-from .eviction import POLICIES
-from .faults import FaultLog, NoFaultLog
-from .host_tier import HostTier
-from .ingest import AdapterFiles, chunks_of
-from .lease import AdapterLease
-from .leasing import Leasing
-from .library import GateOf
+from .contents.content_files import ContentFiles, Disk, lock_directory
+from .contents.packed_files import PackedFiles, Packer
+from .errors import AdapterInUse, AdapterPinned, StoreError
+from .garbage_collector import Deletion, GarbageCollector
+from .leasing import AdapterLease, Leasing
 from .limits import StoreLimits
 from .name_changes import NameChanges
-from .name_index import NameIndex
-from .name_refresh import NameRefresh
-from .name_registry import NameRegistry
-from .names import check_name, tenant_of
-from .packed_files import PackedFiles, Packer
-from .packed_plans import PackedPlans
-from .pins import Pins
-from .put_options import PutOptions
-from .quota import NO_QUOTA, Quota
-from .registry import Registry
+from .names.card import AdapterCard, CardEdit, DeleteReport, StoreStats, TierBytes
+from .names.name_index import NameIndex
+from .names.name_registry import REGISTRY_FILE, NameRegistry, SqliteRegistry
+from .names.name_syntax import check_name, tenant_of
+from .names.put_options import NO_QUOTA, PutOptions, Quota
+from .names.selector import NameRef, Selector, parse_selector
 from .report import JsonValue
-from .retirement import Retirement
-from .root_lock import own_root
-from .selector import Library, Mixture, NameRef, Selector, parse_selector
+from .store_state import StoreState
+from .tiers.host_tier import HostTier
 
-__all__ = ["AdapterLease", "AdapterStore", "Progress"]
+
+@dataclass(frozen=True, slots=True)
+class EngineHooks:
+    """The engine's functions that the store calls. Without hooks, plans are stored as folded.
+
+    ``packer`` makes the form that the host tier keeps, and refuses a plan that the engine cannot
+    serve before anything is stored. Its methods run on the thread that adds or loads the adapter.
+    """
+
+    packer: Packer | None = None
+    check: PlanCheck | None = None  # refuses plans in a store without an engine
+    gate_of: GateOf | None = None  # makes the gates of libraries; None: libraries are refused
 
 
 class AdapterStore:
@@ -69,30 +70,20 @@ class AdapterStore:
         limits: StoreLimits = StoreLimits(),  # noqa: B008  frozen value
         host_bytes: int = 2 << 30,
         allowed_roots: Sequence[Path] = (),
-        eviction: str = "cost-aware",
         disk: Disk | None = None,
-        gate_of: GateOf | None = None,
-        packer: Packer | None = None,
-        check: PlanCheck | None = None,
+        engine: EngineHooks = EngineHooks(),
         n_kept_revisions: int = 0,
-        faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
         catalogue: Catalogue | None = None,
         catalogue_limits: CatalogueLimits = CatalogueLimits(),  # noqa: B008  frozen value
     ) -> None:
-        """``n_kept_revisions`` older contents of each name stay, to be asked for by digest or
-        rolled back to; they go with the name.
+        """Open or create the store below ``root``.
 
-        ``gate_of`` makes the gates of libraries; without it they are refused.
+        ``n_kept_revisions`` older contents of each name are kept until the name is deleted. Clients
+        ask for them by digest, or roll back to them.
 
-        ``packer`` turns a plan into what the host tier keeps of it (the engine's own form), and
-        refuses what it cannot serve, before anything is stored. It runs on the thread that adds
-        the adapter, or on the one that loads it. ``check`` is for a store without an engine: it
-        refuses what none could serve. ``faults`` hears of disk and catalogue failing.
-
-        ``catalogue``: names and contents are there, for all servers that share it; a folder of
-        ``root`` keeps what this one uses, apart from what it has without one. Methods then block
-        for the network where the text of one does not say otherwise, and may raise
-        CatalogueUnavailable.
+        With a ``catalogue``, names and contents live there, for all servers that share it; ``root``
+        caches what this server uses. Unless their text says otherwise, methods then block for the
+        network and may raise CatalogueUnavailable.
         """
         self.base = base
         self.root = root
@@ -100,99 +91,34 @@ class AdapterStore:
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)
         disk = disk or Disk()
         disk.make_directory(root)
-        self._give_up = own_root(root)
-        try:
-            # A cache of the catalogue is swept by its names, which are not those of the registry.
+        with ExitStack() as opened:
+            self._release_root = lock_directory(root)
+            opened.callback(self._release_root)
+            # The catalogue's contents lie in a folder of their own: they are swept by other names.
             folder = root if catalogue is None else root / "catalogue-cache"
-            self._files = files = ContentFiles(folder, disk, faults)
-            self._packed = packed = PackedFiles(folder, disk, packer)
-            shared, contents = None, None
-            if catalogue is not None:
-                freshness = Freshness(catalogue_limits, faults)
-                contents = SharedContents(catalogue.contents, freshness)
-                shared = CatalogueRegistry(catalogue, freshness, contents)
-            registry: NameRegistry = shared or Registry(root / "registry.sqlite3", faults)
-        except BaseException:
-            self._give_up()
-            raise
-        self._closed = False
-        self._shared = shared
-        self._registry = registry
-        self._writing = writing = threading.RLock()  # serialises changes of the index and of files
-        self._index = index = NameIndex(registry.names(), registry.kept(), registry.contents())
-        self._tier = tier = HostTier(host_bytes, POLICIES[eviction], limits.host_wait_s)
-        self._pins = Pins(index, tier)
-        self._cards = cards = Cards(index, tier, registry)
-        self._refresh = refresh = NameRefresh(shared, index)
-        self._retirement = retirement = Retirement(
-            index, tier, files, packed, registry, writing, faults
-        )
-        local = None
-        if contents is not None:
-            n_bytes = catalogue_limits.disk_bytes
-            local = LocalContents(contents, files, packed, tier, writing, n_bytes)
-        plans = PackedPlans(packed, index, writing, faults)
-        self._loader = ContentLoader(
-            base,
-            files,
-            packed,
-            packer,
-            check,
-            on_prepared=lambda plan, sha256: retirement.later(partial(plans.keep, plan, sha256)),
-            remote=local,
-        )
-        self._leasing = Leasing(
-            base,
-            index,
-            tier,
-            self._loader,
-            retirement,
-            refresh,
-            find_content=(lambda digest: None) if contents is None else contents.find,
-            gate_of=gate_of,
-            on_unservable=cards.set_unservable,
-        )
-        self._changes = NameChanges(
-            index,
-            registry,
-            tier,
-            retirement,
-            refresh,
-            cards,
-            self._pins,
-            writing,
-            self._check_open,
-            n_kept_revisions,
-        )
-        self._additions = Additions(
-            base,
-            limits,
-            files,
-            plans,
-            index,
-            tier,
-            self._loader,
-            retirement,
-            self._changes,
-            cards,
-            writing,
-            refresh,
-            contents,
-            local,
-            self._check_open,
-        )
-        self._following = None
-        if shared is not None:
-            poll_s = catalogue_limits.poll_s
-            self._following = Following(
-                shared, index, retirement, writing, self._pins.apply, poll_s
+            files, packed = ContentFiles(folder, disk), PackedFiles(folder, disk, engine.packer)
+            tier = HostTier(host_bytes, limits.host_wait_s)
+            if catalogue is None:
+                registry: NameRegistry = _open_registry(root, files)
+            else:
+                freshness = Freshness(catalogue_limits)
+                shared = SharedContents(catalogue.contents, freshness)
+                registry = CatalogueRegistry(catalogue, freshness, shared, catalogue_limits.poll_s)
+            self.state = state = StoreState(
+                base, limits, registry, NameIndex(), files, packed, tier
             )
-        if refresh.follow_at_start():
-            retirement.sweep()
-        self._pins.apply()
-        cards.check_stored(self._loader)
-        if self._following is not None:
-            self._following.start()
+            local = None
+            if catalogue is not None:
+                local = LocalContents(shared, state, catalogue_limits.disk_bytes)
+            opened.pop_all()
+        self.cards, self.garbage = cards, garbage = Cards(state), GarbageCollector(state)
+        self.loader = loader = ContentLoader(state, garbage, engine.packer, engine.check, local)
+        self.leases = Leasing(state, loader, garbage, cards, local, engine.gate_of)
+        self._changes = changes = NameChanges(state, garbage, cards, n_kept_revisions)
+        self._importer = AdapterImporter(state, loader, garbage, changes, cards, local)
+        if registry.start(changes.apply):
+            garbage.sweep()
+        cards.check_stored(loader)
 
     def put_directory(
         self,
@@ -201,11 +127,13 @@ class AdapterStore:
         *,
         options: PutOptions = PutOptions(),  # noqa: B008  frozen value
     ) -> AdapterCard:
-        """Reads a PEFT directory. The caller vouches for ``path``; see ``put_source`` for clients.
+        """Add a PEFT directory of the operator. See ``put_source`` for paths from clients.
 
         Raises AdapterRefused, RevisionConflict, InvalidName or SourceError; then nothing changed.
         """
-        return self._additions.put_directory(name, path, options)
+        source: dict[str, JsonValue] = {"source": "directory", "path": str(path)}
+        files = read_directory(path, self.limits)
+        return self._importer.put_local(name, files, options, source)
 
     def put_files(
         self,
@@ -217,20 +145,22 @@ class AdapterStore:
         companions: Mapping[str, bytes] = MappingProxyType({}),
         options: PutOptions = PutOptions(),  # noqa: B008  frozen value
     ) -> AdapterCard:
-        """For uploads: the text of adapter_config.json and the safetensors bytes or file.
+        """Add an upload: the text of adapter_config.json and the safetensors bytes or file.
 
-        ``companions``: those of ``companion_files`` that there are, by name.
+        ``companions``: the files of ``companion_files`` that the upload has, by name. Raises
+        AdapterRefused, RevisionConflict or QuotaExceeded; then nothing changed.
         """
+        put, source = self._importer.put, {"source": "upload"}
         if isinstance(weights, bytes):
             files = AdapterFiles(config, [weights], chat_template, companions)
-            return self._additions.put_files(name, files, options)
+            return put(name, files, options, source)
         with weights.open("rb") as file:
             files = AdapterFiles(config, chunks_of(file), chat_template, companions)
-            return self._additions.put_files(name, files, options)
+            return put(name, files, options, source)
 
     def upload_folder(self) -> AbstractContextManager[Path]:
-        """An empty directory on the store's disk for an upload; gone afterwards, or at start."""
-        return self._additions.folder()
+        """An empty directory on the store's disk for an upload, deleted at the end."""
+        return self.state.files.staging_folder()
 
     def put_tensors(
         self,
@@ -240,8 +170,10 @@ class AdapterStore:
         *,
         options: PutOptions = PutOptions(),  # noqa: B008  frozen value
     ) -> AdapterCard:
-        """For generated adapters: a PEFT-style config and tensors in memory, same checks."""
-        return self._additions.put_tensors(name, config, tensors, options)
+        """Add a generated adapter: a PEFT config and tensors in memory, with the same checks."""
+        weights = safetensors.torch.save({key: t.contiguous() for key, t in tensors.items()})
+        files = AdapterFiles(json.dumps(config).encode(), [weights], None)
+        return self._importer.put(name, files, options, {"source": "generated"})
 
     def put_source(
         self,
@@ -252,67 +184,72 @@ class AdapterStore:
         progress: Progress | None = None,
         with_card: WithCard | None = None,
     ) -> AdapterCard:
-        """Fetches, checks and stores. Directories must lie inside ``allowed_roots``.
+        """Fetch, check and store an adapter. Directories must lie inside ``allowed_roots``.
 
-        ``with_card`` says what the source's card.json, if it has one, adds to the options.
+        ``with_card`` adds the contents of the source's card.json, if any, to the options.
         """
         report = progress or (lambda stage, share: None)
-        return self._additions.put_source(name, uri, self.allowed_roots, options, report, with_card)
+        return self._importer.put_source(name, uri, self.allowed_roots, options, report, with_card)
 
     def get(self, name: str) -> AdapterCard:
-        """The card with its load report. Raises UnknownAdapter."""
-        self._refresh.follow(name)
-        self._check_open()
-        return self._cards.get(name)
+        """Return the card with its load report. Raises UnknownAdapter."""
+        self.state.registry.follow(name)
+        self.state.check_open()
+        return self.cards.get(name)
 
     def has_name(self, name: str) -> bool:
-        """Takes a microsecond and never waits: with a catalogue, as ``follow`` has left it."""
-        return self._index.has(name)
+        """Return True if the name existed at the last ``follow``. Never waits."""
+        return self.state.index.has(name)
 
     @property
     def is_shared(self) -> bool:
-        """Whether it has a catalogue, for which its methods wait."""
-        return self._shared is not None
+        """True if the store has a catalogue, so that its methods wait for the network."""
+        return self.state.registry.is_shared
 
     def is_fresh(self, name: str) -> bool:
-        """Whether ``has_name`` says what is so now. Takes a microsecond and never waits."""
-        return self._refresh.is_fresh(name)
+        """True if ``has_name`` is up to date. Takes a microsecond and never waits."""
+        return self.state.registry.is_fresh(name)
 
     def follow(self, names: Iterable[str]) -> None:
-        """Brings these names up to date with the catalogue; without one there is nothing to do."""
+        """Bring these names up to date with the catalogue, if there is one."""
         for name in names:
-            self._refresh.follow(name)
+            self.state.registry.follow(name)
 
     def check_quota(self, name: str, quota: Quota) -> None:
-        """Raises QuotaExceeded where a put of ``name`` would for the number of names.
+        """Raises QuotaExceeded if a put of ``name`` would make too many names.
 
-        A put asks again, in one step with the change: this spares the work before it.
+        A put checks the quota again, atomically with the change. This call spares earlier work.
         """
         if quota.max_adapters is not None:
-            self._refresh.refresh_tenant(name)
-            quota.check_adapters(len({*self._index.of_tenant(tenant_of(name)), name}))
+            self.state.registry.refresh_tenant(tenant_of(name))
+            names = self.state.index.of_tenant(tenant_of(name))
+            quota.check_adapters(len({*names, name}))
+
+    def count_bytes_of(self, other_bytes: Callable[[str], int]) -> None:
+        """Count other bytes of a tenant against ``max_bytes``, too. Any thread may ask for them."""
+        self._changes.count_bytes_of(other_bytes)
+
+    def n_bytes_beside(self, tenant: str, name: str | None) -> int:
+        """Return the bytes that ``max_bytes`` counts, without the revisions of ``name``."""
+        return self._changes.n_bytes_beside(tenant, name)
 
     def list(self) -> tuple[AdapterCard, ...]:
-        """All cards by name, without their load reports."""
-        self._refresh.follow_all()
-        return self._cards.all()
-
-    def seen(self) -> tuple[AdapterCard, ...]:
-        """``list`` as this server knows it without asking a catalogue. Never waits."""
-        return self._cards.all()
+        """Return all cards, sorted by name, without load reports."""
+        self.state.registry.follow_all()
+        return self.cards.all()
 
     def revisions(self, name: str) -> tuple[AdapterCard, ...]:
-        """What ``name`` can be asked for: the current revision, then kept ones, newest first.
+        """Return the current revision of ``name``, then the kept ones, newest first.
 
-        Without their load reports. Raises UnknownAdapter.
+        The cards have no load reports. Raises UnknownAdapter.
         """
-        self._refresh.follow(name)
-        return self._cards.revisions(name)
+        self.state.registry.follow(name)
+        return self.cards.revisions(name)
 
     def rollback(
         self, name: str, *, digest_prefix: str | None = None, if_match: str | None = None
     ) -> AdapterCard:
-        """Makes a kept revision, by default the newest, the current one, under a new number.
+        """Make a kept revision, by default the newest, the current one, under a new number.
 
         Raises UnknownAdapter, RevisionConflict, or InvalidSelector if no such revision is kept.
         """
@@ -325,36 +262,32 @@ class AdapterStore:
         *,
         if_match: str | None = None,
     ) -> AdapterCard:
-        """A new card for the same content; ``change`` sees the present one.
+        """Replace the card of a name; ``change`` gets the present card.
 
         ``if_match``: the ETag that the card must have. Raises UnknownAdapter, RevisionConflict or
-        what ``change`` raises; then nothing changed.
+        an error of ``change``; then nothing changed.
         """
         return self._changes.edit(name, change, if_match)
 
     def history(self, name: str) -> tuple[tuple[int, str, float], ...]:
-        """(revision, digest, created) of every content the name ever had, oldest first."""
-        return self._registry.history(name)
+        """Return (revision, digest, created) of every content the name ever had, oldest first."""
+        return self.state.registry.history(name)
 
     def set_expiry(self, name: str, expires: float | None) -> AdapterCard:
-        """``expires``: seconds since the epoch; a put of the name sets it anew."""
+        """Set the expiry in seconds since the epoch. A put of the name replaces it."""
         self._changes.set_expiry(name, expires)
         return self.get(name)
 
     def next_expiry(self) -> float | None:
-        """When the first name expires; None if none does, or the store is closed."""
-        return None if self._closed else self._index.next_expiry()
+        """Return when the first name expires; None if none does, or the store is closed."""
+        return None if self._is_closed else self.state.index.next_expiry()
 
     def expire(self, now: float) -> tuple[str, ...]:
-        """Removes the names whose time has come. Their running requests finish."""
-        return () if self._closed else self._changes.expire(now)
+        """Delete the names that have expired, and return them. Their running requests finish."""
+        return () if self._is_closed else self._changes.expire(now)
 
     def stats(self) -> StoreStats:
-        return self._cards.stats()
-
-    def plans_in_memory(self) -> dict[str, PlanSize]:
-        """By digest, mixtures too. Takes microseconds."""
-        return self._cards.plans_in_memory()
+        return self.cards.stats()
 
     def acquire(
         self,
@@ -363,81 +296,41 @@ class AdapterStore:
         *,
         tenant: str = "",
     ) -> AdapterLease:
-        """A lease on the content the selector means now; later changes of the name do not touch it.
+        """Lease the content that the selector means now. Later changes of the name do not matter.
 
-        Loads to host memory on the calling thread if needed, once however many ask. Raises
-        UnknownAdapter, InvalidSelector (descriptions and "auto" are resolved before),
-        LimitExceeded for what host memory can never hold, HostTierFull, or StoredAdapterDamaged.
+        Loads the content to host memory on the calling thread if needed, once for all requesters.
+        Raises UnknownAdapter, InvalidSelector (descriptions and "auto" are resolved before),
+        LimitExceeded if host memory can never hold the plan, HostTierFull or StoredAdapterDamaged.
 
-        ``cancelled`` ends a fetch from the catalogue and a wait for room, within seconds:
-        LoadCancelled. ``tenant``: who asks, and has the memory that a mixture takes; an adapter's
-        counts as its owner's.
+        ``cancelled`` ends a fetch from the catalogue, or a wait for memory, within seconds with
+        LoadCancelled. The memory of a mixture counts as ``tenant``'s, that of an adapter as its
+        owner's.
         """
-        self._check_open()
-        wanted = parse_selector(selector) if isinstance(selector, str) else selector
-        return self._leasing.acquire(wanted, cancelled, tenant=tenant)
-
-    def acquire_digest(
-        self, name: str, digest: str, cancelled: threading.Event | None = None
-    ) -> AdapterLease:
-        """A lease on the content that ``name`` had when it was resolved elsewhere, in a gateway.
-
-        ``digest`` is whole. The name need not have it any more: a request keeps the digest that it
-        began with, as long as the catalogue has its files (an hour at least after the name let it
-        go). Raises UnknownAdapter if it is nowhere, and what ``acquire`` raises.
-        """
-        self._check_open()
-        return self._leasing.acquire_digest(check_name(name), digest, cancelled)
-
-    def acquire_digests(
-        self,
-        selector: Mixture | Library,
-        cancelled: threading.Event | None = None,
-        *,
-        tenant: str,
-    ) -> AdapterLease:
-        """The same of a mixture or library, each of whose parts has its digest."""
-        self._check_open()
-        return self._leasing.acquire_digests(selector, tenant, cancelled)
-
-    def check_known(self, ref: NameRef) -> None:
-        """Raises UnknownAdapter where ``acquire`` would; loads nothing."""
-        self._check_open()
-        self._leasing.check_known(ref)
-
-    def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
-        """``acquire`` where it needs no load, else None, also for what does not exist.
-
-        Takes microseconds and never waits: an event loop may call it, and ask ``acquire`` on
-        another thread when it gets None.
-        """
-        return self._leasing.acquire_resident(ref)
+        parsed = parse_selector(selector) if isinstance(selector, str) else selector
+        return self.leases.acquire(parsed, cancelled, tenant=tenant)
 
     def pin(self, name: str, quota: Quota = NO_QUOTA) -> AdapterCard:
-        """Loads the adapter and keeps it in host memory, also after a restart once it is used.
+        """Load the adapter and keep it in host memory. After a restart, the first use loads it.
 
-        Raises UnknownAdapter, QuotaExceeded and what ``acquire`` raises.
+        Raises UnknownAdapter, QuotaExceeded and the errors of ``acquire``.
         """
         self._changes.set_pinned(name, pinned=True, quota=quota)
-        return self.warm(name)
+        self.acquire(NameRef(check_name(name))).release()
+        return self.get(name)
 
     def unpin(self, name: str) -> AdapterCard:
         self._changes.set_pinned(name, pinned=False, quota=NO_QUOTA)
         return self.get(name)
 
-    def warm(self, name: str) -> AdapterCard:
-        """Loads the adapter to host memory now."""
-        self.acquire(NameRef(check_name(name))).release()
-        return self.get(name)
-
     def unload(self, name: str) -> AdapterCard:
-        """Takes the adapter out of host memory. Name and files stay: the next use loads it again.
+        """Remove the adapter from host memory. The next use loads it again from its files.
 
-        Memory is by content: other names of the same one are unloaded, too; mixtures are contents
-        of their own. Raises UnknownAdapter, AdapterPinned or AdapterInUse; then nothing changed.
+        Memory is by content: other names of the same content are unloaded, too; mixtures are
+        contents of their own. Raises UnknownAdapter, AdapterPinned or AdapterInUse; then nothing
+        changed.
         """
         card = self.get(name)
-        pinned = self._index.pinned_as(name)
+        pinned = self.state.index.pinned_as(name)
         if pinned is not None:
             raise AdapterPinned(name, pinned)
         n_uses = self.unload_digest(card.digest)
@@ -446,18 +339,18 @@ class AdapterStore:
         return self.get(name)
 
     def unload_digest(self, digest: str) -> int:
-        """Takes an idle content out of host memory; returns how many uses keep it there.
+        """Remove an idle content from host memory, and return the number of uses that keep it.
 
-        Takes microseconds. One that is pinned stays.
+        Takes microseconds. A pinned content stays.
         """
-        return self._tier.unload(digest)
+        return self.state.tier.unload(digest)
 
     def delete(
         self, name: str, *, if_match: str | None = None, timeout_s: float = 30.0
     ) -> DeleteReport:
-        """Takes the name away at once, waits for running leases, frees the bytes and counts them.
+        """Delete the name at once, wait for running leases, and report the freed bytes.
 
-        After the timeout the report says ``drained=False``; the rest goes with the last lease.
+        After the timeout the report says ``drained=False``; the last lease then frees the bytes.
         """
         deletion = self.start_delete(name, if_match=if_match)
         try:
@@ -467,35 +360,32 @@ class AdapterStore:
         return deletion.report(freed)
 
     def start_delete(self, name: str, *, if_match: str | None = None) -> Deletion:
-        """Takes the name away at once and does not wait; ``freed`` is done with the last lease."""
+        """Delete the name and do not wait; ``freed`` completes with the last lease."""
         return self._changes.delete(name, if_match=if_match)
 
     def on_retired(self, listener: Callable[[str], None]) -> None:
-        """``listener(digest)`` runs when no name and no lease reaches a digest any more.
+        """Call ``listener(digest)`` when a digest has lost its last name and its last lease.
 
-        It runs on the thread that released or deleted it, must not block, and must not raise.
+        It runs on the thread that released or deleted the content. It must not block or raise.
         """
-        self._retirement.listen(listener)
+        self.garbage.listen(listener)
 
     def on_pinned(self, listener: Callable[[frozenset[str]], None]) -> None:
-        """``listener(digests)`` gets all pinned ones now, and after each change of a name.
+        """Call ``listener(digests)`` with all pinned digests, now and after each change of a name.
 
-        It runs on the thread that changed it, one at a time, must not block, and must not raise.
+        It runs on the thread that changed the name, one call at a time. It must not block or raise.
         """
-        with self._writing:
-            self._pins.listen(listener)
+        self._changes.listen_to_pins(listener)
 
     def close(self) -> None:
-        """Waits for running clean-up. Leased plans stay valid; the store answers StoreClosed."""
-        with self._writing:
-            if self._closed:
+        """Finish running clean-up. Leased plans stay valid; later calls raise StoreClosed."""
+        with self.state.writing:
+            if self._is_closed:
                 return
-            self._closed = True
-        if self._following is not None:
-            self._following.close()
-        self._retirement.close()
-        self._registry.close()
-        self._give_up()
+            self.state.closed.set()
+        self.garbage.close()
+        self.state.registry.close()
+        self._release_root()
 
     def __enter__(self) -> AdapterStore:
         return self
@@ -503,6 +393,16 @@ class AdapterStore:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise StoreClosed("the adapter store is closed")
+    @property
+    def _is_closed(self) -> bool:
+        return self.state.closed.is_set()
+
+
+def _open_registry(root: Path, files: ContentFiles) -> SqliteRegistry:
+    path = root / REGISTRY_FILE
+    if any(files.digests()) and not (path.exists() and path.stat().st_size):
+        raise StoreError(  # all files would be swept
+            f"{path} is missing, but files of adapters are there: restore it from a backup, or "
+            "set the files aside with `loraplex adapters verify --repair`"
+        )
+    return SqliteRegistry(path)

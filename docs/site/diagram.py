@@ -38,7 +38,7 @@ _HEAD = '<marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" m
 
 
 def draw(diagram: Mapping[str, Any]) -> str:
-    """The SVG. Raises KeyError for a box or a tone that is not there."""
+    """Return the SVG. Raises KeyError for an unknown box or tone."""
     width, height = diagram["size"]
     title = escape(diagram["title"])
     boxes = diagram["boxes"]

@@ -87,7 +87,7 @@ def _target(folder: PurePosixPath, path: str, root: Path) -> PurePosixPath | Non
 
 
 def _place(source: PurePosixPath) -> PurePosixPath:
-    """Of a file of the repository on the site."""
+    """Return the path on the site of a file of the repository."""
     if source.parts[0] == "docs":
         return PurePosixPath(*source.parts[1:])
     place = PurePosixPath("repository") / source

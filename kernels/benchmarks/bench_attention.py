@@ -1,7 +1,7 @@
 """Paged attention on one GPU: ours, with and without batch-invariant tiles, beside FlashInfer.
 
-    python kernels/benchmarks/bench_attention.py            steps of decode, of prompts, of both
-    python kernels/benchmarks/bench_attention.py --dry-run  lists them; needs no GPU
+    python -m kernels.benchmarks.bench_attention            steps of decode, of prompts, of both
+    python -m kernels.benchmarks.bench_attention --dry-run  lists them; needs no GPU
 
 Every step is captured in a CUDA graph and timed over two caches, so that keys come from memory.
 Columns: µs, percent of the bytes roofline (measured copy bandwidth), TFLOP/s, largest difference
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.benchmarks.gpu_workload import time_cold_us
 from loraplex_kernels.errors import KernelUnavailable
-from loraplex_kernels.flashinfer_attention import FlashInferAttention, PlannedAttention
-from loraplex_kernels.model_ops import paged_attention, paged_attention_reference
-from loraplex_kernels.triton.workload import time_cold_us
+from loraplex_kernels.layers.flashinfer_attention import FlashInferAttention, PlannedAttention
+from loraplex_kernels.layers.model_ops import paged_attention, paged_attention_reference
 
 RESULTS = Path(__file__).parent / "results"
 PAGE, HEAD_DIM = 16, 128
@@ -117,15 +117,23 @@ def systems(problem: Problem, library: FlashInferAttention | None) -> Iterator[t
 
 
 def measure(
-    library: FlashInferAttention | None, device: torch.device, left_out: dict[str, str]
+    library: FlashInferAttention | None,
+    device: torch.device,
+    left_out: dict[str, str],
+    done: Collection[tuple[str, str]],
 ) -> Iterator[Cell]:
-    """``left_out``: filled with why FlashInfer did not run, as where it finds no compiler."""
+    """``left_out``: filled with why FlashInfer did not run, as where it finds no compiler.
+
+    ``done``: the bases and steps that are not measured again.
+    """
     source = torch.empty(1 << 30, dtype=torch.uint8, device=device)
     copy_us = time_cold_us([partial(torch.empty_like(source).copy_, source) for _ in range(2)])
     bandwidth = 2 * source.numel() / copy_us  # bytes a µs
     del source
     for base, (n_heads, n_kv) in HEADS.items():
         for step, requests in STEPS.items():
+            if (base, step) in done:
+                continue
             problems = [Problem.of(requests, n_heads, n_kv, device) for _ in range(2)]
             expected = problems[0].expected().float()
             both = zip(*(systems(problem, library) for problem in problems), strict=True)
@@ -163,11 +171,15 @@ def main() -> int:
     except KernelUnavailable as error:
         left_out["flashinfer"] = str(error)
         print(f"flashinfer skipped: {error}")
-    cells = []
     arguments.output.mkdir(parents=True, exist_ok=True)
     path = arguments.output / f"attention-{torch.cuda.get_device_name().replace(' ', '-')}.json"
+    cells = json.loads(path.read_text())["cells"] if path.exists() else []
+    done = {(cell["base"], cell["step"]) for cell in cells}
+    if cells:  # the last step may lack systems
+        done.discard((cells[-1]["base"], cells[-1]["step"]))
+        cells = [cell for cell in cells if (cell["base"], cell["step"]) in done]
     with torch.inference_mode():
-        for cell in measure(library, device, left_out):
+        for cell in measure(library, device, left_out, done):
             print(*asdict(cell).values(), sep="\t", flush=True)
             cells.append(asdict(cell))
             document = {"without flashinfer": left_out.get("flashinfer"), "cells": cells}

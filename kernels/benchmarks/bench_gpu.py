@@ -1,7 +1,7 @@
 """Mixed-adapter LoRA on one GPU: ours beside cuBLAS, gather + einsum, PEFT's loop, vLLM and SGLang.
 
-    python kernels/benchmarks/bench_gpu.py            the grid of decode and prefill steps
-    python kernels/benchmarks/bench_gpu.py --dry-run  lists it; needs no GPU
+    python -m kernels.benchmarks.bench_gpu            the grid of decode and prefill steps
+    python -m kernels.benchmarks.bench_gpu --dry-run  lists it; needs no GPU
 
 Every step is captured in a CUDA graph and timed over copies of its tensors that together exceed the
 L2 four times, so factors come from memory as they do in a model. Columns: µs, percent of the bytes
@@ -9,8 +9,6 @@ roofline (measured copy bandwidth), largest error against float64, bitwise repea
 competitor that is not installed is skipped with a message. Results: one JSON for each device and
 commit in ``kernels/benchmarks/results``, and a plot beside it.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib
@@ -20,7 +18,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loraplex_kernels import lora_apply_reference
-from loraplex_kernels.layout import PAGE_RANK
-from loraplex_kernels.triton import lora_apply_triton
-from loraplex_kernels.triton.launches import MODEL_TARGETS
-from loraplex_kernels.triton.workload import Workload, make_workload, n_copies_past_l2, time_cold_us
+from kernels.benchmarks.gpu_workload import (
+    MODEL_TARGETS,
+    Workload,
+    make_workload,
+    n_copies_past_l2,
+    time_cold_us,
+)
+from loraplex_kernels.formats.layout import PAGE_RANK
+from loraplex_kernels.reference.lora import lora_apply_reference
+from loraplex_kernels.triton.lora import lora_apply_triton
 
 RESULTS = Path(__file__).parent / "results"
 MAPPINGS = ("identical", "distinct", "uniform", "zipf")
@@ -93,8 +96,9 @@ def grid(quick: bool) -> Iterator[Point]:
     """M × distinct adapters × ranks × module × mapping, without repeating equal points."""
     n_rows = (1, 16, 128) if quick else (1, 8, 32, 128, 512, 2048)
     adapters = (1, 16) if quick else (1, 4, 16, 64)
+    largest_first = sorted(MODEL_TARGETS, key=lambda name: -MODEL_TARGETS[name].in_features)
     for module, rows, count, ranks, mapping in itertools.product(
-        MODEL_TARGETS, n_rows, adapters, RANKS, MAPPINGS
+        largest_first, n_rows, adapters, RANKS, MAPPINGS
     ):
         is_trivial = count == 1 and (mapping != "identical" or ranks == "mixed")
         if count <= rows and not is_trivial and not (mapping == "identical" and count > 1):
@@ -102,7 +106,7 @@ def grid(quick: bool) -> Iterator[Point]:
 
 
 def ours(work: Workload) -> Call:
-    inputs = (work.x, work.storage, work.target, work.tables, work.segments)
+    inputs = (work.x, work.tables, work.segments)
     return lambda: lora_apply_triton(*inputs, out=work.out)
 
 
@@ -259,7 +263,7 @@ SYSTEMS: dict[str, Callable[[Workload], Call]] = {
 
 
 def measure(point: Point, system: str, bandwidth: float, device: torch.device) -> Measurement:
-    """One cell. Raises Skipped."""
+    """Measure one cell. Raises Skipped."""
     build = SYSTEMS[system]
     first = point.workload(0, device)
     expected = _expected(first)
@@ -340,10 +344,11 @@ def main() -> int:
         if not torch.cuda.is_available():
             print("no CUDA device: nothing was measured")
         return 0
-    measurements: list[Measurement] = []
+    path = _result_file(arguments.output)
+    measurements = _measured_before(path)
     left_out: dict[str, str] = {}
     for _ in _run(points, arguments.systems, measurements, left_out):
-        path = _write(measurements, left_out, arguments.output)
+        _write(measurements, left_out, path)
     plot(measurements, path.with_suffix(".png"))
     print(f"wrote {path}")
     return 0
@@ -355,12 +360,18 @@ def _run(
     measurements: list[Measurement],
     left_out: dict[str, str],
 ) -> Iterator[None]:
-    """Fills the last two, a point at a time: systems left out somewhere, with the reason."""
+    """Fills the last two, a point at a time: systems left out somewhere, with the reason.
+
+    Cells that ``measurements`` has are not measured again.
+    """
+    done = {(cell.point, cell.system) for cell in measurements}
     device = torch.device("cuda")
     bandwidth = copy_bandwidth(device)
     print(f"{torch.cuda.get_device_name(device)}: {bandwidth / 1e12:.2f} TB/s measured by a copy")
     for point in points:
         for system in systems:
+            if (point, system) in done:
+                continue
             try:
                 cell = measure(point, system, bandwidth, device)
             except Exception as reason:
@@ -381,24 +392,35 @@ def _run(
         yield
 
 
-def _write(measurements: list[Measurement], left_out: dict[str, str], folder: Path) -> Path:
-    """The file, whole whenever it is read."""
+def _result_file(folder: Path) -> Path:
     device = torch.cuda.get_device_name().replace(" ", "-")
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"gpu-{device}-{commit or 'unknown'}.json"
+    return folder / f"gpu-{device}-{commit or 'unknown'}.json"
+
+
+def _measured_before(path: Path) -> list[Measurement]:
+    """Return the cells of an earlier run of this device and commit."""
+    if not path.exists():
+        return []
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [Measurement(**{**cell, "point": Point(**cell["point"])}) for cell in cells]
+
+
+def _write(measurements: list[Measurement], left_out: dict[str, str], path: Path) -> None:
+    """Write the file, which is whole whenever it is read."""
     versions = {name: _version(name) for name in ("torch", "triton", "vllm", "sglang")}
     document = {
-        "device": device,
+        "device": torch.cuda.get_device_name(),
         "versions": versions,
         "left_out": left_out,
         "cells": [asdict(measurement) for measurement in measurements],
     }
     partial_file = path.with_suffix(".part")
     partial_file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return partial_file.replace(path)
+    partial_file.replace(path)
 
 
 def _factors(work: Workload, *, used_only: bool = True) -> dict[int, list[tuple[Tensor, Tensor]]]:
@@ -422,7 +444,7 @@ def _read(work: Workload, pages: Tensor, slot: int, i: int, width: int) -> Tenso
     for page, first in enumerate(range(0, work.ranks[slot], PAGE_RANK)):
         n = min(PAGE_RANK, work.ranks[slot] - first)
         offset = int(pages[slot, i, page])
-        parts.append(work.storage[offset : offset + n * width].view(n, width))
+        parts.append(work.tables.storage[offset : offset + n * width].view(n, width))
     return torch.cat(parts)
 
 
@@ -443,8 +465,8 @@ def _padded(work: Workload, i: int, rank: int) -> tuple[Tensor, Tensor]:
 
 def _expected(work: Workload) -> Tensor:
     out = work.out.double()
-    inputs = (work.x.double(), work.storage.double(), work.target, work.tables, work.segments)
-    lora_apply_reference(*inputs, out=out)
+    tables = replace(work.tables, storage=work.tables.storage.double())
+    lora_apply_reference(work.x.double(), tables, work.segments, out=out)
     return out
 
 

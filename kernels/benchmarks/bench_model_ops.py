@@ -1,14 +1,12 @@
 """A step of the default base's shape (random weights) in native operators and in PyTorch + oneDNN.
 
-    python kernels/benchmarks/bench_model_ops.py [--out kernels/benchmarks/model_ops.json]
+    python -m kernels.benchmarks.bench_model_ops [--out kernels/benchmarks/model_ops.json]
 
 Both run the same step in turn: all layers' linears, norms, rotary, cache writes, attention and the
 head, without adapters. The opponent is the fastest way PyTorch offers: weights reordered once for
 oneDNN, ``rms_norm``, decode attention as two batched products over a slot cache, SDPA for prefill.
 Times are the best of the repeats, so that what else the machine does counts least.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -25,15 +23,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from loraplex_kernels import (
-    PackedLinear,
+from kernels.benchmarks import kernel_sets
+from loraplex_kernels.layers.model_ops import (
     add_rms_norm,
     paged_attention,
     rms_norm,
     rope_and_cache,
     silu_mul,
 )
-from loraplex_kernels.cpu import native
+from loraplex_kernels.layers.packed_linear import PackedLinear
 
 N_LAYERS, WIDTH, N_HEADS, N_KV_HEADS, HEAD_DIM, FF, N_TOKENS = 30, 576, 9, 3, 64, 1536, 49152
 PAGE = 16
@@ -258,14 +256,11 @@ def call_overhead() -> dict[str, float]:
     q, table = torch.randn(1, 1, 64).to(DTYPE), torch.zeros(1, 1, dtype=torch.int32)
     starts, lens = torch.tensor([0, 1]).int(), torch.tensor([1]).int()
     ends = torch.empty_like(q)
-    size = {"n_heads": 1, "n_kv_heads": 1, "head_dim": 64}
     calls: dict[str, Callable[[], object]] = {
         "add_rms_norm": lambda: add_rms_norm(x, x, weight, 1e-5),
         "silu_mul": lambda: silu_mul(gate_up),
         "PackedLinear.into": lambda: linear.into(x, out),
-        "rope_and_cache": lambda: rope_and_cache(
-            heads, None, None, slot, cache, cache, slot, **size
-        ),
+        "rope_and_cache": lambda: rope_and_cache(heads, None, None, slot, cache, cache, slot),
         "paged_attention": lambda: paged_attention(
             q, cache, cache, table, starts, lens, scale=1.0, out=ends
         ),
@@ -288,7 +283,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6.0, help="of each shape, at least")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    kernel_set = native.kernel_set()
+    kernel_set = kernel_sets.kernel_set()
     result: dict[str, Any] = {
         "machine": platform.processor() or platform.machine(),
         "n_cpus": os.cpu_count(),

@@ -1,30 +1,26 @@
-"""Errors of this package.
+"""The errors of this package.
 
 KernelsError
-├── BadFactors         factors that do not fit the target they are given for
-├── KernelUnavailable  a library of kernels that is not here
-└── PoolFull           the pool has no room; says how much was needed and how much is free
+├── BadFactors         the factors do not fit their target
+├── KernelUnavailable  an optional kernel library cannot be used
+└── PoolFull           the pool has no room; says how much is needed and how much is free
 """
-
-from __future__ import annotations
-
-__all__ = ["BadFactors", "KernelUnavailable", "KernelsError", "PoolFull"]
 
 
 class KernelsError(Exception):
-    """Anything this package refuses."""
+    """The base class of this package's errors."""
 
 
 class BadFactors(KernelsError, ValueError):
-    """Factors whose target, shape or completeness is wrong."""
+    """The target, the shape or the completeness of factors is wrong."""
 
 
 class KernelUnavailable(KernelsError):
-    """A library of kernels is not installed here, or does not work."""
+    """A kernel library is not installed or cannot be imported."""
 
 
 class PoolFull(KernelsError):
-    """No room for an adapter. ``needed_bytes`` and ``free_bytes`` say how much is missing."""
+    """The pool has no room for an adapter. ``needed_bytes`` and ``free_bytes`` say how much."""
 
     def __init__(self, needed_bytes: int, free_bytes: int, *, n_slots: int, free_slots: int):
         super().__init__(

@@ -1,1 +1,1 @@
-"""Other servers under the same load, and PEFT as the judge of everybody's outputs."""
+"""Other servers under the same load, and PEFT as the judge of all outputs."""

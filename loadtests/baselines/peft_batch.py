@@ -4,8 +4,6 @@ Static batches of up to 16: whoever comes while one runs waits for the next. PEF
 does not stream, so all tokens of an answer arrive with its last one.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -19,8 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from loadtests.systems import BASE, System
-
-__all__ = ["PeftBatch", "serve"]
 
 _BATCH = 16
 _NO_ADAPTER = "__base__"  # PEFT's own word for rows of the base
@@ -56,7 +52,7 @@ class _Job:
 
 
 def serve(model: Path, port: int, dtype: str, adapters: Sequence[Path]) -> None:
-    """Blocks. This thread generates; the server's threads wait for it."""
+    """Serve until interrupted. This thread generates; the server's threads wait for it."""
     jobs: queue.Queue[_Job] = queue.Queue()
     generate = _load(model, dtype, adapters)
     server = ThreadingHTTPServer(("127.0.0.1", port), _handler(jobs))

@@ -1,6 +1,4 @@
-"""Which baselines can run here, and what of a scenario they can run."""
-
-from __future__ import annotations
+"""Selects the baselines that can run here, and the part of a scenario that they can run."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -13,8 +11,6 @@ from .llama_cpp import LlamaCpp
 from .peft_batch import PeftBatch
 from .vllm_cpu import VllmCpu
 
-__all__ = ["BASELINES", "installed_baselines", "n_adapters_of", "phase_for_baseline"]
-
 BASELINES: Mapping[str, type[System]] = {
     system.name: system for system in (VllmCpu, LlamaCpp, PeftBatch)
 }
@@ -24,7 +20,7 @@ _MAX_ADAPTERS = 64  # with more slots than that none of them starts on a small m
 def installed_baselines(
     names: Sequence[str], venvs: Mapping[str, Path | None], notes: list[str]
 ) -> Iterator[System]:
-    """Why the others cannot be run goes to ``notes``."""
+    """Return the baselines that can run, and add to ``notes`` why others cannot."""
     for name in names:
         if name not in BASELINES:
             notes.append(f"skipping {name}: unknown baseline; known: {', '.join(BASELINES)}")
@@ -38,7 +34,7 @@ def installed_baselines(
 
 
 def phase_for_baseline(phase: Phase) -> Phase | None:
-    """As a baseline can run it: base and plain LoRA only, all adapters loaded at start."""
+    """Reduce a scenario to base and plain LoRA, with all adapters loaded at start."""
     mix = {family: share for family, share in phase.mix.items() if family in ("base", "lora")}
     if phase.kind != "load" or phase.churn_per_s or not any(mix.values()):
         return None
@@ -48,5 +44,5 @@ def phase_for_baseline(phase: Phase) -> Phase | None:
 
 
 def n_adapters_of(phase: Phase) -> int:
-    """How many a server for this phase loads at start."""
+    """Return how many adapters a server for this phase loads at start."""
     return phase.adapters if phase.mix.get("lora") else 0

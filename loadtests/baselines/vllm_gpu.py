@@ -1,7 +1,5 @@
 """vLLM on a GPU, installed beside us or in a venv of its own."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,11 +8,14 @@ from typing import Any
 
 from loadtests.systems import BASE, System
 
-__all__ = ["VllmGpu"]
-
 
 class VllmGpu(System):
     name = "vllm"
+
+    def __init__(self, venv: Path | None = None, *, max_rank: int = 16) -> None:
+        """``max_rank`` of the adapters: vLLM pads all of them to it."""
+        super().__init__(venv)
+        self._max_rank = max_rank
 
     def _program(self) -> str | None:
         if self.venv is not None:
@@ -43,7 +44,7 @@ class VllmGpu(System):
             command += [
                 "--enable-lora",
                 f"--max-loras={len(adapters)}",
-                "--max-lora-rank=16",
+                f"--max-lora-rank={self._max_rank}",
                 f"--max-cpu-loras={2 * len(adapters)}",
                 "--lora-modules",
                 *(f"{path.name}={path}" for path in adapters),

@@ -1,1 +1,1 @@
-"""Everything that a GPU can tell about this repository, in one page: ``make gpu-report``."""
+"""Tests and measures this repository on a GPU and reports in one page: ``make gpu-report``."""

@@ -1,14 +1,15 @@
-"""``make gpu-report``: tests, kernels, serving and a profile on this machine's GPU, in one page.
+"""The command of ``make gpu-report``: tests, kernels, serving and a profile in one page.
 
-Stop it whenever you like: ``report.html`` and ``report.json`` hold all that is done by then, and
-the same command goes on with what is not. The base that is served has the shape of Llama-3.1-8B and
-random weights, unless --model names another.
+Each section takes at most eight minutes, and ``--only first`` is what to run in the first ten on a
+new machine. Stop it whenever you like: ``report.html`` and ``report.json`` hold all that is done by
+then, and the same command goes on with what is not, within a section too. The base has eight layers
+of Llama-3.1-8B's shape and random weights, unless --layers or --model says otherwise. Nothing is
+downloaded; ``--wheels`` prints what a machine without network needs.
 """
-
-from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,10 @@ import torch
 
 from loadtests.provenance import commit, machine
 from loraplex_server.model.errors import ModelError
-from loraplex_server.model.pull import resolve_model
+from loraplex_server.model.loading.pull import resolve_model
 
 from .report import Report, done_before, run_sections
-from .sections import Plan, sections_of
+from .sections import GROUPS, SECTIONS, Plan, sections_of
 
 NO_DEVICE = (
     "torch sees no CUDA device here, so there is nothing to report; run it where a GPU is, or give "
@@ -35,16 +36,37 @@ _PACKAGES = ("torch", "triton", "transformers", "flashinfer-python", "vllm", "sg
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gpu-report", description=__doc__)
-    parser.add_argument("--model", help="the base that is served")
-    parser.add_argument("--minutes", type=float, default=60, help="no section begins later")
+    parser.add_argument("--model", help="Base model to serve.")
     parser.add_argument(
-        "--dry-run", action="store_true", help="on a CPU: the same, over a tiny base"
+        "--minutes", type=float, help="Minutes for all sections. Default: 8 for each of them."
     )
-    parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="a folder")
-    parser.add_argument("--full", action="store_true", help="the kernels' whole grid, for hours")
-    parser.add_argument("--vllm-venv", type=Path, help="where vLLM is installed, if not here")
-    parser.add_argument("--anew", action="store_true", help="sections that are done, too")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=["first", *SECTIONS],
+        help="Run this section; may be given again. first: core tests and profile.",
+    )
+    parser.add_argument("--layers", type=int, default=8, help="Layers of the base that is made.")
+    parser.add_argument(
+        "--wheels", action="store_true", help="Print the wheels that this machine uses, and end."
+    )
+    parser.add_argument("--dry-run", action="store_true", help="Run on a CPU, with a tiny base.")
+    parser.add_argument(
+        "--out", type=Path, default=Path("gpu-report"), help="Folder of the report."
+    )
+    parser.add_argument(
+        "--full", action="store_true", help="Measure the whole grid of kernels, which takes hours."
+    )
+    parser.add_argument(
+        "--vllm-venv", type=Path, help="Virtual environment of vLLM; default: this one."
+    )
+    parser.add_argument("--anew", action="store_true", help="Run finished sections again.")
     options = parser.parse_args(arguments)
+    if options.wheels:
+        print("\n".join(wheels()))
+        return 0
+    chosen = [each for name in options.only or SECTIONS for each in GROUPS.get(name, (name,))]
+    minutes = options.minutes or 8 * len(chosen)
     has_device = torch.cuda.is_available()
     if not (has_device or options.dry_run):
         print(NO_DEVICE)
@@ -59,14 +81,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         model=model,
         has_device=has_device and not options.dry_run,
         quick=not options.full,
-        deadline=time.monotonic() + 60 * options.minutes,
+        deadline=time.monotonic() + 60 * minutes,
         vllm_venv=options.vllm_venv,
+        n_layers=options.layers,
+        commit=commit(),
     )
+    if options.anew:
+        shutil.rmtree(plan.work(folder), ignore_errors=True)
     for number in (signal.SIGTERM, signal.SIGHUP):  # a lost connection is a stop like another
         signal.signal(number, _stop)
     report = _new_report(options.model, plan)
     kept = [] if options.anew else done_before(report, folder)
-    is_whole = run_sections(report, sections_of(plan), folder, kept=kept)
+    is_whole = run_sections(report, sections_of(plan, chosen), folder, kept=kept)
     print(f"{folder / 'report.html'}{'' if is_whole else ' (stopped; what was done is in it)'}")
     return 0 if is_whole else 130
 
@@ -76,12 +102,12 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _new_report(model: str | None, plan: Plan) -> Report:
-    shape = "Llama-3.1-8B's shape" if plan.has_device else "a tiny Llama"
+    shape = f"{plan.n_layers} layers of Llama-3.1-8B's shape" if plan.has_device else "a tiny Llama"
     grid = {} if plan.quick else {"grid": "whole"}
     return Report(
         device={**_device(plan), **grid, "base": model or f"{shape}, random weights"},
         versions={name: _version(name) for name in _PACKAGES},
-        commit=commit(),
+        commit=plan.commit,
         started_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -107,6 +133,12 @@ def _driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return found.stdout.strip()
+
+
+def wheels() -> list[str]:
+    """Return ``name==version`` of what is installed here, for ``pip download`` elsewhere."""
+    found = importlib.metadata.distributions()
+    return sorted({f"{each.name}=={each.version}" for each in found if each.name != "loraplex"})
 
 
 def _version(package: str) -> str | None:

@@ -1,12 +1,8 @@
-"""The report as one HTML page without scripts: a table for each section."""
-
-from __future__ import annotations
+"""Renders the report as one HTML page without scripts, with a table for each section."""
 
 import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-__all__ = ["render"]
 
 _STYLE = """body{font:15px system-ui;margin:2em auto;max-width:70em;padding:0 1em}
 table{border-collapse:collapse;margin:.5em 0}td,th{border:1px solid #ccc;padding:.2em .6em}
@@ -14,7 +10,7 @@ td{text-align:right}td:first-child,th{text-align:left}.failed,.stopped{color:#b0
 
 
 def render(document: Mapping[str, Any]) -> str:
-    """``document`` as ``report.json`` has it."""
+    """Render ``document``, which has the shape of ``report.json``."""
     device = document["device"]
     facts = [*device.items(), ("commit", document["commit"]), ("started", document["started_at"])]
     versions = [(name, value or "not installed") for name, value in document["versions"].items()]
@@ -33,7 +29,7 @@ def render(document: Mapping[str, Any]) -> str:
 
 
 def _tables(result: Mapping[str, Any]) -> Iterable[list[Sequence[Any]]]:
-    """Plain values in one table; a list of records in one of its own."""
+    """Render plain values in one table, and each list of records in a table of its own."""
     plain = [(k, v) for k, v in result.items() if not isinstance(v, list)]
     if plain:
         yield [("", ""), *plain]

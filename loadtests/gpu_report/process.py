@@ -1,6 +1,4 @@
-"""A command with all that it starts, ended when its time is over or somebody stops the report."""
-
-from __future__ import annotations
+"""Runs a command and ends all its processes at a deadline, or when the report is stopped."""
 
 import contextlib
 import os
@@ -10,15 +8,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["run_until"]
-
 _GRACE_S = 20.0  # between a word and force; a process that waits for a device may hear neither
 
 
 def run_until(command: Sequence[str], log: Path, deadline: float, *, cwd: Path) -> int | None:
-    """The exit status; None if it still ran at ``deadline``, of ``time.monotonic``.
+    """Return the exit status, or None if the command still ran at ``deadline`` (monotonic).
 
-    Its output goes to ``log``. However this is left, nothing that it started is.
+    The output goes to ``log``. All processes that the command started end with the call.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
@@ -34,7 +30,7 @@ def run_until(command: Sequence[str], log: Path, deadline: float, *, cwd: Path) 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """And its children, whether it has ended or not."""
+    """End the process and its children, whether or not the process has ended."""
     _signal(process, signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_GRACE_S)

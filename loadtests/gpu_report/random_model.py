@@ -1,23 +1,19 @@
-"""A base of Llama-3.1-8B's shape with random weights, made on the spot: speed needs no others.
+"""Writes a base of Llama-3.1-8B's shape with random weights, which measure speed as well.
 
-Its tokenizer is that of another base. Rows of the output head beyond it are zero, so that greedy
-decoding never picks a token that has no text.
+Its tokenizer has a token for each byte and is made here, so no file is needed. Rows of the output
+head beyond it are zero, so that greedy decoding never picks a token that has no text.
 """
 
-from __future__ import annotations
-
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import AutoTokenizer, LlamaConfig
-
-__all__ = ["LLAMA_8B", "TINY", "write_random_model"]
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 # https://huggingface.co/meta-llama/Llama-3.1-8B: its config.json
 LLAMA_8B: Mapping[str, Any] = {
@@ -42,12 +38,17 @@ TINY: Mapping[str, Any] = {
     "num_key_value_heads": 2,
 }
 _STD = 0.02
+_SPECIAL = ("<|im_start|>", "<|im_end|>")
+_CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
-def write_random_model(shape: Mapping[str, Any], tokenizer_of: Path, folder: Path) -> Path:
-    """A directory for transformers, bfloat16, a file a layer. Returns ``folder``."""
+def write_random_model(shape: Mapping[str, Any], folder: Path) -> Path:
+    """Write a bfloat16 checkpoint with one file for each layer. Returns ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_of, local_files_only=True)
+    tokenizer = _byte_tokenizer()
     tokenizer.save_pretrained(folder)
     LlamaConfig(
         **shape,
@@ -56,9 +57,6 @@ def write_random_model(shape: Mapping[str, Any], tokenizer_of: Path, folder: Pat
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     ).save_pretrained(folder)
-    template = tokenizer_of / "chat_template.jinja"
-    if template.exists():
-        shutil.copy(template, folder)
     weight_map = {}
     for number, tensors in enumerate(_files(shape, len(tokenizer))):
         name = f"model-{number:05}.safetensors"
@@ -67,6 +65,22 @@ def write_random_model(shape: Mapping[str, Any], tokenizer_of: Path, folder: Pat
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE without merges."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*_SPECIAL, *letters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=_SPECIAL[0],
+        eos_token=_SPECIAL[1],
+        chat_template=_CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _files(shape: Mapping[str, Any], n_tokens: int) -> Iterator[dict[str, Tensor]]:

@@ -1,9 +1,7 @@
-"""The report while it grows: sections run one after the other, and both files are always whole.
+"""Runs the sections one after the other and keeps both report files complete meanwhile.
 
 A report of the same device, base, packages and commit goes on where it was stopped.
 """
-
-from __future__ import annotations
 
 import json
 import time
@@ -14,14 +12,12 @@ from typing import Any
 
 from .page import render
 
-__all__ = ["Report", "Section", "Skipped", "done_before", "run_sections"]
-
 # A folder for its files → its result, as often as there is more of it.
 Work = Callable[[Path], Iterable[Mapping[str, Any]]]
 
 
 class Skipped(Exception):
-    """A section that cannot run here; the message says why."""
+    """Raised by a section that cannot run here; the message says why."""
 
 
 @dataclass
@@ -42,7 +38,7 @@ class Report:
     sections: list[Section] = field(default_factory=list)
 
     def write(self, folder: Path) -> None:
-        """``report.json`` and ``report.html``; a reader never sees half of one."""
+        """Replace ``report.json`` and ``report.html`` atomically."""
         document = asdict(self)
         for name, text in (
             ("report.json", json.dumps(document, indent=1) + "\n"),
@@ -54,7 +50,7 @@ class Report:
 
 
 def done_before(report: Report, folder: Path) -> list[Section]:
-    """The sections that an earlier run in ``folder`` finished, if it was of the same things."""
+    """Return the finished sections of an earlier run in ``folder`` with the same settings."""
     try:
         document = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         same = all(
@@ -74,15 +70,19 @@ def run_sections(
     kept: Iterable[Section] = (),
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Runs all but those in ``kept``, whatever becomes of one; False if somebody stopped it
-    (KeyboardInterrupt)."""
+    """Run all sections but those in ``kept``, also if one fails. ``kept`` stay in the report.
+
+    Returns False on KeyboardInterrupt.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     known = {section.name: section for section in kept}
-    report.sections = [known.get(name) or Section(name) for name in works]
+    others = [section for name, section in known.items() if name not in works]
+    report.sections = [*others, *(known.get(name) or Section(name) for name in works)]
     report.write(folder)
     for section in report.sections:
         if section.name in known:
-            say(f"{section.name}: done before; --anew runs it again")
+            if section.name in works:
+                say(f"{section.name}: done before; --anew runs it again")
             continue
         say(f"{section.name} …")
         section.state, began = "running", time.monotonic()

@@ -1,6 +1,4 @@
-"""What is measured: the device tests, kernels beside their roofline, serving, a profile."""
-
-from __future__ import annotations
+"""The sections of the report: device tests, a profile, kernels with roofline, and serving."""
 
 import json
 import shutil
@@ -15,90 +13,80 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
-
 from .process import run_until
 from .random_model import LLAMA_8B, TINY, write_random_model
 from .report import Skipped, Work
 from .serving import FULL_LOAD, SMALL_LOAD, compare_serving
 
-__all__ = [
-    "Plan",
-    "device_test_files",
-    "roofline_shares",
-    "section_end",
-    "sections_of",
-    "test_counts",
-]
-
 ROOT = Path(__file__).parents[2]
-# Parts of the time. A section that hangs leaves the others theirs; what one leaves, they share.
-_SHARES = {"device tests": 12, "LoRA kernels": 10, "attention": 5, "serving": 28, "profile": 5}
-_SERVING_BYTES = 42 << 30  # of an 8B, of 256 adapters, and of these in the store
+SECTIONS = ("core tests", "profile", "LoRA kernels", "attention", "device tests", "serving")
+GROUPS = {"first": ("core tests", "profile")}
+_CORE_TESTS = ("test_lora.py", "test_group_rows.py", "test_experts.py", "test_attention.py")
+_LAYER_BYTES = 1 << 30  # of the base, of 256 adapters, and of these in the store
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run, and until when."""
+    """The settings of a report, and its deadline."""
 
     model: Path | None  # the base that is served and profiled; None: one is made
     has_device: bool
     quick: bool
     deadline: float  # of ``time.monotonic``; a command that runs then is stopped
     vllm_venv: Path | None = None
+    n_layers: int = 8  # of the base that is made
+    commit: str = "unknown"
+
+    def work(self, folder: Path) -> Path:
+        """Return the folder of what this commit measured, which a later run continues."""
+        made = folder / f"work-{self.commit}"
+        made.mkdir(parents=True, exist_ok=True)
+        return made
 
 
-def sections_of(plan: Plan) -> Mapping[str, Work]:
+def sections_of(plan: Plan, names: Sequence[str] = SECTIONS) -> Mapping[str, Work]:
     works: dict[str, Callable[..., Any]] = {
-        "device tests": _device_tests,
+        "core tests": partial(_device_tests, files=core_test_files()),
+        "profile": _profile,
         "LoRA kernels": _lora_kernels,
         "attention": _attention,
+        "device tests": partial(_device_tests, files=device_test_files()),
         "serving": _serving,
-        "profile": _profile,
     }
-    needs_none = {"serving"}
     return {
-        name: partial(_within, name, work, plan, needs_device=name not in needs_none)
-        for name, work in works.items()
+        name: partial(_within, works[name], plan, n_left=len(names) - index)
+        for index, name in enumerate(names)
     }
 
 
-def _within(
-    name: str, work: Callable[..., Any], plan: Plan, folder: Path, *, needs_device: bool
-) -> Any:
-    if needs_device and not plan.has_device:
-        raise Skipped("it needs a CUDA device, and torch sees none here")
+def _within(work: Callable[..., Any], plan: Plan, folder: Path, *, n_left: int) -> Any:
+    """``n_left``: the sections that share the time until the deadline, this one included."""
     now = time.monotonic()
     if now > plan.deadline:
         raise Skipped("the time was over; --minutes gives more")
-    return work(folder, plan=replace(plan, deadline=section_end(name, now, plan.deadline)))
+    return work(folder, plan=replace(plan, deadline=now + (plan.deadline - now) / n_left))
 
 
-def section_end(name: str, now: float, deadline: float) -> float:
-    """When section ``name``, which begins ``now``, is stopped for the sake of those behind it."""
-    names = list(_SHARES)
-    left = [_SHARES[other] for other in names[names.index(name) :]]
-    return now + (deadline - now) * left[0] / sum(left)
+def _device_tests(folder: Path, *, plan: Plan, files: Sequence[str]) -> Iterator[Mapping[str, Any]]:
+    """Run each file in a process of its own: an illegal access loses a process's device.
 
-
-def _device_tests(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
-    """Each file in a process of its own: after an illegal access a process's device is lost."""
-    logs = _empty(folder / "device-tests")
+    Without a device the files are collected, which a dry run shows to work.
+    """
+    logs = plan.work(folder)
     result: dict[str, Any] = {"tests": 0, "skipped": 0, "failures": 0}
     failed: list[Mapping[str, Any]] = []
-    for file in device_test_files():
-        if time.monotonic() > plan.deadline:
-            result[f"without {file}"] = "the section's time was over"
-            continue
+    for file in files:
         found = logs / f"{Path(file).stem}.xml"
         arguments = [file, "-m", "gpu", "-q", f"--junitxml={found}"]
+        if not plan.has_device:
+            arguments.append("--collect-only")
         try:
-            _run(
-                [sys.executable, "-m", "pytest", *arguments],
-                found.with_suffix(".log"),
-                plan,
-                {0, 1},
-            )
+            if not found.exists():  # pytest writes it when a file is done
+                if time.monotonic() > plan.deadline:
+                    result[f"without {file}"] = "the section's time was over"
+                    continue
+                command = [sys.executable, "-m", "pytest", *arguments]
+                _run(command, found.with_suffix(".log"), plan, {0, 1})
             counts = dict(test_counts(found.read_text(encoding="utf-8")))
         except (RuntimeError, OSError, ET.ParseError) as error:
             result[f"{file} broke off"] = str(error)[-500:]
@@ -110,15 +98,20 @@ def _device_tests(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
 
 
 def device_test_files() -> list[str]:
-    """The files with tests of a device, kernels first; as ``make gpu`` finds them."""
+    """Return the files with device tests that ``make gpu`` runs, kernels first."""
     kernels = sorted((ROOT / "tests/kernels/triton/device").glob("test_*.py"))
     others = sorted((ROOT / "tests/server").rglob("test_*.py"))
     marked = [file for file in others if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
     return [file.relative_to(ROOT).as_posix() for file in (*kernels, *marked)]
 
 
+def core_test_files() -> list[str]:
+    """Return the files of the LoRA, routing and attention kernels, against their references."""
+    return [f"tests/kernels/triton/device/{name}" for name in _CORE_TESTS]
+
+
 def test_counts(junit_xml: str) -> Mapping[str, Any]:
-    """Numbers of tests, and the names of those that failed."""
+    """Return the counts of tests and the names of failed tests."""
     suite = next(ET.fromstring(junit_xml).iter("testsuite"))
     failed = [
         {"failed": f"{case.get('classname')}.{case.get('name')}"}
@@ -137,17 +130,17 @@ test_counts.__test__ = False  # type: ignore[attr-defined]  # for pytest: no tes
 
 
 def _lora_kernels(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
-    results = _empty(folder / "kernels")
-    command = [sys.executable, "kernels/benchmarks/bench_gpu.py", f"--output={results}"]
+    results = plan.work(folder) / "kernels"
+    command = [sys.executable, "-m", "kernels.benchmarks.bench_gpu", f"--output={results}"]
     if plan.quick:
         command.append("--quick")
-    for document in _measured(command, results, folder / "kernels.log", plan):
+    for document in _measured(command, results, plan):
         left_out = {f"without {name}": why for name, why in document["left_out"].items()}
         yield {**left_out, **roofline_shares(document["cells"])}
 
 
 def roofline_shares(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-    """Of each module, number of rows and system: median time, and share of the bytes roofline."""
+    """Return median time and share of the bytes roofline by module, row count and system."""
     groups: dict[tuple[str, int, str], list[Mapping[str, Any]]] = defaultdict(list)
     for cell in cells:
         groups[cell["point"]["module"], cell["point"]["n_rows"], cell["system"]].append(cell)
@@ -169,18 +162,22 @@ def roofline_shares(cells: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 
 
 def _attention(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
-    results = _empty(folder / "attention")
-    command = [sys.executable, "kernels/benchmarks/bench_attention.py", f"--output={results}"]
-    for document in _measured(command, results, folder / "attention.log", plan):
+    results = plan.work(folder) / "attention"
+    command = [sys.executable, "-m", "kernels.benchmarks.bench_attention", f"--output={results}"]
+    for document in _measured(command, results, plan):
         why = document["without flashinfer"]
         yield {**({} if why is None else {"without flashinfer": why}), "rows": document["cells"]}
 
 
-def _measured(command: list[str], results: Path, log: Path, plan: Plan) -> Iterator[Any]:
-    """What ``command`` wrote to ``results``, even if it then broke off; raises why it did."""
+def _measured(command: list[str], results: Path, plan: Plan) -> Iterator[Any]:
+    """Yield what ``command`` wrote to ``results``, then raise if the command failed.
+
+    The command goes on with what an earlier run has left in ``results``. Without a device it lists
+    what it would measure.
+    """
     failure = None
     try:
-        _run(command, log, plan, {0})
+        _run(command, results.with_suffix(".log"), plan, {0})
     except RuntimeError as error:
         failure = error
     for file in results.glob("*.json"):
@@ -190,14 +187,15 @@ def _measured(command: list[str], results: Path, log: Path, plan: Plan) -> Itera
 
 
 def _serving(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
-    free = shutil.disk_usage(folder).free
-    if plan.has_device and plan.model is None and free < _SERVING_BYTES:
+    free, needed = shutil.disk_usage(folder).free, (4 + plan.n_layers) * _LAYER_BYTES
+    if plan.has_device and plan.model is None and free < needed:
         raise Skipped(
-            f"it needs {_SERVING_BYTES >> 30} GiB at {folder}, and {free >> 30} are free; --out "
-            "names another folder"
+            f"it needs {needed >> 30} GiB at {folder}, and {free >> 30} are free; --out names "
+            "another folder"
         )
     return compare_serving(
         folder,
+        kept=plan.work(folder) / "serving.json",
         model=_model(folder, plan),
         load=FULL_LOAD if plan.has_device else SMALL_LOAD,
         dtype="bfloat16" if plan.has_device else None,
@@ -207,33 +205,26 @@ def _serving(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
 
 
 def _profile(folder: Path, *, plan: Plan) -> Iterator[Mapping[str, Any]]:
-    file = folder / "profile.json"
+    file = plan.work(folder) / "profile.json"
     model = _model(folder, plan)
-    command = [sys.executable, "server/benchmarks/profile_steps.py", str(model), str(file)]
-    _run(command, folder / "profile.log", plan, {0})
+    command = [sys.executable, "-m", "loadtests.parts.profile_steps", str(model), str(file)]
+    _run(command, file.with_suffix(".log"), plan, {0})
     yield json.loads(file.read_text(encoding="utf-8"))
 
 
 def _model(folder: Path, plan: Plan) -> Path:
-    """The one that was asked for, or one of random weights, made at its first use."""
+    """Return the requested base, or one with random weights that is written at first use."""
     if plan.model is not None:
         return plan.model
-    made = folder / "model"
+    shape = LLAMA_8B | {"num_hidden_layers": plan.n_layers} if plan.has_device else TINY
+    made = folder / f"model-{shape['num_hidden_layers']}-layers"
     if not (made / "model.safetensors.index.json").exists():  # it is written last
-        tokenizer_of = resolve_model(DEFAULT_BASE)
-        write_random_model(LLAMA_8B if plan.has_device else TINY, tokenizer_of, made)
+        write_random_model(shape, made)
     return made
 
 
-def _empty(folder: Path) -> Path:
-    """Without what an earlier run left."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
 def _run(command: list[str], log: Path, plan: Plan, expected: set[int]) -> None:
-    """Its output goes to ``log``. Raises RuntimeError with the end of it for other statuses."""
+    """Run the command with its output in ``log``. Raises RuntimeError for other statuses."""
     code = run_until(command, log, plan.deadline, cwd=ROOT)
     if code is None:
         raise RuntimeError(f"stopped when the section's time was over; see {log.name}")

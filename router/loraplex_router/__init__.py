@@ -1,1 +1,1 @@
-"""Where does this go: token → experts, request → adapter, request → replica."""
+"""Routing: token → experts, request → adapter, request → replica."""

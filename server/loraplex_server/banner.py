@@ -1,24 +1,21 @@
-"""What `loraplex serve` prints when it is ready: something to paste and see work."""
-
-from __future__ import annotations
+"""The text that `loraplex serve` prints when it is ready, with an example to paste."""
 
 import json
-from collections.abc import Sequence
 
-__all__ = ["banner"]
+from loraplex_server.api.state import AppState
 
 
-def banner(
-    url: str,
-    model: str,
-    adapters: Sequence[str],
-    adapter: str | None,
-    prompt: str,
-    *,
-    needs_key: bool,
-    model_note: str,
-) -> str:
-    """``url`` without /v1; ``adapter`` and ``prompt`` are those of the example."""
+def banner(services: AppState, url: str) -> str:
+    """Return the text. ``url``, without /v1, is reachable from this machine."""
+    cards = services.store.cards.all()
+    # The example is the shortest prompt of a card.
+    adapter, prompt = min(
+        ((card.name, card.examples[0]) for card in cards if card.examples),
+        key=lambda pair: len(pair[1]),
+        default=(cards[0].name if cards else None, "Hello!"),
+    )
+    model, adapters = services.resolver.base_name, [card.name for card in cards]
+    needs_key = bool(services.config.http.api_keys)
     key = ' \\\n  -H "Authorization: Bearer $LORAPLEX_API_KEY"' if needs_key else ""
     secret = 'os.environ["LORAPLEX_API_KEY"]' if needs_key else '"none"'
     imports = "import os\n\n" if needs_key else ""
@@ -28,7 +25,7 @@ def banner(
     in_shell = quoted.replace("'", "'\\''")
     shown = ", ".join(adapters[:12]) + (f" and {len(adapters) - 12} more" if adapters[12:] else "")
     return f"""
-Loraplex serves {model} ({model_note}) at {url}
+Loraplex serves {model} (context {services.engine.max_model_len}) at {url}
 {len(adapters)} adapters{": " + shown if adapters else ""}
 
 Try it:

@@ -1,8 +1,8 @@
 """Runs the server: build, listen, serve, drain, exit.
 
-SIGTERM or Ctrl-C   not ready → nothing new → running requests finish, at most drain_timeout_s
-                    → an error event and [DONE] for the rest → exit 0
-the same again      exit at once
+SIGTERM or Ctrl-C   /ready fails, new requests are refused, running requests finish within
+                    drain_timeout_s, the rest end with an error event and [DONE], exit 0
+a second signal     exit at once
 """
 
 from __future__ import annotations
@@ -14,65 +14,68 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
 
+from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.faults import FaultLog, NoFaultLog
-from loraplex_adapter_store.store import AdapterStore
-from loraplex_router.experts import arrow_prototypes
-from loraplex_server.api.state import AppState
+from loraplex_adapter_store.content_loader import PlanCheck
+from loraplex_adapter_store.contents.packed_files import Packer
+from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
+from loraplex_router.experts.gates import arrow_prototypes
 
 from .banner import banner
-from .faults import Faults
-from .front import (
-    ServedBase,
-    build_front,
-    parts_of,
-    public_name,
-    start_services,
-    stop_services,
-    store_root,
-)
+from .connection_limit import N_SPARE, ConnectionLimit
+from .front import build_front
+from .health_tracker import HealthTracker
 from .limited_http import LimitedHttp
-from .listening import reachable_url
+from .listening import allow_open_files, reachable_url
 from .running_servers import announced
-from .settings import ServerConfig
+from .served_base import ServedBase, public_name, store_root
+from .services import parts_of, start_services, stop_services
+from .settings.config import ServerConfig
 
-if TYPE_CHECKING:
-    from loraplex_server.engine.build import BuiltEngine
-
-__all__ = ["banner_of", "freeze_gc", "open_store", "serve"]
-
-_CLOSE_S = 5.0  # for connections to close once every request is answered
+_CLOSE_S = 5.0  # time for connections to close after the last answer
 _KEEP_ALIVE_S = 75
+_OTHER_FILES = 1024  # of the base, adapters and worker processes
 _log = logging.getLogger(__name__)
 
 
 def serve(
     config: ServerConfig, listening: socket.socket, *, say: Callable[[str], None] = print
 ) -> None:
-    """Blocks until the server has gone down in good order; closes ``listening``.
+    """Serve until a signal ends the server. Blocks, and closes ``listening``.
 
-    Raises ModelError, StoreError, ValueError or OSError while starting.
+    Raises ModelError, StoreError, ValueError or OSError during the start.
     """
     from transformers.utils import logging as transformers_logging
 
     from loraplex_server.engine.build import build_engine
-    from loraplex_server.model.pull import resolve_model
+    from loraplex_server.engine.defaults import host_tier_bytes
 
-    transformers_logging.disable_progress_bar()  # it would land in the middle of the log
+    from .model.loading.pull import resolve_model
+
+    transformers_logging.disable_progress_bar()  # the bar would mix with the log
     with contextlib.ExitStack() as closing:
         closing.callback(listening.close)
         model_path = resolve_model(config.model)
         name = public_name(config.model, model_path)
-        faults = Faults()
-        built = build_engine(config.engine, model_path, model_id=name, faults=faults)
-        store = open_store(config, built, faults)
+        health_tracker = HealthTracker()
+        closing.enter_context(health_tracker.listening())
+        built = build_engine(config.engine, model_path, model_id=name)
+        store = open_store(
+            config,
+            built.base_spec,
+            store_root(config, built.base_spec),
+            host_bytes=config.store.memory_bytes or host_tier_bytes(built.device),
+            packer=built.engine.packer,
+        )
         closing.callback(store.close)
         closing.callback(built.engine.close)
         base = ServedBase(
@@ -84,50 +87,57 @@ def serve(
             experts=built.engine.experts,
             weights=built.weights,
         )
-        app = build_front(config, base, store, faults, closing)
+        app = build_front(config, base, store, health_tracker, closing)
         freeze_gc()
         closing.callback(gc.unfreeze)  # before the interpreter's last collection
-        _run(app, config, listening, store.root, say)
+        _run(app, config, listening, say)
 
 
 def freeze_gc() -> None:
-    """Exempts all objects that exist now from garbage collection.
+    """Exempt all existing objects from garbage collection, after one last collection.
 
-    A full collection holds the interpreter's lock, and every stream waits: 0.2 s for the 400,000
-    objects of torch, transformers and the model. Later ones look only at newer objects. One
-    collection runs first, since garbage would be kept, too.
+    A full collection of the 400,000 objects of torch, transformers and the model takes 0.2 s. It
+    holds the interpreter's lock, so every stream would wait.
     """
     gc.collect()
     gc.freeze()
 
 
+def temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder for a store that is a cache of the catalogue; a context deletes it."""
+    return tempfile.TemporaryDirectory(prefix="loraplex-", ignore_cleanup_errors=True)
+
+
 def open_store(
     config: ServerConfig,
-    built: BuiltEngine,
-    faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
+    base: BaseSpec,
+    root: Path,
+    *,
+    host_bytes: int,
+    packer: Packer | None = None,
+    check: PlanCheck | None = None,
 ) -> AdapterStore:
-    from loraplex_server.engine.defaults import host_tier_bytes
+    """Open the store of the config in ``root``. Raises StoreError, ValueError or OSError.
 
-    root = store_root(config, built.base_spec)
-    shared = config.store.catalogue
+    A process with an engine has a ``packer``, a gateway a ``check``.
+    """
     root.mkdir(parents=True, exist_ok=True)
-    roots: list[Path] = [*config.store.adapters_dirs]
+    catalogue = config.store.catalogue
     return AdapterStore(
         root,
-        built.base_spec,
-        host_bytes=config.store.memory_bytes or host_tier_bytes(built.device),
-        allowed_roots=roots,
-        gate_of=arrow_prototypes,
-        packer=built.engine.packer,
+        base,
+        host_bytes=host_bytes,
+        limits=StoreLimits(refuse_other_base=config.store.refuse_other_base),
+        allowed_roots=[*config.store.adapters_dirs],
+        engine=EngineHooks(gate_of=arrow_prototypes, packer=packer, check=check),
         n_kept_revisions=config.store.keep_revisions,
-        faults=faults,
-        catalogue=None if shared is None else Catalogue.open(shared, built.base_spec),
+        catalogue=None if catalogue is None else Catalogue.open(catalogue, base),
         catalogue_limits=config.store.catalogue_limits,
     )
 
 
 class _Server(uvicorn.Server):
-    """Signals are ours: uvicorn would cut streams off without a last event."""
+    """A uvicorn server without signal handlers, which would cut streams off."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -138,17 +148,19 @@ def _run(
     app: FastAPI,
     config: ServerConfig,
     listening: socket.socket,
-    root: Path,
     say: Callable[[str], None],
 ) -> None:
-    from loraplex_server.model.pull import loraplex_home
+    from .model.loading.pull import loraplex_home
 
+    max_connections = config.http.max_connections
+    # A new connection could not even be accepted, and no idle one closed for it, without a file.
+    allow_open_files(max_connections + N_SPARE + _OTHER_FILES)
+    limit = ConnectionLimit(max_connections)
     server = _Server(
         uvicorn.Config(
             app,
-            http=LimitedHttp,
+            http=partial(LimitedHttp, limit=limit),  # type: ignore[arg-type]  # a factory
             ws="none",
-            limit_concurrency=config.http.max_connections,
             lifespan="off",
             access_log=False,
             log_config=None,
@@ -168,9 +180,9 @@ def _run(
         serving = asyncio.create_task(server.serve(sockets=[listening]))
         while not (server.started or serving.done()):
             await asyncio.sleep(0.005)
-        say(banner_of(services, _url(listening)))
         waiting = asyncio.create_task(going_down.wait())
-        with announced(loraplex_home(), _url(listening), services.model_root, root):
+        with announced(loraplex_home(), _url(listening)):
+            say(banner(services, _url(listening)))
             await asyncio.wait([serving, waiting], return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         await stop_services(services, config.http.drain_timeout_s)
@@ -193,22 +205,3 @@ def _on_signal(going_down: asyncio.Event) -> None:
 
 def _url(listening: socket.socket) -> str:
     return reachable_url(*listening.getsockname()[:2])
-
-
-def banner_of(services: AppState, url: str) -> str:
-    """What a server says once it is ready; ``url`` is where it is reached from this machine."""
-    cards = services.store.seen()
-    # the shortest prompt that a card shows: one that visibly does something
-    shown = min(
-        ((card.name, card.examples[0]) for card in cards if card.examples),
-        key=lambda pair: len(pair[1]),
-        default=(cards[0].name if cards else None, "Hello!"),
-    )
-    return banner(
-        url,
-        services.resolver.base_name,
-        [card.name for card in cards],
-        *shown,
-        needs_key=bool(services.config.http.api_keys),
-        model_note=f"context {services.engine.max_model_len}",
-    )

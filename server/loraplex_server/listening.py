@@ -1,16 +1,13 @@
 """The server's socket, bound before the slow part of the start."""
 
-from __future__ import annotations
-
+import resource
 import socket
 
-from .settings import ConfigError, HttpConfig
-
-__all__ = ["bind", "reachable_url"]
+from .settings.config import ConfigError, HttpConfig
 
 
 def bind(config: HttpConfig) -> socket.socket:
-    """A bound socket that does not listen yet, so clients are refused until the model is there."""
+    """Return a bound socket that does not listen yet: clients are refused during the start."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     bound = socket.socket(family, socket.SOCK_STREAM)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -24,8 +21,16 @@ def bind(config: HttpConfig) -> socket.socket:
     return bound
 
 
+def allow_open_files(n: int) -> None:
+    """Raise the limit of open files to ``n``, or as far as this process may raise it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = n if hard == resource.RLIM_INFINITY else min(n, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def reachable_url(host: str, port: int) -> str:
-    """Where this machine reaches a server that listens on ``host``."""
+    """Return the URL by which this machine reaches a server on ``host``."""
     any_address = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # nosec B104
     host = host.strip("[]")
     host = any_address.get(host, f"[{host}]" if ":" in host else host)

@@ -1,6 +1,4 @@
-"""Logging: plain lines for people, or one JSON object a line for machines."""
-
-from __future__ import annotations
+"""Formats of the log: plain lines, or one JSON object per line."""
 
 import logging
 import time
@@ -9,15 +7,13 @@ import orjson
 
 from loraplex_server.api.request_info import CURRENT_REQUEST_ID
 
-from .settings import HttpConfig
-
-__all__ = ["JsonFormatter", "TextFormatter", "set_up_logging"]
+from .settings.config import HttpConfig
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message"}
 
 
 def set_up_logging(config: HttpConfig) -> None:
-    """Takes over the root logger and uvicorn's. Raises ValueError for an unknown level."""
+    """Set up the root logger and uvicorn's. Raises ValueError for an unknown level."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if config.log_format == "json" else TextFormatter())
     root = logging.getLogger()
@@ -31,7 +27,7 @@ def set_up_logging(config: HttpConfig) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """Time, level, logger, message, request id, and whatever ``extra`` carries."""
+    """Time, level, logger, message, request id and the fields of ``extra``."""
 
     def format(self, record: logging.LogRecord) -> str:
         entry: dict[str, object] = {
@@ -52,6 +48,8 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
+    """Time, level, message and request id."""
+
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 

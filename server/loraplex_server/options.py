@@ -1,7 +1,7 @@
-"""How an option is declared: once, as a field of the part of the server that it configures.
+"""Declares an option once, as a field of the part of the server that it configures.
 
-The command line, the LORAPLEX_* environment, the YAML file and docs/settings.md are made from
-these declarations by ``settings_sources`` and ``cli.serve``.
+``settings.sources`` and ``cli.serve`` derive the command line, the LORAPLEX_* environment, the YAML
+file and docs/settings.md from these declarations.
 """
 
 from __future__ import annotations
@@ -10,17 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, JsonValue, TypeAdapter
 from pydantic.fields import FieldInfo
 from pydantic_settings import NoDecode
 
-__all__ = ["Bytes", "Option", "Options", "Panel", "Paths", "Seconds", "Texts", "option", "options"]
-
 
 class Panel(StrEnum):
-    """Under which heading an option is listed."""
+    """The heading under which an option is listed."""
 
     MODEL = "Model"
     HTTP = "HTTP"
@@ -33,12 +31,11 @@ class Option:
     """One option: ``--max-model-len``, ``LORAPLEX_MAX_MODEL_LEN``, ``max-model-len:``."""
 
     name: str  # max_model_len
-    field: str  # of the owner
+    field: str  # name of the owner's field
     owner: type[Options]
     info: FieldInfo
     panel: Panel
     metavar: str | None
-    hidden: bool
 
     @property
     def dashed(self) -> str:
@@ -52,51 +49,62 @@ class Option:
     def is_flag(self) -> bool:
         return self.info.annotation is bool
 
+    @property
+    def default(self) -> str:
+        """The default as text. Empty if the help names the default, or there is none."""
+        default = self.info.default
+        if default is None or default == () or "Default:" in self.help:
+            return ""
+        if isinstance(default, bool):
+            return "on" if default else "off"
+        if self.metavar == "SIZE":
+            return f"{default >> 30}GiB" if default >= 1 << 30 else f"{default >> 20}MiB"
+        return f"{default:g}" if isinstance(default, float) else str(default)
+
 
 class Options(BaseModel):
-    """The options of one owner. Frozen; a bad value raises ValueError."""
+    """The options of one owner. Frozen. A bad value raises ValueError."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", arbitrary_types_allowed=True, coerce_numbers_to_str=True
     )
+    panel: ClassVar[Panel]  # of the options that name no other
+
+    def __init_subclass__(cls, panel: Panel = Panel.HTTP, **kwargs: Any) -> None:
+        cls.panel = panel
+        super().__init_subclass__(**kwargs)
 
 
 def option(
-    default: Any,  # as pydantic's Field takes it
+    default: Any,  # like pydantic's Field
     help_text: str,
-    panel: Panel,
     *,
-    name: str | None = None,  # where it differs from the field's
+    panel: Panel | None = None,  # if it is not the owner's
+    name: str | None = None,  # if it differs from the field's name
     metavar: str | None = None,
-    hidden: bool = False,
-    **bounds: Any,  # ge, le: as pydantic's Field takes them
-) -> Any:  # the value of a field that a type checker takes for a default
-    extra: dict[str, JsonValue] = {
-        "panel": panel.value,
-        "name": name,
-        "metavar": metavar,
-        "hidden": hidden,
-    }
+    **bounds: Any,  # ge, le: like pydantic's Field
+) -> Any:  # type checkers take the field for its default
+    extra: dict[str, JsonValue] = {"panel": panel, "name": name, "metavar": metavar}
     return Field(default=default, description=help_text, json_schema_extra=extra, **bounds)
 
 
 def options(owners: Iterable[type[Options]]) -> list[Option]:
-    """Every option of the owners, in the order of their declaration."""
-    found = []
+    """Return every option of the owners, in the order of their declaration."""
+    declared = []
     for owner in owners:
         for field, info in owner.model_fields.items():
             extra = info.json_schema_extra
             if isinstance(extra, dict) and "panel" in extra:
-                name = extra["name"] or field
-                metavar = extra["metavar"]
-                panel, hidden = Panel(str(extra["panel"])), bool(extra["hidden"])
+                name = str(extra["name"] or field)
+                panel = Panel(str(extra["panel"] or owner.panel))
+                metavar = extra["metavar"] or ("SIZE" if field.endswith("_bytes") else None)
                 shown = None if metavar is None else str(metavar)
-                found.append(Option(str(name), field, owner, info, panel, shown, hidden))
-    return found
+                declared.append(Option(name, field, owner, info, panel, shown))
+    return declared
 
 
 def _split(value: object) -> object:
-    """One text with commas is a list of texts."""
+    """Split a text at its commas. Other values stay."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
@@ -112,7 +120,7 @@ _BYTE_SIZE = TypeAdapter(ByteSize)
 
 
 def _size(value: object) -> object:
-    """1024, "2GiB" or "2GB" to bytes; a lone ``g`` is a decimal gigabyte."""
+    """Convert 1024, "2GiB" or "2GB" to bytes. A single ``g`` is a decimal gigabyte."""
     if isinstance(value, bool):
         raise ValueError("a size such as 512MiB or 2GB is needed")
     if isinstance(value, str) and value.strip().lower().endswith(("k", "m", "g")):

@@ -1,7 +1,5 @@
 """Adapters of a tiny base on disk, and stores around them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +11,10 @@ from torch import Tensor
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.catalogue.limits import CatalogueLimits
+from loraplex_adapter_store.catalogue.freshness import CatalogueLimits
 from loraplex_adapter_store.store import AdapterStore
-from tests.support.tiny_models import tiny_llama
+from tests.support.adapters.eviction_traces import lru
+from tests.support.bases.tiny_models import tiny_llama
 
 MakeAdapter = Callable[..., Path]
 OpenStore = Callable[..., AdapterStore]
@@ -65,6 +64,11 @@ def opened(request: pytest.FixtureRequest) -> OpenStore:
 def store(tmp_path: Path, base: BaseSpec) -> Iterator[AdapterStore]:
     with AdapterStore(tmp_path / "store", base, allowed_roots=[tmp_path / "adapters"]) as opened:
         yield opened
+
+
+def evict_least_recently_used(store: AdapterStore) -> None:
+    """Makes evictions predictable: the store's own policy looks at measured seconds."""
+    store.state.tier._policy = lru
 
 
 def plain_lora(seed: int, rank: int = 4) -> tuple[dict[str, object], dict[str, Tensor]]:

@@ -1,8 +1,6 @@
 """Leases that need no load can be taken without waiting."""
 
-from __future__ import annotations
-
-from loraplex_adapter_store.selector import NameRef
+from loraplex_adapter_store.names.selector import NameRef
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter
 
@@ -11,8 +9,8 @@ def test_what_is_in_memory_is_leased_at_once(
     store: AdapterStore, make_adapter: MakeAdapter
 ) -> None:
     digest = store.put_directory("a", make_adapter(1)).digest
-    store.warm("a")
-    lease = store.acquire_resident(NameRef("a", digest[:8]))
+    store.acquire("a").release()
+    lease = store.leases.acquire_resident(NameRef("a", digest[:8]))
     assert lease is not None
     assert lease.digest == digest
     assert store.get("a").n_leases == 1
@@ -24,9 +22,9 @@ def test_what_would_need_a_load_or_does_not_exist_is_none(
     store: AdapterStore, make_adapter: MakeAdapter
 ) -> None:
     digest = store.put_directory("a", make_adapter(1)).digest
-    store._tier.drop(digest)
-    assert store.acquire_resident(NameRef("a")) is None
-    assert store.acquire_resident(NameRef("nobody")) is None
-    store.warm("a")
-    assert store.acquire_resident(NameRef("a", "0000")) is None
+    store.state.tier.drop(digest)
+    assert store.leases.acquire_resident(NameRef("a")) is None
+    assert store.leases.acquire_resident(NameRef("nobody")) is None
+    store.acquire("a").release()
+    assert store.leases.acquire_resident(NameRef("a", "0000")) is None
     assert store.get("a").n_leases == 0

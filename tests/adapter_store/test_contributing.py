@@ -1,15 +1,14 @@
 """The family that CONTRIBUTING.md shows is read as it says there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 import torch
 
-from loraplex_adapter_store.families import ragged, table
-from tests.support.adapter_samples import SAMPLES
-from tests.support.tiny_models import read_tensors, tiny_llama
+from loraplex_adapter_store.families import table
+from loraplex_adapter_store.families.low_rank import deltas
+from tests.support.adapters.adapter_samples import SAMPLES
+from tests.support.bases.tiny_models import read_tensors, tiny_llama
 
 _PAGE = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
 
@@ -19,7 +18,7 @@ def test_the_family_of_contributing_reads_what_ours_reads(
 ) -> None:
     text = _PAGE.read_text(encoding="utf-8").partition("**An adapter family**")[2]
     code = text.partition("```python\n")[2].partition("```")[0]
-    scope = dict(vars(ragged))  # what that file imports
+    scope = dict(vars(deltas))  # what that file imports
     exec(compile(code, str(_PAGE), "exec"), scope)
     sample = SAMPLES["SORA"](tiny_llama(), tmp_path, True)
     ours = read_tensors(sample.config, sample.tensors, tiny_llama(), tmp_path)

@@ -1,24 +1,25 @@
 """kill -9 and full disks at every operation: nothing committed is ever lost, nothing half there."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.disk import Disk
-from loraplex_adapter_store.store import AdapterStore
+from loraplex_adapter_store.contents.content_files import Disk
+from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
 from tests.adapter_store.conftest import plain_lora
-from tests.adapter_store.test_packed_files import form_seed
+from tests.adapter_store.files.test_packed_files import form_seed
 from tests.adapter_store.test_store import put, seed_of
-from tests.support.packers import TensorsAside
+from tests.support.adapters.packers import TensorsAside
 
 
 def test_a_kill_at_any_operation_loses_nothing_that_was_committed() -> None:
@@ -58,7 +59,7 @@ def test_a_full_disk_at_any_operation_fails_that_put_alone(
 ) -> None:
     seed_in = seed_of if packer is None else form_seed
     disk = FullDisk()
-    with AdapterStore(tmp_path / "s", base, disk=disk, packer=packer) as store:
+    with AdapterStore(tmp_path / "s", base, disk=disk, engine=EngineHooks(packer)) as store:
         put(store, "old", 1)
         k = 0
         while True:
@@ -83,31 +84,12 @@ def test_a_full_disk_at_any_operation_fails_that_put_alone(
         assert not any((tmp_path / "s" / "staging").iterdir())
 
 
-def test_a_store_from_the_future_is_refused(tmp_path: Path, base: BaseSpec) -> None:
-    import sqlite3
-
+@pytest.mark.parametrize("schema", [5, 99])
+def test_a_registry_of_another_version_is_refused(
+    tmp_path: Path, base: BaseSpec, schema: int
+) -> None:
     AdapterStore(tmp_path / "s", base).close()
-    database = sqlite3.connect(tmp_path / "s" / "registry.sqlite3")
-    database.execute("PRAGMA user_version = 99")
-    database.close()
-    with pytest.raises(Exception, match="schema 99"):
+    with closing(sqlite3.connect(tmp_path / "s" / "registry.sqlite3")) as database:
+        database.execute(f"PRAGMA user_version = {schema}")
+    with pytest.raises(StoreError, match=f"schema {schema}"):
         AdapterStore(tmp_path / "s", base)
-
-
-def test_a_store_of_the_first_schema_is_migrated(tmp_path: Path, base: BaseSpec) -> None:
-    import sqlite3
-
-    with AdapterStore(tmp_path / "s", base) as store:
-        put(store, "x", 1)
-    database = sqlite3.connect(tmp_path / "s" / "registry.sqlite3")
-    database.execute("DROP INDEX revisions_by_digest")
-    database.execute("ALTER TABLE names DROP COLUMN expires")
-    database.execute("ALTER TABLE revisions DROP COLUMN kept")
-    database.execute("ALTER TABLE contents DROP COLUMN task")
-    database.execute("ALTER TABLE revisions DROP COLUMN defaults")
-    database.execute("ALTER TABLE revisions DROP COLUMN edits")
-    database.execute("PRAGMA user_version = 1")
-    database.commit()
-    database.close()
-    with AdapterStore(tmp_path / "s", base) as store, store.acquire("x") as lease:
-        assert seed_of(lease.plan) == 1

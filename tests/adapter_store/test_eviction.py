@@ -1,22 +1,26 @@
 """Policies as pure functions, and what they do on traffic."""
 
-from __future__ import annotations
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraplex_adapter_store.eviction import (
-    POLICIES,
+from loraplex_adapter_store.tiers.eviction import (
     Resident,
     cost_aware,
     lfu_aged,
-    lru,
     spare_bytes,
     touch,
     victims,
 )
-from tests.support.eviction_traces import drifting, make_sizes, scanning, simulate, zipf
+from tests.support.adapters.eviction_traces import (
+    POLICIES,
+    drifting,
+    lru,
+    make_sizes,
+    scanning,
+    simulate,
+    zipf,
+)
 
 A = Resident("a", n_bytes=10, load_cost=1.0, last_used=1)
 B = Resident("b", n_bytes=10, load_cost=1.0, last_used=5)

@@ -1,12 +1,10 @@
 """Names that expire, and deletions that do not wait."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.card import TierBytes
-from loraplex_adapter_store.put_options import PutOptions
+from loraplex_adapter_store.names.card import TierBytes
+from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import OpenStore, plain_lora
 from tests.adapter_store.test_store import put

@@ -1,7 +1,5 @@
 """Arrow: a library of plain LoRAs with gates from their own factors, against PEFT's layer."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.composites.composite import library_digest, library_plan
 from loraplex_adapter_store.errors import InvalidSelector, UnknownAdapter
-from loraplex_adapter_store.library import library_digest, library_plan
+from loraplex_adapter_store.names.selector import Library, NameRef, parse_selector
 from loraplex_adapter_store.plan import AdapterPlan, RoutingStrategy
-from loraplex_adapter_store.selector import Library, NameRef, parse_selector
-from loraplex_adapter_store.store import AdapterStore
-from loraplex_router.experts import arrow_prototypes, route
-from tests.support.architectures import tiny_model
-from tests.support.engines import GREEDY, generate_all, running_engine
-from tests.support.lora_files import write_lora
-from tests.support.plan_executor import plan_logits
-from tests.support.routed_plans import lora_plan
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
+from loraplex_router.experts.gates import arrow_prototypes, route
+from tests.support.adapters.lora_files import write_lora
+from tests.support.adapters.plan_executor import plan_logits
+from tests.support.adapters.routed_plans import lora_plan
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.engines import GREEDY, generate_all, running_engine
 
 
 def gate_of(factors: Sequence[tuple[Tensor, Tensor]], temperature: float) -> Tensor:
@@ -36,7 +34,7 @@ def base_spec() -> BaseSpec:
 
 @pytest.fixture
 def store(base_spec: BaseSpec, tmp_path: Path) -> Iterator[AdapterStore]:
-    store = AdapterStore(tmp_path / "store", base_spec, gate_of=gate_of)
+    store = AdapterStore(tmp_path / "store", base_spec, engine=EngineHooks(gate_of=gate_of))
     for seed, name in enumerate("abc"):
         store.put_directory(name, write_lora(tmp_path / name, base_spec, seed=seed))
     yield store
@@ -130,7 +128,7 @@ def test_members_beyond_low_rank_are_refused() -> None:
     shifted = replace(plain.modules[name], bias=torch.ones(1))
     biased = replace(plain, digest="b" * 64, modules={**plain.modules, name: shifted})
     with pytest.raises(InvalidSelector, match="more than low-rank"):
-        library_plan([plain, biased], "0" * 64, 1, 1.0, gate_of)
+        library_plan([plain, biased], "0" * 64, 1, 1.0, gate_of, ["plain", "biased"])
 
 
 def test_without_gates_a_store_says_so(base_spec: BaseSpec, tmp_path: Path) -> None:
@@ -147,7 +145,7 @@ def test_the_engine_serves_a_library_beside_its_members_exactly() -> None:
     ]
     members.append(lora_plan(model, rank=3, seed=4, leaves=["q_proj", "up_proj"]))
     digest = library_digest([m.digest for m in members], 2, 1.0)
-    library = library_plan(members, digest, 2, 1.0, gate_of)
+    library = library_plan(members, digest, 2, 1.0, gate_of, list("abcd"))
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(300, (n,), generator=generator).tolist() for n in (9, 5, 14, 7)]
     plans = [library, members[0], None, library]

@@ -1,7 +1,5 @@
 """The memory of a mixture: known, and refused, before any of it is built."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,16 +8,16 @@ import pytest
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.composites.mixture import mix_plans, outline_mixture
 from loraplex_adapter_store.errors import InvalidSelector, LimitExceeded, UnservableAdapter
-from loraplex_adapter_store.mixture import mix_plans, outline_mixture
+from loraplex_adapter_store.names.selector import parse_selector
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_adapter_store.selector import parse_selector
-from loraplex_adapter_store.store import AdapterStore
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
 from tests.adapter_store.conftest import OpenStore
-from tests.support.adapter_samples import SAMPLES
-from tests.support.packers import TensorsAside
-from tests.support.round_trip import trained
-from tests.support.tiny_models import read_tensors, tiny_llama
+from tests.support.adapters.adapter_samples import SAMPLES
+from tests.support.adapters.packers import TensorsAside
+from tests.support.adapters.round_trip import trained
+from tests.support.bases.tiny_models import read_tensors, tiny_llama
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CONFIGS: Mapping[str, peft.PeftConfig] = {
@@ -74,7 +72,7 @@ def test_a_mixture_reserves_what_it_builds(
             return super().prepare(plan)
 
     packer, n_before = Looks(), 0
-    with opened(tmp_path / "s", base, packer=packer) as store:
+    with opened(tmp_path / "s", base, engine=EngineHooks(packer)) as store:
         n_parts = _put(store, folder)
         n_before = store.stats().host_bytes_used
         store.acquire(MIXTURE).release()
@@ -88,7 +86,7 @@ def test_a_mixture_that_host_memory_can_never_hold_is_refused_before_it_is_built
     folder: Path, tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     packer = _Notes()
-    with opened(tmp_path / "s", base, packer=packer, host_bytes=200_000) as store:
+    with opened(tmp_path / "s", base, engine=EngineHooks(packer), host_bytes=200_000) as store:
         assert _put(store, folder) < 200_000
         n_prepared = len(packer.prepared)
         with pytest.raises(LimitExceeded, match=r"200,000 for adapters.*--adapter-host-memory"):
@@ -102,7 +100,7 @@ def test_a_mixture_above_the_rank_is_refused_before_it_is_built(
     folder: Path, tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     packer = _Notes(max_rank=16)
-    with opened(tmp_path / "s", base, packer=packer) as store:
+    with opened(tmp_path / "s", base, engine=EngineHooks(packer)) as store:
         _put(store, folder)
         # Of an input of 32: VeRA's 16, RandLoRA's 8 blocks of 4 and LoRA's 4.
         with pytest.raises(UnservableAdapter, match="rank 52"):
@@ -121,12 +119,12 @@ def test_outlines_are_what_mixtures_become(family: str, tmp_path: Path, base: Ba
         plans.append(read_tensors(config, tensors, model, tmp_path).plan)
     digest, names = "d" * 64, ["one", "two", "three"]
     try:
-        whole = mix_plans([(plan, 0.5) for plan in plans], base, digest)
+        whole = mix_plans([(plan, 0.5) for plan in plans], base, digest, names)
     except InvalidSelector:
         with pytest.raises(InvalidSelector, match="'one'"):
-            outline_mixture(plans, digest, names=names)
+            outline_mixture(plans, digest, names)
         return
-    outline = outline_mixture(plans, digest, names=names)
+    outline = outline_mixture(plans, digest, names)
     assert outline.n_bytes == whole.n_bytes
     for path, module in whole.modules.items():
         for factor, outlined in (

@@ -1,7 +1,5 @@
 """Older contents of a name stay for a while, can be asked for, and can become current again."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +20,7 @@ def store(tmp_path: Path, base: BaseSpec, opened: OpenStore) -> Iterator[Adapter
 
 
 def contents(store: AdapterStore) -> set[str]:
-    return {path.name for path in store._files._contents._root.glob("*/*")}
+    return {path.name for path in store.state.files._contents._root.glob("*/*")}
 
 
 def kept(store: AdapterStore, name: str) -> list[str]:
@@ -32,7 +30,7 @@ def kept(store: AdapterStore, name: str) -> list[str]:
 def test_the_newest_contents_stay_and_older_ones_are_freed(store: AdapterStore) -> None:
     digests = [put(store, "x", seed) for seed in range(1, 5)]
     assert kept(store, "x") == digests[:0:-1]
-    store._retirement.finish()  # what is let go is freed there
+    store.garbage.finish()  # what is let go is freed there
     assert contents(store) == set(digests[1:])
     with store.acquire(f"x@{digests[1][:12]}") as lease:
         assert seed_of(lease.plan) == 2
@@ -91,7 +89,7 @@ def test_deleting_a_name_frees_its_kept_revisions_and_a_new_one_has_none(
     put(store, "x", 1)
     put(store, "x", 2)
     store.delete("x")
-    store._retirement.finish()
+    store.garbage.finish()
     assert contents(store) == set()
     last = put(store, "x", 3)
     assert kept(store, "x") == [last]
@@ -101,11 +99,11 @@ def test_a_store_that_closes_waits_until_kept_revisions_are_freed(store: Adapter
     free = threading.Event()
     put(store, "x", 1)
     put(store, "x", 2)
-    store._retirement.later(lambda: free.wait(30))  # what is freed comes after it
+    store.garbage.later(lambda: free.wait(30))  # what is freed comes after it
     store.delete("x")
     closing = threading.Thread(target=store.close)
     closing.start()
-    while not store._closed:
+    while not store.state.closed.is_set():
         assert closing.is_alive()
     free.set()
     closing.join()

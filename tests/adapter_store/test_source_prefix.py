@@ -1,7 +1,5 @@
 """Prefixes cover whole segments of plain addresses, nothing that only looks alike."""
 
-from __future__ import annotations
-
 import pytest
 
 from loraplex_adapter_store.errors import SourceError

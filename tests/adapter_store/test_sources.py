@@ -1,6 +1,4 @@
-"""Where adapters come from: directories, object stores, the Hub; each pinned and bounded."""
-
-from __future__ import annotations
+"""Sources: directories, object stores, the Hub, web servers; versions are noted, sizes limited."""
 
 import json
 from pathlib import Path
@@ -10,17 +8,21 @@ import pytest
 import torch
 from obstore.store import LocalStore, MemoryStore
 
-from loraplex_adapter_store.errors import LimitExceeded, SourceError, SourceForbidden
+from loraplex_adapter_store.errors import (
+    LimitExceeded,
+    QuotaExceeded,
+    SourceError,
+    SourceForbidden,
+)
 from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.names.put_options import PutOptions, Quota
 from loraplex_adapter_store.plan import Family
-from loraplex_adapter_store.sources import hub
 from loraplex_adapter_store.sources.local import read_card
-from loraplex_adapter_store.sources.objects import download
-from loraplex_adapter_store.sources.web import fetch_web
+from loraplex_adapter_store.sources.uri import HubClient, HubCommit, download, fetch_hub, fetch_web
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.conftest import MakeAdapter
-from tests.support.tiny_models import tiny_llama
-from tests.support.web_folder import web_folder
+from tests.support.bases.tiny_models import tiny_llama
+from tests.support.servers.web_folder import web_folder
 
 
 @pytest.mark.parametrize("form", ["{path}", "file://{path}"])
@@ -119,6 +121,16 @@ def test_a_folder_of_a_web_server_is_fetched_within_the_limits(
         store.put_source("y", web.url)  # the server is gone
 
 
+def test_a_download_beyond_the_bytes_of_its_tenant_stops(
+    make_adapter: MakeAdapter, store: AdapterStore
+) -> None:
+    options = PutOptions(quota=Quota(max_bytes=64))
+    with web_folder(make_adapter(1)) as web:
+        with pytest.raises(QuotaExceeded, match="max_bytes"):
+            store.put_source("acme:x", web.url, options=options)
+        assert web.asked == ["/adapter_config.json", "/adapter_model.safetensors"]  # no other file
+
+
 class RecordedHub:
     """Stands at the network: what the Hub answered for one repository."""
 
@@ -132,11 +144,11 @@ class RecordedHub:
         }
         self.asked: list[tuple[str, str | None]] = []
 
-    def resolve(self, repo: str, revision: str | None) -> hub.HubCommit:
+    def resolve(self, repo: str, revision: str | None) -> HubCommit:
         self.asked.append((repo, revision))
         if repo != "org/adapter":
             raise SourceError(f"repository {repo} not found")
-        return hub.HubCommit(self.commit, self.n_bytes)
+        return HubCommit(self.commit, self.n_bytes)
 
     def snapshot(self, repo: str, commit: str, into: Path, patterns: tuple[str, ...]) -> None:
         assert commit == self.commit, "only a pinned commit is ever downloaded"
@@ -162,7 +174,7 @@ def test_a_hub_revision_is_resolved_to_a_commit_before_it_is_fetched(
     source = make_adapter(1)
     (source / "card.json").write_text("{}")
     recorded = RecordedHub(source, folder)
-    files, provenance = hub.fetch_hub(uri, tmp_path, StoreLimits(), client=recorded)
+    files, provenance = fetch_hub(uri, tmp_path, StoreLimits(), client=recorded)
     assert recorded.asked == [("org/adapter", revision)]
     assert provenance == {"source": "hub", "repo": "org/adapter", "commit": recorded.commit}
     assert files.weights.is_file()
@@ -183,10 +195,10 @@ def test_a_hub_file_beyond_the_limit_is_never_downloaded(
     recorded = RecordedHub(make_adapter(1), folder)
     uri = f"hf://org/adapter/{folder}".rstrip("/")
     with pytest.raises(LimitExceeded, match=f"{name} exceeds 64 bytes"):
-        hub.fetch_hub(uri, tmp_path / "into", limits, client=recorded)
+        fetch_hub(uri, tmp_path / "into", limits, client=recorded)
     recorded.n_bytes[f"{folder}{name}"] = None
     with pytest.raises(SourceError, match=f"not say how large {name} is"):
-        hub.fetch_hub(uri, tmp_path / "into", limits, client=recorded)
+        fetch_hub(uri, tmp_path / "into", limits, client=recorded)
     assert not (tmp_path / "into").exists()
 
 
@@ -200,18 +212,18 @@ def test_the_hub_is_asked_how_large_the_files_of_the_commit_are(
     answer.parent.mkdir(parents=True)
     answer.write_text(json.dumps(told))
     with web_folder(tmp_path) as web:
-        commit = hub.HubClient(web.url).resolve("org/adapter", None)
+        commit = HubClient(web.url).resolve("org/adapter", None)
         assert web.asked == ["/api/models/org/adapter?blobs=true"]
     assert commit == (RecordedHub.commit, {"a.json": 7, "b.json": None})
 
 
 def test_a_hub_that_cannot_be_reached_is_an_error_of_the_source(tmp_path: Path) -> None:
-    closed = hub.HubClient("http://127.0.0.1:9")
+    closed = HubClient("http://127.0.0.1:9")
     with pytest.raises(SourceError, match="cannot fetch"):
-        hub.fetch_hub("hf://org/adapter", tmp_path, StoreLimits(), client=closed)
+        fetch_hub("hf://org/adapter", tmp_path, StoreLimits(), client=closed)
 
 
 @pytest.mark.parametrize("uri", ["hf://org", "hf://org/a b", "hf://org/../../etc", "hf:///x/y"])
 def test_a_malformed_hub_address_is_refused(uri: str, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="is not hf://"):
-        hub.fetch_hub(uri, tmp_path, StoreLimits())
+        fetch_hub(uri, tmp_path, StoreLimits())

@@ -1,7 +1,5 @@
 """Names, contents, leases and bytes: the life of an adapter in the store."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time
@@ -13,7 +11,7 @@ import pytest
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.content_files import PLAN_FILE
+from loraplex_adapter_store.contents.content_files import PLAN_FILE
 from loraplex_adapter_store.errors import (
     HostTierFull,
     InvalidName,
@@ -26,14 +24,19 @@ from loraplex_adapter_store.errors import (
     UnknownAdapter,
 )
 from loraplex_adapter_store.limits import StoreLimits
+from loraplex_adapter_store.names.put_options import PutOptions
+from loraplex_adapter_store.names.selector import Mixture, parse_selector
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_adapter_store.put_options import PutOptions
-from loraplex_adapter_store.selector import Mixture, parse_selector
-from loraplex_adapter_store.store import AdapterStore
-from tests.adapter_store.conftest import MakeAdapter, OpenStore, plain_lora
-from tests.support.packers import TensorsAside
-from tests.support.plan_executor import plan_logits
-from tests.support.tiny_models import PROMPT, tiny_llama
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
+from tests.adapter_store.conftest import (
+    MakeAdapter,
+    OpenStore,
+    evict_least_recently_used,
+    plain_lora,
+)
+from tests.support.adapters.packers import TensorsAside
+from tests.support.adapters.plan_executor import plan_logits
+from tests.support.bases.tiny_models import PROMPT, tiny_llama
 
 
 @pytest.fixture
@@ -217,7 +220,7 @@ def test_releasing_twice_counts_once(store: AdapterStore) -> None:
 
 def test_one_flight_per_digest_however_many_ask(store: AdapterStore) -> None:
     digest = put(store, "x", 1)
-    store._tier.drop(digest)
+    store.state.tier.drop(digest)
     before = store.stats().n_host_loads
     with ThreadPoolExecutor(16) as pool:
         leases = list(pool.map(lambda _: store.acquire("x"), range(64)))
@@ -298,7 +301,8 @@ def test_the_host_budget_holds_and_the_least_valuable_leaves(
     tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     budget = 3 * plan_bytes()
-    with opened(tmp_path / "s", base, host_bytes=budget, eviction="lru") as store:
+    with opened(tmp_path / "s", base, host_bytes=budget) as store:
+        evict_least_recently_used(store)
         for seed in range(1, 7):
             put(store, f"a{seed}", seed)
         for seed in (1, 2, 3, 1, 4, 1, 5, 6):
@@ -459,20 +463,20 @@ def test_a_part_that_is_deleted_while_its_mixture_is_built_stays_until_then(
         a, b = put(store, "a", 1), put(store, "b", 2)
     selector = parse_selector([{"name": "a", "weight": 1}, {"name": "b", "weight": 2}])
     with (
-        opened(tmp_path / "s", base, packer=Waits()) as store,
+        opened(tmp_path / "s", base, engine=EngineHooks(Waits())) as store,
         ThreadPoolExecutor(1) as pool,
     ):
         mixing = pool.submit(store.acquire, selector)
         assert building.wait(10)
         report = store.delete("a", timeout_s=0.01)
         assert not report.drained
-        assert store._files.path(a).exists()
+        assert store.state.files.path(a).exists()
         with pytest.raises(UnknownAdapter):
             store.acquire(selector)
         go_on.set()
         mixing.result().release()
-    assert not store._files.path(a).exists()
-    assert store._files.path(b).exists()
+    assert not store.state.files.path(a).exists()
+    assert store.state.files.path(b).exists()
 
 
 def test_what_cannot_be_mixed_exactly_says_why(store: AdapterStore) -> None:
@@ -596,31 +600,33 @@ def test_a_tenant_that_loads_many_adapters_leaves_the_others_share_in_memory(
     tmp_path: Path, base: BaseSpec, make_adapter: MakeAdapter, opened: OpenStore
 ) -> None:
     budget = 4 * plan_bytes()
-    with opened(tmp_path / "s", base, host_bytes=budget, eviction="lru") as store:
+    with opened(tmp_path / "s", base, host_bytes=budget) as store:
+        evict_least_recently_used(store)
         kept = [f"acme:{seed}" for seed in (1, 2)]
         many = [f"umbra:{seed}" for seed in range(3, 9)]
         for seed, name in enumerate([*kept, *many], start=1):
             store.put_directory(name, make_adapter(seed))
         for name in kept:
-            store.warm(name)
+            store.acquire(name).release()
         for name in many * 2:
-            store.warm(name)
+            store.acquire(name).release()
         in_memory = {card.name for card in store.list() if card.n_bytes.host}
         assert in_memory == {*kept, *many[-2:]}
         for name in kept:
             store.delete(name)
         for name in many:  # alone, a tenant has all of it
-            store.warm(name)
+            store.acquire(name).release()
         assert {card.name for card in store.list() if card.n_bytes.host} == set(many[-4:])
 
 
 def test_a_tenants_mixtures_of_shared_adapters_leave_the_operators_in_memory(
     tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
-    with opened(tmp_path / "s", base, host_bytes=4 * plan_bytes(), eviction="lru") as store:
+    with opened(tmp_path / "s", base, host_bytes=4 * plan_bytes()) as store:
+        evict_least_recently_used(store)
         for seed, name in enumerate("ab", start=1):
             put(store, name, seed)
-            store.warm(name)
+            store.acquire(name).release()
         for weight in range(2, 9):
             store.acquire(mixture_of("a", weight), tenant="acme").release()
         assert {card.name for card in store.list() if card.n_bytes.host} == {"a", "b"}
@@ -629,7 +635,8 @@ def test_a_tenants_mixtures_of_shared_adapters_leave_the_operators_in_memory(
 def test_a_mixture_that_left_memory_is_forgotten(
     tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
-    with opened(tmp_path / "s", base, host_bytes=4 * plan_bytes(), eviction="lru") as store:
+    with opened(tmp_path / "s", base, host_bytes=4 * plan_bytes()) as store:
+        evict_least_recently_used(store)
         put(store, "a", 1)
         retired: list[str] = []
         store.on_retired(retired.append)

@@ -1,7 +1,5 @@
 """A content that is in use does not vanish, whatever is put, deleted and asked for beside it."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -10,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.disk import Disk
+from loraplex_adapter_store.contents.content_files import Disk
 from loraplex_adapter_store.errors import UnknownAdapter
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_adapter_store.store import AdapterStore
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
 from tests.adapter_store.conftest import OpenStore
 from tests.adapter_store.test_store import put
-from tests.support.packers import TensorsAside
+from tests.support.adapters.packers import TensorsAside
 
 
 class WhileStaging(Disk):
@@ -35,7 +33,7 @@ def test_a_name_deleted_while_its_put_ends_goes_when_the_put_is_done(
     tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     disk = WhileStaging()
-    with opened(tmp_path / "s", base, disk=disk, packer=TensorsAside()) as store:
+    with opened(tmp_path / "s", base, disk=disk, engine=EngineHooks(TensorsAside())) as store:
         drained: list[bool] = []
         disk.action = lambda: drained.append(store.delete("x", timeout_s=0).drained)
         digest = put(store, "x", seed=1)
@@ -61,7 +59,7 @@ def test_what_a_put_prepared_goes_to_host_memory_as_it_is(
     tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
     packer = LastPrepared()
-    with opened(tmp_path / "s", base, packer=packer) as store:
+    with opened(tmp_path / "s", base, engine=EngineHooks(packer)) as store:
         put(store, "x", seed=1)
         with store.acquire("x") as lease:
             assert lease.plan is packer.made
@@ -89,7 +87,7 @@ def test_a_name_deleted_while_it_is_loaded_is_served_once_more(
     packer = WhilePreparing()
     with opened(tmp_path / "s", base) as store:
         put(store, "x", seed=1)
-    with opened(tmp_path / "s", base, packer=packer) as store:
+    with opened(tmp_path / "s", base, engine=EngineHooks(packer)) as store:
         packer.action = lambda: start_delete(store, "x")
         with store.acquire("x") as lease:
             assert lease.plan.packed_adapter is not None
@@ -101,7 +99,7 @@ def test_a_name_deleted_while_it_is_loaded_is_served_once_more(
 def test_putting_and_deleting_one_name_from_many_threads_fails_nobody(
     tmp_path: Path, base: BaseSpec, opened: OpenStore
 ) -> None:
-    with opened(tmp_path / "s", base, packer=TensorsAside()) as store:
+    with opened(tmp_path / "s", base, engine=EngineHooks(TensorsAside())) as store:
         start = threading.Barrier(4)
 
         def work(worker: int) -> None:

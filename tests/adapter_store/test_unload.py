@@ -1,7 +1,5 @@
 """A name whose adapter leaves host memory, and comes back with the next use."""
 
-from __future__ import annotations
-
 import pytest
 
 from loraplex_adapter_store.errors import AdapterInUse, AdapterPinned, UnknownAdapter
@@ -13,7 +11,7 @@ def test_an_idle_adapter_leaves_memory_and_keeps_its_card(
     store: AdapterStore, make_adapter: MakeAdapter
 ) -> None:
     store.put_directory("a", make_adapter(1))
-    store.warm("a")
+    store.acquire("a").release()
     before = store.get("a")
     assert before.n_bytes.host > 0
     after = store.unload("a")
@@ -25,7 +23,8 @@ def test_an_idle_adapter_leaves_memory_and_keeps_its_card(
     )
     assert store.stats().n_host_evictions == 0  # the budget took nothing
     assert store.unload("a") == after
-    assert store.warm("a").n_bytes == before.n_bytes
+    store.acquire("a").release()
+    assert store.get("a").n_bytes == before.n_bytes
 
 
 def test_what_is_leased_or_pinned_stays_and_the_error_says_what_to_do(

@@ -1,18 +1,18 @@
 """A real server process under attack, and what a bystander sees of it meanwhile."""
 
-from __future__ import annotations
-
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 _N_WAITING = os.getloadavg()[0] / (os.cpu_count() or 1)  # for each processor: others test, too
 STALL_S = max(2.0, _N_WAITING)  # attacks that worked stalled everybody for longer
@@ -25,19 +25,31 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
         yield running
 
 
+def connect(server: ServerProcess, *, receive_bytes: int | None = None) -> socket.socket:
+    """``receive_bytes``: of answers that the kernel takes for a client that does not read."""
+    parts = urlsplit(server.url)
+    client = socket.socket()
+    if receive_bytes is not None:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_bytes)
+    client.settimeout(60)
+    client.connect((parts.hostname, parts.port))
+    return client
+
+
 class Bystander:
     """Reads ``path`` again and again; remembers the longest wait."""
 
-    def __init__(self, url: str, path: str) -> None:
+    def __init__(self, url: str, path: str, key: str) -> None:
         self._url = url
         self._path = path
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
         self._stop = threading.Event()
         self.first = threading.Event()  # the first answer is there
         self.longest_s = 0.0
         self.n_answers = 0
 
     def run(self) -> None:
-        with httpx.Client(base_url=self._url, timeout=60) as client:
+        with httpx.Client(base_url=self._url, headers=self._headers, timeout=60) as client:
             while not self._stop.is_set():
                 began = time.monotonic()
                 assert client.get(self._path).status_code == 200
@@ -50,9 +62,9 @@ class Bystander:
 
 
 @contextmanager
-def bystander(url: str, path: str = "/health") -> Iterator[Bystander]:
+def bystander(url: str, path: str = "/health", key: str = "") -> Iterator[Bystander]:
     """Watches during the block; fails if it ever had to wait as long as ``STALL_S``."""
-    watcher = Bystander(url, path)
+    watcher = Bystander(url, path, key)
     thread = threading.Thread(target=watcher.run)
     thread.start()
     assert watcher.first.wait(60)

@@ -1,12 +1,10 @@
 """Bodies that are valid JSON and mean to cost more than their answer."""
 
-from __future__ import annotations
-
 import httpx
 import pytest
 
 from tests.attacks.conftest import bystander, memory_bytes, peak_memory
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 JSON = {"content-type": "application/json"}

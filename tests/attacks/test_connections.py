@@ -1,25 +1,15 @@
 """Requests whose heads never end, connections that say nothing, bodies that trickle."""
 
-from __future__ import annotations
-
-import socket
 from contextlib import ExitStack
-from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
-from tests.attacks.conftest import bystander, memory_bytes
-from tests.support.server_process import ServerProcess
+from tests.attacks.conftest import bystander, connect, memory_bytes
+from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 MIB = 1 << 20
-
-
-def connect(server: ServerProcess) -> socket.socket:
-    parts = urlsplit(server.url)
-    assert parts.hostname is not None
-    return socket.create_connection((parts.hostname, parts.port or 80), timeout=60)
 
 
 @pytest.mark.parametrize("start", [b"GET /", b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Long: "])

@@ -1,10 +1,8 @@
-"""One key floods, another asks for a token at a time: a real server process with keys.
+"""Floods of one key while another key asks for single tokens, on a real server process.
 
 The wait is counted in steps of the engine, as ``/metrics`` shows it, so that a slow machine changes
 nothing.
 """
-
-from __future__ import annotations
 
 import hashlib
 import threading
@@ -16,9 +14,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
 N_ADAPTERS = 6
@@ -38,7 +36,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     keys.write_text(
         _key("flood", FLOOD, more="max_queued = 40")
         + _key("small", SMALL)
-        + _key("root", ROOT, "admin")
+        + _key("root", ROOT, "admin", "operator = true")
     )
     spec = BaseSpec.of(tiny_model(), "model")
     modules = []

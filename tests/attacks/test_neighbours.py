@@ -1,7 +1,5 @@
 """Requests that mean to take the time of others: stop strings, patterns, deletes that wait."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -12,9 +10,9 @@ import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.attacks.conftest import STALL_S, bystander, cpu_s, stream
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 ENDLESS = r"(?:(.)|(..)|(...))*(?=\1\1\1)(?<=!)"  # three ways at each character, and none ends

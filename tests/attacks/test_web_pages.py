@@ -1,11 +1,9 @@
-"""What a web page in a browser of this machine can make a server without keys do: nothing."""
-
-from __future__ import annotations
+"""Web pages in a local browser can make a server without keys do nothing."""
 
 import httpx
 import pytest
 
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 1}

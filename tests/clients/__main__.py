@@ -5,8 +5,6 @@
 The clients run in Pythons of their own, so that what they bring along never meets the server's.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -14,9 +12,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from loraplex_server.model.pull import DEFAULT_BASE, DEFAULT_ENCODER, pull
+from loraplex_server.model.loading.pull import DEFAULT_BASE, DEFAULT_ENCODER, pull
 from tests.clients.table import write_table
-from tests.support.server_process import server_process
+from tests.support.servers.server_process import server_process
 
 _CLIENTS = {  # of each dependency group in pyproject.toml
     "clients-openai-3": ("openai", "anthropic", "langchain", "litellm", "llm", "pydantic_ai"),

@@ -1,7 +1,5 @@
 """Runs in the clients' Python, where nothing of ours is installed; `make clients` starts it."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

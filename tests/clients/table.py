@@ -1,13 +1,9 @@
-"""What worked, as the table of docs/clients.md."""
-
-from __future__ import annotations
+"""Renders the results of the clients as the table of docs/clients.md."""
 
 import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-
-__all__ = ["write_table"]
 
 _BEGINS = "<!-- `make clients` writes what follows -->"
 _WORDS = {"passed": "works", "failed": "**fails**", "skipped": "skipped"}

@@ -1,7 +1,5 @@
 """LangChain, by its package for OpenAI."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """LlamaIndex, by its packages for servers that speak OpenAI's API."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

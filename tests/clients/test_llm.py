@@ -1,7 +1,5 @@
 """The command `llm`, by `extra-openai-models.yaml`."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Open WebUI: its own server, asked as its pages ask it."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """openai-python."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

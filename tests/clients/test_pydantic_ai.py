@@ -1,7 +1,5 @@
 """Pydantic AI."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Literal
 

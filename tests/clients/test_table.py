@@ -1,7 +1,5 @@
 """The table of docs/clients.md says what was tried, and what was not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,12 +1,8 @@
-"""What the tests ask for: the grammar holds the answer, so a base of any size gives one."""
-
-from __future__ import annotations
+"""Requests of the tests. A grammar decides the answer, so a base of any size gives it."""
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
-
-__all__ = ["PLAN", "WEATHER", "Trip"]
 
 PLAN = "Plan a trip to Rome by train, three days."
 WEATHER = "What is the weather like in Oslo?"

@@ -1,7 +1,5 @@
 """One cluster of two gateways and two engine replicas for all modules, and one process."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,10 +10,10 @@ import pytest
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.contract.conftest import ADAPTERS, INFER
 from tests.contract.conftest import ADMIN as ADMIN_KEY
-from tests.support.architectures import tiny_model
-from tests.support.cluster_process import ClusterProcess, cluster_process
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.cluster_process import ClusterProcess, cluster_process
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 N_ADAPTERS, N_UNUSED, N_UPLOADS = 24, 24, 8
 ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}

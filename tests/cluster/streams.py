@@ -1,7 +1,5 @@
 """Streams of a cluster's users, and what the cluster says of its replicas."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
@@ -11,20 +9,7 @@ from typing import Any, NamedTuple
 import httpx
 
 from tests.cluster.conftest import ADMIN
-from tests.support.cluster_process import ClusterProcess
-
-__all__ = [
-    "CHAT",
-    "Streamed",
-    "chat",
-    "connect",
-    "engines_of",
-    "keep_asking",
-    "lines_of",
-    "stream",
-    "taken_by",
-    "wrong",
-]
+from tests.support.servers.cluster_process import ClusterProcess
 
 CHAT = "/v1/chat/completions"
 _ENDED = "data: [DONE]"

@@ -1,7 +1,5 @@
 """The tests of the official clients, as they are, against a cluster instead of one process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -16,7 +14,7 @@ from tests.contract import (
     test_openai_responses,
 )
 from tests.contract.conftest import INFER
-from tests.support.cluster_process import ClusterProcess
+from tests.support.servers.cluster_process import ClusterProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]

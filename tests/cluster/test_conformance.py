@@ -3,8 +3,6 @@
 The rows are those of `tests/conformance` that also run with the references, every kind once.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +21,7 @@ from tests.conformance.test_adapters import (
     build_oracles,
     load_rows,
 )
-from tests.support.cluster_process import cluster_process
+from tests.support.servers.cluster_process import cluster_process
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [

@@ -1,7 +1,5 @@
 """The console's page of a cluster: which engine holds which adapter, as /v1/cluster says."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import httpx
@@ -12,7 +10,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 from tests.cluster.conftest import ADMIN
 from tests.console.conftest import CHROMIUM
 from tests.contract.conftest import ADMIN as ADMIN_KEY
-from tests.support.cluster_process import ClusterProcess
+from tests.support.servers.cluster_process import ClusterProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [

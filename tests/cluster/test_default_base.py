@@ -1,7 +1,5 @@
 """The default base on a cluster: its demos, and what is trained and learnt there."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +11,10 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from loraplex_server.model.pull import loraplex_home
+from loraplex_server.model.loading.pull import loraplex_home
 from tests.cluster.streams import CHAT
-from tests.server.api.test_training import PAIRS, TRAIN, files_of, greedy
-from tests.support.cluster_process import ClusterProcess, cluster_process
+from tests.server.api.adapters.test_training import PAIRS, TRAIN, files_of, greedy
+from tests.support.servers.cluster_process import ClusterProcess, cluster_process
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]

@@ -1,7 +1,5 @@
 """What a fleet promises: answers of one process, adapters that stay, names, and a death."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os
@@ -27,8 +25,8 @@ from tests.cluster.streams import (
     wrong,
 )
 from tests.cluster.whole_answers import answers, body_of
-from tests.support.cluster_process import ClusterProcess
-from tests.support.server_process import ServerProcess
+from tests.support.servers.cluster_process import ClusterProcess
+from tests.support.servers.server_process import ServerProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800), pytest.mark.anyio]

@@ -1,7 +1,5 @@
 """What the cluster answers is what one process answers, bit for bit."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
@@ -10,8 +8,8 @@ import pytest
 
 from tests.cluster.conftest import ADMIN
 from tests.cluster.whole_answers import answers, body_of
-from tests.support.cluster_process import ClusterProcess
-from tests.support.server_process import ServerProcess
+from tests.support.servers.cluster_process import ClusterProcess
+from tests.support.servers.server_process import ServerProcess
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]

@@ -1,7 +1,5 @@
 """A fleet that grows and shrinks with its load, down to no replica at all."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +8,7 @@ import pytest
 
 from tests.cluster.conftest import cluster_config
 from tests.cluster.streams import chat, connect, engines_of, keep_asking, stream, wrong
-from tests.support.cluster_process import ClusterProcess, cluster_process
+from tests.support.servers.cluster_process import ClusterProcess, cluster_process
 
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800), pytest.mark.anyio]

@@ -1,7 +1,5 @@
 """How clusters end: told from another terminal, without their Ray, without their application."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import shutil
@@ -13,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from loraplex_server.cluster.ray_folder import RAY_SETTINGS
-from loraplex_server.cluster.ray_head import ray_head
+from loraplex_server.cluster.ray.ray_head import ray_head
+from loraplex_server.cluster.ray.running_clusters import RAY_SETTINGS
 from tests.cluster.conftest import cluster_config
 from tests.cluster.streams import chat, connect, engines_of, stream, wrong
-from tests.support.cluster_process import (
+from tests.support.servers.cluster_process import (
     ClusterProcess,
     cluster_process,
     free_port,
@@ -66,7 +64,7 @@ async def test_another_terminal_takes_it_down_after_the_running_stream(
         assert one.ended() == 0, one.log
         assert not processes_of(one.mark)
         assert not list(short_folder.iterdir())
-        assert not list((tmp_path / "home/clusters").iterdir())
+        assert not list((tmp_path / "home/servers").iterdir())
 
 
 def test_a_cluster_whose_ray_dies_says_so_and_leaves_nothing(
@@ -78,10 +76,10 @@ def test_a_cluster_whose_ray_dies_says_so_and_leaves_nothing(
         assert one.ended() == 1, one.log
         assert "error: Ray's head" in one.log
         assert not [
-            title for title in processes_of(one.mark).values() if "worker_child" not in title
+            title for title in processes_of(one.mark).values() if "worker_processes" not in title
         ]
         assert not list(short_folder.glob("lx*"))
-        assert not list((tmp_path / "home/clusters").iterdir())
+        assert not list((tmp_path / "home/servers").iterdir())
 
 
 async def test_on_a_ray_that_runs_serve_run_and_up_serve_and_leave_it(

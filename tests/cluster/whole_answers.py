@@ -1,15 +1,11 @@
 """Chats that are answered whole, for comparing servers."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 
 from tests.cluster.conftest import ADMIN
-
-__all__ = ["answers", "body_of"]
 
 
 def body_of(adapter: str | None, **changes: Any) -> dict[str, Any]:

@@ -4,13 +4,9 @@ Every shape is odd on purpose: grouped queries, an MLP that is not four times as
 shorter than the prompts.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-__all__ = ["BASE_ROWS", "BaseRow", "base_config"]
 
 _COMMON: dict[str, Any] = {
     "vocab_size": 300,

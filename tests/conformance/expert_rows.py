@@ -5,8 +5,6 @@ MoLA     each projection: y = W x + Σ_e w_e s B_e A_e x, top-k renormalised
 LoRAMoE  the same with all softmax weights
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,8 +15,6 @@ from transformers import PreTrainedModel
 
 from tests.conformance.oracle import Forward
 from tests.conformance.own_row import FormulaAdapter, OwnRow, Random
-
-__all__ = ["EXPERT_ROWS"]
 
 _N, _K, _TOP_P, _R, _ALPHA = 4, 2, 0.8, 2, 4
 _SCALE = _ALPHA / _R

@@ -1,13 +1,9 @@
 """Classifiers: a head beside every kind of adapter that PEFT saves one with."""
 
-from __future__ import annotations
-
 import peft
 from peft import LoraConfig
 
 from tests.conformance.peft_row import PeftRow, moved, on
-
-__all__ = ["HEAD_ROWS"]
 
 _SEQ, _TOKEN = "SEQ_CLS", "TOKEN_CLS"
 _IA3 = {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}

@@ -1,7 +1,5 @@
 """Classifiers as transformers and PEFT make them, and whether a server's logits are theirs."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +11,10 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 from tests.conformance.judge import bound_of
 from tests.conformance.load import Answer, Question
 
-__all__ = ["explain_head", "with_head"]
-
 _N_LABELS = 3
 _PAD = 0  # in no prompt
 _MATTERS = 0.02
+_ROUNDING = 2**-17  # of the largest logit, 64 units in the last place of float32
 _CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
     "TOKEN_CLS": AutoModelForTokenClassification,
@@ -39,8 +36,9 @@ def with_head(model: Any, task: str) -> nn.Module:
 def explain_head(
     model: Any, base: Any, questions: Sequence[Question], answers: Sequence[Answer]
 ) -> str | None:
-    """None if all logits are right, else what is wrong with them.
+    """Return None if all logits are right, else the problem.
 
+    Unlike log-probabilities, logits may be large: their bound grows with the largest of them.
     ``base``: the model without the adapter, whose classes by the same head must be others; None:
     that is shown elsewhere.
     """
@@ -59,7 +57,8 @@ def explain_head(
         return f"the adapter moves the logits by {matters:.1e} only: the row proves nothing"
     alone = [_logits(model, [prompt])[0] for prompt in prompts]
     off, moved = _largest(found, together), _largest(alone, together)
-    if off <= bound_of(moved):
+    largest = max(float(one.abs().max()) for one in together)
+    if off <= max(bound_of(moved), _ROUNDING * largest):
         return None
     return f"logits are off by {off:.2e}; rounding explains {moved:.1e}"
 

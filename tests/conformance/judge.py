@@ -7,8 +7,6 @@ of computing is allowed, and never more than 1e-3: a wrong part of an adapter is
 more.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
@@ -18,8 +16,6 @@ from torch import Tensor, nn
 
 from tests.conformance.load import Answer, Question
 from tests.conformance.oracle import logprobs_along
-
-__all__ = ["bound_of", "difference", "explain"]
 
 _TOLERANCE = 1e-4
 _LIMIT = 1e-3
@@ -53,7 +49,7 @@ def explain(
     questions: Sequence[Question],
     answers: Sequence[Answer],
 ) -> str | None:
-    """None if all answers to one adapter are right, else what is wrong with them.
+    """Return None if all answers of one adapter are right, else the problem.
 
     ``base``: the model without the adapter, which must answer differently.
     """
@@ -110,7 +106,7 @@ _known: WeakKeyDictionary[nn.Module, dict[object, list[Tensor]]] = WeakKeyDictio
 
 
 def bound_of(moved: float) -> float:
-    """What an answer may be off by, where the oracle moves by ``moved`` itself."""
+    """Return the allowed difference of an answer, where the oracle itself moves by ``moved``."""
     return min(max(_TOLERANCE, 2 * moved), _LIMIT)
 
 
@@ -120,7 +116,7 @@ def _movement(
     answers: Sequence[Answer],
     together: Sequence[Tensor],
 ) -> float:
-    """What the oracle's own log-probabilities differ by, each prompt alone or beside others."""
+    """Return how far the oracle's log-probabilities move between prompts alone and together."""
     moved = 0.0
     for question, answer, rows in zip(questions, answers, together, strict=True):
         (alone,) = logprobs_along(model, [question.prompt], [answer.token_ids])

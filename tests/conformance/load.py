@@ -1,7 +1,5 @@
 """Asks a server over HTTP: adapters are put, then everything is asked at once, shuffled."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import random
@@ -11,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
-
-__all__ = ["N_TOKENS", "Answer", "Put", "Question", "ask_all", "put_all", "put_upload"]
 
 N_TOKENS = 5  # of each answer
 _N_TOP = 20

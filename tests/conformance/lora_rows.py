@@ -1,14 +1,10 @@
 """LoRA and what PEFT saves as such: every option that is served."""
 
-from __future__ import annotations
-
 import peft
 from peft import LoraConfig
 from peft.tuners.lora.config import BdLoraConfig, LoraGAConfig
 
 from tests.conformance.peft_row import PeftRow, moved, on, seen_gradients
-
-__all__ = ["LORA_ROWS"]
 
 LORA_ROWS: tuple[PeftRow, ...] = (
     # scales, ranks, choices of modules

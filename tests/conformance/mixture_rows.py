@@ -1,10 +1,6 @@
 """Weighted sums of adapters, asked for in the request."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-
-__all__ = ["MIXTURE_ROWS", "MixtureRow"]
 
 
 @dataclass(frozen=True)

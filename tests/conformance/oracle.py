@@ -1,6 +1,4 @@
-"""What transformers and PEFT answer: log-probabilities along given tokens, one base for all."""
-
-from __future__ import annotations
+"""Log-probabilities of transformers and PEFT along given tokens, with one base for all."""
 
 import copy
 import json
@@ -15,8 +13,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.conformance.peft_row import PeftRow
-
-__all__ = ["Forward", "load_base", "logprobs_along", "make_peft", "patched", "sharing_copy"]
 
 Forward = Callable[[nn.Module, Tensor], Tensor]  # (the base's module, its input) → output
 
@@ -88,7 +84,7 @@ def patched(base: PreTrainedModel, forwards: Mapping[str, Forward]) -> nn.Module
 def logprobs_along(
     model: nn.Module, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """For each prompt [prompt + answer − 1, vocab_size]: of every token after the first.
+    """Return [prompt + answer − 1, vocab_size] for each prompt: every token after the first.
 
     One forward for all, padded on the right.
     """

@@ -1,6 +1,4 @@
-"""What a row of our own forms says: a file, and the formula that its model computed in training."""
-
-from __future__ import annotations
+"""Rows of methods that PEFT lacks: a file, and the formula of its training."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ from torch.nn import functional as F  # noqa: N812
 from transformers import PreTrainedModel
 
 from tests.conformance.oracle import Forward
-
-__all__ = ["FormulaAdapter", "OwnRow", "Random", "low_rank_sum"]
 
 
 class Random:
@@ -28,7 +24,7 @@ class Random:
 
 @dataclass(frozen=True)
 class FormulaAdapter:
-    """What is uploaded, and what transformers' modules compute instead."""
+    """An adapter to upload, and the forwards of transformers' modules under it."""
 
     config: Mapping[str, object]
     tensors: Mapping[str, Tensor]

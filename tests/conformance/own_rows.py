@@ -1,7 +1,5 @@
 """Methods that PEFT does not have, each against its published formula in plain torch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -12,8 +10,6 @@ from transformers import PreTrainedModel
 
 from tests.conformance.oracle import Forward
 from tests.conformance.own_row import FormulaAdapter, OwnRow, Random, low_rank_sum
-
-__all__ = ["OWN_ROWS"]
 
 _PREFIX = "base_model.model."
 _Q, _UP, _DOWN = (
@@ -45,14 +41,18 @@ def _weight(base: PreTrainedModel, name: str) -> Tensor:
 def _by_module(
     module: _Module, prefix: str = _PREFIX, **config: object
 ) -> Callable[[PreTrainedModel, Random], FormulaAdapter]:
-    """One adapter from one function of (name, W [out, in], draws)."""
+    """Build an adapter from a function of (name, W [out, in], draws)."""
 
     def build(base: PreTrainedModel, randn: Random) -> FormulaAdapter:
         tensors: dict[str, Tensor] = {}
         forwards: dict[str, Forward] = {}
         for name in _MODULES:
             parts, forwards[name] = module(name, _weight(base, name), randn)
-            tensors |= {f"{prefix}{name}.{part}": tensor for part, tensor in parts.items()}
+            path = f"{prefix}{name.removeprefix('model.') if 'language_model' in prefix else name}"
+            tensors |= {
+                f"{path}{'' if part.startswith('_') else '.'}{part}": tensor
+                for part, tensor in parts.items()
+            }
         return FormulaAdapter(_config(**config), tensors, forwards)
 
     return build
@@ -71,6 +71,81 @@ def _core(core_name: str) -> _Module:
         return parts, low_rank_sum(6 / 4, a, core, b)
 
     return module
+
+
+def _latent(*, of_gradient: bool, spelled: str = "_lora_latent_mapping.weight") -> _Module:
+    """LoRA-XS and LoRA-SB: frozen factors from an SVD, a trained core, saved by old or new PEFT.
+
+    Their script decomposes Wᵀ, or the first step −η sign(∇), and gives A the singular values.
+    """
+
+    def module(_: str, weight: Tensor, randn: Random) -> tuple[dict[str, Tensor], Forward]:
+        start = -1e-3 * randn(*weight.shape, std=1.0).sign() if of_gradient else weight
+        u, sigma, vh = torch.linalg.svd(start.t(), full_matrices=False)
+        a, b = (u[:, :4] * sigma[:4]).t().contiguous(), vh[:4].t().contiguous()
+        core = randn(4, 4, std=10.0 if of_gradient else 0.1)
+        parts = {"lora_A.weight": a, "lora_B.weight": b, spelled: core}
+        return parts, low_rank_sum(6 / 4, a, core, b)
+
+    return module
+
+
+def _plain(_: str, weight: Tensor, randn: Random) -> tuple[dict[str, Tensor], Forward]:
+    a, b = _factors(weight, randn)
+    return {"lora_A.weight": a, "lora_B.weight": b}, low_rank_sum(6 / 4, a, b)
+
+
+def _loraga_authors(_: str, weight: Tensor, randn: Random) -> tuple[dict[str, Tensor], Forward]:
+    """``save_loraga_model_final`` of the authors' fork: the start is appended, r and α doubled."""
+    (a, b), (a0, b0) = _factors(weight, randn), _factors(weight, randn)
+    frozen = weight - 6 / 4 * b0 @ a0
+    parts = {"lora_A.weight": torch.cat([a, a0]), "lora_B.weight": torch.cat([b, -b0], dim=1)}
+    return parts, lambda _, x: F.linear(x, frozen) + 6 / 4 * F.linear(F.linear(x, a), b)
+
+
+def _kasa_authors(_: str, weight: Tensor, randn: Random) -> tuple[dict[str, Tensor], Forward]:
+    """The fork keeps the in − r largest singular values: all of them where in exceeds out."""
+    a, b = _factors(weight, randn)
+    diag = randn(4, std=1.0)
+    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+    n_kept = weight.shape[1] - 4
+    frozen = u[:, :n_kept] * sigma[:n_kept] @ vh[:n_kept]
+    parts = {"lora_A.weight": a, "lora_B.weight": b, "lora_diag": diag}
+    return parts, lambda _, x: F.linear(x, frozen) + 6 / 4 * F.linear(F.linear(x, a) * diag, b)
+
+
+def _pissa_residual(_: str, weight: Tensor, randn: Random) -> tuple[dict[str, Tensor], Forward]:
+    """PiSSA's and BA-LoRA's scripts: the residual was the base, the config says nothing of it."""
+    u, sigma, vh = torch.linalg.svd(weight, full_matrices=False)
+    root = (sigma[:4] * 4 / 6).sqrt()
+    a, b = root.unsqueeze(1) * vh[:4], u[:, :4] * root
+    a, b = a + randn(*a.shape, std=0.02), b + randn(*b.shape, std=0.02)
+    return {"lora_A.weight": a, "lora_B.weight": b}, low_rank_sum(6 / 4, a, b)
+
+
+def _randlora_authors(base: PreTrainedModel, randn: Random) -> FormulaAdapter:
+    """The authors' fork of PEFT: shared bases of the widest layer, scaled by α / (r √N)."""
+    rank, alpha = 64, 128
+    widths = [_weight(base, name).shape for name in _MODULES]
+    n_out, n_in = max(shape[0] for shape in widths), max(shape[1] for shape in widths)
+    first = randn(rank, 1, n_out, std=1.0)
+    second = randn(n_in, math.ceil(min(n_out, n_in) / rank), rank, std=1.0)
+    tensors = {"base_model.randbasis_A": first, "base_model.randbasis_B": second}
+    forwards: dict[str, Forward] = {}
+    for name in _MODULES:
+        out_features, in_features = _weight(base, name).shape
+        small, large = sorted((out_features, in_features))
+        n = math.ceil(small / rank)
+        lambdas, gammas = randn(rank, n, std=0.002), 1 / large + randn(n, small, std=0.01)
+        tensors[f"{_PREFIX}{name}.randlora_lambda"] = lambdas
+        tensors[f"{_PREFIX}{name}.randlora_gamma"] = gammas
+        scaled = (lambdas[:, :, None] * first[:, :, :small] * gammas[None]).flatten(end_dim=1)
+        delta = second[:large, :n].flatten(1) @ scaled * (alpha / rank / math.sqrt(n))
+        delta = delta if small == in_features else delta.t()
+        forwards[name] = lambda module, x, delta=delta: F.linear(x, module.weight + delta)
+    config = {"peft_type": "RANDLORA", "r": rank, "randlora_alpha": alpha, "sparse": False}
+    config |= {"projection_prng_key": 8539, "save_projection": True, "use_dora": False}
+    return FormulaAdapter({**config, "target_modules": list(_MODULES)}, tensors, forwards)
 
 
 _RANKS = {_Q: 2, _UP: 6, _DOWN: 3}
@@ -135,9 +210,12 @@ def _sora(a_name: str, b_name: str, gate_name: str) -> _Module:
     return module
 
 
-def _loldu(method: str) -> _Module:
-    """W = P L D U; training replaces σ₀ z₀ by σ z between P L_r and U_r."""
-    rank, alpha = 6, 8
+def _loldu(method: str, *, z_alone: bool = False) -> _Module:
+    """W = P L D U; training replaces σ₀ z₀ by σ z between P L_r and U_r.
+
+    Saved as a state dict of the parametrised model, or as ``get_loldu_state_dict`` does: z alone.
+    """
+    rank, alpha = 6, 1
 
     def module(_: str, weight: Tensor, randn: Random) -> tuple[dict[str, Tensor], Forward]:
         p, lower, upper = torch.linalg.lu(weight)
@@ -146,12 +224,17 @@ def _loldu(method: str) -> _Module:
         start = {"lu": d[:rank], "constant": d[:rank].mean().expand(rank)}.get(method)
         drawn = randn(rank, std=0.3)
         start = drawn if start is None else start
-        z, sigma = d[:rank] + randn(rank, std=0.3), torch.tensor(1.7)
+        z = d[:rank] + randn(rank, std=1.0 if z_alone else 0.3)
+        sigma = torch.tensor(alpha / rank if z_alone else 0.4)
         frozen = weight - alpha / rank * p @ lower[:, :rank] @ torch.diag(start) @ unit
         trained = frozen + sigma * p @ lower[:, :rank] @ torch.diag(z) @ unit
         at = "parametrizations.weight"
         parts = {f"{at}.0.vector_z": z, f"{at}.0.scaling_factor": sigma}
-        parts |= {f"{at}.original": frozen, f"{at}.0.P": p}
+        parts |= {f"{at}.original": frozen, f"{at}.0.layer_weights": frozen.clone(), f"{at}.0.P": p}
+        parts |= {f"{at}.0.lora_A": unit, f"{at}.0.lora_B": lower[:, :rank]}
+        parts[f"{at}.0.lora_dropout_mask"] = torch.ones(1, weight.shape[1])
+        if z_alone:
+            parts = {f"{at}.0.vector_z": z}
         if method == "uniform":
             parts[f"{at}.0.vector_z0"] = start
         return parts, lambda _, x: F.linear(x, trained)
@@ -263,7 +346,7 @@ def _full_final_norm(base: PreTrainedModel, randn: Random) -> FormulaAdapter:
 
 
 OWN_ROWS: tuple[OwnRow, ...] = (
-    OwnRow("lora-sb", _by_module(_core("lora_R.weight"))),
+    OwnRow("lora-sb", _by_module(_latent(of_gradient=True))),
     OwnRow("nlora", _by_module(_nystrom(False), init_lora_weights="n_lora", base_residual=False)),
     OwnRow(
         "nlora-paper",  # a start that is small: the inverse in it amplifies rounding
@@ -273,7 +356,45 @@ OWN_ROWS: tuple[OwnRow, ...] = (
     OwnRow("lamda", _by_module(_core("lora_S.weight"))),
     OwnRow("lamda-ranks", _by_module(_core_of_own_rank, rank_pattern=_RANKS)),
     OwnRow("lamda-start", _by_module(_with_start, init_lora_weights=True)),
-    OwnRow("lora-xs", _by_module(_core("default_lora_latent_mapping.weight"))),
+    OwnRow("lora-xs", _by_module(_latent(of_gradient=False))),
+    OwnRow(
+        "lora-xs-new-peft",
+        _by_module(
+            _latent(of_gradient=False, spelled="default_lora_latent_mapping.weight"),
+        ),
+    ),
+    OwnRow(
+        "lora-multimodal",  # of the language model in a multimodal one
+        _by_module(
+            _plain,
+            prefix="base_model.model.model.language_model.",
+            target_modules=[name.removeprefix("model.") for name in _MODULES],
+        ),
+    ),
+    OwnRow(
+        "lora-ga-authors",
+        _by_module(
+            _loraga_authors,
+            peft_type="LORAGA",
+            init_lora_weights=True,
+            r=8,
+            lora_alpha=12,
+            bsz=2,
+            iters=64,
+            direction="ArB2r",
+            max_length=1024,
+            dtype="fp32",
+            scale="stable",
+            stable_gamma=16,
+        ),
+    ),
+    OwnRow("kasa-authors", _by_module(_kasa_authors)),
+    OwnRow("randlora-authors", _randlora_authors),
+    OwnRow(
+        "pissa-residual",
+        _by_module(_pissa_residual, init_lora_weights=True),
+        refused="trained on a base without them.*convert ADAPTER NEW --initial pissa_init",
+    ),
     OwnRow("lora-ga-factors", _by_module(_with_start, init_lora_weights="lora_ga")),
     OwnRow("corda-factors", _by_module(_with_start, init_lora_weights="corda")),
     OwnRow("comp-lora", _by_module(_comp_lora)),
@@ -290,7 +411,11 @@ OWN_ROWS: tuple[OwnRow, ...] = (
     ),
     OwnRow(
         "loldu",
-        _by_module(_loldu("lu"), prefix="", peft_type="LOLDU", r=6, lora_alpha=8, init_method="lu"),
+        _by_module(_loldu("lu"), prefix="", peft_type="LOLDU", lora_alpha=None),
+    ),
+    OwnRow(
+        "loldu-z-alone",
+        _by_module(_loldu("lu", z_alone=True), prefix="", peft_type="LOLDU", lora_alpha=None),
     ),
     OwnRow(
         "loldu-constant",
@@ -299,7 +424,7 @@ OWN_ROWS: tuple[OwnRow, ...] = (
             prefix="",
             peft_type="LOLDU",
             r=6,
-            lora_alpha=8,
+            lora_alpha=1,
             init_method="constant",
         ),
     ),
@@ -310,7 +435,7 @@ OWN_ROWS: tuple[OwnRow, ...] = (
             prefix="",
             peft_type="LOLDU",
             r=6,
-            lora_alpha=8,
+            lora_alpha=1,
             init_method="uniform",
         ),
     ),

@@ -1,6 +1,4 @@
-"""What a row of the PEFT tables says, and the ways to train it at random."""
-
-from __future__ import annotations
+"""Rows of the PEFT tables, and ways to train them at random."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +8,12 @@ import torch
 from peft.tuners.lora.loraga import preprocess_loraga
 from torch import nn
 
-__all__ = [
-    "LAYERS",
-    "PeftRow",
-    "drawn",
-    "kept_ranks",
-    "moved",
-    "on",
-    "seen_gradients",
-]
-
 LAYERS = (4, 17)  # adapted by most rows
 
 
 @dataclass(frozen=True)
 class PeftRow:
-    """One adapter that PEFT makes, trains at random and saves; PEFT's own model is the oracle."""
+    """An adapter that PEFT makes, trains at random and saves. PEFT's model is the oracle."""
 
     id: str  # docs/families.md names it
     config: Callable[[], peft.PeftConfig]

@@ -1,12 +1,8 @@
 """PEFT's other methods: every type and every option that is served, or is refused."""
 
-from __future__ import annotations
-
 import peft
 
 from tests.conformance.peft_row import PeftRow, drawn, kept_ranks, moved, on
-
-__all__ = ["PEFT_ROWS"]
 
 _ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _NOT_YET = "cannot be served"

@@ -4,8 +4,6 @@ One server of the default base in float32 gets all rows of the tables and answer
 shuffled load, between rows of the base. `docs/families.md` calls exact what is a row here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re
@@ -35,7 +33,7 @@ from tests.conformance.own_row import OwnRow, Random
 from tests.conformance.own_rows import OWN_ROWS
 from tests.conformance.peft_row import LAYERS, PeftRow
 from tests.conformance.peft_rows import PEFT_ROWS
-from tests.support.server_process import server_process
+from tests.support.servers.server_process import server_process
 
 pytestmark = [
     pytest.mark.slow,
@@ -75,7 +73,7 @@ class Oracles:
 
 @dataclass(frozen=True)
 class Load:
-    """What one server did with all its rows."""
+    """The answers of one server to all its rows."""
 
     puts: dict[str, Put]
     questions: dict[str, list[Question]]  # by row; "": the base
@@ -157,7 +155,7 @@ def _mixed(row: MixtureRow, oracles: Oracles) -> nn.Module:
 
 
 class _Loads:
-    """One server for each mode, started when its first row is looked at."""
+    """The loads by mode. A mode's server starts when its first row is tested."""
 
     def __init__(self, oracles: Oracles, base: Path, folder: Path) -> None:
         self._oracles = oracles

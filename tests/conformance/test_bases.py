@@ -3,8 +3,6 @@
 `docs/bases.md` calls exact what is a row here.
 """
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import warnings

@@ -1,7 +1,5 @@
 """A quantised base over HTTP: it and its adapters answer as models of the dequantised weights."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import warnings
@@ -24,8 +22,8 @@ from tests.conformance.oracle import load_base, make_peft, patched, sharing_copy
 from tests.conformance.own_row import Random
 from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import save_base, serving
-from tests.support.awq_checkpoint import save_as_awq
-from tests.support.quantized_oracle import dequantized
+from tests.support.bases.awq_checkpoint import save_as_awq
+from tests.support.bases.quantized_oracle import dequantized
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),

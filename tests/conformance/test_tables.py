@@ -1,7 +1,5 @@
 """The tables of rows are complete, and the documentation calls exact what they cover, no more."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A tiny random base on disk, and the real server of it in this process."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,15 +8,15 @@ import httpx
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from loraplex_server.api.app import build_app
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.defaults import host_tier_bytes
 from loraplex_server.launch import open_store
-from loraplex_server.settings import HttpConfig, ServerConfig, StoreConfig
+from loraplex_server.served_base import store_root
+from loraplex_server.settings.config import HttpConfig, ServerConfig, StoreConfig
 from tests.conformance.base_rows import BaseRow, base_config
-from tests.support.tiny_tokenizer import tiny_tokenizer
-
-__all__ = ["save_base", "serving"]
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
+from tests.support.servers.built_app import built_app
 
 
 def save_base(row: BaseRow, folder: Path, *, seed: int = 0) -> Path:
@@ -56,16 +54,22 @@ async def serving(
     )
     built = build_engine(config.engine, base)
     try:
-        store = open_store(config, built)
+        store = open_store(
+            config,
+            built.base_spec,
+            store_root(config, built.base_spec),
+            host_bytes=host_tier_bytes(built.device),
+            packer=built.engine.packer,
+        )
         try:
-            app = build_app(
+            app = built_app(
                 built.engine,
                 store,
                 built.tokenizer,
                 config,
-                model_name=built.model_id,
+                name=built.model_id,
                 vocab_size=built.base_spec.vocab_size,
-                device=built.engine,
+                tier=built.engine,
                 experts=built.engine.experts,
             )
             transport = httpx.ASGITransport(app)

@@ -1,7 +1,5 @@
 """A browser, and servers for it to look at."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from tests.support.server_process import ServerProcess, server_process
+from tests.support.servers.server_process import ServerProcess, server_process
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 _PATIENCE_MS = 60_000
@@ -40,7 +38,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def page(browser: Browser) -> Iterator[Page]:
-    """In a tab of its own, and patient: other work may hold the machine."""
+    """Yield a tab with long timeouts: other work may hold the machine."""
     expect.set_options(timeout=_PATIENCE_MS)
     context = browser.new_context(viewport={"width": 1100, "height": 800})
     context.set_default_timeout(_PATIENCE_MS)

@@ -3,16 +3,14 @@
 python -m tests.console.openapi > build/openapi.json
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.server.conftest import make_front
-from tests.support.architectures import tiny_model
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ Fonts differ between machines, so pictures are compared as thumbnails, by the sh
 are clearly another colour.
 """
 
-from __future__ import annotations
-
 import argparse
 import io
 import shutil
@@ -21,10 +19,8 @@ import numpy as np
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from loraplex_server.model.pull import resolve_model
-from tests.support.server_process import server_process
-
-__all__ = ["PICTURES", "REFERENCES", "Picture", "difference", "take", "thumbnail"]
+from loraplex_server.model.loading.pull import resolve_model
+from tests.support.servers.server_process import server_process
 
 REFERENCES = Path(__file__).parent / "references"
 _ROOT = Path(__file__).parents[2]

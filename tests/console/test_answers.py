@@ -1,7 +1,5 @@
 """Answers and calls as the pages show them, of a real front over a scripted engine."""
 
-from __future__ import annotations
-
 import http.client
 import json
 import re
@@ -16,12 +14,12 @@ from playwright.sync_api import Page, expect
 from safetensors.torch import load_file, save_file
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.put_options import PutOptions
+from loraplex_adapter_store.names.put_options import PutOptions
 from tests.server.conftest import Front, make_front
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.served_app import served_app
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
+from tests.support.servers.served_app import served_app
 
 pytestmark = pytest.mark.slow
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "hi"}]}

@@ -1,6 +1,4 @@
-"""What the wheel ships is what the sources make, small, and of the API as it is."""
-
-from __future__ import annotations
+"""The shipped console is small, built from its sources, and up to date with the API."""
 
 import gzip
 import shutil
@@ -25,6 +23,7 @@ def test_the_page_asks_for_nothing_of_other_hosts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.skipif(shutil.which("npm") is None, reason="no npm: what is built is taken as it is")
 def test_the_sources_make_what_is_shipped(tmp_path: Path) -> None:
     folder = tmp_path / "server" / "console"

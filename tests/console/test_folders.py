@@ -1,7 +1,5 @@
 """Folders that are dropped or chosen: the adapter is found at any depth, nothing else is sent."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +10,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Locator, Page, Request, expect
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
 N_LOGS = 130  # a browser lists a folder a hundred at a time
@@ -37,7 +35,7 @@ def sent(page: Page) -> list[Request]:
 
 
 def checkpoint(folder: Path, seed: int) -> Path:
-    """As transformers' Trainer leaves one."""
+    """Write a checkpoint folder as transformers' Trainer leaves it."""
     write_lora(folder, BaseSpec.of(tiny_model(), "tiny"), seed=seed)
     for name in ("optimizer.pt", "trainer_state.json", "training_args.bin"):
         (folder / name).write_text("{}")
@@ -52,7 +50,7 @@ def form_of(page: Page, server: ServerProcess) -> Locator:
 
 
 def drop(page: Page, form: Locator, *paths: Path) -> None:
-    """As a person would, out of a file manager."""
+    """Drop the folders on the page, as from a file manager."""
     box = form.bounding_box()
     assert box is not None
     data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}

@@ -1,7 +1,5 @@
 """The menu of a key has what the key may do, and a page that it may not see says why."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator
 
@@ -10,13 +8,13 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
 KEYS = {
-    "operator": 'scope = "admin"',
+    "operator": 'scope = "admin"\noperator = true',
     "acme": 'scope = "admin"\ntenant = "acme"',
     "acme-app": 'scope = "infer"\ntenant = "acme"',
     "prometheus": 'scope = "metrics"',

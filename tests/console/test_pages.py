@@ -1,7 +1,5 @@
 """Each page's main action, in a real browser against a real server with the default base."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +11,7 @@ from openai import OpenAI
 from playwright.sync_api import ConsoleMessage, Page, expect
 
 from tests.console.conftest import DEMOS
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 PROMPT = "You are a pirate. What is the capital of Spain?"
@@ -158,7 +156,7 @@ def test_the_table_tells_what_an_adapter_has_done_and_sorts_by_it(
 
 
 def share(counts: list[int], expert: int) -> str:
-    """As JavaScript rounds it."""
+    """Round as JavaScript does."""
     return f"{int(100 * counts[expert] / sum(counts) + 0.5)} %"
 
 
@@ -232,6 +230,20 @@ def test_a_sentence_becomes_an_adapter_that_answers_differently(
     assert len(digests) == 1
     page.goto(f"{server.url}/#/adapters")
     expect(page.get_by_role("button", name="german-dates")).to_be_visible()
+
+
+def test_an_adapter_is_mixed_from_the_servers_own(page: Page, server: ServerProcess) -> None:
+    page.goto(f"{server.url}/#/create")
+    page.get_by_label("What shall it do?").fill("Talk like a pirate")
+    page.get_by_label("Made by").select_option("sg-lora")
+    page.get_by_role("button", name="Create", exact=True).click()
+    made_of = page.get_by_role("region", name="What it is made of")
+    expect(made_of).to_contain_text("by sg-lora mixture", timeout=120_000)
+    expect(made_of).to_contain_text("pirate")
+    page.get_by_label("Made by").select_option("icm-lora")
+    page.get_by_label("Inputs of the task").fill("\n".join(f"input {i}" for i in range(8)))
+    page.get_by_role("button", name="Create", exact=True).click()
+    expect(page.get_by_role("alert")).to_contain_text("loraplex generator train")
 
 
 def test_what_the_generator_refuses_is_told(page: Page, server: ServerProcess) -> None:

@@ -3,8 +3,6 @@
 After a change that is meant: python -m tests.console.pictures
 """
 
-from __future__ import annotations
-
 import pytest
 from PIL import Image
 from playwright.sync_api import Page
@@ -18,7 +16,7 @@ from tests.console.pictures import (
     take,
     thumbnail,
 )
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
 TOLERATED = 0.06  # share of pixels; other fonts and times of answers

@@ -1,7 +1,5 @@
 """Training on chats in the browser: the file, the losses as they come, and the adapter."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +10,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
 N_EXAMPLES = 24

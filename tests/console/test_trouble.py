@@ -1,6 +1,4 @@
-"""What people see when something is wrong: keys, broken streams, restarts, many adapters."""
-
-from __future__ import annotations
+"""The console under trouble: keys, broken streams, restarts, many adapters."""
 
 import re
 import signal
@@ -14,9 +12,9 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page, expect
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 KEY = "the-key-of-this-test"

@@ -1,16 +1,14 @@
 """One real server, with adapters and keys, for the tests of every official client."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest
 from openai import OpenAI
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 ADMIN, INFER = "admin-key-1", "infer-key-1"
 ADAPTERS = ("one", "two", "org/three")

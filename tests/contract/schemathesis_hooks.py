@@ -3,8 +3,6 @@
 ``LORAPLEX_ADAPTER``: an adapter that is there, and the name of its source. ``LORAPLEX_JOB``: a job.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

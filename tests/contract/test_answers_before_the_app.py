@@ -1,7 +1,5 @@
 """Answers that the application never sees: they, too, are the error object."""
 
-from __future__ import annotations
-
 import json
 import re
 import socket
@@ -11,7 +9,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 MAX_CONNECTIONS = 8
 HEAD = b"Host: 127.0.0.1\r\nConnection: close\r\n"
@@ -63,6 +61,15 @@ def assert_error(body: bytes, headers: dict[str, str], code: str) -> None:
             400,
             "invalid_http",
         ),
+        (b"GET /health HTTP/1.1\r\nHost: evil.example\r\n" + HEAD + b"\r\n", 400, "invalid_http"),
+        (
+            b"POST /v1/completions HTTP/1.1\r\n"
+            + HEAD
+            + b"Transfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\nX-Last: 1\r\n\r\n",
+            400,
+            "invalid_http",
+        ),
+        (b"POST /v1/completions/ HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "unknown_url"),
         (b"GET /?" + b"x" * (70 << 10) + b" HTTP/1.1\r\n" + HEAD + b"\r\n", 431, "head_too_large"),
         (b"GET /nowhere HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "unknown_url"),
         (b"GET /static-offline-docs/../x HTTP/1.1\r\n" + HEAD + b"\r\n", 404, "unknown_url"),
@@ -114,13 +121,22 @@ def test_an_invalid_request_behind_an_answer_does_not_spoil_it(server: ServerPro
     assert b"invalid_http" not in received or received.startswith(b"HTTP/1.1 400")
 
 
+def test_a_path_with_a_slash_too_many_names_the_right_one(server: ServerProcess) -> None:
+    """A redirect would be built from the Host header."""
+    sent = b"POST /v1/chat/completions/ HTTP/1.1\r\nHost: localhost:1\r\nConnection: close\r\n\r\n"
+    with connect(server) as connection:
+        status, headers, body = answer_to(connection, sent)
+    assert status == 404
+    assert "location" not in headers
+    assert "use /v1/chat/completions, without" in json.loads(body)["error"]["message"]
+
+
 def test_a_server_that_is_full_says_so_and_when_to_come_back(server: ServerProcess) -> None:
     request = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n"
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
     with ExitStack() as held:
-        for _ in range(MAX_CONNECTIONS - 1):
-            idle = held.enter_context(connect(server))
-            idle.sendall(request)
-            assert idle.recv(65536).startswith(b"HTTP/1.1 200")
+        for _ in range(MAX_CONNECTIONS):
+            held.enter_context(connect(server)).sendall(head + b"Content-Length: 9\r\n\r\n{")
         with connect(server) as late:
             status, headers, body = answer_to(late, request)
         assert status == 503

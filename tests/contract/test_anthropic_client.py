@@ -1,7 +1,5 @@
 """The official anthropic client against a real server: answers are those of the chat route."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 
@@ -11,7 +9,7 @@ import pytest
 from anthropic import Anthropic
 from openai import OpenAI
 
-from tests.support.server_process import ServerProcess
+from tests.support.servers.server_process import ServerProcess
 
 from .conftest import ADAPTERS, INFER
 

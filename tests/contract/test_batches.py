@@ -1,7 +1,5 @@
 """Files and batches through the official openai client, against a real server process."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Iterator
@@ -14,9 +12,9 @@ from openai import OpenAI
 from openai.types import Batch
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 KEY = "key-of-the-batches"
 ADAPTER = "one"

@@ -1,7 +1,5 @@
 """The official openai client against a real server process with a real engine and adapters."""
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import time
@@ -14,9 +12,9 @@ from openai import AsyncOpenAI, OpenAI
 from openai.types import Completion, CompletionChoice
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess
 
 from .conftest import ADAPTERS, ADMIN, INFER
 

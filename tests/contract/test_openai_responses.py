@@ -1,7 +1,5 @@
 """The official openai client's ``responses`` against a real server: answers are those of chats."""
 
-from __future__ import annotations
-
 import json
 
 import openai

@@ -3,8 +3,6 @@
 Routes are found in the schema: a new one is tested without a word here.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -19,9 +17,9 @@ import httpx
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.timeout(900)  # some fifty routes, one after the other
 HERE = Path(__file__).parent

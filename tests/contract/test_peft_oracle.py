@@ -1,7 +1,5 @@
 """A mixed batch gives, row by row, what PEFT gives when it runs that adapter alone."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,9 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
-from tests.support.architectures import VOCAB_SIZE, tiny_model
-from tests.support.engines import GREEDY, Answer, generate_all, running_engine
-from tests.support.tiny_models import read_path
+from tests.support.bases.architectures import VOCAB_SIZE, tiny_model
+from tests.support.bases.tiny_models import read_path
+from tests.support.servers.engines import GREEDY, Answer, generate_all, running_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # PEFT's advice on configs
 

@@ -1,7 +1,5 @@
 """The demo adapter calls tools that it never saw, asked by OpenAI's client over HTTP."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,9 +11,9 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
-from loraplex_training.demos import DEMOS, Pair, held_out_pairs
-from loraplex_training.demos.tool_calls import called
-from tests.support.server_process import server_process
+from research.demos import DEMOS, Pair, held_out_pairs
+from research.demos.tool_calls import called
+from tests.support.servers.server_process import server_process
 
 pytestmark = pytest.mark.slow
 FLAGS = ("--kv-memory", "256MiB", "--adapter-memory", "64MiB")

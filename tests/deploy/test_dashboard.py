@@ -1,7 +1,5 @@
 """Every metric of the dashboard is one that a running server exposes, under that name and label."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator
@@ -15,16 +13,15 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.generated_adapters import GeneratedAdapters
-from loraplex_server.api.app import build_app
-from loraplex_server.engine.expert_monitor import ExpertMonitor
-from loraplex_server.metrics.generation_collector import GenerationCollector
+from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
+from loraplex_server.engine.adapters.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.routing_collector import RoutingCollector
-from loraplex_server.settings import ServerConfig
-from tests.support.architectures import tiny_model
-from tests.support.fake_engine import FakeEngine
-from tests.support.lora_files import write_lora
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from loraplex_server.settings.config import ServerConfig
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
+from tests.support.servers.built_app import built_app
+from tests.support.servers.fake_engine import FakeEngine
 
 ROOT = Path(__file__).resolve().parents[2]
 DASHBOARD = json.loads((ROOT / "deploy/grafana/dashboards/loraplex.json").read_text())
@@ -50,15 +47,14 @@ def exposed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, set[
     with AdapterStore(folder / "store", spec, allowed_roots=[folder]) as store:
         store.put_directory("pirate", write_lora(folder / "pirate", spec))
         generated = GeneratedAdapters(store, lambda: pytest.fail("nothing is generated here"))
-        app = build_app(
+        app = built_app(
             FakeEngine(tokenizer.backend_tokenizer),
             store,
             tokenizer,
             ServerConfig(),
             generated=generated,
             collectors=[
-                RoutingCollector(store, ExpertMonitor(), None),
-                GenerationCollector(generated),
+                RoutingCollector(store, ExpertMonitor(), None, generated),
             ],
         )
         services = app.state.parts

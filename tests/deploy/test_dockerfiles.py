@@ -1,7 +1,5 @@
 """The images are safe to run, and their steps work when they are carried out."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The Helm chart, rendered by Helm's own code and held against the schemas of Kubernetes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,8 +10,8 @@ import yaml
 
 from loraplex_server.api.routes import health
 from loraplex_server.cluster.config import read_config
-from loraplex_server.settings import ServerConfig
-from loraplex_server.settings_sources import resolve_config, server_options
+from loraplex_server.settings.config import ServerConfig
+from loraplex_server.settings.sources import resolve_config, server_options
 
 helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
 kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="it is not installed")
@@ -35,7 +33,7 @@ CUSTOM = {"RayService", "ServiceMonitor", "InferencePool"}  # Kubernetes has no 
 
 
 def merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """As Helm puts values files on top of each other."""
+    """Merge values files as Helm does."""
     result: dict[str, Any] = {}
     for layer in layers:
         for key, value in layer.items():

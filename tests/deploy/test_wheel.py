@@ -1,7 +1,5 @@
 """The wheel says what it is: one plain C library for a platform, for every Python 3."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

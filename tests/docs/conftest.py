@@ -1,14 +1,12 @@
 """The server that the pages talk to: the default base with its demo adapters."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.console.conftest import browser, page  # noqa: F401  fixtures
-from tests.support.server_process import ServerProcess, server_process
+from tests.support.servers.server_process import ServerProcess, server_process
 
 FLAGS = ("--demos", "--allow-training", "--kv-memory", "384MiB", "--adapter-memory", "256MiB")
 

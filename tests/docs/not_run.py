@@ -3,18 +3,14 @@
 What is not run is at least a real command: ``real_commands`` says how that is checked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-
-__all__ = ["NOT_RUN", "ON_A_CLUSTER"]
 
 _SERVES = "serves until it is stopped; the server of these tests is started by the same command"
 _OPTIONS = "the same command with options for a base, a GPU or a bucket of the reader's"
 _MAKES = "makes an environment from a clone, which is what runs these tests"
+_STATE = "needs the directory of a server that ran; tests/server/cli/test_verify_cli.py has some"
 _DOCKER = "needs a Docker engine; `make docker-check` and tests/deploy replay the image's steps"
 _KUBERNETES = "needs a cluster of Kubernetes; the chart is rendered here with these values"
-_HOURS = "hours of measuring or training"
 
 # Page → the beginning of a command → why it is not run.
 NOT_RUN: Mapping[str, Mapping[str, str]] = {
@@ -25,11 +21,12 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     },
     "docs/index.md": {"git clone": _MAKES},
     "docs/console.md": {"loraplex serve": _SERVES},
+    "docs/tinker.md": {"pip install": _SERVES},
     "docs/quantization.md": {"loraplex serve": _OPTIONS},
-    "docs/gpu.md": {
-        "loraplex serve --model … --device cuda:0\n": _OPTIONS,
-        "loraplex serve --model … --device cuda:0 --tensor": _OPTIONS,
-        "make gpu-report": "needs a GPU; tests/loadtests runs its sections without one",
+    "docs/gpu.md": {"loraplex serve --model … --device cuda:0\n": _OPTIONS},
+    "docs/tensor-parallel.md": {"loraplex serve --model … --device cuda:0 --tensor": _OPTIONS},
+    "docs/gpu-evidence.md": {
+        "make gpu-report": "needs a GPU; tests/loadtests runs its sections without one"
     },
     "docs/catalogue.md": {"pip install": _OPTIONS},
     "docs/tutorials/serve-your-adapters.md": {"loraplex serve --model": _OPTIONS},
@@ -37,6 +34,10 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
         "docker build": _DOCKER,
         "loraplex pull": _DOCKER,
         "LORAPLEX_API_KEY=": _DOCKER,
+    },
+    "docs/state-directory.md": {
+        "loraplex adapters verify\n": _STATE,
+        "loraplex adapters verify ~": _STATE,
     },
     "docs/kubernetes.md": {
         "docker build -t": _KUBERNETES,
@@ -53,19 +54,14 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     },
     "docs/benchmarks.md": {"python -m venv": "compiles llama.cpp and downloads vLLM"},
     "docs/families.md": {"python -m pytest": "a test of its own, which CI runs"},
-    "docs/scale-out-simulation.md": {"python -m router": _HOURS},
     "docs/scale-out.md": {
         "serve start": "joins a Ray that runs; tests/cluster/test_up_and_down.py runs both",
         "python -m loadtests.replicas": "minutes of load on three servers",
     },
-    "docs/tools.md": {"loraplex serve": "an hour of questions; tests/contract asks some of them"},
-    "docs/generated-adapters-method.md": {
-        "python -m adapter_store.benchmarks.few_shot plan": _HOURS,
-        "python -m adapter_store.benchmarks.few_shot run --draws": "a quarter of an hour",
-        "python -m adapter_store.benchmarks.few_shot test": _HOURS,
-        "loraplex zoo train --base": _HOURS + "; tests/generation trains a tiny one",
-        "loraplex zoo train --restart": _HOURS + "; tests/generation trains a tiny one",
+    "docs/adapters-from-adapters.md": {
+        "loraplex serve --generator-dir": "tests/generation/test_store_methods.py runs both"
     },
+    "docs/tools.md": {"loraplex serve": "an hour of questions; tests/contract asks some of them"},
 }
 
 # Run by tests/docs/test_cluster_pages.py (`make test-cluster`).

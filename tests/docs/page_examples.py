@@ -1,10 +1,8 @@
-"""What is in the code blocks of a page: commands in their order, what they print, and data.
+"""Reads the code blocks of a page: commands in order, their output, and data.
 
 A fence of `bash` or `python` is a command. A fence of `text` right after it is its output, where
 `…` stands for anything; elsewhere it is a drawing. `json`, `toml` and `yaml` are data.
 """
-
-from __future__ import annotations
 
 import re
 from dataclasses import dataclass
@@ -13,8 +11,6 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-
-__all__ = ["COMMANDS", "DATA", "Example", "examples_of", "matches", "mentions_of"]
 
 COMMANDS = ("bash", "python")
 DATA = ("json", "toml", "yaml")
@@ -63,7 +59,7 @@ def mentions_of(page: Path) -> list[tuple[int, str]]:
 
 
 def matches(shown: str, printed: str) -> bool:
-    """Whether the page's output is what was printed, up to space at the ends of lines."""
+    """Return True if the page shows what was printed, up to spaces at the ends of lines."""
 
     def lines(text: str) -> str:
         return "\n".join(line.rstrip() for line in text.strip().splitlines())

@@ -1,6 +1,4 @@
-"""What the pages take for granted in the folder of their reader."""
-
-from __future__ import annotations
+"""Makes the files that pages assume in their reader's folder."""
 
 import json
 import shutil
@@ -10,8 +8,6 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-
-__all__ = ["GIVEN", "Reader"]
 
 _DEMOS = Path(str(files("loraplex_adapter_store"))) / "demos"
 
@@ -25,12 +21,12 @@ class Reader:
         self.base = base
 
     def two_adapters(self) -> None:
-        """One here, as PEFT saves it, and another one for the server to read."""
+        """Write an adapter to the reader's folder, and another to the server's."""
         shutil.copytree(_DEMOS / "german-numbers", self.folder, dirs_exist_ok=True)
         shutil.copytree(_DEMOS / "pirate", self.served / "mine")
 
     def classifier(self) -> None:
-        """Of two classes, with random weights in one layer; the labels as transformers has them."""
+        """Write a classifier of two classes with random weights, and its labels."""
         hidden = json.loads((self.base / "config.json").read_text())["hidden_size"]
         torch.manual_seed(0)
         module = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -68,7 +64,9 @@ class Reader:
 
 GIVEN: Mapping[str, Callable[[Reader], None]] = {
     "docs/http-api.md": Reader.two_adapters,
+    "docs/adapters-over-http.md": Reader.two_adapters,
     "docs/embeddings.md": Reader.classifier,
     "docs/training.md": lambda reader: reader.chats("numbers.jsonl"),
-    "docs/routing.md": lambda reader: reader.chats("data.jsonl"),
+    "docs/recipes.md": lambda reader: reader.chats("numbers.jsonl"),
+    "docs/routed-adapters.md": lambda reader: reader.chats("data.jsonl"),
 }

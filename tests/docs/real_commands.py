@@ -1,10 +1,8 @@
-"""Whether a command that no test runs is at least a real one.
+"""Checks that commands that no test runs exist.
 
 Its program is known, and what it names exists: commands and options of `loraplex`, targets and
 variables of the Makefile, modules and their options, files, extras, values of the Helm chart.
 """
-
-from __future__ import annotations
 
 import ast
 import re
@@ -21,9 +19,7 @@ import yaml
 from typer.main import get_command
 
 from loraplex_server.cli.app import app
-from loraplex_server.settings_sources import server_options
-
-__all__ = ["NotReal", "check_commands"]
+from loraplex_server.settings.sources import server_options
 
 ROOT = Path(__file__).parents[2]
 _QUOTED_OR_COMMENT = re.compile(r"""'[^']*'|"[^"]*"|(?<!\S)\#[^\n]*""")
@@ -81,6 +77,10 @@ def _check_loraplex(arguments: list[str], whole: bool) -> None:
         (command, path) = (found[0], [*path, names[0]])
         if len(names) > 1:
             return
+    if path == ["loraplex", "bench"]:  # hands its arguments on
+        options = [word for word in arguments if word.startswith("--") and word != "--help"]
+        _check_python(["-m", "loadtests.run", *options], whole)
+        return
     context = command.make_context(path[-1], ["--help"], parent=context, resilient_parsing=True)
     context.resilient_parsing = False  # it was for the --help alone, and forgives too much
     parser = command.make_parser(context)
@@ -135,7 +135,8 @@ def _check_python(arguments: list[str], whole: bool) -> None:
 
 def _module(name: str) -> Path:
     parts = Path(*name.split("."))
-    for root in (ROOT, *(ROOT / part for part in ("server", "kernels", "adapter_store", "router"))):
+    packages = ("server", "kernels", "adapter_store", "training", "router")
+    for root in (ROOT, *(ROOT / part for part in packages)):
         for file in (root / parts.with_suffix(".py"), root / parts / "__main__.py"):
             if file.is_file():
                 return file
@@ -231,7 +232,7 @@ def _check_kubectl(arguments: list[str], whole: bool) -> None:
 
 
 def _check_serve(arguments: list[str], whole: bool) -> None:
-    """Ray Serve's own command: the application that it is told of is ours."""
+    """Check Ray Serve's own command, whose application must be ours."""
     if arguments[0] not in ("start", "run"):
         raise NotReal(f"serve {arguments}")
     for word in arguments:

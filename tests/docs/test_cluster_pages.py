@@ -1,7 +1,5 @@
 """The commands of the pages about clusters, on the cluster of `deploy/cluster.yaml`."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -14,8 +12,8 @@ import yaml
 
 from tests.docs.not_run import ON_A_CLUSTER
 from tests.docs.page_examples import examples_of
-from tests.support.cluster_process import ClusterProcess, cluster_process
-from tests.support.server_process import save_tiny_model
+from tests.support.servers.cluster_process import ClusterProcess, cluster_process
+from tests.support.servers.server_process import save_tiny_model
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[2]
@@ -51,7 +49,7 @@ def test_the_commands_of_the_pages_do_what_they_say(tmp_path: Path) -> None:
 
 
 def _said(cluster: ClusterProcess, command: str) -> str:
-    """In a terminal of its own, whose `loraplex` is that of these tests."""
+    """Run a command as from another terminal, with the `loraplex` of these tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command.replace("http://127.0.0.1:8000", cluster.url)],

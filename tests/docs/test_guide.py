@@ -1,7 +1,5 @@
 """The documentation is built without warnings, asks nothing of other hosts, and is served."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys
@@ -13,9 +11,9 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from loraplex_server.api.guide_files import GUIDE
+from loraplex_server.api.static_pages import GUIDE
 from tests.console.conftest import CHROMIUM
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -32,7 +30,7 @@ class _Tags(HTMLParser):
 
 @pytest.fixture(scope="module")
 def built() -> Path:
-    """As `make docs` leaves it."""
+    """Build the site as `make docs` does."""
     command = [sys.executable, "-m", "docs.site"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

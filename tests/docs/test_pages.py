@@ -3,8 +3,6 @@
 `not_run.py` names those that cannot; they are real commands at least.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -21,12 +19,12 @@ import pytest
 import yaml
 
 from loadtests.scenario import parse_scenario
-from loraplex_server.api_keys import parse_keys
+from loraplex_server.settings.api_keys import parse_keys
 from tests.docs.not_run import NOT_RUN, ON_A_CLUSTER
 from tests.docs.page_examples import COMMANDS, DATA, Example, examples_of, matches, mentions_of
 from tests.docs.reader import GIVEN, Reader
 from tests.docs.real_commands import NotReal, check_commands
-from tests.support.server_process import ServerProcess, save_tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model
 
 ROOT = Path(__file__).parents[2]
 HISTORY = "CHANGELOG.md"  # names commands as they were
@@ -54,7 +52,7 @@ def _runnable(name: str) -> list[Example]:
 
 
 def _is_first_read(name: str) -> bool:
-    """In CI; the other pages take minutes together and run at night."""
+    """Return True for pages that CI runs; the others take minutes and run at night."""
     return "tutorials" in name or name in ("README.md", "docs/index.md")
 
 
@@ -95,8 +93,8 @@ def test_a_command_within_a_sentence_is_a_real_one(name: str) -> None:
         'make soak SOUP="--minutes 1"',
         "python -m loadtests.nothing",
         "python -m loadtests.replicas --user 3",
-        "python -m adapter_store.benchmarks.few_shot repeat",
-        "python server/benchmarks/none.py",
+        "python -m research.few_shot repeat",
+        "python loadtests/parts/none.py",
         "pytest tests/none",
         "pip install 'loraplex[rays]'",
         "docker build -f Dockerfile.none .",
@@ -197,7 +195,7 @@ def _quick(code: str, base: Path) -> str:
 def _run(
     language: str, code: str, url: str, folder: Path, *, strict: bool
 ) -> subprocess.CompletedProcess[str]:
-    """With the test's server in place of the page's, in a folder that the page's commands share.
+    """Run a command against the test's server, in a folder that the page's commands share.
 
     ``strict``: curl fails on an answer that is an error.
     """

@@ -1,7 +1,5 @@
 """Each script of `examples/` does what it says, against a real server with the default base."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re
@@ -18,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -29,7 +27,7 @@ KEYS = {"ACME_KEY": "sk-acme", "UMBRA_KEY": "sk-umbra"}
 
 @pytest.fixture(scope="module")
 def server(pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    """With two tenants, and the operator's key for what needs none."""
+    """Yield a server with keys of two tenants and of the operator."""
     folder = tmp_path_factory.mktemp("examples")
     keys = folder / "keys.toml"
     keys.write_text(
@@ -45,7 +43,7 @@ def server(pulled_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def run(server: ServerProcess, folder: Path, script: str, *arguments: str, **keys: str) -> str:
-    """What the script prints."""
+    """Run a script and return its output."""
     environment = {**os.environ, "LORAPLEX_URL": server.url, "LORAPLEX_API_KEY": "sk-operator"}
     done = subprocess.run(
         [sys.executable, str(ROOT / "examples" / script), *arguments],
@@ -130,7 +128,7 @@ def test_tenants_rag(server: ServerProcess, pulled_encoder: Path, tmp_path: Path
 
 
 def test_rl_loop(tmp_path: Path) -> None:
-    """On a tiny base: the same steps, in seconds."""
+    """The loop takes the same steps on a tiny base, in seconds."""
     tiny = save_tiny_model(tmp_path / "tiny")
     with server_process(tiny, tmp_path / "state", "--api-key", "sk-operator") as server:
         assert_policy_is_served(server, tiny, tmp_path)

@@ -1,7 +1,5 @@
 """A real engine, a real store and the whole HTTP side, whose parts are made to fail one by one."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re
@@ -18,22 +16,22 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.put_options import PutOptions
-from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.description_resolver import DescriptionResolver
-from loraplex_server.adapters.generated_adapters import GeneratedAdapters
-from loraplex_server.adapters.sentence_encoder import SharedEncoder
-from loraplex_server.api.app import build_app
+from loraplex_adapter_store.names.put_options import PutOptions
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
+from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.resolving.sentence_encoder import SharedEncoder
 from loraplex_server.api.state import AppState
 from loraplex_server.engine.engine import Engine
-from loraplex_server.faults import Faults
-from loraplex_server.settings import HttpConfig, ServerConfig
-from tests.support.adapter_samples import SAMPLES
-from tests.support.architectures import tiny_model
-from tests.support.engines import running_engine
-from tests.support.lora_files import write_lora
+from loraplex_server.health_tracker import HealthTracker
+from loraplex_server.settings.config import HttpConfig, ServerConfig
+from tests.support.adapters.adapter_samples import SAMPLES
+from tests.support.adapters.choosers import Choosers
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 from tests.support.scripted_generator import ScriptedGenerator
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.servers.built_app import built_app
+from tests.support.servers.engines import running_engine
 
 FAMILIES = ("LORA", "MOLA", "OFT", "PREFIX_TUNING")  # factors, experts, an operator, KV pages
 _DESCRIPTIONS = {"LORA": "Talks like a pirate", "OFT": "Writes SQL queries"}
@@ -52,7 +50,7 @@ class World:
 
     engine: Engine
     store: AdapterStore
-    faults: Faults
+    health_tracker: HealthTracker
     client: httpx.AsyncClient
     folder: Path
     generator: ScriptedGenerator
@@ -107,7 +105,7 @@ class World:
 
     @asynccontextmanager
     async def canary_that_runs(self) -> AsyncIterator[None]:
-        """One answer of another adapter, from before the block on."""
+        """Run an answer of another adapter from before the block on."""
         self.expected.setdefault(_CANARY, await self._canary_answer())
         singing = asyncio.create_task(self._canary_answer())
         while not self.engine.stats().n_running:
@@ -124,18 +122,18 @@ class World:
         return answer.json()["choices"]
 
     async def check_idle(self) -> None:
-        """Nothing is held once nobody asks: no lease, no KV page, no place on the device."""
+        """Check that idle parts hold no lease, no KV page and no device slot."""
         await self.engine.unload("nothing")  # the engine has read all that was sent before
         loop = self.engine.loop
         assert self.store.stats().n_leases == 0
         assert loop.kv_cache.n_pages_held == 0
         residents = loop.adapters.residents
         pool = loop.adapters.pool
-        assert set(pool.slots) == {slot for one in residents for slot in one.slots}
+        assert set(pool.slots) == {slot for one in residents for slot in one.memory.slots}
         assert pool.bytes_used == sum(one.n_bytes for one in residents)
 
     async def check_no_requests(self) -> None:
-        """Those that were cancelled have ended."""
+        """Wait until cancelled requests have ended."""
         while self.engine._inbox.n_requests:
             await self.engine.unload("nothing")
 
@@ -143,7 +141,7 @@ class World:
         """Off the device and out of host memory: the next request loads it from disk."""
         digest = self.store.get(adapter).digest
         await self.engine.unload(digest)
-        self.store._tier.drop(digest)
+        self.store.state.tier.drop(digest)
 
     async def health(self) -> dict[str, Any]:
         answer = await self.client.get("/health")
@@ -165,10 +163,10 @@ class World:
 
     def check_files(self) -> None:
         """No content on disk that no name reaches, and nothing staged."""
-        self.store._retirement.finish()
+        self.store.garbage.finish()
         named = {card.digest for card in self.store.list()}
-        assert set(self.store._files.digests()) == named
-        assert set(self.store._packed.digests()) <= named
+        assert set(self.store.state.files.digests()) == named
+        assert set(self.store.state.packed.digests()) <= named
         assert not any((self.folder / "store" / "staging").iterdir())
 
     async def count(self, part: str) -> float:
@@ -200,15 +198,14 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="package")
-def engine_and_faults() -> Iterator[tuple[Engine, Faults]]:
-    faults = Faults()
-    with running_engine(tiny_model(eos_token_id=2), faults=faults) as engine:
-        yield engine, faults
+def engine() -> Iterator[Engine]:
+    with running_engine(tiny_model(eos_token_id=2)) as engine:
+        yield engine
 
 
 @pytest.fixture(scope="package")
-def encoder(pulled_encoder: Path, engine_and_faults: tuple[Engine, Faults]) -> SharedEncoder:
-    return SharedEncoder(lambda: pulled_encoder, engine_and_faults[1])
+def encoder(pulled_encoder: Path) -> SharedEncoder:
+    return SharedEncoder(lambda: pulled_encoder)
 
 
 @pytest.fixture(scope="package")
@@ -231,20 +228,17 @@ def open_world(
     encoder: SharedEncoder,
     samples: dict[str, Path],
     tmp_path: Path,
-) -> Callable[[Engine, Faults], AbstractContextManager[World]]:
+) -> Callable[[Engine], AbstractContextManager[World]]:
     """The HTTP side of an engine."""
     return partial(_open_world, tokenizer, base_spec, encoder, samples, tmp_path)
 
 
 @pytest.fixture
 def world(
-    engine_and_faults: tuple[Engine, Faults],
-    open_world: Callable[[Engine, Faults], AbstractContextManager[World]],
+    engine: Engine,
+    open_world: Callable[[Engine], AbstractContextManager[World]],
 ) -> Iterator[World]:
-    engine, faults = engine_and_faults
-    for part in list(faults.counts):
-        faults.worked(part)
-    with open_world(engine, faults) as world:
+    with open_world(engine) as world:
         yield world
 
 
@@ -256,32 +250,30 @@ def _open_world(
     samples: dict[str, Path],
     tmp_path: Path,
     engine: Engine,
-    faults: Faults,
 ) -> Iterator[World]:
+    health_tracker = HealthTracker()
     store = AdapterStore(
         tmp_path / "store",
         base_spec,
-        packer=engine.packer,
+        engine=EngineHooks(engine.packer),
         allowed_roots=[tmp_path],
-        faults=faults,
     )
     store.put_directory(_CANARY, write_lora(tmp_path / "canary", base_spec, seed=7, scale=0.5))
     for family, folder in samples.items():
         options = PutOptions(description=_DESCRIPTIONS.get(family))
         store.put_directory(family.lower(), folder, options=options)
     generator = ScriptedGenerator(base_spec)
-    generated = GeneratedAdapters(store, lambda: generator, faults=faults)
-    descriptions = DescriptionResolver(store, encoder, generated)
-    app = build_app(
+    generated = GeneratedAdapters(store, lambda: generator)
+    choosers = Choosers(store, encoder, generated)
+    app = built_app(
         engine,
         store,
         tokenizer,
         ServerConfig(http=HttpConfig(served_model_names=("base",))),
-        device=engine,
+        tier=engine,
         generated=generated,
-        resolver=descriptions,
-        semantic=descriptions.router,
-        faults=faults,
+        **choosers.parts,
+        health_tracker=health_tracker,
     )
     client = httpx.AsyncClient(
         transport=httpx.ASGITransport(app, raise_app_exceptions=False),
@@ -289,8 +281,9 @@ def _open_world(
         timeout=60,
     )
     parts = app.state.parts
-    yield World(engine, store, faults, client, tmp_path, generator, encoder, parts)
-    descriptions.close()
+    with health_tracker.listening():
+        yield World(engine, store, health_tracker, client, tmp_path, generator, encoder, parts)
+    choosers.close()
     generated.close()
     asyncio.run(parts.text.close())
     parts.pools.close()

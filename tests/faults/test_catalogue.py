@@ -1,7 +1,5 @@
 """SQLite that is locked, full, read-only or breaks at any statement, seen from outside."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -13,10 +11,10 @@ import httpx
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.store import AdapterStore
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
 from tests.faults.conftest import World, check_fault
+from tests.support.adapters.lora_files import write_lora
 from tests.support.kth_fault import KthFault
-from tests.support.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
 
@@ -90,7 +88,7 @@ async def test_any_failed_statement_changes_nothing_or_all(
 ) -> None:
     _source(world, 50)
     fault = KthFault(_error(error))
-    registry = world.store._registry
+    registry = world.store.state.registry
     registry._db = FailingConnection(registry._db, fault)  # type: ignore[assignment]
     n_failed = 0
     async with world.canary():
@@ -122,16 +120,18 @@ async def test_any_failed_statement_changes_nothing_or_all(
 async def _check_reopened(world: World, listed: dict[str, str], base: BaseSpec) -> None:
     """The next life of the server finds what was acknowledged, and no more."""
     world.store.close()
-    with AdapterStore(world.folder / "store", base, packer=world.engine.packer) as store:
+    with AdapterStore(
+        world.folder / "store", base, engine=EngineHooks(world.engine.packer)
+    ) as store:
         assert {card.name: card.digest for card in store.list()} == listed
         for name in listed:
             store.acquire(name).release()
-        assert set(store._files.digests()) == set(listed.values())
+        assert set(store.state.files.digests()) == set(listed.values())
 
 
 async def test_a_failed_rollback_does_not_block_what_comes_after(world: World) -> None:
     """COMMIT and ROLLBACK both fail: the transaction stays open until the next write."""
-    registry = world.store._registry
+    registry = world.store.state.registry
     real = registry._db
 
     class Broken(FailingConnection):
@@ -153,7 +153,7 @@ async def test_a_failed_rollback_does_not_block_what_comes_after(world: World) -
 @contextmanager
 def _locked(world: World) -> Iterator[None]:
     """Somebody else writes: an operator's shell, a backup."""
-    world.store._registry._db.execute("PRAGMA busy_timeout = 50")
+    world.store.state.registry._db.execute("PRAGMA busy_timeout = 50")
     other = sqlite3.connect(world.folder / "store" / "registry.sqlite3", isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
     yield
@@ -163,7 +163,7 @@ def _locked(world: World) -> Iterator[None]:
 
 @contextmanager
 def _full(world: World) -> Iterator[None]:
-    db = world.store._registry._db
+    db = world.store.state.registry._db
     (n_pages,) = db.execute("PRAGMA page_count").fetchone()
     db.execute(f"PRAGMA max_page_count = {n_pages}")
     _fill(db)
@@ -178,18 +178,14 @@ def _fill(db: sqlite3.Connection) -> None:
         while True:
             number += 1
             try:
-                db.execute(
-                    "INSERT INTO revisions (name, revision, digest, examples, provenance, created,"
-                    " kept) VALUES (?, ?, '', '[]', ?, 0, 0)",
-                    (f"filler-{number}", 1, "x" * size),
-                )
+                db.execute("INSERT INTO reports VALUES (?, ?)", (f"filler-{number}", "x" * size))
             except sqlite3.OperationalError:
                 break
 
 
 @contextmanager
 def _read_only(world: World) -> Iterator[None]:
-    db = world.store._registry._db
+    db = world.store.state.registry._db
     db.execute("PRAGMA query_only = ON")
     yield
     db.execute("PRAGMA query_only = OFF")

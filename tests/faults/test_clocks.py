@@ -1,7 +1,5 @@
 """Clocks that jump: the wall clock by a day either way, the monotonic one by an hour of sleep."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Iterator
@@ -9,12 +7,12 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from loraplex_server.api.app import build_app
-from loraplex_server.api.middleware.rate_limit import RateLimiter
-from loraplex_server.api_keys import parse_keys
-from loraplex_server.settings import HttpConfig, ServerConfig
+from loraplex_server.api.middleware.rate_limit import Meter
+from loraplex_server.settings.api_keys import parse_keys
+from loraplex_server.settings.config import HttpConfig, ServerConfig
 from tests.faults.conftest import World
-from tests.support.lora_files import write_lora
+from tests.support.adapters.lora_files import write_lora
+from tests.support.servers.built_app import built_app
 
 pytestmark = pytest.mark.anyio
 
@@ -72,7 +70,7 @@ async def test_a_jump_of_the_wall_clock_disturbs_no_answer(
 async def test_names_expire_by_the_wall_clock_and_no_others_go(
     clocks: Clocks, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(world.parts.generated, "_clock", clocks.time)
+    monkeypatch.setattr(world.parts.makers.generated, "_clock", clocks.time)
     before = set(await world.listing())
     assert (await _generate(world, name="short", ttl_s=3600)).status_code == 201
     clocks.wall_s = -_DAY_S
@@ -99,11 +97,11 @@ async def test_an_hour_of_sleep_gives_a_key_a_minutes_worth_and_no_more(
     """
     # The default clock of a limiter; it stands still but for what the test says.
     frozen = (lambda: 1000.0 + clocks.monotonic_s,)
-    monkeypatch.setattr(RateLimiter.__init__, "__defaults__", frozen)
+    monkeypatch.setattr(Meter.__init__, "__defaults__", frozen)
     keys = parse_keys(text.format(sha256=hashlib.sha256(b"slow-secret").hexdigest()))
     http = HttpConfig(served_model_names=("base",), api_keys=keys)
     tokenizer = world.parts.text._chat
-    app = build_app(world.engine, world.store, tokenizer, ServerConfig(http=http))
+    app = built_app(world.engine, world.store, tokenizer, ServerConfig(http=http))
     client = httpx.AsyncClient(
         transport=httpx.ASGITransport(app),
         base_url="http://127.0.0.1:8000",

@@ -1,7 +1,5 @@
 """Allocations and copies on an adapter's way to the device, each of which fails once."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable
@@ -11,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from loraplex_server.engine.adapters.adapter_loader import AdapterLoader
+from loraplex_server.engine.adapters.adapter_memory import AdapterMemory
 from tests.faults.conftest import FAMILIES, World, check_fault
 from tests.support.kth_fault import KthFault
 
@@ -23,9 +23,9 @@ _ERRORS: list[Callable[[], BaseException]] = [lambda: RuntimeError(_MESSAGE), Me
 def _everywhere(world: World, fault: KthFault, patch: pytest.MonkeyPatch) -> None:
     """Every tensor operation from disk to the tables that the kernels read."""
     pool = world.engine.loop.adapters
-    patch.setattr(world.store._loader, "load", fault.within(world.store._loader.load))
+    patch.setattr(world.store.loader, "load", fault.within(world.store.loader.load))
     patch.setattr(pool, "_start_load", fault.within(pool._start_load))  # engine thread
-    patch.setattr(pool._copies, "run", fault.within(pool._copies.run))  # loader thread
+    patch.setattr(AdapterMemory, "copy", fault.within(AdapterMemory.copy))  # loader thread
     patch.setattr(pool, "_publish", fault.within(pool._publish))  # engine thread
 
 
@@ -86,20 +86,20 @@ class _SeenLate(Future[Any]):
 async def test_a_load_may_end_between_any_two_looks_at_it(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One that ended between two looks was never published, and the base answered instead."""
+    """A load that ends between two looks is published, so the base does not answer instead."""
     await world.learn("lora")
-    pool = world.engine.loop.adapters
-    submit = pool._loader.submit
+    submit = AdapterLoader.submit
     for n in range(8):
         seen = _SeenLate(n)
 
-        def submit_late(load: Callable[[], Any], seen: _SeenLate = seen) -> Future[Any]:
-            submit(lambda: seen.set_result(load()))
+        def submit_late(loader: AdapterLoader, *args: Any, seen: _SeenLate = seen) -> Future[Any]:
+            load = submit(loader, *args)
+            load.add_done_callback(lambda load: seen.set_result(load.result()))
             return seen
 
         async with world.canary():  # steps go on, each looks
             with monkeypatch.context() as patch:
-                patch.setattr(pool._loader, "submit", submit_late)
+                patch.setattr(AdapterLoader, "submit", submit_late)
                 await world.forget("lora")
                 await world.check_right("lora")
         assert seen._n_left < 0
@@ -112,24 +112,24 @@ async def test_a_failed_load_whose_client_has_left_is_no_error_of_the_next_reque
     """The client leaves while the copy runs; then the copy fails."""
     await world.learn("lora")
     await world.forget("lora")
-    before = world.faults.counts["loader"]
-    copies, loop = world.engine.loop.adapters._copies, asyncio.get_running_loop()
+    before = world.health_tracker.counts["loader"]
+    loop = asyncio.get_running_loop()
     copying, left = asyncio.Event(), asyncio.Event()
 
-    def fails_late(mark: object, copy: object) -> None:
+    def fails_late(*_: object) -> None:
         loop.call_soon_threadsafe(copying.set)
         asyncio.run_coroutine_threadsafe(left.wait(), loop).result()
         raise RuntimeError("the copy failed")
 
     with monkeypatch.context() as patch:
-        patch.setattr(copies, "run", fails_late)
+        patch.setattr(AdapterMemory, "copy", fails_late)
         asking = asyncio.create_task(world.ask("lora"))
         await copying.wait()
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
         await world.check_no_requests()
         left.set()
-        while world.faults.counts["loader"] == before:
+        while world.health_tracker.counts["loader"] == before:
             await world.engine.unload("nothing")
     await world.check_right("lora")
     await world.check_idle()
@@ -141,11 +141,11 @@ async def test_a_loader_that_keeps_failing_shows_in_health_until_it_works_again(
     await world.learn("lora")
     counted = await world.count("loader")
 
-    def broken(mark: object, copy: object) -> None:
+    def broken(*_: object) -> None:
         raise torch.OutOfMemoryError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(world.engine.loop.adapters._copies, "run", broken)
+        patch.setattr(AdapterMemory, "copy", broken)
         for n in (1, 2, 3):
             await world.forget("lora")
             check_fault(await world.ask("lora"), "adapter_load_failed")

@@ -1,7 +1,5 @@
 """Native calls, operators, the tokenizer, the encoder and the generator, made to fail over HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from itertools import count
@@ -10,10 +8,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from loraplex_adapter_store.operators.rotations import BlockRotation
-from loraplex_kernels.cpu.decoder import NativeDecoder
+from loraplex_adapter_store.operators.kinds import BlockRotation
 from loraplex_kernels.cpu.lora import NativeLora
-from loraplex_server.engine.output_router import OutputRouter
+from loraplex_kernels.lora.native_decoder import NativeDecoder
+from loraplex_server.engine.output_processor import OutputRouter
 from tests.faults.conftest import World, check_fault
 from tests.support.kth_fault import KthFault
 
@@ -24,7 +22,7 @@ pytestmark = pytest.mark.anyio
     ("owner", "seam", "adapters"),
     [
         (NativeDecoder, "__call__", ["lora", "prefix_tuning"]),  # a whole step in one call
-        (NativeLora, "_call", ["lora", "oft", "mola"]),  # layer by layer
+        (NativeLora, "over_base", ["lora", "oft", "mola"]),  # layer by layer
     ],
 )
 async def test_a_native_call_that_fails_once_changes_no_answer(
@@ -47,7 +45,7 @@ async def test_a_native_call_that_fails_once_changes_no_answer(
 async def test_requests_that_always_fail_never_stop_the_others(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One adapter's operator is broken; many such requests at once, again and again."""
+    """Many requests at once, again and again, meet one adapter's broken operator."""
     await world.learn("oft")
     counted = await world.count("model")
 
@@ -69,7 +67,7 @@ async def test_requests_that_always_fail_never_stop_the_others(
 async def test_a_listener_that_fails_takes_no_event_from_the_others(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    router: OutputRouter = world.engine.loop._answers._output_router
+    router: OutputRouter = world.engine.loop.outputs._output_router
     put = router.put
 
     def with_a_bad_neighbour(request: Any, event: Any) -> None:
@@ -87,7 +85,7 @@ async def test_a_listener_that_fails_takes_no_event_from_the_others(
 
 
 class Panic(BaseException):
-    """As PyO3 raises where Rust panics: no Exception."""
+    """A BaseException, as PyO3 raises for a panic in Rust."""
 
 
 class FailingTokenizer:

@@ -1,14 +1,12 @@
 """A disk that fails at any operation: uploads, sources and generated adapters over HTTP."""
 
-from __future__ import annotations
-
 import errno
 from itertools import count
 from pathlib import Path
 
 import pytest
 
-from loraplex_adapter_store.disk import Disk
+from loraplex_adapter_store.contents.content_files import Disk
 from tests.faults.conftest import World, check_fault
 from tests.faults.test_catalogue import Act, _delete, _generate, _put_new, _replace, _source_job
 from tests.faults.test_catalogue import _source as source
@@ -43,20 +41,20 @@ async def test_any_failed_file_operation_fails_its_request_alone(
     source(world, 50)
     fault = KthFault(_no_space)
     disk = FailingDisk(fault)
-    monkeypatch.setattr(world.store._files, "_disk", disk)
-    monkeypatch.setattr(world.store._packed, "_disk", disk)
-    n_counted = world.faults.counts["storage"]
+    monkeypatch.setattr(world.store.state.files, "_disk", disk)
+    monkeypatch.setattr(world.store.state.packed, "_disk", disk)
+    n_counted = world.health_tracker.counts["storage"]
     async with world.canary():
         for k in count():
             await world.upload("oft", samples["OFT"])
             before = await world.listing()
             fault.arm(k)
             answer = await act(world, k)
-            world.store._retirement.finish()
+            world.store.garbage.finish()
             if not fault.disarm():
                 break
-            assert world.faults.counts["storage"] > n_counted
-            n_counted = world.faults.counts["storage"]
+            assert world.health_tracker.counts["storage"] > n_counted
+            n_counted = world.health_tracker.counts["storage"]
             if answer.is_success:  # a cache, or files that nobody needs any more
                 continue
             check_fault(answer, "storage_unavailable")
@@ -71,7 +69,7 @@ async def test_an_upload_that_cannot_be_written_is_a_503(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The folder that uploads are written to is gone; the next one finds it again."""
-    staging = world.store._files._staging
+    staging = world.store.state.files._staging
     staging.rename(staging.with_name("away"))
     staging.write_text("a file where a folder belongs")
     check_fault(await _put_new(world, 1), "storage_unavailable")

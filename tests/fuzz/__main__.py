@@ -1,7 +1,5 @@
 """`make fuzz`: many cases against one server; prints what it found and how to see it again."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import tempfile

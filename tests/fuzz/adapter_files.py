@@ -1,16 +1,12 @@
 """Adapter files: a good LoRA of the tiny base, and what can be wrong with one."""
 
-from __future__ import annotations
-
 import json
 import random
 import struct
 from collections.abc import Mapping
 from typing import Any
 
-from .values import damaged, mutated, odd_value
-
-__all__ = ["config_bytes", "weights_bytes"]
+from .values import damaged, deepened, mutated, odd_value
 
 HIDDEN, RANK, LAYERS = 64, 4, 3
 OUT = {"q_proj": 64, "v_proj": 32}
@@ -87,6 +83,8 @@ def config_bytes(rng: random.Random, *, is_good: bool) -> bytes:
         config["peft_type"] = rng.choice(PEFT_TYPES)
     if rng.random() < 0.3:
         config = mutated(rng, config, rng.randrange(1, 4))
+    if rng.random() < 0.05:
+        config = deepened(rng, config)
     try:
         data = json.dumps(config).encode()
     except ValueError:  # an int of thousands of digits

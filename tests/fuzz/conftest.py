@@ -1,6 +1,4 @@
-"""One server for all tests of this folder."""
-
-from __future__ import annotations
+"""A server for all tests of this folder."""
 
 from collections.abc import Iterator
 

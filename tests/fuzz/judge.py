@@ -1,6 +1,4 @@
-"""What holds for every answer, whatever was asked."""
-
-from __future__ import annotations
+"""Rules that hold for every answer to any request."""
 
 import json
 import re
@@ -11,8 +9,6 @@ from urllib.parse import unquote
 import httpx
 
 from .cases import Case
-
-__all__ = ["Judge"]
 
 # for load only, with the code that explains it
 _MAY_BE_BUSY = ("queue_full", "adapter_memory_full", "too_many_connections")
@@ -35,6 +31,8 @@ class Judge:
             return f"shows {shown[0]}"
         if answer.status_code >= 400:
             return self._of_error(case, answer)
+        if case.wire is not None:
+            return f"{case.wire} were accepted"
         if answer.headers.get("content-type", "").startswith("text/event-stream"):
             for line in text.split("\n\n"):
                 if line.startswith('data: {"error"'):

@@ -1,14 +1,10 @@
 """Bodies that /openapi.json allows, more or less: where a fuzzed request begins."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from typing import Any
 
 from .values import NUMBERS, STRINGS, odd_value
-
-__all__ = ["sample"]
 
 _P_OPTIONAL = 0.25
 

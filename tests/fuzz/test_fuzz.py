@@ -1,7 +1,5 @@
 """Two thousand odd requests and adapter files; `make fuzz` sends a hundred thousand."""
 
-from __future__ import annotations
-
 from .campaign import Target
 
 SEED, N_CASES = 20, 2000
@@ -16,3 +14,6 @@ def test_no_request_breaks_the_server_shows_its_inside_or_changes_another_answer
     assert target.statuses[200] > 200
     assert target.statuses[400] > 800
     assert {201, 404, 405, 415} <= target.statuses.keys()
+    paths = target.client.get("/openapi.json").json()["paths"]
+    documented = {(method, path) for path, methods in paths.items() for method in methods}
+    assert target.routes == documented

@@ -1,13 +1,9 @@
 """Values that programs trip over, and changes of JSON that keep most of its form."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random
 from typing import Any
-
-__all__ = ["NAMES", "STRINGS", "damaged", "mutated", "odd_value", "to_bytes"]
 
 NAMES = (
     *("kept", "kept", "kept", "other", "org/one", "generated/x", "auto", "base", "kept@", "pin"),
@@ -43,6 +39,7 @@ FIELDS = (
     *("role", "content", "type", "text", "seed", "logit_bias", "suffix", "best_of", "unknown", ""),
 )
 MAX_DEPTH = 600
+DEPTHS = (50, 99, 101, 130, 255, 300)  # json.dumps itself fails at a thousand
 
 
 def odd_value(rng: random.Random) -> Any:
@@ -75,6 +72,15 @@ def mutated(rng: random.Random, value: Any, n_changes: int) -> Any:
             inside.append(copy.deepcopy(inside[0]) if inside else odd_value(rng))
         elif action == 7:
             holder[key] = [inside] if rng.random() < 0.5 else {rng.choice(FIELDS): inside}
+    return root[0]
+
+
+def deepened(rng: random.Random, value: Any) -> Any:
+    """A copy of ``value`` with one place under many lists and objects."""
+    root = [copy.deepcopy(value)]
+    holder, key = rng.choice(list(_places(root)))
+    for _ in range(rng.choice(DEPTHS)):
+        holder[key] = [holder[key]] if rng.random() < 0.5 else {"a": holder[key]}
     return root[0]
 
 

@@ -1,7 +1,5 @@
 """The sentence encoder: unit vectors that depend on their text alone, from any thread."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 

@@ -1,17 +1,15 @@
 """Bases that lie on the stand-in for a GPU, built once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
 from transformers import PreTrainedModel
 
-from loraplex_kernels.quantized_weight import WeightFormat
+from loraplex_kernels.formats.quantized_weight import WeightFormat
 from loraplex_server.model.base_model import BaseModel
-from tests.support.architectures import tiny_model
-from tests.support.meta_engine import base_on_host
-from tests.support.tiny_models import tiny_llama
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_models import tiny_llama
+from tests.support.gpu.meta_engine import base_on_host
 
 BaseOf = Callable[..., BaseModel]
 

@@ -1,19 +1,17 @@
 """``--device cuda:N``, the memory of a GPU, and what becomes of a request that it cannot hold."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
-from loraplex_adapter_store.families.dora import row_norms
-from loraplex_server.engine.device import resolve_device
-from loraplex_server.engine.model_runner import ModelRunner
+from loraplex_adapter_store.families.low_rank.lora import row_norms
+from loraplex_server.engine.memory.device import resolve_device
+from loraplex_server.engine.steps.model_runner import ModelRunner
 from tests.gpu_readiness.conftest import BaseOf
-from tests.support.architectures import tiny_model
-from tests.support.engines import GREEDY
-from tests.support.meta_device import META, meta_gpu
-from tests.support.meta_engine import Wish, meta_engine
-from tests.support.routed_plans import lora_plan
+from tests.support.adapters.routed_plans import lora_plan
+from tests.support.bases.architectures import tiny_model
+from tests.support.gpu.meta_device import META, meta_gpu
+from tests.support.gpu.meta_engine import Wish, meta_engine
+from tests.support.servers.engines import GREEDY
 
 LORA = lora_plan(tiny_model("llama"), rank=4, seed=1)
 

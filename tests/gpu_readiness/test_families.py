@@ -1,7 +1,5 @@
 """Steps of every adapter family on the stand-in for a GPU: no tensor is left on the host."""
 
-from __future__ import annotations
-
 import dataclasses
 import warnings
 from pathlib import Path
@@ -11,11 +9,11 @@ from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
 from loraplex_server.model.base_model import BaseModel
-from tests.support.adapter_samples import SAMPLES
-from tests.support.engines import GREEDY
-from tests.support.meta_engine import Wish, meta_engine
-from tests.support.routed_plans import lora_plan
-from tests.support.tiny_models import read_tensors
+from tests.support.adapters.adapter_samples import SAMPLES
+from tests.support.adapters.routed_plans import lora_plan
+from tests.support.bases.tiny_models import read_tensors
+from tests.support.gpu.meta_engine import Wish, meta_engine
+from tests.support.servers.engines import GREEDY
 
 SHORT = dataclasses.replace(GREEDY, max_tokens=2)  # a prefill and a decode step
 N_GROUPS = 4

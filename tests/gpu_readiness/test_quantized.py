@@ -1,20 +1,18 @@
 """What a step of a quantised base asks of a GPU: one launch of ours where cuBLAS had one."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 
 import pytest
 
-from loraplex_kernels.quantized_weight import WeightFormat
+from loraplex_kernels.formats.quantized_weight import WeightFormat
 from tests.gpu_readiness.conftest import BaseOf
 from tests.gpu_readiness.test_steps import MIXTURES, decode_step, run_plans
-from tests.support.architectures import tiny_model
-from tests.support.engines import GREEDY
-from tests.support.meta_device import Work
-from tests.support.meta_engine import Wish, meta_engine
-from tests.support.routed_plans import lora_plan
+from tests.support.adapters.routed_plans import lora_plan
+from tests.support.bases.architectures import tiny_model
+from tests.support.gpu.meta_device import Work
+from tests.support.gpu.meta_engine import Wish, meta_engine
+from tests.support.servers.engines import GREEDY
 
 SHORT = dataclasses.replace(GREEDY, max_tokens=3)
 N_LINEARS = 4  # packed ones of a layer

@@ -1,7 +1,5 @@
 """The portable kernels compile for aarch64, where GCC's vector extensions become NEON."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path
@@ -19,9 +17,9 @@ _SOURCES = Path(__file__).parents[2] / "kernels" / "loraplex_kernels" / "cpu" / 
 def test_the_library_compiles_and_multiplies_and_adds_in_one_instruction(tmp_path: Path) -> None:
     built = tmp_path / "native.so"
     flags = ["-std=c++17", "-O2", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-Wall"]
-    sources = sorted(map(str, _SOURCES.glob("*.cpp")))
+    sources = sorted(map(str, _SOURCES.rglob("*.cpp")))
     run = subprocess.run(
-        [_COMPILER, *flags, "-Werror", *sources, "-o", str(built)],
+        [_COMPILER, *flags, "-Werror", f"-I{_SOURCES}", *sources, "-o", str(built)],
         capture_output=True,
         text=True,
         check=False,

@@ -1,31 +1,19 @@
 """The benchmark of attention: its arithmetic, and what each system launches."""
 
-from __future__ import annotations
-
-import importlib.util
-import sys
-from pathlib import Path
+import importlib
 from types import ModuleType
 
 import pytest
 import torch
 
-from loraplex_kernels.flashinfer_attention import FlashInferAttention
-from tests.support.flashinfer_stand_in import install_flashinfer
-from tests.support.meta_device import META, meta_gpu
-
-_PATH = Path(__file__).parents[2] / "kernels" / "benchmarks" / "bench_attention.py"
+from loraplex_kernels.layers.flashinfer_attention import FlashInferAttention
+from tests.support.gpu.flashinfer_stand_in import install_flashinfer
+from tests.support.gpu.meta_device import META, meta_gpu
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_attention", _PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_attention"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("kernels.benchmarks.bench_attention")
 
 
 def test_bytes_and_products_of_a_step(bench: ModuleType) -> None:

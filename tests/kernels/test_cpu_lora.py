@@ -1,9 +1,6 @@
 """The native CPU LoRA operator against float64, and that its bits depend on nothing but the row."""
 
-from __future__ import annotations
-
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,20 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_kernels import (
-    LoraPool,
-    LoraSegments,
-    LoraTarget,
-    PreparedTarget,
-    SliceFactors,
-    build_segments,
-    expand_routed,
-    lora_apply,
-)
 from loraplex_kernels.cpu import native
 from loraplex_kernels.cpu.lora import NativeLora
-from loraplex_kernels.packed_linear import PackedLinear
-from tests.support.lora_problems import MIXES, LoraProblem, draw_slots, make_problem, tolerance
+from loraplex_kernels.errors import BadFactors
+from loraplex_kernels.formats.factors import SliceFactors
+from loraplex_kernels.formats.layout import LoraSegments, LoraTarget
+from loraplex_kernels.layers.packed_linear import PackedLinear
+from loraplex_kernels.lora.ops import PreparedTarget, lora_apply
+from loraplex_kernels.lora.pool import LoraPool
+from loraplex_kernels.lora.segments import build_segments, expand_routed
+from tests.support.adapters.lora_problems import (
+    MIXES,
+    LoraProblem,
+    draw_slots,
+    make_problem,
+    tolerance,
+)
 
 needs_native = pytest.mark.skipif(
     not native.available(), reason="no C++ compiler built the kernels"
@@ -98,12 +97,12 @@ def test_one_call_over_the_base_has_the_bits_of_two(problem: LoraProblem) -> Non
     packed = PackedLinear(weights, [None, *(torch.randn(width) for width in widths[1:])])
     if packed.native is None:  # an odd number of bfloat16 inputs
         return
-    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply = NativeLora(problem.tables)
     segments = segments_of(problem)
     two = packed(problem.x)
     apply(problem.x, segments, two)
     one = torch.empty_like(two)
-    apply.linear_with_lora(packed.native, problem.x, segments, one)
+    apply.over_base("linear_with_lora", packed.native, problem.x, segments, one)
     assert torch.equal(one, two)
 
 
@@ -169,15 +168,13 @@ def test_rows_with_any_stride_and_rows_without_an_adapter_are_left_alone() -> No
     )
     wide = torch.zeros(3, 64)
     out = wide[:, 10:40]
-    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply = NativeLora(problem.tables)
     x = torch.zeros(3, 80)
     x[:, 5:46] = problem.x
     apply(x[:, 5:46], segments_of(problem), out)
     expected = torch.zeros(3, 30)
     lora_apply(
         problem.x,
-        problem.storage,
-        problem.target,
         problem.tables,
         segments_of(problem),
         out=expected,
@@ -192,7 +189,7 @@ def test_rows_with_any_stride_and_rows_without_an_adapter_are_left_alone() -> No
 @needs_native
 def test_segments_that_point_outside_are_refused() -> None:
     problem = tiny_problem()
-    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply = NativeLora(problem.tables)
     with pytest.raises(IndexError, match="slot"):
         apply(problem.x, build_segments(torch.tensor([0, 1], dtype=torch.int32)), problem.base)
     with pytest.raises(IndexError, match="row"):
@@ -242,7 +239,7 @@ def test_segments_of_other_types_or_shapes_are_refused(
     change: dict[str, torch.Tensor], message: str
 ) -> None:
     problem = tiny_problem()
-    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply = NativeLora(problem.tables)
     apply(problem.x, FITTING, problem.base.clone())
     with pytest.raises(ValueError, match=message):
         apply(problem.x, dataclasses.replace(FITTING, **change), problem.base)
@@ -252,7 +249,7 @@ def test_segments_of_other_types_or_shapes_are_refused(
 @pytest.mark.parametrize("indptr", [(0, 3), (-1, 2), (2, 0), (0, 1 << 30)])
 def test_an_indptr_that_leaves_the_indices_is_refused(indptr: tuple[int, int]) -> None:
     problem = tiny_problem()
-    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply = NativeLora(problem.tables)
     before = problem.base.clone()
     with pytest.raises(IndexError, match="indptr must ascend"):
         apply(problem.x, dataclasses.replace(FITTING, indptr=ints(*indptr)), problem.base)
@@ -262,11 +259,15 @@ def test_an_indptr_that_leaves_the_indices_is_refused(indptr: tuple[int, int]) -
 @needs_native
 def test_pairs_of_other_types_are_refused() -> None:
     problem = tiny_problem()
-    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply = NativeLora(problem.tables)
     packed = PackedLinear([torch.randn(8, 8)], [None])
     assert packed.native is not None
     rows, values = torch.tensor([0, 1]), torch.randn(2, 8)
-    call = functools.partial(apply.moe_down, packed.native, problem.x, FITTING)
+
+    def call(rows: torch.Tensor, out: torch.Tensor, values: torch.Tensor) -> None:
+        assert packed.native is not None
+        apply.over_base("moe_down", packed.native, problem.x, FITTING, out, (rows, values))
+
     call(rows, problem.base.clone(), values)
     with pytest.raises(ValueError, match="contiguous int64"):
         call(rows.int(), problem.base, values)
@@ -302,15 +303,15 @@ def test_without_the_library_the_reference_answers_and_the_log_says_so(
         )
         segments = segments_of(problem)
         out = problem.base.clone()
-        lora_apply(problem.x, problem.storage, problem.target, problem.tables, segments, out=out)
+        lora_apply(problem.x, problem.tables, segments, out=out)
         assert torch.allclose(out.double(), problem.expected(segments), atol=1e-4)
     finally:
         native.library.cache_clear()
 
 
-def test_a_prepared_target_follows_tables_that_grew() -> None:
+def test_a_prepared_target_reads_slots_of_any_rank_that_the_tables_hold() -> None:
     target = LoraTarget("linear", 32, (24,))
-    pool = LoraPool([target], n_bytes=1 << 20, n_slots=4, dtype=torch.float32, max_rank=16)
+    pool = LoraPool([target], n_bytes=1 << 20, n_slots=4, dtype=torch.float32, max_rank=100)
     prepared = PreparedTarget(pool, "linear")
     x = torch.randn(2, 32)
     for rank in (8, 100):
@@ -326,6 +327,11 @@ def test_a_prepared_target_follows_tables_that_grew() -> None:
         prepared(x, segments, out)
         assert torch.allclose(out[0], b @ (a @ x[0]), atol=1e-3)
         assert not out[1].any()
+    factors = {"linear": (SliceFactors(torch.zeros(101, 32), torch.zeros(24, 101)),)}
+    slot = pool.reserve(pool.pack(factors))
+    pool.fill(slot)
+    with pytest.raises(BadFactors, match="rank 101, the tables hold 100"):
+        pool.publish(slot)
 
 
 def test_a_mixed_batch_agrees_with_peft() -> None:
@@ -380,6 +386,6 @@ def segments_of(problem: LoraProblem) -> LoraSegments:
 
 def run(problem: LoraProblem) -> torch.Tensor:
     out = problem.base.clone()
-    apply = NativeLora(problem.storage, problem.target, problem.tables)
+    apply = NativeLora(problem.tables)
     apply(problem.x, segments_of(problem), out)
     return out

@@ -1,22 +1,17 @@
 """Routed experts' native operators against the PyTorch definition in float64."""
 
-from __future__ import annotations
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from loraplex_kernels import (
-    LoraPool,
-    LoraSegments,
-    LoraTarget,
-    PackedLinear,
-    PreparedTarget,
-    SliceFactors,
-    lora_apply_reference,
-)
 from loraplex_kernels.cpu import native
-from loraplex_kernels.experts import (
+from loraplex_kernels.formats.factors import SliceFactors
+from loraplex_kernels.formats.layout import LoraSegments, LoraTarget
+from loraplex_kernels.layers.model_ops import silu_mul
+from loraplex_kernels.layers.packed_linear import PackedLinear
+from loraplex_kernels.lora.experts import (
     StepPairs,
     group_pairs,
     moe_combine,
@@ -26,7 +21,9 @@ from loraplex_kernels.experts import (
     route_top_k,
     weighted_sum,
 )
-from loraplex_kernels.model_ops import silu_mul
+from loraplex_kernels.lora.ops import PreparedTarget
+from loraplex_kernels.lora.pool import LoraPool
+from loraplex_kernels.reference.lora import lora_apply_reference
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler built the kernels")
 HIDDEN, FF = 64, 96
@@ -105,10 +102,8 @@ class Problem:
         return SliceFactors(torch.randn(rank, n_in) / n_in**0.5, torch.randn(n_out, rank) / 4)
 
     def reference(self, target: str, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
-        pool = self.pool
-        lora_apply_reference(
-            x, pool.storage.double(), pool.targets[target], pool.tables(target), segments, out=out
-        )
+        tables = replace(self.pool.tables(target), storage=self.pool.storage.double())
+        lora_apply_reference(x, tables, segments, out=out)
 
 
 def _draw(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -117,7 +112,7 @@ def _draw(dtype: torch.dtype, *shape: int) -> Tensor:
 
 def _double_linear(linear: PackedLinear, x: Tensor) -> Tensor:
     bias = None if linear.bias is None else linear.bias.double()
-    return torch.nn.functional.linear(x, torch.cat(linear.unpack()).double(), bias)
+    return torch.nn.functional.linear(x, linear.matrix().double(), bias)
 
 
 def _double_silu(gate_up: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """Exponent-coded pages: what comes out of them is what went in, and no result depends on them."""
 
-from __future__ import annotations
-
 import hashlib
 
 import pytest
@@ -10,27 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex_kernels import (
-    AdapterFactors,
-    LoraPool,
-    LoraSegments,
-    LoraTarget,
-    PackedLinear,
-    PreparedTarget,
-    SliceFactors,
-    build_segments,
-    expand_routed,
-    lora_apply_reference,
-    silu_mul,
-)
 from loraplex_kernels.cpu import native
-from loraplex_kernels.experts import StepPairs, group_pairs
-from loraplex_kernels.exponent_coding import (
+from loraplex_kernels.cpu.exponent_coding import (
     EXPONENT_CODED,
-    decode_rows,
     encode_rows,
     prefers_coded_pages,
 )
+from loraplex_kernels.formats.factors import AdapterFactors, SliceFactors
+from loraplex_kernels.formats.layout import LoraSegments, LoraTarget
+from loraplex_kernels.layers.model_ops import silu_mul
+from loraplex_kernels.layers.packed_linear import PackedLinear
+from loraplex_kernels.lora.experts import StepPairs, group_pairs
+from loraplex_kernels.lora.ops import PreparedTarget
+from loraplex_kernels.lora.pool import LoraPool
+from loraplex_kernels.lora.segments import build_segments, expand_routed
+from tests.support.coded_rows import decode_rows
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler built the kernels")
 BF16 = torch.bfloat16
@@ -218,15 +210,3 @@ def test_over_the_base_and_for_routed_experts_too(mix: str, n_rows: int) -> None
         results.append((of_up.linear_with_lora(up, x, segments), base, expert_act, gathered))
     for plain, small in zip(*results, strict=True):
         assert torch.equal(plain, small)
-
-
-@pytest.mark.parametrize("n_rows", [1, 16, 100])
-def test_the_reference_reads_coded_pages(n_rows: int) -> None:
-    torch.manual_seed(n_rows)
-    for name, target in PLAIN.targets.items():
-        x = torch.randn(n_rows, target.in_features).to(BF16)
-        outs = [torch.zeros(n_rows, sum(target.out_features), dtype=BF16) for _ in range(2)]
-        segments = mixed_segments("any", n_rows, n_rows)
-        for pool, out in zip((PLAIN, CODED), outs, strict=True):
-            lora_apply_reference(x, pool.storage, target, pool.tables(name), segments, out=out)
-        assert torch.equal(*outs)

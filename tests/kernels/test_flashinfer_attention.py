@@ -1,7 +1,5 @@
 """FlashInfer behind ``paged_attention``: what it is given, by its published signatures."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import sys
@@ -14,9 +12,14 @@ import torch
 from torch import Tensor
 
 from loraplex_kernels.errors import KernelUnavailable
-from loraplex_kernels.flashinfer_attention import FlashInferAttention, PlannedAttention
-from loraplex_kernels.model_ops import paged_attention, paged_attention_reference, write_kv
-from tests.support.flashinfer_stand_in import (
+from loraplex_kernels.layers.flashinfer_attention import (
+    CapturedAttention,
+    FlashInferAttention,
+    PlannedAttention,
+)
+from loraplex_kernels.layers.model_ops import paged_attention, paged_attention_reference, write_kv
+from tests.support.gpu.flashinfer_stand_in import (
+    BatchDecodeWithPagedKVCacheWrapper,
     BatchPrefillWithPagedKVCacheWrapper,
     install_flashinfer,
 )
@@ -70,6 +73,32 @@ def test_it_gives_what_the_reference_gives(
     assert [(w.n_plans, w.n_runs) for w in wrappers] == [(1, 3)]
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_a_captured_step_of_any_lengths_gives_what_the_reference_gives(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph, whose first replays have spare requests; layers of two kinds."""
+    wrappers = install_flashinfer(monkeypatch)
+    step = Step()
+    table = torch.zeros(4, 7, dtype=torch.int32)
+    captured = CapturedAttention(FlashInferAttention(CPU), table, table.new_zeros(4 * 7))
+    q, starts = step.q[:4], torch.arange(5, dtype=torch.int32)
+    kinds = [{"scale": 0.2, "window": w, "softcap": None} for w in (None, window)]
+    for lens in ((), (9,), (40, 1), (17, 8, 40), (8, 16, 17, 1)):
+        n = len(lens)
+        rows = [max(range(4), key=lambda r: LENS[r] >= n_kv) for n_kv in lens]
+        table[:n] = step.table[rows]
+        captured.plan(np.array(lens, dtype=np.int64))
+        for kind in kinds:
+            out = torch.empty(q.shape)  # of padding rows, too
+            paged_attention(q, *step.rows, table, starts, starts, **kind, out=out, planned=captured)
+            shared = (table[:n], starts[: n + 1], torch.tensor(lens).int())
+            wanted = paged_attention_reference(q[:n], *step.packed, *shared, **kind)
+            torch.testing.assert_close(out[:n], wanted, rtol=1e-5, atol=1e-5)
+    n_kinds = 1 if window is None else 2
+    assert [type(w) for w in wrappers] == [BatchDecodeWithPagedKVCacheWrapper] * n_kinds
+
+
 def test_layers_of_another_kind_have_a_plan_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     wrappers = install_flashinfer(monkeypatch)
     step, library = Step(), FlashInferAttention(CPU)
@@ -106,26 +135,37 @@ def test_what_it_does_not_serve_has_a_reason() -> None:
 
 
 @pytest.mark.skipif(find_spec("flashinfer") is None, reason="flashinfer is not installed")
-@pytest.mark.parametrize("method", ["__init__", "plan", "run"])
-def test_the_stand_in_has_the_signatures_of_the_wheel(method: str) -> None:
+@pytest.mark.parametrize("method", ["__init__", "plan", "run", "reset_workspace_buffer"])
+@pytest.mark.parametrize(
+    ("file", "stand_in"),
+    [
+        ("prefill.py", BatchPrefillWithPagedKVCacheWrapper),
+        ("decode.py", BatchDecodeWithPagedKVCacheWrapper),
+    ],
+)
+def test_the_stand_in_has_the_signatures_of_the_wheel(
+    file: str, stand_in: type, method: str
+) -> None:
     """Read, not imported: that needs CUDA."""
     spec = find_spec("flashinfer")
     assert spec is not None
     assert spec.origin is not None
-    tree = ast.parse(Path(spec.origin).with_name("prefill.py").read_text("utf-8"))
+    if method not in vars(stand_in):
+        return  # inherited or not used
+    tree = ast.parse(Path(spec.origin).with_name(file).read_text("utf-8"))
     (wrapper,) = (
         node
         for node in tree.body
-        if isinstance(node, ast.ClassDef)
-        and node.name == BatchPrefillWithPagedKVCacheWrapper.__name__
+        if isinstance(node, ast.ClassDef) and node.name == stand_in.__name__
     )
-    published = [
-        node for node in wrapper.body if isinstance(node, ast.FunctionDef) and node.name == method
-    ][-1].args
-    ours = inspect.signature(getattr(BatchPrefillWithPagedKVCacheWrapper, method)).parameters
+    methods = {node.name: node.args for node in wrapper.body if isinstance(node, ast.FunctionDef)}
+    published = methods[method]
+    ours = inspect.signature(getattr(stand_in, method)).parameters
     positional = [n for n, p in ours.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     keywords = {n for n, p in ours.items() if p.kind is p.KEYWORD_ONLY}
     assert positional == [argument.arg for argument in published.args][: len(positional)]
+    if published.kwarg is not None:
+        published = methods["_plan_impl"]
     assert keywords <= {argument.arg for argument in (*published.args, *published.kwonlyargs)}
 
 

@@ -1,7 +1,5 @@
 """Norms, activations, rotary and cache writes against transformers' own functions."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -9,10 +7,17 @@ from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
-from loraplex_kernels import add_rms_norm, read_kv, rms_norm, rope_and_cache, silu_mul, write_kv
-from loraplex_kernels.model_ops import norm_heads
-from loraplex_kernels.model_ops_reference import (
+from loraplex_kernels.layers.model_ops import (
+    add_rms_norm,
+    norm_heads,
+    rms_norm,
+    rope_and_cache,
+    silu_mul,
+    write_kv,
+)
+from loraplex_kernels.reference.model_ops import (
     add_rms_norm_reference,
+    read_kv,
     rms_norm_reference,
     rope_and_cache_reference,
     silu_mul_reference,
@@ -133,18 +138,7 @@ def test_rotary_turns_as_transformers_does_and_the_cache_holds_the_keys_and_valu
     q_rotated, k_rotated = apply_rotary_pos_emb(
         q.float(), k.float(), cos.float()[positions], sin.float()[positions]
     )
-    rope_and_cache(
-        q_k_v,
-        cos,
-        sin,
-        positions,
-        k_cache,
-        v_cache,
-        slots,
-        n_heads=n_heads,
-        n_kv_heads=n_kv_heads,
-        head_dim=head_dim,
-    )
+    rope_and_cache(q_k_v, cos, sin, positions, k_cache, v_cache, slots)
     close(
         q_k_v.view(n_rows, -1, head_dim)[:, : n_heads + n_kv_heads],
         torch.cat((q_rotated, k_rotated), dim=1).to(dtype),
@@ -161,11 +155,8 @@ def test_a_partial_rotary_dimension_leaves_the_rest_of_a_head() -> None:
     caches = [torch.zeros(1, 2, 16, 32) for _ in range(4)]
     q_k_v = rows_of(5, 6 * 32, torch.float32)
     expected, positions = q_k_v.clone(), torch.arange(5)
-    shape = {"n_heads": 2, "n_kv_heads": 2, "head_dim": 32}
-    rope_and_cache(q_k_v, cos, sin, positions, caches[0], caches[1], positions, **shape)
-    rope_and_cache_reference(
-        expected, cos, sin, positions, caches[2], caches[3], positions, **shape
-    )
+    rope_and_cache(q_k_v, cos, sin, positions, *caches[:2], positions)
+    rope_and_cache_reference(expected, cos, sin, positions, *caches[2:], positions)
     close(q_k_v, expected)
     assert torch.equal(caches[1], caches[3])
 
@@ -179,9 +170,7 @@ def test_without_rotary_rows_with_a_negative_slot_are_not_written(dtype: torch.d
         torch.zeros(2, 1, 16, 32, dtype=dtype),
     )
     slots = torch.tensor([17, -1, 3])
-    rope_and_cache(
-        q_k_v, None, None, slots, k_cache, v_cache, slots, n_heads=1, n_kv_heads=1, head_dim=32
-    )
+    rope_and_cache(q_k_v, None, None, slots, k_cache, v_cache, slots)
     assert torch.equal(q_k_v, given)
     keys, _ = read_kv(k_cache, v_cache, torch.tensor([17, 3]))
     assert torch.equal(keys[:, 0], given[[0, 2], 32:64])

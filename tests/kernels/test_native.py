@@ -1,11 +1,10 @@
 """The loaded library: which kernels it has, and that it means the structs that Python fills."""
 
-from __future__ import annotations
-
 import ctypes
 
 import pytest
 
+from kernels.benchmarks import kernel_sets
 from loraplex_kernels.cpu import native, structs
 
 needs_native = pytest.mark.skipif(
@@ -15,15 +14,15 @@ needs_native = pytest.mark.skipif(
 
 @needs_native
 def test_the_best_kernels_of_this_processor_are_in_use_and_the_portable_ones_always_run() -> None:
-    sets = native.kernel_sets()
-    assert native.kernel_set() == sets[0]
+    sets = kernel_sets.kernel_sets()
+    assert kernel_sets.kernel_set() == sets[0]
     assert sets[-1] == "portable"
 
 
 @needs_native
 def test_kernels_that_do_not_run_here_are_refused() -> None:
     with pytest.raises(ValueError, match="no native kernels 'avx1024' run here"):
-        native.use_kernel_set("avx1024")
+        kernel_sets.use_kernel_set("avx1024")
 
 
 @needs_native

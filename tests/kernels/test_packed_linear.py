@@ -1,19 +1,18 @@
 """Packed linears against float64 products, and the bits of a row in any company."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from loraplex_kernels import PackedLinear, packed_linear
 from loraplex_kernels.cpu import native
-from loraplex_kernels.packed_linear import packed_words
-from loraplex_kernels.quantized_linear import BaseLinear, QuantizedLinear
-from loraplex_kernels.quantized_weight import WeightFormat, quantize_weight
-from loraplex_kernels.weight_range import WeightRange
+from loraplex_kernels.formats.quantized_weight import WeightFormat, quantize_weight
+from loraplex_kernels.formats.storage import WeightRange
+from loraplex_kernels.layers import packed_linear
+from loraplex_kernels.layers.base_linear import BaseLinear
+from loraplex_kernels.layers.packed_linear import PackedLinear, packed_words
+from loraplex_kernels.layers.quantized_linear import QuantizedLinear
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -108,7 +107,7 @@ def test_every_instruction_set_gives_the_product(
 def test_packing_loses_nothing(dtype: torch.dtype) -> None:
     weights = weights_of([(70, 64), (33, 64)], dtype)
     linear = PackedLinear(weights, [None, None])
-    assert all(torch.equal(got, given) for got, given in zip(linear.unpack(), weights, strict=True))
+    assert all(torch.equal(linear.part(i), given) for i, given in enumerate(weights))
     ids = torch.tensor([0, 102, 31, 32, 70, 70])
     assert torch.equal(linear.embed(ids), torch.cat(weights)[ids])
 
@@ -139,7 +138,7 @@ def test_coded_weights_give_the_bits_of_plain_ones(in_features: int, n_out: int)
     plain = PackedLinear([weight], [bias], exponent_coding=False)
     if native.prefers_coded_weights() and in_features > 64:
         assert coded.n_bytes < 0.9 * plain.n_bytes
-    assert torch.equal(coded.unpack()[0], weight)
+    assert torch.equal(coded.part(0), weight)
     assert torch.equal(coded.embed(torch.arange(n_out).flip(0)), weight.flip(0))
     for n_rows in (1, 2, 3, 8, 12, 13, 16, 25, 200):
         x = rows_of(n_rows, in_features, torch.bfloat16)
@@ -166,7 +165,7 @@ def test_weights_that_hardly_become_smaller_stay_plain() -> None:
     weight = 2.0 ** -torch.arange(64 * 128).remainder(60).float().reshape(128, 64)
     linear = PackedLinear([weight.bfloat16()], [None])
     assert linear.n_bytes == 128 * 64 * 2
-    assert torch.equal(linear.unpack()[0], weight.bfloat16())
+    assert torch.equal(linear.part(0), weight.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -201,8 +200,8 @@ def test_linears_in_one_range_are_what_they_are_alone(dtype: torch.dtype) -> Non
         alone = PackedLinear(stack, [None] * len(stack))
         x = rows_of(5, linear.in_features, dtype)
         assert torch.equal(linear(x), alone(x))
-        for weight, kept in zip(stack, linear.unpack(), strict=True):
-            assert torch.equal(weight, kept)
+        for i, weight in enumerate(stack):
+            assert torch.equal(weight, linear.part(i))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -216,8 +215,8 @@ def test_what_is_packed_piece_by_piece_is_what_is_packed_at_once(
     monkeypatch.setattr(packed_linear, "_TEMPORARY_BYTES", 2 * 32 * 64 * dtype.itemsize)
     in_pieces = PackedLinear(weights, biases, exponent_coding=exponent_coding)
     assert in_pieces.n_bytes == at_once.n_bytes
-    for weight, kept in zip(weights, in_pieces.unpack(), strict=True):
-        assert torch.equal(weight, kept)
+    for i, weight in enumerate(weights):
+        assert torch.equal(weight, in_pieces.part(i))
     x = rows_of(5, 64, dtype)
     assert torch.equal(in_pieces(x), at_once(x))
 

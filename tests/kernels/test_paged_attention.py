@@ -1,7 +1,5 @@
 """Paged attention against PyTorch's, over random page tables, and its bits in any chunking."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex_kernels import paged_attention, write_kv
 from loraplex_kernels.cpu import native
-from loraplex_kernels.model_ops_reference import paged_attention_reference
+from loraplex_kernels.layers.model_ops import paged_attention, write_kv
+from loraplex_kernels.reference.model_ops import paged_attention_reference
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -1,7 +1,5 @@
 """Masks of allowed tokens: native code against numpy, alone and inside a head's product."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -9,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from loraplex_kernels import PackedLinear
-from loraplex_kernels.token_mask import mask_bits, select_allowed, select_allowed_reference
+from loraplex_kernels.cpu.token_mask import mask_bits, select_allowed, select_allowed_reference
+from loraplex_kernels.layers.packed_linear import PackedLinear
 
 
 def mask_of(n_tokens: int, density: float, seed: int) -> NDArray[np.int32]:

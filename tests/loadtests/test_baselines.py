@@ -1,6 +1,4 @@
-"""How the other servers are started and asked, and the judge of outputs on our own."""
-
-from __future__ import annotations
+"""Starts of the other servers, their requests, and the judge of outputs on our server."""
 
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from loadtests.baselines.vllm_cpu import VllmCpu
 from loadtests.client import StreamingClient
 from loadtests.random_adapters import write_lora
 from loadtests.systems import Loraplex, System, started
-from tests.support.server_process import save_tiny_model
+from tests.support.servers.server_process import save_tiny_model
 
 TINY = {"dtype": "float32", "threads": 1, "kv-memory": "8MiB", "adapter-memory": "8MiB"}
 

@@ -1,7 +1,5 @@
 """The client that times streamed tokens, against small servers of our own."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -94,6 +92,17 @@ def test_a_connection_is_used_again_after_an_answer_in_one_piece(server: Server)
     outcomes = ask(server, whole(EVENT + USAGE + DONE), n=3)
     assert [outcome.error for outcome in outcomes] == [None] * 3
     assert server.n_connections == 1
+
+
+def test_a_kept_connection_that_the_server_closed_costs_no_request(server: Server) -> None:
+    """llama.cpp's server closes each connection after its answer, without saying so in a header."""
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        whole(EVENT + USAGE + DONE)(handler)
+        handler.close_connection = True
+
+    assert [outcome.error for outcome in ask(server, answer, n=3)] == [None, None, None]
+    assert server.n_connections == 3
 
 
 def test_a_stream_that_breaks_off_is_an_error(server: Server) -> None:

@@ -1,7 +1,5 @@
 """The docs and the folder agree: no scenario without a line, no result that no page shows."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -12,7 +10,9 @@ from loadtests.scenario import scenario_files
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/load-testing.md").read_text()
-PAGES = PAGE + (ROOT / "docs/benchmarks.md").read_text()
+RESULTS_PAGE = (ROOT / "docs/load-test-results.md").read_text()
+OTHER_PAGES = ("docs/benchmarks.md", "docs/fairness.md")
+PAGES = PAGE + RESULTS_PAGE + "".join((ROOT / page).read_text() for page in OTHER_PAGES)
 RESULTS = sorted((ROOT / "loadtests/results").glob("*.json"))
 
 

@@ -1,7 +1,5 @@
 """The report of a GPU, made of recorded numbers of a device that does not exist."""
 
-from __future__ import annotations
-
 import json
 import os
 import select
@@ -9,25 +7,35 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
 
+from kernels.benchmarks import bench_gpu
 from loadtests.client import Outcome
+from loadtests.gpu_report import sections
 from loadtests.gpu_report.__main__ import NO_DEVICE, main
 from loadtests.gpu_report.process import run_until
 from loadtests.gpu_report.report import Report, Skipped, done_before, run_sections
 from loadtests.gpu_report.sections import (
+    SECTIONS,
     Plan,
     device_test_files,
     roofline_shares,
-    section_end,
     sections_of,
     test_counts,
 )
-from loadtests.gpu_report.serving import SMALL_LOAD, ask_all, compare_serving, serving_numbers
+from loadtests.gpu_report.serving import (
+    SMALL_LOAD,
+    Load,
+    ask_all,
+    compare_serving,
+    serving_numbers,
+)
 from loadtests.systems import Loraplex
 
 MADE_UP = {"name": "Made-up GPU <no such device>", "memory MiB": 81559}
@@ -113,8 +121,10 @@ def test_nothing_is_asked_or_started_after_the_end_of_the_hour(tmp_path: Path) -
     nobody = "http://127.0.0.1:9"  # an answer, or an error, would be an outcome
     assert ask_all(nobody, Loraplex(), [None], SMALL_LOAD, 3, over) == []
     assert len(ask_all(nobody, Loraplex(), [None], SMALL_LOAD, 3, over + 60)) == 3
-    results = compare_serving(tmp_path, model=tmp_path, load=SMALL_LOAD, dtype=None, deadline=over)
-    (result,) = results
+    kept = tmp_path / "serving.json"
+    (result,) = compare_serving(
+        tmp_path, kept=kept, model=tmp_path, load=SMALL_LOAD, dtype=None, deadline=over
+    )
     assert result["rows"] == []
     assert result["without 2 adapters"] == "the time was over"
 
@@ -123,6 +133,22 @@ def test_failed_tests_are_named() -> None:
     found = test_counts(JUNIT)
     assert (found["tests"], found["skipped"], found["failures"]) == (3, 1, 1)
     assert found["failed"] == [{"failed": "tests.made_up.fails"}]
+
+
+def test_cells_and_rows_of_an_earlier_run_are_not_measured_again(tmp_path: Path) -> None:
+    point = bench_gpu.Point("Llama-3.1-8B o", 16, 16, "8", "zipf")
+    cell = bench_gpu.Measurement(point, "loraplex", 10.0, 60.0, 0.001, repeats_bitwise=True)
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps({"cells": [asdict(cell)]}))
+    assert bench_gpu._measured_before(file) == [cell]
+    assert bench_gpu._measured_before(tmp_path / "none.json") == []
+    assert next(bench_gpu.grid(quick=True)).module.startswith("Llama-3.1-8B")
+    kept, over = tmp_path / "serving.json", time.monotonic() + 60
+    rows = [{"system": name, "adapters": n} for name in ("loraplex", "vllm") for n in (0, 2)]
+    kept.write_text(json.dumps(rows))
+    options = {"model": tmp_path, "load": Load(((0,),), 1, 1, 1, 1), "dtype": None}
+    (result,) = compare_serving(tmp_path, kept=kept, deadline=over, **options)
+    assert result["rows"] == rows
 
 
 def test_both_files_hold_every_section_whatever_became_of_it(tmp_path: Path) -> None:
@@ -197,14 +223,25 @@ def test_the_same_command_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
         assert done_before(other, tmp_path) == []
 
 
-def test_a_section_that_hangs_leaves_the_others_their_time() -> None:
-    names, now = list(sections_of(Plan(None, True, quick=True, deadline=3600))), 0.0
-    for name in names:  # each takes all that it may
-        end = section_end(name, now, 3600)
-        assert end - now >= 60 * 5 - 1, name
-        now = end
-    assert now == pytest.approx(3600)
-    assert section_end("serving", 60, 3600) > section_end("serving", 0, 3600) - 60  # shared
+def test_a_section_that_hangs_leaves_the_others_their_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, ends = 0.0, []
+
+    def hang(folder: Path, *, plan: Plan) -> list[dict[str, object]]:
+        nonlocal now
+        ends.append(plan.deadline)
+        now = plan.deadline
+        return []
+
+    monkeypatch.setattr(sections.time, "monotonic", lambda: now)
+    for name in ("_profile", "_lora_kernels", "_attention", "_device_tests", "_serving"):
+        monkeypatch.setattr(
+            sections, name, lambda folder, *, plan, files=(): hang(folder, plan=plan)
+        )
+    for work in sections_of(Plan(None, True, quick=True, deadline=3600)).values():
+        work(tmp_path)
+    assert ends == pytest.approx([600 * (i + 1) for i in range(6)])
 
 
 @pytest.mark.parametrize("deaf", [False, True])
@@ -237,7 +274,7 @@ def test_a_command_that_ends_by_itself_has_a_status(tmp_path: Path) -> None:
 
 
 def test_every_file_with_a_device_test_is_run() -> None:
-    """As marked in the sources, or by the folder."""
+    """Files are marked in the source or by their folder."""
     root = Path(__file__).parents[2]
     found = device_test_files()
     assert found[0].startswith("tests/kernels/triton/device/")
@@ -248,33 +285,42 @@ def test_every_file_with_a_device_test_is_run() -> None:
             assert ("mark.gpu" not in file.read_text()) or name in found
 
 
-def test_what_needs_a_device_says_so_and_so_does_the_end_of_the_hour(tmp_path: Path) -> None:
-    def states(*, has_device: bool, seconds: float) -> dict[str, tuple[str, str]]:
-        report = new_report()
-        plan = Plan(tmp_path, has_device, quick=True, deadline=time.monotonic() + seconds)
-        works = {
-            name: work
-            for name, work in sections_of(plan).items()
-            if name != "serving" or seconds < 0
-        }
-        assert run_sections(report, works, tmp_path, say=lambda _: None)
-        return {section.name: (section.state, section.why) for section in report.sections}
+def test_no_section_begins_after_the_end_of_the_time(tmp_path: Path) -> None:
+    report = new_report()
+    plan = Plan(tmp_path, has_device=True, quick=True, deadline=time.monotonic() - 1)
+    assert run_sections(report, sections_of(plan), tmp_path, say=lambda _: None)
+    assert [section.state for section in report.sections] == ["skipped"] * len(SECTIONS)
+    assert all("time was over" in section.why for section in report.sections)
 
-    for name, (state, why) in states(has_device=False, seconds=60).items():
-        assert (state, "CUDA device" in why) == ("skipped", True), name
-    for name, (state, why) in states(has_device=True, seconds=-1).items():
-        assert (state, "time was over" in why) == ("skipped", True), name
+
+def test_a_machine_without_network_is_told_its_wheels(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--wheels"]) == 0
+    listed = capsys.readouterr().out.split()
+    assert f"torch=={version('torch')}" in listed
+    assert not any(line.startswith("loraplex==") for line in listed)
+
+
+@pytest.mark.slow
+@pytest.mark.nightly
+def test_the_first_piece_runs_dry_and_other_pieces_join_its_report(tmp_path: Path) -> None:
+    """On a CPU tests are collected, kernels are listed, and a tiny base is profiled."""
+    assert main(["--dry-run", f"--out={tmp_path}", "--only=first"]) == 0
+    assert main(["--dry-run", f"--out={tmp_path}", "--only=LoRA kernels", "--only=attention"]) == 0
+    found = json.loads((tmp_path / "report.json").read_text())["sections"]
+    names = ["core tests", "profile", "LoRA kernels", "attention"]
+    assert [(each["name"], each["state"]) for each in found] == [(name, "done") for name in names]
+    profiled = found[1]["result"]
+    assert (profiled["steps"] >= 20, profiled["lost at start"]) == (True, [])
 
 
 @pytest.mark.slow
 @pytest.mark.nightly
 def test_a_dry_run_serves_a_tiny_base_made_on_the_spot(tmp_path: Path) -> None:
-    assert main(["--dry-run", f"--out={tmp_path}"]) == 0
+    command = ["--dry-run", f"--out={tmp_path}", "--only=serving", "--only=device tests"]
+    assert main(command) == 0
     document = json.loads((tmp_path / "report.json").read_text())
-    states = {section["name"]: section["state"] for section in document["sections"]}
-    assert states.pop("serving") == "done"
-    assert set(states.values()) == {"skipped"}
-    (serving,) = (s["result"] for s in document["sections"] if s["name"] == "serving")
+    assert [section["state"] for section in document["sections"]] == ["done", "done"]
+    serving = document["sections"][0]["result"]
     ours = [row for row in serving["rows"] if row["system"] == "loraplex"]
     assert [(row["adapters"], row["answered"], row["lost"]) for row in ours] == [
         (0, 4, 0),

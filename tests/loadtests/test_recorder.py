@@ -1,6 +1,4 @@
-"""What a phase is summed up to."""
-
-from __future__ import annotations
+"""Summaries of phases."""
 
 import pytest
 

@@ -1,7 +1,5 @@
 """The report: complete in an 80-column terminal, as Markdown, and as one picture."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Scenarios: what is shipped can be read, and a typing error does not become a measurement."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +7,7 @@ import pytest
 
 from loadtests.baselines.selection import n_adapters_of, phase_for_baseline
 from loadtests.scenario import ScenarioError, load_scenario, parse_scenario, scenario_files
-from loraplex_server.settings_sources import resolve_config
+from loraplex_server.settings.sources import resolve_config
 
 
 @pytest.mark.parametrize("name", scenario_files())

@@ -1,7 +1,5 @@
 """Load shapes: how much when."""
 
-from __future__ import annotations
-
 import pytest
 
 from loadtests.shapes import Constant, Sawtooth, Spike, Steps, parse_shape

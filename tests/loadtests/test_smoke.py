@@ -1,24 +1,21 @@
 """Scenarios and locust against a real server of a tiny random model, in their own processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from loadtests.admin import delete_adapter, upload_adapter
 from loadtests.client import admin_client
-from loadtests.interference import measure
+from loadtests.neighbours.interference import measure
 from loadtests.random_adapters import write_lora
 from loadtests.server_metrics import MetricsSampler
-from loadtests.systems import Loraplex, Target, started
-from tests.support.server_process import save_tiny_model
+from loadtests.systems import BASE, Loraplex, Target, started
+from tests.support.servers.server_process import save_tiny_model, server_process
 
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "smoke-secret"
@@ -82,14 +79,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def running(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
     """A server with a key and two adapters."""
     work = tmp_path_factory.mktemp("work")
-    options = {
-        **TINY,
-        "max-loras": 16,
-        "api-key": KEY,
-    }
-    adapters = [write_lora(model, work / name, rank=2, seed=n) for n, name in enumerate("ab")]
-    with started(Loraplex(options), model, adapters, work) as target:
-        yield replace(target, api_key=KEY)
+    flags = ("--served-model-name", BASE, "--max-loras", "16", "--api-key", KEY)
+    with server_process(model, work / "state", *flags) as server:
+        with admin_client(server.url, KEY) as client:
+            for seed, name in enumerate("ab"):
+                upload_adapter(client, name, write_lora(model, work / name, rank=2, seed=seed))
+        yield Target(server.url, pid=server.process.pid, api_key=KEY)
 
 
 def bench(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -208,6 +203,7 @@ def test_a_server_that_does_not_answer_is_an_error_in_one_line(model: Path, tmp_
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.nightly
 def test_gaps_between_tokens_are_told_apart_by_what_happened_meanwhile(
     model: Path, tmp_path: Path
 ) -> None:
@@ -259,7 +255,7 @@ def test_locust_stops_at_once_when_the_server_refuses_the_key(running: Target) -
 
 
 def test_outside_a_checkout_bench_says_so(tmp_path: Path) -> None:
-    """As an installed package sees it: the folder of scenarios is not there."""
+    """An installed package has no folder of scenarios."""
     code = (
         "import loraplex_server.cli.bench as b, pathlib, typer\n"
         f"b.__file__ = {str(tmp_path / 'a' / 'b' / 'c' / 'd.py')!r}\n"

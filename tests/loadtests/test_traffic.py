@@ -1,6 +1,4 @@
-"""Who asks for what: the same in every run, skewed as told, unique in its prompts."""
-
-from __future__ import annotations
+"""Traffic is the same in every run, skewed as asked, with unique prompts."""
 
 from collections import Counter
 from dataclasses import replace

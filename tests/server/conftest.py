@@ -1,9 +1,9 @@
 """The whole front over a scripted engine and a real store of a tiny base."""
 
-from __future__ import annotations
-
 import asyncio
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,19 +15,19 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.catalogue.limits import CatalogueLimits
+from loraplex_adapter_store.catalogue.freshness import CatalogueLimits
+from loraplex_adapter_store.contents.packed_files import Packer
 from loraplex_adapter_store.limits import StoreLimits
-from loraplex_adapter_store.packed_files import Packer
 from loraplex_adapter_store.sources.prefix import SourcePrefix
-from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.api.app import build_app
-from loraplex_server.faults import Faults
-from loraplex_server.settings import HttpConfig, ServerConfig, StoreConfig
-from tests.support.architectures import tiny_model
-from tests.support.asgi_call import AsgiCall, events_of
-from tests.support.fake_engine import FakeEngine
-from tests.support.lora_files import write_lora
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
+from loraplex_server.health_tracker import HealthTracker
+from loraplex_server.settings.config import HttpConfig, ServerConfig, StoreConfig
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
+from tests.support.servers.asgi_call import AsgiCall, events_of
+from tests.support.servers.built_app import built_app
+from tests.support.servers.fake_engine import FakeEngine
 
 
 @pytest.fixture
@@ -77,8 +77,15 @@ class Front:
         return events_of(answer.content)
 
     def close(self) -> None:
-        asyncio.run(self.app.state.parts.text.close())
+        logging.getLogger().removeHandler(self.app.state.parts.health_tracker)
+        with ThreadPoolExecutor(1) as thread:  # a test may close from its event loop
+            thread.submit(lambda: asyncio.run(self.close_workers())).result()
         self.store.close()
+
+    async def close_workers(self) -> None:
+        parts = self.app.state.parts
+        await parts.text.close()
+        await parts.file_checks.close()
 
     def call(self, path: str, body: object, *, spec_version: str = "2.3") -> AsgiCall:
         return AsgiCall(self.app, "POST", path, body=body, spec_version=spec_version)
@@ -104,14 +111,14 @@ def make_front(
     host_bytes: int = 2 << 30,
     engine: Any = None,
     catalogue: Catalogue | None = None,
-    faults: Faults | None = None,
     **parts: Any,
 ) -> Front:
-    """``parts`` of ``build_app``; ``with_store`` makes those that need the store.
+    """``parts`` of ``built_app``; ``with_store`` makes those that need the store.
 
     ``engine``: a real one in place of the scripted one. A ``catalogue`` is asked each time.
     """
-    faults = faults or Faults()
+    health_tracker = HealthTracker()
+    logging.getLogger().addHandler(health_tracker)
     http = http or HttpConfig(served_model_names=("base",))
     root = folder / "adapters"
     root.mkdir(exist_ok=True)
@@ -120,10 +127,9 @@ def make_front(
         spec,
         limits=limits,
         allowed_roots=[root],
-        packer=packer,
+        engine=EngineHooks(packer),
         host_bytes=host_bytes,
         n_kept_revisions=n_kept_revisions,
-        faults=faults,
         catalogue=catalogue,
         catalogue_limits=CatalogueLimits(refresh_s=0.0, poll_s=3600.0),
     )
@@ -132,8 +138,9 @@ def make_front(
         http = http.model_copy(update={"served_model_names": ("base",)})
     allowed = tuple(SourcePrefix.parse(text) for text in allow_sources)
     config = ServerConfig(http=http, store=StoreConfig(allow_sources=allowed))
-    parts = {"model_name": "tiny/llama", "faults": faults, **parts, **with_store(store)}
-    app = build_app(engine, store, tokenizer, config, **parts)
+    parts = {"name": "tiny/llama", **parts, **with_store(store)}
+    parts["health_tracker"] = health_tracker
+    app = built_app(engine, store, tokenizer, config, **parts)
     transport = httpx.ASGITransport(app)
     client = httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000")
     return Front(app, engine, store, client, root)

@@ -3,8 +3,6 @@
 A route that cannot take a form says so with a 400.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
@@ -21,11 +19,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.description_resolver import DescriptionResolver
-from loraplex_server.adapters.generated_adapters import GeneratedAdapters
+from loraplex_generation.request import AdapterGenerationRequest
+from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
+from tests.support.adapters.choosers import Choosers
+from tests.support.bases.word_encoder import WordEncoder
 from tests.support.scripted_generator import ScriptedGenerator
-from tests.support.server_process import save_tiny_model
-from tests.support.word_encoder import WordEncoder
+from tests.support.servers.server_process import save_tiny_model
 from tests.vectors.conftest import Server, serving
 
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore::Warning")]
@@ -143,7 +142,9 @@ FORMS: dict[str, tuple[Callable[[dict[str, str]], dict[str, Any]], str]] = {
     "base": (lambda digests: {"adapter": "base"}, "base"),
     "name": (lambda digests: {"adapter": "pirate"}, "pirate"),
     "model": (lambda digests: {"model": "pirate"}, "pirate"),
-    "adapter_id": (lambda digests: {"adapter_id": "pirate"}, "pirate"),
+    "adapter_id": (lambda digests: {"adapter_id": "pirate", "adapter_source": "local"}, "pirate"),
+    "lora_path": (lambda digests: {"lora_path": "pirate"}, "pirate"),
+    "empty": (lambda digests: {"lora_path": None, "adapter_id": "", "loras": []}, "base"),
     "name@digest": (lambda digests: {"adapter": f"pirate@{digests['older'][:12]}"}, "older"),
     "model@digest": (lambda digests: {"model": f"pirate@{digests['older'][:12]}"}, "older"),
     "object": (
@@ -156,6 +157,24 @@ FORMS: dict[str, tuple[Callable[[dict[str, str]], dict[str, Any]], str]] = {
     ),
     "auto": (lambda digests: {"adapter": "auto"}, "pirate"),
     "description": (lambda digests: {"adapter": {"description": WISH}}, "generated"),
+}
+
+
+_REFUSING = {
+    **{name: route for name, route in ROUTES.items() if "stream" not in name},
+    "classify": CLASSIFY,
+    "count_tokens": Route(f"{MESSAGES}/count_tokens", {"messages": _CHAT["messages"]}, "", str),
+    "tokenize": Route("/tokenize", {"prompt": TEXT}, "", str),
+}
+OTHER_NAMES: dict[str, object] = {
+    "adaptor": "pirate",
+    "adapters": ["pirate"],
+    "lora": [{"id": 0, "scale": 1.0}],
+    "loras": ["pirate"],
+    "lora_name": "pirate",
+    "lora_path": ["pirate"],
+    "lora_request": {"lora_name": "pirate", "lora_int_id": 1},
+    "extra_body": {"adapter": "pirate"},
 }
 
 
@@ -286,7 +305,7 @@ async def world(
     )
     mixed.set_adapter("mixed")
     models["mixed"] = mixed.eval()
-    made = ScriptedGenerator(spec).generate(WISH)
+    made = ScriptedGenerator(spec).generate(AdapterGenerationRequest(WISH))
     (folder / "generated").mkdir()
     (folder / "generated/adapter_config.json").write_text(json.dumps(made.config))
     save_file(dict(made.tensors), folder / "generated/adapter_model.safetensors")
@@ -296,10 +315,10 @@ async def world(
 
         def parts(store: AdapterStore) -> dict[str, Any]:
             generated = GeneratedAdapters(store, lambda: ScriptedGenerator(spec))
-            resolver = DescriptionResolver(store, WordEncoder(), generated)
+            choosers = Choosers(store, WordEncoder(), generated)
             closing.callback(generated.close)
-            closing.callback(resolver.close)
-            return {"generated": generated, "resolver": resolver}
+            closing.callback(choosers.close)
+            return {"generated": generated, **choosers.parts}
 
         async with serving(base, folder / "state", with_store=parts) as server:
             digests = {}
@@ -349,6 +368,22 @@ async def test_an_adapter_answers_as_in_peft(route: str, form: str, world: World
     fields, model = FORMS[form]
     found = await world.ask(ROUTES[route], fields(world.digests))
     _check(found, world.oracle.answer(model, ROUTES[route].kind))
+
+
+@pytest.mark.parametrize("route", _REFUSING)
+async def test_an_adapter_under_another_name_is_not_answered_by_the_base(
+    route: str, world: World
+) -> None:
+    for name, value in OTHER_NAMES.items():
+        error = await world.refused(_REFUSING[route], {name: value})
+        assert error["param"] == name, error
+
+
+async def test_fields_of_several_servers_must_agree(world: World) -> None:
+    fields = {"adapter": "pirate", "adapter_id": "pirate", "lora_path": "sql"}
+    assert (await world.refused(EMBEDDINGS, fields))["param"] == "lora_path"
+    answer = await world.ask(EMBEDDINGS, {**fields, "lora_path": "pirate"})
+    _check(answer, world.oracle.answer("pirate", "vector"))
 
 
 @pytest.mark.parametrize("kind", ["chat", "completion", "vector", "score"])

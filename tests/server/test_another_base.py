@@ -1,16 +1,12 @@
 """One state directory under two bases of the same shapes: adapters are those of the one served."""
 
-from __future__ import annotations
-
 import asyncio
 import warnings
 from pathlib import Path
 
 import pytest
 from peft import LoraConfig, PeftModel
-from typer.testing import CliRunner
 
-from loraplex_server.cli.app import app
 from tests.conformance.base_rows import BaseRow
 from tests.conformance.judge import explain
 from tests.conformance.load import Answer, Question, ask_all, put_upload
@@ -38,10 +34,7 @@ def test_an_adapter_that_is_added_again_for_another_base_has_that_bases_scales(
     assert asyncio.run(_ask(first, state, dora)).status == 200
     refused = asyncio.run(_ask(second, state))
     assert (refused.status, "add it again" in refused.error) == (400, True)
-    words = ["adapters", "add", "x", dora, "--model", second, "--state-dir", state]
-    added = CliRunner().invoke(app, list(map(str, words)))
-    assert added.exit_code == 0, added.output
-    answer = asyncio.run(_ask(second, state))
+    answer = asyncio.run(_ask(second, state, dora))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the adapter names the base that it was trained on
@@ -53,6 +46,6 @@ async def _ask(base: Path, state: Path, upload: Path | None = None) -> Answer:
     async with serving(base, state) as client:
         if upload is not None:
             put = await put_upload(client, "x", upload)
-            assert put.status == 201, put.message
+            assert put.status in (200, 201), put.message
         (answer,) = await ask_all(client, [_QUESTION])
         return answer

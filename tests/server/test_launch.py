@@ -1,10 +1,10 @@
 """`loraplex serve` as a process: overload, signals, and starts that are refused."""
 
-from __future__ import annotations
-
 import gc
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from loraplex_server.launch import freeze_gc
-from tests.support.asgi_call import events_of
-from tests.support.server_process import (
+from tests.support.servers.asgi_call import events_of
+from tests.support.servers.server_process import (
     ServerProcess,
     failing_start,
     save_tiny_model,
@@ -38,7 +38,8 @@ def first_event(lines: Iterator[str]) -> str:
 def narrow(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """A server with room for one running and one waiting request."""
     flags = ("--max-batch-size", "1", "--max-queue", "1", "--log-format", "json")
-    with server_process(model, tmp_path_factory.mktemp("narrow"), *flags) as server:
+    state = tmp_path_factory.mktemp("narrow")
+    with server_process(model, state, *flags, warm=False) as server:  # as users start it
         yield server
 
 
@@ -195,3 +196,16 @@ def test_what_is_there_at_the_start_is_not_collected_again() -> None:
         assert len(gc.get_objects()) < 1000  # of hundreds of thousands
     finally:
         gc.unfreeze()
+
+
+def test_a_server_may_open_files_for_all_its_connections() -> None:
+    """The usual soft limit of 1024 would keep new connections out before an old one is closed."""
+    code = (
+        "import resource as r; from loraplex_server.listening import allow_open_files\n"
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]; r.setrlimit(r.RLIMIT_NOFILE, (200, hard))\n"
+        "allow_open_files(300); print(r.getrlimit(r.RLIMIT_NOFILE)[0])\n"
+        "allow_open_files(250); print(r.getrlimit(r.RLIMIT_NOFILE)[0])"
+    )
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert output.split() == ["300", "300"]

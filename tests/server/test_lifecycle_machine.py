@@ -4,8 +4,6 @@ A real engine on a tiny base, the real store, real threads. After each batch the
 of its calls that explains every answer, and what is left must be what that order leaves.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import tempfile
@@ -21,22 +19,22 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.composite import Composite
-from loraplex_adapter_store.selector import Mixture, parse_selector
-from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.generated_adapters import (
-    AdapterGenerationRequest,
+from loraplex_adapter_store.composites.composite import Composite
+from loraplex_adapter_store.names.selector import Mixture, parse_selector
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
+from loraplex_generation.request import AdapterGenerationRequest
+from loraplex_server.adapters.learning.generated_adapters import (
     GeneratedAdapters,
 )
-from loraplex_server.api.app import build_app
-from loraplex_server.api_keys import GENERATED
 from loraplex_server.engine.engine import Engine
-from loraplex_server.settings import HttpConfig, ServerConfig
-from tests.support.architectures import tiny_model
-from tests.support.engines import running_engine
+from loraplex_server.settings.api_keys import GENERATED
+from loraplex_server.settings.config import HttpConfig, ServerConfig
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
 from tests.support.lifecycle_model import Answer, Call, State, apply, explain
-from tests.support.lora_files import write_lora
 from tests.support.scripted_generator import ScriptedGenerator
+from tests.support.servers.built_app import built_app
+from tests.support.servers.engines import running_engine
 
 _N_KEPT = 1
 _TTL_S = 100.0
@@ -54,12 +52,14 @@ class World:
         self.sources: dict[str, str] = {}  # digest → folder
         self.wishes: dict[str, str] = {}  # description → digest
         self.texts: dict[str, str] = {}  # digest → greedy answer
-        with AdapterStore(folder / "reference", self.spec, packer=engine.packer) as store:
+        with AdapterStore(
+            folder / "reference", self.spec, engine=EngineHooks(engine.packer)
+        ) as store:
             for seed in range(3):
                 path = write_lora(folder / "adapters" / f"v{seed}", self.spec, seed=seed, scale=0.5)
                 self.sources[store.put_directory(f"v{seed}", path).digest] = f"v{seed}"
             for wish in _WISHES:
-                made = ScriptedGenerator(self.spec).generate(wish)
+                made = ScriptedGenerator(self.spec).generate(AdapterGenerationRequest(wish))
                 config = json.loads(json.dumps(made.config))
                 self.wishes[wish] = store.put_tensors("made", config, made.tensors).digest
 
@@ -126,19 +126,19 @@ class LifecycleMachine(RuleBasedStateMachine):
             Path(self.folder.name),
             world.spec,
             allowed_roots=[world.folder / "adapters"],
-            packer=world.engine.packer,
+            engine=EngineHooks(world.engine.packer),
             n_kept_revisions=_N_KEPT,
         )
         generator = ScriptedGenerator(world.spec)
         self.generated = GeneratedAdapters(
             self.store, lambda: generator, ttl_s=_TTL_S, clock=lambda: self.state.now
         )
-        app = build_app(
+        app = built_app(
             world.engine,
             self.store,
             world.tokenizer,
             ServerConfig(http=HttpConfig(served_model_names=("base",))),
-            device=world.engine,
+            tier=world.engine,
             generated=self.generated,
         )
         self.client = httpx.AsyncClient(

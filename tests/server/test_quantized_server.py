@@ -1,22 +1,21 @@
 """A real server with --quantization: what it says of itself, and what it refuses."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.support.server_process import failing_start, save_tiny_model, server_process
+from tests.support.servers.server_process import failing_start, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
 
 
-def test_a_quantised_default_base_chats_and_refuses_to_generate_adapters(
+def test_a_quantised_default_base_chats_and_learns_from_examples(
     pulled_base: Path, tmp_path: Path
 ) -> None:
     flags = ("--quantization", "int8", "--dtype", "bfloat16", "--kv-memory", "64MiB")
+    flags += ("--adapter-memory", "64MiB")
     with (
         server_process(pulled_base, tmp_path / "state", *flags) as server,
         httpx.Client(base_url=server.url, timeout=300) as client,
@@ -31,13 +30,17 @@ def test_a_quantised_default_base_chats_and_refuses_to_generate_adapters(
         }
         answer = client.post("/v1/chat/completions", json=body)
         assert "Paris" in answer.json()["choices"][0]["message"]["content"]
-        for more in ({}, {"examples": [{"prompt": "a", "answer": f"b{i}"} for i in range(4)]}):
-            refused = client.post(
-                "/v1/adapters/generate", json={"description": "Talk like a pirate.", **more}
-            )
-            assert refused.status_code == 400, refused.text
-            message = refused.json()["error"]["message"]
-            assert "served with int8 ones; serve it without --quantization" in message
+        pairs = [{"prompt": f"number {i}", "answer": "Yes, captain."} for i in range(6)]
+        order = {"description": "Talk like a sailor.", "examples": pairs, "name": "sailor"}
+        made = client.post(
+            "/v1/adapters/generate", json={**order, "budget_s": 240, "wait": True, "probe": False}
+        )
+        assert made.status_code == 201, made.text
+        held_out = made.json()["provenance"]["refinement"]["held_out"]
+        assert held_out["after"]["nll"] < 0.5 * held_out["base"]["nll"]
+        asked = {**body, "model": "sailor", "messages": [{"role": "user", "content": "number 9"}]}
+        answer = client.post("/v1/chat/completions", json=asked)
+        assert answer.json()["choices"][0]["message"]["content"] == "Yes, captain."
     assert "with int8 linears" in server.log
     assert "int8 linears save memory on a CPU, and every step takes many times" in server.log
     assert "MiB in int8, they were" in server.log

@@ -1,7 +1,5 @@
 """Two `loraplex serve` over one catalogue on an S3 server: what one is told, both serve."""
 
-from __future__ import annotations
-
 import json
 import signal
 from collections.abc import Iterator
@@ -15,10 +13,10 @@ import httpx
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.object_stores import S3_SECRET, s3_environment, s3_server
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.object_stores import S3_SECRET, s3_environment, s3_server
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 ASKED = {"prompt": "abc", "max_tokens": 12, "temperature": 0, "ignore_eos": True}
 

@@ -1,7 +1,5 @@
 """The two walks of docs/architecture.md are what happens: a chat and a registration are traced."""
 
-from __future__ import annotations
-
 import asyncio
 import re
 import sys
@@ -14,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from tests.support.asgi_call import AsgiCall
-from tests.support.lora_files import write_lora
-from tests.support.server_process import save_tiny_model
+from tests.support.adapters.lora_files import write_lora
+from tests.support.servers.asgi_call import AsgiCall
+from tests.support.servers.server_process import save_tiny_model
 from tests.vectors.conftest import serving
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -115,11 +113,14 @@ def _section(title: str) -> str:
     return _PAGE.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
+_OF_SOCKETS = ("LimitedHttp", "ConnectionLimit", "module_groups")  # not in the traced process
+
+
 def _named(text: str) -> set[str]:
     """Classes, their methods and functions that the numbered steps name."""
     steps = "\n".join(line for line in text.splitlines() if re.match(r"\d+\. |   ", line))
     names = re.findall(r"`(?:[a-z_./]+[./])?([A-Z]\w+(?:\.\w+)?|[a-z]+_\w+|ingest)`", steps)
-    return {name for name in names if name not in ("LimitedHttp", "module_groups")}
+    return {name for name in names if name not in _OF_SOCKETS}
 
 
 def _missing(named: set[str], trace: _Trace) -> set[str]:
@@ -135,7 +136,7 @@ def test_the_walk_of_a_registration_is_the_way_it_takes(traces: tuple[_Trace, _T
 
 def test_the_walk_of_a_chat_is_the_way_it_takes(traces: tuple[_Trace, _Trace]) -> None:
     named = _named(_section("A streamed chat, hop by hop"))
-    assert {"RequestContext", "Engine.submit", "DevicePool.place", "Choice.take"} <= named
+    assert {"RequestContext", "Engine.submit", "DevicePool.ensure_resident", "Choice.take"} <= named
     # a grammar, a template of its own and a base's whole context are asked for by other chats
     elsewhere = {"Templates", "ChatBody", "TokenMasks"}
     assert _missing(named - elsewhere, traces[1]) == set()
@@ -150,6 +151,9 @@ def test_the_hops_of_a_chat_are_those_of_the_page(traces: tuple[_Trace, _Trace])
     assert len(block) == 4
     told = [hop.strip() for line in block for hop in re.split("[→│]", line)]
     seen = {name for stack in traces[1].stacks for name in stack}
-    assert set(told) == seen - {"SseResponse.__init__", "Answers._end"}  # made; the last token
+    assert set(told) == seen - {
+        "SseResponse.__init__",
+        "OutputProcessor._end",
+    }  # made; the last token
     on_engine = [hop.strip() for hop in block[2].split("→")]
     assert len(told) - len(on_engine) <= _MOST_HOPS

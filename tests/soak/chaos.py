@@ -1,13 +1,13 @@
 """Clients that do everything at once to one server, and hold each answer to what it must be."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import random
+import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 
 import httpx
@@ -17,12 +17,14 @@ from loraplex_server.limited_http import BODY_CHECK_S, HEAD_S
 from .ledger import GONE, Ledger
 from .marked import Content
 
-__all__ = ["Chaos"]
+Act = Callable[[random.Random], Awaitable[None]]
 
 _N_TOKENS = 8
 _N_SHOWN = 20
 _LONGEST_S = 120.0  # of a request: longer is a request that hangs
 _DEADLINE_S = min(HEAD_S, BODY_CHECK_S)  # the server may hang up on who sends for longer
+_RECOVERY_S = 5.0  # after a fault; the catalogue is asked again after two seconds
+_HEALTHY_S = 75.0  # after a fault: /health forgets a part that was not used since
 _BEGAN: ContextVar[float] = ContextVar("_BEGAN")  # when the act that runs began
 _BAD_BODIES: Sequence[object] = (
     {},
@@ -40,7 +42,7 @@ _BAD_BODIES: Sequence[object] = (
 
 
 class Sending:
-    """How long a request was on its way to the server: httpcore tells of each step."""
+    """The time in which a request was on its way to the server, by httpcore's trace."""
 
     def __init__(self) -> None:
         self._began: float | None = None
@@ -54,7 +56,7 @@ class Sending:
 
     @property
     def seconds(self) -> float:
-        """Until it was sent whole, or until now."""
+        """Return the seconds until the request was sent whole, or until now."""
         now = time.monotonic()
         return (self._ended or now) - (self._began or now)
 
@@ -66,6 +68,9 @@ class Chaos:
         self.url = ""
         self.is_away = True
         self.left_at = 0.0  # when it last went away
+        self._is_failing = False  # the disk or the catalogue
+        self._failed_at = float("-inf")  # when it last did
+        self.longest_look_s = 0.0
         self.ledger = Ledger(names)
         self.counts: Counter[str] = Counter()
         self.violations: list[str] = []
@@ -76,9 +81,19 @@ class Chaos:
             event_hooks={"request": [_watch_sending]},
         )
 
-    async def run(self, n_askers: int) -> None:
-        """Until it is cancelled."""
-        acts: list[tuple[Callable[[random.Random], Awaitable[None]], float]] = [
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Allow refusals in the block, and shortly afterwards: the machine fails the server."""
+        self._is_failing = True
+        try:
+            yield
+        finally:
+            self._is_failing, self._failed_at = False, time.monotonic()
+
+    async def run(self, n_askers: int, attacks: Sequence[tuple[Act, float]]) -> None:
+        """Run until cancelled. ``attacks``: further acts, each with the seconds between two."""
+        acts: list[tuple[Act, float]] = [
+            *attacks,
             *[(self.ask, 0.0)] * n_askers,
             *[(self.change, 0.2)] * 3,
             (self.leave, 0.2),
@@ -99,7 +114,7 @@ class Chaos:
 
     async def _repeat(
         self,
-        act: Callable[[random.Random], Awaitable[None]],
+        act: Act,
         pause_s: float,
         choices: random.Random,
     ) -> None:
@@ -149,6 +164,9 @@ class Chaos:
                 if not line.startswith("data: "):
                     continue
                 event = json.loads(line[6:])
+                if event.get("error", {}).get("code") == "adapter_not_found":
+                    self._check_missing(name, since, line)  # after 10 s of waiting
+                    return None
                 if "error" in event:
                     self._refused(503, event["error"], "a stream", is_told_when=True)
                     return None
@@ -160,15 +178,18 @@ class Chaos:
         self.counts["answers"] += 1
         marks = self.ledger.possible(name, since)
         if len(tokens) != _N_TOKENS or len(set(tokens)) != 1 or tokens[0] not in marks:
-            self._violation(f"{name} answered {tokens}; its mark may be one of {marks}")
+            self.violation(f"{name} answered {tokens}; its mark may be one of {marks}")
 
     def _is_answered(self, answer: httpx.Response, name: str, since: float) -> bool:
         if answer.status_code == 404:
-            self.counts["not there"] += 1
-            if GONE not in self.ledger.possible(name, since):
-                self._violation(f"{name} is lost: {answer.text[:200]}")
+            self._check_missing(name, since, answer.text)
             return False
         return self._is_fine(answer, f"a request to {name}")
+
+    def _check_missing(self, name: str, since: float, text: str) -> None:
+        self.counts["not there"] += 1
+        if GONE not in self.ledger.possible(name, since):
+            self.violation(f"{name} is lost: {text[:200]}")
 
     async def change(self, choices: random.Random) -> None:
         """Puts, replaces, deletes: one change of a name at a time."""
@@ -195,6 +216,9 @@ class Chaos:
             self.counts["deletes" if is_delete else "puts"] += 1
         elif self._was_away():
             self.ledger.lose_touch(name)
+        elif answer.status_code == 503 and self._was_failing():
+            self.ledger.lose_touch(name)  # the change may have been written before the failure
+            self._is_fine(answer, f"a change of {name}")
         else:
             self.ledger.refuse(name)
             self._is_fine(answer, f"a change of {name}")
@@ -247,21 +271,24 @@ class Chaos:
 
     async def look(self, choices: random.Random) -> None:
         for path in ("/health", "/metrics", "/v1/adapters", "/v1/models"):
+            began = time.monotonic()
             answer = await self._client.get(self.url + path)
-            if self._is_fine(answer, path) and "degraded" in answer.text and path == "/health":
-                self._violation(f"/health: {answer.text}")
+            self.longest_look_s = max(self.longest_look_s, time.monotonic() - began)
+            is_told = self._is_fine(answer, path) and path == "/health"
+            if is_told and "degraded" in answer.text and not self._was_failing(_HEALTHY_S):
+                self.violation(f"/health: {answer.text}")
 
     async def find_all(self) -> None:
-        """After a start: each name must be as it was acknowledged, or as was last asked for."""
+        """Check after a start that each name is as acknowledged or as last requested."""
         marks = await self._marks()
         listed = (await self._client.get(self.url + "/v1/adapters")).json()["data"]
         shown = {card["name"]: marks.get(card["digest"]) for card in listed}
         for name in self._names:
             if not self.ledger.find(name, shown.get(name, GONE)):
-                self._violation(f"after a restart {name} has mark {shown.get(name, GONE)}")
+                self.violation(f"after a restart {name} has mark {shown.get(name, GONE)}")
 
     async def learn(self) -> None:
-        """Which digest has which mark: every content is put once."""
+        """Upload every content once and note the mark of its digest."""
         self._digests: dict[str, int] = {}
         for content in self._contents:
             files = {"config": content.config, "weights": content.weights}
@@ -278,12 +305,12 @@ class Chaos:
     def _must_be_refused(self, answer: httpx.Response, what: str) -> None:
         self.counts["refused"] += 1
         if answer.is_success:
-            self._violation(f"{what} was accepted: {answer.request.content[:200]!r}")
+            self.violation(f"{what} was accepted: {answer.request.content[:200]!r}")
         else:
             self._is_fine(answer, what, may_fail=True)
 
     def _is_fine(self, answer: httpx.Response, what: str, *, may_fail: bool = False) -> bool:
-        """Whether it is an answer; a refusal must be one that is allowed."""
+        """Return True for an answer. A refusal must be an allowed one."""
         if answer.is_success:
             return True
         error = answer.json().get("error", {})
@@ -294,10 +321,10 @@ class Chaos:
         return False
 
     def _refused(self, status: int, error: object, what: str, is_told_when: bool) -> None:
-        """503 while the server goes down or comes up, with Retry-After, and nothing else."""
+        """503 with Retry-After while server, disk or catalogue are not there, and nothing else."""
         self.counts[f"{status}"] += 1
-        if not (status == 503 and is_told_when and self._was_away()):
-            self._violation(f"{what}: {status} {error}")
+        if not (status == 503 and is_told_when and (self._was_away() or self._was_failing())):
+            self.violation(f"{what}: {status} {error}")
 
     def _broken(self, what: str, error: httpx.TransportError) -> None:
         """The connection broke. Only a server that went away meanwhile may do that, and one that
@@ -310,16 +337,21 @@ class Chaos:
         if sending.seconds >= _DEADLINE_S:
             self.counts["sent too slowly"] += 1
         else:
-            self._violation(f"{what}: {error!r}, sent within {sending.seconds:.1f} s")
+            self.violation(f"{what}: {error!r}, sent within {sending.seconds:.1f} s")
 
     def _was_away(self) -> bool:
-        """Whether the server was away at any time since this act began."""
+        """Return True if the server was away at any time since this act began."""
         return self.is_away or self.left_at >= _BEGAN.get()
 
-    def _violation(self, text: str) -> None:
+    def _was_failing(self, recovery_s: float = _RECOVERY_S) -> bool:
+        """Return True if the machine failed at any time since shortly before this act began."""
+        return self._is_failing or self._failed_at + recovery_s >= _BEGAN.get()
+
+    def violation(self, text: str) -> None:
         self.counts["violations"] += 1
         if len(self.violations) < _N_SHOWN:
             self.violations.append(text)
+            print(f"\n{text}", file=sys.stderr)
 
 
 async def _watch_sending(request: httpx.Request) -> None:

@@ -1,11 +1,7 @@
-"""What may be true of each name: acknowledged, or asked for and not answered yet."""
-
-from __future__ import annotations
+"""The possible states of each name: acknowledged, or requested and not answered yet."""
 
 import time
 from dataclasses import dataclass, field
-
-__all__ = ["GONE", "Ledger"]
 
 GONE = None  # the mark of a name that is not there
 
@@ -23,7 +19,7 @@ class _Name:
 
 
 class Ledger:
-    """One change of a name at a time; any number of readers."""
+    """The states of each name, with one change at a time and any number of readers."""
 
     def __init__(self, names: list[str]) -> None:
         self._names = {name: _Name() for name in names}
@@ -64,7 +60,7 @@ class Ledger:
         return is_possible
 
     def possible(self, name: str, since: float) -> set[int | None]:
-        """What a request from ``since`` until now may have seen."""
+        """Return the states that a request from ``since`` until now may have seen."""
         return {state.mark for state in self._names[name].states if state.until >= since}
 
     def present(self) -> list[str]:

@@ -6,8 +6,6 @@ whatever the prompt, the mark's logit is the largest. An answer by another adapt
 by factors that were not there, is seen at once.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tests.support.architectures import tiny_model
-from tests.support.tiny_tokenizer import tiny_tokenizer
-
-__all__ = ["Content", "save_marked_base", "write_contents"]
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 
 _LIFT = 4.0  # coordinate 0 of the residual stream
 _GAIN = 30.0

@@ -1,7 +1,5 @@
 """The soak's own judgement: it sees what it is there to see."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import random
@@ -26,7 +24,7 @@ def anyio_backend() -> str:
 
 def _life(mib_per_minute: float, files: int) -> Life:
     life = Life(1)
-    life.samples = [(s, 500 + s / 60 * mib_per_minute, 90 + s * files // 300) for s in range(300)]
+    life.samples = [(s, 500 + s / 60 * mib_per_minute, 90 + s * files // 600) for s in range(600)]
     return life
 
 
@@ -34,7 +32,7 @@ def test_memory_that_grows_and_files_that_stay_open_are_problems() -> None:
     assert _life(0.5, 0).problems() == []
     assert "memory grows by 9.0 MiB a minute" in _life(9.0, 0).problems()
     peaks = _life(0.5, 0)
-    peaks.samples = [(s, mib + 150 * (s > 150 and s % 5 < 2), n) for s, mib, n in peaks.samples]
+    peaks.samples = [(s, mib + 150 * (s > 400 and s % 5 < 2), n) for s, mib, n in peaks.samples]
     assert peaks.problems() == []
     assert any("open files" in text for text in _life(0.0, 200).problems())
 

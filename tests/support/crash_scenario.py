@@ -4,8 +4,6 @@ Run as a script: it forks once per k, lets the child die, reopens the store, and
 committed adapter is intact and the one in flight is there wholly or not at all.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -15,11 +13,11 @@ from pathlib import Path
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.disk import Disk
-from loraplex_adapter_store.store import AdapterStore
+from loraplex_adapter_store.contents.content_files import Disk
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
 from tests.adapter_store.conftest import plain_lora
-from tests.support.packers import TensorsAside
-from tests.support.tiny_models import tiny_llama
+from tests.support.adapters.packers import TensorForm, TensorsAside
+from tests.support.bases.tiny_models import tiny_llama
 
 KILLED = 77
 STEPS = (
@@ -33,7 +31,7 @@ STEPS = (
 
 
 class FatalDisk(Disk):
-    """Dies before operation ``k``; a write dies half-way, leaving torn bytes."""
+    """End the process before operation ``k``; a write leaves half of its bytes."""
 
     def __init__(self, k: int) -> None:
         self.left = k
@@ -50,10 +48,10 @@ class FatalDisk(Disk):
 
 
 def run_steps(root: Path, base: BaseSpec, disk: FatalDisk, log: int) -> None:
-    store = AdapterStore(root, base, disk=disk, packer=TensorsAside())
-    store._registry._db.execute("PRAGMA synchronous=OFF")
+    store = AdapterStore(root, base, disk=disk, engine=EngineHooks(TensorsAside()))
+    store.state.registry._db.execute("PRAGMA synchronous=OFF")
     changes = ("INSERT", "UPDATE", "DELETE", "COMMIT")
-    store._registry._db.set_trace_callback(
+    store.state.registry._db.set_trace_callback(
         lambda sql: disk.before("sql", root) if sql.startswith(changes) else None
     )
     for number, (action, name, seed) in enumerate(STEPS):
@@ -78,10 +76,10 @@ def names_after(n_steps: int) -> dict[str, int]:
 
 
 def check(root: Path, base: BaseSpec, n_committed: int) -> None:
-    """Opens the store as the next process would. Raises AssertionError."""
+    """Open the store as the next process would, and check it. Raises AssertionError."""
     allowed = [names_after(n_committed), names_after(min(n_committed + 1, len(STEPS)))]
-    with AdapterStore(root, base, packer=TensorsAside()) as store:
-        store._registry._db.execute("PRAGMA synchronous=OFF")
+    with AdapterStore(root, base, engine=EngineHooks(TensorsAside())) as store:
+        store.state.registry._db.execute("PRAGMA synchronous=OFF")
         # Before any load: where a form is missing, one writes it anew beside this thread.
         files = {p.name for p in (root / "contents").glob("*/*")}
         assert files == {card.digest for card in store.list()}, "orphans were not swept"
@@ -92,8 +90,8 @@ def check(root: Path, base: BaseSpec, n_committed: int) -> None:
         for card in store.list():
             with store.acquire(card.name) as lease:
                 form = lease.plan.packed_adapter
-                assert isinstance(form, tuple)
-                values = {float(v) for t in form for v in t.unique()}
+                assert isinstance(form, TensorForm)
+                values = {float(v) for t in form.tensors for v in t.unique()}
             assert len(values) == 1, f"{card.name} is mixed up: {values}"
             found[card.name] = int(values.pop())
         assert found in allowed, f"found {found}, allowed {allowed}"

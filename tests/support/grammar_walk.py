@@ -1,6 +1,4 @@
-"""Answers of a model whose logits are random, under the masks of a grammar."""
-
-from __future__ import annotations
+"""Draws answers of a model with random logits under the masks of a grammar."""
 
 import random
 from collections.abc import Collection
@@ -8,11 +6,9 @@ from collections.abc import Collection
 import numpy as np
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
-from loraplex_kernels.token_mask import mask_bits
-from loraplex_server.engine.constraint import Constraint
-from loraplex_server.engine.grammar import CompiledGrammar, TokenTrie
-
-__all__ = ["walk"]
+from loraplex_kernels.cpu.token_mask import mask_bits
+from loraplex_server.engine.requests.grammar import CompiledGrammar, TokenTrie
+from loraplex_server.engine.requests.request import Constraint
 
 
 def walk(
@@ -24,7 +20,7 @@ def walk(
     likely: Collection[int] = (),
     n_most: int = 3000,
 ) -> list[int]:
-    """Any allowed token with the same chance, and twenty times that for ``likely`` ones."""
+    """Draw an allowed token; ``likely`` ones are twenty times as probable."""
     constraint, chance = Constraint(grammar), random.Random(seed)
     mask = allocate_token_bitmask(1, trie.vocab_size)
     tokens: list[int] = []

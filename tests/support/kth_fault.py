@@ -1,6 +1,4 @@
-"""Makes the k-th call through a seam fail, once; and the k-th tensor operation of a block."""
-
-from __future__ import annotations
+"""Makes the k-th call through a seam, or the k-th tensor operation of a block, fail once."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -8,13 +6,11 @@ from typing import Any, TypeVar
 
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["EveryTensorOperation", "KthFault"]
-
 T = TypeVar("T")
 
 
 class KthFault:
-    """Armed for k, call ``k`` raises ``error()``; earlier and later ones pass."""
+    """A fault: armed for k, call ``k`` raises ``error()``, and all other calls pass."""
 
     def __init__(self, error: Callable[[], BaseException]) -> None:
         self.error = error
@@ -24,12 +20,12 @@ class KthFault:
         self._left = k
 
     def disarm(self) -> bool:
-        """Whether it has struck since it was armed."""
+        """Return True if the fault was raised since it was armed, and disarm it."""
         struck, self._left = self._left is None, None
         return struck
 
     def each_k(self) -> Iterator[int]:
-        """Arms it for 0, 1, 2 … until a round passes without a fault; at least one must strike."""
+        """Arm for 0, 1, 2 … until a round has no fault. At least one round must have one."""
         k = 0
         while True:
             self.arm(k)
@@ -40,7 +36,7 @@ class KthFault:
         assert k > 0, "nothing went through the seam"
 
     def pass_through(self) -> None:
-        """One call."""
+        """Count one call, and raise if its turn has come."""
         if self._left is None:
             return
         self._left -= 1
@@ -49,7 +45,7 @@ class KthFault:
             raise self.error()
 
     def before(self, function: Callable[..., T]) -> Callable[..., T]:
-        """``function``, with a fault in its place when it is due."""
+        """Wrap ``function``, so that the k-th call raises instead."""
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> T:
@@ -59,7 +55,7 @@ class KthFault:
         return wrapped
 
     def within(self, function: Callable[..., T]) -> Callable[..., T]:
-        """``function``, with a fault in the place of any tensor operation that it runs."""
+        """Wrap ``function``, so that its k-th tensor operation raises instead."""
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> T:
@@ -70,7 +66,7 @@ class KthFault:
 
 
 class EveryTensorOperation(TorchDispatchMode):  # type: ignore[misc]  # torch has no types here
-    """Allocations, copies, casts: of this thread, while it is entered."""
+    """A mode that counts this thread's tensor operations: allocations, copies and casts."""
 
     def __init__(self, fault: KthFault) -> None:
         super().__init__()

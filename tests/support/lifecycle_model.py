@@ -1,4 +1,4 @@
-"""What adapters must exist after which calls, one call after the other, and an order for many.
+"""A model of adapters' life: the state after calls, and an order that explains concurrent ones.
 
 ``explain`` looks for an order of concurrent calls in which each would have got the answer that it
 got: the calls are linearizable if there is one.
@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-
-__all__ = ["Answer", "Call", "State", "apply", "explain"]
 
 Answer = tuple[object, ...]  # status first, then what else must be right
 
@@ -50,7 +48,7 @@ class State:
 def apply(
     state: State, call: Call, mixture_of: Callable[[str, str], str]
 ) -> tuple[Answer | None, State]:
-    """The answer to ``call`` in ``state``, and the state after it. None: nobody is answered."""
+    """Return the answer to ``call`` in ``state`` (None: no answer), and the next state."""
     there = state.names.get(call.name)
     moved = None if there is None else there.moved_to(call.content, state.n_kept, None)
     new = Named(call.content) if moved is None else moved
@@ -122,7 +120,7 @@ def explain(
     calls: Sequence[tuple[Call, Answer | None]],
     mixture_of: Callable[[str, str], str],
 ) -> set[tuple[tuple[str, Named], ...]]:
-    """The names and what they mean after each order that explains the answers; empty if none."""
+    """Return the final states of all orders that explain the answers; empty if none does."""
     found: set[tuple[tuple[str, Named], ...]] = set()
     seen: set[tuple[frozenset[int], tuple[tuple[str, Named], ...]]] = set()
 

@@ -1,6 +1,4 @@
-"""Which callbacks of an event loop took how much processor time."""
-
-from __future__ import annotations
+"""Measures the processor time of each callback of an event loop."""
 
 import asyncio
 import threading
@@ -11,8 +9,6 @@ from typing import NamedTuple
 
 import pytest
 
-__all__ = ["Callback", "LoopWatch"]
-
 
 class Callback(NamedTuple):
     cpu_s: float
@@ -20,7 +16,7 @@ class Callback(NamedTuple):
 
 
 class LoopWatch:
-    """Of the thread that it is told of. Processor time: other work on the machine is not counted.
+    """A watch of one thread's callbacks by processor time, which excludes the machine's other work.
 
     ``longest`` is cleared by whoever reads it.
     """
@@ -47,7 +43,7 @@ class LoopWatch:
 
     @contextmanager
     def limit(self, cpu_s: float) -> Iterator[None]:
-        """Fails when a callback that ran meanwhile took longer."""
+        """Fail if a callback within the block takes longer."""
         self._longest = Callback(0.0, "")
         yield
         assert self._longest.cpu_s < cpu_s, self._longest

@@ -1,10 +1,8 @@
-"""Engines of a CPU whose steps overlap, as a GPU's do.
+"""Engines on a CPU whose steps overlap as on a GPU.
 
 The device is a CPU that samples as a GPU does: its tokens go to the next step before the host has
 looked at them.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,19 +10,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import torch
 
-from loraplex_server.engine import build
-from loraplex_server.engine.device_sampler import DeviceSampler
-from loraplex_server.engine.engine_loop import EngineLoop
-from loraplex_server.engine.model_runner import ModelRunner
-
-__all__ = ["Watched", "overlapping"]
+from loraplex_server.engine.steps.model_runner import ModelRunner
+from loraplex_server.engine.steps.step_mode import StepMode
 
 
 @dataclass
 class Watched:
-    """What the runner was told to do, and how often it still ran then."""
+    """Counts of the runner's steps, and of starts while another step ran."""
 
     n_started: int = 0
     n_finished: int = 0
@@ -34,15 +27,9 @@ class Watched:
 
 @contextmanager
 def overlapping() -> Iterator[Watched]:
-    """Of all engines that are built within."""
+    """Make the steps of all engines that are built in the block overlap."""
     watched = Watched()
-    begin, start, finish = ModelRunner.__init__, ModelRunner.start, ModelRunner.finish
-
-    def init(self: ModelRunner, base: Any, *args: Any, **kwargs: Any) -> None:
-        begin(self, base, *args, **kwargs)
-        self._device_sampler = DeviceSampler(
-            base.vocab_size, base.eos_token_ids, torch.device("cpu")
-        )
+    start, finish = ModelRunner.start, ModelRunner.finish
 
     def started(self: ModelRunner, *args: Any) -> Any:
         step = start(self, *args)
@@ -56,13 +43,9 @@ def overlapping() -> Iterator[Watched]:
             raise RuntimeError("the device says that an earlier launch failed")
         return finish(self, step)
 
+    mode = StepMode(overlaps=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ModelRunner, "__init__", init)
+        patch.setattr(StepMode, "of", lambda config, device: mode)
         patch.setattr(ModelRunner, "start", started)
         patch.setattr(ModelRunner, "finish", finished)
-        patch.setattr(build, "EngineLoop", _overlapping)
         yield watched
-
-
-def _overlapping(*args: Any, **kwargs: Any) -> EngineLoop:
-    return EngineLoop(*args, **kwargs | {"overlaps": True})

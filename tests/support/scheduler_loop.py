@@ -1,22 +1,19 @@
 """A scheduler in a loop of steps, with a real KV cache and a "model" that always says 1."""
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
 from loraplex_adapter_store.plan import AdapterPlan, Family
-from loraplex_server.engine.client import GenerationRequest, TenantShare
-from loraplex_server.engine.device_pool import Placement
+from loraplex_server.engine.adapters.device_pool import Residency
 from loraplex_server.engine.errors import AdapterUnservable
-from loraplex_server.engine.kv_cache import KvCache, KvGeometry
-from loraplex_server.engine.request import Request
-from loraplex_server.engine.sampling_params import SamplingParams
-from loraplex_server.engine.scheduler import Scheduler
-
-__all__ = ["SchedulerLoop"]
+from loraplex_server.engine.memory.kv_cache import KvCache, KvGeometry
+from loraplex_server.engine.requests.client import GenerationRequest, TenantShare
+from loraplex_server.engine.requests.request import Request
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from loraplex_server.engine.scheduling.scheduler import ScheduledChunk, Scheduler
+from loraplex_server.engine.scheduling.step_cost import StepCost
 
 
 class _Lease:
@@ -25,28 +22,28 @@ class _Lease:
         self.plan = AdapterPlan(digest, Family.LORA, {})
 
 
-class _Places:
-    """Every adapter has a place, but for those that are named here, while there are places."""
+class _Adapters:
+    """Residency in which every adapter is resident except the named ones, while slots last."""
 
-    def __init__(self, n_places: int) -> None:
-        self.n_places = n_places
+    def __init__(self, n_slots: int) -> None:
+        self.n_slots = n_slots
         self.full: set[str] = set()
         self.loading: set[str] = set()
         self.broken: set[str] = set()
-        self.pinned: set[str] = set()  # they have a place also while nobody holds them
+        self.pinned: set[str] = set()  # they stay resident without holders
         self.held: Counter[str] = Counter()
-        self.spared: dict[str, set[str]] = {}  # for whom, the last time
+        self.spared: dict[str, set[str]] = {}  # by digest, in the last call
 
-    def place(self, plan: AdapterPlan, *, spared: Collection[str] = ()) -> Placement:
+    def ensure_resident(self, plan: AdapterPlan, *, spared: Collection[str] = ()) -> Residency:
         self.spared[plan.digest] = set(spared)
         if plan.digest in self.broken:
             raise AdapterUnservable(f"{plan.digest} is broken")
         if plan.digest in self.loading:
-            return Placement.LOADING
+            return Residency.LOADING
         held = {digest for digest, n in self.held.items() if n > 0}
         others = (held | self.pinned) - {plan.digest}
-        is_full = plan.digest in self.full or len(others) >= self.n_places
-        return Placement.FULL if is_full else Placement.RESIDENT
+        is_full = plan.digest in self.full or len(others) >= self.n_slots
+        return Residency.FULL if is_full else Residency.RESIDENT
 
     def hold(self, digest: str) -> None:
         self.held[digest] += 1
@@ -65,8 +62,16 @@ class SchedulerLoop:
     """A scheduler whose "model" appends token 1."""
 
     def __init__(
-        self, *, n_pages: int = 64, max_batch: int = 4, max_step: int = 16, n_places: int = 1000
+        self,
+        *,
+        n_pages: int = 64,
+        max_batch: int = 4,
+        max_step: int = 16,
+        n_slots: int = 1000,
+        kv_token_bytes: int = 16,
+        seconds_of: Callable[[Sequence[ScheduledChunk]], float] | None = None,
     ) -> None:
+        """``seconds_of``: what a step takes, for the scheduler's estimate; None: it learns none."""
         self.kv = KvCache(
             KvGeometry(1, 1, 2),
             n_pages=n_pages,
@@ -77,14 +82,17 @@ class SchedulerLoop:
             device=torch.device("cpu"),
             prefix_cache=True,
         )
-        self.places = _Places(n_places)
+        self.adapters = _Adapters(n_slots)
         self.admitted: list[str] = []
         self.failed: list[str] = []
         self.n_first_admitted = 0
         self.max_step = max_step
+        self.chunks: list[ScheduledChunk] = []  # of the last step
+        self._seconds_of = seconds_of
         self.scheduler = Scheduler(
             self.kv,
-            self.places,
+            self.adapters,
+            StepCost(kv_token_bytes),
             max_batch_size=max_batch,
             max_step_tokens=max_step,
         )
@@ -110,7 +118,7 @@ class SchedulerLoop:
         return request
 
     def step(self) -> list[str]:
-        """One step; returns the ids of the requests that ran."""
+        """Run one step and return the ids of its requests."""
         chunks, first_admitted, failed = self.scheduler.schedule()
         running = [request.id for request in self.scheduler.running]
         self.admitted += [id for id in running if id not in self.admitted]
@@ -120,6 +128,9 @@ class SchedulerLoop:
             self.failed.append(request.id)
         assert sum(chunk.n_tokens for chunk in chunks) <= self.max_step
         assert len({chunk.request.id for chunk in chunks}) == len(chunks)
+        self.chunks = chunks
+        if self._seconds_of is not None and chunks:
+            self.scheduler.measured(chunks, self._seconds_of(chunks))
         self.scheduler.started(chunks)
         self.scheduler.commit(chunks)
         for chunk in chunks:

@@ -1,33 +1,15 @@
-"""Functions that worker processes are asked to run: good ones and hostile ones."""
-
-from __future__ import annotations
+"""Functions for worker processes, well-behaved and hostile."""
 
 import os
 import sys
 import threading
 import time
 
-__all__ = [
-    "allocate",
-    "burn",
-    "crash",
-    "deep",
-    "doubled",
-    "environment",
-    "fail",
-    "long",
-    "modules",
-    "n_prepared",
-    "nap",
-    "prepared",
-]
-
-
 _prepared: list[float] = []
 
 
 def prepared(cpu_s: float) -> None:
-    """Spends this much processor time."""
+    """Spend this much processor time."""
     until = time.process_time() + cpu_s
     while time.process_time() < until:
         pass
@@ -49,7 +31,7 @@ def nap(seconds: float) -> int:
 
 
 def burn(n_threads: int) -> None:
-    """More CPU than wall time would allow one thread: the kernel's limit counts all."""
+    """Spend processor time in several threads, which the kernel's limit counts together."""
     for _ in range(n_threads):
         threading.Thread(target=_spin, daemon=True).start()
     _spin()

@@ -1,7 +1,5 @@
 """Chat examples become tokens, and only what the assistant wrote is to be learnt."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from itertools import islice
@@ -12,7 +10,7 @@ import pytest
 from loraplex_training.batches import IGNORED, batch_of, endless, grouped
 from loraplex_training.errors import ExamplesError
 from loraplex_training.examples import Chat, Example, Message, read_jsonl, tokenise
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 
 
 def chat(*turns: tuple[str, str]) -> Chat:

@@ -1,7 +1,5 @@
 """Training on a tiny model: it learns, it can be stopped anywhere, and PEFT reads what it wrote."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import signal
@@ -24,10 +22,11 @@ from loraplex_training.batches import IGNORED, batch_of
 from loraplex_training.config import AdapterShape, ExpertShape, Schedule, TrainingConfig
 from loraplex_training.errors import CheckpointError, TrainingError
 from loraplex_training.examples import Example
+from loraplex_training.run import StepReport
 from loraplex_training.shared_prefix import logits_at, shared_prefix_len
-from loraplex_training.trainer import StepReport, train
-from tests.support.architectures import tiny_model
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from loraplex_training.trainer import train
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -134,11 +133,36 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     first: list[StepReport] = []
     train(again, on_step=first.append)
     assert first[0].step == step + 1
-    assert first[0].resumed
     whole = load_file(config.out / "adapter_model.safetensors")
     resumed = load_file(again.out / "adapter_model.safetensors")
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.parametrize("recipe", ["lora-ga", "sora"])
+def test_an_interrupted_run_of_a_recipe_goes_on_to_the_same_bits(
+    config: TrainingConfig, tmp_path: Path, recipe: str
+) -> None:
+    shape = replace(config.shape, recipe=recipe, dropout=0.0)
+    config = replace(config, shape=shape, schedule=replace(config.schedule, steps=12))
+    trained = train(config)
+    assert trained.validation_loss is not None
+    assert trained.base_validation_loss is not None
+    assert trained.validation_loss < trained.base_validation_loss
+    again = replace(config, out=tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt):
+        train(again, on_step=Stop(7))
+    train(again)
+    whole, resumed = (load_file(c.out / "adapter_model.safetensors") for c in (config, again))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_recipes_refuse_what_they_do_not_train(config: TrainingConfig) -> None:
+    with pytest.raises(ValueError, match="recipe is 'magic'; choose lora, allora"):
+        replace(config.shape, recipe="magic")
+    with pytest.raises(ValueError, match="leave out family, dropout and layers"):
+        replace(config.shape, recipe="sora")
 
 
 @pytest.mark.parametrize("n_signals", [1, 2])

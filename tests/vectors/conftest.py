@@ -1,7 +1,5 @@
 """A real server of a tiny base in this process, and PEFT's adapters for it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -23,15 +21,16 @@ from transformers import (
 )
 
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.encoder_model import EncoderModel
-from loraplex_server.api.app import build_app
+from loraplex_server.adapters.resolving.sentence_encoder import EncoderModel
 from loraplex_server.engine.build import build_engine
 from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.defaults import host_tier_bytes
 from loraplex_server.engine.engine import Engine
-from loraplex_server.front import pooling_of_base
 from loraplex_server.launch import open_store
-from loraplex_server.settings import HttpConfig, ServerConfig, StoreConfig
-from tests.support.server_process import save_tiny_model
+from loraplex_server.served_base import pooling_of_base, store_root
+from loraplex_server.settings.config import HttpConfig, ServerConfig, StoreConfig
+from tests.support.servers.built_app import built_app
+from tests.support.servers.server_process import save_tiny_model
 
 CLASSES = {
     "SEQ_CLS": AutoModelForSequenceClassification,
@@ -155,7 +154,7 @@ async def serving(
     with_store: Callable[[AdapterStore], Mapping[str, Any]] = lambda store: {},
     **engine: Any,
 ) -> AsyncIterator[Server]:
-    """``with_store`` makes parts of ``build_app`` that need the store."""
+    """``with_store`` makes parts of ``built_app`` that need the store."""
     defaults = {"kv_memory_bytes": 4 << 20, "adapter_memory_bytes": 8 << 20}
     config = ServerConfig(
         http=HttpConfig(served_model_names=("base",)),
@@ -164,15 +163,21 @@ async def serving(
     )
     built = build_engine(config.engine, base)
     try:
-        with open_store(config, built) as store:
-            app = build_app(
+        with open_store(
+            config,
+            built.base_spec,
+            store_root(config, built.base_spec),
+            host_bytes=host_tier_bytes(built.device),
+            packer=built.engine.packer,
+        ) as store:
+            app = built_app(
                 built.engine,
                 store,
                 built.tokenizer,
                 config,
-                model_name=built.model_id,
+                name=built.model_id,
                 vocab_size=built.base_spec.vocab_size,
-                device=built.engine,
+                tier=built.engine,
                 encoder=encoder,
                 pooling=pooling_of_base(base),
                 **with_store(store),
@@ -190,6 +195,6 @@ async def serving(
 async def server(
     base: Path, tmp_path_factory: pytest.TempPathFactory, anyio_backend: str
 ) -> AsyncIterator[Server]:
-    """One for all tests that do not need another; each uploads under names of its own."""
+    """Yield a server that tests share; each uploads under names of its own."""
     async with serving(base, tmp_path_factory.mktemp("state")) as running:
         yield running

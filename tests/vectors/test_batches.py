@@ -3,8 +3,6 @@
 Through HTTP on a real engine. What is compared with ``==`` is compared bit by bit.
 """
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support.asgi_call import AsgiCall
+from tests.support.servers.asgi_call import AsgiCall
 from tests.vectors.conftest import Server, Trained, serving
 
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore::Warning")]
@@ -93,7 +91,7 @@ async def test_long_texts_are_read_in_chunks(
     adapters: dict[str, Trained],
     tokenizer: Any,
 ) -> None:
-    """In steps of 16 tokens a text is cut into dozens of chunks; its bits are the same."""
+    """A text in dozens of chunks, from steps of 16 tokens, has the same bits."""
     found = []
     for n_tokens in (16, 1024):
         state = tmp_path / str(n_tokens)

@@ -1,7 +1,5 @@
 """Classes and scores over HTTP are those of the model that PEFT saved the adapter from."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ import torch
 from peft import get_peft_model
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from loraplex_server.adapters.encoder_model import EncoderModel
-from loraplex_server.adapters.sentence_encoder import SharedEncoder
+from loraplex_server.adapters.resolving.sentence_encoder import EncoderModel, SharedEncoder
 from tests.vectors.conftest import Server, Trained, serving
 
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore::Warning")]

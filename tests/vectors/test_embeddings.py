@@ -1,7 +1,5 @@
 """Embeddings over HTTP are those of transformers and of sentence-transformers itself."""
 
-from __future__ import annotations
-
 import base64
 import shutil
 from collections.abc import Callable

@@ -1,1 +1,1 @@
-"""One catalogue of adapters for many servers, in an object store. See docs/catalogue.md."""
+"""A catalogue of adapters for many servers, in an object store. See docs/catalogue.md."""

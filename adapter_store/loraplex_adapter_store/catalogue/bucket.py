@@ -1,6 +1,7 @@
-"""The few calls of an object store that the catalogue needs, each with a limit of time.
+"""The calls of an object store that the catalogue needs, each with a timeout.
 
-``create`` is the only one that excludes others: all stores have it, local directories too.
+``create`` is the only call that excludes other writers. All object stores have it, and local
+directories too.
 """
 
 from __future__ import annotations
@@ -20,14 +21,12 @@ from loraplex_adapter_store.sources.prefix import canonical_uri
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-__all__ = ["SCHEMES", "Bucket", "StoredObject", "check_url"]
-
 SCHEMES = ("s3", "gs", "az", "file")
-_PART_BYTES = 8 << 20  # of a download: what is read between two looks at whether it goes on
+_PART_BYTES = 8 << 20  # of a download, between two checks for cancellation
 _PART_TIMEOUT = timedelta(seconds=30)  # of a request for a part of a file, or a listing
-_SMALL_TIMEOUT = timedelta(seconds=5)  # of one for a small object
+_SMALL_TIMEOUT = timedelta(seconds=5)  # of a request for a small object
 _CONNECT_TIMEOUT = timedelta(seconds=3)
-_RETRY_TIMEOUT = timedelta(seconds=5)  # from the first request on
+_RETRY_TIMEOUT = timedelta(seconds=5)  # from the first request
 _N_RETRIES = 2
 _log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class StoredObject(NamedTuple):
 
 
 def check_url(url: str) -> str:
-    """``url`` as it may be used and shown. Raises ValueError; the message repeats no secret."""
+    """Return ``url`` in canonical form. Raises ValueError, which repeats no secret."""
     scheme = urlsplit(url).scheme.lower()
     if scheme not in SCHEMES:
         raise ValueError(f"a catalogue is one of {', '.join(f'{s}://' for s in SCHEMES)}")
@@ -60,19 +59,19 @@ def check_url(url: str) -> str:
 class Bucket:
     """Stateless and thread-safe; every call blocks. Keys are relative to the URL's prefix.
 
-    Raises CatalogueUnavailable where the object store cannot be used now.
+    Raises CatalogueUnavailable if the object store fails.
     """
 
     def __init__(self, files: ObjectStore, small: ObjectStore) -> None:
-        """Both are the same place, with limits of time for files and for small objects."""
+        """Both stores access the same bucket, with timeouts for files and for small objects."""
         self._files = files
         self._small = small
 
     @staticmethod
     def open(url: str, prefix: str) -> Bucket:
-        """Connects to nothing yet. Raises StoreError or ValueError for what can never work.
+        """Does not connect. Credentials come from the environment, as obstore reads them.
 
-        Credentials come from the environment, as obstore reads them.
+        Raises StoreError or ValueError.
         """
         url = check_url(url)
         try:
@@ -93,7 +92,7 @@ class Bucket:
                 client_options={
                     "timeout": timeout,
                     "connect_timeout": _CONNECT_TIMEOUT,
-                    "allow_http": endpoint.startswith("http://"),  # the operator's own words
+                    "allow_http": endpoint.startswith("http://"),  # the operator's choice
                 },
                 retry_config={"max_retries": _N_RETRIES, "retry_timeout": _RETRY_TIMEOUT},
             )
@@ -106,35 +105,30 @@ class Bucket:
             ) from None
 
     def create(self, key: str, data: bytes) -> bool:
-        """False if there is an object of this key already: of all who create it, one wins.
+        """Create an object. Returns False if the key exists, so only one writer succeeds.
 
-        After CatalogueUnavailable it may be there or not. A retry of the client's own may find the
-        object of its first try: whoever must know compares what is there.
+        After CatalogueUnavailable the object may exist. A retry inside the client library may find
+        the object of its own first try, so False can be wrong: compare the object.
         """
-        import obstore
         from obstore.exceptions import AlreadyExistsError
 
         with _calls("write"):
             try:
-                obstore.put(self._small, key, data, mode="create")
+                self._small.put(key, data, mode="create")
             except AlreadyExistsError:
                 return False
         return True
 
     def write(self, key: str, data: bytes | Path) -> None:
-        """Creates or replaces the object, all or nothing."""
-        import obstore
-
+        """Create or replace the object atomically."""
         with _calls("write"):
-            obstore.put(self._files, key, data)
+            self._files.put(key, data)
 
     def read(self, key: str, limit: int) -> bytes | None:
-        """None if there is no such object. Raises StoreError for more than ``limit`` bytes."""
-        import obstore
-
+        """Return the object or None. Raises StoreError for more than ``limit`` bytes."""
         with _calls("read"):
             try:
-                result = obstore.get(self._small, key)
+                result = self._small.get(key)
             except FileNotFoundError:
                 return None
             n_bytes = result.meta["size"]
@@ -143,39 +137,33 @@ class Bucket:
             return bytes(result.bytes())
 
     def parts(self, key: str, n_bytes: int) -> Iterator[bytes]:
-        """The first ``n_bytes`` of an object, in parts. Raises FileNotFoundError."""
-        import obstore
-
+        """Yield the first ``n_bytes`` of an object in parts. Raises FileNotFoundError."""
         for start in range(0, n_bytes, _PART_BYTES):
             length = min(_PART_BYTES, n_bytes - start)
             with _calls("read"):
-                yield bytes(obstore.get_range(self._files, key, start=start, length=length))
+                yield bytes(self._files.get_range(key, start=start, length=length))
 
     def objects(self, prefix: str) -> list[StoredObject]:
-        """Every object below ``prefix``, which ends with a slash or is empty."""
-        import obstore
-
+        """List the objects below ``prefix``, which ends with a slash or is empty."""
         with _calls("list"):
-            found = obstore.list(self._small, prefix or None, chunk_size=1000).collect()
+            listed = self._small.list(prefix or None, chunk_size=1000).collect()
             return [
                 StoredObject(meta["path"], meta["size"], meta["last_modified"].timestamp())
-                for meta in found
+                for meta in listed
             ]
 
     def delete(self, keys: Sequence[str]) -> None:
-        """What is not there is no error."""
-        import obstore
-
+        """Delete objects; missing ones are no error."""
         for key in keys:
             with _calls("delete"):
                 try:
-                    obstore.delete(self._small, key)
+                    self._small.delete(key)
                 except FileNotFoundError:
                     continue
 
 
 def _endpoint() -> str:
-    """Of another S3 than Amazon's; empty without one. Raises StoreError for what is no address."""
+    """Return the address of an S3 other than Amazon's, or "". Raises StoreError for bad URLs."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
     try:
         parts = urlsplit(endpoint)
@@ -200,12 +188,12 @@ def _calls(what: str) -> Iterator[None]:
 
 
 def _kind(error: Exception) -> str:
-    """For clients: a few words, never the message itself."""
+    """Describe the error for clients, without its message."""
     return _KINDS.get(type(error).__name__, "the object store does not answer as it should")
 
 
 def _without_secrets(error: Exception) -> str:
-    """The first line, without any value of a variable that may be a secret."""
+    """Return the first line, without values of variables that may be secrets."""
     text = (str(error).splitlines() or ["no reason given"])[0][:300]
     for name, value in os.environ.items():
         if len(value) >= 4 and any(word in name for word in ("KEY", "TOKEN", "SECRET", "PASS")):

@@ -1,13 +1,11 @@
-"""Contents in the catalogue: ``contents/<ab>/<digest>/<upload>/``, each upload a folder of its own.
+"""Contents in the catalogue: each upload is a folder ``contents/<ab>/<digest>/<upload>/``.
 
     adapter_config.json  adapter_model.safetensors  [chat_template.jinja]  plan.bin  manifest.json
 
-The manifest comes last: an upload without one does not exist. Uploads are never changed and never
-used by a second name, so an old one that no state of a name refers to can never be referred to
-again, and may be deleted (see ``garbage``). Equal contents of several names are stored once each.
+The manifest is written last: an upload without a manifest does not exist. Uploads never change and
+belong to one name. So an old upload without a name can never get one, and may be deleted (see
+``catalogue.sweep``). Equal contents of several names are stored once for each.
 """
-
-from __future__ import annotations
 
 import hashlib
 import threading
@@ -17,42 +15,35 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from loraplex_adapter_store.adapter_config import AdapterConfig
-from loraplex_adapter_store.content_files import (
+from loraplex_adapter_store.contents.content_check import check_content
+from loraplex_adapter_store.contents.content_files import (
     CHAT_TEMPLATE_FILE,
     CONFIG_FILE,
     PLAN_FILE,
     WEIGHTS_FILE,
 )
-from loraplex_adapter_store.digest import digest_of
 from loraplex_adapter_store.errors import (
-    AdapterRefused,
     LimitExceeded,
     LoadCancelled,
     StoredAdapterDamaged,
 )
 from loraplex_adapter_store.limits import StoreLimits
-from loraplex_adapter_store.name_record import Content
-from loraplex_adapter_store.plan_file import read_plan
-from loraplex_adapter_store.report import LoadReport
-from loraplex_adapter_store.safetensors_reader import SafetensorsFile
+from loraplex_adapter_store.names.name_record import Content
+from loraplex_adapter_store.names.name_state import content_from_json, seal, unseal
+from loraplex_adapter_store.report import LoadReport, json_fields
 
 from .bucket import Bucket
-from .name_state import content_from_json, content_to_json
-from .sealed_json import seal, unseal
-
-__all__ = ["ContentMissing", "ContentObjects", "Manifest", "Upload"]
 
 MANIFEST_FILE = "manifest.json"
 _FORMAT = 1
 _FILES = (CONFIG_FILE, WEIGHTS_FILE, CHAT_TEMPLATE_FILE, PLAN_FILE)
 _MAX_MANIFEST_BYTES = 64 << 20
-_MAX_PLAN_FACTOR = 64  # a plan is float32, and some families unfold: no bound that is hit honestly
+_MAX_PLAN_FACTOR = 64  # plans are float32, and some families unfold; honest plans are smaller
 _CHUNK = 1 << 20
 
 
 class ContentMissing(StoredAdapterDamaged):
-    """No name has it any more, or somebody removed it by hand."""
+    """No name has the content any more, or its files were deleted by hand."""
 
     def __init__(self, digest: str) -> None:
         super().__init__(f"the catalogue has no files of adapter {digest[:12]}; add it again")
@@ -62,11 +53,11 @@ class Manifest(NamedTuple):
     content: Content
     report: LoadReport
     files: dict[str, tuple[int, str]]  # name → bytes, sha256
-    tenant: str  # that the digest was made for
+    tenant: str  # for which the digest was computed
 
 
 class Upload(NamedTuple):
-    """All objects of one upload, whole or not."""
+    """All objects of one upload, complete or not."""
 
     digest: str
     upload: str
@@ -75,16 +66,16 @@ class Upload(NamedTuple):
 
 
 class ContentObjects:
-    """Stateless and thread-safe; every call blocks. Raises CatalogueUnavailable."""
+    """Stateless and thread-safe. Each call blocks, and may raise CatalogueUnavailable."""
 
     def __init__(self, bucket: Bucket, limits: StoreLimits) -> None:
         self._bucket = bucket
         self._limits = limits
 
     def put(self, folder: Path, content: Content, report: LoadReport, tenant: str) -> Content:
-        """Uploads the files of a content; nobody sees them yet. The content with its upload.
+        """Upload the files of a content, and return the content with its upload.
 
-        Names it must be put under within ``name_log.GRACE_S``: older uploads without a name go.
+        A name must refer to it within ``name_log.GRACE_S``: older uploads without one are deleted.
         """
         stored = replace(content, upload=uuid.uuid4().hex)
         files = {}
@@ -93,7 +84,7 @@ class ContentObjects:
             self._bucket.write(_key(stored.digest, stored.upload, path.name), path)
         manifest = {
             "format": _FORMAT,
-            "content": content_to_json(stored),
+            "content": json_fields(stored),
             "tenant": tenant,
             "files": {name: {"n_bytes": n, "sha256": sha} for name, (n, sha) in files.items()},
             "report": report.to_json(),
@@ -102,19 +93,19 @@ class ContentObjects:
         return stored
 
     def manifest(self, digest: str, upload: str) -> Manifest:
-        """Raises StoredAdapterDamaged if it is not there, or not of this content."""
+        """Raises StoredAdapterDamaged if the manifest is missing or of another content."""
         data = self._bucket.read(_key(digest, upload, MANIFEST_FILE), _MAX_MANIFEST_BYTES)
         if data is None:
             raise ContentMissing(digest)
         return _parse_manifest(data, digest, upload)
 
     def find(self, digest: str, plan_sha256: str | None = None) -> Manifest | None:
-        """Of any whole upload of ``digest``, folded to that plan; None if there is none."""
+        """Return the manifest of any complete upload of ``digest`` with that plan, or None."""
         for upload in self.uploads(digest):
             if any(key.endswith(f"/{MANIFEST_FILE}") for key in upload.keys):
-                found = self.manifest(digest, upload.upload)
-                if plan_sha256 in (None, found.content.plan_sha256):
-                    return found
+                manifest = self.manifest(digest, upload.upload)
+                if plan_sha256 in (None, manifest.content.plan_sha256):
+                    return manifest
         return None
 
     def fetch(
@@ -123,12 +114,11 @@ class ContentObjects:
         write: Callable[[str, Iterator[bytes]], Path],
         cancelled: threading.Event | None = None,
     ) -> LoadReport:
-        """Brings the files of a content; ``write`` gets each name and its bytes, in parts.
+        """Download the files of a content. ``write`` gets each file's name and its parts.
 
-        Every file is compared with the manifest, and all of them with the digest: after it
-        returns they are that content, bit for bit. Raises StoredAdapterDamaged, LimitExceeded,
-        LoadCancelled within a part, or CatalogueUnavailable; what was written then is worth
-        nothing.
+        Each file is checked against the manifest, and all files against the digest. Raises
+        StoredAdapterDamaged, LimitExceeded, LoadCancelled within a part, or CatalogueUnavailable;
+        the written files are then useless.
         """
         manifest = self.manifest(content.digest, content.upload)
         folder = _key(content.digest, content.upload, "")
@@ -145,24 +135,27 @@ class ContentObjects:
                 raise _damaged(content.digest) from None
             if hashed.hexdigest() != sha256:
                 raise _damaged(content.digest)
-        self._check_identity(content, manifest, paths)
+        try:
+            check_content(content, manifest.tenant, paths, self._limits)
+        except StoredAdapterDamaged as error:
+            raise _damaged(content.digest) from error
         return manifest.report
 
     def uploads(self, digest: str | None = None) -> list[Upload]:
-        """Of every digest, or of one."""
+        """Return all uploads, or those of one digest."""
         folder = "contents/" if digest is None else f"contents/{digest[:2]}/{digest}/"
-        found: dict[tuple[str, str], list[tuple[str, float]]] = {}
+        folders: dict[tuple[str, str], list[tuple[str, float]]] = {}
         for each in self._bucket.objects(folder):
             parts = each.key.split("/")
             if len(parts) == 5:
-                found.setdefault((parts[2], parts[3]), []).append((each.key, each.modified))
+                folders.setdefault((parts[2], parts[3]), []).append((each.key, each.modified))
         return [
             Upload(of, upload, tuple(key for key, _ in objects), max(time for _, time in objects))
-            for (of, upload), objects in found.items()
+            for (of, upload), objects in folders.items()
         ]
 
     def delete(self, upload: Upload) -> None:
-        """The manifest first: from then on the upload does not exist."""
+        """Delete an upload, its manifest first, so that readers find no partial upload."""
         keys = sorted(upload.keys, key=lambda key: not key.endswith(MANIFEST_FILE))
         self._bucket.delete(keys)
 
@@ -179,26 +172,6 @@ class ContentObjects:
         limit = largest * _MAX_PLAN_FACTOR if name == PLAN_FILE else largest
         if n_bytes > limit:
             raise LimitExceeded(f"{name} of the catalogue has {n_bytes} bytes, over {limit}")
-
-    def _check_identity(self, content: Content, manifest: Manifest, paths: dict[str, Path]) -> None:
-        """The digest is computed from the bytes that came. Raises StoredAdapterDamaged."""
-        try:
-            plan = read_plan(paths[PLAN_FILE], content.plan_sha256)
-            config = AdapterConfig.parse(paths[CONFIG_FILE].read_bytes(), self._limits)
-            template = paths.get(CHAT_TEMPLATE_FILE)
-            with SafetensorsFile(paths[WEIGHTS_FILE], self._limits) as tensors:
-                found = digest_of(
-                    config.values,
-                    tensors,
-                    None if template is None else template.read_bytes().decode(),
-                    plan.head,
-                    plan.pooling,
-                    manifest.tenant,
-                )
-        except (AdapterRefused, StoredAdapterDamaged, KeyError, ValueError) as error:
-            raise _damaged(content.digest) from error
-        if not found == plan.digest == content.digest:
-            raise _damaged(content.digest)
 
 
 def _parse_manifest(data: bytes, digest: str, upload: str) -> Manifest:

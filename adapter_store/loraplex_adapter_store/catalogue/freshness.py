@@ -1,46 +1,50 @@
-"""How old the catalogue's answers are, and whether they may still be used.
+"""The age of the catalogue's answers, and whether they may still be used.
 
 A name is asked for again when its last answer is ``refresh_s`` old. While the object store is down
-the last answer counts for ``stale_s``; after that the name is unavailable, never guessed.
+the last answer counts for ``stale_s``; after that the name is unavailable.
 """
 
-from __future__ import annotations
-
+import logging
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError
-from loraplex_adapter_store.faults import FaultLog
-from loraplex_adapter_store.names import tenant_of
+from loraplex_adapter_store.names.name_syntax import tenant_of
+from loraplex_adapter_store.part_log import worked
 
-from .limits import CatalogueLimits
-
-__all__ = ["Answer", "Freshness"]
-
+ALL_NAMES = ""  # in place of a name: the listing of all names
 _MAX_ANSWERS = 65_536  # names remembered, most of which may not exist
-_TRY_AGAIN_S = 2.0  # after a failure, before the object store is asked once more by a reader
+_RETRY_S = 2.0  # after a failure, before a reader asks the object store again
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueLimits:
+    refresh_s: float = 1.0  # age at which the answer for a name is asked for again
+    stale_s: float = 300.0  # largest age of an answer while the object store is down
+    poll_s: float = 10.0  # between two listings, for names that no request uses
+    disk_bytes: int = 64 << 30  # contents on this server's disk
 
 
 class Answer(NamedTuple):
-    """What the catalogue said of a name, and when."""
+    """The catalogue's last answer about a name."""
 
-    number: int  # of its state; 0: it never existed
-    at: float  # monotonic, when it was asked
+    number: int  # of the state; 0: the name never existed
+    at: float  # monotonic, before the question
 
 
 class Freshness:
-    """Thread-safe. Owner of the last answer for each name, and of when the object store failed."""
+    """Owner of the last answer for each name, and of the object store's failures. Thread-safe."""
 
-    def __init__(self, limits: CatalogueLimits, faults: FaultLog) -> None:
+    def __init__(self, limits: CatalogueLimits) -> None:
         self._refresh_s, self._stale_s = limits.refresh_s, limits.stale_s
-        self._faults = faults
         self._clock = time.monotonic
         self._lock = threading.Lock()
         self._answers: dict[str, Answer] = {}  # oldest first
-        self._all_at = float("-inf")  # when everything was asked for
         self._down_until = float("-inf")
 
     def now(self) -> float:
@@ -50,23 +54,20 @@ class Freshness:
         return self._answers.get(name)
 
     def is_fresh(self, name: str) -> bool:
-        """Takes a microsecond."""
+        """Return True if the last answer is recent enough. Takes a microsecond."""
         answer = self._answers.get(name)
         return answer is not None and self._clock() - answer.at <= self._refresh_s
 
-    def may_use(self, name: str) -> bool:
-        """Whether the last answer counts because the object store is down."""
+    def is_usable(self, name: str) -> bool:
+        """True if the answer is fresh, or may be used because the object store is down."""
         now, answer = self._clock(), self._answers.get(name)
-        return now < self._down_until and answer is not None and now - answer.at <= self._stale_s
-
-    def all_fresh(self) -> bool:
-        return self._clock() - self._all_at <= self._refresh_s
-
-    def may_use_all(self) -> bool:
-        now = self._clock()
-        return now < self._down_until and now - self._all_at <= self._stale_s
+        limit_s = self._refresh_s
+        if now < self._down_until:
+            limit_s = max(limit_s, self._stale_s)
+        return answer is not None and now - answer.at <= limit_s
 
     def answered(self, name: str, number: int, began: float) -> None:
+        """Record an answer to a question that began at ``began``."""
         with self._lock:
             self._answers.pop(name, None)
             self._answers[name] = Answer(number, began)
@@ -77,7 +78,7 @@ class Freshness:
                     del self._answers[oldest]
 
     def numbers(self, tenant: str | None = None) -> dict[str, int]:
-        """Of all names that were asked for, or those of a tenant."""
+        """Return the numbers of all remembered names, or of a tenant's."""
         with self._lock:
             known = {name: answer.number for name, answer in self._answers.items()}
         if tenant is None:
@@ -85,19 +86,16 @@ class Freshness:
         return {name: number for name, number in known.items() if tenant_of(name) == tenant}
 
     def confirmed(self, numbers: Mapping[str, int], began: float) -> None:
-        """A listing that began then still shows these numbers."""
+        """Renew the answers that a listing has confirmed."""
         with self._lock:
             for name, number in numbers.items():
                 answer = self._answers.get(name)
                 if answer is not None and answer.number == number and answer.at < began:
                     self._answers[name] = Answer(number, began)
 
-    def all_answered(self, began: float) -> None:
-        self._all_at = began
-
     @contextmanager
     def outdated_by_failure(self, name: str) -> Iterator[None]:
-        """After a change that failed, what is known of the name may be old."""
+        """Outdate the answer for ``name`` if a change inside the block fails."""
         try:
             yield
         except StoreError:
@@ -110,14 +108,14 @@ class Freshness:
 
     @contextmanager
     def asking(self, *, even_if_down: bool = False) -> Iterator[None]:
-        """A use of the object store. Readers do not ask again right after it failed."""
+        """Wrap a use of the object store. For a while after a failure, readers are refused."""
         if not even_if_down and self._clock() < self._down_until:
             raise CatalogueUnavailable("the catalogue could not be reached a moment ago; try again")
         try:
             yield
         except CatalogueUnavailable as error:
-            self._down_until = self._clock() + _TRY_AGAIN_S
-            self._faults.failed("catalogue", error)
+            self._down_until = self._clock() + _RETRY_S
+            _log.error("the catalogue cannot be reached: %s", error, extra={"part": "catalogue"})
             raise
         self._down_until = float("-inf")
-        self._faults.worked("catalogue")
+        worked("catalogue")

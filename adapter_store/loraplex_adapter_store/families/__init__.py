@@ -1,1 +1,1 @@
-"""One file per way an adapter can be trained: its formula, its file format, its fold."""
+"""The training methods of adapters: each file has a formula, a file format and a fold."""

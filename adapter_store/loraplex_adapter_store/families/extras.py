@@ -1,25 +1,40 @@
-"""What PEFT saves beside the method: biases, modules_to_save, trainable tokens, base copies."""
+"""Tensors that PEFT saves with any method: biases, modules_to_save, trainable tokens, copies."""
 
-from __future__ import annotations
-
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile, UnsupportedAdapter
-from loraplex_adapter_store.plan import ExpertPlan, Family, ModulePlan, NormPlan
-from loraplex_adapter_store.targets import ties_head
-from loraplex_adapter_store.tensor_names import module_names, resolve_module, split_key
+from loraplex_adapter_store.files.targets import module_names, resolve_module, split_key, ties_head
+from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, Family, ModulePlan, NormPlan
 
 from .contract import Fold, ReadContext
-
-__all__ = ["fold_with_extras"]
+from .module_groups import ModuleGroup, linear_groups
 
 _TOKENS = "trainable_tokens_delta"
 _SAVED, _ORIGINAL = ".modules_to_save", ".original_module"
 _COPY_TOLERANCE = 1e-2  # relative; copies may have gone through bfloat16
+
+
+def fold_linears(
+    context: ReadContext,
+    family: Family,
+    scale_rule: str,
+    fold: Callable[[ModuleGroup], ModulePlan],
+    required: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+    *,
+    synonyms: Mapping[str, str] | None = None,
+) -> Fold:
+    """Fold each targeted linear by itself. The suffixes are those of ``linear_groups``.
+
+    Raises AdapterRefused.
+    """
+    groups = linear_groups(context, required, optional, synonyms=synonyms)
+    modules = {module: fold(group) for module, group in groups.items()}
+    return fold_with_extras(context, family, scale_rule, modules)
 
 
 def fold_with_extras(
@@ -29,33 +44,10 @@ def fold_with_extras(
     modules: Mapping[str, ModulePlan],
     experts: Mapping[str, ExpertPlan] | None = None,
 ) -> Fold:
-    """The fold of a method that adapts ``modules``, and of all that was saved beside them.
+    """Return the fold of a method that adapts ``modules``, with everything saved beside them.
 
-    Claims every remaining tensor it can explain; the rest is refused. Raises AdapterRefused.
+    Claims every remaining tensor that has a known meaning. Raises AdapterRefused.
     """
-    extras = _read_extras(context, modules)
-    return Fold(
-        family=family,
-        scale_rule=scale_rule,
-        modules=extras.modules,
-        experts=experts or {},
-        embedding_rows=extras.embedding_rows,
-        head_rows=extras.head_rows,
-        replaced_weights=extras.replaced_weights,
-        norms=extras.norms,
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Extras:
-    modules: Mapping[str, ModulePlan]
-    embedding_rows: Mapping[int, Tensor]
-    head_rows: Mapping[int, Tensor]
-    replaced_weights: Mapping[str, Tensor]
-    norms: Mapping[str, NormPlan]
-
-
-def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Extras:
     grown = dict(modules)
     replaced_weights: dict[str, Tensor] = {}
     norms: dict[str, NormPlan] = {}
@@ -93,11 +85,29 @@ def _read_extras(context: ReadContext, modules: Mapping[str, ModulePlan]) -> _Ex
     head_rows = rows.pop(context.base.output_head, {})
     if rows:
         raise UnsupportedAdapter(f"trainable tokens on {sorted(rows)}: only embedding and head")
-    return _Extras(grown, embedding_rows, head_rows, replaced_weights, norms)
+    plan = AdapterPlan(
+        digest="",
+        family=family,
+        modules=grown,
+        experts=experts or {},
+        embedding_rows=embedding_rows,
+        head_rows=head_rows,
+        replaced_weights=replaced_weights,
+        norms=norms,
+    )
+    return Fold(plan, scale_rule)
+
+
+def parameter_shape(context: ReadContext, module: str, part: str, key: str) -> tuple[int, ...]:
+    """Return the shape of a base parameter. Raises AdapterMismatch for a module without it."""
+    shape = context.base.parameters.get(f"{module}.{part}")
+    if shape is None:
+        raise AdapterMismatch(f"{key}: {module} of the base has no {part}")
+    return shape
 
 
 def _drop_twins(context: ReadContext, names: Collection[str]) -> None:
-    """With bias="all" PEFT saves the biases of modules_to_save twice more: ours and the base's."""
+    """Drop the copies of biases in modules_to_save that PEFT writes with bias="all"."""
     for key in context.ledger.unclaimed:
         path, _, leaf = key.rpartition(".")
         module = resolve_module(path.removesuffix(_SAVED).removesuffix(_ORIGINAL), names)
@@ -133,7 +143,7 @@ def _token_indices(context: ReadContext, module: str) -> list[int]:
     if isinstance(value, dict):
         leaf = module.rpartition(".")[2]
         listed = value.get(module, value.get(leaf))
-        if listed is None and module == context.base.output_head:  # tied: those of the embedding
+        if listed is None and module == context.base.output_head:  # tied: the ids of the embedding
             listed = next(iter(value.values()), None)
         value = listed
     if not isinstance(value, list) or not all(
@@ -149,11 +159,9 @@ def _token_indices(context: ReadContext, module: str) -> list[int]:
 
 
 def _check_copy(context: ReadContext, module: str, key: str) -> None:
-    """PEFT saves the untouched base layer beside an adapted embedding: it must be the base's."""
-    name = f"{module}.weight"
-    if name not in context.base.parameters:
-        raise AdapterMismatch(f"{key}: {module} of the base has no weight")
-    _check_copy_of(context, name, key)
+    """Drop the base layer that PEFT saves beside an adapted embedding. It must equal the base's."""
+    parameter_shape(context, module, "weight", key)
+    _check_copy_of(context, f"{module}.weight", key)
 
 
 def _check_copy_of(context: ReadContext, name: str, key: str) -> None:
@@ -170,7 +178,7 @@ def _check_copy_of(context: ReadContext, name: str, key: str) -> None:
 
 
 def _with_bias(context: ReadContext, module: str, key: str, plan: ModulePlan | None) -> ModulePlan:
-    """A trained base bias (bias="all" or "lora_only"): the plan adds what it differs by."""
+    """Add the difference of a trained bias (bias="all" or "lora_only") from the base's bias."""
     base_bias = context.base.bias(module)
     if base_bias is None or module not in context.base.modules:
         raise AdapterMismatch(f"{key}: {module} of the base has no bias")
@@ -187,30 +195,22 @@ def _is_norm(context: ReadContext, module: str) -> bool:
 def _with_norm_part(
     context: ReadContext, module: str, suffix: str, key: str, plan: NormPlan | None
 ) -> NormPlan:
-    """A trained weight (modules_to_save, LN tuning) or bias (bias="all") of a norm."""
+    """Add the trained weight (modules_to_save) or bias (bias="all") of a norm."""
     if suffix not in ("weight", "bias"):
         raise AdapterMismatch(f"{key}: {module} of the base is no linear and no embedding")
-    stored = context.base.parameters.get(f"{module}.{suffix}")
-    if stored is None:
-        raise AdapterMismatch(f"{key}: {module} of the base has no {suffix}")
-    value = context.ledger.take(key, stored)
-    plan = plan or NormPlan()
-    return replace(plan, weight=value) if suffix == "weight" else replace(plan, bias=value)
+    value = context.ledger.take(key, parameter_shape(context, module, suffix, key))
+    return replace(plan or NormPlan(), **{suffix: value})
 
 
 def _is_saved(context: ReadContext, module: str) -> bool:
-    base = context.base
-    if module == base.output_head and ties_head(context.config, base):
-        return _is_saved(context, base.input_embedding) or _ends_with_saved(context, module)
-    return _ends_with_saved(context, module)
-
-
-def _ends_with_saved(context: ReadContext, module: str) -> bool:
-    return any(module.endswith(name) for name in _saved_names(context))
+    base, saved = context.base, context.config.name_list("modules_to_save")
+    is_tied = module == base.output_head and ties_head(context.config, base)
+    modules = (module, base.input_embedding) if is_tied else (module,)
+    return any(each.endswith(name) for each in modules for name in saved)
 
 
 def _check_norms(context: ReadContext, norms: Mapping[str, NormPlan]) -> None:
-    """A saved norm has all of its parameters in the file."""
+    """Raises AdapterMismatch if the file lacks a parameter of a saved norm."""
     lost = [
         f"{module}.{part}"
         for module, norm in norms.items()
@@ -227,31 +227,22 @@ def _check_norms(context: ReadContext, norms: Mapping[str, NormPlan]) -> None:
         )
 
 
-def _saved_names(context: ReadContext) -> tuple[str, ...]:
-    names = context.config.names("modules_to_save") or ()
-    return (names,) if isinstance(names, str) else names
-
-
 def _saved_weight(context: ReadContext, module: str, key: str) -> Tensor:
-    stored = context.base.parameters.get(f"{module}.weight")
-    if stored is None:
-        raise AdapterMismatch(f"{key}: {module} of the base has no weight")
-    value = context.ledger.take(key, stored)
+    value = context.ledger.take(key, parameter_shape(context, module, "weight", key))
     return value.t().contiguous() if module in context.base.conv1d else value
 
 
-def _check_biases(context: ReadContext, modules: Iterable[str], found: Iterable[str]) -> None:
-    """``bias`` promises the biases of all linears, or of the adapted ones."""
+def _check_biases(context: ReadContext, modules: Iterable[str], biased: Collection[str]) -> None:
+    """Raises AdapterMismatch if the file lacks a bias that the config's ``bias`` promises."""
     promised = context.config.text("bias", "none")
     if promised == "none":
         return
-    wanted = context.base.modules if promised == "all" else modules
+    linears = context.base.modules
     lost = sorted(
-        module
-        for module in wanted
-        if module in context.base.modules and context.base.modules[module].has_bias
+        f"{module}.bias"
+        for module in (linears if promised == "all" else modules)
+        if module in linears and linears[module].has_bias and module not in biased
     )
-    lost = [f"{module}.bias" for module in lost if module not in set(found)]
     if lost:
         raise AdapterMismatch(
             f"the config says bias={promised!r}, the file lacks {len(lost)} of these biases",
@@ -260,28 +251,20 @@ def _check_biases(context: ReadContext, modules: Iterable[str], found: Iterable[
         )
 
 
-def _check_saved(context: ReadContext, found: Collection[str]) -> None:
-    for name in _saved_names(context):
-        expected = [module for module in _weighted(context) if module.endswith(name)]
-        missing = [module for module in expected if module not in found]
+def _check_saved(context: ReadContext, saved: Collection[str]) -> None:
+    for name in context.config.name_list("modules_to_save"):
+        keys = [key for key in context.base.parameters if key.endswith(f"{name}.weight")]
+        missing = [key for key in keys if key.removesuffix(".weight") not in saved]
         if missing:
             raise AdapterMismatch(
-                f"modules_to_save lists {name!r}, the file lacks it",
-                [f"{module}.weight" for module in missing],
-                missing_keys=missing,
+                f"modules_to_save lists {name!r}, the file lacks it", missing, missing_keys=missing
             )
-
-
-def _weighted(context: ReadContext) -> list[str]:
-    return [
-        name.removesuffix(".weight") for name in context.base.parameters if name.endswith(".weight")
-    ]
 
 
 def _tie(
     context: ReadContext, rows: dict[str, dict[int, Tensor]], replaced_weights: dict[str, Tensor]
 ) -> None:
-    """With tied embeddings PEFT applies trained rows to the head too."""
+    """Copy trained rows of a tied embedding to the head, as PEFT does."""
     base, ensured = context.base, ties_head(context.config, context.base)
     if not base.tie_word_embeddings:
         return

@@ -1,16 +1,14 @@
-"""The tensors of each module that an adapter targets: the one way a family reads them.
+"""The tensors of each module that an adapter targets. All families read their tensors here.
 
-A group is what the file holds for one module, as suffix → tensor. The groups returned here
+A group holds the tensors of one module in the file, by suffix. The groups returned here
 
-- belong to linears of the base (or to embeddings, where the family says that it reads them),
+- belong to linears of the base (or to embeddings, for families that read them),
 - are exactly the modules that the config targets,
 - have every tensor that the method needs.
 
-``ModuleGroup.take`` checks the shape and that all values are finite, ``rank`` the rank limit before
-a factor is loaded. ``fold_check`` looks at the result once more.
+``ModuleGroup.take`` checks the shape and that all values are finite. ``rank`` checks the rank limit
+before a factor is loaded. ``check_fold`` checks the result once more.
 """
-
-from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,22 +18,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from loraplex_adapter_store.errors import AdapterMismatch, LimitExceeded, UnsupportedAdapter
-from loraplex_adapter_store.targets import expand_targets
-from loraplex_adapter_store.tensor_names import group_by_module
+from loraplex_adapter_store.files.adapter_config import AdapterConfig
+from loraplex_adapter_store.files.targets import expand_targets, group_by_module
 
 from .contract import ReadContext
-
-__all__ = [
-    "ModuleGroup",
-    "ModuleKind",
-    "Parts",
-    "check_targets",
-    "limit_rank",
-    "linear_groups",
-    "module_group",
-    "module_groups",
-    "module_keys",
-]
 
 _SHOWN_TENSORS = 3
 
@@ -55,7 +41,7 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ModuleGroup:
-    """One module and its tensors. For an embedding ``in_features`` is the number of its rows."""
+    """A module and its tensors. For an embedding ``in_features`` is the number of its rows."""
 
     module: str  # name in the base
     kind: ModuleKind
@@ -67,15 +53,32 @@ class ModuleGroup:
     def __contains__(self, suffix: str) -> bool:
         return suffix in self.keys
 
-    def take(self, suffix: str, *shape: int | None) -> Tensor:
-        """Claims and loads a tensor, float32 and finite; None in ``shape`` stands for any size.
+    @property
+    def config(self) -> AdapterConfig:
+        return self.context.config
 
-        Without a shape any is accepted. Raises AdapterMismatch or MalformedFile.
+    def base_weight(self) -> Tensor:
+        """A float32 copy of the base's weight, [out_features, in_features]."""
+        return self.context.base.weight(self.module)
+
+    def take(self, suffix: str, *shape: int | None) -> Tensor:
+        """Claim and load a tensor, float32 and finite; None in ``shape`` stands for any size.
+
+        Without ``shape``, any shape is accepted. Raises AdapterMismatch or MalformedFile.
         """
         return self.context.ledger.take(self.keys[suffix], shape or None)
 
+    def factors(self, a: str, b: str, rank: int | None = None) -> tuple[Tensor, Tensor]:
+        """Claim and load A [rank, in] and B [out, rank]; ``rank`` is A's own if it is None.
+
+        Raises LimitExceeded, AdapterMismatch or MalformedFile.
+        """
+        stored = self.rank(a)
+        rank = stored if rank is None else rank
+        return self.take(a, rank, self.in_features), self.take(b, self.out_features, rank)
+
     def vector(self, suffix: str, length: int) -> Tensor:
-        """``take`` of a vector that may be stored as a row or a column. Returns [length]."""
+        """Load a vector [length] that may be stored as a row or a column."""
         flat = self.take(suffix).flatten()
         if flat.numel() != length:
             raise AdapterMismatch(
@@ -84,22 +87,34 @@ class ModuleGroup:
         return flat
 
     def indices(self, suffix: str, n_values: int, *shape: int | None) -> Tensor:
-        """``take`` of integers in [0, n_values), int64."""
+        """Load integers in [0, n_values), int64."""
         return self.context.ledger.take_indices(self.keys[suffix], shape, n_values)
 
     def shape(self, suffix: str, n_dims: int) -> tuple[int, ...]:
-        """The shape as stored. Raises AdapterMismatch unless it has ``n_dims`` dimensions."""
+        """Return the stored shape. Raises AdapterMismatch unless it has ``n_dims`` dimensions."""
         self.context.ledger.expect(self.keys[suffix], (None,) * n_dims)
         return self.context.ledger.shape(self.keys[suffix])
 
     def rank(self, suffix: str, *, n_dims: int = 2) -> int:
-        """The first size of a down-projection. Raises LimitExceeded above the server's limit."""
+        """Return the first size of a down-projection. Raises LimitExceeded."""
         rank = self.shape(suffix, n_dims)[0]
-        limit_rank(self.context, self.module, rank)
+        self.limit_rank(rank)
         return rank
 
+    def limit_rank(self, rank: int) -> None:
+        """See ``limit_rank`` of this file."""
+        limit_rank(self.context, self.module, rank)
+
+    def require(self, *suffixes: str) -> None:
+        """Raises AdapterMismatch that names the suffixes without a tensor."""
+        lost = [f"{self.module}.{suffix}" for suffix in suffixes if suffix not in self]
+        if lost:
+            raise AdapterMismatch(
+                f"{self.module} is incomplete: it lacks {', '.join(lost)}", lost, missing_keys=lost
+            )
+
     def drop(self, suffix: str, why: str) -> None:
-        """Accounts for a tensor that is not needed, and says so in the report."""
+        """Account for a tensor that is not needed, and note it in the report."""
         self.context.ledger.claim(self.keys[suffix])
         self.context.notes.append(f"{self.keys[suffix]}: {why}")
 
@@ -111,9 +126,9 @@ def linear_groups(
     *,
     synonyms: Mapping[str, str] | None = None,
 ) -> Mapping[str, ModuleGroup]:
-    """module → group of every targeted linear. A config that targets an embedding is refused.
+    """Return module → group of every targeted linear. Refuses a config that targets an embedding.
 
-    Raises AdapterMismatch or UnsupportedAdapter; both name the modules and tensors.
+    Raises AdapterMismatch or UnsupportedAdapter, which name the modules and tensors.
     """
     parts = Parts(required, optional, synonyms or {})
     return module_groups(context, {ModuleKind.LINEAR: parts})
@@ -122,7 +137,7 @@ def linear_groups(
 def module_groups(
     context: ReadContext, kinds: Mapping[ModuleKind, Parts]
 ) -> Mapping[str, ModuleGroup]:
-    """As ``linear_groups``, for a method that adapts the kinds of modules named, no others."""
+    """Return the groups of a method that adapts exactly these kinds of modules."""
     targets = expand_targets(context.config, context.base)
     _refuse_other_kinds(context, targets, kinds)
     suffixes = [
@@ -139,42 +154,41 @@ def module_groups(
 def module_keys(
     context: ReadContext, targets: Collection[str], suffixes: Iterable[str]
 ) -> Mapping[str, Mapping[str, str]]:
-    """module → suffix → tensor name of exactly the targets, norms or whatever they are.
+    """Return module → suffix → tensor name of exactly the targets, which may be norms.
 
     Raises AdapterMismatch, see ``check_targets``.
     """
-    found = group_by_module(context.ledger.unclaimed, suffixes, context.base)
-    check_targets(context, targets, found)
-    return found
+    keys = group_by_module(context.ledger.unclaimed, suffixes, context.base)
+    check_targets(context, targets, keys)
+    return keys
 
 
 def module_group(
     context: ReadContext, module: str, keys: Mapping[str, str], parts: Parts
 ) -> ModuleGroup:
-    """One checked group, for methods whose keys are no suffixes of module names.
+    """Return one checked group, for methods whose keys are not suffixes of module names.
 
-    ``module`` must be a linear or an embedding of the base. Raises AdapterMismatch for lost parts.
+    ``module`` must be a linear or an embedding of the base. Raises AdapterMismatch.
     """
     keys = {parts.synonyms.get(suffix, suffix): key for suffix, key in keys.items()}
-    lost = [f"{module}.{suffix}" for suffix in parts.required if suffix not in keys]
-    if lost:
-        raise AdapterMismatch(
-            f"{module} is incomplete: it lacks {', '.join(lost)}", lost, missing_keys=lost
-        )
     kind = _kind(context, module)
     if kind is ModuleKind.EMBEDDING:
         embedding = context.base.embeddings[module]
-        return ModuleGroup(module, kind, embedding.n_rows, embedding.width, keys, context)
-    linear = context.base.modules[module]
-    return ModuleGroup(module, kind, linear.in_features, linear.out_features, keys, context)
+        sizes = embedding.n_rows, embedding.width
+    else:
+        linear = context.base.modules[module]
+        sizes = linear.in_features, linear.out_features
+    group = ModuleGroup(module, kind, *sizes, keys, context)
+    group.require(*parts.required)
+    return group
 
 
-def check_targets(context: ReadContext, targets: Collection[str], found: Iterable[str]) -> None:
+def check_targets(context: ReadContext, targets: Collection[str], modules: Iterable[str]) -> None:
     """Raises AdapterMismatch unless exactly the targets have tensors.
 
-    An adapter of which only a part would work is refused.
+    An adapter that would work only in part is refused.
     """
-    wanted, present = frozenset(targets), frozenset(found)
+    wanted, present = frozenset(targets), frozenset(modules)
     if not wanted and not present:
         raise AdapterMismatch(
             "no module of the base matches target_modules "
@@ -195,7 +209,7 @@ def check_targets(context: ReadContext, targets: Collection[str], found: Iterabl
 
 
 def limit_rank(context: ReadContext, module: str, rank: int) -> None:
-    """Raises LimitExceeded, before anything of that rank is allocated."""
+    """Raises LimitExceeded. Call it before anything of this rank is allocated."""
     if rank > context.limits.max_rank:
         raise LimitExceeded(
             f"{module} has rank {rank}, this server allows {context.limits.max_rank}"

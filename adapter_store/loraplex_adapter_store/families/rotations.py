@@ -1,43 +1,46 @@
-"""The input of a linear passes an orthogonal matrix: y = W R x + b.
+"""Orthogonal maps of a linear's input or output.
 
-OFT   R: blocks on the diagonal, R_i = (I − Q_i)(I + Q_i)⁻¹ with Q_i skew-symmetric (Cayley), or the
-      first terms of its series; one block for all with block_share
+OFT   y = W R x + b. R: blocks on the diagonal, R_i = (I − Q_i)(I + Q_i)⁻¹ with Q_i skew-symmetric
+      (Cayley), or the first terms of its series; with block_share, one block for all
 BOFT  R: a product of such matrices between permutations (a butterfly), then y = s ⊙ (W R x) + b
+HRA   y = W H x + b,  H = Π_i (I − 2 u_i u_iᵀ),  u_i of length one  (apply_GS: also orthogonal)
+      H − I = −2 Σ_i p_i u_iᵀ with p_i = Π_{j<i} (I − 2 u_j u_jᵀ) u_i, so A = Uᵀ, B = −2 W P
+ROAD  y = R (W x + b): rotates and scales pairs of outputs. In each group of k outputs, i and
+      j = i + k/2 are a pair. Variants 1, 2 and 4 train 1, 2 or 4 angles θ and scales α for a pair
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from loraplex_adapter_store.errors import AdapterMismatch
-from loraplex_adapter_store.operators.rotations import BlockRotation, ButterflyRotation
+from loraplex_adapter_store.errors import AdapterMismatch, MalformedFile
+from loraplex_adapter_store.families.contract import Fold, ReadContext
+from loraplex_adapter_store.families.extras import fold_linears
+from loraplex_adapter_store.families.module_groups import ModuleGroup
+from loraplex_adapter_store.operators.kinds import (
+    BlockRotation,
+    ButterflyRotation,
+    PairRotation,
+)
 from loraplex_adapter_store.plan import Family, ModulePlan
 
-from .contract import Fold, ReadContext
-from .extras import fold_with_extras
-from .module_groups import ModuleGroup, linear_groups
-from .orthogonal import cayley, cayley_series, skew_symmetric
-
-__all__ = ["read_boft", "read_oft"]
-
 _OFT = "oft_R.weight"
+_VARIANTS = {"road_1": 1, "road_2": 2, "road_4": 4}  # variant → angles per pair
+_MAX_TERMS = 64
 
 
 def read_oft(context: ReadContext) -> Fold:
-    groups = linear_groups(context, (_OFT,))
-    modules = {module: _oft_module(group) for module, group in groups.items()}
-    return fold_with_extras(context, Family.OFT, "none (inputs rotated)", modules)
+    return fold_linears(context, Family.OFT, "none (inputs rotated)", _fold_oft, (_OFT,))
 
 
 def read_boft(context: ReadContext) -> Fold:
-    groups = linear_groups(context, ("boft_R", "boft_s"))
-    modules = {module: _boft_module(group) for module, group in groups.items()}
-    return fold_with_extras(context, Family.BOFT, "outputs scaled as trained", modules)
+    rule, parts = "outputs scaled as trained", ("boft_R", "boft_s")
+    return fold_linears(context, Family.BOFT, rule, _fold_boft, parts)
 
 
-def _oft_module(group: ModuleGroup) -> ModulePlan:
-    config = group.context.config
+def _fold_oft(group: ModuleGroup) -> ModulePlan:
+    config = group.config
     longest, n_terms = config.number("eps", 6e-5), config.integer("num_cayley_neumann_terms", 5)
     n_blocks, n_entries = group.shape(_OFT, 2)
     shared = config.flag("block_share")
@@ -60,14 +63,14 @@ def _oft_module(group: ModuleGroup) -> ModulePlan:
 
 
 def _block_size(n_entries: int) -> int:
-    """k of k·(k − 1)/2 entries."""
+    """Return k for k·(k − 1)/2 entries."""
     size = (1 + int((1 + 8 * n_entries) ** 0.5)) // 2
     if size * (size - 1) // 2 != n_entries:
         raise AdapterMismatch(f"{n_entries} entries fill no skew-symmetric matrix")
     return size
 
 
-def _boft_module(group: ModuleGroup) -> ModulePlan:
+def _fold_boft(group: ModuleGroup) -> ModulePlan:
     n_factors, n_blocks, size, _ = group.shape("boft_R", 4)
     if n_factors < 1 or n_blocks * size != group.in_features:
         raise AdapterMismatch(
@@ -80,14 +83,15 @@ def _boft_module(group: ModuleGroup) -> ModulePlan:
     rotation = ButterflyRotation(changes, torch.stack(orders).int())
     scale = group.vector("boft_s", group.out_features)
     base_bias = group.context.base.bias(group.module)
-    kept = None if base_bias is None else base_bias * (1 - scale)  # the bias is not scaled
-    return ModulePlan(input_operator=rotation, out_scale=scale, bias=kept)
+    # The plan scales the base's bias, which training did not scale.
+    bias = None if base_bias is None else base_bias * (1 - scale)
+    return ModulePlan(input_operator=rotation, out_scale=scale, bias=bias)
 
 
 def _butterfly_order(n_blocks: int, size: int, index: int, n_factors: int) -> Tensor:
-    """The inputs in the order in which factor ``index`` cuts them into blocks.
+    """Return the order of inputs in which factor ``index`` cuts them into blocks.
 
-    Within each group of 2^index blocks, half blocks of even index come before those of odd index.
+    In each group of 2^index blocks, half blocks of even index come before those of odd index.
     """
     n_inputs = n_blocks * size
     half, group = size // 2, size << index
@@ -100,3 +104,110 @@ def _butterfly_order(n_blocks: int, size: int, index: int, n_factors: int) -> Te
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(n_inputs)
     return inverse
+
+
+def read_hra(context: ReadContext) -> Fold:
+    orthogonal = context.config.flag("apply_GS")
+    rule = "none (reflections of the input" + (", made orthogonal)" if orthogonal else ")")
+    fold = partial(_fold_hra, orthogonal=orthogonal)
+    return fold_linears(context, Family.HRA, rule, fold, ("hra_u",))
+
+
+def _fold_hra(group: ModuleGroup, orthogonal: bool) -> ModulePlan:
+    group.limit_rank(group.shape("hra_u", 2)[1])
+    u = group.take("hra_u", group.in_features, None)
+    if not bool((u.norm(dim=0) > 0).all()):
+        raise AdapterMismatch(f"{group.module}: a reflection of length zero has no direction")
+    u = _orthogonalised(u) if orthogonal else u / u.norm(dim=0)
+    passed = u if orthogonal else _passed_through(u)
+    return ModulePlan(a=u.t().contiguous(), b=-2 * (group.base_weight() @ passed))
+
+
+def _orthogonalised(u: Tensor) -> Tensor:
+    """Return the columns [in_features, r] after Gram-Schmidt."""
+    columns: list[Tensor] = []
+    for column in u.unbind(dim=1):
+        for earlier in columns:
+            column = column - (earlier @ column) * earlier
+        columns.append(column / column.norm())
+    return torch.stack(columns, dim=1)
+
+
+def _passed_through(u: Tensor) -> Tensor:
+    """Return the columns p_i = u_i − 2 Σ_{j<i} p_j (u_j · u_i)."""
+    columns: list[Tensor] = []
+    for index, column in enumerate(u.unbind(dim=1)):
+        if index:
+            before = torch.stack(columns, dim=1)
+            column = column - 2 * before @ (u[:, :index].t() @ column)
+        columns.append(column)
+    return torch.stack(columns, dim=1)
+
+
+def read_road(context: ReadContext) -> Fold:
+    variant = context.config.text("variant", "road_1") or ""
+    size = context.config.integer("group_size", 64)
+    if variant not in _VARIANTS or size < 2 or size % 2:
+        raise MalformedFile(
+            f"adapter_config.json: ROAD needs a variant of {', '.join(_VARIANTS)} and an even "
+            f"group_size, not {variant!r} and {size}"
+        )
+    rule, parts = f"none ({variant}, groups of {size})", ("road_theta", "road_alpha")
+    fold = partial(_fold_road, variant=variant, size=size)
+    return fold_linears(context, Family.ROAD, rule, fold, parts)
+
+
+def _fold_road(group: ModuleGroup, variant: str, size: int) -> ModulePlan:
+    if group.out_features % size:
+        raise AdapterMismatch(
+            f"{group.module}: groups of {size} do not divide {group.out_features} outputs"
+        )
+    length = _VARIANTS[variant] * group.out_features // 2
+    theta, alpha = group.take("road_theta", length), group.take("road_alpha", length)
+    if variant == "road_1":  # both outputs of a pair share angle and scale
+        theta, alpha = (
+            part.view(-1, size // 2).repeat_interleave(2, dim=0).flatten()
+            for part in (theta, alpha)
+        )
+    if variant == "road_4":  # each output has parameters for itself and for the other output
+        theta, alpha = theta.view(-1, 2, size), alpha.view(-1, 2, size)
+        cos = (alpha[:, 0] * theta[:, 0].cos()).flatten()
+        sin = (alpha[:, 1] * theta[:, 1].sin()).flatten()
+    else:
+        cos, sin = alpha * theta.cos(), alpha * theta.sin()
+    return ModulePlan(output_operator=PairRotation(cos - 1, sin, size))
+
+
+def skew_symmetric(entries: Tensor, size: int) -> Tensor:
+    """Fill [n, size, size] from the entries above the diagonal, [n, size·(size − 1)/2]."""
+    rows, columns = torch.triu_indices(size, size, 1)
+    upper = entries.new_zeros(entries.shape[0], size, size)
+    upper[:, rows, columns] = entries
+    return upper - upper.transpose(1, 2)
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """Return the orthogonal (I − Q)(I + Q)⁻¹ of each skew-symmetric Q [n, k, k]."""
+    eye = torch.eye(skew.shape[-1])
+    solved: Tensor = torch.linalg.solve(eye + skew, eye - skew, left=False)
+    return solved
+
+
+def cayley_series(skew: Tensor, n_terms: int) -> Tensor:
+    """Return PEFT's series of n terms, I + 2 Q + … + 2 Qⁿ⁻² + Qⁿ⁻¹; I + 2 Q for two terms."""
+    if not 1 <= n_terms <= _MAX_TERMS:
+        raise MalformedFile(
+            f"adapter_config.json: num_cayley_neumann_terms is {n_terms}, 1 to {_MAX_TERMS} are "
+            "possible"
+        )
+    total = torch.eye(skew.shape[-1]).expand_as(skew)
+    if n_terms > 1:
+        total = total + 2 * skew
+    if n_terms > 2:
+        power = skew @ skew
+        total = total + 2 * power
+        for _ in range(3, n_terms - 1):
+            power = power @ skew
+            total = total + 2 * power
+        total = total + power @ skew
+    return total

@@ -1,15 +1,11 @@
 """The scale of a LoRA: alpha/r, or alpha/√r (rsLoRA), with PEFT's per-module patterns."""
 
-from __future__ import annotations
-
 import math
 from typing import NamedTuple
 
-from loraplex_adapter_store.adapter_config import AdapterConfig
 from loraplex_adapter_store.errors import MalformedFile
-from loraplex_adapter_store.targets import pattern_value
-
-__all__ = ["LoraScale", "lora_scale", "pattern_scale", "positive_rank", "scale_rule"]
+from loraplex_adapter_store.files.adapter_config import AdapterConfig
+from loraplex_adapter_store.files.targets import pattern_value
 
 
 class LoraScale(NamedTuple):
@@ -22,7 +18,7 @@ def lora_scale(config: AdapterConfig, module: str) -> LoraScale:
 
 
 def pattern_scale(config: AdapterConfig, module: str, alpha_key: str) -> LoraScale:
-    """``alpha_key`` is what the method calls its alpha."""
+    """Return the scale of a module. ``alpha_key`` is the config field of the method's alpha."""
     rank = pattern_value(config, "rank_pattern", module, config.integer("r", 8))
     alpha = pattern_value(config, "alpha_pattern", module, config.number(alpha_key, 8))
     if not math.isfinite(rank) or rank != int(rank) or rank < 1:
@@ -34,7 +30,7 @@ def pattern_scale(config: AdapterConfig, module: str, alpha_key: str) -> LoraSca
 
 
 def positive_rank(config: AdapterConfig, default: int, *, key: str = "r") -> int:
-    """The config's rank for all modules; a pattern may say otherwise for some."""
+    """Return the config's rank of modules that no pattern matches. Raises MalformedFile."""
     rank = config.integer(key, default)
     if rank < 1:
         raise MalformedFile(f"adapter_config.json: {key} is {rank}, a positive integer is needed")
@@ -42,7 +38,7 @@ def positive_rank(config: AdapterConfig, default: int, *, key: str = "r") -> int
 
 
 def scale_rule(config: AdapterConfig) -> str:
-    """For the load report, as "alpha/√r = 16/√64 = 2, rank_pattern (3), alpha_pattern (0)"."""
+    """Return the scale in words, as "alpha/√r = 16/√64 = 2, rank_pattern of 3"."""
     rank, alpha = positive_rank(config, 8), config.number("lora_alpha", 8)
     root = "√" if config.flag("use_rslora") else ""
     scale = alpha / (math.sqrt(rank) if root else rank)

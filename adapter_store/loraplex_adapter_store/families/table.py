@@ -1,47 +1,20 @@
-"""The one table of families: peft_type → how its files are read, or why they are not."""
-
-from __future__ import annotations
+"""The table of families: peft_type → reader, or the reason why the type is refused."""
 
 from collections.abc import Mapping
 
-from . import (
-    abmll,
-    base_spectrum,
-    block_lora,
-    delora,
-    deltas,
-    frod,
-    from_weight,
-    full_delta,
-    gralora,
-    kronecker,
-    layer_norms,
-    loldu,
-    lora,
-    masks,
-    mixlora,
-    prompts,
-    ragged,
-    reflections,
-    road,
-    rotations,
-    routed_projections,
-    shared_bases,
-    sparse,
-    spectra,
-    trainable_tokens,
-    vector_bank,
-    vectors,
-    wavelets,
-)
+from . import rotations, spectra
+from .beside_linears import prompts, replaced
 from .contract import FamilyReader
-
-__all__ = ["FAMILIES", "UNSUPPORTED"]
+from .from_base import base_spectrum, from_weight, full_delta, masks
+from .low_rank import blocks, deltas, lora
+from .routed import mixlora, routed_projections
+from .shared_vectors import shared_bases, vectors
 
 FAMILIES: Mapping[str, FamilyReader] = {
     "LORA": lora.read,
-    "ADALORA": ragged.read_adalora,
-    "SORA": ragged.read_sora,
+    "LORAGA": lora.read_loraga,
+    "ADALORA": deltas.read_adalora,
+    "SORA": deltas.read_sora,
     "VERA": shared_bases.read_vera,
     "RANDLORA": shared_bases.read_randlora,
     "IA3": vectors.read_ia3,
@@ -53,44 +26,44 @@ FAMILIES: Mapping[str, FamilyReader] = {
     "MISS": deltas.read_miss,
     "TINYLORA": deltas.read_tinylora,
     "LOHA": deltas.read_loha,
-    "LOLDU": loldu.read,
-    "BLOCK_LORA": block_lora.read,
+    "LOLDU": from_weight.read_loldu,
+    "BLOCK_LORA": blocks.read_block_lora,
     "MIXLORA": mixlora.read,
     "MOLA": routed_projections.read_mola,
     "LORAMOE": routed_projections.read_loramoe,
-    "TRAINABLE_TOKENS": trainable_tokens.read,
-    "ABMLL": abmll.read,
+    "TRAINABLE_TOKENS": replaced.read_trainable_tokens,
+    "ABMLL": deltas.read_abmll,
     "FULL": full_delta.read,
-    "HRA": reflections.read,
-    "DELORA": delora.read,
-    "GRALORA": gralora.read,
-    "VBLORA": vector_bank.read_vblora,
-    "UNILORA": vector_bank.read_unilora,
+    "HRA": rotations.read_hra,
+    "DELORA": deltas.read_delora,
+    "GRALORA": blocks.read_gralora,
+    "VBLORA": vectors.read_vblora,
+    "UNILORA": vectors.read_unilora,
     "PVERA": shared_bases.read_pvera,
     "PSOFT": base_spectrum.read_psoft,
     "OSF": base_spectrum.read_osf,
     "DEFT": from_weight.read_deft,
     "PEANUT": from_weight.read_peanut,
-    "LOKR": kronecker.read,
+    "LOKR": deltas.read_lokr,
     "OFT": rotations.read_oft,
     "BOFT": rotations.read_boft,
-    "ROAD": road.read,
+    "ROAD": rotations.read_road,
     "FOURIERFT": spectra.read_fourierft,
     "C3A": spectra.read_c3a,
-    "WAVEFT": wavelets.read,
-    "SHIRA": sparse.read_shira,
-    "SUPERTUNING": sparse.read_supertuning,
+    "WAVEFT": spectra.read_waveft,
+    "SHIRA": spectra.read_shira,
+    "SUPERTUNING": spectra.read_supertuning,
     "HIRA": masks.read_hira,
     "GLORA": masks.read_glora,
-    "FROD": frod.read,
-    "LN_TUNING": layer_norms.read,
+    "FROD": from_weight.read_frod,
+    "LN_TUNING": replaced.read_layer_norms,
     "CARTRIDGE": prompts.read_prefix,
     "CPT": prompts.read_prompt,
     "MULTITASK_PROMPT_TUNING": prompts.read_multitask_prompt,
 }
 
 
-# Recognised and refused: no silent approximation.
+# Types that are known and refused.
 UNSUPPORTED: Mapping[str, str] = {
     "BONE": "it was replaced by MiSS; convert it with PEFT",
     "ADAMSS": "the file lacks which rows belong to which subspace; PEFT clusters the base anew",

@@ -1,1 +1,1 @@
-"""Maps of a linear's rows that no pair of low-rank factors expresses (OFT, LoKr, ROAD and kin)."""
+"""Maps of a linear's rows that low-rank factors cannot express (OFT, LoKr, ROAD and kin)."""

@@ -1,19 +1,15 @@
-"""What an operator is: a part of a module plan that acts on the rows of its own adapter, in torch.
+"""Operators: parts of a module plan that run in torch on the rows of their own adapter.
 
 A module plan has at most one ``RowMap`` at its input, one ``Delta`` beside its product and one
 ``RowMap`` at its output (see ``ModulePlan``).
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import fields
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import ClassVar, Self
 
 from torch import Tensor
-
-__all__ = ["BaseProduct", "Delta", "Operator", "RowMap"]
 
 BaseProduct = Callable[[Tensor], Tensor]  # rows [n, in_features] → W x [n, out_features], no bias
 
@@ -21,31 +17,24 @@ BaseProduct = Callable[[Tensor], Tensor]  # rows [n, in_features] → W x [n, ou
 class Operator(ABC):
     """A frozen dataclass of tensors and plain values, each with its shape in a comment.
 
-    Tensors are float32, or int32 for places; on a device floats have the model's dtype. So they are
-    differences from the base or from the identity, which lose little by it. Fields are what is
-    kept, moved to the device and written to the plan's file. Immutable; any thread.
+    Tensors are float32, or int32 for positions. On a device, floats have the model's dtype, so they
+    hold differences from the base or the identity, which lose little by rounding. All fields are
+    moved to the device and written to the plan's file. Immutable; any thread.
     """
 
     __slots__ = ()
 
-    @abstractmethod
-    def n_products(self, in_features: int, out_features: int) -> int:
-        """Multiplications a row, for the load report; sizes are those of the linear."""
-
     @property
     @abstractmethod
     def acts(self) -> bool:
-        """Whether it changes anything: not if what was trained is zero."""
+        """Return False if all trained values are zero, so the operator changes nothing."""
 
     def tensors(self) -> Iterator[Tensor]:
-        for spec in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, spec.name)
-            if isinstance(value, Tensor):
-                yield value
+        return tensors_of(self)
 
 
 class RowMap(Operator):
-    """R of x ← R x or y ← R y."""
+    """A map x ← R x of inputs, or y ← R y of outputs."""
 
     __slots__ = ()
 
@@ -59,9 +48,10 @@ class RowMap(Operator):
 
 
 class Delta(Operator):
-    """ΔW of y ← y + ΔW x. Linear in its tensors' scale, so that it mixes with others."""
+    """An update y ← y + ΔW x. It can be scaled, so that it mixes with others."""
 
     __slots__ = ()
+    linear_in: ClassVar[str] = "values"  # the field that scales ΔW
 
     @property
     def acts(self) -> bool:
@@ -71,9 +61,25 @@ class Delta(Operator):
     def apply(self, x: Tensor, product: BaseProduct) -> Tensor:
         """``x`` [n_rows, in] → [n_rows, out], in x's dtype and on its device.
 
-        ``product`` is there for who needs the base's own weight.
+        ``product`` multiplies by the base's own weight.
         """
 
-    @abstractmethod
     def scaled(self, weight: float) -> Self:
-        """``weight`` · ΔW."""
+        """Return ``weight`` · ΔW."""
+        parts = {self.linear_in: getattr(self, self.linear_in) * weight}
+        return replace(self, **parts)  # type: ignore[type-var]
+
+
+def tensors_of(part: object) -> Iterator[Tensor]:
+    """Yield the tensors in a plan or a part of a plan, field by field."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, Mapping):
+        for value in part.values():
+            yield from tensors_of(value)
+    elif isinstance(part, tuple):
+        for value in part:
+            yield from tensors_of(value)
+    elif is_dataclass(part):
+        for spec in fields(part):
+            yield from tensors_of(getattr(part, spec.name))

@@ -1,1 +1,1 @@
-"""Where adapters come from."""
+"""The sources of adapters: directories, the Hub, object stores, web servers."""

@@ -1,6 +1,4 @@
-"""A directory on this machine: found, contained, and read without following surprises."""
-
-from __future__ import annotations
+"""A directory on this machine, read without following links out of allowed roots."""
 
 import os
 import stat
@@ -9,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from loraplex_adapter_store.companion_files import COMPANION_FILES
-from loraplex_adapter_store.content_files import CHAT_TEMPLATE_FILE, CONFIG_FILE, WEIGHTS_FILE
+from loraplex_adapter_store.contents.content_files import (
+    CHAT_TEMPLATE_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+)
 from loraplex_adapter_store.errors import (
     LimitExceeded,
     PickleRefused,
@@ -18,14 +19,12 @@ from loraplex_adapter_store.errors import (
     SourceForbidden,
     UnsupportedAdapter,
 )
+from loraplex_adapter_store.files.file_names import COMPANION_FILES, is_pickle_name
 from loraplex_adapter_store.limits import StoreLimits
-from loraplex_adapter_store.safetensors_reader import is_pickle_name
 
-__all__ = ["OPTIONAL_FILES", "LocalFiles", "contained", "read_card", "read_directory"]
-
-_CARD_FILE = "card.json"  # what whoever puts the adapter is told of it; never a part of it
+_CARD_FILE = "card.json"  # options for the name; not part of the adapter
 OPTIONAL_FILES = (CHAT_TEMPLATE_FILE, _CARD_FILE, *COMPANION_FILES)  # of a source
-_FULL_WEIGHTS = "model.safetensors"  # a fine-tuned model, served as its difference to the base
+_FULL_WEIGHTS = "model.safetensors"  # a fine-tuned model, served as its difference from the base
 _FULL_CONFIG = b'{"peft_type": "FULL"}'
 
 
@@ -41,7 +40,7 @@ class LocalFiles:
 
 
 def read_directory(path: Path, limits: StoreLimits) -> LocalFiles:
-    """Opens nothing but the named files. SourceError, PickleRefused or UnsupportedAdapter."""
+    """Read the files of an adapter. Raises SourceError, PickleRefused or UnsupportedAdapter."""
     if not path.is_dir():
         raise SourceError(f"{path.name!r} is not a directory")
     try:
@@ -61,13 +60,13 @@ def read_directory(path: Path, limits: StoreLimits) -> LocalFiles:
 
 
 def read_card(files: LocalFiles, limits: StoreLimits) -> bytes | None:
-    """card.json beside the weights; None if there is none. Raises SourceError, LimitExceeded."""
+    """Return the card.json beside the weights, if any. Raises SourceError or LimitExceeded."""
     path = files.weights.parent / _CARD_FILE
     return _read(path, limits.max_config_bytes) if path.exists() else None
 
 
 def contained(path: Path, allowed: Sequence[Path]) -> Path:
-    """``path`` with every symlink resolved, if it and its files lie inside an allowed root."""
+    """Return ``path`` with symlinks resolved. Raises SourceForbidden unless it is allowed."""
     real = path.resolve()
     if not any(real.is_relative_to(root) for root in allowed):
         raise SourceForbidden(
@@ -117,7 +116,7 @@ def _read(path: Path, max_bytes: int) -> bytes:
 
 
 def _open_regular(path: Path) -> BinaryIO:
-    """Opens without blocking on pipes or devices; SourceError unless it is a regular file."""
+    """Open without blocking on pipes or devices. Raises SourceError unless the file is regular."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which addresses may be fetched for clients: prefixes that the operator allowed."""
+"""Prefixes of addresses that the operator allows clients to fetch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from urllib.parse import unquote
 
 from loraplex_adapter_store.errors import SourceError
 
-__all__ = ["SCHEMES", "SourcePrefix", "canonical_uri"]
-
 SCHEMES = ("hf", "s3", "gs", "az", "https", "http")
 _PLAIN = re.compile(r"[!-~]*")  # printable ASCII, no blank
 _FORBIDDEN = re.compile(r"[\\?#]|%(2[ef]|5c|25|[01][0-9a-f]|7f)", re.IGNORECASE)
@@ -17,13 +15,13 @@ _FORBIDDEN = re.compile(r"[\\?#]|%(2[ef]|5c|25|[01][0-9a-f]|7f)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class SourcePrefix:
-    """``s3://bucket/team`` is that address and all below it, but not ``s3://bucket/team-b``."""
+    """A prefix of sources: ``s3://bucket/team`` covers itself and ``s3://bucket/team/…``."""
 
-    text: str  # canonical; a bare ``s3://`` is every address of the scheme
+    text: str  # canonical; ``s3://`` alone is every address of the scheme
 
     @staticmethod
     def parse(text: str) -> SourcePrefix:
-        """Raises ValueError."""
+        """Parse a prefix. Raises ValueError."""
         scheme, separator, rest = text.partition("://")
         if separator and not rest and scheme.lower() in SCHEMES:
             return SourcePrefix(text.lower())
@@ -33,7 +31,10 @@ class SourcePrefix:
             raise ValueError(f"{error}; a directory is allowed with --adapters-dir") from None
 
     def covers(self, uri: str) -> bool:
-        """``uri`` must be canonical. A Hub prefix without a revision covers every revision."""
+        """Return True if the prefix covers ``uri``, which must be canonical.
+
+        A Hub prefix without a revision covers every revision.
+        """
         if self.text.endswith("://"):
             return uri.startswith(self.text)
         if self.text.startswith("hf://"):
@@ -44,10 +45,10 @@ class SourcePrefix:
 
 
 def canonical_uri(uri: str) -> str:
-    """``uri`` in the one spelling that prefixes are compared with.
+    """Return ``uri`` in the spelling that prefixes are compared with.
 
-    Raises SourceError for an unknown scheme, and for everything by which an address could mean
-    another one than it reads: dots, empty segments, encoded slashes, user names, queries.
+    Raises SourceError for an unknown scheme, and for ambiguous addresses: dots, empty segments,
+    encoded slashes, user names, queries.
     """
     scheme, separator, rest = uri.partition("://")
     scheme = scheme.lower()

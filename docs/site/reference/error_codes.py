@@ -17,7 +17,7 @@ __all__ = ["ErrorCode", "error_codes", "error_codes_page"]
 _HEAD = """# Error codes
 
 Every `code` in the server's sources, with its status and the message in the words of the source
-(`…` stands for a value). What they mean and what to do: [HTTP API](../http-api.md#errors).
+(`…` stands for a value). What they mean and what to do: [HTTP API](../errors.md).
 """
 # function → status, the position of the message and of the code, the code if none is given
 _MAKERS = {
@@ -26,6 +26,7 @@ _MAKERS = {
     "not_found": (404, 0, 2, None),
     "too_many": (429, 0, 1, None),
     "unavailable": (503, 0, 1, None),
+    "JsonProblem": (400, 0, 1, None),
 }
 
 

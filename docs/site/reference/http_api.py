@@ -55,7 +55,7 @@ def _route(method: str, path: str, operation: Schema) -> Iterator[str]:
     ]
     yield from table(("status", "answer", ""), rows)
     if errors := [status for status, _ in answers if status >= "400"]:
-        yield from (f"[Errors](../http-api.md#errors): {', '.join(errors)}", "")
+        yield from (f"[Errors](../errors.md): {', '.join(errors)}", "")
 
 
 def _described(thing: Schema) -> list[str]:
@@ -83,7 +83,7 @@ def _fields(schema: Schema) -> Iterator[tuple[str, str, str]]:
 
 
 def _type(schema: Schema) -> str:
-    """In words, with links to objects."""
+    """Describe a schema in words, with links to objects."""
     if "$ref" in schema:
         name = schema["$ref"].rpartition("/")[2]
         return f"[{name}](#{name.lower()})"

@@ -12,7 +12,7 @@ __all__ = ["metrics_page"]
 _HEAD = """# Metrics
 
 What `GET /metrics` tells Prometheus. Names that begin with `vllm:` are vLLM's, so that its
-dashboards work. Which of them to watch: [deployment](../deployment.md#watching-it).
+dashboards work. Which of them to watch: [deployment](../deployment.md#monitoring).
 """
 
 

@@ -11,14 +11,14 @@ Client code needs none of it: OpenAI's client will do ([Start](../index.md)).
 """
 _MODULES = {
     "Reading adapters": (
-        "loraplex_adapter_store.reader",
+        "loraplex_adapter_store.fold.reader",
         "loraplex_adapter_store.plan",
         "loraplex_adapter_store.limits",
         "loraplex_adapter_store.errors",
     ),
-    "The store": ("loraplex_adapter_store.store", "loraplex_adapter_store.put_options"),
+    "The store": ("loraplex_adapter_store.store", "loraplex_adapter_store.names.put_options"),
     "Routing": ("loraplex_router.replicas.policy",),
-    "Kernels": ("loraplex_kernels.reference",),
+    "Kernels": ("loraplex_kernels.reference.lora",),
     "The server": ("loraplex_server.launch", "loraplex_server.api.app"),
 }
 

@@ -10,27 +10,28 @@ from typing import Any, NoReturn
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.generated_adapters import GeneratedAdapters
-from loraplex_server.adapters.semantic_router import SemanticRouter
-from loraplex_server.engine.expert_monitor import ExpertMonitor
-from loraplex_server.metrics.generation_collector import GenerationCollector
+from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.resolving.semantic_router import SemanticRouter
+from loraplex_server.adapters.worker_pools import WorkerPools
+from loraplex_server.engine.adapters.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.routing_collector import RoutingCollector
 from tests.server.conftest import Front, make_front
-from tests.support.architectures import tiny_model
-from tests.support.tiny_tokenizer import tiny_tokenizer
-from tests.support.word_encoder import WordEncoder
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
+from tests.support.bases.word_encoder import WordEncoder
 
 __all__ = ["running_front"]
 
 
 @contextmanager
 def running_front() -> Iterator[Front]:
-    router = SemanticRouter(WordEncoder(), lambda: ())
+    pools = WorkerPools()
+    router = SemanticRouter(WordEncoder(), lambda: (), pools.routing, pools.encoder)
 
     def collectors(store: AdapterStore) -> Mapping[str, Any]:
         generated = GeneratedAdapters(store, _no_generator)
-        routing = RoutingCollector(store, ExpertMonitor(), router)
-        return {"generated": generated, "collectors": [routing, GenerationCollector(generated)]}
+        routing = RoutingCollector(store, ExpertMonitor(), router, generated)
+        return {"generated": generated, "collectors": [routing]}
 
     with tempfile.TemporaryDirectory() as folder:
         spec = BaseSpec.of(tiny_model(), "tiny/llama")
@@ -39,7 +40,7 @@ def running_front() -> Iterator[Front]:
             yield front
         finally:
             front.close()
-            router.close()
+            pools.close()
 
 
 def _no_generator() -> NoReturn:

@@ -8,7 +8,7 @@ __all__ = ["cell", "table"]
 
 
 def cell(text: str) -> str:
-    """On one line, and in one cell."""
+    """Return the text on one line, escaped for a table cell."""
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -1,1 +1,1 @@
-"""Native CPU kernels."""
+"""Native CPU kernels and the Python that calls them."""

@@ -1,6 +1,4 @@
-"""The C functions by name and their argument types. csrc/*.cpp say what each argument means."""
-
-from __future__ import annotations
+"""The C functions and their argument types. csrc/**/*.cpp document each argument."""
 
 import ctypes
 import functools
@@ -8,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from .native import library
-
-__all__ = ["bind"]
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ROWS = (_P, _N, _P, _N, _N)  # x and its stride, out and its stride, n_rows
@@ -47,10 +43,11 @@ _RESULTS: dict[str, Any] = {
 
 @functools.cache
 def bind(name: str, *, keep_gil: bool) -> Callable[..., Any]:
-    """``loraplex_<name>`` of the library, which must be there; None is returned for void.
+    """Return ``loraplex_<name>`` of the library, which must be loaded.
 
-    ``keep_gil``: for work of a few microseconds. Taking Python's lock back from a busy thread costs
-    up to the interpreter's switch interval (5 ms), a hundred times a step. Longer work lets it go.
+    ``keep_gil``: keep Python's lock, for work of a few microseconds. Taking the lock back from a
+    busy thread may cost the interpreter's switch interval (5 ms), a hundred times a step. Longer
+    work releases the lock.
     """
     lib = library()
     assert lib is not None

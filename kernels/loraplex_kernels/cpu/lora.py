@@ -1,28 +1,18 @@
-"""The native LoRA operator: raw pointers in, ``out`` changed in place, float32 accumulation."""
-
-from __future__ import annotations
+"""The native LoRA operator. It changes ``out`` in place and accumulates in float32."""
 
 import ctypes
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from loraplex_kernels.layout import LoraSegments, LoraTables, LoraTarget
+from loraplex_kernels.formats.layout import LoraSegments, LoraTables
 
 from .functions import bind
 from .model_ops import is_plain
 from .native import library
 from .structs import LoraSegmentsStruct, LoraTargetStruct
-
-__all__ = [
-    "SEGMENT_ERRORS",
-    "NativeLora",
-    "NativeWeights",
-    "describe_segments",
-    "serves",
-]
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 SEGMENT_ERRORS = {
@@ -36,34 +26,39 @@ SEGMENT_ERRORS = {
 
 
 class NativeWeights(NamedTuple):
-    """A base linear as ``csrc/linear.inc`` reads it. Its owner keeps the memory alive."""
+    """A base linear as ``csrc/layers/linear.inc`` reads it. The owner keeps the memory alive."""
 
     address: int
     bias_address: int  # 0 = none
-    light_rows: int  # rows up to which a call is too short to let go of Python's lock
+    light_rows: int  # up to this many rows a call keeps Python's lock
 
 
 def serves(dtype: torch.dtype) -> bool:
-    """Whether the native operator takes this dtype here (else: the reference)."""
+    """Return True if the native operator supports this dtype here."""
     return dtype in _DTYPES and library() is not None
 
 
 class NativeLora:
-    """One target bound to its storage and tables: a call costs some microseconds of Python.
+    """The tables of a target as native code reads them, which it keeps alive.
 
-    Keeps them alive. Make a new one when the pool replaces the tables. Reentrant.
+    A call costs some microseconds of Python. Make a new object when the pool replaces the tables.
+    Reentrant.
     """
 
-    def __init__(self, storage: Tensor, target: LoraTarget, tables: LoraTables) -> None:
-        if not serves(storage.dtype):
-            raise ValueError(f"no native LoRA kernel for {storage.dtype} here; ask serves() first")
-        self.storage, self.target, self.tables = storage, target, tables
-        self._n_columns = sum(target.out_features)
-        self._descriptor = _describe(storage, target, tables)
+    def __init__(self, tables: LoraTables) -> None:
+        self.target, self.tables = tables.target, tables
+        self._dtype = tables.storage.dtype
+        if not serves(self._dtype):
+            raise ValueError(f"no native LoRA kernel for {self._dtype} here; ask serves() first")
+        self._n_columns = sum(self.target.out_features)
+        self._descriptor = _describe(tables)
         self.address = ctypes.addressof(self._descriptor)
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
-        """``x`` [n_rows, in_features], ``out`` [n_rows, Σ out_features]; any row stride."""
+        """Apply ``segments`` of ``x`` [n_rows, in_features] to ``out`` [n_rows, Σ out_features].
+
+        Rows may be strided.
+        """
         if segments.slots.shape[0] == 0:
             return
         self._check(x, out)
@@ -80,58 +75,31 @@ class NativeLora:
         if failed:
             raise IndexError(f"{self.target.name}: {SEGMENT_ERRORS[failed]}")
 
-    def linear_with_lora(
-        self, packed: NativeWeights, x: Tensor, segments: LoraSegments, out: Tensor
+    def over_base(
+        self,
+        function: Literal["linear_with_lora", "moe_gate_up", "moe_down"],
+        packed: NativeWeights,
+        x: Tensor,
+        segments: LoraSegments,
+        out: Tensor,
+        pairs: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        """Writes the base's product and adds the segments' products, in one native call.
+        """Write the base product and add the segments' products, in one native call.
 
-        While the first is computed, the factors of the second come into the cache.
+        The factors are fetched into the cache while the base product is computed. The functions of
+        experts (``lora.experts``) get ``pairs``: the rows of the step int64, and the tensor of the
+        pairs that they write (``moe_gate_up``) or read.
         """
-        self._call("linear_with_lora", packed, x, out, segments)
-
-    def moe_gate_up(
-        self,
-        packed: NativeWeights,
-        x: Tensor,
-        segments: LoraSegments,
-        pair_rows: Tensor,
-        out: Tensor,
-        expert_act: Tensor,
-    ) -> None:
-        """As ``loraplex_kernels.experts.moe_gate_up``; writes ``out`` and ``expert_act``."""
-        self._call("moe_gate_up", packed, x, out, segments, (pair_rows, expert_act))
-
-    def moe_down(
-        self,
-        packed: NativeWeights,
-        x: Tensor,
-        segments: LoraSegments,
-        pair_rows: Tensor,
-        out: Tensor,
-        pairs: Tensor,
-    ) -> None:
-        """As ``loraplex_kernels.experts.moe_down``; reads ``x`` and ``pairs``, writes ``out``."""
-        self._call("moe_down", packed, x, out, segments, (pair_rows, pairs))
-
-    def _call(
-        self,
-        name: str,
-        packed: NativeWeights,
-        x: Tensor,
-        out: Tensor,
-        segments: LoraSegments,
-        pairs: tuple[Tensor, Tensor] | None = None,  # their rows of the step, the tensor of them
-    ) -> None:
         self._check(x, out)
         n_rows = x.shape[0]
         described = describe_segments(segments)
         of_pairs: tuple[int, ...] = ()
         if pairs is not None:
             rows, values = pairs
-            into = self._n_columns // 2  # gate and up become one activation
-            self._check_pairs(rows, values, x.shape[1] if name == "moe_down" else into)
+            ff = self._n_columns // 2  # gate and up become one activation
+            self._check_pairs(rows, values, x.shape[1] if function == "moe_down" else ff)
             of_pairs = (rows.data_ptr(), rows.shape[0], values.data_ptr(), values.stride(0))
-        failed = bind(name, keep_gil=n_rows <= packed.light_rows)(
+        failed = bind(function, keep_gil=n_rows <= packed.light_rows)(
             self.address,
             packed.address,
             packed.bias_address,
@@ -148,10 +116,9 @@ class NativeLora:
 
     def _check(self, x: Tensor, out: Tensor) -> None:
         n_rows, in_features = x.shape
-        dtype = self.storage.dtype
         if (
-            x.dtype != dtype
-            or out.dtype != dtype
+            x.dtype != self._dtype
+            or out.dtype != self._dtype
             or in_features != self.target.in_features
             or out.shape != (n_rows, self._n_columns)
             or (x.stride(1) != 1 and in_features > 1)
@@ -162,9 +129,9 @@ class NativeLora:
     def _check_pairs(self, rows: Tensor, values: Tensor, width: int) -> None:
         if not is_plain(rows, torch.int64):
             raise ValueError(f"rows of pairs must be contiguous int64; got {rows.dtype}")
-        if values.dtype != self.storage.dtype or values.shape != (rows.shape[0], width):
+        if values.dtype != self._dtype or values.shape != (rows.shape[0], width):
             raise ValueError(
-                f"{self.target.name} needs {self.storage.dtype} [{rows.shape[0]}, {width}] for the"
+                f"{self.target.name} needs {self._dtype} [{rows.shape[0]}, {width}] for the"
                 f" pairs; got {values.dtype} {tuple(values.shape)}"
             )
         if values.stride(1) != 1:
@@ -172,14 +139,14 @@ class NativeLora:
 
     def _refuse(self, x: Tensor, out: Tensor) -> None:
         raise ValueError(
-            f"{self.target.name} needs {self.storage.dtype} rows [n, {self.target.in_features}] →"
+            f"{self.target.name} needs {self._dtype} rows [n, {self.target.in_features}] →"
             f" [n, {self._n_columns}] with unit column stride; got {x.dtype} {tuple(x.shape)}"
             f" {x.stride()} → {out.dtype} {tuple(out.shape)} {out.stride()}"
         )
 
 
 def describe_segments(segments: LoraSegments) -> LoraSegmentsStruct:
-    """Where native code finds the segments, whose tensors the caller keeps.
+    """Describe the segments to native code. The caller keeps their tensors alive.
 
     Raises ValueError if dtypes, shapes or strides are not those of ``LoraSegments``. Native code
     checks the values.
@@ -215,7 +182,8 @@ def describe_segments(segments: LoraSegments) -> LoraSegmentsStruct:
     )
 
 
-def _describe(storage: Tensor, target: LoraTarget, tables: LoraTables) -> LoraTargetStruct:
+def _describe(tables: LoraTables) -> LoraTargetStruct:
+    target, storage = tables.target, tables.storage
     pointers = []
     for name in ("ranks", "a_pages", "b_pages", "scale", "bias"):
         table: Tensor = getattr(tables, name)
@@ -236,8 +204,8 @@ def _describe(storage: Tensor, target: LoraTarget, tables: LoraTables) -> LoraTa
 def _descriptor(
     pointers: tuple[int, ...], in_features: int, widths: tuple[int, ...], rest: tuple[int, int, int]
 ) -> LoraTargetStruct:
-    """A pure function of numbers, cached so that binding anew is quick. Keeps no tensor alive."""
+    """A pure function of numbers, cached to make binding quick. It keeps no tensor alive."""
     array = (ctypes.c_int64 * len(widths))(*widths)
-    made = LoraTargetStruct(*pointers, ctypes.addressof(array), in_features, len(widths), *rest)
-    made.widths = array
-    return made
+    struct = LoraTargetStruct(*pointers, ctypes.addressof(array), in_features, len(widths), *rest)
+    struct.widths = array  # kept alive
+    return struct

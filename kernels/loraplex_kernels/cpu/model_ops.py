@@ -1,6 +1,4 @@
-"""The base model's operators in native code, and which tensors they take."""
-
-from __future__ import annotations
+"""The base model's operators in native code, and checks of the tensors that they accept."""
 
 import functools
 from collections.abc import Callable
@@ -12,23 +10,13 @@ from torch import Tensor
 from .functions import bind
 from .native import library
 
-__all__ = [
-    "NativeOps",
-    "dtype_code",
-    "is_plain",
-    "native_ops",
-    "takes_cache",
-    "takes_heads",
-    "takes_norm",
-]
-
-_LANES = 16  # widths and sizes of heads come in such steps
+_LANES = 16  # widths and head sizes must be multiples
 _MAX_HEAD_DIM = 256
 _CODES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class NativeOps(NamedTuple):
-    """The C functions. ``csrc/model_ops.cpp`` names their arguments."""
+    """The C functions. ``csrc/layers/model_ops.cpp`` documents their arguments."""
 
     linear: Callable[..., None]
     linear_argmax: Callable[..., None]
@@ -44,31 +32,31 @@ class NativeOps(NamedTuple):
 
 
 def dtype_code(dtype: torch.dtype) -> int | None:
-    """The number that native code knows ``dtype`` by; None if it does not or is not built."""
+    """Return native code's number for ``dtype``; None if it has none or is not built."""
     return _CODES.get(dtype) if library() is not None else None
 
 
 @functools.cache
 def native_ops(*, keep_gil: bool) -> NativeOps:
-    """The operators, for calls that keep Python's lock and for calls that let it go (``bind``)."""
+    """Return the operators, bound to keep or to release Python's lock (see ``bind``)."""
     return NativeOps(**{name: bind(name, keep_gil=keep_gil) for name in NativeOps._fields})
 
 
 def is_plain(x: Tensor, dtype: torch.dtype) -> bool:
-    """Whether native code may walk ``x`` as one array of ``dtype``."""
+    """Return True if native code may read ``x`` as one array of ``dtype``."""
     return x.dtype is dtype and x.is_cpu and x.is_contiguous()
 
 
 def takes_norm(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether native code norms rows of ``dtype`` with this weight [width]."""
+    """Return True if native code can norm rows of ``dtype`` with this weight [width]."""
     return is_plain(weight, dtype) and weight.shape[0] % _LANES == 0
 
 
 def takes_cache(keys: Tensor, values: Tensor, dtype: torch.dtype) -> bool:
-    """Whether native code may walk a paged cache of ``dtype``."""
+    """Return True if native code may read a paged cache of ``dtype``."""
     return is_plain(keys, dtype) and is_plain(values, dtype)
 
 
 def takes_heads(head_dim: int, page_size: int) -> bool:
-    """Whether native attention has such heads and pages."""
+    """Return True if native attention supports these sizes of heads and pages."""
     return head_dim % _LANES == 0 and head_dim <= _MAX_HEAD_DIM and page_size % _LANES == 0

@@ -1,19 +1,6 @@
-"""The C structs that Python fills, field by field as in csrc; ``native.py`` compares layouts."""
-
-from __future__ import annotations
+"""The C structs that Python fills, with the fields of csrc. ``native`` compares the layouts."""
 
 import ctypes
-
-__all__ = [
-    "STRUCTS",
-    "DecoderLayerStruct",
-    "DecoderLinearStruct",
-    "DecoderStepStruct",
-    "DecoderStruct",
-    "LoraSegmentsStruct",
-    "LoraTargetStruct",
-    "layout_faults",
-]
 
 _P, _N, _D = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
@@ -107,7 +94,7 @@ STRUCTS: tuple[type[ctypes.Structure], ...] = (
 def layout_faults(
     lib: ctypes.CDLL, structs: tuple[type[ctypes.Structure], ...] = STRUCTS
 ) -> list[str]:
-    """One line for each struct or field that the library has at another size or offset."""
+    """Return a line for each struct or field whose size or offset differs in the library."""
     known = lib.loraplex_layout
     known.argtypes, known.restype = (ctypes.c_char_p,), ctypes.c_int64
     faults = []
@@ -116,8 +103,8 @@ def layout_faults(
         here = {name: ctypes.sizeof(struct)}
         for field, *_ in struct._fields_:
             here[f"{name}.{field}"] = getattr(struct, field).offset
-        for what, value in here.items():
-            there = known(what.encode())
+        for field_name, value in here.items():
+            there = known(field_name.encode())
             if there != value:
-                faults.append(f"{what} is {value} in Python, {there} in the library")
+                faults.append(f"{field_name} is {value} in Python, {there} in the library")
     return faults

@@ -1,32 +1,28 @@
-"""The sums every LoRA kernel is made of, so that all paths give a row the same bits.
+"""The sums of all LoRA kernels, so that every path gives a row the same bits.
 
     partial[c, r] = Σ_{k in chunk c} A[r, k] · x[k]        one tensor-core accumulator, k ascending
     h[r]          = ((partial[0] + partial[1]) + …)        float32, chunks ascending
     delta[n]      = Σ_pages Σ_{r in page} h[r] · B[r, n]   one accumulator, pages ascending
 
-K is cut by ``reduction`` from (K, dtype) alone, never from the batch. Tile sizes, warps and the
-place where chunks meet (one program, or planes that a second kernel adds) change nothing in these
-sums, and a row of a tile never reads another, so a row has the same bits alone and in any batch.
-Every launch turns fp fusion off: whether a product and a sum contract is the compiler's choice, and
-it may choose differently in two kernels.
+``reduction`` cuts K by (K, dtype) alone, never by the batch. Tile sizes, warps and the place where
+chunks are added (one program, or planes that a second kernel adds) do not change these sums. A row
+of a tile reads no other row. So a row has the same bits alone and in every batch. Every launch
+turns fp fusion off, because the compiler may contract a product and a sum in one kernel and not in
+another.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from loraplex_kernels.layout import PAGE_RANK
-
-__all__ = ["PAGE", "Reduction", "aligned", "dot_float32", "partial_page", "reduction"]
+from loraplex_kernels.formats.layout import PAGE_RANK
 
 PAGE = tl.constexpr(PAGE_RANK)
 
 
 class Reduction(NamedTuple):
-    """How the columns of x are summed; a function of width and element size only."""
+    """The division of the columns of x into sums. It depends on width and element size only."""
 
     chunk: int  # columns of one partial sum
     block: int  # columns of one load
@@ -34,7 +30,7 @@ class Reduction(NamedTuple):
 
 
 def reduction(in_features: int, element_size: int) -> Reduction:
-    """The cut of ``in_features`` columns: few partial sums to store, enough to fill a GPU."""
+    """Divide ``in_features`` columns into few partial sums that still fill a GPU."""
     if in_features <= 1024:
         chunk = 256
     elif in_features <= 8192:
@@ -46,7 +42,7 @@ def reduction(in_features: int, element_size: int) -> Reduction:
 
 @triton.jit
 def aligned(offset, ALIGN: tl.constexpr):
-    """``offset``, in a form that shows the compiler a multiple; a hint on a load gets lost."""
+    """Return ``offset`` as a visible multiple, since the compiler drops hints on loads."""
     return offset // ALIGN * ALIGN
 
 
@@ -66,10 +62,10 @@ def partial_page(
     BLOCK_M: tl.constexpr,
     OFFSET_ALIGN: tl.constexpr,
 ):
-    """Σ over one chunk of columns, [PAGE, BLOCK_M] float32, for one page of rank rows.
+    """Sum one chunk of columns for one page of rank rows: [PAGE, BLOCK_M] float32.
 
-    The page is the left operand: 16 × BLOCK_K times BLOCK_K × BLOCK_M, so that every BLOCK_M
-    compiles to the same tensor-core instruction (rows on the left would become wgmma from 64 on).
+    The page is the left operand, 16 × BLOCK_K times BLOCK_K × BLOCK_M, so that every BLOCK_M
+    compiles to the same tensor-core instruction. With rows on the left, 64 rows would be wgmma.
     """
     ranks = tl.arange(0, PAGE)
     columns = chunk * CHUNK + tl.arange(0, BLOCK_K)
@@ -92,15 +88,15 @@ def partial_page(
 
 @triton.jit
 def dot_float32(h, b, total):
-    """``total + h @ b``, float32 ``h`` [M, 16] and ``b`` [16, N] of any dtype, at float32 worth.
+    """Return ``total + h @ b`` of float32 ``h`` [M, 16] and ``b`` [16, N] in float32 precision.
 
-    bf16: h = high + low, two bf16 products (16 bits of h). fp16: tf32x3, since h may pass 65504.
+    bf16: h = high + low, two bf16 products (16 bits of h). fp16: tf32x3, since h may exceed 65504.
     """
     if b.dtype == tl.bfloat16:
         high = h.to(tl.bfloat16)
         low = (h - high.to(tl.float32)).to(tl.bfloat16)
         return tl.dot(high, b, tl.dot(low, b, total))
-    elif b.dtype == tl.float16:  # noqa: RET505 - the branches are compile-time, one is built
+    elif b.dtype == tl.float16:  # noqa: RET505 - branches of compile time
         return tl.dot(h, b.to(tl.float32), total, input_precision="tf32x3")
     else:
         return tl.dot(h, b, total, input_precision="ieee")

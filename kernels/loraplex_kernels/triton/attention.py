@@ -2,19 +2,19 @@
 
     out[i, h] = Σ_j softmax_j(scale · q[i, h] · k[j]) v[j]      j ≤ place(i), j > place(i) − window
 
-Shapes: q, out [T, n_heads, D]; a tile holds BLOCK_Q queries of one request times the heads that
-share a key head. Positions are cut into splits of SPLIT_POSITIONS, counted from position 0; split s
-is of group s mod N_GROUPS. A group has one online softmax over its splits in ascending order, and
-groups meet in ascending order. So the grid has at most N_GROUPS programs a tile, however long the
-context may be, and up to N_GROUPS splits each is a group of its own. Requests with few queries and
-more than a split are *divided*: a program a group, whose float32 partials ``combine_kernel`` adds;
-for the others one program does all groups. A hidden position adds an exact zero, so a row has the
-same bits in every batch and both ways. No atomics, no host sync; programs without work exit at
-once.
+Shapes: q, out [T, n_heads, D]. A tile holds BLOCK_Q queries of one request times the heads that
+share a key head. Positions are cut into splits of SPLIT_POSITIONS, counted from position 0. Split s
+belongs to group s mod N_GROUPS. A group has one online softmax over its splits in ascending order,
+and groups are merged in ascending order. So the grid has at most N_GROUPS programs a tile for any
+context. Requests with few queries and more than one split are *divided*: each group has a program,
+and ``combine_kernel`` merges their float32 partials. For other requests one program computes all
+groups. A hidden position adds an exact zero, so a row has the same bits in every batch, divided or
+not. There are no atomics and no host syncs, and programs without work exit at once.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -22,45 +22,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .capability import capability_of
-from .kv_cache import check_cache
-
-__all__ = [
-    "N_GROUPS",
-    "SPLIT_POSITIONS",
-    "AttentionWorkspace",
-    "attention_workspace",
-    "max_head_dim",
-    "paged_attention_triton",
-]
+from .e4m3 import e4m3_values
+from .kv_cache import check_cache, code_view
 
 SPLIT_POSITIONS = 512
 N_GROUPS = 16  # × 8 key heads: one request alone has a program for each multiprocessor
-_FEW_ROWS = 256  # up to here every request is divided, and tiles are small
-_FEW_QUERIES = 8  # of a request that is divided in a step of more rows; more have tiles enough
+_FEW_ROWS = 256  # up to this many rows every request is divided, and tiles are small
+_FEW_QUERIES = 8  # in larger steps only requests of up to this many queries are divided
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def find_request(starts_ptr, n_requests, tile, BLOCK_Q: tl.constexpr):
-    """The last request r with starts[r] // BLOCK_Q + r ≤ tile: tile places need no table."""
-    found = 0
+    """Return the last request r with starts[r] // BLOCK_Q + r ≤ tile: tiles need no table."""
+    count = 0
     for first in range(0, n_requests, 128):
         r = first + tl.arange(0, 128)
         start = tl.load(starts_ptr + r, mask=r < n_requests, other=0)
         hit = (start // BLOCK_Q + r <= tile) & (r < n_requests)
-        found += tl.sum(hit.to(tl.int32))
-    return found - 1
+        count += tl.sum(hit.to(tl.int32))
+    return count - 1
 
 
 @triton.jit
 def merge(m, norm, acc, other_m, other_norm, other_acc):
-    """Two online-softmax states as one; an empty one (m = -inf) leaves the other bit for bit."""
+    """Merge two online-softmax states. An empty state (m = -inf) does not change the other."""
     top = tl.maximum(m, other_m)
     safe = tl.where(top == float("-inf"), 0.0, top)
     a = tl.exp2(m - safe)
     b = tl.exp2(other_m - safe)
     return top, norm * a + other_norm * b, acc * a[:, None] + other_acc * b[:, None]
+
+
+@triton.jit
+def cached(codes, dtype: tl.constexpr):
+    """Return keys or values in ``dtype``. All e4m3 values are exact in 16 bits."""
+    return e4m3_values(codes).to(dtype) if codes.dtype == tl.uint8 else codes
 
 
 @triton.jit
@@ -70,23 +67,23 @@ def attend_split(
     N_KV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     BLOCK_KV: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Goes on with an online softmax over positions [first, last): maximum (base 2), norm, sum."""
+    """Continue an online softmax over positions [first, last): maximum (base 2), norm, sum."""
     dims = tl.arange(0, BLOCK_D)
     inside = dims < D
     for start in range(first, last, BLOCK_KV):
         j = start + tl.arange(0, BLOCK_KV)
-        # What lies beyond the last position was never written, and is not read.
+        # Memory beyond the last position was never written and is not read.
         exists = j < stop
         page = tl.load(pages_ptr + j // PAGE_SIZE, mask=exists, other=0).to(tl.int64)
         at = (page * N_KV + kv_head) * (PAGE_SIZE * D) + j % PAGE_SIZE * D
         k = tl.load(
             k_cache_ptr + at[None, :] + dims[:, None],
             mask=exists[None, :] & inside[:, None],
-            other=0.0,
+            other=0,
         )
-        scores = tl.dot(q, k, input_precision="ieee") * scale
+        scores = tl.dot(q, cached(k, q.dtype), input_precision="ieee") * scale
         if HAS_SOFTCAP:
-            # c · tanh(s / c), from exp2 so that it is the same function everywhere
+            # c · tanh(s / c) by exp2, so that it is the same function everywhere
             grown = tl.exp2(scores * (2.0 * _LOG2_E / softcap))
             scores = softcap * (1.0 - 2.0 / (grown + 1.0))
         seen = j[None, :] <= place[:, None]
@@ -100,8 +97,9 @@ def attend_split(
         v = tl.load(
             v_cache_ptr + at[:, None] + dims[None, :],
             mask=exists[:, None] & inside[None, :],
-            other=0.0,
+            other=0,
         )
+        v = cached(v, q.dtype)
         p = p.to(v.dtype)
         norm = tl.dot(p, ones, norm * fade[:, None], input_precision="ieee")
         acc = tl.dot(p, v, acc * fade[:, None], input_precision="ieee")
@@ -117,7 +115,7 @@ def attend_group(
     BLOCK_KV: tl.constexpr, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr,
     N_GROUPS: tl.constexpr, HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the splits of a group within positions [begin, stop)."""
+    """Compute an online softmax over the splits of a group within positions [begin, stop)."""
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     norm = tl.zeros((BLOCK_M, 16), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -134,13 +132,13 @@ def attend_group(
 
 @triton.jit
 def is_divided(kv_len, n_queries, most_queries, SPLIT: tl.constexpr):
-    """Whether the groups of a request are of several programs."""
+    """Return True if several programs compute the groups of a request."""
     return (kv_len > SPLIT) & (n_queries <= most_queries)
 
 
 @triton.jit
 def first_split(begin, group, SPLIT: tl.constexpr, N_GROUPS: tl.constexpr):
-    """The first split of a group that holds position ``begin`` or later ones."""
+    """Return the first split of a group with positions from ``begin`` on."""
     split = begin // SPLIT
     return split + (group + N_GROUPS - split % N_GROUPS) % N_GROUPS
 
@@ -160,7 +158,7 @@ def attend_kernel(
     BLOCK_M: tl.constexpr, SPLIT: tl.constexpr, N_GROUPS: tl.constexpr, ONE_GROUP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
 ):  # fmt: skip
-    """ONE_GROUP: requests that are not divided have no second split."""
+    """ONE_GROUP: undivided requests have no second split."""
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP_PADDED
     tile = tl.program_id(0)
     kv_head = tl.program_id(1)
@@ -196,7 +194,7 @@ def attend_kernel(
     place = tl.where(in_tile, hidden + query, -1)
     pages_ptr = page_table_ptr + request.to(tl.int64) * stride_pages
     # The norm is a product with ones: a reduction's order would follow the thread layout.
-    ones = tl.full((BLOCK_KV, 16), 1.0, dtype=tl.float32).to(q.dtype)  # 3.6 interprets it so
+    ones = tl.full((BLOCK_KV, 16), 1.0, dtype=tl.float32).to(q.dtype)  # Triton 3.6 needs this form
     m, norm, acc = attend_group(
         first_group, ones, q, k_cache_ptr, v_cache_ptr, pages_ptr, kv_head, begin, place, stop,
         scale, window, softcap,
@@ -212,7 +210,7 @@ def attend_kernel(
             )  # fmt: skip
             m, norm, acc = merge(m, norm, acc, other_m, other_norm, other_acc)
     if divided:
-        # What is empty here is empty for every row of the tile, and is not read.
+        # A group that is empty here is empty for every row of the tile and is not read.
         slot = tl.where(per_request > 0, request * per_request + query, start + query)
         at = (first_group.to(tl.int64) * n_places + slot) * (N_KV * GROUP) + head
         tl.store(norm_ptr + at * 2, m, mask=in_tile)
@@ -238,12 +236,12 @@ def combine_kernel(
         row = tl.load(starts_ptr + request) + slot % per_request
     else:
         row = slot
-        found = 0
+        count = 0
         for base in range(0, n_requests, 128):
             r = base + tl.arange(0, 128)
             from_row = tl.load(starts_ptr + r, mask=r < n_requests, other=0)
-            found += tl.sum(((from_row <= row) & (r < n_requests)).to(tl.int32))
-        request = found - 1
+            count += tl.sum(((from_row <= row) & (r < n_requests)).to(tl.int32))
+        request = count - 1
     end = tl.load(starts_ptr + request + 1)
     if row >= end:
         return
@@ -272,18 +270,18 @@ def combine_kernel(
 
 
 class AttentionWorkspace(NamedTuple):
-    """Partials of divided requests; both are float32 and may be larger than needed."""
+    """The float32 partials of divided requests. Tensors may be larger than needed."""
 
     partials: Tensor  # [n_groups * n_places * n_heads * D]
     norms: Tensor  # [n_groups * n_places * n_heads * 2]: maximum, norm
 
 
 class Division(NamedTuple):
-    """How a step is spread over programs: a function of its shapes alone."""
+    """The distribution of a step over programs, which depends on its shapes alone."""
 
     n_groups: int  # programs of a tile
-    most_queries: int  # of a request that is divided
-    per_request: int  # places of a request in the workspace; 0 = a place a row
+    most_queries: int  # a divided request has at most this many
+    per_request: int  # places of a request in the workspace; 0 = one place for each row
     n_places: int
 
     @staticmethod
@@ -322,13 +320,13 @@ def paged_attention_triton(
     batch_invariant: bool = True,
     capability: int | None = None,  # None: of the device
 ) -> Tensor:
-    """``paged_attention_reference`` on a GPU; writes and returns ``out``.
+    """``paged_attention_reference`` on a GPU. Writes and returns ``out``.
 
     Launches depend on shapes only (``page_table`` [n_requests, n_pages] bounds the positions), so a
-    CUDA graph may replay them; ``query_starts`` and ``kv_lens`` are int32 on the device. Requests
-    without queries and rows beyond the last request are left alone. ``out`` and ``workspace`` are
-    allocated when absent. ``batch_invariant``: a row has the same bits in every batch; without,
-    large steps take larger tiles, whose matrix instruction may sum in another order (wgmma on a
+    CUDA graph may replay them. ``query_starts`` and ``kv_lens`` are int32 on the device. Requests
+    without queries and rows beyond the last request are not changed. ``out`` and ``workspace`` are
+    allocated when absent. ``batch_invariant``: a row has the same bits in every batch. Otherwise
+    large steps use larger tiles, whose matrix instruction may sum in another order (wgmma on
     Hopper). Raises ValueError before the launch when a shape does not fit.
     """
     _check(q, k_cache, v_cache, page_table, query_starts, kv_lens)
@@ -347,12 +345,12 @@ def paged_attention_triton(
         raise ValueError("the attention workspace is too small; see attention_workspace")
     group = n_heads // n_kv
     padded = triton.next_power_of_2(group)
-    is_plain = window is None and softcap is None  # masks would not fit into the registers
+    is_plain = window is None and softcap is None  # masks do not fit into the registers
     takes_widest = is_plain and not batch_invariant
-    widest = _widest_tile(capability or capability_of(q.device)) if takes_widest else 32
+    widest = _widest_tile(capability or _capability_of(q.device)) if takes_widest else 32
     is_small = q.element_size() != 2 or head_dim > 128 or n_rows <= _FEW_ROWS
     block_m = max(16 if is_small else widest, padded)
-    # ``find_request`` leaves a place free between requests: the last may be beyond ``n_rows``.
+    # ``find_request`` leaves a free tile between requests: the last may be beyond ``n_rows``.
     n_tiles = n_rows // (block_m // padded) + n_requests
     block_d = triton.next_power_of_2(head_dim)
     shared = {
@@ -360,14 +358,14 @@ def paged_attention_triton(
         "HAS_WINDOW": window is not None,
     }  # fmt: skip
     attend_kernel[(n_tiles, n_kv, division.n_groups)](
-        q, k_cache, v_cache, page_table, query_starts, kv_lens, out, *space,
+        q, code_view(k_cache), code_view(v_cache), page_table, query_starts, kv_lens, out, *space,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1), page_table.stride(0),
         n_requests, division.n_places, division.most_queries, division.per_request,
         scale, window or 0, softcap or 1.0,
         N_KV=n_kv, GROUP=group, GROUP_PADDED=padded, PAGE_SIZE=page_size,
         BLOCK_KV=_block_positions(block_d, q.element_size()), BLOCK_M=block_m,
         ONE_GROUP=n_rows <= _FEW_ROWS, HAS_SOFTCAP=softcap is not None,
-        enable_fp_fusion=False, **_resources(block_m, q), **shared,
+        enable_fp_fusion=False, **_resources(block_m, q, k_cache), **shared,
     )  # fmt: skip
     if division.n_groups > 1:
         combine_kernel[(division.n_places, n_heads)](
@@ -378,26 +376,38 @@ def paged_attention_triton(
     return out
 
 
+@cache
+def _capability_of(device: torch.device) -> int:
+    """The compute capability as 80, 90, …; 80 for a CPU tensor in Triton's interpreter."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return major * 10 + minor
+
+
 def _widest_tile(capability: int) -> int:
-    """Queries times heads. 64 multiply by an instruction of their own: wgmma, tcgen05."""
+    """Return the most rows of a tile. 64 rows use wgmma or tcgen05."""
     return 64 if capability // 10 in (9, 10) else 32
 
 
-def _resources(block_m: int, q: Tensor) -> dict[str, int]:
-    """Warps, stages and registers, by what ``make kernels-report`` finds."""
+def _resources(block_m: int, q: Tensor, k_cache: Tensor) -> dict[str, int]:
+    """Warps, stages and registers at which no program spills (``make kernels-report``)."""
+    if k_cache.element_size() == 1:
+        return {"num_warps": 4 if block_m == 16 else 8, "num_stages": 2, "maxnreg": 255}
     if q.element_size() != 2:
         return {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
     is_small = block_m == 16 and q.shape[2] <= 128
-    return {"num_warps": 4, "num_stages": 3, "maxnreg": 168 if is_small else 255}
+    n_stages = 3 if block_m == 64 else 2
+    return {"num_warps": 4, "num_stages": n_stages, "maxnreg": 168 if is_small else 255}
 
 
 def max_head_dim(dtype: torch.dtype) -> int:
-    """The largest head that fits the registers of a program without spilling."""
+    """Return the largest head that fits the registers of a program without spilling."""
     return 256 if dtype.itemsize == 2 else 128
 
 
 def _block_positions(block_d: int, element_size: int) -> int:
-    """Positions of one product: what shared memory and registers hold, never what the batch is."""
+    """Return the positions of one product, by shared memory and registers, never by the batch."""
     if element_size == 4:
         return 16
     return 64 if block_d <= 128 else 32
@@ -415,7 +425,7 @@ def _check(
     n_kv, head_dim = k_cache.shape[1], k_cache.shape[3]
     if q.dim() != 3 or q.shape[2] != head_dim or q.shape[1] % n_kv:
         raise ValueError(f"q is {tuple(q.shape)}, the cache holds {n_kv} heads of {head_dim}")
-    if q.dtype != k_cache.dtype or q.device != k_cache.device:
+    if k_cache.dtype not in (q.dtype, torch.float8_e4m3fn) or q.device != k_cache.device:
         raise ValueError(f"q is {q.dtype} on {q.device}, the cache {k_cache.dtype}")
     if q.shape[0] and q.stride(2) != 1:
         raise ValueError("q must be contiguous along D")

@@ -1,17 +1,15 @@
-"""Expand: adds every pair's product to the base output, in place.
+"""Expand: adds the product of every pair to the base output, in place.
 
     y     = out[row, n]
     y     = scale ⊙ (y + w[t] · Σ_r h[t, r] · B[slot(t), i][r, n]) + bias     per pair t of the row
     h[t]  = planes[0, …, t] + planes[1, …, t] + …                             chunks ascending
 
-Columns of all slices share one grid axis, cut without waste for narrow slices (k, v beside q).
-``expand_kernel`` serves steps whose rows stand in one segment each: a program owns the rows of a
-tile. ``expand_routed_kernel`` serves routed experts: a program owns a block of rows and walks the
-segments that occur in it, in segment order, so a row's pairs are added in float32 in a fixed order,
-without atomics, and out is read and written once.
+Columns of all slices share one grid axis, so narrow slices (k, v beside q) waste no tiles.
+``expand_kernel`` serves steps whose rows are in one segment each: a program walks tiles of rows.
+``expand_routed_kernel`` serves routed experts: a program owns a block of rows and walks its
+segments in order. So a row's pairs are added in float32 in a fixed order without atomics, and out
+is read and written once.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -19,14 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.layout import LoraTables, LoraTarget
+from loraplex_kernels.formats.layout import DeviceSegments, LoraTables, LoraTarget
 
 from .arithmetic import PAGE, aligned, dot_float32
 from .checks import OFFSET_ALIGN, check_inputs, check_out
-from .routing import DeviceSegments
-from .tuning import ExpandChoice
-
-__all__ = ["add_pair", "find_columns", "lora_expand", "n_column_tiles"]
+from .launch_choices import ExpandChoice, expand_choice, tile_programs
 
 
 @triton.jit
@@ -37,7 +32,7 @@ def find_columns(
     BLOCK_N: tl.constexpr,
     WIDTH_ALIGN: tl.constexpr,
 ):
-    """The slice of a flat column tile: (slice, columns within it, its width, its first column)."""
+    """Return (slice, columns within it, its width, its first column) of a flat column tile."""
     slice_id = 0
     first_tile = 0
     first_column = 0
@@ -63,7 +58,7 @@ def find_columns(
 def transform(
     y, storage_ptr, scale_offset, bias_offset, columns, width, OFFSET_ALIGN: tl.constexpr
 ):
-    """``scale ⊙ y + bias`` for the slots that have them; negative offset = none."""
+    """Return ``scale ⊙ y + bias`` for slots that have them; a negative offset means none."""
     if scale_offset >= 0:
         scale_offset = aligned(scale_offset, OFFSET_ALIGN)
         scale = tl.load(storage_ptr + scale_offset + columns, mask=columns < width, other=0.0)
@@ -77,7 +72,7 @@ def transform(
 
 @triton.jit
 def add_page(total, h, storage_ptr, offset, n_ranks, columns, width, OFFSET_ALIGN: tl.constexpr):
-    """``total + h @ B`` for one page; h [BLOCK_M, PAGE]."""
+    """Return ``total + h @ B`` for one page; h [BLOCK_M, PAGE]."""
     ranks = tl.arange(0, PAGE)
     offset = aligned(offset, OFFSET_ALIGN)
     pointers = storage_ptr + offset + ranks[:, None] * width + columns[None, :]
@@ -107,7 +102,7 @@ def add_pair(
     HAS_WEIGHTS: tl.constexpr,
     OFFSET_ALIGN: tl.constexpr,
 ):
-    """w · Σ_r h · B, [BLOCK_M, BLOCK_N] float32, of pairs that share a slot."""
+    """Return w · Σ_r h · B, [BLOCK_M, BLOCK_N] float32, for pairs that share a slot."""
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     ranks = tl.arange(0, PAGE)
     for page in range(tl.cdiv(rank, PAGE)):
@@ -125,7 +120,7 @@ def add_pair(
     return total
 
 
-@triton.jit(do_not_specialize=["n_pairs", "max_pages"])
+@triton.jit(do_not_specialize=["n_pairs", "max_pages", "n_tiles"])
 def expand_kernel(
     planes_ptr,
     storage_ptr,
@@ -140,6 +135,7 @@ def expand_kernel(
     stride_om,
     n_pairs,
     max_pages,
+    n_tiles,
     WIDTHS: tl.constexpr,
     N_SLICES: tl.constexpr,
     N_PLANES: tl.constexpr,
@@ -150,35 +146,36 @@ def expand_kernel(
     WIDTH_ALIGN: tl.constexpr,
     OFFSET_ALIGN: tl.constexpr,
 ):
-    tile = tl.program_id(0) // (TILE_M // BLOCK_M)
-    skipped = tl.program_id(0) % (TILE_M // BLOCK_M) * BLOCK_M
-    slot = tl.load(tiles_ptr + tile * 3)
-    count = tl.load(tiles_ptr + tile * 3 + 2) - skipped
-    if slot < 0 or count <= 0:
-        return
     slice_id, columns, width, first_column = find_columns(
         tl.program_id(1), WIDTHS, N_SLICES, BLOCK_N, WIDTH_ALIGN
     )
-    table_row = slot * N_SLICES + slice_id
-    rank = tl.load(ranks_ptr + table_row)
-    scale_offset = tl.load(scale_ptr + table_row)
-    bias_offset = tl.load(bias_ptr + table_row)
-    if rank == 0 and scale_offset < 0 and bias_offset < 0:
-        return
     lanes = tl.arange(0, BLOCK_M)
-    pairs = tl.load(tiles_ptr + tile * 3 + 1) + skipped + lanes
-    row_mask = lanes < count
-    rows = tl.load(rows_ptr + pairs, mask=row_mask, other=0)
-    delta = add_pair(
-        planes_ptr, storage_ptr, b_pages_ptr, weights_ptr, rank, table_row, slice_id,
-        pairs, row_mask, columns, width, n_pairs, max_pages,
-        N_SLICES, N_PLANES, BLOCK_M, BLOCK_N, HAS_WEIGHTS, OFFSET_ALIGN,
-    )  # fmt: skip
-    pointers = out_ptr + rows[:, None].to(tl.int64) * stride_om + (first_column + columns)[None, :]
-    mask = row_mask[:, None] & (columns[None, :] < width)
-    y = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + delta
-    y = transform(y, storage_ptr, scale_offset, bias_offset, columns, width, OFFSET_ALIGN)
-    tl.store(pointers, y, mask=mask)
+    skipped = tl.program_id(0) % (TILE_M // BLOCK_M) * BLOCK_M
+    tile = tl.program_id(0) // (TILE_M // BLOCK_M)
+    slot = tl.load(tiles_ptr + tile * 3)
+    while slot >= 0:
+        count = tl.load(tiles_ptr + tile * 3 + 2) - skipped
+        table_row = slot * N_SLICES + slice_id
+        rank = tl.load(ranks_ptr + table_row)
+        scale_offset = tl.load(scale_ptr + table_row)
+        bias_offset = tl.load(bias_ptr + table_row)
+        if (count > 0) & ((rank > 0) | (scale_offset >= 0) | (bias_offset >= 0)):
+            pairs = tl.load(tiles_ptr + tile * 3 + 1) + skipped + lanes
+            row_mask = lanes < count
+            rows = tl.load(rows_ptr + pairs, mask=row_mask, other=0)
+            delta = add_pair(
+                planes_ptr, storage_ptr, b_pages_ptr, weights_ptr, rank, table_row, slice_id,
+                pairs, row_mask, columns, width, n_pairs, max_pages,
+                N_SLICES, N_PLANES, BLOCK_M, BLOCK_N, HAS_WEIGHTS, OFFSET_ALIGN,
+            )  # fmt: skip
+            of_rows = out_ptr + rows[:, None].to(tl.int64) * stride_om
+            pointers = of_rows + (first_column + columns)[None, :]
+            mask = row_mask[:, None] & (columns[None, :] < width)
+            y = tl.load(pointers, mask=mask, other=0.0).to(tl.float32) + delta
+            y = transform(y, storage_ptr, scale_offset, bias_offset, columns, width, OFFSET_ALIGN)
+            tl.store(pointers, y, mask=mask)
+        tile += tl.num_programs(0) // (TILE_M // BLOCK_M)
+        slot = tl.load(tiles_ptr + tile * 3, mask=tile < n_tiles, other=-1)
 
 
 @triton.jit(do_not_specialize=["n_pairs", "n_rows", "max_pages"])
@@ -236,37 +233,39 @@ def expand_routed_kernel(
             y + delta, storage_ptr, tl.load(scale_ptr + table_row), tl.load(bias_ptr + table_row),
             columns, width, OFFSET_ALIGN,
         )  # fmt: skip
-        # Selected, not added as zero: another adapter's inf must not reach this row as 0 · inf.
+        # Selected instead of multiplied by zero: another adapter's inf must not become 0 · inf.
         y = tl.where((pairs >= 0)[:, None], changed, y)
     tl.store(pointers, y, mask=mask)
 
 
 def n_column_tiles(target: LoraTarget, block_n: int) -> int:
-    """Column tiles of all slices; none straddles two."""
+    """Return the number of column tiles of all slices. A tile never spans two slices."""
     return sum(-(-width // block_n) for width in target.out_features)
 
 
 def lora_expand(
     planes: Tensor,
     x: Tensor,
-    storage: Tensor,
-    target: LoraTarget,
     tables: LoraTables,
     segments: DeviceSegments,
-    choice: ExpandChoice,
     *,
     out: Tensor,
+    choice: ExpandChoice | None = None,
 ) -> None:
-    """Adds to ``out`` in place what ``lora_shrink`` left in ``planes``; allocates nothing.
+    """Add the products of the pairs in ``planes`` to ``out`` in place. Allocates nothing.
 
-    Raises ValueError before the launch when a shape, stride, dtype or device does not fit.
+    ``choice`` follows the rule when absent. Raises ValueError before the launch when a shape,
+    stride, dtype or device does not fit.
     """
-    check_inputs(x, storage, target, tables, segments)
+    target = tables.target
+    check_inputs(x, tables, segments)
     check_out(out, x, target)
     if segments.tiles.shape[0] == 0:
         return
+    if choice is None:
+        choice = expand_choice(segments.indices.shape[0], x.element_size())
     weights = segments.weights
-    shared = (planes, storage, tables.ranks, tables.b_pages, tables.scale, tables.bias)
+    shared = (planes, tables.storage, tables.ranks, tables.b_pages, tables.scale, tables.bias)
     constants = {
         "WIDTHS": target.out_features,
         "N_SLICES": target.n_slices,
@@ -281,19 +280,21 @@ def lora_expand(
     weights = planes if weights is None else weights
     blocks = segments.blocks
     if blocks is None:
-        n_tiles = n_column_tiles(target, choice.block_n)
+        n_tiles, n_pairs = segments.tiles.shape[0], segments.indices.shape[0]
         block_m = min(choice.block_m, segments.block_m)
-        grid = (segments.tiles.shape[0] * (segments.block_m // block_m), n_tiles)
+        programs = tile_programs(n_tiles, n_pairs, segments.block_m)
+        n_columns = n_column_tiles(target, choice.block_n)
+        grid = (programs * (segments.block_m // block_m), n_columns)
         expand_kernel[grid](
             *shared, segments.tiles, segments.indices, weights, out,
-            out.stride(0), segments.indices.shape[0], tables.b_pages.shape[2],
+            out.stride(0), n_pairs, tables.b_pages.shape[2], n_tiles,
             TILE_M=segments.block_m, BLOCK_M=block_m, BLOCK_N=choice.block_n, **constants,
         )  # fmt: skip
     else:
         # A program holds two float32 tiles, y and the product.
         block_n = min(choice.block_n, 64 if x.element_size() == 2 else 32)
         grid = (blocks.n_items.shape[0], n_column_tiles(target, block_n))
-        # Left to itself the assembler spills some bytes here to fit one more block.
+        # Without maxnreg the assembler spills some bytes to fit one more block.
         expand_routed_kernel[grid](
             *shared, blocks.n_items, blocks.slots, blocks.pairs, weights, out,
             out.stride(0), segments.indices.shape[0], out.shape[0], tables.b_pages.shape[2],

@@ -3,24 +3,26 @@
     q, k ← x · cos + rotate_half(x) · sin        float32, one rounding; in place in q_k_v
     cache[slot] ← k, v                           negative slots are skipped
 
-Shapes: q_k_v [T, (n_heads + 2 n_kv_heads) D]; cos, sin [n_positions, R ≤ D], which turn the first
-R of a head. A page of one head is [page_size, D], keys and values alike: on a GPU the cache is
-[n_pages, n_kv_heads, page_size, D] as it stands (FlashInfer's HND).
+Shapes: q_k_v [T, (n_heads + 2 n_kv_heads) D]; cos, sin [n_positions, R ≤ D] turn the first R
+elements of a head. On a GPU both caches are [n_pages, n_kv_heads, page_size, D] (FlashInfer's HND),
+in the dtype of q_k_v or in float8_e4m3fn.
 """
 
-from __future__ import annotations
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["check_cache", "rope_and_cache_triton", "write_kv_triton"]
+from .e4m3 import e4m3_codes
 
 
 @triton.jit
 def store_row(cache_ptr, slot, head, x, dims, N_KV, PAGE_SIZE, D: tl.constexpr):
     at = (slot // PAGE_SIZE * N_KV + head) * (PAGE_SIZE * D) + slot % PAGE_SIZE * D
-    tl.store(cache_ptr + at + dims, x, mask=dims < D)
+    if cache_ptr.dtype.element_ty == tl.uint8:
+        tl.store(cache_ptr + at + dims, e4m3_codes(x), mask=dims < D)
+    else:
+        tl.store(cache_ptr + at + dims, x, mask=dims < D)
 
 
 @triton.jit
@@ -56,7 +58,7 @@ def rope_and_cache_kernel(
         cos = tl.load(cos_ptr + position * ROTARY + dims, mask=turns, other=1.0).to(tl.float32)
         sin = tl.load(sin_ptr + position * ROTARY + dims, mask=turns, other=0.0).to(tl.float32)
         x = (x.to(tl.float32) * cos + turned * sin).to(x.dtype)
-        # Every lane must have read its partner before any lane writes.
+        # Every lane must read its partner before any lane writes.
         tl.debug_barrier()
         tl.store(head_ptr + dims, x, mask=inside)
     slot = tl.load(slot_mapping_ptr + row).to(tl.int64)
@@ -96,7 +98,7 @@ def write_kv_kernel(
 
 
 def check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
-    """Raises ValueError unless both are contiguous caches of one shape, with a usable page size."""
+    """Raise ValueError unless both are contiguous caches of one shape with a valid page size."""
     if k_cache.dim() != 4 or k_cache.shape != v_cache.shape or k_cache.dtype != v_cache.dtype:
         raise ValueError(
             f"caches must share [n_pages, n_kv_heads, page_size, D] and dtype; they are "
@@ -109,6 +111,11 @@ def check_cache(k_cache: Tensor, v_cache: Tensor) -> None:
         raise ValueError(f"page size is {page_size}; it must be a power of two from 2 to 128")
 
 
+def code_view(cache: Tensor) -> Tensor:
+    """Return a cache as kernels read it: uint8 codes of e4m3, others as they are."""
+    return cache.view(torch.uint8) if cache.dtype is torch.float8_e4m3fn else cache
+
+
 def rope_and_cache_triton(
     q_k_v: Tensor,
     cos: Tensor | None,
@@ -117,22 +124,20 @@ def rope_and_cache_triton(
     k_cache: Tensor,
     v_cache: Tensor,
     slot_mapping: Tensor,
-    *,
-    n_heads: int,
-    n_kv_heads: int,
-    head_dim: int,
 ) -> None:
     """``rope_and_cache_reference`` on a GPU. Allocates nothing.
 
     Raises ValueError before the launch when a shape, stride or dtype does not fit.
     """
     check_cache(k_cache, v_cache)
-    width = (n_heads + 2 * n_kv_heads) * head_dim
-    n_rows = q_k_v.shape[0]
-    if q_k_v.dim() != 2 or q_k_v.shape[1] != width or (n_rows and q_k_v.stride(1) != 1):
-        raise ValueError(f"q_k_v is {tuple(q_k_v.shape)}, it must be [T, {width}], rows contiguous")
-    if k_cache.shape[1] != n_kv_heads or k_cache.shape[3] != head_dim:
-        raise ValueError(f"the cache holds {tuple(k_cache.shape)}, not {n_kv_heads} × {head_dim}")
+    _, n_kv_heads, page_size, head_dim = k_cache.shape
+    n_rows, width = q_k_v.shape
+    n_heads = width // head_dim - 2 * n_kv_heads
+    if n_heads < 1 or width % head_dim or (n_rows and q_k_v.stride(1) != 1):
+        raise ValueError(
+            f"q_k_v is {tuple(q_k_v.shape)}, it must be rows of heads for the cache of "
+            f"{n_kv_heads} × {head_dim}, contiguous"
+        )
     if slot_mapping.shape != (n_rows,) or positions.shape != (n_rows,):
         raise ValueError(f"slot_mapping and positions must both be [{n_rows}]")
     if (cos is None) != (sin is None):
@@ -147,8 +152,8 @@ def rope_and_cache_triton(
         return
     rope_and_cache_kernel[(n_rows, n_heads + 2 * n_kv_heads)](
         q_k_v, q_k_v if cos is None else cos, q_k_v if sin is None else sin, positions,
-        k_cache, v_cache, slot_mapping, q_k_v.stride(0),
-        N_HEADS=n_heads, N_KV=n_kv_heads, PAGE_SIZE=k_cache.shape[2], D=head_dim,
+        code_view(k_cache), code_view(v_cache), slot_mapping, q_k_v.stride(0),
+        N_HEADS=n_heads, N_KV=n_kv_heads, PAGE_SIZE=page_size, D=head_dim,
         BLOCK_D=triton.next_power_of_2(head_dim), ROTARY=rotary,
         num_warps=1, enable_fp_fusion=False,
     )  # fmt: skip
@@ -171,7 +176,8 @@ def write_kv_triton(
     if k.stride(2) != 1 or v.stride(2) != 1:
         raise ValueError("k and v must be contiguous along D")
     write_kv_kernel[(n_rows, k_cache.shape[1])](
-        k, v, k_cache, v_cache, slot_mapping, k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        k, v, code_view(k_cache), code_view(v_cache), slot_mapping,
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         N_KV=k_cache.shape[1], PAGE_SIZE=k_cache.shape[2], D=k_cache.shape[3],
         BLOCK_D=triton.next_power_of_2(k_cache.shape[3]), num_warps=1,
         enable_fp_fusion=False,

@@ -1,21 +1,17 @@
-"""A product of matrices whose rows have the same bits in every batch.
+"""A matrix product whose rows have the same bits in every batch.
 
     out[z, m, n] = Σ_k a[z, m, k] · b[z, k, n] + bias[n]       k ascending, one float32 accumulator
 
-Shapes: a [Z, M, K], b [Z, K, N], any strides; bias [N] or none. The tile is one for all shapes, so
-the matrix instruction is, too; K is never split over programs. cuBLAS picks tile, instruction and
-split by M, which is why a row there has other bits among 64 rows than alone. Programs of one block
-of outputs and different rows run side by side, so that a weight comes from memory once.
+Shapes: a [Z, M, K], b [Z, K, N] with any strides; bias [N] or none. All shapes use one tile and so
+one matrix instruction, and K is never split over programs. cuBLAS chooses tile, instruction and
+split by M, so a row has other bits among 64 rows than alone. Programs of one block of outputs and
+different rows run at the same time, so a weight is read from memory once.
 """
-
-from __future__ import annotations
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-__all__ = ["TILE", "matmul_triton"]
 
 TILE = 64  # rows, and outputs, of a program
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -93,4 +89,4 @@ def _check(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
     if any(tensor.device != a.device for tensor in tensors):
         raise ValueError(f"a is on {a.device}; b, bias and out must be there too")
     if a.shape[1] > 65535 * TILE or b.shape[2] > 65535 * TILE:
-        raise ValueError("a product of so many rows or columns is not launched")
+        raise ValueError("the product has too many rows or columns for the grid")

@@ -1,14 +1,12 @@
-"""A linear on quantised weights: codes become weights in the tile, tensor cores multiply those.
+"""A linear on quantised weights: codes become weights in the tile, for tensor cores.
 
     out[t, n] = Σ_k x[t, k] · W[n, k] + bias[n]        W[n, k] = round(code[n, k] · scale[n, group])
 
-``quantized_weight`` has the codes. A program owns a tile of outputs and a tile of rows and walks
-all inputs, ascending, with one accumulator: the bits of a row depend on neither tile, so they are
-the same alone and in any batch, in decode and in prefill. The weights are the left operand, as the
-pages of factors are in ``arithmetic.partial_page``, so that every tile compiles to one instruction.
+``formats.quantized_weight`` defines the codes. A program owns a tile of outputs and a tile of rows
+and walks all inputs in ascending order with one accumulator. The bits of a row depend on neither
+tile, so they are the same alone and in every batch, in decode and in prefill. The weights are the
+left operand, as pages are in ``arithmetic.partial_page``, so every tile has one instruction.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -17,17 +15,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.quantized_weight import ZERO, QuantizedWeight, WeightFormat
+from loraplex_kernels.formats.quantized_weight import ZERO, QuantizedWeight, WeightFormat
 
-__all__ = ["quantized_linear_triton"]
+from .e4m3 import e4m3_values
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FORMATS = {WeightFormat.INT8: 0, WeightFormat.INT4: 1, WeightFormat.FP8: 2}
 _ZERO = tl.constexpr(float(ZERO))
 _INT4, _FP8 = tl.constexpr(1), tl.constexpr(2)
-_E4M3_BIAS = tl.constexpr(2.0**120)  # 127 − 7: what the exponents of float32 and e4m3 differ by
-_BLOCK_K = 128  # inputs of one load of whole bytes; of int4 a group
-_NARROW = 8192  # outputs up to which small tiles are needed to occupy a GPU
+_BLOCK_K = 128  # inputs of one load of whole bytes; int4 loads a group
+_NARROW = 8192  # up to this many outputs small tiles are needed to fill a GPU
 
 
 class _Tile(NamedTuple):
@@ -39,19 +36,15 @@ class _Tile(NamedTuple):
 
 @triton.jit
 def _code_values(codes, FORMAT: tl.constexpr):
-    """float32 of int8 and e4m3 codes."""
+    """Return the float32 values of int8 and e4m3 codes."""
     if FORMAT == _FP8:
-        # Seven bits moved to where float32 has its last four of the exponent and first three of the
-        # mantissa; one product mends the bias, of subnormals too. No GPU needs to know the format.
-        wide = codes.to(tl.int32)
-        bits = ((wide & 0x7F) << 20) | ((wide & 0x80) << 24)
-        return bits.to(tl.float32, bitcast=True) * _E4M3_BIAS
+        return e4m3_values(codes)
     return codes.to(tl.float32)
 
 
 @triton.jit
 def _multiply(values, scale, x_ptrs, rows_in, columns, total, K: tl.constexpr, EVEN: tl.constexpr):
-    """``total`` + W x for some inputs: values [N, C] float32, scale [N, 1], total [N, M]."""
+    """Return ``total`` + W x for some inputs: values [N, C] float32, scale [N, 1], total [N, M]."""
     mask = rows_in[None, :]
     if not EVEN:
         mask = mask & (columns[:, None] < K)
@@ -160,17 +153,17 @@ def quantized_linear_triton(
 
 
 def _tile_of(n_rows: int, n_out: int, element_size: int, format: WeightFormat) -> _Tile:
-    """Changes no result.
+    """Choose a tile, which changes no result.
 
-    x is read once for each tile of outputs, so tiles are as tall as fills a GPU. Four warps over 64
-    outputs would compile to wgmma on Hopper, and to another order of sums.
+    x is read once for each tile of outputs, so tiles are as tall as still fills a GPU. Four warps
+    over 64 outputs would compile to wgmma on Hopper, which sums in another order.
     """
     if element_size == 4:
         return _Tile(16, 16, 4, 2)
     if n_rows <= 16:
         if n_out <= _NARROW:
             return _Tile(16, 16, 4, 4)
-        # e4m3 codes take more registers on their way
+        # decoding e4m3 takes more registers
         return _Tile(16, 32, 2, 4) if format is WeightFormat.FP8 else _Tile(16, 64, 2, 3)
     if n_rows <= 32:
         return _Tile(32, 32, 2, 3) if n_out <= _NARROW else _Tile(32, 64, 2, 3)
@@ -178,7 +171,7 @@ def _tile_of(n_rows: int, n_out: int, element_size: int, format: WeightFormat) -
 
 
 def _block_k(weight: QuantizedWeight, element_size: int) -> int:
-    """Inputs of a product of whole bytes: never of two groups. One value for all batches."""
+    """Return the inputs of a product of whole bytes: one group at most, the same in all batches."""
     most = _BLOCK_K if element_size == 2 else 32
     grouped = weight.scales.shape[1] > 1
     return next(k for k in (128, 64, 32) if k <= most and not (grouped and weight.group_size % k))

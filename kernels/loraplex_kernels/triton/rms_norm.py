@@ -1,22 +1,18 @@
-"""RMSNorm of rows, with the sum before it, in one launch.
+"""RMSNorm of rows, with the addition of a residual, in one launch.
 
-    x ← residual + x, written to residual        where there is one, rounded to the rows' dtype
+    x ← residual + x, written to residual        if there is a residual; rounded to the rows' dtype
     out = x / √(mean(x²) + eps) · (offset + weight)
 
-Shapes: x, residual, out [T, width]; weight [width]. Rounds where ``rms_norm_reference`` does:
-without an offset before the product with the weight, with one after it. A row is one program, whose
-shape follows the width alone, so a row has the same bits in every batch.
+Shapes: x, residual, out [T, width]; weight [width]. Rounds where ``rms_norm_reference`` does. One
+program computes one row, and its shape depends on the width alone, so a row has the same bits in
+every batch.
 """
-
-from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["MAX_NORM_WIDTH", "norm_heads_triton", "rms_norm_triton"]
-
-MAX_NORM_WIDTH = 32768  # a row lies in the registers of one program
+MAX_NORM_WIDTH = 32768  # a row must fit the registers of one program
 
 
 @triton.jit
@@ -71,7 +67,7 @@ def rms_norm_triton(
     offset: float = 0.0,
     residual: Tensor | None = None,
 ) -> None:
-    """``rms_norm_reference``; with a residual ``add_rms_norm_reference``. Rows may be strided.
+    """``rms_norm_reference``, or ``add_rms_norm_reference`` with a residual. Rows may be strided.
 
     Allocates nothing. Raises ValueError before the launch when a shape, stride or dtype does not
     fit.
@@ -92,7 +88,7 @@ def rms_norm_triton(
 def norm_heads_triton(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, *, n_heads: int, n_kv_heads: int
 ) -> None:
-    """``rms_norm_triton`` of each head of q and of k, in place, in one launch.
+    """Apply ``rms_norm_triton`` to each head of q and of k, in place, in one launch.
 
     ``qkv`` [T, (n_heads + 2 n_kv_heads) · D], the weights [D]. Raises ValueError before the launch.
     """
@@ -100,7 +96,7 @@ def norm_heads_triton(
     if qkv.dim() != 2 or qkv.shape[1] != (n_heads + 2 * n_kv_heads) * width or qkv.stride(1) != 1:
         raise ValueError(f"qkv is {tuple(qkv.shape)}, for heads of {width} elements")
     if k_weight.shape != (width,) or not (q_weight.is_contiguous() and k_weight.is_contiguous()):
-        raise ValueError("the weights of q and k must be contiguous vectors of one width")
+        raise ValueError("the weights of q and k must be contiguous and of one width")
     if qkv.shape[0] == 0:
         return
     norm_heads_kernel[(qkv.shape[0], n_heads + n_kv_heads)](

@@ -1,243 +1,320 @@
-"""Sampling: one program takes a row from its logits to a token, without sorting it.
+"""Sampling: a row's logits are split over programs, and its token is found without sorting the row.
 
-    token = the first of the order with Σ mass up to and with it > target       (``sampling``)
+    token = the first of the order with Σ mass up to and with it > target       (``sampling_batch``)
 
-A program edits the row's logits and masks them, which also finds the largest. A random row then
-looks for the place where a sum of masses passes its target by bisection over the bits of the key,
-an int32 that is ordered as the logits are: four ways at once, so 16 passes over the row, which lies
-in the L2 cache after the first. Ties end in one more pass that counts them in order of ids. The
-same search with mass 1 a token finds the end of top_k, with ⌈top_p · Σ⌉ − 1 as the target that of
-the nucleus. Sums are integers, so no tile size changes a token.
+Three launches, whose programs follow from the shapes alone:
+
+1. ``edit_kernel`` edits and masks a chunk of a row's logits, and notes the largest.
+2. ``sort_kernel`` sorts the keys of a chunk and adds up their masses. A key is an int32 with the
+   order of the logits.
+3. ``draw_kernel`` finds the token at which the sum over all chunks exceeds the target. It searches
+   the bits of the key four at a time, with a binary search in each sorted chunk. The same search by
+   counts finds the end of top_k, and with the target ⌈top_p · Σ⌉ − 1 the end of the nucleus. Of
+   tokens with one logit, the position in the order of ids decides.
+
+Rows without a draw end at once in 2 and 3. Sums are integers, so no chunk size changes a token.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from loraplex_kernels.sampling_reference import MASS_OF_ONE, MAX_PENALISED
+from loraplex_kernels.formats.sampling_batch import MASS_OF_ONE, MAX_PENALISED, SamplingBatch
 
-if TYPE_CHECKING:
-    from loraplex_kernels.sampling import SamplingBatch
-
-__all__ = ["sample_tokens_triton"]
-
-_BLOCK = 1024
+_CHUNK = 2048  # tokens of a row that one program sorts
+_SCRATCH = 2**24  # tokens that have scratch at once, of 12 bytes each: 200 MB
 _MASS = tl.constexpr(MASS_OF_ONE)
 _MAX = tl.constexpr(MAX_PENALISED)
 _LOWEST = tl.constexpr(float(torch.finfo(torch.float32).min))
 _NO_KEY = tl.constexpr(-(2**31))
+_LEAST_KEY = tl.constexpr(-0x7F800001)  # of −inf
 _NO_ID = tl.constexpr(2**31 - 1)
 
 
 @triton.jit
 def ordered_key(x):
-    """int32, ordered as float32 ``x`` is; both zeros are one."""
+    """Return an int32 with the order of float32 ``x``. Both zeros are equal."""
     bits = (x + 0.0).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
-def load_masses(
-    row_ptr, ids, vocab_size, top, temperature, last_key, last_id, min_weight,
-    COUNTS: tl.constexpr,
-):  # fmt: skip
-    """Keys int32 and masses int64 of tokens ``ids``: 0 behind (last_key, last_id) in the order."""
-    inside = ids < vocab_size
-    x = tl.load(row_ptr + ids, mask=inside, other=float("-inf"))
-    key = ordered_key(x)
-    kept = inside & ((key > last_key) | ((key == last_key) & (ids <= last_id)))
-    if COUNTS:
-        return key, kept.to(tl.int64)
-    weight = tl.minimum(tl.exp(tl.div_rn(x - top, temperature)), 1.0)
-    mass = (weight * _MASS).to(tl.int64)
-    return key, tl.where(kept & (weight >= min_weight), mass, 0)
+def logit_of(key):
+    """Return the float32 of an ``ordered_key``."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def sum_masses(
-    row_ptr, vocab_size, top, temperature, last_key, last_id, min_weight, BLOCK: tl.constexpr
+def weight_of(x, top, temperature):
+    return tl.minimum(tl.exp(tl.div_rn(x - top, temperature)), 1.0)
+
+
+@triton.jit
+def find_positions(
+    keys_ptr, bounds, first, last, top, temperature, IS_WEIGHT: tl.constexpr, HALVINGS: tl.constexpr
 ):
-    total = tl.zeros((BLOCK,), dtype=tl.int64)
-    for first in range(0, vocab_size, BLOCK):
-        ids = first + tl.arange(0, BLOCK)
-        _, mass = load_masses(
-            row_ptr, ids, vocab_size, top, temperature, last_key, last_id, min_weight, False
-        )
-        total += mass
-    return tl.sum(total)
+    """Return the number of keys ≥ ``bounds`` in descending keys; it is between first and last.
+
+    With IS_WEIGHT the bounds are weights, else keys.
+    """
+    for _ in range(HALVINGS):
+        middle = (first + last) // 2
+        is_open = first < last
+        key = tl.load(keys_ptr + middle, mask=is_open, other=0)
+        if IS_WEIGHT:
+            is_above = is_open & (weight_of(logit_of(key), top, temperature) >= bounds)
+        else:
+            is_above = is_open & (key >= bounds)
+        last = tl.where(is_open & (is_above == 0), middle, last)
+        first = tl.where(is_above, middle + 1, first)
+    return first
+
+
+@triton.jit
+def sums_before(sums_ptr, positions):
+    """Return the masses of the first ``positions`` keys of chunks, int64."""
+    return tl.load(sums_ptr + positions - 1, mask=positions > 0, other=0)
 
 
 @triton.jit
 def find_crossing(
-    row_ptr, vocab_size, top, temperature, last_key, last_id, min_weight, target,
-    COUNTS: tl.constexpr, BLOCK: tl.constexpr,
+    keys_ptr, sums_ptr, chunk_starts, sizes, target,
+    COUNTS: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """Key and id of the first token at which the sum passes ``target`` (less than the sum)."""
-    lanes = tl.arange(0, BLOCK)
-    low = tl.min(tl.full((BLOCK,), _NO_KEY, dtype=tl.int32))  # the sum from here up passes it
-    for step in range(16):
-        width = 1 << (30 - 2 * step)
-        sum_1 = tl.zeros((BLOCK,), dtype=tl.int64)
-        sum_2 = tl.zeros((BLOCK,), dtype=tl.int64)
-        sum_3 = tl.zeros((BLOCK,), dtype=tl.int64)
-        for first in range(0, vocab_size, BLOCK):
-            key, mass = load_masses(
-                row_ptr, first + lanes, vocab_size, top, temperature, last_key, last_id,
-                min_weight, COUNTS,
-            )  # fmt: skip
-            sum_1 += tl.where(key >= low + width, mass, 0)
-            sum_2 += tl.where(key >= low + 2 * width, mass, 0)
-            sum_3 += tl.where(key >= low + 3 * width, mass, 0)
-        n_parts = (tl.sum(sum_1) > target).to(tl.int32)
-        n_parts += (tl.sum(sum_2) > target).to(tl.int32)
-        n_parts += (tl.sum(sum_3) > target).to(tl.int32)
-        low += n_parts * width
-    above = tl.zeros((BLOCK,), dtype=tl.int64)
-    one = tl.zeros((BLOCK,), dtype=tl.int64)
-    for first in range(0, vocab_size, BLOCK):
-        key, mass = load_masses(
-            row_ptr, first + lanes, vocab_size, top, temperature, last_key, last_id, min_weight,
-            COUNTS,
+    """Find the largest key K for which the mass (or count) of the keys ≥ K exceeds ``target``.
+
+    Returns K, and for each chunk its numbers of keys > K and ≥ K. ``target`` is less than the sum
+    over all keys.
+    """
+    ways = tl.arange(0, 16)[None, :]
+    low = tl.min(sizes) * 0 + _NO_KEY  # the sum from this key up exceeds the target
+    first, last = sizes * 0, sizes
+    for step in range(8):
+        width = 1 << (28 - 4 * step)
+        bounds = low + ways * width
+        positions = find_positions(
+            keys_ptr + chunk_starts[:, None], bounds, first[:, None] + ways * 0,
+            last[:, None] + ways * 0, 0.0, 1.0, False, HALVINGS,
         )  # fmt: skip
-        above += tl.where(key > low, mass, 0)
-        one = tl.maximum(one, tl.where(key == low, mass, 0))
-    # Tokens of one key have one mass.
-    turn = (target - tl.sum(above)) // tl.maximum(tl.max(one), 1)
-    n_before = turn * 0
-    found = tl.full((BLOCK,), -1, dtype=tl.int32)
-    for first in range(0, vocab_size, BLOCK):
-        ids = first + lanes
-        x = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
-        is_equal = ((ordered_key(x) == low) & (ids < vocab_size)).to(tl.int64)
-        place = n_before + tl.cumsum(is_equal, axis=0) - 1
-        found = tl.maximum(found, tl.where((is_equal != 0) & (place == turn), ids, -1))
-        n_before += tl.sum(is_equal)
-    return low, tl.max(found)
+        if COUNTS:
+            sums = tl.sum(positions.to(tl.int64), axis=0)
+        else:
+            sums = tl.sum(sums_before(sums_ptr + chunk_starts[:, None], positions), axis=0)
+        n_parts = tl.sum((sums > target).to(tl.int32)) - 1
+        low += n_parts * width
+        last = tl.sum(tl.where(ways == n_parts, positions, 0), axis=1)
+        if n_parts < 15:
+            first = tl.sum(tl.where(ways == n_parts + 1, positions, 0), axis=1)
+    return low, first, last
 
 
 @triton.jit
-def edit_row(
-    row_ptr, tokens_ptr, biases_ptr, counts_ptr, first_edit, end_edit, penalties_ptr,
-    BLOCK: tl.constexpr,
+def masses_at(sums_ptr, chunk_starts, first, last):
+    """Return the mass above a key that ``find_crossing`` found, and the mass of one of its tokens.
+
+    Tokens with one key have one mass.
+    """
+    above = tl.sum(sums_before(sums_ptr + chunk_starts, first))
+    both = tl.sum(sums_before(sums_ptr + chunk_starts, last))
+    return above, (both - above) // tl.maximum(tl.sum(last - first), 1)
+
+
+@triton.jit
+def edit_chunk(
+    row_ptr, first_id, tokens_ptr, biases_ptr, counts_ptr, first_edit, end_edit, penalties_ptr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    # As vectors: 3.9 interprets a comparison of a scalar, spread over lanes, as a float.
-    repetition = tl.load(penalties_ptr + tl.zeros((BLOCK,), dtype=tl.int32))
+    """Apply the edits of tokens from ``first_id`` on, a chunk of them."""
+    # A vector: Triton 3.9 interprets a comparison of a broadcast scalar as a float.
+    repetition = tl.load(penalties_ptr + tl.zeros((CHUNK,), dtype=tl.int32))
     presence = tl.load(penalties_ptr + 1)
     frequency = tl.load(penalties_ptr + 2)
-    for first in range(first_edit, end_edit, BLOCK):
-        edit = first + tl.arange(0, BLOCK)
-        inside = edit < end_edit
-        token = tl.load(tokens_ptr + edit, mask=inside, other=0)
+    for first in range(first_edit, end_edit, CHUNK):
+        edit = first + tl.arange(0, CHUNK)
+        token = tl.load(tokens_ptr + edit, mask=edit < end_edit, other=-1)
+        inside = (token >= first_id) & (token < first_id + CHUNK)
         bias = tl.load(biases_ptr + edit, mask=inside, other=0.0)
         count = tl.load(counts_ptr + edit, mask=inside, other=-1)
         x = tl.load(row_ptr + token, mask=inside, other=0.0)
         x = tl.where(bias == float("-inf"), bias, x + bias)
         penalised = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
         x = tl.where((count >= 0) & (repetition != 1.0), tl.minimum(penalised, _MAX), x)
-        put_out = x - (frequency * count.to(tl.float32) + presence)
-        tl.store(row_ptr + token, tl.where(count > 0, put_out, x), mask=inside)
+        generated = x - (frequency * count.to(tl.float32) + presence)
+        tl.store(row_ptr + token, tl.where(count > 0, generated, x), mask=inside)
 
 
 @triton.jit
-def mask_row(row_ptr, mask_ptr, vocab_size, has_mask, BLOCK: tl.constexpr):
-    """Writes −inf where a token is not allowed.
+def load_row(partials_ptr, ids_ptr, row, n_chunks, CHUNKS: tl.constexpr):
+    """Return what ``edit_kernel`` found in the chunks of a row.
 
-    The largest logit, the first token that has it (−1: none is allowed; of allowed ones that are
-    all −inf the first), and how many are no numbers.
+    That is the largest logit, the first allowed token with it (-1: no token is allowed) and the
+    number of NaN logits.
     """
-    best = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    best_id = tl.full((BLOCK,), _NO_ID, dtype=tl.int32)
-    top = tl.full((BLOCK,), float("-inf"), dtype=tl.float32)
-    n_nan = tl.zeros((BLOCK,), dtype=tl.int32)
-    for first in range(0, vocab_size, BLOCK):
-        ids = first + tl.arange(0, BLOCK)
-        allowed = ids < vocab_size
-        x = tl.load(row_ptr + ids, mask=allowed, other=float("-inf"))
-        if has_mask:
-            word = tl.load(mask_ptr + ids // 32, mask=allowed, other=0)
-            allowed = allowed & (((word >> (ids % 32)) & 1) != 0)
-            x = tl.where(allowed, x, float("-inf"))
-            tl.store(row_ptr + ids, x, mask=ids < vocab_size)
-        n_nan += (x != x).to(tl.int32)
-        top = tl.maximum(top, x)
-        x = tl.where(allowed, tl.maximum(x, _LOWEST), float("-inf"))
-        best_id = tl.where(x > best, ids, best_id)  # of equal ones the first of a lane stays
-        best = tl.maximum(best, x)
+    lanes = tl.arange(0, CHUNKS)
+    inside = lanes < n_chunks
+    at = row * n_chunks * 2 + lanes
+    top = tl.max(tl.load(partials_ptr + at, mask=inside, other=float("-inf")))
+    best = tl.load(partials_ptr + at + n_chunks, mask=inside, other=float("-inf"))
+    best_id = tl.load(ids_ptr + at, mask=inside, other=_NO_ID)
+    n_nan = tl.sum(tl.load(ids_ptr + at + n_chunks, mask=inside, other=0))
     first_id = tl.min(tl.where(best == tl.max(best), best_id, _NO_ID))
-    return tl.max(top), tl.where(first_id == _NO_ID, -1, first_id), tl.sum(n_nan)
+    return top, tl.where(first_id == _NO_ID, -1, first_id), n_nan
 
 
-@triton.jit(do_not_specialize=["vocab_size", "n_words"])
-def sample_kernel(
-    logits_ptr, out_ptr, uniforms_ptr, top_p_ptr, temperatures_ptr, min_weights_ptr, penalties_ptr,
-    top_k_ptr, must_choose_ptr, forced_ptr, edit_starts_ptr, edit_tokens_ptr, edit_biases_ptr,
-    edit_counts_ptr, mask_rows_ptr, masks_ptr, vocab_size, n_words,
-    BLOCK: tl.constexpr,
+@triton.jit(do_not_specialize=["first_row", "vocab_size", "n_words"])
+def edit_kernel(
+    logits_ptr, partials_ptr, ids_ptr, penalties_ptr, forced_ptr, edit_starts_ptr,
+    edit_tokens_ptr, edit_biases_ptr, edit_counts_ptr, mask_rows_ptr, masks_ptr,
+    first_row, vocab_size, n_words,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    """Edit and mask a chunk of a row. Forced rows stay as they are."""
+    place = tl.program_id(1)
+    row = first_row + place
+    if tl.load(forced_ptr + row) >= 0:
+        return
+    chunk = tl.program_id(0)
+    n_chunks = tl.num_programs(0)
+    row_ptr = logits_ptr + row.to(tl.int64) * vocab_size
+    edit_chunk(
+        row_ptr, chunk * CHUNK, edit_tokens_ptr, edit_biases_ptr, edit_counts_ptr,
+        tl.load(edit_starts_ptr + row), tl.load(edit_starts_ptr + row + 1),
+        penalties_ptr + row * 3, CHUNK,
+    )  # fmt: skip
+    tl.debug_barrier()  # other threads of the program read the edits
+    ids = chunk * CHUNK + tl.arange(0, CHUNK)
+    allowed = ids < vocab_size
+    x = tl.load(row_ptr + ids, mask=allowed, other=float("-inf"))
+    mask = tl.load(mask_rows_ptr + row)
+    if mask >= 0:
+        word = tl.load(masks_ptr + mask.to(tl.int64) * n_words + ids // 32, mask=allowed, other=0)
+        allowed = allowed & (((word >> (ids % 32)) & 1) != 0)
+        x = tl.where(allowed, x, float("-inf"))
+        tl.store(row_ptr + ids, x, mask=ids < vocab_size)
+    clamped = tl.where(allowed, tl.maximum(x, _LOWEST), float("-inf"))
+    best = tl.max(clamped)
+    at = place * n_chunks * 2 + chunk
+    tl.store(partials_ptr + at, tl.max(x))
+    tl.store(partials_ptr + at + n_chunks, best)
+    tl.store(ids_ptr + at, tl.min(tl.where(allowed & (clamped == best), ids, _NO_ID)))
+    tl.store(ids_ptr + at + n_chunks, tl.sum((x != x).to(tl.int32)))
+
+
+@triton.jit
+def is_drawn(top, n_nan):
+    return (top > float("-inf")) & (top < float("inf")) & (n_nan == 0)
+
+
+@triton.jit(do_not_specialize=["first_row", "vocab_size"])
+def sort_kernel(
+    logits_ptr, partials_ptr, ids_ptr, keys_ptr, sums_ptr, temperatures_ptr, forced_ptr,
+    first_row, vocab_size,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Write the keys of a chunk in descending order, and the sum of masses up to each."""
+    place = tl.program_id(1)
+    row = first_row + place
+    temperature = tl.load(temperatures_ptr + row)
+    if (temperature == 0.0) | (tl.load(forced_ptr + row) >= 0):
+        return
+    chunk = tl.program_id(0)
+    n_chunks = tl.num_programs(0)
+    top, _, n_nan = load_row(partials_ptr, ids_ptr, place, n_chunks, CHUNKS)
+    if is_drawn(top, n_nan):
+        ids = chunk * CHUNK + tl.arange(0, CHUNK)
+        inside = ids < vocab_size
+        row_ptr = logits_ptr + row.to(tl.int64) * vocab_size
+        x = tl.load(row_ptr + ids, mask=inside, other=float("-inf"))
+        key = tl.sort(tl.where(inside, ordered_key(x), _NO_KEY), descending=True)
+        x = tl.where(key < _LEAST_KEY, float("-inf"), logit_of(key))
+        mass = (weight_of(x, top, temperature) * _MASS).to(tl.int64)
+        at = (place.to(tl.int64) * n_chunks + chunk) * CHUNK + tl.arange(0, CHUNK)
+        tl.store(keys_ptr + at, key)
+        tl.store(sums_ptr + at, tl.cumsum(mass, axis=0))
+
+
+@triton.jit(do_not_specialize=["first_row", "vocab_size", "n_chunks"])
+def draw_kernel(
+    logits_ptr, partials_ptr, ids_ptr, keys_ptr, sums_ptr, out_ptr, uniforms_ptr, top_p_ptr,
+    temperatures_ptr, min_weights_ptr, top_k_ptr, must_choose_ptr, forced_ptr,
+    first_row, vocab_size, n_chunks,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HALVINGS: tl.constexpr,
+):  # fmt: skip
+    """Write the token of a row."""
+    place = tl.program_id(0)
+    row = first_row + place
     forced = tl.load(forced_ptr + row)
     if forced >= 0:
         tl.store(out_ptr + row, forced)
         return
-    row_ptr = logits_ptr + row.to(tl.int64) * vocab_size
-    edit_row(
-        row_ptr, edit_tokens_ptr, edit_biases_ptr, edit_counts_ptr,
-        tl.load(edit_starts_ptr + row), tl.load(edit_starts_ptr + row + 1),
-        penalties_ptr + row * 3, BLOCK,
-    )  # fmt: skip
-    tl.debug_barrier()  # other threads of the program read what was written
-    mask = tl.load(mask_rows_ptr + row)
-    mask_ptr = masks_ptr + tl.maximum(mask, 0).to(tl.int64) * n_words
-    top, token, n_nan = mask_row(row_ptr, mask_ptr, vocab_size, mask >= 0, BLOCK)
-    tl.debug_barrier()
+    top, token, n_nan = load_row(partials_ptr, ids_ptr, place, n_chunks, CHUNKS)
     temperature = tl.load(temperatures_ptr + row)
-    must_choose = tl.load(must_choose_ptr + row)
-    if (top == float("-inf")) & (must_choose == 0):
+    if (top == float("-inf")) & (tl.load(must_choose_ptr + row) == 0):
         token = -1
     if temperature > 0.0:
         if top == float("inf"):
             token = -1
-        elif (top > float("-inf")) & (n_nan == 0):
+        elif is_drawn(top, n_nan):
+            keys_ptr += place.to(tl.int64) * n_chunks * CHUNK
+            sums_ptr += place.to(tl.int64) * n_chunks * CHUNK
+            chunk_starts = tl.arange(0, CHUNKS) * CHUNK
+            sizes = tl.minimum(tl.maximum(vocab_size - chunk_starts, 0), CHUNK)
+            total = tl.sum(sums_before(sums_ptr + chunk_starts, sizes))
             top_k = tl.load(top_k_ptr + row)
-            top_p = tl.load(top_p_ptr + row)
-            min_weight = tl.load(min_weights_ptr + row)
-            uniform = tl.load(uniforms_ptr + row)
-            last_key = tl.min(tl.full((BLOCK,), _NO_KEY, dtype=tl.int32))
-            last_id = tl.min(tl.full((BLOCK,), _NO_ID, dtype=tl.int32))
             if (top_k > 0) & (top_k < vocab_size):
-                last_key, last_id = find_crossing(
-                    row_ptr, vocab_size, top, temperature, last_key, last_id, 0.0,
-                    (top_k - 1).to(tl.int64), True, BLOCK,
-                )  # fmt: skip
-            if top_p < 1.0:
-                total = sum_masses(
-                    row_ptr, vocab_size, top, temperature, last_key, last_id, 0.0, BLOCK
+                _, first, last = find_crossing(
+                    keys_ptr,
+                    sums_ptr,
+                    chunk_starts,
+                    sizes,
+                    (top_k - 1).to(tl.int64),
+                    True,
+                    HALVINGS,
                 )
+                above, one = masses_at(sums_ptr, chunk_starts, first, last)
+                total = above + (top_k - tl.sum(first)) * one
+            top_p = tl.load(top_p_ptr + row)
+            if top_p < 1.0:
                 share = total.to(tl.float64) * top_p
                 below = share.to(tl.int64)
                 ceiling = tl.maximum(below + (below.to(tl.float64) < share).to(tl.int64), 1)
-                last_key, last_id = find_crossing(
-                    row_ptr, vocab_size, top, temperature, last_key, last_id, 0.0,
-                    tl.minimum(ceiling, total) - 1, False, BLOCK,
+                target = tl.minimum(ceiling, total) - 1
+                _, first, last = find_crossing(
+                    keys_ptr, sums_ptr, chunk_starts, sizes, target, False, HALVINGS
+                )
+                above, one = masses_at(sums_ptr, chunk_starts, first, last)
+                total = above + ((target - above) // one + 1) * one
+            min_weight = tl.load(min_weights_ptr + row)
+            if min_weight > 0.0:
+                likely = find_positions(
+                    keys_ptr + chunk_starts, min_weight, sizes * 0, sizes, top, temperature, True,
+                    HALVINGS,
                 )  # fmt: skip
-            total = sum_masses(
-                row_ptr, vocab_size, top, temperature, last_key, last_id, min_weight, BLOCK
-            )
+                total = tl.minimum(total, tl.sum(sums_before(sums_ptr + chunk_starts, likely)))
+            uniform = tl.load(uniforms_ptr + row)
             target = tl.minimum((uniform * total.to(tl.float64)).to(tl.int64), total - 1)
-            _, token = find_crossing(
-                row_ptr, vocab_size, top, temperature, last_key, last_id, min_weight, target,
-                False, BLOCK,
-            )  # fmt: skip
+            key, first, last = find_crossing(
+                keys_ptr, sums_ptr, chunk_starts, sizes, target, False, HALVINGS
+            )
+            above, one = masses_at(sums_ptr, chunk_starts, first, last)
+            turn = (target - above) // one  # of the tokens with this key, in the order of ids
+            ties = (last - first).to(tl.int64)
+            n_before = tl.cumsum(ties, axis=0) - ties
+            is_chunk = (n_before <= turn) & (turn < n_before + ties)
+            start = tl.sum(tl.where(is_chunk, chunk_starts, 0))
+            turn -= tl.sum(tl.where(is_chunk, n_before, 0))
+            ids = start + tl.arange(0, CHUNK)
+            row_ptr = logits_ptr + row.to(tl.int64) * vocab_size
+            x = tl.load(row_ptr + ids, mask=ids < vocab_size, other=float("-inf"))
+            is_equal = (ordered_key(x) == key) & (ids < vocab_size)
+            is_it = is_equal & (tl.cumsum(is_equal.to(tl.int32), axis=0) - 1 == turn)
+            token = tl.max(tl.where(is_it, ids, -1))
     tl.store(out_ptr + row, tl.where(n_nan > 0, -1, token))
 
 
 def sample_tokens_triton(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """``sample_tokens`` in one launch, a program a row."""
+    """``sample_tokens`` in three launches for each ``_SCRATCH`` logits."""
     n_rows, vocab_size = logits.shape
     if logits.dtype != torch.float32 or not logits.is_contiguous():
         raise ValueError(f"logits must be contiguous float32, not {logits.dtype}")
@@ -246,13 +323,35 @@ def sample_tokens_triton(logits: Tensor, batch: SamplingBatch) -> Tensor:
     if batch.masks.shape[1] * 32 < vocab_size:
         raise ValueError(f"masks of {batch.masks.shape[1]} words do not hold {vocab_size} tokens")
     out = torch.empty(n_rows, dtype=torch.int32, device=logits.device)
-    if n_rows == 0:
-        return out
-    sample_kernel[(n_rows,)](
-        logits, out, batch.uniforms, batch.top_p, batch.temperatures, batch.min_weights,
-        batch.penalties, batch.top_k, batch.must_choose, batch.forced, batch.edit_starts,
-        batch.edit_tokens, batch.edit_biases, batch.edit_counts, batch.mask_rows, batch.masks,
-        vocab_size, batch.masks.shape[1],
-        BLOCK=_BLOCK, num_warps=16, num_stages=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    chunk, n_chunks = _CHUNK, triton.cdiv(vocab_size, _CHUNK)
+    size = min(n_rows, max(_SCRATCH // (n_chunks * chunk), 1))
+    scratch = [
+        torch.empty(size, *shape, dtype=dtype, device=logits.device)
+        for shape, dtype in (
+            ((2, n_chunks), torch.float32),  # largest logit, the same of allowed tokens
+            ((2, n_chunks), torch.int32),  # first allowed token with it, NaN logits
+            ((n_chunks, chunk), torch.int32),  # keys
+            ((n_chunks, chunk), torch.int64),  # sums
+        )
+    ]
+    lanes = triton.next_power_of_2(n_chunks)
+    for first in range(0, n_rows, size or 1):
+        n = min(size, n_rows - first)
+        edit_kernel[(n_chunks, n)](
+            logits, *scratch[:2], batch.penalties, batch.forced, batch.edit_starts,
+            batch.edit_tokens, batch.edit_biases, batch.edit_counts, batch.mask_rows, batch.masks,
+            first, vocab_size, batch.masks.shape[1],
+            CHUNK=chunk, num_warps=8, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        sort_kernel[(n_chunks, n)](
+            logits, *scratch, batch.temperatures, batch.forced, first, vocab_size,
+            CHUNK=chunk, CHUNKS=lanes, num_warps=8, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
+        draw_kernel[(n,)](
+            logits, *scratch, out, batch.uniforms, batch.top_p, batch.temperatures,
+            batch.min_weights, batch.top_k, batch.must_choose, batch.forced,
+            first, vocab_size, n_chunks,
+            CHUNK=chunk, CHUNKS=lanes, HALVINGS=chunk.bit_length(),
+            num_warps=8, num_stages=1, enable_fp_fusion=False,
+        )  # fmt: skip
     return out

@@ -1,18 +1,14 @@
-"""The gate of an MLP in one launch.
+"""The gated activation of an MLP in one launch.
 
     out[t, f] = act(gate_up[t, f]) · gate_up[t, F + f]        act: SiLU or GELU by tanh
 
-Shapes: gate_up [T, 2F], out [T, F]. ``act`` is float32, rounded to the rows' dtype before the
-product, as ``silu_mul_reference`` does.
+Shapes: gate_up [T, 2F], out [T, F]. ``act`` is computed in float32 and rounded to the rows' dtype
+before the product, as in ``silu_mul_reference``.
 """
-
-from __future__ import annotations
 
 import triton
 import triton.language as tl
 from torch import Tensor
-
-__all__ = ["gated", "silu_mul_triton"]
 
 _ACTS = {"silu": False, "gelu_tanh": True}
 _BLOCK = 1024
@@ -21,7 +17,7 @@ _TWO_SQRT_2_OVER_PI = tl.constexpr(1.5957691216057308)
 
 @triton.jit
 def gated(gate, up, IS_GELU: tl.constexpr):
-    """act(gate) · up in float32; ``gate`` and ``up`` in the rows' dtype."""
+    """Return act(gate) · up in float32; ``gate`` and ``up`` have the rows' dtype."""
     g = gate.to(tl.float32)
     u = g
     if IS_GELU:

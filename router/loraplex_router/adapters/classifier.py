@@ -1,14 +1,14 @@
-"""Tells which adapter a text is for, or none: kernel ridge regression on few labelled texts.
+"""Chooses an adapter or none for a text, by kernel ridge regression on few labelled texts.
 
     k(x, y) = exp(γ (cos(x, y) − 1)) + β · words(x)·words(y)
-    f = k(·, T) (K + λ D)⁻¹ Y        one output per adapter, and one for "none of them"
+    f = k(·, T) (K + λ D)⁻¹ Y        one output per adapter, and one for "none"
 
-D weights the texts so that an adapter with two examples counts as much as one with twenty. Ridge
-regression knows its own leave-one-out predictions without refitting,
+D weights the texts so that all adapters count alike, whatever their number of examples. Ridge
+regression gives its own leave-one-out predictions without refitting,
 
     f₋ᵢ(xᵢ) = yᵢ − αᵢ / [(K + λ D)⁻¹]ᵢᵢ,
 
-so the threshold is calibrated on texts the classifier has not seen, each time it is fitted.
+so each fit calibrates the threshold on unseen texts.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Calibration", "Features", "TextClassifier"]
-
 _GAMMA = 2.0
 _BETA = 0.3
 _RIDGE = 0.3
-_NONE_WEIGHT = 2.0  # texts for no adapter, against one adapter
+_NONE_WEIGHT = 2.0  # weight of texts for no adapter; one adapter has 1
 _FALSE_PICKS = 0.02  # share of unrelated texts that may be given an adapter
 
 
@@ -37,22 +35,22 @@ class Features:
         return int(self.meaning.shape[0])
 
     def kernel(self, other: Features) -> Tensor:
-        """[n, n_other]."""
+        """Return the kernel [n, n_other] of these texts and the other texts."""
         near = torch.exp(_GAMMA * (self.meaning @ other.meaning.T - 1.0))
         return near + _BETA * (self.words @ other.words.T)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What the leave-one-out predictions say of the fit."""
+    """The threshold and error rates of a fit, from its leave-one-out predictions."""
 
     threshold: float  # on the margin: score of the best adapter − score of "none"
-    right: float  # share of adapters' own texts that would be given to their adapter
-    false_picks: float  # share of unrelated texts that would be given to any
+    right: float  # share of adapters' texts that are given to their adapter
+    false_picks: float  # share of unrelated texts that are given to an adapter
 
 
 class TextClassifier:
-    """Immutable once fitted; texts of class ``n_classes`` belong to no adapter."""
+    """A fitted classifier. Immutable. Texts of class ``n_classes`` belong to no adapter."""
 
     def __init__(self, texts: Features, labels: Sequence[int], n_classes: int) -> None:
         if n_classes < 1 or len(texts) != len(labels):
@@ -66,14 +64,14 @@ class TextClassifier:
         weight[label == n_classes] *= _NONE_WEIGHT
         targets = torch.nn.functional.one_hot(label, n_classes + 1).double()
         system = texts.kernel(texts).double() + _RIDGE * torch.diag(1.0 / weight)
-        inverse = torch.linalg.inv(system)
-        alpha = inverse @ targets
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(system))
+        alpha = torch.zeros_like(targets).index_add_(1, label, inverse)  # inverse @ targets
         self._alpha = alpha.float()
         unseen = targets - alpha / inverse.diagonal().unsqueeze(1)
         self.calibration = _calibrate(unseen, label, n_classes)
 
     def scores(self, texts: Features) -> Tensor:
-        """float32 [n, n_classes + 1]; about 1 for the class a text belongs to, about 0 else."""
+        """Return float32 [n, n_classes + 1]: about 1 for the text's class, about 0 for others."""
         scores: Tensor = texts.kernel(self._texts) @ self._alpha
         return scores
 

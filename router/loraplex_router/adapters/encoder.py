@@ -1,29 +1,25 @@
-"""What the router needs of a sentence encoder, and a cache in front of it."""
-
-from __future__ import annotations
+"""The router's contract of a sentence encoder, and a cache for it."""
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["CachedEncoder", "Encoder"]
-
 
 class Encoder(Protocol):
-    """Turns texts into vectors whose dot product is their similarity. One thread at a time."""
+    """Encodes texts as vectors whose dot product is their similarity. One thread at a time."""
 
     @property
     def dim(self) -> int: ...
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """float32 [n_texts, dim], each of unit length, on the CPU. Long texts may be cut."""
+        """Return float32 [n_texts, dim], unit length, on the CPU. Long texts may be truncated."""
 
 
 class CachedEncoder:
-    """An ``Encoder`` that encodes each text once while it is remembered (least recent goes)."""
+    """An ``Encoder`` with a least-recently-used cache of vectors."""
 
     def __init__(self, encoder: Encoder, *, n_remembered: int = 4096) -> None:
         self._encoder = encoder
@@ -35,8 +31,18 @@ class CachedEncoder:
     def dim(self) -> int:
         return self._encoder.dim
 
+    def missing(self, texts: Sequence[str]) -> list[str]:
+        """Return the texts that are not in the cache, each once."""
+        return list(dict.fromkeys(text for text in texts if text not in self._vectors))
+
+    def remember(self, vectors: Mapping[str, Tensor]) -> None:
+        """Add texts with the vectors that the encoder made of them."""
+        self._vectors.update(vectors)
+        while len(self._vectors) > self._n_remembered:
+            self._vectors.popitem(last=False)
+
     def encode(self, texts: Sequence[str]) -> Tensor:
-        missing = list(dict.fromkeys(text for text in texts if text not in self._vectors))
+        missing = self.missing(texts)
         fresh: dict[str, Tensor] = {}
         if missing:
             fresh = dict(zip(missing, self._encoder.encode(missing), strict=True))
@@ -46,7 +52,5 @@ class CachedEncoder:
             if text in self._vectors:
                 self._vectors.move_to_end(text)
             rows.append(fresh[text] if text in fresh else self._vectors[text])
-        self._vectors.update(fresh)
-        while len(self._vectors) > self._n_remembered:
-            self._vectors.popitem(last=False)
+        self.remember(fresh)
         return torch.stack(rows) if rows else torch.empty(0, self.dim)

@@ -1,7 +1,5 @@
 """Routed rows become (row, expert, weight) pairs, and pairs become the kernel's segments."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,23 +8,11 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import RoutingStrategy
-from loraplex_kernels.experts import StepPairs, group_pairs, route_and_group
-from loraplex_kernels.layout import LoraSegments
-from loraplex_kernels.segments import expand_routed
+from loraplex_kernels.formats.layout import LoraSegments
+from loraplex_kernels.lora.experts import StepPairs, group_pairs, route_and_group
+from loraplex_kernels.lora.segments import expand_routed
 
 from .gates import Routing, experts_per_row, route
-
-__all__ = [
-    "Pairs",
-    "PlacedExperts",
-    "RoutedRows",
-    "expand",
-    "expand_by_slots",
-    "pair_rows",
-    "projection_segments",
-    "projection_segments_by_slots",
-    "step_pairs",
-]
 
 NO_SLOT = -1
 
@@ -187,7 +173,7 @@ def _segment_ids(
 
 
 def _slots(routed: Sequence[RoutedRows]) -> Tensor:
-    """Of each segment; a padding segment comes last where a pair may have no expert."""
+    """Return the expert of each segment. The last segment is padding if pairs may lack experts."""
     parts = [r.experts.slots for r in routed]
     if any(r.experts.strategy is RoutingStrategy.TOP_P for r in routed):
         parts.append(torch.full((1,), -1, dtype=torch.int32, device=parts[0].device))

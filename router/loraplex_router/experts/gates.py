@@ -20,33 +20,20 @@ chunks, or takes them from a prefix cache, cannot apply it. Served experts have 
 decoding steps never had.
 """
 
-from __future__ import annotations
-
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import RoutingStrategy
-from loraplex_kernels.experts import route_top_k, top_k_of
-
-__all__ = [
-    "NO_EXPERT",
-    "Routing",
-    "experts_per_row",
-    "gate_arrow",
-    "gate_dense",
-    "gate_switch",
-    "gate_top_k",
-    "gate_top_p",
-    "route",
-]
+from loraplex_kernels.lora.experts import route_top_k, top_k_of
 
 NO_EXPERT = -1
 
 
 class Routing(NamedTuple):
-    """Where each row goes. ``k`` is fixed by the strategy, see ``experts_per_row``."""
+    """The experts of each row. The strategy fixes ``k``; see ``experts_per_row``."""
 
     expert_index: Tensor  # int32 [n_rows, k]; NO_EXPERT where fewer than k are used
     weight: Tensor  # float32 [n_rows, k]; 0 where there is no expert
@@ -105,22 +92,22 @@ def gate_top_p(logits: Tensor, top_p: float) -> Routing:
 
 
 def gate_switch(logits: Tensor) -> Routing:
-    """The best expert, weighted by its probability."""
+    """Choose the best expert, weighted by its probability."""
     weight, index = _descending(torch.softmax(logits.float(), dim=-1))
     return Routing(index[:, :1].int(), weight[:, :1])
 
 
 def gate_dense(logits: Tensor) -> Routing:
-    """Every expert, weighted by its probability."""
+    """Choose every expert, weighted by its probability."""
     weight = torch.softmax(logits.float(), dim=-1)
     index = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
     return Routing(index.expand(logits.shape[0], -1), weight)
 
 
 def gate_arrow(products: Tensor, top_k: int) -> Routing:
-    """Softmax over the k largest |v·x|; a prototype's sign means nothing.
+    """Choose by softmax over the k largest |v·x|. A prototype's sign has no meaning.
 
-    A temperature belongs into the prototypes (divide them by it), so it costs nothing here.
+    Divide the prototypes by the temperature, if there is one.
     """
     return gate_top_k(products.abs(), top_k)
 
@@ -128,3 +115,36 @@ def gate_arrow(products: Tensor, top_k: int) -> Routing:
 def _descending(scores: Tensor) -> tuple[Tensor, Tensor]:
     values, index = torch.sort(scores.float(), dim=-1, descending=True, stable=True)
     return values, index
+
+
+def arrow_prototypes(factors: Sequence[tuple[Tensor, Tensor]], temperature: float = 1.0) -> Tensor:
+    """Stacks one prototype per LoRA: float32 [n_experts, in_features], the gate of ``gate_arrow``.
+
+    Arrow routes over a library of plain LoRAs without any training. The prototype of a LoRA is the
+    input direction that it amplifies most, the top right singular vector of BA. A token goes to the
+    LoRAs whose direction it is most aligned with.
+
+    ``factors`` are pairs (b [out, rank], a [rank, in]); ranks may differ. Dividing by the
+    temperature scales every |v·x| alike, which is softmax's temperature.
+    """
+    if not factors:
+        raise ValueError("Arrow needs at least one LoRA, got none")
+    if temperature <= 0:
+        raise ValueError(f"temperature is {temperature}, must be above 0")
+    return torch.stack([top_right_singular_vector(b, a) for b, a in factors]) / temperature
+
+
+def top_right_singular_vector(b: Tensor, a: Tensor) -> Tensor:
+    """The unit vector v that maximises |B A v|, float32 [in_features]; exact, not iterated.
+
+    BA is never formed. With Aᵀ = QR, BA = (B Rᵀ) Qᵀ, so v = Q u for the top right singular vector
+    u of B Rᵀ, which the [rank, rank] matrix R BᵀB Rᵀ yields. The sign is fixed (largest component
+    positive). A zero product has no direction and gives zeros: such a LoRA attracts no token.
+    """
+    q, r = torch.linalg.qr(a.double().T)  # [in, rank], [rank, rank]
+    gram = r @ (b.double().T @ b.double()) @ r.T
+    values, vectors = torch.linalg.eigh(gram)  # ascending
+    if float(values[-1]) <= 0.0:
+        return torch.zeros(a.shape[1], dtype=torch.float32)
+    v: Tensor = q @ vectors[:, -1]
+    return (v * torch.sign(v[v.abs().argmax()])).float()

@@ -1,4 +1,4 @@
-"""How evenly experts are used: counts over a window of time, their entropy and imbalance."""
+"""The use of experts over a window of time: counts, entropy and imbalance."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
 
-__all__ = ["ExpertLoad", "LoadHistory", "entropy", "imbalance"]
-
 Counts = Mapping[str, tuple[int, ...]]  # place (MLP block or projection) → rows per expert
 
 
 def entropy(counts: Sequence[int]) -> float:
-    """Of the distribution of rows over experts, from 0 (one expert) to 1 (all alike)."""
+    """Return the entropy of rows over experts, from 0 (one expert) to 1 (all experts equally)."""
     total = sum(counts)
     if total == 0 or len(counts) < 2:
         return 0.0
@@ -24,26 +22,26 @@ def entropy(counts: Sequence[int]) -> float:
 
 
 def imbalance(counts: Sequence[int]) -> float:
-    """Rows of the busiest expert over the mean: 1 is perfect, the number of experts is worst."""
+    """Return the busiest expert's rows over the mean: 1 is best, the number of experts worst."""
     total = sum(counts)
     return max(counts) * len(counts) / total if total else 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertLoad:
-    """Of one adapter over the last ``window_s`` seconds."""
+    """The use of one adapter's experts over the last ``window_s`` seconds."""
 
     counts: Counts
     window_s: float
 
     @property
     def n_rows(self) -> int:
-        """Picks counted: rows × experts per row × places."""
+        """Rows × experts per row × places."""
         return sum(sum(counts) for counts in self.counts.values())
 
     @property
     def entropy(self) -> float:
-        """Mean over the places that were used."""
+        """The mean over the places in use."""
         used = [entropy(counts) for counts in self.counts.values() if any(counts)]
         return sum(used) / len(used) if used else 0.0
 
@@ -54,7 +52,7 @@ class ExpertLoad:
 
     @property
     def per_expert(self) -> tuple[int, ...]:
-        """Summed over places with as many experts as the most numerous one has."""
+        """The rows of each expert, summed over all places."""
         width = max((len(counts) for counts in self.counts.values()), default=0)
         sums = [0] * width
         for counts in self.counts.values():
@@ -64,7 +62,7 @@ class ExpertLoad:
 
     @staticmethod
     def joined(loads: Iterable[ExpertLoad]) -> ExpertLoad:
-        """Of one adapter on several replicas: counts of a place add up."""
+        """Add up the counts of one adapter on several replicas."""
         counts: dict[str, tuple[int, ...]] = {}
         window_s = 0.0
         for load in loads:
@@ -93,9 +91,9 @@ class ExpertLoad:
 
 
 class LoadHistory:
-    """Running totals of one adapter, sampled now and then; answers for any window up to its length.
+    """Samples of one adapter's running totals, for any window up to ``keep_s``.
 
-    Totals may start again from zero (the adapter left the device and came back).
+    Totals may restart from zero, when the adapter leaves the device and comes back.
     """
 
     def __init__(self, *, sample_s: float = 5.0, keep_s: float = 600.0) -> None:
@@ -105,7 +103,7 @@ class LoadHistory:
         self._seen: Counts = {}
 
     def record(self, now: float, totals: Counts) -> None:
-        """``totals`` since the adapter was placed on the device; ``now`` never goes back."""
+        """Add a sample. ``totals`` count from the adapter's load; ``now`` must not decrease."""
         if any(sum(totals.get(place, ())) < sum(old) for place, old in self._seen.items()):
             self._base = dict(self._totals())
         self._seen = dict(totals)
@@ -115,7 +113,7 @@ class LoadHistory:
             self._samples.append((now, self._totals()))
 
     def over(self, now: float, window_s: float) -> ExpertLoad:
-        """Since the last sample that is at least ``window_s`` old, or since the first."""
+        """Return the use since the youngest sample of at least ``window_s``, or since the first."""
         if not self._samples:
             return ExpertLoad({}, 0.0)
         old_time, old = self._samples[0]
@@ -143,6 +141,6 @@ class LoadHistory:
 
 
 def _natural(item: tuple[str, object]) -> list[tuple[bool, int, str]]:
-    """Layer 2 before layer 10."""
+    """Sort layer 2 before layer 10."""
     parts = re.split(r"(\d+)", item[0])
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

@@ -1,4 +1,4 @@
-"""Plugs the replica policy into Ray Serve's request router. Ray is imported on first use only.
+"""The replica policy as a request router of Ray Serve. Ray is imported on first use.
 
     from ray.serve.config import RequestRouterConfig
 
@@ -7,52 +7,37 @@
         request_routing_stats_period_s=1.0,
     )
 
-The replica reports where its adapters are by defining ``record_routing_stats()`` that returns
-``{"device": [digest, …], "host": [digest, …], "free_slots": n, "evictable": n}`` and, where it
-can, ``"capacity": rows of a step, "pending": n, "free_bytes": n, "bytes": {digest: n},
-"pending_ranks": n`` (see `ReplicaSnapshot`). Without a capacity it is ``max_ongoing_requests``.
-The caller names the adapter by ``handle.options(multiplexed_model_id=digest)``, those of a mixture
-joined by commas, and leaves it unset for the base. Who broadcasts often must do it on a handle of
-its own: a broadcast renews the age of the queue length that the router believes.
+A replica reports its adapters by a method ``record_routing_stats()`` that returns
+``{"device": [digest, …], "host": [digest, …], "free_slots": n, "evictable": n}``, and optionally
+``"capacity": rows of a step, "pending": n, "free_bytes": n, "bytes": {digest: n},
+"pending_ranks": n`` (see `ReplicaSnapshot`). The default capacity is ``max_ongoing_requests``.
+The caller names the adapter by ``handle.options(multiplexed_model_id=digest)``, with a mixture's
+digests joined by commas, and without it for the base. Use a second handle for frequent broadcasts:
+a broadcast renews the age of the queue lengths that the router believes.
 """
-
-from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any
 
-from .policy import UNKNOWN_PROMPT
-from .router import ReplicaRouter
+from .policy import UNKNOWN_PROMPT, ReplicaRouter
 from .snapshot import ReplicaSnapshot
 
-# "AdapterRequestRouter" exists too, on first use: see the end of this file.
-__all__ = ["prompt_hash_of", "rank_replicas"]
+# "AdapterRequestRouter" is made on first use, by ``__getattr__`` below.
 
-PREFIX_CHARS = 256  # what two prompts must share to be sent to the same holder
-
-
-class ServeReplica(Protocol):
-    """The part of Ray's ``RunningReplica`` that is read."""
-
-    @property
-    def replica_id(self) -> Any: ...
-    @property
-    def routing_stats(self) -> Mapping[str, Any]: ...
-    @property
-    def max_ongoing_requests(self) -> int: ...
+PREFIX_CHARS = 256  # prompts that share so many go to the same replica
 
 
 def rank_replicas(
     router: ReplicaRouter,
-    candidates: Sequence[ServeReplica],
+    candidates: Sequence[Any],  # Ray's RunningReplica
     queue_lengths: Mapping[Any, int | None],
     model_id: str,  # digests joined by commas; "" = the base
     prompt_hash: int,
     now_s: float,
-) -> list[ServeReplica]:
-    """The candidates, best first. An unknown queue length is what the replica reported last."""
+) -> list[Any]:
+    """Return the candidates, best first. A replica's report replaces an unknown queue length."""
     by_name = {str(c.replica_id): c for c in candidates}
     snapshots = [
         ReplicaSnapshot.from_stats(
@@ -69,7 +54,7 @@ def rank_replicas(
 
 
 def prompt_hash_of(args: Sequence[object], kwargs: Mapping[str, object]) -> int:
-    """Hash of the start of the request's text: the first string among the arguments."""
+    """Return a hash of the start of the first string among the arguments."""
     for value in (*args, *kwargs.values()):
         text = value.get("prompt") if isinstance(value, Mapping) else value
         if isinstance(text, str):
@@ -81,9 +66,9 @@ def prompt_hash_of(args: Sequence[object], kwargs: Mapping[str, object]) -> int:
 def _build_router_class() -> type:
     from ray.serve.request_router import RequestRouter
 
-    # No FIFOMixin: it hands a replica chosen for one adapter to whoever waits longest.
+    # No FIFOMixin: it gives a replica chosen for one adapter to the oldest request.
     class AdapterRequestRouter(RequestRouter):  # type: ignore[misc]
-        """Ray's router with our order; Ray keeps queue lengths, retries and back-off."""
+        """Orders the replicas; Ray keeps queue lengths, retries and back-off."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -96,8 +81,8 @@ def _build_router_class() -> type:
                 return []
             model_id, prompt_hash = "", UNKNOWN_PROMPT
             if pending_request is not None:
-                # All replicas are offered. Without this Ray asks again at once, for ever: its loop
-                # then never gets to hear that a replica has room.
+                # All replicas are offered. Without back-off Ray asks again at once, for ever, and
+                # its loop never hears that a replica has room.
                 pending_request.routing_context.should_backoff = True
                 model_id = pending_request.metadata.multiplexed_model_id
                 prompt_hash = prompt_hash_of(pending_request.args, pending_request.kwargs)

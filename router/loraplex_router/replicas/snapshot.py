@@ -1,12 +1,10 @@
-"""What the policy knows of a replica: a frozen picture, as old as its last report."""
+"""The policy's picture of a replica, as old as the replica's last report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-
-__all__ = ["RANKS_PER_ROW", "AdapterLocation", "ReplicaSnapshot"]
 
 RANKS_PER_ROW = 288
 """Rank rows that cost a step about as much as one more row of the base: half of the default base's
@@ -15,12 +13,12 @@ factors r × (in + out); with in = out = h they are equal at r = h / 2."""
 
 
 class AdapterLocation(IntEnum):
-    """How near a replica is to serving an adapter; smaller is nearer."""
+    """The distance of a replica from serving an adapter; smaller is nearer."""
 
-    DEVICE = 0  # its factors lie in the device pool (the base model always does)
+    DEVICE = 0  # in the device pool; the base model always is
     HOST = 1  # folded in host memory: one copy away
-    FREE_SLOT = 2  # unknown there, but there is room for it
-    EVICTABLE = 3  # something idle has to leave first
+    FREE_SLOT = 2  # unknown to the replica, which has room
+    EVICTABLE = 3  # an idle adapter must be evicted first
     FULL = 4  # every resident adapter is in use: the request would wait for one to finish
 
 
@@ -33,17 +31,17 @@ class ReplicaSnapshot:
     host: frozenset[str] = frozenset()
     n_free_slots: int = 0
     n_evictable: int = 0  # resident adapters without a running request
-    free_bytes: int | None = None  # of the device pool; None where it is not reported
+    free_bytes: int | None = None  # of the device pool; None: not reported
     n_pending_ranks: int = 0  # sum of the ranks of the adapters of pending requests
     n_bytes: Mapping[str, int] = field(default_factory=dict)  # of resident adapters, on the device
 
     @property
     def load(self) -> float:
-        """Pending rows per place, ranks counted; above 1 requests queue."""
+        """Pending requests per row of a step, ranks included; above 1 requests queue."""
         return (self.n_pending + self.n_pending_ranks / RANKS_PER_ROW) / max(1, self.capacity)
 
     def location(self, digests: Sequence[str], n_bytes: int = 0) -> AdapterLocation:
-        """Of the farthest of ``digests``. ``n_bytes`` they take on the device, 0: unknown."""
+        """Return the location of the farthest digest. ``n_bytes``: on the device; 0: unknown."""
         if self.device.issuperset(digests):
             return AdapterLocation.DEVICE
         if self.host.issuperset(self._missing(digests)):
@@ -56,7 +54,7 @@ class ReplicaSnapshot:
         return AdapterLocation.FULL
 
     def has_room(self, digests: Sequence[str], n_bytes: int = 0) -> bool:
-        """Whether no other adapter has to leave the device for ``digests``."""
+        """Return True if the device can take ``digests`` without an eviction."""
         n_missing = len(self._missing(digests))
         if n_missing == 0:
             return True
@@ -70,11 +68,10 @@ class ReplicaSnapshot:
     def from_stats(
         replica_id: str, stats: Mapping[str, object], *, n_pending: int | None, capacity: int
     ) -> ReplicaSnapshot:
-        """Reads the ``routing_stats`` a replica reports. A missing or odd key counts as empty.
+        """Read the ``routing_stats`` of a replica. A missing or invalid key counts as empty.
 
-        ``n_pending``: as the caller counts them; None: not known, what the replica reports counts.
-        ``capacity`` is taken where the replica reports none: how many requests may be sent to it
-        can be far above the rows of its steps, which are what load is measured in.
+        ``n_pending``: by the caller's count; None: the replica's own. ``capacity`` is used if the
+        replica reports none: load is measured in rows of a step, not in requests that may be sent.
         """
         free_bytes = stats.get("free_bytes")
         return ReplicaSnapshot(

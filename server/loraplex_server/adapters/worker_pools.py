@@ -1,72 +1,71 @@
-"""Thread pools for blocking calls, by duration, so that quick calls never wait for slow ones.
+"""Thread pools for blocking calls, grouped by duration: quick calls never wait for slow ones.
 
-A deletion that waits for running requests, or for the device, holds no thread.
+The tenants share each pool fairly. A deletion that waits for running requests or for the device
+holds no thread.
 """
-
-from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import Future
 from functools import partial
 from typing import TypeVar
-from weakref import WeakValueDictionary
 
-from loraplex_adapter_store.lease import AdapterLease
+import torch
 
-__all__ = ["TenantShares", "WorkerPools"]
+from loraplex_adapter_store.leasing import AdapterLease
+from loraplex_server.tenant_shares import TenantThreads, lower_priority
 
 _T = TypeVar("_T")
 
 
-class TenantShares:
-    """Of a pool's threads, so that the work of one tenant never holds all. Event loop only."""
+class WorkerPools:
+    """The pools of the process."""
 
-    def __init__(self, pool: Executor, n_threads: int) -> None:
-        """``n_threads`` that a tenant may have at a time."""
-        self._pool, self._n_threads = pool, n_threads
-        self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
-
-    async def run(self, tenant: str, work: Callable[[], _T]) -> asyncio.Future[_T]:
-        """What the pool will have made of ``work``, which begins once the tenant has a thread."""
-        places = self._places.get(tenant)
-        if places is None:
-            places = self._places[tenant] = asyncio.Semaphore(self._n_threads)
-        await places.acquire()
-        loop = asyncio.get_running_loop()
-
-        def give_back(done: Future[_T]) -> None:  # on the thread: it is free then, not before
-            with suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(places.release)
-
-        try:
-            made = self._pool.submit(work)
-        except BaseException:
-            places.release()
-            raise
-        made.add_done_callback(give_back)
-        return asyncio.wrap_future(made)
-
-    async def lease(
-        self, tenant: str, acquire: Callable[[threading.Event], AdapterLease]
-    ) -> AdapterLease:
-        """What ``acquire`` gives, on one of these threads. Where the client leaves meanwhile its
-        event is set, and a lease that comes all the same is given back.
-        """
-        cancelled = threading.Event()
-        acquiring = await self.run(tenant, partial(acquire, cancelled))
-        try:
-            return await asyncio.shield(acquiring)
-        except asyncio.CancelledError:
-            cancelled.set()
-            acquiring.add_done_callback(_release_orphan)
-            raise
+    def __init__(self) -> None:
+        # cards and listings: at most a short disk read
+        self.reads = TenantThreads("reads", 3, 2)
+        self.catalogue = TenantThreads("catalogue", 16, 8)  # reads that may wait for a bucket
+        self.loads = TenantThreads("loads", 16, 8)  # from disk to host memory; may wait for memory
+        self.changes = TenantThreads("changes", 4, 3)  # checks and writes of uploads, deletions
+        self.jobs = TenantThreads("jobs", 8, 4)  # downloads, warm-ups
+        self.generation = TenantThreads("generation", 1, 1)  # makes one adapter at a time
+        self.batches = TenantThreads("batches", 1, 1)  # calls to the store of files and batches
+        self.lines = TenantThreads("lines", 2, 1)  # reads of lines of batches
+        self.encoder = one_core("encoder")  # forwards of the sentence encoder for a few texts
+        self.routing = one_core("routing")  # fits and reads the index of ``auto``
 
     def close(self) -> None:
-        """Drops what has not started."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Drop the calls that have not started. Running calls continue to their end."""
+        for pool in vars(self).values():
+            pool.close()
+
+
+def one_core(name: str) -> TenantThreads:
+    """Return one thread that computes with low priority, on one core."""
+
+    def prepare() -> None:
+        lower_priority()
+        torch.set_num_threads(1)
+
+    return TenantThreads(name, 1, 1, initializer=prepare)
+
+
+async def leased(
+    threads: TenantThreads, tenant: str, acquire: Callable[[threading.Event], AdapterLease]
+) -> AdapterLease:
+    """Run ``acquire`` on a thread and return its lease.
+
+    If the caller is cancelled, the event is set and a lease that still arrives is released.
+    """
+    cancelled = threading.Event()
+    acquiring = await threads.start(tenant, partial(acquire, cancelled))
+    try:
+        return await asyncio.shield(acquiring)
+    except asyncio.CancelledError:
+        cancelled.set()
+        acquiring.add_done_callback(_release_orphan)
+        raise
 
 
 def _release_orphan(acquiring: asyncio.Future[AdapterLease]) -> None:
@@ -74,27 +73,8 @@ def _release_orphan(acquiring: asyncio.Future[AdapterLease]) -> None:
         acquiring.result().release()
 
 
-class WorkerPools:
-    """Threads start with the first work that is given to a pool."""
-
-    def __init__(self) -> None:
-        self.reads = _pool(2, "reads")  # cards and listings; at most a short disk read
-        self.catalogue = _pool(16, "catalogue")  # reads that may wait for an object store
-        # from disk to host memory; may wait for room there
-        self.loads = TenantShares(_pool(16, "loads"), 8)
-        self.changes = _pool(4, "changes")  # uploads are checked and written, names removed
-        self.jobs = _pool(4, "jobs")  # downloads
-        self.generation = _pool(1, "generation")  # adapters are made one at a time
-        self.batches = _pool(1, "batches")  # what the store of files and batches blocks for
-        self.encoder = _pool(1, "encoder")  # forwards of the sentence encoder, a few texts each
-
-    def close(self) -> None:
-        """Drops what has not started; what runs goes on until it is done."""
-        self.loads.close()
-        quick = (self.reads, self.catalogue, self.changes)
-        for pool in (*quick, self.jobs, self.generation, self.batches, self.encoder):
-            pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _pool(n_threads: int, name: str) -> Executor:
-    return ThreadPoolExecutor(n_threads, thread_name_prefix=f"loraplex-{name}")
+async def result_within(future: Future[_T], timeout_s: float) -> _T | None:
+    """Return the result, or None after ``timeout_s``. The future is not cancelled."""
+    waiting = asyncio.wrap_future(future)
+    done, _ = await asyncio.wait([waiting], timeout=timeout_s)
+    return waiting.result() if done else None

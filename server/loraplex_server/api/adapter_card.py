@@ -1,6 +1,4 @@
-"""An adapter's card as clients see it, and the conditions that a change of it may carry."""
-
-from __future__ import annotations
+"""Shows an adapter's card to clients, and reads the conditions of a change."""
 
 import re
 from collections.abc import Mapping
@@ -8,35 +6,31 @@ from dataclasses import dataclass
 from typing import Literal, Self
 
 from fastapi import Request
-from pydantic import JsonValue
 
-from loraplex_adapter_store.card import AdapterCard
-from loraplex_server.adapters.adapter_defaults import DefaultsRefused, read_defaults
-from loraplex_server.api_keys import AdapterAccess
-from loraplex_server.metrics.adapter_activity import AdapterActivities
+from loraplex_adapter_store.names.card import AdapterCard
+from loraplex_server.errors import invalid
+from loraplex_server.metrics.adapter_usage import AdapterActivities
+from loraplex_server.settings.api_keys import AdapterAccess
 
-from .errors import invalid
 from .orjson_response import ORJSONResponse
 from .state import AppState
-
-__all__ = ["Report", "Seen", "card_response", "checked_defaults", "conditions", "shown_card"]
 
 _ETAG = re.compile(r"[0-9a-f]{64}(\.[1-9][0-9]{0,9})?")
 Report = Literal["none", "summary", "full"]  # how much of the load report is shown
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """What the engine and the requests tell of adapters at a moment."""
+class AdapterActivity:
+    """The device memory and the use of all adapters at one moment."""
 
     resident: frozenset[str]  # digests on the device
-    device_bytes: Mapping[str, int]  # that they take there
-    device_load_s: Mapping[str, float]  # of their loads to there
+    device_bytes: Mapping[str, int]  # digest → bytes on the device
+    device_load_s: Mapping[str, float]  # digest → time of the last load to the device
     activities: AdapterActivities  # by name
 
     @classmethod
     def of(cls, state: AppState) -> Self:
-        """Event loop only."""
+        """Called on the event loop."""
         stats = state.engine.stats()
         resident = frozenset(stats.resident_adapters)
         return cls(resident, stats.resident_bytes, stats.resident_load_s, state.metrics.activities)
@@ -50,17 +44,17 @@ def card_response(
     *,
     status: int = 200,
 ) -> ORJSONResponse:
-    """The ``ETag`` is the digest, with the number of edits behind it once the card was edited."""
-    shown = shown_card(access, card, Seen.of(state), report)
+    """Answer with the card. The ``ETag`` is the digest with the number of edits."""
+    shown = shown_card(access, card, AdapterActivity.of(state), report)
     return ORJSONResponse(shown, status=status, headers={"etag": f'"{card.etag}"'})
 
 
 def shown_card(
-    access: AdapterAccess, card: AdapterCard, seen: Seen, report: Report
+    access: AdapterAccess, card: AdapterCard, activity: AdapterActivity, report: Report
 ) -> dict[str, object]:
-    """Paths of the server are left out.
+    """Return the card as JSON, without paths of the server.
 
-    So is, for a tenant, what tells of others' use of an adapter that the operator shares.
+    A tenant does not see how others use an adapter that the operator shares.
     """
     shown: dict[str, object] = {"object": "adapter", **card.to_json()}
     shown["name"] = access.shown(card.name)
@@ -68,31 +62,22 @@ def shown_card(
     if report != "none" and card.report is not None:
         shown["report"] = card.report.to_json() if report == "full" else card.report.summary()
     disk, host = card.n_bytes.disk, card.n_bytes.host
-    tier = "device" if card.digest in seen.resident else "host" if host else "disk"
+    tier = "device" if card.digest in activity.resident else "host" if host else "disk"
     provenance = {key: value for key, value in card.provenance.items() if key != "path"}
     if not access.owns(card.name):
         shown |= {"n_leases": None, "n_bytes": {"disk": disk, "host": None, "device": None}}
         shown |= {"usage": None, "last_load_ms": None}
         return {**shown, "tier": None, "provenance": provenance}
-    n_bytes = {"disk": disk, "host": host, "device": seen.device_bytes.get(card.digest, 0)}
-    on_device_s = seen.device_load_s.get(card.digest) if tier == "device" else None
+    n_bytes = {"disk": disk, "host": host, "device": activity.device_bytes.get(card.digest, 0)}
+    on_device_s = activity.device_load_s.get(card.digest) if tier == "device" else None
     loads = {"host": _ms(card.last_load_s), "device": _ms(on_device_s)}
-    usage = seen.activities.of(card.name)
+    usage = activity.activities.of(card.name)
     shown |= {"n_bytes": n_bytes, "usage": usage, "last_load_ms": loads}
     return {**shown, "tier": tier, "provenance": provenance}
 
 
-def checked_defaults(given: Mapping[str, JsonValue], param: str = "") -> dict[str, JsonValue]:
-    """Raises ApiError (400) that names the field; ``param``: what stands before it."""
-    try:
-        read_defaults(given)
-    except DefaultsRefused as error:
-        raise invalid(str(error), param + error.param) from error
-    return dict(given)
-
-
 def conditions(request: Request) -> tuple[str | None, bool]:
-    """(If-Match, whether an existing adapter may be replaced). Raises ApiError."""
+    """Return If-Match, and True if an existing adapter may be replaced. Raises ApiError."""
     if_match = request.headers.get("if-match")
     if_none = request.headers.get("if-none-match")
     if if_none is not None and if_none.strip() != "*":

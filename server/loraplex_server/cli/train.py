@@ -1,111 +1,122 @@
-"""`loraplex train` and `loraplex train-demos`: adapters from chat examples."""
+"""`loraplex train`: an adapter from chat examples."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loraplex_training.config import RECIPES
+
+from .failed import failed
+from .option_groups import flag, grouped
+
 if TYPE_CHECKING:
-    from loraplex_training.trainer import StepReport
+    from loraplex_training.config import AdapterShape, Schedule
+    from loraplex_training.run import StepReport, TrainedAdapter
 
-__all__ = ["train", "train_demos"]
+
+@dataclass(frozen=True)
+class _ShapeOptions:
+    family: str = flag("lora", "The family: lora, mixlora or block-lora.")
+    recipe: str = flag("lora", f"The recipe of family lora: lora, {', '.join(sorted(RECIPES))}.")
+    rank: int = flag(8, "The rank of the factors.", min=1)
+    alpha: float | None = flag(None, "The update is scaled by alpha / rank. Default: 2 · rank.")
+    targets: str = flag(
+        "all-linear", "The modules, separated by commas (q_proj,v_proj), or all-linear."
+    )
+    layers: str | None = flag(None, "The layers, such as 8-29 or 0,4,8. Default: all.")
+    rslora: bool = flag(False, "Scale the update by alpha / sqrt(rank).", "--rslora")
+    dropout: float = flag(0.0, "Dropout on the adapter's input.")
+    dtype: str = flag("float16", "The dtype of the saved tensors: float16, bfloat16 or float32.")
 
 
+@dataclass(frozen=True)
+class _FamilyOptions:
+    experts: int = flag(8, "Number of experts of each MLP, for mixlora.", min=1)
+    top_k: int = flag(2, "Number of experts of each token, for mixlora.", min=1)
+    balance: str = flag(
+        "pooled", "Balance loss of mixlora: pooled (the public code), argmax (the paper) or none."
+    )
+    balance_coefficient: float | None = flag(
+        None, "Weight of mixlora's balance loss. Default: 0.001 for pooled, 0.01 for argmax."
+    )
+    blocks: int = flag(4, "Number of blocks of a factor, for block-lora.", min=1)
+    block_axis: str = flag("rank", "Axis that block-lora cuts: rank or feature.")
+
+
+@dataclass(frozen=True)
+class _ScheduleOptions:
+    steps: int = flag(300, "The number of optimiser steps.", min=1)
+    lr: float = flag(1e-3, "Peak learning rate, which falls by a cosine to a tenth of it.")
+    batch_tokens: int = flag(1024, "Most tokens of a step, padding included.", min=1)
+    validate_every: int = flag(50, "Steps between validations.", min=1)
+    patience: int | None = flag(None, "Stop after this number of validations without improvement.")
+    seed: int = flag(0, "The seed of the initial weights and of the order of examples.")
+
+
+@dataclass(frozen=True)
+class _DataOptions:
+    val: str = flag(
+        "0.05", "Validation data: a JSONL file, or a share of the data (0: no validation)."
+    )
+    max_len: int = flag(
+        512, "Largest number of tokens of an example. Longer examples are refused.", min=2
+    )
+    start: Path | None = flag(
+        None, "Start from the weights of this adapter, which must have the same shape."
+    )
+
+
+@dataclass(frozen=True)
+class _RunOptions:
+    device: str = flag("auto", "The device: auto, cpu, cuda, cuda:1 ...")
+    threads: int | None = flag(None, "The number of CPU threads.", min=1)
+    name: str | None = flag(None, "The name on the card. Default: the folder's name.")
+    description: str | None = flag(None, "A sentence on the card that says what the adapter does.")
+    restart: bool = flag(False, "Discard an interrupted run in --out.", "--restart")
+    overwrite: bool = flag(False, "Replace a finished adapter in --out.", "--overwrite")
+
+
+@grouped
 def train(
     data: Annotated[
         Path,
         typer.Argument(
             metavar="DATA.jsonl",
-            help='One chat a line: {"messages": [{"role": "user", "content": "..."}, '
-            '{"role": "assistant", "content": "..."}]}.',
+            help='A file with a chat on each line: {"messages": [{"role": "user", "content": '
+            '"..."}, {"role": "assistant", "content": "..."}]}.',
             show_default=False,
         ),
     ],
     out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder of the adapter.", show_default=False)
+        Path, typer.Option("--out", "-o", help="The folder of the adapter.", show_default=False)
     ],
+    shape: _ShapeOptions,
+    of_family: _FamilyOptions,
+    schedule: _ScheduleOptions,
+    examples: _DataOptions,
+    run: _RunOptions,
     base: Annotated[
         str | None,
-        typer.Option(help="Base model: a pulled name, Hub id or directory. Default: the default."),
+        typer.Option(
+            help="The base: a pulled name, a Hub id or a directory. Default: the default base."
+        ),
     ] = None,
-    family: Annotated[str, typer.Option(help="lora, mixlora or block-lora.")] = "lora",
-    rank: Annotated[int, typer.Option(help="Rank of the factors.", min=1)] = 8,
-    alpha: Annotated[
-        float | None, typer.Option(help="Scale of the update is alpha / rank. Default: 2 · rank.")
-    ] = None,
-    targets: Annotated[
-        str, typer.Option(help="Modules, with commas (q_proj,v_proj), or all-linear.")
-    ] = "all-linear",
-    layers: Annotated[
-        str | None, typer.Option(help="Layers, as 8-29 or 0,4,8. Default: all.")
-    ] = None,
-    rslora: Annotated[
-        bool, typer.Option("--rslora", help="Scale by alpha / sqrt(rank) instead.")
-    ] = False,
-    dropout: Annotated[float, typer.Option(help="On the input of the adapter.")] = 0.0,
-    experts: Annotated[int, typer.Option(help="mixlora: experts of each MLP.", min=1)] = 8,
-    top_k: Annotated[int, typer.Option(help="mixlora: experts of each token.", min=1)] = 2,
-    balance: Annotated[
-        str,
-        typer.Option(help="mixlora: balance loss: pooled (as the code), argmax (the paper), none."),
-    ] = "pooled",
-    balance_coefficient: Annotated[
-        float | None,
-        typer.Option(help="mixlora: of the balance loss. Default: 0.001 pooled, 0.01 argmax."),
-    ] = None,
-    blocks: Annotated[int, typer.Option(help="block-lora: blocks of a factor.", min=1)] = 4,
-    block_axis: Annotated[str, typer.Option(help="block-lora: rank or feature.")] = "rank",
-    start: Annotated[
-        Path | None,
-        typer.Option(help="Go on from the weights of this adapter, of the same shape."),
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.", min=1)] = 300,
-    lr: Annotated[float, typer.Option(help="Peak learning rate; cosine to a tenth.")] = 1e-3,
-    batch_tokens: Annotated[
-        int, typer.Option(help="Tokens of a step, padding included.", min=1)
-    ] = 1024,
-    val: Annotated[
-        str, typer.Option(help="Validation: a JSONL, or a share of the data held out (0: none).")
-    ] = "0.05",
-    validate_every: Annotated[int, typer.Option(help="Steps between validations.", min=1)] = 50,
-    patience: Annotated[
-        int | None, typer.Option(help="Stop after so many validations without a better one.")
-    ] = None,
-    max_len: Annotated[int, typer.Option(help="Longest example, in tokens.", min=2)] = 512,
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the order.")] = 0,
-    dtype: Annotated[
-        str, typer.Option(help="Of the saved tensors: float16, bfloat16, float32.")
-    ] = "float16",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 ...")] = "auto",
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
-    name: Annotated[str | None, typer.Option(help="For the card. Default: of the folder.")] = None,
-    description: Annotated[str | None, typer.Option(help="For the card: what it does.")] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Forget an interrupted run in --out.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a finished adapter in --out.")
-    ] = False,
 ) -> None:
     """Train an adapter on chat examples and save it as a PEFT directory.
 
-    Only what the assistant says is learnt. Stop it at any time (Ctrl-C): the same command goes on
-    where it was, with the result of an uninterrupted run. With validation, the weights of the best
-    validation are saved.
+    Only the assistant's turns are learnt. Ctrl-C stops the run, and the same command resumes it,
+    with the result of an uninterrupted run. With validation, the weights of the best validation
+    are saved.
 
         loraplex train support.jsonl --out adapters/support --rank 8 --steps 300
     """
-    from loraplex_training.config import (
-        AdapterShape,
-        BlockShape,
-        ExpertShape,
-        Schedule,
-        TrainingConfig,
-    )
+    from loraplex_training.config import TrainingConfig
     from loraplex_training.trainer import train as train_adapter
 
     with _errors(), _bar(str(out)) as on_step:
@@ -115,37 +126,57 @@ def train(
             out=out,
             base=directory,
             base_name=base_name,
-            shape=AdapterShape(
-                family=family,
-                rank=rank,
-                alpha=2.0 * rank if alpha is None else alpha,
-                targets=tuple(target.strip() for target in targets.split(",")),
-                layers=None if layers is None else _layers(layers),
-                rslora=rslora,
-                dropout=dropout,
-                stored_dtype=dtype,
-                experts=ExpertShape(experts, top_k, balance, balance_coefficient)
-                if family == "mixlora"
-                else None,
-                blocks=BlockShape(blocks, block_axis) if family == "block-lora" else None,
-            ),
-            schedule=Schedule(
-                steps=steps,
-                lr=lr,
-                batch_tokens=batch_tokens,
-                validate_every=validate_every,
-                patience=patience,
-                seed=seed,
-            ),
-            start=start,
-            validation=_validation(val),
-            max_len=max_len,
-            device=device,
-            threads=threads,
-            name=name,
-            description=description,
+            shape=_shape(shape, of_family),
+            schedule=_schedule(schedule),
+            start=examples.start,
+            validation=_validation(examples.val),
+            max_len=examples.max_len,
+            device=run.device,
+            threads=run.threads,
+            name=run.name,
+            description=run.description,
         )
-        trained = train_adapter(config, on_step=on_step, restart=restart, overwrite=overwrite)
+        trained = train_adapter(
+            config, on_step=on_step, restart=run.restart, overwrite=run.overwrite
+        )
+    _show(trained)
+    typer.echo(f"serve it: loraplex adapters add {run.name or out.resolve().name} {out}")
+
+
+def _shape(shape: _ShapeOptions, family: _FamilyOptions) -> AdapterShape:
+    from loraplex_training.config import AdapterShape, BlockShape, ExpertShape
+
+    experts = blocks = None
+    if shape.family == "mixlora":
+        experts = ExpertShape(
+            family.experts, family.top_k, family.balance, family.balance_coefficient
+        )
+    elif shape.family == "block-lora":
+        blocks = BlockShape(family.blocks, family.block_axis)
+    return AdapterShape(
+        family=shape.family,
+        recipe=shape.recipe,
+        rank=shape.rank,
+        alpha=2.0 * shape.rank if shape.alpha is None else shape.alpha,
+        targets=tuple(target.strip() for target in shape.targets.split(",")),
+        layers=None if shape.layers is None else _layers(shape.layers),
+        rslora=shape.rslora,
+        dropout=shape.dropout,
+        stored_dtype=shape.dtype,
+        experts=experts,
+        blocks=blocks,
+    )
+
+
+def _schedule(options: _ScheduleOptions) -> Schedule:
+    from dataclasses import asdict
+
+    from loraplex_training.config import Schedule
+
+    return Schedule(**asdict(options))
+
+
+def _show(trained: TrainedAdapter) -> None:
     done = trained.progress
     typer.echo(
         f"{trained.folder}: {trained.n_parameters:,} parameters, {trained.n_bytes / 1e6:.2f} MB, "
@@ -157,63 +188,11 @@ def train(
             f"validation loss {trained.validation_loss:.4f} (step {done.best_step})"
             + ("" if alone is None else f"; the base alone: {alone:.4f}")
         )
-    typer.echo(f"serve it: loraplex adapters add {name or out.resolve().name} {out}")
-
-
-def train_demos(
-    names: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[NAME]...",
-            help="Default: all that ship with the server, but for chores and clock-12h, which "
-            "learnt tasks of the zoo.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="A folder per demo is written here.")
-    ] = Path("demos"),
-    threads: Annotated[int | None, typer.Option(help="CPU threads.", min=1)] = None,
-) -> None:
-    """Train demo adapters anew: generate data, train, measure on held-out prompts.
-
-    Demos that --out holds already are skipped; an interrupted one goes on where it was.
-    """
-    import torch
-
-    from loraplex_server.model.pull import loraplex_home
-    from loraplex_training.demos import DEMOS
-    from loraplex_training.demos.make import is_made, make_demo
-
-    unknown = [name for name in names or () if name not in DEMOS]
-    if unknown:
-        raise typer.BadParameter(f"no demo {', '.join(unknown)}; choose {', '.join(DEMOS)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    for name in names or DEMOS:
-        folder = out / name
-        if is_made(folder):
-            typer.echo(f"{name}: in {folder} already")
-            continue
-        with _errors(), _bar(name) as on_step:
-            directory, base_name = _base(None)
-            measured = make_demo(
-                DEMOS[name],
-                folder,
-                base=directory,
-                base_name=base_name,
-                work=loraplex_home() / "demo-data",
-                on_step=on_step,
-            )
-        typer.echo(
-            f"{name}: {measured.adapter:.0%} of {measured.n_prompts} held-out prompts "
-            f"(base {measured.base:.0%})"
-        )
 
 
 def _base(spec: str | None) -> tuple[Path, str]:
-    """The directory of the base, and the name that is written into the adapter."""
-    from loraplex_server.model.pull import DEFAULT_BASE, resolve_model
+    """Return the directory of the base, and the name that is written into the adapter."""
+    from loraplex_server.model.loading.pull import DEFAULT_BASE, resolve_model
 
     directory = resolve_model(spec)
     if spec is None:
@@ -244,23 +223,22 @@ def _validation(spec: str) -> Path | float:
 
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """One clear line instead of a traceback; Ctrl-C says how to go on."""
+    """Print an error as one line. After Ctrl-C, say how to resume."""
     from loraplex_server.model.errors import ModelError
     from loraplex_training.errors import TrainingError
 
     try:
         yield
     except (TrainingError, ModelError, ValueError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from None
+        raise failed(error) from None
     except KeyboardInterrupt:
-        typer.secho("interrupted; the same command goes on from here", fg="yellow", err=True)
+        typer.secho("interrupted; the same command resumes the run", fg="yellow", err=True)
         raise typer.Exit(130) from None
 
 
 @contextlib.contextmanager
 def _bar(title: str) -> Iterator[Callable[[StepReport], None]]:
-    """A progress bar on a terminal, a line every tenth of the run elsewhere."""
+    """Show a progress bar on a terminal, and elsewhere a line for each tenth of the run."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as TimeLeft

@@ -3,12 +3,11 @@
     client ── Ray's proxy ── gateway ── router (adapter, load) ── engine replica
                              keys, templates, tokens                a step for many adapters
                              name → digest, once                    contents by digest
+                                └── coordinator: files, batches, jobs, learning, counts of keys
 
-``loraplex cluster up`` starts it, on a cluster that runs also
+``loraplex cluster up`` starts a cluster, on a running Ray also
 ``serve run loraplex_server.cluster:app config=cluster.yaml``. See docs/scale-out.md.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +16,7 @@ __all__ = ["app"]
 
 
 def app(arguments: Mapping[str, str]) -> Any:  # ray.serve.Application: Ray is imported on use
-    """The Ray Serve application for ``serve run``; ``config`` is the path of a cluster.yaml."""
+    """Return the application for ``serve run``; ``config`` is the path of a cluster.yaml."""
     from pathlib import Path
 
     from .application import build_application

@@ -1,47 +1,59 @@
-"""The deployments of a cluster, with what Ray has to know of each."""
+"""The deployments of a cluster, with the options that Ray needs for each."""
 
-from __future__ import annotations
+from typing import Any
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 
 from .config import ClusterConfig, EnginesConfig
-from .engine_replica import EngineReplica
-from .gateway import Desk, Gateway
-from .key_limits import KeyLimits, is_limited
-
-__all__ = ["build_application"]
+from .gateway.coordinator import Coordinator
+from .gateway.gateway import Gateway
+from .replica.engine_replica import EngineReplica
 
 _ROUTER = "loraplex_router.replicas.ray_serve:AdapterRequestRouter"
-_POLICY = "loraplex_server.cluster.autoscaling:policy"
+_POLICY = "loraplex_server.cluster.replica.autoscaling:policy"
 _STATS_PERIOD_S = 0.5
-_HEALTH_PERIOD_S = 2.0
-_MANY = 100_000  # more than gateways have requests
-_QUIET = {"enable_access_log": False}  # a line for each call between processes; we log requests
-# A process that has died is seen at once. One that does not answer is busy more likely than stuck,
-# and to replace it ends all that it answers: a gateway of 400 calls was once, beside other work.
-_HEALTH_LIMIT_S = 120.0
-_LAST_WORDS_S = 5.0  # for a gateway to tell clients that an engine was stopped, after its time
+_MANY = 100_000  # more than the requests of all gateways
+_LAST_MESSAGES_S = 5.0  # for a gateway to tell clients that an engine has stopped
+_OPTIONS: dict[str, Any] = {
+    "logging_config": {"enable_access_log": False},  # a line for each call between processes
+    "health_check_period_s": 2.0,
+    # Ray notices a dead process at once. A process that does not answer is probably busy, and
+    # replacing it ends its requests: a gateway with 400 calls has needed this long.
+    "health_check_timeout_s": 120.0,
+}
 
 
 def build_application(config: ClusterConfig) -> Application:
-    """Gateways bound to a desk, to engines and to the count of limits; nothing runs yet."""
-    server = config.server
+    """Return gateways bound to a coordinator and to engines. Nothing runs yet."""
+    server, sizes = config.server, config.gateways
+    options = _OPTIONS | {
+        "ray_actor_options": {"num_cpus": sizes.cpus},
+        "graceful_shutdown_timeout_s": server.http.drain_timeout_s + _LAST_MESSAGES_S,
+    }
     engines = _engines(config).bind(server)
-    is_counted = any(map(is_limited, server.http.api_keys))
-    limits = _limits().bind(server.http.api_keys) if is_counted else None
-    desk = _desk(config).bind(server, engines, limits)
-    return _gateways(config).bind(server, engines, limits, desk)
+    # The coordinator is one process, in an upgrade too: the old one stops first.
+    coordinator = serve.deployment(
+        Coordinator, name="Coordinator", num_replicas=1, max_ongoing_requests=_MANY, **options
+    ).bind(server, engines)
+    return serve.deployment(
+        Gateway,
+        name="Gateway",
+        num_replicas=sizes.replicas,
+        max_ongoing_requests=sizes.max_requests,
+        max_surge_percent=100,
+        **options,
+    ).bind(server, engines, coordinator)
 
 
 def _engines(config: ClusterConfig) -> serve.Deployment:
-    """Requests wait in the engines, whose queues are fair between tenants, and Ray refuses none.
+    """Requests wait in the engines, whose queues are fair between tenants. Ray refuses none.
 
     An engine lets each tenant have ``max_queue`` requests waiting. With a limit of Ray's, one
     tenant could fill it, and the others would wait in Ray's queue, which knows no tenants.
     """
-    sizes, server = config.engines, config.server
+    sizes = config.engines
     return serve.deployment(
         EngineReplica,
         name="Engine",
@@ -51,58 +63,12 @@ def _engines(config: ClusterConfig) -> serve.Deployment:
         max_replicas_per_node=sizes.max_per_node,
         max_ongoing_requests=_MANY,
         max_surge_percent=100,  # by default Ray stops the old replicas first
-        logging_config=_QUIET,
-        graceful_shutdown_timeout_s=server.http.drain_timeout_s,
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_LIMIT_S,
+        graceful_shutdown_timeout_s=config.server.http.drain_timeout_s,
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER,
             request_routing_stats_period_s=_STATS_PERIOD_S,
         ),
-    )
-
-
-def _gateways(config: ClusterConfig) -> serve.Deployment:
-    sizes, server = config.gateways, config.server
-    return serve.deployment(
-        Gateway,
-        name="Gateway",
-        num_replicas=sizes.replicas,
-        ray_actor_options={"num_cpus": sizes.cpus},
-        max_ongoing_requests=sizes.max_requests,
-        max_surge_percent=100,
-        logging_config=_QUIET,
-        graceful_shutdown_timeout_s=server.http.drain_timeout_s + _LAST_WORDS_S,
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_LIMIT_S,
-    )
-
-
-def _desk(config: ClusterConfig) -> serve.Deployment:
-    """One, also in an upgrade: its folder has one owner."""
-    return serve.deployment(
-        Desk,
-        name="Desk",
-        num_replicas=1,
-        ray_actor_options={"num_cpus": config.gateways.cpus},
-        max_ongoing_requests=config.gateways.max_requests,
-        logging_config=_QUIET,
-        graceful_shutdown_timeout_s=config.server.http.drain_timeout_s + _LAST_WORDS_S,
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_LIMIT_S,
-    )
-
-
-def _limits() -> serve.Deployment:
-    return serve.deployment(
-        KeyLimits,
-        name="Limits",
-        num_replicas=1,
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=_MANY,
-        logging_config=_QUIET,
-        health_check_period_s=_HEALTH_PERIOD_S,
-        health_check_timeout_s=_HEALTH_LIMIT_S,
+        **_OPTIONS,
     )
 
 

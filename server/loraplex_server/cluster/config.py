@@ -1,28 +1,23 @@
-"""The file of a cluster: how many processes, with what resources, and the server's own options.
+"""The cluster file: number and resources of processes, and the server's options.
 
     server:              # options of `loraplex serve`
       port: 8000
     gateways: {replicas: 2}
     engines: {replicas: 2, cpus: 1}
 
-Every key has a default. Unknown keys and bad values stop the start.
+Every key has a default. Unknown keys and bad values prevent the start.
 """
-
-from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from loraplex_server.model.pull import loraplex_home
+from loraplex_server.model.loading.pull import loraplex_home
 from loraplex_server.options import Bytes
-from loraplex_server.settings import ConfigError, ServerConfig
-from loraplex_server.settings_sources import resolve_config
-
-__all__ = ["ClusterConfig", "EnginesConfig", "GatewaysConfig", "RayConfig", "read_config"]
+from loraplex_server.settings.config import ConfigError, ServerConfig
+from loraplex_server.settings.sources import read_yaml, resolve_config
 
 _Count = Annotated[int, Field(ge=1)]
 _Cpus = Annotated[float, Field(gt=0)]
@@ -35,30 +30,30 @@ class _Part(BaseModel):
 
 class GatewaysConfig(_Part):
     replicas: _Count = 2
-    cpus: _Cpus = 0.2  # of Ray's count, which says how many processes fit a node
-    max_requests: _Count = 1024  # at once, in each gateway
+    cpus: _Cpus = 0.2  # in Ray's count, which decides how many processes fit a node
+    max_requests: _Count = 1024  # concurrent, in each gateway
 
 
 class EnginesConfig(_Part):
     replicas: _Count = 2
-    max_replicas: _Count | None = None  # above ``replicas``: as many as the load needs
-    min_replicas: Annotated[int, Field(ge=0)] | None = None  # below; 0: none without requests
-    requests_per_replica: _Count = 32  # running and waiting, that autoscaling aims at
+    max_replicas: _Count | None = None  # for autoscaling above ``replicas``
+    min_replicas: Annotated[int, Field(ge=0)] | None = None  # 0: none without requests
+    requests_per_replica: _Count = 32  # running and waiting; the target of autoscaling
     upscale_delay_s: _Seconds = 5.0
     downscale_delay_s: _Seconds = 600.0
-    look_back_s: _Seconds = 30.0  # that autoscaling averages over
+    look_back_s: _Seconds = 30.0  # window of autoscaling's averages
     cpus: _Cpus = 0.5
     gpus: Annotated[float, Field(ge=0)] = 0.0
     max_per_node: _Count | None = None
 
 
 class RayConfig(_Part):
-    address: str | None = None  # of a cluster that runs; None: one is started on this machine
+    address: str | None = None  # of a running Ray; None: Ray is started on this machine
     object_store_bytes: Bytes = Field(default=Bytes(100 << 20), alias="object_store_memory")
 
 
 class ClusterConfig(_Part):
-    name: str = "loraplex"  # of Ray's application
+    name: str = "loraplex"  # Ray's application
     server: ServerConfig
     gateways: GatewaysConfig = GatewaysConfig()
     engines: EnginesConfig = EnginesConfig()
@@ -83,25 +78,25 @@ class ClusterConfig(_Part):
 
 
 def read_config(path: Path | None) -> ClusterConfig:
-    """Without a path: the defaults. Raises ConfigError, which repeats no secret."""
-    given = {} if path is None else _mapping(path)
-    options = given.pop("server", None) or {}
+    """Read the file, or return the defaults. Raises ConfigError, which repeats no secret."""
+    parts = {} if path is None else read_yaml(path)
+    options = parts.pop("server", None) or {}
     if not isinstance(options, Mapping):
         raise ConfigError("server: must hold a mapping of option names to values")
     flags = {str(name).replace("-", "_"): value for name, value in options.items()}
     try:
-        return ClusterConfig(server=_with_catalogue(resolve_config(flags)), **given)
+        return ClusterConfig(server=_with_catalogue(resolve_config(flags)), **parts)
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        told = problem["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {told}" if where else told) from None
+        message = problem["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{where}: {message}" if where else message) from None
 
 
 def _with_catalogue(server: ServerConfig) -> ServerConfig:
-    """Processes share adapters through a catalogue: without one, through a folder.
+    """Set the catalogue through which processes share adapters; by default it is a folder.
 
-    That serves one machine, or several with the folder mounted.
+    A catalogue in a folder works for one machine, or for several that mount the folder.
     """
     store = server.store
     root = (store.root or loraplex_home() / "cluster").absolute()
@@ -111,15 +106,3 @@ def _with_catalogue(server: ServerConfig) -> ServerConfig:
         catalogue = (root / "catalogue").as_uri()
     store = store.model_copy(update={"root": root, "catalogue": catalogue})
     return server.model_copy(update={"store": store})
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} must hold a mapping")
-    return {str(key).replace("-", "_"): item for key, item in value.items()}

@@ -1,6 +1,4 @@
-"""Builds the engine from a config and a model directory, in named steps."""
-
-from __future__ import annotations
+"""Builds the engine from a config and a model directory."""
 
 import logging
 import sys
@@ -8,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,35 +14,30 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.faults import FaultLog, NoFaultLog
-from loraplex_kernels.batch_invariant import BatchInvariant
 from loraplex_kernels.cpu import native
-from loraplex_kernels.quantized_weight import WeightFormat
-from loraplex_kernels.side_stream import CudaSideStream, SideStream
+from loraplex_kernels.formats.quantized_weight import WeightFormat
+from loraplex_kernels.layers.batch_invariant import BatchInvariant
 from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.resident_weights import ResidentWeights
 
+from .adapters.adapter_loader import OtherPools
+from .adapters.device_pool import DevicePool
 from .attention_backend import choose_attention
-from .capabilities import EngineCapabilities
 from .config import EngineConfig
-from .defaults import StepLimits, step_limits
-from .device import resolve_device, use_device
-from .device_pool import DevicePool
+from .defaults import StepLimits, kv_dtype, step_limits
 from .engine import Engine
-from .engine_loop import EngineLoop
-from .graph_recorder import CudaRecorder, Recorder
-from .inbox import Inbox
-from .kv_cache import KvCache, KvGeometry
-from .memory_plan import MemoryPlan, plan_memory
-from .messages import Lost, Wake
-from .model_runner import ModelRunner
-from .parallel.other_pools import NoOtherPools
+from .engine_loop import EngineLoop, LoopSettings
+from .memory.device import resolve_device, use_device
+from .memory.kv_cache import PAGE_SIZE, KvCache, KvGeometry
+from .memory.memory_plan import MemoryPlan, PoolLimits, plan_memory
 from .parallel.shard_workers import ShardWorkers
 from .parallel.sharded_model import build_sharded
-from .scheduler import Scheduler
-from .step_profile import profile_memory
-
-__all__ = ["BuiltEngine", "assemble_engine", "build_engine", "dtype_of"]
+from .requests.inbox import Inbox
+from .scheduling.scheduler import Scheduler
+from .scheduling.step_cost import StepCost
+from .steps.model_runner import ModelRunner
+from .steps.step_mode import StepMode
+from .steps.step_profile import profile_memory
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -57,15 +51,15 @@ _SWITCH_INTERVAL_S = 0.0005  # the engine thread gets the interpreter back quick
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """``engine`` is started. ``tokenizer`` belongs to the front, ``base_spec`` to the store."""
+    """A started engine, with the model and adapter parts that its owner uses."""
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     base_spec: BaseSpec
     model_id: str
     device: torch.device
-    weights: ResidentWeights | None  # to train through; None: they are on another device
-    max_positions: int  # that the base is right up to
+    weights: ResidentWeights | None  # for training; None on a GPU or with several ranks
+    max_positions: int  # the longest context of the base
 
 
 def build_engine(
@@ -73,9 +67,8 @@ def build_engine(
     model_path: Path,
     *,
     model_id: str | None = None,
-    faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
 ) -> BuiltEngine:
-    """Loads the base, sizes the memories, starts the engine thread.
+    """Load the base, plan the memory and start the engine thread.
 
     Raises ModelError if the model cannot be served and ValueError for a device that is not there.
     """
@@ -86,68 +79,70 @@ def build_engine(
     name = model_id or model_path.name
     tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
     dtype = dtype_of(config.dtype)
+    workers: ShardWorkers | None = None
     if config.tensor_parallel_size > 1:
         sharded = _run_in_temp_thread(
             lambda: build_sharded(model_path, name, config, dtype=dtype, device=device), device
         )
-        _warn_of_codes(sharded.spec, device)
-        try:
-            engine = assemble_engine(
-                sharded.model, config, faults=faults, shard_workers=sharded.workers
-            )
-        except BaseException:
-            sharded.workers.close()
-            raise
-        n = sharded.model.max_positions
-        return BuiltEngine(engine, tokenizer, sharded.spec, name, device, None, n)
-    model = _run_in_temp_thread(
-        lambda: load_base_model(
-            model_path,
-            name,
-            dtype=dtype,
-            device=device,
-            fuse=config.fuse,
-            self_check=config.self_check,
-            quantization=None
-            if config.quantization == "none"
-            else WeightFormat(config.quantization),
-        ),
-        device,
-    )
-    _warn_of_codes(model.spec, device)
-    engine = assemble_engine(model, config, faults=faults)
-    weights = ResidentWeights(model, torch.bfloat16) if device.type == "cpu" else None
-    n = model.max_positions
-    return BuiltEngine(engine, tokenizer, model.spec, name, device, weights, n)
+        model, spec, workers = sharded.model, sharded.spec, sharded.workers
+    else:
+        plain = config.quantization == "none"
+        model = _run_in_temp_thread(
+            lambda: load_base_model(
+                model_path,
+                name,
+                dtype=dtype,
+                device=device,
+                fuse=config.fuse,
+                self_check=config.self_check,
+                quantization=None if plain else WeightFormat(config.quantization),
+            ),
+            device,
+        )
+        spec = model.spec
+    if spec.quantization is not None and device.type == "cpu":
+        _log.warning(
+            "%s linears save memory on a CPU, and every step takes many times as long",
+            spec.quantization,
+        )
+    try:
+        engine = assemble_engine(model, config, shard_workers=workers)
+    except BaseException:
+        if workers is not None:
+            workers.close()
+        raise
+    is_whole = device.type == "cpu" and workers is None
+    weights = ResidentWeights(model) if is_whole else None
+    return BuiltEngine(engine, tokenizer, spec, name, device, weights, model.max_positions)
 
 
 def assemble_engine(
     model: BaseModel,
     config: EngineConfig,
     *,
-    faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     shard_workers: ShardWorkers | None = None,
+    mode: StepMode | None = None,
 ) -> Engine:
-    """The engine around a model that is already loaded; started.
+    """Build and start an engine around a loaded model.
 
-    ``shard_workers``: the other ranks of a model that is cut; the engine closes them.
+    ``shard_workers``: the other ranks of a sharded model. The engine closes them.
+    ``mode``: how steps run; None: as the config and the device say.
     """
+    step_mode = mode or StepMode.of(config, model.device)
     engine = _run_in_temp_thread(
-        lambda: _assemble(model, config, faults, shard_workers), model.device
+        lambda: _assemble(model, config, step_mode, shard_workers), model.device
     )
     engine.start()
     return engine
 
 
 def _run_in_temp_thread(work: Callable[[], _T], device: torch.device) -> _T:
-    """Runs ``work`` in a thread that ends with it, and with that thread its team of OpenMP threads.
+    """Runs ``work`` in a thread of its own, with ``device`` current, and waits for it.
 
-    ``device`` is its current one.
-
-    A team lives as long as the thread that first used it. With one left behind beside the
-    engine's, libgomp counts more threads than cores and lets waiting ones sleep instead of spin:
-    every small operator of a step then pays a wake-up (one decode step of 16 rows: 18.4 ms, 14.6
-    without).
+    An OpenMP team lives as long as the thread that first used it. A second team beside the
+    engine's makes libgomp count more threads than cores and let idle ones sleep instead of spin.
+    Every small operator of a step then pays a wake-up: a decode step of 16 rows takes 18.4 ms
+    instead of 14.6.
     """
     with ThreadPoolExecutor(
         1, thread_name_prefix="loraplex-build", initializer=use_device, initargs=(device,)
@@ -156,34 +151,23 @@ def _run_in_temp_thread(work: Callable[[], _T], device: torch.device) -> _T:
 
 
 def _assemble(
-    model: BaseModel, config: EngineConfig, faults: FaultLog, workers: ShardWorkers | None
+    model: BaseModel, config: EngineConfig, mode: StepMode, workers: ShardWorkers | None
 ) -> Engine:
     limits = step_limits(config, model.device)
-    max_model_len = _context(model, config)
+    max_model_len = _max_model_len(model, config)
     model.step.batch_invariant = config.deterministic
     arithmetic = _arithmetic(config, model.device)
     flashinfer = choose_attention(config, model)
     with arithmetic:
-        memory = _plan(model, config, limits, max_model_len)
+        memory = _plan_memory(model, config, limits, max_model_len)
     kv_cache = _kv_cache(model, config, limits, max_model_len, memory.kv_bytes)
     inbox = Inbox(max_queue=config.max_queue)
-    layout = None if workers is None else workers.layout
-    recorder = _recorder(config, model.device)
     adapters = DevicePool(
-        model.groups,
-        n_bytes=memory.adapter_bytes,
-        max_adapters=limits.max_loras,
-        capabilities=EngineCapabilities.of_model(
-            model, max_rank=config.max_lora_rank, layout=layout
-        ),
-        dtype=model.dtype,
-        device=model.device,
-        on_loaded=lambda: inbox.post(Wake()),
-        exponent_coding=None if workers is None else False,  # sizes are the same on all ranks
-        layout=layout,
-        others=NoOtherPools() if workers is None else workers,
-        faults=faults,
-        records_steps=recorder is not None,
+        model,
+        PoolLimits(memory.adapter_bytes, limits.max_loras, config.max_lora_rank),
+        on_loaded=lambda: inbox.post(_wake),
+        others=OtherPools() if workers is None else workers,
+        captures_steps=mode.capture is not None,
     )
     if workers is not None:
         workers.pack_with(adapters.packer)
@@ -191,31 +175,26 @@ def _assemble(
         model,
         kv_cache,
         adapters,
-        recorder,
-        _side_stream(config, model.device),
+        mode,
         flashinfer,
-        max_recorded_tokens=min(config.cuda_graph_tokens, limits.max_step_tokens),
+        max_captured_tokens=min(config.cuda_graph_tokens, limits.max_step_tokens),
     )
     scheduler = Scheduler(
         kv_cache,
         adapters,
+        StepCost(kv_cache.token_bytes),
         max_batch_size=limits.max_batch_size,
         max_step_tokens=limits.max_step_tokens,
     )
-    loop = EngineLoop(
-        runner,
-        kv_cache,
-        adapters,
-        scheduler,
-        inbox,
+    settings = LoopSettings(
         max_model_len=max_model_len,
         eos_token_ids=model.eos_token_ids,
         n_threads=config.threads or max(1, _DEFAULT_THREADS // config.tensor_parallel_size),
-        forced_tokens=config.forced_tokens,
+        jump_forward=config.jump_forward,
+        overlaps=mode.overlaps,
         arithmetic=arithmetic,
-        overlaps=config.async_scheduling and model.device.type != "cpu",
-        faults=faults,
     )
+    loop = EngineLoop(settings, runner, kv_cache, adapters, scheduler, inbox)
     _log.info(
         "engine: %s on %s in %s%s, %s layers, context %d, KV %d pages of %d tokens, "
         "adapter pool %d MiB",
@@ -223,35 +202,30 @@ def _assemble(
         model.device,
         str(model.dtype).removeprefix("torch."),
         f" with {model.spec.quantization} linears" if model.spec.quantization else "",
-        "fused" if model.is_fused else "transformers'",
+        "fused" if model.fused is not None else "transformers'",
         max_model_len,
         kv_cache.n_pages,
         kv_cache.page_size,
         adapters.pool.bytes_total >> 20,
     )
     if workers is None:
-        return Engine(loop, inbox, max_model_len=max_model_len)
-    workers.when_lost(lambda why: inbox.post(Lost(why)))
-    return Engine(loop, inbox, max_model_len=max_model_len, on_closed=workers.close)
+        return Engine(loop, inbox)
+    workers.when_lost(lambda why: inbox.post(partial(loop.lose_rank, why)))
+    return Engine(loop, inbox, on_closed=workers.close)
+
+
+def _wake() -> None:
+    """Makes the engine thread look for loads that are done."""
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """What ``EngineConfig.dtype`` means."""
-    if name != "auto":
-        return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
-    return torch.bfloat16
-
-
-def _warn_of_codes(spec: BaseSpec, device: torch.device) -> None:
-    if spec.quantization is not None and device.type == "cpu":
-        _log.warning(
-            "%s linears save memory on a CPU, and every step takes many times as long",
-            spec.quantization,
-        )
+    """Return the torch dtype of ``EngineConfig.dtype``."""
+    return {"float32": torch.float32, "float16": torch.float16}.get(name, torch.bfloat16)
 
 
 def _arithmetic(config: EngineConfig, device: torch.device) -> AbstractContextManager[object]:
-    """How the engine's thread multiplies. A CPU's kernels sum in one order as they are."""
+    """Return the context in which the engine thread computes. A CPU needs none: its kernels always
+    sum in one order."""
     if not config.deterministic or device.type == "cpu":
         return nullcontext()
     if config.tensor_parallel_size > 1:
@@ -262,17 +236,7 @@ def _arithmetic(config: EngineConfig, device: torch.device) -> AbstractContextMa
     return BatchInvariant()
 
 
-def _recorder(config: EngineConfig, device: torch.device) -> Recorder | None:
-    if config.tensor_parallel_size > 1:  # the other ranks run each step as it is told
-        return None
-    return CudaRecorder() if config.cuda_graphs and device.type != "cpu" else None
-
-
-def _side_stream(config: EngineConfig, device: torch.device) -> SideStream | None:
-    return CudaSideStream(device) if config.lora_side_stream and device.type != "cpu" else None
-
-
-def _context(model: BaseModel, config: EngineConfig) -> int:
+def _max_model_len(model: BaseModel, config: EngineConfig) -> int:
     wanted = config.max_model_len or model.max_positions
     if wanted > model.max_positions:
         raise ValueError(
@@ -282,7 +246,7 @@ def _context(model: BaseModel, config: EngineConfig) -> int:
     return wanted
 
 
-def _plan(
+def _plan_memory(
     model: BaseModel, config: EngineConfig, limits: StepLimits, max_model_len: int
 ) -> MemoryPlan:
     if model.device.type == "cpu":
@@ -290,7 +254,7 @@ def _plan(
             config.kv_memory_bytes or _CPU_KV_BYTES,
             config.adapter_memory_bytes or _CPU_ADAPTER_BYTES,
         )
-    n_pages = -(-max_model_len // config.page_size)
+    n_pages = -(-max_model_len // PAGE_SIZE)
     return plan_memory(
         profile_memory(model, n_tokens=limits.max_step_tokens, n_requests=limits.max_batch_size),
         utilization=config.gpu_memory_utilization,
@@ -298,7 +262,7 @@ def _plan(
         adapter_bytes=config.adapter_memory_bytes,
         min_kv_bytes=0
         if config.kv_memory_bytes is not None
-        else n_pages * _geometry(model).page_bytes(config.page_size, model.dtype),
+        else n_pages * _geometry(model).page_bytes(PAGE_SIZE, kv_dtype(config, model)),
     )
 
 
@@ -313,20 +277,20 @@ def _kv_cache(
     max_model_len: int,
     n_bytes: int,
 ) -> KvCache:
-    geometry = _geometry(model)
-    n_pages = n_bytes // geometry.page_bytes(config.page_size, model.dtype)
+    geometry, dtype = _geometry(model), kv_dtype(config, model)
+    n_pages = n_bytes // geometry.page_bytes(PAGE_SIZE, dtype)
     if n_pages < 1:
         raise ValueError(
             f"--kv-memory {n_bytes} bytes does not hold one page of "
-            f"{geometry.page_bytes(config.page_size, model.dtype)} bytes; give it more"
+            f"{geometry.page_bytes(PAGE_SIZE, dtype)} bytes; give it more"
         )
     return KvCache(
         geometry,
         n_pages=n_pages,
-        page_size=config.page_size,
+        page_size=PAGE_SIZE,
         max_requests=limits.max_batch_size,
         max_model_len=max_model_len,
-        dtype=model.dtype,
+        dtype=dtype,
         device=model.device,
         prefix_cache=config.prefix_cache,
         shard=model.shard,

@@ -1,104 +1,108 @@
 """Settings of the engine, fixed at start."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from loraplex_server.options import Bytes, Options, Panel, option
 
-__all__ = ["EngineConfig"]
-
 _AtLeastOne = Annotated[int, Field(ge=1)]
 _Size = Annotated[Bytes, Field(ge=1)]
 
 
-class EngineConfig(Options):
-    """The engine reads no flags and no environment.
+class EngineConfig(Options, panel=Panel.ENGINE):
+    """Settings of the engine.
 
-    ``auto`` and None mean that the engine picks what fits the device and the model.
+    ``auto`` and None let the engine choose a value that fits the device and the model.
     """
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
-        "auto", "auto, bfloat16, float16 or float32.", Panel.MODEL
+        "auto",
+        "Use this type for weights and activations: auto, bfloat16, float16 or float32.",
+        panel=Panel.MODEL,
     )
     quantization: Literal["none", "int8", "int4", "fp8"] = option(
-        "none", "Hold the base's linears in 8 or 4 bits: none, int8, int4 or fp8.", Panel.MODEL
+        "none", "Quantise the base's linear layers: none, int8, int4 or fp8.", panel=Panel.MODEL
     )
-    device: str = option("auto", "auto, cpu, cuda or cuda:N.", Panel.MODEL)
+    device: str = option(
+        "auto", "Compute on this device: auto, cpu, cuda or cuda:N.", panel=Panel.MODEL
+    )
     tensor_parallel_size: _AtLeastOne = option(
-        1, "Processes that each compute a part of every layer: one on each GPU.", Panel.MODEL
+        1,
+        "Split every layer over this number of processes, one on each GPU.",
+        panel=Panel.MODEL,
     )
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = option(
         0.9,
-        "Share of a GPU's memory for weights, KV cache and adapters.",
-        Panel.MODEL,
+        "Use this share of a GPU's memory for weights, KV cache and adapters.",
+        panel=Panel.MODEL,
         metavar="SHARE",
     )
     max_model_len: _AtLeastOne | None = option(
-        None, "Tokens of prompt and output. Default: the model's own.", Panel.MODEL
+        None,
+        "Limit a prompt and its output together to this number of tokens. Default: the model's "
+        "own.",
+        panel=Panel.MODEL,
     )
     max_batch_size: _AtLeastOne | None = option(
-        None, "Requests of one step. Default: 256; 64 on a CPU.", Panel.ENGINE
+        None, "Compute at most this number of requests in a step. Default: 256; 64 on a CPU."
     )
     max_step_tokens: _AtLeastOne | None = option(
-        None, "Tokens of one step, prefill included. Default: 2048; 128 on a CPU.", Panel.ENGINE
+        None,
+        "Compute at most this number of tokens in a step, prefill included. Default: 2048; 128 "
+        "on a CPU.",
     )
-    max_queue: _AtLeastOne = option(512, "Waiting requests of a tenant before 429.", Panel.ENGINE)
+    max_queue: _AtLeastOne = option(
+        512, "Let at most this number of requests of a tenant wait. Further requests get a 429."
+    )
     kv_memory_bytes: _Size | None = option(
         None,
-        "Of the KV cache, as 2GiB. Default: what fits; 1GiB on a CPU.",
-        Panel.ENGINE,
+        "Reserve this memory for the KV cache, such as 2GiB. Default: what fits; 1GiB on a CPU.",
         name="kv_memory",
-        metavar="SIZE",
     )
-    page_size: _AtLeastOne = option(16, "Tokens of a KV page.", Panel.ENGINE, hidden=True)
-    forced_tokens: bool = option(
-        True,
-        "Where a grammar leaves no choice, compute its tokens at once; no answer changes.",
-        Panel.ENGINE,
-        hidden=True,
-    )
-    prefix_cache: bool = option(True, "Share the KV of common prompt beginnings.", Panel.ENGINE)
-    cuda_graphs: bool = option(
-        True, "On a GPU, record steps at start and replay them.", Panel.ENGINE
-    )
-    cuda_graph_tokens: Annotated[int, Field(ge=0)] = option(
-        512, "Tokens of the largest step with prompt chunks to record. 0: none.", Panel.ENGINE
-    )
-    async_scheduling: bool = option(
-        True, "On a GPU, schedule the next step while one runs.", Panel.ENGINE
-    )
-    lora_side_stream: bool = option(
-        False, "On a GPU, shrink x of adapters beside the base's product.", Panel.ENGINE
-    )
-    attention_backend: Literal["auto", "triton", "flashinfer"] = option(
+    kv_cache_dtype: Literal["auto", "fp8"] = option(
         "auto",
-        "On a GPU: triton, flashinfer (pip install loraplex[flashinfer]), or auto: what is there.",
-        Panel.ENGINE,
+        "Keep the KV cache in the dtype of the base (auto), or on a GPU in fp8 (e4m3), which holds "
+        "twice the tokens.",
+    )
+    jump_forward: bool = True  # compute the tokens that a grammar forces together, in one step
+    prefix_cache: bool = option(True, "Share the KV cache of prompts with a common prefix.")
+    cuda_graphs: bool = option(True, "On a GPU, capture steps as CUDA graphs at start.")
+    cuda_graph_tokens: Annotated[int, Field(ge=0)] = option(
+        512, "Capture steps with prompt chunks up to this number of tokens. 0 captures none."
+    )
+    async_scheduling: bool = option(True, "On a GPU, schedule the next step while one runs.")
+    attention_backend: Literal["auto", "triton", "flashinfer"] = option(
+        "auto", "Compute attention on a GPU with triton, flashinfer (loraplex[flashinfer]) or auto."
     )
     deterministic: bool = option(
         False,
-        "On a GPU, give a row the same bits in every batch; slower prompts. A CPU always does.",
-        Panel.ENGINE,
+        "On a GPU, compute a row with the same bits in every batch, as a CPU does. This slows "
+        "prefill.",
     )
     kernels: Literal["native", "reference"] = option(
-        "native", "native, or reference: PyTorch, to compare.", Panel.ENGINE, hidden=True
+        "native", "Run the native CPU kernels, or reference (PyTorch) for comparison."
     )
-    fuse: bool = option(True, "Layers as one list of kernels.", Panel.ENGINE, hidden=True)
-    self_check: bool = option(
-        True, "At start, hold the base against transformers' own forward.", Panel.ENGINE
+    fuse: bool = option(
+        True, "Run the layers as one list of kernels instead of transformers' modules."
     )
-    threads: _AtLeastOne | None = option(None, "CPU threads. Default: torch's.", Panel.ENGINE)
+    self_check: bool = option(True, "At start, compare the base with transformers' own forward.")
+    threads: _AtLeastOne | None = option(
+        None, "Run the engine on this number of CPU threads. Default: torch's."
+    )
     max_loras: _AtLeastOne | None = option(
-        None, "Distinct adapters of one step. Default: 512; 64 on a CPU.", Panel.ADAPTERS
+        None,
+        "Keep at most this number of adapters on the device, and so in a step. Default: 512; 64 "
+        "on a CPU.",
+        panel=Panel.ADAPTERS,
     )
-    max_lora_rank: _AtLeastOne | None = option(None, "Default: any rank that fits.", Panel.ADAPTERS)
+    max_lora_rank: _AtLeastOne = option(
+        512, "Serve adapters and mixtures up to this rank.", panel=Panel.ADAPTERS
+    )
     adapter_memory_bytes: _Size | None = option(
         None,
-        "Of adapters on the device. Default: what fits; 1GiB on a CPU.",
-        Panel.ADAPTERS,
+        "Reserve this memory for adapters on the device, such as 1GiB. Default: what fits; 1GiB "
+        "on a CPU.",
+        panel=Panel.ADAPTERS,
         name="adapter_memory",
-        metavar="SIZE",
     )

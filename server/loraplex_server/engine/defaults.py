@@ -1,15 +1,13 @@
-"""Settings that a CPU and a GPU have other defaults for."""
-
-from __future__ import annotations
+"""Defaults that differ between CPUs and GPUs."""
 
 import os
 from typing import NamedTuple
 
 import torch
 
-from .config import EngineConfig
+from loraplex_server.model.base_model import BaseModel
 
-__all__ = ["StepLimits", "host_tier_bytes", "step_limits"]
+from .config import EngineConfig
 
 _GIB = 1 << 30
 _HOST_TIER_BYTES = 2 * _GIB
@@ -28,11 +26,11 @@ _OF_A_GPU = StepLimits(256, 2048, 512)
 
 
 def step_limits(config: EngineConfig, device: torch.device) -> StepLimits:
-    """Those of the config, and the device's own where it leaves them open.
+    """Return the limits of the config, and the device's defaults where the config has none.
 
-    A CPU is as fast per token in small chunks, and everybody who decodes waits for a chunk; a GPU
-    reads its weights once for 2,048 tokens as for one. A routed adapter takes a slot for each
-    expert, and a slot costs a GPU some 20 KB.
+    On a CPU small chunks cost no more per token, and every decoding request waits for a chunk. A
+    GPU reads its weights once for 2,048 tokens as for one. A routed adapter takes a slot for each
+    expert; a slot costs a GPU about 20 KB.
     """
     own = _OF_A_CPU if device.type == "cpu" else _OF_A_GPU
     return StepLimits(
@@ -42,8 +40,25 @@ def step_limits(config: EngineConfig, device: torch.device) -> StepLimits:
     )
 
 
+def kv_dtype(config: EngineConfig, model: BaseModel) -> torch.dtype:
+    """Return the dtype of the KV cache. Raises ValueError where fp8 is not served."""
+    if config.kv_cache_dtype == "auto":
+        own: torch.dtype = model.dtype
+        return own
+    if model.device.type == "cpu" or model.dtype.itemsize != 2 or model.shard is not None:
+        raise ValueError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs one GPU and a base in 16 bits; this "
+            f"base is in {str(model.dtype).removeprefix('torch.')} on "
+            f"{'several devices' if model.shard is not None else model.device}; leave it out"
+        )
+    return torch.float8_e4m3fn
+
+
 def host_tier_bytes(device: torch.device) -> int:
-    """Of packed adapters in host memory: 2 GiB, and beside a GPU a quarter of what is free."""
+    """Return the bytes for packed adapters in host memory.
+
+    They are 2 GiB, and with a GPU a quarter of the free memory if that is more.
+    """
     if device.type == "cpu":
         return _HOST_TIER_BYTES
     wanted = int(_free_host_bytes() * _HOST_TIER_SHARE)

@@ -1,18 +1,16 @@
 """The engine thread: reads messages, runs steps, sends tokens.
 
-    inbox → scheduler → model runner → answers → output router
+    inbox → scheduler → model runner → output processor → output router
 
-Where a device of its own computes, a step is scheduled and given to it while the one before still
-runs; then the tokens of that one are waited for (``_overlaps``):
+On a GPU the next step is scheduled and launched while the previous one still runs. Then the loop
+waits for the tokens of the previous step (``LoopSettings.overlaps``):
 
     host    schedule 2, start 2 │ wait 1, commit 1 │ schedule 3, start 3 │ wait 2, commit 2 │
     device  1 …                   2 …                                      3 …
 
-``Answers`` owns the requests while they are here. All but the constructor and ``stats`` runs on the
-thread.
+``OutputProcessor`` owns the open requests. Everything but the constructor and ``stats`` runs on the
+engine thread.
 """
-
-from __future__ import annotations
 
 import logging
 import threading
@@ -23,49 +21,52 @@ from dataclasses import dataclass
 
 import torch
 
-from loraplex_adapter_store.faults import FaultLog, NoFaultLog
+from loraplex_adapter_store.part_log import worked
 
-from .answers import Answers
-from .device_pool import DevicePool
+from .adapters.device_pool import DevicePool
+from .adapters.expert_monitor import ExpertMonitor
 from .errors import EngineDead, EngineDraining, EngineError, RankLost
-from .expert_monitor import ExpertMonitor
-from .inbox import Inbox
-from .kv_cache import KvCache
-from .messages import Cancel, FailAll, Lost, Message, SetPinned, Stop, Submit, Unload, Wake, Warm
-from .model_runner import ModelRunner, StartedStep
-from .request import Request
-from .sampler import is_adjusted
-from .scheduler import ScheduledChunk, Scheduler
-from .step_stats import StepStats
-
-__all__ = ["EngineLoop"]
+from .memory.kv_cache import KvCache
+from .output_processor import OutputProcessor
+from .requests.inbox import Inbox, Message, Unload
+from .requests.request import Request
+from .sampling.token_rules import is_adjusted
+from .scheduling.scheduler import ScheduledChunk, Scheduler
+from .scheduling.step_stats import StepStats
+from .steps.model_runner import ModelRunner, StartedStep
 
 _log = logging.getLogger(__name__)
 
 _IDLE_HEARTBEAT_S = 1.0
 _N_PREFETCH = 8  # waiting requests whose adapters are loaded ahead
-_N_PROBES = 3  # of the model, all of which fail where the device is broken
+_N_PROBES = 3  # the device counts as broken if all of them fail
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """The settings of the engine thread."""
+
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    n_threads: int  # torch's compute threads
+    jump_forward: bool = True  # tokens that a grammar forces are computed together
+    overlaps: bool = False  # a step runs while the next one is scheduled
+    arithmetic: AbstractContextManager[object] = nullcontext()  # noqa: RUF009  stateless
 
 
 class EngineLoop:
-    """One thread runs ``run`` once."""
+    """The body of the engine thread, which calls ``run`` once."""
 
     def __init__(
         self,
+        settings: LoopSettings,
         runner: ModelRunner,
         kv_cache: KvCache,
         adapters: DevicePool,
         scheduler: Scheduler,
         inbox: Inbox,
-        *,
-        max_model_len: int,
-        eos_token_ids: frozenset[int],
-        n_threads: int,
-        forced_tokens: bool = True,
-        arithmetic: AbstractContextManager[object] = nullcontext(),  # noqa: B008  stateless
-        overlaps: bool = False,  # steps and their scheduling
-        faults: FaultLog = NoFaultLog(),  # noqa: B008  stateless
     ) -> None:
+        self.settings = settings
         self.runner = runner
         self.kv_cache = kv_cache
         self.adapters = adapters
@@ -73,36 +74,34 @@ class EngineLoop:
         self.stats = StepStats(scheduler, kv_cache, adapters)
         self.heartbeat = time.monotonic()  # when the thread last showed life
         self.started = threading.Event()
-        self.arithmetic = arithmetic  # how this thread multiplies
-        self.eos_token_ids = eos_token_ids
         self._scheduler = scheduler
         self._inbox = inbox
-        self._faults = faults
-        self._answers = Answers(
+        self.outputs = OutputProcessor(
             scheduler,
             kv_cache,
             inbox,
             self.stats,
-            max_model_len=max_model_len,
-            eos_token_ids=eos_token_ids,
-            feeds_forced=forced_tokens,
+            max_model_len=settings.max_model_len,
+            eos_token_ids=settings.eos_token_ids,
+            jump_forward=settings.jump_forward,
         )
-        self._n_threads = n_threads
-        self._overlaps = overlaps
         self._in_flight: _InFlight | None = None
+        self._finished = 0.0  # when the last step did
         self._unloads: list[Unload] = []  # not answered yet
         self._is_stopping = False
 
     def run(self) -> None:
-        """Runs until a ``Stop`` or a device failure, then ends every request with an event."""
+        """Runs until ``stop`` or a device failure, then ends every request with an event."""
         # torch counts threads per thread, but a thread's first call takes the value that any thread
         # set last. Calling ``get`` first fixes that, so no other thread can change it later.
         torch.get_num_threads()
-        torch.set_num_threads(self._n_threads)
+        torch.set_num_threads(self.settings.n_threads)
         try:
-            with self.arithmetic:
+            with self.settings.arithmetic:
                 try:
                     self.runner.warm_up(self._scheduler.max_step_tokens)
+                    self.stats.lost_at_start = self.runner.lost_at_start
+                    self.stats.after_step(())
                 finally:
                     self.started.set()
                 while not self._is_stopping:
@@ -116,25 +115,25 @@ class EngineLoop:
         self._read_inbox()
         ends_flight = self._in_flight is not None
         if self._in_flight is not None and self._in_flight.is_needed_next:
-            self._finish_flight()
+            self._finish_step()
         self.adapters.publish_arrived()
         self._scheduler.prefetch(_N_PREFETCH)
         scheduled = self._scheduler.schedule()
         self._inbox.admitted(scheduled.first_admitted)
         for request, error in scheduled.failed:
-            self._answers.fail(request, error)
-        if self._overlaps:
-            self._take_off(scheduled.chunks)
+            self.outputs.fail(request, error)
+        if self.settings.overlaps:
+            self._launch_async(scheduled.chunks)
         elif scheduled.chunks:
             self._run_chunks(scheduled.chunks)
         self.stats.after_step(scheduled.chunks)
         if scheduled.chunks or ends_flight:
             self.experts.look(self.adapters.residents, idle=not self._scheduler.running)
-        self._answers.flush()
+        self.outputs.flush()
         self._unload()
 
     def _read_inbox(self) -> None:
-        """Takes every message; waits for one while there is nothing to run."""
+        """Handles every message; waits for the next one while there is nothing to run."""
         is_idle = not self._scheduler.running and self._in_flight is None
         while not self._is_stopping:
             self.heartbeat = time.monotonic()
@@ -146,103 +145,112 @@ class EngineLoop:
                 return
 
     def _handle(self, message: Message) -> None:
-        match message:
-            case Submit(request):
-                self._answers.accept(request)
-            case Cancel(request_id):
-                self._answers.cancel(request_id)
-            case SetPinned(digest, pinned):
-                self.adapters.set_pinned(digest, pinned)
-            case Warm(plan):
-                self.adapters.warm(plan)
-            case Unload():
-                self._unloads.append(message)
-            case FailAll(error):
-                self._answers.fail_all(error)
-            case Lost(why):
-                raise RankLost(why)
-            case Stop():
-                self._is_stopping = True
-            case Wake():
-                pass
+        if isinstance(message, Request):
+            self.outputs.accept(message)
+        elif isinstance(message, Unload):
+            self._unloads.append(message)
+        else:
+            message()
+
+    def stop(self) -> None:
+        """Makes the thread end after this step. Engine thread."""
+        self._is_stopping = True
+
+    def lose_rank(self, why: str) -> None:
+        """Raises RankLost, which ends the thread. Engine thread."""
+        raise RankLost(why)
 
     def _unload(self) -> None:
-        """Frees what was asked for, but for what is still being loaded: that waits.
+        """Unloads adapters as requested. Adapters that are still loading wait for a later step.
 
-        Answers when ``stats`` tells of it.
+        Replies once ``stats`` shows the result.
         """
-        loading = [one for one in self._unloads if self.adapters.is_loading(one.digest)]
+        loading = [unload for unload in self._unloads if self.adapters.is_loading(unload.digest)]
         if len(loading) == len(self._unloads):
             return
-        ready = [one for one in self._unloads if one not in loading]
-        n_bytes = [self.adapters.drop(one.digest) for one in ready]
+        ready = [unload for unload in self._unloads if unload not in loading]
+        n_bytes = [self.adapters.drop(unload.digest) for unload in ready]
         self.stats.after_step(())
         self._unloads = loading
-        for one, freed in zip(ready, n_bytes, strict=True):
-            one.freed_bytes.send(freed)
+        for unload, freed in zip(ready, n_bytes, strict=True):
+            unload.answer(freed)
 
-    def _take_off(self, chunks: Sequence[ScheduledChunk]) -> None:
-        """Starts a step behind the one that runs, then waits for that one's tokens."""
-        before, started, failed = self._in_flight, None, None
+    def _launch_async(self, chunks: Sequence[ScheduledChunk]) -> None:
+        """Launches a step behind the running one, then waits for the running one's tokens."""
+        previous, started, failure = self._in_flight, None, None
+        began = time.perf_counter()
         if chunks:
             try:
-                started = self.runner.start(chunks, None if before is None else before.step)
+                started = self.runner.start(chunks, None if previous is None else previous.step)
             except RankLost:
-                raise  # nothing can be computed any more, nor can what runs be finished
+                raise  # nothing can be computed any more; the running step cannot finish either
             except Exception as error:
-                failed = error
-        if not self._finish_flight():
-            return  # what was started went on from what failed
-        chunks = [chunk for chunk in chunks if self._answers.has(chunk.request)]
-        if failed is not None:
-            self._faults.failed("model", failed)
-            self._run_one_by_one(chunks, failed)
+                failure = error
+        if not self._finish_step():
+            return  # the launched step built on the one that failed
+        chunks = [chunk for chunk in chunks if self.outputs.has(chunk.request)]
+        if failure is not None:
+            self._run_one_by_one(chunks, failure)
         elif started is not None:
             self._scheduler.started(chunks)
             for request in started.generating:
-                if self._answers.has(request):
-                    request.expect_token(is_full=self._answers.room(request) <= 1)
-            self._in_flight = _InFlight(chunks, started)
+                if self.outputs.has(request):
+                    request.add_placeholder(is_full=self.outputs.n_left(request) <= 1)
+            self._in_flight = _InFlight(chunks, started, began)
 
-    def _finish_flight(self) -> bool:
-        """Waits for the step that runs and commits it; False if it failed and was run again."""
+    def _finish_step(self) -> bool:
+        """Waits for the running step and commits it. Returns False if it failed and ran again."""
         flight, self._in_flight = self._in_flight, None
         if flight is None:
             return True
         # Requests may have been preempted or ended meanwhile, by a client or the scheduler.
-        alive = [chunk for chunk in flight.chunks if self._answers.has(chunk.request)]
+        alive = [chunk for chunk in flight.chunks if self.outputs.has(chunk.request)]
         for chunk in alive:
-            chunk.request.settle_token()
+            chunk.request.remove_placeholder()
         try:
             result = self.runner.finish(flight.step)
         except RankLost:
             raise
         except Exception as error:
-            self._faults.failed("model", error)
             again = [chunk for chunk in alive if self._scheduler.undo_start(chunk)]
             if again:
                 self._run_one_by_one(again, error)
+            else:
+                _log.error("a step failed: %s", error, extra={"part": "model"})
             return False
-        self._faults.worked("model")
-        self._answers.take(alive, result)
+        worked("model")
+        self._measured(flight.chunks, flight.began)
+        self.outputs.process(alive, result)
         return True
 
     def _run_chunks(self, chunks: Sequence[ScheduledChunk]) -> None:
+        began = time.perf_counter()
         try:
             result = self.runner.run(chunks)
         except RankLost:
             raise  # no request is to blame, and nothing can be computed any more
         except Exception as error:
-            self._faults.failed("model", error)
             self._run_one_by_one(chunks, error)
             return
-        self._faults.worked("model")
+        worked("model")
+        self._measured(chunks, began)
         self._scheduler.started(chunks)
-        self._answers.take(chunks, result)
+        self.outputs.process(chunks, result)
+
+    def _measured(self, chunks: Sequence[ScheduledChunk], began: float) -> None:
+        """Reports the seconds of a finished step, less those when the device ran the previous."""
+        now = time.perf_counter()
+        self._scheduler.measured(chunks, now - max(began, self._finished))
+        self._finished = now
 
     def _run_one_by_one(self, chunks: Sequence[ScheduledChunk], cause: Exception) -> None:
-        """A step failed: finds the guilty request by running each alone; the others go on."""
-        _log.error("a step of %d requests failed: %s; trying each alone", len(chunks), cause)
+        """Runs each request of a failed step alone, so that only the faulty request fails."""
+        _log.error(
+            "a step of %d requests failed: %s; trying each alone",
+            len(chunks),
+            cause,
+            extra={"part": "model"},
+        )
         n_failed = 0
         for chunk in chunks:
             if isinstance(cause, torch.OutOfMemoryError):
@@ -250,18 +258,18 @@ class EngineLoop:
             try:
                 result = self.runner.run([chunk])
                 self._scheduler.started([chunk])
-                self._answers.take([chunk], result)
+                self.outputs.process([chunk], result)
             except RankLost:
                 raise
             except Exception as error:
                 _log.exception("request %s failed", chunk.request.id)
                 n_failed += 1
-                self._answers.fail(chunk.request, _failed(chunk.request, error))
+                self.outputs.fail(chunk.request, _failed(chunk.request, error))
         if n_failed == len(chunks):
             self._probe()
 
     def _probe(self) -> None:
-        """Called when every request of a step failed. Raises if the device is broken.
+        """Raises if the device is broken. Called when every request of a step failed.
 
         If only the requests were bad, the engine goes on.
         """
@@ -275,28 +283,29 @@ class EngineLoop:
         raise RuntimeError(f"the model does not run any more: {cause}") from cause
 
     def _close(self, error: EngineError) -> None:
-        """Ends the thread: all who wait get an answer or an error, later messages are refused."""
+        """Answers or fails everyone who waits. Later messages are refused."""
         unread = []
         for message in [*self._unloads, *self._inbox.close(error)]:
-            if isinstance(message, Submit):
-                unread.append(message.request)
+            if isinstance(message, Request):
+                unread.append(message)
             elif isinstance(message, Unload):
-                message.freed_bytes.send(0)
-        self._answers.close(unread, error)
+                message.answer(0)
+        self.outputs.close(unread, error)
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A step that the device computes."""
+    """A step that the device is computing."""
 
     chunks: Sequence[ScheduledChunk]
     step: StartedStep
+    began: float
 
     @property
     def is_needed_next(self) -> bool:
-        """Whether no step can be prepared before its tokens are known.
+        """Return True if the next step cannot be prepared before this step's tokens are known.
 
-        Grammars, penalties, biases and forbidden tokens follow the tokens before.
+        Grammars, penalties, biases and forbidden tokens depend on the tokens before.
         """
         return any(
             request.constraint is not None or is_adjusted(request)
@@ -305,7 +314,7 @@ class _InFlight:
 
 
 def _failed(request: Request, error: Exception) -> EngineError:
-    """What the listener is told; other errors' messages are for the log: they may name anything."""
+    """Return the error for the listener. Messages of unknown errors stay in the log."""
     if isinstance(error, EngineError):
         return error
     if isinstance(error, torch.OutOfMemoryError):

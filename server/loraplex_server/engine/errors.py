@@ -4,30 +4,16 @@ EngineError
 ├── QueueFull          the bounded queue is full: try again later
 ├── EngineDraining     the server is going down: try another replica
 ├── ContextOverflow    prompt + max_tokens cannot fit the context or the KV memory
-├── GrammarTooComplex  a step of the request's grammar takes more than is allowed
+├── GrammarTooComplex  a step of the request's grammar exceeds its limits
 ├── NoTokenAllowed     the request's own fields forbid every token
-├── AdapterUnservable  the plan cannot be placed (too large for the pool, unsupported part)
+├── AdapterUnservable  the adapter is too large for the pool or has an unsupported part
 ├── AdapterLoadFailed  the copy to the device failed: try again
-├── NoAdapterPlace     the device is taken by pinned adapters: unpin one
-├── RankLost           the engine's processes are not in step any more: it dies of it
+├── NoAdapterSlot      pinned adapters take all of the device pool: unpin one
+├── RankLost           a rank is gone or out of step: the engine stops
 └── EngineDead         the engine thread stopped: nothing can be served
 """
 
 from __future__ import annotations
-
-__all__ = [
-    "AdapterLoadFailed",
-    "AdapterUnservable",
-    "ContextOverflow",
-    "EngineDead",
-    "EngineDraining",
-    "EngineError",
-    "GrammarTooComplex",
-    "NoAdapterPlace",
-    "NoTokenAllowed",
-    "QueueFull",
-    "RankLost",
-]
 
 
 class EngineError(Exception):
@@ -35,7 +21,7 @@ class EngineError(Exception):
 
 
 class QueueFull(EngineError):
-    """Carries ``retry_after_s``, an estimate from the queue's length and the recent rate."""
+    """The queue is full. ``retry_after_s`` is estimated from its length and the recent rate."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -58,7 +44,7 @@ class GrammarTooComplex(EngineError):
 
 
 class NoTokenAllowed(EngineError):
-    """Carries ``param``, the field that forbids what the others leave."""
+    """The request's fields leave no token. ``param`` is the field that forbids the last ones."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -76,7 +62,7 @@ class AdapterLoadFailed(EngineError):
     pass
 
 
-class NoAdapterPlace(EngineError):
+class NoAdapterSlot(EngineError):
     pass
 
 

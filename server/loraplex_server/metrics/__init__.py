@@ -1,1 +1,1 @@
-"""What /metrics shows: counted here, rendered by a collector of our own."""
+"""Counts for /metrics, and the collectors that render them."""

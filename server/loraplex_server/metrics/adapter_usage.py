@@ -1,20 +1,21 @@
-"""Per-adapter counters with a bounded number of series, each of them monotone.
+"""Counts requests and tokens of each adapter since the start.
 
-An adapter counts to its own series while it is among the shown ones and to ``other`` otherwise,
-so being promoted or demoted never makes a counter run backwards.
+``AdapterUsage`` is for /metrics, with a bounded number of series, each of which only grows: a busy
+adapter has a series of its own, and all others count as ``other``. ``AdapterActivities`` is for the
+console and the API, and counts every adapter.
 """
 
-from __future__ import annotations
-
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-__all__ = ["OTHER", "AdapterCounters", "AdapterUsage"]
+from time import perf_counter
 
 OTHER = "other"
-_DECAY = 0.5  # of the scores, at each review
-_LEAD = 1.5  # by which a newcomer must beat the weakest shown adapter
+_DECAY = 0.5  # factor of the scores at each review
+_LEAD = 1.5  # factor by which an adapter must beat the weakest shown one
 _MAX_SCORES = 10_000
+_WINDOW_S = 10  # window of the token rate
+_MAX_NAMES = 10_000  # the least recently used adapters are forgotten
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class AdapterUsage:
         self._scores: dict[str, float] = {}
 
     def counters(self, name: str) -> AdapterCounters:
-        """Where a request for ``name`` counts; keep it for the whole request."""
+        """Return the counters of ``name``, which a request keeps to its end."""
         if name in self._scores or len(self._scores) < _MAX_SCORES:
             self._scores[name] = self._scores.get(name, 0.0) + 1.0
         shown = self._shown.get(name)
@@ -48,7 +49,7 @@ class AdapterUsage:
         return shown or self._other
 
     def review(self) -> None:
-        """Lets busy adapters take the places of idle ones. Call every few seconds."""
+        """Give the series of idle adapters to busy ones. Call this every few seconds."""
         hidden = sorted(
             (name for name in self._scores if name not in self._shown),
             key=self._scores.__getitem__,
@@ -66,3 +67,55 @@ class AdapterUsage:
     def all(self) -> Iterable[AdapterCounters]:
         yield from self._shown.values()
         yield self._other
+
+
+class AdapterActivity:
+    """The counts of one adapter. Event loop only."""
+
+    __slots__ = ("_by_second", "_second", "n_output_tokens", "n_requests")
+
+    def __init__(self) -> None:
+        self.n_requests = 0
+        self.n_output_tokens = 0
+        self._second = 0  # perf_counter value of the newest slot
+        self._by_second = [0] * _WINDOW_S  # one slot for each of the last seconds
+
+    def add_tokens(self, n_tokens: int, now: float) -> None:
+        """Count tokens of an answer, as they are sent. ``now`` is a perf_counter value."""
+        second = int(now)
+        if second != self._second:
+            self._forget_until(second)
+        self._by_second[second % _WINDOW_S] += n_tokens
+        self.n_output_tokens += n_tokens
+
+    def to_json(self) -> dict[str, object]:
+        self._forget_until(int(perf_counter()))
+        return {
+            "requests": self.n_requests,
+            "output_tokens": self.n_output_tokens,
+            "tokens_per_s": sum(self._by_second) / _WINDOW_S,
+        }
+
+    def _forget_until(self, second: int) -> None:
+        """Empty the slots of the seconds since the newest one."""
+        for passed in range(max(self._second, second - _WINDOW_S) + 1, second + 1):
+            self._by_second[passed % _WINDOW_S] = 0
+        self._second = max(self._second, second)
+
+
+class AdapterActivities:
+    """The counts of all adapters. Event loop only."""
+
+    def __init__(self) -> None:
+        self._by_name: OrderedDict[str, AdapterActivity] = OrderedDict()
+
+    def used(self, name: str) -> AdapterActivity:
+        """Return the counts of ``name``, which a request keeps to its end."""
+        activity = self._by_name.setdefault(name, AdapterActivity())
+        self._by_name.move_to_end(name)
+        if len(self._by_name) > _MAX_NAMES:
+            self._by_name.popitem(last=False)
+        return activity
+
+    def of(self, name: str) -> dict[str, object]:
+        return (self._by_name.get(name) or AdapterActivity()).to_json()

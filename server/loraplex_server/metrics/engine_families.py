@@ -1,192 +1,120 @@
-"""What one engine tells: rows, KV cache, steps, tenants, adapters on the device."""
-
-from __future__ import annotations
+"""Metric families of one engine: requests, KV cache, steps, tenants, adapters on the device."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 
-from prometheus_client.core import (
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    SummaryMetricFamily,
-)
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 
-from loraplex_adapter_store.card import AdapterCard
-from loraplex_server.engine.client import STEP_TOKENS, EngineStats, TenantStats
+from loraplex_adapter_store.names.card import AdapterCard
 from loraplex_server.engine.config import EngineConfig
+from loraplex_server.engine.memory.kv_cache import PAGE_SIZE
+from loraplex_server.engine.requests.client import STEP_TOKENS, EngineStats, TenantStats
 
 from .adapter_usage import OTHER
-from .histograms import LABELS
-from .single_samples import SingleSamples
+from .families import HELP, LABELS, counter, gauge, states, summary
 
-__all__ = ["EngineFamilies", "names_by_digest"]
-
-_MAX_RESIDENCY_SERIES = 128
+_MAX_RESIDENCY_SERIES = 128  # of vllm:lora_adapter_loaded, whose help text names the number
 _MAX_TENANTS = 50
 
 
-class EngineFamilies:
-    """Stateless: each call builds current samples."""
+def _kv_share(stats: EngineStats) -> float:
+    return stats.kv_pages_used / stats.kv_pages_total if stats.kv_pages_total else 0.0
 
-    def __init__(self, config: EngineConfig, model_name: str) -> None:
-        self._config = config
-        self._one = SingleSamples(model_name)
 
-    def of(
-        self, stats: EngineStats, cards: Sequence[AdapterCard], *, alive: bool
-    ) -> Iterator[Metric]:
-        """By what the engine said last; ``cards`` have the names of its adapters."""
-        yield from self._engine_families(stats, alive)
-        yield from self._tenant_families(stats)
-        yield from self._lora_families(stats, cards)
-        yield from self._device_families(stats)
+# name → the value of the metric
+_GAUGES: dict[str, Callable[[EngineStats], float]] = {
+    "vllm:num_requests_running": lambda stats: stats.n_running,
+    "vllm:num_requests_waiting": lambda stats: stats.n_waiting,
+    "vllm:kv_cache_usage_perc": _kv_share,
+    "vllm:gpu_cache_usage_perc": _kv_share,
+    "loraplex_engine_step_age_seconds": lambda stats: stats.step_age_s,
+    "vllm:num_gpu_loaded_lora_adapters": lambda stats: len(set(stats.resident_adapters)),
+    "vllm:max_gpu_lora_adapters": lambda stats: stats.pool_slots_total,
+}
+_COUNTERS: dict[str, Callable[[EngineStats], float]] = {
+    "vllm:prefix_cache_queries": lambda stats: stats.prefix_queries,
+    "vllm:prefix_cache_hits": lambda stats: stats.prefix_hits,
+    "vllm:num_preemptions": lambda stats: stats.n_preemptions,
+    "loraplex_forced_tokens": lambda stats: stats.n_jump_forward_tokens,
+    "loraplex_engine_steps": lambda stats: stats.n_steps,
+    "loraplex_rows_taken_back": lambda stats: stats.n_fairness_preemptions,
+    "loraplex_adapter_loads": lambda stats: stats.n_adapter_loads,
+    "loraplex_adapter_evictions": lambda stats: stats.n_adapter_evictions,
+}
 
-    def _engine_families(self, stats: EngineStats, alive: bool) -> Iterator[Metric]:
-        total = stats.kv_pages_total
-        used = stats.kv_pages_used / total if total else 0.0
-        gauge, counter = self._one.gauge, self._one.counter
-        yield gauge(
-            "vllm:num_requests_running", "Requests that the engine computes now.", stats.n_running
-        )
-        yield gauge(
-            "vllm:num_requests_waiting", "Requests that wait for the engine.", stats.n_waiting
-        )
-        yield gauge("vllm:kv_cache_usage_perc", "Share of KV pages in use, 0 to 1.", used)
-        yield gauge("vllm:gpu_cache_usage_perc", "Older name of kv_cache_usage_perc.", used)
-        pages = GaugeMetricFamily("loraplex_kv_pages", "Pages of the KV cache.", labels=("state",))
-        pages.add_metric(("used",), stats.kv_pages_used)
-        pages.add_metric(("total",), total)
-        yield pages
-        info = GaugeMetricFamily(
-            "vllm:cache_config_info",
-            "Geometry of the KV cache.",
-            labels=("block_size", "num_gpu_blocks", "enable_prefix_caching", "engine"),
-        )
-        page, prefix = str(self._config.page_size), str(self._config.prefix_cache)
-        info.add_metric((page, str(total), prefix, "0"), 1.0)
-        yield info
-        yield counter(
-            "vllm:prefix_cache_queries",
-            "Prompt tokens looked up in the prefix cache.",
-            stats.prefix_queries,
-        )
-        yield counter(
-            "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_hits
-        )
-        yield counter(
-            "vllm:num_preemptions",
-            "Requests whose KV pages were taken for an older one.",
-            stats.n_preemptions,
-        )
-        yield counter(
-            "loraplex_forced_tokens",
-            "Tokens of answers that their grammars left no choice about.",
-            stats.n_forced_tokens,
-        )
-        step = HistogramMetricFamily(
-            "vllm:iteration_tokens_total", "Tokens computed in an engine step.", labels=LABELS
-        )
-        step.add_metric(
-            self._one.values, _cumulated(STEP_TOKENS, stats.steps_by_tokens), stats.n_step_tokens
-        )
-        yield step
-        yield counter("loraplex_engine_steps", "Forward passes of the engine.", stats.n_steps)
-        yield gauge("loraplex_engine_up", "1 while the engine lives.", float(alive))
-        age = stats.step_age_s
-        yield gauge("loraplex_engine_step_age_seconds", "Since the engine last moved.", age)
 
-    def _tenant_families(self, stats: EngineStats) -> Iterator[Metric]:
-        """The first tenants that came have their own series, all others share one."""
-        yield self._one.counter(
-            "loraplex_rows_taken_back",
-            "Running requests that were preempted for another tenant.",
-            stats.n_rows_taken_back,
-        )
-        shown, others = stats.tenants[:_MAX_TENANTS], stats.tenants[_MAX_TENANTS:]
-        if others:
-            shown += (
-                TenantStats(OTHER, *map(sum, zip(*(one[1:] for one in others), strict=True))),
-            )
-        requests = GaugeMetricFamily(
-            "loraplex_tenant_requests",
-            "Requests in the engine by tenant of their API key.",
-            labels=("tenant", "state"),
-        )
-        steps = SummaryMetricFamily(
-            "loraplex_tenant_queue_steps",
-            "Steps of the engine that requests waited for their first row.",
-            labels=("tenant",),
-        )
-        for one in shown:
-            requests.add_metric((one.tenant, "running"), one.n_running)
-            requests.add_metric((one.tenant, "waiting"), one.n_waiting)
-            steps.add_metric((one.tenant,), one.n_admitted, one.n_steps_queued)
-        yield from (requests, steps)
+def engine_families(
+    stats: EngineStats,
+    cards: Sequence[AdapterCard],
+    config: EngineConfig,
+    server: tuple[str, str],
+    *,
+    alive: bool,
+) -> Iterator[Metric]:
+    """Return all families. ``cards`` name the adapters, ``server`` fills ``LABELS``."""
+    for name, value in _GAUGES.items():
+        yield gauge(name, LABELS, [(server, value(stats))])
+    for name, value in _COUNTERS.items():
+        yield counter(name, LABELS, [(server, value(stats))])
+    yield gauge("loraplex_engine_up", LABELS, [(server, float(alive))])
+    lost = [((each.what, each.layers), 1.0) for each in stats.lost_at_start]
+    yield gauge("loraplex_lost_at_start", ("what", "layers"), lost)
+    yield from _cache_and_step_families(stats, config, server)
+    yield from _tenant_families(stats)
+    n_host = sum(1 for card in cards if card.n_bytes.host)
+    yield gauge("vllm:num_cpu_loaded_lora_adapters", LABELS, [(server, n_host)])
+    yield from _lora_families(stats, cards)
 
-    def _lora_families(self, stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
-        names = names_by_digest(cards)
-        resident = set(stats.resident_adapters)
-        waiting = [digest for digest in stats.waiting_adapters if digest not in resident]
-        info = GaugeMetricFamily(
-            "vllm:lora_requests_info",
-            "One sample, its value the time: adapters on the device, adapters waited for.",
-            labels=("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
-        )
-        running_label = _joined(names, sorted(resident | set(stats.running_adapters)))
-        info.add_metric(
-            (str(stats.pool_slots_total), running_label, _joined(names, waiting)), time.time()
-        )
-        yield info
-        loaded = GaugeMetricFamily(
-            "vllm:lora_adapter_loaded",
-            f"Where adapters are, at most {_MAX_RESIDENCY_SERIES} of them, device first.",
-            labels=("adapter_name", "level", "pinned", "rank"),
-        )
-        on_device = [card for card in cards if card.digest in resident]
-        on_host = [card for card in cards if card.n_bytes.host and card.digest not in resident]
-        for level, group in (("gpu", on_device), ("cpu", on_host)):
-            room = _MAX_RESIDENCY_SERIES - len(loaded.samples)
-            for card in group[:room]:
-                rank = str(max(card.ranks, default=0))
-                loaded.add_metric((card.name, level, str(card.pinned).lower(), rank), 1.0)
-        yield loaded
-        n_host = sum(1 for card in cards if card.n_bytes.host)
-        yield self._one.gauge(
-            "vllm:num_gpu_loaded_lora_adapters", "Adapters in device memory.", len(resident)
-        )
-        yield self._one.gauge(
-            "vllm:num_cpu_loaded_lora_adapters",
-            "Adapters in host memory, not on the device.",
-            n_host,
-        )
-        yield self._one.gauge(
-            "vllm:max_gpu_lora_adapters",
-            "Distinct adapters that one step may use.",
-            stats.pool_slots_total,
-        )
 
-    def _device_families(self, stats: EngineStats) -> Iterator[Metric]:
-        counter = self._one.counter
-        pool = GaugeMetricFamily(
-            "loraplex_adapter_pool_bytes", "Device pool of adapter pages.", labels=("state",)
-        )
-        pool.add_metric(("used",), stats.pool_bytes_used)
-        pool.add_metric(("total",), stats.pool_bytes_total)
-        yield pool
-        yield counter(
-            "loraplex_adapter_loads", "Adapters copied to the device.", stats.n_adapter_loads
-        )
-        device_s = SummaryMetricFamily(
-            "loraplex_adapter_device_load_seconds", "Reserve to resident, for each load."
-        )
-        device_s.add_metric((), stats.n_adapter_loads, stats.adapter_load_seconds)
-        yield device_s
-        evictions = stats.n_adapter_evictions
-        yield counter(
-            "loraplex_adapter_evictions", "Adapters taken off the device for others.", evictions
-        )
+def _cache_and_step_families(
+    stats: EngineStats, config: EngineConfig, server: tuple[str, str]
+) -> Iterator[Metric]:
+    total = stats.kv_pages_total
+    yield states("loraplex_kv_pages", used=stats.kv_pages_used, total=total)
+    geometry = (str(PAGE_SIZE), str(total), str(config.prefix_cache), "0")
+    labels = ("block_size", "num_gpu_blocks", "enable_prefix_caching", "engine")
+    yield gauge("vllm:cache_config_info", labels, [(geometry, 1.0)])
+    name = "vllm:iteration_tokens_total"
+    step = HistogramMetricFamily(name, HELP[name], labels=LABELS)
+    buckets = _cumulated(STEP_TOKENS, stats.steps_by_tokens)
+    step.add_metric(server, buckets, stats.n_step_tokens)
+    yield step
+    used, total = stats.pool_bytes_used, stats.pool_bytes_total
+    yield states("loraplex_adapter_pool_bytes", used=used, total=total)
+    loads = ((), stats.n_adapter_loads, stats.adapter_load_seconds)
+    yield summary("loraplex_adapter_device_load_seconds", (), [loads])
+
+
+def _tenant_families(stats: EngineStats) -> Iterator[Metric]:
+    """Return the families of tenants. Beyond 50 tenants, the others share one series."""
+    shown, others = stats.tenants[:_MAX_TENANTS], stats.tenants[_MAX_TENANTS:]
+    if others:
+        sums = map(sum, zip(*(share[1:] for share in others), strict=True))
+        shown += (TenantStats(OTHER, *sums),)
+    running = [((share.tenant, "running"), share.n_running) for share in shown]
+    waiting = [((share.tenant, "waiting"), share.n_waiting) for share in shown]
+    yield gauge("loraplex_tenant_requests", ("tenant", "state"), [*running, *waiting])
+    waits = [((share.tenant,), share.n_admitted, share.n_steps_queued) for share in shown]
+    yield summary("loraplex_tenant_queue_steps", ("tenant",), waits)
+
+
+def _lora_families(stats: EngineStats, cards: Sequence[AdapterCard]) -> Iterator[Metric]:
+    names = names_by_digest(cards)
+    resident = set(stats.resident_adapters)
+    running = _joined(names, sorted(resident | set(stats.running_adapters)))
+    waiting = _joined(names, [each for each in stats.waiting_adapters if each not in resident])
+    row = ((str(stats.pool_slots_total), running, waiting), time.time())
+    labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
+    yield gauge("vllm:lora_requests_info", labels, [row])
+    on_device = [("gpu", card) for card in cards if card.digest in resident]
+    on_host = [("cpu", card) for card in cards if card.n_bytes.host and card.digest not in resident]
+    levels = [
+        ((card.name, level, str(card.pinned).lower(), str(max(card.ranks, default=0))), 1.0)
+        for level, card in [*on_device, *on_host][:_MAX_RESIDENCY_SERIES]
+    ]
+    yield gauge("vllm:lora_adapter_loaded", ("adapter_name", "level", "pinned", "rank"), levels)
 
 
 def names_by_digest(cards: Sequence[AdapterCard]) -> Mapping[str, str]:
@@ -194,11 +122,11 @@ def names_by_digest(cards: Sequence[AdapterCard]) -> Mapping[str, str]:
 
 
 def _joined(names: Mapping[str, str], digests: Sequence[str]) -> str:
-    """Routers split this label on commas; mixtures and retired revisions have no name."""
+    """Join the names by commas, as routers expect. Mixtures and old revisions have no name."""
     return ",".join(names[digest] for digest in digests if digest in names)
 
 
 def _cumulated(bounds: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
-    """Buckets as Prometheus wants them: (upper bound, observations up to it), the last +Inf."""
+    """Return Prometheus buckets: (upper bound, observations up to the bound), the last +Inf."""
     names = [*(str(float(bound)) for bound in bounds), "+Inf"]
     return list(zip(names, map(float, accumulate(counts)), strict=True))

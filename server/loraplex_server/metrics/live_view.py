@@ -1,6 +1,4 @@
-"""What the server does right now, in one JSON value: for the console, and for ``watch curl``."""
-
-from __future__ import annotations
+"""The current state of the server as one JSON value, for the console and for ``watch curl``."""
 
 import time
 from collections import deque
@@ -8,24 +6,25 @@ from collections.abc import Mapping
 from itertools import islice
 
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.engine.client import EngineClient, EngineStats
+from loraplex_server.call_log import percentile
+from loraplex_server.engine.requests.client import EngineClient, EngineStats
 
-from .call_log import percentile
 from .collector import LoraplexCollector
 from .engine_families import names_by_digest
 from .server_metrics import ServerMetrics
 
-__all__ = ["MAX_ROWS", "LiveView", "percentiles"]
-
-_LEAST_GAP_S = 0.25  # between two looks at the engine, however many watch
-_RATE_S = 2.0  # over which tokens a second are counted
+_LEAST_GAP_S = 0.25  # between two readings of the engine, for any number of clients
+_RATE_S = 2.0  # window of the token rates
 MAX_ROWS = 256
 _MAX_NAMES = 512
-_N_MOVES = 50  # adapters that came to the device or left it, kept
+_N_MOVES = 50  # loads and evictions that are shown
 
 
 class LiveView:
-    """Event loop only. Call the collector's ``refresh_listing`` before, on another thread."""
+    """Reads the state at most four times a second. Event loop only.
+
+    Call the collector's ``refresh_listing`` on another thread first.
+    """
 
     def __init__(
         self,
@@ -38,20 +37,20 @@ class LiveView:
         self._store = store
         self._metrics = metrics
         self._collector = collector
-        self._looked_at = float("-inf")
-        self._seen: dict[str, object] = {}
+        self._read_at = float("-inf")
+        self._value: dict[str, object] = {}
         self._counts: deque[tuple[float, int, int]] = deque()  # time, prompt and output tokens
         self._resident: frozenset[str] | None = None
         self._moves: deque[dict[str, object]] = deque(maxlen=_N_MOVES)
 
     def to_json(self) -> dict[str, object]:
         now = time.monotonic()
-        if now - self._looked_at >= _LEAST_GAP_S:
-            self._looked_at, self._seen = now, self._look(now)
-        return self._seen
+        if now - self._read_at >= _LEAST_GAP_S:
+            self._read_at, self._value = now, self._read(now)
+        return self._value
 
-    def _look(self, now: float) -> dict[str, object]:
-        stats, held, calls = self._engine.stats(), self._store.stats(), self._metrics.calls
+    def _read(self, now: float) -> dict[str, object]:
+        stats, store, calls = self._engine.stats(), self._store.stats(), self._metrics.calls
         names = names_by_digest(self._collector.listing)
         self._note_moves(stats, names)
         return {
@@ -73,15 +72,15 @@ class LiveView:
                 "registered": len(self._collector.listing),
                 "device": [_name(names, d) for d in stats.resident_adapters[:_MAX_NAMES]],
                 "slots": stats.pool_slots_total,
-                "host": held.n_host_plans,
+                "host": store.n_host_plans,
                 "loads": stats.n_adapter_loads,
                 "evictions": stats.n_adapter_evictions,
                 "mean_load_s": stats.adapter_load_seconds / max(1, stats.n_adapter_loads),
             },
             "bytes": {
                 "device": {"used": stats.pool_bytes_used, "total": stats.pool_bytes_total},
-                "host": {"used": held.host_bytes_used, "total": held.host_bytes_total},
-                "disk": {"used": held.disk_bytes, "total": None},
+                "host": {"used": store.host_bytes_used, "total": store.host_bytes_total},
+                "disk": {"used": store.disk_bytes, "total": None},
             },
             "rows": [record.to_json() for record in islice(calls.running(None), MAX_ROWS)],
             "moves": list(self._moves),
@@ -100,7 +99,7 @@ class LiveView:
         }
 
     def _note_moves(self, stats: EngineStats, names: Mapping[str, str]) -> None:
-        """Between this look and the last one; what came and left between them is not seen."""
+        """Note the loads and evictions since the last reading."""
         resident = frozenset(stats.resident_adapters)
         before = resident if self._resident is None else self._resident
         self._resident = resident
@@ -111,11 +110,11 @@ class LiveView:
 
 
 def _name(names: Mapping[str, str], digest: str) -> str:
-    """Mixtures and retired revisions have none: they are told by their digest."""
+    """Return the name, or the digest of a mixture or an old revision."""
     return names.get(digest, digest[:12])
 
 
 def percentiles(values: list[float]) -> dict[str, float | int | None]:
-    """``values``: ascending."""
+    """Return percentiles of ascending ``values``."""
     shares = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
     return {"n": len(values), **{name: percentile(values, s) for name, s in shares.items()}}

@@ -1,4 +1,4 @@
-"""Counts HTTP requests and their tokens. One owner, on the event loop."""
+"""Counts HTTP requests and their tokens. Event loop only."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from time import perf_counter
 
 from prometheus_client import CollectorRegistry
 
-from .adapter_activity import AdapterActivities, AdapterActivity
-from .adapter_usage import AdapterCounters, AdapterUsage
-from .call_log import CallLog, CallRecord
-from .histograms import CallHistograms
-from .loop_lag import LoopLag
+from loraplex_server.call_log import CallLog, CallRecord
 
-__all__ = ["CallMetrics", "ServerMetrics"]
+from .adapter_usage import AdapterActivities, AdapterActivity, AdapterCounters, AdapterUsage
+from .histograms import CallHistograms, LoopLag
 
-_UNFINISHED = {"abort": "client_left", "error": "engine_error"}  # how a call's record says it
+# reason → its name in the record of a call
+_UNFINISHED = {"abort": "client_left", "error": "engine_error"}
 _N_ADAPTERS_SHOWN = 20
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 
@@ -33,22 +31,8 @@ class ServerMetrics:
         self.activities = AdapterActivities()
         self.calls = CallLog()
 
-    def call(
-        self,
-        adapter: str,
-        *,
-        load_s: float,
-        n: int,
-        max_tokens: int,
-        n_prompt: int,
-        record: CallRecord,
-    ) -> CallMetrics:
-        """One API call that is about to be submitted. ``n_prompt``: tokens of all its prompts."""
-        record.n_choices, record.n_prompt, record.load_s = n, n_prompt, load_s
-        return CallMetrics(self, adapter, load_s, n, max_tokens, n_prompt, record)
-
     def answered(self, handler: str, method: str, status: int, seconds: float) -> None:
-        """``handler`` is a route's template, so the number of series is bounded."""
+        """Count an HTTP answer. ``handler`` is a route's template, so series are bounded."""
         method = method if method in _METHODS else "OTHER"
         self.http[handler, method, status] += 1
         count, total = self.http_seconds.get(handler, (0, 0.0))
@@ -56,7 +40,7 @@ class ServerMetrics:
 
 
 class CallMetrics:
-    """One API call. Cheap: called for every token. A refused call is not counted at all."""
+    """Counts one API call. Called for every token. A refused call is not counted."""
 
     __slots__ = (
         *("_adapter", "_load_s", "_max_tokens", "_n", "_n_prompt", "_server", "_started"),
@@ -66,15 +50,17 @@ class CallMetrics:
     def __init__(
         self,
         server: ServerMetrics,
+        record: CallRecord,
+        *,
         adapter: str,
         load_s: float,
         n: int,
         max_tokens: int,
         n_prompt: int,
-        record: CallRecord,
     ) -> None:
-        self._server = server
-        self._record = record
+        """Begin a call before it is submitted. ``n_prompt``: tokens of all prompts."""
+        record.n_choices, record.prompt_tokens, record.load_s = n, n_prompt, load_s
+        self._server, self._record = server, record
         self._adapter: AdapterCounters | str = adapter  # counters once admitted
         self._activity: AdapterActivity | None = None  # once admitted
         self._load_s = load_s
@@ -86,7 +72,7 @@ class CallMetrics:
         self._first_at: float | None = None  # the call's first token
 
     def admitted(self) -> None:
-        """The engine took every choice. Call once, before any of the methods below."""
+        """Count the admission of the call. Call this once, before the methods below."""
         server = self._server
         assert isinstance(self._adapter, str)
         activity = self._activity = server.activities.used(self._adapter)
@@ -107,7 +93,7 @@ class CallMetrics:
         self._activity.add_tokens(n_tokens, now)
         server.n_output_tokens += n_tokens
         adapter.n_output_tokens += n_tokens
-        self._record.n_output += n_tokens
+        self._record.output_tokens += n_tokens
         if previous is None:
             if self._first_at is None:
                 self._record.first_token_s = now - self._started
@@ -135,7 +121,7 @@ class CallMetrics:
         self._adapter.n_prefix_hits += n_tokens
 
     def finished(self, reason: str, n_output: int) -> None:
-        """``reason``: stop, length, abort (the client left) or error."""
+        """Count the end of a choice: stop, length, abort (the client left) or error."""
         self._server.finished[reason] += 1
         if reason in _UNFINISHED:
             self._record.error = self._record.error or _UNFINISHED[reason]

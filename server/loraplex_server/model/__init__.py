@@ -1,1 +1,1 @@
-"""Base models: loading, geometry, and what the engine replaces on the instance."""
+"""Base models: loading, geometry, and the modules that the engine replaces."""

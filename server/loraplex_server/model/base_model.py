@@ -1,6 +1,4 @@
-"""The frozen base: a transformers model with attention, target linears and norms replaced."""
-
-from __future__ import annotations
+"""The frozen base: a transformers model whose attention, linears and norms are replaced."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -11,39 +9,41 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_kernels.model_ops import PackedLinear, silu_mul
-from loraplex_kernels.packed_linear import packed_words
-from loraplex_kernels.quantized_linear import BaseLinear, QuantizedLinear
-from loraplex_kernels.quantized_weight import WeightFormat
-from loraplex_kernels.weight_range import WeightRange
+from loraplex_kernels.formats.quantized_weight import WeightFormat
+from loraplex_kernels.formats.storage import WeightRange
+from loraplex_kernels.layers.base_linear import BaseLinear
+from loraplex_kernels.layers.model_ops import silu_mul
+from loraplex_kernels.layers.packed_linear import PackedLinear, packed_words
+from loraplex_kernels.layers.quantized_linear import QuantizedLinear
+from loraplex_kernels.lora.ops import PreparedTarget
+from loraplex_kernels.lora.pool import LoraPool
 
-from .attention import LayerAttention, install_attention
-from .cut_delta import LinearCut
-from .embedding import replace_embeddings
 from .errors import ModelError, UnsupportedBase
-from .forward_context import ForwardContext
-from .fused_decoder import FusedDecoder
-from .gathered_head import GatheredHead
-from .loader import run_load
-from .model_trace import decoder_of, trace_model
-from .norm import replace_norms
-from .packed_lora_linear import LoraLinear, PackedLoraLinear
-from .quantized_checkpoint import load_quantized, quantization_config
-from .quantized_modules import QuantizedModule, quantization_of, quantize_linears
-from .routed import RoutedMlp, find_mlps
+from .layers.adapted_modules import replace_embeddings, replace_experts, replace_norms
+from .layers.attention import LayerAttention, install_attention
+from .layers.forward_context import ForwardContext
+from .layers.fused_decoder import FusedDecoder
+from .layers.packed_lora_linear import LinearCut, LoraLinear, PackedLoraLinear
+from .layers.routed import RoutedMlp, find_mlps
+from .layers.tensor_parallel import GatheredHead, Shard
+from .loading.loader import run_load
+from .loading.served_spec import PackedSlice, served_spec
+from .quantized.quantized_modules import (
+    QuantizedModule,
+    load_quantized,
+    quantization_config,
+    quantization_of,
+    quantize_linears,
+)
 from .self_check import Reference
-from .served_spec import PackedSlice, served_spec
-from .stacked_experts import replace_experts
 from .targets import group_modules
-from .tensor_parallel import Shard
-
-__all__ = ["BaseModel", "load_base_model"]
+from .tracing.model_trace import decoder_of, trace_model
 
 
 class BaseModel:
-    """Owned by the runner; engine thread only after the build.
+    """A base model whose modules apply adapters. Engine thread only after the build.
 
-    ``forward`` reads the shared ``step`` for everything that is not an argument.
+    ``forward`` reads its inputs from ``step``, except for the embeddings.
     """
 
     def __init__(
@@ -52,14 +52,14 @@ class BaseModel:
         model_id: str,
         *,
         fuse: bool = True,
-        exponent_coding: bool = True,  # weights, where that pays (see ``PackedLinear``)
+        exponent_coding: bool = True,  # of weights, where that is faster (see ``PackedLinear``)
         self_check: bool = True,
-        shard: Shard | None = None,  # of which ``model`` has the linears, see ``shard_loader``
+        shard: Shard | None = None,  # if ``model`` has one rank's linears (``shard_loader``)
     ) -> None:
-        """Takes the instance over: its linears, norms and attention are replaced.
+        """Takes over the instance and replaces its linears, norms and attention.
 
-        Raises UnsupportedBase if it would answer otherwise than in transformers: what a short run
-        shows to be unknown here always; a difference of the answers with ``self_check``.
+        Raises UnsupportedBase if a short run shows a feature that is not served. With
+        ``self_check`` it also raises if the answers differ from those of transformers.
         """
         self.step = ForwardContext()
         config = model.config.get_text_config()
@@ -78,7 +78,7 @@ class BaseModel:
         self._logits = trace.logits
         packed: dict[str, PackedSlice] = {}
         quantization = quantization_of(model)
-        self.spec = served_spec(  # nothing else may hold the first spec, which holds all weights
+        self.spec = served_spec(  # keeps no reference to the first spec, which holds all weights
             BaseSpec.of(model, model_id, quantization=quantization), trace, model, packed
         )
         self.layers: list[LayerAttention] = install_attention(model, trace.attention, self.step)
@@ -88,8 +88,8 @@ class BaseModel:
         self.mlps: dict[str, RoutedMlp] = find_mlps(
             self.groups, lambda name: _gated_activation(model.get_submodule(name)), self.step
         )
-        self.norms = replace_norms(model, self.step)  # names, as are ``embeddings``
-        self.embeddings = replace_embeddings(model, self.step)
+        self.norms = replace_norms(model, self.step)  # names
+        self.embeddings = replace_embeddings(model, self.step)  # names
         self.stacked = replace_experts(model, self.step)  # names of parameters
         if shard is not None:
             own = self.groups[self.spec.output_head]
@@ -101,16 +101,14 @@ class BaseModel:
             model.set_submodule(name, mlp)
         self._embedding = model.get_input_embeddings()
         self._decoder = decoder_of(model)
-        self._fused = (
-            FusedDecoder.of(
+        self.fused: FusedDecoder | None = None  # None: transformers' modules run the layers
+        if fuse:
+            self.fused = FusedDecoder.of(
                 self._decoder, self.groups, self.mlps, self.layers, self.step, self.max_positions
             )
-            if fuse
-            else None
-        )
         self.n_kv_heads = self.spec.n_kv_heads
         self.head_dim = self.spec.head_dim
-        if shard is not None and self._fused is None:
+        if shard is not None and self.fused is None:
             raise UnsupportedBase(
                 f"the base {model_id!r} ({type(model).__name__}) is not cut over several "
                 "processes yet; serve it without --tensor-parallel-size"
@@ -120,13 +118,8 @@ class BaseModel:
                 reference.check(self, model)
 
     @property
-    def is_fused(self) -> bool:
-        """Whether the layers run as a straight list of kernels instead of transformers' modules."""
-        return self._fused is not None
-
-    @property
     def routable(self) -> frozenset[str]:
-        """The MLP blocks and projections on which an adapter may place experts."""
+        """The names of MLP blocks and projections that may have experts."""
         projections = {
             name
             for group in self.groups.values()
@@ -135,12 +128,13 @@ class BaseModel:
         }
         return frozenset(projections | self.mlps.keys())
 
-    @property
-    def layers_in_pieces(self) -> FusedDecoder | None:
-        """The layers, cut at their attention; None where transformers' modules run them."""
-        return self._fused
+    def attach_pool(self, pool: LoraPool) -> None:
+        """Make the linears apply the pool's adapters."""
+        for group in self.groups.values():
+            group.lora = PreparedTarget(pool, group.target.name)
 
     def attach_kv(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Sets the KV cache of every layer, on all ranks."""
         for layer, k, v in zip(self.layers, keys, values, strict=True):
             layer.keys, layer.values = k, v
         if self.shard is not None and self.shard.others is not None:
@@ -148,32 +142,28 @@ class BaseModel:
             self.shard.others.attach_kv(n_pages, page_size)
 
     def new_kv(self, n_pages: int, page_size: int) -> list[Tensor]:
-        """Keys or values of every layer, [n_pages, n_kv_heads, page_size, head_dim], zeroed."""
+        """Return zeros [n_pages, n_kv_heads, page_size, head_dim] for every layer."""
         shape = (n_pages, self.n_kv_heads, page_size, self.head_dim)
         return [torch.zeros(shape, dtype=self.dtype, device=self.device) for _ in self.layers]
 
     def embed(self, token_ids: Tensor) -> Tensor:
-        """[T] → [T, hidden_size]; a fresh tensor that the caller may change."""
+        """Return the embeddings [T, hidden_size] of [T] tokens. The caller may change them."""
         embedded: Tensor = self._embedding(token_ids)
         return embedded
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        """Final normed hidden states [n, hidden_size] of the step's kept rows, in their order.
+        """Return the final normed hidden states [n, hidden_size] of ``step.logits_rows``.
 
-        May reuse its input. Of a model that is cut: rank 0 has the others run their parts.
+        May reuse its input. On rank 0 of several, the other ranks run their parts.
         """
+        layers = self.run_modules if self.fused is None else self.fused
         if self.shard is not None and self.shard.others is not None:
             with self.shard.others.step(self.step, embeddings):
-                return self._forward(embeddings)
-        return self._forward(embeddings)
-
-    def _forward(self, embeddings: Tensor) -> Tensor:
-        if self._fused is not None:
-            return self._fused(embeddings)
-        return self.run_modules(embeddings)
+                return layers(embeddings)
+        return layers(embeddings)
 
     def run_modules(self, embeddings: Tensor) -> Tensor:
-        """``forward`` through transformers' modules, even if the layers are fused."""
+        """Run ``forward`` through transformers' modules, even if the layers are fused."""
         output = self._decoder(
             inputs_embeds=embeddings.unsqueeze(0),
             position_ids=self.step.positions.unsqueeze(0),
@@ -184,22 +174,22 @@ class BaseModel:
 
     @property
     def is_monotonic(self) -> bool:
-        """Whether final logits are ordered as the head's output is, ties included."""
+        """Return True if logits have the order of the head's output, ties included."""
         return self._logits.is_monotonic
 
     def finish_logits(self, raw: Tensor, out: Tensor) -> Tensor:
-        """Fills ``out`` float32 [n, vocab_size] from the head's output, adapters included."""
+        """Write the logits of the head's output ``raw`` to ``out`` float32 [n, vocab_size]."""
         return self._logits.finish(out.copy_(raw))
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 [n, vocab_size] of the base without adapters."""
+        """Return the base's logits, float32 [n, vocab_size], without adapters."""
         raw = self.head.packed(hidden)
         return self.finish_logits(raw, torch.empty_like(raw, dtype=torch.float32))
 
     def _replace_linears(
         self, model: PreTrainedModel, exponent_coding: bool, slices: dict[str, PackedSlice]
     ) -> dict[str, PackedLoraLinear]:
-        """Also fills ``slices``. A group's own weights are freed before the next is packed."""
+        """Pack the linears and fill ``slices``. Frees a group's weights before packing the next."""
         groups: dict[str, PackedLoraLinear] = {}
         grouped = list(group_modules(self.model_type, self.spec.modules))
         memory = WeightRange(sum(self._words_of(model, names) for names in grouped))
@@ -221,7 +211,7 @@ class BaseModel:
                 setattr(parent, name.rpartition(".")[2], module)
             slices.update((name, PackedSlice(group, i)) for i, name in enumerate(names))
             if self.device.type != "cpu":
-                torch.cuda.empty_cache()  # what was freed has other sizes than what comes next
+                torch.cuda.empty_cache()  # the next group's tensors have other sizes
         return groups
 
     def _reduce_of(self, names: Sequence[str]) -> Callable[[Tensor], None] | None:
@@ -231,7 +221,7 @@ class BaseModel:
         return shard.collective.all_reduce
 
     def _cuts_of(self, names: Sequence[str], in_features: int) -> tuple[LinearCut, ...] | None:
-        """``in_features``: that this rank has."""
+        """Return each linear's cut; None without ranks. ``in_features``: of this rank."""
         if self.shard is None:
             return None
         layout, rank = self.shard.layout, self.shard.rank
@@ -243,7 +233,7 @@ class BaseModel:
         )
 
     def _words_of(self, model: PreTrainedModel, names: Sequence[str]) -> int:
-        """Of the memory for packed weights, which a GPU does not need."""
+        """Return the size of the packed weights in words; 0 on a GPU."""
         if self.device.type != "cpu" or isinstance(model.get_submodule(names[0]), QuantizedModule):
             return 0
         shapes = [self.spec.modules[name] for name in names]
@@ -262,9 +252,9 @@ def load_base_model(
     self_check: bool = True,
     quantization: WeightFormat | None = None,
 ) -> BaseModel:
-    """Loads a causal LM from a directory. Raises ModelError with the reason if it cannot.
+    """Load a causal LM from a directory. Raises ModelError with the reason if it cannot.
 
-    ``quantization``: of the linears, which are quantised one by one on the way to ``device``.
+    ``quantization``: the format to quantise the linears to, one by one.
     """
     stored = quantization_config(path)
     if stored is not None and quantization is not None:
@@ -298,7 +288,7 @@ def load_base_model(
 
 @contextlib.contextmanager
 def _named(model: PreTrainedModel, model_id: str) -> Iterator[None]:
-    """Says of which base an UnsupportedBase speaks."""
+    """Adds the base's name to an UnsupportedBase."""
     try:
         yield
     except UnsupportedBase as error:
@@ -308,7 +298,7 @@ def _named(model: PreTrainedModel, model_id: str) -> Iterator[None]:
 
 
 def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """act(gate) ⊙ up of the packed product [n, 2·ff], or None where the block has no ``act_fn``."""
+    """Return a function act(gate) ⊙ up of [n, 2·ff]; None if the block has no ``act_fn``."""
     act = getattr(mlp, "act_fn", None)
     if act is None:
         return None
@@ -326,7 +316,7 @@ def _gated_activation(mlp: nn.Module) -> Callable[[Tensor], Tensor] | None:
 def _pack(
     names: Sequence[str], modules: Sequence[nn.Module], exponent_coding: bool, memory: WeightRange
 ) -> BaseLinear:
-    """The modules ``names``, which read the same input, as one product."""
+    """Return one product of the modules ``names``, which read the same input."""
     biases = [getattr(module, "bias", None) for module in modules]
     quantized = [m.quantized for m in modules if isinstance(m, QuantizedModule)]
     if not quantized:
@@ -341,7 +331,7 @@ def _pack(
 
 
 def _weight(module: nn.Module) -> Tensor:
-    """[out, in] of a linear; transformers' Conv1D (GPT-2) stores the transpose."""
+    """Return a linear's weight [out, in]; transformers' Conv1D (GPT-2) stores the transpose."""
     if isinstance(module, nn.Linear):
         return module.weight
     transposed: Tensor = module.get_parameter("weight").t()

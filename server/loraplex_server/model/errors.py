@@ -3,12 +3,8 @@
 ModelError
 ├── ModelNotPulledError   the model is not on this machine yet: `loraplex pull`
 ├── PullError             the model cannot be fetched, checked or converted
-└── UnsupportedBase       served here, the model would answer otherwise than in transformers
+└── UnsupportedBase       the model cannot be served, or would answer differently from transformers
 """
-
-from __future__ import annotations
-
-__all__ = ["ModelError", "ModelNotPulledError", "PullError", "UnsupportedBase"]
 
 
 class ModelError(Exception):

@@ -1,79 +1,66 @@
-"""Compares the replaced model with transformers' own forward before anything is served.
+"""Compares the served model with transformers' own forward before requests are served.
 
-    capture   on the loaded instance, while every module of it is still transformers'
-    check     on the model that replaced it: a prefill of two prompts in one step, then decode steps
+    capture   runs the loaded instance while all its modules are still transformers'
+    check     runs the served model: a prefill of two prompts in one step, then decode steps
 
 The second prompt is at the end of the context, where scaled positions differ most. The tolerance
-comes from the model, too: its own forward runs the prompts again with each layer's output changed
-by about as much as its dtype rounds.
+comes from the model itself. Its own forward runs the prompts again while each layer's output is
+disturbed by about the rounding error of the dtype.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .call_recorder import attention_as
 from .errors import UnsupportedBase
-from .forward_context import ForwardContext
-from .model_trace import ModelTrace
-
-__all__ = ["Checkable", "Reference"]
+from .layers.forward_context import ForwardContext
+from .tracing.call_recorder import attention_as
+from .tracing.model_trace import ModelTrace
 
 _N_PROMPTS = 2
 _N_TOKENS = 20  # of a prompt
-_N_DECODED = 3  # of them one by one
+_N_DECODED = 3  # tokens that are decoded one by one
 _PAGE = 16  # tokens of a page: a prompt crosses into its second
-_MARGIN = 4.0  # how much more than the disturbed rows ours may differ
-_DENSITY = 1 / 16  # of the elements that are disturbed, by a whole rounding step
-_N_ROUNDINGS = {torch.float32: 64.0}  # of a layer, in such steps; 1 in shorter dtypes
+_MARGIN = 4.0  # allowed difference, in differences of the disturbed rows
+_DENSITY = 1 / 16  # share of elements that are disturbed, by a whole rounding step
+_N_ROUNDINGS = {torch.float32: 64.0}  # rounding steps of a layer; 1 in shorter dtypes
 _MOE = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 class Checkable(Protocol):
-    """What the check needs of the replaced model."""
+    """The methods of ``BaseModel`` that the check calls."""
 
     step: ForwardContext
 
     def attach_kv(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None: ...
 
-    def new_kv(self, n_pages: int, page_size: int) -> Sequence[Tensor]:
-        """A cache of one kind for every layer, zeroed."""
+    def new_kv(self, n_pages: int, page_size: int) -> Sequence[Tensor]: ...
 
     def embed(self, token_ids: Tensor) -> Tensor: ...
 
     def forward(self, embeddings: Tensor) -> Tensor: ...
 
-    def run_modules(self, embeddings: Tensor) -> Tensor:
-        """``forward`` through transformers' modules, however ``forward`` does it."""
+    def run_modules(self, embeddings: Tensor) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _States:
-    """Of the rows of all prompts, one after the other."""
-
-    layers: tuple[Tensor, ...]  # [n_rows, hidden_size], behind each decoder layer
-    logits: Tensor  # [n_rows, vocab_size]
-
-
 class Reference:
-    """What transformers makes of the prompts. A few hundred kilobytes; holds no weights."""
+    """The states of transformers' forward. A few hundred kilobytes; holds no weights."""
 
     def __init__(
         self,
         token_ids: Tensor,  # [n_prompts, n_tokens]
         positions: Tensor,  # the same
         layer_names: tuple[str, ...],
-        states: _States,
-        tolerance: tuple[float, ...],  # of each layer, and of the logits; relative
+        states: Sequence[Tensor],  # [n_rows, width] after each layer, then the logits
+        tolerance: tuple[float, ...],  # relative, of each layer and of the logits
         routes_experts: bool,
     ) -> None:
         self._token_ids, self._positions = token_ids, positions
@@ -83,7 +70,7 @@ class Reference:
 
     @staticmethod
     def capture(model: PreTrainedModel, trace: ModelTrace) -> Reference:
-        """Runs the instance, which must be as it was loaded, and leaves it so."""
+        """Run the loaded instance, which must be unchanged, and leave it unchanged."""
         generator = torch.Generator().manual_seed(0)
         vocab_size = int(model.get_input_embeddings().weight.shape[0])
         n_tokens = min(_N_TOKENS, trace.max_positions)
@@ -100,34 +87,34 @@ class Reference:
             states, disturbed = _run(model, trace.layer_names, token_ids, positions)
         tolerance = tuple(
             _MARGIN * (_rms(_differences(a, b)) + rounding / 2)
-            for a, b in zip(_stages(disturbed), _stages(states), strict=True)
+            for a, b in zip(disturbed, states, strict=True)
         )
         config = model.config.get_text_config()
         routes = any((getattr(config, name, None) or 0) > 1 for name in _MOE)
         return Reference(token_ids, positions, trace.layer_names, states, tolerance, routes)
 
     def check(self, base: Checkable, model: nn.Module) -> None:
-        """Raises UnsupportedBase where ``base``, made of ``model``, parts from transformers."""
+        """Raises UnsupportedBase if ``base``, built from ``model``, differs from transformers."""
         with torch.inference_mode():
             logits, _ = self._replay(base, model, base.forward, watch=False)
             if self._fits(len(self._tolerance) - 1, logits):
                 return
             logits, layers = self._replay(base, model, base.run_modules, watch=True)
-        for index, found in enumerate((*layers, logits)):
-            if not self._fits(index, found):
-                raise UnsupportedBase(self._describe(index, found))
+        for stage, states in enumerate((*layers, logits)):
+            if not self._fits(stage, states):
+                raise UnsupportedBase(self._describe(stage, states))
         raise UnsupportedBase(
-            "the fused layers answer otherwise than transformers' modules; serve it with --no-fuse"
+            "the fused layers answer differently from transformers' modules; use --no-fuse"
         )
 
-    def _fits(self, stage: int, found: Tensor) -> bool:
-        """Whether rounding explains the difference of ``found`` to transformers.
+    def _fits(self, stage: int, states: Tensor) -> bool:
+        """Return True if rounding explains the differences of ``states`` to transformers.
 
-        Each prompt's prefill and decode steps for themselves. Where tokens are routed to experts,
-        rounding may send some elsewhere, so there only half of the rows have to fit.
+        Each prompt's prefill and decode steps are judged apart. If the base routes tokens to
+        experts, rounding may change the choice, so only half of the rows have to fit.
         """
-        differences = _differences(found, _stages(self._states)[stage]).view(_N_PROMPTS, -1)
-        measure = _median if self._routes_experts else _rms
+        differences = _differences(states, self._states[stage]).view(_N_PROMPTS, -1)
+        measure = torch.median if self._routes_experts else _rms
         return all(
             measure(row) <= self._tolerance[stage]
             for part in (
@@ -138,18 +125,18 @@ class Reference:
             if len(row) > 0
         )
 
-    def _describe(self, stage: int, found: Tensor) -> str:
-        expected = _stages(self._states)[stage]
-        differences = _differences(found, expected)
+    def _describe(self, stage: int, states: Tensor) -> str:
+        expected = self._states[stage]
+        differences = _differences(states, expected)
         row = int(differences.nan_to_num(torch.inf).argmax())
-        column = int((found[row].float() - expected[row].float()).abs().nan_to_num(1e38).argmax())
+        column = int((states[row].float() - expected[row].float()).abs().nan_to_num(1e38).argmax())
         prompt, index = divmod(row, self._token_ids.shape[1])
         phase = "prefill" if index < self._n_prefilled else "decode"
         is_layer = stage < len(self._layer_names)
-        where = f"behind {self._layer_names[stage]}" if is_layer else "in the logits"
-        values = [float(states[row, column]) for states in (expected, found)]
+        where = f"after {self._layer_names[stage]}" if is_layer else "in the logits"
+        values = [float(rows[row, column]) for rows in (expected, states)]
         return (
-            f"it answers otherwise here than in transformers. They part {where}: at position "
+            f"it answers differently from transformers. They differ first {where}: at position "
             f"{int(self._positions[prompt, index])} ({phase}) element {column} is {values[0]:.6g} "
             f"in transformers and {values[1]:.6g} here; the row differs by "
             f"{float(differences[row]):.2g} of its size, and rounding explains "
@@ -172,7 +159,7 @@ class Reference:
         *,
         watch: bool,
     ) -> tuple[Tensor, list[Tensor]]:
-        """Logits of all rows and, if watched, the states behind each layer."""
+        """Return the logits of all rows and, if watched, the states after each layer."""
         n_prompts, n_tokens = self._token_ids.shape
         n_pages = -(-n_tokens // _PAGE)
         base.attach_kv(
@@ -198,8 +185,8 @@ class Reference:
 
 def _run(
     model: PreTrainedModel, layer_names: tuple[str, ...], token_ids: Tensor, positions: Tensor
-) -> tuple[_States, _States]:
-    """transformers' forward of the prompts, and of the same as the batch's second half."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run transformers' forward on the prompts twice: plain, and disturbed (second half)."""
     twice = token_ids.repeat(2, 1)
     with _watched(model, layer_names) as seen:
         logits: Tensor = model(
@@ -208,20 +195,13 @@ def _run(
             attention_mask=torch.ones_like(twice),
             use_cache=False,
         ).logits
-    halves = zip(*(seen[name].chunk(2) for name in layer_names), strict=True)
-    clean, disturbed = (
-        _States(tuple(layers), rows)
-        for layers, rows in zip(halves, logits.flatten(0, 1).chunk(2), strict=True)
-    )
-    return clean, disturbed
-
-
-def _stages(states: _States) -> tuple[Tensor, ...]:
-    return (*states.layers, states.logits)
+    stages = [*(seen[name] for name in layer_names), logits.flatten(0, 1)]
+    clean, disturbed = zip(*(stage.chunk(2) for stage in stages), strict=True)
+    return list(clean), list(disturbed)
 
 
 def _differences(found: Tensor, expected: Tensor) -> Tensor:
-    """Of each row, relative to its size without what all elements have in common; float32."""
+    """Return each row's difference relative to the size of the centred row; float32."""
     a, b = found.float(), expected.float()
     centred = b - b.mean(-1, keepdim=True)
     size = torch.linalg.vector_norm(centred, dim=-1).clamp_min(1e-30)
@@ -233,13 +213,9 @@ def _rms(differences: Tensor) -> float:
     return float(differences.square().mean().sqrt())
 
 
-def _median(differences: Tensor) -> float:
-    return float(differences.median())
-
-
 @contextlib.contextmanager
 def _watched(model: nn.Module, layer_names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Fills the dict with each layer's output [n_rows, hidden_size]."""
+    """Fill the yielded dict with each layer's output [n_rows, hidden_size]."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
@@ -258,7 +234,10 @@ def _watched(model: nn.Module, layer_names: Sequence[str]) -> Iterator[dict[str,
 
 @contextlib.contextmanager
 def _disturbed(model: nn.Module, layer_names: Sequence[str], rounding: float) -> Iterator[None]:
-    """In the batch's second half some elements of each layer's output are off by ``rounding``."""
+    """Change some elements of each layer's output by ± ``rounding``, relative to their value.
+
+    Only the second half of the batch is changed, so the halves show how far rounding moves logits.
+    """
     generator = torch.Generator().manual_seed(1)
 
     def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
@@ -276,13 +255,13 @@ def _disturbed(model: nn.Module, layer_names: Sequence[str], rounding: float) ->
 
 
 def _bind(step: ForwardContext, positions: Tensor, start: int, end: int, n_pages: int) -> None:
-    """Rows ``start`` to ``end`` of each prompt, whose pages follow each other."""
+    """Bind rows ``start`` to ``end`` of each prompt. A prompt's pages are contiguous."""
     n_prompts, device = positions.shape[0], positions.device
-    places = torch.arange(start, end, device=device)
+    indices = torch.arange(start, end, device=device)
     first = torch.arange(n_prompts, device=device).unsqueeze(1) * (n_pages * _PAGE)
     table = torch.arange(n_prompts * n_pages, device=device, dtype=torch.int32)
     step.positions = positions.reshape(-1)
-    step.slot_mapping = (first + places).reshape(-1)
+    step.slot_mapping = (first + indices).reshape(-1)
     step.page_table = table.view(n_prompts, n_pages)
     starts = torch.arange(n_prompts + 1, device=device, dtype=torch.int32) * (end - start)
     step.query_starts = starts.to(torch.int32)

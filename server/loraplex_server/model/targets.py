@@ -1,15 +1,11 @@
-"""Which linears of an architecture read the same input and are computed as one product."""
-
-from __future__ import annotations
+"""Groups the linears of an architecture that share an input and are packed as one product."""
 
 from collections.abc import Iterable, Mapping
-
-__all__ = ["PACKED", "group_modules", "routable_modules"]
 
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 
-# model type → suffixes of a decoder layer that share their input, in the order they are called
+# Model type → suffixes of linears that share an input, in the order of their calls.
 PACKED: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "llama": (_QKV, _GATE_UP),
     "mistral": (_QKV, _GATE_UP),
@@ -24,7 +20,7 @@ PACKED: Mapping[str, tuple[tuple[str, ...], ...]] = {
 
 
 def group_modules(model_type: str, linear_names: Iterable[str]) -> list[tuple[str, ...]]:
-    """Every linear once, in packed groups where the architecture is known, else alone."""
+    """Return every linear once, in groups if the architecture is known, else alone."""
     names = list(linear_names)
     known = set(names)
     grouped: dict[str, tuple[str, ...]] = {}
@@ -39,9 +35,9 @@ def group_modules(model_type: str, linear_names: Iterable[str]) -> list[tuple[st
 
 
 def routable_modules(model_type: str, linear_names: Iterable[str]) -> frozenset[str]:
-    """Where an adapter may place experts: each linear, and each MLP block with packed gate and up.
+    """Return the sites that may have experts: linears, and MLP blocks with packed gate and up.
 
-    The head is among the linears given and therefore in the result; the caller leaves it out.
+    The result includes the head if ``linear_names`` does.
     """
     groups = group_modules(model_type, linear_names)
     linears = frozenset(name for group in groups for name in group)

@@ -1,7 +1,5 @@
 """Catalogues in a directory and on an S3 server, and stores that share one."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,9 +8,9 @@ import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.catalogue.limits import CatalogueLimits
+from loraplex_adapter_store.catalogue.freshness import CatalogueLimits
 from loraplex_adapter_store.store import AdapterStore
-from tests.support.object_stores import s3_environment, s3_server
+from tests.support.servers.object_stores import s3_environment, s3_server
 
 OpenStore = Callable[..., AdapterStore]
 

@@ -1,7 +1,5 @@
 """Contents come whole and verified, or not at all."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import signal
@@ -17,26 +15,21 @@ import pytest
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue import bucket as buckets
 from loraplex_adapter_store.catalogue.bucket import Bucket
-from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.catalogue.garbage import sweep
-from loraplex_adapter_store.catalogue.limits import CatalogueLimits
+from loraplex_adapter_store.catalogue.catalogue import Catalogue, sweep
+from loraplex_adapter_store.catalogue.freshness import CatalogueLimits
 from loraplex_adapter_store.catalogue.name_log import BURY_S, GRACE_S
-from loraplex_adapter_store.catalogue.sealed_json import seal, unseal
-from loraplex_adapter_store.content_files import (
-    CONFIG_FILE,
-    PLAN_FILE,
-    WEIGHTS_FILE,
-)
+from loraplex_adapter_store.contents.content_files import CONFIG_FILE, PLAN_FILE, WEIGHTS_FILE
 from loraplex_adapter_store.errors import (
     HostTierFull,
     LoadCancelled,
     StoredAdapterDamaged,
     UnknownAdapter,
 )
-from loraplex_adapter_store.store import AdapterStore
+from loraplex_adapter_store.names.name_state import seal, unseal
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
 from tests.adapter_store.catalogue.conftest import ALWAYS_ASK, OpenStore
 from tests.adapter_store.test_store import put, seed_of
-from tests.support.packers import TensorsAside
+from tests.support.adapters.packers import TensorsAside
 
 
 def objects_of(catalogue: Catalogue, digest: str) -> dict[str, str]:
@@ -94,10 +87,10 @@ def test_the_weights_of_another_adapter_under_a_digest_are_refused(
 def test_files_that_were_damaged_on_the_disk_are_fetched_again(open_store: OpenStore) -> None:
     a, b = open_store("a"), open_store("b")
     digest = put(a, "x", 1)
-    b.warm("x")
-    plan = b._files.path(digest) / PLAN_FILE
+    b.acquire("x").release()
+    plan = b.state.files.path(digest) / PLAN_FILE
     plan.write_bytes(plan.read_bytes()[:-1] + b"!")
-    b._tier.drop(digest)
+    b.state.tier.drop(digest)
     with b.acquire("x") as lease:
         assert seed_of(lease.plan) == 1
 
@@ -169,7 +162,7 @@ def test_the_disk_keeps_to_its_budget_and_what_left_it_comes_back(
         for name, digest in digests.items():
             with b.acquire(name) as lease:
                 assert (lease.digest, f"x{seed_of(lease.plan):g}") == (digest, name)
-            there = set(b._files.digests())
+            there = set(b.state.files.digests())
             assert digest in there, turn
             assert len(there) <= 2
     tight = CatalogueLimits(refresh_s=0.0, poll_s=3600.0, disk_bytes=size - 1)
@@ -180,33 +173,39 @@ def test_the_disk_keeps_to_its_budget_and_what_left_it_comes_back(
 def test_what_was_not_loaded_or_uploaded_for_longest_leaves_the_disk(
     open_store: OpenStore,
 ) -> None:
-    a = open_store("a", packer=TensorsAside())
+    a = open_store("a", engine=EngineHooks(TensorsAside()))
     digests = [put(a, f"x{seed}", seed) for seed in range(1, 4)]
-    size = a._files.n_bytes(a._files.path(digests[0])) + a._packed.n_bytes(digests[0])
+    size = a.state.files.n_bytes(a.state.files.path(digests[0])) + a.state.packed.n_bytes(
+        digests[0]
+    )
     limits = CatalogueLimits(refresh_s=0.0, poll_s=3600.0, disk_bytes=2 * size + size // 2)
-    b = open_store("b", limits=limits, packer=TensorsAside())
+    b = open_store("b", limits=limits, engine=EngineHooks(TensorsAside()))
     for name in ("x1", "x2", "x1", "x3"):
-        b.warm(name)
-        b._retirement.finish()  # the packed form is on the disk
+        b.acquire(name).release()
+        b.garbage.finish()  # the packed form is on the disk
         assert b.unload_digest(b.get(name).digest) == 0
-    assert set(b._files.digests()) == {digests[0], digests[2]}
+    assert set(b.state.files.digests()) == {digests[0], digests[2]}
     digests.append(put(b, "x4", 4))
-    assert set(b._files.digests()) == {digests[2], digests[3]}
-    b.warm("x2")
-    assert set(b._files.digests()) == {digests[1], digests[3]}
+    assert set(b.state.files.digests()) == {digests[2], digests[3]}
+    b.acquire("x2").release()
+    assert set(b.state.files.digests()) == {digests[1], digests[3]}
 
 
 def test_a_start_with_a_catalogue_leaves_the_adapters_of_the_root_alone(
     tmp_path: Path, base: BaseSpec
 ) -> None:
     root = tmp_path / "a"
-    with AdapterStore(root, base, n_kept_revisions=1, packer=TensorsAside()) as store:
+    with AdapterStore(root, base, n_kept_revisions=1, engine=EngineHooks(TensorsAside())) as store:
         older, mine = put(store, "x", 1), put(store, "x", 2)
     files = {path: path.read_bytes() for path in local_files(store) if path.suffix != ".sqlite3"}
     catalogue = Catalogue.open(f"file://{tmp_path}/catalogue", base)
     for _ in range(2):
         with AdapterStore(
-            root, base, catalogue=catalogue, catalogue_limits=ALWAYS_ASK, packer=TensorsAside()
+            root,
+            base,
+            catalogue=catalogue,
+            catalogue_limits=ALWAYS_ASK,
+            engine=EngineHooks(TensorsAside()),
         ) as store:
             put(store, "y", 3)
             assert [card.name for card in store.list()] == ["y"]
@@ -232,7 +231,7 @@ def test_a_server_killed_between_content_and_name_leaves_nothing_to_see(
         "from loraplex_adapter_store.catalogue.name_log import NameLog\n"
         "from loraplex_adapter_store.store import AdapterStore\n"
         "from tests.adapter_store.test_store import put\n"
-        "from tests.support.tiny_models import tiny_llama\n"
+        "from tests.support.bases.tiny_models import tiny_llama\n"
         "base = BaseSpec.of(tiny_llama(), 'tiny-llama')\n"
         "NameLog.change = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "root, url = sys.argv[1:]\n"
@@ -255,9 +254,9 @@ def test_a_server_killed_between_content_and_name_leaves_nothing_to_see(
             with pytest.raises(UnknownAdapter):
                 store.acquire("x")
             assert local_files(store) == []
-    assert sweep(catalogue).n_uploads == 0  # it could get its name yet
+    assert sweep(catalogue) == 0  # it could get its name yet
     age(tmp_path / "catalogue", GRACE_S + 1)
-    assert sweep(catalogue).n_uploads == 1
+    assert sweep(catalogue) == 1
     assert catalogue.contents.uploads() == []
     with AdapterStore(tmp_path / "a", base, catalogue=catalogue) as store:
         assert put(store, "x", 1) == upload.digest
@@ -287,11 +286,11 @@ def test_garbage_goes_after_the_grace_and_what_is_named_or_kept_stays(
         twin = put(store, "twin", 3)
         assert twin == third
         store.delete("gone")
-        assert sweep(catalogue).n_uploads == 0
-        with store.acquire_digest("gone", gone) as lease:  # a request may still hold it
+        assert sweep(catalogue) == 0
+        with store.leases.acquire_digest("gone", gone) as lease:  # a request may still hold it
             assert seed_of(lease.plan) == 4
         age(tmp_path / "catalogue", GRACE_S + 1)
-        assert sweep(catalogue).n_uploads == 2
+        assert sweep(catalogue) == 2
         left = {upload.digest for upload in catalogue.contents.uploads()}
         assert left == {second, third}
         assert first not in left
@@ -299,7 +298,7 @@ def test_garbage_goes_after_the_grace_and_what_is_named_or_kept_stays(
         assert store.get("x").digest == second
         store.delete("twin")
         age(tmp_path / "catalogue", BURY_S + 1)
-        assert sweep(catalogue).n_uploads == 1  # the twin's own copy
+        assert sweep(catalogue) == 1  # the twin's own copy
         names = {path.parent.name for path in (tmp_path / "catalogue").rglob("names/*/*/*.json")}
         assert names == {"x"}
         assert [card.name for card in store.list()] == ["x"]
@@ -323,9 +322,9 @@ def test_a_content_whose_copy_went_with_another_name_is_found_in_its_own(
         put(store, "twin", 1)  # what the store knows of the content now
         store.delete("twin")
         age(tmp_path / "catalogue", GRACE_S + 1)
-        assert sweep(catalogue).n_uploads == 1
-        store._files.remove(store.get("x").digest)
-        store._tier.drop(store.get("x").digest)
+        assert sweep(catalogue) == 1
+        store.state.files.remove(store.get("x").digest)
+        store.state.tier.drop(store.get("x").digest)
         with store.acquire("x") as lease:
             assert seed_of(lease.plan) == 1
 
@@ -336,7 +335,7 @@ def test_a_digest_is_leased_whose_name_is_deleted_between_two_looks(
 ) -> None:
     store = open_store("a")
     digest = put(store, "x", 1)
-    leasing = store._leasing
+    leasing = store.leases
     index = leasing._index
 
     class DeletedMeanwhile:
@@ -353,7 +352,7 @@ def test_a_digest_is_leased_whose_name_is_deleted_between_two_looks(
             return found
 
     leasing._index = DeletedMeanwhile()  # type: ignore[assignment]
-    with store.acquire_digest("x", digest) as lease:
+    with store.leases.acquire_digest("x", digest) as lease:
         assert seed_of(lease.plan) == 1
     with pytest.raises(UnknownAdapter):
         store.get("x")

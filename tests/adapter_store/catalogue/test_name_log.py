@@ -1,7 +1,5 @@
 """Names in the catalogue under the races that two servers can run into."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -10,11 +8,11 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.bucket import Bucket
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.catalogue.name_log import BURY_S, GRACE_S, NameLog
-from loraplex_adapter_store.catalogue.name_state import NameState
 from loraplex_adapter_store.errors import RevisionConflict, StoredAdapterDamaged, UnknownAdapter
-from loraplex_adapter_store.name_record import Content
+from loraplex_adapter_store.names.name_record import Content
+from loraplex_adapter_store.names.name_state import NameState
+from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.plan import Family
-from loraplex_adapter_store.put_options import PutOptions
 from tests.adapter_store.catalogue.test_contents import age
 
 
@@ -48,14 +46,14 @@ def names(catalogue: Catalogue) -> NameLog:
 def test_a_writer_whose_answer_was_lost_finds_that_it_won(
     names: NameLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The client sends a request again whose answer it did not get, and is told of an object."""
+    """The client repeats a request without an answer, and meets its own object."""
     create = Bucket.create
 
-    def told_twice(self: Bucket, key: str, data: bytes) -> bool:
+    def repeated(self: Bucket, key: str, data: bytes) -> bool:
         create(self, key, data)
         return create(self, key, data)
 
-    monkeypatch.setattr(Bucket, "create", told_twice)
+    monkeypatch.setattr(Bucket, "create", repeated)
     _, after = names.change("x", lambda state: put(state, "1", new=True))
     assert after.number == 1
     assert names.read("x") == after

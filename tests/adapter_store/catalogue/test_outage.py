@@ -1,7 +1,5 @@
 """The object store goes away and comes back: nothing wrong is served, nothing hangs."""
 
-from __future__ import annotations
-
 import socket
 import threading
 import time
@@ -16,12 +14,13 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue import bucket as buckets
 from loraplex_adapter_store.catalogue.bucket import Bucket
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.catalogue.limits import CatalogueLimits
+from loraplex_adapter_store.catalogue.catalogue_registry import CatalogueRegistry
+from loraplex_adapter_store.catalogue.freshness import CatalogueLimits
 from loraplex_adapter_store.errors import CatalogueUnavailable, StoreError
-from loraplex_adapter_store.selector import NameRef
+from loraplex_adapter_store.names.selector import NameRef
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.test_store import put, seed_of
-from tests.support.object_stores import MIDDLE_OF_NOWHERE, S3_SECRET, Switch, s3_environment
+from tests.support.servers.object_stores import MIDDLE_OF_NOWHERE, S3_SECRET, Switch, s3_environment
 
 
 @pytest.fixture
@@ -47,8 +46,9 @@ def opened(folder: Path, base: BaseSpec, switch: Switch, clock: Clock) -> Iterat
     with AdapterStore(
         folder, base, catalogue=Catalogue(switch.bucket), catalogue_limits=LIMITS
     ) as store:
-        assert store._shared is not None
-        store._shared._freshness._clock = clock
+        registry = store.state.registry
+        assert isinstance(registry, CatalogueRegistry)
+        registry._freshness._clock = clock
         yield store
 
 
@@ -82,7 +82,7 @@ def test_known_names_go_on_for_a_while_digests_for_ever_and_changes_are_refused(
             store.list()
         with store.acquire(f"x@{digest}") as lease:
             assert seed_of(lease.plan) == 1
-        with store.acquire_digest("x", digest) as lease:
+        with store.leases.acquire_digest("x", digest) as lease:
             assert seed_of(lease.plan) == 1
         switch.turn(on=True)
         clock.now += 3
@@ -99,7 +99,7 @@ def test_a_store_starts_without_its_catalogue_and_serves_when_it_is_back(
         put(store, "x", 1)
     switch.turn(on=False)
     with opened(tmp_path / "a", base, switch, clock) as store:
-        assert store.seen() == ()
+        assert store.cards.all() == ()
         with pytest.raises(CatalogueUnavailable):
             store.acquire("x")
         switch.turn(on=True)
@@ -134,7 +134,7 @@ def test_an_object_store_that_never_answers_is_given_up(
         catalogue = Catalogue.open("s3://adapters/x", base)
         began = time.monotonic()
         with pytest.raises(CatalogueUnavailable):
-            catalogue.read("x")
+            catalogue.names.read("x")
         assert time.monotonic() - began < 60  # by default it would be minutes
 
 
@@ -145,10 +145,10 @@ def test_no_error_and_no_log_holds_a_secret(
     for name, value in s3_environment(MIDDLE_OF_NOWHERE).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(CatalogueUnavailable) as caught:
-        Catalogue.open("s3://adapters/x", base).read("x")
+        Catalogue.open("s3://adapters/x", base).names.read("x")
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{S3_SECRET}@[bad")
     with pytest.raises(StoreError) as refused:
-        Catalogue.open("s3://adapters/x", base).read("x")
+        Catalogue.open("s3://adapters/x", base).names.read("x")
     for told in (str(caught.value), str(refused.value), caplog.text):
         assert S3_SECRET not in told
         assert "the-key-of" not in told
@@ -189,10 +189,10 @@ def test_waiting_writers_keep_no_reader_from_what_is_known(
         writer.start()
         assert reached.wait(60)
         store.acquire("x").release()
-        resident = store.acquire_resident(NameRef("x"))
+        resident = store.leases.acquire_resident(NameRef("x"))
         assert resident is not None
         resident.release()
-        assert [card.name for card in store.seen()] == ["x", "y"]
+        assert [card.name for card in store.cards.all()] == ["x", "y"]
         go_on.set()
         writer.join()
         assert store.get("y").expires == 9e9

@@ -1,18 +1,15 @@
 """Two servers, each with a store of its own, over one catalogue: what one does the other serves."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 
 import pytest
 
-from loraplex_adapter_store.card import CardEdit
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.catalogue.limits import CatalogueLimits
+from loraplex_adapter_store.catalogue.freshness import CatalogueLimits
 from loraplex_adapter_store.errors import QuotaExceeded, RevisionConflict, UnknownAdapter
-from loraplex_adapter_store.put_options import PutOptions
-from loraplex_adapter_store.quota import Quota
+from loraplex_adapter_store.names.card import CardEdit
+from loraplex_adapter_store.names.put_options import PutOptions, Quota
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.catalogue.conftest import OpenStore
 from tests.adapter_store.conftest import plain_lora
@@ -36,14 +33,13 @@ def test_what_one_server_puts_replaces_and_deletes_the_other_sees_at_once(
         assert seed_of(lease.plan) == 1  # a request keeps what it began with
         with b.acquire("team:de/formal") as newer:
             assert (newer.digest, seed_of(newer.plan)) == (second, 2)
-    assert catalogue.resolve("team:de/formal").digest == second
+    assert catalogue.names.read("team:de/formal").revisions[0].content.digest == second
     b.delete("team:de/formal")
     for store in (a, b):
         with pytest.raises(UnknownAdapter):
             store.acquire("team:de/formal")
         assert store.list() == ()
-    with pytest.raises(UnknownAdapter):
-        catalogue.resolve("team:de/formal")
+    assert not catalogue.names.read("team:de/formal").revisions
 
 
 @pytest.mark.parametrize("twin_is_deleted", [False, True])
@@ -52,13 +48,13 @@ def test_a_rollback_finds_a_content_that_another_name_has_too(
 ) -> None:
     a, b = open_store("a", n_kept=1), open_store("b", n_kept=1)
     first = put(a, "x", 1)
-    upload = catalogue.resolve("x").upload
+    upload = catalogue.names.read("x").revisions[0].content.upload
     put(a, "x", 2)
     assert put(a, "twin", 1) == first  # what the store knows of the content now
     if twin_is_deleted:
         a.delete("twin")
     assert a.rollback("x").digest == first
-    assert catalogue.resolve("x").upload == upload
+    assert catalogue.names.read("x").revisions[0].content.upload == upload
     for store in (a, b):
         with store.acquire("x") as lease:
             assert (lease.digest, seed_of(lease.plan)) == (first, 1)
@@ -129,7 +125,7 @@ def test_of_many_who_make_a_name_exactly_one_does(open_store: OpenStore) -> None
 def test_a_server_that_was_away_serves_the_newest_digest_at_once(open_store: OpenStore) -> None:
     a, b = open_store("a"), open_store("b")
     put(a, "x", 1)
-    b.warm("x")
+    b.acquire("x").release()
     b.close()
     newest = [put(a, "x", seed) for seed in (2, 3)][-1]
     put(a, "gone", 4)
@@ -160,14 +156,14 @@ def test_a_request_keeps_the_digest_that_a_gateway_resolved(
 ) -> None:
     a, b = open_store("a"), open_store("b")
     put(a, "x", 1)
-    digest = catalogue.resolve("x").digest
+    digest = catalogue.names.read("x").revisions[0].content.digest
     a.delete("x")
-    with b.acquire_digest("x", digest) as lease:
+    with b.leases.acquire_digest("x", digest) as lease:
         assert (lease.digest, seed_of(lease.plan)) == (digest, 1)
     with pytest.raises(UnknownAdapter):
         b.acquire("x")
     with pytest.raises(UnknownAdapter):
-        b.acquire_digest("x", "0" * 64)
+        b.leases.acquire_digest("x", "0" * 64)
 
 
 def test_a_change_is_judged_by_what_is_so_now_not_by_what_was_known(open_store: OpenStore) -> None:

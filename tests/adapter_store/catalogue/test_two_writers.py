@@ -1,7 +1,5 @@
 """Two servers change names in any order, restart and sweep; a dictionary says what must be true."""
 
-from __future__ import annotations
-
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -13,18 +11,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.card import CardEdit
-from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.catalogue.garbage import sweep
+from loraplex_adapter_store.catalogue.catalogue import Catalogue, sweep
 from loraplex_adapter_store.errors import InvalidSelector, RevisionConflict, UnknownAdapter
-from loraplex_adapter_store.lease import AdapterLease
-from loraplex_adapter_store.put_options import PutOptions
+from loraplex_adapter_store.leasing import AdapterLease
+from loraplex_adapter_store.names.card import CardEdit
+from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
 from tests.adapter_store.catalogue.conftest import ALWAYS_ASK
 from tests.adapter_store.catalogue.test_contents import age
 from tests.adapter_store.conftest import plain_lora
 from tests.adapter_store.test_store import seed_of
-from tests.support.tiny_models import tiny_llama
+from tests.support.bases.tiny_models import tiny_llama
 
 N_KEPT = 2
 HOUR = 3601.0

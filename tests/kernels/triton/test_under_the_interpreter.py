@@ -1,6 +1,7 @@
-"""Runs the device tests in Triton's CPU interpreter, in processes of their own."""
+"""Runs the device tests in Triton's CPU interpreter, in a process of their own.
 
-from __future__ import annotations
+Cases that repeat a claim for another dtype are marked nightly.
+"""
 
 import os
 import subprocess
@@ -11,27 +12,23 @@ import pytest
 
 _FOLDER = Path(__file__).parent / "device"
 _ROOT = Path(__file__).parents[3]
-_PROCESSES = (
-    ["test_lora.py"],
-    ["test_attention.py", "test_experts.py"],
-    [
-        *("test_routing.py", "test_norm_and_gate.py", "test_quantized_linear.py"),
-        *("test_matmul.py", "test_sampling.py", "test_benchmark.py"),
-    ],
-)
 
 
-def test_every_module_is_run() -> None:
-    there = {path.name for path in _FOLDER.glob("test_*.py")}
-    assert {module for modules in _PROCESSES for module in modules} == there
+@pytest.mark.interpreter
+def test_kernels_pass_under_the_interpreter() -> None:
+    _run("not nightly")
 
 
-@pytest.mark.parametrize("modules", _PROCESSES, ids=lambda modules: modules[0])
-def test_kernels_pass_under_the_interpreter(modules: list[str]) -> None:
-    """Few processes: each takes five seconds to start."""
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_kernels_pass_under_the_interpreter_in_every_dtype() -> None:
+    _run("nightly")
+
+
+def _run(selection: str) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", *(str(_FOLDER / module) for module in modules)],
+        [sys.executable, "-m", "pytest", str(_FOLDER), "-m", selection],
         cwd=_ROOT,
         env=environment,
         capture_output=True,

@@ -1,14 +1,12 @@
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from loraplex_router.adapters import AdapterProfile, AutoRouter, CachedEncoder
+from loraplex_router.adapters.auto_router import AdapterProfile, AutoRouter, lexical_features
 from loraplex_router.adapters.classifier import Features, TextClassifier
-from loraplex_router.adapters.lexical_features import lexical_features
-from tests.support.word_encoder import WordEncoder
+from loraplex_router.adapters.encoder import CachedEncoder
+from tests.support.bases.word_encoder import WordEncoder
 
 SQL = AdapterProfile(
     "sql",
@@ -26,6 +24,7 @@ PIRATE = AdapterProfile(
 def router() -> AutoRouter:
     router = AutoRouter(WordEncoder())
     router.update([SQL, PIRATE])
+    router.route(["hello there"])
     return router
 
 
@@ -100,11 +99,24 @@ def test_only_new_texts_are_encoded_when_an_adapter_is_added() -> None:
     encoder = WordEncoder()
     router = AutoRouter(encoder)
     router.update([SQL])
+    router.route([SQL.texts[0]])
     n_before = sum(map(len, encoder.batches))
     assert router.update([SQL, PIRATE])
+    assert sorted(router.unread([SQL.texts[0]])) == sorted(PIRATE.texts)
+    router.route([SQL.texts[0]])
+    assert router.unread([SQL.texts[0]]) == []
     new = [text for batch in encoder.batches for text in batch][n_before:]
     assert sorted(new) == sorted(PIRATE.texts)
     assert not router.update([PIRATE, SQL])  # nothing changed, whatever the order
+
+
+def test_an_index_whose_adapters_stay_is_kept_when_others_change(router: AutoRouter) -> None:
+    ours = Only(("sql",))
+    router.route(["hello there"], ours)
+    fitted = dict(router._fitted)
+    router.update([SQL, AdapterProfile("pirate", "Arr, another one")])
+    kept = [part for part, index in router._fitted.items() if index is fitted[part]]
+    assert [part.allowed for part in kept] == [ours]
 
 
 def test_an_adapter_that_is_removed_is_no_candidate_any_more(router: AutoRouter) -> None:

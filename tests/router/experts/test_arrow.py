@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 import pytest
 import torch
 
 from loraplex_adapter_store.plan import RoutingStrategy
-from loraplex_router.experts import arrow_prototypes, route, top_right_singular_vector
+from loraplex_router.experts.gates import arrow_prototypes, route, top_right_singular_vector
 
 
 @pytest.mark.parametrize(

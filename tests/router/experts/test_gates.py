@@ -1,12 +1,10 @@
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_adapter_store.plan import RoutingStrategy
-from loraplex_router.experts import (
+from loraplex_router.experts.gates import (
     NO_EXPERT,
     Routing,
     experts_per_row,
@@ -16,7 +14,7 @@ from loraplex_router.experts import (
     gate_top_p,
     route,
 )
-from tests.support.experts_oracle import gate_weights
+from tests.support.adapters.experts_oracle import gate_weights
 
 
 def as_dict(routing: Routing, row: int) -> dict[int, float]:

@@ -1,8 +1,6 @@
-from __future__ import annotations
-
 import pytest
 
-from loraplex_router.experts import ExpertLoad, LoadHistory, entropy, imbalance
+from loraplex_router.experts.load import ExpertLoad, LoadHistory, entropy, imbalance
 
 
 def test_even_use_has_entropy_one_and_imbalance_one() -> None:

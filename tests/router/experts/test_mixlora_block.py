@@ -1,36 +1,30 @@
 """Mixed steps against the naive loop, float32, through the kernels' reference operator."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from loraplex_adapter_store.plan import RoutingStrategy
-from loraplex_kernels import (
-    NO_PAGE,
-    PAGE_RANK,
-    LoraSegments,
-    LoraTables,
-    LoraTarget,
-    lora_apply_reference,
-)
-from loraplex_kernels.experts import moe_down, moe_gate_up
-from loraplex_router.experts import (
-    MlpBlock,
+from loraplex_kernels.formats.layout import NO_PAGE, PAGE_RANK, LoraSegments, LoraTables, LoraTarget
+from loraplex_kernels.lora.experts import Linear, moe_down, moe_gate_up
+from loraplex_kernels.reference.lora import lora_apply_reference
+from loraplex_router.experts.expansion import (
     PlacedExperts,
     RoutedRows,
     expand,
-    experts_per_row,
-    mixed_mlp,
+    expand_by_slots,
     projection_segments,
+    projection_segments_by_slots,
 )
-from loraplex_router.experts.expansion import expand_by_slots, projection_segments_by_slots
-from tests.support.experts_oracle import (
+from loraplex_router.experts.gates import experts_per_row
+from loraplex_server.model.layers.forward_context import ForwardContext
+from loraplex_server.model.layers.routed import RoutedMlp
+from tests.support.adapters.experts_oracle import (
     LowRank,
     OracleAdapter,
     OracleExpert,
@@ -71,7 +65,7 @@ class PoolBuilder:
             self.n_elements += part.numel()
         return offsets
 
-    def build(self) -> tuple[Tensor, LoraTables]:
+    def build(self) -> LoraTables:
         def padded(pages: list[list[list[int]]]) -> Tensor:
             width = max((len(p) for slot in pages for p in slot), default=1) or 1
             return torch.tensor(
@@ -79,20 +73,29 @@ class PoolBuilder:
             )
 
         none = torch.full((len(self.ranks), self.target.n_slices), NO_PAGE, dtype=torch.int64)
-        tables = LoraTables(
-            torch.tensor(self.ranks, dtype=torch.int32), padded(self.a), padded(self.b), none, none
+        return LoraTables(
+            self.target,
+            torch.cat([*self.parts, torch.zeros(1)]),
+            torch.tensor(self.ranks, dtype=torch.int32),
+            padded(self.a),
+            padded(self.b),
+            none,
+            none,
         )
-        return torch.cat([*self.parts, torch.zeros(1)]), tables
 
 
 @dataclass
 class BoundOp:
-    storage: Tensor
-    target: LoraTarget
     tables: LoraTables
 
     def __call__(self, x: Tensor, segments: LoraSegments, out: Tensor) -> None:
-        lora_apply_reference(x, self.storage, self.target, self.tables, segments, out=out)
+        lora_apply_reference(x, self.tables, segments, out=out)
+
+    def moe_gate_up(self, packed: Linear, *args: Any) -> tuple[Tensor, Tensor]:
+        return moe_gate_up(packed, self, *args)
+
+    def moe_down(self, packed: Linear, *args: Any) -> Tensor:
+        return moe_down(packed, self, *args)
 
 
 def random_factors(out: int, rank: int, width: int) -> LowRank | None:
@@ -114,6 +117,34 @@ def mixlora(n_experts: int, top_k: int, rank: int, strategy: str = "mixlora") ->
         strategy=strategy,
         top_k=top_k,
     )
+
+
+def activation(gate_up: Tensor) -> Tensor:
+    return torch.nn.functional.silu(gate_up[:, :FF]) * gate_up[:, FF:]
+
+
+@dataclass
+class StepLinear:
+    """The parts of ``PackedLoraLinear`` that an MLP block uses."""
+
+    weight: Tensor
+    lora: BoundOp
+    plain: LoraSegments | None
+    reduce: None = None
+
+    def packed(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+    def scaled_inputs(self, x: Tensor) -> Tensor:
+        return x
+
+    def add_step_adapters(self, x: Tensor, out: Tensor) -> None:
+        if self.plain is not None:
+            self.lora(x, self.plain, out)
+
+    @property
+    def bound(self) -> BoundOp:
+        return self.lora
 
 
 class MixedStep:
@@ -138,29 +169,9 @@ class MixedStep:
             for e in sets:
                 gate_up.add((e.gate, e.up))
                 down.add((e.down,))
-        lora_gate_up = BoundOp(gate_up.build()[0], gate_up.target, gate_up.build()[1])
-        lora_down = BoundOp(down.build()[0], down.target, down.build()[1])
-        self.block = MlpBlock(
-            activation=lambda gu: torch.nn.functional.silu(gu[:, :FF]) * gu[:, FF:],
-            down=self.down,
-            lora_down=lora_down,
-            moe_gate_up=lambda *args: moe_gate_up(self.gate_up, lora_gate_up, *args),
-            moe_down=lambda *args: moe_down(self.down, lora_down, *args),
-            plain_gate_up=lambda x, out: self.add_plain(lora_gate_up, x, out),
-            plain_down=lambda x, out: self.add_plain(lora_down, x, out),
-            scaled_down=lambda x: x,
-        )
-
-    def gate_up(self, hidden: Tensor) -> Tensor:
-        return hidden @ torch.cat(self.weights[:2]).T
-
-    def down(self, act: Tensor) -> Tensor:
-        return act @ self.weights[2].T
-
-    def add_plain(self, op: BoundOp, x: Tensor, out: Tensor) -> None:
-        segments = self.plain()
-        if segments is not None:
-            op(x, segments, out)
+        lora_gate_up, lora_down = BoundOp(gate_up.build()), BoundOp(down.build())
+        self.gate_up = StepLinear(torch.cat(self.weights[:2]), lora_gate_up, self.plain())
+        self.down = StepLinear(self.weights[2], lora_down, self.plain())
 
     def rows_of(self, index: int) -> list[int]:
         return [row for row, a in enumerate(self.row_adapter) if a == index]
@@ -207,8 +218,9 @@ class MixedStep:
         return result
 
     def run(self, *, shared_down: bool = True) -> Tensor:
-        routed = self.routed(shared_down=shared_down)
-        return mixed_mlp(self.hidden.clone(), self.block, routed)
+        step = ForwardContext(routed={"mlp": tuple(self.routed(shared_down=shared_down))})
+        linears: Any = self.gate_up, self.down
+        return RoutedMlp("mlp", *linears, activation, step).run(self.hidden.clone())
 
     def want(self) -> Tensor:
         rows = [
@@ -343,7 +355,6 @@ def test_experts_of_one_projection_equal_the_naive_sum(strategy: str) -> None:
     builder = PoolBuilder(LoraTarget("down", FF, (HIDDEN,)))
     for f in factors:
         builder.add((f,))
-    storage, tables = builder.build()
     x, gate = torch.randn(6, FF), torch.randn(4, FF) * 0.3
     rows = torch.tensor([0, 2, 3, 5])
     kind = RoutingStrategy(strategy)
@@ -361,7 +372,7 @@ def test_experts_of_one_projection_equal_the_naive_sum(strategy: str) -> None:
     )
     out = torch.zeros(6, HIDDEN)
     segments = projection_segments(x, [routed])
-    lora_apply_reference(x, storage, builder.target, tables, segments, out=out)
+    lora_apply_reference(x, builder.build(), segments, out=out)
     want = torch.zeros(6, HIDDEN)
     for row in rows.tolist():
         for e, w in gate_weights(gate @ x[row], strategy, 2, 0.0).items():

@@ -1,7 +1,5 @@
 """How many homes an adapter has: in proportion to demand, and slow to change."""
 
-from __future__ import annotations
-
 import math
 import random
 
@@ -9,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_router.replicas import ReplicaRouter, ReplicaSnapshot
-from loraplex_router.replicas.demand import HYSTERESIS, DemandMeter, n_homes
+from loraplex_router.replicas.policy import HYSTERESIS, DemandMeter, ReplicaRouter, n_homes
+from loraplex_router.replicas.snapshot import ReplicaSnapshot
 
 HOT = ("h" * 64,)
 
@@ -103,8 +101,7 @@ def test_a_hot_adapter_spreads_while_cold_ones_stay_where_they_are() -> None:
     replicas = fleet(10, n_pending=5)
     for request in range(2000):
         name = HOT[0] if rng.random() < 0.5 else rng.choice(cold)
-        choice = router.choose(replicas, (name,), rng.getrandbits(60) or 1, request / 100)
-        assert choice is not None
+        choice = router.rank(replicas, (name,), rng.getrandbits(60) or 1, request / 100)[0]
         went.setdefault(name, set()).add(choice.replica_id)
         replicas = [
             ReplicaSnapshot(
@@ -124,6 +121,6 @@ def test_several_gateways_choose_alike() -> None:
         router = first if request % 4 < 2 else second
         router.rank(replicas, digests, request + 1, request / 100)
     for prompt in range(1, 50):
-        one = first.choose(replicas, HOT, prompt, 4.0)
-        other = second.choose(replicas, HOT, prompt, 4.0)
+        one = first.rank(replicas, HOT, prompt, 4.0)[0]
+        other = second.rank(replicas, HOT, prompt, 4.0)[0]
         assert one is other

@@ -1,16 +1,15 @@
 """The choice of a replica, by hand and by property."""
 
-from __future__ import annotations
-
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_router.replicas import AdapterLocation, ReplicaSnapshot, choose, rank
-from loraplex_router.replicas.policy import load_bounds
+from loraplex_router.replicas.policy import LoadBounds, load_bounds, rank
+from loraplex_router.replicas.snapshot import AdapterLocation, ReplicaSnapshot
 
 DIGEST = "d" * 64
 OTHER = "e" * 64
@@ -40,15 +39,17 @@ LADDER = [
 ]
 
 
+def bounds_of(fleet: Sequence[ReplicaSnapshot]) -> LoadBounds:
+    return load_bounds([r.load for r in fleet], [max(1, r.capacity) for r in fleet])
+
+
 def chosen(
     fleet: list[ReplicaSnapshot],
     digests: tuple[str, ...] = WANTED,
     prompt: int = 7,
     n_homes: int = 1,
 ) -> ReplicaSnapshot:
-    choice = choose(fleet, digests, prompt, n_homes=n_homes)
-    assert choice is not None
-    return choice
+    return rank(fleet, digests, prompt, n_homes=n_homes)[0]
 
 
 def test_the_nearest_location_wins_at_equal_load() -> None:
@@ -75,7 +76,7 @@ def test_a_holder_a_little_busier_than_the_rest_keeps_its_adapter() -> None:
 def test_a_burst_waits_a_little_at_home_before_another_replica_evicts_for_it() -> None:
     others = [replica(f"r{i}", 8, evictable=True) for i in range(9)]
     just_over = replica("home", 11, device=True)
-    assert load_bounds([just_over, *others]).any < just_over.load
+    assert bounds_of([just_over, *others]).any < just_over.load
     assert chosen([just_over, *others]).replica_id == "home"
     assert chosen([replace(just_over, n_pending=20), *others]).replica_id != "home"
 
@@ -172,7 +173,6 @@ def test_the_base_model_is_resident_everywhere() -> None:
 
 
 def test_no_replica_no_choice() -> None:
-    assert choose([], WANTED, 0) is None
     assert rank([], WANTED, 0) == []
 
 
@@ -204,7 +204,7 @@ wanted = st.sampled_from([(), WANTED, (OTHER,), (DIGEST, OTHER)])
 def test_no_replica_over_its_bound_while_another_is_within(
     fleet: list[ReplicaSnapshot], digests: tuple[str, ...], prompt: int, n_homes: int
 ) -> None:
-    bounds = load_bounds(fleet)
+    bounds = bounds_of(fleet)
     ranked = rank(fleet, digests, prompt, n_homes=n_homes)
     first = ranked[0]
     assert first.load <= bounds.home
@@ -213,7 +213,6 @@ def test_no_replica_over_its_bound_while_another_is_within(
         n_bytes = sum(next((r.n_bytes[d] for r in fleet if d in r.n_bytes), 0) for d in digests)
         assert not any(r.has_room(digests, n_bytes) for r in within)
     assert sorted(r.replica_id for r in ranked) == [r.replica_id for r in fleet]
-    assert choose(fleet, digests, prompt, n_homes=n_homes) is first
 
 
 @settings(deadline=None)
@@ -230,4 +229,4 @@ def test_neither_order_nor_a_replica_that_is_not_chosen_changes_the_choice(
 @pytest.mark.parametrize("n", [1, 2, 10])
 def test_an_idle_fleet_is_never_over_its_bound(n: int) -> None:
     fleet = [replica(f"r{i}", n_pending=1) for i in range(n)]
-    assert all(r.load <= load_bounds(fleet).any for r in fleet)
+    assert all(r.load <= bounds_of(fleet).any for r in fleet)

@@ -1,13 +1,11 @@
 """The part that needs no Ray: snapshots from routing statistics, ranks, prompt hashes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from loraplex_router.replicas.policy import ReplicaRouter
 from loraplex_router.replicas.ray_serve import prompt_hash_of, rank_replicas
-from loraplex_router.replicas.router import ReplicaRouter
 
 DIGEST, OTHER = "ab" * 32, "cd" * 32
 

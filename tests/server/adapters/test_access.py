@@ -1,7 +1,5 @@
 """A key with a list of adapters uses those, and learns of no others."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,16 +10,16 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.put_options import PutOptions
+from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.description_resolver import DescriptionResolver
-from loraplex_server.adapters.generated_adapters import GeneratedAdapters
-from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope
-from loraplex_server.settings import HttpConfig
+from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
+from loraplex_server.settings.api_keys import AdapterAccess, ApiKey, Scope
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front, routes_of
-from tests.support.lora_files import write_lora
+from tests.support.adapters.choosers import Choosers
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.word_encoder import WordEncoder
 from tests.support.scripted_generator import ScriptedGenerator
-from tests.support.word_encoder import WordEncoder
 
 pytestmark = pytest.mark.anyio
 
@@ -49,10 +47,10 @@ def shared(
 
         def parts(store: AdapterStore) -> dict[str, object]:
             generated = GeneratedAdapters(store, lambda: ScriptedGenerator(base_spec))
-            resolver = DescriptionResolver(store, WordEncoder(), generated)
+            choosers = Choosers(store, WordEncoder(), generated)
             closing.callback(generated.close)
-            closing.callback(resolver.close)
-            return {"generated": generated, "resolver": resolver, "semantic": resolver.router}
+            closing.callback(choosers.close)
+            return {"generated": generated, **choosers.parts}
 
         keys = HttpConfig(api_keys=KEYS)
         front = make_front(tokenizer, base_spec, tmp_path, keys, with_store=parts)

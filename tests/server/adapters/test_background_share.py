@@ -1,14 +1,12 @@
 """Work in the background takes its share of the time beside requests, and all of it alone."""
 
-from __future__ import annotations
-
 import math
 import threading
 
 import pytest
 
-from loraplex_server.adapters import background_share
-from loraplex_server.adapters.background_share import BackgroundShare
+from loraplex_server.adapters.learning import background_share
+from loraplex_server.adapters.learning.background_share import BackgroundShare
 
 
 class Day(threading.Event):

@@ -1,7 +1,5 @@
 """The first use of every part that is loaded lazily, from eight threads at once."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
@@ -16,18 +14,19 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_generation.service import Generator
-from loraplex_generation.shipped import shipped_folder
-from loraplex_generation.task_vectors import TaskVectors
-from loraplex_router.adapters import AdapterProfile
-from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest, GeneratedAdapters
-from loraplex_server.adapters.semantic_router import SemanticRouter
-from loraplex_server.adapters.sentence_encoder import SharedEncoder
-from loraplex_server.api.errors import ApiError
-from loraplex_server.api.serving.text_pipeline import TextPipeline
-from loraplex_server.model.loader import Lazy
+from loraplex_generation.request import AdapterGenerationRequest
+from loraplex_router.adapters.auto_router import AdapterProfile
+from loraplex_server.adapters.learning.generated_adapters import (
+    GeneratedAdapters,
+)
+from loraplex_server.adapters.resolving.semantic_router import SemanticRouter
+from loraplex_server.adapters.resolving.sentence_encoder import SharedEncoder
+from loraplex_server.adapters.worker_pools import WorkerPools
+from loraplex_server.errors import ApiError
+from loraplex_server.model.loading.loader import Lazy
+from loraplex_server.text.text_pipeline import TextPipeline
 from tests.support.scripted_generator import ScriptedGenerator
-from tests.support.server_process import ServerProcess, server_process
+from tests.support.servers.server_process import ServerProcess, server_process
 
 _N = 8
 WISHES = (
@@ -66,33 +65,25 @@ def test_the_encoder_is_loaded_once_and_encodes_alike(encoder: SharedEncoder) ->
     assert torch.get_default_dtype() is torch.float32
 
 
-def test_router_and_generator_share_the_encoder_whoever_is_first(
-    encoder: SharedEncoder, pulled_base: Path
-) -> None:
-    """Half of the threads ask for a choice, half describe an adapter."""
-    generator = Lazy(
-        lambda: Generator.load(
-            shipped_folder(), encoder.get(), base_name="base", base_directory=pulled_base
-        )
-    )
+def test_router_and_embeddings_share_the_encoder_whoever_is_first(encoder: SharedEncoder) -> None:
+    """One thread asks for choices, the others encode."""
     profiles = [AdapterProfile("sql", "Writes SQL", ("Count the orders", "List the customers"))]
-    router = SemanticRouter(encoder, lambda: profiles)
+    pools = WorkerPools()
+    router = SemanticRouter(encoder, lambda: profiles, pools.routing, pools.encoder)
+
+    async def choose() -> bool:
+        texts = [f"Count the customers of day {day}" for day in range(_N)]
+        decisions = await asyncio.gather(*map(router.choose, texts))
+        return all(decision.candidates for decision in decisions)
 
     def use(index: int) -> object:
-        if index % 2:
-            return asyncio.run(router.choose(f"Count the customers of day {index}")).candidates
-        return generator.get().generate(WISHES[index % 4]).tensors
+        if index == 0:
+            return asyncio.run(choose())
+        return encoder.encode([WISHES[index % 4]]).numel() > 0
 
     assert all(at_once(use))
-    router.close()
+    pools.close()
     assert torch.get_default_dtype() is torch.float32
-
-
-def test_the_base_copy_of_icm_lora_is_loaded_once(pulled_base: Path) -> None:
-    reader = TaskVectors.of_directory(pulled_base)
-    first, *others = at_once(lambda _: reader.of("Sort the numbers"))
-    for other in others:
-        assert torch.equal(first, other)
 
 
 def test_a_generator_that_cannot_be_loaded_is_loaded_by_the_next_request(
@@ -122,26 +113,27 @@ def _outcome(adapters: GeneratedAdapters, description: str) -> str:
     return "made"
 
 
-def test_the_tokenizer_pipeline_renders_and_encodes_from_many_threads(
+def test_the_tokenizer_pipeline_renders_and_encodes_in_several_threads(
     tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     text = TextPipeline(tokenizer)
 
-    def encode(_: int) -> tuple[tuple[int, ...], str]:
-        async def both() -> tuple[tuple[int, ...], str]:
-            ids = await text.encode_chat(
-                [{"role": "user", "content": "hi"}],
-                template=None,
-                add_generation_prompt=True,
-                continue_final_message=False,
-                template_arguments={},
-            )
-            return ids, await text.decode(ids, skip_special_tokens=False)
+    async def both(tenant: str) -> tuple[tuple[int, ...], str]:
+        ids = await text.encode_chat(
+            [{"role": "user", "content": "hi"}],
+            template=None,
+            add_generation_prompt=True,
+            continue_final_message=False,
+            template_arguments={},
+            tenant=tenant,
+        )
+        return ids, await text.decode(ids, skip_special_tokens=False, tenant=tenant)
 
-        return asyncio.run(both())
+    async def use() -> None:
+        assert len(set(await asyncio.gather(*[both(str(index)) for index in range(_N)]))) == 1
+        await text.close()
 
-    assert len(set(at_once(encode))) == 1
-    asyncio.run(text.close())
+    asyncio.run(use())
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +150,11 @@ def server(
 def test_a_server_survives_first_choices_and_first_descriptions_at_once(
     server: ServerProcess,
 ) -> None:
-    """Eight of each, and the ICM-LoRA method, which loads a copy of the base, among them."""
-    methods = ("auto", "sg-lora", "icm-lora")
+    """Eight of each."""
 
     def ask(index: int) -> list[httpx.Response]:
         body = {"max_tokens": 1, "messages": [{"role": "user", "content": f"Sort 3, 1, {index}"}]}
-        wanted = {"description": WISHES[index // 2], "method": methods[index % 3]}
+        wanted = {"description": WISHES[index // 2]}
         with httpx.Client(base_url=server.url, timeout=240) as client, ThreadPoolExecutor(2) as two:
             asked = [
                 two.submit(client.post, "/v1/chat/completions", json={**body, "adapter": adapter})

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import contextlib
 import json
 import queue
@@ -15,19 +13,19 @@ import torch
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.errors import RevisionConflict
-from loraplex_adapter_store.selector import Description
+from loraplex_adapter_store.names.selector import Description
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_generation.errors import OutOfDistribution
-from loraplex_generation.service import Generator
-from loraplex_server.adapters.description_resolver import DescriptionResolver
-from loraplex_server.adapters.generated_adapters import (
-    AdapterGenerationRequest,
+from loraplex_generation.generated import Generator
+from loraplex_generation.request import AdapterGenerationRequest
+from loraplex_server.adapters.learning.generated_adapters import (
     GeneratedAdapters,
 )
-from loraplex_server.api_keys import EVERY_ADAPTER, GENERATED
-from tests.support.architectures import tiny_model
+from loraplex_server.adapters.resolving.described_adapters import DescribedAdapters
+from loraplex_server.settings.api_keys import EVERY_ADAPTER, GENERATED
+from loraplex_server.tenant_shares import TenantThreads
+from tests.support.bases.architectures import tiny_model
 from tests.support.scripted_generator import ScriptedGenerator
-from tests.support.word_encoder import WordEncoder
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +204,9 @@ def test_one_that_a_job_makes_better_is_not_what_makes_room_and_outlives_the_job
     clock = Clock()
     adapters = make(ScriptedGenerator(spec), quota=2, clock=clock)
     learning = {"refinement": {"finished": False, "job": "job-1"}}
-    kept = adapters.ensure(AdapterGenerationRequest("learns"), told=learning, ttl_s=1, busy_s=9)
+    kept = adapters.ensure(
+        AdapterGenerationRequest("learns"), provenance=learning, ttl_s=1, busy_s=9
+    )
     assert kept.expires == START + 10
     adapters.ensure(AdapterGenerationRequest("one"))
     last = adapters.ensure(AdapterGenerationRequest("two"))
@@ -220,7 +220,7 @@ def test_a_draft_whose_job_a_restart_cut_off_makes_room_as_others_do(
     for number in (1, 2):
         learning = {"refinement": {"finished": False, "job": f"job-{number}"}}
         request = AdapterGenerationRequest(f"learns {number}")
-        adapters.ensure(request, told=learning, ttl_s=number)
+        adapters.ensure(request, provenance=learning, ttl_s=number)
     one = adapters.ensure(AdapterGenerationRequest("one"))
     two = adapters.ensure(AdapterGenerationRequest("two"))
     runs = GeneratedAdapters.unnamed(AdapterGenerationRequest("learns 2"), "")
@@ -260,7 +260,7 @@ def test_one_deleted_by_a_client_is_made_again(
 def test_unnamed_ones_of_a_version_that_kept_no_expiry_get_one(
     make: Make, store: AdapterStore, spec: BaseSpec
 ) -> None:
-    made = ScriptedGenerator(spec).generate("old")
+    made = ScriptedGenerator(spec).generate(AdapterGenerationRequest("old"))
     config = json.loads(json.dumps(made.config))
     store.put_tensors(f"{GENERATED}abc", config, made.tensors)
     make(ScriptedGenerator(spec))
@@ -291,11 +291,12 @@ def test_a_refused_description_takes_no_name_when_the_quota_is_full(
 async def test_a_description_resolves_to_a_name_with_its_digest(
     make: Make, store: AdapterStore, spec: BaseSpec
 ) -> None:
-    resolver = DescriptionResolver(store, WordEncoder(), make(ScriptedGenerator(spec)))
-    resolution = await resolver.resolve(Description("to French"), "", EVERY_ADAPTER)
-    resolver.close()
-    assert resolution.selector is not None
-    with store.acquire(resolution.selector) as lease:
+    threads = TenantThreads("generation", 1, 1)
+    descriptions = DescribedAdapters(make(ScriptedGenerator(spec)), threads)
+    resolution = await descriptions.resolve(Description("to French"), EVERY_ADAPTER)
+    threads.close()
+    assert resolution.adapter is not None
+    with store.acquire(resolution.adapter) as lease:
         assert lease.plan.modules
     assert resolution.explanation["method"] == "scripted"
     assert resolution.explanation["description"] == "to French"
@@ -306,7 +307,7 @@ def test_generated_weights_are_what_the_generator_gave(
 ) -> None:
     generator = ScriptedGenerator(spec)
     card = make(generator).ensure(AdapterGenerationRequest("to French"))
-    made = generator.generate("to French")
+    made = generator.generate(AdapterGenerationRequest("to French"))
     with store.acquire(card.name) as lease:
         for name, plan in lease.plan.modules.items():
             stem = f"base_model.model.{name}"

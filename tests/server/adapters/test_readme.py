@@ -1,16 +1,14 @@
 """READMEs that libraries write describe nothing; what somebody wrote does."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import peft
 import pytest
 from huggingface_hub import ModelCard, ModelCardData
 
-from loraplex_server.adapters.readme import describe
-from tests.support.round_trip import randomise
-from tests.support.tiny_models import tiny_llama
+from loraplex_server.adapters.adding.adapter_folders import describe
+from tests.support.adapters.round_trip import randomise
+from tests.support.bases.tiny_models import tiny_llama
 
 TRL = """---
 base_model: org/model

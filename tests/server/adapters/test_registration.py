@@ -1,7 +1,5 @@
 """Adapters in a directory are there at the start, with what their cards tell."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -11,11 +9,11 @@ import pytest
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.errors import InvalidName, SourceError, StoreError
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters import registration
-from loraplex_server.adapters.registration import register_adapters
-from loraplex_server.settings import LoraModule, StoreConfig
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
+from loraplex_server.adapters.adding import adapter_folders
+from loraplex_server.adapters.adding.adapter_folders import register_adapters
+from loraplex_server.settings.config import LoraModule, StoreConfig
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -98,7 +96,7 @@ def demos(tmp_path: Path, base_spec: BaseSpec, monkeypatch: pytest.MonkeyPatch) 
     (package / "__init__.py").write_text("")
     monkeypatch.syspath_prepend(str(package.parent))
     monkeypatch.delitem(sys.modules, package.name, raising=False)  # of another test
-    monkeypatch.setattr(registration, "_DEMO_PATH", ("tiny_package", "demos"))
+    monkeypatch.setattr(adapter_folders, "_DEMO_PATH", ("tiny_package", "demos"))
     return package / "demos"
 
 

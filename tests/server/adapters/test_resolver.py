@@ -1,7 +1,5 @@
 """Which adapter a request means, in every form that clients use."""
 
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 
@@ -9,12 +7,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.selector import Auto, Description, NameRef
-from loraplex_server.adapters.resolver import Resolution
-from loraplex_server.api_keys import AdapterAccess
-from loraplex_server.settings import HttpConfig
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front
-from tests.support.lora_files import write_lora
+from tests.support.adapters.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
 
@@ -135,41 +130,6 @@ async def test_routing_and_generation_say_that_they_are_not_enabled(
     assert answer.json()["error"]["param"] == "adapter"
 
 
-class Resolver:
-    """Chooses ``pirate`` and remembers what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[Auto | Description, str]] = []
-
-    async def resolve(
-        self,
-        wish: Auto | Description,
-        text: str,
-        access: AdapterAccess,
-        *,
-        with_tools: bool = False,
-        takes_turns: bool = False,
-        relist: bool = False,
-    ) -> Resolution:
-        self.asked.append((wish, text))
-        return Resolution(NameRef("pirate"), {"method": "test", "score": 0.9})
-
-
-async def test_an_injected_resolver_chooses_and_explains(
-    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
-) -> None:
-    resolver = Resolver()
-    front = make_front(tokenizer, base_spec, tmp_path, resolver=resolver)
-    front.store.put_directory("pirate", write_lora(front.root / "pirate", base_spec))
-    answer = await front.chat(adapter="auto")
-    assert answer.json()["adapter"]["name"] == "pirate"
-    assert answer.json()["adapter"]["chosen_by"] == {"method": "test", "score": 0.9}
-    assert resolver.asked == [(Auto(), "hi")]
-    first = (await front.chat_events(model="auto"))[0]
-    assert first["adapter"]["chosen_by"]["method"] == "test"
-    front.store.close()
-
-
 async def test_the_lease_is_given_back_after_the_engine_s_last_event(lora: Front) -> None:
     await lora.chat(adapter="pirate")
     await lora.chat(adapter="pirate", stream=True)
@@ -218,7 +178,7 @@ async def test_an_adapter_s_own_chat_template_wins_over_the_base_s(
 
 
 async def test_adapters_in_memory_do_not_wait_behind_those_that_are_loaded(lora: Front) -> None:
-    lora.store.warm("pirate")
+    lora.store.acquire("pirate").release()
     loading = threading.Event()
     pools = lora.app.state.parts.pools
     loads = [pools.loads._pool.submit(loading.wait) for _ in range(50)]

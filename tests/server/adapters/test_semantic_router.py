@@ -1,16 +1,15 @@
-from __future__ import annotations
-
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 from torch import Tensor
 
-from loraplex_router.adapters import AdapterProfile
-from loraplex_server.adapters.semantic_router import SemanticRouter
-from loraplex_server.api_keys import AdapterAccess
-from tests.support.word_encoder import WordEncoder
+from loraplex_router.adapters.auto_router import AdapterProfile
+from loraplex_server.adapters.resolving.semantic_router import SemanticRouter
+from loraplex_server.adapters.worker_pools import WorkerPools
+from loraplex_server.settings.api_keys import AdapterAccess
+from tests.support.bases.word_encoder import WordEncoder
 
 pytestmark = pytest.mark.anyio
 
@@ -25,6 +24,13 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
+@pytest.fixture
+def pools() -> Iterator[WorkerPools]:
+    made = WorkerPools()
+    yield made
+    made.close()
+
+
 class HeldEncoder(WordEncoder):
     """Waits for a word before it encodes, so that a test can pile up requests."""
 
@@ -37,21 +43,21 @@ class HeldEncoder(WordEncoder):
         return super().encode(texts)
 
 
-async def test_what_is_remembered_of_a_text_is_not_told_to_whom_it_is_closed() -> None:
-    router = SemanticRouter(WordEncoder(), lambda: PROFILES)
+async def test_a_key_that_may_not_use_an_adapter_gets_another_decision(
+    pools: WorkerPools,
+) -> None:
+    router = SemanticRouter(WordEncoder(), lambda: PROFILES, pools.routing, pools.encoder)
     sql = AdapterAccess(("sql",))
     assert (await router.choose("Arr matey")).adapter == "pirate"
     for _ in range(2):
         closed = await router.choose("Arr matey", sql)
         assert closed.adapter != "pirate"
         assert [candidate.name for candidate in closed.candidates] == ["sql"]
-    assert router.stats.n_remembered == 1
-    router.close()
 
 
-async def test_requests_that_wait_together_are_encoded_together() -> None:
+async def test_requests_that_wait_together_are_encoded_together(pools: WorkerPools) -> None:
     encoder = HeldEncoder()
-    router = SemanticRouter(encoder, lambda: PROFILES)
+    router = SemanticRouter(encoder, lambda: PROFILES, pools.routing, pools.encoder)
     first = asyncio.ensure_future(router.choose("Arr matey"))
     await asyncio.sleep(0)  # in the inbox
     others = [asyncio.ensure_future(router.choose(f"SQL: query {i}")) for i in range(5)]
@@ -63,38 +69,35 @@ async def test_requests_that_wait_together_are_encoded_together() -> None:
     batches = [batch for batch in encoder.batches if any(t.startswith("SQL: query") for t in batch)]
     assert len(queries) == 5
     assert len(batches) <= 2
-    router.close()
 
 
-async def test_a_repeated_text_is_answered_from_memory_until_adapters_change() -> None:
+async def test_a_repeated_text_is_encoded_once(pools: WorkerPools) -> None:
     profiles = list(PROFILES)
     encoder = WordEncoder()
-    router = SemanticRouter(encoder, lambda: profiles)
+    router = SemanticRouter(encoder, lambda: profiles, pools.routing, pools.encoder)
     first = await router.choose("Arr matey")
     n_batches = len(encoder.batches)
     assert await router.choose("Arr matey") == first
     assert len(encoder.batches) == n_batches
-    assert router.stats.n_remembered == 1
     del profiles[1]
     router._listed_at = float("-inf")
     assert [c.name for c in (await router.choose("Arr matey")).candidates] == ["sql"]
-    router.close()
 
 
-async def test_what_is_remembered_of_a_long_text_is_short() -> None:
+async def test_of_a_long_text_the_beginning_decides(pools: WorkerPools) -> None:
     """Or questions of megabytes, each another, would fill the memory."""
     encoder = WordEncoder()
-    router = SemanticRouter(encoder, lambda: PROFILES)
+    router = SemanticRouter(encoder, lambda: PROFILES, pools.routing, pools.encoder)
     question = "Arr matey " * 200
     first = await router.choose(question)
     n_batches = len(encoder.batches)
     assert await router.choose(question + "and more " * 100_000) == first
     assert len(encoder.batches) == n_batches
-    assert router.stats.n_remembered == 1
-    router.close()
 
 
-async def test_an_encoder_that_cannot_load_fails_the_request_and_is_tried_again() -> None:
+async def test_an_encoder_that_cannot_load_fails_the_request_and_is_tried_again(
+    pools: WorkerPools,
+) -> None:
     class Flaky(WordEncoder):
         def encode(self, texts: Sequence[str]) -> Tensor:
             vectors = super().encode(texts)
@@ -102,27 +105,36 @@ async def test_an_encoder_that_cannot_load_fails_the_request_and_is_tried_again(
                 raise FileNotFoundError("run loraplex pull")
             return vectors
 
-    router = SemanticRouter(Flaky(), lambda: PROFILES)
+    router = SemanticRouter(Flaky(), lambda: PROFILES, pools.routing, pools.encoder)
     with pytest.raises(FileNotFoundError, match="loraplex pull"):
         await router.choose("Arr matey")
     assert (await router.choose("Arr matey")).adapter == "pirate"
-    router.close()
 
 
-async def test_a_client_that_leaves_does_not_disturb_the_others() -> None:
+async def test_a_client_that_leaves_does_not_disturb_the_others(pools: WorkerPools) -> None:
     encoder = HeldEncoder()
-    router = SemanticRouter(encoder, lambda: PROFILES)
+    router = SemanticRouter(encoder, lambda: PROFILES, pools.routing, pools.encoder)
     gone = asyncio.ensure_future(router.choose("Arr matey"))
     stays = asyncio.ensure_future(router.choose("SQL: count"))
     await asyncio.sleep(0)
     gone.cancel()
     encoder.may_go.set()
     assert (await stays).adapter == "sql"
-    router.close()
 
 
-async def test_a_closed_router_says_so() -> None:
-    router = SemanticRouter(WordEncoder(), lambda: PROFILES)
-    router.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        await router.choose("hello")
+async def test_a_tenants_text_goes_between_the_pieces_of_another_tenants(
+    pools: WorkerPools,
+) -> None:
+    encoder = HeldEncoder()
+    router = SemanticRouter(encoder, lambda: PROFILES, pools.routing, pools.encoder)
+    flood = [
+        asyncio.ensure_future(router.choose(f"SQL: query {i} {'x' * 1000}", tenant="flood"))
+        for i in range(200)
+    ]
+    await asyncio.sleep(0)
+    one = asyncio.ensure_future(router.choose("Arr matey", tenant="small"))
+    await asyncio.sleep(0)
+    encoder.may_go.set()
+    assert (await one).adapter == "pirate"
+    assert sum(each.done() for each in flood) <= 32  # of the turn that had begun
+    assert {(await each).adapter for each in flood} == {"sql"}

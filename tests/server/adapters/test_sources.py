@@ -1,7 +1,5 @@
 """Which sources a client may name: nothing by default, then what the operator allowed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,11 +10,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope, parse_keys
-from loraplex_server.settings import HttpConfig
+from loraplex_server.settings.api_keys import AdapterAccess, ApiKey, Scope, parse_keys
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front
-from tests.support.lora_files import write_lora
-from tests.support.web_folder import WebFolder, web_folder
+from tests.support.adapters.lora_files import write_lora
+from tests.support.servers.web_folder import WebFolder, web_folder
 
 pytestmark = pytest.mark.anyio
 

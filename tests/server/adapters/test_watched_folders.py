@@ -1,7 +1,5 @@
 """A directory of adapters and the server's list stay the same while the server runs."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import shutil
@@ -13,11 +11,11 @@ import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters import adapter_folders
-from loraplex_server.adapters.watched_folders import WatchedFolders
+from loraplex_server.adapters.adding import adapter_folders
+from loraplex_server.adapters.adding.watched_folders import WatchedFolders
 from tests.server.conftest import Front
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
 
 pytestmark = pytest.mark.anyio
 

@@ -1,7 +1,5 @@
 """GET /v1/requests and GET /v1/live: what runs, what ran, and who may see it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +10,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.api_keys import AdapterAccess, ApiKey, Scope
-from loraplex_server.engine.client import EngineStats
 from loraplex_server.engine.errors import EngineDead
-from loraplex_server.metrics.adapter_activity import AdapterActivity
-from loraplex_server.settings import HttpConfig
+from loraplex_server.engine.requests.client import EngineStats
+from loraplex_server.metrics.adapter_usage import AdapterActivity
+from loraplex_server.settings.api_keys import AdapterAccess, ApiKey, Scope
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front
-from tests.support.asgi_call import AsgiCall
-from tests.support.lora_files import write_lora
+from tests.support.adapters.lora_files import write_lora
+from tests.support.servers.asgi_call import AsgiCall
 
 pytestmark = pytest.mark.anyio
 SECRETS = {"a": "secret-of-a", "b": "secret-of-b", "operator": "secret-of-operator"}
@@ -148,20 +146,20 @@ async def test_live_tells_of_memory_rates_and_moves(lora: Front) -> None:
     lora.engine.current = EngineStats(
         kv_pages_used=3, kv_pages_total=9, resident_adapters=(digest,), pool_slots_total=4
     )
-    live._looked_at = float("-inf")  # the pause between two looks is over
+    live._read_at = float("-inf")  # the pause between two readings is over
     second = (await lora.client.get("/v1/live")).json()
     assert second["engine"]["kv_pages"] == {"used": 3, "total": 9}
     assert second["adapters"]["device"] == ["pirate"]
     assert [(move["kind"], move["adapter"]) for move in second["moves"]] == [("loaded", "pirate")]
     lora.engine.current = EngineStats()
-    live._looked_at = float("-inf")
+    live._read_at = float("-inf")
     third = (await lora.client.get("/v1/live")).json()
     assert [move["kind"] for move in third["moves"]] == ["loaded", "evicted"]
 
 
 async def test_the_list_of_adapters_tells_what_each_has_done(lora: Front) -> None:
     digest = lora.store.get("pirate").digest
-    lora.store._tier.drop(digest)  # the next call has to load it
+    lora.store.state.tier.drop(digest)  # the next call has to load it
     for _ in range(2):
         await lora.chat(adapter="pirate", max_tokens=4)
     lora.engine.current = EngineStats(

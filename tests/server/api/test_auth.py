@@ -1,7 +1,5 @@
 """Keys, scopes, and what is open without them."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,10 +9,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.api_keys import ApiKey, Scope
-from loraplex_server.settings import HttpConfig
+from loraplex_server.settings.api_keys import ApiKey, Scope
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front, routes_of
-from tests.support.asgi_call import AsgiCall
+from tests.support.servers.asgi_call import AsgiCall
 
 pytestmark = pytest.mark.anyio
 ADMIN, INFER, METRICS = "admin-secret", "infer-secret", "metrics-secret"

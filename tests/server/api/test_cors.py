@@ -1,16 +1,14 @@
 """Pages of other origins: closed by default, open to those that the operator names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.api_keys import ApiKey, Scope
-from loraplex_server.settings import ConfigError, HttpConfig
-from loraplex_server.settings_sources import resolve_config
+from loraplex_server.settings.api_keys import ApiKey, Scope
+from loraplex_server.settings.config import ConfigError, HttpConfig
+from loraplex_server.settings.sources import resolve_config
 from tests.server.conftest import Front, make_front, routes_of
 
 pytestmark = pytest.mark.anyio

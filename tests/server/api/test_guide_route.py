@@ -1,7 +1,5 @@
 """/guide where the documentation is not built, and where the console is turned off."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,8 +9,8 @@ from fastapi import FastAPI
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.api.routes.guide import guide_router
-from loraplex_server.settings import HttpConfig
+from loraplex_server.api.routes.pages import guide_router
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front
 
 pytestmark = pytest.mark.anyio

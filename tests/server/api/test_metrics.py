@@ -1,7 +1,5 @@
 """GET /metrics: vLLM's names, one LoRA sample, a bounded number of series."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from time import time
 
@@ -9,10 +7,16 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
-from loraplex_adapter_store.card import AdapterCard
-from loraplex_server.engine.client import STEP_TOKENS, EngineStats, TenantStats
+from loraplex_adapter_store.names.card import AdapterCard
+from loraplex_server.engine.requests.client import (
+    STEP_TOKENS,
+    EngineStats,
+    LostAtStart,
+    TenantStats,
+)
 from loraplex_server.metrics.adapter_usage import AdapterUsage
 from tests.server.conftest import Front
+from tests.support.servers.fake_engine import FakeEngine
 
 pytestmark = pytest.mark.anyio
 
@@ -181,7 +185,7 @@ async def test_an_endpoint_picker_finds_what_its_scorers_read(lora: Front) -> No
 async def test_residency_tells_device_from_host(lora: Front) -> None:
     digest = lora.store.get("pirate").digest
     lora.store.pin("pirate")
-    lora.store.warm("org/poet")
+    lora.store.acquire("org/poet").release()
     lora.engine.current = EngineStats(resident_adapters=(digest,))
     found = [s for s in await samples(lora) if s.name == "vllm:lora_adapter_loaded"]
     labels = {s.labels["adapter_name"]: s.labels for s in found}
@@ -217,7 +221,7 @@ async def test_busy_adapters_tell_their_tier_and_all_are_counted_by_it(lora: Fro
 async def test_each_tenant_is_told_and_a_thousand_share_one_series(lora: Front) -> None:
     lora.engine.current = EngineStats(
         tenants=tuple(TenantStats(f"t{number}", 1, 2, 3, 12) for number in range(1000)),
-        n_rows_taken_back=7,
+        n_fairness_preemptions=7,
     )
     found = await samples(lora)
     assert value(found, "loraplex_rows_taken_back_total") == 7
@@ -241,7 +245,7 @@ async def test_a_thousand_adapters_do_not_make_a_thousand_series(
         return cards
 
     collector = lora.app.state.parts.collector
-    monkeypatch.setattr(lora.store, "seen", listed)
+    monkeypatch.setattr(lora.store.cards, "all", listed)
     collector._listed_at = float("-inf")
     metrics = lora.app.state.parts.metrics
     for number in range(1000):
@@ -282,3 +286,14 @@ async def test_the_bytes_of_a_used_adapter_are_shown_by_tier(lora: Front) -> Non
     for tier, n_bytes in tiers.items():
         sample = f'loraplex_adapter_bytes{{adapter="pirate",tier="{tier}"}} {float(n_bytes)}'
         assert sample in text
+
+
+async def test_what_a_kernel_took_at_start_is_seen_in_health_and_metrics(front: Front) -> None:
+    assert isinstance(front.engine, FakeEngine)
+    assert (await front.client.get("/health")).json() == {"status": "ok"}
+    lost = LostAtStart("graphs", "routed_mlp", "gate_pairs_triton: CompilationError")
+    front.engine.current = replace(front.engine.current, lost_at_start=(lost,))
+    health = (await front.client.get("/health")).json()
+    assert health == {"status": "ok", "lost_at_start": [lost._asdict()]}
+    text = (await front.client.get("/metrics")).text
+    assert 'loraplex_lost_at_start{layers="routed_mlp",what="graphs"} 1.0' in text

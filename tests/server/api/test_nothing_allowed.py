@@ -1,7 +1,5 @@
 """Fields that forbid every token are named; the adapter is not to blame."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 
@@ -11,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.server.conftest import Front, make_front
-from tests.support.architectures import tiny_model
-from tests.support.asgi_call import events_of
-from tests.support.engines import running_engine
-from tests.support.lora_files import write_lora
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.asgi_call import events_of
+from tests.support.servers.engines import running_engine
 
 pytestmark = pytest.mark.anyio
 

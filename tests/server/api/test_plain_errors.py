@@ -1,7 +1,5 @@
 """Errors are told in JSON's words: no class of ours, of pydantic's or of Python's is in them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Requests and tokens a minute, by key."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,14 +10,14 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.api.errors import ApiError
-from loraplex_server.api.middleware.rate_limit import RateLimiter
-from loraplex_server.api_keys import ApiKey, Scope
-from loraplex_server.engine.client import TenantShare
+from loraplex_server.api.middleware.rate_limit import Meter
 from loraplex_server.engine.errors import EngineError
-from loraplex_server.settings import HttpConfig
+from loraplex_server.engine.requests.client import TenantShare
+from loraplex_server.errors import ApiError
+from loraplex_server.settings.api_keys import ApiKey, Scope
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front
-from tests.support.asgi_call import AsgiCall
+from tests.support.servers.asgi_call import AsgiCall
 
 pytestmark = pytest.mark.anyio
 PLAIN = ApiKey.of("plain-secret", Scope.INFER)
@@ -178,7 +176,7 @@ async def test_a_call_that_the_engine_refuses_costs_no_tokens(limited: Front) ->
 async def test_a_bucket_refills_evenly_and_never_above_a_minute() -> None:
     now = 0.0
     key = replace(FEW, requests_per_minute=6, tokens_per_minute=60)
-    meter = RateLimiter(key, lambda: now)
+    meter = Meter(key, lambda: now)
     for _ in range(6):
         await meter.take_request()
     with pytest.raises(ApiError, match=r"10\.0 s"):

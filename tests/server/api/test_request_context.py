@@ -1,7 +1,5 @@
 """Headers, logs and back-pressure around every request."""
 
-from __future__ import annotations
-
 import json
 import logging
 
@@ -68,7 +66,7 @@ async def test_a_full_queue_is_a_429_with_retry_after(front: Front) -> None:
 
 
 async def test_a_draining_server_is_not_ready_and_answers_503(front: Front) -> None:
-    front.app.state.parts.lifecycle.start_draining()
+    front.app.state.parts.lifecycle.is_draining = True
     for answer in (await front.chat(), await front.client.get("/ready")):
         assert answer.status_code == 503
         assert answer.headers["retry-after"]

@@ -1,7 +1,5 @@
 """/v1/route, the routing report of an adapter, and routing in /metrics."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +10,15 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_adapter_store.put_options import PutOptions
+from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.description_resolver import DescriptionResolver
-from loraplex_server.adapters.sentence_encoder import SharedEncoder
-from loraplex_server.engine.expert_monitor import ExpertMonitor
+from loraplex_server.adapters.resolving.sentence_encoder import SharedEncoder
+from loraplex_server.engine.adapters.expert_monitor import ExpertMonitor
 from loraplex_server.metrics.routing_collector import RoutingCollector
 from tests.server.conftest import Front, make_front
-from tests.support.asgi_call import events_of
-from tests.support.lora_files import write_lora
+from tests.support.adapters.choosers import Choosers
+from tests.support.adapters.lora_files import write_lora
+from tests.support.servers.asgi_call import events_of
 
 pytestmark = pytest.mark.anyio
 
@@ -56,15 +54,14 @@ def routed(
     pulled_encoder: Path,
     monitor: ExpertMonitor,
 ) -> Iterator[Front]:
-    resolvers: list[DescriptionResolver] = []
+    opened: list[Choosers] = []
 
     def parts(store: AdapterStore) -> dict[str, object]:
-        resolver = DescriptionResolver(store, SharedEncoder(lambda: pulled_encoder))
-        resolvers.append(resolver)
+        choosers = Choosers(store, SharedEncoder(lambda: pulled_encoder))
+        opened.append(choosers)
         return {
-            "resolver": resolver,
-            "semantic": resolver.router,
-            "collectors": [RoutingCollector(store, monitor, resolver.router)],
+            **choosers.parts,
+            "collectors": [RoutingCollector(store, monitor, choosers.router)],
         }
 
     front = make_front(tokenizer, base_spec, tmp_path, experts=monitor, with_store=parts)
@@ -74,7 +71,7 @@ def routed(
             name, source, options=PutOptions(description=description, examples=examples)
         )
     yield front
-    resolvers[0].close()
+    opened[0].close()
     front.store.close()
 
 

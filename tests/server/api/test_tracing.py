@@ -1,7 +1,5 @@
 """OpenTelemetry spans: one for a call, with the adapter, below the caller's span, without texts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.server.conftest import Front, make_front
-from tests.support.lora_files import write_lora
+from tests.support.adapters.lora_files import write_lora
 
 sdk = pytest.importorskip("opentelemetry.sdk.trace")
 export = pytest.importorskip("opentelemetry.sdk.trace.export")

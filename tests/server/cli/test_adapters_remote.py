@@ -1,6 +1,4 @@
-"""`loraplex adapters` and its like against a server: found, reached, and given whole folders."""
-
-from __future__ import annotations
+"""`loraplex adapters` finds a server, and uploads whole folders to it."""
 
 import json
 from collections.abc import Iterator
@@ -14,13 +12,13 @@ from typer.testing import CliRunner, Result
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.cli.app import app
 from loraplex_server.cluster.config import read_config
-from loraplex_server.cluster.running_clusters import announced_cluster
-from loraplex_server.settings import HttpConfig
+from loraplex_server.cluster.ray.running_clusters import announced_cluster
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front
-from tests.support.adapter_samples import SAMPLES
-from tests.support.lora_files import write_lora
-from tests.support.served_app import served_app
-from tests.support.tiny_models import tiny_llama
+from tests.support.adapters.adapter_samples import SAMPLES
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.tiny_models import tiny_llama
+from tests.support.servers.served_app import served_app
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +28,9 @@ def spec() -> BaseSpec:
 
 @pytest.fixture
 def front(tokenizer: PreTrainedTokenizerFast, spec: BaseSpec, tmp_path: Path) -> Iterator[Front]:
-    """One that answers what takes any time at all with a job."""
+    """A server that answers every load with a job."""
     http = HttpConfig(served_model_names=("base",), job_wait_s=0.0)
-    front = make_front(tokenizer, spec, tmp_path, http)
+    front = make_front(tokenizer, spec, tmp_path, http, n_kept_revisions=3)
     yield front
     front.store.close()
 
@@ -56,10 +54,57 @@ def offered(line: str) -> list[str]:
     return CliRunner().invoke(app, [], prog_name="loraplex", env=environment).stdout.split()
 
 
+def test_an_adapter_is_added_shown_rolled_back_and_removed(
+    url: str, spec: BaseSpec, tmp_path: Path
+) -> None:
+    adapter = write_lora(tmp_path / "adapter", spec)
+    where = ["--url", url]
+    added = run("adapters", "add", "team/de", adapter, "--description", "German", *where).output
+    assert "alpha/r" in added
+    assert "team/de" in run("adapters", "list", *where).output
+    card = json.loads(run("adapters", "show", "team/de", "--json", *where).stdout)
+    assert card["description"] == "German"
+    again = run("adapters", "add", "team/de", adapter, "--no-replace", *where, fails=True).output
+    assert "error:" in again
+    go_back_and_forth(write_lora(tmp_path / "other", spec, seed=1), card["digest"], where)
+    assert "removed team/de" in run("adapters", "rm", "team/de", *where).output
+    assert json.loads(run("adapters", "list", "--json", *where).stdout) == []
+    assert "does not exist" in run("adapters", "show", "team/de", *where, fails=True).output
+    assert "does not exist" in run("adapters", "unload", "other", *where, fails=True).output
+
+
+def go_back_and_forth(second_adapter: Path, first: str, where: list[str]) -> None:
+    run("adapters", "add", "team/de", second_adapter, *where)
+    current, older = run("adapters", "revisions", "team/de", *where).output.splitlines()[-2:]
+    assert current.endswith("current")
+    assert older.split()[:2] == ["1", first[:12]]
+    back = run("adapters", "rollback", "team/de", *where).output
+    assert f"team/de is {first[:12]} again (revision 3)" in back
+    second = current.split()[1]
+    assert second in run("adapters", "rollback", "team/de", "--digest", second, *where).output
+    wrong = run("adapters", "rollback", "team/de", "--digest", "0000", *where, fails=True).output
+    assert f"kept: {first[:12]}" in wrong
+
+
+def test_a_refused_adapter_says_why_in_lines_not_in_a_traceback(
+    url: str, spec: BaseSpec, tmp_path: Path
+) -> None:
+    adapter = write_lora(tmp_path / "adapter", spec)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["target_modules"] = [*config["target_modules"], "lm_head"]
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    output = run("adapters", "add", "x", adapter, "--url", url, fails=True).output
+    assert "lm_head: targeted by the config, has no tensors" in output
+    output = run("adapters", "add", "train", adapter, "--url", url, fails=True).output
+    taken = " ".join(output.split())
+    assert "'train' is not an adapter name" in taken
+    assert "choose another name" in taken
+    assert "Traceback" not in output
+
+
 def test_a_running_cluster_is_found_as_a_server_is(
     front: Front, url: str, spec: BaseSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else commands would change a store on disk that nobody serves, and report success."""
     front.store.put_directory("mine", write_lora(front.root / "mine", spec))
     monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("LORAPLEX_PORT", url.rpartition(":")[2])
@@ -69,8 +114,6 @@ def test_a_running_cluster_is_found_as_a_server_is(
         assert f"using the server at {url}" in output
         assert "mine" in output
         assert offered("loraplex adapters show mi") == ["mine"]
-        where = ["--model", "smollm2-135m-instruct", "--state-dir", str(config.server.store.root)]
-        assert f"using the server at {url}" in run("adapters", "list", *where).output
     assert offered("loraplex adapters show mi") == []
 
 
@@ -149,7 +192,6 @@ def test_a_proxy_of_the_environment_is_not_asked_for_this_machine(
     monkeypatch.setenv("LORAPLEX_URL", url)
     assert "mine" in run("adapters", "list").output
     assert offered("loraplex adapters show mi") == ["mine"]
-    assert "no rows were routed" in run("adapters", "routing", "mine").output
     refused = run("generate", "Answer in French.", "--server", url, fails=True).output
     assert "error: " in refused
-    assert "is `loraplex serve` running there?" not in refused
+    assert "run `loraplex serve`" not in refused

@@ -1,8 +1,7 @@
 """`loraplex chat` against a real server: it streams, switches adapters, and fails in one line."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
@@ -10,10 +9,11 @@ from typer.testing import CliRunner
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.cli.app import app
-from loraplex_server.cli.chat_session import ChatError, ChatSession
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import ServerProcess, save_tiny_model, server_process
+from loraplex_server.cli.chat import ChatSession
+from loraplex_server.cli.server_client import Refused, server_client
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 N_TOKENS = 12
 
@@ -36,10 +36,10 @@ def answer_of(server: ServerProcess, messages: list[dict[str, str]], **fields: o
     return content
 
 
-def session_on(server: ServerProcess, **options: str) -> ChatSession:
-    session = ChatSession(server.url, max_tokens=N_TOKENS, **options)  # type: ignore[arg-type]
-    session.connect()
-    return session
+@contextmanager
+def session_on(server: ServerProcess, system: str | None = None) -> Iterator[ChatSession]:
+    with server_client(server.url, None, 60.0) as client:
+        yield ChatSession(client, system=system, max_tokens=N_TOKENS)
 
 
 def test_an_answer_streams_and_is_remembered(server: ServerProcess) -> None:
@@ -93,14 +93,14 @@ def test_an_unknown_adapter_is_refused_and_the_old_one_stays(server: ServerProce
     with session_on(server) as session:
         session.use("loud")
         for refused in ("quiet", "{quiet"):
-            with pytest.raises(ChatError, match="quiet"):
+            with pytest.raises(Refused, match="quiet"):
                 session.use(refused)
             assert session.adapter_name == "loud"
             loud = answer_of(server, [{"role": "user", "content": "hi"}], adapter="loud")
             assert "".join(session.ask("hi")) == loud
             session.reset()
         session.use("loud@ffffffff")  # only the server can tell: with the first question
-        with pytest.raises(ChatError, match="loud"):
+        with pytest.raises(Refused, match="loud"):
             list(session.ask("hi"))
 
 

@@ -1,7 +1,5 @@
 """Every command explains itself."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """What `loraplex serve` settles before the model is loaded."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -10,7 +8,7 @@ from transformers import FalconH1Config, FalconH1ForCausalLM
 from typer.testing import CliRunner
 
 from loraplex_server.cli.app import app
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 
 
 @pytest.mark.parametrize(("given", "expected"), [(None, "3000"), ("7", "7")])

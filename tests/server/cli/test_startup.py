@@ -1,14 +1,12 @@
 """The command answers at once: what takes seconds to import waits until it is needed."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 
 
 def test_the_command_imports_nothing_heavy() -> None:
     program = """
-import sys, loraplex_server.cli.app
+import sys, loraplex_server.cli.adapter_client, loraplex_server.cli.app
 heavy = {"torch", "transformers", "fastapi", "numpy", "scipy"}
 print(sorted(heavy & set(sys.modules)))
 """

@@ -1,7 +1,5 @@
 """What Ray is told of a cluster's processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

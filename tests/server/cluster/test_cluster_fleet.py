@@ -1,7 +1,5 @@
 """What any gateway tells of the engine replicas, in /metrics and /health."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +11,11 @@ from transformers import PreTrainedTokenizerFast
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.cluster import cluster_fleet
-from loraplex_server.cluster.cluster_fleet import ClusterFleet
-from loraplex_server.cluster.remote_request import ReplicaStats
-from loraplex_server.engine.client import EngineStats
-from loraplex_server.faults import Degradation
+from loraplex_server.cluster.gateway import cluster_fleet
+from loraplex_server.cluster.gateway.cluster_fleet import ClusterFleet
+from loraplex_server.cluster.replica.remote_request import ReplicaStats
+from loraplex_server.engine.requests.client import EngineStats
+from loraplex_server.health_tracker import Degradation
 from tests.server.conftest import make_front
 
 pytestmark = pytest.mark.anyio

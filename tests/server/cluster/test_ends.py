@@ -1,7 +1,5 @@
 """How a cluster's process learns that another one has ended, without Ray running."""
 
-from __future__ import annotations
-
 import json
 import socket
 import subprocess
@@ -14,8 +12,8 @@ import pytest
 pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 
 from loraplex_server.cluster.config import read_config
-from loraplex_server.cluster.running_clusters import announced_cluster, running_clusters
-from loraplex_server.cluster.watching import watched_ray
+from loraplex_server.cluster.ray.running_clusters import announced_cluster, running_clusters
+from loraplex_server.cluster.ray.serving import watched_ray
 
 
 def test_a_ray_at_whose_address_nobody_listens_any_more_is_lost() -> None:
@@ -37,9 +35,8 @@ def test_a_home_that_cannot_be_written_ends_no_cluster(
     config = read_config(None)
     with announced_cluster(tmp_path, config, "127.0.0.1:6379", None) as url:
         assert running_clusters(tmp_path)
-        for name in ("clusters", "servers"):  # no folders any more
-            (tmp_path / name).rename(tmp_path / f"{name}-before")
-            (tmp_path / name).touch()
+        (tmp_path / "servers").rename(tmp_path / "servers-before")
+        (tmp_path / "servers").touch()  # no folder any more
     with announced_cluster(tmp_path, config, "127.0.0.1:6379", None) as again:
         assert again == url
     assert "loraplex cluster down" in caplog.text
@@ -52,14 +49,14 @@ def test_a_cluster_is_found_until_its_process_has_ended(
     monkeypatch.setenv("LORAPLEX_HOME", str(tmp_path))
     with announced_cluster(tmp_path, read_config(None), "127.0.0.1:6379", None):
         (ours,) = running_clusters(tmp_path)
-        assert ours.lives
+        assert ours.server.lives
         with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
-            file = tmp_path / "clusters" / f"{child.pid}.json"
-            file.write_text(json.dumps({k: v for k, v in ours._asdict().items() if k != "pid"}))
-            (theirs,) = (one for one in running_clusters(tmp_path) if one.pid == child.pid)
+            file = tmp_path / "servers" / f"{child.pid}.json"
+            file.write_text(json.dumps({"url": ours.server.url, "cluster": ours.server.cluster}))
+            (theirs,) = (c for c in running_clusters(tmp_path) if c.server.pid == child.pid)
             assert child.stdin is not None
             child.stdin.close()
-            while theirs.lives:
+            while theirs.server.lives:
                 assert child.returncode is None  # nobody waits for it here
             assert running_clusters(tmp_path) == [ours]
             assert not file.exists()

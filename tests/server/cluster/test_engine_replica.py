@@ -1,7 +1,5 @@
 """An engine replica as gateways call it: the real class, without Ray running."""
 
-from __future__ import annotations
-
 import asyncio
 import errno
 from collections.abc import AsyncIterator, Iterator
@@ -18,22 +16,22 @@ pytest.importorskip("ray", reason='needs Ray: pip install "loraplex[ray]"')
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
-from loraplex_adapter_store.selector import Library, Mixture, MixturePart, NameRef, Selector
-from loraplex_adapter_store.store import AdapterStore
-from loraplex_router.experts import arrow_prototypes
-from loraplex_server.api.errors import from_engine
-from loraplex_server.cluster import engine_replica
+from loraplex_adapter_store.names.selector import Library, Mixture, MixturePart, NameRef, Selector
+from loraplex_adapter_store.store import AdapterStore, EngineHooks
+from loraplex_router.experts.gates import arrow_prototypes
 from loraplex_server.cluster.config import ClusterConfig, read_config
-from loraplex_server.cluster.engine_replica import EngineReplica
-from loraplex_server.cluster.remote_request import RemoteRequest
-from loraplex_server.engine.client import GenerationRequest, TenantShare
+from loraplex_server.cluster.replica import engine_replica
+from loraplex_server.cluster.replica.engine_replica import EngineReplica
+from loraplex_server.cluster.replica.remote_request import RemoteRequest
 from loraplex_server.engine.errors import EngineDraining
-from loraplex_server.engine.events import TokenEvent
-from loraplex_server.engine.grammar import GrammarSpec
-from loraplex_server.engine.sampling_params import SamplingParams
-from tests.support.architectures import tiny_model
-from tests.support.lora_files import write_lora
-from tests.support.server_process import save_tiny_model
+from loraplex_server.engine.requests.client import GenerationRequest, TenantShare
+from loraplex_server.engine.requests.events import TokenEvent
+from loraplex_server.engine.requests.grammar import GrammarSpec
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from loraplex_server.errors import from_engine
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import save_tiny_model
 
 pytestmark = pytest.mark.anyio
 
@@ -80,7 +78,10 @@ def gateway(
     assert url is not None
     catalogue = Catalogue.open(url, base)
     with AdapterStore(
-        tmp_path / "gateway", base, gate_of=arrow_prototypes, catalogue=catalogue
+        tmp_path / "gateway",
+        base,
+        engine=EngineHooks(gate_of=arrow_prototypes),
+        catalogue=catalogue,
     ) as store:
         yield store
 
@@ -162,7 +163,10 @@ async def test_loads_that_wait_for_room_hold_up_no_other_tenant(
     with ExitStack() as closing:
         for name in held:
             closing.enter_context(store.acquire(name))
-        store._tier._n_bytes, store._tier._wait_s = store.stats().host_bytes_used, 600.0
+        store.state.tier._n_bytes, store.state.tier._wait_s = (
+            store.stats().host_bytes_used,
+            600.0,
+        )
         waiting = [
             asyncio.create_task(events_of(replica, asking(gateway, selector, tenant)))
             for selector, tenant in zip(selectors, cycle(["acme", "batch:acme"]), strict=False)
@@ -195,7 +199,7 @@ async def test_a_fault_of_a_load_is_told_counted_and_may_be_tried_again(
     put(gateway, "a")
     request = asking(gateway, NameRef("a"))
     with monkeypatch.context() as patched:
-        patched.setattr(replica._store._leasing._loader, "load", Mock(side_effect=failure))
+        patched.setattr(replica._store.leases._loader, "load", Mock(side_effect=failure))
         (last,) = await events_of(replica, request)
     assert last.error is not None
     assert (told := from_engine(last.error)).status == 503

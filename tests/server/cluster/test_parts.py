@@ -1,7 +1,5 @@
 """The parts of a cluster that need no Ray: its file, its arithmetic, its streams."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 
@@ -12,16 +10,16 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from loraplex_server.cluster.autoscaling import wanted_replicas
 from loraplex_server.cluster.config import read_config
-from loraplex_server.cluster.event_buffer import EventBuffer
-from loraplex_server.cluster.fleet_metrics import ProcessMetrics, one_page
-from loraplex_server.cluster.fleet_stats import summed
-from loraplex_server.cluster.request_id import without_request_id
-from loraplex_server.cluster.serving import refused_change
-from loraplex_server.engine.client import EngineStats, TenantStats
-from loraplex_server.engine.events import FinishReason, TokenEvent
-from loraplex_server.settings import ConfigError
+from loraplex_server.cluster.gateway.cluster_fleet import ProcessMetrics, one_page
+from loraplex_server.cluster.gateway.gateway import without_request_id
+from loraplex_server.cluster.gateway.remote_engine import summed
+from loraplex_server.cluster.ray.serving import refused_change
+from loraplex_server.cluster.replica.autoscaling import wanted_replicas
+from loraplex_server.cluster.replica.remote_request import EventBuffer
+from loraplex_server.engine.requests.client import EngineStats, TenantStats
+from loraplex_server.engine.requests.events import FinishReason, TokenEvent
+from loraplex_server.settings.config import ConfigError
 
 
 def written(folder: Path, text: str) -> Path:

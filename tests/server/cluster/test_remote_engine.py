@@ -20,30 +20,34 @@ from ray.exceptions import ActorUnavailableError, RayTaskError  # noqa: E402
 
 from loraplex_adapter_store.base_spec import BaseSpec  # noqa: E402
 from loraplex_generation.errors import OutOfDistribution  # noqa: E402
-from loraplex_server.adapters.generated_adapters import AdapterGenerationRequest  # noqa: E402
-from loraplex_server.adapters.learning import Learnt  # noqa: E402
-from loraplex_server.api.errors import ApiError, from_store  # noqa: E402
-from loraplex_server.api_keys import EVERY_ADAPTER, AdapterAccess, ApiKey, Scope  # noqa: E402
-from loraplex_server.cluster.desk import PassedOn, answered_by  # noqa: E402
-from loraplex_server.cluster.desk_learner import learnt_by  # noqa: E402
-from loraplex_server.cluster.engine_facts import (  # noqa: E402
+from loraplex_generation.request import AdapterGenerationRequest  # noqa: E402
+from loraplex_server.adapters.learning.learning import LearningRequest, LearningResult  # noqa: E402
+from loraplex_server.cluster.gateway.coordinator import (  # noqa: E402
+    KeyLimits,
+    SharedMeter,
+    result_or_error,
+)
+from loraplex_server.cluster.gateway.forwarding import (  # noqa: E402
+    ForwardedRequest,
+    answer_forwarded,
+)
+from loraplex_server.cluster.gateway.remote_engine import RemoteEngine  # noqa: E402
+from loraplex_server.cluster.replica.engine_facts import (  # noqa: E402
     EngineFacts,
-    facts_of_model,
+    find_facts,
     fingerprint_of,
     model_of,
-    own_facts,
 )
-from loraplex_server.cluster.key_limits import KeyLimits, SharedMeter  # noqa: E402
-from loraplex_server.cluster.refused import Refused  # noqa: E402
-from loraplex_server.cluster.remote_engine import RemoteEngine  # noqa: E402
-from loraplex_server.cluster.remote_request import ReplicaStats  # noqa: E402
-from loraplex_server.engine.capabilities import EngineCapabilities  # noqa: E402
-from loraplex_server.engine.client import EngineStats, GenerationRequest  # noqa: E402
+from loraplex_server.cluster.replica.remote_request import ReplicaStats  # noqa: E402
+from loraplex_server.engine.adapters.capabilities import EngineCapabilities  # noqa: E402
 from loraplex_server.engine.errors import EngineDead, QueueFull  # noqa: E402
-from loraplex_server.engine.events import FinishReason, TokenEvent  # noqa: E402
-from loraplex_server.engine.sampling_params import SamplingParams  # noqa: E402
-from loraplex_server.settings import ServerConfig  # noqa: E402
-from tests.support.architectures import tiny_model  # noqa: E402
+from loraplex_server.engine.requests.client import EngineStats, GenerationRequest  # noqa: E402
+from loraplex_server.engine.requests.events import FinishReason, TokenEvent  # noqa: E402
+from loraplex_server.engine.requests.sampling_params import SamplingParams  # noqa: E402
+from loraplex_server.errors import ApiError, from_store  # noqa: E402
+from loraplex_server.settings.api_keys import EVERY_ADAPTER, ApiKey, Scope  # noqa: E402
+from loraplex_server.settings.config import ServerConfig  # noqa: E402
+from tests.support.bases.architectures import tiny_model  # noqa: E402
 
 pytestmark = pytest.mark.anyio
 
@@ -257,12 +261,15 @@ async def test_a_gateway_asks_until_the_facts_are_of_its_own_version(facts: Engi
                 raise said
             return Answers(said)
 
-    assert await own_facts(Upgrading(), Upgrading(), after) == new
+    assert await find_facts(Upgrading(), Upgrading(), after, any_version=False) == new
     assert not turns
-    assert await own_facts(Upgrading(), Upgrading(), before) == old  # asks nobody else
+    found = await find_facts(Upgrading(), Upgrading(), before, any_version=False)
+    assert found == old  # asks nobody else
 
 
-async def test_the_desk_does_not_wait_for_engines_that_may_never_start(facts: EngineFacts) -> None:
+async def test_the_coordinator_does_not_wait_for_engines_that_may_never_start(
+    facts: EngineFacts,
+) -> None:
     """What follows from engine options is that of the options that will be."""
     before = ServerConfig()
     options = before.engine.model_copy(update={"max_lora_rank": 8})
@@ -273,14 +280,14 @@ async def test_the_desk_does_not_wait_for_engines_that_may_never_start(facts: En
         async def remote(self, *arguments: object) -> Any:
             return old
 
-    found = await asyncio.wait_for(facts_of_model(Before(), Before(), after), 10)
+    found = await asyncio.wait_for(find_facts(Before(), Before(), after, any_version=True), 10)
     assert found.base is old.base
     assert found.capabilities == replace(old.capabilities, max_rank=8)
     assert found.max_model_len == 256  # the base's own: no option says less any more
-    assert await facts_of_model(Before(), Before(), before) == old
+    assert await find_facts(Before(), Before(), before, any_version=True) == old
 
 
-async def test_the_desk_takes_no_facts_of_another_model(facts: EngineFacts) -> None:
+async def test_the_coordinator_takes_no_facts_of_another_model(facts: EngineFacts) -> None:
     other = replace(facts, model=model_of(ServerConfig(model="another")))
     own = replace(facts, model=model_of(ServerConfig()))
 
@@ -291,7 +298,7 @@ async def test_the_desk_takes_no_facts_of_another_model(facts: EngineFacts) -> N
         def broadcast(self, method: str, *arguments: object) -> Any:
             return Answers([other, own])
 
-    found = await asyncio.wait_for(facts_of_model(Both(), Both(), ServerConfig()), 10)
+    found = await asyncio.wait_for(find_facts(Both(), Both(), ServerConfig(), any_version=True), 10)
     assert found.model == own.model
 
 
@@ -326,7 +333,7 @@ async def test_whoever_has_unloaded_sees_it_in_the_snapshot(facts: EngineFacts) 
 
 
 class Counting:
-    """A handle of ``Limits`` whose replica is here, or does not answer."""
+    """A handle of a coordinator that is here, or does not answer."""
 
     def __init__(self, limits: KeyLimits, method: str = "") -> None:
         self.limits, self._method = limits, method
@@ -341,7 +348,8 @@ class Counting:
     async def remote(self, *arguments: Any) -> Any:
         if self.parent.is_lost:
             raise LOST
-        return await getattr(self.limits, self._method)(*arguments)
+        assert self._method == "count_usage"
+        return pickle.loads(pickle.dumps(await self.limits.count(*arguments)))
 
 
 async def test_two_gateways_count_one_key_together_and_alone_while_the_count_is_lost() -> None:
@@ -386,7 +394,7 @@ async def test_an_answer_that_is_passed_on_streams_and_ends_when_its_client_leav
 
     fields = {"http_version": "1.1", "method": "POST", "scheme": "http", "path": "/v1/files",
               "raw_path": b"/v1/files", "query_string": b"", "headers": []}  # fmt: skip
-    lists = answered_by(app, PassedOn(fields, None, b"sent"))
+    lists = answer_forwarded(app, ForwardedRequest(fields, None, b"sent"))
     messages: list[Message] = []
     while not any(m.get("body") == b"more" for m in messages):
         messages += await anext(lists)
@@ -397,23 +405,15 @@ async def test_an_answer_that_is_passed_on_streams_and_ends_when_its_client_leav
 
 
 async def test_an_error_of_the_process_that_learns_is_the_same_at_the_gateway() -> None:
-    """An exception with fields would not come through."""
     refused = OutOfDistribution(0.9, 0.5, [("card.de/plain", 0.1)])
 
-    class Refuses:
-        async def learn(
-            self,
-            request: AdapterGenerationRequest,
-            access: AdapterAccess,
-            *,
-            wait: bool,
-            needs_adapter: bool,
-        ) -> Learnt:
-            raise refused
+    async def refuses(order: LearningRequest) -> LearningResult:
+        raise refused
 
-    order = AdapterGenerationRequest("x", examples=(("a", "A"), ("b", "B")))
-    answer = await learnt_by(Refuses(), order, EVERY_ADAPTER, wait=False, needs_adapter=True)
-    assert isinstance(answer, Refused)
-    come: Refused = pickle.loads(pickle.dumps(answer))
-    assert come.error().body() == from_store(refused).body()
-    assert come.error().status == 422
+    generation = AdapterGenerationRequest("x", examples=(("a", "A"), ("b", "B")))
+    order = LearningRequest(generation, EVERY_ADAPTER, wait=False, needs_adapter=True)
+    answer = await result_or_error(refuses, order)
+    assert isinstance(answer, ApiError)
+    come: ApiError = pickle.loads(pickle.dumps(answer))
+    assert come.body() == from_store(refused).body()
+    assert come.status == 422

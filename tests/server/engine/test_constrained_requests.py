@@ -1,7 +1,5 @@
 """Requests with a grammar inside the engine: forced tokens, preemption, neighbours, errors."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from dataclasses import replace
@@ -11,17 +9,17 @@ import pytest
 from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_server.api.serving.structured_output import json_grammar
-from loraplex_server.engine.client import GenerationRequest
+from loraplex_server.api.serving.text_generation.structured_output import json_grammar
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import GrammarTooComplex
-from loraplex_server.engine.events import FinishReason, TokenEvent
-from loraplex_server.engine.grammar import CompiledGrammar, GrammarSpec, TokenTrie
-from loraplex_server.engine.sampling_params import SamplingParams
-from tests.support.architectures import tiny_model
-from tests.support.engines import Answer, PlanLease, running_engine
-from tests.support.routed_plans import lora_plan
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from loraplex_server.engine.requests.client import GenerationRequest
+from loraplex_server.engine.requests.events import FinishReason, TokenEvent
+from loraplex_server.engine.requests.grammar import CompiledGrammar, GrammarSpec, TokenTrie
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from tests.support.adapters.routed_plans import lora_plan
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
+from tests.support.servers.engines import Answer, PlanLease, running_engine
 
 BACKEND = tiny_tokenizer().backend_tokenizer
 SCHEMA = {
@@ -84,13 +82,13 @@ def test_forced_tokens_change_no_answer_and_save_steps(
 ) -> None:
     answers, steps = [], []
     for forced in (True, False):
-        with running_engine(model, forced_tokens=forced) as engine:
+        with running_engine(model, jump_forward=forced) as engine:
             answer = asyncio.run(ask(engine, thing))
             check(answer)
             answers.append(answer.token_ids)
             stats = engine.stats()
             steps.append(stats.n_steps)
-            assert stats.n_forced_tokens > len(answer.token_ids) / 3
+            assert stats.n_jump_forward_tokens > len(answer.token_ids) / 3
     assert answers[0] == answers[1]
     assert steps[1] >= len(answers[1])
     assert steps[0] < 0.75 * steps[1]
@@ -152,13 +150,13 @@ def test_a_preempted_answer_goes_on_where_it_was(
             *(ask(engine, thing, one, name=str(index)) for index, one in enumerate(params))
         )
 
-    with running_engine(model, forced_tokens=not forced) as engine:
+    with running_engine(model, jump_forward=not forced) as engine:
         wanted = asyncio.run(run(engine))
         assert engine.stats().n_preemptions == 0
     config = model.config
     page = 2 * config.num_hidden_layers * config.num_key_value_heads * 16 * config.head_dim * 4
     # An answer takes 5 or 6 pages in the end and one in the beginning: 8 are too few for two.
-    with running_engine(model, kv_memory_bytes=8 * page, forced_tokens=forced) as engine:
+    with running_engine(model, kv_memory_bytes=8 * page, jump_forward=forced) as engine:
         found = asyncio.run(run(engine))
         assert engine.stats().n_preemptions > 0
         assert engine.stats().kv_pages_used == 0
@@ -178,7 +176,7 @@ def test_a_prompt_and_answer_from_the_prefix_cache_change_no_constrained_answer(
         assert wanted.last.n_cached == 0
     check(wanted)
     continued = (*prompt, *wanted.token_ids)
-    with running_engine(model, forced_tokens=forced) as engine:
+    with running_engine(model, jump_forward=forced) as engine:
         free = asyncio.run(ask(engine, None, replace(LOOSE, max_tokens=1), prompt=prompt))
         assert free.last.n_cached == 0
         again = asyncio.run(ask(engine, thing, prompt=prompt))

@@ -1,11 +1,10 @@
 """The engine as its clients see it, on a tiny real model."""
 
-from __future__ import annotations
-
 import asyncio
 import copy
 import threading
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from loraplex_server.engine.client import STEP_TOKENS, GenerationRequest, TenantShare
+from loraplex_server.engine.adapters.adapter_memory import AdapterMemory
 from loraplex_server.engine.engine import Engine
 from loraplex_server.engine.errors import (
     ContextOverflow,
@@ -22,12 +21,13 @@ from loraplex_server.engine.errors import (
     EngineError,
     QueueFull,
 )
-from loraplex_server.engine.events import FinishReason, TokenEvent
-from loraplex_server.engine.inbox import Inbox
-from loraplex_server.engine.messages import Reply, Unload, Wake
-from loraplex_server.engine.sampling_params import SamplingParams
-from tests.support.architectures import VOCAB_SIZE, tiny_model
-from tests.support.engines import (
+from loraplex_server.engine.requests.client import STEP_TOKENS, GenerationRequest, TenantShare
+from loraplex_server.engine.requests.events import FinishReason, TokenEvent
+from loraplex_server.engine.requests.inbox import Inbox, Unload
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from tests.support.adapters.routed_plans import lora_plan
+from tests.support.bases.architectures import VOCAB_SIZE, tiny_model
+from tests.support.servers.engines import (
     GREEDY,
     Answer,
     PlanLease,
@@ -35,7 +35,6 @@ from tests.support.engines import (
     generate_all,
     running_engine,
 )
-from tests.support.routed_plans import lora_plan
 
 
 @pytest.fixture(scope="module")
@@ -410,12 +409,12 @@ def test_a_dead_engine_answers_every_question_at_once(model: PreTrainedModel) ->
 
 
 def test_an_unload_that_waits_for_a_load_is_answered_when_the_engine_dies(
-    model: PreTrainedModel,
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, copied = lora_plan(model, rank=4, seed=1), threading.Event()
+    monkeypatch.setattr(AdapterMemory, "copy", lambda *_: copied.wait())
 
     async def ask(engine: Engine) -> int:
-        engine.loop.adapters._loader.submit(copied.wait)  # loads wait behind it
         engine.warm(PlanLease(engine.packer.prepare(plan)))
         unloading = asyncio.create_task(engine.unload(plan.digest))
         assert await engine.unload("a" * 64) == 0  # the engine has read what came before
@@ -436,14 +435,13 @@ def test_what_is_asked_while_the_engine_dies_is_answered() -> None:
 
     async def ask() -> int:
         inbox = Inbox(max_queue=4)
-        loop = asyncio.get_running_loop()
-        freed: asyncio.Future[int] = loop.create_future()
-        assert inbox.post(Unload("a" * 64, Reply(loop, freed)))
+        unload = Unload("a" * 64, Future())
+        assert inbox.post(unload)
         (left,) = inbox.close(EngineDead("gone"))
-        assert not inbox.post(Wake())
-        assert isinstance(left, Unload)
-        left.freed_bytes.send(7)
-        return await freed
+        assert not inbox.post(lambda: None)
+        assert left is unload
+        unload.answer(7)
+        return await asyncio.wrap_future(unload.freed)
 
     assert asyncio.run(ask()) == 7
 
@@ -504,7 +502,7 @@ def test_a_place_is_made_of_rows_whose_adapter_is_not_pinned(model: PreTrainedMo
         while (event := await got.get()).finish is None:
             pass
         assert event.error is None
-        assert engine.stats().n_rows_taken_back == 2
+        assert engine.stats().n_fairness_preemptions == 2
 
     with running_engine(model, max_loras=2) as engine:
         asyncio.run(run(engine))

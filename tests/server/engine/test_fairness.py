@@ -3,17 +3,15 @@
 The loop of steps is simulated; scheduler, queue and KV cache are the real ones.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_server.engine.client import TenantShare
-from loraplex_server.engine.request import Request, RequestStatus
-from loraplex_server.engine.wait_queue import QUANTUM
+from loraplex_server.engine.requests.client import TenantShare
+from loraplex_server.engine.requests.request import Request, RequestStatus
+from loraplex_server.engine.scheduling.wait_queue import QUANTUM
 from tests.support.scheduler_loop import SchedulerLoop
 
 _SIZE = st.tuples(st.integers(1, 40), st.integers(1, 200))  # prompt, answer
@@ -69,7 +67,7 @@ def test_a_tenant_without_a_row_waits_at_most_as_many_steps_as_there_are_tenants
         n_pages=n_tenants * pages_of_one + n_spare_pages,
         max_batch=n_rows,
         max_step=n_step_tokens,
-        n_places=n_tenants + n_spare_places,
+        n_slots=n_tenants + n_spare_places,
     )
     for number, flood in enumerate(floods):
         share = TenantShare(f"flood{number}", weights[number])
@@ -85,20 +83,20 @@ def test_a_tenant_without_a_row_waits_at_most_as_many_steps_as_there_are_tenants
         assert request.n_steps_queued <= n_tenants
 
 
-@pytest.mark.parametrize("n_places", [1, 3, 100])
+@pytest.mark.parametrize("n_slots", [1, 3, 100])
 @pytest.mark.parametrize("n_pages", [70, 400])
-def test_a_small_request_beside_a_flood_that_holds_everything(n_pages: int, n_places: int) -> None:
+def test_a_small_request_beside_a_flood_that_holds_everything(n_pages: int, n_slots: int) -> None:
     """Rows, pages and places of adapters: with one place only, the flood must first be ahead."""
-    loop = SchedulerLoop(n_pages=n_pages, max_batch=8, max_step=16, n_places=n_places)
+    loop = SchedulerLoop(n_pages=n_pages, max_batch=8, max_step=16, n_slots=n_slots)
     flood = TenantShare("flood")
     for index in range(60):
-        loop.add(f"f{index}", 8, 240, f"a{index % n_places}", flood)
+        loop.add(f"f{index}", 8, 240, f"a{index % n_slots}", flood)
     for _ in range(20):
         loop.step()
     assert loop.scheduler.running
     small = loop.add("small", 4, 1, "mine", TenantShare("small"))
     n_steps = _run_until_done(loop, small)
-    if n_places == 1:
+    if n_slots == 1:
         assert n_steps <= QUANTUM / 2 + 2
     else:
         assert n_steps <= 2
@@ -116,29 +114,29 @@ def test_no_row_is_taken_back_before_the_adapter_it_is_for_has_come(
         loop.add(f"f{index}", 8, 240, "theirs", TenantShare("flood"))
     for _ in range(80):
         loop.step()
-    n_before = loop.scheduler.n_rows_taken_back
-    loop.places.loading.add("mine")
+    n_before = loop.scheduler.n_fairness_preemptions
+    loop.adapters.loading.add("mine")
     small = loop.add("small", 40, 1, "mine", TenantShare("small"))
     loop.step()
-    assert loop.scheduler.n_rows_taken_back == n_before
-    loop.places.loading.clear()
+    assert loop.scheduler.n_fairness_preemptions == n_before
+    loop.adapters.loading.clear()
     assert _run_until_done(loop, small) <= 3
-    assert loop.scheduler.n_rows_taken_back > n_before
+    assert loop.scheduler.n_fairness_preemptions > n_before
 
-    n_before = loop.scheduler.n_rows_taken_back
-    loop.places.broken.add("broken")
+    n_before = loop.scheduler.n_fairness_preemptions
+    loop.adapters.broken.add("broken")
     loop.add("failing", 40, 1, "broken", TenantShare("small"))
     loop.step()
     assert loop.failed == ["failing"]
-    assert loop.scheduler.n_rows_taken_back == n_before
+    assert loop.scheduler.n_fairness_preemptions == n_before
 
 
 @pytest.mark.parametrize("tenants", [("one", "one"), ("one", "two")])
 def test_rows_of_a_pinned_adapter_are_not_taken_back_for_its_place(
     tenants: tuple[str, str],
 ) -> None:
-    loop = SchedulerLoop(n_pages=200, n_places=2)
-    loop.places.pinned.add("pinned")
+    loop = SchedulerLoop(n_pages=200, n_slots=2)
+    loop.adapters.pinned.add("pinned")
     on_pinned = loop.add("on pinned", 12, 240, "pinned", TenantShare(tenants[0]))
     on_other = loop.add("on other", 4, 240, "other", TenantShare(tenants[1]))
     loop.step()
@@ -229,7 +227,7 @@ def test_rows_of_a_tenant_are_capped_and_others_go_on() -> None:
 
 
 def test_tokens_that_were_served_once_are_not_charged_again() -> None:
-    """A row that is taken back and computed again costs its tenant nothing."""
+    """A preempted row that is computed again costs its tenant nothing."""
     loop = SchedulerLoop(max_batch=2, n_pages=200)
     flood = TenantShare("flood")
     rows = [loop.add(f"f{n}", 8, 100, share=flood) for n in range(2)]
@@ -239,7 +237,10 @@ def test_tokens_that_were_served_once_are_not_charged_again() -> None:
         _run_until_done(loop, loop.add(f"s{index}", 4, 1, share=TenantShare("small")))
     assert rows[1].n_preempted > 0
     known = [row.n_charged for row in rows]
-    assert loop.scheduler.waiting.counter(rows[0]) == sum(8 + 2 * n for n in known)
+    costs = [
+        8 + 8 * 4 / 1024 + sum(2 + 2 * (7.5 + k) / 1024 for k in range(1, n + 1)) for n in known
+    ]
+    assert loop.scheduler.waiting.counter(rows[0]) == pytest.approx(sum(costs))
 
 
 @given(
@@ -256,7 +257,7 @@ def test_tokens_that_were_served_once_are_not_charged_again() -> None:
     n_pages=st.integers(21, 50),
     max_batch=st.integers(1, 5),
     max_step=st.integers(1, 24),
-    n_places=st.integers(1, 4),
+    n_slots=st.integers(1, 4),
     arrivals=st.lists(st.integers(0, 60), min_size=14, max_size=14),
     cancelled=st.dictionaries(st.integers(0, 13), st.integers(0, 80)),
     caps=st.lists(st.one_of(st.none(), st.integers(1, 3)), min_size=4, max_size=4),
@@ -267,12 +268,12 @@ def test_every_request_of_every_tenant_ends_and_every_page_comes_back(
     n_pages: int,
     max_batch: int,
     max_step: int,
-    n_places: int,
+    n_slots: int,
     arrivals: list[int],
     cancelled: dict[int, int],
     caps: list[int | None],
 ) -> None:
-    loop = SchedulerLoop(n_pages=n_pages, max_batch=max_batch, max_step=max_step, n_places=n_places)
+    loop = SchedulerLoop(n_pages=n_pages, max_batch=max_batch, max_step=max_step, n_slots=n_slots)
     requests: dict[int, Request] = {}
     for n_steps in range(6000):
         for index, (n_prompt, max_tokens, adapter, tenant) in enumerate(sizes):
@@ -290,5 +291,5 @@ def test_every_request_of_every_tenant_ends_and_every_page_comes_back(
         if index not in cancelled:
             assert request.n_output == request.source.sampling.max_tokens
     assert loop.kv.n_pages_held == 0
-    assert not any(loop.places.held.values())
+    assert not any(loop.adapters.held.values())
     assert len(loop.scheduler.waiting) == 0

@@ -1,7 +1,5 @@
 """Grammars without a model: each walk under the mask is valid, each valid value is accepted."""
 
-from __future__ import annotations
-
 import json
 import random
 from typing import Any
@@ -12,10 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis_jsonschema import from_schema
 
-from loraplex_server.api.serving.structured_output import json_grammar
-from loraplex_server.engine.grammar import CompiledGrammar, GrammarRefused, GrammarSpec, TokenTrie
+from loraplex_server.api.serving.text_generation.structured_output import json_grammar
+from loraplex_server.engine.requests.grammar import (
+    CompiledGrammar,
+    GrammarRefused,
+    GrammarSpec,
+    TokenTrie,
+)
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 from tests.support.grammar_walk import walk
-from tests.support.tiny_tokenizer import tiny_tokenizer
 
 EOS = 2
 BACKEND = tiny_tokenizer().backend_tokenizer

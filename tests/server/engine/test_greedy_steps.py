@@ -1,7 +1,5 @@
 """Steps whose rows all take their largest logit: no logits are kept, the tokens are the same."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 
@@ -13,13 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_kernels import PackedLinear
 from loraplex_kernels.cpu import native
-from loraplex_server.engine.sampler import no_token
-from loraplex_server.engine.sampling_params import SamplingParams
-from tests.support.architectures import VOCAB_SIZE, tiny_model
-from tests.support.engines import GREEDY, generate_all, running_engine
-from tests.support.routed_plans import lora_plan
+from loraplex_kernels.layers.packed_linear import PackedLinear
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from loraplex_server.engine.sampling.token_rules import no_token
+from tests.support.adapters.routed_plans import lora_plan
+from tests.support.bases.architectures import VOCAB_SIZE, tiny_model
+from tests.support.servers.engines import GREEDY, generate_all, running_engine
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="no C++ compiler built the kernels")
 PROMPTS = [[3, 17, 40], [70, 1], [100, 5, 6, 7, 8], [9]]

@@ -1,18 +1,17 @@
 """Who gets how much of a GPU: a table of cards and models, asked without one."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from loraplex_kernels.roofline import WEIGHT_BITS
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.defaults import host_tier_bytes, step_limits
-from loraplex_server.engine.memory_plan import MemoryPlan, MemoryProfile, plan_memory
+from loraplex_server.engine.memory.memory_plan import MemoryPlan, MemoryProfile, plan_memory
 
 GIB = 1 << 30
+# Of a weight with its share of the scales: int4 has one of 16 bits for each 128.
+WEIGHT_BITS = {"bf16": 16.0, "int8": 8.0, "fp8": 8.0, "int4": 4.125}
 
 
 class Card(NamedTuple):
@@ -145,7 +144,7 @@ def test_what_a_card_leaves_beside_quantised_linears(
     assert plan.kv_bytes / base.token_bytes == pytest.approx(wanted[1], abs=500)
 
 
-# The same of rank 0 of so many cards, which holds the embedding beside its part. As in docs/gpu.md.
+# The same of rank 0 of several cards, which also has the embedding. As in docs/tensor-parallel.md.
 SHARED_TABLE: list[tuple[Card, int, Base, str, tuple[float, int] | None]] = [
     (L40S, 2, LLAMA_70B, "none", None),
     (L40S, 2, LLAMA_70B, "int4", (20.3, 107_000)),

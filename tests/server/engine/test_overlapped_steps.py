@@ -1,7 +1,5 @@
 """Steps that are scheduled while the one before runs answer as steps one after the other do."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,14 +10,14 @@ import pytest
 from transformers import PreTrainedModel
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.events import FinishReason
-from loraplex_server.engine.sampling_params import SamplingParams
-from tests.support.architectures import tiny_model
-from tests.support.engines import GREEDY, Answer, generate, generate_all, running_engine
+from loraplex_server.engine.requests.client import GenerationRequest
+from loraplex_server.engine.requests.events import FinishReason
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from tests.support.adapters.routed_plans import lora_plan, mixlora_plan
+from tests.support.bases.architectures import tiny_model
 from tests.support.overlapping import Watched, overlapping
-from tests.support.routed_plans import lora_plan, mixlora_plan
+from tests.support.servers.engines import GREEDY, Answer, generate, generate_all, running_engine
 
 PROMPTS = [[5, 9, 200, 31, 7], [17], list(range(40, 80)), [3, 3, 3], [250, 1, 2], [9, 8], [77] * 9]
 RANDOM = SamplingParams(max_tokens=25, temperature=0.9, top_p=0.95, seed=11)

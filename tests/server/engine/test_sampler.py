@@ -1,7 +1,5 @@
 """Sampling: filters, penalties, seeds, log-probabilities. Oracle: transformers' processors."""
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 
@@ -9,13 +7,15 @@ import pytest
 import torch
 from transformers.generation import logits_process as oracle
 
-from loraplex_server.engine.client import GenerationRequest
 from loraplex_server.engine.errors import NoTokenAllowed
-from loraplex_server.engine.request import Request
-from loraplex_server.engine.sampler import logprobs_of, no_token, sample, uniform_of
-from loraplex_server.engine.sampling_params import SamplingParams
+from loraplex_server.engine.requests.client import GenerationRequest
+from loraplex_server.engine.requests.request import Request
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from loraplex_server.engine.sampling.sampler import Sampled, Sampler, uniform_of
+from loraplex_server.engine.sampling.token_rules import no_token
 
 _EOS = frozenset({2})
+_CPU = torch.device("cpu")
 
 
 def _request(
@@ -29,13 +29,17 @@ def _request(
     return request
 
 
+def _sample(logits: torch.Tensor, requests: list[Request]) -> list[Sampled]:
+    return Sampler(logits.shape[1], _EOS, _CPU).start(logits, requests, None).wait()
+
+
 def _token(logits: torch.Tensor, request: Request) -> int:
-    return sample(logits[None].clone(), [request], _EOS)[0].token_id
+    return _sample(logits[None].clone(), [request])[0].token_id
 
 
 def _histogram(logits: torch.Tensor, n: int, **params: Any) -> dict[int, float]:
     requests = [_request(seed=seed, **params) for seed in range(n)]
-    tokens = sample(logits.repeat(n, 1), requests, _EOS)
+    tokens = _sample(logits.repeat(n, 1), requests)
     return {t: c / n for t, c in Counter(sampled.token_id for sampled in tokens).items()}
 
 
@@ -124,7 +128,7 @@ def test_the_same_seed_gives_the_same_token_whatever_else_is_in_the_batch() -> N
     torch.manual_seed(1)
     logits = torch.randn(7, 500)
     requests = [_request(seed=seed, temperature=1.3, top_p=0.9) for seed in range(7)]
-    together = [s.token_id for s in sample(logits.clone(), requests, _EOS)]
+    together = [s.token_id for s in _sample(logits.clone(), requests)]
     alone = [_token(row, request) for row, request in zip(logits, requests, strict=True)]
     assert together == alone
 
@@ -170,7 +174,7 @@ def test_bad_words_lose_their_last_token_after_the_others(output: list[int]) -> 
     processor = oracle.NoBadWordsLogitsProcessor([list(word) for word in words])
     expected = processor(torch.tensor([output], dtype=torch.long), logits[None].clone())
     adjusted = logits[None].clone()
-    token = sample(adjusted, [request], _EOS)[0].token_id
+    token = _sample(adjusted, [request])[0].token_id
     assert torch.equal(adjusted, expected)
     assert token == int(expected.argmax())
 
@@ -199,7 +203,7 @@ def test_a_row_whose_every_token_is_forbidden_fails_alone_and_names_the_field(
     seed = {"temperature": temperature, "seed": 1}
     rows = [_request(**seed), _request(output=[9], **seed, **params), _request(**seed)]
     alone = _token(logits[0], rows[0])
-    first, none, last = sample(logits, rows, _EOS)
+    first, none, last = _sample(logits, rows)
     assert isinstance(none.error, NoTokenAllowed)
     assert none.error.param == "bad_words"
     assert (first.error, last.error) == (None, None)
@@ -216,7 +220,7 @@ def test_min_tokens_keeps_end_tokens_away() -> None:
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     logits = torch.tensor([[0.0, 3.0, 1.0, -1.0]])
     request = _request(temperature=0.0, logit_bias={2: 100.0}, logprobs=2)
-    (sampled,) = sample(logits.clone(), [request], _EOS)
+    (sampled,) = _sample(logits.clone(), [request])
     expected = torch.log_softmax(logits[0], -1)
     assert sampled.token_id == 2
     assert sampled.logprobs is not None
@@ -229,12 +233,12 @@ def test_a_greedy_row_without_a_number_fails_alone() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0], [0.0, torch.nan, 2.0], 3 * [-torch.inf]])
     greedy = {"temperature": 0.0}
     requests = [_request(**greedy), _request(**greedy, logprobs=1), _request(**greedy)]
-    good, no_number, nothing = sample(logits, requests, _EOS)
+    good, no_number, nothing = _sample(logits, requests)
     assert (good.token_id, good.error) == (2, None)
     assert str(no_number.error) == str(nothing.error) == str(no_token())
 
 
 def test_logprobs_without_top_give_the_chosen_token_only() -> None:
-    (entry,) = logprobs_of(torch.zeros(1, 4), [3], [0])
+    (entry,) = Sampler(4, _EOS, _CPU).prompt_logprobs_of(torch.zeros(1, 4), [3], 0)
     assert entry.top == ()
     assert entry.logprob == pytest.approx(-1.3862944)

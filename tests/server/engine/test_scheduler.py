@@ -1,12 +1,10 @@
 """Scheduling: budget, preemption, fairness, bypass; nothing lost, nothing leaked."""
 
-from __future__ import annotations
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraplex_server.engine.request import RequestStatus
-from loraplex_server.engine.scheduler import MAX_BYPASS
+from loraplex_server.engine.requests.request import RequestStatus
+from loraplex_server.engine.scheduling.scheduler import MAX_BYPASS
 from tests.support.scheduler_loop import SchedulerLoop
 
 
@@ -60,7 +58,7 @@ def test_requests_of_one_adapter_keep_their_order() -> None:
 
 def test_a_request_without_a_place_is_bypassed_but_not_starved() -> None:
     harness = SchedulerLoop(max_batch=2)
-    harness.places.full.add("cold")
+    harness.adapters.full.add("cold")
     cold = harness.add("cold", max_tokens=1, adapter="cold")
     for index in range(MAX_BYPASS + 10):
         harness.add(f"warm{index}", max_tokens=1, adapter="warm")
@@ -68,14 +66,14 @@ def test_a_request_without_a_place_is_bypassed_but_not_starved() -> None:
         harness.step()
     assert cold.n_bypassed == MAX_BYPASS
     assert len(harness.admitted) == MAX_BYPASS
-    harness.places.full.clear()
+    harness.adapters.full.clear()
     harness.step()
     assert "cold" in harness.admitted
 
 
 def test_a_loading_adapter_does_not_block_others_however_long_it_takes() -> None:
     harness = SchedulerLoop(max_batch=2)
-    harness.places.loading.add("cold")
+    harness.adapters.loading.add("cold")
     cold = harness.add("cold", adapter="cold")
     for index in range(2 * MAX_BYPASS):
         harness.add(f"warm{index}", max_tokens=1, adapter="warm")
@@ -87,7 +85,7 @@ def test_a_loading_adapter_does_not_block_others_however_long_it_takes() -> None
 
 def test_a_request_whose_adapter_cannot_be_placed_fails_alone() -> None:
     harness = SchedulerLoop()
-    harness.places.broken.add("bad")
+    harness.adapters.broken.add("bad")
     harness.add("bad", adapter="bad")
     good = harness.add("good", adapter="good")
     harness.scheduler.prefetch(8)
@@ -95,7 +93,7 @@ def test_a_request_whose_adapter_cannot_be_placed_fails_alone() -> None:
         harness.step()
     assert harness.failed == ["bad"]
     assert good.status is RequestStatus.FINISHED
-    harness.places.broken.clear()
+    harness.adapters.broken.clear()
     again = harness.add("again", adapter="bad")
     for _ in range(10):
         harness.step()
@@ -107,9 +105,9 @@ def test_what_is_loaded_ahead_takes_no_place_from_what_is_needed_sooner() -> Non
     for name in ("one", "two", "three"):
         harness.add(name, adapter=name)
     harness.scheduler.prefetch(8)
-    assert harness.places.spared == {"one": set(), "two": {"one"}, "three": {"one", "two"}}
+    assert harness.adapters.spared == {"one": set(), "two": {"one"}, "three": {"one", "two"}}
     harness.step()  # what is admitted may take any idle one's place
-    assert harness.places.spared["three"] == set()
+    assert harness.adapters.spared["three"] == set()
 
 
 def test_a_waiting_request_can_be_finished() -> None:
@@ -157,5 +155,5 @@ def test_every_request_ends_and_every_page_comes_back(
         if index not in cancelled:
             assert request.n_output == request.source.sampling.max_tokens
     assert harness.kv.n_pages_held == 0
-    assert all(count == 0 for count in harness.places.held.values())
+    assert all(count == 0 for count in harness.adapters.held.values())
     assert harness.n_first_admitted == len(harness.admitted)

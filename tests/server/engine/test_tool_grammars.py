@@ -3,8 +3,6 @@
 The markers are tokens, so a walk also writes them into strings, where they are text.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import random
@@ -15,15 +13,24 @@ import pytest
 from tokenizers import AddedToken
 
 from loraplex_server.api.protocol.tools import NamedToolChoice, ToolDefinition
-from loraplex_server.api.serving.chat_protocol import CallForm, ChatProtocol, Markers, chat_protocol
-from loraplex_server.api.serving.held_regions import HeldForm
-from loraplex_server.api.serving.message_parser import MessageParser, ParsedMessage, ParserSpec
-from loraplex_server.api.serving.structured_output import json_wanted
-from loraplex_server.api.serving.tool_grammar import PromptEnd, answer_grammar
-from loraplex_server.api.serving.tool_use import ToolUse, tool_use
-from loraplex_server.engine.grammar import TokenTrie
+from loraplex_server.api.serving.chat.message_parser import (
+    MessageParser,
+    ParsedMessage,
+    ParserSpec,
+)
+from loraplex_server.api.serving.chat.structural_tags import StructuralTags
+from loraplex_server.api.serving.chat.tool_grammar import PromptEnd, answer_grammar
+from loraplex_server.api.serving.chat.tool_markup import (
+    CallMarkup,
+    ChatMarkup,
+    Markers,
+    chat_markup,
+)
+from loraplex_server.api.serving.chat.tool_use import ToolUse, tool_use
+from loraplex_server.api.serving.text_generation.structured_output import requested_json
+from loraplex_server.engine.requests.grammar import TokenTrie
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 from tests.support.grammar_walk import walk
-from tests.support.tiny_tokenizer import tiny_tokenizer
 
 MARKERS = ["<tool_call>", "</tool_call>", "<think>", "</think>", "[CALL]", "[/CALL]"]
 BACKEND = tiny_tokenizer().backend_tokenizer
@@ -57,10 +64,9 @@ THINK = Markers("<think>", "</think>")
 ENDS = {"no": None, "may": PromptEnd(), "opened": PromptEnd(in_reasoning=True)}
 FORMS = {
     # the shipped base's template shows no tools, so it gets SmolLM2's
-    "array": chat_protocol(None, "<|im_start|>{{ messages }}", with_tools=True).calls,
-    "hermes": chat_protocol(None, "tools <tool_call>\n{", with_tools=True).calls,
-    "brackets": CallForm("[CALL]", "[/CALL]", is_array=False),
-    "to the end": CallForm("[CALL]", "", is_array=True, arguments="parameters"),
+    "array": chat_markup(None, "<|im_start|>{{ messages }}", with_tools=True).calls,
+    "hermes": chat_markup(None, "tools <tool_call>\n{", with_tools=True).calls,
+    "brackets": CallMarkup("[CALL]", "[/CALL]", is_array=False),
 }
 
 
@@ -96,8 +102,8 @@ CASES = [
 def test_walks_end_and_are_read_as_they_were_written(case: Case) -> None:
     use, end = case.use(), ENDS[case.reasoning]
     reasoning = None if end is None else THINK
-    protocol = ChatProtocol(None, FORMS[case.form], reasoning)
-    wanted = json_wanted("response_format", {"enum": ["a", {"b": "[CALL]"}]})
+    protocol = ChatMarkup(None, FORMS[case.form], reasoning)
+    wanted = requested_json("response_format", {"enum": ["a", {"b": "[CALL]"}]})
     asked = wanted if case.wanted else None
     grammar = answer_grammar(
         asked, use, protocol, end or PromptEnd.of("", None), BACKEND.token_to_id
@@ -108,7 +114,7 @@ def test_walks_end_and_are_read_as_they_were_written(case: Case) -> None:
     for seed in range(4):
         tokens = walk(TRIE, compiled, seed, likely=LIKELY)
         text = TRIE.tokenizer.decode_bytes(tokens).decode()
-        message = ParsedMessage.of(text, spec)
+        message = _parsed(text, spec)
         assert _in_pieces(text, spec, random.Random(seed)) == _told(message), text
         for call in message.calls:
             # ``now`` is not strict: any object will do unless a call is required
@@ -140,7 +146,7 @@ def _check_held(case: Case, message: ParsedMessage, text: str) -> None:
         assert rest.startswith(form.close), text
         rest = rest.removeprefix(form.close)
         calls += region if form.is_array else [region]
-    assert _told(message)[2] == [(call["name"], call[form.arguments]) for call in calls]
+    assert _told(message)[2] == [(call["name"], call["arguments"]) for call in calls]
     assert message.content == ""
     if case.choice != "auto":
         assert calls
@@ -158,14 +164,14 @@ def _check_free(case: Case, message: ParsedMessage, text: str) -> None:
             rest = rest[at:].removeprefix(form.gap)
             assert rest.startswith(form.close), text
             calls += region if form.is_array else [region]
-        assert _told(message)[2] == [(call["name"], call[form.arguments]) for call in calls]
+        assert _told(message)[2] == [(call["name"], call["arguments"]) for call in calls]
         assert form.open not in message.content
     if not case.parallel:
         assert len(message.calls) <= 1
 
 
-def _spec(protocol: ChatProtocol, case: Case, end: PromptEnd | None) -> ParserSpec:
-    held = HeldForm.of(
+def _spec(protocol: ChatMarkup, case: Case, end: PromptEnd | None) -> ParserSpec:
+    held = StructuralTags.of(
         protocol,
         with_calls=True,
         in_reasoning=end is not None and end.in_reasoning,
@@ -177,8 +183,13 @@ def _spec(protocol: ChatProtocol, case: Case, end: PromptEnd | None) -> ParserSp
         with_calls=True,
         one_call=not case.parallel,
         prompt=THINK.open if case.reasoning == "opened" else "",
-        held=held,
+        tags=held,
     )
+
+
+def _parsed(text: str, spec: ParserSpec) -> ParsedMessage:
+    parser = MessageParser(spec)
+    return ParsedMessage.joined([*parser.feed(text), *parser.finish()])
 
 
 def _told(message: ParsedMessage) -> tuple[str, str, list[tuple[str, Any]]]:
@@ -211,7 +222,7 @@ def _in_pieces(
 def test_a_walk_writes_markers_into_strings() -> None:
     """Otherwise the walks above would not prove that they are text there."""
     case = Case("brackets", "named", True, "no")
-    protocol = ChatProtocol(None, FORMS["brackets"], None)
+    protocol = ChatMarkup(None, FORMS["brackets"], None)
     end = PromptEnd.of("", None)
     grammar = answer_grammar(None, case.use(), protocol, end, BACKEND.token_to_id)
     assert grammar is not None
@@ -220,7 +231,7 @@ def test_a_walk_writes_markers_into_strings() -> None:
     codes = [
         json.loads(call.arguments)["code"]
         for seed in range(12)
-        for call in ParsedMessage.of(
+        for call in _parsed(
             TRIE.tokenizer.decode_bytes(walk(TRIE, compiled, seed, likely=LIKELY)).decode(), spec
         ).calls
     ]

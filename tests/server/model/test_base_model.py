@@ -1,7 +1,5 @@
 """The replaced model computes what transformers computes."""
 
-from __future__ import annotations
-
 import copy
 import gc
 
@@ -11,15 +9,15 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import PreTrainedModel
 
-from loraplex_server.engine.client import GenerationRequest
-from loraplex_server.engine.forward_batch import build_batch
-from loraplex_server.engine.kv_cache import KvCache, KvGeometry
-from loraplex_server.engine.request import Request
-from loraplex_server.engine.sampling_params import SamplingParams
-from loraplex_server.engine.scheduler import ScheduledChunk
+from loraplex_server.engine.memory.kv_cache import KvCache, KvGeometry
+from loraplex_server.engine.requests.client import GenerationRequest
+from loraplex_server.engine.requests.request import Request
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from loraplex_server.engine.scheduling.scheduler import ScheduledChunk
+from loraplex_server.engine.steps.forward_batch import build_batch
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.targets import group_modules
-from tests.support.architectures import ARCHITECTURES, RARE_BASES, VOCAB_SIZE, tiny_model
+from tests.support.bases.architectures import ARCHITECTURES, RARE_BASES, VOCAB_SIZE, tiny_model
 
 _CPU = torch.device("cpu")
 
@@ -80,11 +78,11 @@ def _check(model: PreTrainedModel, *, fuse: bool) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen2", "qwen3"])
 def test_llama_style_models_run_fused(model_type: str) -> None:
-    assert BaseModel(tiny_model(model_type), "tiny").is_fused
+    assert BaseModel(tiny_model(model_type), "tiny").fused is not None
 
 
 def test_other_architectures_run_transformers_modules() -> None:
-    assert not BaseModel(tiny_model("gemma2"), "tiny").is_fused
+    assert BaseModel(tiny_model("gemma2"), "tiny").fused is None
 
 
 def test_every_linear_is_in_exactly_one_group() -> None:

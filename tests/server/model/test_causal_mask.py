@@ -1,7 +1,5 @@
 """A mask's window is read off the mask function; what is no causal window is refused."""
 
-from __future__ import annotations
-
 import pytest
 from torch import Tensor
 from transformers.masking_utils import (
@@ -12,8 +10,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from loraplex_server.model.causal_mask import window_of
 from loraplex_server.model.errors import UnsupportedBase
+from loraplex_server.model.tracing.call_recorder import window_of
 
 
 def test_a_causal_mask_has_no_window() -> None:

@@ -1,7 +1,5 @@
 """The layers in one native call have the bits of the layers operator by operator."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 
@@ -9,20 +7,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex_kernels import LoraPool, SliceFactors, build_segments
 from loraplex_kernels.cpu import native
-from loraplex_kernels.cpu.decoder import LogitsRows
-from loraplex_kernels.layout import LoraSegments, LoraTarget
-from loraplex_kernels.ops import PreparedTarget
-from loraplex_server.engine.client import GenerationRequest
-from loraplex_server.engine.forward_batch import build_batch
-from loraplex_server.engine.kv_cache import KvCache, KvGeometry
-from loraplex_server.engine.request import Request
-from loraplex_server.engine.sampling_params import SamplingParams
-from loraplex_server.engine.scheduler import ScheduledChunk
+from loraplex_kernels.formats.factors import SliceFactors
+from loraplex_kernels.formats.layout import LoraSegments, LoraTarget
+from loraplex_kernels.lora.native_decoder import LogitsRows
+from loraplex_kernels.lora.ops import PreparedTarget
+from loraplex_kernels.lora.pool import LoraPool
+from loraplex_kernels.lora.segments import build_segments
+from loraplex_server.engine.memory.kv_cache import KvCache, KvGeometry
+from loraplex_server.engine.requests.client import GenerationRequest
+from loraplex_server.engine.requests.request import Request
+from loraplex_server.engine.requests.sampling_params import SamplingParams
+from loraplex_server.engine.scheduling.scheduler import ScheduledChunk
+from loraplex_server.engine.steps.forward_batch import build_batch
 from loraplex_server.model.base_model import BaseModel
-from loraplex_server.model.fused_decoder import FusedDecoder
-from tests.support.architectures import VOCAB_SIZE, tiny_model
+from loraplex_server.model.layers.fused_decoder import FusedDecoder
+from tests.support.bases.architectures import VOCAB_SIZE, tiny_model
 
 _CPU = torch.device("cpu")
 _LENGTHS = (40, 21, 33, 1)  # tokens of the requests; the first goes in one chunk, the rest decode
@@ -42,7 +42,7 @@ class Layers:
     def __init__(self, model_type: str, dtype: torch.dtype) -> None:
         model = copy.deepcopy(tiny_model(model_type)).to(dtype)
         self.base = BaseModel(model, "tiny")
-        self.decoder: FusedDecoder = self.base._fused  # type: ignore[assignment]
+        self.decoder: FusedDecoder = self.base.fused  # type: ignore[assignment]
         self.kv = KvCache(
             KvGeometry(len(self.base.layers), self.base.n_kv_heads, self.base.head_dim),
             n_pages=20,

@@ -1,7 +1,5 @@
 """What the load of a base takes beside what it leaves."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -12,17 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from loraplex_kernels import packed_linear
+from loraplex_kernels.layers import packed_linear
 from loraplex_server.model import base_model
 from loraplex_server.model.base_model import BaseModel
-from tests.support.architectures import tiny_model
+from tests.support.bases.architectures import tiny_model
 
 # The checkpoint is mapped: what the kernel can drop again (RssFile) is not counted.
 MEASURE = """
 import json, sys, threading, torch
 from pathlib import Path
 from loraplex_server.model.base_model import BaseModel, load_base_model
-from tests.support.architectures import tiny_model
+from tests.support.bases.architectures import tiny_model
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -1,13 +1,11 @@
 """How logits follow from the head's output is found from values alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
 
 from loraplex_server.model.errors import UnsupportedBase
-from loraplex_server.model.logits_formula import LogitsFormula, probe_values
+from loraplex_server.model.tracing.model_trace import LogitsFormula, probe_values
 
 _FORMULAS = [
     LogitsFormula(),

@@ -1,7 +1,5 @@
 """What a base asks of attention, mask and head is seen in its own forward, or it is refused."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -9,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.errors import UnsupportedBase
-from loraplex_server.model.model_trace import trace_model
-from tests.support.architectures import RARE_BASES, tiny_model
+from loraplex_server.model.tracing.model_trace import trace_model
+from tests.support.bases.architectures import RARE_BASES, tiny_model
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 64,

@@ -1,15 +1,13 @@
 """A norm is replaced by the fused one only where both compute the same."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from loraplex_server.model.forward_context import ForwardContext
-from loraplex_server.model.norm import AdaptedNorm, RmsNorm, replace_norms
+from loraplex_server.model.layers.adapted_modules import AdaptedNorm, RmsNorm, replace_norms
+from loraplex_server.model.layers.forward_context import ForwardContext
 
 _WIDTH = 24
 

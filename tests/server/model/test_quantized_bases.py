@@ -1,18 +1,16 @@
 """Quantised bases of many architectures answer as transformers does over dequantised weights."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-from loraplex_kernels.quantized_panels import QuantizedPanels
-from loraplex_kernels.quantized_weight import WeightFormat
+from loraplex_kernels.formats.quantized_weight import WeightFormat
+from loraplex_kernels.layers.quantized_linear import QuantizedPanels
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.errors import UnsupportedBase
-from loraplex_server.model.quantized_modules import QuantizedModule, quantize_linears
-from tests.support.architectures import ARCHITECTURES, RARE_BASES, tiny_model
-from tests.support.quantized_oracle import dequantized_weight
+from loraplex_server.model.quantized.quantized_modules import QuantizedModule, quantize_linears
+from tests.support.bases.architectures import ARCHITECTURES, RARE_BASES, tiny_model
+from tests.support.bases.quantized_oracle import dequantized_weight
 
 CPU = torch.device("cpu")
 RARE = ("minicpm3", "deepseek", "mixtral-window", "hunyuan-moe", "phimoe", "opt")
@@ -59,5 +57,5 @@ def test_the_self_check_sees_a_wrong_scale(
         return right(self, panels) * 1.1
 
     monkeypatch.setattr(QuantizedPanels, "_plain", wrong)
-    with pytest.raises(UnsupportedBase, match="otherwise here than in transformers"):
+    with pytest.raises(UnsupportedBase, match="differently from transformers"):
         BaseModel(model, "tiny", self_check=True)

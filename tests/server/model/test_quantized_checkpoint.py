@@ -1,7 +1,5 @@
 """Checkpoints that others wrote quantised: their own library's weights, or a refusal by name."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from loraplex_kernels.quantized_weight import WeightFormat
+from loraplex_kernels.formats.quantized_weight import WeightFormat
 from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.errors import ModelError
 from tests.conformance.base_rows import BASE_ROWS
 from tests.conformance.tiny_base import save_base
-from tests.support.awq_checkpoint import awq_config, awq_tensors
+from tests.support.bases.awq_checkpoint import awq_config, awq_tensors
 
 CPU = torch.device("cpu")
 Tensors = dict[str, Tensor]

@@ -1,6 +1,4 @@
-"""A base that answers otherwise than transformers does not start, and says where they part."""
-
-from __future__ import annotations
+"""A base that answers differently from transformers does not start, and says where."""
 
 from collections.abc import Callable
 
@@ -10,9 +8,9 @@ from transformers import PreTrainedModel
 
 from loraplex_server.model.base_model import BaseModel
 from loraplex_server.model.errors import UnsupportedBase
-from loraplex_server.model.model_trace import trace_model
 from loraplex_server.model.self_check import Reference
-from tests.support.architectures import RARE_BASES, tiny_model
+from loraplex_server.model.tracing.model_trace import trace_model
+from tests.support.bases.architectures import RARE_BASES, tiny_model
 
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -50,7 +48,7 @@ def test_the_layer_where_they_part_is_named_with_both_values(dtype: torch.dtype)
 
     model = tiny_model("llama", initializer_range=0.2).to(dtype)
     message = _refusal(model, change, fuse=False)
-    assert "They part behind model.layers.1:" in message
+    assert "They differ first after model.layers.1:" in message
     assert "in transformers and" in message
     assert "--no-self-check" in message
 
@@ -61,7 +59,7 @@ def test_a_wrong_window_is_a_difference_in_decode_steps_too() -> None:
             object.__setattr__(layer.spec, "window", 2)
 
     model = tiny_model("gemma2", initializer_range=0.5)
-    assert "They part behind model.layers.0" in _refusal(model, change, fuse=False)
+    assert "They differ first after model.layers.0" in _refusal(model, change, fuse=False)
 
 
 def test_logits_that_are_scaled_otherwise_are_a_difference_of_the_logits() -> None:
@@ -73,8 +71,8 @@ def test_logits_that_are_scaled_otherwise_are_a_difference_of_the_logits() -> No
 
 def test_fused_layers_that_are_wrong_alone_are_said_to_be() -> None:
     def change(base: BaseModel) -> None:
-        assert base._fused is not None
-        base._fused._cos.neg_()
+        assert base.fused is not None
+        base.fused._cos.neg_()
 
     model = tiny_model("llama", initializer_range=0.5)
     assert "--no-fuse" in _refusal(model, change, fuse=True)
@@ -82,8 +80,8 @@ def test_fused_layers_that_are_wrong_alone_are_said_to_be() -> None:
 
 def test_positions_late_in_the_context_are_looked_at() -> None:
     def change(base: BaseModel) -> None:
-        assert base._fused is not None
-        base._fused._cos[100:].neg_()
+        assert base.fused is not None
+        base.fused._cos[100:].neg_()
 
     model = tiny_model("llama", initializer_range=0.5)
     assert "fused" in _refusal(model, change, fuse=True)

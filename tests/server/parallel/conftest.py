@@ -1,7 +1,5 @@
 """One base behind two servers in this process: one computes alone, one with a second process."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 from collections.abc import AsyncIterator
@@ -11,9 +9,9 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import save_file
 
-from tests.support.adapter_samples import SAMPLES, Sample
-from tests.support.tiny_models import tiny_llama
-from tests.support.tiny_tokenizer import tiny_tokenizer
+from tests.support.adapters.adapter_samples import SAMPLES, Sample
+from tests.support.bases.tiny_models import tiny_llama
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 from tests.vectors.conftest import Server, serving
 
 LIMITS: dict[str, Any] = {"max_loras": 24, "max_step_tokens": 64, "kv_memory_bytes": 128 << 10}

@@ -1,7 +1,5 @@
 """A process of the engine that dies takes the engine with it, and nobody waits for an answer."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 import signal
@@ -13,10 +11,10 @@ import httpx
 import pytest
 
 from loraplex_server.engine.engine import Engine
-from loraplex_server.engine.model_runner import ModelRunner, StartedStep
 from loraplex_server.engine.parallel.shard_workers import ShardWorkers
+from loraplex_server.engine.steps.model_runner import ModelRunner, StartedStep
 from tests.server.parallel.conftest import LIMITS, PROMPT, ask
-from tests.support.server_process import save_tiny_model, server_process
+from tests.support.servers.server_process import save_tiny_model, server_process
 from tests.vectors.conftest import serving
 
 pytestmark = pytest.mark.anyio
@@ -35,7 +33,7 @@ async def until_dead(client: httpx.AsyncClient) -> None:
         await asyncio.sleep(0)
 
 
-@pytest.mark.parametrize("n_running", [0, 2])
+@pytest.mark.parametrize("n_running", [2, pytest.param(0, marks=pytest.mark.nightly)])
 async def test_a_dead_rank_is_a_dead_engine_at_once(
     n_running: int, base: Path, tmp_path: Path
 ) -> None:
@@ -71,7 +69,7 @@ async def test_a_step_that_breaks_off_on_rank_0_ends_the_engine(
         def fail(_: object) -> Any:
             raise MemoryError("no room")
 
-        monkeypatch.setattr(model, "_forward", fail)
+        monkeypatch.setattr(model, "fused", fail)
         async with asyncio.timeout(60):
             answer = await server.post("/v1/completions", prompt=PROMPT)
             await until_dead(server.client)

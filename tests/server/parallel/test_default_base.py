@@ -1,7 +1,5 @@
 """The default base with its demo adapters over three processes: it has nine heads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

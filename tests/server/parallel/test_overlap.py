@@ -3,8 +3,6 @@
 Adapters come, share steps and leave meanwhile: what ranks are told stands in order with the steps.
 """
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The one process is held to PEFT and transformers elsewhere (``tests/conformance``).
 """
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 
@@ -13,13 +11,13 @@ import pytest
 
 from loraplex_server.engine.parallel.shard_workers import ShardWorkers
 from tests.server.parallel.conftest import PROMPT, Answer, Pair, ask, ask_all, check_same
-from tests.support.peft_adapters import peft_adapter
-from tests.support.tiny_models import tiny_llama
+from tests.support.adapters.peft_adapters import peft_adapter
+from tests.support.bases.tiny_models import tiny_llama
 from tests.vectors.conftest import Server
 
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore::Warning")]
 
-# They need whole rows of what a rank has a part of; as in docs/gpu.md.
+# They need whole rows of what a rank has a part of; as in docs/tensor-parallel.md.
 REFUSED = {"boft", "oft", "road", "loramoe", "mola"}
 
 
@@ -153,7 +151,7 @@ async def test_a_load_that_fails_on_one_rank_is_that_adapters_error(
         await put_all(server, {"lora": folders["lora"], "dora": folders["sora"]})
     await ask(split, "lora")
     await split.engine.unload(await digest_of(split, "dora"))
-    taken = split.engine.loop.adapters.resident(await digest_of(split, "lora")).slots[0]
+    taken = split.engine.loop.adapters.resident(await digest_of(split, "lora")).memory.slots[0]
     load = ShardWorkers.load
     monkeypatch.setattr(ShardWorkers, "load", lambda self, plan, _: load(self, plan, taken))
     failed = await split.post("/v1/completions", prompt=PROMPT, adapter="dora")

@@ -1,7 +1,5 @@
 """The adapters of a rank that is led: in rank 0's slots, in rank 0's order, or not at all."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,15 +9,16 @@ import pytest
 import torch
 
 from loraplex_adapter_store.plan import AdapterPlan
-from loraplex_kernels.pool import LoraPool
-from loraplex_server.engine.adapter_packer import AdapterPacker
-from loraplex_server.engine.capabilities import EngineCapabilities
+from loraplex_kernels.lora.pool import LoraPool
+from loraplex_server.engine.adapters.adapter_packer import AdapterPacker
+from loraplex_server.engine.adapters.capabilities import EngineCapabilities
+from loraplex_server.engine.memory.memory_plan import PoolLimits
 from loraplex_server.engine.parallel.plan_cut import cut_plan
-from loraplex_server.engine.parallel.shard_pool import ShardPool
-from loraplex_server.model.forward_context import ForwardContext
+from loraplex_server.engine.parallel.shard_worker import ShardPool
+from loraplex_server.model.layers.forward_context import ForwardContext
 from tests.server.parallel.threads import ThreadGroup, load_ranks
-from tests.support.architectures import tiny_model
-from tests.support.routed_plans import lora_plan, mixlora_plan
+from tests.support.adapters.routed_plans import lora_plan, mixlora_plan
+from tests.support.bases.architectures import tiny_model
 
 MODEL = tiny_model("llama")
 A, B = lora_plan(MODEL, rank=4, seed=1), lora_plan(MODEL, rank=4, seed=2)
@@ -41,9 +40,9 @@ def pool_and_load(tmp_path: Path) -> tuple[ShardPool, Load]:
         n_slots=4,
         dtype=torch.float32,
     )
-    capabilities = EngineCapabilities.of_model(rank_0, layout=layout)
+    capabilities = EngineCapabilities.of_model(rank_0)
     packer = AdapterPacker(rank_0.groups, own, capabilities, layout)
-    pool = ShardPool(rank_1, n_bytes=1 << 20, n_slots=4, max_rank=16)
+    pool = ShardPool(rank_1, PoolLimits(1 << 20, n_slots=4, max_rank=16))
 
     def load(plan: AdapterPlan, *, first: int, after: int = 0) -> None:
         packed = packer.pack(plan).of_rank(1)
@@ -81,7 +80,7 @@ def test_a_load_that_fails_takes_nothing(pool_and_load: tuple[ShardPool, Load]) 
     pool, load = pool_and_load
     load(A, first=2)
     used = pool.pool.bytes_used
-    with pytest.raises(ValueError, match="taken"):
+    with pytest.raises(ValueError, match="in use"):
         load(ROUTED, first=0)  # four slots, of which one is taken
     assert pool.pool.bytes_used == used
     pool.forget(ROUTED.digest)  # as rank 0 does with every adapter that failed
@@ -99,7 +98,7 @@ def test_rows_of_an_adapter_that_is_not_published_are_an_error(
     with pytest.raises(KeyError):
         pool.bind_rows(step)
     load(ROUTED, first=0)
-    with pytest.raises(RuntimeError, match="before it is on the device"):
+    with pytest.raises(RuntimeError, match="before it is resident"):
         pool.bind_rows(step)
     pool.publish(ROUTED.digest)
     pool.bind_rows(step)

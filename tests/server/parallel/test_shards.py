@@ -1,7 +1,5 @@
 """The cut of a base: what its ranks compute together is what transformers computes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -10,19 +8,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_kernels.quantized_linear import QuantizedLinear
-from loraplex_kernels.quantized_weight import WeightFormat
+from loraplex_kernels.formats.quantized_weight import WeightFormat
+from loraplex_kernels.layers.quantized_linear import QuantizedLinear
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.engine.parallel.sharded_model import build_sharded
 from loraplex_server.model.base_model import BaseModel, load_base_model
 from loraplex_server.model.errors import ModelError, UnsupportedBase
-from loraplex_server.model.gathered_head import GatheredHead
-from loraplex_server.model.shard_loader import Checkpoint
-from loraplex_server.model.tensor_parallel import ShardLayout
+from loraplex_server.model.layers.tensor_parallel import GatheredHead, ShardLayout
+from loraplex_server.model.loading.shard_loader import Checkpoint
 from tests.server.parallel.threads import ThreadGroup, load_ranks, run_ranks
-from tests.support.architectures import tiny_model
-from tests.support.awq_checkpoint import save_as_awq
-from tests.support.tiny_models import tiny_llama
+from tests.support.bases.architectures import tiny_model
+from tests.support.bases.awq_checkpoint import save_as_awq
+from tests.support.bases.tiny_models import tiny_llama
 
 TOKENS = torch.tensor([5, 9, 33, 7, 60, 12, 3])
 
@@ -75,7 +72,7 @@ def test_ranks_compute_what_transformers_does(model_type: str, size: int, tmp_pa
     model.save_pretrained(tmp_path)
     group = ThreadGroup(size)
     ranks = load_ranks(tmp_path, size, group)
-    assert all(rank.is_fused for rank in ranks)
+    assert all(rank.fused is not None for rank in ranks)
     with torch.no_grad():
         expected = model(TOKENS.unsqueeze(0)).logits[0]
     torch.testing.assert_close(logits_of(ranks), expected, rtol=1e-4, atol=1e-4)

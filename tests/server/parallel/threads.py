@@ -12,13 +12,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from loraplex_kernels.quantized_weight import WeightFormat
+from loraplex_kernels.formats.quantized_weight import WeightFormat
 from loraplex_server.model.base_model import BaseModel
-from loraplex_server.model.forward_context import ForwardContext
-from loraplex_server.model.shard_loader import Checkpoint
-from loraplex_server.model.tensor_parallel import Shard
-
-__all__ = ["ThreadGroup", "load_ranks", "run_ranks"]
+from loraplex_server.model.layers.forward_context import ForwardContext
+from loraplex_server.model.layers.tensor_parallel import Shard
+from loraplex_server.model.loading.shard_loader import Checkpoint
 
 _T = TypeVar("_T")
 

@@ -1,13 +1,13 @@
 """One server, an operator, and two tenants who must not notice each other."""
 
-from __future__ import annotations
-
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -16,21 +16,20 @@ from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.description_resolver import DescriptionResolver
-from loraplex_server.adapters.generated_adapters import GeneratedAdapters
-from loraplex_server.adapters.jobs import Jobs
-from loraplex_server.adapters.training import Training
+from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
+from loraplex_server.adapters.learning.jobs import Jobs
+from loraplex_server.adapters.learning.training import Training
 from loraplex_server.adapters.worker_pools import WorkerPools
-from loraplex_server.api_keys import EVERY_ADAPTER, parse_keys
-from loraplex_server.faults import Faults
-from loraplex_server.settings import HttpConfig
+from loraplex_server.settings.api_keys import EVERY_ADAPTER, parse_keys
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front
-from tests.support.lora_files import write_lora
+from tests.support.adapters.choosers import Choosers
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.word_encoder import WordEncoder
 from tests.support.scripted_generator import ScriptedGenerator
-from tests.support.word_encoder import WordEncoder
 
 KEYS = {
-    "operator": 'scope = "admin"',
+    "operator": 'scope = "admin"\noperator = true',
     "acme": 'scope = "admin"\ntenant = "acme"\nsources = ["*"]',
     "acme-reader": 'scope = "infer"\ntenant = "acme"',
     "umbra": 'scope = "admin"\ntenant = "umbra"\nsources = ["*"]',
@@ -71,6 +70,18 @@ class House:
         data = {} if template is None else {"chat_template": template}
         path = f"/v1/adapters/{name}"
         return await self.front.client.put(path, headers=sent, files=files, data=data)
+
+    async def upload_file(
+        self, key: str, body: Mapping[str, object] = MappingProxyType({"prompt": "hi"})
+    ) -> httpx.Response:
+        """Upload a file of one completion."""
+        line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {**body}}
+        return await self.front.client.post(
+            "/v1/files",
+            files={"file": ("calls.jsonl", json.dumps(line))},
+            data={"purpose": "batch"},
+            headers={"authorization": f"Bearer {key}"},
+        )
 
     async def job_ends(self, started: httpx.Response) -> None:
         """``started``: a 202."""
@@ -123,11 +134,11 @@ def open_house(
 
         def parts(store: AdapterStore) -> dict[str, object]:
             generated = GeneratedAdapters(store, lambda: ScriptedGenerator(spec), quota=2)
-            resolver = DescriptionResolver(store, WordEncoder(), generated)
+            choosers = Choosers(store, WordEncoder(), generated)
             closing.callback(generated.close)
-            closing.callback(resolver.close)
+            closing.callback(choosers.close)
             pools = WorkerPools()
-            jobs = Jobs(pools.jobs, Faults())
+            jobs = Jobs(pools.jobs)
             training = Training(
                 store,
                 jobs,
@@ -136,20 +147,20 @@ def open_house(
                 base_name="tiny",
                 n_threads=1,
                 max_budget_s=1.0,
+                max_rank=16,
                 command=(sys.executable, "-c", ""),  # fails at once
             )
             closing.callback(training.close)
             return {
                 "generated": generated,
-                "resolver": resolver,
-                "semantic": resolver.router,
+                **choosers.parts,
                 "training": training,
                 "jobs": jobs,
                 "pools": pools,
             }
 
         front = make_front(tokenizer, spec, folder, http, with_store=parts, **options)
-        closing.callback(front.store.close)
+        closing.callback(front.close)
         sources = [write_lora(front.root / f"source-{n}", spec, seed=n) for n in range(3)]
         yield House(front, sources)
 

@@ -1,8 +1,5 @@
 """Files and batches of one tenant are as missing ones to every other."""
 
-from __future__ import annotations
-
-import json
 from typing import Any
 
 import pytest
@@ -14,23 +11,15 @@ pytestmark = pytest.mark.anyio
 MISSING = {"file": "file-0", "batch": "batch_0"}
 
 
-async def _upload(house: House, key: str, body: dict[str, Any]) -> str:
-    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
-    headers = {"authorization": f"Bearer {key}"}
-    answer = await house.front.client.post(
-        "/v1/files",
-        files={"file": ("calls.jsonl", json.dumps(line))},
-        data={"purpose": "batch"},
-        headers=headers,
-    )
-    assert answer.status_code == 200, answer.text
-    return str(answer.json()["id"])
-
-
 async def _run(house: House, key: str, body: dict[str, Any]) -> dict[str, Any]:
     """The ended batch of one line, which was answered."""
-    file = await _upload(house, key, body)
-    batch = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+    file = await house.upload_file(key, body)
+    assert file.status_code == 200, file.text
+    batch = {
+        "input_file_id": file.json()["id"],
+        "endpoint": "/v1/completions",
+        "completion_window": "24h",
+    }
     created = await house.ask(key, "POST", "/v1/batches", batch)
     assert created.status_code == 200, created.text
     url = f"/v1/batches/{created.json()['id']}?timeout_s=60"

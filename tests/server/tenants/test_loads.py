@@ -1,7 +1,5 @@
 """Loads of one tenant that wait for room leave threads to the others."""
 
-from __future__ import annotations
-
 import asyncio
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.limits import StoreLimits
 from tests.server.tenants.conftest import House, open_house
-from tests.support.lora_files import write_lora
+from tests.support.adapters.lora_files import write_lora
 
 pytestmark = pytest.mark.anyio
 
@@ -40,7 +38,7 @@ async def test_loads_that_wait_for_room_do_not_hold_up_another_tenants(
         for name in names[:3]:
             closing.enter_context(store.acquire(name))
         store.acquire("umbra:u0").release()
-        store._tier._n_bytes = store.stats().host_bytes_used  # full: in use, and umbra's share
+        store.state.tier._n_bytes = store.stats().host_bytes_used  # full: in use, and umbra's share
         waiting = [
             asyncio.create_task(_asked(house, "acme", f"a{3 + number}"))
             for number in range(N_WAITING)

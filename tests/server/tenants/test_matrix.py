@@ -1,7 +1,5 @@
 """Every route × an adapter of one's own, another tenant's, a shared one, one that is missing."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -64,6 +62,7 @@ PAIR = {"text_1": "a", "text_2": "b"}
 RANK = {"query": "a", "documents": ["b"]}
 VECTORS = 400  # the adapters here are no classifiers, and this engine has no hidden states
 
+_MOVES = ("cancel", "pause", "resume")
 ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("POST", "/v1/chat/completions"): _selectors("/v1/chat/completions", {"messages": MESSAGES}),
     ("POST", "/v1/completions"): _selectors("/v1/completions", {"prompt": "hi"}),
@@ -111,7 +110,7 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ("GET", "/v1/jobs/{job_id}/events"): NO_ADAPTER,
     ("POST", "/v1/jobs/{job_id}/cancel"): NO_ADAPTER,
     ("POST", "/v1/route"): NO_ADAPTER,
-    # Tested with the tenants' own, see tests/server/api/test_responses.py.
+    # Tested with the tenants' own, see tests/server/api/serving/test_responses.py.
     ("GET", "/v1/responses/{response_id}"): NO_ADAPTER,
     ("DELETE", "/v1/responses/{response_id}"): NO_ADAPTER,
     ("GET", "/metrics"): NO_ADAPTER,
@@ -124,6 +123,43 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
             *((m, "/v1/batches") for m in ("GET", "POST")),
             ("GET", "/v1/batches/{batch_id}"),
             ("POST", "/v1/batches/{batch_id}/cancel"),
+        ],
+        NO_ADAPTER,
+    ),
+    # Tinker's API, see tests/server/tinker/test_tenants.py.
+    **dict.fromkeys(
+        [
+            *(
+                ("POST", f"/api/v1/{path}")
+                for path in (
+                    *("client/config", "client/dynamic_config", "telemetry", "create_session"),
+                    *("session_heartbeat", "sessions/{session_id}/finish", "create_model"),
+                    *("load_weights", "get_info", "forward_backward", "optim_step"),
+                    *("save_weights", "save_weights_for_sampler", "create_sampling_session"),
+                    *("join_sampling_session", "asample", "cancel_future", "retrieve_future"),
+                    "weights_info",
+                )
+            ),
+            *(
+                ("GET", f"/api/v1/{path}")
+                for path in (
+                    *("healthz", "get_server_capabilities", "sessions", "sessions/{session_id}"),
+                    *("samplers/{sampler_id}", "training_runs", "training_runs/{run_id}"),
+                    *("training_runs/{run_id}/checkpoints", "checkpoints"),
+                )
+            ),
+            ("DELETE", "/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}"),
+            ("PUT", "/api/v1/training_runs/{run_id}/checkpoints/{kind}/{name}/ttl"),
+        ],
+        NO_ADAPTER,
+    ),
+    # Tested with the tenants' own, see tests/contract/test_fine_tuning.py.
+    **dict.fromkeys(
+        [
+            *((m, "/v1/fine_tuning/jobs") for m in ("GET", "POST")),
+            ("GET", "/v1/fine_tuning/jobs/{job_id}"),
+            *(("POST", f"/v1/fine_tuning/jobs/{{job_id}}/{a}") for a in _MOVES),
+            *(("GET", f"/v1/fine_tuning/jobs/{{job_id}}/{a}") for a in ("events", "checkpoints")),
         ],
         NO_ADAPTER,
     ),

@@ -1,12 +1,10 @@
 """Each tenant has its own names, contents, jobs and generated adapters."""
 
-from __future__ import annotations
-
 import asyncio
 
 import pytest
 
-from loraplex_adapter_store.lease import AdapterLease
+from loraplex_adapter_store.leasing import AdapterLease
 from loraplex_adapter_store.store import AdapterStore
 from tests.server.tenants.conftest import House
 
@@ -50,7 +48,7 @@ async def test_no_way_of_writing_a_name_reaches_another_tenant(house: House) -> 
         for method in ("GET", "PUT", "DELETE"):
             answer = await house.ask("acme", method, f"/v1/adapters/{name}", {"source": "source-0"})
             assert answer.json()["error"]["code"] == "adapter_not_allowed", (method, name)
-        for field in ("adapter", "model", "adapter_id"):
+        for field in ("adapter", "model", "adapter_id", "lora_path"):
             answer = await house.ask(
                 "acme", "POST", "/v1/completions", {"prompt": "x", field: name}
             )
@@ -104,7 +102,7 @@ async def test_generated_adapters_are_their_tenants_and_named_by_the_server_alon
     mine = (await house.ask("acme", "POST", "/v1/adapters/generate", order)).json()
     assert mine["name"].startswith("generated/")
     assert await house.names("umbra") == []
-    for path in (mine["name"], "generated/0123456789abcdef"):
+    for path in (mine["name"], "generated/0123456789abcdef", "GENERATED/x"):
         answer = await house.upload("umbra", path)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "name_reserved")
         named = await house.ask("umbra", "POST", "/v1/adapters/generate", {**order, "name": path})

@@ -1,7 +1,5 @@
 """Quotas of a tenant: named when they are met, exact under concurrency, free after a delete."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 from typing import Any
@@ -57,11 +55,31 @@ async def test_bytes_are_counted_on_disk_and_nothing_is_left_of_what_is_refused(
     store = house.front.root.parent / "store"
     assert list((store / "staging").iterdir()) == []
     assert len(list((store / "contents").glob("*/*"))) == 2
-    kept = (await house.names("acme"))[0]
-    assert (await house.upload("acme", "same-weights", int(kept[1:]))).status_code == 201
-    await house.ask("acme", "DELETE", "/v1/adapters/same-weights")
-    await house.ask("acme", "DELETE", f"/v1/adapters/{kept}")
+    kept, other = await house.names("acme")
+    assert (await house.upload("acme", kept, int(other[1:]))).status_code == 200  # replaced
+    assert (await house.upload("acme", "same-weights", int(other[1:]))).status_code == 201
     assert (await house.upload("acme", "later", int(kept[1:]))).status_code == 201
+    for name in ("later", "same-weights"):
+        await house.ask("acme", "DELETE", f"/v1/adapters/{name}")
+    assert (await house.upload("acme", "last", int(kept[1:]))).status_code == 201
+
+
+async def test_files_and_adapters_count_together(house_with: Build) -> None:
+    house = house_with()
+    n_bytes = (await house.upload("operator", "probe")).json()["n_bytes"]["disk"]
+    await house.ask("operator", "DELETE", "/v1/adapters/probe")
+    house.front.store.close()
+    house = house_with(acme=f"max_bytes = {2 * n_bytes}")
+    half = {"prompt": "x" * n_bytes}
+    file = await house.upload_file("acme", half)
+    assert file.status_code == 200, file.text
+    _assert_told(await house.upload_file("acme", half), 403, "max_bytes")
+    _assert_told(await house.upload("acme", "mine"), 403, "max_bytes")
+    body = {"source": "source-0"}
+    _assert_told(await house.ask("acme", "PUT", "/v1/adapters/mine", body), 403, "max_bytes")
+    await house.ask("acme", "DELETE", f"/v1/files/{file.json()['id']}")
+    assert (await house.upload("acme", "mine")).status_code == 201
+    _assert_told(await house.upload_file("acme", half), 403, "max_bytes")
 
 
 async def test_pins_are_counted(house_with: Build) -> None:

@@ -1,7 +1,5 @@
 """A tenant's full queue shows in /ready, and takes the server from nobody else."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,8 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.api_keys import parse_keys
-from loraplex_server.settings import HttpConfig
+from loraplex_server.settings.api_keys import parse_keys
+from loraplex_server.settings.config import HttpConfig
 from tests.server.conftest import Front, make_front
 
 pytestmark = pytest.mark.anyio

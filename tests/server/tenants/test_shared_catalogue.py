@@ -1,7 +1,5 @@
 """Tenants on two servers of one catalogue; and what they are told when it cannot be reached."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from tests.server.tenants.conftest import House, open_house
-from tests.support.object_stores import Switch
+from tests.support.servers.object_stores import Switch
 
 pytestmark = pytest.mark.anyio
 

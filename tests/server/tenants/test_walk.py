@@ -1,7 +1,5 @@
 """Two tenants do as they like on one server; each sees what it would see alone."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack

@@ -15,7 +15,7 @@ export interface paths {
         put?: never;
         /**
          * Classify
-         * @description Through a SEQ_CLS adapter.
+         * @description Classify texts with a SEQ_CLS adapter.
          */
         post: operations["classify_classify_post"];
         delete?: never;
@@ -50,9 +50,10 @@ export interface paths {
         };
         /**
          * Health
-         * @description Liveness: the event loop answers, the engine thread lives and moves.
+         * @description Liveness: the event loop answers, and the engine thread lives and moves.
          *
-         *     Still 200 while a part of the server keeps failing; the body says which, why and since when.
+         *     While a part of the server keeps failing, the status is 200 and the body names the part, the
+         *     problem and the time. ``lost_at_start`` names kernels of a GPU that failed when it started.
          */
         get: operations["health_health_get"];
         put?: never;
@@ -108,7 +109,7 @@ export interface paths {
         put?: never;
         /**
          * Pooling
-         * @description What the adapter is for: vectors, probabilities of labels, or those of each token.
+         * @description Return vectors, or probabilities of labels for each text or each token.
          */
         post: operations["pooling_pooling_post"];
         delete?: never;
@@ -126,9 +127,9 @@ export interface paths {
         };
         /**
          * Ready
-         * @description Readiness: new requests would be taken in now, of one tenant at least.
+         * @description Readiness: the server admits new requests of at least one tenant.
          *
-         *     Each tenant has a queue of its own: one that is full must not take the server from the others.
+         *     Each tenant has its own queue. One full queue must not take the server from other tenants.
          */
         get: operations["ready_ready_get"];
         put?: never;
@@ -150,7 +151,7 @@ export interface paths {
         put?: never;
         /**
          * Rerank
-         * @description Documents by their score beside the query, the best first.
+         * @description Rank documents by their score for the query, best first.
          */
         post: operations["rerank_rerank_post"];
         delete?: never;
@@ -170,7 +171,7 @@ export interface paths {
         put?: never;
         /**
          * Score
-         * @description Through a SEQ_CLS adapter of one label; otherwise the cosine of embeddings.
+         * @description Score pairs with a SEQ_CLS adapter of one label, else by the cosine of embeddings.
          */
         post: operations["score_score_post"];
         delete?: never;
@@ -224,9 +225,9 @@ export interface paths {
         put?: never;
         /**
          * Generate Adapter
-         * @description The card says where the adapter came from: method, parts, scores, digests.
+         * @description Make an adapter from a description. Its card states method, parts, scores and digests.
          *
-         *     With ``examples``, a draft is served at once and replaced when something better was learnt.
+         *     With ``examples``, a draft answers at once, and the adapter that is learnt replaces it.
          */
         post: operations["generate_adapter_v1_adapters_generate_post"];
         delete?: never;
@@ -246,8 +247,10 @@ export interface paths {
         put?: never;
         /**
          * Train Adapter
-         * @description Only with ``--allow-training``. The adapter is there when the job has ended; see its
-         *     ``location``, and ``/events`` below it for the losses as they come.
+         * @description Train an adapter on chats, on servers with ``--allow-training``.
+         *
+         *     The adapter exists when the job at ``location`` has ended. ``/events`` below that path streams
+         *     the losses.
          */
         post: operations["train_adapter_v1_adapters_train_post"];
         delete?: never;
@@ -265,25 +268,29 @@ export interface paths {
         };
         /**
          * Show Adapter
-         * @description ``?report=full`` names every tensor and module of the load report.
+         * @description Return the card. ``?report=full`` lists every tensor and module of the load report.
          */
         get: operations["show_adapter_v1_adapters__name__get"];
         /**
          * Put Adapter
-         * @description From a source (JSON) or an upload (multipart). ``If-Match`` makes it compare-and-set.
+         * @description Add or replace an adapter from a source (JSON) or an upload (multipart).
+         *
+         *     ``If-Match`` makes it a compare-and-set.
          */
         put: operations["put_adapter_v1_adapters__name__put"];
         post?: never;
         /**
          * Delete Adapter
-         * @description The name is gone at once; waits for running requests, then says how many bytes were freed.
+         * @description Remove the name at once, wait for running requests, and return the bytes that were freed.
          */
         delete: operations["delete_adapter_v1_adapters__name__delete"];
         options?: never;
         head?: never;
         /**
          * Edit Adapter
-         * @description Description, examples and defaults of requests; the weights stay. ``If-Match`` compares.
+         * @description Change description, examples and defaults of requests. The weights stay.
+         *
+         *     ``If-Match`` makes it a compare-and-set.
          */
         patch: operations["edit_adapter_v1_adapters__name__patch"];
         trace?: never;
@@ -299,7 +306,7 @@ export interface paths {
         put?: never;
         /**
          * Pin Adapter
-         * @description Keeps it in host memory, and on the device once it is there.
+         * @description Keep the adapter in host memory, and on the device once it is loaded there.
          */
         post: operations["pin_adapter_v1_adapters__name__pin_post"];
         delete?: never;
@@ -317,7 +324,7 @@ export interface paths {
         };
         /**
          * List Revisions
-         * @description The current revision first, then the kept ones, newest first.
+         * @description List the current revision first, then older ones, newest first.
          */
         get: operations["list_revisions_v1_adapters__name__revisions_get"];
         put?: never;
@@ -339,9 +346,9 @@ export interface paths {
         put?: never;
         /**
          * Rollback
-         * @description To the revision before the current one, or to the one whose digest begins with ``digest``.
+         * @description Return to the previous revision, or to the revision whose digest begins with ``digest``.
          *
-         *     Running requests finish on what they have. ``If-Match`` makes it compare-and-set.
+         *     Running requests finish on their revision. ``If-Match`` makes it a compare-and-set.
          */
         post: operations["rollback_v1_adapters__name__rollback_post"];
         delete?: never;
@@ -359,7 +366,7 @@ export interface paths {
         };
         /**
          * Expert Routing
-         * @description Rows per expert of each routed place over the last ``window_s`` seconds.
+         * @description Return the rows of each expert of each routed layer, over the last ``window_s`` seconds.
          */
         get: operations["expert_routing_v1_adapters__name__routing_get"];
         put?: never;
@@ -381,9 +388,9 @@ export interface paths {
         put?: never;
         /**
          * Unload Adapter
-         * @description Frees an idle adapter's memory, on device and host; the next request loads it again.
+         * @description Free an idle adapter's memory on device and host. The next request loads it again.
          *
-         *     The name and its files stay. 409 while a request uses it, or while it is pinned.
+         *     The name and its files stay. 409 while a request uses the adapter, or while it is pinned.
          */
         post: operations["unload_adapter_v1_adapters__name__unload_post"];
         delete?: never;
@@ -420,7 +427,7 @@ export interface paths {
         put?: never;
         /**
          * Warm Adapter
-         * @description Loads to host and device memory; a load that takes long is answered with a job.
+         * @description Load the adapter to host and device memory. A long load is answered with a job.
          */
         post: operations["warm_adapter_v1_adapters__name__warm_post"];
         delete?: never;
@@ -438,13 +445,13 @@ export interface paths {
         };
         /**
          * List Batches
-         * @description The newest first.
+         * @description List the newest batches first.
          */
         get: operations["list_batches_v1_batches_get"];
         put?: never;
         /**
          * Create Batch
-         * @description Answers each line of the file in the name of this key, within 24 hours.
+         * @description Answer each line of the file under this API key, within 24 hours.
          */
         post: operations["create_batch_v1_batches_post"];
         delete?: never;
@@ -462,7 +469,7 @@ export interface paths {
         };
         /**
          * Show Batch
-         * @description ``?timeout_s=30`` answers when the batch has ended, at most so much later.
+         * @description Return the batch. ``?timeout_s=30`` waits up to 30 seconds for its end.
          */
         get: operations["show_batch_v1_batches__batch_id__get"];
         put?: never;
@@ -484,7 +491,7 @@ export interface paths {
         put?: never;
         /**
          * Cancel Batch
-         * @description What was answered stays; nothing further is.
+         * @description Stop the batch. Completed answers are kept.
          */
         post: operations["cancel_batch_v1_batches__batch_id__cancel_post"];
         delete?: never;
@@ -519,7 +526,7 @@ export interface paths {
         };
         /**
          * Cluster
-         * @description Engine replicas with their queues and adapters by tier, and the processes that answer HTTP.
+         * @description Return the engine replicas, with queues and adapters by tier, and the HTTP processes.
          *
          *     ``cluster`` is null on a server that is one process.
          */
@@ -560,7 +567,7 @@ export interface paths {
         put?: never;
         /**
          * Embeddings
-         * @description Of the base through any adapter, or of the sentence encoder by its name.
+         * @description Embed texts with the base through any adapter, or with the sentence encoder.
          */
         post: operations["embeddings_v1_embeddings_post"];
         delete?: never;
@@ -581,7 +588,7 @@ export interface paths {
         put?: never;
         /**
          * Upload File
-         * @description A file of calls, one a line; each is checked here, and run by a batch.
+         * @description Store a file with one call a line. Each line is checked here and run by a batch.
          */
         post: operations["upload_file_v1_files_post"];
         delete?: never;
@@ -653,9 +660,9 @@ export interface paths {
         put?: never;
         /**
          * Cancel Job
-         * @description Asks a job that learns from examples to stop, which it does within a training step.
+         * @description Ask a job that learns from examples to stop. It stops within a training step.
          *
-         *     Its draft stays. One that has ended is shown as it is.
+         *     Its draft stays. A job that has ended is returned unchanged.
          */
         post: operations["cancel_job_v1_jobs__job_id__cancel_post"];
         delete?: never;
@@ -673,7 +680,7 @@ export interface paths {
         };
         /**
          * Follow Job
-         * @description The job now and after every change, as server-sent events; the last one has its end.
+         * @description Stream the job now and after every change. The last event has its end.
          */
         get: operations["follow_job_v1_jobs__job_id__events_get"];
         put?: never;
@@ -693,7 +700,7 @@ export interface paths {
         };
         /**
          * Live
-         * @description Rows, queue, memory, rates and percentiles of this moment.
+         * @description Return the rows, queue, memory, rates and percentiles of this moment.
          */
         get: operations["live_v1_live_get"];
         put?: never;
@@ -764,7 +771,7 @@ export interface paths {
         };
         /**
          * List Models
-         * @description ``?loaded=true``: only adapters in host or device memory.
+         * @description List the models. ``?loaded=true`` lists only adapters in host or device memory.
          */
         get: operations["list_models_v1_models_get"];
         put?: never;
@@ -801,7 +808,7 @@ export interface paths {
         };
         /**
          * Requests
-         * @description Calls for text and vectors: those that run, and of the last 200 the key's own.
+         * @description Return the running calls for text and vectors, and the key's calls of the last 200.
          */
         get: operations["requests_v1_requests_get"];
         put?: never;
@@ -823,7 +830,7 @@ export interface paths {
         put?: never;
         /**
          * Rerank
-         * @description Documents by their score beside the query, the best first.
+         * @description Rank documents by their score for the query, best first.
          */
         post: operations["rerank_v1_rerank_post"];
         delete?: never;
@@ -878,7 +885,7 @@ export interface paths {
         put?: never;
         /**
          * Route
-         * @description Which adapter ``auto`` would choose for ``input`` or ``messages``, and why.
+         * @description Explain which adapter ``auto`` chooses for ``input`` or ``messages``.
          */
         post: operations["route_v1_route_post"];
         delete?: never;
@@ -898,7 +905,7 @@ export interface paths {
         put?: never;
         /**
          * Score
-         * @description Through a SEQ_CLS adapter of one label; otherwise the cosine of embeddings.
+         * @description Score pairs with a SEQ_CLS adapter of one label, else by the cosine of embeddings.
          */
         post: operations["score_v1_score_post"];
         delete?: never;
@@ -935,7 +942,7 @@ export interface paths {
         put?: never;
         /**
          * Rerank
-         * @description Documents by their score beside the query, the best first.
+         * @description Rank documents by their score for the query, best first.
          */
         post: operations["rerank_v2_rerank_post"];
         delete?: never;
@@ -967,9 +974,9 @@ export interface components {
     schemas: {
         /**
          * Adapter
-         * @description A card. Routes that make or change an adapter add what they know of it.
+         * @description A card. Routes that make or change an adapter add further fields.
          *
-         *     What tells of others' requests is null in the card of an adapter that the operator shares.
+         *     Fields about the requests of others are null in the card of an adapter that the operator shares.
          */
         Adapter: {
             /** Base Fingerprint */
@@ -1025,7 +1032,7 @@ export interface components {
         };
         /**
          * AdapterEdit
-         * @description What a PATCH changes; absent fields stay, null takes away.
+         * @description The changes of a PATCH. Absent fields stay, and null removes a field.
          */
         AdapterEdit: {
             /** Defaults */
@@ -1066,7 +1073,7 @@ export interface components {
         };
         /**
          * AdapterUsage
-         * @description Since the start of the process that answers. A mixture counts for none of its parts.
+         * @description Use since the start of the answering process. Use in mixtures is not counted.
          */
         AdapterUsage: {
             /** Output Tokens */
@@ -1078,7 +1085,7 @@ export interface components {
         };
         /**
          * AnsweredBy
-         * @description Which adapter answered; null for a plain answer of the base.
+         * @description The adapter that answered; null for an answer of the base alone.
          */
         AnsweredBy: {
             /** Chosen By */
@@ -1092,7 +1099,7 @@ export interface components {
         };
         /**
          * AnthropicErrorBody
-         * @description On /v1/messages: Anthropic's form, and our ``param`` and ``code``.
+         * @description Anthropic's form, on /v1/messages, with ``param`` and ``code`` added.
          */
         AnthropicErrorBody: {
             error: components["schemas"]["Error"];
@@ -1104,7 +1111,7 @@ export interface components {
         };
         /**
          * Batch
-         * @description The times are in seconds since the epoch.
+         * @description A batch. Times are in seconds since the epoch.
          */
         Batch: {
             /** Cancelled At */
@@ -1199,7 +1206,7 @@ export interface components {
         };
         /**
          * Call
-         * @description A call for text or vectors. Seconds are null while they are not known.
+         * @description A call for text or vectors. Times are null while they are unknown.
          */
         Call: {
             /** Adapter */
@@ -1298,6 +1305,8 @@ export interface components {
             } | null;
             /** Logprobs */
             logprobs?: boolean | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Max Completion Tokens */
             max_completion_tokens?: number | null;
             /** Max Tokens */
@@ -1457,6 +1466,8 @@ export interface components {
             continue_final_message?: boolean | null;
             /** Input */
             input?: string | string[] | number[] | number[][] | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Messages */
             messages?: components["schemas"]["ChatMessage"][] | null;
             /** Model */
@@ -1558,6 +1569,8 @@ export interface components {
             } | null;
             /** Logprobs */
             logprobs?: number | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Max Tokens */
             max_tokens?: number | null;
             /** Min P */
@@ -1636,6 +1649,8 @@ export interface components {
             } | components["schemas"]["JsonValue"][] | null;
             /** Adapter Id */
             adapter_id?: string | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Messages */
             messages: components["schemas"]["MessageTurn"][];
             /** Model */
@@ -1799,6 +1814,8 @@ export interface components {
             endianness?: ("native" | "little") | null;
             /** Input */
             input?: string | string[] | number[] | number[][] | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Messages */
             messages?: components["schemas"]["ChatMessage"][] | null;
             /** Model */
@@ -1862,7 +1879,7 @@ export interface components {
         };
         /**
          * Error
-         * @description Some errors add fields that explain them.
+         * @description Some errors have further fields with details.
          */
         Error: {
             /** Code */
@@ -1889,7 +1906,7 @@ export interface components {
         };
         /**
          * ExpertRouting
-         * @description Further fields hold the rows per expert of each routed place.
+         * @description Further fields hold the rows of each expert of each routed layer.
          */
         ExpertRouting: {
             /** Digest */
@@ -1908,7 +1925,7 @@ export interface components {
         };
         /**
          * Features
-         * @description What this server was started with; the console shows what there is.
+         * @description The features that this server was started with.
          */
         Features: {
             /** Cluster */
@@ -1987,7 +2004,7 @@ export interface components {
              * Role
              * @enum {string}
              */
-            role: "gateway" | "desk";
+            role: "gateway" | "coordinator";
         };
         /** FunctionDefinition */
         FunctionDefinition: {
@@ -2006,7 +2023,7 @@ export interface components {
         };
         /**
          * GenerateAdapterBody
-         * @description With ``examples``, the answer is 202 and a job, and the draft answers meanwhile.
+         * @description Makes an adapter. With ``examples``, the answer is 202 and a job; a draft serves first.
          */
         GenerateAdapterBody: {
             /** Budget S */
@@ -2025,7 +2042,7 @@ export interface components {
              * @default auto
              * @enum {string}
              */
-            method: "auto" | "text-map" | "end-to-end" | "sg-lora" | "icm-lora" | "weighted" | "nearest" | "analogy";
+            method: "auto" | "multi-task" | "sg-lora" | "icm-lora";
             /** Name */
             name?: string | null;
             /**
@@ -2100,15 +2117,13 @@ export interface components {
         };
         /**
          * JobLearning
-         * @description How far a job is that learns from examples; steps count forwards and backwards.
+         * @description The progress of a job that learns from examples. Steps count forwards and backwards.
          */
         JobLearning: {
             /** Gained */
             gained: boolean | null;
             /** Held Out Nll */
             held_out_nll: number | null;
-            /** N Steps */
-            n_steps: number;
             /** Serves */
             serves: ("draft" | "learnt") | null;
             /** Step */
@@ -2144,7 +2159,7 @@ export interface components {
         };
         /**
          * JobTraining
-         * @description How far a job is that trains on chats. Losses are in nats a token of the assistant's.
+         * @description The progress of a job that trains on chats. Losses are in nats per assistant token.
          */
         JobTraining: {
             /** Base Validation Loss */
@@ -2216,13 +2231,31 @@ export interface components {
         };
         /**
          * LoadMs
-         * @description How long the last load took, in milliseconds.
+         * @description Duration of the last load, in milliseconds.
          */
         LoadMs: {
             /** Device */
             device: number | null;
             /** Host */
             host: number | null;
+        };
+        /**
+         * LostKernels
+         * @description Steps with these layers run slower, since a kernel failed when the server started.
+         */
+        LostKernels: {
+            /**
+             * Layers
+             * @enum {string}
+             */
+            layers: "base" | "lora" | "routed_mlp";
+            /** Problem */
+            problem: string;
+            /**
+             * What
+             * @enum {string}
+             */
+            what: "kernels" | "graphs";
         };
         /** MemoryShares */
         MemoryShares: {
@@ -2326,7 +2359,7 @@ export interface components {
         };
         /**
          * MessageUsage
-         * @description The prompt is what was read from the cache and what was not.
+         * @description The prompt is the sum of tokens from the cache and other input tokens.
          */
         MessageUsage: {
             /** Cache Creation Input Tokens */
@@ -2348,6 +2381,8 @@ export interface components {
             adapter_id?: string | null;
             /** Cache Salt */
             cache_salt?: string | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Max Tokens */
             max_tokens: number;
             /** Messages */
@@ -2436,7 +2471,7 @@ export interface components {
         };
         /**
          * NamedSchema
-         * @description ``schema`` is the JSON schema; without one any JSON value is allowed.
+         * @description A JSON schema with a name. Without ``schema``, any JSON value is allowed.
          */
         NamedSchema: {
             /** Description */
@@ -2488,7 +2523,7 @@ export interface components {
         };
         /**
          * Percentiles
-         * @description Of the last minute.
+         * @description Percentiles of the last minute.
          */
         Percentiles: {
             /** N */
@@ -2542,6 +2577,8 @@ export interface components {
             endianness?: ("native" | "little") | null;
             /** Input */
             input?: string | string[] | number[] | number[][] | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Messages */
             messages?: components["schemas"]["ChatMessage"][] | null;
             /** Model */
@@ -2639,6 +2676,8 @@ export interface components {
             cache_salt?: string | null;
             /** Documents */
             documents: string | (string | components["schemas"]["DocumentBody"])[];
+            /** Lora Path */
+            lora_path?: string | null;
             /** Model */
             model?: string | null;
             /** Query */
@@ -2666,7 +2705,7 @@ export interface components {
         };
         /**
          * ResponseAnswer
-         * @description ``output``: items of type message, function_call and reasoning.
+         * @description ``output`` has items of type message, function_call and reasoning.
          */
         ResponseAnswer: {
             adapter: components["schemas"]["AnsweredBy"] | null;
@@ -2761,7 +2800,7 @@ export interface components {
         };
         /**
          * ResponseTool
-         * @description A wrong type is told first: such tools have other fields.
+         * @description A tool. Its type is checked first, since other types have other fields.
          */
         ResponseTool: {
             /** Description */
@@ -2813,6 +2852,8 @@ export interface components {
             }[];
             /** Instructions */
             instructions?: string | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Max Output Tokens */
             max_output_tokens?: number | null;
             /** Metadata */
@@ -2906,7 +2947,7 @@ export interface components {
         };
         /**
          * RouteBody
-         * @description Either a text or chat messages, with the tools that the request offers.
+         * @description Either a text or chat messages, and the tools that the request offers.
          */
         RouteBody: ({
             /** Input */
@@ -2936,7 +2977,7 @@ export interface components {
         };
         /**
          * ScoreBody
-         * @description One text or many beside many: 1 with 1, 1 with n, or n with n.
+         * @description Pairs of texts: 1 with 1, 1 with n, or n with n.
          */
         ScoreBody: ({
             /** Adapter */
@@ -2955,6 +2996,8 @@ export interface components {
             documents?: string | string[] | null;
             /** Items */
             items?: string | string[] | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Model */
             model?: string | null;
             /** Queries */
@@ -3015,6 +3058,8 @@ export interface components {
             degraded?: components["schemas"]["DegradedPart"][] | null;
             /** Full Queues */
             full_queues?: number | null;
+            /** Lost At Start */
+            lost_at_start?: components["schemas"]["LostKernels"][] | null;
             /**
              * Status
              * @enum {string}
@@ -3032,7 +3077,7 @@ export interface components {
         };
         /**
          * StructuredOutputs
-         * @description Exactly one of the fields.
+         * @description The constraint of an answer: exactly one of the fields.
          */
         StructuredOutputs: {
             /** Choice */
@@ -3089,7 +3134,7 @@ export interface components {
         };
         /**
          * TierBytes
-         * @description Now, 0 where it is not.
+         * @description Bytes of the adapter now; 0 in tiers that do not hold the adapter.
          */
         TierBytes: {
             /** Device */
@@ -3114,13 +3159,15 @@ export interface components {
         };
         /**
          * TokenizeBody
-         * @description Either ``prompt`` or ``messages``.
+         * @description A body with either ``prompt`` or ``messages``.
          */
         TokenizeBody: ({
             /** Adapter */
             adapter?: string | {
                 [key: string]: components["schemas"]["JsonValue"];
             } | components["schemas"]["JsonValue"][] | null;
+            /** Adapter Id */
+            adapter_id?: string | null;
             /** Add Generation Prompt */
             add_generation_prompt?: boolean | null;
             /** Add Special Tokens */
@@ -3131,6 +3178,8 @@ export interface components {
             } | null;
             /** Continue Final Message */
             continue_final_message?: boolean | null;
+            /** Lora Path */
+            lora_path?: string | null;
             /** Messages */
             messages?: components["schemas"]["ChatMessage"][] | null;
             /** Model */
@@ -3183,7 +3232,7 @@ export interface components {
         };
         /**
          * TrainAdapterBody
-         * @description LoRA on every linear layer; a tenth of the examples is held out to tell what was learnt.
+         * @description Trains LoRA on every linear layer. A tenth of the examples is held out for validation.
          */
         TrainAdapterBody: {
             /** Alpha */
@@ -3207,6 +3256,11 @@ export interface components {
              */
             rank: number;
             /**
+             * Recipe
+             * @default lora
+             */
+            recipe: string;
+            /**
              * Replace
              * @default false
              */
@@ -3224,7 +3278,7 @@ export interface components {
         };
         /**
          * TrainingChat
-         * @description A line of the data of `loraplex train`. What the assistant says is learnt.
+         * @description A line of `loraplex train`'s data. The assistant's messages are learnt.
          */
         TrainingChat: {
             /** Messages */
@@ -3389,7 +3443,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -3398,7 +3452,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -3407,7 +3461,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -3425,7 +3479,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -3494,7 +3548,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -3503,7 +3557,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -3579,7 +3633,7 @@ export interface operations {
         };
         requestBody?: never;
         responses: {
-            /** @description for Prometheus */
+            /** @description the metrics in Prometheus' format */
             200: {
                 headers: {
                     [name: string]: unknown;
@@ -3615,7 +3669,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -3731,7 +3785,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -3740,7 +3794,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -3749,7 +3803,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -3767,7 +3821,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -3874,7 +3928,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -3883,7 +3937,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -3892,7 +3946,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -3910,7 +3964,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -3988,7 +4042,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -3997,7 +4051,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -4006,7 +4060,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -4024,7 +4078,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -4102,7 +4156,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -4111,7 +4165,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -4120,7 +4174,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -4194,7 +4248,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -4292,7 +4346,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description something else is going on under this name */
+            /** @description another operation on this name is running */
             409: {
                 headers: {
                     [name: string]: unknown;
@@ -4301,7 +4355,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -4310,7 +4364,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -4319,7 +4373,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -4328,7 +4382,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -4406,7 +4460,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -4415,7 +4469,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -4424,7 +4478,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -4520,7 +4574,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -4626,7 +4680,7 @@ export interface operations {
                     "application/json": components["schemas"]["Adapter"];
                 };
             };
-            /** @description still loading; GET its `location` */
+            /** @description the load goes on; GET its `location` */
             202: {
                 headers: {
                     [name: string]: unknown;
@@ -4671,7 +4725,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -4680,7 +4734,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -4689,7 +4743,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -4785,7 +4839,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -4794,7 +4848,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -4892,7 +4946,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -4901,7 +4955,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -4910,7 +4964,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -5004,7 +5058,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5098,7 +5152,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5195,7 +5249,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -5204,7 +5258,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5300,7 +5354,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5394,7 +5448,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description something else is going on under this name */
+            /** @description another operation on this name is running */
             409: {
                 headers: {
                     [name: string]: unknown;
@@ -5403,7 +5457,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5497,7 +5551,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5555,7 +5609,7 @@ export interface operations {
                     "application/json": components["schemas"]["Adapter"];
                 };
             };
-            /** @description still loading; GET its `location` */
+            /** @description the load goes on; GET its `location` */
             202: {
                 headers: {
                     [name: string]: unknown;
@@ -5600,7 +5654,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -5609,7 +5663,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5618,7 +5672,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -5704,7 +5758,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5800,7 +5854,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5809,7 +5863,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -5905,7 +5959,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -5999,7 +6053,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description something else is going on under this name */
+            /** @description another operation on this name is running */
             409: {
                 headers: {
                     [name: string]: unknown;
@@ -6008,7 +6062,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6107,7 +6161,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6116,7 +6170,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -6125,7 +6179,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -6143,7 +6197,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -6208,7 +6262,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6298,7 +6352,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6307,7 +6361,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -6316,7 +6370,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -6334,7 +6388,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -6412,7 +6466,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6421,7 +6475,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -6430,7 +6484,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -6448,7 +6502,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -6518,7 +6572,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6610,7 +6664,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6619,7 +6673,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -6704,7 +6758,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6798,7 +6852,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description something else is going on under this name */
+            /** @description another operation on this name is running */
             409: {
                 headers: {
                     [name: string]: unknown;
@@ -6807,7 +6861,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6856,7 +6910,7 @@ export interface operations {
         };
         requestBody?: never;
         responses: {
-            /** @description the file as it is */
+            /** @description the file's content */
             200: {
                 headers: {
                     [name: string]: unknown;
@@ -6901,7 +6955,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -6995,7 +7049,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7089,7 +7143,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description something else is going on under this name */
+            /** @description another operation on this name is running */
             409: {
                 headers: {
                     [name: string]: unknown;
@@ -7098,7 +7152,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7194,7 +7248,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7277,7 +7331,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7364,7 +7418,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -7373,7 +7427,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7382,7 +7436,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -7481,7 +7535,7 @@ export interface operations {
                     "application/json": components["schemas"]["AnthropicErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7490,7 +7544,7 @@ export interface operations {
                     "application/json": components["schemas"]["AnthropicErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -7499,7 +7553,7 @@ export interface operations {
                     "application/json": components["schemas"]["AnthropicErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -7517,7 +7571,7 @@ export interface operations {
                     "application/json": components["schemas"]["AnthropicErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -7595,7 +7649,7 @@ export interface operations {
                     "application/json": components["schemas"]["AnthropicErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7604,7 +7658,7 @@ export interface operations {
                     "application/json": components["schemas"]["AnthropicErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -7613,7 +7667,7 @@ export interface operations {
                     "application/json": components["schemas"]["AnthropicErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -7631,7 +7685,7 @@ export interface operations {
                     "application/json": components["schemas"]["AnthropicErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -7698,7 +7752,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7792,7 +7846,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7875,7 +7929,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7962,7 +8016,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -7971,7 +8025,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -7980,7 +8034,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -7998,7 +8052,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -8079,7 +8133,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -8088,7 +8142,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -8097,7 +8151,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -8115,7 +8169,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -8191,7 +8245,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -8285,7 +8339,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -8372,7 +8426,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -8381,7 +8435,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -8477,7 +8531,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -8486,7 +8540,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -8495,7 +8549,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -8513,7 +8567,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -8591,7 +8645,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the adapter was changed meanwhile */
+            /** @description the adapter has changed since it was read */
             412: {
                 headers: {
                     [name: string]: unknown;
@@ -8600,7 +8654,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -8609,7 +8663,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -8705,7 +8759,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;
@@ -8714,7 +8768,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description another Content-Type is needed */
+            /** @description the route needs another Content-Type */
             415: {
                 headers: {
                     [name: string]: unknown;
@@ -8723,7 +8777,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the description is unlike everything the generator knows */
+            /** @description the description is unlike all tasks that the generator knows */
             422: {
                 headers: {
                     [name: string]: unknown;
@@ -8741,7 +8795,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description the client left before the answer */
+            /** @description the client disconnected before the answer */
             499: {
                 headers: {
                     [name: string]: unknown;
@@ -8806,7 +8860,7 @@ export interface operations {
                     "application/json": components["schemas"]["ErrorBody"];
                 };
             };
-            /** @description larger than this server accepts */
+            /** @description the body is larger than this server accepts */
             413: {
                 headers: {
                     [name: string]: unknown;

@@ -1,1 +1,1 @@
-"""Files and batches: what is kept, and the runner that answers their lines."""
+"""Files and batches: their store, and the runner that answers their lines."""

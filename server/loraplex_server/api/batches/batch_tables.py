@@ -1,6 +1,4 @@
-"""The tables of files, batches and answers in SQLite: transactions, pages, rows ↔ records."""
-
-from __future__ import annotations
+"""The SQLite tables of files, batches, answers and fine-tuning jobs: transactions and pages."""
 
 import sqlite3
 import time
@@ -10,21 +8,10 @@ from pathlib import Path
 
 import orjson
 
-from loraplex_server.api.errors import ApiError, invalid, not_found
 from loraplex_server.api.request_info import BatchCaller
+from loraplex_server.errors import ApiError, invalid, not_found
 
 from .records import BatchRecord, BatchStatus, FileRecord
-
-__all__ = [
-    "BatchTables",
-    "advance",
-    "batch_of",
-    "file_of",
-    "insert_file",
-    "json_text",
-    "page",
-    "row_by_id",
-]
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS file (
@@ -41,24 +28,45 @@ CREATE TABLE IF NOT EXISTS batch (
 CREATE TABLE IF NOT EXISTS answer (
     batch_id TEXT, line INTEGER, is_failure INTEGER, record BLOB, PRIMARY KEY (batch_id, line)
 );
+CREATE TABLE IF NOT EXISTS fine_tuning_job (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, tenant TEXT, key_id TEXT,
+    training_file TEXT, validation_file TEXT, status TEXT, created INTEGER, n_bytes INTEGER,
+    n_tokens INTEGER, details TEXT,
+    has_ended INTEGER AS (status IN ('succeeded', 'failed', 'cancelled'))
+);
+CREATE TABLE IF NOT EXISTS fine_tuning_event (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, job_id TEXT, created INTEGER,
+    level TEXT, message TEXT, step INTEGER, data TEXT
+);
+CREATE INDEX IF NOT EXISTS fine_tuning_event_of_job ON fine_tuning_event (job_id, step);
+CREATE TABLE IF NOT EXISTS fine_tuning_checkpoint (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE, job_id TEXT, created INTEGER,
+    name TEXT, step INTEGER, metrics TEXT, UNIQUE (job_id, step)
+);
 """
-_BY_ID = {
+_BY_ID = {  # the second value is the owner: a tenant, or a job that the tenant owns
     "file": "SELECT * FROM file WHERE id = ? AND tenant = ?",
     "batch": "SELECT * FROM batch WHERE id = ? AND tenant = ?",
+    "fine_tuning_job": "SELECT * FROM fine_tuning_job WHERE id = ? AND tenant = ?",
+    "fine_tuning_event": "SELECT * FROM fine_tuning_event WHERE id = ? AND job_id = ?",
+    "fine_tuning_checkpoint": "SELECT * FROM fine_tuning_checkpoint WHERE id = ? AND job_id = ?",
 }
-_PAGE = {  # ``sign``: 1 for the oldest first, -1 for the newest
-    "file": "SELECT * FROM file WHERE tenant = :tenant "
-    "AND (:purpose IS NULL OR purpose = :purpose) "
-    "AND (:last IS NULL OR :sign * number > :sign * :last) "
-    "ORDER BY :sign * number LIMIT :limit",
-    "batch": "SELECT * FROM batch WHERE tenant = :tenant "
-    "AND (:last IS NULL OR :sign * number > :sign * :last) "
-    "ORDER BY :sign * number LIMIT :limit",
+_AFTER = (
+    "AND (:last IS NULL OR :sign * number > :sign * :last) ORDER BY :sign * number LIMIT :limit"
+)
+_PAGE = {  # before ``_AFTER``; ``sign``: 1 for the oldest first, -1 for the newest
+    "file": "SELECT * FROM file WHERE tenant = :owner AND (:purpose IS NULL OR purpose = :purpose)",
+    "batch": "SELECT * FROM batch WHERE tenant = :owner",
+    "fine_tuning_job": "SELECT * FROM fine_tuning_job WHERE tenant = :owner "
+    "AND NOT EXISTS (SELECT 1 FROM json_each(:metadata) AS entry "
+    "WHERE details -> 'metadata' ->> entry.key IS NOT entry.value)",
+    "fine_tuning_event": "SELECT * FROM fine_tuning_event WHERE job_id = :owner",
+    "fine_tuning_checkpoint": "SELECT * FROM fine_tuning_checkpoint WHERE job_id = :owner",
 }
 
 
 class BatchTables:
-    """Made with the first transaction. Blocks; called on one thread."""
+    """Creates the tables with the first transaction. Methods block; called on one thread."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -66,7 +74,7 @@ class BatchTables:
 
     @contextmanager
     def transaction(self) -> Iterator[sqlite3.Connection]:
-        """Durable when left, undone if anything is raised."""
+        """Commit durably at the end, or roll back on an error."""
         if not self._is_made:
             (self._folder / "files").mkdir(parents=True, exist_ok=True)
         with closing(sqlite3.connect(self._folder / "batches.sqlite3")) as db:
@@ -93,32 +101,34 @@ def insert_file(db: sqlite3.Connection, tenant: str, file: FileRecord) -> None:
 def page(
     db: sqlite3.Connection,
     table: str,
-    tenant: str,
+    owner: str,
     limit: int,
     after: str | None,
     *,
     oldest_first: bool = False,
     purpose: str | None = None,
+    metadata: str = "{}",
 ) -> list[sqlite3.Row]:
-    """One row more than ``limit`` if there is one."""
+    """Return up to ``limit + 1`` rows of an owner, see ``_BY_ID``."""
     last = None
     if after is not None:
         try:
-            last = row_by_id(db, table, tenant, after, "after")["number"]
+            last = row_by_id(db, table, owner, after, "after")["number"]
         except ApiError as error:
             raise invalid(error.message, "after") from None
     values = {
-        "tenant": tenant,
+        "owner": owner,
         "purpose": purpose,
+        "metadata": metadata,
         "last": last,
         "sign": 1 if oldest_first else -1,
         "limit": limit + 1,
     }
-    return db.execute(_PAGE[table], values).fetchall()
+    return db.execute(" ".join((_PAGE[table], _AFTER)), values).fetchall()
 
 
-def row_by_id(db: sqlite3.Connection, table: str, tenant: str, id: str, param: str) -> sqlite3.Row:
-    row: sqlite3.Row | None = db.execute(_BY_ID[table], (_storable(id), tenant)).fetchone()
+def row_by_id(db: sqlite3.Connection, table: str, owner: str, id: str, param: str) -> sqlite3.Row:
+    row: sqlite3.Row | None = db.execute(_BY_ID[table], (_storable(id), owner)).fetchone()
     if row is None:
         raise not_found(f"{table} {id[:64]!r} does not exist", param, f"{table}_not_found")
     return row
@@ -169,5 +179,5 @@ def json_text(value: object) -> str:
 
 
 def _storable(text: str) -> str:
-    """SQLite takes no lone surrogates."""
+    """Replace lone surrogates, which SQLite refuses."""
     return text.encode(errors="replace").decode()

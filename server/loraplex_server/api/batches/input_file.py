@@ -1,81 +1,121 @@
-"""The JSONL of a batch: one call a line, ``{"custom_id", "method", "url", "body"}``."""
+"""Reads the JSONL of a batch: one call a line, ``{"custom_id", "method", "url", "body"}``.
 
-from __future__ import annotations
+Checks training files, too, whose lines `training_lines` parses.
 
-from collections.abc import Iterator
-from pathlib import Path
+Imports little, since a worker process checks uploaded files (`file_checks`).
+"""
+
+import os
+from collections.abc import Collection, Iterator
 from typing import BinaryIO, NamedTuple
 
 import orjson
 from pydantic import JsonValue
 
-from loraplex_server.api.errors import ApiError, invalid
-from loraplex_server.api.json_size import MAX_VALUES, has_too_many_values
+from loraplex_server.adapters.fine_tuning.training_lines import parse_line
+from loraplex_server.api.json_size import size_problem
+from loraplex_server.errors import ApiError, invalid
 
-from .records import ENDPOINTS
-
-__all__ = ["InputLine", "InputSummary", "check_input", "read_lines"]
-
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 _MAX_ID = 512  # characters
 _FIELDS = frozenset({"custom_id", "method", "url", "body"})
 
 
 class InputLine(NamedTuple):
+    """A call of a batch."""
+
     number: int  # from 1, blank lines counted
     custom_id: str
     endpoint: str
     body: bytes  # JSON
 
 
-class InputSummary(NamedTuple):
-    n_lines: int
-    endpoints: tuple[str, ...]
+def check_input(path: str, max_lines: int, max_line_bytes: int) -> tuple[int, list[str]]:
+    """Check the whole file and flush it to the disk. Blocks for seconds.
 
-
-def check_input(path: Path, *, max_lines: int, max_line_bytes: int) -> InputSummary:
-    """Blocks: it reads all of the file. Raises ApiError (400), which names the line."""
+    Return the number of calls and their endpoints. Raises ApiError (400), which names the line.
+    """
     seen: dict[str, int] = {}
     endpoints = set()
-    with path.open("rb") as file:
-        for line in read_lines(file, max_line_bytes=max_line_bytes):
+    with open(path, "rb") as file:
+        for number, text in _checked_lines(file, max_lines, max_line_bytes):
+            line = _line(number, text)
             if line.custom_id in seen:
                 raise _bad(
                     line.number,
-                    f"custom_id {line.custom_id[:64]!r} is that of line {seen[line.custom_id]}, "
-                    "too; give each line its own",
+                    f"custom_id {line.custom_id[:64]!r} is also that of line "
+                    f"{seen[line.custom_id]}; give each line its own",
                 )
             seen[line.custom_id] = line.number
             endpoints.add(line.endpoint)
-            if len(seen) > max_lines:
-                raise _bad(line.number, f"at most {max_lines} lines are accepted; split the file")
+        os.fsync(file.fileno())
     if not seen:
         raise invalid("the file has no lines", "file", "invalid_file")
-    return InputSummary(len(seen), tuple(sorted(endpoints)))
+    return len(seen), sorted(endpoints)
 
 
-def read_lines(file: BinaryIO, *, max_line_bytes: int | None = None) -> Iterator[InputLine]:
-    """``max_line_bytes``: of a file that nobody has checked yet. Raises ApiError (400)."""
-    number = 0
-    size = -1 if max_line_bytes is None else max_line_bytes + 1
-    while text := file.readline(size):
-        number += 1
-        if max_line_bytes is not None and len(text) > max_line_bytes:
-            raise _bad(number, f"is longer than the {max_line_bytes} bytes of a request")
-        if max_line_bytes is not None and has_too_many_values(text):
-            raise _bad(
-                number,
-                f"has more than {MAX_VALUES:,} keys and values, which is all that is read of a "
-                "request; split it, or send texts instead of token ids",
-            )
-        if text.strip():
+def check_training_file(path: str, max_lines: int, max_line_bytes: int) -> tuple[int, list[str]]:
+    """Check a training file and flush it to the disk. Blocks for seconds.
+
+    Return the number of lines and the method that they are for. Raises ApiError (400), which names
+    the line.
+    """
+    methods: dict[str, int] = {}  # method → its first line
+    n_lines = 0
+    with open(path, "rb") as file:
+        for number, text in _checked_lines(file, max_lines, max_line_bytes):
+            try:
+                line = parse_line(_value(number, text))
+            except ValueError as error:
+                raise _bad(number, str(error)) from error
+            methods.setdefault(line.method, number)
+            if len(methods) > 1:
+                (first, at), (other, _) = methods.items()
+                raise _bad(number, f"is for the method {other!r}, line {at} for {first!r}")
+            n_lines += 1
+        os.fsync(file.fileno())
+    if not n_lines:
+        raise invalid("the file has no lines", "file", "invalid_file")
+    return n_lines, list(methods)
+
+
+def read_lines(file: BinaryIO, *, without: Collection[int] = ()) -> Iterator[InputLine]:
+    """Yield the lines of a checked file, except the numbers ``without``."""
+    for number, text in enumerate(file, start=1):
+        if number not in without and text.strip():
             yield _line(number, text)
 
 
-def _line(number: int, text: bytes) -> InputLine:
+def _checked_lines(
+    file: BinaryIO, max_lines: int, max_line_bytes: int
+) -> Iterator[tuple[int, bytes]]:
+    """Yield number and text of the lines, bounded before they are parsed. Raises ApiError (400)."""
+    number = 0
+    while text := file.readline(max_line_bytes + 1):
+        number += 1
+        if number > max_lines:
+            raise _bad(
+                number,
+                f"at most {max_lines} lines are accepted, blank ones included; split the file",
+            )
+        if len(text) > max_line_bytes:
+            raise _bad(number, f"is longer than the {max_line_bytes} bytes of a request")
+        if (problem := size_problem(text)) is not None:
+            raise _bad(number, problem.text)
+        if text.strip():
+            yield number, text
+
+
+def _value(number: int, text: bytes) -> JsonValue:
     try:
         value: JsonValue = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise _bad(number, f"is not JSON: {error}") from error
+    return value
+
+
+def _line(number: int, text: bytes) -> InputLine:
+    value = _value(number, text)
     if not isinstance(value, dict) or not value.keys() <= _FIELDS:
         raise _bad(number, "must be an object of custom_id, method, url and body")
     custom_id, url, body = value.get("custom_id"), value.get("url"), value.get("body")
@@ -88,7 +128,7 @@ def _line(number: int, text: bytes) -> InputLine:
     if not isinstance(body, dict):
         raise _bad(number, "body must be an object")
     if body.get("stream"):
-        raise _bad(number, "stream is set, and a batch has no streams; leave it out")
+        raise _bad(number, "stream is set, but a batch has no streams; remove stream")
     return InputLine(number, custom_id, url, orjson.dumps(body))
 
 

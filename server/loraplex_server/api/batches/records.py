@@ -1,27 +1,24 @@
-"""What is known of a file and of a batch, and the states of a batch.
+"""The records of files and batches, and the states of a batch.
 
 validating ──▶ in_progress ──▶ finalizing ──▶ completed
     │ ▲            ├──▶ expired, failed
     └─┴────────────┴──▶ cancelling ──▶ cancelled
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from loraplex_server.api.request_info import BatchCaller
 
-__all__ = ["ENDPOINTS", "BatchRecord", "BatchStatus", "FileRecord"]
-
-ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
-
 
 class BatchStatus(Enum):
+    """The state of a batch."""
+
     VALIDATING = "validating"  # nothing has run yet
     IN_PROGRESS = "in_progress"
-    FINALIZING = "finalizing"  # its files are being written
+    FINALIZING = "finalizing"  # the files of answers are being written
     COMPLETED = "completed"
     FAILED = "failed"
     EXPIRED = "expired"
@@ -38,15 +35,24 @@ _ENDED = frozenset(
 )
 
 
+class InputSummary(NamedTuple):
+    """The contents of a file of calls or of a training file."""
+
+    n_lines: int  # without blank lines
+    endpoints: tuple[str, ...]  # of a training file: the method that its lines are for
+
+
 @dataclass(frozen=True, slots=True)
 class FileRecord:
+    """A file of calls, of answers, for training, or of a training's metrics."""
+
     id: str
-    purpose: str  # batch, or batch_output
+    purpose: str  # batch, batch_output, fine-tune or fine-tune-results
     filename: str
     n_bytes: int
     created: int  # seconds since the epoch
     n_lines: int
-    endpoints: tuple[str, ...]  # of its lines
+    endpoints: tuple[str, ...]  # see ``InputSummary``
 
     def to_json(self) -> dict[str, object]:
         return {
@@ -62,13 +68,15 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class BatchRecord:
+    """A batch."""
+
     id: str
     caller: BatchCaller
     input_file_id: str
     endpoint: str
     metadata: Mapping[str, str] | None
     status: BatchStatus
-    times: Mapping[str, int]  # status → when it came, in seconds since the epoch
+    times: Mapping[str, int]  # status → its start, in seconds since the epoch
     created: int
     expires: int
     n_lines: int
@@ -76,7 +84,7 @@ class BatchRecord:
     n_failed: int
     output_file_id: str | None
     error_file_id: str | None
-    problem: str | None  # why it failed as a whole
+    problem: str | None  # the reason why the whole batch failed
 
     def to_json(self) -> dict[str, object]:
         problem = None

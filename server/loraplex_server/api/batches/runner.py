@@ -1,95 +1,96 @@
-"""Answers the lines of batches through the application, and goes on after a restart.
+"""Answers the lines of batches through the application, and resumes after a restart.
 
-One task for each tenant that has batches, the oldest batch first. A line is a call of the key that
-made the batch: its limits, adapters and scopes hold. In the engine it competes as a tenant of its
-own with a tiny weight (`Auth`), so that chats go first. An answer is on the disk before the next
-line of its worker starts; what ran when the server died runs again.
+Each tenant with batches has one task, which runs the oldest batch first. A line is a call of the
+key that made the batch, with its limits, adapters and scopes. In the engine, batches are a tenant
+of their own with a tiny weight (`Auth`), so that chats go first. An answer is on the disk before
+its worker starts the next line. Lines that ran when the server died run again.
 """
-
-from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
 from functools import partial
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
+import httpx
 import orjson
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex_server.faults import Faults
+from loraplex_server.api.request_info import BatchCaller
+from loraplex_server.health_tracker import log_extra
+from loraplex_server.tenant_shares import TenantThreads
 
-from .app_call import Answer, call_app
 from .batch_store import BatchStore, answer_record
 from .input_file import InputLine, read_lines
 from .records import BatchRecord, BatchStatus
 
-__all__ = ["BatchRunner"]
-
 T = TypeVar("T")
-_AT_ONCE = 8  # lines of a tenant
-_N_TRIES = 5  # of a line that the server cannot answer
+_AT_ONCE = 8  # running lines of a tenant
+_N_TRIES = 5  # for a line that the server cannot answer
 _NOT_ITS_FAULT = frozenset({"server_draining", "engine_dead", "queue_full"})
 _PAUSE_S = 5.0  # after a failure of the disk
 _log = logging.getLogger(__name__)
 
 
 class BatchRunner:
-    """Lives on the event loop; ``thread`` (one) does what the store blocks for."""
+    """Runs batches on the event loop. Calls of the store run on the one thread of ``thread``."""
 
-    def __init__(self, app: ASGIApp, store: BatchStore, thread: Executor, faults: Faults) -> None:
+    def __init__(
+        self, app: ASGIApp, store: BatchStore, thread: TenantThreads, readers: TenantThreads
+    ) -> None:
+        """``readers``: threads that read lines."""
         self.store = store
         self._app = app
-        self._thread = thread
-        self._faults = faults
+        self._thread, self._readers = thread, readers
         self._tasks: dict[str, asyncio.Task[None]] = {}  # by tenant
         self._woken: set[str] = set()  # tenants
-        self._stops: dict[str, asyncio.Event] = {}  # of batches that run
-        self._ends: dict[str, asyncio.Event] = {}  # of batches that somebody waits for
+        self._stops: dict[str, asyncio.Event] = {}  # of running batches
+        self._ends: dict[str, asyncio.Event] = {}  # of batches with waiting requests
+        self._finishing: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
-    async def do(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+    async def do(self, tenant: str, work: Callable[[], T]) -> T:
+        """Run a call of the store for a client. Raises ApiError: 429, or that of the call."""
+        return await self._thread.run(tenant, work)
 
     async def resume(self) -> None:
-        """At the start of the server."""
-        for tenant in await self.do(self.store.recover):
+        """Continue unfinished batches, at the start of the server."""
+        for tenant in await self.do("", self.store.recover):
             self.wake(tenant)
 
     def wake(self, tenant: str) -> None:
-        """There is a new batch."""
+        """Start work on a tenant's new batch."""
         self._woken.add(tenant)
         if tenant not in self._tasks:
             self._tasks[tenant] = asyncio.get_running_loop().create_task(self._work(tenant))
 
     async def cancel(self, tenant: str, batch_id: str) -> BatchRecord:
-        """Raises ApiError (404, 409)."""
-        batch = await self.do(lambda: self.store.cancel(tenant, batch_id))
+        """Cancel a batch. Raises ApiError (404, 409)."""
+        batch = await self.do(tenant, lambda: self.store.cancel(tenant, batch_id))
         if batch_id in self._stops:
             self._stops[batch_id].set()
             return batch
-        batch = await self.do(lambda: self.store.finish(tenant, batch_id))  # it has not begun
-        self._tell_end(batch_id)
-        return batch
+        await self._finish(tenant, batch_id)  # has not begun
+        return await self.do(tenant, lambda: self.store.batch(tenant, batch_id))
 
     async def wait(self, tenant: str, batch_id: str, timeout_s: float) -> BatchRecord:
-        """Until it has ended, at most ``timeout_s``. Raises ApiError (404)."""
-        batch = await self.do(lambda: self.store.batch(tenant, batch_id))
+        """Wait for the batch's end, at most ``timeout_s``. Raises ApiError (404)."""
+        batch = await self.do(tenant, lambda: self.store.batch(tenant, batch_id))
         if batch.status.has_ended or not timeout_s:
             return batch
         end = self._ends.setdefault(batch_id, asyncio.Event())
-        batch = await self.do(lambda: self.store.batch(tenant, batch_id))
+        batch = await self.do(tenant, lambda: self.store.batch(tenant, batch_id))
         if batch.status.has_ended:
             self._tell_end(batch_id)
             return batch
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(end.wait(), timeout_s)
-        return await self.do(lambda: self.store.batch(tenant, batch_id))
+        return await self.do(tenant, lambda: self.store.batch(tenant, batch_id))
 
     async def close(self) -> None:
-        """Lines that run are given up, to be answered after the next start."""
+        """Stop running lines. The next start answers them."""
         tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
@@ -107,23 +108,25 @@ class BatchRunner:
     async def _next_batch(self, tenant: str) -> BatchRecord | None:
         while True:
             try:
-                return await self.do(lambda: self.store.oldest_active(tenant))
+                await self._all_pieces(tenant, self.store.delete_old_answers(tenant))
+                return await self._do(tenant, lambda: self.store.oldest_active(tenant))
             except Exception as error:
                 await self._pause(error)
 
     async def _run(self, batch: BatchRecord) -> None:
+        tenant = batch.caller.tenant
         stop = self._stops[batch.id] = asyncio.Event()
         expiry = asyncio.get_running_loop().call_later(batch.expires - time.time(), stop.set)
         try:
-            begun = await self.do(lambda: self.store.begin(batch.caller.tenant, batch.id))
+            begun = await self._do(tenant, lambda: self.store.begin(tenant, batch.id))
             if begun.status is BatchStatus.CANCELLING or begun.status.has_ended:
                 stop.set()
             await self._answer_lines(batch, stop)
-            await self.do(lambda: self.store.finish(batch.caller.tenant, batch.id))
-            self._tell_end(batch.id)
+            await self._finish(tenant, batch.id)
         except* FileNotFoundError:
             _log.exception("%s failed", batch.id)
-            await self.do(lambda: self.store.fail(batch.id, "a file of this batch has vanished"))
+            problem = "a file of this batch is missing"
+            await self._do(tenant, lambda: self.store.fail(batch.id, problem))
             self._tell_end(batch.id)
         except* Exception as errors:
             await self._pause(errors.exceptions[0])
@@ -131,10 +134,23 @@ class BatchRunner:
             expiry.cancel()
             del self._stops[batch.id]
 
+    async def _do(self, tenant: str, work: Callable[[], T]) -> T:
+        """Run a call of the store for a batch, which does not wait for the tenant's clients."""
+        return await self._thread.run(f"batch:{tenant}", work)
+
+    async def _finish(self, tenant: str, batch_id: str) -> None:
+        """End the batch in pieces, once: a cancel may come while the batch begins."""
+        async with self._finishing.setdefault(batch_id, asyncio.Lock()):
+            await self._all_pieces(tenant, self.store.finish(tenant, batch_id))
+        self._tell_end(batch_id)
+
+    async def _all_pieces(self, tenant: str, pieces: Iterator[bool]) -> None:
+        while await self._do(tenant, lambda: next(pieces, False)):
+            pass
+
     async def _pause(self, error: Exception) -> None:
-        """The disk fails, say: nothing that was answered is lost."""
-        _log.exception("batches pause for %g s", _PAUSE_S)
-        self._faults.unforeseen(error)
+        """Wait after a failure, for instance of the disk. Stored answers are not lost."""
+        _log.exception("batches pause for %g s", _PAUSE_S, extra=log_extra(error))
         await asyncio.sleep(_PAUSE_S)
 
     def _tell_end(self, batch_id: str) -> None:
@@ -142,10 +158,10 @@ class BatchRunner:
             end.set()
 
     async def _answer_lines(self, batch: BatchRecord, stop: asyncio.Event) -> None:
-        answered = await self.do(lambda: self.store.answered(batch.id))
+        answered = await self._do(batch.caller.tenant, lambda: self.store.answered(batch.id))
         path = self.store.path(batch.input_file_id)
-        with await self.do(lambda: path.open("rb")) as file:
-            lines = (line for line in read_lines(file) if line.number not in answered)
+        with path.open("rb") as file:
+            lines = read_lines(file, without=answered)
             async with asyncio.TaskGroup() as workers:
                 for _ in range(min(_AT_ONCE, batch.n_lines)):
                     workers.create_task(self._worker(batch, lines, stop))
@@ -154,24 +170,24 @@ class BatchRunner:
         self, batch: BatchRecord, lines: Iterator[InputLine], stop: asyncio.Event
     ) -> None:
         while not stop.is_set():
-            line = await self.do(lambda: next(lines, None))
+            line = await self._readers.run(batch.caller.tenant, lambda: next(lines, None))
             answer = None if line is None else await self._answer(batch, line, stop)
             if line is None or answer is None:
                 return
             response = {
-                "status_code": answer.status,
+                "status_code": answer.status_code,
                 "request_id": answer.headers.get("x-request-id", ""),
-                "body": orjson.Fragment(answer.body),
+                "body": orjson.Fragment(answer.content),
             }
             record = answer_record(line, response, None)
-            failed = answer.status >= 400
+            failed = answer.status_code >= 400
             add = partial(self.store.add_answer, batch.id, line.number, record, is_failure=failed)
-            await self.do(add)
+            await self._do(batch.caller.tenant, add)
 
     async def _answer(
         self, batch: BatchRecord, line: InputLine, stop: asyncio.Event
-    ) -> Answer | None:
-        """None: stopped before. What the server cannot answer now is asked again."""
+    ) -> httpx.Response | None:
+        """Return None if the batch is stopped. Retry while the server cannot answer."""
         n_tries = 0
         while True:
             calling = asyncio.ensure_future(
@@ -187,9 +203,9 @@ class BatchRunner:
                 calling.cancel()
                 stopping.cancel()
                 await asyncio.gather(calling, stopping, return_exceptions=True)
-            if answer.status not in (429, 503):
+            if answer.status_code not in (429, 503):
                 return answer
-            if answer.status == 503 and _code(answer) not in _NOT_ITS_FAULT:
+            if answer.status_code == 503 and _code(answer) not in _NOT_ITS_FAULT:
                 n_tries += 1
                 if n_tries == _N_TRIES:
                     return answer
@@ -201,5 +217,21 @@ class BatchRunner:
             return None
 
 
-def _code(answer: Answer) -> str:
-    return str(orjson.loads(answer.body)["error"]["code"])
+def _code(answer: httpx.Response) -> str:
+    return str(answer.json()["error"]["code"])
+
+
+async def call_app(app: ASGIApp, caller: BatchCaller, path: str, body: bytes) -> httpx.Response:
+    """POST JSON through every middleware. Cancelling the coroutine ends the call."""
+
+    async def app_for_caller(scope: Scope, receive: Receive, send: Send) -> None:
+        caller.attach(scope)
+        await app(scope, receive, send)
+
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app_for_caller),
+        base_url="http://127.0.0.1",
+        trust_env=False,
+    ) as client:
+        headers = {"content-type": "application/json"}
+        return await client.post(path, content=body, headers=headers)

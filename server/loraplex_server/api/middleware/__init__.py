@@ -1,1 +1,1 @@
-"""Plain ASGI middleware, outermost first: request ids, browser guard, keys, body limits."""
+"""ASGI middleware, outermost first: request ids, tracing, browser guard, keys, body limits."""

@@ -1,9 +1,7 @@
-"""API keys. Everything is closed unless listed here, and only ``scope["path"]`` decides.
+"""Checks API keys. Every path needs a key unless it is listed here.
 
-The path that routing uses is the path that is checked: nothing is rebuilt from the Host header.
+The checked path is ``scope["path"]``, which routing uses too. The Host header is not used.
 """
-
-from __future__ import annotations
 
 import hashlib
 import hmac
@@ -12,21 +10,18 @@ from dataclasses import replace
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from loraplex_server.api.console_files import is_console
-from loraplex_server.api.errors import ApiError
-from loraplex_server.api.guide_files import is_guide
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import BatchCaller, batch_caller_of, info_of
-from loraplex_server.api_keys import AdapterAccess, ApiKey
-from loraplex_server.api_keys import Scope as KeyScope
-from loraplex_server.engine.client import TenantShare
-from loraplex_server.settings import HttpConfig
+from loraplex_server.api.static_pages import is_console, is_guide
+from loraplex_server.engine.requests.client import TenantShare
+from loraplex_server.errors import ApiError
+from loraplex_server.settings.api_keys import AdapterAccess, ApiKey
+from loraplex_server.settings.api_keys import Scope as KeyScope
+from loraplex_server.settings.config import HttpConfig
 
-from .rate_limit import Meter, RateLimiter
+from .rate_limit import Meter
 
-__all__ = ["Auth"]
-
-_OPEN = frozenset({"/health", "/ready", "/ping"})  # nothing but one word about the server's state
+PROBES = frozenset({"/health", "/ready", "/ping"})  # need no key
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _INFERENCE = frozenset(
     {
@@ -35,20 +30,30 @@ _INFERENCE = frozenset(
         *("/tokenize", "/detokenize", "/classify", "/pooling"),
         *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     }
-)
+) | {
+    f"/api/v1/{path}"  # Tinker's API: what sampling clients send
+    for path in (
+        *("client/config", "client/dynamic_config", "telemetry", "create_session"),
+        *("session_heartbeat", "create_sampling_session", "join_sampling_session", "asample"),
+        *("retrieve_future", "cancel_future", "weights_info"),
+    )
+}
 _BATCHES = ("/v1/files", "/v1/batches")
-_BATCH_WEIGHT = 0.01  # of a tenant's batches beside its other calls
+_OWN = (*_BATCHES, "/v1/fine_tuning")  # resources of each tenant, on loopback also without keys
+_BATCH_WEIGHT = 0.01  # weight of a tenant's batches relative to its other calls
 _EVERYTHING = frozenset(KeyScope)
 
 
 class Auth:
+    """Finds the API key of each request and checks its scope and its rate limit."""
+
     def __init__(
         self,
         app: ASGIApp,
         config: HttpConfig,
-        meter_of: Callable[[ApiKey], Meter] = RateLimiter,
+        meter_of: Callable[[ApiKey], Meter] = Meter,
     ) -> None:
-        """``meter_of``: what counts for a key that is limited."""
+        """``meter_of`` makes the meter of a key with rate limits."""
         self._app = app
         self._keys = config.api_keys
         self._meters = {
@@ -63,7 +68,7 @@ class Auth:
             for key in config.api_keys
         }
         self._writes_open = config.writes_open
-        self._open = _OPEN | ({"/metrics"} if config.public_metrics else set())
+        self._open = PROBES | ({"/metrics"} if config.public_metrics else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -77,9 +82,9 @@ class Auth:
         await self._app(scope, receive, send)
 
     async def may_send_body(self, scope: Scope) -> bool:
-        """Whether the caller is let in, by the head of its request; counts nothing.
+        """Check the head of a request before its body is read. Counts nothing.
 
-        Raises ApiError (429) for a key that may ask again later.
+        Raises ApiError (429) if the key's rate limit is exceeded.
         """
         needed = _needed_scope(scope["path"], scope["method"])
         if not self._keys:
@@ -115,7 +120,7 @@ class Auth:
         elif not self._is_change(needed, path):
             info.may_change = self._writes_open
             info.scopes = frozenset({KeyScope.INFER})
-            if not self._writes_open:  # anybody may ask: what tenants have had here is not theirs
+            if not self._writes_open:  # callers without keys do not see the adapters of tenants
                 info.access = AdapterAccess(tenant="")
         else:
             self._check_open_write()
@@ -125,42 +130,42 @@ class Auth:
             info.share = replace(share, tenant=f"batch:{share.tenant}", weight=_BATCH_WEIGHT)
 
     def _key_of(self, scope: Scope) -> ApiKey:
-        """Compares with every key in constant time, so that time tells nothing."""
+        """Compare with every key in constant time, against timing attacks."""
         if (batch := batch_caller_of(scope)) is not None:
             return self._key_of_batch(batch)
-        given = hashlib.sha256(_secret(scope)).digest()
-        found = None
+        digest = hashlib.sha256(_secret(scope)).digest()
+        match = None
         for key in self._keys:
-            if hmac.compare_digest(key.sha256, given):
-                found = key
-        if found is None:
+            if hmac.compare_digest(key.sha256, digest):
+                match = key
+        if match is None:
             raise ApiError(
                 401,
                 "no valid API key: send 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
+                headers={"www-authenticate": "Bearer", "connection": "close"},
             )
-        return found
+        return match
 
     def _key_of_batch(self, batch: BatchCaller) -> ApiKey:
         for key in self._keys:
             if (key.id, key.tenant) == (batch.key_id, batch.tenant):
                 return key
         raise ApiError(
-            401, "the API key that made this batch is not valid any more", code="invalid_api_key"
+            401, "the API key that made this batch is no longer valid", code="invalid_api_key"
         )
 
     @staticmethod
     def _is_change(needed: KeyScope, path: str) -> bool:
-        """Whether a server without keys has to be closed to others for it."""
-        return needed is KeyScope.ADMIN or path.startswith(_BATCHES)
+        """Return True for requests that a server without keys accepts on loopback only."""
+        return needed is KeyScope.ADMIN or path.startswith(_OWN)
 
     def _check_open_write(self) -> None:
         if not self._writes_open:
             raise ApiError(
                 403,
-                "adapters cannot be changed off loopback without an API key, nor files and batches "
-                "used; start with --api-key",
+                "without an API key, adapters, files and jobs can be changed on loopback only; "
+                "start with --api-key",
                 code="writes_disabled",
             )
 
@@ -168,21 +173,21 @@ class Auth:
 def _needed_scope(path: str, method: str) -> KeyScope:
     if path == "/metrics" and method in _READS:
         return KeyScope.METRICS
-    own = (*_BATCHES, "/v1/responses/")  # each tenant's own
+    own = (*_BATCHES, "/v1/responses/", "/api/v1/sessions/")  # resources of each tenant
     infers = path in _INFERENCE or path.startswith(own)
     return KeyScope.INFER if method in _READS or infers else KeyScope.ADMIN
 
 
 def _secret(scope: Scope) -> bytes:
-    """A bearer token, or what clients of Anthropic send instead."""
-    if not (given := _header(scope, b"authorization")):
+    """Return the bearer token, or the ``x-api-key`` of Anthropic's clients."""
+    if not (value := _header(scope, b"authorization")):
         return _header(scope, b"x-api-key").strip()
-    kind, _, secret = given.partition(b" ")
+    kind, _, secret = value.partition(b" ")
     return secret.strip() if kind.lower() == b"bearer" else b""
 
 
-def _header(scope: Scope, wanted: bytes) -> bytes:
+def _header(scope: Scope, searched: bytes) -> bytes:
     for name, value in scope["headers"]:
-        if name == wanted:
+        if name == searched:
             return bytes(value)
     return b""

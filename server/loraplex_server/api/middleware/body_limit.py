@@ -1,20 +1,18 @@
-"""Bodies are counted while they arrive: nothing is parsed that is larger than allowed."""
-
-from __future__ import annotations
+"""Limits the size of bodies while they arrive, before they are parsed."""
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex_server.api.errors import ApiError
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.settings import HttpConfig
-
-__all__ = ["BodyLimit"]
+from loraplex_server.errors import ApiError
+from loraplex_server.settings.config import HttpConfig
 
 _UPLOADS = "/v1/adapters/"
 _FILES = "/v1/files"
 
 
 class BodyLimit:
+    """Answers 413 for a body above the limit of its route."""
+
     def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
         self._app = app
         self._max_body = config.max_body_bytes
@@ -27,7 +25,7 @@ class BodyLimit:
             return
         limit = self._max_body
         if scope["method"] == "PUT" and scope["path"].startswith(_UPLOADS) and _is_form(scope):
-            limit = self._max_upload  # its files go to disk; all else is read whole
+            limit = self._max_upload  # files of a form go to disk, other bodies to memory
         elif scope["method"] == "POST" and scope["path"] == _FILES:
             limit = self._max_file
         if _declared(scope) > limit:
@@ -59,10 +57,10 @@ def _declared(scope: Scope) -> int:
 
 
 def _too_large(limit: int) -> ApiError:
-    # The rest of the body is not read, so the connection cannot be used again.
+    # The rest of the body stays unread, so the connection must close.
     return ApiError(
         413,
-        f"the body is larger than the {limit} bytes this server accepts",
+        f"the body is larger than the {limit} bytes that this server accepts",
         code="body_too_large",
         headers={"connection": "close"},
     )

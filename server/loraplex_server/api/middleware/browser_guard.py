@@ -1,23 +1,20 @@
-"""What a web page of somebody else may not do with a server on this machine.
+"""Protects a server on this machine from foreign web pages.
 
 A server without keys listens on loopback, where every browser of the machine can reach it. A page
-can send it requests (under its own ``Origin``), and can give its own name the address 127.0.0.1 to
-read the answers too (DNS rebinding: the ``Host`` is then the page's). Both are refused before
-anything is looked at. With keys a page would need one, so only the headers are added.
+can send requests under its own ``Origin``. By DNS rebinding a page can also read the answers: its
+own host name resolves to 127.0.0.1, so ``Host`` is the page's. Both are refused first. With keys, a
+page would need a key, so only the security headers are added.
 """
 
-from __future__ import annotations
-
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex_server.api.console_files import is_console
-from loraplex_server.api.errors import ApiError
-from loraplex_server.api.guide_files import is_guide
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.settings import HttpConfig, is_loopback
-
-__all__ = ["BrowserGuard"]
+from loraplex_server.api.static_pages import is_console, is_guide
+from loraplex_server.errors import ApiError
+from loraplex_server.settings.config import HttpConfig, is_loopback
 
 _READS = frozenset({"GET", "HEAD", "OPTIONS"})
 _HEADERS = {
@@ -29,13 +26,16 @@ _HEADERS = {
 }
 # No inline script or style, nothing of other hosts, and no frame around it.
 _CONSOLE_POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # noqa: E501  one header value
-# The same for the guide, whose icons stand in its style sheet.
+# The guide also has icons in its style sheet.
 _GUIDE_POLICY = _CONSOLE_POLICY.replace("img-src 'self'", "img-src 'self' data:")
-_DOCS = ("/docs", "/static-offline-docs/")  # a page: it may run its own scripts
+_DOCS = ("/docs", "/static-offline-docs/")  # may run its own scripts
 _DOCS_POLICY = "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; frame-ancestors 'none'"  # noqa: E501  one header value
+_BODY_HEADERS = frozenset({"content-length", "content-type"})
 
 
 class BrowserGuard:
+    """Refuses foreign pages and adds the security headers."""
+
     def __init__(self, app: ASGIApp, config: HttpConfig) -> None:
         self._app = app
         self._checks = config.writes_open  # no keys, loopback
@@ -64,8 +64,8 @@ class BrowserGuard:
             try:
                 self._check(Headers(scope=scope), scope["method"])
             except ApiError as error:
-                told = ORJSONResponse.of_error(error, scope["path"])
-                await told(scope, receive, send_with_headers)
+                refusal = ORJSONResponse.of_error(error, scope["path"])
+                await refusal(scope, receive, send_with_headers)
                 return
         await self._app(scope, receive, send_with_headers)
 
@@ -75,7 +75,7 @@ class BrowserGuard:
         if not is_loopback(_name(host)):
             raise ApiError(
                 403,
-                f"without an API key this server answers to its loopback names alone, not to "
+                f"without an API key this server answers only to loopback names, not to "
                 f"{host[:100]!r}",
                 code="host_not_allowed",
             )
@@ -85,11 +85,27 @@ class BrowserGuard:
         if origin.lower().partition("://")[2] != host:
             raise ApiError(
                 403,
-                f"pages of {origin[:100]!r} may not use this server; the operator allows it with "
-                "--cors-origin",
+                f"pages of {origin[:100]!r} may not use this server; the operator can allow them "
+                "with --cors-origin",
                 code="origin_not_allowed",
             )
 
 
 def _name(host: str) -> str:
     return host if host.endswith("]") else host.rsplit(":", 1)[0]
+
+
+class Cors(CORSMiddleware):
+    """Answers refused preflights with the error object."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        answer = super().preflight_response(request_headers)
+        if answer.status_code < 400:
+            return answer
+        reason = bytes(answer.body).decode()
+        refused = ORJSONResponse.of_error(
+            ApiError(answer.status_code, reason, code="origin_not_allowed"), path=""
+        )
+        headers = {k: v for k, v in answer.headers.items() if k not in _BODY_HEADERS}
+        refused.headers.update(headers)
+        return refused

@@ -1,44 +1,15 @@
-"""How much a key may still ask for: two buckets that refill evenly, a minute's worth deep."""
-
-from __future__ import annotations
+"""Rate limits of an API key: a bucket of requests and one of tokens, which refill evenly."""
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Protocol
 
-from loraplex_server.api.errors import invalid, too_many
-from loraplex_server.api_keys import ApiKey
-
-__all__ = ["Bucket", "Meter", "RateLimiter"]
-
-
-class Meter(Protocol):
-    """What a call asks of the limits of its key. ``RateLimiter``, or one for several gateways."""
-
-    async def check_request(self) -> None:
-        """Raises ApiError (429) where ``take_request`` would now; takes nothing."""
-
-    async def take_request(self) -> None:
-        """Raises ApiError (429), and then takes nothing."""
-
-    def check_tokens(self) -> None:
-        """Raises ApiError (429) while no token is left."""
-
-    @property
-    def most_tokens(self) -> int | None:
-        """Of one call; None: no limit."""
-
-    async def reserve_tokens(self, n: int) -> None:
-        """Raises ApiError, and then takes nothing: 400 if that can never be, 429 if not yet."""
-
-    def give_back_tokens(self, n: int) -> None:
-        """What was reserved and not used."""
-
-    def headers(self) -> Mapping[str, str]:
-        """OpenAI's ``x-ratelimit-*`` for what is limited."""
+from loraplex_server.errors import invalid, too_many
+from loraplex_server.settings.api_keys import ApiKey
 
 
 class Bucket:
+    """A bucket that holds the units of one minute and refills evenly."""
+
     def __init__(self, per_minute: int, clock: Callable[[], float]) -> None:
         self.size = per_minute
         self._clock = clock
@@ -54,18 +25,18 @@ class Bucket:
         return self._level
 
     def take(self, n: int) -> None:
-        """A negative ``n`` gives back."""
+        """Take ``n`` units. A negative ``n`` gives units back."""
         self._level = min(float(self.size), self.level - n)
 
     def seconds_until(self, level: float) -> float:
         return max(0.0, (level - self.level) * 60 / self.size)
 
 
-class RateLimiter:
-    """Of one key. Lives on the event loop.
+class Meter:
+    """The limits of one key. Lives on the event loop.
 
-    A request is paid when it comes. The tokens that it may take at most are reserved before it runs
-    and settled when it has ended, so no burst overdraws and no answer is cut off.
+    A request counts on arrival. The most tokens that it may use are reserved before it runs, and
+    settled at its end. So no burst overdraws the limit, and no answer is cut off.
     """
 
     def __init__(self, key: ApiKey, clock: Callable[[], float] = time.monotonic) -> None:
@@ -76,11 +47,11 @@ class RateLimiter:
         self._tokens = bucket(key.tokens_per_minute)
 
     async def check_request(self) -> None:
-        """Raises ApiError (429) where ``take_request`` would now; takes nothing."""
+        """Raises ApiError (429) if ``take_request`` would. Takes nothing."""
         _check(self._requests, "requests")
 
     async def take_request(self) -> None:
-        """Raises ApiError (429), and then takes nothing."""
+        """Take one request. Raises ApiError (429), and then takes nothing."""
         _check(self._requests, "requests")
         if self._requests is not None:
             self._requests.take(1)
@@ -91,17 +62,17 @@ class RateLimiter:
 
     @property
     def most_tokens(self) -> int | None:
-        """Of one call; None: no limit."""
+        """The largest number of tokens of one call; None: no limit."""
         return None if self._tokens is None else self._tokens.size
 
     async def reserve_tokens(self, n: int) -> None:
-        """Raises ApiError, and then takes nothing: 400 if that can never be, 429 if not yet."""
+        """Raises ApiError and takes nothing: 400 if ``n`` is above the limit, 429 if too early."""
         if self._tokens is None:
             return
         if n > self._tokens.size:
             raise invalid(
                 f"this call may take up to {n} tokens (prompts and max_tokens of every choice), "
-                f"its API key may use {self._tokens.size} a minute; ask for less",
+                f"its API key may use {self._tokens.size} a minute; request fewer",
                 None,
                 "tokens_above_limit",
             )
@@ -109,12 +80,12 @@ class RateLimiter:
         self._tokens.take(n)
 
     def give_back_tokens(self, n: int) -> None:
-        """What was reserved and not used."""
+        """Return reserved tokens that were not used."""
         if self._tokens is not None:
             self._tokens.take(-n)
 
-    def headers(self) -> dict[str, str]:
-        """OpenAI's ``x-ratelimit-*`` for what is limited."""
+    def headers(self) -> Mapping[str, str]:
+        """Return OpenAI's ``x-ratelimit-*`` headers of the limits."""
         headers: dict[str, str] = {}
         for what, bucket in (("requests", self._requests), ("tokens", self._tokens)):
             if bucket is not None:

@@ -1,6 +1,4 @@
-"""Request ids, timing headers, access log, HTTP metrics; unexpected exceptions become a 500."""
-
-from __future__ import annotations
+"""Adds request ids, timing headers, access log and metrics. Unexpected exceptions become 500."""
 
 import logging
 import re
@@ -10,23 +8,22 @@ from time import perf_counter
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from loraplex_server.api.errors import from_fault
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import CURRENT_REQUEST_ID, RequestInfo
-from loraplex_server.faults import Faults
+from loraplex_server.errors import from_unexpected
+from loraplex_server.health_tracker import log_extra
 from loraplex_server.metrics.server_metrics import ServerMetrics
-
-__all__ = ["RequestContext"]
 
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _log = logging.getLogger("loraplex.access")
 
 
 class RequestContext:
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics, faults: Faults) -> None:
+    """The outermost middleware."""
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
         self._metrics = metrics
-        self._faults = faults
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,13 +43,11 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_headers)
-            self._faults.worked("server")
         except Exception as error:
-            _log.exception("%s %s failed", scope["method"], scope["path"])
-            self._faults.unforeseen(error)
+            _log.exception("%s %s failed", scope["method"], scope["path"], extra=log_extra(error))
             if not status:
-                told = ORJSONResponse.of_error(from_fault(error, info.id), scope["path"])
-                await told(scope, receive, send_with_headers)
+                answer = ORJSONResponse.of_error(from_unexpected(error, info.id), scope["path"])
+                await answer(scope, receive, send_with_headers)
         finally:
             self._record(scope, info, status or 499)
             CURRENT_REQUEST_ID.reset(token)
@@ -63,7 +58,7 @@ class RequestContext:
         self._metrics.answered(handler, scope["method"], status, seconds)
         if info.record is not None:
             self._metrics.calls.end(info.record, seconds=seconds, status=status)
-        # A path may hold anything once decoded, line breaks included: one record, one line.
+        # A decoded path may hold line breaks, but a log record is one line.
         path = scope["path"] if scope["path"].isprintable() else ascii(scope["path"])
         _log.info(
             "%s %s %d %.1f ms%s",
@@ -86,7 +81,7 @@ class RequestContext:
 
 
 def _request_id(scope: Scope) -> str:
-    """The caller's own id if it is harmless in logs and headers, else a new one."""
+    """Return the client's id if it is safe in logs and headers, else a new id."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _CLIENT_ID.fullmatch(value):
             return str(value, "ascii")
@@ -95,7 +90,7 @@ def _request_id(scope: Scope) -> str:
 
 def _add_headers(message: Message, info: RequestInfo) -> None:
     headers = MutableHeaders(scope=message)
-    headers["x-request-id"] = headers["request-id"] = info.id  # the latter is Anthropic's
+    headers["x-request-id"] = headers["request-id"] = info.id  # the latter for Anthropic's clients
     headers["openai-processing-ms"] = str(round((perf_counter() - info.started) * 1000))
     if info.adapter is not None:
         headers["x-loraplex-adapter"] = info.adapter

@@ -1,6 +1,6 @@
-"""One OpenTelemetry span for each API call, under the GenAI conventions. Opt-in: `--otlp-endpoint`.
+"""Records an OpenTelemetry span for each API call, with GenAI conventions. See `--otlp-endpoint`.
 
-The caller's ``traceparent`` becomes the parent. Nothing of prompts or answers is recorded.
+The client's ``traceparent`` becomes the parent. Prompts and answers are not recorded.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from loraplex_server.api.request_info import info_of
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, TracerProvider
-
-__all__ = ["Tracing", "otlp_provider"]
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -32,7 +30,7 @@ _OPERATIONS = {
 
 
 def otlp_provider(endpoint: str) -> TracerProvider:
-    """Exports spans in batches to ``endpoint`` (OTLP over HTTP, as http://host:4318/v1/traces).
+    """Export spans in batches to ``endpoint``: OTLP over HTTP, as http://host:4318/v1/traces.
 
     Raises ValueError if the packages are not installed.
     """
@@ -51,7 +49,7 @@ def otlp_provider(endpoint: str) -> TracerProvider:
 
 
 class Tracing:
-    """Goes inside RequestContext, which knows the request's id."""
+    """Records the spans. Stands inside RequestContext, which sets the request's id."""
 
     def __init__(self, app: ASGIApp, provider: TracerProvider, model: str) -> None:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -85,7 +83,7 @@ class Tracing:
 
 
 class _Watched:
-    """Notes the status and the moment of the first bytes of the answer."""
+    """Records the status and the time of the answer's first bytes."""
 
     def __init__(self, send: Send, span: Span) -> None:
         self._send = send

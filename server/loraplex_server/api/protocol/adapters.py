@@ -1,62 +1,45 @@
-"""/v1/adapters, its generator, and the routes of vLLM that load and unload."""
-
-from __future__ import annotations
+"""/v1/adapters, its generator and training, and vLLM's routes to load and unload."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from loraplex_adapter_store.selector import (
+from loraplex_adapter_store.names.selector import (
     MAX_EXAMPLE,
     MAX_EXAMPLES,
     MIN_EXAMPLES,
     GenerationMethod,
 )
-from loraplex_server.adapters.card_file import MAX_CARD_EXAMPLES, MAX_CARD_TEXT
+from loraplex_server.adapters.adding.card_file import MAX_CARD_EXAMPLES, MAX_CARD_TEXT
 
 from .body import Body, Few, JsonObject
 
-__all__ = [
-    "Adapter",
-    "AdapterEdit",
-    "AdapterList",
-    "AdapterSourceBody",
-    "Deleted",
-    "GenerateAdapterBody",
-    "JobShown",
-    "LoadLoraBody",
-    "RevisionList",
-    "TrainAdapterBody",
-    "TrainingChat",
-    "UnloadLoraBody",
-]
-
-_Wording = Annotated[str, Field(max_length=MAX_CARD_TEXT)]
-MAX_CHATS = 10_000  # of a training
+_CardText = Annotated[str, Field(max_length=MAX_CARD_TEXT)]
+MAX_CHATS = 10_000  # examples of one training
 _Prompt = Annotated[str, Field(min_length=1, max_length=2000)]
 
 
 class AdapterSourceBody(Body):
-    """``source``: the name of a directory under a registered root, or a URI."""
+    """``source`` is a URI, or the name of a directory under a registered root."""
 
     source: Annotated[str, Field(min_length=1, max_length=2048)]
-    description: _Wording | None = None
-    examples: Annotated[Few[_Wording], Field(max_length=MAX_CARD_EXAMPLES)] | None = None
-    defaults: JsonObject | None = None  # of requests: see docs/adapter-cards.md
+    description: _CardText | None = None
+    examples: Annotated[Few[_CardText], Field(max_length=MAX_CARD_EXAMPLES)] | None = None
+    defaults: JsonObject | None = None  # defaults of requests: see docs/adapter-cards.md
     wait: bool | None = None  # False: answer 202 with a job at once
 
 
 class AdapterEdit(Body):
-    """What a PATCH changes; absent fields stay, null takes away."""
+    """The changes of a PATCH. Absent fields stay, and null removes a field."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    description: _Wording | None = None
-    examples: Annotated[Few[_Wording], Field(max_length=MAX_CARD_EXAMPLES)] | None = None
+    description: _CardText | None = None
+    examples: Annotated[Few[_CardText], Field(max_length=MAX_CARD_EXAMPLES)] | None = None
     defaults: JsonObject | None = None  # a JSON merge patch
 
 
-# Left out or empty, these two are refused by the routes, in vLLM's words.
+# The routes refuse missing and empty values with vLLM's messages.
 _NEEDED = {"minLength": 1}
 
 
@@ -86,18 +69,20 @@ class ExamplePair(BaseModel):
 
 
 class GenerateAdapterBody(BaseModel):
-    """With ``examples``, the answer is 202 and a job, and the draft answers meanwhile."""
+    """Makes an adapter. With ``examples``, the answer is 202 and a job; a draft serves first."""
 
     model_config = ConfigDict(extra="forbid")
 
     description: Annotated[str, Field(min_length=1, max_length=2000)]
-    wordings: Annotated[Few[_Wording], Field(max_length=100)] = []  # further ones of the task
+    wordings: Annotated[
+        Few[_CardText], Field(max_length=100)
+    ] = []  # further descriptions of the task
     prompts: Annotated[Few[_Prompt], Field(max_length=64)] = []  # unlabelled inputs; icm-lora
     examples: (
         Annotated[Few[ExamplePair], Field(min_length=MIN_EXAMPLES, max_length=MAX_EXAMPLES)] | None
     ) = None
-    budget_s: Annotated[float, Field(gt=0, le=86400)] | None = None  # to learn from them for
-    wait: bool = False  # for the job's end: 201 and the card
+    budget_s: Annotated[float, Field(gt=0, le=86400)] | None = None  # time to learn
+    wait: bool = False  # answer at the job's end, with 201 and the card
     method: GenerationMethod = "auto"
     seed: Annotated[int, Field(ge=0, lt=1 << 31)] = 0
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
@@ -115,7 +100,7 @@ class TrainingMessage(BaseModel):
 
 
 class TrainingChat(BaseModel):
-    """A line of the data of `loraplex train`. What the assistant says is learnt."""
+    """A line of `loraplex train`'s data. The assistant's messages are learnt."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -124,15 +109,16 @@ class TrainingChat(BaseModel):
 
 
 class TrainAdapterBody(BaseModel):
-    """LoRA on every linear layer; a tenth of the examples is held out to tell what was learnt."""
+    """Trains LoRA on every linear layer. A tenth of the examples is held out for validation."""
 
     model_config = ConfigDict(extra="forbid")
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     examples: Annotated[Few[TrainingChat | ExamplePair], Field(min_length=2, max_length=MAX_CHATS)]
-    description: _Wording | None = None
+    description: _CardText | None = None
     steps: Annotated[int, Field(ge=1, le=10_000)] = 200
     budget_s: Annotated[float, Field(gt=0, le=86400)] | None = None  # training stops then
+    recipe: Annotated[str, Field(max_length=32)] = "lora"  # or one of docs/recipes.md
     rank: Annotated[int, Field(ge=1, le=256)] = 8
     alpha: Annotated[float, Field(gt=0, le=1024)] | None = None  # null: 2 · rank
     lr: Annotated[float, Field(gt=0, le=1)] = 1e-3
@@ -146,32 +132,32 @@ class HostBytes(BaseModel):
 
 
 class TierBytes(BaseModel):
-    """Now, 0 where it is not."""
+    """Bytes of the adapter now; 0 in tiers that do not hold the adapter."""
 
     disk: int
     host: int | None
-    device: int | None  # of a cluster: on all engines together
+    device: int | None  # in a cluster: the sum of all engines
 
 
 class AdapterUsage(BaseModel):
-    """Since the start of the process that answers. A mixture counts for none of its parts."""
+    """Use since the start of the answering process. Use in mixtures is not counted."""
 
     requests: int
     output_tokens: int
-    tokens_per_s: float  # of answers, mean of the last ten seconds
+    tokens_per_s: float  # output tokens, mean of the last ten seconds
 
 
 class LoadMs(BaseModel):
-    """How long the last load took, in milliseconds."""
+    """Duration of the last load, in milliseconds."""
 
-    host: float | None  # from disk; null: it was not loaded since the start
-    device: float | None  # from the host; null: it is not there
+    host: float | None  # from disk; null: not loaded since the start
+    device: float | None  # from the host; null: not on the device
 
 
 class Adapter(BaseModel):
-    """A card. Routes that make or change an adapter add what they know of it.
+    """A card. Routes that make or change an adapter add further fields.
 
-    What tells of others' requests is null in the card of an adapter that the operator shares.
+    Fields about the requests of others are null in the card of an adapter that the operator shares.
     """
 
     model_config = ConfigDict(extra="allow")
@@ -194,9 +180,9 @@ class Adapter(BaseModel):
     last_load_ms: LoadMs | None
     report: dict[str, JsonValue] | None = None  # of the load; absent in lists
     provenance: dict[str, JsonValue]
-    defaults: dict[str, JsonValue]  # of requests that do not say it themselves
+    defaults: dict[str, JsonValue]  # for requests without these fields
     expires: float | None = None
-    task: Literal["SEQ_CLS", "TOKEN_CLS"] | None  # of a classifier; null: it generates text
+    task: Literal["SEQ_CLS", "TOKEN_CLS"] | None  # of a classifier; null: generates text
 
 
 class AdapterList(BaseModel):
@@ -239,24 +225,23 @@ class JobError(BaseModel):
 
 
 class JobLearning(BaseModel):
-    """How far a job is that learns from examples; steps count forwards and backwards."""
+    """The progress of a job that learns from examples. Steps count forwards and backwards."""
 
     step: int
-    n_steps: int
-    held_out_nll: float | None  # of pairs that the judged copies have not seen; null: not yet
-    serves: Literal["draft", "learnt"] | None  # what answers under the name; null: nothing yet
-    gained: bool | None  # null: it has not ended
+    held_out_nll: float | None  # loss of held-out pairs; null: not yet
+    serves: Literal["draft", "learnt"] | None  # the adapter that answers now; null: none
+    gained: bool | None  # null: the job has not ended
 
 
 class JobTraining(BaseModel):
-    """How far a job is that trains on chats. Losses are in nats a token of the assistant's."""
+    """The progress of a job that trains on chats. Losses are in nats per assistant token."""
 
     step: int
     n_steps: int
     n_examples: int
-    loss: float | None  # of the examples trained on, smoothed; null: no step yet
-    validation_loss: float | None  # of the examples held out, the last time
-    base_validation_loss: float | None  # of the base on the same ones
+    loss: float | None  # of training examples, smoothed; null: no step yet
+    validation_loss: float | None  # of held-out examples, the last value
+    base_validation_loss: float | None  # of the base on the same examples
     tokens_per_s: float | None
 
 
@@ -268,7 +253,7 @@ class JobShown(BaseModel):
     status: Literal["running", "succeeded", "failed", "cancelled"]
     stage: str
     progress: float
-    digest: str | None  # of the adapter that answers under the name
+    digest: str | None  # of the adapter that the name now has
     learning: JobLearning | None
     training: JobTraining | None
     error: JobError | None

@@ -1,7 +1,5 @@
 """POST /v1/chat/completions."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, JsonValue
@@ -15,11 +13,9 @@ from .generation import (
     PromptLogprobs,
     Usage,
 )
-from .tools import NamedToolChoice, ToolCall, ToolChoice, ToolDefinition
+from .tools import ToolCall, ToolChoice, Tools
 
-__all__ = ["MAX_MESSAGES", "ChatBody", "ChatCompletion", "ChatMessage", "NamedToolChoice"]
-
-MAX_MESSAGES = 4096  # of a chat
+MAX_MESSAGES = 4096  # in a chat
 
 
 class ChatMessage(Body):
@@ -31,8 +27,11 @@ class ChatMessage(Body):
     reasoning_content: str | None = None
 
 
+ChatMessages = Annotated[Few[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+
+
 class ChatBody(GenerationBody):
-    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: ChatMessages
     max_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
     logprobs: bool | None = None
@@ -40,9 +39,9 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
-    documents: Few[JsonObject] | None = None  # for the template, like the next
+    documents: Few[JsonObject] | None = None  # for the chat template, like the next field
     reasoning_effort: Annotated[str, Field(max_length=32)] | None = None
-    tools: Annotated[Few[ToolDefinition], Field(max_length=128)] | None = None
+    tools: Tools | None = None
     tool_choice: ToolChoice | None = None  # None: auto
     parallel_tool_calls: bool | None = None
 
@@ -51,7 +50,7 @@ class Message(BaseModel):
     role: Literal["assistant"]
     content: str | None
     refusal: str | None = None
-    reasoning_content: str | None = None  # absent unless there is some, like the next
+    reasoning_content: str | None = None  # absent if there is none, like the next field
     tool_calls: list[ToolCall] | None = None
 
 
@@ -71,7 +70,7 @@ class ChatCompletion(BaseModel):
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    prompt_logprobs: PromptLogprobs | None = None  # absent unless asked for, like the next
+    prompt_logprobs: PromptLogprobs | None = None  # absent unless requested, like the next field
     prompt_token_ids: list[int] | None = None
     adapter: AnsweredBy | None
-    loraplex: dict[str, JsonValue] | None = None  # of ``auto``: candidates and scores
+    loraplex: dict[str, JsonValue] | None = None  # candidates and scores of ``auto``

@@ -1,14 +1,12 @@
 """POST /v1/completions."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, Field, JsonValue
 
-from loraplex_server.settings import MAX_INPUTS
+from loraplex_server.settings.config import MAX_INPUTS
 
-from .body import INT64_END, Few, TokenId
+from .body import INT64_END, Few, TokenId, shown
 from .generation import (
     MAX_LOGPROBS,
     AnsweredBy,
@@ -17,13 +15,10 @@ from .generation import (
     PromptLogprobs,
     Usage,
 )
-from .shown_value import shown
-
-__all__ = ["Completion", "CompletionBody", "PromptInput"]
 
 
 def _check_prompt(value: object) -> object:
-    """Names the first wrong item; the union below would list every item, four times."""
+    """Name the first wrong item. The union below would list every item four times."""
     if not isinstance(value, list):
         return value
     if not value:
@@ -74,7 +69,7 @@ class CompletionChoice(BaseModel):
     logprobs: dict[str, JsonValue] | None
     finish_reason: FinishReason
     stop_reason: str | int | None
-    token_ids: list[int] | None = None  # absent unless asked for, like the next two
+    token_ids: list[int] | None = None  # absent unless requested, like the next two fields
     prompt_token_ids: list[int] | None = None
     prompt_logprobs: PromptLogprobs | None = None
 

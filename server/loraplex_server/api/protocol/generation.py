@@ -1,36 +1,49 @@
-"""What the bodies and answers of chat and plain completions share."""
+"""The common part of bodies and answers of chats and plain completions."""
 
-from __future__ import annotations
-
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
 from .body import INT64_END, Body, Few, JsonList, JsonObject, LimitedDict, Name, TokenId
-from .structured_output import Choices, JsonSchema, ResponseFormat, StructuredOutputs
-
-__all__ = [
-    "MAX_LOGIT_BIAS",
-    "MAX_LOGPROBS",
-    "AdapterBody",
-    "AdapterChoice",
-    "AnsweredBy",
-    "CallBody",
-    "FinishReason",
-    "GenerationBody",
-    "PromptLogprobs",
-    "StopStrings",
-    "StreamOptions",
-    "Usage",
-]
 
 MAX_LOGIT_BIAS = 1024
-MAX_LOGPROBS = 20  # most likely tokens at one place
+MAX_LOGPROBS = 20  # most likely tokens at one position
 MAX_ALLOWED = 65536  # token ids
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 StopStrings = Annotated[Few[StopString], Field(max_length=16)]
 
+CacheSalt = Annotated[str, Field(max_length=256)]
+
 AdapterChoice = str | JsonObject | JsonList  # a name, an object, or a mixture: see docs/http-api.md
+
+
+JsonSchema = JsonObject | bool
+Choices = Annotated[Few[str], Field(min_length=1, max_length=10_000)]
+FinishReason = Literal["stop", "length"]
+
+
+class NamedSchema(Body):
+    """A JSON schema with a name. Without ``schema``, any JSON value is allowed."""
+
+    name: Annotated[str, Field(max_length=512)] | None = None
+    description: str | None = None
+    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None  # for the type json_schema
+
+
+class StructuredOutputs(Body):
+    """The constraint of an answer: exactly one of the fields."""
+
+    json_: Annotated[JsonSchema | str | None, Field(alias="json")] = None
+    regex: str | None = None
+    choice: Choices | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
 
 
 class StreamOptions(Body):
@@ -39,22 +52,28 @@ class StreamOptions(Body):
 
 
 class AdapterBody(Body):
-    """Who answers."""
+    """The fields of a body that name the model and its adapter."""
 
     model: Name | None = None
     adapter: AdapterChoice | None = None
     adapter_id: Name | None = None  # LoRAX
+    lora_path: Name | None = None  # SGLang
+
+    @property
+    def adapter_fields(self) -> dict[str, Any]:
+        """Return the fields, for ``AdapterResolver.parse``."""
+        return {name: getattr(self, name) for name in AdapterBody.model_fields}
 
 
 class CallBody(AdapterBody):
-    """What every route that generates takes under the same name."""
+    """The fields that all routes for text share."""
 
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64_END)] | None = None  # -1 and 0: all
     seed: Annotated[int, Field(ge=-INT64_END, lt=INT64_END)] | None = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: CacheSalt | None = None
 
 
 class GenerationBody(CallBody):
@@ -85,18 +104,15 @@ class GenerationBody(CallBody):
     stop_token_ids: Annotated[Few[TokenId], Field(max_length=128)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # vLLM's
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None  # of vLLM
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None  # vLLM's, like the next
+    structured_outputs: StructuredOutputs | None = None  # of vLLM, like the next fields
     guided_json: JsonSchema | str | None = None
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
-
-
-FinishReason = Literal["stop", "length"]
 
 
 class PromptTokensDetails(BaseModel):
@@ -116,12 +132,12 @@ class PromptTokenLogprob(BaseModel):
     decoded_token: str
 
 
-# For each token of the prompt by id: itself and the most likely ones; null for the first.
+# At each prompt token: token id → that token and the most likely ones. Null for the first token.
 PromptLogprobs = list[dict[str, PromptTokenLogprob] | None]
 
 
 class AnsweredBy(BaseModel):
-    """Which adapter answered; null for a plain answer of the base."""
+    """The adapter that answered; null for an answer of the base alone."""
 
     name: str | None
     digest: str | None

@@ -1,29 +1,34 @@
 """GET /health, /ready, /ping and /version."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import BaseModel
 
-__all__ = ["DegradedPart", "Status", "Version"]
-
 
 class DegradedPart(BaseModel):
     part: str
-    problem: str  # the kind of its last failure
-    since: int  # of the first failure since it last worked, in seconds since the epoch
+    problem: str  # kind of the last failure
+    since: int  # first failure since the part last worked, in seconds since the epoch
     failures: int  # since then
+
+
+class LostKernels(BaseModel):
+    """Steps with these layers run slower, since a kernel failed when the server started."""
+
+    what: Literal["kernels", "graphs"]
+    layers: Literal["base", "lora", "routed_mlp"]
+    problem: str  # the function and the kind of its error
 
 
 class Status(BaseModel):
     status: Literal["ok", "degraded", "ready"]
     degraded: list[DegradedPart] | None = None  # parts that keep failing
-    full_queues: int | None = None  # of tenants; more of their requests get a 429
+    lost_at_start: list[LostKernels] | None = None
+    full_queues: int | None = None  # tenants whose further requests get a 429
 
 
 class Features(BaseModel):
-    """What this server was started with; the console shows what there is."""
+    """The features that this server was started with."""
 
     generate: bool  # adapters from a sentence
     learn: bool  # from a sentence and examples
@@ -36,5 +41,5 @@ class Features(BaseModel):
 class Version(BaseModel):
     version: str
     features: Features
-    may_change: bool  # whether the caller may add, change and remove adapters
-    sees_all: bool  # whether it may see what all do: GET /v1/live and /v1/cluster
+    may_change: bool  # the caller may add, change and remove adapters
+    sees_all: bool  # the caller may read GET /v1/live and /v1/cluster

@@ -1,6 +1,4 @@
-"""POST /v1/messages and /v1/messages/count_tokens, as Anthropic has them."""
-
-from __future__ import annotations
+"""POST /v1/messages and /v1/messages/count_tokens, as in Anthropic's API."""
 
 from typing import Annotated, Any, Literal
 
@@ -9,8 +7,6 @@ from pydantic import BaseModel, Field, JsonValue
 from .body import INT64_END, Body, Few, JsonObject
 from .generation import AdapterBody, AnsweredBy, CallBody, StopStrings
 from .tools import ToolName
-
-__all__ = ["CountTokensBody", "CountedTokens", "MessageAnswer", "MessageTurn", "MessagesBody"]
 
 
 class MessageTurn(Body):
@@ -52,7 +48,7 @@ class MessagesBody(CountTokensBody, CallBody):
     max_tokens: Annotated[int, Field(ge=1, lt=INT64_END)]
     stop_sequences: StopStrings | None = None
     output_config: OutputConfig | None = None
-    metadata: JsonObject | None = None  # whose request it is; not looked at
+    metadata: JsonObject | None = None  # accepted and ignored
 
 
 class CountedTokens(BaseModel):
@@ -60,7 +56,7 @@ class CountedTokens(BaseModel):
 
 
 class MessageUsage(BaseModel):
-    """The prompt is what was read from the cache and what was not."""
+    """The prompt is the sum of tokens from the cache and other input tokens."""
 
     input_tokens: int
     cache_creation_input_tokens: int
@@ -78,4 +74,4 @@ class MessageAnswer(BaseModel):
     stop_sequence: str | None
     usage: MessageUsage
     adapter: AnsweredBy | None
-    loraplex: dict[str, JsonValue] | None = None  # of ``auto``: candidates and scores
+    loraplex: dict[str, JsonValue] | None = None  # candidates and scores of ``auto``

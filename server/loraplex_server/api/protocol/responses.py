@@ -1,17 +1,12 @@
-"""POST /v1/responses, and the responses that are kept."""
-
-from __future__ import annotations
+"""POST /v1/responses, and stored responses."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, JsonValue
 
-from .body import INT64_END, Body, Few, JsonObject, LimitedDict
-from .generation import AnsweredBy, CallBody
-from .structured_output import NamedSchema
+from .body import INT64_END, Body, Few, JsonObject, Metadata
+from .generation import AnsweredBy, CallBody, NamedSchema
 from .tools import FunctionDefinition, NamedFunction
-
-__all__ = ["DeletedResponse", "ResponseAnswer", "ResponseTool", "ResponsesBody", "TextFormat"]
 
 _ResponseId = Annotated[str, Field(min_length=1, max_length=128)]
 
@@ -33,7 +28,7 @@ class _Function(Body):
 
 
 class ResponseTool(FunctionDefinition, _Function):
-    """A wrong type is told first: such tools have other fields."""
+    """A tool. Its type is checked first, since other types have other fields."""
 
 
 class NamedTool(NamedFunction):
@@ -46,17 +41,7 @@ class ResponsesBody(CallBody):
     previous_response_id: _ResponseId | None = None
     store: bool | None = None
     max_output_tokens: Annotated[int, Field(ge=1, lt=INT64_END)] | None = None
-    metadata: (
-        Annotated[
-            dict[
-                Annotated[str, Field(max_length=64)],
-                Annotated[str, Field(max_length=512)],
-            ],
-            Field(max_length=16),
-            LimitedDict(16),
-        ]
-        | None
-    ) = None
+    metadata: Metadata | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     tools: Annotated[Few[ResponseTool], Field(max_length=128)] | None = None
@@ -66,7 +51,7 @@ class ResponsesBody(CallBody):
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None
-    stream_options: JsonObject | None = None  # there is no obfuscation to turn off
+    stream_options: JsonObject | None = None  # accepted and ignored: streams are not obfuscated
 
 
 class DeletedResponse(BaseModel):
@@ -93,7 +78,7 @@ class ResponseUsage(BaseModel):
 
 
 class ResponseAnswer(BaseModel):
-    """``output``: items of type message, function_call and reasoning."""
+    """``output`` has items of type message, function_call and reasoning."""
 
     id: str
     object: Literal["response"]
@@ -120,4 +105,4 @@ class ResponseAnswer(BaseModel):
     truncation: Literal["disabled"]
     background: Literal[False]
     adapter: AnsweredBy | None
-    loraplex: dict[str, JsonValue] | None = None  # of ``auto``: candidates and scores
+    loraplex: dict[str, JsonValue] | None = None  # candidates and scores of ``auto``

@@ -1,22 +1,10 @@
-"""Tools in a chat: what a client offers, and what the answer calls."""
-
-from __future__ import annotations
+"""The tools that a client offers, and the calls in an answer."""
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from .body import Body, JsonObject
-
-__all__ = [
-    "FunctionDefinition",
-    "NamedFunction",
-    "NamedToolChoice",
-    "ToolCall",
-    "ToolChoice",
-    "ToolDefinition",
-    "ToolName",
-]
+from .body import Body, Few, JsonObject
 
 ToolName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:-]{1,128}$")]
 
@@ -31,6 +19,9 @@ class FunctionDefinition(Body):
 class ToolDefinition(Body):
     type: Literal["function"]
     function: FunctionDefinition
+
+
+Tools = Annotated[Few[ToolDefinition], Field(max_length=128)]
 
 
 class NamedFunction(Body):

@@ -1,55 +1,36 @@
-"""POST /v1/embeddings, /pooling and /classify: bodies as OpenAI and vLLM have them."""
-
-from __future__ import annotations
+"""Bodies and answers of embeddings, pooling, classes, scores and ranks, as OpenAI and vLLM."""
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from .body import INT64_END, Body, Few, JsonObject, Name, exactly_one_of
-from .chat import MAX_MESSAGES, ChatMessage
+from .body import INT64_END, Body, Few, JsonObject, exactly_one_of
+from .chat import ChatMessages
 from .completion import PromptInput
-from .generation import AdapterChoice, AnsweredBy
-
-__all__ = [
-    "Classification",
-    "ClassifyBody",
-    "EmbeddingList",
-    "EmbeddingsBody",
-    "PoolingBody",
-    "PoolingList",
-    "PoolingTask",
-    "PromptUsage",
-    "VectorBody",
-]
+from .generation import AdapterBody, AnsweredBy, CacheSalt
 
 _Dimensions = Annotated[int, Field(ge=1, lt=INT64_END)]
 _Encoding = Literal["float", "base64"]
 PoolingTask = Literal["embed", "classify", "token_embed", "token_classify"]
 
 
-class VectorBody(Body):
-    """What every route has whose answer is vectors, classes or scores."""
+class VectorBody(AdapterBody):
+    """The common fields of vectors, classes and scores."""
 
-    model: Name | None = None
-    adapter: AdapterChoice | None = None
-    adapter_id: Name | None = None  # LoRAX
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64_END)] | None = None  # -1: to fit
-    truncation_side: Literal["left", "right"] | None = None  # what is cut off; right by default
-    use_activation: bool | None = None  # False: as the model computes it
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    truncation_side: Literal["left", "right"] | None = None  # the side that is cut; default: right
+    use_activation: bool | None = None  # False: raw outputs of the model
+    cache_salt: CacheSalt | None = None
 
 
 class InputBody(VectorBody):
-    """Either ``input`` or ``messages``."""
+    """A body with either ``input`` or ``messages``."""
 
     model_config = exactly_one_of(input=["string", "array"], messages="array")
 
     input: PromptInput | None = None
     add_special_tokens: bool | None = None
-    messages: Annotated[Few[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)] | None = (
-        None
-    )
+    messages: ChatMessages | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: JsonObject | None = None
@@ -113,3 +94,72 @@ class TextClass(BaseModel):
 
 class Classification(VectorAnswer):
     data: list[TextClass]
+
+
+# The names of the two sides of a pair. A body has exactly one of these pairs.
+NAMES_OF_PAIRS = (
+    *(("text_1", "text_2"), ("data_1", "data_2")),
+    *(("queries", "documents"), ("queries", "items")),
+)
+_Texts = str | Annotated[Few[str], Field(min_length=1)]
+
+
+class ScoreBody(VectorBody):
+    """Pairs of texts: 1 with 1, 1 with n, or n with n."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {
+                    "properties": {name: {"type": ["string", "array"]} for name in names},
+                    "required": list(names),
+                }
+                for names in NAMES_OF_PAIRS
+            ]
+        }
+    )
+
+    text_1: _Texts | None = None
+    text_2: _Texts | None = None
+    data_1: _Texts | None = None
+    data_2: _Texts | None = None
+    queries: _Texts | None = None
+    documents: _Texts | None = None
+    items: _Texts | None = None
+
+
+class DocumentBody(Body):
+    text: str
+
+
+class RerankBody(VectorBody):
+    query: str
+    documents: str | Annotated[Few[str | DocumentBody], Field(min_length=1)]
+    top_n: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None  # 0: all
+
+
+class Score(BaseModel):
+    index: int
+    object: Literal["score"]
+    score: float
+
+
+class Scores(VectorAnswer):
+    data: list[Score]
+
+
+class Document(BaseModel):
+    text: str
+
+
+class RankedDocument(BaseModel):
+    index: int  # in the request
+    document: Document
+    relevance_score: float
+
+
+class Reranked(BaseModel):
+    id: str
+    model: str
+    usage: PromptUsage
+    results: list[RankedDocument]

@@ -1,33 +1,27 @@
-"""/v1/adapters: the life of an adapter as a resource; its ETag is the digest of its weights."""
-
-from __future__ import annotations
+"""/v1/adapters: adapters as resources, whose ETag is the digest of their weights."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.concurrency import contextmanager_in_threadpool
 
-from loraplex_adapter_store.card import AdapterCard, CardEdit
 from loraplex_adapter_store.errors import AdapterInUse
-from loraplex_adapter_store.put_options import PutOptions
-from loraplex_adapter_store.selector import NameRef
-from loraplex_server.adapters.access import access_of
-from loraplex_server.adapters.adapter_defaults import merged
-from loraplex_server.adapters.card_file import told_by_card
-from loraplex_server.adapters.jobs import Job, Progress
-from loraplex_server.adapters.sources import source_uri
-from loraplex_server.adapters.uploads import UPLOAD_SCHEMA, receive_upload
-from loraplex_server.adapters.waiting import result_within
+from loraplex_adapter_store.names.card import AdapterCard, CardEdit
+from loraplex_adapter_store.names.put_options import PutOptions
+from loraplex_adapter_store.names.selector import NameRef
+from loraplex_server.adapters.adding.card_file import fill_from_card
+from loraplex_server.adapters.adding.sources import source_uri
+from loraplex_server.adapters.adding.uploads import UPLOAD_SCHEMA, receive_upload
+from loraplex_server.adapters.learning.jobs import Job, Progress
+from loraplex_server.adapters.resolving.adapter_defaults import merged, read_defaults
+from loraplex_server.adapters.worker_pools import result_within
 from loraplex_server.api.adapter_card import (
+    AdapterActivity,
     Report,
-    Seen,
     card_response,
-    checked_defaults,
     conditions,
     shown_card,
 )
 from loraplex_server.api.adapter_path import ADAPTER_PATH, AdapterName, NewName, OwnName
-from loraplex_server.api.errors import ApiError, from_store
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import (
@@ -39,20 +33,31 @@ from loraplex_server.api.protocol.adapters import (
     JobShown,
 )
 from loraplex_server.api.protocol.errors import errors
-from loraplex_server.api.state import AppState, State, in_load_thread, in_store_thread
+from loraplex_server.api.state import (
+    Access,
+    AppState,
+    State,
+    allowed_sources,
+    in_change_thread,
+    in_load_thread,
+    in_store_thread,
+)
+from loraplex_server.api.upload_folder import upload_folder
 from loraplex_server.api.validation import read_body, validated
-from loraplex_server.api_keys import AdapterAccess
+from loraplex_server.errors import ApiError, from_store
+from loraplex_server.settings.api_keys import AdapterAccess
 
-__all__ = ["router"]
+from .jobs import job_response
 
 router = APIRouter()
 
+Retain = Annotated[int | None, Query(ge=0, le=1000)]  # None: --keep-revisions
 _SLOW = errors(404, 412, 415) | {
-    202: {"model": JobShown, "description": "still loading; GET its `location`"}
+    202: {"model": JobShown, "description": "the load goes on; GET its `location`"}
 }
 
-# FastAPI cannot declare two kinds of body for one route. What the schema refers to is declared by
-# the bodies of other routes.
+# FastAPI cannot declare two kinds of body for one route. Bodies of other routes declare the parts
+# that this schema refers to.
 _SOURCE_SCHEMA = {
     key: value
     for key, value in AdapterSourceBody.model_json_schema(
@@ -72,63 +77,46 @@ _EITHER_BODY = {
 
 
 @router.get("/v1/adapters", response_model=AdapterList, responses=errors())
-async def list_adapters(request: Request, state: State) -> Response:
-    access = access_of(request)
-    cards = access.listed(await in_store_thread(state, state.store.list))
-    seen = Seen.of(state)
-    data = [shown_card(access, card, seen, "none") for card in cards]
+async def list_adapters(access: Access, state: State) -> Response:
+    cards = access.listed(await in_store_thread(state, state.store.list, access))
+    activity = AdapterActivity.of(state)
+    data = [shown_card(access, card, activity, "none") for card in cards]
     return ORJSONResponse({"object": "list", "data": data})
 
 
 @router.post("/v1/adapters/{name:path}/pin", response_model=Adapter, responses=errors(404))
-async def pin_adapter(request: Request, name: OwnName, state: State) -> Response:
-    """Keeps it in host memory, and on the device once it is there."""
+async def pin_adapter(name: OwnName, access: Access, state: State) -> Response:
+    """Keep the adapter in host memory, and on the device once it is loaded there."""
     state.lifecycle.check_engine()
-    access = access_of(request)
     card = await in_load_thread(state, lambda: state.store.pin(name, access.quota), access)
-    return card_response(state, access_of(request), card)
+    return card_response(state, access, card)
 
 
 @router.post("/v1/adapters/{name:path}/unpin", response_model=Adapter, responses=errors(404))
-async def unpin_adapter(request: Request, name: OwnName, state: State) -> Response:
+async def unpin_adapter(name: OwnName, access: Access, state: State) -> Response:
     state.lifecycle.check_engine()
-    card = await in_store_thread(
-        state,
-        lambda: state.store.unpin(name),
-        access_of(request),
-        pool=state.pools.changes,
-    )
-    return card_response(state, access_of(request), card)
+    card = await in_change_thread(state, lambda: state.store.unpin(name), access)
+    return card_response(state, access, card)
 
 
 @router.post("/v1/adapters/{name:path}/warm", response_model=Adapter, responses=_SLOW)
-async def warm_adapter(request: Request, name: AdapterName, state: State) -> Response:
-    """Loads to host and device memory; a load that takes long is answered with a job."""
+async def warm_adapter(name: AdapterName, access: Access, state: State) -> Response:
+    """Load the adapter to host and device memory. A long load is answered with a job."""
     state.lifecycle.check_engine()
-    # 404 at once
-    await in_store_thread(state, lambda: state.store.get(name), access_of(request))
+    await in_store_thread(state, lambda: state.store.get(name), access)  # 404 at once
 
-    def warm(report: Progress) -> AdapterCard:
-        with state.store.acquire(NameRef(name)) as lease:
-            if state.device is not None:
-                state.device.warm(lease)
-        return state.store.get(name)
-
-    job = state.jobs.start(name, access_of(request), warm)
+    job = state.jobs.start(name, access, lambda report: _warm(state, name))
     card = await _finished(state, job)
-    if not isinstance(card, AdapterCard):
-        return card
-    return card_response(state, access_of(request), card)
+    return card_response(state, access, card) if isinstance(card, AdapterCard) else card
 
 
 @router.post("/v1/adapters/{name:path}/unload", response_model=Adapter, responses=errors(404, 409))
-async def unload_adapter(request: Request, name: OwnName, state: State) -> Response:
-    """Frees an idle adapter's memory, on device and host; the next request loads it again.
+async def unload_adapter(name: OwnName, access: Access, state: State) -> Response:
+    """Free an idle adapter's memory on device and host. The next request loads it again.
 
-    The name and its files stay. 409 while a request uses it, or while it is pinned.
+    The name and its files stay. 409 while a request uses the adapter, or while it is pinned.
     """
     state.lifecycle.check_engine()
-    access = access_of(request)
     card = await in_store_thread(state, lambda: state.store.unload(name), access)
     if state.fleet is not None and (n_uses := await state.fleet.unload(card.digest)):
         raise from_store(AdapterInUse(name, n_uses), param="name", access=access)
@@ -139,11 +127,11 @@ async def unload_adapter(request: Request, name: OwnName, state: State) -> Respo
 
 @router.get(ADAPTER_PATH, response_model=Adapter, responses=errors(404))
 async def show_adapter(
-    request: Request, name: AdapterName, state: State, report: Report = "summary"
+    name: AdapterName, access: Access, state: State, report: Report = "summary"
 ) -> Response:
-    """``?report=full`` names every tensor and module of the load report."""
-    card = await in_store_thread(state, lambda: state.store.get(name), access_of(request))
-    return card_response(state, access_of(request), card, report)
+    """Return the card. ``?report=full`` lists every tensor and module of the load report."""
+    card = await in_store_thread(state, lambda: state.store.get(name), access)
+    return card_response(state, access, card, report)
 
 
 @router.put(
@@ -155,47 +143,62 @@ async def show_adapter(
 async def put_adapter(
     request: Request,
     name: NewName,
+    access: Access,
     state: State,
     report: Report = "summary",
+    retain: Retain = None,
+    warm: bool = False,
 ) -> Response:
-    """From a source (JSON) or an upload (multipart). ``If-Match`` makes it compare-and-set."""
+    """Add or replace an adapter from a source (JSON) or an upload (multipart).
+
+    ``If-Match`` makes it a compare-and-set. ``retain`` is the number of older contents to keep.
+    With ``warm``, the answer comes once the adapter is in host memory and loads to the device.
+    """
     state.lifecycle.check_admitting()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
-        return await _put_source(state, request, name, report)
-    if kind == "multipart/form-data":
-        return await _put_upload(state, request, name, report)
-    raise ApiError(
-        415, "send application/json or multipart/form-data", code="unsupported_media_type"
-    )
+        card = await _put_source(state, request, access, name, retain)
+    elif kind == "multipart/form-data":
+        card = await _put_upload(state, request, access, name, retain)
+    else:
+        raise ApiError(
+            415, "send application/json or multipart/form-data", code="unsupported_media_type"
+        )
+    if not isinstance(card, AdapterCard):
+        return card
+    if warm:
+        await in_load_thread(state, lambda: _warm(state, name), access)
+    # 201 if this very PUT has made the name, however many run at once.
+    return card_response(state, access, card, report, status=200 if card.replaced else 201)
 
 
 async def edit_adapter(
-    request: Request, body: AdapterEdit, name: OwnName, state: State
+    request: Request, body: AdapterEdit, name: OwnName, access: Access, state: State
 ) -> Response:
-    """Description, examples and defaults of requests; the weights stay. ``If-Match`` compares."""
+    """Change description, examples and defaults of requests. The weights stay.
+
+    ``If-Match`` makes it a compare-and-set.
+    """
     state.lifecycle.check_engine()
     if_match, _ = conditions(request)
-    given = body.model_dump(exclude_unset=True)
+    fields = body.model_dump(exclude_unset=True)
 
     def change(card: AdapterCard) -> CardEdit:
         defaults = dict(card.defaults)
-        if "defaults" in given:
-            patch = given["defaults"]
+        if "defaults" in fields:
+            patch = fields["defaults"]
             defaults = {} if patch is None else merged(defaults, patch)
+        read_defaults(defaults)
         return CardEdit(
-            given.get("description", card.description),
-            card.examples if "examples" not in given else given["examples"] or (),
-            checked_defaults(defaults),
+            fields.get("description", card.description),
+            card.examples if "examples" not in fields else fields["examples"] or (),
+            defaults,
         )
 
-    card = await in_store_thread(
-        state,
-        lambda: state.store.edit(name, change, if_match=if_match),
-        access_of(request),
-        pool=state.pools.changes,
+    card = await in_change_thread(
+        state, lambda: state.store.edit(name, change, if_match=if_match), access
     )
-    return card_response(state, access_of(request), card)
+    return card_response(state, access, card)
 
 
 router.add_api_route(
@@ -212,63 +215,71 @@ router.add_api_route(
 async def delete_adapter(
     request: Request,
     name: OwnName,
+    access: Access,
     state: State,
     timeout_s: Annotated[float, Query(ge=0, le=3600, allow_inf_nan=False)] = 30.0,
 ) -> Response:
-    """The name is gone at once; waits for running requests, then says how many bytes were freed."""
+    """Remove the name at once, wait for running requests, and return the bytes that were freed."""
     state.lifecycle.check_engine()
     if_match, _ = conditions(request)
-    deletion = await in_store_thread(
-        state,
-        lambda: state.store.start_delete(name, if_match=if_match),
-        access_of(request),
-        pool=state.pools.changes,
+    deletion = await in_change_thread(
+        state, lambda: state.store.start_delete(name, if_match=if_match), access
     )
     freed_bytes = await result_within(deletion.freed, timeout_s)
     report = deletion.report(freed_bytes)
     freed = {"disk": report.n_bytes_freed.disk, "host": report.n_bytes_freed.host, "device": 0}
     if report.drained:
         freed["device"] = await state.unloads.freed_bytes(report.digest)
-    told = {**report.to_json(), "name": access_of(request).shown(name)}
-    return ORJSONResponse({**told, "n_bytes_freed": freed, "deleted": True})
+    shown = {**report.to_json(), "name": access.shown(name)}
+    return ORJSONResponse({**shown, "n_bytes_freed": freed, "deleted": True})
 
 
-async def _put_source(state: AppState, request: Request, name: str, shown: Report) -> Response:
+def _warm(state: AppState, name: str) -> AdapterCard:
+    """Load the adapter to host memory, and begin its load to the device. Blocks."""
+    with state.store.acquire(NameRef(name)) as lease:
+        if state.device is not None:
+            state.device.warm(lease)
+    return state.store.get(name)
+
+
+async def _put_source(
+    state: AppState, request: Request, access: AdapterAccess, name: str, retain: int | None
+) -> AdapterCard | Response:
     body = await read_body(request, AdapterSourceBody)
-    access = access_of(request)
-    uri = source_uri(state, access, body.source, param="source")
+    uri = source_uri(allowed_sources(state), access, body.source, param="source")
     if_match, replace = conditions(request)
-    defaults = None if body.defaults is None else checked_defaults(body.defaults)
+    read_defaults(body.defaults or {})
 
     def load(report: Progress) -> AdapterCard:
         return state.store.put_source(
             name,
             uri,
             progress=report,
-            with_card=told_by_card,
+            with_card=fill_from_card,
             options=PutOptions(
                 if_match=if_match,
                 replace=replace,
                 description=body.description,
                 examples=tuple(body.examples or ()),
-                defaults=defaults,
+                defaults=body.defaults,
                 quota=access.quota,
+                n_kept=retain,
             ),
         )
 
     job = state.jobs.start(name, access, load)
-    card = await _finished(state, job, body.wait)
-    return _stored(state, access, card, shown) if isinstance(card, AdapterCard) else card
+    return await _finished(state, job, body.wait)
 
 
-async def _put_upload(state: AppState, request: Request, name: str, shown: Report) -> Response:
+async def _put_upload(
+    state: AppState, request: Request, access: AdapterAccess, name: str, retain: int | None
+) -> AdapterCard:
     if_match, replace = conditions(request)
-    access = access_of(request)
-    async with contextmanager_in_threadpool(state.store.upload_folder()) as folder:
-        upload = await receive_upload(request, folder)
-        told = {"description": upload.description, "examples": list(upload.examples)}
-        validated(AdapterEdit, told)  # within the same limits
-        card = await in_store_thread(
+    async with upload_folder(state, access, name) as (folder, count):
+        upload = await receive_upload(request, folder, count)
+        fields = {"description": upload.description, "examples": list(upload.examples)}
+        validated(AdapterEdit, fields)  # within the same limits
+        return await in_change_thread(
             state,
             lambda: state.store.put_files(
                 name,
@@ -283,26 +294,19 @@ async def _put_upload(state: AppState, request: Request, name: str, shown: Repor
                     examples=upload.examples,
                     defaults=upload.defaults,
                     quota=access.quota,
+                    n_kept=retain,
                 ),
             ),
             access,
-            pool=state.pools.changes,
         )
-    return _stored(state, access, card, shown)
 
 
 async def _finished(state: AppState, job: Job, wait: bool | None = None) -> AdapterCard | Response:
-    """The card if the job ends in time, else 202 and where to look. Raises the job's ApiError."""
+    """Return the card if the job ends in time, else 202 and its location. Raises ApiError."""
     timeout_s = {None: state.config.http.job_wait_s, True: None, False: 0.0}[wait]
     if not await state.jobs.wait(job, timeout_s):
-        headers = {"location": f"/v1/jobs/{job.id}"}
-        return ORJSONResponse(job.to_json(), status=202, headers=headers)
+        return job_response(job)
     if job.error is not None:
         raise job.error
     assert job.card is not None
     return job.card
-
-
-def _stored(state: AppState, access: AdapterAccess, card: AdapterCard, shown: Report) -> Response:
-    """201 where this very put has made the name, however many puts ran beside it."""
-    return card_response(state, access, card, shown, status=200 if card.replaced else 201)

@@ -1,150 +1,206 @@
-"""/v1/files: the calls of batches and their answers, as JSONL."""
+"""/v1/files: files of calls for batches, training files, and what is made from them."""
 
-from __future__ import annotations
-
-import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.concurrency import contextmanager_in_threadpool
 from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
 
-from loraplex_server.adapters.uploads import FolderParser
-from loraplex_server.api.batches.input_file import check_input
-from loraplex_server.api.errors import ApiError, invalid
+from loraplex_server.adapters.adding.arriving_bytes import Count
+from loraplex_server.adapters.adding.uploads import FolderParser
+from loraplex_server.api.batches.file_checks import CHECKS
+from loraplex_server.api.batches.records import FileRecord
+from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
-from loraplex_server.api.protocol.batches import FILE_SCHEMA, DeletedFile, File, FileList
 from loraplex_server.api.protocol.errors import errors
-from loraplex_server.api.request_info import info_of
-from loraplex_server.api.state import State
+from loraplex_server.api.serving.disconnect import unless_client_leaves
+from loraplex_server.api.state import Access, State, Tenant
+from loraplex_server.api.upload_folder import check_of_bytes, upload_folder
+from loraplex_server.errors import ApiError, invalid
 
-__all__ = ["page", "router"]
-
-router = APIRouter()
+router = APIRouter(route_class=JsonRoute)
 
 _MAX_NAME = 256  # characters of a file's name
 _CHUNK = 1 << 16  # bytes
-_BODY = {
-    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": FILE_SCHEMA}}}
-}
 _CONTENT: dict[int | str, dict[str, Any]] = {
     200: {
-        "content": {"application/jsonl": {"schema": {"type": "string"}}},
-        "description": "the file as it is",
+        "content": {
+            kind: {"schema": {"type": "string"}} for kind in ("application/jsonl", "text/csv")
+        },
+        "description": "the file's content",
     }
 }
+After = Annotated[str | None, Query(max_length=128)]
+_Upload = tuple[UploadFile, str]  # the file and its purpose
+_FILE_SCHEMA = {  # the form's schema in /openapi.json
+    "type": "object",
+    "required": ["file", "purpose"],
+    "additionalProperties": False,
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": [*CHECKS]},
+    },
+}
+_BODY = {
+    "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _FILE_SCHEMA}}}
+}
+
+
+class File(BaseModel):
+    id: str
+    object: Literal["file"]
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: Literal["batch", "batch_output", "fine-tune", "fine-tune-results"]
+    status: Literal["processed"]
+
+
+class Page(BaseModel):
+    object: Literal["list"]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class FileList(Page):
+    data: list[File]
+
+
+class DeletedFile(BaseModel):
+    id: str
+    object: Literal["file"]
+    deleted: Literal[True]
 
 
 @router.post("/v1/files", response_model=File, responses=errors(415), openapi_extra=_BODY)
-async def upload_file(request: Request, state: State) -> Response:
-    """A file of calls, one a line; each is checked here, and run by a batch."""
+async def upload_file(request: Request, tenant: Tenant, access: Access, state: State) -> Response:
+    """Store a file of calls for a batch, or of training examples. Each line is checked here."""
     state.lifecycle.check_admitting()
-    tenant = info_of(request.scope).tenant
-    store = state.batches.store
-    async with contextmanager_in_threadpool(state.store.upload_folder()) as folder:
-        parser = FolderParser(
-            request.headers,
-            request.stream(),
-            folder=folder,
-            max_files=1,
-            max_fields=1,
-            max_part_size=64,
-        )
-        if "multipart/form-data" not in request.headers.get("content-type", ""):
-            raise ApiError(415, "send multipart/form-data", code="unsupported_media_type")
-        try:
-            form = await parser.parse()
-        except MultiPartException as error:
-            raise invalid(f"the upload cannot be read: {error.message}", None) from error
-        await form.close()
-        upload = _checked(form)
-        (path,) = folder.iterdir()
-        summary = await asyncio.get_running_loop().run_in_executor(
-            state.pools.changes,
-            lambda: check_input(
+    store, limits = state.batches.store, state.batches.store.limits
+    n_stored = await state.batches.do(tenant, lambda: store.n_bytes(tenant))
+    with state.arriving_files.upload(
+        tenant, lambda n: limits.check_bytes(n_stored + n)
+    ) as of_files:
+        async with upload_folder(state, access) as (folder, of_tenant):
+            upload, purpose = await _receive(request, folder, (of_files, of_tenant))
+            (path,) = folder.iterdir()
+            check = state.file_checks.check(
                 path,
-                max_lines=store.limits.max_lines,
+                tenant,
+                purpose,
+                max_lines=limits.max_lines,
                 max_line_bytes=state.config.http.max_body_bytes,
-            ),
-        )
-        name = (upload.filename or "file.jsonl")[:_MAX_NAME]
-        file = await state.batches.do(lambda: store.add_file(tenant, path, name, summary))
+            )
+            summary = await unless_client_leaves(check, request.receive)
+            check_bytes = await check_of_bytes(state, access)  # others may be stored meanwhile
+            check_bytes(state.arriving.of(access.tenant or ""))
+            name = (upload.filename or "file.jsonl")[:_MAX_NAME]
+            file = await state.batches.do(
+                tenant, lambda: store.add_file(tenant, path, name, purpose, summary)
+            )
     return ORJSONResponse(file.to_json())
 
 
 @router.get("/v1/files", response_model=FileList, responses=errors())
 async def list_files(
-    request: Request,
+    tenant: Tenant,
     state: State,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
-    after: Annotated[str | None, Query(max_length=128)] = None,
+    after: After = None,
     order: Literal["asc", "desc"] = "desc",
     purpose: Annotated[str | None, Query(max_length=64)] = None,
 ) -> Response:
-    tenant = info_of(request.scope).tenant
     store = state.batches.store
-    found, more = await state.batches.do(
+    files, more = await state.batches.do(
+        tenant,
         lambda: store.files(
             tenant, limit=limit, after=after, purpose=purpose, oldest_first=order == "asc"
-        )
+        ),
     )
-    return page([file.to_json() for file in found], has_more=more)
+    return page_of([file.to_json() for file in files], has_more=more)
 
 
 @router.get("/v1/files/{file_id}", response_model=File, responses=errors(404))
-async def show_file(request: Request, file_id: str, state: State) -> Response:
-    tenant = info_of(request.scope).tenant
-    file = await state.batches.do(lambda: state.batches.store.file(tenant, file_id))
+async def show_file(file_id: str, tenant: Tenant, state: State) -> Response:
+    file = await state.batches.do(tenant, lambda: state.batches.store.file(tenant, file_id))
     return ORJSONResponse(file.to_json())
 
 
 @router.get(
     "/v1/files/{file_id}/content", response_class=Response, responses=_CONTENT | errors(404)
 )
-async def file_content(request: Request, file_id: str, state: State) -> Response:
-    tenant = info_of(request.scope).tenant
+async def file_content(file_id: str, tenant: Tenant, state: State) -> Response:
     store = state.batches.store
 
-    def open_file() -> tuple[int, BinaryIO]:
-        return store.file(tenant, file_id).n_bytes, store.path(file_id).open("rb")
+    def open_file() -> tuple[FileRecord, BinaryIO]:
+        return store.file(tenant, file_id), store.path(file_id).open("rb")
 
-    n_bytes, file = await state.batches.do(open_file)
+    record, file = await state.batches.do(tenant, open_file)
     return StreamingResponse(
-        _pieces(file),
-        media_type="application/jsonl",
-        headers={"content-length": str(n_bytes)},
+        _chunks(file),
+        media_type="text/csv" if record.purpose == "fine-tune-results" else "application/jsonl",
+        headers={"content-length": str(record.n_bytes)},
     )
 
 
 @router.delete("/v1/files/{file_id}", response_model=DeletedFile, responses=errors(404, 409))
-async def delete_file(request: Request, file_id: str, state: State) -> Response:
-    tenant = info_of(request.scope).tenant
-    await state.batches.do(lambda: state.batches.store.delete_file(tenant, file_id))
+async def delete_file(file_id: str, tenant: Tenant, state: State) -> Response:
+    await state.batches.do(tenant, lambda: state.batches.store.delete_file(tenant, file_id))
     return ORJSONResponse({"id": file_id, "object": "file", "deleted": True})
 
 
-def page(data: list[dict[str, object]], *, has_more: bool) -> Response:
-    """A page of a list, as OpenAI's clients turn it."""
+def page_of(data: list[dict[str, object]], *, has_more: bool) -> Response:
+    """Return a page of a list in OpenAI's form."""
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     ends = {"first_id": first, "last_id": last, "has_more": has_more}
     return ORJSONResponse({"object": "list", "data": data, **ends})
 
 
-def _checked(form: FormData) -> UploadFile:
+async def _receive(request: Request, folder: Path, counts: Sequence[Count]) -> _Upload:
+    """Write the file of a form to ``folder``. Raises ApiError, also those of ``counts``."""
+    if "multipart/form-data" not in request.headers.get("content-type", ""):
+        raise ApiError(415, "send multipart/form-data", code="unsupported_media_type")
+
+    def count(n_bytes: int) -> None:
+        for each in counts:
+            each(n_bytes)
+
+    parser = FolderParser(
+        request.headers,
+        request.stream(),
+        folder=folder,
+        count=count,
+        max_files=1,
+        max_fields=1,
+        max_part_size=64,
+    )
+    try:
+        form = await parser.parse()
+    except MultiPartException as error:
+        raise invalid(f"the upload cannot be read: {error.message}", None) from error
+    await form.close()
+    return _checked(form)
+
+
+def _checked(form: FormData) -> _Upload:
+    """Return the file of a form and its purpose. Raises ApiError (400)."""
     if unknown := sorted(form.keys() - {"file", "purpose"}):
         raise invalid(f"unknown part {unknown[0][:64]!r}; known: file, purpose", unknown[0][:64])
     upload, purpose = form.get("file"), form.get("purpose")
     if not isinstance(upload, UploadFile):
         raise invalid("the part 'file' is missing, or is no file", "file")
-    if purpose != "batch":
-        raise invalid(f"purpose must be 'batch', not {str(purpose)[:64]!r}", "purpose")
-    return upload
+    if not isinstance(purpose, str) or purpose not in CHECKS:
+        known = " or ".join(map(repr, CHECKS))
+        raise invalid(f"purpose must be {known}, not {str(purpose)[:64]!r}", "purpose")
+    return upload, purpose
 
 
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
     with file:
-        while piece := file.read(_CHUNK):
-            yield piece
+        while chunk := file.read(_CHUNK):
+            yield chunk

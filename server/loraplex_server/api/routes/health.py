@@ -1,18 +1,13 @@
-"""Probes: open to everybody, with and without keys."""
-
-from __future__ import annotations
+"""Probes, which need no API key."""
 
 from fastapi import APIRouter, Response
 
-from loraplex_server.api.errors import unavailable
-from loraplex_server.api.lifecycle import ServerStatus
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.errors import answers_only
 from loraplex_server.api.protocol.health import Status
 from loraplex_server.api.state import AppState, State
-from loraplex_server.api_keys import Scope
-
-__all__ = ["router"]
+from loraplex_server.errors import unavailable
+from loraplex_server.settings.api_keys import Scope
 
 router = APIRouter()
 
@@ -20,9 +15,10 @@ router = APIRouter()
 @router.head("/health", include_in_schema=False)
 @router.get("/health", response_model=Status, responses=answers_only(503))
 async def health(state: State) -> Response:
-    """Liveness: the event loop answers, the engine thread lives and moves.
+    """Liveness: the event loop answers, and the engine thread lives and moves.
 
-    Still 200 while a part of the server keeps failing; the body says which, why and since when.
+    While a part of the server keeps failing, the status is 200 and the body names the part, the
+    problem and the time. ``lost_at_start`` names kernels of a GPU that failed when it started.
     """
     if not state.engine.alive:
         raise unavailable("the engine has stopped", "engine_dead")
@@ -32,22 +28,25 @@ async def health(state: State) -> Response:
             f"the engine has not moved for {stats.step_age_s:.0f} s", "engine_stalled"
         )
     elsewhere = () if state.fleet is None else state.fleet.degraded
-    degraded = [part.to_json() for part in (*state.faults.degraded, *elsewhere)]
+    degraded = [part.to_json() for part in (*state.health_tracker.degraded, *elsewhere)]
+    body: dict[str, object] = {"status": "degraded" if degraded else "ok"}
     if degraded:
-        return ORJSONResponse({"status": "degraded", "degraded": degraded})
-    return ORJSONResponse({"status": "ok"})
+        body["degraded"] = degraded
+    if stats.lost_at_start:
+        body["lost_at_start"] = [lost._asdict() for lost in stats.lost_at_start]
+    return ORJSONResponse(body)
 
 
 @router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_model=Status, responses=answers_only(503))
 async def ready(state: State) -> Response:
-    """Readiness: new requests would be taken in now, of one tenant at least.
+    """Readiness: the server admits new requests of at least one tenant.
 
-    Each tenant has a queue of its own: one that is full must not take the server from the others.
+    Each tenant has its own queue. One full queue must not take the server from other tenants.
     """
     if not state.engine.alive:
         raise unavailable("the engine has stopped", "engine_dead")
-    if state.lifecycle.status is not ServerStatus.READY:
+    if state.lifecycle.is_draining:
         raise unavailable("the server is shutting down", "server_draining")
     limits = _queue_limits(state)
     n_full = sum(state.engine.n_queued(tenant) >= limit for tenant, limit in limits.items())
@@ -63,7 +62,7 @@ async def ping(state: State) -> Response:
 
 
 def _queue_limits(state: AppState) -> dict[str, int]:
-    """Tenant → requests of it that may wait; without keys there is one."""
+    """Return tenant → requests that may wait. Without keys there is one tenant."""
     most = state.config.engine.max_queue
-    asking = [key for key in state.config.http.api_keys if Scope.INFER in key.scopes]
-    return {key.tenant: key.max_queued or most for key in asking} or {"": most}
+    keys = [key for key in state.config.http.api_keys if Scope.INFER in key.scopes]
+    return {key.tenant: key.max_queued or most for key in keys} or {"": most}

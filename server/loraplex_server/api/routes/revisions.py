@@ -1,20 +1,15 @@
-"""Older contents of an adapter's name: which are kept, and making one current again."""
-
-from __future__ import annotations
+"""The revisions of an adapter: list them, and make an older one current again."""
 
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 
-from loraplex_server.adapters.access import access_of
 from loraplex_server.api.adapter_card import Report, card_response, conditions
 from loraplex_server.api.adapter_path import AdapterName, OwnName
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.protocol.adapters import Adapter, RevisionList
 from loraplex_server.api.protocol.errors import errors
-from loraplex_server.api.state import State, in_store_thread
-
-__all__ = ["router"]
+from loraplex_server.api.state import Access, State, in_change_thread, in_store_thread
 
 router = APIRouter()
 
@@ -22,9 +17,8 @@ router = APIRouter()
 @router.get(
     "/v1/adapters/{name:path}/revisions", response_model=RevisionList, responses=errors(404)
 )
-async def list_revisions(request: Request, name: AdapterName, state: State) -> Response:
-    """The current revision first, then the kept ones, newest first."""
-    access = access_of(request)
+async def list_revisions(name: AdapterName, access: Access, state: State) -> Response:
+    """List the current revision first, then older ones, newest first."""
     cards = await in_store_thread(state, lambda: state.store.revisions(name), access)
     data = [
         {
@@ -48,20 +42,20 @@ async def list_revisions(request: Request, name: AdapterName, state: State) -> R
 async def rollback(
     request: Request,
     name: OwnName,
+    access: Access,
     state: State,
     digest: Annotated[str | None, Query(min_length=4, max_length=64)] = None,
     report: Report = "summary",
 ) -> Response:
-    """To the revision before the current one, or to the one whose digest begins with ``digest``.
+    """Return to the previous revision, or to the revision whose digest begins with ``digest``.
 
-    Running requests finish on what they have. ``If-Match`` makes it compare-and-set.
+    Running requests finish on their revision. ``If-Match`` makes it a compare-and-set.
     """
     state.lifecycle.check_engine()
     if_match, _ = conditions(request)
-    card = await in_store_thread(
+    card = await in_change_thread(
         state,
         lambda: state.store.rollback(name, digest_prefix=digest, if_match=if_match),
-        access_of(request),
-        pool=state.pools.changes,
+        access,
     )
-    return card_response(state, access_of(request), card, report)
+    return card_response(state, access, card, report)

@@ -1,30 +1,26 @@
 """Stops the work for a client that has disconnected."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Coroutine
 from typing import TypeVar
 
 from starlette.types import Receive
 
-__all__ = ["ClientLeft", "client_left", "unless_client_leaves"]
-
 T = TypeVar("T")
 
 
 class ClientLeft(Exception):
-    """Nobody is there to answer."""
+    """The client has disconnected before the answer."""
 
 
 async def client_left(receive: Receive) -> None:
-    """Returns when the client has gone. The request's body must have been read."""
+    """Return when the client has disconnected. The request's body must have been read."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def unless_client_leaves(work: Coroutine[object, object, T], receive: Receive) -> T:
-    """Cancels ``work`` and raises ClientLeft when the client goes first."""
+    """Cancel ``work`` and raise ClientLeft if the client disconnects first."""
     task = asyncio.ensure_future(work)
     watch = asyncio.ensure_future(client_left(receive))
     try:

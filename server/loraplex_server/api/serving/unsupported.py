@@ -1,68 +1,70 @@
-"""Fields that would change the answer if they were honoured: refused, not ignored."""
+"""Refuses fields that this server does not support and that would change the answer."""
 
-from __future__ import annotations
-
+import re
 from collections.abc import Callable, Iterable, Mapping
 
-from loraplex_server.api.errors import invalid
 from loraplex_server.api.protocol.chat import ChatBody
-
-__all__ = ["OF_TEXT", "Rules", "given", "of_chat", "refuse_unsupported"]
-
-
-def given(value: object) -> bool:
-    return value not in (None, [], {}, False, "")
+from loraplex_server.errors import invalid
 
 
-def _forces_tool(value: object) -> bool:
-    return value not in (None, "none", "auto")
+def _unless(*accepted: object) -> Callable[[object], bool]:
+    """Return a rule that is True for every value but these."""
+    return lambda value: value not in accepted
 
 
-def _more_than_text(value: object) -> bool:
-    return value not in (None, ["text"])
+is_set = _unless(None, [], {}, False, "")
+_is_present = _unless(None)
 
-
-def _is_told(value: object) -> bool:
-    return value is not None
-
-
-def _pads(value: object) -> bool:
-    return value not in (None, "do_not_pad")
-
-
-# field → (is the value a request for something we do not do?, what it would need)
+# field → (does the value request something unsupported?, the reason or the remedy)
 Rules = Mapping[str, tuple[Callable[[object], bool], str]]
 
 _REFUSED: Rules = {
-    "functions": (given, "the older form of tool calls is not supported; use tools"),
-    "function_call": (_forces_tool, "the older form is not supported; use tool_choice"),
-    "modalities": (_more_than_text, "only text is supported"),
-    "audio": (given, "only text is supported"),
-    "prompt_embeds": (given, "tensors are not accepted over HTTP"),
-    "use_beam_search": (given, "beam search is not supported"),
-    "chat_template": (given, "templates come from the model or the adapter, never from a request"),
-    "normalize": (_is_told, "it is called use_activation"),
-    "padding": (_pads, "prompts are never padded"),
-    "suffix": (given, "insertion is not supported"),
+    "functions": (is_set, "the older form of tool calls is not supported; use tools"),
+    "function_call": (
+        _unless(None, "none", "auto"),
+        "the older form is not supported; use tool_choice",
+    ),
+    "modalities": (_unless(None, ["text"]), "only text is supported"),
+    "audio": (is_set, "only text is supported"),
+    "prompt_embeds": (is_set, "tensors are not accepted over HTTP"),
+    "use_beam_search": (is_set, "beam search is not supported"),
+    "chat_template": (is_set, "templates come from the model or the adapter, never from a request"),
+    "normalize": (_is_present, "it is called use_activation"),
+    "padding": (_unless(None, "do_not_pad"), "prompts are never padded"),
+    "suffix": (is_set, "insertion is not supported"),
+    "extra_body": (is_set, "OpenAI's client sends its fields beside the others"),
 }
-# Of chats and completions; what one of them does is a field of its body and not looked up here.
+# Other names of the adapter, which the base would answer if they were ignored: `adaptor`, `loras`,
+# `lora_request` … LoRAX's `adapter_source` chooses nothing.
+_NAMES_ADAPTER = re.compile(r"(?i)(?!adapter_source$)(.*[_-])?(lora|peft|adapt[eo]r)")
+_MAX_NAME = 64
+# Of chats and completions. A field that one of them supports is in its body and is not checked.
 OF_TEXT: Rules = {
     **_REFUSED,
-    "truncate_prompt_tokens": (_is_told, "a prompt is not cut before it is answered; shorten it"),
-    "echo": (given, "only /v1/completions repeats a prompt"),
-    "add_special_tokens": (given, "a chat has the special tokens of its template"),
+    "truncate_prompt_tokens": (_is_present, "prompts are not truncated; shorten the prompt"),
+    "echo": (is_set, "only /v1/completions repeats a prompt"),
+    "add_special_tokens": (is_set, "a chat has the special tokens of its template"),
 }
 
 
 def refuse_unsupported(fields: Mapping[str, object], rules: Rules = _REFUSED) -> None:
-    """Raises ApiError (400, code ``unsupported_parameter``) for the first such field."""
+    """Raises ApiError (400, code ``unsupported_parameter``) for the first unsupported field.
+
+    ``fields``: the unknown fields of the body.
+    """
     for name, value in fields.items():
         rule = rules.get(name)
         if rule is not None and rule[0](value):
             raise invalid(f"{name!r}: {rule[1]}", name, "unsupported_parameter")
+        if len(name) <= _MAX_NAME and _NAMES_ADAPTER.match(name) and is_set(value):
+            raise invalid(
+                f"{name!r} is no field of this server; name the adapter in 'adapter'",
+                name,
+                "unsupported_parameter",
+            )
 
 
 def of_chat(own: Iterable[str]) -> Rules:
-    """Fields of a chat that another API, which has its ``own``, does not take."""
-    told = "it is a field of /v1/chat/completions and has no meaning here"
-    return dict.fromkeys({*OF_TEXT, *ChatBody.model_fields} - {*own}, (given, told))
+    """Refuse the fields of chats that are not among the ``own`` fields of another API."""
+    reason = "it is a field of /v1/chat/completions and has no meaning here"
+    return dict.fromkeys({*OF_TEXT, *ChatBody.model_fields} - {*own}, (is_set, reason))

@@ -1,6 +1,4 @@
-"""Server-sent events over plain ASGI: pings, errors in the stream, clients that leave."""
-
-from __future__ import annotations
+"""Server-sent events over ASGI: pings, errors in the stream, clients that disconnect."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
@@ -10,12 +8,10 @@ from typing import NamedTuple
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from loraplex_server.api.errors import ApiError, from_fault
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import info_of
 from loraplex_server.api.serving.disconnect import client_left
-
-__all__ = ["OPENAI_SSE", "SseForm", "SseResponse", "sse_event"]
+from loraplex_server.errors import ApiError, from_unexpected
 
 _DONE = b"data: [DONE]\n\n"
 _HEADERS = [
@@ -26,7 +22,7 @@ _HEADERS = [
 
 
 class SseForm(NamedTuple):
-    """What an API's streams have around their events."""
+    """The frame of an API's streams: pings, the end, and errors."""
 
     ping: bytes
     end: bytes
@@ -41,11 +37,11 @@ def sse_event(name: str, data: bytes) -> bytes:
 
 
 class SseResponse(Response):
-    """Sends what ``events`` yields, then the end that ``form`` has.
+    """Sends the output of ``events``, then the end of ``form``.
 
-    The status is sent with the first event, or with the first ping: an error before that is
-    answered with its own status, later ones as an event of the stream. The client leaving closes
-    ``events``, whichever way the ASGI server tells (``http.disconnect``, or ``send`` raising).
+    The status is sent with the first event or the first ping. An error before that has its own
+    status; a later error is an event of the stream. When the client disconnects, ``events`` is
+    closed, whether the ASGI server sends ``http.disconnect`` or ``send`` raises.
     """
 
     def __init__(
@@ -57,7 +53,7 @@ class SseResponse(Response):
         self._ping_s = ping_s
         self._form = form
         self._started = False
-        self._ended = False  # the last byte is on its way: no pings any more
+        self._ended = False  # the last byte is sent, and no ping may follow
         self._sent_at = 0.0
         self._sending = asyncio.Lock()  # pings come from another task
 
@@ -79,9 +75,9 @@ class SseResponse(Response):
             raise pump.exception()  # type: ignore[misc]  # not None, as asked the line before
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Raises what was not foreseen, for the log, once the client knows of it."""
+        """Send the stream. Raises unexpected exceptions for the log, after the client's answer."""
         failure: Exception | None = None
-        with suppress(OSError):  # the client left
+        with suppress(OSError):  # the client disconnected
             while True:
                 try:
                     events = await anext(self._events, None)
@@ -90,8 +86,8 @@ class SseResponse(Response):
                     break
                 except Exception as error:
                     failure = error
-                    told = from_fault(error, info_of(scope).id)
-                    await self._fail(told, scope, receive, send)
+                    shown = from_unexpected(error, info_of(scope).id)
+                    await self._fail(shown, scope, receive, send)
                     break
                 await self._send(send, self._form.end if events is None else events)
                 if events is None:
@@ -125,7 +121,7 @@ class SseResponse(Response):
         self._sent_at = asyncio.get_running_loop().time()
 
     async def _ping(self, send: Send) -> None:
-        """Keeps proxies from giving up while a prompt is read or an adapter is loaded."""
+        """Send pings, so that proxies wait during prefill and loads of adapters."""
         loop = asyncio.get_running_loop()
         while True:
             wait_s = self._sent_at + self._ping_s - loop.time()

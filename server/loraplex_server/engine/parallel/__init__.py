@@ -1,1 +1,1 @@
-"""The engine over several processes, each with a part of every layer (tensor parallel)."""
+"""Tensor parallelism: an engine of several processes, each with a part of every layer."""

@@ -1,16 +1,14 @@
-"""One rank's part of an adapter, and which adapters can be cut.
+"""Cuts adapters into one part for each rank.
 
-With W cut by outputs (q, k, v, gate, up), A is whole and B, scales and biases are cut as W is. With
-W cut by inputs (o, down), A is cut and B is whole:
+If W is cut by outputs (q, k, v, gate, up), A is whole and B, scales and biases are cut as W. If W
+is cut by inputs (o, down), A is cut and B is whole:
 
     scale ⊙ (W x + B A x) + bias = Σ_ranks scale ⊙ (W_r x_r + B A_r x_r)   + bias, on rank 0
 
-so an adapter adds nothing to what the ranks tell each other. Operators on inputs that are whole and
-on outputs that are summed need no cut, nor do deltas (see ``model.cut_delta``). Gates, norms and
-what rank 0 does alone (embedding, head, pooling) are whole.
+So an adapter adds no communication between the ranks. Operators on whole inputs and on summed
+outputs need no cut, nor do deltas (see ``model.layers.cut_delta``). Gates, norms and the parts of
+rank 0 alone (embedding, head, pooling) are whole.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -19,28 +17,25 @@ import torch
 from torch import Tensor
 
 from loraplex_adapter_store.operators.contract import Delta
-from loraplex_adapter_store.operators.deltas import MaskedWeight, SumDelta
-from loraplex_adapter_store.operators.table import operator_name
+from loraplex_adapter_store.operators.kinds import MaskedWeight, SumDelta, operator_name
 from loraplex_adapter_store.plan import AdapterPlan, ExpertPlan, ModulePlan
-from loraplex_server.model.tensor_parallel import ShardLayout
-
-__all__ = ["cut_plan", "uncut_parts", "without_shared_bases"]
+from loraplex_server.model.layers.tensor_parallel import ShardLayout
 
 
 def uncut_parts(plan: AdapterPlan, layout: ShardLayout) -> Iterator[str]:
-    """What of ``plan`` cannot be cut, a line each, and what to do. Looks at names only."""
-    found = []
+    """Yield the parts of ``plan`` that cannot be cut, and a remedy. Looks at names only."""
+    problems = []
     for name, module in plan.modules.items():
         if layout.is_cut(name):
             whole = module.input_operator if layout.is_summed(name) else module.output_operator
-            found += [] if whole is None else [f"{name}: {operator_name(whole)}"]
-    found += [
+            problems += [] if whole is None else [f"{name}: {operator_name(whole)}"]
+    problems += [
         f"{name}: experts of a linear whose inputs are cut"
         for name in plan.experts
         if layout.is_summed(name)
     ]
-    yield from found
-    if found:
+    yield from problems
+    if problems:
         yield (
             f"these parts cannot be cut over {layout.size} processes; serve the adapter without "
             "--tensor-parallel-size"
@@ -48,18 +43,18 @@ def uncut_parts(plan: AdapterPlan, layout: ShardLayout) -> Iterator[str]:
 
 
 def without_shared_bases(plan: AdapterPlan) -> AdapterPlan:
-    """VeRA's and RandLoRA's bases as ordinary factors, which can be cut."""
+    """Return the plan with VeRA's and RandLoRA's shared bases as ordinary factors."""
     return replace(plan, modules={name: _unrolled(m) for name, m in plan.modules.items()})
 
 
 def cut_plan(plan: AdapterPlan, layout: ShardLayout, rank: int) -> AdapterPlan:
-    """Views of ``rank``'s part. Of other ranks than 0 the layers' parts alone."""
+    """Return views of ``rank``'s part. Ranks other than 0 get only tensors of layers."""
     cut = replace(
         plan,
         modules={
             name: cut_module(name, module, layout, rank)
             for name, module in plan.modules.items()
-            if rank == 0 or (layout.is_cut(name) and _stays(name, module, layout))
+            if rank == 0 or (layout.is_cut(name) and _has_parts(name, module, layout))
         },
         experts={
             name: _cut_experts(experts, layout, rank) for name, experts in plan.experts.items()
@@ -80,7 +75,7 @@ def cut_plan(plan: AdapterPlan, layout: ShardLayout, rank: int) -> AdapterPlan:
 
 
 def cut_module(name: str, module: ModulePlan, layout: ShardLayout, rank: int) -> ModulePlan:
-    """As ``cut_plan``, of one linear."""
+    """Return ``rank``'s part of one linear."""
     if not layout.is_cut(name):
         return module
     module = _unrolled(module)
@@ -98,7 +93,7 @@ def cut_module(name: str, module: ModulePlan, layout: ShardLayout, rank: int) ->
 
 
 def _cut_delta(delta: Delta | None, inputs: slice, outputs: slice) -> Delta | None:
-    """Only what multiplies W itself."""
+    """Cut a delta that multiplies W. Other deltas are not cut."""
     if isinstance(delta, MaskedWeight):
         return MaskedWeight(delta.a[:, inputs], delta.b[outputs])
     if isinstance(delta, SumDelta):
@@ -107,8 +102,11 @@ def _cut_delta(delta: Delta | None, inputs: slice, outputs: slice) -> Delta | No
     return delta
 
 
-def _stays(name: str, module: ModulePlan, layout: ShardLayout) -> bool:
-    """Whether something of it is left beyond rank 0, which alone adds the bias of a sum."""
+def _has_parts(name: str, module: ModulePlan, layout: ShardLayout) -> bool:
+    """Return True if a rank other than 0 has tensors of this module.
+
+    The bias of a summed output does not count: only rank 0 adds it.
+    """
     n_parts = sum(1 for _ in module.tensors())
     return n_parts > int(module.bias is not None and layout.is_summed(name))
 
@@ -142,5 +140,5 @@ def _unrolled(module: ModulePlan) -> ModulePlan:
     return replace(module, a=a, b=b, shared=None)
 
 
-def _at(tensor: Tensor | None, place: tuple[slice, ...]) -> Tensor | None:
-    return None if tensor is None else tensor[place]
+def _at(tensor: Tensor | None, index: tuple[slice, ...]) -> Tensor | None:
+    return None if tensor is None else tensor[index]

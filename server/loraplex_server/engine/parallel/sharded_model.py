@@ -1,6 +1,4 @@
-"""Builds the model of rank 0 with the processes of the other ranks behind it."""
-
-from __future__ import annotations
+"""Builds the model of rank 0 and starts the other ranks."""
 
 import logging
 from dataclasses import dataclass
@@ -9,15 +7,13 @@ from pathlib import Path
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_kernels.quantized_weight import WeightFormat
+from loraplex_kernels.formats.quantized_weight import WeightFormat
 from loraplex_server.engine.config import EngineConfig
 from loraplex_server.model.base_model import BaseModel
-from loraplex_server.model.shard_loader import Checkpoint
-from loraplex_server.model.tensor_parallel import Shard
+from loraplex_server.model.layers.tensor_parallel import Shard
+from loraplex_server.model.loading.shard_loader import Checkpoint
 
 from .shard_workers import ShardWorkers, WorkerSettings
-
-__all__ = ["ShardedModel", "build_sharded", "devices_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -32,29 +28,30 @@ class ShardedModel:
 def build_sharded(
     path: Path, model_id: str, config: EngineConfig, *, dtype: torch.dtype, device: torch.device
 ) -> ShardedModel:
-    """All ranks load at once. Raises ModelError if the base cannot be served in so many parts."""
+    """Load the base on all ranks. Raises ModelError if it cannot be split over them."""
     if not config.fuse:
         raise ValueError("--no-fuse and --tensor-parallel-size exclude each other; leave one out")
     size = config.tensor_parallel_size
     devices = devices_of(device, size)
     quantization = None if config.quantization == "none" else WeightFormat(config.quantization)
-    checkpoint = Checkpoint(path, size, quantization)  # refuses before anything is started
+    checkpoint = Checkpoint(path, size, quantization)  # raises before a process starts
     workers = ShardWorkers(
         WorkerSettings(
-            path=path,
+            path=str(path),
             model_id=model_id,
             size=size,
-            dtype=dtype,
+            dtype=str(dtype).removeprefix("torch."),
             quantization=quantization,
-            devices=devices,
+            devices=tuple(map(str, devices)),
             kernels=config.kernels,
             n_threads=config.threads or max(1, torch.get_num_threads() // size),
-        )
+        ),
+        checkpoint.layout,
     )
     try:
         own = checkpoint.load(0, dtype=dtype, device=devices[0])
         spec = checkpoint.spec(model_id, dtype)
-        shard = Shard(checkpoint.layout, 0, workers.join(checkpoint.layout), workers)
+        shard = Shard(checkpoint.layout, 0, workers.join(), workers)
         if config.self_check:
             _log.warning(
                 "a base in %d parts is not held against transformers' own forward at start", size
@@ -67,7 +64,7 @@ def build_sharded(
 
 
 def devices_of(first: torch.device, size: int) -> tuple[torch.device, ...]:
-    """One for each rank: GPUs from ``first`` on, or the CPU for all. Raises ValueError."""
+    """Return the device of each rank: GPUs from ``first`` on, or the CPU. Raises ValueError."""
     if first.type == "cpu":
         return (first,) * size
     n_devices, index = torch.cuda.device_count(), first.index or 0

@@ -4,8 +4,6 @@ The interpreter must be chosen before Triton is imported, so without a GPU they 
 in a process of their own (``test_under_the_interpreter.py`` starts it).
 """
 
-from __future__ import annotations
-
 import os
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if INTERPRETED:
-    from tests.support.triton_interpreter import mend_interpreter
+    from tests.support.gpu.triton_interpreter import mend_interpreter
 
     mend_interpreter()
 

@@ -1,27 +1,16 @@
 """The GPU benchmark compares systems that compute the same thing."""
 
-from __future__ import annotations
-
+import importlib
 import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-_PATH = Path(__file__).parents[4] / "kernels" / "benchmarks" / "bench_gpu.py"
-
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_gpu", _PATH)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_gpu"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("kernels.benchmarks.bench_gpu")
 
 
 @pytest.mark.parametrize(

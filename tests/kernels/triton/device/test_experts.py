@@ -1,4 +1,4 @@
-"""Experts by slot: gates, pairs and scales of inputs equal their references, within rows alone."""
+"""Gates and experts by slot equal their references, within rows alone."""
 
 from __future__ import annotations
 
@@ -11,91 +11,63 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex_kernels.input_scales import (
-    scale_inputs_of_each_reference,
-    scale_inputs_reference,
-)
-from loraplex_kernels.moe_by_slot import (
-    InputScales,
+from loraplex_kernels.formats.gate_table import GATE_WORDS, MAX_CHOICES, MAX_EXPERTS, GateTable
+from loraplex_kernels.formats.layout import LoraTables
+from loraplex_kernels.lora.routed_mlp import (
     RoutedPairs,
     add_pairs,
     gate_pairs,
     mix_pairs,
-    sum_pairs,
+    route_by_slot,
 )
-from loraplex_kernels.reference import lora_apply_reference
-from loraplex_kernels.routers import (
-    MAX_CHOICES,
-    MAX_EXPERTS,
-    ROUTER_WORDS,
-    GateFlags,
-    GateRule,
-    RouterTable,
-    route_by_slot_reference,
-)
-from loraplex_kernels.segments import build_segments, expand_routed
-from loraplex_kernels.triton import (
+from loraplex_kernels.lora.segments import build_segments, expand_routed
+from loraplex_kernels.reference.lora import lora_apply_reference
+from loraplex_kernels.triton.group_rows import build_device_segments
+from loraplex_kernels.triton.launch_choices import ExpandChoice, ShrinkChoice
+from loraplex_kernels.triton.moe import (
     add_pairs_triton,
-    build_device_segments,
+    expand_gate,
     gate_pairs_triton,
-    lora_apply_triton,
     mix_pairs_triton,
-    route_by_slot_triton,
-    scale_inputs_of_each_triton,
-    scale_inputs_triton,
-    segments_of_pairs,
-    sum_pairs_triton,
 )
-from loraplex_kernels.triton.moe import expand_gate
+from loraplex_kernels.triton.moe_gate import route_by_slot_triton
 from loraplex_kernels.triton.shrink import lora_shrink, planes_shape
-from loraplex_kernels.triton.tuning import ExpandChoice, ShrinkChoice
-from tests.support.lora_problems import LoraProblem, make_problem, tolerance
+from tests.support.adapters.lora_problems import LoraProblem, make_problem, moved, tolerance
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RULES = {
-    "top-k": lambda n: GateRule(min(2, n), GateFlags.RENORMALISED),
-    "arrow": lambda n: GateRule(min(3, n), GateFlags.RENORMALISED | GateFlags.BY_SIZE),
-    "top-p": lambda n: GateRule(min(MAX_CHOICES, n), GateFlags(0), 0.7),
-    "switch": lambda n: GateRule(1, GateFlags(0)),
-    "dense": lambda n: GateRule(n, GateFlags.IN_ORDER),
-}
+BF16_DAILY = [
+    torch.bfloat16,
+    *(pytest.param(dtype, marks=pytest.mark.nightly) for dtype in (torch.float32, torch.float16)),
+]
 
 
-class Routers(NamedTuple):
+class Gates(NamedTuple):
     storage: Tensor
-    table: RouterTable
-    n_slots: int
+    table: GateTable
 
 
-def _routers(
-    width: int, adapters: list[tuple[int, GateRule] | None], dtype: torch.dtype
-) -> Routers:
-    """Slot 0 upwards: each adapter's own, then its experts'. What no gate covers is NaN."""
+def _gates(width: int, adapters: list[tuple[int, int] | None], dtype: torch.dtype) -> Gates:
+    """Each adapter's (experts, k), in slots from 0: its own, then its experts'. The rest is NaN."""
     generator = torch.Generator().manual_seed(width)
     n_slots = sum(1 + (0 if one is None else one[0]) for one in adapters) + 1
-    words = torch.full((n_slots, 3, ROUTER_WORDS), -1, dtype=torch.int64)
-    top_p = torch.full((n_slots, 3), float("nan"))
+    words = torch.full((n_slots, 3, GATE_WORDS), -1, dtype=torch.int64)
     parts, size, slot = [torch.full((16,), float("nan"))], 16, 0
     for one in adapters:
         if one is not None:
-            n_experts, rule = one
+            n_experts, k = one
             gate = torch.randn(n_experts * width, generator=generator) * width**-0.5 * 2
             padding = torch.full((-gate.numel() % 16 + 16,), float("nan"))
-            words[slot, 1] = torch.tensor([size, n_experts, slot + 1, *rule[:2]])
-            top_p[slot, 1] = rule.top_p
+            words[slot, 1] = torch.tensor([size, n_experts, slot + 1, k])
             parts += [gate, padding]
             size += gate.numel() + padding.numel()
             slot += n_experts
         slot += 1
     storage = torch.cat(parts).view(dtype)
-    load = torch.zeros(n_slots, dtype=torch.int64)
-    return Routers(storage, RouterTable(words[:, 1], top_p[:, 1], load), n_slots)
+    return Gates(storage, GateTable(words[:, 1], torch.zeros(n_slots, dtype=torch.int64)))
 
 
-def _moved(table: RouterTable, device: torch.device) -> RouterTable:
-    return RouterTable(
-        table.words.to(device), table.top_p.to(device), table.load.clone().to(device)
-    )
+def _moved(table: GateTable, device: torch.device) -> GateTable:
+    return GateTable(table.words.to(device), table.load.clone().to(device))
 
 
 def _rows(n: int, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
@@ -107,14 +79,14 @@ def _rows(n: int, width: int, dtype: torch.dtype, device: torch.device, seed: in
 
 
 def _route(
-    x: Tensor, row_slots: Tensor, routers: Routers, device: torch.device, **options: int
+    x: Tensor, row_slots: Tensor, gates: Gates, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Slots, weights, load; the outputs are not initialised before."""
-    table = _moved(routers.table, device)
+    table = _moved(gates.table, device)
     slots = torch.full((x.shape[0], MAX_CHOICES), 12345, dtype=torch.int32, device=device)
     weights = torch.full((x.shape[0], MAX_CHOICES), torch.nan, device=device)
-    storage, row_slots = routers.storage.to(device), row_slots.to(device)
-    route_by_slot_triton(x, row_slots, storage, table, slots=slots, weights=weights, **options)
+    storage, row_slots = gates.storage.to(device), row_slots.to(device)
+    route_by_slot_triton(x, row_slots, storage, table, slots=slots, weights=weights)
     return slots.cpu(), weights.cpu(), table.load.cpu()
 
 
@@ -124,8 +96,8 @@ def _route(
         st.one_of(
             st.none(),
             st.tuples(
-                st.sampled_from(sorted(RULES)),
                 st.one_of(st.integers(1, MAX_EXPERTS), st.sampled_from([16, 17, MAX_EXPERTS])),
+                st.integers(1, MAX_CHOICES),
             ),
         ),
         min_size=1,
@@ -134,62 +106,49 @@ def _route(
     width=st.sampled_from([41, 64, 300, 1111]),
     n_rows=st.integers(0, 13),
     dtype=st.sampled_from(DTYPES),
-    slice_of=st.sampled_from([(0, 1, True), (1, 3, False), (0, 2, True)]),
     seed=st.integers(0, 99),
 )
 def test_gates_equal_the_reference(
     device: torch.device,
-    adapters: list[tuple[str, int] | None],
+    adapters: list[tuple[int, int] | None],
     width: int,
     n_rows: int,
     dtype: torch.dtype,
-    slice_of: tuple[int, int, bool],
     seed: int,
 ) -> None:
-    known = [
-        None if one is None else (min(one[1], MAX_CHOICES) if one[0] == "dense" else one[1], one[0])
-        for one in adapters
-    ]
-    routers = _routers(
-        width, [None if one is None else (one[0], RULES[one[1]](one[0])) for one in known], dtype
-    )
+    gates = _gates(width, [one and (one[0], min(one)) for one in adapters], dtype)
     own, slot = [-1], 0
-    for one in known:
+    for one in adapters:
         own.append(slot)
         slot += 1 + (0 if one is None else one[0])
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(own), (n_rows,), generator=generator)
     row_slots = torch.tensor(own, dtype=torch.int32)[picks]
-    index, n_slices, takes_plain = slice_of
-    options = {"slice_index": index, "n_slices": n_slices, "takes_plain": takes_plain}
     x = _rows(n_rows, width, dtype, device, seed)
-    slots, weights, load = _route(x, row_slots, routers, device, **options)
-    table = _moved(routers.table, torch.device("cpu"))
-    wanted = route_by_slot_reference(x.cpu(), row_slots, routers.storage, table, **options)
-    assert torch.equal(slots, wanted[0])
-    torch.testing.assert_close(weights, wanted[1], rtol=1e-5, atol=1e-6)
+    slots, weights, load = _route(x, row_slots, gates, device)
+    table = _moved(gates.table, torch.device("cpu"))
+    expected = route_by_slot(x.cpu(), row_slots, gates.storage, table)
+    assert torch.equal(slots, expected[0])
+    torch.testing.assert_close(weights, expected[1], rtol=1e-5, atol=1e-6)
     assert torch.equal(load, table.load)
 
 
 def test_equal_products_go_to_the_lower_expert(device: torch.device) -> None:
-    routers = _routers(64, [(8, RULES["top-k"](8)), (8, RULES["arrow"](8))], torch.float32)
+    gates = _gates(64, [(8, 2), (8, 3)], torch.float32)
     row_slots = torch.tensor([0, 9], dtype=torch.int32)
-    slots, weights, _ = _route(torch.zeros(2, 64, device=device), row_slots, routers, device)
+    slots, weights, _ = _route(torch.zeros(2, 64, device=device), row_slots, gates, device)
     assert slots.tolist() == [[1, 2, *[-1] * 6], [10, 11, 12, *[-1] * 5]]
     torch.testing.assert_close(weights[:, :3], torch.tensor([[0.5, 0.5, 0], [1 / 3] * 3]))
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NumPy, of the interpreter, on NaN
-@pytest.mark.parametrize("rule", RULES)
-def test_rows_that_are_no_numbers_name_experts_of_their_own_adapter(
-    device: torch.device, rule: str
-) -> None:
-    routers = _routers(64, [None, (8, RULES[rule](8))], torch.float32)
+def test_rows_that_are_no_numbers_name_experts_of_their_own_adapter(device: torch.device) -> None:
+    gates = _gates(64, [None, (8, 3)], torch.float32)
     row_slots = torch.full((3,), 1, dtype=torch.int32)
     x = _rows(3, 64, torch.float32, device)
-    clean = _route(x, row_slots, routers, device)
+    clean = _route(x, row_slots, gates, device)
     x[0], x[1, 5] = torch.nan, torch.inf
-    slots, weights, load = _route(x, row_slots, routers, device)
+    slots, weights, load = _route(x, row_slots, gates, device)
     for row in slots.tolist():
         used = [slot for slot in row if slot >= 0]
         assert used == row[: len(used)]
@@ -200,15 +159,15 @@ def test_rows_that_are_no_numbers_name_experts_of_their_own_adapter(
     assert torch.equal(weights[2], clean[1][2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BF16_DAILY)
 def test_a_row_is_routed_alike_alone(device: torch.device, dtype: torch.dtype) -> None:
-    routers = _routers(300, [(5, RULES["top-k"](5)), None, (3, RULES["top-p"](3))], dtype)
+    gates = _gates(300, [(5, 2), None, (3, 3)], dtype)
     row_slots = torch.tensor([0, 6, 7, -1, 0], dtype=torch.int32)
     x = _rows(5, 300, dtype, device)
-    together = _route(x, row_slots, routers, device, takes_plain=True)
+    together = _route(x, row_slots, gates, device)
     for row in range(5):
         own = slice(row, row + 1)
-        alone = _route(x[own], row_slots[own], routers, device, takes_plain=True)
+        alone = _route(x[own], row_slots[own], gates, device)
         assert torch.equal(alone[0], together[0][own])
         assert torch.equal(alone[1], together[1][own])
 
@@ -229,20 +188,14 @@ class Block(NamedTuple):
 
     @property
     def pairs(self) -> RoutedPairs:
-        by_row = expand_routed(self.slots, self.weights)
-        return RoutedPairs(self.slots, self.weights, by_row, build_segments(self.slots.flatten()))
+        segments = expand_routed(self.slots, self.weights)
+        return RoutedPairs(self.slots, self.weights, segments)
 
 
 def _on_cpu(problem: LoraProblem) -> LoraProblem:
-    tables = dataclasses.replace(
-        problem.tables,
-        **{
-            f.name: getattr(problem.tables, f.name).cpu()
-            for f in dataclasses.fields(problem.tables)
-        },
-    )
-    moved = {name: getattr(problem, name).cpu() for name in ("storage", "x", "base", "slots")}
-    return dataclasses.replace(problem, tables=tables, weights=None, **moved)
+    tables = moved(problem.tables, torch.device("cpu"))
+    tensors = {name: getattr(problem, name).cpu() for name in ("x", "base", "slots")}
+    return dataclasses.replace(problem, tables=tables, weights=None, **tensors)
 
 
 def _block(
@@ -282,68 +235,57 @@ class Found(NamedTuple):
     out: Tensor
 
 
-def _scales(block: Block) -> InputScales:
-    """Of the plain slot 0: the page of a factor serves as its vector."""
-    row_slots = torch.where(block.slots[:, 0] == 0, 0, 1).int()
-    row_slots[block.slots[:, 0] < 0] = -1
-    offsets = torch.full((9, 4), -1, dtype=torch.int64, device=block.slots.device)
-    offsets[0, 2] = block.down.tables.a_pages[0, 0, 0]
-    return InputScales(row_slots, block.down.storage, offsets[:, 2])
-
-
-def _run(block: Block, *, has_scales: bool, block_m: int = 32, block_n: int = 64) -> Found:
+def _run(block: Block, *, block_m: int = 32, block_n: int = 64) -> Found:
     up, down = block.up, block.down
     n_slots = up.tables.ranks.shape[0]
     segments = build_device_segments(block.slots, block.weights, n_slots=n_slots)
     n_pairs = segments.indices.shape[0]
-    shape = planes_shape(up.target, up.tables, segments, n_planes=1)
+    shape = planes_shape(up.tables, segments, n_planes=1)
     planes = torch.full(shape, float("nan"), device=up.x.device)
-    inputs = (up.storage, up.target, up.tables, segments)
-    lora_shrink(up.x, *inputs, ShrinkChoice(True, 2, 4, 2), planes=planes)
+    choice = ShrinkChoice(True, 2, 4, 2)
+    lora_shrink(up.x, up.tables, segments, choice=choice, planes=planes)
     around = torch.full((n_pairs, up.target.out_features[0] + 3), torch.nan, dtype=up.x.dtype)
     pair_act = around.to(up.x.device)[:, :-3]
-    choice = ExpandChoice(block_m, block_n, 4, 2)
-    expand_gate(planes, up.x, up.base, *inputs, choice, out=pair_act)
+    tiles = ExpandChoice(block_m, block_n, 4, 2)
+    expand_gate(planes, up.x, up.base, up.tables, segments, choice=tiles, out=pair_act)
     n_valid = int((block.slots >= 0).sum())
     assert bool(pair_act[n_valid:].isnan().all())  # padding is not written
-    act = mix_pairs_triton(up.base, pair_act, segments, _scales(block) if has_scales else None)
+    act = mix_pairs_triton(up.base, pair_act, segments)
     out = down.base.clone()
-    ids = torch.arange(n_pairs + 9, dtype=torch.int32, device=up.x.device)
-    by_pair = segments_of_pairs(segments, ids)
-    operands = (down.storage, down.target, down.tables, by_pair, segments)
-    add_pairs_triton(pair_act, act, *operands, out=out)
+    add_pairs_triton(pair_act, act, down.tables, segments, out=out)
     return Found(act, out)
 
 
-def _wanted(block: Block, *, has_scales: bool) -> Found:
+def _expected(block: Block) -> Found:
     block = block.on_cpu()
     up, down = block.up, block.down
     base = up.base.contiguous()
-    pair_act = gate_pairs(up.x, base, block.pairs, up.storage, up.target, up.tables)
-    act = mix_pairs(base, pair_act, block.pairs, _scales(block) if has_scales else None)
+    pair_act = gate_pairs(up.x, base, block.pairs, up.tables)
+    act = mix_pairs(base, pair_act, block.pairs)
     out = down.base.clone()
-    add_pairs(pair_act, act, block.pairs, down.storage, down.target, down.tables, out)
+    add_pairs(pair_act, act, block.pairs, down.tables, out)
     return Found(act, out)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("ff", "n_rows", "has_scales"), [(33, 11, True), (33, 5, False), (130, 3, True)]
-)
+@pytest.mark.parametrize("dtype", BF16_DAILY)
+@pytest.mark.parametrize(("ff", "n_rows"), [(33, 11), (130, 3)])
 def test_blocks_of_experts_equal_the_reference(
-    device: torch.device, dtype: torch.dtype, ff: int, n_rows: int, has_scales: bool
+    device: torch.device, dtype: torch.dtype, ff: int, n_rows: int
 ) -> None:
     block = _block(device, dtype, ff=ff, n_rows=n_rows)
-    found, wanted = (run(block, has_scales=has_scales) for run in (_run, _wanted))
-    for mine, theirs in zip(found, wanted, strict=True):
+    for mine, theirs in zip(_run(block), _expected(block), strict=True):
         limit = 4 * tolerance(dtype) * max(1.0, float(theirs.float().abs().max()))
         assert float((mine.cpu().float() - theirs.float()).abs().max()) <= limit
+
+
+def _in_float64(problem: LoraProblem) -> LoraTables:
+    return dataclasses.replace(problem.tables, storage=problem.tables.storage.double())
 
 
 def test_the_reference_is_the_sum_over_a_rows_experts() -> None:
     """Row by row in float64, expert by expert, from the operator alone."""
     block = _block(torch.device("cpu"), torch.float32)
-    found = _wanted(block, has_scales=False)
+    found = _expected(block)
     for row, names in enumerate(block.slots.tolist()):
         total, out = 0.0, block.down.base[row : row + 1].double()
         for j, slot in enumerate(names):
@@ -352,14 +294,12 @@ def test_the_reference_is_the_sum_over_a_rows_experts() -> None:
             one = build_segments(torch.tensor([slot], dtype=torch.int32))
             up, weight = block.up, block.weights[row, j].double()
             y = up.base[row : row + 1].double()
-            inputs = (up.storage.double(), up.target, up.tables, one)
-            lora_apply_reference(up.x[row : row + 1].double(), *inputs, out=y)
+            lora_apply_reference(up.x[row : row + 1].double(), _in_float64(up), one, out=y)
             gate, linear = y.chunk(2, dim=1)
             act = torch.nn.functional.silu(gate) * linear
             total = total + weight * act
             down, delta = block.down, torch.zeros_like(out)
-            inputs = (down.storage.double(), down.target, down.tables, one)
-            lora_apply_reference(act, *inputs, out=delta)
+            lora_apply_reference(act, _in_float64(down), one, out=delta)
             out = out + weight * delta
         if names[0] < 0:
             gate, linear = block.up.base[row : row + 1].double().chunk(2, dim=1)
@@ -368,144 +308,40 @@ def test_the_reference_is_the_sum_over_a_rows_experts() -> None:
         torch.testing.assert_close(found.out[row : row + 1].double(), out, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", BF16_DAILY[:2])
 def test_a_row_has_the_same_bits_alone_and_in_other_tiles(
     device: torch.device, dtype: torch.dtype
 ) -> None:
     block = _block(device, dtype)
-    together = _run(block, has_scales=True)
-    others = _run(block, has_scales=True, block_m=16, block_n=32)
+    together = _run(block)
+    others = _run(block, block_m=16, block_n=32)
     for row in (0, 1, 3):  # of the base, of a plain adapter, of seven experts
-        alone = _run(block.rows(torch.tensor([row], device=device)), has_scales=True)
+        alone = _run(block.rows(torch.tensor([row], device=device)))
         for mine, theirs, other in zip(alone, together, others, strict=True):
             assert torch.equal(mine[0], theirs[row])
             assert torch.equal(other[row], theirs[row])
-
-
-def _own_downs(device: torch.device, dtype: torch.dtype) -> tuple[Block, Tensor, Tensor]:
-    """A block whose down outputs are scaled and shifted; what its pairs hold, and the base's
-    products of that, both [n_rows, MAX_CHOICES, …], NaN where there is no pair."""
-    block = _block(device, dtype)
-    ranks = block.down.tables.ranks.flatten().tolist()
-    down = make_problem(
-        in_features=33, out_features=(41,), ranks=[(rank,) for rank in ranks], dtype=dtype,
-        device=device, slots=block.slots.cpu(), seed=5, with_scale_and_bias=True,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(6)
-    act = torch.randn(*block.slots.shape, 33, generator=generator)
-    base = act @ torch.randn(33, 41, generator=generator) * 33**-0.5
-    act[block.slots.cpu() < 0] = base[block.slots.cpu() < 0] = torch.nan
-    return block._replace(down=down), act.to(dtype).to(device), base.to(dtype).to(device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_experts_with_downs_of_their_own_are_summed_as_the_reference_does(
-    device: torch.device, dtype: torch.dtype
-) -> None:
-    block, act, base = _own_downs(device, dtype)
-    down, n_pairs = block.down, block.slots.numel()
-    segments = build_device_segments(block.slots, block.weights, n_slots=9)
-    ids = torch.arange(n_pairs, dtype=torch.int32, device=device)
-    # The kernels' pairs stand by slot, those of no expert last.
-    place = segments.pair_of.long()
-    pair_act, of_pairs = (
-        torch.full((n_pairs, values.shape[2]), torch.nan, dtype=dtype, device=device)
-        for values in (act, base)
-    )
-    pair_act[place[place >= 0]], of_pairs[place[place >= 0]] = act[place >= 0], base[place >= 0]
-    operands = (down.storage, down.target, down.tables, segments_of_pairs(segments, ids))
-    lora_apply_triton(pair_act, *operands, out=of_pairs)
-    found = down.base.clone()
-    sum_pairs_triton(of_pairs, segments, out=found)
-
-    block, of_pairs = block.on_cpu(), base.cpu().flatten(0, 1)
-    down, pairs = block.down, block.pairs
-    inputs = (down.storage, down.target, down.tables, pairs.by_pair)
-    lora_apply_reference(act.cpu().flatten(0, 1), *inputs, out=of_pairs)
-    wanted = down.base.clone()
-    sum_pairs(of_pairs, pairs, wanted)
-    limit = 4 * tolerance(dtype) * max(1.0, float(wanted.float().abs().max()))
-    assert float((found.cpu().float() - wanted.float()).abs().max()) <= limit
-    alone = block.slots[:, 0] < 0
-    assert torch.equal(found.cpu()[alone], down.base[alone])
 
 
 def test_launchers_choose_tiles_by_themselves(device: torch.device) -> None:
     block = _block(device, torch.float32)
     segments = build_device_segments(block.slots, block.weights, n_slots=9)
     up = block.up
-    found = gate_pairs_triton(up.x, up.base, up.storage, up.target, up.tables, segments)
-    act = mix_pairs_triton(up.base, found, segments, None)
-    assert torch.equal(act, _run(block, has_scales=False).act)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [1, 41, 1100])
-def test_inputs_are_scaled_as_the_reference_does(
-    device: torch.device, dtype: torch.dtype, width: int
-) -> None:
-    vectors = torch.full((3, -(-width // 16) * 16 + 16), torch.nan)
-    vectors[:, :width] = torch.randn(3, width, generator=torch.Generator().manual_seed(1))
-    storage = vectors.to(dtype).flatten().to(device)
-    offsets = torch.full((6, 3), -1, dtype=torch.int64, device=device)
-    offsets[torch.tensor([0, 3, 5]), 1] = torch.arange(3, device=device) * vectors.shape[1]
-    row_slots = torch.tensor([5, -1, 3, 1, 0, 3], dtype=torch.int32, device=device)
-    around = torch.full((8, width + 3), torch.nan, dtype=dtype, device=device)
-    x = around[1:7, :width]
-    x.copy_(_rows(6, width, dtype, device))
-    wanted = x.cpu().clone()
-    scale_inputs_triton(x, row_slots, storage, offsets[:, 1])
-    scale_inputs_reference(wanted, row_slots.cpu(), storage.cpu(), offsets[:, 1].cpu())
-    assert torch.equal(x.cpu(), wanted)
-    assert int(around.isnan().sum()) == around.numel() - x.numel()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [41, 1100])
-def test_each_of_some_linears_reads_its_own_scaled_inputs(
-    device: torch.device, dtype: torch.dtype, width: int
-) -> None:
-    vectors = torch.full((4, -(-width // 16) * 16 + 16), torch.nan)
-    vectors[:, :width] = torch.randn(4, width, generator=torch.Generator().manual_seed(1))
-    storage = vectors.to(dtype).flatten().to(device)
-    offsets = torch.full((6, 7), -1, dtype=torch.int64, device=device)
-    offsets[0, 2], offsets[0, 4], offsets[3, 3], offsets[5, 1] = torch.arange(4) * vectors.shape[1]
-    row_slots = torch.tensor([5, -1, 3, 1, 0, 3], dtype=torch.int32, device=device)
-    x = _rows(6, width, dtype, device)
-    out = torch.full((3, 6, width), torch.nan, dtype=dtype, device=device)
-    of_group = offsets[:, 2:5]  # slot 5 scales a linear of another group
-    scale_inputs_of_each_triton(x, row_slots, storage, of_group, out=out)
-    on_cpu = (x.cpu(), row_slots.cpu(), storage.cpu(), of_group.cpu())
-    wanted = scale_inputs_of_each_reference(*on_cpu)
-    assert torch.equal(out.cpu(), wanted)
-    changed = [
-        [not torch.equal(wanted[i, row], x[row].cpu()) for row in range(6)] for i in range(3)
-    ]
-    assert changed == [[row == 4 for row in range(6)], [row in (2, 5) for row in range(6)],
-                       [row == 4 for row in range(6)]]  # fmt: skip
+    pair_act = gate_pairs_triton(up.x, up.base, up.tables, segments)
+    assert torch.equal(mix_pairs_triton(up.base, pair_act, segments), _run(block).act)
 
 
 def test_shapes_that_do_not_fit_are_refused(device: torch.device) -> None:
-    routers = _routers(64, [(4, RULES["top-k"](4))], torch.float32)
+    gates = _gates(64, [(4, 2)], torch.float32)
     row_slots = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"row_slots must be int32 \[3\]"):
-        _route(torch.zeros(3, 64, device=device), row_slots, routers, device)
+        _route(torch.zeros(3, 64, device=device), row_slots, gates, device)
     with pytest.raises(ValueError, match="x must be rows"):
-        _route(torch.zeros(64, 2, device=device).T, row_slots, routers, device)
+        _route(torch.zeros(64, 2, device=device).T, row_slots, gates, device)
     block = _block(device, torch.float32)
     segments = build_device_segments(block.slots, block.weights, n_slots=9)
     up = block.up
     with pytest.raises(ValueError, match="gate_up is"):
-        mix_pairs_triton(up.base[:3], up.base, segments, None)
+        mix_pairs_triton(up.base[:3], up.base, segments)
     one = build_device_segments(block.slots[:, 0].contiguous())
-    with pytest.raises(ValueError, match="several a row"):
-        gate_pairs_triton(up.x, up.base, up.storage, up.target, up.tables, one)
-    scales = torch.zeros(4, dtype=torch.int64, device=device)
-    copies = torch.empty(2, *up.x.shape, device=device)
-    three = scales.new_zeros(4, 3)
-    with pytest.raises(ValueError, match=r"out must be \[3"):
-        scale_inputs_of_each_triton(up.x, block.slots[:, 0], up.storage, three, out=copies)
-    with pytest.raises(ValueError, match="pairs are"):
-        sum_pairs_triton(up.base, segments, out=up.base)
-    with pytest.raises(ValueError, match="the pool"):
-        scale_inputs_triton(up.x, block.slots[:, 0], up.storage.half(), scales)
+    with pytest.raises(ValueError, match="several pairs a row"):
+        gate_pairs_triton(up.x, up.base, up.tables, one)

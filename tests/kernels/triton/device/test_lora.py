@@ -1,9 +1,6 @@
 """The LoRA kernels equal the float64 reference, and give a row the same bits in every batch."""
 
-from __future__ import annotations
-
 import dataclasses
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,28 +8,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loraplex_kernels import LoraSegments
-from loraplex_kernels.side_stream import CudaSideStream, SideStream
-from loraplex_kernels.triton import (
-    build_device_segments,
-    linear_with_lora_triton,
-    lora_apply_triton,
-)
+from loraplex_kernels.formats.layout import DeviceSegments, LoraSegments
 from loraplex_kernels.triton.arithmetic import reduction
 from loraplex_kernels.triton.expand import lora_expand
-from loraplex_kernels.triton.fused import lora_fused
-from loraplex_kernels.triton.routing import DeviceSegments
+from loraplex_kernels.triton.group_rows import build_device_segments
+from loraplex_kernels.triton.launch_choices import ExpandChoice, ShrinkChoice, tile_programs
+from loraplex_kernels.triton.lora import lora_apply_triton
 from loraplex_kernels.triton.shrink import lora_shrink, planes_shape
-from loraplex_kernels.triton.tuning import (
-    ExpandChoice,
-    FusedChoice,
-    ShrinkChoice,
-    TuningTable,
-    default_table,
+from tests.support.adapters.lora_problems import (
+    MIXES,
+    LoraProblem,
+    draw_slots,
+    make_problem,
+    tolerance,
 )
-from tests.support.lora_problems import MIXES, LoraProblem, draw_slots, make_problem, tolerance
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# The kernels differ between dtypes in one product. One dtype a claim is enough in every run.
+BF16_DAILY = [
+    torch.bfloat16,
+    *(pytest.param(dtype, marks=pytest.mark.nightly) for dtype in (torch.float32, torch.float16)),
+]
 
 
 def _segments(problem: LoraProblem, **sizes: int) -> DeviceSegments:
@@ -43,7 +39,7 @@ def _segments(problem: LoraProblem, **sizes: int) -> DeviceSegments:
 def _apply(problem: LoraProblem, segments: LoraSegments | None = None) -> Tensor:
     out = problem.base.clone()
     segments = _segments(problem) if segments is None else segments
-    lora_apply_triton(problem.x, problem.storage, problem.target, problem.tables, segments, out=out)
+    lora_apply_triton(problem.x, problem.tables, segments, out=out)
     return out
 
 
@@ -52,13 +48,11 @@ def _two_launches(
 ) -> Tensor:
     out = problem.base.clone()
     cut = reduction(problem.target.in_features, problem.x.element_size())
-    shape = planes_shape(
-        problem.target, problem.tables, segments, n_planes=1 if serial else cut.n_chunks
-    )
+    shape = planes_shape(problem.tables, segments, n_planes=1 if serial else cut.n_chunks)
     planes = torch.full(shape, float("nan"), device=problem.x.device)
-    inputs = (problem.x, problem.storage, problem.target, problem.tables, segments)
-    lora_shrink(*inputs, ShrinkChoice(serial, 2, 4, 2), planes=planes)
-    lora_expand(planes, *inputs, ExpandChoice(block_m, block_n, 4, 2), out=out)
+    inputs = (problem.x, problem.tables, segments)
+    lora_shrink(*inputs, choice=ShrinkChoice(serial, 2, 4, 2), planes=planes)
+    lora_expand(planes, *inputs, choice=ExpandChoice(block_m, block_n, 4, 2), out=out)
     return out
 
 
@@ -124,62 +118,27 @@ def _mixed(
     )
 
 
-class _Side:
-    """Runs what is launched at once, or at the last moment that a stream may take."""
-
-    def __init__(self, *, late: bool) -> None:
-        self._late, self._waiting = late, list[Callable[[], None]]()
-        self.n_launched = 0
-
-    def launch(self, work: Callable[[], None]) -> None:
-        self.n_launched += 1
-        self._waiting.append(work)
-        if not self._late:
-            self.join()
-
-    def join(self) -> None:
-        while self._waiting:
-            self._waiting.pop(0)()
-
-
-def _over(problem: LoraProblem, side: SideStream, table: TuningTable | None = None) -> Tensor:
-    return linear_with_lora_triton(
-        problem.base.clone,
-        problem.x,
-        problem.storage,
-        problem.target,
-        problem.tables,
-        _segments(problem),
-        side=side,
-        table=table,
+def test_programs_walk_the_tiles_of_a_step_that_has_more_of_them(device: torch.device) -> None:
+    n_slots = 40
+    problem = make_problem(
+        in_features=41,
+        out_features=(33,),
+        ranks=[(4,)] * n_slots,
+        slots=(torch.arange(260, dtype=torch.int32) % (n_slots + 1) - 1)[:, None],
+        dtype=torch.float32,
+        device=device,
+        seed=3,
+        with_scale_and_bias=True,
     )
+    segments = build_device_segments(problem.slots)
+    n_tiles = int((segments.tiles[:, 0] >= 0).sum())
+    assert n_tiles == n_slots > tile_programs(len(segments.tiles), 260, segments.block_m)
+    out = _apply(problem, segments)
+    expected = problem.expected(segments)
+    assert torch.allclose(out.double().cpu(), expected, atol=tolerance(out.dtype))
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_a_shrink_on_the_side_changes_no_bit(device: torch.device, k: int) -> None:
-    problem = _mixed(device, torch.bfloat16, k=k)
-    sides: list[SideStream] = [_Side(late=False), _Side(late=True)]
-    if device.type == "cuda":
-        sides.append(CudaSideStream(device))
-    inputs = (problem.x, problem.storage, problem.target, problem.tables)
-    for table in (default_table(), _without_fused(default_table())):
-        out = problem.base.clone()
-        lora_apply_triton(*inputs, _segments(problem), out=out, table=table)
-        for side in sides:
-            assert torch.equal(_over(problem, side, table), out)
-    assert all(side.n_launched > 0 for side in sides if isinstance(side, _Side))
-
-
-def _without_fused(table: TuningTable) -> TuningTable:
-    rows = [
-        dataclasses.replace(row, choice=dataclasses.replace(row.choice, enabled=False))
-        if isinstance(row.choice, FusedChoice)
-        else row
-        for row in table.rows
-    ]
-    return TuningTable(rows)
-
-
+@pytest.mark.nightly
 @pytest.mark.parametrize("dtype", [torch.bfloat16])
 @pytest.mark.parametrize("k", [1, 2])
 def test_runs_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, k: int) -> None:
@@ -189,7 +148,7 @@ def test_runs_repeat_bit_for_bit(device: torch.device, dtype: torch.dtype, k: in
         assert torch.equal(_apply(problem), first)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BF16_DAILY)
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_row_has_the_same_bits_alone_permuted_and_among_others(
     device: torch.device, dtype: torch.dtype, k: int
@@ -204,7 +163,7 @@ def test_a_row_has_the_same_bits_alone_permuted_and_among_others(
         assert torch.equal(_apply(problem.rows(index)), together[index])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BF16_DAILY)
 def test_a_plain_row_has_the_same_bits_beside_routed_ones(
     device: torch.device, dtype: torch.dtype
 ) -> None:
@@ -220,9 +179,9 @@ def test_a_plain_row_has_the_same_bits_beside_routed_ones(
     assert torch.equal(_apply(alone), beside[index])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", BF16_DAILY)
 def test_no_tile_choice_changes_a_bit(device: torch.device, dtype: torch.dtype) -> None:
-    """Decode and prefill paths, split or serial sums, fused or not: one arithmetic."""
+    """Tiles of decode and prefill, split or serial sums: one arithmetic."""
     problem = _mixed(device, dtype, k=1, n_rows=36)
     outs = [
         _two_launches(
@@ -234,18 +193,6 @@ def test_no_tile_choice_changes_a_bit(device: torch.device, dtype: torch.dtype) 
             (64, True, 32, 128),
         )
     ]
-    for tile, block_n in ((32, 64),):
-        out = problem.base.clone()
-        lora_fused(
-            problem.x,
-            problem.storage,
-            problem.target,
-            problem.tables,
-            _segments(problem, block_m=tile),
-            FusedChoice(True, block_n, 4, 2),
-            out=out,
-        )
-        outs.append(out)
     assert all(torch.equal(out, outs[0]) for out in outs)
     routed = _mixed(device, dtype, k=2, n_rows=21)
     routed_outs = [
@@ -265,10 +212,11 @@ def test_no_tile_choice_changes_a_bit(device: torch.device, dtype: torch.dtype) 
 def test_infinite_weights_of_one_adapter_reach_no_other_row(device: torch.device) -> None:
     problem = _mixed(device, torch.float32, k=2)
     clean = _apply(problem)
-    storage = problem.storage.clone()
+    storage = problem.tables.storage.clone()
     first = int(problem.tables.b_pages[2, 0, 0])
     storage[first : first + 65] = float("inf")
-    out = _apply(dataclasses.replace(problem, storage=storage))
+    tables = dataclasses.replace(problem.tables, storage=storage)
+    out = _apply(dataclasses.replace(problem, tables=tables))
     uses = (problem.slots == 2).any(dim=1)
     assert bool(uses.any())
     assert torch.equal(out[~uses], clean[~uses])
@@ -290,7 +238,7 @@ def test_a_cuda_graph_replays_with_other_segments(device: torch.device, k: int) 
     def step() -> None:
         segments = build_device_segments(slots, problem.weights, n_slots=4)
         out.copy_(problem.base)
-        inputs = (problem.x, problem.storage, problem.target, problem.tables, segments)
+        inputs = (problem.x, problem.tables, segments)
         lora_apply_triton(*inputs, out=out)
 
     step()
@@ -313,8 +261,7 @@ def test_strided_rows_and_a_wider_out_serve(device: torch.device) -> None:
     wide[:, :width] = problem.base.float()
     x = torch.zeros(n_rows, 320, dtype=torch.bfloat16, device=device)
     x[:, :300] = problem.x
-    inputs = (problem.storage, problem.target, problem.tables, segments)
-    lora_apply_triton(x[:, :300], *inputs, out=wide[:, :width])
+    lora_apply_triton(x[:, :300], problem.tables, segments, out=wide[:, :width])
     expected = problem.expected(segments)
     error = float((wide[:, :width].double().cpu() - expected).abs().max())
     assert error < 2e-5 * float(expected.abs().max())  # h keeps 16 bits, out is not rounded to bf16
@@ -339,3 +286,11 @@ def test_wrong_inputs_are_refused_before_the_launch(
     moved = {name: tensor.to(device) for name, tensor in change.items()}
     with pytest.raises(ValueError, match=message):
         _apply(dataclasses.replace(problem, **moved), segments)  # type: ignore[arg-type]
+
+
+def test_segments_of_a_cpu_are_refused(device: torch.device) -> None:
+    problem = _mixed(device, torch.float32, k=1)
+    built = _segments(problem)
+    plain = LoraSegments(built.slots, built.indptr, built.indices)
+    with pytest.raises(ValueError, match="DeviceSegments"):
+        _apply(problem, plain)

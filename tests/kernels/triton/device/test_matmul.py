@@ -1,12 +1,10 @@
 """The batch-invariant product equals torch's, and a row has one set of bits in every batch."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
 
-from loraplex_kernels.triton import matmul_triton
+from loraplex_kernels.triton.matmul import matmul_triton
 
 LIMITS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 

@@ -1,17 +1,16 @@
 """RMSNorm and the MLP's gate equal the reference, for any width, within rows alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
 
-from loraplex_kernels.model_ops_reference import (
+from loraplex_kernels.reference.model_ops import (
     add_rms_norm_reference,
     rms_norm_reference,
     silu_mul_reference,
 )
-from loraplex_kernels.triton import norm_heads_triton, rms_norm_triton, silu_mul_triton
+from loraplex_kernels.triton.rms_norm import norm_heads_triton, rms_norm_triton
+from loraplex_kernels.triton.silu_mul import silu_mul_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ULPS = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -1,16 +1,18 @@
 """Linears on quantised weights equal the reference, for any width, within their tensors alone."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
-from loraplex_kernels.quantized_linear import quantized_linear_reference
-from loraplex_kernels.quantized_weight import QuantizedWeight, WeightFormat, quantize_weight
-from loraplex_kernels.triton import quantized_linear_triton
+from loraplex_kernels.formats.quantized_weight import (
+    QuantizedWeight,
+    WeightFormat,
+    quantize_weight,
+)
+from loraplex_kernels.layers.quantized_linear import quantized_linear_reference
+from loraplex_kernels.triton.quantized_linear import quantized_linear_triton
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}

@@ -1,7 +1,5 @@
 """The sampling kernel takes the reference's tokens, and changes logits as it does."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 
@@ -11,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraplex_kernels.sampling import SamplingBatch, Staging, pack_batch
-from loraplex_kernels.sampling_reference import sample_tokens_reference
-from loraplex_kernels.triton import sample_tokens_triton
+from loraplex_kernels.formats.sampling_batch import SamplingBatch, pack_batch
+from loraplex_kernels.reference.sampling import sample_tokens_reference
 from loraplex_kernels.triton import sampling as sampling_kernel
+from loraplex_kernels.triton.sampling import sample_tokens_triton
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -58,7 +56,7 @@ def _arrays(n: int, vocab_size: int, seed: int) -> dict[str, NDArray[np.generic]
 
 
 def _batch(n: int, vocab_size: int, seed: int, device: torch.device) -> SamplingBatch:
-    return pack_batch(_arrays(n, vocab_size, seed), device, Staging(device))
+    return pack_batch(_arrays(n, vocab_size, seed), device)
 
 
 def _logits(n: int, vocab_size: int, seed: int) -> Tensor:
@@ -72,14 +70,14 @@ def _logits(n: int, vocab_size: int, seed: int) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize(("vocab_size", "block"), [(33, 64), (150, 64)])
+@pytest.mark.parametrize(("vocab_size", "block"), [(33, 64), (150, 64), (700, 64)])
 def test_tokens_and_logits_equal_the_reference(
     device: torch.device,
     vocab_size: int,
     block: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(sampling_kernel, "_BLOCK", block)
+    monkeypatch.setattr(sampling_kernel, "_CHUNK", block)
     n = 15 if INTERPRETED else 2000
     batch = _batch(n, vocab_size, 1, device)
     logits = _logits(n, vocab_size, 1).to(device)
@@ -92,6 +90,24 @@ def test_tokens_and_logits_equal_the_reference(
     assert len(set(found.tolist())) > 4
 
 
+@pytest.mark.nightly
+def test_a_row_of_a_large_vocabulary_is_split_and_equals_the_reference(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vocab_size, n = 128_256, 3
+    monkeypatch.setattr(sampling_kernel, "_SCRATCH", 2 * 63 * 2048)  # the third row is on its own
+    arrays = _arrays(n, vocab_size, 6) | {
+        "temperatures": np.ones(n),
+        "forced": np.full(n, -1),
+        "top_p": np.array([0.9, 0.9, 1.0]),
+        "top_k": np.array([40, 0, 100_000]),
+    }
+    batch = pack_batch(arrays, device)
+    logits = _logits(n, vocab_size, 6).to(device)
+    wanted = sample_tokens_reference(logits.clone(), batch)
+    assert torch.equal(sample_tokens_triton(logits, batch), wanted)
+
+
 def test_a_row_without_a_probability_says_so(device: torch.device) -> None:
     arrays = _arrays(6, 70, 0) | {
         "temperatures": np.array([1.0, 0.0, 1.0, 0.0, 1.0, 0.0]),
@@ -101,7 +117,7 @@ def test_a_row_without_a_probability_says_so(device: torch.device) -> None:
         **dict.fromkeys(("edit_tokens", "edit_biases", "edit_counts"), np.empty(0)),
         "mask_rows": np.full(6, -1),
     }
-    batch = pack_batch(arrays, device, Staging(device))
+    batch = pack_batch(arrays, device)
     logits = torch.zeros(6, 70, device=device)
     logits[:2] = -torch.inf
     logits[2:4, 7] = torch.inf

@@ -1,7 +1,7 @@
 // Vectors of eight floats for AVX2 with FMA. See portable.h for what each name means.
 #pragma once
 
-#include "scalar.h"
+#include "simd/scalar.h"
 
 constexpr int kLanes = 8;
 constexpr int kAccumulators = 8;

@@ -3,7 +3,7 @@
 // products of bfloat16 in hardware, byte look-ups (VBMI) and funnel shifts (VBMI2).
 #pragma once
 
-#include "scalar.h"
+#include "simd/scalar.h"
 
 #define LORAPLEX_SIMD_DECODES 1  // has decode_row below
 
@@ -115,7 +115,7 @@ struct Decoded {
     vi first, second;
 };
 
-// One row of a tile (exponent_coding.h). Of each byte of `index` the low half counts.
+// Decodes a row of a tile (exponent_coding.h). The low half of each byte of `index` counts.
 LORAPLEX_INLINE Decoded decode_row(vi lower, vi index, vi codebook) {
     constexpr __mmask64 kOdd = 0xaaaaaaaaaaaaaaaau;
     asm("" : "+v"(lower));  // else the compiler loads it twice

@@ -2,4 +2,4 @@
 #pragma once
 
 #define LORAPLEX_SIMD_BF16 1
-#include "avx512.h"
+#include "simd/avx512.h"

@@ -1,5 +1,4 @@
-// What is made of the vectors of one instruction set, alike for all: pairs of vectors, element types,
-// exponentials.
+// Functions over the vectors of any instruction set: pairs of vectors, element types, exponentials.
 #pragma once
 
 // 2 · kLanes neighbouring elements: of float32 the first and the second half; of bfloat16 the even and

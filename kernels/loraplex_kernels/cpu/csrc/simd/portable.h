@@ -2,7 +2,7 @@
 // says what each name means; the others have the same names for wider vectors.
 #pragma once
 
-#include "scalar.h"
+#include "simd/scalar.h"
 
 constexpr int kLanes = 4;
 constexpr int kAccumulators = 8;  // vectors that a tile sums in, so that few registers spill
@@ -79,7 +79,7 @@ LORAPLEX_INLINE vf v_clear_below(vf x, vf by, float bound) {
     for (int i = 0; i < kLanes; ++i) x[i] = by[i] < bound ? 0.0f : x[i];
     return x;
 }
-// Whether any lane is above `bound` or a NaN.
+// Returns true if any lane is above `bound` or NaN.
 LORAPLEX_INLINE bool v_any_above(vf x, float bound) {
     bool is_above = false;
     for (int i = 0; i < kLanes; ++i) is_above |= !(x[i] <= bound);

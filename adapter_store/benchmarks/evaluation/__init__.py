@@ -1,1 +1,0 @@
-"""How well generated adapters do their tasks: methods, scores, reports. Outside the wheel."""

@@ -1,1 +1,0 @@
-"""`loraplex zoo` and `loraplex generator`: how the generators are trained."""

@@ -1,0 +1,1 @@
+"""The data that kernels read: layouts of factors, gates, weights and sampling, and memory."""

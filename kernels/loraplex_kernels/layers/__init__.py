@@ -1,0 +1,1 @@
+"""The operators of a base model's layers, each in the fastest version for its tensors."""

@@ -1,0 +1,1 @@
+"""Measurements of what one client's work does to the streams of others."""

@@ -1,0 +1,1 @@
+"""Benchmarks of parts of the server, without a server."""

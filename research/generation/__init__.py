@@ -1,0 +1,1 @@
+"""Training of the shipped generators, and what they reach on the synthetic tasks."""

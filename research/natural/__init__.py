@@ -1,0 +1,1 @@
+"""Adapters from a sentence and a few pairs, on natural tasks, through a running server."""

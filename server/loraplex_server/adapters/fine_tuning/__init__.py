@@ -1,0 +1,1 @@
+"""Fine-tuning: lines of training files, their samples, and the loop of steps."""

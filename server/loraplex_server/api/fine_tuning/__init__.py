@@ -1,0 +1,1 @@
+"""OpenAI's fine-tuning jobs: their store and their runner."""

@@ -1,0 +1,558 @@
+"""Runs fine-tuning jobs on the event loop, and goes on with them after a restart.
+
+read files ──▶ wait for a permit ──▶ steps on the thread that trains ──▶ store the result ──▶ end
+                                      │ checkpoint every 30 s and at the end of each epoch
+                                      └ stopped between steps: cancelled or paused
+
+Each job is a task of `Jobs`, so that it counts in ``max_jobs`` and is shown by /v1/jobs, too.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import orjson
+from transformers import PreTrainedTokenizerBase
+
+from loraplex_adapter_store.errors import StoreError
+from loraplex_adapter_store.names.card import AdapterCard
+from loraplex_adapter_store.names.put_options import PutOptions
+from loraplex_adapter_store.report import JsonValue
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.fine_tuning.samples import Sample, n_tokens, sample_of
+from loraplex_server.adapters.fine_tuning.training_lines import parse_line
+from loraplex_server.adapters.fine_tuning.tuning import TuningPlan, TuningRun
+from loraplex_server.adapters.learning.jobs import Job, JobCancelled, Jobs
+from loraplex_server.adapters.learning.training_thread import TrainingThread
+from loraplex_server.api.request_info import BatchCaller
+from loraplex_server.errors import ApiError, from_store, from_unexpected, invalid
+from loraplex_server.health_tracker import log_extra
+from loraplex_server.settings.api_keys import AdapterAccess
+from loraplex_server.tenant_shares import TenantShares, TenantThreads
+from loraplex_training.engine.adapter import LoraShape
+from loraplex_training.errors import ExamplesError, TrainingError
+
+from .hyperparameters import resolved
+from .records import TuningJob, TuningStatus, error_of
+from .tuning_store import TuningStore
+
+_T = TypeVar("_T")
+_AT_ONCE = 16  # running jobs
+_OF_TENANT = 4  # running jobs of a tenant
+_SAVE_S = 30.0  # between two checkpoints to go on from
+_N_CHECKPOINTS = 3  # that a job keeps, the result included
+_N_EVALUATIONS = 10  # at least, of a job with a validation file
+_MAX_LEN = 2048  # tokens of an example
+_MAX_TOKENS = 10_000_000  # of a file, which are in memory during the job
+_CURVE_POINTS = 100  # of the losses on the card
+_OPEN = (TuningStatus.VALIDATING, TuningStatus.QUEUED, TuningStatus.RUNNING)
+_log = logging.getLogger(__name__)
+
+
+class TunedBase(NamedTuple):
+    """The base that jobs train on."""
+
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    max_len: int  # tokens of its context
+    shape: LoraShape  # of the adapters
+
+
+class _Data(NamedTuple):
+    samples: list[Sample]
+    held_out: list[Sample]
+    sha256: str  # of the training file
+    prompts: tuple[str, ...]  # of the first examples, for the card
+
+
+class FineTuning:
+    """Owner of the running jobs. Event loop only.
+
+    Calls of the store run on the one thread ``thread``; ``workers`` read files and store adapters.
+    """
+
+    def __init__(
+        self,
+        store: TuningStore,
+        adapters: AdapterStore,
+        jobs: Jobs,
+        trainer: TrainingThread,
+        base: TunedBase,
+        *,
+        thread: TenantThreads,
+        workers: TenantThreads,
+        access_of: Callable[[BatchCaller], AdapterAccess | None],
+    ) -> None:
+        """``access_of`` returns None if the API key no longer exists."""
+        self.store, self.base = store, base
+        self._adapters, self._jobs, self._trainer = adapters, jobs, trainer
+        self._thread, self._workers, self._access_of = thread, workers, access_of
+        self._turns = TenantShares("fine-tuning jobs", _AT_ONCE, _OF_TENANT)
+        self._running: dict[str, tuple[Job, asyncio.Event]] = {}  # the event asks to stop
+
+    async def do(self, tenant: str, work: Callable[[], _T]) -> _T:
+        """Run a call of the store. Raises ApiError: 429, or that of the call."""
+        return await self._thread.run(tenant, work)
+
+    async def start(self) -> None:
+        """Go on with unfinished jobs, at the start of the server."""
+        for job in await self.do("", self.store.unfinished):
+            try:
+                self._start(job)
+            except ApiError as error:
+                await self._fail(job, error)
+
+    async def create(self, job: TuningJob) -> TuningJob:
+        """Add a job and start it. Raises ApiError (429) for too many jobs of the tenant."""
+        await self.do(job.caller.tenant, lambda: self.store.add(job))
+        try:
+            self._start(job)
+        except ApiError:
+            await self.do(job.caller.tenant, lambda: self.store.remove(job.id))
+            raise
+        return job
+
+    async def cancel(self, tenant: str, job_id: str) -> TuningJob:
+        """Raises ApiError: 404, or 409 for a job that has ended."""
+        return await self._stop(
+            tenant, job_id, TuningStatus.CANCELLED, (*_OPEN, TuningStatus.PAUSED)
+        )
+
+    async def pause(self, tenant: str, job_id: str) -> TuningJob:
+        """Raises ApiError: 404, or 409 for a job that has ended or is paused."""
+        return await self._stop(tenant, job_id, TuningStatus.PAUSED, _OPEN)
+
+    async def resume(self, tenant: str, job_id: str) -> TuningJob:
+        """Go on with a paused job. Raises ApiError: 404, 409, or 429 for too many jobs."""
+        job = await self.do(tenant, lambda: self.store.job(tenant, job_id))
+        if (running := self._running.get(job_id)) is not None and running[1].is_set():
+            await self._jobs.wait(running[0], None)  # its last step
+        paused, queued = TuningStatus.PAUSED, TuningStatus.QUEUED
+        move = partial(self.store.move, job, queued, "The job is resumed", sources=(paused,))
+        job = await self.do(tenant, move)
+        try:
+            self._start(job)
+        except ApiError as error:
+            back = partial(self.store.move, job, paused, error.message, sources=(queued,))
+            await self.do(tenant, back)
+            raise
+        return job
+
+    async def wait(self, tenant: str, job_id: str, timeout_s: float) -> TuningJob:
+        """Return the job, once it has ended or paused, or after ``timeout_s``.
+
+        Raises ApiError (404).
+        """
+        job = await self.do(tenant, lambda: self.store.job(tenant, job_id))
+        if timeout_s and (running := self._running.get(job_id)) is not None:
+            await self._jobs.wait(running[0], timeout_s)
+            job = await self.do(tenant, lambda: self.store.job(tenant, job_id))
+        return job
+
+    async def close(self) -> None:
+        """Stop the jobs. The next start goes on from their checkpoints."""
+        tasks = [job.task for job, _ in self._running.values() if job.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _stop(
+        self, tenant: str, job_id: str, status: TuningStatus, sources: tuple[TuningStatus, ...]
+    ) -> TuningJob:
+        job = await self.do(tenant, lambda: self.store.job(tenant, job_id))
+        move = partial(self.store.move, job, status, f"The job is {status.value}", sources=sources)
+        job = await self.do(tenant, move)
+        if (running := self._running.get(job_id)) is not None:
+            running[1].set()
+        return job
+
+    def _start(self, job: TuningJob) -> None:
+        """Raises ApiError: 401 without the API key, 429 if the tenant runs too many jobs."""
+        access = self._access_of(job.caller)
+        if access is None:
+            raise ApiError(
+                401, "the API key that made this job is no longer valid", code="invalid_api_key"
+            )
+        stop = asyncio.Event()
+        work = partial(self._work, job, access, stop)
+        name = access.own(job.fine_tuned_model)
+        shown = self._jobs.start_task(name, access, work, param="adapter", job_id=job.id)
+        shown.cancel = partial(self._cancel_soon, job)
+        self._running[job.id] = shown, stop
+
+    def _cancel_soon(self, job: TuningJob) -> None:
+        """Cancel a job that /v1/jobs shows."""
+        task = asyncio.get_running_loop().create_task(self.cancel(job.caller.tenant, job.id))
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    async def _work(
+        self, job: TuningJob, access: AdapterAccess, stop: asyncio.Event, shown: Job
+    ) -> AdapterCard:
+        try:
+            data = await self._read(job)
+            job, plan = await self._plan(job, access, data)
+            await self._permit(job, stop)
+            try:
+                return await self._train(job, access, stop, shown, plan, data)
+            finally:
+                self._turns.release(job.caller.tenant)
+        except (JobCancelled, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            failure = self._error_of(job, error, access)
+            if failure.code == "wrong_job_status":  # paused or cancelled meanwhile
+                raise JobCancelled from None
+            await self._fail(job, failure)
+            raise failure from None
+        finally:
+            del self._running[job.id]
+
+    async def _read(self, job: TuningJob) -> _Data:
+        """Read and tokenise the files. Raises ExamplesError, which names the file and the line."""
+        tenant = job.caller.tenant
+        if job.status is TuningStatus.VALIDATING:
+            await self._event(job, f"Validating training file: {job.training_file}")
+        path = self.store.files.path
+        samples = await self._workers.run(
+            tenant, partial(self._samples, path(job.training_file), "training file")
+        )
+        held_out: list[Sample] = []
+        if job.validation_file is not None:
+            held_out = await self._workers.run(
+                tenant, partial(self._samples, path(job.validation_file), "validation file")
+            )
+        describe = partial(_digest_and_prompts, path(job.training_file))
+        return _Data(samples, held_out, *await self._workers.run(tenant, describe))
+
+    def _samples(self, path: Path, what: str) -> list[Sample]:
+        samples, total = [], 0
+        max_len = min(self.base.max_len, _MAX_LEN)
+        with path.open("rb") as file:
+            for number, text in enumerate(file, start=1):
+                if not text.strip():
+                    continue
+                where = f"line {number} of the {what}"
+                line = parse_line(orjson.loads(text))
+                sample = sample_of(line, self.base.tokenizer, max_len=max_len, where=where)
+                total += n_tokens([sample])
+                if total > _MAX_TOKENS:
+                    raise ExamplesError(
+                        f"the {what} has more than {_MAX_TOKENS:,} tokens up to line {number}; "
+                        "split it"
+                    )
+                samples.append(sample)
+        return samples
+
+    async def _plan(
+        self, job: TuningJob, access: AdapterAccess, data: _Data
+    ) -> tuple[TuningJob, TuningPlan]:
+        """Resolve the hyperparameters and count the job's bytes and tokens. Raises ApiError."""
+        tenant = job.caller.tenant
+        numbers, lr = resolved(job.method, job.hyperparameters, len(data.samples))
+        n_steps = numbers["n_epochs"] * -(-len(data.samples) // numbers["batch_size"])
+        plan = TuningPlan(
+            method=job.method,
+            n_steps=int(n_steps),
+            batch_size=int(numbers["batch_size"]),
+            lr=lr,
+            seed=job.seed,
+            shape=self.base.shape,
+            beta=float(numbers.get("beta", 0.0)),
+        )
+        n_trained = int(numbers["n_epochs"]) * n_tokens(data.samples)
+        n_parameters = await self._trainer.run(
+            tenant, lambda engine: plan.shape.n_parameters(engine.model.linears)
+        )
+        n_bytes = 3 * 4 * n_parameters  # with Adam's moments
+        if access.tenant is not None:
+            n_stored = await self._workers.run(
+                tenant, partial(self._adapters.n_bytes_beside, access.tenant, None)
+            )
+            access.quota.check_bytes(n_stored + n_bytes)
+
+        def reserve() -> TuningJob:
+            self.store.reserve(
+                job, n_bytes=n_bytes, n_tokens=n_trained, max_tokens=access.max_training_tokens
+            )
+            return self.store.move(
+                job,
+                TuningStatus.QUEUED,
+                "Files validated, moving job to queued state",
+                sources=_OPEN,
+                hyperparameters=numbers,
+                n_tokens=n_trained,
+            )
+
+        return await self.do(tenant, reserve), plan
+
+    async def _permit(self, job: TuningJob, stop: asyncio.Event) -> None:
+        """Wait for a turn. Raises JobCancelled if the job is stopped before."""
+        turn = asyncio.ensure_future(self._turns.acquire(job.caller.tenant))
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait([turn, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not turn.done():
+                raise JobCancelled
+            turn.result()
+        finally:
+            turn.cancel()
+            stopping.cancel()
+            await asyncio.gather(turn, stopping, return_exceptions=True)
+
+    async def _train(
+        self,
+        job: TuningJob,
+        access: AdapterAccess,
+        stop: asyncio.Event,
+        shown: Job,
+        plan: TuningPlan,
+        data: _Data,
+    ) -> AdapterCard:
+        tenant = job.caller.tenant
+        started = time.monotonic()
+        saved = self.store.checkpoint_path(job.id)
+
+        def check() -> None:
+            if stop.is_set():
+                raise JobCancelled
+
+        check()
+        start = partial(
+            self.store.move, job, TuningStatus.RUNNING, "Fine-tuning job started", sources=_OPEN
+        )
+        job = await self.do(tenant, start)
+        run = TuningRun(self._trainer, tenant, plan, data.samples, data.held_out)
+        await run.begin(saved, check)
+        progress = run.progress
+        first_step, before_s = progress.step, progress.seconds
+        if first_step:
+            await self.do(tenant, lambda: self.store.rewind(job.id, first_step))
+            await self._event(job, f"Going on from the checkpoint of step {first_step}")
+        valid: float | None = None
+        last_save = last_checkpoint = time.monotonic()
+        every = max(1, plan.n_steps // _N_EVALUATIONS)
+        while progress.step < plan.n_steps:
+            if stop.is_set():
+                await run.save(saved)
+                raise JobCancelled
+            report = await run.step()
+            now = time.monotonic()
+            progress.seconds = before_s + now - started
+            is_last = report.step == plan.n_steps
+            # After many short epochs, only the last checkpoints are kept.
+            n_left = -(-(plan.n_steps - report.step) // run.epoch_steps)
+            is_checkpoint = report.ends_epoch and (
+                n_left < _N_CHECKPOINTS or now - last_checkpoint > _SAVE_S
+            )
+            metrics: dict[str, object] = {
+                "step": report.step,
+                "total_steps": plan.n_steps,
+                "train_loss": round(report.train.loss, 6),
+            }
+            if report.train.accuracy is not None:
+                metrics["train_accuracy"] = round(report.train.accuracy, 4)
+            is_judged = data.held_out and (is_checkpoint or report.step % every == 0)
+            if is_last or is_judged:
+                valid = (await run.evaluate()).loss
+                if data.held_out:
+                    metrics["valid_loss"] = metrics["full_valid_loss"] = round(valid, 6)
+            left = (plan.n_steps - report.step) * (now - started) / (report.step - first_step)
+            await self._tell(job, shown, run, metrics, valid, estimate=int(time.time() + left))
+            if is_last:
+                break
+            if is_checkpoint:
+                await self._checkpoint(job, access, run, metrics)
+                last_checkpoint = time.monotonic()
+            if report.ends_epoch or now - last_save > _SAVE_S:
+                await run.save(saved)
+                last_save = time.monotonic()
+        check()
+        shown.tell("storing", 1.0)
+        card = await self._store_result(job, access, run, data, valid)
+        await self.do(tenant, lambda: self.store.finish(job))
+        return card
+
+    async def _tell(
+        self,
+        job: TuningJob,
+        shown: Job,
+        run: TuningRun,
+        metrics: Mapping[str, object],
+        valid: float | None,
+        *,
+        estimate: int,
+    ) -> None:
+        """Write the event of a step, and show the progress in /v1/jobs."""
+        step, n_steps, loss = metrics["step"], run.plan.n_steps, metrics["train_loss"]
+        text = f"Step {step}/{n_steps}: training loss={loss:.4f}"
+        if "valid_loss" in metrics:
+            text += f", validation loss={metrics['valid_loss']:.4f}"
+        await self.do(
+            f"tuning:{job.caller.tenant}",
+            lambda: self.store.add_metrics(job.id, text, metrics, estimated_finish=estimate),
+        )
+        progress = run.progress
+        shown.training = {
+            "step": step,
+            "n_steps": n_steps,
+            "n_examples": run.n_samples,
+            "loss": loss,
+            "validation_loss": valid,
+            "base_validation_loss": progress.base_loss,
+            "tokens_per_s": round(progress.n_tokens / max(progress.seconds, 1e-3), 1),
+        }
+        shown.tell("training", progress.step / n_steps)
+
+    async def _checkpoint(
+        self, job: TuningJob, access: AdapterAccess, run: TuningRun, metrics: Mapping[str, object]
+    ) -> None:
+        """Store the adapter of a step under a name of its own. A full quota only skips it."""
+        step = run.progress.step
+        name = f"{job.fine_tuned_model}.ckpt-step-{step}"
+        provenance: dict[str, JsonValue] = {"source": "fine-tuned", "job": job.id, "step": step}
+        try:
+            await self._put(job, access, run, [access.own(name)], provenance)
+        except StoreError as error:
+            await self._event(job, f"No checkpoint at step {step}: {error}", level="warn")
+            return
+        await self._keep(job, access, name, step, metrics)
+
+    async def _keep(
+        self,
+        job: TuningJob,
+        access: AdapterAccess,
+        name: str,
+        step: int,
+        metrics: Mapping[str, object],
+    ) -> None:
+        """List a checkpoint, and delete the oldest beyond the limit."""
+        shown = {key: value for key, value in metrics.items() if key != "total_steps"}
+        add = partial(self.store.add_checkpoint, job, name, step, shown, n_kept=_N_CHECKPOINTS)
+        for old in await self.do(job.caller.tenant, add):
+            if old != job.fine_tuned_model and self._adapters.has_name(access.own(old)):
+                delete = partial(self._adapters.start_delete, access.own(old))
+                await self._workers.run(job.caller.tenant, delete)
+
+    async def _store_result(
+        self,
+        job: TuningJob,
+        access: AdapterAccess,
+        run: TuningRun,
+        data: _Data,
+        after: float | None,
+    ) -> AdapterCard:
+        """Store the adapter under its names. Raises StoreError; then no name has changed."""
+        progress = run.progress
+        history = await self.do(job.caller.tenant, lambda: self.store.metrics(job.id))
+        every = -(-len(history) // _CURVE_POINTS)
+        shown = history[::every] + ([] if (len(history) - 1) % every == 0 else history[-1:])
+        before = None if progress.base_loss is None else round(progress.base_loss, 6)
+        training: dict[str, JsonValue] = {
+            "job": job.id,
+            "method": job.method,
+            "hyperparameters": dict(job.hyperparameters),
+            "seed": job.seed,
+            "rank": run.plan.shape.rank,
+            "alpha": run.plan.shape.alpha,
+            "training_file": job.training_file,
+            "validation_file": job.validation_file,
+            "data_sha256": data.sha256,
+            "n_examples": len(data.samples),
+            "n_tokens": progress.n_tokens,
+            "steps_done": progress.step,
+            "n_steps": run.plan.n_steps,
+            "seconds": round(progress.seconds, 1),
+            "loss_curve": [[each["step"], each["train_loss"]] for each in shown],
+            "evaluation": {
+                "on": "validation file" if data.held_out else "first training examples",
+                "loss_before": before,
+                "loss_after": None if after is None else round(after, 6),
+            },
+        }
+        names = [access.own(job.fine_tuned_model), *([job.adapter] if job.adapter else [])]
+        provenance: dict[str, JsonValue] = {"source": "fine-tuned", "training": training}
+        card = await self._put(job, access, run, names, provenance, data.prompts)
+        await self._keep(job, access, job.fine_tuned_model, progress.step, history[-1])
+        return card
+
+    async def _put(
+        self,
+        job: TuningJob,
+        access: AdapterAccess,
+        run: TuningRun,
+        names: list[str],
+        provenance: Mapping[str, JsonValue],
+        prompts: tuple[str, ...] = (),
+    ) -> AdapterCard:
+        """Store the adapter under all ``names`` or under none. Raises StoreError."""
+        options = PutOptions(examples=prompts, provenance=provenance, quota=access.quota)
+        put = self._adapters.put_files
+        tenant = job.caller.tenant
+        with_folder = self._adapters.upload_folder()
+        folder = await self._workers.run(tenant, with_folder.__enter__)
+        try:
+            await run.export(folder, self.base.name)
+
+            def store() -> AdapterCard:
+                config = (folder / "adapter_config.json").read_bytes()
+                weights = folder / "adapter_model.safetensors"
+                card = put(names[0], config, weights, options=options)
+                try:
+                    for name in names[1:]:
+                        put(name, config, weights, options=options)
+                except StoreError:
+                    self._adapters.start_delete(names[0])
+                    raise
+                return card
+
+            return await self._workers.run(tenant, store)
+        finally:
+            await self._workers.run(tenant, partial(with_folder.__exit__, None, None, None))
+
+    async def _event(self, job: TuningJob, message: str, *, level: str = "info") -> None:
+        tenant = job.caller.tenant
+        await self.do(tenant, partial(self.store.add_event, job.id, message, level=level))
+
+    async def _fail(self, job: TuningJob, error: ApiError) -> None:
+        move = partial(
+            self.store.move,
+            job,
+            TuningStatus.FAILED,
+            f"The job failed: {error.message}",
+            sources=_OPEN,
+            error=error_of(error),
+        )
+        await self.do(job.caller.tenant, move)
+
+    def _error_of(self, job: TuningJob, error: Exception, access: AdapterAccess) -> ApiError:
+        match error:
+            case ApiError():
+                return error
+            case ExamplesError():
+                param = "validation_file" if "validation file" in str(error) else "training_file"
+                return invalid(str(error), param, f"invalid_{param}")
+            case TrainingError():
+                return ApiError(500, str(error), code="training_failed")
+            case StoreError():
+                return from_store(error, param="adapter", access=access)
+        _log.error("%s failed", job.id, exc_info=error, extra=log_extra(error))
+        return from_unexpected(error, job.id)
+
+
+def _digest_and_prompts(path: Path) -> tuple[str, tuple[str, ...]]:
+    """Return the file's SHA-256, and the users' first texts in its first examples."""
+    digest, prompts = sha256(), dict[str, None]()
+    with path.open("rb") as file:
+        for text in file:
+            digest.update(text)
+            if text.strip() and len(prompts) < 8:
+                for message in parse_line(orjson.loads(text)).chats[0].messages:
+                    if message["role"] == "user":
+                        prompts[message["content"][:500]] = None
+                        break
+    return digest.hexdigest(), tuple(prompts)

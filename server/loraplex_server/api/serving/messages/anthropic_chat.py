@@ -1,0 +1,160 @@
+"""Translates bodies of Anthropic's API into chats."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
+
+import orjson
+from pydantic import JsonValue
+
+from loraplex_server.api.protocol.body import JsonObject
+from loraplex_server.api.protocol.chat import MAX_MESSAGES, ChatBody
+from loraplex_server.api.protocol.generation import CallBody
+from loraplex_server.api.protocol.messages import (
+    CountTokensBody,
+    MessagesBody,
+    MessageTool,
+    MessageToolChoice,
+    MessageTurn,
+)
+from loraplex_server.api.serving.content_blocks import string_field, texts_of
+from loraplex_server.api.serving.unsupported import Rules, is_set, of_chat, refuse_unsupported
+from loraplex_server.errors import ApiError, invalid
+
+
+def _thinks(value: object) -> bool:
+    return isinstance(value, dict) and value.get("type") == "enabled"
+
+
+_REFUSED: Rules = {
+    **of_chat(MessagesBody.model_fields),
+    "stop": (is_set, "it is called stop_sequences here"),
+    "thinking": (_thinks, "thinking budgets are not supported"),
+    "mcp_servers": (is_set, "this server calls no other servers"),
+    "container": (is_set, "this server runs no code"),
+    "context_management": (is_set, "messages are used unchanged"),
+}
+_CALL_FIELDS = tuple(CallBody.model_fields)
+
+
+def chat_of_messages(body: MessagesBody) -> ChatBody:
+    """Return the chat of a body. Raises ApiError (400), which names Anthropic's fields."""
+    refuse_unsupported(body.model_extra or {}, _REFUSED)
+    fields = {name: getattr(body, name) for name in _CALL_FIELDS}
+    return _chat(body, max_tokens=body.max_tokens, stop=body.stop_sequences, **fields)
+
+
+def chat_of_count(body: CountTokensBody) -> ChatBody:
+    """Return the chat whose tokens are counted. Raises ApiError (400)."""
+    refuse_unsupported(body.model_extra or {}, _REFUSED)
+    return _chat(body, **body.adapter_fields)
+
+
+def _chat(body: CountTokensBody, **fields: object) -> ChatBody:
+    messages: list[JsonObject] = []
+    if body.system:
+        messages.append({"role": "system", "content": _text(body.system, "system")})
+    for position, turn in enumerate(body.messages):
+        for message in _messages(turn, f"messages[{position}].content"):
+            _append(messages, message)
+    if len(messages) > MAX_MESSAGES:
+        raise invalid(
+            f"system, turns and tool results make {len(messages)} messages, "
+            f"{MAX_MESSAGES} are allowed",
+            "messages",
+        )
+    choice = body.tool_choice
+    return ChatBody.model_validate(
+        {
+            **fields,
+            "messages": messages,
+            "tools": [_tool(tool) for tool in body.tools or ()],
+            "tool_choice": None if choice is None else _choice(choice),
+            "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+            # Anthropic's "prefill": the answer continues the last message.
+            "continue_final_message": body.messages[-1].role == "assistant",
+        }
+    )
+
+
+def _tool(tool: MessageTool) -> dict[str, object]:
+    function = tool.model_dump(include={"name", "description", "strict"})
+    return {"type": "function", "function": {**function, "parameters": tool.input_schema}}
+
+
+def _choice(choice: MessageToolChoice) -> object:
+    if choice.type != "tool":
+        return "required" if choice.type == "any" else choice.type
+    if choice.name is None:
+        raise invalid("a tool_choice of type 'tool' needs a name", "tool_choice.name")
+    return {"type": "function", "function": {"name": choice.name}}
+
+
+def _append(messages: list[JsonObject], message: JsonObject) -> None:
+    """Join consecutive texts of one role to one turn."""
+    last = messages[-1] if messages else {}
+    if message.keys() == last.keys() == {"role", "content"} and message["role"] == last["role"]:
+        last["content"] = f"{last['content']}\n{message['content']}"
+    else:
+        messages.append(message)
+
+
+def _messages(turn: MessageTurn, where: str) -> Iterator[JsonObject]:
+    """Yield a turn's tool results as messages of their own, before its text."""
+    texts: list[str] = []
+    calls: list[JsonValue] = []
+    reasoning = ""
+    has_results = False
+    for number, block in enumerate([] if isinstance(turn.content, str) else turn.content):
+        at = f"{where}[{number}]"
+        match block.get("type"), turn.role:
+            case "text", _:
+                texts.append(string_field(block, "text", at))
+            case "tool_use", "assistant":
+                calls.append(_call(block, at))
+            case "tool_result", "user":
+                has_results = True
+                content = block.get("content") or ""
+                yield {
+                    "role": "tool",
+                    "tool_call_id": string_field(block, "tool_use_id", at),
+                    "content": _text(content, f"{at}.content"),
+                }
+            case "thinking", "assistant":
+                reasoning += string_field(block, "thinking", at)
+            case "redacted_thinking", "assistant":
+                pass
+            case kind, _:
+                raise _unsupported(kind, at)
+    text = turn.content if isinstance(turn.content, str) else "\n".join(texts)
+    if has_results and not text:
+        return
+    message: JsonObject = {"role": turn.role, "content": text}
+    if calls:
+        message["tool_calls"] = calls
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    yield message
+
+
+def _call(block: Mapping[str, JsonValue], where: str) -> JsonValue:
+    arguments = block.get("input")
+    if not isinstance(arguments, dict):
+        raise invalid("input must be the object from the answer", f"{where}.input")
+    function: JsonValue = {
+        "name": string_field(block, "name", where),
+        "arguments": orjson.dumps(arguments).decode(),
+    }
+    return {"id": string_field(block, "id", where), "type": "function", "function": function}
+
+
+def _text(content: JsonValue | Sequence[JsonObject], where: str) -> str:
+    return "\n".join(texts_of(cast(JsonValue, content), where, ("text",), _unsupported))
+
+
+def _unsupported(kind: JsonValue, where: str) -> ApiError:
+    return invalid(
+        f"a block of type {str(kind)[:64]!r} is not supported here: text, tool_result in a user's "
+        "turn, tool_use and thinking in the assistant's",
+        where,
+        "unsupported_content",
+    )

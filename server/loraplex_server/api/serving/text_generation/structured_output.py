@@ -1,0 +1,138 @@
+"""Turns the structured-output fields of a body into the grammar of the answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import orjson
+from llguidance import LLMatcher
+from pydantic import JsonValue
+
+from loraplex_adapter_store.files.json_size import check_depth
+from loraplex_server.api.protocol.generation import (
+    GenerationBody,
+    ResponseFormat,
+    StructuredOutputs,
+)
+from loraplex_server.engine.requests.grammar import GrammarSpec
+from loraplex_server.errors import invalid
+
+from .grammars import check_length
+
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
+T = TypeVar("T")
+# The whitespace of json.dumps. With free whitespace, small models write endless blanks.
+JSON_STYLE: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
+_ANY_OBJECT: JsonValue = {"type": "object"}
+
+
+class RequestedGrammar(NamedTuple):
+    """A grammar and the field of the body that requests it."""
+
+    param: str
+    spec: GrammarSpec
+
+
+def requested_grammar(body: GenerationBody) -> RequestedGrammar | None:
+    """Return the grammar of the body; None: any text. Raises ApiError (400), also for two."""
+    grammars = [
+        *_json("guided_json", body.guided_json),
+        *_of("guided_regex", body.guided_regex, LLMatcher.grammar_from_regex),
+        *_of("guided_choice", body.guided_choice, _choice),
+        *_grammar("guided_grammar", body.guided_grammar),
+        *_response_format(body.response_format),
+        *_structured_outputs(body.structured_outputs),
+    ]
+    if len(grammars) > 1:
+        first, second = grammars[0].param, grammars[1].param
+        raise invalid(f"{first} and {second} exclude each other; give one", second)
+    return grammars[0] if grammars else None
+
+
+def requested_json(param: str, schema: JsonValue, *, lenient: bool = False) -> RequestedGrammar:
+    """Return the grammar of JSON with this schema. Raises ApiError (400)."""
+    return _json(param, schema, lenient=lenient)[0]
+
+
+def json_grammar(schema: object, lenient: bool = False) -> str:
+    """Return the grammar of all JSON values that ``schema`` allows, written as by json.dumps.
+
+    ``lenient`` ignores keywords that the compiler cannot enforce, instead of refusing them.
+    """
+    options: JsonCompileOptions = {**JSON_STYLE, "lenient": lenient}
+    return LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), overrides=options)
+
+
+def _response_format(requested: ResponseFormat | None) -> list[RequestedGrammar]:
+    if requested is None or requested.type == "text":
+        return []
+    if requested.type == "json_object":
+        return _json("response_format", _ANY_OBJECT)
+    named = requested.json_schema
+    if named is None:
+        raise invalid(
+            "a response_format of type 'json_schema' needs json_schema",
+            "response_format.json_schema",
+        )
+    schema = {} if named.schema_ is None else named.schema_
+    return _json("response_format.json_schema.schema", schema, lenient=named.strict is False)
+
+
+def _structured_outputs(requested: StructuredOutputs | None) -> list[RequestedGrammar]:
+    if requested is None:
+        return []
+    any_object = _ANY_OBJECT if requested.json_object else None
+    grammars = [
+        *_json("structured_outputs.json", requested.json_),
+        *_of("structured_outputs.regex", requested.regex, LLMatcher.grammar_from_regex),
+        *_of("structured_outputs.choice", requested.choice, _choice),
+        *_grammar("structured_outputs.grammar", requested.grammar),
+        *_json("structured_outputs.json_object", any_object),
+    ]
+    if not grammars:
+        raise invalid(
+            "structured_outputs needs json, regex, choice, grammar or json_object",
+            "structured_outputs",
+        )
+    return grammars
+
+
+def _json(param: str, schema: JsonValue, *, lenient: bool = False) -> list[RequestedGrammar]:
+    """Return the grammar of a schema, which may be JSON text; none for None."""
+
+    def grammar(value: object) -> str:
+        if isinstance(value, str):
+            check_length(value, param)
+            check_depth(value)
+            value = orjson.loads(value)
+        return json_grammar(value, lenient)
+
+    return _of(param, schema, grammar)
+
+
+def _grammar(param: str, text: str | None) -> list[RequestedGrammar]:
+    return [] if text is None else [RequestedGrammar(param, GrammarSpec(text, may_be_gbnf=True))]
+
+
+def _of(param: str, value: T | None, grammar: Callable[[T], str]) -> list[RequestedGrammar]:
+    """Return no grammar for None. Raises ApiError (400) for a value that makes no grammar."""
+    if value is None:
+        return []
+    try:
+        return [RequestedGrammar(param, GrammarSpec(grammar(value)))]
+    except ValueError as error:
+        reason = str(error).split("\n")[0][:300]
+        raise invalid(f"{param} cannot be followed: {reason}", param, "invalid_grammar") from error
+
+
+def _choice(texts: list[str]) -> str:
+    # One terminal: two thousand rules would be too many for a step of the parser.
+    return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(t, ensure_ascii=False) for t in texts)

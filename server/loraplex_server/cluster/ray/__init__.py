@@ -1,0 +1,1 @@
+"""Starting, watching and stopping the Ray processes of a cluster."""

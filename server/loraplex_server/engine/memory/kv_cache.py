@@ -1,0 +1,206 @@
+"""The paged KV cache: tensors, and the pages of each running request."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from loraplex_kernels.formats.host_copy import move_together
+from loraplex_kernels.formats.storage import allocate_storage
+from loraplex_kernels.layers.model_ops import write_kv
+from loraplex_server.model.layers.tensor_parallel import Shard
+
+from .page_pool import PagePool, page_keys
+
+PAGE_SIZE = 16  # tokens of a page in a server
+
+
+@dataclass(frozen=True, slots=True)
+class KvGeometry:
+    """The shape of each layer's cache."""
+
+    n_layers: int
+    n_kv_heads: int
+    head_dim: int
+
+    def page_bytes(self, page_size: int, dtype: torch.dtype) -> int:
+        """Return the bytes of a page, keys and values of all layers."""
+        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * page_size * dtype.itemsize
+
+
+@dataclass(slots=True)
+class _Table:
+    row: int  # of ``page_table``
+    pages: list[int]
+    n_published: int  # leading pages that other requests can reuse
+    last_key: bytes
+
+
+class KvCache:
+    """Owner of the KV pages and of the block tables. Engine thread only.
+
+    ``keys[layer]`` and ``values[layer]`` are [n_pages, n_kv_heads, page_size, head_dim].
+    A request's table is [shared, published | own, published | own, being filled]. Published pages
+    are full and never written again.
+    """
+
+    def __init__(
+        self,
+        geometry: KvGeometry,
+        *,
+        n_pages: int,
+        page_size: int,
+        max_requests: int,
+        max_model_len: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        prefix_cache: bool,
+        shard: Shard | None = None,  # of rank 0 in a tensor-parallel group
+    ) -> None:
+        self._shard = shard
+        self.geometry = geometry
+        self.page_size = page_size
+        self.prefix_cache = prefix_cache
+        # One block, so that it gets huge pages: a step touches blocks of 2 KiB all over it.
+        layer = (n_pages, geometry.n_kv_heads, page_size, geometry.head_dim)
+        storage = allocate_storage(2 * geometry.n_layers * math.prod(layer), dtype, device)
+        self.keys, self.values = (
+            list(half.unbind(0)) for half in storage.zero_().view(2, geometry.n_layers, *layer)
+        )
+        self.page_table: NDArray[np.int32] = np.zeros(
+            (max_requests, -(-max_model_len // page_size)), dtype=np.int32
+        )
+        self.n_queried = 0  # prompt tokens looked up
+        self.n_found = 0  # prompt tokens taken from the cache
+        self._pool = PagePool(n_pages)
+        self._rows = list(range(max_requests - 1, -1, -1))
+        self._tables: dict[str, _Table] = {}
+
+    @property
+    def n_pages(self) -> int:
+        return self._pool.n_pages
+
+    @property
+    def n_pages_held(self) -> int:
+        return self._pool.n_held
+
+    @property
+    def n_pages_available(self) -> int:
+        """Pages that a request could take now, cached ones included."""
+        return self._pool.n_available
+
+    @property
+    def token_bytes(self) -> int:
+        """The bytes of a token, keys and values of all layers."""
+        return self.geometry.page_bytes(1, self.keys[0].dtype)
+
+    def pages_for(self, n_tokens: int) -> int:
+        return -(-n_tokens // self.page_size)
+
+    def admit(
+        self, request_id: str, root: bytes, token_ids: Sequence[int], *, reuse: bool = True
+    ) -> int | None:
+        """Open a table with pages for all of ``token_ids``; return how many tokens are cached.
+
+        The last token is never taken from the cache: its logits are needed. Returns None and
+        changes nothing if there are not enough pages or rows.
+        """
+        if not self._rows:
+            return None
+        shared, last_key = (
+            self._match(root, token_ids) if reuse and self.prefix_cache else ([], root)
+        )
+        for page in shared:
+            self._pool.hold(page)
+        fresh = self._pool.take(self.pages_for(len(token_ids)) - len(shared))
+        if fresh is None:
+            for page in shared:
+                self._pool.release(page)
+            return None
+        row = self._rows.pop()
+        table = _Table(row, shared + fresh, len(shared), last_key)
+        self._tables[request_id] = table
+        self.page_table[row, : len(table.pages)] = table.pages
+        if reuse and self.prefix_cache:
+            self.n_queried += len(token_ids)
+            self.n_found += len(shared) * self.page_size
+        return len(shared) * self.page_size
+
+    def extend(self, request_id: str, n_tokens: int) -> bool:
+        """Reserve pages for ``n_tokens`` in total. Return False, unchanged, if none are left."""
+        table = self._tables[request_id]
+        missing = self.pages_for(n_tokens) - len(table.pages)
+        if missing <= 0:
+            return True
+        fresh = self._pool.take(missing)
+        if fresh is None:
+            return False
+        first = len(table.pages)
+        table.pages += fresh
+        self.page_table[table.row, first : first + missing] = fresh
+        return True
+
+    def publish(self, request_id: str, token_ids: Sequence[int], n_computed: int) -> None:
+        """Lets other requests reuse the pages that are full by now."""
+        table = self._tables[request_id]
+        n_full = n_computed // self.page_size
+        if not self.prefix_cache or n_full <= table.n_published:
+            return
+        start = table.n_published * self.page_size
+        keys = page_keys(table.last_key, token_ids[start : n_full * self.page_size], self.page_size)
+        for index, key in enumerate(keys, start=table.n_published):
+            self._pool.publish(table.pages[index], key)
+            table.last_key = key
+        table.n_published = n_full
+
+    def release(self, request_id: str) -> None:
+        """Closes the table. Published pages stay cached until they are evicted."""
+        table = self._tables.pop(request_id)
+        # Last pages first, so that the beginning of a prefix is evicted last.
+        for page in reversed(table.pages):
+            self._pool.release(page)
+        self._rows.append(table.row)
+
+    def row(self, request_id: str) -> int:
+        """Return the request's row of ``page_table``."""
+        return self._tables[request_id].row
+
+    def write_prefix(
+        self, request_id: str, keys: Sequence[Tensor], values: Sequence[Tensor]
+    ) -> None:
+        """Imports KV [n_virtual, n_kv_heads, head_dim] per layer at the start of a request.
+
+        The tensors have all heads, whichever ranks hold them.
+        """
+        n_tokens = keys[0].shape[0]
+        device = self.keys[0].device
+        pages = np.array(self._tables[request_id].pages, dtype=np.int64)
+        position = np.arange(n_tokens)
+        first = pages[position // self.page_size] * self.page_size
+        (slots,) = move_together([first + position % self.page_size], device)
+        if self._shard is not None and self._shard.others is not None:
+            whole = torch.stack([torch.stack(list(part)) for part in (keys, values)])
+            whole = whole.to(self.keys[0])
+            self._shard.others.write_prefix(slots, whole)
+            heads = self._shard.layout.kv_heads(self._shard.rank)
+            keys, values = (list(part[:, :, heads]) for part in whole)
+        for layer, (k, v) in enumerate(zip(keys, values, strict=True)):
+            cached_k, cached_v = self.keys[layer], self.values[layer]
+            write_kv(
+                k.to(cached_k).contiguous(), v.to(cached_v).contiguous(), cached_k, cached_v, slots
+            )
+
+    def _match(self, root: bytes, token_ids: Sequence[int]) -> tuple[list[int], bytes]:
+        pages: list[int] = []
+        last_key = root
+        for key in page_keys(root, token_ids[:-1], self.page_size):
+            page = self._pool.find(key)
+            if page is None:
+                break
+            pages.append(page)
+            last_key = key
+        return pages, last_key

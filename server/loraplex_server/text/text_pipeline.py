@@ -1,0 +1,211 @@
+"""Renders chat templates and tokenises off the event loop, in threads or worker processes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from loraplex_adapter_store.part_log import worked
+from loraplex_server.errors import ApiError, invalid
+from loraplex_server.tenant_shares import TenantThreads, lower_priority
+
+from .detokenizer import StreamDetokenizer
+from .templates import Templates, unrenderable
+from .token_text import TokenTexts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_N_THREADS = 3
+_PIECE_CHARS = 1 << 18  # encoded at once, unless one text is longer
+
+
+class TextPipeline:
+    """The tokenizer and templates of one server. Slow work runs in threads of its own.
+
+    The Rust tokenizer is called directly. transformers' wrapper sets truncation on the shared
+    object in every call, which is not safe in two threads.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        vocab_size: int | None = None,
+        max_model_len: int | None = None,
+    ) -> None:
+        """``vocab_size``: width of the logits, and the limit of ids. ``max_model_len``: texts that
+        are too long for this many tokens, whatever their content, are refused unread.
+        """
+        self._chat = tokenizer
+        self._templates = Templates()
+        self.backend = tokenizer.backend_tokenizer
+        self.vocab_size = vocab_size or len(tokenizer)
+        self.token_texts = TokenTexts(self.backend)
+        added = self.backend.get_added_tokens_decoder().items()
+        self._added = {token.content: token_id for token_id, token in added}
+        self._special = {token.content for _, token in added if token.special}
+        self._max_chars: int | None = None
+        if max_model_len is not None:
+            longest = max(map(len, self.backend.get_vocab()), default=1)
+            self._max_chars = max_model_len * longest
+        self._threads = TenantThreads(
+            "text", _N_THREADS, _N_THREADS - 1, initializer=lower_priority
+        )
+
+    @property
+    def chat_template(self) -> str | dict[str, str] | None:
+        """The base's own template."""
+        template: str | dict[str, str] | None = self._chat.chat_template
+        return template
+
+    def check_length(self, n_chars: int, param: str) -> None:
+        """Raises ApiError (400)."""
+        if self._max_chars is not None and n_chars > self._max_chars:
+            raise invalid(
+                f"{n_chars:,} characters cannot fit in this model's context; at most "
+                f"{self._max_chars:,} are read",
+                param,
+                "context_length_exceeded",
+            )
+
+    async def encode_many(
+        self,
+        texts: Sequence[str] | Sequence[tuple[str, str]],
+        *,
+        add_special_tokens: bool = True,
+        param: str = "prompt",
+        tenant: str,
+    ) -> list[tuple[int, ...]]:
+        """Encode each text as a prompt. The tokenizer joins a pair of texts to one prompt."""
+        inputs = [(text, None) if isinstance(text, str) else text for text in texts]
+        lengths = [len(first) + len(second or "") for first, second in inputs]
+        for length in lengths:
+            self.check_length(length, param)
+        ids: list[tuple[int, ...]] = []
+        while len(ids) < len(inputs):  # texts of other tenants go between two pieces
+            at, n_chars = len(ids), 0
+            end = at
+            while end < len(inputs) and (end == at or n_chars + lengths[end] <= _PIECE_CHARS):
+                n_chars += lengths[end]
+                end += 1
+            piece = inputs[at:end]
+            ids += await self._run(partial(self._encode_all, piece, add_special_tokens), tenant)
+        return ids
+
+    async def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        *,
+        template: str | None,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        template_arguments: Mapping[str, object],
+        tenant: str,
+    ) -> tuple[int, ...]:
+        """Render a chat and return its token ids. ``template`` None means the base's template.
+
+        Raises ApiError: 400, or 503 if no worker process is free.
+        """
+        self.check_length(sum(len(str(m.get("content", ""))) for m in messages), "messages")
+
+        if template is None and not self._chat.chat_template:
+            raise invalid(
+                "this base model has no chat template; use /v1/completions, or an adapter that "
+                "ships its own",
+                "messages",
+                "no_chat_template",
+            )
+        options = {"add_generation_prompt": add_generation_prompt, **template_arguments}
+        if template is not None or template_arguments:  # arguments can make a template endless
+            text = await self._templates.render(
+                template or self._chat.get_chat_template(tools=template_arguments.get("tools")),
+                messages,
+                {**self._chat.special_tokens_map, **options},
+                continue_final_message=continue_final_message,
+                tenant=tenant,
+                remember=template is not None,
+            )
+            self.check_length(len(text), "messages")
+            return (await self.encode_many([text], add_special_tokens=False, tenant=tenant))[0]
+
+        def render_and_encode() -> tuple[int, ...]:
+            options["continue_final_message"] = continue_final_message
+            text = self._render(messages, options)
+            return self._encode_all([(text, None)], add_special_tokens=False)[0]
+
+        return await self._run(render_and_encode, tenant)
+
+    async def decode(self, ids: Sequence[int], *, skip_special_tokens: bool, tenant: str) -> str:
+        decode = self.backend.decode
+        work = partial(decode, list(ids), skip_special_tokens=skip_special_tokens)
+        return await self._run(work, tenant)
+
+    async def offsets(
+        self, ids: Sequence[int], *, skip_special_tokens: bool, tenant: str
+    ) -> tuple[str, list[int]]:
+        """Return the text of ``ids``, and the position of each id's text in it."""
+
+        def find() -> tuple[str, list[int]]:
+            detokenizer = StreamDetokenizer(self.backend, skip_special_tokens=skip_special_tokens)
+            text, offsets = "", []
+            for token_id in ids:
+                offsets.append(len(text))
+                text += detokenizer.push(token_id)
+            return text + detokenizer.flush(), offsets
+
+        return await self._run(find, tenant)
+
+    def token_of(self, marker: str) -> int | None:
+        """Return the id of an added token; None for a text of ordinary tokens."""
+        return self._added.get(marker)
+
+    def is_hidden(self, marker: str) -> bool:
+        """Return True for a special token, which answers do not show."""
+        return marker in self._special
+
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raises ApiError (400) for an id outside the model's vocabulary."""
+        if ids and not (min(ids) >= 0 and max(ids) < self.vocab_size):
+            wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
+            raise invalid(
+                f"token id {wrong} is outside the vocabulary (0 to {self.vocab_size - 1})", param
+            )
+
+    async def close(self) -> None:
+        await self._templates.close()
+        self._threads.close()
+
+    def _render(self, messages: Sequence[Mapping[str, object]], options: dict[str, object]) -> str:
+        try:
+            return str(self._chat.apply_chat_template(list(messages), tokenize=False, **options))
+        except Exception as error:  # a template is a program and can raise anything
+            raise unrenderable(str(error) or "it gives no reason") from error
+
+    def _encode_all(
+        self, inputs: Sequence[tuple[str, str | None]], add_special_tokens: bool
+    ) -> list[tuple[int, ...]]:
+        encode = partial(self.backend.encode, add_special_tokens=add_special_tokens)
+        return [tuple(encode(first, second).ids) for first, second in inputs]
+
+    async def _run(self, work: Callable[[], T], tenant: str) -> T:
+        """Raises ApiError, also for a Rust panic of the tokenizer, which is no Exception."""
+        try:
+            result = await self._threads.run(tenant, work)
+        except (ApiError, asyncio.CancelledError):
+            raise
+        except BaseException as error:
+            _log.exception("the tokenizer failed", extra={"part": "tokenizer"})
+            raise ApiError(
+                500,
+                "the tokenizer failed on this text; try again, and report the error if it stays: "
+                "the server's log has the details",
+                code="tokenizer_failed",
+            ) from error
+        worked("tokenizer")
+        return result

@@ -1,0 +1,354 @@
+"""One tenant takes as much of a shared resource as it can get, and another uses it meanwhile.
+
+The longest wait of the other tenant is compared with the time of the whole flood, so that a slow
+machine changes nothing. In one queue for all, that share is near 1.
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from loraplex_adapter_store.base_spec import BaseSpec
+from tests.attacks.test_neighbours import ENDLESS
+from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
+from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+PAIRS = [{"prompt": f"word {i}", "answer": "AB"} for i in range(24)]
+ENDLESS_TEMPLATE = (
+    "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+)
+
+
+class Tenant(NamedTuple):
+    http: httpx.Client
+
+    def post(self, path: str, body: dict[str, Any], *statuses: int) -> Any:
+        answer = self.http.post(path, json=body)
+        assert answer.status_code in (statuses or (200,)), answer.text
+        return answer.json()
+
+    def put(self, name: str, folder: Path, *statuses: int, **files: bytes) -> None:
+        parts = {
+            "config": (folder / "adapter_config.json").read_bytes(),
+            "weights": (folder / "adapter_model.safetensors").read_bytes(),
+        }
+        answer = self.http.put(f"/v1/adapters/{name}", files={**parts, **files})
+        assert answer.status_code in (statuses or (200, 201)), answer.text
+
+
+class Neighbours(NamedTuple):
+    flood: Tenant
+    small: Tenant
+    server: ServerProcess
+    folder: Path
+    slow_url: str  # of a web server that never ends an answer
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Answers each request with a file that does not end before the test does."""
+
+    ended = threading.Event()
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "1000000")
+        self.end_headers()
+        self.wfile.write(b"{")
+        self.ended.wait(600)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def endless() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Endless) as web:
+        web.daemon_threads = True
+        threading.Thread(target=web.serve_forever, args=(0.01,)).start()
+        yield f"http://127.0.0.1:{web.server_port}"
+        _Endless.ended.set()
+        web.shutdown()
+
+
+@pytest.fixture(scope="module")
+def neighbours(tmp_path_factory: pytest.TempPathFactory, endless: str) -> Iterator[Neighbours]:
+    folder = tmp_path_factory.mktemp("shared")
+    model = save_tiny_model(folder / "model")
+    flags = ["--allow-training", "--max-learning-time", "300", "--allow-source", endless]
+    with _tenants(folder, model, endless, *flags) as both:
+        write_lora(folder / "lora", BaseSpec.of(tiny_model(), "model"))
+        yield both
+
+
+@contextmanager
+def _tenants(folder: Path, model: Path, slow_url: str, *flags: str) -> Iterator[Neighbours]:
+    """A server of ``model`` with the keys of two tenants."""
+    keys = folder / "keys.toml"
+    keys.write_text(
+        "\n".join(
+            f'[[key]]\nname = "{name}"\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n'
+            f'tenant = "{name}"\nscope = "admin"\nsources = ["{slow_url}/*"]'
+            for name in ("flood", "small")
+        )
+    )
+    with ExitStack() as closing:
+        server = closing.enter_context(
+            server_process(model, folder / "state", "--keys", keys, *flags)
+        )
+        flood, small = (
+            Tenant(
+                closing.enter_context(
+                    httpx.Client(
+                        base_url=server.url,
+                        headers={"authorization": f"Bearer {name}"},
+                        timeout=600,
+                        limits=httpx.Limits(max_connections=200),
+                    )
+                )
+            )
+            for name in ("flood", "small")
+        )
+        yield Neighbours(flood, small, server, folder, slow_url)
+
+
+def waited(calls: Sequence[Callable[[], object]], small: Callable[[], object]) -> float:
+    """Run the calls at once, and ``small`` again and again meanwhile.
+
+    Return the longest wait of ``small`` as a share of the time that the calls took.
+    """
+    small()  # the first call loads and compiles
+    with ThreadPoolExecutor(len(calls)) as pool:
+        began = time.monotonic()
+        running = [pool.submit(call) for call in calls]
+        longest_s, n_small = 0.0, 0
+        while not all(call.done() for call in running):
+            sent = time.monotonic()
+            small()
+            longest_s = max(longest_s, time.monotonic() - sent)
+            n_small += 1
+        took_s = time.monotonic() - began
+    for call in running:
+        call.result()
+    print(f"{n_small} calls beside {len(calls)}: {longest_s:.2f} s of {took_s:.2f} s")
+    assert n_small > 2
+    return longest_s / took_s
+
+
+def test_texts_of_one_tenant_for_the_encoder_go_between_those_of_another(
+    neighbours: Neighbours, pulled_encoder: Path
+) -> None:
+    texts = [f"text {n} " + "of several words " * 10 for n in range(256)]
+
+    def embed(tenant: Tenant, *texts: str) -> None:
+        body = {"model": "all-minilm-l6-v2", "input": list(texts)}
+        assert len(tenant.post("/v1/embeddings", body)["data"]) == len(texts)
+
+    flood = [lambda: embed(neighbours.flood, *texts)] * 2
+    assert waited(flood, lambda: embed(neighbours.small, "one text")) < 0.2
+
+
+def test_choices_of_adapters_for_one_tenant_go_between_those_for_another(
+    neighbours: Neighbours, pulled_encoder: Path
+) -> None:
+    for tenant in (neighbours.flood, neighbours.small):
+        tenant.put("sql", neighbours.folder / "lora", description=b"Writes SQL")
+
+    def route(tenant: Tenant, text: str) -> None:
+        assert tenant.post("/v1/route", {"input": text})["candidates"]
+
+    def many(first: int) -> None:
+        for n in range(first, first + 5):
+            route(neighbours.flood, f"question {n} " + "of several words " * 40)
+
+    flood = [lambda n=n: many(100 * n) for n in range(24)]
+    assert waited(flood, lambda: route(neighbours.small, "count the orders")) < 0.2
+
+
+def test_an_upload_does_not_wait_for_another_tenants(neighbours: Neighbours) -> None:
+    """Each upload of the flood is a pattern that has to be stopped."""
+    folder = neighbours.folder / "lora"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    hostile = json.dumps({**config, "target_modules": ENDLESS}).encode()
+    flood = [lambda: neighbours.flood.put("x", folder, 400, config=hostile)] * 6
+    assert waited(flood, lambda: neighbours.small.put("mine", folder)) < 0.4
+
+
+def test_warming_does_not_wait_for_another_tenants_downloads(neighbours: Neighbours) -> None:
+    neighbours.small.put("warmed", neighbours.folder / "lora")
+    body = {"source": f"{neighbours.slow_url}/adapter", "wait": False}
+    for n in range(12):
+        answer = neighbours.flood.http.put(f"/v1/adapters/endless-{n}", json=body)
+        assert answer.status_code == 202, answer.text
+    neighbours.small.http.post("/v1/adapters/warmed/warm", timeout=60).raise_for_status()
+
+
+def test_a_chat_of_one_tenant_does_not_wait_for_templates_of_another(
+    neighbours: Neighbours,
+) -> None:
+    folder = neighbours.folder / "lora"
+    for n in range(4):
+        template = f"{ENDLESS_TEMPLATE}{n}".encode()
+        neighbours.flood.put(f"endless-{n}", folder, chat_template=template)
+    neighbours.small.put("polite", folder, chat_template=b"good {{ messages[0].content }}")
+
+    def chat(tenant: Tenant, adapter: str, *statuses: int) -> None:
+        body = {"adapter": adapter, "messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+        tenant.post("/v1/chat/completions", body, *statuses)
+
+    flood = [lambda n=n: chat(neighbours.flood, f"endless-{n}", 400, 503) for n in range(4)]
+    assert waited(flood, lambda: chat(neighbours.small, "polite")) < 0.5
+
+
+def test_a_grammar_of_one_tenant_does_not_wait_for_those_of_another(
+    neighbours: Neighbours,
+) -> None:
+    def complete(tenant: Tenant, grammar: dict[str, Any], *statuses: int) -> None:
+        body = {"prompt": "x", "max_tokens": 1, **grammar}
+        tenant.post("/v1/completions", body, *statuses)
+
+    def large(n: int) -> dict[str, Any]:
+        return {"guided_json": {"enum": [f"value {n} {i}" for i in range(12_000)]}}
+
+    numbers = iter(range(1_000_000))
+    flood = [lambda n=n: complete(neighbours.flood, large(n), 200, 503) for n in range(12)]
+    small = lambda: complete(neighbours.small, {"guided_regex": f"a{next(numbers)}"})  # noqa: E731
+    assert waited(flood, small) < 0.5
+
+
+def test_a_short_text_does_not_wait_for_another_tenants_long_ones(
+    neighbours: Neighbours,
+) -> None:
+    """The short text has no base that could be slow: only tokens are asked for."""
+
+    def tokenize(tenant: Tenant, text: str) -> None:
+        tenant.post("/tokenize", {"prompt": text})
+
+    long = "word " * 4000
+    flood = [lambda: [tokenize(neighbours.flood, long) for _ in range(4)]] * 24
+    assert waited(flood, lambda: tokenize(neighbours.small, "x")) < 0.25
+
+
+def test_a_training_waits_for_one_job_of_another_tenant_at_most(neighbours: Neighbours) -> None:
+    def order(tenant: Tenant, name: str) -> str:
+        body = {"name": name, "examples": PAIRS, "rank": 4, "steps": 20}
+        return str(tenant.post("/v1/adapters/train", body, 202)["id"])
+
+    jobs = [order(neighbours.flood, f"trained-{n}") for n in range(4)]
+    mine = order(neighbours.small, "mine-trained")
+    refused = neighbours.flood.http.post(
+        "/v1/adapters/train", json={"name": "fifth", "examples": PAIRS}
+    )
+    assert refused.status_code == 429
+    assert refused.json()["error"]["code"] == "too_many_training_jobs"
+    states = list(_states(neighbours.small, mine))
+    assert states[-1]["status"] == "succeeded", states[-1]
+    left = [neighbours.flood.http.get(f"/v1/jobs/{job}").json()["status"] for job in jobs]
+    assert left.count("running") >= 2, left
+    for job in jobs:
+        neighbours.flood.http.post(f"/v1/jobs/{job}/cancel")
+
+
+def _states(tenant: Tenant, job: str) -> Iterator[dict[str, Any]]:
+    with tenant.http.stream("GET", f"/v1/jobs/{job}/events") as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
+
+
+@pytest.fixture(scope="module")
+def on_the_base(
+    tmp_path_factory: pytest.TempPathFactory, pulled_base: Path, pulled_encoder: Path
+) -> Iterator[Neighbours]:
+    """The default base, for which adapters can be generated."""
+    folder = tmp_path_factory.mktemp("base")
+    flags = ["--adapter-memory", "256MiB", "--kv-memory", "64MiB"]
+    with _tenants(folder, pulled_base, "http://nowhere.invalid", *flags) as both:
+        yield both
+
+
+@pytest.mark.nightly
+def test_full_fine_tunes_without_structure_hold_up_nobody(
+    on_the_base: Neighbours, pulled_base: Path
+) -> None:
+    folder = on_the_base.folder / "full"
+    folder.mkdir()
+    weights = load_file(next(pulled_base.glob("*.safetensors")))
+    random = torch.Generator().manual_seed(0)
+    noisy = {
+        name: value + 0.01 * torch.randn(value.shape, generator=random).to(value.dtype)
+        for name, value in weights.items()
+        if "layers." in name and value.dim() == 2
+    }
+    save_file(noisy, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "FULL"}')
+    small = _real_lora(on_the_base.folder / "small", noisy)
+    flood = [lambda n=n: on_the_base.flood.put(f"full-{n}", folder, 400) for n in range(4)]
+    assert waited(flood, lambda: on_the_base.small.put("mine", small)) < 0.5
+
+
+def _real_lora(folder: Path, weights: dict[str, torch.Tensor]) -> Path:
+    folder.mkdir()
+    name = next(name for name in weights if name.endswith("q_proj.weight"))
+    n_out, n_in = weights[name].shape
+    module = f"base_model.model.{name.removesuffix('.weight')}"
+    random = torch.Generator().manual_seed(1)
+    factors = {
+        f"{module}.lora_A.weight": 0.01 * torch.randn(4, n_in, generator=random),
+        f"{module}.lora_B.weight": 0.01 * torch.randn(n_out, 4, generator=random),
+    }
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(
+        json.dumps({**config, "layers_to_transform": [int(name.split("layers.")[1].split(".")[0])]})
+    )
+    return folder
+
+
+@pytest.mark.nightly
+def test_a_new_description_waits_for_one_of_another_tenant_at_most(
+    on_the_base: Neighbours,
+) -> None:
+    numbers = iter(range(1_000_000))
+
+    def describe(tenant: Tenant) -> None:
+        text = f"Give the number {next(numbers)} in Spanish"
+        body = {"description": text, "force": True, "probe": False}
+        tenant.post("/v1/adapters/generate", body, 201)
+
+    flood = [lambda: describe(on_the_base.flood)] * 24
+    assert waited(flood, lambda: describe(on_the_base.small)) < 0.25
+
+
+@pytest.mark.nightly
+def test_learning_from_examples_waits_for_one_job_of_another_tenant_at_most(
+    on_the_base: Neighbours,
+) -> None:
+    def order(tenant: Tenant, name: str) -> str:
+        body = {
+            "name": name,
+            "description": "Give the last name, then the first",
+            "examples": [{"prompt": f"Ann {n}", "answer": f"{n}, Ann"} for n in range(8)],
+            "budget_s": 12,
+        }
+        return str(tenant.post("/v1/adapters/generate", body, 202)["id"])
+
+    jobs = [order(on_the_base.flood, f"learnt-{n}") for n in range(4)]
+    mine = order(on_the_base.small, "mine-learnt")
+    assert list(_states(on_the_base.small, mine))[-1]["status"] != "running"
+    left = [on_the_base.flood.http.get(f"/v1/jobs/{job}").json()["status"] for job in jobs]
+    assert left.count("running") >= 2, left

@@ -1,0 +1,1 @@
+"""Adapters from a sentence, refined by examples."""

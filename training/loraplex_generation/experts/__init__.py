@@ -1,0 +1,1 @@
+"""SG-LoRA and ICM-LoRA over the adapters that a store holds."""

@@ -1,0 +1,53 @@
+"""A request for an adapter from a sentence, with or without pairs of prompt and answer."""
+
+import functools
+import hashlib
+import json
+from dataclasses import dataclass
+
+from .examples import Example
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterGenerationRequest:
+    """A request for an adapter. Equal requests share one adapter."""
+
+    description: str
+    wordings: tuple[str, ...] = ()  # further descriptions; methods average over them
+    prompts: tuple[str, ...] = ()  # unlabelled inputs of the task, which only ICM-LoRA reads
+    method: str = "auto"
+    seed: int = 0
+    samples: int = 0  # number of latent draws that are averaged; 0 decodes the centre
+    examples: tuple[tuple[str, str], ...] = ()  # prompt and answer
+    force: bool = False  # accept a description that is out of distribution
+    library: str = ""  # identity of the adapters that are mixed, so that a change makes a new one
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The description and its other wordings."""
+        return (self.description, *self.wordings)
+
+    @property
+    def pairs(self) -> list[Example]:
+        return [Example(prompt, answer) for prompt, answer in self.examples]
+
+    @property
+    def key(self) -> str:
+        """Hash of all fields. The first call takes milliseconds for long examples."""
+        return _key_of(self)
+
+
+@functools.lru_cache(maxsize=8)  # a request has up to two megabytes
+def _key_of(request: AdapterGenerationRequest) -> str:
+    parts = [
+        request.description,
+        request.wordings,
+        request.prompts,
+        request.method,
+        request.seed,
+        request.samples,
+        request.force,
+        *([request.examples] if request.examples else []),
+        *([request.library] if request.library else []),
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,136 @@
+"""Settings of a training run."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PLAIN = "lora"  # the recipe of PEFT
+RECIPES: Mapping[str, int] = {  # name → the saved rank, in trained ranks
+    **dict.fromkeys(("allora", "comp-lora", "flexora", "ggpo", "glad", "inttune"), 1),
+    **dict.fromkeys(("lora-pro", "lora-sb", "sora"), 1),
+    **dict.fromkeys(("ba-lora", "kasa", "lora-ga"), 2),  # with what was subtracted from the base
+}
+_STORED_DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """The settings of MixLoRA alone: experts on every MLP, and the loss that balances them."""
+
+    n_experts: int = 8
+    top_k: int = 2
+    balance: str = "pooled"  # as in the public code; "argmax" as in the paper; "none"
+    balance_coefficient: float | None = None  # None = the default of the chosen loss
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.top_k <= self.n_experts:
+            raise ValueError(f"top_k is {self.top_k}; it must be in 1…{self.n_experts}")
+        if self.balance not in ("pooled", "argmax", "none"):
+            raise ValueError(f"balance is {self.balance!r}; choose pooled, argmax or none")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """The settings of Block-LoRA alone: the number of blocks, and the axis that is cut."""
+
+    n_blocks: int = 4
+    axis: str = "rank"  # or "feature"
+
+    def __post_init__(self) -> None:
+        if self.n_blocks < 1:
+            raise ValueError(f"n_blocks is {self.n_blocks}; it must be at least 1")
+        if self.axis not in ("rank", "feature"):
+            raise ValueError(f"axis is {self.axis!r}; choose rank or feature")
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterShape:
+    """The modules and the size of an adapter. ``family`` is a key of ``families.FAMILIES``."""
+
+    family: str = "lora"
+    recipe: str = PLAIN  # or a key of ``RECIPES``, which end as a plain LoRA
+    rank: int = 8
+    alpha: float = 16.0
+    targets: Sequence[str] = ("all-linear",)  # module names, or "all-linear" alone
+    layers: Sequence[int] | None = None  # None = every layer
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
+    dropout: float = 0.0
+    stored_dtype: str = "float16"  # of the tensors on disk
+    experts: ExpertShape | None = None  # for mixlora
+    blocks: BlockShape | None = None  # for block-lora
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank is {self.rank}; it must be at least 1")
+        if not self.targets:
+            raise ValueError("no target module is named; use 'all-linear' for every linear layer")
+        if self.recipe not in (PLAIN, *RECIPES):
+            raise ValueError(
+                f"recipe is {self.recipe!r}; choose {PLAIN}, {', '.join(sorted(RECIPES))}"
+            )
+        if self.recipe != PLAIN and (self.family != "lora" or self.dropout or self.layers):
+            raise ValueError(
+                f"recipe {self.recipe!r} trains LoRA without dropout on every layer; "
+                "leave out family, dropout and layers"
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        if self.stored_dtype not in _STORED_DTYPES:
+            raise ValueError(
+                f"stored dtype is {self.stored_dtype!r}; choose {', '.join(_STORED_DTYPES)}"
+            )
+
+    def settings(self) -> dict[str, object]:
+        """Return the shape as JSON values, without the settings of other families."""
+        absent = {name for name in ("experts", "blocks") if getattr(self, name) is None}
+        absent |= {"recipe"} if self.recipe == PLAIN else set()
+        return {key: value for key, value in asdict(self).items() if key not in absent}
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The length and rate of a run: linear warm-up, then a cosine from ``lr`` to a tenth of it."""
+
+    steps: int = 300
+    lr: float = 1e-3
+    warmup_steps: int = 10
+    weight_decay: float = 0.0
+    batch_tokens: int = 1024  # padded tokens of one step
+    validate_every: int = 50  # steps
+    patience: int | None = None  # validations without improvement before an early stop
+    max_seconds: float | None = None  # of the run, which then ends with its best weights
+    checkpoint_every_s: float = 30.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_tokens", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}; it must be positive")
+        if self.max_seconds is not None and self.max_seconds <= 0:
+            raise ValueError(f"max_seconds is {self.max_seconds}; it must be positive")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience is {self.patience}; it must be at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """All settings of a run. ``base_name`` is the base that the adapter's files name."""
+
+    data: Path  # JSONL, one {"messages": [...]} a line
+    out: Path
+    base: Path  # a transformers directory
+    base_name: str
+    shape: AdapterShape = AdapterShape()
+    schedule: Schedule = Schedule()
+    start: Path | None = None  # an adapter of this shape whose weights the run begins with
+    validation: Path | float = 0.05  # a JSONL, or the share of the data held out; 0 = none
+    max_validation_tokens: int | None = None  # of a share; at least one example is held out
+    max_len: int = 512  # tokens; longer examples are refused
+    device: str = "auto"
+    threads: int | None = None  # CPU threads; None = torch's default
+    name: str | None = None  # None = the name of ``out``
+    description: str | None = None
+    prompts: Sequence[str] = ()  # example prompts for the card
+    chat_template: str | None = None  # Jinja, saved with the adapter; None = the base's

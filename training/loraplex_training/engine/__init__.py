@@ -1,0 +1,1 @@
+"""The training engine: many adapters learn in one batch over one frozen base."""

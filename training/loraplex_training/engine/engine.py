@@ -1,0 +1,149 @@
+"""Forward and backward of many adapters over one frozen base, and steps of their optimisers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adapter import Adam, LearningAdapter, LoraShape
+from .data import Datum, Loss
+from .losses import cross_entropy
+from .packed_batch import PackedBatch, pack
+
+if TYPE_CHECKING:
+    from .frozen_model import FrozenModel
+
+BATCH_TOKENS = 1024  # of one forward: more would need memory and gain no speed
+_PENALISED = 32  # answers of an adapter in a batch whose logits a penalty sees
+
+
+class Work(NamedTuple):
+    """Data whose loss goes to one adapter."""
+
+    adapter: LearningAdapter
+    data: Sequence[Datum]
+    loss: Loss = cross_entropy
+
+
+@dataclass(slots=True)
+class Outcome:
+    loss: float = 0.0  # summed over the data
+    n_tokens: int = 0
+    logprobs: list[Tensor] = field(default_factory=list)
+    """They are those of each datum's targets, float32 [n] on the CPU; 0 where there is no loss."""
+    right: list[bool] = field(default_factory=list)
+    """It says of each datum whether greedy decoding gives its targets where there is a loss."""
+
+
+class TrainingEngine:
+    """Owned by one thread."""
+
+    def __init__(self, model: "FrozenModel") -> None:
+        self.model = model
+        self.n_forwards = self.n_shared = 0  # shared: forwards of several adapters
+
+    def new_adapter(self, shape: LoraShape, seed: int) -> LearningAdapter:
+        return LearningAdapter.fresh(shape, self.model.linears, seed, str(self.model.device))
+
+    def load_adapter(self, folder: Path) -> LearningAdapter:
+        """Read a plain LoRA of PEFT to learn further. Raises TrainingError."""
+        return LearningAdapter.load(folder, str(self.model.device))
+
+    def forward_backward(self, works: Sequence[Work], *, backward: bool = True) -> list[Outcome]:
+        """Return the losses of works, and add to the gradients of their adapters.
+
+        Data of different works run in one forward where they fit. An adapter's results do not
+        depend on the works beside it, but for rounding.
+        """
+        outcomes = [Outcome() for _ in works]
+        if backward:
+            for work in works:
+                work.adapter.saw(work.data, work.loss)
+        with torch.set_grad_enabled(backward):
+            for pieces in _batches(works):
+                self._batch(works, pieces, outcomes, backward)
+        return outcomes
+
+    def step(self, adapter: LearningAdapter, adam: Adam) -> float:
+        """Do a step of Adam with the gradients, forget them, and return their norm."""
+        return adapter.step(adam)
+
+    def _batch(
+        self,
+        works: Sequence[Work],
+        pieces: Sequence[tuple[int, Sequence[Datum]]],
+        outcomes: list[Outcome],
+        backward: bool,
+    ) -> None:
+        batch = pack([data for _, data in pieces], self.model.device)
+        hidden = self.model.hidden(batch, [works[i].adapter for i, _ in pieces])
+        answers = hidden.index_select(0, batch.answers)
+        of_answers, hits = self.model.head.logprobs(answers, batch.targets)
+        self.n_forwards += 1
+        self.n_shared += len(pieces) > 1
+        n_answers = [datum.n_answers for _, data in pieces for datum in data]
+        parts = iter(torch.split(of_answers.cpu(), n_answers))
+        right = iter(torch.split(hits.cpu(), n_answers))
+        losses = []
+        for i, data in pieces:
+            for datum in data:
+                full = torch.zeros(len(datum)).index_put(
+                    (datum.weights.nonzero().squeeze(1),), next(parts)
+                )
+                loss = works[i].loss(full, datum)
+                losses.append(loss)
+                outcomes[i].loss += float(loss.detach())
+                outcomes[i].n_tokens += len(datum)
+                outcomes[i].logprobs.append(full.detach())
+                outcomes[i].right.append(bool(next(right).all()))
+        if backward:
+            losses += self._penalties(works, pieces, batch, torch.split(answers, n_answers))
+        if backward and losses:
+            torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+
+    def _penalties(
+        self,
+        works: Sequence[Work],
+        pieces: Sequence[tuple[int, Sequence[Datum]]],
+        batch: PackedBatch,
+        answers: tuple[Tensor, ...],
+    ) -> list[Tensor]:
+        """Return the penalties of adapters that have one, weighted like their data's losses.
+
+        ``answers``: the states at the answers of each datum.
+        """
+        adapters = [works[i].adapter for i, _ in pieces]
+        if all(adapter.penalty is None for adapter in adapters):
+            return []
+        with torch.no_grad():
+            bare = self.model.hidden(batch, [LearningAdapter(a.shape, {}) for a in adapters])
+            base = torch.split(bare.index_select(0, batch.answers), [len(each) for each in answers])
+        terms, first = [], 0
+        for adapter, (_, data) in zip(adapters, pieces, strict=True):
+            end = first + len(data)
+            if adapter.penalty is not None:
+                own, theirs = (torch.cat(s[first:end])[:_PENALISED] for s in (answers, base))
+                weight = float(sum(datum.weights.sum() for datum in data))
+                term = adapter.penalty(self.model.head.logits(own), self.model.head.logits(theirs))
+                terms.append(weight * term.cpu())
+            first = end
+        return terms
+
+
+def _batches(works: Sequence[Work]) -> list[list[tuple[int, list[Datum]]]]:
+    """Return batches of (index of a work, some of its data), each of about equal size."""
+    batches: list[list[tuple[int, list[Datum]]]] = []
+    room = 0
+    for i, work in enumerate(works):
+        for datum in work.data:
+            if len(datum) > room or not batches:
+                batches.append([])
+                room = BATCH_TOKENS
+            if not batches[-1] or batches[-1][-1][0] != i:
+                batches[-1].append((i, []))
+            batches[-1][-1][1].append(datum)
+            room -= len(datum)
+    return batches

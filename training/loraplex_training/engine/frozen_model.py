@@ -1,0 +1,270 @@
+"""A frozen base that many adapters learn on: transformers' modules over the served weights."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from loraplex_training.errors import TrainingError
+
+from .adapter import LearningAdapter
+from .head import OutputHead, head_settings
+from .packed_batch import PackedBatch, Rows
+from .segmented_lora import GroupedLinear, LinearOfGroup, Segment
+
+_ATTENTION = "loraplex_training"
+_SLOT = "loraplex_training_batch"
+
+
+class BaseWeights(Protocol):
+    """The weights of a base by the names of its checkpoint, as they are served."""
+
+    @property
+    def groups(self) -> Mapping[tuple[str, ...], Sequence[int]]:
+        """The linears without the head, in groups that read one input, and their outputs."""
+
+    @property
+    def head(self) -> str:
+        """The name of the output head."""
+
+    def linear(self, names: tuple[str, ...]) -> Callable[[], Tensor]:
+        """Return a reader of the stacked weights [Σ out, in] of a group or of the head."""
+
+    def bias(self, names: tuple[str, ...]) -> Tensor | None:
+        """Return the stacked biases [Σ out] of a group or of the head."""
+
+    def embedding(self) -> Callable[[], Tensor]:
+        """Return a reader of the input embedding [vocabulary, hidden]."""
+
+    def tensor(self, name: str) -> Tensor:
+        """Return another parameter, as stored."""
+
+
+class _Held:
+    """The batch that the attention modules see."""
+
+    batch: PackedBatch
+
+
+class FrozenModel:
+    """The base without its linears' weights, which are read for each product.
+
+    One thread at a time. All tensors are on ``device``.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        weights: BaseWeights,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        """``rest`` is called every few milliseconds, and may wait or raise.
+
+        Raises TrainingError for a base that cannot be computed so.
+        """
+        self.device, self.dtype = torch.device(device), dtype
+        self._held = _Held()
+        self._model = _skeleton(config)
+        text = self._model.config.get_text_config()
+        self.linears: dict[str, tuple[int, int]] = {}
+        """The linears that adapters may have: name → (in, out) features."""
+        self._groups = []
+        for names, sizes in weights.groups.items():
+            bias = weights.bias(names)
+            bias = None if bias is None else bias.to(self.device, dtype)
+            group = GroupedLinear(names, sizes, weights.linear(names), bias, rest)
+            self._groups.append(group)
+            for i, (name, n_out) in enumerate(zip(names, sizes, strict=True)):
+                self.linears[name] = _in_features(self._model.get_submodule(name)), n_out
+                self._model.set_submodule(name, LinearOfGroup(group, i))
+        scale, cap = head_settings(text)
+        head_bias = weights.bias((weights.head,))
+        self.head = OutputHead(
+            weights.linear((weights.head,)),
+            rest,
+            None if head_bias is None else head_bias.to(self.device),
+            scale,
+            cap,
+        )
+        self._embedding = weights.embedding()
+        self._decoder: nn.Module = self._model.base_model
+        self._fill(weights)
+        self._set_attention()
+
+    def hidden(self, batch: PackedBatch, adapters: Sequence[LearningAdapter]) -> Tensor:
+        """Return the final states [T, hidden] of a batch with a segment for each adapter."""
+        self._held.batch = batch
+        for group in self._groups:
+            group.segments, group.factors = [], []
+            for (first, end), adapter in zip(batch.segments, adapters, strict=True):
+                members = [i for i, name in enumerate(group.names) if name in adapter.factors]
+                if members:
+                    scale = adapter.shape.scale
+                    group.segments.append(Segment(first, end, scale, tuple(members)))
+                    group.factors += [f for i in members for f in adapter.factors[group.names[i]]]
+        output = self._decoder(
+            inputs_embeds=self._embedded(batch.tokens)[None],
+            position_ids=batch.positions[None],
+            attention_mask=None,
+            use_cache=False,
+        )
+        states: Tensor = output.last_hidden_state.squeeze(0)
+        return states
+
+    def weight(self, name: str) -> Tensor:
+        """Return a float32 copy of a linear's weight [out, in]."""
+        group = next(group for group in self._groups if name in group.names)
+        return group.read()[group.parts[group.names.index(name)]].float().clone()
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        """Return the embeddings as the base's own module scales them."""
+        rows = functional.embedding(tokens, self._embedding()).to(self.dtype)
+        module = self._model.get_input_embeddings()
+        scale = getattr(module, "embed_scale", None)  # Gemma 3
+        return rows if scale is None else rows * torch.as_tensor(scale).to(rows)
+
+    def _fill(self, weights: BaseWeights) -> None:
+        """Give the rest of the modules their values."""
+        aside = {self._model.get_input_embeddings(), self._model.get_output_embeddings()}
+        for name, module in list(self._model.named_modules()):
+            if module in aside:
+                continue
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                value = weights.tensor(f"{name}.{leaf}" if name else leaf)
+                value = value.to(self.device, self.dtype).view(parameter.shape)
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            for leaf, buffer in list(module.named_buffers(recurse=False)):
+                setattr(module, leaf, buffer.to(self.device))
+            fast = _FastNorm.of(module)
+            if fast is not None:
+                self._model.set_submodule(name, fast)
+
+    def _set_attention(self) -> None:
+        if _ATTENTION not in ALL_ATTENTION_FUNCTIONS.valid_keys():
+            ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
+        for module in self._model.modules():
+            setattr(module, _SLOT, self._held)
+            own: Any = getattr(module, "config", None)
+            if hasattr(own, "_attn_implementation"):
+                own._attn_implementation = _ATTENTION
+
+
+def _skeleton(config: PretrainedConfig) -> PreTrainedModel:
+    """Return the model with parameters on ``meta`` and computed buffers."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # its linears are replaced
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def _in_features(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    return int(module.get_parameter("weight").shape[0])  # GPT-2's Conv1D
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **settings: Any
+) -> tuple[Tensor, None]:
+    """Map [1, heads, T, head_dim] to [1, T, heads, head_dim], as transformers calls it."""
+    batch: PackedBatch = getattr(module, _SLOT).batch
+    if settings.get("s_aux") is not None:
+        raise TrainingError("a base with attention sinks cannot be trained on yet")
+    q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
+    scale = settings.get("scaling")
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    outs = [
+        _attend(rows, q, k, v, scale, settings.get("sliding_window"), settings.get("softcap"))
+        for rows in batch.rows
+    ]
+    together = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return together.index_select(0, batch.order)[None], None
+
+
+def _attend(
+    rows: Rows,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Return the attention of padded queries, [n · q_len, heads, head_dim]."""
+    n = len(rows.starts)
+    qs = q.index_select(0, rows.queries).view(n, rows.q_len, *q.shape[1:]).transpose(1, 2)
+    ks, vs = (
+        t.index_select(0, rows.keys).view(n, rows.k_len, *t.shape[1:]).transpose(1, 2)
+        for t in (k, v)
+    )
+    device = q.device
+    at = rows.starts[:, None, None] + torch.arange(rows.q_len, device=device)[None, :, None]
+    keys = torch.arange(rows.k_len, device=device)[None, None, :]
+    mask = keys <= at
+    if window is not None:
+        mask = mask & (keys > at - window)
+    mask = mask[:, None]
+    if softcap is None:
+        out = functional.scaled_dot_product_attention(
+            qs, ks, vs, attn_mask=mask, scale=scale, enable_gqa=qs.shape[1] != ks.shape[1]
+        )
+    else:
+        n_shared = qs.shape[1] // ks.shape[1]
+        ks, vs = ks.repeat_interleave(n_shared, 1), vs.repeat_interleave(n_shared, 1)
+        scores = (qs @ ks.transpose(2, 3)).float() * scale
+        scores = (scores / softcap).tanh() * softcap
+        out = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(vs.dtype) @ vs
+    return out.transpose(1, 2).reshape(n * rows.q_len, q.shape[1], v.shape[2])
+
+
+class _FastNorm(nn.Module):
+    """An RMS norm with a gradient of its own, several times as fast as autograd's."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        super().__init__()
+        self.weight, self._eps = weight, eps
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_FastNorm | None":
+        """Return the same function as ``module``, or None if that is no plain RMS norm."""
+        eps, weight = getattr(module, "variance_epsilon", None), getattr(module, "weight", None)
+        if eps is None or not isinstance(weight, Tensor) or weight.ndim != 1:
+            return None
+        fast = cls(weight.detach(), float(eps))
+        x = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+        with torch.no_grad():
+            same = torch.allclose(fast(x).float(), module(x).float(), rtol=1e-2, atol=1e-2)
+        return fast if same else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _RmsNorm.apply(x, self.weight, self._eps)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (wide * scale).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        unit = x.to(scale.dtype) * scale
+        g = grads[0].to(scale.dtype) * weight
+        g.addcmul_(unit, (g * unit).mean(-1, keepdim=True), value=-1)
+        return g.mul_(scale).to(x.dtype), None, None

@@ -28,6 +28,7 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/gpu-evidence.md": {
         "make gpu-report": "needs a GPU; tests/loadtests runs its sections without one"
     },
+    "docs/coming-from.md": {"loraplex serve": _OPTIONS},
     "docs/catalogue.md": {"pip install": _OPTIONS},
     "docs/tutorials/serve-your-adapters.md": {"loraplex serve --model": _OPTIONS},
     "docs/deployment.md": {

@@ -20,6 +20,7 @@ from typer.main import get_command
 
 from loraplex_server.cli.app import app
 from loraplex_server.settings.sources import server_options
+from loraplex_server.settings.vllm_flags import our_flags
 
 ROOT = Path(__file__).parents[2]
 _QUOTED_OR_COMMENT = re.compile(r"""'[^']*'|"[^"]*"|(?<!\S)\#[^\n]*""")
@@ -81,6 +82,8 @@ def _check_loraplex(arguments: list[str], whole: bool) -> None:
         options = [word for word in arguments if word.startswith("--") and word != "--help"]
         _check_python(["-m", "loadtests.run", *options], whole)
         return
+    if path == ["loraplex", "serve"]:
+        arguments, _ = our_flags(arguments)
     context = command.make_context(path[-1], ["--help"], parent=context, resilient_parsing=True)
     context.resilient_parsing = False  # it was for the --help alone, and forgives too much
     parser = command.make_parser(context)

@@ -88,7 +88,7 @@ def test_a_command_within_a_sentence_is_a_real_one(name: str) -> None:
         "loraplex adapters drop mine",
         "loraplex train data.jsonl",  # where to?
         "loraplex train data.jsonl --out x --step 3",
-        "loraplex serve --kv-memory 1GiB here",
+        "loraplex serve base --kv-memory 1GiB here",
         "make lunch",
         'make soak SOUP="--minutes 1"',
         "python -m loadtests.nothing",

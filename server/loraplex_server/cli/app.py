@@ -9,7 +9,7 @@ from .cluster import cluster
 from .generate import generate
 from .generator import generator
 from .pull import pull
-from .serve import serve
+from .serve import ServeCommand, serve
 from .train import train
 
 app = typer.Typer(
@@ -23,7 +23,7 @@ app.command()(pull)
 app.command()(chat)
 app.command()(train)
 app.command()(generate)
-app.command()(serve)
+app.command(cls=ServeCommand)(serve)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 app.add_typer(adapters, name="adapters")
 app.add_typer(cluster, name="cluster")

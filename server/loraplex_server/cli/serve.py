@@ -1,6 +1,7 @@
 """`loraplex serve`: one base model, many adapters, the OpenAI API."""
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping
 from itertools import chain
@@ -8,22 +9,42 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
+from typer.core import TyperCommand
 
 from loraplex_server.options import Option
+from loraplex_server.settings.config import ConfigError
 from loraplex_server.settings.sources import server_options
+from loraplex_server.settings.vllm_flags import our_flags
 
 from .failed import failed
 
+_NOTES = "notes"  # on flags that were left out; key of the context's meta
+_log = logging.getLogger(__name__)
 _SPINS = 3000  # tens of microseconds: longer than gaps within a step, shorter than between steps
 
 
-def serve(config: Path | None, **flags: Any) -> None:
+class ServeCommand(TyperCommand):
+    """`loraplex serve` also takes the flags of vLLM, as docs/coming-from.md lists them."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
+        try:
+            ours, ctx.meta[_NOTES] = our_flags(args)
+        except ConfigError as error:
+            raise failed(error) from None
+        return super().parse_args(ctx, ours)
+
+
+def serve(ctx: typer.Context, base: str | None, config: Path | None, **flags: Any) -> None:
     """Serve a base model and its adapters over the OpenAI API.
 
     Flags win over LORAPLEX_* variables (such as LORAPLEX_MAX_MODEL_LEN), which win over --config.
+    The flags of `vllm serve` are accepted, too.
     """
+    given = given_flags(flags)
+    if base is not None and given.setdefault("model", base) != base:
+        raise typer.BadParameter(f"the model is given twice: {base} and --model {given['model']}")
     try:
-        _serve(given_flags(flags), config)
+        _serve(given, config, ctx.meta[_NOTES])
     except KeyboardInterrupt:  # before the server has taken over the signals
         raise typer.Exit(130) from None
 
@@ -41,13 +62,12 @@ def given_flags(flags: Mapping[str, object]) -> dict[str, object]:
     return options
 
 
-def _serve(flags: dict[str, object], config: Path | None) -> None:
+def _serve(flags: dict[str, object], config: Path | None, notes: list[str]) -> None:
     # Without this, libgomp's threads spin between two steps, on the cores that the HTTP side needs.
     # The variable is read once, when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
 
     from loraplex_server.listening import bind
-    from loraplex_server.settings.config import ConfigError
     from loraplex_server.settings.sources import resolve_config
 
     try:
@@ -63,6 +83,8 @@ def _serve(flags: dict[str, object], config: Path | None) -> None:
 
     try:
         set_up_logging(resolved.http)
+        for note in notes:
+            _log.info(note)
         serve_http(resolved, listening, say=typer.echo)
     except (ModelError, StoreError, ValueError, OSError) as error:
         raise failed(error) from None
@@ -110,6 +132,17 @@ def _metavar(option: Option) -> str:
     return "N" if int in kinds else "SECONDS" if float in kinds else "TEXT"
 
 
+_CONTEXT = inspect.Parameter(
+    "ctx", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context
+)
+_BASE = inspect.Parameter(
+    "base",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="The base model: short for --model.")
+    ],
+)
 _CONFIG = inspect.Parameter(
     "config",
     inspect.Parameter.KEYWORD_ONLY,
@@ -125,6 +158,6 @@ _CONFIG = inspect.Parameter(
 )
 
 # Typer reads the parameters here. The options are declared by their owners.
-_PARAMETERS = [*chain.from_iterable(map(_parameters, server_options())), _CONFIG]
+_PARAMETERS = [_CONTEXT, _BASE, *chain.from_iterable(map(_parameters, server_options())), _CONFIG]
 serve.__signature__ = inspect.Signature(_PARAMETERS)  # type: ignore[attr-defined]
 serve.__annotations__ = {each.name: each.annotation for each in _PARAMETERS}

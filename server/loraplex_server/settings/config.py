@@ -1,6 +1,7 @@
 """The server's settings: frozen values, grouped by owner. ``sources`` resolves them."""
 
 import ipaddress
+import json
 import os
 import re
 from collections.abc import Callable
@@ -157,11 +158,17 @@ class HttpConfig(Options, panel=Panel.HTTP):
         return self
 
 
+_MODULE_JSON = '{"name": …, "path": …}'
+
+
 def _each(parse: Callable[[str], object]) -> BeforeValidator:
     """Parse the texts of a list, or of a text with commas. Parsed items stay."""
 
     def parse_all(value: object) -> object:
-        items = value.split(",") if isinstance(value, str) else value
+        if isinstance(value, str):
+            items: object = [value] if value.lstrip().startswith("{") else value.split(",")
+        else:
+            items = value
         if not isinstance(items, list | tuple):
             return value
         return tuple(parse(item.strip()) if isinstance(item, str) else item for item in items)
@@ -170,9 +177,18 @@ def _each(parse: Callable[[str], object]) -> BeforeValidator:
 
 
 def _module(text: str) -> LoraModule:
-    name, separator, path = text.partition("=")
-    if not (separator and name and path):
-        raise ValueError(f"{text!r} must have the form name=path")
+    if text.startswith("{"):  # of vLLM; "base_model_name" is the served base for all adapters
+        try:
+            given = json.loads(text)
+            name, path = str(given.pop("name")), str(given.pop("path"))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{text!r} must have the form {_MODULE_JSON}: {error}") from None
+        if given.keys() - {"base_model_name"}:
+            raise ValueError(f"{text!r} must have the form {_MODULE_JSON}")
+    else:
+        name, _, path = text.partition("=")
+    if not (name and path):
+        raise ValueError(f"{text!r} must have the form name=path or {_MODULE_JSON}")
     return LoraModule(name, Path(path).expanduser())
 
 
@@ -198,7 +214,8 @@ class StoreConfig(Options, panel=Panel.ADAPTERS):
     )
     lora_modules: Annotated[tuple[LoraModule, ...], NoDecode, _each(_module)] = option(
         (),
-        "Serve this adapter from the start, as name=path. Repeat the option for several.",
+        "Serve this adapter from the start, as name=path or vLLM's JSON. Repeat the option, or "
+        "give several values.",
         metavar="NAME=PATH",
     )
     memory_bytes: Bytes | None = option(

@@ -6,6 +6,7 @@ Every option has one name: ``--max-model-len``, ``LORAPLEX_MAX_MODEL_LEN``, ``ma
 """
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import cache
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -26,6 +27,7 @@ from loraplex_server.options import Option, Options, Panel, option, options
 
 from .api_keys import ApiKey, Scope, parse_keys
 from .config import ConfigError, HttpConfig, LearningConfig, ServerConfig, StoreConfig
+from .vllm_flags import advice
 
 
 def _secrets(value: object) -> object:
@@ -99,7 +101,7 @@ def resolve_config(flags: Mapping[str, object], config_file: Path | None = None)
     known = {each.name: each for each in server_options()}
     for name in flags:
         if name not in known:
-            raise ConfigError(f"the command line sets {name!r}, {_no_option()}")
+            raise ConfigError(f"the command line sets {name!r}, {_no_option(name)}")
     try:
         settings = _settings_class(config_file)(**flags)
         by_owner: dict[type[Options], dict[str, Any]] = {owner: {} for owner in _OWNERS}
@@ -171,9 +173,11 @@ def _settings_class(config_file: Path | None) -> type[_Settings]:
     return settings_class
 
 
-def _no_option() -> str:
-    known = ", ".join(sorted(each.dashed for each in server_options()))
-    return f"which is not an option; known options: {known}"
+def _no_option(name: str) -> str:
+    known = [each.dashed for each in server_options()]
+    near = get_close_matches(name.replace("_", "-"), known, n=1)
+    hint = advice(name) or (f"did you mean {near[0]}?" if near else "see `loraplex serve --help`")
+    return f"which is not an option: {hint}"
 
 
 def _problem(error: ValidationError) -> str:
@@ -181,7 +185,7 @@ def _problem(error: ValidationError) -> str:
     name = str(problem["loc"][0]) if problem["loc"] else ""
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"the config file sets {name!r}, {_no_option()}"
+        return f"the config file sets {name!r}, {_no_option(name)}"
     if not name:
         return message
     is_secret = "key" in name or name == "catalogue"  # a URL may hold a password

@@ -65,6 +65,27 @@ class BaseSpec:
     input_embedding: str  # module name, as "model.embed_tokens"
     output_head: str  # module name, as "lm_head"
 
+    @property
+    def routers(self) -> frozenset[str]:
+        """The modules that choose the base's own experts by one matrix [n_experts, in]."""
+        blocks = {
+            name.partition(".experts.")[0]
+            for name, shape in self.parameters.items()
+            if len(shape) == 3
+        }
+        matrices = (
+            name.removesuffix(".weight")
+            for name, shape in self.parameters.items()
+            if name.endswith(".weight") and len(shape) == 2
+        )
+        return frozenset(
+            module
+            for module in matrices
+            if module.rpartition(".")[0] in blocks
+            and module not in self.modules
+            and module not in self.embeddings
+        )
+
     @staticmethod
     def of(model: PreTrainedModel, model_id: str, *, quantization: str | None = None) -> BaseSpec:
         """Build the spec of a transformers causal LM.

@@ -208,7 +208,10 @@ class NormPlan:
 
 @dataclass(frozen=True, slots=True)
 class StackedFactors:
-    """ΔW_e = left[e] right[e] for a parameter that stacks the matrices of a MoE base's experts."""
+    """ΔW_e = left[e] right[e] for a parameter that stacks the matrices of a MoE base's experts.
+
+    A router's parameter is one matrix: n_experts is 1 here, and n_rows counts the base's experts.
+    """
 
     left: Tensor  # float32 [n_experts, n_rows, rank], scale folded in
     right: Tensor  # float32 [n_experts, rank, n_columns]

@@ -58,6 +58,7 @@ class BaseRow:
     config: Mapping[str, Any] = field(default_factory=dict)  # beside the common one
     targets: tuple[str, ...] = _LLAMA_TARGETS  # of the LoRA
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # more LoRAs
+    single_experts: bool = False  # also a LoRA on each expert, as of transformers 4
     refused: str | None = None  # pattern of the reason, where the server does not start
     wrong: str | None = None  # what it does instead, while it is wrong
 
@@ -90,6 +91,20 @@ _CONV1D = {
 }
 _FUSED_EXPERTS = {
     "fused-experts": {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+}
+_EVERY_LINEAR = {
+    **_FUSED_EXPERTS,
+    "all-linear": {"target_modules": "all-linear"},
+    "all-linear-patterns": {
+        "target_modules": "all-linear",
+        "rank_pattern": {"gate.weight": 2, "experts.down_proj": 3},
+        "alpha_pattern": {"gate.weight": 20, "self_attn.q_proj": 12},
+        "use_rslora": True,
+    },
+}
+_ROUTER = {
+    **_FUSED_EXPERTS,
+    "router": {"target_parameters": ["router.weight"]},
 }
 
 BASE_ROWS: tuple[BaseRow, ...] = (
@@ -211,7 +226,8 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         "mixtral",
         {"num_local_experts": 4},
         targets=_ATTENTION,
-        adapters=_FUSED_EXPERTS,
+        adapters=_EVERY_LINEAR,
+        single_experts=True,
     ),
     BaseRow(
         "qwen2-moe",
@@ -224,14 +240,15 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         "qwen3_moe",
         _EXPERTS,
         targets=_ATTENTION,
-        adapters=_FUSED_EXPERTS,
+        adapters=_EVERY_LINEAR,
+        single_experts=True,
     ),
     BaseRow(
         "olmoe",
         "olmoe",
         {**_EXPERTS, "num_key_value_heads": 4},
         targets=_ATTENTION,
-        adapters=_FUSED_EXPERTS,
+        adapters=_EVERY_LINEAR,
     ),
     BaseRow(
         "granite-moe",
@@ -244,10 +261,10 @@ BASE_ROWS: tuple[BaseRow, ...] = (
         "gpt_oss",
         {"num_local_experts": 4, "sliding_window": 16},
         targets=_ATTENTION,
-        adapters=_FUSED_EXPERTS,
+        adapters=_ROUTER,
     ),
     BaseRow("ernie4_5-moe", "ernie4_5_moe", {**_ROUTED, "moe_num_experts": 4}, targets=_ATTENTION),
-    BaseRow("glm4-moe", "glm4_moe", _ROUTED, targets=_ATTENTION, adapters=_FUSED_EXPERTS),
+    BaseRow("glm4-moe", "glm4_moe", _ROUTED, targets=_ATTENTION, adapters=_EVERY_LINEAR),
     BaseRow("hunyuan-moe", "hunyuan_v1_moe", {"num_experts": 4}, targets=_ATTENTION),
     BaseRow("phimoe", "phimoe", _EXPERTS, targets=_ATTENTION),
     BaseRow(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,6 +22,7 @@ from tests.conformance.load import Answer, Put, Question, ask_all, put_upload
 from tests.conformance.oracle import load_base, make_peft
 from tests.conformance.peft_row import PeftRow, moved
 from tests.conformance.tiny_base import save_base, serving
+from tests.support.adapters.single_experts import save_single_experts
 
 pytestmark = [
     pytest.mark.slow,
@@ -80,6 +81,13 @@ def _adapters(row: BaseRow, base: PreTrainedModel, folder: Path) -> dict[str, nn
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             models[name] = make_peft(lora, copy.deepcopy(base), folder / name)
+    if row.single_experts:
+        path = folder / "single-experts"
+        save_single_experts(base, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tuned = PeftModel.from_pretrained(copy.deepcopy(base), path)
+        models[path.name] = tuned.eval()
     return models
 
 

@@ -19,7 +19,8 @@ from loraplex_kernels.lora.ops import PreparedTarget
 from loraplex_kernels.lora.pool import LoraPool
 
 from .errors import ModelError, UnsupportedBase
-from .layers.adapted_modules import replace_embeddings, replace_experts, replace_norms
+from .layers.adapted_experts import replace_experts
+from .layers.adapted_modules import replace_embeddings, replace_norms
 from .layers.attention import LayerAttention, install_attention
 from .layers.forward_context import ForwardContext
 from .layers.fused_decoder import FusedDecoder
@@ -90,7 +91,8 @@ class BaseModel:
         )
         self.norms = replace_norms(model, self.step)  # names
         self.embeddings = replace_embeddings(model, self.step)  # names
-        self.stacked = replace_experts(model, self.step)  # names of parameters
+        # names of parameters
+        self.stacked = replace_experts(model, self.step, self.spec.routers)
         if shard is not None:
             own = self.groups[self.spec.output_head]
             self.groups[own.target.name] = PackedLoraLinear(

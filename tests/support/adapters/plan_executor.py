@@ -45,7 +45,8 @@ def applied(model: PreTrainedModel, plan: AdapterPlan) -> Iterator[PreTrainedMod
                     stack.enter_context(_replaced(modules[name], value, part))
         for name, factors in plan.stacked.items():
             module, _, part = name.rpartition(".")
-            changed = getattr(modules[module], part) + factors.left @ factors.right
+            weight = getattr(modules[module], part)
+            changed = weight + (factors.left @ factors.right).view(weight.shape)
             stack.enter_context(_replaced(modules[module], changed, part))
         for name, module_plan in plan.modules.items():
             hook = _linear_hook(module_plan)

@@ -31,7 +31,7 @@ class EngineCapabilities:
     linears: frozenset[str]
     embeddings: frozenset[str]
     norms: frozenset[str]
-    stacked: frozenset[str]  # parameters with stacked experts
+    stacked: frozenset[str]  # parameters with stacked experts, and routers' weights
     routable: frozenset[str]  # MLP blocks and projections that may have experts
     input_embedding: str
     output_head: str
@@ -46,7 +46,7 @@ class EngineCapabilities:
             linears=frozenset(spec.modules),
             embeddings=frozenset(spec.embeddings),
             norms=_norms_of(spec),
-            stacked=frozenset(n for n, shape in spec.parameters.items() if len(shape) == 3),
+            stacked=_stacked_of(spec),
             routable=routable_modules(spec.model_type, spec.modules) - {spec.output_head},
             input_embedding=spec.input_embedding,
             output_head=spec.output_head,
@@ -115,7 +115,7 @@ class EngineCapabilities:
                 yield f"{name}.weight: no linear and no embedding of this base"
         for name in plan.stacked:
             if name not in self.stacked:
-                yield f"{name}: no tensor of stacked experts that this engine can change"
+                yield f"{name}: no stacked experts and no router that this engine can change"
         for name in plan.norms:
             if name not in self.norms:
                 yield f"{name}: no norm of this base"
@@ -134,6 +134,11 @@ class EngineCapabilities:
                 if name in whole.modules:
                     yield f"{name}: experts and plain factors on one module"
                 yield from _unsupported_fields(f"{name} of expert {index}", module, _EXPERT_FIELDS)
+
+
+def _stacked_of(spec: BaseSpec) -> frozenset[str]:
+    stacks = {name for name, shape in spec.parameters.items() if len(shape) == 3}
+    return frozenset(stacks | {f"{router}.weight" for router in spec.routers})
 
 
 def _norms_of(spec: BaseSpec) -> frozenset[str]:

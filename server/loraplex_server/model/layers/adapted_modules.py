@@ -1,26 +1,18 @@
-"""Norms, embeddings and stacked experts of any transformers model, with adapters that change them.
+"""Norms and embeddings of any transformers model, with adapters that change them.
 
-Rows whose adapter has its own norm (LN tuning, modules_to_save) are normed again with it. A block
-of experts runs again with W + ΔW on the rows of such an adapter. This computes the changed weights
-of a layer in each step, which is slow and exact.
+Rows whose adapter has its own norm (LN tuning, modules_to_save) are normed again with it.
 """
 
 import inspect
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loraplex_adapter_store.plan import NormPlan, StackedFactors
+from loraplex_adapter_store.plan import NormPlan
 from loraplex_kernels.layers.model_ops import add_rms_norm, rms_norm
 
 from .forward_context import FallbackParts, ForwardContext
-
-_INPUTS = (
-    ("hidden_states", "top_k_index", "top_k_weights"),
-    ("hidden_states", "router_indices", "routing_weights"),  # GPT-OSS
-)
 
 
 class RmsNorm(nn.Module):
@@ -209,55 +201,3 @@ def _answers_alike(own: AdaptedEmbedding, table: nn.Embedding) -> bool:
     last = table.num_embeddings - 1
     ids = torch.tensor([[0, last // 2, last]], device=table.weight.device)
     return bool(torch.equal(table(ids), own(ids)))
-
-
-class AdaptedExperts(nn.Module):
-    """Replaces a block of experts and keeps its parameters under their names."""
-
-    def __init__(self, name: str, experts: nn.Module, step: ForwardContext) -> None:
-        super().__init__()
-        for part, value in experts.named_parameters(recurse=False):
-            self.register_parameter(part, value)
-        self._experts = experts
-        self._name = name
-        self._step = step
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Run the block. The first axis of each input is the step's rows."""
-        out: Tensor = self._experts(*inputs)
-        for fallback in self._step.fallback:
-            changes = self._changes(fallback.parts.stacked)
-            if changes:
-                rows = tuple(part[fallback.rows] for part in inputs)
-                changed: Tensor = torch.func.functional_call(self._experts, changes, rows)
-                out = out.index_copy(0, fallback.rows, changed.to(out.dtype))
-        return out
-
-    def _changes(self, stacked: Mapping[str, StackedFactors]) -> dict[str, Tensor]:
-        changes: dict[str, Tensor] = {}
-        for part, value in self._experts.named_parameters(recurse=False):
-            factors = stacked.get(f"{self._name}.{part}")
-            if factors is not None:
-                changes[part] = torch.baddbmm(value, factors.left, factors.right)
-        return changes
-
-
-def replace_experts(model: nn.Module, step: ForwardContext) -> frozenset[str]:
-    """Replace every block of stacked experts, and return the names of stacked parameters.
-
-    Blocks with other inputs than ``_INPUTS`` stay as they are.
-    """
-    blocks = [
-        (name, module)
-        for name, module in model.named_modules()
-        if any(value.dim() == 3 for value in module.parameters(recurse=False))
-        and tuple(inspect.signature(module.forward).parameters) in _INPUTS
-    ]
-    for name, module in blocks:
-        model.set_submodule(name, AdaptedExperts(name, module, step))
-    return frozenset(
-        f"{name}.{part}"
-        for name, module in blocks
-        for part, value in module.named_parameters(recurse=False)
-        if value.dim() == 3
-    )

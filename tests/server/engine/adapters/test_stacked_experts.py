@@ -163,7 +163,14 @@ def test_rows_that_change_experts_share_steps_with_others_exactly(tmp_path: Path
         for number, (name, options) in enumerate(TARGETS.items())
     }
     plans = [read_path(tmp_path / str(number), model).plan for number in range(len(tuned))]
-    prompts = [[5, 9, 33, 7], [2, 60, 5], [9, 1, 50, 4, 6], [3, 8, 21, 40, 11], [1, 2, 3], [7, 7, 7, 9]]
+    prompts = [
+        [5, 9, 33, 7],
+        [2, 60, 5],
+        [9, 1, 50, 4, 6],
+        [3, 8, 21, 40, 11],
+        [1, 2, 3],
+        [7, 7, 7, 9],
+    ]
     oracles = [*tuned.values(), model, tuned["down"]]
     with running_engine(model, adapter_memory_bytes=32 << 20) as engine:
         answers = generate_all(engine, prompts, GREEDY, [*plans, None, plans[1]])

@@ -106,4 +106,6 @@ def _frozen(
         model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", local_files_only=True)
         weights = ModelWeights(model)
     config = AutoConfig.from_pretrained(directory, local_files_only=True)
-    return FrozenModel(config, weights, dtype=compute_dtype(torch.device("cpu")), rest=rest)
+    is_exact = weights.embedding()().dtype is torch.float32  # a base in float32 learns in it, too
+    dtype = torch.float32 if is_exact else compute_dtype(torch.device("cpu"))
+    return FrozenModel(config, weights, dtype=dtype, rest=rest)

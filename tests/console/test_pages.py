@@ -211,9 +211,6 @@ def test_a_sentence_becomes_an_adapter_that_answers_differently(
     page.get_by_label("What shall it do?").fill("Write the date in German as JSON")
     page.get_by_label("Prompts to compare").fill("2020-12-18")
     page.get_by_role("button", name="Create", exact=True).click()
-    nearest = page.get_by_role("region", name="Nearest known tasks")
-    expect(nearest.get_by_role("meter")).to_have_count(3)
-    expect(page.get_by_role("region", name="How strange")).to_contain_text("that are allowed")
     table = page.get_by_role("region", name="Before and after")
     expect(table).to_be_visible(timeout=120_000)
     cells = table.locator("tbody td")
@@ -241,7 +238,7 @@ def test_an_adapter_is_mixed_from_the_servers_own(page: Page, server: ServerProc
     expect(made_of).to_contain_text("by sg-lora mixture", timeout=120_000)
     expect(made_of).to_contain_text("pirate")
     page.get_by_label("Made by").select_option("icm-lora")
-    page.get_by_label("Inputs of the task").fill("\n".join(f"input {i}" for i in range(8)))
+    page.get_by_role("textbox", name="Inputs of the task").fill("\n".join(f"input {i}" for i in range(8)))
     page.get_by_role("button", name="Create", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("loraplex generator train")
 
@@ -249,6 +246,7 @@ def test_an_adapter_is_mixed_from_the_servers_own(page: Page, server: ServerProc
 def test_what_the_generator_refuses_is_told(page: Page, server: ServerProcess) -> None:
     page.goto(f"{server.url}/#/create")
     page.get_by_label("What shall it do?").fill("Prove the Riemann hypothesis in Latin hexameters.")
+    page.get_by_label("Made by").select_option("sg-lora")
     page.get_by_role("button", name="Create", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("description", timeout=120_000)
     strange = page.get_by_role("region", name="How strange")

@@ -31,12 +31,12 @@ from loraplex_server.metrics.routing_collector import RoutingCollector
 
 from .adapters.adding.adapter_folders import register_adapters
 from .adapters.adding.watched_folders import WatchedFolders
+from .adapters.fine_tuning.training import Training
 from .adapters.learning.example_learner import ExampleLearner
 from .adapters.learning.generated_adapters import GeneratedAdapters
 from .adapters.learning.jobs import Jobs
 from .adapters.learning.learning import Learner, Learning
 from .adapters.learning.store_methods import StoreMethods
-from .adapters.learning.training import Training
 from .adapters.learning.training_thread import TrainingThread
 from .adapters.resolving.described_adapters import DescribedAdapters
 from .adapters.resolving.semantic_router import SemanticRouter, routable_profiles
@@ -146,18 +146,18 @@ def _makers(
         )
         closing.callback(learning.close)
     training: Training | None = None
-    if options.allow_training:
+    if options.allow_training and thread is not None:
         training = Training(
             store,
             workers.jobs,
-            workers.pools.changes,
-            base=base.path,
+            thread,
+            workers.pools.jobs,
+            base.tokenizer,
             base_name=base.name,
-            n_threads=options.n_threads,
+            max_len=base.engine.max_model_len,
             max_budget_s=options.max_budget_s,
             max_rank=config.engine.max_lora_rank,
         )
-        closing.callback(training.close)
     store_methods = StoreMethods(
         store,
         base.engine,

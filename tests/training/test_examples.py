@@ -9,7 +9,14 @@ import pytest
 
 from loraplex_training.batches import IGNORED, batch_of, endless, grouped
 from loraplex_training.errors import ExamplesError
-from loraplex_training.examples import Chat, Example, Message, read_jsonl, tokenise
+from loraplex_training.examples import (
+    Chat,
+    Example,
+    Message,
+    held_out,
+    read_jsonl,
+    tokenise,
+)
 from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 
 
@@ -149,3 +156,13 @@ def test_labels_are_the_next_token_where_it_is_to_be_learnt() -> None:
     assert batch.mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
     x = IGNORED
     assert batch.labels.tolist() == [[x, 7, 8, x], [9, x, x, x]]
+
+
+def test_what_is_held_out_is_spread_over_the_data_and_fits_its_limit() -> None:
+    assert held_out([10] * 60, 0.05) == {0, 20, 40}
+    limited = held_out([10] * 60, 0.5, max_tokens=60, seed=1)
+    assert len(limited) == 6
+    assert limited == held_out([10] * 60, 0.5, max_tokens=60, seed=1) < set(range(0, 60, 2))
+    assert len(held_out([10] * 60, 0.5, max_tokens=1)) == 1
+    with pytest.raises(ExamplesError, match="2 examples are too few to hold out 2"):
+        held_out([10, 10], 0.9)

@@ -233,42 +233,6 @@ def test_the_best_weights_are_kept_and_patience_stops_early(config: TrainingConf
     assert trained.progress.best_step == trained.progress.step - 6
 
 
-def test_what_is_held_out_fits_the_limit_and_the_rest_is_trained_on(config: TrainingConfig) -> None:
-    short = replace(config.schedule, steps=1)
-    limited = replace(config, schedule=short, validation=0.5, max_validation_tokens=60)
-    train(limited)
-    told = json.loads((config.out / "card.json").read_text())["training"]
-    assert 1 < told["n_validation"] < 10
-    assert told["n_examples"] == 60 - told["n_validation"]
-    train(replace(limited, max_validation_tokens=1), overwrite=True)
-    told = json.loads((config.out / "card.json").read_text())["training"]
-    assert told["n_validation"] == 1
-
-
-def test_a_run_validates_its_last_weights_within_its_time(config: TrainingConfig) -> None:
-    endless = replace(config.schedule, steps=100_000, validate_every=100_000, max_seconds=5.0)
-    trained = train(replace(config, schedule=endless))
-    assert trained.progress.seconds < 5
-    assert trained.progress.best_step == trained.progress.step
-    assert trained.validation_loss is not None
-
-
-def test_a_run_without_time_for_a_step_reads_no_further(config: TrainingConfig) -> None:
-    with pytest.raises(TrainingError, match=r"0\.001 seconds were over before the first step"):
-        train(replace(config, schedule=replace(config.schedule, max_seconds=1e-3)))
-    assert not config.out.exists()
-
-
-def test_validating_the_base_ends_with_the_time(
-    config: TrainingConfig, data: Path, tmp_path: Path
-) -> None:
-    many = tmp_path / "many.jsonl"
-    many.write_text("\n".join([data.read_text()] * 100))
-    one_by_one = replace(config.schedule, batch_tokens=1, max_seconds=6.0)
-    with pytest.raises(TrainingError, match="before the first step"):
-        train(replace(config, validation=many, schedule=one_by_one))
-
-
 @pytest.mark.parametrize("family", ["lora", "block-lora"])
 def test_a_run_goes_on_from_another_adapter(
     config: TrainingConfig, tmp_path: Path, family: str

@@ -98,7 +98,6 @@ class Schedule:
     batch_tokens: int = 1024  # padded tokens of one step
     validate_every: int = 50  # steps
     patience: int | None = None  # validations without improvement before an early stop
-    max_seconds: float | None = None  # of the run, which then ends with its best weights
     checkpoint_every_s: float = 30.0
     seed: int = 0
 
@@ -108,8 +107,6 @@ class Schedule:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.lr <= 0:
             raise ValueError(f"lr is {self.lr}; it must be positive")
-        if self.max_seconds is not None and self.max_seconds <= 0:
-            raise ValueError(f"max_seconds is {self.max_seconds}; it must be positive")
         if self.patience is not None and self.patience < 1:
             raise ValueError(f"patience is {self.patience}; it must be at least 1")
 
@@ -126,7 +123,6 @@ class TrainingConfig:
     schedule: Schedule = Schedule()
     start: Path | None = None  # an adapter of this shape whose weights the run begins with
     validation: Path | float = 0.05  # a JSONL, or the share of the data held out; 0 = none
-    max_validation_tokens: int | None = None  # of a share; at least one example is held out
     max_len: int = 512  # tokens; longer examples are refused
     device: str = "auto"
     threads: int | None = None  # CPU threads; None = torch's default

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
@@ -111,6 +113,26 @@ def tokenise(
         )
     learn = tuple(any(a <= start and end <= b for a, b in spans) for start, end in offsets)
     return Example(tuple(tokens), learn)
+
+
+def held_out(
+    lengths: Sequence[int], share: float, *, max_tokens: int | None = None, seed: int = 0
+) -> set[int]:
+    """Return the indices of the examples to hold out: ``share`` of them, spread over all.
+
+    With ``max_tokens``, those of them that fit, drawn by ``seed``. At least one is held out. Raises
+    ExamplesError if none is left to train on.
+    """
+    n = max(1, round(len(lengths) * share))
+    if n >= len(lengths):
+        raise ExamplesError(f"{len(lengths)} examples are too few to hold out {n} for validation")
+    every = len(lengths) / n
+    chosen = [int(i * every) for i in range(n)]
+    if max_tokens is not None:
+        random.Random(seed).shuffle(chosen)
+        totals = accumulate(lengths[i] for i in chosen)
+        chosen = chosen[: max(1, sum(total <= max_tokens for total in totals))]
+    return set(chosen)
 
 
 def _render(

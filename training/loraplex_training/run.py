@@ -6,12 +6,10 @@ import contextlib
 import hashlib
 import json
 import math
-import random
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,10 +19,10 @@ from torch import Tensor, nn
 from . import checkpoint
 from .batches import IGNORED, Batch, batch_of, endless, grouped
 from .checkpoint import Progress
-from .config import Schedule, TrainingConfig
+from .config import TrainingConfig
 from .engine.dtype import compute_dtype
-from .errors import ExamplesError, TrainingError
-from .examples import Example, read_jsonl, tokenise
+from .errors import TrainingError
+from .examples import Example, held_out, read_jsonl, tokenise
 from .families import check_start, family_of
 from .schedule import rate_share
 from .shared_prefix import logits_at, shared_prefix_len
@@ -36,7 +34,6 @@ _WEIGHTS = "adapter_model.safetensors"
 _FORMAT = 1  # of the checkpoint; raise it when old checkpoints cannot be resumed exactly
 _CLIP = 1.0  # of the gradient norm
 _SMOOTHING = 0.9  # of the training loss that is shown
-_SPARE = 1.5  # times the last step and validation: the time that is reserved for the next
 
 
 class StepReport(NamedTuple):
@@ -74,8 +71,6 @@ class Run:
     """
 
     def __init__(self, config: TrainingConfig, path: Path) -> None:
-        most = config.schedule.max_seconds
-        self._end = math.inf if most is None else time.monotonic() + most
         from transformers import AutoModelForCausalLM, AutoTokenizer  # takes seconds
 
         self._config = config
@@ -87,7 +82,7 @@ class Run:
         if not (config.chat_template or tokenizer.chat_template):
             raise TrainingError(f"{config.base} has no chat template; use an instruct model")
         self._pad_id: int = tokenizer.pad_token_id or 0
-        self._data = _read(config, tokenizer, self._end)
+        self._data = _read(config, tokenizer)
         self._fingerprint = _fingerprint(config, self._data)
         torch.manual_seed(config.schedule.seed)
         # Frozen bfloat16 weights with autocast are the fastest on CPUs with AVX512-BF16 and on
@@ -99,7 +94,6 @@ class Run:
         self._progress = Progress()
         self._best: dict[str, Tensor] = {}
         self._validation_loss: float | None = None
-        self._step_s = self._validation_s = 0.0  # duration of the last step and validation
 
     def resume(self) -> None:
         """Load the checkpoint, if there is one."""
@@ -112,7 +106,6 @@ class Run:
             for name, tensor in tensors.items()
             if name.startswith("best.")
         }
-        self._end -= self._progress.seconds
 
     def loop(self, on_step: OnStep) -> None:
         schedule, progress = self._config.schedule, self._progress
@@ -124,18 +117,13 @@ class Run:
         before_s, before_tokens = progress.seconds, progress.n_tokens
         if self._data.validation and progress.step == 0:
             self._validate()  # a fresh adapter changes nothing, so this scores the base
-        is_late = self._is_late()
-        while progress.step < schedule.steps and not self._stalled() and not is_late:
-            began = time.monotonic()
+        while progress.step < schedule.steps and not self._stalled():
             self._step([self._data.train[i] for i in next(groups)])
             now = time.monotonic()
-            self._step_s = now - began
             progress.seconds = before_s + now - started
-            is_late = self._is_late()
-            last = progress.step == schedule.steps or is_late
+            last = progress.step == schedule.steps
             if self._data.validation and (progress.step % schedule.validate_every == 0 or last):
                 self._validate()
-                is_late = self._is_late()
             if now - saved > schedule.checkpoint_every_s:
                 self.checkpoint()
                 saved = now
@@ -150,8 +138,6 @@ class Run:
                     rate,
                 )
             )
-        if progress.step == 0:
-            raise _out_of_time(self._config)
 
     def checkpoint(self) -> None:
         if self._progress.step == 0:
@@ -198,21 +184,14 @@ class Run:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Validate, and record the loss and the best weights. Records nothing after the time limit.
-
-        The first validation of trained weights always ends: without it there is nothing to save.
-        """
-        began = time.monotonic()
+        """Validate, and record the loss and the best weights."""
         examples, progress = self._data.validation, self._progress
         groups = grouped([len(e) for e in examples], self._config.schedule.batch_tokens)
         total, n = 0.0, 0
         for group in groups:
-            if time.monotonic() > self._end and (progress.step == 0 or self._best):
-                return
             loss, count = self._score([examples[i] for i in group])
             total += loss
             n += count
-        self._validation_s = time.monotonic() - began
         self._validation_loss = total / n
         if progress.step == 0:
             progress.base_loss = self._validation_loss
@@ -306,14 +285,10 @@ class Run:
         patience = self._config.schedule.patience
         return patience is not None and self._progress.n_worse >= patience
 
-    def _is_late(self) -> bool:
-        """Return True if the time left may be too short for another step and its validation."""
-        return time.monotonic() + _SPARE * (self._step_s + self._validation_s) >= self._end
-
     def _card(self) -> dict[str, object]:
         """Return the adapter's card: its purpose, data, settings and losses."""
         config, progress = self._config, self._progress
-        shape, schedule = config.shape.settings(), _settings(config.schedule)
+        shape, schedule = config.shape.settings(), asdict(config.schedule)
         before = "base_validation_loss" if config.start is None else "start_validation_loss"
         return {
             "name": config.name or config.out.name,
@@ -339,62 +314,35 @@ class Run:
         }
 
 
-def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase, end: float) -> _Data:
-    """Read and tokenise the data. Raises TrainingError at ``end``, a time of ``time.monotonic``."""
-
+def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
     def examples(path: Path) -> list[Example]:
-        tokenised = []
-        for i, chat in enumerate(read_jsonl(path), 1):
-            if time.monotonic() > end:
-                raise _out_of_time(config)
-            example = tokenise(
+        return [
+            tokenise(
                 chat,
                 tokenizer,
                 max_len=config.max_len,
                 where=f"{path}, example {i}",
                 chat_template=config.chat_template,
             )
-            tokenised.append(example)
-        return tokenised
+            for i, chat in enumerate(read_jsonl(path), 1)
+        ]
 
     train_set = examples(config.data)
-    held_out: list[Example] = []
+    validation: list[Example] = []
     digest = hashlib.sha256(config.data.read_bytes())
     if isinstance(config.validation, Path):
-        held_out = examples(config.validation)
+        validation = examples(config.validation)
         digest.update(config.validation.read_bytes())
     elif config.validation > 0:
-        chosen = _held_out(train_set, config.validation, config)
-        held_out = [train_set[i] for i in sorted(chosen)]
+        chosen = held_out([len(example) for example in train_set], config.validation)
+        validation = [train_set[i] for i in sorted(chosen)]
         train_set = [example for i, example in enumerate(train_set) if i not in chosen]
-    return _Data(train_set, held_out, digest.hexdigest())
-
-
-def _held_out(examples: list[Example], share: float, config: TrainingConfig) -> set[int]:
-    """Return the indices to hold out, spread over the file; under a limit, drawn by the seed."""
-    n = max(1, round(len(examples) * share))
-    if n >= len(examples):
-        raise ExamplesError(f"{config.data} has {len(examples)} examples: too few to hold out")
-    every = len(examples) / n
-    chosen = [int(i * every) for i in range(n)]
-    if config.max_validation_tokens is not None:
-        random.Random(config.schedule.seed).shuffle(chosen)
-        totals = accumulate(len(examples[i]) for i in chosen)
-        n_fit = sum(total <= config.max_validation_tokens for total in totals)
-        chosen = chosen[: max(1, n_fit)]
-    return set(chosen)
-
-
-def _out_of_time(config: TrainingConfig) -> TrainingError:
-    return TrainingError(
-        f"{config.schedule.max_seconds:g} seconds were over before the first step: loading the "
-        "base, reading the examples and validating the base take longer; raise budget_s"
-    )
+    return _Data(train_set, validation, digest.hexdigest())
 
 
 def _fingerprint(config: TrainingConfig, data: _Data) -> str:
     """Return a digest of everything that the result of a run depends on."""
-    schedule = _settings(config.schedule)
+    schedule = asdict(config.schedule)
     del schedule["checkpoint_every_s"]
     settings = {
         "format": _FORMAT,
@@ -408,11 +356,6 @@ def _fingerprint(config: TrainingConfig, data: _Data) -> str:
     if config.start is not None:
         settings["start"] = _digest_of(config.start)
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def _settings(schedule: Schedule) -> dict[str, object]:
-    """Return the schedule, JSON-ready, without a limit of time if there is none."""
-    return {k: v for k, v in asdict(schedule).items() if k != "max_seconds" or v is not None}
 
 
 def _tensors_of(adapter: Path) -> dict[str, Tensor]:

@@ -10,11 +10,11 @@ from prometheus_client.registry import Collector
 
 from loraplex_adapter_store.plan import PoolingMode, PoolingPlan
 from loraplex_server.adapters.device_tier import DeviceTier
+from loraplex_server.adapters.fine_tuning.training import Training
 from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.learning.jobs import Jobs
 from loraplex_server.adapters.learning.learning import Learning
 from loraplex_server.adapters.learning.store_methods import StoreMethods
-from loraplex_server.adapters.learning.training import Training
 from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_server.adapters.resolving.described_adapters import DescribedAdapters
 from loraplex_server.adapters.resolving.semantic_router import SemanticRouter

@@ -282,14 +282,14 @@ class LearningConfig(Options, panel=Panel.ADAPTERS):
     )
     threads: int | None = option(
         None,
-        "Learn from examples on this number of CPU threads, at low priority. Default: one for each "
+        "Learn and train on this number of CPU threads, at low priority. Default: one for each "
         "core. 0 turns learning off.",
         name="learning_threads",
         ge=0,
     )
     share: float = option(
         0.1,
-        "Spend this share of the time on learning from examples while requests are served on the "
+        "Spend this share of the time on learning and training while requests are served on the "
         "CPU. An idle server learns all the time.",
         name="learning_share",
         gt=0,

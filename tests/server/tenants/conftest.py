@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,19 +11,26 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.fine_tuning.training import Training
+from loraplex_server.adapters.learning.background_share import BackgroundShare
 from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapters
 from loraplex_server.adapters.learning.jobs import Jobs
-from loraplex_server.adapters.learning.training import Training
+from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.settings.api_keys import EVERY_ADAPTER, parse_keys
 from loraplex_server.settings.config import HttpConfig
+from loraplex_training.engine.engine import TrainingEngine
+from loraplex_training.engine.frozen_model import FrozenModel
+from loraplex_training.engine.model_weights import ModelWeights
 from tests.server.conftest import Front, make_front
 from tests.support.adapters.choosers import Choosers
 from tests.support.adapters.lora_files import write_lora
+from tests.support.bases.architectures import tiny_model
 from tests.support.bases.word_encoder import WordEncoder
 from tests.support.scripted_generator import ScriptedGenerator
 
@@ -111,6 +117,12 @@ def comparable(answer: httpx.Response) -> tuple[int, dict[str, str], str]:
 Build = Callable[..., House]
 
 
+def _engine(rest: Callable[[], None]) -> TrainingEngine:
+    model = tiny_model()
+    weights = ModelWeights(model)
+    return TrainingEngine(FrozenModel(model.config, weights, dtype=torch.float32, rest=rest))
+
+
 def keys_file(quotas: dict[str, str]) -> str:
     return "\n".join(
         f'[[key]]\nname = "{name}"\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n'
@@ -139,18 +151,19 @@ def open_house(
             closing.callback(choosers.close)
             pools = WorkerPools()
             jobs = Jobs(pools.jobs)
+            thread = TrainingThread(_engine, BackgroundShare(1.0, lambda: False), 1)
+            closing.callback(thread.close)
             training = Training(
                 store,
                 jobs,
-                pools.changes,
-                base=folder,
+                thread,
+                pools.jobs,
+                tokenizer,
                 base_name="tiny",
-                n_threads=1,
-                max_budget_s=1.0,
+                max_len=256,
+                max_budget_s=0.001,  # so that each job fails at once
                 max_rank=16,
-                command=(sys.executable, "-c", ""),  # fails at once
             )
-            closing.callback(training.close)
             return {
                 "generated": generated,
                 **choosers.parts,

@@ -20,6 +20,7 @@ from .segmented_lora import GroupedLinear, LinearOfGroup, Segment
 
 _ATTENTION = "loraplex_training"
 _SLOT = "loraplex_training_batch"
+_SINKS = "this base has attention sinks, on which adapters cannot be trained yet"
 
 
 class BaseWeights(Protocol):
@@ -74,6 +75,8 @@ class FrozenModel:
         self.device, self.dtype = torch.device(device), dtype
         self._held = _Held()
         self._model = _skeleton(config)
+        if any(name.endswith(".sinks") for name, _ in self._model.named_parameters()):
+            raise TrainingError(_SINKS)
         text = self._model.config.get_text_config()
         self.linears: dict[str, tuple[int, int]] = {}
         """The linears that adapters may have: name → (in, out) features."""
@@ -180,7 +183,7 @@ def _attention(
     """Map [1, heads, T, head_dim] to [1, T, heads, head_dim], as transformers calls it."""
     batch: PackedBatch = getattr(module, _SLOT).batch
     if settings.get("s_aux") is not None:
-        raise TrainingError("a base with attention sinks cannot be trained on yet")
+        raise TrainingError(_SINKS)
     q, k, v = (t.squeeze(0).transpose(0, 1) for t in (query, key, value))
     scale = settings.get("scaling")
     if scale is None:

@@ -2471,6 +2471,8 @@ export interface components {
             n_steps: number;
             /** Step */
             step: number;
+            /** Stopped By */
+            stopped_by: ("steps" | "time") | null;
             /** Tokens Per S */
             tokens_per_s: number | null;
             /** Validation Loss */

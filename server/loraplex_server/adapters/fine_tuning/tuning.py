@@ -1,11 +1,13 @@
-"""Fine-tunes one adapter, step by step, on the thread that trains. Can go on from a checkpoint."""
+"""Trains one adapter, step by step, on the thread that trains. Can go on from a checkpoint."""
 
-from collections.abc import Callable, Sequence
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import orjson
 import torch
@@ -14,10 +16,12 @@ from torch import Tensor
 from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_training import checkpoint
 from loraplex_training.checkpoint import Progress
+from loraplex_training.config import PLAIN
 from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
 from loraplex_training.engine.data import Datum
 from loraplex_training.engine.engine import Work
 from loraplex_training.engine.losses import dpo
+from loraplex_training.recipes.table import new_adapter
 from loraplex_training.schedule import rate_share
 
 from .samples import Sample, SampleOrder, first, n_tokens
@@ -26,6 +30,8 @@ from .training_lines import Method
 _SCORED_AT_ONCE = 64  # samples, between two checks
 _JUDGED_TOKENS = 16_384  # of an evaluation
 _WARMUP_STEPS = 10
+_SMOOTHING = 0.9  # of the training loss that jobs show
+_SPARE = 1.5  # times the last step and evaluation: the time that is reserved for the next
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,9 @@ class TuningPlan:
     seed: int
     shape: LoraShape
     beta: float = 0.1  # of dpo
+    recipe: str = PLAIN
+    beta2: float = 0.999  # of Adam
+    keeps_best: bool = False  # the result has the weights with the lowest evaluated loss
 
     def learning_rate(self, step: int) -> float:
         """Return the rate of a step: linear warm-up, then a cosine to a tenth."""
@@ -55,6 +64,32 @@ class StepReport(NamedTuple):
     step: int  # steps done
     train: Evaluation  # of the step's batch, before the step
     ends_epoch: bool
+    valid: float | None = None  # the loss of an evaluation after the step
+
+
+def shown_progress(
+    progress: Progress,
+    n_steps: int,
+    n_examples: int,
+    *,
+    valid: float | None = None,
+    stopped_by: str | None = None,
+) -> dict[str, object]:
+    """Return the progress as jobs show it."""
+
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, 4)
+
+    return {
+        "step": progress.step,
+        "n_steps": n_steps,
+        "n_examples": n_examples,
+        "loss": rounded(progress.train_loss),
+        "validation_loss": rounded(valid),
+        "base_validation_loss": rounded(progress.base_loss),
+        "tokens_per_s": round(progress.n_tokens / progress.seconds, 1) if progress.step else None,
+        "stopped_by": stopped_by,
+    }
 
 
 class TuningRun:
@@ -69,73 +104,143 @@ class TuningRun:
         held_out: Sequence[Sample],
     ) -> None:
         """``held_out`` may be empty; evaluations are then on the first training samples."""
-        self.plan, self.progress = plan, Progress()
+        self.plan, self.tenant, self.progress = plan, tenant, Progress()
         self.adapter: LearningAdapter  # set by ``begin``
-        self._thread, self._tenant = thread, tenant
+        self.valid: float | None = None  # the loss of the last evaluation
+        self.stopped_by: Literal["steps", "time"] | None = None  # None: before the end
+        self._thread = thread
         self._samples, self._judged = samples, first(held_out or samples, _JUDGED_TOKENS)
         self._order = SampleOrder(len(samples), plan.batch_size, plan.seed)
         self._references = torch.zeros(len(samples))
         self._judged_references = torch.zeros(len(self._judged))
-
-    @property
-    def n_samples(self) -> int:
-        return len(self._samples)
+        self._best: dict[str, Tensor] = {}
+        self._began, self._first_step = time.monotonic(), 0
+        self._before_s = 0.0  # of the runs that the checkpoint comes from
+        self._step_s = self._judging_s = 0.0  # duration of the last step and evaluation
 
     @property
     def epoch_steps(self) -> int:
         return self._order.epoch_steps
 
-    async def begin(self, saved: Path, check: Callable[[], None]) -> None:
+    @property
+    def seconds_left(self) -> float:
+        """The time of the remaining steps, at the mean speed of this run's steps."""
+        step = self.progress.step
+        rate_s = (time.monotonic() - self._began) / (step - self._first_step)
+        return (self.plan.n_steps - step) * rate_s
+
+    @property
+    def shown(self) -> dict[str, object]:
+        """The progress as jobs show it."""
+        return shown_progress(
+            self.progress,
+            self.plan.n_steps,
+            len(self._samples),
+            valid=self.valid,
+            stopped_by=self.stopped_by,
+        )
+
+    async def begin(self, saved: Path | None, check: Callable[[], None]) -> None:
         """Make the adapter, or go on from the checkpoint ``saved`` if it exists.
 
-        ``check`` is called often, and may raise to stop. Raises CheckpointError for the checkpoint
-        of another run.
+        ``check`` is called often, and may raise to stop. Raises TrainingError, also for the
+        checkpoint of another run.
         """
-        self.adapter = await self._thread.new_adapter(self.plan.shape, self.plan.seed)
-        if saved.exists():
+        plan, data = self.plan, [datum for sample in self._samples for datum in sample]
+        self.adapter = await self._thread.run(
+            self.tenant,
+            lambda engine: new_adapter(engine, plan.recipe, plan.shape, plan.seed, data),
+        )
+        if saved is not None and saved.exists():
             await self._on_thread(lambda: self._load(saved))
             return
-        if self.plan.method == "dpo":
-            self._references = _margins(await self._sums(self._samples, check))
-            self._judged_references = _margins(await self._sums(self._judged, check))
-        self.progress.base_loss = (await self.evaluate()).loss
+        base = LearningAdapter(plan.shape, {})
+        if plan.method == "dpo":
+            self._references = _margins(await self._sums(self._samples, base, check))
+            self._judged_references = _margins(await self._sums(self._judged, base, check))
+        self.progress.base_loss = await self._judge(base, check)
 
     def _load(self, saved: Path) -> None:
         self.progress, state = checkpoint.load(saved, self._fingerprint)
+        self._first_step, self._before_s = self.progress.step, self.progress.seconds
         self._references = state.pop("references")
         self._judged_references = state.pop("judged_references")
         self.adapter.load_state(state)
 
-    async def step(self) -> StepReport:
-        """Do one step. Raises TrainingError if the loss is not finite."""
-        progress = self.progress
+    async def steps(self, every: int, deadline: float = math.inf) -> AsyncIterator[StepReport]:
+        """Do the remaining steps, and evaluate after each ``every`` steps and the last.
+
+        Stops before ``deadline``, a value of time.monotonic, once the time left may be too short
+        for another step and its evaluation. Raises TrainingError if the loss is not finite.
+        """
+
+        def is_late() -> bool:
+            spare_s = _SPARE * (self._step_s + self._judging_s)
+            return time.monotonic() + spare_s >= deadline
+
+        progress, n_steps = self.progress, self.plan.n_steps
+        is_last = progress.step == n_steps or is_late()
+        while not is_last:
+            report = await self._step()
+            is_last = report.step == n_steps or is_late()
+            if is_last or report.step % every == 0:
+                report = report._replace(valid=await self.evaluate())
+                is_last = is_last or is_late()
+            yield report
+        self.stopped_by = "steps" if progress.step == n_steps else "time"
+
+    async def _step(self) -> StepReport:
+        began, progress = time.monotonic(), self.progress
         at = self._order.at(progress.step)
         samples = [self._samples[i] for i in at.samples]
         if self.plan.method == "dpo":
             train, data = self._preferences(
-                samples, await self._sums(samples), self._references[at.samples]
+                samples, await self._sums(samples, self.adapter), self._references[at.samples]
             )
         else:
             n = sum(float(datum.weights.sum()) for (datum,) in samples)
             train = None
             data = [replace(datum, weights=datum.weights / n) for (datum,) in samples]
         work = Work(self.adapter, data)
-        loss = (await self._thread.forward_backward(self._tenant, work)).loss
-        adam = Adam(self.plan.learning_rate(progress.step))
-        await self._thread.step(self._tenant, self.adapter, adam)
+        loss = (await self._thread.forward_backward(self.tenant, work)).loss
+        adam = Adam(self.plan.learning_rate(progress.step), beta2=self.plan.beta2)
+        await self._thread.step(self.tenant, self.adapter, adam)
+        report = train or Evaluation(loss, None)
+        old = progress.train_loss
+        progress.train_loss = (
+            report.loss if old is None else _SMOOTHING * old + (1 - _SMOOTHING) * report.loss
+        )
         progress.step += 1
         progress.n_tokens += n_tokens(samples)
-        progress.train_loss = loss if train is None else train.loss
-        report = train or Evaluation(loss, None)
+        now = time.monotonic()
+        self._step_s, progress.seconds = now - began, self._before_s + now - self._began
         return StepReport(progress.step, report, at.ends_epoch)
 
-    async def evaluate(self) -> Evaluation:
-        """Score the held-out samples, or the first training samples, without a gradient."""
-        sums = await self._sums(self._judged)
+    async def evaluate(self) -> float:
+        """Return the loss on the held-out samples, or on the first training samples."""
+        self.valid = valid = await self._judge(self.adapter)
+        progress = self.progress
+        if progress.best_loss is None or valid < progress.best_loss:
+            progress.best_loss, progress.best_step = valid, progress.step
+            if self.plan.keeps_best:
+                await self._on_thread(self._keep_weights)
+        return valid
+
+    def _keep_weights(self) -> None:
+        moments = ("mean.", "square.")
+        state = self.adapter.state().items()
+        self._best = {name: tensor for name, tensor in state if not name.startswith(moments)}
+
+    async def _judge(
+        self, adapter: LearningAdapter, check: Callable[[], None] = lambda: None
+    ) -> float:
+        began = time.monotonic()
+        sums = await self._sums(self._judged, adapter, check)
+        self._judging_s = time.monotonic() - began
         if self.plan.method == "dpo":
-            return self._preferences(self._judged, sums, self._judged_references)[0]
+            return self._preferences(self._judged, sums, self._judged_references)[0].loss
         n = sum(float(datum.weights.sum()) for (datum,) in self._judged)
-        return Evaluation(-sum(total for (total,) in sums) / n, None)
+        return -sum(total for (total,) in sums) / n
 
     async def save(self, path: Path) -> int:
         """Write a checkpoint to ``path``, atomically, and return its bytes."""
@@ -149,23 +254,34 @@ class TuningRun:
         await self._on_thread(write)
         return path.stat().st_size
 
-    async def export(self, folder: Path, base_name: str) -> None:
+    async def export(
+        self, folder: Path, base_name: str, dtype: torch.dtype = torch.float32
+    ) -> None:
         """Write the adapter as a PEFT folder. ``folder`` exists. Raises TrainingError."""
-        await self._on_thread(lambda: self.adapter.save(folder, base_name))
+
+        def write() -> None:
+            if self._best:
+                self.adapter.load_state(self._best)
+            self.adapter.save(folder, base_name, dtype)
+
+        await self._on_thread(write)
 
     async def _on_thread(self, call: Callable[[], object]) -> None:
-        await self._thread.run(self._tenant, lambda engine: call(), self.adapter)
+        await self._thread.run(self.tenant, lambda engine: call(), self.adapter)
 
     async def _sums(
-        self, samples: Sequence[Sample], check: Callable[[], None] = lambda: None
+        self,
+        samples: Sequence[Sample],
+        adapter: LearningAdapter,
+        check: Callable[[], None] = lambda: None,
     ) -> list[tuple[float, ...]]:
         """Return the summed log-probabilities of each sample's answers."""
         sums: list[tuple[float, ...]] = []
         for first_one in range(0, len(samples), _SCORED_AT_ONCE):
             check()
             part = samples[first_one : first_one + _SCORED_AT_ONCE]
-            work = Work(self.adapter, [datum for sample in part for datum in sample])
-            outcome = await self._thread.forward_backward(self._tenant, work, backward=False)
+            work = Work(adapter, [datum for sample in part for datum in sample])
+            outcome = await self._thread.forward_backward(self.tenant, work, backward=False)
             totals = (float(logprobs.sum()) for logprobs in outcome.logprobs)
             sums += [tuple(next(totals) for _ in sample) for sample in part]
         return sums

@@ -18,7 +18,7 @@ from loraplex_server.engine.errors import EngineError
 from loraplex_server.errors import ApiError, from_engine, from_store, from_unexpected, too_many
 from loraplex_server.health_tracker import log_extra
 from loraplex_server.settings.api_keys import AdapterAccess
-from loraplex_server.tenant_shares import TenantThreads
+from loraplex_server.tenant_shares import TenantShares, TenantThreads
 
 Progress = Callable[[str, float], None]  # stage, share done; called from the working thread
 _LEAST_GAP_S = 0.1  # between two states that a follower receives
@@ -213,3 +213,21 @@ class Jobs:
         for job in of_tenant[: max(0, len(of_tenant) - _MAX_JOBS)]:
             if job.has_ended:
                 del self._jobs[job.id]
+
+
+async def take_turn(turns: TenantShares, tenant: str, stop: asyncio.Event) -> None:
+    """Wait for a permit, which the caller releases. Raises JobCancelled if ``stop`` is set first.
+
+    Raises ApiError (429) if the tenant's queue is full.
+    """
+    turn = asyncio.ensure_future(turns.acquire(tenant))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([turn, stopping], return_when=asyncio.FIRST_COMPLETED)
+        if not turn.done():
+            raise JobCancelled
+        turn.result()
+    finally:
+        turn.cancel()
+        stopping.cancel()
+        await asyncio.gather(turn, stopping, return_exceptions=True)

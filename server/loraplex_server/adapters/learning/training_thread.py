@@ -10,8 +10,10 @@ from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from loraplex_server.errors import invalid
 from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
 from loraplex_training.engine.engine import BATCH_TOKENS, Outcome, TrainingEngine, Work
+from loraplex_training.errors import TrainingError
 
 from .background_share import BackgroundShare
 from .low_priority import yield_to_serving
@@ -63,8 +65,17 @@ class TrainingThread:
         self._changed = threading.Condition()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
+        self._has_engine = False
         self.n_batches = self.n_shared = 0  # shared: batches of several adapters
         self.tokens_per_s: float | None = None  # of the last batches with a backward
+
+    async def check_base(self, tenant: str) -> None:
+        """Make the engine if there is none. Raises ApiError (400) if it cannot train the base."""
+        if not self._has_engine:
+            try:
+                await self.run(tenant, lambda engine: None)
+            except TrainingError as error:
+                raise invalid(str(error), None, "base_not_trainable") from error
 
     async def new_adapter(self, shape: LoraShape, seed: int) -> LearningAdapter:
         return await self.run("", lambda engine: engine.new_adapter(shape, seed))
@@ -137,6 +148,7 @@ class TrainingThread:
             try:
                 if engine is None:
                     engine = self._make_engine(self._rest)
+                    self._has_engine = True
                 self._share.start(math.inf, self._closed)
                 self._compute(engine, calls)
             except BaseException as error:  # the callers raise it

@@ -24,10 +24,11 @@ from loraplex_adapter_store.names.card import AdapterCard
 from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.fine_tuning.results import store_result
 from loraplex_server.adapters.fine_tuning.samples import Sample, n_tokens, sample_of
 from loraplex_server.adapters.fine_tuning.training_lines import parse_line
 from loraplex_server.adapters.fine_tuning.tuning import TuningPlan, TuningRun
-from loraplex_server.adapters.learning.jobs import Job, JobCancelled, Jobs
+from loraplex_server.adapters.learning.jobs import Job, JobCancelled, Jobs, take_turn
 from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_server.api.request_info import BatchCaller
 from loraplex_server.errors import ApiError, from_store, from_unexpected, invalid
@@ -108,7 +109,11 @@ class FineTuning:
                 await self._fail(job, error)
 
     async def create(self, job: TuningJob) -> TuningJob:
-        """Add a job and start it. Raises ApiError (429) for too many jobs of the tenant."""
+        """Add a job and start it.
+
+        Raises ApiError: 400 for a base that cannot be trained, 429 for too many jobs of the tenant.
+        """
+        await self._trainer.check_base(job.caller.tenant)
         await self.do(job.caller.tenant, lambda: self.store.add(job))
         try:
             self._start(job)
@@ -196,7 +201,7 @@ class FineTuning:
         try:
             data = await self._read(job)
             job, plan = await self._plan(job, access, data)
-            await self._permit(job, stop)
+            await take_turn(self._turns, job.caller.tenant, stop)
             try:
                 return await self._train(job, access, stop, shown, plan, data)
             finally:
@@ -290,20 +295,6 @@ class FineTuning:
 
         return await self.do(tenant, reserve), plan
 
-    async def _permit(self, job: TuningJob, stop: asyncio.Event) -> None:
-        """Wait for a turn. Raises JobCancelled if the job is stopped before."""
-        turn = asyncio.ensure_future(self._turns.acquire(job.caller.tenant))
-        stopping = asyncio.ensure_future(stop.wait())
-        try:
-            await asyncio.wait([turn, stopping], return_when=asyncio.FIRST_COMPLETED)
-            if not turn.done():
-                raise JobCancelled
-            turn.result()
-        finally:
-            turn.cancel()
-            stopping.cancel()
-            await asyncio.gather(turn, stopping, return_exceptions=True)
-
     async def _train(
         self,
         job: TuningJob,
@@ -314,7 +305,6 @@ class FineTuning:
         data: _Data,
     ) -> AdapterCard:
         tenant = job.caller.tenant
-        started = time.monotonic()
         saved = self.store.checkpoint_path(job.id)
 
         def check() -> None:
@@ -328,22 +318,13 @@ class FineTuning:
         job = await self.do(tenant, start)
         run = TuningRun(self._trainer, tenant, plan, data.samples, data.held_out)
         await run.begin(saved, check)
-        progress = run.progress
-        first_step, before_s = progress.step, progress.seconds
-        if first_step:
+        if first_step := run.progress.step:
             await self.do(tenant, lambda: self.store.rewind(job.id, first_step))
             await self._event(job, f"Going on from the checkpoint of step {first_step}")
-        valid: float | None = None
         last_save = last_checkpoint = time.monotonic()
-        every = max(1, plan.n_steps // _N_EVALUATIONS)
-        while progress.step < plan.n_steps:
-            if stop.is_set():
-                await run.save(saved)
-                raise JobCancelled
-            report = await run.step()
-            now = time.monotonic()
-            progress.seconds = before_s + now - started
-            is_last = report.step == plan.n_steps
+        every = max(1, plan.n_steps // _N_EVALUATIONS) if data.held_out else plan.n_steps
+        async for report in run.steps(every):
+            now, valid = time.monotonic(), report.valid
             # After many short epochs, only the last checkpoints are kept.
             n_left = -(-(plan.n_steps - report.step) // run.epoch_steps)
             is_checkpoint = report.ends_epoch and (
@@ -356,24 +337,24 @@ class FineTuning:
             }
             if report.train.accuracy is not None:
                 metrics["train_accuracy"] = round(report.train.accuracy, 4)
-            is_judged = data.held_out and (is_checkpoint or report.step % every == 0)
-            if is_last or is_judged:
-                valid = (await run.evaluate()).loss
-                if data.held_out:
-                    metrics["valid_loss"] = metrics["full_valid_loss"] = round(valid, 6)
-            left = (plan.n_steps - report.step) * (now - started) / (report.step - first_step)
-            await self._tell(job, shown, run, metrics, valid, estimate=int(time.time() + left))
-            if is_last:
-                break
+            if is_checkpoint and data.held_out and valid is None:
+                valid = await run.evaluate()
+            if data.held_out and valid is not None:
+                metrics["valid_loss"] = metrics["full_valid_loss"] = round(valid, 6)
+            await self._tell(job, shown, run, metrics)
+            if report.step == plan.n_steps:
+                continue
             if is_checkpoint:
                 await self._checkpoint(job, access, run, metrics)
                 last_checkpoint = time.monotonic()
-            if report.ends_epoch or now - last_save > _SAVE_S:
+            if stop.is_set() or report.ends_epoch or now - last_save > _SAVE_S:
                 await run.save(saved)
                 last_save = time.monotonic()
+            check()
         check()
+        shown.training = run.shown
         shown.tell("storing", 1.0)
-        card = await self._store_result(job, access, run, data, valid)
+        card = await self._store_result(job, access, run, data)
         await self.do(tenant, lambda: self.store.finish(job))
         return card
 
@@ -383,12 +364,10 @@ class FineTuning:
         shown: Job,
         run: TuningRun,
         metrics: Mapping[str, object],
-        valid: float | None,
-        *,
-        estimate: int,
     ) -> None:
         """Write the event of a step, and show the progress in /v1/jobs."""
-        step, n_steps, loss = metrics["step"], run.plan.n_steps, metrics["train_loss"]
+        step, n_steps, loss = run.progress.step, run.plan.n_steps, metrics["train_loss"]
+        estimate = int(time.time() + run.seconds_left)
         text = f"Step {step}/{n_steps}: training loss={loss:.4f}"
         if "valid_loss" in metrics:
             text += f", validation loss={metrics['valid_loss']:.4f}"
@@ -396,17 +375,8 @@ class FineTuning:
             f"tuning:{job.caller.tenant}",
             lambda: self.store.add_metrics(job.id, text, metrics, estimated_finish=estimate),
         )
-        progress = run.progress
-        shown.training = {
-            "step": step,
-            "n_steps": n_steps,
-            "n_examples": run.n_samples,
-            "loss": loss,
-            "validation_loss": valid,
-            "base_validation_loss": progress.base_loss,
-            "tokens_per_s": round(progress.n_tokens / max(progress.seconds, 1e-3), 1),
-        }
-        shown.tell("training", progress.step / n_steps)
+        shown.training = run.shown
+        shown.tell("training", step / n_steps)
 
     async def _checkpoint(
         self, job: TuningJob, access: AdapterAccess, run: TuningRun, metrics: Mapping[str, object]
@@ -439,15 +409,10 @@ class FineTuning:
                 await self._workers.run(job.caller.tenant, delete)
 
     async def _store_result(
-        self,
-        job: TuningJob,
-        access: AdapterAccess,
-        run: TuningRun,
-        data: _Data,
-        after: float | None,
+        self, job: TuningJob, access: AdapterAccess, run: TuningRun, data: _Data
     ) -> AdapterCard:
         """Store the adapter under its names. Raises StoreError; then no name has changed."""
-        progress = run.progress
+        progress, after = run.progress, run.valid
         history = await self.do(job.caller.tenant, lambda: self.store.metrics(job.id))
         every = -(-len(history) // _CURVE_POINTS)
         shown = history[::every] + ([] if (len(history) - 1) % every == 0 else history[-1:])
@@ -491,28 +456,9 @@ class FineTuning:
     ) -> AdapterCard:
         """Store the adapter under all ``names`` or under none. Raises StoreError."""
         options = PutOptions(examples=prompts, provenance=provenance, quota=access.quota)
-        put = self._adapters.put_files
-        tenant = job.caller.tenant
-        with_folder = self._adapters.upload_folder()
-        folder = await self._workers.run(tenant, with_folder.__enter__)
-        try:
-            await run.export(folder, self.base.name)
-
-            def store() -> AdapterCard:
-                config = (folder / "adapter_config.json").read_bytes()
-                weights = folder / "adapter_model.safetensors"
-                card = put(names[0], config, weights, options=options)
-                try:
-                    for name in names[1:]:
-                        put(name, config, weights, options=options)
-                except StoreError:
-                    self._adapters.start_delete(names[0])
-                    raise
-                return card
-
-            return await self._workers.run(tenant, store)
-        finally:
-            await self._workers.run(tenant, partial(with_folder.__exit__, None, None, None))
+        return await store_result(
+            run, self.base.name, self._adapters, names, options, self._workers
+        )
 
     async def _event(self, job: TuningJob, message: str, *, level: str = "info") -> None:
         tenant = job.caller.tenant
@@ -537,7 +483,7 @@ class FineTuning:
                 param = "validation_file" if "validation file" in str(error) else "training_file"
                 return invalid(str(error), param, f"invalid_{param}")
             case TrainingError():
-                return ApiError(500, str(error), code="training_failed")
+                return invalid(str(error), None, "training_failed")
             case StoreError():
                 return from_store(error, param="adapter", access=access)
         _log.error("%s failed", job.id, exc_info=error, extra=log_extra(error))

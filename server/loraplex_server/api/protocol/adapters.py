@@ -243,6 +243,7 @@ class JobTraining(BaseModel):
     validation_loss: float | None  # of held-out examples, the last value
     base_validation_loss: float | None  # of the base on the same examples
     tokens_per_s: float | None
+    stopped_by: Literal["steps", "time"] | None  # null: not at its end
 
 
 class JobShown(BaseModel):

@@ -6,10 +6,10 @@ from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.names.card import AdapterCard
 from loraplex_adapter_store.names.selector import NameRef
 from loraplex_generation.request import AdapterGenerationRequest
+from loraplex_server.adapters.fine_tuning.training import TrainingRequest
 from loraplex_server.adapters.learning.base_agreement import base_agreement
 from loraplex_server.adapters.learning.jobs import Job
 from loraplex_server.adapters.learning.store_methods import order_of
-from loraplex_server.adapters.learning.training import TrainingRequest
 from loraplex_server.adapters.resolving.access import check_allowed
 from loraplex_server.api.adapter_card import AdapterActivity, Report, shown_card
 from loraplex_server.api.adapter_path import new_name
@@ -150,7 +150,7 @@ async def train_adapter(body: TrainAdapterBody, access: Access, state: State) ->
         seed=body.seed,
         replace=body.replace,
     )
-    return job_response(state.makers.training.start(order, access))
+    return job_response(await state.makers.training.start(order, access))
 
 
 async def _learn(

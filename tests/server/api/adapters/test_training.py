@@ -1,8 +1,8 @@
 """POST /v1/adapters/train: what is refused, what a job tells, an adapter that PEFT agrees on."""
 
+import hashlib
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,13 @@ import httpx
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from loraplex_adapter_store.base_spec import BaseSpec
-from loraplex_server.adapters.learning.jobs import Jobs
-from loraplex_server.adapters.learning.training import Training
-from loraplex_server.adapters.worker_pools import WorkerPools
-from loraplex_server.settings.api_keys import ApiKey, Scope
-from loraplex_server.settings.config import HttpConfig, LearningConfig
+from loraplex_server.settings.config import LearningConfig
 from loraplex_training.config import RECIPES
-from tests.server.conftest import Front, make_front
+from tests.server.conftest import Front
+from tests.support.bases.architectures import RARE_BASES, tiny_model
+from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 TRAIN = "/v1/adapters/train"
@@ -28,69 +25,72 @@ CHATS = [
     {"messages": [{"role": "user", "content": p["prompt"]}, {"role": "assistant", "content": "AB"}]}
     for p in PAIRS
 ]
-# What a process that trains may do.
-WAITS = "input()"
-DIES = "import sys; sys.exit('out of memory at /home/secret')"
-REFUSES = """print('{"error": "data.jsonl, example 1 has 2000 tokens", "param": "examples"}')"""
+KEYS = {"acme": "admin", "umbra": "admin", "asks": "infer"}  # key and tenant → scope
+ENDLESS = 10_000  # steps
 
 
-MakeFront = Callable[..., Front]
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def front_with(
-    tokenizer: PreTrainedTokenizerFast, base_spec: BaseSpec, tmp_path: Path
-) -> Iterator[MakeFront]:
-    """A server whose trainings are done by a Python program of the test's."""
-    made: list[Front] = []
-
-    def make(program: str, http: HttpConfig | None = None) -> Front:
-        pools = WorkerPools()
-        jobs = Jobs(pools.jobs)
-        front = make_front(
-            tokenizer,
-            base_spec,
-            tmp_path,
-            http,
-            with_store=lambda store: {
-                "training": Training(
-                    store,
-                    jobs,
-                    pools.changes,
-                    base=tmp_path / "secret-base",
-                    base_name="tiny",
-                    n_threads=1,
-                    max_budget_s=60.0,
-                    max_rank=16,
-                    command=(sys.executable, "-c", program),
-                )
-            },
-            jobs=jobs,
-            pools=pools,
+@pytest.fixture(scope="module")
+def server(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("state")
+    keys = folder / "keys.toml"
+    keys.write_text(
+        "\n".join(
+            f'[[key]]\nname = "{name}"\ntenant = "{name}"\nscope = "{scope}"\n'
+            f'sha256 = "{hashlib.sha256(name.encode()).hexdigest()}"'
+            for name, scope in KEYS.items()
         )
-        made.append(front)
-        return front
-
-    yield make
-    for front in made:
-        front.app.state.parts.makers.training.close()
-        front.close()
-
-
-@pytest.fixture
-def waiting(front_with: MakeFront) -> Front:
-    """Its trainings go on until they are stopped."""
-    return front_with(WAITS)
+    )
+    keys.chmod(0o600)
+    flags = ("--allow-training", "--keys", keys)
+    limits = ("--max-learning-time", "300", "--max-lora-rank", "16")
+    with server_process(tiny, folder / "store", *flags, *limits) as running:
+        yield running
 
 
-async def _ended(front: Front, started: httpx.Response) -> dict[str, Any]:
-    assert started.status_code == 202, started.text
-    job = started.json()
-    assert started.headers["location"] == f"/v1/jobs/{job['id']}"
-    last = (await front.client.get(f"/v1/jobs/{job['id']}/events")).text.split("\n\n")
-    states = [line.removeprefix("data: ") for line in last if line.startswith("data: {")]
-    ended: dict[str, Any] = json.loads(states[-1])
-    return ended
+def _client(server: ServerProcess, key: str) -> httpx.Client:
+    headers = {"authorization": f"Bearer {key}"}
+    return httpx.Client(base_url=server.url, headers=headers, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def acme(server: ServerProcess) -> Iterator[httpx.Client]:
+    with _client(server, "acme") as client:
+        yield client
+
+
+def _order(client: httpx.Client, **fields: object) -> str:
+    body = {"name": "ab", "examples": PAIRS, "rank": 4, "lr": 0.02, "steps": 40, **fields}
+    answer = client.post(TRAIN, json=body)
+    assert answer.status_code == 202, answer.text
+    job = answer.json()
+    assert answer.headers["location"] == f"/v1/jobs/{job['id']}"
+    return str(job["id"])
+
+
+def _events(client: httpx.Client, job: str) -> Iterator[dict[str, Any]]:
+    with client.stream("GET", f"/v1/jobs/{job}/events") as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                yield json.loads(line.removeprefix("data: "))
+
+
+def _last(client: httpx.Client, job: str) -> dict[str, Any]:
+    *_, last = _events(client, job)
+    return last
+
+
+def _cancel(client: httpx.Client, job: str) -> None:
+    assert client.post(f"/v1/jobs/{job}/cancel").status_code == 200
+    assert _last(client, job)["status"] == "cancelled"
+
+
+def _wait_for_a_step(client: httpx.Client, job: str) -> dict[str, Any]:
+    return next(state for state in _events(client, job) if state["training"]["step"] > 0)
 
 
 @pytest.mark.anyio
@@ -103,7 +103,11 @@ async def test_a_server_that_was_not_started_for_it_trains_nothing(front: Front)
     assert (await front.client.get("/version")).json()["features"]["train"] is False
 
 
-@pytest.mark.anyio
+def test_training_without_cores_for_it_stops_the_start() -> None:
+    with pytest.raises(ValueError, match="learning-threads"):
+        LearningConfig(allow_training=True, threads=0)
+
+
 @pytest.mark.parametrize(
     ("change", "status", "param"),
     [
@@ -117,151 +121,114 @@ async def test_a_server_that_was_not_started_for_it_trains_nothing(front: Front)
         ({"rank": 32}, 400, "rank"),
         ({"rank": 9, "recipe": "kasa"}, 400, "rank"),  # saved with twice the rank
         ({"recipe": "lora-xl"}, 400, "recipe"),
-        ({"budget_s": 61}, 400, "budget_s"),
+        ({"budget_s": 301}, 400, "budget_s"),
         ({"lr": 0}, 400, "lr"),
         ({"epochs": 3}, 400, "epochs"),
     ],
 )
-async def test_what_cannot_be_trained_is_refused_and_names_the_field(
-    waiting: Front, change: dict[str, Any], status: int, param: str
+def test_what_cannot_be_trained_is_refused_and_names_the_field(
+    acme: httpx.Client, change: dict[str, Any], status: int, param: str
 ) -> None:
-    answer = await waiting.post(TRAIN, {"name": "x", "examples": PAIRS, **change})
+    answer = acme.post(TRAIN, json={"name": "x", "examples": PAIRS, **change})
     assert answer.status_code == status, answer.text
     assert answer.json()["error"]["param"].startswith(param)
-    assert waiting.app.state.parts.makers.training._processes == {}
 
 
-@pytest.mark.anyio
-async def test_one_is_trained_at_a_time_and_a_cancelled_one_leaves_nothing(waiting: Front) -> None:
-    started = await waiting.post(TRAIN, {"name": "x", "examples": CHATS})
-    queued = [await waiting.post(TRAIN, {"name": f"y{n}", "examples": PAIRS}) for n in range(3)]
-    assert [(each.status_code, each.json()["stage"]) for each in queued] == [(202, "queued")] * 3
-    busy = await waiting.post(TRAIN, {"name": "z", "examples": PAIRS})
-    assert (busy.status_code, busy.json()["error"]["code"]) == (429, "too_many_training_jobs")
-    assert int(busy.headers["retry-after"]) >= 1
-    job = started.json()
-    assert job["training"]["n_examples"] == len(CHATS)
-    cancelled = await waiting.client.post(f"/v1/jobs/{job['id']}/cancel")
-    assert cancelled.status_code == 200
-    assert (await _ended(waiting, started))["status"] == "cancelled"
-    assert (await waiting.client.get("/v1/adapters/x")).status_code == 404
-    for each in queued:
-        await waiting.client.post(f"/v1/jobs/{each.json()['id']}/cancel")
-        assert (await _ended(waiting, each))["status"] == "cancelled"
-    assert list((waiting.store.root / "staging").glob("*")) == []
-    again = await waiting.post(TRAIN, {"name": "x", "examples": PAIRS})
-    assert again.status_code == 202
-
-
-@pytest.mark.anyio
-@pytest.mark.parametrize(
-    ("program", "told"), [(DIES, "the server's log says why"), (REFUSES, "2000 tokens")]
-)
-async def test_a_training_that_fails_says_so_and_changes_nothing(
-    front_with: MakeFront, caplog: pytest.LogCaptureFixture, program: str, told: str
-) -> None:
-    front = front_with(program)
-    job = await _ended(front, await front.post(TRAIN, {"name": "x", "examples": PAIRS}))
-    assert job["status"] == "failed"
-    assert job["error"]["code"] == "training_failed"
-    assert told in job["error"]["message"]
-    assert "secret" not in json.dumps(job)
-    if program is DIES:
-        assert "out of memory at /home/secret" in caplog.text
-    assert (await front.client.get("/v1/adapters")).json()["data"] == []
-
-
-@pytest.mark.anyio
-async def test_a_key_that_may_only_ask_trains_nothing(front_with: MakeFront) -> None:
-    key = "a-key-that-asks"
-    http = HttpConfig(api_keys=(ApiKey.of(key, Scope.INFER),))
-    front = front_with(WAITS, http)
-    front.headers["authorization"] = f"Bearer {key}"
-    answer = await front.post(TRAIN, {"name": "x", "examples": PAIRS})
+def test_a_key_that_may_only_ask_trains_nothing(server: ServerProcess) -> None:
+    with _client(server, "asks") as client:
+        answer = client.post(TRAIN, json={"name": "x", "examples": PAIRS})
     assert (answer.status_code, answer.json()["error"]["code"]) == (403, "missing_scope")
 
 
-def test_training_without_cores_for_it_stops_the_start() -> None:
-    with pytest.raises(ValueError, match="learning-threads"):
-        LearningConfig(allow_training=True, threads=0)
+def test_a_base_that_cannot_be_trained_is_refused_at_once(tmp_path: Path) -> None:
+    model_type, config = RARE_BASES["gpt-oss"]
+    tiny_model(model_type, **config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    with (
+        server_process(tmp_path / "base", tmp_path / "state", "--allow-training") as server,
+        httpx.Client(base_url=server.url, timeout=60) as client,
+    ):
+        answer = client.post(TRAIN, json={"name": "x", "examples": PAIRS})
+        lines = "\n".join(map(json.dumps, CHATS)).encode()
+        files = {"file": ("chats.jsonl", lines)}
+        file = client.post("/v1/files", data={"purpose": "fine-tune"}, files=files).json()
+        order = {"model": "base", "training_file": file["id"]}
+        tuned = client.post("/v1/fine_tuning/jobs", json=order)
+    for refused in (answer, tuned):
+        assert refused.status_code == 400, refused.text
+        assert refused.json()["error"]["code"] == "base_not_trainable"
+        assert "attention sinks" in refused.json()["error"]["message"]
 
 
-# From here on a real server of a tiny base, and real training.
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def served(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
-    state = tmp_path_factory.mktemp("state")
-    with server_process(tiny, state, "--allow-training", "--max-learning-time", "300") as running:
-        yield running
-
-
-def _events(server: ServerProcess, job: str) -> Iterator[dict[str, Any]]:
-    with httpx.stream("GET", f"{server.url}/v1/jobs/{job}/events", timeout=300) as answer:
-        for line in answer.iter_lines():
-            if line.startswith("data: {"):
-                yield json.loads(line.removeprefix("data: "))
-
-
-def _order(server: ServerProcess, **fields: object) -> str:
-    body = {"name": "ab", "examples": PAIRS, "rank": 4, "lr": 0.02, "steps": 40, **fields}
-    answer = httpx.post(server.url + TRAIN, json=body, timeout=60)
-    assert answer.status_code == 202, answer.text
-    return str(answer.json()["id"])
-
-
-@pytest.mark.slow
-def test_a_running_training_is_cancelled_within_a_step(served: ServerProcess) -> None:
-    job = _order(served, name="never", steps=10_000)
-    last: dict[str, Any] = {}
-    for last in _events(served, job):
-        if last["training"]["step"] > 0 and last["status"] == "running":
-            httpx.post(f"{served.url}/v1/jobs/{job}/cancel", timeout=60)
-    assert last["status"] == "cancelled"
-    assert httpx.get(f"{served.url}/v1/adapters/never", timeout=60).status_code == 404
-
-
-@pytest.mark.slow
-def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
-    served: ServerProcess, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+def test_a_tenant_trains_one_at_a_time_and_another_tenant_trains_beside_it(
+    server: ServerProcess, acme: httpx.Client
 ) -> None:
-    states = list(_events(served, _order(served, description="Says AB.")))
+    first = _order(acme, name="first", steps=ENDLESS, examples=CHATS)
+    queued = [_order(acme, name=f"queued-{n}", steps=ENDLESS) for n in range(3)]
+    busy = acme.post(TRAIN, json={"name": "fifth", "examples": PAIRS})
+    assert (busy.status_code, busy.json()["error"]["code"]) == (429, "too_many_training_jobs")
+    assert int(busy.headers["retry-after"]) >= 1
+    assert _wait_for_a_step(acme, first)["training"]["n_examples"] == len(CHATS)
+
+    with _client(server, "umbra") as umbra:
+        assert umbra.get(f"/v1/jobs/{first}").status_code == 404
+        ended = _last(umbra, _order(umbra, steps=6))
+        assert ended["status"] == "succeeded", ended
+    states = [acme.get(f"/v1/jobs/{job}").json() for job in (first, *queued)]
+    assert {state["status"] for state in states} == {"running"}
+    assert [state["stage"] for state in states] == ["training", *["queued"] * 3]
+
+    _cancel(acme, queued[0])  # it has not begun
+    _cancel(acme, first)
+    _wait_for_a_step(acme, queued[1])
+    for job in queued[1:]:
+        _cancel(acme, job)
+    assert acme.get("/v1/adapters/first").status_code == 404
+    assert acme.get("/v1/adapters").json()["data"] == []
+
+
+def test_examples_that_do_not_fit_fail_the_job_and_change_nothing(acme: httpx.Client) -> None:
+    question, answer = CHATS[0]["messages"]
+    long = {"messages": [{**question, "content": "word " * 1100}, answer]}
+    job = _last(acme, _order(acme, name="long", examples=[*PAIRS, long]))
+    assert (job["status"], job["error"]["code"]) == ("failed", "training_failed")
+    assert "examples[24] has" in job["error"]["message"]
+    assert "more than 1024" in job["error"]["message"]
+    assert acme.get("/v1/adapters/long").status_code == 404
+
+
+def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
+    acme: httpx.Client, tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    states = list(_events(acme, _order(acme, description="Says AB.")))
     steps = [state["training"] for state in states if state["training"]["step"]]
     assert states[-1]["status"] == "succeeded", states[-1]
-    assert steps[-1]["step"] == 40
+    assert (steps[-1]["step"], steps[-1]["n_steps"], steps[-1]["stopped_by"]) == (40, 40, "steps")
     assert steps[-1]["loss"] < steps[0]["loss"]
-    assert steps[-1]["validation_loss"] < steps[-1]["base_validation_loss"]
+    assert steps[-1]["tokens_per_s"] > 0
 
-    card = httpx.get(f"{served.url}/v1/adapters/ab", timeout=60).json()
+    card = acme.get("/v1/adapters/ab").json()
     assert card["digest"] == states[-1]["digest"]
     assert (card["description"], card["ranks"]) == ("Says AB.", [4])
-    assert card["provenance"]["training"]["n_examples"] == 22  # two are held out
+    told = card["provenance"]["training"]
+    assert (told["n_examples"], told["n_validation"]) == (22, 2)
     files = files_of(card["digest"], tmp_path_factory.getbasetemp())
     base = AutoModelForCausalLM.from_pretrained(tiny)
     alone = _losses(base, tiny)
     trained = PeftModel.from_pretrained(base, files)
     learnt = _losses(trained, tiny)
     assert sum(learnt) < 0.8 * sum(alone)
-    asked = httpx.post(
-        f"{served.url}/v1/chat/completions",
-        json={
-            "messages": [{"role": "user", "content": "word 77"}],
-            "adapter": "ab",
-            "temperature": 0,
-            "max_tokens": 2,
-            "return_token_ids": True,
-        },
-        timeout=60,
-    ).json()
+    assert told["validation_loss"] < 0.8 * told["base_validation_loss"]
+    assert told["base_validation_loss"] == steps[0]["base_validation_loss"]
+    asked = acme.post("/v1/chat/completions", json=_question("ab", 2)).json()
     assert asked["choices"][0]["token_ids"] == greedy(trained, tiny, "word 77", 2)
 
+    again = acme.post(TRAIN, json={"name": "ab", "examples": PAIRS})
+    assert (again.status_code, again.json()["error"]["code"]) == (412, "revision_conflict")
+    replaced = _last(acme, _order(acme, replace=True, steps=1))
+    assert replaced["digest"] == acme.get("/v1/adapters/ab").json()["digest"] != card["digest"]
 
-@pytest.mark.slow
+
 @pytest.mark.parametrize(
     "recipe",
     [
@@ -270,43 +237,48 @@ def test_what_was_trained_is_served_and_peft_finds_it_better_than_the_base(
     ],
 )
 def test_every_recipe_trains_and_is_served_as_peft_reads_it(
-    served: ServerProcess, tiny: Path, tmp_path_factory: pytest.TempPathFactory, recipe: str
+    acme: httpx.Client, tiny: Path, tmp_path_factory: pytest.TempPathFactory, recipe: str
 ) -> None:
     name = f"by-{recipe}"
-    order = _order(served, name=name, recipe=recipe, steps=6, examples=PAIRS[:8])
-    *_, last = _events(served, order)
+    last = _last(acme, _order(acme, name=name, recipe=recipe, steps=6, examples=PAIRS[:8]))
     assert last["status"] == "succeeded", last
-    card = httpx.get(f"{served.url}/v1/adapters/{name}", timeout=60).json()
+    card = acme.get(f"/v1/adapters/{name}").json()
     assert card["provenance"]["training"]["shape"]["recipe"] == recipe
     assert max(card["ranks"]) <= 4 * RECIPES[recipe]
     files = files_of(card["digest"], tmp_path_factory.getbasetemp())
     trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), files)
-    body = {
-        "messages": [{"role": "user", "content": "word 77"}],
-        "adapter": name,
-        "temperature": 0,
-        "max_tokens": 4,
-        "return_token_ids": True,
-    }
-    asked = httpx.post(f"{served.url}/v1/chat/completions", json=body, timeout=60).json()
+    asked = acme.post("/v1/chat/completions", json=_question(name, 4)).json()
     assert asked["choices"][0]["token_ids"] == greedy(trained, tiny, "word 77", 4)
 
 
-@pytest.mark.slow
-def test_a_budget_bounds_a_training_on_many_examples(served: ServerProcess) -> None:
+def test_a_budget_bounds_a_training_on_many_examples(acme: httpx.Client) -> None:
     long = [{"prompt": f"word {i} " * 40, "answer": "AB"} for i in range(600)]
-    states = list(_events(served, _order(served, name="many", examples=long, budget_s=20)))
-    assert states[-1]["status"] == "succeeded", states[-1]
-    told = httpx.get(f"{served.url}/v1/adapters/many", timeout=60).json()["provenance"]["training"]
-    assert told["seconds"] < 20
+    order = _order(acme, name="many", examples=long, steps=ENDLESS, budget_s=8)
+    job = _last(acme, order)
+    assert job["status"] == "succeeded", job
+    assert job["training"]["stopped_by"] == "time"
+    assert 0 < job["training"]["step"] < job["training"]["n_steps"] == ENDLESS
+    told = acme.get("/v1/adapters/many").json()["provenance"]["training"]
+    assert (told["steps_done"], told["stopped_by"]) == (job["training"]["step"], "time")
+    assert told["seconds"] < 8
     assert told["n_examples"] + told["n_validation"] == 600
-    assert told["n_validation"] < 60
+    assert told["n_validation"] < 60  # of at most 8,192 tokens
     assert told["validation_loss"] is not None
 
-    states = list(_events(served, _order(served, name="none", examples=long, budget_s=0.001)))
-    assert states[-1]["status"] == "failed"
-    assert "before the first step" in states[-1]["error"]["message"]
-    assert "raise budget_s" in states[-1]["error"]["message"]
+    job = _last(acme, _order(acme, name="none", examples=long, budget_s=0.001))
+    assert (job["status"], job["error"]["code"]) == ("failed", "training_failed")
+    assert "before the first step" in job["error"]["message"]
+    assert "raise budget_s" in job["error"]["message"]
+
+
+def _question(adapter: str, n_tokens: int) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "user", "content": "word 77"}],
+        "adapter": adapter,
+        "temperature": 0,
+        "max_tokens": n_tokens,
+        "return_token_ids": True,
+    }
 
 
 def files_of(digest: str, below: Path) -> Path:

@@ -1,0 +1,300 @@
+"""Trains adapters on clients' chats, one at a time for each tenant.
+
+request ──► job ──► waits for a turn ──► steps on the thread that trains ──► stored under the name
+                     └ cancelled between steps; ended by its steps or by its time
+
+``learning`` handles a few examples with a description. This module handles hundreds of chats.
+"""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from loraplex_adapter_store.names.card import AdapterCard
+from loraplex_adapter_store.names.put_options import PutOptions
+from loraplex_adapter_store.report import JsonValue
+from loraplex_adapter_store.store import AdapterStore
+from loraplex_server.adapters.learning.jobs import Job, JobCancelled, Jobs, take_turn
+from loraplex_server.adapters.learning.training_thread import TrainingThread
+from loraplex_server.errors import invalid, too_many
+from loraplex_server.settings.api_keys import AdapterAccess
+from loraplex_server.tenant_shares import TenantShares, TenantThreads
+from loraplex_training.checkpoint import Progress
+from loraplex_training.config import PLAIN, RECIPES
+from loraplex_training.engine.adapter import LoraShape
+from loraplex_training.engine.engine import BATCH_TOKENS
+from loraplex_training.errors import ExamplesError, TrainingError
+from loraplex_training.examples import Chat, held_out
+
+from .results import store_result
+from .samples import Sample, n_tokens, sample_of
+from .training_lines import TrainingLine
+from .tuning import TuningPlan, TuningRun, shown_progress
+
+_DEFAULT_BUDGET_S = 300.0
+_AT_ONCE = 4  # jobs that train, each of another tenant
+_MAX_JOBS = 4  # of a tenant, running or waiting
+_HELD_OUT = 0.1  # share of the examples for validation, at least one example
+_MAX_HELD_OUT_TOKENS = 8192  # a validation takes as long as a few steps
+_MAX_LEN = 1024  # tokens of an example
+_N_VALIDATIONS = 10
+_BETA2 = 0.99  # of Adam, because most runs are short
+_N_PROMPTS = 8  # prompts of the data on the card
+_MAX_PROMPT = 500  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRequest:
+    name: str  # stored name
+    chats: Sequence[Chat]
+    description: str | None
+    steps: int
+    budget_s: float | None
+    recipe: str
+    rank: int
+    alpha: float | None
+    lr: float
+    seed: int
+    replace: bool  # an existing name gets a new revision
+
+    @property
+    def shape(self) -> LoraShape:
+        return LoraShape(self.rank, 2.0 * self.rank if self.alpha is None else self.alpha)
+
+
+class _Data(NamedTuple):
+    samples: list[Sample]
+    held_out: list[Sample]
+    sha256: str  # of the chats
+
+
+class Training:
+    """Owner of the jobs that train on chats. Event loop only."""
+
+    def __init__(
+        self,
+        store: AdapterStore,
+        jobs: Jobs,
+        thread: TrainingThread,
+        workers: TenantThreads,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        base_name: str,
+        max_len: int,
+        max_budget_s: float,
+        max_rank: int,
+    ) -> None:
+        """``workers`` tokenise and store. ``max_len``: tokens of the base's context."""
+        self._store, self._jobs, self._thread, self._workers = store, jobs, thread, workers
+        self._tokenizer, self._base_name = tokenizer, base_name
+        self._max_len = min(max_len, _MAX_LEN)
+        self._max_budget_s, self._max_rank = max_budget_s, max_rank
+        self._turns = TenantShares("adapters to train", _AT_ONCE, 1)
+        self._n_jobs: Counter[str] = Counter()  # of each tenant, running or waiting
+
+    async def start(self, request: TrainingRequest, access: AdapterAccess) -> Job:
+        """Start a training job. Raises ApiError (400, 429)."""
+        budget_s = self._budget(request.budget_s)
+        if request.recipe not in (PLAIN, *RECIPES):
+            raise invalid(
+                f"recipe {request.recipe!r} is not known; choose {PLAIN}, "
+                f"{', '.join(sorted(RECIPES))}",
+                "recipe",
+            )
+        rank = request.rank * RECIPES.get(request.recipe, 1)
+        if rank > self._max_rank:
+            raise invalid(
+                f"rank is {request.rank}, saved as {rank} by recipe {request.recipe!r}; this "
+                f"server serves at most {self._max_rank} (--max-lora-rank)",
+                "rank",
+            )
+        tenant = access.tenant or ""
+        await self._thread.check_base(tenant)
+        if self._n_jobs[tenant] >= _MAX_JOBS:
+            raise too_many(
+                f"{_MAX_JOBS} jobs of this tenant are trained or wait for it; wait for one to end",
+                "too_many_training_jobs",
+                min(60.0, budget_s),
+            )
+        stop = asyncio.Event()
+        work = partial(self._work, request, access, budget_s, stop)
+        job = self._jobs.start_task(request.name, access, work, param="name")
+        self._n_jobs[tenant] += 1
+        job.cancel = stop.set
+        job.training = shown_progress(Progress(), request.steps, len(request.chats))
+        return job
+
+    def _budget(self, budget_s: float | None) -> float:
+        """Return the seconds of the job. Raises ApiError (400)."""
+        if budget_s is None:
+            return min(_DEFAULT_BUDGET_S, self._max_budget_s)
+        if budget_s > self._max_budget_s:
+            raise invalid(
+                f"budget_s is {budget_s:g}, this server trains for at most "
+                f"{self._max_budget_s:g} seconds (--max-learning-time)",
+                "budget_s",
+            )
+        return budget_s
+
+    async def _work(
+        self,
+        request: TrainingRequest,
+        access: AdapterAccess,
+        budget_s: float,
+        stop: asyncio.Event,
+        job: Job,
+    ) -> AdapterCard:
+        tenant = access.tenant or ""
+        try:
+            await take_turn(self._turns, tenant, stop)
+            try:
+                return await self._train(request, access, budget_s, stop, job)
+            finally:
+                self._turns.release(tenant)
+        except TrainingError as error:
+            param = "examples" if isinstance(error, ExamplesError) else None
+            raise invalid(str(error), param, "training_failed") from error
+        finally:
+            self._n_jobs[tenant] -= 1
+
+    async def _train(
+        self,
+        request: TrainingRequest,
+        access: AdapterAccess,
+        budget_s: float,
+        stop: asyncio.Event,
+        job: Job,
+    ) -> AdapterCard:
+        """Raises JobCancelled, and TrainingError if no step fits the time."""
+        tenant, deadline = access.tenant or "", time.monotonic() + budget_s
+        out_of_time = TrainingError(
+            f"{budget_s:g} seconds were over before the first step: reading the examples and "
+            "validating the base take longer; raise budget_s"
+        )
+
+        def check() -> None:
+            if stop.is_set():
+                raise JobCancelled
+            if time.monotonic() > deadline:
+                raise out_of_time
+
+        job.tell("reading the examples", 0.0)
+        data = await self._workers.run(tenant, partial(self._read, request, check))
+        run = TuningRun(self._thread, tenant, _plan(request, data), data.samples, data.held_out)
+        job.tell("validating the base", 0.0)
+        await run.begin(None, check)
+        async for report in run.steps(max(1, request.steps // _N_VALIDATIONS), deadline):
+            _show(job, run)
+            job.tell("training", report.step / request.steps)
+            if stop.is_set():
+                raise JobCancelled
+        if run.progress.step == 0:
+            raise out_of_time
+        _show(job, run)
+        job.tell("storing", 1.0)
+        options = PutOptions(
+            replace=request.replace,
+            description=request.description,
+            examples=_prompts(request.chats),
+            provenance={"source": "trained", "training": _record(request, budget_s, data, run)},
+            quota=access.quota,
+        )
+        names = [request.name]
+        return await store_result(
+            run, self._base_name, self._store, names, options, self._workers, dtype=torch.float16
+        )
+
+    def _read(self, request: TrainingRequest, check: Callable[[], None]) -> _Data:
+        """Tokenise the chats. Raises ExamplesError, and what ``check`` raises."""
+        samples, digest = list[Sample](), sha256()
+        for i, chat in enumerate(request.chats):
+            check()
+            digest.update(f"{json.dumps(chat.to_json())}\n".encode())
+            roles = enumerate(message["role"] for message in chat.messages)
+            line = TrainingLine((chat,), frozenset(n for n, role in roles if role == "assistant"))
+            where = f"examples[{i}]"
+            samples.append(sample_of(line, self._tokenizer, max_len=self._max_len, where=where))
+        chosen = held_out(
+            [n_tokens([sample]) for sample in samples],
+            _HELD_OUT,
+            max_tokens=_MAX_HELD_OUT_TOKENS,
+            seed=request.seed,
+        )
+        return _Data(
+            [sample for i, sample in enumerate(samples) if i not in chosen],
+            [sample for i, sample in enumerate(samples) if i in chosen],
+            digest.hexdigest(),
+        )
+
+
+def _plan(request: TrainingRequest, data: _Data) -> TuningPlan:
+    n = len(data.samples)
+    return TuningPlan(
+        method="supervised",
+        n_steps=request.steps,
+        batch_size=min(n, max(1, BATCH_TOKENS * n // n_tokens(data.samples))),
+        lr=request.lr,
+        seed=request.seed,
+        shape=request.shape,
+        recipe=request.recipe,
+        beta2=_BETA2,
+        keeps_best=True,
+    )
+
+
+def _show(job: Job, run: TuningRun) -> None:
+    assert job.training is not None
+    job.training = {**run.shown, "n_examples": job.training["n_examples"]}
+
+
+def _record(
+    request: TrainingRequest, budget_s: float, data: _Data, run: TuningRun
+) -> dict[str, JsonValue]:
+    """Return how the adapter was made, for its card."""
+    shape, progress = run.plan.shape, run.progress
+
+    def rounded(value: float | None) -> float | None:
+        return None if value is None else round(value, 4)
+
+    return {
+        "data_sha256": data.sha256,
+        "n_examples": len(data.samples),
+        "n_validation": len(data.held_out),
+        "n_parameters": sum(each.numel() for each in run.adapter.parameters.values()),
+        "shape": {"recipe": request.recipe, "rank": shape.rank, "alpha": shape.alpha},
+        "schedule": {
+            "steps": request.steps,
+            "lr": request.lr,
+            "batch_size": run.plan.batch_size,
+            "seed": request.seed,
+            "budget_s": budget_s,
+        },
+        "steps_done": progress.step,
+        "stopped_by": run.stopped_by,
+        "best_step": progress.best_step,
+        "n_tokens": progress.n_tokens,
+        "seconds": round(progress.seconds, 1),
+        "train_loss": rounded(progress.train_loss),
+        "validation_loss": rounded(progress.best_loss),
+        "base_validation_loss": rounded(progress.base_loss),
+    }
+
+
+def _prompts(chats: Sequence[Chat]) -> tuple[str, ...]:
+    """Return prompts of users for the card."""
+    prompts = (
+        message["content"]
+        for chat in chats[:_N_PROMPTS]
+        for message in chat.messages
+        if message["role"] == "user"
+    )
+    return tuple(dict.fromkeys(text[:_MAX_PROMPT] for text in prompts))[:_N_PROMPTS]

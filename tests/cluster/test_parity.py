@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.cluster.conftest import ADMIN
+from tests.cluster.conftest import ADMIN, GREEDY, MODEST
 from tests.cluster.whole_answers import answers, body_of
 from tests.support.servers.cluster_process import ClusterProcess
 from tests.support.servers.server_process import ServerProcess
@@ -91,3 +91,27 @@ def test_errors_have_the_same_status_and_code(
             answer = httpx.post(f"{url}/v1/chat/completions", json=sent, timeout=600, headers=ADMIN)
             found.append((answer.status_code, answer.json()["error"]["code"]))
     assert set(found) == {(status, code)}
+
+
+def test_a_large_file_goes_through_the_gateways_in_pieces_and_comes_back_whole(
+    cluster: ClusterProcess,
+) -> None:
+    """More than a gateway takes at once, in a body that the client sends in chunks."""
+    call = {"method": "POST", "url": "/v1/completions", "body": {"prompt": "x" * 100_000}}
+    lines = (json.dumps({"custom_id": str(n), **call}) + "\n" for n in range(120))
+    content = "".join(lines).encode()
+    form = httpx.Request("POST", "http://x", files={"file": content}, data={"purpose": "batch"})
+    body = form.read()
+    with httpx.Client(base_url=cluster.url, headers=MODEST, timeout=120) as client:
+        stored = client.post(
+            "/v1/files",
+            content=(body[at : at + 100_000] for at in range(0, len(body), 100_000)),
+            headers={"content-type": form.headers["content-type"]},
+        )
+        assert stored.status_code == 200, stored.text
+        assert stored.json()["bytes"] == len(content)
+        path = f"/v1/files/{stored.json()['id']}"
+        with client.stream("GET", f"{path}/content") as answer:
+            assert b"".join(answer.iter_bytes()) == content
+        assert httpx.get(f"{cluster.url}{path}", headers=GREEDY).status_code == 404
+        assert client.delete(path).status_code == 200

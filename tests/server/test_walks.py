@@ -52,8 +52,9 @@ class _Switch:
     trace: _Trace | None = None
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> None:
-        if self.trace is not None:
-            self.trace.profile(frame, event, arg)
+        trace = self.trace  # read once: an error here would end the thread that is profiled
+        if trace is not None:
+            trace.profile(frame, event, arg)
 
 
 def _is_ours(code: CodeType) -> bool:

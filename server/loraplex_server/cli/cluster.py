@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .failed import failed
+from .serve import set_thread_defaults
 
 if TYPE_CHECKING:
     from loraplex_server.cluster.config import ClusterConfig
@@ -36,7 +37,7 @@ _ConfigFile = Annotated[
 def up(config: _ConfigFile = None) -> None:
     """Start a cluster and serve until Ctrl-C. SIGHUP reads the file again and upgrades in turns."""
     _check_ray()
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # like `loraplex serve`
+    set_thread_defaults()
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")  # a thread must not start Ray again
     resolved = _read(config)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also during the start

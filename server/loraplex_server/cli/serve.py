@@ -62,10 +62,16 @@ def given_flags(flags: Mapping[str, object]) -> dict[str, object]:
     return options
 
 
-def _serve(flags: dict[str, object], config: Path | None, notes: list[str]) -> None:
-    # Without this, libgomp's threads spin between two steps, on the cores that the HTTP side needs.
-    # The variable is read once, when torch is imported.
+def set_thread_defaults() -> None:
+    """Set how libraries use threads, unless the environment does. Call it before torch's import."""
+    # By default libgomp's threads spin between two steps, on the cores that the HTTP side needs.
     os.environ.setdefault("GOMP_SPINCOUNT", str(_SPINS))
+    # By default the tokenizer has threads of its own, without priorities and shares of tenants.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _serve(flags: dict[str, object], config: Path | None, notes: list[str]) -> None:
+    set_thread_defaults()
 
     from loraplex_server.listening import bind
     from loraplex_server.settings.sources import resolve_config

@@ -190,8 +190,10 @@ class TextPipeline:
     def _encode_all(
         self, inputs: Sequence[tuple[str, str | None]], add_special_tokens: bool
     ) -> list[tuple[int, ...]]:
-        encode = partial(self.backend.encode, add_special_tokens=add_special_tokens)
-        return [tuple(encode(first, second).ids) for first, second in inputs]
+        # Only the batch methods let other threads run meanwhile.
+        texts = [first if second is None else (first, second) for first, second in inputs]
+        encode = self.backend.encode_batch_fast
+        return [tuple(each.ids) for each in encode(texts, add_special_tokens=add_special_tokens)]
 
     async def _run(self, work: Callable[[], T], tenant: str) -> T:
         """Raises ApiError, also for a Rust panic of the tokenizer, which is no Exception."""

@@ -35,8 +35,8 @@ def day(monkeypatch: pytest.MonkeyPatch) -> Day:
     return day
 
 
-def worked(share: BackgroundShare, day: Day, pieces: int, *, deadline: float = math.inf) -> None:
-    share.start(deadline, day)
+def worked(share: BackgroundShare, day: Day, pieces: int) -> None:
+    share.start(day)
     for _ in range(pieces):
         day.now += 0.004
         share.rest()
@@ -60,19 +60,12 @@ def test_a_rest_ends_when_the_last_request_does(day: Day) -> None:
 
 def test_short_pieces_are_saved_up(day: Day) -> None:
     share = BackgroundShare(0.5, lambda: True)
-    share.start(math.inf, day)
+    share.start(day)
     for _ in range(100):
         day.now += 0.0001
         share.rest()
     assert len(day.waits) <= 5
     assert day.now == pytest.approx(0.02, rel=0.2)
-
-
-@pytest.mark.parametrize("is_serving", [True, False])
-def test_work_ends_at_the_deadline(day: Day, is_serving: bool) -> None:
-    with pytest.raises(TimeoutError):
-        worked(BackgroundShare(0.01, lambda: is_serving), day, 1000, deadline=1.0)
-    assert 1.0 <= day.now < 1.0 + 0.005
 
 
 def test_what_is_to_stop_rests_no_more(day: Day) -> None:
@@ -83,10 +76,10 @@ def test_what_is_to_stop_rests_no_more(day: Day) -> None:
 
 def test_what_one_job_owes_the_next_does_not_pay(day: Day) -> None:
     share = BackgroundShare(0.5, lambda: True)
-    share.start(math.inf, day)
+    share.start(day)
     day.now += 0.0015
     share.rest()
-    share.start(math.inf, day)
+    share.start(day)
     day.now += 0.0015
     share.rest()
     assert not day.waits

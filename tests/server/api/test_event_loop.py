@@ -5,6 +5,7 @@ import gc
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_server.limited_http import LimitedHttp
 from loraplex_server.settings.config import HttpConfig
+from loraplex_server.text.text_pipeline import TextPipeline
 from tests.server.conftest import Front, make_front
 from tests.support.adapters.lora_files import write_lora
 from tests.support.loop_watch import LoopWatch
@@ -200,6 +202,28 @@ def test_an_upload_holds_no_callback_for_long(served: Served) -> None:
     with served.watch.limit(LIMIT_S):
         answer = served.send("PUT", "/v1/adapters/large", files=files)
     assert answer.status_code == 400
+
+
+def test_other_threads_go_on_while_a_long_text_becomes_tokens(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    """Tokenising must not hold Python's lock, which the engine needs between its steps."""
+
+    async def longest_pause() -> float:
+        """Return the longest pause of the event loop, as a share of the time of the call."""
+        text = TextPipeline(tokenizer)
+        encoding = asyncio.ensure_future(text.encode_many(["word " * 100_000], tenant="a"))
+        began = last = time.perf_counter()
+        longest_s = 0.0
+        while not encoding.done():
+            await asyncio.sleep(0)
+            now = time.perf_counter()
+            longest_s, last = max(longest_s, now - last), now
+        await text.close()
+        assert len(await encoding) == 1
+        return longest_s / (time.perf_counter() - began)
+
+    assert asyncio.run(longest_pause()) < 0.4
 
 
 def test_the_watch_sees_a_callback_that_works_too_long(served: Served) -> None:

@@ -11,18 +11,27 @@ from loraplex_server.cli.app import app
 from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 
 
-@pytest.mark.parametrize(("given", "expected"), [(None, "3000"), ("7", "7")])
-def test_compute_threads_spin_briefly_unless_told_otherwise(
-    given: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "default", "other"),
+    [("GOMP_SPINCOUNT", "3000", "7"), ("TOKENIZERS_PARALLELISM", "false", "true")],
+)
+@pytest.mark.parametrize("is_given", [False, True])
+def test_threads_of_libraries_are_few_unless_the_environment_says_otherwise(
+    name: str,
+    default: str,
+    other: str,
+    is_given: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("GOMP_SPINCOUNT", given or "")
-    if given is None:
-        monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.setenv(name, other)
+    if not is_given:
+        monkeypatch.delenv(name)
     command = ["serve", f"--model={tmp_path / 'none'}", "--port=0", f"--state-dir={tmp_path}"]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "error:" in result.output
-    assert os.environ["GOMP_SPINCOUNT"] == expected
+    assert os.environ[name] == (other if is_given else default)
 
 
 def test_a_base_that_would_answer_wrongly_stops_the_start_with_the_reason(tmp_path: Path) -> None:

@@ -1,14 +1,22 @@
 """An S3 server (moto), and the settings with which a catalogue finds it."""
 
+from __future__ import annotations
+
 import logging
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from werkzeug.serving import make_server
 
 from loraplex_adapter_store.catalogue.bucket import Bucket
+
+if TYPE_CHECKING:
+    from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 MIDDLE_OF_NOWHERE = "http://127.0.0.1:9"  # nobody listens on the discard port
 
@@ -17,20 +25,39 @@ S3_SECRET = "the-secret-of-the-bucket"
 
 @contextmanager
 def s3_server(bucket: str = "adapters") -> Iterator[str]:
-    """Yield the endpoint of a server with an empty bucket."""
-    from moto.server import ThreadedMotoServer
+    """Yield the endpoint of a server with an empty bucket.
+
+    The server answers one request at a time. With several threads, moto looks for the key of
+    ``If-None-Match: *`` and writes it later, so two writers could create the same object.
+    """
+    from moto.moto_server.werkzeug_app import (
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
+    moto = DomainDispatcherApplication(create_backend_app)
+    one_request = threading.Lock()
+
+    def application(environ: WSGIEnvironment, start_response: StartResponse) -> list[bytes]:
+        with one_request:
+            return list(moto(environ, start_response))
+
+    server = make_server(
+        "127.0.0.1", 0, application, threaded=True, request_handler=MotoRequestHandler
+    )
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
     try:
-        host, port = server.get_host_and_port()
-        endpoint = f"http://{host}:{port}"
+        endpoint = f"http://127.0.0.1:{server.server_port}"
         made = urllib.request.Request(f"{endpoint}/{bucket}", method="PUT")
         with urllib.request.urlopen(made):
             yield endpoint
     finally:
-        server.stop()
+        server.shutdown()
+        thread.join()
+        server.server_close()
 
 
 def s3_environment(endpoint: str) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """Limits the share of the time that background work takes while requests are served."""
 
-import math
 import threading
 import time
 from collections.abc import Callable
@@ -21,31 +20,23 @@ class BackgroundShare:
         """``share``: above 0, at most 1."""
         self._rest_per_work = 1 / share - 1
         self._is_serving = is_serving
-        self._deadline, self._stop = math.inf, threading.Event()
+        self._stop = threading.Event()
         self._since = self._owed = 0.0
 
-    def start(self, deadline: float, stop: threading.Event) -> None:
-        """Begin a job. ``deadline`` is a time.monotonic value; ``stop`` ends all pauses."""
-        self._deadline, self._stop = deadline, stop
+    def start(self, stop: threading.Event) -> None:
+        """Begin a job. ``stop`` ends all pauses."""
+        self._stop = stop
         self._since, self._owed = time.monotonic(), 0.0
 
     def rest(self) -> None:
-        """Sleep in proportion to the work since the last call. Called on the working thread.
-
-        Raises TimeoutError at the deadline.
-        """
+        """Sleep in proportion to the work since the last call. Called on the working thread."""
         now = time.monotonic()
         self._owed += (now - self._since) * self._rest_per_work
-        while now < self._deadline and self._is_serving():
-            if self._owed < _LEAST_REST_S or self._stop.wait(self._longest(now)):
+        while self._is_serving():
+            if self._owed < _LEAST_REST_S or self._stop.wait(min(self._owed, _LOOK_S)):
                 break
             rested_from, now = now, time.monotonic()
             self._owed -= now - rested_from
         else:
             self._owed = 0.0
         self._since = time.monotonic()
-        if self._since >= self._deadline:
-            raise TimeoutError
-
-    def _longest(self, now: float) -> float:
-        return min(self._owed, _LOOK_S, self._deadline - now)

@@ -1,7 +1,6 @@
 """The thread that trains: calls of all jobs, merged into batches, beside serving."""
 
 import asyncio
-import math
 import threading
 import time
 from collections import deque
@@ -149,7 +148,7 @@ class TrainingThread:
                 if engine is None:
                     engine = self._make_engine(self._rest)
                     self._has_engine = True
-                self._share.start(math.inf, self._closed)
+                self._share.start(self._closed)
                 self._compute(engine, calls)
             except BaseException as error:  # the callers raise it
                 for call in calls:

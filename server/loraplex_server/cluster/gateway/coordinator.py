@@ -18,7 +18,7 @@ from loraplex_server.errors import ApiError, from_store, unavailable
 from loraplex_server.settings.api_keys import ApiKey
 from loraplex_server.settings.config import ServerConfig
 
-from .forwarding import ForwardedRequest, answer_forwarded
+from .forwarding import BodyPiece, ForwardedBodies, ForwardedRequest, answer_forwarded
 from .front_process import FrontProcess
 
 _ANSWER_TIMEOUT_S = 2.0  # a count takes a millisecond
@@ -168,14 +168,20 @@ class Coordinator(FrontProcess):
         root = config.store.root
         assert root is not None  # ``ClusterConfig`` always sets it
         self._limits = KeyLimits(config.http.api_keys)
+        self._bodies = ForwardedBodies()
         meter_of = self._limits.meter_of
         await self.start(config, engines, "coordinator", meter_of, folder=root / _FOLDER)
 
     async def answer(self, request: ForwardedRequest) -> AsyncGenerator[list[Message]]:
         """Answer a request of a gateway; see ``answer_forwarded``."""
-        async with contextlib.aclosing(answer_forwarded(self.front, request)) as lists:
+        answer = answer_forwarded(self.front, request, self._bodies)
+        async with contextlib.aclosing(answer) as lists:
             async for messages in lists:
                 yield messages
+
+    async def put_piece(self, request_id: str, piece: BodyPiece) -> None:
+        """Hand the next piece of a body to the request that ``answer`` answers."""
+        self._bodies.put(request_id, piece)
 
     async def learn(self, order: LearningRequest) -> LearningResult | ApiError:
         """Learn from the examples of a gateway's request."""

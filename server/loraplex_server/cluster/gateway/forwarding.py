@@ -1,20 +1,26 @@
 """Requests that gateways forward to the coordinator.
 
 Files, batches, jobs and stored responses live in the memory or the folder of one process. The next
-request of a client may reach another gateway, so gateways forward such requests, whole.
+request of a client may reach another gateway, so gateways forward such requests.
 
     client ── gateway ── ForwardedRequest ──▶ answer_forwarded ── the coordinator's application
-                            ◀── ASGI messages of the answer ──
+                      ◀── ASGI messages, or a request for the next piece of the body ──
+                      ── BodyPiece ──▶ ForwardedBodies
+
+Large bodies go in pieces, when the application reads them. So neither process holds a file, and the
+application counts the bytes of each tenant while they arrive.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
-from starlette.requests import ClientDisconnect, Request
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_server.api.middleware.auth import Auth
@@ -34,14 +40,47 @@ _FORWARDED = (
     *("/v1/adapters/generate", "/v1/adapters/train"),
 )
 _FIELDS = ("http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
+_PIECE_BYTES = 1 << 20
+_NEXT_PIECE = "loraplex.next_piece"  # type of the message that asks for a piece of the body
+
+
+class BodyPiece(NamedTuple):
+    """The next bytes of a request's body."""
+
+    data: bytes  # ``_PIECE_BYTES`` at most, unless the client's connection brings more at once
+    more: bool  # False: the last piece
 
 
 class ForwardedRequest(NamedTuple):
-    """An HTTP request that crosses processes."""
+    """The head of an HTTP request that crosses processes, and the start of its body."""
 
+    id: str
     fields: dict[str, object]  # of the ASGI scope
     client: tuple[str, int] | None
-    body: bytes
+    body: BodyPiece
+
+
+class ForwardedBodies:
+    """The pieces of bodies that gateways have sent, and no application has read. One event loop."""
+
+    def __init__(self) -> None:
+        self._awaited: dict[str, asyncio.Future[BodyPiece | None]] = {}  # by request id
+
+    @contextmanager
+    def awaiting(self, request_id: str) -> Iterator[asyncio.Future[BodyPiece | None]]:
+        """Yield the next piece, for which the gateway is asked within the block."""
+        piece: asyncio.Future[BodyPiece | None] = asyncio.get_running_loop().create_future()
+        self._awaited[request_id] = piece
+        try:
+            yield piece
+        finally:
+            del self._awaited[request_id]
+
+    def put(self, request_id: str, piece: BodyPiece | None) -> None:
+        """Hand a piece to the application if it waits for one. None: the client has left."""
+        awaited = self._awaited.get(request_id)
+        if awaited is not None and not awaited.done():
+            awaited.set_result(piece)
 
 
 def with_forwarding(
@@ -65,9 +104,12 @@ def with_forwarding(
 
 
 async def answer_forwarded(
-    app: ASGIApp, request: ForwardedRequest
+    app: ASGIApp, request: ForwardedRequest, bodies: ForwardedBodies
 ) -> AsyncGenerator[list[Message]]:
-    """Yield the ASGI messages of the answer as they come. Closing early cancels the request."""
+    """Yield the ASGI messages of the answer as they come. Closing early cancels the request.
+
+    A message of type ``_NEXT_PIECE`` asks for the next piece of the body, which ``bodies`` gets.
+    """
     scope: Scope = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -77,18 +119,34 @@ async def answer_forwarded(
         **request.fields,
     }
     messages: list[Message] = []
-    arrived, left = asyncio.Event(), asyncio.Event()
-    unread = [request.body]
+    arrived, left, taken = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    unread: BodyPiece | None = request.body
+    more, n_unsent = True, 0
 
     async def receive() -> Message:
-        if unread:
-            return {"type": "http.request", "body": unread.pop(), "more_body": False}
-        await left.wait()
-        return {"type": "http.disconnect"}
+        nonlocal unread, more
+        if not more:
+            await left.wait()
+            return {"type": "http.disconnect"}
+        piece, unread = unread, None
+        if piece is None:
+            with bodies.awaiting(request.id) as awaited:
+                messages.append({"type": _NEXT_PIECE})
+                arrived.set()
+                piece = await awaited
+        if piece is None:
+            return {"type": "http.disconnect"}
+        more = piece.more
+        return {"type": "http.request", "body": piece.data, "more_body": more}
 
     async def send(message: Message) -> None:
+        nonlocal n_unsent
         messages.append(message)
         arrived.set()
+        n_unsent += len(message.get("body", b""))
+        if n_unsent >= _PIECE_BYTES:  # a file is not read faster than it is sent
+            taken.clear()
+            await taken.wait()
 
     answering = asyncio.ensure_future(app(scope, receive, send))
     answering.add_done_callback(lambda _: arrived.set())
@@ -99,9 +157,14 @@ async def answer_forwarded(
             batch, messages[:] = list(messages), []
             if batch:
                 yield batch
+            if not messages:
+                n_unsent = 0
+                taken.set()
         await answering  # raises the application's error
     finally:
         left.set()
+        taken.set()
+        bodies.put(request.id, None)
         await asyncio.wait([answering], timeout=1.0)
         answering.cancel()
 
@@ -109,44 +172,79 @@ async def answer_forwarded(
 class _Forwarding:
     """An ASGI application that forwards each request and relays the answer.
 
-    The body is read into memory, so the headers are checked first.
+    The headers are checked before the body is read.
     """
 
     def __init__(self, coordinator: DeploymentHandle, auth: Auth) -> None:
-        self._coordinator = coordinator.options(stream=True, method_name="answer")
+        self._answer = coordinator.options(stream=True, method_name="answer")
+        self._put_piece = coordinator.options(method_name="put_piece")
         self._auth = auth
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sent = _Sent()
+        sent, body = _Sent(), _Body(receive)
+        request_id = uuid.uuid4().hex
+        response: DeploymentResponseGenerator[list[Message]] | None = None
 
-        async def relay() -> None:
-            async for messages in response:
+        async def relay(answer: AsyncIterable[list[Message]]) -> None:
+            async for messages in answer:
                 for message in messages:
-                    sent.count(message)
-                    await send(message)
+                    if message["type"] == _NEXT_PIECE:
+                        await self._put_piece.remote(request_id, await body.piece())
+                    else:
+                        sent.count(message)
+                        await send(message)
 
         try:
             if await self._auth.may_send_body(scope):
-                body = await Request(scope, receive).body()
+                piece = await body.piece()
             else:
-                body, receive = b"", _never
+                piece, receive = BodyPiece(b"", more=False), _never
             fields = {name: scope[name] for name in _FIELDS}
-            request = ForwardedRequest(fields, scope.get("client"), body)
-            response = self._coordinator.remote(request)
-            await unless_client_leaves(relay(), receive)
-        except ClientDisconnect:  # before the body's end
-            return
-        except ClientLeft:
-            response.cancel()
+            request = ForwardedRequest(request_id, fields, scope.get("client"), piece)
+            response = self._answer.remote(request)
+            await unless_client_leaves(relay(response), body.rest if piece.more else receive)
+        except (ClientDisconnect, ClientLeft):
+            if response is not None:
+                response.cancel()
         except (ApiError, RayError, RayServeException) as error:
             answer = error if isinstance(error, ApiError) else _lost()
+            if isinstance(error, ApiError) and response is not None:  # of the body's size
+                response.cancel()
             if not sent.started:
                 await ORJSONResponse.of_error(answer, scope["path"])(scope, receive, send)
             elif sent.is_stream and not sent.ended and scope["path"] == _RESPONSES:
-                body = EventWriter(sent.n_events).error(answer)
-                await send({"type": "http.response.body", "body": body, "more_body": False})
+                last = EventWriter(sent.n_events).error(answer)
+                await send({"type": "http.response.body", "body": last, "more_body": False})
             else:
                 raise  # the stream breaks off: only streams of responses have an error event
+
+
+class _Body:
+    """The body of a client's request."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._is_read = asyncio.Event()
+
+    async def piece(self) -> BodyPiece:
+        """Read the next piece. Raises ClientDisconnect."""
+        parts: list[bytes] = []
+        n_bytes, more = 0, True
+        while more and n_bytes < _PIECE_BYTES:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            parts.append(message.get("body", b""))
+            n_bytes += len(parts[-1])
+            more = message.get("more_body", False)
+        if not more:
+            self._is_read.set()
+        return BodyPiece(b"".join(parts), more)
+
+    async def rest(self) -> Message:
+        """Receive what follows the body: the client's end."""
+        await self._is_read.wait()
+        return await self._receive()
 
 
 class _Sent:
@@ -184,6 +282,6 @@ async def _never() -> Message:
 
 def _is_forwarded(scope: Scope) -> bool:
     path = scope["path"]
-    if scope["method"] == "PUT":  # an upload as large as an adapter; its reserved name is refused
+    if scope["method"] == "PUT":  # an upload of an adapter, whose reserved name is refused
         return False
     return any(path == prefix or path.startswith(f"{prefix}/") for prefix in _FORWARDED)

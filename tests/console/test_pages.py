@@ -238,7 +238,9 @@ def test_an_adapter_is_mixed_from_the_servers_own(page: Page, server: ServerProc
     expect(made_of).to_contain_text("by sg-lora mixture", timeout=120_000)
     expect(made_of).to_contain_text("pirate")
     page.get_by_label("Made by").select_option("icm-lora")
-    page.get_by_role("textbox", name="Inputs of the task").fill("\n".join(f"input {i}" for i in range(8)))
+    page.get_by_role("textbox", name="Inputs of the task").fill(
+        "\n".join(f"input {i}" for i in range(8))
+    )
     page.get_by_role("button", name="Create", exact=True).click()
     expect(page.get_by_role("alert")).to_contain_text("loraplex generator train")
 

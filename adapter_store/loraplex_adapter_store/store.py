@@ -36,6 +36,7 @@ from .leasing import AdapterLease, Leasing
 from .limits import StoreLimits
 from .name_changes import NameChanges
 from .names.card import AdapterCard, CardEdit, DeleteReport, StoreStats, TierBytes
+from .names.expected_names import ExpectedNames
 from .names.name_index import NameIndex
 from .names.name_registry import REGISTRY_FILE, NameRegistry, SqliteRegistry
 from .names.name_syntax import check_name, tenant_of
@@ -86,6 +87,7 @@ class AdapterStore:
         network and may raise CatalogueUnavailable.
         """
         self.base = base
+        self.expected = ExpectedNames()
         self.root = root
         self.limits = limits
         self.allowed_roots = tuple(path.resolve() for path in allowed_roots)

@@ -70,7 +70,8 @@ def build_front(
         log_admins(config.http.api_keys)
         register_adapters(store, config.store)
         watched = WatchedFolders(store, config.store.adapters_dirs)
-        watched.scan()
+        if fleet is not None:  # other processes of a cluster do not know which names are expected
+            watched.scan()
     encoder = SharedEncoder(_encoder_directory)
     pools = WorkerPools()
     list_profiles = functools.partial(routable_profiles, store)

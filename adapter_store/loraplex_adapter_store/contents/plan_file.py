@@ -53,12 +53,14 @@ class PackedPlan(NamedTuple):
 def pack_plan(plan: AdapterPlan) -> PackedPlan:
     """Serialise a plan. Storages that several tensors share are written once."""
     starts: dict[int, int] = {}  # storage pointer → first element in the data
+    n_before = 0
     flat: list[Tensor] = []
     for tensor in plan.tensors():
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in starts:
-            starts[storage.data_ptr()] = sum(part.numel() for part in flat)
+            starts[storage.data_ptr()] = n_before
             n_elements = storage.nbytes() // 4
+            n_before += n_elements
             flat.append(torch.as_strided(tensor, (n_elements,), (1,), 0))
     chunks = [pack_header({"version": 1, "plan": _encode(plan, starts)})]
     chunks += [part.numpy().tobytes() for part in flat]

@@ -1,5 +1,6 @@
 """Names of modules: what a config targets, by PEFT's matching rules, and trainers' spellings."""
 
+import functools
 import re
 from collections.abc import Container, Iterable
 
@@ -114,6 +115,8 @@ def module_names(base: BaseSpec) -> frozenset[str]:
 
 def resolve_module(path: str, names: Container[str]) -> str | None:
     """Return the name that ``path`` means without wrappers' prefixes, or None."""
+    if path in names:  # also the first candidate, without the time to make the others
+        return path
     return next((name for name in _candidates(path) if name in names), None)
 
 
@@ -137,11 +140,17 @@ def group_by_module(
     known = sorted(suffixes, key=len, reverse=True)
     names = module_names(base)
     grouped: dict[str, dict[str, str]] = {}
+    resolved: dict[str, str | None] = {}  # a module has several keys
     for key in keys:
         split = split_key(key, known)
-        module = None if split is None else resolve_module(split[0], names)
-        if split is not None and module is not None:
-            grouped.setdefault(module, {}).setdefault(split[1], key)
+        if split is None:
+            continue
+        path, suffix = split
+        if path not in resolved:
+            resolved[path] = resolve_module(path, names)
+        module = resolved[path]
+        if module is not None:
+            grouped.setdefault(module, {}).setdefault(suffix, key)
     return grouped
 
 
@@ -154,6 +163,7 @@ def _candidates(path: str) -> list[str]:
     return list(dict.fromkeys([*names, *longer, *shorter]))
 
 
+@functools.lru_cache(maxsize=256)
 def _spellings(suffix: str) -> tuple[str, ...]:
     head, dot, leaf = suffix.partition(".")
     return suffix, (f"{head}.default.{leaf}" if dot else f"{head}.default")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.errors import AdapterMismatch, LimitExceeded, MalformedFile
+from loraplex_adapter_store.files.safetensors_reader import is_finite
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.operators.contract import tensors_of
 from loraplex_adapter_store.operators.kinds import operator_name
@@ -113,7 +114,7 @@ def _sizes(name: str, base: BaseSpec) -> tuple[int, int]:
 
 
 def _check_finite(part: str, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if tensor.is_floating_point() and not is_finite(tensor):
         raise MalformedFile(f"{part} overflows float32: the product of its factors is not finite")
 
 

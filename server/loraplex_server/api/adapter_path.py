@@ -12,7 +12,12 @@ from starlette.convertors import PathConvertor, register_url_convertor
 
 from loraplex_adapter_store.errors import InvalidName
 from loraplex_adapter_store.names.name_syntax import RESERVED_ENDINGS, check_name
-from loraplex_server.adapters.resolving.access import name_to_write, own_name, stored_name
+from loraplex_server.adapters.resolving.access import (
+    name_to_write,
+    own_name,
+    stored_name,
+    until_added,
+)
 
 from .state import Access, State, followed, in_store_thread
 
@@ -51,6 +56,7 @@ async def _own_name(name: str, access: Access, state: State) -> str:
 
 async def new_name(name: str, access: Access, state: State) -> str:
     """Return the stored name for new weights. Raises ApiError."""
+    await until_added(state.store, access, [name])
     return await in_store_thread(
         state, lambda: name_to_write(state.store, access, name, param="name"), access
     )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from loraplex_adapter_store.names.card import AdapterCard
 from loraplex_adapter_store.store import AdapterStore
-from loraplex_server.adapters.adding import adapter_folders
+from loraplex_server.adapters.adding import adapter_folders, watched_folders
 from loraplex_server.adapters.adding.watched_folders import WatchedFolders
+from loraplex_server.settings.config import LoraModule
 from tests.server.conftest import Front
 from tests.support.adapters.lora_files import write_lora
 from tests.support.bases.architectures import tiny_model
@@ -51,6 +54,35 @@ async def test_a_folder_that_comes_is_served_and_one_that_goes_is_not(
     shutil.rmtree(watched.root / "sql")
     await until_listed(watched, "team/poet")
     assert (await watched.chat(adapter="sql")).status_code == 404
+
+
+async def test_a_request_waits_for_an_adapter_that_is_added_since_the_start(
+    front: Front, base_spec: BaseSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for index in range(8):
+        write_lora(front.root / f"a{index}", base_spec, seed=index)
+    added: list[str] = []
+    may_add = threading.Event()
+
+    def put_late(store: AdapterStore, module: LoraModule) -> AdapterCard:
+        may_add.wait(60)
+        added.append(module.name)
+        return adapter_folders.put_folder(store, module)
+
+    monkeypatch.setattr(watched_folders, "put_folder", put_late)
+    folders = WatchedFolders(front.store, [front.root])
+    folders.start()
+    asked = [
+        asyncio.create_task(front.chat(adapter="a7")),
+        asyncio.create_task(front.client.get("/v1/adapters/a7")),
+    ]
+    assert (await front.chat(adapter="a8")).status_code == 404  # no folder: nothing to wait for
+    may_add.set()
+    assert [(await answer).status_code for answer in asked] == [200, 200]
+    assert "a7" in added[:3]  # two threads had begun with others
+    await until_listed(front, *(f"a{index}" for index in range(8)))
+    folders.close()
+    assert len(front.store.expected) == 0
 
 
 async def test_new_weights_become_the_next_revision(watched: Front, base_spec: BaseSpec) -> None:

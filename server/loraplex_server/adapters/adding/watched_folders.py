@@ -3,7 +3,9 @@
 import logging
 import sqlite3
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from watchfiles import watch
@@ -17,6 +19,7 @@ from .adapter_folders import find_folders, is_being_copied, is_current, is_from,
 _Signature = tuple[tuple[str, int, int, int], ...]  # of each file: name, size, times in ns
 _SETTLE_MS = 400  # without changes before a scan, because a copy may still run
 _RESCAN_MS = 10_000  # also without changes, which some file systems do not report
+_N_ADDERS = 2  # threads that add the folders of the start
 _log = logging.getLogger(__name__)
 
 
@@ -33,6 +36,7 @@ class WatchedFolders:
         self._scanning = threading.Lock()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._first: dict[str, LoraModule] = {}  # the folders that ``start`` has found, by name
 
     def scan(self) -> None:
         """Add new and changed folders and remove missing ones. Each refusal is logged once."""
@@ -48,11 +52,21 @@ class WatchedFolders:
                 self._update(module)
 
     def start(self) -> None:
-        """Start to watch. Missing directories are logged and skipped."""
+        """Start to add the folders that no ``scan`` has seen, and then to watch.
+
+        The names are expected in the store at once. Missing directories are logged and skipped.
+        """
         for root in self._roots:
             if not root.is_dir():
                 _log.warning("the adapters directory %s does not exist; it is not watched", root)
         roots = [root for root in self._roots if root.is_dir()]
+        self._first = {
+            module.name: module
+            for root in roots
+            for module in find_folders(root)
+            if module not in self._seen
+        }
+        self._store.expected.expect(self._first)
         if roots:
             self._thread = threading.Thread(
                 target=self._watch, args=(roots,), name="loraplex-watch", daemon=True
@@ -64,7 +78,29 @@ class WatchedFolders:
         if self._thread is not None:
             self._thread.join()
 
+    def _add_first(self) -> None:
+        """Add the folders of the start, first those that somebody waits for."""
+        began = time.monotonic()
+        with self._scanning, ThreadPoolExecutor(_N_ADDERS, "loraplex-adding") as adders:
+            for _ in range(_N_ADDERS):
+                adders.submit(self._add_expected)
+        if self._first and not self._stop.is_set():
+            seconds = time.monotonic() - began
+            _log.info("%d folders of adapters were read in %.1f s", len(self._first), seconds)
+
+    def _add_expected(self) -> None:
+        expected = self._store.expected
+        while (name := expected.next()) is not None:
+            try:
+                if not self._stop.is_set():
+                    self._update(self._first[name])
+            except Exception:
+                _log.exception("the folder of adapter %s could not be read", name)
+            finally:
+                expected.arrived(name)
+
     def _watch(self, roots: Sequence[Path]) -> None:
+        self._add_first()
         changes = watch(
             *roots,
             stop_event=self._stop,

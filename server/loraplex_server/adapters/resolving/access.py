@@ -4,6 +4,7 @@ The check comes before any look-up of the adapter. A name means the tenant's own
 the adapter that the operator shares.
 """
 
+import asyncio
 from collections.abc import Iterable
 from functools import partial
 
@@ -42,16 +43,27 @@ def check_owned(access: AdapterAccess, name: str, *, param: str | None = "name")
 async def follow_names(
     store: AdapterStore, pool: TenantThreads, access: AdapterAccess, names: Iterable[str]
 ) -> None:
-    """Read stale names from the catalogue in ``pool``, before ``stored_name`` is called.
+    """Wait for names that are being added, and read stale ones from the catalogue in ``pool``.
 
-    The key may use the names. Raises CatalogueUnavailable.
+    To be called before ``stored_name``. The key may use the names. Raises CatalogueUnavailable.
     """
+    names = tuple(names)
+    await until_added(store, access, names)
     if not store.is_shared or access.tenant is None:  # the stored name is the name
         return
     candidates = {stored for name in names for stored in (name, access.own(name))}
     stale = [name for name in candidates if not store.is_fresh(name)]
     if stale:
         await pool.run(access.tenant, partial(store.follow, stale))
+
+
+async def until_added(store: AdapterStore, access: AdapterAccess, names: Iterable[str]) -> None:
+    """Wait for those of the names that the server is adding since its start."""
+    if not len(store.expected):
+        return
+    candidates = {stored for name in names for stored in (name, access.own(name))}
+    for arrival in store.expected.arrivals(candidates):
+        await asyncio.wrap_future(arrival)
 
 
 def stored_name(store: AdapterStore, access: AdapterAccess, name: str, *, param: str | None) -> str:

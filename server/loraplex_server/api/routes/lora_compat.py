@@ -6,7 +6,7 @@ from starlette.responses import PlainTextResponse
 from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_server.adapters.adding.card_file import fill_from_card
 from loraplex_server.adapters.adding.sources import source_uri
-from loraplex_server.adapters.resolving.access import name_to_write, own_name
+from loraplex_server.adapters.resolving.access import name_to_write, own_name, until_added
 from loraplex_server.adapters.worker_pools import result_within
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.protocol.adapters import LoadLoraBody, UnloadLoraBody
@@ -32,6 +32,7 @@ async def load_lora_adapter(body: LoadLoraBody, access: Access, state: State) ->
     name, path = body.lora_name, body.lora_path
     if not (name and path):
         raise _user_error("Both 'lora_name' and 'lora_path' must be provided.")
+    await until_added(state.store, access, [name])
     stored = await in_store_thread(
         state, lambda: name_to_write(state.store, access, name, param="lora_name"), access
     )

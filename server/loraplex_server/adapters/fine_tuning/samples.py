@@ -2,16 +2,19 @@
 
 import random
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from loraplex_training.engine.data import Datum
 from loraplex_training.errors import ExamplesError
-from loraplex_training.examples import tokenise
+from loraplex_training.examples import Chat, tokenise
 
 from .training_lines import TrainingLine
+
+_N_PROMPTS = 8
+_MAX_PROMPT = 500  # characters
 
 Sample = tuple[Datum, ...]
 """A sample is one datum for supervised, and two for dpo: the preferred answer and the other."""
@@ -31,6 +34,22 @@ def sample_of(
             raise ExamplesError(f"{where} has nothing to learn: the chat template omits its answer")
         data.append(Datum.of_chat(example.tokens, example.learn))
     return tuple(data)
+
+
+class TrainingData(NamedTuple):
+    samples: list[Sample]
+    held_out: list[Sample]
+    sha256: str  # of the file or the chats
+    prompts: tuple[str, ...]  # of the first examples, for the card
+
+
+def first_prompts(chats: Sequence[Chat]) -> tuple[str, ...]:
+    """Return the first text of the user in each of the first chats, once."""
+    texts = (
+        next((m["content"] for m in chat.messages if m["role"] == "user"), None)
+        for chat in islice(chats, _N_PROMPTS)
+    )
+    return tuple(dict.fromkeys(text[:_MAX_PROMPT] for text in texts if text is not None))
 
 
 def n_tokens(samples: Sequence[Sample]) -> int:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
-from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -36,7 +35,7 @@ from loraplex_training.errors import ExamplesError, TrainingError
 from loraplex_training.examples import Chat, held_out
 
 from .results import store_result
-from .samples import Sample, n_tokens, sample_of
+from .samples import Sample, TrainingData, first_prompts, n_tokens, sample_of
 from .training_lines import TrainingLine
 from .tuning import TuningPlan, TuningRun, shown_progress
 
@@ -48,8 +47,6 @@ _MAX_HELD_OUT_TOKENS = 8192  # a validation takes as long as a few steps
 _MAX_LEN = 1024  # tokens of an example
 _N_VALIDATIONS = 10
 _BETA2 = 0.99  # of Adam, because most runs are short
-_N_PROMPTS = 8  # prompts of the data on the card
-_MAX_PROMPT = 500  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +66,6 @@ class TrainingRequest:
     @property
     def shape(self) -> LoraShape:
         return LoraShape(self.rank, 2.0 * self.rank if self.alpha is None else self.alpha)
-
-
-class _Data(NamedTuple):
-    samples: list[Sample]
-    held_out: list[Sample]
-    sha256: str  # of the chats
 
 
 class Training:
@@ -189,7 +180,7 @@ class Training:
 
         job.tell("reading the examples", 0.0)
         data = await self._workers.run(tenant, partial(self._read, request, check))
-        run = TuningRun(self._thread, tenant, _plan(request, data), data.samples, data.held_out)
+        run = TuningRun(self._thread, tenant, _plan(request, data), data)
         job.tell("validating the base", 0.0)
         await run.begin(None, check)
         async for report in run.steps(max(1, request.steps // _N_VALIDATIONS), deadline):
@@ -204,8 +195,8 @@ class Training:
         options = PutOptions(
             replace=request.replace,
             description=request.description,
-            examples=_prompts(request.chats),
-            provenance={"source": "trained", "training": _record(request, budget_s, data, run)},
+            examples=data.prompts,
+            provenance={"source": "trained", "training": _record(request, budget_s, run)},
             quota=access.quota,
         )
         names = [request.name]
@@ -213,7 +204,7 @@ class Training:
             run, self._base_name, self._store, names, options, self._workers, dtype=torch.float16
         )
 
-    def _read(self, request: TrainingRequest, check: Callable[[], None]) -> _Data:
+    def _read(self, request: TrainingRequest, check: Callable[[], None]) -> TrainingData:
         """Tokenise the chats. Raises ExamplesError, and what ``check`` raises."""
         samples, digest = list[Sample](), sha256()
         for i, chat in enumerate(request.chats):
@@ -229,14 +220,15 @@ class Training:
             max_tokens=_MAX_HELD_OUT_TOKENS,
             seed=request.seed,
         )
-        return _Data(
+        return TrainingData(
             [sample for i, sample in enumerate(samples) if i not in chosen],
             [sample for i, sample in enumerate(samples) if i in chosen],
             digest.hexdigest(),
+            first_prompts(request.chats),
         )
 
 
-def _plan(request: TrainingRequest, data: _Data) -> TuningPlan:
+def _plan(request: TrainingRequest, data: TrainingData) -> TuningPlan:
     n = len(data.samples)
     return TuningPlan(
         method="supervised",
@@ -256,45 +248,20 @@ def _show(job: Job, run: TuningRun) -> None:
     job.training = {**run.shown, "n_examples": job.training["n_examples"]}
 
 
-def _record(
-    request: TrainingRequest, budget_s: float, data: _Data, run: TuningRun
-) -> dict[str, JsonValue]:
+def _record(request: TrainingRequest, budget_s: float, run: TuningRun) -> dict[str, JsonValue]:
     """Return how the adapter was made, for its card."""
-    shape, progress = run.plan.shape, run.progress
-
-    def rounded(value: float | None) -> float | None:
-        return None if value is None else round(value, 4)
-
+    progress = run.progress
+    losses = {
+        "train_loss": progress.train_loss,
+        "validation_loss": progress.best_loss,
+        "base_validation_loss": progress.base_loss,
+    }
     return {
-        "data_sha256": data.sha256,
-        "n_examples": len(data.samples),
-        "n_validation": len(data.held_out),
-        "n_parameters": sum(each.numel() for each in run.adapter.parameters.values()),
-        "shape": {"recipe": request.recipe, "rank": shape.rank, "alpha": shape.alpha},
-        "schedule": {
-            "steps": request.steps,
-            "lr": request.lr,
-            "batch_size": run.plan.batch_size,
-            "seed": request.seed,
-            "budget_s": budget_s,
-        },
-        "steps_done": progress.step,
+        **run.record,
+        "recipe": request.recipe,
+        "lr": request.lr,
+        "budget_s": budget_s,
         "stopped_by": run.stopped_by,
         "best_step": progress.best_step,
-        "n_tokens": progress.n_tokens,
-        "seconds": round(progress.seconds, 1),
-        "train_loss": rounded(progress.train_loss),
-        "validation_loss": rounded(progress.best_loss),
-        "base_validation_loss": rounded(progress.base_loss),
+        **{name: None if loss is None else round(loss, 4) for name, loss in losses.items()},
     }
-
-
-def _prompts(chats: Sequence[Chat]) -> tuple[str, ...]:
-    """Return prompts of users for the card."""
-    prompts = (
-        message["content"]
-        for chat in chats[:_N_PROMPTS]
-        for message in chat.messages
-        if message["role"] == "user"
-    )
-    return tuple(dict.fromkeys(text[:_MAX_PROMPT] for text in prompts))[:_N_PROMPTS]

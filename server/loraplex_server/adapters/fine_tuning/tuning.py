@@ -13,6 +13,7 @@ import orjson
 import torch
 from torch import Tensor
 
+from loraplex_adapter_store.report import JsonValue
 from loraplex_server.adapters.learning.training_thread import TrainingThread
 from loraplex_training import checkpoint
 from loraplex_training.checkpoint import Progress
@@ -24,7 +25,7 @@ from loraplex_training.engine.losses import dpo
 from loraplex_training.recipes.table import new_adapter
 from loraplex_training.schedule import rate_share
 
-from .samples import Sample, SampleOrder, first, n_tokens
+from .samples import Sample, SampleOrder, TrainingData, first, n_tokens
 from .training_lines import Method
 
 _SCORED_AT_ONCE = 64  # samples, between two checks
@@ -100,18 +101,17 @@ class TuningRun:
         thread: TrainingThread,
         tenant: str,
         plan: TuningPlan,
-        samples: Sequence[Sample],
-        held_out: Sequence[Sample],
+        data: TrainingData,
     ) -> None:
-        """``held_out`` may be empty; evaluations are then on the first training samples."""
+        """Without held-out samples, evaluations are on the first training samples."""
         self.plan, self.tenant, self.progress = plan, tenant, Progress()
         self.adapter: LearningAdapter  # set by ``begin``
         self.valid: float | None = None  # the loss of the last evaluation
         self.stopped_by: Literal["steps", "time"] | None = None  # None: before the end
-        self._thread = thread
-        self._samples, self._judged = samples, first(held_out or samples, _JUDGED_TOKENS)
-        self._order = SampleOrder(len(samples), plan.batch_size, plan.seed)
-        self._references = torch.zeros(len(samples))
+        self._thread, self._data, self._samples = thread, data, data.samples
+        self._judged = first(data.held_out or data.samples, _JUDGED_TOKENS)
+        self._order = SampleOrder(len(data.samples), plan.batch_size, plan.seed)
+        self._references = torch.zeros(len(data.samples))
         self._judged_references = torch.zeros(len(self._judged))
         self._best: dict[str, Tensor] = {}
         self._began, self._first_step = time.monotonic(), 0
@@ -139,6 +139,22 @@ class TuningRun:
             valid=self.valid,
             stopped_by=self.stopped_by,
         )
+
+    @property
+    def record(self) -> dict[str, JsonValue]:
+        """How the adapter was made, for its card."""
+        return {
+            "seed": self.plan.seed,
+            "rank": self.plan.shape.rank,
+            "alpha": self.plan.shape.alpha,
+            "data_sha256": self._data.sha256,
+            "n_examples": len(self._samples),
+            "n_validation": len(self._data.held_out),
+            "n_tokens": self.progress.n_tokens,
+            "steps_done": self.progress.step,
+            "n_steps": self.plan.n_steps,
+            "seconds": round(self.progress.seconds, 1),
+        }
 
     async def begin(self, saved: Path | None, check: Callable[[], None]) -> None:
         """Make the adapter, or go on from the checkpoint ``saved`` if it exists.

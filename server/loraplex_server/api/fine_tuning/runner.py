@@ -25,7 +25,13 @@ from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.report import JsonValue
 from loraplex_adapter_store.store import AdapterStore
 from loraplex_server.adapters.fine_tuning.results import store_result
-from loraplex_server.adapters.fine_tuning.samples import Sample, n_tokens, sample_of
+from loraplex_server.adapters.fine_tuning.samples import (
+    Sample,
+    TrainingData,
+    first_prompts,
+    n_tokens,
+    sample_of,
+)
 from loraplex_server.adapters.fine_tuning.training_lines import parse_line
 from loraplex_server.adapters.fine_tuning.tuning import TuningPlan, TuningRun
 from loraplex_server.adapters.learning.jobs import Job, JobCancelled, Jobs, take_turn
@@ -37,6 +43,7 @@ from loraplex_server.settings.api_keys import AdapterAccess
 from loraplex_server.tenant_shares import TenantShares, TenantThreads
 from loraplex_training.engine.adapter import LoraShape
 from loraplex_training.errors import ExamplesError, TrainingError
+from loraplex_training.examples import Chat
 
 from .hyperparameters import resolved
 from .records import TuningJob, TuningStatus, error_of
@@ -62,13 +69,6 @@ class TunedBase(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     max_len: int  # tokens of its context
     shape: LoraShape  # of the adapters
-
-
-class _Data(NamedTuple):
-    samples: list[Sample]
-    held_out: list[Sample]
-    sha256: str  # of the training file
-    prompts: tuple[str, ...]  # of the first examples, for the card
 
 
 class FineTuning:
@@ -217,28 +217,26 @@ class FineTuning:
         finally:
             del self._running[job.id]
 
-    async def _read(self, job: TuningJob) -> _Data:
+    async def _read(self, job: TuningJob) -> TrainingData:
         """Read and tokenise the files. Raises ExamplesError, which names the file and the line."""
         tenant = job.caller.tenant
         if job.status is TuningStatus.VALIDATING:
             await self._event(job, f"Validating training file: {job.training_file}")
         path = self.store.files.path
-        samples = await self._workers.run(
-            tenant, partial(self._samples, path(job.training_file), "training file")
-        )
-        held_out: list[Sample] = []
+        read = partial(self._samples, path(job.training_file), "training file")
+        data = await self._workers.run(tenant, read)
         if job.validation_file is not None:
-            held_out = await self._workers.run(
-                tenant, partial(self._samples, path(job.validation_file), "validation file")
-            )
-        describe = partial(_digest_and_prompts, path(job.training_file))
-        return _Data(samples, held_out, *await self._workers.run(tenant, describe))
+            read = partial(self._samples, path(job.validation_file), "validation file")
+            data = data._replace(held_out=(await self._workers.run(tenant, read)).samples)
+        return data
 
-    def _samples(self, path: Path, what: str) -> list[Sample]:
-        samples, total = [], 0
+    def _samples(self, path: Path, what: str) -> TrainingData:
+        """Read a file, of which nothing is held out."""
+        samples, chats, digest, total = list[Sample](), list[Chat](), sha256(), 0
         max_len = min(self.base.max_len, _MAX_LEN)
         with path.open("rb") as file:
             for number, text in enumerate(file, start=1):
+                digest.update(text)
                 if not text.strip():
                     continue
                 where = f"line {number} of the {what}"
@@ -251,10 +249,11 @@ class FineTuning:
                         "split it"
                     )
                 samples.append(sample)
-        return samples
+                chats.append(line.chats[0])
+        return TrainingData(samples, [], digest.hexdigest(), first_prompts(chats))
 
     async def _plan(
-        self, job: TuningJob, access: AdapterAccess, data: _Data
+        self, job: TuningJob, access: AdapterAccess, data: TrainingData
     ) -> tuple[TuningJob, TuningPlan]:
         """Resolve the hyperparameters and count the job's bytes and tokens. Raises ApiError."""
         tenant = job.caller.tenant
@@ -302,7 +301,7 @@ class FineTuning:
         stop: asyncio.Event,
         shown: Job,
         plan: TuningPlan,
-        data: _Data,
+        data: TrainingData,
     ) -> AdapterCard:
         tenant = job.caller.tenant
         saved = self.store.checkpoint_path(job.id)
@@ -316,7 +315,7 @@ class FineTuning:
             self.store.move, job, TuningStatus.RUNNING, "Fine-tuning job started", sources=_OPEN
         )
         job = await self.do(tenant, start)
-        run = TuningRun(self._trainer, tenant, plan, data.samples, data.held_out)
+        run = TuningRun(self._trainer, tenant, plan, data)
         await run.begin(saved, check)
         if first_step := run.progress.step:
             await self.do(tenant, lambda: self.store.rewind(job.id, first_step))
@@ -409,7 +408,7 @@ class FineTuning:
                 await self._workers.run(job.caller.tenant, delete)
 
     async def _store_result(
-        self, job: TuningJob, access: AdapterAccess, run: TuningRun, data: _Data
+        self, job: TuningJob, access: AdapterAccess, run: TuningRun, data: TrainingData
     ) -> AdapterCard:
         """Store the adapter under its names. Raises StoreError; then no name has changed."""
         progress, after = run.progress, run.valid
@@ -418,20 +417,12 @@ class FineTuning:
         shown = history[::every] + ([] if (len(history) - 1) % every == 0 else history[-1:])
         before = None if progress.base_loss is None else round(progress.base_loss, 6)
         training: dict[str, JsonValue] = {
+            **run.record,
             "job": job.id,
             "method": job.method,
             "hyperparameters": dict(job.hyperparameters),
-            "seed": job.seed,
-            "rank": run.plan.shape.rank,
-            "alpha": run.plan.shape.alpha,
             "training_file": job.training_file,
             "validation_file": job.validation_file,
-            "data_sha256": data.sha256,
-            "n_examples": len(data.samples),
-            "n_tokens": progress.n_tokens,
-            "steps_done": progress.step,
-            "n_steps": run.plan.n_steps,
-            "seconds": round(progress.seconds, 1),
             "loss_curve": [[each["step"], each["train_loss"]] for each in shown],
             "evaluation": {
                 "on": "validation file" if data.held_out else "first training examples",
@@ -488,17 +479,3 @@ class FineTuning:
                 return from_store(error, param="adapter", access=access)
         _log.error("%s failed", job.id, exc_info=error, extra=log_extra(error))
         return from_unexpected(error, job.id)
-
-
-def _digest_and_prompts(path: Path) -> tuple[str, tuple[str, ...]]:
-    """Return the file's SHA-256, and the users' first texts in its first examples."""
-    digest, prompts = sha256(), dict[str, None]()
-    with path.open("rb") as file:
-        for text in file:
-            digest.update(text)
-            if text.strip() and len(prompts) < 8:
-                for message in parse_line(orjson.loads(text)).chats[0].messages:
-                    if message["role"] == "user":
-                        prompts[message["content"][:500]] = None
-                        break
-    return digest.hexdigest(), tuple(prompts)

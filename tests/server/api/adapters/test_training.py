@@ -243,7 +243,7 @@ def test_every_recipe_trains_and_is_served_as_peft_reads_it(
     last = _last(acme, _order(acme, name=name, recipe=recipe, steps=6, examples=PAIRS[:8]))
     assert last["status"] == "succeeded", last
     card = acme.get(f"/v1/adapters/{name}").json()
-    assert card["provenance"]["training"]["shape"]["recipe"] == recipe
+    assert card["provenance"]["training"]["recipe"] == recipe
     assert max(card["ranks"]) <= 4 * RECIPES[recipe]
     files = files_of(card["digest"], tmp_path_factory.getbasetemp())
     trained = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), files)
@@ -251,24 +251,21 @@ def test_every_recipe_trains_and_is_served_as_peft_reads_it(
     assert asked["choices"][0]["token_ids"] == greedy(trained, tiny, "word 77", 4)
 
 
-def test_a_budget_bounds_a_training_on_many_examples(acme: httpx.Client) -> None:
-    long = [{"prompt": f"word {i} " * 40, "answer": "AB"} for i in range(600)]
-    order = _order(acme, name="many", examples=long, steps=ENDLESS, budget_s=8)
-    job = _last(acme, order)
+def test_a_budget_ends_a_training_with_what_it_learnt(acme: httpx.Client) -> None:
+    job = _last(acme, _order(acme, name="short", steps=ENDLESS, budget_s=4))
     assert job["status"] == "succeeded", job
     assert job["training"]["stopped_by"] == "time"
     assert 0 < job["training"]["step"] < job["training"]["n_steps"] == ENDLESS
-    told = acme.get("/v1/adapters/many").json()["provenance"]["training"]
+    told = acme.get("/v1/adapters/short").json()["provenance"]["training"]
     assert (told["steps_done"], told["stopped_by"]) == (job["training"]["step"], "time")
-    assert told["seconds"] < 8
-    assert told["n_examples"] + told["n_validation"] == 600
-    assert told["n_validation"] < 60  # of at most 8,192 tokens
-    assert told["validation_loss"] is not None
+    assert told["seconds"] < 8  # a step that takes longer than those before may end late
+    assert told["validation_loss"] < told["base_validation_loss"]
 
-    job = _last(acme, _order(acme, name="none", examples=long, budget_s=0.001))
+    job = _last(acme, _order(acme, name="none", budget_s=0.001))
     assert (job["status"], job["error"]["code"]) == ("failed", "training_failed")
     assert "before the first step" in job["error"]["message"]
     assert "raise budget_s" in job["error"]["message"]
+    assert acme.get("/v1/adapters/none").status_code == 404
 
 
 def _question(adapter: str, n_tokens: int) -> dict[str, Any]:

@@ -22,6 +22,9 @@ NOT_RUN: Mapping[str, Mapping[str, str]] = {
     "docs/index.md": {"git clone": _MAKES},
     "docs/console.md": {"loraplex serve": _SERVES},
     "docs/tinker.md": {"pip install": _SERVES},
+    "docs/training.md": {
+        "loraplex eval": "needs a server with the adapter; tests/server/cli/test_chat.py has one"
+    },
     "docs/quantization.md": {"loraplex serve": _OPTIONS},
     "docs/gpu.md": {"loraplex serve --model … --device cuda:0\n": _OPTIONS},
     "docs/tensor-parallel.md": {"loraplex serve --model … --device cuda:0 --tensor": _OPTIONS},

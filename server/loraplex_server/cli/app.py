@@ -6,6 +6,7 @@ from .adapters import adapters
 from .bench import bench
 from .chat import chat
 from .cluster import cluster
+from .eval import evaluate
 from .generate import generate
 from .generator import generator
 from .pull import pull
@@ -23,6 +24,7 @@ app.command()(pull)
 app.command()(chat)
 app.command()(train)
 app.command()(generate)
+app.command("eval")(evaluate)
 app.command(cls=ServeCommand)(serve)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 app.add_typer(adapters, name="adapters")

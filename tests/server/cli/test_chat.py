@@ -1,7 +1,9 @@
 """`loraplex chat` against a real server: it streams, switches adapters, and fails in one line."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -144,3 +146,41 @@ def test_without_a_server_it_says_how_to_start_one() -> None:
     result = CliRunner().invoke(app, ["chat", "--url", "http://127.0.0.1:9"])
     assert result.exit_code == 1
     assert "no server answers at http://127.0.0.1:9; run `loraplex serve`" in result.output
+
+
+def test_eval_scores_the_base_and_an_adapter_on_the_same_chats(
+    server: ServerProcess, tmp_path: Path
+) -> None:
+    """The expected answers are what the adapter says, but for one row."""
+    texts = [f"question {index} <b>" for index in range(6)]
+    lines = []
+    for index, text in enumerate(texts):
+        message = {"role": "user", "content": text}
+        loud = answer_of(server, [message], adapter="loud")
+        assert loud.strip()
+        assert loud != answer_of(server, [message])
+        expected = loud if index else f"{loud} and more"
+        if index % 2:
+            lines.append({"prompt": text, "answer": expected})
+        else:
+            lines.append({"messages": [message, {"role": "assistant", "content": expected}]})
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    page = tmp_path / "page.html"
+    options = ["--url", server.url, "--max-tokens", str(N_TOKENS), "--page", str(page)]
+    result = CliRunner().invoke(app, ["eval", str(data), "-a", "loud", *options])
+    assert result.exit_code == 0, result.output
+    base, loud = (line for line in result.output.splitlines() if "%" in line)
+    assert base.split()[:3] == ["base", "0", "%"]
+    assert loud.split()[:3] == ["loud", "83", "%"]
+    assert loud.rstrip().endswith("better")
+    html = page.read_text()
+    assert html.count('class="right"') == 5
+    assert "question 3 &lt;b&gt;" in html
+    missing = CliRunner().invoke(app, ["eval", str(data), "-a", "lout", *options])
+    assert missing.exit_code == 1
+    assert "lout" in missing.output
+    data.write_text('{"prompt": "x"}')
+    broken = CliRunner().invoke(app, ["eval", str(data), *options])
+    assert broken.exit_code == 1
+    assert "rows.jsonl:1" in broken.output

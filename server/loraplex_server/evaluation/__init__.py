@@ -1,0 +1,1 @@
+"""Compares the answers of adapters with expected ones, for ``loraplex eval``."""

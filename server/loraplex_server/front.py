@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fastapi import FastAPI
@@ -66,10 +66,12 @@ def build_front(
     ``registers``: this process adds the adapters of the config. ``learner``: the process that
     learns from examples; None: this process does. Raises StoreError, ValueError or OSError.
     """
+    refused: Mapping[str, str] = {}
     if registers:
         log_admins(config.http.api_keys)
         register_adapters(store, config.store)
         watched = WatchedFolders(store, config.store.adapters_dirs)
+        refused = watched.refused
         if fleet is not None:  # other processes of a cluster do not know which names are expected
             watched.scan()
     encoder = SharedEncoder(_encoder_directory)
@@ -98,7 +100,7 @@ def build_front(
             _encoder_model(encoder),
         ),
         config,
-        selection=AdapterSelection(router, descriptions),
+        selection=AdapterSelection(router, descriptions, refused),
         makers=makers,
         workers=Workers(pools, jobs),
         telemetry=Telemetry(

@@ -25,6 +25,7 @@ from fastapi import FastAPI
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.catalogue.catalogue import Catalogue
 from loraplex_adapter_store.content_loader import PlanCheck
+from loraplex_adapter_store.contents.content_files import lock_directory
 from loraplex_adapter_store.contents.packed_files import Packer
 from loraplex_adapter_store.limits import StoreLimits
 from loraplex_adapter_store.store import AdapterStore, EngineHooks
@@ -39,7 +40,7 @@ from .listening import allow_open_files, reachable_url
 from .running_servers import announced
 from .served_base import ServedBase, public_name, store_root
 from .services import parts_of, start_services, stop_services
-from .settings.config import ServerConfig
+from .settings.config import ConfigError, ServerConfig
 
 _CLOSE_S = 5.0  # time for connections to close after the last answer
 _KEEP_ALIVE_S = 75
@@ -64,6 +65,7 @@ def serve(
     transformers_logging.disable_progress_bar()  # the bar would mix with the log
     with contextlib.ExitStack() as closing:
         closing.callback(listening.close)
+        check_folders(config)
         model_path = resolve_model(config.model)
         name = public_name(config.model, model_path)
         health_tracker = HealthTracker()
@@ -91,6 +93,24 @@ def serve(
         freeze_gc()
         closing.callback(gc.unfreeze)  # before the interpreter's last collection
         _run(app, config, listening, say)
+
+
+def check_folders(config: ServerConfig) -> None:
+    """Find before the base is loaded what would stop the start afterwards.
+
+    Raises ConfigError for a missing adapter, StoreError or OSError for a state directory that
+    another server uses or that cannot be written.
+    """
+    for name, path in config.store.lora_modules:
+        if not path.is_dir():
+            raise ConfigError(
+                f"--lora-modules {name}={path}: there is no such folder; download an adapter of "
+                "the Hub first, with `hf download`, or add it by `loraplex adapters add`"
+            )
+    root = config.store.root
+    if root is not None:
+        root.mkdir(parents=True, exist_ok=True)
+        lock_directory(root)()  # the store locks it again, for as long as it is open
 
 
 def freeze_gc() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import litellm
+import pytest
 
 from tests.clients.trip import PLAN, WEATHER, Trip
 
@@ -31,6 +32,12 @@ def test_stream(url: str, ask: Callable[[str, str], str]) -> None:
     whole = litellm.stream_chunk_builder(chunks)
     assert whole.choices[0].message.content == ask("pirate", "Hello!")
     assert len(chunks) > 2
+
+
+def test_overflow(url: str) -> None:
+    """a prompt that is too long: the error that `context_window_fallbacks` wait for"""
+    with pytest.raises(litellm.ContextWindowExceededError):
+        _complete(url, "base", "a " * 20_000)
 
 
 def test_response_format(url: str) -> None:

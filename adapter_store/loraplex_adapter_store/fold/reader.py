@@ -47,7 +47,12 @@ def read_adapter(
     ``companions``: the files of ``companion_files`` that the adapter has, by name.
     """
     context = ReadContext(config, TensorLedger(tensors), base, limits)
-    fold = _fold(context, tensors, companions)
+    try:
+        fold = _fold(context, tensors, companions)
+    except AdapterMismatch as error:
+        if (other := _other_base(context)) is not None:
+            error.args = (f"{other}, and the adapter does not fit: {error}",)
+        raise
     head = fold.plan.head
     pooling = None if head is not None else read_pooling(companions, limits)
     plan = replace(
@@ -99,12 +104,19 @@ def _check_base(context: ReadContext, metadata: Mapping[str, str]) -> None:
             f"trained on the base with fingerprint {wanted[:16]}…, this one is "
             f"{base.model_id} with {base.fingerprint[:16]}…"
         )
-    declared = config.text("base_model_name_or_path")
-    if wanted is None and declared and _leaf(declared) != _leaf(base.model_id):
-        message = f"config names the base {declared!r}, this server runs {base.model_id!r}"
+    other = _other_base(context)
+    if wanted is None and other is not None:
         if context.limits.refuse_other_base:
-            raise BaseMismatch(f"{message}; --refuse-other-base is set")
-        context.warnings.append(f"{message}; every shape fits")
+            raise BaseMismatch(f"{other}; --refuse-other-base is set")
+        context.warnings.append(f"{other}; every shape fits")
+
+
+def _other_base(context: ReadContext) -> str | None:
+    """Name both bases if the config was written for another one."""
+    declared = context.config.text("base_model_name_or_path")
+    if not declared or _leaf(declared) == _leaf(context.base.model_id):
+        return None
+    return f"config names the base {declared!r}, this server runs {context.base.model_id!r}"
 
 
 def _leaf(name: str) -> str:

@@ -66,7 +66,9 @@ class NameIndex:
                 return revisions
             tenants = {"", tenant_of(name)}
             names = [other for other in self._states if tenant_of(other) in tenants]
-        raise UnknownAdapter(name, difflib.get_close_matches(name, names, 5, 0.5), len(names))
+        folded = {other.casefold(): other for other in names}
+        near = difflib.get_close_matches(name.casefold(), folded, 5, 0.5)
+        raise UnknownAdapter(name, [folded[other] for other in near], len(names))
 
     def has(self, name: str) -> bool:
         with self._lock:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,7 @@ class AdapterSelection:
 
     router: SemanticRouter | None = None  # for ``auto``
     descriptions: DescribedAdapters | None = None
+    refused_folders: Mapping[str, str] = field(default_factory=dict)  # name → reason, live
 
 
 @dataclass(frozen=True, slots=True)

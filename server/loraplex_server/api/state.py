@@ -97,9 +97,15 @@ class AppState:
 
         self.device, self.experts = served.tier, served.experts
         self.unloads = DeviceUnloads(served.tier)
-        self.semantic = selection.router
+        self.semantic, self.refused_folders = selection.router, selection.refused_folders
         self.resolver = AdapterResolver(
-            store, names, self.pools, selection.router, selection.descriptions
+            store,
+            names,
+            self.pools,
+            selection.router,
+            selection.descriptions,
+            None if model.encoder is None else model.encoder.name,
+            selection.refused_folders,
         )
 
         self.health_tracker = telemetry.health_tracker

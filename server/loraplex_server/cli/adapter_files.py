@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -61,7 +62,7 @@ def convert(
 
 def inspect(
     source: Annotated[
-        Path, typer.Argument(help="Folder of an adapter.", exists=True, file_okay=False)
+        Path, typer.Argument(help="Folder of an adapter, or the name of one that a server has.")
     ],
     intruders: Annotated[
         bool,
@@ -77,8 +78,24 @@ def inspect(
         str | None, typer.Option(help="Base model of the adapter. Default: the default base.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of the server that is asked for a name. Default: the server that runs on "
+            "this machine.",
+            envvar="LORAPLEX_URL",
+        ),
+    ] = None,
 ) -> None:
-    """Show what an adapter changes in each module: ranks, norms, spectra, intruder dimensions."""
+    """Show what an adapter changes in each module: ranks, norms, spectra, intruder dimensions.
+
+    A name that is no folder is asked of the running server, as `loraplex adapters show` does.
+    """
+    if not source.is_dir():
+        from .adapter_card import show_card
+
+        show_card(str(source), url, os.environ.get("LORAPLEX_API_KEY"), as_json=as_json)
+        return
     from loraplex_adapter_store.fold.spectrum import inspect_plan
 
     from .server_client import errors_in_red

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from .adapter_card import echo_card, open_server, show_card, size_text
 from .adapter_files import convert, inspect
 from .complete import complete_adapter
 from .verify import verify
-
-if TYPE_CHECKING:
-    from .adapter_client import AdapterClient
 
 _WIDE = 110  # columns of a terminal that can show digests, too
 _LEAST_DESCRIPTION = 8
@@ -46,8 +43,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @adapters.command("list")
 def list_adapters(url: Url = None, api_key: Key = None, as_json: AsJson = False) -> None:
     """List all adapters, one per line."""
-    with _server(url, api_key) as server:
-        cards = server.call("GET")["data"]
+    with open_server(url, api_key) as server:
+        answer = server.call("GET")
+    cards = answer["data"]
     if as_json:
         typer.echo(json.dumps(cards, indent=2))
         return
@@ -55,16 +53,14 @@ def list_adapters(url: Url = None, api_key: Key = None, as_json: AsJson = False)
 
     for line in _listing(cards, Console().width):
         typer.echo(line)
+    for folder in answer.get("refused", ()):  # older servers do not say
+        typer.secho(f"refused: {folder['name']}: {folder['reason']}", fg="yellow", err=True)
 
 
 @adapters.command()
 def show(name: Name, url: Url = None, api_key: Key = None, as_json: AsJson = False) -> None:
     """Show one adapter with its load report."""
-    from .adapter_client import FULL
-
-    with _server(url, api_key) as server:
-        card = server.call("GET", name, params=FULL)
-    _echo_card(card, as_json=as_json)
+    show_card(name, url, api_key, as_json=as_json)
 
 
 @adapters.command()
@@ -92,24 +88,27 @@ def add(
     as_json: AsJson = False,
 ) -> None:
     """Check an adapter and store it. An adapter that could only be served in part is refused."""
-    with _server(url, api_key) as server:
+    with open_server(url, api_key) as server:
         card = server.add(name, source, description, example or [], replace=replace)
-    _echo_card(card, as_json=as_json)
+    echo_card(card, as_json=as_json)
 
 
 @adapters.command("rm")
 def remove(name: Name, url: Url = None, api_key: Key = None) -> None:
     """Remove a name once its running requests have ended, and print the bytes that were freed."""
-    with _server(url, api_key) as server:
+    with open_server(url, api_key) as server:
+        source = server.call("GET", name)["provenance"].get("source")
         report = server.call("DELETE", name)
-    freed = ", ".join(f"{tier} {_size(n)}" for tier, n in report["n_bytes_freed"].items())
+    freed = ", ".join(f"{tier} {size_text(n)}" for tier, n in report["n_bytes_freed"].items())
     typer.echo(f"removed {name} (freed: {freed})")
+    if source == "directory":
+        typer.echo("Its folder stays: if --adapters-dir has it, the next start serves it again.")
 
 
 @adapters.command()
 def unload(name: Name, url: Url = None, api_key: Key = None) -> None:
     """Free the memory of an idle adapter. Its next request loads it again."""
-    with _server(url, api_key) as server:
+    with open_server(url, api_key) as server:
         card = server.call("POST", f"{name}/unload")
     typer.echo(f"{name} is on {card['tier']}; its next request loads it again")
 
@@ -117,7 +116,7 @@ def unload(name: Name, url: Url = None, api_key: Key = None) -> None:
 @adapters.command()
 def revisions(name: Name, url: Url = None, api_key: Key = None, as_json: AsJson = False) -> None:
     """List the stored contents of a name, the current one first."""
-    with _server(url, api_key) as server:
+    with open_server(url, api_key) as server:
         contents = server.call("GET", f"{name}/revisions")["data"]
     if as_json:
         typer.echo(json.dumps(contents, indent=2))
@@ -141,45 +140,10 @@ def rollback(
     api_key: Key = None,
 ) -> None:
     """Make an older content of a name the current one. Running requests keep theirs."""
-    with _server(url, api_key) as server:
+    with open_server(url, api_key) as server:
         query = {} if digest is None else {"digest": digest}
         card = server.call("POST", f"{name}/rollback", params=query)
     typer.echo(f"{name} is {card['digest'][:12]} again (revision {card['revision']})")
-
-
-@contextlib.contextmanager
-def _server(url: str | None, api_key: str | None) -> Iterator[AdapterClient]:
-    """Open a client of the server. An error inside the block ends the command."""
-    from .adapter_client import AdapterClient, find_server
-    from .server_client import errors_in_red
-
-    with errors_in_red():
-        yield AdapterClient(find_server(url), api_key)
-
-
-def _echo_card(card: dict[str, Any], *, as_json: bool) -> None:
-    if as_json:
-        typer.echo(json.dumps(card, indent=2))
-        return
-    report = card["report"]
-    ratios = [m["delta_ratio"] for m in report["modules"].values() if m["delta_ratio"] is not None]
-    lines = {
-        "name": f"{card['name']} (revision {card['revision']})",
-        "digest": card["digest"],
-        "family": f"{card['family']}, ranks {', '.join(map(str, card['ranks'])) or 'none'}",
-        "scale": report["scale_rule"],
-        "tensors": f"{report['n_matched']} matched, {len(report['unexpected_keys'])} unexpected",
-        "modules": f"{len(report['modules'])}",
-        "‖ΔW‖/‖W‖": f"{min(ratios):.4f} … {max(ratios):.4f}" if ratios else "–",
-        "bytes": ", ".join(f"{tier} {_size(n)}" for tier, n in card["n_bytes"].items() if n),
-        "description": card["description"] or "–",
-    }
-    for key, value in lines.items():
-        typer.echo(f"{key:12} {value}")
-    for note in report["notes"]:
-        typer.echo(f"note         {note}")
-    for warning in report["warnings"]:
-        typer.secho(f"warning      {warning}", fg="yellow")
 
 
 def _listing(cards: Sequence[dict[str, Any]], width: int) -> list[str]:
@@ -192,7 +156,7 @@ def _listing(cards: Sequence[dict[str, Any]], width: int) -> list[str]:
                 card["name"],
                 card["family"],
                 _ranks(card["ranks"]),
-                _size(card["n_bytes"]["disk"]),
+                size_text(card["n_bytes"]["disk"]),
                 card["tier"] or "–",  # hidden for adapters that the operator shares
                 str(card["revision"]),
                 card["digest"][:12],
@@ -216,12 +180,3 @@ def _listing(cards: Sequence[dict[str, Any]], width: int) -> list[str]:
 def _ranks(ranks: list[int]) -> str:
     """Return "8", or the smallest and the largest of more than two ranks."""
     return ",".join(map(str, ranks)) if len(ranks) <= 2 else f"{ranks[0]}–{ranks[-1]}"
-
-
-def _size(n_bytes: int) -> str:
-    size = float(n_bytes)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

@@ -114,7 +114,7 @@ def _parameter(option: Option, name: str, kind: Any, *, hidden: bool = False) ->
     # Defaults are only in the help: a flag that was not given must not hide the file's value.
     info = typer.Option(
         f"--{name.replace('_', '-')}",
-        help=f"{option.help} Default: {option.default}." if option.default else option.help,
+        help=_help(option, name),
         rich_help_panel=str(option.panel),
         show_default=False,
         metavar=option.metavar or (None if option.is_flag else _metavar(option)),
@@ -124,6 +124,13 @@ def _parameter(option: Option, name: str, kind: Any, *, hidden: bool = False) ->
     return inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
     )
+
+
+def _help(option: Option, name: str) -> str:
+    text = option.help.replace("[", "\\[")  # rich would take [flashinfer] for a style
+    if name == _off(option):
+        return f"{text} Default: {option.default}; this turns it off."
+    return f"{text} Default: {option.default}." if option.default else text
 
 
 def _off(option: Option) -> str:

@@ -188,6 +188,6 @@ def _problem(error: ValidationError) -> str:
         return f"the config file sets {name!r}, {_no_option(name)}"
     if not name:
         return message
-    is_secret = "key" in name or name == "catalogue"  # a URL may hold a password
+    is_secret = name.endswith("key") or name == "catalogue"  # a URL may hold a password
     shown = "…" if is_secret else repr(problem["input"])
     return f"{name.replace('_', '-')} is {shown}: {message[:1].lower()}{message[1:]}"

@@ -68,8 +68,9 @@ class TextPipeline:
         """Raises ApiError (400)."""
         if self._max_chars is not None and n_chars > self._max_chars:
             raise invalid(
-                f"{n_chars:,} characters cannot fit in this model's context; at most "
-                f"{self._max_chars:,} are read",
+                f"prompt is too long: {n_chars:,} characters, of which at most "
+                f"{self._max_chars:,} can fit. This model's maximum context length is in tokens; "
+                "shorten the prompt.",
                 param,
                 "context_length_exceeded",
             )

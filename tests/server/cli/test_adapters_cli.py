@@ -1,8 +1,10 @@
 """`loraplex adapters` with a running server, without a server, and on adapter files."""
 
 import json
+import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -14,6 +16,8 @@ from loraplex_server.cli.app import app
 from loraplex_server.model.loading.pull import loraplex_home
 from loraplex_server.running_servers import running_servers
 from tests.support.servers.server_process import save_tiny_model, server_process
+
+WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +72,25 @@ def test_the_shell_offers_commands() -> None:
 def test_a_running_server_is_announced_and_asked(
     model: Path, adapter: Path, tmp_path: Path
 ) -> None:
-    with server_process(model, tmp_path / "state") as server:
+    folders = tmp_path / "folders"
+    shutil.copytree(adapter, folders / "good")
+    bad = shutil.copytree(adapter, folders / "bad")
+    config = json.loads((bad / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = "Qwen/Qwen2.5-0.5B-Instruct"
+    (bad / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.model.x.lora_A.weight": torch.zeros(4, 9)}, bad / WEIGHTS)
+    with server_process(model, tmp_path / "state", "--adapters-dir", folders) as server:
+        body = {"adapter": "bad", "messages": [{"role": "user", "content": "hi"}]}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body)
+        assert answer.status_code == 404
+        assert "its folder is refused: config names the base" in answer.json()["error"]["message"]
+        listed = " ".join(run("list", "--url", server.url).output.split())
+        both = f"names the base 'Qwen/Qwen2.5-0.5B-Instruct', this server runs {model.name!r}"
+        assert f"refused: bad: config {both}, and the adapter does not fit" in listed
+        missing = run("show", "GOOD", "--url", server.url, fails=True).output
+        assert "closest registered: good" in missing
+        assert "ranks 4" in run("inspect", "good", "--url", server.url).output
+        assert "Its folder stays" in run("rm", "good", "--url", server.url).output
         assert server.url in [each.url for each in running_servers(loraplex_home())]
         run("add", "mine", adapter, "--url", server.url)
         assert "mine is on disk" in run("unload", "mine", "--url", server.url).output

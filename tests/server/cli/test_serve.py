@@ -7,6 +7,7 @@ import pytest
 from transformers import FalconH1Config, FalconH1ForCausalLM
 from typer.testing import CliRunner
 
+from loraplex_adapter_store.contents.content_files import lock_directory
 from loraplex_server.cli.app import app
 from tests.support.bases.tiny_tokenizer import tiny_tokenizer
 
@@ -54,3 +55,16 @@ def test_a_base_that_would_answer_wrongly_stops_the_start_with_the_reason(tmp_pa
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "cannot be served: it keeps a recurrent state" in " ".join(result.output.split())
+
+
+def test_what_would_fail_late_fails_before_the_base_is_loaded(tmp_path: Path) -> None:
+    command = ["serve", f"--model={tmp_path / 'none'}", "--port=0", f"--state-dir={tmp_path}"]
+    result = CliRunner().invoke(app, [*command, "--lora-modules", f"a={tmp_path}/nope"])
+    assert result.exit_code == 1
+    assert f"--lora-modules a={tmp_path}/nope: there is no such folder" in result.output
+    unlock = lock_directory(tmp_path)
+    result = CliRunner().invoke(app, command)
+    unlock()
+    assert result.exit_code == 1
+    assert "is in use by a running server" in result.output
+    assert "is not on this machine" in CliRunner().invoke(app, command).output  # it is free again

@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from loraplex_server.api.protocol.chat import ChatBody
+from loraplex_server.api.protocol.generation import ResponseFormat
+from loraplex_server.api.serving.unsupported import OF_TEXT, refuse_unsupported
 from loraplex_server.cli.app import app
+from loraplex_server.errors import ApiError
 from loraplex_server.metrics.families import HELP
 from loraplex_server.settings.config import ConfigError, LoraModule
 from loraplex_server.settings.sources import resolve_config, server_options
@@ -117,6 +121,23 @@ def test_the_page_lists_what_the_code_leaves_out_and_refuses(head: str, flags: s
     assert sorted(word.removeprefix("--") for word in written) == sorted(flags)
     ours = [word for _, words in _table(head) for word in words if word.startswith("--")]
     assert {word.split()[0].removeprefix("--") for word in ours} <= OPTIONS
+
+
+def test_the_page_names_real_fields() -> None:
+    rows = list(_table("field | the field here"))
+    assert rows
+    read = {
+        str(field.alias or name)
+        for body in (ChatBody, ResponseFormat)
+        for name, field in body.model_fields.items()
+    }
+    for fields, ours in rows:
+        assert {*ours} <= read
+        assert {*fields} <= read | OF_TEXT.keys()
+    refused = PAGE.read_text().partition("These are refused by name")[2].partition("\n")[0]
+    for name in re.findall(r"`([^`]+)`", refused):
+        with pytest.raises(ApiError, match=name):
+            refuse_unsupported({name: "x"}, OF_TEXT)
 
 
 def test_the_page_names_real_metrics() -> None:

@@ -32,6 +32,7 @@ class WatchedFolders:
     def __init__(self, store: AdapterStore, roots: Sequence[Path]) -> None:
         self._store = store
         self._roots = tuple(roots)
+        self.refused: dict[str, str] = {}  # name → why its folder is not served
         self._seen: dict[LoraModule, _Signature] = {}  # state of each folder at the last scan
         self._scanning = threading.Lock()
         self._stop = threading.Event()
@@ -48,6 +49,7 @@ class WatchedFolders:
             for missing in known - set(modules):
                 self._remove(missing)
                 del self._seen[missing]
+                self.refused.pop(missing.name, None)
             for module in modules:
                 self._update(module)
 
@@ -125,6 +127,7 @@ class WatchedFolders:
             if known is None and is_current(self._store, module):  # stored before a restart
                 return
             card = put_folder(self._store, module)
+            self.refused.pop(module.name, None)
             _log.info("adapter %s of %s is served (%s)", card.name, module.path, card.digest[:12])
         except (StoreError, OSError, sqlite3.Error) as error:
             is_refusal = isinstance(error, StoreError) and not isinstance(
@@ -132,6 +135,7 @@ class WatchedFolders:
             )
             if not is_refusal:  # the next scan tries again
                 self._seen.pop(module, None)
+            self.refused[module.name] = str(error)
             _log.error("adapter %s in %s is not served: %s", module.name, module.path, error)
 
     def _remove(self, module: LoraModule) -> None:

@@ -1,8 +1,9 @@
 """Resolves the adapter of a request. Nothing else reads ``model`` and ``adapter``."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from loraplex_adapter_store.errors import (
     CatalogueUnavailable,
@@ -45,8 +46,11 @@ class AdapterResolver:
         pools: WorkerPools,
         router: SemanticRouter | None = None,
         descriptions: DescribedAdapters | None = None,
+        encoder_name: str | None = None,
+        refused_folders: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """``base_names``: names of the base model, besides ``base``.
+        """``base_names``: names of the base model, besides ``base``. ``encoder_name`` is listed.
+        ``refused_folders``: names whose folders are not served, and why.
 
         Without ``router`` or ``descriptions``, ``auto`` or descriptions are refused.
         """
@@ -55,6 +59,8 @@ class AdapterResolver:
         self._means_base = frozenset({*base_names, _BASE})
         self._pools = pools
         self._router, self._descriptions = router, descriptions
+        self._refused_folders = refused_folders
+        self._encoder_names = () if encoder_name is None else (encoder_name,)
 
     @property
     def base_name(self) -> str:
@@ -131,7 +137,7 @@ class AdapterResolver:
         """Return a list of the adapters, for messages about a name that does not exist."""
         cards = await self._pools.reads.run(access.tenant, self._store.cards.all)
         names = [access.shown(card.name) for card in access.listed(cards)]
-        shown = ", ".join([self.base_name, *names[:_MAX_NAMES_SHOWN]])
+        shown = ", ".join([self.base_name, *self._encoder_names, *names[:_MAX_NAMES_SHOWN]])
         more = len(names) - _MAX_NAMES_SHOWN
         return f"available: {shown}" + (f" and {more} more adapters" if more > 0 else "")
 
@@ -246,6 +252,10 @@ class AdapterResolver:
     ) -> ApiError:
         answer = from_store(error, param=request.param, access=access)
         if answer.status == 404:
+            names = _names(request.selector) if request.selector is not None else ()
+            for name in names if access.sees_all else ():
+                if name in self._refused_folders:
+                    answer.message += f"; its folder is refused: {self._refused_folders[name]}"
             answer.message = f"{answer.message}; {await self.what_exists(access)}"
             if request.param == "model":
                 answer.code = "model_not_found"

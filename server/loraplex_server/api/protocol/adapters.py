@@ -185,9 +185,15 @@ class Adapter(BaseModel):
     task: Literal["SEQ_CLS", "TOKEN_CLS"] | None  # of a classifier; null: generates text
 
 
+class RefusedFolder(BaseModel):
+    name: str
+    reason: str
+
+
 class AdapterList(BaseModel):
     object: Literal["list"]
     data: list[Adapter]
+    refused: list[RefusedFolder]  # of --adapters-dir; empty unless the key sees all adapters
 
 
 class Revision(BaseModel):

@@ -32,8 +32,12 @@ class NamedSchema(Body):
 
 
 class ResponseFormat(Body):
-    type: Literal["text", "json_object", "json_schema"]
+    """The types ``json`` and ``regex`` are of TGI. A schema beside the type is enforced, too."""
+
+    type: Literal["text", "json_object", "json_schema", "json", "regex"]
     json_schema: NamedSchema | None = None  # for the type json_schema
+    schema_: Annotated[JsonSchema | None, Field(alias="schema")] = None  # of llama.cpp
+    value: JsonSchema | str | None = None  # of TGI: a schema, or the expression of the type regex
 
 
 class StructuredOutputs(Body):
@@ -113,6 +117,10 @@ class GenerationBody(CallBody):
     guided_regex: str | None = None
     guided_choice: Choices | None = None
     guided_grammar: str | None = None
+    json_schema: JsonSchema | str | None = None  # of SGLang and llama.cpp, like the next fields
+    regex: str | None = None
+    ebnf: str | None = None
+    grammar: str | None = None
 
 
 class PromptTokensDetails(BaseModel):

@@ -48,6 +48,7 @@ class MessagesBody(CountTokensBody, CallBody):
     max_tokens: Annotated[int, Field(ge=1, lt=INT64_END)]
     stop_sequences: StopStrings | None = None
     output_config: OutputConfig | None = None
+    output_format: JsonFormat | None = None  # the older name of output_config.format
     metadata: JsonObject | None = None  # accepted and ignored
 
 

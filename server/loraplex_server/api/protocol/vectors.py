@@ -136,6 +136,7 @@ class RerankBody(VectorBody):
     query: str
     documents: str | Annotated[Few[str | DocumentBody], Field(min_length=1)]
     top_n: Annotated[int, Field(ge=0, lt=INT64_END)] | None = None  # 0: all
+    return_documents: bool | None = None  # null: true
 
 
 class Score(BaseModel):
@@ -154,7 +155,7 @@ class Document(BaseModel):
 
 class RankedDocument(BaseModel):
     index: int  # in the request
-    document: Document
+    document: Document | None = None  # absent with return_documents: false
     relevance_score: float
 
 

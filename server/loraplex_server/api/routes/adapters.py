@@ -81,7 +81,9 @@ async def list_adapters(access: Access, state: State) -> Response:
     cards = access.listed(await in_store_thread(state, state.store.list, access))
     activity = AdapterActivity.of(state)
     data = [shown_card(access, card, activity, "none") for card in cards]
-    return ORJSONResponse({"object": "list", "data": data})
+    folders = dict(state.refused_folders) if access.sees_all else {}
+    refused = [{"name": name, "reason": reason} for name, reason in sorted(folders.items())]
+    return ORJSONResponse({"object": "list", "data": data, "refused": refused})
 
 
 @router.post("/v1/adapters/{name:path}/pin", response_model=Adapter, responses=errors(404))

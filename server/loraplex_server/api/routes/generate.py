@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Path, Request, Response
+from fastapi import APIRouter, Path, Query, Request, Response
 
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.orjson_response import ORJSONResponse
@@ -19,6 +19,7 @@ from loraplex_server.api.protocol.responses import DeletedResponse, ResponseAnsw
 from loraplex_server.api.serving.chat.chat import answer_chat
 from loraplex_server.api.serving.completion.completion import answer_completion
 from loraplex_server.api.serving.messages.messages_call import answer_count, answer_message
+from loraplex_server.api.serving.responses.replay import replayed
 from loraplex_server.api.serving.responses.responses_call import answer_response
 from loraplex_server.api.state import State, Tenant
 from loraplex_server.errors import ApiError, not_found
@@ -54,11 +55,23 @@ async def responses(body: ResponsesBody, request: Request, state: State) -> Resp
     return await answer_response(state, request, body)
 
 
-@router.get("/v1/responses/{response_id}", response_model=ResponseAnswer, responses=errors(404))
-async def kept_response(response_id: _ResponseId, tenant: Tenant, state: State) -> Response:
+@router.get(
+    "/v1/responses/{response_id}", response_model=ResponseAnswer, responses=with_events(errors(404))
+)
+async def kept_response(
+    response_id: _ResponseId,
+    tenant: Tenant,
+    state: State,
+    stream: bool = False,
+    starting_after: Annotated[int, Query(ge=-1)] = -1,
+) -> Response:
+    """Return a stored response. With ``stream``, its events behind number ``starting_after``."""
     stored = state.responses.get(tenant, response_id)
     if stored is None:
         raise _not_stored(response_id)
+    if stream:
+        events = replayed(stored.body, starting_after)
+        return Response(events, media_type="text/event-stream")
     return ORJSONResponse(stored.body)
 
 

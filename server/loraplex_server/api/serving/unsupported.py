@@ -1,8 +1,9 @@
 """Refuses fields that this server does not support and that would change the answer."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
+from loraplex_server.api.protocol.body import Body
 from loraplex_server.api.protocol.chat import ChatBody
 from loraplex_server.errors import invalid
 
@@ -32,6 +33,19 @@ _REFUSED: Rules = {
     "normalize": (_is_present, "it is called use_activation"),
     "padding": (_unless(None, "do_not_pad"), "prompts are never padded"),
     "suffix": (is_set, "insertion is not supported"),
+    **dict.fromkeys(
+        ("max_new_tokens", "n_predict", "num_predict"), (_is_present, "it is called max_tokens")
+    ),
+    "repeat_penalty": (_unless(None, 1), "it is called repetition_penalty"),
+    "do_sample": (_unless(None, True), "send temperature: 0 for a greedy answer"),
+    "logits_processors": (is_set, "code of a request is never run"),
+    "typical_p": (_unless(None, 1), "use top_p or min_p"),
+    "mirostat": (_unless(None, 0), "use top_p or min_p"),
+    "web_search_options": (_is_present, "this server calls no other servers"),
+    "moderation": (is_set, "this server moderates nothing"),
+    "format": (is_set, "use response_format"),  # of Ollama
+    "structural_tag": (is_set, "use tools, or guided_grammar"),
+    "guided_whitespace_pattern": (is_set, "set x-guidance in the schema"),
     "extra_body": (is_set, "OpenAI's client sends its fields beside the others"),
 }
 # Other names of the adapter, which the base would answer if they were ignored: `adaptor`, `loras`,
@@ -41,6 +55,9 @@ _MAX_NAME = 64
 # Of chats and completions. A field that one of them supports is in its body and is not checked.
 OF_TEXT: Rules = {
     **_REFUSED,
+    "best_of": (_unless(None, 1), "only /v1/completions chooses the best of several; use n"),
+    "thinking_token_budget": (_is_present, "reasoning has no budget of its own; use max_tokens"),
+    "return_tokens_as_token_ids": (is_set, "use return_token_ids"),
     "truncate_prompt_tokens": (_is_present, "prompts are not truncated; shorten the prompt"),
     "echo": (is_set, "only /v1/completions repeats a prompt"),
     "add_special_tokens": (is_set, "a chat has the special tokens of its template"),
@@ -60,6 +77,20 @@ def refuse_unsupported(fields: Mapping[str, object], rules: Rules = _REFUSED) ->
             raise invalid(
                 f"{name!r} is no field of this server; name the adapter in 'adapter'",
                 name,
+                "unsupported_parameter",
+            )
+
+
+def refuse_parts(part: Body, param: str, without_effect: Collection[str] = ()) -> None:
+    """Refuse unknown fields of a part of the body that says how an answer is constrained.
+
+    Raises ApiError (400, code ``unsupported_parameter``).
+    """
+    for name, value in (part.model_extra or {}).items():
+        if is_set(value) and name not in without_effect:
+            raise invalid(
+                f"{param}.{name} is no field of this server and would not be enforced",
+                f"{param}.{name}",
                 "unsupported_parameter",
             )
 

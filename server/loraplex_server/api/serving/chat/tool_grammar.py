@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
+from pydantic import JsonValue
+
+from loraplex_server.api.protocol.body import JsonObject
 from loraplex_server.api.serving.text_generation.structured_output import (
     JSON_STYLE,
     RequestedGrammar,
+    enforced,
 )
 from loraplex_server.engine.requests.grammar import GrammarSpec
 
@@ -104,8 +108,10 @@ class _Lark:
         use = self._use
         rules = [f"call: {' | '.join(f'call_{number}' for number in range(len(use.tools)))}"]
         for number, tool in enumerate(use.tools):
-            enforced = use.required or tool.strict
-            schema = {"x-guidance": JSON_STYLE, **(tool.parameters if enforced else _ANY_OBJECT)}
+            is_enforced = use.required or tool.strict
+            parameters = tool.parameters if is_enforced else _ANY_OBJECT
+            of_tool = enforced(cast(JsonValue, parameters), f"the schema of tool {tool.name!r}")
+            schema = {"x-guidance": JSON_STYLE, **cast(JsonObject, of_tool)}
             head = f'{{"name": {json.dumps(tool.name)}, "arguments": '
             rules += [
                 f"call_{number}: {_quoted(head)} args_{number} {_quoted('}')}",

@@ -19,8 +19,10 @@ from loraplex_server.api.serving.text_generation.choice import ChoiceOutput
 from loraplex_server.api.serving.text_generation.generation import Usage
 from loraplex_server.api.serving.text_generation.structured_output import requested_json
 from loraplex_server.api.serving.text_generation.text_call import TextApi, TextCall
+from loraplex_server.api.serving.unsupported import refuse_parts
 from loraplex_server.api.state import AppState
 from loraplex_server.api.streaming.sse import SseForm, sse_event
+from loraplex_server.errors import invalid
 
 from .anthropic_chat import chat_of_count, chat_of_messages
 
@@ -45,9 +47,14 @@ async def answer_message(state: AppState, request: Request, body: MessagesBody) 
     call = TextCall(state, request, chat, _API)
     source = ChatSource(call, chat, MessagesFormat)
     state.unknown_fields.warn(body.model_extra or ())
-    output = body.output_config
-    if output is not None and output.format is not None:
-        call.grammar = requested_json("output_config.format.schema", output.format.schema_)
+    form, param = body.output_format, "output_format"
+    if body.output_config is not None and body.output_config.format is not None:
+        if form is not None:
+            raise invalid("output_format and output_config exclude each other", param)
+        form, param = body.output_config.format, "output_config.format"
+    if form is not None:
+        refuse_parts(form, param)
+        call.grammar = requested_json(f"{param}.schema", form.schema_)
     return await call.respond(source)
 
 

@@ -18,6 +18,7 @@ from loraplex_server.api.serving.text_generation.structured_output import (
     requested_json,
 )
 from loraplex_server.api.serving.text_generation.text_call import TextApi, TextCall
+from loraplex_server.api.serving.unsupported import refuse_parts
 from loraplex_server.api.state import AppState
 from loraplex_server.api.streaming.sse import OPENAI_SSE, SseForm
 from loraplex_server.errors import ApiError, invalid, not_found
@@ -114,6 +115,7 @@ def _grammar(format_: TextFormat) -> RequestedGrammar | None:
     """Return the grammar of a text format, if any. Raises ApiError (400)."""
     if format_.type == "text":
         return None
+    refuse_parts(format_, "text.format")
     if format_.type == "json_object":
         return requested_json("text.format", {"type": "object"})
     if format_.schema_ is None:

@@ -39,12 +39,16 @@ def max_output_tokens(
     """
     room = max_model_len - n_prompt
     if room < 1 or (requested is not None and requested > room):
-        output = ""
-        if requested is not None:
-            output = f" and {requested} tokens of output were requested ({param})"
+        # OpenAI's and Anthropic's own words: LiteLLM and LangChain search for them.
+        problem = f"prompt is too long: {n_prompt} tokens > {max_model_len} maximum"
+        if room >= 1:
+            problem = (
+                f"input length and `{param}` exceed context limit: {n_prompt} + {requested} > "
+                f"{max_model_len}"
+            )
         raise invalid(
-            f"this model's context is {max_model_len} tokens long; the prompt has {n_prompt}"
-            f"{output}. Shorten the prompt or the output.",
+            f"{problem}. This model's maximum context length is {max_model_len} tokens; shorten "
+            "the prompt or the output.",
             prompt_param,
             "context_length_exceeded",
         )

@@ -16,10 +16,12 @@ from loraplex_server.api.protocol.generation import (
     ResponseFormat,
     StructuredOutputs,
 )
+from loraplex_server.api.serving.unsupported import refuse_parts
 from loraplex_server.engine.requests.grammar import GrammarSpec
 from loraplex_server.errors import invalid
 
 from .grammars import check_length
+from .json_schema import enforceable
 
 if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
@@ -31,6 +33,7 @@ JSON_STYLE: JsonCompileOptions = {
     "item_separator": ", ",
     "key_separator": ": ",
 }
+_HINTS = ("disable_fallback", "disable_any_whitespace", "backend")  # of vLLM
 _ANY_OBJECT: JsonValue = {"type": "object"}
 
 
@@ -45,9 +48,13 @@ def requested_grammar(body: GenerationBody) -> RequestedGrammar | None:
     """Return the grammar of the body; None: any text. Raises ApiError (400), also for two."""
     grammars = [
         *_json("guided_json", body.guided_json),
+        *_json("json_schema", body.json_schema),
         *_of("guided_regex", body.guided_regex, LLMatcher.grammar_from_regex),
+        *_of("regex", body.regex or None, LLMatcher.grammar_from_regex),
         *_of("guided_choice", body.guided_choice, _choice),
         *_grammar("guided_grammar", body.guided_grammar),
+        *_grammar("ebnf", body.ebnf or None),
+        *_grammar("grammar", body.grammar or None),
         *_response_format(body.response_format),
         *_structured_outputs(body.structured_outputs),
     ]
@@ -68,27 +75,53 @@ def json_grammar(schema: object, lenient: bool = False) -> str:
     ``lenient`` ignores keywords that the compiler cannot enforce, instead of refusing them.
     """
     options: JsonCompileOptions = {**JSON_STYLE, "lenient": lenient}
-    return LLMatcher.grammar_from_json_schema(orjson.dumps(schema).decode(), overrides=options)
+    text = orjson.dumps(enforceable(schema)).decode()
+    return LLMatcher.grammar_from_json_schema(text, overrides=options)
+
+
+def enforced(schema: JsonValue, param: str) -> object:
+    """Return the schema as llguidance enforces it. Raises ApiError (400)."""
+    try:
+        return enforceable(schema)
+    except ValueError as error:
+        raise invalid(f"{param} cannot be followed: {error}", param, "invalid_grammar") from error
 
 
 def _response_format(requested: ResponseFormat | None) -> list[RequestedGrammar]:
     if requested is None or requested.type == "text":
         return []
-    if requested.type == "json_object":
-        return _json("response_format", _ANY_OBJECT)
+    refuse_parts(requested, "response_format")
     named = requested.json_schema
-    if named is None:
+    if named is not None and requested.type == "json_schema":
+        refuse_parts(named, "response_format.json_schema")
+        schema = {} if named.schema_ is None else named.schema_
+        param, lenient = "response_format.json_schema.schema", named.strict is False
+        return _json(param, schema, lenient=lenient)
+    beside: list[tuple[str, JsonValue]] = [
+        ("response_format.schema", requested.schema_),
+        ("response_format.value", requested.value),
+    ]
+    given = [(param, value) for param, value in beside if value is not None]
+    if len(given) > 1:
+        raise invalid("response_format has both schema and value; give one", given[1][0])
+    if requested.type in ("json_schema", "regex") and not given:
+        needed = "json_schema" if requested.type == "json_schema" else "value"
         raise invalid(
-            "a response_format of type 'json_schema' needs json_schema",
-            "response_format.json_schema",
+            f"a response_format of type {requested.type!r} needs {needed}",
+            f"response_format.{needed}",
         )
-    schema = {} if named.schema_ is None else named.schema_
-    return _json("response_format.json_schema.schema", schema, lenient=named.strict is False)
+    param, value = given[0] if given else ("response_format", _ANY_OBJECT)
+    if requested.type != "regex":
+        return _json(param, value)
+    if not isinstance(value, str):
+        raise invalid("response_format.value must be the text of a regular expression", param)
+    return _of(param, value, LLMatcher.grammar_from_regex)
 
 
 def _structured_outputs(requested: StructuredOutputs | None) -> list[RequestedGrammar]:
     if requested is None:
         return []
+    refuse_parts(requested, "structured_outputs", without_effect=_HINTS)
     any_object = _ANY_OBJECT if requested.json_object else None
     grammars = [
         *_json("structured_outputs.json", requested.json_),

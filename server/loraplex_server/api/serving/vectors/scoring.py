@@ -58,11 +58,8 @@ async def answer_rerank(state: AppState, request: Request, body: RerankBody) -> 
         scores, n_tokens = await scorer.scores(call, source, body.use_activation)
         best = sorted(range(len(scores)), key=lambda index: -scores[index])
         results = [
-            {
-                "index": index,
-                "document": {"text": texts[index]},
-                "relevance_score": scores[index],
-            }
+            {"index": index, "relevance_score": scores[index]}
+            | ({} if body.return_documents is False else {"document": {"text": texts[index]}})
             for index in best[: body.top_n or len(texts)]
         ]
         usage = {"prompt_tokens": n_tokens, "total_tokens": n_tokens}

@@ -100,8 +100,9 @@ class Cut:
                 raise invalid(f"{where} must not be empty", param)
             if len(ids) > source.max_tokens:
                 raise invalid(
-                    f"{where} has {len(ids)} tokens, {source.model} reads {source.max_tokens}; "
-                    "shorten it or set truncate_prompt_tokens",
+                    f"{where} has {len(ids)} tokens. This model's maximum context length is "
+                    f"{source.max_tokens} tokens ({source.model}); shorten the text or set "
+                    "truncate_prompt_tokens",
                     param,
                     "context_length_exceeded",
                 )

@@ -1,0 +1,198 @@
+"""Rewrites JSON schemas into ones that llguidance enforces, and that allow no further value.
+
+Keywords without effect are left out, since llguidance refuses them. Its numbers are computed in
+float64 and int64, so bounds outside become bounds inside, and exclusive bounds inclusive ones.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any
+
+Schema = dict[str, Any]
+
+_EXACT = 1 << 53  # integers up to here are exact in float64
+_INT64 = (1 << 63) - 1
+_DIGITS = 15  # decimal digits that float64 keeps
+# Formats that Pydantic and OpenAPI write beside a type and that JSON Schema does not define: they
+# are annotations. So is `regex`, as Pydantic writes it.
+_ANNOTATIONS = frozenset(
+    {
+        *("path", "file-path", "directory-path", "binary", "byte", "password", "json-string"),
+        *("base64", "base64url", "ipv4network", "ipv6network", "ipv4interface", "ipv6interface"),
+        *("ipvanyaddress", "ipvanyinterface", "ipvanynetwork", "color", "regex", "multi-host-uri"),
+        *("int32", "int64", "float", "double", "decimal"),
+    }
+)
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_MAPPINGS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_SINGLE = (
+    *("items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else"),
+    *("propertyNames", "unevaluatedItems", "unevaluatedProperties"),
+)
+_IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependentSchemas"})
+_ANYTHING: tuple[object, ...] = (True, {})
+
+
+def enforceable(schema: object) -> object:
+    """Return a schema that allows no value that ``schema`` forbids, and whose numbers are exact.
+
+    Raises ValueError for a number that cannot be enforced.
+    """
+    if schema is True:
+        return {}
+    return _Rewriting(schema).of(schema)
+
+
+class _Rewriting:
+    def __init__(self, root: object) -> None:
+        self._root = root
+
+    def of(self, schema: object) -> object:
+        if not isinstance(schema, dict):
+            return schema
+        rewritten = dict(schema)
+        for name in _LISTS:
+            if isinstance(schema.get(name), list):
+                rewritten[name] = [self.of(item) for item in schema[name]]
+        if isinstance(schema.get("items"), list):  # of draft 7
+            rewritten["items"] = [self.of(item) for item in schema["items"]]
+        for name in _MAPPINGS:
+            if isinstance(schema.get(name), dict):
+                rewritten[name] = {key: self.of(item) for key, item in schema[name].items()}
+        for name in _SINGLE:
+            if isinstance(schema.get(name), dict):
+                rewritten[name] = self.of(schema[name])
+        for name, has_none in _WITHOUT_EFFECT.items():
+            if name in rewritten and has_none(rewritten):
+                del rewritten[name]
+        self._name_properties(rewritten)
+        _close(rewritten)
+        _bound_numbers(rewritten)
+        for value in (rewritten.get("const"), *_list(rewritten.get("enum"))):
+            _check_exact(value)
+        return rewritten
+
+    def _name_properties(self, schema: Schema) -> None:
+        """Replace ``propertyNames`` by the names themselves, or by their pattern."""
+        names = self._followed(schema.get("propertyNames"))
+        if not isinstance(names, dict) or "patternProperties" in schema:
+            return
+        properties = schema.get("properties", {})
+        value = schema.get("additionalProperties", {})
+        constraints = names.keys() - {"type", "title", "description"}
+        if constraints <= {"enum", "const"} and constraints:
+            allowed = names.get("enum", [names.get("const")])
+            schema["properties"] = {
+                name: properties.get(name, value) for name in allowed if isinstance(name, str)
+            }
+        elif constraints == {"pattern"} and not properties:
+            schema["patternProperties"] = {names["pattern"]: value}
+        else:
+            return
+        del schema["propertyNames"]
+        schema["additionalProperties"] = False
+
+    def _followed(self, schema: object) -> object:
+        """Return the schema that a reference within the document names."""
+        if not isinstance(schema, dict) or schema.keys() != {"$ref"}:
+            return schema
+        target: object = self._root
+        for key in str(schema["$ref"]).removeprefix("#/").split("/"):
+            target = target.get(key) if isinstance(target, dict) else None
+        return target
+
+
+def _close(schema: Schema) -> None:
+    """Replace ``unevaluatedProperties: false`` where it is ``additionalProperties: false``."""
+    if schema.get("unevaluatedProperties") is False and not schema.keys() & _IN_PLACE:
+        del schema["unevaluatedProperties"]
+        schema.setdefault("additionalProperties", False)
+
+
+def _check_exact(value: object) -> None:
+    """Raises ValueError for a number that llguidance would change."""
+    if isinstance(value, list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_exact(item)
+    elif isinstance(value, int | float) and value != _INT64:
+        if abs(value) < _INT64 and int(float(value)) == int(value):
+            return
+        raise ValueError(f"{value} is not exact in float64 or beyond int64; write it as a string")
+
+
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
+
+
+def _without(*names: str) -> Callable[[Schema], bool]:
+    return lambda schema: not schema.keys() & {*names}
+
+
+# Keyword → is it without effect in this schema? In this order: `then` needs its `if`.
+_WITHOUT_EFFECT: Mapping[str, Callable[[Schema], bool]] = {
+    "uniqueItems": lambda schema: (
+        schema["uniqueItems"] is False or _number(schema.get("maxItems"), 2) <= 1
+    ),
+    "if": _without("then", "else"),
+    "then": _without("if"),
+    "else": _without("if"),
+    "minContains": _without("contains"),
+    "maxContains": _without("contains"),
+    "not": lambda schema: schema["not"] is False,
+    "propertyNames": lambda schema: schema["propertyNames"] in (*_ANYTHING, {"type": "string"}),
+    "unevaluatedProperties": lambda schema: schema["unevaluatedProperties"] in _ANYTHING,
+    "unevaluatedItems": lambda schema: schema["unevaluatedItems"] in _ANYTHING,
+    **{
+        name: lambda schema, name=name: schema[name] == {}  # type: ignore[misc]
+        for name in ("dependencies", "dependentRequired", "dependentSchemas")
+    },
+    "format": lambda schema: schema["format"] in _ANNOTATIONS,
+}
+
+
+def _number(value: object, default: float) -> float:
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else default
+
+
+def _bound_numbers(schema: Schema) -> None:
+    """Make the bounds of numbers exact. Raises ValueError for a bound that cannot be."""
+    kinds = schema.get("type", "number")
+    whole = "integer" in kinds and "number" not in kinds
+    for name, exclusive, sign in (
+        ("minimum", "exclusiveMinimum", 1),
+        ("maximum", "exclusiveMaximum", -1),
+    ):
+        bounds = []
+        for key in (name, exclusive):
+            bound = _number(schema.get(key), math.nan)
+            if math.isfinite(bound) and (key == name or whole or bound % 1 == 0):
+                del schema[key]
+                bounds.append(_least(sign * Fraction(bound), key, whole=whole))
+        if bounds:
+            schema[name] = _plain(sign * max(bounds))
+
+
+def _least(bound: Fraction, key: str, *, whole: bool) -> Fraction:
+    """Return the least value that a lower bound allows. An upper bound comes with its sign changed.
+
+    llguidance takes 0 for a number above 0 and below 0.5, so the next decimal number that float64
+    can tell apart stands in for an exclusive bound.
+    """
+    if key.startswith("exclusive"):
+        if whole:
+            bound = Fraction(math.floor(bound) + 1)
+        else:
+            bound += Fraction(10) ** max(len(str(abs(int(bound)))) - _DIGITS, -9)
+    elif whole:
+        bound = Fraction(math.ceil(bound))
+    if bound > _EXACT:
+        raise ValueError(f"{key} is beyond ±2^53, where numbers cannot be told apart exactly")
+    if bound < -_EXACT:
+        whole_range = whole and key.endswith("aximum") and bound <= -_INT64
+        return Fraction(-_INT64 if whole_range else -_EXACT)
+    return bound
+
+
+def _plain(value: Fraction) -> int | float:
+    return int(value) if value.denominator == 1 else float(value)

@@ -1,0 +1,267 @@
+"""What clients of other servers send is followed or refused, and never ignored.
+
+The oracles are the official clients, `jsonschema_rs` and Python's own `re` and `decimal`.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from decimal import Decimal
+from typing import Any
+
+import anthropic
+import httpx
+import jsonschema_rs
+import pytest
+from huggingface_hub import InferenceClient
+from openai import BadRequestError, OpenAI
+
+from tests.support.servers.server_process import ServerProcess
+
+from .conftest import INFER
+
+SCHEMA = {"type": "boolean"}
+BOOLEAN, LETTERS, WORDS = "true|false", "[ab]{3}", "yes|no"
+GBNF = 'root ::= "yes" | "no"'
+ASKED: list[Any] = [{"role": "user", "content": "Say it."}]
+
+
+@pytest.fixture(scope="module")
+def http(server: ServerProcess) -> Iterator[httpx.Client]:
+    headers = {"Authorization": f"Bearer {INFER}", "anthropic-version": "2023-06-01"}
+    with httpx.Client(base_url=server.url, headers=headers, timeout=120) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def claude(server: ServerProcess) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=server.url, api_key=INFER, max_retries=0) as client:
+        yield client
+
+
+def chat(client: OpenAI, n: int = 1, **fields: object) -> list[str]:
+    """Return ``n`` answers that ended by themselves."""
+    answer = client.chat.completions.create(
+        model="tiny", messages=ASKED, n=n, seed=3, max_tokens=60, extra_body=fields
+    )
+    return [str(c.message.content) for c in answer.choices if c.finish_reason == "stop"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, BOOLEAN),
+        ({"response_format": {"type": "json_object", "value": SCHEMA}}, BOOLEAN),
+        ({"response_format": {"type": "json_schema", "schema": SCHEMA}}, BOOLEAN),
+        ({"response_format": {"type": "json", "value": json.dumps(SCHEMA)}}, BOOLEAN),
+        ({"response_format": {"type": "regex", "value": LETTERS}}, LETTERS),
+        ({"json_schema": json.dumps(SCHEMA)}, BOOLEAN),
+        ({"json_schema": SCHEMA}, BOOLEAN),
+        ({"regex": LETTERS}, LETTERS),
+        ({"ebnf": GBNF}, WORDS),
+        ({"grammar": GBNF}, WORDS),
+    ],
+    ids=lambda value: json.dumps(value)[:60],
+)
+def test_a_constraint_under_another_servers_name_is_enforced(
+    client: OpenAI, fields: dict[str, object], pattern: str
+) -> None:
+    (text,) = chat(client, **fields)
+    assert re.fullmatch(pattern, text)
+
+
+def test_the_schema_of_huggingface_hub_is_enforced(server: ServerProcess) -> None:
+    client = InferenceClient(base_url=f"{server.url}/v1", api_key=INFER)
+    schema = {"type": "array", "items": SCHEMA, "minItems": 2, "maxItems": 2}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    answer = client.chat_completion(
+        ASKED,
+        model="tiny",
+        max_tokens=40,
+        response_format=form,  # type: ignore[arg-type]
+    )
+    jsonschema_rs.validate(schema, json.loads(answer.choices[0].message.content))
+
+
+def test_anthropics_older_output_format_is_enforced(http: httpx.Client) -> None:
+    form = {"type": "json_schema", "schema": SCHEMA}
+    body = {"model": "tiny", "messages": ASKED, "max_tokens": 20, "output_format": form}
+    answer = http.post("/v1/messages", json=body).json()
+    assert re.fullmatch(BOOLEAN, answer["content"][0]["text"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_object", "grammar": "x"}}, "response_format.grammar"),
+        (
+            {"structured_outputs": {"json": SCHEMA, "whitespace_pattern": "x"}},
+            "structured_outputs.whitespace_pattern",
+        ),
+        (
+            {"structured_outputs": {"json": SCHEMA, "disable_additional_properties": True}},
+            "structured_outputs.disable_additional_properties",
+        ),
+        *[
+            ({name: value}, name)
+            for name, value in {
+                "format": "json",
+                "structural_tag": "{}",
+                "best_of": 2,
+                "logits_processors": ["x"],
+                "typical_p": 0.5,
+                "mirostat": 2,
+                "thinking_token_budget": 8,
+                "return_tokens_as_token_ids": True,
+                "web_search_options": {},
+                "moderation": {"model": "x"},
+                "guided_whitespace_pattern": " ",
+            }.items()
+        ],
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_field_that_would_change_the_answer_is_refused_by_name(
+    client: OpenAI, fields: dict[str, object], param: str
+) -> None:
+    with pytest.raises(BadRequestError) as raised:
+        chat(client, **fields)
+    assert (raised.value.param, raised.value.code) == (param, "unsupported_parameter")
+
+
+def _bounds(schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield schema
+    yield {"allOf": [{"type": schema["type"], key: schema[key]} for key in schema if key != "type"]}
+
+
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        {"exclusiveMinimum": 0, "exclusiveMaximum": 0.001},
+        {"exclusiveMinimum": 1, "maximum": 1.5},
+        {"exclusiveMinimum": 10, "exclusiveMaximum": 10.01},
+        {"minimum": -0.001, "exclusiveMaximum": 0},
+        {"minimum": -1e20, "maximum": 0.5},
+    ],
+    ids=str,
+)
+def test_numbers_keep_their_bounds(client: OpenAI, bounds: dict[str, Any]) -> None:
+    for schema in _bounds({"type": "number", **bounds}):
+        answers = chat(client, 8, guided_json=schema)
+        assert answers
+        for text in answers:
+            number = Decimal(text)
+            assert number >= Decimal(str(bounds.get("minimum", "-Infinity")))
+            assert number > Decimal(str(bounds.get("exclusiveMinimum", "-Infinity")))
+            assert number <= Decimal(str(bounds.get("maximum", "Infinity")))
+            assert number < Decimal(str(bounds.get("exclusiveMaximum", "Infinity")))
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "minimum": 2**63, "maximum": 2**64 - 1},
+        {"type": "integer", "minimum": 2**53 + 1, "maximum": 2**53 + 3},
+        {"type": "number", "minimum": 2**63 + 1, "maximum": 2**63 + 3},
+        {"enum": [2**53 + 1]},
+        {"const": -(2**63)},
+    ],
+    ids=str,
+)
+def test_a_number_that_cannot_be_exact_is_refused(client: OpenAI, schema: dict[str, Any]) -> None:
+    with pytest.raises(BadRequestError, match="exact") as raised:
+        chat(client, guided_json=schema)
+    assert raised.value.code == "invalid_grammar"
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "array", "items": SCHEMA, "maxItems": 2, "uniqueItems": False},
+        {"type": "array", "items": SCHEMA, "maxItems": 1, "uniqueItems": True},
+        {**SCHEMA, "if": {"const": True}, "minContains": 2, "dependencies": {}},
+        {"type": "object", "maxProperties": 0, "propertyNames": {"type": "string"}},
+        {
+            "type": "object",
+            "properties": {"a": SCHEMA},
+            "required": ["a"],
+            "unevaluatedProperties": False,
+        },
+        {  # dict[Literal["r", "g"], bool] of Pydantic
+            "type": "object",
+            "propertyNames": {"$ref": "#/$defs/Colour"},
+            "additionalProperties": SCHEMA,
+            "$defs": {"Colour": {"enum": ["r", "g"], "type": "string"}},
+        },
+        {"type": "integer", "minimum": 0, "maximum": 2**64 - 1},
+        {"enum": [True], "format": "path"},
+    ],
+    ids=lambda schema: json.dumps(schema)[:60],
+)
+def test_keywords_without_effect_pass_and_the_rest_is_enforced(
+    client: OpenAI, schema: dict[str, Any]
+) -> None:
+    answers = chat(client, 4, guided_json=schema)
+    assert answers
+    for text in answers:
+        jsonschema_rs.validate(schema, json.loads(text))
+    tool = {"type": "function", "function": {"name": "f", "strict": True, "parameters": schema}}
+    if schema.get("type") == "object":
+        chat(client, tools=[tool], tool_choice="required")
+
+
+def test_formats_of_pydantic_are_annotations(client: OpenAI) -> None:
+    for name in ("path", "binary", "password", "ipv4network", "base64url", "regex"):
+        assert chat(client, guided_json={"enum": ["x"], "type": "string", "format": name}) == [
+            '"x"'
+        ]
+
+
+def test_a_prompt_that_is_too_long_says_so_in_each_apis_words(
+    client: OpenAI, claude: anthropic.Anthropic
+) -> None:
+    for n_words, n_output, words in (
+        (9000, 8, "prompt is too long: "),
+        (3, 9000, "exceed context limit: "),
+    ):
+        turns: list[Any] = [{"role": "user", "content": "a " * n_words}]
+        with pytest.raises(BadRequestError) as of_openai:
+            client.chat.completions.create(model="tiny", messages=turns, max_tokens=n_output)
+        assert of_openai.value.code == "context_length_exceeded"
+        assert "This model's maximum context length is " in of_openai.value.message
+        with pytest.raises(anthropic.BadRequestError, match=words):
+            claude.messages.create(model="tiny", messages=turns, max_tokens=n_output)
+
+
+def test_a_stored_response_streams_again(client: OpenAI) -> None:
+    first = client.responses.create(model="one", input="hi", max_output_tokens=8)
+    events = list(client.responses.retrieve(first.id, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == first.output_text
+    last = events[-1]
+    assert last.type == "response.incomplete"
+    assert last.response.output == first.output
+    rest = list(client.responses.retrieve(first.id, stream=True, starting_after=2))
+    assert [event.sequence_number for event in rest] == list(range(3, len(events)))
+
+
+def test_every_name_that_chats_accept_is_a_model(client: OpenAI, http: httpx.Client) -> None:
+    digest = http.get("/v1/adapters/one").json()["digest"]
+    for name in ("tiny", "base", "one", "base:one", "tiny:org/three", f"one@{digest[:6]}"):
+        assert client.models.retrieve(name).id == name
+        answer = client.chat.completions.create(model=name, messages=ASKED, max_tokens=1)
+        assert answer.model == name
+    for name in ("nobody", f"one@{'0' * 8}", "base:nobody"):
+        assert http.get(f"/v1/models/{name}").status_code == 404
+
+
+def test_anthropics_client_pages_through_the_models(
+    client: OpenAI, claude: anthropic.Anthropic
+) -> None:
+    names = [model.id for model in client.models.list()]
+    page = claude.models.list(limit=2)
+    assert (len(page.data), page.has_more) == (2, True)
+    assert [model.id for model in page] == names
+    model = claude.models.retrieve("one")
+    assert (model.type, model.display_name, model.created_at.year > 2000) == ("model", "one", True)

@@ -298,6 +298,8 @@ class AdapterPlan:
     norms: Mapping[str, NormPlan] = field(default_factory=dict)  # by name of the norm
     stacked: Mapping[str, StackedFactors] = field(default_factory=dict)  # by name of the parameter
     head: HeadPlan | None = None  # of a classifier
+    # Tokens from whose last occurrence in the prompt on the adapter acts; None: from the first on
+    invocation: tuple[int, ...] | None = None
     pooling: PoolingPlan | None = None  # the adapter's own, if it ships one
     chat_template: str | None = None  # the adapter's own, if it ships one
     n_bytes: int = 0  # bytes of all tensors above and of ``packed_adapter``

@@ -252,15 +252,42 @@ LORA_ROWS: tuple[PeftRow, ...] = (
         ),
         moved(0.1),
     ),
-    # what needs more than its own file
+    # activated: by the first prompt, by the second
     PeftRow(
         "activated-lora",
         lambda: LoraConfig(
-            r=4, target_modules=on("q_proj"), alora_invocation_tokens=[3], task_type="CAUSAL_LM"
+            r=4,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            alora_invocation_tokens=[282, 4649],
+            task_type="CAUSAL_LM",
         ),
         moved(0.03),
-        refused="activated LoRA",
+        executor=True,
     ),
+    PeftRow(
+        "activated-lora-all-linear",
+        lambda: LoraConfig(
+            r=3,
+            target_modules="all-linear",
+            alora_invocation_tokens=[665, 436],
+            task_type="CAUSAL_LM",
+            lora_bias=True,
+            use_rslora=True,
+        ),
+        moved(0.02),
+    ),
+    PeftRow(
+        "activated-lora-of-head",
+        lambda: LoraConfig(
+            r=4,
+            target_modules=["q_proj", "lm_head"],
+            alora_invocation_tokens=[665, 436],
+            task_type="CAUSAL_LM",
+        ),
+        moved(0.03),
+        refused="activated LoRA with lm_head",
+    ),
+    # what needs more than its own file
     PeftRow(
         "layer-replication",
         lambda: LoraConfig(r=4, target_modules=["q_proj"], layer_replication=[[0, 20], [15, 30]]),

@@ -118,6 +118,8 @@ def _check_plain(plan: AdapterPlan, name: str) -> None:
     beyond = (plan.experts, plan.replaced_weights, plan.norms, plan.stacked)
     if plan.head is not None:
         reason = "it is a classifier"
+    elif plan.invocation is not None:
+        reason = "its invocation tokens activate it"
     elif plan.prefix is not None or any(beyond):
         reason = "it is more than low-rank factors"
     elif plan.embedding_rows or plan.head_rows:

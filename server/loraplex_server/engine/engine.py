@@ -19,7 +19,7 @@ from .engine_loop import EngineLoop
 from .errors import ContextOverflow, EngineDraining
 from .requests.client import EngineStats, GenerationRequest, Listener
 from .requests.inbox import Inbox, Unload
-from .requests.request import Request
+from .requests.request import Request, invoked_at
 
 _DRAIN_POLL_S = 0.02
 
@@ -140,6 +140,7 @@ class Engine:
                 f"the prompt has {len(token_ids)} tokens, the context holds {self.max_model_len}"
                 f"{also}; shorten the prompt or raise --max-model-len"
             )
+        invocation = None if source.adapter is None else source.adapter.plan.invocation
         seed = source.sampling.seed
         return Request(
             source=source,
@@ -148,5 +149,6 @@ class Engine:
             token_ids=token_ids,
             n_prompt=len(token_ids),
             n_virtual=n_virtual,
+            adapter_from=0 if invocation is None else invoked_at(source.prompt_ids, invocation),
             seed=secrets.randbits(63) if seed is None else seed,
         )

@@ -40,7 +40,7 @@ def _classes_of_plans() -> list[type]:
 _APPLIED_FIELDS: Mapping[type, set[str]] = {
     AdapterPlan: {"digest", "family", "chat_template", "n_bytes", "packed_adapter", "pooling"}
     | {"modules", "experts", "prefix", "embedding_rows", "head_rows", "replaced_weights", "norms"}
-    | {"stacked", "head"},
+    | {"stacked", "head", "invocation"},
     ModulePlan: {"a", "b", "out_scale", "bias", "in_scale", "shared"}
     | {"input_operator", "delta_operator", "output_operator"},
     plans.SharedBasis: {"basis_digest", "a", "b", "rank_scale", "block_scale", "out_scale"}

@@ -1,7 +1,8 @@
 """LoRA, and the methods that save the same tensors: y = W x + s · B A x.
 
-Covers rsLoRA, rank/alpha patterns, layer subsets, embeddings, lm_head, lora_bias, DoRA, KaSA, and
-bases modified in training (PiSSA, OLoRA, LoRA-GA, CorDA), all folded to the clean base.
+Covers rsLoRA, rank/alpha patterns, layer subsets, embeddings, lm_head, lora_bias, DoRA, KaSA,
+activated LoRA, and bases modified in training (PiSSA, OLoRA, LoRA-GA, CorDA), all folded to the
+clean base.
 
 A core C between the factors:     ΔW = s · B C A, so B' = s · B C
 A projector before them:          ΔW = s · B A (I − Vᵀ V), so A' = A − (A Vᵀ) V   (Comp-LoRA)
@@ -37,6 +38,7 @@ from loraplex_adapter_store.files.adapter_config import AdapterConfig
 from loraplex_adapter_store.files.targets import expand_targets
 from loraplex_adapter_store.plan import Family, ModulePlan
 
+from .activated import check_activated, read_invocation
 from .residual import InitRule, init_rule, subtracted
 
 _PROJECTOR = "comp_projector.weight"
@@ -59,7 +61,6 @@ _EMBEDDING = Parts(required=(_EMBED_A, _EMBED_B))
 
 # Features that change the result of the adapter in a way that no plan can express.
 _REFUSED = {
-    "alora_invocation_tokens": "activated LoRA (aLoRA) acts only after its invocation tokens",
     "arrow_config": "Arrow routes between other adapters, by name, on the trainer's machine",
     "layer_replication": "layer_replication changes the depth of the base",
     "use_qalora": "QA-LoRA pools its input in groups of a quantised base",
@@ -93,12 +94,19 @@ def read(context: ReadContext) -> Fold:
     kinds = {ModuleKind.LINEAR: _LINEAR, ModuleKind.EMBEDDING: _EMBEDDING}
     has_modules = not stacked or expand_targets(config, context.base)
     groups = module_groups(context, kinds) if has_modules else {}
+    if rule.name and config.is_set("alora_invocation_tokens"):
+        raise UnsupportedAdapter(
+            f"activated LoRA on a base modified by {rule.name}: refused, since the modification "
+            "would act before the invocation too"
+        )
     if rule.name:
         context.notes.append(f"base was modified in training ({rule.name}): folded to rank 2r")
     modules = {module: _read_module(group, rule) for module, group in groups.items()}
     family = _family(config, groups.values())
     fold = fold_with_extras(context, family, scale_rule(config), modules)
-    return fold._replace(plan=replace(fold.plan, stacked=stacked))
+    plan = replace(fold.plan, stacked=stacked, invocation=read_invocation(context))
+    check_activated(plan, context.base)
+    return fold._replace(plan=plan)
 
 
 def _refuse_unservable(config: AdapterConfig) -> None:

@@ -14,7 +14,7 @@ from loraplex_kernels.formats.storage import allocate_storage
 from loraplex_kernels.layers.model_ops import write_kv
 from loraplex_server.model.layers.tensor_parallel import Shard
 
-from .page_pool import PagePool, page_keys
+from .page_pool import KeyTurn, PagePool, page_keys
 
 PAGE_SIZE = 16  # tokens of a page in a server
 
@@ -38,6 +38,7 @@ class _Table:
     pages: list[int]
     n_published: int  # leading pages that other requests can reuse
     last_key: bytes
+    turn: KeyTurn | None  # where the keys become those of an activated adapter
 
 
 class KvCache:
@@ -102,7 +103,13 @@ class KvCache:
         return -(-n_tokens // self.page_size)
 
     def admit(
-        self, request_id: str, root: bytes, token_ids: Sequence[int], *, reuse: bool = True
+        self,
+        request_id: str,
+        root: bytes,
+        token_ids: Sequence[int],
+        *,
+        reuse: bool = True,
+        turn: KeyTurn | None = None,
     ) -> int | None:
         """Open a table with pages for all of ``token_ids``; return how many tokens are cached.
 
@@ -112,7 +119,7 @@ class KvCache:
         if not self._rows:
             return None
         shared, last_key = (
-            self._match(root, token_ids) if reuse and self.prefix_cache else ([], root)
+            self._match(root, token_ids, turn) if reuse and self.prefix_cache else ([], root)
         )
         for page in shared:
             self._pool.hold(page)
@@ -122,7 +129,7 @@ class KvCache:
                 self._pool.release(page)
             return None
         row = self._rows.pop()
-        table = _Table(row, shared + fresh, len(shared), last_key)
+        table = _Table(row, shared + fresh, len(shared), last_key, turn)
         self._tables[request_id] = table
         self.page_table[row, : len(table.pages)] = table.pages
         if reuse and self.prefix_cache:
@@ -151,7 +158,13 @@ class KvCache:
         if not self.prefix_cache or n_full <= table.n_published:
             return
         start = table.n_published * self.page_size
-        keys = page_keys(table.last_key, token_ids[start : n_full * self.page_size], self.page_size)
+        keys = page_keys(
+            table.last_key,
+            token_ids[start : n_full * self.page_size],
+            self.page_size,
+            first_page=table.n_published,
+            turn=table.turn,
+        )
         for index, key in enumerate(keys, start=table.n_published):
             self._pool.publish(table.pages[index], key)
             table.last_key = key
@@ -194,10 +207,12 @@ class KvCache:
                 k.to(cached_k).contiguous(), v.to(cached_v).contiguous(), cached_k, cached_v, slots
             )
 
-    def _match(self, root: bytes, token_ids: Sequence[int]) -> tuple[list[int], bytes]:
+    def _match(
+        self, root: bytes, token_ids: Sequence[int], turn: KeyTurn | None
+    ) -> tuple[list[int], bytes]:
         pages: list[int] = []
         last_key = root
-        for key in page_keys(root, token_ids[:-1], self.page_size):
+        for key in page_keys(root, token_ids[:-1], self.page_size, turn=turn):
             page = self._pool.find(key)
             if page is None:
                 break

@@ -10,6 +10,14 @@ import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+
+class KeyTurn(NamedTuple):
+    """The first page that an activated adapter writes to. Its key and later ones are its own."""
+
+    page: int  # index in the request
+    name: bytes  # of the adapter and of the position where it begins
 
 
 def prefix_root(adapter_digest: str, salt: str) -> bytes:
@@ -25,10 +33,22 @@ def prefix_root(adapter_digest: str, salt: str) -> bytes:
     return hasher.digest()
 
 
-def page_keys(root: bytes, token_ids: Sequence[int], page_size: int) -> Iterator[bytes]:
-    """Yield the chained key of each full page of ``token_ids``."""
+def page_keys(
+    root: bytes,
+    token_ids: Sequence[int],
+    page_size: int,
+    *,
+    first_page: int = 0,
+    turn: KeyTurn | None = None,
+) -> Iterator[bytes]:
+    """Yield the chained key of each full page of ``token_ids``.
+
+    ``root`` is the key before ``first_page``, where ``token_ids`` begin.
+    """
     key = root
     for start in range(0, len(token_ids) - page_size + 1, page_size):
+        if turn is not None and first_page + start // page_size == turn.page:
+            key = hashlib.blake2b(turn.name, key=key, digest_size=16).digest()
         block = array("q", token_ids[start : start + page_size]).tobytes()
         key = hashlib.blake2b(block, key=key, digest_size=16).digest()
         yield key

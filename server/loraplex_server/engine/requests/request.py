@@ -1,8 +1,10 @@
 """A request inside the engine: its tokens, status and times."""
 
 import asyncio
+import sys
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -117,6 +119,15 @@ class RequestStatus(Enum):
     FINISHED = "finished"
 
 
+def invoked_at(prompt_ids: Sequence[int], invocation: Sequence[int]) -> int:
+    """Return where ``invocation`` stands last in the prompt, or a position beyond every context."""
+    wanted = tuple(invocation)
+    for start in range(len(prompt_ids) - len(wanted), -1, -1):
+        if tuple(prompt_ids[start : start + len(wanted)]) == wanted:
+            return start
+    return sys.maxsize
+
+
 _MOVES = {
     RequestStatus.WAITING: {RequestStatus.RUNNING, RequestStatus.FINISHED},
     RequestStatus.RUNNING: {RequestStatus.WAITING, RequestStatus.FINISHED},
@@ -129,7 +140,7 @@ class Request:
     """A mutable request. Owned by the scheduler, on the engine thread.
 
     ``token_ids`` is [virtual | prompt | output]. Virtual tokens are the adapter's prefix and have
-    negative ids. Tokens [0, n_computed) have KV.
+    negative ids. Tokens [0, n_computed) have KV, those before ``adapter_from`` the base's.
     """
 
     source: GenerationRequest
@@ -138,6 +149,7 @@ class Request:
     n_prompt: int  # virtual tokens included
     loop: asyncio.AbstractEventLoop | None = None  # of the listener; None discards the events
     n_virtual: int = 0
+    adapter_from: int = 0  # the first position whose token uses the adapter
     n_computed: int = 0
     n_cached: int = 0  # prompt tokens found in the prefix cache at first admission
     status: RequestStatus = RequestStatus.WAITING
@@ -177,6 +189,23 @@ class Request:
     def adapter_digest(self) -> str:
         """Empty for the base model."""
         return "" if self.source.adapter is None else self.source.adapter.digest
+
+    def digest_at(self, position: int) -> str:
+        """Return the digest of the adapter that computes this position; empty for the base."""
+        return self.adapter_digest if position >= self.adapter_from else ""
+
+    @property
+    def sampling_digest(self) -> str:
+        """Return the digest of the adapter that the next token is sampled with."""
+        return self.digest_at(self.n_tokens - 1)
+
+    def n_together(self, start: int) -> int:
+        """Return how many tokens from ``start`` on one chunk can hold.
+
+        A chunk is computed with one adapter, so it ends where an activated adapter begins.
+        """
+        end = self.n_tokens if start >= self.adapter_from else self.adapter_from
+        return min(end, self.n_tokens) - start
 
     @property
     def queue_s(self) -> float:

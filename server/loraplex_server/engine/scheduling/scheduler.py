@@ -10,7 +10,7 @@ from loraplex_adapter_store.plan import AdapterPlan, PrefixPlan
 from loraplex_server.engine.adapters.device_pool import Residency
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.memory.kv_cache import KvCache
-from loraplex_server.engine.memory.page_pool import prefix_root
+from loraplex_server.engine.memory.page_pool import KeyTurn, prefix_root
 from loraplex_server.engine.requests.request import Request, RequestStatus
 
 from .step_budget import StepBudget
@@ -33,6 +33,11 @@ class ScheduledChunk:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "samples", self.start + self.n_tokens == self.request.n_tokens)
+
+    @property
+    def adapter_digest(self) -> str:
+        """The digest of the adapter that computes the chunk; empty for the base."""
+        return self.request.digest_at(self.start)
 
 
 class Schedule(NamedTuple):
@@ -327,9 +332,14 @@ class Scheduler:
         answer = self._ensure_resident(request)
         if answer is not Admission.ADMITTED:
             return answer
-        root = prefix_root(request.adapter_digest, request.source.cache_salt)
+        # Pages before an activated adapter begins are the base's, and so are their keys.
+        root = prefix_root(request.digest_at(0), request.source.cache_salt)
         n_cached = self._kv.admit(
-            request.id, root, request.token_ids, reuse=not request.source.reads_all_rows
+            request.id,
+            root,
+            request.token_ids,
+            reuse=not request.source.reads_all_rows,
+            turn=self._turn_of(request),
         )
         if n_cached is None:
             return Admission.NO_ROOM
@@ -343,6 +353,12 @@ class Scheduler:
             self._failed[request.id] = (request, error)
             return Admission.FAILED
         return Admission.ADMITTED
+
+    def _turn_of(self, request: Request) -> KeyTurn | None:
+        if request.adapter_from == 0:
+            return None
+        page = request.adapter_from // self._kv.page_size
+        return KeyTurn(page, f"{request.adapter_digest}:{request.adapter_from}".encode())
 
     def _start(self, request: Request, n_cached: int) -> None:
         """Moves a request with pages to the running ones and holds its adapter."""

@@ -58,7 +58,7 @@ class StepBudget:
     def want(self, tenant: TenantQueue, request: Request) -> None:
         """Adds a request to the step that the tenant would get alone. Decoding ones come first."""
         share = self._shares.setdefault(tenant, _Share(self._n_tokens))
-        n_tokens = min(request.n_tokens - request.n_computed, share.n_tokens)
+        n_tokens = min(request.n_together(request.n_computed), share.n_tokens)
         share.n_tokens -= n_tokens
         share.wants_more = request.status is RequestStatus.WAITING
         seconds = self._cost.chunk_s(request.n_computed, n_tokens)
@@ -103,7 +103,7 @@ class StepBudget:
         Unless the tenant has debts, some tokens of its first row and of its first prompt fit.
         """
         start = request.n_computed
-        n_tokens = min(request.n_tokens - start, self.n_left)
+        n_tokens = min(request.n_together(start), self.n_left)
         share = self._shares.get(tenant)
         if share is not None:
             n_tokens = self._fitting(share, start, n_tokens)

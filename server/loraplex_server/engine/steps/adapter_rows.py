@@ -21,7 +21,7 @@ from .forward_batch import ForwardBatch
 
 
 class AdapterRows:
-    """Binds the pool's adapters to rows. The rows of each request are contiguous, in order.
+    """Binds the pool's adapters to rows. The rows of each chunk are contiguous, in order.
 
     Engine thread only.
     """
@@ -33,19 +33,17 @@ class AdapterRows:
         self._segments_key: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
         self._last_segments: LoraSegments | None = None  # on a GPU, since decode steps repeat
 
-    def slot(self, request: Request) -> int:
-        """Return the adapter slot of a request; −1 for the base."""
-        digest = request.adapter_digest
+    def slot(self, digest: str) -> int:
+        """Return the slot of an adapter; −1 for the base."""
         return self._adapters.resident(digest).slot if digest else -1
 
-    def layer_kind(self, request: Request) -> LayerKind | None:
-        """Return the kind of captured layers that computes the request's rows, if any."""
-        digest = request.adapter_digest
+    def layer_kind(self, digest: str) -> LayerKind | None:
+        """Return the kind of captured layers that computes an adapter's rows, if any."""
         return self._adapters.resident(digest).layer_kind if digest else LayerKind.BASE
 
     def changes_head(self, request: Request) -> bool:
         """Return True if the request's adapter changes the output head."""
-        digest = request.adapter_digest
+        digest = request.sampling_digest
         return bool(digest) and self._adapters.resident(digest).changes_head
 
     def prefix_embeddings(self, request: Request) -> Tensor | None:
@@ -54,34 +52,35 @@ class AdapterRows:
         return None if prefix is None else prefix.embeddings
 
     def own_rows(
-        self, requests: Sequence[Request], n_rows: Sequence[int], *, at_ends_alone: bool = False
+        self, digests: Sequence[str], n_rows: Sequence[int], *, at_ends_alone: bool = False
     ) -> dict[str, list[int]]:
         """Return the rows of each adapter with parts beyond the LoRA kernels, by digest.
 
+        ``digests``: the adapter of each run of rows; empty for the base.
         ``at_ends_alone``: only adapters that change the embedding or the head, for captured layers.
         """
         rows: dict[str, list[int]] = {}
-        for digest in dict.fromkeys(r.adapter_digest for r in requests if r.adapter_digest):
+        for digest in dict.fromkeys(filter(None, digests)):
             adapter = self._adapters.resident(digest)
             if adapter.changes_ends if at_ends_alone else adapter.needs_fallback:
                 rows[digest] = []
         end = 0
-        for request, n in zip(requests, n_rows, strict=True) if rows else ():
+        for digest, n in zip(digests, n_rows, strict=True) if rows else ():
             first, end = end, end + n
-            if request.adapter_digest in rows:
-                rows[request.adapter_digest].extend(range(first, end))
+            if digest in rows:
+                rows[digest].extend(range(first, end))
         return rows
 
     def bind(
         self,
         step: ForwardContext,
-        requests: Sequence[Request],
+        digests: Sequence[str],
         batch: ForwardBatch,
         own_rows: Mapping[str, Sequence[int]],
     ) -> None:
         """Binds the adapters of ``batch`` to the step. ``own_rows``: from ``self.own_rows``."""
         n_rows = [rows.stop - rows.start for rows in batch.chunk_rows]
-        step.segments = self.segments(requests, n_rows, batch.row_slots)
+        step.segments = self.segments(digests, n_rows, batch.row_slots)
         step.captured_experts = None
         beyond = self._beyond_the_pool(own_rows, batch.own_rows)
         step.own_rows = batch.own_rows
@@ -102,20 +101,20 @@ class AdapterRows:
         self, requests: Sequence[Request]
     ) -> tuple[LoraSegments | None, tuple[FallbackRows, ...]]:
         """Return the segments and fallback rows of the head, where row i is ``requests[i]``."""
-        each = [1] * len(requests)
-        own = self.own_rows(requests, each)
+        each, digests = [1] * len(requests), [request.sampling_digest for request in requests]
+        own = self.own_rows(digests, each)
         rows = [np.array(part, dtype=np.int64) for part in own.values()]
         on_device = dict(zip(own, move_together(rows, self._device), strict=True))
-        return self.segments(requests, each), _fallback(self._beyond_the_pool(own, on_device))
+        return self.segments(digests, each), _fallback(self._beyond_the_pool(own, on_device))
 
     def segments(
         self,
-        requests: Sequence[Request],
+        digests: Sequence[str],
         n_rows: Sequence[int],
         row_slots: Tensor | None = None,  # if they are on the device already
     ) -> LoraSegments | None:
         """Return the rows by adapter slot; None if all rows are the base's."""
-        slots = tuple(self.slot(request) for request in requests)
+        slots = tuple(map(self.slot, digests))
         if all(slot < 0 for slot in slots):
             return None
         if self._device.type == "cpu":

@@ -208,8 +208,9 @@ class ModelRunner:
     def _forward(self, part: StepPart, previous: StartedStep | None) -> _Forwarded:
         chunks, is_eager = part.chunks, part.buffers is None
         requests = [chunk.request for chunk in chunks]
+        digests = [chunk.adapter_digest for chunk in chunks]
         n_rows = [chunk.n_tokens for chunk in chunks]
-        own_rows = self._adapters.own_rows(requests, n_rows, at_ends_alone=not is_eager)
+        own_rows = self._adapters.own_rows(digests, n_rows, at_ends_alone=not is_eager)
         batch = self._build_batch(part, own_rows, previous)
         wants_all = any(request.source.reads_all_rows for request in requests)
         last = batch.sampling_rows  # the rows that get logits; None: every row
@@ -243,13 +244,13 @@ class ModelRunner:
         last: Tensor | None,
     ) -> Tensor:
         """Return the hidden states of rows ``last``, or of all rows for None."""
-        step, requests = self._model.step, [chunk.request for chunk in chunks]
+        step, digests = self._model.step, [chunk.adapter_digest for chunk in chunks]
         batch.bind(step)
-        self._adapters.bind(step, requests, batch, own_rows)
+        self._adapters.bind(step, digests, batch, own_rows)
         if last is not None:
             segments = None
             if last.is_cpu:  # only native code reads these segments
-                sampling = [chunk.request for chunk in chunks if chunk.samples]
+                sampling = [chunk.adapter_digest for chunk in chunks if chunk.samples]
                 segments = self._adapters.segments(sampling, [1] * len(sampling))
             step.logits_rows = LogitsRows(last, segments)
         return self._model.forward(self._embed(batch))
@@ -276,7 +277,9 @@ class ModelRunner:
             part.chunks,
             self._kv,
             device,
-            slots=[self._adapters.slot(c.request) for c in part.chunks] if needs_slots else None,
+            slots=[self._adapters.slot(c.adapter_digest) for c in part.chunks]
+            if needs_slots
+            else None,
             own_rows=own_rows,
             buffers=buffers,
             future=_future_tokens(part.chunks, previous),

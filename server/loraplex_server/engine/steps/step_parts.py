@@ -31,7 +31,7 @@ def parts_of(
     """
     if graphs is None:
         return [StepPart(chunks)]
-    kinds = [adapters.layer_kind(chunk.request) for chunk in chunks]
+    kinds = [adapters.layer_kind(chunk.adapter_digest) for chunk in chunks]
     known = [kind for kind in kinds if kind is not None]
     highest = max(known, default=LayerKind.BASE)
     # A kind may have no graph of this size, or none at all: its rows run eagerly then, and the

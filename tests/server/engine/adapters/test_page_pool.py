@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraplex_server.engine.memory.kv_cache import KvCache, KvGeometry
-from loraplex_server.engine.memory.page_pool import PagePool, page_keys, prefix_root
+from loraplex_server.engine.memory.page_pool import KeyTurn, PagePool, page_keys, prefix_root
 
 
 def _cache(n_pages: int = 12, *, prefix_cache: bool = True) -> KvCache:
@@ -73,6 +73,28 @@ def test_a_page_key_depends_on_everything_before_it() -> None:
     one = list(page_keys(root, [1, 2, 3, 4, 5, 6, 7, 8], 4))
     other = list(page_keys(root, [1, 2, 3, 9, 5, 6, 7, 8], 4))
     assert one[1] != other[1]
+
+
+def test_keys_before_an_activated_adapter_are_those_of_the_base() -> None:
+    root, tokens = prefix_root("", ""), list(range(16))
+    of_base = list(page_keys(root, tokens, 4))
+    turns = [KeyTurn(1, b"a:4"), KeyTurn(1, b"a:6"), KeyTurn(1, b"b:4"), KeyTurn(2, b"a:8")]
+    keys = [list(page_keys(root, tokens, 4, turn=turn)) for turn in turns]
+    assert all(
+        own[: turn.page] == of_base[: turn.page] for own, turn in zip(keys, turns, strict=True)
+    )
+    later = [key for own, turn in zip(keys, turns, strict=True) for key in own[turn.page :]]
+    assert len({*later, *of_base}) == len(later) + len(of_base)
+
+
+def test_pages_of_an_activated_adapter_have_one_key_however_they_were_published() -> None:
+    cache, root, tokens = _cache(), prefix_root("", ""), list(range(13))
+    turn = KeyTurn(1, b"a:5")
+    cache.admit("one", root, tokens, turn=turn)
+    for n_computed in (5, 9, 13):
+        cache.publish("one", tokens, n_computed)
+    assert cache.admit("two", root, tokens, turn=turn) == 12
+    assert cache.admit("three", root, tokens) == 4
 
 
 def test_a_second_request_reuses_full_pages_but_never_the_last_token() -> None:

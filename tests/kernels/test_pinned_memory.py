@@ -48,7 +48,7 @@ def test_a_large_image_has_a_slab_whose_rest_serves_others(allocated: list[int])
 
 def test_memory_is_reused_once_no_view_is_left(allocated: list[int]) -> None:
     pinned = PinnedMemory()
-    for _ in range(20):
+    for _ in range(4):
         view = pinned.empty(SLAB_BYTES // 4, torch.bfloat16)[5:9]
         view.fill_(3)
         beside = pinned.empty(SLAB_BYTES // 4, torch.bfloat16)

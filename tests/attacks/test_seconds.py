@@ -1,9 +1,10 @@
-"""A flood of long rows beside another key's stream: the stream keeps half of its fair share.
+"""A flood of one key beside another key's stream: the stream keeps half of its fair share.
 
 With two tenants of one weight the fair share is half of the rate that the stream has alone, which
 is measured first.
 """
 
+import asyncio
 import hashlib
 import statistics
 import threading
@@ -128,3 +129,39 @@ def test_a_stream_keeps_half_of_its_fair_share_beside_long_rows(server: ServerPr
     assert len(beside) / sum(beside) >= fair_rate / 2
     assert max(beside) <= max(0.5, 4 * max(alone))
     assert ended - began <= 4 * flood_alone_s
+
+
+def test_a_stream_keeps_half_of_its_fair_share_beside_long_texts_for_vectors(
+    server: ServerProcess,
+) -> None:
+    """The texts are read and tokenised while the stream runs, then computed."""
+    words = " ".join(["river", "stone", "light", "house", "cloud"] * 100)
+    body = {"input": [f"{number} {words}" for number in range(256)]}
+    headers = {"authorization": f"Bearer {FLOOD}"}
+    flooding = threading.Event()
+
+    async def flood() -> None:
+        async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=None) as client:
+            calls = [asyncio.ensure_future(client.post("/v1/embeddings", json=body)) for _ in "ab"]
+            while flooding.is_set() and not any(call.done() for call in calls):
+                await asyncio.sleep(0.05)
+            for call in calls:
+                call.cancel() if not call.done() else call.result().raise_for_status()
+
+    with _stream(server.url) as stream:
+        began = time.monotonic()
+        stream.stop.wait(3.0)
+        alone = stream.gaps(began, time.monotonic())
+        flooding.set()
+        thread = threading.Thread(target=asyncio.run, args=(flood(),))
+        began = time.monotonic()
+        thread.start()
+        stream.stop.wait(5.0)
+        beside = stream.gaps(began, time.monotonic())
+        assert thread.is_alive()  # the flood took longer
+        flooding.clear()
+        thread.join()
+    fair_rate = len(alone) / sum(alone) / 2
+    print(f"{len(beside) / sum(beside) / fair_rate:.2f} of the fair rate, gap {max(beside):.2f} s")
+    assert len(beside) / sum(beside) >= fair_rate / 2
+    assert max(beside) <= max(0.5, 4 * max(alone))

@@ -31,7 +31,7 @@ from .sentence_encoder import pieces
 
 _MAX_BATCH = 32
 _MAX_WAITING = 512  # texts of a tenant
-_PIECE_CHARS = 2048  # that are encoded at once, with padding
+_PIECE_CHARS = 1024  # that are encoded at once, with padding
 _LISTING_AGE_S = 1.0  # how long a listing of the adapters is reused
 _T = TypeVar("_T")
 

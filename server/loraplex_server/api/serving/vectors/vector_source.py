@@ -31,7 +31,7 @@ S = TypeVar("S", bound=Sized)
 T = TypeVar("T")
 Ids = tuple[int, ...]
 _NO_SAMPLING = SamplingParams(max_tokens=0, temperature=0.0)
-_PIECE_TOKENS = 512  # of one forward, with padding; texts of other tenants go between two
+_PIECE_TOKENS = 256  # of one forward, with padding; texts of other tenants go between two
 _PIECE_CHARS = 1 << 16  # that are tokenised at once
 _ENCODER_CHARS = 100  # characters of a text for each token of the limit
 

@@ -1,10 +1,21 @@
 """Scores a server on natural tasks: base, sentence, turns, and adapters from pairs.
 
-    loraplex serve &
-    python -m research.natural --data FOLDER --out research/results/natural.json
+    loraplex serve --allow-training &
+    python -m research.natural --data FOLDER --out research/natural/results.json
 
-FOLDER holds a JSON file for each task (``descriptions``, ``train``, ``test``, ``metric``) and
-``score.py`` with the metrics.
+FOLDER holds a JSON file for each task (``category``, ``descriptions``, ``train``, ``test``,
+``metric``) and ``score.py`` with the metrics. The arms are:
+
+constant   the commonest answer of the pairs, whatever is asked
+base       the base without a word about the task
+prompt     the base with the sentence as its system turn
+sentence   an adapter from the sentence alone
+turns K    the base with K pairs as earlier turns
+learnt K   the adapter that learns from K pairs
+train K    ``POST /v1/adapters/train`` on the same pairs in the same time, with ``--train``
+
+``keys`` is the share of answers from the sentence alone that are JSON with keys that it names.
+Intervals resample categories of tasks (a clustered bootstrap), since tasks of one are alike.
 """
 
 import argparse
@@ -12,6 +23,7 @@ import importlib.util
 import json
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,14 +33,16 @@ import httpx
 
 Pair = tuple[str, str]
 Metric = Callable[[str, str], float]
+_N_RESAMPLES = 2000
 
 
 def main() -> None:
     options = _options()
     metrics = _metrics(options.data / "score.py")
     results: dict[str, Any] = {"began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())}
-    results["budget_s"] = options.budget
+    results.update(budget_s=options.budget, rows=options.rows, draw=options.draw)
     tasks: dict[str, dict[str, float]] = {}
+    categories: dict[str, str] = {}
     results["tasks"] = tasks
     paths = sorted(options.data.glob("*.json"))
     with httpx.Client(base_url=options.url, timeout=600 + options.budget) as client:
@@ -36,13 +50,40 @@ def main() -> None:
             task = json.loads(path.read_text())
             if options.tasks and task["name"] not in options.tasks:
                 continue
+            categories[task["name"]] = task["category"]
             tasks[task["name"]] = _scores(client, task, metrics[task["metric"]], options)
             print(task["name"], json.dumps(tasks[task["name"]]), flush=True)
+            results["means"] = _means(tasks, categories)
             options.out.write_text(json.dumps(results, indent=1) + "\n")
-    arms = {arm for task in tasks.values() for arm in task}
-    for arm in sorted(arms):
-        of_arm = [task[arm] for task in tasks.values() if arm in task]
-        print(f"{arm:14} {sum(of_arm) / len(of_arm):.3f}  ({len(of_arm)} tasks)")
+    for arm, mean in results["means"].items():
+        low, high = mean["interval"]
+        print(f"{arm:10} {mean['mean']:.3f} ({low:.3f} to {high:.3f}), {mean['tasks']} tasks")
+
+
+def _means(
+    tasks: dict[str, dict[str, float]], categories: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Return of each arm the mean over tasks, and the 95 % interval over categories."""
+    means: dict[str, dict[str, Any]] = {}
+    rng = random.Random(0)
+    for arm in dict.fromkeys(arm for task in tasks.values() for arm in task):
+        groups: dict[str, list[float]] = {}
+        for name, scores in tasks.items():
+            if arm in scores:
+                groups.setdefault(categories[name], []).append(scores[arm])
+        of_arm = [score for group in groups.values() for score in group]
+        drawn = []
+        for _ in range(_N_RESAMPLES):
+            some = [s for g in rng.choices(list(groups.values()), k=len(groups)) for s in g]
+            drawn.append(sum(some) / len(some))
+        drawn.sort()
+        cut = _N_RESAMPLES // 40
+        means[arm] = {
+            "mean": round(sum(of_arm) / len(of_arm), 3),
+            "interval": [round(drawn[cut], 3), round(drawn[-1 - cut], 3)],
+            "tasks": len(of_arm),
+        }
+    return means
 
 
 def _scores(
@@ -55,26 +96,29 @@ def _scores(
     rows: list[Pair] = list(map(tuple, task["test"]))[: options.rows]
     sentence = task["descriptions"][0]
 
-    def score(body: dict[str, Any], head: Sequence[dict[str, str]] = ()) -> float:
+    def answers(body: dict[str, Any], head: Sequence[dict[str, str]] = ()) -> list[str]:
         with ThreadPoolExecutor(8) as at_once:
-            replies = at_once.map(lambda row: _reply(client, body, head, row[0]), rows)
-            return round(
-                sum(metric(reply, row[1]) for reply, row in zip(replies, rows, strict=True))
-                / len(rows),
-                3,
-            )
+            return list(at_once.map(lambda row: _reply(client, body, head, row[0]), rows))
 
+    def mean(replies: Sequence[str], metric: Metric = metric) -> float:
+        pairs = zip(replies, rows, strict=True)
+        return round(sum(metric(reply, row[1]) for reply, row in pairs) / len(rows), 3)
+
+    def score(body: dict[str, Any], head: Sequence[dict[str, str]] = ()) -> float:
+        return mean(answers(body, head))
+
+    ((commonest, _),) = Counter(answer for _, answer in train).most_common(1)
+    of_sentence = answers({"adapter": {"description": sentence}})
     scores = {
+        "constant": mean([commonest] * len(rows)),
         "base": score({}),
         "prompt": score({}, [{"role": "system", "content": sentence}]),
-        "sentence": score({"adapter": {"description": sentence}}),
+        "sentence": mean(of_sentence),
     }
+    if task["metric"] == "json_exact":
+        scores["keys"] = mean(of_sentence, lambda reply, _: _has_named_keys(reply, sentence))
     for k in options.pairs:
-        head = [
-            {"role": role, "content": text}
-            for prompt, answer in train[:k]
-            for role, text in (("user", prompt), ("assistant", answer))
-        ]
+        head = [message for pair in train[:k] for message in _turn(*pair)]
         head[0]["content"] = f"{sentence}\n{head[0]['content']}"
         if k <= 16:
             scores[f"turns {k}"] = score({}, head)
@@ -91,7 +135,39 @@ def _scores(
         else:
             print(task["name"], k, made.text[:300])
             scores[f"learnt {k}"] = scores[f"turns {min(k, 16)}"]  # what a chat is answered with
+        if options.train:
+            system = {"role": "system", "content": sentence}
+            chats = [{"messages": [system, *_turn(prompt, answer)]} for prompt, answer in train[:k]]
+            _train(client, name, chats, budget_s)
+            scores[f"train {k}"] = score({"adapter": name}, [system])
+            client.delete(f"/v1/adapters/{name}")
     return scores
+
+
+def _train(
+    client: httpx.Client, name: str, chats: Sequence[dict[str, Any]], budget_s: float
+) -> None:
+    order = {"name": name, "examples": chats, "budget_s": budget_s}
+    job = client.post("/v1/adapters/train", json=order).raise_for_status().json()
+    with client.stream("GET", f"/v1/jobs/{job['id']}/events") as events:
+        for _ in events.iter_lines():  # until the job ends
+            pass
+
+
+def _turn(prompt: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _has_named_keys(reply: str, sentence: str) -> float:
+    """Return 1 if the reply is a JSON object, or a list of them, whose keys the sentence names."""
+    try:
+        value = json.loads(reply)
+    except ValueError:
+        return 0.0
+    objects = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, dict) for each in objects):
+        return 0.0
+    return float(all(key in sentence for each in objects for key in each))
 
 
 def _reply(
@@ -124,6 +200,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="*", type=int, default=[16], help="Numbers of pairs.")
     parser.add_argument("--budget", type=float, default=30, help="Seconds for up to 16 pairs.")
     parser.add_argument("--rows", type=int, default=40, help="Rows of the test.")
+    parser.add_argument("--train", action="store_true", help="Also /v1/adapters/train.")
     parser.add_argument("--draw", type=int, default=0, help="Seed of the pairs; 0: the first ones.")
     return parser.parse_args()
 

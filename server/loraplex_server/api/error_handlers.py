@@ -13,6 +13,7 @@ from loraplex_server.engine.errors import EngineError
 from loraplex_server.errors import ApiError, from_engine
 
 from .adapter_path import why_not_put
+from .compat.other_routes import OTHER_ROUTES
 from .orjson_response import ORJSONResponse
 from .request_info import info_of
 from .serving.disconnect import ClientLeft
@@ -41,6 +42,8 @@ def add_error_handlers(app: FastAPI, routers: Sequence[APIRouter]) -> None:
             bare = path.rstrip("/")
             if _allowed_methods({**request.scope, "path": bare}, routers):
                 reason = f"{reason}; use {bare}, without the slash at its end"
+        if error.status_code in _CODES and path in OTHER_ROUTES:
+            reason = f"{reason}; this server has {OTHER_ROUTES[path]}"
         shown = ApiError(
             error.status_code,
             f"{request.method} {path}: {reason}",

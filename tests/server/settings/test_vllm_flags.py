@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from loraplex_server.api.compat.other_routes import OTHER_ROUTES
 from loraplex_server.api.protocol.chat import ChatBody
 from loraplex_server.api.protocol.generation import ResponseFormat
 from loraplex_server.api.serving.unsupported import OF_TEXT, refuse_unsupported
@@ -151,5 +152,14 @@ def test_the_page_names_real_routes(fuzz_front: Front) -> None:
     served = {path for _, path in routes_of(fuzz_front.app)}
     rows = list(_table("route | the route here"))
     assert rows
-    assert {path for _, paths in rows for path in paths} <= served
-    assert not {path for paths, _ in rows for path in paths} & served
+    assert {path: ours[0] for paths, ours in rows for path in paths} == OTHER_ROUTES
+    assert {*OTHER_ROUTES.values()} <= served
+    assert not OTHER_ROUTES.keys() & served
+
+
+@pytest.mark.anyio
+async def test_a_route_of_another_server_names_the_route_here(fuzz_front: Front) -> None:
+    for path, ours in OTHER_ROUTES.items():
+        answer = await fuzz_front.client.post(path, json={})
+        assert answer.status_code in (404, 405)
+        assert f"this server has {ours}" in answer.json()["error"]["message"]

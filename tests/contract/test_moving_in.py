@@ -14,6 +14,7 @@ import httpx
 import jsonschema_rs
 import pytest
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
 from openai import BadRequestError, OpenAI
 
 from tests.support.servers.server_process import ServerProcess
@@ -81,6 +82,38 @@ def test_the_schema_of_huggingface_hub_is_enforced(server: ServerProcess) -> Non
         response_format=form,  # type: ignore[arg-type]
     )
     jsonschema_rs.validate(schema, json.loads(answer.choices[0].message.content))
+
+
+def test_text_generation_of_huggingface_hub_answers_as_completions_do(
+    server: ServerProcess, client: OpenAI
+) -> None:
+    tgi = InferenceClient(model=server.url, token=INFER)
+    for adapter in (None, "one", "org/three"):
+        wanted = client.completions.create(
+            model=adapter or "tiny", prompt="hi there", max_tokens=9, temperature=0, logprobs=0
+        )
+        text = wanted.choices[0].text
+        options: dict[str, Any] = {"max_new_tokens": 9, "adapter_id": adapter}
+        assert tgi.text_generation("hi there", **options) == text
+        assert "".join(tgi.text_generation("hi there", **options, stream=True)) == text
+        full = tgi.text_generation("hi there", **options, details=True, return_full_text=True)
+        assert full.generated_text == f"hi there{text}"
+        assert (full.details.finish_reason, full.details.generated_tokens) == ("length", 9)
+        assert wanted.choices[0].logprobs is not None
+        logprobs = [token.logprob for token in full.details.tokens]
+        assert logprobs == pytest.approx(wanted.choices[0].logprobs.token_logprobs, abs=1e-4)
+        last = list(tgi.text_generation("hi there", **options, stream=True, details=True))[-1]
+        assert (last.generated_text, last.details.generated_tokens) == (text, 9)
+    grammar = {"type": "regex", "value": LETTERS}
+    assert re.fullmatch(LETTERS, tgi.text_generation("x", grammar=grammar, max_new_tokens=20))
+    pieces = list(tgi.text_generation("x", grammar=grammar, stream=True, details=True))
+    assert re.fullmatch(LETTERS, "".join(piece.token.text for piece in pieces))
+    assert re.fullmatch(LETTERS, str(pieces[-1].generated_text))
+    assert httpx.post(server.url, json={"inputs": "x"}).status_code == 401
+    with pytest.raises(HfHubHTTPError, match="prompts are not truncated"):
+        tgi.text_generation("x", truncate=3)
+    with pytest.raises(HfHubHTTPError, match="nobody"):
+        tgi.text_generation("x", adapter_id="nobody")
 
 
 def test_anthropics_older_output_format_is_enforced(http: httpx.Client) -> None:

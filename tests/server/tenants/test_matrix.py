@@ -72,6 +72,10 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     ),
     ("POST", "/v1/responses"): _selectors("/v1/responses", {"input": "hi"}),
     ("POST", "/tokenize"): _selector("/tokenize", {"messages": MESSAGES}),
+    **{
+        ("POST", path): [Row(path, {"inputs": "hi", "parameters": {"adapter_id": "{}"}})]
+        for path in ("/", "/generate", "/generate_stream")
+    },
     ("POST", "/v1/embeddings"): _selector("/v1/embeddings", {"input": "hi"}),
     ("POST", "/pooling"): _selector("/pooling", {"input": "hi"}),
     ("POST", "/classify"): _selector("/classify", {"input": "hi"}, VECTORS),
@@ -166,6 +170,7 @@ ROWS: dict[tuple[str, str], list[Row] | str] = {
     **dict.fromkeys(
         [
             ("POST", "/detokenize"),
+            ("GET", "/info"),
             ("GET", "/version"),
             *(("GET", p) for p in ("/v1/live", "/v1/live/events", "/v1/requests", "/v1/cluster")),
             *((m, p) for m in ("GET", "HEAD") for p in ("/", "/console/{name}")),

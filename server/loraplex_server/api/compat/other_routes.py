@@ -3,11 +3,7 @@
 from collections.abc import Mapping
 
 OTHER_ROUTES: Mapping[str, str] = {
-    # LoRAX, TGI and SGLang
-    "/": "/v1/completions",
-    "/generate": "/v1/completions",
-    "/generate_stream": "/v1/completions",
-    "/info": "/v1/models",
+    # TGI and SGLang
     "/embed": "/v1/embeddings",
     "/load_lora_adapter": "/v1/load_lora_adapter",
     "/unload_lora_adapter": "/v1/unload_lora_adapter",

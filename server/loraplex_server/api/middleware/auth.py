@@ -28,6 +28,7 @@ _INFERENCE = frozenset(
         *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/route"),
         *("/v1/messages", "/v1/messages/count_tokens", "/v1/responses"),
         *("/tokenize", "/detokenize", "/classify", "/pooling"),
+        *("/", "/generate", "/generate_stream", "/info"),  # of TGI
         *("/score", "/v1/score", "/rerank", "/v1/rerank", "/v2/rerank"),
     }
 ) | {

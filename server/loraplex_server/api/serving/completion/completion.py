@@ -47,10 +47,10 @@ async def answer_completion(state: AppState, request: Request, body: CompletionB
     call = TextCall(state, request, body, _API, n_prompts=n_prompts, n_choices=best_of)
     for ids in id_lists:
         state.text.check_ids(ids, "prompt")
-    return await call.respond(_CompletionSource(call, texts, id_lists, best_of))
+    return await call.respond(CompletionSource(call, texts, id_lists, best_of))
 
 
-class _CompletionSource:
+class CompletionSource:
     """The prompts of a completion, as texts or as token ids."""
 
     offers_tools = False
@@ -71,6 +71,10 @@ class _CompletionSource:
     @property
     def routing_text(self) -> str:
         return "\n".join(self._texts)
+
+    @property
+    def token_texts(self) -> TokenTexts:
+        return self._text.token_texts
 
     async def prepare(self, body: CompletionBody, resolved: ResolvedAdapter) -> PreparedCall:
         encoded = await self._encode(body)
@@ -98,8 +102,8 @@ class _CompletionSource:
                 default=default,
                 n_prompt=len(ids),
                 max_model_len=self._call.state.engine.max_model_len,
-                param="max_tokens",
-                prompt_param=_API.prompt_param,
+                param=self._call.api.limit_param or "max_tokens",
+                prompt_param=self._call.api.prompt_param,
             )
             prompts.append(Prompt(ids, limited(sampling, max_tokens), discard_output=scoring))
         echoes: list[PromptEcho | None] = [None] * len(encoded)
@@ -125,6 +129,7 @@ class _CompletionSource:
             encoded = await self._text.encode_many(
                 self._texts,
                 add_special_tokens=body.add_special_tokens is not False,
+                param=self._call.api.prompt_param,
                 tenant=self._call.info.tenant,
             )
         if not all(encoded):

@@ -110,6 +110,14 @@ def test_text_generation_of_huggingface_hub_answers_as_completions_do(
     assert re.fullmatch(LETTERS, "".join(piece.token.text for piece in pieces))
     assert re.fullmatch(LETTERS, str(pieces[-1].generated_text))
     assert httpx.post(server.url, json={"inputs": "x"}).status_code == 401
+    for wrong in ({"adapter_id": "one"}, {"model": "one"}, {"parameters": {"lora": "one"}}):
+        answer = httpx.post(
+            f"{server.url}/generate",
+            json={"inputs": "x", **wrong},
+            headers={"Authorization": f"Bearer {INFER}"},
+        )
+        assert answer.status_code == 400
+        assert "name the adapter in 'parameters.adapter_id'" in answer.json()["error"]["message"]
     with pytest.raises(HfHubHTTPError, match="prompts are not truncated"):
         tgi.text_generation("x", truncate=3)
     with pytest.raises(HfHubHTTPError, match="nobody"):

@@ -83,7 +83,9 @@ REFUSED: Mapping[str, Refusal] = {
     "revision": Refusal("download that revision to a folder, and give the folder as --model"),
     "download-dir": Refusal("the environment variable LORAPLEX_HOME names the folder of models"),
     "load-format": Refusal("only safetensors are read", ("auto", "safetensors")),
-    "max-logprobs": Refusal("at most 20 log-probabilities are answered", ("5", "10", "20")),
+    "max-logprobs": Refusal(
+        "at most 20 log-probabilities are answered", tuple(map(str, range(21)))
+    ),
     "pipeline-parallel-size": Refusal("--tensor-parallel-size splits a model over GPUs", ("1",)),
     "data-parallel-size": Refusal("`loraplex cluster up` runs several engines", ("1",)),
     "scheduling-policy": Refusal("keys have a weight, see docs/fairness.md", ("fcfs",)),

@@ -32,7 +32,9 @@ router = APIRouter(route_class=JsonRoute)
 _RESPONSES = errors(404, 415, 499)
 _API = TextApi("gen-", "inputs", "max_new_tokens", sse=OPENAI_SSE._replace(end=b""))
 _MAX_NEW_TOKENS = 100  # of TGI
+_ADAPTER = "parameters.adapter_id"
 _REFUSED: Rules = {
+    "model": (is_set, f"name the adapter in '{_ADAPTER}'"),
     "merged_adapters": (is_set, "send the mixture as `adapter` to /v1/completions"),
     "best_of": (lambda value: value not in (None, 1), "send best_of to /v1/completions"),
     "decoder_input_details": (is_set, "send prompt_logprobs to /v1/completions"),
@@ -122,9 +124,10 @@ async def _answer(
 ) -> Response:
     """Answer by a completion. Raises ApiError."""
     asked = body.parameters or GenerateParameters()
-    refuse_unsupported(asked.model_extra or {}, _REFUSED)
+    unknown = {**(body.model_extra or {}), **(asked.model_extra or {})}
+    refuse_unsupported(unknown, _REFUSED, adapter_field=_ADAPTER)
     call = TextCall(state, request, _completion(body.inputs, asked, stream=stream), _API)
-    state.unknown_fields.warn(asked.model_extra or ())
+    state.unknown_fields.warn(unknown)
     source = CompletionSource(call, [body.inputs], [], 1)
     special = frozenset(state.model.tokenizer.all_special_ids)
     return await call.respond(_GenerateSource(source, body.inputs, asked, special, as_list))

@@ -64,10 +64,12 @@ OF_TEXT: Rules = {
 }
 
 
-def refuse_unsupported(fields: Mapping[str, object], rules: Rules = _REFUSED) -> None:
+def refuse_unsupported(
+    fields: Mapping[str, object], rules: Rules = _REFUSED, *, adapter_field: str = "adapter"
+) -> None:
     """Raises ApiError (400, code ``unsupported_parameter``) for the first unsupported field.
 
-    ``fields``: the unknown fields of the body.
+    ``fields``: the unknown fields of the body. ``adapter_field`` names the adapter in this body.
     """
     for name, value in fields.items():
         rule = rules.get(name)
@@ -75,7 +77,7 @@ def refuse_unsupported(fields: Mapping[str, object], rules: Rules = _REFUSED) ->
             raise invalid(f"{name!r}: {rule[1]}", name, "unsupported_parameter")
         if len(name) <= _MAX_NAME and _NAMES_ADAPTER.match(name) and is_set(value):
             raise invalid(
-                f"{name!r} is no field of this server; name the adapter in 'adapter'",
+                f"{name!r} is no field of this server; name the adapter in {adapter_field!r}",
                 name,
                 "unsupported_parameter",
             )

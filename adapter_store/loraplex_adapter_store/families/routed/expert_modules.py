@@ -32,7 +32,7 @@ class _Place(NamedTuple):
     """The rows of a base's parameter that were a linear of their own in training."""
 
     parameter: str
-    index: int  # of the matrix in the stack
+    expert: int  # the matrix in the stack; 0 for a router
     rows: slice
     n_columns: int
 
@@ -140,7 +140,7 @@ def _stack(context: ReadContext, name: str, parts: list[_Factors]) -> StackedFac
     n_experts, n_rows, n_columns = shape if len(shape) == 3 else (1, *shape)
     ranks = [0] * n_experts
     for part in parts:
-        ranks[part.place.index] += part.a.shape[0]
+        ranks[part.place.expert] += part.a.shape[0]
     left = torch.zeros(n_experts, n_rows, max(ranks))
     right = torch.zeros(n_experts, max(ranks), n_columns)
     ends = [0] * n_experts

@@ -57,7 +57,7 @@ class AdaptedRouter(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Route ``hidden`` [..., width]. The first axis of each result is the step's rows."""
-        result = self._router(hidden)
+        result: Tensor | tuple[Tensor, ...] = self._router(hidden)
         for fallback in self._step.fallback:
             changes = _changes(self._name, self._router, fallback.parts.stacked)
             if changes:

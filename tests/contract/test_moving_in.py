@@ -251,6 +251,21 @@ def test_keywords_without_effect_pass_and_the_rest_is_enforced(
         chat(client, tools=[tool], tool_choice="required")
 
 
+def test_without_strict_only_what_cannot_be_enforced_is_left_out(client: OpenAI) -> None:
+    for odd in (
+        {"type": "string", "pattern": "(?=a)b", "maxLength": 3},
+        {"type": "string", "pattern": "(a)\\1", "maxLength": 3},
+        {"type": "integer", "minimum": 2**60},
+    ):
+        form = {"name": "x", "schema": odd, "strict": False}
+        answers = chat(client, 4, response_format={"type": "json_schema", "json_schema": form})
+        kept = {key: odd[key] for key in odd.keys() - {"pattern", "minimum"}}
+        for text in answers:
+            jsonschema_rs.validate(kept, json.loads(text))
+        with pytest.raises(BadRequestError):
+            chat(client, guided_json=odd)
+
+
 def test_formats_of_pydantic_are_annotations(client: OpenAI) -> None:
     for name in ("path", "binary", "password", "ipv4network", "base64url", "regex"):
         assert chat(client, guided_json={"enum": ["x"], "type": "string", "format": name}) == [

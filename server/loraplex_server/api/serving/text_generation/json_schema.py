@@ -5,6 +5,7 @@ float64 and int64, so bounds outside become bounds inside, and exclusive bounds 
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -24,6 +25,8 @@ _ANNOTATIONS = frozenset(
         *("int32", "int64", "float", "double", "decimal"),
     }
 )
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")
+_NOT_REGULAR = re.compile(r"\(\?<?[=!]|\\[1-9]")  # look-around and back-references
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _MAPPINGS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _SINGLE = (
@@ -34,19 +37,20 @@ _IN_PLACE = frozenset({"$ref", "allOf", "anyOf", "oneOf", "if", "not", "dependen
 _ANYTHING: tuple[object, ...] = (True, {})
 
 
-def enforceable(schema: object) -> object:
+def enforceable(schema: object, *, lenient: bool = False) -> object:
     """Return a schema that allows no value that ``schema`` forbids, and whose numbers are exact.
 
-    Raises ValueError for a number that cannot be enforced.
+    ``lenient`` leaves out bounds and patterns that cannot be enforced. Otherwise, and for a
+    constant, raises ValueError.
     """
     if schema is True:
         return {}
-    return _Rewriting(schema).of(schema)
+    return _Rewriting(schema, lenient).of(schema)
 
 
 class _Rewriting:
-    def __init__(self, root: object) -> None:
-        self._root = root
+    def __init__(self, root: object, lenient: bool) -> None:
+        self._root, self._lenient = root, lenient
 
     def of(self, schema: object) -> object:
         if not isinstance(schema, dict):
@@ -68,7 +72,15 @@ class _Rewriting:
                 del rewritten[name]
         self._name_properties(rewritten)
         _close(rewritten)
-        _bound_numbers(rewritten)
+        if self._lenient and _NOT_REGULAR.search(str(rewritten.get("pattern", ""))):
+            del rewritten["pattern"]
+        try:
+            _bound_numbers(rewritten)
+        except ValueError:
+            if not self._lenient:
+                raise
+            for name in _BOUNDS:
+                rewritten.pop(name, None)
         for value in (rewritten.get("const"), *_list(rewritten.get("enum"))):
             _check_exact(value)
         return rewritten

@@ -75,7 +75,7 @@ def json_grammar(schema: object, lenient: bool = False) -> str:
     ``lenient`` ignores keywords that the compiler cannot enforce, instead of refusing them.
     """
     options: JsonCompileOptions = {**JSON_STYLE, "lenient": lenient}
-    text = orjson.dumps(enforceable(schema)).decode()
+    text = orjson.dumps(enforceable(schema, lenient=lenient)).decode()
     return LLMatcher.grammar_from_json_schema(text, overrides=options)
 
 

@@ -28,7 +28,6 @@ from tests.support.servers.server_process import ServerProcess, save_tiny_model,
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-PAIRS = [{"prompt": f"word {i}", "answer": "AB"} for i in range(24)]
 ENDLESS_TEMPLATE = (
     "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
 )
@@ -89,8 +88,7 @@ def endless() -> Iterator[str]:
 def neighbours(tmp_path_factory: pytest.TempPathFactory, endless: str) -> Iterator[Neighbours]:
     folder = tmp_path_factory.mktemp("shared")
     model = save_tiny_model(folder / "model")
-    flags = ["--allow-training", "--max-learning-time", "300", "--allow-source", endless]
-    with _tenants(folder, model, endless, *flags) as both:
+    with _tenants(folder, model, endless, "--allow-source", endless) as both:
         write_lora(folder / "lora", BaseSpec.of(tiny_model(), "model"))
         yield both
 
@@ -245,26 +243,6 @@ def test_a_short_text_does_not_wait_for_another_tenants_long_ones(
     long = "word " * 4000
     flood = [lambda: [tokenize(neighbours.flood, long) for _ in range(4)]] * 24
     assert waited(flood, lambda: tokenize(neighbours.small, "x")) < 0.25
-
-
-def test_a_training_waits_for_one_job_of_another_tenant_at_most(neighbours: Neighbours) -> None:
-    def order(tenant: Tenant, name: str) -> str:
-        body = {"name": name, "examples": PAIRS, "rank": 4, "steps": 20}
-        return str(tenant.post("/v1/adapters/train", body, 202)["id"])
-
-    jobs = [order(neighbours.flood, f"trained-{n}") for n in range(4)]
-    mine = order(neighbours.small, "mine-trained")
-    refused = neighbours.flood.http.post(
-        "/v1/adapters/train", json={"name": "fifth", "examples": PAIRS}
-    )
-    assert refused.status_code == 429
-    assert refused.json()["error"]["code"] == "too_many_training_jobs"
-    states = list(_states(neighbours.small, mine))
-    assert states[-1]["status"] == "succeeded", states[-1]
-    left = [neighbours.flood.http.get(f"/v1/jobs/{job}").json()["status"] for job in jobs]
-    assert left.count("running") >= 2, left
-    for job in jobs:
-        neighbours.flood.http.post(f"/v1/jobs/{job}/cancel")
 
 
 def _states(tenant: Tenant, job: str) -> Iterator[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """A scheduler in a loop of steps, with a real KV cache and a "model" that always says 1."""
 
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 
@@ -105,7 +106,8 @@ class SchedulerLoop:
         adapter: str = "",
         share: TenantShare = TenantShare(),  # noqa: B008  frozen value
     ) -> Request:
-        prompt = [hash((name, index)) % 50 for index in range(n_prompt)]
+        # the same in each process, unlike ``hash``
+        prompt = [zlib.crc32(f"{name} {index}".encode()) % 50 for index in range(n_prompt)]
         source = GenerationRequest(
             name,
             tuple(prompt),

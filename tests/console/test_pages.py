@@ -1,6 +1,7 @@
 """Each page's main action, in a real browser against a real server with the default base."""
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,6 +115,19 @@ def test_an_adapter_is_uploaded_pinned_shown_and_deleted(page: Page, server: Ser
     page.get_by_role("button", name="Delete …").click()
     page.get_by_role("button", name="Yes, delete it").click()
     expect(row).to_have_count(0)
+
+
+def test_a_folder_that_is_refused_is_named_until_it_goes(
+    page: Page, server: ServerProcess, demos: Path
+) -> None:
+    folder = demos / "broken"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    page.goto(f"{server.url}/#/adapters")
+    note = page.get_by_text("The folder broken is refused: ")
+    expect(note).to_be_visible()
+    shutil.rmtree(folder)
+    expect(note).to_have_count(0)
 
 
 def test_an_adapter_is_unloaded_and_answers_again(page: Page, server: ServerProcess) -> None:

@@ -41,6 +41,40 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/generate": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Generate */
+        post: operations["generate_generate_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/generate_stream": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** Generate Stream */
+        post: operations["generate_stream_generate_stream_post"];
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/health": {
         parameters: {
             query?: never;
@@ -56,6 +90,23 @@ export interface paths {
          *     problem and the time. ``lost_at_start`` names kernels of a GPU that failed when it started.
          */
         get: operations["health_health_get"];
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/info": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** Info */
+        get: operations["info_info_get"];
         put?: never;
         post?: never;
         delete?: never;
@@ -914,6 +965,9 @@ export interface paths {
         /**
          * List Models
          * @description List the models. ``?loaded=true`` lists only adapters in host or device memory.
+         *
+         *     ``limit``, ``after_id`` and ``before_id`` make pages, as Anthropic's clients ask for them. With
+         *     their header ``anthropic-version``, the answer has Anthropic's form.
          */
         get: operations["list_models_v1_models_get"];
         put?: never;
@@ -931,7 +985,10 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** Show Model */
+        /**
+         * Show Model
+         * @description Show a model by any name that requests may have in ``model``.
+         */
         get: operations["show_model_v1_models__model_id__get"];
         put?: never;
         post?: never;
@@ -1005,7 +1062,10 @@ export interface paths {
             path?: never;
             cookie?: never;
         };
-        /** Kept Response */
+        /**
+         * Kept Response
+         * @description Return a stored response. With ``stream``, its events behind number ``starting_after``.
+         */
         get: operations["kept_response_v1_responses__response_id__get"];
         put?: never;
         post?: never;
@@ -1195,6 +1255,8 @@ export interface components {
              * @constant
              */
             object: "list";
+            /** Refused */
+            refused: components["schemas"]["RefusedFolder"][];
         };
         /** AdapterTiers */
         AdapterTiers: {
@@ -1425,8 +1487,12 @@ export interface components {
             documents?: {
                 [key: string]: components["schemas"]["JsonValue"];
             }[] | null;
+            /** Ebnf */
+            ebnf?: string | null;
             /** Frequency Penalty */
             frequency_penalty?: number | null;
+            /** Grammar */
+            grammar?: string | null;
             /** Guided Choice */
             guided_choice?: string[] | null;
             /** Guided Grammar */
@@ -1441,6 +1507,10 @@ export interface components {
             ignore_eos?: boolean | null;
             /** Include Stop Str In Output */
             include_stop_str_in_output?: boolean | null;
+            /** Json Schema */
+            json_schema?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | boolean | string | null;
             /** Logit Bias */
             logit_bias?: {
                 [key: string]: number;
@@ -1471,6 +1541,8 @@ export interface components {
             prompt_logprobs?: number | null;
             /** Reasoning Effort */
             reasoning_effort?: string | null;
+            /** Regex */
+            regex?: string | null;
             /** Repetition Penalty */
             repetition_penalty?: number | null;
             response_format?: components["schemas"]["ResponseFormat"] | null;
@@ -1703,10 +1775,14 @@ export interface components {
             best_of?: number | null;
             /** Cache Salt */
             cache_salt?: string | null;
+            /** Ebnf */
+            ebnf?: string | null;
             /** Echo */
             echo?: boolean | null;
             /** Frequency Penalty */
             frequency_penalty?: number | null;
+            /** Grammar */
+            grammar?: string | null;
             /** Guided Choice */
             guided_choice?: string[] | null;
             /** Guided Grammar */
@@ -1721,6 +1797,10 @@ export interface components {
             ignore_eos?: boolean | null;
             /** Include Stop Str In Output */
             include_stop_str_in_output?: boolean | null;
+            /** Json Schema */
+            json_schema?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | boolean | string | null;
             /** Logit Bias */
             logit_bias?: {
                 [key: string]: number;
@@ -1745,6 +1825,8 @@ export interface components {
             prompt: string | string[] | number[] | number[][];
             /** Prompt Logprobs */
             prompt_logprobs?: number | null;
+            /** Regex */
+            regex?: string | null;
             /** Repetition Penalty */
             repetition_penalty?: number | null;
             response_format?: components["schemas"]["ResponseFormat"] | null;
@@ -2338,6 +2420,87 @@ export interface components {
              */
             wordings: string[];
         };
+        /** GenerateAnswer */
+        GenerateAnswer: {
+            details?: components["schemas"]["GenerateDetails"] | null;
+            /** Generated Text */
+            generated_text: string;
+        };
+        /** GenerateBody */
+        GenerateBody: {
+            /** Inputs */
+            inputs: string;
+            parameters?: components["schemas"]["GenerateParameters"] | null;
+            /** Stream */
+            stream?: boolean | null;
+        } & {
+            [key: string]: unknown;
+        };
+        /** GenerateDetails */
+        GenerateDetails: {
+            /**
+             * Finish Reason
+             * @enum {string}
+             */
+            finish_reason: "length" | "eos_token" | "stop_sequence";
+            /** Generated Tokens */
+            generated_tokens: number;
+            /** Prefill */
+            prefill: components["schemas"]["GeneratedToken"][];
+            /** Prompt Tokens */
+            prompt_tokens: number;
+            /** Seed */
+            seed: number | null;
+            /** Tokens */
+            tokens: components["schemas"]["GeneratedToken"][];
+        };
+        /**
+         * GenerateParameters
+         * @description Greedy unless ``do_sample``, ``temperature``, ``top_k`` or ``top_p`` asks for sampling.
+         */
+        GenerateParameters: {
+            /** Adapter Id */
+            adapter_id?: string | null;
+            /** Details */
+            details?: boolean | null;
+            /** Do Sample */
+            do_sample?: boolean | null;
+            /** Frequency Penalty */
+            frequency_penalty?: number | null;
+            grammar?: components["schemas"]["ResponseFormat"] | null;
+            /** Ignore Eos Token */
+            ignore_eos_token?: boolean | null;
+            /** Max New Tokens */
+            max_new_tokens?: number | null;
+            /** Repetition Penalty */
+            repetition_penalty?: number | null;
+            response_format?: components["schemas"]["ResponseFormat"] | null;
+            /** Return Full Text */
+            return_full_text?: boolean | null;
+            /** Seed */
+            seed?: number | null;
+            /** Stop */
+            stop?: string[] | null;
+            /** Temperature */
+            temperature?: number | null;
+            /** Top K */
+            top_k?: number | null;
+            /** Top P */
+            top_p?: number | null;
+        } & {
+            [key: string]: unknown;
+        };
+        /** GeneratedToken */
+        GeneratedToken: {
+            /** Id */
+            id: number;
+            /** Logprob */
+            logprob: number;
+            /** Special */
+            special: boolean;
+            /** Text */
+            text: string;
+        };
         /** HTTPValidationError */
         HTTPValidationError: {
             /** Detail */
@@ -2695,6 +2858,7 @@ export interface components {
             /** Model */
             model?: string | null;
             output_config?: components["schemas"]["OutputConfig"] | null;
+            output_format?: components["schemas"]["JsonFormat"] | null;
             /** Seed */
             seed?: number | null;
             /** Stop Sequences */
@@ -2940,7 +3104,7 @@ export interface components {
         };
         /** RankedDocument */
         RankedDocument: {
-            document: components["schemas"]["Document"];
+            document?: components["schemas"]["Document"] | null;
             /** Index */
             index: number;
             /** Relevance Score */
@@ -2952,6 +3116,13 @@ export interface components {
             effort?: string | null;
         } & {
             [key: string]: unknown;
+        };
+        /** RefusedFolder */
+        RefusedFolder: {
+            /** Name */
+            name: string;
+            /** Reason */
+            reason: string;
         };
         /** RequestList */
         RequestList: {
@@ -2983,6 +3154,8 @@ export interface components {
             model?: string | null;
             /** Query */
             query: string;
+            /** Return Documents */
+            return_documents?: boolean | null;
             /** Top N */
             top_n?: number | null;
             /** Truncate Prompt Tokens */
@@ -3088,14 +3261,25 @@ export interface components {
             truncation: "disabled";
             usage: components["schemas"]["ResponseUsage"];
         };
-        /** ResponseFormat */
+        /**
+         * ResponseFormat
+         * @description The types ``json`` and ``regex`` are of TGI. A schema beside the type is enforced, too.
+         */
         ResponseFormat: {
             json_schema?: components["schemas"]["NamedSchema"] | null;
+            /** Schema */
+            schema?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | boolean | null;
             /**
              * Type
              * @enum {string}
              */
-            type: "text" | "json_object" | "json_schema";
+            type: "text" | "json_object" | "json_schema" | "json" | "regex";
+            /** Value */
+            value?: {
+                [key: string]: components["schemas"]["JsonValue"];
+            } | boolean | string | null;
         } & {
             [key: string]: unknown;
         };
@@ -3345,6 +3529,13 @@ export interface components {
              */
             object: "list";
             usage: components["schemas"]["PromptUsage"];
+        };
+        /** ServerInfo */
+        ServerInfo: {
+            /** Max Total Tokens */
+            max_total_tokens: number;
+            /** Model Id */
+            model_id: string;
         };
         /** Share */
         Share: {
@@ -4001,6 +4192,236 @@ export interface operations {
             };
         };
     };
+    generate_generate_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GenerateBody"];
+            };
+        };
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["GenerateAnswer"];
+                };
+            };
+            /** @description a value is wrong; the message names it */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no valid API key */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the API key may not do this */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no such adapter, model or route */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the body is larger than this server accepts */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the route needs another Content-Type */
+            415: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description Validation Error */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["HTTPValidationError"];
+                };
+            };
+            /** @description too many requests or tokens; see Retry-After */
+            429: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the client disconnected before the answer */
+            499: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the server cannot answer now; see Retry-After */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    generate_stream_generate_stream_post: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody: {
+            content: {
+                "application/json": components["schemas"]["GenerateBody"];
+            };
+        };
+        responses: {
+            /** @description the answer, whole or streamed */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "text/event-stream": {
+                        data: string;
+                    };
+                };
+            };
+            /** @description a value is wrong; the message names it */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no valid API key */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the API key may not do this */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no such adapter, model or route */
+            404: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the body is larger than this server accepts */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the route needs another Content-Type */
+            415: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description Validation Error */
+            422: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["HTTPValidationError"];
+                };
+            };
+            /** @description too many requests or tokens; see Retry-After */
+            429: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the client disconnected before the answer */
+            499: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the server cannot answer now; see Retry-After */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
     health_health_get: {
         parameters: {
             query?: never;
@@ -4017,6 +4438,80 @@ export interface operations {
                 };
                 content: {
                     "application/json": components["schemas"]["Status"];
+                };
+            };
+            /** @description the server cannot answer now; see Retry-After */
+            503: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+        };
+    };
+    info_info_get: {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        requestBody?: never;
+        responses: {
+            /** @description Successful Response */
+            200: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ServerInfo"];
+                };
+            };
+            /** @description a value is wrong; the message names it */
+            400: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description no valid API key */
+            401: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the API key may not do this */
+            403: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description the body is larger than this server accepts */
+            413: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
+                };
+            };
+            /** @description too many requests or tokens; see Retry-After */
+            429: {
+                headers: {
+                    [name: string]: unknown;
+                };
+                content: {
+                    "application/json": components["schemas"]["ErrorBody"];
                 };
             };
             /** @description the server cannot answer now; see Retry-After */
@@ -8908,6 +9403,9 @@ export interface operations {
         parameters: {
             query?: {
                 loaded?: boolean;
+                limit?: number | null;
+                after_id?: string | null;
+                before_id?: string | null;
             };
             header?: never;
             path?: never;
@@ -9390,7 +9888,10 @@ export interface operations {
     };
     kept_response_v1_responses__response_id__get: {
         parameters: {
-            query?: never;
+            query?: {
+                stream?: boolean;
+                starting_after?: number;
+            };
             header?: never;
             path: {
                 response_id: string;
@@ -9399,13 +9900,16 @@ export interface operations {
         };
         requestBody?: never;
         responses: {
-            /** @description Successful Response */
+            /** @description the answer, whole or streamed */
             200: {
                 headers: {
                     [name: string]: unknown;
                 };
                 content: {
                     "application/json": components["schemas"]["ResponseAnswer"];
+                    "text/event-stream": {
+                        data: string;
+                    };
                 };
             };
             /** @description a value is wrong; the message names it */

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,12 @@ def test_what_would_act_before_the_invocation_is_refused_by_name(
     }
     for name, options in refused.items():
         _tuned(base, tmp_path / name, _JUDGE, **options)
+    for name, tokens in (("ids below 300 is", [290, 300]), ("a list", "judge")):
+        _tuned(base, tmp_path / name, _JUDGE)
+        file = tmp_path / name / "adapter_config.json"
+        config = json.loads(file.read_text())
+        file.write_text(json.dumps({**config, "alora_invocation_tokens": tokens}))
+        refused[name] = {}
 
     async def put() -> dict[str, Put]:
         async with serving(base_path, tmp_path / "state") as client:
@@ -157,5 +164,21 @@ def test_what_would_act_before_the_invocation_is_refused_by_name(
 
     for name, answer in asyncio.run(put()).items():
         assert answer.status == 400
-        assert "activated LoRA" in answer.message
+        assert "activated LoRA" in answer.message or "alora_invocation_tokens" in answer.message
         assert name in answer.message
+
+
+def test_an_activated_adapter_is_no_part_of_a_mixture(
+    base_path: Path, tuned: dict[str, nn.Module], tmp_path: Path
+) -> None:
+    async def ask() -> httpx.Response:
+        async with serving(base_path, tmp_path) as client:
+            await _put_all(client, base_path.parent)
+            parts = [{"name": name, "weight": 0.5} for name in ("judge", "lora")]
+            body = {"prompt": list(_CHAT), "max_tokens": 2, "adapter": parts}
+            return await client.post("/v1/completions", json=body)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 400
+    assert "'judge'" in answer.text
+    assert "invocation" in answer.text

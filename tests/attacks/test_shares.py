@@ -4,6 +4,7 @@ The longest wait of the other tenant is compared with the time of the whole floo
 machine changes nothing. In one queue for all, that share is near 1.
 """
 
+import gc
 import hashlib
 import json
 import threading
@@ -88,7 +89,8 @@ def endless() -> Iterator[str]:
 def neighbours(tmp_path_factory: pytest.TempPathFactory, endless: str) -> Iterator[Neighbours]:
     folder = tmp_path_factory.mktemp("shared")
     model = save_tiny_model(folder / "model")
-    with _tenants(folder, model, endless, "--allow-source", endless) as both:
+    flags = ["--allow-training", "--allow-source", endless]
+    with _tenants(folder, model, endless, *flags) as both:
         write_lora(folder / "lora", BaseSpec.of(tiny_model(), "model"))
         yield both
 
@@ -130,6 +132,8 @@ def waited(calls: Sequence[Callable[[], object]], small: Callable[[], object]) -
     Return the longest wait of ``small`` as a share of the time that the calls took.
     """
     small()  # the first call loads and compiles
+    gc.collect()
+    gc.freeze()  # a full collection of this process takes half a second
     with ThreadPoolExecutor(len(calls)) as pool:
         began = time.monotonic()
         running = [pool.submit(call) for call in calls]
@@ -140,6 +144,7 @@ def waited(calls: Sequence[Callable[[], object]], small: Callable[[], object]) -
             longest_s = max(longest_s, time.monotonic() - sent)
             n_small += 1
         took_s = time.monotonic() - began
+    gc.unfreeze()
     for call in running:
         call.result()
     print(f"{n_small} calls beside {len(calls)}: {longest_s:.2f} s of {took_s:.2f} s")
@@ -243,6 +248,67 @@ def test_a_short_text_does_not_wait_for_another_tenants_long_ones(
     long = "word " * 4000
     flood = [lambda: [tokenize(neighbours.flood, long) for _ in range(4)]] * 24
     assert waited(flood, lambda: tokenize(neighbours.small, "x")) < 0.25
+
+
+def test_lists_for_one_tenant_go_between_those_for_another(neighbours: Neighbours) -> None:
+    neighbours.small.put("mine", neighbours.folder / "lora")
+
+    def read(tenant: Tenant, path: str) -> None:
+        tenant.http.get(path).raise_for_status()
+
+    flood = [lambda: [read(neighbours.flood, "/v1/adapters") for _ in range(24)]] * 16
+    assert waited(flood, lambda: read(neighbours.small, "/v1/adapters/mine")) < 0.25
+
+
+def test_loads_of_one_tenant_go_beside_those_of_another(neighbours: Neighbours) -> None:
+    """Each call reads its adapter from the disk."""
+    base = BaseSpec.of(tiny_model(), "model")
+    for n in range(16):
+        folder = write_lora(neighbours.folder / f"cold-{n}", base, seed=n + 1)
+        neighbours.flood.put(f"cold-{n}", folder)
+    neighbours.small.put("cold", neighbours.folder / "lora")
+
+    def load(tenant: Tenant, name: str) -> None:
+        tenant.post(f"/v1/adapters/{name}/unload", {})
+        tenant.post("/v1/completions", {"prompt": "x", "adapter": name, "max_tokens": 1})
+
+    flood = [lambda n=n: [load(neighbours.flood, f"cold-{n}") for _ in range(6)] for n in range(16)]
+    assert waited(flood, lambda: load(neighbours.small, "cold")) < 0.4
+
+
+def test_a_fine_tuning_job_does_not_wait_for_those_of_another_tenant(
+    neighbours: Neighbours,
+) -> None:
+    def order(tenant: Tenant, n_epochs: int) -> str:
+        lines = (
+            {"messages": [{"role": "user", "content": f"word {n}"},
+                          {"role": "assistant", "content": "AB"}]}
+            for n in range(24)
+        )  # fmt: skip
+        stored = tenant.http.post(
+            "/v1/files",
+            files={"file": "\n".join(map(json.dumps, lines)).encode()},
+            data={"purpose": "fine-tune"},
+        )
+        body = {
+            "model": "model",
+            "training_file": stored.raise_for_status().json()["id"],
+            "hyperparameters": {"n_epochs": n_epochs, "batch_size": 1},
+        }
+        return str(tenant.post("/v1/fine_tuning/jobs", body)["id"])
+
+    def status(tenant: Tenant, job: str) -> str:
+        answer = tenant.http.get(f"/v1/fine_tuning/jobs/{job}")
+        return str(answer.raise_for_status().json()["status"])
+
+    jobs = [order(neighbours.flood, 50) for _ in range(4)]
+    mine = order(neighbours.small, 2)
+    list(_states(neighbours.small, mine))  # until it ends
+    assert status(neighbours.small, mine) == "succeeded"
+    left = [status(neighbours.flood, job) for job in jobs]
+    assert "succeeded" not in left
+    for job in jobs:
+        neighbours.flood.post(f"/v1/fine_tuning/jobs/{job}/cancel", {})
 
 
 def _states(tenant: Tenant, job: str) -> Iterator[dict[str, Any]]:

@@ -56,7 +56,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "needs too much memory",
         ),
         ("{{ 'a' * 30000000 }}", "longer than"),
-        ("{{ 'a' * 3000000 }}", "cannot fit in this model's context"),
+        ("{{ 'a' * 3000000 }}", "prompt is too long"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nests too deep"),
         ("{{ raise_exception('not so') }}", "not so"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),

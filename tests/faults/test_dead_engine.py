@@ -33,6 +33,7 @@ NEEDS_ENGINE: dict[tuple[str, str], Any] = {
     ("POST", "/v1/messages"): {"messages": MESSAGES, "max_tokens": 3},
     ("POST", "/v1/messages/count_tokens"): {"messages": MESSAGES},
     ("POST", "/v1/responses"): {"input": "hi"},
+    **{("POST", f"/generate{end}"): {"inputs": "hi"} for end in ("", "_stream")},
     ("POST", "/v1/embeddings"): {"input": "hi"},
     ("POST", "/pooling"): {"input": "hi"},
     ("POST", "/classify"): {"input": "hi"},
@@ -63,6 +64,7 @@ WORKS: dict[tuple[str, str], Any] = {
     **{
         ("GET", path): None
         for path in (
+            "/info",
             *("/v1/models", "/v1/models/{model_id}", "/v1/adapters", "/v1/adapters/{name}"),
             *("/v1/adapters/{name}/revisions", "/v1/adapters/{name}/routing", "/v1/jobs/{job_id}"),
             "/v1/jobs/{job_id}/events",

@@ -96,12 +96,14 @@ def tokenise(
     where: str,
     chat_template: str | None = None,
     learns: Collection[int] | None = None,
+    or_else: str = "",
 ) -> Example:
     """Render ``chat`` as a server does, and tokenise it.
 
     ``chat_template`` None means the tokenizer's. The assistant's text and its end-of-turn tokens
     are learnt, or only those of the messages ``learns``; the rest is context. Raises ExamplesError
-    for a chat of more than ``max_len`` tokens, and for a template that rewrites earlier turns.
+    for a chat of more than ``max_len`` tokens, and for a template that rewrites earlier turns. The
+    error of the first says what helps: to shorten it, ``or_else``.
     """
     text, turns = _render(chat, tokenizer, chat_template, where)
     spans = [span for i, span in turns.items() if learns is None or i in learns]
@@ -109,7 +111,7 @@ def tokenise(
     tokens, offsets = encoded["input_ids"], encoded["offset_mapping"]
     if len(tokens) > max_len:
         raise ExamplesError(
-            f"{where} has {len(tokens)} tokens, more than {max_len}; shorten it or raise --max-len"
+            f"{where} has {len(tokens)} tokens, more than {max_len}; shorten it{or_else}"
         )
     learn = tuple(any(a <= start and end <= b for a, b in spans) for start, end in offsets)
     return Example(tuple(tokens), learn)

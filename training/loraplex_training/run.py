@@ -323,6 +323,7 @@ def _read(config: TrainingConfig, tokenizer: PreTrainedTokenizerBase) -> _Data:
                 max_len=config.max_len,
                 where=f"{path}, example {i}",
                 chat_template=config.chat_template,
+                or_else=" or raise --max-len",
             )
             for i, chat in enumerate(read_jsonl(path), 1)
         ]

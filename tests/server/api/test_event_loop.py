@@ -24,7 +24,7 @@ from tests.server.conftest import Front, make_front
 from tests.support.adapters.lora_files import write_lora
 from tests.support.loop_watch import LoopWatch
 
-LIMIT_S = 0.05
+LIMIT_S = 0.08  # of CPU time; 0.03 without others on the core
 N_ADAPTERS = 500
 JSON = {"content-type": "application/json"}
 LONG = 1_000_000  # tokens of context: so that no text is refused for its length

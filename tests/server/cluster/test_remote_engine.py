@@ -28,6 +28,8 @@ from loraplex_server.cluster.gateway.coordinator import (  # noqa: E402
     result_or_error,
 )
 from loraplex_server.cluster.gateway.forwarding import (  # noqa: E402
+    BodyPiece,
+    ForwardedBodies,
     ForwardedRequest,
     answer_forwarded,
 )
@@ -394,7 +396,8 @@ async def test_an_answer_that_is_passed_on_streams_and_ends_when_its_client_leav
 
     fields = {"http_version": "1.1", "method": "POST", "scheme": "http", "path": "/v1/files",
               "raw_path": b"/v1/files", "query_string": b"", "headers": []}  # fmt: skip
-    lists = answer_forwarded(app, ForwardedRequest(fields, None, b"sent"))
+    request = ForwardedRequest("req-1", fields, None, BodyPiece(b"sent", more=False))
+    lists = answer_forwarded(app, request, ForwardedBodies())
     messages: list[Message] = []
     while not any(m.get("body") == b"more" for m in messages):
         messages += await anext(lists)

@@ -139,7 +139,7 @@ def test_what_a_sample_holds(service: tinker.ServiceClient) -> None:
     assert len({tuple(s.tokens) for s in twice[0]}) > 1
     with pytest.raises(tinker.BadRequestError, match="prompt_alt_tokens_k is not supported"):
         sampler.sample(_PROMPT, 1, params, prompt_alt_tokens_k=2).result()
-    with pytest.raises(tinker.BadRequestError, match="context is 4096 tokens"):
+    with pytest.raises(tinker.BadRequestError, match="maximum context length is 4096"):
         sampler.sample(_PROMPT, 1, types.SamplingParams(max_tokens=5000)).result()
 
 

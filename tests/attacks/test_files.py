@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -259,8 +259,12 @@ def checkers(server: ServerProcess) -> list[int]:
 
 
 def staged_bytes(folder: Path) -> int:
-    files = (folder / "state").glob("**/staging/**/*")
-    return sum(file.stat().st_size for file in files if file.is_file())
+    n_bytes = 0
+    for parent, _, names in os.walk(folder / "state"):  # what is deleted meanwhile is passed over
+        for name in names if "staging" in Path(parent).parts else ():
+            with suppress(FileNotFoundError):
+                n_bytes += (Path(parent) / name).stat().st_size
+    return n_bytes
 
 
 def until(condition: Callable[[], bool]) -> None:

@@ -133,6 +133,7 @@ def test_each_tenant_sees_what_it_would_see_alone(houses: Houses, steps: list[St
 
 
 @pytest.mark.slow
+@pytest.mark.nightly  # memory tiers of a card depend on clean-up that a busy machine delays
 @settings(_SETTINGS, max_examples=80, derandomize=False)
 @given(_steps)
 def test_each_tenant_sees_what_it_would_see_alone_on_long_walks(

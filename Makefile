@@ -82,10 +82,10 @@ unit-all: venv
 
 # One thread for each process: two on a core wait for each other.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=25
-# Three processes for two cores, since tests wait for servers half of the time. A file runs whole, so
-# that its tests share servers; tests/conftest.py has the order. Clusters are not even imported.
-WORKERS := $(shell echo $$(($$(nproc) * 3 / 2)))
-TESTS := $(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# One process for each core: more of them slow down what some tests bound in seconds of CPU time. A
+# file runs whole, so that its tests share servers; tests/conftest.py has the order. Clusters are
+# not even imported.
+TESTS := $(PYTEST) -n auto --dist loadfile --no-loadscope-reorder
 CLUSTERLESS := --ignore=tests/cluster
 
 FUZZ := --seed 1 --cases 100000

@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.servers.server_process import server_process
 
-pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # tests/deploy reads the wheel in CI
+pytestmark = [pytest.mark.slow, pytest.mark.nightly]  # tests/architecture forbids the import in CI
 _ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -78,7 +78,7 @@ def test_a_flood_of_long_rows_leaves_a_stream_most_of_its_fair_share() -> None:
     assert sum(times[10:]) / 50 <= 1.6 * 2 * alone_s
     assert sum(times[10:]) / 50 >= 2 * alone_s  # and no less: the flood has its share, too
     of_flood = [rows[f"f{index}"] for index in range(60)]
-    assert min(of_flood) > max(of_flood) / 2  # rows take turns; shorter ones fill gaps
+    assert min(of_flood) > 0.6 * max(of_flood)  # rows take turns; shorter ones fill gaps
 
 
 def test_a_flood_of_prompts_leaves_a_stream_most_of_its_fair_share() -> None:

@@ -72,7 +72,7 @@ class SafetensorsFile:
         with path.open("rb") as file:
             header, data_start = _read_header(file.read, n_bytes, path.name, limits)
             self.metadata = _metadata(header.pop("__metadata__", None))
-            self.entries: Mapping[str, TensorEntry] = _entries(header, data_start, n_bytes, limits)
+            self.entries: Mapping[str, TensorEntry] = _entries(header, data_start, n_bytes)
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.n_bytes = n_bytes
 
@@ -190,9 +190,7 @@ def _metadata(value: object) -> dict[str, str]:
     return value
 
 
-def _entries(
-    header: Mapping[str, object], data_start: int, n_bytes: int, limits: StoreLimits
-) -> dict[str, TensorEntry]:
+def _entries(header: Mapping[str, object], data_start: int, n_bytes: int) -> dict[str, TensorEntry]:
     entries = {name: _entry(name, value, data_start) for name, value in header.items()}
     if not entries:
         raise MalformedFile("the file holds no tensors")

@@ -48,7 +48,7 @@ def read_adapter(
     """
     context = ReadContext(config, TensorLedger(tensors), base, limits)
     try:
-        fold = _fold(context, tensors, companions)
+        fold, ratios = _fold(context, tensors, companions)
     except AdapterMismatch as error:
         if (other := _other_base(context)) is not None:
             error.args = (f"{other}, and the adapter does not fit: {error}",)
@@ -62,10 +62,13 @@ def read_adapter(
         chat_template=chat_template,
         n_bytes=_n_bytes(fold.plan),
     )
-    return Reading(plan, _report_of(context, fold, plan, tensors.n_bytes))
+    return Reading(plan, _report_of(context, fold, plan, ratios, tensors.n_bytes))
 
 
-def _fold(context: ReadContext, tensors: SafetensorsFile, companions: Mapping[str, bytes]) -> Fold:
+def _fold(
+    context: ReadContext, tensors: SafetensorsFile, companions: Mapping[str, bytes]
+) -> tuple[Fold, Mapping[str, float | None]]:
+    """Return the checked fold, and ‖ΔW‖/‖W‖ of each module."""
     reader, ledger = _reader_of(context.config), context.ledger
     _check_base(context, tensors.metadata)
     head = read_head(context, read_model_config(companions, context.limits))
@@ -80,9 +83,11 @@ def _fold(context: ReadContext, tensors: SafetensorsFile, companions: Mapping[st
     check_fields(context.config)
     check_fold(fold.plan, context.base, context.limits)
     check_effect(fold.plan, context.base)
+    base = context.base
+    ratios = {name: delta_ratio(base, name, plan) for name, plan in fold.plan.modules.items()}
     if context.config.get("base_residual") is not False:
-        check_residual(fold.plan, context.base)
-    return fold
+        check_residual(fold.plan, base, ratios)
+    return fold, ratios
 
 
 def _reader_of(config: AdapterConfig) -> FamilyReader:
@@ -129,9 +134,15 @@ def _n_bytes(plan: AdapterPlan) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _report_of(context: ReadContext, fold: Fold, plan: AdapterPlan, n_bytes: int) -> LoadReport:
+def _report_of(
+    context: ReadContext,
+    fold: Fold,
+    plan: AdapterPlan,
+    ratios: Mapping[str, float | None],
+    n_bytes: int,
+) -> LoadReport:
     modules = {
-        name: ModuleReport(module.rank, delta_ratio(context.base, name, module))
+        name: ModuleReport(module.rank, ratios[name])
         for name, module in sorted(plan.modules.items())
     }
     n_slow = sum(_runs_in_torch(name, module) for name, module in plan.modules.items())

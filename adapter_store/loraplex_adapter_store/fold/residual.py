@@ -11,27 +11,34 @@ to 12 (PiSSA and OLoRA of ranks 1 to 32, trained to a loss of 0.2). Ordinary LoR
 because their products are nearly orthogonal to W (|cos| ≤ 0.01).
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from loraplex_adapter_store.errors import UnsupportedAdapter
 from loraplex_adapter_store.plan import AdapterPlan, Family, ModulePlan
 
-from .spectrum import factor_norm
-
 _RESIDUAL = 0.5  # of ρ and of ‖s·B A‖² by the same measure
 _N_SAMPLED = 8  # modules whose weight is read
 
 
-def check_residual(adapter: AdapterPlan, base: BaseSpec) -> None:
+def check_residual(
+    adapter: AdapterPlan, base: BaseSpec, ratios: Mapping[str, float | None]
+) -> None:
     """Raise UnsupportedAdapter if the factors hold the base's own principal part.
 
-    Reads at most ``_N_SAMPLED`` weights, and none of an adapter whose products are too small.
+    ``ratios``: the ``delta_ratio`` of each module. Reads at most ``_N_SAMPLED`` weights, and none
+    of an adapter whose products are too small.
     """
     if adapter.family not in (Family.LORA, Family.DORA):
         return
     modules = adapter.modules
-    sizes = {name: size for name, plan in modules.items() if (size := _size(base, name, plan))}
+    sizes = {
+        name: ratio**2 / _share(base, name, plan)  # ‖B A‖² / ‖W‖² ÷ (r / min(in, out))
+        for name, plan in modules.items()
+        if name in base.modules and (ratio := ratios[name])
+    }
     if not sizes or sum(sizes.values()) < _RESIDUAL * len(sizes):
         return
     sampled = sorted(sizes)[:: -(-len(sizes) // _N_SAMPLED)]
@@ -45,13 +52,6 @@ def check_residual(adapter: AdapterPlan, base: BaseSpec) -> None:
         "`loraplex adapters convert ADAPTER NEW --initial pissa_init`, where pissa_init is the "
         "adapter as saved before training, or with `--init pissa` if that is lost"
     )
-
-
-def _size(base: BaseSpec, module: str, plan: ModulePlan) -> float:
-    """Return ‖B A‖² / ‖W‖² ÷ (r / min(in, out)); 0 if the module is no linear with factors."""
-    if module not in base.modules or plan.a is None or plan.b is None or not plan.a.shape[0]:
-        return 0.0
-    return (factor_norm(plan.a, plan.b) / base.norms[module]) ** 2 / _share(base, module, plan)
 
 
 def _overlap(base: BaseSpec, module: str, plan: ModulePlan) -> float:

@@ -1,7 +1,10 @@
-"""Names that are about to be added, so that who asks for one waits instead of hearing a 404."""
+"""Adapter names that the server is still adding after its start.
+
+A request for one of them waits instead of getting a 404.
+"""
 
 import threading
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import Future
 
@@ -15,17 +18,17 @@ class ExpectedNames:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._arrivals: dict[str, Future[None]] = {}  # of the names that were not added yet
-        self._queue: deque[str] = deque()  # a name that was asked for stands in it twice
-        self._taken: set[str] = set()
+        self._queue: OrderedDict[str, None] = OrderedDict()  # those that nobody adds yet
 
     def __len__(self) -> int:
         return len(self._arrivals)
 
     def expect(self, names: Iterable[str]) -> None:
         with self._lock:
-            new = [name for name in names if name not in self._arrivals]
-            self._arrivals.update((name, Future()) for name in new)
-            self._queue.extend(new)
+            for name in names:
+                if name not in self._arrivals:
+                    self._arrivals[name] = Future()
+                    self._queue[name] = None
 
     def arrivals(self, names: Iterable[str]) -> list[Future[None]]:
         """Return a future for each expected one of the names, and move them to the front.
@@ -36,23 +39,20 @@ class ExpectedNames:
             return []
         with self._lock:
             wanted = [name for name in names if name in self._arrivals]
-            self._queue.extendleft(wanted)
+            for name in wanted:
+                if name in self._queue:
+                    self._queue.move_to_end(name, last=False)
             return [self._arrivals[name] for name in wanted]
 
     def next(self) -> str | None:
         """Return the name that the caller is to add next, or None if none is left."""
         with self._lock:
-            while self._queue:
-                name = self._queue.popleft()
-                if name in self._arrivals and name not in self._taken:
-                    self._taken.add(name)
-                    return name
-        return None
+            return self._queue.popitem(last=False)[0] if self._queue else None
 
     def arrived(self, name: str) -> None:
         """Wake those who wait for the name: it was added, refused or is gone."""
         with self._lock:
-            self._taken.discard(name)
             future = self._arrivals.pop(name, None)
+            self._queue.pop(name, None)
         if future is not None:
             future.set_result(None)

@@ -24,7 +24,7 @@ class GeneratorError(StoreError):
 class OutOfDistribution(GeneratorError):
     """A refusal with its score (higher is stranger), the limit and the nearest trained tasks.
 
-    The numbers of `nearest` are cosines, or with a text map the shares of the tasks' contents.
+    The numbers of `nearest` are cosines.
     """
 
     def __init__(self, score: float, limit: float, nearest: Sequence[tuple[str, float]]) -> None:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .examples import Example
@@ -35,6 +36,15 @@ class AdapterGenerationRequest:
     def key(self) -> str:
         """Hash of all fields. The first call takes milliseconds for long examples."""
         return _key_of(self)
+
+
+def few_shot(description: str, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return pairs as earlier turns of a chat: the description stands before the first prompt."""
+    shown = list(pairs)
+    if shown:
+        prompt, answer = shown[0]
+        shown[0] = f"{description}\n{prompt}", answer
+    return shown
 
 
 @functools.lru_cache(maxsize=8)  # a request has up to two megabytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,21 +20,6 @@ class Encoded(NamedTuple):
     tokens: Tensor  # float32 [n_texts, n_tokens, width]
     mask: Tensor  # bool [n_texts, n_tokens]: a real token
     sentence: Tensor  # float32 [n_texts, width]: mean over tokens, length 1
-
-    def rows(self, index: Tensor) -> Encoded:
-        return Encoded(self.tokens[index], self.mask[index], self.sentence[index])
-
-    def attended(self, queries: Tensor) -> Tensor:
-        """Return the attention of queries [n_queries, width], [n_texts, n_queries, width]."""
-        scores = torch.einsum("ntd,qd->nqt", self.tokens, queries)
-        scores = scores.masked_fill(~self.mask[:, None], float("-inf"))
-        attention: Tensor = torch.einsum("nqt,ntd->nqd", scores.softmax(-1), self.tokens)
-        return attention
-
-    @property
-    def mean(self) -> Tensor:
-        """`sentence` scaled to the length of a token's state, [n_texts, width]."""
-        return self.sentence * math.sqrt(self.sentence.shape[-1])
 
 
 class SentenceEncoder:
@@ -109,9 +93,7 @@ class SentenceEncoder:
         mask = torch.tensor([[1] * len(one) + [0] * (longest - len(one)) for one in ids])
         padded = torch.tensor([[*one, *[0] * (longest - len(one))] for one in ids])
         states = self._model(input_ids=padded, attention_mask=mask).last_hidden_state
-        weights = mask.float()[..., None]
-        mean: Tensor = (states * weights).sum(1) / weights.sum(1)
-        return mean
+        return _mean(states, mask)
 
     @torch.inference_mode()
     def _encode(self, model: Any, texts: Sequence[str]) -> Encoded:
@@ -125,9 +107,14 @@ class SentenceEncoder:
             )
         states = model(**batch).last_hidden_state.float()
         mask = batch["attention_mask"].bool()
-        weights = mask.float()[..., None]
-        mean = (states * weights).sum(1) / weights.sum(1)
-        return Encoded(states, mask, F.normalize(mean, dim=-1))
+        return Encoded(states, mask, F.normalize(_mean(states, mask), dim=-1))
+
+
+def _mean(states: Tensor, mask: Tensor) -> Tensor:
+    """Return the mean of the states [n_texts, n_tokens, width] where the mask is set."""
+    weights = mask.float()[..., None]
+    mean: Tensor = (states * weights).sum(1) / weights.sum(1)
+    return mean
 
 
 def _has_bfloat16() -> bool:

@@ -49,7 +49,7 @@ class GroupCodes(NamedTuple):
 
     Groups of 32 neighbours share a float16 scale, and a code is a whole number from −7 to 7. The
     error is about a tenth of the numbers' spread and random, so it stays small in sums over many
-    numbers: in adapters that are made of directions, and in the layers of a reader.
+    numbers.
     """
 
     codes: Tensor  # uint8 [n_rows, ⌈size / GROUP⌉ · GROUP / 2]: two a byte, low half first

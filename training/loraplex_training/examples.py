@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -54,16 +54,25 @@ def read_jsonl(path: Path) -> list[Chat]:
 
     Raises ExamplesError, which names the line.
     """
+    return [chat_of(record, where) for where, record in json_lines(path)]
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """Yield the values of a file of JSON lines, each after its place for messages.
+
+    Raises ExamplesError, which names the line, also for a file without lines.
+    """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
         raise ExamplesError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ExamplesError(f"{path} is not UTF-8: {error}") from error
-    chats = [_read(line, f"{path}:{i}") for i, line in enumerate(lines, 1) if line.strip()]
-    if not chats:
+    if not any(map(str.strip, lines)):
         raise ExamplesError(f"{path} holds no examples")
-    return chats
+    for i, line in enumerate(lines, 1):
+        if line.strip():
+            yield f"{path}:{i}", _parsed(line, f"{path}:{i}")
 
 
 def chat_of(record: object, where: str) -> Chat:
@@ -170,9 +179,8 @@ def _render(
     return text, spans
 
 
-def _read(line: str, where: str) -> Chat:
+def _parsed(line: str, where: str) -> object:
     try:
-        record = json.loads(line)
+        return json.loads(line)
     except ValueError as error:
         raise ExamplesError(f"{where} is not JSON: {error}") from error
-    return chat_of(record, where)

@@ -55,7 +55,7 @@ class RecipeRun(Run):
         return outcome.loss, sum(sum(example.learn[1:]) for example in examples)
 
     def _weights(self) -> dict[str, Tensor]:
-        return self._adapter.state()
+        return self._adapter.weights()
 
     def _set_weights(self, weights: dict[str, Tensor]) -> None:
         self._adapter.load_state(weights)

@@ -18,8 +18,9 @@ from loraplex_server.adapters.resolving.access import (
     stored_name,
     until_added,
 )
+from loraplex_server.settings.api_keys import AdapterAccess
 
-from .state import Access, State, followed, in_store_thread
+from .state import Access, AppState, State, followed, in_store_thread
 
 _PREFIX = "/v1/adapters/"
 _MAKERS = ("generate", "train")  # routes that make an adapter
@@ -54,15 +55,21 @@ async def _own_name(name: str, access: Access, state: State) -> str:
     return own_name(state.store, access, name, param="name")
 
 
-async def new_name(name: str, access: Access, state: State) -> str:
-    """Return the stored name for new weights. Raises ApiError."""
+async def new_name(
+    name: str, access: AdapterAccess, state: AppState, *, param: str = "name"
+) -> str:
+    """Return the stored name for new weights. Raises ApiError for the field ``param``."""
     await until_added(state.store, access, [name])
     return await in_store_thread(
-        state, lambda: name_to_write(state.store, access, name, param="name"), access
+        state, lambda: name_to_write(state.store, access, name, param=param), access
     )
+
+
+async def _new_name(name: str, access: Access, state: State) -> str:
+    return await new_name(name, access, state)
 
 
 # The ``{name}`` of a route's path, as the store's name.
 AdapterName = Annotated[str, Depends(_stored_name)]
 OwnName = Annotated[str, Depends(_own_name)]  # of routes that change the adapter
-NewName = Annotated[str, Depends(new_name)]  # of routes that add weights
+NewName = Annotated[str, Depends(_new_name)]  # of routes that add weights

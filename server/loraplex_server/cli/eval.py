@@ -68,7 +68,7 @@ def evaluate(
         )
     try:
         asked = read_rows(data, rows)
-    except (ExamplesError, UnicodeDecodeError) as error:
+    except ExamplesError as error:
         raise failed(error) from None
     if metric == "auto":
         metric = fitting_metric([row.expected for row in asked])

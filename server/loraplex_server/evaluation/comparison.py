@@ -4,11 +4,12 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from loraplex_training.errors import ExamplesError
-from loraplex_training.examples import Chat, Message, chat_of
+from loraplex_training.examples import Chat, Message, chat_of, json_lines
 
 from .metrics import Mean, Metric, mean_of
 
@@ -44,16 +45,9 @@ class Arm:
 def read_rows(path: Path, limit: int | None = None) -> list[Row]:
     """Read lines of ``{"messages": […]}``, the last one the expected answer, or of pairs.
 
-    A pair is ``{"prompt": …, "answer": …}``. Raises ExamplesError, which names the line, or
-    OSError.
+    A pair is ``{"prompt": …, "answer": …}``. Raises ExamplesError, which names the line.
     """
-    rows: list[Row] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip() and (limit is None or len(rows) < limit):
-            rows.append(_row(line, f"{path.name}:{number}"))
-    if not rows:
-        raise ExamplesError(f"{path.name} holds no rows")
-    return rows
+    return [_row(record, where) for where, record in islice(json_lines(path), limit)]
 
 
 def compare(
@@ -87,11 +81,7 @@ def compare(
     return arms
 
 
-def _row(line: str, where: str) -> Row:
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ExamplesError(f"{where} is not JSON: {error}") from error
+def _row(record: object, where: str) -> Row:
     if isinstance(record, dict) and "messages" not in record:
         texts = record.get("prompt"), record.get("answer")
         if not all(isinstance(text, str) for text in texts):

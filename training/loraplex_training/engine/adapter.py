@@ -186,12 +186,16 @@ class LearningAdapter:
     def saw(self, data: Sequence[Datum], loss: Loss) -> None:
         """Called by the engine with the data whose gradients it adds. Recipes may keep them."""
 
-    def state(self) -> dict[str, Tensor]:
-        """Return copies of the parameters and the moments, from which learning goes on exactly."""
-        state = {
+    def weights(self) -> dict[str, Tensor]:
+        """Return a copy of the state without the moments, to go back to."""
+        return {
             f"now.{name}": parameter.detach().to("cpu", copy=True)
             for name, parameter in self.parameters.items()
         }
+
+    def state(self) -> dict[str, Tensor]:
+        """Return copies of the parameters and the moments, from which learning goes on exactly."""
+        state = self.weights()
         for name, (mean, square) in self.moments.items():
             state[f"mean.{name}"] = mean.to("cpu", copy=True)
             state[f"square.{name}"] = square.to("cpu", copy=True)
@@ -199,7 +203,7 @@ class LearningAdapter:
         return state
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from ``state``. Weights alone (without moments) are a fresh optimiser's.
+        """Go on from ``state``. Without moments in it, the optimiser starts anew.
 
         Raises TrainingError if the state is of an adapter of another shape.
         """

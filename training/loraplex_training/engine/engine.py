@@ -33,9 +33,9 @@ class Outcome:
     loss: float = 0.0  # summed over the data
     n_tokens: int = 0
     logprobs: list[Tensor] = field(default_factory=list)
-    """They are those of each datum's targets, float32 [n] on the CPU; 0 where there is no loss."""
+    """Log-probabilities of each datum's targets, float32 [n] on the CPU; 0 without a loss."""
     right: list[bool] = field(default_factory=list)
-    """It says of each datum whether greedy decoding gives its targets where there is a loss."""
+    """For each datum, whether greedy decoding gives its targets where there is a loss."""
 
 
 class TrainingEngine:
@@ -63,7 +63,7 @@ class TrainingEngine:
             for work in works:
                 work.adapter.saw(work.data, work.loss)
         with torch.set_grad_enabled(backward):
-            for pieces in _batches(works):
+            for pieces in batches(works):
                 self._batch(works, pieces, outcomes, backward)
         return outcomes
 
@@ -133,7 +133,7 @@ class TrainingEngine:
         return terms
 
 
-def _batches(works: Sequence[Work]) -> list[list[tuple[int, list[Datum]]]]:
+def batches(works: Sequence[Work]) -> list[list[tuple[int, list[Datum]]]]:
     """Return batches of (index of a work, some of its data), each of about equal size."""
     batches: list[list[tuple[int, list[Datum]]]] = []
     room = 0

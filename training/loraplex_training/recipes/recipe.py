@@ -223,13 +223,13 @@ class RecipeAdapter(LearningAdapter):
             config["alpha_pattern"] = {name: self._alpha(k) for name, k in others.items()}
         return config
 
-    def state(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         frozen = {
             f"frozen.{name}.{leaf}": tensor.to("cpu", copy=True)
             for name, part in self.parts.items()
             for leaf, tensor in part.frozen.items()
         }
-        return super().state() | frozen
+        return super().weights() | frozen
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         super().load_state(state)

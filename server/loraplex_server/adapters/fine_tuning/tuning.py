@@ -142,7 +142,7 @@ class TuningRun:
 
     @property
     def record(self) -> dict[str, JsonValue]:
-        """How the adapter was made, for its card."""
+        """Return how the adapter was trained, as its card shows it."""
         return {
             "seed": self.plan.seed,
             "rank": self.plan.shape.rank,
@@ -243,9 +243,7 @@ class TuningRun:
         return valid
 
     def _keep_weights(self) -> None:
-        moments = ("mean.", "square.")
-        state = self.adapter.state().items()
-        self._best = {name: tensor for name, tensor in state if not name.startswith(moments)}
+        self._best = self.adapter.weights()
 
     async def _judge(
         self, adapter: LearningAdapter, check: Callable[[], None] = lambda: None

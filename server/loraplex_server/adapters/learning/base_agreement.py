@@ -5,7 +5,7 @@ import uuid
 
 from loraplex_adapter_store.leasing import AdapterLease
 from loraplex_server.engine.requests.client import EngineClient, GenerationRequest, TenantShare
-from loraplex_server.engine.requests.events import TokenEvent
+from loraplex_server.engine.requests.run_to_end import run_to_end
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.text.text_pipeline import TextPipeline
 
@@ -47,22 +47,6 @@ async def _reply(
     adapter: AdapterLease | None,
     share: TenantShare,
 ) -> list[int]:
-    done: asyncio.Future[list[int]] = asyncio.get_running_loop().create_future()
-    tokens: list[int] = []
-
-    def listen(event: TokenEvent) -> None:
-        tokens.extend(event.token_ids)
-        if event.finish is not None and not done.done():
-            if event.error is not None:
-                done.set_exception(event.error)
-            else:
-                done.set_result(tokens)
-
     sampling = SamplingParams(max_tokens=_N_TOKENS, temperature=0.0)
     request = GenerationRequest(f"probe-{uuid.uuid4().hex}", prompt, sampling, adapter, share=share)
-    engine.submit(request, listen)
-    try:
-        return await done
-    except asyncio.CancelledError:  # the client left
-        engine.cancel(request.request_id)
-        raise
+    return [token for event in await run_to_end(engine, request) for token in event.token_ids]

@@ -21,7 +21,7 @@ from loraplex_adapter_store.names.selector import MAX_EXAMPLES, MIN_EXAMPLES
 from loraplex_adapter_store.report import JsonValue
 from loraplex_generation.errors import BudgetTooShort, OutOfTime, UnfitExamples
 from loraplex_generation.generated import GeneratedAdapter
-from loraplex_generation.request import AdapterGenerationRequest
+from loraplex_generation.request import AdapterGenerationRequest, few_shot
 from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
 from loraplex_training.engine.data import Datum
 from loraplex_training.engine.engine import Outcome, TrainingEngine, Work
@@ -163,7 +163,7 @@ class ExampleLearner:
         """
         run = _Run(self._thread, tenant, pairs, budget_s, report)
         starts = {"base": await self._thread.new_adapter(_SHAPE, 0)}
-        for start in self._starts(request):
+        for start in await asyncio.to_thread(self._starts, request):
             starts[start.name] = await self._thread.run(tenant, start.make)
         try:
             adapter, refinement = await run.best(starts)
@@ -197,10 +197,7 @@ class ExampleLearner:
         seen = [i for i in range(len(pairs)) if i not in held_out]
         while sum(len(rows[i]) for i in seen) > _TURN_TOKENS:
             seen = seen[: len(seen) * 3 // 4]
-        shown = [pairs[i] for i in seen]
-        if shown:  # as a chat with examples is answered
-            prompt, answer = shown[0]
-            shown[0] = f"{request.description}\n{prompt}", answer
+        shown = few_shot(request.description, [pairs[i] for i in seen])
         turns = [self._row(None, [*shown, pairs[i]], f"example {i + 1}") for i in held_out]
         return Pairs(rows, turns, held_out, system)
 
@@ -260,13 +257,12 @@ class _Run:
         after, steps, timed_out = before, 0, False
         is_right = scores[name][0].right == len(judged)
         if not is_right:
-            start = await self._thread.run(self._tenant, lambda _: adapter.tensors(), adapter)
+            start = await self._thread.run(self._tenant, lambda _: adapter.weights(), adapter)
             after, timed_out = await self._learn(adapter, held_out, (base, turns, before))
             steps = adapter.n_steps
             if not (after.beats(before) and after.beats(base)):
                 after = before
-                state = {f"now.{key}": value for key, value in start.items()}
-                await self._thread.run(self._tenant, lambda _: adapter.load_state(state), adapter)
+                await self._thread.run(self._tenant, lambda _: adapter.load_state(start), adapter)
         gained = after.beats(base) or (is_right and name != "base")
         record: dict[str, JsonValue] = {
             "finished": True,

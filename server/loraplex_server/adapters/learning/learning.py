@@ -12,7 +12,6 @@ the initial adapter, and an equal request starts another job from it.
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
@@ -36,7 +35,7 @@ from loraplex_server.tenant_shares import TenantShares, TenantThreads
 
 from .example_learner import ExampleLearner, LearningProgress, Learnt, Pairs
 from .generated_adapters import GeneratedAdapters
-from .jobs import Job, JobCancelled, Jobs
+from .jobs import Job, JobCancelled, Jobs, take_turn
 from .learning_record import Record, is_final, record_of, serves, without_job
 
 DEFAULT_BUDGET_S = 30.0
@@ -89,7 +88,7 @@ class _Attempt:
     budget_s: float
     existing: AdapterCard | None  # left by an equal request; this job improves it
     initial: asyncio.Future[AdapterCard | None]  # set when the initial adapter answers
-    stop: threading.Event = field(default_factory=threading.Event)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
     job: Job = field(init=False)
     refusal: StoreError | None = None  # why there is no initial adapter
 
@@ -175,7 +174,7 @@ class Learning:
         request whose last job failed a short time ago.
         """
         request, access, wait, needs_adapter = order
-        # In a thread, because hashing the examples may take milliseconds. The key is cached.
+        # This runs in a thread, since hashing the examples takes milliseconds. The key is cached.
         unnamed = partial(self._generated.unnamed, request, access.tenant or "")
         stored = await self._blocking(access, unnamed)
         failed = self._failed.get((stored, request.key))
@@ -372,21 +371,8 @@ class Learning:
                 raise JobCancelled
             _show_progress(job, progress)
 
-        turn = asyncio.ensure_future(self._turns.acquire(attempt.access.tenant or ""))
-
-        def cancel() -> None:
-            stop.set()
-            turn.cancel()  # does nothing once training has begun
-
-        job.cancel = cancel
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if stop.is_set():
-                raise JobCancelled from None
-            turn.cancel()  # the loop ends
-            raise
         tenant = attempt.access.tenant or ""
+        await take_turn(self._turns, tenant, stop)
         try:
             learnt = await self._learner.learn(
                 attempt.request, attempt.pairs, tenant, attempt.budget_s - _STORE_S, report

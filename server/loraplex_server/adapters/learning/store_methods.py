@@ -32,8 +32,8 @@ from loraplex_generation.generated import GeneratedAdapter
 from loraplex_generation.request import AdapterGenerationRequest
 from loraplex_server.engine.errors import EngineError
 from loraplex_server.engine.requests.client import EngineClient, GenerationRequest, TenantShare
-from loraplex_server.engine.requests.events import TokenEvent
 from loraplex_server.engine.requests.pooling import Pooling
+from loraplex_server.engine.requests.run_to_end import run_to_end
 from loraplex_server.engine.requests.sampling_params import SamplingParams
 from loraplex_server.errors import from_engine
 from loraplex_server.settings.api_keys import GENERATED, AdapterAccess
@@ -159,16 +159,6 @@ class StoreMethods:
         return torch.stack(states).mean(0)
 
     async def _last_state(self, ids: tuple[int, ...], share: TenantShare) -> Tensor:
-        done: asyncio.Future[Tensor] = asyncio.get_running_loop().create_future()
-
-        def listen(event: TokenEvent) -> None:
-            if event.finish is not None and not done.done():
-                if event.error is not None:
-                    done.set_exception(event.error)
-                else:
-                    assert event.pooled is not None
-                    done.set_result(event.pooled)
-
         request = GenerationRequest(
             f"task-{uuid.uuid4().hex}",
             ids,
@@ -176,9 +166,6 @@ class StoreMethods:
             share=share,
             pooling=Pooling(PoolingMode.LAST),
         )
-        self._engine.submit(request, listen)
-        try:
-            return await done
-        except asyncio.CancelledError:  # the client left
-            self._engine.cancel(request.request_id)
-            raise
+        pooled = (await run_to_end(self._engine, request))[-1].pooled
+        assert pooled is not None
+        return pooled

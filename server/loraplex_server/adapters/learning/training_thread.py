@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from loraplex_server.errors import invalid
 from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
-from loraplex_training.engine.engine import BATCH_TOKENS, Outcome, TrainingEngine, Work
+from loraplex_training.engine.engine import BATCH_TOKENS, Outcome, TrainingEngine, Work, batches
 from loraplex_training.errors import TrainingError
 
 from .background_share import BackgroundShare
@@ -228,12 +228,4 @@ class TrainingThread:
 
 def _pieces(work: Work) -> list[Work]:
     """Return the work in pieces of at most a batch's tokens."""
-    pieces: list[Work] = []
-    room = 0
-    for datum in work.data:
-        if not pieces or len(datum) > room:
-            pieces.append(work._replace(data=[]))
-            room = BATCH_TOKENS
-        pieces[-1] = work._replace(data=[*pieces[-1].data, datum])
-        room -= len(datum)
-    return pieces
+    return [work._replace(data=data) for ((_, data),) in batches([work])]

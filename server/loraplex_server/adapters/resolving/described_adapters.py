@@ -8,7 +8,7 @@ from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.names.card import AdapterCard
 from loraplex_adapter_store.names.selector import Description, NameRef
 from loraplex_generation.errors import GeneratorMismatch, NotTrained
-from loraplex_generation.request import AdapterGenerationRequest
+from loraplex_generation.request import AdapterGenerationRequest, few_shot
 from loraplex_server.adapters.learning.generated_adapters import (
     GeneratedAdapters,
 )
@@ -112,7 +112,7 @@ class DescribedAdapters:
         if card is not None and (answers_chats(card) or not takes_few_shot):
             return _resolution(card, selector, result.job)
         explanation = _explanation(card, selector, result.job, "turns", ("refinement",))
-        return Resolution(None, explanation, _few_shot(selector))
+        return Resolution(None, explanation, few_shot(selector.text, selector.examples))
 
 
 def _is_temporary(error: ApiError | StoreError) -> bool:
@@ -142,9 +142,3 @@ def _explanation(
     if card is not None:
         explanation |= {key: card.provenance[key] for key in provenance if key in card.provenance}
     return explanation
-
-
-def _few_shot(selector: Description) -> FewShotExamples:
-    """Return the examples, with the description before the prompt of the first one."""
-    (prompt, answer), *others = selector.examples
-    return [(f"{selector.text}\n{prompt}", answer), *others]

@@ -15,9 +15,9 @@ from loraplex_adapter_store.errors import UnknownAdapter
 from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_adapter_store.names.selector import NameRef
 from loraplex_server.adapters.learning.training_thread import TrainingThread
-from loraplex_server.adapters.resolving.access import name_to_write
 from loraplex_server.adapters.tinker.checkpoints import Checkpoint, Run, check_checkpoint_name
 from loraplex_server.adapters.tinker.sessions import Sampler, Session, TrainingRun
+from loraplex_server.api.adapter_path import new_name
 from loraplex_server.api.state import AppState, in_change_thread
 from loraplex_server.errors import ApiError, invalid
 from loraplex_server.settings.api_keys import AdapterAccess
@@ -243,7 +243,7 @@ async def _register(
 ) -> str | None:
     """Store the adapter and return its digest; None if it still equals the base."""
     session, adapter = training.session, training.adapter
-    stored = name_to_write(state.store, session.access, name, param="path")
+    stored = await new_name(name, session.access, state, param="path")
     options = PutOptions(
         expires=expires,
         provenance={"source": "trained", "training": {"run": training.id, "api": "tinker"}},

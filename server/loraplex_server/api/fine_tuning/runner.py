@@ -324,7 +324,8 @@ class FineTuning:
         every = max(1, plan.n_steps // _N_EVALUATIONS) if data.held_out else plan.n_steps
         async for report in run.steps(every):
             now, valid = time.monotonic(), report.valid
-            # After many short epochs, only the last checkpoints are kept.
+            # Each of the last epochs ends with a checkpoint. Earlier ones that are short do so only
+            # now and then, since their checkpoints would not be kept.
             n_left = -(-(plan.n_steps - report.step) // run.epoch_steps)
             is_checkpoint = report.ends_epoch and (
                 n_left < _N_CHECKPOINTS or now - last_checkpoint > _SAVE_S

@@ -6,8 +6,9 @@ from starlette.responses import PlainTextResponse
 from loraplex_adapter_store.names.put_options import PutOptions
 from loraplex_server.adapters.adding.card_file import fill_from_card
 from loraplex_server.adapters.adding.sources import source_uri
-from loraplex_server.adapters.resolving.access import name_to_write, own_name, until_added
+from loraplex_server.adapters.resolving.access import own_name
 from loraplex_server.adapters.worker_pools import result_within
+from loraplex_server.api.adapter_path import new_name
 from loraplex_server.api.json_route import JsonRoute
 from loraplex_server.api.protocol.adapters import LoadLoraBody, UnloadLoraBody
 from loraplex_server.api.protocol.errors import errors, text_answer
@@ -17,7 +18,6 @@ from loraplex_server.api.state import (
     allowed_sources,
     followed,
     in_change_thread,
-    in_store_thread,
 )
 from loraplex_server.errors import ApiError
 
@@ -32,10 +32,7 @@ async def load_lora_adapter(body: LoadLoraBody, access: Access, state: State) ->
     name, path = body.lora_name, body.lora_path
     if not (name and path):
         raise _user_error("Both 'lora_name' and 'lora_path' must be provided.")
-    await until_added(state.store, access, [name])
-    stored = await in_store_thread(
-        state, lambda: name_to_write(state.store, access, name, param="lora_name"), access
-    )
+    stored = await new_name(name, access, state, param="lora_name")
     uri = source_uri(allowed_sources(state), access, path, param="lora_path")
     options = PutOptions(replace=bool(body.load_inplace), quota=access.quota)
     job = state.jobs.start(

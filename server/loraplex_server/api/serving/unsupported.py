@@ -52,7 +52,8 @@ _REFUSED: Rules = {
 # `lora_request` … LoRAX's `adapter_source` chooses nothing.
 _NAMES_ADAPTER = re.compile(r"(?i)(?!adapter_source$)(.*[_-])?(lora|peft|adapt[eo]r)")
 _MAX_NAME = 64
-# Of chats and completions. A field that one of them supports is in its body and is not checked.
+# Fields that chats and completions refuse. If one of these routes supports a field, its body
+# declares it, and it is not looked up here.
 OF_TEXT: Rules = {
     **_REFUSED,
     "best_of": (_unless(None, 1), "only /v1/completions chooses the best of several; use n"),

@@ -167,5 +167,6 @@ def _of(param: str, value: T | None, grammar: Callable[[T], str]) -> list[Reques
 
 
 def _choice(texts: list[str]) -> str:
-    # One terminal: two thousand rules would be too many for a step of the parser.
+    # The texts are alternatives of one terminal: as rules, two thousand of them would be too many
+    # for a step of the parser.
     return "start: CHOICE\nCHOICE: " + " | ".join(json.dumps(t, ensure_ascii=False) for t in texts)

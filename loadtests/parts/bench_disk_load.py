@@ -49,7 +49,7 @@ def main() -> None:
 def measure(path: Path, n_adapters: int, n_rounds: int) -> dict[str, float]:
     """Measure. ``path``: directory of the base."""
     model = load_base_model(path, DEFAULT_BASE, dtype=torch.bfloat16, device=_CPU)
-    # Nothing is loaded: the pool only says how adapters are packed.
+    # No adapter is loaded into this pool: it only provides the packer.
     pool = DevicePool(model, PoolLimits(64 << 20, n_slots=1), on_loaded=lambda: None)
     kept: list[float] = []
     anew: list[float] = []

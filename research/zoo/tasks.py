@@ -17,7 +17,7 @@ N_TEST_DESCRIPTIONS = 6
 
 
 class Task(TaskName):
-    """One cell of the factor grid."""
+    """A task: one operation in one language and one format."""
 
     __slots__ = ()
 

@@ -1,4 +1,4 @@
-"""What the four kinds of traffic promise, seen in their requests."""
+"""The four kinds of traffic hold what they promise, seen in their requests."""
 
 from collections import Counter
 

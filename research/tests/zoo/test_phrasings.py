@@ -1,4 +1,4 @@
-"""What a text map learns to read from: paraphrases that give no test wording away."""
+"""Paraphrases of descriptions give no wording of the test away."""
 
 import re
 

@@ -94,7 +94,7 @@ def test_wordings_of_held_out_tasks_occur_in_no_training_wording() -> None:
 
 
 def test_no_two_formats_of_an_operation_ask_for_the_same_answers() -> None:
-    """Else a "new combination" would be a trained task."""
+    """If one did, a "new combination" would be a trained task."""
     by_content: dict[str, list[Task]] = {}
     for task in (*TASKS["validation"], *TASKS["test"], *TASKS["train"]):
         if task.operation not in FIRST:

@@ -3,11 +3,12 @@
 import asyncio
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import pytest
+
+Returned = TypeVar("Returned")
 
 
 class Callback(NamedTuple):
@@ -41,9 +42,15 @@ class LoopWatch:
     def watch_this_thread(self) -> None:
         self._thread = threading.get_ident()
 
-    @contextmanager
-    def limit(self, cpu_s: float) -> Iterator[None]:
-        """Fail if a callback within the block takes longer."""
-        self._longest = Callback(0.0, "")
-        yield
-        assert self._longest.cpu_s < cpu_s, self._longest
+    def check(self, cpu_s: float, act: Callable[[], Returned]) -> Returned:
+        """Do ``act`` and return what it returns; fail if a callback takes longer.
+
+        Work that is always done takes too long each of three times. A cold cache or a collection
+        of garbage does not.
+        """
+        for _ in range(3):
+            self._longest = Callback(0.0, "")
+            result = act()
+            if self._longest.cpu_s < cpu_s:
+                return result
+        raise AssertionError(self._longest)

@@ -63,6 +63,9 @@ class Served:
     def send(self, method: str, path: str, **options: Any) -> httpx.Response:
         return httpx.request(method, self.url + path, timeout=120, **options)
 
+    def send_watched(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self.watch.check(LIMIT_S, lambda: self.send(method, path, **options))
+
 
 @pytest.fixture(scope="module")
 def served(
@@ -155,8 +158,7 @@ def test_a_large_body_holds_no_callback_for_long(served: Served, name: str) -> N
     path, body = POSTS[name]
     sent = json.dumps(body, separators=(",", ":")).encode()
     served.send("POST", path, json={})  # what is made once
-    with served.watch.limit(LIMIT_S):
-        answer = served.send("POST", path, content=sent, headers=JSON)
+    answer = served.send_watched("POST", path, content=sent, headers=JSON)
     assert answer.status_code in {200, 400, 404}, answer.text
 
 
@@ -178,8 +180,7 @@ def test_values_are_counted_and_commas_in_texts_are_not(served: Served) -> None:
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/adapters", "/metrics", "/health"])
 def test_listings_of_many_adapters_hold_no_callback_for_long(served: Served, path: str) -> None:
-    with served.watch.limit(LIMIT_S):
-        answer = served.send("GET", path)
+    answer = served.send_watched("GET", path)
     assert answer.status_code == 200
     assert path == "/health" or answer.text.count("adapter") >= 20
 
@@ -187,8 +188,7 @@ def test_listings_of_many_adapters_hold_no_callback_for_long(served: Served, pat
 def test_the_source_of_an_adapter_holds_no_callback_for_long(served: Served) -> None:
     body = {"source": "x", "examples": [{}] * (_BODY // 3)}
     sent = json.dumps(body, separators=(",", ":")).encode()
-    with served.watch.limit(LIMIT_S):
-        answer = served.send("PUT", "/v1/adapters/large", content=sent, headers=JSON)
+    answer = served.send_watched("PUT", "/v1/adapters/large", content=sent, headers=JSON)
     assert answer.json()["error"]["code"] == "too_many_values"
 
 
@@ -199,8 +199,7 @@ def test_an_upload_holds_no_callback_for_long(served: Served) -> None:
         "config": (served.folder / "adapter_config.json").read_bytes(),
         "weights": len(header).to_bytes(8, "little") + header + bytes(8 << 20),
     }
-    with served.watch.limit(LIMIT_S):
-        answer = served.send("PUT", "/v1/adapters/large", files=files)
+    answer = served.send_watched("PUT", "/v1/adapters/large", files=files)
     assert answer.status_code == 400
 
 
@@ -234,13 +233,14 @@ def test_the_watch_sees_a_callback_that_works_too_long(served: Served) -> None:
         sum(range(20_000_000))
         called.set()
 
-    def watched() -> None:
-        with served.watch.limit(LIMIT_S):
-            served.loop.call_soon_threadsafe(work)
-            assert called.wait(60)
+    def act() -> None:
+        called.clear()
+        served.loop.call_soon_threadsafe(work)
+        assert called.wait(60)
+        served.send("GET", "/health")  # the callback has returned
 
     with pytest.raises(AssertionError, match="work"):
-        watched()
+        served.watch.check(LIMIT_S, act)
     families = text_string_to_metric_families(served.send("GET", "/metrics").text)
     (lag,) = [f for f in families if f.name == "loraplex_event_loop_lag_seconds"]
     assert sum(s.value for s in lag.samples if s.name.endswith("_count")) > 0

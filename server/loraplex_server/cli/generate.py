@@ -140,8 +140,9 @@ def _order(
 def _here(order: AdapterGenerationRequest, place: _PlaceOptions, prompts: list[str]) -> None:
     from loraplex_generation.multi_task import MultiTaskAdapter
     from loraplex_generation.shipped import shipped_folder
+    from loraplex_server.model.loading.pull import named_base
 
-    directory, name = _base(place.base)
+    directory, name = named_base(place.base)
     generator = MultiTaskAdapter.load(shipped_folder(), base_name=name, base_directory=directory)
     _finish(generator.generate(order), place.out, directory, prompts)
 
@@ -157,8 +158,9 @@ def _learn(
     from loraplex_generation.errors import NothingLearnt
     from loraplex_server.adapters.learning.example_learner import ExampleLearner
     from loraplex_server.learning_parts import folder_thread, generator_finder, starts_of
+    from loraplex_server.model.loading.pull import named_base
 
-    directory, name = _base(place.base)
+    directory, name = named_base(place.base)
     thread = folder_thread(directory)
     starts = starts_of(generator_finder(name, directory))
     learner = ExampleLearner(thread, AutoTokenizer.from_pretrained(directory), name, starts)
@@ -181,12 +183,6 @@ def _learn(
         raise NothingLearnt(len(order.examples))
     card = {**learnt.adapter.card, "refinement": learnt.refinement}
     _finish(replace(learnt.adapter, card=card), place.out, directory, prompts)
-
-
-def _base(base: str | None) -> tuple[Path, str]:
-    from loraplex_server.model.loading.pull import DEFAULT_BASE, resolve_model
-
-    return resolve_model(base), base or DEFAULT_BASE
 
 
 def _finish(

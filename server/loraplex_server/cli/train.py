@@ -116,11 +116,12 @@ def train(
 
         loraplex train support.jsonl --out adapters/support --rank 8 --steps 300
     """
+    from loraplex_server.model.loading.pull import named_base
     from loraplex_training.config import TrainingConfig
     from loraplex_training.trainer import train as train_adapter
 
     with _errors(), _bar(str(out)) as on_step:
-        directory, base_name = _base(base)
+        directory, base_name = named_base(base)
         config = TrainingConfig(
             data=data,
             out=out,
@@ -188,16 +189,6 @@ def _show(trained: TrainedAdapter) -> None:
             f"validation loss {trained.validation_loss:.4f} (step {done.best_step})"
             + ("" if alone is None else f"; the base alone: {alone:.4f}")
         )
-
-
-def _base(spec: str | None) -> tuple[Path, str]:
-    """Return the directory of the base, and the name that is written into the adapter."""
-    from loraplex_server.model.loading.pull import DEFAULT_BASE, resolve_model
-
-    directory = resolve_model(spec)
-    if spec is None:
-        return directory, DEFAULT_BASE
-    return directory, directory.name if Path(spec).expanduser().is_dir() else spec
 
 
 def _layers(spec: str) -> list[int]:

@@ -95,6 +95,17 @@ def resolve_model(spec: str | None = None) -> Path:
     raise ModelNotPulledError(f"model {spec!r} is not on this machine; run `{command}`")
 
 
+def named_base(spec: str | None) -> tuple[Path, str]:
+    """Return the directory of a base, and its name for adapters' files: no path of this machine.
+
+    Raises ModelNotPulledError.
+    """
+    directory = resolve_model(spec)
+    if spec is None:
+        return directory, DEFAULT_BASE
+    return directory, directory.name if Path(spec).expanduser().is_dir() else spec
+
+
 def resolve_encoder() -> Path:
     """Return the directory of the sentence encoder. Raises ModelNotPulledError."""
     return resolve_model(DEFAULT_ENCODER)

@@ -4,6 +4,7 @@ import httpx
 import pytest
 
 from tests.attacks.conftest import bystander, memory_bytes, peak_memory
+from tests.support.bounds import broken_only_if_each_time
 from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -41,6 +42,7 @@ def refused(server: ServerProcess, path: str, body: bytes | dict[str, object]) -
     ],
     ids=["objects", "nested", "messages", "logit_bias", "tokens"],
 )
+@broken_only_if_each_time
 def test_parsing_stops_at_the_first_mistake(
     server: ServerProcess, path: str, body: bytes, param: str
 ) -> None:
@@ -51,6 +53,7 @@ def test_parsing_stops_at_the_first_mistake(
 
 
 @pytest.mark.parametrize("values", [b"{},", b"[[],0],", b'"a",', b"1,"])
+@broken_only_if_each_time
 def test_a_body_of_millions_of_values_is_refused_before_it_is_parsed(
     server: ServerProcess, values: bytes
 ) -> None:
@@ -79,6 +82,7 @@ def test_unknown_names_are_not_kept(server: ServerProcess) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/tokenize"])
+@broken_only_if_each_time
 def test_a_text_that_can_never_fit_is_refused_before_it_is_tokenised(
     server: ServerProcess, path: str
 ) -> None:

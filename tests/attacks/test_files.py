@@ -20,6 +20,7 @@ import pytest
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.support.adapters.lora_files import write_lora
 from tests.support.bases.architectures import tiny_model
+from tests.support.bounds import broken_only_if_each_time, check_below
 from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
@@ -130,6 +131,7 @@ def dense(n_bytes: int) -> bytes:
         pytest.param(dense, 150, marks=pytest.mark.nightly),
     ],
 )
+@broken_only_if_each_time
 def test_files_of_one_tenant_delay_no_other(
     server: ServerProcess,
     adapter: dict[str, bytes],
@@ -142,7 +144,7 @@ def test_files_of_one_tenant_delay_no_other(
     with neighbour(server, adapter) as attacked, ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: sent(server, "bravo", file), range(4)))
     for path, longest_s in attacked.items():
-        assert longest_s < 0.5 + 5 * max(quiet.values()), (path, quiet, attacked)
+        check_below(longest_s, 0.5 + 5 * max(quiet.values()), (path, quiet, attacked))
     for answer in answers:
         assert (b"line 50001: at most 50000 lines" if content is blank else b"processed") in answer
     print(f"{content.__name__} {n_mib} MiB: {quiet} → {attacked}")

@@ -12,6 +12,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from tests.attacks.conftest import STALL_S, bystander, cpu_s, stream
 from tests.support.adapters.lora_files import write_lora
 from tests.support.bases.architectures import tiny_model
+from tests.support.bounds import broken_only_if_each_time, check_below
 from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -32,6 +33,7 @@ def upload(server: ServerProcess, name: str, folder: Path, **changes: object) ->
     return httpx.put(f"{server.url}/v1/adapters/{name}", files=files, timeout=120)
 
 
+@broken_only_if_each_time
 def test_stop_strings_that_nearly_match_cost_no_more_than_none(server: ServerProcess) -> None:
     """Without an automaton each token compares 16 strings of 1,000 characters again."""
     token = httpx.post(f"{server.url}/tokenize", json={"prompt": "a"}).json()["tokens"][-1]
@@ -55,10 +57,11 @@ def test_stop_strings_that_nearly_match_cost_no_more_than_none(server: ServerPro
     almost = ["a" * (984 + n) + "b" for n in range(16)]
     with stream(server.url) as gaps:
         attacked_s = cost_s(stop=almost)
-    assert attacked_s < 2 * plain_s + 1.0  # the stream's own cost is in it
-    assert max(gaps) < STALL_S
+    check_below(attacked_s, 2 * plain_s + 1.0)  # the stream's own cost is in it
+    check_below(max(gaps), STALL_S)
 
 
+@broken_only_if_each_time
 def test_a_pattern_without_end_is_refused_and_delays_nobody(
     server: ServerProcess, spec: BaseSpec, tmp_path: Path
 ) -> None:
@@ -67,9 +70,10 @@ def test_a_pattern_without_end_is_refused_and_delays_nobody(
         answer = upload(server, "endless", folder, target_modules=ENDLESS)
     assert answer.status_code == 400
     assert "takes too long to match" in answer.text
-    assert max(gaps) < STALL_S
+    check_below(max(gaps), STALL_S)
 
 
+@broken_only_if_each_time
 def test_deletes_that_wait_for_streams_hold_nothing_that_others_need(
     server: ServerProcess, spec: BaseSpec, tmp_path: Path
 ) -> None:
@@ -91,4 +95,4 @@ def test_deletes_that_wait_for_streams_hold_nothing_that_others_need(
                 assert httpx.get(f"{server.url}/v1/adapters").status_code == 200
         streams.close()
         assert [each.result() for each in deletes] == [200] * 8
-    assert max(gaps) < STALL_S
+    check_below(max(gaps), STALL_S)

@@ -18,6 +18,7 @@ import pytest
 
 from tests.support.bases.architectures import tiny_model
 from tests.support.bases.tiny_tokenizer import tiny_tokenizer
+from tests.support.bounds import broken_only_if_each_time, check_below
 from tests.support.servers.server_process import ServerProcess, server_process
 
 pytestmark = pytest.mark.slow
@@ -110,6 +111,7 @@ def _flood(url: str) -> list[list[int]]:
     return [choice["token_ids"] for choice in answer.json()["choices"]]
 
 
+@broken_only_if_each_time
 def test_a_stream_keeps_half_of_its_fair_share_beside_long_rows(server: ServerProcess) -> None:
     expected = _flood(server.url)  # its prompt is in the prefix cache from here on
     began = time.monotonic()
@@ -125,12 +127,13 @@ def test_a_stream_keeps_half_of_its_fair_share_beside_long_rows(server: ServerPr
         beside = stream.gaps(began, ended)
     fair_rate = len(alone) / sum(alone) / 2
     step_s = flood_alone_s / N_TOKENS
-    assert step_s > 4 * statistics.median(alone)  # without turns this would be every gap
-    assert len(beside) / sum(beside) >= fair_rate / 2
-    assert max(beside) <= max(0.5, 4 * max(alone))
-    assert ended - began <= 4 * flood_alone_s
+    check_below(4 * statistics.median(alone), step_s)  # without turns each gap is a step
+    check_below(fair_rate / 2, len(beside) / sum(beside), "tokens a second")
+    check_below(max(beside), max(0.5, 4 * max(alone)), "seconds between tokens")
+    check_below(ended - began, 4 * flood_alone_s, "seconds of the flood")
 
 
+@broken_only_if_each_time
 def test_a_stream_keeps_half_of_its_fair_share_beside_long_texts_for_vectors(
     server: ServerProcess,
 ) -> None:
@@ -163,5 +166,5 @@ def test_a_stream_keeps_half_of_its_fair_share_beside_long_texts_for_vectors(
         thread.join()
     fair_rate = len(alone) / sum(alone) / 2
     print(f"{len(beside) / sum(beside) / fair_rate:.2f} of the fair rate, gap {max(beside):.2f} s")
-    assert len(beside) / sum(beside) >= fair_rate / 2
-    assert max(beside) <= max(0.5, 4 * max(alone))
+    check_below(fair_rate / 2, len(beside) / sum(beside), "tokens a second")
+    check_below(max(beside), max(0.5, 4 * max(alone)), "seconds between tokens")

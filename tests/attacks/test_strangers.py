@@ -13,6 +13,7 @@ import pytest
 from loraplex_server.connection_limit import N_SPARE
 from loraplex_server.limited_http import BODY_CHECK_S, LINGER_S, N_GRACE_CHECKS
 from tests.attacks.conftest import bystander, connect, peak_memory
+from tests.support.bounds import broken_only_if_each_time, check_below
 from tests.support.servers.server_process import ServerProcess, save_tiny_model, server_process
 
 pytestmark = pytest.mark.slow
@@ -91,6 +92,7 @@ def longest_wait(server: ServerProcess, seconds: float) -> float:
 
 @pytest.mark.parametrize("key", [b"", BEARER], ids=["no key", "a key"])
 @pytest.mark.parametrize("trailers", [b"b", b"a: b\r\n"], ids=["one endless", "many"])
+@broken_only_if_each_time
 def test_trailers_cost_nobody_anything(keyed: ServerProcess, key: bytes, trailers: bytes) -> None:
     quiet_s = longest_wait(keyed, 2)
     sent = trailers * (MIB // len(trailers))
@@ -102,7 +104,7 @@ def test_trailers_cost_nobody_anything(keyed: ServerProcess, key: bytes, trailer
     ):
         attacker.sendall(head)
         seconds_until_closed(attacker, sent, within_s=6 * LINGER_S)
-    assert watcher.longest_s < 10 * quiet_s + 0.5
+    check_below(watcher.longest_s, 10 * quiet_s + 0.5)
 
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/completions"])
@@ -142,6 +144,7 @@ HELD = {
 
 
 @pytest.mark.parametrize("held", HELD)
+@broken_only_if_each_time
 def test_many_connections_without_a_key_keep_nobody_out(keyed: ServerProcess, held: str) -> None:
     request = b"GET /v1/models HTTP/1.1\r\n" + HOST + BEARER + b"\r\n"
     with ExitStack() as opened, bystander(keyed.url, "/metrics", KEY):
@@ -209,13 +212,14 @@ def test_an_answer_without_a_key_is_the_last_of_its_connection(keyed: ServerProc
     assert b"\r\nconnection: close\r\n" in answer
 
 
+@broken_only_if_each_time
 def test_a_body_behind_a_401_is_not_waited_for(keyed: ServerProcess) -> None:
     head = b"POST /v1/completions HTTP/1.1\r\n" + HOST + JSON + b"Content-Length: 99999999\r\n\r\n"
     began = time.monotonic()
     with connect(keyed) as stranger:
         stranger.sendall(head)
         assert all_of(stranger).startswith(b"HTTP/1.1 401")  # the server says no more
-        assert time.monotonic() - began < BODY_CHECK_S
+        check_below(time.monotonic() - began, BODY_CHECK_S)
         seconds_until_closed(stranger, b"a" * 200, within_s=6 * LINGER_S, pause_s=0.1)
 
 

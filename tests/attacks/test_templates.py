@@ -1,5 +1,6 @@
 """Chat templates of adapters that mean to take the server's time or memory."""
 
+import itertools
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from loraplex_adapter_store.base_spec import BaseSpec
 from tests.attacks.conftest import STALL_S, bystander, children_cpu_s, memory_bytes, stream
 from tests.support.adapters.lora_files import write_lora
 from tests.support.bases.architectures import tiny_model
+from tests.support.bounds import broken_only_if_each_time, check_below
 from tests.support.servers.server_process import ServerProcess
 
 pytestmark = pytest.mark.slow
@@ -36,6 +38,7 @@ def chat(server: ServerProcess, name: str) -> httpx.Response:
 
 
 ENDLESS = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"
+NUMBERS = itertools.count()  # a template that was stopped is refused without a try
 ONE_RENDER_S = 4.0  # two seconds of CPU at most, the start of a process, and what it shares
 
 
@@ -68,10 +71,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("include", "syntax"),
     ],
 )
+@broken_only_if_each_time
 def test_a_hostile_template_fails_alone(
     server: ServerProcess, folder: Path, template: str, reason: str
 ) -> None:
-    put(server, folder, "hostile", template)
+    put(server, folder, "hostile", f"{template}{{# {next(NUMBERS)} #}}")
     put(server, folder, "polite", GOOD)
     before = memory_bytes(server)
     with bystander(server.url), stream(server.url) as gaps:
@@ -81,14 +85,15 @@ def test_a_hostile_template_fails_alone(
         assert reason in answer.json()["error"]["message"]
         answer = chat(server, "polite")
         assert answer.status_code == 200, answer.text
-    assert max(gaps) < STALL_S
+    check_below(max(gaps), STALL_S)
     assert memory_bytes(server) - before < 200 << 20
 
 
+@broken_only_if_each_time
 def test_a_flood_of_a_template_that_was_stopped_costs_one_process(
     server: ServerProcess, folder: Path
 ) -> None:
-    put(server, folder, "hostile", ENDLESS + "{# of the flood #}")
+    put(server, folder, "hostile", f"{ENDLESS}{{# {next(NUMBERS)} #}}")
     put(server, folder, "polite", GOOD)
     before = children_cpu_s(server)
     with bystander(server.url), stream(server.url) as gaps, ThreadPoolExecutor(24) as threads:
@@ -101,14 +106,14 @@ def test_a_flood_of_a_template_that_was_stopped_costs_one_process(
     messages = {answer.json()["error"]["message"] for answer in refused}
     assert 1 <= len(messages) <= 2, messages  # of the first try, and of the refusal afterwards
     assert all(": took " in message for message in messages)
-    assert children_cpu_s(server) - before < ONE_RENDER_S
-    assert max(gaps) < STALL_S
+    check_below(children_cpu_s(server) - before, ONE_RENDER_S)
+    check_below(max(gaps), STALL_S)
 
 
 def test_chats_of_other_adapters_render_once_an_endless_one_is_stopped(
     server: ServerProcess, folder: Path
 ) -> None:
-    put(server, folder, "hostile", ENDLESS + "{# beside #}")
+    put(server, folder, "hostile", f"{ENDLESS}{{# {next(NUMBERS)} #}}")
     put(server, folder, "polite", GOOD)
     with ThreadPoolExecutor(8) as threads:
         hostile = threads.submit(chat, server, "hostile")

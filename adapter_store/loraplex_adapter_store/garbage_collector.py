@@ -65,9 +65,9 @@ class GarbageCollector:
         self._tier.let_go(digest)
         self._retire_if_garbage(digest)
 
-    def release(self, digest: str) -> None:
-        """End a lease on a plan."""
-        self._tier.release(digest)
+    def release(self, digest: str, *, user: str = "") -> None:
+        """End a lease of ``user`` on a plan."""
+        self._tier.release(digest, user=user)
         self._retire_if_garbage(digest)
 
     def retire(self, digest: str) -> TierBytes:

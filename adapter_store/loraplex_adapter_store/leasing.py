@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 from loraplex_adapter_store.catalogue.shared_contents import LocalContents
 from loraplex_adapter_store.composites.composite import Composite, GateOf
@@ -99,13 +100,18 @@ class Leasing:
         for ref in _refs(selector):
             self._follow(ref)
         if isinstance(selector, NameRef):
-            return self._lease_content(*self._hold(selector), cancelled)
+            return self._lease_content(*self._hold(selector), tenant, cancelled)
         if isinstance(selector, Mixture | Library):
             return self._acquire_composite(selector, tenant, self._hold, cancelled)
         raise InvalidSelector("name the adapter: 'auto' and descriptions are not resolved here")
 
     def acquire_digest(
-        self, name: str, digest: str, cancelled: threading.Event | None = None
+        self,
+        name: str,
+        digest: str,
+        cancelled: threading.Event | None = None,
+        *,
+        tenant: str = "",
     ) -> AdapterLease:
         """Lease the content that ``name`` had when a gateway resolved the name.
 
@@ -115,7 +121,7 @@ class Leasing:
         """
         self._state.check_open()
         ref = NameRef(check_name(name), digest)
-        return self._lease_content(*self._hold_digest(ref), cancelled)
+        return self._lease_content(*self._hold_digest(ref), tenant, cancelled)
 
     def acquire_digests(
         self, selector: Mixture | Library, tenant: str, cancelled: threading.Event | None = None
@@ -124,8 +130,8 @@ class Leasing:
         self._state.check_open()
         return self._acquire_composite(selector, tenant, self._hold_digest, cancelled)
 
-    def acquire_resident(self, ref: NameRef) -> AdapterLease | None:
-        """Lease an adapter that is in host memory; None if a load is needed or it is unknown.
+    def acquire_resident(self, ref: NameRef, *, tenant: str = "") -> AdapterLease | None:
+        """Lease an adapter that is in host memory; None if ``acquire`` may wait or raise.
 
         Takes microseconds and never waits, so that an event loop may call it first, and
         ``acquire`` on another thread if the result is None.
@@ -136,13 +142,13 @@ class Leasing:
         if match is None:
             return None
         record, content = match
-        plan = self._tier.lease_resident(content.digest)
+        plan = self._tier.lease_resident(content.digest, user=tenant)
         if plan is None:
             return None
         if self._index.content(content.digest) is None:  # retired between look-up and count
-            self._garbage.release(content.digest)
+            self._garbage.release(content.digest, user=tenant)
             return None
-        return self._lease(record, content, plan)
+        return self._lease(record, content, plan, tenant)
 
     def read(self, ref: NameRef) -> AdapterPlan:
         """Read an adapter's plan from disk, with factors in float32, and keep nothing in memory.
@@ -164,7 +170,11 @@ class Leasing:
         self._find(ref)
 
     def _lease_content(
-        self, record: NameRecord, content: Content, cancelled: threading.Event | None
+        self,
+        record: NameRecord,
+        content: Content,
+        tenant: str,
+        cancelled: threading.Event | None,
     ) -> AdapterLease:
         try:
             while True:
@@ -174,9 +184,10 @@ class Leasing:
                         content.host_bytes,
                         lambda: self._loader.load(content, cancelled),
                         tenant=tenant_of(record.name),
+                        user=tenant,
                         cancelled=cancelled,
                     )
-                    return self._lease(record, content, plan)
+                    return self._lease(record, content, plan, tenant)
                 except LoadCancelled:  # another request's load, which this one waited for
                     if cancelled is not None and cancelled.is_set():
                         raise
@@ -216,13 +227,16 @@ class Leasing:
                 self._garbage.forget_evicted_composites()
                 return self._loader.load_composite(composite, parts, digest)
 
-            plan = self._tier.lease_resident(digest)
+            plan = self._tier.lease_resident(digest, user=tenant)
             if plan is None:
                 n_bytes = self._loader.composite_bytes(composite, parts, digest)
                 self._check_fits(n_bytes)
-                plan = self._tier.lease(digest, n_bytes, load, tenant=tenant, cancelled=cancelled)
+                plan = self._tier.lease(
+                    digest, n_bytes, load, tenant=tenant, user=tenant, cancelled=cancelled
+                )
             recipe = AdapterRecipe(tuple(parts), selector, tenant)
-            return AdapterLease(composite.label, 0, plan, self._garbage.release, recipe)
+            release = partial(self._garbage.release, user=tenant)
+            return AdapterLease(composite.label, 0, plan, release, recipe)
         finally:
             for each in holds:
                 self._garbage.let_go(each)
@@ -236,12 +250,14 @@ class Leasing:
                 "--adapter-host-memory"
             )
 
-    def _lease(self, record: NameRecord, content: Content, plan: AdapterPlan) -> AdapterLease:
+    def _lease(
+        self, record: NameRecord, content: Content, plan: AdapterPlan, tenant: str
+    ) -> AdapterLease:
         return AdapterLease(
             record.name,
             record.revision,
             plan,
-            self._garbage.release,
+            partial(self._garbage.release, user=tenant),
             AdapterRecipe((content,)),
             record.defaults,
         )

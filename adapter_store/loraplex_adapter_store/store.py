@@ -306,7 +306,7 @@ class AdapterStore:
 
         ``cancelled`` ends a fetch from the catalogue, or a wait for memory, within seconds with
         LoadCancelled. The memory of a mixture counts as ``tenant``'s, that of an adapter as its
-        owner's.
+        owner's. The plans that a ``tenant`` uses at once have a limit, but for the operator's, "".
         """
         parsed = parse_selector(selector) if isinstance(selector, str) else selector
         return self.leases.acquire(parsed, cancelled, tenant=tenant)

@@ -11,6 +11,7 @@ from loraplex_adapter_store.errors import HostTierFull, LoadCancelled
 from loraplex_adapter_store.plan import AdapterPlan
 
 from .eviction import Policy, Resident, cost_aware, spare_bytes, touch, victims
+from .use_limit import UseLimit
 
 _MAX_LOAD_TIMES = 10_000  # digests whose last load time is kept
 _CHECK_CANCELLED_S = 0.5  # how often a wait for memory checks for cancellation
@@ -60,6 +61,7 @@ class HostTier:
         self._n_bytes = n_bytes
         self._policy = policy
         self._wait_s = wait_s
+        self._use_limit = UseLimit(n_bytes)
         self._entries: dict[str, _Entry] = {}
         self._holds: Counter[str] = Counter()
         self._pinned: frozenset[str] = frozenset()
@@ -74,16 +76,17 @@ class HostTier:
         load: Callable[[], AdapterPlan],
         *,
         tenant: str = "",
+        user: str = "",
         cancelled: threading.Event | None = None,
     ) -> AdapterPlan:
         """Count a lease and return the plan, loading it if it is not resident.
 
         Raises the error of ``load``, or HostTierFull; then no lease is counted. The tier frees
         ``n_bytes``, the expected size, before the load. ``tenant``, the owner, takes from others
-        only their excess over an equal share. ``cancelled`` ends the wait for memory with
-        LoadCancelled.
+        only their excess over an equal share. ``user``, the tenant that requests the plan, waits
+        at its ``UseLimit``. ``cancelled`` ends the wait for memory with LoadCancelled.
         """
-        entry, is_mine = self._join(digest, n_bytes, tenant, cancelled)
+        entry, is_mine = self._join(digest, n_bytes, tenant, user, cancelled)
         if is_mine:
             self._load(digest, entry, load)
         try:
@@ -92,7 +95,7 @@ class HostTier:
                 self._note_load(digest, entry.resident.load_cost)
             return plan
         except BaseException:
-            self._leave(digest, entry)
+            self._leave(digest, entry, user)
             raise
 
     def keep(self, plan: AdapterPlan, n_bytes: int, *, tenant: str = "") -> None:
@@ -102,20 +105,22 @@ class HostTier:
             self._load(plan.digest, entry, lambda: plan)
         self.release(plan.digest)
 
-    def lease_resident(self, digest: str) -> AdapterPlan | None:
-        """Lease a resident plan. Returns None, without a lease, if it is not resident."""
+    def lease_resident(self, digest: str, *, user: str = "") -> AdapterPlan | None:
+        """Lease a resident plan. Returns None, without a lease, if ``lease`` might have to wait."""
         with self._changed:
             entry = self._entries.get(digest)
             if entry is None or not entry.future.done() or entry.future.exception() is not None:
                 return None
+            if not self._use_limit.allows(user, digest, entry.n_bytes):
+                return None
             self._clock += 1
-            self._counters.hits += 1
-            entry.resident = touch(entry.resident, self._clock)
-            entry.n_leases += 1
+            self._count_hit(digest, entry, user)
             return entry.future.result()
 
-    def release(self, digest: str) -> None:
+    def release(self, digest: str, *, user: str = "") -> None:
+        """End a lease of ``user``."""
         with self._changed:
+            self._use_limit.end(user, digest)
             entry = self._entries.get(digest)
             if entry is not None:
                 entry.n_leases -= 1
@@ -202,54 +207,83 @@ class HostTier:
             )
 
     def _join(
-        self, digest: str, n_bytes: int, tenant: str, cancelled: threading.Event | None = None
+        self,
+        digest: str,
+        n_bytes: int,
+        tenant: str,
+        user: str = "",
+        cancelled: threading.Event | None = None,
     ) -> tuple[_Entry, bool]:
         with self._changed:
             self._clock += 1
-            entry = self._entries.get(digest)
-            if entry is None:
-                entry = self._make_room(digest, n_bytes, tenant, cancelled)
+            entry = self._wait_for_room(digest, n_bytes, tenant, user, cancelled)
             if entry is not None:
-                self._counters.hits += 1
-                entry.resident = touch(entry.resident, self._clock)
-                entry.n_leases += 1
+                self._count_hit(digest, entry, user)
                 return entry, False
             heat = self._counters.parked.pop(digest, 0.0) + 1.0
             resident = Resident(digest, n_bytes, 0.0, self._clock, heat, tenant)
             entry = _Entry(Future(), resident, n_leases=1)
+            self._use_limit.begin(user, digest, n_bytes)
             self._entries[digest] = entry
             self._counters.loads += 1
             return entry, True
 
-    def _make_room(
-        self, digest: str, n_bytes: int, tenant: str, cancelled: threading.Event | None
-    ) -> _Entry | None:
-        """Evict until ``n_bytes`` fit, waiting for leases.
+    def _count_hit(self, digest: str, entry: _Entry, user: str) -> None:
+        self._counters.hits += 1
+        entry.resident = touch(entry.resident, self._clock)
+        entry.n_leases += 1
+        self._use_limit.begin(user, digest, entry.n_bytes)
 
-        Returns the entry if another thread adds the digest meanwhile.
+    def _wait_for_room(
+        self,
+        digest: str,
+        n_bytes: int,
+        tenant: str,
+        user: str,
+        cancelled: threading.Event | None,
+    ) -> _Entry | None:
+        """Wait until ``user`` may use the plan, and it is resident or ``n_bytes`` are free.
+
+        Returns the entry if it is resident or another thread loads it. Raises HostTierFull.
         """
         deadline = time.monotonic() + self._wait_s
         while True:
             LoadCancelled.raise_if(cancelled)
-            missing = n_bytes - (self._n_bytes - self._used())
-            if missing <= 0:
-                return None
-            chosen = self._victims(n_bytes, missing, tenant)
-            if chosen is not None:
-                for key in chosen:
-                    self._park(key)
-                self._counters.evictions += len(chosen)
-                return None
+            entry = self._entries.get(digest)
+            is_allowed = self._use_limit.allows(user, digest, n_bytes)
+            if is_allowed and (entry is not None or self._make_room(n_bytes, tenant)):
+                return entry
             remaining_s = deadline - time.monotonic()
-            if n_bytes > self._n_bytes - self._pinned_bytes() or remaining_s <= 0:
-                raise HostTierFull(
-                    f"adapter {digest[:12]} needs {n_bytes} bytes of host memory, "
-                    f"{self._n_bytes - self._used()} of {self._n_bytes} are free and the rest is "
-                    "leased or pinned; raise the host budget or unpin adapters"
-                )
+            never_fits = is_allowed and n_bytes > self._n_bytes - self._pinned_bytes()
+            if never_fits or remaining_s <= 0:
+                raise HostTierFull(self._fullness(digest, n_bytes, is_allowed=is_allowed))
             self._changed.wait(min(remaining_s, _CHECK_CANCELLED_S))
-            if digest in self._entries:
-                return self._entries[digest]
+
+    def _make_room(self, n_bytes: int, tenant: str) -> bool:
+        """Evict until ``n_bytes`` are free; return False if leases and pins keep too much."""
+        missing = n_bytes - (self._n_bytes - self._used())
+        if missing <= 0:
+            return True
+        chosen = self._victims(n_bytes, missing, tenant)
+        if chosen is None:
+            return False
+        for key in chosen:
+            self._park(key)
+        self._counters.evictions += len(chosen)
+        return True
+
+    def _fullness(self, digest: str, n_bytes: int, *, is_allowed: bool) -> str:
+        start = f"adapter {digest[:12]} needs {n_bytes} bytes of host memory"
+        if not is_allowed:
+            return (
+                f"{start}, and the adapters that this tenant's requests use have the most that one "
+                "tenant may use at once; send fewer requests for different adapters at once, or "
+                "raise the host budget"
+            )
+        return (
+            f"{start}, {self._n_bytes - self._used()} of {self._n_bytes} are free and the rest is "
+            "leased or pinned; raise the host budget or unpin adapters"
+        )
 
     def _load(self, digest: str, entry: _Entry, load: Callable[[], AdapterPlan]) -> None:
         started = time.monotonic()
@@ -268,9 +302,10 @@ class HostTier:
             self._changed.notify_all()
         entry.future.set_result(plan)
 
-    def _leave(self, digest: str, entry: _Entry) -> None:
+    def _leave(self, digest: str, entry: _Entry, user: str) -> None:
         """Return the lease of a failed load. The entry may have been removed or replaced."""
         with self._changed:
+            self._use_limit.end(user, digest)
             if self._entries.get(digest) is entry:
                 entry.n_leases -= 1
             self._changed.notify_all()

@@ -215,16 +215,16 @@ class AdapterResolver:
     async def _acquire(
         self, selector: NameRef | Mixture | Library, access: AdapterAccess
     ) -> AdapterLease:
+        tenant = access.tenant or ""
         if isinstance(selector, NameRef):
             # A resident or unknown adapter must not wait for a thread behind adapters that load.
-            resident = self._store.leases.acquire_resident(selector)
+            resident = self._store.leases.acquire_resident(selector, tenant=tenant)
             if resident is not None:
                 return resident
             asks = not self._store.is_fresh(selector.name)
             reads = self._pools.catalogue if asks else self._pools.reads
             check = functools.partial(self._store.leases.check_known, selector)
             await reads.run(access.tenant, check)
-        tenant = access.tenant or ""
         acquire = functools.partial(self._store.acquire, selector, tenant=tenant)
         return await leased(self._pools.loads, tenant, acquire)
 

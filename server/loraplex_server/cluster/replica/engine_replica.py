@@ -267,18 +267,22 @@ class EngineReplica:
     async def _lease(self, adapter: RemoteAdapter, tenant: str) -> AdapterLease:
         """Lease the adapter, without a thread if it is resident. Raises StoreError."""
         if adapter.combined is None:
-            resident = self._store.leases.acquire_resident(NameRef(adapter.name, adapter.digest))
+            ref = NameRef(adapter.name, adapter.digest)
+            resident = self._store.leases.acquire_resident(ref, tenant=tenant)
             if resident is not None:
                 return resident
-        return await leased(self._loads, tenant, functools.partial(self._acquire, adapter))
+        return await leased(self._loads, tenant, functools.partial(self._acquire, adapter, tenant))
 
-    def _acquire(self, adapter: RemoteAdapter, cancelled: threading.Event) -> AdapterLease:
+    def _acquire(
+        self, adapter: RemoteAdapter, tenant: str, cancelled: threading.Event
+    ) -> AdapterLease:
         """Load and lease. Raises StoreError, also if the digest differs from the gateway's."""
         # A content without a known name would leave memory with its last request.
         with contextlib.suppress(CatalogueUnavailable):
             self._store.follow(adapter.names)
         if adapter.combined is None:
-            return self._store.leases.acquire_digest(adapter.name, adapter.digest, cancelled)
+            leases = self._store.leases
+            return leases.acquire_digest(adapter.name, adapter.digest, cancelled, tenant=tenant)
         lease = self._store.leases.acquire_digests(adapter.combined, adapter.tenant, cancelled)
         if lease.digest != adapter.digest:
             lease.release()

@@ -21,6 +21,7 @@ import torch
 import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from loraplex_generation.multi_task import MOST_TURNS
 from loraplex_server.model.loading.pull import resolve_model
 from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
 from loraplex_training.engine.data import Datum
@@ -35,7 +36,7 @@ _POWER = 0.6  # of a source's number of tasks
 _BATCH_TOKENS = 1200  # of a step, before common heads are shared
 _MAX_LEN = 400  # tokens of a chat
 _TURNS = 0.4  # share of the groups that are one chat of several turns
-_MAX_PAIRS = 8  # of a group
+_MAX_PAIRS = MOST_TURNS  # of a group
 _WARMUP = 40  # steps
 _SAVE_EVERY_S = 300
 

@@ -112,6 +112,25 @@ def test_a_sentence_alone_is_answered_by_the_adapter_that_follows_descriptions(
     assert again["choices"][0]["message"] == answer["choices"][0]["message"]
 
 
+def test_pairs_are_turns_of_that_adapter_until_one_has_learnt_from_them(client: Client) -> None:
+    pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in SEEN]
+    question = {"role": "user", "content": UNSEEN[0][0]}
+    common = {"temperature": 0, "max_tokens": 16}
+    asked = {"adapter": {"description": TASK, "examples": pairs}, "messages": [question]}
+    answer = client.http.post("/v1/chat/completions", json={**asked, **common}).json()
+    chosen = answer["adapter"]["chosen_by"]
+    assert (chosen["serves"], chosen["turns"], chosen["method"]) == ("turns", 8, "multi-task")
+    client.http.post(f"/v1/jobs/{chosen['job']}/cancel").raise_for_status()
+    said = [{"role": "system", "content": TASK}]
+    for prompt, reply in SEEN[:8]:
+        said.append({"role": "user", "content": prompt})
+        said.append({"role": "assistant", "content": reply})
+    named = {"adapter": answer["adapter"]["name"], "messages": [*said, question]}
+    same = client.http.post("/v1/chat/completions", json={**named, **common}).json()
+    assert same["usage"]["prompt_tokens"] == answer["usage"]["prompt_tokens"]
+    assert same["choices"][0]["message"] == answer["choices"][0]["message"]
+
+
 @pytest.mark.nightly
 def test_sixteen_pairs_are_answered_by_turns_at_once_and_soon_by_an_adapter_that_is_better(
     client: Client,

@@ -12,6 +12,7 @@ from loraplex_server.adapters.learning.example_learner import (
     Learnt,
     Pairs,
     Report,
+    Score,
 )
 
 from .scripted_generator import ScriptedGenerator
@@ -68,6 +69,9 @@ class ScriptedLearner(ExampleLearner):
                 report(LearningProgress("training", min(1.0, step / 24), step, 2.0 / step))
         if self.error is not None:
             raise self.error
+        learnt, turns = (
+            Score(nll, right, 4) for right, nll in (self.held_out, self.held_out_of_turns)
+        )
         refinement = {
             "finished": True,
             "start": "base",
@@ -75,12 +79,13 @@ class ScriptedLearner(ExampleLearner):
             "start_is_right": False,
             "steps": step,
             "timed_out": self.timed_out,
+            "beats_turns": learnt.holds_against(turns),
             "seconds": 0.1,
             "held_out": {
-                "base": _score(0, 5.0),
-                "before": _score(0, 5.0),
-                "after": _score(*self.held_out),
-                "turns": _score(*self.held_out_of_turns),
+                "base": Score(5.0, 0, 4).to_json(),
+                "before": Score(5.0, 0, 4).to_json(),
+                "after": learnt.to_json(),
+                "turns": turns.to_json(),
             },
         }
         if not self.gains:
@@ -88,7 +93,3 @@ class ScriptedLearner(ExampleLearner):
         text = f"{self.teaches}: {request.description}"
         made = self._generator.generate(AdapterGenerationRequest(text, force=True))
         return Learnt(replace(made, card={**made.card, "method": "examples"}), refinement)  # type: ignore[arg-type]
-
-
-def _score(n_right: int, nll: float) -> dict[str, object]:
-    return {"exact": n_right, "of": 4, "nll": nll}

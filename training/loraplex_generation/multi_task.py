@@ -17,6 +17,7 @@ from .generated import GeneratedAdapter
 from .request import AdapterGenerationRequest
 
 METHOD = "multi-task"
+MOST_TURNS = 8  # answered examples of a chat in its training
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _CARD = "adapter.json"  # the base's fingerprint, the data and their licences
 

@@ -1,7 +1,7 @@
 """The ``refinement`` entry of a card's provenance: what learning from examples has achieved.
 
 initial adapter  finished: false, order, job
-result           finished: true, order, gained, steps, timed_out, budget_s
+result           finished: true, order, gained, beats_turns, steps, timed_out, budget_s
 
 ``order`` is the key of the request, ``job`` the id of a job that may still improve the adapter.
 """
@@ -32,18 +32,10 @@ def serves(card: AdapterCard | None) -> str | None:
 
 
 def answers_chats(card: AdapterCard | None) -> bool:
-    """Return True if the finished adapter does as well as the base with the pairs as turns.
-
-    The share of right held-out pairs counts first, then their likelihood. A card without a score
-    of turns beats them if training gained.
-    """
+    """Return True if the finished adapter does as well as the base with the pairs as turns."""
     record = record_of(card)
-    if record.get("finished") is not True or record.get("gained") is not True:
-        return False
-    after, turns = (_held_out(record, of) for of in ("after", "turns"))
-    if after is None or turns is None:
-        return True
-    return after >= turns
+    gained = record.get("finished") is True and record.get("gained") is True
+    return gained and record.get("beats_turns") is not False
 
 
 def is_final(record: Record, budget_s: float | None) -> bool:
@@ -59,12 +51,3 @@ def is_final(record: Record, budget_s: float | None) -> bool:
         or record.get("timed_out") is not True
         or (isinstance(spent_s, int | float) and budget_s <= spent_s)
     )
-
-
-def _held_out(record: Record, of: str) -> tuple[float, float] | None:
-    """Return a score that is larger for a better adapter."""
-    held_out = record.get("held_out")
-    match held_out.get(of) if isinstance(held_out, Mapping) else None:
-        case {"exact": int(n_right), "of": int(n), "nll": int(nll) | float(nll)}:
-            return n_right / max(n, 1), -nll
-    return None

@@ -8,6 +8,7 @@ from loraplex_adapter_store.errors import StoreError
 from loraplex_adapter_store.names.card import AdapterCard
 from loraplex_adapter_store.names.selector import Description, NameRef
 from loraplex_generation.errors import GeneratorMismatch, NotTrained
+from loraplex_generation.multi_task import METHOD, MOST_TURNS
 from loraplex_generation.request import AdapterGenerationRequest, few_shot
 from loraplex_server.adapters.learning.generated_adapters import (
     GeneratedAdapters,
@@ -37,9 +38,9 @@ _PROVENANCE = (
 class Resolution:
     """The adapter for a description, and an explanation for people."""
 
-    adapter: NameRef | None  # None: the base answers, with the few-shot examples
+    adapter: NameRef | None  # None: the base answers
     explanation: Mapping[str, object]  # JSON-ready
-    few_shot: FewShotExamples = ()
+    few_shot: FewShotExamples = ()  # that precede the chat
     system_prompt: str | None = None  # for the base, where no adapter follows descriptions
 
 
@@ -91,9 +92,10 @@ class DescribedAdapters:
         *,
         takes_few_shot: bool,
     ) -> Resolution:
-        """Return the learnt adapter, or the base with few-shot examples while these are better.
+        """Return the learnt adapter, or few-shot examples while these are better.
 
-        A caller that takes no examples gets the initial adapter instead.
+        The multi-task adapter answers with them, as it was trained, else the base does. A caller
+        that takes no examples gets the initial adapter without them.
         """
         if self._learner is None:
             raise invalid(
@@ -111,6 +113,10 @@ class DescribedAdapters:
         card = result.card
         if card is not None and (answers_chats(card) or not takes_few_shot):
             return _resolution(card, selector, result.job)
+        if card is not None and serves(card) == "draft" and card.provenance["method"] == METHOD:
+            explanation = _explanation(card, selector, result.job, "turns")
+            shown = selector.examples[:MOST_TURNS]
+            return Resolution(NameRef(card.name, card.digest[:12]), explanation, shown)
         explanation = _explanation(card, selector, result.job, "turns", ("refinement",))
         return Resolution(None, explanation, few_shot(selector.text, selector.examples))
 

@@ -210,7 +210,8 @@ class AdapterResolver:
                 system_prompt=resolution.system_prompt,
             )
         lease = await self._acquire(resolution.adapter, access)
-        return ResolvedAdapter(lease, access.shown(resolution.adapter.name), resolution.explanation)
+        label = access.shown(resolution.adapter.name)
+        return ResolvedAdapter(lease, label, resolution.explanation, resolution.few_shot)
 
     async def _acquire(
         self, selector: NameRef | Mixture | Library, access: AdapterAccess

@@ -55,6 +55,15 @@ def test_a_temperature_next_to_zero_is_greedy(target: Target) -> None:
     assert tiny.json()["choices"] == greedy.json()["choices"]
 
 
+@pytest.mark.parametrize("field", ["peft_type", "base_model_name_or_path", "note"])
+def test_half_of_a_surrogate_pair_is_refused(target: Target, field: str) -> None:
+    answer = put(target, json.dumps({**CONFIG, field: "\ud800"}).encode(), 0.1)
+    assert answer.status_code == 400, answer.text
+    assert "surrogates not allowed" in answer.json()["error"]["message"]
+    whole = put(target, json.dumps({**CONFIG, "note": "\U0001f600"}).encode(), 0.1)
+    assert "surrogates" not in whole.text
+
+
 @pytest.mark.parametrize("field", ["r", "lora_alpha"])
 @pytest.mark.parametrize("number", [b"1" + b"0" * 400, b"1" + b"0" * 4400, b"1e999"])
 def test_numbers_beyond_64_bits_are_refused(target: Target, field: str, number: bytes) -> None:

@@ -137,7 +137,7 @@ def parse_json_object(data: bytes, what: str, max_bytes: int) -> dict[str, objec
 
 
 def parse_json(data: bytes, what: str, max_bytes: int) -> object:
-    """Parse strict JSON: UTF-8, no duplicate keys, no NaN, numbers of 64 bits.
+    """Parse strict JSON: UTF-8, no lone surrogates, duplicate keys or NaN, numbers of 64 bits.
 
     Raises MalformedFile or LimitExceeded.
     """
@@ -152,7 +152,9 @@ def parse_json(data: bytes, what: str, max_bytes: int) -> object:
             parse_int=_int64,
             parse_float=_finite,
         )
-    except (UnicodeDecodeError, ValueError) as error:
+        if rb"\u" in data:  # half of a surrogate pair could be written to no answer and no file
+            json.dumps(value, ensure_ascii=False).encode()
+    except ValueError as error:
         raise MalformedFile(f"{what} is not valid JSON: {error}") from None
     return value
 

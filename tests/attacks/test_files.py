@@ -169,6 +169,24 @@ def test_the_check_of_a_file_ends_when_its_client_has_left(server: ServerProcess
     assert upload(server, "bravo", blank(10)).status_code == 200
 
 
+def test_a_server_that_stops_tells_the_client_of_a_file_that_is_checked(tmp_path: Path) -> None:
+    """The check stands still, so it outlives the time for the last answers."""
+    model = save_tiny_model(tmp_path / "model")
+    with server_process(model, tmp_path / "state", "--drain-timeout", "0") as stopping:
+        assert upload(stopping, "any", blank(10)).status_code == 200
+        for worker in checkers(stopping):
+            os.kill(worker, signal.SIGSTOP)
+        with begin(stopping, "any", "POST", "/v1/files", len(HEAD + blank(10) + TAIL)) as client:
+            client.sendall(HEAD + blank(10) + TAIL)
+            until(lambda: staged_bytes(tmp_path) > 0)
+            stopping.signal()
+            answer = answer_of(client)
+        assert answer.startswith(b"HTTP/1.1 503"), answer
+        assert b'"code":"server_draining"' in answer
+        assert b"\r\nretry-after: " in answer.lower()
+        assert stopping.wait() == 0
+
+
 @pytest.mark.parametrize(
     ("method", "path", "head"),
     [
@@ -241,8 +259,8 @@ def begin(server: ServerProcess, key: str, method: str, path: str, n_bytes: int)
 
 def answer_of(connection: socket.socket) -> bytes:
     answer = b""
-    while not answer.endswith(b"}"):
-        answer += connection.recv(4000)
+    while not answer.endswith(b"}") and (piece := connection.recv(4000)):
+        answer += piece
     return answer
 
 

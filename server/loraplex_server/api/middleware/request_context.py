@@ -1,5 +1,6 @@
 """Adds request ids, timing headers, access log and metrics. Unexpected exceptions become 500."""
 
+import asyncio
 import logging
 import re
 import uuid
@@ -10,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from loraplex_server.api.orjson_response import ORJSONResponse
 from loraplex_server.api.request_info import CURRENT_REQUEST_ID, RequestInfo
-from loraplex_server.errors import from_unexpected
+from loraplex_server.errors import from_unexpected, unavailable
 from loraplex_server.health_tracker import log_extra
 from loraplex_server.metrics.server_metrics import ServerMetrics
 
@@ -43,6 +44,15 @@ class RequestContext:
 
         try:
             await self._app(scope, receive, send_with_headers)
+        except asyncio.CancelledError:  # a server that stops cancels the requests that still run
+            if not status:
+                stopping = unavailable(
+                    "the server stopped before the answer was ready; send the request elsewhere",
+                    "server_draining",
+                )
+                answer = ORJSONResponse.of_error(stopping, scope["path"])
+                await answer(scope, receive, send_with_headers)
+            raise
         except Exception as error:
             _log.exception("%s %s failed", scope["method"], scope["path"], extra=log_extra(error))
             if not status:

@@ -21,7 +21,7 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbours]
     folder = tmp_path_factory.mktemp("host")
     model = save_tiny_model(folder / "model")
     flags = ["--adapter-host-memory", str(HOST_BYTES), "--max-batch-size", "4"]
-    with two_tenants(folder, model, "http://nowhere.invalid", *flags) as both:
+    with two_tenants(folder, model, *flags) as both:
         spec = BaseSpec.of(tiny_model(), "model")
         for seed, name in enumerate([*FLOOD, *MINE]):
             tenant = both.small if name in MINE else both.flood

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from loraplex_adapter_store.base_spec import BaseSpec
 from tests.attacks.test_neighbours import ENDLESS
-from tests.attacks.two_tenants import Neighbours, Tenant, endless_downloads, two_tenants, waited
+from tests.attacks.two_tenants import Neighbours, Tenant, two_tenants, waited
 from tests.support.adapters.lora_files import write_lora
 from tests.support.bases.architectures import tiny_model
 from tests.support.bounds import broken_only_if_each_time, check_below
@@ -35,10 +35,8 @@ def neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Neighbours]
     folder = tmp_path_factory.mktemp("shared")
     model = save_tiny_model(folder / "model")
     write_lora(folder / "lora", BaseSpec.of(tiny_model(), "model"))
-    with endless_downloads() as endless:
-        flags = ["--allow-training", "--allow-source", endless]
-        with two_tenants(folder, model, endless, *flags) as both:
-            yield both
+    with two_tenants(folder, model, "--allow-training") as both:
+        yield both
 
 
 @broken_only_if_each_time
@@ -85,15 +83,6 @@ def test_an_upload_does_not_wait_for_another_tenants(neighbours: Neighbours) -> 
     hostile = json.dumps({**config, "target_modules": ENDLESS}).encode()
     flood = [lambda: neighbours.flood.put("x", folder, 400, config=hostile)] * 6
     check_below(waited(flood, lambda: neighbours.small.put("mine", folder)), 0.4)
-
-
-def test_warming_does_not_wait_for_another_tenants_downloads(neighbours: Neighbours) -> None:
-    neighbours.small.put("warmed", neighbours.folder / "lora")
-    body = {"source": f"{neighbours.slow_url}/adapter", "wait": False}
-    for n in range(12):
-        answer = neighbours.flood.http.put(f"/v1/adapters/endless-{n}", json=body)
-        assert answer.status_code == 202, answer.text
-    neighbours.small.http.post("/v1/adapters/warmed/warm", timeout=60).raise_for_status()
 
 
 @broken_only_if_each_time
@@ -222,7 +211,7 @@ def on_the_base(
     """The default base, for which adapters can be generated."""
     folder = tmp_path_factory.mktemp("base")
     flags = ["--adapter-memory", "256MiB", "--kv-memory", "64MiB"]
-    with two_tenants(folder, pulled_base, "http://nowhere.invalid", *flags) as both:
+    with two_tenants(folder, pulled_base, *flags) as both:
         yield both
 
 

@@ -2,12 +2,10 @@
 
 import gc
 import hashlib
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,27 +36,27 @@ class Neighbours(NamedTuple):
     small: Tenant
     server: ServerProcess
     folder: Path
-    slow_url: str  # of a web server that never ends an answer
 
 
 @contextmanager
-def two_tenants(folder: Path, model: Path, slow_url: str, *flags: str) -> Iterator[Neighbours]:
-    """A server of ``model`` with the keys of two tenants."""
+def two_tenants(folder: Path, model: Path, *flags: str, web_url: str = "") -> Iterator[Neighbours]:
+    """Yield a server of ``model`` with two tenants that may download from ``web_url``."""
     keys = folder / "keys.toml"
-    keys.write_text(keys_of("flood", "small", slow_url=slow_url))
+    keys.write_text(keys_of("flood", "small", web_url=web_url))
     with (
         server_process(model, folder / "state", "--keys", keys, *flags) as server,
         tenant_of(server.url, "flood") as flood,
         tenant_of(server.url, "small") as small,
     ):
-        yield Neighbours(flood, small, server, folder, slow_url)
+        yield Neighbours(flood, small, server, folder)
 
 
-def keys_of(*names: str, slow_url: str) -> str:
+def keys_of(*names: str, web_url: str) -> str:
     """Return a keys file in which each tenant's name is its key."""
+    sources = f'sources = ["{web_url}/*"]\n' if web_url else ""
     return "\n".join(
         f'[[key]]\nname = "{name}"\nsha256 = "{hashlib.sha256(name.encode()).hexdigest()}"\n'
-        f'tenant = "{name}"\nscope = "admin"\nsources = ["{slow_url}/*"]\n'
+        f'tenant = "{name}"\nscope = "admin"\n{sources}'
         for name in names
     )
 
@@ -94,29 +92,3 @@ def waited(calls: Sequence[Callable[[], object]], small: Callable[[], object]) -
     print(f"{n_small} calls beside {len(calls)}: {longest_s:.2f} s of {took_s:.2f} s")
     assert n_small > 2
     return longest_s / took_s
-
-
-@contextmanager
-def endless_downloads() -> Iterator[str]:
-    """Yield the address of a web server whose answers do not end before the block does."""
-    ended = threading.Event()
-
-    class Endless(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("content-length", "1000000")
-            self.end_headers()
-            self.wfile.write(b"{")
-            ended.wait(600)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Endless) as web:
-        web.daemon_threads = True
-        threading.Thread(target=web.serve_forever, args=(0.01,)).start()
-        try:
-            yield f"http://127.0.0.1:{web.server_port}"
-        finally:
-            ended.set()
-            web.shutdown()

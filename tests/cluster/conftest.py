@@ -1,6 +1,7 @@
 """One cluster of two gateways and two engine replicas for all modules, and one process."""
 
 import hashlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 
 from loraplex_adapter_store.base_spec import BaseSpec
+from tests.attacks.downloads import MAX_BYTES, HostileWeb, hostile_web
+from tests.attacks.two_tenants import keys_of
 from tests.contract.conftest import ADAPTERS, INFER
 from tests.contract.conftest import ADMIN as ADMIN_KEY
 from tests.support.adapters.lora_files import write_lora
@@ -84,8 +87,19 @@ def cluster_config(world: Path, **server: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def cluster(world: Path) -> Iterator[ClusterProcess]:
-    with cluster_process(cluster_config(world), world) as running:
+def web(world: Path) -> Iterator[HostileWeb]:
+    """What the tenants ``flood`` and ``small`` may download from; ``lora`` is an adapter."""
+    shutil.copytree(world / "uploads" / "0", world / "web" / "lora")
+    with hostile_web(world / "web") as web:
+        with (world / "keys.toml").open("a") as keys:
+            keys.write(keys_of("flood", "small", web_url=web.url))
+        yield web
+
+
+@pytest.fixture(scope="session")
+def cluster(world: Path, web: HostileWeb) -> Iterator[ClusterProcess]:
+    downloads = {"allow-source": [web.url], "max-upload-size": MAX_BYTES}
+    with cluster_process(cluster_config(world, **downloads), world) as running:
         yield running
 
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from loraplex_server.errors import invalid
 from loraplex_training.engine.adapter import Adam, LearningAdapter, LoraShape
@@ -18,6 +18,12 @@ from .background_share import BackgroundShare
 from .low_priority import yield_to_serving
 
 _T = TypeVar("_T")
+_SPEED_LASTS_S = 60.0
+
+
+class Speed(NamedTuple):
+    tokens_per_s: float
+    at: float  # time.monotonic()
 
 
 @dataclass(slots=True, eq=False)
@@ -66,7 +72,17 @@ class TrainingThread:
         self._thread: threading.Thread | None = None
         self._has_engine = False
         self.n_batches = self.n_shared = 0  # shared: batches of several adapters
-        self.tokens_per_s: float | None = None  # of the last batches with a backward
+        self.speed: Speed | None = None  # of the last batches with a backward
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The speed of the last minute's batches; None without any.
+
+        An older speed, perhaps from beside many requests, would refuse jobs for good.
+        """
+        if self.speed is None or time.monotonic() - self.speed.at > _SPEED_LASTS_S:
+            return None
+        return self.speed.tokens_per_s
 
     async def check_base(self, tenant: str) -> None:
         """Make the engine if there is none. Raises ApiError (400) if it cannot train the base."""
@@ -184,7 +200,8 @@ class TrainingThread:
         if calls[0].backward:
             rate = sum(call.n_tokens for call in calls) / (time.monotonic() - began)
             before = self.tokens_per_s
-            self.tokens_per_s = rate if before is None else before + (rate - before) / 4
+            rate = rate if before is None else before + (rate - before) / 4
+            self.speed = Speed(rate, time.monotonic())
         for call, outcome in zip(calls, outcomes, strict=True):
             call.future.set_result(outcome)
 

@@ -28,7 +28,7 @@ from loraplex_server.adapters.learning.generated_adapters import GeneratedAdapte
 from loraplex_server.adapters.learning.jobs import Jobs
 from loraplex_server.adapters.learning.learning import Learning
 from loraplex_server.adapters.learning.learning_record import record_of
-from loraplex_server.adapters.learning.training_thread import TrainingThread
+from loraplex_server.adapters.learning.training_thread import Speed, TrainingThread
 from loraplex_server.adapters.worker_pools import WorkerPools
 from loraplex_server.settings.api_keys import EVERY_ADAPTER, ApiKey, Scope, parse_keys
 from loraplex_server.settings.config import HttpConfig
@@ -1021,7 +1021,7 @@ async def test_a_budget_without_time_for_a_score_is_refused_with_one_that_has_it
     """A chat, which chose no budget, is answered with turns."""
     model = tiny_model(initializer_range=0.1)
     thread, learner = _learner(model, tokenizer, BackgroundShare(1.0, lambda: False))
-    thread.tokens_per_s = 2.0  # as beside many requests
+    thread.speed = Speed(2.0, time.monotonic())  # as beside many requests
     spec = BaseSpec.of(tiny_model(initializer_range=0.1), "tiny/llama")
     with (
         contextlib.closing(thread),
@@ -1036,6 +1036,9 @@ async def test_a_budget_without_time_for_a_score_is_refused_with_one_that_has_it
         told = (await front.chat(adapter=SURNAME)).json()["adapter"]
         assert told["chosen_by"]["serves"] == "turns"
         accepted = await front.post(GENERATE, {**ORDER, "budget_s": needed + 1})
+        assert accepted.status_code == 202, accepted.text
+        thread.speed = Speed(2.0, time.monotonic() - 61)  # which says nothing of now
+        accepted = await front.post(GENERATE, {**ORDER, "name": "late", "budget_s": 5})
         assert accepted.status_code == 202, accepted.text
 
 
